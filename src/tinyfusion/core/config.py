@@ -1,0 +1,186 @@
+"""TOML and `--set` into the dataclasses of `recipe.py`, and back into plain values. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import Recipe
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint " (did you mean X?)", or the list of what there is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(names)}"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipe files that come with the package, by name."""
+    folder = Path(str(resources.files("tinyfusion"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_recipe(name_or_file: str | None, settings: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by shipped name or TOML file (None: the published defaults), with `section.field=value` settings.
+
+    overrides: {dotted field: value} from options of the command line; they win over the file, settings win over both.
+    Raises UserError on anything unknown, offering the nearest name.
+    """
+    values = {} if name_or_file is None else _read_toml(name_or_file)
+    for path, value in (overrides or {}).items():
+        _assign(values, path.split("."), value, path)
+    for setting in settings:
+        path, separator, text = setting.partition("=")
+        if not separator:
+            raise UserError(f"--set wants section.field=value; got {setting!r}")
+        _assign(values, path.strip().split("."), _parse_scalar(text.strip()), path)
+    return typing.cast(Recipe, build(Recipe, values, ""))
+
+
+def _read_toml(name_or_file: str) -> dict[str, Any]:
+    recipes = shipped_recipes()
+    path = recipes.get(name_or_file)
+    if path is None:
+        path = Path(name_or_file)
+        if path.suffix != ".toml":
+            raise UserError(f"unknown recipe {name_or_file!r}{nearest(name_or_file, recipes)} (or give a .toml file)")
+        if not path.is_file():
+            raise UserError(f"recipe file {name_or_file} does not exist")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid TOML: {error}") from error
+    values.setdefault("name", path.stem)
+    return values
+
+
+def _parse_scalar(text: str) -> Any:
+    """A TOML value where the text is one, else the text itself."""
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any, path: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {key} is a value, not a section")
+    values[keys[-1]] = value
+
+
+def build(kind: Any, value: Any, path: str) -> Any:
+    """`value` (from TOML or JSON) as `kind`: a dataclass, Literal, union with None, tuple or scalar."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return build(args[0], value, path)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, path)
+    if origin is typing.Literal:
+        if value not in args:
+            raise UserError(f"{path} must be one of {', '.join(map(str, args))}; got {value!r}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return build(next(a for a in args if a is not type(None)), value, path)
+    if origin is tuple:
+        return _build_tuple(args, value, path)
+    return _build_scalar(kind, value, path)
+
+
+def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path or 'the recipe'} is a section with fields; got {value!r}")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            where = f"{path}.{key}" if path else key
+            raise UserError(f"unknown field {where!r}{nearest(key, fields)}")
+    made: dict[str, Any] = {}
+    for key, inner in value.items():
+        where = f"{path}.{key}" if path else key
+        default = _default(fields[key])
+        if dataclasses.is_dataclass(default) and isinstance(inner, Mapping):
+            known = {f.name for f in dataclasses.fields(default)}
+            for name in inner:
+                if name not in known:
+                    raise UserError(f"unknown field {f'{where}.{name}'!r}{nearest(name, known)}")
+            inner = {**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)}, **inner}
+        made[key] = build(hints[key], inner, where)
+    try:
+        return kind(**made)
+    except TypeError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+
+
+def _build_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if isinstance(value, str) and value:
+        value = [_parse_scalar(part.strip()) for part in value.strip("[]()").split(",") if part.strip()]
+    if not isinstance(value, list | tuple):
+        value = [value]
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(build(args[0], item, path) for item in value)
+    if len(value) != len(args):
+        raise UserError(f"{path} wants {len(args)} values; got {value!r}")
+    return tuple(build(a, item, path) for a, item in zip(args, value, strict=True))
+
+
+def _build_scalar(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(value) and isinstance(value, kind):
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{path} wants {kind.__name__}; got {value!r}")
+    if kind is float and value != value:
+        raise UserError(f"{path} wants a number; got nan")
+    return value
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value, default=str))
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """The first field, in dotted form, at which two plain values differ, with both values; None if equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return None
+    return None if old == new else f"{path}: {old!r} there, {new!r} now"
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A plain tree as {dotted field: leaf}."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(flatten(inner, f"{prefix}.{key}" if prefix else key))
+    return flat

@@ -1,0 +1,21 @@
+"""Device of a single process."""
+
+from __future__ import annotations
+
+import torch
+
+from tinyfusion.core.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError where the device is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} is not available here: use auto, cpu, cuda or mps") from error
+    return device

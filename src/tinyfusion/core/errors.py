@@ -1,0 +1,5 @@
+"""The one exception that means "this is yours to mend": bad input or environment, exit code 2 on the command line."""
+
+
+class UserError(ValueError):
+    """Something the user gave, or the machine lacks. The message says what was wanted, what came and what to do."""

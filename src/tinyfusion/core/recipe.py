@@ -1,0 +1,170 @@
+"""Every knob of every verb, on one page: frozen dataclasses, standard library only.
+
+A recipe is values, never objects: names are strings, files are paths. Each field is documented once, in its `Annotated`
+text; help, docs and errors read that. Published defaults (arXiv 2412.01199 and its code) are the defaults here; recipes
+for small models override them in TOML.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """A model to train from nothing."""
+
+    family: Annotated[str, "model family"] = "dit"
+    input_size: Annotated[int, "side of the square input in the model's own space, pixels or latent cells"] = 8
+    patch_size: Annotated[int, "side of a patch"] = 2
+    in_channels: Annotated[int, "channels of the input"] = 1
+    hidden_size: Annotated[int, "width of the residual stream"] = 64
+    depth: Annotated[int, "number of blocks"] = 12
+    num_heads: Annotated[int, "attention heads"] = 4
+    num_classes: Annotated[int, "classes, without the null class"] = 10
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Where batches come from."""
+
+    name: Annotated[str, "data set: digits (training part), digits:heldout, or an npz with arr_0 uint8 NHWC and arr_1 labels"] = (
+        "digits"
+    )
+    augment: Annotated[float, "share of images that are slightly turned, scaled and sheared, 0 to 1"] = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    """One call of the training loop."""
+
+    steps: Annotated[int, "optimiser steps"] = 100_000
+    batch_size: Annotated[int, "images per step"] = 256
+    learning_rate: Annotated[float, "peak learning rate of AdamW"] = 2e-4
+    learning_rate_end: Annotated[float | None, "learning rate at the last step, by cosine; None keeps it constant"] = 1e-4
+    warmup_steps: Annotated[int, "steps over which the learning rate rises linearly"] = 0
+    betas: Annotated[tuple[float, float], "AdamW's decay rates"] = (0.9, 0.999)
+    eps: Annotated[float, "AdamW's denominator offset"] = 1e-8
+    weight_decay: Annotated[float, "AdamW's decoupled weight decay"] = 0.0
+    clip_norm: Annotated[float | None, "largest joint gradient norm; None does not clip"] = 1.0
+    ema_decay: Annotated[float, "decay of the moving average of weights per step"] = 0.9999
+    label_drop: Annotated[float, "probability that a label is replaced by the null class"] = 0.1
+    dtype: Annotated[Dtype, "arithmetic of matrix products (autocast); weights stay float32"] = "float32"
+    log_every_steps: Annotated[int, "steps between two lines of metrics.jsonl"] = 100
+    checkpoint_every_steps: Annotated[int, "steps between two checkpoints"] = 10_000
+    checkpoints_limit: Annotated[int, "checkpoints kept; older ones are removed"] = 2
+    max_bad_steps: Annotated[int, "non-finite steps in a row after which the run stops"] = 10
+
+
+@dataclass(frozen=True)
+class PruneSection:
+    """Which blocks go."""
+
+    criterion: Annotated[Literal["learned", "indices"], "how blocks are chosen"] = "learned"
+    scheme: Annotated[str, "N:M keeps N of every M consecutive blocks; 2:4x3+3:4x4 is explicit"] = "1:2"
+    distribution: Annotated[Literal["categorical"], "how a group's candidates are sampled"] = "categorical"
+    keep: Annotated[tuple[int, ...], "blocks to keep, for criterion indices"] = ()
+    update: Annotated[Literal["lora", "full", "frozen"], "what is trained beside the gates, and thrown away after"] = "lora"
+    lora_rank: Annotated[int, "rank of the low-rank weight deltas"] = 8
+    lora_alpha: Annotated[float | None, "scale numerator of the deltas; None is twice the rank"] = None
+    gate_learning_rate: Annotated[float, "learning rate of the gate logits"] = 1e-3
+    logit_init: Annotated[float, "initial value of every gate logit"] = 0.02
+    temperature: Annotated[tuple[float, float], "Gumbel-softmax temperature at the first and last step"] = (4.0, 0.1)
+    scaling: Annotated[tuple[float, float], "scale of the logits at the first and last step"] = (100.0, 100.0)
+    training: TrainingSection = field(
+        default_factory=lambda: TrainingSection(
+            steps=10_009,
+            batch_size=128,
+            learning_rate=1e-4,
+            learning_rate_end=None,
+            ema_decay=0.999,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class RecoverSection:
+    """How the cut model is brought back."""
+
+    method: Annotated[Literal["finetune", "masked-kd"], "plain fine-tuning or masked representation distillation"] = (
+        "masked-kd"
+    )
+    alpha_kd: Annotated[float, "weight of the output distillation; the data loss has 1 - alpha_kd"] = 0.9
+    beta: Annotated[tuple[float, float], "weight of the feature distillation at the first and last step"] = (1e-2, 0.0)
+    mask: Annotated[Literal["own", "joint"], "own: each side drops its massive activations (released code); joint: both drop the union (paper)"] = "own"
+    mask_sigmas: Annotated[float | None, "activations further than this many standard deviations are masked; None masks none"] = 2.0
+    training: TrainingSection = field(default_factory=TrainingSection)
+
+
+@dataclass(frozen=True)
+class SampleSection:
+    """Seeds to images."""
+
+    num_images: Annotated[int, "images to draw"] = 50_000
+    batch_size: Annotated[int, "images at a time; the images do not depend on it"] = 32
+    sampler: Annotated[Literal["ddpm", "ddim"], "ancestral or DDIM"] = "ddpm"
+    num_steps: Annotated[int, "denoising steps"] = 250
+    eta: Annotated[float, "DDIM's share of fresh noise, 0 to 1"] = 0.0
+    guidance: Annotated[float, "classifier-free guidance scale; 1 runs the conditional model alone"] = 1.5
+    guidance_channels: Annotated[Literal["published", "all"], "channels that are guided: the family's published ones or all noise channels"] = "published"
+    clip: Annotated[bool, "clamp the predicted clean image to [-1, 1] at every step"] = False
+    labels: Annotated[tuple[int, ...], "classes to draw, repeated in turn; empty draws them by label_rule"] = ()
+    label_rule: Annotated[Literal["uniform", "balanced"], "labels drawn uniformly at random, or 0, 1, 2, ... in turn"] = "uniform"
+    weights: Annotated[Literal["ema", "raw"], "which weights, where both exist"] = "ema"
+
+
+@dataclass(frozen=True)
+class EvaluateSection:
+    """Images to numbers."""
+
+    references: Annotated[tuple[str, ...], "sets to compare with: digits, digits:heldout, or a folder or npz of images"] = (
+        "digits",
+        "digits:heldout",
+    )
+    features: Annotated[str, "feature extractor"] = "digits-classifier"
+    neighbours: Annotated[int, "k of precision and recall"] = 3
+    is_splits_size: Annotated[int, "images per split of the Inception Score"] = 5000
+
+
+@dataclass(frozen=True)
+class SpeedSection:
+    """Measured sampling speed."""
+
+    batch_size: Annotated[int, "images per guided denoising step"] = 256
+    repeats: Annotated[int, "interleaved measurements of each model"] = 9
+    steps_per_repeat: Annotated[int, "denoising steps in one measurement"] = 3
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the recipe is expected to give, for the report to check."""
+
+    metric: str
+    value: float
+    tolerance: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole job. Verbs read the sections they need."""
+
+    name: Annotated[str, "name of the recipe"] = "custom"
+    description: Annotated[str, "one sentence"] = ""
+    minutes: Annotated[float | None, "expected minutes on the stated machine"] = None
+    machine: Annotated[str, "machine of the expected minutes"] = ""
+    teacher: Annotated[str, "model to make shallow"] = "digits"
+    seed: Annotated[int, "seed of every draw"] = 0
+    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainingSection = field(default_factory=TrainingSection)
+    prune: PruneSection = field(default_factory=PruneSection)
+    recover: RecoverSection = field(default_factory=RecoverSection)
+    sample: SampleSection = field(default_factory=SampleSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    speed: SpeedSection = field(default_factory=SpeedSection)
+    expected: tuple[Expectation, ...] = ()

@@ -1,0 +1,81 @@
+"""Randomness that is addressed, not consumed.
+
+Every draw is a pure function of (seed, purpose, step, global sample index): a counter-based generator (Philox 4x64,
+Salmon et al. 2011) is keyed by (seed, purpose) and its counter is placed at (step, index). Rank, world size, batch size,
+accumulation and the history of the run never enter, so a resumed run, another batch size or more processes see the same
+numbers bit for bit. Normals come from the inverse distribution function, one uniform each, because rejection methods
+consume an unknown number of draws.
+
+Shapes: B rows, one per global sample index. Values are NumPy arrays; callers move them to their framework and device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri
+
+_WORDS_PER_COUNTER = 4  # Philox 4x64 gives four 64-bit words for every counter value.
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """All the randomness of a job, behind one seed (a non-negative integer below 2**64)."""
+
+    seed: int
+
+    def at(self, step: int, first: int, num: int) -> Draws:
+        """The draws of samples `first .. first + num - 1` at `step`."""
+        return Draws(self.seed, step, first, num)
+
+    def permutation(self, purpose: str, step: int, num: int) -> np.ndarray:
+        """A random order of `num` items, the same for every process."""
+        return np.argsort(self.at(step, 0, 1).words(purpose, num)[0], kind="stable")
+
+    def generator_seed(self, purpose: str) -> int:
+        """A 63-bit seed for a generator of another library, used where values are drawn once (initial weights)."""
+        return int(self.at(0, 0, 1).words(purpose, 1)[0, 0] >> np.uint64(1))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The draws of `num` consecutive global samples at one step; row i belongs to sample `first + i`."""
+
+    seed: int
+    step: int
+    first: int
+    num: int
+
+    def words(self, purpose: str, per_sample: int) -> np.ndarray:
+        """(B, per_sample) uint64, every bit random."""
+        counters = -(-per_sample // _WORDS_PER_COUNTER)
+        digest = hashlib.sha256(purpose.encode()).digest()
+        key = np.array([self.seed, int.from_bytes(digest[:8], "little")], dtype=np.uint64)
+        counter = np.array([self.first * counters, 0, self.step, 0], dtype=np.uint64)
+        bits = np.random.Philox(key=key, counter=counter)
+        raw = bits.random_raw(self.num * counters * _WORDS_PER_COUNTER)
+        return raw.reshape(self.num, counters * _WORDS_PER_COUNTER)[:, :per_sample]
+
+    def _uniform64(self, purpose: str, shape: tuple[int, ...]) -> np.ndarray:
+        """(B, *shape) float64 in the open interval (0, 1): 53 random bits, offset by half a unit."""
+        raw = self.words(purpose, int(np.prod(shape, dtype=np.int64)))
+        values = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        return values.reshape(self.num, *shape)
+
+    def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """(B, *shape) float64, uniform in (0, 1)."""
+        return self._uniform64(purpose, shape)
+
+    def normal(self, purpose: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """(B, *shape) float32, standard normal."""
+        return ndtri(self._uniform64(purpose, shape)).astype(np.float32)
+
+    def gumbel(self, purpose: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """(B, *shape) float32, standard Gumbel: -log(E) with E ~ Exp(1)."""
+        return (-np.log(-np.log(self._uniform64(purpose, shape)))).astype(np.float32)
+
+    def integers(self, purpose: str, high: int, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """(B, *shape) int64, uniform in 0 .. high - 1 (`high` at most 2**32: the bias is below 2**-21)."""
+        return np.minimum((self._uniform64(purpose, shape) * high).astype(np.int64), high - 1)

@@ -1,0 +1,87 @@
+"""Strings of a recipe to objects: device, model, data, process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyfusion.core.config import to_plain
+from tinyfusion.core.device import choose_device
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import Recipe
+from tinyfusion.core.rng import Randomness
+from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.data.digits import ImageSet, load_digits
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.processes.base import Objective
+from tinyfusion.processes.gaussian import GaussianObjective
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line adds to a recipe: where to write, and how to treat what is there."""
+
+    out: Path
+    overwrite: bool = False
+    dry_run: bool = False
+    num_heads: int | None = None
+    family: str | None = None
+
+
+def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
+    """The part of a recipe that a verb depends on, with its inputs, as plain values: what "the same command" means."""
+    values = to_plain(recipe)
+    return {**inputs, "seed": recipe.seed, **{name: values[name] for name in sections}}
+
+
+def objective_for(model: LoadedModel, label_drop: float) -> Objective:
+    """The training objective of a model's process."""
+    if model.family.process == "gaussian":
+        return GaussianObjective(model.arch.num_classes, label_drop)
+    raise UserError(f"no process {model.family.process!r}")
+
+
+def image_set(name: str) -> ImageSet:
+    """A data set by name, or an npz of images and labels. Raises UserError on NaN, wrong shapes, an unknown name."""
+    if name in ("digits", "digits:heldout"):
+        return load_digits(heldout=name.endswith(":heldout"))
+    path = Path(name)
+    if path.suffix == ".npz":
+        return _npz_set(path)
+    raise UserError(f"unknown data set {name!r}: there is digits, digits:heldout, or an .npz with arr_0 and arr_1")
+
+
+def _npz_set(path: Path) -> ImageSet:
+    from tinyfusion.data.images import read_images_npz
+
+    images, labels = read_images_npz(path)
+    if labels is None:
+        raise UserError(f"{path} has no labels: wanted arr_1 int64 beside arr_0")
+    x = images.astype(np.float32).transpose(0, 3, 1, 2)
+    x = x / 127.5 - 1.0 if images.dtype == np.uint8 else x
+    return ImageSet(str(path), x, labels, int(labels.max()) + 1)
+
+
+def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> ShuffledBatches:
+    """Training batches that fit `model`. Raises UserError where images and model do not go together."""
+    images = image_set(recipe.data.name)
+    wanted = (model.arch.in_channels, model.arch.input_size, model.arch.input_size)
+    if images.x.shape[1:] != wanted:
+        raise UserError(f"data {images.name} has images {images.x.shape[1:]}, the model takes {wanted}")
+    if images.num_classes > model.arch.num_classes:
+        raise UserError(f"data {images.name} has {images.num_classes} classes, the model knows {model.arch.num_classes}")
+    if not np.isfinite(images.x).all():
+        raise UserError(f"data {images.name} has {int((~np.isfinite(images.x)).sum())} values that are not finite (NaN or infinity)")
+    return ShuffledBatches(images, Randomness(recipe.seed), device, recipe.data.augment)
+
+
+def device_for(recipe: Recipe) -> torch.device:
+    """The recipe's device; on the CPU denormal numbers are flushed, which fading moments would make slow."""
+    device = choose_device(recipe.device)
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+    return device

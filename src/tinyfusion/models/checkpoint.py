@@ -1,0 +1,317 @@
+"""Models on disk: our folder (`model.safetensors` + `model.json`), official state dicts and training checkpoints.
+
+Loading is strict and never runs code from a file. A folder says everything about itself; official files leave some
+sizes to the published tables. Shapes and file formats: docs/contract.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import pickle
+import struct
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tinyfusion.core.config import nearest
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rundir import read_json, write_json, written_beside
+from tinyfusion.models.family import FAMILIES, ModelFamily
+from tinyfusion.models.plan import PrunePlan, plan_from_json
+from tinyfusion.models.stack import BlockStack
+
+MODEL_FORMAT_VERSION = 1
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model carries beside its tensors.
+
+    image_size: side of its images in pixels. latent_scale and vae: None for a pixel-space model. kept: indices into the
+    direct parent per list, None for an uncut model. lineage: parents, oldest first, each with hash, depth and kept.
+    """
+
+    image_size: int
+    latent_scale: float | None = None
+    vae: str | None = None
+    license: str | None = None
+    kept: dict[str, list[int]] | None = None
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    plan: PrunePlan | None = None
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory: the module with its family, sizes and facts."""
+
+    module: nn.Module
+    family: ModelFamily
+    arch: Any
+    facts: ModelFacts
+
+    @property
+    def stack(self) -> BlockStack:
+        """Its residual blocks."""
+        return self.family.stack(self.module)
+
+    def copy(self) -> LoadedModel:
+        """An independent copy."""
+        return dataclasses.replace(self, module=copy.deepcopy(self.module))
+
+    def hash(self) -> str:
+        """SHA-256 over the tensors sorted by official name; see `hash_tensors`."""
+        return hash_tensors(self.module.state_dict(), self.family, self.arch)
+
+    def cut(self, plan: PrunePlan, force: bool = False) -> LoadedModel:
+        """A new model with only the plan's blocks; this one stays as it is.
+
+        Raises UserError where the plan was made for another model (unless `force`) or does not fit the depth.
+        """
+        own = self.hash()
+        if plan.teacher and plan.teacher != own and not force:
+            raise UserError(f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to cut all the same")
+        depths = self.stack.depths()
+        if plan.depth != depths:
+            raise UserError(f"the plan is for depth {plan.depth}, the model has {depths}")
+        student = self.copy()
+        try:
+            student.stack.keep(plan.kept)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        kept = {name: sorted(indices) for name, indices in plan.kept.items()}
+        parent = {"hash": own, "depth": depths, "kept": self.facts.kept}
+        student.arch = self.family.arch_with_depths(self.arch, student.stack.depths())
+        student.facts = dataclasses.replace(self.facts, kept=kept, lineage=[*self.facts.lineage, parent], plan=plan)
+        return student
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], family: ModelFamily, arch: Any) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name; formula tensors are left out if equal."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        formula = family.computed.get(name)
+        if formula is not None and torch.equal(tensor, formula(arch).to(tensor.dtype)):
+            continue
+        digest.update(f"{name}\0{_DTYPE_NAMES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def model_record(model: LoadedModel) -> dict[str, Any]:
+    """The contents of model.json."""
+    facts = model.facts
+    return {
+        "format_version": MODEL_FORMAT_VERSION,
+        "family": model.family.name,
+        "process": model.family.process,
+        "arch": dataclasses.asdict(model.arch),
+        "plan": facts.plan.to_json() if facts.plan else None,
+        "kept": facts.kept,
+        "lineage": facts.lineage,
+        "hash": model.hash(),
+        "image_size": facts.image_size,
+        "latent_scale": facts.latent_scale,
+        "vae": facts.vae,
+        "license": facts.license,
+    }
+
+
+def save_model(model: LoadedModel, folder: Path) -> None:
+    """Write our model folder, whole or not at all."""
+    with written_beside(folder) as beside:
+        beside.mkdir(parents=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
+        save_file(tensors, beside / "model.safetensors")
+        write_json(beside / "model.json", model_record(model))
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def open_model(
+    source: str | Path, weights: str = "ema", num_heads: int | None = None, family: str | None = None
+) -> LoadedModel:
+    """Open any model: a run folder, a model folder of ours, an official file, or a shipped model by name.
+
+    weights: "ema" or "raw", where both exist. num_heads: for official files whose width is in no published table.
+    family: for official files whose keys fit several families. The module comes back in eval mode, on the CPU.
+    Raises UserError on anything that is not exactly a model: missing, unexpected or misshapen tensors, NaN, code.
+    """
+    if weights not in ("ema", "raw"):
+        raise UserError(f"--weights is ema or raw; got {weights!r}")
+    path = Path(source)
+    if not path.exists():
+        shipped = shipped_models()
+        if str(source) not in shipped:
+            hint = nearest(str(source), shipped)
+            raise UserError(f"no model at {source}: no such file or folder, and no shipped model of that name{hint}")
+        path = shipped[str(source)]
+    if path.is_dir():
+        return _open_folder(_model_folder(path, weights), num_heads, family)
+    return _open_official(path, weights, num_heads, family)
+
+
+def shipped_models() -> dict[str, Path]:
+    """Model folders that come with the package, by name."""
+    root = Path(str(resources.files("tinyfusion"))) / "assets"
+    return {path.parent.name: path.parent for path in sorted(root.glob("*/model.json"))}
+
+
+def _model_folder(path: Path, weights: str) -> Path:
+    if (path / "model.json").is_file():
+        return path
+    suffix = "-raw" if weights == "raw" else ""
+    for name in (f"student{suffix}", f"recover/student{suffix}", f"model{suffix}", "prune/student"):
+        if (path / name / "model.json").is_file():
+            return path / name
+    raise UserError(f"{path} holds no model: wanted model.json in it, or a run folder with student/ or model/")
+
+
+def _open_folder(path: Path, num_heads: int | None, family_name: str | None) -> LoadedModel:
+    record = read_json(path / "model.json")
+    if not isinstance(record, dict):
+        raise UserError(f"{path}/model.json is damaged: not an object")
+    version = record.get("format_version")
+    if not isinstance(version, int) or version > MODEL_FORMAT_VERSION:
+        raise UserError(f"{path} has format_version {version}; this tinyfusion reads up to {MODEL_FORMAT_VERSION}: upgrade")
+    family = _family(record.get("family"), path)
+    if family_name not in (None, family.name):
+        raise UserError(f"{path} is of family {family.name}, not {family_name}")
+    fields = {f.name for f in dataclasses.fields(family.arch_type)}
+    try:
+        arch = family.arch_type(**{k: v for k, v in record["arch"].items() if k in fields})
+        plan = plan_from_json(record["plan"]) if record.get("plan") else None
+        facts = ModelFacts(
+            image_size=record["image_size"], latent_scale=record.get("latent_scale"), vae=record.get("vae"),
+            license=record.get("license"), kept=record.get("kept"), lineage=record.get("lineage") or [], plan=plan,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}/model.json is damaged: {error}") from error
+    if num_heads not in (None, getattr(arch, "num_heads", num_heads)):
+        raise UserError(f"{path} has {arch.num_heads} heads; --num-heads {num_heads} contradicts it")
+    model = LoadedModel(_fill(family, arch, _read_safetensors(path / "model.safetensors"), path), family, arch, facts)
+    if record.get("hash") != model.hash():
+        raise UserError(f"{path} is damaged: its tensors do not give the hash in model.json")
+    return model
+
+
+def _family(name: Any, path: Path) -> ModelFamily:
+    if name not in FAMILIES:
+        raise UserError(f"{path} is of family {name!r}{nearest(str(name), FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _open_official(path: Path, weights: str, num_heads: int | None, family_name: str | None) -> LoadedModel:
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    tensors = _state_dict_in(content, weights, path)
+    if family_name is None and len(FAMILIES) > 1:
+        print("assuming family dit (give --family to say otherwise)", file=sys.stderr)
+    family = _family(family_name or "dit", path)
+    try:
+        arch = family.arch_of_state_dict(tensors, num_heads)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    latent = family.published_latent.get(arch.in_channels, {})
+    facts = ModelFacts(
+        image_size=arch.input_size * latent.get("pixels_per_latent", 1),
+        latent_scale=latent.get("latent_scale"),
+        vae=latent.get("vae"),
+    )
+    return LoadedModel(_fill(family, arch, tensors, path), family, arch, facts)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is no readable safetensors file (truncated or foreign): {error}") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    """A torch file, without running code from it: only tensors, plain containers and argparse.Namespace."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0] if str(error) else "not a torch file"
+        unsafe = "weights" in str(error).lower() and "unsupported" in str(error).lower()
+        what = "it holds code or foreign objects, which are never run" if unsafe else "truncated or foreign"
+        raise UserError(f"{path} cannot be read as a model file ({what}): {reason[:200]}") from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, struct.error,
+            zipfile.BadZipFile, UnicodeDecodeError, ImportError, OverflowError) as error:  # fmt: skip
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a model file (truncated or foreign): {reason[:200]}") from error
+
+
+def _state_dict_in(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
+    """The tensors of a flat state dict, or of a training checkpoint ("ema", else "model"; "model" for raw weights)."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
+    for key in ("ema", "model") if weights == "ema" else ("model", "ema"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not tensors or len(tensors) != len(content):
+        odd = next((str(k) for k, v in content.items() if not isinstance(v, Tensor)), "nothing")
+        raise UserError(f"{path} is no state dict of tensors (it holds {odd!r})")
+    return tensors
+
+
+def _fill(family: ModelFamily, arch: Any, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """A module with exactly these tensors, in eval mode; the first few faults are named."""
+    with torch.device("meta"):
+        module = family.build(arch)
+    wanted = module.state_dict()
+    faults = [f"missing {name}" for name in wanted if name not in tensors]
+    faults += [f"unexpected {name}" for name in tensors if name not in wanted]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)}, wanted {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    if not faults:
+        faults = [f"{name} is not finite" for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise UserError(f"{path} does not hold this {family.name}: {'; '.join(faults[:3])}{more}")
+    module.load_state_dict({name: tensors[name].float() for name in wanted}, assign=True)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in family.computed)
+    return module.eval()
+
+
+def new_model(family_name: str, arch_values: Mapping[str, Any], seed: int) -> LoadedModel:
+    """A freshly initialised pixel-space model. Raises UserError where the sizes do not fit together."""
+    if family_name not in FAMILIES:
+        raise UserError(f"unknown family {family_name!r}{nearest(family_name, FAMILIES)}")
+    family = FAMILIES[family_name]
+    try:
+        arch = family.arch_type(**arch_values)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    module = family.build(arch)
+    family.initialise(module, seed)
+    return LoadedModel(module, family, arch, ModelFacts(image_size=arch.input_size))

@@ -1,0 +1,50 @@
+"""PrunePlan: the decision, as data. Every criterion returns one, and everything after it reads only that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinyfusion.core.errors import UserError
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Which blocks stay, and why.
+
+    kept: indices into the teacher per block list, ascending. depth: blocks of the teacher per list. groups: per list
+    [[N kept, M size], ...] in block order, None where the criterion knows no groups. scores: per block or group, with
+    their meaning under "meaning". teacher: hash of the model the plan was made for. cost: seconds and images seen.
+    """
+
+    kept: dict[str, list[int]]
+    depth: dict[str, int]
+    criterion: str
+    scheme: str | None = None
+    distribution: str | None = None
+    groups: dict[str, list[list[int]]] | None = None
+    scores: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    teacher: str = ""
+    cost: dict[str, float] = field(default_factory=dict)
+    kept_widths: dict[str, Any] | None = None
+    version: int = PLAN_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+
+def plan_from_json(values: Mapping[str, Any]) -> PrunePlan:
+    """A plan from plain values; unknown newer fields are ignored, an unknown newer version is a UserError."""
+    if values.get("version", 0) > PLAN_VERSION:
+        raise UserError(f"the plan has version {values['version']}; this tinyfusion reads up to {PLAN_VERSION}: upgrade")
+    known = {f.name for f in dataclasses.fields(PrunePlan)}
+    try:
+        return PrunePlan(**{key: value for key, value in values.items() if key in known})
+    except TypeError as error:
+        raise UserError(f"the plan is incomplete: {error}") from error

@@ -1,0 +1,128 @@
+"""BlockStack: the ordered residual blocks of a model, seen from outside: gate them, watch them, cut them.
+
+Shapes: B samples, T tokens, D width. A block maps the residual stream x (B, T, D), its first positional argument, to a
+tensor of the same shape. Blocks stand in one or several `ModuleList`s; their global index counts through the lists in
+order. Model files know nothing of any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class BlockStack:
+    """An ordered view over the residual blocks of `model`, which stand in the lists named `lists`."""
+
+    def __init__(self, model: nn.Module, lists: Sequence[str]) -> None:
+        self.model = model
+        self.lists = tuple(lists)
+
+    def block_list(self, name: str) -> nn.ModuleList:
+        """The module list called `name`."""
+        found = self.model.get_submodule(name)
+        assert isinstance(found, nn.ModuleList), f"{name} is not a list of blocks"
+        return found
+
+    def depths(self) -> dict[str, int]:
+        """Number of blocks per list."""
+        return {name: len(self.block_list(name)) for name in self.lists}
+
+    def __len__(self) -> int:
+        return sum(self.depths().values())
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for name in self.lists:
+            yield from self.block_list(name)
+
+    @contextmanager
+    def gated(self, gates: Tensor) -> Iterator[None]:
+        """Within the context block i computes `m_i * block(x) + (1 - m_i) * x`, per sample.
+
+        gates: (B, L) with L = len(self), any real values; 1 runs the block, 0 passes x through. Both are exact: ones
+        equal the untouched model bit for bit, zeros the model without the block.
+        Source: TinyFusion (arXiv 2412.01199), section 3.2.
+        """
+        if gates.ndim != 2 or gates.shape[1] != len(self):
+            raise ValueError(f"gates must be (batch, {len(self)}), one column per block; got {tuple(gates.shape)}")
+
+        def hook(index: int) -> Any:
+            def mix(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+                m = gates[:, index].view(-1, *([1] * (output.ndim - 1)))
+                return m * output + (1 - m) * args[0]
+
+            return mix
+
+        handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(self)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def tap(self, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Collect the outputs (B, T, D) of the blocks at `indices`: {index: output}, filled as the model runs."""
+        outputs: dict[int, Tensor] = {}
+        blocks = list(self)
+
+        def hook(index: int) -> Any:
+            def store(_module: nn.Module, _args: Any, output: Tensor) -> None:
+                outputs[index] = output
+
+            return store
+
+        handles = [blocks[i].register_forward_hook(hook(i)) for i in sorted(set(indices))]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def keep(self, kept: Mapping[str, Sequence[int]]) -> None:
+        """Delete every block that is not named; survivors keep their order and are renumbered from 0.
+
+        kept: indices per list. Raises ValueError on an unknown list, an index out of range or named twice, or an empty
+        list of blocks.
+        """
+        check_kept(kept, self.depths())
+        for name in self.lists:
+            parent_name, _, attribute = name.rpartition(".")
+            blocks = self.block_list(name)
+            survivors = nn.ModuleList([blocks[i] for i in sorted(kept[name])])
+            setattr(self.model.get_submodule(parent_name), attribute, survivors)
+
+
+def check_kept(kept: Mapping[str, Sequence[int]], depths: Mapping[str, int]) -> None:
+    """Raise ValueError unless `kept` names valid, distinct blocks of every list in `depths`."""
+    if set(kept) != set(depths):
+        raise ValueError(f"kept must name the block lists {sorted(depths)}; got {sorted(kept)}")
+    for name, indices in kept.items():
+        depth = depths[name]
+        outside = [i for i in indices if not 0 <= i < depth]
+        if outside:
+            raise ValueError(f"kept {name} {outside} out of range: the model has blocks 0 to {depth - 1}")
+        twice = sorted({i for i in indices if list(indices).count(i) > 1})
+        if twice:
+            raise ValueError(f"kept {name} {twice} named twice; name every block once")
+        if not indices:
+            raise ValueError(f"kept {name} is empty: at least one block must stay")
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """`module` in eval mode with no gradients: a teacher."""
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+def num_parameters(module: nn.Module, trainable_only: bool = False) -> int:
+    """Number of parameters, fixed position table included unless `trainable_only`."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+
+
+__all__ = ["BlockStack", "check_kept", "frozen", "num_parameters"]

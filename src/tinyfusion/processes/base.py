@@ -1,0 +1,62 @@
+"""What a noising process is to everything else: draw the randomness of a batch, predict, take losses.
+
+`NoisyBatch` holds all that is random about a batch in one frozen object, so teacher and student see the same noise,
+timesteps and label drops by construction. `Objective` is what the training loop calls; wrappers (gates, distillation)
+offer the same three methods, and the loop cannot tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from tinyfusion.core.rng import Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clean data: x (B, C, H, W) in the model's own space, labels y (B,) int64."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """A batch and everything that was drawn for it. B samples."""
+
+    x0: Tensor  # (B, C, H, W) clean
+    noise: Tensor  # (B, C, H, W)
+    xt: Tensor  # (B, C, H, W) noised
+    t: Tensor  # (B,) int64 index into the process
+    y: Tensor  # (B,) int64 labels, the null class where dropped
+    step: int = 0
+    gumbel: tuple[Tensor, ...] = ()  # per gate group (B, K), where gates are learned
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's output and, where a wrapper asked for them, block features and the teacher's answer."""
+
+    output: Tensor
+    features: Mapping[int, Tensor] = field(default_factory=dict)
+    teacher: Prediction | None = None
+
+
+class Objective(Protocol):
+    """The three calls of a training step."""
+
+    def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
+        """Everything random about `batch`."""
+        ...
+
+    def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
+        """Run the model."""
+        ...
+
+    def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
+        """Per-sample terms (B,); "loss" is the one that is optimised (its mean), the others are logged."""
+        ...

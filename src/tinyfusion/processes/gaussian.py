@@ -1,0 +1,272 @@
+"""The Gaussian diffusion process of DiT: linear betas, noise prediction, learned-range variance, respaced sampling.
+
+Shapes: B samples, C channels, N kept timesteps. `model(x, t, y)` takes original step numbers and returns (B, 2C, H, W):
+noise prediction and variance logits v (or (B, C, H, W) where the variance is not learned: no variational term then, and
+sampling uses the posterior variance). Tables are float64, looked up and cast to float32 (published numerics).
+Sources: Ho et al. arXiv 2006.11239; Nichol & Dhariwal arXiv 2102.09672; Song et al. arXiv 2010.02502.
+Not here: cosine betas, x0- or v-prediction; the published DiT models use none of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tinyfusion.core.rng import Draws
+from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
+
+NUM_TIMESTEPS = 1000
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x, original t) -> output; labels and guidance are bound inside
+StepNoise = Callable[[int], Tensor]  # position of the step in the trajectory -> noise (B, C, H, W)
+
+
+def kept_timesteps(spacing: str) -> list[int]:
+    """Original steps kept by a respacing string, ascending.
+
+    "" keeps all 1000; "N" or "N1,N2,..." takes that many evenly spread steps from as many near-equal sections, both ends
+    included; "ddimN" the smallest integer stride that gives exactly N. Raises ValueError where the rule cannot give N,
+    naming the nearest two that it can.
+    """
+    if not spacing:
+        return list(range(NUM_TIMESTEPS))
+    if spacing.startswith("ddim"):
+        return _stride_timesteps(int(spacing[4:]))
+    counts = [int(part) for part in spacing.split(",")]
+    size, extra = divmod(NUM_TIMESTEPS, len(counts))
+    kept: list[int] = []
+    start = 0
+    for section, count in enumerate(counts):
+        length = size + (section < extra)
+        if not 1 <= count <= length:
+            raise ValueError(f"cannot take {count} steps from a section of {length}; the nearest are 1 and {length}")
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride  # accumulated, not multiplied: the published rounding depends on it
+        start += length
+    return kept
+
+
+def _stride_timesteps(count: int) -> list[int]:
+    lengths = {stride: len(range(0, NUM_TIMESTEPS, stride)) for stride in range(1, NUM_TIMESTEPS + 1)}
+    for stride, length in lengths.items():
+        if length == count:
+            return list(range(0, NUM_TIMESTEPS, stride))
+    possible = sorted(set(lengths.values()))
+    near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
+    raise ValueError(f"no integer stride gives {count} of {NUM_TIMESTEPS} steps; the nearest are {near[0]} and {near[1]}")
+
+
+class Schedule:
+    """Tables of a respaced chain, float64, shape (N,). `timesteps[i]` is the original step of index i."""
+
+    def __init__(self, spacing: str = "") -> None:
+        base = np.cumprod(1.0 - np.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=np.float64))
+        self.timesteps = np.array(kept_timesteps(spacing), dtype=np.int64)
+        kept = base[self.timesteps]
+        self.betas = 1.0 - kept / np.append(1.0, kept[:-1])  # re-derived, even when all steps are kept
+        self.alphas_cumprod = np.cumprod(1.0 - self.betas)
+        previous = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas_cumprod_prev = previous
+        self.posterior_variance = self.betas * (1.0 - previous) / (1.0 - self.alphas_cumprod)
+        clipped = np.append(self.posterior_variance[1:2], self.posterior_variance[1:])
+        if len(clipped) < len(self.betas) or len(self.betas) == 1:
+            clipped = self.betas[:1]  # a chain of one step has no second entry to borrow; its variance is never used
+        self.posterior_log_variance_clipped = np.log(clipped)
+        self.posterior_mean_x0 = self.betas * np.sqrt(previous) / (1.0 - self.alphas_cumprod)
+        self.posterior_mean_xt = (1.0 - previous) * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_cumprod)
+        self.log_betas = np.log(self.betas)
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1.0)
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def at(self, table: str, index: Tensor) -> Tensor:
+        """Entries of a table at `index` (B,), float32, shaped (B, 1, 1, 1)."""
+        key = (table, index.device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.from_numpy(getattr(self, table)).float().to(index.device)
+        return self._on_device[key][index].view(-1, 1, 1, 1)
+
+    def q_sample(self, x0: Tensor, index: Tensor, noise: Tensor) -> Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
+        return self.at("sqrt_alphas_cumprod", index) * x0 + self.at("sqrt_one_minus_alphas_cumprod", index) * noise
+
+    def x0_from_noise(self, xt: Tensor, index: Tensor, noise: Tensor) -> Tensor:
+        """The clean image that x_t and a noise imply."""
+        return self.at("sqrt_recip_alphas_cumprod", index) * xt - self.at("sqrt_recipm1_alphas_cumprod", index) * noise
+
+    def noise_from_x0(self, xt: Tensor, index: Tensor, x0: Tensor) -> Tensor:
+        """The noise that x_t and a clean image imply."""
+        scaled = self.at("sqrt_recip_alphas_cumprod", index) * xt - x0
+        return scaled / self.at("sqrt_recipm1_alphas_cumprod", index)
+
+    def posterior(self, x0: Tensor, xt: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and clipped log variance of q(x_{t-1} | x_t, x_0)."""
+        mean = self.at("posterior_mean_x0", index) * x0 + self.at("posterior_mean_xt", index) * xt
+        return mean, self.at("posterior_log_variance_clipped", index)
+
+    def model_gaussian(self, noise: Tensor, v: Tensor | None, xt: Tensor, index: Tensor, clip: bool) -> Gaussian:
+        """p(x_{t-1} | x_t) from a noise prediction and variance logits: log s^2 = f log beta + (1 - f) log posterior."""
+        x0 = self.x0_from_noise(xt, index, noise)
+        if clip:
+            x0 = x0.clamp(-1, 1)
+        mean, low = self.posterior(x0, xt, index)
+        if v is None:
+            return Gaussian(mean, low.expand_as(mean), x0)
+        share = (v + 1) / 2
+        return Gaussian(mean, share * self.at("log_betas", index) + (1 - share) * low, x0)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean and log variance of a reverse step, with the clean image it stands on."""
+
+    mean: Tensor
+    log_variance: Tensor
+    x0: Tensor
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all but the batch axis: (B,)."""
+    return x.flatten(1).mean(1)
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N1 || N2), elementwise, in nats."""
+    ratio = log_variance1 - log_variance2
+    return 0.5 * (-1.0 - ratio + ratio.exp() + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
+
+
+def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log P(x) of a Gaussian integrated over bins of half-width 1/255, open at both ends, in nats, elementwise."""
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    centred, inverse = x - mean, torch.exp(-log_scale)
+    upper, lower = cdf(inverse * (centred + 1 / 255)), cdf(inverse * (centred - 1 / 255))
+    inner = (upper - lower).clamp(min=1e-12).log()
+    above = (1 - lower).clamp(min=1e-12).log()
+    below = upper.clamp(min=1e-12).log()
+    return torch.where(x < -0.999, below, torch.where(x > 0.999, above, inner))
+
+
+def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """Noise prediction and variance logits (None where the model has no variance half), float32."""
+    output = output.float()
+    if output.shape[1] == channels:
+        return output, None
+    return output[:, :channels], output[:, channels:]
+
+
+@dataclass(frozen=True)
+class GaussianObjective:
+    """Hybrid loss: noise MSE plus the variational term for the variance, both per sample.
+
+    num_classes: K, the null label; label_drop: probability of replacing a label by it (published: 0.1; 0 in evaluation).
+    fixed_timesteps: draw t from a stratified grid over the batch instead of uniformly (calibration losses).
+    Source: arXiv 2102.09672, equation 16, with weight 1 on the variational term in bits per dimension of the sampled t.
+    """
+
+    num_classes: int
+    label_drop: float = 0.1
+    schedule: Schedule = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.schedule is None:
+            object.__setattr__(self, "schedule", Schedule())
+
+    def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
+        """t uniform over the chain, noise standard normal, labels dropped with probability `label_drop`."""
+        device = batch.x.device
+        t = torch.from_numpy(draws.integers("timestep", len(self.schedule))).to(device)
+        noise = torch.from_numpy(draws.normal("noise", tuple(batch.x.shape[1:]))).to(device)
+        dropped = torch.from_numpy(draws.uniform("label_drop") < self.label_drop).to(device)
+        return self.noised(batch, t, noise, dropped, draws.step)
+
+    def noised(self, batch: Batch, t: Tensor, noise: Tensor, dropped: Tensor, step: int = 0) -> NoisyBatch:
+        """The batch that these draws make."""
+        y = torch.where(dropped, self.num_classes, batch.y)
+        return NoisyBatch(batch.x, noise, self.schedule.q_sample(batch.x, t, noise), t, y, step)
+
+    def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
+        """One forward pass; the network sees original step numbers."""
+        return Prediction(model(noisy.xt, self._original(noisy.t), noisy.y))
+
+    def _original(self, index: Tensor) -> Tensor:
+        return torch.as_tensor(self.schedule.timesteps, device=index.device)[index]
+
+    def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
+        """loss = mse + vb; without learned variance loss = mse."""
+        noise, v = split_output(prediction.output, noisy.x0.shape[1])
+        mse = mean_flat((noisy.noise - noise) ** 2)
+        if v is None:
+            return {"loss": mse, "mse": mse}
+        vb = self.variational_bits(noisy, noise, v)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def variational_bits(
+        self, noisy: NoisyBatch, noise: Tensor, v: Tensor, target: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """(B,) bits per dimension: KL of `target` (mean, log variance; default the true posterior) from the model.
+
+        The model's mean is frozen: gradient flows into v alone. At t = 0 the data's negative log-likelihood is taken
+        whatever the target (as published).
+        """
+        model = self.schedule.model_gaussian(noise.detach(), v, noisy.xt, noisy.t, clip=False)
+        mean, log_variance = target or self.schedule.posterior(noisy.x0, noisy.xt, noisy.t)
+        kl = mean_flat(normal_kl(mean, log_variance, model.mean, model.log_variance))
+        likelihood = discretised_log_likelihood(noisy.x0, model.mean, 0.5 * model.log_variance)
+        return torch.where(noisy.t == 0, -mean_flat(likelihood), kl) / math.log(2.0)
+
+
+def sample_ancestral(
+    model: Denoiser, schedule: Schedule, x: Tensor, step_noise: StepNoise, clip: bool = False
+) -> Iterator[Tensor]:
+    """DDPM sampling from x (B, C, H, W) ~ N(0, 1): yields x after every step, highest index first.
+
+    step_noise(j) gives the noise of the j-th step made; the last one is not drawn. Source: arXiv 2006.11239 alg. 2.
+    """
+    channels = x.shape[1]
+    for position, i in enumerate(reversed(range(len(schedule)))):
+        index, original = _indices(schedule, i, x)
+        noise, v = split_output(model(x, original), channels)
+        step = schedule.model_gaussian(noise, v, x, index, clip)
+        x = step.mean if i == 0 else step.mean + torch.exp(0.5 * step.log_variance) * step_noise(position)
+        yield x
+
+
+def sample_ddim(
+    model: Denoiser, schedule: Schedule, x: Tensor, step_noise: StepNoise, clip: bool = False, eta: float = 0.0
+) -> Iterator[Tensor]:
+    """DDIM sampling; eta 0 is deterministic and draws nothing. Source: arXiv 2010.02502 equation 12."""
+    channels = x.shape[1]
+    for position, i in enumerate(reversed(range(len(schedule)))):
+        index, original = _indices(schedule, i, x)
+        noise, _ = split_output(model(x, original), channels)
+        x0 = schedule.x0_from_noise(x, index, noise)
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            noise = schedule.noise_from_x0(x, index, x0)
+        bar, bar_prev = float(schedule.alphas_cumprod[i]), float(schedule.alphas_cumprod_prev[i])
+        sigma = eta * math.sqrt((1 - bar_prev) / (1 - bar)) * math.sqrt(1 - bar / bar_prev)
+        x = math.sqrt(bar_prev) * x0 + math.sqrt(1 - bar_prev - sigma**2) * noise
+        if i > 0 and sigma > 0:
+            x = x + sigma * step_noise(position)
+        yield x
+
+
+def _indices(schedule: Schedule, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    index = torch.full((x.shape[0],), i, dtype=torch.int64, device=x.device)
+    return index, torch.full_like(index, int(schedule.timesteps[i]))

@@ -1,0 +1,43 @@
+"""Training state on disk: `checkpoints/step-0000123/` with tensors and a JSON that holds their hash."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rundir import read_json, write_json, written_beside
+from tinyfusion.training.loop import TrainState
+
+
+def save_checkpoint(folder: Path, state: TrainState, limit: int) -> None:
+    """Write `folder/step-N`, whole or not at all, and remove the oldest beyond `limit`."""
+    target = folder / f"step-{state.step:07d}"
+    with written_beside(target) as beside:
+        beside.mkdir(parents=True)
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors().items()}
+        save_file(tensors, beside / "state.safetensors")
+        digest = hashlib.sha256((beside / "state.safetensors").read_bytes()).hexdigest()
+        write_json(beside / "state.json", {"step": state.step, "bad_steps": state.bad_steps, "sha256": digest})
+    for old in sorted(folder.glob("step-*"))[: -max(limit, 1)]:
+        shutil.rmtree(old)
+
+
+def load_latest(folder: Path, state: TrainState) -> int:
+    """Load the newest sound checkpoint into `state`; its step, 0 where there is none. A damaged one is reported."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            record = read_json(path / "state.json")
+            content = (path / "state.safetensors").read_bytes()
+            if hashlib.sha256(content).hexdigest() != record["sha256"]:
+                raise ValueError("its hash does not match")
+            state.load(load_file(path / "state.safetensors"), record["step"], record["bad_steps"])
+            return int(record["step"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, UserError) as error:
+            warnings.warn(f"checkpoint {path} is damaged ({error}); trying the one before it", stacklevel=2)
+    return 0

@@ -1,0 +1,48 @@
+"""Low-rank weight deltas on every linear layer (arXiv 2106.09685), through peft, with addressed initial values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+_ADAPTER = "delta"
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
+    """Give every `nn.Linear` of `model` a delta (alpha / rank) B A, in place; only the deltas stay trainable.
+
+    A (rank x in) is uniform in +-1/sqrt(in), B (out x rank) zero, so the model computes what it did. Returns the deltas
+    by name. The model cannot be used without peft afterwards: attach to a copy.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with _global_generator_untouched():
+        inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    with torch.no_grad():
+        for name, parameter in deltas.items():
+            parameter.requires_grad_(True)
+            if ".lora_A." in name:
+                bound = parameter.shape[1] ** -0.5
+                values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                parameter.copy_(values)
+            else:
+                parameter.zero_()
+    return deltas
+
+
+@contextmanager
+def _global_generator_untouched() -> Iterator[None]:
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

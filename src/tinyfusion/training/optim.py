@@ -1,0 +1,47 @@
+"""AdamW with parameter groups, and the learning-rate schedule: exact at both ends for any length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tinyfusion.core.recipe import TrainingSection
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Named parameters that share a learning rate; `constant` exempts them from the schedule."""
+
+    parameters: dict[str, nn.Parameter]
+    learning_rate: float
+    constant: bool = False
+
+
+def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.AdamW:
+    """AdamW over the groups that hold anything."""
+    listed = [
+        {"params": list(g.parameters.values()), "lr": g.learning_rate, "base": g.learning_rate, "constant": g.constant}
+        for g in groups
+        if g.parameters
+    ]
+    return torch.optim.AdamW(listed, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True)
+
+
+def linear(ends: tuple[float, float], step: int, steps: int) -> float:
+    """From ends[0] at step 0 to ends[1] at step `steps - 1`; ends[0] where there is one step only."""
+    return ends[0] + (ends[1] - ends[0]) * step / max(steps - 1, 1)
+
+
+def learning_rate_factor(settings: TrainingSection, step: int) -> float:
+    """The learning rate at `step` as a share of its peak: linear warm-up, then cosine to `learning_rate_end`."""
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    if settings.learning_rate_end is None:
+        return 1.0
+    floor = settings.learning_rate_end / settings.learning_rate
+    progress = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps - 1, 1)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
