@@ -1,0 +1,84 @@
+"""The main job on digits with several seeds: FID of teacher, cut and recovered student, with spread.
+
+    python benchmarks/digits_seeds.py --recipe digits --seeds 3 --runs runs/seeds [--set FIELD=VALUE ...] [--out docs/results/digits.md]
+
+Every seed is a whole run of its own (masks, recovery, samples); finished runs are kept, so the command continues where it
+stopped. Standard deviations are over seeds (n - 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyfusion.core.config import load_recipe
+from tinyfusion.core.rundir import read_json, write_text
+from tinyfusion.jobs.assemble import RunOptions
+from tinyfusion.jobs.run import run
+
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
+MODELS = {"teacher": "teacher", "pruned": "cut, before recovery", "student": "cut and recovered"}
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """ "mean +- standard deviation"."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def table(runs: list[Path], references: tuple[str, ...]) -> list[str]:
+    """Markdown of every model against every reference."""
+    rows: list[str] = []
+    for reference in references:
+        slug = reference.replace(":", "-")
+        rows += [f"Reference `{reference}`:", "", "| model | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
+        for key, label in MODELS.items():
+            found = [read_json(r / "evaluations" / f"{key}-{slug}.json") for r in runs]
+            cells = [spread([float(f[m]) for f in found], 2 if "fid" in m or "score" in m else 3) for m in METRICS]
+            rows.append(f"| {label} | " + " | ".join(cells) + " |")
+        protocol = read_json(runs[0] / "evaluations" / f"student-{slug}.json")["protocol"]
+        rows += ["", f"Protocol of the first seed: {protocol}", ""]
+    return rows
+
+
+def facts(runs: list[Path], teacher_images: int | None) -> list[str]:
+    """Speed, kept blocks, budgets."""
+    speeds = [read_json(r / "speed.json") for r in runs]
+    rows = [f"Sampling speed-up: {spread([s['speedup'] for s in speeds])} ({speeds[0]['protocol']})."]
+    for run_folder in runs:
+        plan = read_json(run_folder / "prune" / "plan.json")
+        rows.append(f"- seed {plan['seed']}: kept {plan['kept']}, scheme {plan['scheme']}, {plan['cost']['seconds']:.0f} s of mask learning")
+    seen = [float(read_json(runs[0] / stage / "run.json")["seen_images"]) for stage in ("prune", "recover")]
+    share = f"; together {sum(seen) / teacher_images:.1%} of the teacher's {teacher_images:,}" if teacher_images else ""
+    rows.append(f"\nImages seen: mask learning {seen[0]:,.0f}, recovery {seen[1]:,.0f}{share}.")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="digits")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--teacher-images", type=int, help="images the teacher saw in training, for the budget's share")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    folders: list[Path] = []
+    outcomes: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        recipe = load_recipe(options.recipe, options.set, {"seed": seed})
+        folders.append(options.runs / f"seed-{seed}")
+        outcomes.append(run(recipe, RunOptions(folders[-1])))
+        print(json.dumps(outcomes[-1]), flush=True)
+    rows = [*table(folders, recipe.evaluate.references), *facts(folders, options.teacher_images)]
+    print("\n".join(rows))
+    if options.out:
+        write_text(options.out, "\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

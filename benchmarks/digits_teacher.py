@@ -1,0 +1,99 @@
+"""Is the digits teacher a yardstick? Held-out loss over training, and what removing any single block does to it.
+
+    python benchmarks/digits_teacher.py --model digits [--run runs/digits-teacher] [--out docs/results/digits-teacher.md]
+
+Every loss is on fixed (timestep, noise) pairs, stratified over timesteps, the same for every model and every removed
+block; differences are paired per image. With --run, the loss of every checkpoint's averaged weights is listed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from tinyfusion.core.rng import Randomness
+from tinyfusion.core.rundir import write_text
+from tinyfusion.data.digits import ImageSet, load_digits
+from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.processes.base import Batch
+from tinyfusion.processes.gaussian import NUM_TIMESTEPS, GaussianObjective
+
+SEED = 99
+
+
+@torch.no_grad()
+def calibration_loss(model: LoadedModel, images: ImageSet, repeats: int, without: int | None = None) -> np.ndarray:
+    """(N,) loss of every image, mean over `repeats` stratified timesteps, with block `without` taken out."""
+    objective = GaussianObjective(model.arch.num_classes, label_drop=0.0)
+    batch = Batch(torch.from_numpy(images.x), torch.from_numpy(images.y))
+    num = len(images)
+    gates = torch.ones(num, len(model.stack))
+    if without is not None:
+        gates[:, without] = 0.0
+    total = torch.zeros(num)
+    for repeat in range(repeats):
+        draws = Randomness(SEED).at(repeat, 0, num)
+        position = (np.argsort(draws.uniform("stratum")) + draws.uniform("timestep")) / num
+        t = torch.from_numpy((position * NUM_TIMESTEPS).astype(np.int64).clip(0, NUM_TIMESTEPS - 1))
+        noise = torch.from_numpy(draws.normal("noise", images.x.shape[1:]))
+        noisy = objective.noised(batch, t, noise, torch.zeros(num, dtype=torch.bool))
+        with model.stack.gated(gates):
+            prediction = objective.predict(model.module, noisy)
+        total += objective.losses(model.module, noisy, prediction)["loss"]
+    return (total / repeats).numpy()
+
+
+def removal_table(model: LoadedModel, repeats: int) -> list[str]:
+    """Markdown rows: what taking out each block adds to the held-out loss, paired, with its standard error."""
+    heldout = load_digits(heldout=True)
+    base = calibration_loss(model, heldout, repeats)
+    rows = [
+        f"Held-out loss of the whole model: {base.mean():.4f} ({len(heldout)} images, {repeats} timesteps each).",
+        "",
+        "| block removed | added loss | standard error | ratio |",
+        "|---|---|---|---|",
+    ]
+    for block in range(len(model.stack)):
+        added = calibration_loss(model, heldout, repeats, without=block) - base
+        error = added.std(ddof=1) / np.sqrt(len(added))
+        rows.append(f"| {block} | {added.mean():.4f} | {error:.4f} | {added.mean() / error:.1f} |")
+    return rows
+
+
+def curve_table(model: LoadedModel, run: Path, repeats: int) -> list[str]:
+    """Markdown rows: training and held-out loss of every checkpoint's averaged weights."""
+    rows = ["", "| steps | loss on training digits | loss on held-out digits |", "|---|---|---|"]
+    for folder in sorted((run / "checkpoints").glob("step-*")):
+        tensors = load_file(folder / "state.safetensors")
+        at_step = model.copy()
+        with torch.no_grad():
+            for name, parameter in at_step.module.named_parameters():
+                if f"ema/{name}" in tensors:
+                    parameter.copy_(tensors[f"ema/{name}"])
+        losses = [calibration_loss(at_step, load_digits(heldout), repeats).mean() for heldout in (False, True)]
+        rows.append(f"| {int(folder.name[5:])} | {losses[0]:.4f} | {losses[1]:.4f} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="digits")
+    parser.add_argument("--run", type=Path, help="run folder of `tinyfusion train`, for the curve")
+    parser.add_argument("--repeats", type=int, default=16, help="timesteps per image")
+    parser.add_argument("--out", type=Path, help="also write the tables to this file")
+    options = parser.parse_args()
+    model = open_model(options.model)
+    rows = removal_table(model, options.repeats)
+    if options.run:
+        rows += curve_table(model, options.run, max(1, options.repeats // 4))
+    print("\n".join(rows))
+    if options.out:
+        write_text(options.out, "\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

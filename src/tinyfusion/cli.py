@@ -1,0 +1,172 @@
+"""The command line: verbs to a recipe to one call in jobs, and the exit codes. Imports nothing heavy before parsing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
+
+from tinyfusion import __version__
+from tinyfusion.core.config import flatten, load_recipe, shipped_recipes, to_plain
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import Recipe
+from tinyfusion.core.signals import Interrupted
+from tinyfusion.options import REQUIRED, VERBS, Common, OpensModel
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Common]:
+    """The verb and its options. Raises UserError on bad options, SystemExit(0) after --help."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            options = tyro.extras.subcommand_cli_from_dict(
+                dict(VERBS), prog="tinyfusion", args=list(arguments), description=_DESCRIPTION, config=(FlagCreatePairsOff, OmitArgPrefixes)
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(captured.getvalue())) from None
+    verb = next(name for name, kind in VERBS.items() if type(options) is kind)
+    for name in REQUIRED.get(verb, ()):
+        if getattr(options, name) in (None, "", (), Path()):
+            spelled = f"--{name}" if (verb, name) not in (("report", "runs"), ("inspect", "model")) else name.upper()
+            raise UserError(f"{verb} needs {spelled}; see `tinyfusion {verb} --help`")
+    return verb, options
+
+
+_DESCRIPTION = "Make diffusion transformers shallow: prune by learning, recover by distillation, measure and show it."
+
+
+def _one_line(box: str) -> str:
+    """The text of a parser's box on one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip(" │|╭╮╰╯─━┃+-").strip() for line in text.splitlines()]
+    words = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+    return re.sub(r"^Parsing error\s*", "", words) or "bad options; see --help"
+
+
+def execute(verb: str, options: Any) -> dict[str, Any]:
+    """Do what a verb says; its machine-readable outcome."""
+    if verb == "recipes":
+        return _recipes(options)
+    recipe = load_recipe(options.recipe, options.set, options.overrides())
+    if verb == "inspect":
+        return _inspect(options, recipe)
+    from tinyfusion.jobs.assemble import RunOptions
+
+    heads, family = (options.num_heads, options.family) if isinstance(options, OpensModel) else (None, None)
+    out = options.out
+    where = RunOptions(out, options.overwrite, options.dry_run, heads, family)
+    outcome = _perform(verb, options, recipe, where)
+    state = "checked" if options.dry_run else "done"
+    print(f"{verb}: {state}, {out}" + (" (nothing was written)" if options.dry_run else ""), file=sys.stderr)
+    return {"verb": verb, "state": state, "out": str(out), **(outcome or {})}
+
+
+def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, Any] | None:
+    """One call in jobs; torch is imported here."""
+    if verb == "run":
+        from tinyfusion.jobs.run import run
+
+        return run(recipe, where)
+    if verb == "train":
+        from tinyfusion.jobs.train import train
+
+        return train(recipe, where)
+    if verb == "prune":
+        from tinyfusion.jobs.prune import prune
+
+        return prune(recipe, where)
+    if verb == "recover":
+        from tinyfusion.jobs.recover import recover
+
+        return recover(recipe, where, options.student)
+    if verb == "sample":
+        from tinyfusion.jobs.sample import sample
+
+        return sample(recipe, where, options.model, options.grid)
+    if verb == "evaluate":
+        from tinyfusion.jobs.evaluate import evaluate
+
+        return evaluate(recipe, where, options.samples, options.reference or recipe.evaluate.references[0])
+    from tinyfusion.jobs.report import report
+
+    return report(options.runs, where)
+
+
+def _inspect(options: Any, recipe: Recipe) -> dict[str, Any]:
+    from tinyfusion.jobs.inspect import inspect
+    from tinyfusion.models.checkpoint import open_model
+
+    facts = inspect(open_model(options.model, recipe.sample.weights, options.num_heads, options.family))
+    if not options.json:
+        for name, value in flatten({k: v for k, v in facts.items() if k != "lineage"}).items():
+            print(f"{name:24} {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{name:24} {value}")
+        for parent in facts["lineage"]:
+            print(f"{'parent':24} {parent['hash'][:12]} depth {parent['depth']} kept {parent['kept'] or 'all'}")
+    return facts
+
+
+def _recipes(options: Common) -> dict[str, Any]:
+    """Name, minutes, expected numbers and a sentence about every shipped recipe."""
+    listed = {name: to_plain(load_recipe(name)) for name in shipped_recipes()}
+    if not options.json:
+        for name, values in listed.items():
+            minutes = f"{values['minutes']:g} min" if values["minutes"] else ""
+            print(f"{name:18} {minutes:8} {values['description']}")
+            for expected in values["expected"]:
+                print(f"{'':27} expected {expected['metric']} {expected['value']:g} +- {expected['tolerance']:g} {expected['note']}".rstrip())
+    return listed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; the exit codes of docs/contract.md."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments
+    if list(arguments) == ["--version"]:
+        print(f"tinyfusion {__version__}")
+        return 0
+    try:
+        verb, options = parse(arguments)
+        outcome = execute(verb, options)
+    except UserError as error:
+        return _fail(error, debug)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        reason = "no space left on the disk" if error.errno == errno.ENOSPC else f"{error.strerror or error}"
+        return _fail(UserError(f"{reason}: {error.filename or 'while reading or writing'}"), debug, error)
+    except Exception as error:  # our bug, or the machine's memory
+        return _unexpected(error, debug)
+    if options.json:
+        print(json.dumps(outcome))
+    return 0
+
+
+def _fail(error: UserError, debug: bool, cause: BaseException | None = None) -> int:
+    if debug:
+        traceback.print_exception(cause or error)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    if isinstance(error, Interrupted):
+        print(f"{error}; saved, the same command continues", file=sys.stderr)
+        return 128 + error.signum
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return _fail(UserError(f"out of memory: use a smaller batch ({error})"), debug, error)
+    traceback.print_exception(error)
+    print("this is a bug in tinyfusion; please report it with the lines above", file=sys.stderr)
+    return 1

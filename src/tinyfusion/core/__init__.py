@@ -1,0 +1,1 @@
+"""Knows nothing about models: recipes, run folders, randomness, errors."""

@@ -1,0 +1,120 @@
+"""Image files: npz of images and labels, folders of PNGs, picture grids. Nothing is ever unpickled.
+
+Shapes: N images, H x W pixels, C channels, channels last.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rundir import written_beside
+
+_GAP_PX = 1  # between the images of a grid, before upscaling
+
+
+def read_images_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images (N, H, W, C), uint8 or float32, and labels (N,) int64 where the file has them.
+
+    Raises UserError on a missing or foreign file, no arr_0, a wrong type or shape, no images, NaN, labels that do not fit.
+    """
+    arrays = _read_arrays(path)
+    if "arr_0" not in arrays:
+        raise UserError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: wanted images in arr_0, (N, H, W, C) uint8")
+    images, labels = arrays["arr_0"], arrays.get("arr_1")
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise UserError(f"{path}: images are uint8 (0 to 255) or floats in [-1, 1]; arr_0 is {images.dtype}")
+    if images.ndim != 4 or 0 in images.shape:
+        raise UserError(f"{path}: images are (N, H, W, C) with at least one image; arr_0 is {images.shape}")
+    if images.dtype != np.uint8:
+        images = images.astype(np.float32)
+        if not np.isfinite(images).all():
+            raise UserError(f"{path}: arr_0 has {int((~np.isfinite(images)).sum())} values that are not finite (NaN or infinity)")
+    return images, None if labels is None else _checked_labels(labels, len(images), path)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """arr_0 and arr_1 of an npz, and the names of what else it holds."""
+    if not path.is_file():
+        raise UserError(f"no images at {path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is not an npz (a zip of arrays), or it was cut short: make it with numpy.savez or `tinyfusion sample`")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] if name in ("arr_0", "arr_1") else np.empty(0) for name in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as an npz of plain arrays: {error}") from error
+
+
+def _checked_labels(labels: np.ndarray, num_images: int, path: Path) -> np.ndarray:
+    if labels.dtype.kind not in "iu" or labels.shape != (num_images,):
+        raise UserError(f"{path}: labels in arr_1 are ({num_images},) integers; got {labels.shape} {labels.dtype}")
+    if labels.min() < 0:
+        raise UserError(f"{path}: labels are 0 or more; the smallest is {labels.min()}")
+    return labels.astype(np.int64)
+
+
+def read_image_folder(path: Path) -> np.ndarray:
+    """uint8 (N, H, W, C) of the PNGs in a folder, by name; C is 1 if all are grey, else 3.
+
+    Raises UserError on a missing or empty folder, a damaged file, images of different size, transparency.
+    """
+    if not path.is_dir():
+        raise UserError(f"no images at {path}: no such folder")
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".png" and not p.name.startswith("."))
+    if not files:
+        raise UserError(f"{path} holds no .png files")
+    images = [_read_png(file) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != images[0].shape:
+            raise UserError(f"images of {path} differ in size or channels: {files[0].name} {images[0].shape}, {file.name} {image.shape}")
+    return np.stack(images)
+
+
+def _read_png(file: Path) -> np.ndarray:
+    """(H, W, 1) or (H, W, 3) uint8."""
+    try:
+        with Image.open(file, formats=("PNG",)) as image:
+            mode = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
+            if mode not in ("L", "RGB") or "transparency" in image.info:
+                raise UserError(f"{file} is a PNG of mode {image.mode}: wanted 8-bit grey or RGB without transparency")
+            pixels = np.asarray(image.convert(mode))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} cannot be read as a PNG: {error}") from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def write_images_npz(path: Path, images: np.ndarray, labels: np.ndarray | None = None) -> None:
+    """Write images (N, H, W, C) uint8 and labels (N,) whole, uncompressed: arr_0, arr_1."""
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f"images are written as uint8 (N, H, W, C); got {images.dtype} {images.shape}")
+    arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": _checked_labels(labels, len(images), path)}
+    with written_beside(path) as beside, open(beside, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def write_grid_png(path: Path, images: np.ndarray, columns: int, scale: int = 1) -> None:
+    """Write images (N, H, W, C) uint8, C 1 or 3, as one picture: `columns` in a row, every pixel `scale` wide and high."""
+    grid = image_grid(images, columns).repeat(scale, axis=0).repeat(scale, axis=1)
+    with written_beside(path) as beside:
+        Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(beside, format="PNG")
+
+
+def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """(rows (H + 1) - 1, columns (W + 1) - 1, C) uint8: images (N, H, W, C) in rows, one white pixel between them."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"a grid takes uint8 images (N, H, W, 1 or 3); got {images.dtype} {images.shape}")
+    num, height, width, channels = images.shape
+    columns = max(min(columns, num), 1)
+    rows = -(-num // columns)
+    grid = np.full((rows * (height + _GAP_PX), columns * (width + _GAP_PX), channels), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + _GAP_PX), (i % columns) * (width + _GAP_PX)
+        grid[top : top + height, left : left + width] = image
+    return grid[:-_GAP_PX, :-_GAP_PX]

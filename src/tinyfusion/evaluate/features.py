@@ -1,0 +1,156 @@
+"""Images to features: what a feature extractor is, and the small classifier that serves as one for the digits.
+
+FID and its kin compare features, not pixels; numbers of different extractors have nothing to do with each other, so an
+extractor has a name and the hash of its weights, and both are part of every protocol. Extractors are made from weights
+that someone else has read: nothing here touches the disk.
+
+Shapes: N images, H x W pixels, C channels, D pooled features, (h, w) the last feature map, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyfusion.core.errors import UserError
+
+SPATIAL_CHANNELS = 7  # as sFID takes from Inception, arXiv 2103.03841
+
+
+@dataclass(frozen=True)
+class Features:
+    """pool (N, D) for FID, precision and recall; spatial (N, 7 h w) for sFID; logits (N, K) for the Inception Score."""
+
+    pool: np.ndarray
+    spatial: np.ndarray
+    logits: np.ndarray
+
+
+class FeatureExtractor(Protocol):
+    """A frozen network that everyone measures with."""
+
+    @property
+    def name(self) -> str:
+        """What the protocol calls it."""
+        ...
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of its weights."""
+        ...
+
+    def check(self, images: np.ndarray, what: str) -> None:
+        """Raise UserError unless it takes such images; `what` names them."""
+        ...
+
+    def __call__(self, images: np.ndarray) -> Features:
+        """Features of uint8 images (N, H, W, C)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClassifierArch:
+    """Sizes of the digits classifier. widths: channels of its three convolutions; the last is the number of features."""
+
+    image_size: int = 8
+    in_channels: int = 1
+    widths: tuple[int, int, int] = (32, 64, 96)
+    num_classes: int = 10
+
+
+class DigitsClassifier(nn.Module):
+    """Three 3 x 3 convolutions, halved once, averaged, one linear layer.
+
+    Differs from a plain classifier on purpose: smooth activations and no normalisation, so that no feature is dead,
+    saturated, or blind to contrast. A yardstick has to grow with every damage, also where the class is still clear.
+    """
+
+    def __init__(self, arch: ClassifierArch) -> None:
+        super().__init__()
+        first, second, last = arch.widths
+        self.conv1 = nn.Conv2d(arch.in_channels, first, 3, padding=1)
+        self.conv2 = nn.Conv2d(first, second, 3, padding=1)
+        self.conv3 = nn.Conv2d(second, last, 3, padding=1)
+        self.head = nn.Linear(last, arch.num_classes)
+
+    def last_map(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) in [-1, 1] -> the last feature map (N, D, H/2, W/2)."""
+        x = F.gelu(self.conv2(F.gelu(self.conv1(x))))
+        return F.gelu(self.conv3(F.avg_pool2d(x, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) in [-1, 1] -> logits (N, K)."""
+        logits: Tensor = self.head(self.last_map(x).mean((2, 3)))
+        return logits
+
+
+class ClassifierFeatures:
+    """A `DigitsClassifier` as a `FeatureExtractor`. Its batch size bounds memory; features do not depend on it."""
+
+    def __init__(self, name: str, classifier: DigitsClassifier, arch: ClassifierArch, batch_size: int = 256) -> None:
+        self.name = name
+        self.hash = hash_state(classifier.state_dict())
+        self.classifier = classifier.eval().requires_grad_(False)
+        self.arch = arch
+        self.batch_size = batch_size
+
+    def check(self, images: np.ndarray, what: str) -> None:
+        """Raise UserError unless `images` are uint8 of the classifier's size and channels."""
+        wanted = (self.arch.image_size, self.arch.image_size, self.arch.in_channels)
+        if images.dtype != np.uint8:
+            raise UserError(f"{what}: features {self.name} take uint8 images (0 to 255); got {images.dtype}")
+        if images.ndim != 4 or images.shape[1:] != wanted:
+            raise UserError(
+                f"{what}: features {self.name} take images of height, width, channels {wanted}; got {tuple(images.shape[1:])}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> Features:
+        """Features of uint8 images (N, H, W, C). Raises UserError on another size, number of channels or type."""
+        self.check(images, "images")
+        parts = [self._features(batch) for batch in self._batches(images)]
+        pool, spatial, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return Features(pool, spatial, logits)
+
+    def _batches(self, images: np.ndarray) -> Iterator[Tensor]:
+        for first in range(0, max(len(images), 1), self.batch_size):
+            pixels = torch.from_numpy(np.ascontiguousarray(images[first : first + self.batch_size]))
+            yield pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def _features(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        feature_map = self.classifier.last_map(x)
+        pool = feature_map.mean((2, 3))
+        spatial = feature_map[:, :SPATIAL_CHANNELS].flatten(1)
+        return pool.numpy(), spatial.numpy(), self.classifier.head(pool).numpy()
+
+
+def hash_state(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous().numpy()
+        digest.update(f"{name}\0{values.dtype}\0{values.shape}\0".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def digits_classifier(name: str, arch: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ClassifierFeatures:
+    """The digits classifier from its sizes and weights. Raises ValueError where they do not fit."""
+    try:
+        sizes = ClassifierArch(**{**arch, "widths": tuple(arch["widths"])})
+        classifier = DigitsClassifier(sizes)
+        classifier.load_state_dict(dict(tensors))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"sizes and weights of {name} do not fit: {error}") from error
+    return ClassifierFeatures(name, classifier, sizes)
+
+
+ExtractorBuilder = Callable[[str, Mapping[str, Any], Mapping[str, Tensor]], FeatureExtractor]
+EXTRACTORS: dict[str, ExtractorBuilder] = {"digits-classifier": digits_classifier}

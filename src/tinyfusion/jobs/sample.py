@@ -1,0 +1,113 @@
+"""`sample`: a model to images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.progress import progress
+from tinyfusion.core.recipe import Recipe, SampleSection
+from tinyfusion.core.rundir import check_space, file_output, read_json, stamp, write_json
+from tinyfusion.core.signals import Interrupted, SignalWatch
+from tinyfusion.data.images import write_grid_png, write_images_npz
+from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
+from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.processes.gaussian import kept_timesteps
+from tinyfusion.sample.drive import SamplerSettings, image_labels, sample as draw_samples, to_uint8
+
+
+def sample(recipe: Recipe, options: RunOptions, model_source: str, grid: Path | None = None) -> None:
+    """Draw images; writes the npz at `options.out` with its record beside, and a picture grid if asked."""
+    model = open_model(model_source, recipe.sample.weights, options.num_heads, options.family)
+    plain = plain_recipe(recipe, "sample", model=model.hash())
+    check_sampling(recipe.sample, model)
+    if options.out.suffix != ".npz":
+        raise UserError(f"--out of sample is an .npz file; got {options.out}")
+    todo = file_output(options.out, "sample", plain, options.overwrite, _record_beside)
+    if not todo:
+        print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
+        return
+    side = model.arch.input_size
+    check_space(options.out, recipe.sample.num_images * side * side * model.arch.in_channels * 2)
+    if options.dry_run:
+        return
+    images, labels = draw(recipe, model, f"sample {model_source}")
+    write_samples(options.out, images, labels, recipe, model, plain)
+    if grid is not None:
+        columns = 8 if len(images) <= 64 else 10
+        write_grid_png(grid, images[: columns * columns], columns, max(1, 256 // (4 * side)))
+
+
+def write_samples(out: Path, images: np.ndarray, labels: np.ndarray, recipe: Recipe, model: LoadedModel, plain: dict[str, Any]) -> None:
+    """The npz and the record beside it."""
+    write_images_npz(out, images, labels)
+    record = stamp("sample", plain, "done", protocol=protocol(recipe, model), model=model.hash(), num_images=len(images))
+    write_json(out.with_suffix(".json"), record)
+
+
+def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images (N, S, S, C) and labels (N,). Raises Interrupted between batches."""
+    settings = recipe.sample
+    labels = labels_of(recipe, model)
+    module = model.module.to(device_for(recipe)).eval()
+    shape = (model.arch.in_channels, model.arch.input_size, model.arch.input_size)
+    images: list[np.ndarray] = []
+    with SignalWatch() as signals, progress(title, len(labels), "images") as bar:
+        for batch in draw_samples(module, labels, shape, model.arch.num_classes, sampler_of(settings, model), recipe.seed, settings.batch_size):
+            if not bool(torch.isfinite(batch.x).all()):
+                raise UserError(f"the model drew values that are not finite from image {batch.first} on: it is broken or unrecovered")
+            images.append(to_uint8(batch.x))
+            bar(batch.first + len(batch.x))
+            if signals.stop:
+                raise Interrupted(signals.stop)
+    return np.concatenate(images), labels
+
+
+def labels_of(recipe: Recipe, model: LoadedModel) -> np.ndarray:
+    """The label of every image."""
+    settings = recipe.sample
+    return image_labels(settings.num_images, model.arch.num_classes, recipe.seed, settings.labels, settings.label_rule == "balanced")
+
+
+def sampler_of(settings: SampleSection, model: LoadedModel) -> SamplerSettings:
+    """The sampler's settings with the model's guided channels."""
+    channels = model.arch.in_channels
+    published = model.family.guided_channels
+    guided = channels if settings.guidance_channels == "all" or published is None else min(published, channels)
+    return SamplerSettings(settings.sampler, settings.num_steps, settings.guidance, guided, settings.eta, settings.clip)
+
+
+def protocol(recipe: Recipe, model: LoadedModel) -> str:
+    """The sampling half of the protocol string."""
+    s = recipe.sample
+    eta = f" eta {s.eta:g}" if s.sampler == "ddim" and s.eta else ""
+    labels = "labels " + ("given" if s.labels else s.label_rule)
+    guidance = f"guidance {s.guidance:g} on {sampler_of(s, model).guided_channels} channels ({s.guidance_channels})"
+    return f"{s.num_images} images | {s.sampler} {s.num_steps} steps{eta}{' clipped' if s.clip else ''} | {guidance} | {labels} | float32 | seed {recipe.seed}"
+
+
+def _record_beside(out: Path) -> Any:
+    beside = out.with_suffix(".json")
+    return read_json(beside) if beside.is_file() else None
+
+
+def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
+    """UserError on settings that cannot work with the model."""
+    if settings.num_images < 1 or settings.batch_size < 1:
+        raise UserError(f"sample wants at least one image and a batch of at least one; got {settings.num_images} and {settings.batch_size}")
+    if settings.guidance < 1:
+        raise UserError(f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}")
+    outside = [label for label in settings.labels if not 0 <= label < model.arch.num_classes]
+    if outside:
+        raise UserError(f"--labels {outside} out of range: the model knows classes 0 to {model.arch.num_classes - 1}")
+    try:
+        kept_timesteps(sampler_of(settings, model).spacing)
+    except ValueError as error:
+        raise UserError(f"--num-steps {settings.num_steps} with --sampler {settings.sampler}: {error}") from error
+    if model.facts.latent_scale is not None:
+        raise UserError("this model draws latents, and decoding them with a VAE is not built yet: pixel-space models can be sampled")

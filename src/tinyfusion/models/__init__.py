@@ -1,0 +1,1 @@
+"""What a diffusion transformer is: blocks, checkpoints, plans."""

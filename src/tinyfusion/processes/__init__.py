@@ -1,0 +1,1 @@
+"""What a noising process is: draw, predict, losses, step."""

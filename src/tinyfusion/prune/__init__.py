@@ -1,0 +1,1 @@
+"""Decide which blocks go. Every criterion returns a `PrunePlan`."""

@@ -1,0 +1,62 @@
+"""GateDistribution: a categorical over the candidates of every group, sampled by Gumbel-softmax. Knows no models.
+
+Shapes: B samples, K_g candidates and M_g blocks of group g, L = sum of M_g blocks.
+Source: TinyFusion (arXiv 2412.01199), section 3; Jang et al. arXiv 1611.01144 for the straight-through estimator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion.prune.scheme import Group
+
+
+class CategoricalGates(nn.Module):
+    """p(candidate k of group g) = softmax(scaling * theta_g)_k, one independent categorical per group."""
+
+    def __init__(self, groups: Sequence[Group], logit_init: float = 0.02) -> None:
+        super().__init__()
+        self.groups = list(groups)
+        self.logits = nn.ParameterList([nn.Parameter(torch.full((g.num_candidates,), logit_init)) for g in groups])
+        for index, group in enumerate(self.groups):
+            rows = torch.zeros(group.num_candidates, group.size)
+            for row, kept in enumerate(group.candidates()):
+                rows[row, list(kept)] = 1.0
+            self.register_buffer(f"candidates_{index}", rows, persistent=False)
+
+    def candidates(self, group: int) -> Tensor:
+        """(K_g, M_g) of 0 and 1, rows in lexicographic order of the kept positions."""
+        return self.get_buffer(f"candidates_{group}")
+
+    def sample(self, gumbel: Sequence[Tensor], temperature: float, scaling: float) -> Tensor:
+        """Gates (B, L): 0/1 forward, with the gradient of the relaxed sample (straight-through).
+
+        gumbel: standard Gumbel noise (B, K_g) per group. y = onehot(argmax p) - sg(p) + p with
+        p = softmax((scaling * theta + gumbel) / temperature); the gates of a group are y @ candidates.
+        Differs from the released code by staying in float32 under autocast.
+        """
+        parts = []
+        for index, logits in enumerate(self.logits):
+            relaxed = torch.softmax((scaling * logits + gumbel[index]) / temperature, dim=-1)
+            hard = nn.functional.one_hot(relaxed.argmax(dim=-1), relaxed.shape[-1]).to(relaxed.dtype)
+            with torch.autocast(relaxed.device.type, enabled=False):
+                # (relaxed - relaxed.detach()) is exactly 0 forward, so the gates are exactly 0 or 1.
+                parts.append((hard + (relaxed - relaxed.detach())) @ self.candidates(index))
+        return torch.cat(parts, dim=-1)
+
+
+def mode(groups: Sequence[Group], logits: Sequence[Tensor]) -> list[int]:
+    """Kept block indices of the most probable candidates; the first of equals."""
+    kept: list[int] = []
+    for group, theta in zip(groups, logits, strict=True):
+        chosen = group.candidates()[int(torch.argmax(theta))]
+        kept += [group.start + position for position in chosen]
+    return kept
+
+
+def probabilities(logits: Sequence[Tensor], scaling: float) -> list[list[float]]:
+    """softmax(scaling * theta) per group, without temperature; the confidence of a group is its maximum."""
+    return [torch.softmax(scaling * theta.detach().float(), dim=-1).tolist() for theta in logits]

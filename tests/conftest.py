@@ -1,0 +1,35 @@
+"""Options and settings of the whole suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=30)
+settings.load_profile("suite")
+
+DEFAULT_GOLDEN = Path(__file__).parent / "assets" / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden", metavar="DIR", default=str(DEFAULT_GOLDEN), help="folder of golden tensors for tests/parity"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread: bit equality must not depend on how many there are, and the tensors are tiny."""
+    torch.set_num_threads(1)
+    golden = Path(config.getoption("--golden"))
+    if not golden.is_dir():
+        raise pytest.UsageError(f"--golden wants a folder of golden tensors; {golden} is none")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why golden subjects were skipped, without needing -rs."""
+    for report in terminalreporter.stats.get("skipped", []):
+        if "test_golden.py" in report.nodeid and isinstance(report.longrepr, tuple):
+            terminalreporter.write_line(f"{report.nodeid}: {report.longrepr[2]}")
