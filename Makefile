@@ -32,7 +32,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 floors: $(READY)
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 setup: $(READY)
 

@@ -35,7 +35,12 @@ def table(runs: list[Path], references: tuple[str, ...]) -> list[str]:
     rows: list[str] = []
     for reference in references:
         slug = reference.replace(":", "-")
-        rows += [f"Reference `{reference}`:", "", "| model | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
+        rows += [
+            f"Reference `{reference}`:",
+            "",
+            "| model | " + " | ".join(METRICS) + " |",
+            "|---" * (len(METRICS) + 1) + "|",
+        ]
         for key, label in MODELS.items():
             found = [read_json(r / "evaluations" / f"{key}-{slug}.json") for r in runs]
             cells = [spread([float(f[m]) for f in found], 2 if "fid" in m or "score" in m else 3) for m in METRICS]
@@ -51,7 +56,9 @@ def facts(runs: list[Path], teacher_images: int | None) -> list[str]:
     rows = [f"Sampling speed-up: {spread([s['speedup'] for s in speeds])} ({speeds[0]['protocol']})."]
     for run_folder in runs:
         plan = read_json(run_folder / "prune" / "plan.json")
-        rows.append(f"- seed {plan['seed']}: kept {plan['kept']}, scheme {plan['scheme']}, {plan['cost']['seconds']:.0f} s of mask learning")
+        rows.append(
+            f"- seed {plan['seed']}: kept {plan['kept']}, scheme {plan['scheme']}, {plan['cost']['seconds']:.0f} s of mask learning"
+        )
     seen = [float(read_json(runs[0] / stage / "run.json")["seen_images"]) for stage in ("prune", "recover")]
     share = f"; together {sum(seen) / teacher_images:.1%} of the teacher's {teacher_images:,}" if teacher_images else ""
     rows.append(f"\nImages seen: mask learning {seen[0]:,.0f}, recovery {seen[1]:,.0f}{share}.")

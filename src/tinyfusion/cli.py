@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -17,7 +18,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from tinyfusion import __version__
-from tinyfusion.core.config import flatten, load_recipe, shipped_recipes, to_plain
+from tinyfusion.core.config import flatten, load_recipe, nearest, shipped_recipes, to_plain
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.signals import Interrupted
@@ -26,6 +27,7 @@ from tinyfusion.options import REQUIRED, VERBS, Common, OpensModel
 
 def parse(arguments: Sequence[str]) -> tuple[str, Common]:
     """The verb and its options. Raises UserError on bad options, SystemExit(0) after --help."""
+    _check_spelling(arguments)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -47,12 +49,39 @@ def parse(arguments: Sequence[str]) -> tuple[str, Common]:
 _DESCRIPTION = "Make diffusion transformers shallow: prune by learning, recover by distillation, measure and show it."
 
 
+def _check_spelling(arguments: Sequence[str]) -> None:
+    """UserError on a verb or option that there is not, with the nearest name."""
+    if not arguments:
+        raise UserError(f"tinyfusion wants a verb: {', '.join(VERBS)}; see `tinyfusion --help`")
+    verb = arguments[0]
+    if verb in ("-h", "--help"):
+        return
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
+    known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(VERBS[verb])} | {"--help"}
+    known -= {"--runs"} if verb == "report" else {"--model"} if verb == "inspect" else set()
+    for argument in arguments[1:]:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name.startswith("--") and name not in known:
+            raise UserError(f"{verb} has no option {name}{nearest(name, known)} (every recipe field: --set section.field=value)")
+
+
+_BAD_VALUE = re.compile(r"Error parsing (--[\w-]+): no type matching \S*\|(\w+) could be instantiated from \[(.*?)\]")
+_BAD_CHOICE = re.compile(r"invalid choice ('.*?') for argument '(--[\w-]+)'. Expected one of \((.*?)\)")
+_KINDS = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path", "STR": "a text"}
+
+
 def _one_line(box: str) -> str:
     """The text of a parser's box on one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip(" │|╭╮╰╯─━┃+-").strip() for line in text.splitlines()]
+    lines = [line.strip(" │|╭╮╰╯─━┃+").strip() for line in text.splitlines()]
     words = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-    return re.sub(r"^Parsing error\s*", "", words) or "bad options; see --help"
+    if value := _BAD_VALUE.search(words):
+        return f"{value[1]} wants {_KINDS.get(value[2], value[2])}; got {value[3]}"
+    if choice := _BAD_CHOICE.search(words):
+        names = sorted(name for name in re.findall(r"'(.*?)'", choice[3]) if name != "None")
+        return f"{choice[2]} is one of {', '.join(names)}; got {choice[1]}"
+    return re.sub(r"^(Parsing error|Unrecognized options|Invalid choice|Value error)\s*", "", words) or "bad options; see --help"
 
 
 def execute(verb: str, options: Any) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tinyfusion.evaluate.metrics import feature_moments, frechet_distance, inception_score, precision_recall
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction
 from tinyfusion.processes.gaussian import GaussianObjective, Schedule, sample_ancestral, sample_ddim
@@ -59,7 +61,8 @@ class GoldenSet:
         if name not in self.computed:
             for pattern, rule in RULES[self.subject].items():
                 if match := re.fullmatch(pattern, name):
-                    self.computed[name] = torch.as_tensor(rule(self, *match.groups()))
+                    value = rule(self, *match.groups())
+                    self.computed[name] = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
                     break
             else:
                 raise LookupError(f"no rule reads {name!r} of {self.subject}_golden.safetensors")
@@ -223,25 +226,18 @@ def logits_gradient(golden: GoldenSet, index: str) -> Tensor:
 
 
 def frechet(golden: GoldenSet, prefix: str | None) -> float:
-    from tinyfusion.evaluate import metrics as formulas
-
-    samples, reference = (golden.get(f"{prefix or ''}{name}").numpy() for name in ("samples", "ref"))
-    return formulas.frechet_distance(moments_of(samples), moments_of(reference))
+    samples, reference = (feature_moments(golden.get(f"{prefix or ''}{name}").numpy()) for name in ("samples", "ref"))
+    return frechet_distance(*samples, *reference)
 
 
 def coverage(golden: GoldenSet, kind: str) -> float:
-    from tinyfusion.evaluate import metrics as formulas
-
-    samples, reference = golden.get("samples").numpy(), golden.get("ref").numpy()
-    precision, recall = formulas.precision_recall(samples, reference, k=3)
+    precision, recall = precision_recall(golden.get("ref").numpy(), golden.get("samples").numpy(), k=3)
     return {"precision": precision, "recall": recall}[kind]
 
 
 def inception(golden: GoldenSet) -> float:
-    from tinyfusion.evaluate import metrics as formulas
-
     logits = golden.get("logits").numpy()
-    return formulas.inception_score(logits, split_size=len(logits))
+    return inception_score(logits, split_size=len(logits))
 
 
 Rule = Callable[..., Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -16,12 +17,25 @@ from typing import Any
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_POSITIVE = math.ulp(0.0)
+# what a number must be, by the last part of its field's name: smallest and largest value
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("steps", "batch_size", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "max_bad_steps"), (1, math.inf)),
+    **dict.fromkeys(("num_images", "num_steps", "lora_rank", "neighbours", "is_splits_size", "repeats", "steps_per_repeat"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "eps", "clip_norm", "temperature", "mask_sigmas"), (_POSITIVE, math.inf)),
+    **dict.fromkeys(("warmup_steps", "learning_rate_end", "weight_decay", "gate_learning_rate", "scaling", "beta"), (0, math.inf)),
+    **dict.fromkeys(("label_drop", "augment", "eta", "alpha_kd"), (0, 1)),
+    **dict.fromkeys(("ema_decay", "betas"), (0, math.nextafter(1, 0))),
+    "seed": (0, 2**64 - 1),
+}  # fmt: skip
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint " (did you mean X?)", or the list of what there is."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(names)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(names)}" if names else ""
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -30,7 +44,9 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def load_recipe(name_or_file: str | None, settings: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    name_or_file: str | None, settings: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> Recipe:
     """A recipe by shipped name or TOML file (None: the published defaults), with `section.field=value` settings.
 
     overrides: {dotted field: value} from options of the command line; they win over the file, settings win over both.
@@ -103,6 +119,8 @@ def build(kind: Any, value: Any, path: str) -> Any:
 
 
 def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
+    if isinstance(value, kind):  # a default, taken over whole
+        return value
     if not isinstance(value, Mapping):
         raise UserError(f"{path or 'the recipe'} is a section with fields; got {value!r}")
     hints = typing.get_type_hints(kind, include_extras=True)
@@ -147,22 +165,35 @@ def _build_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...
 
 
 def _build_scalar(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(value) and isinstance(value, kind):
-        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{path} wants {kind.__name__}; got {value!r}")
-    if kind is float and value != value:
-        raise UserError(f"{path} wants a number; got nan")
+        raise UserError(f"{path} wants {_KINDS.get(kind, kind.__name__)}; got {value!r}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        _check_range(value, path)
     return value
+
+
+def _check_range(value: float, path: str) -> None:
+    low, high = _RANGES.get(path.rpartition(".")[2], (-math.inf, math.inf))
+    if not math.isfinite(value):
+        raise UserError(f"{path} wants a finite number; got {value}")
+    if not low <= value <= high:
+        least = "above 0" if low == _POSITIVE else f"at least {low:g}"
+        most = "" if math.isinf(high) else " and below 1" if high < 1 else f" and at most {high:g}"
+        raise UserError(f"{path} must be {least}{most}; got {value:g}")
 
 
 def to_plain(value: Any) -> Any:
     """Dataclasses, tuples and paths as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value, default=str))
+    return json.loads(
+        json.dumps(
+            dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value,
+            default=str,
+        )
+    )
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:

@@ -31,9 +31,9 @@ class ModelSection:
 class DataSection:
     """Where batches come from."""
 
-    name: Annotated[str, "data set: digits (training part), digits:heldout, or an npz with arr_0 uint8 NHWC and arr_1 labels"] = (
-        "digits"
-    )
+    name: Annotated[
+        str, "data set: digits (training part), digits:heldout, or an npz with arr_0 uint8 NHWC and arr_1 labels"
+    ] = "digits"
     augment: Annotated[float, "share of images that are slightly turned, scaled and sheared, 0 to 1"] = 0.0
 
 
@@ -44,7 +44,9 @@ class TrainingSection:
     steps: Annotated[int, "optimiser steps"] = 100_000
     batch_size: Annotated[int, "images per step"] = 256
     learning_rate: Annotated[float, "peak learning rate of AdamW"] = 2e-4
-    learning_rate_end: Annotated[float | None, "learning rate at the last step, by cosine; None keeps it constant"] = 1e-4
+    learning_rate_end: Annotated[float | None, "learning rate at the last step, by cosine; None keeps it constant"] = (
+        1e-4
+    )
     warmup_steps: Annotated[int, "steps over which the learning rate rises linearly"] = 0
     betas: Annotated[tuple[float, float], "AdamW's decay rates"] = (0.9, 0.999)
     eps: Annotated[float, "AdamW's denominator offset"] = 1e-8
@@ -67,7 +69,9 @@ class PruneSection:
     scheme: Annotated[str, "N:M keeps N of every M consecutive blocks; 2:4x3+3:4x4 is explicit"] = "1:2"
     distribution: Annotated[Literal["categorical"], "how a group's candidates are sampled"] = "categorical"
     keep: Annotated[tuple[int, ...], "blocks to keep, for criterion indices"] = ()
-    update: Annotated[Literal["lora", "full", "frozen"], "what is trained beside the gates, and thrown away after"] = "lora"
+    update: Annotated[Literal["lora", "full", "frozen"], "what is trained beside the gates, and thrown away after"] = (
+        "lora"
+    )
     lora_rank: Annotated[int, "rank of the low-rank weight deltas"] = 8
     lora_alpha: Annotated[float | None, "scale numerator of the deltas; None is twice the rank"] = None
     gate_learning_rate: Annotated[float, "learning rate of the gate logits"] = 1e-3
@@ -94,8 +98,13 @@ class RecoverSection:
     )
     alpha_kd: Annotated[float, "weight of the output distillation; the data loss has 1 - alpha_kd"] = 0.9
     beta: Annotated[tuple[float, float], "weight of the feature distillation at the first and last step"] = (1e-2, 0.0)
-    mask: Annotated[Literal["own", "joint"], "own: each side drops its massive activations (released code); joint: both drop the union (paper)"] = "own"
-    mask_sigmas: Annotated[float | None, "activations further than this many standard deviations are masked; None masks none"] = 2.0
+    mask: Annotated[
+        Literal["own", "joint"],
+        "own: each side drops its massive activations (released code); joint: both drop the union (paper)",
+    ] = "own"
+    mask_sigmas: Annotated[
+        float | None, "activations further than this many standard deviations are masked; None masks none"
+    ] = 2.0
     training: TrainingSection = field(default_factory=TrainingSection)
 
 
@@ -109,10 +118,14 @@ class SampleSection:
     num_steps: Annotated[int, "denoising steps"] = 250
     eta: Annotated[float, "DDIM's share of fresh noise, 0 to 1"] = 0.0
     guidance: Annotated[float, "classifier-free guidance scale; 1 runs the conditional model alone"] = 1.5
-    guidance_channels: Annotated[Literal["published", "all"], "channels that are guided: the family's published ones or all noise channels"] = "published"
+    guidance_channels: Annotated[
+        Literal["published", "all"], "channels that are guided: the family's published ones or all noise channels"
+    ] = "published"
     clip: Annotated[bool, "clamp the predicted clean image to [-1, 1] at every step"] = False
     labels: Annotated[tuple[int, ...], "classes to draw, repeated in turn; empty draws them by label_rule"] = ()
-    label_rule: Annotated[Literal["uniform", "balanced"], "labels drawn uniformly at random, or 0, 1, 2, ... in turn"] = "uniform"
+    label_rule: Annotated[
+        Literal["uniform", "balanced"], "labels drawn uniformly at random, or 0, 1, 2, ... in turn"
+    ] = "uniform"
     weights: Annotated[Literal["ema", "raw"], "which weights, where both exist"] = "ema"
 
 
@@ -120,7 +133,9 @@ class SampleSection:
 class EvaluateSection:
     """Images to numbers."""
 
-    references: Annotated[tuple[str, ...], "sets to compare with: digits, digits:heldout, or a folder or npz of images"] = (
+    references: Annotated[
+        tuple[str, ...], "sets to compare with: digits, digits:heldout, or a folder or npz of images"
+    ] = (
         "digits",
         "digits:heldout",
     )

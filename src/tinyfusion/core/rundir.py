@@ -25,7 +25,11 @@ _MARKER = "tinyfusion"
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it replaces `path` when the block ends well and vanishes when it does not."""
+    """A path beside `path` to write to; it replaces `path` when the block ends well and vanishes when it does not.
+
+    Folders above are made where missing, and taken back when the block does not end well.
+    """
+    made = _missing_folders(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -38,11 +42,28 @@ def written_beside(path: Path) -> Iterator[Path]:
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(beside, path)
-    finally:
+    except BaseException:
         if beside.is_dir():
             shutil.rmtree(beside, ignore_errors=True)
         else:
             beside.unlink(missing_ok=True)
+        _remove_empty(made)
+        raise
+
+
+def _missing_folders(folder: Path) -> list[Path]:
+    """`folder` and those above it that do not exist, deepest first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,7 +89,12 @@ def read_json(path: Path) -> Any:
 
 def machine() -> dict[str, Any]:
     """What the numbers of a run were made on."""
-    return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    return {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
 
 
 def _commit() -> str | None:
@@ -101,12 +127,16 @@ def _is_ours(record: Any) -> bool:
 def _check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], where: Path) -> None:
     version = record.get("format_version", 0)
     if version > FORMAT_VERSION:
-        raise UserError(f"{where} was written in format {version} by tinyfusion {record.get('version')}; this one reads up to {FORMAT_VERSION}: upgrade")
+        raise UserError(
+            f"{where} was written in format {version} by tinyfusion {record.get('version')}; this one reads up to {FORMAT_VERSION}: upgrade"
+        )
     if record["verb"] != verb:
         raise UserError(f"{where} holds a `{record['verb']}`, not a `{verb}`; choose another --out or give --overwrite")
     difference = first_difference(record["recipe"], recipe)
     if difference:
-        raise UserError(f"{where} was made with another recipe ({difference}); choose another --out or give --overwrite")
+        raise UserError(
+            f"{where} was made with another recipe ({difference}); choose another --out or give --overwrite"
+        )
 
 
 class RunDirectory:
@@ -117,14 +147,17 @@ class RunDirectory:
 
     @property
     def record_path(self) -> Path:
+        """run.json."""
         return self.path / "run.json"
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of training checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
+        """metrics.jsonl."""
         return self.path / "metrics.jsonl"
 
     def record(self) -> dict[str, Any]:
@@ -132,8 +165,8 @@ class RunDirectory:
         return dict(read_json(self.record_path))
 
     def check(self, verb: str, recipe: Mapping[str, Any], overwrite: bool) -> str:
-        """"new", "continue" or "finished"; touches nothing. Raises UserError on a folder that may not be used."""
-        _check_writable(self.path)
+        """ "new", "continue" or "finished"; touches nothing. Raises UserError on a folder that may not be used."""
+        check_writable(self.path)
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return "new"
         if not self.path.is_dir():
@@ -148,13 +181,41 @@ class RunDirectory:
     def begin(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> str:
         """As `check`; then a new folder is made (an old run of ours removed with `overwrite`) and marked running."""
         mode = self.check(verb, recipe, overwrite)
-        if mode == "new":
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True)
-        if mode != "finished":
-            write_json(self.record_path, stamp(verb, recipe, "running"))
+        if mode == "continue":
+            self.mark("running")
+        elif mode == "new":
+            with self._set_aside():
+                write_json(self.record_path, stamp(verb, recipe, "running"))
         return mode
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Within the context an old run is out of the way; it comes back where the new one cannot even begin."""
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.old")
+        old = self.record_path.exists()
+        if old:
+            os.replace(self.path, aside)
+        try:
+            yield
+        except BaseException:
+            if old:
+                os.replace(aside, self.path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+    @contextmanager
+    def writing(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> Iterator[str]:
+        """`begin`, and the work within. A new run that fails before anything worth continuing was saved leaves no trace."""
+        made = _missing_folders(self.path)
+        mode = self.begin(verb, recipe, overwrite)
+        try:
+            yield mode
+        except Exception:
+            if mode == "new" and not any(self.path.rglob("step-*")) and not any(self.path.rglob("model.json")):
+                for entry in self.path.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                _remove_empty(made)
+            raise
 
     def mark(self, state: str, **more: Any) -> None:
         """Set the state ("done", "interrupted") and more fields of run.json."""
@@ -174,7 +235,9 @@ class RunDirectory:
         """Drop the lines of steps that a resumed run is going to write again."""
         if not self.metrics.exists():
             return
-        lines = [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        lines = [
+            json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+        ]
         kept = [line for line in lines if line.get("step", -1) < step]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -187,13 +250,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def file_output(path: Path, verb: str, recipe: Mapping[str, Any], overwrite: bool, record_of: Callable[[Path], Any]) -> bool:
+def file_output(
+    path: Path, verb: str, recipe: Mapping[str, Any], overwrite: bool, record_of: Callable[[Path], Any]
+) -> bool:
     """Whether the single-file output `path` is still to be made.
 
     record_of: reads the record (see `stamp`) of an existing output, None where it has none. Raises UserError where the
     file is not ours or was made with another recipe.
     """
-    _check_writable(path)
+    check_writable(path)
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; this verb writes a file")
     if not path.exists():
@@ -207,7 +272,8 @@ def file_output(path: Path, verb: str, recipe: Mapping[str, Any], overwrite: boo
     return False
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Raise UserError unless `path` can be made or replaced."""
     parent = path.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -224,4 +290,6 @@ def check_space(path: Path, num_bytes: int) -> None:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
-        raise UserError(f"no space: {path} needs about {num_bytes / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB free")
+        raise UserError(
+            f"no space: {path} needs about {num_bytes / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB free"
+        )

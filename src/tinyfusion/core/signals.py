@@ -26,7 +26,7 @@ class SignalWatch:
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._old[signum] = signal.signal(signum, self._note)  # type: ignore[assignment]
+                self._old[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

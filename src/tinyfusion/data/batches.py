@@ -43,6 +43,7 @@ class ShuffledBatches:
         return self._orders[epoch]
 
     def __call__(self, step: int, batch_size: int, draws: Draws) -> ArrayBatch:
+        """The images of `step`."""
         first = step * batch_size + draws.first
         positions = range(first, first + draws.num)
         size = len(self.x)
@@ -54,14 +55,20 @@ class ShuffledBatches:
 
 
 def jitter(x: Tensor, draws: Draws, share: float) -> Tensor:
-    """Turn (8 degrees at most), scale (7 %), shear (0.15) and shift (a twentieth of the side) a `share` of images (B, C, H, W) in [-1, 1]."""
+    """Turn (8 degrees at most), scale (7 %), shear (0.15) and shift (a twentieth of the side) a `share` of images.
+
+    x: (B, C, H, W) in [-1, 1], and so is what comes back. Bicubic, the outside counts as -1.
+    """
     u = torch.from_numpy(draws.uniform("augment", (6,))).float() * 2 - 1
     on = ((u[:, 5] + 1) / 2 < share).float()
     angle = u[:, 0] * math.radians(8) * on
     scale_x, scale_y = 1 + 0.07 * u[:, 1] * on, 1 + 0.07 * u[:, 2] * on
     shear, shift = 0.15 * u[:, 3] * on, 0.1 * u[:, 4] * on
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    rows = [torch.stack([cos * scale_x, (shear - sin) * scale_y, shift], 1), torch.stack([sin * scale_x, cos * scale_y, zero], 1)]
+    rows = [
+        torch.stack([cos * scale_x, (shear - sin) * scale_y, shift], 1),
+        torch.stack([sin * scale_x, cos * scale_y, zero], 1),
+    ]
     grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
     moved = F.grid_sample(x + 1, grid, mode="bicubic", align_corners=False).clamp(0, 2) - 1
     return torch.where(on.view(-1, 1, 1, 1) > 0, moved, x)

@@ -20,11 +20,14 @@ _GAP_PX = 1  # between the images of a grid, before upscaling
 def read_images_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Images (N, H, W, C), uint8 or float32, and labels (N,) int64 where the file has them.
 
-    Raises UserError on a missing or foreign file, no arr_0, a wrong type or shape, no images, NaN, labels that do not fit.
+    Raises UserError on a missing or foreign file, no arr_0, a wrong type or shape, no images, NaN, labels that do
+    not fit.
     """
     arrays = _read_arrays(path)
     if "arr_0" not in arrays:
-        raise UserError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: wanted images in arr_0, (N, H, W, C) uint8")
+        raise UserError(
+            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: wanted images in arr_0, (N, H, W, C) uint8"
+        )
     images, labels = arrays["arr_0"], arrays.get("arr_1")
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise UserError(f"{path}: images are uint8 (0 to 255) or floats in [-1, 1]; arr_0 is {images.dtype}")
@@ -33,7 +36,9 @@ def read_images_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if images.dtype != np.uint8:
         images = images.astype(np.float32)
         if not np.isfinite(images).all():
-            raise UserError(f"{path}: arr_0 has {int((~np.isfinite(images)).sum())} values that are not finite (NaN or infinity)")
+            raise UserError(
+                f"{path}: arr_0 has {int((~np.isfinite(images)).sum())} values that are not finite (NaN or infinity)"
+            )
     return images, None if labels is None else _checked_labels(labels, len(images), path)
 
 
@@ -42,7 +47,10 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"no images at {path}: no such file")
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is not an npz (a zip of arrays), or it was cut short: make it with numpy.savez or `tinyfusion sample`")
+        raise UserError(
+            f"{path} is not an npz (a zip of arrays), or it was cut short: "
+            "make it with numpy.savez or `tinyfusion sample`"
+        )
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] if name in ("arr_0", "arr_1") else np.empty(0) for name in archive.files}
@@ -71,7 +79,10 @@ def read_image_folder(path: Path) -> np.ndarray:
     images = [_read_png(file) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
-            raise UserError(f"images of {path} differ in size or channels: {files[0].name} {images[0].shape}, {file.name} {image.shape}")
+            raise UserError(
+                f"images of {path} differ in size or channels: "
+                f"{files[0].name} is {images[0].shape}, {file.name} {image.shape}"
+            )
     return np.stack(images)
 
 
@@ -94,13 +105,15 @@ def write_images_npz(path: Path, images: np.ndarray, labels: np.ndarray | None =
     """Write images (N, H, W, C) uint8 and labels (N,) whole, uncompressed: arr_0, arr_1."""
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(f"images are written as uint8 (N, H, W, C); got {images.dtype} {images.shape}")
-    arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": _checked_labels(labels, len(images), path)}
+    arrays = (
+        {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": _checked_labels(labels, len(images), path)}
+    )
     with written_beside(path) as beside, open(beside, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def write_grid_png(path: Path, images: np.ndarray, columns: int, scale: int = 1) -> None:
-    """Write images (N, H, W, C) uint8, C 1 or 3, as one picture: `columns` in a row, every pixel `scale` wide and high."""
+    """Write images (N, H, W, C) uint8, C 1 or 3, as one picture, `columns` in a row, pixels `scale` wide and high."""
     grid = image_grid(images, columns).repeat(scale, axis=0).repeat(scale, axis=1)
     with written_beside(path) as beside:
         Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(beside, format="PNG")

@@ -57,7 +57,7 @@ class FeatureExtractor(Protocol):
 
 @dataclass(frozen=True)
 class ClassifierArch:
-    """Sizes of the digits classifier. widths: channels of its three convolutions; the last is the number of features."""
+    """Sizes of the digits classifier. widths: channels of its three convolutions, the last of them D."""
 
     image_size: int = 8
     in_channels: int = 1
@@ -108,7 +108,8 @@ class ClassifierFeatures:
             raise UserError(f"{what}: features {self.name} take uint8 images (0 to 255); got {images.dtype}")
         if images.ndim != 4 or images.shape[1:] != wanted:
             raise UserError(
-                f"{what}: features {self.name} take images of height, width, channels {wanted}; got {tuple(images.shape[1:])}"
+                f"{what}: features {self.name} take images of height, width, channels {wanted}; "
+                f"got {tuple(images.shape[1:])}"
             )
 
     @torch.no_grad()

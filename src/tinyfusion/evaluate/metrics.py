@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 
 
 def feature_moments(features: ArrayLike) -> Moments:
-    """Moments of features (N, D); N may be smaller than D. Raises ValueError for N < 2 or values that are not finite."""
+    """Moments of features (N, D); N may be smaller than D. Raises ValueError for N < 2 or values not finite."""
     values = _matrix(features, "features")
     if len(values) < 2:
         raise ValueError(f"a covariance needs at least 2 samples; got {len(values)}")
@@ -50,7 +50,9 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     cov1, cov2 = _matrix(np.atleast_2d(sigma1), "sigma1"), _matrix(np.atleast_2d(sigma2), "sigma2")
     size = len(mean1)
     if len(mean2) != size or cov1.shape != (size, size) or cov2.shape != (size, size):
-        raise ValueError(f"moments do not fit: means {len(mean1)}, {len(mean2)}, covariances {cov1.shape}, {cov2.shape}")
+        raise ValueError(
+            f"moments do not fit: means {len(mean1)}, {len(mean2)}, covariances {cov1.shape}, {cov2.shape}"
+        )
     root = np.linalg.svd(_symmetric_root(cov1) @ _symmetric_root(cov2), compute_uv=False).sum()
     difference = mean1 - mean2
     return max(float(difference @ difference + np.trace(cov1) + np.trace(cov2) - 2 * root), 0.0)
@@ -116,7 +118,7 @@ def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
 
 
 def _squared_distances(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Blocks of rows of the (N, M) matrix of |u|^2 - 2 u v + |v|^2; what is within rounding of 0 is 0, so copies coincide."""
+    """Blocks of rows of the (N, M) matrix |u|^2 - 2 u v + |v|^2; within rounding of 0 is 0, so copies coincide."""
     left_norms, right_norms = (left**2).sum(1), (right**2).sum(1)
     step = max(BLOCK_ENTRIES // len(right), 1)
     for first in range(0, len(left), step):
@@ -129,8 +131,8 @@ def _squared_distances(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[sl
 def nearest_training_distance(images: np.ndarray, training: np.ndarray) -> float:
     """Median over `images` of the L2 pixel distance to the nearest image of `training`, pixels in [-1, 1].
 
-    Both (N, ...) of equal shape beyond N, uint8 or floats in [-1, 1]. Far below the same number of held-out images means
-    that training images are copied. Raises ValueError on shapes that do not fit or values that are not finite.
+    Both (N, ...) of equal shape beyond N, uint8 or floats in [-1, 1]. Far below the same number of held-out images
+    means that training images are copied. Raises ValueError on shapes that do not fit or values that are not finite.
     """
     if images.shape[1:] != training.shape[1:]:
         raise ValueError(f"images {images.shape[1:]} and training images {training.shape[1:]} differ in shape")

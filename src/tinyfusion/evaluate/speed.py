@@ -45,7 +45,9 @@ class Timing:
         return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
-def interleaved(sides: dict[str, Callable[[], object]], repeats: int, synchronise: Callable[[], None]) -> dict[str, Timing]:
+def interleaved(
+    sides: dict[str, Callable[[], object]], repeats: int, synchronise: Callable[[], None]
+) -> dict[str, Timing]:
     """Time each side in turn, `repeats` times after one warm-up round each, in one process run."""
     for call in sides.values():
         call()

@@ -12,7 +12,7 @@ import torch
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Recipe
+from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import ImageSet, load_digits
@@ -36,6 +36,15 @@ def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any
     """The part of a recipe that a verb depends on, with its inputs, as plain values: what "the same command" means."""
     values = to_plain(recipe)
     return {**inputs, "seed": recipe.seed, **{name: values[name] for name in sections}}
+
+
+def training_plan(recipe: Recipe, settings: TrainingSection, mode: str) -> dict[str, str]:
+    """What `--dry-run` says of a training run. mode: as `RunDirectory.check` gives it."""
+    return {
+        "training": f"{settings.steps:,} steps of {settings.batch_size} images, learning rate {settings.learning_rate:g}, {settings.dtype}",
+        "data": recipe.data.name,
+        "out": "a new run" if mode == "new" else "continues what is there",
+    }
 
 
 def objective_for(model: LoadedModel, label_drop: float) -> Objective:
@@ -82,6 +91,8 @@ def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Shu
 def device_for(recipe: Recipe) -> torch.device:
     """The recipe's device; on the CPU denormal numbers are flushed, which fading moments would make slow."""
     device = choose_device(recipe.device)
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {recipe.device!r} cannot run models: use auto, cpu, cuda or mps")
     if device.type == "cpu":
         torch.set_flush_denormal(True)
     return device

@@ -3,61 +3,108 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
-from tinyfusion.core.rundir import RunDirectory, write_json
-from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe
+from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
+from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe, training_plan
+from tinyfusion.jobs.estimate import Estimate, announce, copy_estimate, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.training import drive
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.models.plan import PrunePlan
+from tinyfusion.models.stack import num_parameters
 from tinyfusion.prune.criteria import by_indices
-from tinyfusion.prune.learn import mask_learner, plan_of
-from tinyfusion.prune.scheme import parse_scheme
+from tinyfusion.prune.learn import MaskLearner, mask_learner, plan_of
 from tinyfusion.training.loop import StepRecord, TrainState
 
 
-def prune(recipe: Recipe, options: RunOptions) -> None:
-    """Decide which blocks of the teacher go; writes `plan.json` and `student/`."""
+@dataclass(frozen=True)
+class _Learning:
+    """The learned criterion, ready to go."""
+
+    learner: MaskLearner
+    state: TrainState
+    source: ShuffledBatches
+
+
+def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    """Decide which blocks of the teacher go; writes `plan.json` and `student/`. Returns what `--json` prints."""
     teacher = open_model(recipe.teacher, recipe.sample.weights, options.num_heads, options.family)
     plain = plain_recipe(recipe, "data", "prune", teacher=teacher.hash())
     run = RunDirectory(options.out)
     mode = run.check("prune", plain, options.overwrite)
-    settings = recipe.prune
-    if settings.criterion == "indices":
-        by_indices(teacher, settings.keep, recipe.seed)  # refuses bad indices before anything is written
-    else:
-        parse_scheme(settings.scheme, teacher.stack.depths())
-        batches_for(recipe, teacher, device_for(recipe))
+    learning = check_prune(recipe, teacher)
     if mode == "finished":
         print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
-        return
+        return {"kept": read_json(run.path / "plan.json")["kept"]}
+    if mode == "new":
+        check_space(options.out, _disk_bytes(recipe, teacher, learning))
     if options.dry_run:
-        return
-    run.begin("prune", plain, options.overwrite)
-    plan = by_indices(teacher, settings.keep, recipe.seed) if settings.criterion == "indices" else _learn(recipe, teacher, run)
-    student = teacher.cut(plan)
-    write_json(run.path / "plan.json", plan.to_json())
-    save_model(student, run.path / "student")
-    run.mark("done", seconds=plan.cost.get("seconds", 0.0), seen_images=plan.cost.get("images", 0))
+        return announce("prune", {"teacher": described(teacher), **_intent(recipe, mode)}, _estimate(recipe, teacher, learning))
+    with run.writing("prune", plain, options.overwrite):
+        plan = _learn(recipe, teacher, learning, run) if learning else by_indices(teacher, recipe.prune.keep, recipe.seed)
+        write_json(run.path / "plan.json", plan.to_json())
+        save_model(teacher.cut(plan), run.path / "student")
+        run.mark("done", seconds=plan.cost.get("seconds", 0.0), seen_images=plan.cost.get("images", 0))
+    return {"kept": plan.kept}
 
 
-def _learn(recipe: Recipe, teacher: LoadedModel, run: RunDirectory) -> PrunePlan:
-    """The learned criterion inside `run`."""
+def _learning(recipe: Recipe, teacher: LoadedModel) -> _Learning:
+    """Gates and deltas on a copy of the teacher. Raises UserError where scheme, data or device do not fit."""
     settings, device = recipe.prune, device_for(recipe)
     seed = Randomness(recipe.seed).generator_seed("lora")
+    source = batches_for(recipe, teacher, device)
     learner = mask_learner(teacher, objective_for(teacher, settings.training.label_drop), settings, (seed, str(device)))
+    return _Learning(learner, TrainState(learner.module, learner.parameter_groups, settings.training), source)
+
+
+def _disk_bytes(recipe: Recipe, teacher: LoadedModel, learning: _Learning | None) -> int:
+    student = 4 * num_parameters(teacher.module)
+    return student + (training_disk_bytes(teacher, learning.state, recipe.prune.training) if learning else 0)
+
+
+def _intent(recipe: Recipe, mode: str) -> dict[str, str]:
+    """What `--dry-run` says of the decision."""
+    settings = recipe.prune
+    if settings.criterion == "indices":
+        return {"criterion": f"indices: keep {', '.join(map(str, sorted(settings.keep)))}"}
+    decision = f"learned: {settings.scheme}, {settings.update} weight deltas"
+    return {"criterion": decision, **training_plan(recipe, settings.training, mode)}
+
+
+def _estimate(recipe: Recipe, teacher: LoadedModel, learning: _Learning | None) -> Estimate:
+    if learning is None:
+        return copy_estimate(teacher)
+    return training_estimate(teacher, learning.state, learning.learner.objective, learning.source, recipe.prune.training)
+
+
+def check_prune(recipe: Recipe, teacher: LoadedModel) -> _Learning | None:
+    """Raises UserError on everything that a `prune` would refuse; what learns, None for the other criteria."""
+    if recipe.prune.criterion == "learned":
+        return _learning(recipe, teacher)
+    by_indices(teacher, recipe.prune.keep, recipe.seed)
+    return None
+
+
+def prune_estimate(recipe: Recipe, teacher: LoadedModel) -> Estimate:
+    """What a `prune` will take."""
+    return _estimate(recipe, teacher, check_prune(recipe, teacher))
+
+
+def _learn(recipe: Recipe, teacher: LoadedModel, learning: _Learning, run: RunDirectory) -> PrunePlan:
+    """The learned criterion inside `run`."""
+    settings, learner, state = recipe.prune, learning.learner, learning.state
     run.note(f"trainable beside the gates: {learner.trainable_share:.3%} of the teacher's parameters")
     print(f"learning {settings.scheme} masks; {learner.trainable_share:.3%} of the teacher's parameters train along", file=sys.stderr)
-    state = TrainState(learner.module, learner.parameter_groups, settings.training)
 
     def extra(record: StepRecord) -> dict[str, Any]:
         return learner.decision(state.ema, record.step).log(record.step, learner.objective)
 
-    source = batches_for(recipe, teacher, device)
-    seconds = drive(run, "prune", state, learner.objective, source, settings.training, recipe.seed, extra)
+    seconds = drive(run, "prune", state, learner.objective, learning.source, settings.training, recipe.seed, extra)
     cost = {"seconds": seconds, "images": float(settings.training.steps * settings.training.batch_size)}
     decision = learner.decision(state.ema, settings.training.steps - 1)
     if not all(theta.isfinite().all() for theta in decision.logits):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Recipe
-from tinyfusion.core.rundir import RunDirectory
-from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe
+from tinyfusion.core.recipe import Recipe, TrainingSection
+from tinyfusion.core.rundir import RunDirectory, check_space
+from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe, training_plan
+from tinyfusion.jobs.estimate import Estimate, announce, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.train import averaged, trainable
 from tinyfusion.jobs.training import drive
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
@@ -23,35 +27,80 @@ from tinyfusion.training.loop import TrainState
 from tinyfusion.training.optim import ParameterGroup
 
 
-def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> None:
-    """Train the student; writes `student/` (averaged weights) and `student-raw/`."""
+def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[str, Any] | None:
+    """Train the student; writes `student/` (averaged weights) and `student-raw/`. Returns what `--json` prints."""
     student = open_model(student_source, recipe.sample.weights, options.num_heads, options.family)
     teacher = None
     if recipe.recover.method != "finetune":
         teacher = open_model(recipe.teacher, recipe.sample.weights, options.num_heads, options.family)
-        _check_pair(student, teacher)
+    recovery = _recovery(recipe, student, teacher)
     inputs = {"student": student.hash(), "teacher": teacher.hash() if teacher else None}
     plain = plain_recipe(recipe, "data", "recover", **inputs)
     run = RunDirectory(options.out)
     mode = run.check("recover", plain, options.overwrite)
-    settings, device = recipe.recover.training, device_for(recipe)
-    source = batches_for(recipe, student, device)
+    settings, state = recipe.recover.training, recovery.state
     if mode == "finished":
         print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
-        return
+        return None
+    if mode == "new":
+        check_space(options.out, training_disk_bytes(student, state, settings))
     warning = horizon_warning(settings.ema_decay, settings.steps)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     if options.dry_run:
-        return
-    run.begin("recover", plain, options.overwrite)
+        return announce("recover", _intent(recipe, student, teacher, mode), _estimate(recovery, settings))
+    with run.writing("recover", plain, options.overwrite):
+        seconds = drive(run, "recover", state, recovery.objective, recovery.source, settings, recipe.seed)
+        save_model(averaged(student, state), run.path / "student")
+        save_model(student, run.path / "student-raw")
+        run.mark("done", seconds=seconds, seen_images=settings.steps * settings.batch_size)
+    return {"seconds": seconds}
+
+
+@dataclass(frozen=True)
+class _Recovery:
+    """Student, teacher and what trains the one on the other, ready to go."""
+
+    student: LoadedModel
+    teacher: LoadedModel | None
+    objective: Objective
+    state: TrainState
+    source: ShuffledBatches
+
+
+def _recovery(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None) -> _Recovery:
+    """Raises UserError where student, teacher, data and device do not go together."""
+    if teacher:
+        _check_pair(student, teacher)
+    settings, device = recipe.recover.training, device_for(recipe)
+    source = batches_for(recipe, student, device)
     student.module.to(device).train()
     objective = _objective(recipe, student, teacher, device.type)
     state = TrainState(student.module, [ParameterGroup(trainable(student.module), settings.learning_rate)], settings)
-    seconds = drive(run, "recover", state, objective, source, settings, recipe.seed)
-    save_model(averaged(student, state), run.path / "student")
-    save_model(student, run.path / "student-raw")
-    run.mark("done", seconds=seconds, seen_images=settings.steps * settings.batch_size)
+    return _Recovery(student, teacher, objective, state, source)
+
+
+def _intent(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, mode: str) -> dict[str, str]:
+    """What `--dry-run` says of a recovery."""
+    teachers = {"teacher": described(teacher)} if teacher else {}
+    return {
+        "student": described(student),
+        **teachers,
+        "method": recipe.recover.method,
+        **training_plan(recipe, recipe.recover.training, mode),
+    }
+
+
+def _estimate(recovery: _Recovery, settings: TrainingSection) -> Estimate:
+    return training_estimate(
+        recovery.student, recovery.state, recovery.objective, recovery.source, settings, recovery.teacher
+    )
+
+
+def recover_estimate(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> Estimate:
+    """What a `recover` of this student will take. Trains it for a moment: give a copy."""
+    distilled = recipe.recover.method != "finetune"
+    return _estimate(_recovery(recipe, student, teacher if distilled else None), recipe.recover.training)
 
 
 def _check_pair(student: LoadedModel, teacher: LoadedModel) -> PrunePlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -14,17 +15,22 @@ import torch
 
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.recipe import Recipe
-from tinyfusion.core.rundir import RunDirectory, read_json, write_json, write_text
+from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions, device_for
-from tinyfusion.jobs.evaluate import evaluate, reference_images
+from tinyfusion.jobs.estimate import announce, described, sampling_estimate
+from tinyfusion.jobs.evaluate import REAL_SETS, evaluate, open_extractor, open_reference
 from tinyfusion.jobs.inspect import inspect
-from tinyfusion.jobs.prune import prune
-from tinyfusion.jobs.recover import recover
+from tinyfusion.jobs.prune import check_prune, prune, prune_estimate
+from tinyfusion.jobs.recover import recover, recover_estimate
 from tinyfusion.jobs.report import render_run
 from tinyfusion.jobs.sample import check_sampling, sample, sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.plan import PrunePlan
+from tinyfusion.models.stack import num_parameters
+from tinyfusion.prune.criteria import by_indices
+from tinyfusion.prune.scheme import parse_scheme
 from tinyfusion.sample.drive import sample as draw_samples
 
 
@@ -37,28 +43,70 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if mode == "finished":
         print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
         return _outcome(options.out)
-    if mode == "new":  # whatever the stages would refuse is refused before anything is written
-        prune(recipe, dataclasses.replace(options, out=options.out / "prune", dry_run=True, overwrite=True))
-        check_sampling(recipe.sample, teacher)
-        for reference in recipe.evaluate.references:
-            reference_images(reference)
+    if mode == "new":
+        _check(recipe, options, teacher)
     if options.dry_run:
-        return {"minutes": recipe.minutes}
-    folder.begin("run", plain, options.overwrite)
-    command = f"tinyfusion run --recipe {recipe.name} --out {options.out}"
-    folder.mark("running", command=command)
+        return _announce(recipe, options, teacher, mode)
+    with folder.writing("run", plain, options.overwrite):
+        folder.mark("running", command=f"tinyfusion run --recipe {recipe.name} --out {options.out}")
+        _perform(recipe, options, folder, teacher)
+        write_text(options.out / "report.html", render_run(options.out))
+        folder.mark("done", seconds=sum(folder.record()["stages"].values()))
+    return _outcome(options.out)
 
-    out = options.out
-    stage = _stages(folder)
-    stage("prune", lambda: prune(recipe, RunOptions(out / "prune", num_heads=options.num_heads, family=options.family)))
-    stage("recover", lambda: recover(recipe, RunOptions(out / "recover", num_heads=options.num_heads, family=options.family), out / "prune"))
-    models = {"teacher": recipe.teacher, "pruned": str(out / "prune" / "student"), "student": str(out / "recover" / "student")}
+
+def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher: LoadedModel) -> None:
+    """Every stage but the page."""
+    out, stage = options.out, _stages(folder)
+    where = dataclasses.replace(options, overwrite=False)
+    stage("prune", lambda: prune(recipe, dataclasses.replace(where, out=out / "prune")))
+    stage("recover", lambda: recover(recipe, dataclasses.replace(where, out=out / "recover"), out / "prune"))
+    cut, student = out / "prune" / "student", out / "recover" / "student"
+    models = {"teacher": recipe.teacher, "pruned": str(cut), "student": str(student)}
     stage("sample", lambda: _sample(recipe, options, models))
     stage("evaluate", lambda: _evaluate(recipe, out, list(models)))
-    stage("speed", lambda: _speed(recipe, out, teacher, open_model(models["student"])))
-    folder.mark("done", seconds=sum(folder.record()["stages"].values()))
-    write_text(out / "report.html", render_run(out))
-    return _outcome(out)
+    stage("speed", lambda: _speed(recipe, out, teacher, open_model(student)))
+
+
+def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel) -> None:
+    """Whatever a stage would refuse is refused before anything is written."""
+    check_prune(recipe, teacher)
+    check_sampling(recipe.sample, teacher)
+    extractor = open_extractor(recipe.evaluate.features)
+    for reference in recipe.evaluate.references:
+        open_reference(reference, extractor)
+    images = 3 * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
+    weights = 4 * num_parameters(teacher.module)
+    check_space(options.out, 6 * weights + images)
+
+
+def _announce(recipe: Recipe, options: RunOptions, teacher: LoadedModel, mode: str) -> dict[str, Any]:
+    """What `--dry-run` says."""
+    prune_settings, device = recipe.prune, device_for(recipe)
+    estimate = prune_estimate(recipe, teacher)
+    estimate += recover_estimate(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher)
+    for _ in ("teacher", "pruned", "student"):
+        estimate += sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device)
+    plan = {
+        "teacher": described(teacher),
+        "prune": f"{prune_settings.criterion} {prune_settings.scheme}, {prune_settings.training.steps:,} steps",
+        "recover": f"{recipe.recover.method}, {recipe.recover.training.steps:,} steps of {recipe.recover.training.batch_size} images",
+        "sample": f"{recipe.sample.num_images:,} images of each of teacher, pruned and student",
+        "evaluate": f"against {', '.join(recipe.evaluate.references)}",
+        "out": "a new run" if mode == "new" else "continues what is there",
+    }
+    if recipe.minutes:
+        plan["published"] = f"{recipe.minutes:g} minutes on {recipe.machine or 'an unnamed machine'}"
+    return announce("run", plan, estimate)
+
+
+def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
+    """A plan of the size that pruning will decide on."""
+    if recipe.prune.criterion == "indices":
+        return by_indices(teacher, recipe.prune.keep, recipe.seed)
+    groups = [group for listed in parse_scheme(recipe.prune.scheme, teacher.stack.depths()).values() for group in listed]
+    starts = itertools.accumulate((group.size for group in groups), initial=0)
+    return by_indices(teacher, [s + i for s, group in zip(starts, groups, strict=False) for i in range(group.keep)], recipe.seed)
 
 
 def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
@@ -83,12 +131,18 @@ def _sample(recipe: Recipe, options: RunOptions, models: dict[str, str]) -> None
 
 
 def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
-    for reference in recipe.evaluate.references:
+    """Every model, and the other real set, against every reference."""
+    references = recipe.evaluate.references
+
+    def target(name: str, reference: str) -> Path:
+        return out / "evaluations" / f"{name}-{reference.replace(':', '-')}.json"
+
+    for reference in references:
         for name in models:
-            target = out / "evaluations" / f"{name}-{reference.replace(':', '-')}.json"
-            evaluate(recipe, RunOptions(target), out / "samples" / f"{name}.npz", reference)
-    first = recipe.evaluate.references[0].replace(":", "-")
-    write_json(out / "evaluation.json", read_json(out / "evaluations" / f"student-{first}.json"))
+            evaluate(recipe, RunOptions(target(name, reference)), out / "samples" / f"{name}.npz", reference)
+        for real in [r for r in references if r != reference and r in REAL_SETS][:1]:
+            evaluate(recipe, RunOptions(target("real", reference)), Path(real), reference)
+    write_json(out / "evaluation.json", read_json(target("student", references[0])))
 
 
 def _speed(recipe: Recipe, out: Path, teacher: LoadedModel, student: LoadedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,42 +13,66 @@ import torch
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
 from tinyfusion.core.recipe import Recipe, SampleSection
-from tinyfusion.core.rundir import check_space, file_output, read_json, stamp, write_json
+from tinyfusion.core.rundir import check_space, check_writable, file_output, read_json, stamp, written_beside
 from tinyfusion.core.signals import Interrupted, SignalWatch
-from tinyfusion.data.images import write_grid_png, write_images_npz
+from tinyfusion.data.images import read_images_npz, write_grid_png, write_images_npz
 from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
+from tinyfusion.jobs.estimate import announce, described, sampling_estimate
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.processes.gaussian import kept_timesteps
 from tinyfusion.sample.drive import SamplerSettings, image_labels, sample as draw_samples, to_uint8
 
 
-def sample(recipe: Recipe, options: RunOptions, model_source: str, grid: Path | None = None) -> None:
-    """Draw images; writes the npz at `options.out` with its record beside, and a picture grid if asked."""
-    model = open_model(model_source, recipe.sample.weights, options.num_heads, options.family)
+def sample(recipe: Recipe, options: RunOptions, model_source: str, grid: Path | None = None) -> dict[str, Any]:
+    """Draw images; writes the npz at `options.out` with its record beside, and a picture grid if asked. Returns what `--json` prints."""
+    settings, out = recipe.sample, options.out
+    if out.suffix != ".npz":
+        raise UserError(f"--out of sample is an .npz file; got {out}")
+    model = open_model(model_source, settings.weights, options.num_heads, options.family)
     plain = plain_recipe(recipe, "sample", model=model.hash())
-    check_sampling(recipe.sample, model)
-    if options.out.suffix != ".npz":
-        raise UserError(f"--out of sample is an .npz file; got {options.out}")
-    todo = file_output(options.out, "sample", plain, options.overwrite, _record_beside)
-    if not todo:
-        print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
-        return
-    side = model.arch.input_size
-    check_space(options.out, recipe.sample.num_images * side * side * model.arch.in_channels * 2)
+    check_sampling(settings, model)
+    todo = file_output(out, "sample", plain, options.overwrite, _record_beside)
+    if todo and not out.exists():
+        file_output(out.with_suffix(".json"), "sample", plain, True, read_json)  # a record of ours may go, nothing else
+    check_grid(grid, out)
+    device = device_for(recipe)
+    side, channels = model.arch.input_size, model.arch.in_channels
+    check_space(out, settings.num_images * side * side * channels * 2)
+    outcome = {"num_images": settings.num_images, "protocol": protocol(recipe, model)}
     if options.dry_run:
-        return
-    images, labels = draw(recipe, model, f"sample {model_source}")
-    write_samples(options.out, images, labels, recipe, model, plain)
-    if grid is not None:
+        estimate = sampling_estimate(model, settings, sampler_of(settings, model), device)
+        return announce("sample", {"model": described(model), "protocol": outcome["protocol"]}, estimate)
+    if todo:
+        images, labels = draw(recipe, model, f"sample {model_source}")
+        record = stamp("sample", plain, "done", **outcome, model=model.hash(), grid=str(grid) if grid else None)
+        write_samples(out, images, labels, record)
+    else:
+        print(f"{out} is finished; --overwrite starts anew", file=sys.stderr)
+    if grid is not None and (todo or not grid.exists()):
+        images = read_images_npz(out)[0]
         columns = 8 if len(images) <= 64 else 10
         write_grid_png(grid, images[: columns * columns], columns, max(1, 256 // (4 * side)))
+    return outcome
 
 
-def write_samples(out: Path, images: np.ndarray, labels: np.ndarray, recipe: Recipe, model: LoadedModel, plain: dict[str, Any]) -> None:
-    """The npz and the record beside it."""
-    write_images_npz(out, images, labels)
-    record = stamp("sample", plain, "done", protocol=protocol(recipe, model), model=model.hash(), num_images=len(images))
-    write_json(out.with_suffix(".json"), record)
+def write_samples(out: Path, images: np.ndarray, labels: np.ndarray, record: dict[str, Any]) -> None:
+    """The npz and the record beside it, both or neither."""
+    with written_beside(out.with_suffix(".json")) as beside:
+        beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_images_npz(out, images, labels)
+
+
+def check_grid(grid: Path | None, out: Path) -> None:
+    """UserError where the picture would replace a file that these samples did not make, or cannot be written."""
+    if grid is None:
+        return
+    if grid.suffix != ".png":
+        raise UserError(f"--grid is a .png file; got {grid}")
+    check_writable(grid)
+    record = _record_beside(out)
+    ours = isinstance(record, dict) and record.get("grid") == str(grid)
+    if grid.exists() and not ours:
+        raise UserError(f"--grid {grid} exists and does not belong to {out}; choose another name")
 
 
 def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 import torch
 
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
-from tinyfusion.core.rundir import RunDirectory
-from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe
+from tinyfusion.core.rundir import RunDirectory, check_space
+from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe, training_plan
+from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.training import drive
 from tinyfusion.models.checkpoint import LoadedModel, new_model, save_model
 from tinyfusion.training.loop import TrainState
@@ -33,8 +35,9 @@ def averaged(model: LoadedModel, state: TrainState) -> LoadedModel:
     return copy
 
 
-def train(recipe: Recipe, options: RunOptions) -> None:
-    """Train a model; writes `model/` (averaged weights) and `model-raw/`."""
+def train(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
+    """Train a model; writes `model/` (averaged weights) and `model-raw/`. What `--json` prints."""
+    settings = recipe.train
     plain = plain_recipe(recipe, "model", "data", "train")
     run = RunDirectory(options.out)
     mode = run.check("train", plain, options.overwrite)
@@ -44,14 +47,19 @@ def train(recipe: Recipe, options: RunOptions) -> None:
     source = batches_for(recipe, model, device)
     if mode == "finished":
         print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
-        return
-    if options.dry_run:
-        return
-    run.begin("train", plain, options.overwrite)
+        return None
     model.module.to(device).train()
-    state = TrainState(model.module, [ParameterGroup(trainable(model.module), recipe.train.learning_rate)], recipe.train)
-    seconds = drive(run, "train", state, objective_for(model, recipe.train.label_drop), source, recipe.train, recipe.seed)
-    facts = dataclasses.replace(model.facts, license="Apache-2.0")
-    save_model(dataclasses.replace(averaged(model, state), facts=facts), run.path / "model")
-    save_model(dataclasses.replace(model, facts=facts), run.path / "model-raw")
-    run.mark("done", seconds=seconds, seen_images=recipe.train.steps * recipe.train.batch_size)
+    objective = objective_for(model, settings.label_drop)
+    state = TrainState(model.module, [ParameterGroup(trainable(model.module), settings.learning_rate)], settings)
+    if mode == "new":
+        check_space(options.out, training_disk_bytes(model, state, settings))
+    if options.dry_run:
+        plan = {"model": described(model), **training_plan(recipe, settings, mode)}
+        return announce("train", plan, training_estimate(model, state, objective, source, settings))
+    with run.writing("train", plain, options.overwrite):
+        seconds = drive(run, "train", state, objective, source, settings, recipe.seed)
+        facts = dataclasses.replace(model.facts, license="Apache-2.0")
+        save_model(dataclasses.replace(averaged(model, state), facts=facts), run.path / "model")
+        save_model(dataclasses.replace(model, facts=facts), run.path / "model-raw")
+        run.mark("done", seconds=seconds, seen_images=settings.steps * settings.batch_size)
+    return {"seconds": seconds}

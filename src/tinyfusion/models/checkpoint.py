@@ -13,6 +13,7 @@ import hashlib
 import pickle
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -79,13 +80,15 @@ class LoadedModel:
         return hash_tensors(self.module.state_dict(), self.family, self.arch)
 
     def cut(self, plan: PrunePlan, force: bool = False) -> LoadedModel:
-        """A new model with only the plan's blocks; this one stays as it is.
+        """A new, trainable model with only the plan's blocks; this one stays as it is.
 
         Raises UserError where the plan was made for another model (unless `force`) or does not fit the depth.
         """
         own = self.hash()
         if plan.teacher and plan.teacher != own and not force:
-            raise UserError(f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to cut all the same")
+            raise UserError(
+                f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to cut all the same"
+            )
         depths = self.stack.depths()
         if plan.depth != depths:
             raise UserError(f"the plan is for depth {plan.depth}, the model has {depths}")
@@ -94,6 +97,7 @@ class LoadedModel:
             student.stack.keep(plan.kept)
         except ValueError as error:
             raise UserError(str(error)) from error
+        _trainable(student.module, self.family)  # a copy of a frozen teacher is frozen
         kept = {name: sorted(indices) for name, indices in plan.kept.items()}
         parent = {"hash": own, "depth": depths, "kept": self.facts.kept}
         student.arch = self.family.arch_with_depths(self.arch, student.stack.depths())
@@ -193,7 +197,9 @@ def _open_folder(path: Path, num_heads: int | None, family_name: str | None) -> 
         raise UserError(f"{path}/model.json is damaged: not an object")
     version = record.get("format_version")
     if not isinstance(version, int) or version > MODEL_FORMAT_VERSION:
-        raise UserError(f"{path} has format_version {version}; this tinyfusion reads up to {MODEL_FORMAT_VERSION}: upgrade")
+        raise UserError(
+            f"{path} has format_version {version}; this tinyfusion reads up to {MODEL_FORMAT_VERSION}: upgrade"
+        )
     family = _family(record.get("family"), path)
     if family_name not in (None, family.name):
         raise UserError(f"{path} is of family {family.name}, not {family_name}")
@@ -216,7 +222,7 @@ def _open_folder(path: Path, num_heads: int | None, family_name: str | None) -> 
 
 
 def _family(name: Any, path: Path) -> ModelFamily:
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{path} is of family {name!r}{nearest(str(name), FAMILIES)}")
     return FAMILIES[name]
 
@@ -252,7 +258,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> Any:
     """A torch file, without running code from it: only tensors, plain containers and argparse.Namespace."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickle protocols; what cannot be read is an error below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0] if str(error) else "not a torch file"
@@ -260,7 +267,7 @@ def _read_pickle(path: Path) -> Any:
         what = "it holds code or foreign objects, which are never run" if unsafe else "truncated or foreign"
         raise UserError(f"{path} cannot be read as a model file ({what}): {reason[:200]}") from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, struct.error,
-            zipfile.BadZipFile, UnicodeDecodeError, ImportError, OverflowError) as error:  # fmt: skip
+            zipfile.BadZipFile, UnicodeDecodeError, ImportError, OverflowError, AssertionError) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a model file (truncated or foreign): {reason[:200]}") from error
 
@@ -298,9 +305,14 @@ def _fill(family: ModelFamily, arch: Any, tensors: Mapping[str, Tensor], path: P
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise UserError(f"{path} does not hold this {family.name}: {'; '.join(faults[:3])}{more}")
     module.load_state_dict({name: tensors[name].float() for name in wanted}, assign=True)
+    return _trainable(module, family).eval()
+
+
+def _trainable(module: nn.Module, family: ModelFamily) -> nn.Module:
+    """Gradients for every parameter that no formula gives."""
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in family.computed)
-    return module.eval()
+    return module
 
 
 def new_model(family_name: str, arch_values: Mapping[str, Any], seed: int) -> LoadedModel:

@@ -75,7 +75,9 @@ def published_arch(name: str, image_size: int = 256, num_classes: int = 1000) ->
     """
     size, _, patch = name.partition("/")
     if size not in SIZES or not patch.isdigit():
-        raise ValueError(f"unknown model {name!r}; sizes are {', '.join(SIZES)}, written with a patch size as in DiT-XL/2")
+        raise ValueError(
+            f"unknown model {name!r}; sizes are {', '.join(SIZES)}, written with a patch size as in DiT-XL/2"
+        )
     depth, width, heads = SIZES[size]
     return DiTArch(image_size // 8, int(patch), 4, width, depth, heads, num_classes)
 
@@ -216,7 +218,9 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         side = self.arch.input_size
         if x.shape[1:] != (self.arch.in_channels, side, side):
-            raise ValueError(f"the model takes ({self.arch.in_channels}, {side}, {side}) inputs; got {tuple(x.shape[1:])}")
+            raise ValueError(
+                f"the model takes ({self.arch.in_channels}, {side}, {side}) inputs; got {tuple(x.shape[1:])}"
+            )
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
@@ -235,22 +239,17 @@ class DiT(nn.Module):
 def initialise(model: DiT, seed: int) -> None:
     """Fresh weights as published: Xavier-uniform linears, normal(0, 0.02) embedders, zero modulation and output."""
     generator = torch.Generator().manual_seed(seed)
+    parameters = dict(model.named_parameters())
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)
-            nn.init.zeros_(module.bias)
-    projection = model.x_embedder.proj
-    assert projection.bias is not None
-    nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1), generator=generator)
-    nn.init.zeros_(projection.bias)
-    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02, generator=generator)
-    for index in (0, 2):
-        nn.init.normal_(model.t_embedder.mlp[index].weight, std=0.02, generator=generator)
-    zeroed = [model.final_layer.linear, model.final_layer.adaLN_modulation[1]]
-    zeroed += [block.adaLN_modulation[1] for block in model.blocks]
-    for linear in zeroed:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+    projection = parameters["x_embedder.proj.weight"]
+    nn.init.xavier_uniform_(projection.view(projection.shape[0], -1), generator=generator)
+    for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
+        nn.init.normal_(parameters[f"{name}.weight"], std=0.02, generator=generator)
+    for name, parameter in parameters.items():
+        if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            nn.init.zeros_(parameter)
 
 
 def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> DiTArch:
@@ -263,7 +262,7 @@ def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> 
         num_tokens = tensors["pos_embed"].shape[1]
         rows = tensors["y_embedder.embedding_table.weight"].shape[0]
         patch_features = tensors["final_layer.linear.weight"].shape[0]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"these tensors are not a DiT's: {error} is missing or misshapen") from error
     grid = math.isqrt(num_tokens)
     if grid * grid != num_tokens:

@@ -28,7 +28,9 @@ class ModelFamily:
     arch_of_state_dict: Callable[[Mapping[str, Tensor], int | None], Any]
     block_lists: Mapping[str, str]  # name of a list of blocks -> the field of the arch that holds its depth
     guided_channels: int | None  # leading channels that published guidance touches; None: all
-    computed: Mapping[str, Callable[[Any], Tensor]]  # tensors that a formula gives, left out of the hash where they equal it
+    computed: Mapping[
+        str, Callable[[Any], Tensor]
+    ]  # tensors that a formula gives, left out of the hash where they equal it
     published_latent: Mapping[int, Mapping[str, Any]]  # in_channels -> latent facts of the published files
     pinned: tuple[str, ...] = ()  # blocks that must stay, as "list.index"
 

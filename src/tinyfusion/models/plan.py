@@ -42,7 +42,9 @@ class PrunePlan:
 def plan_from_json(values: Mapping[str, Any]) -> PrunePlan:
     """A plan from plain values; unknown newer fields are ignored, an unknown newer version is a UserError."""
     if values.get("version", 0) > PLAN_VERSION:
-        raise UserError(f"the plan has version {values['version']}; this tinyfusion reads up to {PLAN_VERSION}: upgrade")
+        raise UserError(
+            f"the plan has version {values['version']}; this tinyfusion reads up to {PLAN_VERSION}: upgrade"
+        )
     known = {f.name for f in dataclasses.fields(PrunePlan)}
     try:
         return PrunePlan(**{key: value for key, value in values.items() if key in known})

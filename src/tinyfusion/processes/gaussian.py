@@ -43,7 +43,10 @@ def kept_timesteps(spacing: str) -> list[int]:
     for section, count in enumerate(counts):
         length = size + (section < extra)
         if not 1 <= count <= length:
-            raise ValueError(f"cannot take {count} steps from a section of {length}; the nearest are 1 and {length}")
+            near = (1, 2) if count < 1 else (length - 1, length)
+            raise ValueError(
+                f"cannot take {count} steps from a section of {length}; the nearest are {near[0]} and {near[1]}"
+            )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
@@ -60,7 +63,9 @@ def _stride_timesteps(count: int) -> list[int]:
             return list(range(0, NUM_TIMESTEPS, stride))
     possible = sorted(set(lengths.values()))
     near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
-    raise ValueError(f"no integer stride gives {count} of {NUM_TIMESTEPS} steps; the nearest are {near[0]} and {near[1]}")
+    raise ValueError(
+        f"no integer stride gives {count} of {NUM_TIMESTEPS} steps; the nearest are {near[0]} and {near[1]}"
+    )
 
 
 class Schedule:

@@ -117,7 +117,9 @@ class Decision:
         }
 
 
-def mask_learner(teacher: LoadedModel, objective: Objective, settings: PruneSection, seeds: tuple[int, str]) -> MaskLearner:
+def mask_learner(
+    teacher: LoadedModel, objective: Objective, settings: PruneSection, seeds: tuple[int, str]
+) -> MaskLearner:
     """Attach gates and weight deltas to a copy of `teacher`, which stays untouched.
 
     seeds: seed of the deltas' initial values, device name. Raises UserError where the scheme does not fit.
@@ -153,9 +155,13 @@ def _deltas(module: nn.Module, settings: PruneSection, seed: int) -> dict[str, n
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def plan_of(decision: Decision, teacher: LoadedModel, settings: PruneSection, seed: int, cost: dict[str, float]) -> PrunePlan:
+def plan_of(
+    decision: Decision, teacher: LoadedModel, settings: PruneSection, seed: int, cost: dict[str, float]
+) -> PrunePlan:
     """The decision as a plan."""
-    scores: dict[str, Any] = {"meaning": "probability of each candidate of each group, candidates in lexicographic order"}
+    scores: dict[str, Any] = {
+        "meaning": "probability of each candidate of each group, candidates in lexicographic order"
+    }
     return PrunePlan(
         kept=decision.kept(),
         depth=teacher.stack.depths(),

@@ -51,7 +51,9 @@ def parse_scheme(scheme: str, depths: Mapping[str, int]) -> dict[str, list[Group
             raise UserError(f"scheme {scheme!r} is not N:M, N:MxCOUNT or a sum of them, such as 1:2 or 2:4x3+3:4x4")
         keep, size = int(match[1]), int(match[2])
         if not 1 <= keep <= size:
-            raise UserError(f"scheme {scheme!r}: {keep}:{size} must keep at least 1 and at most {size} of {size} blocks")
+            raise UserError(
+                f"scheme {scheme!r}: {keep}:{size} must keep at least 1 and at most {size} of {size} blocks"
+            )
         pairs += [(keep, size)] * int(match[3] or 1)
     uniform = len(pairs) == 1 and "x" not in scheme
     groups: dict[str, list[Group]] = {}
@@ -63,7 +65,9 @@ def parse_scheme(scheme: str, depths: Mapping[str, int]) -> dict[str, list[Group
         groups[name] = [Group(keep, size, start) for (keep, size), start in zip(used, starts, strict=False)]
     biggest = max(group.num_candidates for listed in groups.values() for group in listed)
     if biggest > MAX_CANDIDATES:
-        raise UserError(f"scheme {scheme!r} has a group with {biggest:,} candidates, too many to enumerate; use smaller groups")
+        raise UserError(
+            f"scheme {scheme!r} has a group with {biggest:,} candidates, too many to enumerate; use smaller groups"
+        )
     return groups
 
 
@@ -71,8 +75,12 @@ def _misfit(scheme: str, pairs: list[tuple[int, int]], depth: int, uniform: bool
     if not uniform:
         return f"scheme {scheme!r} covers {sum(size for _, size in pairs)} blocks; the model has {depth}"
     keep, size = pairs[0]
-    fits = [f"{max(1, round(keep / size * m))}:{m}" for m in range(2, depth + 1) if depth % m == 0][:3]
+    sizes = [m for m in range(2, depth + 1) if depth % m == 0]
+    shares = [(max(1, round(keep / size * m)), m) for m in sizes]
+    fits = [f"{n}:{m}" for n, m in shares if math.comb(m, n) <= MAX_CANDIDATES][:3]
     whole, rest = divmod(depth, size)
     if whole and rest:
         fits.append(f"{keep}:{size}x{whole}+{max(1, round(rest * keep / size))}:{rest}")
+    if not fits:
+        fits.append(f"1:2x{depth // 2}+1:1" if depth > 1 else "1:1")
     return f"scheme {scheme} needs a depth divisible by {size}; the model has {depth} blocks (try {' or '.join(fits)})"

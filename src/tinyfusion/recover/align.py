@@ -17,7 +17,11 @@ def block_pairs(plan: PrunePlan) -> list[tuple[int, int]]:
     for name, depth in plan.depth.items():
         kept = sorted(plan.kept[name])
         groups = plan.groups.get(name) if plan.groups else None
-        ends = _group_ends(groups) if groups else [(k, kept[k + 1] - 1) for k in range(len(kept) - 1)] + [(len(kept) - 1, depth - 1)]
+        ends = (
+            _group_ends(groups)
+            if groups
+            else [(k, kept[k + 1] - 1) for k in range(len(kept) - 1)] + [(len(kept) - 1, depth - 1)]
+        )
         pairs += [(student_start + s, teacher_start + t) for s, t in ends]
         student_start += len(kept)
         teacher_start += depth

@@ -60,7 +60,9 @@ class DistilledObjective:
         kd = self._output_loss(noisy, prediction.output, prediction.teacher.output)
         features = mean_over_pairs(
             [
-                masked_feature_loss(prediction.features[s].float(), prediction.teacher.features[t].float(), self.sigmas, self.mask)
+                masked_feature_loss(
+                    prediction.features[s].float(), prediction.teacher.features[t].float(), self.sigmas, self.mask
+                )
                 for s, t in self.pairs
             ]
         )

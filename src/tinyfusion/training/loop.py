@@ -78,12 +78,14 @@ class TrainState:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], step: int, bad_steps: int) -> None:
         """Continue from `tensors()` of an earlier run. Raises ValueError where a tensor is missing or misshapen."""
+        targets = {f"weight/{name}": p for name, p in self.parameters.items()}
+        targets |= {f"ema/{name}": average for name, average in self.ema.average.items()}
+        for key, target in targets.items():  # all is checked before anything changes
+            if key not in tensors or tensors[key].shape != target.shape:
+                raise ValueError(f"checkpoint has no fitting {key}")
+        for key, target in targets.items():
+            target.copy_(tensors[key])
         for name, parameter in self.parameters.items():
-            for prefix, target in (("weight", parameter), ("ema", self.ema.average[name])):
-                value = tensors.get(f"{prefix}/{name}")
-                if value is None or value.shape != target.shape:
-                    raise ValueError(f"checkpoint has no fitting {prefix}/{name}")
-                target.copy_(value)
             moments = {key: tensors.get(f"optimizer/{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             if all(value is not None for value in moments.values()):
                 self.optimizer.state[parameter] = {

@@ -20,7 +20,13 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, 
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it by the rank; it need not be whole
+        target_modules=names,
+        lora_dropout=0.0,
+        bias="none",
+    )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with _global_generator_untouched():

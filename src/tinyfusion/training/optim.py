@@ -28,12 +28,15 @@ def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.
         for g in groups
         if g.parameters
     ]
-    return torch.optim.AdamW(listed, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        listed, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True
+    )
 
 
 def linear(ends: tuple[float, float], step: int, steps: int) -> float:
     """From ends[0] at step 0 to ends[1] at step `steps - 1`; ends[0] where there is one step only."""
-    return ends[0] + (ends[1] - ends[0]) * step / max(steps - 1, 1)
+    share = step / max(steps - 1, 1)
+    return ends[1] if share == 1 else ends[0] + (ends[1] - ends[0]) * share  # rounding must not miss the end
 
 
 def learning_rate_factor(settings: TrainingSection, step: int) -> float:

@@ -1,0 +1,165 @@
+"""What a job will take, for `--dry-run`: memory and disk from shapes, minutes from a measured piece of the work.
+
+Writes nothing. Not counted: start-up, the program itself, evaluation and the page (seconds).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyfusion.core.recipe import SampleSection, TrainingSection
+from tinyfusion.core.rng import Randomness
+from tinyfusion.jobs.inspect import model_macs
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.stack import num_parameters
+from tinyfusion.sample.drive import SamplerSettings, sample as draw_samples
+from tinyfusion.training.loop import BatchSource, LoopObjective, TrainState, train_steps
+
+_FLOAT_BYTES = 4
+_MEASURED_PARAMETERS = 200_000_000  # larger models are not run for an estimate, their operations are counted
+_MEASURED_MACS = 2e10  # of one measured step: the batch is made smaller to stay below, and the time scaled
+# values per token and channel that one block holds: for the backward pass (norms, modulations, qkv, attention, and the
+# four-fold hidden layer before and after its nonlinearity), and at once without one
+_SAVED_VALUES, _PASSING_VALUES = 24, 12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Rounded numbers of a job. memory_gib: on the device, beside the program itself. basis: how the minutes were found."""
+
+    minutes: float
+    memory_gib: float
+    disk_mib: float
+    basis: str
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """One job after the other."""
+        return Estimate(
+            self.minutes + other.minutes, max(self.memory_gib, other.memory_gib), self.disk_mib + other.disk_mib, self.basis
+        )
+
+
+def training_disk_bytes(model: LoadedModel, state: TrainState, settings: TrainingSection) -> int:
+    """Bytes that a run writes: checkpoints (weights, average, two moments; one more while it is being written) and two models."""
+    trained = sum(p.numel() for p in state.parameters.values())
+    saved = min(settings.checkpoints_limit, math.ceil(settings.steps / settings.checkpoint_every_steps)) + 1
+    return _FLOAT_BYTES * (4 * trained * saved + 2 * num_parameters(model.module)) + 500 * (settings.steps // settings.log_every_steps + 100)
+
+
+def training_estimate(
+    model: LoadedModel,
+    state: TrainState,
+    objective: LoopObjective,
+    source: BatchSource,
+    settings: TrainingSection,
+    teacher: LoadedModel | None = None,
+) -> Estimate:
+    """Minutes and memory of a training run. Moves `state`: throw it away afterwards."""
+    trained = sum(p.numel() for p in state.parameters.values())
+    weights = sum(p.numel() for p in state.model.parameters()) + (num_parameters(teacher.module) if teacher else 0)
+    kept = 4 * trained  # gradient, two moments, moving average
+    activations = settings.batch_size * _activations(model, training=True)
+    if teacher:
+        activations += settings.batch_size * _activations(teacher, training=False)
+    macs = 3 * model_macs(model) + (model_macs(teacher) if teacher else 0)  # a backward pass costs two forward passes
+
+    def measure(batch_size: int) -> float:
+        short = dataclasses.replace(settings, steps=3, batch_size=batch_size)
+        ends = [_after(float(r.gradient_norm)) for r in train_steps(state, objective, source, short, Randomness(0))]
+        return (ends[-1] - ends[0]) / 2
+
+    seconds, basis = _seconds(measure, macs, settings.batch_size, weights, next(iter(state.parameters.values())).device)
+    memory = _FLOAT_BYTES * (weights + kept + activations)
+    return _rounded(settings.steps * seconds, memory, training_disk_bytes(model, state, settings), basis)
+
+
+def sampling_estimate(model: LoadedModel, settings: SampleSection, sampler: SamplerSettings, device: torch.device) -> Estimate:
+    """Minutes and memory of drawing images."""
+    arch, batch = model.arch, min(settings.batch_size, settings.num_images)
+    rows = 2 if settings.guidance > 1 else 1
+    shape = (arch.in_channels, arch.input_size, arch.input_size)
+    short = dataclasses.replace(sampler, sampler="ddpm", num_steps=2)
+    module = model.module.to(device)
+
+    def measure(batch_size: int) -> float:
+        labels = np.zeros(batch_size, dtype=np.int64)
+        ends = [time.perf_counter()]
+        for _ in range(2):
+            last = list(draw_samples(module, labels, shape, arch.num_classes, short, 0, batch_size))[-1]
+            ends.append(_after(float(last.x.flatten()[0])))
+        return (ends[2] - ends[1]) / 2
+
+    weights = num_parameters(model.module)
+    seconds, basis = _seconds(measure, rows * model_macs(model), batch, weights, device)
+    memory = _FLOAT_BYTES * (weights + rows * batch * _activations(model, training=False))
+    return _rounded(
+        seconds * settings.num_steps * settings.num_images / batch, memory, settings.num_images * math.prod(shape), basis
+    )
+
+
+def copy_estimate(model: LoadedModel) -> Estimate:
+    """Minutes and memory of cutting a model without any training."""
+    num_bytes = _FLOAT_BYTES * num_parameters(model.module)
+    return _rounded(0.0, 2 * num_bytes, num_bytes, "nothing is trained")
+
+
+def announce(verb: str, plan: dict[str, Any], estimate: Estimate) -> dict[str, Any]:
+    """Print what `verb` would do and what it would take; the same as plain values, for `--json`."""
+    rows = {
+        **plan,
+        "minutes": f"about {estimate.minutes:.2g} ({estimate.basis})",
+        "memory": f"about {estimate.memory_gib:.2g} GiB beside the program itself",
+        "disk": f"about {estimate.disk_mib:.2g} MiB",
+    }
+    print(f"{verb} would do this:")
+    for name, value in rows.items():
+        print(f"  {name:12} {value}")
+    sys.stdout.flush()
+    return {"plan": {**plan, **dataclasses.asdict(estimate)}}
+
+
+def described(model: LoadedModel) -> str:
+    """A model in a few words."""
+    return f"{model.family.name}, {len(model.stack)} blocks, {num_parameters(model.module):,} parameters, {model.hash()[:12]}"
+
+
+def _activations(model: LoadedModel, training: bool) -> int:
+    """Values that one image needs inside the model at once."""
+    one_block = int(model.arch.num_tokens * model.arch.hidden_size)
+    return one_block * (_SAVED_VALUES * len(model.stack) if training else _PASSING_VALUES)
+
+
+def _seconds(
+    measure: Callable[[int], float], macs_per_image: int, batch_size: int, parameters: int, device: torch.device
+) -> tuple[float, str]:
+    """Seconds of one step at `batch_size`, and how they were found."""
+    if parameters <= _MEASURED_PARAMETERS:
+        measured = max(1, min(batch_size, int(_MEASURED_MACS / macs_per_image)))
+        return measure(measured) * batch_size / measured, f"measured on two steps of {measured} images, {device.type}"
+    side = 1024
+    a = torch.ones(side, side, device=device)
+    float((a @ a)[0, 0])
+    began = time.perf_counter()
+    rounds = 4
+    for _ in range(rounds):
+        a = a @ a / side
+    rate = rounds * side**3 / (_after(float(a[0, 0])) - began)
+    return macs_per_image * batch_size / rate, f"from counted operations and a measured matrix product, {device.type}"
+
+
+def _after(_: float) -> float:
+    """The time after a value has arrived on the host, and so all work before it is done."""
+    return time.perf_counter()
+
+
+def _rounded(seconds: float, memory_bytes: float, disk_bytes: float, basis: str) -> Estimate:
+    return Estimate(round(seconds / 60, 4), round(memory_bytes / 2**30, 4), round(disk_bytes / 2**20, 3), basis)

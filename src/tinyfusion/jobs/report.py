@@ -1,0 +1,166 @@
+"""`report`: run folders to one HTML page. Does not import torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rundir import FORMAT_VERSION, file_output, read_json, stamp, write_text
+from tinyfusion.data.images import read_images_npz
+from tinyfusion.models.plan import PrunePlan, plan_from_json
+from tinyfusion.report.render import embedded_record, render
+from tinyfusion.report.run_data import MODELS, RunData, Samples
+
+if TYPE_CHECKING:
+    from tinyfusion.jobs.assemble import RunOptions
+
+VERBS = ("run", "prune", "recover", "train")
+MODEL_FOLDERS = {  # by verb: where the models of a run lie
+    "run": {"pruned": "prune/student", "student": "recover/student"},
+    "prune": {"pruned": "student"},
+    "recover": {"student": "student"},
+    "train": {"model": "model"},
+}
+MAX_SAMPLES_BYTES = 1 << 30
+
+
+def report(runs: Sequence[Path], options: RunOptions) -> None:
+    """Write one page about `runs`; a page about the same runs is written anew.
+
+    Raises UserError on a path that is not a run folder, and on an output that is not a page of ours about these runs.
+    """
+    found = [read_run(path) for path in runs]
+    inputs = {"runs": [str(path) for path in runs]}
+    file_output(options.out, "report", inputs, options.overwrite, _page_record)
+    page = render(found, stamp("report", inputs, "done"))
+    if not options.dry_run:
+        write_text(options.out, page)
+
+
+def render_run(path: Path) -> str:
+    """The page of one run folder."""
+    return render([read_run(path)], stamp("report", {"runs": [str(path)]}, "done"))
+
+
+def read_run(path: Path) -> RunData:
+    """What there is of a run folder: finished, interrupted or still running. Raises UserError where it is none of ours."""
+    record = _record(path)
+    verb = record["verb"]
+    stages = {stage: path / stage for stage in ("prune", "recover")} if verb == "run" else {verb: path}
+    metrics = {stage: lines for stage, folder in stages.items() if (lines := _metrics(folder / "metrics.jsonl"))}
+    records = {stage: read_json(folder / "run.json") for stage, folder in stages.items() if (folder / "run.json").is_file()}
+    models = {name: path / folder / "model.json" for name, folder in MODEL_FOLDERS[verb].items()}
+    described = {name: read_json(file) for name, file in models.items() if file.is_file()}
+    plan, decided = _plan(path, record, metrics.get("prune", []), described)
+    samples, notes = _samples(path / "samples")
+    return RunData(
+        name=str(path),
+        record=record,
+        plan=plan,
+        decided=decided,
+        metrics=metrics,
+        records=records,
+        evaluations=_evaluations(path),
+        speed=_json_if_there(path / "speed.json"),
+        samples=samples,
+        models=described,
+        notes=notes,
+    )
+
+
+def _record(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"no run at {path}: no such folder; wanted a run folder, such as the --out of `tinyfusion run`")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; wanted a run folder, such as the --out of `tinyfusion run`")
+    if not (path / "run.json").is_file():
+        raise UserError(f"{path} is not a run folder: it has no run.json; wanted the --out of {', '.join(VERBS)}")
+    record = read_json(path / "run.json")
+    if not isinstance(record, dict) or record.get("made_by") != "tinyfusion" or record.get("verb") not in VERBS:
+        raise UserError(f"{path} is not a run folder of tinyfusion: its run.json was made by something else")
+    if record.get("format_version", 0) > FORMAT_VERSION:
+        raise UserError(f"{path} was written in format {record['format_version']}; this tinyfusion reads up to {FORMAT_VERSION}: upgrade")
+    return record
+
+
+def _json_if_there(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that is still being written is left out."""
+    if not path.is_file():
+        return []
+    texts = [text for text in path.read_text(encoding="utf-8").splitlines() if text.strip()]
+    lines: list[dict[str, Any]] = []
+    for i, text in enumerate(texts):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if i + 1 < len(texts):
+                raise UserError(f"{path} is damaged: line {i + 1} is not JSON ({error})") from error
+    return lines
+
+
+def _plan(
+    path: Path, record: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]
+) -> tuple[PrunePlan | None, bool]:
+    """The decision and whether it is final: plan.json, that inside a model, else the last logged favourite."""
+    for file in (path / "prune" / "plan.json", path / "plan.json"):
+        if file.is_file():
+            return plan_from_json(read_json(file)), True
+    for model in models.values():
+        if model.get("plan"):
+            return plan_from_json(model["plan"]), True
+    decisions = [line for line in lines if "kept" in line and "confidence" in line]
+    settings = (record.get("recipe") or {}).get("prune") or {}
+    if not decisions or not settings.get("scheme"):
+        return None, True
+    groups = {name: _groups(settings["scheme"], len(p)) for name, p in decisions[-1]["confidence"].items()}
+    depth = {name: sum(size for _, size in listed) for name, listed in groups.items()}
+    return PrunePlan(decisions[-1]["kept"], depth, settings["criterion"], settings["scheme"], groups=groups), False
+
+
+def _groups(scheme: str, num: int) -> list[list[int]]:
+    """[N, M] of every group of a scheme that has been checked before; a single N:M is repeated `num` times."""
+    parts = re.findall(r"(\d+):(\d+)(?:x(\d+))?", scheme)
+    listed = [[int(keep), int(size)] for keep, size, times in parts for _ in range(int(times or 1))]
+    return listed if len(listed) == num else listed * num
+
+
+def _evaluations(path: Path) -> dict[str, dict[str, Any]]:
+    """model -> reference -> evaluation, from MODEL-REFERENCE.json."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted((path / "evaluations").glob("*.json")):
+        model, _, reference = file.stem.partition("-")
+        if model in MODELS and reference:
+            found.setdefault(model, {})[reference] = read_json(file)
+    return found
+
+
+def _samples(folder: Path) -> tuple[dict[str, Samples], tuple[str, ...]]:
+    """Images by model, and what is too large to be shown."""
+    found: dict[str, Samples] = {}
+    notes = []
+    for name in MODELS:
+        file = folder / f"{name}.npz"
+        if not file.is_file():
+            continue
+        if file.stat().st_size > MAX_SAMPLES_BYTES:
+            notes.append(f"{file.name} is not shown: it is larger than {MAX_SAMPLES_BYTES >> 30} GiB")
+            continue
+        images, labels = read_images_npz(file)
+        protocol = (_json_if_there(file.with_suffix(".json")) or {}).get("protocol", "")
+        found[name] = Samples(images, labels, protocol)
+    return found, tuple(notes)
+
+
+def _page_record(path: Path) -> Any:
+    try:
+        return embedded_record(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,49 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number to that many significant digits, never in exponent form between 1e-3 and 1e6; a dash for None."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    if magnitude < -3:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(digits - 1 - magnitude, 0)}f}"
+
+
+def count(value: float | None) -> str:
+    """A count with a prefix: 912 k, 13.8 M, 119 G; below 10,000 in full."""
+    if value is None:
+        return "–"
+    for size, prefix in _PREFIXES:
+        if abs(value) >= (10_000 if prefix == "k" else size):
+            scaled = value / size
+            return f"{scaled:.0f} {prefix}" if abs(scaled) >= 99.95 else f"{scaled:.1f} {prefix}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """4.2 s, 3 min 12 s, 1 h 4 min."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def percent(share: float | None) -> str:
+    """A share as per cent: 0.5 is 50 %; below 10 % with one decimal."""
+    if share is None:
+        return "–"
+    return f"{100 * share:.1f} %" if 0 < abs(share) < 0.0995 else f"{100 * share:.0f} %"

@@ -1,0 +1,236 @@
+"""Runs to the text of one HTML page that needs nothing but itself: no scripts, no fonts, no addresses.
+
+Pure: values in, text out. Numbers are not computed here but in `facts.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+from PIL import Image
+
+from tinyfusion.report import charts, facts
+from tinyfusion.report.format import count, duration, percent, significant
+from tinyfusion.report.run_data import MODEL_NAMES, RunData, Samples
+
+RECORD_ID = "tinyfusion-record"
+_WIDE_PX, _NARROW_PX, _THIRD_PX = 1060, 350, 350
+_GRID_CLASSES, _GRID_ROWS = 10, 4
+_SMALL_PX = 32  # images up to this size are shown pixel by pixel
+_THUMBNAIL_PX = 64
+_GRID_PX = 356  # a grid is at most this wide, so that it fits a phone
+_LOSSES = {
+    "prune": [("loss", "loss", charts.STUDENT)],
+    "train": [("loss", "loss", charts.STUDENT)],
+    "recover": [
+        ("loss", "total", charts.INK), ("mse", "noise", charts.TEACHER),
+        ("kd_loss", "teacher's output", charts.STUDENT), ("feat_loss", "teacher's features", charts.CUT),
+    ],
+}  # fmt: skip
+_LOSS_TITLES = {"prune": "Loss of the search", "recover": "Loss of the recovery", "train": "Training loss"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Images of one model. width_px: on the page. columns: labels above, empty where the labels are unknown."""
+
+    name: str
+    role: str
+    caption: str
+    source: str
+    width_px: int
+    columns: list[str]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A titled drawing; narrow is the one for phones, empty where the wide one serves."""
+
+    title: str
+    wide: Markup
+    narrow: Markup = Markup("")
+    note: str = ""
+
+
+def render(runs: Sequence[RunData], record: Mapping[str, Any]) -> str:
+    """The page. record: what made it (see `core/rundir.stamp`), kept inside the page as JSON."""
+    sections = [_section(run, f"run-{i}") for i, run in enumerate(runs, start=1)]
+    title = " · ".join(dict.fromkeys(run.title for run in runs))
+    return _template().render(
+        title=title, sections=sections, comparison=facts.comparison(runs), record_id=RECORD_ID, record=_script_json(record)
+    )
+
+
+def embedded_record(page: str) -> Any:
+    """The record inside a page of ours; None where there is none."""
+    _, begin, rest = page.partition(f'<script type="application/json" id="{RECORD_ID}">')
+    text, end, _ = rest.partition("</script>")
+    if not begin or not end:
+        return None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
+
+
+@cache
+def _template() -> Template:
+    text = (resources.files("tinyfusion.report") / "template.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(count=count, duration=duration, percent=percent, significant=significant)
+    return environment.from_string(text)
+
+
+def _script_json(record: Mapping[str, Any]) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(record, indent=1, allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _section(run: RunData, anchor: str) -> dict[str, Any]:
+    """Everything the template prints of one run."""
+    confidence = facts.final_confidence(run)
+    return {
+        "anchor": anchor,
+        "run": run,
+        "title": run.title,
+        "description": run.recipe.get("description") or "",
+        "state": run.record.get("state", "unknown"),
+        "verb": run.record.get("verb", "run"),
+        "tiles": facts.headline(run),
+        "lists": facts.block_lists(run.plan, confidence) if run.plan else {},
+        "dynamics": _dynamics(run, anchor),
+        "curves": _curves(run, anchor),
+        "grids": _grids(run),
+        "tables": facts.evaluation_tables(run),
+        "checks": facts.checks(run),
+        "stages": facts.stages(run),
+        "seconds": run.record.get("seconds"),
+        "budget": facts.budget(run),
+        "command": run.record.get("command"),
+        "recipe": json.dumps(run.recipe, indent=1),
+        "provenance": facts.provenance(run),
+        "speed_protocol": (run.speed or {}).get("protocol"),
+    }
+
+
+def _decisions(run: RunData) -> list[dict[str, Any]]:
+    return [line for line in run.metrics.get("prune", ()) if "kept" in line and "confidence" in line]
+
+
+def _dynamics(run: RunData, anchor: str) -> list[Chart]:
+    """One chart per list of blocks that was decided in groups, once there is something to see."""
+    lines = _decisions(run)
+    if not run.plan or not run.plan.groups or not lines:
+        return []
+    drawn = []
+    for name, sizes in run.plan.groups.items():
+        final = run.plan.kept[name]
+        wide, narrow = (
+            Markup(charts.decision_dynamics(lines, sizes, final, name, width, most, salt=anchor))
+            for width, most in ((_WIDE_PX, 140), (_NARROW_PX, 50))
+        )
+        drawn.append(Chart(name, wide, narrow))
+    return drawn
+
+
+def _curves(run: RunData, anchor: str) -> list[Chart]:
+    """Confidence and losses over the steps."""
+    drawn = []
+    lines = _decisions(run)
+    for name, sizes in ((run.plan.groups if run.plan else None) or {}).items():
+        if len(lines) > 1:
+            svg = charts.confidence_curves(lines, sizes, name, _THIRD_PX, salt=anchor)
+            drawn.append(Chart("Confidence of the decision", Markup(svg), note="Thin: every group. Bold: their median."))
+    for stage, metrics in run.metrics.items():
+        curves = [charts.Curve(label, *_series(metrics, key), colour) for key, label, colour in _LOSSES[stage]]
+        curves = [curve for curve in curves if len(curve.x)]
+        if curves:
+            svg = charts.loss_curves(curves, _LOSS_TITLES[stage], _THIRD_PX, salt=anchor)
+            drawn.append(Chart(_LOSS_TITLES[stage], Markup(svg), note="Faint: as logged. Bold: running median."))
+    return drawn
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    lines = [line for line in metrics if line.get(key) is not None]
+    return [line["step"] for line in lines], [line[key] for line in lines]
+
+
+def _grids(run: RunData) -> list[Grid]:
+    """The same seeds drawn by every model, side by side."""
+    there = {name: s for name, s in run.samples.items() if len(s.images) and s.images.shape[-1] in (1, 3)}
+    if not there:
+        return []
+    lead = next(iter(there.values()))
+    shared = min(len(samples.images) for samples in there.values())
+    chosen, columns = choose_images(lead.labels, shared)
+    grids = []
+    for name, samples in there.items():
+        source, width_px = _picture(samples, chosen, columns)
+        depth = facts.depths(run).get(name)
+        fid = next((run.evaluations[name][r].get("fid") for r in run.references if r in run.evaluations.get(name, {})), None)
+        caption = ", ".join(part for part in (f"{depth} blocks" if depth else "", f"FID {significant(fid)}" if fid is not None else "") if part)
+        grids.append(Grid(MODEL_NAMES.get(name, name), facts.role_of(name), caption, source, width_px, [label for label in columns if label]))
+    return grids
+
+
+def choose_images(labels: np.ndarray | None, num: int) -> tuple[list[int], list[str]]:
+    """Indices, row by row, and the column labels: the first images of each of up to ten classes, else simply the first.
+
+    A class with fewer images than rows leaves gaps, written as -1.
+    """
+    if labels is None:
+        return list(range(min(num, _GRID_CLASSES * _GRID_ROWS))), [""] * min(num, _GRID_CLASSES)
+    classes = [int(c) for c in np.unique(labels[:num])[:_GRID_CLASSES]]
+    firsts = [np.flatnonzero(labels[:num] == c)[:_GRID_ROWS].tolist() for c in classes]
+    rows = max(len(first) for first in firsts)
+    chosen = [first[row] if row < len(first) else -1 for row in range(rows) for first in firsts]
+    return chosen, [str(c) for c in classes]
+
+
+def _picture(samples: Samples, chosen: Sequence[int], columns: Sequence[str]) -> tuple[str, int]:
+    """(data URI, width on the page in CSS pixels) of a grid; gaps are see-through in small pictures, white in others."""
+    _, height, width, _ = samples.images.shape
+    tile = max(height, width)
+    if tile <= _SMALL_PX:
+        grid = _small_grid(samples.images, chosen, len(columns))
+        scale = max(_GRID_PX // grid.shape[1], 1)
+        return _data_uri(Image.fromarray(grid), "PNG"), grid.shape[1] * scale
+    shrunk = np.stack([_thumbnail(samples.images[i]) for i in chosen])
+    grid = _small_grid(shrunk, range(len(shrunk)), len(columns))
+    return _data_uri(Image.fromarray(grid).convert("RGB"), "JPEG"), _GRID_PX
+
+
+def _small_grid(images: np.ndarray, chosen: Sequence[int], columns: int) -> np.ndarray:
+    """(rows, columns, 4) uint8 RGBA with see-through lines, one pixel wide, between the images."""
+    _, height, width, _ = images.shape
+    rows = -(-len(chosen) // columns)
+    grid = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, 4), dtype=np.uint8)
+    for place, index in enumerate(chosen):
+        if index >= 0:
+            top, left = place // columns * (height + 1), place % columns * (width + 1)
+            grid[top : top + height, left : left + width, :3] = images[index]
+            grid[top : top + height, left : left + width, 3] = 255
+    return grid
+
+
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    """(64, 64, 3) uint8."""
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
+    return np.asarray(Image.fromarray(pixels).convert("RGB").resize((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.BOX))
+
+
+def _data_uri(image: Image.Image, kind: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, optimize=True)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

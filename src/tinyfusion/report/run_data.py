@@ -1,0 +1,71 @@
+"""What the page knows of a run: plain values, whatever of them there is. Reading the files is done in `jobs/report.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tinyfusion.models.plan import PrunePlan
+
+MODELS = ("teacher", "pruned", "student", "model", "real")
+MODEL_NAMES = {
+    "teacher": "teacher",
+    "pruned": "cut, untuned",
+    "student": "student, recovered",
+    "model": "model",
+    "real": "real images",
+}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images (N, H, W, C) uint8, their labels (N,) where known, and how they were drawn."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    protocol: str = ""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run folder.
+
+    name: the path as it was given. record: run.json. plan: the decision, or while it forms the present favourite
+    (decided False). metrics: lines of metrics.jsonl per stage (prune, recover, train). records: run.json per stage.
+    evaluations: model -> reference -> evaluation. speed: speed.json. samples and models (model.json): by model name.
+    notes: what was left out of the page, and why.
+    """
+
+    name: str
+    record: Mapping[str, Any]
+    plan: PrunePlan | None = None
+    decided: bool = True
+    metrics: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    evaluations: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    speed: Mapping[str, Any] | None = None
+    samples: Mapping[str, Samples] = field(default_factory=dict)
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The resolved recipe, empty where there is none."""
+        recipe = self.record.get("recipe")
+        return recipe if isinstance(recipe, Mapping) else {}
+
+    @property
+    def title(self) -> str:
+        """The recipe's name for a whole job, else the verb."""
+        name = self.recipe.get("name")
+        return str(name) if name else str(self.record.get("verb", "run"))
+
+    @property
+    def references(self) -> list[str]:
+        """References evaluated against, those of the recipe first and in its order."""
+        wanted = [str(name).replace(":", "-") for name in (self.recipe.get("evaluate") or {}).get("references", ())]
+        found = {reference for listed in self.evaluations.values() for reference in listed}
+        return [name for name in wanted if name in found] + sorted(found - set(wanted))

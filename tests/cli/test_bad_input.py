@@ -1,0 +1,300 @@
+"""Bad input, one row each: exit code 2, one line that says what to do, and not a byte changed anywhere."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from material import Cli
+
+Prepare = Callable[[Cli, pytest.MonkeyPatch], None]
+PRUNE = "prune --teacher teacher --out run"
+INDICES = f"{PRUNE} --criterion indices"
+RECOVER = "recover --teacher teacher --student student --steps 2 --set recover.training.ema_decay=0 --out run"
+SAMPLE = "sample --model teacher --num-images 4 --num-steps 2 --out made/samples.npz"
+EVALUATE = "evaluate --reference digits --out made/evaluation.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cause. arguments: the command. message: parts of the line on stderr. prepare: what must be so before."""
+
+    id: str
+    arguments: str
+    message: tuple[str, ...]
+    prepare: Prepare | None = None
+
+
+def row(id: str, arguments: str, *message: str, prepare: Prepare | None = None) -> Row:
+    return Row(id, arguments, message, prepare)
+
+
+class _Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def no_space(_cli: Cli, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(shutil, "disk_usage", lambda _path: _Usage(2**30, 2**30, 0))
+
+
+def full_disk(_cli: Cli, patch: pytest.MonkeyPatch) -> None:
+    """Room was promised, but a file cannot be finished."""
+
+    def fsync(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(os, "fsync", fsync)
+
+
+def full_while_saving(_cli: Cli, patch: pytest.MonkeyPatch) -> None:
+    """The first checkpoint does not fit."""
+
+    def save(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state.safetensors")
+
+    patch.setattr("tinyfusion.jobs.training.save_checkpoint", save)
+
+
+def read_only(_cli: Cli, patch: pytest.MonkeyPatch) -> None:
+    """What a folder without write permission answers (to anyone but root, who may always)."""
+    patch.setattr(os, "access", lambda _path, mode: mode != os.W_OK)
+
+
+def exhausted(_cli: Cli, patch: pytest.MonkeyPatch) -> None:
+    def draw(*_: Any) -> None:
+        raise MemoryError("could not allocate 1 TiB")
+
+    patch.setattr("tinyfusion.jobs.sample.draw", draw)
+
+
+def ran(command: str) -> Prepare:
+    """The command was run before, and went well."""
+
+    def prepare(cli: Cli, _patch: pytest.MonkeyPatch) -> None:
+        assert cli(*shlex.split(command)).code == 0
+
+    return prepare
+
+
+ROWS = [
+    # ------------------------------------------------------------------------------------------------ what was typed
+    row("no-verb", "", "wants a verb", "prune, recover"),
+    row("unknown-verb", "prun --out run", "unknown verb 'prun'", "did you mean 'prune'"),
+    row("unknown-option", "prune --shceme 1:2 --out run", "no option --shceme", "did you mean '--scheme'"),
+    row("option-without-value", "prune --teacher teacher --out", "--out"),
+    row("stray-word", f"{PRUNE} please", "please"),
+    row("missing-out", "prune --teacher teacher", "prune needs --out"),
+    row("missing-student", "recover --teacher teacher --out run", "recover needs --student"),
+    row("missing-report-runs", "report --out page.html", "report needs RUNS"),
+    row("value-no-number", f"{PRUNE} --steps many", "--steps wants a whole number; got 'many'"),
+    row("value-unknown-choice", f"{PRUNE} --criterion guess", "--criterion is one of", "learned", "got 'guess'"),
+    row("weights-unknown", f"{PRUNE} --weights best", "--weights is one of ema, raw; got 'best'"),
+    row("seed-negative", f"{PRUNE} --seed -1", "seed must be at least 0", "got -1"),
+    row("steps-zero", f"{PRUNE} --steps 0", "prune.training.steps must be at least 1; got 0"),
+    row("device-unknown", f"{PRUNE} --device tpu", "device 'tpu' is not available", "use auto, cpu"),
+    row("device-without-numbers", f"{PRUNE} --device meta", "device 'meta' cannot run models"),
+    # -------------------------------------------------------------------------------------------------------- recipes
+    row("recipe-unknown", "run --recipe digit --out run", "unknown recipe 'digit'", "did you mean 'digits'"),
+    row("recipe-file-missing", "run --recipe mine.toml --out run", "mine.toml does not exist"),
+    row("recipe-no-toml", "run --recipe broken.toml --out run", "broken.toml is not valid TOML", "line 1"),
+    row("recipe-field-unknown", "run --recipe typo.toml --out run", "unknown field 'prune.shceme'", "'scheme'"),
+    row("recipe-field-kind", "run --recipe kind.toml --out run", "prune.scheme wants a text; got [1, 2]"),
+    row("set-field-unknown", f"{PRUNE} --set prune.training.stpes=3", "unknown field 'prune.training.stpes'", "'steps'"),
+    row("set-section-unknown", f"{PRUNE} --set prun.scheme=1:2", "unknown field 'prun'", "did you mean 'prune'"),
+    row("set-no-assignment", f"{PRUNE} --set prune.scheme", "--set wants section.field=value"),
+    row("set-section-as-value", f"{PRUNE} --set prune=3", "prune is a section"),
+    row("set-not-finite", f"{PRUNE} --set prune.training.learning_rate=inf", "learning_rate wants a finite number"),
+    row("set-out-of-range", f"{PRUNE} --set prune.training.ema_decay=1.5", "ema_decay must be at least 0 and below 1"),
+    row("set-pair-of-three", f"{PRUNE} --set prune.temperature=[4,2,1]", "prune.temperature wants 2 values"),
+    # ---------------------------------------------------------------------------------------------- schemes, kept blocks
+    row("scheme-misfit", f"{PRUNE} --scheme 1:3", "needs a depth divisible by 3; the model has 4 blocks", "try 1:2"),
+    row("scheme-short", f"{PRUNE} --scheme 1:2x1", "covers 2 blocks; the model has 4"),
+    row("scheme-spelling", f"{PRUNE} --scheme half", "scheme 'half' is not N:M", "such as 1:2"),
+    row("scheme-keeps-too-many", f"{PRUNE} --scheme 3:2", "3:2 must keep at least 1 and at most 2 of 2 blocks"),
+    row("scheme-keeps-none", f"{PRUNE} --scheme 0:2", "0:2 must keep at least 1"),
+    row("keep-out-of-range", f"{INDICES} --keep 0,4", "--keep [4] out of range", "0 to 3"),
+    row("keep-negative", f"{INDICES} --keep=-1,2", "--keep [-1] out of range"),
+    row("keep-twice", f"{INDICES} --keep 0,2,2", "[2] named twice"),
+    row("keep-empty", f"{INDICES}", "wants the blocks to keep: --keep 0,2,4"),
+    row("keep-no-numbers", f"{INDICES} --keep first,last", "--keep wants whole numbers", "'first,last'"),
+    # ---------------------------------------------------------------------------------------------------------- models
+    row("model-missing", "inspect techer", "no model at techer"),
+    row("model-folder-empty", "inspect no-pictures", "no-pictures holds no model", "model.json"),
+    row("model-truncated", "inspect truncated.pt", "truncated.pt cannot be read as a model file"),
+    row("model-truncated-safetensors", "inspect truncated.safetensors", "no readable safetensors file", "truncated"),
+    row("model-empty-file", "inspect empty.pt", "empty.pt cannot be read as a model file"),
+    row("model-is-text", "inspect text.pt", "text.pt cannot be read as a model file", "foreign"),
+    row("model-is-picture", "inspect picture.pt", "picture.pt cannot be read as a model file", "foreign"),
+    row("model-is-zip", "inspect archive.pt", "archive.pt cannot be read as a model file", "foreign"),
+    row("model-is-list", "inspect list.pt", "list.pt holds a list, not a state dict"),
+    row("model-without-tensors", "inspect number.pt", "number.pt is no state dict of tensors", "'step'"),
+    row("model-malicious", "inspect malicious.pt --num-heads 2", "it holds code or foreign objects, which are never run"),
+    row("model-malicious-bare", "inspect malicious-bare.pt --num-heads 2", "malicious-bare.pt cannot be read"),
+    row("model-block-gap", "inspect gap.pt --num-heads 2", "block numbers have gaps: [1] missing"),
+    row("model-tensors-missing", "inspect missing.pt --num-heads 2", "missing", "x_embedder.proj.bias"),
+    row("model-tensor-unexpected", "inspect unexpected.pt --num-heads 2", "unexpected blocks.0.attn.extra"),
+    row("model-width", "inspect width.pt --num-heads 2", "blocks.3.mlp.fc1.weight is (64, 16), wanted (128, 32)"),
+    row("model-nan", "inspect nan.pt --num-heads 2", "blocks.0.mlp.fc1.bias is not finite"),
+    row("model-heads-unknown", "inspect good.pt", "--num-heads"),
+    row("model-heads-misfit", "inspect good.pt --num-heads 5", "32", "num_heads 5"),
+    row("model-heads-contradict", "inspect teacher --num-heads 4", "teacher has 2 heads; --num-heads 4 contradicts it"),
+    row("model-family-unknown", "inspect good.pt --num-heads 2 --family dti", "'dti'", "did you mean 'dit'"),
+    row("folder-newer", "inspect newer", "format_version 99", "upgrade"),
+    row("folder-family-unknown", "inspect other-family", "family 'ditt'", "did you mean 'dit'"),
+    row("folder-json-torn", "inspect torn-json", "model.json is damaged: not valid JSON"),
+    row("folder-without-tensors", "inspect no-tensors", "model.safetensors does not exist"),
+    row("folder-hash", "inspect changed", "changed is damaged: its tensors do not give the hash"),
+    row("folder-depth", "inspect wrong-depth", "unexpected blocks.3."),
+    row("folder-sizes", "inspect odd-sizes", "odd-sizes/model.json is damaged", "num_heads 5"),
+    # --------------------------------------------------------------------------------------------- teacher and student
+    row("student-without-plan", f"{RECOVER} --student teacher".replace("--student student ", ""), "carries no plan", "--method finetune"),
+    row("student-of-another", RECOVER.replace("--teacher teacher", "--teacher other-teacher"), "was cut from the model", "give the teacher"),
+    row("teacher-other-depth", RECOVER.replace("--teacher teacher", "--teacher deeper"), "was cut from the model"),
+    row("teacher-missing", RECOVER.replace("--teacher teacher", "--teacher gone"), "no model at gone"),
+    # ------------------------------------------------------------------------------------------------------------ data
+    row("data-unknown", f"{PRUNE} --data digts", "unknown data set 'digts'", "digits"),
+    row("data-missing", f"{PRUNE} --data gone.npz", "no images at gone.npz"),
+    row("data-nan", f"{PRUNE} --data nan.npz", "nan.npz", "1 values that are not finite"),
+    row("data-image-size", f"{PRUNE} --data large.npz", "(1, 16, 16), the model takes (1, 8, 8)"),
+    row("data-image-size-of-model", "prune --teacher smaller-images --out run", "the model takes (1, 4, 4)"),
+    row("data-classes", f"{PRUNE} --data many-classes.npz", "40 classes, the model knows 10"),
+    row("data-classes-of-model", "prune --teacher five-classes --out run", "10 classes, the model knows 5"),
+    row("data-unlabelled", f"{PRUNE} --data unlabelled.npz", "unlabelled.npz has no labels", "arr_1"),
+    row("data-label-negative", f"{PRUNE} --data negative.npz", "the smallest is -1"),
+    row("data-code", f"{PRUNE} --data pickled.npz", "pickled.npz cannot be read as an npz of plain arrays"),
+    # -------------------------------------------------------------------------------------------------------- sampling
+    row("labels-out-of-range", f"{SAMPLE} --labels 3,10", "--labels [10] out of range", "0 to 9"),
+    row("labels-no-numbers", f"{SAMPLE} --labels cat", "--labels wants whole numbers", "'cat'"),
+    row("num-steps-ddim", f"{SAMPLE} --sampler ddim --num-steps 300", "--num-steps 300 with --sampler ddim", "nearest", "250", "334"),
+    row("num-steps-ddpm", f"{SAMPLE} --num-steps 1001", "--num-steps 1001 with --sampler ddpm", "1000"),
+    row("guidance-below-one", f"{SAMPLE} --guidance 0.5", "--guidance must be at least 1", "got 0.5"),
+    row("num-images-zero", f"{SAMPLE} --num-images 0", "num_images must be at least 1; got 0"),
+    row("samples-suffix", SAMPLE.replace(".npz", ".zip"), "--out of sample is an .npz file"),
+    row("grid-suffix", f"{SAMPLE} --grid grid.jpg", "--grid is a .png file"),
+    row("out-of-memory", SAMPLE, "out of memory: use a smaller batch", prepare=exhausted),
+    # ---------------------------------------------------------------------------------------------- evaluation and page
+    row("samples-missing", f"{EVALUATE} --samples gone.npz", "no images at gone.npz"),
+    row("samples-torn", f"{EVALUATE} --samples torn.npz", "torn.npz"),
+    row("samples-foreign", f"{EVALUATE} --samples text.npz", "text.npz is not an npz"),
+    row("samples-empty", f"{EVALUATE} --samples nothing.npz", "at least one image"),
+    row("samples-few", f"{EVALUATE} --samples few.npz", "few.npz has 2 images"),
+    row("samples-unnamed", f"{EVALUATE} --samples named.npz", "wanted images in arr_0"),
+    row("samples-pickled", f"{EVALUATE} --samples pickled.npz", "pickled.npz cannot be read as an npz of plain arrays"),
+    row("samples-folder-empty", f"{EVALUATE} --samples no-pictures", "no-pictures holds no .png files"),
+    row("samples-size", f"{EVALUATE} --samples large.npz", "large.npz"),
+    row("reference-unknown", f"{EVALUATE} --samples images.npz --reference imagenet", "imagenet", "digits"),
+    row("report-no-run", "report thesis --out page.html", "thesis"),
+    row("report-missing-run", "report gone --out page.html", "gone"),
+    # ---------------------------------------------------------------------------------------------------------- outputs
+    row("out-foreign-folder", PRUNE.replace("--out run", "--out thesis"), "thesis exists and is not a tinyfusion run"),
+    row("out-foreign-overwrite", PRUNE.replace("--out run", "--out thesis --overwrite"), "is not a tinyfusion run"),
+    row("out-is-file", PRUNE.replace("--out run", "--out notes.txt"), "notes.txt is a file; this verb writes a folder"),
+    row("out-below-file", PRUNE.replace("--out run", "--out notes.txt/run"), "notes.txt is a file"),
+    row("out-foreign-file", EVALUATE.replace("made/evaluation", "notes") + " --samples images.npz", "was not made by tinyfusion"),
+    row("out-foreign-npz", SAMPLE.replace("made/samples", "images"), "images.npz exists and was not made by tinyfusion"),
+    row("out-foreign-record", SAMPLE.replace("made/samples", "notes"), "notes.json exists and was not made by tinyfusion"),
+    row("out-foreign-grid", f"{SAMPLE} --grid photo.png", "photo.png exists and does not belong to"),
+    row("out-foreign-page", "report run --out notes.html", "notes.html exists and was not made by tinyfusion",
+        prepare=ran(f"{INDICES} --keep 0,2")),
+    row("report-folder-of-a-model", "report teacher --out page.html", "teacher is not a run folder"),
+    row("out-is-folder", SAMPLE.replace("made/samples.npz", "thesis.npz"), "thesis.npz is a folder", prepare=lambda *_: Path("thesis.npz").mkdir()),
+    row("out-other-recipe", f"{INDICES} --keep 1,3", "made with another recipe (prune.keep: [0, 2] there, [1, 3] now)",
+        prepare=ran(f"{INDICES} --keep 0,2")),
+    row("out-other-teacher", f"{INDICES} --keep 0,2".replace("--teacher teacher", "--teacher other-teacher"), "another recipe (teacher:",
+        prepare=ran(f"{INDICES} --keep 0,2")),
+    row("out-other-verb", RECOVER, "run holds a `prune`, not a `recover`", prepare=ran(f"{INDICES} --keep 0,2")),
+    row("out-other-samples", f"{SAMPLE} --seed 7", "another recipe (seed: 0 there, 7 now)", prepare=ran(SAMPLE)),
+    row("out-read-only", PRUNE, "read-only for you", prepare=read_only),
+    row("out-read-only-file", SAMPLE, "read-only for you", prepare=read_only),
+    row("disk-small-prune", PRUNE, "no space: run needs about", prepare=no_space),
+    row("disk-small-recover", RECOVER, "no space: run needs about", prepare=no_space),
+    row("disk-small-train", "train --out run", "no space: run needs about", prepare=no_space),
+    row("disk-small-sample", SAMPLE, "no space: made/samples.npz needs about", prepare=no_space),
+    row("disk-full-prune", f"{INDICES} --keep 0,2", "no space left on the disk", prepare=full_disk),
+    row("disk-full-sample", SAMPLE, "no space left on the disk", prepare=full_disk),
+    row("disk-full-evaluate", f"{EVALUATE} --samples images.npz", "no space left on the disk", prepare=full_disk),
+    row("disk-full-checkpoint", RECOVER, "no space left on the disk", prepare=full_while_saving),
+    row("disk-full-overwrite", f"{INDICES} --keep 1 --overwrite", "no space left on the disk",
+        prepare=lambda cli, patch: (ran(f"{INDICES} --keep 0,2")(cli, patch), full_disk(cli, patch))[1]),
+]  # fmt: skip
+
+
+def tree_hash(folder: Path) -> str:
+    """SHA-256 over the name, kind and bytes of everything in `folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        digest.update(f"{path.relative_to(folder)}\0{path.is_dir()}\0".encode())
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def assert_one_error_line(code: int, err: str, message: tuple[str, ...]) -> None:
+    lines = err.splitlines()
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in err
+    for part in message:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize("cause", ROWS, ids=[r.id for r in ROWS])
+def test_bad_input(cause: Row, cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cause.prepare:
+        cause.prepare(cli, monkeypatch)
+    before = tree_hash(work)
+    outcome = cli(*shlex.split(cause.arguments))
+    assert_one_error_line(outcome.code, outcome.err, cause.message)
+    assert tree_hash(work) == before
+    assert not (work / "code-has-run").exists()
+
+
+def test_rows_are_distinct() -> None:
+    assert len({r.id for r in ROWS}) == len(ROWS) >= 30
+    assert len({(r.arguments, r.prepare) for r in ROWS}) == len(ROWS)
+
+
+def test_malicious_file_would_have_run(work: Path) -> None:
+    """The file is what it says: an ordinary unpickler runs its code."""
+    subprocess.run([sys.executable, "-c", "import pickle; pickle.load(open('malicious-bare.pt', 'rb'))"], check=True)
+    assert (work / "code-has-run").exists()
+
+
+def test_console_entry_behaves_equally(work: Path) -> None:
+    before = tree_hash(work)
+    code = "import sys; from tinyfusion.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, *shlex.split(f"{PRUNE} --scheme 1:3")], capture_output=True, text=True, check=False)
+    assert_one_error_line(done.returncode, done.stderr, ("needs a depth divisible by 3",))
+    assert done.stdout == ""
+    assert tree_hash(work) == before
+
+
+def test_debug_shows_the_traceback(cli: Cli, work: Path) -> None:
+    outcome = cli(*shlex.split(f"{PRUNE} --scheme 1:3 --debug"))
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("error: ")
+
+
+def test_our_own_bug_is_exit_code_1(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise AssertionError("never happens")
+
+    monkeypatch.setattr("tinyfusion.jobs.sample.draw", broken)
+    outcome = cli(*shlex.split(SAMPLE))
+    assert outcome.code == 1
+    assert "AssertionError: never happens" in outcome.err
+    assert "report it" in outcome.err

@@ -1,0 +1,407 @@
+"""The training loop: stopped anywhere and continued is uninterrupted, bit for bit; bad steps change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import PruneSection, TrainingSection
+from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.stack import frozen
+from tinyfusion.processes.base import Batch
+from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.prune.criteria import by_indices
+from tinyfusion.prune.learn import mask_learner
+from tinyfusion.recover.align import block_pairs
+from tinyfusion.recover.distill import DistilledObjective
+from tinyfusion.training.checkpoints import load_latest, save_checkpoint
+from tinyfusion.training.ema import Ema, horizon_warning
+from tinyfusion.training.loop import LoopObjective, StepRecord, TrainState, train_steps
+from tinyfusion.training.optim import ParameterGroup, learning_rate_factor
+
+STEPS = 6
+SETTINGS = TrainingSection(steps=STEPS, batch_size=4, learning_rate=1e-2, learning_rate_end=1e-3, warmup_steps=1, ema_decay=0.8, max_bad_steps=3)
+RANDOMNESS = Randomness(17)
+Job = tuple[TrainState, LoopObjective]
+
+
+def batches(step: int, batch_size: int, draws: Draws) -> Batch:
+    x = torch.from_numpy(draws.normal("data", (2, 4, 4)))
+    return Batch(x, torch.from_numpy(draws.integers("label", 5)))
+
+
+def trainable(model: LoadedModel) -> list[ParameterGroup]:
+    return [ParameterGroup({n: p for n, p in model.module.named_parameters() if p.requires_grad}, SETTINGS.learning_rate)]
+
+
+def plain_job(tiny_model: Callable[..., LoadedModel]) -> Job:
+    model = tiny_model()
+    return TrainState(model.module, trainable(model), SETTINGS), GaussianObjective(5)
+
+
+def gated_job(tiny_model: Callable[..., LoadedModel], update: Any = "lora") -> Job:
+    section = PruneSection(scheme="1:2", update=update, lora_rank=2, training=SETTINGS)
+    learner = mask_learner(tiny_model(), GaussianObjective(5), section, (0, "cpu"))
+    return TrainState(learner.module, learner.parameter_groups, SETTINGS), learner.objective
+
+
+def distilled_job(tiny_model: Callable[..., LoadedModel]) -> Job:
+    teacher = tiny_model()
+    plan = by_indices(teacher, [0, 2], seed=0)
+    student = teacher.cut(plan)
+    goal = DistilledObjective(
+        GaussianObjective(5), frozen(teacher.module), teacher.stack, student.stack, block_pairs(plan), steps=STEPS
+    )
+    return TrainState(student.module, trainable(student), SETTINGS), goal
+
+
+JOBS: dict[str, Callable[..., Job]] = {
+    "plain": plain_job,
+    "gated-lora": gated_job,
+    "gated-frozen": lambda tiny_model: gated_job(tiny_model, "frozen"),
+    "distilled": distilled_job,
+}
+
+
+def train(job: Job, source: Any = batches, settings: TrainingSection = SETTINGS, until: int | None = None) -> list[StepRecord]:
+    state, objective = job
+    records = []
+    for record in train_steps(state, objective, source, settings, RANDOMNESS):
+        records.append(record)
+        if state.step == until:
+            break
+    return records
+
+
+def values(records: list[StepRecord]) -> list[dict[str, float | None]]:
+    return [record.values() for record in records]
+
+
+def assert_equal_states(first: TrainState, second: TrainState) -> None:
+    one, two = first.tensors(), second.tensors()
+    assert one.keys() == two.keys() and (first.step, first.bad_steps) == (second.step, second.bad_steps)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+# --------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_stopped_anywhere_and_continued_is_bit_equal(tiny_model: Callable[..., LoadedModel], tmp_path: Path, kind: str) -> None:
+    whole = JOBS[kind](tiny_model)
+    uninterrupted = values(train(whole))
+    assert len(uninterrupted) == STEPS and len({record["loss"] for record in uninterrupted}) == STEPS
+    for stop in range(1, STEPS):
+        folder = tmp_path / str(stop)
+        first = JOBS[kind](tiny_model)
+        records = values(train(first, until=stop))
+        save_checkpoint(folder, first[0], limit=2)
+        second = JOBS[kind](tiny_model)
+        assert load_latest(folder, second[0]) == stop
+        records += values(train(second))
+        assert records == uninterrupted, f"stopped after {stop}"
+        assert_equal_states(second[0], whole[0])
+
+
+def test_stopped_after_every_step_is_bit_equal_too(tiny_model: Callable[..., LoadedModel], tmp_path: Path) -> None:
+    whole = plain_job(tiny_model)
+    train(whole)
+    for step in range(STEPS):
+        job = plain_job(tiny_model)
+        assert load_latest(tmp_path, job[0]) == step
+        train(job, until=step + 1)
+        save_checkpoint(tmp_path, job[0], limit=1)
+    assert_equal_states(job[0], whole[0])
+    assert [path.name for path in tmp_path.iterdir()] == [f"step-{STEPS:07d}"]
+
+
+def test_a_finished_run_makes_no_step(tiny_model: Callable[..., LoadedModel]) -> None:
+    job = plain_job(tiny_model)
+    train(job)
+    assert train(job) == []
+
+
+def test_training_changes_what_it_should(tiny_model: Callable[..., LoadedModel]) -> None:
+    state, goal = gated_job(tiny_model)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    logits = {name: p.detach().clone() for name, p in state.parameters.items() if name.startswith("gates.")}
+    train((state, goal))
+    changed = {name for name, p in state.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all(".lora_" in name for name in changed)
+    assert len(logits) == 2 and all(not torch.equal(state.parameters[name], value) for name, value in logits.items())
+
+
+def test_training_learns(tiny_model: Callable[..., LoadedModel]) -> None:
+    """On one fixed batch the loss falls."""
+    settings = dataclasses.replace(SETTINGS, steps=60, learning_rate_end=None)
+    model = tiny_model()
+    job = TrainState(model.module, trainable(model), settings), GaussianObjective(5, label_drop=0.0)
+
+    class Same(GaussianObjective):
+        def draw(self, batch: Batch, draws: Draws) -> Any:
+            return super().draw(batch, RANDOMNESS.at(0, 0, 4))
+
+    records = train((job[0], Same(5, 0.0)), lambda step, size, draws: batches(0, size, RANDOMNESS.at(0, 0, 4)), settings)
+    losses = [record.values()["mse"] or math.inf for record in records]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_global_generator_does_not_matter(tiny_model: Callable[..., LoadedModel]) -> None:
+    outcomes = []
+    for seed in (1, 2):
+        job = gated_job(tiny_model)
+        torch.manual_seed(seed)
+        outcomes.append(values(train(job)))
+    assert outcomes[0] == outcomes[1]
+
+
+# -------------------------------------------------------------------------------------------------------- bad steps
+
+
+def poisoned(bad: set[int]) -> Callable[[int, int, Draws], Batch]:
+    def source(step: int, batch_size: int, draws: Draws) -> Batch:
+        batch = batches(step, batch_size, draws)
+        if step in bad:
+            batch.x[0, 0, 0, 0] = math.nan
+        return batch
+
+    return source
+
+
+def test_a_non_finite_step_changes_nothing(tiny_model: Callable[..., LoadedModel]) -> None:
+    job = plain_job(tiny_model)
+    train(job, until=2)
+    before = {name: t.clone() for name, t in job[0].tensors().items()}
+    (record,) = train(job, poisoned({2}), until=3)
+    assert (record.step, record.applied) == (2, False) and record.values()["loss"] is None
+    assert json.dumps(record.values(), allow_nan=False)
+    after = job[0].tensors()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert (job[0].step, job[0].bad_steps) == (3, 1)
+    (record,) = train(job, until=4)
+    assert record.applied and job[0].bad_steps == 0
+    assert all(bool(torch.isfinite(t).all()) for t in job[0].tensors().values())
+
+
+def test_an_infinite_gradient_is_a_bad_step_even_where_the_loss_is_finite() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+    class Objective:
+        def draw(self, batch: Any, draws: Draws) -> Any:
+            return batch
+
+        def predict(self, model: nn.Module, noisy: Any) -> Any:
+            return None
+
+        def losses(self, model: Any, noisy: Any, prediction: Any) -> dict[str, Tensor]:
+            return {"loss": model.weight.sqrt()}
+
+    model = Root()
+    state = TrainState(model, [ParameterGroup({"weight": model.weight}, 1.0)], SETTINGS)
+    (record,) = train((state, Objective()), until=1)
+    assert record.values()["loss"] == 0.0 and record.values()["gradient_norm"] is None and not record.applied
+    assert model.weight.tolist() == [0.0]
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(tiny_model: Callable[..., LoadedModel]) -> None:
+    job = plain_job(tiny_model)
+    with pytest.raises(UserError, match=r"3 steps in a row.*the last at step 4.*learning rate"):
+        train(job, poisoned({0, 2, 3, 4}))
+    assert job[0].step == 5
+    train(plain_job(tiny_model), poisoned({0, 1, 3, 4}))
+
+
+def test_bad_steps_are_counted_across_a_resume(tiny_model: Callable[..., LoadedModel], tmp_path: Path) -> None:
+    first = plain_job(tiny_model)
+    train(first, poisoned({1, 2}), until=3)
+    save_checkpoint(tmp_path, first[0], limit=2)
+    second = plain_job(tiny_model)
+    load_latest(tmp_path, second[0])
+    with pytest.raises(UserError, match="3 steps in a row"):
+        train(second, poisoned({3}))
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def two_checkpoints(tiny_model: Callable[..., LoadedModel], folder: Path) -> None:
+    job = plain_job(tiny_model)
+    for step in (2, 4):
+        train(job, until=step)
+        save_checkpoint(folder, job[0], limit=2)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "flipped bit": lambda path: flip_a_bit(path / "state.safetensors"),
+    "truncated": lambda path: (path / "state.safetensors").write_bytes((path / "state.safetensors").read_bytes()[:1000]),
+    "empty": lambda path: (path / "state.safetensors").write_bytes(b""),
+    "no tensors": lambda path: (path / "state.safetensors").unlink(),
+    "no record": lambda path: (path / "state.json").unlink(),
+    "half a record": lambda path: (path / "state.json").write_text('{"step": 4, "ba'),
+    "foreign record": lambda path: (path / "state.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tiny_model: Callable[..., LoadedModel], tmp_path: Path, damage: str
+) -> None:
+    two_checkpoints(tiny_model, tmp_path)
+    DAMAGE[damage](tmp_path / "step-0000004")
+    job, whole = plain_job(tiny_model), plain_job(tiny_model)
+    with pytest.warns(UserWarning, match="step-0000004 is damaged.*the one before"):
+        assert load_latest(tmp_path, job[0]) == 2
+    train(job)
+    train(whole)
+    assert_equal_states(job[0], whole[0])
+
+
+def test_no_checkpoint_and_no_sound_one_are_step_zero(tiny_model: Callable[..., LoadedModel], tmp_path: Path) -> None:
+    assert load_latest(tmp_path / "nothing", plain_job(tiny_model)[0]) == 0
+    two_checkpoints(tiny_model, tmp_path)
+    for path in tmp_path.iterdir():
+        flip_a_bit(path / "state.safetensors")
+    job = plain_job(tiny_model)
+    with pytest.warns(UserWarning, match="is damaged") as found:
+        assert load_latest(tmp_path, job[0]) == 0
+    assert len(found) == 2
+    assert_equal_states(job[0], plain_job(tiny_model)[0])
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 32}, {"depth": 6}])
+def test_a_checkpoint_of_another_model_is_reported_and_leaves_no_trace(
+    tiny_model: Callable[..., LoadedModel], tmp_path: Path, sizes: dict[str, int]
+) -> None:
+    two_checkpoints(tiny_model, tmp_path)
+
+    def other() -> TrainState:
+        model = tiny_model(seed=1, **sizes)
+        return TrainState(model.module, trainable(model), SETTINGS)
+
+    state = other()
+    with pytest.warns(UserWarning, match="no fitting weight/"):
+        assert load_latest(tmp_path, state) == 0
+    assert_equal_states(state, other())
+
+
+def test_only_the_newest_checkpoints_stay(tiny_model: Callable[..., LoadedModel], tmp_path: Path) -> None:
+    job = plain_job(tiny_model)
+    for step in range(1, 5):
+        train(job, until=step)
+        save_checkpoint(tmp_path, job[0], limit=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000003", "step-0000004"]
+    assert sorted(path.name for path in (tmp_path / "step-0000004").iterdir()) == ["state.json", "state.safetensors"]
+
+
+# ------------------------------------------------------------------------------------- average and learning rate
+
+
+@given(decay=st.floats(0.0, 0.999), values=st.lists(st.floats(-2, 2), min_size=1, max_size=6))
+def test_the_average_is_its_closed_form(decay: float, values: list[float]) -> None:
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    ema = Ema({"p": parameter}, decay)
+    for value in values:
+        with torch.no_grad():
+            parameter.fill_(value)
+        ema.update()
+    n = len(values)
+    wanted = decay**n + sum((1 - decay) * decay ** (n - 1 - i) * value for i, value in enumerate(values))
+    assert ema.average["p"].tolist() == pytest.approx([wanted] * 2, abs=1e-9)
+
+
+def test_decay_zero_follows_and_decay_one_is_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    ema = Ema({"p": parameter}, 0.0)
+    with torch.no_grad():
+        parameter.copy_(torch.tensor([1.0, -2.0, 0.3]))
+    ema.update()
+    assert torch.equal(ema.average["p"], parameter)
+    with pytest.raises(ValueError, match="ema_decay"):
+        Ema({"p": parameter}, 1.0)
+
+
+@pytest.mark.parametrize(("decay", "steps", "warns"), [(0.9999, 10_000, True), (0.9999, 100_000, False), (0.999, 10_009, False), (0.99, 10, True), (0.0, 1, False)])
+def test_an_average_longer_than_the_run_is_reported(decay: float, steps: int, warns: bool) -> None:
+    message = horizon_warning(decay, steps)
+    assert (message is not None) == warns
+    if message:
+        assert f"{decay**steps:.0%}" in message and "--weights raw" in message and "set ema_decay to" in message
+        advised = float(message.split("set ema_decay to ")[1].split()[0])
+        assert horizon_warning(advised, steps) is None, "the advice is good"
+
+
+def rates(**changes: Any) -> list[float]:
+    settings = dataclasses.replace(SETTINGS, warmup_steps=0, **changes)
+    return [settings.learning_rate * learning_rate_factor(settings, step) for step in range(settings.steps)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 100])
+def test_the_learning_rate_is_exact_at_both_ends(steps: int) -> None:
+    found = rates(steps=steps, learning_rate=2e-4, learning_rate_end=1e-4)
+    assert found[0] == 2e-4
+    if steps > 1:
+        assert found[-1] == pytest.approx(1e-4, rel=1e-12)
+    assert found == sorted(found, reverse=True)
+
+
+def test_the_learning_rate_is_a_cosine() -> None:
+    found = rates(steps=101, learning_rate=2e-4, learning_rate_end=1e-4)
+    assert found[50] == pytest.approx(1.5e-4) and found[25] == pytest.approx(1e-4 + 0.5e-4 * (1 + math.cos(math.pi / 4)))
+    assert set(rates(steps=5, learning_rate=3e-4, learning_rate_end=None)) == {3e-4}
+
+
+def test_the_warm_up_rises_to_the_peak_and_never_starts_at_zero() -> None:
+    settings = dataclasses.replace(SETTINGS, steps=10, warmup_steps=3, learning_rate=1.0, learning_rate_end=0.5)
+    found = [learning_rate_factor(settings, step) for step in range(10)]
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0] and found[-1] == pytest.approx(0.5)
+
+
+def test_gates_keep_a_constant_rate_of_their_own(tiny_model: Callable[..., LoadedModel]) -> None:
+    state, goal = gated_job(tiny_model)
+    seen = []
+    for record in train_steps(state, goal, batches, SETTINGS, RANDOMNESS):
+        deltas, gates = state.optimizer.param_groups
+        seen.append((deltas["lr"], gates["lr"]))
+        assert deltas["lr"] == record.learning_rate
+    assert {gate for _, gate in seen} == {1e-3} and seen[-1][0] == pytest.approx(1e-3) and seen[1][0] == 1e-2
+
+
+def test_the_joint_gradient_norm_is_reported_before_clipping_and_clipping_is_joint(tiny_model: Callable[..., LoadedModel]) -> None:
+    norms = {}
+    for clip in (None, 1e-3):
+        state, goal = plain_job(tiny_model)
+        settings = dataclasses.replace(SETTINGS, clip_norm=clip)
+        (record,) = train((state, goal), settings=settings, until=1)
+        left = torch.stack([p.grad.norm() for p in state.parameters.values() if p.grad is not None]).norm()
+        norms[clip] = (float(record.gradient_norm), float(left))
+    assert norms[None][0] == norms[1e-3][0] == pytest.approx(norms[None][1], rel=1e-5)
+    assert norms[1e-3][1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_no_warning_without_a_cause(tiny_model: Callable[..., LoadedModel], tmp_path: Path) -> None:
+    two_checkpoints(tiny_model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_latest(tmp_path, plain_job(tiny_model)[0]) == 4
