@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -84,8 +85,8 @@ def _one_line(box: str) -> str:
     return re.sub(r"^(Parsing error|Unrecognized options|Invalid choice|Value error)\s*", "", words) or "bad options; see --help"
 
 
-def execute(verb: str, options: Any) -> dict[str, Any]:
-    """Do what a verb says; its machine-readable outcome."""
+def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
+    """Do what a verb says; its machine-readable outcome. command: as typed, for the record."""
     if verb == "recipes":
         return _recipes(options)
     recipe = load_recipe(options.recipe, options.set, options.overrides())
@@ -95,7 +96,7 @@ def execute(verb: str, options: Any) -> dict[str, Any]:
 
     heads, family = (options.num_heads, options.family) if isinstance(options, OpensModel) else (None, None)
     out = options.out
-    where = RunOptions(out, options.overwrite, options.dry_run, heads, family)
+    where = RunOptions(out, options.overwrite, options.dry_run, heads, family, command)
     outcome = _perform(verb, options, recipe, where)
     state = "checked" if options.dry_run else "done"
     print(f"{verb}: {state}, {out}" + (" (nothing was written)" if options.dry_run else ""), file=sys.stderr)
@@ -167,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         verb, options = parse(arguments)
-        outcome = execute(verb, options)
+        reproducing = [a for a in arguments if a not in ("--overwrite", "--debug", "--json")]
+        outcome = execute(verb, options, shlex.join(["tinyfusion", *reproducing]))
     except UserError as error:
         return _fail(error, debug)
     except KeyboardInterrupt:

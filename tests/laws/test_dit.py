@@ -83,13 +83,21 @@ def test_any_size_builds_counts_and_runs(
 @pytest.mark.parametrize("change", [{"input_size": 5}, {"num_heads": 3}, {"hidden_size": 18}, {"depth": 0}])
 def test_sizes_that_do_not_fit_together_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
-        DiTArch(**{**dict(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3), **change})
+        DiTArch(
+            **{
+                **dict(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3),
+                **change,
+            }
+        )
 
 
 def test_state_dict_has_the_official_keys_in_order(tiny_model: Callable[..., LoadedModel]) -> None:
-    names = "attn.qkv attn.proj mlp.fc1 mlp.fc2 adaLN_modulation.1".split()
+    names = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"]
     linears = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2"]
-    linears_after = [f"blocks.{i}.{name}" for i in range(2) for name in names] + ["final_layer.linear", "final_layer.adaLN_modulation.1"]
+    linears_after = [f"blocks.{i}.{name}" for i in range(2) for name in names] + [
+        "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
+    ]
     wanted = ["pos_embed", *both(linears), "y_embedder.embedding_table.weight", *both(linears_after)]
     assert list(tiny_model(depth=2).module.state_dict()) == wanted
 
@@ -100,7 +108,16 @@ def both(names: list[str]) -> list[str]:
 
 def test_position_table_has_the_published_values() -> None:
     table = position_table(1152, 16)[0].double()
-    row1 = {0: 0.8414709848, 1: 0.8240513478, 287: 1.0324972132e-4, 288: 0.5403023059, 289: 0.5665151155, 575: 0.9999999947, 576: 0, 864: 1}
+    row1 = {
+        0: 0.8414709848,
+        1: 0.8240513478,
+        287: 1.0324972132e-4,
+        288: 0.5403023059,
+        289: 0.5665151155,
+        575: 0.9999999947,
+        576: 0,
+        864: 1,
+    }
     row16 = {0: 0, 288: 1, 576: 0.8414709848, 577: 0.8240513478, 864: 0.5403023059}
     for row, values in ((1, row1), (16, row16)):
         for column, value in values.items():
@@ -120,7 +137,9 @@ def test_timestep_features_have_the_published_values() -> None:
 
 
 def test_a_fresh_model_outputs_exactly_zero() -> None:
-    model = new_model("dit", dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=3, num_heads=4, num_classes=4), 7)
+    model = new_model(
+        "dit", dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=3, num_heads=4, num_classes=4), 7
+    )
     out = model.module(torch.randn(2, 3, 8, 8), torch.tensor([0, 500]), torch.tensor([1, 4]))
     assert torch.equal(out, torch.zeros(2, 6, 8, 8))
 
@@ -164,7 +183,9 @@ def test_published_forward_and_losses(student: LoadedModel, published_noisy: Noi
     prediction = objective.predict(student.module, published_noisy)
     out = prediction.output
     assert (float(out.sum()), float(out.abs().sum())) == pytest.approx((1.92385, 49.00121), abs=2e-5)
-    assert [float(out[i]) for i in ((0, 0, 0, 0), (1, 3, 2, 1), (2, 7, 3, 3))] == pytest.approx([0.1602088, 0.2582195, 0.1394105], abs=1e-6)
+    assert [float(out[i]) for i in ((0, 0, 0, 0), (1, 3, 2, 1), (2, 7, 3, 3))] == pytest.approx(
+        [0.1602088, 0.2582195, 0.1394105], abs=1e-6
+    )
     terms = objective.losses(student.module, published_noisy, prediction)
     expected = {
         "mse": [0.4663153, 0.5324817, 0.5564290],
@@ -182,7 +203,9 @@ def test_published_guidance(student: LoadedModel, published_noisy: NoisyBatch) -
     rest = student.module(x, t, torch.tensor([5]))[:, 3:]
     conditional = [0.0060087, 0.1266743, -0.1253146, 0.1500342, 0.0153983, -0.1966723, 0.1251390, -0.0568460]
     assert first[0, :, 1, 2].tolist() == pytest.approx(conditional, abs=1e-6)
-    assert rest[0, :, 1, 2].tolist() == pytest.approx([0.1511479, 0.0139821, -0.1959729, 0.1256597, -0.0582121], abs=1e-6)
+    assert rest[0, :, 1, 2].tolist() == pytest.approx(
+        [0.1511479, 0.0139821, -0.1959729, 0.1256597, -0.0582121], abs=1e-6
+    )
     assert float(2 * first[:, :3].sum() + first[:, 3:].sum() + rest.sum()) == pytest.approx(1.33906, abs=2e-5)
 
 
@@ -213,7 +236,12 @@ def test_published_sampling_steps(
     student: LoadedModel, published_noisy: NoisyBatch, sampler: str, index: int, total: float, first: list[float] | None
 ) -> None:
     x, noise = published_noisy.xt[1:2], torch.cos(1.7 * torch.arange(64, dtype=torch.float64)).float().view(1, 4, 4, 4)
-    arguments: tuple[Any, ...] = (lambda x, t: student.module(x, t, torch.tensor([3])), From("10", index + 1), x, lambda _: noise)
+    arguments: tuple[Any, ...] = (
+        lambda x, t: student.module(x, t, torch.tensor([3])),
+        From("10", index + 1),
+        x,
+        lambda _: noise,
+    )
     if sampler == "ddpm":
         made = next(sample_ancestral(*arguments))
     else:

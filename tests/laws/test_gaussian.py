@@ -35,7 +35,14 @@ FULL = Schedule()
 
 
 def test_published_schedule() -> None:
-    bars = {0: 0.9999, 1: 0.9997800920720721, 249: 0.5240853738253606, 499: 0.07858724288177824, 749: 0.0033505504389367744, 999: 4.035829765375676e-05}
+    bars = {
+        0: 0.9999,
+        1: 0.9997800920720721,
+        249: 0.5240853738253606,
+        499: 0.07858724288177824,
+        749: 0.0033505504389367744,
+        999: 4.035829765375676e-05,
+    }
     for index, value in bars.items():
         assert FULL.alphas_cumprod[index] == pytest.approx(value, rel=1e-12)
     assert FULL.betas[0] == 9.999999999998899e-05
@@ -78,7 +85,14 @@ def test_several_sections_add_up() -> None:
 
 @pytest.mark.parametrize(
     ("spacing", "nearest"),
-    [("ddim300", (250, 334)), ("ddim60", (59, 63)), ("ddim0", (1, 2)), ("ddim1200", (500, 1000)), ("1001", (999, 1000)), ("0", (1, 2))],
+    [
+        ("ddim300", (250, 334)),
+        ("ddim60", (59, 63)),
+        ("ddim0", (1, 2)),
+        ("ddim1200", (500, 1000)),
+        ("1001", (999, 1000)),
+        ("0", (1, 2)),
+    ],
 )
 def test_impossible_counts_name_the_nearest_two(spacing: str, nearest: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"nearest are {nearest[0]} and {nearest[1]}$"):
@@ -251,7 +265,9 @@ def test_networks_receive_original_timesteps() -> None:
     assert seen == list(range(980, -1, -20))
 
 
-def test_guidance_at_its_special_scales(tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]) -> None:
+def test_guidance_at_its_special_scales(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
     model = tiny_model()
     noisy = noisy_batch(model)
     x, t, y, null = noisy.xt, noisy.t, noisy.y, model.arch.num_classes

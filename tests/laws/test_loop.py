@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
@@ -28,12 +26,19 @@ from tinyfusion.prune.learn import mask_learner
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
-from tinyfusion.training.ema import Ema, horizon_warning
 from tinyfusion.training.loop import LoopObjective, StepRecord, TrainState, train_steps
-from tinyfusion.training.optim import ParameterGroup, learning_rate_factor
+from tinyfusion.training.optim import ParameterGroup
 
 STEPS = 6
-SETTINGS = TrainingSection(steps=STEPS, batch_size=4, learning_rate=1e-2, learning_rate_end=1e-3, warmup_steps=1, ema_decay=0.8, max_bad_steps=3)
+SETTINGS = TrainingSection(
+    steps=STEPS,
+    batch_size=4,
+    learning_rate=1e-2,
+    learning_rate_end=1e-3,
+    warmup_steps=1,
+    ema_decay=0.8,
+    max_bad_steps=3,
+)
 RANDOMNESS = Randomness(17)
 Job = tuple[TrainState, LoopObjective]
 
@@ -44,7 +49,9 @@ def batches(step: int, batch_size: int, draws: Draws) -> Batch:
 
 
 def trainable(model: LoadedModel) -> list[ParameterGroup]:
-    return [ParameterGroup({n: p for n, p in model.module.named_parameters() if p.requires_grad}, SETTINGS.learning_rate)]
+    return [
+        ParameterGroup({n: p for n, p in model.module.named_parameters() if p.requires_grad}, SETTINGS.learning_rate)
+    ]
 
 
 def plain_job(tiny_model: Callable[..., LoadedModel]) -> Job:
@@ -76,7 +83,9 @@ JOBS: dict[str, Callable[..., Job]] = {
 }
 
 
-def train(job: Job, source: Any = batches, settings: TrainingSection = SETTINGS, until: int | None = None) -> list[StepRecord]:
+def train(
+    job: Job, source: Any = batches, settings: TrainingSection = SETTINGS, until: int | None = None
+) -> list[StepRecord]:
     state, objective = job
     records = []
     for record in train_steps(state, objective, source, settings, RANDOMNESS):
@@ -100,7 +109,9 @@ def assert_equal_states(first: TrainState, second: TrainState) -> None:
 
 
 @pytest.mark.parametrize("kind", JOBS)
-def test_stopped_anywhere_and_continued_is_bit_equal(tiny_model: Callable[..., LoadedModel], tmp_path: Path, kind: str) -> None:
+def test_stopped_anywhere_and_continued_is_bit_equal(
+    tiny_model: Callable[..., LoadedModel], tmp_path: Path, kind: str
+) -> None:
     whole = JOBS[kind](tiny_model)
     uninterrupted = values(train(whole))
     assert len(uninterrupted) == STEPS and len({record["loss"] for record in uninterrupted}) == STEPS
@@ -154,7 +165,9 @@ def test_training_learns(tiny_model: Callable[..., LoadedModel]) -> None:
         def draw(self, batch: Batch, draws: Draws) -> Any:
             return super().draw(batch, RANDOMNESS.at(0, 0, 4))
 
-    records = train((job[0], Same(5, 0.0)), lambda step, size, draws: batches(0, size, RANDOMNESS.at(0, 0, 4)), settings)
+    records = train(
+        (job[0], Same(5, 0.0)), lambda step, size, draws: batches(0, size, RANDOMNESS.at(0, 0, 4)), settings
+    )
     losses = [record.values()["mse"] or math.inf for record in records]
     assert losses[-1] < 0.5 * losses[0]
 
@@ -255,7 +268,9 @@ def flip_a_bit(path: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "flipped bit": lambda path: flip_a_bit(path / "state.safetensors"),
-    "truncated": lambda path: (path / "state.safetensors").write_bytes((path / "state.safetensors").read_bytes()[:1000]),
+    "truncated": lambda path: (path / "state.safetensors").write_bytes(
+        (path / "state.safetensors").read_bytes()[:1000]
+    ),
     "empty": lambda path: (path / "state.safetensors").write_bytes(b""),
     "no tensors": lambda path: (path / "state.safetensors").unlink(),
     "no record": lambda path: (path / "state.json").unlink(),
@@ -315,67 +330,7 @@ def test_only_the_newest_checkpoints_stay(tiny_model: Callable[..., LoadedModel]
     assert sorted(path.name for path in (tmp_path / "step-0000004").iterdir()) == ["state.json", "state.safetensors"]
 
 
-# ------------------------------------------------------------------------------------- average and learning rate
-
-
-@given(decay=st.floats(0.0, 0.999), values=st.lists(st.floats(-2, 2), min_size=1, max_size=6))
-def test_the_average_is_its_closed_form(decay: float, values: list[float]) -> None:
-    parameter = nn.Parameter(torch.ones(2, dtype=torch.float64))
-    ema = Ema({"p": parameter}, decay)
-    for value in values:
-        with torch.no_grad():
-            parameter.fill_(value)
-        ema.update()
-    n = len(values)
-    wanted = decay**n + sum((1 - decay) * decay ** (n - 1 - i) * value for i, value in enumerate(values))
-    assert ema.average["p"].tolist() == pytest.approx([wanted] * 2, abs=1e-9)
-
-
-def test_decay_zero_follows_and_decay_one_is_refused() -> None:
-    parameter = nn.Parameter(torch.zeros(3))
-    ema = Ema({"p": parameter}, 0.0)
-    with torch.no_grad():
-        parameter.copy_(torch.tensor([1.0, -2.0, 0.3]))
-    ema.update()
-    assert torch.equal(ema.average["p"], parameter)
-    with pytest.raises(ValueError, match="ema_decay"):
-        Ema({"p": parameter}, 1.0)
-
-
-@pytest.mark.parametrize(("decay", "steps", "warns"), [(0.9999, 10_000, True), (0.9999, 100_000, False), (0.999, 10_009, False), (0.99, 10, True), (0.0, 1, False)])
-def test_an_average_longer_than_the_run_is_reported(decay: float, steps: int, warns: bool) -> None:
-    message = horizon_warning(decay, steps)
-    assert (message is not None) == warns
-    if message:
-        assert f"{decay**steps:.0%}" in message and "--weights raw" in message and "set ema_decay to" in message
-        advised = float(message.split("set ema_decay to ")[1].split()[0])
-        assert horizon_warning(advised, steps) is None, "the advice is good"
-
-
-def rates(**changes: Any) -> list[float]:
-    settings = dataclasses.replace(SETTINGS, warmup_steps=0, **changes)
-    return [settings.learning_rate * learning_rate_factor(settings, step) for step in range(settings.steps)]
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 100])
-def test_the_learning_rate_is_exact_at_both_ends(steps: int) -> None:
-    found = rates(steps=steps, learning_rate=2e-4, learning_rate_end=1e-4)
-    assert found[0] == 2e-4
-    if steps > 1:
-        assert found[-1] == pytest.approx(1e-4, rel=1e-12)
-    assert found == sorted(found, reverse=True)
-
-
-def test_the_learning_rate_is_a_cosine() -> None:
-    found = rates(steps=101, learning_rate=2e-4, learning_rate_end=1e-4)
-    assert found[50] == pytest.approx(1.5e-4) and found[25] == pytest.approx(1e-4 + 0.5e-4 * (1 + math.cos(math.pi / 4)))
-    assert set(rates(steps=5, learning_rate=3e-4, learning_rate_end=None)) == {3e-4}
-
-
-def test_the_warm_up_rises_to_the_peak_and_never_starts_at_zero() -> None:
-    settings = dataclasses.replace(SETTINGS, steps=10, warmup_steps=3, learning_rate=1.0, learning_rate_end=0.5)
-    found = [learning_rate_factor(settings, step) for step in range(10)]
-    assert found[:4] == [0.25, 0.5, 0.75, 1.0] and found[-1] == pytest.approx(0.5)
+# ---------------------------------------------------------------------------------------------- rates and clipping
 
 
 def test_gates_keep_a_constant_rate_of_their_own(tiny_model: Callable[..., LoadedModel]) -> None:
@@ -388,7 +343,9 @@ def test_gates_keep_a_constant_rate_of_their_own(tiny_model: Callable[..., Loade
     assert {gate for _, gate in seen} == {1e-3} and seen[-1][0] == pytest.approx(1e-3) and seen[1][0] == 1e-2
 
 
-def test_the_joint_gradient_norm_is_reported_before_clipping_and_clipping_is_joint(tiny_model: Callable[..., LoadedModel]) -> None:
+def test_the_joint_gradient_norm_is_reported_before_clipping_and_clipping_is_joint(
+    tiny_model: Callable[..., LoadedModel],
+) -> None:
     norms = {}
     for clip in (None, 1e-3):
         state, goal = plain_job(tiny_model)

@@ -24,10 +24,12 @@ from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
-from tinyfusion.recover.terms import massive_mask, masked_feature_loss, mean_over_pairs
+from tinyfusion.recover.terms import masked_feature_loss, massive_mask, mean_over_pairs
 
 
-def distilled(teacher: LoadedModel, student: LoadedModel, pairs: list[tuple[int, int]], **more: Any) -> DistilledObjective:
+def distilled(
+    teacher: LoadedModel, student: LoadedModel, pairs: list[tuple[int, int]], **more: Any
+) -> DistilledObjective:
     objective = GaussianObjective(teacher.arch.num_classes)
     return DistilledObjective(objective, frozen(teacher.module), teacher.stack, student.stack, pairs, **more)
 
@@ -112,7 +114,9 @@ def test_teacher_and_student_see_the_same_batch(tiny_model: Callable[..., Loaded
 
 
 @torch.no_grad()
-def test_without_learned_variance_the_kl_is_left_out(tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]) -> None:
+def test_without_learned_variance_the_kl_is_left_out(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
     teacher, student = tiny_model(0), tiny_model(1, depth=2, learn_sigma=False)
     terms = terms_of(distilled(teacher, student, [(1, 3)]), student, noisy_batch(teacher))
     assert "vb_kd" not in terms and "vb" not in terms
@@ -145,7 +149,14 @@ T = torch.tensor([[[0.2, -0.1, 0.5, 1.0], [-6.0, 0.3, 0.0, 0.1]]])
 
 @pytest.mark.parametrize(
     ("sigmas", "rule", "loss"),
-    [(2.0, "own", 0.14625), (0.1, "own", 0.0), (4.0, "own", 6.52125), (None, "own", 6.52125), (2.0, "joint", 0.02125), (None, "joint", 6.52125)],
+    [
+        (2.0, "own", 0.14625),
+        (0.1, "own", 0.0),
+        (4.0, "own", 6.52125),
+        (None, "own", 6.52125),
+        (2.0, "joint", 0.02125),
+        (None, "joint", 6.52125),
+    ],
 )
 def test_published_mask_numbers(sigmas: float | None, rule: Any, loss: float) -> None:
     assert masked_feature_loss(S, T, sigmas, rule).tolist() == pytest.approx([loss], rel=1e-5, abs=1e-9)
@@ -184,7 +195,9 @@ def test_masks_are_per_sample(seed: int) -> None:
     student, teacher = features(seed)
     whole = masked_feature_loss(student, teacher, 2.0)
     for row in range(3):
-        torch.testing.assert_close(masked_feature_loss(student[row : row + 1], teacher[row : row + 1], 2.0), whole[row : row + 1])
+        torch.testing.assert_close(
+            masked_feature_loss(student[row : row + 1], teacher[row : row + 1], 2.0), whole[row : row + 1]
+        )
 
 
 def test_own_masks_pull_to_zero_where_only_the_teacher_is_massive() -> None:
@@ -247,7 +260,11 @@ def test_published_pairs_follow_from_the_groups(groups: list[list[int]], pairs: 
 @pytest.mark.parametrize(
     ("kept", "depth", "pairs"),
     [
-        ([0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27], 28, [*((k, 2 * k + 1) for k in range(6)), (6, 14), *((k, 2 * k + 2) for k in range(7, 13)), (13, 27)]),
+        (
+            [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27],
+            28,
+            [*((k, 2 * k + 1) for k in range(6)), (6, 14), *((k, 2 * k + 2) for k in range(7, 13)), (13, 27)],
+        ),
         ([0, 1, 2, 3], 4, [(0, 0), (1, 1), (2, 2), (3, 3)]),
         ([3, 1], 5, [(0, 2), (1, 4)]),
         ([2], 6, [(0, 5)]),
@@ -328,7 +345,8 @@ def test_a_plan_for_another_teacher_is_refused_unless_forced(tiny_model: Callabl
 
 
 @pytest.mark.parametrize(
-    ("keep", "message"), [([], "--keep 0,2,4"), ([0, 4], r"\[4\] out of range.*0 to 3"), ([-1], r"\[-1\] out of range"), ([1, 1], "twice")]
+    ("keep", "message"),
+    [([], "--keep 0,2,4"), ([0, 4], r"\[4\] out of range.*0 to 3"), ([-1], r"\[-1\] out of range"), ([1, 1], "twice")],
 )
 def test_impossible_indices_are_refused(tiny_model: Callable[..., LoadedModel], keep: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):

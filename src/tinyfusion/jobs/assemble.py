@@ -30,6 +30,7 @@ class RunOptions:
     dry_run: bool = False
     num_heads: int | None = None
     family: str | None = None
+    command: str = ""  # as typed
 
 
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:

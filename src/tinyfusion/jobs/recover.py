@@ -14,7 +14,7 @@ from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe, training_plan
 from tinyfusion.jobs.estimate import Estimate, announce, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.train import averaged, trainable
-from tinyfusion.jobs.training import drive
+from tinyfusion.jobs.training import Extra, drive
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import frozen
@@ -24,7 +24,7 @@ from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.training.ema import horizon_warning
 from tinyfusion.training.loop import TrainState
-from tinyfusion.training.optim import ParameterGroup
+from tinyfusion.training.optim import ParameterGroup, linear
 
 
 def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[str, Any] | None:
@@ -50,7 +50,8 @@ def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[s
     if options.dry_run:
         return announce("recover", _intent(recipe, student, teacher, mode), _estimate(recovery, settings))
     with run.writing("recover", plain, options.overwrite):
-        seconds = drive(run, "recover", state, recovery.objective, recovery.source, settings, recipe.seed)
+        extra = _logged(recipe) if teacher else lambda record: {}
+        seconds = drive(run, "recover", state, recovery.objective, recovery.source, settings, recipe.seed, extra)
         save_model(averaged(student, state), run.path / "student")
         save_model(student, run.path / "student-raw")
         run.mark("done", seconds=seconds, seen_images=settings.steps * settings.batch_size)
@@ -78,6 +79,12 @@ def _recovery(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None)
     objective = _objective(recipe, student, teacher, device.type)
     state = TrainState(student.module, [ParameterGroup(trainable(student.module), settings.learning_rate)], settings)
     return _Recovery(student, teacher, objective, state, source)
+
+
+def _logged(recipe: Recipe) -> Extra:
+    """More fields for a log line of a distillation."""
+    settings = recipe.recover
+    return lambda record: {"beta": linear(settings.beta, record.step, settings.training.steps)}
 
 
 def _intent(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, mode: str) -> dict[str, str]:

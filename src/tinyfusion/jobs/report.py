@@ -52,7 +52,9 @@ def read_run(path: Path) -> RunData:
     verb = record["verb"]
     stages = {stage: path / stage for stage in ("prune", "recover")} if verb == "run" else {verb: path}
     metrics = {stage: lines for stage, folder in stages.items() if (lines := _metrics(folder / "metrics.jsonl"))}
-    records = {stage: read_json(folder / "run.json") for stage, folder in stages.items() if (folder / "run.json").is_file()}
+    records = {
+        stage: read_json(folder / "run.json") for stage, folder in stages.items() if (folder / "run.json").is_file()
+    }
     models = {name: path / folder / "model.json" for name, folder in MODEL_FOLDERS[verb].items()}
     described = {name: read_json(file) for name, file in models.items() if file.is_file()}
     plan, decided = _plan(path, record, metrics.get("prune", []), described)
@@ -83,7 +85,9 @@ def _record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("made_by") != "tinyfusion" or record.get("verb") not in VERBS:
         raise UserError(f"{path} is not a run folder of tinyfusion: its run.json was made by something else")
     if record.get("format_version", 0) > FORMAT_VERSION:
-        raise UserError(f"{path} was written in format {record['format_version']}; this tinyfusion reads up to {FORMAT_VERSION}: upgrade")
+        raise UserError(
+            f"{path} was written in format {record['format_version']}; this tinyfusion reads up to {FORMAT_VERSION}: upgrade"
+        )
     return record
 
 

@@ -48,7 +48,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if options.dry_run:
         return _announce(recipe, options, teacher, mode)
     with folder.writing("run", plain, options.overwrite):
-        folder.mark("running", command=f"tinyfusion run --recipe {recipe.name} --out {options.out}")
+        folder.mark("running", command=options.command or f"tinyfusion run --recipe {recipe.name} --out {options.out}")
         _perform(recipe, options, folder, teacher)
         write_text(options.out / "report.html", render_run(options.out))
         folder.mark("done", seconds=sum(folder.record()["stages"].values()))

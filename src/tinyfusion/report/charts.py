@@ -63,7 +63,7 @@ def decision_dynamics(
     last = max(float(shown[-1]["step"]), 1.0)
     _group_bands(axes, [size for _, size in sizes])
     points = dynamics_points(shown, sizes, name)
-    dot = 7.0 if width > 600 else 4.5
+    dot = min(7.0 if width > 600 else 4.5, 0.75 * width / len(shown))
     _dots(axes, [(x, y) for x, y, _ in points], LINE, 1.0, dot * 0.6)
     for level in range(1, _LEVELS + 1):
         same = [(x, y) for x, y, opacity in points if round(opacity * _LEVELS) == level]
@@ -92,7 +92,9 @@ def dynamics_points(
     return points
 
 
-def confidence_curves(records: Sequence[Mapping[str, Any]], sizes: Sequence[Sequence[int]], name: str, width: int, salt: str = "") -> str:
+def confidence_curves(
+    records: Sequence[Mapping[str, Any]], sizes: Sequence[Sequence[int]], name: str, width: int, salt: str = ""
+) -> str:
     """Confidence of every group over the steps, with the chance level of the commonest group size."""
     figure, axes = _figure(width, 240)
     shown = [records[i] for i in _thinned(len(records), 120)]
@@ -114,9 +116,17 @@ def loss_curves(curves: Sequence[Curve], title: str, width: int, salt: str = "")
     for curve in curves:
         chosen = _thinned(len(curve.x), 240)
         x, y = np.asarray(curve.x, dtype=np.float64)[chosen], np.asarray(curve.y, dtype=np.float64)
-        smooth = running_median(y, max(len(y) // 30, 1))[chosen]
+        smooth = running_median(y, len(y) // 30)[chosen]
         axes.plot(x, y[chosen], color=curve.colour, linewidth=0.8, alpha=0.3)
-        axes.plot(x, smooth, color=curve.colour, linewidth=1.8, label=curve.label, marker="o" if len(x) < 3 else None, markersize=3)
+        axes.plot(
+            x,
+            smooth,
+            color=curve.colour,
+            linewidth=1.8,
+            label=curve.label,
+            marker="o" if len(x) < 3 else None,
+            markersize=3,
+        )
     if all(value > 0 for curve in curves for value in curve.y):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -140,8 +150,9 @@ def _minor_label(axes: Axes, value: float) -> str:
 
 
 def _thinned(num: int, most: int) -> list[int]:
-    """At most `most` evenly spread indices of `num`, first and last among them."""
-    return sorted({round(i) for i in np.linspace(0, num - 1, min(num, most))}) if num else []
+    """Every so-many-th index of `num`, so that at most `most` and the last are shown."""
+    stride = -(-num // most)
+    return sorted({*range(0, num, stride), num - 1}) if num else []
 
 
 def _figure(width: int, height: int) -> tuple[Figure, Axes]:
@@ -176,6 +187,7 @@ def _dots(axes: Axes, points: Sequence[tuple[float, int]], colour: str, opacity:
         return
     vertices = np.repeat(np.asarray(points, dtype=np.float64), 2, axis=0)
     path = Path(vertices, [Path.MOVETO, Path.LINETO] * len(points))
+    path.should_simplify = False  # simplification would drop strokes without length
     axes.add_patch(
         PathPatch(path, fill=False, edgecolor=colour, alpha=opacity, linewidth=size, capstyle="round", clip_on=False)
     )
@@ -197,7 +209,12 @@ def _svg(figure: Figure, salt: str, description: str) -> str:
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     view_box = re.search(r'viewBox="([^"]*)"', body)
     assert view_box is not None, "matplotlib writes a viewBox"
-    body = re.sub(r"<svg[^>]*>", f'<svg class="chart" viewBox="{view_box[1]}" role="img" aria-label="{_attribute(description)}">', body, count=1)
+    body = re.sub(
+        r"<svg[^>]*>",
+        f'<svg class="chart" viewBox="{view_box[1]}" role="img" aria-label="{_attribute(description)}">',
+        body,
+        count=1,
+    )
     body = body.replace("xlink:href", "href")
     body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
     body = re.sub(r"#0[1-8]0[1-8]0[1-8]", lambda match: f"var(--{_VARIABLES[match[0]]})", body)

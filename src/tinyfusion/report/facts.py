@@ -90,6 +90,7 @@ COLUMNS = {
     "num_images": "images",
 }
 _ROLES = {"teacher": "teacher", "pruned": "cut", "student": "student"}
+_SHORT_NAMES = {"teacher": "teacher", "pruned": "cut", "student": "recovered"}
 _WHOLE = ("num_images",)
 
 
@@ -125,7 +126,9 @@ def headline(run: RunData) -> list[Tile]:
 def _depth_tile(run: RunData) -> Tile | None:
     found = depths(run)
     if run.plan and "teacher" in found:
-        scheme = f"{run.plan.scheme} by {run.plan.criterion}" if run.plan.scheme else f"by {run.plan.criterion}"
+        scheme = (
+            f"scheme {run.plan.scheme}, {run.plan.criterion}" if run.plan.scheme else f"criterion: {run.plan.criterion}"
+        )
         return Tile("blocks", [("teacher", str(found["teacher"])), ("student", str(found["student"]))], scheme)
     values = [("plain", str(depth)) for depth in list(found.values())[:1]]
     return Tile("blocks", values) if values else None
@@ -143,11 +146,15 @@ def _speed_tiles(run: RunData) -> list[Tile]:
     def less(key: str) -> str:
         return f"{percent(student[key] / teacher[key])} of the teacher's"
 
-    low, high = speed.get("speedup_spread", (speed["speedup"], speed["speedup"]))
+    low, high = speed.get("speedup_spread", [speed["speedup"]] * 2)
     times = [("teacher", significant(teacher["latency_ms"])), ("student", significant(student["latency_ms"]))]
+    ratio = speed["speedup"]
+    faster = f"{ratio:.2f}× faster" if ratio >= 1 else f"{ratio:.2f}× the speed"
     batch = f"median, batch {speed['batch_size']}"
     return [
-        Tile("sampling speed", [("student", f"{speed['speedup']:.2f}× faster")], f"pairs of measurements: {low:.2f} to {high:.2f}×", size="medium"),
+        Tile(
+            "sampling speed", [("student", faster)], f"measured side by side: {low:.2f}× to {high:.2f}×", size="medium"
+        ),
         Tile("parameters", pair("num_parameters"), less("num_parameters")),
         Tile("MACs per image and step", pair("macs"), less("macs")),
         Tile("ms per denoising step", times, batch),
@@ -156,13 +163,13 @@ def _speed_tiles(run: RunData) -> list[Tile]:
 
 def _fid_tile(run: RunData) -> Tile | None:
     for reference in run.references:
-        found = {name: run.evaluations.get(name, {}).get(reference) for name in ("teacher", "pruned", "student")}
+        found = {name: run.evaluations.get(name, {}).get(reference) for name in _SHORT_NAMES}
         there = {name: evaluation for name, evaluation in found.items() if evaluation}
         if there:
             values = [(_ROLES[name], significant(evaluation.get("fid"))) for name, evaluation in there.items()]
             same = len({evaluation.get("protocol") for evaluation in there.values()}) == 1
             note = "" if same else "The protocols differ: see the table before comparing."
-            names = tuple(MODEL_NAMES[name] for name in there)
+            names = tuple(_SHORT_NAMES[name] for name in there)
             return Tile(f"FID against {reference}, lower is better", values, note, names, "large")
     return None
 
@@ -173,8 +180,14 @@ def _training_tiles(run: RunData) -> list[Tile]:
     for stage, lines in run.metrics.items():
         if lines:
             last = lines[-1]
-            tiles.append(Tile(f"{stage}: loss", [("plain", significant(last.get("loss")))], f"at step {last.get('step'):,}"))
-            tiles.append(Tile(f"{stage}: images seen", [("plain", count(last.get("seen_images")))], duration(last.get("seconds"))))
+            tiles.append(
+                Tile(f"{stage}: loss", [("plain", significant(last.get("loss")))], f"at step {last.get('step'):,}")
+            )
+            tiles.append(
+                Tile(
+                    f"{stage}: images seen", [("plain", count(last.get("seen_images")))], duration(last.get("seconds"))
+                )
+            )
     return tiles
 
 
@@ -263,7 +276,9 @@ def stages(run: RunData) -> list[Stage]:
     """Seconds and images of every stage."""
     seconds = dict(run.record.get("stages") or {})
     if not seconds:
-        own = run.record.get("seconds") or max((line.get("seconds", 0.0) for m in run.metrics.values() for line in m), default=0.0)
+        own = run.record.get("seconds") or max(
+            (line.get("seconds", 0.0) for m in run.metrics.values() for line in m), default=0.0
+        )
         seconds = {str(run.record.get("verb", "run")): own} if own else {}
     total = sum(seconds.values()) or 1.0
     return [Stage(name, value, value / total, _images(run, name)) for name, value in seconds.items()]
@@ -317,10 +332,11 @@ class Comparison:
 
 
 def comparison(runs: Sequence[RunData]) -> Comparison | None:
-    """A table over runs, where more than one of them was evaluated."""
+    """A table over runs, where more than one of them was evaluated; the first reference in full, of others the student."""
     if sum(bool(run.evaluations) for run in runs) < 2:
         return None
     references = list(dict.fromkeys(reference for run in runs for reference in run.references))
+    wanted = [*((model, references[0]) for model in _SHORT_NAMES), *(("student", other) for other in references[1:])]
     protocols: list[str] = []
 
     def marked(text: str, protocol: str | None) -> tuple[str, int | None]:
@@ -341,11 +357,9 @@ def comparison(runs: Sequence[RunData]) -> Comparison | None:
             (count(student.get("macs")), None),
             marked(faster, speed.get("protocol")),
         ]
-        for reference in references:
-            for model in ("teacher", "pruned", "student"):
-                evaluation = run.evaluations.get(model, {}).get(reference, {})
-                cells.append(marked(significant(evaluation.get("fid")), evaluation.get("protocol")))
+        for model, reference in wanted:
+            evaluation = run.evaluations.get(model, {}).get(reference, {})
+            cells.append(marked(significant(evaluation.get("fid")), evaluation.get("protocol")))
         rows.append((run.name, cells))
-    names = {"teacher": "teacher", "pruned": "cut", "student": "student"}
-    fids = [f"FID {reference}, {names[model]}" for reference in references for model in names]
+    fids = [f"FID {reference}, {_SHORT_NAMES[model]}" for model, reference in wanted]
     return Comparison(["blocks", "parameters", "MACs", "speed", *fids], rows, protocols)

@@ -43,7 +43,9 @@ def duration(seconds: float | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as per cent: 0.5 is 50 %; below 10 % with one decimal."""
+    """A share as per cent: 0.5 is 50 %; below 10 % with one decimal; 100 % is not said of less."""
     if share is None:
         return "–"
+    if 0.995 <= share < 1:
+        return "> 99 %"
     return f"{100 * share:.1f} %" if 0 < abs(share) < 0.0995 else f"{100 * share:.0f} %"

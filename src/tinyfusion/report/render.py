@@ -67,7 +67,11 @@ def render(runs: Sequence[RunData], record: Mapping[str, Any]) -> str:
     sections = [_section(run, f"run-{i}") for i, run in enumerate(runs, start=1)]
     title = " · ".join(dict.fromkeys(run.title for run in runs))
     return _template().render(
-        title=title, sections=sections, comparison=facts.comparison(runs), record_id=RECORD_ID, record=_script_json(record)
+        title=title,
+        sections=sections,
+        comparison=facts.comparison(runs),
+        record_id=RECORD_ID,
+        record=_script_json(record),
     )
 
 
@@ -151,7 +155,9 @@ def _curves(run: RunData, anchor: str) -> list[Chart]:
     for name, sizes in ((run.plan.groups if run.plan else None) or {}).items():
         if len(lines) > 1:
             svg = charts.confidence_curves(lines, sizes, name, _THIRD_PX, salt=anchor)
-            drawn.append(Chart("Confidence of the decision", Markup(svg), note="Thin: every group. Bold: their median."))
+            drawn.append(
+                Chart("Confidence of the decision", Markup(svg), note="Thin: every group. Bold: their median.")
+            )
     for stage, metrics in run.metrics.items():
         curves = [charts.Curve(label, *_series(metrics, key), colour) for key, label, colour in _LOSSES[stage]]
         curves = [curve for curve in curves if len(curve.x)]
@@ -178,9 +184,24 @@ def _grids(run: RunData) -> list[Grid]:
     for name, samples in there.items():
         source, width_px = _picture(samples, chosen, columns)
         depth = facts.depths(run).get(name)
-        fid = next((run.evaluations[name][r].get("fid") for r in run.references if r in run.evaluations.get(name, {})), None)
-        caption = ", ".join(part for part in (f"{depth} blocks" if depth else "", f"FID {significant(fid)}" if fid is not None else "") if part)
-        grids.append(Grid(MODEL_NAMES.get(name, name), facts.role_of(name), caption, source, width_px, [label for label in columns if label]))
+        fid = next(
+            (run.evaluations[name][r].get("fid") for r in run.references if r in run.evaluations.get(name, {})), None
+        )
+        caption = ", ".join(
+            part
+            for part in (f"{depth} blocks" if depth else "", f"FID {significant(fid)}" if fid is not None else "")
+            if part
+        )
+        grids.append(
+            Grid(
+                MODEL_NAMES.get(name, name),
+                facts.role_of(name),
+                caption,
+                source,
+                width_px,
+                [label for label in columns if label],
+            )
+        )
     return grids
 
 
@@ -227,7 +248,9 @@ def _small_grid(images: np.ndarray, chosen: Sequence[int], columns: int) -> np.n
 def _thumbnail(image: np.ndarray) -> np.ndarray:
     """(64, 64, 3) uint8."""
     pixels = image[..., 0] if image.shape[-1] == 1 else image
-    return np.asarray(Image.fromarray(pixels).convert("RGB").resize((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.BOX))
+    return np.asarray(
+        Image.fromarray(pixels).convert("RGB").resize((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.BOX)
+    )
 
 
 def _data_uri(image: Image.Image, kind: str) -> str:

@@ -78,7 +78,7 @@ class TrainState:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], step: int, bad_steps: int) -> None:
         """Continue from `tensors()` of an earlier run. Raises ValueError where a tensor is missing or misshapen."""
-        targets = {f"weight/{name}": p for name, p in self.parameters.items()}
+        targets: dict[str, Tensor] = {f"weight/{name}": p for name, p in self.parameters.items()}
         targets |= {f"ema/{name}": average for name, average in self.ema.average.items()}
         for key, target in targets.items():  # all is checked before anything changes
             if key not in tensors or tensors[key].shape != target.shape:

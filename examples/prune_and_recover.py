@@ -1,0 +1,61 @@
+"""Learn which blocks of a model go, cut it, and bring it back, with a loop of one's own and nothing on disk.
+
+    python examples/prune_and_recover.py [--model digits] [--steps 200] [--batch-size 64]
+
+The two loops are the same function: only the objective differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from tinyfusion import open_model
+from tinyfusion.core.recipe import PruneSection, TrainingSection
+from tinyfusion.core.rng import Randomness
+from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.data.digits import load_digits
+from tinyfusion.models.stack import frozen
+from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.prune.learn import mask_learner, plan_of
+from tinyfusion.recover.align import block_pairs
+from tinyfusion.recover.distill import DistilledObjective
+from tinyfusion.training.loop import TrainState, train_steps
+from tinyfusion.training.optim import ParameterGroup
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="digits", help="model, as every verb takes it")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=64)
+    args = parser.parse_args()
+
+    training = TrainingSection(args.steps, args.batch_size, learning_rate=1e-3, learning_rate_end=1e-4, ema_decay=0.95)
+    settings = PruneSection(scheme="1:2", gate_learning_rate=1e-2, training=training)
+    randomness = Randomness(0)
+    batches = ShuffledBatches(load_digits(), randomness, torch.device("cpu"))
+    teacher = open_model(args.model)
+    plain = GaussianObjective(teacher.arch.num_classes)
+
+    learner = mask_learner(teacher, plain, settings, (randomness.generator_seed("lora"), "cpu"))
+    state = TrainState(learner.module, learner.parameter_groups, training)
+    for record in train_steps(state, learner.objective, batches, training, randomness):
+        if record.step % 50 == 0:
+            print(f"step {record.step}: loss {float(record.terms['loss']):.4f}, kept {learner.decision(state.ema, record.step).kept()}")
+    plan = plan_of(learner.decision(state.ema, args.steps - 1), teacher, settings, seed=0, cost={})
+
+    student = teacher.cut(plan)
+    distilled = DistilledObjective(plain, frozen(teacher.module), teacher.stack, student.stack, block_pairs(plan),
+                                   alpha_kd=0.9, beta=(1e-2, 0.0), sigmas=2.0, mask="own", steps=args.steps)  # fmt: skip
+    weights = {name: p for name, p in student.module.named_parameters() if p.requires_grad}
+    state = TrainState(student.module, [ParameterGroup(weights, training.learning_rate)], training)
+    for record in train_steps(state, distilled, batches, training, randomness):
+        if record.step % 50 == 0:
+            print(f"step {record.step}: distillation {float(record.terms['kd_loss']):.4f}")
+    print(f"{len(teacher.stack)} blocks became {len(student.stack)}: kept {plan.kept}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""Every verb on a tiny model and real digits: what it writes, says and returns, and how it stops and goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from material import Cli, Outcome
+from PIL import Image
+from safetensors.torch import load_file
+
+from tinyfusion.options import VERBS
+
+FAST = "--set prune.training.ema_decay=0.5 --set prune.training.batch_size=16 --set prune.training.log_every_steps=1"
+PRUNE = f"prune --teacher teacher --scheme 1:2 --steps 2 {FAST} --out pruned"
+RECOVER = (
+    "recover --teacher teacher --student student --steps 2 --out recovered --set recover.training.batch_size=16"
+    " --set recover.training.ema_decay=0.5 --set recover.training.log_every_steps=1"
+)
+TRAIN = (
+    "train --steps 3 --out trained --set train.batch_size=16 --set train.ema_decay=0.5 --set model.hidden_size=32"
+    " --set model.patch_size=4 --set model.depth=4 --set train.log_every_steps=1"
+)
+SAMPLE = "sample --model teacher --num-images 6 --sampler ddim --num-steps 5 --out drawn/samples.npz"
+EVALUATE = "evaluate --samples images.npz --reference digits:heldout --out scores/evaluation.json"
+RUN = (
+    f"run --recipe good.toml --scheme 1:2 {FAST} --set recover.training.steps=2 --set recover.training.batch_size=16"
+    " --set recover.training.ema_decay=0.5 --set sample.num_images=8 --set sample.sampler=ddim --set sample.num_steps=3"
+    " --set sample.batch_size=8 --set speed.repeats=2 --set speed.batch_size=4 --set speed.steps_per_repeat=1 --out whole"
+).replace(" --scheme 1:2", "")
+WRITING = {"prune": PRUNE, "recover": RECOVER, "train": TRAIN, "sample": SAMPLE, "evaluate": EVALUATE}
+
+
+def done(cli: Cli, command: str) -> Outcome:
+    outcome = cli(*shlex.split(command))
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def lines_of(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Name and hash of every file below."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+# -------------------------------------------------------------------------------------------------------- the verbs
+
+
+@pytest.mark.parametrize("update", ["lora", "full", "frozen"])
+def test_prune_learned(cli: Cli, work: Path, update: str) -> None:
+    outcome = done(cli, f"{PRUNE} --update {update} --json")
+    plan = json.loads(Path("pruned/plan.json").read_text(encoding="utf-8"))
+    first, second = plan["kept"]["blocks"]
+    assert (first // 2, second // 2) == (0, 1), "one block of each pair"
+    assert outcome.last_json["kept"] == plan["kept"]
+    assert plan["criterion"] == "learned"
+    assert plan["groups"] == {"blocks": [[1, 2], [1, 2]]}
+    assert all(abs(sum(p) - 1) < 1e-5 for p in plan["scores"]["blocks"])
+    log = lines_of("pruned/metrics.jsonl")
+    assert [line["step"] for line in log] == [0, 1]
+    assert [line["temperature"] for line in log] == [4.0, 0.1], "the schedule is exact at both ends"
+    assert {"loss", "kept", "confidence", "seen_images", "gradient_norm"} <= set(log[0])
+    share = float(outcome.err.split("%")[0].split()[-1])
+    position_table = 4 * 32
+    trained = {"lora": 8 * 3456, "full": 89_120 - position_table, "frozen": 0}[update]  # rank 8 on every linear layer
+    assert share == pytest.approx(100 * trained / 89_120, abs=1e-3)
+    assert json.loads(Path("pruned/run.json").read_text(encoding="utf-8"))["state"] == "done"
+    kept = load_file("pruned/student/model.safetensors")["blocks.1.mlp.fc1.weight"]
+    assert kept.equal(load_file("teacher/model.safetensors")[f"blocks.{second}.mlp.fc1.weight"]), "cut from the untouched teacher"
+
+
+def test_prune_indices(cli: Cli, work: Path) -> None:
+    done(cli, "prune --teacher teacher --criterion indices --keep 3,0 --out pruned")
+    facts = done(cli, "inspect pruned --json").last_json
+    assert facts["kept"] == {"blocks": [0, 3]}
+    assert facts["depth"] == 2
+
+
+@pytest.mark.parametrize(("method", "terms"), [("masked-kd", {"kd_loss", "feat_loss", "beta"}), ("finetune", {"mse"})])
+def test_recover(cli: Cli, work: Path, method: str, terms: set[str]) -> None:
+    done(cli, f"{RECOVER} --method {method}")
+    log = lines_of("recovered/metrics.jsonl")
+    assert len(log) == 2
+    assert terms <= set(log[0])
+    averaged, raw = (load_file(f"recovered/{name}/model.safetensors") for name in ("student", "student-raw"))
+    assert not averaged["blocks.0.mlp.fc1.weight"].equal(raw["blocks.0.mlp.fc1.weight"])
+    ema, other = (done(cli, f"inspect recovered --json {w}").last_json["hash"] for w in ("", "--weights raw"))
+    assert ema != other
+    assert done(cli, "inspect recovered --json").last_json["kept"] == {"blocks": [0, 2]}
+
+
+def test_recover_warns_where_the_average_is_too_slow(cli: Cli, work: Path) -> None:
+    outcome = done(cli, f"{RECOVER} --set recover.training.ema_decay=0.9999 --dry-run")
+    assert "warning: the moving average" in outcome.err
+    assert "set ema_decay to" in outcome.err
+
+
+def test_sample(cli: Cli, work: Path) -> None:
+    outcome = done(cli, f"{SAMPLE} --labels 3,7 --grid drawn/grid.png --json")
+    stored = np.load("drawn/samples.npz")
+    assert stored["arr_0"].shape == (6, 8, 8, 1)
+    assert stored["arr_0"].dtype == np.uint8
+    assert stored["arr_1"].tolist() == [3, 7, 3, 7, 3, 7]
+    assert stored["arr_1"].dtype == np.int64
+    record = json.loads(Path("drawn/samples.json").read_text(encoding="utf-8"))
+    assert record["protocol"] == outcome.last_json["protocol"]
+    assert "ddim 5 steps" in record["protocol"]
+    with Image.open("drawn/grid.png") as grid:
+        assert grid.size[0] > grid.size[1] / 8 > 0
+    done(cli, f"{SAMPLE.replace('drawn', 'other')} --labels 3,7 --seed 1")
+    assert not np.array_equal(np.load("other/samples.npz")["arr_0"], stored["arr_0"])
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_samples_do_not_depend_on_the_batch_size(cli: Cli, work: Path, sampler: str) -> None:
+    for size in (1, 4, 6):
+        done(cli, f"{SAMPLE.replace('drawn', f'by-{size}')} --sampler {sampler} --batch-size {size}")
+    one, four, six = (np.load(f"by-{size}/samples.npz") for size in (1, 4, 6))
+    for other in (four, six):
+        assert np.array_equal(one["arr_1"], other["arr_1"])
+        assert np.abs(one["arr_0"].astype(int) - other["arr_0"].astype(int)).max() <= 1
+
+
+def test_grid_of_finished_samples_is_drawn_later(cli: Cli, work: Path) -> None:
+    done(cli, SAMPLE)
+    before = files(work / "drawn")
+    done(cli, f"{SAMPLE} --grid drawn/grid.png")
+    after = files(work / "drawn")
+    assert after.pop("grid.png")
+    assert after == before
+
+
+def test_evaluate(cli: Cli, work: Path) -> None:
+    done(cli, SAMPLE)
+    printed = done(cli, "evaluate --samples drawn/samples.npz --reference digits:heldout --out evaluation.json --json").last_json
+    record = json.loads(Path("evaluation.json").read_text(encoding="utf-8"))
+    wanted = {"fid", "sfid", "inception_score", "precision", "recall", "num_images", "features", "protocol"}
+    assert wanted <= set(record)
+    assert record["num_images"] == 6
+    assert printed["fid"] == record["fid"] > 0
+    assert "ddim 5 steps" in record["protocol"]
+    assert "digits:heldout" in record["protocol"]
+
+
+def test_train(cli: Cli, work: Path) -> None:
+    done(cli, TRAIN)
+    assert [line["step"] for line in lines_of("trained/metrics.jsonl")] == [0, 1, 2]
+    facts = done(cli, "inspect trained --json").last_json
+    assert facts["depth"] == 4
+    assert facts["kept"] is None
+    assert Path("trained/model-raw/model.safetensors").is_file()
+
+
+def test_inspect(cli: Cli, work: Path) -> None:
+    facts = done(cli, "inspect student --json").last_json
+    assert {"family", "depth", "num_parameters", "macs", "kept", "lineage", "hash"} <= set(facts)
+    assert facts["family"] == "dit"
+    assert facts["num_parameters"] == sum(t.numel() for t in load_file("student/model.safetensors").values())
+    parent = done(cli, "inspect teacher --json").last_json
+    assert facts["lineage"] == [{"hash": parent["hash"], "depth": {"blocks": 4}, "kept": None}]
+    official = done(cli, "inspect good.pt --num-heads 2 --json").last_json
+    assert official["hash"] == parent["hash"], "the same model, whatever the file"
+    text = done(cli, "inspect student").out
+    assert "51,296" in text
+    assert parent["hash"][:12] in text
+
+
+def test_recipes(cli: Cli) -> None:
+    listed = done(cli, "recipes --json").last_json
+    assert {"digits", "digits-teacher"} <= set(listed)
+    assert listed["digits"]["minutes"] > 0
+    assert "digits" in done(cli, "recipes").out
+
+
+def test_report(cli: Cli, work: Path) -> None:
+    done(cli, PRUNE)
+    done(cli, "report pruned --out page.html")
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert done(cli, "report pruned --out page.html").code == 0, "a page of ours is written anew"
+
+
+def test_run(cli: Cli, work: Path) -> None:
+    outcome = done(cli, f"{RUN} --json")
+    for name in ("prune/plan.json", "recover/student/model.json", "samples/student.npz", "evaluation.json", "speed.json", "report.html"):
+        assert Path("whole", name).is_file(), name
+    assert outcome.last_json["report"] == "whole/report.html"
+    before = files(work / "whole")
+    again = done(cli, RUN)
+    assert "finished" in again.err
+    assert files(work / "whole") == before
+
+
+# -------------------------------------------------------------------------------------------------- common to all verbs
+
+
+@pytest.mark.parametrize("verb", [*WRITING, "run", "report"])
+def test_dry_run_writes_nothing(cli: Cli, work: Path, verb: str) -> None:
+    if verb == "report":
+        done(cli, "prune --teacher teacher --criterion indices --keep 1 --out pruned")
+    before = files(work)
+    folders = {p for p in work.rglob("*") if p.is_dir()}
+    command = {**WRITING, "run": RUN, "report": "report pruned --out page.html"}[verb]
+    outcome = done(cli, f"{command} --dry-run --json")
+    assert files(work) == before
+    assert {p for p in work.rglob("*") if p.is_dir()} == folders
+    assert outcome.last_json["state"] == "checked"
+    if verb not in ("report", "evaluate"):
+        assert outcome.last_json["plan"]["minutes"] >= 0
+        assert outcome.last_json["plan"]["memory_gib"] > 0
+        assert "minutes" in outcome.out
+        assert "GiB" in outcome.out
+
+
+@pytest.mark.parametrize("verb", WRITING)
+def test_the_same_command_again_is_finished(cli: Cli, work: Path, verb: str) -> None:
+    done(cli, WRITING[verb])
+    before = files(work)
+    again = done(cli, WRITING[verb])
+    assert "is finished; --overwrite starts anew" in again.err
+    assert files(work) == before
+
+
+def test_overwrite_starts_anew(cli: Cli, work: Path) -> None:
+    done(cli, "prune --teacher teacher --criterion indices --keep 0 --out pruned")
+    Path("pruned/extra").write_text("from the first run", encoding="utf-8")
+    done(cli, "prune --teacher teacher --criterion indices --keep 1,2 --out pruned --overwrite")
+    assert done(cli, "inspect pruned --json").last_json["kept"] == {"blocks": [1, 2]}
+    assert not Path("pruned/extra").exists()
+    assert sorted(p.name for p in work.glob(".*")) == []
+    done(cli, SAMPLE)
+    before = files(work / "drawn")
+    done(cli, f"{SAMPLE} --seed 5 --overwrite")
+    assert files(work / "drawn")["samples.npz"] != before["samples.npz"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(verb: str, cli: Cli) -> None:
+    outcome = done(cli, f"{verb} --help")
+    assert f"tinyfusion {verb}" in outcome.out
+    assert "--dry-run" in outcome.out
+
+
+def test_help_is_fast_and_does_not_import_torch() -> None:
+    code = (
+        "import sys\nfrom tinyfusion.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'matplotlib', 'PIL'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    for arguments in (["--help"], ["prune", "--help"], ["recipes"]):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 0.5
+
+
+# ------------------------------------------------------------------------------------------------------- interruption
+
+LONG = (
+    "recover --teacher teacher --student student --method finetune --steps 120 --set recover.training.batch_size=64"
+    " --set recover.training.ema_decay=0.9 --set recover.training.log_every_steps=5 --set recover.training.checkpoint_every_steps=1000"
+)
+
+
+def start(command: str) -> subprocess.Popen[str]:
+    code = "import sys, torch; torch.set_num_threads(1)\nfrom tinyfusion.cli import main\nsys.exit(main())"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, *shlex.split(command)], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def logged(folder: str) -> int:
+    path = Path(folder) / "metrics.jsonl"
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+
+def test_stopped_and_continued_is_the_same_as_never_stopped(cli: Cli, work: Path) -> None:
+    first = start(f"{LONG} --out stopped")
+    wait_for(lambda: logged("stopped") >= 2, first)
+    first.send_signal(signal.SIGUSR1)
+    wait_for(lambda: any(Path("stopped/checkpoints").glob("step-*")), first)
+    seen = logged("stopped")
+    wait_for(lambda: logged("stopped") > seen, first)  # it saved and went on
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGTERM, err
+    assert "the same command continues" in err
+    record = json.loads(Path("stopped/run.json").read_text(encoding="utf-8"))
+    assert record["state"] == "interrupted"
+    steps = [int(p.name.removeprefix("step-")) for p in Path("stopped/checkpoints").glob("step-*")]
+    assert 0 < max(steps) < 120
+
+    done(cli, f"{LONG} --out stopped")
+    done(cli, f"{LONG} --out straight")
+    for name in ("student", "student-raw"):
+        stopped, straight = (load_file(f"{run}/{name}/model.safetensors") for run in ("stopped", "straight"))
+        assert all(stopped[key].equal(straight[key]) for key in straight)
+    numbers = [[(line["step"], line["loss"]) for line in lines_of(f"{run}/metrics.jsonl")] for run in ("stopped", "straight")]
+    assert numbers[0] == numbers[1]
+    finished = json.loads(Path("stopped/run.json").read_text(encoding="utf-8"))
+    assert finished["state"] == "done"
+    assert finished["seconds"] > record["seconds"], "the time of all sittings counts"

@@ -1,0 +1,81 @@
+"""The moving average and the learning rate: closed forms, exact ends, and a warning with good advice."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tinyfusion.core.recipe import TrainingSection
+from tinyfusion.training.ema import Ema, horizon_warning
+from tinyfusion.training.optim import learning_rate_factor
+
+
+@given(decay=st.floats(0.0, 0.999), values=st.lists(st.floats(-2, 2), min_size=1, max_size=6))
+def test_the_average_is_its_closed_form(decay: float, values: list[float]) -> None:
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    ema = Ema({"p": parameter}, decay)
+    for value in values:
+        with torch.no_grad():
+            parameter.fill_(value)
+        ema.update()
+    n = len(values)
+    wanted = decay**n + sum((1 - decay) * decay ** (n - 1 - i) * value for i, value in enumerate(values))
+    assert ema.average["p"].tolist() == pytest.approx([wanted] * 2, abs=1e-9)
+
+
+def test_decay_zero_follows_and_decay_one_is_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    ema = Ema({"p": parameter}, 0.0)
+    with torch.no_grad():
+        parameter.copy_(torch.tensor([1.0, -2.0, 0.3]))
+    ema.update()
+    assert torch.equal(ema.average["p"], parameter)
+    with pytest.raises(ValueError, match="ema_decay"):
+        Ema({"p": parameter}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "warns"),
+    [(0.9999, 10_000, True), (0.9999, 100_000, False), (0.999, 10_009, False), (0.99, 10, True), (0.0, 1, False)],
+)
+def test_an_average_longer_than_the_run_is_reported(decay: float, steps: int, warns: bool) -> None:
+    message = horizon_warning(decay, steps)
+    assert (message is not None) == warns
+    if message:
+        assert f"{decay**steps:.0%}" in message and "--weights raw" in message and "set ema_decay to" in message
+        advised = float(message.split("set ema_decay to ")[1].split()[0])
+        assert horizon_warning(advised, steps) is None, "the advice is good"
+
+
+def rates(**changes: Any) -> list[float]:
+    settings = TrainingSection(warmup_steps=0, **changes)
+    return [settings.learning_rate * learning_rate_factor(settings, step) for step in range(settings.steps)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 100])
+def test_the_learning_rate_is_exact_at_both_ends(steps: int) -> None:
+    found = rates(steps=steps, learning_rate=2e-4, learning_rate_end=1e-4)
+    assert found[0] == 2e-4
+    if steps > 1:
+        assert found[-1] == pytest.approx(1e-4, rel=1e-12)
+    assert found == sorted(found, reverse=True)
+
+
+def test_the_learning_rate_is_a_cosine() -> None:
+    found = rates(steps=101, learning_rate=2e-4, learning_rate_end=1e-4)
+    assert found[50] == pytest.approx(1.5e-4) and found[25] == pytest.approx(
+        1e-4 + 0.5e-4 * (1 + math.cos(math.pi / 4))
+    )
+    assert set(rates(steps=5, learning_rate=3e-4, learning_rate_end=None)) == {3e-4}
+
+
+def test_the_warm_up_rises_to_the_peak_and_never_starts_at_zero() -> None:
+    settings = TrainingSection(steps=10, warmup_steps=3, learning_rate=1.0, learning_rate_end=0.5)
+    found = [learning_rate_factor(settings, step) for step in range(10)]
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0] and found[-1] == pytest.approx(0.5)

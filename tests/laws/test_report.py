@@ -1,0 +1,405 @@
+"""The page: what a run folder says is on it, whatever of the run there is, and nothing on it reaches outside."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rundir import stamp
+from tinyfusion.jobs.assemble import RunOptions
+from tinyfusion.jobs.report import read_run, render_run, report
+from tinyfusion.report.charts import dynamics_points
+from tinyfusion.report.format import count, duration, percent, significant
+from tinyfusion.report.render import choose_images, embedded_record
+
+KEPT = [1, 2, 5, 6]
+HOSTILE = "<script>alert('x')</script>&\"</script>"
+FIDS = {"teacher": 3.12, "pruned": 48.7, "student": 5.31}
+PROTOCOL = "features 8a8a8a8a | digits bbbbbbbb 1437 | 40 images | ddim 50 steps | seed 0"
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def recipe_values(**more: Any) -> dict[str, Any]:
+    expected = [
+        {"metric": "student.digits.fid", "value": 5.0, "tolerance": 0.5, "note": "three seeds"},
+        {"metric": "speedup", "value": 1.5, "tolerance": 0.1, "note": ""},
+        {"metric": "student.elsewhere.fid", "value": 1.0, "tolerance": 0.1, "note": ""},
+    ]
+    settings = {
+        "prune": {"scheme": "1:2", "criterion": "learned"},
+        "evaluate": {"references": ["digits", "digits:heldout"]},
+    }
+    return {
+        "name": "digits",
+        "description": "Half goes.",
+        "seed": 7,
+        "expected": expected,
+        "teacher_hash": "c5" * 32,
+        **settings,
+        **more,
+    }
+
+
+def plan_values() -> dict[str, Any]:
+    return {
+        "kept": {"blocks": KEPT}, "depth": {"blocks": 8}, "criterion": "learned", "scheme": "1:2", "distribution": "categorical",
+        "groups": {"blocks": [[1, 2]] * 4}, "seed": 7, "teacher": "c5" * 32, "cost": {"seconds": 3.0, "images": 640.0}, "version": 1,
+        "scores": {"meaning": "probability of each candidate of each group", "blocks": [[0.12, 0.88], [0.7, 0.3], [0.1, 0.9], [0.8, 0.2]]},
+    }  # fmt: skip
+
+
+def prune_lines(num: int = 12) -> list[dict[str, Any]]:
+    common = {"mse": 0.1, "kept": {"blocks": KEPT}}
+    return [
+        {"step": 10 * i, "seen_images": 64 * (i + 1), "seconds": 0.1 * i, "loss": 0.5 / (i + 1),
+         "confidence": {"blocks": [0.45, 0.5, 0.5 + 0.04 * i, 0.9]}, **common}
+        for i in range(num)
+    ]  # fmt: skip
+
+
+def make_prune(path: Path, recipe: dict[str, Any] | None = None) -> Path:
+    """A finished `prune` run."""
+    values = recipe or {"seed": 7, "teacher": "c5" * 32, "prune": {"scheme": "1:2", "criterion": "learned"}}
+    write(path / "run.json", {**stamp("prune", values, "done"), "seconds": 3.0, "seen_images": 768})
+    write(path / "plan.json", plan_values())
+    write_lines(path / "metrics.jsonl", prune_lines())
+    write(path / "student" / "model.json", {"arch": {"depth": 4}, "plan": plan_values(), "hash": "e0" * 32})
+    return path
+
+
+def make_recover(path: Path, recipe: dict[str, Any] | None = None) -> Path:
+    """A finished `recover` run by masked distillation."""
+    write(path / "run.json", {**stamp("recover", recipe or {"seed": 7}, "done"), "seconds": 9.0, "seen_images": 12_800})
+    lines = [
+        {
+            "step": i,
+            "seen_images": 128 * (i + 1),
+            "seconds": 0.1 * i,
+            "loss": 0.5 / (i + 1),
+            "mse": 0.4,
+            "kd_loss": 0.2,
+            "feat_loss": 0.7,
+        }
+        for i in range(40)
+    ]
+    write_lines(path / "metrics.jsonl", lines)
+    write(path / "student" / "model.json", {"arch": {"depth": 4}, "plan": plan_values(), "hash": "a1" * 32})
+    return path
+
+
+def make_run(path: Path, **recipe: Any) -> Path:
+    """A finished `run` of an 8-block teacher cut to 4."""
+    values = recipe_values(**recipe)
+    times = {"prune": 61.5, "recover": 104.0, "sample": 44.0, "evaluate": 9.0, "speed": 12.0}
+    record = {"seconds": 230.5, "stages": times, "command": f"tinyfusion run --recipe digits --out {path.name}"}
+    write(path / "run.json", {**stamp("run", values, "done"), **record, "teacher_seen_images": 135_680})
+    make_prune(path / "prune", values)
+    make_recover(path / "recover", values)
+    labels = np.arange(40, dtype=np.int64) % 10
+    (path / "samples").mkdir()
+    for i, (model, fid) in enumerate(FIDS.items()):
+        images = np.random.default_rng(i).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+        np.savez(path / "samples" / f"{model}.npz", arr_0=images, arr_1=labels)
+        for reference, add in (("digits", 0.0), ("digits-heldout", 1.5)):
+            numbers = {
+                "fid": fid + add,
+                "sfid": 7.0,
+                "inception_score": 9.0,
+                "precision": 0.9,
+                "recall": 0.8,
+                "num_images": 40,
+            }
+            protocol = PROTOCOL.replace("digits ", reference.replace("-", ":") + " ")
+            write(
+                path / "evaluations" / f"{model}-{reference}.json",
+                {**stamp("evaluate", {}, "done"), **numbers, "protocol": protocol},
+            )
+    teacher = {
+        "depth": 8,
+        "num_parameters": 924_000,
+        "macs": 13_800_000,
+        "latency_ms": 21.4,
+        "latency_ms_spread": [21.0, 22.0],
+    }
+    student = {
+        "depth": 4,
+        "num_parameters": 467_000,
+        "macs": 7_000_000,
+        "latency_ms": 10.9,
+        "latency_ms_spread": [10.0, 11.0],
+    }
+    models = {"teacher": teacher, "student": student}
+    write(
+        path / "speed.json",
+        {
+            "protocol": "9 interleaved",
+            "batch_size": 64,
+            "models": models,
+            "speedup": 1.963,
+            "speedup_spread": [1.91, 2.03],
+        },
+    )
+    return path
+
+
+class Page(HTMLParser):
+    """Text, attributes and balance of an HTML page."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "path", "use", "rect"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open, f"</{tag}> closes nothing"
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return render_run(make_run(tmp_path_factory.mktemp("page") / "digits"))
+
+
+def test_the_page_says_what_the_run_found(finished: str) -> None:
+    text = Page(finished).text
+    for fact in (
+        "8 → 4", "924 k → 467 k", "13.8 M → 7.0 M", "1.96× faster", "1.91× to 2.03×", "21.4 → 10.9",
+        "3.12 teacher → 48.7 cut → 5.31 recovered", "Kept: 1, 2, 5, 6", "6.81", "50.2",
+        "tinyfusion run --recipe digits --out digits", "1 min 44 s", "768 by the search and 12.8 k by the recovery",
+        "10 % of the 136 k", "e0" * 32, "c5" * 32, PROTOCOL,
+    ):  # fmt: skip
+        assert fact in text, fact
+
+
+def test_expected_numbers_are_checked(finished: str) -> None:
+    text = Page(finished).text
+    assert re.search(r"student\.digits\.fid three seeds 5\.00 ± 0\.50 5\.31 ok", text)
+    assert re.search(r"speedup 1\.50 ± 0\.10 1\.96 off", text)
+    assert re.search(r"student\.elsewhere\.fid 1\.00 ± 0\.10 – not measured", text)
+
+
+def test_every_block_is_drawn_once_as_kept_or_dropped(finished: str) -> None:
+    titles = [value for tag, name, value in Page(finished).attributes if tag == "span" and name == "title"]
+    assert titles == [f"block {i}: {'kept' if i in KEPT else 'dropped'}" for i in range(8)]
+
+
+def test_the_page_reaches_nothing_outside_itself(finished: str) -> None:
+    page = Page(finished)
+    assert page.open == []
+    links = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href", "data", "action")]
+    assert len([link for link in links if link.startswith("data:image/png;base64,")]) == 3
+    assert all(link.startswith(("data:image/", "#")) for link in links)
+    assert not re.search(r"https?://|@import|@font-face", finished)
+    assert not re.search(r"url\((?!#)", finished)
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
+    assert len(finished) < 1_000_000
+
+
+def test_names_cannot_become_markup(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a&b<i>", name=HOSTILE, description=HOSTILE)
+    page = render_run(path)
+    assert "<script>alert" not in page
+    assert "<i>" not in page.replace("<i>→</i>", "")
+    assert HOSTILE in Page(page).text
+    assert embedded_record(page)["recipe"] == {"runs": [str(path)]}
+
+
+def test_rows_of_another_protocol_stand_apart(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    other = PROTOCOL.replace("seed 0", "seed 1")
+    evaluation = json.loads((path / "evaluations" / "teacher-digits.json").read_text())
+    write(path / "evaluations" / "teacher-digits.json", {**evaluation, "protocol": other})
+    text = Page(render_run(path)).text
+    assert "another protocol" in text
+    assert PROTOCOL in text
+    assert other in text
+    assert "The protocols differ" in text
+
+
+def test_several_runs_are_compared_and_their_drawings_do_not_collide(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    report([*runs, make_prune(tmp_path / "three")], RunOptions(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Side by side" in Page(page).text
+    ids = [value for _, name, value in Page(page).attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert page.count('<article class="run"') == 3
+
+
+def test_one_stage_alone_has_a_page(tmp_path: Path) -> None:
+    prune = Page(render_run(make_prune(tmp_path / "prune"))).text
+    assert "Kept: 1, 2, 5, 6" in prune
+    assert "Loss of the search" in prune
+    recover = Page(render_run(make_recover(tmp_path / "recover"))).text
+    assert "Loss of the recovery" in recover
+    assert "8 → 4" in recover
+    write(tmp_path / "train" / "run.json", stamp("train", {"seed": 1}, "running"))
+    assert "running" in Page(render_run(tmp_path / "train")).text
+    write_lines(tmp_path / "train" / "metrics.jsonl", [{"step": 0, "seen_images": 64, "seconds": 0.2, "loss": 0.987}])
+    assert "0.987" in Page(render_run(tmp_path / "train")).text
+
+
+def test_plans_without_groups_have_a_page(tmp_path: Path) -> None:
+    plan = {"kept": {"blocks": KEPT}, "depth": {"blocks": 8}, "criterion": "indices", "version": 1}
+    write(tmp_path / "run.json", stamp("prune", {"seed": 0}, "done"))
+    write(tmp_path / "plan.json", plan)
+    text = Page(render_run(tmp_path)).text
+    assert "criterion: indices" in text
+    assert "Kept: 1, 2, 5, 6" in text
+
+
+@pytest.mark.parametrize(
+    "missing", ["speed.json", "evaluations", "samples", "recover", "prune", "prune/plan.json", "prune/metrics.jsonl"]
+)
+def test_an_unfinished_run_has_a_page(tmp_path: Path, missing: str) -> None:
+    path = make_run(tmp_path / "run")
+    gone = path / missing
+    gone.rename(tmp_path / "gone")
+    write(path / "run.json", stamp("run", recipe_values(), "running"))
+    text = Page(render_run(path)).text
+    assert "digits running" in text
+
+
+def test_a_search_that_goes_on_shows_its_present_favourite(tmp_path: Path) -> None:
+    path = make_prune(tmp_path / "prune")
+    (path / "plan.json").unlink()
+    (path / "student" / "model.json").unlink()
+    with open(path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 120, "loss": 0.0')
+    run = read_run(path)
+    assert not run.decided
+    assert run.plan is not None
+    assert run.plan.depth == {"blocks": 8}
+    assert len(run.metrics["prune"]) == 12
+    text = Page(render_run(path)).text
+    assert "Which blocks would go now" in text
+    assert "The search has not ended" in text
+
+
+def test_a_page_about_the_same_runs_is_written_anew(tmp_path: Path) -> None:
+    path, options = make_prune(tmp_path / "prune"), RunOptions(tmp_path / "page.html")
+    report([path], options)
+    before = options.out.read_bytes()
+    write_lines(path / "metrics.jsonl", prune_lines(20))
+    report([path], RunOptions(options.out, dry_run=True))
+    assert options.out.read_bytes() == before
+    report([path], options)
+    assert options.out.read_bytes() != before
+    with pytest.raises(UserError, match="another recipe"):
+        report([make_prune(tmp_path / "other")], options)
+
+
+def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
+    path, page = make_prune(tmp_path / "prune"), tmp_path / "page.html"
+    for content in (b"<html>mine</html>", b"\xff\xfe\x00"):
+        page.write_bytes(content)
+        with pytest.raises(UserError, match="not made by tinyfusion"):
+            report([path], RunOptions(page))
+        assert page.read_bytes() == content
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no run\.json"):
+        read_run(tmp_path)
+    write(tmp_path / "file.json", {})
+    with pytest.raises(UserError, match="is a file"):
+        read_run(tmp_path / "file.json")
+    write(tmp_path / "run.json", {"made_by": "something", "verb": "run"})
+    with pytest.raises(UserError, match="something else"):
+        read_run(tmp_path)
+    write(tmp_path / "run.json", {**stamp("prune", {}, "done"), "format_version": 99})
+    with pytest.raises(UserError, match="upgrade"):
+        read_run(tmp_path)
+    write(tmp_path / "run.json", stamp("prune", {}, "done"))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0\n{"step": 1}\n')
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        read_run(tmp_path)
+
+
+def test_opacity_is_confidence_above_chance() -> None:
+    sizes = [[1, 2], [2, 4], [1, 1]]
+    record = {"step": 3, "kept": {"blocks": [1, 2, 5, 6]}, "confidence": {"blocks": [0.4, 1 / 6 + 5 / 12, 1.0]}}
+    points = dynamics_points([record], sizes, "blocks")
+    assert [(step, block) for step, block, _ in points] == [(3.0, 1), (3.0, 2), (3.0, 5), (3.0, 6)]
+    assert [opacity for _, _, opacity in points] == pytest.approx([0.0, 0.5, 0.5, 1.0])
+
+
+def test_grids_show_the_first_images_of_each_class() -> None:
+    labels = np.array([3, 1, 3, 3, 1, 0])
+    chosen, columns = choose_images(labels, 6)
+    assert columns == ["0", "1", "3"]
+    assert chosen == [5, 1, 0, -1, 4, 2, -1, -1, 3]
+    assert choose_images(None, 3) == ([0, 1, 2], ["", "", ""])
+
+
+def test_numbers_read_well() -> None:
+    assert [significant(x) for x in (3.14159, 48.66, 118.2, 1234.5, 0.0, None, 0.00012)] == [
+        "3.14",
+        "48.7",
+        "118",
+        "1,234",
+        "0",
+        "–",
+        "1.20e-04",
+    ]
+    assert [count(x) for x in (1_000, 25_600, 467_400, 675_129_632, 118.69e9)] == [
+        "1,000",
+        "25.6 k",
+        "467 k",
+        "675 M",
+        "119 G",
+    ]
+    assert [duration(x) for x in (4.24, 192, 3840)] == ["4.2 s", "3 min 12 s", "1 h 4 min"]
+    assert [percent(x) for x in (0.5, 0.06, 0.999, 1.0, 0.0)] == ["50 %", "6.0 %", "> 99 %", "100 %", "0 %"]
+
+
+def test_the_page_is_made_without_torch(tmp_path: Path) -> None:
+    path = make_prune(tmp_path / "prune")
+    code = "import sys; from pathlib import Path; from tinyfusion.jobs.report import render_run; "
+    code += "page = render_run(Path(sys.argv[1])); assert '</html>' in page; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
