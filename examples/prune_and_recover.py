@@ -31,7 +31,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args()
-
     training = TrainingSection(args.steps, args.batch_size, learning_rate=1e-3, learning_rate_end=1e-4, ema_decay=0.95)
     settings = PruneSection(scheme="1:2", gate_learning_rate=1e-2, training=training)
     randomness = Randomness(0)
@@ -43,7 +42,8 @@ def main() -> None:
     state = TrainState(learner.module, learner.parameter_groups, training)
     for record in train_steps(state, learner.objective, batches, training, randomness):
         if record.step % 50 == 0:
-            print(f"step {record.step}: loss {float(record.terms['loss']):.4f}, kept {learner.decision(state.ema, record.step).kept()}")
+            favourite = learner.decision(state.ema, record.step).kept()
+            print(f"step {record.step}: loss {float(record.terms['loss']):.4f}, kept {favourite}")
     plan = plan_of(learner.decision(state.ema, args.steps - 1), teacher, settings, seed=0, cost={})
 
     student = teacher.cut(plan)
@@ -51,10 +51,9 @@ def main() -> None:
                                    alpha_kd=0.9, beta=(1e-2, 0.0), sigmas=2.0, mask="own", steps=args.steps)  # fmt: skip
     weights = {name: p for name, p in student.module.named_parameters() if p.requires_grad}
     state = TrainState(student.module, [ParameterGroup(weights, training.learning_rate)], training)
-    for record in train_steps(state, distilled, batches, training, randomness):
-        if record.step % 50 == 0:
-            print(f"step {record.step}: distillation {float(record.terms['kd_loss']):.4f}")
-    print(f"{len(teacher.stack)} blocks became {len(student.stack)}: kept {plan.kept}")
+    *_, last = train_steps(state, distilled, batches, training, randomness)
+    print(f"distillation loss at the end {float(last.terms['kd_loss']):.4f}")
+    print(f"{len(teacher.stack)} blocks became {len(student.stack)}: {plan.kept}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, Common]:
     try:
         with contextlib.redirect_stderr(captured):
             options = tyro.extras.subcommand_cli_from_dict(
-                dict(VERBS), prog="tinyfusion", args=list(arguments), description=_DESCRIPTION, config=(FlagCreatePairsOff, OmitArgPrefixes)
+                dict(VERBS),
+                prog="tinyfusion",
+                args=list(arguments),
+                description=_DESCRIPTION,
+                config=(FlagCreatePairsOff, OmitArgPrefixes),
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -64,7 +68,9 @@ def _check_spelling(arguments: Sequence[str]) -> None:
     for argument in arguments[1:]:
         name = argument.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:
-            raise UserError(f"{verb} has no option {name}{nearest(name, known)} (every recipe field: --set section.field=value)")
+            raise UserError(
+                f"{verb} has no option {name}{nearest(name, known)} (every recipe field: --set section.field=value)"
+            )
 
 
 _BAD_VALUE = re.compile(r"Error parsing (--[\w-]+): no type matching \S*\|(\w+) could be instantiated from \[(.*?)\]")
@@ -82,7 +88,10 @@ def _one_line(box: str) -> str:
     if choice := _BAD_CHOICE.search(words):
         names = sorted(name for name in re.findall(r"'(.*?)'", choice[3]) if name != "None")
         return f"{choice[2]} is one of {', '.join(names)}; got {choice[1]}"
-    return re.sub(r"^(Parsing error|Unrecognized options|Invalid choice|Value error)\s*", "", words) or "bad options; see --help"
+    return (
+        re.sub(r"^(Parsing error|Unrecognized options|Invalid choice|Value error)\s*", "", words)
+        or "bad options; see --help"
+    )
 
 
 def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
@@ -131,7 +140,8 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
         return evaluate(recipe, where, options.samples, options.reference or recipe.evaluate.references[0])
     from tinyfusion.jobs.report import report
 
-    return report(options.runs, where)
+    report(options.runs, where)
+    return None
 
 
 def _inspect(options: Any, recipe: Recipe) -> dict[str, Any]:
@@ -141,7 +151,11 @@ def _inspect(options: Any, recipe: Recipe) -> dict[str, Any]:
     facts = inspect(open_model(options.model, recipe.sample.weights, options.num_heads, options.family))
     if not options.json:
         for name, value in flatten({k: v for k, v in facts.items() if k != "lineage"}).items():
-            print(f"{name:24} {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{name:24} {value}")
+            print(
+                f"{name:24} {value:,}"
+                if isinstance(value, int) and not isinstance(value, bool)
+                else f"{name:24} {value}"
+            )
         for parent in facts["lineage"]:
             print(f"{'parent':24} {parent['hash'][:12]} depth {parent['depth']} kept {parent['kept'] or 'all'}")
     return facts
@@ -155,7 +169,9 @@ def _recipes(options: Common) -> dict[str, Any]:
             minutes = f"{values['minutes']:g} min" if values["minutes"] else ""
             print(f"{name:18} {minutes:8} {values['description']}")
             for expected in values["expected"]:
-                print(f"{'':27} expected {expected['metric']} {expected['value']:g} +- {expected['tolerance']:g} {expected['note']}".rstrip())
+                print(
+                    f"{'':27} expected {expected['metric']} {expected['value']:g} +- {expected['tolerance']:g} {expected['note']}".rstrip()
+                )
     return listed
 
 
@@ -176,8 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        reason = "no space left on the disk" if error.errno == errno.ENOSPC else f"{error.strerror or error}"
-        return _fail(UserError(f"{reason}: {error.filename or 'while reading or writing'}"), debug, error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(_no_space(error.filename), debug, error)
+        return _fail(
+            UserError(f"{error.strerror or error}: {error.filename or 'while reading or writing'}"), debug, error
+        )
     except Exception as error:  # our bug, or the machine's memory
         return _unexpected(error, debug)
     if options.json:
@@ -192,11 +211,23 @@ def _fail(error: UserError, debug: bool, cause: BaseException | None = None) -> 
     return 2
 
 
+def _no_space(where: str | None = None) -> UserError:
+    return UserError(
+        f"no space left on the disk{f': {where}' if where else ''}; free some, then the same command goes on from its last checkpoint"
+    )
+
+
 def _unexpected(error: Exception, debug: bool) -> int:
     if isinstance(error, Interrupted):
         print(f"{error}; saved, the same command continues", file=sys.stderr)
         return 128 + error.signum
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if "No space left on device" in str(error):  # safetensors has an exception of its own
+        return _fail(_no_space(), debug, error)
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
         return _fail(UserError(f"out of memory: use a smaller batch ({error})"), debug, error)
     traceback.print_exception(error)
     print("this is a bug in tinyfusion; please report it with the lines above", file=sys.stderr)

@@ -14,18 +14,28 @@ from tinyfusion.core.errors import UserError
 Weights = Literal["ema", "raw"]
 
 
+def option(help: str, metavar: str | None = None) -> Any:
+    """What `--help` says of an option; defaults are recipe fields, so none is shown here."""
+    return arg(help=help, metavar=metavar, help_behavior_hint="")
+
+
 @dataclass(frozen=True)
 class Common:
     """Options of every verb."""
 
-    recipe: Annotated[str | None, arg(help="shipped recipe by name, or a TOML file; see `tinyfusion recipes`")] = None
-    set: Annotated[UseAppendAction[tuple[str, ...]], arg(help="any recipe field, repeatable: --set section.field=value", metavar="FIELD=VALUE")] = ()
-    seed: Annotated[int | None, arg(help="seed of every draw (default 0)")] = None
-    device: Annotated[str | None, arg(help="auto, cpu, cuda or mps")] = None
-    overwrite: Annotated[bool, arg(help="start anew where --out holds an earlier result of tinyfusion")] = False
-    dry_run: Annotated[bool, arg(help="check everything, print the plan, write nothing")] = False
-    json: Annotated[bool, arg(help="make the last line of stdout machine-readable")] = False
-    debug: Annotated[bool, arg(help="show tracebacks")] = False
+    recipe: Annotated[
+        str | None, option("shipped recipe by name, or a TOML file; see `tinyfusion recipes`", "NAME|FILE")
+    ] = None
+    set: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        option("any recipe field, repeatable: --set section.field=value", "FIELD=VALUE"),
+    ] = ()
+    seed: Annotated[int | None, option("seed of every draw (default 0)", "N")] = None
+    device: Annotated[str | None, option("auto, cpu, cuda or mps", "NAME")] = None
+    overwrite: Annotated[bool, option("start anew where --out holds an earlier result of tinyfusion")] = False
+    dry_run: Annotated[bool, option("check everything, print the plan, write nothing")] = False
+    json: Annotated[bool, option("make the last line of stdout machine-readable")] = False
+    debug: Annotated[bool, option("show tracebacks")] = False
 
     def overrides(self) -> dict[str, Any]:
         """Recipe fields that the typed options set."""
@@ -41,9 +51,13 @@ class Common:
 class OpensModel(Common):
     """Options of verbs that open a model."""
 
-    weights: Annotated[Weights | None, arg(help="averaged or raw weights, where both exist (default ema)")] = None
-    num_heads: Annotated[int | None, arg(help="attention heads of an official file whose width is in no table")] = None
-    family: Annotated[str | None, arg(help="model family of an official file whose keys fit several")] = None
+    weights: Annotated[Weights | None, option("averaged or raw weights, where both exist (default ema)", "ema|raw")] = (
+        None
+    )
+    num_heads: Annotated[int | None, option("attention heads of an official file whose width is in no table", "N")] = (
+        None
+    )
+    family: Annotated[str | None, option("model family of an official file whose keys fit several", "NAME")] = None
 
     def overrides(self) -> dict[str, Any]:
         weights = {} if self.weights is None else {"sample.weights": self.weights}
@@ -54,16 +68,16 @@ class OpensModel(Common):
 class Run(OpensModel):
     """The whole job: prune, recover, sample, evaluate, report."""
 
-    out: Annotated[Path, arg(help="run folder")] = Path()
+    out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
 
 
 @dataclass(frozen=True)
 class Train(Common):
     """A model from nothing."""
 
-    out: Annotated[Path, arg(help="run folder")] = Path()
-    steps: Annotated[int | None, arg(help="optimiser steps")] = None
-    data: Annotated[str | None, arg(help="data set")] = None
+    out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
+    steps: Annotated[int | None, option("optimiser steps", "N")] = None
+    data: Annotated[str | None, option("data set", "NAME")] = None
 
     def fields(self) -> dict[str, Any]:
         return {"train.steps": self.steps, "data.name": self.data}
@@ -73,14 +87,18 @@ class Train(Common):
 class Prune(OpensModel):
     """Decide which blocks go: a plan and a cut, untuned student."""
 
-    out: Annotated[Path, arg(help="run folder")] = Path()
-    teacher: Annotated[str | None, arg(help="model to make shallow")] = None
-    data: Annotated[str | None, arg(help="data set")] = None
-    criterion: Annotated[Literal["learned", "indices"] | None, arg(help="how blocks are chosen")] = None
-    scheme: Annotated[str | None, arg(help="N:M keeps N of every M blocks; 2:4x3+3:4x4 is explicit")] = None
-    update: Annotated[Literal["lora", "full", "frozen"] | None, arg(help="what trains beside the gates")] = None
-    keep: Annotated[str | None, arg(help="blocks to keep for --criterion indices: 0,2,4")] = None
-    steps: Annotated[int | None, arg(help="optimiser steps")] = None
+    out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
+    teacher: Annotated[str | None, option("model to make shallow", "MODEL")] = None
+    data: Annotated[str | None, option("data set", "NAME")] = None
+    criterion: Annotated[Literal["learned", "indices"] | None, option("how blocks are chosen", "learned|indices")] = (
+        None
+    )
+    scheme: Annotated[str | None, option("N:M keeps N of every M blocks; 2:4x3+3:4x4 is explicit", "N:M")] = None
+    update: Annotated[
+        Literal["lora", "full", "frozen"] | None, option("what trains beside the gates", "lora|full|frozen")
+    ] = None
+    keep: Annotated[str | None, option("blocks to keep for --criterion indices: 0,2,4", "I,J,..")] = None
+    steps: Annotated[int | None, option("optimiser steps", "N")] = None
 
     def fields(self) -> dict[str, Any]:
         keep = None if self.keep is None else _integers("--keep", self.keep)
@@ -94,12 +112,12 @@ class Prune(OpensModel):
 class Recover(OpensModel):
     """Bring a cut model back to quality."""
 
-    student: Annotated[Path, arg(help="cut model, or the run folder of `prune`")] = Path()
-    out: Annotated[Path, arg(help="run folder")] = Path()
-    teacher: Annotated[str | None, arg(help="model to learn from; masked-kd needs it")] = None
-    data: Annotated[str | None, arg(help="data set")] = None
-    method: Annotated[Literal["finetune", "masked-kd"] | None, arg(help="how")] = None
-    steps: Annotated[int | None, arg(help="optimiser steps")] = None
+    student: Annotated[Path, option("cut model, or the run folder of `prune` (required)", "PATH")] = Path()
+    out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
+    teacher: Annotated[str | None, option("model to learn from; masked-kd needs it", "MODEL")] = None
+    data: Annotated[str | None, option("data set", "NAME")] = None
+    method: Annotated[Literal["finetune", "masked-kd"] | None, option("how", "finetune|masked-kd")] = None
+    steps: Annotated[int | None, option("optimiser steps", "N")] = None
 
     def fields(self) -> dict[str, Any]:
         return {
@@ -112,15 +130,15 @@ class Recover(OpensModel):
 class Sample(OpensModel):
     """Draw images."""
 
-    model: Annotated[str, arg(help="model or run folder")] = ""
-    out: Annotated[Path, arg(help="npz of images")] = Path()
-    grid: Annotated[Path | None, arg(help="also write a picture of the first images")] = None
-    num_images: Annotated[int | None, arg(help="images to draw")] = None
-    labels: Annotated[str | None, arg(help="classes to draw in turn: 3,7")] = None
-    sampler: Annotated[Literal["ddpm", "ddim"] | None, arg(help="ancestral or DDIM")] = None
-    num_steps: Annotated[int | None, arg(help="denoising steps")] = None
-    guidance: Annotated[float | None, arg(help="classifier-free guidance scale")] = None
-    batch_size: Annotated[int | None, arg(help="images at a time")] = None
+    model: Annotated[str, option("model or run folder (required)", "MODEL")] = ""
+    out: Annotated[Path, option("npz of images (required)", "PATH")] = Path()
+    grid: Annotated[Path | None, option("also write a picture of the first images", "PATH")] = None
+    num_images: Annotated[int | None, option("images to draw", "N")] = None
+    labels: Annotated[str | None, option("classes to draw in turn: 3,7", "I,J,..")] = None
+    sampler: Annotated[Literal["ddpm", "ddim"] | None, option("ancestral or DDIM", "ddpm|ddim")] = None
+    num_steps: Annotated[int | None, option("denoising steps", "N")] = None
+    guidance: Annotated[float | None, option("classifier-free guidance scale", "X")] = None
+    batch_size: Annotated[int | None, option("images at a time", "N")] = None
 
     def fields(self) -> dict[str, Any]:
         labels = None if self.labels is None else _integers("--labels", self.labels)
@@ -134,24 +152,24 @@ class Sample(OpensModel):
 class Evaluate(Common):
     """Images to FID, sFID, Inception Score, precision and recall."""
 
-    samples: Annotated[Path, arg(help="npz or folder of images")] = Path()
-    out: Annotated[Path, arg(help="JSON of the numbers")] = Path()
-    reference: Annotated[str | None, arg(help="digits, digits:heldout, or a folder or npz of images")] = None
+    samples: Annotated[Path, option("npz or folder of images (required)", "PATH")] = Path()
+    out: Annotated[Path, option("JSON of the numbers (required)", "PATH")] = Path()
+    reference: Annotated[str | None, option("digits, digits:heldout, or a folder or npz of images", "NAME|PATH")] = None
 
 
 @dataclass(frozen=True)
 class Report(Common):
     """One HTML page about one or several runs."""
 
-    runs: Annotated[Positional[tuple[Path, ...]], arg(help="run folders")] = ()
-    out: Annotated[Path, arg(help="HTML file")] = Path()
+    runs: Annotated[Positional[tuple[Path, ...]], option("run folders", "RUN")] = ()
+    out: Annotated[Path, option("HTML file (required)", "PATH")] = Path()
 
 
 @dataclass(frozen=True)
 class Inspect(OpensModel):
     """What a model is: family, sizes, depth, parameters, MACs, kept blocks, lineage, hash."""
 
-    model: Annotated[Positional[str], arg(help="model or run folder")] = ""
+    model: Annotated[Positional[str], option("model or run folder (required)", "MODEL")] = ""
 
 
 @dataclass(frozen=True)

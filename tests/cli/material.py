@@ -80,7 +80,10 @@ def _official_files(teacher: LoadedModel, folder: Path) -> None:
 
     save("good.pt", {"model": weights, "ema": weights, "args": argparse.Namespace(model="tiny")})
     save("gap.pt", {k: v for k, v in weights.items() if not k.startswith("blocks.1.")})
-    save("missing.pt", {k: v for k, v in weights.items() if k not in ("x_embedder.proj.bias", "blocks.2.attn.qkv.weight")})
+    save(
+        "missing.pt",
+        {k: v for k, v in weights.items() if k not in ("x_embedder.proj.bias", "blocks.2.attn.qkv.weight")},
+    )
     save("unexpected.pt", {**weights, "blocks.0.attn.extra": torch.zeros(3)})
     save("width.pt", {**weights, "blocks.3.mlp.fc1.weight": torch.zeros(64, 16)})
     save("nan.pt", {**weights, "blocks.0.mlp.fc1.bias": torch.full((128,), float("nan"))})

@@ -32,17 +32,19 @@ def test_every_example_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ARGUMENTS))
-def test_example(name: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example(name: str, work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--model", "teacher", *ARGUMENTS[name]])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    assert SAYS[name] in capsys.readouterr().out
+    assert SAYS[name] in capfd.readouterr().out
 
 
-def test_what_the_examples_write(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_examples_write(
+    cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     for name in ("sample_grid.py", "custom_plan.py"):
         monkeypatch.setattr(sys, "argv", [name, "--model", "teacher", *ARGUMENTS[name]])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    assert "on another model: the plan was made for the model" in capsys.readouterr().out
+    assert "on another model: the plan was made for the model" in capfd.readouterr().out
     with Image.open("grid.png") as grid:
         assert grid.size == (4 * (10 * 9 - 1), 4 * 8)
     assert cli("inspect", "cut", "--json").last_json["kept"] == {"blocks": [0, 3]}

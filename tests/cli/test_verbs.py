@@ -54,7 +54,9 @@ def lines_of(path: str) -> list[dict[str, Any]]:
 
 def files(folder: Path) -> dict[str, str]:
     """Name and hash of every file below."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- the verbs
@@ -80,7 +82,9 @@ def test_prune_learned(cli: Cli, work: Path, update: str) -> None:
     assert share == pytest.approx(100 * trained / 89_120, abs=1e-3)
     assert json.loads(Path("pruned/run.json").read_text(encoding="utf-8"))["state"] == "done"
     kept = load_file("pruned/student/model.safetensors")["blocks.1.mlp.fc1.weight"]
-    assert kept.equal(load_file("teacher/model.safetensors")[f"blocks.{second}.mlp.fc1.weight"]), "cut from the untouched teacher"
+    assert kept.equal(load_file("teacher/model.safetensors")[f"blocks.{second}.mlp.fc1.weight"]), (
+        "cut from the untouched teacher"
+    )
 
 
 def test_prune_indices(cli: Cli, work: Path) -> None:
@@ -146,7 +150,9 @@ def test_grid_of_finished_samples_is_drawn_later(cli: Cli, work: Path) -> None:
 
 def test_evaluate(cli: Cli, work: Path) -> None:
     done(cli, SAMPLE)
-    printed = done(cli, "evaluate --samples drawn/samples.npz --reference digits:heldout --out evaluation.json --json").last_json
+    printed = done(
+        cli, "evaluate --samples drawn/samples.npz --reference digits:heldout --out evaluation.json --json"
+    ).last_json
     record = json.loads(Path("evaluation.json").read_text(encoding="utf-8"))
     wanted = {"fid", "sfid", "inception_score", "precision", "recall", "num_images", "features", "protocol"}
     assert wanted <= set(record)
@@ -197,7 +203,14 @@ def test_report(cli: Cli, work: Path) -> None:
 
 def test_run(cli: Cli, work: Path) -> None:
     outcome = done(cli, f"{RUN} --json")
-    for name in ("prune/plan.json", "recover/student/model.json", "samples/student.npz", "evaluation.json", "speed.json", "report.html"):
+    for name in (
+        "prune/plan.json",
+        "recover/student/model.json",
+        "samples/student.npz",
+        "evaluation.json",
+        "speed.json",
+        "report.html",
+    ):
         assert Path("whole", name).is_file(), name
     assert outcome.last_json["report"] == "whole/report.html"
     before = files(work / "whole")
@@ -279,7 +292,9 @@ LONG = (
 def start(command: str) -> subprocess.Popen[str]:
     code = "import sys, torch; torch.set_num_threads(1)\nfrom tinyfusion.cli import main\nsys.exit(main())"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, *shlex.split(command)], stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *shlex.split(command)], stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
@@ -316,7 +331,9 @@ def test_stopped_and_continued_is_the_same_as_never_stopped(cli: Cli, work: Path
     for name in ("student", "student-raw"):
         stopped, straight = (load_file(f"{run}/{name}/model.safetensors") for run in ("stopped", "straight"))
         assert all(stopped[key].equal(straight[key]) for key in straight)
-    numbers = [[(line["step"], line["loss"]) for line in lines_of(f"{run}/metrics.jsonl")] for run in ("stopped", "straight")]
+    numbers = [
+        [(line["step"], line["loss"]) for line in lines_of(f"{run}/metrics.jsonl")] for run in ("stopped", "straight")
+    ]
     assert numbers[0] == numbers[1]
     finished = json.loads(Path("stopped/run.json").read_text(encoding="utf-8"))
     assert finished["state"] == "done"

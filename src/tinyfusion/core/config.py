@@ -21,8 +21,9 @@ _KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a tex
 _POSITIVE = math.ulp(0.0)
 # what a number must be, by the last part of its field's name: smallest and largest value
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("steps", "batch_size", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "max_bad_steps"), (1, math.inf)),
-    **dict.fromkeys(("num_images", "num_steps", "lora_rank", "neighbours", "is_splits_size", "repeats", "steps_per_repeat"), (1, math.inf)),
+    **dict.fromkeys(("steps", "batch_size", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit"), (1, math.inf)),
+    **dict.fromkeys(("max_bad_steps", "num_images", "num_steps", "lora_rank", "neighbours"), (1, math.inf)),
+    **dict.fromkeys(("is_splits_size", "repeats", "steps_per_repeat"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "eps", "clip_norm", "temperature", "mask_sigmas"), (_POSITIVE, math.inf)),
     **dict.fromkeys(("warmup_steps", "learning_rate_end", "weight_decay", "gate_learning_rate", "scaling", "beta"), (0, math.inf)),
     **dict.fromkeys(("label_drop", "augment", "eta", "alpha_kd"), (0, 1)),

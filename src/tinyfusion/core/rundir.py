@@ -131,7 +131,9 @@ def _check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any],
             f"{where} was written in format {version} by tinyfusion {record.get('version')}; this one reads up to {FORMAT_VERSION}: upgrade"
         )
     if record["verb"] != verb:
-        raise UserError(f"{where} holds a `{record['verb']}`, not a `{verb}`; choose another --out or give --overwrite")
+        raise UserError(
+            f"{where} was made by `{record['verb']}`, not `{verb}`; choose another --out or give --overwrite"
+        )
     difference = first_difference(record["recipe"], recipe)
     if difference:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 
 class Interrupted(Exception):
@@ -21,7 +22,7 @@ class SignalWatch:
     def __init__(self) -> None:
         self.stop: int | None = None
         self.save = False
-        self._old: dict[int, signal.Handlers | int | None] = {}
+        self._old: dict[int, Any] = {}
 
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
@@ -31,7 +32,7 @@ class SignalWatch:
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._old.items():
-            signal.signal(signum, handler)  # type: ignore[arg-type]
+            signal.signal(signum, handler)
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         if signum == signal.SIGUSR1:

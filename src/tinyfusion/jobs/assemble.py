@@ -83,9 +83,13 @@ def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Shu
     if images.x.shape[1:] != wanted:
         raise UserError(f"data {images.name} has images {images.x.shape[1:]}, the model takes {wanted}")
     if images.num_classes > model.arch.num_classes:
-        raise UserError(f"data {images.name} has {images.num_classes} classes, the model knows {model.arch.num_classes}")
+        raise UserError(
+            f"data {images.name} has {images.num_classes} classes, the model knows {model.arch.num_classes}"
+        )
     if not np.isfinite(images.x).all():
-        raise UserError(f"data {images.name} has {int((~np.isfinite(images.x)).sum())} values that are not finite (NaN or infinity)")
+        raise UserError(
+            f"data {images.name} has {int((~np.isfinite(images.x)).sum())} values that are not finite (NaN or infinity)"
+        )
     return ShuffledBatches(images, Randomness(recipe.seed), device, recipe.data.augment)
 
 

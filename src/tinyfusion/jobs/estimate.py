@@ -21,7 +21,8 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.jobs.inspect import model_macs
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import num_parameters
-from tinyfusion.sample.drive import SamplerSettings, sample as draw_samples
+from tinyfusion.sample.drive import SamplerSettings
+from tinyfusion.sample.drive import sample as draw_samples
 from tinyfusion.training.loop import BatchSource, LoopObjective, TrainState, train_steps
 
 _FLOAT_BYTES = 4
@@ -44,15 +45,19 @@ class Estimate:
     def __add__(self, other: Estimate) -> Estimate:
         """One job after the other."""
         return Estimate(
-            self.minutes + other.minutes, max(self.memory_gib, other.memory_gib), self.disk_mib + other.disk_mib, self.basis
+            self.minutes + other.minutes,
+            max(self.memory_gib, other.memory_gib),
+            self.disk_mib + other.disk_mib,
+            self.basis,
         )
 
 
 def training_disk_bytes(model: LoadedModel, state: TrainState, settings: TrainingSection) -> int:
     """Bytes that a run writes: checkpoints (weights, average, two moments; one more while it is being written) and two models."""
     trained = sum(p.numel() for p in state.parameters.values())
-    saved = min(settings.checkpoints_limit, math.ceil(settings.steps / settings.checkpoint_every_steps)) + 1
-    return _FLOAT_BYTES * (4 * trained * saved + 2 * num_parameters(model.module)) + 500 * (settings.steps // settings.log_every_steps + 100)
+    checkpoints = min(settings.checkpoints_limit, math.ceil(settings.steps / settings.checkpoint_every_steps)) + 1
+    log = 500 * (settings.steps // settings.log_every_steps + 100)
+    return _FLOAT_BYTES * (4 * trained * checkpoints + 2 * num_parameters(model.module)) + log
 
 
 def training_estimate(
@@ -82,7 +87,9 @@ def training_estimate(
     return _rounded(settings.steps * seconds, memory, training_disk_bytes(model, state, settings), basis)
 
 
-def sampling_estimate(model: LoadedModel, settings: SampleSection, sampler: SamplerSettings, device: torch.device) -> Estimate:
+def sampling_estimate(
+    model: LoadedModel, settings: SampleSection, sampler: SamplerSettings, device: torch.device
+) -> Estimate:
     """Minutes and memory of drawing images."""
     arch, batch = model.arch, min(settings.batch_size, settings.num_images)
     rows = 2 if settings.guidance > 1 else 1
@@ -102,8 +109,15 @@ def sampling_estimate(model: LoadedModel, settings: SampleSection, sampler: Samp
     seconds, basis = _seconds(measure, rows * model_macs(model), batch, weights, device)
     memory = _FLOAT_BYTES * (weights + rows * batch * _activations(model, training=False))
     return _rounded(
-        seconds * settings.num_steps * settings.num_images / batch, memory, settings.num_images * math.prod(shape), basis
+        seconds * settings.num_steps * settings.num_images / batch,
+        memory,
+        settings.num_images * math.prod(shape),
+        basis,
     )
+
+
+def _about(value: float) -> str:
+    return "below 0.01" if value < 0.01 else f"about {value:,.2f}" if value < 10 else f"about {value:,.0f}"
 
 
 def copy_estimate(model: LoadedModel) -> Estimate:
@@ -116,9 +130,9 @@ def announce(verb: str, plan: dict[str, Any], estimate: Estimate) -> dict[str, A
     """Print what `verb` would do and what it would take; the same as plain values, for `--json`."""
     rows = {
         **plan,
-        "minutes": f"about {estimate.minutes:.2g} ({estimate.basis})",
-        "memory": f"about {estimate.memory_gib:.2g} GiB beside the program itself",
-        "disk": f"about {estimate.disk_mib:.2g} MiB",
+        "minutes": f"{_about(estimate.minutes)} ({estimate.basis})",
+        "memory": f"{_about(estimate.memory_gib)} GiB beside the program itself",
+        "disk": f"{_about(estimate.disk_mib)} MiB",
     }
     print(f"{verb} would do this:")
     for name, value in rows.items():

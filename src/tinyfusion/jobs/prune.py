@@ -12,7 +12,14 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe, training_plan
-from tinyfusion.jobs.estimate import Estimate, announce, copy_estimate, described, training_disk_bytes, training_estimate
+from tinyfusion.jobs.estimate import (
+    Estimate,
+    announce,
+    copy_estimate,
+    described,
+    training_disk_bytes,
+    training_estimate,
+)
 from tinyfusion.jobs.training import drive
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.models.plan import PrunePlan
@@ -44,9 +51,13 @@ def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if mode == "new":
         check_space(options.out, _disk_bytes(recipe, teacher, learning))
     if options.dry_run:
-        return announce("prune", {"teacher": described(teacher), **_intent(recipe, mode)}, _estimate(recipe, teacher, learning))
+        return announce(
+            "prune", {"teacher": described(teacher), **_intent(recipe, mode)}, _estimate(recipe, teacher, learning)
+        )
     with run.writing("prune", plain, options.overwrite):
-        plan = _learn(recipe, teacher, learning, run) if learning else by_indices(teacher, recipe.prune.keep, recipe.seed)
+        plan = (
+            _learn(recipe, teacher, learning, run) if learning else by_indices(teacher, recipe.prune.keep, recipe.seed)
+        )
         write_json(run.path / "plan.json", plan.to_json())
         save_model(teacher.cut(plan), run.path / "student")
         run.mark("done", seconds=plan.cost.get("seconds", 0.0), seen_images=plan.cost.get("images", 0))
@@ -79,7 +90,9 @@ def _intent(recipe: Recipe, mode: str) -> dict[str, str]:
 def _estimate(recipe: Recipe, teacher: LoadedModel, learning: _Learning | None) -> Estimate:
     if learning is None:
         return copy_estimate(teacher)
-    return training_estimate(teacher, learning.state, learning.learner.objective, learning.source, recipe.prune.training)
+    return training_estimate(
+        teacher, learning.state, learning.learner.objective, learning.source, recipe.prune.training
+    )
 
 
 def check_prune(recipe: Recipe, teacher: LoadedModel) -> _Learning | None:
@@ -99,7 +112,10 @@ def _learn(recipe: Recipe, teacher: LoadedModel, learning: _Learning, run: RunDi
     """The learned criterion inside `run`."""
     settings, learner, state = recipe.prune, learning.learner, learning.state
     run.note(f"trainable beside the gates: {learner.trainable_share:.3%} of the teacher's parameters")
-    print(f"learning {settings.scheme} masks; {learner.trainable_share:.3%} of the teacher's parameters train along", file=sys.stderr)
+    print(
+        f"learning {settings.scheme} masks; {learner.trainable_share:.3%} of the teacher's parameters train along",
+        file=sys.stderr,
+    )
 
     def extra(record: StepRecord) -> dict[str, Any]:
         return learner.decision(state.ema, record.step).log(record.step, learner.objective)

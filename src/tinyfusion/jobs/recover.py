@@ -114,9 +114,15 @@ def _check_pair(student: LoadedModel, teacher: LoadedModel) -> PrunePlan:
     """The plan that leads from this teacher to this student; UserError where there is none."""
     plan = student.facts.plan
     if plan is None:
-        raise UserError("the student carries no plan, so its blocks cannot be paired with the teacher's: recover a student made by `tinyfusion prune`, or use --method finetune")
+        raise UserError(
+            "the student carries no plan, so its blocks cannot be paired with the teacher's: "
+            "recover a student made by `tinyfusion prune`, or use --method finetune"
+        )
     if plan.teacher and plan.teacher != teacher.hash():
-        raise UserError(f"the student was cut from the model {plan.teacher[:12]}, the teacher is {teacher.hash()[:12]}: give the teacher it was cut from")
+        raise UserError(
+            f"the student was cut from the model {plan.teacher[:12]}, the teacher is {teacher.hash()[:12]}: "
+            "give the teacher it was cut from"
+        )
     if student.family.arch_with_depths(student.arch, plan.depth) != teacher.arch:
         raise UserError(f"student {student.arch} and teacher {teacher.arch} differ in more than depth")
     return plan

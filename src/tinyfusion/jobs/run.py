@@ -16,7 +16,6 @@ import torch
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
-from tinyfusion.data.images import read_images_npz
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions, device_for
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
@@ -104,9 +103,13 @@ def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
     """A plan of the size that pruning will decide on."""
     if recipe.prune.criterion == "indices":
         return by_indices(teacher, recipe.prune.keep, recipe.seed)
-    groups = [group for listed in parse_scheme(recipe.prune.scheme, teacher.stack.depths()).values() for group in listed]
+    groups = [
+        group for listed in parse_scheme(recipe.prune.scheme, teacher.stack.depths()).values() for group in listed
+    ]
     starts = itertools.accumulate((group.size for group in groups), initial=0)
-    return by_indices(teacher, [s + i for s, group in zip(starts, groups, strict=False) for i in range(group.keep)], recipe.seed)
+    return by_indices(
+        teacher, [s + i for s, group in zip(starts, groups, strict=False) for i in range(group.keep)], recipe.seed
+    )
 
 
 def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
@@ -148,13 +151,17 @@ def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
 def _speed(recipe: Recipe, out: Path, teacher: LoadedModel, student: LoadedModel) -> None:
     """Measured seconds of guided denoising steps, teacher and student in turn, in this process."""
     device, settings = device_for(recipe), recipe.speed
-    sampler = dataclasses.replace(sampler_of(recipe.sample, teacher), sampler="ddpm", num_steps=settings.steps_per_repeat)
+    sampler = dataclasses.replace(
+        sampler_of(recipe.sample, teacher), sampler="ddpm", num_steps=settings.steps_per_repeat
+    )
     labels = np.arange(settings.batch_size, dtype=np.int64) % teacher.arch.num_classes
 
     def trajectory(model: LoadedModel) -> Callable[[], object]:
         module = model.module.to(device).eval()
         shape = (model.arch.in_channels, model.arch.input_size, model.arch.input_size)
-        return lambda: list(draw_samples(module, labels, shape, model.arch.num_classes, sampler, recipe.seed, settings.batch_size))
+        return lambda: list(
+            draw_samples(module, labels, shape, model.arch.num_classes, sampler, recipe.seed, settings.batch_size)
+        )
 
     def synchronise() -> None:
         if device.type == "cuda":
@@ -166,10 +173,13 @@ def _speed(recipe: Recipe, out: Path, teacher: LoadedModel, student: LoadedModel
     write_json(
         out / "speed.json",
         {
-            "protocol": f"{settings.repeats} interleaved trajectories of {settings.steps_per_repeat} denoising steps, batch {settings.batch_size}, "
-            f"guidance {recipe.sample.guidance:g}, float32, {device.type}, {threads} threads; medians",
+            "protocol": f"{settings.repeats} interleaved trajectories of {settings.steps_per_repeat} denoising steps, "
+            f"batch {settings.batch_size}, guidance {recipe.sample.guidance:g}, float32, {device.type}, {threads} threads; medians",
             "batch_size": settings.batch_size, "threads": threads, "dtype": "float32",
-            "models": {"teacher": _speed_of(teacher, times["teacher"], settings.steps_per_repeat), "student": _speed_of(student, times["student"], settings.steps_per_repeat)},
+            "models": {
+                name: _speed_of(model, times[name], settings.steps_per_repeat)
+                for name, model in (("teacher", teacher), ("student", student))
+            },
             "speedup": ratio, "speedup_spread": [low, high],
         },
     )  # fmt: skip
@@ -178,7 +188,11 @@ def _speed(recipe: Recipe, out: Path, teacher: LoadedModel, student: LoadedModel
 def _speed_of(model: LoadedModel, timing: Timing, steps: int) -> dict[str, Any]:
     facts = inspect(model)
     spread = [min(timing.measurements_ms) / steps, max(timing.measurements_ms) / steps]
-    return {**{k: facts[k] for k in ("depth", "num_parameters", "macs")}, "latency_ms": timing.median_ms / steps, "latency_ms_spread": spread}
+    return {
+        **{k: facts[k] for k in ("depth", "num_parameters", "macs")},
+        "latency_ms": timing.median_ms / steps,
+        "latency_ms_spread": spread,
+    }
 
 
 def _outcome(out: Path) -> dict[str, Any]:
@@ -186,4 +200,9 @@ def _outcome(out: Path) -> dict[str, Any]:
     evaluation, speed = read_json(out / "evaluation.json"), read_json(out / "speed.json")
     plan = read_json(out / "prune" / "plan.json")
     print(f"open {out / 'report.html'}", file=sys.stderr)
-    return {"report": str(out / "report.html"), "fid": evaluation["fid"], "speedup": speed["speedup"], "kept": plan["kept"]}
+    return {
+        "report": str(out / "report.html"),
+        "fid": evaluation["fid"],
+        "speedup": speed["speedup"],
+        "kept": plan["kept"],
+    }

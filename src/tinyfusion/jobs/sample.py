@@ -20,7 +20,8 @@ from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.processes.gaussian import kept_timesteps
-from tinyfusion.sample.drive import SamplerSettings, image_labels, sample as draw_samples, to_uint8
+from tinyfusion.sample.drive import SamplerSettings, image_labels, to_uint8
+from tinyfusion.sample.drive import sample as draw_samples
 
 
 def sample(recipe: Recipe, options: RunOptions, model_source: str, grid: Path | None = None) -> dict[str, Any]:
@@ -83,9 +84,13 @@ def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np
     shape = (model.arch.in_channels, model.arch.input_size, model.arch.input_size)
     images: list[np.ndarray] = []
     with SignalWatch() as signals, progress(title, len(labels), "images") as bar:
-        for batch in draw_samples(module, labels, shape, model.arch.num_classes, sampler_of(settings, model), recipe.seed, settings.batch_size):
+        for batch in draw_samples(
+            module, labels, shape, model.arch.num_classes, sampler_of(settings, model), recipe.seed, settings.batch_size
+        ):
             if not bool(torch.isfinite(batch.x).all()):
-                raise UserError(f"the model drew values that are not finite from image {batch.first} on: it is broken or unrecovered")
+                raise UserError(
+                    f"the model drew values that are not finite from image {batch.first} on: it is broken or unrecovered"
+                )
             images.append(to_uint8(batch.x))
             bar(batch.first + len(batch.x))
             if signals.stop:
@@ -96,7 +101,9 @@ def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np
 def labels_of(recipe: Recipe, model: LoadedModel) -> np.ndarray:
     """The label of every image."""
     settings = recipe.sample
-    return image_labels(settings.num_images, model.arch.num_classes, recipe.seed, settings.labels, settings.label_rule == "balanced")
+    return image_labels(
+        settings.num_images, model.arch.num_classes, recipe.seed, settings.labels, settings.label_rule == "balanced"
+    )
 
 
 def sampler_of(settings: SampleSection, model: LoadedModel) -> SamplerSettings:
@@ -113,7 +120,8 @@ def protocol(recipe: Recipe, model: LoadedModel) -> str:
     eta = f" eta {s.eta:g}" if s.sampler == "ddim" and s.eta else ""
     labels = "labels " + ("given" if s.labels else s.label_rule)
     guidance = f"guidance {s.guidance:g} on {sampler_of(s, model).guided_channels} channels ({s.guidance_channels})"
-    return f"{s.num_images} images | {s.sampler} {s.num_steps} steps{eta}{' clipped' if s.clip else ''} | {guidance} | {labels} | float32 | seed {recipe.seed}"
+    sampler = f"{s.sampler} {s.num_steps} steps{eta}{' clipped' if s.clip else ''}"
+    return f"{s.num_images} images | {sampler} | {guidance} | {labels} | float32 | seed {recipe.seed}"
 
 
 def _record_beside(out: Path) -> Any:
@@ -124,9 +132,13 @@ def _record_beside(out: Path) -> Any:
 def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
     """UserError on settings that cannot work with the model."""
     if settings.num_images < 1 or settings.batch_size < 1:
-        raise UserError(f"sample wants at least one image and a batch of at least one; got {settings.num_images} and {settings.batch_size}")
+        raise UserError(
+            f"sample wants at least one image and a batch of at least one; got {settings.num_images} and {settings.batch_size}"
+        )
     if settings.guidance < 1:
-        raise UserError(f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}")
+        raise UserError(
+            f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"
+        )
     outside = [label for label in settings.labels if not 0 <= label < model.arch.num_classes]
     if outside:
         raise UserError(f"--labels {outside} out of range: the model knows classes 0 to {model.arch.num_classes - 1}")
@@ -135,4 +147,6 @@ def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
     except ValueError as error:
         raise UserError(f"--num-steps {settings.num_steps} with --sampler {settings.sampler}: {error}") from error
     if model.facts.latent_scale is not None:
-        raise UserError("this model draws latents, and decoding them with a VAE is not built yet: pixel-space models can be sampled")
+        raise UserError(
+            "this model draws latents, and decoding them with a VAE is not built yet: pixel-space models can be sampled"
+        )

@@ -49,13 +49,25 @@ def drive(
         save_checkpoint(run.checkpoints, state, settings.checkpoints_limit)
         run.mark("running", seconds=seconds())
 
-    with SignalWatch() as signals, progress(title, settings.steps * settings.batch_size, "images", start * settings.batch_size) as bar:
+    with (
+        SignalWatch() as signals,
+        progress(title, settings.steps * settings.batch_size, "images", start * settings.batch_size) as bar,
+    ):
         for record in train_steps(state, objective, source, settings, Randomness(seed)):
             last = state.step == settings.steps
             if record.step % settings.log_every_steps == 0 or last or not record.applied:
                 values = record.values()
                 images = state.step * settings.batch_size
-                run.log({"step": record.step, "seen_images": images, "seconds": round(seconds(), 3), **values, **extra(record), "applied": record.applied})
+                run.log(
+                    {
+                        "step": record.step,
+                        "seen_images": images,
+                        "seconds": round(seconds(), 3),
+                        **values,
+                        **extra(record),
+                        "applied": record.applied,
+                    }
+                )
                 bar(images, f"loss {values['loss'] or float('nan'):.4f}")
             else:
                 bar(state.step * settings.batch_size)

@@ -29,7 +29,6 @@ _VARIABLES = {
     TEACHER: "teacher", CUT: "cut", STUDENT: "student", EXTRA: "extra",
 }  # fmt: skip
 _LEVELS = 12  # steps of opacity
-_STYLE = {"svg.fonttype": "none", "path.simplify": False, "font.size": 11, "axes.unicode_minus": True}
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def _legend(axes: Axes) -> None:
 def _svg(figure: Figure, salt: str, description: str) -> str:
     """The figure as an <svg> element without fixed size, ids unique to `salt`, colours as CSS variables."""
     buffer = io.StringIO()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "axes.unicode_minus": True}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     body = text[text.index("<svg") :]

@@ -310,7 +310,8 @@ def provenance(run: RunData) -> list[tuple[str, str]]:
     """What was used to make the run."""
     record = run.record
     machine = record.get("machine") or {}
-    where = f"{machine.get('system', '?')} {machine.get('processor', '')}, {machine.get('cores', '?')} cores, Python {machine.get('python', '?')}"
+    system = f"{machine.get('system', '?')} {machine.get('processor', '')}"
+    where = f"{system}, {machine.get('cores', '?')} cores, Python {machine.get('python', '?')}"
     rows = [("run folder", run.name), ("tinyfusion", str(record.get("version", "?")))]
     if record.get("commit"):
         rows.append(("commit", str(record["commit"])))

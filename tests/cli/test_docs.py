@@ -1,0 +1,207 @@
+"""Prose is tested: every command of README, CONTRIBUTING and docs runs, in the order of its page; every link leads somewhere.
+
+Commands run for real on a small stand-in for the shipped model, with every length overridden to a few steps, so a page's
+later commands find what its earlier ones made.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from material import Cli, tiny
+
+from tinyfusion.core.config import load_recipe, shipped_recipes
+from tinyfusion.models.checkpoint import save_model
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")) if p.exists())
+SHELLS = ("", "bash", "console", "sh")
+ELSEWHERE = ("git", "cd", "pip", "pre-commit", "open")  # not ours to test
+TRAINING = "steps=2 batch_size=4 ema_decay=0.5 log_every_steps=1 checkpoint_every_steps=2 warmup_steps=0"
+SHORT = {
+    "run": "prune.training recover.training sample speed",
+    "train": "train",
+    "prune": "prune.training",
+    "recover": "recover.training",
+    "sample": "sample",
+}
+SETTINGS = {
+    **dict.fromkeys(("train", "prune.training", "recover.training"), TRAINING),
+    "sample": "num_images=8 batch_size=8 sampler=ddim num_steps=2",
+    "speed": "repeats=2 batch_size=2 steps_per_repeat=1",
+}
+
+
+def blocks(page: Path, *languages: str) -> Iterator[str]:
+    """The fenced blocks of a page in these languages."""
+    fence = re.compile(r"^ *```([\w-]*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+    for language, text in fence.findall(page.read_text(encoding="utf-8")):
+        if language in languages:
+            yield text
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands of a page, as words; a block without a language counts where its first line is one of ours."""
+    found = []
+    for block in blocks(page, *SHELLS):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(re.sub(r"^\$ ", "", line.strip()), comments=True)
+            if words:
+                words[0] = words[0].removeprefix(".venv/bin/")
+                found.append(words)
+    return [words for words in found if words[0] in ("tinyfusion", "make", "python", "pytest")]
+
+
+def shortened(words: list[str]) -> list[str]:
+    """A command of ours without the program's name, and with a few steps instead of many."""
+    settings = [
+        f"{section}.{item}" for section in SHORT.get(words[1], "").split() for item in SETTINGS[section].split()
+    ]
+    return [*words[1:], *(part for setting in settings for part in ("--set", setting))]
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small `digits`, and the files that a reader would bring."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    save_model(tiny(depth=12), folder / "shipped" / "digits")
+    brought = folder / "brought"
+    brought.mkdir()
+    official = tiny(hidden_size=384, num_heads=6, in_channels=4, patch_size=2).module.state_dict()
+    torch.save(official, brought / "DiT-XL-2-256x256.pt")
+    latents = np.random.default_rng(0).standard_normal((16, 8, 8, 4), dtype=np.float32)
+    np.savez(brought / "latents.npz", latents, np.arange(16) % 10)
+    return folder
+
+
+@pytest.fixture
+def reader(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a reader of the docs would have it, as the current one."""
+    shipped = {"digits": stand_ins / "shipped" / "digits"}
+    monkeypatch.setattr("tinyfusion.models.checkpoint.shipped_models", lambda: shipped)
+    shutil.copytree(stand_ins / "brought", tmp_path / "reader")
+    monkeypatch.chdir(tmp_path / "reader")
+    return tmp_path / "reader"
+
+
+def names(pages: list[Path]) -> list[str]:
+    return [str(page.relative_to(ROOT)) for page in pages]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_commands(page: Path, cli: Cli, reader: Path) -> None:
+    for words in commands(page):
+        if words[0] == "tinyfusion":
+            outcome = cli(*shortened(words))
+            assert outcome.code == 0, f"{shlex.join(words)}\n{outcome.err}"
+        elif words[0] == "make":
+            goals = [word for word in words[1:] if "=" not in word]
+            assert set(goals) <= makefile_targets(), shlex.join(words)
+        elif words[0] == "pytest":
+            assert all((ROOT / word).exists() for word in words[1:] if "/" in word and "{" not in word), shlex.join(
+                words
+            )
+        else:
+            check_script(words)
+
+
+def check_script(words: list[str]) -> None:
+    """`python FILE ...`: the file is there, answers --help, and knows the options."""
+    if words[1:3] == ["-m", "pytest"]:
+        return
+    path = ROOT / words[1]
+    assert path.is_file(), shlex.join(words)
+    options = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
+    described = help_of(path)
+    assert all(option in described for option in options), shlex.join(words)
+
+
+@functools.cache
+def makefile_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@functools.cache
+def help_of(script: Path) -> str:
+    """What a script prints for --help."""
+    import contextlib
+    import io
+
+    before, printed = sys.argv, io.StringIO()
+    sys.argv = [script.name, "--help"]
+    try:
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(script), run_name="__main__")
+    finally:
+        sys.argv = before
+    assert not stop.value.code
+    return printed.getvalue()
+
+
+def test_readme_shows_every_verb_and_the_demo() -> None:
+    """The first page that a new user reads has a command for everything that can be typed."""
+    readme = ROOT / "README.md"
+    assert len(readme.read_text(encoding="utf-8").splitlines()) <= 150
+    shown = {words[1] for words in commands(readme) if words[0] == "tinyfusion"}
+    assert {"run", "prune", "recover", "sample", "evaluate", "report", "inspect", "recipes"} <= shown
+    assert ["make", "demo"] in commands(readme)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_python_blocks(page: Path, reader: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """README's run; those of other pages, which may be parts of something, are at least Python."""
+    for block in blocks(page, "python"):
+        code = compile(block, str(page), "exec")
+        if page.name == "README.md":
+            exec(code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_toml_blocks(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "toml"):
+        (tmp_path / "shown.toml").write_text(block, encoding="utf-8")
+        assert load_recipe(str(tmp_path / "shown.toml")).name == "shown"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_relative_links(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = [t for t in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", t)]
+    assert [t for t in targets if not (page.parent / t.partition("#")[0]).exists()] == []
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipe(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert recipe.minutes
+    assert recipe.machine
+
+
+def test_every_fenced_shell_command_is_known() -> None:
+    """Nothing in a shell block escapes: it is run above, or named as not ours."""
+    strangers = []
+    for page in PAGES:
+        for block in blocks(page, "bash", "console", "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(re.sub(r"^\$ ", "", line.strip()), comments=True)
+                if words and words[0].removeprefix(".venv/bin/") not in (
+                    "tinyfusion",
+                    "make",
+                    "python",
+                    "pytest",
+                    *ELSEWHERE,
+                ):
+                    strangers.append(f"{page.name}: {line}")
+    assert strangers == []
