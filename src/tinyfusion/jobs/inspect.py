@@ -41,6 +41,7 @@ def inspect(model: LoadedModel) -> dict[str, Any]:
         "latent_scale": facts.latent_scale,
         "vae": facts.vae,
         "license": facts.license,
+        "seen_images": facts.seen_images,
         "criterion": facts.plan.criterion if facts.plan else None,
         "scheme": facts.plan.scheme if facts.plan else None,
     }

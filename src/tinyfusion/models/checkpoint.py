@@ -46,6 +46,7 @@ class ModelFacts:
 
     image_size: side of its images in pixels. latent_scale and vae: None for a pixel-space model. kept: indices into the
     direct parent per list, None for an uncut model. lineage: parents, oldest first, each with hash, depth and kept.
+    seen_images: images that a model trained from nothing saw; None for cut models and where unknown.
     """
 
     image_size: int
@@ -55,6 +56,7 @@ class ModelFacts:
     kept: dict[str, list[int]] | None = None
     lineage: list[dict[str, Any]] = field(default_factory=list)
     plan: PrunePlan | None = None
+    seen_images: int | None = None
 
 
 @dataclass
@@ -101,7 +103,8 @@ class LoadedModel:
         kept = {name: sorted(indices) for name, indices in plan.kept.items()}
         parent = {"hash": own, "depth": depths, "kept": self.facts.kept}
         student.arch = self.family.arch_with_depths(self.arch, student.stack.depths())
-        student.facts = dataclasses.replace(self.facts, kept=kept, lineage=[*self.facts.lineage, parent], plan=plan)
+        lineage = [*self.facts.lineage, parent]
+        student.facts = dataclasses.replace(self.facts, kept=kept, lineage=lineage, plan=plan, seen_images=None)
         return student
 
 
@@ -137,6 +140,7 @@ def model_record(model: LoadedModel) -> dict[str, Any]:
         "latent_scale": facts.latent_scale,
         "vae": facts.vae,
         "license": facts.license,
+        "seen_images": facts.seen_images,
     }
 
 
@@ -210,6 +214,7 @@ def _open_folder(path: Path, num_heads: int | None, family_name: str | None) -> 
         facts = ModelFacts(
             image_size=record["image_size"], latent_scale=record.get("latent_scale"), vae=record.get("vae"),
             license=record.get("license"), kept=record.get("kept"), lineage=record.get("lineage") or [], plan=plan,
+            seen_images=record.get("seen_images"),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}/model.json is damaged: {error}") from error
