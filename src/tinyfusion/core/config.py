@@ -21,7 +21,7 @@ _KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a tex
 _POSITIVE = math.ulp(0.0)
 # what a number must be, by the last part of its field's name: smallest and largest value
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("steps", "batch_size", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit"), (1, math.inf)),
+    **dict.fromkeys(("steps", "stop_after", "batch_size", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit"), (1, math.inf)),
     **dict.fromkeys(("max_bad_steps", "num_images", "num_steps", "lora_rank", "neighbours"), (1, math.inf)),
     **dict.fromkeys(("is_splits_size", "repeats", "steps_per_repeat"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "eps", "clip_norm", "temperature", "mask_sigmas"), (_POSITIVE, math.inf)),

@@ -41,7 +41,10 @@ class DataSection:
 class TrainingSection:
     """One call of the training loop."""
 
-    steps: Annotated[int, "optimiser steps"] = 100_000
+    steps: Annotated[int, "optimiser steps that schedules are laid out for"] = 100_000
+    stop_after: Annotated[
+        int | None, "steps after which training ends early, schedules unchanged; None makes them all"
+    ] = None
     batch_size: Annotated[int, "images per step"] = 256
     learning_rate: Annotated[float, "peak learning rate of AdamW"] = 2e-4
     learning_rate_end: Annotated[float | None, "learning rate at the last step, by cosine; None keeps it constant"] = (
@@ -59,6 +62,16 @@ class TrainingSection:
     checkpoint_every_steps: Annotated[int, "steps between two checkpoints"] = 10_000
     checkpoints_limit: Annotated[int, "checkpoints kept; older ones are removed"] = 2
     max_bad_steps: Annotated[int, "non-finite steps in a row after which the run stops"] = 10
+
+    @property
+    def made_steps(self) -> int:
+        """Steps that are really made."""
+        return self.steps if self.stop_after is None else min(self.steps, self.stop_after)
+
+    @property
+    def made_images(self) -> int:
+        """Images that are really seen."""
+        return self.made_steps * self.batch_size
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ class Estimate:
 def training_disk_bytes(model: LoadedModel, state: TrainState, settings: TrainingSection) -> int:
     """Bytes that a run writes: checkpoints (weights, average, two moments; one more while it is being written) and two models."""
     trained = sum(p.numel() for p in state.parameters.values())
-    checkpoints = min(settings.checkpoints_limit, math.ceil(settings.steps / settings.checkpoint_every_steps)) + 1
-    log = 500 * (settings.steps // settings.log_every_steps + 100)
+    checkpoints = min(settings.checkpoints_limit, math.ceil(settings.made_steps / settings.checkpoint_every_steps)) + 1
+    log = 500 * (settings.made_steps // settings.log_every_steps + 100)
     return _FLOAT_BYTES * (4 * trained * checkpoints + 2 * num_parameters(model.module)) + log
 
 
@@ -78,13 +78,13 @@ def training_estimate(
     macs = 3 * model_macs(model) + (model_macs(teacher) if teacher else 0)  # a backward pass costs two forward passes
 
     def measure(batch_size: int) -> float:
-        short = dataclasses.replace(settings, steps=3, batch_size=batch_size)
+        short = dataclasses.replace(settings, steps=3, stop_after=None, batch_size=batch_size)
         ends = [_after(float(r.gradient_norm)) for r in train_steps(state, objective, source, short, Randomness(0))]
         return (ends[-1] - ends[0]) / 2
 
     seconds, basis = _seconds(measure, macs, settings.batch_size, weights, next(iter(state.parameters.values())).device)
     memory = _FLOAT_BYTES * (weights + kept + activations)
-    return _rounded(settings.steps * seconds, memory, training_disk_bytes(model, state, settings), basis)
+    return _rounded(settings.made_steps * seconds, memory, training_disk_bytes(model, state, settings), basis)
 
 
 def sampling_estimate(

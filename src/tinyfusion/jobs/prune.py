@@ -121,8 +121,8 @@ def _learn(recipe: Recipe, teacher: LoadedModel, learning: _Learning, run: RunDi
         return learner.decision(state.ema, record.step).log(record.step, learner.objective)
 
     seconds = drive(run, "prune", state, learner.objective, learning.source, settings.training, recipe.seed, extra)
-    cost = {"seconds": seconds, "images": float(settings.training.steps * settings.training.batch_size)}
-    decision = learner.decision(state.ema, settings.training.steps - 1)
+    cost = {"seconds": seconds, "images": float(settings.training.made_images)}
+    decision = learner.decision(state.ema, settings.training.made_steps - 1)
     if not all(theta.isfinite().all() for theta in decision.logits):
         raise UserError("the gate logits are not finite; lower prune.gate_learning_rate")
     return plan_of(decision, teacher, settings, recipe.seed, cost)

@@ -44,7 +44,7 @@ def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[s
         return None
     if mode == "new":
         check_space(options.out, training_disk_bytes(student, state, settings))
-    warning = horizon_warning(settings.ema_decay, settings.steps)
+    warning = horizon_warning(settings.ema_decay, settings.made_steps)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     if options.dry_run:
@@ -54,7 +54,7 @@ def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[s
         seconds = drive(run, "recover", state, recovery.objective, recovery.source, settings, recipe.seed, extra)
         save_model(averaged(student, state), run.path / "student")
         save_model(student, run.path / "student-raw")
-        run.mark("done", seconds=seconds, seen_images=settings.steps * settings.batch_size)
+        run.mark("done", seconds=seconds, seen_images=settings.made_images)
     return {"seconds": seconds}
 
 

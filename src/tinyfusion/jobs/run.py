@@ -16,6 +16,7 @@ import torch
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
+from tinyfusion.data.images import read_images_npz, write_grid_png
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions, device_for
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
@@ -47,10 +48,15 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if options.dry_run:
         return _announce(recipe, options, teacher, mode)
     with folder.writing("run", plain, options.overwrite):
-        folder.mark("running", command=options.command or f"tinyfusion run --recipe {recipe.name} --out {options.out}")
+        command = options.command or f"tinyfusion run --recipe {recipe.name} --out {options.out}"
+        folder.mark("running", command=command, teacher_seen_images=teacher.facts.seen_images)
         _perform(recipe, options, folder, teacher)
-        write_text(options.out / "report.html", render_run(options.out))
         folder.mark("done", seconds=sum(folder.record()["stages"].values()))
+        try:
+            write_text(options.out / "report.html", render_run(options.out))
+        except BaseException:
+            folder.mark("running")  # without its page a run is not done
+            raise
     return _outcome(options.out)
 
 
@@ -131,6 +137,18 @@ def _sample(recipe: Recipe, options: RunOptions, models: dict[str, str]) -> None
         heads = options.num_heads if name == "teacher" else None
         where = RunOptions(options.out / "samples" / f"{name}.npz", num_heads=heads, family=options.family)
         sample(recipe, where, source, options.out / "samples" / f"{name}.png")
+    _compare(options.out / "samples", list(models))
+
+
+def _compare(samples: Path, models: list[str]) -> None:
+    """One picture: a row of the same seeds for every model, the first image of each label, classes in order."""
+    drawn = [read_images_npz(samples / f"{name}.npz") for name in models]
+    labels = drawn[0][1]
+    if labels is None or drawn[0][0].shape[-1] not in (1, 3):
+        return
+    _, first = np.unique(labels, return_index=True)
+    rows = np.concatenate([images[first[:20]] for images, _ in drawn])
+    write_grid_png(samples / "comparison.png", rows, len(first[:20]), max(1, 48 // rows.shape[1]))
 
 
 def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:

@@ -38,7 +38,7 @@ def drive(
     if start:
         run.note(f"continues at step {start}")
     began = time.perf_counter()
-    warning = horizon_warning(settings.ema_decay, settings.steps)
+    warning = horizon_warning(settings.ema_decay, settings.made_steps)
     if warning and not start:
         run.note(f"warning: {warning}")
 
@@ -51,10 +51,10 @@ def drive(
 
     with (
         SignalWatch() as signals,
-        progress(title, settings.steps * settings.batch_size, "images", start * settings.batch_size) as bar,
+        progress(title, settings.made_images, "images", start * settings.batch_size) as bar,
     ):
         for record in train_steps(state, objective, source, settings, Randomness(seed)):
-            last = state.step == settings.steps
+            last = state.step == settings.made_steps
             if record.step % settings.log_every_steps == 0 or last or not record.applied:
                 values = record.values()
                 images = state.step * settings.batch_size

@@ -101,14 +101,14 @@ def train_steps(
     settings: TrainingSection,
     randomness: Randomness,
 ) -> Iterator[StepRecord]:
-    """Train from `state.step` to `settings.steps`, yielding after every step; the state is then complete for that step.
+    """Train from `state.step` to `settings.made_steps`, yielding after every step; the state is then complete for that step.
 
     A non-finite loss or gradient skips the update (average and optimiser stay as they are); `settings.max_bad_steps` of
     them in a row raise UserError. Autocast to `settings.dtype` is around the forward pass alone.
     """
     parameters = list(state.parameters.values())
     device = parameters[0].device
-    while state.step < settings.steps:
+    while state.step < settings.made_steps:
         step = state.step
         factor = learning_rate_factor(settings, step)
         for group in state.optimizer.param_groups:
