@@ -14,8 +14,9 @@ MaskRule = Literal["own", "joint"]
 def massive_mask(features: Tensor, sigmas: float) -> Tensor:
     """Where |features - mean| < sigmas * std, per sample over tokens and width (unbiased variance, strict)."""
     flat = features.detach().float().flatten(1)
-    mean, std = flat.mean(1).view(-1, 1, 1), flat.std(1).view(-1, 1, 1)
-    return (features.detach() - mean).abs() < sigmas * std
+    deviation = flat - flat.mean(1, keepdim=True)
+    variance = deviation.square().sum(1, keepdim=True) / (flat.shape[1] - 1)  # torch.std is several times slower here
+    return (deviation.abs() < sigmas * variance.sqrt()).view(features.shape)
 
 
 def masked_feature_loss(student: Tensor, teacher: Tensor, sigmas: float | None, rule: MaskRule = "own") -> Tensor:
