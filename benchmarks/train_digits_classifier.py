@@ -82,7 +82,8 @@ def initialise(classifier: DigitsClassifier, seed: int) -> None:
 
 def trained(arch: ClassifierArch, settings: TrainingSection, seed: int) -> DigitsClassifier:
     """A classifier with the moving average of its weights."""
-    classifier = DigitsClassifier(arch)
+    with torch.random.fork_rng(devices=[]):  # torch fills new layers from its global generator
+        classifier = DigitsClassifier(arch)
     initialise(classifier, seed)
     state = TrainState(
         classifier, [ParameterGroup(dict(classifier.named_parameters()), settings.learning_rate)], settings

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.training.ema import Ema, horizon_warning
 from tinyfusion.training.optim import learning_rate_factor
@@ -79,3 +80,15 @@ def test_the_warm_up_rises_to_the_peak_and_never_starts_at_zero() -> None:
     settings = TrainingSection(steps=10, warmup_steps=3, learning_rate=1.0, learning_rate_end=0.5)
     found = [learning_rate_factor(settings, step) for step in range(10)]
     assert found[:4] == [0.25, 0.5, 0.75, 1.0] and found[-1] == pytest.approx(0.5)
+
+
+def test_a_rate_that_would_rise_is_refused() -> None:
+    with pytest.raises(UserError, match="the rate would rise"):
+        TrainingSection(learning_rate=5e-5, learning_rate_end=1e-4)
+
+
+def test_stopping_early_leaves_the_schedule_as_it_was() -> None:
+    whole = TrainingSection(steps=100, learning_rate=1.0, learning_rate_end=0.1)
+    short = TrainingSection(steps=100, stop_after=40, learning_rate=1.0, learning_rate_end=0.1)
+    assert (short.made_steps, short.made_images, whole.made_steps) == (40, 40 * 256, 100)
+    assert [learning_rate_factor(short, i) for i in range(40)] == [learning_rate_factor(whole, i) for i in range(40)]

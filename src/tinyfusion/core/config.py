@@ -100,7 +100,7 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any, path: str) -> N
 
 
 def build(kind: Any, value: Any, path: str) -> Any:
-    """`value` (from TOML or JSON) as `kind`: a dataclass, Literal, union with None, tuple or scalar."""
+    """`value` (from TOML or JSON) as `kind`: a dataclass, Literal, union with None, tuple, list, dict, scalar or Any."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return build(args[0], value, path)
@@ -116,7 +116,17 @@ def build(kind: Any, value: Any, path: str) -> Any:
         return build(next(a for a in args if a is not type(None)), value, path)
     if origin is tuple:
         return _build_tuple(args, value, path)
-    return _build_scalar(kind, value, path)
+    if origin in (list, dict):
+        return _build_container(origin, args, value, path)
+    return value if kind is Any else _build_scalar(kind, value, path)
+
+
+def build_known(kind: Any, values: Any, path: str) -> Any:
+    """As `build` for a dataclass, but fields that it does not have are left out: a newer version wrote them."""
+    if isinstance(values, Mapping):
+        known = {f.name for f in dataclasses.fields(kind)}
+        values = {key: value for key, value in values.items() if key in known}
+    return build(kind, values, path)
 
 
 def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
@@ -144,7 +154,7 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
     try:
         return kind(**made)
     except TypeError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path or kind.__name__}: {error}") from error
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -163,6 +173,15 @@ def _build_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...
     if len(value) != len(args):
         raise UserError(f"{path} wants {len(args)} values; got {value!r}")
     return tuple(build(a, item, path) for a, item in zip(args, value, strict=True))
+
+
+def _build_container(kind: type, args: tuple[Any, ...], value: Any, path: str) -> Any:
+    """A list of one kind of items, or a dict of names to one kind of values."""
+    if not isinstance(value, kind):
+        raise UserError(f"{path} wants {'a list' if kind is list else 'names with values'}; got {value!r}")
+    if isinstance(value, dict):
+        return {name: build(args[1], item, f"{path}.{name}") for name, item in value.items()}
+    return [build(args[0], item, path) for item in value]
 
 
 def _build_scalar(kind: Any, value: Any, path: str) -> Any:

@@ -1,4 +1,4 @@
-"""Every knob of every verb, on one page: frozen dataclasses, standard library only.
+"""Every knob of every verb, on one page: frozen dataclasses, no imports but the standard library and errors.
 
 A recipe is values, never objects: names are strings, files are paths. Each field is documented once, in its `Annotated`
 text; help, docs and errors read that. Published defaults (arXiv 2412.01199 and its code) are the defaults here; recipes
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
+
+from tinyfusion.core.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -62,6 +64,14 @@ class TrainingSection:
     checkpoint_every_steps: Annotated[int, "steps between two checkpoints"] = 10_000
     checkpoints_limit: Annotated[int, "checkpoints kept; older ones are removed"] = 2
     max_bad_steps: Annotated[int, "non-finite steps in a row after which the run stops"] = 10
+
+    def __post_init__(self) -> None:
+        end = self.learning_rate_end
+        if end is not None and end > self.learning_rate:
+            raise UserError(
+                f"learning_rate_end {end:g} is above learning_rate {self.learning_rate:g}, so the rate would rise: "
+                "set both, or learning_rate_end to none for a constant rate"
+            )
 
     @property
     def made_steps(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 from tinyfusion import __version__
 from tinyfusion.core.config import first_difference
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.signals import Interrupted
 
 FORMAT_VERSION = 1
 _MARKER = "tinyfusion"
@@ -27,28 +29,100 @@ _MARKER = "tinyfusion"
 def written_beside(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it replaces `path` when the block ends well and vanishes when it does not.
 
-    Folders above are made where missing, and taken back when the block does not end well.
+    Folders above are made where missing, and taken back when the block does not end well. What a killed process left
+    of the same output is removed.
     """
     made = _missing_folders(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for leftover in _orphans(path, "part"):
+        _remove(leftover)
+    beside = _beside(path, "part")
     try:
         yield beside
-        if beside.is_dir():
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(beside, path)
-        else:
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, path)
+        _sync(beside)
+        _put(beside, path)
+        _sync_folder(path.parent)
     except BaseException:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        _remove(beside)
         _remove_empty(made)
         raise
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """Where this process keeps a new ("part") or former ("old") `path` for a moment."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _orphans(path: Path, kind: str) -> list[Path]:
+    """What processes that are no more left beside `path`."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.{kind}")
+    found = [(match, entry) for entry in path.parent.iterdir() if (match := name.fullmatch(entry.name))]
+    return [entry for match, entry in found if not _is_running(int(match[1]))]
+
+
+def _is_running(pid: int) -> bool:
+    """Whether another process has this number."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _put(new: Path, path: Path) -> None:
+    """Rename; a former folder is out of the way for that moment, and back if it goes wrong."""
+    if not (new.is_dir() and path.exists()):
+        os.replace(new, path)
+        return
+    old = _beside(path, "old")
+    _remove(old)
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    _remove(old)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or all in a folder, on the disk before anything is renamed."""
+    for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    if path.is_dir():
+        _sync_folder(path)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Clear away what killed processes left in a run folder: unfinished files go, what was set aside comes back."""
+    for entry in [p for p in folder.rglob(".*") if p.suffix in (".part", ".old")]:
+        match = re.fullmatch(r"\.(.+)\.(\d+)\.(part|old)", entry.name)
+        if match is None or _is_running(int(match[2])) or not entry.exists():
+            continue
+        if match[3] == "old" and not entry.with_name(match[1]).exists():
+            os.replace(entry, entry.with_name(match[1]))
+        else:
+            _remove(entry)
 
 
 def _missing_folders(folder: Path) -> list[Path]:
@@ -124,8 +198,24 @@ def _is_ours(record: Any) -> bool:
     return isinstance(record, dict) and record.get("made_by") == _MARKER
 
 
+# knobs that change how a result comes about, and not the result
+_IDLE = {"log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "speed", "sample.batch_size"}
+
+
+def _effective(recipe: Any, section: str = "") -> Any:
+    """A plain recipe without the knobs that change nothing in the result."""
+    if not isinstance(recipe, Mapping):
+        return recipe
+    return {k: _effective(v, k) for k, v in recipe.items() if k not in _IDLE and f"{section}.{k}" not in _IDLE}
+
+
 def _check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], where: Path) -> None:
     version = record.get("format_version", 0)
+    if not isinstance(version, int) or not isinstance(record.get("verb"), str) or "recipe" not in record:
+        raise UserError(
+            f"{where} has a damaged record (made by tinyfusion, but by which verb and recipe is gone); "
+            "choose another --out or give --overwrite"
+        )
     if version > FORMAT_VERSION:
         raise UserError(
             f"{where} was written in format {version} by tinyfusion {record.get('version')}; this one reads up to {FORMAT_VERSION}: upgrade"
@@ -134,7 +224,7 @@ def _check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any],
         raise UserError(
             f"{where} was made by `{record['verb']}`, not `{verb}`; choose another --out or give --overwrite"
         )
-    difference = first_difference(record["recipe"], recipe)
+    difference = first_difference(_effective(record["recipe"]), _effective(recipe))
     if difference:
         raise UserError(
             f"{where} was made with another recipe ({difference}); choose another --out or give --overwrite"
@@ -167,8 +257,12 @@ class RunDirectory:
         return dict(read_json(self.record_path))
 
     def check(self, verb: str, recipe: Mapping[str, Any], overwrite: bool) -> str:
-        """ "new", "continue" or "finished"; touches nothing. Raises UserError on a folder that may not be used."""
+        """ "new", "continue" or "finished". Raises UserError on a folder that may not be used.
+
+        Touches nothing, but for an old run that a killed `--overwrite` had set aside: that one comes back.
+        """
         check_writable(self.path)
+        self._restore()
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return "new"
         if not self.path.is_dir():
@@ -176,52 +270,84 @@ class RunDirectory:
         if not self.record_path.is_file() or not _is_ours(record := read_json(self.record_path)):
             raise UserError(f"--out {self.path} exists and is not a tinyfusion run; choose another folder")
         if overwrite:
+            if self._place == Path.cwd():
+                raise UserError(f"--overwrite cannot replace the current folder {self.path}: call it from elsewhere")
             return "new"
         _check_same(record, verb, recipe, self.path)
-        return "finished" if record["state"] == "done" else "continue"
+        return "finished" if record.get("state") == "done" else "continue"
 
     def begin(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> str:
-        """As `check`; then a new folder is made (an old run of ours removed with `overwrite`) and marked running."""
+        """As `check`; then a new folder is made and marked running.
+
+        With `overwrite` an old run of ours is set aside until the new one has something worth keeping.
+        """
         mode = self.check(verb, recipe, overwrite)
         if mode == "continue":
-            self.mark("running")
+            _sweep(self.path)
+            self.mark("running", recipe=recipe)
         elif mode == "new":
-            with self._set_aside():
+            if self.record_path.exists():
+                os.replace(self.path, self._aside)
+            try:
                 write_json(self.record_path, stamp(verb, recipe, "running"))
+            except BaseException:
+                self._undo()
+                raise
         return mode
 
     @contextmanager
-    def _set_aside(self) -> Iterator[None]:
-        """Within the context an old run is out of the way; it comes back where the new one cannot even begin."""
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.old")
-        old = self.record_path.exists()
-        if old:
-            os.replace(self.path, aside)
-        try:
-            yield
-        except BaseException:
-            if old:
-                os.replace(aside, self.path)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-    @contextmanager
     def writing(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> Iterator[str]:
-        """`begin`, and the work within. A new run that fails before anything worth continuing was saved leaves no trace."""
+        """`begin`, and the work within.
+
+        A new run that ends before anything worth continuing was saved leaves no trace, and what it was to replace
+        comes back. One that is interrupted later says so in its record.
+        """
         made = _missing_folders(self.path)
         mode = self.begin(verb, recipe, overwrite)
         try:
             yield mode
-        except Exception:
-            if mode == "new" and not any(self.path.rglob("step-*")) and not any(self.path.rglob("model.json")):
-                for entry in self.path.iterdir():
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except BaseException as error:
+            if mode == "new" and not _worth_keeping(self.path):
+                self._undo()
                 _remove_empty(made)
+            elif isinstance(error, Interrupted):
+                self.mark("interrupted")
             raise
+        _remove(self._aside)
+
+    @property
+    def _place(self) -> Path:
+        return self.path.absolute()
+
+    @property
+    def _aside(self) -> Path:
+        """Where an old run waits while a new one begins in its place."""
+        return _beside(self._place, "old")
+
+    def _undo(self) -> None:
+        """Take a new run back; the old one comes back where there was one."""
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            _remove(entry)
+        if self._aside.exists():
+            _remove(self.path)
+            os.replace(self._aside, self.path)
+
+    def _restore(self) -> None:
+        """Settle what a killed `--overwrite` left: the old run comes back unless the new one is worth keeping."""
+        for aside in _orphans(self._place, "old") if self._place.parent.is_dir() else ():
+            if not self.path.exists():
+                os.replace(aside, self.path)
+            elif _is_run(self.path) and _worth_keeping(self.path):
+                _remove(aside)
+            elif _is_run(self.path):
+                _remove(self.path)
+                os.replace(aside, self.path)
 
     def mark(self, state: str, **more: Any) -> None:
         """Set the state ("done", "interrupted") and more fields of run.json."""
         write_json(self.record_path, {**self.record(), "state": state, **more})
+        if self._aside.exists() and _worth_keeping(self.path):
+            _remove(self._aside)
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -237,19 +363,35 @@ class RunDirectory:
         """Drop the lines of steps that a resumed run is going to write again."""
         if not self.metrics.exists():
             return
-        lines = [
-            json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-        ]
-        kept = [line for line in lines if line.get("step", -1) < step]
+        kept = [line for line in read_metrics(self.path) if line.get("step", -1) < step]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
 
+def _is_run(path: Path) -> bool:
+    """Whether `path` is a run folder of ours."""
+    return (path / "run.json").is_file() and _is_ours(read_json(path / "run.json"))
+
+
+def _worth_keeping(run: Path) -> bool:
+    """Whether a run folder holds a checkpoint, a model or a finished record."""
+    saved = [file for pattern in ("step-*", "model.json") for file in run.rglob(pattern)]
+    if any(not any(part.endswith(".part") for part in file.relative_to(run).parts) for file in saved):
+        return True
+    return (run / "run.json").is_file() and read_json(run / "run.json").get("state") == "done"
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none where there is no such file."""
+    """The lines of a run's metrics.jsonl; none where there is no such file. Lines cut short by a crash are left out."""
     path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [line for line in map(_parsed, texts) if isinstance(line, dict)]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
 
 
 def file_output(

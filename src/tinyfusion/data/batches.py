@@ -44,10 +44,10 @@ class ShuffledBatches:
 
     def __call__(self, step: int, batch_size: int, draws: Draws) -> ArrayBatch:
         """The images of `step`."""
-        first = step * batch_size + draws.first
-        positions = range(first, first + draws.num)
-        size = len(self.x)
-        rows = torch.stack([self._order(p // size)[p % size] for p in positions])
+        first, size = step * batch_size + draws.first, len(self.x)
+        end = first + draws.num
+        epochs = range(first // size, -(-end // size))  # those that the batch touches
+        rows = torch.cat([self._order(e)[max(first - e * size, 0) : end - e * size] for e in epochs])
         x = self.x[rows]
         if self.augment:
             x = jitter(x, draws, self.augment)

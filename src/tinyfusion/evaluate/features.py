@@ -138,7 +138,7 @@ def hash_state(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         values = tensors[name].detach().cpu().contiguous().numpy()
         digest.update(f"{name}\0{values.dtype}\0{values.shape}\0".encode())
-        digest.update(values.tobytes())
+        digest.update(values)
     return digest.hexdigest()
 
 
@@ -146,8 +146,9 @@ def digits_classifier(name: str, arch: Mapping[str, Any], tensors: Mapping[str, 
     """The digits classifier from its sizes and weights. Raises ValueError where they do not fit."""
     try:
         sizes = ClassifierArch(**{**arch, "widths": tuple(arch["widths"])})
-        classifier = DigitsClassifier(sizes)
-        classifier.load_state_dict(dict(tensors))
+        with torch.device("meta"):
+            classifier = DigitsClassifier(sizes)
+        classifier.load_state_dict(dict(tensors), assign=True)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"sizes and weights of {name} do not fit: {error}") from error
     return ClassifierFeatures(name, classifier, sizes)

@@ -69,7 +69,7 @@ def evaluate(recipe: Recipe, options: RunOptions, samples: Path, reference: str)
     _check(images, str(samples), settings, extractor)
     real = open_reference(reference, extractor)
     _check(real.images, f"reference {reference}", settings, extractor)
-    protocol = protocol_of(real, extractor, settings, _sampling(samples, len(images)))
+    protocol = protocol_of(real, extractor, settings, _sampling(samples, images))
     plain = plain_recipe(
         recipe, "evaluate", samples=image_hash(images), reference=real.hash, features=extractor.hash, protocol=protocol
     )
@@ -151,7 +151,7 @@ def protocol_of(reference: Reference, extractor: FeatureExtractor, settings: Eva
 def image_hash(images: np.ndarray) -> str:
     """SHA-256 over type, shape and pixels."""
     digest = hashlib.sha256(f"{images.dtype}\0{images.shape}\0".encode())
-    digest.update(np.ascontiguousarray(images).tobytes())
+    digest.update(np.ascontiguousarray(images))
     return digest.hexdigest()
 
 
@@ -169,19 +169,21 @@ def _images(name: str) -> np.ndarray:
     return read_images_npz(path)[0]
 
 
-def _sampling(samples: Path, num_images: int) -> str:
-    """How the samples were made: from the record beside an npz, else unknown."""
+def _sampling(samples: Path, images: np.ndarray) -> str:
+    """How the samples were made: from the record beside an npz, else unknown. UserError where it tells of others."""
+    num_images = len(images)
     if str(samples) in REAL_SETS:
         return f"{num_images} images | real"
     beside = samples.with_suffix(".json")
     record = read_json(beside) if samples.suffix == ".npz" and beside.is_file() else None
     if not isinstance(record, dict) or not isinstance(record.get("protocol"), str):
         return f"{num_images} images | unknown"
-    if record.get("num_images", num_images) != num_images:
-        raise UserError(
-            f"{beside} tells of {record['num_images']} images, {samples} holds {num_images}: "
-            "they do not belong together; sample again, or remove the record"
-        )
+    told = record.get("num_images", num_images)
+    what = f"{told} images, {samples} holds {num_images}" if told != num_images else ""
+    if not what and record.get("images_hash") not in (None, image_hash(images)):
+        what = f"other images than {samples} holds"
+    if what:
+        raise UserError(f"{beside} tells of {what}: they do not belong together; sample again, or remove the record")
     return str(record["protocol"])
 
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tinyfusion.core.config import nearest
+from tinyfusion.core.config import build_known, nearest
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import read_json, write_json, written_beside
 from tinyfusion.models.family import FAMILIES, ModelFamily
@@ -109,7 +109,11 @@ class LoadedModel:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], family: ModelFamily, arch: Any) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name; formula tensors are left out if equal."""
+    """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name; formula tensors are left out if equal.
+
+    It is the hash of the tensors as held. Opened models hold float32, whatever their file held: a half-precision file
+    has the hash of its values in float32, not that of its bytes. Nothing remembers it: weights change in place.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -117,7 +121,7 @@ def hash_tensors(tensors: Mapping[str, Tensor], family: ModelFamily, arch: Any) 
         if formula is not None and torch.equal(tensor, formula(arch).to(tensor.dtype)):
             continue
         digest.update(f"{name}\0{_DTYPE_NAMES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # read in place
     return digest.hexdigest()
 
 
@@ -161,7 +165,7 @@ def open_model(
 ) -> LoadedModel:
     """Open any model: a run folder, a model folder of ours, an official file, or a shipped model by name.
 
-    weights: "ema" or "raw", where both exist. num_heads: for official files whose width is in no published table.
+    weights: "ema" or "raw", where both exist; else what there is. num_heads: for official files whose width is in no published table.
     family: for official files whose keys fit several families. The module comes back in eval mode, on the CPU.
     Raises UserError on anything that is not exactly a model: missing, unexpected or misshapen tensors, NaN, code.
     """
@@ -188,10 +192,10 @@ def shipped_models() -> dict[str, Path]:
 def _model_folder(path: Path, weights: str) -> Path:
     if (path / "model.json").is_file():
         return path
-    suffix = "-raw" if weights == "raw" else ""
-    for name in (f"student{suffix}", f"recover/student{suffix}", f"model{suffix}", "prune/student"):
-        if (path / name / "model.json").is_file():
-            return path / name
+    for name in ("student", "recover/student", "model", "prune/student"):
+        for suffix in ("-raw", "") if weights == "raw" else ("",):
+            if (path / f"{name}{suffix}" / "model.json").is_file():
+                return path / f"{name}{suffix}"
     raise UserError(f"{path} holds no model: wanted model.json in it, or a run folder with student/ or model/")
 
 
@@ -207,16 +211,11 @@ def _open_folder(path: Path, num_heads: int | None, family_name: str | None) -> 
     family = _family(record.get("family"), path)
     if family_name not in (None, family.name):
         raise UserError(f"{path} is of family {family.name}, not {family_name}")
-    fields = {f.name for f in dataclasses.fields(family.arch_type)}
     try:
-        arch = family.arch_type(**{k: v for k, v in record["arch"].items() if k in fields})
-        plan = plan_from_json(record["plan"]) if record.get("plan") else None
-        facts = ModelFacts(
-            image_size=record["image_size"], latent_scale=record.get("latent_scale"), vae=record.get("vae"),
-            license=record.get("license"), kept=record.get("kept"), lineage=record.get("lineage") or [], plan=plan,
-            seen_images=record.get("seen_images"),
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        arch = build_known(family.arch_type, record.get("arch"), "arch")
+        plan = None if record.get("plan") is None else plan_from_json(record["plan"])
+        facts = build_known(ModelFacts, {**record, "plan": plan}, "")
+    except ValueError as error:  # UserError among them
         raise UserError(f"{path}/model.json is damaged: {error}") from error
     if num_heads not in (None, getattr(arch, "num_heads", num_heads)):
         raise UserError(f"{path} has {arch.num_heads} heads; --num-heads {num_heads} contradicts it")
@@ -293,7 +292,7 @@ def _state_dict_in(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
 
 
 def _fill(family: ModelFamily, arch: Any, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """A module with exactly these tensors, in eval mode; the first few faults are named."""
+    """A module with exactly these values, float32 and in memory of its own, in eval mode; the first few faults are named."""
     with torch.device("meta"):
         module = family.build(arch)
     wanted = module.state_dict()
@@ -304,13 +303,26 @@ def _fill(family: ModelFamily, arch: Any, tensors: Mapping[str, Tensor], path: P
         for name in wanted
         if name in tensors and tensors[name].shape != wanted[name].shape
     ]
+    faults += [f"{name} is {_kind(tensor)}, wanted floats" for name, tensor in tensors.items() if not _is_plain(tensor)]
+    held: dict[str, Tensor] = {}
     if not faults:
-        faults = [f"{name} is not finite" for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        held = {name: tensors[name].detach().to(torch.float32, copy=True).contiguous() for name in wanted}
+        faults = [f"{name} is not finite" for name, tensor in held.items() if not bool(torch.isfinite(tensor).all())]
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise UserError(f"{path} does not hold this {family.name}: {'; '.join(faults[:3])}{more}")
-    module.load_state_dict({name: tensors[name].float() for name in wanted}, assign=True)
+    module.load_state_dict(held, assign=True)
     return _trainable(module, family).eval()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Floating-point numbers that are there, one by one: no integers, complex numbers, sparse, quantised or meta tensors."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _kind(tensor: Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f" ({tensor.layout})".replace("torch.", "")
+    return f"{tensor.dtype}{layout}{' without values' if tensor.is_meta else ''}".removeprefix("torch.")
 
 
 def _trainable(module: nn.Module, family: ModelFamily) -> nn.Module:
@@ -329,6 +341,7 @@ def new_model(family_name: str, arch_values: Mapping[str, Any], seed: int) -> Lo
         arch = family.arch_type(**arch_values)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
-    module = family.build(arch)
+    with torch.random.fork_rng(devices=[]):  # torch fills new layers from its global generator, which is not ours to move
+        module = family.build(arch)
     family.initialise(module, seed)
     return LoadedModel(module, family, arch, ModelFacts(image_size=arch.input_size))

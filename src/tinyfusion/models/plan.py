@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+from tinyfusion.core.config import build_known
 from tinyfusion.core.errors import UserError
 
 PLAN_VERSION = 1
@@ -39,14 +39,15 @@ class PrunePlan:
         return dataclasses.asdict(self)
 
 
-def plan_from_json(values: Mapping[str, Any]) -> PrunePlan:
-    """A plan from plain values; unknown newer fields are ignored, an unknown newer version is a UserError."""
-    if values.get("version", 0) > PLAN_VERSION:
-        raise UserError(
-            f"the plan has version {values['version']}; this tinyfusion reads up to {PLAN_VERSION}: upgrade"
-        )
-    known = {f.name for f in dataclasses.fields(PrunePlan)}
+def plan_from_json(values: Any) -> PrunePlan:
+    """A plan from plain values; unknown newer fields are ignored.
+
+    Raises UserError on a newer version, on fields that are missing and on values of another type than the field's.
+    """
+    version = values.get("version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > PLAN_VERSION:
+        raise UserError(f"the plan has version {version}; this tinyfusion reads up to {PLAN_VERSION}: upgrade")
     try:
-        return PrunePlan(**{key: value for key, value in values.items() if key in known})
-    except TypeError as error:
-        raise UserError(f"the plan is incomplete: {error}") from error
+        return cast(PrunePlan, build_known(PrunePlan, values, "plan"))
+    except UserError as error:
+        raise UserError(f"the plan is incomplete or damaged: {error}") from error

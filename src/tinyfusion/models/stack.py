@@ -8,7 +8,7 @@ order. Model files know nothing of any of this.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,18 +56,22 @@ class BlockStack:
 
             return mix
 
-        handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(self)]
-        try:
+        with ExitStack() as hooks:
+            for i, block in enumerate(self):
+                hooks.enter_context(block.register_forward_hook(hook(i)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def tap(self, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Collect the outputs (B, T, D) of the blocks at `indices`: {index: output}, filled as the model runs."""
+        """Collect the outputs (B, T, D) of the blocks at `indices`: {index: output}, filled as the model runs.
+
+        Raises ValueError on an index out of range.
+        """
         outputs: dict[int, Tensor] = {}
         blocks = list(self)
+        outside = sorted({i for i in indices if not 0 <= i < len(blocks)})
+        if outside:
+            raise ValueError(f"cannot watch {outside}: out of range, the model has blocks 0 to {len(blocks) - 1}")
 
         def hook(index: int) -> Any:
             def store(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -75,12 +79,10 @@ class BlockStack:
 
             return store
 
-        handles = [blocks[i].register_forward_hook(hook(i)) for i in sorted(set(indices))]
-        try:
+        with ExitStack() as hooks:
+            for i in sorted(set(indices)):
+                hooks.enter_context(blocks[i].register_forward_hook(hook(i)))
             yield outputs
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def keep(self, kept: Mapping[str, Sequence[int]]) -> None:
         """Delete every block that is not named; survivors keep their order and are renumbered from 0.

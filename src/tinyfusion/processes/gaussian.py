@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class Schedule:
         self.alphas_cumprod_prev = previous
         self.posterior_variance = self.betas * (1.0 - previous) / (1.0 - self.alphas_cumprod)
         clipped = np.append(self.posterior_variance[1:2], self.posterior_variance[1:])
-        if len(clipped) < len(self.betas) or len(self.betas) == 1:
+        if len(self.betas) == 1:
             clipped = self.betas[:1]  # a chain of one step has no second entry to borrow; its variance is never used
         self.posterior_log_variance_clipped = np.log(clipped)
         self.posterior_mean_x0 = self.betas * np.sqrt(previous) / (1.0 - self.alphas_cumprod)
@@ -180,17 +180,12 @@ class GaussianObjective:
     """Hybrid loss: noise MSE plus the variational term for the variance, both per sample.
 
     num_classes: K, the null label; label_drop: probability of replacing a label by it (published: 0.1; 0 in evaluation).
-    fixed_timesteps: draw t from a stratified grid over the batch instead of uniformly (calibration losses).
     Source: arXiv 2102.09672, equation 16, with weight 1 on the variational term in bits per dimension of the sampled t.
     """
 
     num_classes: int
     label_drop: float = 0.1
-    schedule: Schedule = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.schedule is None:
-            object.__setattr__(self, "schedule", Schedule())
+    schedule: Schedule = field(default_factory=Schedule)
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         """t uniform over the chain, noise standard normal, labels dropped with probability `label_drop`."""

@@ -104,7 +104,7 @@ def confidence_curves(
     axes.plot(steps, np.median(values, axis=1), color=STUDENT, linewidth=2, label="median")
     common = max((tuple(s) for s in sizes), key=[tuple(s) for s in sizes].count)
     axes.axhline(1 / comb(common[1], common[0]), color=MUTED, linewidth=1, linestyle=(0, (3, 3)), label="chance")
-    axes.set(ylim=(0, 1.03), xlabel="step", ylabel="confidence")
+    axes.set(ylim=(0, 1.03), xlabel="step")  # what the height means is the title of the chart
     _legend(axes)
     return _svg(figure, f"{salt}-confidence-{name}-{width}", "confidence of every group over the steps of the search")
 
@@ -130,7 +130,7 @@ def loss_curves(curves: Sequence[Curve], title: str, width: int, salt: str = "")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: _minor_label(axes, value)))
-    axes.set(xlabel="step", ylabel="loss")
+    axes.set(xlabel="step")
     _legend(axes)
     return _svg(figure, f"{salt}-loss-{title}-{width}", title)
 
@@ -193,8 +193,12 @@ def _dots(axes: Axes, points: Sequence[tuple[float, int]], colour: str, opacity:
 
 
 def _legend(axes: Axes) -> None:
-    if len(axes.get_legend_handles_labels()[1]):
-        axes.legend(frameon=False, labelcolor=MUTED, fontsize=10.5, handlelength=1.2, loc="best")
+    """Above the axes, where it covers no curve; left out where there is one curve, which the title names."""
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(
+            frameon=False, labelcolor=MUTED, fontsize=10.5, handlelength=1.2, ncols=2, columnspacing=1.6,
+            loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, borderpad=0,
+        )  # fmt: skip
 
 
 def _svg(figure: Figure, salt: str, description: str) -> str:
@@ -216,8 +220,9 @@ def _svg(figure: Figure, salt: str, description: str) -> str:
     )
     body = body.replace("xlink:href", "href")
     body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
+    body = re.sub(r" ?font-family: [^;\"]*;", "", body)
     body = re.sub(r"#0[1-8]0[1-8]0[1-8]", lambda match: f"var(--{_VARIABLES[match[0]]})", body)
-    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)
+    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), body)  # places, not the labels
     prefix = hashlib.sha256(salt.encode()).hexdigest()[:6]
     body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", body)
     return re.sub(r"\s*\n\s*", "\n", body).strip()

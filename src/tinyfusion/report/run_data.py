@@ -59,9 +59,12 @@ class RunData:
 
     @property
     def title(self) -> str:
-        """The recipe's name for a whole job, else the verb."""
-        name = self.recipe.get("name")
-        return str(name) if name else str(self.record.get("verb", "run"))
+        """The recipe's name for a whole job, else the verb; with the depths once they are decided."""
+        name = str(self.recipe.get("name") or self.record.get("verb", "run"))
+        if not self.plan or not self.decided:
+            return name
+        kept = sum(len(blocks) for blocks in self.plan.kept.values())
+        return f"{name}: {sum(self.plan.depth.values())} blocks to {kept}"
 
     @property
     def references(self) -> list[str]:
