@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.core.config import load_recipe
+from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import read_json, write_text
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.run import run
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--teacher-images", type=int, help="images the teacher saw in training, for the budget's share")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    flush_denormals()
     folders: list[Path] = []
     outcomes: list[dict[str, Any]] = []
     for seed in range(options.seeds):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import write_json, written_beside
@@ -110,7 +111,7 @@ def main() -> None:
     )
     out: Path = parser.parse_args().out
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    flush_denormals()
     arch = ClassifierArch()
     classifier = trained(arch, SETTINGS, SEED)
     extractor = ClassifierFeatures(NAME, classifier, arch)

@@ -22,7 +22,7 @@ from tinyfusion import __version__
 from tinyfusion.core.config import flatten, load_recipe, nearest, shipped_recipes, to_plain
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
-from tinyfusion.core.signals import Interrupted
+from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.options import REQUIRED, VERBS, Common, OpensModel
 
 
@@ -114,6 +114,9 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
 
 def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, Any] | None:
     """One call in jobs; torch is imported here."""
+    from tinyfusion.core.device import flush_denormals
+
+    flush_denormals()
     if verb == "run":
         from tinyfusion.jobs.run import run
 
@@ -183,11 +186,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tinyfusion {__version__}")
         return 0
     try:
-        verb, options = parse(arguments)
-        reproducing = [a for a in arguments if a not in ("--overwrite", "--debug", "--json")]
-        outcome = execute(verb, options, shlex.join(["tinyfusion", *reproducing]))
+        with SignalWatch(patient=False):
+            verb, options = parse(arguments)
+            reproducing = [a for a in arguments if a not in ("--overwrite", "--debug", "--json")]
+            outcome = execute(verb, options, shlex.join(["tinyfusion", *reproducing]))
     except UserError as error:
         return _fail(error, debug)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -218,9 +225,6 @@ def _no_space(where: str | None = None) -> UserError:
 
 
 def _unexpected(error: Exception, debug: bool) -> int:
-    if isinstance(error, Interrupted):
-        print(f"{error}; saved, the same command continues", file=sys.stderr)
-        return 128 + error.signum
     if "No space left on device" in str(error):  # safetensors has an exception of its own
         return _fail(_no_space(), debug, error)
     if (

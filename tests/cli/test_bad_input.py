@@ -22,6 +22,7 @@ PRUNE = "prune --teacher teacher --out run"
 INDICES = f"{PRUNE} --criterion indices"
 RECOVER = "recover --teacher teacher --student student --steps 2 --set recover.training.ema_decay=0 --out run"
 SAMPLE = "sample --model teacher --num-images 4 --num-steps 2 --out made/samples.npz"
+RUN = "run --recipe good.toml --out run --set recover.training.steps=2 --set recover.training.ema_decay=0"
 EVALUATE = "evaluate --reference digits --out made/evaluation.json"
 
 
@@ -184,6 +185,11 @@ ROWS = [
     row("samples-suffix", SAMPLE.replace(".npz", ".zip"), "--out of sample is an .npz file"),
     row("grid-suffix", f"{SAMPLE} --grid grid.jpg", "--grid is a .png file"),
     row("out-of-memory", SAMPLE, "out of memory: use a smaller batch", prepare=exhausted),
+    row("run-few-images", f"{RUN} --set sample.num_images=3", "sample.num_images is 3", "need at least 4"),
+    row("run-few-references", f"{RUN} --set evaluate.references=few.npz", "reference few.npz is 2", "need at least 4"),
+    row("run-image-size", f"{RUN} --set evaluate.references=large.npz", "large.npz"),
+    row("run-data-of-recovery", f"{RUN} --set prune.criterion=indices --set prune.keep=[0,2] --set data.name=gone.npz",
+        "no images at gone.npz"),
     # ---------------------------------------------------------------------------------------------- evaluation and page
     row("samples-missing", f"{EVALUATE} --samples gone.npz", "no images at gone.npz"),
     row("samples-torn", f"{EVALUATE} --samples torn.npz", "torn.npz"),

@@ -121,7 +121,7 @@ def test_run_folders_offer_their_student_else_their_model(
     save_model(student, tmp_path / "run" / "recover" / "student")
     assert open_model(tmp_path / "train").hash() == model.hash()
     assert open_model(tmp_path / "train", weights="raw").hash() == raw.hash()
-    assert open_model(tmp_path / "run").hash() == student.hash()
+    assert open_model(tmp_path / "run").hash() == open_model(tmp_path / "run", weights="raw").hash() == student.hash()
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no model.*model\.json"):
         open_model(tmp_path / "empty")
@@ -186,7 +186,47 @@ def test_the_hash_knows_names_dtypes_and_shapes(model: LoadedModel) -> None:
     assert len({model.hash(), *(hash_tensors(c, model.family, model.arch) for c in changed)}) == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_hash_is_that_of_the_tensors_as_held(model: LoadedModel, tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in official(model).items()}
+    tensors["pos_embed"] = position_table(16, 2)
+    torch.save(tensors, tmp_path / "m.pt")
+    found = opened(tmp_path / "m.pt")
+    assert all(tensor.dtype == torch.float32 for tensor in found.module.state_dict().values())
+    cast = {name: tensor.float() for name, tensor in tensors.items()}
+    assert found.hash() == hash_tensors(cast, model.family, model.arch)
+    assert (found.hash() == model.hash()) == (dtype == torch.float64)
+
+
+def test_a_changed_weight_changes_the_hash_at_once(model: LoadedModel, tmp_path: Path) -> None:
+    save_model(model, tmp_path / "m")
+    found = open_model(tmp_path / "m")
+    next(found.module.parameters()).data[0] += 1
+    assert found.hash() != model.hash() == open_model(tmp_path / "m").hash()
+
+
+def test_opened_tensors_share_no_memory(model: LoadedModel, tmp_path: Path) -> None:
+    tensors = official(model)
+    name, twin = "blocks.0.mlp.fc1.bias", "blocks.1.mlp.fc1.bias"
+    tensors[twin] = tensors[name]
+    tensors["blocks.0.attn.qkv.bias"] = torch.zeros(1).expand(48)
+    tensors["blocks.0.attn.proj.weight"] = tensors["blocks.0.attn.proj.weight"].t()
+    torch.save(tensors, tmp_path / "m.pt")
+    held = dict(opened(tmp_path / "m.pt").module.named_parameters())
+    assert len({tensor.data_ptr() for tensor in held.values()}) == len(held)
+    assert all(tensor.is_contiguous() for tensor in held.values())
+    assert all(torch.equal(held[key], tensors[key]) for key in held)
+
+
 # ------------------------------------------------------------------------------------------------------- strictness
+
+
+NO_FLOATS = {
+    "integers": torch.zeros(16, dtype=torch.int64),
+    "truth": torch.zeros(16, dtype=torch.bool),
+    "complex": torch.zeros(16, dtype=torch.complex64),
+    "sparse": torch.zeros(16).to_sparse(),
+}
 
 
 def faulty(model: LoadedModel, fault: str) -> dict[str, Any]:
@@ -205,6 +245,10 @@ def faulty(model: LoadedModel, fault: str) -> dict[str, Any]:
         tensors["final_layer.linear.bias"][3] = float("nan")
     elif fault == "infinity":
         tensors["blocks.1.attn.qkv.weight"][0, 0] = float("inf")
+    elif fault == "too large for float32":
+        tensors["final_layer.linear.bias"] = torch.full((16,), 1e300, dtype=torch.float64)
+    elif fault in NO_FLOATS:
+        tensors["final_layer.linear.bias"] = NO_FLOATS[fault]
     elif fault == "not a DiT":
         tensors = {"encoder.weight": torch.zeros(3, 3)}
     elif fault == "flat table":
@@ -228,6 +272,11 @@ FAULTS = {
     "no blocks": "depth must be at least 1",
     "nan": r"final_layer\.linear\.bias is not finite",
     "infinity": r"blocks\.1\.attn\.qkv\.weight is not finite",
+    "too large for float32": r"final_layer\.linear\.bias is not finite",
+    "integers": r"final_layer\.linear\.bias is int64, wanted floats",
+    "truth": "is bool, wanted floats",
+    "complex": "is complex64, wanted floats",
+    "sparse": r"is float32 \(sparse_coo\), wanted floats",
     "not a DiT": "not a DiT's",
     "flat table": "not a DiT's",
     "scalar labels": "not a DiT's",
@@ -301,6 +350,21 @@ def change_record(folder: Path, **changes: Any) -> None:
         ({"plan": {"version": 99}}, "version 99"),
         ({"hash": "0" * 64}, "do not give the hash"),
         ({"hash": None}, "do not give the hash"),
+        ({"arch": 5}, "damaged: arch"),
+        ({"kept": [1, 2]}, r"damaged: kept wants names with values; got \[1, 2\]"),
+        ({"kept": {"blocks": [0.5]}}, r"damaged: kept\.blocks wants a whole number; got 0\.5"),
+        ({"lineage": 5}, "damaged: lineage wants a list; got 5"),
+        ({"lineage": [5]}, "damaged: lineage wants names"),
+        ({"image_size": "8"}, "damaged: image_size wants a whole number; got '8'"),
+        ({"latent_scale": "0.2"}, "damaged: latent_scale wants a number"),
+        ({"seen_images": 1.5}, "damaged: seen_images"),
+        ({"plan": 5}, "damaged: plan"),
+        (
+            {"plan": {"kept": {"blocks": ["a"]}, "depth": {"blocks": 2}, "criterion": "x"}},
+            r"damaged: plan\.kept\.blocks",
+        ),
+        ({"plan": {"kept": {}, "depth": {}, "criterion": "x", "version": "1"}}, r"damaged: plan\.version"),
+        ({"plan": {"kept": {}, "depth": {}, "criterion": "x", "groups": [1]}}, r"damaged: plan\.groups"),
     ],
 )
 def test_damaged_records_are_refused(model: LoadedModel, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -311,7 +375,17 @@ def test_damaged_records_are_refused(model: LoadedModel, tmp_path: Path, changes
 
 
 @pytest.mark.parametrize(
-    ("size", "value"), [("depth", 3), ("depth", 0), ("hidden_size", 20), ("num_classes", "five"), ("num_heads", 3)]
+    ("size", "value"),
+    [
+        ("depth", 3),
+        ("depth", 0),
+        ("hidden_size", 20),
+        ("num_classes", "five"),
+        ("num_heads", 3),
+        ("depth", 2.0),
+        ("depth", True),
+        ("learn_sigma", "no"),
+    ],
 )
 def test_records_that_contradict_their_tensors_are_refused(
     model: LoadedModel, tmp_path: Path, size: str, value: Any

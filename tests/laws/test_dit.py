@@ -149,7 +149,9 @@ def test_fresh_weights_depend_on_the_seed_alone(tiny_model: Callable[..., Loaded
     torch.manual_seed(1)
     first = new_model("dit", sizes, 3)
     torch.manual_seed(2)
+    before = torch.get_rng_state()
     assert first.hash() == new_model("dit", sizes, 3).hash() != new_model("dit", sizes, 4).hash()
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is not ours"
 
 
 def test_the_order_of_the_batch_does_not_matter(

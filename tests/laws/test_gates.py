@@ -104,6 +104,32 @@ def test_hooks_are_removed_after_an_error(tiny_model: Callable[..., LoadedModel]
     assert all(not block._forward_hooks for block in model.stack)
 
 
+@pytest.mark.parametrize("indices", [[0, 99], [-1], [4]])
+def test_a_block_that_is_not_there_is_refused_and_leaves_no_hook(
+    tiny_model: Callable[..., LoadedModel], indices: list[int]
+) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="out of range, the model has blocks 0 to 3"), model.stack.tap(indices):
+        pass
+    assert all(not block._forward_hooks for block in model.stack)
+
+
+@pytest.mark.parametrize("context", ["gated", "tap"])
+def test_a_block_that_takes_no_hook_leaves_none_on_the_others(
+    tiny_model: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch, context: str
+) -> None:
+    model = tiny_model()
+
+    def refuse(_hook: object) -> None:
+        raise RuntimeError("no hooks here")
+
+    monkeypatch.setattr(list(model.stack)[2], "register_forward_hook", refuse)
+    opened = model.stack.gated(torch.ones(1, 4)) if context == "gated" else model.stack.tap([0, 1, 2])
+    with pytest.raises(RuntimeError, match="no hooks here"), opened:
+        pass
+    assert all(not block._forward_hooks for block in model.stack)
+
+
 @pytest.mark.parametrize("shape", [(4,), (3, 3), (3, 4, 1)])
 def test_gates_of_another_shape_are_refused(tiny_model: Callable[..., LoadedModel], shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="one column per block"), tiny_model().stack.gated(torch.ones(shape)):

@@ -321,6 +321,20 @@ def test_a_checkpoint_of_another_model_is_reported_and_leaves_no_trace(
     assert_equal_states(state, other())
 
 
+def test_a_damaged_newest_checkpoint_does_not_push_out_a_sound_one(
+    tiny_model: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    two_checkpoints(tiny_model, tmp_path)
+    flip_a_bit(tmp_path / "step-0000004" / "state.safetensors")
+    job = plain_job(tiny_model)
+    with pytest.warns(UserWarning, match="step-0000004 is damaged"):
+        load_latest(tmp_path, job[0])
+    train(job, until=3)
+    save_checkpoint(tmp_path, job[0], limit=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000003"]
+    assert load_latest(tmp_path, plain_job(tiny_model)[0]) == 3
+
+
 def test_only_the_newest_checkpoints_stay(tiny_model: Callable[..., LoadedModel], tmp_path: Path) -> None:
     job = plain_job(tiny_model)
     for step in range(1, 5):

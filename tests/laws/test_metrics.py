@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
+from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
 from tinyfusion.data.images import image_grid, read_image_folder, read_images_npz, write_grid_png, write_images_npz
 from tinyfusion.evaluate import metrics
@@ -26,6 +29,7 @@ from tinyfusion.evaluate.metrics import (
 )
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference, score
+from tinyfusion.jobs.sample import write_samples
 
 BLUR_SIGMAS_PX = (0.3, 0.4, 0.5, 0.7, 1.0)
 NOISE_SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -209,6 +213,12 @@ def test_classifier_refuses_other_images(shape: tuple[int, ...]) -> None:
         open_extractor("digits-classifier")(np.zeros(shape, np.uint8))
 
 
+def test_opening_the_extractor_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    open_extractor.__wrapped__("digits-classifier")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_unknown_extractor_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'digits-classifier'"):
         open_extractor("digit-classifier")
@@ -265,11 +275,36 @@ def test_evaluation_refuses_what_gives_no_number(tmp_path: Path) -> None:
     }
     mismatched = _samples(tmp_path / "b")
     mismatched.with_suffix(".json").write_text(json.dumps({"protocol": "x", "num_images": 41}))
-    cases["do not belong together"] = (mismatched, "digits")
+    cases["41 images, .* holds 40: they do not belong together"] = (mismatched, "digits")
     for message, (samples, reference) in cases.items():
         with pytest.raises(UserError, match=message):
             evaluate(Recipe(), RunOptions(out), samples, reference)
     assert not out.exists()
+
+
+def test_records_of_sample_are_trusted_for_their_own_images_alone(tmp_path: Path) -> None:
+    images, options = to_uint8(load_digits(heldout=True).x[:40]), RunOptions(tmp_path / "e.json", dry_run=True)
+    samples, labels = tmp_path / "x.npz", np.zeros(40, np.int64)
+    write_samples(samples, images, labels, {"protocol": "40 images | told", "num_images": 40})
+    assert evaluate(Recipe(), options, samples, "digits")["protocol"].endswith("40 images | told")
+    write_images_npz(samples, images[::-1], labels)
+    with pytest.raises(UserError, match="other images than .* holds: they do not belong together"):
+        evaluate(Recipe(), options, samples, "digits")
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize(
+    ("step", "batch_size", "first", "num"), [(0, 5, 0, 5), (1, 300, 7, 200), (9, 40, 0, 40), (1, 720, 0, 720)]
+)
+def test_batches_are_the_shuffled_epochs_end_to_end(step: int, batch_size: int, first: int, num: int) -> None:
+    images, randomness = load_digits(heldout=True), Randomness(3)
+    source = ShuffledBatches(images, randomness, torch.device("cpu"))
+    batch = source(step, batch_size, randomness.at(step, first, num))
+    orders = np.concatenate([randomness.permutation("epoch", epoch, len(images)) for epoch in range(5)])
+    rows = orders[step * batch_size + first :][:num]
+    assert np.array_equal(batch.x.numpy(), images.x[rows]) and np.array_equal(batch.y.numpy(), images.y[rows])
 
 
 # ------------------------------------------------------------------------------------------------- image files
@@ -316,6 +351,18 @@ def test_foreign_and_truncated_files_are_errors_for_people(tmp_path: Path) -> No
     np.save(tmp_path / "y.npy", GOOD)
     with pytest.raises(UserError, match="not an npz"):
         read_images_npz(tmp_path / "y.npy")
+
+
+def test_damage_inside_a_compressed_npz_is_an_error_for_people(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, arr_0=Randomness(0).at(0, 0, 4).words("x", 8 * 8).astype(np.uint8).reshape(4, 8, 8, 1))
+    with zipfile.ZipFile(path) as archive:
+        begin = archive.getinfo("arr_0.npy").header_offset + 60
+    content = bytearray(path.read_bytes())
+    content[begin : begin + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as an npz"):
+        read_images_npz(path)
 
 
 def test_folder_of_pngs_is_read_by_name(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import stamp
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.report import read_run, render_run, report
-from tinyfusion.report.charts import dynamics_points
+from tinyfusion.report.charts import Curve, dynamics_points, loss_curves
 from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.render import choose_images, embedded_record
 
@@ -211,6 +211,27 @@ def test_the_page_says_what_the_run_found(finished: str) -> None:
         assert fact in text, fact
 
 
+def test_the_title_names_the_depths_once_they_are_decided(finished: str, tmp_path: Path) -> None:
+    assert "<title>digits: 8 blocks to 4 · tinyfusion</title>" in finished
+    write(tmp_path / "run.json", stamp("run", recipe_values(), "running"))
+    assert "<title>digits · tinyfusion</title>" in render_run(tmp_path)
+
+
+def test_small_losses_keep_their_labels_and_legends_stand_above_the_axes() -> None:
+    curves = [Curve("total", range(9), np.geomspace(0.0048, 0.2, 9).tolist(), "#010101")]
+    curves.append(Curve("noise", range(9), [0.1] * 9, "#050505"))
+    chart = loss_curves(curves, "Loss", 350)
+    texts = {m[2]: m[1] for m in re.finditer(r"<text ([^>]*)>([^<]*)</text>", chart)}
+    assert {"0.005", "0.01", "0.1"} <= set(texts) and "0.00" not in texts
+    height = {
+        label: float(found[1])
+        for label, attributes in texts.items()
+        if (found := re.search(r' y="([\d.]+)"', attributes))
+    }
+    assert max(height["total"], height["noise"]) < height["0.1"] - 20
+    assert "font-family" not in chart
+
+
 def test_expected_numbers_are_checked(finished: str) -> None:
     text = Page(finished).text
     assert re.search(r"student\.digits\.fid three seeds 5\.00 ± 0\.50 5\.31 ok", text)
@@ -299,7 +320,7 @@ def test_an_unfinished_run_has_a_page(tmp_path: Path, missing: str) -> None:
     gone.rename(tmp_path / "gone")
     write(path / "run.json", stamp("run", recipe_values(), "running"))
     text = Page(render_run(path)).text
-    assert "digits running" in text
+    assert re.search(r"digits(: 8 blocks to 4)? running", text)
 
 
 def test_a_search_that_goes_on_shows_its_present_favourite(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def _build_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...
     return tuple(build(a, item, path) for a, item in zip(args, value, strict=True))
 
 
-def _build_container(kind: type, args: tuple[Any, ...], value: Any, path: str) -> Any:
+def _build_container(kind: Any, args: tuple[Any, ...], value: Any, path: str) -> Any:
     """A list of one kind of items, or a dict of names to one kind of values."""
     if not isinstance(value, kind):
         raise UserError(f"{path} wants {'a list' if kind is list else 'names with values'}; got {value!r}")

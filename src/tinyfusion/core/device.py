@@ -7,6 +7,14 @@ import torch
 from tinyfusion.core.errors import UserError
 
 
+def flush_denormals() -> None:
+    """Treat denormal numbers as 0 on the CPU, where fading moments would make long runs slow.
+
+    A setting of the whole process, so only programs (the command line, benchmarks) call it, never the library.
+    """
+    torch.set_flush_denormal(True)
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" is CUDA, else Apple's MPS, else the CPU. Raises UserError where the device is not there."""
     if name == "auto":

@@ -1,15 +1,10 @@
-"""RunDirectory: the one place that knows the names in a run folder, and how files come into being whole.
-
-Everything is written beside and renamed, so a reader never meets half a file. A folder that is not ours is never touched.
-"""
+"""RunDirectory: the one place that knows the names in a run folder. A folder that is not ours is never touched."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,146 +14,29 @@ from typing import Any
 from tinyfusion import __version__
 from tinyfusion.core.config import first_difference
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import (
+    beside_of,
+    check_space,
+    check_writable,
+    missing_folders,
+    orphans,
+    read_json,
+    remove,
+    remove_empty,
+    sweep,
+    write_json,
+    write_text,
+    written_beside,
+)
 from tinyfusion.core.signals import Interrupted
+
+__all__ = [
+    "FORMAT_VERSION", "RunDirectory", "check_space", "check_writable", "file_output", "machine", "read_json",
+    "read_metrics", "stamp", "write_json", "write_text", "written_beside",
+]  # fmt: skip
 
 FORMAT_VERSION = 1
 _MARKER = "tinyfusion"
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it replaces `path` when the block ends well and vanishes when it does not.
-
-    Folders above are made where missing, and taken back when the block does not end well. What a killed process left
-    of the same output is removed.
-    """
-    made = _missing_folders(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in _orphans(path, "part"):
-        _remove(leftover)
-    beside = _beside(path, "part")
-    try:
-        yield beside
-        _sync(beside)
-        _put(beside, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        _remove(beside)
-        _remove_empty(made)
-        raise
-
-
-def _beside(path: Path, kind: str) -> Path:
-    """Where this process keeps a new ("part") or former ("old") `path` for a moment."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
-
-
-def _orphans(path: Path, kind: str) -> list[Path]:
-    """What processes that are no more left beside `path`."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.{kind}")
-    found = [(match, entry) for entry in path.parent.iterdir() if (match := name.fullmatch(entry.name))]
-    return [entry for match, entry in found if not _is_running(int(match[1]))]
-
-
-def _is_running(pid: int) -> bool:
-    """Whether another process has this number."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _put(new: Path, path: Path) -> None:
-    """Rename; a former folder is out of the way for that moment, and back if it goes wrong."""
-    if not (new.is_dir() and path.exists()):
-        os.replace(new, path)
-        return
-    old = _beside(path, "old")
-    _remove(old)
-    os.replace(path, old)
-    try:
-        os.replace(new, path)
-    except BaseException:
-        os.replace(old, path)
-        raise
-    _remove(old)
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or all in a folder, on the disk before anything is renamed."""
-    for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-    if path.is_dir():
-        _sync_folder(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(folder: Path) -> None:
-    """Clear away what killed processes left in a run folder: unfinished files go, what was set aside comes back."""
-    for entry in [p for p in folder.rglob(".*") if p.suffix in (".part", ".old")]:
-        match = re.fullmatch(r"\.(.+)\.(\d+)\.(part|old)", entry.name)
-        if match is None or _is_running(int(match[2])) or not entry.exists():
-            continue
-        if match[3] == "old" and not entry.with_name(match[1]).exists():
-            os.replace(entry, entry.with_name(match[1]))
-        else:
-            _remove(entry)
-
-
-def _missing_folders(folder: Path) -> list[Path]:
-    """`folder` and those above it that do not exist, deepest first."""
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    return missing
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
-    with written_beside(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole. NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; UserError where it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: not valid JSON ({error})") from error
 
 
 def machine() -> dict[str, Any]:
@@ -232,7 +110,7 @@ def _check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any],
 
 
 class RunDirectory:
-    """A folder of one run. `open` decides whether it is new, to be continued, or finished."""
+    """A folder of one run. `check` decides whether it is new, to be continued, or finished."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -263,7 +141,7 @@ class RunDirectory:
         """
         check_writable(self.path)
         self._restore()
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if _is_empty(self.path):
             return "new"
         if not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file; this verb writes a folder")
@@ -283,7 +161,7 @@ class RunDirectory:
         """
         mode = self.check(verb, recipe, overwrite)
         if mode == "continue":
-            _sweep(self.path)
+            sweep(self.path)
             self.mark("running", recipe=recipe)
         elif mode == "new":
             if self.record_path.exists():
@@ -302,18 +180,18 @@ class RunDirectory:
         A new run that ends before anything worth continuing was saved leaves no trace, and what it was to replace
         comes back. One that is interrupted later says so in its record.
         """
-        made = _missing_folders(self.path)
+        made = missing_folders(self.path)
         mode = self.begin(verb, recipe, overwrite)
         try:
             yield mode
         except BaseException as error:
             if mode == "new" and not _worth_keeping(self.path):
                 self._undo()
-                _remove_empty(made)
-            elif isinstance(error, Interrupted):
+                remove_empty(made)
+            elif mode != "finished" and isinstance(error, Interrupted):
                 self.mark("interrupted")
             raise
-        _remove(self._aside)
+        remove(self._aside)
 
     @property
     def _place(self) -> Path:
@@ -322,32 +200,32 @@ class RunDirectory:
     @property
     def _aside(self) -> Path:
         """Where an old run waits while a new one begins in its place."""
-        return _beside(self._place, "old")
+        return beside_of(self._place, "old")
 
     def _undo(self) -> None:
         """Take a new run back; the old one comes back where there was one."""
         for entry in self.path.iterdir() if self.path.is_dir() else ():
-            _remove(entry)
+            remove(entry)
         if self._aside.exists():
-            _remove(self.path)
+            remove(self.path)
             os.replace(self._aside, self.path)
 
     def _restore(self) -> None:
         """Settle what a killed `--overwrite` left: the old run comes back unless the new one is worth keeping."""
-        for aside in _orphans(self._place, "old") if self._place.parent.is_dir() else ():
-            if not self.path.exists():
+        for aside in orphans(self._place, "old"):
+            if _is_empty(self.path):
                 os.replace(aside, self.path)
-            elif _is_run(self.path) and _worth_keeping(self.path):
-                _remove(aside)
-            elif _is_run(self.path):
-                _remove(self.path)
+            elif _record_in(self.path) and _worth_keeping(self.path):
+                remove(aside)
+            elif _record_in(self.path):
+                remove(self.path)
                 os.replace(aside, self.path)
 
     def mark(self, state: str, **more: Any) -> None:
         """Set the state ("done", "interrupted") and more fields of run.json."""
         write_json(self.record_path, {**self.record(), "state": state, **more})
         if self._aside.exists() and _worth_keeping(self.path):
-            _remove(self._aside)
+            remove(self._aside)
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -367,17 +245,24 @@ class RunDirectory:
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def _is_run(path: Path) -> bool:
-    """Whether `path` is a run folder of ours."""
-    return (path / "run.json").is_file() and _is_ours(read_json(path / "run.json"))
+def _is_empty(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def _record_in(run: Path) -> dict[str, Any]:
+    """The record of a run folder of ours, empty where it is none."""
+    try:
+        record = read_json(run / "run.json")
+    except UserError:
+        return {}
+    return record if _is_ours(record) else {}
 
 
 def _worth_keeping(run: Path) -> bool:
     """Whether a run folder holds a checkpoint, a model or a finished record."""
     saved = [file for pattern in ("step-*", "model.json") for file in run.rglob(pattern)]
-    if any(not any(part.endswith(".part") for part in file.relative_to(run).parts) for file in saved):
-        return True
-    return (run / "run.json").is_file() and read_json(run / "run.json").get("state") == "done"
+    whole = [file for file in saved if not any(part.endswith(".part") for part in file.relative_to(run).parts)]
+    return bool(whole) or _record_in(run).get("state") == "done"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -414,26 +299,3 @@ def file_output(
         return True
     _check_same(record, verb, recipe, path)
     return False
-
-
-def check_writable(path: Path) -> None:
-    """Raise UserError unless `path` can be made or replaced."""
-    parent = path.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if parent != path.absolute() and not parent.is_dir():
-        raise UserError(f"cannot write {path}: {parent} is a file")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write {path}: {parent} is read-only for you")
-
-
-def check_space(path: Path, num_bytes: int) -> None:
-    """Raise UserError unless the disk of `path` has room for `num_bytes`."""
-    parent = path.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < num_bytes:
-        raise UserError(
-            f"no space: {path} needs about {num_bytes / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB free"
-        )

@@ -138,7 +138,7 @@ def hash_state(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         values = tensors[name].detach().cpu().contiguous().numpy()
         digest.update(f"{name}\0{values.dtype}\0{values.shape}\0".encode())
-        digest.update(values)
+        digest.update(values.data)
     return digest.hexdigest()
 
 

@@ -94,10 +94,8 @@ def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Shu
 
 
 def device_for(recipe: Recipe) -> torch.device:
-    """The recipe's device; on the CPU denormal numbers are flushed, which fading moments would make slow."""
+    """The recipe's device."""
     device = choose_device(recipe.device)
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device {recipe.device!r} cannot run models: use auto, cpu, cuda or mps")
-    if device.type == "cpu":
-        torch.set_flush_denormal(True)
     return device

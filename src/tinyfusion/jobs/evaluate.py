@@ -151,7 +151,7 @@ def protocol_of(reference: Reference, extractor: FeatureExtractor, settings: Eva
 def image_hash(images: np.ndarray) -> str:
     """SHA-256 over type, shape and pixels."""
     digest = hashlib.sha256(f"{images.dtype}\0{images.shape}\0".encode())
-    digest.update(np.ascontiguousarray(images))
+    digest.update(np.ascontiguousarray(images).data)
     return digest.hexdigest()
 
 
@@ -180,7 +180,7 @@ def _sampling(samples: Path, images: np.ndarray) -> str:
         return f"{num_images} images | unknown"
     told = record.get("num_images", num_images)
     what = f"{told} images, {samples} holds {num_images}" if told != num_images else ""
-    if not what and record.get("images_hash") not in (None, image_hash(images)):
+    if not what and record.get("image_hash") not in (None, image_hash(images)):
         what = f"other images than {samples} holds"
     if what:
         raise UserError(f"{beside} tells of {what}: they do not belong together; sample again, or remove the record")

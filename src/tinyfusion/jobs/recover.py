@@ -104,6 +104,11 @@ def _estimate(recovery: _Recovery, settings: TrainingSection) -> Estimate:
     )
 
 
+def check_recover(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> None:
+    """Raises UserError on everything that a `recover` of this student would refuse. Moves both models: give copies."""
+    _recovery(recipe, student, teacher if recipe.recover.method != "finetune" else None)
+
+
 def recover_estimate(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> Estimate:
     """What a `recover` of this student will take. Trains it for a moment: give a copy."""
     distilled = recipe.recover.method != "finetune"

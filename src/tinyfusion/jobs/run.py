@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tinyfusion.core.config import to_plain
+from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
 from tinyfusion.data.images import read_images_npz, write_grid_png
@@ -23,7 +24,7 @@ from tinyfusion.jobs.estimate import announce, described, sampling_estimate
 from tinyfusion.jobs.evaluate import REAL_SETS, evaluate, open_extractor, open_reference
 from tinyfusion.jobs.inspect import inspect
 from tinyfusion.jobs.prune import check_prune, prune, prune_estimate
-from tinyfusion.jobs.recover import recover, recover_estimate
+from tinyfusion.jobs.recover import check_recover, recover, recover_estimate
 from tinyfusion.jobs.report import render_run
 from tinyfusion.jobs.sample import check_sampling, sample, sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model
@@ -40,7 +41,10 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     plain = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash()}
     folder = RunDirectory(options.out)
     mode = folder.check("run", plain, options.overwrite)
+    page = options.out / "report.html"
     if mode == "finished":
+        if not page.is_file() and not options.dry_run:  # killed between the last stage and its page
+            write_text(page, render_run(options.out))
         print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
         return _outcome(options.out)
     if mode == "new":
@@ -53,7 +57,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         _perform(recipe, options, folder, teacher)
         folder.mark("done", seconds=sum(folder.record()["stages"].values()))
         try:
-            write_text(options.out / "report.html", render_run(options.out))
+            write_text(page, render_run(options.out))
         except BaseException:
             folder.mark("running")  # without its page a run is not done
             raise
@@ -76,13 +80,28 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
 def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel) -> None:
     """Whatever a stage would refuse is refused before anything is written."""
     check_prune(recipe, teacher)
+    check_recover(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy())
     check_sampling(recipe.sample, teacher)
-    extractor = open_extractor(recipe.evaluate.features)
-    for reference in recipe.evaluate.references:
-        open_reference(reference, extractor)
+    _check_evaluation(recipe, teacher)
     images = 3 * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
     weights = 4 * num_parameters(teacher.module)
     check_space(options.out, 6 * weights + images)
+
+
+def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
+    """UserError where the images to be drawn, or a reference, cannot be evaluated."""
+    neighbours, num_images = recipe.evaluate.neighbours, recipe.sample.num_images
+    extractor = open_extractor(recipe.evaluate.features)
+    side = teacher.arch.input_size
+    extractor.check(np.zeros((1, side, side, teacher.arch.in_channels), np.uint8), "images of the teacher")
+    counts = {"sample.num_images": num_images}
+    counts |= {f"reference {name}": len(open_reference(name, extractor)) for name in recipe.evaluate.references}
+    for name, count in counts.items():
+        if count <= neighbours:
+            raise UserError(
+                f"{name} is {count} images: precision and recall with {neighbours} neighbours "
+                f"need at least {neighbours + 1}"
+            )
 
 
 def _announce(recipe: Recipe, options: RunOptions, teacher: LoadedModel, mode: str) -> dict[str, Any]:
@@ -124,10 +143,12 @@ def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
     def stage(name: str, work: Callable[[], Any]) -> None:
         print(f"{name} ...", file=sys.stderr)
         began = time.perf_counter()
-        work()
-        seconds = dict(folder.record().get("stages", {}))
-        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - began, 2)
-        folder.mark("running", stages=seconds)
+        try:
+            work()
+        finally:  # the time of a sitting that was stopped counts
+            seconds = dict(folder.record().get("stages", {}))
+            seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - began, 2)
+            folder.mark("running", stages=seconds)
 
     return stage
 

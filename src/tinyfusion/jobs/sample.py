@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,20 @@ import torch
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
 from tinyfusion.core.recipe import Recipe, SampleSection
-from tinyfusion.core.rundir import check_space, check_writable, file_output, read_json, stamp, written_beside
-from tinyfusion.core.signals import Interrupted, SignalWatch
+from tinyfusion.core.rundir import (
+    check_space,
+    check_writable,
+    file_output,
+    read_json,
+    stamp,
+    write_json,
+    written_beside,
+)
+from tinyfusion.core.signals import Interrupted
 from tinyfusion.data.images import read_images_npz, write_grid_png, write_images_npz
 from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
+from tinyfusion.jobs.evaluate import image_hash
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.processes.gaussian import kept_timesteps
 from tinyfusion.sample.drive import SamplerSettings, image_labels, to_uint8
@@ -32,7 +40,7 @@ def sample(recipe: Recipe, options: RunOptions, model_source: str, grid: Path | 
     model = open_model(model_source, settings.weights, options.num_heads, options.family)
     plain = plain_recipe(recipe, "sample", model=model.hash())
     check_sampling(settings, model)
-    todo = file_output(out, "sample", plain, options.overwrite, _record_beside)
+    todo = file_output(out, "sample", plain, options.overwrite, _record_beside) or not _is_whole(out)
     if todo and not out.exists():
         file_output(out.with_suffix(".json"), "sample", plain, True, read_json)  # a record of ours may go, nothing else
     check_grid(grid, out)
@@ -44,7 +52,10 @@ def sample(recipe: Recipe, options: RunOptions, model_source: str, grid: Path | 
         estimate = sampling_estimate(model, settings, sampler_of(settings, model), device)
         return announce("sample", {"model": described(model), "protocol": outcome["protocol"]}, estimate)
     if todo:
-        images, labels = draw(recipe, model, f"sample {model_source}")
+        try:
+            images, labels = draw(recipe, model, f"sample {model_source}")
+        except Interrupted as error:
+            raise Interrupted(error.signum, f"no image of {out} was kept, the same command draws them anew") from None
         record = stamp("sample", plain, "done", **outcome, model=model.hash(), grid=str(grid) if grid else None)
         write_samples(out, images, labels, record)
     else:
@@ -57,10 +68,23 @@ def sample(recipe: Recipe, options: RunOptions, model_source: str, grid: Path | 
 
 
 def write_samples(out: Path, images: np.ndarray, labels: np.ndarray, record: dict[str, Any]) -> None:
-    """The npz and the record beside it, both or neither."""
-    with written_beside(out.with_suffix(".json")) as beside:
-        beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        write_images_npz(out, images, labels)
+    """The npz and the record beside it, both or neither.
+
+    The images are ready when the record takes its place, and follow at once. A process that is killed just then leaves
+    a record with the hash of images that are not there: see `_is_whole`.
+    """
+    with written_beside(out) as beside:
+        write_images_npz(beside, images, labels)
+        write_json(out.with_suffix(".json"), {**record, "image_hash": image_hash(images)})
+
+
+def _is_whole(out: Path) -> bool:
+    """Whether the images are those that the record beside them tells of."""
+    try:
+        told = _record_beside(out).get("image_hash")
+        return told is None or told == image_hash(read_images_npz(out)[0])
+    except UserError:
+        return False
 
 
 def check_grid(grid: Path | None, out: Path) -> None:
@@ -77,13 +101,13 @@ def check_grid(grid: Path | None, out: Path) -> None:
 
 
 def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images (N, S, S, C) and labels (N,). Raises Interrupted between batches."""
+    """uint8 images (N, S, S, C) and labels (N,)."""
     settings = recipe.sample
     labels = labels_of(recipe, model)
     module = model.module.to(device_for(recipe)).eval()
     shape = (model.arch.in_channels, model.arch.input_size, model.arch.input_size)
     images: list[np.ndarray] = []
-    with SignalWatch() as signals, progress(title, len(labels), "images") as bar:
+    with progress(title, len(labels), "images") as bar:
         for batch in draw_samples(
             module, labels, shape, model.arch.num_classes, sampler_of(settings, model), recipe.seed, settings.batch_size
         ):
@@ -93,8 +117,6 @@ def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np
                 )
             images.append(to_uint8(batch.x))
             bar(batch.first + len(batch.x))
-            if signals.stop:
-                raise Interrupted(signals.stop)
     return np.concatenate(images), labels
 
 
@@ -119,7 +141,8 @@ def protocol(recipe: Recipe, model: LoadedModel) -> str:
     s = recipe.sample
     eta = f" eta {s.eta:g}" if s.sampler == "ddim" and s.eta else ""
     labels = "labels " + ("given" if s.labels else s.label_rule)
-    guidance = f"guidance {s.guidance:g} on {sampler_of(s, model).guided_channels} channels ({s.guidance_channels})"
+    channels = sampler_of(s, model).guided_channels
+    guidance = f"guidance {s.guidance:g} on {channels} channel{'s' * (channels > 1)} ({s.guidance_channels})"
     sampler = f"{s.sampler} {s.num_steps} steps{eta}{' clipped' if s.clip else ''}"
     return f"{s.num_images} images | {sampler} | {guidance} | {labels} | float32 | seed {recipe.seed}"
 

@@ -30,7 +30,8 @@ def drive(
 ) -> float:
     """Train to the end inside `run`, continuing from its newest checkpoint; seconds spent over all sittings.
 
-    extra: more fields for a log line. Raises Interrupted after a signal, with the state saved.
+    extra: more fields for a log line. Raises Interrupted after a signal, also one in the last step, with the state
+    saved.
     """
     start = load_latest(run.checkpoints, state)
     spent = float(run.record().get("seconds", 0.0)) if start else 0.0
@@ -71,10 +72,11 @@ def drive(
                 bar(images, f"loss {values['loss'] or float('nan'):.4f}")
             else:
                 bar(state.step * settings.batch_size)
-            if state.step % settings.checkpoint_every_steps == 0 or signals.save or signals.stop or last:
-                save()
+            stop = signals.stop  # once: a signal that comes while saving is for the next step, or the end of the watch
+            if state.step % settings.checkpoint_every_steps == 0 or signals.save or stop or last:
                 signals.save = False
-            if signals.stop and not last:
+                save()
+            if stop:
                 run.mark("interrupted", seconds=seconds())
-                raise Interrupted(signals.stop)
+                raise Interrupted(stop, "saved, the same command continues")
     return seconds()

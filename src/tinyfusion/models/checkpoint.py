@@ -121,7 +121,7 @@ def hash_tensors(tensors: Mapping[str, Tensor], family: ModelFamily, arch: Any) 
         if formula is not None and torch.equal(tensor, formula(arch).to(tensor.dtype)):
             continue
         digest.update(f"{name}\0{_DTYPE_NAMES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # read in place
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied
     return digest.hexdigest()
 
 
@@ -341,7 +341,7 @@ def new_model(family_name: str, arch_values: Mapping[str, Any], seed: int) -> Lo
         arch = family.arch_type(**arch_values)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
-    with torch.random.fork_rng(devices=[]):  # torch fills new layers from its global generator, which is not ours to move
+    with torch.random.fork_rng(devices=[]):  # new layers fill themselves from the global generator: not ours to move
         module = family.build(arch)
     family.initialise(module, seed)
     return LoadedModel(module, family, arch, ModelFacts(image_size=arch.input_size))

@@ -16,16 +16,21 @@ from tinyfusion.training.loop import TrainState
 
 
 def save_checkpoint(folder: Path, state: TrainState, limit: int) -> None:
-    """Write `folder/step-N`, whole or not at all, and remove the oldest beyond `limit`."""
+    """Write `folder/step-N`, whole or not at all; remove the oldest beyond `limit`, and newer ones.
+
+    A newer one is damaged, else training would have gone on from there.
+    """
     target = folder / f"step-{state.step:07d}"
     with written_beside(target) as beside:
         beside.mkdir(parents=True)
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors().items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors().items()}
         save_file(tensors, beside / "state.safetensors")
-        digest = hashlib.sha256((beside / "state.safetensors").read_bytes()).hexdigest()
+        digest = _digest(beside / "state.safetensors")
         write_json(beside / "state.json", {"step": state.step, "bad_steps": state.bad_steps, "sha256": digest})
-    for old in sorted(folder.glob("step-*"))[: -max(limit, 1)]:
-        shutil.rmtree(old)
+    found = sorted(folder.glob("step-*"))
+    sound = [path for path in found if path.name <= target.name]
+    for path in [*sound[: -max(limit, 1)], *found[len(sound) :]]:
+        shutil.rmtree(path)
 
 
 def load_latest(folder: Path, state: TrainState) -> int:
@@ -33,11 +38,19 @@ def load_latest(folder: Path, state: TrainState) -> int:
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             record = read_json(path / "state.json")
-            content = (path / "state.safetensors").read_bytes()
-            if hashlib.sha256(content).hexdigest() != record["sha256"]:
+            if _digest(path / "state.safetensors") != record["sha256"]:
                 raise ValueError("its hash does not match")
             state.load(load_file(path / "state.safetensors"), record["step"], record["bad_steps"])
             return int(record["step"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, UserError) as error:
-            warnings.warn(f"checkpoint {path} is damaged ({error}); trying the one before it", stacklevel=2)
+            warnings.warn(
+                f"checkpoint {path} is damaged ({error}); trying the one before it (the next one saved replaces it)",
+                stacklevel=2,
+            )
     return 0
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
