@@ -20,7 +20,7 @@ from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.prune.gates import CategoricalGates, mode, probabilities
-from tinyfusion.prune.scheme import Group, parse_scheme
+from tinyfusion.prune.scheme import Group, consecutive_groups, parse_scheme
 from tinyfusion.training.optim import linear
 
 # ------------------------------------------------------------------------------------------- gates and the cut model
@@ -187,10 +187,7 @@ groups_of_any_kind = st.lists(
 
 
 def gates_for(pairs: list[tuple[int, int]], **more: Any) -> CategoricalGates:
-    starts = itertools.accumulate((size for _, size in pairs), initial=0)
-    return CategoricalGates(
-        [Group(keep, size, start) for (keep, size), start in zip(pairs, starts, strict=False)], **more
-    )
+    return CategoricalGates(consecutive_groups(pairs), **more)
 
 
 def gumbel_for(gates: CategoricalGates, seed: int, num: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -54,8 +55,8 @@ def test_published_schedule() -> None:
 def test_published_respacings() -> None:
     even = kept_timesteps("250")
     assert (len(even), sum(even), even[0], even[-1]) == (250, 124875, 0, 999)
-    assert {b for a, b in zip(even, even[1:], strict=False) if b - a != 4} == {169, 502, 835}
-    assert {b - a for a, b in zip(even, even[1:], strict=False)} == {4, 5}
+    assert {b for a, b in itertools.pairwise(even) if b - a != 4} == {169, 502, 835}
+    assert {b - a for a, b in itertools.pairwise(even)} == {4, 5}
     betas = Schedule("250").betas
     assert (betas[1], betas[-1]) == pytest.approx((5.990655644756426e-4, 0.07751934499235003), rel=1e-12)
     sparse = kept_timesteps("64")

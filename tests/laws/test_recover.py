@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -287,7 +288,7 @@ def test_pairs_count_through_several_lists() -> None:
 def test_pairs_are_increasing_and_end_at_both_ends(kept: set[int], seed: int) -> None:
     pairs = block_pairs(plan_of(None, list(kept), 12))
     assert [s for s, _ in pairs] == list(range(len(kept))) and pairs[-1][1] == 11
-    assert all(a < b for (_, a), (_, b) in zip(pairs, pairs[1:], strict=False))
+    assert all(a < b for (_, a), (_, b) in itertools.pairwise(pairs))
     assert all(t >= k for (_, t), k in zip(pairs, sorted(kept), strict=True)), "never before the block itself"
 
 

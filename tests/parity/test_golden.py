@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tinyfusion.processes.base import Batch, NoisyBatch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective, Schedule, sample_ancestral, sample_ddim
 from tinyfusion.prune.gates import CategoricalGates
 from tinyfusion.prune.learn import GatedObjective
-from tinyfusion.prune.scheme import Group
+from tinyfusion.prune.scheme import consecutive_groups
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.sample.guidance import guided
 
@@ -138,9 +138,7 @@ class GoldenSet:
     @cached_property
     def gates(self) -> CategoricalGates:
         """Gates with the recorded logits."""
-        pairs = self.config["groups"]
-        starts = accumulate((size for _, size in pairs), initial=0)
-        gates = CategoricalGates([Group(keep, size, start) for (keep, size), start in zip(pairs, starts, strict=False)])
+        gates = CategoricalGates(consecutive_groups(self.config["groups"]))
         with torch.no_grad():
             for index, logits in enumerate(gates.logits):
                 logits.copy_(self.get(f"logits_{index}").view_as(logits))
@@ -200,7 +198,7 @@ def gradient_of_last_block(golden: GoldenSet) -> Tensor:
 
 def block_cosine(golden: GoldenSet) -> Tensor:
     stream = golden.forward[1]
-    return torch.stack([torch.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(stream, stream[1:], strict=False)])
+    return torch.stack([torch.cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(stream)])
 
 
 def ancestral(golden: GoldenSet, num_steps: str, clip: str | None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -128,13 +127,10 @@ def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
     """A plan of the size that pruning will decide on."""
     if recipe.prune.criterion == "indices":
         return by_indices(teacher, recipe.prune.keep, recipe.seed)
-    groups = [
-        group for listed in parse_scheme(recipe.prune.scheme, teacher.stack.depths()).values() for group in listed
-    ]
-    starts = itertools.accumulate((group.size for group in groups), initial=0)
-    return by_indices(
-        teacher, [s + i for s, group in zip(starts, groups, strict=False) for i in range(group.keep)], recipe.seed
-    )
+    depths = teacher.stack.depths()
+    groups = parse_scheme(recipe.prune.scheme, depths)
+    kept = {name: [g.start + i for g in listed for i in range(g.keep)] for name, listed in groups.items()}
+    return PrunePlan(kept=kept, depth=depths, criterion="stand-in")
 
 
 def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tinyfusion.core.errors import UserError
@@ -33,6 +33,14 @@ class Group:
     def candidates(self) -> list[tuple[int, ...]]:
         """Kept positions within the group, in lexicographic order (2:4: 01, 02, 03, 12, 13, 23)."""
         return list(itertools.combinations(range(self.size), self.keep))
+
+
+def consecutive_groups(pairs: Sequence[Sequence[int]]) -> list[Group]:
+    """Groups that follow one another, from [(N kept, M size), ...]."""
+    groups: list[Group] = []
+    for keep, size in pairs:
+        groups.append(Group(keep, size, groups[-1].start + groups[-1].size if groups else 0))
+    return groups
 
 
 _PART = re.compile(r"(\d+):(\d+)(?:x(\d+))?")
@@ -61,8 +69,7 @@ def parse_scheme(scheme: str, depths: Mapping[str, int]) -> dict[str, list[Group
         used = pairs * (depth // pairs[0][1]) if uniform else pairs
         if sum(size for _, size in used) != depth:
             raise UserError(_misfit(scheme, pairs, depth, uniform))
-        starts = itertools.accumulate((size for _, size in used), initial=0)
-        groups[name] = [Group(keep, size, start) for (keep, size), start in zip(used, starts, strict=False)]
+        groups[name] = consecutive_groups(used)
     biggest = max(group.num_candidates for listed in groups.values() for group in listed)
     if biggest > MAX_CANDIDATES:
         raise UserError(
