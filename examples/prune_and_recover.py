@@ -22,7 +22,7 @@ from tinyfusion.prune.learn import mask_learner, plan_of
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.training.loop import TrainState, train_steps
-from tinyfusion.training.optim import ParameterGroup
+from tinyfusion.training.optim import ParameterGroup, trainable
 
 
 def main() -> None:
@@ -31,14 +31,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args()
-    training = TrainingSection(args.steps, args.batch_size, learning_rate=1e-3, learning_rate_end=1e-4, ema_decay=0.95)
-    settings = PruneSection(scheme="1:2", gate_learning_rate=1e-2, training=training)
+    training = TrainingSection(steps=args.steps, batch_size=args.batch_size, ema_decay=0.95)
+    settings = PruneSection(scheme="1:2", training=training)
     randomness = Randomness(0)
     batches = ShuffledBatches(load_digits(), randomness, torch.device("cpu"))
     teacher = open_model(args.model)
     plain = GaussianObjective(teacher.arch.num_classes)
 
-    learner = mask_learner(teacher, plain, settings, (randomness.generator_seed("lora"), "cpu"))
+    learner = mask_learner(teacher, plain, settings, randomness.generator_seed("lora"))
     state = TrainState(learner.module, learner.parameter_groups, training)
     for record in train_steps(state, learner.objective, batches, training, randomness):
         if record.step % 50 == 0:
@@ -49,9 +49,9 @@ def main() -> None:
     student = teacher.cut(plan)
     distilled = DistilledObjective(plain, frozen(teacher.module), teacher.stack, student.stack, block_pairs(plan),
                                    alpha_kd=0.9, beta=(1e-2, 0.0), sigmas=2.0, mask="own", steps=args.steps)  # fmt: skip
-    weights = {name: p for name, p in student.module.named_parameters() if p.requires_grad}
-    state = TrainState(student.module, [ParameterGroup(weights, training.learning_rate)], training)
+    state = TrainState(student.module, [ParameterGroup(trainable(student.module))], training)
     *_, last = train_steps(state, distilled, batches, training, randomness)
+    state.ema.copy_to(student.module)  # the averaged weights draw better images than the last ones
     print(f"distillation loss at the end {float(last.terms['kd_loss']):.4f}")
     print(f"{len(teacher.stack)} blocks became {len(student.stack)}: {plan.kept}")
 

@@ -30,9 +30,8 @@ def main() -> None:
     model = open_model(args.model)
     arch = model.arch
     labels = image_labels(args.per_class * arch.num_classes, arch.num_classes, args.seed, balanced=True)
-    sampler = SamplerSettings("ddim", args.num_steps, args.guidance, guided_channels=arch.in_channels)
-    shape = (arch.in_channels, arch.input_size, arch.input_size)
-    batches = sample(model.module, labels, shape, arch.num_classes, sampler, args.seed, batch_size=64)
+    sampler = SamplerSettings("ddim", args.num_steps, args.guidance)
+    batches = sample(model, labels, sampler, args.seed)
     images = np.concatenate([to_uint8(batch.x) for batch in batches])
     write_grid_png(args.out, images, columns=arch.num_classes, scale=4)
     print(f"{len(images)} images of {len(model.stack)} blocks in {args.out}, one column per class")

@@ -19,11 +19,11 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from tinyfusion import __version__
-from tinyfusion.core.config import flatten, load_recipe, nearest, shipped_recipes, to_plain
+from tinyfusion.core.config import flatten, load_recipe, nearest, recipe_fields, shipped_recipes, to_plain
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.signals import Interrupted, SignalWatch
-from tinyfusion.options import REQUIRED, VERBS, Common, OpensModel
+from tinyfusion.options import REQUIRED, VERBS, Common, OpensModel, Recipes
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Common]:
@@ -164,8 +164,14 @@ def _inspect(options: Any, recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
-def _recipes(options: Common) -> dict[str, Any]:
-    """Name, minutes, expected numbers and a sentence about every shipped recipe."""
+def _recipes(options: Recipes) -> dict[str, Any]:
+    """Name, minutes, expected numbers and a sentence about every shipped recipe; or the fields of any."""
+    if options.list_fields:
+        found = {path: {"default": default, "meaning": text} for path, default, text in recipe_fields(Recipe())}
+        if not options.json:
+            for path, about in found.items():
+                print(f"{path} = {json.dumps(about['default'])}\n    {about['meaning']}")
+        return found
     listed = {name: to_plain(load_recipe(name)) for name in shipped_recipes()}
     if not options.json:
         for name, values in listed.items():

@@ -174,7 +174,9 @@ class Inspect(OpensModel):
 
 @dataclass(frozen=True)
 class Recipes(Common):
-    """The shipped recipes, with expected numbers and minutes."""
+    """The shipped recipes, with expected numbers and minutes; or every field that a recipe may set."""
+
+    list_fields: Annotated[bool, arg(help="list every field with its default and meaning")] = False
 
 
 VERBS: dict[str, type[Common]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -349,11 +350,11 @@ def test_an_objective_draws_the_same_for_a_part_of_the_batch() -> None:
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_image_i_is_the_same_at_any_batch_size(tiny_model: Callable[..., LoadedModel], sampler: Any) -> None:
     model = tiny_model(depth=2)
-    settings = SamplerSettings(sampler, 4, 1.5, 2, eta=0.5)
+    settings = SamplerSettings(sampler, 4, 1.5, eta=0.5)
     labels = image_labels(7, 5, seed=3)
 
     def images(batch_size: int, first: int = 0) -> Tensor:
-        made = list(sample(model.module, labels, (2, 4, 4), 5, settings, seed=3, batch_size=batch_size, first=first))
+        made = list(sample(model, labels, settings, seed=3, batch_size=batch_size, first=first))
         assert [batch.first for batch in made] == list(range(first, 7, batch_size))
         assert torch.equal(torch.cat([batch.labels for batch in made]), torch.from_numpy(labels[first:]))
         return torch.cat([batch.x for batch in made])
@@ -375,13 +376,27 @@ def test_initial_noise_and_labels_are_bit_equal_at_any_batch_size(tiny_model: Ca
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             if int(t[0]) == 999:
                 starts.setdefault(self.batch_size, []).append(torch.cat([x.flatten(1), y[:, None].float()], dim=1))
-            return torch.zeros(x.shape[0], 2, 3, 3)
+            return torch.zeros(x.shape[0], 4, 4, 4)
 
     for batch_size in (1, 4, 9):
-        settings = SamplerSettings("ddpm", 2, 1.0, 1)
-        list(sample(Recorder(batch_size), image_labels(9, 5, 0), (1, 3, 3), 5, settings, seed=0, batch_size=batch_size))
+        model = dataclasses.replace(tiny_model(), module=Recorder(batch_size))
+        list(sample(model, image_labels(9, 5, 0), SamplerSettings("ddpm", 2, 1.0), seed=0, batch_size=batch_size))
     whole = torch.cat(starts[9])
     assert torch.equal(torch.cat(starts[1]), whole) and torch.equal(torch.cat(starts[4]), whole)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"guidance": 0.5}, "at least 1"), ({"eta": 1.5}, "eta"), ({"sampler": "ddim", "num_steps": 70}, "nearest")],
+)
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplerSettings(**wrong)
+
+
+@pytest.mark.parametrize(("channels", "guided", "wanted"), [(1, "published", 1), (4, "published", 3), (4, "all", 4)])
+def test_guided_channels(tiny_model: Callable[..., LoadedModel], channels: int, guided: Any, wanted: int) -> None:
+    assert SamplerSettings(guided=guided).guided_channels(tiny_model(in_channels=channels)) == wanted
 
 
 def test_labels_in_turn() -> None:

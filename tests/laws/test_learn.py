@@ -14,7 +14,7 @@ from tinyfusion.core.recipe import PruneSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.dit import DiT, published_arch
-from tinyfusion.models.stack import num_parameters
+from tinyfusion.models.stack import frozen, num_parameters
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner, plan_of
@@ -84,7 +84,7 @@ def test_initial_deltas_depend_on_their_seed_alone(tiny_model: Callable[..., Loa
 
 def learner_for(teacher: LoadedModel, **settings: Any) -> Any:
     section = dataclasses.replace(PruneSection(), scheme="1:2", lora_rank=2, **settings)
-    return mask_learner(teacher, GaussianObjective(5), section, (0, "cpu")), section
+    return mask_learner(teacher, GaussianObjective(5), section, seed=0), section
 
 
 @pytest.mark.parametrize("update", ["lora", "full", "frozen"])
@@ -143,3 +143,12 @@ def test_the_decision_reads_averaged_logits_and_becomes_a_plan(tiny_model: Calla
     assert logged["temperature"] == 4.0 and logged["kept"] == plan.kept
     assert logged["confidence"]["blocks"] == [max(row) for row in plan.scores["blocks"]]
     assert len(teacher.cut(plan).stack) == 2
+
+
+def test_a_frozen_teacher_still_gives_a_learner_that_trains(tiny_model: Callable[..., LoadedModel]) -> None:
+    teacher = tiny_model()
+    frozen(teacher.module)
+    learner = mask_learner(teacher, GaussianObjective(5), PruneSection(update="full"), seed=0)
+    wanted = sum(p.numel() for name, p in teacher.module.named_parameters() if name != "pos_embed")
+    assert sum(p.numel() for p in learner.parameter_groups[0].parameters.values()) == wanted
+    assert not any(p.requires_grad for p in teacher.module.parameters())

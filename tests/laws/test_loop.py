@@ -61,7 +61,7 @@ def plain_job(tiny_model: Callable[..., LoadedModel]) -> Job:
 
 def gated_job(tiny_model: Callable[..., LoadedModel], update: Any = "lora") -> Job:
     section = PruneSection(scheme="1:2", update=update, lora_rank=2, training=SETTINGS)
-    learner = mask_learner(tiny_model(), GaussianObjective(5), section, (0, "cpu"))
+    learner = mask_learner(tiny_model(), GaussianObjective(5), section, seed=0)
     return TrainState(learner.module, learner.parameter_groups, SETTINGS), learner.objective
 
 

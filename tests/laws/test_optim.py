@@ -14,7 +14,7 @@ from torch import nn
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.training.ema import Ema, horizon_warning
-from tinyfusion.training.optim import learning_rate_factor
+from tinyfusion.training.optim import ParameterGroup, adamw, learning_rate_factor, linear
 
 
 @given(decay=st.floats(0.0, 0.999), values=st.lists(st.floats(-2, 2), min_size=1, max_size=6))
@@ -92,3 +92,17 @@ def test_stopping_early_leaves_the_schedule_as_it_was() -> None:
     short = TrainingSection(steps=100, stop_after=40, learning_rate=1.0, learning_rate_end=0.1)
     assert (short.made_steps, short.made_images, whole.made_steps) == (40, 40 * 256, 100)
     assert [learning_rate_factor(short, i) for i in range(40)] == [learning_rate_factor(whole, i) for i in range(40)]
+
+
+def test_a_schedule_stays_at_its_end() -> None:
+    assert [linear((4.0, 0.1), step, 10) for step in (9, 10, 500)] == [0.1, 0.1, 0.1]
+    settings = TrainingSection(steps=10, learning_rate=1.0, learning_rate_end=0.5)
+    assert [learning_rate_factor(settings, step) for step in (9, 10, 25)] == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_a_group_without_a_rate_takes_the_sections() -> None:
+    parameter, settings = nn.Parameter(torch.zeros(2)), TrainingSection(learning_rate=3e-4, learning_rate_end=None)
+    groups = [ParameterGroup({"a": parameter}), ParameterGroup({})]
+    assert [group["lr"] for group in adamw(groups, settings).param_groups] == [3e-4]
+    with pytest.raises(ValueError, match="nothing to train"):
+        adamw([ParameterGroup({})], settings)

@@ -29,10 +29,10 @@ from tinyfusion.recover.terms import masked_feature_loss, massive_mask, mean_ove
 
 
 def distilled(
-    teacher: LoadedModel, student: LoadedModel, pairs: list[tuple[int, int]], **more: Any
+    teacher: LoadedModel, student: LoadedModel, pairs: list[tuple[int, int]], steps: int = 1, **more: Any
 ) -> DistilledObjective:
     objective = GaussianObjective(teacher.arch.num_classes)
-    return DistilledObjective(objective, frozen(teacher.module), teacher.stack, student.stack, pairs, **more)
+    return DistilledObjective(objective, frozen(teacher.module), teacher.stack, student.stack, pairs, steps, **more)
 
 
 def terms_of(goal: DistilledObjective, student: LoadedModel, noisy: NoisyBatch) -> dict[str, Tensor]:

@@ -174,8 +174,8 @@ def kd_setup(golden: GoldenSet) -> Setup:
     beta = float(golden.get("beta"))
     pairs = [(int(s), int(t)) for s, t in golden.get("pairs")]
     distilled = DistilledObjective(
-        objective, teacher.module, teacher.stack, student.stack, pairs, float(golden.get("alpha_kd")), (beta, beta),
-        MASK_SIGMAS, "own",
+        objective, teacher.module, teacher.stack, student.stack, pairs, steps=1,
+        alpha_kd=float(golden.get("alpha_kd")), beta=(beta, beta), sigmas=MASK_SIGMAS, mask="own",
     )  # fmt: skip
     return student.module, distilled, golden.noisy(objective), dict(student.module.named_parameters())
 

@@ -9,7 +9,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -235,3 +235,14 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         flat.update(flatten(inner, f"{prefix}.{key}" if prefix else key))
     return flat
+
+
+def recipe_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted field, default as a plain value, meaning) of every field under a section, in order."""
+    hints = typing.get_type_hints(type(section), include_extras=True)
+    for name in (f.name for f in dataclasses.fields(section)):
+        value, path = getattr(section, name), f"{prefix}{name}"
+        if dataclasses.is_dataclass(value):
+            yield from recipe_fields(value, f"{path}.")
+        elif typing.get_origin(hints[name]) is typing.Annotated:
+            yield path, to_plain(value), hints[name].__metadata__[0]

@@ -1,7 +1,7 @@
 """Every knob of every verb, on one page: frozen dataclasses, no imports but the standard library and errors.
 
 A recipe is values, never objects: names are strings, files are paths. Each field is documented once, in its `Annotated`
-text; help, docs and errors read that. Published defaults (arXiv 2412.01199 and its code) are the defaults here; recipes
+text, which `tinyfusion recipes --list-fields` prints. Published defaults (arXiv 2412.01199 and its code) are the defaults here; recipes
 for small models override them in TOML.
 """
 
@@ -34,12 +34,14 @@ class DataSection:
     """Where batches come from."""
 
     name: Annotated[
-        str, "data set: digits (training part), digits:heldout, or an npz with arr_0 uint8 NHWC and arr_1 labels"
+        str,
+        "data set: digits (training part), digits:heldout, or an npz with arr_0 (N, H, W, C), "
+        "uint8 pixels or floats as they are, and arr_1 labels",
     ] = "digits"
     augment: Annotated[float, "share of images that are slightly turned, scaled and sheared, 0 to 1"] = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSection:
     """One call of the training loop."""
 

@@ -93,15 +93,14 @@ def sampling_estimate(
     """Minutes and memory of drawing images."""
     arch, batch = model.arch, min(settings.batch_size, settings.num_images)
     rows = 2 if settings.guidance > 1 else 1
-    shape = (arch.in_channels, arch.input_size, arch.input_size)
     short = dataclasses.replace(sampler, sampler="ddpm", num_steps=2)
-    module = model.module.to(device)
+    model.module.to(device)
 
     def measure(batch_size: int) -> float:
         labels = np.zeros(batch_size, dtype=np.int64)
         ends = [time.perf_counter()]
         for _ in range(2):
-            last = list(draw_samples(module, labels, shape, arch.num_classes, short, 0, batch_size))[-1]
+            last = list(draw_samples(model, labels, short, 0, batch_size))[-1]
             ends.append(_after(float(last.x.flatten()[0])))
         return (ends[2] - ends[1]) / 2
 
@@ -111,7 +110,7 @@ def sampling_estimate(
     return _rounded(
         seconds * settings.num_steps * settings.num_images / batch,
         memory,
-        settings.num_images * math.prod(shape),
+        settings.num_images * arch.in_channels * arch.input_size**2,
         basis,
     )
 

@@ -69,7 +69,7 @@ def _learning(recipe: Recipe, teacher: LoadedModel) -> _Learning:
     settings, device = recipe.prune, device_for(recipe)
     seed = Randomness(recipe.seed).generator_seed("lora")
     source = batches_for(recipe, teacher, device)
-    learner = mask_learner(teacher, objective_for(teacher, settings.training.label_drop), settings, (seed, str(device)))
+    learner = mask_learner(teacher, objective_for(teacher, settings.training.label_drop), settings, seed, str(device))
     return _Learning(learner, TrainState(learner.module, learner.parameter_groups, settings.training), source)
 
 

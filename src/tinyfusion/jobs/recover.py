@@ -13,7 +13,7 @@ from tinyfusion.core.rundir import RunDirectory, check_space
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe, training_plan
 from tinyfusion.jobs.estimate import Estimate, announce, described, training_disk_bytes, training_estimate
-from tinyfusion.jobs.train import averaged, trainable
+from tinyfusion.jobs.train import averaged
 from tinyfusion.jobs.training import Extra, drive
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.models.plan import PrunePlan
@@ -24,7 +24,7 @@ from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.training.ema import horizon_warning
 from tinyfusion.training.loop import TrainState
-from tinyfusion.training.optim import ParameterGroup, linear
+from tinyfusion.training.optim import ParameterGroup, linear, trainable
 
 
 def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[str, Any] | None:
@@ -77,7 +77,7 @@ def _recovery(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None)
     source = batches_for(recipe, student, device)
     student.module.to(device).train()
     objective = _objective(recipe, student, teacher, device.type)
-    state = TrainState(student.module, [ParameterGroup(trainable(student.module), settings.learning_rate)], settings)
+    state = TrainState(student.module, [ParameterGroup(trainable(student.module))], settings)
     return _Recovery(student, teacher, objective, state, source)
 
 

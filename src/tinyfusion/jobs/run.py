@@ -109,7 +109,7 @@ def _announce(recipe: Recipe, options: RunOptions, teacher: LoadedModel, mode: s
     estimate = prune_estimate(recipe, teacher)
     estimate += recover_estimate(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher)
     for _ in ("teacher", "pruned", "student"):
-        estimate += sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device)
+        estimate += sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample), device)
     plan = {
         "teacher": described(teacher),
         "prune": f"{prune_settings.criterion} {prune_settings.scheme}, {prune_settings.training.steps:,} steps",
@@ -186,17 +186,12 @@ def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
 def _speed(recipe: Recipe, out: Path, teacher: LoadedModel, student: LoadedModel) -> None:
     """Measured seconds of guided denoising steps, teacher and student in turn, in this process."""
     device, settings = device_for(recipe), recipe.speed
-    sampler = dataclasses.replace(
-        sampler_of(recipe.sample, teacher), sampler="ddpm", num_steps=settings.steps_per_repeat
-    )
+    sampler = dataclasses.replace(sampler_of(recipe.sample), sampler="ddpm", num_steps=settings.steps_per_repeat)
     labels = np.arange(settings.batch_size, dtype=np.int64) % teacher.arch.num_classes
 
     def trajectory(model: LoadedModel) -> Callable[[], object]:
-        module = model.module.to(device).eval()
-        shape = (model.arch.in_channels, model.arch.input_size, model.arch.input_size)
-        return lambda: list(
-            draw_samples(module, labels, shape, model.arch.num_classes, sampler, recipe.seed, settings.batch_size)
-        )
+        model.module.to(device).eval()
+        return lambda: list(draw_samples(model, labels, sampler, recipe.seed, settings.batch_size))
 
     def synchronise() -> None:
         if device.type == "cuda":

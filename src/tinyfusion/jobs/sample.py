@@ -27,7 +27,6 @@ from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
 from tinyfusion.jobs.evaluate import image_hash
 from tinyfusion.models.checkpoint import LoadedModel, open_model
-from tinyfusion.processes.gaussian import kept_timesteps
 from tinyfusion.sample.drive import SamplerSettings, image_labels, to_uint8
 from tinyfusion.sample.drive import sample as draw_samples
 
@@ -49,7 +48,7 @@ def sample(recipe: Recipe, options: RunOptions, model_source: str, grid: Path | 
     check_space(out, settings.num_images * side * side * channels * 2)
     outcome = {"num_images": settings.num_images, "protocol": protocol(recipe, model)}
     if options.dry_run:
-        estimate = sampling_estimate(model, settings, sampler_of(settings, model), device)
+        estimate = sampling_estimate(model, settings, sampler_of(settings), device)
         return announce("sample", {"model": described(model), "protocol": outcome["protocol"]}, estimate)
     if todo:
         try:
@@ -104,13 +103,10 @@ def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np
     """uint8 images (N, S, S, C) and labels (N,)."""
     settings = recipe.sample
     labels = labels_of(recipe, model)
-    module = model.module.to(device_for(recipe)).eval()
-    shape = (model.arch.in_channels, model.arch.input_size, model.arch.input_size)
+    model.module.to(device_for(recipe)).eval()
     images: list[np.ndarray] = []
     with progress(title, len(labels), "images") as bar:
-        for batch in draw_samples(
-            module, labels, shape, model.arch.num_classes, sampler_of(settings, model), recipe.seed, settings.batch_size
-        ):
+        for batch in draw_samples(model, labels, sampler_of(settings), recipe.seed, settings.batch_size):
             if not bool(torch.isfinite(batch.x).all()):
                 raise UserError(
                     f"the model drew values that are not finite from image {batch.first} on: it is broken or unrecovered"
@@ -128,12 +124,23 @@ def labels_of(recipe: Recipe, model: LoadedModel) -> np.ndarray:
     )
 
 
-def sampler_of(settings: SampleSection, model: LoadedModel) -> SamplerSettings:
-    """The sampler's settings with the model's guided channels."""
-    channels = model.arch.in_channels
-    published = model.family.guided_channels
-    guided = channels if settings.guidance_channels == "all" or published is None else min(published, channels)
-    return SamplerSettings(settings.sampler, settings.num_steps, settings.guidance, guided, settings.eta, settings.clip)
+def sampler_of(settings: SampleSection) -> SamplerSettings:
+    """The sampler's settings. Raises UserError on a guidance or a number of steps that cannot be."""
+    if settings.guidance < 1:
+        raise UserError(
+            f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"
+        )
+    try:
+        return SamplerSettings(
+            settings.sampler,
+            settings.num_steps,
+            settings.guidance,
+            settings.guidance_channels,
+            settings.eta,
+            settings.clip,
+        )
+    except ValueError as error:
+        raise UserError(f"--num-steps {settings.num_steps} with --sampler {settings.sampler}: {error}") from error
 
 
 def protocol(recipe: Recipe, model: LoadedModel) -> str:
@@ -141,7 +148,7 @@ def protocol(recipe: Recipe, model: LoadedModel) -> str:
     s = recipe.sample
     eta = f" eta {s.eta:g}" if s.sampler == "ddim" and s.eta else ""
     labels = "labels " + ("given" if s.labels else s.label_rule)
-    channels = sampler_of(s, model).guided_channels
+    channels = sampler_of(s).guided_channels(model)
     guidance = f"guidance {s.guidance:g} on {channels} channel{'s' * (channels > 1)} ({s.guidance_channels})"
     sampler = f"{s.sampler} {s.num_steps} steps{eta}{' clipped' if s.clip else ''}"
     return f"{s.num_images} images | {sampler} | {guidance} | {labels} | float32 | seed {recipe.seed}"
@@ -158,17 +165,10 @@ def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
         raise UserError(
             f"sample wants at least one image and a batch of at least one; got {settings.num_images} and {settings.batch_size}"
         )
-    if settings.guidance < 1:
-        raise UserError(
-            f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"
-        )
     outside = [label for label in settings.labels if not 0 <= label < model.arch.num_classes]
     if outside:
         raise UserError(f"--labels {outside} out of range: the model knows classes 0 to {model.arch.num_classes - 1}")
-    try:
-        kept_timesteps(sampler_of(settings, model).spacing)
-    except ValueError as error:
-        raise UserError(f"--num-steps {settings.num_steps} with --sampler {settings.sampler}: {error}") from error
+    sampler_of(settings)
     if model.facts.latent_scale is not None:
         raise UserError(
             "this model draws latents, and decoding them with a VAE is not built yet: pixel-space models can be sampled"

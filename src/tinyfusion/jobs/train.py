@@ -6,8 +6,6 @@ import dataclasses
 import sys
 from typing import Any
 
-import torch
-
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
@@ -17,21 +15,13 @@ from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, t
 from tinyfusion.jobs.training import drive
 from tinyfusion.models.checkpoint import LoadedModel, new_model, save_model
 from tinyfusion.training.loop import TrainState
-from tinyfusion.training.optim import ParameterGroup
+from tinyfusion.training.optim import ParameterGroup, trainable
 
 
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a model that training changes, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
 def averaged(model: LoadedModel, state: TrainState) -> LoadedModel:
     """A copy of `model` with the moving average of its weights."""
     copy = model.copy()
-    parameters = dict(copy.module.named_parameters())
-    for name, value in state.ema.average.items():
-        parameters[name].copy_(value)
+    state.ema.copy_to(copy.module)
     return copy
 
 
@@ -50,7 +40,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
         return None
     model.module.to(device).train()
     objective = objective_for(model, settings.label_drop)
-    state = TrainState(model.module, [ParameterGroup(trainable(model.module), settings.learning_rate)], settings)
+    state = TrainState(model.module, [ParameterGroup(trainable(model.module))], settings)
     if mode == "new":
         check_space(options.out, training_disk_bytes(model, state, settings))
     if options.dry_run:

@@ -36,8 +36,7 @@ def drive(
     start = load_latest(run.checkpoints, state)
     spent = float(run.record().get("seconds", 0.0)) if start else 0.0
     run.truncate_metrics(start)
-    if start:
-        run.note(f"continues at step {start}")
+    run.note(f"{title}: {settings.made_steps} steps of {settings.batch_size} images, from step {start}")
     began = time.perf_counter()
     warning = horizon_warning(settings.ema_decay, settings.made_steps)
     if warning and not start:

@@ -99,7 +99,7 @@ class LoadedModel:
             student.stack.keep(plan.kept)
         except ValueError as error:
             raise UserError(str(error)) from error
-        _trainable(student.module, self.family)  # a copy of a frozen teacher is frozen
+        make_trainable(student.module, self.family)  # a copy of a frozen teacher is frozen
         kept = {name: sorted(indices) for name, indices in plan.kept.items()}
         parent = {"hash": own, "depth": depths, "kept": self.facts.kept}
         student.arch = self.family.arch_with_depths(self.arch, student.stack.depths())
@@ -312,7 +312,7 @@ def _fill(family: ModelFamily, arch: Any, tensors: Mapping[str, Tensor], path: P
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise UserError(f"{path} does not hold this {family.name}: {'; '.join(faults[:3])}{more}")
     module.load_state_dict(held, assign=True)
-    return _trainable(module, family).eval()
+    return make_trainable(module, family).eval()
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -325,7 +325,7 @@ def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype}{layout}{' without values' if tensor.is_meta else ''}".removeprefix("torch.")
 
 
-def _trainable(module: nn.Module, family: ModelFamily) -> nn.Module:
+def make_trainable(module: nn.Module, family: ModelFamily) -> nn.Module:
     """Gradients for every parameter that no formula gives."""
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in family.computed)

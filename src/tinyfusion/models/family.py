@@ -32,7 +32,6 @@ class ModelFamily:
         str, Callable[[Any], Tensor]
     ]  # tensors that a formula gives, left out of the hash where they equal it
     published_latent: Mapping[int, Mapping[str, Any]]  # in_channels -> latent facts of the published files
-    pinned: tuple[str, ...] = ()  # blocks that must stay, as "list.index"
 
     def stack(self, model: nn.Module) -> BlockStack:
         """The residual blocks of a model of this family."""

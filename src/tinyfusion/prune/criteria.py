@@ -13,7 +13,7 @@ from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import check_kept
 
 
-def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int) -> PrunePlan:
+def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int = 0) -> PrunePlan:
     """Keep exactly the named blocks; indices count through the lists of blocks in order.
 
     Raises UserError on indices out of range or named twice, or where a list would be left empty.

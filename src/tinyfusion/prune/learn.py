@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tinyfusion.core.recipe import PruneSection
 from tinyfusion.core.rng import Draws
-from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.checkpoint import LoadedModel, make_trainable
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import BlockStack
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction
@@ -25,7 +25,7 @@ from tinyfusion.prune.gates import CategoricalGates, mode, probabilities
 from tinyfusion.prune.scheme import Group, parse_scheme
 from tinyfusion.training.ema import Ema
 from tinyfusion.training.lora import add_lora
-from tinyfusion.training.optim import ParameterGroup, linear
+from tinyfusion.training.optim import ParameterGroup, linear, trainable
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,18 @@ class Decision:
 
 
 def mask_learner(
-    teacher: LoadedModel, objective: Objective, settings: PruneSection, seeds: tuple[int, str]
+    teacher: LoadedModel, objective: Objective, settings: PruneSection, seed: int, device: str = "cpu"
 ) -> MaskLearner:
     """Attach gates and weight deltas to a copy of `teacher`, which stays untouched.
 
-    seeds: seed of the deltas' initial values, device name. Raises UserError where the scheme does not fit.
+    seed: of the deltas' initial values. Raises UserError where the scheme does not fit.
     """
     groups = parse_scheme(settings.scheme, teacher.stack.depths())
-    module = teacher.copy().module.to(seeds[1]).train()
-    deltas = _deltas(module, settings, seeds[0])
-    gates = CategoricalGates([g for listed in groups.values() for g in listed], settings.logit_init).to(seeds[1])
+    module = (
+        make_trainable(teacher.copy().module, teacher.family).to(device).train()
+    )  # a frozen teacher's copy is frozen
+    deltas = _deltas(module, settings, seed)
+    gates = CategoricalGates([g for listed in groups.values() for g in listed], settings.logit_init).to(device)
     gated = GatedObjective(
         objective, teacher.family.stack(module), gates, settings.temperature, settings.scaling, settings.training.steps
     )
@@ -137,7 +139,7 @@ def mask_learner(
         gated,
         groups,
         [
-            ParameterGroup(deltas, settings.training.learning_rate),
+            ParameterGroup(deltas),
             ParameterGroup(logits, settings.gate_learning_rate, constant=True),
         ],
     )
@@ -152,7 +154,7 @@ def _deltas(module: nn.Module, settings: PruneSection, seed: int) -> dict[str, n
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         return {}
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return trainable(module)
 
 
 def plan_of(

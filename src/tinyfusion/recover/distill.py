@@ -34,11 +34,11 @@ class DistilledObjective:
     teacher_stack: BlockStack
     student_stack: BlockStack
     pairs: list[tuple[int, int]]
+    steps: int
     alpha_kd: float = 0.9
     beta: tuple[float, float] = (1e-2, 0.0)
     sigmas: float | None = 2.0
     mask: MaskRule = "own"
-    steps: int = 1
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         """The inner draws."""

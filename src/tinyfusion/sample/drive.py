@@ -12,28 +12,47 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyfusion.core.rng import Randomness
-from tinyfusion.processes.gaussian import Schedule, sample_ancestral, sample_ddim
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.processes.gaussian import Schedule, kept_timesteps, sample_ancestral, sample_ddim
 from tinyfusion.sample.guidance import guided
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How a trajectory is made. guided_channels: leading noise channels under guidance."""
+    """How a trajectory is made.
 
-    sampler: Literal["ddpm", "ddim"]
-    num_steps: int
-    guidance: float
-    guided_channels: int
+    guidance: scale, 1 or more; 1 runs the conditional model alone. guided: noise channels under guidance, the family's
+    published ones or all. eta: DDIM's share of fresh noise, 0 to 1. Raises ValueError on anything else, and on a number
+    of steps that the sampler's rule cannot give.
+    """
+
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    num_steps: int = 250
+    guidance: float = 1.5
+    guided: Literal["published", "all"] = "published"
     eta: float = 0.0
     clip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.guidance < 1:
+            raise ValueError(f"guidance must be at least 1 (1 runs the conditional model alone); got {self.guidance:g}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in [0, 1]; got {self.eta:g}")
+        kept_timesteps(self.spacing)
 
     @property
     def spacing(self) -> str:
         """The respacing string: even sections for ddpm, the stride rule for ddim."""
         return str(self.num_steps) if self.sampler == "ddpm" else f"ddim{self.num_steps}"
+
+    def guided_channels(self, model: LoadedModel) -> int:
+        """Leading noise channels of `model` under guidance."""
+        channels = int(model.arch.in_channels)
+        published = model.family.guided_channels
+        return channels if self.guided == "all" or published is None else min(published, channels)
 
 
 @dataclass(frozen=True)
@@ -57,27 +76,27 @@ def image_labels(
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,
-    labels: np.ndarray,
-    shape: tuple[int, int, int],
-    null_label: int,
+    model: LoadedModel,
+    labels: Sequence[int] | np.ndarray,
     settings: SamplerSettings,
     seed: int,
-    batch_size: int,
+    batch_size: int = 64,
     first: int = 0,
 ) -> Iterator[SampleBatch]:
     """Draw images `first ..` of those that `labels` (all of them, by image index) name, a batch at a time.
 
-    Initial and step noise are addressed by (seed, step, image index). Raises ValueError for a number of steps that the
-    sampler's rule cannot give.
+    Runs where the model is. Initial and step noise are addressed by (seed, step, image index).
     """
-    schedule = Schedule(settings.spacing)
-    device = next(model.parameters()).device
+    labels = np.asarray(labels, dtype=np.int64)
+    schedule, arch = Schedule(settings.spacing), model.arch
+    shape = (arch.in_channels, arch.input_size, arch.input_size)
+    channels = settings.guided_channels(model)
+    device = next(model.module.parameters()).device
     randomness = Randomness(seed)
     for start in range(first, len(labels), batch_size):
         num = min(batch_size, len(labels) - start)
         y = torch.from_numpy(labels[start : start + num]).to(device)
-        denoiser = guided(model, y, null_label, settings.guidance, settings.guided_channels)
+        denoiser = guided(model.module, y, arch.num_classes, settings.guidance, channels)
 
         def step_noise(position: int, start: int = start, num: int = num) -> Tensor:
             return torch.from_numpy(randomness.at(position + 1, start, num).normal("sample-noise", shape)).to(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 HORIZON_REMAINDER = 0.05  # share of the initial weights in the average above which a run counts as too short
 
@@ -25,6 +25,13 @@ class Ema:
         """Take in the parameters as they are now."""
         averages, current = list(self.average.values()), [p.detach() for p in self.parameters.values()]
         torch._foreach_lerp_(averages, current, 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Put the averages into the parameters of `module` that have their names. Raises KeyError where one is missing."""
+        parameters = dict(module.named_parameters())
+        for name, value in self.average.items():
+            parameters[name].copy_(value)
 
 
 def horizon_warning(decay: float, steps: int) -> str | None:

@@ -12,30 +12,38 @@ from torch import nn
 from tinyfusion.core.recipe import TrainingSection
 
 
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module that ask for gradients, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Named parameters that share a learning rate; `constant` exempts them from the schedule."""
+    """Named parameters that share a learning rate (None: the section's); `constant` exempts them from the schedule."""
 
     parameters: dict[str, nn.Parameter]
-    learning_rate: float
+    learning_rate: float | None = None
     constant: bool = False
 
 
 def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.AdamW:
-    """AdamW over the groups that hold anything."""
-    listed = [
-        {"params": list(g.parameters.values()), "lr": g.learning_rate, "base": g.learning_rate, "constant": g.constant}
-        for g in groups
-        if g.parameters
-    ]
+    """AdamW over the groups that hold anything. Raises ValueError where none does."""
+    listed = []
+    for group in groups:
+        rate = settings.learning_rate if group.learning_rate is None else group.learning_rate
+        values = list(group.parameters.values())
+        if values:
+            listed.append({"params": values, "lr": rate, "base": rate, "constant": group.constant})
+    if not listed:
+        raise ValueError("nothing to train: no parameter group holds a parameter")
     return torch.optim.AdamW(
         listed, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True
     )
 
 
 def linear(ends: tuple[float, float], step: int, steps: int) -> float:
-    """From ends[0] at step 0 to ends[1] at step `steps - 1`; ends[0] where there is one step only."""
-    share = step / max(steps - 1, 1)
+    """From ends[0] at step 0 to ends[1] at step `steps - 1` and after; ends[0] where there is one step only."""
+    share = min(step / max(steps - 1, 1), 1.0) if steps > 1 else 0.0
     return ends[1] if share == 1 else ends[0] + (ends[1] - ends[0]) * share  # rounding must not miss the end
 
 
@@ -46,5 +54,5 @@ def learning_rate_factor(settings: TrainingSection, step: int) -> float:
     if settings.learning_rate_end is None:
         return 1.0
     floor = settings.learning_rate_end / settings.learning_rate
-    progress = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps - 1, 1)
+    progress = min((step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps - 1, 1), 1.0)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
