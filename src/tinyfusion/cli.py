@@ -99,6 +99,7 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     if verb == "recipes":
         return _recipes(options)
     recipe = load_recipe(options.recipe, options.set, options.overrides())
+    _check_teacher(verb, options, recipe)
     if verb == "inspect":
         return _inspect(options, recipe)
     from tinyfusion.jobs.assemble import RunOptions
@@ -110,6 +111,14 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     state = "checked" if options.dry_run else "done"
     print(f"{verb}: {state}, {out}" + (" (nothing was written)" if options.dry_run else ""), file=sys.stderr)
     return {"verb": verb, "state": state, "out": str(out), **(outcome or {})}
+
+
+def _check_teacher(verb: str, options: Any, recipe: Recipe) -> None:
+    """A teacher that nobody named is not assumed."""
+    needed = verb == "prune" or (verb == "recover" and recipe.recover.method != "finetune")
+    named = options.recipe or getattr(options, "teacher", None) or any(s.startswith("teacher=") for s in options.set)
+    if needed and not named:
+        raise UserError(f"{verb} needs --teacher (or a --recipe that names one), such as --teacher digits")
 
 
 def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, Any] | None:

@@ -97,13 +97,18 @@ class Prune(OpensModel):
     update: Annotated[
         Literal["lora", "full", "frozen"] | None, option("what trains beside the gates", "lora|full|frozen")
     ] = None
-    keep: Annotated[str | None, option("blocks to keep for --criterion indices: 0,2,4", "I,J,..")] = None
+    keep: Annotated[str | None, option("blocks to keep, instead of learning which: 0,2,4", "I,J,..")] = None
     steps: Annotated[int | None, option("optimiser steps", "N")] = None
 
     def fields(self) -> dict[str, Any]:
         keep = None if self.keep is None else _integers("--keep", self.keep)
+        if keep is not None and self.criterion == "learned":
+            raise UserError(
+                "--keep names the blocks to keep, so nothing is left to learn: leave out --criterion learned"
+            )
+        criterion = "indices" if keep is not None else self.criterion
         return {
-            "teacher": self.teacher, "data.name": self.data, "prune.criterion": self.criterion, "prune.scheme": self.scheme,
+            "teacher": self.teacher, "data.name": self.data, "prune.criterion": criterion, "prune.scheme": self.scheme,
             "prune.update": self.update, "prune.keep": keep, "prune.training.steps": self.steps,
         }  # fmt: skip
 

@@ -133,13 +133,14 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
     if isinstance(value, kind):  # a default, taken over whole
         return value
     if not isinstance(value, Mapping):
-        raise UserError(f"{path or 'the recipe'} is a section with fields; got {value!r}")
+        names = ", ".join(f.name for f in dataclasses.fields(kind))
+        raise UserError(f"{path or 'the recipe'} is a section with the fields {names}; got {value!r}")
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
             where = f"{path}.{key}" if path else key
-            raise UserError(f"unknown field {where!r}{nearest(key, fields)}")
+            raise UserError(f"unknown field {where!r}{_nearest_field(where, fields)}")
     made: dict[str, Any] = {}
     for key, inner in value.items():
         where = f"{path}.{key}" if path else key
@@ -148,13 +149,24 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
             known = {f.name for f in dataclasses.fields(default)}
             for name in inner:
                 if name not in known:
-                    raise UserError(f"unknown field {f'{where}.{name}'!r}{nearest(name, known)}")
+                    raise UserError(f"unknown field {f'{where}.{name}'!r}{_nearest_field(f'{where}.{name}', known)}")
             inner = {**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)}, **inner}
         made[key] = build(hints[key], inner, where)
     try:
         return kind(**made)
     except TypeError as error:
         raise UserError(f"{path or kind.__name__}: {error}") from error
+
+
+def _nearest_field(where: str, siblings: Iterable[str]) -> str:
+    """A hint at the field meant: one beside it, or of the same name anywhere below its section."""
+    section, _, name = where.rpartition(".")
+    below = {path for path, _, _ in recipe_fields(Recipe()) if path.startswith(section)}
+    meant = {path.rpartition(".")[2]: path for path in sorted(below, key=len, reverse=True)}
+    close = difflib.get_close_matches(name, {**meant, **dict.fromkeys(siblings)}, n=1, cutoff=0.6)
+    if not close:
+        return f"{nearest(name, siblings)} (all fields: tinyfusion recipes --list-fields)"
+    return f"; did you mean {meant.get(close[0], close[0])!r}?"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -1,8 +1,9 @@
-"""A progress bar with rate and remaining time on stderr; silent where stderr is no terminal."""
+"""Progress with rate and remaining time on stderr: a bar on a terminal, a line every half minute elsewhere."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,11 +17,35 @@ class Advance(Protocol):
         ...
 
 
+_LINE_EVERY_S = 30.0
+
+
+class _Lines:
+    """Progress for logs: nothing in the first half minute, so short work says nothing."""
+
+    def __init__(self, title: str, total: int, unit: str, done: int) -> None:
+        self.title, self.total, self.unit, self.first = title, total, unit, done
+        self.began = self.said = time.monotonic()
+
+    def __call__(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self.said < _LINE_EVERY_S or done == self.first:
+            return
+        self.said = now
+        rate = (done - self.first) / (now - self.began)
+        left_s = (self.total - done) / rate
+        end = f"  {note}" if note else ""
+        print(
+            f"{self.title}: {done:,} of {self.total:,} {self.unit}, {rate:.0f}/s, {left_s:.0f} s left{end}",
+            file=sys.stderr,
+        )
+
+
 @contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
     """A bar of `total` units, `done` of them already."""
     if not sys.stderr.isatty():
-        yield lambda done, note="": None
+        yield _Lines(title, total, unit, done)
         return
     from rich.console import Console
     from rich.progress import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def interleaved(
 
 
 def speedup(slow: Timing, fast: Timing) -> tuple[float, float, float]:
-    """Ratio of medians, with the smallest and largest ratio of measurements made side by side."""
+    """Ratio of medians, with the quartiles of the ratios of measurements made side by side."""
     ratios = [a / b for a, b in zip(slow.measurements_ms, fast.measurements_ms, strict=True)]
-    return slow.median_ms / fast.median_ms, min(ratios), max(ratios)
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return slow.median_ms / fast.median_ms, low, high

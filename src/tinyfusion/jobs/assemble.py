@@ -81,7 +81,9 @@ def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Shu
     images = image_set(recipe.data.name)
     wanted = (model.arch.in_channels, model.arch.input_size, model.arch.input_size)
     if images.x.shape[1:] != wanted:
-        raise UserError(f"data {images.name} has images {images.x.shape[1:]}, the model takes {wanted}")
+        channels, height, width = images.x.shape[1:]
+        hint = "; arr_0 looks like (N, C, H, W), wanted channels last" if (height, width, channels) == wanted else ""
+        raise UserError(f"data {images.name} has images {images.x.shape[1:]}, the model takes {wanted}{hint}")
     if images.num_classes > model.arch.num_classes:
         raise UserError(
             f"data {images.name} has {images.num_classes} classes, the model knows {model.arch.num_classes}"

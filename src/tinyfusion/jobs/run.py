@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -168,19 +169,21 @@ def _compare(samples: Path, models: list[str]) -> None:
     write_grid_png(samples / "comparison.png", rows, len(first[:20]), max(1, 48 // rows.shape[1]))
 
 
+def _evaluation(out: Path, model: str, reference: str) -> Path:
+    """Where the numbers of a model against a reference (a name or a path) stand."""
+    return out / "evaluations" / f"{model}-{re.sub(r'[^A-Za-z0-9_.]+', '-', reference).strip('-')}.json"
+
+
 def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
     """Every model, and the other real set, against every reference."""
     references = recipe.evaluate.references
 
-    def target(name: str, reference: str) -> Path:
-        return out / "evaluations" / f"{name}-{reference.replace(':', '-')}.json"
-
     for reference in references:
         for name in models:
-            evaluate(recipe, RunOptions(target(name, reference)), out / "samples" / f"{name}.npz", reference)
+            evaluate(recipe, RunOptions(_evaluation(out, name, reference)), out / "samples" / f"{name}.npz", reference)
         for real in [r for r in references if r != reference and r in REAL_SETS][:1]:
-            evaluate(recipe, RunOptions(target("real", reference)), Path(real), reference)
-    write_json(out / "evaluation.json", read_json(target("student", references[0])))
+            evaluate(recipe, RunOptions(_evaluation(out, "real", reference)), Path(real), reference)
+    write_json(out / "evaluation.json", read_json(_evaluation(out, "student", references[0])))
 
 
 def _speed(recipe: Recipe, out: Path, teacher: LoadedModel, student: LoadedModel) -> None:
@@ -229,6 +232,11 @@ def _outcome(out: Path) -> dict[str, Any]:
     """What `--json` prints of a finished run."""
     evaluation, speed = read_json(out / "evaluation.json"), read_json(out / "speed.json")
     plan = read_json(out / "prune" / "plan.json")
+    first = read_json(out / "run.json")["recipe"]["evaluate"]["references"][0]
+    fids = [read_json(_evaluation(out, name, first))["fid"] for name in ("teacher", "pruned", "student")]
+    kept = "; ".join(" ".join(map(str, blocks)) for blocks in plan["kept"].values())
+    numbers = " -> ".join(f"{fid:.3g}" for fid in fids)
+    print(f"FID {numbers} (teacher, cut, recovered), {speed['speedup']:.2f} times as fast, kept {kept}")
     print(f"open {out / 'report.html'}", file=sys.stderr)
     return {
         "report": str(out / "report.html"),

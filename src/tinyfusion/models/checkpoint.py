@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import pickle
+import re
 import struct
 import sys
 import warnings
@@ -34,6 +35,7 @@ from tinyfusion.models.plan import PrunePlan, plan_from_json
 from tinyfusion.models.stack import BlockStack
 
 MODEL_FORMAT_VERSION = 1
+_NO_MODEL = "is not a model file, or it is truncated: wanted a torch file or .safetensors with a state dict"
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -266,14 +268,12 @@ def _read_pickle(path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch warns of pickle protocols; what cannot be read is an error below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if str(error) else "not a torch file"
-        unsafe = "weights" in str(error).lower() and "unsupported" in str(error).lower()
-        what = "it holds code or foreign objects, which are never run" if unsafe else "truncated or foreign"
-        raise UserError(f"{path} cannot be read as a model file ({what}): {reason[:200]}") from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own advice is to run the code; ours is not
+        what = f"holds code or foreign objects ({found[1]}), which are never run" if found else _NO_MODEL
+        raise UserError(f"{path} {what}") from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, struct.error,
             zipfile.BadZipFile, UnicodeDecodeError, ImportError, OverflowError, AssertionError) as error:  # fmt: skip
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a model file (truncated or foreign): {reason[:200]}") from error
+        raise UserError(f"{path} {_NO_MODEL}") from error
 
 
 def _state_dict_in(content: Any, weights: str, path: Path) -> dict[str, Tensor]:

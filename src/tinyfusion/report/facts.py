@@ -153,7 +153,10 @@ def _speed_tiles(run: RunData) -> list[Tile]:
     batch = f"median, batch {speed['batch_size']}"
     return [
         Tile(
-            "sampling speed", [("student", faster)], f"measured side by side: {low:.2f}× to {high:.2f}×", size="medium"
+            "sampling speed",
+            [("student", faster)],
+            f"side by side; half of the ratios in {low:.2f}× to {high:.2f}×",
+            size="medium",
         ),
         Tile("parameters", pair("num_parameters"), less("num_parameters")),
         Tile("MACs per image and step", pair("macs"), less("macs")),
