@@ -13,6 +13,7 @@ settings.register_profile("suite", deadline=None, derandomize=True, database=Non
 settings.load_profile("suite")
 
 DEFAULT_GOLDEN = Path(__file__).parent / "assets" / "golden"
+GOLDEN_SUBJECTS = ("dit", "gate", "kd", "metrics")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,9 +25,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """One thread: bit equality must not depend on how many there are, and the tensors are tiny."""
     torch.set_num_threads(1)
-    golden = Path(config.getoption("--golden"))
-    if not golden.is_dir():
-        raise pytest.UsageError(f"--golden wants a folder of golden tensors; {golden} is none")
+    check_golden(Path(config.getoption("--golden")))
+
+
+def check_golden(folder: Path) -> None:
+    """UsageError on a folder that holds no subject at all, which would pass by skipping everything."""
+    if not folder.is_dir():
+        raise pytest.UsageError(f"--golden wants a folder of golden tensors; {folder} is none")
+    wanted = [f"{subject}_golden.safetensors" for subject in GOLDEN_SUBJECTS]
+    if not any((folder / name).is_file() for name in wanted):
+        raise pytest.UsageError(f"--golden wants a folder of golden tensors; {folder} has none of {', '.join(wanted)}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

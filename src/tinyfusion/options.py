@@ -66,14 +66,20 @@ class OpensModel(Common):
 
 @dataclass(frozen=True)
 class Run(OpensModel):
-    """The whole job: prune, recover, sample, evaluate, report."""
+    """The whole job: prune, recover, sample, evaluate, report.
+
+    Example: tinyfusion run --recipe digits --out runs/digits
+    """
 
     out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
 
 
 @dataclass(frozen=True)
 class Train(Common):
-    """A model from nothing."""
+    """A model from nothing.
+
+    Example: tinyfusion train --recipe digits-teacher --out runs/digits-teacher
+    """
 
     out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
     steps: Annotated[int | None, option("optimiser steps", "N")] = None
@@ -85,7 +91,10 @@ class Train(Common):
 
 @dataclass(frozen=True)
 class Prune(OpensModel):
-    """Decide which blocks go: a plan and a cut, untuned student."""
+    """Decide which blocks go: a plan and a cut, untuned student.
+
+    Example: tinyfusion prune --recipe digits --teacher digits --out runs/cut
+    """
 
     out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
     teacher: Annotated[str | None, option("model to make shallow", "MODEL")] = None
@@ -115,7 +124,10 @@ class Prune(OpensModel):
 
 @dataclass(frozen=True)
 class Recover(OpensModel):
-    """Bring a cut model back to quality."""
+    """Bring a cut model back to quality.
+
+    Example: tinyfusion recover --recipe digits --teacher digits --student runs/cut --out runs/back
+    """
 
     student: Annotated[Path, option("cut model, or the run folder of `prune` (required)", "PATH")] = Path()
     out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
@@ -133,7 +145,10 @@ class Recover(OpensModel):
 
 @dataclass(frozen=True)
 class Sample(OpensModel):
-    """Draw images."""
+    """Draw images.
+
+    Example: tinyfusion sample --recipe digits --model runs/back --labels 3,7 --out 37.npz --grid 37.png
+    """
 
     model: Annotated[str, option("model or run folder (required)", "MODEL")] = ""
     out: Annotated[Path, option("npz of images (required)", "PATH")] = Path()
@@ -155,7 +170,10 @@ class Sample(OpensModel):
 
 @dataclass(frozen=True)
 class Evaluate(Common):
-    """Images to FID, sFID, Inception Score, precision and recall."""
+    """Images to FID, sFID, Inception Score, precision and recall.
+
+    Example: tinyfusion evaluate --samples images.npz --reference digits --out fid.json
+    """
 
     samples: Annotated[Path, option("npz or folder of images (required)", "PATH")] = Path()
     out: Annotated[Path, option("JSON of the numbers (required)", "PATH")] = Path()
@@ -164,7 +182,10 @@ class Evaluate(Common):
 
 @dataclass(frozen=True)
 class Report(Common):
-    """One HTML page about one or several runs."""
+    """One HTML page about one or several runs.
+
+    Example: tinyfusion report runs/digits --out page.html
+    """
 
     runs: Annotated[Positional[tuple[Path, ...]], option("run folders", "RUN")] = ()
     out: Annotated[Path, option("HTML file (required)", "PATH")] = Path()

@@ -145,7 +145,7 @@ ROWS = [
     row("model-is-zip", "inspect archive.pt", "archive.pt is not a model file, or it is truncated"),
     row("model-is-list", "inspect list.pt", "list.pt holds a list, not a state dict"),
     row("model-without-tensors", "inspect number.pt", "number.pt is no state dict of tensors", "'step'"),
-    row("model-malicious", "inspect malicious.pt --num-heads 2", "malicious.pt holds code or foreign objects (posix.system), which are never run"),
+    row("model-malicious", "inspect malicious.pt --num-heads 2", "malicious.pt holds code", "(posix.system), which are never run"),
     row("model-malicious-bare", "inspect malicious-bare.pt --num-heads 2", "malicious-bare.pt is not a model file"),
     row("model-block-gap", "inspect gap.pt --num-heads 2", "block numbers have gaps: [1] missing"),
     row("model-tensors-missing", "inspect missing.pt --num-heads 2", "missing", "x_embedder.proj.bias"),

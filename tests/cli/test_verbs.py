@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -269,16 +268,23 @@ def test_help(verb: str, cli: Cli) -> None:
     assert "--dry-run" in outcome.out
 
 
-def test_help_is_fast_and_does_not_import_torch() -> None:
-    code = (
-        "import sys\nfrom tinyfusion.cli import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        "heavy = {'torch', 'numpy', 'scipy', 'matplotlib', 'PIL'} & set(sys.modules)\nassert not heavy, heavy"
-    )
-    for arguments in (["--help"], ["prune", "--help"], ["recipes"]):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
-        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 0.5
+MAIN = "import sys\nfrom tinyfusion.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["recipes"]], ids=" ".join)
+def test_help_does_not_import_torch(arguments: list[str]) -> None:
+    heavy = "heavy = {'torch', 'numpy', 'scipy', 'matplotlib', 'PIL'} & set(sys.modules)\nassert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", MAIN + heavy, *arguments], check=True, capture_output=True)
+
+
+def test_help_is_fast() -> None:
+    """Wall time of a whole process; the best of three, as a busy machine says nothing about us."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", MAIN, "--help"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) <= 0.5
 
 
 # ------------------------------------------------------------------------------------------------------- interruption

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,15 +58,22 @@ def test_a_flipped_bit_in_our_folder_is_always_found(model: LoadedModel, tmp_pat
     save_model(model, tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors"
     content = path.read_bytes()
-    named = load_file(path)
-    table = named["pos_embed"].numpy().tobytes()
-    for position in range(0, len(content), len(content) // 97):
+    table = (
+        load_file(path)["pos_embed"].numpy().tobytes()
+    )  # given by a formula, so left out of the hash while it is right
+    assert content.count(table) == 1
+    start = content.index(table)
+    inside = range(start, start + len(table), max(len(table) // 7, 1))
+    positions = [*range(0, len(content), len(content) // 97), *inside]
+    flips_in_table = 0
+    for position in positions:
         damaged = bytearray(content)
         damaged[position] ^= 4
+        flips_in_table += damaged[start : start + len(table)] != table
         path.write_bytes(bytes(damaged))
         with pytest.raises(UserError):
             open_model(tmp_path / "m")
-    assert content.count(table) == 1, "the formula table was among the damaged bytes"
+    assert flips_in_table >= 7
 
 
 @pytest.mark.parametrize("name", ["m.pt", "m.bin", "m.safetensors", "m"])
@@ -123,11 +129,3 @@ def test_pickled_modules_are_refused(model: LoadedModel, tmp_path: Path) -> None
     with pytest.raises(UserError, match="never run"):
         opened(tmp_path / "module.pt")
     assert isinstance(model.module, DiT)
-
-
-def test_folders_of_others_are_left_alone(model: LoadedModel, tmp_path: Path) -> None:
-    save_model(model, tmp_path / "m")
-    shutil.copytree(tmp_path / "m", tmp_path / "copy")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
-    open_model(tmp_path / "copy")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()} == before

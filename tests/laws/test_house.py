@@ -119,13 +119,6 @@ def test_prose_names_only_files_that_exist(path: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
-def test_links_between_pages_lead_somewhere(path: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
-    local = [link for link in links if not re.match(r"[a-z]+:", link)]
-    assert [link for link in local if not (path.parent / link).exists()] == []
-
-
 def test_constraints_pin_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]

@@ -19,7 +19,7 @@ from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.report import read_run, render_run, report
 from tinyfusion.report.charts import Curve, dynamics_points, loss_curves
 from tinyfusion.report.format import count, duration, percent, significant
-from tinyfusion.report.render import choose_images, embedded_record
+from tinyfusion.report.render import embedded_record
 
 KEPT = [1, 2, 5, 6]
 HOSTILE = "<script>alert('x')</script>&\"</script>"
@@ -387,14 +387,6 @@ def test_opacity_is_confidence_above_chance() -> None:
     points = dynamics_points([record], sizes, "blocks")
     assert [(step, block) for step, block, _ in points] == [(3.0, 1), (3.0, 2), (3.0, 5), (3.0, 6)]
     assert [opacity for _, _, opacity in points] == pytest.approx([0.0, 0.5, 0.5, 1.0])
-
-
-def test_grids_show_the_first_images_of_each_class() -> None:
-    labels = np.array([3, 1, 3, 3, 1, 0])
-    chosen, columns = choose_images(labels, 6)
-    assert columns == ["0", "1", "3"]
-    assert chosen == [5, 1, 0, -1, 4, 2, -1, -1, 3]
-    assert choose_images(None, 3) == ([0, 1, 2], ["", "", ""])
 
 
 def test_numbers_read_well() -> None:

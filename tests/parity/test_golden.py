@@ -258,7 +258,7 @@ RULES: dict[str, dict[str, Rule]] = {
         r"cfg_out": lambda golden: golden.guided_halves,
         r"(loss|mse|vb)": term,
         r"betas": lambda golden: Schedule().betas,
-        r"timesteps_(\w+)": lambda golden, spacing: Schedule(spacing).timesteps,
+        r"timesteps_(.*)": lambda golden, spacing: Schedule(spacing).timesteps,
         r"ddpm(\d+)(_clip)?_out": ancestral,
         r"ddim(\d+)_out": ddim,
         r"grad_block(\d+)_qkv": gradient("blocks.{}.attn.qkv.weight"),
@@ -382,6 +382,24 @@ def test_a_tensor_without_a_rule_fails(pytestconfig: pytest.Config) -> None:
     golden = golden_set(pytestconfig, "dit")
     with pytest.raises(LookupError, match="out_of_tomorrow"):
         golden.ours("out_of_tomorrow")
+
+
+@pytest.mark.parametrize(("spacing", "count"), [("", 1000), ("ddim50", 50), ("250", 250), ("100,50", 150)])
+def test_timesteps_of_any_respacing_have_a_rule(pytestconfig: pytest.Config, spacing: str, count: int) -> None:
+    found = golden_set(pytestconfig, "dit").rule(f"timesteps_{spacing}")
+    assert found is not None
+    rule, captured = found
+    assert len(rule(None, *captured)) == count
+
+
+def test_a_folder_without_a_set_is_refused(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    suite = next(plugin for plugin in pytestconfig.pluginmanager.get_plugins() if hasattr(plugin, "check_golden"))
+    (tmp_path / "dit.json").write_text("{}", encoding="utf-8")
+    for folder, message in ((tmp_path, "none of .*dit_golden.safetensors"), (tmp_path / "absent", "is none")):
+        with pytest.raises(pytest.UsageError, match=message):
+            suite.check_golden(folder)
+    (tmp_path / "kd_golden.safetensors").touch()
+    suite.check_golden(tmp_path)
 
 
 def test_disagreement_is_relative_to_the_largest_magnitude() -> None:

@@ -220,16 +220,19 @@ def choose_images(labels: np.ndarray | None, num: int) -> tuple[list[int], list[
 
 
 def _picture(samples: Samples, chosen: Sequence[int], columns: Sequence[str]) -> tuple[str, int]:
-    """(data URI, width on the page in CSS pixels) of a grid; gaps are see-through in small pictures, white in others."""
+    """(data URI, width on the page in CSS pixels) of a grid; gaps and lines are see-through in small pictures, white in others."""
     _, height, width, _ = samples.images.shape
     tile = max(height, width)
     if tile <= _SMALL_PX:
         grid = _small_grid(samples.images, chosen, len(columns))
         scale = max(_GRID_PX // grid.shape[1], 1)
         return _data_uri(Image.fromarray(grid), "PNG"), grid.shape[1] * scale
-    shrunk = np.stack([_thumbnail(samples.images[i]) for i in chosen])
-    grid = _small_grid(shrunk, range(len(shrunk)), len(columns))
-    return _data_uri(Image.fromarray(grid).convert("RGB"), "JPEG"), _GRID_PX
+    thumbnails = np.stack([_thumbnail(samples.images[i]) for i in chosen if i >= 0])
+    places = iter(range(len(thumbnails)))
+    grid = Image.fromarray(_small_grid(thumbnails, [next(places) if i >= 0 else -1 for i in chosen], len(columns)))
+    page = Image.new("RGB", grid.size, "white")  # JPEG has no see-through pixels
+    page.paste(grid, mask=grid)
+    return _data_uri(page, "JPEG"), _GRID_PX
 
 
 def _small_grid(images: np.ndarray, chosen: Sequence[int], columns: int) -> np.ndarray:
