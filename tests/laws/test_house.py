@@ -119,6 +119,16 @@ def test_prose_names_only_files_that_exist(path: Path) -> None:
     assert not missing
 
 
+def test_a_folder_without_a_set_is_refused(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    suite = next(plugin for plugin in pytestconfig.pluginmanager.get_plugins() if hasattr(plugin, "check_golden"))
+    (tmp_path / "dit.json").write_text("{}", encoding="utf-8")
+    for folder, message in ((tmp_path, "none of .*dit_golden.safetensors"), (tmp_path / "absent", "is none")):
+        with pytest.raises(pytest.UsageError, match=message):
+            suite.check_golden(folder)
+    (tmp_path / "kd_golden.safetensors").touch()
+    suite.check_golden(tmp_path)
+
+
 def test_constraints_pin_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]

@@ -229,10 +229,11 @@ def _picture(samples: Samples, chosen: Sequence[int], columns: Sequence[str]) ->
         return _data_uri(Image.fromarray(grid), "PNG"), grid.shape[1] * scale
     thumbnails = np.stack([_thumbnail(samples.images[i]) for i in chosen if i >= 0])
     places = iter(range(len(thumbnails)))
-    grid = Image.fromarray(_small_grid(thumbnails, [next(places) if i >= 0 else -1 for i in chosen], len(columns)))
-    page = Image.new("RGB", grid.size, "white")  # JPEG has no see-through pixels
-    page.paste(grid, mask=grid)
-    return _data_uri(page, "JPEG"), _GRID_PX
+    shown = [next(places) if i >= 0 else -1 for i in chosen]
+    see_through = Image.fromarray(_small_grid(thumbnails, shown, len(columns)))
+    white = Image.new("RGB", see_through.size, "white")  # JPEG has no see-through pixels
+    white.paste(see_through, mask=see_through)
+    return _data_uri(white, "JPEG"), _GRID_PX
 
 
 def _small_grid(images: np.ndarray, chosen: Sequence[int], columns: int) -> np.ndarray:
