@@ -287,6 +287,18 @@ def test_help_is_fast() -> None:
     assert min(seconds) <= 0.5
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As in `tinyfusion recipes --list-fields | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys\nfrom tinyfusion.cli import main\nsys.exit(main(['recipes', '--list-fields']))"
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 # ------------------------------------------------------------------------------------------------------- interruption
 
 LONG = (
