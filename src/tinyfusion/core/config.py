@@ -146,10 +146,6 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
         where = f"{path}.{key}" if path else key
         default = _default(fields[key])
         if dataclasses.is_dataclass(default) and isinstance(inner, Mapping):
-            known = {f.name for f in dataclasses.fields(default)}
-            for name in inner:
-                if name not in known:
-                    raise UserError(f"unknown field {f'{where}.{name}'!r}{_nearest_field(f'{where}.{name}', known)}")
             inner = {**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)}, **inner}
         made[key] = build(hints[key], inner, where)
     try:

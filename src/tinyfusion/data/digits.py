@@ -14,6 +14,7 @@ from tinyfusion.core.rng import Randomness
 
 NUM_TRAINING = 1437
 SPLIT_SEED = 0
+REAL_SETS = ("digits", "digits:heldout")  # the names of the two parts
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
-from tinyfusion.data.digits import ImageSet, load_digits
+from tinyfusion.data.digits import REAL_SETS, ImageSet, load_digits
+from tinyfusion.data.images import read_images_npz
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Objective
 from tinyfusion.processes.gaussian import GaussianObjective
@@ -57,17 +58,15 @@ def objective_for(model: LoadedModel, label_drop: float) -> Objective:
 
 def image_set(name: str) -> ImageSet:
     """A data set by name, or an npz of images and labels. Raises UserError on NaN, wrong shapes, an unknown name."""
-    if name in ("digits", "digits:heldout"):
+    if name in REAL_SETS:
         return load_digits(heldout=name.endswith(":heldout"))
     path = Path(name)
     if path.suffix == ".npz":
         return _npz_set(path)
-    raise UserError(f"unknown data set {name!r}: there is digits, digits:heldout, or an .npz with arr_0 and arr_1")
+    raise UserError(f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, or an .npz with arr_0 and arr_1")
 
 
 def _npz_set(path: Path) -> ImageSet:
-    from tinyfusion.data.images import read_images_npz
-
     images, labels = read_images_npz(path)
     if labels is None:
         raise UserError(f"{path} has no labels: wanted arr_1 int64 beside arr_0")
@@ -87,10 +86,6 @@ def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Shu
     if images.num_classes > model.arch.num_classes:
         raise UserError(
             f"data {images.name} has {images.num_classes} classes, the model knows {model.arch.num_classes}"
-        )
-    if not np.isfinite(images.x).all():
-        raise UserError(
-            f"data {images.name} has {int((~np.isfinite(images.x)).sum())} values that are not finite (NaN or infinity)"
         )
     return ShuffledBatches(images, Randomness(recipe.seed), device, recipe.data.augment)
 

@@ -19,7 +19,7 @@ from tinyfusion.core.config import nearest
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import EvaluateSection, Recipe
 from tinyfusion.core.rundir import file_output, read_json, stamp, write_json
-from tinyfusion.data.digits import load_digits
+from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.images import read_image_folder, read_images_npz
 from tinyfusion.evaluate.features import EXTRACTORS, FeatureExtractor, Features
 from tinyfusion.evaluate.metrics import (
@@ -30,10 +30,9 @@ from tinyfusion.evaluate.metrics import (
     nearest_training_distance,
     precision_recall,
 )
-from tinyfusion.jobs.assemble import RunOptions, plain_recipe
+from tinyfusion.jobs.assemble import RunOptions, image_set, plain_recipe
 from tinyfusion.sample.drive import to_uint8
 
-REAL_SETS = ("digits", "digits:heldout")
 METRICS = (
     "fid",
     "sfid",
@@ -159,7 +158,7 @@ def _images(name: str) -> np.ndarray:
     """Images of a real set by name, a folder, or an npz."""
     path = Path(name)
     if name in REAL_SETS:
-        return to_uint8(torch.from_numpy(load_digits(heldout=name.endswith(":heldout")).x))
+        return to_uint8(torch.from_numpy(image_set(name).x))
     if path.is_dir():
         return read_image_folder(path)
     if path.suffix != ".npz":

@@ -71,12 +71,11 @@ class _Recovery:
 
 def _recovery(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None) -> _Recovery:
     """Raises UserError where student, teacher, data and device do not go together."""
-    if teacher:
-        _check_pair(student, teacher)
+    plan = _check_pair(student, teacher) if teacher else None
     settings, device = recipe.recover.training, device_for(recipe)
     source = batches_for(recipe, student, device)
     student.module.to(device).train()
-    objective = _objective(recipe, student, teacher, device.type)
+    objective = _objective(recipe, student, teacher, plan, device.type)
     state = TrainState(student.module, [ParameterGroup(trainable(student.module))], settings)
     return _Recovery(student, teacher, objective, state, source)
 
@@ -133,11 +132,13 @@ def _check_pair(student: LoadedModel, teacher: LoadedModel) -> PrunePlan:
     return plan
 
 
-def _objective(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, device: str) -> Objective:
+def _objective(
+    recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, plan: PrunePlan | None, device: str
+) -> Objective:
     """The bare objective, or the distilled one."""
     settings = recipe.recover
     inner = objective_for(student, settings.training.label_drop)
-    if teacher is None:
+    if teacher is None or plan is None:
         return inner
     assert isinstance(inner, GaussianObjective)
     frozen(teacher.module.to(device))
@@ -146,7 +147,7 @@ def _objective(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None
         teacher=teacher.module,
         teacher_stack=teacher.stack,
         student_stack=student.stack,
-        pairs=block_pairs(_check_pair(student, teacher)),
+        pairs=block_pairs(plan),
         alpha_kd=settings.alpha_kd,
         beta=settings.beta,
         sigmas=settings.mask_sigmas,

@@ -17,11 +17,12 @@ from tinyfusion.core.config import to_plain
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
+from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.images import read_images_npz, write_grid_png
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions, device_for
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
-from tinyfusion.jobs.evaluate import REAL_SETS, evaluate, open_extractor, open_reference
+from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference
 from tinyfusion.jobs.inspect import inspect
 from tinyfusion.jobs.prune import check_prune, prune, prune_estimate
 from tinyfusion.jobs.recover import check_recover, recover, recover_estimate
@@ -177,7 +178,6 @@ def _evaluation(out: Path, model: str, reference: str) -> Path:
 def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
     """Every model, and the other real set, against every reference."""
     references = recipe.evaluate.references
-
     for reference in references:
         for name in models:
             evaluate(recipe, RunOptions(_evaluation(out, name, reference)), out / "samples" / f"{name}.npz", reference)

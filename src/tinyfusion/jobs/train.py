@@ -48,7 +48,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
         return announce("train", plan, training_estimate(model, state, objective, source, settings))
     with run.writing("train", plain, options.overwrite):
         seconds = drive(run, "train", state, objective, source, settings, recipe.seed)
-        facts = dataclasses.replace(model.facts, seen_images=recipe.train.made_images)
+        facts = dataclasses.replace(model.facts, seen_images=settings.made_images)
         save_model(dataclasses.replace(averaged(model, state), facts=facts), run.path / "model")
         save_model(dataclasses.replace(model, facts=facts), run.path / "model-raw")
         run.mark("done", seconds=seconds, seen_images=settings.made_images)

@@ -19,7 +19,7 @@ from tinyfusion.core.recipe import PruneSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
 from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.stack import BlockStack
+from tinyfusion.models.stack import BlockStack, num_parameters
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction
 from tinyfusion.prune.gates import CategoricalGates, mode, probabilities
 from tinyfusion.prune.scheme import Group, parse_scheme
@@ -69,15 +69,12 @@ class MaskLearner:
     objective: GatedObjective
     groups: dict[str, list[Group]]
     parameter_groups: list[ParameterGroup]
+    teacher_parameters: int
 
     @property
     def trainable_share(self) -> float:
         """Trained weights (without gates) as a share of the teacher's parameters."""
-        deltas = sum(p.numel() for p in self.parameter_groups[0].parameters.values())
-        own = {id(p) for p in self.parameter_groups[0].parameters.values()}
-        lora = any(".lora_" in name for name in self.parameter_groups[0].parameters)
-        total = sum(p.numel() for p in self.module.parameters() if not (lora and id(p) in own))
-        return deltas / total
+        return sum(p.numel() for p in self.parameter_groups[0].parameters.values()) / self.teacher_parameters
 
     def decision(self, ema: Ema, step: int) -> Decision:
         """What would be kept now, from the averaged logits."""
@@ -125,9 +122,8 @@ def mask_learner(
     seed: of the deltas' initial values. Raises UserError where the scheme does not fit.
     """
     groups = parse_scheme(settings.scheme, teacher.stack.depths())
-    module = (
-        make_trainable(teacher.copy().module, teacher.family).to(device).train()
-    )  # a frozen teacher's copy is frozen
+    module = teacher.copy().module.to(device).train()
+    make_trainable(module, teacher.family)  # a frozen teacher's copy is frozen
     deltas = _deltas(module, settings, seed)
     gates = CategoricalGates([g for listed in groups.values() for g in listed], settings.logit_init).to(device)
     gated = GatedObjective(
@@ -142,6 +138,7 @@ def mask_learner(
             ParameterGroup(deltas),
             ParameterGroup(logits, settings.gate_learning_rate, constant=True),
         ],
+        num_parameters(teacher.module),
     )
 
 
