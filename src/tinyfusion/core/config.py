@@ -23,11 +23,13 @@ _POSITIVE = math.ulp(0.0)
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("steps", "stop_after", "batch_size", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit"), (1, math.inf)),
     **dict.fromkeys(("max_bad_steps", "num_images", "num_steps", "lora_rank", "neighbours"), (1, math.inf)),
+    **dict.fromkeys(("num_keep", "size", "calibration_images", "calibration_batch_size", "num_masks"), (1, math.inf)),
     **dict.fromkeys(("is_splits_size", "repeats", "steps_per_repeat"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "eps", "clip_norm", "temperature", "mask_sigmas"), (_POSITIVE, math.inf)),
     **dict.fromkeys(("warmup_steps", "learning_rate_end", "weight_decay", "gate_learning_rate", "scaling", "beta"), (0, math.inf)),
-    **dict.fromkeys(("label_drop", "augment", "eta", "alpha_kd"), (0, 1)),
+    **dict.fromkeys(("label_drop", "augment", "flip", "eta", "alpha_kd", "width_threshold"), (0, 1)),
     **dict.fromkeys(("ema_decay", "betas"), (0, math.nextafter(1, 0))),
+    "width_share": (_POSITIVE, 1),
     "seed": (0, 2**64 - 1),
 }  # fmt: skip
 

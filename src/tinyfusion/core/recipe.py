@@ -13,6 +13,11 @@ from typing import Annotated, Literal
 from tinyfusion.core.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
+Criterion = Literal[
+    "learned", "bi", "flux-lite", "sensitivity", "bk-sdm", "first", "last", "uniform", "random",
+    "min-loss", "median-loss", "max-loss", "indices", "width",
+]  # fmt: skip
+Recovery = Literal["finetune", "logits-kd", "rep-kd", "masked-kd"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,11 @@ class DataSection:
 
     name: Annotated[
         str,
-        "data set: digits (training part), digits:heldout, or an npz with arr_0 (N, H, W, C), "
-        "uint8 pixels or floats as they are, and arr_1 labels",
+        "data set: digits (training part), digits:heldout, parquet:PATH (a file or folder; columns img or image, label), "
+        "or an npz with arr_0 (N, H, W, C), uint8 pixels or floats as they are, and arr_1 labels",
     ] = "digits"
+    size: Annotated[int | None, "side to which parquet images are reduced by a box filter; None keeps theirs"] = None
+    flip: Annotated[float, "probability that an image is mirrored left to right"] = 0.0
     augment: Annotated[float, "share of images that are slightly turned, scaled and sheared, 0 to 1"] = 0.0
 
 
@@ -90,10 +97,17 @@ class TrainingSection:
 class PruneSection:
     """Which blocks go."""
 
-    criterion: Annotated[Literal["learned", "indices"], "how blocks are chosen"] = "learned"
+    criterion: Annotated[Criterion, "how blocks are chosen"] = "learned"
     scheme: Annotated[str, "N:M keeps N of every M consecutive blocks; 2:4x3+3:4x4 is explicit"] = "1:2"
-    distribution: Annotated[Literal["categorical"], "how a group's candidates are sampled"] = "categorical"
+    distribution: Annotated[
+        Literal["categorical", "subset"],
+        "learned: one logit per candidate of a group, enumerated, or one per block, over subsets of exact size",
+    ] = "categorical"
     keep: Annotated[tuple[int, ...], "blocks to keep, for criterion indices"] = ()
+    num_keep: Annotated[
+        int | None, "blocks that stay in each list, for criteria without groups; None is half, rounded up"
+    ] = None
+    protect: Annotated[tuple[int, ...], "blocks that stay whatever the criterion says"] = ()
     update: Annotated[Literal["lora", "full", "frozen"], "what is trained beside the gates, and thrown away after"] = (
         "lora"
     )
@@ -103,6 +117,33 @@ class PruneSection:
     logit_init: Annotated[float, "initial value of every gate logit"] = 0.02
     temperature: Annotated[tuple[float, float], "Gumbel-softmax temperature at the first and last step"] = (4.0, 0.1)
     scaling: Annotated[tuple[float, float], "scale of the logits at the first and last step"] = (100.0, 100.0)
+    subset_estimator: Annotated[
+        Literal["marginals", "gumbel-top-k"],
+        "gradient of a subset: through the exact marginals, or through relaxed Gumbel top-K",
+    ] = "marginals"
+    dropped: Annotated[
+        Literal["skip", "dense"],
+        "blocks that an image drops: run without a graph, or (published) with one; the gradients are the same",
+    ] = "skip"
+    calibration_images: Annotated[int, "images on which scores are taken"] = 1024
+    calibration_batch_size: Annotated[int, "calibration images at a time"] = 64
+    bi_inputs: Annotated[
+        Literal["noised", "clean"],
+        "block influence: noised inputs at all timesteps, or as released, clean ones at t < 250",
+    ] = "noised"
+    sensitivity_order: Annotated[
+        Literal["one-shot", "greedy"], "sensitivity: every block from the whole model, or block by block"
+    ] = "one-shot"
+    bk_sdm_list: Annotated[
+        Literal["corrected", "old"], "bk-sdm at 28 blocks: the list with block 15, or the earlier one with 14"
+    ] = "corrected"
+    num_masks: Annotated[
+        int, "masks tried by min-loss, median-loss and max-loss; all of them where there are fewer"
+    ] = 100_000
+    width_share: Annotated[float, "width: share of the teacher's parameters that stays"] = 0.5
+    width_threshold: Annotated[
+        float, "width: gradients are summed over timesteps until the loss falls below this share of the largest"
+    ] = 0.05
     training: TrainingSection = field(
         default_factory=lambda: TrainingSection(
             steps=10_009,
@@ -118,9 +159,9 @@ class PruneSection:
 class RecoverSection:
     """How the cut model is brought back."""
 
-    method: Annotated[Literal["finetune", "masked-kd"], "plain fine-tuning or masked representation distillation"] = (
-        "masked-kd"
-    )
+    method: Annotated[
+        Recovery, "plain fine-tuning, or distillation of outputs, of outputs and features, with massive features masked"
+    ] = "masked-kd"
     alpha_kd: Annotated[float, "weight of the output distillation; the data loss has 1 - alpha_kd"] = 0.9
     beta: Annotated[tuple[float, float], "weight of the feature distillation at the first and last step"] = (1e-2, 0.0)
     mask: Annotated[
@@ -131,6 +172,11 @@ class RecoverSection:
         float | None, "activations further than this many standard deviations are masked; None masks none"
     ] = 2.0
     training: TrainingSection = field(default_factory=TrainingSection)
+
+    @property
+    def compares_features(self) -> bool:
+        """Whether block outputs are distilled."""
+        return self.method in ("rep-kd", "masked-kd")
 
 
 @dataclass(frozen=True)
@@ -159,12 +205,14 @@ class EvaluateSection:
     """Images to numbers."""
 
     references: Annotated[
-        tuple[str, ...], "sets to compare with: digits, digits:heldout, or a folder or npz of images"
+        tuple[str, ...], "sets to compare with: digits, digits:heldout, parquet:PATH, or a folder or npz of images"
     ] = (
         "digits",
         "digits:heldout",
     )
-    features: Annotated[str, "feature extractor"] = "digits-classifier"
+    features: Annotated[str, "feature extractor: digits-classifier, or a folder with classifier.json"] = (
+        "digits-classifier"
+    )
     neighbours: Annotated[int, "k of precision and recall"] = 3
     is_splits_size: Annotated[int, "images per split of the Inception Score"] = 5000
 

@@ -27,12 +27,15 @@ class ShuffledBatches:
     Source of (step, batch size, draws) -> batch on `device`; holds nothing that would have to be saved.
     """
 
-    def __init__(self, images: ImageSet, randomness: Randomness, device: torch.device, augment: float = 0.0) -> None:
+    def __init__(
+        self, images: ImageSet, randomness: Randomness, device: torch.device, augment: float = 0.0, flip: float = 0.0
+    ) -> None:
         self.x = torch.from_numpy(images.x)
         self.y = torch.from_numpy(images.y)
         self.randomness = randomness
         self.device = device
         self.augment = augment
+        self.flip = flip
         self._orders: dict[int, Tensor] = {}
 
     def _order(self, epoch: int) -> Tensor:
@@ -51,6 +54,9 @@ class ShuffledBatches:
         x = self.x[rows]
         if self.augment:
             x = jitter(x, draws, self.augment)
+        if self.flip:
+            mirrored = torch.from_numpy(draws.uniform("flip") < self.flip)
+            x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
         return ArrayBatch(x.to(self.device), self.y[rows].to(self.device))
 
 

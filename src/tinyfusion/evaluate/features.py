@@ -65,7 +65,7 @@ class ClassifierArch:
     num_classes: int = 10
 
 
-class DigitsClassifier(nn.Module):
+class SmallClassifier(nn.Module):
     """Three 3 x 3 convolutions, halved once, averaged, one linear layer.
 
     Differs from a plain classifier on purpose: smooth activations and no normalisation, so that no feature is dead,
@@ -92,9 +92,9 @@ class DigitsClassifier(nn.Module):
 
 
 class ClassifierFeatures:
-    """A `DigitsClassifier` as a `FeatureExtractor`. Its batch size bounds memory; features do not depend on it."""
+    """A `SmallClassifier` as a `FeatureExtractor`. Its batch size bounds memory; features do not depend on it."""
 
-    def __init__(self, name: str, classifier: DigitsClassifier, arch: ClassifierArch, batch_size: int = 256) -> None:
+    def __init__(self, name: str, classifier: SmallClassifier, arch: ClassifierArch, batch_size: int = 256) -> None:
         self.name = name
         self.hash = hash_state(classifier.state_dict())
         self.classifier = classifier.eval().requires_grad_(False)
@@ -142,12 +142,12 @@ def hash_state(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def digits_classifier(name: str, arch: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ClassifierFeatures:
+def small_classifier(name: str, arch: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ClassifierFeatures:
     """The digits classifier from its sizes and weights. Raises ValueError where they do not fit."""
     try:
         sizes = ClassifierArch(**{**arch, "widths": tuple(arch["widths"])})
         with torch.device("meta"):
-            classifier = DigitsClassifier(sizes)
+            classifier = SmallClassifier(sizes)
         classifier.load_state_dict(dict(tensors), assign=True)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"sizes and weights of {name} do not fit: {error}") from error
@@ -155,4 +155,4 @@ def digits_classifier(name: str, arch: Mapping[str, Any], tensors: Mapping[str, 
 
 
 ExtractorBuilder = Callable[[str, Mapping[str, Any], Mapping[str, Tensor]], FeatureExtractor]
-EXTRACTORS: dict[str, ExtractorBuilder] = {"digits-classifier": digits_classifier}
+EXTRACTORS: dict[str, ExtractorBuilder] = {"digits-classifier": small_classifier}

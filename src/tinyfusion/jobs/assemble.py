@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import REAL_SETS, ImageSet, load_digits
 from tinyfusion.data.images import read_images_npz
+from tinyfusion.data.parquet import read_parquet_images
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Objective
 from tinyfusion.processes.gaussian import GaussianObjective
+
+PARQUET = "parquet:"  # prefix of a data set that is parquet files
 
 
 @dataclass(frozen=True)
@@ -56,28 +60,41 @@ def objective_for(model: LoadedModel, label_drop: float) -> Objective:
     raise UserError(f"no process {model.family.process!r}")
 
 
-def image_set(name: str) -> ImageSet:
-    """A data set by name, or an npz of images and labels. Raises UserError on NaN, wrong shapes, an unknown name."""
+def image_set(name: str, size: int | None = None) -> ImageSet:
+    """A data set by name, parquet files, or an npz of images and labels; `size` is for parquet alone.
+
+    Raises UserError on NaN, wrong shapes, an unknown name.
+    """
     if name in REAL_SETS:
         return load_digits(heldout=name.endswith(":heldout"))
-    path = Path(name)
-    if path.suffix == ".npz":
-        return _npz_set(path)
-    raise UserError(f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, or an .npz with arr_0 and arr_1")
-
-
-def _npz_set(path: Path) -> ImageSet:
-    images, labels = read_images_npz(path)
+    if name.startswith(PARQUET):
+        return _array_set(name, *_parquet_arrays(name.removeprefix(PARQUET), size))
+    if not name.endswith(".npz"):
+        raise UserError(
+            f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, or an .npz with arr_0 and arr_1"
+        )
+    images, labels = read_images_npz(Path(name))
     if labels is None:
-        raise UserError(f"{path} has no labels: wanted arr_1 int64 beside arr_0")
+        raise UserError(f"{name} has no labels: wanted arr_1 int64 beside arr_0")
+    return _array_set(name, images, labels)
+
+
+@lru_cache(maxsize=2)
+def _parquet_arrays(path: str, size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Decoding is slow, and training, calibration and evaluation ask for the same set."""
+    return read_parquet_images(Path(path), size)
+
+
+def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
+    """images (N, H, W, C), uint8 pixels or floats as they are."""
     x = images.astype(np.float32).transpose(0, 3, 1, 2)
     x = x / 127.5 - 1.0 if images.dtype == np.uint8 else x
-    return ImageSet(str(path), x, labels, int(labels.max()) + 1)
+    return ImageSet(name, x, labels, int(labels.max()) + 1)
 
 
 def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> ShuffledBatches:
     """Training batches that fit `model`. Raises UserError where images and model do not go together."""
-    images = image_set(recipe.data.name)
+    images = image_set(recipe.data.name, recipe.data.size)
     wanted = (model.arch.in_channels, model.arch.input_size, model.arch.input_size)
     if images.x.shape[1:] != wanted:
         channels, height, width = images.x.shape[1:]
@@ -87,7 +104,7 @@ def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Shu
         raise UserError(
             f"data {images.name} has {images.num_classes} classes, the model knows {model.arch.num_classes}"
         )
-    return ShuffledBatches(images, Randomness(recipe.seed), device, recipe.data.augment)
+    return ShuffledBatches(images, Randomness(recipe.seed), device, recipe.data.augment, recipe.data.flip)
 
 
 def device_for(recipe: Recipe) -> torch.device:

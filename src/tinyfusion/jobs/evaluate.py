@@ -30,7 +30,7 @@ from tinyfusion.evaluate.metrics import (
     nearest_training_distance,
     precision_recall,
 )
-from tinyfusion.jobs.assemble import RunOptions, image_set, plain_recipe
+from tinyfusion.jobs.assemble import PARQUET, RunOptions, image_set, plain_recipe
 from tinyfusion.sample.drive import to_uint8
 
 METRICS = (
@@ -64,9 +64,9 @@ def evaluate(recipe: Recipe, options: RunOptions, samples: Path, reference: str)
     """Score images (npz, folder of PNGs, real set by name) against a reference; writes the JSON at `options.out`."""
     settings = recipe.evaluate
     extractor = open_extractor(settings.features)
-    images = _images(str(samples))
+    images = _images(str(samples), recipe.data.size)
     _check(images, str(samples), settings, extractor)
-    real = open_reference(reference, extractor)
+    real = open_reference(reference, extractor, recipe.data.size)
     _check(real.images, f"reference {reference}", settings, extractor)
     protocol = protocol_of(real, extractor, settings, _sampling(samples, images))
     plain = plain_recipe(
@@ -110,9 +110,12 @@ def score(
     }
 
 
-def open_reference(name: str, extractor: FeatureExtractor) -> Reference:
-    """A reference by name, npz or folder, with its statistics. Raises UserError where it cannot serve."""
-    images = _images(name)
+def open_reference(name: str, extractor: FeatureExtractor, size: int | None = None) -> Reference:
+    """A reference by name, npz or folder, with its statistics; `size` as for `image_set`.
+
+    Raises UserError where it cannot serve.
+    """
+    images = _images(name, size)
     extractor.check(images, f"reference {name}")
     if len(images) < 2:
         raise UserError(f"reference {name} has {len(images)} image: a covariance needs at least 2")
@@ -125,19 +128,25 @@ def open_reference(name: str, extractor: FeatureExtractor) -> Reference:
 
 @cache
 def open_extractor(name: str) -> FeatureExtractor:
-    """A feature extractor that comes with the package. Raises UserError where there is none, or it is damaged."""
-    if name not in EXTRACTORS:
-        raise UserError(f"unknown feature extractor {name!r}{nearest(name, EXTRACTORS)}")
-    folder = Path(str(resources.files("tinyfusion"))) / "assets" / name
+    """A feature extractor that comes with the package, or one in a folder with classifier.json.
+
+    Raises UserError where there is none, or it is damaged.
+    """
+    shipped = name in EXTRACTORS
+    folder = Path(str(resources.files("tinyfusion"))) / "assets" / name if shipped else Path(name)
+    if not shipped and not (folder / "classifier.json").is_file():
+        raise UserError(
+            f"unknown feature extractor {name!r}{nearest(name, EXTRACTORS)} (or a folder with classifier.json)"
+        )
+    remedy = "install tinyfusion again" if shipped else "make it again"
     record = read_json(folder / "classifier.json")
     try:
-        extractor = EXTRACTORS[name](name, record["arch"], load_file(folder / "classifier.safetensors"))
+        build, label = EXTRACTORS[name if shipped else "digits-classifier"], name if shipped else str(record["name"])
+        extractor = build(label, record["arch"], load_file(folder / "classifier.safetensors"))
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"{folder} is damaged ({error}): install tinyfusion again") from error
+        raise UserError(f"{folder} is damaged ({error}): {remedy}") from error
     if extractor.hash != record.get("hash"):
-        raise UserError(
-            f"{folder} is damaged: its tensors do not give the hash in classifier.json; install tinyfusion again"
-        )
+        raise UserError(f"{folder} is damaged: its tensors do not give the hash in classifier.json; {remedy}")
     return extractor
 
 
@@ -154,16 +163,16 @@ def image_hash(images: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _images(name: str) -> np.ndarray:
-    """Images of a real set by name, a folder, or an npz."""
+def _images(name: str, size: int | None) -> np.ndarray:
+    """Images of a real set by name, parquet files, a folder, or an npz."""
     path = Path(name)
-    if name in REAL_SETS:
-        return to_uint8(torch.from_numpy(image_set(name).x))
+    if name in REAL_SETS or name.startswith(PARQUET):
+        return to_uint8(torch.from_numpy(image_set(name, size).x))
     if path.is_dir():
         return read_image_folder(path)
     if path.suffix != ".npz":
         raise UserError(
-            f"no images at {name!r}: there is {', '.join(REAL_SETS)}, or a folder of PNGs, or an .npz with arr_0"
+            f"no images at {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, a folder of PNGs, or an .npz with arr_0"
         )
     return read_images_npz(path)[0]
 
@@ -171,7 +180,7 @@ def _images(name: str) -> np.ndarray:
 def _sampling(samples: Path, images: np.ndarray) -> str:
     """How the samples were made: from the record beside an npz, else unknown. UserError where it tells of others."""
     num_images = len(images)
-    if str(samples) in REAL_SETS:
+    if str(samples) in REAL_SETS or str(samples).startswith(PARQUET):
         return f"{num_images} images | real"
     beside = samples.with_suffix(".json")
     record = read_json(beside) if samples.suffix == ".npz" and beside.is_file() else None

@@ -1,0 +1,99 @@
+"""Images and labels out of parquet files, as image data sets on the hub are stored: encoded pictures in a column.
+
+Pictures are decoded by Pillow (PNG, JPEG, WebP), never unpickled, and may be reduced by a box filter.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tinyfusion.core.errors import UserError
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMN = "label"
+_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def read_parquet_images(path: Path, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, C) uint8 and labels (N,) int64 of a parquet file, or of all in a folder, by name.
+
+    The pictures are encoded bytes, or a struct with `bytes`, in a column `img` or `image`; labels are whole numbers from 0 in
+    `label`. size: side to which square pictures are reduced by a box filter, each pixel the mean of its area; None keeps
+    theirs. C is 1 where all are grey, else 3. Raises UserError on what is missing, damaged or not of one size.
+    """
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UserError(f"no parquet data at {path}: wanted a .parquet file, or a folder of them")
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for file in files:
+        for row, encoded, label in _rows(file):
+            images.append(_decoded(encoded, f"{file}, row {row}", size))
+            labels.append(_checked_label(label, f"{file}, row {row}"))
+    if not images:
+        raise UserError(f"{path} holds no images")
+    grey = all(image.shape[-1] == 1 for image in images)
+    images = images if grey else [image.repeat(3, -1) if image.shape[-1] == 1 else image for image in images]
+    odd = next((i for i, image in enumerate(images) if image.shape != images[0].shape), None)
+    if odd is not None:
+        raise UserError(
+            f"{path}: images differ in size: the first is {images[0].shape[:2]}, image {odd} {images[odd].shape[:2]} "
+            "(height, width); give one size by data.size"
+        )
+    return np.stack(images), np.array(labels, dtype=np.int64)
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Any, Any]]:
+    """(row number, encoded picture, label) of one file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        image_column = _column(file, names, IMAGE_COLUMNS)
+        label_column = _column(file, names, (LABEL_COLUMN,))
+        first = 0
+        for batch in table.iter_batches(columns=[image_column, label_column]):
+            pictures, labels = batch.column(image_column).to_pylist(), batch.column(label_column).to_pylist()
+            yield from zip(range(first, first + len(labels)), pictures, labels, strict=True)
+            first += len(labels)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read as parquet: {' '.join(str(error).split())}") from error
+
+
+def _column(file: Path, names: Sequence[str], wanted: Sequence[str]) -> str:
+    found = [name for name in wanted if name in names]
+    if not found:
+        raise UserError(f"{file} has the columns {', '.join(names)}: wanted {' or '.join(wanted)}")
+    return found[0]
+
+
+def _decoded(encoded: Any, where: str, size: int | None) -> np.ndarray:
+    """(H, W, 1 or 3) uint8."""
+    content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
+    if not isinstance(content, bytes):
+        raise UserError(f"{where}: wanted an encoded picture (bytes); got {type(content).__name__}")
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            picture = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where} cannot be decoded as {', '.join(_FORMATS)}") from error
+    if size is not None and picture.size != (size, size):
+        if picture.width != picture.height or picture.width < size:
+            raise UserError(f"{where} is {picture.width} x {picture.height}: data.size={size} reduces larger squares")
+        picture = picture.resize((size, size), Image.Resampling.BOX)
+    pixels = np.asarray(picture)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _checked_label(label: Any, where: str) -> int:
+    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+        raise UserError(f"{where}: wanted a label, a whole number from 0; got {label!r}")
+    return label

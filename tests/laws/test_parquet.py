@@ -1,0 +1,114 @@
+"""Parquet files of encoded pictures are the pictures; everything else is refused in one line."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rng import Randomness
+from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.data.digits import load_digits
+from tinyfusion.data.parquet import read_parquet_images
+from tinyfusion.jobs.assemble import image_set
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, format=kind)
+    return stream.getvalue()
+
+
+def pictures(num: int, side: int, channels: int = 3) -> np.ndarray:
+    values = Randomness(side).at(0, 0, num).uniform("pixels", (side, side, channels))
+    return (values * 256).astype(np.uint8)
+
+
+def written(path: Path, rows: list[Any], labels: list[Any], column: str = "img") -> Path:
+    pq.write_table(pa.table({column: rows, "label": labels}), path, row_group_size=3)
+    return path
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("column", "struct"), [("img", True), ("image", False)])
+def test_round_trip(tmp_path: Path, channels: int, column: str, struct: bool) -> None:
+    images, labels = pictures(7, 8, channels), [3, 0, 1, 1, 2, 9, 0]
+    rows = [{"bytes": encoded(i), "path": None} if struct else encoded(i) for i in images]
+    read, classes = read_parquet_images(written(tmp_path / "a.parquet", rows, labels, column))
+    assert np.array_equal(read, images) and classes.tolist() == labels
+
+
+def test_box_filter_is_the_mean_of_each_area(tmp_path: Path) -> None:
+    images = pictures(4, 8)
+    file = written(tmp_path / "a.parquet", [encoded(i) for i in images], [0, 1, 2, 3])
+    read, _ = read_parquet_images(file, size=4)
+    means = images.reshape(4, 4, 2, 4, 2, 3).astype(float).mean((2, 4))
+    assert read.shape == (4, 4, 4, 3) and np.abs(read - means).max() <= 1.0
+
+
+def test_a_folder_is_its_files_by_name_and_grey_among_colours_is_colour(tmp_path: Path) -> None:
+    first, second = pictures(2, 8), pictures(2, 8, 1)
+    written(tmp_path / "b.parquet", [encoded(i) for i in second], [2, 3])
+    written(tmp_path / "a.parquet", [encoded(i) for i in first], [0, 1])
+    read, labels = read_parquet_images(tmp_path)
+    assert labels.tolist() == [0, 1, 2, 3]
+    assert np.array_equal(read[:2], first) and np.array_equal(read[2:], second.repeat(3, -1))
+
+
+def test_the_data_set_by_name(tmp_path: Path) -> None:
+    images = pictures(3, 8)
+    file = written(tmp_path / "a.parquet", [encoded(i) for i in images], [0, 4, 1])
+    made = image_set(f"parquet:{file}", 8)
+    assert made.num_classes == 5 and made.x.dtype == np.float32
+    assert np.array_equal(np.rint((made.x + 1) * 127.5).astype(np.uint8), images.transpose(0, 3, 1, 2))
+
+
+GOOD = encoded(pictures(1, 8)[0])
+BAD = {
+    "no label": ([GOOD], [None], None, "row 0: wanted a label"),
+    "negative label": ([GOOD], [-1], None, "row 0: wanted a label"),
+    "no picture": ([GOOD, b"not a picture"], [0, 1], None, "row 1 cannot be decoded"),
+    "text for bytes": (["GOOD"], [0], None, "wanted an encoded picture"),
+    "two sizes": ([GOOD, encoded(pictures(1, 6)[0])], [0, 1], None, "image 1 (6, 6)"),
+    "too small": ([GOOD], [0], 16, "8 x 8: data.size=16 reduces larger squares"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(tmp_path: Path, case: str) -> None:
+    rows, labels, size, part = BAD[case]
+    file = written(tmp_path / "a.parquet", rows, labels)
+    with pytest.raises(UserError) as caught:
+        read_parquet_images(file, size)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        read_parquet_images(tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="no parquet data"):
+        read_parquet_images(tmp_path / "y.parquet")
+    pq.write_table(pa.table({"pixels": [GOOD], "label": [0]}), tmp_path / "z.parquet")
+    with pytest.raises(UserError, match="wanted img or image"):
+        read_parquet_images(tmp_path / "z.parquet")
+
+
+def test_flips_are_addressed_and_as_often_as_asked() -> None:
+    images = load_digits()
+    plain = ShuffledBatches(images, Randomness(1), torch.device("cpu"))
+    flipping = ShuffledBatches(images, Randomness(1), torch.device("cpu"), flip=0.3)
+    draws = Randomness(1).at(2, 0, 400)
+    straight, mixed = plain(2, 400, draws).x, flipping(2, 400, draws).x
+    same = (mixed == straight).flatten(1).all(1)
+    mirrored = (mixed == straight.flip(-1)).flatten(1).all(1)
+    assert bool((same | mirrored).all()) and 0.2 < float((~same).float().mean()) < 0.4
+    assert torch.equal(flipping(2, 400, Randomness(1).at(2, 200, 200)).x, mixed[200:])
