@@ -136,7 +136,7 @@ def main() -> None:
         "hash": extractor.hash,
         "heldout_accuracy": accuracy(extractor, heldout),
         "training_accuracy": accuracy(extractor, images),
-        "training": {**dataclasses.asdict(settings), "seed": SEED, "augment": AUGMENT, "data": options.data},
+        "training": {**dataclasses.asdict(settings), "seed": SEED, "augment": AUGMENT, "data": Path(options.data).name},
         "torch": torch.__version__.partition("+")[0],
         "license": "Apache-2.0",
     }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import Criterion, Recovery
 
 Weights = Literal["ema", "raw"]
 
@@ -99,26 +100,38 @@ class Prune(OpensModel):
     out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
     teacher: Annotated[str | None, option("model to make shallow", "MODEL")] = None
     data: Annotated[str | None, option("data set", "NAME")] = None
-    criterion: Annotated[Literal["learned", "indices"] | None, option("how blocks are chosen", "learned|indices")] = (
+    criterion: Annotated[
+        Criterion | None, option(f"how blocks are chosen: {', '.join(get_args(Criterion))} (default learned)", "NAME")
+    ] = None
+    num_keep: Annotated[int | None, option("blocks that stay, of all criteria but learned (default half)", "N")] = None
+    protect: Annotated[str | None, option("blocks that stay whatever the criterion says: 0,11", "I,J,..")] = None
+    scheme: Annotated[str | None, option("learned: N:M keeps N of every M blocks; 2:4x3+3:4x4 is explicit", "N:M")] = (
         None
     )
-    scheme: Annotated[str | None, option("N:M keeps N of every M blocks; 2:4x3+3:4x4 is explicit", "N:M")] = None
     update: Annotated[
-        Literal["lora", "full", "frozen"] | None, option("what trains beside the gates", "lora|full|frozen")
+        Literal["lora", "full", "frozen"] | None, option("learned: what trains beside the gates", "lora|full|frozen")
     ] = None
     keep: Annotated[str | None, option("blocks to keep, instead of learning which: 0,2,4", "I,J,..")] = None
-    steps: Annotated[int | None, option("optimiser steps", "N")] = None
+    steps: Annotated[int | None, option("learned: optimiser steps", "N")] = None
 
     def fields(self) -> dict[str, Any]:
         keep = None if self.keep is None else _integers("--keep", self.keep)
-        if keep is not None and self.criterion == "learned":
+        protect = None if self.protect is None else _integers("--protect", self.protect)
+        if keep is not None and self.criterion not in (None, "indices"):
             raise UserError(
-                "--keep names the blocks to keep, so nothing is left to learn: leave out --criterion learned"
+                f"--keep names the blocks to keep, so nothing is left to choose: leave out --criterion {self.criterion}"
             )
+        if keep is not None and self.num_keep is not None:
+            raise UserError("--keep names the blocks to keep, and so how many: leave out --num-keep")
         criterion = "indices" if keep is not None else self.criterion
+        learning = {"--scheme": self.scheme, "--update": self.update, "--steps": self.steps}
+        meant = [name for name, value in learning.items() if value is not None]
+        if criterion not in (None, "learned") and meant:
+            raise UserError(f"{meant[0]} is for criterion learned, not {criterion}: leave out one of the two")
         return {
             "teacher": self.teacher, "data.name": self.data, "prune.criterion": criterion, "prune.scheme": self.scheme,
-            "prune.update": self.update, "prune.keep": keep, "prune.training.steps": self.steps,
+            "prune.update": self.update, "prune.keep": keep, "prune.num_keep": self.num_keep, "prune.protect": protect,
+            "prune.training.steps": self.steps,
         }  # fmt: skip
 
 
@@ -131,9 +144,9 @@ class Recover(OpensModel):
 
     student: Annotated[Path, option("cut model, or the run folder of `prune` (required)", "PATH")] = Path()
     out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
-    teacher: Annotated[str | None, option("model to learn from; masked-kd needs it", "MODEL")] = None
+    teacher: Annotated[str | None, option("model to learn from; only finetune needs none", "MODEL")] = None
     data: Annotated[str | None, option("data set", "NAME")] = None
-    method: Annotated[Literal["finetune", "masked-kd"] | None, option("how", "finetune|masked-kd")] = None
+    method: Annotated[Recovery | None, option("how (default masked-kd)", "|".join(get_args(Recovery)))] = None
     steps: Annotated[int | None, option("optimiser steps", "N")] = None
 
     def fields(self) -> dict[str, Any]:

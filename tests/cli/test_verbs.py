@@ -93,17 +93,98 @@ def test_prune_indices(cli: Cli, work: Path) -> None:
     assert facts["depth"] == 2
 
 
-@pytest.mark.parametrize(("method", "terms"), [("masked-kd", {"kd_loss", "feat_loss", "beta"}), ("finetune", {"mse"})])
+CALIBRATED = "--set prune.calibration_images=24 --set prune.calibration_batch_size=10"
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ("bi", None), ("bi --set prune.bi_inputs=clean", None), ("flux-lite", None), ("sensitivity", None),
+        ("sensitivity --set prune.sensitivity_order=greedy", None), ("bk-sdm", [0, 3]), ("first", [0, 1]),
+        ("last", [2, 3]), ("uniform", [0, 3]), ("random --seed 3", None), ("first --num-keep 3 --protect 3", [0, 1, 3]),
+    ],
+)  # fmt: skip
+def test_prune_without_training(cli: Cli, work: Path, options: str, kept: list[int] | None) -> None:
+    command = f"prune --teacher teacher --criterion {options} {CALIBRATED} --out pruned --json"
+    dry = done(cli, f"{command} --dry-run")
+    assert dry.last_json["plan"]["criterion"].startswith(options.split()[0])
+    assert not Path("pruned").exists()
+    outcome = done(cli, command)
+    plan = json.loads(Path("pruned/plan.json").read_text(encoding="utf-8"))
+    assert outcome.last_json["kept"] == plan["kept"]
+    assert kept in (None, plan["kept"]["blocks"])
+    assert plan["scores"].get("calibration", {}).get("images", 24) == 24
+    assert done(cli, "inspect pruned --json").last_json["kept"] == plan["kept"]
+    assert not list(Path("pruned").rglob("step-*"))
+
+
+def test_prune_by_calibration_loss_leaves_all_losses(cli: Cli, work: Path) -> None:
+    done(cli, f"prune --teacher teacher --criterion median-loss {CALIBRATED} --protect 2 --out pruned")
+    table = json.loads(Path("pruned/calibration.json").read_text(encoding="utf-8"))
+    plan = json.loads(Path("pruned/plan.json").read_text(encoding="utf-8"))
+    assert table["masks"] == ["1010", "0110", "0011"], "in lexicographic order of the kept blocks"
+    assert sorted(table["losses"])[1] == plan["scores"]["loss"] == table["loss"]
+    assert {"bi", "flux-lite", "sensitivity", "bk-sdm", "first", "last", "uniform"} == set(table["marks"])
+    assert table["calibration"]["distinct_images"] == 24
+
+
+def test_a_stopped_mask_search_goes_on(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after the second of three batches: the sums so far are kept, and the outcome is that of one sitting."""
+    command = f"prune --teacher teacher --criterion min-loss {CALIBRATED} --out pruned"
+    done(cli, command.replace("pruned", "whole"))
+    monkeypatch.setattr("tinyfusion.jobs.asking._SAVED_EVERY_S", 0.0)
+    saved: list[object] = []
+
+    def save_and_stop(*arguments: object) -> None:
+        asking_save(*arguments)
+        saved.append(arguments)
+        if len(saved) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    from tinyfusion.jobs import asking
+
+    asking_save: Any = asking._save
+    monkeypatch.setattr(asking, "_save", save_and_stop)
+    stopped = cli(*shlex.split(command))
+    assert stopped.code == 128 + signal.SIGTERM
+    assert [p.name for p in Path("pruned/checkpoints").iterdir()] == ["step-0000002"]
+    done(cli, command)
+    assert len(saved) == 2, "the third batch is the last, and the first two were not done again"
+    tables = [json.loads(Path(f"{run}/calibration.json").read_text(encoding="utf-8")) for run in ("pruned", "whole")]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "terms"),
+    [
+        ("masked-kd", {"mse", "kd_loss", "feat_loss", "beta"}),
+        ("rep-kd", {"mse", "kd_loss", "feat_loss", "beta"}),
+        ("logits-kd", {"mse", "kd_loss"}),
+        ("finetune", {"mse"}),
+    ],
+)
 def test_recover(cli: Cli, work: Path, method: str, terms: set[str]) -> None:
     done(cli, f"{RECOVER} --method {method}")
     log = lines_of("recovered/metrics.jsonl")
     assert len(log) == 2
-    assert terms <= set(log[0])
+    assert terms == {"mse", "kd_loss", "feat_loss", "beta"} & set(log[0])
     averaged, raw = (load_file(f"recovered/{name}/model.safetensors") for name in ("student", "student-raw"))
     assert not averaged["blocks.0.mlp.fc1.weight"].equal(raw["blocks.0.mlp.fc1.weight"])
     ema, other = (done(cli, f"inspect recovered --json {w}").last_json["hash"] for w in ("", "--weights raw"))
     assert ema != other
     assert done(cli, "inspect recovered --json").last_json["kept"] == {"blocks": [0, 2]}
+
+
+def test_a_chain_learns_from_parent_grandparent_and_aunt(cli: Cli, work: Path) -> None:
+    half = "recover --teacher teacher --student student --steps 2 --out half --set recover.training.ema_decay=0.5"
+    done(cli, f"{half} --set recover.training.batch_size=8")
+    done(cli, "prune --teacher half --criterion indices --keep 1 --out quarter")
+    done(cli, "prune --teacher teacher --criterion indices --keep 0,1,3 --out three")
+    for student, teacher in (("quarter", "half"), ("quarter", "teacher"), ("three", "half")):
+        out = f"{student}-from-{teacher}"
+        options = half.replace("--student student", f"--student {student}").replace("--out half", f"--out {out}")
+        done(cli, options.replace("--teacher teacher", f"--teacher {teacher}"))
+        assert "feat_loss" in lines_of(f"{out}/metrics.jsonl")[0], out
 
 
 def test_recover_warns_where_the_average_is_too_slow(cli: Cli, work: Path) -> None:

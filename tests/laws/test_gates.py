@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import PruneSection, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.stack import frozen
-from tinyfusion.processes.base import NoisyBatch
+from tinyfusion.models.stack import BlockStack, frozen
+from tinyfusion.processes.base import Batch, NoisyBatch
+from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.gates import CategoricalGates, mode, probabilities
+from tinyfusion.prune.learn import mask_learner
 from tinyfusion.prune.scheme import Group, consecutive_groups, parse_scheme
+from tinyfusion.training.lora import add_lora, cast_frozen_linears
 from tinyfusion.training.optim import linear
 
 # ------------------------------------------------------------------------------------------- gates and the cut model
@@ -218,6 +224,375 @@ def test_published_logit_gradient() -> None:
     assert m.tolist() == [[1.0, 0.0]]
     assert gates.logits[0].grad is not None
     assert gates.logits[0].grad.tolist() == pytest.approx([5.569123, -5.569122], rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ skipping what is dropped
+
+
+Gradients = dict[str, Tensor]
+
+
+def run_gated(
+    model: LoadedModel,
+    noisy: NoisyBatch,
+    gates: Tensor,
+    dropped: Literal["dense", "skip"],
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Gradients]:
+    """Output and gradients, of gates and of every trained weight, of some loss that sees all outputs."""
+    gates = gates.clone().requires_grad_(True)
+    trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+    with model.stack.gated(gates, dropped), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        output = model.module(noisy.xt, noisy.t, noisy.y)
+    weights = torch.linspace(-1, 1, output.numel()).view(output.shape)
+    (output.float() * weights).sum().backward()
+    gradients: Gradients = {}
+    for name, tensor in {"gates": gates, **trained}.items():
+        assert tensor.grad is not None, f"{name} has no gradient"
+        gradients[name], tensor.grad = tensor.grad.clone(), None
+    return output.detach(), gradients
+
+
+def with_update(model: LoadedModel, update: str) -> LoadedModel:
+    """What the mask learner makes of a model, with deltas that are not zero."""
+    if update == "lora":
+        deltas = add_lora(model.module, rank=2, alpha=4.0, seed=0)
+        with torch.no_grad():
+            for index, delta in enumerate(deltas.values()):
+                delta.add_(0.1 * torch.sin(torch.arange(delta.numel()) + index).view(delta.shape))
+    elif update == "frozen":
+        frozen(model.module)
+    return model
+
+
+def assert_same(found: tuple[Tensor, Gradients], wanted: tuple[Tensor, Gradients], relative: float = 1e-5) -> None:
+    """Equal to `relative` of each tensor's largest value."""
+    pairs = [(found[0], wanted[0]), *((found[1][name], gradient) for name, gradient in wanted[1].items())]
+    assert found[1].keys() == wanted[1].keys()
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=relative * float(theirs.abs().max()))
+
+
+masks_of_four_blocks = st.lists(st.tuples(*[st.sampled_from([0.0, 1.0])] * 4), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("update", ["full", "lora", "frozen"])
+@settings(max_examples=10)
+@given(masks=masks_of_four_blocks, seed=st.integers(0, 3))
+@example(masks=[(1.0, 0.0, 1.0, 0.0)] * 3, seed=0)  # blocks that all keep, and that all drop
+@example(masks=[(0.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0)], seed=0)
+@example(masks=[(0.0, 1.0, 1.0, 0.0)], seed=0)
+def test_skipping_is_dense_gating(
+    tiny_model: Callable[..., LoadedModel],
+    noisy_batch: Callable[..., NoisyBatch],
+    update: str,
+    masks: list[tuple[float, ...]],
+    seed: int,
+) -> None:
+    """The same values, gate gradients and weight gradients, zeros included."""
+    model = with_update(tiny_model(seed), update)
+    noisy, gates = noisy_batch(model, len(masks), seed), torch.tensor(masks)
+    assert_same(run_gated(model, noisy, gates, "skip"), run_gated(model, noisy, gates, "dense"))
+
+
+@pytest.mark.parametrize("update", ["full", "lora"])
+def test_skipping_is_dense_gating_in_bfloat16(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch], update: str
+) -> None:
+    """Casts that autocast remembers from a pass without a graph must not cost a weight its gradient."""
+    model = with_update(tiny_model(), update)
+    noisy, gates = noisy_batch(model, 4), torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0], [1, 0, 1, 0]])
+    found, wanted = (run_gated(model, noisy, gates, form, torch.bfloat16) for form in ("skip", "dense"))
+    assert_same(found, wanted, relative=2e-2)
+    assert found[0].dtype == wanted[0].dtype
+
+
+@pytest.mark.parametrize("update", ["full", "lora", "frozen"])
+@pytest.mark.parametrize("scheme", ["1:2", "1:4", "3:4"])
+def test_the_learner_gets_the_same_gradients(
+    tiny_model: Callable[..., LoadedModel], scheme: str, update: Literal["full", "lora", "frozen"]
+) -> None:
+    """From Gumbel noise to the logits."""
+    found = {}
+    for dropped in ("dense", "skip"):
+        section = dataclasses.replace(PruneSection(), scheme=scheme, update=update, lora_rank=2, dropped=dropped)
+        learner = mask_learner(tiny_model(), GaussianObjective(5), section, seed=0)
+        batch = Batch(torch.linspace(-1, 1, 8 * 32).view(8, 2, 4, 4), torch.arange(8) % 5)
+        noisy = learner.objective.draw(batch, Randomness(0).at(0, 0, 8))
+        prediction = learner.objective.predict(learner.module, noisy)
+        loss = learner.objective.losses(learner.module, noisy, prediction)["loss"]
+        loss.mean().backward()
+        parameters = {n: p for group in learner.parameter_groups for n, p in group.parameters.items()}
+        found[dropped] = loss.detach(), {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    assert any(name.startswith("gates") for name in found["skip"][1])
+    assert_same(found["skip"], found["dense"])
+
+
+def test_skipping_gives_a_closed_gate_its_branch_as_well(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    """d loss / d m_j = <d loss / d x, block(x) - x>, from the streams that hooks on the blocks see."""
+    model = tiny_model()
+    gates = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [1, 1, 1, 0]], requires_grad=True)
+    noisy = noisy_batch(model)
+    seen: list[tuple[nn.Module, tuple[Tensor, ...], Tensor]] = []
+
+    def after(block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.retain_grad()
+        seen.append((block, args, output))
+
+    with ExitStack() as hooks:
+        hooks.enter_context(model.stack.gated(gates, "skip"))
+        for block in model.stack:
+            hooks.enter_context(block.register_forward_hook(after))
+        model.module(noisy.xt, noisy.t, noisy.y).square().sum().backward()
+    assert gates.grad is not None and len(seen) == 4
+    for j, (block, (x, c), output) in enumerate(seen):
+        assert output.grad is not None
+        wanted = (output.grad * (block(x, c) - x).detach()).flatten(1).sum(1)
+        torch.testing.assert_close(gates.grad[:, j], wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+@torch.no_grad()
+def test_skipping_alike_for_all_is_the_cut_bit_for_bit(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    model = tiny_model()
+    noisy = noisy_batch(model)
+    for kept in ((0, 1, 2, 3), (1, 2), (3,)):
+        for num in (1, 3):  # one row stands for all images
+            with model.stack.gated(as_gates(kept, 4, num), "skip"):
+                found = model.module(noisy.xt, noisy.t, noisy.y)
+            assert torch.equal(found, cut_output(model, noisy, kept))
+
+
+def test_one_row_of_gates_collects_the_gradient_of_all_images(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    model = tiny_model()
+    noisy, gates = noisy_batch(model), torch.tensor([[1.0, 0, 0, 1]])
+    wanted = run_gated(model, noisy, gates, "dense")
+    assert wanted[1]["gates"].shape == (1, 4)
+    assert_same(run_gated(model, noisy, gates, "skip"), wanted)
+
+
+def test_gates_between_0_and_1_are_mixed_densely(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    model = tiny_model()
+    noisy, gates = noisy_batch(model), torch.tensor([[0.5, 1, -1, 1], [1, 1, 0, 1], [1.0, 1, 1, 2]])
+    found, wanted = (run_gated(model, noisy, gates, form) for form in ("skip", "dense"))
+    assert torch.equal(found[0], wanted[0])
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in wanted[1].items() if name != "gates")
+    assert_same(found, wanted)
+
+
+def saved_bytes(
+    model: LoadedModel, gates: Tensor, dropped: Literal["dense", "skip"], stream: Tensor, c: Tensor
+) -> list[int]:
+    """Bytes of every distinct storage that the graph of the gated blocks holds, without weights and the input."""
+    own = {p.untyped_storage().data_ptr() for p in model.module.parameters()} | {stream.untyped_storage().data_ptr()}
+    found: dict[int, int] = {}
+    held: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.append(tensor)  # alive, so that no address comes twice
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), model.stack.gated(gates, dropped):
+        x = stream
+        for block in model.stack:
+            x = block(x, c)
+    return list(found.values())
+
+
+def test_dropped_images_hold_nothing_but_their_difference(tiny_model: Callable[..., LoadedModel]) -> None:
+    model = tiny_model(input_size=8, hidden_size=32)
+    stream, c = torch.linspace(-1, 1, 8 * 16 * 32).view(8, 16, 32), torch.linspace(-1, 1, 8 * 32).view(8, 32)
+    closed = torch.zeros(8, 4, requires_grad=True)
+    differences = [size for size in saved_bytes(model, closed, "skip", stream, c) if size >= stream.nbytes]
+    assert differences == [stream.nbytes] * 4, "one per block"
+    half = as_gates((0, 2), 4, 8)
+    half[4:] = 1 - half[4:]
+    half.requires_grad_(True)
+    skipped, dense = (sum(saved_bytes(model, half, form, stream, c)) for form in ("skip", "dense"))
+    assert skipped < 0.6 * dense
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_without_gate_gradients_dropped_images_are_not_run(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch], watched: bool
+) -> None:
+    model = tiny_model()
+    noisy, gates = noisy_batch(model), torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [1, 1, 1, 0]])
+    images: list[int] = []
+    with ExitStack() as hooks:
+        for block in model.stack:
+            attention = block.get_submodule("attn")
+            hooks.enter_context(attention.register_forward_pre_hook(lambda _module, args: images.append(len(args[0]))))
+        hooks.enter_context(model.stack.gated(gates.requires_grad_(watched), "skip"))
+        model.module(noisy.xt, noisy.t, noisy.y)
+    assert images == ([2, 1, 2, 1, 3, 3] if watched else [2, 2, 3])
+
+
+class Branch(NamedTuple):
+    """Arguments as other families pass them."""
+
+    scale: Tensor
+    table: Tensor
+
+
+class OddBlock(nn.Module):
+    """Arguments of every kind: per image, shared, nested, by name, and a parameter as long as the batch."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Branch,
+        many: list[Tensor],
+        *,
+        bias: nn.Parameter,
+        more: dict[str, Any],
+        c: Tensor | None,
+    ) -> Tensor:
+        y = self.linear(x) * branch.scale[:, None, None] + branch.table + many[0][:, None] + bias.sum()
+        return y + more["rows"] * more["number"] + (0 if c is None else c.unsqueeze(1))
+
+
+class TwoLists(nn.Module):
+    """Blocks in two lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList([OddBlock(3, 4), OddBlock(3, 4)])
+        self.second = nn.ModuleList([OddBlock(3, 4)])
+        self.bias = nn.Parameter(torch.linspace(0, 1, 5))
+        for index, parameter in enumerate(self.parameters()):
+            with torch.no_grad():
+                parameter.copy_(torch.sin(torch.arange(parameter.numel()) + index).view(parameter.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        num = len(x)
+        per_image = torch.linspace(0.5, 1.5, num)
+        for index, block in enumerate([*self.first, *self.second]):
+            branch = Branch(per_image + index, torch.linspace(-1, 1, 3).view(1, 3, 1))
+            more = {"rows": per_image.view(num, 1, 1), "number": 0.5}
+            x = block(
+                x,
+                branch,
+                [per_image.view(num, 1)],
+                bias=self.bias,
+                more=more,
+                c=per_image.view(num, 1) if index else None,
+            )
+        return x
+
+
+def test_arguments_of_every_kind_go_with_their_images() -> None:
+    model = TwoLists()
+    stack = BlockStack(model, ("first", "second"))
+    x = torch.linspace(-1, 1, 5 * 3 * 4).view(5, 3, 4)
+    masks = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1], [1, 0, 0]])
+    found = {}
+    for dropped in ("dense", "skip"):
+        gates = masks.clone().requires_grad_(True)
+        with stack.gated(gates, dropped):
+            output = model(x)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(output.square().sum(), [gates, *parameters])
+        found[dropped] = output.detach(), dict(zip(("gates", *names), gradients, strict=True))
+    assert_same(found["skip"], found["dense"])
+
+
+def test_taps_see_the_mixed_stream_from_inside_and_outside(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    model = tiny_model()
+    noisy, gates = noisy_batch(model), torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [1, 1, 1, 0]], requires_grad=True)
+    with model.stack.gated(gates, "dense"), model.stack.tap(range(4)) as wanted:
+        model.module(noisy.xt, noisy.t, noisy.y)
+    with model.stack.tap(range(4)) as outside, model.stack.gated(gates, "skip"), model.stack.tap(range(4)) as inside:
+        model.module(noisy.xt, noisy.t, noisy.y)
+    for index, output in wanted.items():
+        torch.testing.assert_close(inside[index], output)
+        assert torch.equal(inside[index], outside[index])
+
+
+@pytest.mark.parametrize("inner", ["dense", "skip"])
+@pytest.mark.parametrize("outer", ["dense", "skip"])
+def test_gates_within_gates_multiply(
+    tiny_model: Callable[..., LoadedModel],
+    noisy_batch: Callable[..., NoisyBatch],
+    outer: Literal["dense", "skip"],
+    inner: Literal["dense", "skip"],
+) -> None:
+    model = tiny_model()
+    noisy = noisy_batch(model)
+    first = torch.tensor([[1.0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1]])
+    second = torch.tensor([[1.0, 1, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1]])
+    with model.stack.gated(first, outer):
+        found = run_gated(model, noisy, second, inner)
+    with model.stack.gated(first, "dense"):
+        wanted = run_gated(model, noisy, second, "dense")
+    assert_same(found, wanted)
+
+
+def test_skipping_leaves_nothing_behind(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    model = tiny_model()
+    noisy, ones = noisy_batch(model), torch.ones(3, 4)
+    with model.stack.gated(ones, "skip"):
+        before = [vars(block)["forward"] for block in model.stack]
+        with pytest.raises(KeyError), model.stack.gated(ones, "skip"):
+            raise KeyError
+        assert [vars(block)["forward"] for block in model.stack] == before, "the outer gates are back"
+        with pytest.raises(ValueError, match="gates are for 3 images, the block got 2"):
+            model.module(noisy.xt[:2], noisy.t[:2], noisy.y[:2])
+    assert all("forward" not in vars(block) and not block._forward_hooks for block in model.stack)
+
+
+@torch.no_grad()
+def test_frozen_weights_in_bfloat16_change_nothing_under_autocast(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    """Autocast makes the same cast of the same values at every call."""
+    model = with_update(tiny_model(), "lora")
+    noisy = noisy_batch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model.module(noisy.xt, noisy.t, noisy.y)
+        trained = {name: p.dtype for name, p in model.module.named_parameters() if p.requires_grad}
+        cast_frozen_linears(model.module, torch.bfloat16)
+        assert torch.equal(model.module(noisy.xt, noisy.t, noisy.y), wanted)
+    assert set(trained.values()) == {torch.float32}
+    held = {name: p.dtype for name, p in model.module.named_parameters() if "base_layer" in name}
+    assert set(held.values()) == {torch.bfloat16}
+    assert model.module.pos_embed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("update", ["full", "lora", "frozen"])
+def test_only_a_throw_away_copy_in_bfloat16_holds_bfloat16(
+    tiny_model: Callable[..., LoadedModel],
+    update: Literal["full", "lora", "frozen"],
+    dtype: Literal["float32", "bfloat16"],
+) -> None:
+    teacher = tiny_model()
+    section = dataclasses.replace(
+        PruneSection(), update=update, lora_rank=2, training=TrainingSection(steps=2, batch_size=2, dtype=dtype)
+    )
+    learner = mask_learner(teacher, GaussianObjective(5), section, seed=0)
+    assert {p.dtype for p in teacher.module.parameters()} == {torch.float32}
+    assert {p.dtype for p in learner.module.parameters() if p.requires_grad} <= {torch.float32}
+    casts = any(p.dtype == torch.bfloat16 for p in learner.module.parameters())
+    assert casts == (dtype == "bfloat16" and update != "full")
 
 
 # ----------------------------------------------------------------------------------------------- samples and schemes

@@ -122,9 +122,9 @@ def test_the_gumbel_noise_is_addressed_like_every_draw(tiny_model: Callable[...,
     x, y = torch.zeros(6, 2, 4, 4), torch.zeros(6, dtype=torch.int64)
     whole = learner.objective.draw(Batch(x, y), Randomness(0).at(4, 0, 6))
     part = learner.objective.draw(Batch(x[1:3], y[1:3]), Randomness(0).at(4, 1, 2))
-    assert len(whole.gumbel) == 2 and whole.step == 4
-    assert all(torch.equal(p, w[1:3]) for p, w in zip(part.gumbel, whole.gumbel, strict=True))
-    assert not torch.equal(whole.gumbel[0], whole.gumbel[1])
+    assert len(whole.gate_noise) == 2 and whole.step == 4
+    assert all(torch.equal(p, w[1:3]) for p, w in zip(part.gate_noise, whole.gate_noise, strict=True))
+    assert not torch.equal(whole.gate_noise[0], whole.gate_noise[1])
 
 
 def test_the_decision_reads_averaged_logits_and_becomes_a_plan(tiny_model: Callable[..., LoadedModel]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +17,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rng import Randomness
-from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.core.recipe import RecoverSection, TrainingSection
+from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
 from tinyfusion.models.plan import PrunePlan, plan_from_json
 from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.criteria import by_indices
-from tinyfusion.recover.align import block_pairs
+from tinyfusion.recover.align import Pairs, block_pairs, pairs_between, pairs_to_ancestors
 from tinyfusion.recover.distill import DistilledObjective
+from tinyfusion.recover.distill import distilled as by_method
 from tinyfusion.recover.terms import masked_feature_loss, massive_mask, mean_over_pairs
+from tinyfusion.training.loop import TrainState, train_steps
+from tinyfusion.training.optim import ParameterGroup, trainable
 
 
 def distilled(
@@ -140,6 +145,217 @@ def test_published_distillation_numbers(
         assert terms[name].tolist() == pytest.approx(values, rel=1e-4 if name == "vb_kd" else 2e-5), name
     plain = terms_of(distilled(teacher, student, [(0, 1)], beta=(0.0, 0.0)), student, published_noisy)
     assert plain["loss"].tolist() == pytest.approx([1.9564666, 0.0989235, 0.0972344], rel=2e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------- methods
+
+METHODS = ("logits-kd", "rep-kd", "masked-kd")
+
+
+def of_method(
+    method: Any, teacher: LoadedModel, student: LoadedModel, pairs: Pairs, steps: int = 1, **more: Any
+) -> DistilledObjective:
+    settings = RecoverSection(method=method, training=TrainingSection(steps=steps), **more)
+    frozen(teacher.module)
+    return by_method(settings, GaussianObjective(teacher.arch.num_classes, label_drop=0.3), teacher, student, pairs)
+
+
+def gradients(goal: DistilledObjective, student: LoadedModel, noisy: NoisyBatch) -> dict[str, Tensor]:
+    student.module.zero_grad()
+    terms_of(goal, student, noisy)["loss"].mean().backward()
+    return {name: p.grad for name, p in student.module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("rule", ["own", "joint"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_of_the_teacher_has_nothing_to_learn(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch], method: str, rule: Any
+) -> None:
+    teacher = tiny_model(0)
+    student = teacher.copy()
+    noisy = noisy_batch(teacher, 4, t=[1, 2, 500, 999])  # at t = 0 the variance learns from data
+    pairs = [(i, i) for i in range(4)]
+    goal = of_method(method, teacher, student, pairs, alpha_kd=1.0, mask=rule)
+    assert not any(gradient.any() for gradient in gradients(goal, student, noisy).values())
+    assert torch.equal(terms_of(goal, student, noisy)["loss"], torch.zeros(4))
+
+
+def test_rep_kd_is_masked_kd_without_masks(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    teacher, student = tiny_model(0), tiny_model(1, depth=2)
+    noisy, pairs = noisy_batch(teacher), [(0, 1), (1, 3)]
+    rep = of_method("rep-kd", teacher, student, pairs, mask_sigmas=2.0)
+    masked = of_method("masked-kd", teacher, student, pairs, mask_sigmas=None)
+    ours, theirs = (terms_of(goal, student, noisy) for goal in (rep, masked))
+    assert all(torch.equal(ours[name], theirs[name]) for name in {**ours, **theirs})
+    assert not torch.equal(
+        ours["feat_loss"], terms_of(of_method("masked-kd", teacher, student, pairs), student, noisy)["feat_loss"]
+    )
+
+
+def test_logits_kd_is_masked_kd_at_its_last_step_and_watches_no_block(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    teacher, student = tiny_model(0), tiny_model(1, depth=2)
+    noisy, pairs = dataclasses.replace(noisy_batch(teacher), step=9), [(0, 1), (1, 3)]
+    logits, masked, zero = (
+        of_method(method, teacher, student, pairs, steps=10, beta=beta)
+        for method, beta in (("logits-kd", (1e-2, 1e-2)), ("masked-kd", (1e-2, 0.0)), ("masked-kd", (0.0, 0.0)))
+    )
+    ours, last, off = (terms_of(goal, student, noisy) for goal in (logits, masked, zero))
+    assert torch.equal(ours["loss"], last["loss"]) and torch.equal(ours["loss"], off["loss"])
+    assert "feat_loss" in last and "feat_loss" not in ours and "feat_loss" not in off
+    found = gradients(logits, student, noisy)
+    assert all(torch.equal(g, found[name]) for name, g in gradients(masked, student, noisy).items())
+
+    hooks: list[int] = []
+    first = [next(iter(model.stack)) for model in (teacher, student)]
+    handles = [
+        block.register_forward_pre_hook(
+            lambda *_: hooks.append(sum(len(b._forward_hooks) for m in (teacher, student) for b in m.stack))
+        )
+        for block in first
+    ]
+    for goal in (logits, masked, zero):
+        goal.predict(student.module, noisy)
+    for handle in handles:
+        handle.remove()
+    assert hooks == [0, 0, 2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_step_and_no_step_left_are_fine(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch], method: str
+) -> None:
+    teacher, student = tiny_model(0), tiny_model(1, depth=2)
+    noisy, pairs = noisy_batch(teacher), [(0, 1), (1, 3)]
+    for steps, step, beta in ((1, 0, 1e-2), (2, 0, 1e-2), (2, 1, 0.0), (1, 5, 1e-2)):
+        goal = of_method(method, teacher, student, pairs, steps=steps)
+        terms = terms_of(goal, student, dataclasses.replace(noisy, step=step))
+        base = 0.9 * terms["kd_loss"] + 0.1 * terms["gt"]
+        features = beta * terms["feat_loss"] if method != "logits-kd" else torch.zeros(())
+        torch.testing.assert_close(terms["loss"], base + features)
+
+
+def cut(model: LoadedModel, kept: list[int], groups: list[list[int]] | None = None) -> LoadedModel:
+    depth = len(model.stack)
+    return model.cut(dataclasses.replace(plan_of(groups, kept, depth), teacher=model.hash()))
+
+
+def recovered(model: LoadedModel) -> LoadedModel:
+    """As after a recovery: other weights, so another hash."""
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.add_(0.01 * parameter.requires_grad)
+    return model
+
+
+PLANS = {
+    "1:2": ([0, 3, 5, 6, 9, 10], [[1, 2]] * 6, 6),
+    "2:4": ([0, 1, 5, 7, 10, 11], [[2, 4]] * 3, 3),
+    "1:4": ([1, 4, 11], [[1, 4]] * 3, 3),
+    "3:4+1:8": ([0, 2, 3, 9], [[3, 4], [1, 8]], 2),
+    "6:12": ([0, 1, 2, 3, 5, 6], [[6, 12]], 1),
+    "no groups": ([0, 1, 2, 3, 5, 6], None, 6),
+    "nothing cut": (list(range(12)), None, 12),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [*PLANS, "from a cut teacher", "grandparent", "sibling"])
+def test_every_method_learns_on_every_kind_of_plan(
+    tiny_model: Callable[..., LoadedModel], kind: str, method: str
+) -> None:
+    root = tiny_model(0, depth=12)
+    if kind in PLANS:
+        kept, groups, count = PLANS[kind]
+        teacher, student = root, cut(root, kept, groups)
+    else:
+        half = recovered(cut(root, [0, 3, 5, 6, 9, 10], [[1, 2]] * 6))
+        student, count = (cut(half, [0, 3, 4], [[1, 2]] * 3), 3) if kind != "sibling" else (cut(root, [1, 4, 11]), 2)
+        teacher = root if kind == "grandparent" else half
+    pairs = pairs_between(student.facts, teacher.facts, teacher.hash())
+    assert len(pairs) == count and pairs[-1] == (len(student.stack) - 1, len(teacher.stack) - 1)
+    assert all(a < c and b < d for (a, b), (c, d) in itertools.pairwise(pairs))
+    goal = of_method(method, teacher, student, pairs, steps=2)
+    settings = TrainingSection(steps=2, batch_size=4, ema_decay=0.5)
+    state = TrainState(student.module, [ParameterGroup(trainable(student.module))], settings)
+    before = student.hash()
+
+    def source(step: int, size: int, draws: Draws) -> Batch:
+        return Batch(torch.from_numpy(draws.normal("x", (2, 4, 4))), torch.arange(size) % 5)
+
+    for record in train_steps(state, goal, source, settings, Randomness(0)):
+        assert record.applied and ("feat_loss" in record.terms) == (method != "logits-kd")
+    assert student.hash() != before
+
+
+def test_label_drops_are_shared_by_every_method(tiny_model: Callable[..., LoadedModel]) -> None:
+    teacher, student = tiny_model(0), tiny_model(1, depth=2)
+    for method in METHODS:
+        seen: list[tuple[Tensor, ...]] = []
+        handles = [
+            m.module.register_forward_pre_hook(lambda _, args, s=seen: s.append(args)) for m in (teacher, student)
+        ]
+        goal = of_method(method, teacher, student, [(1, 3)])
+        noisy = goal.draw(Batch(torch.ones(16, 2, 4, 4), torch.arange(16) % 5), Randomness(0).at(0, 0, 16))
+        goal.predict(student.module, noisy)
+        for handle in handles:
+            handle.remove()
+        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True)), method
+        assert 0 < int((seen[0][2] == 5).sum()) < 16
+
+
+# -------------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_a_feature_goes_when_its_pair_is_done(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    """The teacher's features are alive until the student's block has met them; one tensor per pair stays for the gradient."""
+    teacher = tiny_model(0)
+    student, noisy = cut(teacher, [0, 1, 3]), noisy_batch(teacher)
+    made: list[weakref.ReferenceType[Tensor]] = []
+    alive: list[int] = []
+    handles = [
+        block.register_forward_hook(lambda _m, _a, out: made.append(weakref.ref(out.untyped_storage())))
+        for block in teacher.stack
+    ]
+    handles += [
+        block.register_forward_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in made)))
+        for block in student.stack
+    ]
+    goal = of_method("masked-kd", teacher, student, [(0, 0), (1, 2), (2, 3)])
+    goal.predict(student.module, noisy)
+    for handle in handles:
+        handle.remove()
+    assert len(made) == 4 and alive == [3, 2, 1] and all(ref() is None for ref in made)
+
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    features = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        masked_feature_loss(features, features.detach() + 1, 2.0)
+    assert [t.shape for t in saved] == [features.shape]
+
+
+@given(seed=st.integers(0, 99), sigmas=st.sampled_from([None, 0.5, 2.0]), rule=st.sampled_from(["own", "joint"]))
+def test_the_gradient_is_that_of_the_formula(seed: int, sigmas: float | None, rule: Any) -> None:
+    student, teacher = features(seed)
+    student, weight = student.requires_grad_(), torch.tensor([0.5, -1.0, 3.0])
+    (ours,) = torch.autograd.grad((masked_feature_loss(student, teacher, sigmas, rule) * weight).sum(), student)
+    calm = [
+        torch.ones_like(f, dtype=torch.bool) if sigmas is None else massive_mask(f, sigmas) for f in (student, teacher)
+    ]
+    if rule == "joint":
+        calm = [calm[0] & calm[1]] * 2
+    plain = (calm[0] * student - calm[1] * teacher).square().flatten(1).mean(1)
+    torch.testing.assert_close(ours, torch.autograd.grad((plain * weight).sum(), student)[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- masks
@@ -290,6 +506,93 @@ def test_pairs_are_increasing_and_end_at_both_ends(kept: set[int], seed: int) ->
     assert [s for s, _ in pairs] == list(range(len(kept))) and pairs[-1][1] == 11
     assert all(a < b for (_, a), (_, b) in itertools.pairwise(pairs))
     assert all(t >= k for (_, t), k in zip(pairs, sorted(kept), strict=True)), "never before the block itself"
+
+
+# ------------------------------------------------------------------------------------------------------------ chains
+
+
+@pytest.fixture(scope="module")
+def table_7(tiny_model: Callable[..., LoadedModel]) -> dict[str, LoadedModel]:
+    """XL and D14 of random weights, and a D7 cut from each."""
+    xl = tiny_model(0, depth=28, hidden_size=8)
+    d14 = recovered(cut(xl, list(range(0, 28, 2)), [[1, 2]] * 14))
+    from_xl = cut(xl, list(range(1, 28, 4)), [[1, 4]] * 7)
+    return {"XL": xl, "D14": d14, "D7 from XL": from_xl, "D7 from D14": cut(d14, list(range(0, 14, 2)), [[1, 2]] * 7)}
+
+
+@pytest.mark.parametrize("parent", ["XL", "D14"])
+@pytest.mark.parametrize("teacher", ["XL", "D14"])
+def test_pairs_of_every_teacher_with_every_parent(table_7: dict[str, LoadedModel], teacher: str, parent: str) -> None:
+    """A D7 answers to every fourth block of XL and to every second one of D14, wherever it was cut from."""
+    stride = {"XL": 4, "D14": 2}[teacher]
+    student = table_7[f"D7 from {parent}"]
+    opened = plan_from_json(json.loads(json.dumps(student.facts.plan.to_json()))) if student.facts.plan else None
+    facts = dataclasses.replace(student.facts, plan=opened, lineage=json.loads(json.dumps(student.facts.lineage)))
+    found = pairs_between(facts, table_7[teacher].facts, table_7[teacher].hash())
+    assert found == [(i, stride * i + stride - 1) for i in range(7)]
+
+
+@given(
+    first=st.sets(st.integers(0, 11), min_size=2),
+    second=st.sets(st.integers(0, 11), min_size=1),
+    third=st.sets(st.integers(0, 11), min_size=1),
+)
+def test_cutting_in_steps_pairs_as_cutting_at_once(first: set[int], second: set[int], third: set[int]) -> None:
+    """Without groups; composed pairs depend on nothing but which blocks are left."""
+    kept = [sorted(first), [], []]
+    kept[1] = sorted({i % len(kept[0]) for i in second})
+    kept[2] = sorted({i % len(kept[1]) for i in third})
+    depths = [12, len(kept[0]), len(kept[1])]
+    lineage = [
+        {"hash": f"{i}", "depth": {"blocks": depth}, "kept": {"blocks": kept[i - 1]} if i else None}
+        for i, depth in enumerate(depths)
+    ]
+    facts = ModelFacts(4, kept={"blocks": kept[2]}, lineage=lineage, plan=plan_of(None, kept[2], depths[2]))
+    found = pairs_to_ancestors(facts)
+    assert list(found) == ["2", "1", "0"]
+    at_once = [kept[0][kept[1][i]] for i in kept[2]]
+    assert found["0"] == block_pairs(plan_of(None, at_once, 12))
+    assert found["1"] == block_pairs(plan_of(None, [kept[1][i] for i in kept[2]], depths[1]))
+
+
+def test_composed_pairs_close_a_group_in_both_cuts() -> None:
+    lineage: list[dict[str, Any]] = [
+        {"hash": "root", "depth": {"blocks": 12}, "kept": None},
+        {
+            "hash": "half",
+            "depth": {"blocks": 6},
+            "kept": {"blocks": [0, 1, 4, 5, 8, 9]},
+            "groups": {"blocks": [[2, 4]] * 3},
+        },
+    ]
+    facts = ModelFacts(4, lineage=lineage, plan=plan_of([[1, 3]] * 2, [0, 3], 6))
+    assert pairs_to_ancestors(facts) == {"half": [(0, 2), (1, 5)], "root": [(1, 11)]}
+    facts = dataclasses.replace(facts, plan=plan_of([[1, 2]] * 3, [0, 3, 5], 6))
+    assert pairs_to_ancestors(facts)["root"] == [(0, 3), (1, 7), (2, 11)]
+    no_groups = [lineage[0], {k: v for k, v in lineage[1].items() if k != "groups"}]
+    assert pairs_to_ancestors(dataclasses.replace(facts, lineage=no_groups))["root"] == [(0, 3), (1, 7), (2, 11)]
+
+
+def test_strangers_have_no_pairs(tiny_model: Callable[..., LoadedModel]) -> None:
+    one, other = tiny_model(0), tiny_model(1)
+    student = cut(one, [0, 2])
+    assert pairs_between(student.facts, other.facts, other.hash()) == []
+    assert pairs_between(one.facts, other.facts, other.hash()) == []
+    assert pairs_between(student.facts, one.facts, one.hash()) == [(0, 1), (1, 3)]
+
+
+def test_damaged_plans_and_pairs_are_refused(tiny_model: Callable[..., LoadedModel]) -> None:
+    teacher = tiny_model()
+    student = cut(teacher, [0, 2])
+    for pairs in ([(0, 4)], [(2, 1)], [(-1, 1)], [(0, 1), (0, 2)], [(0, 1), (1, 1)]):
+        with pytest.raises(ValueError, match="wanted distinct ones"):
+            distilled(teacher, student, pairs)
+    for groups, kept in (([[1, 2]], [0, 2]), ([[1, 2], [1, 1]], [0, 2]), (None, [0, 4]), (None, [])):
+        with pytest.raises(ValueError, match="groups|out of range|empty"):
+            block_pairs(plan_of(groups, kept, 4))
+    lineage = [{**student.facts.lineage[0], "depth": 3}]
+    with pytest.raises(ValueError, match="lineage"):
+        pairs_to_ancestors(dataclasses.replace(student.facts, lineage=lineage))
 
 
 # ------------------------------------------------------------------------------------------------------------- plans

@@ -17,7 +17,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import stamp
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.report import read_run, render_run, report
-from tinyfusion.report.charts import Curve, dynamics_points, loss_curves
+from tinyfusion.report.charts import Curve, dynamics_points, loss_curves, spans
 from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.render import embedded_record
 
@@ -384,7 +384,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
 def test_opacity_is_confidence_above_chance() -> None:
     sizes = [[1, 2], [2, 4], [1, 1]]
     record = {"step": 3, "kept": {"blocks": [1, 2, 5, 6]}, "confidence": {"blocks": [0.4, 1 / 6 + 5 / 12, 1.0]}}
-    points = dynamics_points([record], sizes, "blocks")
+    points = dynamics_points([record], spans(sizes), "blocks")
     assert [(step, block) for step, block, _ in points] == [(3.0, 1), (3.0, 2), (3.0, 5), (3.0, 6)]
     assert [opacity for _, _, opacity in points] == pytest.approx([0.0, 0.5, 0.5, 1.0])
 

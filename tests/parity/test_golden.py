@@ -163,7 +163,7 @@ def gate_setup(golden: GoldenSet) -> Setup:
     inner = GaussianObjective(model.arch.num_classes)
     tau, scaling = float(golden.get("tau")), float(golden.get("scaling"))
     gated = GatedObjective(inner, model.stack, golden.gates, (tau, tau), (scaling, scaling), steps=1)
-    noisy = dataclasses.replace(golden.noisy(inner), gumbel=golden.gumbel)
+    noisy = dataclasses.replace(golden.noisy(inner), gate_noise=golden.gumbel)
     parameters = {**dict(model.module.named_parameters()), **dict(golden.gates.named_parameters())}
     return model.module, gated, noisy, parameters
 
@@ -364,7 +364,8 @@ def test_weights_tell_every_size_but_the_heads(
     pytestconfig: pytest.Config, subject: str, file: str, config: str
 ) -> None:
     golden = golden_set(pytestconfig, subject)
-    assert dataclasses.asdict(golden.model(file, config).arch) == {**golden.config[config], "learn_sigma": True}
+    published = {"learn_sigma": True, "head_dim": None, "mlp_hidden": None}
+    assert dataclasses.asdict(golden.model(file, config).arch) == {**golden.config[config], **published}
 
 
 def test_training_checkpoint_has_averaged_and_raw_weights(pytestconfig: pytest.Config) -> None:

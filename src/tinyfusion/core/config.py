@@ -29,6 +29,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("warmup_steps", "learning_rate_end", "weight_decay", "gate_learning_rate", "scaling", "beta"), (0, math.inf)),
     **dict.fromkeys(("label_drop", "augment", "flip", "eta", "alpha_kd", "width_threshold"), (0, 1)),
     **dict.fromkeys(("ema_decay", "betas"), (0, math.nextafter(1, 0))),
+    **dict.fromkeys(("checkpoints", "depths"), (0, math.inf)),
     "width_share": (_POSITIVE, 1),
     "seed": (0, 2**64 - 1),
 }  # fmt: skip

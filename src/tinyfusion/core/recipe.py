@@ -108,9 +108,11 @@ class PruneSection:
         int | None, "blocks that stay in each list, for criteria without groups; None is half, rounded up"
     ] = None
     protect: Annotated[tuple[int, ...], "blocks that stay whatever the criterion says"] = ()
-    update: Annotated[Literal["lora", "full", "frozen"], "what is trained beside the gates, and thrown away after"] = (
-        "lora"
-    )
+    update: Annotated[Literal["lora", "full", "frozen"], "what is trained beside the gates"] = "lora"
+    keep_deltas: Annotated[
+        bool,
+        "learned: the student starts from what was trained beside the gates, instead of throwing it away (published)",
+    ] = False
     lora_rank: Annotated[int, "rank of the low-rank weight deltas"] = 8
     lora_alpha: Annotated[float | None, "scale numerator of the deltas; None is twice the rank"] = None
     gate_learning_rate: Annotated[float, "learning rate of the gate logits"] = 1e-3
@@ -153,6 +155,11 @@ class PruneSection:
             ema_decay=0.999,
         )
     )
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor of the low-rank product B A."""
+        return 2.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,9 @@ class EvaluateSection:
     )
     neighbours: Annotated[int, "k of precision and recall"] = 3
     is_splits_size: Annotated[int, "images per split of the Inception Score"] = 5000
+    checkpoints: Annotated[
+        int, "points of the curve of FID over the recovery: so many checkpoints, evenly spread, are drawn and scored"
+    ] = 0
 
 
 @dataclass(frozen=True)
@@ -224,6 +234,9 @@ class SpeedSection:
     batch_size: Annotated[int, "images per guided denoising step"] = 256
     repeats: Annotated[int, "interleaved measurements of each model"] = 9
     steps_per_repeat: Annotated[int, "denoising steps in one measurement"] = 3
+    depths: Annotated[
+        int, "depths at which the cut teacher is timed for the curve of speed over depth, at most; 0 times none"
+    ] = 14
 
 
 @dataclass(frozen=True)

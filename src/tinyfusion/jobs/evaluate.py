@@ -72,7 +72,8 @@ def evaluate(recipe: Recipe, options: RunOptions, samples: Path, reference: str)
     plain = plain_recipe(
         recipe, "evaluate", samples=image_hash(images), reference=real.hash, features=extractor.hash, protocol=protocol
     )
-    plain["evaluate"].pop("references")  # the one that counts is given by itself
+    for other in ("references", "checkpoints"):  # the reference that counts is given by itself
+        plain["evaluate"].pop(other)
     if not file_output(options.out, "evaluate", plain, options.overwrite, read_json):
         print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
         return _numbers(read_json(options.out))

@@ -44,4 +44,5 @@ def inspect(model: LoadedModel) -> dict[str, Any]:
         "seen_images": facts.seen_images,
         "criterion": facts.plan.criterion if facts.plan else None,
         "scheme": facts.plan.scheme if facts.plan else None,
+        "unfit_formats": model.unfit_formats(),
     }

@@ -11,11 +11,11 @@ from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
 from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.jobs.asking import ask, asked, asking_estimate, question_of
 from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe, training_plan
 from tinyfusion.jobs.estimate import (
     Estimate,
     announce,
-    copy_estimate,
     described,
     training_disk_bytes,
     training_estimate,
@@ -24,8 +24,9 @@ from tinyfusion.jobs.training import drive
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import num_parameters
-from tinyfusion.prune.criteria import by_indices
+from tinyfusion.prune.deltas import cut_with_deltas
 from tinyfusion.prune.learn import MaskLearner, mask_learner, plan_of
+from tinyfusion.prune.question import Question
 from tinyfusion.training.loop import StepRecord, TrainState
 
 
@@ -44,24 +45,29 @@ def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     plain = plain_recipe(recipe, "data", "prune", teacher=teacher.hash())
     run = RunDirectory(options.out)
     mode = run.check("prune", plain, options.overwrite)
-    learning = check_prune(recipe, teacher)
+    work = check_prune(recipe, teacher)
     if mode == "finished":
         print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
         return {"kept": read_json(run.path / "plan.json")["kept"]}
     if mode == "new":
-        check_space(options.out, _disk_bytes(recipe, teacher, learning))
+        check_space(options.out, _disk_bytes(recipe, teacher, work))
     if options.dry_run:
         return announce(
-            "prune", {"teacher": described(teacher), **_intent(recipe, mode)}, _estimate(recipe, teacher, learning)
+            "prune", {"teacher": described(teacher), **_intent(recipe, work, mode)}, _estimate(recipe, teacher, work)
         )
     with run.writing("prune", plain, options.overwrite):
-        plan = (
-            _learn(recipe, teacher, learning, run) if learning else by_indices(teacher, recipe.prune.keep, recipe.seed)
-        )
+        plan = ask(work, run) if isinstance(work, Question) else _learn(recipe, teacher, work, run)
         write_json(run.path / "plan.json", plan.to_json())
-        save_model(teacher.cut(plan), run.path / "student")
+        save_model(_student(recipe, teacher, plan, work), run.path / "student")
         run.mark("done", seconds=plan.cost.get("seconds", 0.0), seen_images=plan.cost.get("images", 0))
     return {"kept": plan.kept}
+
+
+def _student(recipe: Recipe, teacher: LoadedModel, plan: PrunePlan, work: _Learning | Question) -> LoadedModel:
+    """The cut teacher, with what was trained beside the gates where that is to stay."""
+    if recipe.prune.keep_deltas and isinstance(work, _Learning):
+        return cut_with_deltas(teacher, plan, work.state.ema, recipe.prune)
+    return teacher.cut(plan)
 
 
 def _learning(recipe: Recipe, teacher: LoadedModel) -> _Learning:
@@ -73,34 +79,41 @@ def _learning(recipe: Recipe, teacher: LoadedModel) -> _Learning:
     return _Learning(learner, TrainState(learner.module, learner.parameter_groups, settings.training), source)
 
 
-def _disk_bytes(recipe: Recipe, teacher: LoadedModel, learning: _Learning | None) -> int:
+def _disk_bytes(recipe: Recipe, teacher: LoadedModel, work: _Learning | Question) -> int:
     student = 4 * num_parameters(teacher.module)
-    return student + (training_disk_bytes(teacher, learning.state, recipe.prune.training) if learning else 0)
+    learned = 0 if isinstance(work, Question) else training_disk_bytes(teacher, work.state, recipe.prune.training)
+    return student + learned
 
 
-def _intent(recipe: Recipe, mode: str) -> dict[str, str]:
+def _intent(recipe: Recipe, work: _Learning | Question, mode: str) -> dict[str, str]:
     """What `--dry-run` says of the decision."""
+    if isinstance(work, Question):
+        return {**asked(work), "out": "a new run" if mode == "new" else "continues what is there"}
     settings = recipe.prune
-    if settings.criterion == "indices":
-        return {"criterion": f"indices: keep {', '.join(map(str, sorted(settings.keep)))}"}
     decision = f"learned: {settings.scheme}, {settings.update} weight deltas"
     return {"criterion": decision, **training_plan(recipe, settings.training, mode)}
 
 
-def _estimate(recipe: Recipe, teacher: LoadedModel, learning: _Learning | None) -> Estimate:
-    if learning is None:
-        return copy_estimate(teacher)
-    return training_estimate(
-        teacher, learning.state, learning.learner.objective, learning.source, recipe.prune.training
-    )
+def _estimate(recipe: Recipe, teacher: LoadedModel, work: _Learning | Question) -> Estimate:
+    if isinstance(work, Question):
+        return asking_estimate(work)
+    return training_estimate(teacher, work.state, work.learner.objective, work.source, recipe.prune.training)
 
 
-def check_prune(recipe: Recipe, teacher: LoadedModel) -> _Learning | None:
-    """Raises UserError on everything that a `prune` would refuse; what learns, None for the other criteria."""
-    if recipe.prune.criterion == "learned":
-        return _learning(recipe, teacher)
-    by_indices(teacher, recipe.prune.keep, recipe.seed)
-    return None
+def check_prune(recipe: Recipe, teacher: LoadedModel) -> _Learning | Question:
+    """Raises UserError on everything that a `prune` would refuse; what learns, or what another criterion is asked."""
+    if recipe.prune.criterion != "learned":
+        if recipe.prune.keep_deltas:
+            raise UserError(
+                f"prune.keep_deltas keeps what the learned criterion trains; {recipe.prune.criterion} trains nothing"
+            )
+        return question_of(recipe, teacher)
+    if recipe.prune.num_keep is not None:
+        raise UserError(
+            f"prune.num_keep {recipe.prune.num_keep} is for criteria without groups; learned keeps what its scheme says: "
+            f"leave it out, or choose another criterion (--scheme is {recipe.prune.scheme} now)"
+        )
+    return _learning(recipe, teacher)
 
 
 def prune_estimate(recipe: Recipe, teacher: LoadedModel) -> Estimate:

@@ -16,12 +16,12 @@ from tinyfusion.jobs.estimate import Estimate, announce, described, training_dis
 from tinyfusion.jobs.train import averaged
 from tinyfusion.jobs.training import Extra, drive
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
-from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Objective
 from tinyfusion.processes.gaussian import GaussianObjective
-from tinyfusion.recover.align import block_pairs
-from tinyfusion.recover.distill import DistilledObjective
+from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors
+from tinyfusion.recover.channels import residual_channels
+from tinyfusion.recover.distill import distilled
 from tinyfusion.training.ema import horizon_warning
 from tinyfusion.training.loop import TrainState
 from tinyfusion.training.optim import ParameterGroup, linear, trainable
@@ -71,11 +71,11 @@ class _Recovery:
 
 def _recovery(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None) -> _Recovery:
     """Raises UserError where student, teacher, data and device do not go together."""
-    plan = _check_pair(student, teacher) if teacher else None
+    pairs = _check_pair(student, teacher) if teacher else []
     settings, device = recipe.recover.training, device_for(recipe)
     source = batches_for(recipe, student, device)
     student.module.to(device).train()
-    objective = _objective(recipe, student, teacher, plan, device.type)
+    objective = _objective(recipe, student, teacher, pairs, device.type)
     state = TrainState(student.module, [ParameterGroup(trainable(student.module))], settings)
     return _Recovery(student, teacher, objective, state, source)
 
@@ -83,6 +83,8 @@ def _recovery(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None)
 def _logged(recipe: Recipe) -> Extra:
     """More fields for a log line of a distillation."""
     settings = recipe.recover
+    if not settings.compares_features:
+        return lambda record: {}
     return lambda record: {"beta": linear(settings.beta, record.step, settings.training.steps)}
 
 
@@ -110,47 +112,46 @@ def check_recover(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) ->
 
 def recover_estimate(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> Estimate:
     """What a `recover` of this student will take. Trains it for a moment: give a copy."""
-    distilled = recipe.recover.method != "finetune"
-    return _estimate(_recovery(recipe, student, teacher if distilled else None), recipe.recover.training)
+    taught = recipe.recover.method != "finetune"
+    return _estimate(_recovery(recipe, student, teacher if taught else None), recipe.recover.training)
 
 
-def _check_pair(student: LoadedModel, teacher: LoadedModel) -> PrunePlan:
-    """The plan that leads from this teacher to this student; UserError where there is none."""
+def _check_pair(student: LoadedModel, teacher: LoadedModel) -> Pairs:
+    """Which block of the student answers to which of the teacher; UserError where the two are not related."""
     plan = student.facts.plan
     if plan is None:
         raise UserError(
             "the student carries no plan, so its blocks cannot be paired with the teacher's: "
             "recover a student made by `tinyfusion prune`, or use --method finetune"
         )
-    if plan.teacher and plan.teacher != teacher.hash():
+    own_hash = teacher.hash()
+    try:
+        pairs = pairs_between(student.facts, teacher.facts, own_hash)
+    except ValueError as error:
+        raise UserError(f"the plan of student or teacher is damaged: {error}") from error
+    if not pairs:
+        chain = " from ".join(ancestor[:12] for ancestor in pairs_to_ancestors(student.facts)) or plan.teacher[:12]
         raise UserError(
-            f"the student was cut from the model {plan.teacher[:12]}, the teacher is {teacher.hash()[:12]}: "
-            "give the teacher it was cut from"
+            f"the student was cut from the model {chain}, the teacher is {own_hash[:12]}: "
+            "give the teacher it was cut from, or one that shares an ancestor with it"
         )
-    if student.family.arch_with_depths(student.arch, plan.depth) != teacher.arch:
-        raise UserError(f"student {student.arch} and teacher {teacher.arch} differ in more than depth")
-    return plan
+    if not student.family.differ_in_size_alone(student.arch, teacher.arch, teacher.stack.depths()):
+        raise UserError(f"student {student.arch} and teacher {teacher.arch} differ in more than depth and widths")
+    return pairs
 
 
 def _objective(
-    recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, plan: PrunePlan | None, device: str
+    recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, pairs: Pairs, device: str
 ) -> Objective:
-    """The bare objective, or the distilled one."""
+    """The bare objective, or the distilled one with the terms of the method."""
     settings = recipe.recover
     inner = objective_for(student, settings.training.label_drop)
-    if teacher is None or plan is None:
+    if teacher is None:
         return inner
     assert isinstance(inner, GaussianObjective)
+    channels = residual_channels(student, teacher) if settings.compares_features else None
     frozen(teacher.module.to(device))
-    return DistilledObjective(
-        inner=inner,
-        teacher=teacher.module,
-        teacher_stack=teacher.stack,
-        student_stack=student.stack,
-        pairs=block_pairs(plan),
-        alpha_kd=settings.alpha_kd,
-        beta=settings.beta,
-        sigmas=settings.mask_sigmas,
-        mask=settings.mask,
-        steps=settings.training.steps,
-    )
+    try:
+        return distilled(settings, inner, teacher, student, pairs, channels)
+    except ValueError as error:
+        raise UserError(f"the student's plan is damaged: {error}") from error

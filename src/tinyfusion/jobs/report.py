@@ -70,6 +70,10 @@ def read_run(path: Path) -> RunData:
         speed=_json_if_there(path / "speed.json"),
         samples=samples,
         models=described,
+        calibration=_json_if_there(stages.get("prune", path) / "calibration.json"),
+        activations=_json_if_there(path / "activations.json"),
+        depth_speed=_json_if_there(path / "depth_speed.json"),
+        fid_steps=_json_if_there(path / "fid_steps.json") or (),
         notes=notes,
     )
 
@@ -124,16 +128,33 @@ def _plan(
     settings = (record.get("recipe") or {}).get("prune") or {}
     if not decisions or not settings.get("scheme"):
         return None, True
-    groups = {name: _groups(settings["scheme"], len(p)) for name, p in decisions[-1]["confidence"].items()}
-    depth = {name: sum(size for _, size in listed) for name, listed in groups.items()}
-    return PrunePlan(decisions[-1]["kept"], depth, settings["criterion"], settings["scheme"], groups=groups), False
+    last = decisions[-1]
+    found = {name: _groups(settings["scheme"], len(p)) for name, p in last["confidence"].items()}
+    if "marginals" in last:
+        found = {name: _filling(settings["scheme"], len(p)) for name, p in last["marginals"].items()}
+    depth = {name: sum(size for _, size in listed) for name, listed in found.items()}
+    plan = PrunePlan(
+        last["kept"], depth, settings["criterion"], settings["scheme"], settings.get("distribution"), groups=found
+    )
+    return plan, False
 
 
 def _groups(scheme: str, num: int) -> list[list[int]]:
     """[N, M] of every group of a scheme that has been checked before; a single N:M is repeated `num` times."""
-    parts = re.findall(r"(\d+):(\d+)(?:x(\d+))?", scheme)
-    listed = [[int(keep), int(size)] for keep, size, times in parts for _ in range(int(times or 1))]
+    listed = _parts(scheme)
     return listed if len(listed) == num else listed * num
+
+
+def _filling(scheme: str, depth: int) -> list[list[int]]:
+    """[N, M] of every group of a scheme that has been checked before; a single N:M fills `depth` blocks."""
+    listed = _parts(scheme)
+    return listed * (depth // sum(size for _, size in listed))
+
+
+def _parts(scheme: str) -> list[list[int]]:
+    """[N, M] of every group that a scheme spells out."""
+    parts = re.findall(r"(\d+):(\d+)(?:x(\d+))?", scheme)
+    return [[int(keep), int(size)] for keep, size, times in parts for _ in range(int(times or 1))]
 
 
 def _evaluations(path: Path) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import sys
 import time
@@ -24,6 +25,7 @@ from tinyfusion.jobs.assemble import RunOptions, device_for
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
 from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference
 from tinyfusion.jobs.inspect import inspect
+from tinyfusion.jobs.pictures import checkpoint_steps, write_pictures
 from tinyfusion.jobs.prune import check_prune, prune, prune_estimate
 from tinyfusion.jobs.recover import check_recover, recover, recover_estimate
 from tinyfusion.jobs.report import render_run
@@ -32,6 +34,7 @@ from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import num_parameters
 from tinyfusion.prune.criteria import by_indices
+from tinyfusion.prune.rules import shares
 from tinyfusion.prune.scheme import parse_scheme
 from tinyfusion.sample.drive import sample as draw_samples
 
@@ -76,6 +79,8 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
     stage("sample", lambda: _sample(recipe, options, models))
     stage("evaluate", lambda: _evaluate(recipe, out, list(models)))
     stage("speed", lambda: _speed(recipe, out, teacher, open_model(student)))
+    step_of, place = functools.partial(_trajectory, recipe, 1), functools.partial(_evaluation, out)
+    stage("pictures", lambda: write_pictures(recipe, out, teacher, open_model(student), step_of, place))
 
 
 def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel) -> None:
@@ -84,6 +89,7 @@ def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel) -> None:
     check_recover(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy())
     check_sampling(recipe.sample, teacher)
     _check_evaluation(recipe, teacher)
+    checkpoint_steps(recipe.recover.training, recipe.evaluate.checkpoints)
     images = 3 * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
     weights = 4 * num_parameters(teacher.module)
     check_space(options.out, 6 * weights + images)
@@ -96,7 +102,10 @@ def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
     side = teacher.arch.input_size
     extractor.check(np.zeros((1, side, side, teacher.arch.in_channels), np.uint8), "images of the teacher")
     counts = {"sample.num_images": num_images}
-    counts |= {f"reference {name}": len(open_reference(name, extractor)) for name in recipe.evaluate.references}
+    counts |= {
+        f"reference {name}": len(open_reference(name, extractor, recipe.data.size))
+        for name in recipe.evaluate.references
+    }
     for name, count in counts.items():
         if count <= neighbours:
             raise UserError(
@@ -112,9 +121,10 @@ def _announce(recipe: Recipe, options: RunOptions, teacher: LoadedModel, mode: s
     estimate += recover_estimate(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher)
     for _ in ("teacher", "pruned", "student"):
         estimate += sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample), device)
+    learned = f" {prune_settings.scheme}, {prune_settings.training.steps:,} steps"
     plan = {
         "teacher": described(teacher),
-        "prune": f"{prune_settings.criterion} {prune_settings.scheme}, {prune_settings.training.steps:,} steps",
+        "prune": prune_settings.criterion + (learned if prune_settings.criterion == "learned" else ""),
         "recover": f"{recipe.recover.method}, {recipe.recover.training.steps:,} steps of {recipe.recover.training.batch_size} images",
         "sample": f"{recipe.sample.num_images:,} images of each of teacher, pruned and student",
         "evaluate": f"against {', '.join(recipe.evaluate.references)}",
@@ -126,12 +136,17 @@ def _announce(recipe: Recipe, options: RunOptions, teacher: LoadedModel, mode: s
 
 
 def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
-    """A plan of the size that pruning will decide on."""
-    if recipe.prune.criterion == "indices":
-        return by_indices(teacher, recipe.prune.keep, recipe.seed)
-    depths = teacher.stack.depths()
-    groups = parse_scheme(recipe.prune.scheme, depths)
-    kept = {name: [g.start + i for g in listed for i in range(g.keep)] for name, listed in groups.items()}
+    """A plan of the size that pruning will decide on; a narrower student stands in whole."""
+    settings, depths = recipe.prune, teacher.stack.depths()
+    if settings.criterion == "indices":
+        return by_indices(teacher, settings.keep, recipe.seed)
+    if settings.criterion == "width":
+        kept = {name: list(range(depth)) for name, depth in depths.items()}
+    elif settings.criterion == "learned":
+        groups = parse_scheme(settings.scheme, depths, settings.distribution, settings.protect)
+        kept = {name: [g.start + i for g in listed for i in range(g.keep)] for name, listed in groups.items()}
+    else:
+        kept = {name: list(range(share.keep)) for name, share in shares(teacher, settings).items()}
     return PrunePlan(kept=kept, depth=depths, criterion="stand-in")
 
 
@@ -189,12 +204,9 @@ def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
 def _speed(recipe: Recipe, out: Path, teacher: LoadedModel, student: LoadedModel) -> None:
     """Measured seconds of guided denoising steps, teacher and student in turn, in this process."""
     device, settings = device_for(recipe), recipe.speed
-    sampler = dataclasses.replace(sampler_of(recipe.sample), sampler="ddpm", num_steps=settings.steps_per_repeat)
-    labels = np.arange(settings.batch_size, dtype=np.int64) % teacher.arch.num_classes
 
     def trajectory(model: LoadedModel) -> Callable[[], object]:
-        model.module.to(device).eval()
-        return lambda: list(draw_samples(model, labels, sampler, recipe.seed, settings.batch_size))
+        return _trajectory(recipe, settings.steps_per_repeat, model, settings.batch_size)
 
     def synchronise() -> None:
         if device.type == "cuda":
@@ -216,6 +228,14 @@ def _speed(recipe: Recipe, out: Path, teacher: LoadedModel, student: LoadedModel
             "speedup": ratio, "speedup_spread": [low, high],
         },
     )  # fmt: skip
+
+
+def _trajectory(recipe: Recipe, num_steps: int, model: LoadedModel, num_images: int) -> Callable[[], object]:
+    """A call that makes `num_steps` guided denoising steps of one batch."""
+    sampler = dataclasses.replace(sampler_of(recipe.sample), sampler="ddpm", num_steps=num_steps)
+    labels = np.arange(num_images, dtype=np.int64) % model.arch.num_classes
+    model.module.to(device_for(recipe)).eval()
+    return lambda: list(draw_samples(model, labels, sampler, recipe.seed, num_images))
 
 
 def _speed_of(model: LoadedModel, timing: Timing, steps: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from tinyfusion.core.rundir import read_json, write_json, written_beside
 from tinyfusion.models.family import FAMILIES, ModelFamily
 from tinyfusion.models.plan import PrunePlan, plan_from_json
 from tinyfusion.models.stack import BlockStack
+from tinyfusion.models.widths import sliced
 
 MODEL_FORMAT_VERSION = 1
 _NO_MODEL = "is not a model file, or it is truncated: wanted a torch file or .safetensors with a state dict"
@@ -47,7 +48,8 @@ class ModelFacts:
     """What a model carries beside its tensors.
 
     image_size: side of its images in pixels. latent_scale and vae: None for a pixel-space model. kept: indices into the
-    direct parent per list, None for an uncut model. lineage: parents, oldest first, each with hash, depth and kept.
+    direct parent per list, None for an uncut model. lineage: parents, oldest first, each with hash, depth and kept, where
+    it was cut in width the residual channels of its own parent that it kept, and its arch where its child was.
     seen_images: images that a model trained from nothing saw; None for cut models and where unknown.
     """
 
@@ -83,10 +85,15 @@ class LoadedModel:
         """SHA-256 over the tensors sorted by official name; see `hash_tensors`."""
         return hash_tensors(self.module.state_dict(), self.family, self.arch)
 
-    def cut(self, plan: PrunePlan, force: bool = False) -> LoadedModel:
-        """A new, trainable model with only the plan's blocks; this one stays as it is.
+    def unfit_formats(self) -> dict[str, str]:
+        """Formats of others that cannot hold this model, each with the reason: what an export must refuse."""
+        reasons = self.family.unfit_formats
+        return reasons(self.arch, self.module.state_dict()) if reasons else {}
 
-        Raises UserError where the plan was made for another model (unless `force`) or does not fit the depth.
+    def cut(self, plan: PrunePlan, force: bool = False) -> LoadedModel:
+        """A new, trainable model with only the plan's blocks and channels; this one stays as it is.
+
+        Raises UserError where the plan was made for another model (unless `force`) or does not fit its depth or widths.
         """
         own = self.hash()
         if plan.teacher and plan.teacher != own and not force:
@@ -96,18 +103,36 @@ class LoadedModel:
         depths = self.stack.depths()
         if plan.depth != depths:
             raise UserError(f"the plan is for depth {plan.depth}, the model has {depths}")
-        student = self.copy()
         try:
+            student = self.copy() if plan.kept_widths is None else self._narrowed(plan.kept_widths)
             student.stack.keep(plan.kept)
         except ValueError as error:
             raise UserError(str(error)) from error
         make_trainable(student.module, self.family)  # a copy of a frozen teacher is frozen
         kept = {name: sorted(indices) for name, indices in plan.kept.items()}
-        parent = {"hash": own, "depth": depths, "kept": self.facts.kept}
-        student.arch = self.family.arch_with_depths(self.arch, student.stack.depths())
+        parent: dict[str, Any] = {"hash": own, "depth": depths, "kept": self.facts.kept}
+        student.arch = self.family.arch_with_depths(student.arch, student.stack.depths())
+        if plan.kept_widths is not None:
+            parent["arch"] = dataclasses.asdict(self.arch)
+        if self.facts.plan and self.facts.plan.kept_widths:
+            parent["residual"] = self.facts.plan.kept_widths.get("residual")  # so that a grandchild finds its features
+        if self.facts.plan and self.facts.plan.pairing_groups:
+            parent["groups"] = (
+                self.facts.plan.pairing_groups
+            )  # a grandchild is paired with this model's parent through them
         lineage = [*self.facts.lineage, parent]
         student.facts = dataclasses.replace(self.facts, kept=kept, lineage=lineage, plan=plan, seen_images=None)
         return student
+
+    def _narrowed(self, kept_widths: Mapping[str, Any]) -> LoadedModel:
+        """A copy with only these channels; ValueError where they do not fit."""
+        if self.family.widths is None:
+            raise ValueError(f"widths of the family {self.family.name} cannot be cut")
+        arch, tensors = sliced(self.family.widths, self.arch, self.module.state_dict(), kept_widths)
+        with torch.device("meta"):
+            module = self.family.build(arch)
+        module.load_state_dict(tensors, assign=True)
+        return dataclasses.replace(self, module=module.train(self.module.training), arch=arch)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], family: ModelFamily, arch: Any) -> str:

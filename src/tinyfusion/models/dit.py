@@ -22,7 +22,11 @@ MLP_RATIO = 4
 
 @dataclass(frozen=True)
 class DiTArch:
-    """Every size of a DiT."""
+    """Every size of a DiT.
+
+    head_dim, mlp_hidden: width of one head and of the hidden layer of an MLP, None where they are the published
+    hidden_size / num_heads and 4 hidden_size; a given value that equals those becomes None, so that one model has one arch.
+    """
 
     input_size: int  # side of the square input in the model's own space (latent or pixel)
     patch_size: int
@@ -32,6 +36,8 @@ class DiTArch:
     num_heads: int
     num_classes: int  # without the null class
     learn_sigma: bool = True  # output 2C channels: noise and variance logits
+    head_dim: int | None = None
+    mlp_hidden: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
@@ -39,10 +45,28 @@ class DiTArch:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
-        if self.hidden_size % self.num_heads:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        for name in ("head_dim", "mlp_hidden"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4 (the position table needs it)")
+        if self.head_dim is not None and self.head_dim * self.num_heads == self.hidden_size:
+            object.__setattr__(self, "head_dim", None)
+        if self.mlp_hidden == MLP_RATIO * self.hidden_size:
+            object.__setattr__(self, "mlp_hidden", None)
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one head."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels of the hidden layer of an MLP."""
+        return MLP_RATIO * self.hidden_size if self.mlp_hidden is None else self.mlp_hidden
 
     @property
     def out_channels(self) -> int:
@@ -90,17 +114,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention, one fused projection, no masks."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, head_width: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * num_heads * head_width)
+        self.proj = nn.Linear(num_heads * head_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
+        batch, tokens, _ = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 class Mlp(nn.Module):
@@ -118,12 +142,13 @@ class Mlp(nn.Module):
 class DiTBlock(nn.Module):
     """adaLN-Zero block: x (B, T, D), c (B, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, arch: DiTArch) -> None:
         super().__init__()
+        width = arch.hidden_size
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(width, num_heads)
+        self.attn = Attention(width, arch.num_heads, arch.head_width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, MLP_RATIO * width)
+        self.mlp = Mlp(width, arch.mlp_width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -212,7 +237,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedder(arch.in_channels, width, patch)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(arch.num_classes, width)
-        self.blocks = nn.ModuleList([DiTBlock(width, arch.num_heads) for _ in range(arch.depth)])
+        self.blocks = nn.ModuleList([DiTBlock(arch) for _ in range(arch.depth)])
         self.final_layer = FinalLayer(width, patch * patch * arch.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

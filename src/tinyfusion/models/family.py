@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyfusion.models import dit
+from tinyfusion.models.dit_width import DIT_WIDTHS, unfit_formats
 from tinyfusion.models.stack import BlockStack
+from tinyfusion.models.widths import WidthRules
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class ModelFamily:
         str, Callable[[Any], Tensor]
     ]  # tensors that a formula gives, left out of the hash where they equal it
     published_latent: Mapping[int, Mapping[str, Any]]  # in_channels -> latent facts of the published files
+    widths: WidthRules | None = None  # None where widths cannot be cut
+    # (arch, tensors) -> {format of others that cannot hold such a model: reason}
+    unfit_formats: Callable[[Any, Mapping[str, Tensor]], dict[str, str]] | None = None
 
     def stack(self, model: nn.Module) -> BlockStack:
         """The residual blocks of a model of this family."""
@@ -40,6 +45,17 @@ class ModelFamily:
     def arch_with_depths(self, arch: Any, depths: Mapping[str, int]) -> Any:
         """The arch after cutting: `depths` blocks per list."""
         return dataclasses.replace(arch, **{self.block_lists[name]: depth for name, depth in depths.items()})
+
+    def differ_in_size_alone(self, arch: Any, other: Any, depths: Mapping[str, int]) -> bool:
+        """Whether cutting depth and, where this family can, widths leads from one arch to the other; depths: of `other`."""
+        deepened = self.arch_with_depths(arch, depths)
+        if self.widths is None or deepened == other:
+            return bool(deepened == other)
+        sizes = {name: group.size for name, group in self.widths.groups(deepened).items()}
+        try:
+            return bool(self.widths.narrowed(other, sizes) == deepened)
+        except ValueError:
+            return False
 
 
 FAMILIES: dict[str, ModelFamily] = {
@@ -54,5 +70,7 @@ FAMILIES: dict[str, ModelFamily] = {
         guided_channels=3,
         computed={"pos_embed": lambda arch: dit.position_table(arch.hidden_size, arch.input_size // arch.patch_size)},
         published_latent={4: {"latent_scale": 0.18215, "vae": "stabilityai/sd-vae-ft-ema", "pixels_per_latent": 8}},
+        widths=DIT_WIDTHS,
+        unfit_formats=unfit_formats,
     ),
 }

@@ -19,6 +19,7 @@ class PrunePlan:
     kept: indices into the teacher per block list, ascending. depth: blocks of the teacher per list. groups: per list
     [[N kept, M size], ...] in block order, None where the criterion knows no groups. scores: per block or group, with
     their meaning under "meaning". teacher: hash of the model the plan was made for. cost: seconds and images seen.
+    kept_widths: channels of the teacher that stay, per group (see `models/widths.py`), None where all do.
     """
 
     kept: dict[str, list[int]]
@@ -33,6 +34,11 @@ class PrunePlan:
     cost: dict[str, float] = field(default_factory=dict)
     kept_widths: dict[str, Any] | None = None
     version: int = PLAN_VERSION
+
+    @property
+    def pairing_groups(self) -> dict[str, list[list[int]]] | None:
+        """The groups that distillation pairs by: none for a subset, whose groups may be a whole list of blocks."""
+        return None if self.distribution == "subset" else self.groups
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

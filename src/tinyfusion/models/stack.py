@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
+
+from tinyfusion.models.skip import gate_columns, mixed, skipping
 
 
 class BlockStack:
@@ -39,11 +41,14 @@ class BlockStack:
             yield from self.block_list(name)
 
     @contextmanager
-    def gated(self, gates: Tensor) -> Iterator[None]:
+    def gated(self, gates: Tensor, dropped: Literal["dense", "skip"] = "dense") -> Iterator[None]:
         """Within the context block i computes `m_i * block(x) + (1 - m_i) * x`, per sample.
 
         gates: (B, L) with L = len(self), any real values; 1 runs the block, 0 passes x through. Both are exact: ones
-        equal the untouched model bit for bit, zeros the model without the block.
+        equal the untouched model bit for bit, zeros the model without the block. One row gates all samples alike.
+        dropped: "dense" runs every block for every sample with a graph, as published. "skip" runs a block for the samples
+        that drop it without one, or not at all where the gates want no gradient: the same values and gradients up to
+        rounding, with less work (`models/skip.py`); values other than 0 and 1 stay dense.
         Source: TinyFusion (arXiv 2412.01199), section 3.2.
         """
         if gates.ndim != 2 or gates.shape[1] != len(self):
@@ -51,14 +56,17 @@ class BlockStack:
 
         def hook(index: int) -> Any:
             def mix(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-                m = gates[:, index].view(-1, *([1] * (output.ndim - 1)))
-                return m * output + (1 - m) * args[0]
+                return mixed(gates[:, index], output, args[0])
 
             return mix
 
-        with ExitStack() as hooks:
-            for i, block in enumerate(self):
-                hooks.enter_context(block.register_forward_hook(hook(i)))
+        with ExitStack() as undo:
+            if dropped == "skip":
+                for block, column in zip(self, gate_columns(gates), strict=True):
+                    undo.enter_context(skipping(block, column))
+            else:
+                for i, block in enumerate(self):
+                    undo.enter_context(block.register_forward_hook(hook(i)))
             yield
 
     @contextmanager

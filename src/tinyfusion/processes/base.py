@@ -7,8 +7,7 @@ offer the same three methods, and the loop cannot tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -34,15 +33,14 @@ class NoisyBatch:
     t: Tensor  # (B,) int64 index into the process
     y: Tensor  # (B,) int64 labels, the null class where dropped
     step: int = 0
-    gumbel: tuple[Tensor, ...] = ()  # per gate group (B, K), where gates are learned
+    gate_noise: tuple[Tensor, ...] = ()  # per gate group (B, K or M), where gates are learned
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's output and, where a wrapper asked for them, block features and the teacher's answer."""
+    """A model's output and, where a wrapper asked for it, the teacher's answer."""
 
     output: Tensor
-    features: Mapping[int, Tensor] = field(default_factory=dict)
     teacher: Prediction | None = None
 
 

@@ -1,16 +1,233 @@
-"""Every criterion but the learned one: a function from a teacher to a plan.
+"""Every criterion that trains nothing: one row of `CRITERIA` each, a short function from a question to a plan.
 
-Not here yet: block influence, Flux-Lite, sensitivity, BK-SDM, random search, width.
+Every list of blocks keeps its own share; blocks are named by their global index, which counts through the lists. Of
+equal scores the earlier block stays. What each criterion means: docs/criteria.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import Criterion as Name
+from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import check_kept
+from tinyfusion.prune.calibrate import block_statistics
+from tinyfusion.prune.mask_search import (
+    Choice,
+    Mask,
+    bits,
+    loss_summary,
+    mask_losses,
+    random_masks,
+    shared_evaluations,
+    short,
+    tick_from,
+)
+from tinyfusion.prune.question import Question, plan_for
+from tinyfusion.prune.rules import Share, bk_sdm_positions, evenly_spaced
+from tinyfusion.prune.width import by_width, width_evaluations
+
+MAX_LISTED_MASKS = 2000  # a plan of more masks has a summary of their losses
+_MARKED: tuple[Name, ...] = ("bi", "flux-lite", "sensitivity", "bk-sdm", "first", "last", "uniform")
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A row. plan: the function. evaluations: block evaluations per calibration batch, None where it looks at no images."""
+
+    says: str
+    plan: Callable[[Question], PrunePlan]
+    evaluations: Callable[[Question], int] | None = None
+
+
+def decide(question: Question) -> PrunePlan:
+    """The plan of the question's criterion, with the seconds it took. Raises UserError where it cannot be asked so."""
+    began = time.perf_counter()
+    plan = CRITERIA[question.settings.criterion].plan(question)
+    return dataclasses.replace(plan, cost={"seconds": time.perf_counter() - began, **plan.cost})
+
+
+# ------------------------------------------------------------------------------------------------------ scores of blocks
+
+
+def by_block_influence(question: Question) -> PrunePlan:
+    """ShortGPT's block influence (arXiv 2403.03853): 1 - mean cosine of output and input; the lowest go.
+
+    Inputs are noised, over all timesteps. bi_inputs = clean takes TinyFusion's released statistic instead: clean
+    inputs at low timesteps, and the model's last block never goes. Cost: one pass.
+    """
+    clean = question.settings.bi_inputs == "clean"
+    statistics = block_statistics(question.teacher, question.images, clean, question.tick)
+    scores = [1.0 - cosine for cosine in statistics.cosine]
+    ranks = [*scores[:-1], math.inf] if clean else scores
+    inputs = "clean inputs, first quarter of the timesteps, last block never removed" if clean else "noised inputs"
+    return _ranked(question, ranks, scores, f"block influence, 1 - mean cosine of output and input: {inputs}")
+
+
+def by_change(question: Question) -> PrunePlan:
+    """Flux-Lite's criterion: mean of (output - input) squared; the lowest go. Cost: one pass.
+
+    Source: model card of Freepik's flux.1-lite-8B. No details are published, so the calibration set is ours.
+    """
+    change = block_statistics(question.teacher, question.images, False, question.tick).change
+    return _ranked(question, change, change, "mean squared difference of output and input")
+
+
+def by_sensitivity(question: Question) -> PrunePlan:
+    """Loss added by removing a block (Han et al., arXiv 1506.02626), under common timesteps and noise; the lowest go.
+
+    One-shot: from the whole model. Greedy: the least harmful block goes, and the others are tried again.
+    Cost: half a pass per block, greedy in each round.
+    """
+    return _greedy(question) if question.settings.sensitivity_order == "greedy" else _one_shot(question)
+
+
+def _one_shot(question: Question) -> PrunePlan:
+    whole, tried = _all_but_one(question)
+    sums = mask_losses(question.teacher, question.images, tried, question.tick)
+    losses = dict(zip(tried, (sums.loss / sums.images).tolist(), strict=True))
+    added = [losses.get(_without(whole, block), math.inf) - losses[whole] for block in whole]
+    more = {"loss_of_whole_model": _finite(losses[whole])}
+    meaning = "loss (mse + vb) added by removing the block alone; null where it is not finite"
+    return _ranked(question, added, added, meaning, shared_evaluations(tried), more)
+
+
+def _all_but_one(question: Question) -> tuple[Mask, list[Mask]]:
+    """The whole model's mask, and it with every mask that lacks one block; a list's only block stays."""
+    whole = tuple(range(len(question.teacher.stack)))
+    alone = {part.start for part in question.shares.values() if part.depth == 1}
+    return whole, sorted([whole, *(_without(whole, block) for block in whole if block not in alone)])
+
+
+def _greedy(question: Question) -> PrunePlan:
+    parts, kept = question.shares.values(), tuple(range(len(question.teacher.stack)))
+    added: list[float] = [math.inf] * len(kept)
+    removed: list[int] = []
+    loss, work = math.nan, 0
+    while free := [i for p in parts if len({*kept} & {*p.blocks}) > p.keep for i in p.free if i in kept]:
+        tried = sorted([_without(kept, block) for block in free] + ([] if removed else [kept]))
+        tick = partial(tick_from, question.tick, work * len(question.images.batches))
+        sums = mask_losses(question.teacher, question.images, tried, tick)
+        work += shared_evaluations(tried)
+        losses = dict(zip(tried, (sums.loss / sums.images).tolist(), strict=True))
+        loss = losses.pop(kept, loss)
+        for mask, after in losses.items():
+            added[_missing(mask, kept)] = after - loss
+        _, later = min((_or_infinite(after), -_missing(mask, kept)) for mask, after in losses.items())
+        removed.append(-later)
+        kept = _without(kept, -later)
+        loss = losses[kept]
+    return plan_for(
+        question,
+        {name: part.best(kept) for name, part in question.shares.items()},
+        "loss (mse + vb) added by removing the block, when that was last tried; null where it was not, or not finite",
+        _by_list(question, added),
+        work,
+        {"removed_in_order": removed, "loss": _finite(loss)},
+    )
+
+
+def _without(mask: Mask, block: int) -> Mask:
+    return tuple(i for i in mask if i != block)
+
+
+def _missing(mask: Mask, kept: Mask) -> int:
+    """The block that `mask` lacks of `kept`."""
+    return next(i for i in kept if i not in mask)
+
+
+def _ranked(
+    question: Question,
+    ranks: Sequence[float],
+    scores: Sequence[float],
+    meaning: str,
+    evaluations: int | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> PrunePlan:
+    """The blocks of highest rank stay; one that is not a number is the highest. `scores` are what the plan says."""
+    order = sorted(range(len(ranks)), key=lambda i: (-_or_infinite(ranks[i]), i))
+    kept = {name: part.best(order) for name, part in question.shares.items()}
+    work = len(ranks) if evaluations is None else evaluations
+    return plan_for(question, kept, meaning, _by_list(question, scores), work, more)
+
+
+def _by_list(question: Question, scores: Sequence[float]) -> dict[str, Any]:
+    return {name: [_finite(scores[i]) for i in part.blocks] for name, part in question.shares.items()}
+
+
+def _finite(value: float) -> float | None:
+    """None where JSON has no number for it."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _or_infinite(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+# ------------------------------------------------------------------------------------------------------------------ rules
+
+
+def by_first(question: Question) -> PrunePlan:
+    """The first blocks stay."""
+    return _ruled(question, lambda part: part.free[: part.free_keep])
+
+
+def by_last(question: Question) -> PrunePlan:
+    """The last blocks stay."""
+    return _ruled(question, lambda part: part.free[len(part.free) - part.free_keep :])
+
+
+def by_uniform(question: Question) -> PrunePlan:
+    """Evenly spaced blocks stay, first and last among them; protected ones are set aside, and the others spaced evenly."""
+    return _ruled(question, lambda part: [part.free[i] for i in evenly_spaced(len(part.free), part.free_keep)])
+
+
+def by_random(question: Question) -> PrunePlan:
+    """A random choice, addressed by (seed, list)."""
+
+    def draw(part: Share) -> list[int]:
+        order = Randomness(question.seed).permutation(f"random/{part.start}", 0, len(part.free))
+        return [part.free[int(i)] for i in order[: part.free_keep]]
+
+    return _ruled(question, draw)
+
+
+def by_bk_sdm(question: Question) -> PrunePlan:
+    """BK-SDM's rule (arXiv 2305.15798) as TinyFusion applies it; see `rules.bk_sdm_positions`."""
+    listed = question.settings.bk_sdm_list
+    kept = {
+        name: [part.start + i for i in bk_sdm_positions(part.depth, listed, [i - part.start for i in part.protected])]
+        for name, part in question.shares.items()
+    }
+    return plan_for(question, kept, f"no scores: a fixed rule, {listed} list")
+
+
+def _ruled(question: Question, choose: Callable[[Share], Sequence[int]]) -> PrunePlan:
+    """`choose` picks among the free blocks of each list."""
+    kept = {name: sorted([*part.protected, *choose(part)]) for name, part in question.shares.items()}
+    return plan_for(question, kept, "no scores: a fixed rule")
+
+
+def by_named(question: Question) -> PrunePlan:
+    """Exactly the blocks of `prune.keep`, which must name the protected ones too."""
+    settings = question.settings
+    plan = by_indices(question.teacher, settings.keep, question.seed)
+    missing = sorted(set(settings.protect) - set(settings.keep))
+    if missing:
+        raise UserError(f"--keep leaves out the protected blocks {missing}: name them too, or do not protect them")
+    return plan
 
 
 def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int = 0) -> PrunePlan:
@@ -35,3 +252,111 @@ def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int = 0) -> Prun
     except ValueError as error:
         raise UserError(f"--keep: {error}") from error
     return PrunePlan(kept=kept, depth=depths, criterion="indices", seed=seed, teacher=teacher.hash())
+
+
+# -------------------------------------------------------------------------------------------------- search of whole masks
+
+
+def by_calibration_loss(question: Question) -> PrunePlan:
+    """The mask of least, median (the lower one) or greatest loss right after cutting, among `num_masks` random ones.
+
+    All masks where there are no more: then min-loss is the optimum of this loss. Source: arXiv 2412.01199, figure 5 and
+    table 3. A loss that is not finite counts as infinite, and is not taken for the greatest. Cost: docs/criteria.md.
+    """
+    masks, began = searched(question), time.perf_counter()
+    sums = mask_losses(question.teacher, question.images, masks, question.tick, question.begun, question.keep)
+    losses = np.nan_to_num(sums.loss / sums.images, nan=np.inf, neginf=np.inf)
+    order = np.argsort(losses, kind="stable")
+    finite = order[np.isfinite(losses[order])]
+    if not len(finite):
+        raise UserError("no mask has a finite loss on the calibration images: is the teacher trained?")
+    places = {"min-loss": finite[0], "median-loss": order[(len(order) - 1) // 2], "max-loss": finite[-1]}
+    chosen = int(places[question.settings.criterion])
+    there = space(question)
+    depth, listed = len(question.teacher.stack), len(masks) <= MAX_LISTED_MASKS
+    table = {"losses": [short(v) for v in losses], "masks": [bits(mask, depth) for mask in masks]}
+    facts = {"num_masks": len(masks), "all_masks": there, "exact": len(masks) == there, "loss": short(losses[chosen])}
+    plan = plan_for(
+        question,
+        {name: [i for i in masks[chosen] if i in part.blocks] for name, part in question.shares.items()},
+        "calibration loss (mse + vb) of whole masks, one bit per block, 1 for kept; null where it is not finite",
+        {**facts, **loss_summary(losses[finite]), **(table if listed else {})},
+        shared_evaluations(masks),
+    )
+    plan = dataclasses.replace(plan, cost={**plan.cost, "seconds": time.perf_counter() - began})  # the marks are free
+    if question.publish:
+        question.publish(
+            {**plan.scores, **table, "mse": [short(v) for v in sums.mse / sums.images], **_marks(question)}
+        )
+    return plan
+
+
+def searched(question: Question) -> list[Mask]:
+    """The masks that a search tries, in lexicographic order."""
+    return random_masks(_choices(question), question.settings.num_masks, question.seed)
+
+
+def space(question: Question) -> int:
+    """How many masks there are."""
+    return math.prod(choice.count for choice in _choices(question))
+
+
+def _choices(question: Question) -> list[Choice]:
+    return [Choice(p.free, p.free_keep, tuple(sorted(p.protected))) for p in question.shares.values()]
+
+
+def _marks(question: Question) -> dict[str, Any]:
+    """Where the cheap criteria stand among the losses; one that cannot keep as many blocks is left out."""
+    found: dict[str, Mask] = {}
+    wanted = sum(part.keep for part in question.shares.values())
+    for name in _MARKED:
+        settings = dataclasses.replace(question.settings, criterion=name, num_keep=None, sensitivity_order="one-shot")
+        settings = settings if name == "bk-sdm" else dataclasses.replace(settings, num_keep=question.settings.num_keep)
+        try:
+            plan = CRITERIA[name].plan(dataclasses.replace(question, settings=settings, tick=lambda done: None))
+        except UserError:
+            continue
+        starts = [part.start for part in question.shares.values()]
+        mask = tuple(i + s for s, kept in zip(starts, plan.kept.values(), strict=True) for i in kept)
+        if len(mask) == wanted:
+            found[name] = mask
+    masks = sorted(set(found.values()))
+    sums = mask_losses(question.teacher, question.images, masks)
+    losses = dict(zip(masks, sums.loss / sums.images, strict=True))
+    depth = len(question.teacher.stack)
+    return {
+        "marks": {name: short(losses[mask]) for name, mask in found.items()},
+        "mark_masks": {name: bits(mask, depth) for name, mask in found.items()},
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- the table
+
+
+def _sensitivity_evaluations(question: Question) -> int:
+    """Protected blocks are tried or not, which changes little; greedy as if none were protected."""
+    if question.settings.sensitivity_order == "one-shot":
+        return shared_evaluations(_all_but_one(question)[1])
+    left, depth = sum(part.keep for part in question.shares.values()), len(question.teacher.stack)
+    rounds = [list(itertools.combinations(range(size), size - 1)) for size in range(depth, left, -1)]
+    return sum(map(shared_evaluations, rounds)) + (1 if rounds else 0)
+
+
+_PASS = Criterion("", by_change, lambda question: len(question.teacher.stack))
+_SEARCH = Criterion("", by_calibration_loss, lambda question: shared_evaluations(searched(question)))
+CRITERIA: dict[str, Criterion] = {
+    "bi": dataclasses.replace(_PASS, says="block influence", plan=by_block_influence),
+    "flux-lite": dataclasses.replace(_PASS, says="squared change of the residual stream"),
+    "sensitivity": Criterion("loss added by removing a block", by_sensitivity, _sensitivity_evaluations),
+    "bk-sdm": Criterion("first of each pair, then last of each", by_bk_sdm),
+    "first": Criterion("the first blocks", by_first),
+    "last": Criterion("the last blocks", by_last),
+    "uniform": Criterion("evenly spaced blocks", by_uniform),
+    "random": Criterion("a random choice", by_random),
+    "min-loss": dataclasses.replace(_SEARCH, says="the mask of least calibration loss"),
+    "median-loss": dataclasses.replace(_SEARCH, says="the mask of median calibration loss"),
+    "max-loss": dataclasses.replace(_SEARCH, says="the mask of greatest calibration loss"),
+    "indices": Criterion("the named blocks", by_named),
+    "width": Criterion("channels of the largest |weight x gradient|", by_width, width_evaluations),
+}
+"""Every criterion but `learned`."""

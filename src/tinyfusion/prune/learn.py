@@ -1,6 +1,6 @@
 """The learned criterion: gates and throw-away weight deltas trained together, by the one loop.
 
-`GatedObjective` wraps any objective: it draws Gumbel noise with the batch and runs the model under sampled gates.
+`GatedObjective` wraps any objective: it draws the gates' noise with the batch and runs the model under sampled gates.
 Source: TinyFusion (arXiv 2412.01199), section 3. Defects of the released code that are not repeated: schedules that
 overshoot, a decision that is only printed, groups that do not fill the depth, weight deltas lost to a second load.
 """
@@ -8,9 +8,9 @@ overshoot, a decision that is only printed, groups that do not fill the depth, w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,11 @@ from tinyfusion.models.checkpoint import LoadedModel, make_trainable
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import BlockStack, num_parameters
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction
-from tinyfusion.prune.gates import CategoricalGates, mode, probabilities
+from tinyfusion.prune.gates import CategoricalGates, GateDistribution
 from tinyfusion.prune.scheme import Group, parse_scheme
+from tinyfusion.prune.subset import SubsetGates
 from tinyfusion.training.ema import Ema
-from tinyfusion.training.lora import add_lora
+from tinyfusion.training.lora import add_lora, cast_frozen_linears
 from tinyfusion.training.optim import ParameterGroup, linear, trainable
 
 
@@ -34,26 +35,24 @@ class GatedObjective:
 
     inner: Objective
     stack: BlockStack
-    gates: CategoricalGates
+    gates: GateDistribution
     temperature: tuple[float, float]
     scaling: tuple[float, float]
     steps: int
+    dropped: Literal["dense", "skip"] = "skip"
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        """The inner draws, and Gumbel noise (B, K_g) for every group."""
+        """The inner draws, and the noise of every group's gates."""
         noisy = self.inner.draw(batch, draws)
-        gumbel = tuple(
-            torch.from_numpy(draws.gumbel(f"gumbel/{index}", tuple(theta.shape))).to(noisy.xt.device)
-            for index, theta in enumerate(self.gates.logits)
-        )
-        return dataclasses.replace(noisy, gumbel=gumbel)
+        noise = tuple(drawn.to(noisy.xt.device) for drawn in self.gates.draw(draws))
+        return dataclasses.replace(noisy, gate_noise=noise)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
         """The model with every sample's own mask."""
         temperature = linear(self.temperature, noisy.step, self.steps)
         scaling = linear(self.scaling, noisy.step, self.steps)
-        masks = self.gates.sample(noisy.gumbel, temperature, scaling)
-        with self.stack.gated(masks):
+        masks = self.gates.sample(noisy.gate_noise, temperature, scaling)
+        with self.stack.gated(masks, self.dropped):
             return self.inner.predict(model, noisy)
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
@@ -80,38 +79,53 @@ class MaskLearner:
         """What would be kept now, from the averaged logits."""
         logits = [ema.average[f"gates.logits.{i}"] for i in range(len(self.objective.gates.logits))]
         scaling = linear(self.objective.scaling, step, self.objective.steps)
-        return Decision(self.groups, logits, scaling)
+        return Decision(self.groups, self.objective.gates, logits, scaling)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Argmax and probabilities of averaged logits, split by list of blocks."""
+    """The mode and the probabilities of averaged logits, split by list of blocks."""
 
     groups: Mapping[str, list[Group]]
+    gates: GateDistribution
     logits: list[Tensor]
     scaling: float
 
-    def _by_list(self, values: list[Any]) -> dict[str, list[Any]]:
+    def _by_list(self, values: Iterable[list[Any]]) -> dict[str, list[list[Any]]]:
+        """Values per group to per list."""
         rest = iter(values)
         return {name: [next(rest) for _ in listed] for name, listed in self.groups.items()}
 
     def kept(self) -> dict[str, list[int]]:
         """Kept blocks per list."""
-        return {name: mode(self.groups[name], part) for name, part in self._by_list(self.logits).items()}
+        return _joined(self._by_list(self.gates.kept(i, theta) for i, theta in enumerate(self.logits)))
 
     def probabilities(self) -> dict[str, list[list[float]]]:
-        """softmax(scaling * theta) of every group, per list."""
-        return self._by_list(probabilities(self.logits, self.scaling))
+        """What the distribution says of every group, per list; its `meaning` explains."""
+        rows = (self.gates.probabilities(i, theta, self.scaling) for i, theta in enumerate(self.logits))
+        return self._by_list(rows)
+
+    def confidence(self) -> dict[str, list[float]]:
+        """Per list: one number per group of a categorical, one per kept block of a subset."""
+        rows = (self.gates.confidence(i, theta, self.scaling) for i, theta in enumerate(self.logits))
+        return _joined(self._by_list(rows))
 
     def log(self, step: int, objective: GatedObjective) -> dict[str, Any]:
         """Fields for a log line."""
-        confidence = {name: [max(p) for p in listed] for name, listed in self.probabilities().items()}
-        return {
+        fields = {
             "temperature": linear(objective.temperature, step, objective.steps),
             "scaling": self.scaling,
             "kept": self.kept(),
-            "confidence": confidence,
+            "confidence": self.confidence(),
         }
+        if isinstance(self.gates, SubsetGates):
+            fields["marginals"] = _joined(self.probabilities())
+        return fields
+
+
+def _joined(per_group: Mapping[str, list[list[Any]]]) -> dict[str, list[Any]]:
+    """The groups of every list, one after another."""
+    return {name: [value for row in rows for value in row] for name, rows in per_group.items()}
 
 
 def mask_learner(
@@ -121,13 +135,21 @@ def mask_learner(
 
     seed: of the deltas' initial values. Raises UserError where the scheme does not fit.
     """
-    groups = parse_scheme(settings.scheme, teacher.stack.depths())
+    groups = parse_scheme(settings.scheme, teacher.stack.depths(), settings.distribution, settings.protect)
     module = teacher.copy().module.to(device).train()
     make_trainable(module, teacher.family)  # a frozen teacher's copy is frozen
     deltas = _deltas(module, settings, seed)
-    gates = CategoricalGates([g for listed in groups.values() for g in listed], settings.logit_init).to(device)
+    if settings.training.dtype == "bfloat16" and settings.update != "full":
+        cast_frozen_linears(module, torch.bfloat16)
+    gates = _gates([g for listed in groups.values() for g in listed], settings).to(device)
     gated = GatedObjective(
-        objective, teacher.family.stack(module), gates, settings.temperature, settings.scaling, settings.training.steps
+        objective,
+        teacher.family.stack(module),
+        gates,
+        settings.temperature,
+        settings.scaling,
+        settings.training.steps,
+        settings.dropped,
     )
     logits = {f"gates.logits.{i}": theta for i, theta in enumerate(gates.logits)}
     return MaskLearner(
@@ -142,11 +164,17 @@ def mask_learner(
     )
 
 
+def _gates(groups: list[Group], settings: PruneSection) -> GateDistribution:
+    """The distribution that the recipe names."""
+    if settings.distribution == "subset":
+        return SubsetGates(groups, settings.logit_init, settings.subset_estimator)
+    return CategoricalGates(groups, settings.logit_init)
+
+
 def _deltas(module: nn.Module, settings: PruneSection, seed: int) -> dict[str, nn.Parameter]:
     """The parameters that train beside the gates."""
     if settings.update == "lora":
-        alpha = settings.lora_alpha if settings.lora_alpha is not None else 2.0 * settings.lora_rank
-        return add_lora(module, settings.lora_rank, alpha, seed)
+        return add_lora(module, settings.lora_rank, settings.lora_scale * settings.lora_rank, seed)
     if settings.update == "frozen":
         for parameter in module.parameters():
             parameter.requires_grad_(False)
@@ -158,9 +186,7 @@ def plan_of(
     decision: Decision, teacher: LoadedModel, settings: PruneSection, seed: int, cost: dict[str, float]
 ) -> PrunePlan:
     """The decision as a plan."""
-    scores: dict[str, Any] = {
-        "meaning": "probability of each candidate of each group, candidates in lexicographic order"
-    }
+    scores: dict[str, Any] = {"meaning": decision.gates.meaning}
     return PrunePlan(
         kept=decision.kept(),
         depth=teacher.stack.depths(),

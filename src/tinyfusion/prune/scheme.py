@@ -1,11 +1,12 @@
 """N:M schemes: which blocks may be kept together.
 
 "2:4" keeps 2 of every 4 consecutive blocks; "2:4x3+3:4x4" lists the groups. Groups never cross from one list of blocks
-into the next. L is the depth of a list.
+into the next. L is the depth of a list. Protected blocks stay, and count as kept.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -19,20 +20,32 @@ MAX_CANDIDATES = 1_000_000
 
 @dataclass(frozen=True)
 class Group:
-    """Keep `keep` (N) of the `size` (M) consecutive blocks that begin at `start`."""
+    """Keep `keep` (N) of the `size` (M) consecutive blocks that begin at `start`, the positions in `protected` (P) always."""
 
     keep: int
     size: int
     start: int
+    protected: tuple[int, ...] = ()
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Positions within the group that may stay or go, ascending."""
+        return tuple(i for i in range(self.size) if i not in self.protected)
+
+    @property
+    def keep_free(self) -> int:
+        """How many of the free positions stay."""
+        return self.keep - len(self.protected)
 
     @property
     def num_candidates(self) -> int:
-        """binom(M, N)."""
-        return math.comb(self.size, self.keep)
+        """binom(M - P, N - P); binom(M, N) where nothing is protected."""
+        return math.comb(self.size - len(self.protected), self.keep_free)
 
     def candidates(self) -> list[tuple[int, ...]]:
         """Kept positions within the group, in lexicographic order (2:4: 01, 02, 03, 12, 13, 23)."""
-        return list(itertools.combinations(range(self.size), self.keep))
+        every = itertools.combinations(self.free, self.keep_free)
+        return sorted(tuple(sorted((*self.protected, *chosen))) for chosen in every)
 
 
 def consecutive_groups(pairs: Sequence[Sequence[int]]) -> list[Group]:
@@ -46,11 +59,15 @@ def consecutive_groups(pairs: Sequence[Sequence[int]]) -> list[Group]:
 _PART = re.compile(r"(\d+):(\d+)(?:x(\d+))?")
 
 
-def parse_scheme(scheme: str, depths: Mapping[str, int]) -> dict[str, list[Group]]:
+def parse_scheme(
+    scheme: str, depths: Mapping[str, int], distribution: str = "categorical", protect: Sequence[int] = ()
+) -> dict[str, list[Group]]:
     """The groups of every list of blocks.
 
-    A single N:M fills each list; an explicit sum must fill the only list exactly. Raises UserError on bad spelling, on
-    N not in 1..M, and where the groups do not fill the depth (saying which scheme would).
+    A single N:M fills each list; an explicit sum must fill the only list exactly. protect: blocks that stay, counted
+    through the lists in order. Raises UserError on bad spelling, on N not in 1..M, where the groups do not fill the depth
+    (saying which scheme would), where a group cannot keep all its protected blocks, and where a categorical would have
+    too many candidates.
     """
     pairs: list[tuple[int, int]] = []
     for part in scheme.replace(" ", "").split("+"):
@@ -70,12 +87,39 @@ def parse_scheme(scheme: str, depths: Mapping[str, int]) -> dict[str, list[Group
         if sum(size for _, size in used) != depth:
             raise UserError(_misfit(scheme, pairs, depth, uniform))
         groups[name] = consecutive_groups(used)
+    groups = _protected(scheme, groups, depths, protect)
     biggest = max(group.num_candidates for listed in groups.values() for group in listed)
-    if biggest > MAX_CANDIDATES:
+    if distribution == "categorical" and biggest > MAX_CANDIDATES:
         raise UserError(
-            f"scheme {scheme!r} has a group with {biggest:,} candidates, too many to enumerate; use smaller groups"
+            f"scheme {scheme!r} has a group with {biggest:,} candidates, too many to enumerate: set prune.distribution "
+            "to subset, which learns one number per block, or use smaller groups"
         )
     return groups
+
+
+def _protected(
+    scheme: str, groups: dict[str, list[Group]], depths: Mapping[str, int], protect: Sequence[int]
+) -> dict[str, list[Group]]:
+    """The same groups with the blocks `protect` fixed."""
+    total = sum(depths.values())
+    outside = sorted({i for i in protect if not 0 <= i < total})
+    if outside:
+        raise UserError(f"--protect {outside} out of range: the model has blocks 0 to {total - 1}")
+    fixed: dict[str, list[Group]] = {}
+    first = 0
+    for name, listed in groups.items():
+        fixed[name] = []
+        for group in listed:
+            begin = first + group.start
+            inside = sorted({i for i in protect if begin <= i < begin + group.size})
+            if len(inside) > group.keep:
+                raise UserError(
+                    f"scheme {scheme!r} keeps {group.keep} of blocks {begin} to {begin + group.size - 1}, --protect "
+                    f"wants {', '.join(map(str, inside))}: protect fewer of them, or use a scheme that keeps more there"
+                )
+            fixed[name].append(dataclasses.replace(group, protected=tuple(i - begin for i in inside)))
+        first += depths[name]
+    return fixed
 
 
 def _misfit(scheme: str, pairs: list[tuple[int, int]], depth: int, uniform: bool) -> str:

@@ -5,18 +5,29 @@ Teacher and student see the same noise, timesteps and label drops because both r
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.core.recipe import RecoverSection
 from tinyfusion.core.rng import Draws
+from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import BlockStack
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
 from tinyfusion.processes.gaussian import GaussianObjective, mean_flat, split_output
+from tinyfusion.recover.align import Pairs
 from tinyfusion.recover.terms import MaskRule, masked_feature_loss, mean_over_pairs
 from tinyfusion.training.optim import linear
+
+
+@dataclass(frozen=True)
+class TaughtPrediction(Prediction):
+    """The student's output, the teacher's beside it, and what was compared while the student ran: (B,) per pair."""
+
+    feature_losses: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -25,51 +36,82 @@ class DistilledObjective:
 
     kd_loss = noise MSE against the teacher + KL(teacher's step || student's step) in bits, which trains the variance
     alone and falls back to the data likelihood at t = 0 (as published). feat_loss: masked feature loss, mean over
-    `pairs` of (student block, teacher block). beta falls linearly over `steps`. Where student or teacher has no learned
-    variance the KL is left out. Source: arXiv 2412.01199, equation 6 and its released code.
+    `pairs` of (student block, teacher block). beta falls linearly over `steps`; where both its ends are 0 there is no
+    feature term, and no block is watched. Where student or teacher has no learned variance the KL is left out.
+    Source: arXiv 2412.01199, equation 6 and its released code.
     """
 
     inner: GaussianObjective
     teacher: nn.Module
     teacher_stack: BlockStack
     student_stack: BlockStack
-    pairs: list[tuple[int, int]]
+    pairs: Pairs
     steps: int
     alpha_kd: float = 0.9
     beta: tuple[float, float] = (1e-2, 0.0)
     sigmas: float | None = 2.0
     mask: MaskRule = "own"
+    channels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for side, stack in enumerate((self.student_stack, self.teacher_stack)):
+            blocks = sorted(pair[side] for pair in self.pairs)
+            if len(set(blocks)) < len(blocks) or (blocks and not 0 <= blocks[0] <= blocks[-1] < len(stack)):
+                who = ("student", "teacher")[side]
+                raise ValueError(
+                    f"pairs name blocks {blocks} of the {who}: wanted distinct ones of 0 to {len(stack) - 1}"
+                )
+
+    @property
+    def compares_features(self) -> bool:
+        """Whether there is a feature term."""
+        return max(self.beta) > 0
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         """The inner draws."""
         return self.inner.draw(batch, draws)
 
-    def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
-        """Student and teacher on the same batch, with the features of the paired blocks."""
-        with torch.no_grad(), self.teacher_stack.tap([t for _, t in self.pairs]) as teacher_features:
+    def predict(self, model: nn.Module, noisy: NoisyBatch) -> TaughtPrediction:
+        """Teacher and student on the same batch; paired blocks are compared as the student reaches them."""
+        watched = [t for _, t in self.pairs] if self.compares_features else []
+        with torch.no_grad(), self.teacher_stack.tap(watched) as taught_features:
             taught = self.inner.predict(self.teacher, noisy)
-        with self.student_stack.tap([s for s, _ in self.pairs]) as student_features:
+        with self._comparing(taught_features) as losses:
             own = self.inner.predict(model, noisy)
-        taught = dataclasses.replace(taught, features=teacher_features)
-        return dataclasses.replace(own, features=student_features, teacher=taught)
+        return TaughtPrediction(own.output, teacher=taught, feature_losses=losses)
+
+    @contextmanager
+    def _comparing(self, taught: dict[int, Tensor]) -> Iterator[list[Tensor]]:
+        """Take the feature loss of a pair when the student's block is done, and let go of the teacher's feature."""
+        losses: list[Tensor] = []
+        blocks = list(self.student_stack)
+        with ExitStack() as hooks:
+            for student, teacher in self.pairs if self.compares_features else []:
+
+                def compare(_module: nn.Module, _args: object, output: Tensor, teacher: int = teacher) -> None:
+                    losses.append(self.feature_loss(output, taught.pop(teacher)))
+
+                hooks.enter_context(blocks[student].register_forward_hook(compare))
+            yield losses
+
+    def feature_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """(B,) of one pair of block outputs (B, T, D); of the teacher's only `channels`, where the student is narrower."""
+        if self.channels is not None:
+            teacher = teacher.index_select(-1, self.channels)
+        return masked_feature_loss(student, teacher, self.sigmas, self.mask)
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """loss, gt (with mse and vb), kd_loss (with vb_kd), feat_loss without its weight."""
-        assert prediction.teacher is not None
+        """loss, gt (with mse and vb), kd_loss (with vb_kd), and feat_loss without its weight where features count."""
+        assert isinstance(prediction, TaughtPrediction) and prediction.teacher is not None
         own = self.inner.losses(model, noisy, prediction)
         kd = self._output_loss(noisy, prediction.output, prediction.teacher.output)
-        features = mean_over_pairs(
-            [
-                masked_feature_loss(
-                    prediction.features[s].float(), prediction.teacher.features[t].float(), self.sigmas, self.mask
-                )
-                for s, t in self.pairs
-            ]
-        )
-        beta = linear(self.beta, noisy.step, self.steps)
-        loss = self.alpha_kd * kd["kd_loss"] + (1 - self.alpha_kd) * own["loss"] + beta * features
+        loss = self.alpha_kd * kd["kd_loss"] + (1 - self.alpha_kd) * own["loss"]
+        features: dict[str, Tensor] = {}
+        if self.compares_features:
+            features["feat_loss"] = mean_over_pairs(prediction.feature_losses)
+            loss = loss + linear(self.beta, noisy.step, self.steps) * features["feat_loss"]
         rest = {name: value for name, value in own.items() if name != "loss"}
-        return {"loss": loss, "gt": own["loss"], **rest, **kd, "feat_loss": features}
+        return {"loss": loss, "gt": own["loss"], **rest, **kd, **features}
 
     def _output_loss(self, noisy: NoisyBatch, student_output: Tensor, teacher_output: Tensor) -> dict[str, Tensor]:
         channels = noisy.x0.shape[1]
@@ -81,3 +123,31 @@ class DistilledObjective:
         step = self.inner.schedule.model_gaussian(taught_noise, taught_v, noisy.xt, noisy.t, clip=False)
         vb_kd = self.inner.variational_bits(noisy, noise, v, target=(step.mean, step.log_variance))
         return {"kd_loss": mse_kd + vb_kd, "vb_kd": vb_kd}
+
+
+def distilled(
+    settings: RecoverSection,
+    inner: GaussianObjective,
+    teacher: LoadedModel,
+    student: LoadedModel,
+    pairs: Pairs,
+    channels: list[int] | None = None,
+) -> DistilledObjective:
+    """The terms of a method: logits-kd compares outputs alone, rep-kd every feature, masked-kd those that are calm.
+
+    channels: the teacher's residual channel for each of a narrower student's. Raises ValueError where `pairs` do not
+    fit the two models. (finetune is `inner` itself.)
+    """
+    return DistilledObjective(
+        inner=inner,
+        teacher=teacher.module,
+        teacher_stack=teacher.stack,
+        student_stack=student.stack,
+        pairs=pairs,
+        steps=settings.training.steps,
+        alpha_kd=settings.alpha_kd,
+        beta=settings.beta if settings.compares_features else (0.0, 0.0),
+        sigmas=settings.mask_sigmas if settings.method == "masked-kd" else None,
+        mask=settings.mask,
+        channels=None if channels is None else torch.tensor(channels, device=next(teacher.module.parameters()).device),
+    )

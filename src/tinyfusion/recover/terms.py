@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ MaskRule = Literal["own", "joint"]
 def massive_mask(features: Tensor, sigmas: float) -> Tensor:
     """Where |features - mean| < sigmas * std, per sample over tokens and width (unbiased variance, strict)."""
     flat = features.detach().float().flatten(1)
-    deviation = flat - flat.mean(1, keepdim=True)
-    variance = deviation.square().sum(1, keepdim=True) / (flat.shape[1] - 1)  # torch.std is several times slower here
-    return (deviation.abs() < sigmas * variance.sqrt()).view(features.shape)
+    squares = (flat - flat.mean(1, keepdim=True)).square_()
+    variance = squares.sum(1, keepdim=True) / (flat.shape[1] - 1)  # torch.std is several times slower here
+    return (squares < sigmas**2 * variance).view(features.shape)
 
 
 def masked_feature_loss(student: Tensor, teacher: Tensor, sigmas: float | None, rule: MaskRule = "own") -> Tensor:
@@ -24,15 +24,41 @@ def masked_feature_loss(student: Tensor, teacher: Tensor, sigmas: float | None, 
 
     own: each side is zeroed by its own mask, as released: where only the teacher is massive the student is pulled to 0,
     where only the student is, a constant without gradient remains. joint: only entries that are calm on both sides
-    count, as the paper says. sigmas None masks nothing. Source: arXiv 2412.01199, section 3.4.
+    count, as the paper says. sigmas None masks nothing. No gradient reaches the teacher, and one tensor (B, T, D) is
+    kept for the student's: neither features nor masks are. Source: arXiv 2412.01199, section 3.4.
     """
-    teacher = teacher.detach()
-    if sigmas is None:
-        return (student - teacher).square().flatten(1).mean(1)
-    calm_student, calm_teacher = massive_mask(student, sigmas), massive_mask(teacher, sigmas)
-    if rule == "joint":
-        calm_student = calm_teacher = calm_student & calm_teacher
-    return (calm_student * student - calm_teacher * teacher).square().flatten(1).mean(1)
+    teacher = teacher.detach().float()
+    loss: Tensor = _MaskedDifference.apply(student.float(), teacher, sigmas, rule)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _MaskedDifference(torch.autograd.Function):
+    """mean((M_s s - M_t t)^2) per sample, with the gradient 2 M_s (M_s s - M_t t) / (T D); its last factors are saved.
+
+    Generic operations would hold the difference, the mask and, until the backward pass, the teacher's features.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, sigmas: float | None, rule: MaskRule) -> Tensor:
+        calm = None if sigmas is None else massive_mask(student, sigmas)
+        if calm is None or sigmas is None:
+            difference = student - teacher
+        elif rule == "joint":
+            calm &= massive_mask(teacher, sigmas)
+            difference = (student - teacher).mul_(calm)
+        else:
+            difference = (calm * student).sub_(massive_mask(teacher, sigmas) * teacher)
+        loss = difference.square().flatten(1).mean(1)
+        if calm is not None and rule == "own":
+            difference.mul_(calm)
+        ctx.save_for_backward(difference)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (difference,) = ctx.saved_tensors
+        weight = gradients[0] * (2 / difference[0].numel())
+        return difference * weight.view(-1, *[1] * (difference.ndim - 1)), None, None, None
 
 
 def mean_over_pairs(losses: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,6 @@ Every function takes a `RunData` and returns what the template prints; a fact th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,17 +209,36 @@ def block_lists(plan: PrunePlan, confidence: Mapping[str, Sequence[float]] | Non
 
 
 def final_confidence(run: RunData) -> Mapping[str, list[float]] | None:
-    """Probability of the chosen candidate of every group: the plan's, else that of the last log line."""
+    """How sure every group is: the plan's probability of the chosen candidate, else that of the last log line.
+
+    Of a subset, where every block has a probability of its own, the mean of those that are kept.
+    """
     plan = run.plan
-    if plan and run.decided and plan.groups and "probability" in str(plan.scores.get("meaning", "")):
-        return {name: [max(group) for group in plan.scores[name]] for name in plan.groups if name in plan.scores}
+    if not plan or not plan.groups:
+        return None
+    if run.decided and "probability" in str(plan.scores.get("meaning", "")):
+        found = {name: plan.scores[name] for name in plan.groups if name in plan.scores}
+        if plan.distribution == "subset":
+            joined = {name: [value for group in rows for value in group] for name, rows in found.items()}
+            return {name: _means_of_kept(values, plan.groups[name], plan.kept[name]) for name, values in joined.items()}
+        return {name: [max(group) for group in rows] for name, rows in found.items()}
     lines = [line for line in run.metrics.get("prune", ()) if "confidence" in line]
+    if lines and "marginals" in lines[-1]:
+        marginals = lines[-1]["marginals"]
+        return {
+            n: _means_of_kept(marginals[n], sizes, plan.kept[n]) for n, sizes in plan.groups.items() if n in marginals
+        }
     return lines[-1]["confidence"] if lines else None
 
 
-def chances(sizes: Sequence[Sequence[int]]) -> list[float]:
-    """Chance level of every group [N, M]: one over its number of candidates."""
-    return [1 / math.comb(size, keep) for keep, size in sizes]
+def _means_of_kept(values: Sequence[float], sizes: Sequence[Sequence[int]], kept: Sequence[int]) -> list[float]:
+    """Mean over the kept blocks of every group [N, M]; values: one per block of the list."""
+    means, start = [], 0
+    for _, size in sizes:
+        inside = [values[block] for block in kept if start <= block < start + size]
+        means.append(sum(inside) / len(inside) if inside else 1.0)
+        start += size
+    return means
 
 
 def evaluation_tables(run: RunData) -> list[EvaluationTable]:
@@ -251,12 +269,18 @@ def _cell(key: str, value: float | None) -> str:
 
 
 def measured(run: RunData, metric: str) -> float | None:
-    """A number by dotted name: "speedup", "student.digits.fid", "student.macs"; None where it is not there."""
+    """A number by dotted name: "speedup", "student.digits.fid", "student.macs"; None where it is not there.
+
+    "step-100000.digits.fid" is that of the recovery's checkpoint at that step.
+    """
     model, _, rest = metric.partition(".")
     reference, _, key = rest.rpartition(".")
     speed = run.speed or {}
     source: Mapping[str, Any] = speed
-    if reference:
+    if reference and model.startswith("step-"):
+        same = [p for p in run.fid_steps if f"step-{p['step']}" == model and p.get("reference", reference) == reference]
+        source = same[0] if same else {}
+    elif reference:
         source = run.evaluations.get(model, {}).get(reference.replace(":", "-"), {})
     elif rest:
         source = (speed.get("models") or {}).get(model, {})

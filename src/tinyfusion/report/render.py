@@ -19,25 +19,15 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
-from tinyfusion.report import charts, facts
+from tinyfusion.report import facts, figures
 from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.run_data import MODEL_NAMES, RunData, Samples
 
 RECORD_ID = "tinyfusion-record"
-_WIDE_PX, _NARROW_PX, _THIRD_PX = 1060, 350, 350
 _GRID_CLASSES, _GRID_ROWS = 10, 4
 _SMALL_PX = 32  # images up to this size are shown pixel by pixel
 _THUMBNAIL_PX = 64
 _GRID_PX = 356  # a grid is at most this wide, so that it fits a phone
-_LOSSES = {
-    "prune": [("loss", "loss", charts.STUDENT)],
-    "train": [("loss", "loss", charts.STUDENT)],
-    "recover": [
-        ("loss", "total", charts.INK), ("mse", "noise", charts.TEACHER),
-        ("kd_loss", "teacher's output", charts.STUDENT), ("feat_loss", "teacher's features", charts.CUT),
-    ],
-}  # fmt: skip
-_LOSS_TITLES = {"prune": "Loss of the search", "recover": "Loss of the recovery", "train": "Training loss"}
 
 
 @dataclass(frozen=True)
@@ -52,24 +42,15 @@ class Grid:
     columns: list[str]
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A titled drawing; narrow is the one for phones, empty where the wide one serves."""
-
-    title: str
-    wide: Markup
-    narrow: Markup = Markup("")
-    note: str = ""
-
-
 def render(runs: Sequence[RunData], record: Mapping[str, Any]) -> str:
     """The page. record: what made it (see `core/rundir.stamp`), kept inside the page as JSON."""
-    sections = [_section(run, f"run-{i}") for i, run in enumerate(runs, start=1)]
+    sections = [_section(run, f"run-{i}", runs) for i, run in enumerate(runs, start=1)]
     title = " · ".join(dict.fromkeys(run.title for run in runs))
     return _template().render(
         title=title,
         sections=sections,
         comparison=facts.comparison(runs),
+        together=figures.together(runs),
         record_id=RECORD_ID,
         record=_script_json(record),
     )
@@ -101,7 +82,7 @@ def _script_json(record: Mapping[str, Any]) -> Markup:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _section(run: RunData, anchor: str) -> dict[str, Any]:
+def _section(run: RunData, anchor: str, runs: Sequence[RunData]) -> dict[str, Any]:
     """Everything the template prints of one run."""
     confidence = facts.final_confidence(run)
     return {
@@ -113,8 +94,9 @@ def _section(run: RunData, anchor: str) -> dict[str, Any]:
         "verb": run.record.get("verb", "run"),
         "tiles": facts.headline(run),
         "lists": facts.block_lists(run.plan, confidence) if run.plan else {},
-        "dynamics": _dynamics(run, anchor),
-        "curves": _curves(run, anchor),
+        "dynamics": figures.dynamics(run, anchor),
+        "curves": figures.curves(run, anchor),
+        "pictures": figures.pictures_of(run, anchor, runs),
         "grids": _grids(run),
         "tables": facts.evaluation_tables(run),
         "checks": facts.checks(run),
@@ -126,50 +108,6 @@ def _section(run: RunData, anchor: str) -> dict[str, Any]:
         "provenance": facts.provenance(run),
         "speed_protocol": (run.speed or {}).get("protocol"),
     }
-
-
-def _decisions(run: RunData) -> list[dict[str, Any]]:
-    return [line for line in run.metrics.get("prune", ()) if "kept" in line and "confidence" in line]
-
-
-def _dynamics(run: RunData, anchor: str) -> list[Chart]:
-    """One chart per list of blocks that was decided in groups, once there is something to see."""
-    lines = _decisions(run)
-    if not run.plan or not run.plan.groups or not lines:
-        return []
-    drawn = []
-    for name, sizes in run.plan.groups.items():
-        final = run.plan.kept[name]
-        wide, narrow = (
-            Markup(charts.decision_dynamics(lines, sizes, final, name, width, most, salt=anchor))
-            for width, most in ((_WIDE_PX, 140), (_NARROW_PX, 50))
-        )
-        drawn.append(Chart(name, wide, narrow))
-    return drawn
-
-
-def _curves(run: RunData, anchor: str) -> list[Chart]:
-    """Confidence and losses over the steps."""
-    drawn = []
-    lines = _decisions(run)
-    for name, sizes in ((run.plan.groups if run.plan else None) or {}).items():
-        if len(lines) > 1:
-            svg = charts.confidence_curves(lines, sizes, name, _THIRD_PX, salt=anchor)
-            drawn.append(
-                Chart("Confidence of the decision", Markup(svg), note="Thin: every group. Bold: their median.")
-            )
-    for stage, metrics in run.metrics.items():
-        curves = [charts.Curve(label, *_series(metrics, key), colour) for key, label, colour in _LOSSES[stage]]
-        curves = [curve for curve in curves if len(curve.x)]
-        if curves:
-            svg = charts.loss_curves(curves, _LOSS_TITLES[stage], _THIRD_PX, salt=anchor)
-            drawn.append(Chart(_LOSS_TITLES[stage], Markup(svg), note="Faint: as logged. Bold: running median."))
-    return drawn
-
-
-def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    lines = [line for line in metrics if line.get(key) is not None]
-    return [line["step"] for line in lines], [line[key] for line in lines]
 
 
 def _grids(run: RunData) -> list[Grid]:

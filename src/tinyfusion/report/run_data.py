@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class RunData:
     name: the path as it was given. record: run.json. plan: the decision, or while it forms the present favourite
     (decided False). metrics: lines of metrics.jsonl per stage (prune, recover, train). records: run.json per stage.
     evaluations: model -> reference -> evaluation. speed: speed.json. samples and models (model.json): by model name.
+    calibration, activations, depth_speed, fid_steps: the files of these names, see docs/report.md.
     notes: what was left out of the page, and why.
     """
 
@@ -49,6 +50,10 @@ class RunData:
     speed: Mapping[str, Any] | None = None
     samples: Mapping[str, Samples] = field(default_factory=dict)
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
+    activations: Mapping[str, Any] | None = None
+    depth_speed: Mapping[str, Any] | None = None
+    fid_steps: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
 
     @property

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _ADAPTER = "delta"
 
@@ -43,6 +43,27 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, 
             else:
                 parameter.zero_()
     return deltas
+
+
+def delta_weights(averages: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """What deltas add to each weight, scale * B A, from their values by name: {name of the weight in the plain model: it}."""
+    suffix = f".lora_A.{_ADAPTER}.weight"
+    layers = [name.removesuffix(suffix) for name in averages if name.endswith(suffix)]
+    return {
+        f"{layer}.weight": scale * averages[f"{layer}.lora_B.{_ADAPTER}.weight"] @ averages[layer + suffix]
+        for layer in layers
+    }
+
+
+def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the weights of linear layers that do not train in `dtype`, in place: for a throw-away copy under autocast.
+
+    Autocast to `dtype` casts them at every call, to the same values, and remembers only casts of trained weights. So
+    products stay the same bit for bit, and the casts and half of the memory are saved. Layers that train stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters(recurse=False)):
+            module.to(dtype)
 
 
 @contextmanager

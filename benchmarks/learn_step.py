@@ -1,0 +1,239 @@
+"""One step of mask learning, dense gating against skipping, at the shape of DiT-XL/2 blocks.
+
+    python benchmarks/learn_step.py --threads 2 --out docs/results/learn-step.md
+
+Both sides are the package's own mask learner on one model of random weights (width 1152, 16 heads, 256 tokens), fed the
+same noise and masks, taking turns within one process: a warm-up turn, then the median of `--repeats` turns with quartiles. A
+step is what the loop does: forward, backward, clipping, optimiser, moving average. The floor counts a backward pass with
+weight gradients as two forward passes, one without as one, and everything else as nothing. Memory is what torch's
+allocator held at the peak of forward and backward above what it held before, gradient buffers being there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from tinyfusion.core.device import flush_denormals
+from tinyfusion.core.recipe import PruneSection, TrainingSection
+from tinyfusion.core.rng import Randomness
+from tinyfusion.core.rundir import write_text
+from tinyfusion.models.checkpoint import LoadedModel, new_model
+from tinyfusion.processes.base import Batch, NoisyBatch
+from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.prune.learn import GatedObjective, MaskLearner, mask_learner
+from tinyfusion.training.loop import TrainState
+
+# (deltas, scheme, dtype) -> floor, share of it that is wanted
+ROWS = {
+    ("full", "1:2", "float32"): (1.5, 0.85),
+    ("full", "1:4", "float32"): (2.0, 0.85),
+    ("lora", "1:2", "float32"): (4 / 3, 0.85),
+    ("lora", "1:4", "float32"): (1.6, 0.85),
+    ("lora", "1:2", "bfloat16"): (4 / 3, 1.15 * 3 / 4),
+}
+MEMORY_SHARE, GRADIENT_TOLERANCE = 0.35, 1e-4
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to make a step."""
+
+    learner: MaskLearner
+    state: TrainState
+    objective: GatedObjective
+    dtype: str
+
+    def backward(self, noisy: NoisyBatch) -> None:
+        """Forward and backward, as in the loop."""
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            prediction = self.objective.predict(self.learner.module, noisy)
+        self.objective.losses(self.learner.module, noisy, prediction)["loss"].mean().backward()
+
+    def step(self, noisy: NoisyBatch) -> tuple[float, float]:
+        """Seconds of a whole step, and of its forward and backward."""
+        parameters = list(self.state.parameters.values())
+        began = time.perf_counter()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.backward(noisy)
+        middle = time.perf_counter()
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        self.state.optimizer.step()
+        self.state.ema.update()
+        return time.perf_counter() - began, middle - began
+
+    def gradients(self, noisy: NoisyBatch) -> dict[str, Tensor]:
+        """Of logits and weights."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.backward(noisy)
+        return {name: p.grad.clone() for name, p in self.state.parameters.items() if p.grad is not None}
+
+    def peak_bytes(self, noisy: NoisyBatch) -> int:
+        """Largest sum of allocations during forward and backward, above the state before."""
+        self.state.optimizer.zero_grad(set_to_none=False)
+        gc.collect()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            self.backward(noisy)
+        assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+        events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        return int(np.cumsum(changes).max())
+
+
+def teacher_of(depth: int) -> LoadedModel:
+    """DiT-XL/2 at fewer blocks; every weight random, because published initial values make blocks that do nothing."""
+    sizes = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "num_heads": 16}
+    teacher = new_model("dit", {**sizes, "depth": depth, "num_classes": 1000}, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in teacher.module.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.02, generator=generator)
+    return teacher
+
+
+def sides_of(teacher: LoadedModel, update: Any, scheme: str, dtype: Any, batch: int) -> dict[str, Side]:
+    """The sides to compare; sides of one learner share its state, which does not enter the times."""
+
+    def learner(of_dtype: Any) -> tuple[MaskLearner, TrainState]:
+        training = TrainingSection(steps=10_009, batch_size=batch, learning_rate=1e-4, dtype=of_dtype, ema_decay=0.999)
+        settings = dataclasses.replace(PruneSection(), scheme=scheme, update=update, training=training)
+        made = mask_learner(teacher, GaussianObjective(1000), settings, seed=0)
+        return made, TrainState(made.module, made.parameter_groups, training)
+
+    def side(made: MaskLearner, state: TrainState, dropped: Any) -> Side:
+        return Side(made, state, dataclasses.replace(made.objective, dropped=dropped), dtype)
+
+    held = learner(dtype)
+    found = {"dense": side(*held, "dense"), "skip": side(*held, "skip")}
+    if dtype == "bfloat16":  # the published form casts frozen weights at every call
+        found["dense, cast per call"] = side(*learner("float32"), "dense")
+    return found
+
+
+def noisy_batch(side: Side, step: int, batch: int) -> NoisyBatch:
+    """Latents, noise, timesteps, labels and the gates' noise of `step`."""
+    draws = Randomness(0).at(step, 0, batch)
+    x = torch.from_numpy(draws.normal("latents", (4, 32, 32)))
+    return side.objective.draw(Batch(x, torch.from_numpy(draws.integers("labels", 1000))), draws)
+
+
+def agreement(sides: dict[str, Side], noisy: NoisyBatch) -> tuple[float, float]:
+    """Largest difference of gradients of logits, and of weights, relative to the largest value of their tensor."""
+    wanted, found = sides["dense"].gradients(noisy), sides["skip"].gradients(noisy)
+    assert wanted.keys() == found.keys()
+    relative = {n: float((found[n] - w).abs().max() / w.abs().max().clamp_min(1e-30)) for n, w in wanted.items()}
+    logits = max(value for name, value in relative.items() if name.startswith("gates."))
+    return logits, max(value for name, value in relative.items() if not name.startswith("gates."))
+
+
+def quartiles(values: list[float]) -> str:
+    """ "median (first quartile to third)"."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def row(teacher: LoadedModel, key: tuple[str, str, str], batch: int, repeats: int) -> list[str]:
+    """Measure one setting: a line of the table per dense side."""
+    update, scheme, dtype = key
+    floor, share = ROWS[key]
+    sides = sides_of(teacher, update, scheme, dtype, batch)
+    for side in sides.values():  # also the warm-up: deltas are not zero afterwards
+        side.step(noisy_batch(side, 0, batch))
+    logits, weights = agreement(sides, noisy_batch(sides["dense"], 1, batch)) if dtype == "float32" else (0.0, 0.0)
+    peaks = {name: side.peak_bytes(noisy_batch(side, 1, batch)) / 2**20 for name, side in sides.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for repeat in range(repeats):
+        for name, side in sides.items():
+            times[name].append(side.step(noisy_batch(side, 2 + repeat, batch)))
+    lines = []
+    for name in sides:
+        if name == "skip":
+            continue
+        dense, skip = (np.array(times[n]) for n in (name, "skip"))
+        whole, both = np.median(dense, 0) / np.median(skip, 0)
+        lower = 1 - peaks["skip"] / peaks[name]
+        kept = whole >= share * floor and lower >= MEMORY_SHARE and max(logits, weights) <= GRADIENT_TOLERANCE
+        cells = [
+            update, scheme, dtype if name == "dense" else f"{dtype}, {name}",
+            quartiles(dense[:, 0].tolist()), quartiles(skip[:, 0].tolist()), f"{whole:.2f}", f"{both:.2f}",
+            quartiles((dense[:, 0] / skip[:, 0]).tolist()), f"{floor:.2f}", f"{whole / floor:.0%}", f"{share:.0%}",
+            f"{peaks[name]:,.0f}", f"{peaks['skip']:,.0f}", f"{lower:.0%}",
+            *([f"{logits:.0e}", f"{weights:.0e}"] if dtype == "float32" else ["", ""]), "yes" if kept else "no",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def processor() -> str:
+    """Name and bfloat16 units of the processor, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        facts = {name.strip(): value.strip() for name, value in facts.items()}
+        units = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
+        return f"{facts.get('model name', 'unknown processor')}, bfloat16 units: {', '.join(units) or 'none'}"
+    return "unknown processor"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--depth", type=int, default=4, help="blocks, a multiple of 4")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", help="rows whose name contains this, such as lora or bfloat16")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    flush_denormals()
+    torch.set_num_threads(options.threads)
+    began = time.perf_counter()
+    teacher = teacher_of(options.depth)
+    head = [
+        "deltas", "scheme", "arithmetic", "dense s", "skip s", "ratio", "of forward and backward", "ratio by turn", "floor",
+        "share of it", "wanted", "dense peak MiB", "skip peak MiB", "lower by", "logits", "weights", "holds",
+    ]  # fmt: skip
+    table = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    print("\n".join(table), flush=True)
+    for key in ROWS:
+        if not options.only or options.only in " ".join(key):
+            table += row(teacher, key, options.batch, options.repeats)
+            gc.collect()
+    note = (
+        f"{options.depth} blocks of width 1152, 16 heads, 256 tokens; batch {options.batch}; {options.threads} threads; "
+        f"{options.repeats} turns, median (quartiles); torch {torch.__version__}; {processor()}; "
+        f"{time.perf_counter() - began:.0f} s in all."
+    )
+    print(note)
+    if options.out:
+        write_text(options.out, "\n".join([*PAGE.strip().split("\n"), "", *table, "", note, ""]))
+
+
+PAGE = """
+# A step of mask learning, dense and skipping
+
+```bash
+python benchmarks/learn_step.py --threads 2 --out docs/results/learn-step.md
+```
+
+Seconds are of whole steps (forward, backward, clipping, optimiser, moving average). The floor counts forward and backward passes
+alone. `logits` and `weights` are the largest differences of gradients, relative to the largest value of their tensor. In
+bfloat16, frozen weights are held in bfloat16 on both sides; `dense, cast per call` casts them at every call, as the
+published form does. What is skipped, and why the gradient stays: [skipping](../skipping.md).
+"""
+
+
+if __name__ == "__main__":
+    main()

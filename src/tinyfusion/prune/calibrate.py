@@ -1,0 +1,145 @@
+"""The calibration set that criteria without training look at, and what the blocks do to it.
+
+One fixed timestep and noise per image, timesteps stratified over the whole chain, labels kept, eval mode, float32. All
+masks of a search see the same numbers. Shapes: B samples, T tokens, D width, L blocks of all lists together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.stack import BlockStack
+from tinyfusion.processes.base import NoisyBatch, Objective
+
+Source = Callable[[int, int, Draws], Any]  # (step, batch size, draws) -> clean batch on the model's device
+Tick = Callable[[int], None]  # called with the block evaluations done so far
+_STEP = 2**62  # the address of calibration draws, which no training step has
+_LOW_NOISE_PARTS = 4  # the released statistic sees the first quarter of the chain: t in 0..249 of 1000
+
+
+@dataclass(frozen=True)
+class StratifiedDraws(Draws):
+    """Draws whose "timestep" is stratified: of `total` samples, one falls into each of `total` equal parts of (0, 1).
+
+    Whatever a process makes of its timestep draw (integers, uniform, normal) is stratified with it.
+    """
+
+    total: int = 1
+
+    def _uniform64(self, purpose: str, shape: tuple[int, ...]) -> np.ndarray:
+        values = super()._uniform64(purpose, shape)
+        if purpose != "timestep":
+            return values
+        strata = Randomness(self.seed).permutation("timestep/strata", self.step, self.total)
+        own = strata[self.first : self.first + self.num].reshape(-1, *[1] * len(shape))
+        return (own + values) / self.total
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Fixed noised batches. images: noised images in all; distinct: different clean images among them."""
+
+    batches: tuple[NoisyBatch, ...]
+    objective: Objective
+    data: str
+    images: int
+    distinct: int
+    seed: int
+
+    def record(self) -> dict[str, Any]:
+        """What a plan says of it."""
+        return {
+            "data": self.data,
+            "images": self.images,
+            "distinct_images": self.distinct,
+            "seed": self.seed,
+            "protocol": "one fixed timestep and noise per image, timesteps stratified over the chain, labels kept, float32",
+        }
+
+
+def calibration_set(
+    objective: Objective, source: Source, data: str, available: int, images: int, batch_size: int, seed: int
+) -> Calibration:
+    """`images` noised images in batches of at most `batch_size`; the numbers do not depend on the batch size.
+
+    objective: one that drops no labels. available: images that the data set has. Where it has fewer than `images`, each
+    is used again with a timestep and noise of its own, in whole turns as far as they go.
+    """
+    batches = []
+    for first in range(0, images, batch_size):
+        draws = StratifiedDraws(seed, _STEP, first, min(batch_size, images - first), images)
+        batches.append(objective.draw(source(0, images, draws), draws))
+    return Calibration(tuple(batches), objective, data, images, min(images, available), seed)
+
+
+def clean_low_noise(noisy: NoisyBatch) -> NoisyBatch:
+    """As the released statistic has it: the clean input, at timesteps of the first quarter of the chain, unmapped.
+
+    Differs from the released code by stratified timesteps.
+    """
+    return dataclasses.replace(noisy, xt=noisy.x0, t=torch.div(noisy.t, _LOW_NOISE_PARTS, rounding_mode="floor"))
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """Per block, by global index. cosine: mean over samples and tokens of cos(output, input) along the width.
+
+    change: mean over samples, tokens and width of (output - input) squared.
+    """
+
+    cosine: list[float]
+    change: list[float]
+
+
+@torch.inference_mode()
+def block_statistics(model: LoadedModel, calibration: Calibration, clean: bool, tick: Tick) -> BlockStatistics:
+    """What every block does to its input, on the calibration set; `clean` as in `clean_low_noise`."""
+    stack = model.stack
+    sums = [_Sums() for _ in range(len(stack))]
+    model.module.eval()
+    with _watched(stack, sums):
+        for done, noisy in enumerate(calibration.batches, start=1):
+            calibration.objective.predict(model.module, clean_low_noise(noisy) if clean else noisy)
+            tick(done * len(stack))
+    return BlockStatistics([s.cosine / s.tokens for s in sums], [s.change / s.values for s in sums])
+
+
+@dataclass
+class _Sums:
+    """Running sums of one block."""
+
+    cosine: float = 0.0
+    change: float = 0.0
+    tokens: int = 0
+    values: int = 0
+
+
+@contextmanager
+def _watched(stack: BlockStack, sums: list[_Sums]) -> Iterator[None]:
+    """Every block adds to its sums as the model runs."""
+
+    def hook(own: _Sums) -> Any:
+        def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            before, after = args[0].float(), output.float()
+            own.cosine += float(F.cosine_similarity(after, before, dim=-1).double().sum())
+            own.change += float((after - before).double().square().sum())
+            own.tokens += before.numel() // before.shape[-1]
+            own.values += before.numel()
+
+        return add
+
+    with ExitStack() as hooks:
+        for block, own in zip(stack, sums, strict=True):
+            hooks.enter_context(block.register_forward_hook(hook(own)))
+        yield

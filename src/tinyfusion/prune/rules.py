@@ -1,0 +1,112 @@
+"""How many blocks every list keeps, which of them are protected, and the lists that follow from a rule alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import PruneSection
+from tinyfusion.models.checkpoint import LoadedModel
+
+OLD_BK_SDM_DEPTH = 28
+
+
+@dataclass(frozen=True)
+class Share:
+    """One list's part: blocks `start .. start + depth - 1`, of which `keep` stay, the protected among them."""
+
+    start: int
+    depth: int
+    keep: int
+    protected: frozenset[int] = frozenset()
+
+    @property
+    def blocks(self) -> range:
+        """Global indices."""
+        return range(self.start, self.start + self.depth)
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Blocks that the criterion decides on."""
+        return tuple(i for i in self.blocks if i not in self.protected)
+
+    @property
+    def free_keep(self) -> int:
+        """How many of the free blocks stay."""
+        return self.keep - len(self.protected)
+
+    def best(self, order: Iterable[int]) -> list[int]:
+        """The protected blocks, and of the free ones the first in `order`."""
+        ranked = [i for i in order if i in self.blocks and i not in self.protected]
+        return sorted([*self.protected, *ranked[: self.free_keep]])
+
+
+def shares(teacher: LoadedModel, settings: PruneSection) -> dict[str, Share]:
+    """What every list keeps: `num_keep` blocks, None half of them, rounded up. BK-SDM's number follows from its rule.
+
+    Raises UserError where a list has not that many, or more are protected, or a protected block does not exist.
+    """
+    depths, total = teacher.stack.depths(), len(teacher.stack)
+    outside = sorted(i for i in set(settings.protect) if not 0 <= i < total)
+    if outside:
+        raise UserError(f"--protect {outside} out of range: the model has blocks 0 to {total - 1}")
+    found: dict[str, Share] = {}
+    start = 0
+    for name, depth in depths.items():
+        own = frozenset(i for i in settings.protect if start <= i < start + depth)
+        if settings.criterion == "bk-sdm":
+            keep = len(bk_sdm_positions(depth, settings.bk_sdm_list, [i - start for i in own]))
+            _check_rule(name, keep, depth, settings.num_keep)
+        else:
+            keep = (depth + 1) // 2 if settings.num_keep is None else settings.num_keep
+        if not 1 <= keep <= depth:
+            raise UserError(f"--num-keep {keep}: list {name} has {depth} blocks, so 1 to {depth} of them can stay")
+        if len(own) > keep:
+            raise UserError(
+                f"--protect names {len(own)} blocks of list {name}, of which only {keep} stay: "
+                f"protect fewer, or give --num-keep {len(own)}"
+            )
+        found[name] = Share(start, depth, keep, own)
+        start += depth
+    return found
+
+
+def _check_rule(name: str, keep: int, depth: int, wanted: int | None) -> None:
+    if wanted not in (None, keep):
+        raise UserError(
+            f"bk-sdm's rule keeps {keep} of the {depth} blocks in list {name}, not {wanted}: "
+            "leave out --num-keep, or take a criterion that keeps any number, such as uniform"
+        )
+
+
+def bk_sdm_positions(depth: int, listed: str = "corrected", protected: Sequence[int] = ()) -> list[int]:
+    """BK-SDM's rule as TinyFusion applies it: first of each pair in the first half, last of each pair in the second.
+
+    The halves are depth // 2 blocks and the rest; pairs are counted from the outer ends, and a block left over in the
+    middle stays. A pair with protected blocks keeps those instead. listed: "old" is the published list of 28 before its
+    correction, with block 14 in place of 15. Raises UserError where there is no such list.
+    """
+    half = depth // 2
+    choices = [((i, i + 1), i) for i in range(0, half - 1, 2)] + [((i - 1, i), i) for i in range(depth - 1, half, -2)]
+    if listed == "old":
+        if depth != OLD_BK_SDM_DEPTH:
+            raise UserError(
+                f"prune.bk_sdm_list=old is a list for {OLD_BK_SDM_DEPTH} blocks, and here are {depth}: "
+                "use corrected, which is a rule for any depth"
+            )
+        choices = [(pair, 14 if pair == (14, 15) else chosen) for pair, chosen in choices]
+    kept = set(range(depth)) - {i for pair, _ in choices for i in pair}
+    for pair, chosen in choices:
+        kept |= (set(pair) & set(protected)) or {chosen}
+    return sorted(kept)
+
+
+def evenly_spaced(size: int, num: int) -> list[int]:
+    """`num` of `size` positions: round(i (size - 1) / (num - 1)), halves up, so first and last are among them.
+
+    One alone is the middle one, the earlier of two.
+    """
+    if num < 2:
+        return [(size - 1) // 2][:num]
+    return [(2 * i * (size - 1) + num - 1) // (2 * (num - 1)) for i in range(num)]

@@ -1,0 +1,141 @@
+"""Width by importance: which channels go, after Diff-Pruning (Fang et al., arXiv 2305.10924).
+
+Shapes: B calibration images. Depth and number of heads stay; what a group of channels is says `models/widths.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import PruneSection
+from tinyfusion.models.checkpoint import LoadedModel, make_trainable
+from tinyfusion.models.plan import PrunePlan
+from tinyfusion.models.widths import Group, WidthRules, channel_sums, nested
+from tinyfusion.processes.base import Batch, NoisyBatch
+from tinyfusion.processes.gaussian import NUM_TIMESTEPS, GaussianObjective
+from tinyfusion.prune.question import Question
+
+_PASSES = 3  # of a step, in forward passes
+_MEANING = (
+    "per channel: sum over its weights of |w g|, g the gradient of the noise MSE summed over timesteps 0, 1, 2, ...; "
+    "losses: that MSE per timestep"
+)
+
+
+def by_width(question: Question) -> PrunePlan:
+    """Keep `prune.width_share` of the parameters: in every group the channels of greatest importance; no block goes.
+
+    Groups shrink by one factor (a local ratio: none is ranked against another), the channels of a head within the head.
+    At equal importance the earlier channel stays. Looks at the first calibration batch alone, forward and backward at
+    every timestep: that is the cost. Raises UserError where the family's widths cannot be cut, no width has that share,
+    or the loss is not finite. Differs from the published scripts by ranking only weights that train, so without the
+    position table.
+    """
+    teacher, fixed = question.teacher, question.images.batches[0]
+    wanted = check_width(teacher, question.settings)
+    rules, model, losses = teacher.family.widths, teacher.copy(), []
+    assert rules is not None
+    make_trainable(model.module, teacher.family).eval()
+    objective = question.images.objective
+    assert isinstance(objective, GaussianObjective), "importance is defined on the noise MSE"
+    for loss in summed_gradients(model.module, objective, fixed, question.settings.width_threshold):
+        losses.append(loss)
+        question.tick(len(losses) * _PASSES * len(teacher.stack))
+    scores = importance(model.module, rules, teacher.arch)
+    kept = {name: most_important(scores[name], group) for name, group in wanted.items()}
+    depths, images = teacher.stack.depths(), len(fixed.y)
+    calibration = {
+        **question.images.record(),
+        "images": images,
+        "distinct_images": min(images, question.images.distinct),
+        "protocol": f"timesteps 0 to {len(losses) - 1}, one fixed noise per image, labels kept, float32",
+    }
+    return PrunePlan(
+        kept={name: list(range(depth)) for name, depth in depths.items()},
+        depth=depths,
+        criterion="width",
+        scores={
+            "meaning": _MEANING,
+            **nested({name: [_short(value) for value in values.tolist()] for name, values in scores.items()}),
+            "losses": [_short(loss) for loss in losses],
+            "calibration": calibration,
+        },
+        seed=question.seed,
+        teacher=teacher.hash(),
+        cost={"images": float(len(losses) * images)},
+        kept_widths=nested(kept),
+    )
+
+
+def width_evaluations(question: Question) -> int:
+    """Block evaluations per calibration batch, at the most: all timesteps on one batch, a backward pass as two forward."""
+    settings = question.settings
+    batches = math.ceil(settings.calibration_images / settings.calibration_batch_size)
+    return math.ceil(_PASSES * NUM_TIMESTEPS * len(question.teacher.stack) / batches)
+
+
+def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, Group]:
+    """The groups of the student that `settings.width_share` asks for. Raises UserError where there is none."""
+    rules = teacher.family.widths
+    if settings.num_keep is not None:
+        raise UserError(
+            f"prune.num_keep {settings.num_keep} counts blocks, and criterion width keeps all: leave it out"
+        )
+    if rules is None:
+        raise UserError(f"criterion width cannot cut models of family {teacher.family.name}: use one that cuts blocks")
+    try:
+        return rules.groups(rules.for_share(teacher.arch, settings.width_share))
+    except ValueError as error:
+        raise UserError(f"prune.width_share: {error}") from error
+
+
+def summed_gradients(
+    module: nn.Module, objective: GaussianObjective, fixed: NoisyBatch, threshold: float
+) -> Iterator[float]:
+    """Add up, in `.grad`, gradients of the noise MSE of `fixed` at timesteps 0, 1, 2, ...; yields each mean loss.
+
+    Images, labels and noise are those of `fixed` (B), its timesteps are not used. Ends after the first loss below
+    `threshold` times the largest so far; its gradient counts. Raises UserError where a loss is not finite.
+    """
+    module.zero_grad(set_to_none=True)
+    largest = 0.0
+    for t in range(len(objective.schedule)):
+        none_dropped = torch.zeros_like(fixed.y, dtype=torch.bool)
+        noisy = objective.noised(Batch(fixed.x0, fixed.y), torch.full_like(fixed.t, t), fixed.noise, none_dropped)
+        with torch.enable_grad():
+            loss = objective.losses(module, noisy, objective.predict(module, noisy))["mse"].mean()
+            loss.backward()
+        mean = float(loss.detach())
+        if not math.isfinite(mean):
+            raise UserError(f"the teacher's loss at timestep {t} is {mean}: is it trained, and on such data?")
+        yield mean
+        largest = max(largest, mean)
+        if mean < threshold * largest:
+            return
+
+
+def importance(module: nn.Module, rules: WidthRules, arch: object) -> dict[str, Tensor]:
+    """Per group (channels,): the sum of |w g| over every trained weight that would go with the channel, g = `.grad`."""
+    terms = {
+        name: (parameter.detach() * parameter.grad).abs()
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+    return channel_sums(rules.axes(arch), rules.groups(arch), terms)
+
+
+def most_important(scores: Tensor, group: Group) -> list[int]:
+    """Indices, ascending, of the `group.size` channels of greatest score, as many of each of its sections."""
+    by_section = scores.view(group.sections, -1)
+    best = by_section.argsort(dim=1, descending=True, stable=True)[:, : group.size // group.sections]
+    starts = by_section.shape[1] * torch.arange(group.sections).unsqueeze(1)
+    return sorted(int(i) for i in (best + starts).flatten())
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

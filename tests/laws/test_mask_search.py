@@ -1,0 +1,269 @@
+"""The mask search equals cutting and running, mask by mask, and does no more work than it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tinyfusion.core.recipe import PruneSection
+from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, new_model
+from tinyfusion.models.family import FAMILIES
+from tinyfusion.models.plan import PrunePlan
+from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
+from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.prune import mask_search
+from tinyfusion.prune.calibrate import Calibration, calibration_set
+from tinyfusion.prune.criteria import decide
+from tinyfusion.prune.mask_search import (
+    Choice,
+    LossSums,
+    Mask,
+    all_masks,
+    mask_losses,
+    plain_losses,
+    random_masks,
+    separate_evaluations,
+    shared_evaluations,
+)
+from tinyfusion.prune.question import Question
+
+ModelFactory = Callable[..., LoadedModel]
+masks_of = st.sets(st.sets(st.integers(0, 5), min_size=1).map(lambda s: tuple(sorted(s))), min_size=1, max_size=8)
+
+
+def source_for(model: LoadedModel) -> Callable[[int, int, Draws], Batch]:
+    """Images and labels that are a function of their address alone."""
+    arch = model.arch
+
+    def source(_step: int, _size: int, draws: Draws) -> Batch:
+        x = draws.normal("x", (arch.in_channels, arch.input_size, arch.input_size))
+        return Batch(torch.from_numpy(x), torch.from_numpy(draws.integers("y", arch.num_classes)))
+
+    return source
+
+
+def calibrated(model: LoadedModel, images: int = 5, batch_size: int = 2) -> Calibration:
+    objective = GaussianObjective(model.arch.num_classes, 0.0)
+    return calibration_set(objective, source_for(model), "random", 100, images, batch_size, 0)
+
+
+@torch.no_grad()
+def loss_of(student: LoadedModel, calibration: Calibration) -> float:
+    """The plain mean loss of a model."""
+    objective = calibration.objective
+    parts = [objective.losses(student.module, n, objective.predict(student.module, n)) for n in calibration.batches]
+    return float(torch.cat([part["loss"] for part in parts]).double().mean())
+
+
+# ------------------------------------------------------------------------------------------------------------ the losses
+
+
+@settings(max_examples=8)
+@given(masks=masks_of)
+def test_losses_are_those_of_the_cut_models(tiny_model: ModelFactory, masks: set[Mask]) -> None:
+    teacher = tiny_model(depth=6)
+    calibration = calibrated(teacher)
+    sums = mask_losses(teacher, calibration, sorted(masks))
+    for mask, loss in zip(sorted(masks), sums.loss / sums.images, strict=True):
+        plan = PrunePlan(kept={"blocks": list(mask)}, depth={"blocks": 6}, criterion="test")
+        assert loss == pytest.approx(loss_of(teacher.cut(plan), calibration), rel=1e-5)
+
+
+def test_losses_do_not_depend_on_layout(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on the size of calibration batches nor on how many masks end side by side."""
+    teacher, masks = tiny_model(depth=6), all_masks([Choice(tuple(range(6)), 3)])
+    wanted = mask_losses(teacher, calibrated(teacher, 6, 6), masks)
+    monkeypatch.setattr(mask_search, "_SIDE_BY_SIDE_BYTES", 1)
+    for batch_size in (1, 4, 6):
+        found = mask_losses(teacher, calibrated(teacher, 6, batch_size), masks)
+        assert found.images == 6
+        np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-5)
+        np.testing.assert_allclose(found.mse, wanted.mse, rtol=1e-5)
+
+
+def test_a_stopped_search_goes_on(tiny_model: ModelFactory) -> None:
+    teacher, masks = tiny_model(depth=4), all_masks([Choice(tuple(range(4)), 2)])
+    calibration = calibrated(teacher)
+    kept: list[LossSums] = []
+    whole = mask_losses(
+        teacher,
+        calibration,
+        masks,
+        keep=lambda s: kept.append(LossSums(s.loss.copy(), s.mse.copy(), s.images, s.batches)),
+    )
+    assert [s.batches for s in kept] == [1, 2, 3]
+    for begun in kept:
+        again = mask_losses(teacher, calibration, masks, begun=begun)
+        assert (again.loss == whole.loss).all() and (again.mse == whole.mse).all()
+        assert (again.images, again.batches) == (5, 3)
+
+
+def test_the_model_is_left_as_it_was(tiny_model: ModelFactory) -> None:
+    teacher = tiny_model(depth=4)
+    blocks, before = list(teacher.stack), teacher.hash()
+    mask_losses(teacher, calibrated(teacher), [(0, 1), (2,)])
+    plain_losses(teacher, calibrated(teacher), (0, 3))
+    assert all(a is b for a, b in zip(teacher.stack, blocks, strict=True))
+    assert teacher.hash() == before
+    with pytest.raises(ValueError, match="distinct and in lexicographic order"):
+        mask_losses(teacher, calibrated(teacher), [(2,), (0, 1)])
+
+
+# --------------------------------------------------------------------------------------------------------- the work done
+
+
+@given(masks=masks_of)
+def test_sharing_counts_distinct_prefixes(masks: set[Mask]) -> None:
+    prefixes = {mask[:length] for mask in masks for length in range(1, len(mask) + 1)}
+    assert shared_evaluations(list(masks)) == len(prefixes)
+    assert separate_evaluations(list(masks)) == sum(map(len, masks))
+
+
+@pytest.mark.parametrize(("depth", "keep", "wanted"), [(12, 6, 1715), (6, 3, 34), (4, 4, 4)])
+def test_sharing_of_all_masks_in_closed_form(depth: int, keep: int, wanted: int) -> None:
+    """A prefix of length j leaves keep - j blocks to come: binom(depth - keep + j, j) of them."""
+    assert shared_evaluations(all_masks([Choice(tuple(range(depth)), keep)])) == wanted
+
+
+def test_blocks_run_once_per_prefix(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, masks = tiny_model(depth=6), all_masks([Choice(tuple(range(6)), 3)])
+    runs: Counter[int] = Counter()
+    for index, block in enumerate(teacher.stack):
+        block.register_forward_hook(lambda *_, index=index: runs.update([index]))
+    monkeypatch.setattr(mask_search, "_prove", lambda *_: None)
+    told: list[int] = []
+    mask_losses(teacher, calibrated(teacher), masks, told.append)
+    assert sum(runs.values()) == 3 * shared_evaluations(masks) == told[-1]
+    assert told == sorted(told)
+
+
+# --------------------------------------------------------------------------------------------------------- choosing masks
+
+
+@pytest.mark.parametrize("choices", [[Choice((0, 1, 2, 3), 2)], [Choice((0, 2), 1, (1,)), Choice((3, 4, 5), 2)]])
+def test_all_masks_are_all_in_order(choices: list[Choice]) -> None:
+    masks = all_masks(choices)
+    free = [i for c in choices for i in (*c.free, *c.fixed)]
+    wanted = [
+        kept
+        for kept in itertools.chain.from_iterable(itertools.combinations(sorted(free), n) for n in range(len(free) + 1))
+        if all(set(c.fixed) <= set(kept) and len(set(c.free) & set(kept)) == c.keep for c in choices)
+    ]
+    assert masks == sorted(wanted)
+    assert random_masks(choices, len(masks), 3) == masks
+
+
+@pytest.mark.parametrize(("size", "keep", "num"), [(28, 14, 300), (9, 4, 40), (6, 3, 12)])
+def test_random_masks_are_distinct_and_addressed(size: int, keep: int, num: int) -> None:
+    choices = [Choice(tuple(range(1, size)), keep - 1, (0,))]
+    masks = random_masks(choices, num, 5)
+    assert masks == sorted(set(masks)) == random_masks(choices, num, 5)
+    assert (masks == random_masks(choices, num, 6)) == (choices[0].count <= num)
+    assert len(masks) == min(num, choices[0].count)
+    assert all(len(mask) == keep and mask[0] == 0 and mask == tuple(sorted(set(mask))) for mask in masks)
+    assert all(isinstance(i, int) for i in masks[0])
+
+
+def test_random_masks_favour_no_block() -> None:
+    masks = random_masks([Choice(tuple(range(28)), 14)], 4000, 0)
+    counts = Counter(i for mask in masks for i in mask)
+    assert all(abs(counts[i] / 4000 - 0.5) < 5 * 0.5 / 4000**0.5 for i in range(28))
+
+
+# ------------------------------------------------------------------------------------------------- other kinds of models
+
+
+class Mix(nn.Module):
+    """x + tanh(W [x, c])."""
+
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__()
+        values = Randomness(seed).at(0, 0, 1).normal("weights", (width, 2 * width))[0]
+        self.weight = nn.Parameter(torch.from_numpy(values) / width**0.5)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x + torch.tanh(torch.cat([x, c.expand_as(x)], dim=-1) @ self.weight.T)
+
+
+class TwoLists(nn.Module):
+    """An encoder, and a decoder that is given the encoder's end as its condition, and reads it backwards."""
+
+    def __init__(self, twisted: bool = False) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList([Mix(4, seed) for seed in range(3)])
+        self.decoder = nn.ModuleList([Mix(4, 10 + seed) for seed in range(4)])
+        self.twisted = twisted
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        c = t.view(-1, 1, 1) + y.view(-1, 1, 1)
+        for number, block in enumerate(self.encoder):
+            x = block(x, c * number if self.twisted else c)
+        middle = x
+        x = x.flip(1)
+        for block in self.decoder:
+            x = block(x, middle)
+        return x + middle
+
+
+class Square:
+    """Squared outputs as losses; nothing is drawn."""
+
+    def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
+        t = torch.from_numpy(draws.uniform("timestep")).float()
+        return NoisyBatch(batch.x, batch.x, batch.x, t, batch.y.float())
+
+    def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
+        return Prediction(model(noisy.xt, noisy.t, noisy.y))
+
+    def losses(self, _model: nn.Module, _noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
+        return {"loss": prediction.output.square().flatten(1).mean(1)}
+
+
+def two_lists(twisted: bool = False) -> tuple[LoadedModel, Calibration]:
+    lists = {"encoder": "depth", "decoder": "depth"}
+    family = dataclasses.replace(FAMILIES["dit"], name="two", block_lists=lists, computed={})
+    arch = new_model(
+        "dit", dict(input_size=4, patch_size=2, in_channels=1, hidden_size=4, depth=1, num_heads=1, num_classes=2), 0
+    ).arch
+    model = LoadedModel(TwoLists(twisted), family, arch, ModelFacts(image_size=4))
+
+    def source(_step: int, _size: int, draws: Draws) -> Batch:
+        return Batch(torch.from_numpy(draws.normal("x", (3, 4))), torch.from_numpy(draws.integers("y", 2)))
+
+    return model, calibration_set(Square(), source, "random", 100, 5, 2, 0)
+
+
+def test_several_lists_of_blocks() -> None:
+    model, calibration = two_lists()
+    masks = all_masks([Choice((0, 1, 2), 2), Choice((3, 4, 5, 6), 2)])
+    sums = mask_losses(model, calibration, masks)
+    for mask, loss in zip(masks, sums.loss, strict=True):
+        assert loss == pytest.approx(plain_losses(model, calibration, mask)[0], rel=1e-6)
+    assert len(set(sums.loss)) == len(masks)
+
+
+@pytest.mark.parametrize(
+    "criterion", ["bi", "flux-lite", "sensitivity", "first", "last", "random", "uniform", "min-loss"]
+)
+def test_every_list_keeps_its_own_share(criterion: str) -> None:
+    model, calibration = two_lists()
+    section = PruneSection(criterion=criterion, num_keep=2, protect=(1, 6))  # type: ignore[arg-type]
+    kept = decide(Question(model, section, 0, calibration)).kept
+    assert {name: len(listed) for name, listed in kept.items()} == {"encoder": 2, "decoder": 2}
+    assert 1 in kept["encoder"] and 3 in kept["decoder"]
+
+
+def test_blocks_that_cannot_be_called_alone_are_noticed() -> None:
+    model, calibration = two_lists(twisted=True)
+    with pytest.raises(RuntimeError, match="cannot be called one by one"):
+        mask_losses(model, calibration, all_masks([Choice((0, 1, 2), 2), Choice((3, 4, 5, 6), 2)]))
