@@ -1,0 +1,209 @@
+"""The page of the study, from the outcomes that `benchmarks/study.py` has made so far.
+
+    python benchmarks/study_page.py --runs runs/study --out docs/results/study.md
+
+Writes the Markdown page, one SVG per yardstick beside it, and all outcomes in one JSON per yardstick; tables say done / total.
+`--load` first puts the outcomes of those JSON files back into --runs, so that the study continues from a clone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from study import NUM_MASKS, RECOVERIES, SEARCH_STEPS, SEEDS, STEPS, Job, jobs
+from tinyfusion.core.rundir import read_json, write_json, write_text
+
+YARDSTICKS = {"digits": "scikit-learn's digits, 8 x 8, patch 2", "cifar16": "CIFAR-10 at 16 x 16, patch 4"}
+TITLES = {
+    1: "Row 1: criteria, recovered by plain fine-tuning",
+    2: "Row 2: recovery methods, on the learned subset",
+    3: "Row 3: weight updates and distributions of the learned criterion",
+    4: "Row 4: random masks, does the calibration loss foretell the outcome?",
+    5: "Row 5: a quarter of the depth",
+    6: "Row 6: learning rates and temperatures",
+}
+MARK = "<!-- made by benchmarks/study_page.py from here on; the text above is written by hand -->"
+Found = dict[str, dict[str, Any]]  # outcomes by job key
+
+
+def outcomes(root: Path) -> Found:
+    """What is there."""
+    return {file.stem: read_json(file) for file in sorted((root / "outcomes").glob("*.json"))}
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation (n - 1)."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f} (one seed)" if values else "-"
+    few = "" if len(values) == len(SEEDS) else f" ({len(values)} seeds)"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}{few}"
+
+
+def labels(row: int) -> dict[str, list[Job]]:
+    """Jobs of a row by what the table calls them."""
+    named: dict[str, list[Job]] = {}
+    for job in jobs():
+        if job.row == row:
+            name = {
+                1: job.plan,
+                2: job.recovery,
+                3: f"{job.plan}{'' if job.plan.split()[-1] in ('full', 'frozen') else ' lora'}",
+            }
+            label = name.get(row, f"{job.plan}, {job.recovery}")
+            if row == 1 and job.recovery != "finetune":
+                label += f", {STEPS + SEARCH_STEPS // 2} steps"
+            named.setdefault(label, []).append(job)
+    return named
+
+
+def table(row: int, found: Found) -> list[str]:
+    """Markdown of one row, best FID first."""
+    lines = []
+    for label, listed in labels(row).items():
+        made = [found[job.key] for job in listed if job.key in found]
+        good = [m for m in made if not m["failed"]]
+        if not made:
+            lines.append((np.inf, f"| {label} | not run yet | | | | |"))
+            continue
+        masks = sorted({" ".join(map(str, next(iter(m["kept"].values())))) for m in made})
+        failed = f" ({len(made) - len(good)} diverged)" if len(made) > len(good) else ""
+        fids = [m["fid"] for m in good]
+        cells = [
+            spread([m["calibration_loss"] for m in made], 3),
+            spread([m["loss"] for m in good], 4),
+            spread(fids, 2) + failed,
+            spread([m["fid_heldout"] for m in good], 2),
+            "; ".join(masks) if len(masks) < 4 else f"{len(masks)} masks",
+        ]
+        lines.append((np.mean(fids) if fids else np.inf, f"| {label} | " + " | ".join(cells) + " |"))
+    head = [
+        "| | loss when cut | held-out loss after | FID after | FID after, held-out | blocks kept |",
+        "|---|---|---|---|---|---|",
+    ]
+    return head + [line for _, line in sorted(lines, key=lambda item: item[0])]
+
+
+def correlation(found: Found) -> list[str]:
+    """Row 4: rank correlations with a bootstrap interval."""
+    made = [found[job.key] for job in jobs() if job.row == 4 and job.key in found]
+    made = [m for m in made if not m["failed"]]
+    if len(made) < 8:
+        return [f"{len(made)} of {NUM_MASKS} masks so far: too few."]
+    before, after, fid = (np.array([m[name] for m in made]) for name in ("calibration_loss", "loss", "fid"))
+    rows = [f"{len(made)} masks. Spearman's rank correlation, with the 95 % interval of 2,000 bootstrap samples:", ""]
+    pairs = {
+        "loss when cut, FID after": (before, fid),
+        "loss when cut, held-out loss after": (before, after),
+        "held-out loss after, FID after": (after, fid),
+    }
+    generator = np.random.default_rng(0)
+    for name, (x, y) in pairs.items():
+        picks = generator.integers(0, len(x), (2000, len(x)))
+        low, high = np.percentile([spearmanr(x[p], y[p]).statistic for p in picks], [2.5, 97.5])
+        rows.append(f"- {name}: {spearmanr(x, y).statistic:.2f} ({low:.2f} to {high:.2f})")
+    rows += ["", f"FID after: best {fid.min():.2f}, median {np.median(fid):.2f}, worst {fid.max():.2f}."]
+    return rows
+
+
+def picture(found: Found, title: str, file: Path) -> None:
+    """Loss when cut against FID after: the random masks as dots, every criterion with its name."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "study"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    random = [found[job.key] for job in jobs() if job.row == 4 and job.key in found and not found[job.key]["failed"]]
+    axes.scatter(
+        [m["calibration_loss"] for m in random], [m["fid"] for m in random], s=18, color="#9aa5b1", label="random masks"
+    )
+    for label, listed in labels(1).items():
+        made = [found[job.key] for job in listed if job.key in found and not found[job.key]["failed"]]
+        if made and job_is_plain(listed[0]) and listed[0].plan != "width":
+            x, y = (float(np.mean([m[name] for m in made])) for name in ("calibration_loss", "fid"))
+            learned = label.startswith("learned")
+            axes.scatter([x], [y], s=44, color="#c2410c" if learned else "#1d4ed8", zorder=3)
+            axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", yscale="log", title=title)
+    axes.set(xlabel="loss when cut (training set, common noise)", ylabel=f"FID after {STEPS} steps of fine-tuning")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def job_is_plain(job: Job) -> bool:
+    """Of the first row, and recovered for the common number of steps."""
+    return job.row == 1 and job.recovery == "finetune"
+
+
+def section(name: str, root: Path, out: Path) -> list[str]:
+    """One yardstick."""
+    found = outcomes(root)
+    listed = {job.key for job in jobs()}
+    done = len(listed & found.keys())
+    lines = [f"## {YARDSTICKS[name]}", "", f"{done} / {len(listed)} jobs done."]
+    if (root / "teacher.json").is_file():
+        teacher = read_json(root / "teacher.json")
+        fids = [t["fid"] for t in teacher["fids"]]
+        held = [t["fid_heldout"] for t in teacher["fids"]]
+        lines += [
+            "",
+            f"Teacher (12 blocks): held-out loss {teacher['loss']:.4f}, FID {spread(fids, 2)}, held-out {spread(held, 2)}.",
+        ]
+        write_json(out.parent / f"study-{name}.json", {"teacher": teacher, "outcomes": found})
+    for row, title in TITLES.items():
+        made = {job.key for job in jobs() if job.row == row}
+        lines += ["", f"### {title}", "", f"{len(made & found.keys())} / {len(made)} jobs.", ""]
+        lines += correlation(found) if row == 4 else table(row, found)
+        if row == 4 and found:
+            picture(found, YARDSTICKS[name], out.parent.parent / "images" / f"study-{name}.svg")
+            lines += ["", f"![loss when cut against FID after fine-tuning](../images/study-{name}.svg)"]
+    return lines
+
+
+def load(runs: Path, out: Path) -> None:
+    """Outcomes of a clone's JSON files into the folder of runs, where they are missing there."""
+    for name in YARDSTICKS:
+        file = out.parent / f"study-{name}.json"
+        if file.is_file():
+            record = read_json(file)
+            (runs / name / "outcomes").mkdir(parents=True, exist_ok=True)
+            wanted = {
+                "teacher.json": record["teacher"],
+                **{f"outcomes/{key}.json": v for key, v in record["outcomes"].items()},
+            }
+            for path, values in wanted.items():
+                if not (runs / name / path).is_file():
+                    write_json(runs / name / path, values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/study.md"))
+    parser.add_argument("--load", action="store_true", help="first bring the outcomes beside --out into --runs")
+    options = parser.parse_args()
+    if options.load:
+        load(options.runs, options.out)
+    text = options.out.read_text().partition(MARK)[0].rstrip() if options.out.is_file() else "# The study"
+    lines = [text, "", MARK]
+    for name in YARDSTICKS:
+        lines += ["", *section(name, options.runs / name, options.out)]
+    methods = ", ".join(RECOVERIES)
+    lines += [
+        "",
+        f"Every job: {STEPS} recovery steps of 128 images unless said, masks learned in {SEARCH_STEPS} steps of 64; methods {methods}.",
+    ]
+    write_text(options.out, "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
