@@ -102,7 +102,6 @@ RECOVERIES: dict[str, tuple[str, ...]] = {
     "masked-kd k=4": ("recover.method=masked-kd", "recover.mask_sigmas=4"),
     "masked-kd joint": ("recover.method=masked-kd", "recover.mask=joint"),
 }
-LONGER = (f"recover.training.steps={STEPS + SEARCH_STEPS * 64 // 128}",)
 
 
 @dataclass(frozen=True)
@@ -131,25 +130,33 @@ class Job:
         return f"{self.plan_key}--{self.recovery}-s{self.seed}".replace(", ", "_").replace(" ", "_").replace(":", "-")
 
 
+def steps(number: int) -> tuple[str, ...]:
+    """Settings of a recovery of another length."""
+    return (f"recover.training.steps={number}",)
+
+
 def jobs() -> Iterator[Job]:
-    """Every job, in the order of the rows; the same job may stand in several rows."""
+    """Every job, the most telling rows first; the same job may stand in several rows."""
     for seed in SEEDS:
         for name, sets in CRITERIA.items():
             yield Job(1, name, sets, "finetune", FINETUNE, seed, seed)
     for seed in SEEDS:
         for name, sets in RECOVERIES.items():
             yield Job(2, "learned subset", SUBSET, name, sets, seed, seed)
+    for seed in SEEDS:  # the search counted: as many images in all as 400 steps of recovery
+        for name in UNSEARCHED:
+            yield Job(1, name, CRITERIA[name], "finetune 400 steps", (*FINETUNE, *steps(400)), seed, seed)
+        short = (*CRITERIA["learned subset, deltas kept"], "prune.training.steps=200")
+        label = "learned subset, deltas kept, half the search"
+        yield Job(1, label, short, "finetune 300 steps", (*FINETUNE, *steps(300)), seed, seed)
+    for mask in range(NUM_MASKS):
+        yield Job(4, "random", CRITERIA["random"], "finetune", FINETUNE, 0, 100 + mask)
     for seed in SEEDS:
         for update in ("lora", "full", "frozen"):
             for name in ("learned 1:2", "learned 2:4", "learned subset"):
                 sets = (*CRITERIA[name], f"prune.update={update}")
                 label = name if update == "lora" else f"{name} {update}"
                 yield Job(3, label, sets, "finetune", FINETUNE, seed, seed)
-    for mask in range(NUM_MASKS):
-        yield Job(4, "random", CRITERIA["random"], "finetune", FINETUNE, 0, 100 + mask)
-    for seed in SEEDS:
-        for name in UNSEARCHED:
-            yield Job(1, name, CRITERIA[name], "finetune longer", (*FINETUNE, *LONGER), seed, seed)
     yield from quarter_jobs()
     yield from rate_jobs()
 
@@ -261,6 +268,12 @@ class Yardstick:
         values["kept"] = read_json(cut / "plan.json")["kept"]
         values["cost"] = read_json(cut / "plan.json")["cost"]
         values["calibration_loss"] = self.loss(open_model(cut), False)
+        values["student"] = read_json(cut / "student" / "model.json")["hash"]
+        twin = self._twin(job, values["student"])
+        if twin:
+            values |= {name: twin[name] for name in ("failed", "loss", "fid", "fid_heldout") if name in twin}
+            write_json(file, {**values, "twin": f"{twin['plan']}, the same student, seed and fine-tuning"})
+            return values
         try:
             recover(recipe, RunOptions(folder), cut)
             student = open_model(folder)
@@ -272,6 +285,16 @@ class Yardstick:
         shutil.rmtree(folder / "student-raw", ignore_errors=True)
         write_json(file, values)
         return values
+
+    def _twin(self, job: Job, student: str) -> dict[str, Any] | None:
+        """The outcome of the same student, fine-tuned in the same way with the same seed: it would be the same bit for bit."""
+        if "recover.method=finetune" not in job.recovery_sets:
+            return None  # distillation also reads the plan's groups
+        for file in (self.root / "outcomes").glob(f"*--{job.recovery.replace(' ', '_')}-s{job.seed}.json"):
+            values = dict(read_json(file))
+            if values.get("student") == student:
+                return values
+        return None
 
     def teacher(self) -> dict[str, Any]:
         """The teacher's own numbers, once per seed."""

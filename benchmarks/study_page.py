@@ -28,6 +28,13 @@ TITLES = {
     5: "Row 5: a quarter of the depth",
     6: "Row 6: learning rates and temperatures",
 }
+BASELINE = {  # what the differences of a row are to
+    1: "learned subset",
+    2: "finetune",
+    3: "learned subset lora",
+    5: "quarter of full, masked-kd",
+    6: "learned subset, masked-kd lr 0.001",
+}
 MARK = "<!-- made by benchmarks/study_page.py from here on; the text above is written by hand -->"
 Found = dict[str, dict[str, Any]]  # outcomes by job key
 
@@ -57,35 +64,45 @@ def labels(row: int) -> dict[str, list[Job]]:
             }
             label = name.get(row, f"{job.plan}, {job.recovery}")
             if row == 1 and job.recovery != "finetune":
-                label += f", {STEPS + SEARCH_STEPS // 2} steps"
+                label += f", {job.recovery.removeprefix('finetune ')}"
             named.setdefault(label, []).append(job)
     return named
 
 
 def table(row: int, found: Found) -> list[str]:
-    """Markdown of one row, best FID first."""
+    """Markdown of one row, lowest held-out loss first; differences are to `BASELINE[row]` under the same seeds."""
     lines = []
+    base = {job.seed: found[job.key] for job in labels(row)[BASELINE[row]] if job.key in found}
     for label, listed in labels(row).items():
         made = [found[job.key] for job in listed if job.key in found]
         good = [m for m in made if not m["failed"]]
         if not made:
-            lines.append((np.inf, f"| {label} | not run yet | | | | |"))
+            lines.append((np.inf, f"| {label} | not run yet |" + " |" * 6))
             continue
         masks = sorted({" ".join(map(str, next(iter(m["kept"].values())))) for m in made})
         failed = f" ({len(made) - len(good)} diverged)" if len(made) > len(good) else ""
-        fids = [m["fid"] for m in good]
+        losses = [m["loss"] for m in good]
         cells = [
             spread([m["calibration_loss"] for m in made], 3),
-            spread([m["loss"] for m in good], 4),
-            spread(fids, 2) + failed,
+            spread(losses, 4) + failed,
+            spread([1e3 * (m["loss"] - base[m["seed"]]["loss"]) for m in good if m["seed"] in base], 2),
+            spread([m["fid"] for m in good], 2),
+            spread([m["fid"] - base[m["seed"]]["fid"] for m in good if m["seed"] in base], 2),
             spread([m["fid_heldout"] for m in good], 2),
             "; ".join(masks) if len(masks) < 4 else f"{len(masks)} masks",
         ]
-        lines.append((np.mean(fids) if fids else np.inf, f"| {label} | " + " | ".join(cells) + " |"))
-    head = [
-        "| | loss when cut | held-out loss after | FID after | FID after, held-out | blocks kept |",
-        "|---|---|---|---|---|---|",
-    ]
+        lines.append((np.mean(losses) if losses else np.inf, f"| {label} | " + " | ".join(cells) + " |"))
+    names = (
+        "",
+        "loss when cut",
+        "held-out loss after",
+        "1000 x difference",
+        "FID after",
+        "difference",
+        "FID, held-out",
+        "kept",
+    )
+    head = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     return head + [line for _, line in sorted(lines, key=lambda item: item[0])]
 
 
