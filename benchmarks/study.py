@@ -71,12 +71,15 @@ SUBSET = (
     "prune.gate_learning_rate=1e-2",
     "prune.scaling=[5.0, 40.0]",
 )
+SCORE = ("prune.subset_estimator=score", "prune.gate_learning_rate=3e-3")
 # uniform is not among them: at 12 blocks it keeps what bk-sdm keeps
 CRITERIA: dict[str, tuple[str, ...]] = {
     "learned 1:2": ("prune.criterion=learned", "prune.scheme=1:2"),
     "learned 2:4": ("prune.criterion=learned", "prune.scheme=2:4"),
     "learned subset": SUBSET,
     "learned subset, deltas kept": (*SUBSET, "prune.keep_deltas=true"),
+    "learned subset by score": (*SUBSET, *SCORE),
+    "learned subset by score, deltas kept": (*SUBSET, *SCORE, "prune.keep_deltas=true"),
     "bi": ("prune.criterion=bi",),
     "bi released": ("prune.criterion=bi", "prune.bi_inputs=clean"),
     "flux-lite": ("prune.criterion=flux-lite",),
@@ -140,20 +143,21 @@ def jobs() -> Iterator[Job]:
     for seed in SEEDS:
         for name, sets in CRITERIA.items():
             yield Job(1, name, sets, "finetune", FINETUNE, seed, seed)
-    for seed in SEEDS:
-        for name, sets in RECOVERIES.items():
-            yield Job(2, "learned subset", SUBSET, name, sets, seed, seed)
     for seed in SEEDS:  # the search counted: as many images in all as 400 steps of recovery
         for name in UNSEARCHED:
             yield Job(1, name, CRITERIA[name], "finetune 400 steps", (*FINETUNE, *steps(400)), seed, seed)
-        short = (*CRITERIA["learned subset, deltas kept"], "prune.training.steps=200")
-        label = "learned subset, deltas kept, half the search"
+        short = (*CRITERIA["learned subset by score, deltas kept"], "prune.training.steps=200")
+        label = "learned subset by score, deltas kept, half the search"
         yield Job(1, label, short, "finetune 300 steps", (*FINETUNE, *steps(300)), seed, seed)
     for mask in range(NUM_MASKS):
         yield Job(4, "random", CRITERIA["random"], "finetune", FINETUNE, 0, 100 + mask)
+    chosen = CRITERIA["learned subset by score"]
+    for seed in SEEDS:
+        for name, sets in RECOVERIES.items():
+            yield Job(2, "learned subset by score", chosen, name, sets, seed, seed)
     for seed in SEEDS:
         for update in ("lora", "full", "frozen"):
-            for name in ("learned 1:2", "learned 2:4", "learned subset"):
+            for name in ("learned 1:2", "learned 2:4", "learned subset by score"):
                 sets = (*CRITERIA[name], f"prune.update={update}")
                 label = name if update == "lora" else f"{name} {update}"
                 yield Job(3, label, sets, "finetune", FINETUNE, seed, seed)

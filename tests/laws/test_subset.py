@@ -20,10 +20,10 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import PruneSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.base import Batch
+from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.gates import CategoricalGates
-from tinyfusion.prune.learn import mask_learner, plan_of
+from tinyfusion.prune.learn import in_pairs, mask_learner, plan_of
 from tinyfusion.prune.scheme import Group, consecutive_groups, parse_scheme
 from tinyfusion.prune.subset import SubsetGates, draw_subsets, inclusion_table, marginals, relaxed_top_k
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
@@ -284,7 +284,7 @@ def test_candidates_with_protection_are_the_candidates_that_keep_it(pair: tuple[
 
 
 @pytest.mark.parametrize("distribution", ["categorical", "subset"])
-@pytest.mark.parametrize("scheme", ["6:12", "1:2x3+3:6", "3:4x2+4:4", "1:2x4+4:4"])
+@pytest.mark.parametrize("scheme", ["6:12", "1:2x3+3:6", "3:4x2+4:4", "1:2x4+4:4", "1:1x4+4:8", "2:3x4"])
 def test_protected_blocks_always_stay(scheme: str, distribution: str) -> None:
     protect = (1, 2, 8, 11)
     groups = parse_scheme(scheme, {"blocks": 12}, distribution, protect)["blocks"]
@@ -397,3 +397,54 @@ def test_the_decision_of_a_subset_becomes_a_log_line_and_a_plan(tiny_model: Call
     assert [p for row in plan.scores["blocks"] for p in row] == marginal
     assert "marginal" in plan.scores["meaning"]
     assert len(teacher.cut(plan).stack) == 4
+
+
+@pytest.mark.parametrize("estimator", ["marginals", "gumbel-top-k", "score"])
+def test_a_group_that_is_wholly_protected_draws_nothing(estimator: str) -> None:
+    groups = parse_scheme("1:1x2+2:4", {"blocks": 6}, "subset", (0,))["blocks"]
+    gates = SubsetGates(groups, estimator=estimator)
+    noise = gates.draw(Randomness(0).at(0, 0, 8))
+    masks = gates.sample(noise, 1.0, 5.0)
+    assert bool((masks[:, :2] == 1).all()) and bool((masks.sum(1) == 4).all())
+    surrogate = gates.surrogate(noise, 5.0, torch.arange(8.0))
+    assert (surrogate is not None) == (estimator == "score")
+
+
+def test_the_score_estimator_is_unbiased() -> None:
+    """Its mean over very many pairs is the exact gradient of the mean loss, enumerated; a linear loss would prove little."""
+    group = Group(2, 4, 0)
+    gates = SubsetGates([group], estimator="score")
+    theta = gates.logits[0]
+    with torch.no_grad():
+        theta.copy_(torch.tensor([0.3, -0.2, 0.1, 0.05]))
+    cost = torch.tensor([[0.0, 2.0, -1.0, 0.5], [0.0, 0.0, 3.0, -2.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+
+    def loss(masks: Tensor) -> Tensor:
+        return torch.einsum("bi,ij,bj->b", masks, cost, masks)
+
+    rows = torch.zeros(group.num_candidates, 4)
+    for row, chosen in zip(rows, group.candidates(), strict=True):
+        row[list(chosen)] = 1.0
+    probabilities = torch.softmax(3.0 * rows @ theta, dim=0)
+    (exact,) = torch.autograd.grad(probabilities @ loss(rows), theta)
+
+    noise = gates.draw(Randomness(5).at(0, 0, 40_000))
+    masks = gates.sample(noise, 1.0, 3.0)
+    assert not masks.requires_grad
+    surrogate = gates.surrogate(noise, 3.0, loss(masks))
+    assert surrogate is not None
+    (estimate,) = torch.autograd.grad(surrogate.mean(), theta)
+    torch.testing.assert_close(estimate, exact, atol=0.05, rtol=0.0)
+    assert float(exact.abs().max()) > 0.5
+
+
+def test_pairs_share_everything_but_their_masks(
+    tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    noisy = noisy_batch(tiny_model())
+    paired = in_pairs(noisy, 0)
+    for name in ("x0", "noise", "xt", "t", "y"):
+        value, own = getattr(paired, name), getattr(noisy, name)
+        assert torch.equal(value[0::2], own[0::2]) and torch.equal(value[1::2], own[0::2][: len(own) // 2])
+    with pytest.raises(ValueError, match="begins with an even one"):
+        in_pairs(noisy, 3)

@@ -421,7 +421,7 @@ def test_depth_and_width_are_cut_in_any_order(tiny_model: Models, noisy_batch: N
     first, second = narrow.cut(by_indices(narrow, [0, 3])), shallow.cut(plan_with(shallow, shorter))
     both = dataclasses.replace(plan_with(teacher, kept), kept={"blocks": [0, 3]})
     assert first.hash() == second.hash() == teacher.cut(both).hash() and first.arch == second.arch
-    assert len(first.stack) == 2 and not torch.equal(output(first, noisy_batch(teacher)), torch.zeros(()))
+    assert len(first.stack) == 2 and output(first, noisy_batch(teacher)).abs().max() > 0
     for student in (first, second, narrow):
         assert residual_channels(student, teacher) == kept["residual"]
     assert residual_channels(second, shallow) == kept["residual"] and residual_channels(first, narrow) is None

@@ -40,6 +40,11 @@ def written_beside(path: Path) -> Iterator[Path]:
         raise
 
 
+def file_label(name: str) -> str:
+    """A name or path as a part of a file's name: anything but letters, digits, "_" and "." becomes "-"."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
+
+
 def beside_of(path: Path, kind: str) -> Path:
     """Where this process keeps a new ("part") or former ("old") `path` for a moment."""
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")

@@ -120,8 +120,8 @@ class PruneSection:
     temperature: Annotated[tuple[float, float], "Gumbel-softmax temperature at the first and last step"] = (4.0, 0.1)
     scaling: Annotated[tuple[float, float], "scale of the logits at the first and last step"] = (100.0, 100.0)
     subset_estimator: Annotated[
-        Literal["marginals", "gumbel-top-k"],
-        "gradient of a subset: through the exact marginals, or through relaxed Gumbel top-K",
+        Literal["marginals", "gumbel-top-k", "score"],
+        "gradient of a subset: through the exact marginals, through relaxed Gumbel top-K, or unbiased, from pairs of masks",
     ] = "marginals"
     dropped: Annotated[
         Literal["skip", "dense"],

@@ -18,6 +18,7 @@ from tinyfusion.core.errors import UserError
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMN = "label"
 _FORMATS = ("PNG", "JPEG", "WEBP")
+_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 
 
 def read_parquet_images(path: Path, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -30,6 +31,9 @@ def read_parquet_images(path: Path, size: int | None = None) -> tuple[np.ndarray
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise UserError(f"no parquet data at {path}: wanted a .parquet file, or a folder of them")
+    splits = sorted({file.name.split("-")[0] for file in files if "-of-" in file.name})
+    if len(splits) > 1:
+        raise UserError(f"{path} holds the splits {', '.join(splits)}: name one file, or a folder with one split")
     images: list[np.ndarray] = []
     labels: list[int] = []
     for file in files:
@@ -82,9 +86,12 @@ def _decoded(encoded: Any, where: str, size: int | None) -> np.ndarray:
         raise UserError(f"{where}: wanted an encoded picture (bytes); got {type(content).__name__}")
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            picture = image.convert("L" if image.mode in ("1", "L") else "RGB")
+            mode, opaque = image.mode, "transparency" not in image.info
+            picture = image.convert("L" if mode in ("1", "L") else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{where} cannot be decoded as {', '.join(_FORMATS)}") from error
+    if mode not in _MODES or not opaque:
+        raise UserError(f"{where} is a picture of mode {mode}: wanted 8-bit grey or colour without transparency")
     if size is not None and picture.size != (size, size):
         if picture.width != picture.height or picture.width < size:
             raise UserError(f"{where} is {picture.width} x {picture.height}: data.size={size} reduces larger squares")

@@ -90,7 +90,8 @@ def _intent(recipe: Recipe, work: _Learning | Question, mode: str) -> dict[str, 
     if isinstance(work, Question):
         return {**asked(work), "out": "a new run" if mode == "new" else "continues what is there"}
     settings = recipe.prune
-    decision = f"learned: {settings.scheme}, {settings.update} weight deltas"
+    kept = ", which the student keeps" if settings.keep_deltas else ""
+    decision = f"learned: {settings.scheme}, {settings.distribution}, {settings.update} weight deltas{kept}"
     return {"criterion": decision, **training_plan(recipe, settings.training, mode)}
 
 
@@ -113,6 +114,8 @@ def check_prune(recipe: Recipe, teacher: LoadedModel) -> _Learning | Question:
             f"prune.num_keep {recipe.prune.num_keep} is for criteria without groups; learned keeps what its scheme says: "
             f"leave it out, or choose another criterion (--scheme is {recipe.prune.scheme} now)"
         )
+    if recipe.prune.keep_deltas and recipe.prune.update == "frozen":
+        raise UserError("prune.keep_deltas has nothing to keep with --update frozen: train lora or full deltas")
     return _learning(recipe, teacher)
 
 

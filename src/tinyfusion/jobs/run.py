@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import file_label
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
 from tinyfusion.data.digits import REAL_SETS
@@ -187,7 +187,7 @@ def _compare(samples: Path, models: list[str]) -> None:
 
 def _evaluation(out: Path, model: str, reference: str) -> Path:
     """Where the numbers of a model against a reference (a name or a path) stand."""
-    return out / "evaluations" / f"{model}-{re.sub(r'[^A-Za-z0-9_.]+', '-', reference).strip('-')}.json"
+    return out / "evaluations" / f"{model}-{file_label(reference)}.json"
 
 
 def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:

@@ -46,7 +46,7 @@ def drive(
         return spent + time.perf_counter() - began
 
     def save() -> None:
-        save_checkpoint(run.checkpoints, state, settings.checkpoints_limit)
+        save_checkpoint(run.checkpoints, state, settings.checkpoints_limit, settings.checkpoint_every_steps)
         run.mark("running", seconds=seconds())
 
     with (

@@ -132,8 +132,8 @@ def _watched(stack: BlockStack, sums: list[_Sums]) -> Iterator[None]:
     def hook(own: _Sums) -> Any:
         def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             before, after = args[0].float(), output.float()
-            own.cosine += float(F.cosine_similarity(after, before, dim=-1).double().sum())
-            own.change += float((after - before).double().square().sum())
+            own.cosine += float(F.cosine_similarity(after, before, dim=-1).sum(-1).cpu().double().sum())
+            own.change += float((after - before).square().flatten(1).sum(1).cpu().double().sum())
             own.tokens += before.numel() // before.shape[-1]
             own.values += before.numel()
 

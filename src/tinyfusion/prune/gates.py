@@ -20,6 +20,7 @@ class GateDistribution(nn.Module, ABC):
     """One independent distribution per group over which of its blocks stay, with learned logits theta_g."""
 
     meaning: str  # of `probabilities`, for the plan
+    paired = False  # whether `surrogate` compares neighbours that differ in nothing but their masks
 
     def __init__(self, groups: Sequence[Group], sizes: Sequence[int], logit_init: float) -> None:
         super().__init__()
@@ -33,6 +34,10 @@ class GateDistribution(nn.Module, ABC):
     @abstractmethod
     def sample(self, noise: Sequence[Tensor], temperature: float, scaling: float) -> Tensor:
         """Gates (B, L): exactly 0 or 1 forward, with the estimator's gradient to the logits."""
+
+    def surrogate(self, noise: Sequence[Tensor], scaling: float, losses: Tensor) -> Tensor | None:
+        """(B,) to be differentiated beside the losses (B,), for estimators that do not go through the gates."""
+        return None
 
     @abstractmethod
     def kept(self, index: int, theta: Tensor) -> list[int]:

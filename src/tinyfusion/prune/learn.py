@@ -45,6 +45,8 @@ class GatedObjective:
         """The inner draws, and the noise of every group's gates."""
         noisy = self.inner.draw(batch, draws)
         noise = tuple(drawn.to(noisy.xt.device) for drawn in self.gates.draw(draws))
+        if self.gates.paired:
+            noisy = in_pairs(noisy, draws.first)
         return dataclasses.replace(noisy, gate_noise=noise)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
@@ -56,8 +58,26 @@ class GatedObjective:
             return self.inner.predict(model, noisy)
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """The inner losses."""
-        return self.inner.losses(model, noisy, prediction)
+        """The inner losses; "loss" also carries the gradient of estimators that do not go through the gates."""
+        terms = self.inner.losses(model, noisy, prediction)
+        scaling = linear(self.scaling, noisy.step, self.steps)
+        surrogate = self.gates.surrogate(noisy.gate_noise, scaling, terms["loss"])
+        if surrogate is None:
+            return terms
+        return {**terms, "loss": terms["loss"] + (surrogate - surrogate.detach())}  # the value stays what it was
+
+
+def in_pairs(noisy: NoisyBatch, first: int) -> NoisyBatch:
+    """Sample 2k + 1 becomes sample 2k again: image, timestep, noise and label. first: global index of the first sample.
+
+    Raises ValueError where a pair would be torn apart.
+    """
+    if first % 2:
+        raise ValueError(f"samples come in pairs, so a part of a batch begins with an even one; this one with {first}")
+    rows = torch.arange(len(noisy.t), device=noisy.t.device) // 2 * 2
+    values = {f.name: getattr(noisy, f.name) for f in dataclasses.fields(noisy)}
+    again: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(noisy, **again)
 
 
 @dataclass(frozen=True)

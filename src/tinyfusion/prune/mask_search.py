@@ -150,8 +150,8 @@ def plain_losses(model: LoadedModel, calibration: Calibration, mask: Mask) -> tu
             losses = calibration.objective.losses(
                 model.module, noisy, calibration.objective.predict(model.module, noisy)
             )
-            loss += float(losses["loss"].double().sum())
-            mse += float(_mse(losses).double().sum())
+            loss += float(losses["loss"].cpu().double().sum())
+            mse += float(_mse(losses).cpu().double().sum())
     return loss, mse
 
 
@@ -316,7 +316,7 @@ class _SharedBatch:
         self._give([torch.cat(parts) for parts in zip(*outputs, strict=True)])
         losses = self.objective.losses(self.module, noisy, self.objective.predict(self.module, noisy))
         for total, values in ((sums.loss, losses["loss"]), (sums.mse, _mse(losses))):
-            total[positions] += values.view(len(positions), -1).double().sum(1).cpu().numpy()
+            total[positions] += values.view(len(positions), -1).cpu().double().sum(1).numpy()
         self.waiting.clear()
 
     def _give(self, outputs: Sequence[Tensor]) -> None:

@@ -58,6 +58,8 @@ def shares(teacher: LoadedModel, settings: PruneSection) -> dict[str, Share]:
         if settings.criterion == "bk-sdm":
             keep = len(bk_sdm_positions(depth, settings.bk_sdm_list, [i - start for i in own]))
             _check_rule(name, keep, depth, settings.num_keep)
+        elif settings.criterion == "width":
+            keep = depth
         else:
             keep = (depth + 1) // 2 if settings.num_keep is None else settings.num_keep
         if not 1 <= keep <= depth:

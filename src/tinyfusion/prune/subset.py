@@ -87,7 +87,9 @@ class SubsetGates(GateDistribution):
 
     estimator "marginals": exact samples, and gates = sample + (pi - sg(pi)) with the marginals pi. "gumbel-top-k": the K
     largest of z + Gumbel noise, and the gradient of their relaxation; the sample is then one without replacement in
-    order of exp(z) (Plackett-Luce), so its marginals are close to pi but not the same. The mode is the same.
+    order of exp(z) (Plackett-Luce), so its marginals are close to pi but not the same. The mode is the same. "score": the
+    score function (REINFORCE, Williams 1992), unbiased: neighbours 2k and 2k + 1 differ in their masks alone, and each is the
+    other's baseline. Gates then have no gradient, so what a mask drops is not run at all.
     """
 
     meaning = "marginal probability of each block of each group, of subsets with exactly N of its M blocks"
@@ -95,6 +97,7 @@ class SubsetGates(GateDistribution):
     def __init__(self, groups: Sequence[Group], logit_init: float = 0.02, estimator: str = "marginals") -> None:
         super().__init__(groups, [g.size for g in groups], logit_init)
         self.estimator = estimator
+        self.paired = estimator == "score"
 
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:
         """Uniform numbers or standard Gumbel noise (B, M_g) per group, float32."""
@@ -109,18 +112,40 @@ class SubsetGates(GateDistribution):
         parts = []
         for index, (group, theta) in enumerate(zip(self.groups, self.logits, strict=True)):
             free, drawn = list(group.free), noise[index][:, list(group.free)]
+            if not free:  # all protected: nothing to draw, and no gradient
+                parts.append(drawn.new_ones(len(drawn), group.size) + 0 * theta.sum())
+                continue
             z = scaled(group, theta, scaling)
             if self.estimator == "gumbel-top-k":
                 relaxed = relaxed_top_k(z + drawn, group.keep_free, temperature)
                 hard = torch.zeros_like(relaxed).scatter(1, (z + drawn).topk(group.keep_free).indices, 1.0)
             else:
                 table = inclusion_table(z, group.keep_free)
-                relaxed, hard = marginals(table), draw_subsets(table, drawn)
+                hard = draw_subsets(table, drawn)
+                relaxed = hard if self.paired else marginals(table)
             gates = drawn.new_ones(len(drawn), group.size)
             # (relaxed - relaxed.detach()) is exactly 0 forward, so the gates are exactly 0 or 1.
             gates[:, free] = hard + (relaxed - relaxed.detach())
             parts.append(gates)
         return torch.cat(parts, dim=-1)
+
+    def surrogate(self, noise: Sequence[Tensor], scaling: float, losses: Tensor) -> Tensor | None:
+        """(B,): (loss of n - loss of its neighbour) * log p(subset of n) up to a constant, for "score"."""
+        if not self.paired:
+            return None
+        neighbour = (torch.arange(len(losses), device=losses.device) ^ 1).clamp(
+            max=len(losses) - 1
+        )  # the last may be alone
+        advantage = (losses - losses[neighbour]).detach()
+        total = torch.zeros_like(advantage)
+        for group, theta, drawn in zip(self.groups, self.logits, noise, strict=True):
+            if not group.free:
+                continue
+            z = scaled(group, theta, scaling)
+            table = inclusion_table(z.detach(), group.keep_free)
+            centred = draw_subsets(table, drawn[:, list(group.free)]) - marginals(table)
+            total = total + centred @ z  # the gradient of log p(S) to z is S - pi
+        return advantage * total
 
     def kept(self, index: int, theta: Tensor) -> list[int]:
         """The most probable subset: the largest logits, the first of equals, and what is protected."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tinyfusion.core.files import file_label
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.run_data import MODEL_NAMES, MODELS, RunData
@@ -275,13 +276,13 @@ def measured(run: RunData, metric: str) -> float | None:
     """
     model, _, rest = metric.partition(".")
     reference, _, key = rest.rpartition(".")
-    speed = run.speed or {}
+    speed, label = run.speed or {}, file_label(reference)
     source: Mapping[str, Any] = speed
     if reference and model.startswith("step-"):
-        same = [p for p in run.fid_steps if f"step-{p['step']}" == model and p.get("reference", reference) == reference]
+        same = [p for p in run.fid_steps if f"step-{p['step']}" == model and p.get("reference", label) == label]
         source = same[0] if same else {}
     elif reference:
-        source = run.evaluations.get(model, {}).get(reference.replace(":", "-"), {})
+        source = run.evaluations.get(model, {}).get(label, {})
     elif rest:
         source = (speed.get("models") or {}).get(model, {})
     value = source.get(key or model)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyfusion.core.files import file_label
 from tinyfusion.models.plan import PrunePlan
 
 MODELS = ("teacher", "pruned", "student", "model", "real")
@@ -74,6 +75,6 @@ class RunData:
     @property
     def references(self) -> list[str]:
         """References evaluated against, those of the recipe first and in its order."""
-        wanted = [str(name).replace(":", "-") for name in (self.recipe.get("evaluate") or {}).get("references", ())]
+        wanted = [file_label(str(name)) for name in (self.recipe.get("evaluate") or {}).get("references", ())]
         found = {reference for listed in self.evaluations.values() for reference in listed}
         return [name for name in wanted if name in found] + sorted(found - set(wanted))

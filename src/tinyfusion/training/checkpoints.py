@@ -15,10 +15,11 @@ from tinyfusion.core.rundir import read_json, write_json, written_beside
 from tinyfusion.training.loop import TrainState
 
 
-def save_checkpoint(folder: Path, state: TrainState, limit: int) -> None:
+def save_checkpoint(folder: Path, state: TrainState, limit: int, every: int = 1) -> None:
     """Write `folder/step-N`, whole or not at all; remove the oldest beyond `limit`, and newer ones.
 
-    A newer one is damaged, else training would have gone on from there.
+    Only multiples of `every` count: what a signal saved between them stays until the next one is written, and pushes none
+    out. A newer one is damaged, else training would have gone on from there.
     """
     target = folder / f"step-{state.step:07d}"
     with written_beside(target) as beside:
@@ -29,7 +30,9 @@ def save_checkpoint(folder: Path, state: TrainState, limit: int) -> None:
         write_json(beside / "state.json", {"step": state.step, "bad_steps": state.bad_steps, "sha256": digest})
     found = sorted(folder.glob("step-*"))
     sound = [path for path in found if path.name <= target.name]
-    for path in [*sound[: -max(limit, 1)], *found[len(sound) :]]:
+    regular = [path for path in sound if int(path.name.removeprefix("step-")) % every == 0]
+    between = [path for path in sound if path not in regular and path != target]
+    for path in [*between, *regular[: -max(limit, 1)], *found[len(sound) :]]:
         shutil.rmtree(path)
 
 
