@@ -151,10 +151,9 @@ def jobs() -> Iterator[Job]:
         yield Job(1, label, short, "finetune 300 steps", (*FINETUNE, *steps(300)), seed, seed)
     for mask in range(NUM_MASKS):
         yield Job(4, "random", CRITERIA["random"], "finetune", FINETUNE, 0, 100 + mask)
-    chosen = CRITERIA["learned subset by score"]
     for seed in SEEDS:
         for name, sets in RECOVERIES.items():
-            yield Job(2, "learned subset by score", chosen, name, sets, seed, seed)
+            yield Job(2, "learned subset", SUBSET, name, sets, seed, seed)
     for seed in SEEDS:
         for update in ("lora", "full", "frozen"):
             for name in ("learned 1:2", "learned 2:4", "learned subset by score"):

@@ -22,7 +22,7 @@ from tinyfusion.core.rundir import read_json, write_json, write_text
 YARDSTICKS = {"digits": "scikit-learn's digits, 8 x 8, patch 2", "cifar16": "CIFAR-10 at 16 x 16, patch 4"}
 TITLES = {
     1: "Row 1: criteria, recovered by plain fine-tuning",
-    2: "Row 2: recovery methods, on the subset learned by score",
+    2: "Row 2: recovery methods, on the learned subset",
     3: "Row 3: weight updates and distributions of the learned criterion",
     4: "Row 4: random masks, does the calibration loss foretell the outcome?",
     5: "Row 5: a quarter of the depth",

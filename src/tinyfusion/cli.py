@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import io
 import json
@@ -92,7 +93,9 @@ def _one_line(box: str) -> str:
         return f"{value[1]} wants {_KINDS.get(value[2], value[2])}; got {value[3]}"
     if choice := _BAD_CHOICE.search(words):
         names = sorted(name for name in re.findall(r"'(.*?)'", choice[3]) if name != "None")
-        return f"{choice[2]} is one of {', '.join(names)}; got {choice[1]}"
+        close = difflib.get_close_matches(choice[1].strip("'\""), names, n=1, cutoff=0.6)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{choice[2]} is one of {', '.join(names)}; got {choice[1]}{hint}"
     return (
         re.sub(r"^(Parsing error|Unrecognized options|Invalid choice|Value error)\s*", "", words)
         or "bad options; see --help"

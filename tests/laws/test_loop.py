@@ -376,3 +376,17 @@ def test_no_warning_without_a_cause(tiny_model: Callable[..., LoadedModel], tmp_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_latest(tmp_path, plain_job(tiny_model)[0]) == 4
+
+
+def test_what_a_signal_saved_pushes_no_regular_checkpoint_out(
+    tiny_model: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    job = plain_job(tiny_model)
+    for step in range(1, STEPS + 1):
+        train(job, until=step)
+        if step % 2 == 0 or step == 3:  # every second step, and a signal after the third
+            save_checkpoint(tmp_path, job[0], limit=2, every=2)
+        found = sorted(int(path.name.removeprefix("step-")) for path in tmp_path.iterdir())
+        if step == 3:
+            assert found == [2, 3]
+    assert found == [last for last in range(2, STEPS + 1, 2)][-2:]

@@ -112,3 +112,20 @@ def test_flips_are_addressed_and_as_often_as_asked() -> None:
     mirrored = (mixed == straight.flip(-1)).flatten(1).all(1)
     assert bool((same | mirrored).all()) and 0.2 < float((~same).float().mean()) < 0.4
     assert torch.equal(flipping(2, 400, Randomness(1).at(2, 200, 200)).x, mixed[200:])
+
+
+def test_a_folder_with_two_splits_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        written(tmp_path / f"{split}-00000-of-00001.parquet", [GOOD], [0])
+    with pytest.raises(UserError, match="splits test, train: name one file"):
+        read_parquet_images(tmp_path)
+
+
+def test_pictures_that_would_change_silently_are_refused(tmp_path: Path) -> None:
+    deep, clear = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(deep, format="PNG")
+    Image.new("RGBA", (8, 8), (1, 2, 3, 4)).save(clear, format="PNG")
+    for content in (deep, clear):
+        file = written(tmp_path / "a.parquet", [content.getvalue()], [0])
+        with pytest.raises(UserError, match="8-bit grey or colour without transparency"):
+            read_parquet_images(file)

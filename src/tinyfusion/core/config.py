@@ -111,7 +111,9 @@ def build(kind: Any, value: Any, path: str) -> Any:
         return _build_dataclass(kind, value, path)
     if origin is typing.Literal:
         if value not in args:
-            raise UserError(f"{path} must be one of {', '.join(map(str, args))}; got {value!r}")
+            close = difflib.get_close_matches(str(value), map(str, args), n=1, cutoff=0.6)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{path} must be one of {', '.join(map(str, args))}; got {value!r}{hint}")
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -256,4 +258,11 @@ def recipe_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, st
         if dataclasses.is_dataclass(value):
             yield from recipe_fields(value, f"{path}.")
         elif typing.get_origin(hints[name]) is typing.Annotated:
-            yield path, to_plain(value), hints[name].__metadata__[0]
+            yield path, to_plain(value), hints[name].__metadata__[0] + _choices(typing.get_args(hints[name])[0])
+
+
+def _choices(kind: Any) -> str:
+    """ " (one of A, B)" for a Literal."""
+    if typing.get_origin(kind) is not typing.Literal:
+        return ""
+    return f" (one of {', '.join(map(str, typing.get_args(kind)))})"

@@ -60,7 +60,16 @@ def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         write_json(run.path / "plan.json", plan.to_json())
         save_model(_student(recipe, teacher, plan, work), run.path / "student")
         run.mark("done", seconds=plan.cost.get("seconds", 0.0), seen_images=plan.cost.get("images", 0))
+    print(f"{_decided(plan)}; {run.path / 'plan.json'} says why", file=sys.stderr)
     return {"kept": plan.kept}
+
+
+def _decided(plan: PrunePlan) -> str:
+    """One line for people."""
+    if plan.kept_widths is not None:
+        return f"{plan.criterion}: all blocks kept, narrower"
+    listed = [f"{' '.join(map(str, kept))} of {plan.depth[name]} {name}" for name, kept in plan.kept.items()]
+    return f"{plan.criterion}: kept {', '.join(listed)}"
 
 
 def _student(recipe: Recipe, teacher: LoadedModel, plan: PrunePlan, work: _Learning | Question) -> LoadedModel:
