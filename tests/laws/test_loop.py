@@ -389,4 +389,4 @@ def test_what_a_signal_saved_pushes_no_regular_checkpoint_out(
         found = sorted(int(path.name.removeprefix("step-")) for path in tmp_path.iterdir())
         if step == 3:
             assert found == [2, 3]
-    assert found == [last for last in range(2, STEPS + 1, 2)][-2:]
+    assert found == list(range(2, STEPS + 1, 2))[-2:]
