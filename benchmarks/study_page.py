@@ -141,13 +141,16 @@ def picture(found: Found, title: str, file: Path) -> None:
     axes.scatter(
         [m["calibration_loss"] for m in random], [m["fid"] for m in random], s=18, color="#9aa5b1", label="random masks"
     )
+    named: dict[tuple[float, float], list[str]] = {}  # criteria that chose the same mask share a dot
     for label, listed in labels(1).items():
         made = [found[job.key] for job in listed if job.key in found and not found[job.key]["failed"]]
         if made and job_is_plain(listed[0]) and listed[0].plan != "width":
             x, y = (float(np.mean([m[name] for m in made])) for name in ("calibration_loss", "fid"))
-            learned = label.startswith("learned")
-            axes.scatter([x], [y], s=44, color="#c2410c" if learned else "#1d4ed8", zorder=3)
-            axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            named.setdefault((round(x, 4), round(y, 3)), []).append(label)
+    for (x, y), names in named.items():
+        learned = names[0].startswith("learned")
+        axes.scatter([x], [y], s=44, color="#c2410c" if learned else "#1d4ed8", zorder=3)
+        axes.annotate(", ".join(names), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", yscale="log", title=title)
     axes.set(xlabel="loss when cut (training set, common noise)", ylabel=f"FID after {STEPS} steps of fine-tuning")
     axes.grid(alpha=0.25, which="both")
