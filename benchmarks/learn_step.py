@@ -33,7 +33,7 @@ from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import GatedObjective, MaskLearner, mask_learner
-from tinyfusion.training.loop import TrainState
+from tinyfusion.training.state import TrainState
 
 # (deltas, scheme, dtype) -> floor, share of it that is wanted
 ROWS = {

@@ -39,8 +39,9 @@ from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.recover.terms import massive_mask
 from tinyfusion.sample.drive import SamplerSettings, image_labels, sample, to_uint8
-from tinyfusion.training.loop import TrainState, train_steps
+from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.state import TrainState
 
 RECIPE = load_recipe("digits")
 PLANS: dict[str, tuple[list[int], list[list[int]] | None]] = {

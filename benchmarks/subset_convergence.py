@@ -37,8 +37,9 @@ from tinyfusion.prune.gates import CategoricalGates, GateDistribution
 from tinyfusion.prune.learn import mask_learner
 from tinyfusion.prune.scheme import parse_scheme
 from tinyfusion.prune.subset import SubsetGates
-from tinyfusion.training.loop import TrainState, train_steps
+from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.state import TrainState
 
 FINE_TUNING = TrainingSection(
     steps=150, batch_size=128, learning_rate=1e-3, learning_rate_end=1e-5, warmup_steps=10, ema_decay=0.9

@@ -29,8 +29,9 @@ from tinyfusion.data.digits import ImageSet
 from tinyfusion.evaluate.features import ClassifierArch, ClassifierFeatures, SmallClassifier
 from tinyfusion.jobs.assemble import image_set
 from tinyfusion.sample.drive import to_uint8
-from tinyfusion.training.loop import TrainState, train_steps
+from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup
+from tinyfusion.training.state import TrainState
 
 NAME = "digits-classifier"
 SEED = 0

@@ -21,8 +21,9 @@ from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner, plan_of
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
-from tinyfusion.training.loop import TrainState, train_steps
+from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.state import TrainState
 
 
 def main() -> None:

@@ -26,8 +26,9 @@ from tinyfusion.prune.learn import mask_learner
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
-from tinyfusion.training.loop import LoopObjective, StepRecord, TrainState, train_steps
+from tinyfusion.training.loop import LoopObjective, StepRecord, train_steps
 from tinyfusion.training.optim import ParameterGroup
+from tinyfusion.training.state import TrainState
 
 STEPS = 6
 SETTINGS = TrainingSection(

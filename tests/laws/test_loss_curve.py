@@ -25,8 +25,9 @@ from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.learn import mask_learner
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
-from tinyfusion.training.loop import TrainState, train_steps
+from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.state import TrainState
 
 RECORDED = Path(__file__).parents[1] / "assets" / "digits_loss.txt"
 TRAINING = TrainingSection(steps=8, batch_size=16, learning_rate=1e-3, learning_rate_end=1e-4, ema_decay=0.9)

@@ -29,8 +29,9 @@ from tinyfusion.recover.align import Pairs, block_pairs, pairs_between, pairs_to
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.recover.distill import distilled as by_method
 from tinyfusion.recover.terms import masked_feature_loss, massive_mask, mean_over_pairs
-from tinyfusion.training.loop import TrainState, train_steps
+from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.state import TrainState
 
 
 def distilled(

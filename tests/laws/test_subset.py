@@ -27,7 +27,8 @@ from tinyfusion.prune.learn import in_pairs, mask_learner, plan_of
 from tinyfusion.prune.scheme import Group, consecutive_groups, parse_scheme
 from tinyfusion.prune.subset import SubsetGates, draw_subsets, inclusion_table, marginals, relaxed_top_k
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
-from tinyfusion.training.loop import TrainState, train_steps
+from tinyfusion.training.loop import train_steps
+from tinyfusion.training.state import TrainState
 
 ESTIMATORS = ["marginals", "gumbel-top-k"]
 

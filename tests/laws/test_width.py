@@ -44,8 +44,9 @@ from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.channels import residual_channels
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
-from tinyfusion.training.loop import TrainState, train_steps
+from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.state import TrainState
 
 Models = Callable[..., LoadedModel]
 Noisy = Callable[..., NoisyBatch]

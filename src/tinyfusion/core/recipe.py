@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from tinyfusion.core.errors import UserError
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Criterion = Literal[
     "learned", "bi", "flux-lite", "sensitivity", "bk-sdm", "first", "last", "uniform", "random",
     "min-loss", "median-loss", "max-loss", "indices", "width",
@@ -65,10 +65,18 @@ class TrainingSection:
     betas: Annotated[tuple[float, float], "AdamW's decay rates"] = (0.9, 0.999)
     eps: Annotated[float, "AdamW's denominator offset"] = 1e-8
     weight_decay: Annotated[float, "AdamW's decoupled weight decay"] = 0.0
-    clip_norm: Annotated[float | None, "largest joint gradient norm; None does not clip"] = 1.0
+    optimizer: Annotated[
+        Literal["adamw", "adamw-8bit"], "AdamW, or AdamW with moments in 8 bits (extra 8bit: bitsandbytes)"
+    ] = "adamw"
+    clip_norm: Annotated[float | None, "largest gradient norm; None does not clip"] = 1.0
+    clip_groups: Annotated[
+        Literal["joint", "apart"], "gradients of gates and weights clipped by their joint norm, or each by its own"
+    ] = "joint"
     ema_decay: Annotated[float, "decay of the moving average of weights per step"] = 0.9999
     label_drop: Annotated[float, "probability that a label is replaced by the null class"] = 0.1
-    dtype: Annotated[Dtype, "arithmetic of matrix products (autocast); weights stay float32"] = "float32"
+    dtype: Annotated[
+        Dtype, "arithmetic of matrix products (autocast); weights stay float32; float16 scales the loss"
+    ] = "float32"
     log_every_steps: Annotated[int, "steps between two lines of metrics.jsonl"] = 100
     checkpoint_every_steps: Annotated[int, "steps between two checkpoints"] = 10_000
     checkpoints_limit: Annotated[int, "checkpoints kept; older ones are removed"] = 2
@@ -91,6 +99,38 @@ class TrainingSection:
     def made_images(self) -> int:
         """Images that are really seen."""
         return self.made_steps * self.batch_size
+
+
+@dataclass(frozen=True)
+class ComputeSection:
+    """How a training is spread over processes and memory. Results do not depend on it, but for rounding."""
+
+    parallel: Annotated[
+        Literal["ddp", "fsdp2"], "several processes: each holds the whole model (DDP), or parts of every block (FSDP2)"
+    ] = "ddp"
+    shard_teacher: Annotated[bool, "fsdp2: the frozen teacher lies in parts too; else every process holds it"] = False
+    gradient_accumulation_steps: Annotated[
+        int, "parts in which a process goes through its share of a batch; the batch and the result stay the same"
+    ] = 1
+    gradient_checkpointing: Annotated[
+        bool, "run every block of the trained model again in the backward pass instead of keeping what is inside"
+    ] = False
+    compile: Annotated[bool, "compile the blocks; an error where that gains nothing"] = False
+    tf32: Annotated[bool, "CUDA: float32 products with 10 bits of mantissa, as published"] = True
+    prefetch_batches: Annotated[int, "batches that are made ahead while the model computes; 0 makes them in turn"] = 2
+    timeout_s: Annotated[float, "seconds after which a process that waits for another gives up"] = 600.0
+
+
+@dataclass(frozen=True)
+class WatchSection:
+    """What a training shows while it runs, beside its progress and metrics.jsonl. Off by default."""
+
+    report_to: Annotated[tuple[str, ...], "trackers that get every log line: tensorboard, wandb, trackio"] = ()
+    project: Annotated[str, "name of the project at the tracker"] = "tinyfusion"
+    grid_every_steps: Annotated[int, "steps between two pictures of samples of the averaged weights; 0 makes none"] = 0
+    grid_images: Annotated[int, "images in such a picture"] = 40
+    fid_every_steps: Annotated[int, "steps between two small FIDs of the averaged weights; 0 takes none"] = 0
+    fid_images: Annotated[int, "images of a small FID"] = 1000
 
 
 @dataclass(frozen=True)
@@ -262,6 +302,8 @@ class Recipe:
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
+    compute: ComputeSection = field(default_factory=ComputeSection)
+    watch: WatchSection = field(default_factory=WatchSection)
     train: TrainingSection = field(default_factory=TrainingSection)
     prune: PruneSection = field(default_factory=PruneSection)
     recover: RecoverSection = field(default_factory=RecoverSection)

@@ -77,7 +77,9 @@ def _is_ours(record: Any) -> bool:
 
 
 # knobs that change how a result comes about, and not the result
-_IDLE = {"log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "speed", "sample.batch_size"}
+_IDLE = {
+    "compute", "watch", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "speed", "sample.batch_size",
+}  # fmt: skip
 
 
 def _effective(recipe: Any, section: str = "") -> Any:

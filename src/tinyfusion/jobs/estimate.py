@@ -23,7 +23,8 @@ from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import num_parameters
 from tinyfusion.sample.drive import SamplerSettings
 from tinyfusion.sample.drive import sample as draw_samples
-from tinyfusion.training.loop import BatchSource, LoopObjective, TrainState, train_steps
+from tinyfusion.training.loop import BatchSource, LoopObjective, train_steps
+from tinyfusion.training.state import TrainState
 
 _FLOAT_BYTES = 4
 _MEASURED_PARAMETERS = 200_000_000  # larger models are not run for an estimate, their operations are counted

@@ -27,7 +27,8 @@ from tinyfusion.models.stack import num_parameters
 from tinyfusion.prune.deltas import cut_with_deltas
 from tinyfusion.prune.learn import MaskLearner, mask_learner, plan_of
 from tinyfusion.prune.question import Question
-from tinyfusion.training.loop import StepRecord, TrainState
+from tinyfusion.training.loop import StepRecord
+from tinyfusion.training.state import TrainState
 
 
 @dataclass(frozen=True)

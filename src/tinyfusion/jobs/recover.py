@@ -23,8 +23,8 @@ from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors
 from tinyfusion.recover.channels import residual_channels
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.ema import horizon_warning
-from tinyfusion.training.loop import TrainState
 from tinyfusion.training.optim import ParameterGroup, linear, trainable
+from tinyfusion.training.state import TrainState
 
 
 def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[str, Any] | None:

@@ -14,8 +14,8 @@ from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, object
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.training import drive
 from tinyfusion.models.checkpoint import LoadedModel, new_model, save_model
-from tinyfusion.training.loop import TrainState
 from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.state import TrainState
 
 
 def averaged(model: LoadedModel, state: TrainState) -> LoadedModel:

@@ -13,7 +13,8 @@ from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
 from tinyfusion.training.ema import horizon_warning
-from tinyfusion.training.loop import BatchSource, LoopObjective, StepRecord, TrainState, train_steps
+from tinyfusion.training.loop import BatchSource, LoopObjective, StepRecord, train_steps
+from tinyfusion.training.state import TrainState
 
 Extra = Callable[[StepRecord], dict[str, Any]]
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import read_json, write_json, written_beside
-from tinyfusion.training.loop import TrainState
+from tinyfusion.training.state import TrainState
 
 
 def save_checkpoint(folder: Path, state: TrainState, limit: int, every: int = 1) -> None:

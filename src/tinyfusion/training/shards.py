@@ -1,0 +1,38 @@
+"""Tensors that may lie in parts on several processes (torch's DTensor, split by rows), seen as what this process holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other processes hold other rows of it."""
+    return isinstance(tensor, DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The rows that this process holds, sharing memory with `tensor`; all of a plain tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`local_part` of every tensor."""
+    return {name: local_part(tensor) for name, tensor in tensors.items()}
+
+
+def first_row(tensor: Tensor) -> int:
+    """Number of the first row that this process holds; 0 of a plain tensor. Rows are split evenly, the last ones may have less."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    rows_each = -(-tensor.shape[0] // tensor.device_mesh.size())
+    return min(rows_each * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """All rows, gathered from all processes (each must call); a plain tensor as it is. Detached."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
