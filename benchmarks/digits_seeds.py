@@ -13,8 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from shared import spread
 from tinyfusion.core.config import load_recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import read_json, write_text
@@ -23,12 +22,6 @@ from tinyfusion.jobs.run import run
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
 MODELS = {"teacher": "teacher", "pruned": "cut, before recovery", "student": "cut and recovered"}
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """ "mean +- standard deviation"."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def table(runs: list[Path], references: tuple[str, ...]) -> list[str]:

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from shared import memory_profile, peak_bytes, quartiles, xl_model
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.recipe import PruneSection, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
-from tinyfusion.models.checkpoint import LoadedModel, new_model
+from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import GatedObjective, MaskLearner, mask_learner
@@ -83,24 +83,9 @@ class Side:
         """Largest sum of allocations during forward and backward, above the state before."""
         self.state.optimizer.zero_grad(set_to_none=False)
         gc.collect()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        with memory_profile() as recorded:
             self.backward(noisy)
-        assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-        events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-        return int(np.cumsum(changes).max())
-
-
-def teacher_of(depth: int) -> LoadedModel:
-    """DiT-XL/2 at fewer blocks; every weight random, because published initial values make blocks that do nothing."""
-    sizes = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "num_heads": 16}
-    teacher = new_model("dit", {**sizes, "depth": depth, "num_classes": 1000}, 0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in teacher.module.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.02, generator=generator)
-    return teacher
+        return peak_bytes(recorded)
 
 
 def sides_of(teacher: LoadedModel, update: Any, scheme: str, dtype: Any, batch: int) -> dict[str, Side]:
@@ -138,12 +123,6 @@ def agreement(sides: dict[str, Side], noisy: NoisyBatch) -> tuple[float, float]:
     return logits, max(value for name, value in relative.items() if not name.startswith("gates."))
 
 
-def quartiles(values: list[float]) -> str:
-    """ "median (first quartile to third)"."""
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
-
-
 def row(teacher: LoadedModel, key: tuple[str, str, str], batch: int, repeats: int) -> list[str]:
     """Measure one setting: a line of the table per dense side."""
     update, scheme, dtype = key
@@ -167,8 +146,8 @@ def row(teacher: LoadedModel, key: tuple[str, str, str], batch: int, repeats: in
         kept = whole >= share * floor and lower >= MEMORY_SHARE and max(logits, weights) <= GRADIENT_TOLERANCE
         cells = [
             update, scheme, dtype if name == "dense" else f"{dtype}, {name}",
-            quartiles(dense[:, 0].tolist()), quartiles(skip[:, 0].tolist()), f"{whole:.2f}", f"{both:.2f}",
-            quartiles((dense[:, 0] / skip[:, 0]).tolist()), f"{floor:.2f}", f"{whole / floor:.0%}", f"{share:.0%}",
+            quartiles(dense[:, 0], 3), quartiles(skip[:, 0], 3), f"{whole:.2f}", f"{both:.2f}",
+            quartiles(dense[:, 0] / skip[:, 0], 3), f"{floor:.2f}", f"{whole / floor:.0%}", f"{share:.0%}",
             f"{peaks[name]:,.0f}", f"{peaks['skip']:,.0f}", f"{lower:.0%}",
             *([f"{logits:.0e}", f"{weights:.0e}"] if dtype == "float32" else ["", ""]), "yes" if kept else "no",
         ]  # fmt: skip
@@ -200,7 +179,7 @@ def main() -> None:
     flush_denormals()
     torch.set_num_threads(options.threads)
     began = time.perf_counter()
-    teacher = teacher_of(options.depth)
+    teacher = xl_model(options.depth)
     head = [
         "deltas", "scheme", "arithmetic", "dense s", "skip s", "ratio", "of forward and backward", "ratio by turn", "floor",
         "share of it", "wanted", "dense peak MiB", "skip peak MiB", "lower by", "logits", "weights", "holds",

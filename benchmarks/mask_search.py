@@ -21,12 +21,13 @@ from pathlib import Path
 
 import torch
 
+from shared import random_model
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import machine, write_text
 from tinyfusion.jobs.assemble import batches_for, objective_for
-from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model
+from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.mask_search import (
     Choice,
@@ -61,21 +62,15 @@ class Piece:
         return self.ratio / self.ceiling
 
 
-def random_model(depth: int) -> LoadedModel:
-    """The digits teacher's shape at another depth, every weight random, so that no block is the identity."""
-    sizes = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=64, depth=depth, num_heads=4, num_classes=10)
-    model = new_model("dit", sizes, 0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.module.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.05, generator=generator)
-    return model
+def deeper_model(depth: int) -> LoadedModel:
+    """The digits teacher's shape at another depth, every weight random."""
+    sizes = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=64, num_heads=4, num_classes=10)
+    return random_model(0.05, **sizes, depth=depth)
 
 
 def one_batch(model: LoadedModel, images: int) -> Calibration:
     source = batches_for(Recipe(), model, torch.device("cpu"))
-    return calibration_set(objective_for(model, 0.0), source, "digits", len(source.x), images, images, 0)
+    return calibration_set(objective_for(model, 0.0), source, "digits", len(source), images, images, 0)
 
 
 def measured(model: LoadedModel, calibration: Calibration, masks: list[Mask], pieces: int) -> list[Piece]:
@@ -134,7 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     flush_denormals()
-    spaces = {"6:12": (lambda: open_model("digits"), 6), "14:28": (lambda: random_model(28), 14)}
+    spaces = {"6:12": (lambda: open_model("digits"), 6), "14:28": (lambda: deeper_model(28), 14)}
     rows = [row(n, make(), keep, arguments) for n, (make, keep) in spaces.items() if arguments.only in (None, n)]
     text = "\n".join(
         [

@@ -11,7 +11,6 @@ Sides alternate. Peak memory: bytes that torch's allocator holds above those hel
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 import weakref
 from collections.abc import Callable
@@ -19,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from shared import memory_profile, peak_bytes, quartiles, xl_model
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
-from tinyfusion.models.checkpoint import LoadedModel, new_model
+from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Batch, NoisyBatch
@@ -58,15 +57,7 @@ class Setting:
 
 def setting(depth: int, batch_size: int, width: int) -> Setting:
     """A random teacher, half of its blocks as the student (1:2), a random batch of 32x32 latents."""
-    sizes = dict(
-        input_size=32, patch_size=2, in_channels=4, hidden_size=width, depth=depth, num_heads=16, num_classes=1000
-    )
-    teacher = new_model("dit", sizes, 0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in teacher.module.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.02, generator=generator)
+    teacher = xl_model(depth, width)
     groups = {"blocks": [[1, 2]] * (depth // 2)}
     plan = PrunePlan({"blocks": list(range(0, depth, 2))}, {"blocks": depth}, "indices", groups=groups)
     student = teacher.cut(plan)
@@ -147,14 +138,12 @@ def agreement(given: Setting) -> tuple[float, float]:
     return abs(losses["ours"] / losses["straightforward"] - 1), apart
 
 
-def peak_bytes(given: Setting, forward: Forward) -> int:
+def step_peak_bytes(given: Setting, forward: Forward) -> int:
     """Largest number of bytes that a step holds above those before it."""
     given.student.module.zero_grad(set_to_none=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+    with memory_profile() as recorded:
         forward().backward()
-    events: list[Any] = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    moves = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return int(max(np.cumsum([0, *moves])))
+    return peak_bytes(recorded)
 
 
 def features_alive(given: Setting, forward: Forward) -> int:
@@ -189,12 +178,6 @@ def feature_term_ms(given: Setting, repeats: int) -> dict[str, list[float]]:
     return found
 
 
-def quartiles(values: list[float], digits: int = 2) -> str:
-    """ "median (lower to upper quartile)"."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=8, help="blocks of the teacher; the student has half")
@@ -211,7 +194,7 @@ def main() -> None:
     calls = {name: make(given) for name, make in SIDES.items()}
     terms = feature_term_ms(given, options.repeats)
     alive = {name: features_alive(given, call) for name, call in calls.items()}
-    memory = {name: peak_bytes(given, call) for name, call in calls.items()}
+    memory = {name: step_peak_bytes(given, call) for name, call in calls.items()}
     wall: dict[str, list[float]] = {name: [] for name in SIDES}
     work: dict[str, list[float]] = {name: [] for name in SIDES}
     for repeat in range(options.repeats):
@@ -231,8 +214,8 @@ def main() -> None:
     ]  # fmt: skip
     for name in SIDES:
         cells = (
-            quartiles(wall[name]),
-            quartiles(work[name]),
+            quartiles(wall[name], 2),
+            quartiles(work[name], 2),
             quartiles(terms[name], 1),
             f"{memory[name] / MIB:.1f}",
             str(alive[name]),

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+import shared
 from study import NUM_MASKS, RECOVERIES, SEARCH_STEPS, SEEDS, STEPS, Job, jobs
 from tinyfusion.core.rundir import read_json, write_json, write_text
 
@@ -45,11 +46,11 @@ def outcomes(root: Path) -> Found:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation (n - 1)."""
+    """Mean and standard deviation, and how many seeds where not all are there."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f} (one seed)" if values else "-"
     few = "" if len(values) == len(SEEDS) else f" ({len(values)} seeds)"
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}{few}"
+    return shared.spread(values, digits) + few
 
 
 def labels(row: int) -> dict[str, list[Job]]:

@@ -443,7 +443,11 @@ def test_pairs_share_everything_but_their_masks(
     tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
 ) -> None:
     noisy = noisy_batch(tiny_model())
+    masks = torch.arange(4 * len(noisy.t)).view(-1, 4)
+    noisy = dataclasses.replace(noisy, gate_noise=(masks,))
     paired = in_pairs(noisy, 0)
+    assert torch.equal(paired.gate_noise[0], masks)
+    assert torch.equal(noisy.each(lambda value: value[:1]).gate_noise[0], masks[:1])
     for name in ("x0", "noise", "xt", "t", "y"):
         value, own = getattr(paired, name), getattr(noisy, name)
         assert torch.equal(value[0::2], own[0::2]) and torch.equal(value[1::2], own[0::2][: len(own) // 2])

@@ -36,10 +36,21 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint " (did you mean X?)", or the list of what there is."""
+    """A hint "; did you mean 'X'?", or the list of what there is."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(names)}" if names else ""
+    close = _closest(name, names, 0.5)
+    return f"; did you mean {close!r}?" if close else f"; there is {', '.join(names)}" if names else ""
+
+
+def nearest_choice(value: object, choices: Iterable[object]) -> str:
+    """A hint "; did you mean X?", nothing where no choice is near: for messages that name them all."""
+    close = _closest(str(value), map(str, choices))
+    return f"; did you mean {close}?" if close else ""
+
+
+def _closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of `known` that is most like `name`; None where no ratio of difflib's reaches `cutoff`."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -111,9 +122,9 @@ def build(kind: Any, value: Any, path: str) -> Any:
         return _build_dataclass(kind, value, path)
     if origin is typing.Literal:
         if value not in args:
-            close = difflib.get_close_matches(str(value), map(str, args), n=1, cutoff=0.6)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{path} must be one of {', '.join(map(str, args))}; got {value!r}{hint}")
+            raise UserError(
+                f"{path} must be one of {', '.join(map(str, args))}; got {value!r}{nearest_choice(value, args)}"
+            )
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -164,10 +175,10 @@ def _nearest_field(where: str, siblings: Iterable[str]) -> str:
     section, _, name = where.rpartition(".")
     below = {path for path, _, _ in recipe_fields(Recipe()) if path.startswith(section)}
     meant = {path.rpartition(".")[2]: path for path in sorted(below, key=len, reverse=True)}
-    close = difflib.get_close_matches(name, {**meant, **dict.fromkeys(siblings)}, n=1, cutoff=0.6)
+    close = _closest(name, {*meant, *siblings})
     if not close:
         return f"{nearest(name, siblings)} (all fields: tinyfusion recipes --list-fields)"
-    return f"; did you mean {meant.get(close[0], close[0])!r}?"
+    return f"; did you mean {meant.get(close, close)!r}?"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -46,10 +46,16 @@ class Timing:
         return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
-def interleaved(
-    sides: dict[str, Callable[[], object]], repeats: int, synchronise: Callable[[], None]
-) -> dict[str, Timing]:
-    """Time each side in turn, `repeats` times after one warm-up round each, in one process run."""
+def interleaved(sides: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Timing]:
+    """Time each side in turn, `repeats` times after one warm-up round each, in one process run.
+
+    device: where the sides work; one that queues its work is waited for before and after every measurement.
+    """
+
+    def synchronise() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     for call in sides.values():
         call()
     found: dict[str, list[float]] = {name: [] for name in sides}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -43,6 +45,17 @@ class PrunePlan:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return dataclasses.asdict(self)
+
+
+def first_blocks(depth: Mapping[str, int]) -> dict[str, int]:
+    """Global index of the first block of every list; global indices count through the lists in order."""
+    ends = itertools.accumulate(depth.values())
+    return {name: end - own for (name, own), end in zip(depth.items(), ends, strict=True)}
+
+
+def global_indices(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int]) -> list[int]:
+    """The blocks that `kept` names per list, counted through the lists."""
+    return [first + block for name, first in first_blocks(depth).items() for block in kept[name]]
 
 
 def plan_from_json(values: Any) -> PrunePlan:

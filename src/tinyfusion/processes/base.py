@@ -7,7 +7,8 @@ offer the same three methods, and the loop cannot tell.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -34,6 +35,18 @@ class NoisyBatch:
     y: Tensor  # (B,) int64 labels, the null class where dropped
     step: int = 0
     gate_noise: tuple[Tensor, ...] = ()  # per gate group (B, K or M), where gates are learned
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> NoisyBatch:
+        """The batch with `change` applied to every tensor, such as one that picks samples: all have them along axis 0."""
+        return replace(
+            self,
+            x0=change(self.x0),
+            noise=change(self.noise),
+            xt=change(self.xt),
+            t=change(self.t),
+            y=change(self.y),
+            gate_noise=tuple(map(change, self.gate_noise)),
+        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Criterion as Name
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.plan import PrunePlan
+from tinyfusion.models.plan import PrunePlan, first_blocks, global_indices
 from tinyfusion.models.stack import check_kept
 from tinyfusion.prune.calibrate import block_statistics
 from tinyfusion.prune.mask_search import (
@@ -37,6 +37,7 @@ from tinyfusion.prune.mask_search import (
 )
 from tinyfusion.prune.question import Question, plan_for
 from tinyfusion.prune.rules import Share, bk_sdm_positions, evenly_spaced
+from tinyfusion.prune.scheme import check_range
 from tinyfusion.prune.width import by_width, width_evaluations
 
 MAX_LISTED_MASKS = 2000  # a plan of more masks has a summary of their losses
@@ -238,15 +239,9 @@ def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int = 0) -> Prun
     if not keep:
         raise UserError("criterion indices wants the blocks to keep: --keep 0,2,4")
     depths = teacher.stack.depths()
-    total = sum(depths.values())
-    outside = [i for i in keep if not 0 <= i < total]
-    if outside:
-        raise UserError(f"--keep {outside} out of range: the model has blocks 0 to {total - 1}")
-    kept: dict[str, list[int]] = {}
-    start = 0
-    for name, depth in depths.items():
-        kept[name] = sorted(i - start for i in keep if start <= i < start + depth)
-        start += depth
+    check_range("--keep", keep, depths)
+    starts = first_blocks(depths)
+    kept = {name: sorted(i - starts[name] for i in keep if 0 <= i - starts[name] < depths[name]) for name in depths}
     try:
         check_kept(kept, depths)
     except ValueError as error:
@@ -316,8 +311,7 @@ def _marks(question: Question) -> dict[str, Any]:
             plan = CRITERIA[name].plan(dataclasses.replace(question, settings=settings, tick=lambda done: None))
         except UserError:
             continue
-        starts = [part.start for part in question.shares.values()]
-        mask = tuple(i + s for s, kept in zip(starts, plan.kept.values(), strict=True) for i in kept)
+        mask = tuple(global_indices(plan.kept, plan.depth))
         if len(mask) == wanted:
             found[name] = mask
     masks = sorted(set(found.values()))

@@ -326,16 +326,9 @@ class _SharedBatch:
 
 def _repeated(noisy: NoisyBatch, times: int) -> NoisyBatch:
     """The batch `times` times over, side by side."""
-    return _each(noisy, lambda value: value.repeat(times, *[1] * (value.ndim - 1)))
+    return noisy.each(lambda value: value.repeat(times, *[1] * (value.ndim - 1)))
 
 
 def first_samples(noisy: NoisyBatch, num: int) -> NoisyBatch:
     """The first `num` samples of a batch."""
-    return _each(noisy, lambda value: value[:num])
-
-
-def _each(noisy: NoisyBatch, change: Callable[[Tensor], Tensor]) -> NoisyBatch:
-    """Every tensor of a batch changed."""
-    held: dict[str, Any] = {f.name: getattr(noisy, f.name) for f in dataclasses.fields(noisy)}
-    changed: dict[str, Any] = {name: change(value) for name, value in held.items() if isinstance(value, Tensor)}
-    return dataclasses.replace(noisy, **changed)
+    return noisy.each(lambda value: value[:num])

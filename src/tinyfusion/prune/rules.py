@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import PruneSection
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.plan import first_blocks
+from tinyfusion.prune.scheme import check_range
 
 OLD_BK_SDM_DEPTH = 28
 
@@ -47,13 +49,11 @@ def shares(teacher: LoadedModel, settings: PruneSection) -> dict[str, Share]:
 
     Raises UserError where a list has not that many, or more are protected, or a protected block does not exist.
     """
-    depths, total = teacher.stack.depths(), len(teacher.stack)
-    outside = sorted(i for i in set(settings.protect) if not 0 <= i < total)
-    if outside:
-        raise UserError(f"--protect {outside} out of range: the model has blocks 0 to {total - 1}")
+    depths = teacher.stack.depths()
+    check_range("--protect", sorted(set(settings.protect)), depths)
     found: dict[str, Share] = {}
-    start = 0
-    for name, depth in depths.items():
+    for name, start in first_blocks(depths).items():
+        depth = depths[name]
         own = frozenset(i for i in settings.protect if start <= i < start + depth)
         if settings.criterion == "bk-sdm":
             keep = len(bk_sdm_positions(depth, settings.bk_sdm_list, [i - start for i in own]))
@@ -70,7 +70,6 @@ def shares(teacher: LoadedModel, settings: PruneSection) -> dict[str, Share]:
                 f"protect fewer, or give --num-keep {len(own)}"
             )
         found[name] = Share(start, depth, keep, own)
-        start += depth
     return found
 
 

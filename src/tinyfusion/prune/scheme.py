@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.models.plan import first_blocks
 
 MAX_CANDIDATES = 1_000_000
 
@@ -59,16 +60,8 @@ def consecutive_groups(pairs: Sequence[Sequence[int]]) -> list[Group]:
 _PART = re.compile(r"(\d+):(\d+)(?:x(\d+))?")
 
 
-def parse_scheme(
-    scheme: str, depths: Mapping[str, int], distribution: str = "categorical", protect: Sequence[int] = ()
-) -> dict[str, list[Group]]:
-    """The groups of every list of blocks.
-
-    A single N:M fills each list; an explicit sum must fill the only list exactly. protect: blocks that stay, counted
-    through the lists in order. Raises UserError on bad spelling, on N not in 1..M, where the groups do not fill the depth
-    (saying which scheme would), where a group cannot keep all its protected blocks, and where a categorical would have
-    too many candidates.
-    """
+def scheme_pairs(scheme: str) -> list[tuple[int, int]]:
+    """(N kept, M size) of every group that a scheme spells out. Raises UserError on bad spelling and on N not in 1..M."""
     pairs: list[tuple[int, int]] = []
     for part in scheme.replace(" ", "").split("+"):
         match = _PART.fullmatch(part)
@@ -80,6 +73,20 @@ def parse_scheme(
                 f"scheme {scheme!r}: {keep}:{size} must keep at least 1 and at most {size} of {size} blocks"
             )
         pairs += [(keep, size)] * int(match[3] or 1)
+    return pairs
+
+
+def parse_scheme(
+    scheme: str, depths: Mapping[str, int], distribution: str = "categorical", protect: Sequence[int] = ()
+) -> dict[str, list[Group]]:
+    """The groups of every list of blocks.
+
+    A single N:M fills each list; an explicit sum must fill the only list exactly. protect: blocks that stay, counted
+    through the lists in order. Raises UserError on bad spelling, on N not in 1..M, where the groups do not fill the depth
+    (saying which scheme would), where a group cannot keep all its protected blocks, and where a categorical would have
+    too many candidates.
+    """
+    pairs = scheme_pairs(scheme)
     uniform = len(pairs) == 1 and "x" not in scheme
     groups: dict[str, list[Group]] = {}
     for name, depth in depths.items():
@@ -101,15 +108,11 @@ def _protected(
     scheme: str, groups: dict[str, list[Group]], depths: Mapping[str, int], protect: Sequence[int]
 ) -> dict[str, list[Group]]:
     """The same groups with the blocks `protect` fixed."""
-    total = sum(depths.values())
-    outside = sorted({i for i in protect if not 0 <= i < total})
-    if outside:
-        raise UserError(f"--protect {outside} out of range: the model has blocks 0 to {total - 1}")
+    check_range("--protect", sorted(set(protect)), depths)
     fixed: dict[str, list[Group]] = {}
-    first = 0
-    for name, listed in groups.items():
+    for name, first in first_blocks(depths).items():
         fixed[name] = []
-        for group in listed:
+        for group in groups[name]:
             begin = first + group.start
             inside = sorted({i for i in protect if begin <= i < begin + group.size})
             if len(inside) > group.keep:
@@ -118,8 +121,15 @@ def _protected(
                     f"wants {', '.join(map(str, inside))}: protect fewer of them, or use a scheme that keeps more there"
                 )
             fixed[name].append(dataclasses.replace(group, protected=tuple(i - begin for i in inside)))
-        first += depths[name]
     return fixed
+
+
+def check_range(option: str, blocks: Sequence[int], depths: Mapping[str, int]) -> None:
+    """Raise UserError where one of the `blocks` that `option` names, counted through the lists, does not exist."""
+    total = sum(depths.values())
+    outside = [i for i in blocks if not 0 <= i < total]
+    if outside:
+        raise UserError(f"{option} {outside} out of range: the model has blocks 0 to {total - 1}")
 
 
 def _misfit(scheme: str, pairs: list[tuple[int, int]], depth: int, uniform: bool) -> str:

@@ -120,8 +120,7 @@ class SubsetGates(GateDistribution):
                 relaxed = relaxed_top_k(z + drawn, group.keep_free, temperature)
                 hard = torch.zeros_like(relaxed).scatter(1, (z + drawn).topk(group.keep_free).indices, 1.0)
             else:
-                table = inclusion_table(z, group.keep_free)
-                hard = draw_subsets(table, drawn)
+                table, hard = _tabled_draw(group, z, noise[index])
                 relaxed = hard if self.paired else marginals(table)
             gates = drawn.new_ones(len(drawn), group.size)
             # (relaxed - relaxed.detach()) is exactly 0 forward, so the gates are exactly 0 or 1.
@@ -142,9 +141,8 @@ class SubsetGates(GateDistribution):
             if not group.free:
                 continue
             z = scaled(group, theta, scaling)
-            table = inclusion_table(z.detach(), group.keep_free)
-            centred = draw_subsets(table, drawn[:, list(group.free)]) - marginals(table)
-            total = total + centred @ z  # the gradient of log p(S) to z is S - pi
+            table, hard = _tabled_draw(group, z.detach(), drawn)
+            total = total + (hard - marginals(table)) @ z  # the gradient of log p(S) to z is S - pi
         return advantage * total
 
     def kept(self, index: int, theta: Tensor) -> list[int]:
@@ -168,6 +166,12 @@ class SubsetGates(GateDistribution):
         """The marginal of every kept block, in their order; (N - P) / (M - P) is chance."""
         row, start = self.probabilities(index, theta, scaling), self.groups[index].start
         return [row[block - start] for block in self.kept(index, theta)]
+
+
+def _tabled_draw(group: Group, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """`inclusion_table` of a group's free blocks, z (M,), and the subsets of them (B, M) that its noise (B, M_g) draws."""
+    table = inclusion_table(z, group.keep_free)
+    return table, draw_subsets(table, noise[:, list(group.free)])
 
 
 def scaled(group: Group, theta: Tensor, scaling: float) -> Tensor:

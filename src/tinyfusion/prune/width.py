@@ -18,6 +18,7 @@ from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.widths import Group, WidthRules, channel_sums, nested
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import NUM_TIMESTEPS, GaussianObjective
+from tinyfusion.prune.mask_search import short
 from tinyfusion.prune.question import Question
 
 _PASSES = 3  # of a step, in forward passes
@@ -61,8 +62,8 @@ def by_width(question: Question) -> PrunePlan:
         criterion="width",
         scores={
             "meaning": _MEANING,
-            **nested({name: [_short(value) for value in values.tolist()] for name, values in scores.items()}),
-            "losses": [_short(loss) for loss in losses],
+            **nested({name: [short(value) for value in values.tolist()] for name, values in scores.items()}),
+            "losses": [short(loss) for loss in losses],
             "calibration": calibration,
         },
         seed=question.seed,
@@ -135,7 +136,3 @@ def most_important(scores: Tensor, group: Group) -> list[int]:
     best = by_section.argsort(dim=1, descending=True, stable=True)[:, : group.size // group.sections]
     starts = by_section.shape[1] * torch.arange(group.sections).unsqueeze(1)
     return sorted(int(i) for i in (best + starts).flatten())
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from tinyfusion.core.config import build_known
 from tinyfusion.models.checkpoint import ModelFacts
-from tinyfusion.models.plan import PrunePlan
+from tinyfusion.models.plan import PrunePlan, first_blocks
 from tinyfusion.models.stack import check_kept
 
 Pairs = list[tuple[int, int]]
@@ -29,7 +29,7 @@ def block_pairs(plan: PrunePlan) -> Pairs:
 def _pairs(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int], all_groups: Groups | None) -> Pairs:
     check_kept(kept, depth)
     pairs: Pairs = []
-    student_start = teacher_start = 0
+    student_first, teacher_first = first_blocks({name: len(kept[name]) for name in depth}), first_blocks(depth)
     for name, blocks in depth.items():
         own = sorted(kept[name])
         groups = all_groups.get(name) if all_groups else None
@@ -40,9 +40,7 @@ def _pairs(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int], all_grou
             if groups
             else [(k, kept_next - 1) for k, kept_next in enumerate(own[1:])] + [(len(own) - 1, blocks - 1)]
         )
-        pairs += [(student_start + s, teacher_start + t) for s, t in ends]
-        student_start += len(own)
-        teacher_start += blocks
+        pairs += [(student_first[name] + s, teacher_first[name] + t) for s, t in ends]
     return pairs
 
 
@@ -57,12 +55,22 @@ def _group_ends(groups: list[list[int]]) -> Pairs:
 
 @dataclass(frozen=True)
 class Ancestor:
-    """One model of a lineage, as `model.json` has it; groups: of the plan that cut it, None where unknown."""
+    """One model of a lineage, as `model.json` has it.
+
+    kept, groups and residual are of the plan that cut it: the blocks of its own parent that stayed, their groups (None
+    where unknown) and the residual channels (None where all did).
+    """
 
     hash: str
     depth: dict[str, int]
     kept: dict[str, list[int]] | None = None
     groups: dict[str, list[list[int]]] | None = None
+    residual: list[int] | None = None
+
+
+def ancestors(facts: ModelFacts) -> list[Ancestor]:
+    """The lineage of a model, oldest first. Raises UserError where it is damaged."""
+    return [build_known(Ancestor, entry, f"lineage.{i}") for i, entry in enumerate(facts.lineage)]
 
 
 def pairs_to_ancestors(facts: ModelFacts) -> dict[str, Pairs]:
@@ -71,7 +79,7 @@ def pairs_to_ancestors(facts: ModelFacts) -> dict[str, Pairs]:
     Pairs to a grandparent are composed: those whose middle block is itself paired, so both ends close a group in both
     cuts. The last blocks always do. Raises ValueError on a damaged plan or lineage.
     """
-    lineage = [build_known(Ancestor, entry, f"lineage.{i}") for i, entry in enumerate(facts.lineage)]
+    lineage = ancestors(facts)
     if facts.plan is None:
         return {}
     own = block_pairs(facts.plan)

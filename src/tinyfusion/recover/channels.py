@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from tinyfusion.core.config import build_known
+from tinyfusion.core.config import build
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
-
-
-@dataclass(frozen=True)
-class _Ancestor:
-    """One model of a lineage; residual: the channels of its own parent that it kept, None where all."""
-
-    hash: str
-    residual: list[int] | None = None
+from tinyfusion.recover.align import ancestors
 
 
 def residual_channels(student: LoadedModel, teacher: LoadedModel) -> list[int] | None:
@@ -46,9 +37,9 @@ def residual_channels(student: LoadedModel, teacher: LoadedModel) -> list[int] |
 
 def _in_ancestors(facts: ModelFacts) -> dict[str, list[int] | None]:
     """{hash of an ancestor: its channel for each of our own, None where it is the same}, the direct parent first."""
-    lineage = [build_known(_Ancestor, entry, f"lineage.{i}") for i, entry in enumerate(facts.lineage)]
+    lineage = ancestors(facts)
     widths = (facts.plan.kept_widths if facts.plan else None) or {}
-    step = build_known(_Ancestor, {"hash": "", "residual": widths.get("residual")}, "plan.kept_widths").residual
+    step: list[int] | None = build(list[int] | None, widths.get("residual"), "plan.kept_widths.residual")
     own: list[int] | None = None
     found: dict[str, list[int] | None] = {}
     for ancestor in reversed(lineage):

@@ -277,11 +277,3 @@ def loss_curves(curves: Sequence[Curve], title: str, width: int, salt: str = "")
 def running_median(values: np.ndarray, reach: int) -> np.ndarray:
     """Median over `reach` values to both sides, fewer at the ends; the same length."""
     return np.array([np.median(values[max(i - reach, 0) : i + reach + 1]) for i in range(len(values))])
-
-
-def _group_bands(axes: Axes, sizes: Sequence[int]) -> None:
-    start = 0
-    for i, size in enumerate(sizes):
-        if i % 2 == 0:
-            axes.axhspan(start - 0.5, start + size - 0.5, color=BAND, linewidth=0, zorder=0)
-        start += size

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyfusion.models.plan import first_blocks
 from tinyfusion.report.charts import Span, spans
 from tinyfusion.report.format import count, percent, significant
 from tinyfusion.report.run_data import MODEL_NAMES, RunData
@@ -38,11 +39,8 @@ def decision_groups(run: RunData) -> dict[str, list[Span]]:
     if not run.plan or not run.plan.groups:
         return {}
     protected = [int(block) for block in (run.recipe.get("prune") or {}).get("protect") or ()]
-    found, first = {}, 0
-    for name, sizes in run.plan.groups.items():
-        found[name] = spans(sizes, [block - first for block in protected])
-        first += run.plan.depth[name]
-    return found
+    first = first_blocks(run.plan.depth)
+    return {name: spans(sizes, [block - first[name] for block in protected]) for name, sizes in run.plan.groups.items()}
 
 
 def chance_sentence(groups: Sequence[Span], per_block: bool) -> str:

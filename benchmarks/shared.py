@@ -1,0 +1,53 @@
+"""What several benchmarks share: models of random weights, peak memory, and numbers as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tinyfusion.models.checkpoint import LoadedModel, new_model
+
+
+def random_model(std: float, **sizes: int) -> LoadedModel:
+    """A DiT whose trained weights are all random, because published initial values make blocks that do nothing."""
+    model = new_model("dit", sizes, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=std, generator=generator)
+    return model
+
+
+def xl_model(depth: int, width: int = 1152) -> LoadedModel:
+    """DiT-XL/2 of random weights at another depth."""
+    sizes = dict(input_size=32, patch_size=2, in_channels=4, num_heads=16, num_classes=1000)
+    return random_model(0.02, **sizes, hidden_size=width, depth=depth)
+
+
+def memory_profile() -> profile:
+    """A context that records allocations on the CPU, for `peak_bytes`."""
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
+def peak_bytes(recorded: profile) -> int:
+    """Largest sum of allocations within the context, above what was held before it."""
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return int(np.cumsum([0, *changes]).max())
+
+
+def quartiles(values: Sequence[float], digits: int) -> str:
+    """ "median (first quartile to third)"."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """ "mean ± standard deviation" (n - 1), nan of one value."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
