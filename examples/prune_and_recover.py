@@ -38,7 +38,6 @@ def main() -> None:
     batches = ShuffledBatches(load_digits(), randomness, torch.device("cpu"))
     teacher = open_model(args.model)
     plain = GaussianObjective(teacher.arch.num_classes)
-
     learner = mask_learner(teacher, plain, settings, randomness.generator_seed("lora"))
     state = TrainState(learner.module, learner.parameter_groups, training)
     for record in train_steps(state, learner.objective, batches, training, randomness):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import errno
 import io
 import json
@@ -22,11 +21,20 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from tinyfusion import __version__
-from tinyfusion.core.config import flatten, load_recipe, nearest, recipe_fields, shipped_recipes, to_plain
+from tinyfusion.core.config import (
+    flatten,
+    load_recipe,
+    nearest,
+    nearest_choice,
+    recipe_fields,
+    shipped_recipes,
+    to_plain,
+)
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.launch import launched_processes, launched_rank
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.signals import Interrupted, SignalWatch
-from tinyfusion.options import REQUIRED, VERBS, Common, OpensModel, Recipes
+from tinyfusion.options import PARALLEL, POSITIONAL, REQUIRED, VERBS, Common, OpensModel, Recipes
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Common]:
@@ -49,7 +57,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Common]:
     verb = next(name for name, kind in VERBS.items() if type(options) is kind)
     for name in REQUIRED.get(verb, ()):
         if getattr(options, name) in (None, "", (), Path()):
-            spelled = f"--{name}" if (verb, name) not in (("report", "runs"), ("inspect", "model")) else name.upper()
+            spelled = name.upper() if name == POSITIONAL.get(verb) else f"--{name}"
             raise UserError(f"{verb} needs {spelled}; see `tinyfusion {verb} --help`")
     return verb, options
 
@@ -70,7 +78,7 @@ def _check_spelling(arguments: Sequence[str]) -> None:
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
     known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(VERBS[verb])} | {"--help"}
-    known -= {"--runs"} if verb == "report" else {"--model"} if verb == "inspect" else set()
+    known -= {f"--{POSITIONAL.get(verb)}"}
     for argument in arguments[1:]:
         name = argument.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:
@@ -93,8 +101,7 @@ def _one_line(box: str) -> str:
         return f"{value[1]} wants {_KINDS.get(value[2], value[2])}; got {value[3]}"
     if choice := _BAD_CHOICE.search(words):
         names = sorted(name for name in re.findall(r"'(.*?)'", choice[3]) if name != "None")
-        close = difflib.get_close_matches(choice[1].strip("'\""), names, n=1, cutoff=0.6)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = nearest_choice(choice[1].strip("'\""), names)
         return f"{choice[2]} is one of {', '.join(names)}; got {choice[1]}{hint}"
     return (
         re.sub(r"^(Parsing error|Unrecognized options|Invalid choice|Value error)\s*", "", words)
@@ -110,14 +117,22 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     _check_teacher(verb, options, recipe)
     if verb == "inspect":
         return _inspect(options, recipe)
+    if verb == "replay":
+        from tinyfusion.jobs.replay import replay
+
+        return replay(options.run, options.step, options.device)
+    if verb not in PARALLEL and launched_rank() > 0:
+        return {"verb": verb, "state": "left to process 0"}
     from tinyfusion.jobs.assemble import RunOptions
 
     heads, family = (options.num_heads, options.family) if isinstance(options, OpensModel) else (None, None)
     out = options.out
-    where = RunOptions(out, options.overwrite, options.dry_run, heads, family, command)
+    resume = getattr(options, "resume", None)
+    where = RunOptions(out, options.overwrite, options.dry_run, heads, family, command, resume)
     outcome = _perform(verb, options, recipe, where)
     state = "checked" if options.dry_run else "done"
-    print(f"{verb}: {state}, {out}" + (" (nothing was written)" if options.dry_run else ""), file=sys.stderr)
+    if launched_rank() == 0:
+        print(f"{verb}: {state}, {out}" + (" (nothing was written)" if options.dry_run else ""), file=sys.stderr)
     return {"verb": verb, "state": state, "out": str(out), **(outcome or {})}
 
 
@@ -227,12 +242,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(_no_space(error.filename), debug, error)
+        if error.errno == errno.ENOMEM:
+            return _unexpected(error, debug)
         return _fail(
             UserError(f"{error.strerror or error}: {error.filename or 'while reading or writing'}"), debug, error
         )
-    except Exception as error:  # our bug, or the machine's memory
+    except Exception as error:  # our bug, the machine's memory, or another process that ended
         return _unexpected(error, debug)
-    if options.json:
+    if options.json and launched_rank() == 0:
         print(json.dumps(outcome))
     return 0
 
@@ -250,15 +267,30 @@ def _no_space(where: str | None = None) -> UserError:
     )
 
 
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "can't start new thread",
+    "ALLOC_FAILED",
+)
+_SMALLER = (
+    "a training also takes less by --gradient-accumulation-steps and --gradient-checkpointing, with the same result"
+)
+
+
 def _unexpected(error: Exception, debug: bool) -> int:
-    if "No space left on device" in str(error):  # safetensors has an exception of its own
+    said = str(error)
+    if "No space left on device" in said:  # safetensors has an exception of its own
         return _fail(_no_space(), debug, error)
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    ):
-        return _fail(UserError(f"out of memory: use a smaller batch ({error})"), debug, error)
+    if isinstance(error, MemoryError) or any(sign in said for sign in _NO_MEMORY):
+        short = said.strip().partition("\n")[0] or "the system gave no more"
+        return _fail(UserError(f"out of memory: use a smaller batch; {_SMALLER} ({short})"), debug, error)
+    if launched_processes() > 1:
+        from tinyfusion.training.engine import lost_process
+
+        if lost := lost_process(error):
+            return _fail(lost, debug, error)
     traceback.print_exception(error)
     print("this is a bug in tinyfusion; please report it with the lines above", file=sys.stderr)
     return 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -66,24 +66,64 @@ class OpensModel(Common):
 
 
 @dataclass(frozen=True)
-class Run(OpensModel):
+class Trains(Common):
+    """Options of verbs that train."""
+
+    trained_sections: ClassVar[tuple[str, ...]] = ()
+
+    checkpointing_steps: Annotated[int | None, option("steps between two checkpoints", "N")] = None
+    checkpoints_total_limit: Annotated[int | None, option("checkpoints kept, older ones are removed", "N")] = None
+    gradient_accumulation_steps: Annotated[
+        int | None, option("parts in which a process goes through its share of a batch; the result stays", "N")
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, option("run blocks again in the backward pass instead of keeping what is inside")
+    ] = False
+    compile: Annotated[bool, option("compile the blocks; an error where that gains nothing")] = False
+    report_to: Annotated[str | None, option("trackers: tensorboard, wandb, trackio", "NAME,..")] = None
+
+    def overrides(self) -> dict[str, Any]:
+        """Recipe fields that the typed options set."""
+        names = None if self.report_to is None else [part.strip() for part in self.report_to.split(",") if part.strip()]
+        values: dict[str, Any] = {
+            "compute.gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "compute.gradient_checkpointing": self.gradient_checkpointing or None,
+            "compute.compile": self.compile or None,
+            "watch.report_to": names,
+        }
+        for section in self.trained_sections:
+            values[f"{section}.checkpoint_every_steps"] = self.checkpointing_steps
+            values[f"{section}.checkpoints_limit"] = self.checkpoints_total_limit
+        return {**super().overrides(), **{path: value for path, value in values.items() if value is not None}}
+
+
+_RESUME = option("checkpoint to go on from, instead of the newest in --out", "PATH")
+
+
+@dataclass(frozen=True)
+class Run(Trains, OpensModel):
     """The whole job: prune, recover, sample, evaluate, report.
 
     Example: tinyfusion run --recipe digits --out runs/digits
     """
 
+    trained_sections = ("prune.training", "recover.training")
+
     out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
 
 
 @dataclass(frozen=True)
-class Train(Common):
+class Train(Trains):
     """A model from nothing.
 
     Example: tinyfusion train --recipe digits-teacher --out runs/digits-teacher
     """
 
+    trained_sections = ("train",)
+
     out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
     steps: Annotated[int | None, option("optimiser steps", "N")] = None
+    resume: Annotated[Path | None, _RESUME] = None
     data: Annotated[str | None, option("data set", "NAME")] = None
 
     def fields(self) -> dict[str, Any]:
@@ -91,11 +131,13 @@ class Train(Common):
 
 
 @dataclass(frozen=True)
-class Prune(OpensModel):
+class Prune(Trains, OpensModel):
     """Decide which blocks go: a plan and a cut, untuned student.
 
     Example: tinyfusion prune --recipe digits --teacher digits --out runs/cut
     """
+
+    trained_sections = ("prune.training",)
 
     out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
     teacher: Annotated[str | None, option("model to make shallow", "MODEL")] = None
@@ -113,6 +155,7 @@ class Prune(OpensModel):
     ] = None
     keep: Annotated[str | None, option("blocks to keep, instead of learning which: 0,2,4", "I,J,..")] = None
     steps: Annotated[int | None, option("learned: optimiser steps", "N")] = None
+    resume: Annotated[Path | None, _RESUME] = None
 
     def fields(self) -> dict[str, Any]:
         keep = None if self.keep is None else _integers("--keep", self.keep)
@@ -136,11 +179,13 @@ class Prune(OpensModel):
 
 
 @dataclass(frozen=True)
-class Recover(OpensModel):
+class Recover(Trains, OpensModel):
     """Bring a cut model back to quality.
 
     Example: tinyfusion recover --recipe digits --teacher digits --student runs/cut --out runs/back
     """
+
+    trained_sections = ("recover.training",)
 
     student: Annotated[Path, option("cut model, or the run folder of `prune` (required)", "PATH")] = Path()
     out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
@@ -148,6 +193,7 @@ class Recover(OpensModel):
     data: Annotated[str | None, option("data set", "NAME")] = None
     method: Annotated[Recovery | None, option("how (default masked-kd)", "|".join(get_args(Recovery)))] = None
     steps: Annotated[int | None, option("optimiser steps", "N")] = None
+    resume: Annotated[Path | None, _RESUME] = None
 
     def fields(self) -> dict[str, Any]:
         return {
@@ -212,6 +258,17 @@ class Inspect(OpensModel):
 
 
 @dataclass(frozen=True)
+class Replay(Common):
+    """One step of a training again, every loss term of every sample: what happened at step N?
+
+    Example: tinyfusion replay runs/back --step 40
+    """
+
+    run: Annotated[Positional[Path], option("run folder of train, prune or recover (required)", "RUN")] = Path()
+    step: Annotated[int | None, option("number of the step, from 0 (required)", "N")] = None
+
+
+@dataclass(frozen=True)
 class Recipes(Common):
     """The shipped recipes, with expected numbers and minutes; or every field that a recipe may set."""
 
@@ -220,11 +277,14 @@ class Recipes(Common):
 
 VERBS: dict[str, type[Common]] = {
     "run": Run, "train": Train, "prune": Prune, "recover": Recover, "sample": Sample,
-    "evaluate": Evaluate, "report": Report, "inspect": Inspect, "recipes": Recipes,
+    "evaluate": Evaluate, "report": Report, "inspect": Inspect, "replay": Replay, "recipes": Recipes,
 }  # fmt: skip
+PARALLEL = ("run", "train", "prune", "recover")  # what several processes do together; the others are left to the first
+POSITIONAL = {"report": "runs", "inspect": "model", "replay": "run"}
 REQUIRED = {
     "run": ("out", "recipe"), "train": ("out",), "prune": ("out",), "recover": ("student", "out"), "sample": ("model", "out"),
     "evaluate": ("samples", "out"), "report": ("runs", "out"), "inspect": ("model",),
+    "replay": ("run", "step"),
 }  # fmt: skip
 
 

@@ -62,10 +62,10 @@ def full_disk(_cli: Cli, patch: pytest.MonkeyPatch) -> None:
 def full_while_saving(_cli: Cli, patch: pytest.MonkeyPatch) -> None:
     """The first checkpoint does not fit."""
 
-    def save(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state.safetensors")
+    def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state-00000-of-00001.safetensors")
 
-    patch.setattr("tinyfusion.jobs.training.save_checkpoint", save)
+    patch.setattr("tinyfusion.training.checkpoints.write_tensors", write)
 
 
 def read_only(_cli: Cli, patch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ run: the target exists, the script exists and its --help knows the options, the 
 from __future__ import annotations
 
 import functools
+import io
 import re
 import runpy
 import shlex
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from material import Cli, tiny
+from PIL import Image
 
 from tinyfusion.cli import parse
 from tinyfusion.core.config import load_recipe, shipped_recipes
@@ -86,7 +88,22 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(official, brought / "DiT-XL-2-256x256.pt")
     latents = np.random.default_rng(0).standard_normal((16, 8, 8, 4), dtype=np.float32)
     np.savez(brought / "latents.npz", latents, np.arange(16) % 10)
+    (brought / "pictures").mkdir()
+    written(brought / "pictures" / "train-00000-of-00001.parquet")
     return folder
+
+
+def written(path: Path) -> None:
+    """16 grey pictures of 8 x 8 pixels in row groups of four."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pictures = []
+    for level in range(16):
+        stream = io.BytesIO()
+        Image.new("L", (8, 8), level).save(stream, format="PNG")
+        pictures.append({"bytes": stream.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": pictures, "label": [i % 10 for i in range(16)]}), path, row_group_size=4)
 
 
 @pytest.fixture
@@ -179,7 +196,6 @@ def makefile_targets() -> set[str]:
 def help_of(script: Path) -> str:
     """What a script prints for --help."""
     import contextlib
-    import io
 
     before, printed = (sys.argv, sys.path), io.StringIO()
     sys.argv, sys.path = [script.name, "--help"], [str(script.parent), *sys.path]  # as `python FILE` has them

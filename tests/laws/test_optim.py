@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from torch import nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import TrainingSection
+from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
 from tinyfusion.training.ema import Ema, horizon_warning
 from tinyfusion.training.optim import ParameterGroup, adamw, learning_rate_factor, linear
+from tinyfusion.training.state import TrainState
 
 
 @given(decay=st.floats(0.0, 0.999), values=st.lists(st.floats(-2, 2), min_size=1, max_size=6))
@@ -106,3 +110,60 @@ def test_a_group_without_a_rate_takes_the_sections() -> None:
     assert [group["lr"] for group in adamw(groups, settings).param_groups] == [3e-4]
     with pytest.raises(ValueError, match="nothing to train"):
         adamw([ParameterGroup({})], settings)
+
+
+def trained(optimizer: str, steps: int, state: TrainState | None = None) -> TrainState:
+    """A few steps on fixed gradients, of one tensor large enough for 8 bits and one that is not."""
+    if state is None:
+        generator = torch.Generator().manual_seed(0)
+        model = nn.Linear(80, 80)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(generator=generator)
+        settings = TrainingSection(optimizer=cast(Any, optimizer), learning_rate=1e-2, learning_rate_end=None)
+        state = TrainState(model, [ParameterGroup(dict(model.named_parameters()))], settings)
+    for _ in range(steps):
+        for i, parameter in enumerate(state.parameters.values()):
+            parameter.grad = torch.sin(torch.arange(parameter.numel()) + 7.0 * state.step + i).view(parameter.shape)
+        state.optimizer.step()
+        state.ema.update()
+        state.step += 1
+    return state
+
+
+def test_moments_in_8_bits_are_bytes_and_come_close_to_full_ones() -> None:
+    pytest.importorskip("bitsandbytes", reason="extra 8bit is not installed")
+    coarse, fine = trained("adamw-8bit", 5), trained("adamw", 5)
+    held = coarse.tensors()
+    assert held["optimizer/state1/weight"].dtype == held["optimizer/state2/weight"].dtype == torch.uint8
+    assert held["optimizer/state1/bias"].dtype == torch.float32, "small tensors keep full moments"
+    start = trained("adamw", 0).parameters["weight"]
+    moved = (fine.parameters["weight"] - start).norm()
+    apart = (coarse.parameters["weight"] - fine.parameters["weight"]).norm()
+    assert 0 < apart < 0.1 * moved
+    torch.testing.assert_close(coarse.parameters["bias"], fine.parameters["bias"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_holds_moments_in_8_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="extra 8bit is not installed")
+    straight = trained("adamw-8bit", 6)
+    with CheckpointWriter(tmp_path, 1, 1) as writer:
+        writer.save(trained("adamw-8bit", 3))
+    resumed = trained("adamw-8bit", 1)
+    assert load_latest(tmp_path, resumed) == 3
+    trained("adamw-8bit", 3, resumed)
+    for name, tensor in straight.tensors().items():
+        assert torch.equal(tensor, resumed.tensors()[name]), name
+    assert straight.progress() == resumed.progress()
+    with pytest.warns(UserWarning, match="made with optimizer adamw-8bit, this training has adamw"):
+        assert load_latest(tmp_path, trained("adamw", 1)) == 0
+
+
+def test_moments_in_8_bits_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TrainingSection(optimizer="adamw-8bit")
+    with pytest.raises(UserError, match="works on cpu and cuda, not on meta"):
+        adamw([ParameterGroup({"a": nn.Parameter(torch.zeros(2, device="meta"))})], settings)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"bitsandbytes, which .*pip install 'tinyfusion\[8bit\]'"):
+        adamw([ParameterGroup({"a": nn.Parameter(torch.zeros(2))})], settings)

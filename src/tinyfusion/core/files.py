@@ -5,6 +5,7 @@ Everything is written beside and renamed, so a reader never meets half a file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -38,6 +39,13 @@ def written_beside(path: Path) -> Iterator[Path]:
         remove(beside)
         remove_empty(made)
         raise
+
+
+def disk_reason(error: OSError) -> str:
+    """What an error of the file system says, in words for people."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left on the disk"
+    return error.strerror or str(error)
 
 
 def file_label(name: str) -> str:
@@ -77,6 +85,14 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder that others read: out of sight first, so that nobody meets half of it."""
+    aside = beside_of(path, "part")
+    remove(aside)
+    os.replace(path, aside)
+    remove(aside)
 
 
 def _put(new: Path, path: Path) -> None:

@@ -42,8 +42,11 @@ class _Lines:
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-    """A bar of `total` units, `done` of them already."""
+def progress(title: str, total: int, unit: str, done: int = 0, shown: bool = True) -> Iterator[Advance]:
+    """A bar of `total` units, `done` of them already. shown: False for all processes but one."""
+    if not shown:
+        yield lambda done, note="": None
+        return
     if not sys.stderr.isatty():
         yield _Lines(title, total, unit, done)
         return

@@ -41,9 +41,14 @@ class DataSection:
     name: Annotated[
         str,
         "data set: digits (training part), digits:heldout, parquet:PATH (a file or folder; columns img or image, label), "
+        "parquet-stream:PATH (the same, read in parts: for sets larger than memory), "
         "or an npz with arr_0 (N, H, W, C), uint8 pixels or floats as they are, and arr_1 labels",
     ] = "digits"
     size: Annotated[int | None, "side to which parquet images are reduced by a box filter; None keeps theirs"] = None
+    window_images: Annotated[
+        int,
+        "parquet-stream: images among which order is mixed, those of row groups drawn at random; two windows are held",
+    ] = 16_384
     flip: Annotated[float, "probability that an image is mirrored left to right"] = 0.0
     augment: Annotated[float, "share of images that are slightly turned, scaled and sheared, 0 to 1"] = 0.0
 

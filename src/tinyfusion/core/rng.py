@@ -48,21 +48,29 @@ class Draws:
     first: int
     num: int
 
+    def _bits(self, purpose: str, counters: int) -> np.random.Philox:
+        """The generator at the first sample's address; every sample has `counters` counter values of four words."""
+        digest = hashlib.sha256(purpose.encode()).digest()
+        key = np.array([self.seed, int.from_bytes(digest[:8], "little")], dtype=np.uint64)
+        return np.random.Philox(key=key, counter=np.array([self.first * counters, 0, self.step, 0], dtype=np.uint64))
+
     def words(self, purpose: str, per_sample: int) -> np.ndarray:
         """(B, per_sample) uint64, every bit random."""
         counters = -(-per_sample // _WORDS_PER_COUNTER)
-        digest = hashlib.sha256(purpose.encode()).digest()
-        key = np.array([self.seed, int.from_bytes(digest[:8], "little")], dtype=np.uint64)
-        counter = np.array([self.first * counters, 0, self.step, 0], dtype=np.uint64)
-        bits = np.random.Philox(key=key, counter=counter)
-        raw = bits.random_raw(self.num * counters * _WORDS_PER_COUNTER)
+        raw = self._bits(purpose, counters).random_raw(self.num * counters * _WORDS_PER_COUNTER)
         return raw.reshape(self.num, counters * _WORDS_PER_COUNTER)[:, :per_sample]
 
     def _uniform64(self, purpose: str, shape: tuple[int, ...]) -> np.ndarray:
-        """(B, *shape) float64 in the open interval (0, 1): 53 random bits, offset by half a unit."""
-        raw = self.words(purpose, int(np.prod(shape, dtype=np.int64)))
-        values = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-        return values.reshape(self.num, *shape)
+        """(B, *shape) float64 in the open interval (0, 1), to be changed freely: 53 random bits, offset by half a unit.
+
+        The upper 53 bits of each of `words`, bit for bit; NumPy scales them in one pass where we would take four.
+        """
+        per_sample = int(np.prod(shape, dtype=np.int64))
+        counters = -(-per_sample // _WORDS_PER_COUNTER)
+        generator = np.random.Generator(self._bits(purpose, counters))
+        values = generator.random(self.num * counters * _WORDS_PER_COUNTER)
+        values += 2.0**-54
+        return values.reshape(self.num, counters * _WORDS_PER_COUNTER)[:, :per_sample].reshape(self.num, *shape)
 
     def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> np.ndarray:
         """(B, *shape) float64, uniform in (0, 1)."""
@@ -70,7 +78,8 @@ class Draws:
 
     def normal(self, purpose: str, shape: tuple[int, ...] = ()) -> np.ndarray:
         """(B, *shape) float32, standard normal."""
-        return ndtri(self._uniform64(purpose, shape)).astype(np.float32)
+        values = self._uniform64(purpose, shape)
+        return ndtri(values, out=values).astype(np.float32)
 
     def gumbel(self, purpose: str, shape: tuple[int, ...] = ()) -> np.ndarray:
         """(B, *shape) float32, standard Gumbel: -log(E) with E ~ Exp(1)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from tinyfusion.core.files import (
     beside_of,
     check_space,
     check_writable,
+    disk_reason,
     missing_folders,
     orphans,
     read_json,
@@ -37,6 +39,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 _MARKER = "tinyfusion"
+_CONTINUES = "mend that, and the same command continues from the last checkpoint"
 
 
 def machine() -> dict[str, Any]:
@@ -112,10 +115,14 @@ def _check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any],
 
 
 class RunDirectory:
-    """A folder of one run. `check` decides whether it is new, to be continued, or finished."""
+    """A folder of one run. `check` decides whether it is new, to be continued, or finished.
 
-    def __init__(self, path: Path) -> None:
+    writes: one process of several writes; to the others `writing` is a plain block, and notes and marks say nothing.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
 
     @property
     def record_path(self) -> Path:
@@ -131,6 +138,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """metrics.jsonl."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def watched(self) -> Path:
+        """Folder of what a training shows while it runs: pictures, files of trackers."""
+        return self.path / "watch"
 
     def record(self) -> dict[str, Any]:
         """The contents of run.json."""
@@ -182,6 +194,9 @@ class RunDirectory:
         A new run that ends before anything worth continuing was saved leaves no trace, and what it was to replace
         comes back. One that is interrupted later says so in its record.
         """
+        if not self.writes:
+            yield "continue"
+            return
         made = missing_folders(self.path)
         mode = self.begin(verb, recipe, overwrite)
         try:
@@ -225,23 +240,51 @@ class RunDirectory:
 
     def mark(self, state: str, **more: Any) -> None:
         """Set the state ("done", "interrupted") and more fields of run.json."""
-        write_json(self.record_path, {**self.record(), "state": state, **more})
+        if not self.writes:
+            return
+        self._check_there()
+        try:
+            write_json(self.record_path, {**self.record(), "state": state, **more})
+        except OSError as error:
+            raise UserError(f"cannot write {self.record_path}: {disk_reason(error)}; {_CONTINUES}") from error
         if self._aside.exists() and _worth_keeping(self.path):
             remove(self._aside)
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values, allow_nan=False) + "\n")
+        if not self.writes:
+            return
+        self._append(self.metrics, json.dumps(values, allow_nan=False))
 
     def note(self, text: str) -> None:
         """Append one line to log.txt, for people; nothing is ever read back from it."""
-        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        if not self.writes:
+            return
+        self._append(self.path / "log.txt", text)
+
+    def _append(self, file: Path, line: str) -> None:
+        """One more line. Raises UserError where the folder has gone or does not take it; no part of the line stays."""
+        self._check_there()
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            with open(file, "a", encoding="utf-8") as opened:
+                opened.write(line + "\n")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(file, size)
+            raise UserError(f"cannot write {file}: {disk_reason(error)}; {_CONTINUES}") from error
+
+    def _check_there(self) -> None:
+        """Raise UserError where the folder went away while it was being written."""
+        if not self.record_path.is_file():
+            raise UserError(
+                f"the run folder {self.path} was removed, moved or emptied while it was being written: put it back where it was, "
+                "or start it anew"
+            )
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines of steps that a resumed run is going to write again."""
-        if not self.metrics.exists():
+        if not self.writes or not self.metrics.exists():
             return
         kept = [line for line in read_metrics(self.path) if line.get("step", -1) < step]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
@@ -262,7 +305,7 @@ def _record_in(run: Path) -> dict[str, Any]:
 
 def _worth_keeping(run: Path) -> bool:
     """Whether a run folder holds a checkpoint, a model or a finished record."""
-    saved = [file for pattern in ("step-*", "model.json") for file in run.rglob(pattern)]
+    saved = [file for pattern in ("checkpoints/step-*", "model.json") for file in run.rglob(pattern)]
     whole = [file for file in saved if not any(part.endswith(".part") for part in file.relative_to(run).parts)]
     return bool(whole) or _record_in(run).get("state") == "done"
 

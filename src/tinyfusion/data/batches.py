@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,43 +22,82 @@ class ArrayBatch:
     y: Tensor
 
 
-class ShuffledBatches:
-    """Batches of an image set; every image once per epoch, in an order addressed by (seed, epoch).
+class Batches:
+    """Source of (step, batch size, draws) -> batch on `device`: the images of a sequence, flipped and jittered.
 
-    Source of (step, batch size, draws) -> batch on `device`; holds nothing that would have to be saved.
+    The sequence goes through a set once per epoch, in an order addressed by (seed, epoch), epoch after epoch without a
+    gap; a subclass gives its pieces (`rows`). Step s has the positions s x batch size and on, of which `draws` tells the
+    part that this process wants. Nothing has to be saved. augment: share of images that `jitter` moves; flip: probability
+    of being mirrored left to right.
     """
 
-    def __init__(
-        self, images: ImageSet, randomness: Randomness, device: torch.device, augment: float = 0.0, flip: float = 0.0
-    ) -> None:
-        self.x = torch.from_numpy(images.x)
-        self.y = torch.from_numpy(images.y)
+    classes: int  # one more than the largest label
+
+    def __init__(self, randomness: Randomness, device: torch.device, augment: float = 0.0, flip: float = 0.0) -> None:
         self.randomness = randomness
         self.device = device
         self.augment = augment
         self.flip = flip
-        self._orders: dict[int, Tensor] = {}
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            if len(self._orders) > 4:
-                self._orders.clear()
-            self._orders[epoch] = torch.from_numpy(self.randomness.permutation("epoch", epoch, len(self.x)))
-        return self._orders[epoch]
+    def __len__(self) -> int:
+        """Images of the set."""
+        raise NotImplementedError
+
+    def rows(self, first: int, num: int) -> tuple[Tensor, Tensor]:
+        """x (num, C, H, W) float32 and y (num,) int64 of positions `first` to `first + num - 1` of the sequence."""
+        raise NotImplementedError
 
     def __call__(self, step: int, batch_size: int, draws: Draws) -> ArrayBatch:
         """The images of `step`."""
-        first, size = step * batch_size + draws.first, len(self.x)
-        end = first + draws.num
-        epochs = range(first // size, -(-end // size))  # those that the batch touches
-        rows = torch.cat([self._order(e)[max(first - e * size, 0) : end - e * size] for e in epochs])
-        x = self.x[rows]
+        x, y = self.rows(step * batch_size + draws.first, draws.num)
         if self.augment:
             x = jitter(x, draws, self.augment)
         if self.flip:
             mirrored = torch.from_numpy(draws.uniform("flip") < self.flip)
             x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
-        return ArrayBatch(x.to(self.device), self.y[rows].to(self.device))
+        return ArrayBatch(self._moved(x), self._moved(y))
+
+    def _moved(self, values: Tensor) -> Tensor:
+        """On the device; from pinned memory the copy runs beside what the device computes."""
+        if self.device.type == "cuda":
+            return values.pin_memory().to(self.device, non_blocking=True)
+        return values.to(self.device)
+
+
+class ShuffledBatches(Batches):
+    """Batches of an image set in memory, in an exactly shuffled order."""
+
+    def __init__(
+        self, images: ImageSet, randomness: Randomness, device: torch.device, augment: float = 0.0, flip: float = 0.0
+    ) -> None:
+        super().__init__(randomness, device, augment, flip)
+        self.x = torch.from_numpy(images.x)
+        self.y = torch.from_numpy(images.y)
+        self.classes = images.num_classes
+        self._orders: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def _order(self, epoch: int) -> Tensor:
+        order = self._orders.get(epoch)
+        if order is None:
+            order = torch.from_numpy(self.randomness.permutation("epoch", epoch, len(self)))
+            self._orders = {**dict(list(self._orders.items())[-3:]), epoch: order}
+        return order
+
+    def rows(self, first: int, num: int) -> tuple[Tensor, Tensor]:
+        """As in `Batches`."""
+        end, size = first + num, len(self)
+        epochs = range(first // size, -(-end // size))  # those that the batch touches
+        rows = torch.cat([self._order(e)[max(first - e * size, 0) : end - e * size] for e in epochs])
+        return self.x[rows], self.y[rows]
+
+
+def signed(images: np.ndarray) -> np.ndarray:
+    """(N, C, H, W) float32 of (N, H, W, C): uint8 pixels in [-1, 1], floats as they are."""
+    x = images.astype(np.float32).transpose(0, 3, 1, 2)
+    return x / 127.5 - 1.0 if images.dtype == np.uint8 else x
 
 
 def jitter(x: Tensor, draws: Draws, share: float) -> Tensor:

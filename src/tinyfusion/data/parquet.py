@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,12 @@ def read_parquet_images(path: Path, size: int | None = None) -> tuple[np.ndarray
     `label`. size: side to which square pictures are reduced by a box filter, each pixel the mean of its area; None keeps
     theirs. C is 1 where all are grey, else 3. Raises UserError on what is missing, damaged or not of one size.
     """
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise UserError(f"no parquet data at {path}: wanted a .parquet file, or a folder of them")
-    splits = sorted({file.name.split("-")[0] for file in files if "-of-" in file.name})
-    if len(splits) > 1:
-        raise UserError(f"{path} holds the splits {', '.join(splits)}: name one file, or a folder with one split")
     images: list[np.ndarray] = []
     labels: list[int] = []
-    for file in files:
+    for file in parquet_files(path):
         for row, encoded, label in _rows(file):
-            images.append(_decoded(encoded, f"{file}, row {row}", size))
-            labels.append(_checked_label(label, f"{file}, row {row}"))
+            images.append(decoded(encoded, f"{file}, row {row}", size))
+            labels.append(checked_label(label, f"{file}, row {row}"))
     if not images:
         raise UserError(f"{path} holds no images")
     grey = all(image.shape[-1] == 1 for image in images)
@@ -53,23 +48,45 @@ def read_parquet_images(path: Path, size: int | None = None) -> tuple[np.ndarray
     return np.stack(images), np.array(labels, dtype=np.int64)
 
 
+def parquet_files(path: Path) -> list[Path]:
+    """The file, or all of a folder, by name. Raises UserError where there is none, or files of several splits."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UserError(f"no parquet data at {path}: wanted a .parquet file, or a folder of them")
+    splits = sorted({file.name.split("-")[0] for file in files if "-of-" in file.name})
+    if len(splits) > 1:
+        raise UserError(f"{path} holds the splits {', '.join(splits)}: name one file, or a folder with one split")
+    return files
+
+
 def _rows(file: Path) -> Iterator[tuple[int, Any, Any]]:
     """(row number, encoded picture, label) of one file."""
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        image_column = _column(file, names, IMAGE_COLUMNS)
-        label_column = _column(file, names, (LABEL_COLUMN,))
+    with reading(str(file)), pyarrow.parquet.ParquetFile(file) as table:
+        image_column, label_column = columns_of(table, file)
         first = 0
         for batch in table.iter_batches(columns=[image_column, label_column]):
             pictures, labels = batch.column(image_column).to_pylist(), batch.column(label_column).to_pylist()
             yield from zip(range(first, first + len(labels)), pictures, labels, strict=True)
             first += len(labels)
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """What pyarrow says of a damaged file or of the disk, as UserError; where: the file, and the part of it."""
+    import pyarrow
+
+    try:
+        yield
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read as parquet: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where} cannot be read as parquet: {' '.join(str(error).split())}") from error
+
+
+def columns_of(table: Any, file: Path) -> tuple[str, str]:
+    """Names of the columns of pictures and labels of an open parquet file. Raises UserError where one is missing."""
+    names = table.schema_arrow.names
+    return _column(file, names, IMAGE_COLUMNS), _column(file, names, (LABEL_COLUMN,))
 
 
 def _column(file: Path, names: Sequence[str], wanted: Sequence[str]) -> str:
@@ -79,8 +96,8 @@ def _column(file: Path, names: Sequence[str], wanted: Sequence[str]) -> str:
     return found[0]
 
 
-def _decoded(encoded: Any, where: str, size: int | None) -> np.ndarray:
-    """(H, W, 1 or 3) uint8."""
+def decoded(encoded: Any, where: str, size: int | None) -> np.ndarray:
+    """The picture of a row, (H, W, 1 or 3) uint8; size as in `read_parquet_images`, where: names the row to people."""
     content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
     if not isinstance(content, bytes):
         raise UserError(f"{where}: wanted an encoded picture (bytes); got {type(content).__name__}")
@@ -100,7 +117,8 @@ def _decoded(encoded: Any, where: str, size: int | None) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _checked_label(label: Any, where: str) -> int:
+def checked_label(label: Any, where: str) -> int:
+    """The label of a row. Raises UserError where it is no whole number from 0."""
     if not isinstance(label, int) or isinstance(label, bool) or label < 0:
         raise UserError(f"{where}: wanted a label, a whole number from 0; got {label!r}")
     return label

@@ -55,7 +55,7 @@ def question_of(recipe: Recipe, teacher: LoadedModel) -> Question:
         objective_for(teacher, label_drop=0.0),
         source,
         recipe.data.name,
-        len(source.x),
+        len(source),
         settings.calibration_images,
         settings.calibration_batch_size,
         recipe.seed,

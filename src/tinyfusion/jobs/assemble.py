@@ -15,15 +15,18 @@ from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
-from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.data.batches import Batches, ShuffledBatches, signed
 from tinyfusion.data.digits import REAL_SETS, ImageSet, load_digits
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.data.parquet import read_parquet_images
+from tinyfusion.data.stream import StreamedBatches, open_parts
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Objective
 from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.training.engine import Engine, open_engine
 
 PARQUET = "parquet:"  # prefix of a data set that is parquet files
+PARQUET_STREAM = "parquet-stream:"  # of one that is never whole in memory
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,18 @@ class RunOptions:
     num_heads: int | None = None
     family: str | None = None
     command: str = ""  # as typed
+    resume: Path | None = None  # a checkpoint to go on from, instead of the newest
 
 
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
     """The part of a recipe that a verb depends on, with its inputs, as plain values: what "the same command" means."""
     values = to_plain(recipe)
     return {**inputs, "seed": recipe.seed, **{name: values[name] for name in sections}}
+
+
+def job_record(recipe: Recipe, options: RunOptions, **paths: Any) -> dict[str, Any]:
+    """What a run's record keeps so that its training can be put together again; paths: of models that were opened."""
+    return {"recipe": to_plain(recipe), "num_heads": options.num_heads, "family": options.family, **paths}
 
 
 def training_plan(recipe: Recipe, settings: TrainingSection, mode: str) -> dict[str, str]:
@@ -63,15 +72,20 @@ def objective_for(model: LoadedModel, label_drop: float) -> Objective:
 def image_set(name: str, size: int | None = None) -> ImageSet:
     """A data set by name, parquet files, or an npz of images and labels; `size` is for parquet alone.
 
-    Raises UserError on NaN, wrong shapes, an unknown name.
+    Raises UserError on NaN, wrong shapes, an unknown name, and a set that is only to be read in parts.
     """
     if name in REAL_SETS:
         return load_digits(heldout=name.endswith(":heldout"))
     if name.startswith(PARQUET):
         return _array_set(name, *_parquet_arrays(name.removeprefix(PARQUET), size))
+    if name.startswith(PARQUET_STREAM):
+        raise UserError(
+            f"{name} is read in parts, and here a whole set has to be in memory: give {PARQUET}PATH, of a part where it is large"
+        )
     if not name.endswith(".npz"):
         raise UserError(
-            f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, or an .npz with arr_0 and arr_1"
+            f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {PARQUET_STREAM}PATH, "
+            "or an .npz with arr_0 and arr_1"
         )
     images, labels = read_images_npz(Path(name))
     if labels is None:
@@ -87,24 +101,37 @@ def _parquet_arrays(path: str, size: int | None) -> tuple[np.ndarray, np.ndarray
 
 def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
     """images (N, H, W, C), uint8 pixels or floats as they are."""
-    x = images.astype(np.float32).transpose(0, 3, 1, 2)
-    x = x / 127.5 - 1.0 if images.dtype == np.uint8 else x
-    return ImageSet(name, x, labels, int(labels.max()) + 1)
+    return ImageSet(name, signed(images), labels, int(labels.max()) + 1)
 
 
-def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> ShuffledBatches:
+def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Batches:
     """Training batches that fit `model`. Raises UserError where images and model do not go together."""
-    images = image_set(recipe.data.name, recipe.data.size)
+    data, randomness = recipe.data, Randomness(recipe.seed)
+    if data.name.startswith(PARQUET_STREAM):
+        parts = open_parts(Path(data.name.removeprefix(PARQUET_STREAM)), data.size, model.arch.in_channels)
+        _check_fit(data.name, parts.shape, parts.classes, model)
+        timeout_s = recipe.compute.timeout_s
+        return StreamedBatches(parts, randomness, device, data.window_images, data.augment, data.flip, timeout_s)
+    images = image_set(data.name, data.size)
+    _check_fit(images.name, images.x.shape[1:], images.num_classes, model)
+    return ShuffledBatches(images, randomness, device, data.augment, data.flip)
+
+
+def _check_fit(name: str, shape: tuple[int, ...], classes: int, model: LoadedModel) -> None:
+    """shape: (C, H, W) of the images."""
     wanted = (model.arch.in_channels, model.arch.input_size, model.arch.input_size)
-    if images.x.shape[1:] != wanted:
-        channels, height, width = images.x.shape[1:]
+    if shape != wanted:
+        channels, height, width = shape
         hint = "; arr_0 looks like (N, C, H, W), wanted channels last" if (height, width, channels) == wanted else ""
-        raise UserError(f"data {images.name} has images {images.x.shape[1:]}, the model takes {wanted}{hint}")
-    if images.num_classes > model.arch.num_classes:
-        raise UserError(
-            f"data {images.name} has {images.num_classes} classes, the model knows {model.arch.num_classes}"
-        )
-    return ShuffledBatches(images, Randomness(recipe.seed), device, recipe.data.augment, recipe.data.flip)
+        raise UserError(f"data {name} has images {shape}, the model takes {wanted}{hint}")
+    if classes > model.arch.num_classes:
+        raise UserError(f"data {name} has {classes} classes, the model knows {model.arch.num_classes}")
+
+
+def engine_for(recipe: Recipe) -> Engine:
+    """The processes of a training, and the device of this one."""
+    device_for(recipe)
+    return open_engine(recipe.device, recipe.compute)
 
 
 def device_for(recipe: Recipe) -> torch.device:

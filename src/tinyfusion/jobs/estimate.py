@@ -11,27 +11,29 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from tinyfusion.core.recipe import SampleSection, TrainingSection
-from tinyfusion.core.rng import Randomness
+from tinyfusion.core.recipe import SampleSection
+from tinyfusion.jobs.footprint import footprint_of
 from tinyfusion.jobs.inspect import model_macs
+from tinyfusion.jobs.memory import MemoryPlan, fitting_lines, memory_plan
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import num_parameters
 from tinyfusion.sample.drive import SamplerSettings
 from tinyfusion.sample.drive import sample as draw_samples
-from tinyfusion.training.loop import BatchSource, LoopObjective, train_steps
-from tinyfusion.training.state import TrainState
+
+if TYPE_CHECKING:
+    from tinyfusion.jobs.training import Training
 
 _FLOAT_BYTES = 4
 _MEASURED_PARAMETERS = 200_000_000  # larger models are not run for an estimate, their operations are counted
 _MEASURED_MACS = 2e10  # of one measured step: the batch is made smaller to stay below, and the time scaled
-# values per token and channel that one block holds: for the backward pass (norms, modulations, qkv, attention, and the
-# four-fold hidden layer before and after its nonlinearity), and at once without one
-_SAVED_VALUES, _PASSING_VALUES = 24, 12
+_PASSING_VALUES = (
+    12  # values per token and channel that a model holds at once without a graph: an MLP's hidden layer, twice
+)
 
 
 @dataclass(frozen=True)
@@ -53,39 +55,42 @@ class Estimate:
         )
 
 
-def training_disk_bytes(model: LoadedModel, state: TrainState, settings: TrainingSection) -> int:
+def training_disk_bytes(training: Training) -> int:
     """Bytes that a run writes: checkpoints (weights, average, two moments; one more while it is being written) and two models."""
+    state, settings, model = training.state, training.settings, training.model
     trained = sum(p.numel() for p in state.parameters.values())
     checkpoints = min(settings.checkpoints_limit, math.ceil(settings.made_steps / settings.checkpoint_every_steps)) + 1
     log = 500 * (settings.made_steps // settings.log_every_steps + 100)
     return _FLOAT_BYTES * (4 * trained * checkpoints + 2 * num_parameters(model.module)) + log
 
 
-def training_estimate(
-    model: LoadedModel,
-    state: TrainState,
-    objective: LoopObjective,
-    source: BatchSource,
-    settings: TrainingSection,
-    teacher: LoadedModel | None = None,
-) -> Estimate:
-    """Minutes and memory of a training run. Moves `state`: throw it away afterwards."""
-    trained = sum(p.numel() for p in state.parameters.values())
+def training_estimate(training: Training) -> Estimate:
+    """Minutes and memory of a training run. Moves `state`: throw it away afterwards. Every process must call."""
+    state, settings, model, teacher = training.state, training.settings, training.model, training.teacher
     weights = sum(p.numel() for p in state.model.parameters()) + (num_parameters(teacher.module) if teacher else 0)
-    kept = 4 * trained  # gradient, two moments, moving average
-    activations = settings.batch_size * _activations(model, training=True)
-    if teacher:
-        activations += settings.batch_size * _activations(teacher, training=False)
+    memory, _ = training_memory(training)
     macs = 3 * model_macs(model) + (model_macs(teacher) if teacher else 0)  # a backward pass costs two forward passes
 
     def measure(batch_size: int) -> float:
         short = dataclasses.replace(settings, steps=3, stop_after=None, batch_size=batch_size)
-        ends = [_after(float(r.gradient_norm)) for r in train_steps(state, objective, source, short, Randomness(0))]
+        measured = dataclasses.replace(training, settings=short)
+        with measured.in_place():
+            ends = [_after(float(record.gradient_norm)) for record in measured.steps()]
         return (ends[-1] - ends[0]) / 2
 
     seconds, basis = _seconds(measure, macs, settings.batch_size, weights, next(iter(state.parameters.values())).device)
-    memory = _FLOAT_BYTES * (weights + kept + activations)
-    return _rounded(settings.made_steps * seconds, memory, training_disk_bytes(model, state, settings), basis)
+    return _rounded(settings.made_steps * seconds, memory.total, training_disk_bytes(training), basis)
+
+
+def training_memory(training: Training) -> tuple[MemoryPlan, list[str]]:
+    """What one process will hold, and the text that is printed of it before the first step. Every process must call."""
+    state, settings, engine = training.state, training.settings, training.engine
+    beside = [model.module for model in (training.model, training.teacher) if model]
+    footprint = footprint_of(
+        state.model, training.stack, state.parameters, training.objective, training.source, settings, beside
+    )
+    plan = memory_plan(footprint, settings, engine.compute, engine.world)
+    return plan, [*plan.lines(), *fitting_lines(footprint, settings, engine.compute, engine.world)]
 
 
 def sampling_estimate(
@@ -107,7 +112,7 @@ def sampling_estimate(
 
     weights = num_parameters(model.module)
     seconds, basis = _seconds(measure, rows * model_macs(model), batch, weights, device)
-    memory = _FLOAT_BYTES * (weights + rows * batch * _activations(model, training=False))
+    memory = _FLOAT_BYTES * (weights + rows * batch * _activations(model))
     return _rounded(
         seconds * settings.num_steps * settings.num_images / batch,
         memory,
@@ -126,8 +131,11 @@ def copy_estimate(model: LoadedModel) -> Estimate:
     return _rounded(0.0, 2 * num_bytes, num_bytes, "nothing is trained")
 
 
-def announce(verb: str, plan: dict[str, Any], estimate: Estimate) -> dict[str, Any]:
-    """Print what `verb` would do and what it would take; the same as plain values, for `--json`."""
+def announce(verb: str, plan: dict[str, Any], estimate: Estimate, spoken: bool = True) -> dict[str, Any]:
+    """Print what `verb` would do and what it would take (where `spoken`); the same as plain values, for `--json`."""
+    values = {"plan": {**plan, **dataclasses.asdict(estimate)}}
+    if not spoken:
+        return values
     rows = {
         **plan,
         "minutes": f"{_about(estimate.minutes)} ({estimate.basis})",
@@ -138,7 +146,7 @@ def announce(verb: str, plan: dict[str, Any], estimate: Estimate) -> dict[str, A
     for name, value in rows.items():
         print(f"  {name:12} {value}")
     sys.stdout.flush()
-    return {"plan": {**plan, **dataclasses.asdict(estimate)}}
+    return values
 
 
 def described(model: LoadedModel) -> str:
@@ -146,10 +154,9 @@ def described(model: LoadedModel) -> str:
     return f"{model.family.name}, {len(model.stack)} blocks, {num_parameters(model.module):,} parameters, {model.hash()[:12]}"
 
 
-def _activations(model: LoadedModel, training: bool) -> int:
-    """Values that one image needs inside the model at once."""
-    one_block = int(model.arch.num_tokens * model.arch.hidden_size)
-    return one_block * (_SAVED_VALUES * len(model.stack) if training else _PASSING_VALUES)
+def _activations(model: LoadedModel) -> int:
+    """Values that one image needs inside the model at once, without a graph."""
+    return int(model.arch.num_tokens * model.arch.hidden_size) * _PASSING_VALUES
 
 
 def _seconds(

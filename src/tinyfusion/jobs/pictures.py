@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
@@ -26,7 +25,9 @@ from tinyfusion.jobs.assemble import batches_for, device_for, objective_for
 from tinyfusion.jobs.evaluate import open_extractor, open_reference, protocol_of, score
 from tinyfusion.jobs.sample import draw, protocol
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.plan import global_indices
 from tinyfusion.training.loop import BatchSource
+from tinyfusion.training.saved import damage, open_checkpoint, other_version
 
 BIN_WIDTH = 0.05  # of a histogram of activations, in the unit of `symmetric_log`
 NUM_ACTIVATION_IMAGES = 64
@@ -81,11 +82,8 @@ def activations(recipe: Recipe, teacher: LoadedModel, student: LoadedModel) -> d
 
 def _global_kept(student: LoadedModel, teacher: LoadedModel) -> list[int]:
     """The teacher's number of every block of the student, counted through the lists."""
-    kept, first, found = student.facts.kept or {}, 0, []
-    for name, depth in teacher.stack.depths().items():
-        found += [first + block for block in kept.get(name, range(depth))]
-        first += depth
-    return found
+    kept, depths = student.facts.kept or {}, teacher.stack.depths()
+    return global_indices({name: kept.get(name, range(depth)) for name, depth in depths.items()}, depths)
 
 
 class _Histogram:
@@ -159,14 +157,9 @@ def depth_speed(
     depths = timed_depths(whole, recipe.speed.depths, student_depth)
     if not depths:
         return None
-
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     num = min(recipe.speed.batch_size, DEPTH_BATCH)
     sides = {str(depth): step_of(shallow(teacher, depth), num) for depth in depths}
-    times = interleaved(sides, DEPTH_REPEATS, synchronise)
+    times = interleaved(sides, DEPTH_REPEATS, device)
     points = []
     for depth in depths:
         ratio, low, high = speedup(times[str(whole)], times[str(depth)])
@@ -229,7 +222,7 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
         extractor = open_extractor(recipe.evaluate.features)
         real = open_reference(reference, extractor, recipe.data.size)
         for step in missing:
-            _load_average(student, out / "recover" / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
+            _load_average(student, out / "recover" / "checkpoints" / f"step-{step:07d}")
             images, _ = draw(recipe, student, f"sample step {step}")
             scores = score(images, real, extractor, recipe.evaluate.neighbours, recipe.evaluate.is_splits_size)
             told = protocol_of(real, extractor, recipe.evaluate, protocol(recipe, student))
@@ -237,16 +230,20 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
 
 
 @torch.no_grad()
-def _load_average(model: LoadedModel, file: Path) -> None:
+def _load_average(model: LoadedModel, checkpoint: Path) -> None:
     """Put the averaged weights of a checkpoint into `model`. Raises UserError where they are not there."""
-    if not file.is_file():
+    if not checkpoint.is_dir():
         raise UserError(
-            f"{file.parent} is gone: it is a point of the curve of FID over the recovery (evaluate.checkpoints)"
+            f"{checkpoint} is gone: it is a point of the curve of FID over the recovery (evaluate.checkpoints)"
         )
-    tensors = load_file(file)
+    wrong = other_version(checkpoint) or damage(checkpoint)
+    if wrong is not None:
+        raise UserError(f"cannot take the averaged weights of checkpoint {checkpoint}: {wrong}")
+    saved = open_checkpoint(checkpoint)
+    held = set(saved.names())
     for name, parameter in model.module.named_parameters():
-        if f"ema/{name}" in tensors:
-            parameter.copy_(tensors[f"ema/{name}"])
+        if f"ema/{name}" in held:
+            parameter.copy_(saved.whole(f"ema/{name}"))
 
 
 def write_pictures(

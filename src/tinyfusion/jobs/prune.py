@@ -4,64 +4,73 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
-from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.jobs.asking import ask, asked, asking_estimate, question_of
-from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe, training_plan
-from tinyfusion.jobs.estimate import (
-    Estimate,
-    announce,
-    described,
-    training_disk_bytes,
-    training_estimate,
+from tinyfusion.jobs.assemble import (
+    RunOptions,
+    batches_for,
+    engine_for,
+    job_record,
+    objective_for,
+    plain_recipe,
+    training_plan,
 )
-from tinyfusion.jobs.training import drive
-from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
+from tinyfusion.jobs.estimate import Estimate, announce, described, training_disk_bytes, training_estimate
+from tinyfusion.jobs.training import Training, drive, finished, save
+from tinyfusion.jobs.watching import check_watch
+from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import num_parameters
 from tinyfusion.prune.deltas import cut_with_deltas
 from tinyfusion.prune.learn import MaskLearner, mask_learner, plan_of
 from tinyfusion.prune.question import Question
+from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import StepRecord
 from tinyfusion.training.state import TrainState
 
 
 @dataclass(frozen=True)
-class _Learning:
+class Learning:
     """The learned criterion, ready to go."""
 
     learner: MaskLearner
-    state: TrainState
-    source: ShuffledBatches
+    training: Training
 
 
 def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Decide which blocks of the teacher go; writes `plan.json` and `student/`. Returns what `--json` prints."""
     teacher = open_model(recipe.teacher, recipe.sample.weights, options.num_heads, options.family)
     plain = plain_recipe(recipe, "data", "prune", teacher=teacher.hash())
-    run = RunDirectory(options.out)
-    mode = run.check("prune", plain, options.overwrite)
-    work = check_prune(recipe, teacher)
+    engine = engine_for(recipe)
+    run = RunDirectory(options.out, engine.is_main)
+    mode = engine.first(lambda: run.check("prune", plain, options.overwrite))
+    work = check_prune(recipe, teacher, engine)
+    check_watch(recipe, None)
     if mode == "finished":
-        print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
+        finished(run)
         return {"kept": read_json(run.path / "plan.json")["kept"]}
     if mode == "new":
-        check_space(options.out, _disk_bytes(recipe, teacher, work))
+        engine.first(lambda: check_space(options.out, _disk_bytes(teacher, work)))
     if options.dry_run:
-        return announce(
-            "prune", {"teacher": described(teacher), **_intent(recipe, work, mode)}, _estimate(recipe, teacher, work)
-        )
+        intent = {"teacher": described(teacher), **_intent(recipe, work, mode)}
+        return announce("prune", intent, prune_estimate(work), engine.is_main)
     with run.writing("prune", plain, options.overwrite):
-        plan = ask(work, run) if isinstance(work, Question) else _learn(recipe, teacher, work, run)
-        write_json(run.path / "plan.json", plan.to_json())
-        save_model(_student(recipe, teacher, plan, work), run.path / "student")
+        run.mark("running", job=job_record(recipe, options))
+        plan = ask(work, run) if isinstance(work, Question) else _learn(recipe, teacher, work, run, options.resume)
+        student = _student(recipe, teacher, plan, work)
+        if run.writes:
+            write_json(run.path / "plan.json", plan.to_json())
+        save(run, student, "student")
         run.mark("done", seconds=plan.cost.get("seconds", 0.0), seen_images=plan.cost.get("images", 0))
-    print(f"{_decided(plan)}; {run.path / 'plan.json'} says why", file=sys.stderr)
+    engine.wait()  # nobody reads what the main process has not written yet
+    if engine.is_main:
+        print(f"{_decided(plan)}; {run.path / 'plan.json'} says why", file=sys.stderr)
     return {"kept": plan.kept}
 
 
@@ -73,29 +82,46 @@ def _decided(plan: PrunePlan) -> str:
     return f"{plan.criterion}: kept {', '.join(listed)}"
 
 
-def _student(recipe: Recipe, teacher: LoadedModel, plan: PrunePlan, work: _Learning | Question) -> LoadedModel:
+def _student(recipe: Recipe, teacher: LoadedModel, plan: PrunePlan, work: Learning | Question) -> LoadedModel:
     """The cut teacher, with what was trained beside the gates where that is to stay."""
-    if recipe.prune.keep_deltas and isinstance(work, _Learning):
-        return cut_with_deltas(teacher, plan, work.state.ema, recipe.prune)
+    if recipe.prune.keep_deltas and isinstance(work, Learning):
+        return cut_with_deltas(teacher, plan, work.training.state.averages(), recipe.prune)
     return teacher.cut(plan)
 
 
-def _learning(recipe: Recipe, teacher: LoadedModel) -> _Learning:
+def learning_of(recipe: Recipe, teacher: LoadedModel, engine: Engine) -> Learning:
     """Gates and deltas on a copy of the teacher. Raises UserError where scheme, data or device do not fit."""
-    settings, device = recipe.prune, device_for(recipe)
+    settings = recipe.prune
     seed = Randomness(recipe.seed).generator_seed("lora")
-    source = batches_for(recipe, teacher, device)
-    learner = mask_learner(teacher, objective_for(teacher, settings.training.label_drop), settings, seed, str(device))
-    return _Learning(learner, TrainState(learner.module, learner.parameter_groups, settings.training), source)
+    source = batches_for(recipe, teacher, engine.device)
+    objective = objective_for(teacher, settings.training.label_drop)
+    learner = mask_learner(teacher, objective, settings, seed, engine.device, engine.place)
+    state = TrainState(learner.module, learner.parameter_groups, settings.training)
+
+    def extra(record: StepRecord) -> dict[str, Any]:
+        return learner.decision(state.ema, record.step).log(record.step, learner.objective)
+
+    training = Training(
+        "prune",
+        recipe,
+        settings.training,
+        teacher,
+        learner.objective.stack,
+        state,
+        learner.objective,
+        source,
+        engine,
+        extra=extra,
+    )
+    return Learning(learner, training)
 
 
-def _disk_bytes(recipe: Recipe, teacher: LoadedModel, work: _Learning | Question) -> int:
+def _disk_bytes(teacher: LoadedModel, work: Learning | Question) -> int:
     student = 4 * num_parameters(teacher.module)
-    learned = 0 if isinstance(work, Question) else training_disk_bytes(teacher, work.state, recipe.prune.training)
-    return student + learned
+    return student + (0 if isinstance(work, Question) else training_disk_bytes(work.training))
 
 
-def _intent(recipe: Recipe, work: _Learning | Question, mode: str) -> dict[str, str]:
+def _intent(recipe: Recipe, work: Learning | Question, mode: str) -> dict[str, str]:
     """What `--dry-run` says of the decision."""
     if isinstance(work, Question):
         return {**asked(work), "out": "a new run" if mode == "new" else "continues what is there"}
@@ -105,13 +131,12 @@ def _intent(recipe: Recipe, work: _Learning | Question, mode: str) -> dict[str, 
     return {"criterion": decision, **training_plan(recipe, settings.training, mode)}
 
 
-def _estimate(recipe: Recipe, teacher: LoadedModel, work: _Learning | Question) -> Estimate:
-    if isinstance(work, Question):
-        return asking_estimate(work)
-    return training_estimate(teacher, work.state, work.learner.objective, work.source, recipe.prune.training)
+def prune_estimate(work: Learning | Question) -> Estimate:
+    """What a `prune` will take. Moves what learns: throw it away afterwards."""
+    return asking_estimate(work) if isinstance(work, Question) else training_estimate(work.training)
 
 
-def check_prune(recipe: Recipe, teacher: LoadedModel) -> _Learning | Question:
+def check_prune(recipe: Recipe, teacher: LoadedModel, engine: Engine) -> Learning | Question:
     """Raises UserError on everything that a `prune` would refuse; what learns, or what another criterion is asked."""
     if recipe.prune.criterion != "learned":
         if recipe.prune.keep_deltas:
@@ -126,27 +151,21 @@ def check_prune(recipe: Recipe, teacher: LoadedModel) -> _Learning | Question:
         )
     if recipe.prune.keep_deltas and recipe.prune.update == "frozen":
         raise UserError("prune.keep_deltas has nothing to keep with --update frozen: train lora or full deltas")
-    return _learning(recipe, teacher)
+    return learning_of(recipe, teacher, engine)
 
 
-def prune_estimate(recipe: Recipe, teacher: LoadedModel) -> Estimate:
-    """What a `prune` will take."""
-    return _estimate(recipe, teacher, check_prune(recipe, teacher))
-
-
-def _learn(recipe: Recipe, teacher: LoadedModel, learning: _Learning, run: RunDirectory) -> PrunePlan:
+def _learn(
+    recipe: Recipe, teacher: LoadedModel, learning: Learning, run: RunDirectory, resume: Path | None
+) -> PrunePlan:
     """The learned criterion inside `run`."""
-    settings, learner, state = recipe.prune, learning.learner, learning.state
+    settings, learner, state = recipe.prune, learning.learner, learning.training.state
     run.note(f"trainable beside the gates: {learner.trainable_share:.3%} of the teacher's parameters")
-    print(
-        f"learning {settings.scheme} masks; {learner.trainable_share:.3%} of the teacher's parameters train along",
-        file=sys.stderr,
-    )
-
-    def extra(record: StepRecord) -> dict[str, Any]:
-        return learner.decision(state.ema, record.step).log(record.step, learner.objective)
-
-    seconds = drive(run, "prune", state, learner.objective, learning.source, settings.training, recipe.seed, extra)
+    if run.writes:
+        print(
+            f"learning {settings.scheme} masks; {learner.trainable_share:.3%} of the teacher's parameters train along",
+            file=sys.stderr,
+        )
+    seconds = drive(learning.training, run, resume)
     cost = {"seconds": seconds, "images": float(settings.training.made_images)}
     decision = learner.decision(state.ema, settings.training.made_steps - 1)
     if not all(theta.isfinite().all() for theta in decision.logits):

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Recipe, TrainingSection
+from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import RunDirectory, check_space
-from tinyfusion.data.batches import ShuffledBatches
-from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, objective_for, plain_recipe, training_plan
-from tinyfusion.jobs.estimate import Estimate, announce, described, training_disk_bytes, training_estimate
-from tinyfusion.jobs.train import averaged
-from tinyfusion.jobs.training import Extra, drive
-from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
+from tinyfusion.jobs.assemble import (
+    RunOptions,
+    batches_for,
+    engine_for,
+    job_record,
+    objective_for,
+    plain_recipe,
+    training_plan,
+)
+from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
+from tinyfusion.jobs.training import Extra, Training, drive, finished, save
+from tinyfusion.jobs.watching import check_watch
+from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Objective
 from tinyfusion.processes.gaussian import GaussianObjective
@@ -23,61 +29,70 @@ from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors
 from tinyfusion.recover.channels import residual_channels
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.ema import horizon_warning
+from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import ParameterGroup, linear, trainable
 from tinyfusion.training.state import TrainState
 
 
 def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[str, Any] | None:
     """Train the student; writes `student/` (averaged weights) and `student-raw/`. Returns what `--json` prints."""
-    student = open_model(student_source, recipe.sample.weights, options.num_heads, options.family)
-    teacher = None
-    if recipe.recover.method != "finetune":
-        teacher = open_model(recipe.teacher, recipe.sample.weights, options.num_heads, options.family)
-    recovery = _recovery(recipe, student, teacher)
+    student, teacher = opened(recipe, student_source, options.num_heads, options.family)
     inputs = {"student": student.hash(), "teacher": teacher.hash() if teacher else None}
     plain = plain_recipe(recipe, "data", "recover", **inputs)
-    run = RunDirectory(options.out)
-    mode = run.check("recover", plain, options.overwrite)
-    settings, state = recipe.recover.training, recovery.state
+    engine = engine_for(recipe)
+    run = RunDirectory(options.out, engine.is_main)
+    mode = engine.first(lambda: run.check("recover", plain, options.overwrite))
+    intent = _intent(recipe, student, teacher, mode)
+    training = recovery_of(recipe, student, teacher, engine)
+    check_watch(recipe, student)
+    settings = training.settings
     if mode == "finished":
-        print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
+        finished(run)
         return None
     if mode == "new":
-        check_space(options.out, training_disk_bytes(student, state, settings))
+        engine.first(lambda: check_space(options.out, training_disk_bytes(training)))
     warning = horizon_warning(settings.ema_decay, settings.made_steps)
-    if warning:
+    if warning and engine.is_main:
         print(f"warning: {warning}", file=sys.stderr)
     if options.dry_run:
-        return announce("recover", _intent(recipe, student, teacher, mode), _estimate(recovery, settings))
+        return announce("recover", intent, training_estimate(training), engine.is_main)
     with run.writing("recover", plain, options.overwrite):
-        extra = _logged(recipe) if teacher else lambda record: {}
-        seconds = drive(run, "recover", state, recovery.objective, recovery.source, settings, recipe.seed, extra)
-        save_model(averaged(student, state), run.path / "student")
-        save_model(student, run.path / "student-raw")
+        run.mark("running", job=job_record(recipe, options, student=str(student_source.absolute())))
+        seconds = drive(training, run, options.resume)
+        save(run, training.averaged(), "student")
+        save(run, training.raw(), "student-raw")
         run.mark("done", seconds=seconds, seen_images=settings.made_images)
+    engine.wait()  # nobody reads what the main process has not written yet
     return {"seconds": seconds}
 
 
-@dataclass(frozen=True)
-class _Recovery:
-    """Student, teacher and what trains the one on the other, ready to go."""
+def opened(
+    recipe: Recipe, student: Path, num_heads: int | None, family: str | None
+) -> tuple[LoadedModel, LoadedModel | None]:
+    """Student and, where the method has one, teacher."""
+    opened = open_model(student, recipe.sample.weights, num_heads, family)
+    if recipe.recover.method == "finetune":
+        return opened, None
+    return opened, open_model(recipe.teacher, recipe.sample.weights, num_heads, family)
 
-    student: LoadedModel
-    teacher: LoadedModel | None
-    objective: Objective
-    state: TrainState
-    source: ShuffledBatches
 
+def recovery_of(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, engine: Engine) -> Training:
+    """What trains the student, on the teacher where there is one. Moves both models.
 
-def _recovery(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None) -> _Recovery:
-    """Raises UserError where student, teacher, data and device do not go together."""
+    Raises UserError where student, teacher, data and device do not go together.
+    """
     pairs = _check_pair(student, teacher) if teacher else []
-    settings, device = recipe.recover.training, device_for(recipe)
-    source = batches_for(recipe, student, device)
-    student.module.to(device).train()
-    objective = _objective(recipe, student, teacher, pairs, device.type)
+    settings = recipe.recover.training
+    source = batches_for(recipe, student, engine.device)
+    channels = residual_channels(student, teacher) if teacher and recipe.recover.compares_features else None
+    engine.place(student.module.train(), list(student.stack))
+    if teacher:
+        engine.place_teacher(frozen(teacher.module), list(teacher.stack))
+    objective = _objective(recipe, student, teacher, pairs, channels)
     state = TrainState(student.module, [ParameterGroup(trainable(student.module))], settings)
-    return _Recovery(student, teacher, objective, state, source)
+    return Training(
+        "recover", recipe, settings, student, student.stack, state, objective, source, engine, teacher, _logged(recipe)
+    )
 
 
 def _logged(recipe: Recipe) -> Extra:
@@ -99,21 +114,10 @@ def _intent(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, m
     }
 
 
-def _estimate(recovery: _Recovery, settings: TrainingSection) -> Estimate:
-    return training_estimate(
-        recovery.student, recovery.state, recovery.objective, recovery.source, settings, recovery.teacher
-    )
-
-
-def check_recover(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> None:
-    """Raises UserError on everything that a `recover` of this student would refuse. Moves both models: give copies."""
-    _recovery(recipe, student, teacher if recipe.recover.method != "finetune" else None)
-
-
-def recover_estimate(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> Estimate:
-    """What a `recover` of this student will take. Trains it for a moment: give a copy."""
+def recovery_alone(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> Training:
+    """The recovery of a `run`, on this process. Raises UserError on everything that `recover` would refuse. Give copies."""
     taught = recipe.recover.method != "finetune"
-    return _estimate(_recovery(recipe, student, teacher if taught else None), recipe.recover.training)
+    return recovery_of(recipe, student, teacher if taught else None, engine_for(recipe))
 
 
 def _check_pair(student: LoadedModel, teacher: LoadedModel) -> Pairs:
@@ -141,7 +145,7 @@ def _check_pair(student: LoadedModel, teacher: LoadedModel) -> Pairs:
 
 
 def _objective(
-    recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, pairs: Pairs, device: str
+    recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, pairs: Pairs, channels: list[int] | None
 ) -> Objective:
     """The bare objective, or the distilled one with the terms of the method."""
     settings = recipe.recover
@@ -149,8 +153,6 @@ def _objective(
     if teacher is None:
         return inner
     assert isinstance(inner, GaussianObjective)
-    channels = residual_channels(student, teacher) if settings.compares_features else None
-    frozen(teacher.module.to(device))
     try:
         return distilled(settings, inner, teacher, student, pairs, channels)
     except ValueError as error:

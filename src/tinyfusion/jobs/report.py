@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rundir import FORMAT_VERSION, file_output, read_json, stamp, write_text
+from tinyfusion.core.rundir import FORMAT_VERSION, RunDirectory, file_output, read_json, stamp, write_text
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.models.plan import PrunePlan, plan_from_json
+from tinyfusion.prune.scheme import parse_scheme, scheme_pairs
 from tinyfusion.report.render import embedded_record, render
-from tinyfusion.report.run_data import MODELS, RunData, Samples
+from tinyfusion.report.run_data import MODELS, Look, RunData, Samples
 
 if TYPE_CHECKING:
     from tinyfusion.jobs.assemble import RunOptions
@@ -26,6 +26,7 @@ MODEL_FOLDERS = {  # by verb: where the models of a run lie
     "train": {"model": "model"},
 }
 MAX_SAMPLES_BYTES = 1 << 30
+MAX_LOOKS = 6  # pictures of a training that the page shows
 
 
 def report(runs: Sequence[Path], options: RunOptions) -> None:
@@ -51,7 +52,8 @@ def read_run(path: Path) -> RunData:
     record = _record(path)
     verb = record["verb"]
     stages = {stage: path / stage for stage in ("prune", "recover")} if verb == "run" else {verb: path}
-    metrics = {stage: lines for stage, folder in stages.items() if (lines := _metrics(folder / "metrics.jsonl"))}
+    logged = {stage: _metrics(folder / "metrics.jsonl") for stage, folder in stages.items()}
+    metrics = {stage: kept for stage, lines in logged.items() if (kept := [x for x in lines if "watch" not in x])}
     records = {
         stage: read_json(folder / "run.json") for stage, folder in stages.items() if (folder / "run.json").is_file()
     }
@@ -74,6 +76,8 @@ def read_run(path: Path) -> RunData:
         activations=_json_if_there(path / "activations.json"),
         depth_speed=_json_if_there(path / "depth_speed.json"),
         fid_steps=_json_if_there(path / "fid_steps.json") or (),
+        watched={stage: looks for stage, folder in stages.items() if (looks := _looks(RunDirectory(folder).watched))},
+        watch_lines={stage: [line for line in lines if "watch" in line] for stage, lines in logged.items()},
         notes=notes,
     )
 
@@ -129,32 +133,22 @@ def _plan(
     if not decisions or not settings.get("scheme"):
         return None, True
     last = decisions[-1]
-    found = {name: _groups(settings["scheme"], len(p)) for name, p in last["confidence"].items()}
-    if "marginals" in last:
-        found = {name: _filling(settings["scheme"], len(p)) for name, p in last["marginals"].items()}
-    depth = {name: sum(size for _, size in listed) for name, listed in found.items()}
-    plan = PrunePlan(
-        last["kept"], depth, settings["criterion"], settings["scheme"], settings.get("distribution"), groups=found
-    )
-    return plan, False
+    scheme, distribution = settings["scheme"], settings.get("distribution")
+    depth = _logged_depths(scheme, last)
+    groups = {
+        name: [[group.keep, group.size] for group in listed]
+        for name, listed in parse_scheme(scheme, depth, distribution or "categorical").items()
+    }
+    return PrunePlan(last["kept"], depth, settings["criterion"], scheme, distribution, groups=groups), False
 
 
-def _groups(scheme: str, num: int) -> list[list[int]]:
-    """[N, M] of every group of a scheme that has been checked before; a single N:M is repeated `num` times."""
-    listed = _parts(scheme)
-    return listed if len(listed) == num else listed * num
-
-
-def _filling(scheme: str, depth: int) -> list[list[int]]:
-    """[N, M] of every group of a scheme that has been checked before; a single N:M fills `depth` blocks."""
-    listed = _parts(scheme)
-    return listed * (depth // sum(size for _, size in listed))
-
-
-def _parts(scheme: str) -> list[list[int]]:
-    """[N, M] of every group that a scheme spells out."""
-    parts = re.findall(r"(\d+):(\d+)(?:x(\d+))?", scheme)
-    return [[int(keep), int(size)] for keep, size, times in parts for _ in range(int(times or 1))]
+def _logged_depths(scheme: str, line: Mapping[str, Any]) -> dict[str, int]:
+    """Blocks per list: a subset logs a marginal for each, a categorical a confidence per group of its scheme."""
+    if "marginals" in line:
+        return {name: len(values) for name, values in line["marginals"].items()}
+    sizes = [size for _, size in scheme_pairs(scheme)]
+    sure = line["confidence"].items()
+    return {name: sum(sizes) if len(sizes) == len(values) else sizes[0] * len(values) for name, values in sure}
 
 
 def _evaluations(path: Path) -> dict[str, dict[str, Any]]:
@@ -165,6 +159,15 @@ def _evaluations(path: Path) -> dict[str, dict[str, Any]]:
         if model in MODELS and reference:
             found.setdefault(model, {})[reference] = read_json(file)
     return found
+
+
+def _looks(folder: Path) -> list[Look]:
+    """The pictures of averaged weights while they trained: the last, and others evenly spread."""
+    files = sorted(folder.glob("step-*.png"))
+    chosen = (
+        sorted({len(files) - 1 - i * (len(files) - 1) // (MAX_LOOKS - 1) for i in range(MAX_LOOKS)}) if files else []
+    )
+    return [Look(int(files[i].stem.removeprefix("step-")), files[i].read_bytes()) for i in chosen]
 
 
 def _samples(folder: Path) -> tuple[dict[str, Samples], tuple[str, ...]]:

@@ -21,15 +21,17 @@ from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_j
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.images import read_images_npz, write_grid_png
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
-from tinyfusion.jobs.assemble import RunOptions, device_for
-from tinyfusion.jobs.estimate import announce, described, sampling_estimate
+from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for
+from tinyfusion.jobs.estimate import announce, described, sampling_estimate, training_estimate
 from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference
 from tinyfusion.jobs.inspect import inspect
 from tinyfusion.jobs.pictures import checkpoint_steps, write_pictures
 from tinyfusion.jobs.prune import check_prune, prune, prune_estimate
-from tinyfusion.jobs.recover import check_recover, recover, recover_estimate
+from tinyfusion.jobs.recover import recover, recovery_alone
 from tinyfusion.jobs.report import render_run
 from tinyfusion.jobs.sample import check_sampling, sample, sampler_of
+from tinyfusion.jobs.training import finished
+from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import num_parameters
@@ -43,13 +45,14 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Prune, recover, sample three models from the same seeds, evaluate, time, and write the page."""
     teacher = open_model(recipe.teacher, recipe.sample.weights, options.num_heads, options.family)
     plain = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash()}
-    folder = RunDirectory(options.out)
-    mode = folder.check("run", plain, options.overwrite)
+    engine = engine_for(recipe)
+    folder = RunDirectory(options.out, engine.is_main)
+    mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
     page = options.out / "report.html"
     if mode == "finished":
-        if not page.is_file() and not options.dry_run:  # killed between the last stage and its page
+        if folder.writes and not page.is_file() and not options.dry_run:  # killed between the last stage and its page
             write_text(page, render_run(options.out))
-        print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
+        finished(folder)
         return _outcome(options.out)
     if mode == "new":
         _check(recipe, options, teacher)
@@ -59,6 +62,8 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         command = options.command or f"tinyfusion run --recipe {recipe.name} --out {options.out}"
         folder.mark("running", command=command, teacher_seen_images=teacher.facts.seen_images)
         _perform(recipe, options, folder, teacher)
+        if not folder.writes:  # what follows the trainings is done by one process
+            return {}
         folder.mark("done", seconds=sum(folder.record()["stages"].values()))
         try:
             write_text(page, render_run(options.out))
@@ -74,6 +79,8 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
     where = dataclasses.replace(options, overwrite=False)
     stage("prune", lambda: prune(recipe, dataclasses.replace(where, out=out / "prune")))
     stage("recover", lambda: recover(recipe, dataclasses.replace(where, out=out / "recover"), out / "prune"))
+    if not folder.writes:
+        return
     cut, student = out / "prune" / "student", out / "recover" / "student"
     models = {"teacher": recipe.teacher, "pruned": str(cut), "student": str(student)}
     stage("sample", lambda: _sample(recipe, options, models))
@@ -85,9 +92,10 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
 
 def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel) -> None:
     """Whatever a stage would refuse is refused before anything is written."""
-    check_prune(recipe, teacher)
-    check_recover(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy())
+    check_prune(recipe, teacher, engine_for(recipe))
+    recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy())
     check_sampling(recipe.sample, teacher)
+    check_watch(recipe, teacher)
     _check_evaluation(recipe, teacher)
     checkpoint_steps(recipe.recover.training, recipe.evaluate.checkpoints)
     images = 3 * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
@@ -117,8 +125,8 @@ def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
 def _announce(recipe: Recipe, options: RunOptions, teacher: LoadedModel, mode: str) -> dict[str, Any]:
     """What `--dry-run` says."""
     prune_settings, device = recipe.prune, device_for(recipe)
-    estimate = prune_estimate(recipe, teacher)
-    estimate += recover_estimate(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher)
+    estimate = prune_estimate(check_prune(recipe, teacher, engine_for(recipe)))
+    estimate += training_estimate(recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher))
     for _ in ("teacher", "pruned", "student"):
         estimate += sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample), device)
     learned = f" {prune_settings.scheme}, {prune_settings.training.steps:,} steps"
@@ -154,6 +162,9 @@ def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
     """Run a stage and add its seconds to run.json."""
 
     def stage(name: str, work: Callable[[], Any]) -> None:
+        if not folder.writes:
+            work()
+            return
         print(f"{name} ...", file=sys.stderr)
         began = time.perf_counter()
         try:
@@ -208,11 +219,7 @@ def _speed(recipe: Recipe, out: Path, teacher: LoadedModel, student: LoadedModel
     def trajectory(model: LoadedModel) -> Callable[[], object]:
         return _trajectory(recipe, settings.steps_per_repeat, model, settings.batch_size)
 
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    times = interleaved({"teacher": trajectory(teacher), "student": trajectory(student)}, settings.repeats, synchronise)
+    times = interleaved({"teacher": trajectory(teacher), "student": trajectory(student)}, settings.repeats, device)
     ratio, low, high = speedup(times["teacher"], times["student"])
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     write_json(

@@ -1,82 +1,237 @@
-"""The body around the one loop: resume, progress, log lines, checkpoints, interruption."""
+"""A training of any verb: what is put together before it, and the body around the one loop.
+
+Resume, progress, log lines, checkpoints and interruption are here; `train`, `prune` and `recover` say what is trained.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from tinyfusion.core.progress import progress
-from tinyfusion.core.recipe import TrainingSection
+from torch import Tensor
+
+from tinyfusion.core.progress import Advance, progress
+from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.core.signals import Interrupted, SignalWatch
-from tinyfusion.training.checkpoints import load_latest, save_checkpoint
+from tinyfusion.jobs.watching import Watch
+from tinyfusion.models.checkpoint import LoadedModel, save_model
+from tinyfusion.models.stack import BlockStack
+from tinyfusion.training.checkpoints import CheckpointWriter, Written, load_checkpoint, load_latest
+from tinyfusion.training.compile import Gain, measured_gain
 from tinyfusion.training.ema import horizon_warning
-from tinyfusion.training.loop import BatchSource, LoopObjective, StepRecord, train_steps
+from tinyfusion.training.engine import Engine
+from tinyfusion.training.loop import (
+    BatchSource,
+    ForwardPass,
+    LoopObjective,
+    StepRecord,
+    noisy_parts,
+    train_steps,
+)
+from tinyfusion.training.shards import local_part, whole
 from tinyfusion.training.state import TrainState
 
 Extra = Callable[[StepRecord], dict[str, Any]]
 
 
-def drive(
-    run: RunDirectory,
-    title: str,
-    state: TrainState,
-    objective: LoopObjective,
-    source: BatchSource,
-    settings: TrainingSection,
-    seed: int,
-    extra: Extra = lambda record: {},
-) -> float:
-    """Train to the end inside `run`, continuing from its newest checkpoint; seconds spent over all sittings.
+@dataclass(frozen=True)
+class Training:
+    """One training, ready to go. stack: the blocks of the module that trains; extra: more fields for a log line."""
 
-    extra: more fields for a log line. Raises Interrupted after a signal, also one in the last step, with the state
-    saved.
+    title: str
+    recipe: Recipe
+    settings: TrainingSection
+    model: LoadedModel
+    stack: BlockStack
+    state: TrainState
+    objective: LoopObjective
+    source: BatchSource
+    engine: Engine
+    teacher: LoadedModel | None = None
+    extra: Extra = field(default=lambda record: {})
+
+    def steps(self) -> Iterator[StepRecord]:
+        """The loop, from where the state is."""
+        randomness = Randomness(self.recipe.seed)
+        return train_steps(self.state, self.objective, self.source, self.settings, randomness, self.engine)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Blocks as the recipe's compute section wants them, until the end of the context."""
+        with contextlib.ExitStack() as entered:
+            if self.engine.compute.compile:
+                for stack in (self.stack, *([self.teacher.stack] if self.teacher else [])):
+                    entered.enter_context(stack.compiled())
+            if self.engine.compute.gradient_checkpointing:
+                entered.enter_context(self.stack.checkpointed())
+            yield
+
+    def compile_gain(self) -> Gain:
+        """What compiling does for a step of this training, measured on the first part of a batch. Every process must call."""
+        state, randomness = self.state, Randomness(self.recipe.seed)
+        forward = ForwardPass(state, self.objective, self.settings)
+        parts = noisy_parts(state.step, self.objective, self.source, self.settings.batch_size, randomness, self.engine)
+        trained = list(state.parameters.values())
+        compute = self.engine.compute
+
+        def step() -> list[Tensor]:
+            loss = forward(parts[0])["loss"].mean()
+            loss.backward()
+            found = [loss, *(local_part(p.grad) for p in trained if p.grad is not None)]
+            state.optimizer.zero_grad(set_to_none=True)
+            return found
+
+        def compiled() -> list[Tensor]:
+            with self.in_place():
+                return step()
+
+        def eager() -> list[Tensor]:
+            with self.stack.checkpointed() if compute.gradient_checkpointing else contextlib.nullcontext():
+                return step()
+
+        return measured_gain(eager, compiled, self.engine.device)
+
+    def averaged(self) -> LoadedModel:
+        """The model with the moving average of its weights, whole and on the CPU. Every process must call."""
+        return self._with(self.state.averages())
+
+    def raw(self) -> LoadedModel:
+        """The model with its weights as they are, whole and on the CPU. Every process must call."""
+        return self._with(self.state.weights())
+
+    def _with(self, trained: Mapping[str, Tensor]) -> LoadedModel:
+        held = self.model.module.state_dict()
+        return self.model.with_weights({name: trained[name] if name in trained else whole(held[name]) for name in held})
+
+
+def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> float:
+    """Train to the end inside `run`, continuing from its newest checkpoint (or `resume`); seconds over all sittings.
+
+    Raises Interrupted after a signal to any process, also one in the last step, with the state saved.
     """
-    start = load_latest(run.checkpoints, state)
-    spent = float(run.record().get("seconds", 0.0)) if start else 0.0
+    engine, state, settings = training.engine, training.state, training.settings
+    engine.wait()  # until the main process has made the run folder
+    if resume is None:
+        start = load_latest(run.checkpoints, state, first=engine.first)
+    else:
+        start = load_checkpoint(resume, state, first=engine.first)
+    spent = float(engine.first(run.record).get("seconds", 0.0)) if start else 0.0
     run.truncate_metrics(start)
-    run.note(f"{title}: {settings.made_steps} steps of {settings.batch_size} images, from step {start}")
-    began = time.perf_counter()
+    run.note(f"{training.title}: {settings.made_steps} steps of {settings.batch_size} images, from step {start}")
+    if resume is not None:
+        run.note(f"resumed from {resume}")
     warning = horizon_warning(settings.ema_decay, settings.made_steps)
     if warning and not start:
         run.note(f"warning: {warning}")
-
-    def seconds() -> float:
-        return spent + time.perf_counter() - began
-
-    def save() -> None:
-        save_checkpoint(run.checkpoints, state, settings.checkpoints_limit, settings.checkpoint_every_steps)
-        run.mark("running", seconds=seconds())
-
+    if engine.compute.compile and start < settings.made_steps:
+        gain = training.compile_gain()
+        engine.first(gain.require)
+        run.note(
+            f"compiled: {gain.compiled_ms:,.4g} ms a step, {gain.eager_ms:,.4g} ms without ({gain.compile_s:.0f} s once)"
+        )
+    drawn = None if training.title == "prune" else training.model  # gates have nothing to show yet
+    watch = Watch(training.recipe, run, drawn, training.title, start)
+    sitting = _Sitting(training, run, start, spent, watch)
+    main_pid = engine.first(os.getpid)
     with (
+        watch,
         SignalWatch() as signals,
-        progress(title, settings.made_images, "images", start * settings.batch_size) as bar,
+        CheckpointWriter(
+            run.checkpoints,
+            settings.checkpoints_limit,
+            settings.checkpoint_every_steps,
+            rank=engine.rank,
+            world=engine.world,
+            main_pid=main_pid,
+            timeout_s=engine.compute.timeout_s,
+        ) as writer,
+        progress(training.title, settings.made_images, "images", start * settings.batch_size, engine.is_main) as bar,
+        training.in_place(),
     ):
-        for record in train_steps(state, objective, source, settings, Randomness(seed)):
+        for record in training.steps():
+            sitting.tell(record, bar)
+            watch.look(state.step, training.averaged)
+            sitting.tell_saved(writer)
+            # once: a signal that comes while saving is for the next step, or the end of the watch
+            stop, save = divmod(engine.agree(2 * (signals.stop or 0) + signals.save), 2)
             last = state.step == settings.made_steps
-            if record.step % settings.log_every_steps == 0 or last or not record.applied:
-                values = record.values()
-                images = state.step * settings.batch_size
-                run.log(
-                    {
-                        "step": record.step,
-                        "seen_images": images,
-                        "seconds": round(seconds(), 3),
-                        **values,
-                        **extra(record),
-                        "applied": record.applied,
-                    }
-                )
-                bar(images, f"loss {values['loss'] or float('nan'):.4f}")
-            else:
-                bar(state.step * settings.batch_size)
-            stop = signals.stop  # once: a signal that comes while saving is for the next step, or the end of the watch
-            if state.step % settings.checkpoint_every_steps == 0 or signals.save or stop or last:
+            if state.step % settings.checkpoint_every_steps == 0 or save or stop or last:
                 signals.save = False
-                save()
+                run.mark("running", seconds=sitting.seconds())  # first: it knows whether the folder is still there
+                writer.save(state)
             if stop:
-                run.mark("interrupted", seconds=seconds())
+                writer.finish()
+                run.mark("interrupted", seconds=sitting.seconds())
                 raise Interrupted(stop, "saved, the same command continues")
-    return seconds()
+    sitting.tell_saved(writer)
+    return sitting.seconds()
+
+
+class _Sitting:
+    """What one sitting of a training writes down: log lines and progress."""
+
+    def __init__(self, training: Training, run: RunDirectory, start: int, spent: float, watch: Watch) -> None:
+        self.training, self.run, self.start, self.spent, self.watch = training, run, start, spent, watch
+        self.began = self.logged = time.perf_counter()
+        self.waited_s = 0.0
+        self.saved: Written | None = None
+
+    def seconds(self) -> float:
+        """Seconds over all sittings, without those spent on looks."""
+        return self.spent + time.perf_counter() - self.began - self.watch.seconds
+
+    def tell_saved(self, writer: CheckpointWriter) -> None:
+        """Note the checkpoint that has been written since the last call, if one has."""
+        writer.check()
+        if writer.written is None or writer.written is self.saved:
+            return
+        self.saved = writer.written
+        size, held, write = self.saved.num_bytes / 2**20, self.saved.held_s, self.saved.write_s
+        self.run.note(
+            f"checkpoint of step {self.saved.step}: {size:.1f} MiB, training held {held:.2f} s, written in {write:.2f} s"
+        )
+
+    def tell(self, record: StepRecord, bar: Advance) -> None:
+        """Log what is due after a step, and move the bar."""
+        settings, step = self.training.settings, record.step + 1
+        images = step * settings.batch_size
+        self.waited_s += record.waited_s
+        if record.step % settings.log_every_steps and step != settings.made_steps and record.applied:
+            bar(images)
+            return
+        values = record.values()
+        now = time.perf_counter()
+        waiting = self.waited_s / max(now - self.logged, 1e-9)
+        self.logged, self.waited_s = now, 0.0
+        bad = {} if record.applied else {"bad_samples": record.bad_samples}
+        line: dict[str, Any] = {
+            "step": record.step,
+            "seen_images": images,
+            "seconds": round(self.seconds(), 3),
+            **values,
+        }
+        line |= {**self.training.extra(record), "waiting": round(waiting, 4), "applied": record.applied, **bad}
+        self.run.log(line)
+        self.watch.log(record.step, line)
+        bar(images, f"loss {values['loss'] if values['loss'] is not None else math.nan:.4f}")
+
+
+def save(run: RunDirectory, model: LoadedModel, name: str) -> None:
+    """Write a model folder of the run, where this process writes."""
+    if run.writes:
+        save_model(model, run.path / name)
+
+
+def finished(run: RunDirectory) -> None:
+    """Say that there is nothing to do."""
+    if run.writes:
+        print(f"{run.path} is finished; --overwrite starts anew", file=sys.stderr)

@@ -81,6 +81,16 @@ class LoadedModel:
         """An independent copy."""
         return dataclasses.replace(self, module=copy.deepcopy(self.module))
 
+    def with_weights(self, tensors: Mapping[str, Tensor]) -> LoadedModel:
+        """The same model with other values: a new module, on the CPU, that holds a copy of every tensor of `tensors`."""
+        with torch.device("meta"):
+            module = self.family.build(self.arch)
+        module.load_state_dict(
+            {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, assign=True
+        )
+        make_trainable(module, self.family)
+        return dataclasses.replace(self, module=module.train(self.module.training))
+
     def hash(self) -> str:
         """SHA-256 over the tensors sorted by official name; see `hash_tensors`."""
         return hash_tensors(self.module.state_dict(), self.family, self.arch)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.models.forwards import standing_in
+
 
 def mixed(gate: Tensor, output: Tensor, x: Tensor) -> Tensor:
     """`m * output + (1 - m) * x` per image, for any gate (B,), or (1,) for all images alike."""
@@ -74,7 +76,7 @@ class SkippingForward:
             stream = x if len(column.kept) == 0 else _placed(x, column.kept, self._on(column.kept, x, args, kwargs))
             full = self._with_dropped(stream.detach(), x, args, kwargs) if watched else stream
             if len(column.kept) == 0:
-                stream = self._with_zero_gradients(stream)
+                stream = self._with_zero_gradients(stream, args, kwargs)
         stream = stream.to(torch.promote_types(column.gate.dtype, stream.dtype))  # of the product with the gate
         if not watched:
             return stream
@@ -89,15 +91,19 @@ class SkippingForward:
                 return self.forward(x, *args, **kwargs)
             return _placed(stream, self.column.dropped, self._on(self.column.dropped, x, args, kwargs))
 
-    def _with_zero_gradients(self, stream: Tensor) -> Tensor:
-        """`stream`, giving the weights of a block that nobody keeps gradients of 0 as dense gating does.
+    def _with_zero_gradients(self, stream: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """`stream`, giving weights and inputs of a block that nobody keeps gradients of 0 as dense gating does.
 
-        None instead would make an optimiser with moments stand still where it should run out.
+        None instead would make an optimiser with moments stand still where it should run out. The inputs are among them so
+        that the graph has the same edges on every process: a model in parts gathers and reduces in the order of its graph.
         """
-        trained = [p for p in self.block.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-        if not trained:
+        if not torch.is_grad_enabled():
             return stream
-        out: Tensor = _ZeroGradients.apply(stream, *trained)  # type: ignore[no-untyped-call]
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        reached = [tensor for tensor in (*self.block.parameters(), *inputs) if tensor.requires_grad]
+        if not reached:
+            return stream
+        out: Tensor = _ZeroGradients.apply(stream, *reached)  # type: ignore[no-untyped-call]
         return out
 
     def _on(self, rows: Tensor, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -146,7 +152,7 @@ class _GateGradient(torch.autograd.Function):
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """The stream as it is. In the backward pass every weight gets zeros."""
+    """The stream as it is. In the backward pass every other tensor gets zeros."""
 
     @staticmethod
     def forward(ctx: Any, stream: Tensor, *weights: Tensor) -> Tensor:
@@ -164,16 +170,9 @@ def skipping(block: nn.Module, column: GateColumn) -> Iterator[None]:
 
     Contexts nest: the gates multiply. Hooks on parts of the block run once for the kept and once for the dropped images.
     """
-    attributes = vars(block)  # past nn.Module's own setter; instances win over their class
-    before = attributes.get("forward")
-    attributes["forward"] = _nested(before, column) or SkippingForward(block, block.forward, column)
-    try:
+    forward = _nested(vars(block).get("forward"), column) or SkippingForward(block, block.forward, column)
+    with standing_in(block, forward):
         yield
-    finally:
-        if before is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = before
 
 
 def _nested(outer: Any, column: GateColumn) -> SkippingForward | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from tinyfusion.models.forwards import RECOMPILE_LIMIT, CompiledForwards, changed, standing_in
 from tinyfusion.models.skip import gate_columns, mixed, skipping
 
 
@@ -22,6 +23,7 @@ class BlockStack:
     def __init__(self, model: nn.Module, lists: Sequence[str]) -> None:
         self.model = model
         self.lists = tuple(lists)
+        self._compiled: dict[str, CompiledForwards] = {}
 
     def block_list(self, name: str) -> nn.ModuleList:
         """The module list called `name`."""
@@ -39,6 +41,47 @@ class BlockStack:
     def __iter__(self) -> Iterator[nn.Module]:
         for name in self.lists:
             yield from self.block_list(name)
+
+    def names(self) -> list[str]:
+        """The name of every block in the model, such as "blocks.3"."""
+        return [f"{name}.{i}" for name in self.lists for i in range(len(self.block_list(name)))]
+
+    @contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """Within the context a block that runs with a graph keeps its arguments alone, and runs again in the backward pass.
+
+        Values and gradients are those of the plain model bit for bit. The backward pass may come after the context.
+        Nests with `gated`, `tap` and `compiled` in any order; what skipping gates run without a graph runs once.
+        """
+        with self._standing_in(recomputed=True):
+            yield
+
+    @contextmanager
+    def compiled(self, backend: str = "inductor") -> Iterator[None]:
+        """Within the context the `forward` of every block is compiled, at the first call that needs it, as one graph.
+
+        Blocks of a kind share one compilation, and batch sizes do from the second on (one image alone has its own). What
+        was compiled stays with this object: keep it, and entering again costs nothing. Hooks stay outside of the compiled
+        part. Values agree up to rounding. Calls raise UserError, with the name of the block, where it cannot be compiled.
+        backend: of `torch.compile`.
+        """
+        from torch._dynamo import config  # late: costs a second
+
+        forwards = self._compiled.setdefault(backend, CompiledForwards(backend))
+        with (
+            # a block is smaller than what DDP would cut graphs into, and cuts do not go with checkpoints
+            config.patch(recompile_limit=RECOMPILE_LIMIT, optimize_ddp=False),
+            self._standing_in(compiled=forwards),
+        ):
+            yield
+
+    @contextmanager
+    def _standing_in(self, **fields: Any) -> Iterator[None]:
+        """Change how every block runs (`models/forwards.py`)."""
+        with ExitStack() as undo:
+            for name, block in zip(self.names(), self, strict=True):
+                undo.enter_context(standing_in(block, changed(block.forward, name, block, **fields)))
+            yield
 
     @contextmanager
     def gated(self, gates: Tensor, dropped: Literal["dense", "skip"] = "dense") -> Iterator[None]:

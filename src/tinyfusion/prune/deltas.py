@@ -6,18 +6,21 @@ Not in the paper, which throws it away. Measured in docs/results/recovery-extras
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from tinyfusion.core.recipe import PruneSection
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.plan import PrunePlan
-from tinyfusion.training.ema import Ema
 from tinyfusion.training.lora import delta_weights
 
 
 @torch.no_grad()
-def cut_with_deltas(teacher: LoadedModel, plan: PrunePlan, ema: Ema, settings: PruneSection) -> LoadedModel:
+def cut_with_deltas(
+    teacher: LoadedModel, plan: PrunePlan, averages: Mapping[str, Tensor], settings: PruneSection
+) -> LoadedModel:
     """`teacher.cut(plan)` whose weights hold the averaged deltas, with the same plan and lineage.
 
     Low-rank deltas are added to the teacher's weights, trained weights (update "full") take their place. Replaying the
@@ -25,10 +28,10 @@ def cut_with_deltas(teacher: LoadedModel, plan: PrunePlan, ema: Ema, settings: P
     """
     trained = teacher.copy()
     parameters = dict(trained.module.named_parameters())
-    for name, value in ema.average.items():
+    for name, value in averages.items():
         if name in parameters:
             parameters[name].copy_(value)
-    for name, delta in delta_weights(ema.average, settings.lora_scale).items():
+    for name, delta in delta_weights(averages, settings.lora_scale).items():
         parameters[name].add_(delta.to(parameters[name].device))
     student = teacher.cut(plan)
     weights = trained.cut(dataclasses.replace(plan, teacher="")).module.state_dict()

@@ -8,7 +8,7 @@ overshoot, a decision that is only printed, groups that do not fill the depth, w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,16 +68,14 @@ class GatedObjective:
 
 
 def in_pairs(noisy: NoisyBatch, first: int) -> NoisyBatch:
-    """Sample 2k + 1 becomes sample 2k again: image, timestep, noise and label. first: global index of the first sample.
+    """Sample 2k + 1 becomes sample 2k again: image, timestep, noise and label, all but the noise of the gates.
 
-    Raises ValueError where a pair would be torn apart.
+    first: global index of the first sample. Raises ValueError where a pair would be torn apart.
     """
     if first % 2:
         raise ValueError(f"samples come in pairs, so a part of a batch begins with an even one; this one with {first}")
     rows = torch.arange(len(noisy.t), device=noisy.t.device) // 2 * 2
-    values = {f.name: getattr(noisy, f.name) for f in dataclasses.fields(noisy)}
-    again: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
-    return dataclasses.replace(noisy, **again)
+    return dataclasses.replace(noisy.each(lambda value: value[rows]), gate_noise=noisy.gate_noise)
 
 
 @dataclass(frozen=True)
@@ -149,22 +147,34 @@ def _joined(per_group: Mapping[str, list[list[Any]]]) -> dict[str, list[Any]]:
 
 
 def mask_learner(
-    teacher: LoadedModel, objective: Objective, settings: PruneSection, seed: int, device: str = "cpu"
+    teacher: LoadedModel,
+    objective: Objective,
+    settings: PruneSection,
+    seed: int,
+    device: torch.device | str = "cpu",
+    place: Callable[[nn.Module, list[nn.Module]], nn.Module] | None = None,
 ) -> MaskLearner:
     """Attach gates and weight deltas to a copy of `teacher`, which stays untouched.
 
-    seed: of the deltas' initial values. Raises UserError where the scheme does not fit.
+    seed: of the deltas' initial values. place: moves the copy to the device, perhaps in parts (`Engine.place`).
+    Raises UserError where the scheme does not fit.
     """
     groups = parse_scheme(settings.scheme, teacher.stack.depths(), settings.distribution, settings.protect)
-    module = teacher.copy().module.to(device).train()
+    module = teacher.copy().module.train()
     make_trainable(module, teacher.family)  # a frozen teacher's copy is frozen
     deltas = _deltas(module, settings, seed)
-    if settings.training.dtype == "bfloat16" and settings.update != "full":
-        cast_frozen_linears(module, torch.bfloat16)
+    if settings.training.dtype != "float32" and settings.update != "full":
+        cast_frozen_linears(module, getattr(torch, settings.training.dtype))
+    stack = teacher.family.stack(module)
+    if place is None:
+        module.to(device)
+    else:  # parameters are other objects afterwards
+        place(module, list(stack))
+        deltas = {name: p for name, p in module.named_parameters() if name in deltas}
     gates = _gates([g for listed in groups.values() for g in listed], settings).to(device)
     gated = GatedObjective(
         objective,
-        teacher.family.stack(module),
+        stack,
         gates,
         settings.temperature,
         settings.scaling,

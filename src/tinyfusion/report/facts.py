@@ -303,11 +303,10 @@ def checks(run: RunData) -> list[Check]:
 def stages(run: RunData) -> list[Stage]:
     """Seconds and images of every stage."""
     seconds = dict(run.record.get("stages") or {})
-    if not seconds:
-        own = run.record.get("seconds") or max(
-            (line.get("seconds", 0.0) for m in run.metrics.values() for line in m), default=0.0
-        )
-        seconds = {str(run.record.get("verb", "run")): own} if own else {}
+    if not seconds and run.record.get("verb") != "run" and run.record.get("seconds"):
+        seconds = {str(run.record.get("verb")): run.record["seconds"]}
+    for name, lines in run.metrics.items():  # a stage that is at work tells by its log
+        seconds.setdefault(name, max(line.get("seconds", 0.0) for line in lines))
     total = sum(seconds.values()) or 1.0
     return [Stage(name, value, value / total, _images(run, name)) for name, value in seconds.items()]
 

@@ -92,7 +92,23 @@ def curves(run: RunData, anchor: str) -> list[Chart]:
         if series:
             svg = charts.loss_curves(series, _LOSS_TITLES[stage], _THIRD_PX, salt=anchor)
             drawn.append(Chart(_LOSS_TITLES[stage], Markup(svg), note="Faint: as logged. Bold: running median."))
+    drawn += [chart for stage in run.watch_lines if (chart := _watched_fid(run, stage, anchor))]
     return drawn
+
+
+def _watched_fid(run: RunData, stage: str, anchor: str) -> Chart | None:
+    """The small FIDs that were taken while a stage trained."""
+    looks = [line["watch"] for line in run.watch_lines[stage]]
+    scored = [look for look in looks if look.get("fid") is not None]
+    if not scored:
+        return None
+    curve = Curve(
+        "averaged weights", [look["made_steps"] for look in scored], [look["fid"] for look in scored], STUDENT
+    )
+    protocols = dict.fromkeys(str(look.get("protocol")) for look in scored)
+    title = f"Small FID, {stage}"
+    svg = charts.loss_curves([curve], title, _THIRD_PX, salt=anchor)
+    return Chart(title, Markup(svg), note=" / ".join(protocols))
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -21,13 +21,15 @@ from PIL import Image
 
 from tinyfusion.report import facts, figures
 from tinyfusion.report.format import count, duration, percent, significant
-from tinyfusion.report.run_data import MODEL_NAMES, RunData, Samples
+from tinyfusion.report.going import going
+from tinyfusion.report.run_data import MODEL_NAMES, Look, RunData, Samples
 
 RECORD_ID = "tinyfusion-record"
 _GRID_CLASSES, _GRID_ROWS = 10, 4
 _SMALL_PX = 32  # images up to this size are shown pixel by pixel
 _THUMBNAIL_PX = 64
 _GRID_PX = 356  # a grid is at most this wide, so that it fits a phone
+_LOOK_PX = 340  # three beside each other
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ class Grid:
     source: str
     width_px: int
     columns: list[str]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What averaged weights drew while they trained."""
+
+    name: str
+    caption: str
+    source: str
+    width_px: int
 
 
 def render(runs: Sequence[RunData], record: Mapping[str, Any]) -> str:
@@ -92,10 +104,12 @@ def _section(run: RunData, anchor: str, runs: Sequence[RunData]) -> dict[str, An
         "description": run.recipe.get("description") or "",
         "state": run.record.get("state", "unknown"),
         "verb": run.record.get("verb", "run"),
+        "going": going(run),
         "tiles": facts.headline(run),
         "lists": facts.block_lists(run.plan, confidence) if run.plan else {},
         "dynamics": figures.dynamics(run, anchor),
         "curves": figures.curves(run, anchor),
+        "watched": {stage: [_look(run, stage, look) for look in looks] for stage, looks in run.watched.items()},
         "pictures": figures.pictures_of(run, anchor, runs),
         "grids": _grids(run),
         "tables": facts.evaluation_tables(run),
@@ -108,6 +122,20 @@ def _section(run: RunData, anchor: str, runs: Sequence[RunData]) -> dict[str, An
         "provenance": facts.provenance(run),
         "speed_protocol": (run.speed or {}).get("protocol"),
     }
+
+
+def _look(run: RunData, stage: str, look: Look) -> Picture:
+    """A picture of a training as it is, or reduced to what the page can show."""
+    scores = [line["watch"] for line in run.watch_lines.get(stage, ()) if line["watch"].get("made_steps") == look.steps]
+    fid = next((score["fid"] for score in scores if score.get("fid") is not None), None)
+    caption = f"small FID {significant(fid)}" if fid is not None else ""
+    with Image.open(io.BytesIO(look.png)) as picture:
+        if picture.width <= 3 * _LOOK_PX:
+            source = f"data:image/png;base64,{base64.b64encode(look.png).decode()}"
+        else:
+            height = round(picture.height * 2 * _LOOK_PX / picture.width)
+            source = _data_uri(picture.convert("RGB").resize((2 * _LOOK_PX, height), Image.Resampling.BOX), "JPEG")
+    return Picture(f"after {look.steps:,} steps", caption, source, _LOOK_PX)
 
 
 def _grids(run: RunData) -> list[Grid]:

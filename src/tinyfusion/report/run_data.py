@@ -31,6 +31,14 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Look:
+    """A picture that averaged weights drew after so many steps: the PNG."""
+
+    steps: int
+    png: bytes
+
+
+@dataclass(frozen=True)
 class RunData:
     """One run folder.
 
@@ -38,6 +46,7 @@ class RunData:
     (decided False). metrics: lines of metrics.jsonl per stage (prune, recover, train). records: run.json per stage.
     evaluations: model -> reference -> evaluation. speed: speed.json. samples and models (model.json): by model name.
     calibration, activations, depth_speed, fid_steps: the files of these names, see docs/report.md.
+    watched: pictures of averaged weights per stage while it trained. watch_lines: what was measured at those looks.
     notes: what was left out of the page, and why.
     """
 
@@ -55,6 +64,8 @@ class RunData:
     activations: Mapping[str, Any] | None = None
     depth_speed: Mapping[str, Any] | None = None
     fid_steps: Sequence[Mapping[str, Any]] = ()
+    watched: Mapping[str, Sequence[Look]] = field(default_factory=dict)
+    watch_lines: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

@@ -1,59 +1,368 @@
-"""Training state on disk: `checkpoints/step-0000123/` with tensors and a JSON that holds their hash."""
+"""Training states on disk: written beside the training by a thread, and found again. Their format is in `saved.py`."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
+import errno
+import json
+import os
+import re
+import threading
+import time
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rundir import read_json, write_json, written_beside
-from tinyfusion.training.state import TrainState
+from tinyfusion.core.files import discard, read_json, sweep, written_beside
+from tinyfusion.training.saved import damage, open_checkpoint, other_version, part_name, write_record, write_tensors
+from tinyfusion.training.shards import first_row, is_sharded, local_part
+from tinyfusion.training.state import Progress, TrainState
+
+T = TypeVar("T")
+_POLL_S = 0.02  # between two looks for what another process writes
 
 
-def save_checkpoint(folder: Path, state: TrainState, limit: int, every: int = 1) -> None:
-    """Write `folder/step-N`, whole or not at all; remove the oldest beyond `limit`, and newer ones.
+class First(Protocol):
+    """Runs a call on one process and gives all of them its outcome."""
 
-    Only multiples of `every` count: what a signal saved between them stays until the next one is written, and pushes none
-    out. A newer one is damaged, else training would have gone on from there.
+    def __call__(self, call: Callable[[], T]) -> T:
+        """What `call` gives."""
+        ...
+
+
+def _here(call: Callable[[], T]) -> T:
+    return call()
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_latest(folder: Path, state: TrainState, first: First = _here) -> int:
+    """Load the newest sound checkpoint into `state`; its step, 0 where there is none.
+
+    One that is damaged, or of another training, is reported, and the one before it used. first: of several processes,
+    one looks which are sound, and all load. Raises UserError where there is nothing but what another version wrote.
     """
-    target = folder / f"step-{state.step:07d}"
-    with written_beside(target) as beside:
-        beside.mkdir(parents=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors().items()}
-        save_file(tensors, beside / "state.safetensors")
-        digest = _digest(beside / "state.safetensors")
-        write_json(beside / "state.json", {"step": state.step, "bad_steps": state.bad_steps, "sha256": digest})
-    found = sorted(folder.glob("step-*"))
-    sound = [path for path in found if path.name <= target.name]
-    regular = [path for path in sound if int(path.name.removeprefix("step-")) % every == 0]
-    between = [path for path in sound if path not in regular and path != target]
-    for path in [*between, *regular[: -max(limit, 1)], *found[len(sound) :]]:
-        shutil.rmtree(path)
-
-
-def load_latest(folder: Path, state: TrainState) -> int:
-    """Load the newest sound checkpoint into `state`; its step, 0 where there is none. A damaged one is reported."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            record = read_json(path / "state.json")
-            if _digest(path / "state.safetensors") != record["sha256"]:
-                raise ValueError("its hash does not match")
-            state.load(load_file(path / "state.safetensors"), record["step"], record["bad_steps"])
-            return int(record["step"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError, UserError) as error:
-            warnings.warn(
-                f"checkpoint {path} is damaged ({error}); trying the one before it (the next one saved replaces it)",
-                stacklevel=2,
-            )
+    refused = None
+    for path in reversed(first(partial(checkpoint_folders, folder))):
+        other = first(partial(other_version, path))
+        if other is not None:
+            refused = refused or other
+            continue
+        wrong, kind = first(partial(damage, path)), "is damaged"
+        if wrong is None:
+            try:
+                return _load(path, state)
+            except UserError as error:
+                wrong, kind = str(error), "does not fit"
+        warnings.warn(
+            f"checkpoint {path} {kind} ({wrong}); trying the one before it (the next one saved replaces it)",
+            stacklevel=2,
+        )
+    if refused is not None:
+        raise UserError(refused)
     return 0
 
 
-def _digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def load_checkpoint(path: Path, state: TrainState, first: First = _here) -> int:
+    """Load this checkpoint into `state`; its step. Raises UserError, and changes nothing, unless it is sound and fits."""
+    wrong = first(partial(other_version, path))
+    if wrong is None and (found := first(partial(damage, path))) is not None:
+        wrong = f"checkpoint {path} is damaged ({found}): give another one"
+    if wrong is not None:
+        raise UserError(wrong)
+    try:
+        return _load(path, state)
+    except UserError as error:
+        raise UserError(f"checkpoint {path} does not fit this training: {error}") from error
+
+
+def _load(path: Path, state: TrainState) -> int:
+    saved = open_checkpoint(path)
+    state.load(saved, saved.progress)
+    return state.step
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first. Raises UserError where it cannot be read."""
+    try:
+        entries = list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {_reason(error)}") from error
+    return sorted((entry for entry in entries if _step(entry) is not None), key=lambda entry: _step(entry) or 0)
+
+
+def _name(step: int) -> str:
+    """Name of the checkpoint after `step` steps."""
+    return f"step-{step:07d}"
+
+
+def _step(path: Path) -> int | None:
+    """The step in the name of a checkpoint; None of anything else."""
+    match = re.fullmatch(r"step-([0-9]{7,})", path.name)
+    return int(match[1]) if match else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that is complete, or this process's part of one.
+
+    num_bytes: of the tensors this process wrote. held_s: seconds that training stood still for it (until the one before was
+    written, and while tensors were copied); write_s: seconds of writing beside the training.
+    """
+
+    step: int
+    path: Path
+    num_bytes: int
+    held_s: float
+    write_s: float
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What one process writes of a state. split: shape and own rows of every tensor that lies in parts."""
+
+    path: Path
+    progress: Progress
+    tensors: dict[str, Tensor]
+    split: dict[str, tuple[list[int], list[int]]]
+
+
+def save_checkpoint(folder: Path, state: TrainState, limit: int, every: int = 1) -> None:
+    """`CheckpointWriter.save`, and wait until it is written. One process."""
+    with CheckpointWriter(folder, limit, every) as writer:
+        writer.save(state)
+
+
+class CheckpointWriter:
+    """Writes states to `folder/step-N`, whole or not at all, beside the training, one at a time.
+
+    At most `limit` stay of those whose step is a multiple of `every`; what a signal saved between them stays until the
+    next one is written, and pushes none out. Those newer than the last written are damaged, else training would have
+    gone on from there, and go too.
+
+    rank, world: this process of how many. Where tensors lie in parts, each process writes its own file into one folder,
+    which process 0 completes when it has all, or gives up after timeout_s; else only process 0 writes. They meet in the
+    file system alone. main_pid: process id of process 0, part of the name of the unfinished folder.
+
+    What goes wrong while writing is raised, once, by the next call: UserError where disk or files are to blame.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limit: int,
+        every: int = 1,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        main_pid: int | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self.folder, self.limit, self.every = folder, max(limit, 1), every
+        self.rank, self.world, self.timeout_s = rank, world, timeout_s
+        self.main_pid = os.getpid() if main_pid is None else main_pid
+        self.written: Written | None = None
+        self._host: dict[str, Tensor] = {}  # kept: copying into fresh memory takes four to eight times as long
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        if rank == 0:
+            sweep(folder)  # before others look for the unfinished folder of this run
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finish()
+        if error is None or isinstance(error, KeyboardInterrupt):  # that one ends at once: the next start clears away
+            return
+        try:
+            self.finish()
+        except UserError as failure:
+            error.add_note(str(failure))
+
+    def save(self, state: TrainState) -> None:
+        """Copy `state` to host memory, and write it beside what comes next. All processes call after the same step."""
+        began = time.perf_counter()
+        self.finish()
+        tensors = state.tensors()
+        num = self.world if any(is_sharded(tensor) for tensor in tensors.values()) else 1
+        if self.rank >= num:
+            return
+        path = self.folder / _name(state.step)
+        split = {
+            name: (list(tensor.shape), [first_row(tensor), local_part(tensor).shape[0]])
+            for name, tensor in tensors.items()
+            if num > 1 and is_sharded(tensor)
+        }
+        own = {name: tensor for name, tensor in tensors.items() if name in split or self.rank == 0}
+        snapshot = _Snapshot(path, state.progress(), self._copied(own), split)
+        held_s = time.perf_counter() - began
+        self._thread = threading.Thread(
+            target=self._run, args=(snapshot, num, held_s), name=f"checkpoint {path.name}", daemon=True
+        )
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until what was saved is written. Raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong up to now."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    @torch.no_grad()
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The rows that this process holds, in host memory of our own; tensors without any are left out."""
+        parts = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
+        copies = {}
+        for name, part in parts.items():
+            if is_sharded(tensors[name]) and part.shape[0] == 0:
+                continue
+            kept = self._host.get(name)
+            if kept is None or (kept.shape, kept.dtype) != (part.shape, part.dtype):
+                kept = _host_memory(part)
+            copies[name] = kept.copy_(part, non_blocking=True)
+        for device in {part.device for part in parts.values() if part.is_cuda}:
+            torch.cuda.synchronize(device)
+        self._host = copies
+        return copies
+
+    # --------------------------------------------------------------------------------------------- on the writing thread
+
+    def _run(self, snapshot: _Snapshot, num: int, held_s: float) -> None:
+        began = time.perf_counter()
+        try:
+            if self.rank == 0:
+                self._write(snapshot, num)
+            else:
+                self._contribute(snapshot, num)
+            num_bytes = sum(tensor.nbytes for tensor in snapshot.tensors.values())
+            write_s = time.perf_counter() - began
+            self.written = Written(snapshot.progress.step, snapshot.path, num_bytes, held_s, write_s)
+            if self.rank == 0:
+                self._prune(snapshot.progress.step)
+        except (OSError, UserError) as error:
+            self._failure = UserError(self._told(snapshot.path, error))
+            self._failure.__cause__ = error
+        except BaseException as error:  # raised where it is seen: by the next call
+            self._failure = error
+
+    def _write(self, snapshot: _Snapshot, num: int) -> None:
+        """On process 0: the folder, its own tensors, what the others bring, and the record."""
+        with written_beside(snapshot.path) as beside:
+            beside.mkdir()
+            digests = {part_name(0, num): write_tensors(beside / part_name(0, num), snapshot.tensors)}
+            split: dict[str, dict[str, list[Any]]] = {
+                name: {"shape": shape, "rows": [rows]} for name, (shape, rows) in snapshot.split.items()
+            }
+            deadline = time.monotonic() + self.timeout_s
+            for rank in range(1, num):
+                delivered = self._delivered(beside, rank, num, deadline)
+                digests[part_name(rank, num)] = delivered["sha256"]
+                for name, told in split.items():
+                    told["rows"].append(delivered["rows"][name])
+            write_record(beside, snapshot.progress, split, digests)
+
+    def _delivered(self, beside: Path, rank: int, num: int, deadline: float) -> dict[str, Any]:
+        """Wait for what process `rank` has to say of its file, and take it away."""
+        note = _note(beside, rank, num)
+        while not note.is_file():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"process {rank} of {num} did not write {note.with_suffix('').name} within {self.timeout_s:g} s: look at its "
+                    "output, and whether all processes see the same folder; compute.timeout_s allows more"
+                )
+            if not beside.is_dir():
+                raise UserError(f"its unfinished folder {beside} was taken away")
+            time.sleep(_POLL_S)
+        delivered: dict[str, Any] = read_json(note)
+        note.unlink()
+        if "error" in delivered:
+            raise UserError(f"process {rank} of {num} could not write its part: {delivered['error']}")
+        return delivered
+
+    def _contribute(self, snapshot: _Snapshot, num: int) -> None:
+        """On other processes: their file, and a note of its hash and rows when it is complete."""
+        beside = snapshot.path.with_name(f".{snapshot.path.name}.{self.main_pid}.part")
+        deadline = time.monotonic() + self.timeout_s
+        while not beside.is_dir():
+            if time.monotonic() > deadline:
+                raise UserError(f"process 0 did not begin {beside} within {self.timeout_s:g} s: look at its output")
+            time.sleep(_POLL_S)
+        note = _note(beside, self.rank, num)
+        try:
+            hashed = write_tensors(beside / part_name(self.rank, num), snapshot.tensors)
+            _leave(note, {"sha256": hashed, "rows": {name: rows for name, (_, rows) in snapshot.split.items()}})
+        except OSError as error:
+            if beside.is_dir():
+                _leave(note, {"error": _reason(error)})
+            raise
+
+    def _prune(self, step: int) -> None:
+        """Remove what the checkpoint of `step` makes superfluous."""
+        steps = {path: _step(path) or 0 for path in checkpoint_folders(self.folder)}
+        regular = [path for path, other in steps.items() if other <= step and other % self.every == 0]
+        stay = {*regular[-self.limit :], self.folder / _name(step)}
+        for path in steps:
+            if path not in stay:
+                discard(path)
+
+    def _told(self, path: Path, error: OSError | UserError) -> str:
+        """What to tell people when `path` could not be written."""
+        reason = _reason(error) if isinstance(error, OSError) else str(error)
+        if self.written is not None and self.written.path == path:
+            return f"{path} is written, and those it makes superfluous cannot be removed: {reason}"
+        before = sorted(found.name for found in self.folder.glob("step-*") if found != path)
+        kept = f"the last one, {before[-1]}, is as it was" if before else "there is none before it"
+        return (
+            f"cannot write checkpoint {path}: {reason}; {kept}, and nothing half-written is left: mend that, and the same "
+            "command continues"
+        )
+
+
+def _note(beside: Path, rank: int, num: int) -> Path:
+    """Where process `rank` says that its file in the unfinished folder is complete."""
+    return beside / f"{part_name(rank, num)}.json"
+
+
+def _leave(note: Path, content: dict[str, Any]) -> None:
+    """Write a note whole, in a folder that may vanish any time and must not come back."""
+    beside = note.with_suffix(".part")
+    beside.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(beside, note)
+
+
+def _reason(error: OSError) -> str:
+    """What an error of the file system says, in words for people."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left on the disk"
+    return f"{error.strerror or error}" + (f" ({Path(os.fsdecode(error.filename)).name})" if error.filename else "")
+
+
+def _host_memory(part: Tensor) -> Tensor:
+    """Memory for a copy of `part`, from which and to which a GPU copies at full speed where the machine gives such."""
+    if part.is_cuda:
+        try:
+            return torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+        except RuntimeError:  # no more memory may be locked: the copy is slower
+            pass
+    return torch.empty(part.shape, dtype=part.dtype)

@@ -7,11 +7,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.training.shards import is_sharded, local_part, whole
+
 HORIZON_REMAINDER = 0.05  # share of the initial weights in the average above which a run counts as too short
 
 
 class Ema:
-    """e <- decay * e + (1 - decay) * p, once per step, started from p. Holds only the parameters it is given."""
+    """e <- decay * e + (1 - decay) * p, once per step, started from p. Holds only the parameters it is given.
+
+    Where a parameter lies in parts on several processes its average lies there too, and every process updates its own.
+    """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         if not 0 <= decay < 1:
@@ -23,15 +28,22 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the parameters as they are now."""
-        averages, current = list(self.average.values()), [p.detach() for p in self.parameters.values()]
+        averages = [local_part(average) for average in self.average.values()]
+        current = [local_part(p) for p in self.parameters.values()]
         torch._foreach_lerp_(averages, current, 1 - self.decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Put the averages into the parameters of `module` that have their names. Raises KeyError where one is missing."""
+        """Put the averages into the parameters of `module` that have their names. Raises KeyError where one is missing.
+
+        Every process must call where averages lie in parts.
+        """
         parameters = dict(module.named_parameters())
         for name, value in self.average.items():
-            parameters[name].copy_(value)
+            if is_sharded(parameters[name]):
+                local_part(parameters[name]).copy_(local_part(value))
+            else:
+                parameters[name].copy_(whole(value))
 
 
 def horizon_warning(decay: float, steps: int) -> str | None:

@@ -1,25 +1,30 @@
 """The one training loop. It yields a record per step; logging, checkpoints and interruption are the caller's `for` body.
 
-What it does not know: families, gates, teachers. They arrive as an `Objective` and as parameter groups.
+What it does not know: families, gates, teachers. They arrive as an `Objective` and as parameter groups. Nor does it know
+how many processes there are: the engine gives it slices of the global batch, and gradients that are already averaged.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import learning_rate_factor
+from tinyfusion.training.shards import local_part
 from tinyfusion.training.state import TrainState
 
-BatchSource = Callable[[int, int, Draws], Any]  # (step, batch size, draws) -> batch on the model's device
+BatchSource = Callable[[int, int, Draws], Any]  # (step, global batch size, draws of a slice) -> its batch on the device
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LoopObjective(Protocol):
@@ -40,18 +45,57 @@ class LoopObjective(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: 0-based number, mean of every term, joint gradient norm before clipping, whether it was applied."""
+    """One step: 0-based number, mean of every term, joint gradient norm before clipping, whether it was applied.
+
+    bad_samples: places in the global batch whose loss is not finite, where the step was not applied. waited_s: seconds
+    that the model stood still for its batch. loss_scale: float16 alone.
+    """
 
     step: int
     terms: Mapping[str, Tensor]
     gradient_norm: Tensor
     learning_rate: float
     applied: bool
+    bad_samples: list[int] = field(default_factory=list)
+    waited_s: float = 0.0
+    loss_scale: float | None = None
 
     def values(self) -> dict[str, float | None]:
         """Numbers for a log line; None where not finite."""
         numbers = {**{k: float(v) for k, v in self.terms.items()}, "gradient_norm": float(self.gradient_norm)}
-        return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"learning_rate": self.learning_rate}
+        scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale}
+        finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        return {**finite, "learning_rate": self.learning_rate, **scale}
+
+
+class ForwardPass(nn.Module):
+    """The forward half of a step as one module: every trained parameter is in it, so that DDP sees gates as well."""
+
+    def __init__(self, state: TrainState, objective: LoopObjective, settings: TrainingSection) -> None:
+        super().__init__()
+        self.model = state.model
+        inside = {id(p) for p in state.model.parameters()}
+        self.beside = nn.ParameterList([p for p in state.parameters.values() if id(p) not in inside])
+        self.objective = objective
+        self.dtype = _DTYPES.get(settings.dtype)
+
+    def forward(self, noisy: Any) -> dict[str, Tensor]:
+        """Per-sample terms, float32. Autocast is around the model alone."""
+        device = next(iter(self.parameters())).device
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            prediction = self.objective.predict(self.model, noisy)
+        return dict(self.objective.losses(self.model, noisy, prediction))
+
+
+def noisy_parts(
+    step: int, objective: LoopObjective, source: BatchSource, batch_size: int, randomness: Randomness, engine: Engine
+) -> list[Any]:
+    """What of the batch of `step` is this process's, with all that is random about it, part by part."""
+    parts = []
+    for first, num in engine.slices(batch_size):
+        draws = randomness.at(step, first, num)
+        parts.append(objective.draw(source(step, batch_size, draws), draws))
+    return parts
 
 
 def train_steps(
@@ -60,42 +104,111 @@ def train_steps(
     source: BatchSource,
     settings: TrainingSection,
     randomness: Randomness,
+    engine: Engine | None = None,
 ) -> Iterator[StepRecord]:
     """Train from `state.step` to `settings.made_steps`, yielding after every step; the state is then complete for that step.
 
-    A non-finite loss or gradient skips the update (average and optimiser stay as they are); `settings.max_bad_steps` of
-    them in a row raise UserError. Autocast to `settings.dtype` is around the forward pass alone.
+    A non-finite loss or gradient on any process skips the update on all (average and optimiser stay as they are);
+    `settings.max_bad_steps` of them in a row raise UserError. In float16 an overflow of the gradients lowers the loss
+    scale first, and counts as bad only when that is at its floor. Batches are made ahead on another thread.
     """
+    engine = engine or Engine(next(iter(state.parameters.values())).device)
+    forward = engine.wrap(ForwardPass(state, objective, settings))
+
+    def make(step: int) -> list[Any]:
+        return noisy_parts(step, objective, source, settings.batch_size, randomness, engine)
+
+    compute = engine.compute
+    with Ahead(make, compute.prefetch_batches, end=settings.made_steps, timeout_s=compute.timeout_s) as ahead:
+        while state.step < settings.made_steps:
+            step = state.step
+            factor = learning_rate_factor(settings, step)
+            for group in state.optimizer.param_groups:
+                group["lr"] = group["base"] * (1.0 if group["constant"] else factor)
+
+            waited_before = ahead.waited_s
+            parts = ahead.take(step)
+            waited_s = ahead.waited_s - waited_before
+            state.optimizer.zero_grad(set_to_none=True)
+            terms, bad = _forward_backward(state, forward, parts, settings, engine)
+            norm, applied = _update(state, terms["loss"], settings, engine)
+            state.step += 1
+            bad_samples = [] if applied else engine.gathered(bad)
+            rate = settings.learning_rate * factor
+            yield StepRecord(step, terms, norm, rate, applied, bad_samples, waited_s, state.scale.value)
+            if state.bad_steps >= settings.max_bad_steps:
+                raise UserError(_gone_bad(state.bad_steps, step, settings.batch_size, bad_samples))
+
+
+def _forward_backward(
+    state: TrainState, forward: nn.Module, parts: list[Any], settings: TrainingSection, engine: Engine
+) -> tuple[dict[str, Tensor], list[int]]:
+    """Gradients of the mean loss over the global batch; the mean of every term, and the bad samples of this process."""
+    sums: dict[str, Tensor] = {}
+    losses = []
+    for index, noisy in enumerate(parts):
+        last = index == len(parts) - 1
+        with engine.gradients(forward, last):
+            found: dict[str, Tensor] = forward(noisy)
+            # the engine averages over processes, and what is wanted is the sum of their shares
+            share = found["loss"].sum() / settings.batch_size
+            (share * engine.world * (state.scale.value or 1.0)).backward()
+        for name, values in found.items():
+            total = values.detach().sum()
+            sums[name] = sums[name] + total if name in sums else total
+        losses.append(found["loss"].detach())
+    totals = engine.total(torch.stack(list(sums.values())).float()) / settings.batch_size
+    terms = dict(zip(sums, totals.unbind(), strict=True))
+    if bool(torch.isfinite(terms["loss"])):
+        return terms, []
+    first = engine.slices(settings.batch_size)[0][0]
+    places = (~torch.isfinite(torch.cat(losses))).nonzero().flatten().tolist()
+    return terms, [first + int(place) for place in places]
+
+
+def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: Engine) -> tuple[Tensor, bool]:
+    """Clip and step, unless something is not finite. The joint gradient norm before clipping, and whether it was applied."""
     parameters = list(state.parameters.values())
-    device = parameters[0].device
-    while state.step < settings.made_steps:
-        step = state.step
-        factor = learning_rate_factor(settings, step)
-        for group in state.optimizer.param_groups:
-            group["lr"] = group["base"] * (1.0 if group["constant"] else factor)
+    engine.finish_gradients(parameters)
+    scale = state.scale.value or 1.0
+    groups = [list(group["params"]) for group in state.optimizer.param_groups]
+    norms = [
+        engine.gradient_norm(group) / scale for group in (groups if settings.clip_groups == "apart" else [parameters])
+    ]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
+    if finite:
+        for group, own in zip(groups if len(norms) > 1 else [parameters], norms, strict=True):
+            _clip(group, own, scale, settings.clip_norm)
+        state.optimizer.step()
+        state.ema.update()
+        state.bad_steps = 0
+    elif not (state.scale.can_fall and bool(torch.isfinite(loss))):
+        state.bad_steps += 1
+    state.scale.update(finite)
+    return norm, finite
 
-        draws = randomness.at(step, 0, settings.batch_size)
-        noisy = objective.draw(source(step, settings.batch_size, draws), draws)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-            prediction = objective.predict(state.model, noisy)
-        terms = {name: values.mean() for name, values in objective.losses(state.model, noisy, prediction).items()}
 
-        state.optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        limit = math.inf if settings.clip_norm is None else settings.clip_norm
-        norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
-        applied = bool(torch.isfinite(norm) & torch.isfinite(terms["loss"].detach()))
-        if applied:
-            state.optimizer.step()
-            state.ema.update()
-            state.bad_steps = 0
-        else:
-            state.bad_steps += 1
-        state.step += 1
-        detached = {name: value.detach() for name, value in terms.items()}
-        yield StepRecord(step, detached, norm, settings.learning_rate * factor, applied)
-        if state.bad_steps >= settings.max_bad_steps:
-            raise UserError(
-                f"{state.bad_steps} steps in a row had a non-finite loss or gradient, the last at step {step}: "
-                "lower the learning rate, use float32, or look at the data of that step"
-            )
+def _clip(parameters: list[Tensor], norm: Tensor, scale: float, limit: float | None) -> None:
+    """Take the loss scale out of the gradients, and shorten them to the norm `limit`."""
+    if limit is None and scale == 1.0:
+        return
+    factor = torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor / scale)
+
+
+def _gone_bad(bad_steps: int, step: int, batch_size: int, bad_samples: list[int]) -> str:
+    """What to say of the last of too many bad steps: where its batch is, and what to do."""
+    shown = ", ".join(map(str, bad_samples[:8])) + (", ..." if len(bad_samples) > 8 else "")
+    which = (
+        f"samples {shown} of its {batch_size} have no finite loss"
+        if bad_samples
+        else "its loss is finite, its gradient is not"
+    )
+    return (
+        f"{bad_steps} steps in a row had a non-finite loss or gradient, the last at step {step} (images {step * batch_size:,} to "
+        f"{(step + 1) * batch_size - 1:,}; {which}): `tinyfusion replay RUN --step {step}` shows it sample by sample; lower the "
+        "learning rate, use float32, or look at the data of that step"
+    )

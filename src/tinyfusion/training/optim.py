@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import TrainingSection
+from tinyfusion.training.shards import is_sharded
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -26,9 +31,12 @@ class ParameterGroup:
     constant: bool = False
 
 
-def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.AdamW:
-    """AdamW over the groups that hold anything. Raises ValueError where none does."""
-    listed = []
+def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.Optimizer:
+    """AdamW over the groups that hold anything, with moments as `settings.optimizer` says.
+
+    Raises ValueError where no group holds a parameter, UserError where moments in 8 bits cannot be had here.
+    """
+    listed: list[dict[str, Any]] = []
     for group in groups:
         rate = settings.learning_rate if group.learning_rate is None else group.learning_rate
         values = list(group.parameters.values())
@@ -36,9 +44,42 @@ def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.
             listed.append({"params": values, "lr": rate, "base": rate, "constant": group.constant})
     if not listed:
         raise ValueError("nothing to train: no parameter group holds a parameter")
-    return torch.optim.AdamW(
-        listed, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True
-    )
+    numbers: dict[str, Any] = dict(betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    if settings.optimizer == "adamw-8bit":
+        return _adamw_8bit(listed, numbers)
+    return torch.optim.AdamW(listed, **numbers, fused=True)
+
+
+def _adamw_8bit(listed: list[dict[str, Any]], numbers: dict[str, Any]) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW (arXiv 2110.02861): moments of tensors with 4,096 elements or more as one byte each.
+
+    A byte stands for a value between -1 and 1 (absolute, for the second moment), times the largest of its 256 neighbours.
+    Keeps the number of steps as a plain number.
+    """
+    first = listed[0]["params"][0]
+    if any(is_sharded(parameter) for group in listed for parameter in group["params"]):
+        raise UserError(
+            "optimizer adamw-8bit needs whole parameters, and compute.parallel fsdp2 splits them: use ddp, or optimizer adamw"
+        )
+    if first.device.type not in ("cpu", "cuda"):
+        raise UserError(
+            f"optimizer adamw-8bit works on cpu and cuda, not on {first.device.type}: use optimizer adamw, or another device"
+        )
+    noise = logging.getLogger("bitsandbytes")
+    level = noise.level
+    noise.setLevel(logging.ERROR)  # it speaks of kernels for 4-bit products, which nothing here has
+    try:
+        made = importlib.import_module("bitsandbytes.optim")
+    except (ImportError, OSError, RuntimeError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "bitsandbytes"
+        what = "is not installed" if missing else f"does not load ({error})"
+        raise UserError(
+            f"optimizer adamw-8bit is bitsandbytes, which {what}: pip install 'tinyfusion[8bit]', or use optimizer adamw"
+        ) from error
+    finally:
+        noise.setLevel(level)
+    optimizer: torch.optim.Optimizer = made.AdamW8bit(listed, **numbers)
+    return optimizer
 
 
 def linear(ends: tuple[float, float], step: int, steps: int) -> float:

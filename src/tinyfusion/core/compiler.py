@@ -1,0 +1,51 @@
+"""torch's compiler as people meet it: whether it can work here, and what its errors say."""
+
+from __future__ import annotations
+
+import torch
+
+from tinyfusion.core.errors import UserError
+
+_LEAVE = "leave --compile away"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where nothing can be compiled for `device`: no C++ compiler, or no triton for a GPU."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise UserError(
+                f"--compile wants triton for a GPU that it supports, and finds none: install it, or {_LEAVE}"
+            )
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except RuntimeError as error:
+            raise UserError(
+                f"--compile wants a C++ compiler for the CPU, and finds none: install g++ or clang++, or {_LEAVE}"
+            ) from error
+
+
+def compiler_failure(error: BaseException, what: str) -> UserError | None:
+    """What to tell people where `error` is the compiler's; None for errors of others. what: that was compiled, a name."""
+    if not _is_compilers(error):
+        return None
+    return UserError(f"--compile: {what} cannot be compiled ({_reason(error)}): {_LEAVE}")
+
+
+def _is_compilers(error: BaseException) -> bool:
+    module = type(error).__module__
+    return module.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
+
+
+def _reason(error: BaseException) -> str:
+    """One line: where a C++ compiler speaks, its first error; else the first line that torch says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    spoken = [line for line in lines if "error:" in line.lower()]
+    return (spoken or lines or [type(error).__name__])[0]
+
+
+__all__ = ["check_compiler", "compiler_failure"]

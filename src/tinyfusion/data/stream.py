@@ -1,0 +1,244 @@
+"""Training batches out of parquet files that do not fit into memory: read in parts, in an order that is still addressed.
+
+An epoch goes through all row groups in a random order. So many consecutive ones as hold `window_images` images make a
+window, and the images of a window are mixed. Both permutations are functions of (seed, epoch), so the whole sequence of
+images is too: every image once per epoch, whatever the batch size, the number of processes, and where a run was resumed.
+In memory are the window that is being used and the next one, as encoded pictures; a picture is decoded when it is due.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyfusion.core.ahead import Ahead
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rng import Randomness
+from tinyfusion.data.batches import Batches, signed
+from tinyfusion.data.parquet import checked_label, columns_of, decoded, parquet_files, reading
+
+_DECODERS = min(8, os.cpu_count() or 1)
+_PER_TASK = 16  # pictures that a thread decodes at a time
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group as it was when the set was opened. first: its first row in the file; file_rows: all rows of the file."""
+
+    file: Path
+    index: int
+    first: int
+    num: int
+    file_rows: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row group {self.index}"
+
+    def read(self) -> Any:
+        """The arrow table of its pictures and labels. Raises UserError where the file is damaged, or another one by now."""
+        import pyarrow.parquet
+
+        with reading(str(self)), pyarrow.parquet.ParquetFile(self.file) as file:
+            rows = file.metadata.num_rows
+            if rows == self.file_rows and self.index < file.num_row_groups:
+                table = file.read_row_group(self.index, columns=list(columns_of(file, self.file)), use_threads=False)
+                if table.num_rows == self.num:
+                    return table
+        raise UserError(
+            f"{self.file} has changed since it was opened: it had {self.file_rows:,} rows, {self.num:,} of them in row group "
+            f"{self.index}, and now has {rows:,} in other parts; begin the run anew"
+        )
+
+
+@dataclass(frozen=True)
+class ParquetParts:
+    """What is known of a set without reading its pictures, but for the first one. Shared by all that read it.
+
+    size: as in `read_parquet_images`. shape: (C, H, W) of every image. classes: one more than the largest label.
+    """
+
+    name: str
+    groups: tuple[RowGroup, ...]
+    size: int | None
+    shape: tuple[int, int, int]
+    classes: int
+
+    def __len__(self) -> int:
+        return sum(group.num for group in self.groups)
+
+    def image(self, table: Any, group: RowGroup, row: int) -> tuple[np.ndarray, int]:
+        """(H, W, C) uint8 and label of a row of a group's table. Raises UserError where it is damaged or does not fit."""
+        where = f"{group}, row {group.first + row}"
+        pictures, labels = table.columns
+        pixels = decoded(pictures[row].as_py(), where, self.size)
+        label = checked_label(labels[row].as_py(), where)
+        channels, height, width = self.shape
+        if pixels.shape[:2] != (height, width):
+            raise UserError(
+                f"{where}: images differ in size: the first is {(height, width)}, this one {pixels.shape[:2]} "
+                "(height, width); give one size by data.size"
+            )
+        if pixels.shape[-1] > channels:
+            raise UserError(f"{where} is in colour, and the model takes grey images: convert the set to one of them")
+        if label >= self.classes:
+            raise UserError(f"{where} has changed since it was opened: label {label} of {self.classes} classes")
+        return pixels.repeat(channels, -1) if pixels.shape[-1] < channels else pixels, label
+
+
+def open_parts(path: Path, size: int | None, channels: int) -> ParquetParts:
+    """Row counts of a parquet file, or of all in a folder, by name; all labels and one picture are looked at.
+
+    channels: of the model. With 3, grey pictures are taken as colour; the files alone could not tell what is to come.
+    Raises UserError on what is missing or damaged.
+    """
+    import pyarrow.parquet
+
+    groups: list[RowGroup] = []
+    classes = 0
+    first_shape: tuple[int, ...] | None = None
+    for path_of_file in parquet_files(path):
+        with reading(str(path_of_file)), pyarrow.parquet.ParquetFile(path_of_file) as file:
+            nums = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            begins = np.cumsum([0, *nums])
+            parts = [RowGroup(path_of_file, i, int(begins[i]), n, sum(nums)) for i, n in enumerate(nums) if n]
+            groups.extend(parts)
+            for part in parts:
+                labels, first = _looked_at(file, part, first_shape is None)
+                classes = max(classes, 1 + max(labels))
+                if first_shape is None:
+                    first_shape = decoded(first, f"{part}, row 0", size).shape
+    if first_shape is None:
+        raise UserError(f"{path} holds no images")
+    height, width, found = first_shape
+    shape = (channels if (found, channels) == (1, 3) else found, height, width)
+    return ParquetParts(f"parquet-stream:{path}", tuple(groups), size, shape, classes)
+
+
+def _looked_at(file: Any, group: RowGroup, picture: bool) -> tuple[list[int], Any]:
+    """The labels of a row group of an open file, and where asked for its first encoded picture."""
+    with reading(str(group)):
+        image_column, label_column = columns_of(file, group.file)
+        values = file.read_row_group(group.index, columns=[label_column]).column(0).to_pylist()
+        labels = [checked_label(value, f"{group}, row {group.first + row}") for row, value in enumerate(values)]
+        if not picture:
+            return labels, None
+        first = next(file.iter_batches(batch_size=1, row_groups=[group.index], columns=[image_column]))
+        return labels, first.column(0)[0].as_py()
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Row groups in memory, and the order in which their rows come: rows (W, 2), place of the group and row in it."""
+
+    groups: Sequence[RowGroup]
+    tables: Sequence[Any]
+    rows: np.ndarray
+
+
+class StreamedBatches(Batches):
+    """Batches of a set that is read in windows. window_images: images of a window, at least a row group."""
+
+    def __init__(
+        self,
+        parts: ParquetParts,
+        randomness: Randomness,
+        device: torch.device,
+        window_images: int,
+        augment: float = 0.0,
+        flip: float = 0.0,
+        timeout_s: float = 600.0,
+    ) -> None:
+        if window_images < 1:
+            raise UserError(f"data.window_images is {window_images}: wanted 1 or more")
+        super().__init__(randomness, device, augment, flip)
+        self.parts = parts
+        self.classes = parts.classes
+        self._sequence = _Sequence(parts, randomness, window_images)
+        self._windows = Ahead(self._sequence.window, 1, timeout_s=timeout_s, what=f"{parts.name}: window")
+        self._held: tuple[int, _Window] | None = None
+        self._lock = threading.Lock()
+        self._decoders = ThreadPoolExecutor(_DECODERS, "decoding") if _DECODERS > 1 else None
+        weakref.finalize(self, self._windows.close)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def rows(self, first: int, num: int) -> tuple[Tensor, Tensor]:
+        """As in `Batches`. Raises UserError on a damaged or changed file, naming it and the row group."""
+        images: list[np.ndarray] = []
+        labels: list[int] = []
+        with self._lock:
+            while len(images) < num:
+                number, begin = self._sequence.place(first + len(images))
+                window = self._window(number)
+                due = window.rows[begin : begin + num - len(images)]
+                for pixels, label in self._decoded(window, due):
+                    images.append(pixels)
+                    labels.append(label)
+        stacked = np.stack(images) if images else np.empty((0, *self.parts.shape[1:], self.parts.shape[0]), np.uint8)
+        return torch.from_numpy(signed(stacked)), torch.tensor(labels, dtype=torch.int64)
+
+    def _window(self, number: int) -> _Window:
+        if self._held is None or self._held[0] != number:
+            self._held = None  # goes before the next one comes
+            self._held = number, self._windows.take(number)
+        return self._held[1]
+
+    def _decoded(self, window: _Window, due: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        def some(begin: int) -> list[tuple[np.ndarray, int]]:
+            rows = due[begin : begin + _PER_TASK].tolist()
+            return [self.parts.image(window.tables[place], window.groups[place], row) for place, row in rows]
+
+        tasks = range(0, len(due), _PER_TASK)
+        done = map(some, tasks) if self._decoders is None else self._decoders.map(some, tasks)
+        return [image for images in done for image in images]
+
+
+class _Sequence:
+    """The order of all images: which window a position falls into, and what a window holds.
+
+    Windows are counted on through the epochs; each epoch has the same number of them, of differing sizes.
+    """
+
+    def __init__(self, parts: ParquetParts, randomness: Randomness, window_images: int) -> None:
+        self.groups = parts.groups
+        self.randomness = randomness
+        self.num = len(parts)
+        self.groups_per_window = max(1, window_images // max(group.num for group in parts.groups))
+        self.windows_per_epoch = -(-len(self.groups) // self.groups_per_window)
+        self._members = lru_cache(maxsize=4)(self._ordered)
+
+    def _ordered(self, epoch: int) -> list[list[RowGroup]]:
+        """The row groups of every window of an epoch."""
+        order = self.randomness.permutation("epoch/row-groups", epoch, len(self.groups)).tolist()
+        step = self.groups_per_window
+        return [[self.groups[i] for i in order[begin : begin + step]] for begin in range(0, len(order), step)]
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Number of the window that has a position of the sequence, and the place in it."""
+        epoch, rest = divmod(position, self.num)
+        sizes = [sum(group.num for group in window) for window in self._members(epoch)]
+        ends = np.cumsum(sizes)
+        window = int(np.searchsorted(ends, rest, side="right"))
+        return epoch * self.windows_per_epoch + window, rest - int(ends[window] - sizes[window])
+
+    def window(self, number: int) -> _Window:
+        """A window, read from its files."""
+        epoch, place = divmod(number, self.windows_per_epoch)
+        groups = self._members(epoch)[place]
+        rows = np.concatenate(
+            [np.stack([np.full(group.num, i), np.arange(group.num)], 1) for i, group in enumerate(groups)]
+        )
+        order = self.randomness.permutation(f"epoch/window {place}", epoch, len(rows))
+        return _Window(groups, [group.read() for group in groups], rows[order])

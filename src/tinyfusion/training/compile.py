@@ -1,0 +1,97 @@
+"""Whether compiling pays, and computes the same: a step eager and compiled, in turns, on this machine and this batch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinyfusion.core.compiler import compiler_failure
+from tinyfusion.core.errors import UserError
+
+Step = Callable[[], Sequence[Tensor]]  # -> what must agree: losses and gradients
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Median milliseconds of a step each way, seconds that the compiled step needed once, and how far the two are apart.
+
+    apart: largest |compiled - eager| / |eager| of what the steps return, Euclidean norms of each tensor.
+    """
+
+    eager_ms: float
+    compiled_ms: float
+    compile_s: float
+    apart: float
+
+    def require(self, tolerance: float = 1e-3) -> None:
+        """Raise UserError where the compiled step is not faster, or not the same step up to `tolerance`."""
+        if not self.apart <= tolerance:
+            raise UserError(
+                f"compile changes the step here: losses and gradients are {self.apart:.1g} apart (relative), rounding allows "
+                f"{tolerance:g}; leave --compile away"
+            )
+        if self.compiled_ms >= self.eager_ms:
+            raise UserError(
+                f"compile gains nothing here: {self.compiled_ms:,.4g} ms a step against {self.eager_ms:,.4g} ms without; "
+                "leave --compile away"
+            )
+
+
+def measured_gain(eager: Step, compiled: Step, device: torch.device, repeats: int = 5) -> Gain:
+    """Time both steps in turns, after a warm-up. Raises UserError where the compiler fails, also in a backward pass.
+
+    A step is forward and backward on the same batch, and must leave weights and moments alone; what it draws from
+    torch's generators is given back. The number of calls never depends on what is measured, so processes that meet in a
+    step stay together.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is at least 1; got {repeats}")
+    wait = torch.get_device_module(device).synchronize
+
+    def seconds(step: Step) -> float:
+        wait()
+        began = time.perf_counter()
+        step()
+        wait()
+        return time.perf_counter() - began
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        wanted = [value.detach().clone() for value in eager()]
+        eager()
+        try:
+            began = time.perf_counter()
+            apart = _apart(compiled(), wanted)
+            compiled()
+            wait()
+            first_s = time.perf_counter() - began
+            times = [(seconds(eager), seconds(compiled)) for _ in range(repeats)]
+        except Exception as error:
+            failure = compiler_failure(error, "the step")
+            if failure is None:
+                raise
+            raise failure from error
+    eager_s, compiled_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return Gain(1000 * eager_s, 1000 * compiled_s, max(0.0, first_s - 2 * compiled_s), apart)
+
+
+def _apart(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest relative difference of two lists of tensors; not a number where one has none.
+
+    Tensors much smaller than the largest count as its 1e-6: what is 0 but for rounding has no relative difference.
+    """
+    if not wanted:
+        return 0.0
+    norms = torch.stack([torch.linalg.vector_norm(w.float()) for w in wanted])
+    apart = torch.stack(
+        [torch.linalg.vector_norm((f.detach() - w).float()) for f, w in zip(found, wanted, strict=True)]
+    )
+    tiny = torch.finfo(torch.float32).tiny
+    return float((apart / norms.clamp(min=1e-6 * float(norms.max()) + tiny)).max())
+
+
+__all__ = ["Gain", "measured_gain"]

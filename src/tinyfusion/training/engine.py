@@ -1,0 +1,242 @@
+"""The processes of a training: who is here, which images are whose, and how gradients and news meet. On accelerate.
+
+A program that `torchrun` or `accelerate launch` started as one of several finds the others through accelerate, which
+also wraps the step in DDP. Splitting a model (FSDP2) is torch's own `fully_shard`, on every device: accelerate's plugin
+falls back to DDP on the CPU without a word. One process needs none of this. Batches are cut into slices of the global
+batch, and every draw is addressed by its place there, so the number of processes never enters a result but by rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tinyfusion.core.device import choose_device
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.launch import launched_processes, launched_rank
+from tinyfusion.core.recipe import ComputeSection
+from tinyfusion.training.shards import is_sharded, local_part
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+Slice = tuple[int, int]  # (first, number) of samples of the global batch
+
+
+class Engine:
+    """The processes of a training. By default this one alone."""
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        compute: ComputeSection | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.compute = compute or ComputeSection()
+        self.accelerator = accelerator
+        self.device = torch.device(device) if accelerator is None else accelerator.device
+        self.rank = 0 if accelerator is None else accelerator.process_index
+        self.world = 1 if accelerator is None else accelerator.num_processes
+        self._split: nn.Module | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    # ------------------------------------------------------------------------------------------------- models and data
+
+    @property
+    def splits(self) -> bool:
+        """Whether models lie in parts on the processes."""
+        return self.world > 1 and self.compute.parallel == "fsdp2"
+
+    def place(self, module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+        """Move `module` to the device, in place; with fsdp2 this process then holds its share of every tensor.
+
+        Parameters are other objects afterwards: list them for an optimiser later. blocks: what is gathered at a time.
+        """
+        module.to(self.device)
+        if self.splits:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            # gated blocks return a view of their stream; nobody writes into it
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            for part in (*blocks, module):
+                fully_shard(part, mesh=mesh)
+        return module
+
+    def place_teacher(self, module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+        """Move a frozen module to the device; it lies in parts only where `shard_teacher` asks for it."""
+        return self.place(module, blocks) if self.compute.shard_teacher else module.to(self.device)
+
+    def slices(self, batch_size: int) -> list[Slice]:
+        """The share of a global batch that is this process's, in the parts of gradient accumulation.
+
+        Cut at even places where there are enough: some gates compare samples in pairs. Raises UserError where a part
+        would be empty.
+        """
+        parts = self.world * self.compute.gradient_accumulation_steps
+        if batch_size < parts:
+            raise UserError(
+                f"a batch of {batch_size} images cannot be cut into {parts} parts ({self.world} processes x "
+                f"{self.compute.gradient_accumulation_steps} accumulation steps): use a larger batch or fewer parts"
+            )
+        unit = 2 if batch_size % 2 == 0 and batch_size // 2 >= parts else 1
+        edges = [unit * (batch_size // unit * i // parts) for i in range(parts + 1)]
+        first = self.rank * self.compute.gradient_accumulation_steps
+        own = edges[first : first + self.compute.gradient_accumulation_steps + 1]
+        return [(start, end - start) for start, end in zip(own, own[1:], strict=False)]
+
+    # ------------------------------------------------------------------------------------------------------- gradients
+
+    def wrap(self, step: nn.Module) -> nn.Module:
+        """`step`, whose backward pass also averages gradients over the processes."""
+        if self.accelerator is None or self.world == 1:
+            return step
+        if not self.splits:
+            wrapped: nn.Module = self.accelerator.prepare_model(step, device_placement=False)
+            return wrapped
+        self._split = step
+        return step
+
+    @contextlib.contextmanager
+    def gradients(self, step: nn.Module, last: bool) -> Iterator[None]:
+        """Around a backward pass: gradients of parts but the last stay in this process."""
+        if self._split is not None:
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self._split.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_requires_gradient_sync(last, recurse=False)
+        if last or self.accelerator is None or self._split is not None:
+            yield
+            return
+        with self.accelerator.no_sync(step):
+            yield
+
+    def finish_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Average the gradients that nobody else did: those of whole parameters beside a split model (gates)."""
+        if self._split is None:
+            return
+        for parameter in parameters:
+            if parameter.grad is not None and not is_sharded(parameter):
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world
+
+    def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Euclidean norm of the gradients of `parameters`, over all processes where they lie in parts. A scalar."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return torch.zeros((), device=self.device)
+        norms = torch.stack(torch._foreach_norm([local_part(g) for g in gradients]))
+        if self._split is None:
+            return torch.linalg.vector_norm(norms)
+        split = torch.tensor([is_sharded(g) for g in gradients], device=norms.device)
+        squares = torch.where(split, norms.square(), 0).sum()
+        dist.all_reduce(squares)
+        return (squares + torch.where(split, 0, norms.square()).sum()).sqrt()
+
+    # ------------------------------------------------------------------------------------------------------------ news
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, number: int) -> int:
+        """The largest `number` that any process brings."""
+        if self.world == 1:
+            return number
+        value = torch.tensor([number], device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+    def gathered(self, values: Sequence[int]) -> list[int]:
+        """The whole numbers of all processes, sorted."""
+        if self.world == 1:
+            return sorted(values)
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, list(values))
+        return sorted(value for listed in found for value in listed)
+
+    def first(self, call: Callable[[], T]) -> T:
+        """What `call` gives on the main process, on all of them; a UserError there is one everywhere."""
+        if self.world == 1:
+            return call()
+        outcome: list[Any] = [None, None]
+        failure: UserError | None = None
+        if self.is_main:
+            try:
+                outcome[0] = call()
+            except UserError as error:
+                failure, outcome[1] = error, str(error)
+        dist.broadcast_object_list(outcome, device=self.device)
+        if failure is not None:
+            raise failure
+        if outcome[1] is not None:
+            raise UserError(str(outcome[1]))
+        value: T = outcome[0]
+        return value
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Connection refused", "timed out",
+         "Broken pipe", "Application timeout", "failed to pass monitoredBarrier", "Socket Timeout")  # fmt: skip
+
+
+def lost_process(error: BaseException) -> UserError | None:
+    """What to tell people where `error` is how the end or the silence of another process shows; None for other errors."""
+    if not dist.is_available() or not isinstance(error, RuntimeError):
+        return None
+    if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in _LOST):
+        return None
+    # gloo names its source file before what happened, and greets after it
+    reason = re.sub(r"^\[\S+\] | This is typically.*", "", str(error).strip().splitlines()[0]).rstrip(". ")
+    if not dist.is_initialized():
+        return UserError(
+            f"process {launched_rank()} of {launched_processes()} waited for the others in vain ({reason}): their own output says "
+            "why, else see that all were started and reach MASTER_ADDR; compute.timeout_s allows more"
+        )
+    return UserError(
+        f"process {dist.get_rank()} of {dist.get_world_size()} has lost another one, which ended or hangs ({reason}): its own "
+        "output says why, and the same command continues from the last checkpoint"
+    )
+
+
+def open_engine(device: str, compute: ComputeSection) -> Engine:
+    """The engine of this program on `device` ("auto", "cpu", "cuda", "mps"). Raises UserError where it is not there."""
+    if compute.gradient_accumulation_steps < 1:
+        raise UserError(f"compute.gradient_accumulation_steps is at least 1; got {compute.gradient_accumulation_steps}")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute.tf32
+    if launched_processes() == 1:
+        return Engine(choose_device(device), compute)
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    chosen = choose_device(device)
+    accelerator = Accelerator(
+        cpu=chosen.type == "cpu",
+        mixed_precision="no",  # the loop casts by itself: losses stay in float32
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=compute.timeout_s)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+    return Engine(chosen, compute, accelerator)

@@ -1,0 +1,179 @@
+"""What `test_processes.py` trains on one process and on two: run by hand as `python two_processes.py FOLDER` per process.
+
+Not a test by itself. Every case is trained under every way of being two; the main process writes what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from tinyfusion.core.recipe import ComputeSection, PruneSection, RecoverSection, TrainingSection
+from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.models.checkpoint import LoadedModel, new_model
+from tinyfusion.models.stack import frozen
+from tinyfusion.processes.base import Batch
+from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.prune.criteria import by_indices
+from tinyfusion.prune.learn import mask_learner
+from tinyfusion.recover.align import block_pairs
+from tinyfusion.recover.distill import distilled
+from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
+from tinyfusion.training.engine import Engine, open_engine
+from tinyfusion.training.loop import LoopObjective, StepRecord, train_steps
+from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.state import TrainState
+
+STEPS = 50
+SETTINGS = TrainingSection(
+    steps=STEPS, batch_size=8, learning_rate=2e-3, learning_rate_end=1e-3, ema_decay=0.9, label_drop=0.3
+)
+RANDOMNESS = Randomness(11)
+WAYS = {
+    "ddp": ComputeSection(timeout_s=60),
+    "fsdp2": ComputeSection(parallel="fsdp2", timeout_s=60),
+    "fsdp2-teacher-accumulated": ComputeSection(
+        parallel="fsdp2", shard_teacher=True, gradient_accumulation_steps=2, timeout_s=60
+    ),
+    "ddp-accumulated": ComputeSection(gradient_accumulation_steps=2, timeout_s=60),
+}
+
+
+SHORT = 8  # steps of the cases whose arithmetic is rounded too roughly for 50 to be compared
+
+
+@dataclass
+class Job:
+    """A training of a tiny model."""
+
+    state: TrainState
+    objective: LoopObjective
+    settings: TrainingSection
+
+
+def teacher_model() -> LoadedModel:
+    sizes = {"input_size": 4, "patch_size": 2, "in_channels": 2, "hidden_size": 16, "depth": 4, "num_heads": 2}
+    model = new_model("dit", {**sizes, "num_classes": 5}, seed=3)
+    generator = torch.Generator().manual_seed(0)  # new models begin at zero outputs: nothing would depend on anything
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.empty(parameter.shape).normal_(0, 0.05, generator=generator))
+    return model
+
+
+def batches(step: int, batch_size: int, draws: Draws) -> Batch:
+    assert batch_size == SETTINGS.batch_size
+    x = torch.from_numpy(draws.normal("data", (2, 4, 4)))
+    return Batch(x, torch.from_numpy(draws.integers("label", 5)))
+
+
+def learning(engine: Engine, settings: TrainingSection = SETTINGS, **more: Any) -> Job:
+    section = PruneSection(**{"scheme": "1:2", "lora_rank": 2, "training": settings, **more})
+    learner = mask_learner(teacher_model(), GaussianObjective(5, 0.3), section, 0, engine.device, engine.place)
+    return Job(TrainState(learner.module, learner.parameter_groups, settings), learner.objective, settings)
+
+
+def recovery(engine: Engine, method: Any, settings: TrainingSection = SETTINGS) -> Job:
+    teacher = teacher_model()
+    plan = by_indices(teacher, [0, 2], seed=0)
+    student = teacher.cut(plan)
+    engine.place(student.module, list(student.stack))
+    engine.place_teacher(frozen(teacher.module), list(teacher.stack))
+    goal: LoopObjective = GaussianObjective(5, 0.3)
+    if method != "finetune":
+        section = RecoverSection(method=method, beta=(0.5, 0.1), training=settings)
+        goal = distilled(section, GaussianObjective(5, 0.3), teacher, student, block_pairs(plan))
+    return Job(TrainState(student.module, [ParameterGroup(trainable(student.module))], settings), goal, settings)
+
+
+CASES: dict[str, Callable[[Engine], Job]] = {
+    "learning-lora": learning,
+    "learning-full-subset-score": lambda engine: learning(
+        engine, scheme="2:4", update="full", distribution="subset", subset_estimator="score"
+    ),
+    "learning-bf16-apart": lambda engine: learning(
+        engine, replace(SETTINGS, stop_after=SHORT, dtype="bfloat16", clip_groups="apart", clip_norm=0.1)
+    ),
+    "finetune": lambda engine: recovery(engine, "finetune"),
+    "masked-kd": lambda engine: recovery(engine, "masked-kd"),
+    "masked-kd-fp16": lambda engine: recovery(
+        engine, "masked-kd", replace(SETTINGS, stop_after=SHORT, dtype="float16")
+    ),
+}
+RUNS = [
+    (case, way)
+    for case in CASES
+    for way in WAYS
+    if case in ("learning-lora", "masked-kd") or not way.startswith("ddp-")
+]
+
+
+def steps(job: Job, engine: Engine, until: int | None = None) -> Iterator[StepRecord]:
+    settings = job.settings if until is None else replace(job.settings, stop_after=until)
+    return train_steps(job.state, job.objective, batches, settings, RANDOMNESS, engine)
+
+
+def outcome(job: Job, engine: Engine) -> dict[str, Any]:
+    """Losses, norms and the sum of every average: what must not depend on the number of processes."""
+    records = list(steps(job, engine))
+    averages = job.state.averages()
+    return {
+        "loss": [float(record.terms["loss"]) for record in records],
+        "norm": [float(record.gradient_norm) for record in records],
+        "applied": [record.applied for record in records],
+        "averages": {name: value.double().abs().sum().item() for name, value in averages.items()},
+    }
+
+
+def split_share(job: Job) -> float:
+    """Numbers of the trained weights that this process holds, as a share of all, by DTensors alone."""
+    found = [p for p in job.state.model.parameters() if p.requires_grad]
+    if not all(isinstance(p, DTensor) for p in found):
+        return 1.0
+    return sum(p.to_local().numel() for p in found) / sum(p.numel() for p in found)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for way, compute in WAYS.items():
+        engine = open_engine("cpu", compute)
+        for name in (case for case, chosen in RUNS if chosen == way):
+            job = CASES[name](engine)
+            share = split_share(job)
+            found[f"{name}/{way}"] = {**outcome(job, engine), "share": share, "world": engine.world}
+
+    # half of a training in parts on two processes, for one process to go on with; and the other way round
+    engine = open_engine("cpu", WAYS["fsdp2"])
+    job = CASES["learning-lora"](engine)
+    main_pid = engine.first(os.getpid)
+    parts: Any = {"rank": engine.rank, "world": engine.world, "main_pid": main_pid}
+    with CheckpointWriter(folder / "by_two", 1, **parts, timeout_s=30) as writer:
+        for _ in steps(job, engine, STEPS // 2):
+            pass
+        writer.save(job.state)
+    job = CASES["learning-lora"](engine)
+    assert load_latest(folder / "by_one", job.state, first=engine.first) == STEPS // 2
+    found["continued"] = outcome(job, engine)
+
+    found["news"] = {
+        "agree": engine.agree(engine.rank * 15),
+        "gathered": engine.gathered([engine.rank + 4]),
+        "first": engine.first(lambda: f"from {engine.rank}"),
+    }
+    engine.wait()
+    if engine.is_main:
+        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
