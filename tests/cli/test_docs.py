@@ -1,9 +1,9 @@
 """Prose is tested: the commands of README, CONTRIBUTING and docs, and every link.
 
-`tinyfusion` commands run for real, in the order of their page, on a small stand-in for the shipped model and with every
-length overridden to a few steps, so a page's later commands find what its earlier ones made. As typed, without those
-overrides, only their recipes are resolved and their moving averages checked. `make`, `python` and `pytest` lines do not
-run: the target exists, the script exists and its --help knows the options, the paths exist.
+`tinyfusion` commands run for real (those of a launcher on one process), in the order of their page, on a small stand-in
+for the shipped model and with every length overridden to a few steps, so a page's later commands find what its earlier ones
+made. As typed, without those overrides, only their recipes are resolved and their moving averages checked. `make`, `python`
+and `pytest` lines do not run: the target exists, the script exists and its --help knows the options, the paths exist.
 """
 
 from __future__ import annotations
@@ -65,8 +65,16 @@ def commands(page: Path) -> list[list[str]]:
             words = shlex.split(re.sub(r"^\$ ", "", line.strip()), comments=True)
             if words:
                 words[0] = words[0].removeprefix(".venv/bin/")
-                found.append(words)
+                found.append(unlaunched(words))
     return [words for words in found if words[0] in ("tinyfusion", "make", "python", "pytest")]
+
+
+def unlaunched(words: list[str]) -> list[str]:
+    """What a launcher starts several times, as it would be typed alone: alone is how it runs here."""
+    if words[0] in ("torchrun", "accelerate"):
+        assert "-m" in words and words[words.index("-m") + 1] == "tinyfusion", shlex.join(words)
+        return words[words.index("-m") + 1 :]
+    return words
 
 
 def shortened(words: list[str]) -> list[str]:

@@ -277,3 +277,19 @@ def test_handlers_are_put_back_and_other_errors_come_through() -> None:
 
     pytest.raises(UserError, fail)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_run_that_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with RunDirectory(run).writing("train", {"steps": 1}):
+        (run / "model").mkdir()
+        (run / "model" / "model.json").touch()
+        for overwrite in (False, True):
+            with (
+                pytest.raises(UserError, match="another process writes"),
+                RunDirectory(run).writing("train", {"steps": 1}, overwrite),
+            ):
+                raise AssertionError("never reached")
+        assert (run / "model" / "model.json").is_file()
+    with RunDirectory(run).writing("train", {"steps": 1}) as mode:
+        assert mode == "continue"

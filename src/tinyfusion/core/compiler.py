@@ -43,7 +43,7 @@ def _is_compilers(error: BaseException) -> bool:
 
 def _reason(error: BaseException) -> str:
     """One line: where a C++ compiler speaks, its first error; else the first line that torch says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(" raised:")]
     spoken = [line for line in lines if "error:" in line.lower()]
     return (spoken or lines or [type(error).__name__])[0]
 

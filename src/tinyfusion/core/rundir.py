@@ -14,7 +14,7 @@ from typing import Any
 
 from tinyfusion import __version__
 from tinyfusion.core.config import first_difference
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import BadNumbers, UserError
 from tinyfusion.core.files import (
     beside_of,
     check_space,
@@ -192,23 +192,55 @@ class RunDirectory:
         """`begin`, and the work within.
 
         A new run that ends before anything worth continuing was saved leaves no trace, and what it was to replace
-        comes back. One that is interrupted later says so in its record.
+        comes back; but where numbers went bad and nothing was replaced, it stays to be looked at. One that is
+        interrupted later says so in its record.
         """
         if not self.writes:
             yield "continue"
             return
         made = missing_folders(self.path)
-        mode = self.begin(verb, recipe, overwrite)
+        with contextlib.ExitStack() as held:
+            if self.record_path.is_file():  # before anything of another process's run is touched
+                held.enter_context(self._alone())
+            mode = self.begin(verb, recipe, overwrite)
+            if mode == "new":
+                held.enter_context(self._alone())
+            yield from self._within(mode, made)
+
+    def _within(self, mode: str, made: list[Path]) -> Iterator[str]:
+        """The work of `writing`, and what remains of it."""
         try:
             yield mode
         except BaseException as error:
-            if mode == "new" and not _worth_keeping(self.path):
+            evidence = isinstance(error, BadNumbers) and not self._aside.exists()
+            if mode == "new" and not evidence and not _worth_keeping(self.path):
                 self._undo()
                 remove_empty(made)
             elif mode != "finished" and isinstance(error, Interrupted):
                 self.mark("interrupted")
             raise
         remove(self._aside)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Lock the folder: UserError where another process writes the same run. A lock ends with whoever holds it."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a disk without locks
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UserError(
+                        f"another process writes {self.path} right now: wait for it, or choose another --out"
+                    ) from error
+            yield
+        finally:
+            os.close(folder)
 
     @property
     def _place(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def replay(path: Path, step: int, device: str | None = None) -> dict[str, Any]:
     """Make `step` of the training in the run folder `path` again, on one process, and change nothing there.
 
     It starts from the newest checkpoint before that step and repeats those between. Prints every loss term of every
-    sample; returns them, with the gradient norm, and the loss that was logged then, None where it was not.
+    sample; returns them, with the gradient norm, and the loss that was logged then; None where not finite or not logged.
     Raises UserError where the folder holds no such step, or its models are not what they were.
     """
     run = RunDirectory(path)
@@ -44,7 +45,14 @@ def replay(path: Path, step: int, device: str | None = None) -> dict[str, Any]:
     rows, norm = _one_step(training, step)
     logged = next((line.get("loss") for line in read_metrics(path) if line.get("step") == step), None)
     _print(rows, norm, logged, step, start)
-    return {"step": step, "from_checkpoint": start, "samples": rows, "gradient_norm": norm, "logged_loss": logged}
+    samples = [{name: _finite(value) for name, value in row.items()} for row in rows]
+    outcome = {"step": step, "from_checkpoint": start, "samples": samples}
+    return {**outcome, "gradient_norm": _finite(norm), "logged_loss": logged}
+
+
+def _finite(value: float) -> float | None:
+    """None for NaN and infinity, which JSON has not."""
+    return value if math.isfinite(value) else None
 
 
 def _training(run: RunDirectory, device: str | None) -> Training:

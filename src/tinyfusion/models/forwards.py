@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinyfusion.core.compiler import compiler_failure
+from tinyfusion.core.errors import UserError
 
 RECOMPILE_LIMIT = 64  # variants of one block: with and without a graph, one image or several, per structure
 Forward = Callable[..., Tensor]
@@ -94,9 +95,7 @@ class BlockForward:
         if self.compiled is None:
             return _checkpointed(self.plain, x, *args, **kwargs) if recomputed else self.plain(x, *args, **kwargs)
         try:
-            # one layout: strides are compiled in, and inductor's CPU code of torch 2.13 gives wrong gradients for a
-            # stream that lies channel by channel, as patches come out of a convolution
-            laid = [part.contiguous() if isinstance(part, Tensor) else part for part in (x, *args)]
+            laid = [_plainly_laid(part) if isinstance(part, Tensor) else part for part in (x, *args)]
             return self.compiled.of(self.plain.__func__, recomputed)(self.block, *laid, **kwargs)
         except Exception as error:
             failure = compiler_failure(error, f"block {self.name}")
@@ -109,12 +108,28 @@ class BlockForward:
         return copy.deepcopy(self.plain, memo)
 
 
+def _plainly_laid(value: Tensor) -> Tensor:
+    """`value` in the one form that is compiled for: contiguous, and without a graph where none is made.
+
+    Other strides and flags would each be compiled anew. And inductor's CPU code of torch 2.13 gives wrong gradients for a
+    stream that lies channel by channel, as patches come out of a convolution.
+    """
+    return value.contiguous() if torch.is_grad_enabled() else value.detach().contiguous()
+
+
 def changed(current: Any, name: str, block: nn.Module, **fields: Any) -> Any:
-    """`current`, the `forward` of `block`, with `fields` of its `BlockForward` changed. What gates the block stays around it."""
+    """`current`, the `forward` of `block`, with `fields` of its `BlockForward` changed. What gates the block stays around it.
+
+    Raises UserError where what should be compiled is no method of the block.
+    """
     inner = getattr(current, "forward", None)
     if inner is not None and not isinstance(current, BlockForward):
         return replace(current, forward=changed(inner, name, block, **fields))
     if not isinstance(current, BlockForward):
+        if "compiled" in fields and getattr(current, "__func__", None) is None:
+            raise UserError(
+                f"--compile: the forward of block {name} was replaced by {current!r}, which is no method of it"
+            )
         current = BlockForward(name, block, current)
     return replace(current, **fields)
 

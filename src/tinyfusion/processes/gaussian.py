@@ -98,10 +98,19 @@ class Schedule:
 
     def at(self, table: str, index: Tensor) -> Tensor:
         """Entries of a table at `index` (B,), float32, shaped (B, 1, 1, 1)."""
-        key = (table, index.device)
+        return self._table(table, index.device)[index].view(-1, 1, 1, 1)
+
+    def original(self, index: Tensor) -> Tensor:
+        """Original steps of `index` (B,), int64."""
+        return self._table("timesteps", index.device)[index]
+
+    def _table(self, name: str, device: torch.device) -> Tensor:
+        """A table on a device, moved once: a move makes the host wait for all that the device has to do."""
+        key = (name, device)
         if key not in self._on_device:
-            self._on_device[key] = torch.from_numpy(getattr(self, table)).float().to(index.device)
-        return self._on_device[key][index].view(-1, 1, 1, 1)
+            values = torch.from_numpy(getattr(self, name))
+            self._on_device[key] = (values.float() if values.is_floating_point() else values).to(device)
+        return self._on_device[key]
 
     def q_sample(self, x0: Tensor, index: Tensor, noise: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
@@ -202,10 +211,7 @@ class GaussianObjective:
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
         """One forward pass; the network sees original step numbers."""
-        return Prediction(model(noisy.xt, self._original(noisy.t), noisy.y))
-
-    def _original(self, index: Tensor) -> Tensor:
-        return torch.as_tensor(self.schedule.timesteps, device=index.device)[index]
+        return Prediction(model(noisy.xt, self.schedule.original(noisy.t), noisy.y))
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         """loss = mse + vb; without learned variance loss = mse."""

@@ -100,7 +100,7 @@ def _watched_fid(run: RunData, stage: str, anchor: str) -> Chart | None:
     """The small FIDs that were taken while a stage trained."""
     looks = [line["watch"] for line in run.watch_lines[stage]]
     scored = [look for look in looks if look.get("fid") is not None]
-    if not scored:
+    if len(scored) < 2:
         return None
     curve = Curve(
         "averaged weights", [look["made_steps"] for look in scored], [look["fid"] for look in scored], STUDENT

@@ -135,7 +135,7 @@ def _look(run: RunData, stage: str, look: Look) -> Picture:
         else:
             height = round(picture.height * 2 * _LOOK_PX / picture.width)
             source = _data_uri(picture.convert("RGB").resize((2 * _LOOK_PX, height), Image.Resampling.BOX), "JPEG")
-    return Picture(f"after {look.steps:,} steps", caption, source, _LOOK_PX)
+    return Picture(f"after {look.steps:,} step{'s' * (look.steps > 1)}", caption, source, _LOOK_PX)
 
 
 def _grids(run: RunData) -> list[Grid]:

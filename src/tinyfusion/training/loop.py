@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.ahead import Ahead
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import BadNumbers
 from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.training.engine import Engine
@@ -109,7 +109,7 @@ def train_steps(
     """Train from `state.step` to `settings.made_steps`, yielding after every step; the state is then complete for that step.
 
     A non-finite loss or gradient on any process skips the update on all (average and optimiser stay as they are);
-    `settings.max_bad_steps` of them in a row raise UserError. In float16 an overflow of the gradients lowers the loss
+    `settings.max_bad_steps` of them in a row raise BadNumbers. In float16 an overflow of the gradients lowers the loss
     scale first, and counts as bad only when that is at its floor. Batches are made ahead on another thread.
     """
     engine = engine or Engine(next(iter(state.parameters.values())).device)
@@ -130,20 +130,20 @@ def train_steps(
             parts = ahead.take(step)
             waited_s = ahead.waited_s - waited_before
             state.optimizer.zero_grad(set_to_none=True)
-            terms, bad = _forward_backward(state, forward, parts, settings, engine)
+            terms, losses = _forward_backward(state, forward, parts, settings, engine)
             norm, applied = _update(state, terms["loss"], settings, engine)
             state.step += 1
-            bad_samples = [] if applied else engine.gathered(bad)
+            bad_samples = [] if applied else engine.gathered(_bad_places(losses, settings, engine))
             rate = settings.learning_rate * factor
             yield StepRecord(step, terms, norm, rate, applied, bad_samples, waited_s, state.scale.value)
             if state.bad_steps >= settings.max_bad_steps:
-                raise UserError(_gone_bad(state.bad_steps, step, settings.batch_size, bad_samples))
+                raise BadNumbers(_gone_bad(state.bad_steps, step, settings.batch_size, bad_samples))
 
 
 def _forward_backward(
     state: TrainState, forward: nn.Module, parts: list[Any], settings: TrainingSection, engine: Engine
-) -> tuple[dict[str, Tensor], list[int]]:
-    """Gradients of the mean loss over the global batch; the mean of every term, and the bad samples of this process."""
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Gradients of the mean loss over the global batch; the mean of every term, and this process's losses, part by part."""
     sums: dict[str, Tensor] = {}
     losses = []
     for index, noisy in enumerate(parts):
@@ -158,12 +158,14 @@ def _forward_backward(
             sums[name] = sums[name] + total if name in sums else total
         losses.append(found["loss"].detach())
     totals = engine.total(torch.stack(list(sums.values())).float()) / settings.batch_size
-    terms = dict(zip(sums, totals.unbind(), strict=True))
-    if bool(torch.isfinite(terms["loss"])):
-        return terms, []
+    return dict(zip(sums, totals.unbind(), strict=True)), losses
+
+
+def _bad_places(losses: list[Tensor], settings: TrainingSection, engine: Engine) -> list[int]:
+    """Places in the global batch of this process's losses that are not finite."""
     first = engine.slices(settings.batch_size)[0][0]
     places = (~torch.isfinite(torch.cat(losses))).nonzero().flatten().tolist()
-    return terms, [first + int(place) for place in places]
+    return [first + int(place) for place in places]
 
 
 def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: Engine) -> tuple[Tensor, bool]:
@@ -176,27 +178,27 @@ def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: 
         engine.gradient_norm(group) / scale for group in (groups if settings.clip_groups == "apart" else [parameters])
     ]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
+    factors = [_factor(own, scale, settings.clip_norm) for own in norms]
+    # all that the host must know of a step in one transfer: on an accelerator it waits for the device here and nowhere else
+    norm_value, loss_value, *numbers = torch.stack([norm, loss, *factors]).tolist()
+    finite = math.isfinite(norm_value) and math.isfinite(loss_value)
     if finite:
-        for group, own in zip(groups if len(norms) > 1 else [parameters], norms, strict=True):
-            _clip(group, own, scale, settings.clip_norm)
+        for group, factor, number in zip(groups if len(norms) > 1 else [parameters], factors, numbers, strict=True):
+            gradients = [local_part(p.grad) for p in group if p.grad is not None]
+            if gradients and number != 1:  # two passes over all gradients, which most steps of a calm training need not
+                torch._foreach_mul_(gradients, factor)
         state.optimizer.step()
         state.ema.update()
         state.bad_steps = 0
-    elif not (state.scale.can_fall and bool(torch.isfinite(loss))):
+    elif not (state.scale.can_fall and math.isfinite(loss_value)):
         state.bad_steps += 1
     state.scale.update(finite)
     return norm, finite
 
 
-def _clip(parameters: list[Tensor], norm: Tensor, scale: float, limit: float | None) -> None:
-    """Take the loss scale out of the gradients, and shorten them to the norm `limit`."""
-    if limit is None and scale == 1.0:
-        return
-    factor = torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
-    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, factor / scale)
+def _factor(norm: Tensor, scale: float, limit: float | None) -> Tensor:
+    """What takes the loss scale out of gradients of this norm, and shortens them to the norm `limit`."""
+    return (torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)) / scale
 
 
 def _gone_bad(bad_steps: int, step: int, batch_size: int, bad_samples: list[int]) -> str:

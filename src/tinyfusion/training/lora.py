@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.training.optim import hush_bitsandbytes
+
 _ADAPTER = "delta"
 
 
@@ -17,6 +19,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, 
     A (rank x in) is uniform in +-1/sqrt(in), B (out x rank) zero, so the model computes what it did. Returns the deltas
     by name. The model cannot be used without peft afterwards: attach to a copy.
     """
+    hush_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

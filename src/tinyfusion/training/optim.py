@@ -65,9 +65,7 @@ def _adamw_8bit(listed: list[dict[str, Any]], numbers: dict[str, Any]) -> torch.
         raise UserError(
             f"optimizer adamw-8bit works on cpu and cuda, not on {first.device.type}: use optimizer adamw, or another device"
         )
-    noise = logging.getLogger("bitsandbytes")
-    level = noise.level
-    noise.setLevel(logging.ERROR)  # it speaks of kernels for 4-bit products, which nothing here has
+    hush_bitsandbytes()
     try:
         made = importlib.import_module("bitsandbytes.optim")
     except (ImportError, OSError, RuntimeError) as error:
@@ -76,10 +74,13 @@ def _adamw_8bit(listed: list[dict[str, Any]], numbers: dict[str, Any]) -> torch.
         raise UserError(
             f"optimizer adamw-8bit is bitsandbytes, which {what}: pip install 'tinyfusion[8bit]', or use optimizer adamw"
         ) from error
-    finally:
-        noise.setLevel(level)
     optimizer: torch.optim.Optimizer = made.AdamW8bit(listed, **numbers)
     return optimizer
+
+
+def hush_bitsandbytes() -> None:
+    """Keep it from talking, when it is imported, of kernels for 4-bit products: nothing here makes any. peft imports it too."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def linear(ends: tuple[float, float], step: int, steps: int) -> float:

@@ -1,0 +1,203 @@
+"""What a training holds on one device, as a sum of parts: the plan that is printed before the first step.
+
+Weights, gradients, moments and averages are counted from shapes, activations from what `jobs/footprint.py` measured on one
+block. Everything here is arithmetic, so that other batch sizes, types and numbers of processes are told without running.
+
+Not counted: the program and its libraries, workspaces of kernels, what an allocator keeps for later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tinyfusion.core.recipe import ComputeSection, TrainingSection
+from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, Measured
+
+GIB = 2**30
+CARDS_GIB = (24, 80)  # memory of the cards for which the largest batch is told
+FREE_SHARE = 0.1  # of a card: for the program's own context, workspaces and the allocator's gaps
+_HALF_BYTES = 2
+_SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256  # smaller tensors keep float32 moments; numbers that share a float32 constant
+_MOST_IMAGES = 2**20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device at the fullest moment of a step, by part.
+
+    images: at once on this process. overlap: gradients take the place of activations in the backward pass, so that
+    "activations" is what these need beyond the gradients.
+    """
+
+    parts: Mapping[str, int]
+    images: int
+    dtype: str
+    overlap: bool
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return sum(self.parts.values())
+
+    def lines(self) -> list[str]:
+        """A table for people: every part that there is, with its share, and the sum."""
+        rows = [(name.replace("_", " "), size) for name, size in self.parts.items() if size]
+        if self.overlap:
+            rows = [("activations beyond gradients" if name == "activations" else name, size) for name, size in rows]
+        rows.append(("sum", self.total))
+        wide = max(len(name) for name, _ in rows)
+        plural = "image" if self.images == 1 else "images"
+        return [
+            f"memory of one process at its fullest ({self.images:,} {plural} at once, {self.dtype}):",
+            *(f"  {name:{wide}}  {_readable(size):>10}  {_share(size, self.total):>6}" for name, size in rows),
+        ]
+
+
+def _readable(size: int) -> str:
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if size >= unit / 2:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size / 2**10:.2f} KiB"
+
+
+def _share(size: int, total: int) -> str:
+    share = 100 * size / max(total, 1)
+    return "< 1 %" if share < 1 else f"{share:.0f} %"
+
+
+def images_at_once(batch_size: int, world: int, compute: ComputeSection) -> int:
+    """The largest part of a global batch that a process runs at a time; even where the engine cuts at even places."""
+    parts = world * compute.gradient_accumulation_steps
+    unit = 2 if batch_size % 2 == 0 and batch_size // 2 >= parts else 1
+    return unit * math.ceil(batch_size // unit / parts)
+
+
+def memory_plan(
+    footprint: Footprint, settings: TrainingSection, compute: ComputeSection, world: int = 1, images: int | None = None
+) -> MemoryPlan:
+    """The plan of one of `world` processes. images: at once, instead of the batch size's share."""
+    split = world > 1 and compute.parallel == "fsdp2"
+    shares = world if split else 1
+    images = images_at_once(settings.batch_size, world, compute) if images is None else images
+    measured = footprint.measured[settings.dtype]
+    several = compute.gradient_accumulation_steps > 1
+    held_gradients = several or (world > 1 and not split)  # DDP's buckets live on between steps
+    numbers = sum(math.ceil(size / shares) for size in footprint.trained)
+    linear_bytes = FLOAT_BYTES if settings.dtype == "float32" else _HALF_BYTES
+    frozen = footprint.frozen_linear * linear_bytes + footprint.frozen_rest * FLOAT_BYTES
+    gathered = 0
+    if split:  # what is in no block stays whole from the forward pass on; one block is used while the next one comes
+        gathered = footprint.weights_outside + 2 * (footprint.weights_block + footprint.trained_block)
+        gathered += footprint.teacher_gathered if compute.shard_teacher else 0
+        gathered += FLOAT_BYTES * sum(footprint.trained) if several else 0  # parts but the last keep theirs whole
+    gradients = FLOAT_BYTES * numbers
+    kept = _kept(footprint, measured, images, compute.gradient_checkpointing)
+    casts, most = kept.casts, kept.casts + kept.activations
+    if not held_gradients:
+        most = max(most, gradients + kept.end) - gradients
+        casts = min(casts, most)
+    parts = {
+        "trained_weights": FLOAT_BYTES * numbers,
+        "frozen_weights": math.ceil(frozen / shares),
+        "gradients": gradients,
+        "optimizer": _moment_bytes(footprint.trained, shares, settings.optimizer),
+        "moving_average": FLOAT_BYTES * numbers,
+        "teacher": math.ceil(footprint.teacher / (shares if compute.shard_teacher else 1)),
+        "model_beside": footprint.beside,
+        "gathered_from_processes": gathered,
+        "casts_of_weights": casts,
+        "activations": most - casts,
+        "batches": images * compute.gradient_accumulation_steps * (compute.prefetch_batches + 1) * footprint.batch,
+    }
+    return MemoryPlan(parts, images, settings.dtype, not held_gradients)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Bytes at the moment when most is kept for the backward pass, and (both) when that is at its last block."""
+
+    activations: int
+    casts: int
+    end: int
+
+
+def _kept(footprint: Footprint, measured: Measured, images: int, checkpointing: bool) -> _Kept:
+    """What activations and casts of weights take, gradients left out."""
+    blocks, kept = measured.blocks, images * footprint.kept_share
+    without_graph = [(images - kept) * b.without_graph for b in blocks]  # of images that drop the block
+    inside = [kept * b.held + max(kept * b.passing, w) for b, w in zip(blocks, without_graph, strict=True)]
+    casts, block_casts = sum(b.casts for b in blocks), max(b.casts for b in blocks)
+    before, after = images * measured.before, images * measured.after
+    if checkpointing:
+        outputs = before + kept * sum(b.output for b in blocks)
+        again = kept * max(b.held + b.passing - b.output for b in blocks)  # the output is not made again
+        passing = max(kept, images - kept) * max(b.without_graph for b in blocks)
+        moments = [
+            (outputs + passing, casts),  # autocast holds casts until the end of the forward pass
+            (outputs + after, 0),
+            (outputs + again, block_casts),  # then one block at a time is made again
+        ]
+    else:
+        held = [kept * b.held for b in blocks]
+        moments = [(before + after + sum(held) + max(i - h for i, h in zip(inside, held, strict=True)), casts)]
+    if measured.teacher:  # runs before the student
+        moments.append((images * max(b.without_graph + footprint.features * b.output for b in measured.teacher), 0))
+    activations, casts = max(moments, key=sum)
+    return _Kept(math.ceil(activations), casts, math.ceil(max(inside) + block_casts))
+
+
+def _moment_bytes(trained: Sequence[int], shares: int, optimizer: str) -> int:
+    """Two moments per number: float32, or 8 bits with a float32 constant per block of numbers, and each tensor's step."""
+    total = 0
+    for size in (math.ceil(size / shares) for size in trained):
+        if optimizer == "adamw-8bit" and size >= _SMALLEST_8BIT:
+            total += 2 * (size + FLOAT_BYTES * math.ceil(size / _BLOCK_8BIT))
+        else:
+            total += 2 * FLOAT_BYTES * size + FLOAT_BYTES
+    return total
+
+
+def fits(plan_of: Callable[[int], MemoryPlan], gib: float) -> int:
+    """The largest number of images whose plan leaves `FREE_SHARE` of `gib` free; 0 where not even one does."""
+
+    def fit(images: int) -> bool:
+        return plan_of(images).total <= (1 - FREE_SHARE) * gib * GIB
+
+    if not fit(1):
+        return 0
+    low = 1
+    while low < _MOST_IMAGES and fit(2 * low):
+        low *= 2
+    high = 2 * low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return low
+
+
+def fitting_lines(
+    footprint: Footprint, settings: TrainingSection, compute: ComputeSection, world: int = 1
+) -> list[str]:
+    """A table for people: how many images at once fit cards of usual sizes, by arithmetic and checkpointing."""
+    rows = []
+    for dtype in footprint.measured:
+        for checkpointing in (False, True):
+            other = dataclasses.replace(compute, gradient_checkpointing=checkpointing)
+            changed = dataclasses.replace(settings, dtype=dtype)  # type: ignore[arg-type]  # a key of ours
+
+            def plan_of(images: int, changed: TrainingSection = changed, other: ComputeSection = other) -> MemoryPlan:
+                return memory_plan(footprint, changed, other, world, images)
+
+            numbers = [fits(plan_of, gib) for gib in CARDS_GIB]
+            cells = "".join(f"{f'{number:,}' if number else 'does not fit':>14}" for number in numbers)
+            rows.append(f"  {dtype + (', gradient checkpointing' if checkpointing else ''):32}{cells}")
+    head = "".join(f"{f'{gib} GiB':>14}" for gib in CARDS_GIB)
+    return [
+        f"images at once for which a card is large enough, {100 * FREE_SHARE:.0f} % of it left free:",
+        f"  {'':32}{head}",
+        *rows,
+        "  compute.gradient_accumulation_steps runs a larger batch in parts",
+    ]
