@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_S = 60.0  # for anything that is waited for; a machine with much else to do is slow
-_NEEDED = ["accelerate", "torch.distributed", "sklearn.datasets", "tinyfusion.jobs.recover", "tinyfusion.jobs.prune"]
+_NEEDED = ["tinyfusion.options", "tinyfusion.jobs.prune", "tinyfusion.jobs.recover"]
+_NEEDED += [
+    "accelerate",
+    "peft",
+    "sklearn.datasets",
+    "torch._dynamo",
+    "torch.distributed",
+]  # what those import on their way
 
 
 @dataclass

@@ -33,6 +33,8 @@ from tinyfusion.training.ema import horizon_warning
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")) if p.exists())
 SHELLS = ("", "bash", "console", "sh")
+OURS = ("tinyfusion", "make", "python", "pytest")
+LAUNCHERS = ("torchrun", "accelerate")
 ELSEWHERE = ("git", "cd", "pip", "pre-commit", "open")  # not ours to test
 TRAINING = "steps=2 batch_size=4 ema_decay=0.5 log_every_steps=1 checkpoint_every_steps=2 warmup_steps=0"
 SHORT = {
@@ -66,12 +68,12 @@ def commands(page: Path) -> list[list[str]]:
             if words:
                 words[0] = words[0].removeprefix(".venv/bin/")
                 found.append(unlaunched(words))
-    return [words for words in found if words[0] in ("tinyfusion", "make", "python", "pytest")]
+    return [words for words in found if words[0] in OURS]
 
 
 def unlaunched(words: list[str]) -> list[str]:
     """What a launcher starts several times, as it would be typed alone: alone is how it runs here."""
-    if words[0] in ("torchrun", "accelerate"):
+    if words[0] in LAUNCHERS:
         assert "-m" in words and words[words.index("-m") + 1] == "tinyfusion", shlex.join(words)
         return words[words.index("-m") + 1 :]
     return words
@@ -263,12 +265,6 @@ def test_every_fenced_shell_command_is_known() -> None:
         for block in blocks(page, "bash", "console", "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(re.sub(r"^\$ ", "", line.strip()), comments=True)
-                if words and words[0].removeprefix(".venv/bin/") not in (
-                    "tinyfusion",
-                    "make",
-                    "python",
-                    "pytest",
-                    *ELSEWHERE,
-                ):
+                if words and words[0].removeprefix(".venv/bin/") not in (*OURS, *LAUNCHERS, *ELSEWHERE):
                     strangers.append(f"{page.name}: {line}")
     assert strangers == []
