@@ -91,7 +91,18 @@ def recovery_of(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | Non
     objective = _objective(recipe, student, teacher, pairs, channels)
     state = TrainState(student.module, [ParameterGroup(trainable(student.module))], settings)
     return Training(
-        "recover", recipe, settings, student, student.stack, state, objective, source, engine, teacher, _logged(recipe)
+        "recover",
+        recipe,
+        settings,
+        student,
+        student.stack,
+        state,
+        objective,
+        source,
+        engine,
+        teacher,
+        teacher.stack if teacher else None,
+        _logged(recipe),
     )
 
 

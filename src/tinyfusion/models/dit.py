@@ -26,6 +26,8 @@ class DiTArch:
 
     head_dim, mlp_hidden: width of one head and of the hidden layer of an MLP, None where they are the published
     hidden_size / num_heads and 4 hidden_size; a given value that equals those becomes None, so that one model has one arch.
+    frequency_shift, mlp_norm_eps: where the class of diffusers computes something else than the published model, whose
+    values are the defaults; see `models/diffusers.py`.
     """
 
     input_size: int  # side of the square input in the model's own space (latent or pixel)
@@ -38,6 +40,8 @@ class DiTArch:
     learn_sigma: bool = True  # output 2C channels: noise and variance logits
     head_dim: int | None = None
     mlp_hidden: int | None = None
+    frequency_shift: int = 0  # timestep frequencies are 10000^(-i / (128 - shift))
+    mlp_norm_eps: float = 1e-6  # of the norm before an MLP
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
@@ -53,6 +57,10 @@ class DiTArch:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4 (the position table needs it)")
+        if not 0 <= self.frequency_shift < TIMESTEP_FREQUENCIES // 2:
+            raise ValueError(f"frequency_shift must be at least 0 and below 128; got {self.frequency_shift}")
+        if self.mlp_norm_eps <= 0:
+            raise ValueError(f"mlp_norm_eps must be above 0; got {self.mlp_norm_eps}")
         if self.head_dim is not None and self.head_dim * self.num_heads == self.hidden_size:
             object.__setattr__(self, "head_dim", None)
         if self.mlp_hidden == MLP_RATIO * self.hidden_size:
@@ -147,7 +155,7 @@ class DiTBlock(nn.Module):
         width = arch.hidden_size
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, arch.num_heads, arch.head_width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(width, eps=arch.mlp_norm_eps, elementwise_affine=False)
         self.mlp = Mlp(width, arch.mlp_width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -171,10 +179,11 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-def timestep_features(t: Tensor) -> Tensor:
-    """t (B,), the original step 0..999, unscaled -> (B, 256) float32: [cos(t w) | sin(t w)], w_i = 10000^(-i/128)."""
+def timestep_features(t: Tensor, shift: int = 0) -> Tensor:
+    """t (B,), the original step 0..999, unscaled -> (B, 256) float32: [cos(t w) | sin(t w)], w_i = 10000^(-i/(128-shift))."""
     half = TIMESTEP_FREQUENCIES // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * steps / (half - shift))
     angles = t.float().unsqueeze(1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -182,12 +191,13 @@ def timestep_features(t: Tensor) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """t (B,) -> (B, D)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, frequency_shift: int = 0) -> None:
         super().__init__()
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_features(t))
+        return self.mlp(timestep_features(t, self.frequency_shift))
 
 
 class LabelEmbedder(nn.Module):
@@ -209,7 +219,8 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return tokens.contiguous()  # the stream keeps its layout through all blocks, and this one is quicker
 
 
 def position_table(width: int, grid: int) -> Tensor:
@@ -235,7 +246,7 @@ class DiT(nn.Module):
         width, patch = arch.hidden_size, arch.patch_size
         self.pos_embed = nn.Parameter(position_table(width, arch.input_size // patch), requires_grad=False)
         self.x_embedder = PatchEmbedder(arch.in_channels, width, patch)
-        self.t_embedder = TimestepEmbedder(width)
+        self.t_embedder = TimestepEmbedder(width, arch.frequency_shift)
         self.y_embedder = LabelEmbedder(arch.num_classes, width)
         self.blocks = nn.ModuleList([DiTBlock(arch) for _ in range(arch.depth)])
         self.final_layer = FinalLayer(width, patch * patch * arch.out_channels)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.launch import launched_processes, launched_rank
@@ -224,13 +225,15 @@ def open_engine(device: str, compute: ComputeSection) -> Engine:
     """The engine of this program on `device` ("auto", "cpu", "cuda", "mps"). Raises UserError where it is not there."""
     if compute.gradient_accumulation_steps < 1:
         raise UserError(f"compute.gradient_accumulation_steps is at least 1; got {compute.gradient_accumulation_steps}")
+    chosen = choose_device(device)
+    if compute.compile:
+        check_compiler(chosen)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute.tf32
     if launched_processes() == 1:
-        return Engine(choose_device(device), compute)
+        return Engine(chosen, compute)
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    chosen = choose_device(device)
     accelerator = Accelerator(
         cpu=chosen.type == "cpu",
         mixed_precision="no",  # the loop casts by itself: losses stay in float32
