@@ -38,12 +38,16 @@ _PASSING_VALUES = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """Rounded numbers of a job. memory_gib: on the device, beside the program itself. basis: how the minutes were found."""
+    """Rounded numbers of a job. memory_gib: on the device, beside the program itself. basis: how the minutes were found.
+
+    memory_plan: what of a training takes the memory, and what would fit, as lines for people.
+    """
 
     minutes: float
     memory_gib: float
     disk_mib: float
     basis: str
+    memory_plan: tuple[str, ...] = ()
 
     def __add__(self, other: Estimate) -> Estimate:
         """One job after the other."""
@@ -52,6 +56,7 @@ class Estimate:
             max(self.memory_gib, other.memory_gib),
             self.disk_mib + other.disk_mib,
             self.basis,
+            (*self.memory_plan, *other.memory_plan),
         )
 
 
@@ -68,7 +73,7 @@ def training_estimate(training: Training) -> Estimate:
     """Minutes and memory of a training run. Moves `state`: throw it away afterwards. Every process must call."""
     state, settings, model, teacher = training.state, training.settings, training.model, training.teacher
     weights = sum(p.numel() for p in state.model.parameters()) + (num_parameters(teacher.module) if teacher else 0)
-    memory, _ = training_memory(training)
+    memory, lines = training_memory(training)
     macs = 3 * model_macs(model) + (model_macs(teacher) if teacher else 0)  # a backward pass costs two forward passes
 
     def measure(batch_size: int) -> float:
@@ -78,8 +83,10 @@ def training_estimate(training: Training) -> Estimate:
             ends = [_after(float(record.gradient_norm)) for record in measured.steps()]
         return (ends[-1] - ends[0]) / 2
 
-    seconds, basis = _seconds(measure, macs, settings.batch_size, weights, next(iter(state.parameters.values())).device)
-    return _rounded(settings.made_steps * seconds, memory.total, training_disk_bytes(training), basis)
+    parts = training.engine.world * training.engine.compute.gradient_accumulation_steps
+    seconds, basis = _seconds(measure, macs, settings.batch_size, weights, training.engine.device, parts)
+    estimate = _rounded(settings.made_steps * seconds, memory.total, training_disk_bytes(training), basis)
+    return dataclasses.replace(estimate, memory_plan=tuple(lines))
 
 
 def training_memory(training: Training) -> tuple[MemoryPlan, list[str]]:
@@ -90,7 +97,8 @@ def training_memory(training: Training) -> tuple[MemoryPlan, list[str]]:
         state.model, training.stack, state.parameters, training.objective, training.source, settings, beside
     )
     plan = memory_plan(footprint, settings, engine.compute, engine.world)
-    return plan, [*plan.lines(), *fitting_lines(footprint, settings, engine.compute, engine.world)]
+    lines = [*plan.lines(), *fitting_lines(footprint, settings, engine.compute, engine.world)]
+    return plan, [f"{training.title}: {lines[0]}", *lines[1:]]
 
 
 def sampling_estimate(
@@ -145,6 +153,8 @@ def announce(verb: str, plan: dict[str, Any], estimate: Estimate, spoken: bool =
     print(f"{verb} would do this:")
     for name, value in rows.items():
         print(f"  {name:12} {value}")
+    for line in estimate.memory_plan:
+        print(line)
     sys.stdout.flush()
     return values
 
@@ -160,11 +170,16 @@ def _activations(model: LoadedModel) -> int:
 
 
 def _seconds(
-    measure: Callable[[int], float], macs_per_image: int, batch_size: int, parameters: int, device: torch.device
+    measure: Callable[[int], float],
+    macs_per_image: int,
+    batch_size: int,
+    parameters: int,
+    device: torch.device,
+    least: int = 1,
 ) -> tuple[float, str]:
-    """Seconds of one step at `batch_size`, and how they were found."""
+    """Seconds of one step at `batch_size`, and how they were found. least: images that a step cannot do without."""
     if parameters <= _MEASURED_PARAMETERS:
-        measured = max(1, min(batch_size, int(_MEASURED_MACS / macs_per_image)))
+        measured = max(least, min(batch_size, int(_MEASURED_MACS / macs_per_image)))
         return measure(measured) * batch_size / measured, f"measured on two steps of {measured} images, {device.type}"
     side = 1024
     a = torch.ones(side, side, device=device)

@@ -97,8 +97,8 @@ def memory_plan(
     kept = _kept(footprint, measured, images, compute.gradient_checkpointing)
     casts, most = kept.casts, kept.casts + kept.activations
     if not held_gradients:
-        most = max(most, gradients + kept.end) - gradients
-        casts = min(casts, most)
+        casts, most = (casts, most) if most > gradients + kept.end else (kept.end_casts, gradients + kept.end)
+        casts, most = min(casts, most - gradients), most - gradients
     parts = {
         "trained_weights": FLOAT_BYTES * numbers,
         "frozen_weights": math.ceil(frozen / shares),
@@ -117,11 +117,12 @@ def memory_plan(
 
 @dataclass(frozen=True)
 class _Kept:
-    """Bytes at the moment when most is kept for the backward pass, and (both) when that is at its last block."""
+    """Bytes at the moment when most is kept for the backward pass, and (end: both) when that is at its last block."""
 
     activations: int
     casts: int
     end: int
+    end_casts: int
 
 
 def _kept(footprint: Footprint, measured: Measured, images: int, checkpointing: bool) -> _Kept:
@@ -146,7 +147,7 @@ def _kept(footprint: Footprint, measured: Measured, images: int, checkpointing: 
     if measured.teacher:  # runs before the student
         moments.append((images * max(b.without_graph + footprint.features * b.output for b in measured.teacher), 0))
     activations, casts = max(moments, key=sum)
-    return _Kept(math.ceil(activations), casts, math.ceil(max(inside) + block_casts))
+    return _Kept(math.ceil(activations), casts, math.ceil(max(inside) + block_casts), block_casts)
 
 
 def _moment_bytes(trained: Sequence[int], shares: int, optimizer: str) -> int:

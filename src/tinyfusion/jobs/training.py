@@ -22,6 +22,7 @@ from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.core.signals import Interrupted, SignalWatch
+from tinyfusion.jobs.estimate import training_memory
 from tinyfusion.jobs.watching import Watch
 from tinyfusion.models.checkpoint import LoadedModel, save_model
 from tinyfusion.models.stack import BlockStack
@@ -145,6 +146,7 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
         )
     drawn = None if training.title == "prune" else training.model  # gates have nothing to show yet
     watch = Watch(training.recipe, run, drawn, training.title, start)
+    _plan_memory(training, run)
     sitting = _Sitting(training, run, start, spent, watch)
     main_pid = engine.first(os.getpid)
     with (
@@ -179,6 +181,15 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
                 raise Interrupted(stop, "saved, the same command continues")
     sitting.tell_saved(writer)
     return sitting.seconds()
+
+
+def _plan_memory(training: Training, run: RunDirectory) -> None:
+    """Say before the first step what it will hold, and what would fit."""
+    _, lines = training_memory(training)
+    for line in lines:
+        run.note(line)
+        if run.writes:
+            print(line, file=sys.stderr)
 
 
 class _Sitting:
