@@ -251,6 +251,8 @@ class Yardstick:
         if not (folder / "student").is_dir():
             recipe = self.recipe(job.plan_sets, job.plan_seed)
             if job.parent:
+                if not (self.root / "recovered" / job.parent.key).is_dir():  # its numbers alone came from elsewhere
+                    (self.root / "outcomes" / f"{job.parent.key}.json").unlink(missing_ok=True)
                 self.outcome(job.parent)
                 recipe = replace(recipe, teacher=str(self.root / "recovered" / job.parent.key))
             prune(recipe, RunOptions(folder))

@@ -81,7 +81,8 @@ def _is_ours(record: Any) -> bool:
 
 # knobs that change how a result comes about, and not the result
 _IDLE = {
-    "compute", "watch", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "speed", "sample.batch_size",
+    "compute", "watch", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "speed", "bench", "sample.batch_size",
+    "sample.decode_batch_size",
 }  # fmt: skip
 
 
@@ -296,12 +297,13 @@ class RunDirectory:
 
     def _append(self, file: Path, line: str) -> None:
         """One more line. Raises UserError where the folder has gone or does not take it; no part of the line stays."""
-        self._check_there()
         size = file.stat().st_size if file.exists() else 0
         try:
             with open(file, "a", encoding="utf-8") as opened:
                 opened.write(line + "\n")
         except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                self._check_there()
             with contextlib.suppress(OSError):
                 os.truncate(file, size)
             raise UserError(f"cannot write {file}: {disk_reason(error)}; {_CONTINUES}") from error

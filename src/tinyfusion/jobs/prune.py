@@ -45,9 +45,9 @@ class Learning:
 
 def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Decide which blocks of the teacher go; writes `plan.json` and `student/`. Returns what `--json` prints."""
+    engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
     teacher = open_model(recipe.teacher, recipe.sample.weights, options.num_heads, options.family)
     plain = plain_recipe(recipe, "data", "prune", teacher=teacher.hash())
-    engine = engine_for(recipe)
     run = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: run.check("prune", plain, options.overwrite))
     work = check_prune(recipe, teacher, engine)

@@ -36,10 +36,10 @@ from tinyfusion.training.state import TrainState
 
 def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[str, Any] | None:
     """Train the student; writes `student/` (averaged weights) and `student-raw/`. Returns what `--json` prints."""
+    engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
     student, teacher = opened(recipe, student_source, options.num_heads, options.family)
     inputs = {"student": student.hash(), "teacher": teacher.hash() if teacher else None}
     plain = plain_recipe(recipe, "data", "recover", **inputs)
-    engine = engine_for(recipe)
     run = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: run.check("recover", plain, options.overwrite))
     intent = _intent(recipe, student, teacher, mode)

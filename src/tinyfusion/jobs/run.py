@@ -43,9 +43,9 @@ from tinyfusion.sample.drive import sample as draw_samples
 
 def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Prune, recover, sample three models from the same seeds, evaluate, time, and write the page."""
+    engine = engine_for(recipe)
     teacher = open_model(recipe.teacher, recipe.sample.weights, options.num_heads, options.family)
     plain = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash()}
-    engine = engine_for(recipe)
     folder = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
     page = options.out / "report.html"
