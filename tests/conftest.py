@@ -13,7 +13,7 @@ settings.register_profile("suite", deadline=None, derandomize=True, database=Non
 settings.load_profile("suite")
 
 DEFAULT_GOLDEN = Path(__file__).parent / "assets" / "golden"
-GOLDEN_SUBJECTS = ("dit", "gate", "kd", "metrics")
+GOLDEN_SUBJECTS = ("dit", "gate", "kd", "metrics", "inception")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

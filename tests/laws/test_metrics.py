@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 
 from tinyfusion.core.errors import UserError
@@ -20,13 +23,17 @@ from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
 from tinyfusion.data.images import image_grid, read_image_folder, read_images_npz, write_grid_png, write_images_npz
 from tinyfusion.evaluate import metrics
+from tinyfusion.evaluate.features import Features
+from tinyfusion.evaluate.fidelity import psnr_db, ssim
 from tinyfusion.evaluate.metrics import (
+    Moments,
     feature_moments,
     frechet_distance,
     inception_score,
     nearest_training_distance,
     precision_recall,
 )
+from tinyfusion.evaluate.statistics import RunningMoments, RunningScore, summarise
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference, score
 from tinyfusion.jobs.sample import write_samples
@@ -71,6 +78,124 @@ def test_frechet_distance_of_equal_statistics_is_zero_and_symmetric(num: int) ->
     first, second = feature_moments(normal("first", num, 64)), feature_moments(2 * normal("second", num, 64) + 1)
     assert frechet_distance(*first, *first) == pytest.approx(0, abs=1e-10)
     assert frechet_distance(*first, *second) == pytest.approx(frechet_distance(*second, *first), rel=1e-10)
+
+
+def by_matrix_root(first: Moments, second: Moments) -> float:
+    """The published computation, with scipy's root of a general matrix."""
+    difference = first.mean - second.mean
+    root = sqrtm(first.covariance @ second.covariance)
+    return float(difference @ difference + np.trace(first.covariance + second.covariance - 2 * root.real))
+
+
+@pytest.mark.parametrize("decay", [0.0, 4.0])
+def test_frechet_distance_agrees_with_the_root_of_a_general_matrix(decay: float) -> None:
+    """To 1e-6, also for spectra over four decades and correlated features."""
+    mix = normal("mix", 60, 60) * np.exp(-decay * np.linspace(0, 1, 60))
+    first = feature_moments(normal("first", 900, 60) @ mix.T)
+    second = feature_moments(1.1 * normal("second", 700, 60) @ (mix + 0.1).T + 0.05)
+    assert frechet_distance(*first, *second) == pytest.approx(by_matrix_root(first, second), rel=1e-6)
+
+
+@pytest.mark.parametrize(("num1", "num2"), [(20, 30), (20, 400), (2, 2)])
+def test_frechet_distance_of_few_samples_is_that_of_their_gram_matrix(num1: int, num2: int) -> None:
+    """With factors F of samples (N < D), tr (S1 S2)^(1/2) is the nuclear norm of F1 F2^T, of N1 x N2 entries."""
+    first, second = normal("first", num1, 64), 2 * normal("second", num2, 64) + 1
+    one, two = feature_moments(first), feature_moments(second)
+    factors = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (first, second)]
+    nuclear = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
+    traces = np.trace(one.covariance) + np.trace(two.covariance)
+    expected = ((one.mean - two.mean) ** 2).sum() + traces - 2 * nuclear
+    assert frechet_distance(*one, *two) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_of_features_that_share_nothing_is_that_of_the_parts() -> None:
+    """Ranges at right angles: the root vanishes, exactly; also where one set does not vary at all."""
+    first, second = np.zeros((50, 8)), np.zeros((50, 8))
+    first[:, :4], second[:, 4:] = normal("first", 50, 4), normal("second", 50, 4)
+    one, two = feature_moments(first), feature_moments(second)
+    parts = ((one.mean - two.mean) ** 2).sum() + np.trace(one.covariance) + np.trace(two.covariance)
+    assert frechet_distance(*one, *two) == pytest.approx(parts, rel=1e-14)
+    still = feature_moments(np.ones((5, 8)))
+    apart = ((one.mean - 1) ** 2).sum() + np.trace(one.covariance)
+    assert frechet_distance(*one, *still) == pytest.approx(apart, rel=1e-14)
+
+
+def test_eigenvalues_that_rounding_reaches_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Singular values from the start, and where the faster way doubts itself, give one distance."""
+    spectrum = np.logspace(0, -9, 40)
+    basis = np.linalg.qr(normal("basis", 40, 40))[0]
+    covariances = basis * spectrum @ basis.T, np.diag(spectrum[::-1])
+    moments = np.zeros(40), covariances[0], np.zeros(40), covariances[1]
+    careful = frechet_distance(*moments)
+    monkeypatch.setattr(metrics, "_DOUBT", np.inf)
+    fast = frechet_distance(*moments)
+    monkeypatch.setattr(metrics, "_DOUBT", -1.0)
+    assert frechet_distance(*moments) == pytest.approx(careful, rel=1e-9)
+    assert fast == pytest.approx(careful, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100, 1000])
+def test_running_moments_do_not_depend_on_the_batches(batch: int) -> None:
+    features = normal("features", 300, 5) + 1e3  # a mean far away, where sums of squares would lose digits
+    running = RunningMoments()
+    for first in range(0, len(features), batch):
+        running.add(features[first : first + batch])
+    whole = feature_moments(features)
+    assert np.allclose(running.moments().mean, whole.mean, rtol=1e-14)
+    assert np.allclose(running.moments().covariance, whole.covariance, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100])
+def test_running_score_does_not_depend_on_the_batches(batch: int) -> None:
+    logits = np.concatenate([normal("logits", 60, 10), np.where(np.eye(10) > 0, 0.0, -1e5)])
+    running = RunningScore(30)
+    for first in range(0, len(logits), batch):
+        running.add(logits[first : first + batch])
+    assert running.score() == pytest.approx(inception_score(logits, 30), rel=1e-12)
+
+
+def test_streams_refuse_what_gives_no_number() -> None:
+    def batches(*sizes: int) -> Iterator[Features]:
+        return (Features(normal("pool", size, 4), None, None) for size in sizes)
+
+    with pytest.raises(ValueError, match="more than the 5 images"):
+        summarise(batches(3, 3), 5)
+    with pytest.raises(ValueError, match="3 images, and 5 were told"):
+        summarise(batches(3), 5)
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        summarise(batches(1), 1)
+    with pytest.raises(ValueError, match="not finite"):
+        RunningMoments().add(np.full((2, 3), np.nan))
+    three = RunningMoments()
+    three.add(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="2 features after rows of 3"):
+        three.add(np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="at least one image"):
+        RunningScore(5).score()
+
+
+def test_statistics_of_a_stream_hold_features_once_and_squares_of_their_width() -> None:
+    """Features in float32, and a few matrices of D x D; never a matrix of N x D in float64, nor N x N distances."""
+    num, width, batch = 12_000, 128, 200
+    template = normal("template", batch, width).astype(np.float32)
+
+    def stream() -> Iterator[Features]:
+        for first in range(0, num, batch):
+            yield Features(template + np.float32(first), None, template[:, :40])
+
+    tracemalloc.start()
+    found = summarise(stream(), num)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.features is not None and found.features.shape == (num, width)
+    kept, squares, passing = 4 * num * width, 8 * width * width, 8 * batch * width
+    assert peak < 1.1 * kept + 8 * squares + 8 * passing < 8 * num * width
+
+
+# ------------------------------------------------------------------------------------------------- moments
 
 
 def test_moments_are_unbiased() -> None:
@@ -131,11 +256,80 @@ def test_precision_and_recall_do_not_depend_on_the_block_size(monkeypatch: pytes
     assert max(whole) < 1
 
 
+def test_distances_are_never_more_than_a_block_and_half_of_a_symmetric_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, samples = normal("reference", 150, 6), normal("samples", 130, 6)
+    entries: list[int] = []
+    compute = metrics._Points.squared_distances
+
+    def counted(self: Any, rows: slice, other: Any, columns: slice) -> torch.Tensor:
+        found = compute(self, rows, other, columns)
+        entries.append(found.numel())
+        return found
+
+    monkeypatch.setattr(metrics._Points, "squared_distances", counted)
+    monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 100)
+    precision_recall(reference, samples)
+    assert max(entries) <= 100
+    halves = sum(num * (num + 10) // 2 for num in (150, 130))  # blocks of 10: the diagonal ones whole
+    assert sum(entries) == 150 * 130 + halves
+
+
 def test_nearest_training_distance_is_in_pixels_of_minus_one_to_one() -> None:
     training = np.zeros((3, 2, 2, 1), np.uint8)
     images = np.stack([np.full((2, 2, 1), value, np.uint8) for value in (0, 255, 255)])
     assert nearest_training_distance(training, training) == 0
     assert nearest_training_distance(images, training) == pytest.approx(4)  # sqrt(4 pixels x 2^2)
+
+
+# ------------------------------------------------------------------------------------------------- pairs of images
+
+
+def test_psnr_of_a_constant_error_is_the_closed_form() -> None:
+    left = np.full((2, 8, 8, 3), 100, np.uint8)
+    right = left.copy()
+    right[0] += 5
+    expected = [10 * np.log10(255**2 / 25), 10 * np.log10(255**2 * 8 * 8 * 3)]  # equal images: one value by one level
+    assert psnr_db(left, right) == pytest.approx(expected)
+    assert psnr_db(right, left) == pytest.approx(expected)  # nothing wraps around in uint8
+
+
+def test_ssim_of_flat_pictures_is_the_closed_form() -> None:
+    """No structure: (2 a b + C1) / (a^2 + b^2 + C1)."""
+    left, right = np.full((1, 16, 16, 1), 60, np.uint8), np.full((1, 16, 16, 1), 120, np.uint8)
+    c1 = (0.01 * 255) ** 2
+    assert ssim(left, right) == pytest.approx((2 * 60 * 120 + c1) / (60**2 + 120**2 + c1))
+
+
+@pytest.mark.parametrize("size", [(11, 11), (13, 12), (8, 9), (1, 1)])
+def test_ssim_is_the_mean_over_windows(size: tuple[int, int]) -> None:
+    """Against the definition, window by window; small pictures have a smaller window."""
+    rng = np.random.default_rng(0)
+    left, right = rng.integers(0, 256, (2, 1, *size, 2), dtype=np.uint8)
+    side = min(11, *(n if n % 2 else n - 1 for n in size))
+    place = np.arange(side) - side // 2
+    line = np.exp(-(place**2) / (2 * 1.5**2))
+    weights = np.outer(line, line) / np.outer(line, line).sum()
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    values = []
+    for channel in range(2):
+        for top in range(size[0] - side + 1):
+            for start in range(size[1] - side + 1):
+                x, y = (p[0, top : top + side, start : start + side, channel].astype(float) for p in (left, right))
+                mx, my = (weights * x).sum(), (weights * y).sum()
+                vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
+                cov = (weights * (x - mx) * (y - my)).sum()
+                values.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    assert ssim(left, right)[0] == pytest.approx(np.mean(values))
+
+
+def test_pairs_of_equal_images_are_perfect_and_damage_lowers_both() -> None:
+    images = to_uint8(load_digits(heldout=True).x[:20])
+    assert ssim(images, images) == pytest.approx(np.ones(20))
+    worse = [to_uint8(load_digits(heldout=True).x[:20] + s * normal("damage", 20, 1, 8, 8)) for s in NOISE_SIGMAS]
+    for measure in (psnr_db, ssim):
+        assert (np.diff([measure(images, image).mean() for image in (images, *worse)]) < 0).all()
+    with pytest.raises(ValueError, match="one shape"):
+        ssim(images, images[:3])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

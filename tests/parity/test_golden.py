@@ -1,6 +1,7 @@
-"""Every golden tensor against ours: max|ours - theirs| <= 1e-5 max|theirs|, gradients 1e-4.
+"""Every golden tensor against ours: max|ours - theirs| <= 1e-5 max|theirs|, gradients and Inception features 1e-4.
 
-A subject (dit, gate, kd, metrics) is SUBJECT.json, SUBJECT_golden.safetensors and its weights. Every tensor of the file
+A subject (dit, gate, kd, metrics, inception) is SUBJECT.json, SUBJECT_golden.safetensors and its weights; those of
+inception are drawn again by the rule in its JSON. Every tensor of the file
 is one test, and `RULES` says how ours is computed for its name. Names of `INPUTS` (images, noise, labels, ...) are not
 compared; their test fails unless some rule of the subject reads them. A name without a rule fails. Sizes, groups and
 pairs come from the files alone, so `--golden DIR` runs the same on any other set.
@@ -24,6 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tinyfusion.evaluate.features import Features
+from tinyfusion.evaluate.inception import InceptionFeatures, inception_from_state
 from tinyfusion.evaluate.metrics import feature_moments, frechet_distance, inception_score, precision_recall
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective
@@ -34,8 +37,9 @@ from tinyfusion.prune.scheme import consecutive_groups
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.sample.guidance import guided
 
-SUBJECTS = ("dit", "gate", "kd", "metrics")
+SUBJECTS = ("dit", "gate", "kd", "metrics", "inception")
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+TOLERANCES = {"inception": 1e-4}  # of a subject, where it has its own
 MASK_SIGMAS = 2.0  # fixed by the layout of `kd`, as is the `own` rule
 
 
@@ -144,6 +148,29 @@ class GoldenSet:
                 logits.copy_(self.get(f"logits_{index}").view_as(logits))
         return gates
 
+    @cached_property
+    def inception(self) -> InceptionFeatures:
+        """The network with the weights of the rule: key i of the list from a generator of its own."""
+        drawn = {}
+        for i, (name, shape) in enumerate(self.config["tensors"]):
+            z = np.random.RandomState(self.config["seed"] * 100000 + i).standard_normal(shape)
+            if name.endswith("running_var"):
+                z = 1 + 0.1 * np.abs(z)
+            elif name.endswith("bn.weight"):
+                z = 1 + 0.1 * z
+            elif len(shape) in (2, 4):
+                z = z * np.sqrt((2 if len(shape) == 4 else 1) / np.prod(shape[1:]))
+            else:
+                z = 0.1 * z
+            drawn[name] = torch.from_numpy(z.astype(np.float32))
+        return InceptionFeatures(inception_from_state(drawn), torch.device("cpu"))
+
+    @cached_property
+    def seen(self) -> dict[str, Features]:
+        """Inception features of every set of images, by its name."""
+        sets = [name.removesuffix("_images") for name in self.tensors if name.endswith("_images")]
+        return {name: self.inception(self.get(f"{name}_images").permute(0, 2, 3, 1).numpy()) for name in sets}
+
     @property
     def gumbel(self) -> tuple[Tensor, ...]:
         return tuple(self.get(f"gumbel_{index}") for index in range(len(self.config["groups"])))
@@ -250,6 +277,13 @@ def inception(golden: GoldenSet) -> float:
     return inception_score(logits, split_size=len(logits))
 
 
+def spatial(golden: GoldenSet, name: str) -> Tensor:
+    """Ours are channels last, in one row, as stored moments have them."""
+    found = golden.seen[name].spatial
+    assert found is not None
+    return torch.from_numpy(found).unflatten(1, (17, 17, 7)).permute(0, 3, 1, 2)
+
+
 RULES: dict[str, dict[str, Rule]] = {
     "dit": {
         r"out": lambda golden: golden.forward[0],
@@ -281,6 +315,11 @@ RULES: dict[str, dict[str, Rule]] = {
         r"inception_score": inception,
         r"(precision|recall)": coverage,
     },
+    "inception": {
+        r"(.*)_pool": lambda golden, name: golden.seen[name].pool,
+        r"(.*)_logits_unbiased": lambda golden, name: golden.seen[name].logits,
+        r"(.*)_spatial": spatial,
+    },
 }
 # What a rule reads instead of giving: its test fails where no rule did.
 INPUTS = {
@@ -288,6 +327,7 @@ INPUTS = {
     "gate": r"x|t|y|noise|tau|scaling|logits_\d+|gumbel_\d+",
     "kd": r"x|t|y|noise|alpha_kd|beta|pairs",
     "metrics": r"logits|(lowrank_)?(samples|ref)",
+    "inception": r".*_images",
 }
 
 
@@ -339,7 +379,7 @@ def test_tensor(pytestconfig: pytest.Config, subject: str, tensor_name: str) -> 
         golden.use_everything()
         assert tensor_name in golden.read, f"no rule of {subject} uses the input {tensor_name!r}"
         return
-    tolerance = GRADIENT_TOLERANCE if "grad" in tensor_name else TOLERANCE
+    tolerance = GRADIENT_TOLERANCE if "grad" in tensor_name else TOLERANCES.get(subject, TOLERANCE)
     assert disagreement(ours, golden.get(tensor_name)) <= tolerance
 
 
@@ -364,7 +404,7 @@ def test_weights_tell_every_size_but_the_heads(
     pytestconfig: pytest.Config, subject: str, file: str, config: str
 ) -> None:
     golden = golden_set(pytestconfig, subject)
-    published = {"learn_sigma": True, "head_dim": None, "mlp_hidden": None}
+    published = {"learn_sigma": True, "head_dim": None, "mlp_hidden": None, "frequency_shift": 0, "mlp_norm_eps": 1e-6}
     assert dataclasses.asdict(golden.model(file, config).arch) == {**golden.config[config], **published}
 
 

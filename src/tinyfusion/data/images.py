@@ -77,7 +77,7 @@ def read_image_folder(path: Path) -> np.ndarray:
     files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".png" and not p.name.startswith("."))
     if not files:
         raise UserError(f"{path} holds no .png files")
-    images = [_read_png(file) for file in files]
+    images = [read_png(file) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
             raise UserError(
@@ -87,7 +87,7 @@ def read_image_folder(path: Path) -> np.ndarray:
     return np.stack(images)
 
 
-def _read_png(file: Path) -> np.ndarray:
+def read_png(file: Path) -> np.ndarray:
     """(H, W, 1) or (H, W, 3) uint8."""
     try:
         with Image.open(file, formats=("PNG",)) as image:

@@ -26,11 +26,14 @@ SPATIAL_CHANNELS = 7  # as sFID takes from Inception, arXiv 2103.03841
 
 @dataclass(frozen=True)
 class Features:
-    """pool (N, D) for FID, precision and recall; spatial (N, 7 h w) for sFID; logits (N, K) for the Inception Score."""
+    """pool (N, D) for FID, precision and recall; spatial (N, 7 h w) for sFID; logits (N, K) for the Inception Score.
+
+    An extractor that has no maps, or no classes, gives None for those.
+    """
 
     pool: np.ndarray
-    spatial: np.ndarray
-    logits: np.ndarray
+    spatial: np.ndarray | None
+    logits: np.ndarray | None
 
 
 class FeatureExtractor(Protocol):
@@ -44,6 +47,20 @@ class FeatureExtractor(Protocol):
     @property
     def hash(self) -> str:
         """SHA-256 of its weights."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it works; distances between features are computed there too."""
+        ...
+
+    @property
+    def slow(self) -> bool:
+        """Whether the statistics of a reference are worth keeping on the disk."""
+        ...
+
+    def treatment(self, shape: tuple[int, int, int]) -> str:
+        """What is done to images (H, W, C) before the network sees them, for the protocol; empty where nothing is."""
         ...
 
     def check(self, images: np.ndarray, what: str) -> None:
@@ -94,6 +111,9 @@ class SmallClassifier(nn.Module):
 class ClassifierFeatures:
     """A `SmallClassifier` as a `FeatureExtractor`. Its batch size bounds memory; features do not depend on it."""
 
+    device = torch.device("cpu")
+    slow = False
+
     def __init__(self, name: str, classifier: SmallClassifier, arch: ClassifierArch, batch_size: int = 256) -> None:
         self.name = name
         self.hash = hash_state(classifier.state_dict())
@@ -111,6 +131,10 @@ class ClassifierFeatures:
                 f"{what}: features {self.name} take images of height, width, channels {wanted}; "
                 f"got {tuple(images.shape[1:])}"
             )
+
+    def treatment(self, _shape: tuple[int, int, int]) -> str:
+        """Nothing is done: images have the classifier's size."""
+        return ""
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from tinyfusion.core.config import nearest
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import EvaluateSection, Recipe
 from tinyfusion.core.rundir import file_output, read_json, stamp, write_json
 from tinyfusion.data.digits import REAL_SETS
-from tinyfusion.data.images import read_image_folder, read_images_npz
-from tinyfusion.evaluate.features import EXTRACTORS, FeatureExtractor, Features
-from tinyfusion.evaluate.metrics import (
-    Moments,
-    feature_moments,
-    frechet_distance,
-    inception_score,
-    nearest_training_distance,
-    precision_recall,
-)
-from tinyfusion.jobs.assemble import PARQUET, RunOptions, image_set, plain_recipe
-from tinyfusion.sample.drive import to_uint8
+from tinyfusion.data.image_source import ImageSource, source_of
+from tinyfusion.evaluate.features import FeatureExtractor
+from tinyfusion.evaluate.metrics import frechet_distance, nearest_training_distance, precision_recall
+from tinyfusion.jobs.against import fidelity, open_pairs
+from tinyfusion.jobs.assemble import PARQUET, RunOptions, device_for, plain_recipe
+from tinyfusion.jobs.extractors import open_extractor
+from tinyfusion.jobs.references import Reference, open_images, open_reference, statistics_of
 
+__all__ = ["Reference", "evaluate", "image_hash", "open_extractor", "open_reference", "protocol_of", "score"]
+
+NEAREST_PRODUCTS = 2e12  # multiply-adds that the distance to the nearest reference image may take: minutes on two cores
 METRICS = (
     "fid",
     "sfid",
@@ -45,33 +35,26 @@ METRICS = (
 )
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Real images, their features and the moments of those: made once, used for every model."""
+def evaluate(
+    recipe: Recipe, options: RunOptions, samples: Path, reference: str, against: Path | None = None
+) -> dict[str, Any]:
+    """Score images (npz, folder of PNGs, real set by name) against a reference; writes the JSON at `options.out`.
 
-    name: str
-    hash: str
-    images: np.ndarray
-    features: Features
-    pool: Moments
-    spatial: Moments
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-def evaluate(recipe: Recipe, options: RunOptions, samples: Path, reference: str) -> dict[str, Any]:
-    """Score images (npz, folder of PNGs, real set by name) against a reference; writes the JSON at `options.out`."""
+    against: an npz that another model drew from the same seeds; PSNR and SSIM of the pairs go with the scores.
+    """
     settings = recipe.evaluate
-    extractor = open_extractor(settings.features)
-    images = _images(str(samples), recipe.data.size)
+    extractor = open_extractor(settings.features, str(device_for(recipe)))
+    images = open_images(str(samples), recipe.data.size)
     _check(images, str(samples), settings, extractor)
+    others = None if against is None else open_pairs(samples, against)
     real = open_reference(reference, extractor, recipe.data.size)
-    _check(real.images, f"reference {reference}", settings, extractor)
-    protocol = protocol_of(real, extractor, settings, _sampling(samples, images))
-    plain = plain_recipe(
-        recipe, "evaluate", samples=image_hash(images), reference=real.hash, features=extractor.hash, protocol=protocol
-    )
+    _check_reference(real, images, settings)
+    hash = images.hash()
+    protocol = protocol_of(real, extractor, settings, _sampling(samples, images, hash), images.shape[1:])
+    inputs = {"samples": hash, "reference": real.hash, "features": extractor.hash, "protocol": protocol}
+    if others is not None:
+        inputs["against"] = others.hash()
+    plain = plain_recipe(recipe, "evaluate", **inputs)
     for other in ("references", "checkpoints"):  # the reference that counts is given by itself
         plain["evaluate"].pop(other)
     if not file_output(options.out, "evaluate", plain, options.overwrite, read_json):
@@ -80,6 +63,8 @@ def evaluate(recipe: Recipe, options: RunOptions, samples: Path, reference: str)
     if options.dry_run:
         return {"protocol": protocol}
     scores = score(images, real, extractor, settings.neighbours, settings.is_splits_size)
+    if others is not None and against is not None:
+        scores["against"] = fidelity(images, others, against.name, inputs["against"])
     record = {
         **stamp("evaluate", plain, "done"),
         **scores,
@@ -92,93 +77,69 @@ def evaluate(recipe: Recipe, options: RunOptions, samples: Path, reference: str)
 
 
 def score(
-    images: np.ndarray, reference: Reference, extractor: FeatureExtractor, neighbours: int = 3, splits_size: int = 5000
+    images: np.ndarray | ImageSource,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    neighbours: int = 3,
+    splits_size: int = 5000,
 ) -> dict[str, Any]:
     """FID, sFID, Inception Score, precision, recall and the median distance to the nearest reference image.
 
-    images: uint8 (N, H, W, C), more than `neighbours` of them. Distances are L2 in pixels of [-1, 1].
+    images: uint8 (N, H, W, C), more than `neighbours` of them. Distances are L2 in pixels of [-1, 1]. None stands where
+    the extractor, or a reference of moments alone, gives no such number, and for the last where it would take hours.
     """
-    features = extractor(images)
-    precision, recall = precision_recall(reference.features.pool, features.pool, neighbours)
+    source = images if isinstance(images, ImageSource) else source_of(images)
+    drawn = statistics_of(source, extractor, "features", splits_size)
+    real = reference.statistics
+    precision = recall = None
+    if real.features is not None and drawn.features is not None:
+        precision, recall = precision_recall(real.features, drawn.features, neighbours, extractor.device)
+    spatial = None if real.spatial is None or drawn.spatial is None else frechet_distance(*real.spatial, *drawn.spatial)
     return {
-        "fid": frechet_distance(*reference.pool, *feature_moments(features.pool)),
-        "sfid": frechet_distance(*reference.spatial, *feature_moments(features.spatial)),
-        "inception_score": inception_score(features.logits, splits_size),
+        "fid": frechet_distance(*real.pool, *drawn.pool),
+        "sfid": spatial,
+        "inception_score": drawn.inception_score,
         "precision": precision,
         "recall": recall,
-        "nearest_reference_distance": nearest_training_distance(images, reference.images),
-        "num_images": len(images),
+        "nearest_reference_distance": _nearest(source, reference.source),
+        "num_images": len(source),
     }
 
 
-def open_reference(name: str, extractor: FeatureExtractor, size: int | None = None) -> Reference:
-    """A reference by name, npz or folder, with its statistics; `size` as for `image_set`.
+def _nearest(images: ImageSource, real: ImageSource | None) -> float | None:
+    if real is None or images.array is None or real.array is None:
+        return None
+    if float(len(images)) * real.array.size > NEAREST_PRODUCTS:
+        return None
+    return nearest_training_distance(images.array, real.array)
 
-    Raises UserError where it cannot serve.
+
+def protocol_of(
+    reference: Reference,
+    extractor: FeatureExtractor,
+    settings: EvaluateSection,
+    sampling: str,
+    shape: tuple[int, int, int] | None = None,
+) -> str:
+    """The string that two numbers must share to stand in one column.
+
+    sampling: "N images | sampler ... | seed". shape: (H, W, C) of the images; None is that of the reference.
     """
-    images = _images(name, size)
-    extractor.check(images, f"reference {name}")
-    if len(images) < 2:
-        raise UserError(f"reference {name} has {len(images)} image: a covariance needs at least 2")
-    features = extractor(images)
-    label = name if name in REAL_SETS else Path(name).name
-    return Reference(
-        label, image_hash(images), images, features, feature_moments(features.pool), feature_moments(features.spatial)
+    treatment = extractor.treatment(shape) if shape else reference.treatment
+    seen = f" at {treatment}" if treatment else ""
+    stored = " with stored moments" if reference.stored else ""
+    features = (
+        f"{extractor.name} {extractor.hash[:8]}{seen}, k {settings.neighbours}, splits of {settings.is_splits_size}"
     )
-
-
-@cache
-def open_extractor(name: str) -> FeatureExtractor:
-    """A feature extractor that comes with the package, or one in a folder with classifier.json.
-
-    Raises UserError where there is none, or it is damaged.
-    """
-    shipped = name in EXTRACTORS
-    folder = Path(str(resources.files("tinyfusion"))) / "assets" / name if shipped else Path(name)
-    if not shipped and not (folder / "classifier.json").is_file():
-        raise UserError(
-            f"unknown feature extractor {name!r}{nearest(name, EXTRACTORS)} (or a folder with classifier.json)"
-        )
-    remedy = "install tinyfusion again" if shipped else "make it again"
-    record = read_json(folder / "classifier.json")
-    try:
-        build, label = EXTRACTORS[name if shipped else "digits-classifier"], name if shipped else str(record["name"])
-        extractor = build(label, record["arch"], load_file(folder / "classifier.safetensors"))
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"{folder} is damaged ({error}): {remedy}") from error
-    if extractor.hash != record.get("hash"):
-        raise UserError(f"{folder} is damaged: its tensors do not give the hash in classifier.json; {remedy}")
-    return extractor
-
-
-def protocol_of(reference: Reference, extractor: FeatureExtractor, settings: EvaluateSection, sampling: str) -> str:
-    """The string that two numbers must share to stand in one column. sampling: "N images | sampler ... | seed"."""
-    features = f"{extractor.name} {extractor.hash[:8]}, k {settings.neighbours}, splits of {settings.is_splits_size}"
-    return f"{features} | {reference.name} {reference.hash[:8]} {len(reference)} | {sampling}"
+    return f"{features} | {reference.name} {reference.hash[:8]} {len(reference)}{stored} | {sampling}"
 
 
 def image_hash(images: np.ndarray) -> str:
     """SHA-256 over type, shape and pixels."""
-    digest = hashlib.sha256(f"{images.dtype}\0{images.shape}\0".encode())
-    digest.update(np.ascontiguousarray(images).data)
-    return digest.hexdigest()
+    return source_of(images).hash()
 
 
-def _images(name: str, size: int | None) -> np.ndarray:
-    """Images of a real set by name, parquet files, a folder, or an npz."""
-    path = Path(name)
-    if name in REAL_SETS or name.startswith(PARQUET):
-        return to_uint8(torch.from_numpy(image_set(name, size).x))
-    if path.is_dir():
-        return read_image_folder(path)
-    if path.suffix != ".npz":
-        raise UserError(
-            f"no images at {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, a folder of PNGs, or an .npz with arr_0"
-        )
-    return read_images_npz(path)[0]
-
-
-def _sampling(samples: Path, images: np.ndarray) -> str:
+def _sampling(samples: Path, images: ImageSource, hash: str) -> str:
     """How the samples were made: from the record beside an npz, else unknown. UserError where it tells of others."""
     num_images = len(images)
     if str(samples) in REAL_SETS or str(samples).startswith(PARQUET):
@@ -189,21 +150,37 @@ def _sampling(samples: Path, images: np.ndarray) -> str:
         return f"{num_images} images | unknown"
     told = record.get("num_images", num_images)
     what = f"{told} images, {samples} holds {num_images}" if told != num_images else ""
-    if not what and record.get("image_hash") not in (None, image_hash(images)):
+    if not what and record.get("image_hash") not in (None, hash):
         what = f"other images than {samples} holds"
     if what:
         raise UserError(f"{beside} tells of {what}: they do not belong together; sample again, or remove the record")
     return str(record["protocol"])
 
 
-def _check(images: np.ndarray, what: str, settings: EvaluateSection, extractor: FeatureExtractor) -> None:
+def _check(images: ImageSource, what: str, settings: EvaluateSection, extractor: FeatureExtractor) -> None:
     """UserError on images or settings that give no number."""
-    extractor.check(images, what)
+    extractor.check(images.first() if images.array is None else images.array, what)
     if settings.neighbours < 1 or settings.is_splits_size < 1:
         raise UserError(
             "evaluate.neighbours and evaluate.is_splits_size are at least 1; "
             f"got {settings.neighbours} and {settings.is_splits_size}"
         )
+    _check_count(images, what, settings)
+
+
+def _check_reference(real: Reference, images: ImageSource, settings: EvaluateSection) -> None:
+    """UserError on a reference that such images cannot be compared with."""
+    if real.source is None:
+        return
+    _check_count(real.source, f"reference {real.name}", settings)
+    if real.source.shape[1:] != images.shape[1:]:
+        raise UserError(
+            f"reference {real.name} has images {real.source.shape[1:]}, the samples {images.shape[1:]}: a distance between "
+            "them would tell of the size; bring both to one"
+        )
+
+
+def _check_count(images: ImageSource, what: str, settings: EvaluateSection) -> None:
     if len(images) <= settings.neighbours:
         raise UserError(
             f"{what} has {len(images)} images: precision and recall with {settings.neighbours} neighbours "
@@ -213,4 +190,4 @@ def _check(images: np.ndarray, what: str, settings: EvaluateSection, extractor: 
 
 def _numbers(record: dict[str, Any]) -> dict[str, Any]:
     """What the command line prints of an evaluation."""
-    return {name: record[name] for name in METRICS}
+    return {name: record[name] for name in (*METRICS, *(["against"] if "against" in record else []))}

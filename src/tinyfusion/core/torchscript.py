@@ -1,0 +1,111 @@
+"""Tensors out of a TorchScript file, without running anything of it.
+
+Such a file is a zip: `data.pkl` says which tensors belong where, `data/` holds their bytes, `code/` is the program, which
+is not looked at. The pickle is read by an unpickler that knows tensors and plain containers; every class of the program
+becomes a bare holder of attributes, and any other name in it is an error.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyfusion.core.errors import UserError
+
+_STORAGES = {
+    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+
+
+class _Holder:
+    """What stands for an object of the program: its attributes by name."""
+
+    def __init__(self, *_: Any) -> None:
+        self.attributes: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes = dict(state) if isinstance(state, dict) else {}
+
+
+class _Reader(pickle.Unpickler):
+    """Knows tensors of `archive` and plain containers."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
+        self.archive, self.root = archive, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Holder
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch.jit._pickle":
+            return _first  # lists of one type, and tags of types
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        _, dtype, key, _, count = pid
+        content = self.archive.read(f"{self.root}data/{key}")
+        values = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
+        if values.numel() < count:
+            raise ValueError(f"tensor {key} holds {values.numel()} values of {count}")
+        return values
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset).clone()
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a zip with a program beside its tensors."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return any(name.endswith("/data.pkl") for name in names) and any("/code/" in name for name in names)
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a TorchScript file by its dotted name. Raises UserError where it holds anything but a module."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            root = _Reader(archive, data.removesuffix("data.pkl")).load()
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds code or foreign objects ({error}), which are never run: give the state dict of the same network"
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, struct.error,
+            StopIteration, zipfile.BadZipFile, zlib.error, OverflowError, UnicodeDecodeError) as error:  # fmt: skip
+        raise UserError(f"{path} is no readable TorchScript file (truncated or foreign): {error}") from error
+    return dict(_flat(root, ""))
+
+
+def _flat(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Tensors within modules within modules; lists and dicts of a program hold no parameters."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, _Holder) and depth < 32:
+        for key, inner in value.attributes.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key), depth + 1)

@@ -1,0 +1,336 @@
+"""The Inception network of 2015 that FID, sFID and the Inception Score are defined by, in plain torch.
+
+Sources: the network is that of arXiv 1512.00567 as frozen in the graph of 2015-12-05 (1,008 classes); which outputs the
+metrics take is the ADM protocol (arXiv 2105.05233). Parameters go by the names of the widely used port of that graph.
+Differs from the Inception-v3 of model zoos: average pools leave padding out of the mean, the last block takes a maximum
+where they average, and the classes are other ones.
+
+Shapes: N images, H x W pixels, channels first inside the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.evaluate.features import SPATIAL_CHANNELS, Features, hash_state
+
+INCEPTION = "inception-2015-12-05"
+SIDE = 299  # pixels that the network sees
+NUM_FEATURES, NUM_CLASSES = 2048, 1008
+_EPS = 1e-3  # of its batch norms
+
+
+class Conv(NamedTuple):
+    """A convolution of a block by its name: channels out, kernel (height, width), stride.
+
+    With stride 1 it keeps the map's size, with stride 2 it pads nothing.
+    """
+
+    name: str
+    channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+
+
+Step = (
+    Conv | str | tuple[Conv, ...]
+)  # "avg", "max": pools that keep the size; "halve": a maximum of stride 2; tuple: side by side
+Branch = tuple[Step, ...]
+_FLAT, _HIGH = (1, 7), (7, 1)
+
+
+def _block_a(pooled: int) -> list[Branch]:
+    return [
+        (Conv("branch1x1", 64),),
+        (Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))),
+        (Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, (3, 3)), Conv("branch3x3dbl_3", 96, (3, 3))),
+        ("avg", Conv("branch_pool", pooled)),
+    ]
+
+
+def _block_b() -> list[Branch]:
+    return [
+        (Conv("branch3x3", 384, (3, 3), 2),),
+        (Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, (3, 3)), Conv("branch3x3dbl_3", 96, (3, 3), 2)),
+        ("halve",),
+    ]
+
+
+def _block_c(inner: int) -> list[Branch]:
+    kernels = (_HIGH, _FLAT, _HIGH)
+    double = [Conv(f"branch7x7dbl_{i}", inner, kernel) for i, kernel in enumerate(kernels, start=2)]
+    return [
+        (Conv("branch1x1", 192),),
+        (Conv("branch7x7_1", inner), Conv("branch7x7_2", inner, _FLAT), Conv("branch7x7_3", 192, _HIGH)),
+        (Conv("branch7x7dbl_1", inner), *double, Conv("branch7x7dbl_5", 192, _FLAT)),
+        ("avg", Conv("branch_pool", 192)),
+    ]
+
+
+def _block_d() -> list[Branch]:
+    first = Conv("branch7x7x3_1", 192), Conv("branch7x7x3_2", 192, _FLAT), Conv("branch7x7x3_3", 192, _HIGH)
+    return [
+        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), 2)),
+        (*first, Conv("branch7x7x3_4", 192, (3, 3), 2)),
+        ("halve",),
+    ]
+
+
+def _block_e(pool: str) -> list[Branch]:
+    def fork(name: str) -> tuple[Conv, ...]:
+        return Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1))
+
+    return [
+        (Conv("branch1x1", 320),),
+        (Conv("branch3x3_1", 384), fork("branch3x3_2")),
+        (Conv("branch3x3dbl_1", 448), Conv("branch3x3dbl_2", 384, (3, 3)), fork("branch3x3dbl_3")),
+        (pool, Conv("branch_pool", 192)),
+    ]
+
+
+BLOCKS: dict[str, tuple[int, list[Branch]]] = {
+    "Mixed_5b": (192, _block_a(32)), "Mixed_5c": (256, _block_a(64)), "Mixed_5d": (288, _block_a(64)),
+    "Mixed_6a": (288, _block_b()),
+    "Mixed_6b": (768, _block_c(128)), "Mixed_6c": (768, _block_c(160)), "Mixed_6d": (768, _block_c(160)),
+    "Mixed_6e": (768, _block_c(192)),
+    "Mixed_7a": (768, _block_d()),
+    "Mixed_7b": (1280, _block_e("avg")), "Mixed_7c": (2048, _block_e("max")),
+}  # fmt: skip
+SPATIAL_BLOCK = "Mixed_6d"  # its first branch begins with the channels that sFID takes
+
+
+class StoredNorm(nn.Module):
+    """Batch norm with the statistics that came with it; it counts nothing."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W), as it comes out."""
+        mean, variance = self.get_buffer("running_mean"), self.get_buffer("running_var")
+        return F.batch_norm(x, mean, variance, self.get_buffer("weight"), self.get_buffer("bias"), False, 0.0, _EPS)
+
+
+class ConvNormRelu(nn.Module):
+    """Convolution without bias, batch norm with its stored statistics, ReLU."""
+
+    def __init__(self, in_channels: int, conv: Conv, padding: tuple[int, int]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, conv.channels, conv.kernel, conv.stride, padding, bias=False)
+        self.bn = StoredNorm(conv.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, H', W')."""
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Mixed(nn.Module):
+    """Branches side by side, their channels one after the other."""
+
+    def __init__(self, in_channels: int, branches: list[Branch]) -> None:
+        super().__init__()
+        self.branches = branches
+        for branch in branches:
+            width = in_channels
+            for step in branch:
+                convs = step if isinstance(step, tuple) and not isinstance(step, Conv) else (step,)
+                for conv in convs:
+                    if isinstance(conv, Conv):
+                        self.add_module(conv.name, ConvNormRelu(width, conv, _padding(conv)))
+                if isinstance(step, Conv):
+                    width = step.channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, sum over branches, H', W')."""
+        return torch.cat([self._run(branch, x) for branch in self.branches], dim=1)
+
+    def _run(self, branch: Branch, x: Tensor) -> Tensor:
+        for step in branch:
+            if isinstance(step, str):
+                x = _POOLS[step](x)
+            elif isinstance(step, Conv):
+                x = self.get_submodule(step.name)(x)
+            else:
+                x = torch.cat([self.get_submodule(conv.name)(x) for conv in step], dim=1)
+        return x
+
+
+def _padding(conv: Conv) -> tuple[int, int]:
+    return (conv.kernel[0] // 2, conv.kernel[1] // 2) if conv.stride == 1 else (0, 0)
+
+
+_POOLS = {
+    "avg": lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False),
+    "max": lambda x: F.max_pool2d(x, 3, stride=1, padding=1),
+    "halve": lambda x: F.max_pool2d(x, 3, stride=2),
+}
+
+
+class InceptionOutputs(NamedTuple):
+    """pool (N, 2048); spatial (N, 7, 17, 17), of the first branch of Mixed_6d; logits (N, 1008), without the bias."""
+
+    pool: Tensor
+    spatial: Tensor
+    logits: Tensor
+
+
+class Inception(nn.Module):
+    """The whole network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvNormRelu(3, Conv("", 32, (3, 3), 2), (0, 0))
+        self.Conv2d_2a_3x3 = ConvNormRelu(32, Conv("", 32, (3, 3)), (0, 0))
+        self.Conv2d_2b_3x3 = ConvNormRelu(32, Conv("", 64, (3, 3)), (1, 1))
+        self.Conv2d_3b_1x1 = ConvNormRelu(64, Conv("", 80), (0, 0))
+        self.Conv2d_4a_3x3 = ConvNormRelu(80, Conv("", 192, (3, 3)), (0, 0))
+        for name, (in_channels, branches) in BLOCKS.items():
+            self.add_module(name, Mixed(in_channels, branches))
+        self.fc = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> InceptionOutputs:
+        """x (N, 3, 299, 299), pixels as (value - 128) / 128."""
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
+        x = F.max_pool2d(x, 3, stride=2)
+        spatial = x
+        for name in BLOCKS:
+            x = self.get_submodule(name)(x)
+            if name == SPATIAL_BLOCK:
+                spatial = x[:, :SPATIAL_CHANNELS].clone()
+        pool = x.mean((2, 3))
+        return InceptionOutputs(pool, spatial, F.linear(pool, self.fc.weight))
+
+
+def resize_tf1(x: Tensor, height: int, width: int) -> Tensor:
+    """(N, C, H, W) float32 -> (N, C, height, width), bilinear as TensorFlow 1 did it, whose corners are not aligned.
+
+    Output pixel i is at i x (in / out), without the half pixel that later libraries add; nothing is averaged when
+    pictures become smaller. An image that has the size already comes back as it is.
+    """
+    if x.shape[2:] == (height, width):
+        return x
+    left, right, across = _neighbours(x.shape[3], width, x.device)
+    x = _between(x[..., left], x[..., right], across)
+    top, bottom, down = _neighbours(x.shape[2], height, x.device)
+    return _between(x[..., top, :], x[..., bottom, :], down[:, None])
+
+
+def _between(before: Tensor, after: Tensor, way: Tensor) -> Tensor:
+    """In the order of operations of the original; torch.lerp has another one from the middle on."""
+    return before + (after - before) * way
+
+
+def _neighbours(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of the pixel before, of that after, and the way between the two, for every output pixel."""
+    place = torch.arange(size_out, dtype=torch.float32) * float(np.float32(size_in) / np.float32(size_out))
+    before = place.floor().long().clamp(max=size_in - 1)
+    after = (before + 1).clamp(max=size_in - 1)
+    return before.to(device), after.to(device), (place - before).to(device)
+
+
+class InceptionFeatures:
+    """The network as a `FeatureExtractor`: uint8 images of any size, grey ones in three equal channels.
+
+    Everything is float32, also where a GPU would use TF32. `spatial` is flattened channels last, as stored moments have
+    it. batch_size bounds memory; features do not depend on it.
+    """
+
+    name = INCEPTION
+    slow = True
+
+    def __init__(self, network: Inception, device: torch.device, batch_size: int = 64) -> None:
+        self.hash = hash_state(network.state_dict())
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.device = device
+        self.batch_size = batch_size
+
+    def check(self, images: np.ndarray, what: str) -> None:
+        """Raise UserError unless `images` are uint8 (N, H, W, 1 or 3)."""
+        check_pictures(images, what, self.name)
+
+    def treatment(self, shape: tuple[int, int, int]) -> str:
+        """What is done to images (H, W, C) before the network sees them."""
+        height, width, channels = shape
+        sizes = "" if (height, width) == (SIDE, SIDE) else f" to {SIDE} x {SIDE} bilinear (TF-1)"
+        return f"{height} x {width}{sizes}{', grey in 3 channels' if channels == 1 else ''}"
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> Features:
+        """Features of uint8 images (N, H, W, 1 or 3)."""
+        self.check(images, "images")
+        parts: list[tuple[np.ndarray, ...]] = []
+        with full_float32():
+            for first in range(0, max(len(images), 1), self.batch_size):
+                pixels = as_rgb(images[first : first + self.batch_size], self.device)
+                out = self.network((resize_tf1(pixels, SIDE, SIDE) - 128.0) / 128.0)
+                spatial = out.spatial.permute(0, 2, 3, 1).flatten(1)
+                parts.append(tuple(values.cpu().numpy() for values in (out.pool, spatial, out.logits)))
+        pool, spatial_all, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return Features(pool, spatial_all, logits)
+
+
+def check_pictures(images: np.ndarray, what: str, features: str) -> None:
+    """Raise UserError unless `images` are uint8 (N, H, W, 1 or 3); `features` asks for them."""
+    if images.dtype != np.uint8:
+        raise UserError(f"{what}: features {features} take uint8 images (0 to 255); got {images.dtype}")
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(
+            f"{what}: features {features} take images (N, H, W, channels) with 1 or 3 channels; got {tuple(images.shape)}"
+        )
+
+
+def as_rgb(images: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 (N, H, W, 1 or 3) -> float32 (N, 3, H, W) of 0 to 255 on `device`."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+    return pixels.float().expand(-1, 3, -1, -1).contiguous()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within, products and convolutions of float32 on a CUDA GPU keep all 24 bits."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
+
+
+def inception_from_state(tensors: Mapping[str, Tensor]) -> Inception:
+    """The network from its 472 tensors by name; counters of training batches are left out.
+
+    Raises ValueError that names what is missing, unexpected, misshapen or not finite.
+    """
+    with torch.device("meta"):
+        network = Inception()
+    counters = ".num_batches_tracked"
+    given = {name: value for name, value in tensors.items() if not name.endswith(counters)}
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    for problem, names in (
+        ("missing", wanted.keys() - given.keys()),
+        ("unexpected", given.keys() - wanted.keys()),
+        ("of another shape:", {n for n in wanted.keys() & given.keys() if tuple(given[n].shape) != wanted[n]}),
+        ("not plain floating-point numbers:", {n for n, v in given.items() if not _is_plain(v)}),
+        ("not finite:", {n for n, v in given.items() if _is_plain(v) and not bool(torch.isfinite(v).all())}),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{len(names)} of its {len(wanted)} tensors are {problem} {shown}")
+    network.load_state_dict({name: given[name].float().contiguous() for name in wanted}, assign=True)
+    return network
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta

@@ -1,0 +1,104 @@
+"""The other spelling of the Inception network's tensors: a TorchScript translation named after the nodes of the graph.
+
+There, layers are `conv`, `conv_1`, ..., `mixed`, ..., `mixed_10`, and what a block consists of is `conv`, `tower`,
+`tower_1`, ...; a norm may lack its weight, which is then 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_STEM = {
+    "conv": "Conv2d_1a_3x3", "conv_1": "Conv2d_2a_3x3", "conv_2": "Conv2d_2b_3x3", "conv_3": "Conv2d_3b_1x1",
+    "conv_4": "Conv2d_4a_3x3",
+}  # fmt: skip
+_MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")  # mixed, mixed_1, ..., mixed_10
+
+
+def _chain(tower: str, *names: str) -> dict[str, str]:
+    """tower_conv, tower_conv_1, ... in turn."""
+    return {f"{tower}_conv" + (f"_{i}" if i else ""): name for i, name in enumerate(names)}
+
+
+_A = {
+    "conv": "branch1x1",
+    **_chain("tower", "branch5x5_1", "branch5x5_2"),
+    **_chain("tower_1", "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
+    **_chain("tower_2", "branch_pool"),
+}
+_B = {"conv": "branch3x3", **_chain("tower", "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")}
+_C = {
+    "conv": "branch1x1",
+    **_chain("tower", "branch7x7_1", "branch7x7_2", "branch7x7_3"),
+    **_chain("tower_1", *(f"branch7x7dbl_{i}" for i in range(1, 6))),
+    **_chain("tower_2", "branch_pool"),
+}
+_D = {
+    **_chain("tower", "branch3x3_1", "branch3x3_2"),
+    **_chain("tower_1", *(f"branch7x7x3_{i}" for i in range(1, 5))),
+}
+_E = {
+    "conv": "branch1x1",
+    **_chain("tower", "branch3x3_1"),
+    **_chain("tower_mixed", "branch3x3_2a", "branch3x3_2b"),
+    **_chain("tower_1", "branch3x3dbl_1", "branch3x3dbl_2"),
+    **_chain("tower_1_mixed", "branch3x3dbl_3a", "branch3x3dbl_3b"),
+    **_chain("tower_2", "branch_pool"),
+}
+_BLOCKS = (_A, _A, _A, _B, _C, _C, _C, _C, _D, _E, _E)
+_ROLES = {
+    "bn.running_mean": ("running_mean", "mean", "moving_mean"),
+    "bn.running_var": ("running_var", "var", "variance", "moving_variance"),
+    "bn.bias": ("bias", "beta", "offset"),
+    "bn.weight": ("weight", "gamma", "scale"),
+}
+
+
+def layer_names() -> dict[str, str]:
+    """Layer of the graph's spelling, with "_" for ".", to layer of ours: "mixed_6_conv" to "Mixed_6d.branch1x1"."""
+    found = dict(_STEM)
+    for i, (place, block) in enumerate(zip(_MIXED, _BLOCKS, strict=True)):
+        graph = f"mixed_{i}" if i else "mixed"
+        found |= {f"{graph}_{theirs}": f"Mixed_{place}.{ours}" for theirs, ours in block.items()}
+    return found
+
+
+def ours_from_graph_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The 472 tensors by our names from those of the translation: `layers.LAYER...` and `output.weight`, `output.bias`.
+
+    Within a layer the kernel is known by its four dimensions, the others by the last part of their name. Raises
+    ValueError where a layer is unknown, or a tensor's part in it.
+    """
+    names = layer_names()
+    layers: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        place, _, last = name.rpartition(".")
+        if place == "output" and last in ("weight", "bias"):
+            found[f"fc.{last}"] = value
+        elif last != "num_batches_tracked" and name.startswith("layers."):
+            layer = _longest(place.removeprefix("layers.").replace(".", "_"), names)
+            role = "conv.weight" if value.dim() == 4 else _role(last)
+            if layer is None or role is None:
+                raise ValueError(f"tensor {name} {tuple(value.shape)} has no place in the network")
+            layers.setdefault(layer, {})[role] = value
+    for layer, roles in layers.items():
+        if "conv.weight" in roles:
+            roles.setdefault("bn.weight", torch.ones(len(roles["conv.weight"])))
+        found |= {f"{layer}.{role}": value for role, value in roles.items()}
+    return found
+
+
+def _longest(place: str, names: Mapping[str, str]) -> str | None:
+    """The layer that `place` is, or is a part of: its convolution or its norm."""
+    for ending in ("", "_conv", "_bn"):
+        if place.endswith(ending) and (layer := names.get(place.removesuffix(ending))) is not None:
+            return layer
+    return None
+
+
+def _role(last: str) -> str | None:
+    return next((role for role, spellings in _ROLES.items() if last in spellings), None)

@@ -1,0 +1,114 @@
+"""Names of feature extractors to extractors: their weights come with the package, from a file, or are fetched once."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tinyfusion.core.config import nearest
+from tinyfusion.core.device import choose_device
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rundir import read_json
+from tinyfusion.core.torchscript import is_torchscript, read_torchscript
+from tinyfusion.core.weights import fetch_weights, known_weights
+from tinyfusion.evaluate.dino import DinoFeatures
+from tinyfusion.evaluate.features import EXTRACTORS, FeatureExtractor
+from tinyfusion.evaluate.inception import INCEPTION, InceptionFeatures, inception_from_state
+from tinyfusion.evaluate.inception_names import ours_from_graph_names
+from tinyfusion.models.tensors import read_pickle, read_safetensors
+
+SHORT = "inception"  # the network of FID, by its weights' name in the table
+DINO = "dinov2:"  # prefix of a folder with a DINOv2 network
+_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+@cache
+def open_extractor(name: str, device: str = "auto") -> FeatureExtractor:
+    """A feature extractor by name, or from files; `device` is for the large networks.
+
+    Names: what comes with the package, "inception", or known weights of that kind. Files: weights of the Inception
+    network, a folder with classifier.json, "dinov2:" and a folder. Raises UserError where there is none, or it is damaged.
+    """
+    if name in EXTRACTORS:
+        return _classifier(Path(str(resources.files("tinyfusion"))) / "assets" / name, name)
+    path = Path(name)
+    if name.startswith(DINO):
+        return _dino(Path(name.removeprefix(DINO)), choose_device(device))
+    if (path / "classifier.json").is_file():
+        return _classifier(path, None)
+    if path.suffix in _SUFFIXES or path.is_file():
+        return _inception(path, choose_device(device))
+    fetched = [SHORT, *(known for known, entry in known_weights().items() if entry.kind == "inception")]
+    if name in fetched:
+        return _inception(fetch_weights(INCEPTION if name == SHORT else name), choose_device(device))
+    raise UserError(
+        f"unknown feature extractor {name!r}{nearest(name, [*EXTRACTORS, *fetched])} (or a folder with classifier.json, "
+        f"a file of Inception weights, {DINO}FOLDER)"
+    )
+
+
+def _classifier(folder: Path, shipped: str | None) -> FeatureExtractor:
+    remedy = "install tinyfusion again" if shipped else "make it again"
+    record = read_json(folder / "classifier.json")
+    try:
+        label = shipped or str(record["name"])
+        build = EXTRACTORS[shipped or "digits-classifier"]
+        extractor = build(label, record["arch"], load_file(folder / "classifier.safetensors"))
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise UserError(f"{folder} is damaged ({error}): {remedy}") from error
+    if extractor.hash != record.get("hash"):
+        raise UserError(f"{folder} is damaged: its tensors do not give the hash in classifier.json; {remedy}")
+    return extractor
+
+
+def _inception(path: Path, device: torch.device) -> FeatureExtractor:
+    """The Inception network from a state dict or the TorchScript translation, of which only the tensors are read."""
+    if not path.is_file():
+        raise UserError(
+            f"no Inception weights at {path}: no such file; --set evaluate.features={SHORT} fetches them once "
+            f"({known_weights()[INCEPTION].address})"
+        )
+    try:
+        if path.suffix != ".safetensors" and is_torchscript(path):
+            tensors = ours_from_graph_names(read_torchscript(path))
+        else:
+            tensors = _state_dict(path)
+        return InceptionFeatures(inception_from_state(tensors), device)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not the Inception network of FID: {error}") from error
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    content: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not a state dict")
+    odd = next((str(name) for name, value in content.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ValueError(f"{odd!r} in it is no tensor")
+    return {str(name): value for name, value in content.items()}
+
+
+def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
+    """A DINOv2 network from a folder as transformers saves it; nothing is fetched."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no DINOv2 network at {folder}: wanted a folder with config.json and its weights")
+    try:
+        from transformers import Dinov2Model  # late: slow to import
+    except ImportError as error:
+        raise UserError("features dinov2 need transformers: pip install transformers") from error
+    if (kind := read_json(folder / "config.json").get("model_type")) != "dinov2":
+        raise UserError(f"{folder} is a {kind!r} network, not dinov2")
+    try:
+        network = Dinov2Model.from_pretrained(folder, local_files_only=True, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder} is no readable DINOv2 network: {error}") from error
+    return DinoFeatures("dinov2", network, lambda x: network(pixel_values=x).last_hidden_state[:, 0], device)

@@ -1,0 +1,190 @@
+"""References: real images by name, what is known of them without looking, and their statistics, computed once.
+
+A reference in the ADM form is an npz with images in `arr_0` and the moments of a whole training set beside them; FID and
+sFID take the stored moments, precision and recall the images. Statistics of slow extractors are kept in the cache folder,
+under the hash of images and weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import disk_reason
+from tinyfusion.core.progress import progress
+from tinyfusion.core.rundir import written_beside
+from tinyfusion.core.weights import cache_folder
+from tinyfusion.data.digits import REAL_SETS
+from tinyfusion.data.image_source import ImageSource, has_images, open_folder, open_npz, read_moments, source_of
+from tinyfusion.evaluate.features import FeatureExtractor, hash_state
+from tinyfusion.evaluate.inception import INCEPTION, NUM_FEATURES
+from tinyfusion.evaluate.metrics import Moments
+from tinyfusion.evaluate.statistics import FeatureStatistics, summarise
+from tinyfusion.jobs.assemble import PARQUET, image_set
+from tinyfusion.sample.drive import to_uint8
+
+READ_IMAGES = 256  # at a time
+_NUM_SPATIAL = 2023
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images under one extractor, used for every model.
+
+    source: None where only moments are stored. stored: moments by name of the ADM form, empty where they are computed.
+    """
+
+    name: str
+    hash: str
+    source: ImageSource | None
+    stored: dict[str, np.ndarray]
+    extractor: FeatureExtractor
+
+    def __len__(self) -> int:
+        return len(self.source) if self.source else 0
+
+    @cached_property
+    def statistics(self) -> FeatureStatistics:
+        """Moments and features. Raises UserError where the images turn out unreadable."""
+        found = self._computed() if self.source else None
+        if not self.stored:
+            assert found is not None
+            return found
+        spatial = Moments(self.stored["mu_s"], self.stored["sigma_s"]) if "mu_s" in self.stored else None
+        pool = Moments(self.stored["mu"], self.stored["sigma"])
+        return FeatureStatistics(len(self), pool, spatial, found.features if found else None, None)
+
+    @property
+    def pool(self) -> Moments:
+        """Moments of the pooled features."""
+        return self.statistics.pool
+
+    @property
+    def spatial(self) -> Moments | None:
+        """Moments of the spatial features, where there are any."""
+        return self.statistics.spatial
+
+    def _computed(self) -> FeatureStatistics:
+        assert self.source is not None
+        if not self.extractor.slow:
+            return statistics_of(self.source, self.extractor, f"reference {self.name}")
+        told = f"{self.source.hash()}\0{self.extractor.name}\0{self.extractor.hash}\0{self.treatment}"
+        file = cache_folder() / "moments" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
+        if (kept := _read(file, told)) is not None:
+            return kept
+        made = statistics_of(self.source, self.extractor, f"reference {self.name}")
+        _write(file, told, made)
+        return made
+
+    @property
+    def treatment(self) -> str:
+        """What the extractor does to these images first."""
+        return self.extractor.treatment(self.source.shape[1:]) if self.source else ""
+
+
+def open_reference(name: str, extractor: FeatureExtractor, size: int | None = None) -> Reference:
+    """A reference by name, parquet, npz or folder; `size` as for `image_set`. Raises UserError where it cannot serve."""
+    path = Path(name)
+    stored = read_moments(path) if path.suffix == ".npz" and path.is_file() else {}
+    source = open_images(name, size) if not stored or has_images(path) else None
+    if stored and extractor.name != INCEPTION:
+        if source is None:
+            raise UserError(
+                f"reference {name} holds moments of Inception features and no images, and the features are {extractor.name}: "
+                "give one with images, or --set evaluate.features=inception"
+            )
+        stored = {}
+    for mean, wanted in (("mu", NUM_FEATURES), ("mu_s", _NUM_SPATIAL)):
+        if mean in stored and len(stored[mean]) != wanted:
+            raise UserError(f"reference {name}: {mean} has {len(stored[mean])} values; Inception's has {wanted}")
+    if stored and "mu" not in stored:
+        raise UserError(f"reference {name} has mu_s without mu: FID needs mu and sigma")
+    if source is not None:
+        extractor.check(source.first() if source.array is None else source.array, f"reference {name}")
+        if len(source) < 2:
+            raise UserError(f"reference {name} has {len(source)} image: a covariance needs at least 2")
+    label = name if name in REAL_SETS else path.name
+    return Reference(label, _hash(source, stored), source, stored, extractor)
+
+
+def _hash(source: ImageSource | None, stored: dict[str, np.ndarray]) -> str:
+    """Of the images, and of stored moments where there are any."""
+    images = source.hash() if source else ""
+    if not stored:
+        return images
+    moments = hash_state({key: torch.from_numpy(values) for key, values in stored.items()})
+    return hashlib.sha256(f"{images}\0{moments}".encode()).hexdigest()
+
+
+def open_images(name: str, size: int | None) -> ImageSource:
+    """Images of a real set by name, parquet files, a folder, or an npz. Raises UserError where there are none."""
+    path = Path(name)
+    if name in REAL_SETS or name.startswith(PARQUET):
+        return source_of(to_uint8(torch.from_numpy(image_set(name, size).x)))
+    if path.is_dir():
+        return open_folder(path)
+    if path.suffix != ".npz":
+        raise UserError(
+            f"no images at {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, a folder of PNGs, or an .npz with arr_0"
+        )
+    return open_npz(path)
+
+
+def statistics_of(
+    source: ImageSource, extractor: FeatureExtractor, title: str, splits_size: int = 5000
+) -> FeatureStatistics:
+    """Statistics of a set of images, a batch at a time. Raises UserError where they give no numbers."""
+    with progress(title, len(source), "images") as bar:
+        try:
+            return summarise((extractor(batch) for batch in source.read(READ_IMAGES)), len(source), splits_size, bar)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{title}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- the cache
+
+
+def _write(file: Path, told: str, made: FeatureStatistics) -> None:
+    """Keep statistics; a cache that cannot be written is said, and costs only time."""
+    assert made.features is not None
+    arrays = {"pool_mean": made.pool.mean, "pool_covariance": made.pool.covariance, "features": made.features}
+    if made.spatial is not None:
+        arrays |= {"spatial_mean": made.spatial.mean, "spatial_covariance": made.spatial.covariance}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
+    try:
+        with written_beside(file) as beside:
+            save_file(tensors, beside, metadata={"of": told, "sum": hash_state(tensors)})
+    except (OSError, SafetensorError) as error:
+        reason = disk_reason(error) if isinstance(error, OSError) else str(error)
+        print(f"the statistics of the reference are not kept: {file}: {reason}", file=sys.stderr)
+
+
+def _read(file: Path, told: str) -> FeatureStatistics | None:
+    """Statistics kept for exactly this; None where there are none, or the file is not what it was."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata: dict[str, Any] = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
+        if metadata.get("of") != told or metadata.get("sum") != hash_state(tensors):
+            raise ValueError("its sum is another one")
+        arrays = {name: values.numpy() for name, values in tensors.items()}
+        spatial = Moments(arrays["spatial_mean"], arrays["spatial_covariance"]) if "spatial_mean" in arrays else None
+        pool = Moments(arrays["pool_mean"], arrays["pool_covariance"])
+        return FeatureStatistics(len(arrays["features"]), pool, spatial, arrays["features"], None)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        print(f"{file} is damaged ({error}): the statistics are computed again", file=sys.stderr)
+        return None
