@@ -59,8 +59,8 @@ class DiTArch:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4 (the position table needs it)")
         if not 0 <= self.frequency_shift < TIMESTEP_FREQUENCIES // 2:
             raise ValueError(f"frequency_shift must be at least 0 and below 128; got {self.frequency_shift}")
-        if self.mlp_norm_eps <= 0:
-            raise ValueError(f"mlp_norm_eps must be above 0; got {self.mlp_norm_eps}")
+        if not 0 < self.mlp_norm_eps < 1:
+            raise ValueError(f"mlp_norm_eps must be above 0 and below 1; got {self.mlp_norm_eps}")
         if self.head_dim is not None and self.head_dim * self.num_heads == self.hidden_size:
             object.__setattr__(self, "head_dim", None)
         if self.mlp_hidden == MLP_RATIO * self.hidden_size:
@@ -197,7 +197,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_features(t, self.frequency_shift))
+        held_in = next(self.mlp.parameters()).dtype  # a model in half precision has exact angles all the same
+        return self.mlp(timestep_features(t, self.frequency_shift).to(held_in))
 
 
 class LabelEmbedder(nn.Module):

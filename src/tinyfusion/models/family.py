@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tinyfusion.models import dit
@@ -37,6 +38,11 @@ class ModelFamily:
     widths: WidthRules | None = None  # None where widths cannot be cut
     # (arch, tensors) -> {format of others that cannot hold such a model: reason}
     unfit_formats: Callable[[Any, Mapping[str, Tensor]], dict[str, str]] | None = None
+
+    def shapes(self, arch: Any) -> dict[str, Tensor]:
+        """The state dict of a model of these sizes, without values (on the meta device)."""
+        with torch.device("meta"):
+            return dict(self.build(arch).state_dict())
 
     def stack(self, model: nn.Module) -> BlockStack:
         """The residual blocks of a model of this family."""

@@ -1,0 +1,241 @@
+"""Known weights by name: one table of addresses and sums, which a file of the user's extends, and fetching them once.
+
+A fetched file lies in the cache of the hub's libraries (`HF_HOME`, else `~/.cache/huggingface`), under `tinyfusion/`, with
+its SHA-256 beside it. The sum is checked against the table, or recorded where the table has none, and checked whenever the
+file is used. A broken download goes on where it stopped, if the server can.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import re
+import sys
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from tinyfusion.core.config import build, nearest
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import check_space, check_writable, write_text
+from tinyfusion.core.progress import Advance, progress
+
+_PIECE = 1 << 20  # bytes read at a time
+_ATTEMPTS = 5  # connections in a row that bring nothing new, before giving up
+_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class KnownWeights:
+    """One entry of the table, `[name]` in TOML."""
+
+    address: Annotated[str, "where the file is, http or https"]
+    sha256: Annotated[str | None, "its sum in hexadecimal, or the first digits; None: recorded at the first fetch"] = (
+        None
+    )
+    license: Annotated[str | None, "licence of the weights"] = None
+    kind: Annotated[Literal["model", "inception"], "a model that can be opened, or the network of the FID"] = "model"
+    about: Annotated[str, "what it is"] = ""
+    name: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """The last part of the address."""
+        return unquote(urlsplit(self.address).path.rpartition("/")[2])
+
+
+def user_table() -> Path:
+    """The user's own table; its entries win over ours."""
+    return Path.home() / ".config" / "tinyfusion" / "weights.toml"
+
+
+def known_weights() -> dict[str, KnownWeights]:
+    """All entries by name, ours and the user's. Raises UserError where the user's file is no such table."""
+    shipped = Path(str(resources.files("tinyfusion"))) / "assets" / "weights.toml"
+    found: dict[str, KnownWeights] = {}
+    for path in (shipped, user_table()):
+        if not path.is_file():
+            continue
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid TOML: {error}") from error
+        found |= {name: _entry(name, values, path) for name, values in table.items()}
+    return found
+
+
+def _entry(name: str, values: Any, path: Path) -> KnownWeights:
+    fields = {**values, "name": name} if isinstance(values, dict) else values
+    try:
+        entry: KnownWeights = build(KnownWeights, fields, name)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if urlsplit(entry.address).scheme not in ("http", "https") or not entry.file_name:
+        raise UserError(f"{path}: {name}.address wants the http address of a file; got {entry.address!r}")
+    if entry.sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", entry.sha256):
+        raise UserError(f"{path}: {name}.sha256 wants 8 to 64 hexadecimal digits, small letters; got {entry.sha256!r}")
+    return entry
+
+
+def cache_folder() -> Path:
+    """Where fetched files lie."""
+    from huggingface_hub import constants  # late: costs time, and knows the folder that the user chose for big files
+
+    return Path(constants.HF_HOME) / "tinyfusion"
+
+
+def fetch_weights(name: str) -> Path:
+    """The file of known weights: from the cache, else fetched with progress. Its sum is checked either way.
+
+    Raises UserError on an unknown name, a wrong sum, and an address that does not answer or breaks off again and again.
+    """
+    known = known_weights()
+    if name not in known:
+        raise UserError(f"no known weights {name!r}{nearest(name, known)}")
+    entry = known[name]
+    path = cache_folder() / name / entry.file_name
+    record = path.with_name(f"{path.name}.sha256")
+    recorded = record.read_text(encoding="utf-8").split()[:1] if record.is_file() else []
+    expected = {"the table": entry.sha256 or "", f"{record}": recorded[0] if recorded else ""}
+    if not path.is_file():
+        check_writable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(entry, path, expected)
+    elif wrong := _contradiction(found := _sum_of(path), expected):
+        raise UserError(f"{path} is damaged: it has the SHA-256 {found}, {wrong}; remove it to have it fetched again")
+    elif not recorded:
+        write_text(record, f"{found}  {path.name}\n")
+    return path
+
+
+def _contradiction(found: str, expected: Mapping[str, str]) -> str:
+    """Which expectation (who says so -> the sum or its first digits, "" for none) a sum does not meet, in words; "" if none."""
+    return next((f"and {who} says {sum}" for who, sum in expected.items() if not found.startswith(sum)), "")
+
+
+def _sum_of(path: Path) -> str:
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------- transfer
+
+
+def _fetch(entry: KnownWeights, path: Path, expected: Mapping[str, str]) -> None:
+    """Download into a file beside `path`, whatever was there of it already included; the rename comes after the sum."""
+    partial = path.with_name(f".{path.name}.partial")
+    with _held(partial, path) as file:
+        if path.is_file():  # another process has just fetched it
+            partial.unlink(missing_ok=True)
+            return
+        _transfer(entry, file, partial)
+        file.flush()
+        os.fsync(file.fileno())
+        found = _sum_of(partial)
+        if wrong := _contradiction(found, expected):
+            partial.unlink()
+            raise UserError(
+                f"{entry.address} gave a file with the SHA-256 {found}, {wrong}: it was changed there or on the way; "
+                "nothing was kept"
+            )
+        write_text(path.with_name(f"{path.name}.sha256"), f"{found}  {path.name}\n")
+        os.replace(partial, path)
+    _tag_of(partial).unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(partial: Path, path: Path) -> Iterator[IO[bytes]]:
+    """The partial file, open at its end, for this process alone: waits while another one fetches, until `path` is there."""
+    while True:
+        with open(partial, "ab") as file:
+            try:
+                _lock(file, f"waiting for another process that fetches {path.name}")
+            except OSError:  # no locks on this system or disk
+                yield file
+                return
+            if path.is_file() or (partial.is_file() and os.path.samestat(os.fstat(file.fileno()), partial.stat())):
+                yield file
+                return
+        # the other process gave up and removed what it had: a new file, then
+
+
+def _lock(file: IO[bytes], notice: str) -> None:
+    """Wait for the lock of a file, with a notice on stderr where that takes time. A lock ends with whoever holds it."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(notice, file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _tag_of(partial: Path) -> Path:
+    """Where the version that a partial file belongs to is kept."""
+    return partial.with_name(f"{partial.name}.tag")
+
+
+def _transfer(entry: KnownWeights, file: IO[bytes], partial: Path) -> None:
+    """Fill `file` to the end; connections that break are taken up again as long as they bring something."""
+    barren = 0
+    while True:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            if _connection(entry, file, partial):
+                return
+            reason = "the connection broke"
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and before:  # what is there is longer than what the server has
+                file.truncate(0)
+                barren += 1
+                continue
+            raise UserError(
+                f"cannot fetch {entry.name}: {entry.address} answers {error.code} {error.reason}"
+            ) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:  # URLError among them
+            reason = str(getattr(error, "reason", None) or error) or type(error).__name__
+        have = file.seek(0, os.SEEK_END)
+        barren = 0 if have > before else barren + 1
+        if barren >= (_ATTEMPTS if have else 1):
+            kept = f" after {have / 2**20:.1f} MiB, which are kept: the same command goes on from there" if have else ""
+            raise UserError(f"cannot fetch {entry.name} from {entry.address}: {reason}{kept}")
+
+
+def _connection(entry: KnownWeights, file: IO[bytes], partial: Path) -> bool:
+    """One request; whether the file is complete after it."""
+    have, tag = file.seek(0, os.SEEK_END), _tag_of(partial)
+    headers = {"User-Agent": "tinyfusion", "Accept-Encoding": "identity"}
+    if have and tag.is_file():
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text(encoding="utf-8")}
+    with urllib.request.urlopen(urllib.request.Request(entry.address, headers=headers), timeout=_TIMEOUT_S) as answer:
+        if answer.status != 206 or not str(answer.headers.get("Content-Range", "")).startswith(f"bytes {have}-"):
+            file.truncate(0)  # the server begins anew: it knows no ranges, or the file there is another one
+            have = 0
+        if version := answer.headers.get("ETag") or answer.headers.get("Last-Modified"):
+            write_text(tag, version)
+        else:
+            tag.unlink(missing_ok=True)
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length is not None else None
+        check_space(partial, (total or have) - have)
+        with progress(f"fetch {entry.name}", total or 0, "B", have) as advance:
+            have = _copied(answer, file, have, advance)
+        return total is None or have == total
+
+
+def _copied(answer: Any, file: IO[bytes], have: int, advance: Advance) -> int:
+    while piece := answer.read(_PIECE):
+        file.write(piece)
+        have += len(piece)
+        advance(have)
+    return have

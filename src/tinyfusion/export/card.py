@@ -1,0 +1,148 @@
+"""The model card, README.md: what the model is, from what, how good under which protocol, how to make it, under which licence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinyfusion.models.loaded import LoadedModel
+from tinyfusion.models.stack import num_parameters
+
+PICTURE = "plan.png"
+_NUMBERS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
+_LIBRARY = {"diffusers": "diffusers", "tinyfusion": "tinyfusion"}
+
+
+@dataclass(frozen=True)
+class CardNotes:
+    """What a card says beside what the model itself knows.
+
+    title: a name. target: "diffusers", "pipeline" or "tinyfusion". differences: what readers of the format compute
+    otherwise, in sentences. evaluations: contents of evaluation files. command: as typed, None where it is not known.
+    parents: names of hub repositories or known weights that the model came from.
+    """
+
+    title: str
+    target: str
+    differences: Sequence[str] = ()
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    command: str | None = None
+    parents: Sequence[str] = field(default_factory=tuple)
+
+
+def model_card(model: LoadedModel, notes: CardNotes) -> str:
+    """The text of README.md."""
+    sections = [
+        _head(model, notes),
+        f"# {notes.title}\n\n{_what(model)}",
+        _plan(model),
+        _use(model, notes),
+        _differences(notes),
+        _numbers(notes.evaluations),
+        _how(model, notes),
+        "## Licence\n\n" + licence_note(model.facts.license),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def licence_note(license: str | None) -> str:
+    """What the card says of the licence; a cut model keeps that of its parent."""
+    if license is None:
+        return (
+            "The files that this model came from name no licence for their weights. Published DiT and TinyDiT weights are "
+            "CC-BY-NC-4.0, and so is whatever was cut or trained from them: non-commercial use only."
+        )
+    commercial = " That is a non-commercial licence." if "-nc" in license.lower() else ""
+    return f"The weights are under {license}, carried over from the model that they came from.{commercial}"
+
+
+def _head(model: LoadedModel, notes: CardNotes) -> str:
+    library = _LIBRARY["tinyfusion" if notes.target == "tinyfusion" else "diffusers"]
+    license = (model.facts.license or "unknown").lower()
+    lines = [f"license: {license}", f"library_name: {library}", "tags:", "- diffusion", "- dit", "- tinyfusion"]
+    if notes.target == "pipeline":
+        lines.append("pipeline_tag: unconditional-image-generation")
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _what(model: LoadedModel) -> str:
+    arch, facts = model.arch, model.facts
+    space = "pixels" if facts.latent_scale is None else f"latents of {facts.vae or 'an autoencoder'}"
+    return (
+        f"A diffusion transformer (DiT) of {len(model.stack)} blocks, width {arch.hidden_size}, {arch.num_heads} heads, "
+        f"{num_parameters(model.module):,} parameters, for {space} of images {facts.image_size} pixels wide, "
+        f"{arch.num_classes} classes. SHA-256 of its tensors (as tinyfusion counts it): `{model.hash()}`."
+    )
+
+
+def _plan(model: LoadedModel) -> str:
+    facts = model.facts
+    if facts.plan is None or not facts.lineage:
+        return ""
+    parent, plan = facts.lineage[-1], facts.plan
+    chain = " -> ".join(f"{sum(step['depth'].values())} blocks (`{step['hash'][:12]}`)" for step in facts.lineage)
+    scheme = f", scheme {plan.scheme}" if plan.scheme else ""
+    kept = "; ".join(f"{name} {', '.join(map(str, indices))}" for name, indices in plan.kept.items())
+    narrower = " Its channels were cut too." if plan.kept_widths else ""
+    return (
+        f"## The cut\n\n![which blocks stay]({PICTURE})\n\nCut from the model `{parent['hash'][:12]}` by the criterion "
+        f"`{plan.criterion}`{scheme}. Kept: {kept}.{narrower} Lineage: {chain} -> {len(model.stack)} blocks."
+    )
+
+
+def _use(model: LoadedModel, notes: CardNotes) -> str:
+    if notes.target == "tinyfusion":
+        code = f'import tinyfusion\n\nmodel = tinyfusion.open_model("{notes.title}")  # a folder, or its hub id'
+    elif notes.target == "pipeline":
+        code = (
+            "from diffusers import DiTPipeline\n\n"
+            f'pipeline = DiTPipeline.from_pretrained("{notes.title}")\n'
+            "image = pipeline(class_labels=[207], guidance_scale=4.0, num_inference_steps=50).images[0]"
+        )
+    else:
+        code = (
+            "from diffusers import DiTTransformer2DModel\n\n"
+            f'model = DiTTransformer2DModel.from_pretrained("{notes.title}")\n'
+            f"noise = model(x, timestep=t, class_labels=y).sample[:, :{model.arch.in_channels}]  "
+            f"# null class: {model.arch.num_classes}"
+        )
+    channels = min(model.family.guided_channels or model.arch.in_channels, model.arch.in_channels)
+    guided = (
+        f"\n\n`DiTPipeline` guides all {model.arch.in_channels} channels and leaves the learned variance unused; published "
+        f"numbers guide {channels} and use it."
+    )
+    return f"## Use\n\n```python\n{code}\n```{guided if notes.target == 'pipeline' else ''}"
+
+
+def _differences(notes: CardNotes) -> str:
+    if not notes.differences:
+        return ""
+    listed = "\n".join(f"- {sentence}" for sentence in notes.differences)
+    return f"## Not quite the same numbers\n\nWith the same tensors, a reader of this format computes otherwise:\n\n{listed}"
+
+
+def _numbers(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """A table per protocol: numbers of different protocols never share one."""
+    tables = []
+    for found in evaluations:
+        shown = {label: found[key] for key, label in _NUMBERS.items() if isinstance(found.get(key), int | float)}
+        if not shown:
+            continue
+        names, line = " | ".join(shown), " | ".join("---" for _ in shown)
+        values = " | ".join(f"{value:.4g}" for value in shown.values())
+        tables.append(f"| {names} |\n| {line} |\n| {values} |\n\nProtocol: {found.get('protocol', 'not recorded')}.")
+    return "## Numbers\n\n" + "\n\n".join(tables) if tables else ""
+
+
+def _how(model: LoadedModel, notes: CardNotes) -> str:
+    facts = model.facts
+    lines = []
+    if notes.parents:
+        lines.append(f"From {', '.join(notes.parents)}.")
+    if notes.command:
+        lines.append(f"```\n{notes.command}\n```")
+    if facts.plan is not None and len(facts.plan.kept) == 1 and not facts.plan.kept_widths:
+        kept = ",".join(str(i) for indices in facts.plan.kept.values() for i in indices)
+        lines.append(f"The cut alone:\n\n```\ntinyfusion prune --teacher TEACHER --keep {kept} --out run\n```")
+    return "## How it was made\n\n" + "\n\n".join(lines) if lines else ""

@@ -1,0 +1,245 @@
+"""`export`: a model as other programs read it: diffusers, the published scripts, or our own folder with its card."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tinyfusion import __version__
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rundir import (
+    check_space,
+    check_writable,
+    file_output,
+    read_json,
+    stamp,
+    write_json,
+    written_beside,
+)
+from tinyfusion.export.card import PICTURE, CardNotes, model_card
+from tinyfusion.export.picture import plan_png
+from tinyfusion.export.pipeline import MODEL_INDEX, SCHEDULER, unfit_autoencoder, unfit_pipeline
+from tinyfusion.jobs.assemble import RunOptions
+from tinyfusion.models import diffusers
+from tinyfusion.models.checkpoint import LoadedModel, model_record, open_model, save_model
+from tinyfusion.models.dit import timestep_features
+from tinyfusion.models.hub import HUB_ID, autoencoder_folder, upload_folder
+
+RECORD = "tinyfusion.json"  # marks an exported folder as ours
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_OFFICIAL_SUFFIXES = (".safetensors", ".pt")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What the command line says beside where to: the format, and for a pipeline its autoencoder."""
+
+    model: str
+    to: str
+    weights: str = "ema"
+    pipeline: bool = False
+    vae: str | None = None
+    push_to_hub: str | None = None  # id of a repository of the hub
+
+
+def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
+    """Write the model as `what.to` says; returns what `--json` prints. Raises UserError where the format cannot hold it."""
+    _check_options(options.out, what)
+    model = open_model(what.model, what.weights, options.num_heads, options.family)
+    if reason := model.unfit_formats().get(what.to):
+        raise UserError(f"{what.model} cannot be exported to {what.to}: {reason}")
+    vae = _autoencoder(model, what) if what.pipeline else None
+    plain = {"to": what.to, "pipeline": what.pipeline, "vae": what.vae, "model": model.hash()}
+    todo = _check_output(options, what.to, plain)
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model, what.to).values())
+    check_space(options.out, num_bytes + sum(file.stat().st_size for file in (_autoencoder_files(vae) if vae else [])))
+    if model.facts.vae and Path(model.facts.vae).is_absolute():  # a folder here means nothing elsewhere
+        model.facts = dataclasses.replace(model.facts, vae=None)
+    found = _differences(model, what.to)
+    outcome = {"to": what.to, "model": model.hash(), "bytes": num_bytes, "differences": found}
+    for sentence in found:
+        print(f"note: {sentence}", file=sys.stderr)
+    if options.dry_run:
+        return outcome
+    if not todo:
+        print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
+    else:
+        record = stamp("export", plain, "done", **outcome)
+        _write(model, options.out, what, vae, record)
+    if what.push_to_hub:
+        outcome["pushed_to"] = upload_folder(options.out, what.push_to_hub)
+    return outcome
+
+
+def _check_options(out: Path, what: ExportOptions) -> None:
+    if what.to == "official" and out.suffix not in _OFFICIAL_SUFFIXES:
+        raise UserError(
+            f"--out of export --to official is a .safetensors file, or a .pt file for the published scripts; got {out}"
+        )
+    if what.pipeline and what.to != "diffusers":
+        raise UserError(f"--pipeline is for --to diffusers, not {what.to}: leave out one of the two")
+    if what.vae is not None and not what.pipeline:
+        raise UserError("--vae is the autoencoder of a pipeline: add --pipeline, or leave it out")
+    if what.push_to_hub is not None and what.to == "official":
+        raise UserError("--push-to-hub uploads a folder: give --to diffusers or --to tinyfusion")
+    if what.push_to_hub is not None and not HUB_ID.fullmatch(what.push_to_hub):
+        raise UserError(f"--push-to-hub wants the id of a repository, ORG/NAME; got {what.push_to_hub!r}")
+
+
+def _check_output(options: RunOptions, to: str, plain: Mapping[str, Any]) -> bool:
+    """Whether there is something to do. Raises UserError on an output that is not ours or of another model."""
+    out = options.out
+    if to == "official":
+        todo = file_output(
+            out, "export", plain, options.overwrite, lambda path: _read_record(path.with_suffix(".json"))
+        )
+        if todo and not out.exists():
+            file_output(out.with_suffix(".json"), "export", plain, True, read_json)
+        return todo
+    check_writable(out)
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; export --to {to} writes a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+        raise UserError(f"--out {out} exists and is not an export of tinyfusion; choose another folder")
+    return file_output(out / RECORD, "export", plain, options.overwrite, _read_record) if out.is_dir() else True
+
+
+def _read_record(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
+
+
+# ------------------------------------------------------------------------------------------------------ what is written
+
+
+def _tensors(model: LoadedModel, to: str) -> dict[str, Tensor]:
+    """The tensors of the file, as views of the model's."""
+    state = {name: tensor.detach() for name, tensor in model.module.state_dict().items()}
+    return diffusers.to_diffusers(state, model.arch.depth) if to == "diffusers" else state
+
+
+def _write(model: LoadedModel, out: Path, what: ExportOptions, vae: Path | None, record: dict[str, Any]) -> None:
+    if what.to == "official":
+        _write_official(model, out, record)
+        return
+    with written_beside(out) as beside:
+        if what.to == "tinyfusion":
+            save_model(model, beside)
+        else:
+            beside.mkdir()
+            _write_diffusers(model, beside / "transformer" if what.pipeline else beside)
+        if vae is not None:
+            _copy_autoencoder(vae, beside / "vae")
+            (beside / "scheduler").mkdir()
+            write_json(beside / "scheduler" / "scheduler_config.json", _versioned(SCHEDULER))
+            write_json(beside / "model_index.json", _versioned(MODEL_INDEX))
+        _write_card(model, beside, out.name, what, record["differences"])
+        write_json(beside / RECORD, record)
+
+
+def _copy_autoencoder(source: Path, folder: Path) -> None:
+    """Its configuration and weights, and nothing else that lies there."""
+    folder.mkdir()
+    for file in _autoencoder_files(source):
+        shutil.copyfile(file, folder / file.name)
+
+
+def _autoencoder_files(folder: Path) -> list[Path]:
+    return [folder / "config.json", *sorted(folder.glob("diffusion_pytorch_model*"))]
+
+
+def _write_official(model: LoadedModel, out: Path, record: dict[str, Any]) -> None:
+    """The flat state dict. A .pt is tensors and nothing else, which `weights_only` readers take: published scripts read no other."""
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.module.state_dict().items()}
+    more = {"license": model.facts.license, "kept": model.facts.kept, "lineage": model.facts.lineage}
+    with written_beside(out) as beside:
+        if out.suffix == ".pt":
+            torch.save(tensors, beside)
+        else:
+            save_file(tensors, beside, metadata={"format": "pt"})
+        write_json(out.with_suffix(".json"), {**record, **more})
+
+
+def _write_diffusers(model: LoadedModel, folder: Path) -> None:
+    """config.json and the weights of one `DiTTransformer2DModel`; our own record stands in the configuration."""
+    folder.mkdir(exist_ok=True)
+    tensors = {name: tensor.clone().contiguous() for name, tensor in _tensors(model, "diffusers").items()}
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    own = {**model_record(model), "made_by": "tinyfusion", "version": __version__}
+    write_json(folder / "config.json", {**_versioned(diffusers.config_of_arch(model.arch)), diffusers.RECORD: own})
+
+
+def _versioned(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the version of diffusers that it was written for."""
+    return {**config, "_diffusers_version": importlib.metadata.version("diffusers")}
+
+
+def save_pretrained(model: LoadedModel, folder: Path, notes: CardNotes | None = None) -> None:
+    """For users of the library: our own model folder with its card, whole or not at all."""
+    with written_beside(folder) as beside:
+        save_model(model, beside)
+        _write_notes(model, beside, notes or CardNotes(folder.name, "tinyfusion"))
+
+
+def push_to_hub(model: LoadedModel, repository: str, notes: CardNotes | None = None) -> str:
+    """For users of the library: what `save_pretrained` writes, put into a repository of the hub; its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, Path(folder) / "model", notes or CardNotes(repository, "tinyfusion"))
+        return upload_folder(Path(folder) / "model", repository)
+
+
+def _write_card(model: LoadedModel, folder: Path, title: str, what: ExportOptions, found: list[str]) -> None:
+    source = Path(what.model)
+    run = source if (source / "run.json").is_file() else None
+    record = read_json(run / "run.json") if run else {}
+    files = sorted((run / "evaluations").glob("student-*.json")) if run else []
+    parents = [model.origin[key] for key in ("hub", "address") if key in model.origin]
+    target = "pipeline" if what.pipeline else what.to
+    evaluations = [read_json(file) for file in files]
+    _write_notes(model, folder, CardNotes(title, target, found, evaluations, record.get("command"), parents))
+
+
+def _write_notes(model: LoadedModel, folder: Path, notes: CardNotes) -> None:
+    (folder / "README.md").write_text(model_card(model, notes), encoding="utf-8")
+    if model.facts.plan is not None:
+        (folder / PICTURE).write_bytes(plan_png(model.facts.plan.kept, model.facts.plan.depth))
+
+
+# ------------------------------------------------------------------------------------------------------------- beside
+
+
+def _differences(model: LoadedModel, to: str) -> list[str]:
+    """What a reader of the format computes otherwise, in sentences; for timesteps with how much their embedding moves."""
+    found = diffusers.differences(model.arch, to) if to != "tinyfusion" else []
+    if to != "diffusers" or not found:
+        return found
+    steps = torch.arange(1000)
+    mlp = model.module.get_submodule("t_embedder").get_submodule("mlp")
+    with torch.no_grad():
+        here = mlp(timestep_features(steps, model.arch.frequency_shift))
+        there = mlp(timestep_features(steps, diffusers.FREQUENCY_SHIFT))
+    moved = float((there - here).norm() / here.norm())
+    why = "as in every DiT of diffusers with published weights; students of a teacher opened from diffusers have none of it"
+    return [f"{found[0]}: the embedding of a timestep moves by {moved:.2%} on average, {why}", *found[1:]]
+
+
+def _autoencoder(model: LoadedModel, what: ExportOptions) -> Path:
+    """The folder of the autoencoder for a pipeline: as given, else the model's own. Raises UserError where none fits."""
+    if reason := unfit_pipeline(model.arch, model.facts):
+        raise UserError(f"{what.model} cannot be exported as a pipeline: {reason}")
+    name = what.vae or model.facts.vae
+    if name is None:
+        raise UserError(f"{what.model} does not say which autoencoder it goes with: give --vae PATH or a hub id")
+    folder = autoencoder_folder(name)
+    if reason := unfit_autoencoder(read_json(folder / "config.json"), model.arch, model.facts):
+        raise UserError(f"the autoencoder {name} does not go with {what.model}: {reason}")
+    return folder

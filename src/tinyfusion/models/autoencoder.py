@@ -1,0 +1,130 @@
+"""The autoencoder between pictures and latents: any `AutoencoderKL` of diffusers, from a folder or by its hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rundir import read_json
+from tinyfusion.models.hub import HUB_ID, fetch_autoencoder
+
+_SCALE_OF_CLASS = 0.18215  # of AutoencoderKL, where its configuration says nothing
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """A frozen `AutoencoderKL` in float32.
+
+    Models see (z - shift) x scale of its latents z. channels: of a latent; factor: pixels per latent cell and side.
+    name: as it was asked for.
+    """
+
+    module: nn.Module
+    name: str
+    scale: float
+    shift: float
+    channels: int
+    factor: int
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """(N, 2 C, H / factor, W / factor) float32: mean and log-variance of the posterior of (N, 3, H, W) in [-1, 1]."""
+        with torch.inference_mode():
+            posterior = self.module.encode(pixels).latent_dist  # type: ignore[operator]
+            return torch.cat([posterior.mean, posterior.logvar], 1).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, 3, H, W) float32, about [-1, 1], of latents as models see them."""
+        with torch.inference_mode():
+            return self.module.decode(latents / self.scale + self.shift).sample.float()  # type: ignore[operator]
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """A sample of the posterior as models see it; moments as above, noise (N, C, h, w) standard normal."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        return (mean + torch.exp(0.5 * log_variance) * noise - self.shift) * self.scale
+
+    def hash(self) -> str:
+        """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            held = tensor.detach().cpu().contiguous()
+            digest.update(f"{name}\0{held.dtype}\0{tuple(held.shape)}\0".encode())
+            digest.update(held.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def open_autoencoder(name: str) -> Autoencoder:
+    """The autoencoder of a folder or hub id, alone or as the `vae` of a pipeline.
+
+    Raises UserError where there is none, where it is of another class, and where its weights are missing, damaged or not
+    finite.
+    """
+    folder = _folder(name)
+    config = _config(folder)
+    try:
+        with _silence():
+            from diffusers import AutoencoderKL  # late: seconds
+
+            load: Any = AutoencoderKL.from_pretrained
+            module, told = load(str(folder), output_loading_info=True, torch_dtype=torch.float32)
+    except Exception as error:  # diffusers, safetensors, pickle and json, each in their words
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder} cannot be opened as an AutoencoderKL: {reason}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if odd := [str(key) for key in told.get(what) or ()]:
+            raise UserError(
+                f"the weights in {folder} do not go with its config.json: {what} {', '.join(sorted(odd)[:3])}"
+            )
+    bad = next((key for key, value in module.state_dict().items() if not bool(torch.isfinite(value).all())), None)
+    if bad is not None:
+        raise UserError(f"the weights in {folder} are damaged: {bad} is not finite")
+    module.eval().requires_grad_(False)
+    scale, shift = config.get("scaling_factor", _SCALE_OF_CLASS), config.get("shift_factor") or 0.0
+    channels, factor = config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
+    return Autoencoder(module, name, float(scale), float(shift), int(channels), factor)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No log lines of other libraries: what goes wrong comes as an exception, and the rest is not for our users."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _folder(name: str) -> Path:
+    """Where its config.json and weights are, fetched where it is a hub id."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+    if HUB_ID.fullmatch(name) and not folder.parent.exists():
+        return fetch_autoencoder(name)
+    raise UserError(f"no autoencoder at {name}: no such folder, and it is no hub id (ORG/NAME)")
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    """Its config.json, of a kind that we know how to use."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no autoencoder: wanted config.json and weights, as diffusers saves them")
+    config = read_json(folder / "config.json")
+    found = config.get("_class_name") if isinstance(config, Mapping) else None
+    if found != "AutoencoderKL":
+        raise UserError(f"{folder} is {f'a {found}' if found else 'no model of diffusers'}, wanted an AutoencoderKL")
+    if not isinstance(config.get("block_out_channels"), list):
+        raise UserError(f"{folder / 'config.json'} is damaged: block_out_channels is no list")
+    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        raise UserError(f"{folder} normalises latents per channel (latents_mean, latents_std), which is not supported")
+    if not any(folder.glob("diffusion_pytorch_model*")):
+        raise UserError(f"{folder} holds no weights: wanted diffusion_pytorch_model.safetensors or .bin")
+    return dict(config)

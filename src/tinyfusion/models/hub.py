@@ -1,0 +1,121 @@
+"""Models of the hub by their id, `org/name` or `org/name@revision`: just the files that are needed, once, then offline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinyfusion.core.errors import UserError
+
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
+_FACTS = ("model_index.json", "config.json", "model.json", "README.md", "transformer/config.json", "vae/config.json")
+_WEIGHTS = "diffusion_pytorch_model"
+
+
+def fetch_repository(name: str) -> tuple[Path, dict[str, str]]:
+    """The folder of a model of the hub, fetched where it is not in the cache, and what is known of it: id, revision, licence, autoencoder.
+
+    Raises UserError where there is no such model, and where it is neither cached nor to be reached.
+    """
+    repository, _, revision = name.partition("@")
+    folder = _snapshot(repository, revision, _FACTS)
+    inside = "transformer/" if (folder / "transformer" / "config.json").is_file() else ""
+    if (folder / "model.json").is_file():
+        folder = _snapshot(repository, revision, (*_FACTS, "model.safetensors"))
+    else:
+        folder = _with_weights(repository, revision, inside)
+    known = {"hub": repository, "revision": folder.name}
+    if license := license_in(folder / "README.md"):
+        known["license"] = license
+    if inside and (folder / "vae" / "config.json").is_file():
+        known["vae"] = name  # the pipeline's own; see `autoencoder_folder`
+    return folder, known
+
+
+def autoencoder_folder(name: str) -> Path:
+    """The folder of an `AutoencoderKL` of diffusers by path or hub id, alone or as `vae/` of a pipeline; fetched where needed.
+
+    Raises UserError where there is none, or no weights of it.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+    elif HUB_ID.fullmatch(name) and not folder.parent.exists():
+        folder = fetch_autoencoder(name)
+    else:
+        raise UserError(f"no autoencoder at {name}: no such folder, and it is no hub id")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no autoencoder: wanted config.json and weights, as diffusers saves them")
+    if not any(folder.glob(f"{_WEIGHTS}*")):
+        raise UserError(f"{folder} holds no weights: wanted {_WEIGHTS}.safetensors or .bin")
+    return folder
+
+
+def fetch_autoencoder(name: str) -> Path:
+    """The folder of an `AutoencoderKL` of the hub, alone or inside a pipeline."""
+    repository, _, revision = name.partition("@")
+    folder = _snapshot(repository, revision, ("config.json", "vae/config.json", "model_index.json"))
+    inside = "vae/" if (folder / "vae" / "config.json").is_file() else ""
+    return _with_weights(repository, revision, inside) / inside
+
+
+def _with_weights(repository: str, revision: str, inside: str) -> Path:
+    """The folder with weights in it: safetensors, or a torch file where there are none."""
+    stem = f"{inside}{_WEIGHTS}"
+    folder = Path()
+    for suffix in ("safetensors", "bin"):
+        wanted = (f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json")
+        folder = _snapshot(repository, revision, (*_FACTS, *wanted))
+        if any((folder / inside).glob(f"{_WEIGHTS}*.{suffix}")):
+            break
+    return folder
+
+
+def _snapshot(repository: str, revision: str, files: Sequence[str]) -> Path:
+    """The folder of a repository in the cache, with those of `files` that it has."""
+    from huggingface_hub import errors, snapshot_download  # late: only hub ids need it
+
+    where = f"{repository} at revision {revision}" if revision else repository
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(files)))
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"the hub has no revision {revision!r} of {repository}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"no model at {repository}: no such file or folder, and the hub has none of that id that may be read without "
+            "logging in"
+        ) from error
+    except Exception as error:  # its client has errors of several libraries for a net that is not there
+        reason = str(error).partition("\n")[0].strip() or type(error).__name__
+        raise UserError(
+            f"no model at {where}: no such file or folder, nothing of it is in the cache, and the hub cannot be reached ({reason})"
+        ) from error
+
+
+def upload_folder(folder: Path, repository: str) -> str:
+    """Make a repository of the hub where there is none, and put all files of a folder into it; its address.
+
+    Raises UserError where the hub does not take them, such as without a login.
+    """
+    from huggingface_hub import HfApi  # late: only uploads need it
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(repository, exist_ok=True))
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by tinyfusion")
+    except Exception as error:  # its client has errors of several libraries
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{folder} was written, and the hub did not take it as {repository}: {reason} (`hf auth login` makes you known to it)"
+        ) from error
+    return address
+
+
+def license_in(card: Path) -> str | None:
+    """The licence that a model card names in its head."""
+    if not card.is_file():
+        return None
+    head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE) if head else None
+    return found[1] if found else None

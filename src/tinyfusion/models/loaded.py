@@ -1,0 +1,171 @@
+"""LoadedModel: a model in memory with its family, sizes and facts; cutting, copying and hashing it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion.core.config import nearest
+from tinyfusion.core.errors import UserError
+from tinyfusion.models.family import FAMILIES, ModelFamily
+from tinyfusion.models.plan import PrunePlan
+from tinyfusion.models.stack import BlockStack
+from tinyfusion.models.widths import sliced
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model carries beside its tensors.
+
+    image_size: side of its images in pixels. latent_scale and vae: None for a pixel-space model. kept: indices into the
+    direct parent per list, None for an uncut model. lineage: parents, oldest first, each with hash, depth and kept, where
+    it was cut in width the residual channels of its own parent that it kept, and its arch where its child was.
+    seen_images: images that a model trained from nothing saw; None for cut models and where unknown.
+    """
+
+    image_size: int
+    latent_scale: float | None = None
+    vae: str | None = None
+    license: str | None = None
+    kept: dict[str, list[int]] | None = None
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    plan: PrunePlan | None = None
+    seen_images: int | None = None
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory: the module with its family, sizes and facts.
+
+    origin: where it was opened from, for people: kind of file, path, and what is known of its name; empty for one made here.
+    """
+
+    module: nn.Module
+    family: ModelFamily
+    arch: Any
+    facts: ModelFacts
+    origin: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def stack(self) -> BlockStack:
+        """Its residual blocks."""
+        return self.family.stack(self.module)
+
+    def copy(self) -> LoadedModel:
+        """An independent copy."""
+        return dataclasses.replace(self, module=copy.deepcopy(self.module))
+
+    def with_weights(self, tensors: Mapping[str, Tensor]) -> LoadedModel:
+        """The same model with other values: a new module, on the CPU, that holds a copy of every tensor of `tensors`."""
+        with torch.device("meta"):
+            module = self.family.build(self.arch)
+        module.load_state_dict(
+            {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, assign=True
+        )
+        make_trainable(module, self.family)
+        return dataclasses.replace(self, module=module.train(self.module.training))
+
+    def hash(self) -> str:
+        """SHA-256 over the tensors sorted by official name; see `hash_tensors`."""
+        return hash_tensors(self.module.state_dict(), self.family, self.arch)
+
+    def unfit_formats(self) -> dict[str, str]:
+        """Formats of others that cannot hold this model, each with the reason: what an export must refuse."""
+        reasons = self.family.unfit_formats
+        return reasons(self.arch, self.module.state_dict()) if reasons else {}
+
+    def cut(self, plan: PrunePlan, force: bool = False) -> LoadedModel:
+        """A new, trainable model with only the plan's blocks and channels; this one stays as it is.
+
+        Raises UserError where the plan was made for another model (unless `force`) or does not fit its depth or widths.
+        """
+        own = self.hash()
+        if plan.teacher and plan.teacher != own and not force:
+            raise UserError(
+                f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to cut all the same"
+            )
+        depths = self.stack.depths()
+        if plan.depth != depths:
+            raise UserError(f"the plan is for depth {plan.depth}, the model has {depths}")
+        try:
+            student = self.copy() if plan.kept_widths is None else self._narrowed(plan.kept_widths)
+            student.stack.keep(plan.kept)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        make_trainable(student.module, self.family)  # a copy of a frozen teacher is frozen
+        kept = {name: sorted(indices) for name, indices in plan.kept.items()}
+        parent: dict[str, Any] = {"hash": own, "depth": depths, "kept": self.facts.kept}
+        student.arch = self.family.arch_with_depths(student.arch, student.stack.depths())
+        if plan.kept_widths is not None:
+            parent["arch"] = dataclasses.asdict(self.arch)
+        if self.facts.plan and self.facts.plan.kept_widths:
+            parent["residual"] = self.facts.plan.kept_widths.get("residual")  # so that a grandchild finds its features
+        if self.facts.plan and self.facts.plan.pairing_groups:
+            parent["groups"] = (
+                self.facts.plan.pairing_groups
+            )  # a grandchild is paired with this model's parent through them
+        lineage = [*self.facts.lineage, parent]
+        student.origin = {}
+        student.facts = dataclasses.replace(self.facts, kept=kept, lineage=lineage, plan=plan, seen_images=None)
+        return student
+
+    def _narrowed(self, kept_widths: Mapping[str, Any]) -> LoadedModel:
+        """A copy with only these channels; ValueError where they do not fit."""
+        if self.family.widths is None:
+            raise ValueError(f"widths of the family {self.family.name} cannot be cut")
+        arch, tensors = sliced(self.family.widths, self.arch, self.module.state_dict(), kept_widths)
+        with torch.device("meta"):
+            module = self.family.build(arch)
+        module.load_state_dict(tensors, assign=True)
+        return dataclasses.replace(self, module=module.train(self.module.training), arch=arch)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], family: ModelFamily, arch: Any) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name; formula tensors are left out if equal.
+
+    It is the hash of the tensors as held. Opened models hold float32, whatever their file held: a half-precision file
+    has the hash of its values in float32, not that of its bytes. Nothing remembers it: weights change in place.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        formula = family.computed.get(name)
+        if formula is not None and torch.equal(tensor, formula(arch).to(tensor.dtype)):
+            continue
+        digest.update(f"{name}\0{_DTYPE_NAMES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied
+    return digest.hexdigest()
+
+
+def make_trainable(module: nn.Module, family: ModelFamily) -> nn.Module:
+    """Gradients for every parameter that no formula gives."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in family.computed)
+    return module
+
+
+def new_model(family_name: str, arch_values: Mapping[str, Any], seed: int) -> LoadedModel:
+    """A freshly initialised pixel-space model. Raises UserError where the sizes do not fit together."""
+    if family_name not in FAMILIES:
+        raise UserError(f"unknown family {family_name!r}{nearest(family_name, FAMILIES)}")
+    family = FAMILIES[family_name]
+    try:
+        arch = family.arch_type(**arch_values)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    with torch.random.fork_rng(devices=[]):  # new layers fill themselves from the global generator: not ours to move
+        module = family.build(arch)
+    family.initialise(module, seed)
+    return LoadedModel(module, family, arch, ModelFacts(image_size=arch.input_size))

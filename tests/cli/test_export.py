@@ -1,0 +1,130 @@
+"""`export` from the command line: every format, twice, over, dry, and the card that goes with a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from material import Cli, tiny
+from PIL import Image
+
+from tinyfusion.export.picture import plan_png
+from tinyfusion.jobs.export import save_pretrained
+from tinyfusion.models.checkpoint import open_model, save_model
+
+CARD = "README.md"
+
+
+def test_every_format_and_back(cli: Cli, work: Path) -> None:
+    teacher = open_model("teacher")
+    outs = {"diffusers": "d", "tinyfusion": "t", "official": "o.safetensors"}
+    for to, out in outs.items():
+        made = cli("export", "--model", "teacher", "--to", to, "--out", out, "--json")
+        assert made.code == 0, made.err
+        assert made.last_json["model"] == teacher.hash() and made.last_json["to"] == to
+    assert (
+        open_model("d").hash()
+        == open_model("t").hash()
+        == open_model("o.safetensors", num_heads=2).hash()
+        == teacher.hash()
+    )
+    assert {path.name for path in Path("d").iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        CARD,
+        "tinyfusion.json",
+    }
+    assert {path.name for path in Path("t").iterdir()} == {"model.json", "model.safetensors", CARD, "tinyfusion.json"}
+    kinds = [cli("inspect", out, "--num-heads", "2", "--json").last_json["origin"]["kind"] for out in outs.values()]
+    assert kinds == ["folder of diffusers", "model folder of tinyfusion", "official state dict"]
+
+
+def test_a_torch_file_is_tensors_and_nothing_else(cli: Cli, work: Path) -> None:
+    assert cli("export", "--model", "teacher", "--to", "official", "--out", "made/o.pt").code == 0
+    found = torch.load("made/o.pt", weights_only=True)
+    wanted = open_model("teacher").module.state_dict()
+    assert list(found) == list(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(type(tensor) is torch.Tensor for tensor in found.values()) and type(found) is dict
+    assert json.loads(Path("made/o.json").read_text())["verb"] == "export"
+
+
+def test_again_other_and_over(cli: Cli, work: Path) -> None:
+    command = ("export", "--model", "student", "--to", "diffusers", "--out", "d")
+    assert cli(*command).code == 0
+    before = (Path("d") / "config.json").stat().st_mtime_ns
+    assert "d is finished" in cli(*command).err
+    assert (Path("d") / "config.json").stat().st_mtime_ns == before
+    other = cli("export", "--model", "teacher", "--to", "diffusers", "--out", "d")
+    assert other.code == 2 and "made with another recipe (model:" in other.err
+    assert cli("export", "--model", "teacher", "--to", "diffusers", "--out", "d", "--overwrite").code == 0
+    assert open_model("d").hash() == open_model("teacher").hash()
+    assert not list(Path().glob(".d*"))
+
+
+def test_dry_run_writes_nothing(cli: Cli, work: Path) -> None:
+    done = cli("export", "--model", "teacher", "--to", "diffusers", "--out", "made/d", "--dry-run", "--json")
+    assert done.code == 0 and done.last_json["bytes"] > 100_000 and not Path("made").exists()
+
+
+def test_the_card_of_a_run(cli: Cli, work: Path) -> None:
+    """Plan as a picture, numbers with their protocol and never two protocols in a table, the command, the licence."""
+    assert cli("prune", "--teacher", "teacher", "--keep", "0,2", "--out", "run").code == 0
+    record = json.loads(Path("run/run.json").read_text())
+    Path("run/run.json").write_text(json.dumps({**record, "command": "tinyfusion run --recipe mine.toml --out run"}))
+    Path("run/evaluations").mkdir()
+    for name, fid, protocol in (("digits", 12.345, "protocol one"), ("digits-heldout", 23.456, "protocol two")):
+        numbers = {"fid": fid, "precision": 0.5, "protocol": protocol, "num_images": 40}
+        Path(f"run/evaluations/student-{name}.json").write_text(json.dumps(numbers))
+    assert cli("export", "--model", "run", "--to", "tinyfusion", "--out", "card").code == 0
+    card = Path("card/README.md").read_text()
+    second, first = card.index("protocol one"), card.index("protocol two")
+    assert (
+        "23.46" in card[:first]
+        and "12.35" in card[first:second]
+        and "12.35" not in card[:first]
+        and card.count("| FID |") == 2
+    )
+    assert "tinyfusion run --recipe mine.toml --out run" in card and "![which blocks stay](plan.png)" in card
+    assert open_model("teacher").hash()[:12] in card and "Kept: blocks 0, 2." in card
+    assert "name no licence" in card and "CC-BY-NC-4.0" in card
+    with Image.open("card/plan.png") as picture:
+        assert picture.format == "PNG" and picture.width > 300
+
+
+def test_the_library_saves_with_a_card(work: Path) -> None:
+    model = open_model("student")
+    save_pretrained(model, Path("saved"))
+    assert {path.name for path in Path("saved").iterdir()} == {"model.json", "model.safetensors", CARD, "plan.png"}
+    assert open_model("saved").hash() == model.hash() and "# saved" in Path("saved/README.md").read_text()
+
+
+def test_the_picture_shows_the_plan() -> None:
+    some, other = (plan_png({"blocks": kept}, {"blocks": 28}) for kept in ([0, 2], [0, 3]))
+    assert some == plan_png({"blocks": [0, 2]}, {"blocks": 28}) != other
+
+
+def test_known_weights_are_opened_by_name(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(work))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(work / "cache"))
+    (work / ".config" / "tinyfusion").mkdir(parents=True)
+    table = '[mine]\naddress = "https://example.invalid/good.pt"\nlicense = "CC-BY-NC-4.0"\n'
+    (work / ".config" / "tinyfusion" / "weights.toml").write_text(table)
+    (work / "cache" / "tinyfusion" / "mine").mkdir(parents=True)
+    (work / "cache" / "tinyfusion" / "mine" / "good.pt").write_bytes((work / "good.pt").read_bytes())
+    facts = cli("inspect", "mine", "--num-heads", "2", "--json").last_json
+    assert facts["hash"] == open_model("teacher").hash() and facts["license"] == "CC-BY-NC-4.0"
+    assert facts["origin"]["name"] == "mine" and facts["origin"]["address"] == "https://example.invalid/good.pt"
+    assert facts["origin"]["kind"] == "official state dict of a training checkpoint"
+    cut = ("prune", "--teacher", "mine", "--num-heads", "2", "--keep", "1,2", "--out", "cut")
+    assert cli(*cut).code == 0
+    assert open_model("cut").facts.license == "CC-BY-NC-4.0", "students keep their parent's licence"
+
+
+def test_a_model_of_published_sizes_says_latents(cli: Cli, work: Path) -> None:
+    save_model(tiny(in_channels=4), work / "latent")
+    assert cli("export", "--model", "latent", "--to", "official", "--out", "l.safetensors").code == 0
+    facts = cli("inspect", "l.safetensors", "--num-heads", "2", "--json").last_json
+    assert (facts["image_size"], facts["latent_scale"], facts["vae"]) == (64, 0.18215, "stabilityai/sd-vae-ft-ema")

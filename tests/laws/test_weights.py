@@ -1,0 +1,187 @@
+"""Known weights: one table that a user's file extends, fetched once, whole or not at all, and checked ever after."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from loopback import Served, serving
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.weights import cache_folder, fetch_weights, known_weights, user_table
+
+CONTENT = bytes(range(256)) * 3000
+SUM = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home and a cache of the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def server() -> Iterator[Served]:
+    with serving(CONTENT) as served:
+        yield served
+
+
+def table(text: str) -> None:
+    user_table().parent.mkdir(parents=True, exist_ok=True)
+    user_table().write_text(text, encoding="utf-8")
+
+
+def entry(server: Served, **fields: str) -> None:
+    table(f'[mine]\naddress = "{server.address}"\n' + "".join(f'{key} = "{value}"\n' for key, value in fields.items()))
+
+
+def left() -> list[str]:
+    folder = cache_folder() / "mine"
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def test_the_shipped_table() -> None:
+    known = known_weights()
+    assert {"dit-xl-2-256", "dit-xl-2-512", "tinydit-d14"} <= {n for n, e in known.items() if e.kind == "model"}
+    assert all(entry.license and entry.about for entry in known.values())
+    assert known["dit-xl-2-256"].file_name == "DiT-XL-2-256x256.pt"
+    assert known["inception-2015-12-05"].sha256 == "6726825d"
+
+
+def test_fetched_once_recorded_and_checked(server: Served) -> None:
+    entry(server)
+    path = fetch_weights("mine")
+    assert path.read_bytes() == CONTENT and path.name == "weights one.pt"
+    assert path.with_name("weights one.pt.sha256").read_text() == f"{SUM}  weights one.pt\n"
+    assert left() == ["weights one.pt", "weights one.pt.sha256"]
+    assert fetch_weights("mine") == path and server.asked == [None]
+    path.write_bytes(CONTENT[:-1] + b"x")
+    with pytest.raises(UserError, match=f"is damaged: .*sha256 says {SUM}"):
+        fetch_weights("mine")
+    path.unlink()
+    server.content = CONTENT[::-1]  # another file at the same address
+    with pytest.raises(UserError, match=f"gave a file .*sha256 says {SUM}"):
+        fetch_weights("mine")
+
+
+@pytest.mark.parametrize("digits", [8, 64])
+def test_a_known_sum(server: Served, digits: int) -> None:
+    entry(server, sha256=SUM[:digits])
+    assert fetch_weights("mine").read_bytes() == CONTENT
+
+
+def test_a_wrong_sum_leaves_nothing(server: Served) -> None:
+    entry(server, sha256="0" * 64)
+    with pytest.raises(UserError, match=f"SHA-256 {SUM}, and the table says {'0' * 64}"):
+        fetch_weights("mine")
+    assert not [name for name in left() if name.endswith((".pt", ".partial"))]
+
+
+def test_a_cut_connection_is_taken_up(server: Served) -> None:
+    entry(server, sha256=SUM)
+    server.breaks = [100_000, 1, 250_000]
+    assert fetch_weights("mine").read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=100000-", "bytes=100001-", "bytes=350001-"]
+
+
+def test_another_call_goes_on(server: Served) -> None:
+    entry(server, sha256=SUM)
+    server.breaks = [100_000] + [0] * 20
+    with pytest.raises(UserError, match=r"the connection broke after 0\.1 MiB, which are kept"):
+        fetch_weights("mine")
+    assert any(name.endswith(".partial") for name in left())
+    server.breaks, server.asked = [], []
+    assert fetch_weights("mine").read_bytes() == CONTENT
+    assert server.asked == ["bytes=100000-"]
+    assert left() == ["weights one.pt", "weights one.pt.sha256"]
+
+
+def test_several_processes_fetch_once(server: Served) -> None:
+    """As a launcher starts them: one fetches, the others wait for it."""
+    entry(server, sha256=SUM)
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(fetch_weights, ["mine"] * 4))
+    assert len(set(paths)) == 1 and paths[0].read_bytes() == CONTENT and server.asked == [None]
+    assert left() == ["weights one.pt", "weights one.pt.sha256"]
+
+
+def test_a_server_without_ranges_begins_anew(server: Served) -> None:
+    entry(server, sha256=SUM)
+    server.ranges, server.breaks = False, [500_000, 600_000]
+    assert fetch_weights("mine").read_bytes() == CONTENT
+
+
+def test_a_file_that_changed_meanwhile_is_not_glued(server: Served) -> None:
+    entry(server)
+    server.breaks = [100_000] + [0] * 20
+    with pytest.raises(UserError, match="kept"):
+        fetch_weights("mine")
+    server.content, server.tag, server.breaks = CONTENT[::-1], '"two"', []
+    assert fetch_weights("mine").read_bytes() == CONTENT[::-1]
+
+
+def test_a_shorter_file_meanwhile(server: Served) -> None:
+    """Same version, said to be shorter than what is here: begun anew."""
+    entry(server)
+    server.breaks = [100_000] + [0] * 20
+    with pytest.raises(UserError, match="kept"):
+        fetch_weights("mine")
+    server.content, server.breaks = CONTENT[:1000], []
+    assert fetch_weights("mine").read_bytes() == CONTENT[:1000]
+
+
+def test_no_length_and_no_tag(server: Served) -> None:
+    entry(server)
+    server.says_length, server.tag = False, None
+    assert fetch_weights("mine").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("status", [404, 403, 500])
+def test_an_answer_that_is_none(server: Served, status: int) -> None:
+    entry(server)
+    server.status = status
+    with pytest.raises(UserError, match=f"weights%20one.pt answers {status}"):
+        fetch_weights("mine")
+
+
+def test_nobody_there(server: Served) -> None:
+    table('[mine]\naddress = "http://127.0.0.1:9/weights.pt"\n')
+    with pytest.raises(UserError, match="cannot fetch mine from http://127.0.0.1:9/weights.pt"):
+        fetch_weights("mine")
+
+
+def test_the_users_table_wins(server: Served) -> None:
+    table(f'[dit-xl-2-256]\naddress = "{server.address}"\n')
+    assert known_weights()["dit-xl-2-256"].address == server.address
+    assert known_weights()["dit-xl-2-512"].address.startswith("https://")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[mine\n", "not valid TOML"),
+        ("mine = 3\n", "section"),
+        ('[mine]\nadress = "http://a/b"\n', "adress"),
+        ('[mine]\nabout = "x"\n', "address"),
+        ('[mine]\naddress = "file:///etc/passwd"\n', "http address of a file"),
+        ('[mine]\naddress = "http://a/"\n', "http address of a file"),
+        ('[mine]\naddress = "http://a/b"\nsha256 = "XYZ"\n', "hexadecimal"),
+        ('[mine]\naddress = "http://a/b"\nkind = "cat"\n', "kind must be one of"),
+    ],
+)
+def test_a_table_that_is_none(text: str, message: str) -> None:
+    table(text)
+    with pytest.raises(UserError, match=message) as raised:
+        known_weights()
+    assert "weights.toml" in str(raised.value)
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(UserError, match="did you mean 'tinydit-d14'"):
+        fetch_weights("tinydit-d15")
