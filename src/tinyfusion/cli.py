@@ -117,6 +117,8 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     _check_teacher(verb, options, recipe)
     if verb == "inspect":
         return _inspect(options, recipe)
+    if verb == "bench":
+        return _bench(options, recipe)
     if verb == "replay":
         from tinyfusion.jobs.replay import replay
 
@@ -168,11 +170,21 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
     if verb == "sample":
         from tinyfusion.jobs.sample import sample
 
-        return sample(recipe, where, options.model, options.grid)
+        return sample(recipe, where, options.model, options.grid, options.png, together=True)
     if verb == "evaluate":
         from tinyfusion.jobs.evaluate import evaluate
 
-        return evaluate(recipe, where, options.samples, options.reference or recipe.evaluate.references[0])
+        reference = options.reference or recipe.evaluate.references[0]
+        return evaluate(recipe, where, options.samples, reference, options.against)
+    if verb == "export":
+        from tinyfusion.jobs.export import ExportOptions, export
+
+        chosen = {name: getattr(options, name) for name in ("model", "to", "pipeline", "vae", "push_to_hub")}
+        return export(where, ExportOptions(weights=recipe.sample.weights, **chosen))
+    if verb == "encode":
+        from tinyfusion.jobs.encode import encode
+
+        return encode(recipe, where, options.data)
     from tinyfusion.jobs.report import report
 
     report(options.runs, where)
@@ -194,6 +206,17 @@ def _inspect(options: Any, recipe: Recipe) -> dict[str, Any]:
         for parent in facts["lineage"]:
             print(f"{'parent':24} {parent['hash'][:12]} depth {parent['depth']} kept {parent['kept'] or 'all'}")
     return facts
+
+
+def _bench(options: Any, recipe: Recipe) -> dict[str, Any]:
+    """Only the first process measures, so that no other disturbs it."""
+    if launched_rank() > 0:
+        return {}
+    from tinyfusion.core.device import flush_denormals
+    from tinyfusion.jobs.bench import BenchModels, bench
+
+    flush_denormals()
+    return bench(recipe, BenchModels(options.model, options.vs, options.num_heads, options.family), options.dry_run)
 
 
 def _recipes(options: Recipes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from tyro.conf import Positional, UseAppendAction, arg
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Criterion, Recovery
+from tinyfusion.core.recipe import Criterion, Dtype, Recovery, Sampler
 
 Weights = Literal["ema", "raw"]
 
@@ -214,16 +214,26 @@ class Sample(OpensModel):
     grid: Annotated[Path | None, option("also write a picture of the first images", "PATH")] = None
     num_images: Annotated[int | None, option("images to draw", "N")] = None
     labels: Annotated[str | None, option("classes to draw in turn: 3,7", "I,J,..")] = None
-    sampler: Annotated[Literal["ddpm", "ddim"] | None, option("ancestral or DDIM", "ddpm|ddim")] = None
+    sampler: Annotated[
+        Sampler | None,
+        option("ancestral, DDIM, or the fast solvers DPM-Solver++ and UniPC", "|".join(get_args(Sampler))),
+    ] = None
     num_steps: Annotated[int | None, option("denoising steps", "N")] = None
     guidance: Annotated[float | None, option("classifier-free guidance scale", "X")] = None
     batch_size: Annotated[int | None, option("images at a time", "N")] = None
+    png: Annotated[Path | None, option("also write a folder of PNGs, 000000.png and so on", "PATH")] = None
+    dtype: Annotated[
+        Dtype | None, option("type of weights and activations (default float32)", "|".join(get_args(Dtype)))
+    ] = None
+    compile: Annotated[bool, option("compile the blocks")] = False
+    vae: Annotated[str | None, option("autoencoder of a model of latents (default its own)", "PATH|ID")] = None
 
     def fields(self) -> dict[str, Any]:
         labels = None if self.labels is None else _integers("--labels", self.labels)
         return {
             "sample.num_images": self.num_images, "sample.labels": labels, "sample.sampler": self.sampler,
             "sample.num_steps": self.num_steps, "sample.guidance": self.guidance, "sample.batch_size": self.batch_size,
+            "sample.dtype": self.dtype, "sample.compile": self.compile or None, "sample.vae": self.vae,
         }  # fmt: skip
 
 
@@ -237,6 +247,9 @@ class Evaluate(Common):
     samples: Annotated[Path, option("npz or folder of images (required)", "PATH")] = Path()
     out: Annotated[Path, option("JSON of the numbers (required)", "PATH")] = Path()
     reference: Annotated[str | None, option("digits, digits:heldout, or a folder or npz of images", "NAME|PATH")] = None
+    against: Annotated[
+        Path | None, option("npz that another model drew from the same seeds: also PSNR and SSIM of the pairs", "PATH")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -251,10 +264,75 @@ class Report(Common):
 
 
 @dataclass(frozen=True)
+class Export(OpensModel):
+    """A model as other programs read it: diffusers, the published scripts, or our own folder with a model card.
+
+    Example: tinyfusion export --model runs/back --to diffusers --out student
+    """
+
+    model: Annotated[str, option("model or run folder (required)", "MODEL")] = ""
+    to: Annotated[
+        Literal["diffusers", "official", "tinyfusion"] | None,
+        option("format (required)", "diffusers|official|tinyfusion"),
+    ] = None
+    out: Annotated[Path, option("folder; of official a .safetensors or .pt file (required)", "PATH")] = Path()
+    pipeline: Annotated[bool, option("diffusers: a whole DiTPipeline, with scheduler and autoencoder")] = False
+    vae: Annotated[str | None, option("autoencoder of the pipeline (default that of the model)", "PATH|ID")] = None
+    push_to_hub: Annotated[str | None, option("also upload the folder to this repository of the hub", "ORG/NAME")] = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class Encode(Common):
+    """Pictures to latents that `--data latents:PATH` trains on; several processes share the work.
+
+    Example: tinyfusion encode --data pictures --vae stabilityai/sd-vae-ft-ema --out latents
+    """
+
+    data: Annotated[
+        str, option("folder of classes, parquet:PATH, webdataset:PATH, or published features:PATH (required)", "NAME")
+    ] = ""
+    out: Annotated[Path, option("folder of the latents (required)", "PATH")] = Path()
+    vae: Annotated[str | None, option("autoencoder (default stabilityai/sd-vae-ft-ema)", "PATH|ID")] = None
+    size: Annotated[int | None, option("side of the centre crop in pixels (default 256)", "N")] = None
+    batch_size: Annotated[int | None, option("pictures at a time", "N")] = None
+
+    def fields(self) -> dict[str, Any]:
+        return {"encode.vae": self.vae, "encode.size": self.size, "encode.batch_size": self.batch_size}
+
+
+@dataclass(frozen=True)
 class Inspect(OpensModel):
     """What a model is: family, sizes, depth, parameters, MACs, kept blocks, lineage, hash."""
 
     model: Annotated[Positional[str], option("model or run folder (required)", "MODEL")] = ""
+
+
+@dataclass(frozen=True)
+class Bench(OpensModel):
+    """Speed of a guided denoising step: latency, memory, arithmetic; of two models, in turns.
+
+    Example: tinyfusion bench runs/back --vs digits
+    """
+
+    model: Annotated[Positional[str], option("model or run folder (required)", "MODEL")] = ""
+    vs: Annotated[str | None, option("model to compare with, measured in turns", "MODEL")] = None
+    batch_size: Annotated[int | None, option("images per step", "N")] = None
+    guidance: Annotated[float | None, option("classifier-free guidance scale; 1 runs no unconditional half", "X")] = (
+        None
+    )
+    dtype: Annotated[
+        Dtype | None, option("type of weights and activations (default float32)", "|".join(get_args(Dtype)))
+    ] = None
+    compile: Annotated[bool, option("compile the blocks")] = False
+    repeats: Annotated[int | None, option("measurements of each side", "N")] = None
+
+    def fields(self) -> dict[str, Any]:
+        return {
+            "bench.batch_size": self.batch_size, "sample.guidance": self.guidance, "bench.dtype": self.dtype,
+            "bench.compile": self.compile or None, "bench.repeats": self.repeats,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -277,13 +355,23 @@ class Recipes(Common):
 
 VERBS: dict[str, type[Common]] = {
     "run": Run, "train": Train, "prune": Prune, "recover": Recover, "sample": Sample,
-    "evaluate": Evaluate, "report": Report, "inspect": Inspect, "replay": Replay, "recipes": Recipes,
+    "evaluate": Evaluate, "report": Report, "export": Export, "encode": Encode,
+    "inspect": Inspect, "bench": Bench, "replay": Replay, "recipes": Recipes,
 }  # fmt: skip
-PARALLEL = ("run", "train", "prune", "recover")  # what several processes do together; the others are left to the first
-POSITIONAL = {"report": "runs", "inspect": "model", "replay": "run"}
+PARALLEL = (
+    "run",
+    "encode",
+    "train",
+    "prune",
+    "recover",
+    "sample",
+)  # what several processes do together; the others are left to the first
+POSITIONAL = {"report": "runs", "inspect": "model", "bench": "model", "replay": "run"}
 REQUIRED = {
     "run": ("out", "recipe"), "train": ("out",), "prune": ("out",), "recover": ("student", "out"), "sample": ("model", "out"),
-    "evaluate": ("samples", "out"), "report": ("runs", "out"), "inspect": ("model",),
+    "evaluate": ("samples", "out"), "report": ("runs", "out"), "export": ("model", "to", "out"), "encode": ("data", "out"),
+    "inspect": ("model",),
+    "bench": ("model",),
     "replay": ("run", "step"),
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_S = 60.0  # for anything that is waited for; a machine with much else to do is slow
-_NEEDED = ["tinyfusion.options", "tinyfusion.jobs.prune", "tinyfusion.jobs.recover"]
+_NEEDED = ["tinyfusion.options", "tinyfusion.jobs.prune", "tinyfusion.jobs.recover", "tinyfusion.jobs.sample"]
 _NEEDED += [
     "accelerate",
     "peft",

@@ -100,7 +100,19 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(brought / "latents.npz", latents, np.arange(16) % 10)
     (brought / "pictures").mkdir()
     written(brought / "pictures" / "train-00000-of-00001.parquet")
+    save_autoencoder(brought / "sd-vae-ft-ema")
     return folder
+
+
+def save_autoencoder(folder: Path) -> None:
+    """A tiny one with eight pixels to a latent cell."""
+    from diffusers import AutoencoderKL
+
+    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    with torch.random.fork_rng(devices=[]):
+        AutoencoderKL(
+            block_out_channels=(4,) * 4, down_block_types=down, up_block_types=up, norm_num_groups=2
+        ).save_pretrained(folder)
 
 
 def written(path: Path) -> None:

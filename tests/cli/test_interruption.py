@@ -15,9 +15,9 @@ import pytest
 from material import Cli
 from test_verbs import PRUNE, RUN, SAMPLE, done
 
+import tinyfusion.jobs.drawing
 import tinyfusion.jobs.evaluate
 import tinyfusion.jobs.run
-import tinyfusion.jobs.sample
 import tinyfusion.jobs.training
 
 
@@ -86,14 +86,16 @@ def test_a_request_to_save_is_harmless_everywhere(cli: Cli, work: Path, monkeypa
     done(cli, "evaluate --samples images.npz --reference digits:heldout --out evaluation.json")
 
 
-def test_stopped_sampling_says_that_nothing_was_kept(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_stopped_in_its_first_part_leaves_no_trace(
+    cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = sorted(work.rglob("*"))
-    draw = tinyfusion.jobs.sample.draw_samples
+    drawn = tinyfusion.jobs.drawing.draw_samples
     with monkeypatch.context() as patch:
-        patch.setattr(tinyfusion.jobs.sample, "draw_samples", killed_after(draw, 1, signal.SIGUSR1, signal.SIGINT))
+        patch.setattr(tinyfusion.jobs.drawing, "draw_samples", killed_after(drawn, 0, signal.SIGUSR1, signal.SIGINT))
         stopped = cli(*shlex.split(f"{SAMPLE} --batch-size 2"))
     assert stopped.code == 130
-    assert "no image of drawn/samples.npz was kept" in stopped.err
+    assert "no image of drawn/samples.npz was finished" in stopped.err
     assert sorted(work.rglob("*")) == before
     done(cli, SAMPLE)
 

@@ -225,7 +225,8 @@ def test_grid_of_finished_samples_is_drawn_later(cli: Cli, work: Path) -> None:
     done(cli, f"{SAMPLE} --grid drawn/grid.png")
     after = files(work / "drawn")
     assert after.pop("grid.png")
-    assert after == before
+    assert after["samples.npz"] == before["samples.npz"] and after.keys() == before.keys()
+    done(cli, f"{SAMPLE} --grid drawn/grid.png")  # the record knows it as its own
 
 
 def test_evaluate(cli: Cli, work: Path) -> None:

@@ -24,7 +24,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("steps", "stop_after", "batch_size", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit"), (1, math.inf)),
     **dict.fromkeys(("max_bad_steps", "num_images", "num_steps", "lora_rank", "neighbours"), (1, math.inf)),
     **dict.fromkeys(("num_keep", "size", "calibration_images", "calibration_batch_size", "num_masks"), (1, math.inf)),
-    **dict.fromkeys(("is_splits_size", "repeats", "steps_per_repeat"), (1, math.inf)),
+    **dict.fromkeys(("is_splits_size", "repeats", "steps_per_repeat", "shard_images"), (1, math.inf)),
     **dict.fromkeys(("learning_rate", "eps", "clip_norm", "temperature", "mask_sigmas"), (_POSITIVE, math.inf)),
     **dict.fromkeys(("warmup_steps", "learning_rate_end", "weight_decay", "gate_learning_rate", "scaling", "beta"), (0, math.inf)),
     **dict.fromkeys(("label_drop", "augment", "flip", "eta", "alpha_kd", "width_threshold"), (0, 1)),

@@ -17,6 +17,7 @@ Criterion = Literal[
     "learned", "bi", "flux-lite", "sensitivity", "bk-sdm", "first", "last", "uniform", "random",
     "min-loss", "median-loss", "max-loss", "indices", "width",
 ]  # fmt: skip
+Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc"]
 Recovery = Literal["finetune", "logits-kd", "rep-kd", "masked-kd"]
 
 
@@ -41,7 +42,7 @@ class DataSection:
     name: Annotated[
         str,
         "data set: digits (training part), digits:heldout, parquet:PATH (a file or folder; columns img or image, label), "
-        "parquet-stream:PATH (the same, read in parts: for sets larger than memory), "
+        "parquet-stream:PATH (the same, read in parts: for sets larger than memory), latents:PATH (what `encode` made), "
         "or an npz with arr_0 (N, H, W, C), uint8 pixels or floats as they are, and arr_1 labels",
     ] = "digits"
     size: Annotated[int | None, "side to which parquet images are reduced by a box filter; None keeps theirs"] = None
@@ -51,6 +52,26 @@ class DataSection:
     ] = 16_384
     flip: Annotated[float, "probability that an image is mirrored left to right"] = 0.0
     augment: Annotated[float, "share of images that are slightly turned, scaled and sheared, 0 to 1"] = 0.0
+
+
+@dataclass(frozen=True)
+class EncodeSection:
+    """Pictures to latents on disk."""
+
+    vae: Annotated[str, "autoencoder: any AutoencoderKL of diffusers, a folder or hub id, alone or in a pipeline"] = (
+        "stabilityai/sd-vae-ft-ema"
+    )
+    size: Annotated[int, "side of the centre crop in pixels"] = 256
+    posterior: Annotated[
+        Literal["moments", "samples"],
+        "what is stored: mean and log-variance, sampled anew at every read, or one sample (published)",
+    ] = "moments"
+    mirror: Annotated[bool, "also store the latents of the mirrored picture"] = True
+    dtype: Annotated[Literal["float32", "bfloat16"], "type of what is stored; the autoencoder computes in float32"] = (
+        "float32"
+    )
+    batch_size: Annotated[int, "pictures at a time, mirrored ones beside them; rounding depends on it"] = 32
+    shard_images: Annotated[int, "images of a file; a process makes whole files"] = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,14 +258,26 @@ class SampleSection:
 
     num_images: Annotated[int, "images to draw"] = 50_000
     batch_size: Annotated[int, "images at a time; the images do not depend on it"] = 32
-    sampler: Annotated[Literal["ddpm", "ddim"], "ancestral or DDIM"] = "ddpm"
+    sampler: Annotated[Sampler, "ancestral, DDIM, or the solvers DPM-Solver++ (2M) and UniPC"] = "ddpm"
     num_steps: Annotated[int, "denoising steps"] = 250
     eta: Annotated[float, "DDIM's share of fresh noise, 0 to 1"] = 0.0
     guidance: Annotated[float, "classifier-free guidance scale; 1 runs the conditional model alone"] = 1.5
     guidance_channels: Annotated[
         Literal["published", "all"], "channels that are guided: the family's published ones or all noise channels"
     ] = "published"
-    clip: Annotated[bool, "clamp the predicted clean image to [-1, 1] at every step"] = False
+    guidance_interval: Annotated[
+        tuple[float, float], "shares of the timesteps, 0 to 1, between which there is guidance; 0 is the clean end"
+    ] = (0.0, 1.0)
+    clip: Annotated[bool, "ddpm, ddim: clamp the predicted clean image to [-1, 1] at every step"] = False
+    dtype: Annotated[Dtype, "type of weights and activations; noise and the sampler's arithmetic stay float32"] = (
+        "float32"
+    )
+    compile: Annotated[bool, "compile the blocks"] = False
+    decode: Annotated[bool, "models of latents: decode to pixels; else the npz holds latents, float32"] = True
+    vae: Annotated[
+        str | None, "models of latents: folder or hub id of an AutoencoderKL of diffusers; None is the model's own"
+    ] = None
+    decode_batch_size: Annotated[int, "images decoded at a time; the images do not depend on it"] = 8
     labels: Annotated[tuple[int, ...], "classes to draw, repeated in turn; empty draws them by label_rule"] = ()
     label_rule: Annotated[
         Literal["uniform", "balanced"], "labels drawn uniformly at random, or 0, 1, 2, ... in turn"
@@ -262,9 +295,11 @@ class EvaluateSection:
         "digits",
         "digits:heldout",
     )
-    features: Annotated[str, "feature extractor: digits-classifier, or a folder with classifier.json"] = (
-        "digits-classifier"
-    )
+    features: Annotated[
+        str,
+        "feature extractor: digits-classifier, inception (weights fetched once), a file of its weights, dinov2:FOLDER, "
+        "or a folder with classifier.json",
+    ] = "digits-classifier"
     neighbours: Annotated[int, "k of precision and recall"] = 3
     is_splits_size: Annotated[int, "images per split of the Inception Score"] = 5000
     checkpoints: Annotated[
@@ -282,6 +317,17 @@ class SpeedSection:
     depths: Annotated[
         int, "depths at which the cut teacher is timed for the curve of speed over depth, at most; 0 times none"
     ] = 14
+
+
+@dataclass(frozen=True)
+class BenchSection:
+    """Measured denoising steps of one model, or of two in turns."""
+
+    batch_size: Annotated[int, "images per denoising step; a guided step runs twice as many rows"] = 8
+    repeats: Annotated[int, "measurements of each side, in turns"] = 9
+    dtype: Annotated[Dtype, "type of weights and activations, and of the matrix product beside"] = "float32"
+    compile: Annotated[bool, "compile the blocks"] = False
+    product_size: Annotated[int | None, "rows and columns of the matrix product; None: 2048 on a CPU, else 8192"] = None
 
 
 @dataclass(frozen=True)
@@ -307,6 +353,7 @@ class Recipe:
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
+    encode: EncodeSection = field(default_factory=EncodeSection)
     compute: ComputeSection = field(default_factory=ComputeSection)
     watch: WatchSection = field(default_factory=WatchSection)
     train: TrainingSection = field(default_factory=TrainingSection)
@@ -315,4 +362,5 @@ class Recipe:
     sample: SampleSection = field(default_factory=SampleSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     speed: SpeedSection = field(default_factory=SpeedSection)
+    bench: BenchSection = field(default_factory=BenchSection)
     expected: tuple[Expectation, ...] = ()

@@ -338,8 +338,10 @@ def _record_in(run: Path) -> dict[str, Any]:
 
 
 def _worth_keeping(run: Path) -> bool:
-    """Whether a run folder holds a checkpoint, a model or a finished record."""
-    saved = [file for pattern in ("checkpoints/step-*", "model.json") for file in run.rglob(pattern)]
+    """Whether a run folder holds a checkpoint, a model, a shard of latents or a finished record."""
+    saved = [
+        file for pattern in ("checkpoints/step-*", "model.json", "shard-*.safetensors") for file in run.rglob(pattern)
+    ]
     whole = [file for file in saved if not any(part.endswith(".part") for part in file.relative_to(run).parts)]
     return bool(whole) or _record_in(run).get("state") == "done"
 

@@ -64,7 +64,28 @@ class Batches:
         return values.to(self.device)
 
 
-class ShuffledBatches(Batches):
+class ShuffledRows(Batches):
+    """The sequence of an exactly shuffled set: where each position lies in it. A subclass gives the images."""
+
+    def __init__(self, randomness: Randomness, device: torch.device, augment: float = 0.0, flip: float = 0.0) -> None:
+        super().__init__(randomness, device, augment, flip)
+        self._orders: dict[int, Tensor] = {}
+
+    def _order(self, epoch: int) -> Tensor:
+        order = self._orders.get(epoch)
+        if order is None:
+            order = torch.from_numpy(self.randomness.permutation("epoch", epoch, len(self)))
+            self._orders = {**dict(list(self._orders.items())[-3:]), epoch: order}
+        return order
+
+    def picked(self, first: int, num: int) -> Tensor:
+        """(num,) int64: the rows of the set at positions `first` to `first + num - 1` of the sequence."""
+        end, size = first + num, len(self)
+        epochs = range(first // size, -(-end // size))  # those that the batch touches
+        return torch.cat([self._order(e)[max(first - e * size, 0) : end - e * size] for e in epochs])
+
+
+class ShuffledBatches(ShuffledRows):
     """Batches of an image set in memory, in an exactly shuffled order."""
 
     def __init__(
@@ -74,23 +95,13 @@ class ShuffledBatches(Batches):
         self.x = torch.from_numpy(images.x)
         self.y = torch.from_numpy(images.y)
         self.classes = images.num_classes
-        self._orders: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def _order(self, epoch: int) -> Tensor:
-        order = self._orders.get(epoch)
-        if order is None:
-            order = torch.from_numpy(self.randomness.permutation("epoch", epoch, len(self)))
-            self._orders = {**dict(list(self._orders.items())[-3:]), epoch: order}
-        return order
-
     def rows(self, first: int, num: int) -> tuple[Tensor, Tensor]:
         """As in `Batches`."""
-        end, size = first + num, len(self)
-        epochs = range(first // size, -(-end // size))  # those that the batch touches
-        rows = torch.cat([self._order(e)[max(first - e * size, 0) : end - e * size] for e in epochs])
+        rows = self.picked(first, num)
         return self.x[rows], self.y[rows]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,9 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import Batches, ShuffledBatches, signed
 from tinyfusion.data.digits import REAL_SETS, ImageSet, load_digits
 from tinyfusion.data.images import read_images_npz
+from tinyfusion.data.latents import LATENTS, LatentBatches, open_latents
 from tinyfusion.data.parquet import read_parquet_images
+from tinyfusion.data.published_latents import PUBLISHED_FACTOR
 from tinyfusion.data.stream import StreamedBatches, open_parts
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Objective
@@ -78,13 +81,17 @@ def image_set(name: str, size: int | None = None) -> ImageSet:
         return load_digits(heldout=name.endswith(":heldout"))
     if name.startswith(PARQUET):
         return _array_set(name, *_parquet_arrays(name.removeprefix(PARQUET), size))
+    if name.startswith(LATENTS):
+        raise UserError(
+            f"{name} are latents, and here images have to be in memory: name the pictures they were made of"
+        )
     if name.startswith(PARQUET_STREAM):
         raise UserError(
             f"{name} is read in parts, and here a whole set has to be in memory: give {PARQUET}PATH, of a part where it is large"
         )
     if not name.endswith(".npz"):
         raise UserError(
-            f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {PARQUET_STREAM}PATH, "
+            f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {PARQUET_STREAM}PATH, {LATENTS}PATH, "
             "or an .npz with arr_0 and arr_1"
         )
     images, labels = read_images_npz(Path(name))
@@ -112,9 +119,37 @@ def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Bat
         _check_fit(data.name, parts.shape, parts.classes, model)
         timeout_s = recipe.compute.timeout_s
         return StreamedBatches(parts, randomness, device, data.window_images, data.augment, data.flip, timeout_s)
+    if data.name.startswith(LATENTS):
+        return _latent_batches(recipe, model, device)
     images = image_set(data.name, data.size)
     _check_fit(images.name, images.x.shape[1:], images.num_classes, model)
     return ShuffledBatches(images, randomness, device, data.augment, data.flip)
+
+
+def _latent_batches(recipe: Recipe, model: LoadedModel, device: torch.device) -> LatentBatches:
+    """Batches of what `encode` made. Raises UserError where it was scaled otherwise than the model wants it."""
+    data, latents = recipe.data, open_latents(Path(recipe.data.name.removeprefix(LATENTS)))
+    _check_fit(data.name, latents.spec.shape, latents.spec.classes, model)
+    if data.augment:
+        raise UserError(
+            f"data.augment is {data.augment:g}, and {data.name} are latents, which cannot be turned or scaled"
+        )
+    wanted = model.facts.latent_scale
+    if wanted is not None and abs(wanted - latents.spec.scale) > 1e-6 * wanted:
+        raise UserError(
+            f"{data.name} was made for the scale {latents.spec.scale:g}, the model was trained with {wanted:g}"
+        )
+    return LatentBatches(latents, Randomness(recipe.seed), device, data.flip)
+
+
+def trained_on(model: LoadedModel, source: Batches) -> LoadedModel:
+    """A new model with the facts of its data: of latents their scale, their autoencoder and the side of their pictures."""
+    if not isinstance(source, LatentBatches):
+        return model
+    spec, about = source.latents.spec, source.latents.about
+    side = about.get("size") or PUBLISHED_FACTOR * spec.shape[-1]
+    facts = dataclasses.replace(model.facts, image_size=side, latent_scale=spec.scale, vae=about.get("vae"))
+    return dataclasses.replace(model, facts=facts)
 
 
 def _check_fit(name: str, shape: tuple[int, ...], classes: int, model: LoadedModel) -> None:

@@ -44,5 +44,6 @@ def inspect(model: LoadedModel) -> dict[str, Any]:
         "seen_images": facts.seen_images,
         "criterion": facts.plan.criterion if facts.plan else None,
         "scheme": facts.plan.scheme if facts.plan else None,
+        "origin": model.origin,
         "unfit_formats": model.unfit_formats(),
     }

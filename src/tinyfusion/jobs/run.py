@@ -22,6 +22,7 @@ from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.images import read_images_npz, write_grid_png
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for
+from tinyfusion.jobs.drawing import autoencoder_for, image_form
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate, training_estimate
 from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference
 from tinyfusion.jobs.inspect import inspect
@@ -107,8 +108,10 @@ def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
     """UserError where the images to be drawn, or a reference, cannot be evaluated."""
     neighbours, num_images = recipe.evaluate.neighbours, recipe.sample.num_images
     extractor = open_extractor(recipe.evaluate.features)
-    side = teacher.arch.input_size
-    extractor.check(np.zeros((1, side, side, teacher.arch.in_channels), np.uint8), "images of the teacher")
+    shape, dtype = image_form(teacher, autoencoder_for(recipe.sample, teacher))
+    if dtype != np.uint8:
+        raise UserError("sample.decode=false keeps latents, and `run` scores pictures: leave it out")
+    extractor.check(np.zeros((1, *shape), np.uint8), "images of the teacher")
     counts = {"sample.num_images": num_images}
     counts |= {
         f"reference {name}": len(open_reference(name, extractor, recipe.data.size))

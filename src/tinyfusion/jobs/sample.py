@@ -1,17 +1,27 @@
-"""`sample`: a model to images."""
+"""`sample`: a model to images, by one process or several, continuing where it was stopped.
+
+Images are drawn in parts that lie beside the npz until all are there (`jobs/parts.py`). Processes settle together what
+is missing, then each draws its share, and the first one waits for the files of the others: whoever ends early is missed
+by nobody, and no network stands still while a slow one draws.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import missing_folders, remove_empty
 from tinyfusion.core.progress import progress
-from tinyfusion.core.recipe import Recipe, SampleSection
+from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import (
     check_space,
     check_writable,
@@ -22,136 +32,214 @@ from tinyfusion.core.rundir import (
     written_beside,
 )
 from tinyfusion.core.signals import Interrupted
-from tinyfusion.data.images import read_images_npz, write_grid_png, write_images_npz
+from tinyfusion.data.image_sink import stream_images_npz, write_png_folder
+from tinyfusion.data.image_source import ImageSource, open_npz, source_of
+from tinyfusion.data.images import write_grid_png
 from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
+from tinyfusion.jobs.drawing import (
+    autoencoder_for,
+    check_sampling,
+    image_form,
+    labels_of,
+    open_drawing,
+    protocol,
+    sampler_of,
+)
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
-from tinyfusion.jobs.evaluate import image_hash
+from tinyfusion.jobs.parts import Parts, Range, begin_parts, part_images, parts_folder
+from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel, open_model
-from tinyfusion.sample.drive import SamplerSettings, image_labels, to_uint8
-from tinyfusion.sample.drive import sample as draw_samples
+from tinyfusion.training.engine import Engine, open_engine
+
+__all__ = ["check_sampling", "draw", "labels_of", "protocol", "sample", "sampler_of", "write_samples"]
+
+_SLOWER = 4  # how much longer than ours a part of another process may take before it is given up
 
 
-def sample(recipe: Recipe, options: RunOptions, model_source: str, grid: Path | None = None) -> dict[str, Any]:
-    """Draw images; writes the npz at `options.out` with its record beside, and a picture grid if asked. Returns what `--json` prints."""
-    settings, out = recipe.sample, options.out
-    if out.suffix != ".npz":
-        raise UserError(f"--out of sample is an .npz file; got {out}")
-    model = open_model(model_source, settings.weights, options.num_heads, options.family)
-    plain = plain_recipe(recipe, "sample", model=model.hash())
-    check_sampling(settings, model)
-    todo = file_output(out, "sample", plain, options.overwrite, _record_beside) or not _is_whole(out)
-    if todo and not out.exists():
-        file_output(out.with_suffix(".json"), "sample", plain, True, read_json)  # a record of ours may go, nothing else
-    check_grid(grid, out)
-    device = device_for(recipe)
-    side, channels = model.arch.input_size, model.arch.in_channels
-    check_space(out, settings.num_images * side * side * channels * 2)
-    outcome = {"num_images": settings.num_images, "protocol": protocol(recipe, model)}
+@dataclass(frozen=True)
+class Pictures:
+    """What else is made of the images: a picture of the first ones, a folder of PNGs."""
+
+    grid: Path | None = None
+    png: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One sampling. out: the npz. plain: what "the same command" means."""
+
+    recipe: Recipe
+    options: RunOptions
+    model: LoadedModel
+    autoencoder: Autoencoder | None
+    pictures: Pictures
+    plain: dict[str, Any]
+
+    @property
+    def out(self) -> Path:
+        return self.options.out
+
+    def parts(self, num: int) -> Parts:
+        """Parts of `num` images."""
+        (height, width, channels), dtype = image_form(self.model, self.autoencoder)
+        shape = (self.recipe.sample.num_images, height, width, channels)
+        return Parts(parts_folder(self.out), shape, dtype, num)
+
+
+def sample(
+    recipe: Recipe,
+    options: RunOptions,
+    model_source: str,
+    grid: Path | None = None,
+    png: Path | None = None,
+    together: bool = False,
+) -> dict[str, Any]:
+    """Draw images; writes the npz at `options.out` with its record beside, and pictures if asked. Returns what `--json` prints.
+
+    together: every process that was launched calls this, and each draws a share; else this one draws alone.
+    """
+    if options.out.suffix != ".npz":
+        raise UserError(f"--out of sample is an .npz file; got {options.out}")
+    engine = _processes(recipe) if together else Engine(device_for(recipe))
+    model = open_model(model_source, recipe.sample.weights, options.num_heads, options.family)
+    check_sampling(recipe.sample, model)
+    autoencoder = autoencoder_for(recipe.sample, model)
+    inputs = {"model": model.hash()} | ({"autoencoder": autoencoder.hash()} if autoencoder else {})
+    plain = plain_recipe(recipe, "sample", **inputs)
+    job = _Job(recipe, options, model, autoencoder, Pictures(grid, png), plain)
+    told = protocol(recipe, model, autoencoder)
+    outcome = {"num_images": recipe.sample.num_images, "protocol": told}
+    todo, num = engine.first(lambda: _check(job, engine))
     if options.dry_run:
-        estimate = sampling_estimate(model, settings, sampler_of(settings), device)
-        return announce("sample", {"model": described(model), "protocol": outcome["protocol"]}, estimate)
+        estimate = sampling_estimate(model, recipe.sample, sampler_of(recipe.sample), engine.device)
+        return announce("sample", {"model": described(model), "protocol": told}, estimate, engine.is_main)
+    parts = job.parts(num)
     if todo:
+        made = missing_folders(parts.folder)
+        missing = engine.first(lambda: _begin(job, parts))
         try:
-            images, labels = draw(recipe, model, f"sample {model_source}")
-        except Interrupted as error:
-            raise Interrupted(error.signum, f"no image of {out} was kept, the same command draws them anew") from None
-        record = stamp("sample", plain, "done", **outcome, model=model.hash(), grid=str(grid) if grid else None)
-        write_samples(out, images, labels, record)
+            _draw_parts(job, parts, missing, engine, f"sample {model_source}")
+        except BaseException as error:
+            kept = _kept(parts)
+            if not kept and engine.world == 1:
+                parts.remove()
+                remove_empty(made)
+            if isinstance(error, Interrupted):
+                what = f"{kept:,} of {parts.shape[0]:,} images of {job.out} are kept"
+                what = what if kept else f"no image of {job.out} was finished"
+                raise Interrupted(error.signum, f"{what}, the same command continues") from None
+            raise
+    if not engine.is_main:
+        return {}
+    if todo:
+        paths = {name: str(path) if path else None for name, path in (("grid", grid), ("png", png))}
+        record = stamp("sample", plain, "done", **outcome, model=model.hash(), **paths)
+        write_samples(options.out, parts.source(), labels_of(recipe, model), record)
+        parts.remove()
     else:
-        print(f"{out} is finished; --overwrite starts anew", file=sys.stderr)
-    if grid is not None and (todo or not grid.exists()):
-        images = read_images_npz(out)[0]
-        columns = 8 if len(images) <= 64 else 10
-        write_grid_png(grid, images[: columns * columns], columns, max(1, 256 // (4 * side)))
+        print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
+    _write_pictures(job, todo)
     return outcome
 
 
-def write_samples(out: Path, images: np.ndarray, labels: np.ndarray, record: dict[str, Any]) -> None:
+def _processes(recipe: Recipe) -> Engine:
+    """The processes that were launched together; arithmetic stays that of one, without TF32."""
+    alone = dataclasses.replace(recipe.compute, tf32=False, compile=False, gradient_accumulation_steps=1)
+    device_for(recipe)
+    return open_engine(recipe.device, alone)
+
+
+def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, C) and labels (N,), in memory."""
+    settings = recipe.sample
+    drawing = open_drawing(recipe, model, device_for(recipe), autoencoder_for(settings, model))
+    images: list[np.ndarray] = []
+    with progress(title, settings.num_images, "images") as bar:
+        for batch in drawing.images(0, settings.num_images):
+            images.append(batch)
+            bar(sum(map(len, images)))
+    return np.concatenate(images), drawing.labels
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _check(job: _Job, engine: Engine) -> tuple[bool, int]:
+    """Whether images are to be drawn, and how many in a part. Raises UserError on outputs that may not be used. Writes nothing."""
+    settings, out, overwrite = job.recipe.sample, job.out, job.options.overwrite
+    if settings.compile:
+        check_compiler(engine.device)
+    todo = file_output(out, "sample", job.plain, overwrite, _record_beside) or not _is_whole(out)
+    if todo and not out.exists():
+        file_output(
+            out.with_suffix(".json"), "sample", job.plain, True, read_json
+        )  # a record of ours may go, nothing else
+    share = min(settings.batch_size, math.ceil(settings.num_images / engine.world))
+    num = part_images(parts_folder(out), job.plain, share, overwrite) if todo else share
+    shape, dtype = job.parts(num).shape, job.parts(num).dtype
+    _check_pictures(job, shape[-1], dtype)
+    if todo:
+        check_space(out, 2 * math.prod(shape) * dtype.itemsize)
+    return todo, num
+
+
+def _begin(job: _Job, parts: Parts) -> list[Range]:
+    """Make the folder of parts, or find it; which of them are missing."""
+    begin_parts(parts, job.plain, job.options.overwrite)
+    missing = parts.missing()
+    if len(missing) < len(parts.ranges()):
+        left = sum(last - first for first, last in missing)
+        print(f"{job.out}: {parts.shape[0] - left:,} of {parts.shape[0]:,} images are there", file=sys.stderr)
+    return missing
+
+
+def _draw_parts(job: _Job, parts: Parts, missing: list[Range], engine: Engine, title: str) -> None:
+    """Draw this process's share of `missing`, every world-th part of it; the first process then waits for all others."""
+    slowest = 0.0
+    own = missing[engine.rank :: engine.world]
+    total = sum(last - first for first, last in own)
+    whose = f" (process 0 of {engine.world})" if engine.world > 1 else ""
+    with progress(title + whose, total, "images", shown=engine.is_main) as bar:
+        drawing = open_drawing(job.recipe, job.model, engine.device, job.autoencoder) if own else None
+        done = 0
+        for part in own:
+            began = time.monotonic()
+            assert drawing is not None
+            images = []
+            for batch in drawing.images(*part):
+                images.append(batch)
+                done += len(batch)
+                bar(done)
+            parts.write(part, np.concatenate(images))
+            slowest = max(slowest, time.monotonic() - began)
+    if engine.is_main:
+        parts.wait_for(max(job.recipe.compute.timeout_s, _SLOWER * slowest))
+
+
+def _kept(parts: Parts) -> int:
+    """Images that are there."""
+    return sum(last - first for first, last in parts.ranges() if parts.is_there((first, last)))
+
+
+def write_samples(out: Path, images: np.ndarray | ImageSource, labels: np.ndarray, record: dict[str, Any]) -> None:
     """The npz and the record beside it, both or neither.
 
     The images are ready when the record takes its place, and follow at once. A process that is killed just then leaves
     a record with the hash of images that are not there: see `_is_whole`.
     """
+    source = images if isinstance(images, ImageSource) else source_of(images)
     with written_beside(out) as beside:
-        write_images_npz(beside, images, labels)
-        write_json(out.with_suffix(".json"), {**record, "image_hash": image_hash(images)})
+        stream_images_npz(beside, source, labels)
+        write_json(out.with_suffix(".json"), {**record, "image_hash": source.hash()})
 
 
 def _is_whole(out: Path) -> bool:
     """Whether the images are those that the record beside them tells of."""
     try:
         told = _record_beside(out).get("image_hash")
-        return told is None or told == image_hash(read_images_npz(out)[0])
+        return told is None or told == open_npz(out).hash()
     except UserError:
         return False
-
-
-def check_grid(grid: Path | None, out: Path) -> None:
-    """UserError where the picture would replace a file that these samples did not make, or cannot be written."""
-    if grid is None:
-        return
-    if grid.suffix != ".png":
-        raise UserError(f"--grid is a .png file; got {grid}")
-    check_writable(grid)
-    record = _record_beside(out)
-    ours = isinstance(record, dict) and record.get("grid") == str(grid)
-    if grid.exists() and not ours:
-        raise UserError(f"--grid {grid} exists and does not belong to {out}; choose another name")
-
-
-def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images (N, S, S, C) and labels (N,)."""
-    settings = recipe.sample
-    labels = labels_of(recipe, model)
-    model.module.to(device_for(recipe)).eval()
-    images: list[np.ndarray] = []
-    with progress(title, len(labels), "images") as bar:
-        for batch in draw_samples(model, labels, sampler_of(settings), recipe.seed, settings.batch_size):
-            if not bool(torch.isfinite(batch.x).all()):
-                raise UserError(
-                    f"the model drew values that are not finite from image {batch.first} on: it is broken or unrecovered"
-                )
-            images.append(to_uint8(batch.x))
-            bar(batch.first + len(batch.x))
-    return np.concatenate(images), labels
-
-
-def labels_of(recipe: Recipe, model: LoadedModel) -> np.ndarray:
-    """The label of every image."""
-    settings = recipe.sample
-    return image_labels(
-        settings.num_images, model.arch.num_classes, recipe.seed, settings.labels, settings.label_rule == "balanced"
-    )
-
-
-def sampler_of(settings: SampleSection) -> SamplerSettings:
-    """The sampler's settings. Raises UserError on a guidance or a number of steps that cannot be."""
-    if settings.guidance < 1:
-        raise UserError(
-            f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"
-        )
-    try:
-        return SamplerSettings(
-            settings.sampler,
-            settings.num_steps,
-            settings.guidance,
-            settings.guidance_channels,
-            settings.eta,
-            settings.clip,
-        )
-    except ValueError as error:
-        raise UserError(f"--num-steps {settings.num_steps} with --sampler {settings.sampler}: {error}") from error
-
-
-def protocol(recipe: Recipe, model: LoadedModel) -> str:
-    """The sampling half of the protocol string."""
-    s = recipe.sample
-    eta = f" eta {s.eta:g}" if s.sampler == "ddim" and s.eta else ""
-    labels = "labels " + ("given" if s.labels else s.label_rule)
-    channels = sampler_of(s).guided_channels(model)
-    guidance = f"guidance {s.guidance:g} on {channels} channel{'s' * (channels > 1)} ({s.guidance_channels})"
-    sampler = f"{s.sampler} {s.num_steps} steps{eta}{' clipped' if s.clip else ''}"
-    return f"{s.num_images} images | {sampler} | {guidance} | {labels} | float32 | seed {recipe.seed}"
 
 
 def _record_beside(out: Path) -> Any:
@@ -159,17 +247,39 @@ def _record_beside(out: Path) -> Any:
     return read_json(beside) if beside.is_file() else None
 
 
-def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
-    """UserError on settings that cannot work with the model."""
-    if settings.num_images < 1 or settings.batch_size < 1:
-        raise UserError(
-            f"sample wants at least one image and a batch of at least one; got {settings.num_images} and {settings.batch_size}"
-        )
-    outside = [label for label in settings.labels if not 0 <= label < model.arch.num_classes]
-    if outside:
-        raise UserError(f"--labels {outside} out of range: the model knows classes 0 to {model.arch.num_classes - 1}")
-    sampler_of(settings)
-    if model.facts.latent_scale is not None:
-        raise UserError(
-            "this model draws latents, and decoding them with a VAE is not built yet: pixel-space models can be sampled"
-        )
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def _check_pictures(job: _Job, channels: int, dtype: np.dtype[np.generic]) -> None:
+    """UserError where a picture would replace what these samples did not make, or cannot be made of them."""
+    record = _record_beside(job.out)
+    for name, path in (("grid", job.pictures.grid), ("png", job.pictures.png)):
+        if path is None:
+            continue
+        if dtype != np.uint8 or channels not in (1, 3):
+            what = "latents" if dtype != np.uint8 else f"images of {channels} channels"
+            raise UserError(f"--{name} shows images of 1 or 3 channels, and these are {what}: leave it out")
+        if name == "grid" and path.suffix != ".png":
+            raise UserError(f"--grid is a .png file; got {path}")
+        if name == "png" and (path.is_file() or path.suffix in (".png", ".npz")):
+            raise UserError(f"--png is a folder, for one file per image; got {path}")
+        check_writable(path)
+        ours = isinstance(record, dict) and record.get(name) == str(path)
+        if path.exists() and not ours and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"--{name} {path} exists and does not belong to {job.out}; choose another name")
+
+
+def _write_pictures(job: _Job, anew: bool) -> None:
+    """Those that were asked for and are not there, or are of former images."""
+    grid, png = job.pictures.grid, job.pictures.png
+    source = open_npz(job.out)
+    if grid is not None and (anew or not grid.exists()):
+        num = min(len(source), 64 if len(source) <= 64 else 100)
+        side = source.shape[1]
+        write_grid_png(grid, next(source.read(num)), 8 if num <= 64 else 10, max(1, 256 // (4 * side)))
+    if png is not None and (anew or not png.is_dir() or not any(png.iterdir())):
+        write_png_folder(png, source)
+    record = _record_beside(job.out)
+    added = {name: str(path) for name, path in (("grid", grid), ("png", png)) if path is not None}
+    if isinstance(record, dict) and any(record.get(name) != path for name, path in added.items()):
+        write_json(job.out.with_suffix(".json"), {**record, **added})

@@ -16,6 +16,7 @@ from tinyfusion.jobs.assemble import (
     job_record,
     objective_for,
     plain_recipe,
+    trained_on,
     training_plan,
 )
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
@@ -60,6 +61,7 @@ def train_of(recipe: Recipe, engine: Engine) -> Training:
     sizes = to_plain(recipe.model)
     model = new_model(sizes.pop("family"), sizes, Randomness(recipe.seed).generator_seed("initial-weights"))
     source = batches_for(recipe, model, engine.device)
+    model = trained_on(model, source)
     engine.place(model.module.train(), list(model.stack))
     state = TrainState(model.module, [ParameterGroup(trainable(model.module))], recipe.train)
     objective = objective_for(model, recipe.train.label_drop)

@@ -90,8 +90,8 @@ def _installed(module: str) -> bool:
 
 
 def cheap_sampling(recipe: Recipe) -> SampleSection:
-    """The recipe's way of sampling where it takes at most `MOST_STEPS` steps, else as many of plain DDIM."""
-    settings = recipe.sample
+    """The recipe's way of sampling where it takes at most `MOST_STEPS` steps, else as many of plain DDIM; float32, eager."""
+    settings = dataclasses.replace(recipe.sample, dtype="float32", compile=False)
     if settings.num_steps <= MOST_STEPS:
         return settings
     return dataclasses.replace(settings, sampler="ddim", num_steps=MOST_STEPS, eta=0.0)

@@ -8,6 +8,8 @@ Sources: Lu et al. arXiv 2211.01095; Zhao et al. arXiv 2302.04867.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +34,16 @@ def solver_for(name: str) -> Any:
 
     kind: Any = diffusers.UniPCMultistepScheduler if name == "unipc" else diffusers.DPMSolverMultistepScheduler
     # order 2 and "dpmsolver++" are the defaults, said because they are meant
-    return kind(**PROCESS, solver_order=2, **({} if name == "unipc" else {"algorithm_type": "dpmsolver++"}))
+    with _quiet():
+        return kind(**PROCESS, solver_order=2, **({} if name == "unipc" else {"algorithm_type": "dpmsolver++"}))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the word of NumPy on how diffusers makes arrays of tensors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="__array__ implementation doesn't accept a copy keyword")
+        yield
 
 
 def check_steps(num_steps: int) -> None:
@@ -45,7 +56,8 @@ def sample_solver(model: Denoiser, name: str, num_steps: int, x: Tensor) -> Iter
     """Solve from x (B, C, H, W) ~ N(0, 1): yields x after every step. One call of the model each."""
     check_steps(num_steps)
     solver, channels = solver_for(name), x.shape[1]
-    solver.set_timesteps(num_steps)
+    with _quiet():
+        solver.set_timesteps(num_steps)
     for t in solver.timesteps:
         original = torch.full((x.shape[0],), int(t), dtype=torch.int64, device=x.device)
         noise, _ = split_output(model(x, original), channels)

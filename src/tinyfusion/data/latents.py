@@ -1,0 +1,388 @@
+"""Latents on disk: shards of one size with a manifest, and training batches read out of them.
+
+A shard is a safetensors file: labels (n,) int64, then the values of every image, row by row. The format is open, has
+bfloat16, runs no code, and its tensors lie plain in the file, so a shard is mapped instead of read and appended to while it
+is made. Values are `moments` (n, R, 2 C, h, w), mean and log-variance of the posterior as the autoencoder gives them, or
+`samples` (n, R, C, h, w), drawn once and scaled as models see them. R is 2 with mirrored copies, else 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from scipy.special import ndtri
+from torch import Tensor
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.core.rundir import read_json, write_json
+from tinyfusion.data.batches import ArrayBatch, ShuffledRows
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+LATENTS = "latents:"  # prefix of a data set that is such a folder
+_TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16"}
+_VERIFIED_BYTES = 2**30  # sets up to here are verified by their sums when they are opened
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What a set consists of; the bytes of its shards depend on it, on the images, and on nothing else.
+
+    kind: moments or samples. rows: 2 with mirrored copies, else 1. shape: (C, h, w) of a latent. classes: one more than
+    the largest label. scale, shift: models see (z - shift) x scale of a latent z.
+    """
+
+    num_images: int
+    shard_images: int
+    kind: str
+    dtype: str
+    rows: int
+    shape: tuple[int, int, int]
+    classes: int
+    scale: float
+    shift: float
+
+    @property
+    def shards(self) -> int:
+        """How many files."""
+        return -(-self.num_images // self.shard_images)
+
+    @property
+    def values(self) -> tuple[int, int, int, int]:
+        """(R, 2 C or C, h, w): what is stored of an image."""
+        channels, height, width = self.shape
+        return self.rows, channels * (2 if self.kind == "moments" else 1), height, width
+
+    @property
+    def image_bytes(self) -> int:
+        """Of one image in its shard, without the label."""
+        return math.prod(self.values) * _TORCH[self.dtype].itemsize
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """First image of a shard, and how many."""
+        first = shard * self.shard_images
+        return first, min(self.shard_images, self.num_images - first)
+
+    def file_name(self, shard: int) -> str:
+        """Such as shard-00003-of-00012.safetensors."""
+        return f"shard-{shard:05d}-of-{self.shards:05d}.safetensors"
+
+    def head(self, shard: int) -> bytes:
+        """What stands before the labels of a shard."""
+        _first, num = self.bounds(shard)
+        labels, end = 8 * num, 8 * num + num * self.image_bytes
+        about = {
+            "__metadata__": {"format": "pt"},
+            "labels": {"dtype": "I64", "shape": [num], "data_offsets": [0, labels]},
+            self.kind: {"dtype": _SAFETENSORS[self.dtype], "shape": [num, *self.values], "data_offsets": [labels, end]},
+        }
+        text = json.dumps(about, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+    def begin(self, shard: int) -> int:
+        """Where the values of a shard begin in its file."""
+        return len(self.head(shard)) + 8 * self.bounds(shard)[1]
+
+    def shard_bytes(self, shard: int) -> int:
+        """Size of its file."""
+        return self.begin(shard) + self.bounds(shard)[1] * self.image_bytes
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def encoded_values(values: Tensor, dtype: str) -> bytes:
+    """Bytes of (n, R, K, h, w) float32, as they stand in a shard."""
+    held = values.detach().cpu().to(_TORCH[dtype]).contiguous()
+    return held.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _part(folder: Path, spec: LatentSpec, shard: int) -> Path:
+    return folder / f".{spec.file_name(shard)}.part"
+
+
+def images_in_part(folder: Path, spec: LatentSpec, shard: int, labels: np.ndarray) -> int:
+    """Images that an ended process left in an unfinished shard; 0 where there are none, or it was another set."""
+    path, start = _part(folder, spec, shard), _start(spec, shard, labels)
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(start)) != start:
+                return 0
+            return min((os.fstat(file.fileno()).st_size - len(start)) // spec.image_bytes, spec.bounds(shard)[1])
+    except FileNotFoundError:
+        return 0
+
+
+def _start(spec: LatentSpec, shard: int, labels: np.ndarray) -> bytes:
+    return spec.head(shard) + np.ascontiguousarray(labels, "<i8").tobytes()
+
+
+@contextmanager
+def unfinished_shard(
+    folder: Path, spec: LatentSpec, shard: int, labels: np.ndarray, keep: int
+) -> Iterator[Callable[[bytes], None]]:
+    """Appends to a shard, of which the first `keep` images are there; whole at the end of the block, it takes its name.
+
+    What was written stays when the block does not end well. Raises UserError where another process writes the same shard, or
+    the folder has gone.
+    """
+    path, start = _part(folder, spec, shard), _start(spec, shard, labels)
+    try:
+        with open(path, "ab") as file:
+            _hold(file, path)
+            if keep:
+                file.truncate(len(start) + keep * spec.image_bytes)
+            else:
+                file.truncate(0)
+                file.write(start)
+                file.flush()
+
+            def append(content: bytes) -> None:
+                file.write(content)
+                file.flush()
+
+            yield append
+            size, wanted = os.fstat(file.fileno()).st_size, spec.shard_bytes(shard)
+            if size != wanted:
+                raise RuntimeError(f"{path} has {size} bytes, wanted {wanted}")
+            os.fsync(file.fileno())
+            os.replace(path, folder / spec.file_name(shard))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} was removed or emptied while it was being written: start the same command again"
+        ) from error
+
+
+def _hold(file: IO[bytes], path: Path) -> None:
+    """Lock an unfinished shard for this process."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process writes {path} right now: give every process its own RANK of one WORLD_SIZE, or wait for it"
+        ) from error
+    except (ImportError, OSError):  # no locks on this system or disk
+        pass
+
+
+def write_manifest(folder: Path, spec: LatentSpec, about: Mapping[str, Any]) -> None:
+    """The manifest, with the sums of all shards as they lie on the disk. about: more fields, for people and checks."""
+    shards = [
+        {"file": spec.file_name(k), "bytes": spec.shard_bytes(k), "sha256": _sum_of(folder / spec.file_name(k))}
+        for k in range(spec.shards)
+    ]
+    values = {"made_by": "tinyfusion", "format_version": FORMAT_VERSION, **asdict(spec), **about, "shards": shards}
+    write_json(folder / MANIFEST, values)
+
+
+def _sum_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """An opened set: labels (N,) int64 in memory, values mapped.
+
+    about: the manifest. maps: per shard (n, R, K, h, w), float32, or int16 where the bits are those of bfloat16.
+    """
+
+    folder: Path
+    spec: LatentSpec
+    about: Mapping[str, Any]
+    labels: np.ndarray
+    maps: tuple[np.ndarray, ...]
+
+    def __len__(self) -> int:
+        return self.spec.num_images
+
+    def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> Tensor:
+        """(n, K, h, w) float32: what is stored of these images, of their mirrored copies where `mirrored`.
+
+        Raises UserError on values that are not finite, naming the shard.
+        """
+        out = np.empty((len(rows), *self.spec.values[1:]), self.maps[0].dtype)
+        shards, places = np.divmod(rows, self.spec.shard_images)
+        for i, (shard, place, copy) in enumerate(
+            zip(shards.tolist(), places.tolist(), mirrored.astype(int).tolist(), strict=True)
+        ):
+            out[i] = self.maps[shard][place, copy]
+        values = torch.from_numpy(out)
+        values = values.view(torch.bfloat16).float() if values.dtype == torch.int16 else values
+        if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+            bad = int(rows[int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])])
+            raise UserError(
+                f"{self.folder / self.spec.file_name(bad // self.spec.shard_images)}: image {bad} has values that are not "
+                "finite (NaN or infinity): the file is damaged; remove it, and the `encode` that made it makes it again"
+            )
+        return values
+
+
+def verify(folder: Path, about: Mapping[str, Any]) -> None:
+    """Compare every shard with its sum in the manifest. Raises UserError on the first that differs."""
+    for entry in about["shards"]:
+        if _sum_of(folder / entry["file"]) != entry["sha256"]:
+            raise UserError(
+                f"{folder / entry['file']} is damaged: its SHA-256 is not that of the manifest; remove it, and the `encode` "
+                "that made it makes it again"
+            )
+
+
+def open_latents(folder: Path) -> LatentSet:
+    """Open a set. Sizes of all files are checked, up to 1 GiB also their sums. Raises UserError on what does not fit."""
+    about = _manifest(folder)
+    spec = _spec(folder, about)
+    labels, maps = [], []
+    for shard in range(spec.shards):
+        label, values = _mapped(folder / spec.file_name(shard), spec, shard)
+        labels.append(label)
+        maps.append(values)
+    if sum(spec.shard_bytes(shard) for shard in range(spec.shards)) <= _VERIFIED_BYTES:
+        verify(folder, about)
+    known = np.concatenate(labels)
+    if known.min() < 0 or known.max() >= spec.classes:
+        raise UserError(f"{folder} is damaged: labels {known.min()} to {known.max()} of {spec.classes} classes")
+    return LatentSet(folder, spec, about, known, tuple(maps))
+
+
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        unfinished = (folder / "run.json").is_file()
+        raise UserError(
+            f"{folder} holds no {MANIFEST}: "
+            + (
+                "`encode` has not finished it, the same command goes on"
+                if unfinished
+                else "wanted a folder that `tinyfusion encode` made"
+            )
+        )
+    about = read_json(path)
+    if not isinstance(about, dict) or about.get("made_by") != "tinyfusion":
+        raise UserError(f"{path} is no manifest of latents made by `tinyfusion encode`")
+    if about.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format_version {about.get('format_version')}; this one reads {FORMAT_VERSION}: upgrade"
+        )
+    return about
+
+
+def _spec(folder: Path, about: Mapping[str, Any]) -> LatentSpec:
+    """The manifest's own numbers, checked."""
+    try:
+        values = {field.name: about[field.name] for field in fields(LatentSpec)}
+        spec = LatentSpec(**{**values, "shape": tuple(values["shape"])})
+        named = [(entry["file"], entry["bytes"], entry["sha256"]) for entry in about["shards"]]
+        fits = [(file, size) for file, size, _sum in named] == [
+            (spec.file_name(shard), spec.shard_bytes(shard)) for shard in range(spec.shards)
+        ]
+        whole = all(type(n) is int and n > 0 for n in (spec.num_images, spec.shard_images, spec.classes, *spec.shape))
+        sound = fits and whole and spec.kind in ("moments", "samples") and spec.rows in (1, 2)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{folder / MANIFEST} is damaged: {type(error).__name__} {error}") from error
+    if not sound:
+        raise UserError(f"{folder / MANIFEST} is damaged: its numbers do not go together")
+    return spec
+
+
+def _mapped(path: Path, spec: LatentSpec, shard: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, and mapped values, of one shard."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: the `encode` that made it makes it again")
+    wanted, found = spec.shard_bytes(shard), path.stat().st_size
+    head, (_first, num) = spec.head(shard), spec.bounds(shard)
+    with open(path, "rb") as file:
+        same = file.read(len(head)) == head
+        labels = np.frombuffer(file.read(8 * num), "<i8")
+    if found != wanted or not same:
+        what = f"it has {found:,} bytes, wanted {wanted:,}" if found != wanted else "its header is another one"
+        raise UserError(f"{path} is damaged: {what}; remove it, and the `encode` that made it makes it again")
+    # torch closes the file once it is mapped; a thousand shards would else be a thousand open files
+    storage: Any = torch.UntypedStorage.from_file(str(path), False, wanted)
+    flat = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[spec.begin(shard) :]
+    return labels.astype(np.int64), flat.view(np.float32 if spec.dtype == "float32" else np.int16).reshape(
+        num, *spec.values
+    )
+
+
+class LatentBatches(ShuffledRows):
+    """Training batches of a set of latents, exactly shuffled; where moments are stored, a new sample at every read.
+
+    flip: probability that the mirrored copy is taken. Samples, copies and order are addressed by (seed, step, sample), so
+    processes and resume do not matter.
+    """
+
+    def __init__(self, latents: LatentSet, randomness: Randomness, device: torch.device, flip: float = 0.0) -> None:
+        if flip and latents.spec.rows == 1:
+            raise UserError(
+                f"data.flip is {flip:g}, and {latents.folder} holds no mirrored copies: encode with encode.mirror=true"
+            )
+        super().__init__(randomness, device, flip=flip)
+        self.latents = latents
+        self.labels = torch.from_numpy(latents.labels)
+        self.classes = latents.spec.classes
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def rows(self, first: int, num: int) -> tuple[Tensor, Tensor]:
+        """As in `Batches`: unmirrored, of moments the means."""
+        rows = self.picked(first, num)
+        stored = self.latents.gather(rows.numpy(), np.zeros(num, bool))
+        return self._scaled(stored, None), self.labels[rows]
+
+    def __call__(self, step: int, batch_size: int, draws: Draws) -> ArrayBatch:
+        """The latents of `step`."""
+        rows = self.picked(step * batch_size + draws.first, draws.num)
+        mirrored = draws.uniform("flip") < self.flip if self.flip else np.zeros(draws.num, bool)
+        x = self._scaled(self.latents.gather(rows.numpy(), mirrored), draws)
+        return ArrayBatch(self._moved(x), self._moved(self.labels[rows]))
+
+    def _scaled(self, stored: Tensor, draws: Draws | None) -> Tensor:
+        """(n, C, h, w) as models see them. draws: of the posterior; None takes its mean."""
+        spec = self.latents.spec
+        if spec.kind == "samples":
+            return stored
+        mean, log_variance = stored.chunk(2, dim=1)
+        if draws is None:
+            return (mean - spec.shift) * spec.scale
+        x = log_variance.mul(0.5).exp_().mul_(posterior_noise(draws, spec.shape)).add_(mean)
+        return (x.sub_(spec.shift) if spec.shift else x).mul_(spec.scale)
+
+
+@cache
+def _quantiles() -> np.ndarray:
+    """(65,536,) float32: the normal distribution at the middles of as many equal parts, brought to variance 1."""
+    values = ndtri((np.arange(2**16) + 0.5) / 2**16)
+    return (values / np.sqrt((values**2).mean())).astype(np.float32)
+
+
+def posterior_noise(draws: Draws, shape: tuple[int, ...]) -> Tensor:
+    """(B, *shape) float32, normal in 65,536 steps up to 4.2: 16 random bits each, a ninth of the time of `draws.normal`.
+
+    The posterior is narrow, so that a step of the noise is far below the rounding of what follows.
+    """
+    per_sample = math.prod(shape)
+    words = draws.words("posterior", -(-per_sample // 4))
+    numbers = np.ascontiguousarray(words, "<u8").view("<u2")[:, :per_sample]
+    return torch.from_numpy(np.take(_quantiles(), numbers).reshape(draws.num, *shape))

@@ -1,0 +1,262 @@
+"""`bench`: how fast a model denoises here, beside what this machine can multiply. Two models are measured in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyfusion.core.compiler import check_compiler, compiler_failure
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import Recipe
+from tinyfusion.core.rng import Randomness
+from tinyfusion.core.rundir import machine
+from tinyfusion.evaluate.speed import Timing, interleaved, speedup
+from tinyfusion.jobs.assemble import device_for
+from tinyfusion.jobs.drawing import at_arithmetic, sampler_of
+from tinyfusion.jobs.inspect import model_macs
+from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.stack import num_parameters
+from tinyfusion.processes.gaussian import Schedule, split_output
+from tinyfusion.sample.guidance import guided
+
+_PRODUCT = "product"
+_PRODUCT_SIZE = {"cpu": 2048}
+_LARGE_PRODUCT = 8192
+_MIDDLE = 500  # timestep of the measured step; none is quicker than another
+
+
+@dataclass(frozen=True)
+class BenchModels:
+    """Models as named, and what an official file does not say."""
+
+    model: str
+    vs: str | None = None
+    num_heads: int | None = None
+    family: str | None = None
+
+
+@dataclass
+class _Side:
+    """One measured model. step: one denoising step of a batch. rows: that its forward pass has per image."""
+
+    model: LoadedModel
+    macs: int
+    rows: int
+    step: Callable[[], Tensor]
+    peak_bytes: int | None = None
+
+
+def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str, Any]:
+    """Print and return steps per second, latency, memory, multiply-accumulates and achieved arithmetic of each model.
+
+    Weights may be any; the images that come out are thrown away. Raises UserError on settings that cannot be.
+    """
+    settings, device = recipe.bench, device_for(recipe)
+    _check(recipe)
+    if settings.compile:
+        check_compiler(device)
+    sources = {"model": names.model} | ({"vs": names.vs} if names.vs else {})
+    models = {side: open_model(s, recipe.sample.weights, names.num_heads, names.family) for side, s in sources.items()}
+    hashes = {side: model.hash() for side, model in models.items()}
+    protocol = _protocol(recipe, device)
+    if dry_run:
+        print(f"bench would measure {' and '.join(sources.values())}: {protocol}")
+        return {"state": "checked", "protocol": protocol}
+    sides = {name: _side(recipe, model, device) for name, model in models.items()}
+    size = settings.product_size or _PRODUCT_SIZE.get(device.type, _LARGE_PRODUCT)
+    product = _product(size, settings.dtype, device)
+    with torch.inference_mode(), ExitStack() as around:
+        if settings.compile:
+            for side in sides.values():
+                around.enter_context(side.model.stack.compiled())
+        for name, side in sides.items():
+            side.peak_bytes = _warmed(side, f"{sources[name]}", device)
+        calls: dict[str, Callable[[], object]] = {name: side.step for name, side in sides.items()}
+        calls[_PRODUCT] = product
+        times = interleaved(calls, settings.repeats, device)
+    rate = size**3 / (times[_PRODUCT].median_ms / 1000)
+    outcome: dict[str, Any] = {
+        "protocol": protocol,
+        "machine": machine(),
+        "product_macs_per_s": rate,
+        "models": {
+            name: {
+                "source": sources[name],
+                "hash": hashes[name],
+                **_numbers(side, times[name], settings.batch_size, rate),
+            }
+            for name, side in sides.items()
+        },
+    }
+    if "vs" in sides:
+        ratio, low, high = speedup(times["vs"], times["model"])
+        counted = sides["vs"].macs * sides["vs"].rows / (sides["model"].macs * sides["model"].rows)
+        outcome["speedup"] = {"ratio": ratio, "spread": [low, high], "macs_ratio": counted, "share": ratio / counted}
+    _print(outcome)
+    return outcome
+
+
+def _check(recipe: Recipe) -> None:
+    """UserError on numbers that measure nothing."""
+    settings = recipe.bench
+    for name in ("batch_size", "repeats"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"bench.{name} is at least 1; got {getattr(settings, name)}")
+    if settings.product_size is not None and settings.product_size < 64:
+        raise UserError(
+            f"bench.product_size is at least 64, smaller products measure calls; got {settings.product_size}"
+        )
+    sampler_of(recipe.sample)
+
+
+def _protocol(recipe: Recipe, device: torch.device) -> str:
+    """All that the numbers depend on but the models and the machine."""
+    settings, threads = recipe.bench, torch.get_num_threads()
+    where = (
+        f"cpu, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    )
+    guidance = f"guidance {recipe.sample.guidance:g} ({2 if recipe.sample.guidance > 1 else 1} rows per image)"
+    return (
+        f"one denoising step of {settings.batch_size} image{'s' * (settings.batch_size > 1)}, {guidance}, "
+        f"{settings.dtype}{' compiled' if settings.compile else ''}, {where}, torch {torch.__version__}; "
+        f"medians of {settings.repeats}, interleaved with each other and a matrix product"
+    )
+
+
+def _side(recipe: Recipe, model: LoadedModel, device: torch.device) -> _Side:
+    settings, arch = recipe.bench, model.arch
+    sampler, macs = sampler_of(recipe.sample), model_macs(model)
+    placed = at_arithmetic(model, settings.dtype, device)
+    labels = torch.from_numpy(np.arange(settings.batch_size, dtype=np.int64) % arch.num_classes).to(device)
+    channels = sampler.guided_channels(model)
+    denoiser = guided(placed.module, labels, arch.num_classes, sampler.guidance, channels)
+    schedule = Schedule()
+    shape = (arch.in_channels, arch.input_size, arch.input_size)
+    noise = Randomness(recipe.seed).at(0, 0, settings.batch_size).normal("sample-noise", shape)
+    x = torch.from_numpy(noise).to(device)
+    index = torch.full((settings.batch_size,), _MIDDLE, dtype=torch.int64, device=device)
+
+    def step() -> Tensor:
+        predicted, v = split_output(denoiser(x, index), shape[0])
+        gaussian = schedule.model_gaussian(predicted, v, x, index, clip=False)
+        return gaussian.mean + torch.exp(0.5 * gaussian.log_variance) * x
+
+    return _Side(placed, macs, 2 if sampler.guidance > 1 else 1, step)
+
+
+def _product(size: int, dtype: str, device: torch.device) -> Callable[[], Tensor]:
+    """One matrix product of `size` rows and columns in the type of the models."""
+    a, b = (torch.full((size, size), 1 / size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+    return lambda: a @ b
+
+
+def _warmed(side: _Side, name: str, device: torch.device) -> int | None:
+    """Run a step twice, compiling where that is asked for; the memory that the second took, with the weights."""
+    try:
+        side.step()
+    except Exception as error:
+        failure = compiler_failure(error, name)
+        if failure is None:
+            raise
+        raise failure from error
+    weights = sum(p.numel() * p.element_size() for p in side.model.module.parameters())
+    with _peak(device) as peak:
+        side.step()
+    return None if not peak else weights + peak[0]
+
+
+@contextlib.contextmanager
+def _peak(device: torch.device) -> Iterator[list[int]]:
+    """Within: the list then holds the bytes by which memory rose at most. It stays empty where this system does not say.
+
+    On a CPU it is the resident memory of the process, once freed memory has been given back to the system.
+    """
+    found: list[int] = []
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        found.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    reset = Path("/proc/self/clear_refs")
+    if device.type != "cpu" or sys.platform != "linux" or not reset.exists():
+        yield found
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        reset.write_text("5", encoding="ascii")  # the highest mark begins anew
+    held = _status("VmRSS")
+    yield found
+    found.append(max(0, _status("VmHWM") - held))
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    return 1024 * int(match[1]) if match else 0
+
+
+def _numbers(side: _Side, timing: Timing, batch_size: int, rate: float) -> dict[str, Any]:
+    """latency_ms: of a step of the batch, median and quartiles. macs: of an unguided forward pass of one image."""
+    seconds, macs = timing.median_ms / 1000, side.macs * side.rows * batch_size
+    measured = timing.measurements_ms
+    low, _, high = statistics.quantiles(measured, n=4, method="inclusive") if len(measured) > 1 else measured * 3
+    return {
+        "depth": len(side.model.stack),
+        "num_parameters": num_parameters(side.model.module),
+        "macs": side.macs,
+        "latency_ms": timing.median_ms,
+        "latency_ms_spread": [low, high],
+        "steps_per_s": 1 / seconds,
+        "image_steps_per_s": batch_size / seconds,
+        "macs_per_s": macs / seconds,
+        "share_of_product": macs / seconds / rate,
+        "peak_bytes": side.peak_bytes,
+    }
+
+
+def _print(outcome: dict[str, Any]) -> None:
+    """The numbers for people; the protocol beside them."""
+    print(outcome["protocol"])
+    rows = {
+        "model": [str(m["source"]) for m in outcome["models"].values()],
+        "blocks": [str(m["depth"]) for m in outcome["models"].values()],
+        "parameters": [f"{m['num_parameters']:,}" for m in outcome["models"].values()],
+        "MACs per image": [f"{m['macs'] / 1e9:,.3f} G" for m in outcome["models"].values()],
+        "latency": [
+            f"{m['latency_ms']:,.4g} ms ({m['latency_ms_spread'][0]:,.4g} to {m['latency_ms_spread'][1]:,.4g})"
+            for m in outcome["models"].values()
+        ],
+        "steps per second": [f"{m['steps_per_s']:,.4g}" for m in outcome["models"].values()],
+        "peak memory": [
+            "not known" if m["peak_bytes"] is None else f"{m['peak_bytes'] / 2**20:,.0f} MiB"
+            for m in outcome["models"].values()
+        ],
+        "arithmetic": [
+            f"{m['macs_per_s'] / 1e9:,.4g} GMAC/s, {m['share_of_product']:.1%} of the product"
+            for m in outcome["models"].values()
+        ],
+    }
+    width = max(len(cell) for cells in rows.values() for cell in cells)
+    for name, cells in rows.items():
+        print(f"  {name:18}" + "  ".join(f"{cell:{width}}" for cell in cells).rstrip())
+    print(f"  {'matrix product':18}{outcome['product_macs_per_s'] / 1e9:,.4g} GMAC/s")
+    if "speedup" in outcome:
+        ratio = outcome["speedup"]
+        low, high = ratio["spread"]
+        print(
+            f"  {'speed-up':18}{ratio['ratio']:.3f} ({low:.3f} to {high:.3f}) for {ratio['macs_ratio']:.3f} times fewer MACs: "
+            f"{ratio['share']:.1%} of them"
+        )

@@ -1,0 +1,204 @@
+"""Strings of a recipe to images: what a drawing is made with, checked before anything is drawn, and its protocol."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tinyfusion.core.compiler import check_compiler
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import Recipe, SampleSection
+from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.processes.solvers import SOLVERS
+from tinyfusion.sample.drive import SamplerSettings, image_labels, to_uint8
+from tinyfusion.sample.drive import sample as draw_samples
+
+_CHANNELS = 3  # of pictures that an autoencoder makes
+
+
+def labels_of(recipe: Recipe, model: LoadedModel) -> np.ndarray:
+    """The label of every image."""
+    settings = recipe.sample
+    return image_labels(
+        settings.num_images, model.arch.num_classes, recipe.seed, settings.labels, settings.label_rule == "balanced"
+    )
+
+
+def sampler_of(settings: SampleSection) -> SamplerSettings:
+    """The sampler's settings. Raises UserError on a guidance or a number of steps that cannot be."""
+    if settings.guidance < 1:
+        raise UserError(
+            f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"
+        )
+    low, high = settings.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(
+            f"sample.guidance_interval wants two shares of the timesteps, rising in [0, 1], as in 0.1,0.8; got {low:g} and {high:g}"
+        )
+    if settings.clip and settings.sampler in SOLVERS:
+        raise UserError(f"sample.clip is for ddpm and ddim, not {settings.sampler}: leave out one of the two")
+    if settings.eta and settings.sampler in SOLVERS:
+        raise UserError(f"sample.eta is for ddim, and {settings.sampler} draws no noise: leave out one of the two")
+    try:
+        return SamplerSettings(
+            settings.sampler,
+            settings.num_steps,
+            settings.guidance,
+            settings.guidance_channels,
+            settings.eta,
+            settings.clip,
+            settings.guidance_interval,
+        )
+    except ValueError as error:
+        raise UserError(f"--num-steps {settings.num_steps} with --sampler {settings.sampler}: {error}") from error
+
+
+def protocol(recipe: Recipe, model: LoadedModel, autoencoder: Autoencoder | None = None) -> str:
+    """The sampling half of the protocol string."""
+    s = recipe.sample
+    eta = f" eta {s.eta:g}" if s.sampler == "ddim" and s.eta else ""
+    labels = "labels " + ("given" if s.labels else s.label_rule)
+    channels = sampler_of(s).guided_channels(model)
+    guidance = f"guidance {s.guidance:g} on {channels} channel{'s' * (channels > 1)} ({s.guidance_channels})"
+    if s.guidance > 1 and s.guidance_interval != (0.0, 1.0):
+        guidance += f" in [{s.guidance_interval[0]:g}, {s.guidance_interval[1]:g}]"
+    sampler = f"{s.sampler} {s.num_steps} steps{eta}{' clipped' if s.clip else ''}"
+    decoded = f" | vae {autoencoder.hash()[:8]}" if autoencoder else ""
+    arithmetic = f"{s.dtype}{' compiled' if s.compile else ''}"
+    return f"{s.num_images} images | {sampler} | {guidance} | {labels}{decoded} | {arithmetic} | seed {recipe.seed}"
+
+
+def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
+    """UserError on settings that cannot work with the model. Opens no autoencoder."""
+    if settings.num_images < 1 or settings.batch_size < 1:
+        raise UserError(
+            f"sample wants at least one image and a batch of at least one; got {settings.num_images} and {settings.batch_size}"
+        )
+    if settings.decode_batch_size < 1:
+        raise UserError(f"sample.decode_batch_size is at least 1; got {settings.decode_batch_size}")
+    outside = [label for label in settings.labels if not 0 <= label < model.arch.num_classes]
+    if outside:
+        raise UserError(f"--labels {outside} out of range: the model knows classes 0 to {model.arch.num_classes - 1}")
+    sampler_of(settings)
+    if model.facts.latent_scale is None and settings.vae is not None:
+        raise UserError(f"sample.vae {settings.vae} decodes latents, and this model draws pixels: leave it out")
+    if model.facts.latent_scale is None and not settings.decode:
+        raise UserError("sample.decode=false keeps latents, and this model draws pixels: leave it out")
+    if model.facts.latent_scale is not None and not settings.decode and settings.vae is not None:
+        raise UserError("sample.vae decodes, and sample.decode=false says not to: leave out one of the two")
+
+
+def autoencoder_for(settings: SampleSection, model: LoadedModel) -> Autoencoder | None:
+    """What decodes the model's latents; None where nothing is to be decoded.
+
+    Raises UserError where none is known, none is there, or the one that is does not go with the model.
+    """
+    if model.facts.latent_scale is None or not settings.decode:
+        return None
+    name = settings.vae or model.facts.vae
+    if name is None:
+        raise UserError(
+            "the model does not say which autoencoder decodes its latents: give --vae, a folder or a hub id, or "
+            "--set sample.decode=false for the latents themselves"
+        )
+    found, arch, facts = open_autoencoder(name), model.arch, model.facts
+    reason = None
+    if found.channels != arch.in_channels:
+        reason = f"its latents have {found.channels} channels, those of the model {arch.in_channels}"
+    elif found.scale != facts.latent_scale:
+        reason = f"it scales latents by {found.scale:g}, and the model was trained with {facts.latent_scale:g}"
+    elif found.factor * arch.input_size != facts.image_size:
+        reason = (
+            f"it decodes to {found.factor * arch.input_size} pixels, and the model's images have {facts.image_size}"
+        )
+    if reason:
+        raise UserError(f"the autoencoder {name} does not go with the model: {reason}")
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- drawing
+
+
+def at_arithmetic(model: LoadedModel, dtype: str, device: torch.device) -> LoadedModel:
+    """The model on the device, frozen as it is; in a type other than float32 its weights are a copy."""
+    if dtype == "float32":
+        model.module.to(device).eval()
+        return model
+    module = copy.deepcopy(model.module).to(device, getattr(torch, dtype)).eval()
+    return dataclasses.replace(model, module=module)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Everything that makes images by their index. shape: (H, W, C) of one, and `dtype` its type, uint8 or float32."""
+
+    model: LoadedModel
+    labels: np.ndarray
+    sampler: SamplerSettings
+    seed: int
+    batch_size: int
+    compiled: bool
+    decode_batch_size: int
+    autoencoder: Autoencoder | None
+    shape: tuple[int, int, int]
+    dtype: np.dtype[np.generic]
+
+    def images(self, first: int, last: int) -> Iterator[np.ndarray]:
+        """Images first .. last - 1 in batches (B, H, W, C). Raises UserError where a value is not finite."""
+        with ExitStack() as around:
+            if self.compiled:
+                around.enter_context(self.model.stack.compiled())
+            model, labels, sampler = self.model, self.labels, self.sampler
+            for batch in draw_samples(model, labels, sampler, self.seed, self.batch_size, first, last):
+                x = batch.x
+                if not bool(torch.isfinite(x).all()):
+                    raise UserError(
+                        f"the model drew values that are not finite from image {batch.first} on: it is broken or unrecovered"
+                    )
+                if self.autoencoder is not None:
+                    x = torch.cat([self.autoencoder.decode(part) for part in x.split(self.decode_batch_size)])
+                    if not bool(torch.isfinite(x).all()):
+                        raise UserError(f"the autoencoder made values that are not finite from image {batch.first} on")
+                yield to_uint8(x) if self.dtype == np.uint8 else x.permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def open_drawing(
+    recipe: Recipe, model: LoadedModel, device: torch.device, autoencoder: Autoencoder | None = None
+) -> Drawing:
+    """The drawing that the section `sample` describes, ready on `device`."""
+    settings = recipe.sample
+    if settings.compile:
+        check_compiler(device)
+    if autoencoder is not None:
+        autoencoder.module.to(device)
+    shape, dtype = image_form(model, autoencoder)
+    return Drawing(
+        model=at_arithmetic(model, settings.dtype, device),
+        labels=labels_of(recipe, model),
+        sampler=sampler_of(settings),
+        seed=recipe.seed,
+        batch_size=settings.batch_size,
+        compiled=settings.compile,
+        decode_batch_size=settings.decode_batch_size,
+        autoencoder=autoencoder,
+        shape=shape,
+        dtype=dtype,
+    )
+
+
+def image_form(
+    model: LoadedModel, autoencoder: Autoencoder | None
+) -> tuple[tuple[int, int, int], np.dtype[np.generic]]:
+    """(H, W, C) and type of one image as it is written: pixels are uint8, latents float32."""
+    if autoencoder is not None:
+        pixels = int(autoencoder.factor * model.arch.input_size)
+        return (pixels, pixels, _CHANNELS), np.dtype(np.uint8)
+    side, channels = int(model.arch.input_size), int(model.arch.in_channels)
+    return (side, side, channels), np.dtype(np.uint8 if model.facts.latent_scale is None else np.float32)

@@ -1,0 +1,130 @@
+"""Images on their way to an npz: one whole file per part, addressed by image index, so that anybody can go on.
+
+The folder stands beside the npz, holds the record of the job, and goes when the npz is there. Parts are laid out once;
+how many processes draw them, and when, is nothing they depend on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import remove, sweep, write_json, written_beside
+from tinyfusion.core.rundir import file_output, read_json, stamp
+from tinyfusion.data.image_source import ImageSource
+
+RECORD = "sampling.json"
+Range = tuple[int, int]  # images first .. last - 1
+_LOOK_EVERY_S = 0.05
+
+
+def parts_folder(out: Path) -> Path:
+    """Where the parts of an npz are kept."""
+    return out.with_name(f"{out.name}.parts")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """shape: (N, H, W, C) of the npz. part_images: images of every part but the last."""
+
+    folder: Path
+    shape: tuple[int, int, int, int]
+    dtype: np.dtype[np.generic]
+    part_images: int
+
+    def ranges(self) -> list[Range]:
+        """All parts, in order."""
+        num = self.shape[0]
+        return [(first, min(first + self.part_images, num)) for first in range(0, num, self.part_images)]
+
+    def file(self, part: Range) -> Path:
+        """Where a part lies."""
+        return self.folder / f"images-{part[0]:07d}.npy"
+
+    def is_there(self, part: Range) -> bool:
+        """Whether a part was drawn; one that is damaged was not."""
+        try:
+            found = np.load(self.file(part), mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return False
+        return bool(found.shape == (part[1] - part[0], *self.shape[1:]) and found.dtype == self.dtype)
+
+    def missing(self) -> list[Range]:
+        """Parts that are not drawn."""
+        return [part for part in self.ranges() if not self.is_there(part)]
+
+    def write(self, part: Range, images: np.ndarray) -> None:
+        """Keep a part. Raises UserError where the folder went away."""
+        if not (self.folder / RECORD).is_file():
+            raise UserError(
+                f"{self.folder} was removed while its images were being drawn: the same command starts anew"
+            )
+        with written_beside(self.file(part)) as beside, open(beside, "wb") as file:
+            np.save(file, images)
+
+    def wait_for(self, patience_s: float) -> None:
+        """Go on when every part is there. Raises UserError where none has come for `patience_s` seconds."""
+        left, deadline = self.missing(), time.monotonic() + patience_s
+        while left:
+            time.sleep(_LOOK_EVERY_S)
+            still = [part for part in left if not self.is_there(part)]
+            if len(still) < len(left):
+                deadline = time.monotonic() + patience_s
+            elif time.monotonic() > deadline:
+                raise UserError(
+                    f"{len(left)} parts of {self.folder} are left to other processes, and none has come for {patience_s:.0f} s: "
+                    "their own output says why, and the same command continues (compute.timeout_s allows more)"
+                )
+            left = still
+
+    def source(self) -> ImageSource:
+        """The images of all parts, in order, never more than a batch in memory."""
+
+        def read(size: int) -> Iterator[np.ndarray]:
+            for part in self.ranges():
+                held = np.load(self.file(part), mmap_mode="r", allow_pickle=False)
+                for first in range(0, len(held), size):
+                    yield np.array(held[first : first + size])
+
+        return ImageSource(self.shape, self.dtype, read)
+
+    def remove(self) -> None:
+        """The folder goes."""
+        remove(self.folder)
+
+
+def part_images(folder: Path, plain: Mapping[str, Any], wanted: int, overwrite: bool) -> int:
+    """Images of a part: as an earlier sitting laid them out, else `wanted`. Touches nothing.
+
+    plain: the recipe of the job. Raises UserError where the folder is not ours, or of another job.
+    """
+    if not folder.exists():
+        return wanted
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file()):
+        raise UserError(
+            f"{folder} is where parts of the images would go, and it was not made by tinyfusion: move it away"
+        )
+    if file_output(folder / RECORD, "sample", plain, overwrite, read_json):
+        return wanted
+    told = read_json(folder / RECORD).get("part_images")
+    if not isinstance(told, int) or told < 1:
+        raise UserError(f"{folder}/{RECORD} is damaged: part_images is {told!r}; --overwrite starts anew")
+    return told
+
+
+def begin_parts(parts: Parts, plain: Mapping[str, Any], overwrite: bool) -> None:
+    """Make the folder with its record, where there is none or it is to be made anew."""
+    if overwrite:
+        parts.remove()
+    if (parts.folder / RECORD).is_file():
+        sweep(parts.folder)
+        return
+    with written_beside(parts.folder) as beside:
+        beside.mkdir()
+        write_json(beside / RECORD, stamp("sample", plain, "running", part_images=parts.part_images))
