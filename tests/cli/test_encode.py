@@ -175,6 +175,14 @@ def together(world: int, command: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
     known, failures = threading.local(), []
     monkeypatch.setattr(tinyfusion.jobs.encode, "launched_rank", lambda: known.rank)
     monkeypatch.setattr(tinyfusion.jobs.encode, "launched_processes", lambda: world)
+    opening, opened = threading.Lock(), tinyfusion.jobs.encode.open_autoencoder
+
+    def one_by_one(name: str) -> Any:
+        """Diffusers opens a model while it changes `nn.Module` for all threads: two at once leave it changed."""
+        with opening:
+            return opened(name)
+
+    monkeypatch.setattr(tinyfusion.jobs.encode, "open_autoencoder", one_by_one)
 
     def process(rank: int) -> None:
         known.rank = rank

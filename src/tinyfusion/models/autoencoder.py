@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import read_json
-from tinyfusion.models.hub import HUB_ID, fetch_autoencoder
+from tinyfusion.models.hub import autoencoder_folder
 
 _SCALE_OF_CLASS = 0.18215  # of AutoencoderKL, where its configuration says nothing
 
@@ -67,7 +67,7 @@ def open_autoencoder(name: str) -> Autoencoder:
     Raises UserError where there is none, where it is of another class, and where its weights are missing, damaged or not
     finite.
     """
-    folder = _folder(name)
+    folder = autoencoder_folder(name)
     config = _config(folder)
     try:
         with _silence():
@@ -103,20 +103,8 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def _folder(name: str) -> Path:
-    """Where its config.json and weights are, fetched where it is a hub id."""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
-    if HUB_ID.fullmatch(name) and not folder.parent.exists():
-        return fetch_autoencoder(name)
-    raise UserError(f"no autoencoder at {name}: no such folder, and it is no hub id (ORG/NAME)")
-
-
 def _config(folder: Path) -> Mapping[str, Any]:
     """Its config.json, of a kind that we know how to use."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no autoencoder: wanted config.json and weights, as diffusers saves them")
     config = read_json(folder / "config.json")
     found = config.get("_class_name") if isinstance(config, Mapping) else None
     if found != "AutoencoderKL":
@@ -125,6 +113,4 @@ def _config(folder: Path) -> Mapping[str, Any]:
         raise UserError(f"{folder / 'config.json'} is damaged: block_out_channels is no list")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise UserError(f"{folder} normalises latents per channel (latents_mean, latents_std), which is not supported")
-    if not any(folder.glob("diffusion_pytorch_model*")):
-        raise UserError(f"{folder} holds no weights: wanted diffusion_pytorch_model.safetensors or .bin")
     return dict(config)
