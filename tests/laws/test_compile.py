@@ -178,10 +178,12 @@ def test_no_compiler_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
     from torch._inductor import config, cpp_builder
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
     cpp_builder.get_cpp_compiler.cache_clear() if hasattr(cpp_builder.get_cpp_compiler, "cache_clear") else None
     assert shutil.which("g++") is None
-    with pytest.raises(UserError, match=r"C\+\+ compiler.*install g\+\+.*leave --compile away"):
+    with (
+        config.patch({"cpp.cxx": (None, "no-such-compiler")}),  # puts it back: monkeypatch would take it out for good
+        pytest.raises(UserError, match=r"C\+\+ compiler.*install g\+\+.*leave --compile away"),
+    ):
         check_compiler(CPU)
 
 
