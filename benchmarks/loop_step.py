@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,8 +147,7 @@ class Side:
             terms = {name: values.detach().mean() for name, values in found.items()}
             StepRecord(step, terms, norm, 1e-5, True).values()
             lap("record")
-            pairs = zip(laps, laps[1:], strict=False)
-            self.parts.append({name: (wall - w, cpu - c) for (_, w, c), (name, wall, cpu) in pairs})
+            self.parts.append({name: (wall - w, cpu - c) for (_, w, c), (name, wall, cpu) in pairwise(laps)})
             yield
 
 

@@ -6,6 +6,7 @@ Everything is written beside and renamed, so a reader never meets half a file.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tinyfusion.core.errors import UserError
 
@@ -138,6 +139,28 @@ def sweep(folder: Path) -> None:
             os.replace(entry, entry.with_name(match[1]))
         else:
             remove(entry)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def try_lock(opened: int | IO[bytes]) -> bool:
+    """Lock an open file or folder for this process, until it is closed; False where another one holds it.
+
+    True also on systems and disks without locks: there nobody can be told from another.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def missing_folders(folder: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from tinyfusion.core.files import (
     remove,
     remove_empty,
     sweep,
+    try_lock,
     write_json,
     write_text,
     written_beside,
@@ -225,20 +226,10 @@ class RunDirectory:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Lock the folder: UserError where another process writes the same run. A lock ends with whoever holds it."""
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            yield
-            return
         folder = os.open(self.path, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # a disk without locks
-                try:
-                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise UserError(
-                        f"another process writes {self.path} right now: wait for it, or choose another --out"
-                    ) from error
+            if not try_lock(folder):
+                raise UserError(f"another process writes {self.path} right now: wait for it, or choose another --out")
             yield
         finally:
             os.close(folder)

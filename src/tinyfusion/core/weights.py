@@ -7,7 +7,6 @@ file is used. A broken download goes on where it stopped, if the server can.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import re
@@ -25,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 from tinyfusion.core.config import build, nearest
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import check_space, check_writable, write_text
+from tinyfusion.core.files import check_space, check_writable, sha256_of, write_text
 from tinyfusion.core.progress import Advance, progress
 
 _PIECE = 1 << 20  # bytes read at a time
@@ -109,7 +108,7 @@ def fetch_weights(name: str) -> Path:
         check_writable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _fetch(entry, path, expected)
-    elif wrong := _contradiction(found := _sum_of(path), expected):
+    elif wrong := _contradiction(found := sha256_of(path), expected):
         raise UserError(f"{path} is damaged: it has the SHA-256 {found}, {wrong}; remove it to have it fetched again")
     elif not recorded:
         write_text(record, f"{found}  {path.name}\n")
@@ -119,11 +118,6 @@ def fetch_weights(name: str) -> Path:
 def _contradiction(found: str, expected: Mapping[str, str]) -> str:
     """Which expectation (who says so -> the sum or its first digits, "" for none) a sum does not meet, in words; "" if none."""
     return next((f"and {who} says {sum}" for who, sum in expected.items() if not found.startswith(sum)), "")
-
-
-def _sum_of(path: Path) -> str:
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------- transfer
@@ -139,7 +133,7 @@ def _fetch(entry: KnownWeights, path: Path, expected: Mapping[str, str]) -> None
         _transfer(entry, file, partial)
         file.flush()
         os.fsync(file.fileno())
-        found = _sum_of(partial)
+        found = sha256_of(partial)
         if wrong := _contradiction(found, expected):
             partial.unlink()
             raise UserError(

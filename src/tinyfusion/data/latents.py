@@ -8,7 +8,6 @@ is made. Values are `moments` (n, R, 2 C, h, w), mean and log-variance of the po
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import sha256_of, try_lock
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import read_json, write_json
 from tinyfusion.data.batches import ArrayBatch, ShuffledRows
@@ -144,7 +144,11 @@ def unfinished_shard(
     path, start = _part(folder, spec, shard), _start(spec, shard, labels)
     try:
         with open(path, "ab") as file:
-            _hold(file, path)
+            if not try_lock(file):
+                raise UserError(
+                    f"another process writes {path} right now: give every process its own RANK of one WORLD_SIZE, or wait "
+                    "for it"
+                )
             if keep:
                 file.truncate(len(start) + keep * spec.image_bytes)
             else:
@@ -168,33 +172,14 @@ def unfinished_shard(
         ) from error
 
 
-def _hold(file: IO[bytes], path: Path) -> None:
-    """Lock an unfinished shard for this process."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"another process writes {path} right now: give every process its own RANK of one WORLD_SIZE, or wait for it"
-        ) from error
-    except (ImportError, OSError):  # no locks on this system or disk
-        pass
-
-
 def write_manifest(folder: Path, spec: LatentSpec, about: Mapping[str, Any]) -> None:
     """The manifest, with the sums of all shards as they lie on the disk. about: more fields, for people and checks."""
     shards = [
-        {"file": spec.file_name(k), "bytes": spec.shard_bytes(k), "sha256": _sum_of(folder / spec.file_name(k))}
+        {"file": spec.file_name(k), "bytes": spec.shard_bytes(k), "sha256": sha256_of(folder / spec.file_name(k))}
         for k in range(spec.shards)
     ]
     values = {"made_by": "tinyfusion", "format_version": FORMAT_VERSION, **asdict(spec), **about, "shards": shards}
     write_json(folder / MANIFEST, values)
-
-
-def _sum_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -241,7 +226,7 @@ class LatentSet:
 def verify(folder: Path, about: Mapping[str, Any]) -> None:
     """Compare every shard with its sum in the manifest. Raises UserError on the first that differs."""
     for entry in about["shards"]:
-        if _sum_of(folder / entry["file"]) != entry["sha256"]:
+        if sha256_of(folder / entry["file"]) != entry["sha256"]:
             raise UserError(
                 f"{folder / entry['file']} is damaged: its SHA-256 is not that of the manifest; remove it, and the `encode` "
                 "that made it makes it again"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyfusion.evaluate.features import Features, hash_state
-from tinyfusion.evaluate.inception import as_rgb, check_pictures, full_float32
+from tinyfusion.evaluate.inception import as_rgb, check_pictures, full_float32, treatment_of
 
 SIDE = 224
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixels in [0, 1]
@@ -46,9 +46,7 @@ class DinoFeatures:
 
     def treatment(self, shape: tuple[int, int, int]) -> str:
         """What is done to images (H, W, C) before the network sees them."""
-        height, width, channels = shape
-        sizes = "" if (height, width) == (SIDE, SIDE) else f" to {SIDE} x {SIDE} bicubic"
-        return f"{height} x {width}{sizes}{', grey in 3 channels' if channels == 1 else ''}"
+        return treatment_of(shape, SIDE, "bicubic")
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:

@@ -261,9 +261,7 @@ class InceptionFeatures:
 
     def treatment(self, shape: tuple[int, int, int]) -> str:
         """What is done to images (H, W, C) before the network sees them."""
-        height, width, channels = shape
-        sizes = "" if (height, width) == (SIDE, SIDE) else f" to {SIDE} x {SIDE} bilinear (TF-1)"
-        return f"{height} x {width}{sizes}{', grey in 3 channels' if channels == 1 else ''}"
+        return treatment_of(shape, SIDE, "bilinear (TF-1)")
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:
@@ -278,6 +276,13 @@ class InceptionFeatures:
                 parts.append(tuple(values.cpu().numpy() for values in (out.pool, spatial, out.logits)))
         pool, spatial_all, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
         return Features(pool, spatial_all, logits)
+
+
+def treatment_of(shape: tuple[int, int, int], side: int, rule: str) -> str:
+    """What a network that wants (side, side, 3) does to images (H, W, C), resized by `rule`: a part of the protocol."""
+    height, width, channels = shape
+    sizes = "" if (height, width) == (side, side) else f" to {side} x {side} {rule}"
+    return f"{height} x {width}{sizes}{', grey in 3 channels' if channels == 1 else ''}"
 
 
 def check_pictures(images: np.ndarray, what: str, features: str) -> None:

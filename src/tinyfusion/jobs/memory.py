@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from tinyfusion.core.recipe import ComputeSection, TrainingSection
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, Measured
+from tinyfusion.training.engine import cut
 
 GIB = 2**30
 CARDS_GIB = (24, 80)  # memory of the cards for which the largest batch is told
@@ -69,10 +70,8 @@ def _share(size: int, total: int) -> str:
 
 
 def images_at_once(batch_size: int, world: int, compute: ComputeSection) -> int:
-    """The largest part of a global batch that a process runs at a time; even where the engine cuts at even places."""
-    parts = world * compute.gradient_accumulation_steps
-    unit = 2 if batch_size % 2 == 0 and batch_size // 2 >= parts else 1
-    return unit * math.ceil(batch_size // unit / parts)
+    """The largest part of a global batch that a process runs at a time."""
+    return max(num for _, num in cut(batch_size, world * compute.gradient_accumulation_steps))
 
 
 def memory_plan(

@@ -42,7 +42,7 @@ def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[s
     plain = plain_recipe(recipe, "data", "recover", **inputs)
     run = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: run.check("recover", plain, options.overwrite))
-    intent = _intent(recipe, student, teacher, mode)
+    intent = _intent(recipe, student, teacher, mode) if options.dry_run else {}  # hashes: before models lie in parts
     training = recovery_of(recipe, student, teacher, engine)
     check_watch(recipe, student)
     settings = training.settings
@@ -101,7 +101,6 @@ def recovery_of(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | Non
         source,
         engine,
         teacher,
-        teacher.stack if teacher else None,
         _logged(recipe),
     )
 

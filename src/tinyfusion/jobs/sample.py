@@ -35,7 +35,7 @@ from tinyfusion.core.signals import Interrupted
 from tinyfusion.data.image_sink import stream_images_npz, write_png_folder
 from tinyfusion.data.image_source import ImageSource, open_npz, source_of
 from tinyfusion.data.images import write_grid_png
-from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
+from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, plain_recipe
 from tinyfusion.jobs.drawing import (
     autoencoder_for,
     check_sampling,
@@ -49,7 +49,7 @@ from tinyfusion.jobs.estimate import announce, described, sampling_estimate
 from tinyfusion.jobs.parts import Parts, Range, begin_parts, part_images, parts_folder
 from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel, open_model
-from tinyfusion.training.engine import Engine, open_engine
+from tinyfusion.training.engine import Engine
 
 __all__ = ["check_sampling", "draw", "labels_of", "protocol", "sample", "sampler_of", "write_samples"]
 
@@ -145,8 +145,7 @@ def sample(
 def _processes(recipe: Recipe) -> Engine:
     """The processes that were launched together; arithmetic stays that of one, without TF32."""
     alone = dataclasses.replace(recipe.compute, tf32=False, compile=False, gradient_accumulation_steps=1)
-    device_for(recipe)
-    return open_engine(recipe.device, alone)
+    return engine_for(dataclasses.replace(recipe, compute=alone))
 
 
 def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np.ndarray]:

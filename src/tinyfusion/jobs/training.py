@@ -48,7 +48,7 @@ Extra = Callable[[StepRecord], dict[str, Any]]
 class Training:
     """One training, ready to go.
 
-    stack: the blocks of the module that trains; taught_by: the blocks of its teacher. extra: more fields for a log line.
+    stack: the blocks of the module that trains. extra: more fields for a log line.
     """
 
     title: str
@@ -61,7 +61,6 @@ class Training:
     source: BatchSource
     engine: Engine
     teacher: LoadedModel | None = None
-    taught_by: BlockStack | None = None
     extra: Extra = field(default=lambda record: {})
 
     def steps(self) -> Iterator[StepRecord]:
@@ -74,7 +73,7 @@ class Training:
         """Blocks as the recipe's compute section wants them, until the end of the context."""
         with contextlib.ExitStack() as entered:
             if self.engine.compute.compile:
-                for stack in filter(None, (self.stack, self.taught_by)):
+                for stack in (self.stack, *([self.teacher.stack] if self.teacher else [])):
                     entered.enter_context(stack.compiled())
             if self.engine.compute.gradient_checkpointing:
                 entered.enter_context(self.stack.checkpointed())

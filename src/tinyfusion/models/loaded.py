@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,9 +59,9 @@ class LoadedModel:
     facts: ModelFacts
     origin: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def stack(self) -> BlockStack:
-        """Its residual blocks."""
+        """Its residual blocks; one object, as what was compiled hangs on it."""
         return self.family.stack(self.module)
 
     def copy(self) -> LoadedModel:

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Slice = tuple[int, int]  # (first, number) of samples of the global batch
+
+
+def cut(batch_size: int, parts: int) -> list[Slice]:
+    """A global batch in `parts` slices, at even places where there are enough: some gates compare samples in pairs."""
+    unit = 2 if batch_size % 2 == 0 and batch_size // 2 >= parts else 1
+    edges = [unit * (batch_size // unit * i // parts) for i in range(parts + 1)]
+    return [(start, end - start) for start, end in pairwise(edges)]
 
 
 class Engine:
@@ -85,8 +93,7 @@ class Engine:
     def slices(self, batch_size: int) -> list[Slice]:
         """The share of a global batch that is this process's, in the parts of gradient accumulation.
 
-        Cut at even places where there are enough: some gates compare samples in pairs. Raises UserError where a part
-        would be empty.
+        Raises UserError where a part would be empty.
         """
         parts = self.world * self.compute.gradient_accumulation_steps
         if batch_size < parts:
@@ -94,11 +101,8 @@ class Engine:
                 f"a batch of {batch_size} images cannot be cut into {parts} parts ({self.world} processes x "
                 f"{self.compute.gradient_accumulation_steps} accumulation steps): use a larger batch or fewer parts"
             )
-        unit = 2 if batch_size % 2 == 0 and batch_size // 2 >= parts else 1
-        edges = [unit * (batch_size // unit * i // parts) for i in range(parts + 1)]
         first = self.rank * self.compute.gradient_accumulation_steps
-        own = edges[first : first + self.compute.gradient_accumulation_steps + 1]
-        return [(start, end - start) for start, end in zip(own, own[1:], strict=False)]
+        return cut(batch_size, parts)[first : first + self.compute.gradient_accumulation_steps]
 
     # ------------------------------------------------------------------------------------------------------- gradients
 

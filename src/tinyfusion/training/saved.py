@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import sha256_of
 from tinyfusion.training.state import Progress
 
 FORMAT_VERSION = 2  # 1: `state.safetensors`, and its hash in state.json (tinyfusion 0.2.0)
@@ -46,12 +47,6 @@ _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 def part_name(rank: int, num: int) -> str:
     """Name of the file of process `rank`, where `num` processes write."""
     return f"state-{rank:05d}-of-{num:05d}.safetensors"
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sums(digests: Mapping[str, str]) -> bytes:
@@ -140,7 +135,7 @@ def damage(path: Path) -> str | None:
         listed = (path / SUMS).read_bytes()
         rest = [entry for entry in entries if entry.name != SUMS]
         with ThreadPoolExecutor() as pool:
-            digests = dict(zip((entry.name for entry in rest), pool.map(digest, rest), strict=True))
+            digests = dict(zip((entry.name for entry in rest), pool.map(sha256_of, rest), strict=True))
     except OSError as error:
         return f"{error.strerror or error}: {Path(os.fsdecode(error.filename or '')).name or path}"
     if sums(digests) == listed:
