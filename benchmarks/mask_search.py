@@ -26,7 +26,8 @@ from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import machine, write_text
-from tinyfusion.jobs.assemble import batches_for, objective_for
+from tinyfusion.jobs.assemble import batches_for
+from tinyfusion.jobs.processes import objective_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.mask_search import (
@@ -70,7 +71,7 @@ def deeper_model(depth: int) -> LoadedModel:
 
 def one_batch(model: LoadedModel, images: int) -> Calibration:
     source = batches_for(Recipe(), model, torch.device("cpu"))
-    return calibration_set(objective_for(model, 0.0), source, "digits", len(source), images, images, 0)
+    return calibration_set(objective_for(model, 0.0, Recipe()), source, "digits", len(source), images, images, 0)
 
 
 def measured(model: LoadedModel, calibration: Calibration, masks: list[Mask], pieces: int) -> list[Piece]:

@@ -38,7 +38,8 @@ from tinyfusion.prune.learn import mask_learner
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.recover.terms import massive_mask
-from tinyfusion.sample.drive import SamplerSettings, image_labels, sample, to_uint8
+from tinyfusion.sample.drive import image_labels, sample, to_uint8
+from tinyfusion.sample.gaussian import GaussianSampler
 from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState
@@ -317,7 +318,7 @@ def heldout_losses(student: LoadedModel) -> dict[str, float]:
 def fid(student: LoadedModel, seed: int) -> float:
     """Against the training digits: DDIM 50, guidance as in the recipe."""
     settings = RECIPE.sample
-    sampler = SamplerSettings(settings.sampler, settings.num_steps, settings.guidance)
+    sampler = GaussianSampler(settings.sampler, settings.num_steps, settings.guidance)
     labels = image_labels(FID_IMAGES, student.arch.num_classes, seed)
     images = np.concatenate([to_uint8(b.x) for b in sample(student, labels, sampler, seed, settings.batch_size)])
     extractor, real = open_extractor(RECIPE.evaluate.features), load_digits().x

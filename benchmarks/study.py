@@ -29,13 +29,15 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance
-from tinyfusion.jobs.assemble import RunOptions, image_set, objective_for
+from tinyfusion.jobs.assemble import RunOptions, image_set
 from tinyfusion.jobs.evaluate import open_extractor
+from tinyfusion.jobs.processes import objective_for
 from tinyfusion.jobs.prune import prune
 from tinyfusion.jobs.recover import recover
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.calibrate import Calibration, calibration_set
-from tinyfusion.sample.drive import SamplerSettings, image_labels, sample, to_uint8
+from tinyfusion.sample.drive import image_labels, sample, to_uint8
+from tinyfusion.sample.gaussian import GaussianSampler
 
 ASSETS = Path(__file__).resolve().parent / "assets"  # the CIFAR-10 teacher and classifier
 SEEDS = (0, 1, 2)
@@ -220,7 +222,7 @@ class Yardstick:
     def _calibration_of(self, name: str) -> Calibration:
         images = image_set(name, self.base.data.size)
         source = ShuffledBatches(images, Randomness(0), torch.device("cpu"))
-        objective = objective_for(open_model(self.base.teacher), 0.0)
+        objective = objective_for(open_model(self.base.teacher), 0.0, self.base)
         return calibration_set(objective, source, name, len(images), 1024, 128, 0)
 
     @torch.inference_mode()
@@ -236,7 +238,7 @@ class Yardstick:
     def fid(self, model: LoadedModel, seed: int) -> dict[str, float]:
         """FID of 1,000 images against training and held-out images."""
         wanted = self.base.sample
-        settings = SamplerSettings(wanted.sampler, wanted.num_steps, wanted.guidance)
+        settings = GaussianSampler(wanted.sampler, wanted.num_steps, wanted.guidance)
         labels = image_labels(wanted.num_images, model.arch.num_classes, seed)
         batches = [to_uint8(part.x) for part in sample(model, labels, settings, seed, wanted.batch_size)]
         moments = feature_moments(self.extractor(np.concatenate(batches)).pool)

@@ -14,7 +14,8 @@ import numpy as np
 
 from tinyfusion import open_model
 from tinyfusion.data.images import write_grid_png
-from tinyfusion.sample.drive import SamplerSettings, image_labels, sample, to_uint8
+from tinyfusion.sample.drive import image_labels, sample, to_uint8
+from tinyfusion.sample.gaussian import GaussianSampler
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     model = open_model(args.model)
     arch = model.arch
     labels = image_labels(args.per_class * arch.num_classes, arch.num_classes, args.seed, balanced=True)
-    sampler = SamplerSettings("ddim", args.num_steps, args.guidance)
+    sampler = GaussianSampler("ddim", args.num_steps, args.guidance)
     batches = sample(model, labels, sampler, args.seed)
     images = np.concatenate([to_uint8(batch.x) for batch in batches])
     write_grid_png(args.out, images, columns=arch.num_classes, scale=4)

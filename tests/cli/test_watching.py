@@ -132,9 +132,9 @@ def test_the_same_look_draws_the_same_images(work: Path) -> None:
 
 def test_looks_are_cheap_unless_the_recipe_is_cheaper(work: Path) -> None:
     model = open_model("teacher")
-    assert (cheap_sampling(Recipe()).sampler, cheap_sampling(Recipe()).num_steps) == ("ddim", 50)
+    assert (cheap_sampling(Recipe(), model).sampler, cheap_sampling(Recipe(), model).num_steps) == ("ddim", 50)
     few = dataclasses.replace(Recipe(), sample=SampleSection(sampler="ddpm", num_steps=20))
-    assert cheap_sampling(few) == few.sample
+    assert cheap_sampling(few, model) == few.sample
     assert grid_sampling(Recipe(), model).label_rule == "balanced", "ten classes fit in a grid"
     small = dataclasses.replace(Recipe(), watch=WatchSection(grid_images=5))
     assert grid_sampling(small, model).label_rule == "uniform"

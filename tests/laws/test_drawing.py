@@ -27,7 +27,8 @@ from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.diffusers import config_of_arch, to_diffusers
 from tinyfusion.processes.gaussian import Schedule
 from tinyfusion.processes.solvers import sample_solver, solver_for
-from tinyfusion.sample.drive import SamplerSettings, image_labels, sample
+from tinyfusion.sample.drive import image_labels, sample
+from tinyfusion.sample.gaussian import GaussianSampler
 from tinyfusion.sample.guidance import conditional, guided
 
 # of how diffusers makes arrays of tensors
@@ -78,7 +79,7 @@ def test_solvers_converge_to_ddim(tiny_model: Factory, name: str) -> None:
         parameter.data *= 0.3  # smooth, so that 500 steps are exact enough to be the judge
 
     def drawn(sampler: Any, num_steps: int) -> Tensor:
-        settings = SamplerSettings(sampler, num_steps, 1.0)
+        settings = GaussianSampler(sampler, num_steps, 1.0)
         return torch.cat([batch.x for batch in sample(model, labels, settings, seed=0)])
 
     exact = drawn("ddim", 1000)
@@ -111,7 +112,7 @@ def test_latents_are_those_of_the_pipeline_of_diffusers(tiny_model: Factory, nam
         patch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", given)
         pipeline(labels.tolist(), guidance_scale=guidance, num_inference_steps=10, output_type="pt")
     theirs = seen[0] * vae.config["scaling_factor"]
-    settings = SamplerSettings(name, 10, guidance, "all")  # type: ignore[arg-type]
+    settings = GaussianSampler(name, 10, guidance, "all")  # type: ignore[arg-type]
     ours = next(sample(model, labels, settings, seed=0)).x
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
 
@@ -123,7 +124,11 @@ def test_outside_of_its_interval_guidance_costs_and_changes_nothing(tiny_model: 
     model, labels = tiny_model(), torch.tensor([0, 3, 4])
     x, rows = start(model, 3), []
     model.module.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
-    pieces = guided(model.module, labels, 5, 3.0, 2, (0.25, 0.75)), guided(model.module, labels, 5, 3.0, 2)
+
+    def share(t: float) -> float:
+        return t / 999
+
+    pieces = guided(model.module, labels, 5, 3.0, 2, (0.25, 0.75), share), guided(model.module, labels, 5, 3.0, 2)
     alone = conditional(model.module, labels)
     for t, inside in ((0, False), (249, False), (250, True), (749, True), (750, False), (999, False)):
         step = torch.full((3,), t)
@@ -133,14 +138,15 @@ def test_outside_of_its_interval_guidance_costs_and_changes_nothing(tiny_model: 
         assert torch.equal(found, (pieces[1] if inside else alone)(x, step))
     for t in (0, 999):
         assert torch.equal(
-            guided(model.module, labels, 5, 3.0, 2, (0.0, 1.0))(x, step := torch.full((3,), t)), pieces[1](x, step)
+            guided(model.module, labels, 5, 3.0, 2, (0.0, 1.0), share)(x, step := torch.full((3,), t)),
+            pieces[1](x, step),
         )
 
 
 @pytest.mark.parametrize("interval", [(0.5, 0.4), (-0.1, 1.0), (0.0, 1.1)])
 def test_intervals_that_cannot_be_are_refused(interval: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="interval"):
-        SamplerSettings(interval=interval)
+        GaussianSampler(interval=interval)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +154,7 @@ def test_intervals_that_cannot_be_are_refused(interval: tuple[float, float]) -> 
 )
 def test_solvers_refuse_what_they_cannot_do(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SamplerSettings(**{"sampler": "unipc", "num_steps": 20, **wrong})
+        GaussianSampler(**{"sampler": "unipc", "num_steps": 20, **wrong})
 
 
 # ------------------------------------------------------------------------------------------------------ half precision
@@ -164,7 +170,7 @@ def test_half_precision_draws_the_same_images_up_to_its_rounding(
     half = at_arithmetic(model, dtype, CPU)
     assert {p.dtype for p in half.module.parameters()} == {getattr(torch, dtype)}
     assert {p.dtype for p in model.module.parameters()} == {torch.float32}, "the model itself stays as it is"
-    settings = SamplerSettings("dpm-solver++", 8, 1.5)
+    settings = GaussianSampler("dpm-solver++", 8, 1.5)
     exact, found = (next(sample(m, labels, settings, seed=0)).x for m in (model, half))
     assert found.dtype == torch.float32
     assert 0 < float((found - exact).norm() / exact.norm()) < rounding

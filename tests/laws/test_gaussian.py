@@ -28,7 +28,8 @@ from tinyfusion.processes.gaussian import (
     sample_ancestral,
     sample_ddim,
 )
-from tinyfusion.sample.drive import SamplerSettings, image_labels, sample, to_uint8
+from tinyfusion.sample.drive import image_labels, sample, to_uint8
+from tinyfusion.sample.gaussian import GaussianSampler
 from tinyfusion.sample.guidance import guided
 
 FULL = Schedule()
@@ -356,7 +357,7 @@ def largest_error(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_image_i_is_the_same_at_any_batch_size(tiny_model: Callable[..., LoadedModel], sampler: Any) -> None:
     model = tiny_model(depth=2)
-    settings = SamplerSettings(sampler, 4, 1.5, eta=0.5)
+    settings = GaussianSampler(sampler, 4, 1.5, eta=0.5)
     labels = image_labels(7, 5, seed=3)
 
     def images(batch_size: int, first: int = 0) -> Tensor:
@@ -386,7 +387,7 @@ def test_initial_noise_and_labels_are_bit_equal_at_any_batch_size(tiny_model: Ca
 
     for batch_size in (1, 4, 9):
         model = dataclasses.replace(tiny_model(), module=Recorder(batch_size))
-        list(sample(model, image_labels(9, 5, 0), SamplerSettings("ddpm", 2, 1.0), seed=0, batch_size=batch_size))
+        list(sample(model, image_labels(9, 5, 0), GaussianSampler("ddpm", 2, 1.0), seed=0, batch_size=batch_size))
     whole = torch.cat(starts[9])
     assert torch.equal(torch.cat(starts[1]), whole) and torch.equal(torch.cat(starts[4]), whole)
 
@@ -397,12 +398,12 @@ def test_initial_noise_and_labels_are_bit_equal_at_any_batch_size(tiny_model: Ca
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SamplerSettings(**wrong)
+        GaussianSampler(**wrong)
 
 
 @pytest.mark.parametrize(("channels", "guided", "wanted"), [(1, "published", 1), (4, "published", 3), (4, "all", 4)])
 def test_guided_channels(tiny_model: Callable[..., LoadedModel], channels: int, guided: Any, wanted: int) -> None:
-    assert SamplerSettings(guided=guided).guided_channels(tiny_model(in_channels=channels)) == wanted
+    assert GaussianSampler(guided=guided).guided_channels(tiny_model(in_channels=channels)) == wanted
 
 
 def test_labels_in_turn() -> None:

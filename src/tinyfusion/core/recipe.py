@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.process_sections import FlowSampleSection, FlowSection, MaskedSampleSection, MaskedSection
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Criterion = Literal[
     "learned", "bi", "flux-lite", "sensitivity", "bk-sdm", "first", "last", "uniform", "random",
     "min-loss", "median-loss", "max-loss", "indices", "width",
 ]  # fmt: skip
-Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc"]
+Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc", "ode", "sde", "masked"]
 Recovery = Literal["finetune", "logits-kd", "rep-kd", "masked-kd"]
 
 
@@ -33,6 +34,9 @@ class ModelSection:
     depth: Annotated[int, "number of blocks"] = 12
     num_heads: Annotated[int, "attention heads"] = 4
     num_classes: Annotated[int, "classes, without the null class"] = 10
+    buffer_size: Annotated[int | None, "mar: tokens that carry the class; None is the published 64"] = None
+    head_depth: Annotated[int | None, "mar: residual layers of the diffusion head; None is 3"] = None
+    head_width: Annotated[int | None, "mar: width of the diffusion head; None is 1024"] = None
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,16 @@ class DataSection:
     name: Annotated[
         str,
         "data set: digits (training part), digits:heldout, parquet:PATH (a file or folder; columns img or image, label), "
-        "parquet-stream:PATH (the same, read in parts: for sets larger than memory), latents:PATH (what `encode` made), "
+        "hub:ORG/NAME[@REVISION][:CONFIG][:SPLIT] (a data set of the hub, fetched once), parquet-stream:PATH and hub-stream:ID "
+        "(the same, read in parts: for sets larger than memory), latents:PATH (what `encode` made), "
         "or an npz with arr_0 (N, H, W, C), uint8 pixels or floats as they are, and arr_1 labels",
     ] = "digits"
-    size: Annotated[int | None, "side to which parquet images are reduced by a box filter; None keeps theirs"] = None
+    size: Annotated[
+        int | None, "side to which images of parquet files and of the hub are reduced by a box filter; None keeps theirs"
+    ] = None
     window_images: Annotated[
         int,
-        "parquet-stream: images among which order is mixed, those of row groups drawn at random; two windows are held",
+        "streams: images among which order is mixed, those of row groups drawn at random; two windows are held",
     ] = 16_384
     flip: Annotated[float, "probability that an image is mirrored left to right"] = 0.0
     augment: Annotated[float, "share of images that are slightly turned, scaled and sheared, 0 to 1"] = 0.0
@@ -258,8 +265,12 @@ class SampleSection:
 
     num_images: Annotated[int, "images to draw"] = 50_000
     batch_size: Annotated[int, "images at a time; the images do not depend on it"] = 32
-    sampler: Annotated[Sampler, "ancestral, DDIM, or the solvers DPM-Solver++ (2M) and UniPC"] = "ddpm"
-    num_steps: Annotated[int, "denoising steps"] = 250
+    sampler: Annotated[
+        Sampler | None,
+        "Gaussian: ancestral, DDIM, or the solvers DPM-Solver++ (2M) and UniPC; flows: ode or sde; masked tokens: masked; "
+        "None is the published one of the model's process",
+    ] = None
+    num_steps: Annotated[int | None, "denoising steps; None is the published number"] = None
     eta: Annotated[float, "DDIM's share of fresh noise, 0 to 1"] = 0.0
     guidance: Annotated[float, "classifier-free guidance scale; 1 runs the conditional model alone"] = 1.5
     guidance_channels: Annotated[
@@ -283,6 +294,8 @@ class SampleSection:
         Literal["uniform", "balanced"], "labels drawn uniformly at random, or 0, 1, 2, ... in turn"
     ] = "uniform"
     weights: Annotated[Literal["ema", "raw"], "which weights, where both exist"] = "ema"
+    flow: FlowSampleSection = field(default_factory=FlowSampleSection)
+    masked: MaskedSampleSection = field(default_factory=MaskedSampleSection)
 
 
 @dataclass(frozen=True)
@@ -290,7 +303,7 @@ class EvaluateSection:
     """Images to numbers."""
 
     references: Annotated[
-        tuple[str, ...], "sets to compare with: digits, digits:heldout, parquet:PATH, or a folder or npz of images"
+        tuple[str, ...], "sets to compare with: digits, digits:heldout, parquet:PATH, hub:ORG/NAME, or a folder or npz of images"
     ] = (
         "digits",
         "digits:heldout",
@@ -356,6 +369,8 @@ class Recipe:
     encode: EncodeSection = field(default_factory=EncodeSection)
     compute: ComputeSection = field(default_factory=ComputeSection)
     watch: WatchSection = field(default_factory=WatchSection)
+    flow: FlowSection = field(default_factory=FlowSection)
+    masked: MaskedSection = field(default_factory=MaskedSection)
     train: TrainingSection = field(default_factory=TrainingSection)
     prune: PruneSection = field(default_factory=PruneSection)
     recover: RecoverSection = field(default_factory=RecoverSection)

@@ -12,6 +12,7 @@ Shapes: B rows, one per global sample index. Values are NumPy arrays; callers mo
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,9 +57,18 @@ class Draws:
 
     def words(self, purpose: str, per_sample: int) -> np.ndarray:
         """(B, per_sample) uint64, every bit random."""
+        return self.words_in_turn(purpose, per_sample)(self.num)
+
+    def words_in_turn(self, purpose: str, per_sample: int) -> Callable[[int], np.ndarray]:
+        """The rows of `words` piece by piece: every call gives the next `num` samples, (num, per_sample) uint64."""
         counters = -(-per_sample // _WORDS_PER_COUNTER)
-        raw = self._bits(purpose, counters).random_raw(self.num * counters * _WORDS_PER_COUNTER)
-        return raw.reshape(self.num, counters * _WORDS_PER_COUNTER)[:, :per_sample]
+        bits = self._bits(purpose, counters)
+
+        def following(num: int) -> np.ndarray:
+            raw = bits.random_raw(num * counters * _WORDS_PER_COUNTER)
+            return raw.reshape(num, counters * _WORDS_PER_COUNTER)[:, :per_sample]
+
+        return following
 
     def _uniform64(self, purpose: str, shape: tuple[int, ...]) -> np.ndarray:
         """(B, *shape) float64 in the open interval (0, 1), to be changed freely: 53 random bits, offset by half a unit.

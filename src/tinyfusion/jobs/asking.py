@@ -17,9 +17,10 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import RunDirectory, write_json, written_beside
-from tinyfusion.jobs.assemble import batches_for, device_for, objective_for
+from tinyfusion.jobs.assemble import batches_for, device_for
 from tinyfusion.jobs.estimate import Estimate, copy_estimate
 from tinyfusion.jobs.inspect import model_macs
+from tinyfusion.jobs.processes import objective_for
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import num_parameters
@@ -52,7 +53,7 @@ def question_of(recipe: Recipe, teacher: LoadedModel) -> Question:
     plain = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augment=0.0, flip=0.0))
     source = batches_for(plain, teacher, device)
     calibration = calibration_set(
-        objective_for(teacher, label_drop=0.0),
+        objective_for(teacher, 0.0, recipe),
         source,
         recipe.data.name,
         len(source),

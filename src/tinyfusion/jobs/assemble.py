@@ -20,16 +20,11 @@ from tinyfusion.data.batches import Batches, ShuffledBatches, signed
 from tinyfusion.data.digits import REAL_SETS, ImageSet, load_digits
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.data.latents import LATENTS, LatentBatches, open_latents
-from tinyfusion.data.parquet import read_parquet_images
+from tinyfusion.data.parquet import HUB, HUB_STREAM, PARQUET, PARQUET_STREAM, STREAMED, WHOLE, read_parquet_images
 from tinyfusion.data.published_latents import PUBLISHED_FACTOR
 from tinyfusion.data.stream import StreamedBatches, open_parts
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.base import Objective
-from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.training.engine import Engine, open_engine
-
-PARQUET = "parquet:"  # prefix of a data set that is parquet files
-PARQUET_STREAM = "parquet-stream:"  # of one that is never whole in memory
 
 
 @dataclass(frozen=True)
@@ -65,34 +60,28 @@ def training_plan(recipe: Recipe, settings: TrainingSection, mode: str) -> dict[
     }
 
 
-def objective_for(model: LoadedModel, label_drop: float) -> Objective:
-    """The training objective of a model's process."""
-    if model.family.process == "gaussian":
-        return GaussianObjective(model.arch.num_classes, label_drop)
-    raise UserError(f"no process {model.family.process!r}")
-
-
 def image_set(name: str, size: int | None = None) -> ImageSet:
-    """A data set by name, parquet files, or an npz of images and labels; `size` is for parquet alone.
+    """A data set by name, parquet files, one of the hub, or an npz of images and labels; `size` is for parquet and the hub.
 
     Raises UserError on NaN, wrong shapes, an unknown name, and a set that is only to be read in parts.
     """
     if name in REAL_SETS:
         return load_digits(heldout=name.endswith(":heldout"))
-    if name.startswith(PARQUET):
-        return _array_set(name, *_parquet_arrays(name.removeprefix(PARQUET), size))
+    if name.startswith(WHOLE):
+        return _array_set(name, *_parquet_arrays(name, size))
     if name.startswith(LATENTS):
         raise UserError(
             f"{name} are latents, and here images have to be in memory: name the pictures they were made of"
         )
-    if name.startswith(PARQUET_STREAM):
+    if name.startswith(STREAMED):
         raise UserError(
-            f"{name} is read in parts, and here a whole set has to be in memory: give {PARQUET}PATH, of a part where it is large"
+            f"{name} is read in parts, and here a whole set has to be in memory: give {PARQUET}PATH or {HUB}ORG/NAME, of a part "
+            "where it is large"
         )
     if not name.endswith(".npz"):
         raise UserError(
-            f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {PARQUET_STREAM}PATH, {LATENTS}PATH, "
-            "or an .npz with arr_0 and arr_1"
+            f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {HUB}ORG/NAME, {PARQUET_STREAM}PATH, "
+            f"{HUB_STREAM}ORG/NAME, {LATENTS}PATH, or an .npz with arr_0 and arr_1"
         )
     images, labels = read_images_npz(Path(name))
     if labels is None:
@@ -101,9 +90,9 @@ def image_set(name: str, size: int | None = None) -> ImageSet:
 
 
 @lru_cache(maxsize=2)
-def _parquet_arrays(path: str, size: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _parquet_arrays(name: str, size: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Decoding is slow, and training, calibration and evaluation ask for the same set."""
-    return read_parquet_images(Path(path), size)
+    return read_parquet_images(name, size)
 
 
 def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
@@ -114,8 +103,8 @@ def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
 def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Batches:
     """Training batches that fit `model`. Raises UserError where images and model do not go together."""
     data, randomness = recipe.data, Randomness(recipe.seed)
-    if data.name.startswith(PARQUET_STREAM):
-        parts = open_parts(Path(data.name.removeprefix(PARQUET_STREAM)), data.size, model.arch.in_channels)
+    if data.name.startswith(STREAMED):
+        parts = open_parts(data.name, data.size, model.arch.in_channels)
         _check_fit(data.name, parts.shape, parts.classes, model)
         timeout_s = recipe.compute.timeout_s
         return StreamedBatches(parts, randomness, device, data.window_images, data.augment, data.flip, timeout_s)

@@ -24,17 +24,16 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import machine
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import device_for
-from tinyfusion.jobs.drawing import at_arithmetic, sampler_of
+from tinyfusion.jobs.drawing import at_arithmetic
 from tinyfusion.jobs.inspect import model_macs
+from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.stack import num_parameters
-from tinyfusion.processes.gaussian import Schedule, split_output
-from tinyfusion.sample.guidance import guided
+from tinyfusion.sample.drive import SampleDraws
 
 _PRODUCT = "product"
 _PRODUCT_SIZE = {"cpu": 2048}
 _LARGE_PRODUCT = 8192
-_MIDDLE = 500  # timestep of the measured step; none is quicker than another
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ def _check(recipe: Recipe) -> None:
         raise UserError(
             f"bench.product_size is at least 64, smaller products measure calls; got {settings.product_size}"
         )
-    sampler_of(recipe.sample)
 
 
 def _protocol(recipe: Recipe, device: torch.device) -> str:
@@ -137,23 +135,11 @@ def _protocol(recipe: Recipe, device: torch.device) -> str:
 
 def _side(recipe: Recipe, model: LoadedModel, device: torch.device) -> _Side:
     settings, arch = recipe.bench, model.arch
-    sampler, macs = sampler_of(recipe.sample), model_macs(model)
+    sampler, macs = sampler_of(recipe.sample, model), model_macs(model)
     placed = at_arithmetic(model, settings.dtype, device)
     labels = torch.from_numpy(np.arange(settings.batch_size, dtype=np.int64) % arch.num_classes).to(device)
-    channels = sampler.guided_channels(model)
-    denoiser = guided(placed.module, labels, arch.num_classes, sampler.guidance, channels)
-    schedule = Schedule()
-    shape = (arch.in_channels, arch.input_size, arch.input_size)
-    noise = Randomness(recipe.seed).at(0, 0, settings.batch_size).normal("sample-noise", shape)
-    x = torch.from_numpy(noise).to(device)
-    index = torch.full((settings.batch_size,), _MIDDLE, dtype=torch.int64, device=device)
-
-    def step() -> Tensor:
-        predicted, v = split_output(denoiser(x, index), shape[0])
-        gaussian = schedule.model_gaussian(predicted, v, x, index, clip=False)
-        return gaussian.mean + torch.exp(0.5 * gaussian.log_variance) * x
-
-    return _Side(placed, macs, 2 if sampler.guidance > 1 else 1, step)
+    draws = SampleDraws(Randomness(recipe.seed), 0, settings.batch_size, device)
+    return _Side(placed, macs, sampler.rows, sampler.one_step(placed, labels, draws))
 
 
 def _product(size: int, dtype: str, device: torch.device) -> Callable[[], Tensor]:

@@ -14,10 +14,10 @@ import torch
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe, SampleSection
+from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.solvers import SOLVERS
-from tinyfusion.sample.drive import SamplerSettings, image_labels, to_uint8
+from tinyfusion.sample.drive import Sampler, image_labels, to_uint8
 from tinyfusion.sample.drive import sample as draw_samples
 
 _CHANNELS = 3  # of pictures that an autoencoder makes
@@ -31,48 +31,14 @@ def labels_of(recipe: Recipe, model: LoadedModel) -> np.ndarray:
     )
 
 
-def sampler_of(settings: SampleSection) -> SamplerSettings:
-    """The sampler's settings. Raises UserError on a guidance or a number of steps that cannot be."""
-    if settings.guidance < 1:
-        raise UserError(
-            f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"
-        )
-    low, high = settings.guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise UserError(
-            f"sample.guidance_interval wants two shares of the timesteps, rising in [0, 1], as in 0.1,0.8; got {low:g} and {high:g}"
-        )
-    if settings.clip and settings.sampler in SOLVERS:
-        raise UserError(f"sample.clip is for ddpm and ddim, not {settings.sampler}: leave out one of the two")
-    if settings.eta and settings.sampler in SOLVERS:
-        raise UserError(f"sample.eta is for ddim, and {settings.sampler} draws no noise: leave out one of the two")
-    try:
-        return SamplerSettings(
-            settings.sampler,
-            settings.num_steps,
-            settings.guidance,
-            settings.guidance_channels,
-            settings.eta,
-            settings.clip,
-            settings.guidance_interval,
-        )
-    except ValueError as error:
-        raise UserError(f"--num-steps {settings.num_steps} with --sampler {settings.sampler}: {error}") from error
-
-
 def protocol(recipe: Recipe, model: LoadedModel, autoencoder: Autoencoder | None = None) -> str:
     """The sampling half of the protocol string."""
     s = recipe.sample
-    eta = f" eta {s.eta:g}" if s.sampler == "ddim" and s.eta else ""
     labels = "labels " + ("given" if s.labels else s.label_rule)
-    channels = sampler_of(s).guided_channels(model)
-    guidance = f"guidance {s.guidance:g} on {channels} channel{'s' * (channels > 1)} ({s.guidance_channels})"
-    if s.guidance > 1 and s.guidance_interval != (0.0, 1.0):
-        guidance += f" in [{s.guidance_interval[0]:g}, {s.guidance_interval[1]:g}]"
-    sampler = f"{s.sampler} {s.num_steps} steps{eta}{' clipped' if s.clip else ''}"
     decoded = f" | vae {autoencoder.hash()[:8]}" if autoencoder else ""
     arithmetic = f"{s.dtype}{' compiled' if s.compile else ''}"
-    return f"{s.num_images} images | {sampler} | {guidance} | {labels}{decoded} | {arithmetic} | seed {recipe.seed}"
+    how = sampler_of(s, model).describe(model)
+    return f"{s.num_images} images | {how} | {labels}{decoded} | {arithmetic} | seed {recipe.seed}"
 
 
 def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
@@ -86,7 +52,7 @@ def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
     outside = [label for label in settings.labels if not 0 <= label < model.arch.num_classes]
     if outside:
         raise UserError(f"--labels {outside} out of range: the model knows classes 0 to {model.arch.num_classes - 1}")
-    sampler_of(settings)
+    sampler_of(settings, model)
     if model.facts.latent_scale is None and settings.vae is not None:
         raise UserError(f"sample.vae {settings.vae} decodes latents, and this model draws pixels: leave it out")
     if model.facts.latent_scale is None and not settings.decode:
@@ -141,7 +107,7 @@ class Drawing:
 
     model: LoadedModel
     labels: np.ndarray
-    sampler: SamplerSettings
+    sampler: Sampler
     seed: int
     batch_size: int
     compiled: bool
@@ -182,7 +148,7 @@ def open_drawing(
     return Drawing(
         model=at_arithmetic(model, settings.dtype, device),
         labels=labels_of(recipe, model),
-        sampler=sampler_of(settings),
+        sampler=sampler_of(settings, model),
         seed=recipe.seed,
         batch_size=settings.batch_size,
         compiled=settings.compile,

@@ -22,7 +22,7 @@ from tinyfusion.jobs.inspect import model_macs
 from tinyfusion.jobs.memory import MemoryPlan, fitting_lines, memory_plan
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import num_parameters
-from tinyfusion.sample.drive import SamplerSettings
+from tinyfusion.sample.drive import Sampler
 from tinyfusion.sample.drive import sample as draw_samples
 
 if TYPE_CHECKING:
@@ -101,13 +101,10 @@ def training_memory(training: Training) -> tuple[MemoryPlan, list[str]]:
     return plan, [f"{training.title}: {lines[0]}", *lines[1:]]
 
 
-def sampling_estimate(
-    model: LoadedModel, settings: SampleSection, sampler: SamplerSettings, device: torch.device
-) -> Estimate:
+def sampling_estimate(model: LoadedModel, settings: SampleSection, sampler: Sampler, device: torch.device) -> Estimate:
     """Minutes and memory of drawing images."""
     arch, batch = model.arch, min(settings.batch_size, settings.num_images)
-    rows = 2 if settings.guidance > 1 else 1
-    short = dataclasses.replace(sampler, sampler="ddpm", num_steps=2)
+    rows, short = sampler.rows, sampler.of_steps(2)
     model.module.to(device)
 
     def measure(batch_size: int) -> float:
@@ -116,13 +113,13 @@ def sampling_estimate(
         for _ in range(2):
             last = list(draw_samples(model, labels, short, 0, batch_size))[-1]
             ends.append(_after(float(last.x.flatten()[0])))
-        return (ends[2] - ends[1]) / 2
+        return (ends[2] - ends[1]) / short.calls
 
     weights = num_parameters(model.module)
     seconds, basis = _seconds(measure, rows * model_macs(model), batch, weights, device)
     memory = _FLOAT_BYTES * (weights + rows * batch * _activations(model))
     return _rounded(
-        seconds * settings.num_steps * settings.num_images / batch,
+        seconds * sampler.calls * settings.num_images / batch,
         memory,
         settings.num_images * arch.in_channels * arch.input_size**2,
         basis,

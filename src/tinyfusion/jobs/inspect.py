@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from tinyfusion.evaluate.speed import count_macs
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import num_parameters
@@ -13,13 +11,8 @@ from tinyfusion.models.stack import num_parameters
 
 def model_macs(model: LoadedModel) -> int:
     """Multiply-accumulates of one unguided forward pass of one image."""
-    arch = model.arch
-
-    def inputs() -> tuple[torch.Tensor, ...]:
-        x = torch.empty(1, arch.in_channels, arch.input_size, arch.input_size)
-        return x, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-
-    return count_macs(lambda: model.family.build(arch), inputs)
+    family, arch = model.family, model.arch
+    return count_macs(lambda: family.build(arch), lambda: family.example(arch, 1))
 
 
 def inspect(model: LoadedModel) -> dict[str, Any]:
@@ -29,6 +22,7 @@ def inspect(model: LoadedModel) -> dict[str, Any]:
     return {
         "family": model.family.name,
         "process": model.family.process,
+        "process_settings": facts.process_settings,
         "depth": len(model.stack),
         "num_parameters": num_parameters(model.module),
         "trainable_parameters": num_parameters(model.module, trainable_only=True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json
 from tinyfusion.evaluate.speed import interleaved, speedup
-from tinyfusion.jobs.assemble import batches_for, device_for, objective_for
+from tinyfusion.jobs.assemble import batches_for, device_for
 from tinyfusion.jobs.evaluate import open_extractor, open_reference, protocol_of, score
+from tinyfusion.jobs.processes import objective_for
 from tinyfusion.jobs.sample import draw, protocol
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.plan import global_indices
@@ -51,7 +52,7 @@ def activations(recipe: Recipe, teacher: LoadedModel, student: LoadedModel) -> d
     """
     device = device_for(recipe)
     source: BatchSource = batches_for(recipe, teacher, device)
-    objective = objective_for(teacher, 0.0)
+    objective = objective_for(teacher, 0.0, recipe)
     models = {"teacher": teacher, "student": student}
     blocks = {"teacher": list(range(len(teacher.stack))), "student": _global_kept(student, teacher)}
     found: dict[str, list[_Histogram]] = {name: [_Histogram() for _ in blocks[name]] for name in models}
@@ -70,6 +71,7 @@ def activations(recipe: Recipe, teacher: LoadedModel, student: LoadedModel) -> d
         "protocol": f"{shown}, seed {recipe.seed}",
         "bin_width": BIN_WIDTH,
         "depth": len(teacher.stack),
+        "lists": teacher.stack.depths(),
         "models": {
             name: [
                 {"teacher_block": block, **histogram.values()}
@@ -125,46 +127,66 @@ class _Histogram:
         }
 
 
-def timed_depths(depth: int, most: int, also: int) -> list[int]:
-    """At most `most` depths from the whole down, evenly spread, and the student's, falling; none where `most` is 0."""
+def timed_depths(depth: int, most: int, also: int, least: int = 1) -> list[int]:
+    """At most `most` depths from the whole down to `least`, evenly spread, and the student's, falling; none where `most` is 0."""
     if most == 0:
         return []
-    return sorted({also, *range(depth, 0, -math.ceil(depth / most))}, reverse=True)
+    return sorted({also, *range(depth, least - 1, -math.ceil(depth / most))}, reverse=True)
 
 
-def shallow(model: LoadedModel, num: int) -> LoadedModel:
-    """The model with only `num` blocks, the first of every list, in proportion; weights are shared, not copied."""
+def shared_out(num: int, depths: Mapping[str, int]) -> dict[str, int]:
+    """`num` blocks over the lists in proportion to their depths, at least one each, by largest remainders.
+
+    Raises ValueError where there are fewer than lists, or more than blocks.
+    """
+    total = sum(depths.values())
+    if not len(depths) <= num <= total:
+        raise ValueError(f"{num} blocks do not go into the lists {dict(depths)}, at least one into each")
+    found = {name: max(1, depth * num // total) for name, depth in depths.items()}
+    while (short := num - sum(found.values())) != 0:
+        room = [n for n in depths if (found[n] < depths[n] if short > 0 else found[n] > 1)]
+        missing = {name: depths[name] * num / total - found[name] for name in room}
+        name = max(room, key=missing.__getitem__) if short > 0 else min(room, key=missing.__getitem__)
+        found[name] += 1 if short > 0 else -1
+    return found
+
+
+def shallow(model: LoadedModel, depths: Mapping[str, int]) -> LoadedModel:
+    """The model with only the first blocks of every list, as many as `depths` says; weights are shared, not copied."""
     held = itertools.chain(model.module.parameters(), model.module.buffers())
     cut = LoadedModel(copy.deepcopy(model.module, {id(t): t for t in held}), model.family, model.arch, model.facts)
-    total = len(model.stack)
-    depths = {name: max(1, round(depth * num / total)) for name, depth in model.stack.depths().items()}
     cut.stack.keep({name: range(depth) for name, depth in depths.items()})
-    cut.arch = model.family.arch_with_depths(model.arch, depths)
+    cut.arch = model.family.arch_with_depths(model.arch, dict(depths))
     return cut
 
 
 def depth_speed(
     recipe: Recipe,
     teacher: LoadedModel,
-    student_depth: int,
+    student: Mapping[str, int],
     step_of: Callable[[LoadedModel, int], Callable[[], object]],
 ) -> dict[str, Any] | None:
     """depth_speed.json: the teacher with its first blocks only, timed at several depths in turn; None where not wanted.
 
-    step_of: (model, images) to the call that is timed, one denoising step. Which blocks stay does not matter to the speed.
+    student: blocks of the student per list; its depth is timed with these, every other with its blocks shared out over the
+    lists in proportion. step_of: (model, images) to the call that is timed, one denoising step. Which blocks of a list stay
+    does not matter to the speed.
     """
     device, whole = device_for(recipe), len(teacher.stack)
-    depths = timed_depths(whole, recipe.speed.depths, student_depth)
+    lists, own = teacher.stack.depths(), sum(student.values())
+    depths = timed_depths(whole, recipe.speed.depths, own, len(lists))
     if not depths:
         return None
+    split = {depth: dict(student) if depth == own else shared_out(depth, lists) for depth in depths}
     num = min(recipe.speed.batch_size, DEPTH_BATCH)
-    sides = {str(depth): step_of(shallow(teacher, depth), num) for depth in depths}
+    sides = {str(depth): step_of(shallow(teacher, split[depth]), num) for depth in depths}
     times = interleaved(sides, DEPTH_REPEATS, device)
     points = []
     for depth in depths:
         ratio, low, high = speedup(times[str(whole)], times[str(depth)])
         latency = times[str(depth)].median_ms
-        points.append({"depth": depth, "latency_ms": latency, "speedup": ratio, "speedup_spread": [low, high]})
+        point = {"depth": depth, "latency_ms": latency, "speedup": ratio, "speedup_spread": [low, high]}
+        points.append({**point, "lists": split[depth]} if len(lists) > 1 else point)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return {
         "protocol": f"{DEPTH_REPEATS} interleaved guided denoising steps at every depth, batch {num}, "
@@ -257,7 +279,7 @@ def write_pictures(
     """Every file of this module that is not there yet."""
     wanted: Sequence[tuple[str, Callable[[], dict[str, Any] | None]]] = (
         ("activations.json", lambda: activations(recipe, teacher, student)),
-        ("depth_speed.json", lambda: depth_speed(recipe, teacher, len(student.stack), step_of)),
+        ("depth_speed.json", lambda: depth_speed(recipe, teacher, student.stack.depths(), step_of)),
     )
     for name, make in wanted:
         if not (out / name).is_file() and (values := make()) is not None:

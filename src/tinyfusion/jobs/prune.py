@@ -17,11 +17,11 @@ from tinyfusion.jobs.assemble import (
     batches_for,
     engine_for,
     job_record,
-    objective_for,
     plain_recipe,
     training_plan,
 )
 from tinyfusion.jobs.estimate import Estimate, announce, described, training_disk_bytes, training_estimate
+from tinyfusion.jobs.processes import PROCESS_SECTIONS, objective_for
 from tinyfusion.jobs.training import Training, drive, finished, save
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.checkpoint import LoadedModel, open_model
@@ -47,7 +47,7 @@ def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Decide which blocks of the teacher go; writes `plan.json` and `student/`. Returns what `--json` prints."""
     engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
     teacher = open_model(recipe.teacher, recipe.sample.weights, options.num_heads, options.family)
-    plain = plain_recipe(recipe, "data", "prune", teacher=teacher.hash())
+    plain = plain_recipe(recipe, "data", "prune", *PROCESS_SECTIONS, teacher=teacher.hash())
     run = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: run.check("prune", plain, options.overwrite))
     work = check_prune(recipe, teacher, engine)
@@ -94,7 +94,7 @@ def learning_of(recipe: Recipe, teacher: LoadedModel, engine: Engine) -> Learnin
     settings = recipe.prune
     seed = Randomness(recipe.seed).generator_seed("lora")
     source = batches_for(recipe, teacher, engine.device)
-    objective = objective_for(teacher, settings.training.label_drop)
+    objective = objective_for(teacher, settings.training.label_drop, recipe)
     learner = mask_learner(teacher, objective, settings, seed, engine.device, engine.place)
     state = TrainState(learner.module, learner.parameter_groups, settings.training)
 

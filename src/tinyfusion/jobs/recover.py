@@ -14,17 +14,16 @@ from tinyfusion.jobs.assemble import (
     batches_for,
     engine_for,
     job_record,
-    objective_for,
     plain_recipe,
     training_plan,
 )
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
+from tinyfusion.jobs.processes import PROCESS_SECTIONS, objective_for
 from tinyfusion.jobs.training import Extra, Training, drive, finished, save
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Objective
-from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors
 from tinyfusion.recover.channels import residual_channels
 from tinyfusion.recover.distill import distilled
@@ -39,7 +38,7 @@ def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[s
     engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
     student, teacher = opened(recipe, student_source, options.num_heads, options.family)
     inputs = {"student": student.hash(), "teacher": teacher.hash() if teacher else None}
-    plain = plain_recipe(recipe, "data", "recover", **inputs)
+    plain = plain_recipe(recipe, "data", "recover", *PROCESS_SECTIONS, **inputs)
     run = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: run.check("recover", plain, options.overwrite))
     intent = _intent(recipe, student, teacher, mode) if options.dry_run else {}  # hashes: before models lie in parts
@@ -159,10 +158,9 @@ def _objective(
 ) -> Objective:
     """The bare objective, or the distilled one with the terms of the method."""
     settings = recipe.recover
-    inner = objective_for(student, settings.training.label_drop)
+    inner = objective_for(student, settings.training.label_drop, recipe)
     if teacher is None:
         return inner
-    assert isinstance(inner, GaussianObjective)
     try:
         return distilled(settings, inner, teacher, student, pairs, channels)
     except ValueError as error:

@@ -27,10 +27,11 @@ from tinyfusion.jobs.estimate import announce, described, sampling_estimate, tra
 from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference
 from tinyfusion.jobs.inspect import inspect
 from tinyfusion.jobs.pictures import checkpoint_steps, write_pictures
+from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.jobs.prune import check_prune, prune, prune_estimate
 from tinyfusion.jobs.recover import recover, recovery_alone
 from tinyfusion.jobs.report import render_run
-from tinyfusion.jobs.sample import check_sampling, sample, sampler_of
+from tinyfusion.jobs.sample import check_sampling, sample
 from tinyfusion.jobs.training import finished
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.checkpoint import LoadedModel, open_model
@@ -131,7 +132,7 @@ def _announce(recipe: Recipe, options: RunOptions, teacher: LoadedModel, mode: s
     estimate = prune_estimate(check_prune(recipe, teacher, engine_for(recipe)))
     estimate += training_estimate(recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher))
     for _ in ("teacher", "pruned", "student"):
-        estimate += sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample), device)
+        estimate += sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device)
     learned = f" {prune_settings.scheme}, {prune_settings.training.steps:,} steps"
     plan = {
         "teacher": described(teacher),
@@ -242,7 +243,7 @@ def _speed(recipe: Recipe, out: Path, teacher: LoadedModel, student: LoadedModel
 
 def _trajectory(recipe: Recipe, num_steps: int, model: LoadedModel, num_images: int) -> Callable[[], object]:
     """A call that makes `num_steps` guided denoising steps of one batch."""
-    sampler = dataclasses.replace(sampler_of(recipe.sample), sampler="ddpm", num_steps=num_steps)
+    sampler = sampler_of(recipe.sample, model).of_steps(num_steps)
     labels = np.arange(num_images, dtype=np.int64) % model.arch.num_classes
     model.module.to(device_for(recipe)).eval()
     return lambda: list(draw_samples(model, labels, sampler, recipe.seed, num_images))

@@ -43,15 +43,15 @@ from tinyfusion.jobs.drawing import (
     labels_of,
     open_drawing,
     protocol,
-    sampler_of,
 )
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
 from tinyfusion.jobs.parts import Parts, Range, begin_parts, part_images, parts_folder
+from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.training.engine import Engine
 
-__all__ = ["check_sampling", "draw", "labels_of", "protocol", "sample", "sampler_of", "write_samples"]
+__all__ = ["check_sampling", "draw", "labels_of", "protocol", "sample", "write_samples"]
 
 _SLOWER = 4  # how much longer than ours a part of another process may take before it is given up
 
@@ -111,7 +111,7 @@ def sample(
     outcome = {"num_images": recipe.sample.num_images, "protocol": told}
     todo, num = engine.first(lambda: _check(job, engine))
     if options.dry_run:
-        estimate = sampling_estimate(model, recipe.sample, sampler_of(recipe.sample), engine.device)
+        estimate = sampling_estimate(model, recipe.sample, sampler_of(recipe.sample, model), engine.device)
         return announce("sample", {"model": described(model), "protocol": told}, estimate, engine.is_main)
     parts = job.parts(num)
     if todo:

@@ -14,12 +14,12 @@ from tinyfusion.jobs.assemble import (
     batches_for,
     engine_for,
     job_record,
-    objective_for,
     plain_recipe,
     trained_on,
     training_plan,
 )
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
+from tinyfusion.jobs.processes import PROCESS_SECTIONS, kit_of, objective_for
 from tinyfusion.jobs.training import Training, drive, finished, save
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.checkpoint import new_model
@@ -31,7 +31,7 @@ from tinyfusion.training.state import TrainState
 def train(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
     """Train a model; writes `model/` (averaged weights) and `model-raw/`. What `--json` prints."""
     settings = recipe.train
-    plain = plain_recipe(recipe, "model", "data", "train")
+    plain = plain_recipe(recipe, "model", "data", "train", *PROCESS_SECTIONS)
     engine = engine_for(recipe)
     run = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: run.check("train", plain, options.overwrite))
@@ -60,9 +60,10 @@ def train_of(recipe: Recipe, engine: Engine) -> Training:
     """A new model and what trains it. Raises UserError where sizes, data and device do not go together."""
     sizes = to_plain(recipe.model)
     model = new_model(sizes.pop("family"), sizes, Randomness(recipe.seed).generator_seed("initial-weights"))
+    model.facts = dataclasses.replace(model.facts, process_settings=kit_of(model).kept(recipe))
     source = batches_for(recipe, model, engine.device)
     model = trained_on(model, source)
     engine.place(model.module.train(), list(model.stack))
     state = TrainState(model.module, [ParameterGroup(trainable(model.module))], recipe.train)
-    objective = objective_for(model, recipe.train.label_drop)
+    objective = objective_for(model, recipe.train.label_drop, recipe)
     return Training("train", recipe, recipe.train, model, model.stack, state, objective, source, engine)

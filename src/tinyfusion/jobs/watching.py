@@ -28,7 +28,8 @@ from tinyfusion.data.images import image_grid, write_grid_png
 from tinyfusion.evaluate.metrics import feature_moments, frechet_distance
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.evaluate import Reference, open_extractor, open_reference, protocol_of
-from tinyfusion.jobs.sample import check_sampling, labels_of, protocol, sampler_of
+from tinyfusion.jobs.processes import kit_of, sampler_of
+from tinyfusion.jobs.sample import check_sampling, labels_of, protocol
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.sample.drive import sample as draw_samples
 from tinyfusion.sample.drive import to_uint8
@@ -89,24 +90,22 @@ def _installed(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def cheap_sampling(recipe: Recipe) -> SampleSection:
-    """The recipe's way of sampling where it takes at most `MOST_STEPS` steps, else as many of plain DDIM; float32, eager."""
+def cheap_sampling(recipe: Recipe, model: LoadedModel) -> SampleSection:
+    """The recipe's way of sampling where it takes at most `MOST_STEPS` steps, else a quick plain one; float32, eager."""
     settings = dataclasses.replace(recipe.sample, dtype="float32", compile=False)
-    if settings.num_steps <= MOST_STEPS:
-        return settings
-    return dataclasses.replace(settings, sampler="ddim", num_steps=MOST_STEPS, eta=0.0)
+    return kit_of(model).cheap(settings, MOST_STEPS)
 
 
 def grid_sampling(recipe: Recipe, model: LoadedModel) -> SampleSection:
     """As `cheap_sampling`, for a grid: classes in turn where all of them fit in."""
-    settings = dataclasses.replace(cheap_sampling(recipe), num_images=recipe.watch.grid_images)
+    settings = dataclasses.replace(cheap_sampling(recipe, model), num_images=recipe.watch.grid_images)
     fit = model.arch.num_classes <= recipe.watch.grid_images
     return dataclasses.replace(settings, label_rule="balanced") if fit else settings
 
 
-def fid_sampling(recipe: Recipe) -> SampleSection:
+def fid_sampling(recipe: Recipe, model: LoadedModel) -> SampleSection:
     """As `cheap_sampling`, for a small FID."""
-    return dataclasses.replace(cheap_sampling(recipe), num_images=recipe.watch.fid_images)
+    return dataclasses.replace(cheap_sampling(recipe, model), num_images=recipe.watch.fid_images)
 
 
 class Watch:
@@ -121,7 +120,9 @@ class Watch:
         check_watch(recipe, model)
         self.recipe, self.run, self.title, self.start = recipe, run, title, start
         self.seconds = 0.0
-        self._looks = model is not None
+        self._looks, self._way = model is not None, ""
+        if model is not None:
+            self._way = sampler_of(cheap_sampling(recipe, model), model).describe(model)
         self._blind = not run.writes
         self._trackers: dict[str, GeneralTracker] = {}
         self._environment: list[str] = []
@@ -197,11 +198,11 @@ class Watch:
         return bool(grid) and step > 0 and step % grid == 0, bool(fid) and step > 0 and step % fid == 0
 
     def _intent(self) -> str:
-        settings, how = self.recipe.watch, cheap_sampling(self.recipe)
+        settings = self.recipe.watch
         grid = f"{settings.grid_images} images every {settings.grid_every_steps} steps"
         fid = f"FID of {settings.fid_images} images every {settings.fid_every_steps} steps"
         listed = [text for text, every in ((grid, settings.grid_every_steps), (fid, settings.fid_every_steps)) if every]
-        return f"watching the averaged weights: {', '.join(listed)}; {how.sampler} {how.num_steps} steps"
+        return f"watching the averaged weights: {', '.join(listed)}; {self._way}"
 
     def _drawn(self, step: int, model: LoadedModel) -> dict[str, Any]:
         """Make what is due; the fields of its log line."""
@@ -218,7 +219,7 @@ class Watch:
         return found
 
     def _fid(self, model: LoadedModel, step: int) -> dict[str, Any]:
-        settings, evaluation = fid_sampling(self.recipe), self.recipe.evaluate
+        settings, evaluation = fid_sampling(self.recipe, model), self.recipe.evaluate
         images = self._images(model, settings, step)
         if images is None:
             return {"fid": None}
@@ -232,7 +233,7 @@ class Watch:
         """uint8 images (N, S, S, C), the same noise and labels at every look; None where one is not finite."""
         labels = labels_of(dataclasses.replace(self.recipe, sample=settings), model)
         drawn = []
-        for batch in draw_samples(model, labels, sampler_of(settings), self.recipe.seed, settings.batch_size):
+        for batch in draw_samples(model, labels, sampler_of(settings, model), self.recipe.seed, settings.batch_size):
             if not bool(torch.isfinite(batch.x).all()):
                 self.run.note(f"watching: the averaged weights after {step} steps draw values that are not finite")
                 return None

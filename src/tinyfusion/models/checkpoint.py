@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def model_record(model: LoadedModel) -> dict[str, Any]:
         "format_version": MODEL_FORMAT_VERSION,
         "family": model.family.name,
         "process": model.family.process,
+        "process_settings": facts.process_settings,
         "arch": dataclasses.asdict(model.arch),
         "plan": facts.plan.to_json() if facts.plan else None,
         "kept": facts.kept,
@@ -256,15 +258,21 @@ def _open_official(path: Path, weights: str, num_heads: int | None, family_name:
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     tensors = state_dict_in(content, weights, path)
     part = "" if len(tensors) == len(content) else " of a training checkpoint"
-    if family_name is None and len(FAMILIES) > 1:
-        print("assuming family dit (give --family to say otherwise)", file=sys.stderr)
-    family = _family(family_name or "dit", path)
+    family = _family(family_name, path) if family_name else _family_of(tensors)
     try:
         arch = family.arch_of_state_dict(tensors, num_heads)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     origin = {"kind": f"official state dict{part}", "path": str(path)}
     return LoadedModel(filled(family, arch, tensors, path), family, arch, _published_facts(arch, family), origin)
+
+
+def _family_of(tensors: Mapping[str, Tensor]) -> ModelFamily:
+    """The family of an official file, by its tensors; the first of those that have the same, and a line that says so."""
+    fit = [family for family in FAMILIES.values() if family.mark in tensors] or list(FAMILIES.values())[:1]
+    if len(fit) > 1:
+        print(f"assuming family {fit[0].name} (give --family to say otherwise)", file=sys.stderr)
+    return fit[0]
 
 
 def _published_facts(arch: Any, family: ModelFamily) -> ModelFacts:

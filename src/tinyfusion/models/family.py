@@ -29,7 +29,9 @@ class ModelFamily:
     build: Callable[[Any], nn.Module]
     initialise: Callable[[Any, int], None]
     arch_of_state_dict: Callable[[Mapping[str, Tensor], int | None], Any]
+    example: Callable[[Any, int], tuple[Tensor, ...]]  # (arch, samples) -> inputs of one forward pass, for their shapes
     block_lists: Mapping[str, str]  # name of a list of blocks -> the field of the arch that holds its depth
+    mark: str  # name of a tensor by which its official files are known
     guided_channels: int | None  # leading channels that published guidance touches; None: all
     computed: Mapping[
         str, Callable[[Any], Tensor]
@@ -38,6 +40,21 @@ class ModelFamily:
     widths: WidthRules | None = None  # None where widths cannot be cut
     # (arch, tensors) -> {format of others that cannot hold such a model: reason}
     unfit_formats: Callable[[Any, Mapping[str, Tensor]], dict[str, str]] | None = None
+
+    def arch_of_sizes(self, sizes: Mapping[str, Any]) -> Any:
+        """The arch of a recipe's section: "depth" counts the blocks of every list, and sizes that are None are not given.
+
+        Raises ValueError on sizes that this family has not, and on those that do not fit together.
+        """
+        given = {name: value for name, value in sizes.items() if value is not None}
+        depth = given.pop("depth", None)
+        if depth is not None:
+            given |= dict.fromkeys(self.block_lists.values(), depth)
+        known = {field.name for field in dataclasses.fields(self.arch_type)}
+        foreign = sorted(set(given) - known)
+        if foreign:
+            raise ValueError(f"a model of family {self.name} has no {', '.join(foreign)}: leave it out")
+        return self.arch_type(**given)
 
     def shapes(self, arch: Any) -> dict[str, Tensor]:
         """The state dict of a model of these sizes, without values (on the meta device)."""
@@ -72,7 +89,9 @@ FAMILIES: dict[str, ModelFamily] = {
         build=dit.DiT,
         initialise=dit.initialise,
         arch_of_state_dict=dit.arch_of_state_dict,
+        example=dit.example,
         block_lists={"blocks": "depth"},
+        mark="x_embedder.proj.weight",
         guided_channels=3,
         computed={"pos_embed": lambda arch: dit.position_table(arch.hidden_size, arch.input_size // arch.patch_size)},
         published_latent={4: {"latent_scale": 0.18215, "vae": "stabilityai/sd-vae-ft-ema", "pixels_per_latent": 8}},

@@ -33,7 +33,8 @@ class ModelFacts:
     image_size: side of its images in pixels. latent_scale and vae: None for a pixel-space model. kept: indices into the
     direct parent per list, None for an uncut model. lineage: parents, oldest first, each with hash, depth and kept, where
     it was cut in width the residual channels of its own parent that it kept, and its arch where its child was.
-    seen_images: images that a model trained from nothing saw; None for cut models and where unknown.
+    seen_images: images that a model trained from nothing saw; None for cut models and where unknown. process_settings: of
+    its process that it was trained with and has to be sampled with, where the process has such.
     """
 
     image_size: int
@@ -44,6 +45,7 @@ class ModelFacts:
     lineage: list[dict[str, Any]] = field(default_factory=list)
     plan: PrunePlan | None = None
     seen_images: int | None = None
+    process_settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -163,7 +165,7 @@ def new_model(family_name: str, arch_values: Mapping[str, Any], seed: int) -> Lo
         raise UserError(f"unknown family {family_name!r}{nearest(family_name, FAMILIES)}")
     family = FAMILIES[family_name]
     try:
-        arch = family.arch_type(**arch_values)
+        arch = family.arch_of_sizes(arch_values)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     with torch.random.fork_rng(devices=[]):  # new layers fill themselves from the global generator: not ours to move

@@ -1,19 +1,24 @@
-"""What a noising process is to everything else: draw the randomness of a batch, predict, take losses.
+"""What a process (of noising, of masking) is to everything else: draw the randomness of a batch, predict, take losses.
 
 `NoisyBatch` holds all that is random about a batch in one frozen object, so teacher and student see the same noise,
 timesteps and label drops by construction. `Objective` is what the training loop calls; wrappers (gates, distillation)
-offer the same three methods, and the loop cannot tell.
+offer the same three methods, and the loop cannot tell. `Process` is an objective that stands on a process itself, and
+says what pruning and distillation need to know of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
 from tinyfusion.core.rng import Draws
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x, time as the network wants it) -> output; labels, guidance are bound
+StepNoise = Callable[[int], Tensor]  # position of the step in the trajectory -> noise (B, C, H, W)
 
 
 @dataclass(frozen=True)
@@ -26,27 +31,29 @@ class Batch:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A batch and everything that was drawn for it. B samples."""
+    """A batch and everything that was drawn for it. B samples, along axis 0 of every tensor.
+
+    A process with more randomness than this has a subclass with more fields.
+    """
 
     x0: Tensor  # (B, C, H, W) clean
     noise: Tensor  # (B, C, H, W)
     xt: Tensor  # (B, C, H, W) noised
-    t: Tensor  # (B,) int64 index into the process
+    t: Tensor  # (B,) time in the process
     y: Tensor  # (B,) int64 labels, the null class where dropped
     step: int = 0
     gate_noise: tuple[Tensor, ...] = ()  # per gate group (B, K or M), where gates are learned
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> NoisyBatch:
-        """The batch with `change` applied to every tensor, such as one that picks samples: all have them along axis 0."""
-        return replace(
-            self,
-            x0=change(self.x0),
-            noise=change(self.noise),
-            xt=change(self.xt),
-            t=change(self.t),
-            y=change(self.y),
-            gate_noise=tuple(map(change, self.gate_noise)),
-        )
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The batch with `change` applied to every tensor, such as one that picks samples."""
+        changed: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = change(value)
+            elif isinstance(value, tuple):
+                changed[field.name] = tuple(map(change, value))
+        return dataclasses.replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -70,4 +77,31 @@ class Objective(Protocol):
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         """Per-sample terms (B,); "loss" is the one that is optimised (its mean), the others are logged."""
+        ...
+
+
+class Process(Objective, Protocol):
+    """An objective that is not wrapped around another: what it knows of the noise that it adds."""
+
+    def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
+        """(B,) terms of a student's output against its teacher's on one batch: "kd_loss", and its parts for the log.
+
+        No gradient reaches the teacher.
+        """
+        ...
+
+    def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
+        """The clean input at times of little noise, as the released block influence has it.
+
+        Raises UserError where the process has no such thing.
+        """
+        ...
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of noise that `at_level` knows; 0 where noise is not ordered by one number."""
+        ...
+
+    def at_level(self, noisy: NoisyBatch, level: int) -> NoisyBatch:
+        """The same images, noise and labels, all at one level of noise, from 0 (cleanest) to `num_levels` - 1."""
         ...

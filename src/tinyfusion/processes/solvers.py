@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyfusion.processes.gaussian import NUM_TIMESTEPS, Denoiser, split_output
+from tinyfusion.processes.base import Denoiser
+from tinyfusion.processes.gaussian import NUM_TIMESTEPS, split_output
 
 SOLVERS = ("dpm-solver++", "unipc")
 # the betas of `Schedule`, in the words of diffusers

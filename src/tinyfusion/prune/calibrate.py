@@ -6,7 +6,6 @@ masks of a search see the same numbers. Shapes: B samples, T tokens, D width, L 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import BlockStack
-from tinyfusion.processes.base import NoisyBatch, Objective
+from tinyfusion.processes.base import NoisyBatch, Process
 
 Source = Callable[[int, int, Draws], Any]  # (step, batch size, draws) -> clean batch on the model's device
 Tick = Callable[[int], None]  # called with the block evaluations done so far
 _STEP = 2**62  # the address of calibration draws, which no training step has
-_LOW_NOISE_PARTS = 4  # the released statistic sees the first quarter of the chain: t in 0..249 of 1000
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Calibration:
     """Fixed noised batches. images: noised images in all; distinct: different clean images among them."""
 
     batches: tuple[NoisyBatch, ...]
-    objective: Objective
+    objective: Process
     data: str
     images: int
     distinct: int
@@ -69,7 +67,7 @@ class Calibration:
 
 
 def calibration_set(
-    objective: Objective, source: Source, data: str, available: int, images: int, batch_size: int, seed: int
+    objective: Process, source: Source, data: str, available: int, images: int, batch_size: int, seed: int
 ) -> Calibration:
     """`images` noised images in batches of at most `batch_size`; the numbers do not depend on the batch size.
 
@@ -81,14 +79,6 @@ def calibration_set(
         draws = StratifiedDraws(seed, _STEP, first, min(batch_size, images - first), images)
         batches.append(objective.draw(source(0, images, draws), draws))
     return Calibration(tuple(batches), objective, data, images, min(images, available), seed)
-
-
-def clean_low_noise(noisy: NoisyBatch) -> NoisyBatch:
-    """As the released statistic has it: the clean input, at timesteps of the first quarter of the chain, unmapped.
-
-    Differs from the released code by stratified timesteps.
-    """
-    return dataclasses.replace(noisy, xt=noisy.x0, t=torch.div(noisy.t, _LOW_NOISE_PARTS, rounding_mode="floor"))
 
 
 @dataclass(frozen=True)
@@ -104,13 +94,13 @@ class BlockStatistics:
 
 @torch.inference_mode()
 def block_statistics(model: LoadedModel, calibration: Calibration, clean: bool, tick: Tick) -> BlockStatistics:
-    """What every block does to its input, on the calibration set; `clean` as in `clean_low_noise`."""
+    """What every block does to its input, on the calibration set; `clean` as in `Process.low_noise`."""
     stack = model.stack
     sums = [_Sums() for _ in range(len(stack))]
     model.module.eval()
     with _watched(stack, sums):
         for done, noisy in enumerate(calibration.batches, start=1):
-            calibration.objective.predict(model.module, clean_low_noise(noisy) if clean else noisy)
+            calibration.objective.predict(model.module, calibration.objective.low_noise(noisy) if clean else noisy)
             tick(done * len(stack))
     return BlockStatistics([s.cosine / s.tokens for s in sums], [s.change / s.values for s in sums])
 

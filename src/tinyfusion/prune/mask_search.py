@@ -134,7 +134,7 @@ def mask_losses(
         if number < sums.batches:
             continue
         _SharedBatch(model, calibration, noisy).run(masks, sums, partial(tick_from, tick, number * each))
-        sums.images += noisy.x0.shape[0]
+        sums.images += len(noisy.y)
         sums.batches += 1
         keep(sums)
     return sums
@@ -270,7 +270,7 @@ class _SharedBatch:
         with _swapped(self.stack, {n: [s] for n, s in zip(self.stack.lists, self.stand_ins, strict=True)}):
             states, done = [self._entered(0, ())], 0
             path: list[int] = []
-            size = self.noisy.x0.shape[0]
+            size = len(self.noisy.y)
             together = max(1, _SIDE_BY_SIDE_BYTES // max(1, states[0].x.numel() * states[0].x.element_size()))
             wide = _repeated(self.noisy, min(together, len(masks)))
             for position, mask in enumerate(masks):

@@ -16,8 +16,7 @@ from tinyfusion.core.recipe import PruneSection
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.widths import Group, WidthRules, channel_sums, nested
-from tinyfusion.processes.base import Batch, NoisyBatch
-from tinyfusion.processes.gaussian import NUM_TIMESTEPS, GaussianObjective
+from tinyfusion.processes.base import NoisyBatch, Process
 from tinyfusion.prune.mask_search import short
 from tinyfusion.prune.question import Question
 
@@ -43,7 +42,8 @@ def by_width(question: Question) -> PrunePlan:
     assert rules is not None
     make_trainable(model.module, teacher.family).eval()
     objective = question.images.objective
-    assert isinstance(objective, GaussianObjective), "importance is defined on the noise MSE"
+    if not objective.num_levels:
+        raise UserError("criterion width sums gradients over levels of noise, and the process of this model has none")
     for loss in summed_gradients(model.module, objective, fixed, question.settings.width_threshold):
         losses.append(loss)
         question.tick(len(losses) * _PASSES * len(teacher.stack))
@@ -77,7 +77,7 @@ def width_evaluations(question: Question) -> int:
     """Block evaluations per calibration batch, at the most: all timesteps on one batch, a backward pass as two forward."""
     settings = question.settings
     batches = math.ceil(settings.calibration_images / settings.calibration_batch_size)
-    return math.ceil(_PASSES * NUM_TIMESTEPS * len(question.teacher.stack) / batches)
+    return math.ceil(_PASSES * question.images.objective.num_levels * len(question.teacher.stack) / batches)
 
 
 def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, Group]:
@@ -95,9 +95,7 @@ def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, Group
         raise UserError(f"prune.width_share: {error}") from error
 
 
-def summed_gradients(
-    module: nn.Module, objective: GaussianObjective, fixed: NoisyBatch, threshold: float
-) -> Iterator[float]:
+def summed_gradients(module: nn.Module, objective: Process, fixed: NoisyBatch, threshold: float) -> Iterator[float]:
     """Add up, in `.grad`, gradients of the noise MSE of `fixed` at timesteps 0, 1, 2, ...; yields each mean loss.
 
     Images, labels and noise are those of `fixed` (B), its timesteps are not used. Ends after the first loss below
@@ -105,9 +103,8 @@ def summed_gradients(
     """
     module.zero_grad(set_to_none=True)
     largest = 0.0
-    for t in range(len(objective.schedule)):
-        none_dropped = torch.zeros_like(fixed.y, dtype=torch.bool)
-        noisy = objective.noised(Batch(fixed.x0, fixed.y), torch.full_like(fixed.t, t), fixed.noise, none_dropped)
+    for t in range(objective.num_levels):
+        noisy = objective.at_level(fixed, t)
         with torch.enable_grad():
             loss = objective.losses(module, noisy, objective.predict(module, noisy))["mse"].mean()
             loss.backward()

@@ -16,8 +16,7 @@ from tinyfusion.core.recipe import RecoverSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import BlockStack
-from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
-from tinyfusion.processes.gaussian import GaussianObjective, mean_flat, split_output
+from tinyfusion.processes.base import Batch, NoisyBatch, Prediction, Process
 from tinyfusion.recover.align import Pairs
 from tinyfusion.recover.terms import MaskRule, masked_feature_loss, mean_over_pairs
 from tinyfusion.training.optim import linear
@@ -34,14 +33,13 @@ class TaughtPrediction(Prediction):
 class DistilledObjective:
     """alpha_kd * kd_loss + (1 - alpha_kd) * gt + beta * feat_loss, per sample.
 
-    kd_loss = noise MSE against the teacher + KL(teacher's step || student's step) in bits, which trains the variance
-    alone and falls back to the data likelihood at t = 0 (as published). feat_loss: masked feature loss, mean over
-    `pairs` of (student block, teacher block). beta falls linearly over `steps`; where both its ends are 0 there is no
-    feature term, and no block is watched. Where student or teacher has no learned variance the KL is left out.
+    kd_loss: of the outputs, as the process has it. feat_loss: masked feature loss, mean over `pairs` of (student block,
+    teacher block). beta falls linearly over `steps`; where both its ends are 0 there is no feature term, and no block is
+    watched.
     Source: arXiv 2412.01199, equation 6 and its released code.
     """
 
-    inner: GaussianObjective
+    inner: Process
     teacher: nn.Module
     teacher_stack: BlockStack
     student_stack: BlockStack
@@ -101,10 +99,10 @@ class DistilledObjective:
         return masked_feature_loss(student, teacher, self.sigmas, self.mask)
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """loss, gt (with mse and vb), kd_loss (with vb_kd), and feat_loss without its weight where features count."""
+        """loss, gt (with its parts), kd_loss (with its parts), and feat_loss without its weight where features count."""
         assert isinstance(prediction, TaughtPrediction) and prediction.teacher is not None
         own = self.inner.losses(model, noisy, prediction)
-        kd = self._output_loss(noisy, prediction.output, prediction.teacher.output)
+        kd = self.inner.kd_terms(noisy, prediction, prediction.teacher)
         loss = self.alpha_kd * kd["kd_loss"] + (1 - self.alpha_kd) * own["loss"]
         features: dict[str, Tensor] = {}
         if self.compares_features:
@@ -113,21 +111,10 @@ class DistilledObjective:
         rest = {name: value for name, value in own.items() if name != "loss"}
         return {"loss": loss, "gt": own["loss"], **rest, **kd, **features}
 
-    def _output_loss(self, noisy: NoisyBatch, student_output: Tensor, teacher_output: Tensor) -> dict[str, Tensor]:
-        channels = noisy.x0.shape[1]
-        noise, v = split_output(student_output, channels)
-        taught_noise, taught_v = split_output(teacher_output.detach(), channels)
-        mse_kd = mean_flat((noise - taught_noise) ** 2)
-        if v is None or taught_v is None:
-            return {"kd_loss": mse_kd}
-        step = self.inner.schedule.model_gaussian(taught_noise, taught_v, noisy.xt, noisy.t, clip=False)
-        vb_kd = self.inner.variational_bits(noisy, noise, v, target=(step.mean, step.log_variance))
-        return {"kd_loss": mse_kd + vb_kd, "vb_kd": vb_kd}
-
 
 def distilled(
     settings: RecoverSection,
-    inner: GaussianObjective,
+    inner: Process,
     teacher: LoadedModel,
     student: LoadedModel,
     pairs: Pairs,

@@ -6,74 +6,67 @@ Shapes: B images of a batch, C channels, S input side.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinyfusion.core.recipe import Sampler
-from tinyfusion.core.rng import Randomness
-from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.gaussian import Denoiser, Schedule, StepNoise, kept_timesteps, sample_ancestral, sample_ddim
-from tinyfusion.processes.solvers import SOLVERS, check_steps, sample_solver
-from tinyfusion.sample.guidance import WHOLE, guided
+from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.models.loaded import LoadedModel
 
 
 @dataclass(frozen=True)
-class SamplerSettings:
-    """How a trajectory is made.
+class SampleDraws:
+    """The randomness of images `first .. first + num - 1`, addressed by (seed, position, image index).
 
-    guidance: scale, 1 or more; 1 runs the conditional model alone. guided: noise channels under guidance, the family's
-    published ones or all. eta: DDIM's share of fresh noise, 0 to 1. clip: of ddpm and ddim. interval: shares of the
-    timesteps, 0 to 1, between which there is guidance. Raises ValueError on anything else, and on a number of steps that
-    the sampler's rule cannot give.
+    Positions count the steps of a trajectory from 0; -1 is what it starts from.
     """
 
-    sampler: Sampler = "ddpm"
-    num_steps: int = 250
-    guidance: float = 1.5
-    guided: Literal["published", "all"] = "published"
-    eta: float = 0.0
-    clip: bool = False
-    interval: tuple[float, float] = WHOLE
+    randomness: Randomness
+    first: int
+    num: int
+    device: torch.device
 
-    def __post_init__(self) -> None:
-        if self.guidance < 1:
-            raise ValueError(f"guidance must be at least 1 (1 runs the conditional model alone); got {self.guidance:g}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be in [0, 1]; got {self.eta:g}")
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"a guidance interval is two rising shares in [0, 1]; got {low:g} and {high:g}")
-        if self.sampler in SOLVERS:
-            if self.clip:
-                raise ValueError(f"clip is for ddpm and ddim: {self.sampler} takes several steps together")
-            check_steps(self.num_steps)
-        else:
-            kept_timesteps(self.spacing)
+    def at(self, position: int) -> Draws:
+        """The draws of one step."""
+        return self.randomness.at(position + 1, self.first, self.num)
+
+    def normal(self, position: int, shape: tuple[int, ...]) -> Tensor:
+        """(B, *shape) standard normal, float32, on the device."""
+        return torch.from_numpy(self.at(position).normal("sample-noise", shape)).to(self.device)
+
+
+class Sampler(Protocol):
+    """How a trajectory is made: settings of one process, checked when they are made (ValueError)."""
 
     @property
-    def spacing(self) -> str:
-        """The respacing string of ddpm (even sections) and ddim (the stride rule)."""
-        return str(self.num_steps) if self.sampler == "ddpm" else f"ddim{self.num_steps}"
+    def calls(self) -> int:
+        """Forward passes of the network in a trajectory (about, where a solver chooses its steps itself)."""
+        ...
 
-    def trajectory(self, denoiser: Denoiser, x: Tensor, step_noise: StepNoise) -> Iterator[Tensor]:
-        """x after every step, from x ~ N(0, 1)."""
-        if self.sampler in SOLVERS:
-            return sample_solver(denoiser, self.sampler, self.num_steps, x)
-        schedule = Schedule(self.spacing)
-        if self.sampler == "ddpm":
-            return sample_ancestral(denoiser, schedule, x, step_noise, self.clip)
-        return sample_ddim(denoiser, schedule, x, step_noise, self.clip, self.eta)
+    @property
+    def rows(self) -> int:
+        """Rows of the network's batch per image: 2 under guidance."""
+        ...
 
-    def guided_channels(self, model: LoadedModel) -> int:
-        """Leading noise channels of `model` under guidance."""
-        channels = int(model.arch.in_channels)
-        published = model.family.guided_channels
-        return channels if self.guided == "all" or published is None else min(published, channels)
+    def of_steps(self, num_steps: int) -> Self:
+        """The same way of sampling in so few steps, each as costly: what is timed to know the whole."""
+        ...
+
+    def describe(self, model: LoadedModel) -> str:
+        """Its half of the protocol string."""
+        ...
+
+    def trajectory(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Iterator[Tensor]:
+        """x (B, C, S, S) after every step, in the model's own space; y (B,) int64 labels."""
+        ...
+
+    def one_step(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Callable[[], Tensor]:
+        """A call that makes a typical step, to be timed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ def image_labels(
 def sample(
     model: LoadedModel,
     labels: Sequence[int] | np.ndarray,
-    settings: SamplerSettings,
+    sampler: Sampler,
     seed: int,
     batch_size: int = 64,
     first: int = 0,
@@ -111,21 +104,11 @@ def sample(
     addressed by (seed, step, image index).
     """
     labels = np.asarray(labels, dtype=np.int64)[:last]
-    arch = model.arch
-    shape = (arch.in_channels, arch.input_size, arch.input_size)
-    channels = settings.guided_channels(model)
     device = next(model.module.parameters()).device
-    randomness = Randomness(seed)
     for start in range(first, len(labels), batch_size):
-        num = min(batch_size, len(labels) - start)
-        y = torch.from_numpy(labels[start : start + num]).to(device)
-        denoiser = guided(model.module, y, arch.num_classes, settings.guidance, channels, settings.interval)
-
-        def step_noise(position: int, start: int = start, num: int = num) -> Tensor:
-            return torch.from_numpy(randomness.at(position + 1, start, num).normal("sample-noise", shape)).to(device)
-
-        trajectory = settings.trajectory(denoiser, step_noise(-1), step_noise)
-        yield SampleBatch(start, deque(trajectory, maxlen=1).pop(), y)
+        y = torch.from_numpy(labels[start : start + batch_size]).to(device)
+        draws = SampleDraws(Randomness(seed), start, len(y), device)
+        yield SampleBatch(start, deque(sampler.trajectory(model, y, draws), maxlen=1).pop(), y)
 
 
 def to_uint8(x: Tensor) -> np.ndarray:

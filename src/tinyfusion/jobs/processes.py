@@ -1,0 +1,66 @@
+"""What the verbs need of a process, by the name that families give: objective, sampler, and what a new model keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import Recipe, SampleSection
+from tinyfusion.models.loaded import LoadedModel
+from tinyfusion.processes.base import Process
+from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.sample import gaussian
+from tinyfusion.sample.drive import Sampler
+
+
+@dataclass(frozen=True)
+class ProcessKit:
+    """One process, as the verbs use it.
+
+    objective: (model, probability that a label is dropped, recipe) -> what trains it. sampler: Raises UserError on
+    settings that cannot be. cheap: (settings, most steps) -> settings that make at most so many, for a look while training.
+    kept: what a new model keeps of the recipe's section for the process (`ModelFacts.process_settings`).
+    """
+
+    objective: Callable[[LoadedModel, float, Recipe], Process]
+    sampler: Callable[[SampleSection, LoadedModel], Sampler]
+    cheap: Callable[[SampleSection, int], SampleSection]
+    kept: Callable[[Recipe], dict[str, Any]]
+
+
+PROCESS_SECTIONS = ("flow", "masked")  # of a recipe: what a training depends on beside its own section
+
+KITS: dict[str, ProcessKit] = {
+    "gaussian": ProcessKit(
+        objective=lambda model, label_drop, _: GaussianObjective(model.arch.num_classes, label_drop),
+        sampler=gaussian.from_section,
+        cheap=gaussian.cheap,
+        kept=lambda _: {},
+    ),
+}
+
+
+def kit_of(model: LoadedModel) -> ProcessKit:
+    """The process of a model's family."""
+    return KITS[model.family.process]
+
+
+def objective_for(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
+    """The training objective of a model's process. label_drop: probability that a label is replaced by the null class."""
+    return kit_of(model).objective(model, label_drop, recipe)
+
+
+def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
+    """The sampler of a recipe for a model. Raises UserError on a guidance or a number of steps that cannot be."""
+    if settings.guidance < 1:
+        raise UserError(
+            f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"
+        )
+    low, high = settings.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(
+            f"sample.guidance_interval wants two shares of the timesteps, rising in [0, 1], as in 0.1,0.8; got {low:g} and {high:g}"
+        )
+    return kit_of(model).sampler(settings, model)
