@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from material import Cli, tiny
-from sittings import Sitting, Starter, free_port, until
+from sittings import Sitting, Starter, until
 from test_interruption import killed_after
 
 import tinyfusion.jobs.drawing
+from ports import free_port
 from tinyfusion.models.checkpoint import save_model
 
 SAMPLE = "sample --model teacher --num-images 20 --num-steps 3 --out drawn/x.npz"
@@ -126,6 +127,20 @@ def test_an_interrupted_sampling_keeps_its_parts_and_says_so(
     assert calls == [(12, 18), (18, 20)], "only what was missing was drawn, in the parts that were laid out"
     assert cli(*shlex.split(SAMPLE.replace("x.npz", "y.npz"))).code == 0
     assert np.abs(arrays("drawn/x.npz")[0].astype(int) - arrays("drawn/y.npz")[0]).max() <= 1
+
+
+def test_one_process_at_a_time_draws_into_an_output(cli: Cli, work: Path, start: Starter) -> None:
+    slow = SAMPLE.replace("--num-steps 3", "--num-steps 100") + " --batch-size 1"
+    drawing = start(*shlex.split(slow), OMP_NUM_THREADS="1")
+    parts = Path("drawn/x.npz.parts")
+    until(lambda: len(list(parts.glob("images-*.npy"))) >= 1)
+    for second in (slow, f"{slow} --overwrite"):
+        outcome = cli(*shlex.split(second))
+        assert outcome.code == 2, outcome.err
+        assert "another process draws the images of drawn/x.npz right now" in outcome.err
+    assert cli(*shlex.split(SAMPLE.replace("x.npz", "y.npz"))).code == 0, "another output is free"
+    assert drawing.end() == 0, drawing.said
+    assert sorted(path.name for path in Path("drawn").iterdir()) == ["x.json", "x.npz", "y.json", "y.npz"]
 
 
 def test_overwriting_drops_the_parts_of_another_recipe(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,15 +20,16 @@ import pytest
 import torch
 from material import Cli
 from PIL import Image
+from test_encode import save_autoencoder
 from test_interruption import killed_after
 from test_verbs import PRUNE, RECOVER, RUN, TRAIN, done, lines_of
 
+import tinyfusion.jobs.drawing
 import tinyfusion.jobs.evaluate
 import tinyfusion.jobs.prune
 import tinyfusion.jobs.report
 import tinyfusion.jobs.run
 import tinyfusion.jobs.training
-import tinyfusion.jobs.watching
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe, SampleSection, WatchSection
 from tinyfusion.core.rundir import RunDirectory
@@ -157,7 +158,7 @@ def test_no_memory_for_a_look_ends_the_looks_and_not_the_training(
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(tinyfusion.jobs.watching, "draw_samples", full)
+    monkeypatch.setattr(tinyfusion.jobs.drawing, "draw_samples", full)
     outcome = done(cli, f"{TRAIN} {LOOKS}")
     assert outcome.err.count("no memory for pictures") == 1
     assert len(log_lines("trained")) == 3 and watch_lines("trained") == []
@@ -315,11 +316,55 @@ def test_a_tracker_that_is_not_there_says_how_to_get_it(cli: Cli, work: Path, mo
     assert not Path("pruned").exists()
 
 
-def test_latents_are_not_drawn(work: Path) -> None:
+def latent_data(folder: Path) -> None:
+    """A tiny autoencoder `vae` of 16 pixels to 8 cells, pictures of ten classes, and `latents` made of them."""
+    save_autoencoder(folder / "vae")
+    for i in range(20):
+        path = folder / "pictures" / f"class-{i % 10}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+
+
+LATENT_TRAIN = TRAIN.replace("--out trained", "--data latents:latents --out trained") + " --set model.in_channels=4"
+
+
+def test_latents_are_looked_at_as_pictures(cli: Cli, work: Path) -> None:
+    """Decoded as `sample` decodes them, and scored alike; the training is the one without looks."""
+    latent_data(work)
+    done(cli, "encode --data pictures --vae vae --size 16 --out latents")
+    looks = f"{CHEAP} --set watch.grid_every_steps=3 --set watch.grid_images=20"
+    done(cli, f"{LATENT_TRAIN} {looks}")
+    done(
+        cli,
+        f"sample --model trained --num-images 20 --set sample.label_rule=balanced --out drawn.npz --grid grid.png {CHEAP}",
+    )
+    with Image.open("trained/watch/step-0000003.png") as picture:
+        assert picture.size == ((10 * 17 - 1) * 4, (2 * 17 - 1) * 4), "20 images of 16 pixels in rows of ten"
+        seen = np.asarray(picture)[::4, ::4]
+    with np.load("drawn.npz") as archive:
+        assert np.array_equal(seen[:16, :16], archive["arr_0"][0]) and np.array_equal(
+            seen[17:33, 17:33], archive["arr_0"][11]
+        )
+    done(cli, LATENT_TRAIN.replace("--out trained", "--out plain"))
+    assert Path("trained/model/model.safetensors").read_bytes() == Path("plain/model/model.safetensors").read_bytes()
+
+
+def test_without_an_autoencoder_nothing_begins(cli: Cli, work: Path) -> None:
+    latent_data(work)
+    done(cli, "encode --data pictures --vae vae --size 16 --out latents")
+    Path("vae").rename("elsewhere")
+    outcome = cli(*shlex.split(f"{LATENT_TRAIN} --set watch.grid_every_steps=2"))
+    assert outcome.code == 2 and "no autoencoder at vae" in outcome.err
+    assert not Path("trained").exists()
+    done(cli, f"{LATENT_TRAIN} --set watch.grid_every_steps=3 --set sample.vae=elsewhere {CHEAP}")
+    assert Path("trained/watch/step-0000003.png").is_file()
+
+
+def test_a_model_that_names_no_autoencoder_is_not_looked_at(work: Path) -> None:
     model = open_model("teacher")
     latent = dataclasses.replace(model, facts=dataclasses.replace(model.facts, latent_scale=0.18))
     recipe = dataclasses.replace(Recipe(), watch=WatchSection(grid_every_steps=5))
-    with pytest.raises(UserError, match="pixels for now"):
+    with pytest.raises(UserError, match="does not say which autoencoder"):
         check_watch(recipe, latent)
     check_watch(Recipe(), latent)
     check_watch(recipe, None)

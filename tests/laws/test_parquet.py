@@ -71,6 +71,22 @@ def test_the_data_set_by_name(tmp_path: Path) -> None:
     assert np.array_equal(np.rint((made.x + 1) * 127.5).astype(np.uint8), images.transpose(0, 3, 1, 2))
 
 
+def test_a_folder_of_classes_is_a_data_set(tmp_path: Path) -> None:
+    images = pictures(4, 8)
+    for i, image in enumerate(images):
+        path = tmp_path / "set" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(image))
+    made = image_set(str(tmp_path / "set"))
+    assert made.y.tolist() == [0, 0, 1, 1] and made.num_classes == 2
+    assert np.array_equal(np.rint((made.x + 1) * 127.5).astype(np.uint8), images[[0, 2, 1, 3]].transpose(0, 3, 1, 2))
+    assert image_set(str(tmp_path / "set"), 4).x.shape == (4, 3, 4, 4)
+    (tmp_path / "set" / "dog" / "4.png").write_bytes(encoded(pictures(1, 6)[0]))
+    (tmp_path / "set").rename(tmp_path / "other")
+    with pytest.raises(UserError, match="images differ in size"):
+        image_set(str(tmp_path / "other"))
+
+
 GOOD = encoded(pictures(1, 8)[0])
 BAD = {
     "no label": ([GOOD], [None], None, "row 0: wanted a label"),

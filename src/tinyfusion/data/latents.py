@@ -36,6 +36,7 @@ _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16"}
 _VERIFIED_BYTES = 2**30  # sets up to here are verified by their sums when they are opened
 _ALIGNMENT = 64
+_IN_CACHE = 32  # images that are sampled at a time
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class LatentSet:
             out[i] = self.maps[shard][place, copy]
         values = torch.from_numpy(out)
         values = values.view(torch.bfloat16).float() if values.dtype == torch.int16 else values
-        if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+        if not math.isfinite(float(values.numpy().sum())) and not bool(torch.isfinite(values).all()):
             bad = int(rows[int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])])
             raise UserError(
                 f"{self.folder / self.spec.file_name(bad // self.spec.shard_images)}: image {bad} has values that are not "
@@ -334,24 +335,36 @@ class LatentBatches(ShuffledRows):
         """As in `Batches`: unmirrored, of moments the means."""
         rows = self.picked(first, num)
         stored = self.latents.gather(rows.numpy(), np.zeros(num, bool))
-        return self._scaled(stored, None), self.labels[rows]
+        if self.latents.spec.kind == "moments":
+            stored = self._scale(stored.chunk(2, dim=1)[0].contiguous())
+        return stored, self.labels[rows]
 
     def __call__(self, step: int, batch_size: int, draws: Draws) -> ArrayBatch:
         """The latents of `step`."""
         rows = self.picked(step * batch_size + draws.first, draws.num)
         mirrored = draws.uniform("flip") < self.flip if self.flip else np.zeros(draws.num, bool)
-        x = self._scaled(self.latents.gather(rows.numpy(), mirrored), draws)
-        return ArrayBatch(self._moved(x), self._moved(self.labels[rows]))
+        read = self._sampled if self.latents.spec.kind == "moments" else self._stored
+        return ArrayBatch(self._moved(read(rows.numpy(), mirrored, draws)), self._moved(self.labels[rows]))
 
-    def _scaled(self, stored: Tensor, draws: Draws | None) -> Tensor:
-        """(n, C, h, w) as models see them. draws: of the posterior; None takes its mean."""
+    def _stored(self, rows: np.ndarray, mirrored: np.ndarray, _draws: Draws) -> Tensor:
+        """(n, C, h, w): samples are stored as models see them."""
+        return self.latents.gather(rows, mirrored)
+
+    def _sampled(self, rows: np.ndarray, mirrored: np.ndarray, draws: Draws) -> Tensor:
+        """(n, C, h, w) of moments, a few images at a time: every pass but the first then finds them in the processor's cache."""
         spec = self.latents.spec
-        if spec.kind == "samples":
-            return stored
-        mean, log_variance = stored.chunk(2, dim=1)
-        if draws is None:
-            return (mean - spec.shift) * spec.scale
-        x = log_variance.mul(0.5).exp_().mul_(posterior_noise(draws, spec.shape)).add_(mean)
+        noise = posterior_noise(draws, spec.shape)
+        x = torch.empty(len(rows), *spec.shape)
+        for first in range(0, len(rows), _IN_CACHE):
+            part = slice(first, first + _IN_CACHE)
+            mean, log_variance = self.latents.gather(rows[part], mirrored[part]).chunk(2, dim=1)
+            sampled = torch.mul(log_variance, 0.5, out=x[part]).exp_().mul_(noise(len(mean))).add_(mean)
+            self._scale(sampled)
+        return x
+
+    def _scale(self, x: Tensor) -> Tensor:
+        """Latents as models see them, in place."""
+        spec = self.latents.spec
         return (x.sub_(spec.shift) if spec.shift else x).mul_(spec.scale)
 
 
@@ -362,12 +375,19 @@ def _quantiles() -> np.ndarray:
     return (values / np.sqrt((values**2).mean())).astype(np.float32)
 
 
-def posterior_noise(draws: Draws, shape: tuple[int, ...]) -> Tensor:
-    """(B, *shape) float32, normal in 65,536 steps up to 4.2: 16 random bits each, a ninth of the time of `draws.normal`.
+def posterior_noise(draws: Draws, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
+    """Gives the noise of the next `num` samples at every call, (num, *shape) float32, from the first of `draws` on.
 
-    The posterior is narrow, so that a step of the noise is far below the rounding of what follows.
+    Normal in 65,536 steps up to 4.2: 16 random bits each, a ninth of the time of `draws.normal`. The posterior is narrow, so
+    that a step of the noise is far below the rounding of what follows.
     """
     per_sample = math.prod(shape)
-    words = draws.words("posterior", -(-per_sample // 4))
-    numbers = np.ascontiguousarray(words, "<u8").view("<u2")[:, :per_sample]
-    return torch.from_numpy(np.take(_quantiles(), numbers).reshape(draws.num, *shape))
+    words = draws.words_in_turn("posterior", -(-per_sample // 4))
+
+    def following(num: int) -> Tensor:
+        numbers = np.ascontiguousarray(words(num), "<u8").view("<u2")[:, :per_sample]
+        values = np.empty((num, per_sample), np.float32)
+        np.take(_quantiles(), numbers, out=values, mode="wrap")  # no number is out of range; looking for one takes time
+        return torch.from_numpy(values.reshape(num, *shape))
+
+    return following

@@ -19,10 +19,21 @@ import numpy as np
 from PIL import Image
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.data.parquet import checked_label, columns_of, parquet_files, reading
+from tinyfusion.data.parquet import (
+    HUB,
+    PARQUET,
+    STREAMED,
+    WHOLE,
+    checked_label,
+    columns_of,
+    decoded,
+    opened,
+    stacked,
+    tables_of,
+)
 from tinyfusion.data.stream import RowGroup
 
-PARQUET, WEBDATASET = "parquet:", "webdataset:"
+WEBDATASET = "webdataset:"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 _OPAQUE, _ALPHA = ("1", "L", "P", "RGB", "CMYK", "YCbCr"), ("RGBA", "LA", "PA", "La", "RGBa")
@@ -51,9 +62,12 @@ class Originals:
 
 
 def open_originals(name: str) -> Originals:
-    """A folder of classes, `parquet:PATH` or `webdataset:PATH`. Raises UserError where there are no pictures or no labels."""
-    if name.startswith(PARQUET):
-        return _parquet(name, Path(name.removeprefix(PARQUET)))
+    """A folder of classes, or a set by its prefix: parquet, hub, webdataset. Raises UserError where there are no pictures or labels.
+
+    A whole set and a stream of it are the same here, but that `hub-stream:` keeps no files.
+    """
+    if name.startswith(WHOLE + STREAMED):
+        return _parquet(name)
     if name.startswith(WEBDATASET):
         return _tars(name, Path(name.removeprefix(WEBDATASET)))
     path = Path(name)
@@ -62,9 +76,17 @@ def open_originals(name: str) -> Originals:
         raise UserError(f"{name} is a file: wanted a folder of classes; for a tar or parquet file say {kind}{name}")
     if not path.is_dir():
         raise UserError(
-            f"no pictures at {name}: wanted a folder with a folder per class, {PARQUET}PATH, {WEBDATASET}PATH or features:PATH"
+            f"no pictures at {name}: wanted a folder with a folder per class, {PARQUET}PATH, {HUB}ORG/NAME, {WEBDATASET}PATH or "
+            "features:PATH"
         )
     return _folder(name, path)
+
+
+def read_originals(name: str, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, C) uint8 and labels (N,) int64, all in memory; size and errors as of `read_parquet_images`."""
+    found = open_originals(name)
+    images = [decoded(content, where, size) for where, content in found.contents(0, len(found))]
+    return stacked(images, name), found.labels
 
 
 def _fingerprint(names: Iterator[str], labels: np.ndarray) -> str:
@@ -114,23 +136,20 @@ def _pictures_in(folder: Path) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------------- parquet
 
 
-def _parquet(name: str, path: Path) -> Originals:
-    import pyarrow.parquet
-
+def _parquet(name: str) -> Originals:
     groups: list[RowGroup] = []
     labels: list[int] = []
-    for path_of_file in parquet_files(path):
-        with reading(str(path_of_file)), pyarrow.parquet.ParquetFile(path_of_file) as file:
-            _image, label_column = columns_of(file, path_of_file)
-            first, rows = 0, file.metadata.num_rows
-            for index in range(file.num_row_groups):
-                values = file.read_row_group(index, columns=[label_column]).column(0).to_pylist()
-                where = f"{path_of_file}, row "
-                labels += [checked_label(value, f"{where}{first + row}") for row, value in enumerate(values)]
-                groups.append(RowGroup(path_of_file, index, first, len(values), rows))
+    for file in tables_of(name):
+        with opened(file) as table:
+            _image, label_column = columns_of(table, file)
+            first, rows = 0, table.metadata.num_rows
+            for index in range(table.num_row_groups):
+                values = table.read_row_group(index, columns=[label_column]).column(0).to_pylist()
+                labels += [checked_label(value, f"{file}, row {first + row}") for row, value in enumerate(values)]
+                groups.append(RowGroup(file, index, first, len(values), rows))
                 first += len(values)
     if not labels:
-        raise UserError(f"{path} holds no images")
+        raise UserError(f"{name} holds no images")
     begins = np.cumsum([0, *(group.num for group in groups)])
     held: dict[int, Any] = {}
 

@@ -1,5 +1,7 @@
 """Training batches out of parquet files that do not fit into memory: read in parts, in an order that is still addressed.
 
+The files lie on a disk, or on the hub, of which row groups are then fetched when their window is due, and kept nowhere.
+
 An epoch goes through all row groups in a random order. So many consecutive ones as hold `window_images` images make a
 window, and the images of a window are mixed. Both permutations are functions of (seed, epoch), so the whole sequence of
 images is too: every image once per epoch, whatever the batch size, the number of processes, and where a run was resumed.
@@ -26,7 +28,17 @@ from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import Batches, signed
-from tinyfusion.data.parquet import checked_label, columns_of, decoded, parquet_files, reading
+from tinyfusion.data.hub import HubFile
+from tinyfusion.data.parquet import (
+    READERS,
+    TableFile,
+    checked_label,
+    columns_of,
+    decoded,
+    opened,
+    reading,
+    tables_of,
+)
 
 _DECODERS = min(8, os.cpu_count() or 1)
 _PER_TASK = 16  # pictures that a thread decodes at a time
@@ -36,7 +48,7 @@ _PER_TASK = 16  # pictures that a thread decodes at a time
 class RowGroup:
     """A row group as it was when the set was opened. first: its first row in the file; file_rows: all rows of the file."""
 
-    file: Path
+    file: TableFile
     index: int
     first: int
     num: int
@@ -47,9 +59,7 @@ class RowGroup:
 
     def read(self) -> Any:
         """The arrow table of its pictures and labels. Raises UserError where the file is damaged, or another one by now."""
-        import pyarrow.parquet
-
-        with reading(str(self)), pyarrow.parquet.ParquetFile(self.file) as file:
+        with opened(self.file, f", row group {self.index}") as file:
             rows = file.metadata.num_rows
             if rows == self.file_rows and self.index < file.num_row_groups:
                 table = file.read_row_group(self.index, columns=list(columns_of(file, self.file)), use_threads=False)
@@ -96,45 +106,73 @@ class ParquetParts:
         return pixels.repeat(channels, -1) if pixels.shape[-1] < channels else pixels, label
 
 
-def open_parts(path: Path, size: int | None, channels: int) -> ParquetParts:
-    """Row counts of a parquet file, or of all in a folder, by name; all labels and one picture are looked at.
+def open_parts(source: Path | str, size: int | None, channels: int) -> ParquetParts:
+    """Row counts of parquet files: one, all of a folder by name, or a named set; its labels and one picture are looked at.
 
     channels: of the model. With 3, grey pictures are taken as colour; the files alone could not tell what is to come.
-    Raises UserError on what is missing or damaged.
+    Of files of the hub, the footers say how large labels are. Raises UserError on what is missing or damaged.
     """
-    import pyarrow.parquet
-
+    files = tables_of(source)
+    _read_footers(files)
     groups: list[RowGroup] = []
     classes = 0
     first_shape: tuple[int, ...] | None = None
-    for path_of_file in parquet_files(path):
-        with reading(str(path_of_file)), pyarrow.parquet.ParquetFile(path_of_file) as file:
-            nums = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    for file in files:
+        with opened(file) as table:
+            nums = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
             begins = np.cumsum([0, *nums])
-            parts = [RowGroup(path_of_file, i, int(begins[i]), n, sum(nums)) for i, n in enumerate(nums) if n]
+            parts = [RowGroup(file, i, int(begins[i]), n, sum(nums)) for i, n in enumerate(nums) if n]
             groups.extend(parts)
             for part in parts:
-                labels, first = _looked_at(file, part, first_shape is None)
-                classes = max(classes, 1 + max(labels))
-                if first_shape is None:
-                    first_shape = decoded(first, f"{part}, row 0", size).shape
+                with reading(str(part)):
+                    classes = max(classes, 1 + _largest_label(table, part))
+                    if first_shape is None:
+                        first_shape = decoded(_first_picture(table, part), f"{part}, row 0", size).shape
     if first_shape is None:
-        raise UserError(f"{path} holds no images")
+        raise UserError(f"{source} holds no images")
     height, width, found = first_shape
     shape = (channels if (found, channels) == (1, 3) else found, height, width)
-    return ParquetParts(f"parquet-stream:{path}", tuple(groups), size, shape, classes)
+    name = f"parquet-stream:{source}" if isinstance(source, Path) else source
+    return ParquetParts(name, tuple(groups), size, shape, classes)
 
 
-def _looked_at(file: Any, group: RowGroup, picture: bool) -> tuple[list[int], Any]:
-    """The labels of a row group of an open file, and where asked for its first encoded picture."""
-    with reading(str(group)):
-        image_column, label_column = columns_of(file, group.file)
-        values = file.read_row_group(group.index, columns=[label_column]).column(0).to_pylist()
-        labels = [checked_label(value, f"{group}, row {group.first + row}") for row, value in enumerate(values)]
-        if not picture:
-            return labels, None
-        first = next(file.iter_batches(batch_size=1, row_groups=[group.index], columns=[image_column]))
-        return labels, first.column(0)[0].as_py()
+def _read_footers(files: Sequence[TableFile]) -> None:
+    """Those of files of the hub, several at a time."""
+
+    def read(file: HubFile) -> None:
+        with opened(file):
+            pass
+
+    with ThreadPoolExecutor(READERS, "footers") as threads:
+        list(threads.map(read, [file for file in files if isinstance(file, HubFile)]))
+
+
+def _largest_label(table: Any, group: RowGroup) -> int:
+    """Of a row group of an open file. Raises UserError where one is missing or no whole number from 0."""
+    _image, label_column = columns_of(table, group.file)
+    if isinstance(group.file, HubFile) and (bounds := _label_bounds(table, group.index, label_column)):
+        smallest, largest = bounds
+        checked_label(smallest, f"{group}, the smallest label")
+        return checked_label(largest, f"{group}, the largest label")
+    values = table.read_row_group(group.index, columns=[label_column]).column(0).to_pylist()
+    return max(checked_label(value, f"{group}, row {group.first + row}") for row, value in enumerate(values))
+
+
+def _label_bounds(table: Any, index: int, column: str) -> tuple[Any, Any] | None:
+    """Smallest and largest value of a column in a row group by the footer; None where it does not say, or some are missing."""
+    about = table.metadata.row_group(index)
+    for place in range(about.num_columns):
+        chunk = about.column(place)
+        if chunk.path_in_schema == column and chunk.is_stats_set and chunk.statistics.has_min_max:
+            return None if chunk.statistics.null_count else (chunk.statistics.min, chunk.statistics.max)
+    return None
+
+
+def _first_picture(table: Any, group: RowGroup) -> Any:
+    """Encoded, of a row group of an open file."""
+    image_column, _label = columns_of(table, group.file)
+    first = next(table.iter_batches(batch_size=1, row_groups=[group.index], columns=[image_column]))
+    return first.column(0)[0].as_py()
 
 
 @dataclass(frozen=True)
@@ -241,4 +279,7 @@ class _Sequence:
             [np.stack([np.full(group.num, i), np.arange(group.num)], 1) for i, group in enumerate(groups)]
         )
         order = self.randomness.permutation(f"epoch/window {place}", epoch, len(rows))
-        return _Window(groups, [group.read() for group in groups], rows[order])
+        if not isinstance(groups[0].file, HubFile):
+            return _Window(groups, [group.read() for group in groups], rows[order])
+        with ThreadPoolExecutor(READERS, "fetching") as threads:  # what takes time there is the way
+            return _Window(groups, list(threads.map(RowGroup.read, groups)), rows[order])

@@ -20,6 +20,7 @@ from tinyfusion.data.batches import Batches, ShuffledBatches, signed
 from tinyfusion.data.digits import REAL_SETS, ImageSet, load_digits
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.data.latents import LATENTS, LatentBatches, open_latents
+from tinyfusion.data.originals import read_originals
 from tinyfusion.data.parquet import HUB, HUB_STREAM, PARQUET, PARQUET_STREAM, STREAMED, WHOLE, read_parquet_images
 from tinyfusion.data.published_latents import PUBLISHED_FACTOR
 from tinyfusion.data.stream import StreamedBatches, open_parts
@@ -61,14 +62,14 @@ def training_plan(recipe: Recipe, settings: TrainingSection, mode: str) -> dict[
 
 
 def image_set(name: str, size: int | None = None) -> ImageSet:
-    """A data set by name, parquet files, one of the hub, or an npz of images and labels; `size` is for parquet and the hub.
+    """A data set by name, parquet files, one of the hub, a folder of classes, or an npz of images and labels; no `size` is for npz.
 
     Raises UserError on NaN, wrong shapes, an unknown name, and a set that is only to be read in parts.
     """
     if name in REAL_SETS:
         return load_digits(heldout=name.endswith(":heldout"))
-    if name.startswith(WHOLE):
-        return _array_set(name, *_parquet_arrays(name, size))
+    if name.startswith(WHOLE) or Path(name).is_dir():
+        return _array_set(name, *_pictures(name, size))
     if name.startswith(LATENTS):
         raise UserError(
             f"{name} are latents, and here images have to be in memory: name the pictures they were made of"
@@ -81,7 +82,7 @@ def image_set(name: str, size: int | None = None) -> ImageSet:
     if not name.endswith(".npz"):
         raise UserError(
             f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {HUB}ORG/NAME, {PARQUET_STREAM}PATH, "
-            f"{HUB_STREAM}ORG/NAME, {LATENTS}PATH, or an .npz with arr_0 and arr_1"
+            f"{HUB_STREAM}ORG/NAME, {LATENTS}PATH, a folder of classes, or an .npz with arr_0 and arr_1"
         )
     images, labels = read_images_npz(Path(name))
     if labels is None:
@@ -90,9 +91,9 @@ def image_set(name: str, size: int | None = None) -> ImageSet:
 
 
 @lru_cache(maxsize=2)
-def _parquet_arrays(name: str, size: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _pictures(name: str, size: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Decoding is slow, and training, calibration and evaluation ask for the same set."""
-    return read_parquet_images(name, size)
+    return read_parquet_images(name, size) if name.startswith(WHOLE) else read_originals(name, size)
 
 
 def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:

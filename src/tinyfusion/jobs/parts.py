@@ -6,8 +6,10 @@ how many processes draw them, and when, is nothing they depend on.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import remove, sweep, write_json, written_beside
+from tinyfusion.core.files import remove, sweep, try_lock, write_json, written_beside
 from tinyfusion.core.rundir import file_output, read_json, stamp
 from tinyfusion.data.image_source import ImageSource
 
@@ -118,13 +120,37 @@ def part_images(folder: Path, plain: Mapping[str, Any], wanted: int, overwrite: 
     return told
 
 
-def begin_parts(parts: Parts, plain: Mapping[str, Any], overwrite: bool) -> None:
-    """Make the folder with its record, where there is none or it is to be made anew."""
-    if overwrite:
-        parts.remove()
-    if (parts.folder / RECORD).is_file():
-        sweep(parts.folder)
-        return
-    with written_beside(parts.folder) as beside:
-        beside.mkdir()
-        write_json(beside / RECORD, stamp("sample", plain, "running", part_images=parts.part_images))
+@contextmanager
+def begin_parts(parts: Parts, plain: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
+    """Make the folder with its record, where there is none or it is to be made anew; it is this process's until the end.
+
+    Raises UserError where another process is drawing into it: a lock of the system says so, which ends with whoever holds it.
+    """
+    with ExitStack() as held:
+        held.callback(os.close, _locked(parts.folder))
+        if overwrite:
+            for entry in list(parts.folder.iterdir()):
+                remove(entry)
+        if (parts.folder / RECORD).is_file():
+            sweep(parts.folder)
+        else:
+            write_json(parts.folder / RECORD, stamp("sample", plain, "running", part_images=parts.part_images))
+        yield
+
+
+def _locked(folder: Path) -> int:
+    """A folder, made where there is none, opened and locked."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            opened = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # removed just now, by whoever was finished with it
+            continue
+        if not try_lock(opened):
+            os.close(opened)
+            raise UserError(
+                f"another process draws the images of {folder.with_suffix('')} right now: wait for it, or choose another --out"
+            )
+        if folder.exists() and os.path.samestat(os.fstat(opened), os.stat(folder)):
+            return opened
+        os.close(opened)  # the lock of a folder that is no more

@@ -26,11 +26,12 @@ from tinyfusion.core.rundir import written_beside
 from tinyfusion.core.weights import cache_folder
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.image_source import ImageSource, has_images, open_folder, open_npz, read_moments, source_of
+from tinyfusion.data.parquet import HUB, PARQUET, WHOLE
 from tinyfusion.evaluate.features import FeatureExtractor, hash_state
 from tinyfusion.evaluate.inception import INCEPTION, NUM_FEATURES
 from tinyfusion.evaluate.metrics import Moments
 from tinyfusion.evaluate.statistics import FeatureStatistics, summarise
-from tinyfusion.jobs.assemble import PARQUET, image_set
+from tinyfusion.jobs.assemble import image_set
 from tinyfusion.sample.drive import to_uint8
 
 READ_IMAGES = 256  # at a time
@@ -129,13 +130,14 @@ def _hash(source: ImageSource | None, stored: dict[str, np.ndarray]) -> str:
 def open_images(name: str, size: int | None) -> ImageSource:
     """Images of a real set by name, parquet files, a folder, or an npz. Raises UserError where there are none."""
     path = Path(name)
-    if name in REAL_SETS or name.startswith(PARQUET):
+    if name in REAL_SETS or name.startswith(WHOLE):
         return source_of(to_uint8(torch.from_numpy(image_set(name, size).x)))
     if path.is_dir():
         return open_folder(path)
     if path.suffix != ".npz":
         raise UserError(
-            f"no images at {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, a folder of PNGs, or an .npz with arr_0"
+            f"no images at {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {HUB}ORG/NAME, a folder of PNGs, or "
+            "an .npz with arr_0"
         )
     return open_npz(path)
 

@@ -27,12 +27,11 @@ from tinyfusion.core.rundir import RunDirectory, read_json, write_json
 from tinyfusion.data.images import image_grid, write_grid_png
 from tinyfusion.evaluate.metrics import feature_moments, frechet_distance
 from tinyfusion.jobs.assemble import device_for
+from tinyfusion.jobs.drawing import autoencoder_for, check_sampling, image_form, open_drawing, protocol
 from tinyfusion.jobs.evaluate import Reference, open_extractor, open_reference, protocol_of
 from tinyfusion.jobs.processes import kit_of, sampler_of
-from tinyfusion.jobs.sample import check_sampling, labels_of, protocol
+from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.sample.drive import sample as draw_samples
-from tinyfusion.sample.drive import to_uint8
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -66,22 +65,18 @@ def check_watch(recipe: Recipe, model: LoadedModel | None) -> None:
 
 def _check_looks(recipe: Recipe, model: LoadedModel) -> None:
     """UserError where no pictures can be drawn from the model, or none be scored."""
-    side, channels = model.arch.input_size, model.arch.in_channels
-    if model.facts.latent_scale is not None:
+    settings = grid_sampling(recipe, model)
+    check_sampling(settings, model)
+    shape, _ = image_form(model, autoencoder_for(settings, model))
+    if recipe.watch.grid_every_steps and shape[-1] not in (1, 3):
         raise UserError(
-            "watch.grid_every_steps and watch.fid_every_steps need a model of pixels for now, and this one draws latents: "
-            "set both to 0"
-        )
-    check_sampling(grid_sampling(recipe, model), model)
-    if recipe.watch.grid_every_steps and channels not in (1, 3):
-        raise UserError(
-            f"watch.grid_every_steps needs images of 1 or 3 channels; the model's have {channels}: set it to 0"
+            f"watch.grid_every_steps needs images of 1 or 3 channels; the model's have {shape[-1]}: set it to 0"
         )
     if recipe.watch.fid_every_steps:
         if not recipe.evaluate.references:
             raise UserError("watch.fid_every_steps compares with the first of evaluate.references, and there is none")
         extractor = open_extractor(recipe.evaluate.features)
-        extractor.check(np.zeros((1, side, side, channels), np.uint8), "images of the model")
+        extractor.check(np.zeros((1, *shape), np.uint8), "images of the model")
 
 
 def _installed(module: str) -> bool:
@@ -91,8 +86,8 @@ def _installed(module: str) -> bool:
 
 
 def cheap_sampling(recipe: Recipe, model: LoadedModel) -> SampleSection:
-    """The recipe's way of sampling where it takes at most `MOST_STEPS` steps, else a quick plain one; float32, eager."""
-    settings = dataclasses.replace(recipe.sample, dtype="float32", compile=False)
+    """The recipe's way of sampling where it takes at most `MOST_STEPS` steps, else a quick plain one; float32, eager, decoded."""
+    settings = dataclasses.replace(recipe.sample, dtype="float32", compile=False, decode=True)
     return kit_of(model).cheap(settings, MOST_STEPS)
 
 
@@ -127,6 +122,7 @@ class Watch:
         self._trackers: dict[str, GeneralTracker] = {}
         self._environment: list[str] = []
         self._real: Reference | None = None
+        self._autoencoder: Autoencoder | None = None  # of a model of latents, once something is to be drawn
 
     def __enter__(self) -> Watch:
         if self.run.writes:
@@ -207,7 +203,15 @@ class Watch:
     def _drawn(self, step: int, model: LoadedModel) -> dict[str, Any]:
         """Make what is due; the fields of its log line."""
         grid, fid = self._wanted(step)
-        model.module.to(device_for(self.recipe)).eval()
+        if self._autoencoder is None:
+            self._autoencoder = autoencoder_for(cheap_sampling(self.recipe, model), model)
+        try:
+            return self._made(step, model, grid, fid)
+        finally:
+            if self._autoencoder is not None:
+                self._autoencoder.module.to("cpu")  # the room is the training's
+
+    def _made(self, step: int, model: LoadedModel, grid: bool, fid: bool) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if grid and (images := self._images(model, grid_sampling(self.recipe, model), step)) is not None:
             file = self.run.watched / f"step-{step:07d}.png"
@@ -226,19 +230,18 @@ class Watch:
         assert self._real is not None
         extractor = open_extractor(evaluation.features)
         value = frechet_distance(*self._real.pool, *feature_moments(extractor(images).pool))
-        told = protocol(dataclasses.replace(self.recipe, sample=settings), model)
+        told = protocol(dataclasses.replace(self.recipe, sample=settings), model, self._autoencoder)
         return {"fid": value, "protocol": protocol_of(self._real, extractor, evaluation, told)}
 
     def _images(self, model: LoadedModel, settings: SampleSection, step: int) -> np.ndarray | None:
-        """uint8 images (N, S, S, C), the same noise and labels at every look; None where one is not finite."""
-        labels = labels_of(dataclasses.replace(self.recipe, sample=settings), model)
-        drawn = []
-        for batch in draw_samples(model, labels, sampler_of(settings, model), self.recipe.seed, settings.batch_size):
-            if not bool(torch.isfinite(batch.x).all()):
-                self.run.note(f"watching: the averaged weights after {step} steps draw values that are not finite")
-                return None
-            drawn.append(to_uint8(batch.x))
-        return np.concatenate(drawn)
+        """uint8 images (N, H, W, C), the same noise and labels at every look; None where one is not finite."""
+        recipe = dataclasses.replace(self.recipe, sample=settings)
+        drawing = open_drawing(recipe, model, device_for(recipe), self._autoencoder)
+        try:
+            return np.concatenate(list(drawing.images(0, settings.num_images)))
+        except UserError as error:
+            self.run.note(f"watching: no pictures after {step} steps: {error}")
+            return None
 
     # --------------------------------------------------------------------------------------------------------- trackers
 
