@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# processes that run tests side by side; 0 runs them one after another
+WORKERS ?= 2
 
 .PHONY: demo test lint types floors setup clean help
 .DEFAULT_GOAL := help
@@ -15,6 +17,7 @@ help:
 	@echo "make floors  import-linter: imports only point down"
 	@echo "make setup   $(VENV) with the package (editable) and its development tools"
 	@echo "make clean   remove caches and build leftovers; $(VENV) and runs stay"
+	@echo "WORKERS=8 make test runs tests in as many processes (2 otherwise; 0: one after another)"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter that $(VENV) is made with"
 
 demo: $(READY)
@@ -22,7 +25,7 @@ demo: $(READY)
 	@echo "the page: $(CURDIR)/runs/digits/report.html"
 
 test: lint types floors
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

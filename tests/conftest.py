@@ -13,7 +13,15 @@ settings.register_profile("suite", deadline=None, derandomize=True, database=Non
 settings.load_profile("suite")
 
 DEFAULT_GOLDEN = Path(__file__).parent / "assets" / "golden"
-GOLDEN_SUBJECTS = ("dit", "gate", "kd", "metrics", "inception")
+GOLDEN_SUBJECTS = ("dit", "gate", "kd", "metrics", "inception", "sit", "mar", "dydit")
+
+# Whole files go to one worker or another (`make test`), so that what a module shares is made once. These take longest, longest
+# first: begun first, none of them is left to one worker at the end.
+LONG_FILES = (
+    "laws/test_processes.py", "cli/test_faults.py", "cli/test_hub.py", "cli/test_docs.py", "cli/test_evaluate.py",
+    "laws/test_pictures.py", "cli/test_watching.py", "cli/test_verbs.py", "parity/test_diffusers.py", "cli/test_bad_input.py",
+    "laws/test_compile.py", "cli/test_sampling.py", "laws/test_recipes.py",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +36,16 @@ def pytest_configure(config: pytest.Config) -> None:
     check_golden(Path(config.getoption("--golden")))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For one of several workers: long files first. The order within a file stays."""
+    absent = [name for name in LONG_FILES if not (Path(__file__).parent / name).is_file()]
+    if absent:
+        raise pytest.UsageError(f"tests/conftest.py names files that are not there: {', '.join(absent)}")
+    if hasattr(config, "workerinput"):
+        places = {Path(__file__).parent / name: place for place, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 def check_golden(folder: Path) -> None:
     """UsageError on a folder that holds no subject at all, which would pass by skipping everything."""
     if not folder.is_dir():
@@ -40,7 +58,7 @@ def check_golden(folder: Path) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say why golden subjects were skipped, without needing -rs."""
     for report in terminalreporter.stats.get("skipped", []):
-        if "test_golden.py" in report.nodeid and isinstance(report.longrepr, tuple):
+        if "test_golden" in report.nodeid and isinstance(report.longrepr, tuple):
             terminalreporter.write_line(f"{report.nodeid}: {report.longrepr[2]}")
 
 

@@ -34,10 +34,11 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.launch import launched_processes, launched_rank
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.signals import Interrupted, SignalWatch
-from tinyfusion.options import PARALLEL, POSITIONAL, REQUIRED, VERBS, Common, OpensModel, Recipes
+from tinyfusion.option_groups import Answers, OpensModel
+from tinyfusion.options import PARALLEL, POSITIONAL, REQUIRED, VERBS, Inspect, Recipes
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, Common]:
+def parse(arguments: Sequence[str]) -> tuple[str, Answers]:
     """The verb and its options. Raises UserError on bad options, SystemExit(0) after --help."""
     _check_spelling(arguments)
     captured = io.StringIO()
@@ -113,10 +114,10 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     """Do what a verb says; its machine-readable outcome. command: as typed, for the record."""
     if verb == "recipes":
         return _recipes(options)
+    if verb == "inspect":
+        return _inspect(options)
     recipe = load_recipe(options.recipe, options.set, options.overrides())
     _check_teacher(verb, options, recipe)
-    if verb == "inspect":
-        return _inspect(options, recipe)
     if verb == "bench":
         return _bench(options, recipe)
     if verb == "replay":
@@ -167,6 +168,10 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
         from tinyfusion.jobs.recover import recover
 
         return recover(recipe, where, options.student)
+    if verb == "dynamic":
+        from tinyfusion.jobs.dynamic import dynamic
+
+        return dynamic(recipe, where, options.model)
     if verb == "sample":
         from tinyfusion.jobs.sample import sample
 
@@ -179,7 +184,7 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
     if verb == "export":
         from tinyfusion.jobs.export import ExportOptions, export
 
-        chosen = {name: getattr(options, name) for name in ("model", "to", "pipeline", "vae", "push_to_hub")}
+        chosen = {name: getattr(options, name) for name in ("model", "to", "pipeline", "vae", "labels", "push_to_hub")}
         return export(where, ExportOptions(weights=recipe.sample.weights, **chosen))
     if verb == "encode":
         from tinyfusion.jobs.encode import encode
@@ -191,11 +196,13 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
     return None
 
 
-def _inspect(options: Any, recipe: Recipe) -> dict[str, Any]:
+def _inspect(options: Inspect) -> dict[str, Any]:
     from tinyfusion.jobs.inspect import inspect
     from tinyfusion.models.checkpoint import open_model
 
-    facts = inspect(open_model(options.model, recipe.sample.weights, options.num_heads, options.family))
+    facts = inspect(
+        open_model(options.model, options.weights or Recipe().sample.weights, options.num_heads, options.family)
+    )
     if not options.json:
         for name, value in flatten({k: v for k, v in facts.items() if k != "lineage"}).items():
             print(
@@ -220,23 +227,41 @@ def _bench(options: Any, recipe: Recipe) -> dict[str, Any]:
 
 
 def _recipes(options: Recipes) -> dict[str, Any]:
-    """Name, minutes, expected numbers and a sentence about every shipped recipe; or the fields of any."""
+    """A sentence, minutes and the main expected numbers of every shipped recipe; of one all of them; or the fields of any."""
     if options.list_fields:
         found = {path: {"default": default, "meaning": text} for path, default, text in recipe_fields(Recipe())}
         if not options.json:
             for path, about in found.items():
                 print(f"{path} = {json.dumps(about['default'])}\n    {about['meaning']}")
         return found
-    listed = {name: to_plain(load_recipe(name)) for name in shipped_recipes()}
+    known = list(shipped_recipes())
+    if options.name and options.name not in known:
+        raise UserError(
+            f"no shipped recipe {options.name!r}{nearest(options.name, known)} (there is {', '.join(known)})"
+        )
+    listed = {name: to_plain(load_recipe(name)) for name in ([options.name] if options.name else known)}
     if not options.json:
         for name, values in listed.items():
             minutes = f"{values['minutes']:g} min" if values["minutes"] else ""
             print(f"{name:18} {minutes:8} {values['description']}")
-            for expected in values["expected"]:
-                print(
-                    f"{'':27} expected {expected['metric']} {expected['value']:g} +- {expected['tolerance']:g} {expected['note']}".rstrip()
-                )
+            for line in _expected(values["expected"]) if options.name else _main_expected(name, values["expected"]):
+                print(f"{'':27} {line}")
     return listed
+
+
+def _expected(numbers: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for every expected number."""
+    return [f"expected {n['metric']} {n['value']:g} +- {n['tolerance']:g} {n['note']}".rstrip() for n in numbers]
+
+
+def _main_expected(name: str, numbers: Sequence[dict[str, Any]]) -> list[str]:
+    """One line of the student's first FID and its speed, and where the others are; none where nothing is expected."""
+    fids = [n for n in numbers if n["metric"].startswith("student.") and n["metric"].endswith(".fid")][:1]
+    shown = [*fids, *(n for n in numbers if n["metric"] == "speedup")]
+    said = [f"{'speedup' if n['metric'] == 'speedup' else 'FID'} {n['value']:g} +- {n['tolerance']:g}" for n in shown]
+    left = len(numbers) - len(shown)
+    more = f"{left}{' more' if said else ''} in `tinyfusion recipes {name}`"
+    return ["expected: " + ", ".join([*said, more] if left else said)] if numbers else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

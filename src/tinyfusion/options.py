@@ -5,97 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Criterion, Dtype, Recovery, Sampler
-
-Weights = Literal["ema", "raw"]
-
-
-def option(help: str, metavar: str | None = None) -> Any:
-    """What `--help` says of an option; defaults are recipe fields, so none is shown here."""
-    return arg(help=help, metavar=metavar, help_behavior_hint="")
-
-
-@dataclass(frozen=True)
-class Common:
-    """Options of every verb."""
-
-    recipe: Annotated[
-        str | None, option("shipped recipe by name, or a TOML file; see `tinyfusion recipes`", "NAME|FILE")
-    ] = None
-    set: Annotated[
-        UseAppendAction[tuple[str, ...]],
-        option("any recipe field, repeatable: --set section.field=value", "FIELD=VALUE"),
-    ] = ()
-    seed: Annotated[int | None, option("seed of every draw (default 0)", "N")] = None
-    device: Annotated[str | None, option("auto, cpu, cuda or mps", "NAME")] = None
-    overwrite: Annotated[bool, option("start anew where --out holds an earlier result of tinyfusion")] = False
-    dry_run: Annotated[bool, option("check everything, print the plan, write nothing")] = False
-    json: Annotated[bool, option("make the last line of stdout machine-readable")] = False
-    debug: Annotated[bool, option("show tracebacks")] = False
-
-    def overrides(self) -> dict[str, Any]:
-        """Recipe fields that the typed options set."""
-        named: dict[str, Any] = {"seed": self.seed, "device": self.device}
-        return {path: value for path, value in {**named, **self.fields()}.items() if value is not None}
-
-    def fields(self) -> dict[str, Any]:
-        """Recipe fields of this verb's own options."""
-        return {}
-
-
-@dataclass(frozen=True)
-class OpensModel(Common):
-    """Options of verbs that open a model."""
-
-    weights: Annotated[Weights | None, option("averaged or raw weights, where both exist (default ema)", "ema|raw")] = (
-        None
-    )
-    num_heads: Annotated[int | None, option("attention heads of an official file whose width is in no table", "N")] = (
-        None
-    )
-    family: Annotated[str | None, option("model family of an official file whose keys fit several", "NAME")] = None
-
-    def overrides(self) -> dict[str, Any]:
-        weights = {} if self.weights is None else {"sample.weights": self.weights}
-        return {**super().overrides(), **weights}
-
-
-@dataclass(frozen=True)
-class Trains(Common):
-    """Options of verbs that train."""
-
-    trained_sections: ClassVar[tuple[str, ...]] = ()
-
-    checkpointing_steps: Annotated[int | None, option("steps between two checkpoints", "N")] = None
-    checkpoints_total_limit: Annotated[int | None, option("checkpoints kept, older ones are removed", "N")] = None
-    gradient_accumulation_steps: Annotated[
-        int | None, option("parts in which a process goes through its share of a batch; the result stays", "N")
-    ] = None
-    gradient_checkpointing: Annotated[
-        bool, option("run blocks again in the backward pass instead of keeping what is inside")
-    ] = False
-    compile: Annotated[bool, option("compile the blocks; an error where that gains nothing")] = False
-    report_to: Annotated[str | None, option("trackers: tensorboard, wandb, trackio", "NAME,..")] = None
-
-    def overrides(self) -> dict[str, Any]:
-        """Recipe fields that the typed options set."""
-        names = None if self.report_to is None else [part.strip() for part in self.report_to.split(",") if part.strip()]
-        values: dict[str, Any] = {
-            "compute.gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "compute.gradient_checkpointing": self.gradient_checkpointing or None,
-            "compute.compile": self.compile or None,
-            "watch.report_to": names,
-        }
-        for section in self.trained_sections:
-            values[f"{section}.checkpoint_every_steps"] = self.checkpointing_steps
-            values[f"{section}.checkpoints_limit"] = self.checkpoints_total_limit
-        return {**super().overrides(), **{path: value for path, value in values.items() if value is not None}}
-
+from tinyfusion.option_groups import Answers, Common, Opening, OpensModel, Trains, option
 
 _RESUME = option("checkpoint to go on from, instead of the newest in --out", "PATH")
 
@@ -110,6 +26,10 @@ class Run(Trains, OpensModel):
     trained_sections = ("prune.training", "recover.training")
 
     out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
+    data: Annotated[str | None, option("data set", "NAME")] = None
+
+    def fields(self) -> dict[str, Any]:
+        return {"data.name": self.data}
 
 
 @dataclass(frozen=True)
@@ -203,6 +123,30 @@ class Recover(Trains, OpensModel):
 
 
 @dataclass(frozen=True)
+class Dynamic(Trains, OpensModel):
+    """Make a model dynamic: width by timestep and tokens by content, trained under a budget, skipped when sampling.
+
+    Example: tinyfusion dynamic --recipe digits-dynamic --model digits --target 0.5 --out runs/dynamic
+    """
+
+    trained_sections = ("dynamic.training",)
+
+    model: Annotated[str, option("model or run folder; cut students too (required)", "MODEL")] = ""
+    out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
+    target: Annotated[float | None, option("share of the blocks' multiply-accumulates that stays", "X")] = None
+    data: Annotated[str | None, option("data set", "NAME")] = None
+    teacher: Annotated[str | None, option("model to learn from, where dynamic.beside is teacher", "MODEL")] = None
+    steps: Annotated[int | None, option("optimiser steps", "N")] = None
+    resume: Annotated[Path | None, _RESUME] = None
+
+    def fields(self) -> dict[str, Any]:
+        return {
+            "dynamic.target": self.target, "data.name": self.data, "teacher": self.teacher,
+            "dynamic.training.steps": self.steps,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Sample(OpensModel):
     """Draw images.
 
@@ -278,6 +222,10 @@ class Export(OpensModel):
     out: Annotated[Path, option("folder; of official a .safetensors or .pt file (required)", "PATH")] = Path()
     pipeline: Annotated[bool, option("diffusers: a whole DiTPipeline, with scheduler and autoencoder")] = False
     vae: Annotated[str | None, option("autoencoder of the pipeline (default that of the model)", "PATH|ID")] = None
+    labels: Annotated[
+        str | None,
+        option("names of the classes for the pipeline: a line each, or JSON (default those of its source)", "FILE"),
+    ] = None
     push_to_hub: Annotated[str | None, option("also upload the folder to this repository of the hub", "ORG/NAME")] = (
         None
     )
@@ -291,7 +239,11 @@ class Encode(Common):
     """
 
     data: Annotated[
-        str, option("folder of classes, parquet:PATH, webdataset:PATH, or published features:PATH (required)", "NAME")
+        str,
+        option(
+            "folder of classes, parquet:PATH, hub:ORG/NAME, webdataset:PATH, or published features:PATH (required)",
+            "NAME",
+        ),
     ] = ""
     out: Annotated[Path, option("folder of the latents (required)", "PATH")] = Path()
     vae: Annotated[str | None, option("autoencoder (default stabilityai/sd-vae-ft-ema)", "PATH|ID")] = None
@@ -303,7 +255,7 @@ class Encode(Common):
 
 
 @dataclass(frozen=True)
-class Inspect(OpensModel):
+class Inspect(Answers, Opening):
     """What a model is: family, sizes, depth, parameters, MACs, kept blocks, lineage, hash."""
 
     model: Annotated[Positional[str], option("model or run folder (required)", "MODEL")] = ""
@@ -347,14 +299,18 @@ class Replay(Common):
 
 
 @dataclass(frozen=True)
-class Recipes(Common):
-    """The shipped recipes, with expected numbers and minutes; or every field that a recipe may set."""
+class Recipes(Answers):
+    """The shipped recipes, with minutes and expected numbers; all that one of them expects; or every field that there is.
 
-    list_fields: Annotated[bool, arg(help="list every field with its default and meaning")] = False
+    Example: tinyfusion recipes digits
+    """
+
+    name: Annotated[Positional[str], option("all expected numbers of this recipe", "[NAME]")] = ""
+    list_fields: Annotated[bool, option("list every field with its default and meaning")] = False
 
 
-VERBS: dict[str, type[Common]] = {
-    "run": Run, "train": Train, "prune": Prune, "recover": Recover, "sample": Sample,
+VERBS: dict[str, type[Answers]] = {
+    "run": Run, "train": Train, "prune": Prune, "recover": Recover, "dynamic": Dynamic, "sample": Sample,
     "evaluate": Evaluate, "report": Report, "export": Export, "encode": Encode,
     "inspect": Inspect, "bench": Bench, "replay": Replay, "recipes": Recipes,
 }  # fmt: skip
@@ -364,11 +320,13 @@ PARALLEL = (
     "train",
     "prune",
     "recover",
+    "dynamic",
     "sample",
 )  # what several processes do together; the others are left to the first
-POSITIONAL = {"report": "runs", "inspect": "model", "bench": "model", "replay": "run"}
+POSITIONAL = {"report": "runs", "inspect": "model", "bench": "model", "replay": "run", "recipes": "name"}
 REQUIRED = {
-    "run": ("out", "recipe"), "train": ("out",), "prune": ("out",), "recover": ("student", "out"), "sample": ("model", "out"),
+    "run": ("out", "recipe"), "train": ("out",), "prune": ("out",), "recover": ("student", "out"),
+    "dynamic": ("model", "out"), "sample": ("model", "out"),
     "evaluate": ("samples", "out"), "report": ("runs", "out"), "export": ("model", "to", "out"), "encode": ("data", "out"),
     "inspect": ("model",),
     "bench": ("model",),

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from ports import free_port
 
 PATIENCE_S = 60.0  # for anything that is waited for; a machine with much else to do is slow
 _NEEDED = ["tinyfusion.options", "tinyfusion.jobs.prune", "tinyfusion.jobs.recover", "tinyfusion.jobs.sample"]
@@ -82,12 +83,6 @@ class Starter:
             if sitting.process.is_alive():
                 sitting.process.kill()
             sitting.process.join()
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 def until(what: Callable[[], object]) -> None:

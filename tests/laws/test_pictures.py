@@ -282,7 +282,7 @@ def test_a_shallow_model_is_the_cut_one_without_a_copy(tiny_model: ModelFactory)
         torch.tensor([1, 2]),
     )
     for num in (1, 3, 4):
-        cut, copy = shallow(teacher, num), teacher.cut(by_indices(teacher, list(range(num)), 0))
+        cut, copy = shallow(teacher, {"blocks": num}), teacher.cut(by_indices(teacher, list(range(num)), 0))
         assert torch.equal(cut.module(x, t, y), copy.module(x, t, y))
         held = {p.data_ptr() for p in teacher.module.parameters()}
         assert {p.data_ptr() for p in cut.module.parameters()} <= held
@@ -297,12 +297,12 @@ def test_speed_over_depth_is_measured_against_the_whole(tiny_model: ModelFactory
         return lambda: timed.append((len(model.stack), num))
 
     recipe = load_recipe(None, ["speed.depths=2", "device=cpu"])
-    record = depth_speed(recipe, teacher, 3, step_of)
+    record = depth_speed(recipe, teacher, {"blocks": 3}, step_of)
     assert record is not None
     assert [point["depth"] for point in record["points"]] == [4, 3, 2]
     assert record["points"][0]["speedup"] == 1.0
     assert timed == [(depth, 128) for _ in range(8) for depth in (4, 3, 2)], "every depth in turn, after a warm-up"
-    assert depth_speed(load_recipe(None, ["speed.depths=0"]), teacher, 3, step_of) is None
+    assert depth_speed(load_recipe(None, ["speed.depths=0"]), teacher, {"blocks": 3}, step_of) is None
 
 
 # --------------------------------------------------------------------------------------------------- FID over the recovery

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -13,18 +12,13 @@ import pytest
 import two_processes
 from two_processes import CASES, RUNS, SHORT, STEPS, outcome, steps
 
+from ports import free_port
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import ComputeSection
 from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
 from tinyfusion.training.engine import Engine
 
 PARTS = ComputeSection(gradient_accumulation_steps=2, prefetch_batches=0)
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 def environment(rank: int, port: int) -> dict[str, str]:

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from tinyfusion.core.process_sections import MaskedSection
 from tinyfusion.core.recipe import ComputeSection, PruneSection, RecoverSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.processes.masked import MaskedObjective
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.learn import mask_learner
 from tinyfusion.recover.align import block_pairs
@@ -29,7 +31,7 @@ from tinyfusion.recover.distill import distilled
 from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
 from tinyfusion.training.engine import Engine, open_engine
 from tinyfusion.training.loop import LoopObjective, StepRecord, train_steps
-from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.optim import ParameterGroup, decay_groups, trainable
 from tinyfusion.training.state import TrainState
 
 STEPS = 50
@@ -59,9 +61,9 @@ class Job:
     settings: TrainingSection
 
 
-def teacher_model() -> LoadedModel:
+def teacher_model(family: str = "dit", **more: int) -> LoadedModel:
     sizes = {"input_size": 4, "patch_size": 2, "in_channels": 2, "hidden_size": 16, "depth": 4, "num_heads": 2}
-    model = new_model("dit", {**sizes, "num_classes": 5}, seed=3)
+    model = new_model(family, {**sizes, "num_classes": 5, **more}, seed=3)
     generator = torch.Generator().manual_seed(0)  # new models begin at zero outputs: nothing would depend on anything
     with torch.no_grad():
         for parameter in model.module.parameters():
@@ -95,6 +97,21 @@ def recovery(engine: Engine, method: Any, settings: TrainingSection = SETTINGS) 
     return Job(TrainState(student.module, [ParameterGroup(trainable(student.module))], settings), goal, settings)
 
 
+def masked_recovery(engine: Engine) -> Job:
+    """A MAR with dropout, from both stacks of which half the blocks went."""
+    settings = replace(SETTINGS, weight_decay=0.01)
+    teacher = teacher_model("mar", patch_size=1, buffer_size=2, head_depth=1, head_width=16)
+    plan = by_indices(teacher, [0, 2, 5, 6], seed=0)
+    student = teacher.cut(plan)
+    engine.place(student.module.train(), list(student.stack))
+    engine.place_teacher(frozen(teacher.module), list(teacher.stack))
+    masked = MaskedSection(0.3, attention_dropout=0.1, projection_dropout=0.1)
+    section = RecoverSection(beta=(0.5, 0.1), training=settings)
+    goal = distilled(section, MaskedObjective(5, 1, 0.3, masked), teacher, student, block_pairs(plan))
+    groups = decay_groups(trainable(student.module), student.family.undecayed, settings)
+    return Job(TrainState(student.module, groups, settings), goal, settings)
+
+
 CASES: dict[str, Callable[[Engine], Job]] = {
     "learning-lora": learning,
     "learning-full-subset-score": lambda engine: learning(
@@ -108,6 +125,7 @@ CASES: dict[str, Callable[[Engine], Job]] = {
     "masked-kd-fp16": lambda engine: recovery(
         engine, "masked-kd", replace(SETTINGS, stop_after=SHORT, dtype="float16")
     ),
+    "masked-tokens": masked_recovery,
 }
 RUNS = [
     (case, way)

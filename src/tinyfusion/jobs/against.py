@@ -58,14 +58,15 @@ def _parts(path: Path) -> list[str]:
     return [part.strip() for part in record["protocol"].split("|")]
 
 
-def fidelity(samples: ImageSource, against: ImageSource, name: str, hash: str) -> dict[str, Any]:
-    """Mean PSNR (dB) and SSIM over pairs, each with its standard deviation."""
+def fidelity(samples: ImageSource, against: ImageSource, path: Path, hash: str) -> dict[str, Any]:
+    """Mean PSNR (dB) and SSIM over pairs, each with its standard deviation, and how the others at `path` were drawn."""
     pairs = zip(samples.read(_PAIRS), against.read(_PAIRS), strict=True)
     both = np.concatenate([np.stack([psnr_db(a, b), ssim(a, b)]) for a, b in _pixels(pairs)], axis=1)
     means, deviations = both.mean(1), both.std(1)
     return {
-        "name": name,
+        "name": path.name,
         "hash": hash,
+        "protocol": " | ".join(_parts(path)),
         "psnr_db": float(means[0]),
         "psnr_db_std": float(deviations[0]),
         "ssim": float(means[1]),

@@ -13,10 +13,11 @@ from tinyfusion.core.recipe import EvaluateSection, Recipe
 from tinyfusion.core.rundir import file_output, read_json, stamp, write_json
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.image_source import ImageSource, source_of
+from tinyfusion.data.parquet import WHOLE
 from tinyfusion.evaluate.features import FeatureExtractor
 from tinyfusion.evaluate.metrics import frechet_distance, nearest_training_distance, precision_recall
 from tinyfusion.jobs.against import fidelity, open_pairs
-from tinyfusion.jobs.assemble import PARQUET, RunOptions, device_for, plain_recipe
+from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
 from tinyfusion.jobs.extractors import open_extractor
 from tinyfusion.jobs.references import Reference, open_images, open_reference, statistics_of
 
@@ -64,7 +65,7 @@ def evaluate(
         return {"protocol": protocol}
     scores = score(images, real, extractor, settings.neighbours, settings.is_splits_size)
     if others is not None and against is not None:
-        scores["against"] = fidelity(images, others, against.name, inputs["against"])
+        scores["against"] = fidelity(images, others, against, inputs["against"])
     record = {
         **stamp("evaluate", plain, "done"),
         **scores,
@@ -142,7 +143,7 @@ def image_hash(images: np.ndarray) -> str:
 def _sampling(samples: Path, images: ImageSource, hash: str) -> str:
     """How the samples were made: from the record beside an npz, else unknown. UserError where it tells of others."""
     num_images = len(images)
-    if str(samples) in REAL_SETS or str(samples).startswith(PARQUET):
+    if str(samples) in REAL_SETS or str(samples).startswith(WHOLE):
         return f"{num_images} images | real"
     beside = samples.with_suffix(".json")
     record = read_json(beside) if samples.suffix == ".npz" and beside.is_file() else None

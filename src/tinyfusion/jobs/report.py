@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import file_label
 from tinyfusion.core.rundir import FORMAT_VERSION, RunDirectory, file_output, read_json, stamp, write_text
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.models.plan import PrunePlan, plan_from_json
@@ -71,6 +72,7 @@ def read_run(path: Path) -> RunData:
         evaluations=_evaluations(path),
         speed=_json_if_there(path / "speed.json"),
         samples=samples,
+        pairs=_pairs(path),
         models=described,
         calibration=_json_if_there(stages.get("prune", path) / "calibration.json"),
         activations=_json_if_there(path / "activations.json"),
@@ -151,14 +153,31 @@ def _logged_depths(scheme: str, line: Mapping[str, Any]) -> dict[str, int]:
     return {name: sum(sizes) if len(sizes) == len(values) else sizes[0] * len(values) for name, values in sure}
 
 
-def _evaluations(path: Path) -> dict[str, dict[str, Any]]:
-    """model -> reference -> evaluation, from MODEL-REFERENCE.json."""
-    found: dict[str, dict[str, Any]] = {}
+def _scored(path: Path) -> list[tuple[str, str, dict[str, Any]]]:
+    """(model, reference, evaluation) of every MODEL-REFERENCE.json; of another name the reference is empty."""
+    found = []
     for file in sorted((path / "evaluations").glob("*.json")):
-        model, _, reference = file.stem.partition("-")
-        if model in MODELS and reference:
-            found.setdefault(model, {})[reference] = read_json(file)
+        values = read_json(file)
+        if isinstance(values, dict):
+            model, _, reference = file.stem.partition("-")
+            whole = model in MODELS and reference
+            found.append((model if whole else file.stem, reference if whole else "", values))
     return found
+
+
+def _evaluations(path: Path) -> dict[str, dict[str, Any]]:
+    """model -> reference -> evaluation. What was made for its pairs, and has the name of no reference, is left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for model, reference, values in _scored(path):
+        own = file_label(str((values.get("reference") or {}).get("name", reference)))
+        if reference and ("against" not in values or reference == own):
+            found.setdefault(model, {})[reference] = values
+    return found
+
+
+def _pairs(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(model, evaluation) of `evaluate --against`; a file of another name than MODEL-... stands by its own."""
+    return [(model, values) for model, _, values in _scored(path) if isinstance(values.get("against"), dict)]
 
 
 def _looks(folder: Path) -> list[Look]:
@@ -182,8 +201,8 @@ def _samples(folder: Path) -> tuple[dict[str, Samples], tuple[str, ...]]:
             notes.append(f"{file.name} is not shown: it is larger than {MAX_SAMPLES_BYTES >> 30} GiB")
             continue
         images, labels = read_images_npz(file)
-        protocol = (_json_if_there(file.with_suffix(".json")) or {}).get("protocol", "")
-        found[name] = Samples(images, labels, protocol)
+        told = _json_if_there(file.with_suffix(".json")) or {}
+        found[name] = Samples(images, labels, str(told.get("protocol", "")), str(told.get("image_hash", "")))
     return found, tuple(notes)
 
 

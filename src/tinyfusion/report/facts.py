@@ -12,7 +12,8 @@ from typing import Any
 from tinyfusion.core.files import file_label
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.report.format import count, duration, percent, significant
-from tinyfusion.report.run_data import MODEL_NAMES, MODELS, RunData
+from tinyfusion.report.run_data import MODEL_NAMES, RunData
+from tinyfusion.report.scores import SHORT_NAMES, alike, role_of
 
 
 @dataclass(frozen=True)
@@ -39,27 +40,6 @@ class BlockGroup:
 
 
 @dataclass(frozen=True)
-class EvaluationRow:
-    """One model's numbers, in the order of `COLUMNS`. mark: number of its protocol beneath the table."""
-
-    model: str
-    role: str
-    cells: list[str]
-    mark: int
-    starts_protocol: bool
-
-
-@dataclass(frozen=True)
-class EvaluationTable:
-    """The models scored against one reference. protocols: by mark, from 1."""
-
-    reference: str
-    columns: list[str]
-    rows: list[EvaluationRow]
-    protocols: list[str]
-
-
-@dataclass(frozen=True)
 class Check:
     """An expected number beside what came; state is ok, off or missing."""
 
@@ -80,32 +60,15 @@ class Stage:
     images: int | None
 
 
-COLUMNS = {
-    "fid": "FID ↓",
-    "sfid": "sFID ↓",
-    "inception_score": "IS ↑",
-    "precision": "precision ↑",
-    "recall": "recall ↑",
-    "nearest_reference_distance": "nearest reference",
-    "num_images": "images",
-}
-_ROLES = {"teacher": "teacher", "pruned": "cut", "student": "student"}
-_SHORT_NAMES = {"teacher": "teacher", "pruned": "cut", "student": "recovered"}
-_WHOLE = ("num_images",)
-
-
-def role_of(model: str) -> str:
-    """The colour of a model on the page: teacher, cut, student or plain."""
-    return _ROLES.get(model, "plain")
-
-
 def depths(run: RunData) -> dict[str, int]:
-    """Blocks per model, from the plan, the measured models or model.json."""
+    """Blocks per model, through all of its lists, from the plan, the measured models or model.json."""
     found: dict[str, int] = {}
     for name, model in run.models.items():
         depth = (model.get("arch") or {}).get("depth")
         if isinstance(depth, int):
             found[name] = depth
+        elif model.get("kept"):
+            found[name] = sum(len(blocks) for blocks in model["kept"].values())
     for name, model in ((run.speed or {}).get("models") or {}).items():
         found[name] = model["depth"]
     if run.plan:
@@ -129,7 +92,9 @@ def _depth_tile(run: RunData) -> Tile | None:
         scheme = (
             f"scheme {run.plan.scheme}, {run.plan.criterion}" if run.plan.scheme else f"criterion: {run.plan.criterion}"
         )
-        return Tile("blocks", [("teacher", str(found["teacher"])), ("student", str(found["student"]))], scheme)
+        sizes = [f"{name} {depth} → {len(run.plan.kept[name])}" for name, depth in run.plan.depth.items()]
+        note = ", ".join([*(sizes if len(sizes) > 1 else []), scheme])
+        return Tile("blocks", [("teacher", str(found["teacher"])), ("student", str(found["student"]))], note)
     values = [("plain", str(depth)) for depth in list(found.values())[:1]]
     return Tile("blocks", values) if values else None
 
@@ -165,32 +130,28 @@ def _speed_tiles(run: RunData) -> list[Tile]:
 
 
 def _fid_tile(run: RunData) -> Tile | None:
-    for reference in run.references:
-        found = {name: run.evaluations.get(name, {}).get(reference) for name in _SHORT_NAMES}
-        there = {name: evaluation for name, evaluation in found.items() if evaluation}
-        if there:
-            values = [(_ROLES[name], significant(evaluation.get("fid"))) for name, evaluation in there.items()]
-            same = len({evaluation.get("protocol") for evaluation in there.values()}) == 1
-            note = "" if same else "The protocols differ: see the table before comparing."
-            names = tuple(_SHORT_NAMES[name] for name in there)
-            return Tile(f"FID against {reference}, lower is better", values, note, names, "large")
-    return None
+    """Only what one protocol scored stands in a row."""
+    found = alike(run)
+    if not found:
+        return None
+    values = [(role_of(name), significant(fid)) for name, fid in found.fids.items()]
+    others = " and ".join(SHORT_NAMES.get(name, name) for name in found.others)
+    note = f"The protocols differ: see the table for {others}." if others else ""
+    names = tuple(SHORT_NAMES.get(name, name) for name in found.fids)
+    return Tile(f"FID against {found.reference}, lower is better", values, note, names, "large")
 
 
 def _training_tiles(run: RunData) -> list[Tile]:
-    """For a run that is one stage only, or has come no further."""
+    """For a run that is one stage only, or has come no further; of a story without what its cost says."""
     tiles = []
     for stage, lines in run.metrics.items():
         if lines:
             last = lines[-1]
-            tiles.append(
-                Tile(f"{stage}: loss", [("plain", significant(last.get("loss")))], f"at step {last.get('step'):,}")
-            )
-            tiles.append(
-                Tile(
-                    f"{stage}: images seen", [("plain", count(last.get("seen_images")))], duration(last.get("seconds"))
-                )
-            )
+            loss = [("plain", significant(last.get("loss")))]
+            tiles.append(Tile(f"{stage}: loss", loss, f"at step {last.get('step'):,}"))
+            if not run.parts:
+                seen = [("plain", count(last.get("seen_images")))]
+                tiles.append(Tile(f"{stage}: images seen", seen, duration(last.get("seconds"))))
     return tiles
 
 
@@ -242,33 +203,6 @@ def _means_of_kept(values: Sequence[float], sizes: Sequence[Sequence[int]], kept
     return means
 
 
-def evaluation_tables(run: RunData) -> list[EvaluationTable]:
-    """One table per reference; rows of one protocol stand together."""
-    return [_evaluation_table(run, reference) for reference in run.references]
-
-
-def _evaluation_table(run: RunData, reference: str) -> EvaluationTable:
-    there = [(name, run.evaluations[name][reference]) for name in _ordered(run) if reference in run.evaluations[name]]
-    columns = [key for key in COLUMNS if any(key in evaluation for _, evaluation in there)]
-    protocols = list(dict.fromkeys(str(evaluation.get("protocol", "not stated")) for _, evaluation in there))
-    rows = []
-    for mark, protocol in enumerate(protocols, start=1):
-        same = [(name, e) for name, e in there if str(e.get("protocol", "not stated")) == protocol]
-        for i, (name, evaluation) in enumerate(same):
-            role = role_of(name)
-            cells = [_cell(key, evaluation.get(key)) for key in columns]
-            rows.append(EvaluationRow(MODEL_NAMES.get(name, name), role, cells, mark, i == 0 and mark > 1))
-    return EvaluationTable(reference, [COLUMNS[key] for key in columns], rows, protocols)
-
-
-def _ordered(run: RunData) -> list[str]:
-    return sorted(run.evaluations, key=lambda name: MODELS.index(name) if name in MODELS else len(MODELS))
-
-
-def _cell(key: str, value: float | None) -> str:
-    return count(value) if key in _WHOLE else significant(value)
-
-
 def measured(run: RunData, metric: str) -> float | None:
     """A number by dotted name: "speedup", "student.digits.fid", "student.macs"; None where it is not there.
 
@@ -303,8 +237,9 @@ def checks(run: RunData) -> list[Check]:
 def stages(run: RunData) -> list[Stage]:
     """Seconds and images of every stage."""
     seconds = dict(run.record.get("stages") or {})
-    if not seconds and run.record.get("verb") != "run" and run.record.get("seconds"):
-        seconds = {str(run.record.get("verb")): run.record["seconds"]}
+    for part in run.parts or (run,):
+        if not seconds.get(verb := str(part.record.get("verb"))) and verb != "run" and part.record.get("seconds"):
+            seconds[verb] = part.record["seconds"]
     for name, lines in run.metrics.items():  # a stage that is at work tells by its log
         seconds.setdefault(name, max(line.get("seconds", 0.0) for line in lines))
     total = sum(seconds.values()) or 1.0
@@ -334,60 +269,26 @@ def budget(run: RunData) -> str:
 
 
 def provenance(run: RunData) -> list[tuple[str, str]]:
-    """What was used to make the run."""
-    record = run.record
-    machine = record.get("machine") or {}
-    system = f"{machine.get('system', '?')} {machine.get('processor', '')}"
-    where = f"{system}, {machine.get('cores', '?')} cores, Python {machine.get('python', '?')}"
-    rows = [("run folder", run.name), ("tinyfusion", str(record.get("version", "?")))]
-    if record.get("commit"):
-        rows.append(("commit", str(record["commit"])))
-    rows += [("machine", where), ("seed", str(run.recipe.get("seed", "?")))]
+    """What was used to make the run; of a story the parts where they differ."""
+    rows: list[tuple[str, str]] = []
+    for part in run.parts or (run,):
+        machine = part.record.get("machine") or {}
+        system = f"{machine.get('system', '?')} {machine.get('processor', '')}"
+        where = f"{system}, {machine.get('cores', '?')} cores, Python {machine.get('python', '?')}"
+        rows += [("run folder", part.name), ("tinyfusion", str(part.record.get("version", "?")))]
+        if part.record.get("commit"):
+            rows.append(("commit", str(part.record["commit"])))
+        rows += [("machine", where), ("seed", str(part.recipe.get("seed", "?")))]
     teacher = run.recipe.get("teacher_hash") or (run.plan.teacher if run.plan else None)
     if teacher:
         rows.append(("teacher", str(teacher)))
     rows += [(MODEL_NAMES.get(name, name), str(m["hash"])) for name, m in run.models.items() if m.get("hash")]
-    return rows
+    return _grouped(rows)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Students of several runs side by side. A cell is (text, mark); marks number the protocols beneath."""
-
-    columns: list[str]
-    rows: list[tuple[str, list[tuple[str, int | None]]]]
-    protocols: list[str]
-
-
-def comparison(runs: Sequence[RunData]) -> Comparison | None:
-    """A table over runs, where more than one of them was evaluated; the first reference in full, of others the student."""
-    if sum(bool(run.evaluations) for run in runs) < 2:
-        return None
-    references = list(dict.fromkeys(reference for run in runs for reference in run.references))
-    wanted = [*((model, references[0]) for model in _SHORT_NAMES), *(("student", other) for other in references[1:])]
-    protocols: list[str] = []
-
-    def marked(text: str, protocol: str | None) -> tuple[str, int | None]:
-        if protocol is None:
-            return text, None
-        if protocol not in protocols:
-            protocols.append(protocol)
-        return text, protocols.index(protocol) + 1
-
-    rows = []
-    for run in runs:
-        found, speed = depths(run), run.speed or {}
-        student = (speed.get("models") or {}).get("student", {})
-        faster = f"{speed['speedup']:.2f}×" if "speedup" in speed else "–"
-        cells = [
-            (f"{found['teacher']} → {found['student']}" if {"teacher", "student"} <= set(found) else "–", None),
-            (count(student.get("num_parameters")), None),
-            (count(student.get("macs")), None),
-            marked(faster, speed.get("protocol")),
-        ]
-        for model, reference in wanted:
-            evaluation = run.evaluations.get(model, {}).get(reference, {})
-            cells.append(marked(significant(evaluation.get("fid")), evaluation.get("protocol")))
-        rows.append((run.name, cells))
-    fids = [f"FID {reference}, {_SHORT_NAMES[model]}" for model, reference in wanted]
-    return Comparison(["blocks", "parameters", "MACs", "speed", *fids], rows, protocols)
+def _grouped(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Rows of one name as one row, equal values said once."""
+    found: dict[str, dict[str, None]] = {}
+    for name, value in rows:
+        found.setdefault(name, {})[value] = None
+    return [(name, "; ".join(values)) for name, values in found.items()]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
 
-from tinyfusion.report import charts, findings, pictures
+from tinyfusion.report import charts, findings, pictures, scores
 from tinyfusion.report.canvas import CUT, EXTRA, INK, STUDENT, TEACHER
 from tinyfusion.report.charts import Curve
-from tinyfusion.report.facts import depths
 from tinyfusion.report.findings import Table
-from tinyfusion.report.format import percent, significant
+from tinyfusion.report.format import percent, short_names, significant
 from tinyfusion.report.pictures import Mark
 from tinyfusion.report.run_data import RunData
+from tinyfusion.report.scores import Series
 
 _WIDE_PX, _NARROW_PX, _THIRD_PX = 1060, 350, 350
 _COLOURS = (STUDENT, CUT, EXTRA, TEACHER, INK)
@@ -34,7 +34,7 @@ _LOSS_TITLES = {"prune": "Loss of the search", "recover": "Loss of the recovery"
 class Chart:
     """A titled drawing. narrow is the one for phones, empty where the wide one serves; text stands above, note beneath.
 
-    signed: colours say above and below chance. table: the numbers that are drawn.
+    signed: colours say above and below chance. table: the numbers that are drawn. protocol: by which they were scored.
     """
 
     title: str
@@ -44,6 +44,7 @@ class Chart:
     text: str = ""
     table: Table | None = None
     signed: bool = False
+    protocol: str = ""
 
 
 def dynamics(run: RunData, anchor: str) -> list[Chart]:
@@ -74,41 +75,46 @@ def dynamics(run: RunData, anchor: str) -> list[Chart]:
 
 def curves(run: RunData, anchor: str) -> list[Chart]:
     """Confidence and losses over the steps."""
-    drawn = []
-    lines = findings.decision_lines(run)
-    for name, groups in findings.decision_groups(run).items() if len(lines) > 1 else ():
-        if "marginals" in lines[-1]:
-            kept = run.plan.kept[name] if run.plan else []
-            svg = charts.marginal_curves(lines, groups, kept, name, _THIRD_PX, salt=anchor)
-            drawn.append(Chart("Probability of every block to stay", Markup(svg), note="By what became of the block."))
-        else:
-            svg = charts.confidence_curves(lines, groups, name, _THIRD_PX, salt=anchor)
-            drawn.append(
-                Chart("Confidence of the decision", Markup(svg), note="Thin: every group. Bold: their median.")
-            )
+    drawn = _decision_curves(run, anchor)
     for stage, metrics in run.metrics.items():
         series = [Curve(label, *_series(metrics, key), colour) for key, label, colour in _LOSSES[stage]]
         series = [curve for curve in series if len(curve.x)]
         if series:
             svg = charts.loss_curves(series, _LOSS_TITLES[stage], _THIRD_PX, salt=anchor)
             drawn.append(Chart(_LOSS_TITLES[stage], Markup(svg), note="Faint: as logged. Bold: running median."))
-    drawn += [chart for stage in run.watch_lines if (chart := _watched_fid(run, stage, anchor))]
+    for stage, lines in run.watch_lines.items():
+        drawn += _watched_fids(stage, lines, anchor)
     return drawn
 
 
-def _watched_fid(run: RunData, stage: str, anchor: str) -> Chart | None:
-    """The small FIDs that were taken while a stage trained."""
-    looks = [line["watch"] for line in run.watch_lines[stage]]
-    scored = [look for look in looks if look.get("fid") is not None]
-    if len(scored) < 2:
-        return None
-    curve = Curve(
-        "averaged weights", [look["made_steps"] for look in scored], [look["fid"] for look in scored], STUDENT
-    )
-    protocols = dict.fromkeys(str(look.get("protocol")) for look in scored)
-    title = f"Small FID, {stage}"
-    svg = charts.loss_curves([curve], title, _THIRD_PX, salt=anchor)
-    return Chart(title, Markup(svg), note=" / ".join(protocols))
+def _decision_curves(run: RunData, anchor: str) -> list[Chart]:
+    """How sure the search was, of every list of blocks by itself."""
+    lines, groups = findings.decision_lines(run), findings.decision_groups(run)
+    if len(lines) < 2 or not run.plan:
+        return []
+    drawn = []
+    for name, spans in groups.items():
+        which = f": {name}" if len(groups) > 1 else ""
+        if "marginals" in lines[-1]:
+            svg = charts.marginal_curves(lines, spans, run.plan.kept[name], name, _THIRD_PX, salt=anchor)
+            title, note = "Probability of every block to stay", "By what became of the block."
+        else:
+            svg = charts.confidence_curves(lines, spans, name, _THIRD_PX, salt=anchor)
+            title, note = "Confidence of the decision", "Thin: every group. Bold: their median."
+        drawn.append(Chart(title + which, Markup(svg), note=note))
+    return drawn
+
+
+def _watched_fids(stage: str, lines: Sequence[Mapping[str, Any]], anchor: str) -> list[Chart]:
+    """The small FIDs that were taken while a stage trained, those of every protocol by themselves."""
+    drawn = []
+    for i, (protocol, points) in enumerate(scores.watched_series(lines).items(), start=1):
+        if len(points) > 1:
+            curve = Curve("averaged weights", [x for x, _ in points], [y for _, y in points], STUDENT)
+            title = f"Small FID, {stage}"
+            svg = charts.loss_curves([curve], title, _THIRD_PX, salt=f"{anchor}-{i}")
+            drawn.append(Chart(title, Markup(svg), note=protocol))
+    return drawn
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -120,18 +126,21 @@ def pictures_of(run: RunData, anchor: str, runs: Sequence[RunData] = ()) -> list
     """What was measured beside the training, in the order of the job. runs: all of the page."""
     drawn = (
         _calibration(run, anchor, runs),
-        _fid_steps([run], anchor),
+        *_fid_steps(run, anchor),
         _activations(run, anchor),
         _depth_speed(run, anchor),
     )
     return [chart for chart in drawn if chart]
 
 
-def together(runs: Sequence[RunData]) -> Chart | None:
-    """The recoveries of several runs in one drawing, where they were evaluated by one protocol."""
-    shown = [run for run in runs if findings.fid_series(run)]
-    protocols = {str(point.get("protocol")) for run in shown for point in run.fid_steps}
-    return _fid_steps(shown, "together") if len(shown) > 1 and len(protocols) == 1 else None
+def together(runs: Sequence[RunData]) -> list[Chart]:
+    """The recoveries of several runs, a drawing for every protocol that more than one of them was evaluated by."""
+    found: dict[str, list[Series]] = {}
+    for series in (series for run in runs for series in scores.fid_series(run)):
+        found.setdefault(series.protocol, []).append(series)
+    shared = {protocol: listed for protocol, listed in found.items() if len({id(s.run) for s in listed}) > 1}
+    drawn = (_fid_chart(listed, protocol, f"together-{i}") for i, (protocol, listed) in enumerate(shared.items()))
+    return [chart for chart in drawn if chart]
 
 
 def _calibration(run: RunData, anchor: str, runs: Sequence[RunData]) -> Chart | None:
@@ -154,9 +163,9 @@ def _activations(run: RunData, anchor: str) -> Chart | None:
     record = run.activations
     if not record:
         return None
-    models, depth = record["models"], record["depth"]
+    models, lists = record["models"], findings.lists_of(record)
     wide, narrow = (
-        Markup(pictures.activation_ridges(models, record["bin_width"], depth, width, salt=anchor))
+        Markup(pictures.activation_ridges(models, record["bin_width"], lists, width, salt=anchor))
         for width in (_WIDE_PX, _NARROW_PX)
     )
     extremes = ", ".join(
@@ -175,9 +184,13 @@ def _depth_speed(run: RunData, anchor: str) -> Chart | None:
     record = run.depth_speed
     if not record:
         return None
-    student = depths(run).get("student")
+    points, own = record["points"], findings.student_depths(run)
+    whole = [point for point in points if point["depth"] == sum(own.values())]
+    same = [
+        point for point in whole if point.get("lists", own) == own
+    ]  # a point names its lists where there are several
     wide, narrow = (
-        Markup(pictures.depth_speed_chart(record["points"], record["teacher_depth"], student, width, salt=anchor))
+        Markup(pictures.depth_speed_chart(points, record["teacher_depth"], same[:1], width, salt=anchor))
         for width in (_WIDE_PX, _NARROW_PX)
     )
     text = (
@@ -187,34 +200,53 @@ def _depth_speed(run: RunData, anchor: str) -> Chart | None:
     return Chart("Speed against depth", wide, narrow, text=text, table=findings.depth_speed_table(run))
 
 
-def _fid_steps(runs: Sequence[RunData], anchor: str) -> Chart | None:
-    series = [
-        (run, method, points) for run in runs for method, points in findings.fid_series(run).items() if len(points) > 1
-    ]
+def _fid_steps(run: RunData, anchor: str) -> list[Chart]:
+    """A drawing for every protocol that the recovery was scored by more than once; the others are told beside the first."""
+    found: dict[str, list[Series]] = {}
+    for series in scores.fid_series(run):
+        found.setdefault(series.protocol, []).append(series)
+    drawn = [
+        chart for i, (protocol, listed) in enumerate(found.items())
+        if (chart := _fid_chart(listed, protocol, f"{anchor}-{i}" if i else anchor))
+    ]  # fmt: skip
+    shown = {chart.protocol for chart in drawn}
+    left = [(p, point) for p, listed in found.items() if p not in shown for s in listed for point in s.points]
+    if not drawn or not left:
+        return drawn
+    told = "; ".join(f"step {point['step']:,}: FID {significant(point['fid'])} by {p}" for p, point in left)
+    return [replace(drawn[0], text=f"{drawn[0].text} Another protocol, and so not in the drawing: {told}."), *drawn[1:]]
+
+
+def _fid_chart(listed: Sequence[Series], protocol: str, anchor: str) -> Chart | None:
+    """The curves of one protocol, and the teachers that it scored; None where no recovery has two points."""
+    series = [one for one in listed if len(one.points) > 1]
     if not series:
         return None
-    methods = [method for _, method, _ in series]
-    several = len(set(methods)) < len(methods)
+    runs = {id(one.run): one for one in series}
+    several = len({one.method for one in series}) < len(series)
+    names = dict(zip(runs, short_names([(one.run.parts or (one.run,))[-1].name for one in runs.values()]), strict=True))
     lines = [
-        Curve(f"{run.name}: {method}" if several else method, [x for x, _ in points], [y for _, y in points], colour)
-        for (run, method, points), colour in zip(series, _repeated(len(series)), strict=True)
+        Curve(
+            f"{names[id(one.run)]}: {one.method}" if several else one.method,
+            [float(point["step"]) for point in one.points], [float(point["fid"]) for point in one.points], colour,
+        )
+        for one, colour in zip(series, _repeated(len(series)), strict=True)
+    ]  # fmt: skip
+    levels: dict[float, list[str]] = {}
+    for one in runs.values():
+        if one.teacher_fid is not None:
+            levels.setdefault(one.teacher_fid, []).append(names[id(one.run)])
+    baselines = [
+        Mark("teacher" if len(levels) == 1 else f"teacher of {' and '.join(names)}", value, TEACHER)
+        for value, names in levels.items()
     ]
-    levels = [level for run in runs[:1] if (level := _teacher_fid(run)) is not None]
-    baselines = [Mark("teacher", value, TEACHER) for value in levels]
     wide, narrow = (
         Markup(pictures.fid_curves(lines, baselines, width, salt=anchor)) for width in (_WIDE_PX, _NARROW_PX)
     )
     text = "The averaged weights at checkpoints of the recovery, each drawn and scored like the student. Step 0 is the cut model."
-    table = findings.fid_table(runs[0]) if len(runs) == 1 else None
-    return Chart("FID over the recovery", wide, narrow, text=text, table=table)
+    table = findings.fid_table(listed) if len(runs) == 1 else None
+    return Chart("FID over the recovery", wide, narrow, text=text, table=table, protocol=protocol)
 
 
 def _repeated(num: int) -> list[str]:
     return [_COLOURS[i % len(_COLOURS)] for i in range(num)]
-
-
-def _teacher_fid(run: RunData) -> float | None:
-    """The teacher's FID against the reference of the checkpoints."""
-    reference = next((point["reference"] for point in run.fid_steps if point.get("reference")), None)
-    value = run.evaluations.get("teacher", {}).get(str(reference), {}).get("fid")
-    return float(value) if value is not None else None

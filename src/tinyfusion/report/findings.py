@@ -16,6 +16,7 @@ from tinyfusion.models.plan import first_blocks
 from tinyfusion.report.charts import Span, spans
 from tinyfusion.report.format import count, percent, significant
 from tinyfusion.report.run_data import MODEL_NAMES, RunData
+from tinyfusion.report.scores import Series
 
 _MOST_ROWS = 60  # of a table of decisions
 
@@ -161,18 +162,38 @@ def _elsewhere(run: RunData, others: Sequence[RunData], known: Mapping[str, Any]
     return found
 
 
+def lists_of(record: Mapping[str, Any]) -> dict[str, int]:
+    """Blocks of every list of the teacher that activations.json tells of; of an old record all in one."""
+    return dict(record.get("lists") or {"blocks": record["depth"]})
+
+
+def place_of(block: int, lists: Mapping[str, int]) -> tuple[str, int]:
+    """The list that a block stands in, counted through the lists, and its number there."""
+    firsts = first_blocks(lists)
+    name = max((name for name in lists if firsts[name] <= block), key=lambda name: firsts[name])
+    return name, block - firsts[name]
+
+
 def activation_table(run: RunData) -> Table | None:
     """Extremes and spread of every block's output, in order."""
     record = run.activations
     if not record:
         return None
-    rows = [
-        [MODEL_NAMES.get(name, name), str(entry["teacher_block"])]
-        + [significant(entry[key]) for key in ("min", "max", "mean", "std")]
-        for name, entries in record["models"].items()
-        for entry in entries
-    ]
-    return Table(["model", "block of the teacher", "min", "max", "mean", "σ"], rows, record.get("protocol", ""))
+    lists = lists_of(record)
+    rows = []
+    for model, entries in record["models"].items():
+        for entry in entries:
+            name, index = place_of(entry["teacher_block"], lists)
+            place = [name, str(index)] if len(lists) > 1 else [str(index)]
+            numbers = [significant(entry[key]) for key in ("min", "max", "mean", "std")]
+            rows.append([MODEL_NAMES.get(model, model), *place, *numbers])
+    head = ["model", *(["list"] if len(lists) > 1 else []), "block of the teacher"]
+    return Table([*head, "min", "max", "mean", "σ"], rows, record.get("protocol", ""))
+
+
+def student_depths(run: RunData) -> dict[str, int]:
+    """Blocks that stay per list; empty where nobody knows."""
+    return {name: len(kept) for name, kept in run.plan.kept.items()} if run.plan else {}
 
 
 def depth_speed_table(run: RunData) -> Table | None:
@@ -180,36 +201,23 @@ def depth_speed_table(run: RunData) -> Table | None:
     record = run.depth_speed
     if not record:
         return None
-    full = record["teacher_depth"]
-    rows = []
+    full, rows = record["teacher_depth"], []
+    names = list(record["points"][0].get("lists", ()))
     for point in record["points"]:
         low, high = point["speedup_spread"]
         measured = [f"{point['speedup']:.2f}×", f"{low:.2f}× to {high:.2f}×", f"{full / point['depth']:.2f}×"]
-        rows.append([str(point["depth"]), str(full - point["depth"]), significant(point["latency_ms"]), *measured])
-    columns = ["blocks left", "fewer", "ms per step", "times as fast", "middle half", "ideal"]
+        split = [str(point["lists"][name]) for name in names]
+        blocks = [str(point["depth"]), *split, str(full - point["depth"])]
+        rows.append([*blocks, significant(point["latency_ms"]), *measured])
+    columns = ["blocks left", *names, "fewer", "ms per step", "times as fast", "middle half", "ideal"]
     return Table(columns, rows, record.get("protocol", ""))
 
 
-def fid_table(run: RunData) -> Table | None:
-    """FID at every evaluated checkpoint."""
-    points = [point for point in run.fid_steps if point.get("fid") is not None]
-    if not points:
-        return None
+def fid_table(listed: Sequence[Series]) -> Table:
+    """FID at every evaluated checkpoint of recoveries that one protocol scored."""
     rows = [
-        [str(point.get("method", "recovery")), f"{point['step']:,}", count(point["images"]), significant(point["fid"]),
+        [one.method, f"{point['step']:,}", count(point.get("images")), significant(point["fid"]),
          significant(point.get("inception_score"))]
-        for point in points
+        for one in listed for point in one.points
     ]  # fmt: skip
-    protocols = dict.fromkeys(str(point["protocol"]) for point in points if point.get("protocol"))
-    return Table(["recovery", "step", "images seen", "FID", "IS"], rows, " / ".join(protocols))
-
-
-def fid_series(run: RunData) -> dict[str, list[tuple[float, float]]]:
-    """(step, FID) of every recovery method, in order."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for point in run.fid_steps:
-        if point.get("fid") is not None:
-            found.setdefault(str(point.get("method", "recovery")), []).append(
-                (float(point["step"]), float(point["fid"]))
-            )
-    return {method: sorted(points) for method, points in found.items()}
+    return Table(["recovery", "step", "images seen", "FID", "IS"], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -17,6 +18,16 @@ def significant(value: float | None, digits: int = 3) -> str:
     if magnitude < -3:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(digits - 1 - magnitude, 0)}f}"
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of paths, as few as tell different ones apart: "runs/a/student" is "student", or "a/student"."""
+    whole = [path.rstrip("/").split("/") for path in paths]
+    for num in range(1, max((len(parts) for parts in whole), default=0) + 1):
+        found = ["/".join(parts[-num:]) for parts in whole]
+        if len(set(found)) == len({tuple(parts) for parts in whole}):
+            return found
+    return list(paths)
 
 
 def count(value: float | None) -> str:

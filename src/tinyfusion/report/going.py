@@ -38,7 +38,7 @@ def going(run: RunData) -> Going | None:
     if state not in ("running", "interrupted"):
         return None
     verb = str(run.record.get("verb", "run"))
-    stage = current_stage(run) if verb == "run" else verb
+    stage = current_stage(run) if verb == "run" else str(run.parts[-1].record["verb"]) if run.parts else verb
     place = STAGES.index(stage) if verb == "run" else 0
     stages = [(name, "done" if i < place else "now" if i == place else "open") for i, name in enumerate(STAGES)]
     words = "Still going when this page was made" if state == "running" else "Interrupted; the same command continues"

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+from tinyfusion.models.plan import first_blocks
 from tinyfusion.report.canvas import (
     CUT,
     INK,
@@ -104,16 +105,21 @@ def label_rows(marks: Sequence[Mark], low: float, high: float, width: float) -> 
 
 
 def activation_ridges(
-    models: Mapping[str, Sequence[Mapping[str, Any]]], bin_width: float, depth: int, width: int, salt: str = ""
+    models: Mapping[str, Sequence[Mapping[str, Any]]],
+    bin_width: float,
+    lists: Mapping[str, int],
+    width: int,
+    salt: str = "",
 ) -> str:
     """A histogram of every block's output, teacher and student side by side, blocks numbered as in the teacher.
 
     models: {"teacher": [...], "student": [...]}, one entry per block with teacher_block, min, max, mean, std, first and
-    counts (see `jobs/pictures.py`). The horizontal axis is linear in [-1, 1] and logarithmic beyond; heights are
+    counts (see `jobs/pictures.py`). lists: blocks of every list of the teacher, through which teacher_block counts; of
+    several every one has its name and its own numbers. The horizontal axis is linear in [-1, 1] and logarithmic beyond; heights are
     logarithms of counts, so that a handful of massive activations can be seen.
     Source: arXiv 2412.01199, figure 8.
     """
-    wide = width > _WIDE_FROM
+    wide, depth = width > _WIDE_FROM, sum(lists.values())
     figure, columns = row_of_blanks(width, 60 + (30 if depth <= 16 else 22) * depth, len(models))
     most = max((max(entry["counts"]) for entries in models.values() for entry in entries), default=1)
     ends = [symmetric_log(e[k]) for entries in models.values() for e in entries for k in ("min", "max")]
@@ -134,9 +140,21 @@ def activation_ridges(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: _short(linear_of(place))))
         axes.set_xlabel("value of an activation")
         axes.tick_params(axis="y", labelleft=axes is columns[0])
-    columns[0].set_yticks(range(depth))
+    columns[0].set_yticks(range(depth), [str(i) for blocks in lists.values() for i in range(blocks)])
     columns[0].set_ylabel("block of the teacher")
+    _part_lists(columns, lists)
     return svg(figure, f"{salt}-activations-{width}", "histograms of the outputs of every block")
+
+
+def _part_lists(columns: Sequence[Axes], lists: Mapping[str, int]) -> None:
+    """A line where a list of blocks ends and the next begins, with the name of each; nothing where there is one."""
+    if len(lists) < 2:
+        return
+    for name, first in first_blocks(lists).items():
+        for axes in columns:
+            axes.axhline(first - 0.06, color=MUTED, linewidth=0.8)
+        place = (0.0, first + 0.6)
+        columns[0].text(*place, f" {name}", transform=columns[0].get_yaxis_transform(), fontsize=10.5, color=MUTED)
 
 
 def _ridge(axes: Axes, entry: Mapping[str, Any], bin_width: float, most: int, coarse: int, colour: str) -> None:
@@ -181,11 +199,16 @@ def _short(value: float) -> str:
 
 
 def depth_speed_chart(
-    points: Sequence[Mapping[str, Any]], teacher_depth: int, student_depth: int | None, width: int, salt: str = ""
+    points: Sequence[Mapping[str, Any]],
+    teacher_depth: int,
+    own: Sequence[Mapping[str, Any]],
+    width: int,
+    salt: str = "",
 ) -> str:
     """Measured speed-up against compression, on logarithmic axes, with the linear ideal L / (L - k) for k blocks less.
 
-    points: entries with depth, speedup and speedup_spread (quartiles of the ratios measured side by side).
+    points: entries with depth, speedup and speedup_spread (quartiles of the ratios measured side by side). own: those of
+    them that have the depth of the student.
     Source: arXiv 2412.01199, figure 4.
     """
     figure, axes = blank(width, 300)
@@ -202,7 +225,7 @@ def depth_speed_chart(
         compression, speed, yerr=np.maximum(spread, 0).T, color=STUDENT, linewidth=1.8, marker="o", markersize=4.5,
         elinewidth=1, capsize=2, label="measured",
     )  # fmt: skip
-    for x, y in ((x, y) for x, y, p in zip(compression, speed, points, strict=True) if p["depth"] == student_depth):
+    for x, y in ((teacher_depth / point["depth"], point["speedup"]) for point in own):
         axes.plot([x], [y], "s", color=STUDENT, markersize=9)
         axes.annotate(
             f"this student: {y:.2f}×",

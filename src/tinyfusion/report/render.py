@@ -19,10 +19,11 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
-from tinyfusion.report import facts, figures
+from tinyfusion.report import facts, figures, scores
 from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.going import going
 from tinyfusion.report.run_data import MODEL_NAMES, Look, RunData, Samples
+from tinyfusion.report.story import stories
 
 RECORD_ID = "tinyfusion-record"
 _GRID_CLASSES, _GRID_ROWS = 10, 4
@@ -34,7 +35,7 @@ _LOOK_PX = 340  # three beside each other
 
 @dataclass(frozen=True)
 class Grid:
-    """Images of one model. width_px: on the page. columns: labels above, empty where the labels are unknown."""
+    """Images of one model. width_px: on the page. columns: labels above, empty where unknown. protocol: how they were drawn."""
 
     name: str
     role: str
@@ -42,6 +43,7 @@ class Grid:
     source: str
     width_px: int
     columns: list[str]
+    protocol: str
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,15 @@ class Picture:
 
 def render(runs: Sequence[RunData], record: Mapping[str, Any]) -> str:
     """The page. record: what made it (see `core/rundir.stamp`), kept inside the page as JSON."""
-    sections = [_section(run, f"run-{i}", runs) for i, run in enumerate(runs, start=1)]
-    title = " · ".join(dict.fromkeys(run.title for run in runs))
+    told = stories(runs)
+    sections = [_section(run, f"run-{i}", told) for i, run in enumerate(told, start=1)]
+    title = " · ".join(dict.fromkeys(run.title for run in told))
     return _template().render(
         title=title,
         sections=sections,
-        comparison=facts.comparison(runs),
-        together=figures.together(runs),
+        num_runs=len(runs),
+        comparison=scores.comparison(told, [facts.depths(run) for run in told]),
+        together=figures.together(told),
         record_id=RECORD_ID,
         record=_script_json(record),
     )
@@ -109,26 +113,40 @@ def _section(run: RunData, anchor: str, runs: Sequence[RunData]) -> dict[str, An
         "lists": facts.block_lists(run.plan, confidence) if run.plan else {},
         "dynamics": figures.dynamics(run, anchor),
         "curves": figures.curves(run, anchor),
-        "watched": {stage: [_look(run, stage, look) for look in looks] for stage, looks in run.watched.items()},
+        "watched": {stage: _looks(run, stage, looks) for stage, looks in run.watched.items()},
         "pictures": figures.pictures_of(run, anchor, runs),
         "grids": _grids(run),
-        "tables": facts.evaluation_tables(run),
+        "seeds": list(dict.fromkeys(s.protocol for s in _shown(run).values())),
+        "tables": scores.evaluation_tables(run),
+        "pairs": scores.pairs_table(run),
         "checks": facts.checks(run),
         "stages": facts.stages(run),
         "seconds": run.record.get("seconds"),
         "budget": facts.budget(run),
-        "command": run.record.get("command"),
-        "recipe": json.dumps(run.recipe, indent=1),
+        "commands": [part.record["command"] for part in run.parts or (run,) if part.record.get("command")],
+        "settings": [(part.name, json.dumps(part.recipe, indent=1)) for part in run.parts or (run,)],
         "provenance": facts.provenance(run),
         "speed_protocol": (run.speed or {}).get("protocol"),
     }
 
 
-def _look(run: RunData, stage: str, look: Look) -> Picture:
+def _looks(run: RunData, stage: str, looks: Sequence[Look]) -> list[Picture]:
+    """The pictures of a training, with their small FIDs; numbered by protocol where it changed on the way."""
+    protocols = list(scores.watched_series(run.watch_lines.get(stage, ())))
+    scored = {line["watch"].get("made_steps"): line["watch"] for line in run.watch_lines.get(stage, ())}
+    pictures = []
+    for look in looks:
+        values, caption = scored.get(look.steps, {}), ""
+        if values.get("fid") is not None:
+            caption = f"small FID {significant(values['fid'])}"
+            if len(protocols) > 1:
+                caption += f", protocol {protocols.index(scores.stated(values)) + 1}"
+        pictures.append(_picture_of(look, caption))
+    return pictures
+
+
+def _picture_of(look: Look, caption: str) -> Picture:
     """A picture of a training as it is, or reduced to what the page can show."""
-    scores = [line["watch"] for line in run.watch_lines.get(stage, ()) if line["watch"].get("made_steps") == look.steps]
-    fid = next((score["fid"] for score in scores if score.get("fid") is not None), None)
-    caption = f"small FID {significant(fid)}" if fid is not None else ""
     with Image.open(io.BytesIO(look.png)) as picture:
         if picture.width <= 3 * _LOOK_PX:
             source = f"data:image/png;base64,{base64.b64encode(look.png).decode()}"
@@ -138,34 +156,35 @@ def _look(run: RunData, stage: str, look: Look) -> Picture:
     return Picture(f"after {look.steps:,} step{'s' * (look.steps > 1)}", caption, source, _LOOK_PX)
 
 
+def _shown(run: RunData) -> dict[str, Samples]:
+    """The images that can be shown."""
+    return {name: s for name, s in run.samples.items() if len(s.images) and s.images.shape[-1] in (1, 3)}
+
+
 def _grids(run: RunData) -> list[Grid]:
-    """The same seeds drawn by every model, side by side."""
-    there = {name: s for name, s in run.samples.items() if len(s.images) and s.images.shape[-1] in (1, 3)}
+    """What every model drew, side by side. An FID stands there only where all that do share a protocol."""
+    there = _shown(run)
     if not there:
         return []
     lead = next(iter(there.values()))
     shared = min(len(samples.images) for samples in there.values())
     chosen, columns = choose_images(lead.labels, shared)
+    found = scores.alike(run)
+    fids = found.fids if found else {}
     grids = []
     for name, samples in there.items():
         source, width_px = _picture(samples, chosen, columns)
-        depth = facts.depths(run).get(name)
-        fid = next(
-            (run.evaluations[name][r].get("fid") for r in run.references if r in run.evaluations.get(name, {})), None
-        )
-        caption = ", ".join(
-            part
-            for part in (f"{depth} blocks" if depth else "", f"FID {significant(fid)}" if fid is not None else "")
-            if part
-        )
+        depth, fid = facts.depths(run).get(name), fids.get(name)
+        parts = (f"{depth} blocks" if depth else "", f"FID {significant(fid)}" if fid is not None else "")
         grids.append(
             Grid(
                 MODEL_NAMES.get(name, name),
-                facts.role_of(name),
-                caption,
+                scores.role_of(name),
+                ", ".join(part for part in parts if part),
                 source,
                 width_px,
                 [label for label in columns if label],
+                samples.protocol,
             )
         )
     return grids

@@ -23,11 +23,12 @@ MODEL_NAMES = {
 
 @dataclass(frozen=True)
 class Samples:
-    """Images (N, H, W, C) uint8, their labels (N,) where known, and how they were drawn."""
+    """Images (N, H, W, C) uint8, their labels (N,) where known, how they were drawn, and their hash where it is recorded."""
 
     images: np.ndarray
     labels: np.ndarray | None
     protocol: str = ""
+    hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class RunData:
     (decided False). metrics: lines of metrics.jsonl per stage (prune, recover, train). records: run.json per stage.
     evaluations: model -> reference -> evaluation. speed: speed.json. samples and models (model.json): by model name.
     calibration, activations, depth_speed, fid_steps: the files of these names, see docs/report.md.
+    pairs: (model, evaluation) of those that were compared with images of the same seeds, each once.
     watched: pictures of averaged weights per stage while it trained. watch_lines: what was measured at those looks.
-    notes: what was left out of the page, and why.
+    notes: what was left out of the page, and why. parts: the runs of which this is the story, see `story.py`.
     """
 
     name: str
@@ -64,9 +66,11 @@ class RunData:
     activations: Mapping[str, Any] | None = None
     depth_speed: Mapping[str, Any] | None = None
     fid_steps: Sequence[Mapping[str, Any]] = ()
+    pairs: Sequence[tuple[str, Mapping[str, Any]]] = ()
     watched: Mapping[str, Sequence[Look]] = field(default_factory=dict)
     watch_lines: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    parts: tuple[RunData, ...] = ()
 
     @property
     def recipe(self) -> Mapping[str, Any]:
