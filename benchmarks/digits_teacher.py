@@ -20,15 +20,32 @@ from tinyfusion.core.rundir import write_text
 from tinyfusion.data.digits import ImageSet, load_digits
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.processes.base import Batch
+from tinyfusion.processes.flow import FlowObjective
 from tinyfusion.processes.gaussian import NUM_TIMESTEPS, GaussianObjective
+from tinyfusion.sample.flow import flow_of
 
 SEED = 99
+
+
+def objective_of(model: LoadedModel) -> GaussianObjective | FlowObjective:
+    """What the model was trained with, no label dropped."""
+    if model.family.process == "flow":
+        return FlowObjective(model.arch.num_classes, label_drop=0.0, flow=flow_of(model))
+    return GaussianObjective(model.arch.num_classes, label_drop=0.0)
+
+
+def times(objective: GaussianObjective | FlowObjective, position: np.ndarray) -> torch.Tensor:
+    """Shares of the way through all times, in (0, 1), as times of the process."""
+    if isinstance(objective, FlowObjective):
+        low, high = objective.flow.training_ends(objective.eps)
+        return torch.from_numpy(low + (high - low) * position).float()
+    return torch.from_numpy((position * NUM_TIMESTEPS).astype(np.int64).clip(0, NUM_TIMESTEPS - 1))
 
 
 @torch.no_grad()
 def calibration_loss(model: LoadedModel, images: ImageSet, repeats: int, without: int | None = None) -> np.ndarray:
     """(N,) loss of every image, mean over `repeats` stratified timesteps, with block `without` taken out."""
-    objective = GaussianObjective(model.arch.num_classes, label_drop=0.0)
+    objective = objective_of(model)
     batch = Batch(torch.from_numpy(images.x), torch.from_numpy(images.y))
     num = len(images)
     gates = torch.ones(num, len(model.stack))
@@ -38,7 +55,7 @@ def calibration_loss(model: LoadedModel, images: ImageSet, repeats: int, without
     for repeat in range(repeats):
         draws = Randomness(SEED).at(repeat, 0, num)
         position = (np.argsort(draws.uniform("stratum")) + draws.uniform("timestep")) / num
-        t = torch.from_numpy((position * NUM_TIMESTEPS).astype(np.int64).clip(0, NUM_TIMESTEPS - 1))
+        t = times(objective, position)
         noise = torch.from_numpy(draws.normal("noise", images.x.shape[1:]))
         noisy = objective.noised(batch, t, noise, torch.zeros(num, dtype=torch.bool))
         with model.stack.gated(gates):
@@ -68,7 +85,7 @@ def curve_table(model: LoadedModel, run: Path, repeats: int) -> list[str]:
     """Markdown rows: training and held-out loss of every checkpoint's averaged weights."""
     rows = ["", "| steps | loss on training digits | loss on held-out digits |", "|---|---|---|"]
     for folder in sorted((run / "checkpoints").glob("step-*")):
-        tensors = load_file(folder / "state.safetensors")
+        tensors = {k: v for file in sorted(folder.glob("state*.safetensors")) for k, v in load_file(file).items()}
         at_step = model.copy()
         with torch.no_grad():
             for name, parameter in at_step.module.named_parameters():

@@ -39,8 +39,22 @@ class Outcome:
 
 
 def tiny(seed: int = 0, **sizes: Any) -> LoadedModel:
-    """A model whose every weight is random, so that every block matters."""
-    model = new_model("dit", {**TINY, **sizes}, seed)
+    """A DiT whose every weight is random, so that every block matters."""
+    return _random(new_model("dit", {**TINY, **sizes}, seed), seed)
+
+
+def tiny_sit(seed: int = 0, **sizes: Any) -> LoadedModel:
+    """A SiT like that."""
+    return _random(new_model("sit", {**TINY, **sizes}, seed), seed)
+
+
+def tiny_mar(seed: int = 0, **sizes: Any) -> LoadedModel:
+    """A MAR like that, with four blocks in either stack and 16 tokens."""
+    small = dict(patch_size=2, buffer_size=2, head_depth=1, head_width=16)
+    return _random(new_model("mar", {**TINY, **small, **sizes}, seed), seed)
+
+
+def _random(model: LoadedModel, seed: int) -> LoadedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.module.parameters():

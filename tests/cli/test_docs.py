@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from material import Cli, tiny
+from material import Cli, tiny, tiny_mar, tiny_sit
 from PIL import Image
 
 from tinyfusion.cli import parse
@@ -46,7 +46,7 @@ SHORT = {
 }
 SETTINGS = {
     **dict.fromkeys(("train", "prune.training", "recover.training"), TRAINING),
-    "sample": "num_images=8 batch_size=8 sampler=ddim num_steps=2",
+    "sample": "num_images=8 batch_size=8 num_steps=2",
     "speed": "repeats=2 batch_size=2 steps_per_repeat=1",
 }
 
@@ -92,6 +92,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small `digits`, and the files that a reader would bring."""
     folder = tmp_path_factory.mktemp("stand-ins")
     save_model(tiny(depth=12), folder / "shipped" / "digits")
+    save_model(tiny_mar(), folder / "shipped" / "digits-mar")
+    save_model(tiny_sit(), folder / "shipped" / "digits-sit")
     brought = folder / "brought"
     brought.mkdir()
     official = tiny(hidden_size=384, num_heads=6, in_channels=4, patch_size=2).module.state_dict()
@@ -131,7 +133,7 @@ def written(path: Path) -> None:
 @pytest.fixture
 def reader(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as a reader of the docs would have it, as the current one."""
-    shipped = {"digits": stand_ins / "shipped" / "digits"}
+    shipped = {path.name: path for path in (stand_ins / "shipped").iterdir()}
     monkeypatch.setattr("tinyfusion.models.checkpoint.shipped_models", lambda: shipped)
     shutil.copytree(stand_ins / "brought", tmp_path / "reader")
     monkeypatch.chdir(tmp_path / "reader")

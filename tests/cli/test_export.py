@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from material import Cli, tiny
 from PIL import Image
 
 from tinyfusion.export.picture import plan_png
-from tinyfusion.jobs.export import save_pretrained
+from tinyfusion.jobs import export as exporting
+from tinyfusion.jobs.export import push_to_hub, save_pretrained
 from tinyfusion.models.checkpoint import open_model, save_model
 
 CARD = "README.md"
@@ -99,6 +101,94 @@ def test_the_library_saves_with_a_card(work: Path) -> None:
     save_pretrained(model, Path("saved"))
     assert {path.name for path in Path("saved").iterdir()} == {"model.json", "model.safetensors", CARD, "plan.png"}
     assert open_model("saved").hash() == model.hash() and "# saved" in Path("saved/README.md").read_text()
+
+
+def test_the_library_pushes_what_it_saves(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+
+    def taken(folder: Path, repository: str) -> str:
+        seen.update(files={path.name for path in folder.iterdir()}, hash=open_model(folder).hash(), to=repository)
+        seen["card"] = (folder / CARD).read_text()
+        return f"https://hub.invalid/{repository}"
+
+    monkeypatch.setattr(exporting, "upload_folder", taken)
+    model = open_model("student")
+    assert push_to_hub(model, "someone/student") == "https://hub.invalid/someone/student"
+    assert seen["files"] == {"model.json", "model.safetensors", CARD, "plan.png"}
+    assert (seen["hash"], seen["to"]) == (model.hash(), "someone/student")
+    assert "# someone/student" in str(seen["card"])
+    assert not Path("someone").exists(), "nothing stays here"
+
+
+# -------------------------------------------------------------------------------------------------------------- pipeline
+
+NAMES = [f"name {i}, other {i}" for i in range(1000)]
+
+
+def latent_model(work: Path, vae: str) -> None:
+    """`latent`, whose null class is that of DiTPipeline, and a folder `vae` with the form of an autoencoder."""
+    model = tiny(in_channels=4, num_classes=1000)
+    model.facts = dataclasses.replace(model.facts, latent_scale=0.18215, vae=vae)
+    save_model(model, work / "latent")
+    (work / "vae").mkdir()
+    config = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215}
+    (work / "vae" / "config.json").write_text(json.dumps(config))
+    (work / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+
+
+def index_of(folder: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads((Path(folder) / "model_index.json").read_text())
+    return found
+
+
+def test_names_of_classes_go_from_pipeline_to_pipeline(cli: Cli, work: Path) -> None:
+    latent_model(work, "vae")
+    (work / "names.txt").write_text("\n".join(NAMES))
+    command = ("export", "--to", "diffusers", "--pipeline", "--vae", "vae")
+    assert cli(*command, "--model", "latent", "--out", "plain").code == 0
+    assert "id2label" not in index_of("plain"), "where no names are known, none are made up"
+    assert cli(*command, "--model", "latent", "--labels", "names.txt", "--out", "named").code == 0
+    wanted = {str(i): name for i, name in enumerate(NAMES)}
+    assert index_of("named")["id2label"] == wanted
+    assert cli(*command, "--model", "named", "--out", "again").code == 0
+    assert index_of("again")["id2label"] == wanted, "kept, as the source has them"
+    assert cli(*command, "--model", "latent", "--labels", "named/model_index.json", "--out", "third").code == 0
+    assert index_of("third")["id2label"] == wanted
+
+
+def test_names_that_are_not_those_of_the_classes(cli: Cli, work: Path) -> None:
+    latent_model(work, "vae")
+    (work / "few.txt").write_text("\n".join(NAMES[:3]))
+    (work / "odd.json").write_text(json.dumps({"id2label": {str(i): "" for i in range(1000)}}))
+    command = ("export", "--model", "latent", "--to", "diffusers", "--out", "never")
+    assert "add --pipeline" in cli(*command, "--labels", "few.txt").err
+    for file, wanted in {
+        "few.txt": "it names 3 classes",
+        "odd.json": "a name for each",
+        "none.txt": "a name per line",
+    }.items():
+        refused = cli(*command, "--pipeline", "--vae", "vae", "--labels", file)
+        assert refused.code == 2 and wanted in refused.err, refused.err
+    assert not Path("never").exists()
+
+
+def test_a_dry_run_of_a_pipeline_fetches_no_autoencoder(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latent_model(work, "someone/vae")
+    monkeypatch.setattr(exporting, "autoencoder_folder", lambda name: pytest.fail(f"{name} was fetched"))
+    dry = cli("export", "--model", "latent", "--to", "diffusers", "--pipeline", "--out", "d", "--dry-run")
+    assert dry.code == 0 and "someone/vae is taken from the hub" in dry.err
+    assert not Path("d").exists()
+
+
+def test_an_official_file_has_its_licence_beside(cli: Cli, work: Path) -> None:
+    model = open_model("teacher")
+    model.facts = dataclasses.replace(model.facts, license="CC-BY-NC-4.0")
+    save_model(model, work / "licensed")
+    for source in ("licensed", "teacher"):
+        assert cli("export", "--model", source, "--to", "official", "--out", f"{source}.pt").code == 0
+    told = json.loads(Path("licensed.json").read_text())
+    assert told["license"] == "CC-BY-NC-4.0" and "non-commercial" in told["license_note"]
+    assert "name no licence" in json.loads(Path("teacher.json").read_text())["license_note"]
 
 
 def test_the_picture_shows_the_plan() -> None:

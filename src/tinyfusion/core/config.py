@@ -25,12 +25,15 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_bad_steps", "num_images", "num_steps", "lora_rank", "neighbours"), (1, math.inf)),
     **dict.fromkeys(("num_keep", "size", "calibration_images", "calibration_batch_size", "num_masks"), (1, math.inf)),
     **dict.fromkeys(("is_splits_size", "repeats", "steps_per_repeat", "shard_images"), (1, math.inf)),
-    **dict.fromkeys(("learning_rate", "eps", "clip_norm", "temperature", "mask_sigmas"), (_POSITIVE, math.inf)),
+    **dict.fromkeys(("learning_rate", "eps", "clip_norm", "skip_norm", "temperature", "mask_sigmas"), (_POSITIVE, math.inf)),
     **dict.fromkeys(("warmup_steps", "learning_rate_end", "weight_decay", "gate_learning_rate", "scaling", "beta"), (0, math.inf)),
     **dict.fromkeys(("label_drop", "augment", "flip", "eta", "alpha_kd", "width_threshold"), (0, 1)),
     **dict.fromkeys(("ema_decay", "betas"), (0, math.nextafter(1, 0))),
     **dict.fromkeys(("checkpoints", "depths"), (0, math.inf)),
+    **dict.fromkeys(("budget_weight", "beside_weight", "beside_steps", "ramp_steps", "finish_steps"), (0, math.inf)),
     "width_share": (_POSITIVE, 1),
+    "target": (_POSITIVE, 1),
+    "strata": (1, math.inf),
     "seed": (0, 2**64 - 1),
 }  # fmt: skip
 

@@ -16,8 +16,9 @@ class MaskedSection:
     """How a masked model (mar) is trained: what is hidden of an image, and how its diffusion head learns from it."""
 
     mask_ratio_min: Annotated[
-        float, "smallest share of hidden tokens; it is drawn once a step, normal around 1 with std 0.25, up to 1"
+        float, "smallest share of hidden tokens; it is drawn once a step, normal around 1 and cut off there"
     ] = 0.7
+    mask_ratio_std: Annotated[float, "standard deviation of that normal distribution; large is nearly uniform"] = 0.25
     diffusion_batch_mul: Annotated[int, "timesteps and noises at which the head sees every hidden token of a step"] = 4
     attention_dropout: Annotated[float, "share of attention weights dropped in training; published: 0.1"] = 0.0
     projection_dropout: Annotated[
@@ -31,6 +32,8 @@ class MaskedSection:
     def __post_init__(self) -> None:
         if not 0 <= self.mask_ratio_min < 1:
             raise UserError(f"masked.mask_ratio_min is a share from 0 to below 1; got {self.mask_ratio_min:g}")
+        if self.mask_ratio_std <= 0:
+            raise UserError(f"masked.mask_ratio_std must be above 0; got {self.mask_ratio_std:g}")
         if self.diffusion_batch_mul < 1:
             raise UserError(f"masked.diffusion_batch_mul must be at least 1; got {self.diffusion_batch_mul}")
         for name in ("attention_dropout", "projection_dropout"):
@@ -42,6 +45,9 @@ class MaskedSection:
 class MaskedSampleSection:
     """How sampler masked reveals tokens; its sample.num_steps are the rounds in which that happens."""
 
+    most_rounds: Annotated[
+        int, "rounds where sample.num_steps is none; fewer where an image has fewer tokens than that"
+    ] = 256
     head_steps: Annotated[int, "denoising steps of the diffusion head for every token"] = 100
     temperature: Annotated[float, "size of the head's step noise; published: 1 with guidance, 0.95 without"] = 1.0
     guidance_schedule: Annotated[

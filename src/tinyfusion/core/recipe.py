@@ -10,10 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from tinyfusion.core.errors import UserError
 from tinyfusion.core.process_sections import FlowSampleSection, FlowSection, MaskedSampleSection, MaskedSection
+from tinyfusion.core.training_sections import ComputeSection, Dtype, TrainingSection, WatchSection
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+__all__ = [
+    "BenchSection", "ComputeSection", "Criterion", "DataSection", "Dtype", "DynamicSection", "EncodeSection", "EvaluateSection",
+    "Expectation", "FlowSampleSection", "FlowSection", "MaskedSampleSection", "MaskedSection", "ModelSection",
+    "PruneSection", "Recipe", "RecoverSection", "Recovery", "SampleSection", "Sampler", "SpeedSection",
+    "TrainingSection", "WatchSection",
+]  # fmt: skip
+
 Criterion = Literal[
     "learned", "bi", "flux-lite", "sensitivity", "bk-sdm", "first", "last", "uniform", "random",
     "min-loss", "median-loss", "max-loss", "indices", "width",
@@ -37,6 +43,8 @@ class ModelSection:
     buffer_size: Annotated[int | None, "mar: tokens that carry the class; None is the published 64"] = None
     head_depth: Annotated[int | None, "mar: residual layers of the diffusion head; None is 3"] = None
     head_width: Annotated[int | None, "mar: width of the diffusion head; None is 1024"] = None
+    caption_tokens: Annotated[int | None, "pixart: tokens of a text; None is the published 120"] = None
+    caption_channels: Annotated[int | None, "pixart: features of a token; None is 4096, of T5-XXL"] = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,12 @@ class DataSection:
         "data set: digits (training part), digits:heldout, parquet:PATH (a file or folder; columns img or image, label), "
         "hub:ORG/NAME[@REVISION][:CONFIG][:SPLIT] (a data set of the hub, fetched once), parquet-stream:PATH and hub-stream:ID "
         "(the same, read in parts: for sets larger than memory), latents:PATH (what `encode` made), "
-        "or an npz with arr_0 (N, H, W, C), uint8 pixels or floats as they are, and arr_1 labels",
+        "a folder with a folder of pictures per class, or an npz with arr_0 (N, H, W, C), uint8 pixels or floats as they are, "
+        "and arr_1 labels",
     ] = "digits"
     size: Annotated[
-        int | None, "side to which images of parquet files and of the hub are reduced by a box filter; None keeps theirs"
+        int | None,
+        "side to which square pictures are reduced by a box filter; None keeps theirs; not for an npz",
     ] = None
     window_images: Annotated[
         int,
@@ -79,91 +89,6 @@ class EncodeSection:
     )
     batch_size: Annotated[int, "pictures at a time, mirrored ones beside them; rounding depends on it"] = 32
     shard_images: Annotated[int, "images of a file; a process makes whole files"] = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSection:
-    """One call of the training loop."""
-
-    steps: Annotated[int, "optimiser steps that schedules are laid out for"] = 100_000
-    stop_after: Annotated[
-        int | None, "steps after which training ends early, schedules unchanged; None makes them all"
-    ] = None
-    batch_size: Annotated[int, "images per step"] = 256
-    learning_rate: Annotated[float, "peak learning rate of AdamW"] = 2e-4
-    learning_rate_end: Annotated[float | None, "learning rate at the last step, by cosine; None keeps it constant"] = (
-        1e-4
-    )
-    warmup_steps: Annotated[int, "steps over which the learning rate rises linearly"] = 0
-    betas: Annotated[tuple[float, float], "AdamW's decay rates"] = (0.9, 0.999)
-    eps: Annotated[float, "AdamW's denominator offset"] = 1e-8
-    weight_decay: Annotated[float, "AdamW's decoupled weight decay"] = 0.0
-    optimizer: Annotated[
-        Literal["adamw", "adamw-8bit"], "AdamW, or AdamW with moments in 8 bits (extra 8bit: bitsandbytes)"
-    ] = "adamw"
-    clip_norm: Annotated[float | None, "largest gradient norm; None does not clip"] = 1.0
-    clip_groups: Annotated[
-        Literal["joint", "apart"], "gradients of gates and weights clipped by their joint norm, or each by its own"
-    ] = "joint"
-    ema_decay: Annotated[float, "decay of the moving average of weights per step"] = 0.9999
-    label_drop: Annotated[float, "probability that a label is replaced by the null class"] = 0.1
-    dtype: Annotated[
-        Dtype, "arithmetic of matrix products (autocast); weights stay float32; float16 scales the loss"
-    ] = "float32"
-    log_every_steps: Annotated[int, "steps between two lines of metrics.jsonl"] = 100
-    checkpoint_every_steps: Annotated[int, "steps between two checkpoints"] = 10_000
-    checkpoints_limit: Annotated[int, "checkpoints kept; older ones are removed"] = 2
-    max_bad_steps: Annotated[int, "non-finite steps in a row after which the run stops"] = 10
-
-    def __post_init__(self) -> None:
-        end = self.learning_rate_end
-        if end is not None and end > self.learning_rate:
-            raise UserError(
-                f"learning_rate_end {end:g} is above learning_rate {self.learning_rate:g}, so the rate would rise: "
-                "set both, or learning_rate_end to none for a constant rate"
-            )
-
-    @property
-    def made_steps(self) -> int:
-        """Steps that are really made."""
-        return self.steps if self.stop_after is None else min(self.steps, self.stop_after)
-
-    @property
-    def made_images(self) -> int:
-        """Images that are really seen."""
-        return self.made_steps * self.batch_size
-
-
-@dataclass(frozen=True)
-class ComputeSection:
-    """How a training is spread over processes and memory. Results do not depend on it, but for rounding."""
-
-    parallel: Annotated[
-        Literal["ddp", "fsdp2"], "several processes: each holds the whole model (DDP), or parts of every block (FSDP2)"
-    ] = "ddp"
-    shard_teacher: Annotated[bool, "fsdp2: the frozen teacher lies in parts too; else every process holds it"] = False
-    gradient_accumulation_steps: Annotated[
-        int, "parts in which a process goes through its share of a batch; the batch and the result stay the same"
-    ] = 1
-    gradient_checkpointing: Annotated[
-        bool, "run every block of the trained model again in the backward pass instead of keeping what is inside"
-    ] = False
-    compile: Annotated[bool, "compile the blocks; an error where that gains nothing"] = False
-    tf32: Annotated[bool, "CUDA: float32 products with 10 bits of mantissa, as published"] = True
-    prefetch_batches: Annotated[int, "batches that are made ahead while the model computes; 0 makes them in turn"] = 2
-    timeout_s: Annotated[float, "seconds after which a process that waits for another gives up"] = 600.0
-
-
-@dataclass(frozen=True)
-class WatchSection:
-    """What a training shows while it runs, beside its progress and metrics.jsonl. Off by default."""
-
-    report_to: Annotated[tuple[str, ...], "trackers that get every log line: tensorboard, wandb, trackio"] = ()
-    project: Annotated[str, "name of the project at the tracker"] = "tinyfusion"
-    grid_every_steps: Annotated[int, "steps between two pictures of samples of the averaged weights; 0 makes none"] = 0
-    grid_images: Annotated[int, "images in such a picture"] = 40
-    fid_every_steps: Annotated[int, "steps between two small FIDs of the averaged weights; 0 takes none"] = 0
-    fid_images: Annotated[int, "images of a small FID"] = 1000
 
 
 @dataclass(frozen=True)
@@ -260,6 +185,53 @@ class RecoverSection:
 
 
 @dataclass(frozen=True)
+class DynamicSection:
+    """Which parts of a model run at which timestep, and for which token; published values of DyDiT."""
+
+    target: Annotated[
+        float, "multiply-accumulates of the blocks that stay, as a share of all, mean over a sampling"
+    ] = 0.5
+    width: Annotated[bool, "decide on heads and groups of hidden channels, by timestep"] = True
+    tokens: Annotated[bool, "decide on tokens of the MLP, by content"] = True
+    depth: Annotated[bool, "decide on whole blocks, by timestep (not published)"] = False
+    forced_first: Annotated[
+        bool, "the first head and group always run (released in March 2025), or none has to (December 2024)"
+    ] = True
+    order: Annotated[
+        bool, "before training, put heads and hidden channels in the order of their weights; the function stays"
+    ] = True
+    temperature: Annotated[float, "of the surrogate gradient of a decision"] = 5.0
+    width_bias: Annotated[float, "initial logit of heads and groups: they start on"] = 15.0
+    token_bias: Annotated[float, "initial logit of tokens"] = 35.0
+    block_bias: Annotated[float, "initial logit of blocks"] = 15.0
+    budget_weight: Annotated[float, "weight of (ratio - budget) squared"] = 2.0
+    ramp_steps: Annotated[
+        int | None, "steps over which the budget falls from 1 to the target, after 100 at 1; None lets it jump"
+    ] = 1000
+    beside: Annotated[
+        Literal["complete", "teacher", "none"],
+        "what runs beside: the complete model on the data (published), the teacher to learn from, or nothing",
+    ] = "complete"
+    beside_steps: Annotated[int, "steps for which it does"] = 30_000
+    beside_weight: Annotated[float, "weight of its loss"] = 1.0
+    strata: Annotated[int, "parts of the range of timesteps that every batch is spread over; 1 draws them freely"] = 4
+    finish_steps: Annotated[int, "last steps, in which decisions have no noise, as at inference"] = 2_000
+    calibration_images: Annotated[
+        int,
+        "images on which one offset of all routers is found that meets the target within 1 %; 0 leaves them as they are",
+    ] = 256
+    training: TrainingSection = field(
+        default_factory=lambda: TrainingSection(
+            steps=200_000,
+            learning_rate=1e-4,
+            learning_rate_end=None,
+            clip_norm=None,
+            skip_norm=200.0,
+        )
+    )
+
+
+@dataclass(frozen=True)
 class SampleSection:
     """Seeds to images."""
 
@@ -279,7 +251,7 @@ class SampleSection:
     guidance_interval: Annotated[
         tuple[float, float], "shares of the timesteps, 0 to 1, between which there is guidance; 0 is the clean end"
     ] = (0.0, 1.0)
-    clip: Annotated[bool, "ddpm, ddim: clamp the predicted clean image to [-1, 1] at every step"] = False
+    clip: Annotated[bool, "ddpm, ddim, masked: clamp the predicted clean image to [-1, 1] at every step"] = False
     dtype: Annotated[Dtype, "type of weights and activations; noise and the sampler's arithmetic stay float32"] = (
         "float32"
     )
@@ -303,7 +275,8 @@ class EvaluateSection:
     """Images to numbers."""
 
     references: Annotated[
-        tuple[str, ...], "sets to compare with: digits, digits:heldout, parquet:PATH, hub:ORG/NAME, or a folder or npz of images"
+        tuple[str, ...],
+        "sets to compare with: digits, digits:heldout, parquet:PATH, hub:ORG/NAME, or a folder or npz of images",
     ] = (
         "digits",
         "digits:heldout",
@@ -374,6 +347,7 @@ class Recipe:
     train: TrainingSection = field(default_factory=TrainingSection)
     prune: PruneSection = field(default_factory=PruneSection)
     recover: RecoverSection = field(default_factory=RecoverSection)
+    dynamic: DynamicSection = field(default_factory=DynamicSection)
     sample: SampleSection = field(default_factory=SampleSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     speed: SpeedSection = field(default_factory=SpeedSection)

@@ -41,7 +41,10 @@ class KnownWeights:
         None
     )
     license: Annotated[str | None, "licence of the weights"] = None
-    kind: Annotated[Literal["model", "inception"], "a model that can be opened, or the network of the FID"] = "model"
+    kind: Annotated[
+        Literal["model", "inception", "autoencoder"],
+        "a model that can be opened, the network of the FID, or an autoencoder",
+    ] = "model"
     about: Annotated[str, "what it is"] = ""
     name: str = ""
 

@@ -55,3 +55,18 @@ def unfit_autoencoder(config: Any, arch: DiTArch, facts: ModelFacts) -> str | No
     if facts.latent_scale is not None and scale != facts.latent_scale:
         return f"it scales latents by {scale}, and the model was trained with {facts.latent_scale}"
     return None
+
+
+def class_names(told: Any, num_classes: int) -> dict[int, str]:
+    """The name of every class, from the contents of a file: a list, numbers to names, or a model_index.json with `id2label`.
+
+    `DiTPipeline` takes "a, b" for two names of one class. Raises ValueError where not every class has exactly one entry.
+    """
+    if isinstance(told, Mapping) and "id2label" in told:
+        told = told["id2label"]
+    pairs = enumerate(told) if isinstance(told, list) else told.items() if isinstance(told, Mapping) else ()
+    found = {str(number): name for number, name in pairs}
+    wanted = [str(number) for number in range(num_classes)]
+    if set(found) != set(wanted) or not all(isinstance(name, str) and name.strip() for name in found.values()):
+        raise ValueError(f"it names {len(found)} classes, wanted a name for each of 0 to {num_classes - 1}")
+    return {int(number): found[number] for number in wanted}

@@ -7,6 +7,7 @@ import ctypes
 import re
 import statistics
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,18 +23,22 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import machine
+from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.drawing import at_arithmetic
 from tinyfusion.jobs.inspect import model_macs
 from tinyfusion.jobs.processes import sampler_of
+from tinyfusion.jobs.skipping import SkippedModel, skipping_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.packed import held_bytes
 from tinyfusion.models.stack import num_parameters
 from tinyfusion.sample.drive import SampleDraws
 
 _PRODUCT = "product"
 _PRODUCT_SIZE = {"cpu": 2048}
 _LARGE_PRODUCT = 8192
+_SPREAD_STEPS = 10  # of a trajectory that is timed where steps differ
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,22 @@ class _Side:
     """One measured model. step: one denoising step of a batch. rows: that its forward pass has per image."""
 
     model: LoadedModel
+    num_parameters: int
     macs: int
     rows: int
     step: Callable[[], Tensor]
+    steps: int = 1
+    skipped: SkippedModel | None = None
     peak_bytes: int | None = None
+
+    @property
+    def macs_run(self) -> float:
+        """Of one forward pass of one image: all, or what sub-networks ran on average so far."""
+        routed, told = self.model.dynamic, self.skipped.report() if self.skipped else None
+        if routed is None or told is None:
+            return self.macs
+        depth, tokens = len(self.model.stack), routed.settings.tokens
+        return total_macs(self.macs, routed.sizes, depth, told["macs_ratio"], tokens)
 
 
 def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str, Any]:
@@ -69,11 +86,12 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
     sources = {"model": names.model} | ({"vs": names.vs} if names.vs else {})
     models = {side: open_model(s, recipe.sample.weights, names.num_heads, names.family) for side, s in sources.items()}
     hashes = {side: model.hash() for side, model in models.items()}
-    protocol = _protocol(recipe, device)
+    protocol = _protocol(recipe, device, any(model.dynamic is not None for model in models.values()))
     if dry_run:
         print(f"bench would measure {' and '.join(sources.values())}: {protocol}")
         return {"state": "checked", "protocol": protocol}
-    sides = {name: _side(recipe, model, device) for name, model in models.items()}
+    spread = any(model.dynamic is not None for model in models.values())
+    sides = {name: _side(recipe, model, device, spread) for name, model in models.items()}
     size = settings.product_size or _PRODUCT_SIZE.get(device.type, _LARGE_PRODUCT)
     product = _product(size, settings.dtype, device)
     with torch.inference_mode(), ExitStack() as around:
@@ -85,6 +103,8 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
         calls: dict[str, Callable[[], object]] = {name: side.step for name, side in sides.items()}
         calls[_PRODUCT] = product
         times = interleaved(calls, settings.repeats, device)
+    for name, side in sides.items():
+        times[name] = Timing(tuple(ms / side.steps for ms in times[name].measurements_ms))
     rate = size**3 / (times[_PRODUCT].median_ms / 1000)
     outcome: dict[str, Any] = {
         "protocol": protocol,
@@ -101,7 +121,7 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
     }
     if "vs" in sides:
         ratio, low, high = speedup(times["vs"], times["model"])
-        counted = sides["vs"].macs * sides["vs"].rows / (sides["model"].macs * sides["model"].rows)
+        counted = sides["vs"].macs_run * sides["vs"].rows / (sides["model"].macs_run * sides["model"].rows)
         outcome["speedup"] = {"ratio": ratio, "spread": [low, high], "macs_ratio": counted, "share": ratio / counted}
     _print(outcome)
     return outcome
@@ -119,27 +139,39 @@ def _check(recipe: Recipe) -> None:
         )
 
 
-def _protocol(recipe: Recipe, device: torch.device) -> str:
+def _protocol(recipe: Recipe, device: torch.device, spread: bool) -> str:
     """All that the numbers depend on but the models and the machine."""
     settings, threads = recipe.bench, torch.get_num_threads()
     where = (
         f"cpu, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else torch.cuda.get_device_name(device)
     )
+    over = f", mean of {_SPREAD_STEPS} over the chain," if spread else ""
     guidance = f"guidance {recipe.sample.guidance:g} ({2 if recipe.sample.guidance > 1 else 1} rows per image)"
     return (
-        f"one denoising step of {settings.batch_size} image{'s' * (settings.batch_size > 1)}, {guidance}, "
+        f"one denoising step{over} of {settings.batch_size} image{'s' * (settings.batch_size > 1)}, {guidance}, "
         f"{settings.dtype}{' compiled' if settings.compile else ''}, {where}, torch {torch.__version__}; "
         f"medians of {settings.repeats}, interleaved with each other and a matrix product"
     )
 
 
-def _side(recipe: Recipe, model: LoadedModel, device: torch.device) -> _Side:
+def _side(recipe: Recipe, model: LoadedModel, device: torch.device, spread: bool) -> _Side:
+    """spread: time steps of all levels of noise, because what a model with routers runs depends on it."""
     settings, arch = recipe.bench, model.arch
-    sampler, macs = sampler_of(recipe.sample, model), model_macs(model)
+    sampler, macs, size = sampler_of(recipe.sample, model), model_macs(model), num_parameters(model.module)
+    short = sampler.of_steps(_SPREAD_STEPS)
+    skipping = skipping_for(model, short)  # before any cast
     placed = at_arithmetic(model, settings.dtype, device)
     labels = torch.from_numpy(np.arange(settings.batch_size, dtype=np.int64) % arch.num_classes).to(device)
     draws = SampleDraws(Randomness(recipe.seed), 0, settings.batch_size, device)
-    return _Side(placed, macs, sampler.rows, sampler.one_step(placed, labels, draws))
+    if not spread:
+        return _Side(placed, size, macs, sampler.rows, sampler.one_step(placed, labels, draws))
+    skipped = SkippedModel(placed, skipping, settings.compile)
+
+    def trajectory() -> Tensor:
+        with skipped.running():
+            return deque(short.trajectory(placed, labels, draws), maxlen=1).pop()
+
+    return _Side(placed, size, macs, sampler.rows, trajectory, short.calls, skipped)
 
 
 def _product(size: int, dtype: str, device: torch.device) -> Callable[[], Tensor]:
@@ -157,7 +189,7 @@ def _warmed(side: _Side, name: str, device: torch.device) -> int | None:
         if failure is None:
             raise
         raise failure from error
-    weights = sum(p.numel() * p.element_size() for p in side.model.module.parameters())
+    weights = held_bytes(side.model.module)
     with _peak(device) as peak:
         side.step()
     return None if not peak else weights + peak[0]
@@ -196,13 +228,13 @@ def _status(field: str) -> int:
 
 def _numbers(side: _Side, timing: Timing, batch_size: int, rate: float) -> dict[str, Any]:
     """latency_ms: of a step of the batch, median and quartiles. macs: of an unguided forward pass of one image."""
-    seconds, macs = timing.median_ms / 1000, side.macs * side.rows * batch_size
+    seconds, macs = timing.median_ms / 1000, side.macs_run * side.rows * batch_size
     measured = timing.measurements_ms
     low, _, high = statistics.quantiles(measured, n=4, method="inclusive") if len(measured) > 1 else measured * 3
     return {
         "depth": len(side.model.stack),
-        "num_parameters": num_parameters(side.model.module),
-        "macs": side.macs,
+        "num_parameters": side.num_parameters,
+        "macs": side.macs_run,
         "latency_ms": timing.median_ms,
         "latency_ms_spread": [low, high],
         "steps_per_s": 1 / seconds,

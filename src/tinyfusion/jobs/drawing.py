@@ -15,8 +15,10 @@ from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe, SampleSection
 from tinyfusion.jobs.processes import sampler_of
+from tinyfusion.jobs.skipping import SkippedModel, skipping_for
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.packed import can_pack, pack
 from tinyfusion.sample.drive import Sampler, image_labels, to_uint8
 from tinyfusion.sample.drive import sample as draw_samples
 
@@ -93,12 +95,15 @@ def autoencoder_for(settings: SampleSection, model: LoadedModel) -> Autoencoder 
 
 
 def at_arithmetic(model: LoadedModel, dtype: str, device: torch.device) -> LoadedModel:
-    """The model on the device, frozen as it is; in a type other than float32 its weights are a copy."""
+    """The model on the device, frozen as it is; in a type other than float32 its weights are a copy, packed where that helps."""
     if dtype == "float32":
         model.module.to(device).eval()
         return model
-    module = copy.deepcopy(model.module).to(device, getattr(torch, dtype)).eval()
-    return dataclasses.replace(model, module=module)
+    held_in = getattr(torch, dtype)
+    placed = dataclasses.replace(model, module=copy.deepcopy(model.module).to(device, held_in).eval())
+    if model.facts.dynamic is None and can_pack(held_in, device):  # a dynamic block reads parts of its weights
+        pack(placed.stack)
+    return placed
 
 
 @dataclass(frozen=True)
@@ -115,10 +120,12 @@ class Drawing:
     autoencoder: Autoencoder | None
     shape: tuple[int, int, int]
     dtype: np.dtype[np.generic]
+    skipped: SkippedModel
 
     def images(self, first: int, last: int) -> Iterator[np.ndarray]:
         """Images first .. last - 1 in batches (B, H, W, C). Raises UserError where a value is not finite."""
         with ExitStack() as around:
+            around.enter_context(self.skipped.running())
             if self.compiled:
                 around.enter_context(self.model.stack.compiled())
             model, labels, sampler = self.model, self.labels, self.sampler
@@ -145,10 +152,13 @@ def open_drawing(
     if autoencoder is not None:
         autoencoder.module.to(device)
     shape, dtype = image_form(model, autoencoder)
+    sampler = sampler_of(settings, model)
+    skipping = skipping_for(model, sampler)
+    placed = at_arithmetic(model, settings.dtype, device)
     return Drawing(
-        model=at_arithmetic(model, settings.dtype, device),
+        model=placed,
         labels=labels_of(recipe, model),
-        sampler=sampler_of(settings, model),
+        sampler=sampler,
         seed=recipe.seed,
         batch_size=settings.batch_size,
         compiled=settings.compile,
@@ -156,6 +166,7 @@ def open_drawing(
         autoencoder=autoencoder,
         shape=shape,
         dtype=dtype,
+        skipped=SkippedModel(placed, skipping, settings.compile),
     )
 
 

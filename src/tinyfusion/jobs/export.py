@@ -26,9 +26,9 @@ from tinyfusion.core.rundir import (
     write_json,
     written_beside,
 )
-from tinyfusion.export.card import PICTURE, CardNotes, model_card
+from tinyfusion.export.card import PICTURE, CardNotes, licence_note, model_card
 from tinyfusion.export.picture import plan_png
-from tinyfusion.export.pipeline import MODEL_INDEX, SCHEDULER, unfit_autoencoder, unfit_pipeline
+from tinyfusion.export.pipeline import MODEL_INDEX, SCHEDULER, class_names, unfit_autoencoder, unfit_pipeline
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.models import diffusers
 from tinyfusion.models.checkpoint import LoadedModel, model_record, open_model, save_model
@@ -49,6 +49,7 @@ class ExportOptions:
     weights: str = "ema"
     pipeline: bool = False
     vae: str | None = None
+    labels: str | None = None  # file with the names of the classes
     push_to_hub: str | None = None  # id of a repository of the hub
 
 
@@ -58,8 +59,10 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     model = open_model(what.model, what.weights, options.num_heads, options.family)
     if reason := model.unfit_formats().get(what.to):
         raise UserError(f"{what.model} cannot be exported to {what.to}: {reason}")
-    vae = _autoencoder(model, what) if what.pipeline else None
+    vae = _autoencoder(model, what, options.dry_run) if what.pipeline else None
+    labels = _labels(model, what) if what.pipeline else None
     plain = {"to": what.to, "pipeline": what.pipeline, "vae": what.vae, "model": model.hash()}
+    plain |= {"labels": what.labels} if what.labels else {}
     todo = _check_output(options, what.to, plain)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model, what.to).values())
     check_space(options.out, num_bytes + sum(file.stat().st_size for file in (_autoencoder_files(vae) if vae else [])))
@@ -75,7 +78,7 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
         print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
     else:
         record = stamp("export", plain, "done", **outcome)
-        _write(model, options.out, what, vae, record)
+        _write(model, options.out, what, Beside(vae, labels), record)
     if what.push_to_hub:
         outcome["pushed_to"] = upload_folder(options.out, what.push_to_hub)
     return outcome
@@ -90,6 +93,8 @@ def _check_options(out: Path, what: ExportOptions) -> None:
         raise UserError(f"--pipeline is for --to diffusers, not {what.to}: leave out one of the two")
     if what.vae is not None and not what.pipeline:
         raise UserError("--vae is the autoencoder of a pipeline: add --pipeline, or leave it out")
+    if what.labels is not None and not what.pipeline:
+        raise UserError("--labels names the classes of a pipeline: add --pipeline, or leave it out")
     if what.push_to_hub is not None and what.to == "official":
         raise UserError("--push-to-hub uploads a folder: give --to diffusers or --to tinyfusion")
     if what.push_to_hub is not None and not HUB_ID.fullmatch(what.push_to_hub):
@@ -127,7 +132,15 @@ def _tensors(model: LoadedModel, to: str) -> dict[str, Tensor]:
     return diffusers.to_diffusers(state, model.arch.depth) if to == "diffusers" else state
 
 
-def _write(model: LoadedModel, out: Path, what: ExportOptions, vae: Path | None, record: dict[str, Any]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What a pipeline has beside its transformer: the folder of an autoencoder, and names of classes where they are known."""
+
+    vae: Path | None
+    labels: Mapping[int, str] | None
+
+
+def _write(model: LoadedModel, out: Path, what: ExportOptions, more: Beside, record: dict[str, Any]) -> None:
     if what.to == "official":
         _write_official(model, out, record)
         return
@@ -137,11 +150,12 @@ def _write(model: LoadedModel, out: Path, what: ExportOptions, vae: Path | None,
         else:
             beside.mkdir()
             _write_diffusers(model, beside / "transformer" if what.pipeline else beside)
-        if vae is not None:
-            _copy_autoencoder(vae, beside / "vae")
+        if more.vae is not None:
+            _copy_autoencoder(more.vae, beside / "vae")
             (beside / "scheduler").mkdir()
             write_json(beside / "scheduler" / "scheduler_config.json", _versioned(SCHEDULER))
-            write_json(beside / "model_index.json", _versioned(MODEL_INDEX))
+            named = {} if more.labels is None else {"id2label": {str(i): name for i, name in more.labels.items()}}
+            write_json(beside / "model_index.json", _versioned({**MODEL_INDEX, **named}))
         _write_card(model, beside, out.name, what, record["differences"])
         write_json(beside / RECORD, record)
 
@@ -160,7 +174,13 @@ def _autoencoder_files(folder: Path) -> list[Path]:
 def _write_official(model: LoadedModel, out: Path, record: dict[str, Any]) -> None:
     """The flat state dict. A .pt is tensors and nothing else, which `weights_only` readers take: published scripts read no other."""
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.module.state_dict().items()}
-    more = {"license": model.facts.license, "kept": model.facts.kept, "lineage": model.facts.lineage}
+    license = model.facts.license
+    more = {
+        "license": license,
+        "license_note": licence_note(license),
+        "kept": model.facts.kept,
+        "lineage": model.facts.lineage,
+    }
     with written_beside(out) as beside:
         if out.suffix == ".pt":
             torch.save(tensors, beside)
@@ -232,14 +252,35 @@ def _differences(model: LoadedModel, to: str) -> list[str]:
     return [f"{found[0]}: the embedding of a timestep moves by {moved:.2%} on average, {why}", *found[1:]]
 
 
-def _autoencoder(model: LoadedModel, what: ExportOptions) -> Path:
-    """The folder of the autoencoder for a pipeline: as given, else the model's own. Raises UserError where none fits."""
+def _autoencoder(model: LoadedModel, what: ExportOptions, dry_run: bool) -> Path | None:
+    """The folder of the autoencoder for a pipeline: as given, else the model's own. Raises UserError where none fits.
+
+    None in a dry run, where it would be fetched.
+    """
     if reason := unfit_pipeline(model.arch, model.facts):
         raise UserError(f"{what.model} cannot be exported as a pipeline: {reason}")
     name = what.vae or model.facts.vae
     if name is None:
         raise UserError(f"{what.model} does not say which autoencoder it goes with: give --vae PATH or a hub id")
+    if dry_run and HUB_ID.fullmatch(name) and not Path(name).parent.exists():
+        print(f"note: the autoencoder {name} is taken from the hub, or its cache, and checked then", file=sys.stderr)
+        return None
     folder = autoencoder_folder(name)
     if reason := unfit_autoencoder(read_json(folder / "config.json"), model.arch, model.facts):
         raise UserError(f"the autoencoder {name} does not go with {what.model}: {reason}")
     return folder
+
+
+def _labels(model: LoadedModel, what: ExportOptions) -> Mapping[int, str] | None:
+    """Names of classes: of `--labels`, else of the pipeline that the model was opened from. Raises UserError on others than its own."""
+    index = Path(model.origin.get("path", "")).parent / "model_index.json"
+    path = Path(what.labels) if what.labels is not None else index
+    if what.labels is None and (not index.is_file() or not (read_json(index) or {}).get("id2label")):
+        return None
+    try:
+        told = read_json(path) if path.suffix == ".json" else path.read_text(encoding="utf-8").splitlines()
+        return class_names(told, model.arch.num_classes)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels wants a text file, a name per line, or a JSON file; {path}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} does not name the classes of {what.model}: {error}") from error

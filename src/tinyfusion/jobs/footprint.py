@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.core.rng import Randomness
+from tinyfusion.dynamic.train import DynamicObjective
 from tinyfusion.models.forwards import standing_in
 from tinyfusion.models.skip import of_images
 from tinyfusion.models.stack import BlockStack
@@ -181,12 +182,14 @@ def _measured(
 ) -> tuple[dict[str, Measured], int]:
     """What blocks need by arithmetic, and the bytes of one image's batch."""
     sides = [list(stack), list(taught.teacher_stack) if taught else []]
+    passes = objective.passes if isinstance(objective, DynamicObjective) else 1
     live: dict[int, tuple[int, int]] = {}
     size, calls = 0, list[list[Any]]()
     for images in (8, 16):  # even, because some gates compare images in pairs, and enough for masks to differ
         draws = Randomness(0).at(0, 0, images)
         noisy = objective.draw(source(0, images, draws), draws)
-        held = [v for v in tree_leaves(dict(vars(noisy))) if isinstance(v, Tensor)]
+        held: list[Tensor] = []
+        noisy.each(lambda value, held=held: (held.append(value), value)[1])
         size = sum(v.nbytes for v in held) // images
         with contextlib.ExitStack() as undo:
             meter = LiveBytes()
@@ -207,7 +210,7 @@ def _measured(
             _block_bytes(side, recorded, dtype, dtype == settings.dtype, trains=index == 0)
             for index, (side, recorded) in enumerate(zip(sides, calls, strict=True))
         )
-        found[dtype] = Measured(own, teachers, before, max(rest - before, 0))
+        found[dtype] = Measured(own * passes, teachers, before * passes, max(rest - before, 0) * passes)
     return found, size
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from tinyfusion.core.recipe import SampleSection
+from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.evaluate.speed import count_macs
+from tinyfusion.jobs.processes import sampler_of
+from tinyfusion.jobs.skipping import skipping_for
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import num_parameters
 
@@ -13,6 +17,28 @@ def model_macs(model: LoadedModel) -> int:
     """Multiply-accumulates of one unguided forward pass of one image."""
     family, arch = model.family, model.arch
     return count_macs(lambda: family.build(arch), lambda: family.example(arch, 1))
+
+
+def _dynamic(model: LoadedModel) -> dict[str, Any] | None:
+    """Of a model with routers: what they decide on, the ratio they were set to, and heads and groups kept over the chain.
+
+    Per block, the mean shares of heads and of groups over the times of the published sampler; MACs at the recorded ratio.
+    """
+    routed = model.dynamic
+    if routed is None:
+        return None
+    recorded = dict(model.facts.dynamic or {})
+    skipping = skipping_for(model, sampler_of(SampleSection(), model))
+    assert skipping is not None
+    tables = skipping.tables
+    found = {**recorded, **tables.report()}
+    for name, table in (("heads", tables.heads), ("groups", tables.groups)):
+        found[f"{name}_per_block"] = [round(float(share), 4) for share in table.float().mean(dim=(0, 2))]
+    if "ratio" in recorded:
+        found["macs"] = total_macs(
+            model_macs(model), routed.sizes, len(model.stack), recorded["ratio"], routed.settings.tokens
+        )
+    return found
 
 
 def inspect(model: LoadedModel) -> dict[str, Any]:
@@ -29,6 +55,7 @@ def inspect(model: LoadedModel) -> dict[str, Any]:
         "macs": model_macs(model),
         "kept": facts.kept,
         "lineage": facts.lineage,
+        "dynamic": _dynamic(model),
         "hash": model.hash(),
         "arch": arch,
         "image_size": facts.image_size,

@@ -10,8 +10,10 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe, SampleSection
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import Process
+from tinyfusion.processes.flow import Flow, FlowObjective
 from tinyfusion.processes.gaussian import GaussianObjective
-from tinyfusion.sample import gaussian
+from tinyfusion.processes.masked import MaskedObjective
+from tinyfusion.sample import flow, gaussian, masked
 from tinyfusion.sample.drive import Sampler
 
 
@@ -30,6 +32,21 @@ class ProcessKit:
     kept: Callable[[Recipe], dict[str, Any]]
 
 
+def _flow_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
+    """The path and the prediction are the model's; weight and distance from the ends are the recipe's."""
+    settings = recipe.flow
+    try:
+        return FlowObjective(
+            model.arch.num_classes, label_drop, flow.flow_of(model), settings.loss_weight, settings.train_eps
+        )
+    except ValueError as error:
+        raise UserError(f"flow: {error}") from error
+
+
+def _masked_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
+    return MaskedObjective(model.arch.num_classes, model.arch.patch_size, label_drop, recipe.masked)
+
+
 PROCESS_SECTIONS = ("flow", "masked")  # of a recipe: what a training depends on beside its own section
 
 KITS: dict[str, ProcessKit] = {
@@ -37,6 +54,18 @@ KITS: dict[str, ProcessKit] = {
         objective=lambda model, label_drop, _: GaussianObjective(model.arch.num_classes, label_drop),
         sampler=gaussian.from_section,
         cheap=gaussian.cheap,
+        kept=lambda _: {},
+    ),
+    "flow": ProcessKit(
+        objective=_flow_objective,
+        sampler=flow.from_section,
+        cheap=flow.cheap,
+        kept=lambda recipe: Flow(recipe.flow.path, recipe.flow.prediction).settings(),
+    ),
+    "masked": ProcessKit(
+        objective=_masked_objective,
+        sampler=masked.from_section,
+        cheap=masked.cheap,
         kept=lambda _: {},
     ),
 }

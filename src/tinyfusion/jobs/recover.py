@@ -29,7 +29,7 @@ from tinyfusion.recover.channels import residual_channels
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.ema import horizon_warning
 from tinyfusion.training.engine import Engine
-from tinyfusion.training.optim import ParameterGroup, linear, trainable
+from tinyfusion.training.optim import decay_groups, linear, trainable
 from tinyfusion.training.state import TrainState
 
 
@@ -88,7 +88,9 @@ def recovery_of(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | Non
     if teacher:
         engine.place_teacher(frozen(teacher.module), list(teacher.stack))
     objective = _objective(recipe, student, teacher, pairs, channels)
-    state = TrainState(student.module, [ParameterGroup(trainable(student.module))], settings)
+    state = TrainState(
+        student.module, decay_groups(trainable(student.module), student.family.undecayed, settings), settings
+    )
     return Training(
         "recover",
         recipe,

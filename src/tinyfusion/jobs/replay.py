@@ -116,7 +116,8 @@ def _one_step(training: Training, step: int) -> tuple[list[dict[str, Any]], floa
         terms = forward(noisy)
         terms["loss"].mean().backward()
     norm = float(engine.gradient_norm(list(state.parameters.values())))
-    columns: dict[str, torch.Tensor] = {"label": noisy.y, "timestep": noisy.t, **terms}
+    t = noisy.t if noisy.t.ndim == 1 else noisy.t.double().flatten(1).mean(1)  # of an image with several: their mean
+    columns: dict[str, torch.Tensor] = {"label": noisy.y, "timestep": t, **terms}
     values = {name: column.detach().tolist() for name, column in columns.items()}
     rows = [{"sample": i, **{name: column[i] for name, column in values.items()}} for i in range(len(noisy.y))]
     return rows, norm

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,32 +114,19 @@ def sample(
     if options.dry_run:
         estimate = sampling_estimate(model, recipe.sample, sampler_of(recipe.sample, model), engine.device)
         return announce("sample", {"model": described(model), "protocol": told}, estimate, engine.is_main)
-    parts = job.parts(num)
-    if todo:
-        made = missing_folders(parts.folder)
-        missing = engine.first(lambda: _begin(job, parts))
-        try:
-            _draw_parts(job, parts, missing, engine, f"sample {model_source}")
-        except BaseException as error:
-            kept = _kept(parts)
-            if not kept and engine.world == 1:
-                parts.remove()
-                remove_empty(made)
-            if isinstance(error, Interrupted):
-                what = f"{kept:,} of {parts.shape[0]:,} images of {job.out} are kept"
-                what = what if kept else f"no image of {job.out} was finished"
-                raise Interrupted(error.signum, f"{what}, the same command continues") from None
-            raise
-    if not engine.is_main:
-        return {}
-    if todo:
-        paths = {name: str(path) if path else None for name, path in (("grid", grid), ("png", png))}
-        record = stamp("sample", plain, "done", **outcome, model=model.hash(), **paths)
-        write_samples(options.out, parts.source(), labels_of(recipe, model), record)
-        parts.remove()
-    else:
-        print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
-    _write_pictures(job, todo)
+    with ExitStack() as held:
+        if todo and (ran := _draw(job, job.parts(num), engine, f"sample {model_source}", held)):
+            outcome["dynamic"] = ran
+        if not engine.is_main:
+            return {}
+        if todo:
+            paths = {name: str(path) if path else None for name, path in (("grid", grid), ("png", png))}
+            record = stamp("sample", plain, "done", **outcome, model=model.hash(), **paths)
+            write_samples(options.out, job.parts(num).source(), labels_of(recipe, model), record)
+            job.parts(num).remove()
+        else:
+            print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
+        _write_pictures(job, todo)
     return outcome
 
 
@@ -182,9 +170,28 @@ def _check(job: _Job, engine: Engine) -> tuple[bool, int]:
     return todo, num
 
 
-def _begin(job: _Job, parts: Parts) -> list[Range]:
-    """Make the folder of parts, or find it; which of them are missing."""
-    begin_parts(parts, job.plain, job.options.overwrite)
+def _draw(job: _Job, parts: Parts, engine: Engine, title: str, held: ExitStack) -> dict[str, Any] | None:
+    """All parts, by all processes. held: keeps their folder for this sampling. What this one ran of a model with routers."""
+    made = missing_folders(parts.folder)
+    missing = engine.first(lambda: _begin(job, parts, held))
+    try:
+        return _draw_parts(job, parts, missing, engine, title)
+    except BaseException as error:
+        kept = _kept(parts)
+        if not kept and engine.world == 1:
+            parts.remove()
+            remove_empty(made)
+        if isinstance(error, Interrupted):
+            what = f"{kept:,} of {parts.shape[0]:,} images of {job.out} are kept"
+            what = what if kept else f"no image of {job.out} was finished"
+            raise Interrupted(error.signum, f"{what}, the same command continues") from None
+        raise
+
+
+def _begin(job: _Job, parts: Parts, held: ExitStack) -> list[Range]:
+    """Make the folder of parts, or find it; which of them are missing. Another process may have ended since `_check`."""
+    held.enter_context(begin_parts(parts, job.plain, job.options.overwrite))
+    file_output(job.out, "sample", job.plain, job.options.overwrite, _record_beside)
     missing = parts.missing()
     if len(missing) < len(parts.ranges()):
         left = sum(last - first for first, last in missing)
@@ -192,7 +199,7 @@ def _begin(job: _Job, parts: Parts) -> list[Range]:
     return missing
 
 
-def _draw_parts(job: _Job, parts: Parts, missing: list[Range], engine: Engine, title: str) -> None:
+def _draw_parts(job: _Job, parts: Parts, missing: list[Range], engine: Engine, title: str) -> dict[str, Any] | None:
     """Draw this process's share of `missing`, every world-th part of it; the first process then waits for all others."""
     slowest = 0.0
     own = missing[engine.rank :: engine.world]
@@ -213,6 +220,7 @@ def _draw_parts(job: _Job, parts: Parts, missing: list[Range], engine: Engine, t
             slowest = max(slowest, time.monotonic() - began)
     if engine.is_main:
         parts.wait_for(max(job.recipe.compute.timeout_s, _SLOWER * slowest))
+    return drawing.skipped.report() if drawing else None
 
 
 def _kept(parts: Parts) -> int:

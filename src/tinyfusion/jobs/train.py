@@ -24,7 +24,7 @@ from tinyfusion.jobs.training import Training, drive, finished, save
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.checkpoint import new_model
 from tinyfusion.training.engine import Engine
-from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.optim import decay_groups, trainable
 from tinyfusion.training.state import TrainState
 
 
@@ -64,6 +64,8 @@ def train_of(recipe: Recipe, engine: Engine) -> Training:
     source = batches_for(recipe, model, engine.device)
     model = trained_on(model, source)
     engine.place(model.module.train(), list(model.stack))
-    state = TrainState(model.module, [ParameterGroup(trainable(model.module))], recipe.train)
+    state = TrainState(
+        model.module, decay_groups(trainable(model.module), model.family.undecayed, recipe.train), recipe.train
+    )
     objective = objective_for(model, recipe.train.label_drop, recipe)
     return Training("train", recipe, recipe.train, model, model.stack, state, objective, source, engine)

@@ -1,4 +1,4 @@
-"""The autoencoder between pictures and latents: any `AutoencoderKL` of diffusers, from a folder or by its hub id."""
+"""The autoencoder between pictures and latents: any `AutoencoderKL` of diffusers, from a folder or by its hub id, or KL-16."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import read_json
+from tinyfusion.models import kl16
 from tinyfusion.models.hub import autoencoder_folder
 
 _SCALE_OF_CLASS = 0.18215  # of AutoencoderKL, where its configuration says nothing
@@ -62,11 +63,13 @@ class Autoencoder:
 
 
 def open_autoencoder(name: str) -> Autoencoder:
-    """The autoencoder of a folder or hub id, alone or as the `vae` of a pipeline.
+    """The autoencoder of a folder or hub id, alone or as the `vae` of a pipeline; or KL-16, of its file or by its known name.
 
     Raises UserError where there is none, where it is of another class, and where its weights are missing, damaged or not
     finite.
     """
+    if (file := kl16.kl16_file(name)) is not None:
+        return Autoencoder(kl16.open_kl16(file), name, kl16.SCALE, 0.0, kl16.CHANNELS, kl16.FACTOR)
     folder = autoencoder_folder(name)
     config = _config(folder)
     try:

@@ -22,7 +22,8 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import read_json, write_json, written_beside
 from tinyfusion.core.weights import fetch_weights, known_weights
 from tinyfusion.models import diffusers
-from tinyfusion.models.family import FAMILIES, ModelFamily
+from tinyfusion.models.attach import rules_of, settings_in
+from tinyfusion.models.family import FAMILIES, DiffusersFolder, ModelFamily
 from tinyfusion.models.hub import HUB_ID, fetch_repository
 from tinyfusion.models.loaded import LoadedModel, ModelFacts, hash_tensors, make_trainable, new_model
 from tinyfusion.models.plan import plan_from_json
@@ -48,6 +49,7 @@ def model_record(model: LoadedModel) -> dict[str, Any]:
         "family": model.family.name,
         "process": model.family.process,
         "process_settings": facts.process_settings,
+        "dynamic": facts.dynamic,
         "arch": dataclasses.asdict(model.arch),
         "plan": facts.plan.to_json() if facts.plan else None,
         "kept": facts.kept,
@@ -133,8 +135,12 @@ def _model_folder(path: Path, weights: str) -> Path:
                 return path / f"{name}{suffix}"
     if (path / "model_index.json").is_file():
         kind = (read_json(path / "model_index.json") or {}).get("_class_name")
-        if kind != "DiTPipeline":
-            raise UserError(f"{path} is a {kind} of diffusers; of its pipelines only DiTPipeline can be opened")
+        known = [
+            "DiTPipeline",
+            *(name for one in FAMILIES.values() if one.diffusers for name in one.diffusers.pipelines),
+        ]
+        if kind not in known:
+            raise UserError(f"{path} is a {kind} of diffusers; of its pipelines only {', '.join(known)} can be opened")
         path = path / "transformer"
     if (path / "config.json").is_file():
         return path
@@ -165,14 +171,22 @@ def _open_own(path: Path, num_heads: int | None, family_name: str | None) -> Loa
         arch = build_known(family.arch_type, record.get("arch"), "arch")
         plan = None if record.get("plan") is None else plan_from_json(record["plan"])
         facts = build_known(ModelFacts, {**record, "plan": plan}, "")
+        routers = None if facts.dynamic is None else settings_in(facts.dynamic)
+        if routers is not None:
+            rules_of(family)
     except ValueError as error:  # UserError among them
         raise UserError(f"{path}/model.json is damaged: {error}") from error
     _check_heads(path, arch, num_heads)
-    module = filled(family, arch, read_safetensors(path / "model.safetensors"), path)
+    module = filled(family, arch, read_safetensors(path / "model.safetensors"), path, routers)
     model = LoadedModel(module, family, arch, facts, {"kind": "model folder of tinyfusion", "path": str(path)})
-    if record.get("hash") != model.hash():
+    if record.get("hash") != model.hash() and record.get("hash") != _hash_of_tensors_alone(model):
         raise UserError(f"{path} is damaged: its tensors do not give the hash in model.json")
     return model
+
+
+def _hash_of_tensors_alone(model: LoadedModel) -> str:
+    """What folders record that were written before rules of its own were part of the hash of a model."""
+    return hash_tensors(model.module.state_dict(), model.family, model.arch, rules=False)
 
 
 def _check_heads(path: Path, arch: Any, num_heads: int | None) -> None:
@@ -187,10 +201,14 @@ def _check_family(path: Path, family: ModelFamily, name: str | None) -> None:
 
 def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None) -> LoadedModel:
     """The folder of one model of diffusers: config.json, and weights in one file or several."""
-    config, family = read_json(path / "config.json"), FAMILIES["dit"]
+    config = read_json(path / "config.json")
     if not diffusers.is_config(config):
         raise UserError(f"{path}/config.json is not of a model of diffusers: it has no _class_name")
+    holding = (one for one in FAMILIES.values() if one.diffusers and one.diffusers.holds(config))
+    family = next(holding, FAMILIES["dit"])
     _check_family(path, family, family_name)
+    if family.diffusers is not None:
+        return _open_diffusers_of(family, family.diffusers, path, config, num_heads)
     try:
         arch = diffusers.arch_of_config(config)
     except UserError as error:
@@ -209,11 +227,32 @@ def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None) 
         raise UserError(f"{path}: {error}") from error
     del tensors
     if diffusers.RECORD in config and all(tensor.dtype == torch.float32 for tensor in ours.values()):
-        shift = diffusers.recorded_shift(config, hash_tensors(ours, family, arch))
+        shift = diffusers.recorded_shift(
+            config, lambda shift: hash_tensors(ours, family, dataclasses.replace(arch, frequency_shift=shift))
+        )
         arch = dataclasses.replace(arch, frequency_shift=arch.frequency_shift if shift is None else shift)
     module = filled(family, arch, ours, path)
     inside = " in a DiTPipeline" if (path.parent / "model_index.json").is_file() else ""
     origin = {"kind": f"folder of diffusers{inside}", "path": str(path), "file": file}
+    return LoadedModel(module, family, arch, _diffusers_facts(path, config, arch, family), origin)
+
+
+def _open_diffusers_of(
+    family: ModelFamily, folder: DiffusersFolder, path: Path, config: Any, num_heads: int | None
+) -> LoadedModel:
+    """The folder of one model of diffusers whose family reads it by its own rules."""
+    tensors, file = _diffusers_weights(path)
+    if (path / folder.beside).is_file():
+        tensors |= read_safetensors(path / folder.beside)
+    try:
+        arch, ours = folder.read(config, tensors)
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}/config.json is damaged: {error}") from error
+    _check_heads(path, arch, num_heads)
+    origin = {"kind": "folder of diffusers", "path": str(path), "file": file}
+    module = filled(family, arch, ours, path)
     return LoadedModel(module, family, arch, _diffusers_facts(path, config, arch, family), origin)
 
 

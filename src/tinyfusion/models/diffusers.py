@@ -12,14 +12,14 @@ formula there and not stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.models.dit import DiTArch, position_table
+from tinyfusion.models.dit import TIMESTEP_FREQUENCIES, DiTArch, position_table
 
 CLASS_NAME = "DiTTransformer2DModel"
 _CLASSES = (CLASS_NAME, "Transformer2DModel")  # the latter in folders of 2022 and 2023, such as facebook/DiT-XL-2-256
@@ -171,12 +171,17 @@ def arch_of_config(config: Mapping[str, Any]) -> DiTArch:
     )
 
 
-def recorded_shift(config: Mapping[str, Any], hash: str) -> int | None:
-    """The frequency shift in our record, where it belongs to the tensors with this hash: others were trained by diffusers since."""
+def recorded_shift(config: Mapping[str, Any], hash_with: Callable[[int], str]) -> int | None:
+    """The frequency shift in our record, where it belongs to the tensors: others were trained by diffusers since.
+
+    hash_with: the hash of the model with such a shift.
+    """
     own = config.get(RECORD)
-    arch = own.get("arch") if isinstance(own, Mapping) and own.get("hash") == hash else None
+    arch = own.get("arch") if isinstance(own, Mapping) else None
     shift = arch.get("frequency_shift") if isinstance(arch, Mapping) else None
-    return shift if type(shift) is int else None
+    if type(shift) is not int or not 0 <= shift < TIMESTEP_FREQUENCIES // 2:
+        return None
+    return shift if isinstance(own, Mapping) and own.get("hash") == hash_with(shift) else None
 
 
 def config_of_arch(arch: DiTArch) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyfusion.models.packed import gelu_linear
+
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoidal timestep features, fixed by the published model
 MLP_RATIO = 4
 
@@ -65,6 +67,12 @@ class DiTArch:
             object.__setattr__(self, "head_dim", None)
         if self.mlp_hidden == MLP_RATIO * self.hidden_size:
             object.__setattr__(self, "mlp_hidden", None)
+
+    @property
+    def rules(self) -> dict[str, int | float]:
+        """What is computed otherwise than published with the same tensors; a part of the hash."""
+        published = {"frequency_shift": 0, "mlp_norm_eps": 1e-6}
+        return {name: getattr(self, name) for name, value in published.items() if getattr(self, name) != value}
 
     @property
     def head_width(self) -> int:
@@ -144,7 +152,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu_linear(self.fc1, x, "tanh"))
 
 
 class DiTBlock(nn.Module):

@@ -13,10 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.models import dit
+from tinyfusion.models import dit, mar, pixart, sit
+from tinyfusion.models.dit_dynamic import DIT_DYNAMIC
 from tinyfusion.models.dit_width import DIT_WIDTHS, unfit_formats
+from tinyfusion.models.dynamics import DynamicRules
 from tinyfusion.models.stack import BlockStack
 from tinyfusion.models.widths import WidthRules
+
+
+@dataclass(frozen=True)
+class DiffusersFolder:
+    """How a folder of diffusers becomes a model of a family."""
+
+    pipelines: tuple[str, ...]  # pipelines of diffusers whose transformer it is
+    holds: Callable[[Mapping[str, Any]], bool]  # whether a config.json is of it
+    # (config, tensors) -> arch and state dict. Raises UserError on what is not offered, ValueError on what is damaged
+    read: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, dict[str, Tensor]]]
+    beside: str  # a safetensors file beside the weights, whose tensors `read` gets too, where there is one
 
 
 @dataclass(frozen=True)
@@ -38,8 +51,12 @@ class ModelFamily:
     ]  # tensors that a formula gives, left out of the hash where they equal it
     published_latent: Mapping[int, Mapping[str, Any]]  # in_channels -> latent facts of the published files
     widths: WidthRules | None = None  # None where widths cannot be cut
+    dynamic: DynamicRules | None = None  # None where width and tokens cannot be chosen by timestep
     # (arch, tensors) -> {format of others that cannot hold such a model: reason}
     unfit_formats: Callable[[Any, Mapping[str, Tensor]], dict[str, str]] | None = None
+    # (name, parameter) -> whether published weight decay leaves it alone; None: it takes all alike
+    undecayed: Callable[[str, Tensor], bool] | None = None
+    diffusers: DiffusersFolder | None = None  # None where its folders are not opened, and for the first family
 
     def arch_of_sizes(self, sizes: Mapping[str, Any]) -> Any:
         """The arch of a recipe's section: "depth" counts the blocks of every list, and sizes that are None are not given.
@@ -81,21 +98,55 @@ class ModelFamily:
             return False
 
 
-FAMILIES: dict[str, ModelFamily] = {
-    "dit": ModelFamily(
-        name="dit",
-        process="gaussian",
-        arch_type=dit.DiTArch,
-        build=dit.DiT,
-        initialise=dit.initialise,
-        arch_of_state_dict=dit.arch_of_state_dict,
-        example=dit.example,
-        block_lists={"blocks": "depth"},
-        mark="x_embedder.proj.weight",
-        guided_channels=3,
-        computed={"pos_embed": lambda arch: dit.position_table(arch.hidden_size, arch.input_size // arch.patch_size)},
-        published_latent={4: {"latent_scale": 0.18215, "vae": "stabilityai/sd-vae-ft-ema", "pixels_per_latent": 8}},
-        widths=DIT_WIDTHS,
-        unfit_formats=unfit_formats,
-    ),
-}
+DIT = ModelFamily(
+    name="dit",
+    process="gaussian",
+    arch_type=dit.DiTArch,
+    build=dit.DiT,
+    initialise=dit.initialise,
+    arch_of_state_dict=dit.arch_of_state_dict,
+    example=dit.example,
+    block_lists={"blocks": "depth"},
+    mark="x_embedder.proj.weight",
+    guided_channels=3,
+    computed={"pos_embed": lambda arch: dit.position_table(arch.hidden_size, arch.input_size // arch.patch_size)},
+    published_latent={4: {"latent_scale": 0.18215, "vae": "stabilityai/sd-vae-ft-ema", "pixels_per_latent": 8}},
+    widths=DIT_WIDTHS,
+    dynamic=DIT_DYNAMIC,
+    unfit_formats=unfit_formats,
+)
+SIT = dataclasses.replace(DIT, name="sit", process="flow", build=sit.SiT, unfit_formats=sit.unfit_formats)
+MAR = ModelFamily(
+    name="mar",
+    process="masked",
+    arch_type=mar.MarArch,
+    build=mar.Mar,
+    initialise=mar.initialise,
+    arch_of_state_dict=mar.arch_of_state_dict,
+    example=mar.example_inputs,
+    block_lists={"encoder_blocks": "encoder_depth", "decoder_blocks": "decoder_depth"},
+    mark="z_proj.weight",
+    guided_channels=None,
+    computed={},
+    published_latent={16: {"latent_scale": 0.2325, "vae": "mar-kl16", "pixels_per_latent": 16}},
+    unfit_formats=mar.unfit_formats,
+    undecayed=mar.undecayed,
+)
+PIXART = ModelFamily(
+    name="pixart",
+    process="gaussian",
+    arch_type=pixart.PixArtArch,
+    build=pixart.PixArt,
+    initialise=pixart.initialise,
+    arch_of_state_dict=pixart.arch_of_state_dict,
+    example=dit.example,
+    block_lists={"net.transformer_blocks": "depth"},
+    mark="t_block.1.weight",
+    guided_channels=None,
+    computed={},
+    published_latent=DIT.published_latent,
+    unfit_formats=lambda _arch, _tensors: dict(pixart.UNFIT),
+    diffusers=DiffusersFolder(("PixArtAlphaPipeline",), pixart.is_config, pixart.from_diffusers, pixart.PROMPTS),
+)
+# where an official file fits several, the first is assumed
+FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (DIT, SIT, MAR, PIXART)}

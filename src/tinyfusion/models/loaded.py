@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyfusion.core.config import nearest
 from tinyfusion.core.errors import UserError
+from tinyfusion.models.attach import DynamicModel, build_with_routers
 from tinyfusion.models.family import FAMILIES, ModelFamily
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import BlockStack
@@ -34,7 +35,8 @@ class ModelFacts:
     direct parent per list, None for an uncut model. lineage: parents, oldest first, each with hash, depth and kept, where
     it was cut in width the residual channels of its own parent that it kept, and its arch where its child was.
     seen_images: images that a model trained from nothing saw; None for cut models and where unknown. process_settings: of
-    its process that it was trained with and has to be sampled with, where the process has such.
+    its process, that it was trained with and has to be sampled with, where the process has such. dynamic: of a model with
+    routers, their settings (`DynamicSettings`) and what they reach.
     """
 
     image_size: int
@@ -46,6 +48,7 @@ class ModelFacts:
     plan: PrunePlan | None = None
     seen_images: int | None = None
     process_settings: dict[str, Any] = field(default_factory=dict)
+    dynamic: dict[str, Any] | None = None
 
 
 @dataclass
@@ -66,6 +69,11 @@ class LoadedModel:
         """Its residual blocks; one object, as what was compiled hangs on it."""
         return self.family.stack(self.module)
 
+    @property
+    def dynamic(self) -> DynamicModel | None:
+        """The same model as one with routers, where it has them."""
+        return None if self.facts.dynamic is None else DynamicModel(self)
+
     def copy(self) -> LoadedModel:
         """An independent copy."""
         return dataclasses.replace(self, module=copy.deepcopy(self.module))
@@ -73,7 +81,7 @@ class LoadedModel:
     def with_weights(self, tensors: Mapping[str, Tensor]) -> LoadedModel:
         """The same model with other values: a new module, on the CPU, that holds a copy of every tensor of `tensors`."""
         with torch.device("meta"):
-            module = self.family.build(self.arch)
+            module = build_with_routers(self.family, self.arch, None if self.dynamic is None else self.dynamic.settings)
         module.load_state_dict(
             {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, assign=True
         )
@@ -81,7 +89,7 @@ class LoadedModel:
         return dataclasses.replace(self, module=module.train(self.module.training))
 
     def hash(self) -> str:
-        """SHA-256 over the tensors sorted by official name; see `hash_tensors`."""
+        """SHA-256 over the tensors sorted by official name, and over unpublished rules; see `hash_tensors`."""
         return hash_tensors(self.module.state_dict(), self.family, self.arch)
 
     def unfit_formats(self) -> dict[str, str]:
@@ -94,6 +102,8 @@ class LoadedModel:
 
         Raises UserError where the plan was made for another model (unless `force`) or does not fit its depth or widths.
         """
+        if self.facts.dynamic is not None:
+            raise UserError("a model with routers cannot be cut: cut first, recover, and make the student dynamic")
         own = self.hash()
         if plan.teacher and plan.teacher != own and not force:
             raise UserError(
@@ -135,9 +145,11 @@ class LoadedModel:
         return dataclasses.replace(self, module=module.train(self.module.training), arch=arch)
 
 
-def hash_tensors(tensors: Mapping[str, Tensor], family: ModelFamily, arch: Any) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor], family: ModelFamily, arch: Any, rules: bool = True) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name; formula tensors are left out if equal.
 
+    rules: then also over what the sizes say that the model computes otherwise than the published one (`arch.rules`): such a
+    model is another one with the same tensors. Published rules add nothing.
     It is the hash of the tensors as held. Opened models hold float32, whatever their file held: a half-precision file
     has the hash of its values in float32, not that of its bytes. Nothing remembers it: weights change in place.
     """
@@ -149,6 +161,8 @@ def hash_tensors(tensors: Mapping[str, Tensor], family: ModelFamily, arch: Any) 
             continue
         digest.update(f"{name}\0{_DTYPE_NAMES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied
+    for name, value in sorted(getattr(arch, "rules", {}).items()) if rules else ():
+        digest.update(f"{name}\0{value!r}\0".encode())
     return digest.hexdigest()
 
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import read_json
+from tinyfusion.models.attach import build_with_routers
 from tinyfusion.models.family import ModelFamily
 from tinyfusion.models.loaded import make_trainable
+from tinyfusion.models.routers import DynamicSettings
 
 _NO_MODEL = "is not a model file, or it is truncated: wanted a torch file or .safetensors with a state dict"
 
@@ -51,10 +53,10 @@ def read_pickle(path: Path) -> Any:
 
 
 def state_dict_in(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
-    """The tensors of a flat state dict, or of a training checkpoint ("ema", else "model"; "model" for raw weights)."""
+    """The tensors of a flat state dict, or of a training checkpoint ("ema" or "model_ema", else "model"; that for raw weights)."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
-    for key in ("ema", "model") if weights == "ema" else ("model", "ema"):
+    for key in ("ema", "model_ema", "model") if weights == "ema" else ("model", "ema", "model_ema"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
@@ -109,10 +111,12 @@ def _raise_faults(faults: list[str], what: str) -> None:
         raise UserError(f"{what}: {'; '.join(faults[:3])}{more}")
 
 
-def filled(family: ModelFamily, arch: Any, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+def filled(
+    family: ModelFamily, arch: Any, tensors: Mapping[str, Tensor], path: Path, routers: DynamicSettings | None = None
+) -> nn.Module:
     """A module with exactly these values, float32 and in memory of its own, in eval mode; the first few faults are named."""
     with torch.device("meta"):
-        module = family.build(arch)
+        module = build_with_routers(family, arch, routers)
     wanted, what = module.state_dict(), f"{path} does not hold this {family.name}"
     check_tensors(tensors, wanted, what)
     held = {name: tensors[name].detach().to(torch.float32, copy=True).contiguous() for name in wanted}

@@ -4,7 +4,7 @@ Shapes: B samples, C channels, N kept timesteps. `model(x, t, y)` takes original
 noise prediction and variance logits v (or (B, C, H, W) where the variance is not learned: no variational term then, and
 sampling uses the posterior variance). Tables are float64, looked up and cast to float32 (published numerics).
 Sources: Ho et al. arXiv 2006.11239; Nichol & Dhariwal arXiv 2102.09672; Song et al. arXiv 2010.02502.
-Not here: cosine betas, x0- or v-prediction; the published DiT models use none of them.
+Not here: x0- or v-prediction; the published models use neither. The cosine betas of MAR's head are in `masked.py`.
 """
 
 from __future__ import annotations
@@ -68,10 +68,13 @@ def _stride_timesteps(count: int) -> list[int]:
 
 
 class Schedule:
-    """Tables of a respaced chain, float64, shape (N,). `timesteps[i]` is the original step of index i."""
+    """Tables of a respaced chain, float64, shape (N,). `timesteps[i]` is the original step of index i.
 
-    def __init__(self, spacing: str = "") -> None:
-        base = np.cumprod(1.0 - np.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=np.float64))
+    betas: (1000,) float64 of the whole chain; None are the linear ones of the published DiT.
+    """
+
+    def __init__(self, spacing: str = "", betas: np.ndarray | None = None) -> None:
+        base = np.cumprod(1.0 - (np.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=np.float64) if betas is None else betas))
         self.timesteps = np.array(kept_timesteps(spacing), dtype=np.int64)
         kept = base[self.timesteps]
         self.betas = 1.0 - kept / np.append(1.0, kept[:-1])  # re-derived, even when all steps are kept
@@ -188,12 +191,14 @@ class GaussianObjective:
     """Hybrid loss: noise MSE plus the variational term for the variance, both per sample.
 
     num_classes: K, the null label; label_drop: probability of replacing a label by it (published: 0.1; 0 in evaluation).
+    teacher_at_zero: distillation at t = 0 is the KL from the teacher as elsewhere, not the data likelihood (published).
     Source: arXiv 2102.09672, equation 16, with weight 1 on the variational term in bits per dimension of the sampled t.
     """
 
     num_classes: int
     label_drop: float = 0.1
     schedule: Schedule = field(default_factory=Schedule)
+    teacher_at_zero: bool = False
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         """t uniform over the chain, noise standard normal, labels dropped with probability `label_drop`."""
@@ -224,8 +229,8 @@ class GaussianObjective:
     def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
         """kd_loss = noise MSE against the teacher + vb_kd, the KL of the student's step from the teacher's in bits.
 
-        The KL trains the variance alone and falls back to the data likelihood at t = 0 (as published). Where either has no
-        learned variance it is left out. Source: arXiv 2412.01199, equation 6 and its released code.
+        The KL trains the variance alone and falls back to the data likelihood at t = 0 (as published, unless
+        `teacher_at_zero`). Where either has no learned variance it is left out. Source: arXiv 2412.01199, equation 6 and its released code.
         """
         channels = noisy.x0.shape[1]
         noise, v = split_output(own.output, channels)
@@ -234,7 +239,7 @@ class GaussianObjective:
         if v is None or taught_v is None:
             return {"kd_loss": mse_kd}
         step = self.schedule.model_gaussian(taught_noise, taught_v, noisy.xt, noisy.t, clip=False)
-        vb_kd = self.variational_bits(noisy, noise, v, target=(step.mean, step.log_variance))
+        vb_kd = self.variational_bits(noisy, noise, v, (step.mean, step.log_variance), not self.teacher_at_zero)
         return {"kd_loss": mse_kd + vb_kd, "vb_kd": vb_kd}
 
     def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
@@ -255,16 +260,23 @@ class GaussianObjective:
         return replace(noisy, xt=self.schedule.q_sample(noisy.x0, t, noisy.noise), t=t)
 
     def variational_bits(
-        self, noisy: NoisyBatch, noise: Tensor, v: Tensor, target: tuple[Tensor, Tensor] | None = None
+        self,
+        noisy: NoisyBatch,
+        noise: Tensor,
+        v: Tensor,
+        target: tuple[Tensor, Tensor] | None = None,
+        data_at_zero: bool = True,
     ) -> Tensor:
         """(B,) bits per dimension: KL of `target` (mean, log variance; default the true posterior) from the model.
 
         The model's mean is frozen: gradient flows into v alone. At t = 0 the data's negative log-likelihood is taken
-        whatever the target (as published).
+        whatever the target (as published), unless not `data_at_zero`.
         """
         model = self.schedule.model_gaussian(noise.detach(), v, noisy.xt, noisy.t, clip=False)
         mean, log_variance = target or self.schedule.posterior(noisy.x0, noisy.xt, noisy.t)
         kl = mean_flat(normal_kl(mean, log_variance, model.mean, model.log_variance))
+        if not data_at_zero:
+            return kl / math.log(2.0)
         likelihood = discretised_log_likelihood(noisy.x0, model.mean, 0.5 * model.log_variance)
         return torch.where(noisy.t == 0, -mean_flat(likelihood), kl) / math.log(2.0)
 

@@ -52,6 +52,11 @@ class Sampler(Protocol):
         """Rows of the network's batch per image: 2 under guidance."""
         ...
 
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether every trajectory calls the network at the same times."""
+        ...
+
     def of_steps(self, num_steps: int) -> Self:
         """The same way of sampling in so few steps, each as costly: what is timed to know the whole."""
         ...

@@ -78,6 +78,11 @@ class GaussianSampler:
         """Two where there is guidance."""
         return 2 if self.guidance > 1 else 1
 
+    @property
+    def fixed_steps(self) -> bool:
+        """All of them."""
+        return True
+
     def of_steps(self, num_steps: int) -> GaussianSampler:
         """Ancestral: it can make any number of steps."""
         return dataclasses.replace(self, sampler="ddpm", num_steps=num_steps)

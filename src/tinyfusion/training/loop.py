@@ -108,7 +108,8 @@ def train_steps(
 ) -> Iterator[StepRecord]:
     """Train from `state.step` to `settings.made_steps`, yielding after every step; the state is then complete for that step.
 
-    A non-finite loss or gradient on any process skips the update on all (average and optimiser stay as they are);
+    A non-finite loss or gradient on any process, or a gradient of norm `settings.skip_norm` or more, skips the update on all
+    (average and optimiser stay as they are);
     `settings.max_bad_steps` of them in a row raise BadNumbers. In float16 an overflow of the gradients lowers the loss
     scale first, and counts as bad only when that is at its floor. Batches are made ahead on another thread.
     """
@@ -129,6 +130,7 @@ def train_steps(
             waited_before = ahead.waited_s
             parts = ahead.take(step)
             waited_s = ahead.waited_s - waited_before
+            parts = _prepared(state.model, objective, parts, settings, engine)
             state.optimizer.zero_grad(set_to_none=True)
             terms, losses = _forward_backward(state, forward, parts, settings, engine)
             norm, applied = _update(state, terms["loss"], settings, engine)
@@ -137,7 +139,19 @@ def train_steps(
             rate = settings.learning_rate * factor
             yield StepRecord(step, terms, norm, rate, applied, bad_samples, waited_s, state.scale.value)
             if state.bad_steps >= settings.max_bad_steps:
-                raise BadNumbers(_gone_bad(state.bad_steps, step, settings.batch_size, bad_samples))
+                raise BadNumbers(_gone_bad(state.bad_steps, step, settings, bad_samples, float(norm)))
+
+
+def _prepared(
+    model: nn.Module, objective: LoopObjective, parts: list[Any], settings: TrainingSection, engine: Engine
+) -> list[Any]:
+    """The parts of a batch as an objective wants them that must see all of them before the first; most have no such method."""
+    prepare = getattr(objective, "prepared", None)
+    if prepare is None:
+        return parts
+    dtype = _DTYPES.get(settings.dtype)
+    with torch.no_grad(), torch.autocast(engine.device.type, dtype=dtype, enabled=dtype is not None):
+        return list(prepare(model, parts))
 
 
 def _forward_backward(
@@ -169,7 +183,9 @@ def _bad_places(losses: list[Tensor], settings: TrainingSection, engine: Engine)
 
 
 def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: Engine) -> tuple[Tensor, bool]:
-    """Clip and step, unless something is not finite. The joint gradient norm before clipping, and whether it was applied."""
+    """Clip and step, unless something is not finite or the norm is at `skip_norm`. The joint norm before clipping, and
+    whether the step was applied.
+    """
     parameters = list(state.parameters.values())
     engine.finish_gradients(parameters)
     scale = state.scale.value or 1.0
@@ -182,7 +198,8 @@ def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: 
     # all that the host must know of a step in one transfer: on an accelerator it waits for the device here and nowhere else
     norm_value, loss_value, *numbers = torch.stack([norm, loss, *factors]).tolist()
     finite = math.isfinite(norm_value) and math.isfinite(loss_value)
-    if finite:
+    applied = finite and (settings.skip_norm is None or norm_value < settings.skip_norm)
+    if applied:
         for group, factor, number in zip(groups if len(norms) > 1 else [parameters], factors, numbers, strict=True):
             gradients = [local_part(p.grad) for p in group if p.grad is not None]
             if gradients and number != 1:  # two passes over all gradients, which most steps of a calm training need not
@@ -190,10 +207,10 @@ def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: 
         state.optimizer.step()
         state.ema.update()
         state.bad_steps = 0
-    elif not (state.scale.can_fall and math.isfinite(loss_value)):
+    elif finite or not (state.scale.can_fall and math.isfinite(loss_value)):
         state.bad_steps += 1
     state.scale.update(finite)
-    return norm, finite
+    return norm, applied
 
 
 def _factor(norm: Tensor, scale: float, limit: float | None) -> Tensor:
@@ -201,16 +218,17 @@ def _factor(norm: Tensor, scale: float, limit: float | None) -> Tensor:
     return (torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)) / scale
 
 
-def _gone_bad(bad_steps: int, step: int, batch_size: int, bad_samples: list[int]) -> str:
+def _gone_bad(bad_steps: int, step: int, settings: TrainingSection, bad_samples: list[int], norm: float) -> str:
     """What to say of the last of too many bad steps: where its batch is, and what to do."""
+    batch_size = settings.batch_size
     shown = ", ".join(map(str, bad_samples[:8])) + (", ..." if len(bad_samples) > 8 else "")
-    which = (
-        f"samples {shown} of its {batch_size} have no finite loss"
-        if bad_samples
-        else "its loss is finite, its gradient is not"
-    )
+    what, which = "had a non-finite loss or gradient", "its loss is finite, its gradient is not"
+    if bad_samples:
+        which = f"samples {shown} of its {batch_size} have no finite loss"
+    elif math.isfinite(norm):
+        what, which = "were skipped", f"its gradient has the norm {norm:.4g}, and skip_norm is {settings.skip_norm:g}"
     return (
-        f"{bad_steps} steps in a row had a non-finite loss or gradient, the last at step {step} (images {step * batch_size:,} to "
+        f"{bad_steps} steps in a row {what}, the last at step {step} (images {step * batch_size:,} to "
         f"{(step + 1) * batch_size - 1:,}; {which}): `tinyfusion replay RUN --step {step}` shows it sample by sample; lower the "
         "learning rate, use float32, or look at the data of that step"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,28 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Named parameters that share a learning rate (None: the section's); `constant` exempts them from the schedule."""
+    """Named parameters that share a learning rate (None: the section's); `constant` exempts them from the schedule.
+
+    decayed: whether weight decay touches them.
+    """
 
     parameters: dict[str, nn.Parameter]
     learning_rate: float | None = None
     constant: bool = False
+    decayed: bool = True
+
+
+def decay_groups(
+    parameters: dict[str, nn.Parameter],
+    undecayed: Callable[[str, torch.Tensor], bool] | None,
+    settings: TrainingSection,
+) -> list[ParameterGroup]:
+    """One group, or two where there is weight decay and `undecayed` says of some (by name and value) that it is not for them."""
+    if undecayed is None or settings.weight_decay == 0:
+        return [ParameterGroup(parameters)]
+    spared = {name: parameter for name, parameter in parameters.items() if undecayed(name, parameter)}
+    rest = {name: parameter for name, parameter in parameters.items() if name not in spared}
+    return [ParameterGroup(rest), ParameterGroup(spared, decayed=False)]
 
 
 def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.Optimizer:
@@ -41,7 +58,8 @@ def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.
         rate = settings.learning_rate if group.learning_rate is None else group.learning_rate
         values = list(group.parameters.values())
         if values:
-            listed.append({"params": values, "lr": rate, "base": rate, "constant": group.constant})
+            spared = {} if group.decayed else {"weight_decay": 0.0}
+            listed.append({"params": values, "lr": rate, "base": rate, "constant": group.constant, **spared})
     if not listed:
         raise ValueError("nothing to train: no parameter group holds a parameter")
     numbers: dict[str, Any] = dict(betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)

@@ -1,0 +1,175 @@
+"""A forward pass of a dynamic DiT-XL/2 against the static one: does the time follow the multiply-accumulates?
+
+    python benchmarks/dynamic_step.py --threads 2 --out docs/results/dynamic-step.md
+
+Weights are random. Width routers are set so that every block keeps a random choice of heads and groups of the wanted share,
+token routers so that each block keeps half of the tokens of this input. Both sides work on the same input in turns, in one
+process, after a warm-up. The sub-networks are those of `dynamic/subnetworks.py`: resolved before, sliced weights, gathered
+tokens; token routers run and are in the time and in the multiply-accumulates. `--clock cpu` counts seconds of the
+processor instead of the wall, for a machine that others use at the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shared import quartiles, xl_model
+from tinyfusion.core.device import flush_denormals
+from tinyfusion.core.rundir import write_text
+from tinyfusion.dynamic.macs import total_macs
+from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
+from tinyfusion.evaluate.speed import count_macs
+from tinyfusion.models.attach import DynamicModel, attach, detached
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.routers import DynamicSettings
+
+TIMESTEP = 500.0
+ALLOWED = 1.08  # time ratio over ratio of multiply-accumulates
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is dynamic: share of heads and groups (1: all), and whether half of the tokens are skipped."""
+
+    name: str
+    width: float
+    tokens: bool
+
+
+CASES = [
+    Case("width 0.7", 0.7, False),
+    Case("width 0.5", 0.5, False),
+    Case("tokens 0.5", 1.0, True),
+    Case("width 0.7, tokens 0.5", 0.7, True),
+    Case("width 0.5, tokens 0.5", 0.5, True),
+]
+
+
+@torch.no_grad()
+def dynamic_model(base: LoadedModel, case: Case) -> DynamicModel:
+    """A copy of `base` with routers of the case; those of width do not look at the timestep."""
+    settings = DynamicSettings(width=case.width < 1, tokens=case.tokens, forced_first=False)
+    dynamic = attach(base.copy(), settings)
+    heads, chooser = dynamic.sizes.num_heads, np.random.Generator(np.random.Philox(0))
+    depth = len(dynamic.stack)
+    counts = np.diff(np.round(np.linspace(0, case.width * heads * depth, depth + 1))).astype(int)
+    for block, count in zip(dynamic.stack, counts, strict=True):
+        for name in ("attn_rate", "mlp_rate") if settings.width else ():
+            router = block.get_submodule(name).router
+            on = torch.from_numpy(chooser.permutation(heads) < count)
+            router.weight.zero_()
+            router.bias.copy_(torch.where(on, 1.0, -1.0))
+    dynamic.module.eval()
+    return dynamic
+
+
+def settle(router: nn.Module) -> None:
+    """At its next call a token router takes the bias with which it keeps half of the tokens that it sees then."""
+    plain = router.logits
+
+    def once(x: Tensor) -> Tensor:
+        del router.logits
+        router.mlp_head[2].bias.sub_(plain(x).median())
+        return plain(x)
+
+    router.logits = once
+
+
+def row(base: LoadedModel, case: Case, batch: int, dtype: str, repeats: int, clock: str) -> str:
+    """A line of the table."""
+    dynamic = dynamic_model(base, case)
+    tables = resolve(dynamic, [TIMESTEP])  # in float32, before the cast
+    dynamic.module.to(getattr(torch, dtype))
+    plain = detached(dynamic).module.eval()
+    arch = base.arch
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, arch.in_channels, arch.input_size, arch.input_size, generator=generator)
+    inputs = x.to(getattr(torch, dtype)), torch.full((batch,), int(TIMESTEP)), torch.arange(batch)
+    way = SubNetworks(dynamic, tables)
+    with dynamic.using(way):
+        if case.tokens:
+            for block in dynamic.stack:
+                settle(block.token_selection)
+            dynamic.module(*inputs)
+        way = SubNetworks(dynamic, tables)
+    seconds: tuple[list[float], list[float]] = ([], [])
+
+    def run(side: int) -> None:
+        if side == 0:
+            plain(*inputs)
+            return
+        with dynamic.using(way):
+            dynamic.module(*inputs)
+
+    for side in (0, 1):
+        run(side)
+    now = CLOCKS[clock]
+    for turn in range(repeats):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            began = now()
+            run(side)
+            seconds[side].append(now() - began)
+    static = count_macs(lambda: base.family.build(arch), lambda: base.family.example(arch, 1))
+    macs = total_macs(static, dynamic.sizes, arch.depth, way.ratio, case.tokens) / static
+    ratios = [b / a for a, b in zip(*seconds, strict=True)]
+    excess = float(np.median(ratios)) / macs
+    cells = (
+        dtype, str(batch), case.name, f"{macs:.3f}", quartiles(seconds[0], 2), quartiles(seconds[1], 2),
+        quartiles(ratios, 3), f"{1 / np.median(ratios):.2f}", f"{excess:.3f}", "yes" if excess <= ALLOWED else "no",
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def note(options: argparse.Namespace, depth: int) -> str:
+    """Where and how the table was made."""
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    return (
+        f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}, {depth} blocks of "
+        f"DiT-XL/2 at 256 pixels, {options.repeats} turns, {options.clock} clock, load {load} at the end. Median (quartiles). "
+        f"Excess is the ratio of times over the ratio of multiply-accumulates of the whole model; wanted: at most {ALLOWED}."
+    )
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--depth", type=int, default=28, help="blocks; 28 is the published model, and what is claimed")
+    parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--only", default="", help="cases whose name contains this, such as tokens")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    flush_denormals()
+    base = xl_model(options.depth)
+    head = ("dtype", "rows", "case", "MACs ratio", "static s", "dynamic s", "time ratio", "faster", "excess", "wanted")
+    table = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    print("\n".join(table), flush=True)
+    for dtype in options.dtype:
+        for batch in options.batch:
+            for case in CASES:
+                if options.only in case.name:
+                    table.append(row(base, case, batch, dtype, options.repeats, options.clock))
+                    print(table[-1], flush=True)
+    text = f"# A dynamic forward pass\n\n{note(options, options.depth)}\n\n" + "\n".join(table) + "\n"
+    print(note(options, options.depth))
+    if options.out:
+        write_text(options.out, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""`dynamic`: routers on a model, trained with it under a budget, so that sampling runs only a part of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import DynamicSection, Recipe
+from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
+from tinyfusion.dynamic.calibrate import TOLERANCE, calibrate, inference_ratio
+from tinyfusion.dynamic.importance import order_by_importance
+from tinyfusion.dynamic.train import DynamicObjective
+from tinyfusion.jobs.assemble import (
+    RunOptions,
+    batches_for,
+    device_for,
+    engine_for,
+    job_record,
+    plain_recipe,
+    training_plan,
+)
+from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
+from tinyfusion.jobs.processes import PROCESS_SECTIONS, objective_for
+from tinyfusion.jobs.training import Training, drive, finished, save
+from tinyfusion.jobs.watching import check_watch
+from tinyfusion.models.attach import DynamicModel, attach, check_attachable
+from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.routers import DynamicSettings
+from tinyfusion.models.stack import frozen
+from tinyfusion.prune.calibrate import Calibration, calibration_set
+from tinyfusion.training.ema import horizon_warning
+from tinyfusion.training.engine import Engine
+from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.state import TrainState
+
+OUTCOME = "dynamic.json"  # of a run: what the routers reach, and the order of units that they decide on
+_CALIBRATION_BATCH = 64
+
+
+def dynamic(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any] | None:
+    """Train routers and weights; writes `student/` (averaged weights), `student-raw/` and `dynamic.json`. What `--json` prints."""
+    engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
+    model, teacher = opened(recipe, source, options.num_heads, options.family)
+    inputs = {"model": model.hash(), "teacher": teacher.hash() if teacher else None}
+    plain = plain_recipe(recipe, "data", "dynamic", *PROCESS_SECTIONS, **inputs)
+    run = RunDirectory(options.out, engine.is_main)
+    mode = engine.first(lambda: run.check("dynamic", plain, options.overwrite))
+    intent = _intent(recipe, model, teacher, mode) if options.dry_run else {}
+    training = dynamic_of(recipe, model, teacher, engine)
+    settings = training.settings
+    check_watch(recipe, training.model)
+    if mode == "finished":
+        finished(run)
+        return {name: read_json(run.path / OUTCOME)[name] for name in ("ratio", "target")}
+    if mode == "new":
+        engine.first(lambda: check_space(options.out, training_disk_bytes(training)))
+    warning = horizon_warning(settings.ema_decay, settings.made_steps)
+    if warning and engine.is_main:
+        print(f"warning: {warning}", file=sys.stderr)
+    if options.dry_run:
+        return announce("dynamic", intent, training_estimate(training), engine.is_main)
+    with run.writing("dynamic", plain, options.overwrite):
+        run.mark("running", job=job_record(recipe, options, model=source))
+        seconds = drive(training, run, options.resume)
+        student, raw = training.averaged(), training.raw()
+        reached = _meet_budget(recipe, student)
+        if run.writes:
+            write_json(run.path / OUTCOME, reached)
+        save(run, _recorded(student, reached), "student")
+        save(run, raw, "student-raw")
+        run.mark("done", seconds=seconds, seen_images=settings.made_images)
+    engine.wait()  # nobody reads what the main process has not written yet
+    return {"seconds": seconds, "ratio": reached["ratio"], "target": reached["target"]}
+
+
+def opened(
+    recipe: Recipe, source: str, num_heads: int | None, family: str | None
+) -> tuple[LoadedModel, LoadedModel | None]:
+    """The model that is to get routers and, where it learns from one, the teacher. Raises UserError where it cannot."""
+    settings = recipe.dynamic
+    if not (settings.width or settings.tokens or settings.depth):
+        raise UserError("dynamic.width, dynamic.tokens and dynamic.depth are all off: nothing would be decided")
+    if settings.finish_steps >= settings.training.made_steps:
+        raise UserError(
+            f"dynamic.finish_steps {settings.finish_steps} are the last of {settings.training.made_steps} steps, and leave none "
+            "to train with noise: set fewer"
+        )
+    model = open_model(source, recipe.sample.weights, num_heads, family)
+    check_attachable(model, router_settings(settings))
+    if model.facts.dynamic is not None:
+        raise UserError(f"{source} has routers already: give the model that they were put on")
+    if settings.beside != "teacher":
+        return model, None
+    teacher = open_model(recipe.teacher, recipe.sample.weights, num_heads, family)
+    same = ("in_channels", "input_size", "num_classes")
+    if teacher.family is not model.family or any(getattr(teacher.arch, n) != getattr(model.arch, n) for n in same):
+        raise UserError(
+            f"the teacher {recipe.teacher} does not take what {source} takes: wanted one of the same family, input and classes"
+        )
+    return model, teacher
+
+
+def dynamic_of(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | None, engine: Engine) -> Training:
+    """The model with routers, and what trains it. Changes and moves both models."""
+    settings = recipe.dynamic
+    source = batches_for(recipe, model, engine.device)
+    inner = objective_for(model, settings.training.label_drop, recipe)
+    if settings.order:
+        order_by_importance(model)
+    routed = attach(model, router_settings(settings), recipe.seed)
+    engine.place(model.module.train(), list(model.stack))
+    if teacher:
+        engine.place_teacher(frozen(teacher.module), list(teacher.stack))
+    objective = DynamicObjective(
+        inner=inner,
+        dynamic=routed,
+        target=settings.target,
+        num_classes=model.arch.num_classes,
+        label_drop=settings.training.label_drop,
+        ramp_steps=settings.ramp_steps,
+        weight=settings.budget_weight,
+        beside=settings.beside,
+        beside_steps=settings.beside_steps,
+        beside_weight=settings.beside_weight,
+        teacher=teacher.module if teacher else None,
+        finish_from=settings.training.made_steps - settings.finish_steps,
+        strata=settings.strata,
+        total=engine.total if engine.world > 1 else None,
+    )
+    state = TrainState(model.module, [ParameterGroup(trainable(model.module))], settings.training)
+    return Training("dynamic", recipe, settings.training, model, model.stack, state, objective, source, engine, teacher)
+
+
+def router_settings(settings: DynamicSection) -> DynamicSettings:
+    """What a recipe says of routers."""
+    names = [field.name for field in dataclasses.fields(DynamicSettings)]
+    return DynamicSettings(**{name: getattr(settings, name) for name in names})
+
+
+# ------------------------------------------------------------------------------------------------------------- the budget
+
+
+def _meet_budget(recipe: Recipe, student: LoadedModel) -> dict[str, Any]:
+    """Shift the routers of `student` so that inference meets the target; what is reached, and how that was measured."""
+    settings, routed = recipe.dynamic, student.dynamic
+    assert routed is not None
+    measured = max(settings.calibration_images, _CALIBRATION_BATCH)
+    calibration = _calibration(recipe, student, measured)
+    predict = calibration.objective.predict
+    passes = [(len(noisy.y), partial(predict, student.module, noisy)) for noisy in calibration.batches]
+    student.module.eval()
+
+    def ratio() -> float:
+        return inference_ratio(routed, passes)
+
+    trained = ratio()
+    offset, reached = calibrate(routed, settings.target, ratio) if settings.calibration_images else (0.0, trained)
+    student.module.to("cpu")
+    return {
+        "target": settings.target,
+        "ratio": reached,
+        "trained_ratio": trained,
+        "offset": offset,
+        "tolerance": TOLERANCE,
+        "calibration": calibration.record(),
+    }
+
+
+def _calibration(recipe: Recipe, student: LoadedModel, images: int) -> Calibration:
+    """Noised images, timesteps stratified over the whole chain, on the recipe's device."""
+    device = device_for(recipe)
+    student.module.to(device)
+    plain = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augment=0.0, flip=0.0))
+    source = batches_for(plain, student, torch.device(device))
+    objective = objective_for(student, 0.0, recipe)
+    return calibration_set(objective, source, recipe.data.name, len(source), images, _CALIBRATION_BATCH, recipe.seed)
+
+
+def _recorded(student: LoadedModel, reached: dict[str, Any]) -> LoadedModel:
+    """The model with what its routers reach among its facts."""
+    known = {name: reached[name] for name in ("target", "ratio", "offset")}
+    facts = dataclasses.replace(student.facts, dynamic={**(student.facts.dynamic or {}), **known})
+    return dataclasses.replace(student, facts=facts)
+
+
+def _intent(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | None, mode: str) -> dict[str, str]:
+    """What `--dry-run` says."""
+    settings = recipe.dynamic
+    decided = [name for name in ("width", "tokens", "depth") if getattr(settings, name)]
+    return {
+        "model": described(model),
+        **({"teacher": described(teacher)} if teacher else {}),
+        "decides on": f"{', '.join(decided)}, for {settings.target:.0%} of the multiply-accumulates of the blocks",
+        **training_plan(recipe, settings.training, mode),
+    }
+
+
+__all__ = ["OUTCOME", "DynamicModel", "dynamic", "dynamic_of", "opened", "router_settings"]

@@ -1,0 +1,92 @@
+"""KL-16, the autoencoder of MAR (Li et al., arXiv 2406.11838): its file into the class of diffusers that computes the same.
+
+Its keys are those of latent diffusion (Rombach et al., arXiv 2112.10752). The network is a plain `AutoencoderKL`: 16
+channels at a sixteenth of the side, attention on the lowest level of the encoder and in both middles, none on the levels of
+the decoder. Models see 0.2325 times a sample of the posterior; the mean over ImageNet is left in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.weights import fetch_weights, known_weights
+from tinyfusion.models.tensors import check_tensors, read_pickle, read_safetensors, state_dict_in
+
+SCALE = 0.2325
+CHANNELS = 16
+FACTOR = 16  # pixels per latent cell and side
+_LEVELS = 5
+CONFIG: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",) * _LEVELS,
+    "block_out_channels": (128, 128, 256, 256, 512),
+    "layers_per_block": 2,
+    "latent_channels": CHANNELS,
+    "norm_num_groups": 32,
+    "scaling_factor": SCALE,
+}
+_FILES = (".ckpt", ".pt", ".pth", ".safetensors")
+# parts of a key of latent diffusion to those of diffusers
+_PARTS = (
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.mid\.block_([12])\.", lambda found: f".mid_block.resnets.{int(found[1]) - 1}."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.down\.(\d)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d)\.attn\.", r".down_blocks.\1.attentions."),
+    (r"\.down\.(\d)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d)\.block\.", lambda found: f".up_blocks.{_LEVELS - 1 - int(found[1])}.resnets."),
+    (r"\.up\.(\d)\.upsample\.", lambda found: f".up_blocks.{_LEVELS - 1 - int(found[1])}.upsamplers.0."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+)
+_ATTENTION_PARTS = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def kl16_file(name: str) -> Path | None:
+    """The file that `name` means, a path or known weights of kind "autoencoder" (fetched where needed); None for other names."""
+    if Path(name).is_file() and Path(name).suffix in _FILES:
+        return Path(name)
+    known = known_weights().get(name)
+    return fetch_weights(name) if known is not None and known.kind == "autoencoder" else None
+
+
+def open_kl16(path: Path) -> nn.Module:
+    """The `AutoencoderKL` of a file with the published keys, float32, frozen, in eval mode.
+
+    Raises UserError where a tensor is missing, too many, of another shape, or not finite.
+    """
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    tensors = to_diffusers(state_dict_in(content, "raw", path))
+    from diffusers import AutoencoderKL  # late: seconds
+
+    made: Any = AutoencoderKL
+    with torch.device("meta"):
+        module: nn.Module = made(**CONFIG)
+    wanted = module.state_dict()
+    check_tensors(tensors, wanted, f"{path} does not hold the autoencoder KL-16")
+    bad = next((key for key, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
+    if bad is not None:
+        raise UserError(f"{path} is damaged: {bad} is not finite")
+    module.load_state_dict({name: tensors[name].to(torch.float32).contiguous() for name in wanted}, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the names of diffusers, whose attention has linear layers for 1 x 1 convolutions."""
+    found = {}
+    for key, value in tensors.items():
+        name = key
+        for pattern, replacement in _PARTS:
+            name = re.sub(pattern, replacement, name)
+        inside = re.fullmatch(r"(.*\.attentions\.\d)\.(\w+)\.(weight|bias)", name)
+        if inside and inside[2] in _ATTENTION_PARTS:
+            name = f"{inside[1]}.{_ATTENTION_PARTS[inside[2]]}.{inside[3]}"
+            value = value.flatten(1) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
+        found[name] = value
+    return found

@@ -1,0 +1,255 @@
+"""The flow process of SiT: paths between noise and data, what a network may predict of them, and its training loss.
+
+Shapes: B samples, C channels. Time t (B,) is a real number, 0 at noise and 1 at the data: x_t = alpha(t) x0 + sigma(t)
+noise, x0 the clean image. (The paper writes time the other way round; this is the direction of its code.) `model(x, t, y)`
+takes t as it is and returns (B, C, H, W).
+
+Velocity, score and noise are linear in each other at a given x and t. With W = alpha' sigma - alpha sigma', which is 1 on the
+straight path, every conversion has a form that divides by nothing but what vanishes in truth:
+
+    noise    e = (alpha' x - alpha v) / W          finite for every t
+    velocity v = (alpha' x - W e) / alpha          infinite only where alpha is 0: the noise end of linear and gvp
+    score    s = -e / sigma                        infinite only at the data
+
+Source: Ma et al., arXiv 2401.08740 (paths, predictions, weights); Albergo et al., arXiv 2303.08797.
+Differs: an epsilon that is set is used, each for itself (the published code tests the wrong one, and puts 0 for velocity).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion.core.rng import Draws
+from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
+
+PathName = Literal["linear", "gvp", "vp"]
+Predicted = Literal["velocity", "noise", "score"]
+LossWeight = Literal["none", "velocity", "likelihood"]
+NUM_LEVELS = 1000  # of noise, as many as a DiT has
+_LOW_NOISE_PARTS = 4  # block influence at clean inputs sees the quarter of the times that is nearest to the data
+_BETA_MIN, _BETA_MAX = 0.1, 20.0  # of the VP path
+SMALL_EPS = 1e-3  # published distance from the ends, where there has to be one
+
+
+class Point(NamedTuple):
+    """A path at times t, every entry shaped as t: x_t = alpha x0 + sigma noise; d_: derivatives; wronskian: W."""
+
+    alpha: Tensor
+    d_alpha: Tensor
+    sigma: Tensor
+    d_sigma: Tensor
+    wronskian: Tensor
+
+
+def linear_path(t: Tensor) -> Point:
+    """alpha = t, sigma = 1 - t."""
+    one = torch.ones_like(t)
+    return Point(t, one, 1 - t, -one, one)
+
+
+def gvp_path(t: Tensor) -> Point:
+    """alpha = sin(pi t / 2), sigma = cos(pi t / 2), taken as the sine of what is left, so that it ends at 0 exactly."""
+    quarter = math.pi / 2
+    alpha, sigma = torch.sin(quarter * t), torch.sin(quarter * (1 - t))
+    return Point(alpha, quarter * sigma, sigma, -quarter * alpha, torch.full_like(t, quarter))
+
+
+def vp_path(t: Tensor) -> Point:
+    """The variance-preserving diffusion with beta from 20 at noise to 0.1 at the data. At t = 0 alpha is 0.0066, not 0."""
+    left = 1 - t
+    log_alpha = -(left**2) * (_BETA_MAX - _BETA_MIN) / 4 - left * _BETA_MIN / 2
+    slope = left * (_BETA_MAX - _BETA_MIN) / 2 + _BETA_MIN / 2  # of log alpha
+    alpha, sigma = log_alpha.exp(), torch.sqrt(-torch.expm1(2 * log_alpha))
+    return Point(alpha, alpha * slope, sigma, -(alpha**2) * slope / sigma, alpha * slope / sigma)
+
+
+PATHS: dict[PathName, Callable[[Tensor], Point]] = {"linear": linear_path, "gvp": gvp_path, "vp": vp_path}
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A path, and what the network says of it: both belong to a model. ValueError on names that are none."""
+
+    path: PathName = "linear"
+    prediction: Predicted = "velocity"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("path", self.path, PathName), ("prediction", self.prediction, Predicted)):
+            if value not in get_args(known):
+                raise ValueError(f"unknown {name} {value!r} of a flow: there is {', '.join(get_args(known))}")
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> Flow:
+        """From the settings that a model keeps; published where it keeps none. ValueError on others."""
+        unknown = sorted(set(settings) - {"path", "prediction"})
+        if unknown:
+            raise ValueError(f"unknown settings of a flow: {', '.join(unknown)}")
+        return cls(**settings)
+
+    def settings(self) -> dict[str, Any]:
+        """What a model keeps of it."""
+        return {"path": self.path, "prediction": self.prediction}
+
+    @property
+    def starts_finite(self) -> bool:
+        """Whether the velocity is known at t = 0: the network gives it, or alpha is not 0 there."""
+        return self.path == "vp" or self.prediction == "velocity"
+
+    def point(self, t: Tensor) -> Point:
+        """The path at t (B,), shaped (B, 1, 1, 1)."""
+        return PATHS[self.path](t.view(-1, 1, 1, 1))
+
+    def ends(self, eps: float | None, default_vp: float) -> tuple[float, float]:
+        """The times between which a model is trained or sampled.
+
+        eps: distance from both ends, on the VP path from the data alone. None is the published one: 0 where the network
+        gives the velocity, 1e-3 for noise and score, `default_vp` on the VP path. Raises ValueError where eps is no such
+        distance, or is 0 where the velocity is infinite at an end.
+        """
+        if eps is None:
+            eps = default_vp if self.path == "vp" else 0.0 if self.prediction == "velocity" else SMALL_EPS
+        needed = self.path == "vp" or not self.starts_finite
+        if not (0 < eps < 0.5 if needed else 0 <= eps < 0.5):
+            least = "above 0" if needed else "at least 0"
+            raise ValueError(
+                f"the distance from the ends of time must be {least} and below 0.5 for path {self.path} with prediction "
+                f"{self.prediction}; got {eps:g}"
+            )
+        return (0.0 if self.path == "vp" else eps), 1.0 - eps
+
+    def training_ends(self, eps: float | None) -> tuple[float, float]:
+        """`ends` of training: 1e-5 on the VP path."""
+        return self.ends(eps, default_vp=1e-5)
+
+    def sampling_ends(self, eps: float | None) -> tuple[float, float]:
+        """`ends` of sampling: 1e-3 on the VP path."""
+        return self.ends(eps, default_vp=SMALL_EPS)
+
+    def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """dx/dt that the network's output means at x (B, C, H, W) and t (B,)."""
+        if self.prediction == "velocity":
+            return output
+        at = self.point(t)
+        noise = output if self.prediction == "noise" else -at.sigma * output
+        return (at.d_alpha * x - at.wronskian * noise) / at.alpha
+
+    def noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The noise that the network's output means."""
+        if self.prediction == "noise":
+            return output
+        at = self.point(t)
+        if self.prediction == "score":
+            return -at.sigma * output
+        return (at.d_alpha * x - at.alpha * output) / at.wronskian
+
+    def score(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The gradient of the log density of x_t that the network's output means; infinite at t = 1."""
+        if self.prediction == "score":
+            return output
+        return -self.noise(output, x, t) / self.point(t).sigma
+
+    def error(self, output: Tensor, noisy: NoisyBatch, target: Tensor | None = None) -> Tensor:
+        """(B, C, H, W): what is squared in the loss, unweighted. target: of another network instead of the truth.
+
+        velocity: v - (alpha' x0 + sigma' noise); noise: e - noise; score: sigma s + noise.
+        """
+        at = self.point(noisy.t)
+        if target is not None:
+            return (at.sigma if self.prediction == "score" else 1.0) * (output - target)
+        if self.prediction == "velocity":
+            return output - (at.d_alpha * noisy.x0 + at.d_sigma * noisy.noise)
+        return output - noisy.noise if self.prediction == "noise" else at.sigma * output + noisy.noise
+
+    def weight(self, name: LossWeight, t: Tensor) -> Tensor:
+        """(B,) weight of the squared error of noise and score: velocity (lambda / sigma)^2, likelihood lambda / sigma^2.
+
+        lambda = sigma W / alpha, so these are (W / alpha)^2 and W / (alpha sigma). A velocity network has 1, whatever is asked.
+        """
+        if name == "none" or self.prediction == "velocity":
+            return torch.ones_like(t)
+        at = PATHS[self.path](t)
+        if name == "velocity":
+            return (at.wronskian / at.alpha) ** 2
+        return at.wronskian / (at.alpha * at.sigma)
+
+
+def per_sample(x: Tensor) -> Tensor:
+    """Mean over all but the batch axis: (B,)."""
+    return x.flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class FlowObjective:
+    """The squared error of a flow network, per sample.
+
+    Fields of its `NoisyBatch`: x0 clean, xt = alpha(t) x0 + sigma(t) noise, t float32 in [0, 1]. num_classes: K, the null
+    label; label_drop: probability of replacing a label by it (published: 0.1; 0 in evaluation). loss_weight: of noise and
+    score networks, see `Flow.weight`. eps: how far from the ends times are drawn, see `Flow.ends`. Raises ValueError on an
+    eps that cannot be.
+    """
+
+    num_classes: int
+    label_drop: float = 0.1
+    flow: Flow = field(default_factory=Flow)
+    loss_weight: LossWeight = "none"
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        self.flow.training_ends(self.eps)
+        if self.loss_weight not in get_args(LossWeight):
+            raise ValueError(
+                f"unknown loss weight {self.loss_weight!r} of a flow: there is {', '.join(get_args(LossWeight))}"
+            )
+
+    def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
+        """t uniform between the ends, noise standard normal, labels dropped with probability `label_drop`."""
+        device = batch.x.device
+        low, high = self.flow.training_ends(self.eps)
+        t = torch.from_numpy(low + (high - low) * draws.uniform("timestep")).float().to(device)
+        noise = torch.from_numpy(draws.normal("noise", tuple(batch.x.shape[1:]))).to(device)
+        dropped = torch.from_numpy(draws.uniform("label_drop") < self.label_drop).to(device)
+        return self.noised(batch, t, noise, dropped, draws.step)
+
+    def noised(self, batch: Batch, t: Tensor, noise: Tensor, dropped: Tensor, step: int = 0) -> NoisyBatch:
+        """The batch that these draws make."""
+        y = torch.where(dropped, self.num_classes, batch.y)
+        return NoisyBatch(batch.x, noise, self._mixed(batch.x, noise, t), t, y, step)
+
+    def _mixed(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        at = self.flow.point(t)
+        return at.alpha * x0 + at.sigma * noise
+
+    def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
+        """One forward pass; the network sees t as it is."""
+        return Prediction(model(noisy.xt, noisy.t, noisy.y))
+
+    def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
+        """mse: mean squared error of what the network predicts; loss: the same, weighted."""
+        mse = per_sample(self.flow.error(prediction.output.float(), noisy) ** 2)
+        return {"loss": mse * self.flow.weight(self.loss_weight, noisy.t), "mse": mse}
+
+    def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
+        """kd_loss: the loss with the teacher's output for the truth; of velocities mean (v_s - v_T)^2."""
+        error = self.flow.error(own.output.float(), noisy, taught.output.detach().float())
+        return {"kd_loss": per_sample(error**2) * self.flow.weight(self.loss_weight, noisy.t)}
+
+    def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
+        """The clean input at times of the last quarter, 1 - (1 - t) / 4: what the released statistic does to a DiT."""
+        return replace(noisy, xt=noisy.x0, t=1 - (1 - noisy.t) / _LOW_NOISE_PARTS)
+
+    @property
+    def num_levels(self) -> int:
+        """Even steps between the ends of training."""
+        return NUM_LEVELS
+
+    def at_level(self, noisy: NoisyBatch, level: int) -> NoisyBatch:
+        """All at one time: level 0 is the end of training at the data, the last level that at noise."""
+        low, high = self.flow.training_ends(self.eps)
+        t = torch.full_like(noisy.t, high - (high - low) * level / (NUM_LEVELS - 1))
+        return replace(noisy, xt=self._mixed(noisy.x0, noisy.noise, t), t=t)

@@ -1,0 +1,190 @@
+"""The process of MAR: tokens in random order, the last ones known, and a small diffusion for each hidden one.
+
+Shapes: B images, L tokens of E values each, m hidden and u = L - m known ones, r noise levels of each hidden token.
+`model(x, y, known, hidden, rows, t, dropout)` gives (B, m, r, 2E), as `models/mar.py` says.
+Source: Li et al., arXiv 2406.11838. Where the published code differs: the share of hidden tokens is drawn once for the
+whole batch of a step, so that it does not depend on the number of processes; all that is random is drawn outside of the
+model; and rows of known tokens, whose weight is 0, are not computed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.special import ndtr, ndtri
+from torch import Tensor, nn
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.process_sections import MaskedSection
+from tinyfusion.core.rng import Draws
+from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
+from tinyfusion.processes.gaussian import NUM_TIMESTEPS, GaussianObjective, Schedule
+
+_COSINE_OFFSET = 0.008
+_LARGEST_BETA = 0.999
+
+
+def cosine_betas() -> np.ndarray:
+    """(1000,) float64: the squared-cosine schedule, beta_i = 1 - abar((i + 1) / 1000) / abar(i / 1000), at most 0.999.
+
+    Source: Nichol & Dhariwal, arXiv 2102.09672, equation 17.
+    """
+    shares = np.arange(NUM_TIMESTEPS + 1, dtype=np.float64) / NUM_TIMESTEPS
+    kept = np.cos((shares + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * np.pi / 2) ** 2
+    betas: np.ndarray = np.minimum(1 - kept[1:] / kept[:-1], _LARGEST_BETA)
+    return betas
+
+
+@lru_cache(maxsize=8)
+def head_schedule(spacing: str = "") -> Schedule:
+    """The chain of the diffusion head; one object for each spacing, as its tables lie on devices."""
+    return Schedule(spacing, cosine_betas())
+
+
+def hidden_ratio(uniform: float, lowest: float, std: float = 0.25) -> float:
+    """The share of hidden tokens: normal around 1, between `lowest` and 1, by its quantile."""
+    low = float(ndtr((lowest - 1) / std))
+    return min(1.0, 1 + std * float(ndtri(low + uniform * (0.5 - low))))
+
+
+def num_hidden(ratio: float, num_tokens: int) -> int:
+    """m, at least 1."""
+    return max(1, math.ceil(ratio * num_tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedBatch(NoisyBatch):
+    """A batch of which tokens are hidden and noised. xt, noise (B, m, r, E) and t (B, m, r) are of the hidden tokens."""
+
+    known: Tensor  # (B, u) int64 places, ascending
+    hidden: Tensor  # (B, m) int64 places, in the order of the permutation
+    dropout_seeds: Tensor  # (B,) int64
+
+
+@dataclass(frozen=True)
+class MaskedObjective:
+    """Diffusion loss of hidden tokens, given the known ones: per image, the mean over its m r rows.
+
+    All images of a step hide equally many, so the mean over images is the published sum(mask * row) / sum(mask).
+    patch_size: side of a token in the input. label_drop: probability that a label becomes the null class.
+    """
+
+    num_classes: int
+    patch_size: int
+    label_drop: float = 0.1
+    settings: MaskedSection = field(default_factory=MaskedSection)
+    rows: GaussianObjective = field(init=False)  # a row as an image of E channels and one pixel
+
+    def __post_init__(self) -> None:
+        inner = GaussianObjective(
+            self.num_classes, 0.0, head_schedule(), teacher_at_zero=self.settings.kl_at_zero == "teacher"
+        )
+        object.__setattr__(self, "rows", inner)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(B, C, S, S) -> (B, L, E), rows of patches, each (channel, row, column)."""
+        return F.pixel_unshuffle(x, self.patch_size).flatten(2).transpose(1, 2)
+
+    def draw(self, batch: Batch, draws: Draws) -> MaskedBatch:
+        """An order per image, one share of hidden tokens for the step, noise and timestep of every row, dropped labels."""
+        device, tokens = batch.x.device, self.tokens(batch.x)
+        length, features, repeats = tokens.shape[1], tokens.shape[2], self.settings.diffusion_batch_mul
+        # addressed as the first sample's, so all slices of the batch and all processes have the same
+        ratio = Draws(draws.seed, draws.step, 0, 1).uniform("mask-ratio")[0]
+        share = hidden_ratio(float(ratio), self.settings.mask_ratio_min, self.settings.mask_ratio_std)
+        m = num_hidden(share, length)
+        order = np.argsort(draws.uniform("order", (length,)), axis=1, kind="stable")
+        hidden, known = order[:, :m], np.sort(order[:, m:], axis=1)
+        rest: dict[str, np.ndarray] = {
+            "known": known,
+            "hidden": hidden,
+            "t": draws.integers("row-timestep", len(self.rows.schedule), (m, repeats)),
+            "noise": draws.normal("noise", (m, repeats, features)),
+            "dropout_seeds": draws.words("dropout", 1)[:, 0].view(np.int64),
+        }
+        placed = {name: torch.from_numpy(np.ascontiguousarray(value)).to(device) for name, value in rest.items()}
+        dropped = torch.from_numpy(draws.uniform("label_drop") < self.label_drop).to(device)
+        y = torch.where(dropped, self.num_classes, batch.y)
+        return self.noised(Batch(batch.x, y), step=draws.step, **placed)
+
+    def noised(
+        self,
+        batch: Batch,
+        known: Tensor,
+        hidden: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        dropout_seeds: Tensor | None = None,
+        step: int = 0,
+    ) -> MaskedBatch:
+        """The batch that these draws make; labels as they are."""
+        clean = self._hidden_tokens(batch.x, hidden).unsqueeze(2).expand_as(noise)
+        xt = self.rows.schedule.q_sample(_as_images(clean), t.reshape(-1), _as_images(noise)).view_as(noise)
+        seeds = torch.zeros_like(batch.y) if dropout_seeds is None else dropout_seeds
+        return MaskedBatch(batch.x, noise, xt, t, batch.y, step, known=known, hidden=hidden, dropout_seeds=seeds)
+
+    def _hidden_tokens(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """(B, m, E)"""
+        return torch.take_along_dim(self.tokens(x), hidden.unsqueeze(-1), dim=1)
+
+    def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
+        """One forward pass of encoder, decoder and head; dropout where the model is in training mode."""
+        assert isinstance(noisy, MaskedBatch)
+        rates = (self.settings.attention_dropout, self.settings.projection_dropout)
+        dropout: Any = (noisy.dropout_seeds, *rates) if model.training and any(rates) else None
+        return Prediction(model(noisy.x0, noisy.y, noisy.known, noisy.hidden, noisy.xt, noisy.t, dropout))
+
+    def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
+        """loss = mse + vb in bits, means over the rows of an image."""
+        rows = self.rows.losses(model, self._as_rows(noisy), _prediction_rows(prediction))
+        return _per_image(rows, len(noisy.y))
+
+    def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
+        """The distillation of the head's outputs, row by row as in the Gaussian process, means over the rows of an image."""
+        rows = self.rows.kd_terms(self._as_rows(noisy), _prediction_rows(own), _prediction_rows(taught))
+        return _per_image(rows, len(noisy.y))
+
+    def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
+        """Raises UserError: the blocks of a masked model never see noise."""
+        raise UserError(
+            "clean inputs at little noise are not for masked models, whose blocks see no noise but hidden tokens: "
+            "use prune.bi_inputs noised"
+        )
+
+    @property
+    def num_levels(self) -> int:
+        """None: how much is hidden is not how noisy a row is, and blocks see only the former."""
+        return 0
+
+    def at_level(self, noisy: NoisyBatch, level: int) -> NoisyBatch:
+        """Raises UserError: there are no levels."""
+        raise UserError(f"a masked model has no level of noise {level}")
+
+    def _as_rows(self, noisy: NoisyBatch) -> NoisyBatch:
+        """Every row as an image of its own, E channels and one pixel."""
+        assert isinstance(noisy, MaskedBatch)
+        clean = self._hidden_tokens(noisy.x0, noisy.hidden).unsqueeze(2).expand_as(noisy.noise)
+        labels = noisy.y.view(-1, 1, 1).expand_as(noisy.t).reshape(-1)
+        return NoisyBatch(
+            _as_images(clean), _as_images(noisy.noise), _as_images(noisy.xt), noisy.t.reshape(-1), labels, noisy.step
+        )
+
+
+def _as_images(rows: Tensor) -> Tensor:
+    """(B, m, r, E) -> (B m r, E, 1, 1)."""
+    return rows.reshape(-1, rows.shape[-1], 1, 1)
+
+
+def _prediction_rows(prediction: Prediction) -> Prediction:
+    return Prediction(_as_images(prediction.output))
+
+
+def _per_image(rows: dict[str, Tensor], num: int) -> dict[str, Tensor]:
+    """Terms (B m r,) to their means (B,)."""
+    return {name: value.view(num, -1).mean(1) for name, value in rows.items()}

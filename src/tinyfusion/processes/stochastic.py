@@ -1,0 +1,149 @@
+"""Sampling a flow by a stochastic equation with the same marginals: dX = (v + w s) dt + sqrt(2 w) dW.
+
+v is the velocity, s the score, w(t) the *diffusion form*, any function that is not negative: half the noise variance per unit
+of time. Times and shapes as in `processes/flow.py`. The score enters as w s = -(w / sigma) e, with e the noise that the
+network's output means, which is finite at both ends of time.
+Source: Ma et al., arXiv 2401.08740, section 2.3 and appendix; the forms are those of its code.
+Differs: every form can be used, and none is infinite. `sbdm` on the linear and gvp paths starts at t = 1e-3 where the model
+would start at 0, and Heun without a last step ends at 1 - 1e-3 where it would ask for the score of the data itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tinyfusion.processes.base import Denoiser, StepNoise
+from tinyfusion.processes.flow import SMALL_EPS, Flow
+from tinyfusion.processes.integrate import check_points
+
+DiffusionForm = Literal["sigma", "sbdm", "linear", "constant", "decreasing", "increasing-decreasing"]
+LastStep = Literal["mean", "euler", "tweedie", "none"]
+StochasticMethod = Literal["euler", "heun"]
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """How a stochastic trajectory is made.
+
+    num_points: times from start to the last step, both included; num_points - 1 even steps lie between them. form, norm: of
+    w(t). last_step: the step of `last_size` at the end, without noise: mean x + L (v + w s), euler x + L v, tweedie
+    (x + sigma^2 s) / alpha, or none, and then `last_size` counts for nothing. Raises ValueError on anything else.
+    """
+
+    method: StochasticMethod = "euler"
+    num_points: int = 250
+    form: DiffusionForm = "sigma"
+    norm: float = 1.0
+    last_step: LastStep = "mean"
+    last_size: float = 0.04
+
+    def __post_init__(self) -> None:
+        check_points(self.num_points)
+        named = (
+            ("stochastic method", self.method, StochasticMethod),
+            ("diffusion form", self.form, DiffusionForm),
+            ("last step", self.last_step, LastStep),
+        )
+        for name, value, known in named:
+            if value not in get_args(known):
+                raise ValueError(f"unknown {name} {value!r}; there is {', '.join(get_args(known))}")
+        if not (math.isfinite(self.norm) and self.norm >= 0):
+            raise ValueError(f"the size of a diffusion form is at least 0; got {self.norm:g}")
+        if self.last_step != "none" and not 0 < self.last_size < 0.5:
+            raise ValueError(
+                f"the last step is above 0 and below 0.5, or there is none (last_step none); got {self.last_size:g}"
+            )
+
+    def ends(self, flow: Flow, eps: float | None = None) -> tuple[float, float]:
+        """The times of the even steps; a last step goes on from there to 1. eps: as in `Flow.ends`."""
+        start, end = flow.sampling_ends(eps)
+        if self.form == "sbdm" and flow.path != "vp":
+            start = start or SMALL_EPS
+        if self.last_step != "none":
+            return start, 1.0 - self.last_size
+        return start, 1.0 - SMALL_EPS if end == 1.0 and self.method == "heun" else end
+
+    def rate(self, flow: Flow, t: Tensor) -> Tensor:
+        """w at t (B,), shaped (B, 1, 1, 1)."""
+        at, time = flow.point(t), t.view(-1, 1, 1, 1)
+        if self.form == "sigma":
+            return self.norm * at.sigma
+        if self.form == "sbdm":
+            return self.norm * at.sigma * at.wronskian / at.alpha
+        if self.form == "linear":
+            return self.norm * (1 - time)
+        if self.form == "constant":
+            return torch.full_like(time, self.norm)
+        if self.form == "decreasing":
+            return 0.25 * (self.norm * torch.cos(math.pi * time) + 1) ** 2
+        return self.norm * torch.sin(math.pi * time) ** 2
+
+    def drift(self, network: Denoiser, flow: Flow) -> Callable[[Tensor, Tensor], Tensor]:
+        """v + w s of the network's output, by one call of it."""
+
+        def found(x: Tensor, t: Tensor) -> Tensor:
+            output = network(x, t)
+            strength = self.rate(flow, t) / flow.point(t).sigma
+            return flow.velocity(output, x, t) - strength * flow.noise(output, x, t)
+
+        return found
+
+    @property
+    def calls(self) -> int:
+        """Calls of the network in a trajectory."""
+        steps = (self.num_points - 1) * (1 if self.method == "euler" else 2)
+        return steps + (self.last_step != "none")
+
+
+@torch.no_grad()
+def sample_stochastic(
+    network: Denoiser, flow: Flow, settings: Stochastic, x: Tensor, step_noise: StepNoise, eps: float | None = None
+) -> Iterator[Tensor]:
+    """From x (B, C, H, W) ~ N(0, 1): yields x after every step, the last one included.
+
+    network(x, t): output with labels and guidance bound, t (B,). step_noise(j): noise of the j-th even step. Euler is
+    Euler-Maruyama; Heun adds the noise first and makes a deterministic Heun step from there.
+    """
+    start, end = settings.ends(flow, eps)
+    times = torch.linspace(start, end, settings.num_points, dtype=torch.float32, device=x.device)
+    size = (end - start) / (settings.num_points - 1)
+    drift = settings.drift(network, flow)
+    for j in range(settings.num_points - 1):
+        t = times[j].expand(len(x))
+        noise = torch.sqrt(2 * settings.rate(flow, t) * size) * step_noise(j)
+        x = (
+            _heun(drift, x + noise, t, times[j + 1].expand(len(x)), size)
+            if settings.method == "heun"
+            else (x + size * drift(x, t) + noise)
+        )
+        yield x
+    if settings.last_step != "none":
+        yield _last(network, flow, settings, drift, x, times[-1].expand(len(x)))
+
+
+def _heun(drift: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, later: Tensor, size: float) -> Tensor:
+    first = drift(x, t)
+    return x + size / 2 * (first + drift(x + size * first, later))
+
+
+def _last(
+    network: Denoiser,
+    flow: Flow,
+    settings: Stochastic,
+    drift: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    t: Tensor,
+) -> Tensor:
+    if settings.last_step == "mean":
+        return x + settings.last_size * drift(x, t)
+    output = network(x, t)
+    if settings.last_step == "euler":
+        return x + settings.last_size * flow.velocity(output, x, t)
+    at = flow.point(t)
+    return (x - at.sigma * flow.noise(output, x, t)) / at.alpha

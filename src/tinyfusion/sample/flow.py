@@ -1,0 +1,309 @@
+"""Trajectories of a flow: the noiseless equation and the stochastic one; the likelihood of data.
+
+Shapes: B images, C channels, S input side. Time t runs from 0 (noise) to 1 (data).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import SampleSection
+from tinyfusion.core.rng import Randomness
+from tinyfusion.models.loaded import LoadedModel
+from tinyfusion.processes.base import Denoiser
+from tinyfusion.processes.flow import Flow
+from tinyfusion.processes.integrate import (
+    ADAPTIVE_METHODS,
+    EVEN_METHODS,
+    Ends,
+    Field,
+    batch_steps,
+    check_points,
+    even_steps,
+    root_mean_square,
+    sample_steps,
+)
+from tinyfusion.processes.likelihood import log_density
+from tinyfusion.processes.stochastic import Stochastic, StochasticMethod, sample_stochastic
+from tinyfusion.sample.drive import SampleDraws
+from tinyfusion.sample.guidance import WHOLE, check_guidance, conditional, described, guided, guided_channels
+
+PUBLISHED_POINTS = 250
+_USUAL_CALLS = {
+    "dopri5": 80,
+    "bosh3": 120,
+    "adaptive_heun": 400,
+    "fehlberg2": 60,
+    "dopri8": 150,
+}  # at the default tolerances
+
+
+@dataclass(frozen=True)
+class FlowSampler:
+    """How a trajectory is made.
+
+    kind: ode integrates the velocity, sde the stochastic equation of `processes/stochastic.py` with `stochastic` for its
+    settings. Of ode: method, one of `EVEN_METHODS`, which make `num_points` - 1 even steps, or of `ADAPTIVE_METHODS`, which
+    choose their steps by atol and rtol and do not look at `num_points`. error_norm: whether they do so for every image alone
+    ("sample"), or for the batch together ("batch", published), where an image depends on its neighbours by about the
+    tolerance. eps: distance from the ends of time, None is the published one, see `Flow.ends`. guidance: scale, 1 or more; 1
+    runs the conditional model alone. guided: channels under guidance, the family's published ones or all. interval: shares of
+    the time, 0 at the data and 1 at noise, between which there is guidance. Raises ValueError on anything else.
+    """
+
+    kind: Literal["ode", "sde"] = "ode"
+    method: str = "dopri5"
+    num_points: int = PUBLISHED_POINTS
+    atol: float = 1e-6
+    rtol: float = 1e-3
+    error_norm: Literal["sample", "batch"] = "sample"
+    stochastic: Stochastic = dataclasses.field(default_factory=Stochastic)
+    eps: float | None = None
+    guidance: float = 1.5
+    guided: Literal["published", "all"] = "published"
+    interval: tuple[float, float] = WHOLE
+
+    def __post_init__(self) -> None:
+        check_guidance(self.guidance, self.interval)
+        if self.kind not in ("ode", "sde"):
+            raise ValueError(f"a flow is sampled by ode or sde; got {self.kind!r}")
+        if self.kind == "sde":
+            return
+        if self.method not in (*EVEN_METHODS, *ADAPTIVE_METHODS):
+            raise ValueError(
+                f"unknown method {self.method!r} of ode; there is {', '.join((*EVEN_METHODS, *ADAPTIVE_METHODS))}"
+            )
+        check_points(self.num_points)
+        if not (self.atol > 0 and self.rtol >= 0):
+            raise ValueError(f"tolerances are above 0 (rtol may be 0); got atol {self.atol:g}, rtol {self.rtol:g}")
+        if self.error_norm not in ("sample", "batch"):
+            raise ValueError(f"the error is that of every sample or of the batch; got {self.error_norm!r}")
+
+    @property
+    def chooses_steps(self) -> bool:
+        """Whether the method finds its steps by their error."""
+        return self.kind == "ode" and self.method in ADAPTIVE_METHODS
+
+    @property
+    def calls(self) -> int:
+        """Passes of the network in a trajectory; about, where the steps follow the error."""
+        if self.kind == "sde":
+            return self.stochastic.calls
+        return _USUAL_CALLS[self.method] if self.chooses_steps else EVEN_METHODS[self.method] * (self.num_points - 1)
+
+    @property
+    def rows(self) -> int:
+        """Two where there is guidance."""
+        return 2 if self.guidance > 1 else 1
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Where no error chooses them."""
+        return not self.chooses_steps
+
+    def of_steps(self, num_steps: int) -> FlowSampler:
+        """Euler's method: a pass of the network a step."""
+        return dataclasses.replace(self, kind="ode", method="euler", num_points=num_steps + 1)
+
+    def describe(self, model: LoadedModel) -> str:
+        """Path, sampler, steps and guidance."""
+        guidance = described(self.guidance, self.guided_channels(model), self.guided, self.interval)
+        if self.kind == "sde":
+            s = self.stochastic
+            last = "" if s.last_step == "none" else f", last {s.last_step} {s.last_size:g}"
+            how = f"sde {s.method} {s.num_points} points, {s.form} x {s.norm:g}{last}"
+        elif self.chooses_steps:
+            how = f"ode {self.method} atol {self.atol:g} rtol {self.rtol:g} by {self.error_norm}"
+        else:
+            how = f"ode {self.method} {self.num_points} points"
+        eps = "" if self.eps is None else f" eps {self.eps:g}"
+        flow = flow_of(model)
+        return f"{flow.path} {flow.prediction} {how}{eps} | {guidance}"
+
+    def guided_channels(self, model: LoadedModel) -> int:
+        """Leading channels of `model` under guidance."""
+        return guided_channels(model, self.guided == "all")
+
+    def network(self, model: LoadedModel, y: Tensor) -> Denoiser:
+        """The model under guidance: (x, t) -> what it predicts; t (B,), the same for all where guidance has an interval."""
+        channels = self.guided_channels(model)
+        return guided(
+            model.module, y, model.arch.num_classes, self.guidance, channels, self.interval, noise_share=lambda t: 1 - t
+        )
+
+    def steps(
+        self,
+        field: Field,
+        x: Tensor,
+        ends: Ends,
+        norm: Callable[[Tensor], Tensor] = root_mean_square,
+        beyond: bool = True,
+    ) -> Iterator[Tensor]:
+        """x after every step of ode from ends[0] to ends[1]. norm: of the errors of a sample; beyond: as in `batch_steps`."""
+        if not self.chooses_steps:
+            return even_steps(field, x, ends, self.method, self.num_points)
+        if self.error_norm == "batch":
+            return batch_steps(field, x, ends, self.method, self.atol, self.rtol, beyond)
+        return sample_steps(field, x, ends, self.method, self.atol, self.rtol, norm)
+
+    def trajectory(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Iterator[Tensor]:
+        """x after every step, from x ~ N(0, 1); steps of images alone are at times of their own."""
+        arch, flow = model.arch, flow_of(model)
+        shape = (arch.in_channels, arch.input_size, arch.input_size)
+        x = draws.normal(-1, shape)
+        if self.kind == "sde":
+
+            def step_noise(position: int) -> Tensor:
+                return draws.normal(position, shape)
+
+            return sample_stochastic(self.network(model, y), flow, self.stochastic, x, step_noise, self.eps)
+        ends = flow.sampling_ends(self.eps)
+        if not self.chooses_steps:
+            return self.steps(_velocity(flow, self.network(model, y)), x, ends)
+        return self._in_legs(model, flow, y, x, ends)
+
+    def _in_legs(self, model: LoadedModel, flow: Flow, y: Tensor, x: Tensor, ends: Ends) -> Iterator[Tensor]:
+        """Steps that follow the error stop where guidance begins and ends, and are not asked to find these jumps."""
+        always = dataclasses.replace(self, interval=WHOLE).network(model, y)
+        alone = conditional(model.module, y)
+        jumps = [time for time in (1 - self.interval[1], 1 - self.interval[0]) if ends[0] < time < ends[1]]
+        for leg in pairwise([ends[0], *jumps, ends[1]]):
+            is_guided = self.interval[0] <= 1 - sum(leg) / 2 <= self.interval[1]
+            if leg[0] < leg[1]:
+                field = _velocity(flow, always if is_guided else alone)
+                for after in self.steps(field, x, leg, beyond=_beyond(flow)):
+                    x = after
+                    yield x
+
+    def one_step(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Callable[[], Tensor]:
+        """A step with one pass of the network, half-way: Euler's, of sde with its noise."""
+        arch, flow = model.arch, flow_of(model)
+        x = draws.normal(-1, (arch.in_channels, arch.input_size, arch.input_size))
+        t, size = torch.full((len(y),), 0.5, device=x.device), 1 / PUBLISHED_POINTS
+        network = self.network(model, y)
+        velocity, drift = _velocity(flow, network), self.stochastic.drift(network, flow)
+
+        def step() -> Tensor:
+            if self.kind == "ode":
+                return x + size * velocity(x, t)
+            return x + size * drift(x, t) + torch.sqrt(2 * self.stochastic.rate(flow, t) * size) * x
+
+        return step
+
+
+def _velocity(flow: Flow, network: Denoiser) -> Field:
+    return lambda x, t: flow.velocity(network(x, t), x, t)
+
+
+def _beyond(flow: Flow) -> bool:
+    """Whether a time outside of the ends means something: only a network that gives the velocity needs no path there."""
+    return flow.prediction == "velocity"
+
+
+def flow_of(model: LoadedModel) -> Flow:
+    """The path and the prediction of a model. Raises UserError where what it keeps of them is none."""
+    try:
+        return Flow.of_settings(model.facts.process_settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the model's process_settings: {error}") from error
+
+
+def log_likelihood(
+    model: LoadedModel,
+    x: Tensor,
+    y: Tensor,
+    sampler: FlowSampler | None = None,
+    seed: int = 0,
+    first: int = 0,
+) -> Tensor:
+    """(B,) log density of x (B, C, S, S) given labels y (B,), float64, in nats, in the space that the model works in.
+
+    sampler: ode without guidance, any method; None is dopri5 with atol and rtol 1e-5, each image for itself. One probe of
+    random signs per image, addressed by (seed, first + i): an unbiased estimate of what the integrals of the exact
+    divergence give, so average over seeds for single images. Divide by -C S S ln 2 for bits per dimension. Nothing is added
+    for the grey levels of pixels, nor for an autoencoder. Raises ValueError on guidance, and on sde.
+    Source: see `processes/likelihood.py`.
+    """
+    sampler = sampler or FlowSampler(guidance=1.0, atol=1e-5, rtol=1e-5)
+    if sampler.kind != "ode" or sampler.guidance != 1:
+        raise ValueError(
+            "a likelihood is that of an ode without guidance (a guided model is the flow of no density); got "
+            f"{sampler.kind} with guidance {sampler.guidance:g}"
+        )
+    flow = flow_of(model)
+    signs = Randomness(seed).at(0, first, len(x)).uniform("likelihood-probe", tuple(x.shape[1:]))
+    probe = torch.where(torch.from_numpy(signs) < 0.5, -1.0, 1.0).float().to(x.device)
+    noise_end, data_end = flow.sampling_ends(sampler.eps)
+
+    def steps(field: Field, state: Tensor, norm: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        return sampler.steps(field, state, (data_end, noise_end), norm, _beyond(flow))
+
+    return log_density(_velocity(flow, conditional(model.module, y)), x, probe, steps)
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def from_section(settings: SampleSection, model: LoadedModel) -> FlowSampler:
+    """The sampler of a recipe; ode by dopri5 where it does not say. Raises UserError on what cannot be."""
+    kind, own = settings.sampler or "ode", settings.flow
+    if kind not in ("ode", "sde"):
+        raise UserError(f"--sampler {kind} is not for models of family {model.family.name}: they take ode, sde")
+    for name in ("clip", "eta"):
+        if getattr(settings, name):
+            raise UserError(f"sample.{name} is not for models of family {model.family.name}: leave it out")
+    method = own.method or ("dopri5" if kind == "ode" else "euler")
+    if kind == "ode" and method in ADAPTIVE_METHODS and settings.num_steps is not None:
+        raise UserError(
+            f"--num-steps {settings.num_steps} with sample.flow.method {method}, which chooses its steps itself: leave it out, "
+            f"or take one of {', '.join(EVEN_METHODS)}"
+        )
+    if kind == "sde" and method not in get_args(StochasticMethod):
+        raise UserError(
+            f"sample.flow.method {method!r} is not for sde: it takes {', '.join(get_args(StochasticMethod))}"
+        )
+    num_points = PUBLISHED_POINTS if settings.num_steps is None else settings.num_steps
+    try:
+        sampler = FlowSampler(
+            kind=kind,
+            method=method if kind == "ode" else "dopri5",
+            num_points=num_points,
+            atol=own.atol,
+            rtol=own.rtol,
+            error_norm=own.error_norm,
+            stochastic=Stochastic(
+                method=method if kind == "sde" else "euler",  # type: ignore[arg-type]
+                num_points=num_points,
+                form=own.diffusion_form,
+                norm=own.diffusion_norm,
+                last_step=own.last_step,
+                last_size=own.last_step_size,
+            ),
+            eps=own.sample_eps,
+            guidance=settings.guidance,
+            guided=settings.guidance_channels,
+            interval=settings.guidance_interval,
+        )
+        flow_of(model).sampling_ends(sampler.eps)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--sampler {kind}: {error}") from error
+    return sampler
+
+
+def cheap(settings: SampleSection, most_steps: int) -> SampleSection:
+    """The same where it makes at most so many steps of known number, else Heun's method with as many passes of the network."""
+    even = settings.sampler == "sde" or settings.flow.method in EVEN_METHODS
+    if even and (settings.num_steps or PUBLISHED_POINTS) <= most_steps:
+        return settings
+    flow = dataclasses.replace(settings.flow, method="heun2")
+    return dataclasses.replace(settings, sampler="ode", num_steps=most_steps // 2 + 1, flow=flow)

@@ -1,0 +1,246 @@
+"""Trajectories of the masked process (MAR): rounds in which more and more tokens become known.
+
+Shapes: B images, L tokens of E values, D width of the decoder; k tokens predicted in a round.
+Source: Li et al., arXiv 2406.11838, section 3.4, and the released sampler; guidance grows from round to round as there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import SampleSection
+from tinyfusion.models.loaded import LoadedModel
+from tinyfusion.models.mar import Mar, from_tokens, taken, to_tokens
+from tinyfusion.processes.base import Denoiser
+from tinyfusion.processes.gaussian import Schedule, sample_ancestral
+from tinyfusion.processes.masked import head_schedule
+from tinyfusion.sample.drive import SampleDraws
+from tinyfusion.sample.guidance import WHOLE, check_guidance
+
+PUBLISHED_ROUNDS = 256
+
+
+def hidden_after(num_tokens: int, rounds: int) -> list[int]:
+    """How many tokens are hidden after every round: floor(L cos(pi/2 (s + 1) / N)), but one less each round, and 0 at last.
+
+    Raises ValueError where there are more rounds than tokens.
+    """
+    if not 1 <= rounds <= num_tokens:
+        raise ValueError(f"{num_tokens} tokens can be revealed in 1 to {num_tokens} rounds; got {rounds}")
+    counts = [num_tokens]
+    for s in range(rounds - 1):
+        planned = math.floor(num_tokens * math.cos(math.pi / 2 * (s + 1) / rounds))
+        counts.append(max(1, min(counts[-1] - 1, planned)))
+    return [*counts[1:], 0]
+
+
+@dataclass(frozen=True)
+class MaskedSampler:
+    """How an image is made.
+
+    num_steps: rounds N, at most as many as there are tokens. head_steps: of the diffusion head for a token, kept of 1000
+    as in ancestral sampling. temperature: factor of the head's step noise. guidance: scale, 1 or more; 1 runs the
+    conditional model alone. guidance_schedule: "linear" has 1 + (scale - 1) (L - n) / L in a round that leaves n hidden,
+    "constant" the scale. clip: clamp the head's clean tokens to [-1, 1], for models of pixels; published models of latents
+    do not, and a head that was trained little needs it: its first step multiplies what it gets wrong by several hundred.
+    timed: how many of the rounds are really made, spread evenly; the other tokens stay 0. For timing alone.
+    Raises ValueError on anything else.
+    """
+
+    num_steps: int = PUBLISHED_ROUNDS
+    head_steps: int = 100
+    temperature: float = 1.0
+    guidance: float = 1.0
+    guidance_schedule: Literal["linear", "constant"] = "linear"
+    clip: bool = False
+    timed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_guidance(self.guidance, WHOLE)
+        if self.num_steps < 1:
+            raise ValueError(f"there must be at least 1 round; got {self.num_steps}")
+        if self.timed is not None and not 1 <= self.timed <= self.num_steps:
+            raise ValueError(f"of {self.num_steps} rounds 1 to {self.num_steps} can be timed; got {self.timed}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be below 0; got {self.temperature:g}")
+        Schedule(str(self.head_steps))
+
+    @property
+    def calls(self) -> int:
+        """Rounds that are made."""
+        return self.timed or self.num_steps
+
+    @property
+    def rows(self) -> int:
+        """Two where there is guidance."""
+        return 2 if self.guidance > 1 else 1
+
+    @property
+    def fixed_steps(self) -> bool:
+        """A round has no time."""
+        return True
+
+    def of_steps(self, num_steps: int) -> MaskedSampler:
+        """So many of the same rounds: fewer rounds for all tokens would have more of them each."""
+        return dataclasses.replace(self, timed=min(num_steps, self.num_steps))
+
+    def made_rounds(self) -> list[int]:
+        """The rounds that are made, by number: all, or `timed` from the middles of as many parts."""
+        calls = self.calls
+        return [(2 * part + 1) * self.num_steps // (2 * calls) for part in range(calls)]
+
+    def describe(self, model: LoadedModel) -> str:
+        """Rounds, steps of the head, temperature and guidance."""
+        how = f", {self.guidance_schedule}" if self.guidance > 1 else ""
+        temperature = "" if self.temperature == 1 else f", temperature {self.temperature:g}"
+        steps = f"{self.head_steps} head steps{' clipped' if self.clip else ''}{temperature}"
+        return f"masked {self.num_steps} rounds, {steps} | guidance {self.guidance:g}{how}"
+
+    def scale(self, num_tokens: int, hidden: int) -> float:
+        """Guidance of the round that leaves `hidden` tokens hidden."""
+        if self.guidance_schedule == "constant":
+            return self.guidance
+        return 1 + (self.guidance - 1) * (num_tokens - hidden) / num_tokens
+
+    def trajectory(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Iterator[Tensor]:
+        """x after every round, hidden tokens 0. Raises UserError where there are more rounds than tokens."""
+        arch = model.arch
+        counts = [arch.num_tokens, *check_rounds(self.num_steps, arch.num_tokens)]
+        order = self._order(draws, arch.num_tokens)
+        tokens = torch.zeros(len(y), arch.num_tokens, arch.token_features, device=y.device)
+        for position in self.made_rounds():
+            ends = (counts[position], counts[position + 1])
+            tokens = self._round(model, y, draws, tokens, order, ends, position)
+            yield from_tokens(tokens, arch.patch_size)
+
+    def one_step(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Callable[[], Tensor]:
+        """The round in the middle, with all steps of the head, from tokens that are noise."""
+        arch = model.arch
+        counts = [arch.num_tokens, *check_rounds(self.num_steps, arch.num_tokens)]
+        middle = self.num_steps // 2
+        order = self._order(draws, arch.num_tokens)
+        tokens = to_tokens(draws.normal(-1, (arch.in_channels, arch.input_size, arch.input_size)), arch.patch_size)
+        ends = (counts[middle], counts[middle + 1])
+        return lambda: self._round(model, y, draws, tokens, order, ends, middle)
+
+    def _order(self, draws: SampleDraws, num_tokens: int) -> Tensor:
+        """(B, L) int64: tokens are revealed from the end of their image's permutation."""
+        return torch.from_numpy(draws.at(-1).uniform("sample-order", (num_tokens,)).argsort(axis=1)).to(draws.device)
+
+    def _round(
+        self,
+        model: LoadedModel,
+        y: Tensor,
+        draws: SampleDraws,
+        tokens: Tensor,
+        order: Tensor,
+        ends: tuple[int, int],
+        position: int,
+    ) -> Tensor:
+        """The tokens with those at places `ends[1]` to `ends[0]` of the order revealed."""
+        before, after = ends
+        module = model.module
+        assert isinstance(module, Mar)
+        places = order[:, after:before]
+        num, k, features = len(y), before - after, tokens.shape[2]
+        if self.guidance == 1:
+            z = _conditions(module, tokens, y, order, before, places)
+            denoiser = _denoiser(module, z.flatten(0, 1), None)
+        else:
+            twice = torch.cat([y, torch.full_like(y, model.arch.num_classes)])
+            pair = (torch.cat([tokens, tokens]), twice, torch.cat([order, order]), before, torch.cat([places, places]))
+            z = _conditions(module, *pair)
+            denoiser = _denoiser(module, z.flatten(0, 1), self.scale(tokens.shape[1], after))
+        # one block of noise per image: what the head starts from, then one part per step but the last
+        noise = draws.normal(position, (self.head_steps, k, features))
+
+        def step_noise(step: int) -> Tensor:
+            return self.temperature * noise[:, step + 1].reshape(num * k, features, 1, 1)
+
+        start = noise[:, 0].reshape(num * k, features, 1, 1)
+        steps = sample_ancestral(denoiser, head_schedule(str(self.head_steps)), start, step_noise, self.clip)
+        revealed = deque(steps, maxlen=1).pop().view(num, k, features)
+        return tokens.scatter(1, places.unsqueeze(-1).expand(-1, -1, features), revealed)
+
+
+def _conditions(module: Mar, tokens: Tensor, y: Tensor, order: Tensor, hidden: int, places: Tensor) -> Tensor:
+    """(B, k, D) at `places`, from the tokens that are known."""
+    dtype = module.z_proj.weight.dtype
+    known = order[:, hidden:].sort(dim=1).values
+    return taken(module.condition(tokens.to(dtype), y, known, order[:, :hidden]), places)
+
+
+def _denoiser(module: Mar, z: Tensor, scale: float | None) -> Denoiser:
+    """The head for the tokens that z (N, D) describes, as images of one pixel: (x (N, E, 1, 1), t (N,)) -> (N, 2E, 1, 1).
+
+    With a scale z has the conditional half first, and the noise prediction alone is guided; the variance is that of the
+    conditional half.
+    """
+    head = module.head
+    conditions = head.conditions(z)
+    dtype = conditions.dtype
+
+    def run(x: Tensor, t: Tensor) -> Tensor:
+        rows = x.flatten(1).to(dtype)
+        out: Tensor = head(rows, t[:1], conditions).float()  # all rows are at one timestep
+        return out[:, :, None, None]
+
+    if scale is None:
+        return run
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        features = x.shape[1]
+        cond, uncond = run(torch.cat([x, x]), t).chunk(2)
+        noise = uncond[:, :features] + scale * (cond[:, :features] - uncond[:, :features])
+        return torch.cat([noise, cond[:, features:]], dim=1)
+
+    return guided
+
+
+def check_rounds(rounds: int, num_tokens: int) -> list[int]:
+    """`hidden_after`, with UserError for people."""
+    try:
+        return hidden_after(num_tokens, rounds)
+    except ValueError as error:
+        raise UserError(f"--num-steps {rounds}: {error}") from error
+
+
+def from_section(settings: SampleSection, model: LoadedModel) -> MaskedSampler:
+    """The sampler of a recipe; published where it does not say. Raises UserError on what cannot be."""
+    if settings.sampler not in (None, "masked"):
+        raise UserError(
+            f"--sampler {settings.sampler} is not for models of family {model.family.name}: they take masked alone"
+        )
+    for name, given, why in (
+        ("eta", settings.eta, "it is for ddim"),
+        ("guidance_interval", settings.guidance_interval != WHOLE, "guidance has a schedule: masked.guidance_schedule"),
+    ):
+        if given:
+            raise UserError(f"sample.{name} is not for sampler masked: {why}")
+    masked, num_tokens = settings.masked, model.arch.num_tokens
+    rounds = min(masked.most_rounds, num_tokens) if settings.num_steps is None else settings.num_steps
+    check_rounds(rounds, num_tokens)
+    try:
+        return MaskedSampler(
+            rounds, masked.head_steps, masked.temperature, settings.guidance, masked.guidance_schedule, settings.clip
+        )
+    except ValueError as error:
+        raise UserError(f"sampler masked: {error}") from error
+
+
+def cheap(settings: SampleSection, most_steps: int) -> SampleSection:
+    """The same where it takes at most so many rounds, else so many or one per token; and at most so many steps of the head."""
+    masked = dataclasses.replace(settings.masked, head_steps=min(settings.masked.head_steps, most_steps))
+    if settings.num_steps is not None and settings.num_steps <= most_steps:
+        return dataclasses.replace(settings, masked=masked)
+    masked = dataclasses.replace(masked, most_rounds=min(masked.most_rounds, most_steps))
+    return dataclasses.replace(settings, num_steps=None, masked=masked)

@@ -1,0 +1,157 @@
+"""The verb `dynamic`, and what the other verbs do with a model that has routers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from material import Cli, tiny, tiny_mar, tiny_sit
+from test_faults import SETTINGS, at_step, failed, result
+from test_verbs import done
+
+from tinyfusion.models.attach import Deciding, detached
+from tinyfusion.models.checkpoint import open_model, save_model
+from tinyfusion.prune.criteria import by_indices
+
+STEPS = 16
+_SECTION = " ".join(f"--set dynamic.training.{setting}" for setting in [f"steps={STEPS}", *SETTINGS.split()])
+QUICK = (
+    f"{_SECTION} --set dynamic.ramp_steps=4 --set dynamic.beside_steps=8 --set dynamic.finish_steps=4 "
+    "--set dynamic.width_bias=0.5 --set dynamic.token_bias=0.5"
+)
+# tiny blocks have few units, so that not every budget can be met to a hundredth
+MADE = f"dynamic --model wide --target 0.6 {QUICK} --set dynamic.calibration_images=256 --out"
+
+
+@pytest.fixture
+def wide(work: Path) -> Path:
+    """A model of eight heads beside the material."""
+    save_model(tiny(num_heads=8), work / "wide")
+    return work
+
+
+def test_a_model_becomes_dynamic_and_is_sampled_in_sub_networks(cli: Cli, wide: Path) -> None:
+    outcome = done(cli, f"{MADE} run --json").last_json
+    told = json.loads(Path("run/dynamic.json").read_text())
+    assert outcome["ratio"] == told["ratio"] and abs(told["ratio"] - 0.6) <= 0.006
+    model = open_model("run")
+    assert model.dynamic is not None and model.facts.dynamic is not None
+    assert (model.facts.dynamic["target"], model.facts.dynamic["ratio"]) == (0.6, told["ratio"])
+    done(cli, "sample --model run --num-images 6 --sampler ddim --num-steps 4 --batch-size 4 --out a.npz")
+    done(cli, "sample --model run --num-images 6 --sampler ddim --num-steps 4 --batch-size 3 --out b.npz")
+    one, other = np.load("a.npz")["arr_0"], np.load("b.npz")["arr_0"]
+    assert int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
+    ran = json.loads(Path("a.json").read_text())["dynamic"]
+    assert ran["timesteps"] == 4 and 0 < ran["macs_ratio"] < 1
+    facts = done(cli, "inspect run --json").last_json
+    assert facts["dynamic"]["target"] == 0.6 and len(facts["dynamic"]["heads_per_block"]) == facts["depth"]
+    assert facts["dynamic"]["macs"] < facts["macs"]
+    bench = done(cli, "bench run --vs wide --batch-size 2 --repeats 3 --set bench.product_size=64 --json").last_json
+    assert bench["models"]["model"]["macs"] < bench["models"]["vs"]["macs"]
+
+
+def test_skipping_gives_the_numbers_of_masks(cli: Cli, wide: Path) -> None:
+    """What runs in sub-networks is what the routers decide, computed at full cost."""
+    done(cli, f"{MADE} run")
+    done(
+        cli, "sample --model run --num-images 3 --sampler ddim --num-steps 4 --out skipped.npz --set sample.decode=true"
+    )
+    model = open_model("run")
+    assert model.dynamic is not None
+    from tinyfusion.core.recipe import SampleSection
+    from tinyfusion.jobs.processes import sampler_of
+    from tinyfusion.sample.drive import image_labels, sample, to_uint8
+
+    sampler = sampler_of(SampleSection(sampler="ddim", num_steps=4), model)
+    with model.dynamic.using(Deciding()):
+        batches = list(sample(model, image_labels(3, 10, 0), sampler, 0))
+    masked = np.concatenate([to_uint8(batch.x) for batch in batches])
+    assert int(np.abs(masked.astype(int) - np.load("skipped.npz")["arr_0"].astype(int)).max()) <= 1
+
+
+def test_stopped_and_continued_is_the_same(cli: Cli, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done(cli, f"{MADE} whole")
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        stopped = cli(*shlex.split(f"{MADE} part"))
+    assert stopped.code == 130 and "the same command continues" in stopped.err
+    done(cli, f"{MADE} part")
+    assert result("part") == result("whole")
+    assert "is finished" in done(cli, f"{MADE} part").err
+
+
+def test_parts_of_a_batch_make_no_difference(cli: Cli, wide: Path) -> None:
+    done(cli, f"{MADE} one")
+    done(cli, f"{MADE} four --gradient-accumulation-steps 4")
+    one, four = (open_model(name).module.state_dict() for name in ("one", "four"))
+    for name, value in one.items():
+        torch.testing.assert_close(four[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["student", "sit"])
+def test_cut_students_and_flows_become_dynamic_too(cli: Cli, work: Path, kind: str) -> None:
+    teacher = tiny(num_heads=8) if kind == "student" else tiny_sit(num_heads=8)
+    model = teacher.cut(by_indices(teacher, [1, 3])) if kind == "student" else teacher
+    save_model(teacher, work / "teacher8")
+    save_model(model, work / "model")
+    learning = "--teacher teacher8 --set dynamic.beside=teacher" if kind == "student" else ""
+    done(cli, f"dynamic --model model --target 0.7 {learning} {QUICK} --out run")
+    routed = open_model("run")
+    assert routed.family.name == teacher.family.name and routed.facts.kept == model.facts.kept
+    assert routed.dynamic is not None
+    done(
+        cli,
+        f"sample --model run --num-images 2 --num-steps 5 {'' if kind == 'student' else '--sampler sde'} --out a.npz",
+    )
+    assert set(detached(routed.dynamic).module.state_dict()) == set(model.module.state_dict())
+
+
+def test_a_dry_run_writes_nothing(cli: Cli, wide: Path) -> None:
+    before = sorted(path.name for path in Path().iterdir())
+    told = done(cli, f"{MADE} run --dry-run")
+    assert "width, tokens" in told.out + told.err and sorted(path.name for path in Path().iterdir()) == before
+
+
+BAD = {
+    "a family without rules": ("dynamic --model mar --out run", "models of the family mar cannot be made dynamic"),
+    "no model": ("dynamic --out run", "dynamic needs --model"),
+    "a target that is none": ("dynamic --model wide --target 1.5 --out run", "dynamic.target"),
+    "nothing to decide": (
+        "dynamic --model wide --set dynamic.width=false --set dynamic.tokens=false --out run",
+        "nothing would be decided",
+    ),
+    "a finish as long as the training": ("dynamic --model wide --steps 4 --out run", "dynamic.finish_steps"),
+    "a teacher of other images": (
+        f"dynamic --model wide --teacher smaller-images --set dynamic.beside=teacher {QUICK} --out run",
+        "does not take what",
+    ),
+    "heads that hidden channels cannot follow": (f"dynamic --model odd {QUICK} --out run", "cannot be made dynamic"),
+    "routers already": (f"dynamic --model routed {QUICK} --out run", "routers already"),
+    "cutting a dynamic model": ("prune --teacher routed --keep 0,2 --out run", "cut first"),
+}
+
+
+@pytest.mark.parametrize("cause", BAD)
+def test_bad_input(cli: Cli, wide: Path, cause: str) -> None:
+    save_model(tiny_mar(), Path("mar"))
+    save_model(tiny(num_heads=4, mlp_hidden=10), Path("odd"))
+    if "routed" in BAD[cause][0]:
+        done(cli, f"{MADE} made")
+        Path("made/student").rename("routed")
+    arguments, message = BAD[cause]
+    failed(cli(*shlex.split(arguments)), message)
+    assert not Path("run").exists()
+
+
+def test_a_folder_whose_routers_are_damaged_is_refused(cli: Cli, wide: Path) -> None:
+    done(cli, f"{MADE} run")
+    record = Path("run/student/model.json")
+    told = json.loads(record.read_text())
+    for change, message in (({"width": False}, "unexpected blocks.0.attn_rate"), ({"forced_first": 3}, "is damaged")):
+        record.write_text(json.dumps({**told, "dynamic": {**told["dynamic"], **change}}))
+        failed(cli("inspect", "run"), message)

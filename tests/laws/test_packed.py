@@ -1,0 +1,96 @@
+"""Packed linear layers: the numbers of plain ones in the same type, eager and compiled, and nothing kept once they go."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from tinyfusion.jobs.drawing import at_arithmetic
+from tinyfusion.models.checkpoint import LoadedModel, new_model
+from tinyfusion.models.packed import PackedLinear, can_pack, gelu_linear, held_bytes, pack
+
+CPU = torch.device("cpu")
+WIDE = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=512, depth=3, num_heads=8, num_classes=5)
+
+pytestmark = pytest.mark.skipif(not can_pack(torch.bfloat16, CPU), reason="oneDNN has no bfloat16 on this processor")
+
+
+def wide() -> LoadedModel:
+    """A model of random weights whose layers are large enough to be packed."""
+    model, generator = new_model("dit", WIDE, 0), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.normal_(std=0.04, generator=generator)
+    return model
+
+
+def answer(model: LoadedModel) -> Tensor:
+    x = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    held_in = next(model.module.parameters()).dtype
+    with torch.inference_mode():
+        out: Tensor = model.module(x.to(held_in), torch.tensor([0, 400, 999]), torch.tensor([0, 3, 5])).float()
+    return out
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_packed_layer_gives_the_numbers_of_the_plain_one(bias: bool, approximate: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(192, 320, bias=bias).to(torch.bfloat16)
+    x = torch.randn(2, 7, 192).to(torch.bfloat16)
+    packed = PackedLinear(layer)
+    with torch.inference_mode():
+        exact = layer.float()(x.float())
+        layer.to(torch.bfloat16)
+        assert packed(x).dtype == torch.bfloat16 and packed(x).shape == (2, 7, 320)
+        assert torch.allclose(packed(x).float(), exact, rtol=2**-7, atol=2**-8)
+        after = F.gelu(exact, approximate=approximate)
+        assert torch.allclose(gelu_linear(packed, x, approximate).float(), after, rtol=2**-6, atol=2**-7)
+        assert torch.equal(gelu_linear(layer, x, approximate), F.gelu(layer(x), approximate=approximate))
+
+
+def test_a_model_in_bfloat16_is_packed_and_as_near_to_float32_as_a_plain_one() -> None:
+    model = wide()
+    exact = answer(model)
+    plain = dataclasses.replace(model, module=copy.deepcopy(model.module).to(torch.bfloat16))
+    placed = at_arithmetic(model, "bfloat16", CPU)
+    assert sum(isinstance(layer, PackedLinear) for layer in placed.module.modules()) == 3 * 5
+    assert not any(isinstance(layer, PackedLinear) for layer in model.module.modules()), "the model stays as it is"
+    assert held_bytes(placed.module) == held_bytes(plain.module)
+    errors = [float((answer(m) - exact).norm() / exact.norm()) for m in (placed, plain)]
+    assert errors[0] < 1.2 * errors[1] < 0.05
+
+
+def test_small_layers_and_other_types_stay() -> None:
+    small = new_model("dit", {**WIDE, "hidden_size": 64}, 0)
+    for dtype in ("bfloat16", "float16", "float32"):
+        model = wide() if dtype == "float16" else small
+        placed = at_arithmetic(model, dtype, CPU)
+        assert not any(isinstance(layer, PackedLinear) for layer in placed.module.modules())
+
+
+def test_blocks_of_packed_layers_share_a_compilation() -> None:
+    placed = at_arithmetic(wide(), "bfloat16", CPU)
+    eager = answer(placed)
+    counters.clear()
+    with placed.stack.compiled("aot_eager"):
+        assert torch.allclose(answer(placed), eager, rtol=2**-6, atol=2**-7)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_packed_weight_goes_with_its_layer() -> None:
+    block = nn.Sequential(nn.Linear(64, 64).to(torch.bfloat16))
+    pack([block], smallest=1)
+    kept = weakref.ref(block[0].laid_out)
+    assert kept() is not None
+    del block
+    gc.collect()
+    assert kept() is None
