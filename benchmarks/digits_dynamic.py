@@ -24,7 +24,7 @@ from shared import quartiles, spread
 from tinyfusion.core.config import load_recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.recipe import Recipe
-from tinyfusion.core.rundir import read_json, write_text
+from tinyfusion.core.rundir import read_json, write_json, write_text
 from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.evaluate.speed import interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions
@@ -41,6 +41,7 @@ from tinyfusion.sample.drive import sample as draw_samples
 
 TEACHER = "digits"
 REFERENCES = ("digits", "digits:heldout")
+SPEED = "speed.json"
 TIMED_IMAGES, TIMED_STEPS, REPEATS = 128, 10, 9
 SHORT = {  # 3 % of 1,664,000 images
     "dynamic.training.steps": 390, "dynamic.ramp_steps": 130, "dynamic.beside_steps": 160, "dynamic.finish_steps": 90,
@@ -103,8 +104,11 @@ def made(folder: Path, seed: int) -> dict[str, str]:
     return models
 
 
-def timed(models: dict[str, str], seed: int) -> dict[str, tuple[float, float, float]]:
-    """Speed-up over the teacher: ratio of medians, with quartiles; all models of a seed in turns."""
+def timed(folder: Path, models: dict[str, str], seed: int) -> dict[str, list[float]]:
+    """Speed-up over the teacher: ratio of medians, with quartiles; all models of a seed in turns. Kept in the folder."""
+    if (folder / SPEED).exists():
+        found: dict[str, list[float]] = read_json(folder / SPEED)
+        return found
     recipe = load_recipe("digits", (), {"seed": seed})
     labels = np.arange(TIMED_IMAGES) % 10
     sides: dict[str, Callable[[], object]] = {}
@@ -119,7 +123,9 @@ def timed(models: dict[str, str], seed: int) -> dict[str, tuple[float, float, fl
 
         sides[key] = draw
     times = interleaved(sides, REPEATS, torch.device("cpu"))
-    return {key: speedup(times["teacher"], times[key]) for key in SHOWN}
+    ratios = {key: list(speedup(times["teacher"], times[key])) for key in SHOWN}
+    write_json(folder / SPEED, ratios)
+    return ratios
 
 
 def seen_images(folder: Path, key: str) -> float:
@@ -186,7 +192,7 @@ def main() -> None:
     for folder, seed in zip(folders, seeds, strict=True):
         folder.mkdir(parents=True, exist_ok=True)
         models.append(made(folder, seed))
-        speeds.append(timed(models[-1], seed))
+        speeds.append(timed(folder, models[-1], seed))
         print(json.dumps({"seed": seed, "speedup": speeds[-1]}), flush=True)
     rows = table(folders, models, speeds, options.teacher_images)
     print("\n".join(rows))

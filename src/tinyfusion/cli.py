@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tinyfusion.core.config import (
     to_plain,
 )
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch, no_fetching
 from tinyfusion.core.launch import launched_processes, launched_rank
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.signals import Interrupted, SignalWatch
@@ -119,7 +120,7 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     recipe = load_recipe(options.recipe, options.set, options.overrides())
     _check_teacher(verb, options, recipe)
     if verb == "bench":
-        return _bench(options, recipe)
+        return _checked(options, lambda: _bench(options, recipe))
     if verb == "replay":
         from tinyfusion.jobs.replay import replay
 
@@ -132,11 +133,24 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     out = options.out
     resume = getattr(options, "resume", None)
     where = RunOptions(out, options.overwrite, options.dry_run, heads, family, command, resume)
-    outcome = _perform(verb, options, recipe, where)
+    outcome = _checked(options, lambda: _perform(verb, options, recipe, where) or {})
     state = "checked" if options.dry_run else "done"
     if launched_rank() == 0:
         print(f"{verb}: {state}, {out}" + (" (nothing was written)" if options.dry_run else ""), file=sys.stderr)
-    return {"verb": verb, "state": state, "out": str(out), **(outcome or {})}
+    return {"verb": verb, "state": state, "out": str(out), **outcome}
+
+
+def _checked(options: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` answers; in a dry run nothing is fetched, and what would be is the end of what can be checked."""
+    if not options.dry_run:
+        return work()
+    try:
+        with no_fetching():
+            return work()
+    except WouldFetch as missing:
+        if launched_rank() == 0:
+            print(f"{missing}; what needs it was not checked", file=sys.stderr)
+        return {"state": "checked", "would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
 
 
 def _check_teacher(verb: str, options: Any, recipe: Recipe) -> None:

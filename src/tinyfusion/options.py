@@ -162,7 +162,9 @@ class Sample(OpensModel):
         Sampler | None,
         option("ancestral, DDIM, or the fast solvers DPM-Solver++ and UniPC", "|".join(get_args(Sampler))),
     ] = None
-    num_steps: Annotated[int | None, option("denoising steps", "N")] = None
+    num_steps: Annotated[
+        int | None, option("denoising steps; of flows points in time, of masked models rounds", "N")
+    ] = None
     guidance: Annotated[float | None, option("classifier-free guidance scale", "X")] = None
     batch_size: Annotated[int | None, option("images at a time", "N")] = None
     png: Annotated[Path | None, option("also write a folder of PNGs, 000000.png and so on", "PATH")] = None

@@ -72,10 +72,24 @@ def fill(folder: Path) -> None:
     save_model(tiny(3, input_size=4), folder / "smaller-images")
     save_model(tiny(4, num_classes=5), folder / "five-classes")
     save_model(teacher.cut(by_indices(teacher, [0, 2], 0)), folder / "student")
+    save_model(tiny_sit(), folder / "sit")
+    save_model(tiny_mar(), folder / "mar")
+    _texts(folder)
     _official_files(teacher, folder)
     _damaged_folders(folder)
     _image_files(folder)
     _outputs(folder)
+
+
+def _texts(folder: Path) -> None:
+    """Folders of diffusers that are PixArts: one without prompts, and one of 1,024 pixels; and an official file of one."""
+    config = {"_class_name": "PixArtTransformer2DModel", "num_layers": 1, "num_attention_heads": 1, "patch_size": 2}
+    config |= {"attention_head_dim": 8, "in_channels": 4, "sample_size": 4, "caption_channels": 8}
+    for name, size in (("pixart", 4), ("pixart-1024", 128)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({**config, "sample_size": size}))
+        save_file({"proj_out.bias": torch.zeros(32)}, folder / name / "diffusion_pytorch_model.safetensors")
+    torch.save({"t_block.1.weight": torch.zeros(48, 8)}, folder / "pixart.pth")
 
 
 class _Touch:

@@ -23,6 +23,9 @@ INDICES = f"{PRUNE} --criterion indices"
 RECOVER = "recover --teacher teacher --student student --steps 2 --set recover.training.ema_decay=0 --out run"
 SAMPLE = "sample --model teacher --num-images 4 --num-steps 2 --out made/samples.npz"
 RUN = "run --recipe good.toml --out run --set recover.training.steps=2 --set recover.training.ema_decay=0"
+SIT = "sample --model sit --num-images 4 --out made/samples.npz"
+MAR = "sample --model mar --num-images 4 --out made/samples.npz"
+DYNAMIC = "dynamic --model teacher --set dynamic.training.steps=4 --set dynamic.finish_steps=1 --out run"
 EVALUATE = "evaluate --reference digits --out made/evaluation.json"
 
 
@@ -202,6 +205,43 @@ ROWS = [
     row("run-image-size", f"{RUN} --set evaluate.references=large.npz", "large.npz"),
     row("run-data-of-recovery", f"{RUN} --set prune.criterion=indices --set prune.keep=[0,2] --set data.name=gone.npz",
         "no images at gone.npz"),
+    # -------------------------------------------------------------------------------------- other families and processes
+    row("dit-sampler", f"{SAMPLE} --sampler ode", "--sampler ode", "ddpm"),
+    row("sit-sampler", f"{SIT} --sampler ddim", "--sampler ddim is not for models of family sit: they take ode, sde"),
+    row("sit-steps", f"{SIT} --num-steps 5", "--num-steps 5 with sample.flow.method dopri5, which chooses its steps itself"),
+    row("sit-method", f"{SIT} --set sample.flow.method=rk5", "unknown method 'rk5' of ode; there is euler"),
+    row("sit-sde-method", f"{SIT} --sampler sde --set sample.flow.method=rk4", "'rk4' is not for sde: it takes euler, heun"),
+    row("sit-one-point", f"{SIT} --num-steps 1 --set sample.flow.method=euler", "2 points in time at least", "got 1"),
+    row("sit-tolerance", f"{SIT} --set sample.flow.atol=0", "tolerances are above 0", "got atol 0"),
+    row("sit-clip", f"{SIT} --set sample.clip=true", "sample.clip is not for models of family sit"),
+    row("sit-last-step", f"{SIT} --sampler sde --set sample.flow.last_step_size=0.9", "the last step is above 0 and below 0.5"),
+    row("sit-path", "train --set model.family=sit --set flow.path=cubic --out run", "flow.path", "'cubic'"),
+    row("sit-times", "train --set model.family=sit --set flow.train_eps=0.6 --out run", "flow", "0.6"),
+    row("sit-export", "export --model sit --to diffusers --out d", "sit cannot be exported to diffusers"),
+    row("mar-sampler", f"{MAR} --sampler ddpm", "--sampler ddpm is not for models of family mar: they take masked alone"),
+    row("mar-rounds", f"{MAR} --num-steps 17", "--num-steps 17: 16 tokens can be revealed in 1 to 16 rounds"),
+    row("mar-no-rounds", f"{MAR} --num-steps 0", "num_steps"),
+    row("mar-eta", f"{MAR} --set sample.eta=0.5", "sample.eta is not for sampler masked: it is for ddim"),
+    row("mar-interval", f"{MAR} --set sample.guidance_interval=0.1,0.8", "guidance_interval is not for sampler masked"),
+    row("mar-temperature", f"{MAR} --set sample.masked.temperature=-1", "sample.masked.temperature must be above 0; got -1"),
+    row("mar-ratio", "train --set model.family=mar --set masked.mask_ratio_min=1 --out run", "mask_ratio_min is a share"),
+    row("mar-clean", "prune --teacher mar --criterion bi --set prune.bi_inputs=clean --out run", "masked model"),
+    row("mar-width", "prune --teacher mar --criterion width --out run", "mar", "width"),
+    row("mar-export", "export --model mar --to diffusers --out d", "mar cannot be exported to diffusers"),
+    row("foreign-size", "train --set model.buffer_size=4 --out run", "a model of family dit has no buffer_size"),
+    row("family", "train --set model.family=dits --out run", "unknown family 'dits'", "did you mean 'dit'"),
+    row("pixart-prompts", "inspect pixart", "pixart has no prompts: wanted prompts.safetensors"),
+    row("pixart-1024", "inspect pixart-1024", "pixart-1024 has use_additional_conditions True"),
+    row("pixart-file", "inspect pixart.pth", "the published state dict has no prompts", "give the folder of diffusers"),
+    row("hub-name", f"{PRUNE} --data hub:imagenet", "'imagenet' is no data set of the hub: wanted ORG/NAME"),
+    row("data-before-teacher", "prune --teacher dit-xl-2-256 --data gone.npz --out run", "no images at gone.npz: no such file"),
+    row("teacher-family", f"{PRUNE} --set teacher_family=sit", "teacher is of family dit, not sit"),
+    row("teacher-family-unknown", "prune --teacher good.pt --num-heads 2 --set teacher_family=sut --out run", "'sut'", "'sit'"),
+    row("other-family", RECOVER.replace("--teacher teacher", "--teacher sit"), "is of family dit and the teacher sit of sit"),
+    row("dynamic-family", DYNAMIC.replace("teacher", "mar"), "mar"),
+    row("dynamic-target", f"{DYNAMIC} --target 0", "target", "got 0"),
+    row("dynamic-nothing", f"{DYNAMIC} --set dynamic.width=false --set dynamic.tokens=false", "nothing would be decided"),
+    row("dynamic-finish", f"{DYNAMIC} --set dynamic.finish_steps=4", "dynamic.finish_steps 4 are the last of 4 steps"),
     # ---------------------------------------------------------------------------------------------- evaluation and page
     row("samples-missing", f"{EVALUATE} --samples gone.npz", "no images at gone.npz"),
     row("samples-torn", f"{EVALUATE} --samples torn.npz", "torn.npz"),

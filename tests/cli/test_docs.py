@@ -42,10 +42,12 @@ SHORT = {
     "train": "train",
     "prune": "prune.training",
     "recover": "recover.training",
+    "dynamic": "dynamic.training dynamic",
     "sample": "sample",
 }
 SETTINGS = {
-    **dict.fromkeys(("train", "prune.training", "recover.training"), TRAINING),
+    **dict.fromkeys(("train", "prune.training", "recover.training", "dynamic.training"), TRAINING),
+    "dynamic": "finish_steps=1 beside_steps=1 ramp_steps=1 calibration_images=0",
     "sample": "num_images=8 batch_size=8 num_steps=2",
     "speed": "repeats=2 batch_size=2 steps_per_repeat=1",
 }
@@ -98,6 +100,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     brought.mkdir()
     official = tiny(hidden_size=384, num_heads=6, in_channels=4, patch_size=2).module.state_dict()
     torch.save(official, brought / "DiT-XL-2-256x256.pt")
+    save_model(tiny(in_channels=4, patch_size=2), folder / "shipped" / "dit-xl-2-256")  # never fetched
     latents = np.random.default_rng(0).standard_normal((16, 8, 8, 4), dtype=np.float32)
     np.savez(brought / "latents.npz", latents, np.arange(16) % 10)
     (brought / "pictures").mkdir()

@@ -96,6 +96,35 @@ def test_the_card_of_a_run(cli: Cli, work: Path) -> None:
         assert picture.format == "PNG" and picture.width > 300
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "sit",
+            (
+                "A scalable interpolant transformer (SiT) of 4 blocks, width",
+                "- sit\n",
+                "of the family sit are under MIT",
+            ),
+        ),
+        (
+            "mar",
+            (
+                "A masked autoregressive model (MAR) of 8 blocks (4 of encoder_blocks, 4 of decoder_blocks), width",
+                "- mar\n",
+                "of the family mar are under MIT",
+            ),
+        ),
+    ],
+)
+def test_a_card_names_the_family(cli: Cli, work: Path, name: str, said: tuple[str, ...]) -> None:
+    assert cli("export", "--model", name, "--to", "tinyfusion", "--out", "card").code == 0
+    card = Path("card/README.md").read_text()
+    assert all(part in card for part in said), card
+    assert "diffusers" not in card and "(DiT)" not in card and "non-commercial" not in card
+    assert "tinyfusion.open_model(" in card
+
+
 def test_the_library_saves_with_a_card(work: Path) -> None:
     model = open_model("student")
     save_pretrained(model, Path("saved"))

@@ -68,6 +68,8 @@ def test_fetched_opened_and_open_without_a_hub(student: LoadedModel, tmp_path: P
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     foreign = {**files_of(tmp_path / "theirs"), "README.md": b"---\nlicense: cc-by-nc-4.0\n---\nA card."}
     foreign["config.json"] = json.dumps({k: v for k, v in config.items() if k != "_tinyfusion"}).encode()
+    # without our record it computes as the class of diffusers does, which is another model
+    stock = dataclasses.replace(student, arch=dataclasses.replace(student.arch, frequency_shift=1))
     pipeline = {f"transformer/{name}": content for name, content in foreign.items() if name != "README.md"}
     pipeline |= {"vae/config.json": b'{"scaling_factor": 0.5, "block_out_channels": [4, 4]}'}
     pipeline |= {"model_index.json": b'{"_class_name": "DiTPipeline"}', "README.md": foreign["README.md"]}
@@ -84,7 +86,7 @@ def test_fetched_opened_and_open_without_a_hub(student: LoadedModel, tmp_path: P
         own, alone, pipe, absent, revision = called(commands, tmp_path, HF_ENDPOINT=hub.address)
     for code, facts, err in (own, alone, pipe):
         assert code == 0, err
-        assert facts["hash"] == student.hash() and facts["origin"]["revision"] == COMMIT
+        assert facts["hash"] == (student if facts is own[1] else stock).hash() and facts["origin"]["revision"] == COMMIT
     assert own[1]["kept"] == {"blocks": [1, 2]} and own[1]["origin"]["hub"] == "org/own"
     assert alone[1]["license"] == pipe[1]["license"] == "cc-by-nc-4.0"
     assert pipe[1]["origin"]["kind"] == "folder of diffusers in a DiTPipeline"
@@ -95,6 +97,21 @@ def test_fetched_opened_and_open_without_a_hub(student: LoadedModel, tmp_path: P
     again = called([*commands[:4]], tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     assert [facts for _, facts, _ in again[:3]] == [own[1], alone[1], pipe[1]]
     assert again[3][0] == 2 and "nothing of it is in the cache" in again[3][2]
+
+
+def test_a_dry_run_fetches_nothing(student: LoadedModel, tmp_path: Path) -> None:
+    """Nothing of a model that is not in the cache; where it is, everything is checked."""
+    dry = ["prune", "--teacher", "org/own", "--scheme", "1:2", "--out", "run", "--dry-run", "--json"]
+    inspected = ["inspect", "org/own", "--json"]
+    with hub_of({"org/own": files_of(tmp_path / "own")}) as hub:
+        before, *_ = called([dry], tmp_path, HF_ENDPOINT=hub.address)
+        read = list(hub.read)
+        *_, after = called([inspected, dry], tmp_path, HF_ENDPOINT=hub.address)
+    assert read == []
+    assert before[0] == after[0] == 0, before[2] + after[2]
+    assert before[1]["would_fetch"]["what"] == "org/own from the hub" and before[1]["state"] == "checked"
+    assert "would_fetch" not in after[1] and "teacher" in after[1]["plan"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_push_to_hub(student: LoadedModel, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ class Served:
     ranges: bool = True
     status: int = 200
     says_length: bool = True
-    asked: list[str | None] = field(default_factory=list)  # the Range of every request
+    asked: list[str | None] = field(default_factory=list)  # the Range of every request, or HEAD
     address: str = ""
 
 
@@ -29,6 +29,14 @@ def serving(content: bytes) -> Iterator[Served]:
     served = Served(content)
 
     class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            served.asked.append("HEAD")
+            self.send_response(served.status)
+            if served.says_length:
+                self.send_header("Content-Length", str(len(served.content)))
+            self.end_headers()
+            self.close_connection = True
+
         def do_GET(self) -> None:
             wanted = self.headers.get("Range")
             served.asked.append(wanted)

@@ -246,10 +246,10 @@ def test_parts_cover_every_image_once_and_come_back_in_order(tmp_path: Path) -> 
     images = np.arange(40, dtype=np.uint8).reshape(10, 2, 2, 1)
     parts = parts_in(tmp_path)
     assert parts.ranges() == [(0, 4), (4, 8), (8, 10)]
-    begin_parts(parts, {}, overwrite=False)
-    for first, last in reversed(parts.ranges()):
-        assert (first, last) in parts.missing()
-        parts.write((first, last), images[first:last])
+    with begin_parts(parts, {}, overwrite=False):
+        for first, last in reversed(parts.ranges()):
+            assert (first, last) in parts.missing()
+            parts.write((first, last), images[first:last])
     assert parts.missing() == []
     assert np.array_equal(np.concatenate(list(parts.source().read(3))), images)
     assert parts.source().hash() == source_of(images).hash()
@@ -259,9 +259,9 @@ def test_parts_cover_every_image_once_and_come_back_in_order(tmp_path: Path) -> 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "gone"])
 def test_damaged_parts_are_drawn_again(tmp_path: Path, damage: str) -> None:
     parts = parts_in(tmp_path)
-    begin_parts(parts, {}, overwrite=False)
-    for first, last in parts.ranges():
-        parts.write((first, last), np.zeros((last - first, 2, 2, 1), np.uint8))
+    with begin_parts(parts, {}, overwrite=False):
+        for first, last in parts.ranges():
+            parts.write((first, last), np.zeros((last - first, 2, 2, 1), np.uint8))
     file = parts.file((4, 8))
     if damage == "gone":
         file.unlink()

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,14 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.calibrate import calibrate, inference_ratio
 from tinyfusion.dynamic.importance import order_by_importance
 from tinyfusion.dynamic.macs import block_ratio, model_ratio, total_macs
-from tinyfusion.dynamic.official import base_tensors, dynamic_from_tensors, record, settings_of, tensors_in
 from tinyfusion.dynamic.subnetworks import KeepTables, SubNetworks, rehearsed, resolve
 from tinyfusion.evaluate.speed import count_macs
-from tinyfusion.models.attach import BlockMasks, Deciding, DynamicModel, attach, detached, is_router_key
-from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
+from tinyfusion.models.attach import BlockMasks, Deciding, DynamicModel, attach, detached
+from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, open_model
 from tinyfusion.models.dit import DiTArch, published_arch
 from tinyfusion.models.dynamics import BlockSizes, bucket
 from tinyfusion.models.family import FAMILIES
-from tinyfusion.models.routers import DynamicSettings, straight_through
+from tinyfusion.models.routers import DynamicSettings, is_router_key, settings_of, straight_through
 from tinyfusion.sample.drive import SampleDraws, sample
 from tinyfusion.sample.gaussian import GaussianSampler
 
@@ -405,44 +405,64 @@ def test_calibration_refuses_what_cannot_be_reached(routed: Callable[..., Dynami
     assert all(torch.equal(p, before[name]) for name, p in dynamic.routers().items())
 
 
+def opened(content: Any, path: Path, num_heads: int = 4, weights: str = "ema") -> DynamicModel:
+    """The model of a file with this content."""
+    torch.save(content, path)
+    dynamic = open_model(path, weights, num_heads, "dit").dynamic
+    assert dynamic is not None
+    return dynamic
+
+
 @pytest.mark.parametrize("forced_first", LAYOUTS.values(), ids=LAYOUTS)
 @torch.no_grad()
-def test_published_files_of_both_layouts(routed: Callable[..., DynamicModel], forced_first: bool) -> None:
+def test_published_files_of_both_layouts(
+    routed: Callable[..., DynamicModel], forced_first: bool, tmp_path: Path
+) -> None:
     dynamic = routed(forced_first=forced_first)
     tensors = {f"module.{name}": value for name, value in dynamic.module.state_dict().items()}
     half = {name: value / 2 for name, value in tensors.items()}
-    opened = dynamic_from_tensors(tensors_in({"model": half, "ema": tensors, "opt": {}}), DIT, num_heads=4)
-    assert opened.settings.forced_first is forced_first
-    assert torch.equal(opened.module(*inputs(dynamic.loaded)), dynamic.module(*inputs(dynamic.loaded)))
-    raw = tensors_in({"model": half, "ema": tensors}, "raw")
+    file = {"model": half, "ema": tensors, "opt": {}}
+    found = opened(file, tmp_path / "file.pt")
+    assert found.settings.forced_first is forced_first and found.loaded.hash() == dynamic.loaded.hash()
+    assert torch.equal(found.module(*inputs(dynamic.loaded)), dynamic.module(*inputs(dynamic.loaded)))
+    raw = opened(file, tmp_path / "file.pt", weights="raw").module.state_dict()
     assert torch.equal(raw["pos_embed"], dynamic.module.state_dict()["pos_embed"] / 2)
-    assert record(opened)["forced_first"] is forced_first
-    assert set(base_tensors(opened)) == set(detached(opened).module.state_dict())
+    assert {n for n in raw if not is_router_key(n)} == set(detached(found).module.state_dict())
 
 
-def test_files_that_are_not_dynamic_models(routed: Callable[..., DynamicModel]) -> None:
-    tensors = dict(routed().module.state_dict())
-    with pytest.raises(UserError, match="no routers"):
-        settings_of({name: v for name, v in tensors.items() if not is_router_key(name)}, 4)
+def test_files_that_are_not_dynamic_models(routed: Callable[..., DynamicModel], tmp_path: Path) -> None:
+    tensors, file = dict(routed().module.state_dict()), tmp_path / "file.pt"
+    static = {name: v for name, v in tensors.items() if not is_router_key(name)}
+    with pytest.raises(ValueError, match="no routers"):
+        settings_of(static, 4)
+    torch.save(static, file)
+    assert open_model(file, num_heads=4, family="dit").dynamic is None
     with pytest.raises(UserError, match=r"8 outputs .* or 7 .*got 3"):
-        dynamic_from_tensors(tensors, DIT, num_heads=8)
+        opened(tensors, file, 8)
     for change, words in (
-        ({"blocks.1.attn_rate.router.bias": None}, "1 tensors are missing, such as blocks.1.attn_rate.router.bias"),
-        ({"blocks.1.attn_rate.other": torch.zeros(1)}, "1 tensors are unexpected"),
-        ({"blocks.1.attn_rate.router.bias": torch.zeros(2)}, r"has the shape \(2,\); wanted \(3,\)"),
+        ({"blocks.1.attn_rate.router.bias": None}, "missing blocks.1.attn_rate.router.bias"),
+        ({"blocks.1.attn_rate.other": torch.zeros(1)}, "unexpected blocks.1.attn_rate.other"),
+        ({"blocks.1.attn_rate.router.bias": torch.zeros(2)}, r"router.bias is \(2,\), wanted \(3,\)"),
         ({"blocks.1.attn_rate.router.bias": torch.full((3,), torch.nan)}, "not finite"),
+        ({f"module.{name}": value for name, value in tensors.items()}, r"unexpected module\."),  # beside plain names
+        ({"opt": 3}, "no state dict of tensors"),
     ):
         wrong = {name: value for name, value in {**tensors, **change}.items() if value is not None}
         with pytest.raises(UserError, match=words):
-            dynamic_from_tensors(wrong, DIT, num_heads=4)
-    with pytest.raises(UserError, match="tensors alone"):
-        tensors_in({"model": {"x": 3}})
+            opened(wrong, file)
 
 
-def test_a_student_cut_before_is_no_special_case(tiny_model: ModelFactory) -> None:
+def test_formats_that_cannot_hold_routers(routed: Callable[..., DynamicModel], tiny_model: ModelFactory) -> None:
+    assert set(routed().loaded.unfit_formats()) == {"diffusers"}
+    gated = attach(tiny_model(num_heads=4, hidden_size=32, depth=3).copy(), DynamicSettings(depth=True))
+    assert "no keys" in gated.loaded.unfit_formats()["official"]
+    assert "no routers of tokens" in routed(tokens=False).loaded.unfit_formats()["official"]
+
+
+def test_a_student_cut_before_is_no_special_case(tiny_model: ModelFactory, tmp_path: Path) -> None:
     model = tiny_model(num_heads=4, depth=4).copy()
     model.stack.keep({"blocks": [0, 2]})
     model.arch = DIT.arch_with_depths(model.arch, model.stack.depths())
     dynamic = attach(model, DynamicSettings())
-    opened = dynamic_from_tensors(dynamic.module.state_dict(), DIT, num_heads=4)
-    assert isinstance(opened.loaded.arch, DiTArch) and opened.loaded.arch.depth == 2
+    found = opened(dynamic.module.state_dict(), tmp_path / "file.pt")
+    assert isinstance(found.loaded.arch, DiTArch) and found.loaded.arch.depth == 2

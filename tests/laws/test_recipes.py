@@ -26,10 +26,10 @@ from tinyfusion.recover.align import block_pairs
 
 # name: scheme, teacher, depth of the teacher and of the student
 RECIPES = {
-    "dit-xl-d19": ("3:4x2+2:4+3:4+2:4+3:4x2", "DiT-XL-2-256x256.pt", 28, 19),
-    "dit-xl-d14": ("1:2", "DiT-XL-2-256x256.pt", 28, 14),
+    "dit-xl-d19": ("3:4x2+2:4+3:4+2:4+3:4x2", "dit-xl-2-256", 28, 19),
+    "dit-xl-d14": ("1:2", "dit-xl-2-256", 28, 14),
     "dit-xl-d7": ("1:2", "runs/dit-xl-d14", 14, 7),
-    "dit-xl-d16-hybrid": ("2:4x2+3:4+2:4+3:4+2:4x2", "DiT-XL-2-256x256.pt", 28, 16),
+    "dit-xl-d16-hybrid": ("2:4x2+3:4+2:4+3:4+2:4x2", "dit-xl-2-256", 28, 16),
 }
 PUBLISHED = {
     "seed": 0,
@@ -215,6 +215,51 @@ def test_without_data_one_line_says_what_to_give(
         assert code == 2
         assert error.startswith("error:") and "--data FILE.npz" in error and "\n" not in error
     assert not (tmp_path / "out").exists()
+
+
+TEACHERS = {name: teacher for name, (_, teacher, _, _) in RECIPES.items() if name != "dit-xl-d7"} | {
+    "sit-xl-d14": "sit-xl-2-256",
+    "mar-l-d16": "mar-l",
+}
+
+
+@pytest.mark.parametrize(("name", "teacher"), TEACHERS.items(), ids=list(TEACHERS))
+def test_a_dry_run_says_what_would_be_fetched(
+    name: str,
+    teacher: str,
+    tmp_path: Path,
+    latents: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tinyfusion.core.weights._size_of", lambda entry: 2**30)
+    monkeypatch.setattr("tinyfusion.core.weights._fetch", lambda *_: pytest.fail("fetched"))
+    command = ["prune", "--recipe", name, "--out", str(tmp_path / "out"), "--dry-run", "--json"]
+    assert main([*command, "--data", str(latents)]) == 0
+    said = capsys.readouterr()
+    assert f"would fetch {teacher} from http" in said.err and "1,024.0 MiB" in said.err
+    told = json.loads(said.out.splitlines()[-1])
+    assert (told["state"], told["would_fetch"]["bytes"]) == ("checked", 2**30)
+    assert main(command) == 2  # without data nothing is fetched at all
+    assert "--data" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
+
+
+def test_official_files_of_known_names_have_their_family(
+    tmp_path: Path, latents: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tensors of a SiT are those of a DiT: its known name says which it is, and the recipe says so of a file."""
+    arch = DiTArch(8, 4, 4, 384, 2, 6, 10)  # of the smallest published width, which tells the heads
+    torch.save(DiT(arch).state_dict(), tmp_path / "weights.pt")
+    monkeypatch.setattr("tinyfusion.models.checkpoint.fetch_weights", lambda name: tmp_path / "weights.pt")
+    assert open_model("sit-xl-2-256").family.name == "sit"
+    assert open_model("dit-xl-2-256", family="dit").family.name == "dit"
+    command = ["prune", "--recipe", "sit-xl-d14", "--teacher", str(tmp_path / "weights.pt"), "--data", str(latents)]
+    assert main([*command, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "sit, 2 blocks" in said.out + said.err
+    assert "assuming" not in said.err
 
 
 def test_the_list_of_recipes_names_them(capsys: pytest.CaptureFixture[str]) -> None:

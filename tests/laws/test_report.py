@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -13,10 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from families import tiny
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import stamp
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.report import read_run, render_run, report
+from tinyfusion.models.checkpoint import save_model
+from tinyfusion.report import facts
 from tinyfusion.report.charts import Curve, dynamics_points, loss_curves, spans
 from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.render import embedded_record
@@ -209,6 +213,20 @@ def test_the_page_says_what_the_run_found(finished: str) -> None:
         "10 % of the 136 k", "e0" * 32, "c5" * 32, PROTOCOL,
     ):  # fmt: skip
         assert fact in text, fact
+
+
+def test_blocks_of_all_lists_are_counted(tmp_path: Path) -> None:
+    """An uncut model tells its blocks by itself; folders of before 0.4.0 told them by one size of theirs."""
+    model = tiny("mar")
+    save_model(model, tmp_path / "run" / "model")
+    write(tmp_path / "run" / "run.json", stamp("train", recipe_values(), "done"))
+    run = read_run(tmp_path / "run")
+    assert len(model.stack.depths()) == 2
+    assert facts.depths(run) == {"model": len(model.stack)}
+    blocks = [tile.values for tile in facts.headline(run) if tile.label == "blocks"]
+    assert blocks == [[("plain", str(len(model.stack)))]]
+    former = {"model": {"arch": {"depth": 12}}}
+    assert facts.depths(dataclasses.replace(run, models=former)) == {"model": 12}
 
 
 def test_the_title_names_the_depths_once_they_are_decided(finished: str, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_dry_run_of_the_recipe_on_an_official_file(
 ) -> None:
     torch.save(dict(random_sit(depth=28).module.state_dict()), tmp_path / "SiT-XL-2-256x256.pt")
     teacher = str(tmp_path / "SiT-XL-2-256x256.pt")
-    command = ["prune", "--recipe", "sit-xl-d14", "--teacher", teacher, "--family", "sit", "--num-heads", "2"]
+    command = ["prune", "--recipe", "sit-xl-d14", "--teacher", teacher, "--num-heads", "2"]
     assert main([*command, "--data", str(latents), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     said = capsys.readouterr()
     assert "sit, 28 blocks" in said.out + said.err

@@ -12,6 +12,7 @@ import pytest
 from loopback import Served, serving
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch, fetching_forbidden, no_fetching
 from tinyfusion.core.weights import cache_folder, fetch_weights, known_weights, user_table
 
 CONTENT = bytes(range(256)) * 3000
@@ -51,7 +52,29 @@ def test_the_shipped_table() -> None:
     assert {"dit-xl-2-256", "dit-xl-2-512", "tinydit-d14"} <= {n for n, e in known.items() if e.kind == "model"}
     assert all(entry.license and entry.about for entry in known.values())
     assert known["dit-xl-2-256"].file_name == "DiT-XL-2-256x256.pt"
+    assert (known["sit-xl-2-256"].file_name, known["sit-xl-2-256"].family) == ("SiT-XL-2-256.pt", "sit")
     assert known["inception-2015-12-05"].sha256 == "6726825d"
+
+
+@pytest.mark.parametrize("says_length", [True, False])
+def test_what_would_be_fetched_is_said_where_nothing_is_to_be(server: Served, says_length: bool) -> None:
+    entry(server)
+    server.says_length = says_length
+    with no_fetching():
+        assert fetching_forbidden()
+        with pytest.raises(WouldFetch, match=f"would fetch mine from {server.address}") as refused:
+            fetch_weights("mine")
+    assert refused.value.num_bytes == (len(CONTENT) if says_length else None)
+    assert server.asked == ["HEAD"] and left() == [] and not fetching_forbidden()
+    path = fetch_weights("mine")
+    with no_fetching():
+        assert fetch_weights("mine") == path  # what is there may be used
+
+
+def test_a_size_that_nobody_says_is_unknown() -> None:
+    table('[mine]\naddress = "http://127.0.0.1:9/weights.pt"\n')
+    with no_fetching(), pytest.raises(WouldFetch, match="of unknown size"):
+        fetch_weights("mine")
 
 
 def test_fetched_once_recorded_and_checked(server: Served) -> None:

@@ -19,7 +19,10 @@ from torch.distributed.tensor import DTensor
 from tinyfusion.core.process_sections import MaskedSection
 from tinyfusion.core.recipe import ComputeSection, PruneSection, RecoverSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.dynamic.train import DynamicObjective
+from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel, new_model
+from tinyfusion.models.routers import DynamicSettings
 from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
@@ -112,6 +115,21 @@ def masked_recovery(engine: Engine) -> Job:
     return Job(TrainState(student.module, groups, settings), goal, settings)
 
 
+def dynamic(engine: Engine, beside: Any = "complete", **settings: Any) -> Job:
+    """A model with routers that decide this way and that, under a budget of the global batch."""
+    model = teacher_model()
+    routed = attach(model, DynamicSettings(width_bias=0.3, token_bias=0.3, block_bias=0.3, **settings))
+    engine.place(model.module.train(), list(model.stack))
+    teacher = frozen(teacher_model().module) if beside == "teacher" else None
+    if teacher is not None:
+        engine.place_teacher(teacher, list(model.family.stack(teacher)))
+    goal = DynamicObjective(
+        GaussianObjective(5, 0.3), routed, 0.6, num_classes=5, label_drop=0.3, ramp_steps=40, beside=beside,
+        beside_steps=30, teacher=teacher, finish_from=45, total=engine.total if engine.world > 1 else None,
+    )  # fmt: skip
+    return Job(TrainState(model.module, [ParameterGroup(trainable(model.module))], SETTINGS), goal, SETTINGS)
+
+
 CASES: dict[str, Callable[[Engine], Job]] = {
     "learning-lora": learning,
     "learning-full-subset-score": lambda engine: learning(
@@ -126,12 +144,14 @@ CASES: dict[str, Callable[[Engine], Job]] = {
         engine, "masked-kd", replace(SETTINGS, stop_after=SHORT, dtype="float16")
     ),
     "masked-tokens": masked_recovery,
+    "dynamic": dynamic,
+    "dynamic-depth-teacher": lambda engine: dynamic(engine, "teacher", depth=True, forced_first=False),
 }
 RUNS = [
     (case, way)
     for case in CASES
     for way in WAYS
-    if case in ("learning-lora", "masked-kd") or not way.startswith("ddp-")
+    if case in ("learning-lora", "masked-kd", "dynamic") or not way.startswith("ddp-")
 ]
 
 

@@ -16,11 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tinyfusion.dynamic.official import dynamic_from_tensors, tensors_in
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
 from tinyfusion.models.attach import Deciding, DynamicModel
-from tinyfusion.models.family import FAMILIES
-from tinyfusion.models.tensors import read_pickle
+from tinyfusion.models.checkpoint import open_model
+from tinyfusion.models.tensors import read_pickle, state_dict_in
 
 TOLERANCE = 1e-5
 FILE, INPUTS = "dydit_golden.safetensors", ("x", "t", "y")
@@ -33,8 +32,11 @@ class Golden:
     def __init__(self, folder: Path) -> None:
         self.tensors = load_file(folder / FILE)
         config = json.loads((folder / "dydit.json").read_text(encoding="utf-8"))["config"]
-        self.weights = tensors_in(read_pickle(folder / "dydit_weights.pt"))
-        self.model: DynamicModel = dynamic_from_tensors(self.weights, FAMILIES["dit"], config["num_heads"])
+        file = folder / "dydit_weights.pt"
+        self.weights = state_dict_in(read_pickle(file), "ema", file)
+        dynamic = open_model(file, num_heads=config["num_heads"], family="dit").dynamic
+        assert dynamic is not None
+        self.model: DynamicModel = dynamic
         self.config = config
         self.inputs = tuple(self.tensors[name] for name in INPUTS)
 

@@ -90,6 +90,20 @@ def test_a_folder_of_diffusers_computes_what_its_class_computes(
     torch.testing.assert_close(ours(changed, y), ours(model, y), rtol=0, atol=1e-5)
 
 
+def test_the_scale_of_positions_is_that_of_the_folder(prompts: tuple[Tensor, Tensor], folder: Path) -> None:
+    """The conversion script of diffusers writes 0.5 for models of 256 pixels, and those of 2023 wrote nothing."""
+    from diffusers import PixArtTransformer2DModel
+
+    plain, y = open_model(folder), torch.tensor([0, 1, 2, 3])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "interpolation_scale": 0.5}))
+    model, wanted = open_model(folder), PixArtTransformer2DModel.from_pretrained(folder).eval()
+    assert model.arch.interpolation_scale == 0.5
+    torch.testing.assert_close(ours(model, y), said(wanted, *prompts, y), rtol=0, atol=1e-5)
+    assert not torch.allclose(ours(model, y), ours(plain, y), atol=1e-4)
+    assert model.hash() != plain.hash()  # another model with the same tensors
+
+
 def test_a_pruned_model_goes_back_to_diffusers(prompts: tuple[Tensor, Tensor], folder: Path, tmp_path: Path) -> None:
     from diffusers import PixArtTransformer2DModel
 
@@ -188,7 +202,7 @@ def test_a_folder_without_prompts_says_what_is_wanted(folder: Path) -> None:
     [
         ({"use_additional_conditions": True}, "has use_additional_conditions True"),
         ({"sample_size": 128, "use_additional_conditions": None}, "has use_additional_conditions True"),
-        ({"interpolation_scale": 0.5}, "has interpolation_scale 0.5"),
+        ({"interpolation_scale": 0}, "interpolation_scale must be above 0; got 0"),
         ({"out_channels": 4}, "has out_channels 4"),
         ({"num_layers": "3"}, "depth"),
         ({"num_layers": None}, "config.json is damaged: no sizes can be read: 'num_layers'"),

@@ -19,7 +19,7 @@ from tinyfusion.core.recipe import Recipe
 
 _KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 _POSITIVE = math.ulp(0.0)
-# what a number must be, by the last part of its field's name: smallest and largest value
+# what a number must be, by its field's path or the last part of it: smallest and largest value
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("steps", "stop_after", "batch_size", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit"), (1, math.inf)),
     **dict.fromkeys(("max_bad_steps", "num_images", "num_steps", "lora_rank", "neighbours"), (1, math.inf)),
@@ -31,6 +31,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("ema_decay", "betas"), (0, math.nextafter(1, 0))),
     **dict.fromkeys(("checkpoints", "depths"), (0, math.inf)),
     **dict.fromkeys(("budget_weight", "beside_weight", "beside_steps", "ramp_steps", "finish_steps"), (0, math.inf)),
+    "dynamic.calibration_images": (0, math.inf),  # a whole path goes before its last part
     "width_share": (_POSITIVE, 1),
     "target": (_POSITIVE, 1),
     "strata": (1, math.inf),
@@ -224,7 +225,7 @@ def _build_scalar(kind: Any, value: Any, path: str) -> Any:
 
 
 def _check_range(value: float, path: str) -> None:
-    low, high = _RANGES.get(path.rpartition(".")[2], (-math.inf, math.inf))
+    low, high = _RANGES.get(path) or _RANGES.get(path.rpartition(".")[2], (-math.inf, math.inf))
     if not math.isfinite(value):
         raise UserError(f"{path} wants a finite number; got {value}")
     if not low <= value <= high:

@@ -216,6 +216,7 @@ class DynamicSection:
     beside_weight: Annotated[float, "weight of its loss"] = 1.0
     strata: Annotated[int, "parts of the range of timesteps that every batch is spread over; 1 draws them freely"] = 4
     finish_steps: Annotated[int, "last steps, in which decisions have no noise, as at inference"] = 2_000
+    in_run: Annotated[bool, "`run` makes the recovered student dynamic too, with the teacher of the recipe"] = False
     calibration_images: Annotated[
         int,
         "images on which one offset of all routers is found that meets the target within 1 %; 0 leaves them as they are",
@@ -242,7 +243,11 @@ class SampleSection:
         "Gaussian: ancestral, DDIM, or the solvers DPM-Solver++ (2M) and UniPC; flows: ode or sde; masked tokens: masked; "
         "None is the published one of the model's process",
     ] = None
-    num_steps: Annotated[int | None, "denoising steps; None is the published number"] = None
+    num_steps: Annotated[
+        int | None,
+        "Gaussian: denoising steps; ode and sde: points in time, both ends among them, so one step fewer (methods that choose "
+        "their steps take none); masked: rounds; None is the published number",
+    ] = None
     eta: Annotated[float, "DDIM's share of fresh noise, 0 to 1"] = 0.0
     guidance: Annotated[float, "classifier-free guidance scale; 1 runs the conditional model alone"] = 1.5
     guidance_channels: Annotated[
@@ -334,7 +339,12 @@ class Recipe:
     description: Annotated[str, "one sentence"] = ""
     minutes: Annotated[float | None, "expected minutes on the stated machine"] = None
     machine: Annotated[str, "machine of the expected minutes"] = ""
-    teacher: Annotated[str, "model to make shallow"] = "digits"
+    teacher: Annotated[
+        str, "model to make shallow: a path, the name of a shipped model or of known weights, or a hub id"
+    ] = "digits"
+    teacher_family: Annotated[
+        str | None, "family of the teacher, where its file fits several and --family does not say; None takes the first"
+    ] = None
     seed: Annotated[int, "seed of every draw"] = 0
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
     model: ModelSection = field(default_factory=ModelSection)

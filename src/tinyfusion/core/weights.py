@@ -24,12 +24,14 @@ from urllib.parse import unquote, urlsplit
 
 from tinyfusion.core.config import build, nearest
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 from tinyfusion.core.files import check_space, check_writable, sha256_of, write_text
 from tinyfusion.core.progress import Advance, progress
 
 _PIECE = 1 << 20  # bytes read at a time
 _ATTEMPTS = 5  # connections in a row that bring nothing new, before giving up
 _TIMEOUT_S = 30.0
+_HEAD_TIMEOUT_S = 5.0  # a dry run only wants to know the size
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class KnownWeights:
         Literal["model", "inception", "autoencoder"],
         "a model that can be opened, the network of the FID, or an autoencoder",
     ] = "model"
+    family: Annotated[str | None, "model family, where the tensors of the file fit several"] = None
     about: Annotated[str, "what it is"] = ""
     name: str = ""
 
@@ -97,7 +100,8 @@ def cache_folder() -> Path:
 def fetch_weights(name: str) -> Path:
     """The file of known weights: from the cache, else fetched with progress. Its sum is checked either way.
 
-    Raises UserError on an unknown name, a wrong sum, and an address that does not answer or breaks off again and again.
+    Raises UserError on an unknown name, a wrong sum, and an address that does not answer or breaks off again and again;
+    WouldFetch where it is not in the cache and nothing is to be fetched.
     """
     known = known_weights()
     if name not in known:
@@ -108,6 +112,8 @@ def fetch_weights(name: str) -> Path:
     recorded = record.read_text(encoding="utf-8").split()[:1] if record.is_file() else []
     expected = {"the table": entry.sha256 or "", f"{record}": recorded[0] if recorded else ""}
     if not path.is_file():
+        if fetching_forbidden():
+            raise WouldFetch(f"{name} from {entry.address}", _size_of(entry))
         check_writable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _fetch(entry, path, expected)
@@ -116,6 +122,17 @@ def fetch_weights(name: str) -> Path:
     elif not recorded:
         write_text(record, f"{found}  {path.name}\n")
     return path
+
+
+def _size_of(entry: KnownWeights) -> int | None:
+    """Bytes, as the server says; None where it does not answer or does not say."""
+    asked = urllib.request.Request(entry.address, headers={"User-Agent": "tinyfusion"}, method="HEAD")
+    try:
+        with urllib.request.urlopen(asked, timeout=_HEAD_TIMEOUT_S) as answer:
+            length = answer.headers.get("Content-Length")
+            return int(length) if length is not None else None
+    except (OSError, http.client.HTTPException, ValueError):  # URLError among them
+        return None
 
 
 def _contradiction(found: str, expected: Mapping[str, str]) -> str:

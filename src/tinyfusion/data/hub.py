@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 from tinyfusion.core.files import disk_reason, write_json
 from tinyfusion.core.rundir import read_json
 from tinyfusion.core.weights import cache_folder
@@ -57,9 +58,17 @@ class HubFile:
         return self.path.rpartition("/")[2]
 
     def fetched(self) -> Path:
-        """The file in the cache of the hub's client, fetched where it is not there. Raises UserError where it cannot be."""
-        from huggingface_hub import hf_hub_download  # late: only hub ids need it
+        """The file in the cache of the hub's client, fetched where it is not there.
 
+        Raises UserError where it cannot be, WouldFetch where nothing is to be fetched.
+        """
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache  # late: only hub ids need it
+
+        if fetching_forbidden():
+            found = try_to_load_from_cache(self.repository, self.path, revision=self.commit, repo_type="dataset")
+            if not isinstance(found, str):
+                raise WouldFetch(f"{self} from the hub", self.size)
+            return Path(found)
         with _explained(self.repository, f"{self} is not in the cache and cannot be fetched"):
             return Path(hf_hub_download(self.repository, self.path, repo_type="dataset", revision=self.commit))
 

@@ -51,7 +51,7 @@ def token_router_macs(sizes: BlockSizes) -> int:
     return sizes.num_tokens * (sizes.width * hidden + hidden)
 
 
-def total_macs(static: int, sizes: BlockSizes, depth: int, ratio: float, tokens: bool) -> float:
+def total_macs(static: float, sizes: BlockSizes, depth: int, ratio: float, tokens: bool) -> float:
     """Of one forward pass of one image at this ratio of the blocks, from `static`, the whole of the static model.
 
     Width routers are resolved before sampling and cost nothing; `tokens`: the token routers run.

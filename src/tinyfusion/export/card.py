@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tinyfusion.models.family import ModelFamily
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.models.stack import num_parameters
 
@@ -41,17 +42,22 @@ def model_card(model: LoadedModel, notes: CardNotes) -> str:
         _differences(notes),
         _numbers(notes.evaluations),
         _how(model, notes),
-        "## Licence\n\n" + licence_note(model.facts.license),
+        "## Licence\n\n" + licence_note(model.facts.license, model.family),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def licence_note(license: str | None) -> str:
+def licence_note(license: str | None, family: ModelFamily) -> str:
     """What the card says of the licence; a cut model keeps that of its parent."""
     if license is None:
+        unknown = "The files that this model came from name no licence for their weights."
+        published = family.published_license
+        if published is None:
+            return unknown
+        use = ": non-commercial use only" if "-nc" in published.lower() else ""
         return (
-            "The files that this model came from name no licence for their weights. Published DiT and TinyDiT weights are "
-            "CC-BY-NC-4.0, and so is whatever was cut or trained from them: non-commercial use only."
+            f"{unknown} Published weights of the family {family.name} are under {published}, and so is whatever was cut or "
+            f"trained from them{use}."
         )
     commercial = " That is a non-commercial licence." if "-nc" in license.lower() else ""
     return f"The weights are under {license}, carried over from the model that they came from.{commercial}"
@@ -60,7 +66,8 @@ def licence_note(license: str | None) -> str:
 def _head(model: LoadedModel, notes: CardNotes) -> str:
     library = _LIBRARY["tinyfusion" if notes.target == "tinyfusion" else "diffusers"]
     license = (model.facts.license or "unknown").lower()
-    lines = [f"license: {license}", f"library_name: {library}", "tags:", "- diffusion", "- dit", "- tinyfusion"]
+    lines = [f"license: {license}", f"library_name: {library}", "tags:", "- diffusion"]
+    lines += [f"- {model.family.name}", "- tinyfusion"]
     if notes.target == "pipeline":
         lines.append("pipeline_tag: unconditional-image-generation")
     return "---\n" + "\n".join(lines) + "\n---"
@@ -68,9 +75,11 @@ def _head(model: LoadedModel, notes: CardNotes) -> str:
 
 def _what(model: LoadedModel) -> str:
     arch, facts = model.arch, model.facts
+    depths = model.stack.depths()
+    parts = f" ({', '.join(f'{depth} of {name}' for name, depth in depths.items())})" if len(depths) > 1 else ""
     space = "pixels" if facts.latent_scale is None else f"latents of {facts.vae or 'an autoencoder'}"
     return (
-        f"A diffusion transformer (DiT) of {len(model.stack)} blocks, width {arch.hidden_size}, {arch.num_heads} heads, "
+        f"A {model.family.title} of {len(model.stack)} blocks{parts}, width {arch.hidden_size}, {arch.num_heads} heads, "
         f"{num_parameters(model.module):,} parameters, for {space} of images {facts.image_size} pixels wide, "
         f"{arch.num_classes} classes. SHA-256 of its tensors (as tinyfusion counts it): `{model.hash()}`."
     )

@@ -37,6 +37,11 @@ _PASSING_VALUES = 12  # values per token and channel that a block holds at once
 _SAVED_VALUES = 24  # that it holds for its backward pass
 
 
+def on_images(criterion: str) -> bool:
+    """Whether a criterion that trains nothing looks at images; False for one that does not exist."""
+    return criterion in CRITERIA and CRITERIA[criterion].evaluations is not None
+
+
 def question_of(recipe: Recipe, teacher: LoadedModel) -> Question:
     """What the recipe's criterion is asked, with its calibration set. Raises UserError on all that it would refuse."""
     settings = recipe.prune

@@ -24,7 +24,7 @@ from tinyfusion.data.originals import read_originals
 from tinyfusion.data.parquet import HUB, HUB_STREAM, PARQUET, PARQUET_STREAM, STREAMED, WHOLE, read_parquet_images
 from tinyfusion.data.published_latents import PUBLISHED_FACTOR
 from tinyfusion.data.stream import StreamedBatches, open_parts
-from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.training.engine import Engine, open_engine
 
 
@@ -39,6 +39,16 @@ class RunOptions:
     family: str | None = None
     command: str = ""  # as typed
     resume: Path | None = None  # a checkpoint to go on from, instead of the newest
+
+
+def open_teacher(recipe: Recipe, num_heads: int | None, family: str | None, on_data: bool = True) -> LoadedModel:
+    """The model that the recipe starts from. family: as typed, which goes before what the recipe says.
+
+    on_data: images will be wanted, and a name that cannot be a data set is refused before anything is fetched.
+    """
+    if on_data:
+        check_data_name(recipe.data.name)
+    return open_model(recipe.teacher, recipe.sample.weights, num_heads, family or recipe.teacher_family)
 
 
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
@@ -79,15 +89,23 @@ def image_set(name: str, size: int | None = None) -> ImageSet:
             f"{name} is read in parts, and here a whole set has to be in memory: give {PARQUET}PATH or {HUB}ORG/NAME, of a part "
             "where it is large"
         )
-    if not name.endswith(".npz"):
-        raise UserError(
-            f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {HUB}ORG/NAME, {PARQUET_STREAM}PATH, "
-            f"{HUB_STREAM}ORG/NAME, {LATENTS}PATH, a folder of classes, or an .npz with arr_0 and arr_1"
-        )
+    check_data_name(name)
     images, labels = read_images_npz(Path(name))
     if labels is None:
         raise UserError(f"{name} has no labels: wanted arr_1 int64 beside arr_0")
     return _array_set(name, images, labels)
+
+
+def check_data_name(name: str) -> None:
+    """UserError on what names no data set: said before a teacher is fetched that there are no images for."""
+    if name.endswith(".npz") and not Path(name).is_file():
+        raise UserError(f"no images at {name}: no such file")
+    known = name in REAL_SETS or name.startswith((*WHOLE, *STREAMED, LATENTS)) or name.endswith(".npz")
+    if not known and not Path(name).is_dir():
+        raise UserError(
+            f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {HUB}ORG/NAME, {PARQUET_STREAM}PATH, "
+            f"{HUB_STREAM}ORG/NAME, {LATENTS}PATH, a folder of classes, or an .npz with arr_0 and arr_1"
+        )
 
 
 @lru_cache(maxsize=2)

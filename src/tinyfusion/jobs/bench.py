@@ -23,10 +23,9 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import machine
-from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import device_for
-from tinyfusion.jobs.drawing import at_arithmetic
+from tinyfusion.jobs.drawing import at_arithmetic, check_compile
 from tinyfusion.jobs.inspect import model_macs
 from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.jobs.skipping import SkippedModel, skipping_for
@@ -38,7 +37,7 @@ from tinyfusion.sample.drive import SampleDraws
 _PRODUCT = "product"
 _PRODUCT_SIZE = {"cpu": 2048}
 _LARGE_PRODUCT = 8192
-_SPREAD_STEPS = 10  # of a trajectory that is timed where steps differ
+SPREAD_STEPS = 10  # of a trajectory that is timed where steps differ
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,7 @@ class _Side:
     @property
     def macs_run(self) -> float:
         """Of one forward pass of one image: all, or what sub-networks ran on average so far."""
-        routed, told = self.model.dynamic, self.skipped.report() if self.skipped else None
-        if routed is None or told is None:
-            return self.macs
-        depth, tokens = len(self.model.stack), routed.settings.tokens
-        return total_macs(self.macs, routed.sizes, depth, told["macs_ratio"], tokens)
+        return self.skipped.macs_run(self.macs) if self.skipped else self.macs
 
 
 def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str, Any]:
@@ -85,6 +80,8 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
         check_compiler(device)
     sources = {"model": names.model} | ({"vs": names.vs} if names.vs else {})
     models = {side: open_model(s, recipe.sample.weights, names.num_heads, names.family) for side, s in sources.items()}
+    for model in models.values():
+        check_compile(settings.compile, model)
     hashes = {side: model.hash() for side, model in models.items()}
     protocol = _protocol(recipe, device, any(model.dynamic is not None for model in models.values()))
     if dry_run:
@@ -145,7 +142,7 @@ def _protocol(recipe: Recipe, device: torch.device, spread: bool) -> str:
     where = (
         f"cpu, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else torch.cuda.get_device_name(device)
     )
-    over = f", mean of {_SPREAD_STEPS} over the chain," if spread else ""
+    over = f", mean of {SPREAD_STEPS} over the chain," if spread else ""
     guidance = f"guidance {recipe.sample.guidance:g} ({2 if recipe.sample.guidance > 1 else 1} rows per image)"
     return (
         f"one denoising step{over} of {settings.batch_size} image{'s' * (settings.batch_size > 1)}, {guidance}, "
@@ -158,7 +155,7 @@ def _side(recipe: Recipe, model: LoadedModel, device: torch.device, spread: bool
     """spread: time steps of all levels of noise, because what a model with routers runs depends on it."""
     settings, arch = recipe.bench, model.arch
     sampler, macs, size = sampler_of(recipe.sample, model), model_macs(model), num_parameters(model.module)
-    short = sampler.of_steps(_SPREAD_STEPS)
+    short = sampler.of_steps(SPREAD_STEPS)
     skipping = skipping_for(model, short)  # before any cast
     placed = at_arithmetic(model, settings.dtype, device)
     labels = torch.from_numpy(np.arange(settings.batch_size, dtype=np.int64) % arch.num_classes).to(device)

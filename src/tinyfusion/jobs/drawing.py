@@ -55,12 +55,19 @@ def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
     if outside:
         raise UserError(f"--labels {outside} out of range: the model knows classes 0 to {model.arch.num_classes - 1}")
     sampler_of(settings, model)
+    check_compile(settings.compile, model)
     if model.facts.latent_scale is None and settings.vae is not None:
         raise UserError(f"sample.vae {settings.vae} decodes latents, and this model draws pixels: leave it out")
     if model.facts.latent_scale is None and not settings.decode:
         raise UserError("sample.decode=false keeps latents, and this model draws pixels: leave it out")
     if model.facts.latent_scale is not None and not settings.decode and settings.vae is not None:
         raise UserError("sample.vae decodes, and sample.decode=false says not to: leave out one of the two")
+
+
+def check_compile(wanted: bool, model: LoadedModel) -> None:
+    """UserError where blocks would not be compiled although that was asked for."""
+    if wanted and model.dynamic is not None:
+        raise UserError("--compile is not for models with routers: their sub-networks run eagerly; leave it out")
 
 
 def autoencoder_for(settings: SampleSection, model: LoadedModel) -> Autoencoder | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from tinyfusion.jobs.assemble import (
     device_for,
     engine_for,
     job_record,
+    open_teacher,
     plain_recipe,
     training_plan,
 )
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
+from tinyfusion.jobs.kept import KEPT, kept_record
 from tinyfusion.jobs.processes import PROCESS_SECTIONS, objective_for
 from tinyfusion.jobs.training import Training, drive, finished, save
 from tinyfusion.jobs.watching import check_watch
@@ -48,6 +51,7 @@ def dynamic(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any] 
     model, teacher = opened(recipe, source, options.num_heads, options.family)
     inputs = {"model": model.hash(), "teacher": teacher.hash() if teacher else None}
     plain = plain_recipe(recipe, "data", "dynamic", *PROCESS_SECTIONS, **inputs)
+    plain["dynamic"].pop("in_run")  # who calls makes no difference
     run = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: run.check("dynamic", plain, options.overwrite))
     intent = _intent(recipe, model, teacher, mode) if options.dry_run else {}
@@ -65,7 +69,8 @@ def dynamic(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any] 
     if options.dry_run:
         return announce("dynamic", intent, training_estimate(training), engine.is_main)
     with run.writing("dynamic", plain, options.overwrite):
-        run.mark("running", job=job_record(recipe, options, model=source))
+        named = str(Path(source).absolute()) if Path(source).exists() else source
+        run.mark("running", job=job_record(recipe, options, model=named))
         seconds = drive(training, run, options.resume)
         student, raw = training.averaged(), training.raw()
         reached = _meet_budget(recipe, student)
@@ -73,6 +78,8 @@ def dynamic(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any] 
             write_json(run.path / OUTCOME, reached)
         save(run, _recorded(student, reached), "student")
         save(run, raw, "student-raw")
+        if run.writes:
+            write_json(run.path / KEPT, kept_record(recipe, student))
         run.mark("done", seconds=seconds, seen_images=settings.made_images)
     engine.wait()  # nobody reads what the main process has not written yet
     return {"seconds": seconds, "ratio": reached["ratio"], "target": reached["target"]}
@@ -82,6 +89,21 @@ def opened(
     recipe: Recipe, source: str, num_heads: int | None, family: str | None
 ) -> tuple[LoadedModel, LoadedModel | None]:
     """The model that is to get routers and, where it learns from one, the teacher. Raises UserError where it cannot."""
+    model = open_model(source, recipe.sample.weights, num_heads, family)
+    check_dynamic(recipe, model, source)
+    if recipe.dynamic.beside != "teacher":
+        return model, None
+    teacher = open_teacher(recipe, num_heads, family)
+    same = ("in_channels", "input_size", "num_classes")
+    if teacher.family is not model.family or any(getattr(teacher.arch, n) != getattr(model.arch, n) for n in same):
+        raise UserError(
+            f"the teacher {recipe.teacher} does not take what {source} takes: wanted one of the same family, input and classes"
+        )
+    return model, teacher
+
+
+def check_dynamic(recipe: Recipe, model: LoadedModel, source: str) -> None:
+    """Raise UserError where the recipe decides on nothing, or the model, named `source`, cannot have such routers."""
     settings = recipe.dynamic
     if not (settings.width or settings.tokens or settings.depth):
         raise UserError("dynamic.width, dynamic.tokens and dynamic.depth are all off: nothing would be decided")
@@ -90,19 +112,9 @@ def opened(
             f"dynamic.finish_steps {settings.finish_steps} are the last of {settings.training.made_steps} steps, and leave none "
             "to train with noise: set fewer"
         )
-    model = open_model(source, recipe.sample.weights, num_heads, family)
-    check_attachable(model, router_settings(settings))
     if model.facts.dynamic is not None:
         raise UserError(f"{source} has routers already: give the model that they were put on")
-    if settings.beside != "teacher":
-        return model, None
-    teacher = open_model(recipe.teacher, recipe.sample.weights, num_heads, family)
-    same = ("in_channels", "input_size", "num_classes")
-    if teacher.family is not model.family or any(getattr(teacher.arch, n) != getattr(model.arch, n) for n in same):
-        raise UserError(
-            f"the teacher {recipe.teacher} does not take what {source} takes: wanted one of the same family, input and classes"
-        )
-    return model, teacher
+    check_attachable(model, router_settings(settings))
 
 
 def dynamic_of(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | None, engine: Engine) -> Training:
@@ -134,6 +146,11 @@ def dynamic_of(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | None, 
     )
     state = TrainState(model.module, [ParameterGroup(trainable(model.module))], settings.training)
     return Training("dynamic", recipe, settings.training, model, model.stack, state, objective, source, engine, teacher)
+
+
+def dynamic_alone(recipe: Recipe, model: LoadedModel, teacher: LoadedModel) -> Training:
+    """The third step of a `run`, on this process. Give copies."""
+    return dynamic_of(recipe, model, teacher if recipe.dynamic.beside == "teacher" else None, engine_for(recipe))
 
 
 def router_settings(settings: DynamicSection) -> DynamicSettings:
@@ -200,4 +217,13 @@ def _intent(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | None, mod
     }
 
 
-__all__ = ["OUTCOME", "DynamicModel", "dynamic", "dynamic_of", "opened", "router_settings"]
+__all__ = [
+    "OUTCOME",
+    "DynamicModel",
+    "check_dynamic",
+    "dynamic",
+    "dynamic_alone",
+    "dynamic_of",
+    "opened",
+    "router_settings",
+]

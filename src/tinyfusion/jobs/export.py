@@ -177,9 +177,10 @@ def _write_official(model: LoadedModel, out: Path, record: dict[str, Any]) -> No
     license = model.facts.license
     more = {
         "license": license,
-        "license_note": licence_note(license),
+        "license_note": licence_note(license, model.family),
         "kept": model.facts.kept,
         "lineage": model.facts.lineage,
+        **({"dynamic": model.facts.dynamic} if model.facts.dynamic else {}),
     }
     with written_beside(out) as beside:
         if out.suffix == ".pt":

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import remove, sweep, try_lock, write_json, written_beside
+from tinyfusion.core.files import missing_folders, remove, remove_empty, sweep, try_lock, write_json, written_beside
 from tinyfusion.core.rundir import file_output, read_json, stamp
 from tinyfusion.data.image_source import ImageSource
 
@@ -126,6 +126,7 @@ def begin_parts(parts: Parts, plain: Mapping[str, Any], overwrite: bool) -> Iter
 
     Raises UserError where another process is drawing into it: a lock of the system says so, which ends with whoever holds it.
     """
+    made = missing_folders(parts.folder)
     with ExitStack() as held:
         held.callback(os.close, _locked(parts.folder))
         if overwrite:
@@ -134,7 +135,12 @@ def begin_parts(parts: Parts, plain: Mapping[str, Any], overwrite: bool) -> Iter
         if (parts.folder / RECORD).is_file():
             sweep(parts.folder)
         else:
-            write_json(parts.folder / RECORD, stamp("sample", plain, "running", part_images=parts.part_images))
+            try:
+                write_json(parts.folder / RECORD, stamp("sample", plain, "running", part_images=parts.part_images))
+            except BaseException:
+                remove(parts.folder)  # without its record nobody would know it for ours
+                remove_empty(made)
+                raise
         yield
 
 

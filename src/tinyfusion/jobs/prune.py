@@ -11,12 +11,13 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
-from tinyfusion.jobs.asking import ask, asked, asking_estimate, question_of
+from tinyfusion.jobs.asking import ask, asked, asking_estimate, on_images, question_of
 from tinyfusion.jobs.assemble import (
     RunOptions,
     batches_for,
     engine_for,
     job_record,
+    open_teacher,
     plain_recipe,
     training_plan,
 )
@@ -24,7 +25,7 @@ from tinyfusion.jobs.estimate import Estimate, announce, described, training_dis
 from tinyfusion.jobs.processes import PROCESS_SECTIONS, objective_for
 from tinyfusion.jobs.training import Training, drive, finished, save
 from tinyfusion.jobs.watching import check_watch
-from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.plan import PrunePlan
 from tinyfusion.models.stack import num_parameters
 from tinyfusion.prune.deltas import cut_with_deltas
@@ -46,7 +47,8 @@ class Learning:
 def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Decide which blocks of the teacher go; writes `plan.json` and `student/`. Returns what `--json` prints."""
     engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
-    teacher = open_model(recipe.teacher, recipe.sample.weights, options.num_heads, options.family)
+    on_data = recipe.prune.criterion == "learned" or on_images(recipe.prune.criterion)
+    teacher = open_teacher(recipe, options.num_heads, options.family, on_data)
     plain = plain_recipe(recipe, "data", "prune", *PROCESS_SECTIONS, teacher=teacher.hash())
     run = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: run.check("prune", plain, options.overwrite))

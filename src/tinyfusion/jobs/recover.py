@@ -14,6 +14,7 @@ from tinyfusion.jobs.assemble import (
     batches_for,
     engine_for,
     job_record,
+    open_teacher,
     plain_recipe,
     training_plan,
 )
@@ -72,7 +73,13 @@ def opened(
     opened = open_model(student, recipe.sample.weights, num_heads, family)
     if recipe.recover.method == "finetune":
         return opened, None
-    return opened, open_model(recipe.teacher, recipe.sample.weights, num_heads, family)
+    teacher = open_teacher(recipe, num_heads, family)
+    if teacher.family is not opened.family:  # tensors of a SiT can be those of a DiT, and so can its hash
+        raise UserError(
+            f"the student {student} is of family {opened.family.name} and the teacher {recipe.teacher} of "
+            f"{teacher.family.name}: give the teacher that it was cut from"
+        )
+    return opened, teacher
 
 
 def recovery_of(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, engine: Engine) -> Training:

@@ -16,11 +16,13 @@ from tinyfusion.core.progress import progress
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, read_metrics
+from tinyfusion.jobs.assemble import open_teacher
+from tinyfusion.jobs.dynamic import dynamic_of
+from tinyfusion.jobs.dynamic import opened as dynamic_models
 from tinyfusion.jobs.prune import learning_of
 from tinyfusion.jobs.recover import opened, recovery_of
 from tinyfusion.jobs.train import train_of
 from tinyfusion.jobs.training import Training
-from tinyfusion.models.checkpoint import open_model
 from tinyfusion.training.checkpoints import load_checkpoint
 from tinyfusion.training.engine import Engine, open_engine
 from tinyfusion.training.loop import ForwardPass, noisy_parts
@@ -60,10 +62,13 @@ def _training(run: RunDirectory, device: str | None) -> Training:
     record = run.record()
     verb, job = record.get("verb"), record.get("job")
     if verb == "run":
-        raise UserError(f"{run.path} holds several trainings: name {run.path / 'prune'} or {run.path / 'recover'}")
-    if verb not in ("train", "prune", "recover") or not isinstance(job, dict):
         raise UserError(
-            f"{run.path} holds no training that can be made again: wanted a run of train, prune (learned) or recover by this version"
+            f"{run.path} holds several trainings: name {run.path / 'prune'}, {run.path / 'recover'} or what else lies there"
+        )
+    if verb not in ("train", "prune", "recover", "dynamic") or not isinstance(job, dict):
+        raise UserError(
+            f"{run.path} holds no training that can be made again: wanted a run of train, prune (learned), recover or "
+            "dynamic by this version"
         )
     recipe: Recipe = build(Recipe, job["recipe"], "")
     if device is not None:
@@ -77,11 +82,16 @@ def _training(run: RunDirectory, device: str | None) -> Training:
         _check_unchanged(run.path, "student", expected["student"], student.hash())
         _check_unchanged(run.path, "teacher", expected["teacher"], teacher.hash() if teacher else None)
         return recovery_of(recipe, student, teacher, engine)
+    if verb == "dynamic":
+        model, teacher = dynamic_models(recipe, job["model"], job["num_heads"], job["family"])
+        _check_unchanged(run.path, "model", expected["model"], model.hash())
+        _check_unchanged(run.path, "teacher", expected["teacher"], teacher.hash() if teacher else None)
+        return dynamic_of(recipe, model, teacher, engine)
     if recipe.prune.criterion != "learned":
         raise UserError(
             f"{run.path} was decided by {recipe.prune.criterion}, which trains nothing: there is no step to replay"
         )
-    teacher = open_model(recipe.teacher, recipe.sample.weights, job["num_heads"], job["family"])
+    teacher = open_teacher(recipe, job["num_heads"], job["family"])
     _check_unchanged(run.path, "teacher", expected["teacher"], teacher.hash())
     return learning_of(recipe, teacher, engine).training
 

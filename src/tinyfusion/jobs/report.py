@@ -19,11 +19,12 @@ from tinyfusion.report.run_data import MODELS, Look, RunData, Samples
 if TYPE_CHECKING:
     from tinyfusion.jobs.assemble import RunOptions
 
-VERBS = ("run", "prune", "recover", "train")
+VERBS = ("run", "prune", "recover", "dynamic", "train")
 MODEL_FOLDERS = {  # by verb: where the models of a run lie
-    "run": {"pruned": "prune/student", "student": "recover/student"},
+    "run": {"pruned": "prune/student", "student": "recover/student", "dynamic": "dynamic/student"},
     "prune": {"pruned": "student"},
     "recover": {"student": "student"},
+    "dynamic": {"dynamic": "student"},
     "train": {"model": "model"},
 }
 MAX_SAMPLES_BYTES = 1 << 30
@@ -52,7 +53,8 @@ def read_run(path: Path) -> RunData:
     """What there is of a run folder: finished, interrupted or still running. Raises UserError where it is none of ours."""
     record = _record(path)
     verb = record["verb"]
-    stages = {stage: path / stage for stage in ("prune", "recover")} if verb == "run" else {verb: path}
+    nested = ("prune", "recover", *(["dynamic"] if (path / "dynamic").is_dir() else []))
+    stages = {stage: path / stage for stage in nested} if verb == "run" else {verb: path}
     logged = {stage: _metrics(folder / "metrics.jsonl") for stage, folder in stages.items()}
     metrics = {stage: kept for stage, lines in logged.items() if (kept := [x for x in lines if "watch" not in x])}
     records = {
@@ -77,6 +79,8 @@ def read_run(path: Path) -> RunData:
         calibration=_json_if_there(stages.get("prune", path) / "calibration.json"),
         activations=_json_if_there(path / "activations.json"),
         depth_speed=_json_if_there(path / "depth_speed.json"),
+        kept=_json_if_there(stages.get("dynamic", path) / "kept.json"),
+        reached=_json_if_there(stages.get("dynamic", path) / "dynamic.json"),
         fid_steps=_json_if_there(path / "fid_steps.json") or (),
         watched={stage: looks for stage, folder in stages.items() if (looks := _looks(RunDirectory(folder).watched))},
         watch_lines={stage: [line for line in lines if "watch" in line] for stage, lines in logged.items()},

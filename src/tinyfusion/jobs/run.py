@@ -21,8 +21,10 @@ from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_j
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.images import read_images_npz, write_grid_png
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
-from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for
+from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, open_teacher
+from tinyfusion.jobs.bench import SPREAD_STEPS
 from tinyfusion.jobs.drawing import autoencoder_for, image_form
+from tinyfusion.jobs.dynamic import check_dynamic, dynamic, dynamic_alone
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate, training_estimate
 from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference
 from tinyfusion.jobs.inspect import inspect
@@ -32,6 +34,7 @@ from tinyfusion.jobs.prune import check_prune, prune, prune_estimate
 from tinyfusion.jobs.recover import recover, recovery_alone
 from tinyfusion.jobs.report import render_run
 from tinyfusion.jobs.sample import check_sampling, sample
+from tinyfusion.jobs.skipping import SkippedModel, skipping_for
 from tinyfusion.jobs.training import finished
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.checkpoint import LoadedModel, open_model
@@ -44,9 +47,9 @@ from tinyfusion.sample.drive import sample as draw_samples
 
 
 def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
-    """Prune, recover, sample three models from the same seeds, evaluate, time, and write the page."""
+    """Prune, recover, where asked make dynamic; sample all models from the same seeds, evaluate, time, write the page."""
     engine = engine_for(recipe)
-    teacher = open_model(recipe.teacher, recipe.sample.weights, options.num_heads, options.family)
+    teacher = open_teacher(recipe, options.num_heads, options.family)
     plain = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash()}
     folder = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
@@ -81,14 +84,19 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
     where = dataclasses.replace(options, overwrite=False)
     stage("prune", lambda: prune(recipe, dataclasses.replace(where, out=out / "prune")))
     stage("recover", lambda: recover(recipe, dataclasses.replace(where, out=out / "recover"), out / "prune"))
+    cut, student, routed = (out / stage_name / "student" for stage_name in ("prune", "recover", "dynamic"))
+    models = {"teacher": recipe.teacher, "pruned": str(cut), "student": str(student)}
+    if recipe.dynamic.in_run:
+        models["dynamic"] = str(routed)
+        stage("dynamic", lambda: dynamic(recipe, dataclasses.replace(where, out=out / "dynamic"), str(student)))
     if not folder.writes:
         return
-    cut, student = out / "prune" / "student", out / "recover" / "student"
-    models = {"teacher": recipe.teacher, "pruned": str(cut), "student": str(student)}
     stage("sample", lambda: _sample(recipe, options, models))
     stage("evaluate", lambda: _evaluate(recipe, out, list(models)))
-    stage("speed", lambda: _speed(recipe, out, teacher, open_model(student)))
-    step_of, place = functools.partial(_trajectory, recipe, 1), functools.partial(_evaluation, out)
+    made = {name: source for name, source in models.items() if name in ("student", "dynamic")}
+    timed = {"teacher": teacher, **{name: open_model(source) for name, source in made.items()}}
+    stage("speed", lambda: _speed(recipe, out, timed))
+    step_of, place = functools.partial(_one_step, recipe), functools.partial(_evaluation, out)
     stage("pictures", lambda: write_pictures(recipe, out, teacher, open_model(student), step_of, place))
 
 
@@ -96,13 +104,20 @@ def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel) -> None:
     """Whatever a stage would refuse is refused before anything is written."""
     check_prune(recipe, teacher, engine_for(recipe))
     recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy())
+    if recipe.dynamic.in_run:
+        check_dynamic(recipe, teacher.cut(_stand_in(recipe, teacher)), "the student")
     check_sampling(recipe.sample, teacher)
     check_watch(recipe, teacher)
     _check_evaluation(recipe, teacher)
     checkpoint_steps(recipe.recover.training, recipe.evaluate.checkpoints)
-    images = 3 * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
+    images = len(_drawn(recipe)) * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
     weights = 4 * num_parameters(teacher.module)
-    check_space(options.out, 6 * weights + images)
+    check_space(options.out, (12 if recipe.dynamic.in_run else 6) * weights + images)
+
+
+def _drawn(recipe: Recipe) -> list[str]:
+    """The models that are sampled, scored and shown."""
+    return ["teacher", "pruned", "student", *(["dynamic"] if recipe.dynamic.in_run else [])]
 
 
 def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
@@ -130,15 +145,21 @@ def _announce(recipe: Recipe, options: RunOptions, teacher: LoadedModel, mode: s
     """What `--dry-run` says."""
     prune_settings, device = recipe.prune, device_for(recipe)
     estimate = prune_estimate(check_prune(recipe, teacher, engine_for(recipe)))
+    more: dict[str, str] = {}
+    if recipe.dynamic.in_run:
+        student, settings = teacher.cut(_stand_in(recipe, teacher)), recipe.dynamic
+        estimate += training_estimate(dynamic_alone(recipe, student, teacher.copy()))
+        more["dynamic"] = f"{settings.target:.0%} of the student's blocks, {settings.training.steps:,} steps"
     estimate += training_estimate(recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher))
-    for _ in ("teacher", "pruned", "student"):
+    for _ in _drawn(recipe):
         estimate += sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device)
     learned = f" {prune_settings.scheme}, {prune_settings.training.steps:,} steps"
     plan = {
         "teacher": described(teacher),
         "prune": prune_settings.criterion + (learned if prune_settings.criterion == "learned" else ""),
         "recover": f"{recipe.recover.method}, {recipe.recover.training.steps:,} steps of {recipe.recover.training.batch_size} images",
-        "sample": f"{recipe.sample.num_images:,} images of each of teacher, pruned and student",
+        **more,
+        "sample": f"{recipe.sample.num_images:,} images of each of {', '.join(_drawn(recipe))}",
         "evaluate": f"against {', '.join(recipe.evaluate.references)}",
         "out": "a new run" if mode == "new" else "continues what is there",
     }
@@ -184,7 +205,8 @@ def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
 def _sample(recipe: Recipe, options: RunOptions, models: dict[str, str]) -> None:
     for name, source in models.items():
         heads = options.num_heads if name == "teacher" else None
-        where = RunOptions(options.out / "samples" / f"{name}.npz", num_heads=heads, family=options.family)
+        family = options.family or (recipe.teacher_family if name == "teacher" else None)
+        where = RunOptions(options.out / "samples" / f"{name}.npz", num_heads=heads, family=family)
         sample(recipe, where, source, options.out / "samples" / f"{name}.png")
     _compare(options.out / "samples", list(models))
 
@@ -213,50 +235,65 @@ def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
             evaluate(recipe, RunOptions(_evaluation(out, name, reference)), out / "samples" / f"{name}.npz", reference)
         for real in [r for r in references if r != reference and r in REAL_SETS][:1]:
             evaluate(recipe, RunOptions(_evaluation(out, "real", reference)), Path(real), reference)
-    write_json(out / "evaluation.json", read_json(_evaluation(out, "student", references[0])))
+    write_json(out / "evaluation.json", read_json(_evaluation(out, models[-1], references[0])))
 
 
-def _speed(recipe: Recipe, out: Path, teacher: LoadedModel, student: LoadedModel) -> None:
-    """Measured seconds of guided denoising steps, teacher and student in turn, in this process."""
+def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
+    """Measured seconds of guided denoising steps, all models in turn, in this process; "speedup" is the student's."""
     device, settings = device_for(recipe), recipe.speed
-
-    def trajectory(model: LoadedModel) -> Callable[[], object]:
-        return _trajectory(recipe, settings.steps_per_repeat, model, settings.batch_size)
-
-    times = interleaved({"teacher": trajectory(teacher), "student": trajectory(student)}, settings.repeats, device)
-    ratio, low, high = speedup(times["teacher"], times["student"])
+    routed = any(model.dynamic is not None for model in models.values())
+    steps = max(settings.steps_per_repeat, SPREAD_STEPS) if routed else settings.steps_per_repeat
+    sides = {name: _Side(recipe, model, steps, settings.batch_size) for name, model in models.items()}
+    times = interleaved({name: side.run for name, side in sides.items()}, settings.repeats, device)
+    ratios = {name: speedup(times["teacher"], times[name]) for name in models}
+    ratio, low, high = ratios["student"]
     threads = torch.get_num_threads() if device.type == "cpu" else 0
+    told = {
+        name: {**sides[name].facts(times[name]), "speedup": ratios[name][0], "speedup_spread": list(ratios[name][1:])}
+        for name in models
+    }
     write_json(
         out / "speed.json",
         {
-            "protocol": f"{settings.repeats} interleaved trajectories of {settings.steps_per_repeat} denoising steps, "
+            "protocol": f"{settings.repeats} interleaved trajectories of {steps} denoising steps, "
             f"batch {settings.batch_size}, guidance {recipe.sample.guidance:g}, float32, {device.type}, {threads} threads; medians",
             "batch_size": settings.batch_size, "threads": threads, "dtype": "float32",
-            "models": {
-                name: _speed_of(model, times[name], settings.steps_per_repeat)
-                for name, model in (("teacher", teacher), ("student", student))
-            },
-            "speedup": ratio, "speedup_spread": [low, high],
+            "models": told, "speedup": ratio, "speedup_spread": [low, high],
         },
     )  # fmt: skip
 
 
-def _trajectory(recipe: Recipe, num_steps: int, model: LoadedModel, num_images: int) -> Callable[[], object]:
-    """A call that makes `num_steps` guided denoising steps of one batch."""
-    sampler = sampler_of(recipe.sample, model).of_steps(num_steps)
-    labels = np.arange(num_images, dtype=np.int64) % model.arch.num_classes
-    model.module.to(device_for(recipe)).eval()
-    return lambda: list(draw_samples(model, labels, sampler, recipe.seed, num_images))
+class _Side:
+    """A timed model: `num_steps` guided denoising steps of one batch, in sub-networks where it has routers."""
+
+    def __init__(self, recipe: Recipe, model: LoadedModel, num_steps: int, num_images: int) -> None:
+        self.model, self.steps, self.seed = model, num_steps, recipe.seed
+        self.sampler = sampler_of(recipe.sample, model).of_steps(num_steps)
+        self.labels = np.arange(num_images, dtype=np.int64) % model.arch.num_classes
+        skipping = skipping_for(model, self.sampler)
+        model.module.to(device_for(recipe)).eval()
+        self.skipped = SkippedModel(model, skipping)
+
+    def run(self) -> object:
+        """All steps."""
+        with self.skipped.running():
+            return list(draw_samples(self.model, self.labels, self.sampler, self.seed, len(self.labels)))
+
+    def facts(self, timing: Timing) -> dict[str, Any]:
+        """Sizes, what ran, and milliseconds per step."""
+        facts = inspect(self.model)
+        spread = [min(timing.measurements_ms) / self.steps, max(timing.measurements_ms) / self.steps]
+        return {
+            **{k: facts[k] for k in ("depth", "num_parameters")},
+            "macs": self.skipped.macs_run(facts["macs"]),
+            "latency_ms": timing.median_ms / self.steps,
+            "latency_ms_spread": spread,
+        }
 
 
-def _speed_of(model: LoadedModel, timing: Timing, steps: int) -> dict[str, Any]:
-    facts = inspect(model)
-    spread = [min(timing.measurements_ms) / steps, max(timing.measurements_ms) / steps]
-    return {
-        **{k: facts[k] for k in ("depth", "num_parameters", "macs")},
-        "latency_ms": timing.median_ms / steps,
-        "latency_ms_spread": spread,
-    }
+def _one_step(recipe: Recipe, model: LoadedModel, num_images: int) -> Callable[[], object]:
+    """A call that makes one guided denoising step of one batch."""
+    return _Side(recipe, model, 1, num_images).run
 
 
 def _outcome(out: Path) -> dict[str, Any]:
@@ -264,14 +301,17 @@ def _outcome(out: Path) -> dict[str, Any]:
     evaluation, speed = read_json(out / "evaluation.json"), read_json(out / "speed.json")
     plan = read_json(out / "prune" / "plan.json")
     first = read_json(out / "run.json")["recipe"]["evaluate"]["references"][0]
-    fids = [read_json(_evaluation(out, name, first))["fid"] for name in ("teacher", "pruned", "student")]
+    words = {"teacher": "teacher", "pruned": "cut", "student": "recovered", "dynamic": "dynamic"}
+    found = {name: _evaluation(out, name, first) for name in words}
+    fids = {words[name]: read_json(file)["fid"] for name, file in found.items() if file.is_file()}
     kept = "; ".join(" ".join(map(str, blocks)) for blocks in plan["kept"].values())
-    numbers = " -> ".join(f"{fid:.3g}" for fid in fids)
-    print(f"FID {numbers} (teacher, cut, recovered), {speed['speedup']:.2f} times as fast, kept {kept}")
+    numbers = " -> ".join(f"{fid:.3g}" for fid in fids.values())
+    last = speed["models"].get("dynamic", speed)
+    print(f"FID {numbers} ({', '.join(fids)}), {last['speedup']:.2f} times as fast, kept {kept}")
     print(f"open {out / 'report.html'}", file=sys.stderr)
     return {
         "report": str(out / "report.html"),
         "fid": evaluation["fid"],
-        "speedup": speed["speedup"],
+        "speedup": last["speedup"],
         "kept": plan["kept"],
     }

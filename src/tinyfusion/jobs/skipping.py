@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tinyfusion.core.rng import Randomness
+from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.dynamic.subnetworks import KeepTables, SubNetworks, rehearsed, resolve
 from tinyfusion.models.dynamics import TokenMode
 from tinyfusion.models.loaded import LoadedModel
@@ -73,6 +74,14 @@ class SkippedModel:
         with self.model.dynamic.using(self.sub_networks):
             yield
         self.sub_networks.check()
+
+    def macs_run(self, static: float) -> float:
+        """Multiply-accumulates of a forward pass of one image: `static`, or what sub-networks ran of it on average so far."""
+        routed, told = self.model.dynamic, self.report()
+        if routed is None or told is None:
+            return static
+        depth, tokens = len(self.model.stack), routed.settings.tokens
+        return total_macs(static, routed.sizes, depth, told["macs_ratio"], tokens)
 
     def report(self) -> dict[str, Any] | None:
         """What was kept, and the ratio of multiply-accumulates that ran; None of a model without routers."""

@@ -22,7 +22,7 @@ from tinyfusion.core.config import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.dynamics import BlockSizes, DynamicRules
-from tinyfusion.models.routers import ROUTERS, DynamicSettings, initialise_routers, install_routers
+from tinyfusion.models.routers import ROUTERS, DynamicSettings, initialise_routers, install_routers, is_router_key
 from tinyfusion.models.stack import BlockStack
 
 if TYPE_CHECKING:
@@ -198,11 +198,6 @@ def settings_in(record: Mapping[str, Any]) -> DynamicSettings:
     return cast(
         DynamicSettings, build_known(DynamicSettings, {k: v for k, v in record.items() if k in known}, "dynamic")
     )
-
-
-def is_router_key(name: str) -> bool:
-    """Whether a tensor of a state dict belongs to a router."""
-    return any(part in ROUTERS for part in name.split("."))
 
 
 def rules_of(family: ModelFamily) -> DynamicRules:

@@ -27,6 +27,7 @@ from tinyfusion.models.family import FAMILIES, DiffusersFolder, ModelFamily
 from tinyfusion.models.hub import HUB_ID, fetch_repository
 from tinyfusion.models.loaded import LoadedModel, ModelFacts, hash_tensors, make_trainable, new_model
 from tinyfusion.models.plan import plan_from_json
+from tinyfusion.models.routers import is_router_key, settings_of
 from tinyfusion.models.tensors import check_tensors, filled, read_pickle, read_safetensors, read_shards, state_dict_in
 
 __all__ = [
@@ -51,6 +52,7 @@ def model_record(model: LoadedModel) -> dict[str, Any]:
         "process_settings": facts.process_settings,
         "dynamic": facts.dynamic,
         "arch": dataclasses.asdict(model.arch),
+        "depth": len(model.stack),  # of all lists together: readers without torch cannot count them
         "plan": facts.plan.to_json() if facts.plan else None,
         "kept": facts.kept,
         "lineage": facts.lineage,
@@ -91,10 +93,12 @@ def open_model(
     path, extra = Path(source), dict[str, str]()
     if not path.exists():
         path, extra = _by_name(str(source))
+        family = family or extra.get("family")
     if path.is_dir():
         model = _open_folder(_model_folder(path, weights), num_heads, family)
     else:
         model = _open_official(path, weights, num_heads, family)
+    extra.pop("family", None)
     known: dict[str, Any] = {key: extra.pop(key) for key in ("license", "vae") if key in extra}
     if model.facts.license is not None:
         known.pop("license", None)
@@ -118,7 +122,8 @@ def _by_name(name: str) -> tuple[Path, dict[str, str]]:
     if name in known:
         entry = known[name]
         path = fetch_weights(name)
-        return path, {"name": name, "address": entry.address, **({"license": entry.license} if entry.license else {})}
+        said = {"license": entry.license, "family": entry.family}
+        return path, {"name": name, "address": entry.address, **{key: value for key, value in said.items() if value}}
     if HUB_ID.fullmatch(name) and not Path(name).parent.exists():
         return fetch_repository(name)
     hint = nearest(name, [*shipped, *known])
@@ -297,21 +302,30 @@ def _open_official(path: Path, weights: str, num_heads: int | None, family_name:
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     tensors = state_dict_in(content, weights, path)
     part = "" if len(tensors) == len(content) else " of a training checkpoint"
-    family = _family(family_name, path) if family_name else _family_of(tensors)
+    fit = [_family(family_name, path)] if family_name else _families_of(tensors)
+    family = fit[0]
+    static = {name: t for name, t in tensors.items() if family.dynamic is None or not is_router_key(name)}
+    routers = None
     try:
-        arch = family.arch_of_state_dict(tensors, num_heads)
+        arch = family.arch_of_state_dict(static, num_heads)
+        if len(static) < len(tensors):
+            routers = settings_of(tensors, arch.num_heads)
+            rules_of(family).sizes(arch)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    origin = {"kind": f"official state dict{part}", "path": str(path)}
-    return LoadedModel(filled(family, arch, tensors, path), family, arch, _published_facts(arch, family), origin)
-
-
-def _family_of(tensors: Mapping[str, Tensor]) -> ModelFamily:
-    """The family of an official file, by its tensors; the first of those that have the same, and a line that says so."""
-    fit = [family for family in FAMILIES.values() if family.mark in tensors] or list(FAMILIES.values())[:1]
+    facts = _published_facts(arch, family)
+    if routers is not None:
+        facts = dataclasses.replace(facts, dynamic=dataclasses.asdict(routers))
+    kind = f"official state dict{' with routers' if routers else ''}{part}"
+    module = filled(family, arch, tensors, path, routers)
     if len(fit) > 1:
-        print(f"assuming family {fit[0].name} (give --family to say otherwise)", file=sys.stderr)
-    return fit[0]
+        print(f"assuming family {family.name} (give --family to say otherwise)", file=sys.stderr)
+    return LoadedModel(module, family, arch, facts, {"kind": kind, "path": str(path)})
+
+
+def _families_of(tensors: Mapping[str, Tensor]) -> list[ModelFamily]:
+    """The families that an official file may be of, by its tensors; the first is assumed."""
+    return [family for family in FAMILIES.values() if family.mark in tensors] or list(FAMILIES.values())[:1]
 
 
 def _published_facts(arch: Any, family: ModelFamily) -> ModelFacts:

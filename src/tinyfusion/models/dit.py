@@ -232,11 +232,14 @@ class PatchEmbedder(nn.Module):
         return tokens.contiguous()  # the stream keeps its layout through all blocks, and this one is quicker
 
 
-def position_table(width: int, grid: int) -> Tensor:
-    """(1, T, D) float32 sine-cosine table; token (r, c) has [E(c) | E(r)], E(v) = [sin(v w) | cos(v w)], float64 inside."""
+def position_table(width: int, grid: int, scale: float = 1.0) -> Tensor:
+    """(1, T, D) float32 sine-cosine table; token (r, c) has [E(c) | E(r)], E(v) = [sin(v w) | cos(v w)], float64 inside.
+
+    scale: by which r and c are divided; 1 in every DiT.
+    """
     quarter = width // 4
     frequencies = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
-    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    rows, columns = (places / scale for places in np.divmod(np.arange(grid * grid), grid))
 
     def embed(positions: np.ndarray) -> np.ndarray:
         angles = positions[:, None] * frequencies[None, :]

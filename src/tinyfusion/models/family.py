@@ -37,6 +37,7 @@ class ModelFamily:
     """One architecture: how to build it, where its blocks are, which process it belongs to."""
 
     name: str
+    title: str  # what it is called in a sentence: "a " title " of 12 blocks"
     process: str  # key of the noising process, looked up where the job is put together
     arch_type: type
     build: Callable[[Any], nn.Module]
@@ -50,6 +51,7 @@ class ModelFamily:
         str, Callable[[Any], Tensor]
     ]  # tensors that a formula gives, left out of the hash where they equal it
     published_latent: Mapping[int, Mapping[str, Any]]  # in_channels -> latent facts of the published files
+    published_license: str | None = None  # of the published weights, for the card of a model that knows none
     widths: WidthRules | None = None  # None where widths cannot be cut
     dynamic: DynamicRules | None = None  # None where width and tokens cannot be chosen by timestep
     # (arch, tensors) -> {format of others that cannot hold such a model: reason}
@@ -100,6 +102,7 @@ class ModelFamily:
 
 DIT = ModelFamily(
     name="dit",
+    title="diffusion transformer (DiT)",
     process="gaussian",
     arch_type=dit.DiTArch,
     build=dit.DiT,
@@ -111,13 +114,23 @@ DIT = ModelFamily(
     guided_channels=3,
     computed={"pos_embed": lambda arch: dit.position_table(arch.hidden_size, arch.input_size // arch.patch_size)},
     published_latent={4: {"latent_scale": 0.18215, "vae": "stabilityai/sd-vae-ft-ema", "pixels_per_latent": 8}},
+    published_license="CC-BY-NC-4.0",
     widths=DIT_WIDTHS,
     dynamic=DIT_DYNAMIC,
     unfit_formats=unfit_formats,
 )
-SIT = dataclasses.replace(DIT, name="sit", process="flow", build=sit.SiT, unfit_formats=sit.unfit_formats)
+SIT = dataclasses.replace(
+    DIT,
+    name="sit",
+    title="scalable interpolant transformer (SiT)",
+    process="flow",
+    build=sit.SiT,
+    published_license="MIT",
+    unfit_formats=sit.unfit_formats,
+)
 MAR = ModelFamily(
     name="mar",
+    title="masked autoregressive model (MAR)",
     process="masked",
     arch_type=mar.MarArch,
     build=mar.Mar,
@@ -129,11 +142,13 @@ MAR = ModelFamily(
     guided_channels=None,
     computed={},
     published_latent={16: {"latent_scale": 0.2325, "vae": "mar-kl16", "pixels_per_latent": 16}},
+    published_license="MIT",
     unfit_formats=mar.unfit_formats,
     undecayed=mar.undecayed,
 )
 PIXART = ModelFamily(
     name="pixart",
+    title="text-conditioned diffusion transformer (PixArt-alpha)",
     process="gaussian",
     arch_type=pixart.PixArtArch,
     build=pixart.PixArt,
@@ -145,6 +160,7 @@ PIXART = ModelFamily(
     guided_channels=None,
     computed={},
     published_latent=DIT.published_latent,
+    published_license="OpenRAIL++",
     unfit_formats=lambda _arch, _tensors: dict(pixart.UNFIT),
     diffusers=DiffusersFolder(("PixArtAlphaPipeline",), pixart.is_config, pixart.from_diffusers, pixart.PROMPTS),
 )

@@ -7,22 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 _FACTS = ("model_index.json", "config.json", "model.json", "README.md", "transformer/config.json", "vae/config.json")
 _WEIGHTS = "diffusion_pytorch_model"
+_TIMEOUT_S = 5.0  # of questions about a size
 
 
 def fetch_repository(name: str) -> tuple[Path, dict[str, str]]:
     """The folder of a model of the hub, fetched where it is not in the cache, and what is known of it: id, revision, licence, autoencoder.
 
-    Raises UserError where there is no such model, and where it is neither cached nor to be reached.
+    Raises UserError where there is no such model, and where it is neither cached nor to be reached; WouldFetch where it is not
+    in the cache and nothing is to be fetched.
     """
     repository, _, revision = name.partition("@")
     folder = _snapshot(repository, revision, _FACTS)
     inside = "transformer/" if (folder / "transformer" / "config.json").is_file() else ""
     if (folder / "model.json").is_file():
         folder = _snapshot(repository, revision, (*_FACTS, "model.safetensors"))
+        _check_there(repository, revision, folder / "model.safetensors")
     else:
         folder = _with_weights(repository, revision, inside)
     known = {"hub": repository, "revision": folder.name}
@@ -68,8 +72,31 @@ def _with_weights(repository: str, revision: str, inside: str) -> Path:
         wanted = (f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json")
         folder = _snapshot(repository, revision, (*_FACTS, *wanted))
         if any((folder / inside).glob(f"{_WEIGHTS}*.{suffix}")):
-            break
+            return folder
+    _check_there(repository, revision, folder / f"{stem}.safetensors")
     return folder
+
+
+def _check_there(repository: str, revision: str, file: Path) -> None:
+    """WouldFetch where a file is not in the cache and nothing is to be fetched."""
+    if fetching_forbidden() and not file.is_file():
+        raise WouldFetch(_described(repository, revision), _size_of(repository, revision))
+
+
+def _described(repository: str, revision: str) -> str:
+    return f"{repository}{f' at revision {revision}' if revision else ''} from the hub"
+
+
+def _size_of(repository: str, revision: str) -> int | None:
+    """Bytes of all weights of a repository at most, as the hub says; None where it does not answer."""
+    from huggingface_hub import HfApi  # late: only hub ids need it
+
+    try:
+        info = HfApi().model_info(repository, revision=revision or None, files_metadata=True, timeout=_TIMEOUT_S)
+    except Exception:  # its client has errors of several libraries; a size is all that is lost
+        return None
+    sizes = [file.size for file in info.siblings or () if file.rfilename.endswith(".safetensors") and file.size]
+    return sum(sizes) or None
 
 
 def _snapshot(repository: str, revision: str, files: Sequence[str]) -> Path:
@@ -77,8 +104,17 @@ def _snapshot(repository: str, revision: str, files: Sequence[str]) -> Path:
     from huggingface_hub import errors, snapshot_download  # late: only hub ids need it
 
     where = f"{repository} at revision {revision}" if revision else repository
+    cached = fetching_forbidden()
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(files)))
+        return Path(
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=list(files), local_files_only=cached
+            )
+        )
+    except errors.LocalEntryNotFoundError as error:
+        if cached:
+            raise WouldFetch(_described(repository, revision), _size_of(repository, revision)) from error
+        raise _unreachable(where, error) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"the hub has no revision {revision!r} of {repository}") from error
     except errors.RepositoryNotFoundError as error:
@@ -87,10 +123,14 @@ def _snapshot(repository: str, revision: str, files: Sequence[str]) -> Path:
             "logging in"
         ) from error
     except Exception as error:  # its client has errors of several libraries for a net that is not there
-        reason = str(error).partition("\n")[0].strip() or type(error).__name__
-        raise UserError(
-            f"no model at {where}: no such file or folder, nothing of it is in the cache, and the hub cannot be reached ({reason})"
-        ) from error
+        raise _unreachable(where, error) from error
+
+
+def _unreachable(where: str, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0].strip() or type(error).__name__
+    return UserError(
+        f"no model at {where}: no such file or folder, nothing of it is in the cache, and the hub cannot be reached ({reason})"
+    )
 
 
 def upload_folder(folder: Path, repository: str) -> str:

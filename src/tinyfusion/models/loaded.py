@@ -18,9 +18,11 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.models.attach import DynamicModel, build_with_routers
 from tinyfusion.models.family import FAMILIES, ModelFamily
 from tinyfusion.models.plan import PrunePlan
+from tinyfusion.models.routers import unfit_official
 from tinyfusion.models.stack import BlockStack
 from tinyfusion.models.widths import sliced
 
+_NO_ROUTERS = "it has routers, for which diffusers has no class: its transformer would run everything"
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -95,7 +97,15 @@ class LoadedModel:
     def unfit_formats(self) -> dict[str, str]:
         """Formats of others that cannot hold this model, each with the reason: what an export must refuse."""
         reasons = self.family.unfit_formats
-        return reasons(self.arch, self.module.state_dict()) if reasons else {}
+        found = reasons(self.arch, self.module.state_dict()) if reasons else {}
+        if self.dynamic is None:
+            return found
+        more = {"official": unfit_official(self.dynamic.settings), "diffusers": [_NO_ROUTERS]}
+        return {
+            name: "; ".join([*([found[name]] if name in found else []), *more.get(name, [])])
+            for name in dict.fromkeys([*found, *more])
+            if name in found or more[name]
+        }
 
     def cut(self, plan: PrunePlan, force: bool = False) -> LoadedModel:
         """A new, trainable model with only the plan's blocks and channels; this one stays as it is.

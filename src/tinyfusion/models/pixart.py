@@ -26,7 +26,7 @@ PROMPTS = "prompts.safetensors"  # beside the weights in a folder of diffusers, 
 _TEXTS = ("captions", "caption_mask")
 _UNUSED = ("net.pos_embed.pos_embed", "net.caption_projection.y_embedding")  # in some files: the formula, a null text
 _SIZES = {"input_size": "sample_size", "depth": "num_layers", "num_heads": "num_attention_heads",
-          **{name: name for name in ("patch_size", "in_channels", "caption_channels")}}  # fmt: skip
+          **{name: name for name in ("patch_size", "in_channels", "caption_channels", "interpolation_scale")}}  # fmt: skip
 UNFIT = {
     "official": "the published state dict has no prompts, and does not say its sizes",
     "diffusers": "its folder has no prompts; model.module.net.save_pretrained writes it without them (docs/pixart.md)",
@@ -48,13 +48,22 @@ class PixArtArch:
     num_classes: int
     caption_tokens: int = 120
     caption_channels: int = 4096
+    interpolation_scale: float = 1.0  # by which positions are divided: 1 as trained; folders of 256 pixels may say 0.5
 
     def __post_init__(self) -> None:
-        if low := [name for name, value in dataclasses.asdict(self).items() if value < 1]:
+        sizes = {name: value for name, value in dataclasses.asdict(self).items() if name != "interpolation_scale"}
+        if low := [name for name, value in sizes.items() if value < 1]:
             raise ValueError(f"{low[0]} must be at least 1; got {getattr(self, low[0])}")
+        if not self.interpolation_scale > 0:
+            raise ValueError(f"interpolation_scale must be above 0; got {self.interpolation_scale:g}")
         for name, divisor in (("input_size", self.patch_size), ("hidden_size", self.num_heads), ("hidden_size", 4)):
             if getattr(self, name) % divisor:
                 raise ValueError(f"{name} {getattr(self, name)} is not a multiple of {divisor}")
+
+    @property
+    def rules(self) -> dict[str, float]:
+        """What the model computes otherwise than as trained, with the same tensors: part of its hash."""
+        return {} if self.interpolation_scale == 1 else {"interpolation_scale": self.interpolation_scale}
 
     @property
     def num_tokens(self) -> int:
@@ -77,7 +86,7 @@ class PixArt(nn.Module):
 
         network: Any = PixArtTransformer2DModel  # untyped
         self.arch, self.net, rows = arch, network(**config_of_arch(arch)), arch.num_classes + 1
-        table = position_table(arch.hidden_size, arch.input_size // arch.patch_size)
+        table = position_table(arch.hidden_size, arch.input_size // arch.patch_size, arch.interpolation_scale)
         self.net.pos_embed.register_buffer("pos_embed", table, persistent=False)  # theirs is without values on meta
         self.register_buffer("captions", torch.zeros(rows, arch.caption_tokens, arch.caption_channels))
         self.register_buffer("caption_mask", torch.ones(rows, arch.caption_tokens))
@@ -129,7 +138,7 @@ def config_of_arch(arch: PixArtArch) -> dict[str, Any]:
     """What diffusers' class is built with: the sizes, and what every model here has."""
     sizes = {theirs: getattr(arch, ours) for ours, theirs in _SIZES.items()}
     width = dict(attention_head_dim=arch.hidden_size // arch.num_heads, cross_attention_dim=arch.hidden_size)
-    same = dict(use_additional_conditions=False, interpolation_scale=1, activation_fn="gelu-approximate", norm_eps=1e-6,
+    same = dict(use_additional_conditions=False, activation_fn="gelu-approximate", norm_eps=1e-6,
                 norm_type="ada_norm_single", norm_elementwise_affine=False, attention_bias=True, dropout=0.0)  # fmt: skip
     return {**sizes, **width, **same, "out_channels": 2 * arch.in_channels}
 

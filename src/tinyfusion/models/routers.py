@@ -9,7 +9,7 @@ Shapes: B images, N tokens, D width, U units decided.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -129,6 +129,42 @@ class TokenRouter(Float32Module):
 
 
 ROUTERS = ("attn_rate", "mlp_rate", "token_selection", "block_rate")  # submodules of a block, as published but the last
+
+
+def is_router_key(name: str) -> bool:
+    """Whether a tensor of a state dict belongs to a router."""
+    return any(part in ROUTERS for part in name.split("."))
+
+
+def settings_of(tensors: Mapping[str, Tensor], num_heads: int) -> DynamicSettings:
+    """What the router keys of a published state dict say; the layout is told by the rows of a router of width.
+
+    Layout 2 (current code): H - 1 outputs, and unit 0 always runs. Layout 1 (December 2024): H outputs, nothing is forced.
+    Raises ValueError where the keys are of neither, or where there are none.
+    """
+    names = {part for name in tensors for part in name.split(".")}
+    width, tokens, depth = "attn_rate" in names, "token_selection" in names, "block_rate" in names
+    if not (width or tokens or depth):
+        raise ValueError("these tensors have no routers: it is a static model")
+    ends = ("attn_rate.router.weight", "mlp_rate.router.weight")
+    rows = {len(value) for name, value in tensors.items() if name.endswith(ends)}
+    if rows - {num_heads} and rows - {num_heads - 1}:
+        raise ValueError(
+            f"routers of width have {num_heads} outputs (layout 1) or {num_heads - 1} (layout 2, the first always on) for "
+            f"{num_heads} heads; got {', '.join(map(str, sorted(rows)))}"
+        )
+    return DynamicSettings(width=width, tokens=tokens, depth=depth, forced_first=rows != {num_heads})
+
+
+def unfit_official(settings: DynamicSettings) -> list[str]:
+    """Why the published layout cannot hold routers of these settings; empty where it can."""
+    reasons = []
+    if settings.depth:
+        reasons.append("its routers decide on whole blocks, for which the format has no keys")
+    for name, what in (("width", "heads and channels"), ("tokens", "tokens")):
+        if not getattr(settings, name):
+            reasons.append(f"it has no routers of {what}, without which published readers refuse a file")
+    return reasons
 
 
 def install_routers(block: nn.Module, width: int, num_heads: int, settings: DynamicSettings) -> None:

@@ -24,6 +24,7 @@ from tinyfusion.models.family import ModelFamily
 from tinyfusion.models.loaded import make_trainable
 from tinyfusion.models.routers import DynamicSettings
 
+_WRAPPER = "module."
 _NO_MODEL = "is not a model file, or it is truncated: wanted a torch file or .safetensors with a state dict"
 
 
@@ -53,7 +54,10 @@ def read_pickle(path: Path) -> Any:
 
 
 def state_dict_in(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
-    """The tensors of a flat state dict, or of a training checkpoint ("ema" or "model_ema", else "model"; that for raw weights)."""
+    """The tensors of a flat state dict, or of a training checkpoint ("ema" or "model_ema", else "model"; that for raw weights).
+
+    The `module.` that a wrapper for several processes puts before every name goes.
+    """
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     for key in ("ema", "model_ema", "model") if weights == "ema" else ("model", "ema", "model_ema"):
@@ -64,6 +68,8 @@ def state_dict_in(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
     if not tensors or len(tensors) != len(content):
         odd = next((str(k) for k, v in content.items() if not isinstance(v, Tensor)), "nothing")
         raise UserError(f"{path} is no state dict of tensors (it holds {odd!r})")
+    if all(name.startswith(_WRAPPER) for name in tensors):
+        return {name.removeprefix(_WRAPPER): tensor for name, tensor in tensors.items()}
     return tensors
 
 

@@ -64,7 +64,7 @@ def depths(run: RunData) -> dict[str, int]:
     """Blocks per model, through all of its lists, from the plan, the measured models or model.json."""
     found: dict[str, int] = {}
     for name, model in run.models.items():
-        depth = (model.get("arch") or {}).get("depth")
+        depth = model.get("depth", (model.get("arch") or {}).get("depth"))  # folders before 0.4.0 say it in arch alone
         if isinstance(depth, int):
             found[name] = depth
         elif model.get("kept"):
@@ -80,7 +80,7 @@ def depths(run: RunData) -> dict[str, int]:
 
 def headline(run: RunData) -> list[Tile]:
     """The tiles at the top."""
-    tiles = [tile for tile in (_fid_tile(run), _depth_tile(run), *_speed_tiles(run)) if tile]
+    tiles = [tile for tile in (_fid_tile(run), _depth_tile(run), *_speed_tiles(run), *_kept_tiles(run)) if tile]
     if not (run.speed or run.evaluations):
         tiles += _training_tiles(run)
     return sorted(tiles, key=lambda tile: ("large", "medium", "small").index(tile.size))
@@ -106,20 +106,24 @@ def _speed_tiles(run: RunData) -> list[Tile]:
     teacher, student = speed["models"]["teacher"], speed["models"]["student"]
 
     def pair(key: str) -> list[tuple[str, str]]:
-        return [("teacher", count(teacher[key])), ("student", count(student[key]))]
+        more = [("extra", count(routed[key]))] if routed else []
+        return [("teacher", count(teacher[key])), ("student", count(student[key])), *more]
 
     def less(key: str) -> str:
-        return f"{percent(student[key] / teacher[key])} of the teacher's"
+        more = f", dynamic {percent(routed[key] / teacher[key])}" if routed else ""
+        return f"{percent(student[key] / teacher[key])} of the teacher's{more}"
 
     low, high = speed.get("speedup_spread", [speed["speedup"]] * 2)
+    routed = speed["models"].get("dynamic")
     times = [("teacher", significant(teacher["latency_ms"])), ("student", significant(student["latency_ms"]))]
-    ratio = speed["speedup"]
-    faster = f"{ratio:.2f}× faster" if ratio >= 1 else f"{ratio:.2f}× the speed"
+    times += [("extra", significant(routed["latency_ms"]))] if routed else []
     batch = f"median, batch {speed['batch_size']}"
+    faster = [("student", _faster(speed["speedup"], routed is None))]
+    faster += [("extra", _faster(routed["speedup"], True))] if routed else []
     return [
         Tile(
             "sampling speed",
-            [("student", faster)],
+            faster,
             f"side by side; half of the ratios in {low:.2f}× to {high:.2f}×",
             size="medium",
         ),
@@ -127,6 +131,27 @@ def _speed_tiles(run: RunData) -> list[Tile]:
         Tile("MACs per image and step", pair("macs"), less("macs")),
         Tile("ms per denoising step", times, batch),
     ]
+
+
+def _faster(ratio: float, whole: bool) -> str:
+    """A speed-up in words; without them where another one follows."""
+    return f"{ratio:.2f}×" + ("" if not whole else " faster" if ratio >= 1 else " the speed")
+
+
+def _kept_tiles(run: RunData) -> list[Tile]:
+    """Of a dynamic model: the share of the blocks that runs, and in how many sub-networks."""
+    kept, reached = run.kept or {}, run.reached or {}
+    tiles = []
+    if "ratio" in reached:
+        note = f"of the multiply-accumulates of the blocks; wanted {percent(reached['target'])}"
+        tiles.append(Tile("what runs", [("extra", percent(reached["ratio"]))], note))
+    if kept:
+        note = f"over {len(kept['times'])} times of the sampler"
+        tiles.append(Tile("sub-networks", [("extra", str(kept["sub_networks"]))], note))
+        if not run.speed:
+            macs = [("plain", count(kept["static_macs"])), ("extra", count(kept["macs"]))]
+            tiles.append(Tile("MACs per image and step", macs, "whole and on average over a sampling"))
+    return tiles
 
 
 def _fid_tile(run: RunData) -> Tile | None:
@@ -256,10 +281,15 @@ def _images(run: RunData, stage: str) -> int | None:
 
 def budget(run: RunData) -> str:
     """Images seen by search and recovery, and their share of the teacher's training where that is known."""
-    seen = {name: images for name in ("prune", "recover", "train") if (images := _images(run, name))}
+    seen = {name: images for name in ("prune", "recover", "dynamic", "train") if (images := _images(run, name))}
     if not seen:
         return ""
-    words = {"prune": "the search", "recover": "the recovery", "train": "the training"}
+    words = {
+        "prune": "the search",
+        "recover": "the recovery",
+        "dynamic": "the training of routers",
+        "train": "the training",
+    }
     text = " and ".join(f"{count(images)} by {words[name]}" for name, images in seen.items())
     text = f"Images seen: {text}"
     teacher = run.record.get("teacher_seen_images")

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tinyfusion.report import charts, findings, pictures, scores
+from tinyfusion.report import charts, findings, kept, pictures, scores
 from tinyfusion.report.canvas import CUT, EXTRA, INK, STUDENT, TEACHER
 from tinyfusion.report.charts import Curve
 from tinyfusion.report.findings import Table
@@ -19,6 +19,7 @@ from tinyfusion.report.scores import Series
 
 _WIDE_PX, _NARROW_PX, _THIRD_PX = 1060, 350, 350
 _COLOURS = (STUDENT, CUT, EXTRA, TEACHER, INK)
+_BUDGET = [("ratio", "share", STUDENT), ("budget", "budget", CUT)]
 _LOSSES = {
     "prune": [("loss", "loss", STUDENT)],
     "train": [("loss", "loss", STUDENT)],
@@ -26,8 +27,14 @@ _LOSSES = {
         ("loss", "total", INK), ("mse", "noise", TEACHER),
         ("kd_loss", "teacher's output", STUDENT), ("feat_loss", "teacher's features", CUT),
     ],
+    "dynamic": [
+        ("loss", "total", INK), ("dynamic_loss", "routed", STUDENT), ("complete_loss", "whole", TEACHER),
+        ("kd_loss", "teacher's output", TEACHER),
+    ],
 }  # fmt: skip
-_LOSS_TITLES = {"prune": "Loss of the search", "recover": "Loss of the recovery", "train": "Training loss"}
+_LOSS_TITLES = {
+    "prune": "Loss of the search", "recover": "Loss of the recovery", "train": "Training loss", "dynamic": "Loss of the routed model",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,11 @@ def curves(run: RunData, anchor: str) -> list[Chart]:
         if series:
             svg = charts.loss_curves(series, _LOSS_TITLES[stage], _THIRD_PX, salt=anchor)
             drawn.append(Chart(_LOSS_TITLES[stage], Markup(svg), note="Faint: as logged. Bold: running median."))
+    routed = run.metrics.get("dynamic", ())
+    shares = [Curve(label, *_series(routed, key), colour) for key, label, colour in _BUDGET]
+    if len(shares[0].x) > 1:
+        svg = charts.loss_curves(shares, "Share that runs", _THIRD_PX, salt=anchor)
+        drawn.append(Chart("Share that runs", Markup(svg), note="In training, with random decisions, and its budget."))
     for stage, lines in run.watch_lines.items():
         drawn += _watched_fids(stage, lines, anchor)
     return drawn
@@ -129,6 +141,7 @@ def pictures_of(run: RunData, anchor: str, runs: Sequence[RunData] = ()) -> list
         *_fid_steps(run, anchor),
         _activations(run, anchor),
         _depth_speed(run, anchor),
+        *_kept(run, anchor),
     )
     return [chart for chart in drawn if chart]
 
@@ -198,6 +211,36 @@ def _depth_speed(run: RunData, anchor: str) -> Chart | None:
     )
     text += "keeps the speed below the ideal. Bars: the middle half of the ratios."
     return Chart("Speed against depth", wide, narrow, text=text, table=findings.depth_speed_table(run))
+
+
+def _kept(run: RunData, anchor: str) -> list[Chart]:
+    """What of every block runs at every time of the sampler, a drawing per kind of unit."""
+    record = run.kept
+    if not record:
+        return []
+    names = {
+        "heads": "Heads",
+        "groups": "Groups of hidden channels",
+        "tokens": "Tokens of the MLPs",
+        "gate": "Whole blocks",
+    }
+    drawn = []
+    for name, title in names.items():
+        if name in record["shares"]:
+            wide, narrow = (
+                Markup(kept.kept_map(record["shares"][name], record["times"], width, f"{anchor}-{name}"))
+                for width in (_WIDE_PX, _NARROW_PX)
+            )
+            drawn.append(
+                Chart(
+                    f"{title} that run",
+                    wide,
+                    narrow,
+                    text=kept.told(record, name),
+                    table=kept.kept_table(record, name),
+                )
+            )
+    return drawn
 
 
 def _fid_steps(run: RunData, anchor: str) -> list[Chart]:

@@ -10,10 +10,9 @@ from tinyfusion.core.files import file_label
 from tinyfusion.report.format import duration, percent
 from tinyfusion.report.run_data import RunData
 
-STAGES = ("prune", "recover", "sample", "evaluate", "speed", "pictures")
-_DRAWN = ("teacher", "pruned", "student")
+STAGES = ("prune", "recover", "dynamic", "sample", "evaluate", "speed", "pictures")
 _DOING = {
-    "prune": "deciding which blocks go", "recover": "recovering the student", "train": "training",
+    "prune": "deciding which blocks go", "recover": "recovering the student", "train": "training", "dynamic": "training routers",
     "sample": "drawing images", "evaluate": "scoring images", "speed": "timing the models", "pictures": "measuring for pictures",
 }  # fmt: skip
 _RECENT = 20  # log lines over which the speed is taken
@@ -39,24 +38,41 @@ def going(run: RunData) -> Going | None:
         return None
     verb = str(run.record.get("verb", "run"))
     stage = current_stage(run) if verb == "run" else str(run.parts[-1].record["verb"]) if run.parts else verb
-    place = STAGES.index(stage) if verb == "run" else 0
-    stages = [(name, "done" if i < place else "now" if i == place else "open") for i, name in enumerate(STAGES)]
+    listed = stages_of(run)
+    place = listed.index(stage) if verb == "run" else 0
+    stages = [(name, "done" if i < place else "now" if i == place else "open") for i, name in enumerate(listed)]
     words = "Still going when this page was made" if state == "running" else "Interrupted; the same command continues"
     facts, share = _training(run, stage, waits=state == "interrupted")
     if stage == "sample":
-        facts = [f"{sum(name in run.samples for name in _DRAWN)} of {len(_DRAWN)} models drawn"]
+        drawn = _drawn(run)
+        facts = [f"{sum(name in run.samples for name in drawn)} of {len(drawn)} models drawn"]
     return Going(f"{words}: {_DOING[stage]}", facts, share, stages if verb == "run" else [])
+
+
+def _in_run(run: RunData) -> bool:
+    """Whether the recipe of a whole job asks for a dynamic model."""
+    return bool((run.recipe.get("dynamic") or {}).get("in_run"))
+
+
+def stages_of(run: RunData) -> tuple[str, ...]:
+    """The stages of a whole job, in order."""
+    return tuple(name for name in STAGES if name != "dynamic" or _in_run(run))
+
+
+def _drawn(run: RunData) -> tuple[str, ...]:
+    """The models that a whole job draws from, in order."""
+    return ("teacher", "pruned", "student", *(("dynamic",) if _in_run(run) else ()))
 
 
 def current_stage(run: RunData) -> str:
     """The first stage of a whole job that has not left what it makes."""
-    for stage in ("prune", "recover"):
+    for stage in (name for name in stages_of(run) if name in ("prune", "recover", "dynamic")):
         if run.records.get(stage, {}).get("state") != "done":
             return stage
-    if any(name not in run.samples for name in _DRAWN) and not run.notes:  # notes: samples too large to be read
+    if any(name not in run.samples for name in _drawn(run)) and not run.notes:  # notes: samples too large to be read
         return "sample"
     wanted = {file_label(str(name)) for name in (run.recipe.get("evaluate") or {}).get("references", ())}
-    if not wanted <= set(run.evaluations.get("student", {})):
+    if not wanted <= set(run.evaluations.get(_drawn(run)[-1], {})):
         return "evaluate"
     return "pictures" if run.speed else "speed"
 

@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
-from tinyfusion.report import facts, figures, scores
+from tinyfusion.report import facts, figures, kept, scores
 from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.going import going
 from tinyfusion.report.run_data import MODEL_NAMES, Look, RunData, Samples
@@ -115,6 +115,7 @@ def _section(run: RunData, anchor: str, runs: Sequence[RunData]) -> dict[str, An
         "curves": figures.curves(run, anchor),
         "watched": {stage: _looks(run, stage, looks) for stage, looks in run.watched.items()},
         "pictures": figures.pictures_of(run, anchor, runs),
+        "tokens": kept.token_maps(run.kept, _data_uri) if run.kept else None,
         "grids": _grids(run),
         "seeds": list(dict.fromkeys(s.protocol for s in _shown(run).values())),
         "tables": scores.evaluation_tables(run),

@@ -11,11 +11,12 @@ import numpy as np
 from tinyfusion.core.files import file_label
 from tinyfusion.models.plan import PrunePlan
 
-MODELS = ("teacher", "pruned", "student", "model", "real")
+MODELS = ("teacher", "pruned", "student", "dynamic", "model", "real")
 MODEL_NAMES = {
     "teacher": "teacher",
     "pruned": "cut, untuned",
     "student": "student, recovered",
+    "dynamic": "dynamic",
     "model": "model",
     "real": "real images",
 }
@@ -46,7 +47,7 @@ class RunData:
     name: the path as it was given. record: run.json. plan: the decision, or while it forms the present favourite
     (decided False). metrics: lines of metrics.jsonl per stage (prune, recover, train). records: run.json per stage.
     evaluations: model -> reference -> evaluation. speed: speed.json. samples and models (model.json): by model name.
-    calibration, activations, depth_speed, fid_steps: the files of these names, see docs/report.md.
+    calibration, activations, depth_speed, fid_steps, kept: the files of these names, see docs/report.md. reached: dynamic.json.
     pairs: (model, evaluation) of those that were compared with images of the same seeds, each once.
     watched: pictures of averaged weights per stage while it trained. watch_lines: what was measured at those looks.
     notes: what was left out of the page, and why. parts: the runs of which this is the story, see `story.py`.
@@ -66,6 +67,8 @@ class RunData:
     activations: Mapping[str, Any] | None = None
     depth_speed: Mapping[str, Any] | None = None
     fid_steps: Sequence[Mapping[str, Any]] = ()
+    kept: Mapping[str, Any] | None = None
+    reached: Mapping[str, Any] | None = None
     pairs: Sequence[tuple[str, Mapping[str, Any]]] = ()
     watched: Mapping[str, Sequence[Look]] = field(default_factory=dict)
     watch_lines: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)

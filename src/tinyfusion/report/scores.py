@@ -24,8 +24,8 @@ COLUMNS = {
 }
 PAIR_COLUMNS = ["compared with", "PSNR in dB ↑", "SSIM ↑", "images"]
 COMPARED = ("teacher", "pruned", "student")
-SHORT_NAMES = {"teacher": "teacher", "pruned": "cut", "student": "recovered"}
-_ROLES = {"teacher": "teacher", "pruned": "cut", "student": "student"}
+SHORT_NAMES = {"teacher": "teacher", "pruned": "cut", "student": "recovered", "dynamic": "dynamic"}
+_ROLES = {"teacher": "teacher", "pruned": "cut", "student": "student", "dynamic": "extra"}
 _WHOLE = ("num_images",)
 UNSTATED = "not stated"
 

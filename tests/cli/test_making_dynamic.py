@@ -22,7 +22,7 @@ STEPS = 16
 _SECTION = " ".join(f"--set dynamic.training.{setting}" for setting in [f"steps={STEPS}", *SETTINGS.split()])
 QUICK = (
     f"{_SECTION} --set dynamic.ramp_steps=4 --set dynamic.beside_steps=8 --set dynamic.finish_steps=4 "
-    "--set dynamic.width_bias=0.5 --set dynamic.token_bias=0.5"
+    "--set dynamic.width_bias=0.5 --set dynamic.token_bias=0.5 --set dynamic.block_bias=0.5 --set sample.num_steps=10"
 )
 # tiny blocks have few units, so that not every budget can be met to a hundredth
 MADE = f"dynamic --model wide --target 0.6 {QUICK} --set dynamic.calibration_images=256 --out"
@@ -132,6 +132,10 @@ BAD = {
     ),
     "heads that hidden channels cannot follow": (f"dynamic --model odd {QUICK} --out run", "cannot be made dynamic"),
     "routers already": (f"dynamic --model routed {QUICK} --out run", "routers already"),
+    "compiled sub-networks": (
+        "sample --model routed --compile --num-images 1 --out run.npz",
+        "--compile is not for models",
+    ),
     "cutting a dynamic model": ("prune --teacher routed --keep 0,2 --out run", "cut first"),
 }
 
