@@ -88,7 +88,7 @@ def test_a_run_prunes_recovers_and_makes_dynamic(cli: Cli, wide: Path) -> None:
         for setting in TRAINING.split()
     )
     command = (
-        f"run --recipe digits-shallow-dynamic --teacher wide {trained} --set sample.num_images=8 --set sample.num_steps=3 "
+        f"run --recipe digits-shallow-dynamic --set teacher=wide {trained} --set sample.num_images=8 --set sample.num_steps=3 "
         "--set sample.batch_size=8 --set speed.repeats=2 --set speed.batch_size=2 --set speed.depths=0 "
         '--set dynamic.finish_steps=0 --set dynamic.calibration_images=0 --set evaluate.references=["digits"] --out whole'
     )

@@ -446,5 +446,5 @@ def test_numbers_gone_bad_in_a_whole_run(cli: Cli, work: Path) -> None:
         cli(*shlex.split(f"run --recipe good.toml --out whole --set data.name=spoilt.npz {learning} {others}")),
         "the last at step 2",
     )
-    failed(cli(*shlex.split("replay whole --step 2")), "several trainings: name whole/prune or whole/recover")
+    failed(cli(*shlex.split("replay whole --step 2")), "several trainings: name whole/prune, whole/recover")
     assert done(cli, "replay whole/prune --step 2 --json").last_json["gradient_norm"] is None

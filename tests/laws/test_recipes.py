@@ -267,4 +267,6 @@ def test_the_list_of_recipes_names_them(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["recipes"]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n{name} " in f"\n{shown}" for name in NAMES)
-    assert "student.VIRTUAL_imagenet256_labeled.npz.fid 2.55" in shown
+    assert "expected: FID 2.55" in shown
+    assert main(["recipes", "dit-xl-d19"]) == 0
+    assert "student.VIRTUAL_imagenet256_labeled.npz.fid 2.55" in capsys.readouterr().out
