@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import DynamicSection, Recipe
+from tinyfusion.core.recipe import DynamicSection, Recipe, SampleSection
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
-from tinyfusion.dynamic.calibrate import TOLERANCE, calibrate, inference_ratio
+from tinyfusion.dynamic.calibrate import TOLERANCE, Pass, calibrate, inference_ratio
 from tinyfusion.dynamic.importance import order_by_importance
 from tinyfusion.dynamic.train import DynamicObjective
 from tinyfusion.jobs.assemble import (
@@ -28,21 +28,25 @@ from tinyfusion.jobs.assemble import (
 )
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.kept import KEPT, kept_record
-from tinyfusion.jobs.processes import PROCESS_SECTIONS, objective_for
+from tinyfusion.jobs.processes import PROCESS_SECTIONS, fits, kit_of, objective_for, sampler_of
+from tinyfusion.jobs.skipping import SkippedModel, skipping_for
 from tinyfusion.jobs.training import Training, drive, finished, save
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.attach import DynamicModel, attach, check_attachable
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.routers import DynamicSettings
 from tinyfusion.models.stack import frozen
-from tinyfusion.prune.calibrate import Calibration, calibration_set
+from tinyfusion.sample.drive import Sampler, image_labels
+from tinyfusion.sample.drive import sample as draw_samples
 from tinyfusion.training.ema import horizon_warning
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState
 
 OUTCOME = "dynamic.json"  # of a run: what the routers reach, and the order of units that they decide on
-_CALIBRATION_BATCH = 64
+_MOST_STEPS = 50  # of the trajectories on which a budget is measured
+_IMAGES_SHARE, _FEWEST_IMAGES = 16, 8  # an image is measured at every step, so fewer do than of noised data
+_CALIBRATIONS = 2
 
 
 def dynamic(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any] | None:
@@ -163,20 +167,24 @@ def router_settings(settings: DynamicSection) -> DynamicSettings:
 
 
 def _meet_budget(recipe: Recipe, student: LoadedModel) -> dict[str, Any]:
-    """Shift the routers of `student` so that inference meets the target; what is reached, and how that was measured."""
+    """Shift the routers of `student` so that sampling meets the target; what is reached, and how that was measured.
+
+    Measured on what the network is given while images are drawn, because tokens are decided by content and noised data are
+    not quite what a sampler passes through. A shift changes the images a little, so they are drawn and measured twice.
+    """
     settings, routed = recipe.dynamic, student.dynamic
     assert routed is not None
-    measured = max(settings.calibration_images, _CALIBRATION_BATCH)
-    calibration = _calibration(recipe, student, measured)
-    predict = calibration.objective.predict
-    passes = [(len(noisy.y), partial(predict, student.module, noisy)) for noisy in calibration.batches]
-    student.module.eval()
-
-    def ratio() -> float:
-        return inference_ratio(routed, passes)
-
-    trained = ratio()
-    offset, reached = calibrate(routed, settings.target, ratio) if settings.calibration_images else (0.0, trained)
+    sampler = _short_sampler(recipe, student)
+    images = max(settings.calibration_images // _IMAGES_SHARE, _FEWEST_IMAGES)
+    student.module.to(device_for(recipe)).eval()
+    passes = _drawn_passes(recipe, student, sampler, images)
+    trained = reached = inference_ratio(routed, passes)
+    offset = 0.0
+    for _ in range(_CALIBRATIONS if settings.calibration_images else 0):
+        shift, _ = calibrate(routed, settings.target, partial(inference_ratio, routed, passes))
+        offset += shift
+        passes = _drawn_passes(recipe, student, sampler, images)
+        reached = inference_ratio(routed, passes)
     student.module.to("cpu")
     return {
         "target": settings.target,
@@ -184,18 +192,33 @@ def _meet_budget(recipe: Recipe, student: LoadedModel) -> dict[str, Any]:
         "trained_ratio": trained,
         "offset": offset,
         "tolerance": TOLERANCE,
-        "calibration": calibration.record(),
+        "calibration": {
+            "images": images,
+            "seed": recipe.seed,
+            "protocol": f"all passes of {images} drawn images | {sampler.describe(student)} | float32",
+        },
     }
 
 
-def _calibration(recipe: Recipe, student: LoadedModel, images: int) -> Calibration:
-    """Noised images, timesteps stratified over the whole chain, on the recipe's device."""
-    device = device_for(recipe)
-    student.module.to(device)
-    plain = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augment=0.0, flip=0.0))
-    source = batches_for(plain, student, torch.device(device))
-    objective = objective_for(student, 0.0, recipe)
-    return calibration_set(objective, source, recipe.data.name, len(source), images, _CALIBRATION_BATCH, recipe.seed)
+def _short_sampler(recipe: Recipe, student: LoadedModel) -> Sampler:
+    """The recipe's way of sampling, or where it does not go with the model the published one; in at most so many steps."""
+    section = recipe.sample if fits(recipe.sample, student) else SampleSection()
+    return sampler_of(kit_of(student).cheap(section, _MOST_STEPS), student)
+
+
+@torch.no_grad()
+def _drawn_passes(recipe: Recipe, student: LoadedModel, sampler: Sampler, images: int) -> list[Pass]:
+    """Every forward pass of the network while these images are drawn, with its inputs, to be made again."""
+    given: list[tuple[Any, ...]] = []
+    labels = image_labels(images, student.arch.num_classes, recipe.seed)
+    skipped = SkippedModel(student, skipping_for(student, sampler))
+    with skipped.running():
+        hook = student.module.register_forward_pre_hook(lambda _module, inputs: given.append(inputs))
+        try:
+            list(draw_samples(student, labels, sampler, recipe.seed, images))
+        finally:
+            hook.remove()
+    return [(len(inputs[0]), partial(student.module, *inputs)) for inputs in given]
 
 
 def _recorded(student: LoadedModel, reached: dict[str, Any]) -> LoadedModel:

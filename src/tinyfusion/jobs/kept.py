@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe, SampleSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.macs import model_ratio, total_macs
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.inspect import model_macs
-from tinyfusion.jobs.processes import sampler_of
+from tinyfusion.jobs.processes import fits, sampler_of
 from tinyfusion.models.attach import BlockMasks, Deciding
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.sample.drive import SampleDraws, Sampler, image_labels, to_uint8
@@ -88,10 +87,8 @@ def kept_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
 
 
 def _sampler(settings: SampleSection, model: LoadedModel) -> Sampler:
-    try:
-        return sampler_of(settings, model)
-    except UserError:  # such as DDIM for a flow: the recipe draws nothing here, so it need not fit
-        return sampler_of(SampleSection(), model)
+    """The recipe draws nothing here, so its way need not fit, such as DDIM for a flow."""
+    return sampler_of(settings if fits(settings, model) else SampleSection(), model)
 
 
 def _rows(masks: dict[int, BlockMasks]) -> int:

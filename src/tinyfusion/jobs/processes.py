@@ -93,3 +93,12 @@ def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
             f"sample.guidance_interval wants two shares of the timesteps, rising in [0, 1], as in 0.1,0.8; got {low:g} and {high:g}"
         )
     return kit_of(model).sampler(settings, model)
+
+
+def fits(settings: SampleSection, model: LoadedModel) -> bool:
+    """Whether a recipe's way of sampling goes with a model."""
+    try:
+        sampler_of(settings, model)
+    except UserError:
+        return False
+    return True
