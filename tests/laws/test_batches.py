@@ -294,6 +294,21 @@ def test_an_error_comes_at_its_step_with_where_it_was_raised(depth: int) -> None
         assert ahead.take(3) == 1
 
 
+def test_its_own_thread_may_close_it() -> None:
+    """The collector lets go of an owner on whatever thread it runs."""
+    closed: list[int] = []
+
+    def make(step: int) -> int:
+        ahead.close()
+        closed.append(step)
+        return step
+
+    ahead = Ahead(make, 1, timeout_s=0.5)
+    with pytest.raises(UserError):
+        ahead.take(0)
+    assert closed == [0]
+
+
 def test_what_never_comes_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tinyfusion.core.ahead._CLOSING_S", 0.05)
     release = threading.Event()

@@ -74,7 +74,8 @@ class Ahead(Generic[Value]):
             self._wanted = range(0)
             self._made.clear()
             self._changed.notify_all()
-        if self._thread is not None:
+        # the collector may let go of an owner on any thread, this one's own too
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(_CLOSING_S)
 
     def __enter__(self) -> Ahead[Value]:
