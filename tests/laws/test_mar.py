@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -441,7 +442,7 @@ def test_any_number_of_rounds_up_to_the_tokens_reveals_some_each(num_tokens: int
     for rounds in range(1, num_tokens + 1):
         counts = [num_tokens, *hidden_after(num_tokens, rounds)]
         assert len(counts) == rounds + 1 and counts[-1] == 0
-        assert all(after < before for before, after in zip(counts, counts[1:], strict=False))
+        assert all(after < before for before, after in pairwise(counts))
 
 
 def quick(**settings: Any) -> MaskedSampler:
