@@ -4,9 +4,10 @@
 
 Weights are random. Width routers are set so that every block keeps a random choice of heads and groups of the wanted share,
 token routers so that each block keeps half of the tokens of this input. Both sides work on the same input in turns, in one
-process, after a warm-up. The sub-networks are those of `dynamic/subnetworks.py`: resolved before, sliced weights, gathered
-tokens; token routers run and are in the time and in the multiply-accumulates. `--clock cpu` counts seconds of the
-processor instead of the wall, for a machine that others use at the same time.
+process, after a warm-up, each as `sample` runs it. The sub-networks are those of `dynamic/subnetworks.py`: resolved before,
+sliced weights, gathered tokens; token routers run and are in the time and in the multiply-accumulates. A turn is as many
+passes as a sampler's sub-networks compute modulations for at once, at as many times, on both sides; seconds are of one pass.
+`--clock cpu` counts seconds of the processor instead of the wall, for a machine that others use at the same time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +29,17 @@ from shared import quartiles, xl_model
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import write_text
 from tinyfusion.dynamic.macs import total_macs
+from tinyfusion.dynamic.modulations import ROWS_AHEAD
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
 from tinyfusion.evaluate.speed import count_macs
+from tinyfusion.jobs.drawing import at_arithmetic
 from tinyfusion.models.attach import DynamicModel, attach, detached
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.forwards import CompiledForwards
 from tinyfusion.models.routers import DynamicSettings
 
-TIMESTEP = 500.0
+CPU = torch.device("cpu")
+TIMESTEPS = [float(t) for t in range(990, 350, -20)]  # of a trajectory
 ALLOWED = 1.08  # time ratio over ratio of multiply-accumulates
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -86,40 +92,43 @@ def settle(router: nn.Module) -> None:
     router.logits = once
 
 
-def row(base: LoadedModel, case: Case, batch: int, dtype: str, repeats: int, clock: str) -> str:
+def row(base: LoadedModel, case: Case, batch: int, dtype: str, options: argparse.Namespace) -> str:
     """A line of the table."""
+    compiled = options.compile
     dynamic = dynamic_model(base, case)
-    tables = resolve(dynamic, [TIMESTEP])  # in float32, before the cast
-    dynamic.module.to(getattr(torch, dtype))
-    plain = detached(dynamic).module.eval()
+    tables = resolve(dynamic, TIMESTEPS)  # in float32, before the cast
+    static_model = at_arithmetic(detached(dynamic), dtype, CPU)
+    dynamic = at_arithmetic(dynamic.loaded, dtype, CPU).dynamic
+    assert dynamic is not None
     arch = base.arch
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, arch.in_channels, arch.input_size, arch.input_size, generator=generator)
-    inputs = x.to(getattr(torch, dtype)), torch.full((batch,), int(TIMESTEP)), torch.arange(batch)
-    way = SubNetworks(dynamic, tables)
-    with dynamic.using(way):
-        if case.tokens:
-            for block in dynamic.stack:
-                settle(block.token_selection)
-            dynamic.module(*inputs)
-        way = SubNetworks(dynamic, tables)
+    times = TIMESTEPS[: max(1, ROWS_AHEAD // batch)]
+
+    def passes(module: nn.Module, num: int) -> None:
+        for t in times[:num]:
+            module(x.to(getattr(torch, dtype)), torch.full((batch,), int(t)), torch.arange(batch))
+
+    if case.tokens:
+        for block in dynamic.stack:
+            settle(block.token_selection)
+        passes(dynamic.module, 1)  # at full cost, which decides the same
+    way = SubNetworks(dynamic, tables, calls=times, forms=CompiledForwards() if compiled else None)
     seconds: tuple[list[float], list[float]] = ([], [])
 
     def run(side: int) -> None:
-        if side == 0:
-            plain(*inputs)
-            return
-        with dynamic.using(way):
-            dynamic.module(*inputs)
+        model, context = ((static_model, nullcontext()), (dynamic.loaded, dynamic.using(way)))[side]
+        with context, model.stack.compiled() if compiled else nullcontext():
+            passes(model.module, len(times))
 
     for side in (0, 1):
         run(side)
-    now = CLOCKS[clock]
-    for turn in range(repeats):
+    now = CLOCKS[options.clock]
+    for turn in range(options.repeats):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
             began = now()
             run(side)
-            seconds[side].append(now() - began)
+            seconds[side].append((now() - began) / len(times))
     static = count_macs(lambda: base.family.build(arch), lambda: base.family.example(arch, 1))
     macs = total_macs(static, dynamic.sizes, arch.depth, way.ratio, case.tokens) / static
     ratios = [b / a for a, b in zip(*seconds, strict=True)]
@@ -136,7 +145,8 @@ def note(options: argparse.Namespace, depth: int) -> str:
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return (
         f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}, {depth} blocks of "
-        f"DiT-XL/2 at 256 pixels, {options.repeats} turns, {options.clock} clock, load {load} at the end. Median (quartiles). "
+        f"DiT-XL/2 at 256 pixels, {'compiled' if options.compile else 'eager'}, {options.repeats} turns, {options.clock} clock, "
+        f"load {load} at the end. Median (quartiles). "
         f"Excess is the ratio of times over the ratio of multiply-accumulates of the whole model; wanted: at most {ALLOWED}."
     )
 
@@ -151,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--only", default="", help="cases whose name contains this, such as tokens")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
+    parser.add_argument("--compile", action="store_true", help="both sides, as `bench --compile` does")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -163,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for batch in options.batch:
             for case in CASES:
                 if options.only in case.name:
-                    table.append(row(base, case, batch, dtype, options.repeats, options.clock))
+                    table.append(row(base, case, batch, dtype, options))
                     print(table[-1], flush=True)
     text = f"# A dynamic forward pass\n\n{note(options, options.depth)}\n\n" + "\n".join(table) + "\n"
     print(note(options, options.depth))

@@ -132,10 +132,6 @@ BAD = {
     ),
     "heads that hidden channels cannot follow": (f"dynamic --model odd {QUICK} --out run", "cannot be made dynamic"),
     "routers already": (f"dynamic --model routed {QUICK} --out run", "routers already"),
-    "compiled sub-networks": (
-        "sample --model routed --compile --num-images 1 --out run.npz",
-        "--compile is not for models",
-    ),
     "cutting a dynamic model": ("prune --teacher routed --keep 0,2 --out run", "cut first"),
 }
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,18 @@ from torch import Tensor, nn
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
+from tinyfusion.jobs.skipping import SkippedModel, skipping_for
+from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.plan import PrunePlan
+from tinyfusion.models.routers import DynamicSettings
 from tinyfusion.models.stack import BlockStack, frozen
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
+from tinyfusion.sample.drive import sample
+from tinyfusion.sample.gaussian import GaussianSampler
 from tinyfusion.training.compile import Gain, measured_gain
 
 Factory = Callable[..., LoadedModel]
@@ -127,12 +133,35 @@ def test_teacher_and_student_are_compiled_under_their_hooks(tiny_model: Factory)
     assert num_graphs() - before == 2, "one for the blocks of the teacher, one for the student's"
 
 
-def test_the_real_compiler_gives_the_same_gradients(tiny_model: Factory) -> None:
-    """The stream comes out of the patches channel by channel, which inductor of torch 2.13 gets wrong on the CPU."""
+@pytest.fixture
+def real_compiler() -> None:
+    """Skips where there is none."""
     try:
         check_compiler(CPU)
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("real_compiler")
+@torch.no_grad()
+def test_sub_networks_under_the_real_compiler(tiny_model: Factory) -> None:
+    """As `sample --compile` runs them: the images of the reference, tokens in any number included."""
+    dynamic = attach(tiny_model(hidden_size=32, num_heads=4), DynamicSettings())
+    generator = torch.Generator().manual_seed(1)
+    for parameter in dynamic.routers().values():
+        parameter.normal_(generator=generator)
+    sampler = GaussianSampler(sampler="ddim", num_steps=4, guidance=1.5)
+    expected = next(iter(sample(dynamic.loaded, np.arange(3), sampler, seed=0))).x
+    skipped = SkippedModel(dynamic.loaded, skipping_for(dynamic.loaded, sampler), compiled=True)
+    with skipped.running(), dynamic.stack.compiled():
+        found = next(iter(sample(dynamic.loaded, np.arange(3), sampler, seed=0))).x
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert skipped.sub_networks is not None and skipped.sub_networks.forms is not None
+
+
+@pytest.mark.usefixtures("real_compiler")
+def test_the_real_compiler_gives_the_same_gradients(tiny_model: Factory) -> None:
+    """The stream comes out of the patches channel by channel, which inductor of torch 2.13 gets wrong on the CPU."""
     model = tiny_model()
     stack = model.stack
     close(step(model, stack, 6, compiled="inductor"), step(model, stack, 6))

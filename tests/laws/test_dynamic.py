@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
@@ -26,6 +27,7 @@ from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, open_model
 from tinyfusion.models.dit import DiTArch, published_arch
 from tinyfusion.models.dynamics import BlockSizes, bucket
 from tinyfusion.models.family import FAMILIES
+from tinyfusion.models.forwards import CompiledForwards
 from tinyfusion.models.routers import DynamicSettings, is_router_key, settings_of, straight_through
 from tinyfusion.sample.drive import SampleDraws, sample
 from tinyfusion.sample.gaussian import GaussianSampler
@@ -222,6 +224,22 @@ def test_no_token_and_every_token(routed: Callable[..., DynamicModel], bias: flo
         assert torch.allclose(dynamic.module(*batch), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("parts", [{}, {"tokens": False}], ids=str)
+@torch.no_grad()
+def test_compiled_passes(routed: Callable[..., DynamicModel], parts: Any) -> None:
+    """Few graphs, whatever runs, and the same values."""
+    torch._dynamo.reset()
+    counters.clear()
+    dynamic = routed(**parts)
+    way = SubNetworks(dynamic, resolve(dynamic, [17.0, 402.0, 900.0]), forms=CompiledForwards("aot_eager"))
+    for t in (900, 17, 402, 900):
+        batch = inputs(dynamic.loaded, 5, t)
+        expected = dynamic.module(*batch)
+        with dynamic.using(way):
+            assert torch.allclose(dynamic.module(*batch), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert 0 < counters["stats"]["unique_graphs"] <= 8
+
+
 @torch.no_grad()
 def test_no_head_and_no_group_leave_the_output_biases(routed: Callable[..., DynamicModel]) -> None:
     dynamic = routed(forced_first=False, tokens=False)
@@ -250,7 +268,7 @@ def test_times_that_were_not_resolved_and_batches_of_several(routed: Callable[..
 @torch.no_grad()
 def test_announced_times_are_checked(routed: Callable[..., DynamicModel]) -> None:
     dynamic = routed(tokens=False)
-    way = SubNetworks(dynamic, resolve(dynamic, [402.0, 17.0]), calls=[402.0, 17.0])
+    way = SubNetworks(dynamic, resolve(dynamic, [402.0, 17.0]), calls=[402.0, 17.0], reads_times=False)
     with dynamic.using(way):
         for t in (402, 17, 402, 17):
             dynamic.module(*inputs(dynamic.loaded, 2, t))
@@ -258,6 +276,37 @@ def test_announced_times_are_checked(routed: Callable[..., DynamicModel]) -> Non
         dynamic.module(*inputs(dynamic.loaded, 2, 17))
     with pytest.raises(UserError, match="1 forward passes were at other times"):
         way.check()
+
+
+@torch.no_grad()
+def test_modulations_ahead(routed: Callable[..., DynamicModel]) -> None:
+    """In the announced order each weight is read once for many passes; in any other order the values are right too."""
+    dynamic = routed(tokens=False)
+    announced = [900.0, 700.0, 402.0, 700.0, 17.0]
+    way = SubNetworks(dynamic, resolve(dynamic, sorted(set(announced))), calls=announced)
+    products = 0
+
+    def counted(*_: object) -> None:
+        nonlocal products
+        products += 1
+
+    hook = next(iter(dynamic.stack)).adaLN_modulation.register_forward_hook(counted)
+
+    def agree(t: float, labels: Tensor) -> None:
+        x, _, _ = inputs(dynamic.loaded, len(labels))
+        batch = x, torch.full((len(labels),), int(t)), labels
+        with dynamic.using(Deciding()):
+            expected = dynamic.module(*batch)
+        with dynamic.using(way):
+            assert torch.allclose(dynamic.module(*batch), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+    for _ in range(2):
+        for t in announced:
+            agree(t, torch.tensor([1, 2, 0]))
+    assert products == 10 + 2  # the reference's, and one in each round
+    for t, labels in [(900, [0, 1]), (700, [2, 1]), (17, [2, 1]), (3, [2, 1]), (402, [2]), (700, [2]), (17, [2])]:
+        agree(t, torch.tensor(labels))
+    hook.remove()
 
 
 def tables(heads: list[list[int]], groups: list[list[int]], num: int = 4) -> KeepTables:
@@ -281,17 +330,19 @@ def test_nested_masks_are_views_and_others_are_copied_once(routed: Callable[...,
         found = nested.of(
             *(getattr(tables([[2], [2, 0], [2, 0, 3]], [[1], [1, 2], [1, 2]]), n)[row, 0] for n in ("heads", "groups"))
         )
-        assert (found.num_heads, len(found.fc1)) == (heads, groups * 32)
-        assert found.qkv.untyped_storage().data_ptr() == nested.layout.qkv.untyped_storage().data_ptr()
-    assert not nested.copies and len(nested.layout.qkv) == 3 * 3 * 8 and len(nested.layout.fc1) == 2 * 32
+        assert (found.heads.number, found.groups.into.out_features) == (heads, groups * 32)
+        for own, whole in ((found.heads, nested.layout["heads"]), (found.groups, nested.layout["groups"])):
+            assert own.into.weight.untyped_storage().data_ptr() == whole.into.weight.untyped_storage().data_ptr()
+    assert not nested.copies
+    assert [nested.layout[kind].into.out_features for kind in ("heads", "groups")] == [3 * 3 * 8, 2 * 32]
     crossed = tables([[0, 1], [2, 3], [0, 1]], [[0], [1], [0]])
     weights = SubNetworks(dynamic, crossed).weights[0]
     first = [weights.of(crossed.heads[row, 0], crossed.groups[row, 0]) for row in (0, 1, 1)]
-    assert first[1].qkv is first[2].qkv and set(weights.copies) and len(weights.copies) <= 3
+    assert first[1].heads is first[2].heads and set(weights.copies) and len(weights.copies) <= 3
     tight = SubNetworks(dynamic, crossed, cache_bytes=1).weights[0]
     for row in (0, 1, 2):
         tight.of(crossed.heads[row, 0], crossed.groups[row, 0])
-    assert len(tight.copies) == 1
+    assert len(tight.copies) == 2  # one of heads, one of groups
     assert nested.bytes < weights.bytes
 
 

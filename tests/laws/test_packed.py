@@ -13,9 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
 from tinyfusion.jobs.drawing import at_arithmetic
+from tinyfusion.models import packed as packed_module
+from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel, new_model
-from tinyfusion.models.packed import PackedLinear, can_pack, gelu_linear, held_bytes, pack
+from tinyfusion.models.packed import PackedLinear, can_pack, gelu_linear, held_bytes, pack, row_step
+from tinyfusion.models.routers import DynamicSettings
 
 CPU = torch.device("cpu")
 WIDE = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=512, depth=3, num_heads=8, num_classes=5)
@@ -55,6 +59,62 @@ def test_a_packed_layer_gives_the_numbers_of_the_plain_one(bias: bool, approxima
         after = F.gelu(exact, approximate=approximate)
         assert torch.allclose(gelu_linear(packed, x, approximate).float(), after, rtol=2**-6, atol=2**-7)
         assert torch.equal(gelu_linear(layer, x, approximate), F.gelu(layer(x), approximate=approximate))
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(9, 200, 64), (512, 96, 128), (640, 1200, 1152), (2, 40, 1600)])
+def test_sizes_that_are_multiplied_in_another_way(rows: int, inner: int, columns: int) -> None:
+    """Inner sizes that no matrix unit has are filled up, and some products are done in parts."""
+    torch.manual_seed(0)
+    layer = nn.Linear(inner, columns).to(torch.bfloat16)
+    x = (
+        torch.randn(2, rows // 2, inner).to(torch.bfloat16)
+        if rows % 2 == 0
+        else torch.randn(rows, inner).to(torch.bfloat16)
+    )
+    with torch.inference_mode():
+        packed = PackedLinear(layer)
+        found, exact = packed(x), layer.float()(x.float())
+    assert found.shape == exact.shape and torch.allclose(found.float(), exact, rtol=2**-7, atol=2**-7)
+    assert packed.num_bytes == 2 * columns * (inner + -inner % 32 + 1)
+
+
+def test_few_numbers_of_rows() -> None:
+    packed = PackedLinear(nn.Linear(64, 64).to(torch.bfloat16))
+    for most in (16, 512, 2048, 5000):
+        step = row_step(packed, most)
+        assert step % 16 == 0 and most / step <= 32
+    assert row_step(nn.Linear(64, 64), 512) == 1
+
+
+@torch.no_grad()
+def test_sub_networks_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 their layers are packed ones, copies of every mask, as near to float32 as the masked form is."""
+    monkeypatch.setattr(packed_module, "_SMALLEST", 1)
+    dynamic = attach(wide(), DynamicSettings(tokens=False))
+    for parameter in dynamic.routers().values():
+        parameter.normal_(generator=torch.Generator().manual_seed(1))
+    tables = resolve(dynamic, [400.0, 17.0])
+
+    def answers(model: LoadedModel, t: int) -> Tensor:
+        x = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+        held_in = next(model.module.parameters()).dtype
+        out: Tensor = model.module(x.to(held_in), torch.full((3,), t), torch.tensor([0, 3, 5])).float()
+        return out
+
+    exact = {t: answers(dynamic.loaded, t) for t in (400, 17)}
+    plain = dataclasses.replace(dynamic.loaded, module=copy.deepcopy(dynamic.module).to(torch.bfloat16))
+    placed = at_arithmetic(dynamic.loaded, "bfloat16", CPU).dynamic
+    assert placed is not None
+    way = SubNetworks(placed, tables)
+    for t in (400, 17):
+        with placed.using(way):
+            found = answers(placed.loaded, t)
+        errors = [float((other - exact[t]).norm() / exact[t].norm()) for other in (found, answers(plain, t))]
+        assert errors[0] < 1.2 * errors[1] < 0.05
+    held = [slices for weights in way.weights for slices in weights.copies.values()]
+    layers = [layer for slices in held for layer in (slices.into, slices.out)]
+    assert layers and all(isinstance(layer, PackedLinear) for layer in layers)
+    assert way.report()["extra_bytes"] == sum(layer.num_bytes for layer in layers if isinstance(layer, PackedLinear))
 
 
 def test_a_model_in_bfloat16_is_packed_and_as_near_to_float32_as_a_plain_one() -> None:

@@ -6,7 +6,8 @@ gathered over the flattened batch. The published release computes everything and
 
 Weights. The units of a block are laid out once by how often they are on, those that never are left out. Where the masks of
 a block are nested over time, as they then mostly are, every sub-network is a view of that layout; other masks get copies,
-kept by mask up to `cache_bytes`. Neighbouring timesteps repeat masks.
+kept by mask up to `cache_bytes`. Neighbouring timesteps repeat masks. Packed weights (`models/packed.py`) have no views, so
+there every mask has its copy.
 
 Shapes: S timesteps, L blocks, H heads and groups.
 """
@@ -15,17 +16,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.core.compiler import compiler_failure
 from tinyfusion.core.errors import UserError
+from tinyfusion.dynamic.modulations import ModulationsAhead
 from tinyfusion.models.attach import Complete, Deciding, DynamicForward, DynamicModel
-from tinyfusion.models.dynamics import BlockSlices, TokenMode
+from tinyfusion.models.dynamics import BlockSlices, TokenMode, UnitKind, UnitSlices
+from tinyfusion.models.forwards import CompiledForwards
 from tinyfusion.models.loaded import LoadedModel
+from tinyfusion.models.packed import can_pack
+from tinyfusion.models.routers import is_router_key
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,10 @@ class SubNetworks:
     """A way to run a dynamic model, for sampling: enter it with `dynamic.using`. No gradients.
 
     calls: the time of every forward pass of a trajectory, in order, over and over. On an accelerator the host then never
-    waits to learn the time; `check` says afterwards whether the calls were these. Without it the time is read from the
-    tensor. A time that was not resolved is, when it comes, and remembered; a batch of different times has no sub-network and
-    runs at full cost under masks.
+    waits to learn the time; `check` says afterwards whether the calls were these. A processor reads the time from the tensor
+    all the same (`reads_times`), and computes modulations ahead. A time that was not resolved is, when it comes, and
+    remembered; a batch of different times has no sub-network and runs at full cost under masks.
+    forms: compile passes over the stream with these; products stay library calls, as their shapes change with the timestep.
     """
 
     def __init__(
@@ -94,20 +101,30 @@ class SubNetworks:
         tokens: TokenMode = "gathered",
         calls: Sequence[float] | None = None,
         cache_bytes: int = 2 << 30,
+        reads_times: bool | None = None,
+        forms: CompiledForwards | None = None,
     ) -> None:
-        depth = len(dynamic.stack)
+        depth, like = len(dynamic.stack), next(dynamic.module.parameters())
         if tables.heads.shape[1] != depth:
             raise UserError(f"the sub-networks are of {tables.heads.shape[1]} blocks, the model has {depth}")
         self.dynamic, self.tables, self.tokens = dynamic, tables, tokens
         self.calls = None if calls is None else [_rounded(t) for t in calls]
+        on_processor = like.device.type == "cpu"
+        self.reads_times = self.calls is None or (on_processor if reads_times is None else reads_times)
+        self.ahead = ModulationsAhead(dynamic, self.calls) if self.reads_times and self.calls else None
         self.rows = {_rounded(t): row for row, t in enumerate(tables.timesteps)}
         self.weights = [
-            SlicedWeights(dynamic, block, tables.heads[:, i], tables.groups[:, i], cache_bytes // depth)
+            SlicedWeights(
+                dynamic, block, {"heads": tables.heads[:, i], "groups": tables.groups[:, i]}, cache_bytes // depth
+            )
             for i, block in enumerate(dynamic.stack)
         ]
+        routers = [getattr(block, "token_selection", None) for block in dynamic.stack]
+        self.selections = [None if router is None else router.held_in(like.dtype) for router in routers]
+        self.forms = forms
         self.row: int | None = 0
         self.mixed = Deciding()
-        self.passes = 0
+        self.passes = self._begun = 0  # and the last pass whose modulations were looked for
         self._wrong: Tensor | int = 0
         self._done: Tensor | float = 0.0
         self._rows_run = 0
@@ -115,7 +132,7 @@ class SubNetworks:
     def begin(self, t: Tensor, embedding: Tensor) -> None:
         """A forward pass at `t` (B,) begins."""
         self.passes += 1
-        if self.calls is not None:
+        if not self.reads_times and self.calls is not None:
             time = self.calls[(self.passes - 1) % len(self.calls)]
             self._wrong = self._wrong + (t.float() != time).any()
         else:
@@ -142,14 +159,35 @@ class SubNetworks:
         if not self.tables.blocks[row, index]:
             return x
         heads, groups = self.tables.heads[row, index], self.tables.groups[row, index]
-        selection = getattr(dynamic.block, "token_selection", None)
-        kept = self.weights[index].of(heads, groups)
-        out, count = self.dynamic.rules.sliced(dynamic.block, kept, x, c, selection, self.tokens)
-        share_of_heads = kept.num_heads / sizes.num_heads
-        share_of_groups = len(kept.fc1) / sizes.mlp_width
+        kept, modulation = self.weights[index].of(heads, groups), self._modulation(dynamic, c, row)
+        selection = self.selections[index]
+        try:
+            out, count = self.dynamic.rules.sliced(
+                dynamic.block, kept, x, modulation, selection, self.tokens, self._form
+            )
+        except Exception as error:
+            failure = compiler_failure(error, f"block {index}")
+            if failure is None:
+                raise
+            raise failure from error
+        share_of_heads = kept.heads.number / sizes.num_heads
+        share_of_groups = kept.groups.number / sizes.num_heads
         self._done = self._done + batch * sizes.attention_macs * share_of_heads
         self._done = self._done + count * (sizes.mlp_macs / tokens * share_of_groups)
         return out
+
+    def _form(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function if self.forms is None else self.forms.of(function, recomputed=False)
+
+    def _modulation(self, dynamic: DynamicForward, c: Tensor, row: int) -> Tensor:
+        labels = dynamic.current.labels
+        if self.ahead is None or labels is None:
+            out: Tensor = dynamic.block.get_submodule(self.dynamic.rules.modulation)(c)
+            return out
+        if self._begun < self.passes:
+            self._begun = self.passes
+            self.ahead.begin(self.tables.timesteps[row], labels)
+        return self.ahead.of(dynamic.index, dynamic.block)
 
     @property
     def ratio(self) -> float:
@@ -175,56 +213,50 @@ def _rounded(t: float) -> float:
 
 
 class SlicedWeights:
-    """The weights of the sub-networks of one block."""
+    """The weights of the sub-networks of one block. masks: (S, H) of its heads and of its groups."""
 
-    def __init__(self, dynamic: DynamicModel, block: nn.Module, heads: Tensor, groups: Tensor, limit: int) -> None:
+    def __init__(self, dynamic: DynamicModel, block: nn.Module, masks: Mapping[UnitKind, Tensor], limit: int) -> None:
         self.rules, self.sizes, self.block, self.limit = dynamic.rules, dynamic.sizes, block, limit
-        self.device = next(block.parameters()).device
-        self.orders = _order(heads), _order(groups)
-        self.layout = self._slices(*self.orders)
-        self.ranks = [_ranks(order, self.sizes.num_heads) for order in self.orders]
-        self.copies: OrderedDict[tuple[str, bytes], BlockSlices] = OrderedDict()
-        self.views: dict[tuple[int, int], BlockSlices] = {}
+        like = next(p for name, p in block.named_parameters() if not is_router_key(name))
+        self.device, self.packed = like.device, can_pack(like.dtype, like.device)
+        orders: dict[UnitKind, Tensor] = {kind: _order(found) for kind, found in masks.items()}
+        self.ranks = {kind: _ranks(order, self.sizes.num_heads) for kind, order in orders.items()}
+        # packed weights have no views: there is nothing to lay out before
+        self.layout = {} if self.packed else {kind: self._taken(kind, order) for kind, order in orders.items()}
+        self.copies: OrderedDict[tuple[UnitKind, bytes], UnitSlices] = OrderedDict()
+        self.views: dict[tuple[UnitKind, int], UnitSlices] = {}
 
     @property
     def bytes(self) -> int:
-        """Of all weights held here."""
-        return _bytes(self.layout) + sum(map(_bytes, self.copies.values()))
+        """Held beside the block's own."""
+        return sum(slices.num_bytes for slices in (*self.layout.values(), *self.copies.values()))
 
     def of(self, heads: Tensor, groups: Tensor) -> BlockSlices:
         """The weights of these units: masks (H,) on the CPU."""
-        first_heads, first_groups = (_prefix(m, ranks) for m, ranks in zip((heads, groups), self.ranks, strict=True))
-        found = self._view(first_heads or 0, first_groups or 0)
-        if first_heads is None:
-            own = self._copy("heads", heads)
-            found = dataclasses.replace(
-                found, num_heads=own.num_heads, qkv=own.qkv, qkv_bias=own.qkv_bias, proj=own.proj
-            )
-        if first_groups is None:
-            own = self._copy("groups", groups)
-            found = dataclasses.replace(found, fc1=own.fc1, fc1_bias=own.fc1_bias, fc2=own.fc2)
-        return found
+        return BlockSlices(self._of("heads", heads), self._of("groups", groups))
 
-    def _view(self, heads: int, groups: int) -> BlockSlices:
-        if (heads, groups) not in self.views:
-            self.views[heads, groups] = self.rules.prefix(self.layout, heads, groups, self.sizes)
-        return self.views[heads, groups]
+    def _of(self, kind: UnitKind, mask: Tensor) -> UnitSlices:
+        first = None if self.packed else _prefix(mask, self.ranks[kind])
+        if first is None:
+            return self._copy(kind, mask)
+        if (kind, first) not in self.views:
+            self.views[kind, first] = self.layout[kind].first(first)
+        return self.views[kind, first]
 
-    def _slices(self, heads: Tensor, groups: Tensor) -> BlockSlices:
-        return self.rules.slices(self.block, heads.to(self.device), groups.to(self.device), self.sizes)
+    def _taken(self, kind: UnitKind, units: Tensor) -> UnitSlices:
+        return self.rules.slices(self.block, kind, units.to(self.device), self.sizes)
 
-    def _copy(self, kind: str, mask: Tensor) -> BlockSlices:
+    def _copy(self, kind: UnitKind, mask: Tensor) -> UnitSlices:
         """Weights of a mask that is no prefix; the one used longest ago goes where there are too many."""
         key = kind, mask.numpy().tobytes()
         if key in self.copies:
             self.copies.move_to_end(key)
             return self.copies[key]
-        units, none = mask.nonzero().squeeze(1), torch.zeros(0, dtype=torch.int64)
-        made = self._slices(units, none) if kind == "heads" else self._slices(none, units)
-        self.copies[key] = made
-        while len(self.copies) > 1 and sum(map(_bytes, self.copies.values())) > self.limit:
-            self.copies.popitem(last=False)
-        return made
+        made = self._taken(kind, mask.nonzero().squeeze(1))
+        self.copies[key] = made.packed() if self.packed else made
+        while len(self.copies) > 2 and sum(slices.num_bytes for slices in self.copies.values()) > self.limit:
+            self.copies.popitem(last=False)  # two are in use: of heads and of groups
+        return self.copies[key]
 
 
 def _order(masks: Tensor) -> Tensor:
@@ -245,11 +277,6 @@ def _prefix(mask: Tensor, ranks: Tensor) -> int | None:
     """How many of the first units of the layout `mask` is, or None where it is another choice."""
     count = int(mask.sum())
     return count if count == 0 or int(ranks[mask].max()) == count - 1 else None
-
-
-def _bytes(slices: BlockSlices) -> int:
-    tensors: list[Any] = [getattr(slices, field.name) for field in dataclasses.fields(slices)]
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
 class TimestepRecorder(nn.Module):

@@ -25,7 +25,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import machine
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import device_for
-from tinyfusion.jobs.drawing import at_arithmetic, check_compile
+from tinyfusion.jobs.drawing import at_arithmetic
 from tinyfusion.jobs.inspect import model_macs
 from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.jobs.skipping import SkippedModel, skipping_for
@@ -80,8 +80,6 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
         check_compiler(device)
     sources = {"model": names.model} | ({"vs": names.vs} if names.vs else {})
     models = {side: open_model(s, recipe.sample.weights, names.num_heads, names.family) for side, s in sources.items()}
-    for model in models.values():
-        check_compile(settings.compile, model)
     hashes = {side: model.hash() for side, model in models.items()}
     protocol = _protocol(recipe, device, any(model.dynamic is not None for model in models.values()))
     if dry_run:

@@ -16,6 +16,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe, SampleSection
 from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.jobs.skipping import SkippedModel, skipping_for
+from tinyfusion.models.attach import whole_layers
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.packed import can_pack, pack
@@ -55,19 +56,12 @@ def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
     if outside:
         raise UserError(f"--labels {outside} out of range: the model knows classes 0 to {model.arch.num_classes - 1}")
     sampler_of(settings, model)
-    check_compile(settings.compile, model)
     if model.facts.latent_scale is None and settings.vae is not None:
         raise UserError(f"sample.vae {settings.vae} decodes latents, and this model draws pixels: leave it out")
     if model.facts.latent_scale is None and not settings.decode:
         raise UserError("sample.decode=false keeps latents, and this model draws pixels: leave it out")
     if model.facts.latent_scale is not None and not settings.decode and settings.vae is not None:
         raise UserError("sample.vae decodes, and sample.decode=false says not to: leave out one of the two")
-
-
-def check_compile(wanted: bool, model: LoadedModel) -> None:
-    """UserError where blocks would not be compiled although that was asked for."""
-    if wanted and model.dynamic is not None:
-        raise UserError("--compile is not for models with routers: their sub-networks run eagerly; leave it out")
 
 
 def autoencoder_for(settings: SampleSection, model: LoadedModel) -> Autoencoder | None:
@@ -108,8 +102,8 @@ def at_arithmetic(model: LoadedModel, dtype: str, device: torch.device) -> Loade
         return model
     held_in = getattr(torch, dtype)
     placed = dataclasses.replace(model, module=copy.deepcopy(model.module).to(device, held_in).eval())
-    if model.facts.dynamic is None and can_pack(held_in, device):  # a dynamic block reads parts of its weights
-        pack(placed.stack)
+    if can_pack(held_in, device):
+        pack(placed.stack if placed.dynamic is None else whole_layers(placed.dynamic))
     return placed
 
 

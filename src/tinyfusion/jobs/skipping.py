@@ -14,6 +14,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.dynamic.subnetworks import KeepTables, SubNetworks, rehearsed, resolve
 from tinyfusion.models.dynamics import TokenMode
+from tinyfusion.models.forwards import CompiledForwards
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.sample.drive import SampleDraws, Sampler
 
@@ -28,15 +29,12 @@ class Skipping:
     tables: KeepTables
     calls: tuple[float, ...] | None
 
-    def on(self, model: LoadedModel, static_shapes: bool) -> SubNetworks:
-        """The sub-networks of `model`, wherever and in whatever type it is held.
-
-        static_shapes: tokens come in a few numbers of rows, for compiled blocks and accelerators.
-        """
+    def on(self, model: LoadedModel, compiled: bool) -> SubNetworks:
+        """The sub-networks of `model`, wherever and in whatever type it is held."""
         assert model.dynamic is not None
         device = next(model.module.parameters()).device
-        mode: TokenMode = "bucketed" if static_shapes or device.type == "cuda" else "gathered"
-        return SubNetworks(model.dynamic, self.tables, mode, None if device.type == "cpu" else self.calls)
+        mode: TokenMode = "bucketed" if device.type == "cuda" else "gathered"
+        return SubNetworks(model.dynamic, self.tables, mode, self.calls, forms=CompiledForwards() if compiled else None)
 
 
 def skipping_for(model: LoadedModel, sampler: Sampler) -> Skipping | None:
@@ -58,12 +56,12 @@ class SkippedModel:
 
     model: LoadedModel
     skipping: Skipping | None
-    static_shapes: bool = False
+    compiled: bool = False
 
     @cached_property
     def sub_networks(self) -> SubNetworks | None:
         """Sliced weights; made once."""
-        return None if self.skipping is None else self.skipping.on(self.model, self.static_shapes)
+        return None if self.skipping is None else self.skipping.on(self.model, self.compiled)
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -101,6 +101,11 @@ class Current:
 
     def __init__(self) -> None:
         self.way: Way = Deciding()
+        self.labels: Tensor | None = None  # their embeddings (B, D) in the present pass
+
+    def labelled(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        """Hook on the label embedder."""
+        self.labels = output.detach()
 
     def embedded(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Hook on the timestep embedder."""
@@ -256,17 +261,24 @@ def route(module: nn.Module, family: ModelFamily) -> None:
     """Let the blocks of a module that has routers run through a current way from now on."""
     rules, current = rules_of(family), Current()
     module.get_submodule(rules.embedder).register_forward_hook(current.embedded)
+    module.get_submodule(rules.labels).register_forward_hook(current.labelled)
     for index, block in enumerate(family.stack(module)):
         vars(block)["forward"] = DynamicForward(index, block, MethodType(rules.masked, block), current)
+
+
+def whole_layers(dynamic: DynamicModel) -> Iterator[nn.Module]:
+    """The submodules of all blocks that sub-networks call as they are; of other layers they read parts."""
+    return (block.get_submodule(dynamic.rules.modulation) for block in dynamic.stack)
 
 
 def detached(dynamic: DynamicModel) -> LoadedModel:
     """A copy of the model without routers: the static model that it was made of, with its weights as they are now."""
     plain = dynamic.loaded.copy()
-    embedder = plain.module.get_submodule(dynamic.rules.embedder)
-    for key, hook in list(embedder._forward_hooks.items()):
-        if isinstance(getattr(hook, "__self__", None), Current):
-            del embedder._forward_hooks[key]
+    for name in (dynamic.rules.embedder, dynamic.rules.labels):
+        hooks = plain.module.get_submodule(name)._forward_hooks
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), Current):
+                del hooks[key]
     for block in plain.stack:
         vars(block).pop("forward", None)
         for name in ROUTERS:

@@ -17,7 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyfusion.models.dit import DiTArch, DiTBlock, modulate
-from tinyfusion.models.dynamics import BlockSizes, BlockSlices, DynamicRules, TokenMode, TokenSelection, bucket
+from tinyfusion.models.dynamics import (
+    BUCKET,
+    BlockSizes,
+    BlockSlices,
+    DynamicRules,
+    Form,
+    TokenMode,
+    TokenSelection,
+    UnitKind,
+    UnitSlices,
+    as_written,
+    bucket,
+    linear_of,
+)
+from tinyfusion.models.packed import gelu_linear, row_step
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale and gate (B, D) of one branch
 
@@ -67,21 +81,19 @@ def masked_block(
 
 
 @torch.no_grad()
-def block_slices(block: nn.Module, heads: Tensor, groups: Tensor, sizes: BlockSizes) -> BlockSlices:
-    """Copies of the weights of these heads and groups (indices), in this order."""
+def unit_slices(block: nn.Module, kind: UnitKind, units: Tensor, sizes: BlockSizes) -> UnitSlices:
+    """Copies of the weights of these heads or groups (indices), in this order."""
     own = cast(DiTBlock, block)
-    d, num_heads, width = sizes.head_width, sizes.num_heads, sizes.width
+    if kind == "groups":
+        fc1, fc2, hidden = own.mlp.fc1, own.mlp.fc2, channels_of(units, sizes.group_width)
+        into = linear_of(fc1.weight.index_select(0, hidden), fc1.bias.index_select(0, hidden))
+        return UnitSlices(len(units), into, linear_of(fc2.weight.index_select(1, hidden), fc2.bias))
     qkv, proj = own.attn.qkv, own.attn.proj
-    hidden = channels_of(groups, sizes.group_width)
-    return BlockSlices(
-        num_heads=len(heads),
-        qkv=qkv.weight.view(3, num_heads, d, width).transpose(0, 1).index_select(0, heads).flatten(0, 2),
-        qkv_bias=qkv.bias.view(3, num_heads, d).transpose(0, 1).index_select(0, heads).flatten(),
-        proj=proj.weight.index_select(1, channels_of(heads, d)),
-        fc1=own.mlp.fc1.weight.index_select(0, hidden),
-        fc1_bias=own.mlp.fc1.bias.index_select(0, hidden),
-        fc2=own.mlp.fc2.weight.index_select(1, hidden),
-    )
+    per_head = (3, sizes.num_heads, sizes.head_width)
+    rows = qkv.weight.view(*per_head, sizes.width).transpose(0, 1).index_select(0, units).flatten(0, 2)
+    bias = qkv.bias.view(per_head).transpose(0, 1).index_select(0, units).flatten()
+    columns = proj.weight.index_select(1, channels_of(units, sizes.head_width))
+    return UnitSlices(len(units), linear_of(rows, bias), linear_of(columns, proj.bias))
 
 
 def channels_of(units: Tensor, width: int) -> Tensor:
@@ -89,98 +101,110 @@ def channels_of(units: Tensor, width: int) -> Tensor:
     return (units.unsqueeze(1) * width + torch.arange(width, device=units.device)).flatten()
 
 
-def first_units(slices: BlockSlices, heads: int, groups: int, sizes: BlockSizes) -> BlockSlices:
-    """The first heads and groups of `slices`; no copies."""
-    inner, hidden = heads * sizes.head_width, groups * sizes.group_width
-    return BlockSlices(
-        num_heads=heads,
-        qkv=slices.qkv[: 3 * inner],
-        qkv_bias=slices.qkv_bias[: 3 * inner],
-        proj=slices.proj[:, :inner],
-        fc1=slices.fc1[:hidden],
-        fc1_bias=slices.fc1_bias[:hidden],
-        fc2=slices.fc2[:, :hidden],
-    )
-
-
 def sliced_block(
     block: DiTBlock,
     kept: BlockSlices,
     x: Tensor,
-    c: Tensor,
+    modulations: Tensor,
     selection: TokenSelection | None = None,
     mode: TokenMode = "gathered",
+    form: Form = as_written,
 ) -> tuple[Tensor, Tensor | int]:
     """The block with the units `kept` on all tokens, or on those that `selection` keeps; and how many those were.
 
-    No gradients. mode: "gathered" computes exactly the kept tokens; "bucketed" rounds their number up to a multiple of 128,
-    so that few shapes occur (compiled code, captured graphs); "masked" computes all tokens and multiplies, and is the one
-    that never makes the host wait. `x` is not changed.
+    modulations: (B, 6 D), what the block makes of time and label. form: gives the function that runs instead of a pass over the
+    stream, such as its compiled form. No gradients.
+    mode: "gathered" computes the kept tokens, and few more where the layers are packed; "bucketed" rounds their number up to a
+    multiple of 128, so that few shapes occur (compiled code, captured graphs); "masked" computes all tokens and multiplies,
+    and is the one that never makes the host wait. `x` is not changed.
     """
-    shift_msa, scale_msa, gate_msa, *of_mlp = block.adaLN_modulation(c).chunk(6, dim=1)
-    modulation = cast(Modulation, tuple(of_mlp))
-    x = _attention(block, kept, x, (shift_msa, scale_msa, gate_msa))
+    shift_msa, scale_msa, gate_msa, shift, scale, gate = modulations.chunk(6, dim=1)
+    if kept.heads.number:
+        mixed = _attention(kept.heads, form(_entered)(block.norm1, x, shift_msa, scale_msa))
+    else:
+        mixed = block.attn.proj.bias.expand_as(x)
     if selection is None:
-        return _mlp_everywhere(block, kept, x, modulation, None), x.shape[0] * x.shape[1]
+        x, u = form(_between)(block.norm2, x, gate_msa, mixed, shift, scale)
+        return form(_added)(x, gate, _hidden(block, kept.groups, u)), x.shape[0] * x.shape[1]
+    x = form(_added)(x, gate_msa, mixed)
     logits = selection.logits(x)
-    if mode == "masked":
-        keep = logits > 0
-        return _mlp_everywhere(block, kept, x, modulation, keep), keep.sum()
-    rows = (logits.flatten() > 0).nonzero().squeeze(1)
+    rows = torch.empty(0) if mode == "masked" else (logits.flatten() > 0).nonzero().squeeze(1)
     count = len(rows)
-    if count == logits.numel():
-        return _mlp_everywhere(block, kept, x, modulation, None), count
+    if mode == "masked" or count == logits.numel():
+        keep, u = logits > 0, form(_entered)(block.norm2, x, shift, scale)
+        out = _hidden(block, kept.groups, u)
+        if mode == "masked":
+            return torch.addcmul(x, _masked(gate, keep), out), keep.sum()
+        return form(_added)(x, gate, out), count
     if count:
-        _mlp_on_rows(block, kept, x, rows, modulation, bucketed=mode == "bucketed")
+        _mlp_on_rows(block, kept.groups, x, rows, (shift, scale, gate), mode == "bucketed", form)
     return x, count
 
 
-def _attention(block: DiTBlock, kept: BlockSlices, x: Tensor, modulation: Modulation) -> Tensor:
-    """x after the attention with the kept heads; always a new tensor."""
-    (batch, tokens, _), (shift, scale, gate) = x.shape, modulation
-    bias = block.attn.proj.bias
-    if kept.num_heads == 0:
-        return torch.addcmul(x, gate.unsqueeze(1), bias)
-    projected = F.linear(modulate(block.norm1(x), shift, scale), kept.qkv, kept.qkv_bias)
-    q, k, v = projected.view(batch, tokens, kept.num_heads, 3, -1).permute(3, 0, 2, 1, 4)
-    mixed = F.scaled_dot_product_attention(q, k, v)
-    out = F.linear(mixed.transpose(1, 2).reshape(batch, tokens, -1), kept.proj, bias)
+def _entered(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return modulate(norm(x), shift, scale)
+
+
+def _between(
+    norm: nn.Module, x: Tensor, gate: Tensor, out: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    x = _added(x, gate, out)
+    return x, _entered(norm, x, shift, scale)
+
+
+def _added(x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     return torch.addcmul(x, gate.unsqueeze(1), out)
 
 
-def _hidden(block: DiTBlock, kept: BlockSlices, u: Tensor) -> Tensor:
+def _gathered(norm: nn.Module, x: Tensor, rows: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens `rows` (K,) of the flattened B * N as they are (K, D), and as the MLP takes them."""
+    images = rows // x.shape[1]
+    picked = x.view(-1, x.shape[-1]).index_select(0, rows)
+    factor = 1 + scale.index_select(0, images)
+    return picked, torch.addcmul(shift.index_select(0, images), norm(picked), factor)
+
+
+def _added_to_rows(picked: Tensor, gate: Tensor, out: Tensor, rows: Tensor, tokens: int) -> Tensor:
+    return torch.addcmul(picked, gate.index_select(0, rows // tokens), out)
+
+
+def _masked(gate: Tensor, keep: Tensor) -> Tensor:
+    """gate (B, D) where keep (B, N), and 0 elsewhere."""
+    return gate.unsqueeze(1) * keep.to(gate.dtype).unsqueeze(-1)
+
+
+def _attention(kept: UnitSlices, u: Tensor) -> Tensor:
+    batch, tokens, _ = u.shape
+    q, k, v = kept.into(u).view(batch, tokens, kept.number, 3, -1).permute(3, 0, 2, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    out: Tensor = kept.out(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+    return out
+
+
+def _hidden(block: DiTBlock, kept: UnitSlices, u: Tensor) -> Tensor:
     """The MLP with the kept groups; without any, its output bias alone."""
-    if len(kept.fc1) == 0:
+    if kept.number == 0:
         return block.mlp.fc2.bias.expand_as(u)
-    return F.linear(F.gelu(F.linear(u, kept.fc1, kept.fc1_bias), approximate="tanh"), kept.fc2, block.mlp.fc2.bias)
-
-
-def _mlp_everywhere(
-    block: DiTBlock, kept: BlockSlices, x: Tensor, modulation: Modulation, keep: Tensor | None
-) -> Tensor:
-    """x after the MLP on all tokens, added where `keep` (B, N) says; in place: x is ours."""
-    shift, scale, gate = modulation
-    out = _hidden(block, kept, modulate(block.norm2(x), shift, scale))
-    factor = gate.unsqueeze(1) if keep is None else gate.unsqueeze(1) * keep.to(gate.dtype).unsqueeze(-1)
-    return x.addcmul_(factor, out)
+    out: Tensor = kept.out(gelu_linear(kept.into, u, "tanh"))
+    return out
 
 
 def _mlp_on_rows(
-    block: DiTBlock, kept: BlockSlices, x: Tensor, rows: Tensor, modulation: Modulation, bucketed: bool
+    block: DiTBlock, kept: UnitSlices, x: Tensor, rows: Tensor, modulation: Modulation, bucketed: bool, form: Form
 ) -> None:
-    """Add what the MLP gives the tokens `rows` (K,) of the flattened B * N, in place.
+    """Add what the MLP gives the tokens `rows` (K,) of the flattened B * N, in place: x is ours.
 
     Tokens are gathered over the flattened batch, so images may keep different numbers of them. The norm comes after the
     gathering: it is of each token by itself.
     """
-    shift, scale, gate = modulation
-    flat, count = x.view(-1, x.shape[-1]), len(rows)
-    if bucketed:  # surplus rows compute with the first token and are dropped
-        rows = F.pad(rows, (0, bucket(count, len(flat)) - count))
-    images = rows // x.shape[1]
-    picked = flat.index_select(0, rows)
-    u = torch.addcmul(shift.index_select(0, images), block.norm2(picked), 1 + scale.index_select(0, images))
-    new = torch.addcmul(picked, gate.index_select(0, images), _hidden(block, kept, u))
+    (shift, scale, gate), count, tokens = modulation, len(rows), x.shape[1]
+    flat = x.view(-1, x.shape[-1])
+    step = BUCKET if bucketed else row_step(kept.into, len(flat))
+    more = bucket(count, len(flat), step)
+    if more > count:  # surplus rows compute with the first token and are dropped
+        rows = F.pad(rows, (0, more - count))
+    picked, u = form(_gathered)(block.norm2, x, rows, shift, scale)
+    new = form(_added_to_rows)(picked, gate, _hidden(block, kept, u), rows, tokens)
     flat.index_copy_(0, rows[:count], new[:count])
 
 
@@ -218,10 +242,11 @@ def reorder_units(block: nn.Module, heads: Tensor, hidden: Tensor, sizes: BlockS
 
 DIT_DYNAMIC = DynamicRules(
     embedder="t_embedder",
+    labels="y_embedder",
+    modulation="adaLN_modulation",
     sizes=block_sizes,
     masked=masked_block,
-    slices=block_slices,
-    prefix=first_units,
+    slices=unit_slices,
     sliced=sliced_block,
     scores=unit_scores,
     reorder=reorder_units,

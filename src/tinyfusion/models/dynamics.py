@@ -16,6 +16,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from tinyfusion.models.packed import held_bytes, packed
+
 TokenMode = Literal["gathered", "bucketed", "masked"]
 
 
@@ -64,47 +66,91 @@ class TokenSelection(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class BlockSlices:
-    """The weights of a sub-network of one block: k heads, m hidden channels. Views where they can be.
+BUCKET = 128  # rows
+UnitKind = Literal["heads", "groups"]
 
-    qkv (k * 3 * d, D): head after head, each its q, k and v. proj (D, k * d), fc1 (m, D), fc2 (D, m). No head or no
-    channel: empty.
+
+@dataclass(frozen=True)
+class UnitSlices:
+    """The layers of some units of a block, unit after unit, on copies of its weights or views of such a copy.
+
+    number: of units, k. into: D -> k * rows, where a row of a head is one of its q, then k, then v. out: k * columns -> D, with
+    the bias of the whole layer.
     """
 
-    num_heads: int
-    qkv: Tensor
-    qkv_bias: Tensor
-    proj: Tensor
-    fc1: Tensor
-    fc1_bias: Tensor
-    fc2: Tensor
+    number: int
+    into: nn.Module
+    out: nn.Module
+
+    def first(self, number: int) -> UnitSlices:
+        """The first units; no copies."""
+        assert isinstance(self.into, nn.Linear) and isinstance(self.out, nn.Linear)
+        rows, columns = (
+            size // max(1, self.number) * number for size in (len(self.into.weight), self.out.weight.shape[1])
+        )
+        into = linear_of(self.into.weight[:rows], self.into.bias[:rows])
+        return UnitSlices(number, into, linear_of(self.out.weight[:, :columns], self.out.bias))
+
+    def packed(self) -> UnitSlices:
+        """The same layers as the processor reads them best; see `models/packed.py`."""
+        return UnitSlices(self.number, packed(self.into), packed(self.out))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights and biases."""
+        return held_bytes(self.into) + held_bytes(self.out)
+
+
+@dataclass(frozen=True)
+class BlockSlices:
+    """A sub-network of one block."""
+
+    heads: UnitSlices
+    groups: UnitSlices
+
+
+def linear_of(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer on these tensors themselves, for running alone."""
+    layer = nn.Linear(1, 1, device="meta")  # not of the size: torch warns where one is 0
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight, layer.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (weight, bias))
+    return layer
 
 
 @dataclass(frozen=True)
 class DynamicRules:
     """What a family says of its blocks.
 
-    embedder: the submodule that makes the timestep embedding (B, D) of times (B,). sizes: of the blocks of an arch.
+    embedder: the submodule that makes the timestep embedding (B, D) of times (B,). labels: the one that makes the label
+    embedding (B, D); their sum is what blocks are given. modulation: the submodule of a block that takes it, and whose result
+    `sliced` is given. sizes: of the blocks of an arch.
     masked: the block at full cost with masks multiplied in, for training and as a reference:
     (block, x, c, heads (B, H) or None, groups (B, H) or None, selection or None, token noise or None) -> (x, token mask or None).
-    slices: (block, heads, groups) -> weights of these units, in this order, copied.
-    prefix: (slices, number of heads, number of groups, sizes) -> their first units, views.
-    sliced: (block, slices, x, c, selection or None, token mode) -> (x, number of tokens that the MLP saw, or as a tensor).
+    slices: (block, kind, indices of units, sizes) -> these units, in this order, copied.
+    sliced: (block, slices, x, modulation, selection or None, token mode, form) -> (x, number of tokens that the MLP saw, or as a tensor).
     scores: block -> importance of every head (H,) and of every hidden channel. reorder: permute both, in place, without a
     change of the function: (block, order of heads, order of hidden channels).
     """
 
     embedder: str
+    labels: str
+    modulation: str
     sizes: Callable[[Any], BlockSizes]
     masked: Callable[..., tuple[Tensor, Tensor | None]]
-    slices: Callable[[nn.Module, Tensor, Tensor, BlockSizes], BlockSlices]
-    prefix: Callable[[BlockSlices, int, int, BlockSizes], BlockSlices]
+    slices: Callable[[nn.Module, UnitKind, Tensor, BlockSizes], UnitSlices]
     sliced: Callable[..., tuple[Tensor, Tensor | int]]
     scores: Callable[[nn.Module, BlockSizes], tuple[Tensor, Tensor]]
     reorder: Callable[[nn.Module, Tensor, Tensor, BlockSizes], None]
 
 
-def bucket(count: int, limit: int, step: int = 128) -> int:
+Form = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The form of a function that is the function itself."""
+    return function
+
+
+def bucket(count: int, limit: int, step: int = BUCKET) -> int:
     """`count` rounded up to a multiple of `step`, at most `limit`."""
     return min(step * math.ceil(count / step), limit)

@@ -106,6 +106,21 @@ class BlockRouter(UnitRouter):
         return super().forward(embedding, noise).squeeze(-1)
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """The weights of a token router as they are multiplied: the first layer in the type of the stream, the last in float32."""
+
+    first: Tensor
+    first_bias: Tensor
+    last: Tensor
+    last_bias: Tensor
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, N) float32."""
+        hidden = F.relu(F.linear(x, self.first, self.first_bias))
+        return F.linear(hidden.float(), self.last, self.last_bias).squeeze(-1)
+
+
 class TokenRouter(Float32Module):
     """Residual stream (B, N, D) after the attention, as it is -> mask (B, N)."""
 
@@ -116,12 +131,15 @@ class TokenRouter(Float32Module):
         self.mlp_head = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, N) float32."""
+        """(B, N) float32; the product with the stream is in the stream's type."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.held_in(x.dtype).logits(x)
+
+    def held_in(self, dtype: torch.dtype) -> TokenScores:
+        """What gives the logits of streams of this type."""
         first, last = self.mlp_head[0], self.mlp_head[2]
         assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-        with torch.autocast(x.device.type, enabled=False):
-            hidden = F.relu(F.linear(x.float(), first.weight.float(), first.bias.float()))
-            return F.linear(hidden, last.weight.float(), last.bias.float()).squeeze(-1)
+        return TokenScores(first.weight.to(dtype), first.bias.to(dtype), last.weight.float(), last.bias.float())
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         logits = self.logits(x)
