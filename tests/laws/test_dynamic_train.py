@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import BadNumbers
 from tinyfusion.core.recipe import ComputeSection, TrainingSection
-from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.dynamic.train import HOLD_STEPS, DynamicObjective, RoutedBatch, StratifiedDraws, budget_at
+from tinyfusion.core.rng import Draws, Randomness, StratifiedDraws
+from tinyfusion.dynamic.train import HOLD_STEPS, DynamicObjective, RoutedBatch, budget_at
 from tinyfusion.models.attach import DynamicModel, attach
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.family import FAMILIES
@@ -80,13 +80,13 @@ def test_trace_of_the_budget() -> None:
 
 
 def test_times_are_stratified_by_the_place_in_the_global_batch() -> None:
-    whole = StratifiedDraws(1, 7, 0, 8).integers("timestep", 1000)
+    whole = StratifiedDraws(1, 7, 0, 8, 4).integers("timestep", 1000)
     assert (whole // 250).tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
-    parts = [StratifiedDraws(1, 7, first, num).integers("timestep", 1000) for first, num in ((0, 3), (3, 5))]
+    parts = [StratifiedDraws(1, 7, first, num, 4).integers("timestep", 1000) for first, num in ((0, 3), (3, 5))]
     assert np.array_equal(np.concatenate(parts), whole)
-    times = StratifiedDraws(1, 7, 2, 3).uniform("timestep")
+    times = StratifiedDraws(1, 7, 2, 3, 4).uniform("timestep")
     assert [int(4 * t) for t in times] == [2, 3, 0]
-    plain, strata = Draws(1, 7, 0, 8), StratifiedDraws(1, 7, 0, 8)
+    plain, strata = Draws(1, 7, 0, 8), StratifiedDraws(1, 7, 0, 8, 4)
     assert np.array_equal(plain.normal("noise", (3,)), strata.normal("noise", (3,)))
 
 

@@ -98,3 +98,24 @@ class Draws:
     def integers(self, purpose: str, high: int, shape: tuple[int, ...] = ()) -> np.ndarray:
         """(B, *shape) int64, uniform in 0 .. high - 1 (`high` at most 2**32: the bias is below 2**-21)."""
         return np.minimum((self._uniform64(purpose, shape) * high).astype(np.int64), high - 1)
+
+
+@dataclass(frozen=True)
+class StratifiedDraws(Draws):
+    """Draws whose "timestep" is stratified: each falls into one of `parts` equal parts of (0, 1), by its global sample index i.
+
+    The part is i mod `parts`, or `shuffled` the same through a random order of the parts. Whatever a process makes of its
+    timestep draw (integers, uniform, normal) is stratified with it.
+    """
+
+    parts: int = 1
+    shuffled: bool = False
+
+    def _uniform64(self, purpose: str, shape: tuple[int, ...]) -> np.ndarray:
+        values = super()._uniform64(purpose, shape)
+        if purpose != "timestep":
+            return values
+        part = np.arange(self.first, self.first + self.num) % self.parts
+        if self.shuffled:
+            part = Randomness(self.seed).permutation("timestep/strata", self.step, self.parts)[part]
+        return (part.reshape(-1, *[1] * len(shape)) + values) / self.parts

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.core.rng import Draws
+from tinyfusion.core.rng import Draws, StratifiedDraws
 from tinyfusion.dynamic.macs import kept_shares, model_ratio
 from tinyfusion.models.attach import Deciding, DynamicModel
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction, Process
@@ -51,24 +51,6 @@ def budget_at(step: int, target: float, ramp_steps: int | None) -> float:
     if ramp_steps is None or step > ramp_steps:
         return target
     return 1.0 - (1.0 - target) * step / ramp_steps
-
-
-@dataclass(frozen=True)
-class StratifiedDraws(Draws):
-    """Draws whose "timestep" is stratified: global sample i draws from part i mod `parts` of the range.
-
-    With four parts of 1000 steps t = 250 (i mod 4) + U{0..249}, as published, but by the place in the global batch instead
-    of that in a process. Continuous times are stratified alike. The mean ratio of a batch is steadier for it.
-    """
-
-    parts: int = 4
-
-    def _uniform64(self, purpose: str, shape: tuple[int, ...]) -> np.ndarray:
-        values = super()._uniform64(purpose, shape)
-        if purpose != "timestep":
-            return values
-        part = (np.arange(self.first, self.first + self.num) % self.parts).reshape(-1, *([1] * len(shape)))
-        return (part + values) / self.parts
 
 
 @dataclass(frozen=True)
@@ -168,6 +150,8 @@ class DynamicObjective:
     def draw(self, batch: Batch, draws: Draws) -> RoutedBatch:
         """The inner draws with stratified times, labels of the complete pass, and the noise of all routers."""
         if self.strata > 1:
+            # with four strata of 1000 steps t = 250 (i mod 4) + U{0..249}, as published, but by the place in the global batch
+            # instead of that in a process; the mean ratio of a batch is steadier for it
             draws = StratifiedDraws(draws.seed, draws.step, draws.first, draws.num, self.strata)
         noisy = self.inner.draw(batch, draws)
         device = batch.x.device

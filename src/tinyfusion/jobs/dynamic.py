@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import DynamicSection, Recipe, SampleSection
-from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
+from tinyfusion.core.rundir import read_json, write_json
 from tinyfusion.dynamic.calibrate import TOLERANCE, Pass, calibrate, inference_ratio
 from tinyfusion.dynamic.importance import order_by_importance
 from tinyfusion.dynamic.train import DynamicObjective
@@ -21,7 +20,6 @@ from tinyfusion.jobs.assemble import (
     batches_for,
     device_for,
     engine_for,
-    job_record,
     open_teacher,
     plain_recipe,
     training_plan,
@@ -30,7 +28,7 @@ from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, t
 from tinyfusion.jobs.kept import KEPT, kept_record
 from tinyfusion.jobs.processes import PROCESS_SECTIONS, fits, kit_of, objective_for, sampler_of
 from tinyfusion.jobs.skipping import SkippedModel, skipping_for
-from tinyfusion.jobs.training import Training, drive, finished, save
+from tinyfusion.jobs.training import TrainedRun, Training, drive, save
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.attach import DynamicModel, attach, check_attachable
 from tinyfusion.models.checkpoint import LoadedModel, open_model
@@ -38,7 +36,6 @@ from tinyfusion.models.routers import DynamicSettings
 from tinyfusion.models.stack import frozen
 from tinyfusion.sample.drive import Sampler, image_labels
 from tinyfusion.sample.drive import sample as draw_samples
-from tinyfusion.training.ema import horizon_warning
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState
@@ -56,36 +53,25 @@ def dynamic(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any] 
     inputs = {"model": model.hash(), "teacher": teacher.hash() if teacher else None}
     plain = plain_recipe(recipe, "data", "dynamic", *PROCESS_SECTIONS, **inputs)
     plain["dynamic"].pop("in_run")  # who calls makes no difference
-    run = RunDirectory(options.out, engine.is_main)
-    mode = engine.first(lambda: run.check("dynamic", plain, options.overwrite))
-    intent = _intent(recipe, model, teacher, mode) if options.dry_run else {}
+    run = TrainedRun("dynamic", recipe, options, engine, plain)
+    intent = _intent(recipe, model, teacher, run.mode) if options.dry_run else {}
     training = dynamic_of(recipe, model, teacher, engine)
-    settings = training.settings
     check_watch(recipe, training.model)
-    if mode == "finished":
-        finished(run)
-        return {name: read_json(run.path / OUTCOME)[name] for name in ("ratio", "target")}
-    if mode == "new":
-        engine.first(lambda: check_space(options.out, training_disk_bytes(training)))
-    warning = horizon_warning(settings.ema_decay, settings.made_steps)
-    if warning and engine.is_main:
-        print(f"warning: {warning}", file=sys.stderr)
+    if run.settled(lambda: training_disk_bytes(training), training.settings):
+        return {name: read_json(run.folder.path / OUTCOME)[name] for name in ("ratio", "target")}
     if options.dry_run:
         return announce("dynamic", intent, training_estimate(training), engine.is_main)
-    with run.writing("dynamic", plain, options.overwrite):
-        named = str(Path(source).absolute()) if Path(source).exists() else source
-        run.mark("running", job=job_record(recipe, options, model=named))
-        seconds = drive(training, run, options.resume)
+    with run.writing(model=str(Path(source).absolute()) if Path(source).exists() else source) as folder:
+        seconds = drive(training, folder, options.resume)
         student, raw = training.averaged(), training.raw()
         reached = _meet_budget(recipe, student)
-        if run.writes:
-            write_json(run.path / OUTCOME, reached)
-        save(run, _recorded(student, reached), "student")
-        save(run, raw, "student-raw")
-        if run.writes:
-            write_json(run.path / KEPT, kept_record(recipe, student))
-        run.mark("done", seconds=seconds, seen_images=settings.made_images)
-    engine.wait()  # nobody reads what the main process has not written yet
+        if folder.writes:
+            write_json(folder.path / OUTCOME, reached)
+        save(folder, _recorded(student, reached), "student")
+        save(folder, raw, "student-raw")
+        if folder.writes:
+            write_json(folder.path / KEPT, kept_record(recipe, student))
+        folder.mark("done", seconds=seconds, seen_images=training.settings.made_images)
     return {"seconds": seconds, "ratio": reached["ratio"], "target": reached["target"]}
 
 

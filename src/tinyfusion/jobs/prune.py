@@ -10,20 +10,19 @@ from typing import Any
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
-from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
+from tinyfusion.core.rundir import RunDirectory, read_json, write_json
 from tinyfusion.jobs.asking import ask, asked, asking_estimate, on_images, question_of
 from tinyfusion.jobs.assemble import (
     RunOptions,
     batches_for,
     engine_for,
-    job_record,
     open_teacher,
     plain_recipe,
     training_plan,
 )
 from tinyfusion.jobs.estimate import Estimate, announce, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.processes import PROCESS_SECTIONS, objective_for
-from tinyfusion.jobs.training import Training, drive, finished, save
+from tinyfusion.jobs.training import TrainedRun, Training, drive, save
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.plan import PrunePlan
@@ -50,29 +49,26 @@ def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     on_data = recipe.prune.criterion == "learned" or on_images(recipe.prune.criterion)
     teacher = open_teacher(recipe, options.num_heads, options.family, on_data)
     plain = plain_recipe(recipe, "data", "prune", *PROCESS_SECTIONS, teacher=teacher.hash())
-    run = RunDirectory(options.out, engine.is_main)
-    mode = engine.first(lambda: run.check("prune", plain, options.overwrite))
+    run = TrainedRun("prune", recipe, options, engine, plain)
     work = check_prune(recipe, teacher, engine)
     check_watch(recipe, None)
-    if mode == "finished":
-        finished(run)
-        return {"kept": read_json(run.path / "plan.json")["kept"]}
-    if mode == "new":
-        engine.first(lambda: check_space(options.out, _disk_bytes(teacher, work)))
+    settings = recipe.prune.training if isinstance(work, Learning) else None
+    if run.settled(lambda: _disk_bytes(teacher, work), settings):
+        return {"kept": read_json(run.folder.path / "plan.json")["kept"]}
     if options.dry_run:
-        intent = {"teacher": described(teacher), **_intent(recipe, work, mode)}
+        intent = {"teacher": described(teacher), **_intent(recipe, work, run.mode)}
         return announce("prune", intent, prune_estimate(work), engine.is_main)
-    with run.writing("prune", plain, options.overwrite):
-        run.mark("running", job=job_record(recipe, options))
-        plan = ask(work, run) if isinstance(work, Question) else _learn(recipe, teacher, work, run, options.resume)
+    with run.writing() as folder:
+        plan = (
+            ask(work, folder) if isinstance(work, Question) else _learn(recipe, teacher, work, folder, options.resume)
+        )
         student = _student(recipe, teacher, plan, work)
-        if run.writes:
-            write_json(run.path / "plan.json", plan.to_json())
-        save(run, student, "student")
-        run.mark("done", seconds=plan.cost.get("seconds", 0.0), seen_images=plan.cost.get("images", 0))
-    engine.wait()  # nobody reads what the main process has not written yet
+        if folder.writes:
+            write_json(folder.path / "plan.json", plan.to_json())
+        save(folder, student, "student")
+        folder.mark("done", seconds=plan.cost.get("seconds", 0.0), seen_images=plan.cost.get("images", 0))
     if engine.is_main:
-        print(f"{_decided(plan)}; {run.path / 'plan.json'} says why", file=sys.stderr)
+        print(f"{_decided(plan)}; {folder.path / 'plan.json'} says why", file=sys.stderr)
     return {"kept": plan.kept}
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
-from tinyfusion.core.rundir import RunDirectory, check_space
 from tinyfusion.jobs.assemble import (
     RunOptions,
     batches_for,
     engine_for,
-    job_record,
     open_teacher,
     plain_recipe,
     training_plan,
 )
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.processes import PROCESS_SECTIONS, objective_for
-from tinyfusion.jobs.training import Extra, Training, drive, finished, save
+from tinyfusion.jobs.training import Extra, TrainedRun, Training, drive, save
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.stack import frozen
@@ -28,7 +25,6 @@ from tinyfusion.processes.base import Objective
 from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors
 from tinyfusion.recover.channels import residual_channels
 from tinyfusion.recover.distill import distilled
-from tinyfusion.training.ema import horizon_warning
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import decay_groups, linear, trainable
 from tinyfusion.training.state import TrainState
@@ -40,29 +36,21 @@ def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[s
     student, teacher = opened(recipe, student_source, options.num_heads, options.family)
     inputs = {"student": student.hash(), "teacher": teacher.hash() if teacher else None}
     plain = plain_recipe(recipe, "data", "recover", *PROCESS_SECTIONS, **inputs)
-    run = RunDirectory(options.out, engine.is_main)
-    mode = engine.first(lambda: run.check("recover", plain, options.overwrite))
-    intent = _intent(recipe, student, teacher, mode) if options.dry_run else {}  # hashes: before models lie in parts
+    run = TrainedRun("recover", recipe, options, engine, plain)
+    intent = (
+        _intent(recipe, student, teacher, run.mode) if options.dry_run else {}
+    )  # hashes: before models lie in parts
     training = recovery_of(recipe, student, teacher, engine)
     check_watch(recipe, student)
-    settings = training.settings
-    if mode == "finished":
-        finished(run)
+    if run.settled(lambda: training_disk_bytes(training), training.settings):
         return None
-    if mode == "new":
-        engine.first(lambda: check_space(options.out, training_disk_bytes(training)))
-    warning = horizon_warning(settings.ema_decay, settings.made_steps)
-    if warning and engine.is_main:
-        print(f"warning: {warning}", file=sys.stderr)
     if options.dry_run:
         return announce("recover", intent, training_estimate(training), engine.is_main)
-    with run.writing("recover", plain, options.overwrite):
-        run.mark("running", job=job_record(recipe, options, student=str(student_source.absolute())))
-        seconds = drive(training, run, options.resume)
-        save(run, training.averaged(), "student")
-        save(run, training.raw(), "student-raw")
-        run.mark("done", seconds=seconds, seen_images=settings.made_images)
-    engine.wait()  # nobody reads what the main process has not written yet
+    with run.writing(student=str(student_source.absolute())) as folder:
+        seconds = drive(training, folder, options.resume)
+        save(folder, training.averaged(), "student")
+        save(folder, training.raw(), "student-raw")
+        folder.mark("done", seconds=seconds, seen_images=training.settings.made_images)
     return {"seconds": seconds}
 
 

@@ -8,19 +8,17 @@ from typing import Any
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
-from tinyfusion.core.rundir import RunDirectory, check_space
 from tinyfusion.jobs.assemble import (
     RunOptions,
     batches_for,
     engine_for,
-    job_record,
     plain_recipe,
     trained_on,
     training_plan,
 )
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.processes import PROCESS_SECTIONS, kit_of, objective_for
-from tinyfusion.jobs.training import Training, drive, finished, save
+from tinyfusion.jobs.training import TrainedRun, Training, drive, save
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.checkpoint import new_model
 from tinyfusion.training.engine import Engine
@@ -31,28 +29,22 @@ from tinyfusion.training.state import TrainState
 def train(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
     """Train a model; writes `model/` (averaged weights) and `model-raw/`. What `--json` prints."""
     settings = recipe.train
-    plain = plain_recipe(recipe, "model", "data", "train", *PROCESS_SECTIONS)
     engine = engine_for(recipe)
-    run = RunDirectory(options.out, engine.is_main)
-    mode = engine.first(lambda: run.check("train", plain, options.overwrite))
+    plain = plain_recipe(recipe, "model", "data", "train", *PROCESS_SECTIONS)
+    run = TrainedRun("train", recipe, options, engine, plain)
     training = train_of(recipe, engine)
     check_watch(recipe, training.model)
-    if mode == "finished":
-        finished(run)
+    if run.settled(lambda: training_disk_bytes(training), settings):
         return None
-    if mode == "new":
-        engine.first(lambda: check_space(options.out, training_disk_bytes(training)))
     if options.dry_run:
-        plan = {"model": described(training.model), **training_plan(recipe, settings, mode)}
+        plan = {"model": described(training.model), **training_plan(recipe, settings, run.mode)}
         return announce("train", plan, training_estimate(training), engine.is_main)
-    with run.writing("train", plain, options.overwrite):
-        run.mark("running", job=job_record(recipe, options))
-        seconds = drive(training, run, options.resume)
+    with run.writing() as folder:
+        seconds = drive(training, folder, options.resume)
         for name, model in (("model", training.averaged()), ("model-raw", training.raw())):
             facts = dataclasses.replace(model.facts, seen_images=settings.made_images)
-            save(run, dataclasses.replace(model, facts=facts), name)
-        run.mark("done", seconds=seconds, seen_images=settings.made_images)
-    engine.wait()  # nobody reads what the main process has not written yet
+            save(folder, dataclasses.replace(model, facts=facts), name)
+        folder.mark("done", seconds=seconds, seen_images=settings.made_images)
     return {"seconds": seconds}
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from tinyfusion.core.progress import Advance, progress
 from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
-from tinyfusion.core.rundir import RunDirectory
+from tinyfusion.core.rundir import RunDirectory, check_space
 from tinyfusion.core.signals import Interrupted, SignalWatch
+from tinyfusion.jobs.assemble import RunOptions, job_record
 from tinyfusion.jobs.estimate import training_memory
 from tinyfusion.jobs.watching import Watch
 from tinyfusion.models.checkpoint import LoadedModel, save_model
@@ -115,6 +116,38 @@ class Training:
     def _with(self, trained: Mapping[str, Tensor]) -> LoadedModel:
         held = self.model.module.state_dict()
         return self.model.with_weights({name: trained[name] if name in trained else whole(held[name]) for name in held})
+
+
+class TrainedRun:
+    """The run folder of a verb that trains. plain: what "the same command" means; mode: as `RunDirectory.check` gives it."""
+
+    def __init__(self, verb: str, recipe: Recipe, options: RunOptions, engine: Engine, plain: dict[str, Any]) -> None:
+        self.verb, self.recipe, self.options, self.engine, self.plain = verb, recipe, options, engine, plain
+        self.folder = RunDirectory(options.out, engine.is_main)
+        self.mode = engine.first(lambda: self.folder.check(verb, plain, options.overwrite))
+
+    def settled(self, disk_bytes: Callable[[], int], settings: TrainingSection | None) -> bool:
+        """Whether there is nothing left to do, which is then said. Raises UserError where a new run would not fit the disk.
+
+        settings: of the training, whose average may be too long for it; None where nothing is trained.
+        """
+        if self.mode == "finished":
+            finished(self.folder)
+            return True
+        if self.mode == "new":
+            self.engine.first(lambda: check_space(self.options.out, disk_bytes()))
+        warning = horizon_warning(settings.ema_decay, settings.made_steps) if settings else None
+        if warning and self.engine.is_main:
+            print(f"warning: {warning}", file=sys.stderr)
+        return False
+
+    @contextlib.contextmanager
+    def writing(self, **paths: Any) -> Iterator[RunDirectory]:
+        """Around everything that is written. paths: of models that were opened, for whoever repeats a step of it."""
+        with self.folder.writing(self.verb, self.plain, self.options.overwrite):
+            self.folder.mark("running", job=job_record(self.recipe, self.options, **paths))
+            yield self.folder
+        self.engine.wait()  # nobody reads what the main process has not written yet
 
 
 def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> float:

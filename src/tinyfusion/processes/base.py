@@ -21,6 +21,11 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x, time as the network wants i
 StepNoise = Callable[[int], Tensor]  # position of the step in the trajectory -> noise (B, C, H, W)
 
 
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all but the batch axis: (B,)."""
+    return x.flatten(1).mean(1)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Clean data: x (B, C, H, W) in the model's own space, labels y (B,) int64."""

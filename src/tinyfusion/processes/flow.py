@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.rng import Draws
-from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
+from tinyfusion.processes.base import Batch, NoisyBatch, Prediction, mean_flat
 
 PathName = Literal["linear", "gvp", "vp"]
 Predicted = Literal["velocity", "noise", "score"]
@@ -179,11 +179,6 @@ class Flow:
         return at.wronskian / (at.alpha * at.sigma)
 
 
-def per_sample(x: Tensor) -> Tensor:
-    """Mean over all but the batch axis: (B,)."""
-    return x.flatten(1).mean(1)
-
-
 @dataclass(frozen=True)
 class FlowObjective:
     """The squared error of a flow network, per sample.
@@ -231,13 +226,13 @@ class FlowObjective:
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         """mse: mean squared error of what the network predicts; loss: the same, weighted."""
-        mse = per_sample(self.flow.error(prediction.output.float(), noisy) ** 2)
+        mse = mean_flat(self.flow.error(prediction.output.float(), noisy) ** 2)
         return {"loss": mse * self.flow.weight(self.loss_weight, noisy.t), "mse": mse}
 
     def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
         """kd_loss: the loss with the teacher's output for the truth; of velocities mean (v_s - v_T)^2."""
         error = self.flow.error(own.output.float(), noisy, taught.output.detach().float())
-        return {"kd_loss": per_sample(error**2) * self.flow.weight(self.loss_weight, noisy.t)}
+        return {"kd_loss": mean_flat(error**2) * self.flow.weight(self.loss_weight, noisy.t)}
 
     def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
         """The clean input at times of the last quarter, 1 - (1 - t) / 4: what the released statistic does to a DiT."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.rng import Draws
-from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, StepNoise
+from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, StepNoise, mean_flat
 
 NUM_TIMESTEPS = 1000
 _LOW_NOISE_PARTS = 4  # the released block influence sees the first quarter of the chain: t in 0..249 of 1000
@@ -151,11 +151,6 @@ class Gaussian:
     mean: Tensor
     log_variance: Tensor
     x0: Tensor
-
-
-def mean_flat(x: Tensor) -> Tensor:
-    """Mean over all but the batch axis: (B,)."""
-    return x.flatten(1).mean(1)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

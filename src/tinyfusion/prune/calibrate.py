@@ -11,12 +11,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.core.rng import Draws, StratifiedDraws
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import BlockStack
 from tinyfusion.processes.base import NoisyBatch, Process
@@ -24,24 +23,6 @@ from tinyfusion.processes.base import NoisyBatch, Process
 Source = Callable[[int, int, Draws], Any]  # (step, batch size, draws) -> clean batch on the model's device
 Tick = Callable[[int], None]  # called with the block evaluations done so far
 _STEP = 2**62  # the address of calibration draws, which no training step has
-
-
-@dataclass(frozen=True)
-class StratifiedDraws(Draws):
-    """Draws whose "timestep" is stratified: of `total` samples, one falls into each of `total` equal parts of (0, 1).
-
-    Whatever a process makes of its timestep draw (integers, uniform, normal) is stratified with it.
-    """
-
-    total: int = 1
-
-    def _uniform64(self, purpose: str, shape: tuple[int, ...]) -> np.ndarray:
-        values = super()._uniform64(purpose, shape)
-        if purpose != "timestep":
-            return values
-        strata = Randomness(self.seed).permutation("timestep/strata", self.step, self.total)
-        own = strata[self.first : self.first + self.num].reshape(-1, *[1] * len(shape))
-        return (own + values) / self.total
 
 
 @dataclass(frozen=True)
@@ -76,7 +57,7 @@ def calibration_set(
     """
     batches = []
     for first in range(0, images, batch_size):
-        draws = StratifiedDraws(seed, _STEP, first, min(batch_size, images - first), images)
+        draws = StratifiedDraws(seed, _STEP, first, min(batch_size, images - first), images, shuffled=True)
         batches.append(objective.draw(source(0, images, draws), draws))
     return Calibration(tuple(batches), objective, data, images, min(images, available), seed)
 
