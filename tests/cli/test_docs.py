@@ -168,13 +168,16 @@ def trainings(verb: str, recipe: Recipe) -> list[TrainingSection]:
     """What a verb trains; nothing for the verbs that do not, and for a choice by hand."""
     pruning = [recipe.prune.training] if recipe.prune.criterion == "learned" else []
     recovery = [recipe.recover.training]
-    return {"train": [recipe.train], "prune": pruning, "recover": recovery, "run": pruning + recovery}.get(verb, [])
+    routed = [recipe.dynamic.training]
+    whole = pruning + recovery + (routed if recipe.dynamic.in_run else [])
+    found = {"train": [recipe.train], "prune": pruning, "recover": recovery, "run": whole, "dynamic": routed}
+    return found.get(verb, [])
 
 
 def horizon_warnings(words: list[str]) -> list[str]:
     """The warnings about moving averages that a command of ours would print, exactly as typed."""
     verb, options = parse(words[1:])
-    if verb not in ("train", "prune", "recover", "run"):
+    if verb not in ("train", "prune", "recover", "run", "dynamic"):
         return []
     recipe = load_recipe(options.recipe, options.set, options.overrides())
     found = [horizon_warning(settings.ema_decay, settings.made_steps) for settings in trainings(verb, recipe)]
@@ -197,6 +200,8 @@ def test_no_command_trains_too_short_for_its_average(page: Path) -> None:
         ("run --recipe digits --set recover.training.ema_decay=0.9999 --out o", 1),
         ("run --recipe digits --out o", 0),
         ("train --steps 3 --out o", 1),
+        ("dynamic --model digits --data digits --steps 500 --out o", 1),
+        ("dynamic --recipe digits-dynamic --model digits --out o", 0),
     ],
 )
 def test_short_averages_are_recognised(command: str, num: int) -> None:

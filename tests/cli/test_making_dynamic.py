@@ -14,6 +14,8 @@ from material import Cli, tiny, tiny_mar, tiny_sit
 from test_faults import SETTINGS, at_step, failed, result
 from test_verbs import done
 
+from tinyfusion.core.compiler import check_compiler
+from tinyfusion.core.errors import UserError
 from tinyfusion.models.attach import Deciding, detached
 from tinyfusion.models.checkpoint import open_model, save_model
 from tinyfusion.prune.criteria import by_indices
@@ -53,6 +55,23 @@ def test_a_model_becomes_dynamic_and_is_sampled_in_sub_networks(cli: Cli, wide: 
     assert facts["dynamic"]["macs"] < facts["macs"]
     bench = done(cli, "bench run --vs wide --batch-size 2 --repeats 3 --set bench.product_size=64 --json").last_json
     assert bench["models"]["model"]["macs"] < bench["models"]["vs"]["macs"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+def test_compiled_sub_networks(cli: Cli, wide: Path) -> None:
+    try:
+        check_compiler(torch.device("cpu"))
+    except UserError as error:
+        pytest.skip(str(error))
+    done(cli, f"{MADE} run")
+    drawn = "sample --model run --num-images 5 --sampler ddim --num-steps 4 --batch-size 4 --set sample.guidance_interval=[0.2,0.8]"
+    done(cli, f"{drawn} --out plain.npz")
+    done(cli, f"{drawn} --compile --out compiled.npz")
+    one, other = (np.load(f"{name}.npz")["arr_0"].astype(int) for name in ("plain", "compiled"))
+    assert int(np.abs(one - other).max()) <= 1
+    assert json.loads(Path("compiled.json").read_text())["dynamic"]["macs_ratio"] < 1
+    told = done(cli, "bench run --compile --batch-size 2 --repeats 3 --set bench.product_size=64 --json").last_json
+    assert told["models"]["model"]["macs"] > 0
 
 
 def test_skipping_gives_the_numbers_of_masks(cli: Cli, wide: Path) -> None:

@@ -20,7 +20,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.calibrate import calibrate, inference_ratio
 from tinyfusion.dynamic.importance import order_by_importance
 from tinyfusion.dynamic.macs import block_ratio, model_ratio, total_macs
-from tinyfusion.dynamic.subnetworks import KeepTables, SubNetworks, rehearsed, resolve
+from tinyfusion.dynamic.subnetworks import KeepTables, SlicedWeights, SubNetworks, rehearsed, resolve
 from tinyfusion.evaluate.speed import count_macs
 from tinyfusion.models.attach import BlockMasks, Deciding, DynamicModel, attach, detached
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, open_model
@@ -322,6 +322,24 @@ def tables(heads: list[list[int]], groups: list[list[int]], num: int = 4) -> Kee
     return KeepTables(times, masks(heads), masks(groups), torch.ones(len(heads), 1, dtype=torch.bool))
 
 
+def weights_made(weights: SlicedWeights, masks: KeepTables, rows: Sequence[int]) -> int:
+    """How often weights were sliced, while these sub-networks ran one after another."""
+    plain, made = weights._taken, 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal made
+        made += 1
+        return plain(*args)
+
+    weights._taken = counted  # type: ignore[method-assign]
+    for row in rows:
+        found = weights.of(masks.heads[row, 0], masks.groups[row, 0])
+        assert found.heads.number == int(masks.heads[row, 0].sum()) and found.groups.number == int(
+            masks.groups[row, 0].sum()
+        )
+    return made
+
+
 @torch.no_grad()
 def test_nested_masks_are_views_and_others_are_copied_once(routed: Callable[..., DynamicModel]) -> None:
     dynamic = routed(depth=1, tokens=False)
@@ -343,6 +361,8 @@ def test_nested_masks_are_views_and_others_are_copied_once(routed: Callable[...,
     for row in (0, 1, 2):
         tight.of(crossed.heads[row, 0], crossed.groups[row, 0])
     assert len(tight.copies) == 2  # one of heads, one of groups
+    room = weights.bytes * 2 // 3
+    assert weights_made(SubNetworks(dynamic, crossed, cache_bytes=room).weights[0], crossed, (0, 1, 0, 1, 0, 1)) < 12
     assert nested.bytes < weights.bytes
 
 

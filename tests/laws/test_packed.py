@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
 from tinyfusion.jobs.drawing import at_arithmetic
 from tinyfusion.models import packed as packed_module
-from tinyfusion.models.attach import attach
+from tinyfusion.models.attach import Deciding, attach
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.models.packed import PackedLinear, can_pack, gelu_linear, held_bytes, pack, row_step
 from tinyfusion.models.routers import DynamicSettings
@@ -86,13 +86,25 @@ def test_few_numbers_of_rows() -> None:
     assert row_step(nn.Linear(64, 64), 512) == 1
 
 
+@pytest.mark.parametrize("tokens", [False, True])
 @torch.no_grad()
-def test_sub_networks_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 their layers are packed ones, copies of every mask, as near to float32 as the masked form is."""
+def test_sub_networks_are_packed(monkeypatch: pytest.MonkeyPatch, tokens: bool) -> None:
+    """In bfloat16 their layers are packed ones, copies of every mask, as near to float32 as the masked form is.
+
+    The routers of tokens keep the same tokens in both types here: logits are far from 0.
+    """
     monkeypatch.setattr(packed_module, "_SMALLEST", 1)
-    dynamic = attach(wide(), DynamicSettings(tokens=False))
-    for parameter in dynamic.routers().values():
-        parameter.normal_(generator=torch.Generator().manual_seed(1))
+    dynamic = attach(wide(), DynamicSettings(tokens=tokens))
+    for name, parameter in dynamic.routers().items():
+        parameter.normal_(std=1e-4 if "mlp_head.0.weight" in name else 1.0, generator=torch.Generator().manual_seed(1))
+    if tokens:
+        for block, sign in zip(
+            dynamic.stack, (-1, 1, -1), strict=True
+        ):  # of 4 tokens per image those with x[..., 0] > 0, or others
+            block.token_selection.mlp_head[0].weight[0, 0] = 100.0 * sign
+            block.token_selection.mlp_head[2].weight.zero_()[0, 0] = 1.0
+            block.token_selection.mlp_head[0].bias[0] = 0.0
+            block.token_selection.mlp_head[2].bias.fill_(-1.0)
     tables = resolve(dynamic, [400.0, 17.0])
 
     def answers(model: LoadedModel, t: int) -> Tensor:
@@ -101,7 +113,12 @@ def test_sub_networks_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
         out: Tensor = model.module(x.to(held_in), torch.full((3,), t), torch.tensor([0, 3, 5])).float()
         return out
 
-    exact = {t: answers(dynamic.loaded, t) for t in (400, 17)}
+    reference = Deciding()
+    with dynamic.using(reference):
+        exact = {t: answers(dynamic.loaded, t) for t in (400, 17)}
+    if tokens:
+        kept = [float(masks.tokens.mean()) for masks in reference.masks.values() if masks.tokens is not None]
+        assert len(kept) == 3 and all(0.1 < share < 0.9 for share in kept)
     plain = dataclasses.replace(dynamic.loaded, module=copy.deepcopy(dynamic.module).to(torch.bfloat16))
     placed = at_arithmetic(dynamic.loaded, "bfloat16", CPU).dynamic
     assert placed is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from tinyfusion.core.errors import UserError
@@ -36,6 +39,18 @@ def compiler_failure(error: BaseException, what: str) -> UserError | None:
     return UserError(f"--compile: {what} cannot be compiled ({_reason(error)}): {_LEAVE}")
 
 
+@contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Within the context errors of the compiler become a UserError that names `what`; those of others pass."""
+    try:
+        yield
+    except Exception as error:
+        failure = compiler_failure(error, what)
+        if failure is None:
+            raise
+        raise failure from error
+
+
 def _is_compilers(error: BaseException) -> bool:
     module = type(error).__module__
     return module.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
@@ -48,4 +63,4 @@ def _reason(error: BaseException) -> str:
     return (spoken or lines or [type(error).__name__])[0]
 
 
-__all__ = ["check_compiler", "compiler_failure"]
+__all__ = ["check_compiler", "compiler_failure", "compiling"]

@@ -35,16 +35,18 @@ class ModulationsAhead:
         self.found: dict[int, Tensor] = {}  # per block (K, B, modulation)
 
     def begin(self, time: float, labels: Tensor) -> None:
-        """A pass at this time, of images with these label embeddings (B, D), begins."""
+        """A pass at this time, of at most `ROWS_AHEAD` images with these label embeddings (B, D), begins."""
         self._place(time)
         ahead = self.step + 1 < len(self.times) and self.times[self.step + 1] == time
         if ahead and self.labels is not None and torch.equal(self.labels, labels):
             self.step += 1
             return
-        many = max(1, ROWS_AHEAD // len(labels))
+        many = ROWS_AHEAD // len(labels)
         self.times = [time] if self.call < 0 else self.calls[self.call : self.call + many]
         self.step, self.labels, self.found = 0, labels, {}
-        embedding = self.dynamic.embedder.forward(torch.tensor(self.times))  # past the hook: no pass begins
+        embedding = self.dynamic.embedder.forward(
+            torch.tensor(self.times, device=labels.device)
+        )  # past the hook: no pass begins
         self.conditions = (embedding.unsqueeze(1) + labels).flatten(0, 1)
 
     def _place(self, time: float) -> None:

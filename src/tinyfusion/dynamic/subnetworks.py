@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.core.compiler import compiler_failure
+from tinyfusion.core.compiler import compiling
 from tinyfusion.core.errors import UserError
-from tinyfusion.dynamic.modulations import ModulationsAhead
+from tinyfusion.dynamic.modulations import ROWS_AHEAD, ModulationsAhead
 from tinyfusion.models.attach import Complete, Deciding, DynamicForward, DynamicModel
 from tinyfusion.models.dynamics import BlockSlices, TokenMode, UnitKind, UnitSlices
 from tinyfusion.models.forwards import CompiledForwards
@@ -91,7 +91,8 @@ class SubNetworks:
     waits to learn the time; `check` says afterwards whether the calls were these. A processor reads the time from the tensor
     all the same (`reads_times`), and computes modulations ahead. A time that was not resolved is, when it comes, and
     remembered; a batch of different times has no sub-network and runs at full cost under masks.
-    forms: compile passes over the stream with these; products stay library calls, as their shapes change with the timestep.
+    forms: compile passes over the stream with these, within `BlockStack.compiled`, which sets how many there may be; products
+    stay library calls, as their shapes change with the timestep.
     """
 
     def __init__(
@@ -161,15 +162,10 @@ class SubNetworks:
         heads, groups = self.tables.heads[row, index], self.tables.groups[row, index]
         kept, modulation = self.weights[index].of(heads, groups), self._modulation(dynamic, c, row)
         selection = self.selections[index]
-        try:
+        with compiling(f"block {index}"):
             out, count = self.dynamic.rules.sliced(
                 dynamic.block, kept, x, modulation, selection, self.tokens, self._form
             )
-        except Exception as error:
-            failure = compiler_failure(error, f"block {index}")
-            if failure is None:
-                raise
-            raise failure from error
         share_of_heads = kept.heads.number / sizes.num_heads
         share_of_groups = kept.groups.number / sizes.num_heads
         self._done = self._done + batch * sizes.attention_macs * share_of_heads
@@ -181,7 +177,7 @@ class SubNetworks:
 
     def _modulation(self, dynamic: DynamicForward, c: Tensor, row: int) -> Tensor:
         labels = dynamic.current.labels
-        if self.ahead is None or labels is None:
+        if self.ahead is None or labels is None or not 0 < len(labels) == len(c) <= ROWS_AHEAD // 2:
             out: Tensor = dynamic.block.get_submodule(self.dynamic.rules.modulation)(c)
             return out
         if self._begun < self.passes:
@@ -247,7 +243,11 @@ class SlicedWeights:
         return self.rules.slices(self.block, kind, units.to(self.device), self.sizes)
 
     def _copy(self, kind: UnitKind, mask: Tensor) -> UnitSlices:
-        """Weights of a mask that is no prefix; the one used longest ago goes where there are too many."""
+        """Weights of a mask that is no prefix.
+
+        Where there are too many the one used last goes: every trajectory asks for the same masks in the same order, so that
+        one will be missed latest.
+        """
         key = kind, mask.numpy().tobytes()
         if key in self.copies:
             self.copies.move_to_end(key)
@@ -255,7 +255,7 @@ class SlicedWeights:
         made = self._taken(kind, mask.nonzero().squeeze(1))
         self.copies[key] = made.packed() if self.packed else made
         while len(self.copies) > 2 and sum(slices.num_bytes for slices in self.copies.values()) > self.limit:
-            self.copies.popitem(last=False)  # two are in use: of heads and of groups
+            del self.copies[list(self.copies)[-3]]  # two are in use: of heads and of groups
         return self.copies[key]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyfusion.core.compiler import check_compiler, compiler_failure
+from tinyfusion.core.compiler import check_compiler, compiling
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
@@ -177,14 +177,10 @@ def _product(size: int, dtype: str, device: torch.device) -> Callable[[], Tensor
 
 def _warmed(side: _Side, name: str, device: torch.device) -> int | None:
     """Run a step twice, compiling where that is asked for; the memory that the second took, with the weights."""
-    try:
+    with compiling(name):
         side.step()
-    except Exception as error:
-        failure = compiler_failure(error, name)
-        if failure is None:
-            raise
-        raise failure from error
-    weights = held_bytes(side.model.module)
+    told = side.skipped.report() if side.skipped else None
+    weights = held_bytes(side.model.module) + (told["extra_bytes"] if told else 0)
     with _peak(device) as peak:
         side.step()
     return None if not peak else weights + peak[0]

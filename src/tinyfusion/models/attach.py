@@ -97,7 +97,7 @@ class Deciding:
 
 
 class Current:
-    """The way of a model, shared by its embedder and all of its blocks."""
+    """The way of a model, shared by its embedders of time and label and all of its blocks."""
 
     def __init__(self) -> None:
         self.way: Way = Deciding()

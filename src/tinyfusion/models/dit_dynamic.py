@@ -23,6 +23,7 @@ from tinyfusion.models.dynamics import (
     BlockSlices,
     DynamicRules,
     Form,
+    TokenLogits,
     TokenMode,
     TokenSelection,
     UnitKind,
@@ -106,7 +107,7 @@ def sliced_block(
     kept: BlockSlices,
     x: Tensor,
     modulations: Tensor,
-    selection: TokenSelection | None = None,
+    selection: TokenLogits | None = None,
     mode: TokenMode = "gathered",
     form: Form = as_written,
 ) -> tuple[Tensor, Tensor | int]:
@@ -128,13 +129,14 @@ def sliced_block(
         return form(_added)(x, gate, _hidden(block, kept.groups, u)), x.shape[0] * x.shape[1]
     x = form(_added)(x, gate_msa, mixed)
     logits = selection.logits(x)
-    rows = torch.empty(0) if mode == "masked" else (logits.flatten() > 0).nonzero().squeeze(1)
+    if mode == "masked":
+        keep = logits > 0
+        out = _hidden(block, kept.groups, form(_entered)(block.norm2, x, shift, scale))
+        return torch.addcmul(x, _masked(gate, keep), out), keep.sum()
+    rows = (logits.flatten() > 0).nonzero().squeeze(1)
     count = len(rows)
-    if mode == "masked" or count == logits.numel():
-        keep, u = logits > 0, form(_entered)(block.norm2, x, shift, scale)
-        out = _hidden(block, kept.groups, u)
-        if mode == "masked":
-            return torch.addcmul(x, _masked(gate, keep), out), keep.sum()
+    if count == logits.numel():
+        out = _hidden(block, kept.groups, form(_entered)(block.norm2, x, shift, scale))
         return form(_added)(x, gate, out), count
     if count:
         _mlp_on_rows(block, kept.groups, x, rows, (shift, scale, gate), mode == "bucketed", form)

@@ -54,15 +54,19 @@ class BlockSizes:
         return 2 * self.num_tokens * self.width * self.mlp_width
 
 
-class TokenSelection(Protocol):
+class TokenLogits(Protocol):
+    """What says, when only run, which tokens the MLP sees."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (B, N, D) after the attention -> (B, N) float32; a token is kept where its logit is above 0."""
+        ...
+
+
+class TokenSelection(TokenLogits, Protocol):
     """A module that says which tokens the MLP sees."""
 
     def __call__(self, x: Tensor, noise: Tensor | None) -> Tensor:
         """x (B, N, D) after the attention, noise (B, N) in training -> mask (B, N) float32 of exactly 0 and 1."""
-        ...
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(B, N) float32; a token is kept where its logit is above 0."""
         ...
 
 
@@ -127,7 +131,8 @@ class DynamicRules:
     masked: the block at full cost with masks multiplied in, for training and as a reference:
     (block, x, c, heads (B, H) or None, groups (B, H) or None, selection or None, token noise or None) -> (x, token mask or None).
     slices: (block, kind, indices of units, sizes) -> these units, in this order, copied.
-    sliced: (block, slices, x, modulation, selection or None, token mode, form) -> (x, number of tokens that the MLP saw, or as a tensor).
+    sliced: (block, slices, x, modulation, token logits or None, token mode, form) -> (x, number of tokens that the MLP saw, or
+    that as a tensor).
     scores: block -> importance of every head (H,) and of every hidden channel. reorder: permute both, in place, without a
     change of the function: (block, order of heads, order of hidden channels).
     """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyfusion.core.compiler import compiler_failure
+from tinyfusion.core.compiler import compiling
 from tinyfusion.core.errors import UserError
 
 RECOMPILE_LIMIT = 64  # variants of one block: with and without a graph, one image or several, per structure
@@ -25,7 +25,7 @@ Forward = Callable[..., Tensor]
 
 
 class CompiledForwards:
-    """The compiled forms of the `forward` functions of blocks, one compilation for all blocks of a kind.
+    """The compiled forms of functions, such as the `forward` of blocks: one compilation for all blocks of a kind.
 
     Functions are copied first: torch keeps what it compiled with the code of a function, and so it is let go with this
     object and not shared with other models of the process.
@@ -36,7 +36,7 @@ class CompiledForwards:
         self._found: dict[tuple[Any, bool], Forward] = {}
 
     def of(self, function: Any, recomputed: bool) -> Forward:
-        """`function(block, x, ...)` compiled as one graph; `recomputed`: what is inside is not kept for the backward pass."""
+        """`function` compiled as one graph; `recomputed`: what is inside of `function(block, x, ...)` is not kept for the backward pass."""
         key = function, recomputed
         if key not in self._found:
             whole = _recomputing(function) if recomputed else _copied(function)
@@ -94,14 +94,9 @@ class BlockForward:
         recomputed = self.recomputed and torch.is_grad_enabled()
         if self.compiled is None:
             return _checkpointed(self.plain, x, *args, **kwargs) if recomputed else self.plain(x, *args, **kwargs)
-        try:
+        with compiling(f"block {self.name}"):
             laid = [_plainly_laid(part) if isinstance(part, Tensor) else part for part in (x, *args)]
             return self.compiled.of(self.plain.__func__, recomputed)(self.block, *laid, **kwargs)
-        except Exception as error:
-            failure = compiler_failure(error, f"block {self.name}")
-            if failure is None:
-                raise
-            raise failure from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the module has blocks that run as they are written."""

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _SMALLEST = 2**18  # weights of a layer; below, the call costs more than is won
-_TILE = (
-    32  # inner size of a matrix unit; products of others take up to twice as long, and zeros in their place are quicker
-)
+# Inner size of a matrix unit: products of others take up to twice as long, so zeros are put in their place.
+_TILE = 32
 _TILE_ROWS = 16
 _ROW_COUNTS = 32  # different numbers of rows that a layer may meet
 _ROWS_AT_ONCE = 256
+_FEW_THREADS = 4
 _LAID_OUT: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 _NUMBERS = count()
 _NAMESPACE = "tinyfusion"
@@ -144,16 +144,17 @@ def _packed_linear(
     rows = x.numel() // x.shape[-1]
     if not _shared_badly(rows, x.shape[-1], out_features):
         return product(x)
-    parts = x.reshape(rows, -1).chunk(math.ceil(rows / _ROWS_AT_ONCE))
-    return torch.cat([product(part) for part in parts]).view(*x.shape[:-1], out_features)
+    at_once = _TILE_ROWS * math.ceil(rows / math.ceil(rows / _ROWS_AT_ONCE) / _TILE_ROWS)
+    return torch.cat([product(part) for part in x.reshape(rows, -1).split(at_once)]).view(*x.shape[:-1], out_features)
 
 
 def _shared_badly(rows: int, inner: int, columns: int) -> bool:
     """Whether oneDNN leaves half of the processor idle in a product of this size, and is faster with fewer rows at a time.
 
-    Measured on two cores with torch 2.13, widths of 768 to 2304: 1.1 to 1.9 TFLOP/s in this range, 2.2 to 3.8 around it.
+    Measured on two cores with torch 2.13, widths of 768 to 2304: 1.1 to 1.9 TFLOP/s in this range, 2.2 to 3.8 around it. Many
+    threads would have too little to do with fewer rows.
     """
-    if not 512 <= rows <= 1280 or columns >= 1536:
+    if not 512 <= rows <= 1280 or columns >= 1536 or not 1 < torch.get_num_threads() <= _FEW_THREADS:
         return False
     return columns < 1024 or 660_000 <= rows * inner <= 1_500_000
 
