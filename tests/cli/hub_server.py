@@ -6,12 +6,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from loopback_http import HubAnswers, answering
 
 COMMIT = "a" * 40
 
@@ -34,19 +35,11 @@ def hub_of(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
     class Handler(_Handler):
         served = hub
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    with answering(Handler) as hub.address:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(HubAnswers, BaseHTTPRequestHandler):
     served: Hub
 
     def do_GET(self) -> None:
@@ -55,10 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif found := re.match(r"/([\w.-]+/[\w.-]+)/resolve/[\w.-]+/(.+)", self.path):
             self._file(*found.groups())
         else:
-            self._refuse("EntryNotFound")
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
+            self.refuse(404, "EntryNotFound")
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -80,14 +70,17 @@ class _Handler(BaseHTTPRequestHandler):
                 {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.served.address}/{found[1]}/commit/{COMMIT}"}
             )
         else:
-            self._refuse("EntryNotFound")
+            self.refuse(404, "EntryNotFound")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def _facts(self, name: str, what: str, revision: str) -> None:
         files = self.served.repositories.get(name)
         if files is None:
-            self._refuse("RepoNotFound")
+            self.refuse(404, "RepoNotFound")
         elif revision not in ("main", "v1", COMMIT):
-            self._refuse("RevisionNotFound")
+            self.refuse(404, "RevisionNotFound")
         elif what == "tree":
             self._json([{"type": "file", "path": path, "size": len(c), "oid": _sum(c)} for path, c in files.items()])
         else:
@@ -98,36 +91,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, name: str, path: str) -> None:
         content = self.served.repositories.get(name, {}).get(path)
         if content is None:
-            self._refuse("EntryNotFound")
+            self.refuse(404, "EntryNotFound")
             return
-        self.send_response(200)
-        for header, value in (
-            ("ETag", f'"{_sum(content)}"'),
-            ("X-Repo-Commit", COMMIT),
-            ("Content-Length", len(content)),
-        ):
-            self.send_header(header, str(value))
-        self.end_headers()
         if self.command == "GET":
             self.served.read.append(path)
-            self.wfile.write(content)
+        self.send(200, content, {"ETag": f'"{_sum(content)}"', "X-Repo-Commit": COMMIT})
 
     def _json(self, value: Any) -> None:
-        content = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def _refuse(self, code: str) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
 
 def _sum(content: bytes) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from loopback_http import HubAnswers, answering
 
 COMMIT, NEXT, CONVERSION = "a" * 40, "b" * 40, "c" * 40
 MAIN, CONVERTED = "main", "refs/convert/parquet"
@@ -54,19 +55,11 @@ def data_hub(sets: dict[str, DataSet]) -> Iterator[DataHub]:
     class Handler(_Handler):
         served = hub
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    with answering(Handler) as hub.address:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(HubAnswers, BaseHTTPRequestHandler):
     served: DataHub
     protocol_version = "HTTP/1.1"
 
@@ -77,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif found := re.fullmatch(r"/datasets/([\w.-]+/[\w.-]+)/resolve/(refs/convert/parquet|[^/]+)/(.+)", path):
             self._file(found[1], found[2], found[3])
         else:
-            self._refuse(404, "EntryNotFound")
+            self.refuse(404, "EntryNotFound")
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -86,51 +79,34 @@ class _Handler(BaseHTTPRequestHandler):
         self.served.asked.append(f"{name}@{revision}")
         known = self.served.sets.get(name)
         if known is None:
-            self._refuse(404, "RepoNotFound")
+            self.refuse(404, "RepoNotFound")
         elif (found := known.files(revision)) is None:
-            self._refuse(404, "RevisionNotFound")
+            self.refuse(404, "RevisionNotFound")
         else:
             commit, files = found
             siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
             told = {"id": name, "sha": commit, "siblings": siblings, "cardData": known.card}
-            self._send(200, json.dumps(told).encode(), {"Content-Type": "application/json"})
+            self.send(200, json.dumps(told).encode(), {"Content-Type": "application/json"})
 
     def _file(self, name: str, revision: str, path: str) -> None:
         known = self.served.sets[name]
         commit, files = known.files(revision) or ("", {})
         if known.gated:
-            self._refuse(403, "GatedRepo")
+            self.refuse(403, "GatedRepo")
         elif path not in files:
-            self._refuse(404, "EntryNotFound")
+            self.refuse(404, "EntryNotFound")
         elif self.served.failures:
             self.served.failures -= 1
-            self._refuse(503, "Busy")
+            self.refuse(503, "Busy")
         else:
             content, wanted = files[path], self.headers.get("Range")
             about = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}
             if not wanted:
                 if self.command == "GET":
                     self.served.whole.append(path)
-                self._send(200, content, about)
+                self.send(200, content, about)
                 return
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             part = content[int(first) : int(last) + 1 if last else None]
             self.served.ranges.append((path, len(part)))
-            self._send(206, part, about)
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for header, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(header, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def _refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
+            self.send(206, part, about)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from loopback_http import answering
 
 
 @dataclass
@@ -65,13 +66,6 @@ def serving(content: bytes) -> Iterator[Served]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    served.address = f"http://127.0.0.1:{server.server_address[1]}/files/weights%20one.pt"
-    try:
+    with answering(Handler) as address:
+        served.address = f"{address}/files/weights%20one.pt"
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
