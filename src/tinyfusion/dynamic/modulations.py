@@ -44,9 +44,8 @@ class ModulationsAhead:
         many = ROWS_AHEAD // len(labels)
         self.times = [time] if self.call < 0 else self.calls[self.call : self.call + many]
         self.step, self.labels, self.found = 0, labels, {}
-        embedding = self.dynamic.embedder.forward(
-            torch.tensor(self.times, device=labels.device)
-        )  # past the hook: no pass begins
+        times = torch.tensor(self.times, device=labels.device)
+        embedding = self.dynamic.embedder.forward(times)  # past the hook: no pass begins
         self.conditions = (embedding.unsqueeze(1) + labels).flatten(0, 1)
 
     def _place(self, time: float) -> None:
