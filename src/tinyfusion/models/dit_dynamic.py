@@ -86,14 +86,17 @@ def unit_slices(block: nn.Module, kind: UnitKind, units: Tensor, sizes: BlockSiz
     """Copies of the weights of these heads or groups (indices), in this order."""
     own = cast(DiTBlock, block)
     if kind == "groups":
-        fc1, fc2, hidden = own.mlp.fc1, own.mlp.fc2, channels_of(units, sizes.group_width)
-        into = linear_of(fc1.weight.index_select(0, hidden), fc1.bias.index_select(0, hidden))
-        return UnitSlices(len(units), into, linear_of(fc2.weight.index_select(1, hidden), fc2.bias))
+        fc1, fc2 = own.mlp.fc1, own.mlp.fc2
+        per_group = (sizes.num_heads, sizes.group_width)
+        rows = fc1.weight.view(*per_group, sizes.width).index_select(0, units).flatten(0, 1)
+        bias = fc1.bias.view(per_group).index_select(0, units).flatten()
+        columns = fc2.weight.view(sizes.width, *per_group).index_select(1, units).flatten(1)
+        return UnitSlices(len(units), linear_of(rows, bias), linear_of(columns, fc2.bias))
     qkv, proj = own.attn.qkv, own.attn.proj
     per_head = (3, sizes.num_heads, sizes.head_width)
     rows = qkv.weight.view(*per_head, sizes.width).transpose(0, 1).index_select(0, units).flatten(0, 2)
     bias = qkv.bias.view(per_head).transpose(0, 1).index_select(0, units).flatten()
-    columns = proj.weight.index_select(1, channels_of(units, sizes.head_width))
+    columns = proj.weight.view(sizes.width, *per_head[1:]).index_select(1, units).flatten(1)
     return UnitSlices(len(units), linear_of(rows, bias), linear_of(columns, proj.bias))
 
 
