@@ -77,7 +77,9 @@ def test_prune_learned(cli: Cli, work: Path, update: str) -> None:
     assert [line["step"] for line in log] == [0, 1]
     assert [line["temperature"] for line in log] == [4.0, 0.1], "the schedule is exact at both ends"
     assert {"loss", "kept", "confidence", "seen_images", "gradient_norm"} <= set(log[0])
-    share = float(outcome.err.split("%")[0].split()[-1])
+    said = re.search(r"([\d.]+)% of the teacher's parameters", outcome.err)
+    assert said is not None
+    share = float(said[1])
     position_table = 4 * 32
     trained = {"lora": 8 * 3456, "full": 89_120 - position_table, "frozen": 0}[update]  # rank 8 on every linear layer
     assert share == pytest.approx(100 * trained / 89_120, abs=1e-3)
@@ -189,8 +191,11 @@ def test_a_chain_learns_from_parent_grandparent_and_aunt(cli: Cli, work: Path) -
         assert "feat_loss" in lines_of(f"{out}/metrics.jsonl")[0], out
 
 
-def test_recover_warns_where_the_average_is_too_slow(cli: Cli, work: Path) -> None:
-    outcome = done(cli, f"{RECOVER} --set recover.training.ema_decay=0.9999 --dry-run")
+@pytest.mark.parametrize(
+    "words", [f"{RECOVER} --set recover.training.ema_decay=0.9999", f"{PRUNE} --set prune.training.ema_decay=0.9999"]
+)
+def test_an_average_that_is_too_slow_is_warned_of(cli: Cli, work: Path, words: str) -> None:
+    outcome = done(cli, f"{words} --dry-run")
     assert "warning: the moving average" in outcome.err
     assert "set ema_decay to" in outcome.err
 
