@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import math
-import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import parse_toml, read_text
 from tinyfusion.core.recipe import Recipe
 
 _KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -91,10 +91,7 @@ def _read_toml(name_or_file: str) -> dict[str, Any]:
             raise UserError(f"unknown recipe {name_or_file!r}{nearest(name_or_file, recipes)} (or give a .toml file)")
         if not path.is_file():
             raise UserError(f"recipe file {name_or_file} does not exist")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid TOML: {error}") from error
+    values = parse_toml(read_text(path), f"recipe {path}")
     values.setdefault("name", path.stem)
     return values
 
@@ -104,8 +101,8 @@ def _parse_scalar(text: str) -> Any:
     if text.lower() in ("none", "null"):
         return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}", text)["value"]
+    except UserError:
         return text
 
 

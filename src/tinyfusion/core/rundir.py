@@ -22,7 +22,6 @@ from tinyfusion.core.files import (
     disk_reason,
     missing_folders,
     orphans,
-    read_json,
     remove,
     remove_empty,
     sweep,
@@ -31,6 +30,7 @@ from tinyfusion.core.files import (
     write_text,
     written_beside,
 )
+from tinyfusion.core.reading import read_json
 from tinyfusion.core.signals import Interrupted
 
 __all__ = [

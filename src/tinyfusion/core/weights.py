@@ -11,7 +11,6 @@ import http.client
 import os
 import re
 import sys
-import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 from tinyfusion.core.files import check_space, check_writable, sha256_of, write_text
 from tinyfusion.core.progress import Advance, progress
+from tinyfusion.core.reading import parse_toml, read_text
 
 _PIECE = 1 << 20  # bytes read at a time
 _ATTEMPTS = 5  # connections in a row that bring nothing new, before giving up
@@ -69,10 +69,7 @@ def known_weights() -> dict[str, KnownWeights]:
     for path in (shipped, user_table()):
         if not path.is_file():
             continue
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid TOML: {error}") from error
+        table = parse_toml(read_text(path), str(path))
         found |= {name: _entry(name, values, path) for name, values in table.items()}
     return found
 

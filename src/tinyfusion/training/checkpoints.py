@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import discard, read_json, sweep, written_beside
+from tinyfusion.core.files import discard, sweep, written_beside
+from tinyfusion.core.reading import read_json
 from tinyfusion.training.saved import damage, open_checkpoint, other_version, part_name, write_record, write_tensors
 from tinyfusion.training.shards import first_row, is_sharded, local_part
 from tinyfusion.training.state import Progress, TrainState

@@ -1,0 +1,121 @@
+"""Guarded reading of files that people bring: their kind, their text, and the memory that their content would take.
+
+Every reader of a file goes through these guards before it trusts a number or a structure in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from tinyfusion.core.errors import UserError
+
+TEXT_LIMIT_BYTES = 2**28  # of a JSON or TOML file; ours are far below
+_MEMORY_SHARE = 0.9  # of the memory at hand that one value may take
+_CGROUP_LIMITS = (  # (limit, usage) of the container that this process runs in
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def check_plain(path: Path) -> None:
+    """Raise UserError where `path` exists and is neither a regular file nor a folder, links followed.
+
+    Opening a pipe waits for a writer, and a device may never end.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # missing or unreadable: whoever opens it says so
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+        kind = kinds.get(stat.S_IFMT(mode), "a special file")
+        raise UserError(f"{path} is {kind}: wanted a regular file or a folder")
+
+
+def unreadable(path: Path, error: OSError | ValueError) -> UserError:
+    """The error of a file that cannot be opened, with the file system's reason."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return UserError(f"{path} does not exist")
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return UserError(f"cannot read {path}: {reason}")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file of at most 256 MiB. Raises UserError where it cannot be read."""
+    check_plain(path)
+    try:
+        if path.stat().st_size > TEXT_LIMIT_BYTES:
+            raise UserError(f"{path} is too large for a text file: wanted at most {TEXT_LIMIT_BYTES / 2**20:.0f} MiB")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: not UTF-8 text ({error})") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise unreadable(path, error) from error
+
+
+def parse_json(text: str, source: str) -> Any:
+    """The value of a JSON text; `source` names it in the UserError that damaged text raises."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{source} is damaged: its JSON is nested too deeply") from error
+    except ValueError as error:  # JSONDecodeError, and integers of too many digits
+        raise UserError(f"{source} is damaged: not valid JSON ({error})") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises UserError where it is missing or damaged."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where it is missing or damaged, or holds another kind of value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: wanted a JSON object, got {_json_kind(value)}")
+    return value
+
+
+def _json_kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return names.get(type(value), type(value).__name__)
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """The table of a TOML text; `source` names it in the UserError that invalid text raises."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{source} is not valid TOML: it is nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError, and integers of too many digits
+        raise UserError(f"{source} is not valid TOML: {error}") from error
+
+
+def available_memory_bytes() -> int:
+    """Bytes of memory that this process can still take without swapping: of the machine, or of its container."""
+    import psutil  # late: --help does not need it
+
+    available = int(psutil.virtual_memory().available)
+    for limit_file, usage_file in _CGROUP_LIMITS:
+        try:
+            limit, usage = int(Path(limit_file).read_text()), int(Path(usage_file).read_text())
+        except (OSError, ValueError):  # no such container, or "max": no limit
+            continue
+        available = min(available, max(limit - usage, 0))
+    return available
+
+
+def check_memory(num_bytes: int, what: str) -> None:
+    """Raise UserError where `what` (a noun phrase that names the file) needs more memory than is available."""
+    available = available_memory_bytes()
+    if num_bytes > _MEMORY_SHARE * available:
+        raise UserError(
+            f"{what} would take {num_bytes / 2**30:,.1f} GiB of memory, and {available / 2**30:.1f} GiB are available"
+        )
