@@ -61,7 +61,7 @@ class Side:
             steps=10_000,
             batch_size=case.batch,
             learning_rate=1e-5,
-            learning_rate_end=None,
+            learning_rate_end_share=1.0,
             dtype=dtype,
             clip_norm=TIGHT if case.clip else LOOSE,
         )

@@ -42,7 +42,7 @@ from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState
 
 FINE_TUNING = TrainingSection(
-    steps=150, batch_size=128, learning_rate=1e-3, learning_rate_end=1e-5, warmup_steps=10, ema_decay=0.9
+    steps=150, batch_size=128, learning_rate=1e-3, learning_rate_end_share=0.01, warmup_steps=10, ema_decay=0.9
 )
 SUBSET: dict[str, Any] = {
     "scheme": "6:12",

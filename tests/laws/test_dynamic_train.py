@@ -30,7 +30,13 @@ from tinyfusion.training.state import TrainState
 
 RANDOMNESS = Randomness(5)
 SETTINGS = TrainingSection(
-    steps=4, batch_size=8, learning_rate=1e-3, learning_rate_end=None, clip_norm=None, ema_decay=0.5, max_bad_steps=2
+    steps=4,
+    batch_size=8,
+    learning_rate=1e-3,
+    learning_rate_end_share=1.0,
+    clip_norm=None,
+    ema_decay=0.5,
+    max_bad_steps=2,
 )
 ModelFactory = Callable[..., LoadedModel]
 

@@ -30,7 +30,7 @@ SETTINGS = TrainingSection(
     steps=STEPS,
     batch_size=4,
     learning_rate=1e-2,
-    learning_rate_end=1e-3,
+    learning_rate_end_share=0.1,
     warmup_steps=1,
     ema_decay=0.8,
     max_bad_steps=3,
@@ -98,7 +98,7 @@ def test_training_changes_what_it_should(tiny_model: Callable[..., LoadedModel])
 
 def test_training_learns(tiny_model: Callable[..., LoadedModel]) -> None:
     """On one fixed batch the loss falls."""
-    settings = dataclasses.replace(SETTINGS, steps=60, learning_rate_end=None)
+    settings = dataclasses.replace(SETTINGS, steps=60, learning_rate_end_share=1.0)
     model = tiny_model()
     job = TrainState(model.module, trainable(model), settings), GaussianObjective(5, label_drop=0.0)
 

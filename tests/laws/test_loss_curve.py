@@ -30,7 +30,7 @@ from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState
 
 RECORDED = Path(__file__).parents[1] / "assets" / "digits_loss.txt"
-TRAINING = TrainingSection(steps=8, batch_size=16, learning_rate=1e-3, learning_rate_end=1e-4, ema_decay=0.9)
+TRAINING = TrainingSection(steps=8, batch_size=16, learning_rate=1e-3, learning_rate_end_share=0.1, ema_decay=0.9)
 
 
 def losses() -> Iterator[tuple[str, int, float]]:

@@ -28,7 +28,7 @@ PUBLISHED = {
     "recover.alpha_kd": 0.9,
     "recover.beta": [1e-2, 0.0],
     "recover.training.learning_rate": 2e-4,
-    "recover.training.learning_rate_end": 1e-4,
+    "recover.training.learning_rate_end_share": 0.5,
     "recover.training.weight_decay": 0.0,
     "recover.training.clip_norm": 1.0,
     "recover.training.label_drop": 0.1,

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tinyfusion.core.config import load_recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
@@ -65,7 +66,7 @@ def rates(**changes: Any) -> list[float]:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 100])
 def test_the_learning_rate_is_exact_at_both_ends(steps: int) -> None:
-    found = rates(steps=steps, learning_rate=2e-4, learning_rate_end=1e-4)
+    found = rates(steps=steps, learning_rate=2e-4, learning_rate_end_share=0.5)
     assert found[0] == 2e-4
     if steps > 1:
         assert found[-1] == pytest.approx(1e-4, rel=1e-12)
@@ -73,39 +74,42 @@ def test_the_learning_rate_is_exact_at_both_ends(steps: int) -> None:
 
 
 def test_the_learning_rate_is_a_cosine() -> None:
-    found = rates(steps=101, learning_rate=2e-4, learning_rate_end=1e-4)
+    found = rates(steps=101, learning_rate=2e-4, learning_rate_end_share=0.5)
     assert found[50] == pytest.approx(1.5e-4) and found[25] == pytest.approx(
         1e-4 + 0.5e-4 * (1 + math.cos(math.pi / 4))
     )
-    assert set(rates(steps=5, learning_rate=3e-4, learning_rate_end=None)) == {3e-4}
+    assert set(rates(steps=5, learning_rate=3e-4, learning_rate_end_share=1.0)) == {3e-4}
 
 
 def test_the_warm_up_rises_to_the_peak_and_never_starts_at_zero() -> None:
-    settings = TrainingSection(steps=10, warmup_steps=3, learning_rate=1.0, learning_rate_end=0.5)
+    settings = TrainingSection(steps=10, warmup_steps=3, learning_rate=1.0, learning_rate_end_share=0.5)
     found = [learning_rate_factor(settings, step) for step in range(10)]
     assert found[:4] == [0.25, 0.5, 0.75, 1.0] and found[-1] == pytest.approx(0.5)
 
 
-def test_a_rate_that_would_rise_is_refused() -> None:
-    with pytest.raises(UserError, match="the rate would rise"):
-        TrainingSection(learning_rate=5e-5, learning_rate_end=1e-4)
+def test_the_end_of_the_learning_rate_follows_its_peak() -> None:
+    recipe = load_recipe(None, ["recover.training.learning_rate=5e-5", "recover.training.steps=2"])
+    settings = recipe.recover.training
+    assert [settings.learning_rate * learning_rate_factor(settings, step) for step in (0, 1)] == [5e-5, 2.5e-5]
+    with pytest.raises(UserError, match=r"learning_rate_end_share must be at least 0 and at most 1; got 2"):
+        load_recipe(None, ["recover.training.learning_rate_end_share=2"])
 
 
 def test_stopping_early_leaves_the_schedule_as_it_was() -> None:
-    whole = TrainingSection(steps=100, learning_rate=1.0, learning_rate_end=0.1)
-    short = TrainingSection(steps=100, stop_after=40, learning_rate=1.0, learning_rate_end=0.1)
+    whole = TrainingSection(steps=100, learning_rate=1.0, learning_rate_end_share=0.1)
+    short = TrainingSection(steps=100, stop_after=40, learning_rate=1.0, learning_rate_end_share=0.1)
     assert (short.made_steps, short.made_images, whole.made_steps) == (40, 40 * 256, 100)
     assert [learning_rate_factor(short, i) for i in range(40)] == [learning_rate_factor(whole, i) for i in range(40)]
 
 
 def test_a_schedule_stays_at_its_end() -> None:
     assert [linear((4.0, 0.1), step, 10) for step in (9, 10, 500)] == [0.1, 0.1, 0.1]
-    settings = TrainingSection(steps=10, learning_rate=1.0, learning_rate_end=0.5)
+    settings = TrainingSection(steps=10, learning_rate=1.0, learning_rate_end_share=0.5)
     assert [learning_rate_factor(settings, step) for step in (9, 10, 25)] == pytest.approx([0.5, 0.5, 0.5])
 
 
 def test_a_group_without_a_rate_takes_the_sections() -> None:
-    parameter, settings = nn.Parameter(torch.zeros(2)), TrainingSection(learning_rate=3e-4, learning_rate_end=None)
+    parameter, settings = nn.Parameter(torch.zeros(2)), TrainingSection(learning_rate=3e-4, learning_rate_end_share=1.0)
     groups = [ParameterGroup({"a": parameter}), ParameterGroup({})]
     assert [group["lr"] for group in adamw(groups, settings).param_groups] == [3e-4]
     with pytest.raises(ValueError, match="nothing to train"):
@@ -120,7 +124,7 @@ def trained(optimizer: str, steps: int, state: TrainState | None = None) -> Trai
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(generator=generator)
-        settings = TrainingSection(optimizer=cast(Any, optimizer), learning_rate=1e-2, learning_rate_end=None)
+        settings = TrainingSection(optimizer=cast(Any, optimizer), learning_rate=1e-2, learning_rate_end_share=1.0)
         state = TrainState(model, [ParameterGroup(dict(model.named_parameters()))], settings)
     for _ in range(steps):
         for i, parameter in enumerate(state.parameters.values()):

@@ -46,7 +46,7 @@ PUBLISHED = {
     "prune.training.stop_after": None,
     "prune.training.batch_size": 128,
     "prune.training.learning_rate": 1e-4,
-    "prune.training.learning_rate_end": 1e-4,
+    "prune.training.learning_rate_end_share": 1.0,
     "prune.training.ema_decay": 0.999,
     "recover.method": "masked-kd",
     "recover.alpha_kd": 0.9,
@@ -57,7 +57,7 @@ PUBLISHED = {
     "recover.training.stop_after": None,
     "recover.training.batch_size": 256,
     "recover.training.learning_rate": 2e-4,
-    "recover.training.learning_rate_end": 1e-4,
+    "recover.training.learning_rate_end_share": 0.5,
     "recover.training.ema_decay": 0.9999,
     **{
         f"{stage}.training.{field}": value

@@ -41,7 +41,9 @@ def source(step: int, batch_size: int, draws: Draws) -> Batch:
 def operations(tiny_model: Callable[..., LoadedModel], clip_norm: float) -> list[Any]:
     """What the second step of a training runs; the first one makes tables and moments."""
     model = tiny_model()
-    settings = TrainingSection(steps=3, batch_size=4, learning_rate=1e-3, learning_rate_end=None, clip_norm=clip_norm)
+    settings = TrainingSection(
+        steps=3, batch_size=4, learning_rate=1e-3, learning_rate_end_share=1.0, clip_norm=clip_norm
+    )
     state = TrainState(model.module, [ParameterGroup(trainable(model.module))], settings)
     engine = Engine("cpu", ComputeSection(prefetch_batches=0))
     steps = train_steps(state, GaussianObjective(5), source, settings, Randomness(0), engine)

@@ -332,7 +332,7 @@ def test_protection_counts_through_the_lists() -> None:
 
 
 SETTINGS = TrainingSection(
-    steps=4, batch_size=2, learning_rate=1e-2, learning_rate_end=None, ema_decay=0.5, clip_norm=1.0
+    steps=4, batch_size=2, learning_rate=1e-2, learning_rate_end_share=1.0, ema_decay=0.5, clip_norm=1.0
 )
 SECTION = PruneSection(
     scheme="1:2+3:6", distribution="subset", protect=(3,), update="full", scaling=(5.0, 40.0), training=SETTINGS

@@ -39,7 +39,7 @@ from tinyfusion.training.state import TrainState
 
 STEPS = 50
 SETTINGS = TrainingSection(
-    steps=STEPS, batch_size=8, learning_rate=2e-3, learning_rate_end=1e-3, ema_decay=0.9, label_drop=0.3
+    steps=STEPS, batch_size=8, learning_rate=2e-3, learning_rate_end_share=0.5, ema_decay=0.9, label_drop=0.3
 )
 RANDOMNESS = Randomness(11)
 WAYS = {

@@ -152,7 +152,7 @@ class PruneSection:
             steps=10_009,
             batch_size=128,
             learning_rate=1e-4,
-            learning_rate_end=None,
+            learning_rate_end_share=1.0,
             ema_decay=0.999,
         )
     )
@@ -229,7 +229,7 @@ class DynamicSection:
         default_factory=lambda: TrainingSection(
             steps=200_000,
             learning_rate=1e-4,
-            learning_rate_end=None,
+            learning_rate_end_share=1.0,
             clip_norm=None,
             skip_norm=200.0,
         )

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tinyfusion.core.errors import UserError
-
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -23,9 +21,9 @@ class TrainingSection:
     ] = None
     batch_size: Annotated[int, "images per step"] = 256
     learning_rate: Annotated[float, "peak learning rate of AdamW"] = 2e-4
-    learning_rate_end: Annotated[float | None, "learning rate at the last step, by cosine; None keeps it constant"] = (
-        1e-4
-    )
+    learning_rate_end_share: Annotated[
+        float, "learning rate at the last step as a share of the peak, reached by cosine; 1 keeps it constant"
+    ] = 0.5
     warmup_steps: Annotated[int, "steps over which the learning rate rises linearly"] = 0
     betas: Annotated[tuple[float, float], "AdamW's decay rates"] = (0.9, 0.999)
     eps: Annotated[float, "AdamW's denominator offset"] = 1e-8
@@ -49,14 +47,6 @@ class TrainingSection:
     checkpoint_every_steps: Annotated[int, "steps between two checkpoints"] = 10_000
     checkpoints_limit: Annotated[int, "checkpoints kept; older ones are removed"] = 2
     max_bad_steps: Annotated[int, "non-finite steps in a row after which the run stops"] = 10
-
-    def __post_init__(self) -> None:
-        end = self.learning_rate_end
-        if end is not None and end > self.learning_rate:
-            raise UserError(
-                f"learning_rate_end {end:g} is above learning_rate {self.learning_rate:g}, so the rate would rise: "
-                "set both, or learning_rate_end to none for a constant rate"
-            )
 
     @property
     def made_steps(self) -> int:

@@ -108,11 +108,9 @@ def linear(ends: tuple[float, float], step: int, steps: int) -> float:
 
 
 def learning_rate_factor(settings: TrainingSection, step: int) -> float:
-    """The learning rate at `step` as a share of its peak: linear warm-up, then cosine to `learning_rate_end`."""
+    """The learning rate at `step` as a share of its peak: linear warm-up, then cosine to `learning_rate_end_share`."""
     if step < settings.warmup_steps:
         return (step + 1) / (settings.warmup_steps + 1)
-    if settings.learning_rate_end is None:
-        return 1.0
-    floor = settings.learning_rate_end / settings.learning_rate
+    floor = settings.learning_rate_end_share
     progress = min((step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps - 1, 1), 1.0)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
