@@ -131,6 +131,12 @@ ROWS = [
     row("keep-empty", f"{INDICES}", "wants the blocks to keep: --keep 0,2,4"),
     row("keep-no-numbers", f"{INDICES} --keep first,last", "--keep wants whole numbers", "'first,last'"),
     # -------------------------------------------------------------------------------------------- criteria without training
+    *(
+        row(f"score-pairs-{batch}-in-{parts}", f"{PRUNE} --scheme 2:4 --set prune.distribution=subset --set prune.subset_estimator=score "
+            f"--set prune.training.batch_size={batch} --set compute.gradient_accumulation_steps={parts}",
+            f"a batch of {batch} in {parts} microbatches", f"set prune.training.batch_size to {sizes}, or")
+        for batch, parts, sizes in ((7, 2, "4 or 8"), (7, 4, "8"), (6, 4, "8"))
+    ),
     row("keep-and-criterion", f"{PRUNE} --criterion bi --keep 0,1", "nothing is left to choose", "leave out --criterion bi"),
     row("keep-and-num-keep", f"{PRUNE} --keep 0,1 --num-keep 2", "--keep names the blocks to keep, and so how many"),
     row("scheme-and-criterion", f"{PRUNE} --criterion bi --scheme 1:2", "--scheme is for criterion learned, not bi"),

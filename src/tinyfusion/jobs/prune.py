@@ -30,7 +30,7 @@ from tinyfusion.models.stack import num_parameters
 from tinyfusion.prune.deltas import cut_with_deltas
 from tinyfusion.prune.learn import MaskLearner, mask_learner, plan_of
 from tinyfusion.prune.question import Question
-from tinyfusion.training.engine import Engine
+from tinyfusion.training.engine import Engine, cut
 from tinyfusion.training.loop import StepRecord
 from tinyfusion.training.state import TrainState
 
@@ -94,6 +94,8 @@ def learning_of(recipe: Recipe, teacher: LoadedModel, engine: Engine) -> Learnin
     source = batches_for(recipe, teacher, engine.device)
     objective = objective_for(teacher, settings.training.label_drop, recipe)
     learner = mask_learner(teacher, objective, settings, seed, engine.device, engine.place)
+    if learner.objective.gates.paired:
+        _check_pairs(settings.training.batch_size, engine)
     state = TrainState(learner.module, learner.parameter_groups, settings.training)
 
     def extra(record: StepRecord) -> dict[str, Any]:
@@ -112,6 +114,21 @@ def learning_of(recipe: Recipe, teacher: LoadedModel, engine: Engine) -> Learnin
         extra=extra,
     )
     return Learning(learner, training)
+
+
+def _check_pairs(batch_size: int, engine: Engine) -> None:
+    """Raise UserError where a microbatch would begin inside a pair of samples that the score estimator compares."""
+    steps = engine.compute.gradient_accumulation_steps
+    num_parts = engine.world * steps
+    if all(first % 2 == 0 for first, _num in cut(batch_size, num_parts)):
+        return
+    below = 2 * num_parts * (batch_size // (2 * num_parts))
+    sizes = " or ".join(str(size) for size in (below, below + 2 * num_parts) if size)
+    raise UserError(
+        f"prune.subset_estimator=score compares samples in pairs, and a batch of {batch_size} in {num_parts} microbatches "
+        f"({engine.world} processes x {steps} accumulation steps) separates some: set prune.training.batch_size to {sizes}, "
+        "or compute.gradient_accumulation_steps=1"
+    )
 
 
 def _disk_bytes(teacher: LoadedModel, work: Learning | Question) -> int:
