@@ -53,8 +53,8 @@ def interleaved(sides: dict[str, Callable[[], object]], repeats: int, device: to
     """
 
     def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
     for call in sides.values():
         call()

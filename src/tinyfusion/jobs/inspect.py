@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from tinyfusion.core.recipe import SampleSection
@@ -10,12 +11,18 @@ from tinyfusion.evaluate.speed import count_macs
 from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.jobs.skipping import skipping_for
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.family import FAMILIES
 from tinyfusion.models.stack import num_parameters
 
 
 def model_macs(model: LoadedModel) -> int:
     """Multiply-accumulates of one unguided forward pass of one image."""
-    family, arch = model.family, model.arch
+    return _macs(model.family.name, model.arch)
+
+
+@lru_cache(maxsize=64)  # counting builds the model on the meta device
+def _macs(family_name: str, arch: Any) -> int:
+    family = FAMILIES[family_name]
     return count_macs(lambda: family.build(arch), lambda: family.example(arch, 1))
 
 
