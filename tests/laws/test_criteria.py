@@ -20,6 +20,7 @@ from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.plan import PrunePlan, plan_from_json
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.prune import mask_search
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.criteria import CRITERIA, decide, searched
 from tinyfusion.prune.mask_search import Choice, Mask, all_masks, bits, shared_evaluations
@@ -126,6 +127,13 @@ def test_progress_ends_where_it_was_announced(tiny_model: ModelFactory, criterio
         assert announced is not None
         decide(Question(teacher, question.settings, 0, question.images, told.append))
         assert told == sorted(told) and told[-1] == 2 * announced(question)
+
+
+def test_a_search_in_rounds_is_proved_once(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    proofs: list[int] = []
+    monkeypatch.setattr(mask_search, "_prove", lambda _model, _calibration, masks: proofs.append(len(masks)))
+    plan(tiny_model(depth=5), "sensitivity", sensitivity_order="greedy", num_keep=2)
+    assert proofs == [6]  # the whole model and each of its five blocks removed
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def _greedy(question: Question) -> PrunePlan:
     while free := [i for p in parts if len({*kept} & {*p.blocks}) > p.keep for i in p.free if i in kept]:
         tried = sorted([_without(kept, block) for block in free] + ([] if removed else [kept]))
         tick = partial(tick_from, question.tick, work * len(question.images.batches))
-        sums = mask_losses(question.teacher, question.images, tried, tick)
+        sums = mask_losses(question.teacher, question.images, tried, tick, prove=not removed)
         work += shared_evaluations(tried)
         losses = dict(zip(tried, (sums.loss / sums.images).tolist(), strict=True))
         loss = losses.pop(kept, loss)
@@ -315,7 +315,7 @@ def _marks(question: Question) -> dict[str, Any]:
         if len(mask) == wanted:
             found[name] = mask
     masks = sorted(set(found.values()))
-    sums = mask_losses(question.teacher, question.images, masks)
+    sums = mask_losses(question.teacher, question.images, masks, prove=False)
     losses = dict(zip(masks, sums.loss / sums.images, strict=True))
     depth = len(question.teacher.stack)
     return {
