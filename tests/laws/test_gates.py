@@ -126,7 +126,7 @@ def test_a_block_that_takes_no_hook_leaves_none_on_the_others(
 ) -> None:
     model = tiny_model()
 
-    def refuse(_hook: object) -> None:
+    def refuse(_hook: object, **_options: object) -> None:
         raise RuntimeError("no hooks here")
 
     monkeypatch.setattr(list(model.stack)[2], "register_forward_hook", refuse)

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.train import DynamicObjective
 from tinyfusion.models.forwards import standing_in
-from tinyfusion.models.skip import of_images
 from tinyfusion.models.stack import BlockStack
+from tinyfusion.models.streams import BlockCall, Streams
 from tinyfusion.prune.learn import GatedObjective
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.training.loop import BatchSource, LoopObjective
@@ -181,7 +181,9 @@ def _measured(
     taught: DistilledObjective | None,
 ) -> tuple[dict[str, Measured], int]:
     """What blocks need by arithmetic, and the bytes of one image's batch."""
-    sides = [list(stack), list(taught.teacher_stack) if taught else []]
+    stacks = [stack, *([taught.teacher_stack] if taught else [])]
+    sides = [list(stacked) for stacked in stacks] + [[]] * (2 - len(stacks))
+    declared = [stacked.streams() for stacked in stacks] + [[]] * (2 - len(stacks))
     passes = objective.passes if isinstance(objective, DynamicObjective) else 1
     live: dict[int, tuple[int, int]] = {}
     size, calls = 0, list[list[Any]]()
@@ -193,7 +195,10 @@ def _measured(
         size = sum(v.nbytes for v in held) // images
         with contextlib.ExitStack() as undo:
             meter = LiveBytes()
-            asides = [[undo.enter_context(_aside(block, meter)) for block in side] for side in sides]
+            asides = [
+                [undo.enter_context(_aside(*block, meter)) for block in zip(side, streams, strict=True)]
+                for side, streams in zip(sides, declared, strict=True)
+            ]
             with meter, _autocast(held[0].device.type, settings.dtype):
                 prediction = objective.predict(model, noisy)
             with meter:
@@ -221,32 +226,32 @@ def _autocast(device: str, dtype: str) -> torch.autocast:
 
 @dataclass
 class _Aside:
-    """What stands in for the `forward` of a block: its input. call: arguments by place, by name, of the first call.
+    """What stands in for the `forward` of a block: its streams as they are. call: the first one. live: bytes at that call."""
 
-    live: bytes at that call.
-    """
-
+    block: nn.Module
+    streams: Streams
     meter: LiveBytes
-    call: Any = None
+    call: BlockCall | None = None
     live: int = 0
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.streams.call(self.block, args, kwargs)
         if self.call is None:
             self.live = self.meter.now
-            self.call = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, ((x, *args), kwargs))
-        return x
+            self.call = call.mapped(Tensor.detach)
+        return self.streams.join(call.states)
 
 
 @contextlib.contextmanager
-def _aside(block: nn.Module, meter: LiveBytes) -> Iterator[_Aside]:
-    """Within the context `block` returns its input."""
-    aside = _Aside(meter)
+def _aside(block: nn.Module, streams: Streams, meter: LiveBytes) -> Iterator[_Aside]:
+    """Within the context `block` returns its streams as they are."""
+    aside = _Aside(block, streams, meter)
     with standing_in(block, aside):
         yield aside
 
 
 def _block_bytes(
-    blocks: list[nn.Module], calls: list[Any], dtype: str, as_recorded: bool, trains: bool
+    blocks: list[nn.Module], calls: list[BlockCall | None], dtype: str, as_recorded: bool, trains: bool
 ) -> tuple[BlockBytes, ...]:
     """The needs of every block; blocks of one class and the same shapes are measured once."""
     kinds = [(type(block), tuple((tuple(p.shape), p.requires_grad) for p in block.parameters())) for block in blocks]
@@ -255,7 +260,7 @@ def _block_bytes(
     return tuple(found[kind] for kind in kinds)
 
 
-def _one_block(block: nn.Module, call: Any, dtype: str, as_recorded: bool, trains: bool) -> BlockBytes:
+def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool) -> BlockBytes:
     """Run a copy of `block` on one image and on two, forward and backward, and without a graph."""
     device = next(block.parameters()).device
     copy = _plain_copy(block)
@@ -266,31 +271,34 @@ def _one_block(block: nn.Module, call: Any, dtype: str, as_recorded: bool, train
     seen: list[tuple[int, int, int, int]] = []
     for images in (1, 2):
         rows = torch.zeros(images, dtype=torch.int64, device=device)
-        args, kwargs = tree_map(lambda v: v if as_recorded else _as_float(v), of_images(call, rows, len(call[0][0])))
+        part = call.of_images(rows)
+        part = part if as_recorded else part.mapped(_as_float)
         with _autocast(device.type, dtype), torch.no_grad(), LiveBytes() as meter:
-            output = copy(*args, **kwargs)
-        without_graph, size = meter.peak, output.nbytes
-        del output
-        inputs = [
-            v.requires_grad_() for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.is_floating_point()
-        ]
+            outputs = _tensors(copy(*part.args, **part.kwargs))
+        without_graph, size = meter.peak, sum(output.nbytes for output in outputs)
+        del outputs
+        inputs = [value.requires_grad_() for value in _tensors((part.args, part.kwargs)) if value.is_floating_point()]
         if not trains:
             seen.append((0, size, 0, without_graph))
             continue
         with _autocast(device.type, dtype), LiveBytes() as meter:
-            output = copy(*args, **kwargs)
+            outputs = _tensors(copy(*part.args, **part.kwargs))
         held = meter.now
         with meter:
-            torch.autograd.grad(output, inputs, torch.ones_like(output), allow_unused=True)
-        del output
+            torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
+        del outputs
         seen.append((held, size, meter.peak - held, without_graph))
     one, two = seen
     held, size, _, without_graph = (b - a for a, b in zip(one, two, strict=True))
     return BlockBytes(held, size, max(two[2] - one[2], 0), without_graph, max(one[0] - held, 0))
 
 
-def _as_float(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _as_float(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from tinyfusion.models.dit_dynamic import DIT_DYNAMIC
 from tinyfusion.models.dit_width import DIT_WIDTHS, unfit_formats
 from tinyfusion.models.dynamics import DynamicRules
 from tinyfusion.models.stack import BlockStack
+from tinyfusion.models.streams import Streams
 from tinyfusion.models.widths import WidthRules
 
 
@@ -58,6 +59,9 @@ class ModelFamily:
     unfit_formats: Callable[[Any, Mapping[str, Tensor]], dict[str, str]] | None = None
     # (name, parameter) -> whether published weight decay leaves it alone; None: it takes all alike
     undecayed: Callable[[str, Tensor], bool] | None = None
+    streams: Mapping[str, Streams] = dataclasses.field(
+        default_factory=dict
+    )  # list of blocks -> what its blocks pass on
     diffusers: DiffusersFolder | None = None  # None where its folders are not opened, and for the first family
 
     def arch_of_sizes(self, sizes: Mapping[str, Any]) -> Any:
@@ -82,7 +86,7 @@ class ModelFamily:
 
     def stack(self, model: nn.Module) -> BlockStack:
         """The residual blocks of a model of this family."""
-        return BlockStack(model, tuple(self.block_lists))
+        return BlockStack(model, tuple(self.block_lists), self.streams)
 
     def arch_with_depths(self, arch: Any, depths: Mapping[str, int]) -> Any:
         """The arch after cutting: `depths` blocks per list."""

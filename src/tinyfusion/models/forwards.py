@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyfusion.core.compiler import compiling
 from tinyfusion.core.errors import UserError
+from tinyfusion.models.streams import mapped
 
 RECOMPILE_LIMIT = 64  # variants of one block: with and without a graph, one image or several, per structure
-Forward = Callable[..., Tensor]
+Forward = Callable[..., Any]
 
 
 class CompiledForwards:
@@ -63,20 +64,18 @@ def _recomputing(function: Any) -> FunctionType:
     Around it, a call and its repetition could meet two variants (one batch size, any) that save different tensors.
     """
 
-    def whole(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        def part(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            out: Tensor = function(block, x, *args, **kwargs)
-            return out
+    def whole(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def part(*args: Any, **kwargs: Any) -> Any:
+            return function(block, *args, **kwargs)
 
-        return _checkpointed(part, x, *args, **kwargs)
+        return _checkpointed(part, *args, **kwargs)
 
     return _copied(whole)
 
 
-def _checkpointed(forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _checkpointed(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """`forward`, of which only the arguments are kept. Models draw nothing, so there is no generator to put back."""
-    out: Tensor = checkpoint(forward, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-    return out
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,14 @@ class BlockForward:
     recomputed: bool = False
     compiled: CompiledForwards | None = None
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The residual stream (B, T, D). Raises UserError where the block cannot be compiled."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the block returns. Raises UserError where it cannot be compiled."""
         recomputed = self.recomputed and torch.is_grad_enabled()
         if self.compiled is None:
-            return _checkpointed(self.plain, x, *args, **kwargs) if recomputed else self.plain(x, *args, **kwargs)
+            return _checkpointed(self.plain, *args, **kwargs) if recomputed else self.plain(*args, **kwargs)
         with compiling(f"block {self.name}"):
-            laid = [_plainly_laid(part) if isinstance(part, Tensor) else part for part in (x, *args)]
-            return self.compiled.of(self.plain.__func__, recomputed)(self.block, *laid, **kwargs)
+            laid = mapped((args, kwargs), _plainly_laid)
+            return self.compiled.of(self.plain.__func__, recomputed)(self.block, *laid[0], **laid[1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the module has blocks that run as they are written."""

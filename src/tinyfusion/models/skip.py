@@ -6,26 +6,21 @@ batch is split: kept images run with a graph, dropped ones without, or not at al
 and gradients are those of the dense form (TinyFusion, arXiv 2412.01199, section 3.2) up to rounding; the released code
 is dense. Only block(x) - x is kept for the gates, not the two streams.
 
-Shapes: B images, T tokens, D width.
+A block of several streams has one gate for all of them. Shapes: B images, T tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyfusion.models.forwards import standing_in
-
-
-def mixed(gate: Tensor, output: Tensor, x: Tensor) -> Tensor:
-    """`m * output + (1 - m) * x` per image, for any gate (B,), or (1,) for all images alike."""
-    m = gate.view(-1, *([1] * (output.ndim - 1)))
-    return m * output + (1 - m) * x
+from tinyfusion.models.streams import BlockCall, Streams, mixed
 
 
 @dataclass(frozen=True)
@@ -58,97 +53,108 @@ class SkippingForward:
     """What stands in for the `forward` of a block while it is gated."""
 
     block: nn.Module
-    forward: Callable[..., Tensor]
+    streams: Streams
+    forward: Callable[..., Any]
     column: GateColumn
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The mixed stream (B, T, D)."""
-        column, num = self.column, len(x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The mixed streams, in the form in which the block returns them."""
+        call = self.streams.call(self.block, args, kwargs)
+        column, num = self.column, call.num_images
         if len(column.gate) not in (1, num):
             raise ValueError(f"the gates are for {len(column.gate)} images, the block got {num}")
         if not column.binary:
-            return mixed(column.gate, self.forward(x, *args, **kwargs), x)
+            outputs = self._run(call)
+            return self.streams.join(
+                [mixed(column.gate, *pair) for pair in zip(outputs, call.states, call.axes, strict=True)]
+            )
         watched = torch.is_grad_enabled() and column.gate.requires_grad
+        states: Sequence[Tensor | None]
+        full: Sequence[Tensor | None]
         if len(column.dropped) == 0:
-            stream = full = self.forward(x, *args, **kwargs)
+            states = full = self._run(call)
         else:
             # kept images first: autocast then holds casts of trained weights that have a graph
-            stream = x if len(column.kept) == 0 else _placed(x, column.kept, self._on(column.kept, x, args, kwargs))
-            full = self._with_dropped(stream.detach(), x, args, kwargs) if watched else stream
+            states = call.states if len(column.kept) == 0 else self._with_images(call, call.states, column.kept)
+            full = self._with_dropped(call, states) if watched else states
             if len(column.kept) == 0:
-                stream = self._with_zero_gradients(stream, args, kwargs)
-        stream = stream.to(torch.promote_types(column.gate.dtype, stream.dtype))  # of the product with the gate
+                states = self._with_zero_gradients(call, states)
+        mix = [
+            self._gated(state, after, before, axis, watched)
+            for state, after, before, axis in zip(states, full, call.states, call.axes, strict=True)
+        ]
+        return self.streams.join(mix)
+
+    def _gated(
+        self, state: Tensor | None, after: Tensor | None, before: Tensor | None, axis: int, watched: bool
+    ) -> Tensor | None:
+        """A stream in the type of its product with the gate and, where `watched`, giving the gate its gradient.
+
+        after, before: what the block makes of every image, and what it was given.
+        """
+        gate = self.column.gate
+        if state is None or before is None or after is None:
+            return state
+        state = state.to(torch.promote_types(gate.dtype, state.dtype))
         if not watched:
-            return stream
-        delta = full.detach() - x.detach()
-        out: Tensor = _GateGradient.apply(stream, column.gate.expand(num), delta)  # type: ignore[no-untyped-call]
+            return state
+        delta = after.detach() - before.detach()
+        out: Tensor = _GateGradient.apply(state, gate.expand(state.shape[axis]), delta, axis)  # type: ignore[no-untyped-call]
         return out
 
-    def _with_dropped(self, stream: Tensor, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """`stream` with what the block would make of the images it drops; no graph."""
+    def _run(self, call: BlockCall) -> tuple[Tensor | None, ...]:
+        return self.streams.split(self.forward(*call.args, **call.kwargs))
+
+    def _with_dropped(self, call: BlockCall, states: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """`states` with what the block would make of the images it drops; no graph."""
         with torch.no_grad():
             if len(self.column.kept) == 0:
-                return self.forward(x, *args, **kwargs)
-            return _placed(stream, self.column.dropped, self._on(self.column.dropped, x, args, kwargs))
+                return self._run(call)
+            return self._with_images(call, [None if s is None else s.detach() for s in states], self.column.dropped)
 
-    def _with_zero_gradients(self, stream: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """`stream`, giving weights and inputs of a block that nobody keeps gradients of 0 as dense gating does.
+    def _with_zero_gradients(self, call: BlockCall, states: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """`states`, giving weights and inputs of a block that nobody keeps gradients of 0 as dense gating does.
 
         None instead would make an optimiser with moments stand still where it should run out. The inputs are among them so
         that the graph has the same edges on every process: a model in parts gathers and reduces in the order of its graph.
         """
         if not torch.is_grad_enabled():
-            return stream
-        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        reached = [tensor for tensor in (*self.block.parameters(), *inputs) if tensor.requires_grad]
+            return states
+        reached = [tensor for tensor in (*self.block.parameters(), *call.others()) if tensor.requires_grad]
         if not reached:
-            return stream
-        out: Tensor = _ZeroGradients.apply(stream, *reached)  # type: ignore[no-untyped-call]
-        return out
+            return states
+        first = next(index for index, state in enumerate(states) if state is call.tapped)
+        out: Tensor = _ZeroGradients.apply(call.tapped, *reached)  # type: ignore[no-untyped-call]
+        return [*states[:first], out, *states[first + 1 :]]
 
-    def _on(self, rows: Tensor, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """The block on the images `rows` of the batch alone."""
-        num = len(x)
-        return self.forward(x.index_select(0, rows), *of_images(args, rows, num), **of_images(kwargs, rows, num))
-
-
-def _placed(stream: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """`stream` with `values` at the images `rows`, in the type that holds both."""
-    dtype = torch.promote_types(stream.dtype, values.dtype)
-    return stream.to(dtype).index_copy(0, rows, values.to(dtype))
+    def _with_images(self, call: BlockCall, states: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
+        """`states` with the outputs of the block at the images `rows`, on which alone it runs."""
+        outputs = self._run(call.of_images(rows))
+        return [_placed(*part, rows) for part in zip(states, outputs, call.axes, strict=True)]
 
 
-def of_images(value: Any, rows: Tensor, num: int) -> Any:
-    """`value`, the arguments of a block for `num` images, for the images `rows` alone.
-
-    Tensors whose first dimension is `num` are per image, also inside tuples, lists and dicts. Parameters are shared, and
-    so is everything else: a table for all images has another first dimension (1, say), whatever the batch size.
-    """
-    if isinstance(value, Tensor):
-        shared = isinstance(value, nn.Parameter) or value.ndim == 0 or len(value) != num
-        return value if shared else value.index_select(0, rows)
-    if isinstance(value, dict):
-        return {name: of_images(part, rows, num) for name, part in value.items()}
-    if isinstance(value, tuple | list):
-        parts = [of_images(part, rows, num) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+def _placed(state: Tensor | None, values: Tensor | None, axis: int, rows: Tensor) -> Tensor | None:
+    """`state` with `values` at the images `rows`, in the type that holds both; None where the stream ends."""
+    if state is None or values is None:
+        return values
+    dtype = torch.promote_types(state.dtype, values.dtype)
+    return state.to(dtype).index_copy(axis, rows, values.to(dtype))
 
 
 class _GateGradient(torch.autograd.Function):
-    """The stream as it is. In the backward pass the gate of image n gets <g_n, delta_n>, delta = block(x) - x."""
+    """The stream as it is. In the backward pass the gate of image n gets <g_n, delta_n>, delta = block(x) - x; images along axis."""
 
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, gate: Tensor, delta: Tensor) -> Tensor:
+    def forward(ctx: Any, stream: Tensor, gate: Tensor, delta: Tensor, axis: int) -> Tensor:
         ctx.save_for_backward(delta)
-        ctx.gate_dtype = gate.dtype
+        ctx.gate_dtype, ctx.axis = gate.dtype, axis
         return stream.view_as(stream)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         upstream, (delta,) = gradients[0], ctx.saved_tensors
-        inner = torch.linalg.vecdot(upstream.flatten(1), delta.to(upstream.dtype).flatten(1))
-        return upstream, inner.to(ctx.gate_dtype), None
+        sides = [values.transpose(0, ctx.axis).flatten(1) for values in (upstream, delta.to(upstream.dtype))]
+        return upstream, torch.linalg.vecdot(*sides).to(ctx.gate_dtype), None, None
 
 
 class _ZeroGradients(torch.autograd.Function):
@@ -165,19 +171,15 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 @contextmanager
-def skipping(block: nn.Module, column: GateColumn) -> Iterator[None]:
-    """Within the context `block` is gated by `column` and skips what it can. Hooks on it see the mixed stream.
+def skipping(block: nn.Module, streams: Streams, column: GateColumn) -> Iterator[None]:
+    """Within the context `block` is gated by `column` and skips what it can. Hooks on it see the mixed streams.
 
     Contexts nest: the gates multiply. Hooks on parts of the block run once for the kept and once for the dropped images.
     """
-    forward = _nested(vars(block).get("forward"), column) or SkippingForward(block, block.forward, column)
+    outer = vars(block).get("forward")
+    forward = SkippingForward(block, streams, block.forward, column)
+    if isinstance(outer, SkippingForward):  # which would not know a part of its batch
+        (product,) = gate_columns((outer.column.gate * column.gate).unsqueeze(1))
+        forward = replace(outer, column=product)
     with standing_in(block, forward):
         yield
-
-
-def _nested(outer: Any, column: GateColumn) -> SkippingForward | None:
-    """`column` inside an `outer` gating of the same block, which would not know a part of its batch."""
-    if not isinstance(outer, SkippingForward):
-        return None
-    (product,) = gate_columns((outer.column.gate * column.gate).unsqueeze(1))
-    return SkippingForward(outer.block, outer.forward, product)

@@ -1,28 +1,33 @@
 """BlockStack: the ordered residual blocks of a model, seen from outside: gate them, watch them, cut them.
 
-Shapes: B samples, T tokens, D width. A block maps the residual stream x (B, T, D), its first positional argument, to a
-tensor of the same shape. Blocks stand in one or several `ModuleList`s; their global index counts through the lists in
-order. Model files know nothing of any of this.
+Shapes: B samples, T tokens, D width. A block maps one or several streams, which its declaration names (`models/streams.py`),
+to tensors of the same shapes; without a declaration one, the first argument (B, T, D). Blocks stand in one or several
+`ModuleList`s; their global index counts through the lists in order. Model files know nothing of any of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from tinyfusion.models.forwards import RECOMPILE_LIMIT, CompiledForwards, changed, standing_in
-from tinyfusion.models.skip import gate_columns, mixed, skipping
+from tinyfusion.models.skip import gate_columns, skipping
+from tinyfusion.models.streams import Streams, mixed
 
 
 class BlockStack:
-    """An ordered view over the residual blocks of `model`, which stand in the lists named `lists`."""
+    """An ordered view over the residual blocks of `model`, which stand in the lists named `lists`.
 
-    def __init__(self, model: nn.Module, lists: Sequence[str]) -> None:
+    streams: the declaration of the blocks per list; lists that are not named have blocks of one stream.
+    """
+
+    def __init__(self, model: nn.Module, lists: Sequence[str], streams: Mapping[str, Streams] | None = None) -> None:
         self.model = model
         self.lists = tuple(lists)
+        self._streams = dict(streams or {})
         self._compiled: dict[str, CompiledForwards] = {}
 
     def block_list(self, name: str) -> nn.ModuleList:
@@ -41,6 +46,10 @@ class BlockStack:
     def __iter__(self) -> Iterator[nn.Module]:
         for name in self.lists:
             yield from self.block_list(name)
+
+    def streams(self) -> list[Streams]:
+        """The declaration of every block."""
+        return [self._streams.get(name, Streams()) for name in self.lists for _ in self.block_list(name)]
 
     def names(self) -> list[str]:
         """The name of every block in the model, such as "blocks.3"."""
@@ -85,7 +94,7 @@ class BlockStack:
 
     @contextmanager
     def gated(self, gates: Tensor, dropped: Literal["dense", "skip"] = "dense") -> Iterator[None]:
-        """Within the context block i computes `m_i * block(x) + (1 - m_i) * x`, per sample.
+        """Within the context block i computes `m_i * block(x) + (1 - m_i) * x`, per sample and on every stream.
 
         gates: (B, L) with L = len(self), any real values; 1 runs the block, 0 passes x through. Both are exact: ones
         equal the untouched model bit for bit, zeros the model without the block. One row gates all samples alike.
@@ -97,43 +106,53 @@ class BlockStack:
         if gates.ndim != 2 or gates.shape[1] != len(self):
             raise ValueError(f"gates must be (batch, {len(self)}), one column per block; got {tuple(gates.shape)}")
 
-        def hook(index: int) -> Any:
-            def mix(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-                return mixed(gates[:, index], output, args[0])
+        def hook(index: int, streams: Streams) -> Any:
+            def mix(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+                call = streams.call(module, args, kwargs)
+                states = zip(streams.split(output), call.states, call.axes, strict=True)
+                return streams.join([mixed(gates[:, index], *state) for state in states])
 
             return mix
 
         with ExitStack() as undo:
             if dropped == "skip":
-                for block, column in zip(self, gate_columns(gates), strict=True):
-                    undo.enter_context(skipping(block, column))
+                for block, streams, column in zip(self, self.streams(), gate_columns(gates), strict=True):
+                    undo.enter_context(skipping(block, streams, column))
             else:
-                for i, block in enumerate(self):
-                    undo.enter_context(block.register_forward_hook(hook(i)))
+                for i, (block, streams) in enumerate(zip(self, self.streams(), strict=True)):
+                    undo.enter_context(block.register_forward_hook(hook(i, streams), with_kwargs=True))
             yield
 
     @contextmanager
     def tap(self, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Collect the outputs (B, T, D) of the blocks at `indices`: {index: output}, filled as the model runs.
+        """Collect the tapped streams (B, T, D) of the blocks at `indices`: {index: output}, filled as the model runs.
 
         Raises ValueError on an index out of range.
         """
         outputs: dict[int, Tensor] = {}
-        blocks = list(self)
-        outside = sorted({i for i in indices if not 0 <= i < len(blocks)})
+        outside = sorted({i for i in indices if not 0 <= i < len(self)})
         if outside:
-            raise ValueError(f"cannot watch {outside}: out of range, the model has blocks 0 to {len(blocks) - 1}")
+            raise ValueError(f"cannot watch {outside}: out of range, the model has blocks 0 to {len(self) - 1}")
+
+        with self.watched(indices, lambda index, _before, after: outputs.update({index: after})):
+            yield outputs
+
+    @contextmanager
+    def watched(self, indices: Sequence[int], see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+        """Within the context `see(index, before, after)` is called with the tapped stream around every block at `indices`."""
+        blocks, declared = list(self), self.streams()
 
         def hook(index: int) -> Any:
-            def store(_module: nn.Module, _args: Any, output: Tensor) -> None:
-                outputs[index] = output
+            def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                streams = declared[index]
+                see(index, streams.call(module, args, kwargs).tapped, streams.tap(output))
 
-            return store
+            return show
 
         with ExitStack() as hooks:
             for i in sorted(set(indices)):
-                hooks.enter_context(blocks[i].register_forward_hook(hook(i)))
-            yield outputs
+                hooks.enter_context(blocks[i].register_forward_hook(hook(i), with_kwargs=True))
+            yield
 
     def keep(self, kept: Mapping[str, Sequence[int]]) -> None:
         """Delete every block that is not named; survivors keep their order and are renumbered from 0.

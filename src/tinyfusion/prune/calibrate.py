@@ -6,18 +6,16 @@ masks of a search see the same numbers. Shapes: B samples, T tokens, D width, L 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyfusion.core.rng import Draws, StratifiedDraws
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.stack import BlockStack
 from tinyfusion.processes.base import NoisyBatch, Process
 
 Source = Callable[[int, int, Draws], Any]  # (step, batch size, draws) -> clean batch on the model's device
@@ -79,7 +77,11 @@ def block_statistics(model: LoadedModel, calibration: Calibration, clean: bool, 
     stack = model.stack
     sums = [_Sums() for _ in range(len(stack))]
     model.module.eval()
-    with _watched(stack, sums):
+
+    def add(block: int, before: Tensor, after: Tensor) -> None:
+        sums[block].add(before.float(), after.float())
+
+    with stack.watched(range(len(stack)), add):
         for done, noisy in enumerate(calibration.batches, start=1):
             calibration.objective.predict(model.module, calibration.objective.low_noise(noisy) if clean else noisy)
             tick(done * len(stack))
@@ -95,22 +97,9 @@ class _Sums:
     tokens: int = 0
     values: int = 0
 
-
-@contextmanager
-def _watched(stack: BlockStack, sums: list[_Sums]) -> Iterator[None]:
-    """Every block adds to its sums as the model runs."""
-
-    def hook(own: _Sums) -> Any:
-        def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            before, after = args[0].float(), output.float()
-            own.cosine += float(F.cosine_similarity(after, before, dim=-1).sum(-1).cpu().double().sum())
-            own.change += float((after - before).square().flatten(1).sum(1).cpu().double().sum())
-            own.tokens += before.numel() // before.shape[-1]
-            own.values += before.numel()
-
-        return add
-
-    with ExitStack() as hooks:
-        for block, own in zip(stack, sums, strict=True):
-            hooks.enter_context(block.register_forward_hook(hook(own)))
-        yield
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Take in the stream (B, T, D) before and after the block."""
+        self.cosine += float(F.cosine_similarity(after, before, dim=-1).sum(-1).cpu().double().sum())
+        self.change += float((after - before).square().flatten(1).sum(1).cpu().double().sum())
+        self.tokens += before.numel() // before.shape[-1]
+        self.values += before.numel()

@@ -1,6 +1,6 @@
 """Losses of very many masks under common noise; masks that share their first blocks share the work.
 
-A dropped block does nothing, so the residual stream after some block is a function of the kept blocks so far: of a
+A dropped block does nothing, so the streams after some block are a function of the kept blocks so far: of a
 prefix of the mask. Sorted masks are a walk through the tree of prefixes, and every distinct prefix is one block
 evaluation. What a model does before its first block and after its last is not known here: it is run with stand-ins in
 place of its blocks, once for many masks laid side by side. Nothing is approximated; results equal those of the cut
@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import BlockStack
+from tinyfusion.models.streams import BlockCall, Streams
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.prune.calibrate import Calibration, Tick
 
+States = tuple[Tensor | None, ...]  # the streams of a block
 Mask = tuple[int, ...]  # kept blocks by global index, ascending
 _SIDE_BY_SIDE_BYTES = (
     2**22
@@ -207,17 +209,18 @@ def short(value: float) -> float | None:
 
 
 class _StandIn(nn.Module):
-    """In place of a list of blocks: remembers what the model gives its blocks, and answers with `given`."""
+    """In place of a list of blocks like `block`: remembers the call that the model makes, and returns the streams `given`."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: nn.Module, streams: Streams) -> None:
         super().__init__()
-        self.given: Tensor | None = None
-        self.x: Tensor | None = None
-        self.extra: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.like = (block,)  # in a tuple: no submodule
+        self.streams = streams
+        self.given: States | None = None
+        self.call: BlockCall | None = None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.x, self.extra = x, (args, kwargs)
-        return x if self.given is None else self.given
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.call = self.streams.call(self.like[0], args, kwargs)
+        return self.streams.join(self.call.states if self.given is None else self.given)
 
 
 @contextmanager
@@ -249,11 +252,10 @@ def _only(stack: BlockStack, mask: Mask) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _State:
-    """A node of the tree: the residual stream x (B, T, D), what else blocks are given, and how earlier lists ended."""
+    """A node of the tree: the call of the next block, whose streams are those so far, and how earlier lists ended."""
 
-    x: Tensor
-    extra: tuple[tuple[Any, ...], dict[str, Any]]
-    ends: tuple[Tensor, ...] = ()
+    call: BlockCall
+    ends: tuple[States, ...] = ()
 
 
 class _SharedBatch:
@@ -262,10 +264,11 @@ class _SharedBatch:
     def __init__(self, model: LoadedModel, calibration: Calibration, noisy: NoisyBatch) -> None:
         self.module, self.stack, self.noisy = model.module, model.stack, noisy
         self.objective = calibration.objective
-        self.blocks = list(self.stack)
+        self.blocks, self.streams = list(self.stack), self.stack.streams()
         depths = list(self.stack.depths().values())
         self.list_of = [number for number, depth in enumerate(depths) for _ in range(depth)]
-        self.stand_ins = [_StandIn() for _ in depths]
+        starts = [sum(depths[:number]) for number in range(len(depths))]
+        self.stand_ins = [_StandIn(self.blocks[start], self.streams[start]) for start in starts]
         self.waiting: list[tuple[int, _State]] = []
 
     def run(self, masks: Sequence[Mask], sums: LossSums, tick: Tick) -> None:
@@ -274,7 +277,8 @@ class _SharedBatch:
             states, done = [self._entered(0, ())], 0
             path: list[int] = []
             size = len(self.noisy.y)
-            together = max(1, _SIDE_BY_SIDE_BYTES // max(1, states[0].x.numel() * states[0].x.element_size()))
+            num_bytes = sum(state.nbytes for state in states[0].call.states if state is not None)
+            together = max(1, _SIDE_BY_SIDE_BYTES // max(1, num_bytes))
             wide = _repeated(self.noisy, min(together, len(masks)))
             for position, mask in enumerate(masks):
                 steps = self._steps(mask)
@@ -300,31 +304,45 @@ class _SharedBatch:
 
     def _after(self, state: _State, step: int) -> _State:
         if step < 0:
-            return self._entered(-step, (*state.ends, state.x))
-        args, kwargs = state.extra
-        return _State(self.blocks[step](state.x, *args, **kwargs), state.extra, state.ends)
+            return self._entered(-step, (*state.ends, state.call.states))
+        output = self.blocks[step](*state.call.args, **state.call.kwargs)
+        return _State(state.call.with_states(self.streams[step].split(output)), state.ends)
 
-    def _entered(self, number: int, ends: tuple[Tensor, ...]) -> _State:
+    def _entered(self, number: int, ends: tuple[States, ...]) -> _State:
         """What list `number` is given where the lists before it ended with `ends`."""
         self._give(ends)
         self.objective.predict(self.module, self.noisy)
-        stand_in = self.stand_ins[number]
-        assert stand_in.x is not None, "the model runs its lists of blocks"
-        return _State(stand_in.x, stand_in.extra, ends)
+        call = self.stand_ins[number].call
+        assert call is not None, "the model runs its lists of blocks"
+        return _State(call, ends)
 
     def _finish(self, noisy: NoisyBatch, sums: LossSums) -> None:
         """The end of the model, and the losses, for all masks that wait, laid side by side along the batch axis."""
         positions = [position for position, _ in self.waiting]
-        outputs = [(*state.ends, state.x) for _, state in self.waiting]
-        self._give([torch.cat(parts) for parts in zip(*outputs, strict=True)])
+        outputs = [(*state.ends, state.call.states) for _, state in self.waiting]
+        self._give(
+            [
+                _side_by_side(listed, s.call)
+                for listed, s in zip(zip(*outputs, strict=True), self.stand_ins, strict=True)
+            ]
+        )
         losses = self.objective.losses(self.module, noisy, self.objective.predict(self.module, noisy))
         for total, values in ((sums.loss, losses["loss"]), (sums.mse, _mse(losses))):
             total[positions] += values.view(len(positions), -1).cpu().double().sum(1).numpy()
         self.waiting.clear()
 
-    def _give(self, outputs: Sequence[Tensor]) -> None:
+    def _give(self, outputs: Sequence[States]) -> None:
         for number, stand_in in enumerate(self.stand_ins):
             stand_in.given = outputs[number] if number < len(outputs) else None
+
+
+def _side_by_side(listed: Sequence[States], call: BlockCall | None) -> States:
+    """The streams of several masks, laid side by side along the axis of the images."""
+    assert call is not None
+    return tuple(
+        None if any(part is None for part in parts) else torch.cat(parts, axis)
+        for parts, axis in zip(zip(*listed, strict=True), call.axes, strict=True)
+    )
 
 
 def _repeated(noisy: NoisyBatch, times: int) -> NoisyBatch:

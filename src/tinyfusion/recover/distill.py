@@ -6,7 +6,7 @@ Teacher and student see the same noise, timesteps and label drops because both r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -82,14 +82,12 @@ class DistilledObjective:
     def _comparing(self, taught: dict[int, Tensor]) -> Iterator[list[Tensor]]:
         """Take the feature loss of a pair when the student's block is done, and let go of the teacher's feature."""
         losses: list[Tensor] = []
-        blocks = list(self.student_stack)
-        with ExitStack() as hooks:
-            for student, teacher in self.pairs if self.compares_features else []:
+        teacher_of = dict(self.pairs) if self.compares_features else {}
 
-                def compare(_module: nn.Module, _args: object, output: Tensor, teacher: int = teacher) -> None:
-                    losses.append(self.feature_loss(output, taught.pop(teacher)))
+        def compare(block: int, _before: Tensor, after: Tensor) -> None:
+            losses.append(self.feature_loss(after, taught.pop(teacher_of[block])))
 
-                hooks.enter_context(blocks[student].register_forward_hook(compare))
+        with self.student_stack.watched(list(teacher_of), compare):
             yield losses
 
     def feature_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
