@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,41 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 if TYPE_CHECKING:
-    from tinyfusion.models.checkpoint import open_model as open_model
+    from tinyfusion.api import (
+        LearnedMasks,
+        LoadedModel,
+        PrunePlan,
+        PruneSection,
+        RecoverSection,
+        SampleSection,
+        Streams,
+        Task,
+        TrainingSection,
+        evaluate_images,
+        learn_masks,
+        objective_of,
+        open_model,
+        prune_model,
+        recover_model,
+        sample_images,
+        save_model,
+        wrap_module,
+    )
 
-__all__ = ["__version__", "open_model"]
+__all__ = [
+    "LearnedMasks", "LoadedModel", "PrunePlan", "PruneSection", "RecoverSection", "SampleSection", "Streams", "Task",
+    "TrainingSection", "__version__", "evaluate_images", "learn_masks", "objective_of", "open_model", "prune_model",
+    "recover_model", "sample_images", "save_model", "wrap_module",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """`tinyfusion.open_model` without importing torch before it is used."""
-    if name == "open_model":
-        from tinyfusion.models.checkpoint import open_model
-
-        return open_model
+    """The names of `tinyfusion.api`, without importing torch before one is used."""
+    if name in __all__:
+        return getattr(import_module("tinyfusion.api"), name)
     raise AttributeError(f"module 'tinyfusion' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is public."""
+    return sorted(__all__)

@@ -12,12 +12,14 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {
+    "own_model.py": ("--steps", "2"),
     "prune_and_recover.py": ("--steps", "2", "--batch-size", "8"),
     "sample_grid.py": ("--per-class", "1", "--num-steps", "2", "--out", "grid.png"),
     "custom_plan.py": ("--keep", "0,3", "--out", "cut"),
     "gate_a_model.py": ("--num-images", "4"),
 }
 SAYS = {
+    "own_model.py": "6 blocks became 3",
     "prune_and_recover.py": "4 blocks became 2",
     "sample_grid.py": "10 images of 4 blocks",
     "custom_plan.py": "kept {'blocks': [0, 3]}",
@@ -33,7 +35,8 @@ def test_every_example_is_here() -> None:
 
 @pytest.mark.parametrize("name", sorted(ARGUMENTS))
 def test_example(name: str, work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", [name, "--model", "teacher", *ARGUMENTS[name]])
+    model = () if name == "own_model.py" else ("--model", "teacher")
+    monkeypatch.setattr(sys, "argv", [name, *model, *ARGUMENTS[name]])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert SAYS[name] in capfd.readouterr().out
 

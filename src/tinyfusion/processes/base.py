@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.rng import Draws
@@ -48,6 +49,14 @@ class NoisyBatch:
     y: Tensor  # (B,) int64 labels, the null class where dropped
     step: int = 0
     gate_noise: tuple[Tensor, ...] = ()  # per gate group (B, K or M), where gates are learned
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.y.device
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The batch with `change` applied to every tensor, such as one that picks samples."""

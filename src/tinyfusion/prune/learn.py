@@ -44,7 +44,7 @@ class GatedObjective:
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         """The inner draws, and the noise of every group's gates."""
         noisy = self.inner.draw(batch, draws)
-        noise = tuple(drawn.to(noisy.y.device) for drawn in self.gates.draw(draws))
+        noise = tuple(drawn.to(noisy.device) for drawn in self.gates.draw(draws))
         if self.gates.paired:
             noisy = in_pairs(noisy, draws.first)
         return dataclasses.replace(noisy, gate_noise=noise)
@@ -74,7 +74,7 @@ def in_pairs(noisy: NoisyBatch, first: int) -> NoisyBatch:
     """
     if first % 2:
         raise ValueError(f"samples come in pairs, so a part of a batch begins with an even one; this one with {first}")
-    rows = torch.arange(len(noisy.y), device=noisy.y.device) // 2 * 2
+    rows = torch.arange(len(noisy), device=noisy.device) // 2 * 2
     return dataclasses.replace(noisy.each(lambda value: value[rows]), gate_noise=noisy.gate_noise)
 
 

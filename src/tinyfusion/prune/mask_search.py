@@ -139,7 +139,7 @@ def mask_losses(
         if number < sums.batches:
             continue
         _SharedBatch(model, calibration, noisy).run(masks, sums, partial(tick_from, tick, number * each))
-        sums.images += len(noisy.y)
+        sums.images += len(noisy)
         sums.batches += 1
         keep(sums)
     return sums
@@ -276,7 +276,7 @@ class _SharedBatch:
         with _swapped(self.stack, {n: [s] for n, s in zip(self.stack.lists, self.stand_ins, strict=True)}):
             states, done = [self._entered(0, ())], 0
             path: list[int] = []
-            size = len(self.noisy.y)
+            size = len(self.noisy)
             num_bytes = sum(state.nbytes for state in states[0].call.states if state is not None)
             together = max(1, _SIDE_BY_SIDE_BYTES // max(1, num_bytes))
             wide = _repeated(self.noisy, min(together, len(masks)))

@@ -1,0 +1,256 @@
+"""The library: learn masks, prune, recover, sample and evaluate on values, without disk, progress or recipes.
+
+Models are `LoadedModel`s: opened (`open_model`) or a module of your own (`wrap_module`). What trains them is a `Task` of
+two functions for your own module, or the process of a family (`objective_of`). Batches are any iterable of tensors, or a
+function (step, draws) that draws what is random from `draws`, so that a run repeats whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import ComputeSection, PruneSection, Recipe, RecoverSection, SampleSection, TrainingSection
+from tinyfusion.core.rng import Draws, Randomness, StratifiedDraws
+from tinyfusion.data.image_source import source_of
+from tinyfusion.jobs.evaluate import score
+from tinyfusion.jobs.extractors import open_extractor
+from tinyfusion.jobs.processes import objective_for, sampler_of
+from tinyfusion.jobs.references import Reference
+from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
+from tinyfusion.models.plan import PrunePlan
+from tinyfusion.models.stack import frozen
+from tinyfusion.models.streams import Streams
+from tinyfusion.models.wrapped import wrap_module
+from tinyfusion.processes.base import Process
+from tinyfusion.processes.task import Task, task_source
+from tinyfusion.prune.calibrate import Calibration
+from tinyfusion.prune.criteria import CRITERIA, by_indices, decide
+from tinyfusion.prune.deltas import cut_with_deltas
+from tinyfusion.prune.learn import mask_learner, plan_of
+from tinyfusion.prune.question import Question
+from tinyfusion.recover.align import pairs_between
+from tinyfusion.recover.channels import residual_channels
+from tinyfusion.recover.distill import distilled
+from tinyfusion.sample.drive import sample as draw_batches
+from tinyfusion.sample.drive import to_uint8
+from tinyfusion.training.engine import Engine
+from tinyfusion.training.loop import StepRecord, train_steps
+from tinyfusion.training.optim import decay_groups, trainable
+from tinyfusion.training.state import TrainState
+
+__all__ = [
+    "ComputeSection", "LearnedMasks", "LoadedModel", "PrunePlan", "PruneSection", "RecoverSection", "SampleSection", "Streams",
+    "Task", "TrainingSection", "evaluate_images", "learn_masks", "objective_of", "open_model", "prune_model", "recover_model",
+    "sample_images", "save_model",
+    "wrap_module",
+]  # fmt: skip
+
+Batches = Iterable[Any] | Callable[[int, Draws], Any]
+OnStep = Callable[[StepRecord], None]
+
+
+def objective_of(model: LoadedModel, label_drop: float = 0.1) -> Process:
+    """The published training objective of a model's family. label_drop: probability that a label becomes the null class."""
+    return objective_for(model, label_drop, Recipe())
+
+
+@dataclass(frozen=True)
+class LearnedMasks:
+    """The outcome of `learn_masks`.
+
+    plan: which blocks stay. updates: the averages of what trained beside the gates, by name. settings: as given.
+    """
+
+    plan: PrunePlan
+    updates: Mapping[str, Tensor]
+    settings: PruneSection
+
+
+def learn_masks(
+    model: LoadedModel,
+    task: Task | Process,
+    batches: Batches,
+    settings: PruneSection | None = None,
+    *,
+    seed: int = 0,
+    compute: ComputeSection | None = None,
+    on_step: OnStep = lambda record: None,
+) -> LearnedMasks:
+    """Learn which blocks of `model` go (TinyFusion, arXiv 2412.01199, section 3); `model` stays as it is, where it is.
+
+    settings: scheme, distribution, what trains beside the gates, and its training; `PruneSection(scheme="1:2",
+    training=TrainingSection(steps=500, batch_size=32))`. The batch size is that of `batches` where they are an iterable.
+    on_step: is given the record of every step. Raises UserError where scheme, task and batches do not fit.
+    """
+    settings = settings or PruneSection()
+    engine, randomness = _engine(model, compute), Randomness(seed)
+    source, training = _source(task, batches, settings.training, engine)
+    settings = dataclasses.replace(settings, training=training)
+    learner = mask_learner(model, task, settings, randomness.generator_seed("lora"), engine.device, engine.place)  # type: ignore[arg-type]
+    state = TrainState(learner.module, learner.parameter_groups, training)
+    for record in train_steps(state, learner.objective, source, training, randomness, engine):
+        on_step(record)
+    cost = {"images": float(training.made_images)}
+    plan = plan_of(learner.decision(state.ema, training.made_steps - 1), model, settings, seed, cost)
+    return LearnedMasks(plan, state.averages(), settings)
+
+
+def prune_model(
+    model: LoadedModel,
+    how: LearnedMasks | PrunePlan | Sequence[int] | str,
+    *,
+    keep_updates: bool = True,
+    num_keep: int | None = None,
+    task: Task | Process | None = None,
+    batches: Batches | None = None,
+    num_batches: int = 4,
+    seed: int = 0,
+) -> LoadedModel:
+    """A student with only some blocks of `model`, which stays as it is.
+
+    how: learned masks (with what was trained beside the gates, unless `keep_updates` is False), a plan, the indices of the
+    blocks that stay, or the name of a criterion without training. num_keep: of a criterion, blocks that stay per list; None:
+    half. task, batches, num_batches: what a criterion that looks at data is shown. Raises UserError on what does not fit.
+    """
+    if isinstance(how, LearnedMasks):
+        if keep_updates and how.settings.update != "frozen":
+            return cut_with_deltas(model, how.plan, how.updates, how.settings)
+        return model.cut(how.plan)
+    if isinstance(how, PrunePlan):
+        return model.cut(how)
+    if not isinstance(how, str):
+        return model.cut(by_indices(model, list(how), seed))
+    if how not in CRITERIA:
+        raise UserError(
+            f"no criterion {how!r} without training: there is {', '.join(CRITERIA)}; for learned masks see learn_masks"
+        )
+    settings = PruneSection(criterion=how, num_keep=num_keep)  # type: ignore[arg-type]
+    question = Question(model, settings, seed)
+    if CRITERIA[how].evaluations is not None:
+        if task is None or batches is None:
+            raise UserError(f"criterion {how} looks at data: give task and batches")
+        question = dataclasses.replace(question, calibration=_calibration(model, task, batches, num_batches, seed))
+    return model.cut(decide(question))
+
+
+def recover_model(
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    task: Task | Process,
+    batches: Batches,
+    settings: RecoverSection | None = None,
+    *,
+    seed: int = 0,
+    compute: ComputeSection | None = None,
+    on_step: OnStep = lambda record: None,
+) -> LoadedModel:
+    """A copy of `student`, trained: distilled from `teacher` (outputs, features of paired blocks), or fine-tuned without one.
+
+    The weights are the moving average of the training (`settings.training.ema_decay`). Student and teacher stay as they are;
+    the teacher is an ancestor of the student, or shares one. Raises UserError where they are not related.
+    """
+    settings = settings or RecoverSection(method="masked-kd" if teacher else "finetune")
+    if (teacher is None) != (settings.method == "finetune"):
+        raise UserError(f"method {settings.method} {'needs a teacher' if teacher is None else 'takes no teacher'}")
+    engine, randomness = _engine(student, compute), Randomness(seed)
+    source, training = _source(task, batches, settings.training, engine)
+    settings = dataclasses.replace(settings, training=training)
+    trained = student.copy()
+    trained.module.train()
+    objective: Any = task
+    if teacher is not None:
+        pairs = pairs_between(trained.facts, teacher.facts, teacher.hash())
+        if not pairs:
+            raise UserError(
+                "the student was not cut from this teacher or a relative of it: give the model that it was cut from"
+            )
+        taught = teacher.copy()
+        frozen(taught.module.to(engine.device))
+        channels = residual_channels(trained, taught) if settings.compares_features else None
+        objective = distilled(settings, task, taught, trained, pairs, channels)  # type: ignore[arg-type]
+    groups = decay_groups(trainable(trained.module), trained.family.undecayed, training)
+    state = TrainState(trained.module, groups, training)
+    for record in train_steps(state, objective, source, training, randomness, engine):
+        on_step(record)
+    state.ema.copy_to(trained.module)
+    trained.module.train(student.module.training)
+    return trained
+
+
+def sample_images(
+    model: LoadedModel, labels: Sequence[int] | np.ndarray, settings: SampleSection | None = None, *, seed: int = 0
+) -> np.ndarray:
+    """Images of these labels: uint8 (N, H, W, C), of a model of latents float32 latents as the model sees them, (N, H, W, C).
+
+    Image i depends on seed and i alone. Runs where the model is. Raises UserError on settings that the model cannot have.
+    """
+    settings = settings or SampleSection()
+    sampler = sampler_of(settings, model)
+    batches = [batch.x for batch in draw_batches(model, labels, sampler, seed, settings.batch_size)]
+    drawn = torch.cat(batches)
+    return to_uint8(drawn) if model.facts.latent_scale is None else drawn.permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def evaluate_images(
+    images: np.ndarray, reference: np.ndarray, features: str = "digits-classifier", neighbours: int = 3
+) -> dict[str, Any]:
+    """FID, sFID, Inception Score, precision and recall of images against real ones, both uint8 (N, H, W, C).
+
+    features: a feature extractor by name ("inception" fetches the network of FID once) or its folder. Raises UserError on
+    images that the extractor cannot take.
+    """
+    extractor, source = open_extractor(features), source_of(reference)
+    for values, what in ((images, "the images"), (reference, "the reference")):
+        extractor.check(values, what)
+        if len(values) <= neighbours:
+            raise UserError(f"{what} are {len(values)}: precision and recall with {neighbours} neighbours need more")
+    return score(images, Reference("reference", source.hash(), source, {}, extractor), extractor, neighbours)
+
+
+# ---------------------------------------------------------------------------------------------------------------- within
+
+
+def _engine(model: LoadedModel, compute: ComputeSection | None) -> Engine:
+    """A training in this process, on the device of the model."""
+    return Engine(next(model.module.parameters()).device, compute)
+
+
+def _source(
+    task: Task | Process, batches: Batches, settings: TrainingSection, engine: Engine
+) -> tuple[Any, TrainingSection]:
+    """What the loop asks for batches, and the settings with their size."""
+    if not isinstance(task, Task):
+        if not callable(batches):
+            raise UserError(
+                "the process of a family draws from batches of a data set (tinyfusion.data.batches), not from an iterable"
+            )
+        return batches, settings
+    source, num = task_source(batches, engine.device)
+    if num is None:
+        return source, settings
+    if engine.compute.gradient_accumulation_steps > 1:
+        raise UserError(
+            "batches of an iterable are not cut into microbatches: give smaller ones, or a function (step, draws)"
+        )
+    return source, dataclasses.replace(settings, batch_size=num)
+
+
+def _calibration(
+    model: LoadedModel, task: Task | Process, batches: Batches, num_batches: int, seed: int
+) -> Calibration:
+    """Fixed batches that a criterion looks at."""
+    source, settings = _source(task, batches, TrainingSection(batch_size=64), _engine(model, None))
+    process: Any = task
+    size, drawn = settings.batch_size, []
+    for index in range(num_batches):
+        draws = StratifiedDraws(seed, 0, index * size, size, num_batches * size, shuffled=True)
+        drawn.append(process.draw(source(index, size, draws), draws))
+    return Calibration(tuple(drawn), process, "given batches", num_batches * size, num_batches * size, seed)

@@ -1,0 +1,79 @@
+"""A module of your own as a `LoadedModel`: everything that reads blocks, plans and taps works on it as on a family's models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.models.family import ModelFamily
+from tinyfusion.models.loaded import LoadedModel, ModelFacts
+from tinyfusion.models.streams import Streams
+
+
+def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]) -> LoadedModel:
+    """A `LoadedModel` around `module`, which stays the same object and is not copied.
+
+    blocks: paths of its `nn.ModuleList`s of blocks in the order in which they run, such as ["layers"]; with a declaration where
+    blocks differ from one stream in, the same out: {"layers": Streams(("hidden",), axes={"rope": None})}. Parameters that
+    do not require gradients stay frozen in masks learned and students recovered, unless none requires any (a frozen teacher).
+    The result has no file format and no sampler: it is pruned, recovered and used from Python, and `module` is saved as ever.
+    Raises UserError where a path names no list of blocks.
+    """
+    listed = dict(blocks) if isinstance(blocks, Mapping) else {name: Streams() for name in blocks}
+    if not listed:
+        raise UserError("wrap_module wants the path of at least one list of blocks, such as ['layers']")
+    depths: dict[str, int] = {}
+    for name in listed:
+        try:
+            found = module.get_submodule(name)
+        except AttributeError as error:
+            raise UserError(f"the model has no submodule {name!r}{_lists_of(module)}") from error
+        if not isinstance(found, nn.ModuleList) or not len(found):
+            raise UserError(
+                f"{name!r} is a {type(found).__name__}, not an nn.ModuleList with blocks{_lists_of(module)}"
+            )
+        depths[name] = len(found)
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    if len(frozen) == len(list(module.parameters())):
+        frozen = []
+    fields = {name: f"depth_{index}" for index, name in enumerate(listed)}
+    arch_type = dataclasses.make_dataclass("Depths", [(field, int) for field in fields.values()], frozen=True)
+    family = ModelFamily(
+        name="module",
+        title=type(module).__name__,
+        process="none",
+        arch_type=arch_type,
+        build=_unbuildable,
+        initialise=_unbuildable,
+        arch_of_state_dict=_unbuildable,
+        example=_unbuildable,
+        block_lists=fields,
+        mark="",
+        guided_channels=None,
+        computed=dict.fromkeys(frozen, _no_formula),
+        published_latent={},
+        streams=listed,
+    )
+    arch = arch_type(**{fields[name]: depth for name, depth in depths.items()})
+    return LoadedModel(
+        module, family, arch, ModelFacts(image_size=0), {"kind": "module", "path": type(module).__name__}
+    )
+
+
+def _lists_of(module: nn.Module) -> str:
+    names = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+    return f"; its lists are {', '.join(names)}" if names else "; it has no nn.ModuleList"
+
+
+def _no_formula(_arch: Any) -> Tensor:
+    """Frozen tensors are not computed: they count in the hash."""
+    return torch.empty(0)
+
+
+def _unbuildable(*_: Any) -> NoReturn:
+    raise UserError("a wrapped module cannot be built from sizes: keep the class that it is of, and its state dict")
