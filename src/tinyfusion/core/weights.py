@@ -99,7 +99,7 @@ _PLAIN = "wanted 1 to 200 bytes that do not begin with a dot, without slashes an
 
 def is_plain_name(name: str) -> bool:
     """Whether a name from elsewhere may name a file or folder of the cache: it is one part of a path, and no special one."""
-    if not name or name.startswith(".") or any(letter in "/\\:" or not letter.isprintable() for letter in name):
+    if not name or name.startswith(".") or any(letter in "/\\" or not letter.isprintable() for letter in name):
         return False
     return len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
 
