@@ -1,8 +1,9 @@
-"""What surrounds a command: closed and full standard streams, a launcher's variables, threads that cannot be started."""
+"""What surrounds a command: closed and full standard streams, a launcher's variables, threads that cannot be started, odd names."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import subprocess
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from material import Cli
-from test_verbs import PRUNE, SAMPLE, done
+from PIL import Image
+from test_verbs import PRUNE, SAMPLE, TRAIN, done
 
 import tinyfusion.training.engine
 from tinyfusion.core.errors import UserError
@@ -136,3 +138,68 @@ def test_no_thread_can_be_started(cli: Cli, work: Path, monkeypatch: pytest.Monk
     last = outcome.err.splitlines()[-1]
     assert last.startswith("error: the system starts no more threads for this user") and "Traceback" not in outcome.err
     done(cli, command)
+
+
+# ----------------------------------------------------------------------------------------------------------------- names
+
+ODD = os.fsdecode(b"n\xff")  # bytes that are no UTF-8
+
+
+@pytest.fixture
+def odd(work: Path) -> Path:
+    """Material under names that are not UTF-8."""
+    if sys.platform == "darwin":
+        pytest.skip("the disk takes names in UTF-8 alone")
+    Path("good.pt").rename(f"{ODD}.pt")
+    Path("good.toml").rename(f"{ODD}.toml")
+    Path("images.npz").rename(f"{ODD}.npz")
+    Path(ODD, ODD).mkdir(parents=True)
+    for index in range(12):
+        Image.new("L", (8, 8), 20 * index).save(Path(ODD, ODD, f"{index}{ODD}.png"))
+    return work
+
+
+WORKS = {  # command -> files that it leaves
+    "sample": (f"sample --model teacher --num-images 2 --sampler ddim --num-steps 2 --out {ODD}/x.npz --png {ODD}/png --grid {ODD}/g.png",
+               ("x.npz", "x.json", "g.png", "png/000001.png")),
+    "evaluate": (f"evaluate --samples {ODD}.npz --reference digits:heldout --out {ODD}/e.json", ("e.json",)),
+    "inspect": (f"inspect {ODD}.pt --num-heads 2", ()),
+    "train": (f"{TRAIN} --data {ODD}", ()),
+    "recipe": (f"prune --recipe {ODD}.toml --set data.name={ODD}.npz --keep 0,1 --out pruned", ()),
+    "export": (f"export --model {ODD}.pt --num-heads 2 --to diffusers --out {ODD}/exported", ("exported/README.md",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WORKS)
+def test_names_that_are_not_utf_8(cli: Cli, odd: Path, what: str) -> None:
+    command, left = WORKS[what]
+    done(cli, command)
+    assert all(Path(ODD, name).is_file() for name in left)
+
+
+def test_a_page_and_a_record_of_names_that_are_not_utf_8(cli: Cli, odd: Path) -> None:
+    done(cli, f"{TRAIN} --data {ODD}")
+    assert json.loads(Path("trained/run.json").read_text(encoding="utf-8"))["recipe"]["data"]["name"] == ODD
+    Path("trained").rename(f"trained{ODD}")
+    done(cli, f"report trained{ODD} --out {ODD}.html")
+    page = Path(f"{ODD}.html").read_text(encoding="utf-8")
+    assert r"trainedn\udcff" in page
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (f"{PRUNE}{ODD}", r"--out prunedn\udcff is not UTF-8, and safetensors opens no file in such a folder"),
+        (f"inspect {ODD}nothing", r"no model at n\udcffnothing"),
+        (f"prune --teacher teacher --data hub:org/{ODD} --out pruned", r"'org/n\udcff' is no data set of the hub"),
+        (f"prune --teacher teacher --data parquet:{ODD} --out pruned", r"no parquet data at n\udcff"),
+        (f"{PRUNE} --set {ODD}=1", r"unknown field 'n\udcff'"),
+        (f"{PRUNE} --scheme {ODD}", r"n\udcff"),
+        (f"{PRUNE} --{ODD}", r"prune has no option --n\udcff"),
+        (ODD, r"unknown verb 'n\udcff'"),
+    ],
+)  # fmt: skip
+def test_names_that_are_not_utf_8_in_messages(cli: Cli, odd: Path, command: str, message: str) -> None:
+    outcome = cli(*shlex.split(command))
+    assert outcome.code == 2 and outcome.err.splitlines()[-1].startswith("error: ")
+    assert message in outcome.err and "Traceback" not in outcome.err
