@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import io
 import json
-import os
 import re
 import shlex
 import signal
@@ -32,9 +31,10 @@ from tinyfusion.core.config import (
 )
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, no_fetching
-from tinyfusion.core.launch import launched_processes, launched_rank
+from tinyfusion.core.launch import check_launch, launched_processes, launched_rank
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.signals import Interrupted, SignalWatch
+from tinyfusion.core.streams import guarded_streams
 from tinyfusion.option_groups import Answers, OpensModel
 from tinyfusion.options import PARALLEL, POSITIONAL, REQUIRED, VERBS, Inspect, Recipes
 
@@ -54,6 +54,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Answers]:
             )
     except SystemExit as stop:
         if stop.code in (0, None):
+            sys.stdout.flush()
             raise
         raise UserError(_one_line(captured.getvalue())) from None
     verb = next(name for name, kind in VERBS.items() if type(options) is kind)
@@ -280,16 +281,30 @@ def _main_expected(name: str, numbers: Sequence[dict[str, Any]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit codes of docs/contract.md."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    debug = "--debug" in arguments
+    with guarded_streams():
+        return _ended(sys.argv[1:] if arguments is None else list(arguments))
+
+
+def _answer(arguments: Sequence[str]) -> None:
+    """Do what the arguments say, and print the outcome. Raises what a verb raises."""
     if list(arguments) == ["--version"]:
         print(f"tinyfusion {__version__}")
-        return 0
+    else:
+        check_launch()
+        verb, options = parse(arguments)
+        reproducing = [a for a in arguments if a not in ("--overwrite", "--debug", "--json")]
+        outcome = execute(verb, options, shlex.join(["tinyfusion", *reproducing]))
+        if options.json and launched_rank() == 0:
+            print(json.dumps(outcome))
+    sys.stdout.flush()
+
+
+def _ended(arguments: Sequence[str]) -> int:
+    """The exit code of the whole, after whatever error was said."""
+    debug = "--debug" in arguments
     try:
         with SignalWatch(patient=False):
-            verb, options = parse(arguments)
-            reproducing = [a for a in arguments if a not in ("--overwrite", "--debug", "--json")]
-            outcome = execute(verb, options, shlex.join(["tinyfusion", *reproducing]))
+            _answer(arguments)
     except UserError as error:
         return _fail(error, debug)
     except Interrupted as stop:
@@ -299,7 +314,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough, as in `tinyfusion inspect M | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -311,15 +325,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except Exception as error:  # our bug, the machine's memory, or another process that ended
         return _unexpected(error, debug)
-    if options.json and launched_rank() == 0:
-        print(json.dumps(outcome))
     return 0
+
+
+_LONGEST_ERROR = 4000  # characters; a name or value in it may have any length
 
 
 def _fail(error: UserError, debug: bool, cause: BaseException | None = None) -> int:
     if debug:
         traceback.print_exception(cause or error)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = " ".join(str(error).split())
+    short = text if len(text) <= _LONGEST_ERROR else f"{text[: _LONGEST_ERROR // 2]} ... {text[-_LONGEST_ERROR // 2 :]}"
+    print(f"error: {short}", file=sys.stderr)
     return 2
 
 
@@ -333,7 +350,6 @@ _NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "Cannot allocate memory",
-    "can't start new thread",
     "ALLOC_FAILED",
 )
 _SMALLER = (
@@ -345,6 +361,9 @@ def _unexpected(error: Exception, debug: bool) -> int:
     said = str(error)
     if "No space left on device" in said:  # safetensors has an exception of its own
         return _fail(_no_space(), debug, error)
+    if "can't start new thread" in said:
+        few = "the system starts no more threads for this user: end other programs, or raise its limit (ulimit -u)"
+        return _fail(UserError(few), debug, error)
     if isinstance(error, MemoryError) or any(sign in said for sign in _NO_MEMORY):
         short = said.strip().partition("\n")[0] or "the system gave no more"
         return _fail(UserError(f"out of memory: use a smaller batch; {_SMALLER} ({short})"), debug, error)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 from material import Cli
-from test_verbs import PRUNE, RUN, SAMPLE, done
+from test_encode import encoded, save_autoencoder
+from test_verbs import EVALUATE, PRUNE, RUN, SAMPLE, done
 
 import tinyfusion.jobs.drawing
+import tinyfusion.jobs.encode
 import tinyfusion.jobs.evaluate
+import tinyfusion.jobs.inspect
+import tinyfusion.jobs.prune
 import tinyfusion.jobs.run
+import tinyfusion.jobs.sample
 import tinyfusion.jobs.training
+import tinyfusion.sample.drive
+import tinyfusion.training.loop
+from tinyfusion.core.signals import Interrupted, SignalWatch, check_stop
 
 
 def record_of(run: str) -> Any:
@@ -134,3 +144,147 @@ def test_overwriting_with_a_job_that_fails_keeps_the_old(cli: Cli, work: Path) -
     assert "non-finite" in outcome.err
     assert done(cli, "inspect pruned --json").last_json["kept"] == {"blocks": [0]}
     assert list(work.glob(".*")) == []
+
+
+# ------------------------------------------------------------------------------------------------------- dropped exceptions
+
+
+class Dying:
+    """Sends a signal to this process while Python runs its `__del__`, where an exception is dropped."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.signum)
+
+
+def dropped_before(patch: pytest.MonkeyPatch, module: Any, name: str, signum: int) -> None:
+    """The first call of a function of a module comes after such a signal."""
+    function, due = getattr(module, name), [True]
+
+    def called(*given: Any, **named: Any) -> Any:
+        if due.pop() if due else False:
+            Dying(signum)
+        return function(*given, **named)
+
+    patch.setattr(module, name, called)
+
+
+LATENTS = "encode --data pictures --vae vae --size 16 --batch-size 2 --out latents"
+DROPPED = {  # the function before which the signal comes, the command, what it leaves
+    "prune, in the training": (tinyfusion.training.loop, "_forward_backward", PRUNE, ["pruned"]),
+    "prune, before the training": (tinyfusion.jobs.prune, "open_teacher", PRUNE, []),
+    "sample, between steps": (tinyfusion.sample.drive, "_watched", SAMPLE, []),
+    "sample, while the model is opened": (tinyfusion.jobs.sample, "open_model", SAMPLE, []),
+    "encode, in a batch": (tinyfusion.jobs.encode, "encoded_values", LATENTS, []),
+    "evaluate": (tinyfusion.jobs.evaluate, "score", EVALUATE, []),
+    "inspect": (tinyfusion.jobs.inspect, "inspect", "inspect teacher", []),
+}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("where", DROPPED)
+def test_a_signal_inside_a_destructor_is_obeyed(
+    cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch, where: str, signum: signal.Signals
+) -> None:
+    module, name, command, left = DROPPED[where]
+    if command == LATENTS:
+        Path("pictures/class").mkdir(parents=True)
+        for index in range(6):
+            Path(f"pictures/class/{index}.png").write_bytes(encoded(index))
+        save_autoencoder(Path("vae"))
+    before = {path.name for path in work.iterdir()}
+    with monkeypatch.context() as patch:
+        dropped_before(patch, module, name, signum)
+        stopped = cli(*shlex.split(command))
+    assert stopped.code == 128 + signum, stopped.err
+    assert stopped.err.splitlines()[-1].startswith(f"interrupted by {signum.name}; ")
+    assert "Traceback" not in stopped.err and "Exception ignored" not in stopped.err
+    assert sorted({path.name for path in work.iterdir()} - before) == left
+    done(cli, command)
+
+
+def watched(block: Callable[[], object], expected: type[BaseException], message: str | None = None) -> None:
+    """A block within a watch ends with this exception."""
+    with pytest.raises(expected, match=message), SignalWatch(patient=False):
+        block()
+
+
+def send(signum: int) -> None:
+    os.kill(os.getpid(), signum)
+
+
+def test_a_dropped_stop_is_raised_by_the_next_signal_the_next_check_or_at_the_end() -> None:
+    reached = []
+
+    def at_the_end() -> None:
+        Dying(signal.SIGINT)
+        reached.append("the end")
+
+    def at_the_next_signal() -> None:
+        Dying(signal.SIGTERM)
+        send(signal.SIGINT)
+        raise AssertionError("went on")
+
+    def at_the_next_check() -> None:
+        Dying(signal.SIGTERM)
+        check_stop()
+        raise AssertionError("went on")
+
+    def before_a_training() -> None:
+        Dying(signal.SIGTERM)
+        with SignalWatch():
+            raise AssertionError("a training began")
+
+    watched(at_the_end, Interrupted, "by SIGINT")
+    assert reached == ["the end"]
+    watched(at_the_next_signal, Interrupted, "by SIGTERM")
+    watched(at_the_next_check, Interrupted, "by SIGTERM")
+    watched(before_a_training, Interrupted, "by SIGTERM")
+
+
+@pytest.mark.parametrize(("again", "expected"), [(signal.SIGTERM, Interrupted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_second_signal_while_the_first_is_acted_on(again: int, expected: type[BaseException]) -> None:
+    reached = []
+
+    def block() -> None:
+        try:
+            send(signal.SIGTERM)
+        finally:
+            check_stop()
+            send(again)
+            reached.append("saved")
+
+    watched(block, expected)
+    assert reached == (["saved"] if expected is Interrupted else [])
+
+
+def test_an_error_that_foreign_code_made_of_a_stop_is_a_stop() -> None:
+    def turned_into_another() -> None:
+        with contextlib.suppress(BaseException):
+            send(signal.SIGTERM)
+        raise ImportError("multiarray failed to import")
+
+    def not_cleaned_up() -> None:
+        try:
+            send(signal.SIGTERM)
+        finally:
+            raise OSError("no space for the checkpoint")
+
+    watched(turned_into_another, Interrupted, "by SIGTERM")
+    watched(not_cleaned_up, OSError, "no space")
+
+
+def test_other_dropped_exceptions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", told.append)
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("broken")
+
+    with SignalWatch(patient=False):
+        Broken()
+    assert len(told) == 1
+    assert sys.unraisablehook == told.append

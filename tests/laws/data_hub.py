@@ -37,13 +37,16 @@ class DataSet:
 
 @dataclass
 class DataHub:
-    """asked: listings; whole, ranges: files that were read whole, and in parts. failures: answers 503 so many times."""
+    """asked: listings; whole, ranges: files that were read whole, and in parts. failures: answers 503 so many times.
+    shift: how far the ranges that it says are from those that were asked for.
+    """
 
     sets: dict[str, DataSet]
     asked: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     ranges: list[tuple[str, int]] = field(default_factory=list)
     failures: int = 0
+    shift: int = 0
     address: str = ""
 
 
@@ -109,4 +112,6 @@ class _Handler(HubAnswers, BaseHTTPRequestHandler):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             part = content[int(first) : int(last) + 1 if last else None]
             self.served.ranges.append((path, len(part)))
-            self.send(206, part, about)
+            end = int(first) + len(part) - 1
+            sent = f"bytes {int(first) + self.served.shift}-{end + self.served.shift}/{len(content)}"
+            self.send(206, part, {**about, "Content-Range": sent})

@@ -226,6 +226,42 @@ def test_requests_that_fail_for_a_moment_are_made_again(hub: DataHub, monkeypatc
         parts.groups[0].read()
 
 
+def test_a_range_that_was_not_asked_for_is_no_content(hub: DataHub) -> None:
+    parts = open_parts("hub-stream:org/cifar", None, 3)
+    hub.shift = 1
+    with pytest.raises(
+        UserError, match=r"cannot be read: asked for \d+ bytes from \d+ on, got \d+ with status 206, range"
+    ):
+        parts.groups[0].read()
+
+
+@pytest.mark.parametrize("path", ["../train.parquet", "/etc/train.parquet", "a/./train.parquet", "a\0/train.parquet"])
+def test_a_listing_that_leads_out_of_the_repository_is_refused(hub: DataHub, tmp_path: Path, path: str) -> None:
+    hub.sets["org/out"] = DataSet({MAIN: {path: table(0, 2)}})
+    with pytest.raises(
+        UserError, match=r"the hub lists .*train.parquet' of org/out: wanted a path inside the repository"
+    ):
+        open_hub("org/out")
+    open_hub("org/cifar")
+    (record,) = (tmp_path / "home" / "tinyfusion" / "hub").iterdir()
+    told = json.loads(record.read_text(encoding="utf-8"))
+    record.write_text(json.dumps({**told, "files": [[path, 10]]}), encoding="utf-8")
+    assert paths(open_hub("org/cifar")) != [path], "asked for again"
+
+
+@pytest.mark.parametrize("configs", [3, [3, None, "a"], [{"data_files": 3}], [{"data_dir": "data"}]])
+def test_a_card_of_another_form_says_nothing(hub: DataHub, configs: Any) -> None:
+    hub.sets["org/plain"].card = {"configs": configs}
+    assert paths(open_hub("org/plain")) == ["data/train-00000-of-00001.parquet"]
+
+
+@pytest.mark.parametrize("files", [[{"path": 3}], {"train": None}, {"train": {"path": 3}}, [3]])
+def test_a_card_that_names_no_files(hub: DataHub, files: Any) -> None:
+    hub.sets["org/plain"].card = {"configs": [{"data_files": files}]}
+    with pytest.raises(UserError, match="org/plain has no parquet files"):
+        open_hub("org/plain")
+
+
 def test_pictures_to_encode_come_from_the_hub_in_the_order_of_their_files(hub: DataHub, tmp_path: Path) -> None:
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(
         sets()["org/jpg"].branches[CONVERTED]["default/train/0000.parquet"]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from loopback import Served, serving
 
+from loopback_http import HubAnswers, answering
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, fetching_forbidden, no_fetching
 from tinyfusion.core.weights import cache_folder, fetch_weights, known_weights, user_table
@@ -196,6 +200,26 @@ def test_the_users_table_wins(server: Served) -> None:
         ('[mine]\naddress = "http://a/"\n', "http address of a file"),
         ('[mine]\naddress = "http://a/b"\nsha256 = "XYZ"\n', "hexadecimal"),
         ('[mine]\naddress = "http://a/b"\nkind = "cat"\n', "kind must be one of"),
+        ('[mine]\naddress = "http://[::1"\n', "http address of a file"),
+        ('[mine]\naddress = "http://a:99999/b"\n', "http address of a file"),
+        ('[mine]\naddress = "http:///b"\n', "http address of a file"),
+        ('[mine]\naddress = "http://a/b c"\n', "http address of a file"),
+        ('[mine]\naddress = "http://a/b\\u0000"\n', "http address of a file"),
+        ('[mine]\naddress = "http://a/\u00e9"\n', "http address of a file"),
+        ('[mine]\naddress = "ftp://a/b"\n', "http address of a file"),
+        ('[mine]\naddress = "http://a/%2e%2e%2fb"\n', "name of a file of the cache: .*; got '../b'"),
+        ('[mine]\naddress = "http://a/%2Fetc%2Fpasswd"\n', "name of a file of the cache: .*; got '/etc/passwd'"),
+        ('[mine]\naddress = "http://a/%2e%2e"\n', "name of a file of the cache: .*; got '..'"),
+        ('[mine]\naddress = "http://a/b%00"\n', "name of a file of the cache"),
+        ('[mine]\naddress = "http://a/b%0a"\n', "name of a file of the cache"),
+        ('[mine]\naddress = "http://a/?file=b"\n', "http address of a file"),
+        (f'[mine]\naddress = "http://a/{"b" * 201}"\n', "name of a file of the cache: wanted 1 to 200 bytes"),
+        ('["../mine"]\naddress = "http://a/b"\n', "'../mine'. names a folder of the cache"),
+        ('["/mine"]\naddress = "http://a/b"\n', "'/mine'. names a folder of the cache"),
+        ('[".."]\naddress = "http://a/b"\n', "'..'. names a folder of the cache"),
+        ('[""]\naddress = "http://a/b"\n', "''. names a folder of the cache"),
+        ('["a\\u0000"]\naddress = "http://a/b"\n', "names a folder of the cache"),
+        (f"mine = {'[' * 5000}", "nested too deeply"),
     ],
 )
 def test_a_table_that_is_none(text: str, message: str) -> None:
@@ -203,6 +227,103 @@ def test_a_table_that_is_none(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         known_weights()
     assert "weights.toml" in str(raised.value)
+
+
+def test_the_longest_names_are_fetched(server: Served) -> None:
+    name = "n" * 200
+    table(f'[{name}]\naddress = "{server.address.rpartition("/")[0]}/{"b" * 200}"\n')
+    assert fetch_weights(name) == cache_folder() / name / ("b" * 200)
+
+
+Answer = tuple[int, dict[str, str], bytes]
+WHOLE: dict[str, str] = {"Content-Length": str(len(CONTENT)), "ETag": '"one"'}
+CUT: Answer = (200, WHOLE, CONTENT[:1000])  # a connection that breaks
+PART = {"Content-Range": f"bytes 0-999/{len(CONTENT)}", "Content-Length": "1000"}
+CHUNKED = {"Transfer-Encoding": "chunked"}
+
+
+@contextmanager
+def scripted(*answers: Answer) -> Iterator[tuple[str, list[str | None]]]:
+    """Address of a server that gives these answers, the last one again and again; and the ranges that it is asked for."""
+    left, asked = list(answers), list[str | None]()
+
+    class Handler(HubAnswers, BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("Range"))
+            status, headers, body = left.pop(0) if len(left) > 1 else left[0]
+            self.send_response(status)
+            for header, value in headers.items():
+                self.send_header(header, value)
+            self.end_headers()
+            self.wfile.write(body)
+            self.close_connection = True
+
+    with answering(Handler) as address:
+        yield f"{address}/weights.pt", asked
+
+
+def chunk(content: bytes) -> bytes:
+    """A body in one chunk."""
+    return b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
+
+
+NEVER_WHOLE: dict[str, tuple[list[Answer], str, int]] = {  # answers, reason, requests at most
+    "a part nobody asked for": ([(206, PART, CONTENT[:1000])], "it answers 206 bytes 0-999/768000, and the whole", 1),
+    "a part without a range": ([(206, {}, CONTENT)], "it answers 206, and the whole file was asked for", 1),
+    "another range": ([CUT, (206, PART, CONTENT[:1000])], "and the whole file was asked for", 6),
+    "a range beyond the end": ([CUT, (206, {"Content-Range": "bytes 1000-1999/1500"}, b"x" * 1000)], "the whole file", 6),
+    "a range of another length": (
+        [CUT, (206, {"Content-Range": f"bytes 1000-1999/{len(CONTENT)}", "Content-Length": "5"}, b"x" * 5)], "the whole", 6,
+    ),
+    "compressed": ([(200, {"Content-Encoding": "gzip"}, gzip.compress(CONTENT))], "in the encoding 'gzip', which", 1),
+    "longer than it says": ([(200, {**CHUNKED, "Content-Length": "10"}, chunk(CONTENT))], "says 10 bytes and sends", 5),
+    "shorter than it says": ([(200, {**WHOLE, "Content-Length": "9"}, b"12345")], "the connection broke", 6),
+    "broken off in a chunk": ([(200, CHUNKED, chunk(CONTENT)[:5000])], "IncompleteRead", 6),
+    "no number of bytes": ([(200, {"Content-Length": "-1"}, CONTENT)], "it says Content-Length '-1'", 1),
+    "a huge number of bytes": ([(200, {"Content-Length": "9" * 5000}, CONTENT)], "it says Content-Length '999", 1),
+    "more than the disk has": ([(200, {"Content-Length": "9" * 17}, CONTENT)], "no space", 1),
+    "nothing": ([(200, {"Content-Length": "0"}, b"")], "it sends an empty file", 1),
+    "no content": ([(204, {}, b"")], "it answers 204, and the whole file was asked for", 1),
+    "416 at once": ([(416, {}, b"")], "answers 416 Requested Range Not Satisfiable", 1),
+    "416 again and again": ([CUT, (416, {}, b""), CUT, (416, {}, b"")] * 50, "it answers 416", 12),
+    "redirects in a circle": ([(302, {"Location": "/weights.pt"}, b"")], "infinite loop", 12),
+    "to a file": ([(302, {"Location": "file:///etc/passwd"}, b"")], "answers 302", 1),
+    "to another protocol": ([(302, {"Location": "ftp://127.0.0.1/x"}, b"")], "leads to 'ftp://127.0.0.1/x', which is no", 1),
+    "to nowhere": ([(302, {"Location": "http://[::1"}, b"")], "Invalid IPv6 URL", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NEVER_WHOLE)
+def test_an_answer_that_is_not_the_whole_file_is_never_recorded(what: str) -> None:
+    answers, reason, most = NEVER_WHOLE[what]
+    with scripted(*answers) as (address, asked):
+        table(f'[mine]\naddress = "{address}"\n')
+        with pytest.raises(UserError, match="cannot fetch mine") as raised:
+            fetch_weights("mine")
+    assert reason in str(raised.value) and "\n" not in str(raised.value).strip()
+    assert 1 <= len(asked) <= most
+    assert not [name for name in left() if not name.startswith(".")]
+
+
+def test_a_part_that_was_asked_for_may_be_shorter() -> None:
+    """As servers with a limit per answer give it."""
+    size = len(CONTENT)
+    parts: list[Answer] = [
+        (206, {"Content-Range": f"bytes {first}-{last - 1}/{size}", "ETag": '"one"'}, CONTENT[first:last])
+        for first, last in ((1000, 5000), (5000, size))
+    ]
+    with scripted(CUT, *parts) as (address, asked):
+        table(f'[mine]\naddress = "{address}"\n')
+        assert fetch_weights("mine").read_bytes() == CONTENT
+    assert asked == [None, "bytes=1000-", "bytes=5000-"]
+
+
+def test_a_record_that_is_no_text(server: Served) -> None:
+    entry(server)
+    path = fetch_weights("mine")
+    path.with_name(f"{path.name}.sha256").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="sha256 is damaged: not UTF-8"):
+        fetch_weights("mine")
 
 
 def test_an_unknown_name() -> None:

@@ -87,8 +87,9 @@ class Ahead(Generic[Value]):
     def _awaited(self, step: int) -> Value | _Failure:
         """The outcome of `step`, waited for."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="batches ahead", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="batches ahead", daemon=True)
+            thread.start()
+            self._thread = thread  # not before: a thread that could not be started cannot be joined
         limit = step + self.depth + 1
         wanted = range(step, limit if self.end is None else max(min(limit, self.end), step + 1))
         with self._changed:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,22 +20,36 @@ from tinyfusion.core.recipe import Recipe
 
 _KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 _POSITIVE = math.ulp(0.0)
-# what a number must be, by its field's path or the last part of it: smallest and largest value
+_LARGEST = 10**308  # of whole numbers that become floating point
+_WIDEST_INT = 2**63 - 1  # of whole numbers without a range of their own: what tensors and files can hold
+# what a number must be, by its field's path or the last part of it: smallest and largest value. Largest values are far above
+# any use; behind them are overflows, and memory that no machine has
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("steps", "stop_after", "batch_size", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit"), (1, math.inf)),
-    **dict.fromkeys(("max_bad_steps", "num_images", "num_steps", "lora_rank", "neighbours"), (1, math.inf)),
-    **dict.fromkeys(("num_keep", "size", "calibration_images", "calibration_batch_size", "num_masks"), (1, math.inf)),
-    **dict.fromkeys(("is_splits_size", "repeats", "steps_per_repeat", "shard_images"), (1, math.inf)),
+    **dict.fromkeys(("steps", "stop_after", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit"), (1, 10**9)),
+    **dict.fromkeys(("max_bad_steps", "num_images", "calibration_images", "window_images", "shard_images", "is_splits_size"), (1, 10**9)),
+    **dict.fromkeys(("batch_size", "calibration_batch_size", "decode_batch_size", "gradient_accumulation_steps"), (1, 2**20)),
+    **dict.fromkeys(("num_steps", "most_rounds", "head_steps", "steps_per_repeat", "repeats", "strata"), (1, 10**6)),
+    **dict.fromkeys(("num_keep", "neighbours"), (1, 10**6)),
+    **dict.fromkeys(("lora_rank", "size", "diffusion_batch_mul"), (1, 2**16)),
     **dict.fromkeys(("learning_rate", "eps", "clip_norm", "skip_norm", "temperature", "mask_sigmas"), (_POSITIVE, math.inf)),
-    **dict.fromkeys(("warmup_steps", "weight_decay", "gate_learning_rate", "scaling", "beta"), (0, math.inf)),
+    **dict.fromkeys(("weight_decay", "gate_learning_rate", "scaling", "beta"), (0, math.inf)),
     **dict.fromkeys(("label_drop", "augment", "flip", "eta", "alpha_kd", "width_threshold", "learning_rate_end_share"), (0, 1)),
     **dict.fromkeys(("ema_decay", "betas"), (0, math.nextafter(1, 0))),
-    **dict.fromkeys(("checkpoints", "depths"), (0, math.inf)),
-    **dict.fromkeys(("budget_weight", "beside_weight", "beside_steps", "ramp_steps", "finish_steps"), (0, math.inf)),
-    "dynamic.calibration_images": (0, math.inf),  # a whole path goes before its last part
+    **dict.fromkeys(("warmup_steps", "beside_steps", "ramp_steps", "finish_steps"), (0, 10**9)),
+    **dict.fromkeys(("grid_every_steps", "fid_every_steps", "grid_images", "fid_images"), (0, 10**9)),
+    **dict.fromkeys(("checkpoints", "depths"), (0, 10**6)),
+    **dict.fromkeys(("budget_weight", "beside_weight"), (0, math.inf)),
+    "dynamic.calibration_images": (0, 10**9),  # a whole path goes before its last part
+    **{f"model.{name}": (1, 2**20) for name in ("hidden_size", "in_channels", "head_width", "caption_channels")},
+    **{f"model.{name}": (1, 2**14) for name in ("input_size", "patch_size", "num_heads", "buffer_size", "caption_tokens")},
+    **{f"model.{name}": (1, 2**12) for name in ("depth", "head_depth")},
+    "model.num_classes": (1, 2**24),
+    "num_masks": (1, 10**7),
+    "prefetch_batches": (0, 2**10),
+    "product_size": (1, 2**17),
+    "timeout_s": (_POSITIVE, 1e8),
     "width_share": (_POSITIVE, 1),
     "target": (_POSITIVE, 1),
-    "strata": (1, math.inf),
     "seed": (0, 2**64 - 1),
 }  # fmt: skip
 
@@ -77,7 +92,7 @@ def load_recipe(
     for setting in settings:
         path, separator, text = setting.partition("=")
         if not separator:
-            raise UserError(f"--set wants section.field=value; got {setting!r}")
+            raise UserError(f"--set wants section.field=value; got {_shown(setting)}")
         _assign(values, path.strip().split("."), _parse_scalar(text.strip()), path)
     return typing.cast(Recipe, build(Recipe, values, ""))
 
@@ -123,9 +138,9 @@ def build(kind: Any, value: Any, path: str) -> Any:
         return _build_dataclass(kind, value, path)
     if origin is typing.Literal:
         if value not in args:
-            raise UserError(
-                f"{path} must be one of {', '.join(map(str, args))}; got {value!r}{nearest_choice(value, args)}"
-            )
+            text = _shown(value)
+            near = nearest_choice(text.strip("'"), args)
+            raise UserError(f"{path} must be one of {', '.join(map(str, args))}; got {text}{near}")
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -151,7 +166,7 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
         return value
     if not isinstance(value, Mapping):
         names = ", ".join(f.name for f in dataclasses.fields(kind))
-        raise UserError(f"{path or 'the recipe'} is a section with the fields {names}; got {value!r}")
+        raise UserError(f"{path or 'the recipe'} is a section with the fields {names}; got {_shown(value)}")
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in value:
@@ -196,14 +211,14 @@ def _build_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(build(args[0], item, path) for item in value)
     if len(value) != len(args):
-        raise UserError(f"{path} wants {len(args)} values; got {value!r}")
+        raise UserError(f"{path} wants {len(args)} values; got {_shown(value)}")
     return tuple(build(a, item, path) for a, item in zip(args, value, strict=True))
 
 
 def _build_container(kind: Any, args: tuple[Any, ...], value: Any, path: str) -> Any:
     """A list of one kind of items, or a dict of names to one kind of values."""
     if not isinstance(value, kind):
-        raise UserError(f"{path} wants {'a list' if kind is list else 'names with values'}; got {value!r}")
+        raise UserError(f"{path} wants {'a list' if kind is list else 'names with values'}; got {_shown(value)}")
     if isinstance(value, dict):
         return {name: build(args[1], item, f"{path}.{name}") for name, item in value.items()}
     return [build(args[0], item, path) for item in value]
@@ -211,24 +226,39 @@ def _build_container(kind: Any, args: tuple[Any, ...], value: Any, path: str) ->
 
 def _build_scalar(kind: Any, value: Any, path: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(max(-_LARGEST, min(value, _LARGEST)))
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+        return _shown(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{path} wants {_KINDS.get(kind, kind.__name__)}; got {value!r}")
+        raise UserError(f"{path} wants {_KINDS.get(kind, kind.__name__)}; got {_shown(value)}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         _check_range(value, path)
     return value
 
 
 def _check_range(value: float, path: str) -> None:
-    low, high = _RANGES.get(path) or _RANGES.get(path.rpartition(".")[2], (-math.inf, math.inf))
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{path} wants a finite number; got {value}")
+    widest = (-_WIDEST_INT, _WIDEST_INT) if isinstance(value, int) else (-math.inf, math.inf)
+    low, high = _RANGES.get(path) or _RANGES.get(path.rpartition(".")[2], widest)
     if not low <= value <= high:
-        least = "above 0" if low == _POSITIVE else f"at least {low:g}"
-        most = "" if math.isinf(high) else " and below 1" if high < 1 else f" and at most {high:g}"
-        raise UserError(f"{path} must be {least}{most}; got {value:g}")
+        least = "above 0" if low == _POSITIVE else f"at least {low:,}"
+        most = " and below 1" if high < 1 else f" and at most {high:,}"
+        most = "" if math.isinf(high) or (value < low and high > 1) else most
+        raise UserError(f"{path} must be {least}{most}; got {_shown(value)}")
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 120
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20
+
+
+def _shown(value: Any) -> str:
+    """A value from outside in a message, shortened, whatever its depth and length."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # whole numbers of more digits than Python writes
+        return f"a number of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def to_plain(value: Any) -> Any:

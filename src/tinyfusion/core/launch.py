@@ -1,20 +1,62 @@
-"""What a launcher (`torchrun`, `accelerate launch`) told this process about the others: its place and their number."""
+"""The variables by which a launcher (`torchrun`, `accelerate launch`) gives this process its place and their number."""
 
 from __future__ import annotations
 
 import os
+import re
+
+from tinyfusion.core.errors import UserError
+
+_MOST = 2**20  # processes
 
 
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    return int(text) if text.isdigit() else default
-
-
-def launched_rank() -> int:
-    """Place of this process among those that were started together; 0 where it is alone."""
-    return _number("RANK", 0)
+def _number(name: str, default: int, low: int, below: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    value = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
+    if not low <= value < below:
+        raise UserError(
+            f"the environment variable {name} is a whole number from {low} to {below - 1}; got {text[:40]!r}: unset it, or "
+            "let torchrun set it"
+        )
+    return value
 
 
 def launched_processes() -> int:
-    """How many were started together."""
-    return _number("WORLD_SIZE", 1)
+    """How many were started together. Raises UserError where WORLD_SIZE is not such a number."""
+    return _number("WORLD_SIZE", 1, 1, _MOST)
+
+
+def launched_rank() -> int:
+    """Place of this process among those that were started together; 0 where it is alone.
+
+    Raises UserError where RANK or WORLD_SIZE is not such a number.
+    """
+    world = launched_processes()
+    rank = _number("RANK", 0, 0, _MOST)
+    if rank >= world:
+        raise UserError(f"RANK {rank} of WORLD_SIZE {world}: processes are numbered from 0, below their number")
+    return rank
+
+
+def launched_local_rank() -> int:
+    """Place of this process among those on this machine. Raises UserError where LOCAL_RANK is not such a number."""
+    return _number("LOCAL_RANK", 0, 0, launched_processes())
+
+
+def check_launch() -> None:
+    """Raise UserError where a variable of the launcher is not what a launcher sets."""
+    launched_rank()
+    launched_local_rank()
+
+
+def check_meeting_place() -> None:
+    """Raise UserError where the launcher did not say at which address the processes find each other."""
+    _number("MASTER_PORT", 0, 1, 2**16)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name, "").strip():
+            raise UserError(
+                f"WORLD_SIZE is {launched_processes()}, and the environment variable {name} is not set: start the processes by "
+                "torchrun, or unset RANK and WORLD_SIZE"
+            )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
+
+from tinyfusion.core.signals import check_stop
 
 
 class Advance(Protocol):
     """Report progress: how many units are done now, and a short note."""
 
-    def __call__(self, done: int, note: str = "") -> None:
+    def __call__(self, done: int, note: str = "", /) -> None:
         """`done` units of the total are done."""
         ...
 
@@ -43,11 +45,27 @@ class _Lines:
 
 @contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0, shown: bool = True) -> Iterator[Advance]:
-    """A bar of `total` units, `done` of them already. shown: False for all processes but one."""
-    if not shown:
-        yield lambda done, note="": None
-        return
-    if not sys.stderr.isatty():
+    """A bar of `total` units, `done` of them already. shown: False for all processes but one.
+
+    Every report also looks for a signal whose exception was dropped; see `check_stop`.
+    """
+    with _shown(title, total, unit, done) if shown else nullcontext(_silent) as bar:
+
+        def advance(done: int, note: str = "") -> None:
+            check_stop()
+            bar(done, note)
+
+        yield advance
+
+
+def _silent(_done: int, _note: str = "", /) -> None:
+    pass
+
+
+@contextmanager
+def _shown(title: str, total: int, unit: str, done: int) -> Iterator[Advance]:
+    """A bar on a terminal, lines elsewhere."""
+    if sys.stderr is None or not sys.stderr.isatty():
         yield _Lines(title, total, unit, done)
         return
     from rich.console import Console

@@ -156,6 +156,11 @@ class RunDirectory:
         Touches nothing, but for an old run that a killed `--overwrite` had set aside: that one comes back.
         """
         check_writable(self.path)
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError as error:
+            what = "is not UTF-8, and safetensors opens no file in such a folder"
+            raise UserError(f"--out {self.path} {what}: choose another name") from error
         self._restore()
         if _is_empty(self.path):
             return "new"
@@ -290,7 +295,7 @@ class RunDirectory:
         """One more line. Raises UserError where the folder has gone or does not take it; no part of the line stays."""
         size = file.stat().st_size if file.exists() else 0
         try:
-            with open(file, "a", encoding="utf-8") as opened:
+            with open(file, "a", encoding="utf-8", errors="backslashreplace") as opened:
                 opened.write(line + "\n")
         except OSError as error:
             if isinstance(error, FileNotFoundError):

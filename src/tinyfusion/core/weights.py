@@ -31,6 +31,7 @@ from tinyfusion.core.reading import parse_toml, read_text
 _PIECE = 1 << 20  # bytes read at a time
 _ATTEMPTS = 5  # connections in a row that bring nothing new, before giving up
 _TIMEOUT_S = 30.0
+_LONGEST_NAME = 200  # bytes of a name in the cache; partial files have longer ones
 _HEAD_TIMEOUT_S = 5.0  # a dry run only wants to know the size
 
 
@@ -80,11 +81,39 @@ def _entry(name: str, values: Any, path: Path) -> KnownWeights:
         entry: KnownWeights = build(KnownWeights, fields, name)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    if urlsplit(entry.address).scheme not in ("http", "https") or not entry.file_name:
+    if not is_plain_name(name):
+        raise UserError(f"{path}: [{name!r}] names a folder of the cache: {_PLAIN}")
+    if not _is_address(entry.address):
         raise UserError(f"{path}: {name}.address wants the http address of a file; got {entry.address!r}")
+    if not is_plain_name(entry.file_name):
+        raise UserError(
+            f"{path}: {name}.address ends with the name of a file of the cache: {_PLAIN}; got {entry.file_name!r}"
+        )
     if entry.sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", entry.sha256):
         raise UserError(f"{path}: {name}.sha256 wants 8 to 64 hexadecimal digits, small letters; got {entry.sha256!r}")
     return entry
+
+
+_PLAIN = "wanted 1 to 200 bytes that do not begin with a dot, without slashes and control characters"
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name from elsewhere may name a file or folder of the cache: it is one part of a path, and no special one."""
+    if not name or name.startswith(".") or any(letter in "/\\" or not letter.isprintable() for letter in name):
+        return False
+    return len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
+
+
+def _is_address(text: str) -> bool:
+    """Whether a text is the http or https address of a file, in printable ASCII."""
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets, ports
+        return False
+    return (
+        valid and not text.endswith("/") and bool(parts.path.strip("/")) and re.fullmatch(r"[!-~]+", text) is not None
+    )
 
 
 def cache_folder() -> Path:
@@ -106,7 +135,7 @@ def fetch_weights(name: str) -> Path:
     entry = known[name]
     path = cache_folder() / name / entry.file_name
     record = path.with_name(f"{path.name}.sha256")
-    recorded = record.read_text(encoding="utf-8").split()[:1] if record.is_file() else []
+    recorded = read_text(record).split()[:1] if record.is_file() else []
     expected = {"the table": entry.sha256 or "", f"{record}": recorded[0] if recorded else ""}
     if not path.is_file():
         if fetching_forbidden():
@@ -125,9 +154,8 @@ def _size_of(entry: KnownWeights) -> int | None:
     """Bytes, as the server says; None where it does not answer or does not say."""
     asked = urllib.request.Request(entry.address, headers={"User-Agent": "tinyfusion"}, method="HEAD")
     try:
-        with urllib.request.urlopen(asked, timeout=_HEAD_TIMEOUT_S) as answer:
-            length = answer.headers.get("Content-Length")
-            return int(length) if length is not None else None
+        with _opener().open(asked, timeout=_HEAD_TIMEOUT_S) as answer:
+            return _length(answer)
     except (OSError, http.client.HTTPException, ValueError):  # URLError among them
         return None
 
@@ -198,26 +226,26 @@ def _tag_of(partial: Path) -> Path:
 
 def _transfer(entry: KnownWeights, file: IO[bytes], partial: Path) -> None:
     """Fill `file` to the end; connections that break are taken up again as long as they bring something."""
-    barren = 0
+    barren = most = 0
     while True:
         before = file.seek(0, os.SEEK_END)
+        most = max(most, before)  # what was there once and is fetched again is nothing new
         try:
             if _connection(entry, file, partial):
                 return
             reason = "the connection broke"
         except urllib.error.HTTPError as error:
-            if error.code == 416 and before:  # what is there is longer than what the server has
-                file.truncate(0)
-                barren += 1
-                continue
-            raise UserError(
-                f"cannot fetch {entry.name}: {entry.address} answers {error.code} {error.reason}"
-            ) from error
+            error.close()
+            answered = f"{error.code} {str(error.reason).partition(chr(10))[0]}"
+            if error.code != 416 or not before:
+                raise UserError(f"cannot fetch {entry.name}: {entry.address} answers {answered}") from error
+            file.truncate(0)  # what is there is longer than what the server has
+            reason = f"it answers {answered}"
         except (OSError, http.client.HTTPException, ValueError) as error:  # URLError among them
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         have = file.seek(0, os.SEEK_END)
-        barren = 0 if have > before else barren + 1
-        if barren >= (_ATTEMPTS if have else 1):
+        barren = 0 if have > most else barren + 1
+        if barren >= (_ATTEMPTS if most else 1):
             kept = f" after {have / 2**20:.1f} MiB, which are kept: the same command goes on from there" if have else ""
             raise UserError(f"cannot fetch {entry.name} from {entry.address}: {reason}{kept}")
 
@@ -228,20 +256,81 @@ def _connection(entry: KnownWeights, file: IO[bytes], partial: Path) -> bool:
     headers = {"User-Agent": "tinyfusion", "Accept-Encoding": "identity"}
     if have and tag.is_file():
         headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text(encoding="utf-8")}
-    with urllib.request.urlopen(urllib.request.Request(entry.address, headers=headers), timeout=_TIMEOUT_S) as answer:
-        if answer.status != 206 or not str(answer.headers.get("Content-Range", "")).startswith(f"bytes {have}-"):
+    with _opener().open(urllib.request.Request(entry.address, headers=headers), timeout=_TIMEOUT_S) as answer:
+        length = _length(answer)
+        try:
+            whole = _whole_length(answer, have, length, "Range" in headers)
+        except ValueError:
+            file.truncate(0)
+            raise
+        if answer.status == 200:
             file.truncate(0)  # the server begins anew: it knows no ranges, or the file there is another one
             have = 0
         if version := answer.headers.get("ETag") or answer.headers.get("Last-Modified"):
             write_text(tag, version)
         else:
             tag.unlink(missing_ok=True)
-        length = answer.headers.get("Content-Length")
-        total = have + int(length) if length is not None else None
-        check_space(partial, (total or have) - have)
-        with progress(f"fetch {entry.name}", total or 0, "B", have) as advance:
-            have = _copied(answer, file, have, advance)
-        return total is None or have == total
+        check_space(partial, (whole or have) - have)
+        with progress(f"fetch {entry.name}", whole or 0, "B", have) as advance:
+            end = _copied(answer, file, have, advance)
+        if length is not None and end > have + length:
+            file.truncate(0)
+            raise ValueError(f"it says {length} bytes and sends {end - have}")
+        return end == whole if whole is not None else end > 0
+
+
+def _length(answer: Any) -> int | None:
+    """Bytes of a body, None where the server does not say. Raises ValueError where it says no number."""
+    text = answer.headers.get("Content-Length")
+    if text is not None and not re.fullmatch(r"[0-9]{1,18}", text.strip()):
+        raise ValueError(f"it says Content-Length {text[:40]!r}")
+    return None if text is None else int(text)
+
+
+def _whole_length(answer: Any, have: int, length: int | None, asked_part: bool) -> int | None:
+    """Bytes of the whole file, of which `have` are here; None where the server does not say.
+
+    Raises ValueError on an answer that is neither the whole file nor the rest of it that was asked for.
+    """
+    if (encoding := answer.headers.get("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
+        raise ValueError(f"it sends the file in the encoding {encoding!r}, which was not asked for")
+    if answer.status == 200 and length == 0:
+        raise ValueError("it sends an empty file")
+    if answer.status == 200:
+        return length
+    text = str(answer.headers.get("Content-Range", ""))
+    if answer.status != 206 or not asked_part:
+        raise ValueError(f"it answers {answer.status} {text}".rstrip() + ", and the whole file was asked for")
+    part = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", text.strip())
+    first, last = (int(part[1]), int(part[2])) if part else (-1, -1)
+    total = last + 1 if part is None or part[3] == "*" else int(part[3])
+    if first != have or not first <= last < total or length not in (None, last + 1 - first):
+        raise ValueError(f"it answers with the part {text!r}, and bytes from {have} on were asked for")
+    return total
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http and https alone."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        """The request that follows `req`. Raises ValueError on another scheme."""
+        if urlsplit(newurl).scheme not in ("http", "https"):
+            raise ValueError(f"it leads to {newurl[:200]!r}, which is no http address")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        """The answer at the end of a redirect. The connection is closed where there is none."""
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except ValueError:
+            fp.close()
+            raise
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_Redirects)
 
 
 def _copied(answer: Any, file: IO[bytes], have: int, advance: Advance) -> int:

@@ -23,7 +23,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 from tinyfusion.core.files import disk_reason, write_json
 from tinyfusion.core.rundir import read_json
-from tinyfusion.core.weights import cache_folder
+from tinyfusion.core.weights import cache_folder, is_plain_name
 
 CONVERTED = "refs/convert/parquet"  # where the hub keeps what it made of other formats
 DEFAULT_SPLIT = "train"
@@ -119,12 +119,18 @@ class _Ranges(io.RawIOBase):
             http_backoff,
         )
 
-        headers = {**build_hf_headers(), "Range": f"bytes={first}-{first + num - 1}"}
+        asked = f"bytes={first}-{first + num - 1}"
+        headers = {**build_hf_headers(), "Range": asked, "Accept-Encoding": "identity"}
         with _explained(self._file.repository, f"{self._file} cannot be read"):
             answer = http_backoff("GET", self._address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
             hf_raise_for_status(answer)
-            if answer.status_code != 206 or len(answer.content) != num:
-                raise OSError(f"asked for {num} bytes, got {len(answer.content)} with status {answer.status_code}")
+            part = answer.headers.get("Content-Range", "").strip()
+            given = (answer.status_code, part.rpartition("/")[0].replace(" ", "="), len(answer.content))
+            if given != (206, asked, num) or answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise OSError(
+                    f"asked for {num} bytes from {first} on, got {len(answer.content)} with status {answer.status_code}, "
+                    f"range {part[:60]!r}"
+                )
             return bytes(answer.content)
 
 
@@ -177,6 +183,8 @@ def _kept(record: Path, name: str) -> HubSet | None:
             return None
         repository, commit = str(told["repository"]), str(told["commit"])
         files = tuple(HubFile(repository, commit, str(path), int(size)) for path, size in told["files"])
+        if not all(_is_listed_file(file.path, file.size) for file in files):
+            return None
         return HubSet(name, repository, commit, str(told["config"]), str(told["split"]), files)
     except (UserError, KeyError, TypeError, ValueError):
         return None
@@ -269,8 +277,17 @@ def _listing(repository: str, revision: str) -> tuple[str, dict[str, int], Mappi
     sizes = {s.rfilename: s.size for s in info.siblings or () if s.rfilename.endswith(".parquet")}
     if lacking := next((path for path, size in sizes.items() if size is None), None):
         raise UserError(f"the hub does not say how large {repository}/{lacking} is")
+    if odd := next((path for path, size in sizes.items() if not _is_listed_file(path, size)), None):
+        raise UserError(
+            f"the hub lists {odd[:200]!r} of {repository}: wanted a path inside the repository, and its size"
+        )
     card: Mapping[str, Any] = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
     return str(info.sha), {path: int(size or 0) for path, size in sizes.items()}, card
+
+
+def _is_listed_file(path: str, size: Any) -> bool:
+    """Whether a path of a listing leads to a file inside its repository, of a size that a file can have."""
+    return type(size) is int and 0 <= size < 2**63 and all(map(is_plain_name, path.split("/")))
 
 
 def _config(name: str, configs: Sequence[str], wanted: str, card: Mapping[str, Any]) -> str:
@@ -279,7 +296,7 @@ def _config(name: str, configs: Sequence[str], wanted: str, card: Mapping[str, A
         if wanted not in configs:
             raise UserError(f"{name}: there are the configurations {', '.join(configs)}, not {wanted!r}")
         return wanted
-    declared = [str(c.get("config_name")) for c in card.get("configs") or () if c.get("default")]
+    declared = [str(c.get("config_name")) for c in _configs(card) if c.get("default")]
     for one in (*declared, "default"):
         if one in configs:
             return one
@@ -295,8 +312,8 @@ def _config(name: str, configs: Sequence[str], wanted: str, card: Mapping[str, A
 
 def _entries(paths: Mapping[str, int], card: Mapping[str, Any], wanted: str) -> dict[tuple[str, str], list[str]]:
     """Files by configuration and split: as the card declares them, else by their names; sorted."""
-    declared = card.get("configs")
-    if isinstance(declared, list) and any("data_files" in c or "data_dir" in c for c in declared):
+    declared = _configs(card)
+    if any("data_files" in c or "data_dir" in c for c in declared):
         found: dict[tuple[str, str], list[str]] = {}
         for one in declared:
             inside = str(one.get("data_dir") or "").strip("./")
@@ -308,6 +325,12 @@ def _entries(paths: Mapping[str, int], card: Mapping[str, Any], wanted: str) -> 
         return found
     below = [path for path in sorted(paths) if not wanted or path.startswith(f"{wanted}/")]
     return {(wanted or "default", split): files for split, files in _named(below)}
+
+
+def _configs(card: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The configurations that a card declares; entries of another form are none."""
+    declared = card.get("configs")
+    return [config for config in declared if isinstance(config, Mapping)] if isinstance(declared, list) else []
 
 
 def _converted(paths: Mapping[str, int]) -> dict[tuple[str, str], list[str]]:
@@ -328,13 +351,15 @@ def _declared(data_files: Any) -> list[tuple[str, list[str]]]:
         return [(DEFAULT_SPLIT, [data_files])]
     if isinstance(data_files, Mapping):
         return [(str(split), _several(patterns)) for split, patterns in data_files.items()]
+    if not isinstance(data_files, list):
+        return []
     if all(isinstance(entry, Mapping) for entry in data_files):
         return [(str(e.get("split", DEFAULT_SPLIT)), _several(e.get("path"))) for e in data_files]
     return [(DEFAULT_SPLIT, _several(data_files))]
 
 
 def _several(patterns: Any) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else [str(pattern) for pattern in patterns or ()]
+    return [str(pattern) for pattern in patterns] if isinstance(patterns, list) else [str(patterns or "")]
 
 
 def _matches(path: str, pattern: str, inside: str) -> bool:

@@ -20,6 +20,8 @@ from scipy.linalg.lapack import dpstrf
 from scipy.special import log_softmax, rel_entr
 from torch import Tensor
 
+from tinyfusion.core.signals import check_stop
+
 BLOCK_ENTRIES = 2**22  # entries of one block of a distance matrix: 32 MiB
 _DOUBT = 1e-9  # of the traces, in the trace of a root
 _EPS = float(np.finfo(np.float64).eps)
@@ -165,6 +167,7 @@ class _Points:
         """Slices of rows from `first` on, so many that a block of distances has BLOCK_ENTRIES."""
         side = max(math.isqrt(BLOCK_ENTRIES), 1)
         for start in range(first, len(self.points), side):
+            check_stop()
             yield slice(start, min(start + side, len(self.points)))
 
     def squared_distances(self, rows: slice, other: _Points, columns: slice) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tinyfusion.core.signals import check_stop
+
 
 def count_macs(build: Callable[[], nn.Module], inputs: Callable[[], tuple[torch.Tensor, ...]]) -> int:
     """Multiply-accumulates of one forward pass of `build()` on `inputs()`, counted on the meta device.
@@ -61,6 +63,7 @@ def interleaved(sides: dict[str, Callable[[], object]], repeats: int, device: to
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, call in sides.items():
+            check_stop()
             synchronise()
             began = time.perf_counter()
             call()

@@ -28,6 +28,7 @@ from tinyfusion.core.progress import progress
 from tinyfusion.core.recipe import EncodeSection, Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json
+from tinyfusion.core.signals import check_stop
 from tinyfusion.data.latents import (
     MANIFEST,
     LatentSpec,
@@ -69,8 +70,6 @@ class Work:
 def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
     """Make the shards of this process; the first process also the manifest. Returns what `--json` prints."""
     rank, world = launched_rank(), launched_processes()
-    if not 0 <= rank < world:
-        raise UserError(f"RANK {rank} of WORLD_SIZE {world}: processes are numbered from 0, below their number")
     settings, run = recipe.encode, RunDirectory(options.out, rank == 0)
     with ExitStack() as held:
         work = work_for(recipe, source, held)
@@ -254,6 +253,7 @@ def _await(run: RunDirectory, plain: Mapping[str, Any], timeout_s: float) -> Non
                 f"process 0 did not begin {run.path} within {timeout_s:g} s: start all of WORLD_SIZE processes, with one --out"
             )
         time.sleep(_POLL_S)
+        check_stop()
     run.check("encode", plain, overwrite=False)
 
 
@@ -262,6 +262,7 @@ def _wait_for_others(folder: Path, spec: LatentSpec, world: int, timeout_s: floa
     seen, since = _signs(folder), time.monotonic()
     while missing := _missing(folder, spec):
         time.sleep(_POLL_S)
+        check_stop()
         if (signs := _signs(folder)) != seen:
             seen, since = signs, time.monotonic()
         elif time.monotonic() - since > timeout_s:

@@ -230,7 +230,7 @@ def _write_card(model: LoadedModel, folder: Path, title: str, what: ExportOption
 
 
 def _write_notes(model: LoadedModel, folder: Path, notes: CardNotes) -> None:
-    (folder / "README.md").write_text(model_card(model, notes), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model, notes), encoding="utf-8", errors="backslashreplace")
     if model.facts.plan is not None:
         (folder / PICTURE).write_bytes(plan_png(model.facts.plan.kept, model.facts.plan.depth))
 

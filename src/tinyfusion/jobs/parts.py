@@ -19,6 +19,7 @@ import numpy as np
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import missing_folders, remove, remove_empty, sweep, try_lock, write_json, written_beside
 from tinyfusion.core.rundir import file_output, read_json, stamp
+from tinyfusion.core.signals import check_stop
 from tinyfusion.data.image_source import ImageSource
 
 RECORD = "sampling.json"
@@ -75,6 +76,7 @@ class Parts:
         left, deadline = self.missing(), time.monotonic() + patience_s
         while left:
             time.sleep(_LOOK_EVERY_S)
+            check_stop()
             still = [part for part in left if not self.is_there(part)]
             if len(still) < len(left):
                 deadline = time.monotonic() + patience_s

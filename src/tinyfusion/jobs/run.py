@@ -18,6 +18,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import file_label
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
+from tinyfusion.core.signals import check_stop
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.images import read_images_npz, write_grid_png
 from tinyfusion.evaluate.speed import Timing, interleaved, speedup
@@ -187,6 +188,7 @@ def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
     """Run a stage and add its seconds to run.json."""
 
     def stage(name: str, work: Callable[[], Any]) -> None:
+        check_stop()
         if not folder.writes:
             work()
             return

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.core.signals import check_stop
 from tinyfusion.models.loaded import LoadedModel
 
 
@@ -113,7 +114,15 @@ def sample(
     for start in range(first, len(labels), batch_size):
         y = torch.from_numpy(labels[start : start + batch_size]).to(device)
         draws = SampleDraws(Randomness(seed), start, len(y), device)
-        yield SampleBatch(start, deque(sampler.trajectory(model, y, draws), maxlen=1).pop(), y)
+        steps = _watched(sampler.trajectory(model, y, draws))
+        yield SampleBatch(start, deque(steps, maxlen=1).pop(), y)
+
+
+def _watched(steps: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same, looking for a signal after each."""
+    for x in steps:
+        check_stop()
+        yield x
 
 
 def to_uint8(x: Tensor) -> np.ndarray:

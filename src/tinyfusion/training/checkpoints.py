@@ -212,10 +212,11 @@ class CheckpointWriter:
         own = {name: tensor for name, tensor in tensors.items() if name in split or self.rank == 0}
         snapshot = _Snapshot(path, state.progress(), self._copied(own), split)
         held_s = time.perf_counter() - began
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._run, args=(snapshot, num, held_s), name=f"checkpoint {path.name}", daemon=True
         )
-        self._thread.start()
+        thread.start()
+        self._thread = thread  # not before: a thread that could not be started cannot be joined
 
     def finish(self) -> None:
         """Wait until what was saved is written. Raises what went wrong."""

@@ -23,7 +23,12 @@ from torch import Tensor, nn
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.launch import launched_processes, launched_rank
+from tinyfusion.core.launch import (
+    check_meeting_place,
+    launched_local_rank,
+    launched_processes,
+    launched_rank,
+)
 from tinyfusion.core.recipe import ComputeSection
 from tinyfusion.training.shards import is_sharded, local_part
 
@@ -235,6 +240,12 @@ def open_engine(device: str, compute: ComputeSection) -> Engine:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute.tf32
     if launched_processes() == 1:
         return Engine(chosen, compute)
+    check_meeting_place()
+    if chosen.type == "cuda" and launched_local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"process {launched_local_rank()} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many "
+            "processes as there are GPUs, or give --device cpu"
+        )
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
