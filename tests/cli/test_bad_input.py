@@ -64,7 +64,7 @@ def full_disk(_cli: Cli, patch: pytest.MonkeyPatch) -> None:
 
 def read_only(_cli: Cli, patch: pytest.MonkeyPatch) -> None:
     """What a folder without write permission answers (to anyone but root, who may always)."""
-    patch.setattr(os, "access", lambda _path, mode: mode != os.W_OK)
+    patch.setattr(os, "access", lambda _path, mode, **_: not mode & os.W_OK)
 
 
 def exhausted(_cli: Cli, patch: pytest.MonkeyPatch) -> None:

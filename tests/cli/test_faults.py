@@ -6,6 +6,7 @@ what an undisturbed run gives, bit for bit. `benchmarks/fault_harness.py` does t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ from test_verbs import done
 import tinyfusion.jobs.prune
 import tinyfusion.jobs.training
 from tinyfusion.cli import main
+from tinyfusion.core import rundir
 from tinyfusion.core.rundir import read_metrics
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.models.checkpoint import save_model
@@ -296,8 +298,15 @@ def test_a_disk_that_becomes_read_only(
         subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
 
     with monkeypatch.context() as patch:
-        at_step(patch, 9, lambda: remount("ro"), "disk/run/checkpoints/step-0000008")
+
+        def refuse(file: Path, *_: Any, **__: Any) -> None:  # the kernel does not ask who has files open
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+
+        at_step(
+            patch, 9, lambda: patch.setattr(rundir, "open", refuse, raising=False), "disk/run/checkpoints/step-0000008"
+        )
         failed(cli(*shlex.split(f"{LEARN} disk/run")), "cannot write disk/run/metrics.jsonl: Read-only file system")
+    remount("ro")
     failed(cli(*shlex.split(f"{LEARN} disk/run")), "disk/run is read-only for you")
     remount("rw")
     assert checkpoints("disk/run") == [4, 8]

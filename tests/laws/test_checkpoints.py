@@ -32,6 +32,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tinyfusion.core import files
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.locks import LOCK
 from tinyfusion.core.recipe import PruneSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel
@@ -615,20 +616,40 @@ def test_a_checkpoint_that_goes_is_out_of_sight_before_it_is_taken_apart(
     rmtree = shutil.rmtree
 
     def watched(path: Path, *args: Any, **more: Any) -> None:
-        seen.append((path.name, names(tmp_path)))
+        seen.append((path, names(tmp_path)))
         rmtree(path, *args, **more)
 
     monkeypatch.setattr(shutil, "rmtree", watched)
     save_checkpoint(tmp_path, small_state(6), limit=1)
-    assert {name[: len(".step-0000002")] for name, _ in seen} == {".step-0000002", ".step-0000004"}
-    assert all(name.endswith(".part") and name[1:13] not in there for name, there in seen)
+    assert {path.name for path, _ in seen} == {"step-0000002", "step-0000004"}
+    assert all(path.parent.name.endswith(".part") and path.name not in there for path, there in seen)
     assert names(tmp_path) == ["step-0000006"]
+
+
+def test_files_of_others_in_a_checkpoint_stay_when_it_goes(tmp_path: Path) -> None:
+    two_checkpoints(tmp_path)
+    (tmp_path / "step-0000002" / "notes.txt").write_text("mine")
+    (tmp_path / "step-0000001").write_text("mine too")
+    save_checkpoint(tmp_path, small_state(6), limit=1)
+    assert names(tmp_path) == ["step-0000001", "step-0000002", "step-0000006"]
+    assert names(tmp_path / "step-0000002") == ["notes.txt"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_latest(tmp_path, small_state()) == 6
+
+
+def test_a_checkpoint_that_is_not_there_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step-0000002 does not exist"):
+        load_checkpoint(tmp_path / "step-0000002", small_state())
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe"):
+        load_checkpoint(tmp_path / "pipe", small_state())
 
 
 def test_superfluous_ones_that_cannot_be_removed_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path, small_state(2), limit=1)
 
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, _ours: str) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(checkpoints, "discard", refuse)
@@ -1078,8 +1099,9 @@ def test_names_of_unfinished_folders_are_those_that_a_new_start_clears_away(tmp_
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     left = tmp_path / f".step-0000003.{gone.pid}.part"
-    left.mkdir()
+    (left / left.stem).mkdir(parents=True)
+    (left / LOCK).touch()
     CheckpointWriter(tmp_path, 2, rank=1, world=2)
     assert names(tmp_path) == [left.name], "only the first process clears away"
-    files.sweep(tmp_path)
+    files.clear_unfinished(tmp_path)
     assert names(tmp_path) == []

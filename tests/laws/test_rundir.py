@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.locks import LOCK, acquire
 from tinyfusion.core.rundir import RunDirectory, read_metrics, write_text, written_beside
 from tinyfusion.core.signals import Interrupted, SignalWatch
 
@@ -24,38 +26,39 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def write_folder(path: Path, content: str) -> None:
+def write_folder(path: Path, content: str, name: str = "content") -> None:
     with written_beside(path) as beside:
         beside.mkdir()
-        (beside / "content").write_text(content)
-
-
-@pytest.fixture(scope="session")
-def dead() -> int:
-    """The number of a process that is no more."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+        (beside / name).write_text(content)
 
 
 # ------------------------------------------------------------------------------------------------ files and folders
 
 
+def leftover(folder: Path, name: str, pid: int = 1) -> Path:
+    """What a process that was killed leaves of an unfinished output."""
+    left = folder / f".{name}.{pid}.part"
+    left.mkdir(parents=True)
+    (left / LOCK).touch()
+    (left / name).write_text("half")
+    return left
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_leftovers_of_killed_processes_do_no_harm(tmp_path: Path, dead: int, kind: str) -> None:
-    for pid in (os.getpid(), dead, os.getppid()):
-        left = tmp_path / f".out.{pid}.part"
-        if kind == "folder":
-            left.mkdir()
-            (left / "junk").write_text("x")
-        else:
-            left.write_text("x")
+def test_leftovers_of_killed_processes_do_no_harm(tmp_path: Path, kind: str) -> None:
+    for pid in (os.getpid(), 1, 2**22):
+        leftover(tmp_path, "out", pid)
+    live = acquire(leftover(tmp_path, "out", 2) / LOCK, "writes")
+    (tmp_path / ".out.3.part").write_text("of others")
+    (tmp_path / ".out.4.part").mkdir()
+    (tmp_path / ".out.4.part" / "thesis").write_text("of others")
     if kind == "folder":
         write_folder(tmp_path / "out", "new")
         assert names(tmp_path / "out") == ["content"]
     else:
         write_text(tmp_path / "out", "new")
-    assert [p.name for p in tmp_path.iterdir() if p.name != "out"] == [f".out.{os.getppid()}.part"], "of a live process"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.2.part", ".out.3.part", ".out.4.part", "out"]
+    live.release()
 
 
 def test_outputs_with_similar_names_are_not_leftovers_of_each_other(tmp_path: Path) -> None:
@@ -93,7 +96,7 @@ def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypa
         pytest.skip("needs /proc")
     write_folder(tmp_path / "out", "new")
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
-    assert any(path.endswith(".part/content") for path in before)
+    assert any(path.endswith(".part/out/content") for path in before)
     assert after == [str(tmp_path)]
 
 
@@ -131,10 +134,10 @@ def test_the_old_run_goes_with_the_first_checkpoint_of_the_new(tmp_path: Path) -
     def stop() -> None:
         with run.writing("prune", OTHER, overwrite=True):
             run.mark("running", seconds=1.0)
-            assert len(list(tmp_path.iterdir())) == 2, "nothing worth keeping yet"
-            (run.checkpoints / "step-0000001").mkdir(parents=True)
+            assert (run.path / ".tinyfusion.old" / "plan.json").is_file(), "nothing worth keeping yet"
+            write_text(run.checkpoints / "step-0000001" / "state.json", "{}")
             run.mark("running", seconds=2.0)
-            assert len(list(tmp_path.iterdir())) == 1
+            assert not (run.path / ".tinyfusion.old").exists()
             raise Interrupted(signal.SIGINT)
 
     pytest.raises(Interrupted, stop)
@@ -142,49 +145,165 @@ def test_the_old_run_goes_with_the_first_checkpoint_of_the_new(tmp_path: Path) -
     assert run.check("prune", OTHER, False) == "continue"
 
 
-@pytest.mark.parametrize("saved", [False, True])
-def test_overwriting_that_was_killed_is_settled_at_the_next_start(tmp_path: Path, dead: int, saved: bool) -> None:
-    finished(tmp_path / "old")
-    run = RunDirectory(tmp_path / "run")
-    run.begin("prune", OTHER)
-    if saved:
-        (run.checkpoints / "step-0000001").mkdir(parents=True)
-    os.replace(tmp_path / "old", tmp_path / f".run.{dead}.old")
-    if saved:
-        assert run.check("prune", OTHER, False) == "continue"
-    else:
-        with pytest.raises(UserError, match="another recipe"):
-            run.check("prune", OTHER, False)
-        assert run.check("prune", RECIPE, False) == "finished"
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+def in_a_child(act: Callable[[], None], kill_at: int) -> bool:
+    """`act` in a process that is killed at its rename number `kill_at`; whether it came that far."""
+    child = os.fork()
+    if child == 0:
+        replace, calls = os.replace, itertools.count()
+
+        def killing(source: Any, target: Any) -> None:
+            if next(calls) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = killing  # type: ignore[assignment]
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def test_a_foreign_folder_in_the_place_of_a_run_is_left_alone(tmp_path: Path, dead: int) -> None:
-    run = finished(tmp_path / "run")
-    os.replace(run.path, tmp_path / f".run.{dead}.old")
-    run.path.mkdir()
-    (run.path / "thesis").write_text("mine")
-    with pytest.raises(UserError, match="not a tinyfusion run"):
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("end", ["saves", "fails"])
+def test_overwriting_that_is_killed_at_any_rename_is_settled_at_the_next_start(tmp_path: Path, end: str) -> None:
+    """Old or new, whole, with what others put there; a look in between touches nothing."""
+    seen = set()
+    for moment in itertools.count():
+        run = RunDirectory(tmp_path / str(moment) / "run")
+        with run.writing("prune", RECIPE):
+            write_folder(run.path / "student", "old", "model.json")
+            write_text(run.path / "plan.json", "old")
+            run.mark("done")
+        (run.path / "student" / "notes.txt").write_text("mine")
+        (run.path / "thesis").write_text("mine")
+
+        def overwrite(run: RunDirectory = run) -> None:
+            with run.writing("prune", OTHER, overwrite=True):
+                write_text(run.path / "plan.json", "new")
+                if end == "fails":
+                    raise UserError("bad")
+                write_folder(run.checkpoints / "step-0000001", "{}", "state.json")
+                run.mark("done")
+
+        killed = in_a_child(overwrite, moment)
+        before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+        answer = None
+        with contextlib.suppress(UserError):
+            answer = run.check("prune", RECIPE, False)
         run.check("prune", RECIPE, True)
-    assert names(run.path) == ["thesis"]
+        assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+        old = answer == "finished"
+        with run.writing("prune", RECIPE if old else OTHER) as mode:
+            seen.add(mode if old else f"new {mode}")
+        if old:
+            assert (run.path / "plan.json").read_text() == "old"
+            wanted = ["plan.json", "run.json", "student", "student/model.json", "student/notes.txt", "thesis"]
+        else:
+            assert (run.path / "plan.json").read_text() == "new"
+            wanted = ["checkpoints", "checkpoints/step-0000001", "checkpoints/step-0000001/state.json", "plan.json"]
+            wanted += ["run.json", "student", "student/notes.txt", "thesis"]
+        assert names(run.path.parent) == ["run", *(f"run/{name}" for name in wanted)], moment
+        if not killed:
+            break
+    assert moment > 5 and seen == ({"finished"} if end == "fails" else {"finished", "new continue", "new finished"})
 
 
-def test_the_current_folder_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_folder_in_the_place_of_a_run_is_left_alone(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+
+    def swap() -> None:
+        with run.writing("prune", RECIPE):
+            write_text(run.path / "plan.json", "{}")
+            run.path.rename(tmp_path / "moved")
+            run.path.mkdir()
+            for name in ("plan.json", "run.json", "thesis"):
+                (run.path / name).write_text("mine")
+            for write in (lambda: run.note("line"), lambda: run.mark("done")):
+                with pytest.raises(UserError, match="was removed, moved or emptied"):
+                    write()
+            raise UserError("bad")
+
+    pytest.raises(UserError, swap)
+    assert names(run.path) == ["plan.json", "run.json", "thesis"]
+    assert (run.path / "plan.json").read_text() == "mine"
+    with pytest.raises(UserError):
+        run.check("prune", RECIPE, True)
+
+
+def test_the_current_folder_is_overwritten_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished(tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
-    with pytest.raises(UserError, match="current folder"):
-        RunDirectory(Path()).begin("prune", RECIPE, True)
-    assert RunDirectory(Path()).begin("prune", RECIPE) == "finished"
+    with RunDirectory(Path()).writing("prune", OTHER, True) as mode:
+        assert mode == "new"
+    assert names(tmp_path) == ["run", "run/run.json"]
 
 
-def test_continuing_clears_what_a_killed_process_left(tmp_path: Path, dead: int) -> None:
+def test_continuing_clears_what_a_killed_process_left(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.begin("prune", RECIPE)
-    (run.checkpoints / f".step-0000003.{dead}.part").mkdir(parents=True)
-    (run.path / f".student.{dead}.old").mkdir()
-    (run.path / f".plan.json.{os.getppid()}.part").write_text("of a live process")
+    leftover(run.checkpoints, "step-0000003")
+    student = leftover(run.path, "student")
+    (student / ".tinyfusion.old").mkdir()
+    live = acquire(leftover(run.path, "plan.json") / LOCK, "writes")
     assert run.begin("prune", RECIPE) == "continue"
-    assert names(run.path) == [f".plan.json.{os.getppid()}.part", "checkpoints", "run.json", "student"]
+    assert sorted(p.name for p in run.path.iterdir()) == [".plan.json.1.part", "checkpoints", "run.json", "student"]
+    assert list(run.checkpoints.iterdir()) == []
+    live.release()
+
+
+# ------------------------------------------------------------------------------------------------ files of others
+
+
+@pytest.mark.parametrize(
+    "place", ["notes.txt", "student/notes.txt", "checkpoints/step-0000001/notes.txt", "log.txt", "new/"]
+)
+def test_what_others_put_into_a_run_that_fails_stays_alone_in_it(tmp_path: Path, place: str) -> None:
+    run = RunDirectory(tmp_path / "above" / "run")
+
+    def fail() -> None:
+        with run.writing("prune", RECIPE):
+            run.note("ours")
+            run.log({"step": 0})
+            write_text(run.path / "plan.json", "{}")
+            (run.path / place).parent.mkdir(parents=True, exist_ok=True)
+            if place.endswith("/"):
+                (run.path / place).mkdir()
+            else:
+                (run.path / place).write_text("mine")
+            raise UserError("bad")
+
+    pytest.raises(UserError, fail)
+    kept = [str(folder) for folder in Path(place).parents if str(folder) != "."]
+    assert names(run.path) == sorted([*kept, place.rstrip("/")])
+    if not place.endswith("/"):
+        assert (run.path / place).read_text() == "mine"
+
+
+def test_a_run_that_fails_leaves_no_trace(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "above" / "run")
+
+    def fail() -> None:
+        with run.writing("recover", RECIPE):
+            run.note("ours")
+            (run.watched / "tensorboard" / "logs").mkdir(parents=True)
+            (run.watched / "tensorboard" / "logs" / "events.0").write_text("of a tracker")
+            leftover(run.checkpoints, "step-0000001")
+            raise UserError("bad")
+
+    pytest.raises(UserError, fail)
+    assert names(tmp_path) == []
+
+
+def test_files_of_others_in_a_folder_that_is_replaced_stay(tmp_path: Path) -> None:
+    for name in ("config.json", "former.json", "notes.txt", "more/notes.txt"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("old")
+    with written_beside(tmp_path / "out", r"config\.json|former\.json") as beside:
+        beside.mkdir()
+        (beside / "config.json").write_text("new")
+    assert names(tmp_path) == ["out", "out/config.json", "out/more", "out/more/notes.txt", "out/notes.txt"]
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
 
 
 # ------------------------------------------------------------------------------------------------ records and lines

@@ -1,83 +1,127 @@
 """How files come into being whole, and what has to be so before one is begun.
 
-Everything is written beside and renamed, so a reader never meets half a file.
+Everything is written to an unfinished folder beside its place and renamed, so a reader never meets half a file. What is
+removed is what this process wrote, or what a process that has ended left in an unfinished folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.locks import LOCK, Lock, Locked, acquire
+from tinyfusion.core.reading import check_plain
+
+_OLD = ".tinyfusion.old"  # in an unfinished folder: the folder that is being replaced
+_UNFINISHED = re.compile(r"\.(.+)\.[0-9]+\.part")
+Identity = tuple[int, int, int, int]
+_written: dict[str, Identity] = {}  # files that this process wrote, by absolute path, as it left them
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def written_beside(path: Path, ours: str = "") -> Iterator[Path]:
     """A path beside `path` to write to; it replaces `path` when the block ends well and vanishes when it does not.
 
     Folders above are made where missing, and taken back when the block does not end well. What a killed process left
-    of the same output is removed.
+    of the same output is removed. Of a folder that is replaced, files stay that neither the new one has nor `ours` (a
+    regular expression of relative paths) names. Files get the mode that the umask gives to new ones.
     """
-    made = missing_folders(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in orphans(path, "part"):
-        remove(leftover)
-    beside = beside_of(path, "part")
+    check_plain(path)
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    made = missing_folders(target.parent)
+    folder, lock = unfinished(target), None
     try:
-        yield beside
-        _sync(beside)
-        _put(beside, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        remove(beside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _begin(folder, target)
+        new = folder / target.name
+        yield new
+        _follow_umask(new, lock)
+        _sync(new)
+        _put(new, target, ours)
+        remember(path)
+        _sync_folder(target.parent)
+        _end(folder, lock)
+    except BaseException as error:
+        if lock is not None:
+            _end(folder, lock)
         remove_empty(made)
+        if (system := _system_error(error, folder, path)) is not error:
+            raise system from error
         raise
 
 
-def disk_reason(error: OSError) -> str:
-    """What an error of the file system says, in words for people."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space left on the disk"
-    return error.strerror or str(error)
+def unfinished(path: Path, pid: int | None = None) -> Path:
+    """The folder in which a process (this one without `pid`) makes a new `path`."""
+    return path.with_name(f".{path.name}.{os.getpid() if pid is None else pid}.part")
 
 
-def file_label(name: str) -> str:
-    """A name or path as a part of a file's name: anything but letters, digits, "_" and "." becomes "-"."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
+def _begin(folder: Path, path: Path) -> Lock:
+    """Make the unfinished folder of `path`, locked; those of processes that have ended go."""
+    clear_unfinished(path.parent, path.name)
+    while True:
+        try:
+            folder.mkdir()
+            return acquire(folder / LOCK, f"writes {path}")
+        except FileExistsError:
+            raise UserError(f"cannot write {path}: {folder} is in its way; move that away") from None
+        except FileNotFoundError:  # taken away before it was locked, as an empty one
+            if not path.parent.is_dir():
+                raise
 
 
-def beside_of(path: Path, kind: str) -> Path:
-    """Where this process keeps a new ("part") or former ("old") `path` for a moment."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+def _end(folder: Path, lock: Lock) -> None:
+    """Remove an unfinished folder, its lock last."""
+    for entry in list(folder.iterdir()) if folder.is_dir() else []:
+        if entry.name != LOCK:
+            remove(entry)
+    lock.release()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
-def orphans(path: Path, kind: str) -> list[Path]:
-    """What processes that are no more left beside `path`."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.{kind}")
-    entries = list(path.parent.iterdir()) if path.parent.is_dir() else []
-    found = [(match, entry) for entry in entries if (match := name.fullmatch(entry.name))]
-    return [entry for match, entry in found if not _is_running(int(match[1]))]
+def clear_unfinished(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that have ended left unfinished: of the output `name` in `folder`, else of all below it.
+
+    A folder that was being replaced comes back where nothing is in its place.
+    """
+    levels = os.walk(folder) if name is None else itertools.islice(os.walk(folder), 1)
+    for entry in [Path(above, inner) for above, folders, _ in levels for inner in folders]:
+        match = _UNFINISHED.fullmatch(entry.name)
+        if match is None or name not in (None, match[1]) or not is_unfinished(entry):
+            continue
+        if not (entry / LOCK).is_file():
+            with contextlib.suppress(OSError):
+                entry.rmdir()
+            continue
+        try:
+            lock = acquire(entry / LOCK, "writes", sign=False)
+        except (Locked, OSError):
+            continue
+        if (entry / _OLD).is_dir() and not os.path.lexists(entry.with_name(match[1])):
+            os.replace(entry / _OLD, entry.with_name(match[1]))
+        _end(entry, lock)
 
 
-def _is_running(pid: int) -> bool:
-    """Whether another process has this number."""
-    if pid == os.getpid():
+def is_unfinished(entry: Path) -> bool:
+    """Whether `entry` is a folder in which a process makes, or made, an output."""
+    if _UNFINISHED.fullmatch(entry.name) is None or entry.is_symlink() or not entry.is_dir():
         return False
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        return (entry / LOCK).is_file() or not any(entry.iterdir())
+    except FileNotFoundError:  # it has just been finished
+        return True
 
 
 def remove(path: Path) -> None:
@@ -88,28 +132,65 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def discard(path: Path) -> None:
-    """Remove a folder that others read: out of sight first, so that nobody meets half of it."""
-    aside = beside_of(path, "part")
-    remove(aside)
-    os.replace(path, aside)
-    remove(aside)
+def discard(path: Path, ours: str) -> None:
+    """Remove a folder that others read: out of sight first, so that nobody meets half of it.
+
+    ours: a regular expression of relative paths. Where the folder holds other files, those stay in it, alone. A file, or a
+    link, in its place stays too.
+    """
+    if path.is_symlink() or not path.is_dir():
+        return
+    if any(not re.fullmatch(ours, relative) for relative in files_in(path)):
+        for relative in files_in(path):
+            if re.fullmatch(ours, relative):
+                (path / relative).unlink()
+        return
+    folder = unfinished(path)
+    lock = _begin(folder, path)
+    try:
+        os.replace(path, folder / path.name)
+    finally:
+        _end(folder, lock)
 
 
-def _put(new: Path, path: Path) -> None:
+def _put(new: Path, path: Path, ours: str) -> None:
     """Rename; a former folder is out of the way for that moment, and back if it goes wrong."""
-    if not (new.is_dir() and path.exists()):
+    check_plain(path)
+    if new.is_dir() != path.is_dir() and os.path.lexists(path):
+        kind, other = ("folder", "file") if path.is_dir() else ("file", "folder")
+        raise UserError(f"cannot write {path}: it is a {kind}, wanted a {other}; choose another name")
+    if not path.is_dir():
         os.replace(new, path)
         return
-    old = beside_of(path, "old")
-    remove(old)
+    for relative in files_in(path):
+        if not os.path.lexists(new / relative) and not re.fullmatch(ours, relative):
+            (new / relative).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path / relative, new / relative, follow_symlinks=False)
+            except OSError:  # a disk without links
+                shutil.copy2(path / relative, new / relative, follow_symlinks=False)
+    old = new.with_name(_OLD)
     os.replace(path, old)
     try:
         os.replace(new, path)
     except BaseException:
         os.replace(old, path)
         raise
-    remove(old)
+
+
+def files_in(folder: Path) -> list[str]:
+    """Relative paths of everything in `folder` that is no folder."""
+    entries = [Path(above, name) for above, inner, files in os.walk(folder) for name in (*inner, *files)]
+    return sorted(e.relative_to(folder).as_posix() for e in entries if e.is_symlink() or not e.is_dir())
+
+
+def _follow_umask(new: Path, lock: Lock) -> None:
+    """Give files the permissions that the umask leaves to new ones, as the lock file has them: some writers give fewer."""
+    usual = os.fstat(lock.descriptor).st_mode & 0o666
+    for file in [new, *new.rglob("*")] if new.is_dir() else [new]:
+        mode = stat.S_IMODE(file.lstat().st_mode)
+        if file.is_file() and not file.is_symlink() and mode | usual != mode:
+            file.chmod(mode | usual)
 
 
 def _sync(path: Path) -> None:
@@ -129,38 +210,67 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(folder: Path) -> None:
-    """Clear away what killed processes left in a run folder: unfinished files go, what was set aside comes back."""
-    for entry in [p for p in folder.rglob(".*") if p.suffix in (".part", ".old")]:
-        match = re.fullmatch(r"\.(.+)\.(\d+)\.(part|old)", entry.name)
-        if match is None or _is_running(int(match[2])) or not entry.exists():
-            continue
-        if match[3] == "old" and not entry.with_name(match[1]).exists():
-            os.replace(entry, entry.with_name(match[1]))
-        else:
-            remove(entry)
+def _system_error(error: BaseException, folder: Path, path: Path) -> BaseException:
+    """The error to raise for one in writing `path`: of the file system as an OSError that names `path`."""
+    if type(error).__module__.startswith("safetensors") and (code := re.search(r"\(os error (\d+)\)", str(error))):
+        return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
+    if isinstance(error, OSError) and (error.filename is None or str(error.filename).startswith(str(folder))):
+        error.filename = str(path)
+    return error
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def disk_reason(error: OSError) -> str:
+    """What an error of the file system says, in words for people."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left on the disk"
+    return error.strerror or str(error)
 
 
-def try_lock(opened: int | IO[bytes]) -> bool:
-    """Lock an open file or folder for this process, until it is closed; False where another one holds it.
+def file_label(name: str) -> str:
+    """A name or path as a part of a file's name: anything but letters, digits, "_" and "." becomes "-"."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
 
-    True also on systems and disks without locks: there nobody can be told from another.
-    """
+
+# ------------------------------------------------------------------------------------------------ what this process wrote
+
+
+def _identity(path: str | Path) -> Identity | None:
     try:
-        import fcntl
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass
-    return True
+
+def remember(path: Path) -> None:
+    """Note that this process has just written the file, or all files in the folder, `path`."""
+    for file in [path / relative for relative in files_in(path)] if path.is_dir() else [path]:
+        if (identity := _identity(file)) is not None:
+            _written[os.path.abspath(file)] = identity
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether this process wrote the file, and nobody has changed it since."""
+    return (identity := _identity(path)) is not None and _written.get(os.path.abspath(path)) == identity
+
+
+def remove_written(folder: Path) -> None:
+    """Remove the files in `folder` that this process wrote and that are as it left them, and folders that are empty then."""
+    for file, identity in forget(folder).items():
+        if _identity(file) == identity:
+            remove_file(folder, os.path.relpath(file, folder))
+
+
+def forget(folder: Path) -> dict[str, Identity]:
+    """The files in `folder` that this process wrote, which are not remembered any more."""
+    top = os.path.join(os.path.abspath(folder), "")
+    return {file: _written.pop(file) for file in list(_written) if file.startswith(top)}
+
+
+def remove_file(folder: Path, name: str) -> None:
+    """Remove a file by its relative path in `folder`, and those of the folders above it in `folder` that are empty then."""
+    (folder / name).unlink()
+    remove_empty([folder / parent for parent in Path(name).parents[:-1]])
 
 
 def missing_folders(folder: Path) -> list[Path]:
@@ -175,8 +285,11 @@ def missing_folders(folder: Path) -> list[Path]:
 def remove_empty(folders: list[Path]) -> None:
     """Remove those of `folders`, deepest first, that hold nothing."""
     for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------------- contents
 
 
 def write_text(path: Path, text: str) -> None:
@@ -190,23 +303,45 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ conditions
+
+
 def check_writable(path: Path) -> None:
-    """Raise UserError unless `path` can be made or replaced."""
-    parent = path.absolute()
-    while not parent.exists():
-        parent = parent.parent
+    """Raise UserError unless `path` can be made or replaced: a regular file, a folder, or nothing, where we may write."""
+    check_plain(path)
+    parent = _existing(path)
     if parent != path.absolute() and not parent.is_dir():
         raise UserError(f"cannot write {path}: {parent} is a file")
-    if not os.access(parent, os.W_OK):
+    if not os.access(parent, os.W_OK | (os.X_OK if parent.is_dir() else 0), effective_ids=_EFFECTIVE):
         raise UserError(f"cannot write {path}: {parent} is read-only for you")
+
+
+_EFFECTIVE = os.access in os.supports_effective_ids
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists. Raises UserError where one may not be looked into."""
+    parent = path.absolute()
+    while True:
+        try:
+            parent.stat()
+            return parent
+        except (FileNotFoundError, NotADirectoryError):
+            parent = parent.parent
+        except (OSError, ValueError) as error:
+            reason = disk_reason(error) if isinstance(error, OSError) else str(error)
+            raise UserError(f"cannot write {path}: {reason}") from error
 
 
 def check_space(path: Path, num_bytes: int) -> None:
     """Raise UserError unless the disk of `path` has room for `num_bytes`."""
-    parent = path.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(_existing(path)).free
     if free < num_bytes:
         raise UserError(
             f"no space: {path} needs about {num_bytes / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB free"

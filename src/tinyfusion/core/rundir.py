@@ -5,115 +5,66 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tinyfusion import __version__
-from tinyfusion.core.config import first_difference
 from tinyfusion.core.errors import BadNumbers, UserError
 from tinyfusion.core.files import (
-    beside_of,
     check_space,
     check_writable,
+    clear_unfinished,
     disk_reason,
+    files_in,
+    forget,
+    is_as_written,
+    is_unfinished,
     missing_folders,
-    orphans,
-    remove,
+    remember,
     remove_empty,
-    sweep,
-    try_lock,
+    remove_file,
+    remove_written,
     write_json,
     write_text,
     written_beside,
 )
-from tinyfusion.core.reading import read_json
+from tinyfusion.core.locks import LOCK, acquire
+from tinyfusion.core.reading import check_plain, read_json
+from tinyfusion.core.records import FORMAT_VERSION, check_same, file_output, is_ours, machine, stamp
 from tinyfusion.core.signals import Interrupted
 
 __all__ = [
-    "FORMAT_VERSION", "RunDirectory", "check_space", "check_writable", "file_output", "machine", "read_json",
-    "read_metrics", "stamp", "write_json", "write_text", "written_beside",
+    "CHECKPOINT_FILES", "FORMAT_VERSION", "RunDirectory", "check_space", "check_writable", "file_output", "machine", "read_json",
+    "read_metrics", "run_files", "stamp", "write_json", "write_text", "written_beside",
 ]  # fmt: skip
 
-FORMAT_VERSION = 1
-_MARKER = "tinyfusion"
 _CONTINUES = "mend that, and the same command continues from the last checkpoint"
+_OLD, _BACK = ".tinyfusion.old", ".tinyfusion.back"  # in a run folder: a run that is to be replaced, or that comes back
+CHECKPOINT_FILES = r"state-\d{5}-of-\d{5}\.safetensors|state\.json|SHA256SUMS|losses\.safetensors"
+_FOLDERS = ("checkpoints", "watch", "samples", "evaluations", "prune", "recover", "dynamic")
+_SAVED = (  # nothing in hidden folders, which are not finished
+    rf"(?:[^./][^/]*/)*(?:checkpoints/step-\d+/(?:{CHECKPOINT_FILES})|model\.json|shard-\d+-of-\d+\.safetensors)"
+)
+_BY_OTHERS = (
+    r"watch/(?:tensorboard|trackio|wandb)/.+|\.shard-\d+-of-\d+\.safetensors\.part"  # trackers, other processes
+)
+_OF_A_STAGE = (
+    r"run\.json|metrics\.jsonl|log\.txt|(?:plan|calibration|dynamic|kept)\.json|watch/(?:step-\d+\.png|trackers\.json)|"
+    rf"checkpoints/step-\d{{7,}}/(?:{CHECKPOINT_FILES})|(?:student|model)(?:-raw)?/model\.(?:json|safetensors)|{_BY_OTHERS}"
+)
+_OF_ENCODE = rf"run\.json|log\.txt|manifest\.json|shard-\d+-of-\d+\.safetensors|{_BY_OTHERS}"
+_OF_RUN = (
+    rf"(?:(?:prune|recover|dynamic)/)?(?:{_OF_A_STAGE})|(?:evaluation|speed|activations|depth_speed|fid_steps)\.json|report\.html|"
+    r"samples/(?:teacher|pruned|student|dynamic|comparison)\.(?:npz|json|png)|evaluations/(?:teacher|pruned|student|dynamic)-.+\.json"
+)
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers of a run were made on."""
-    return {
-        "system": platform.system(),
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists():
-        return None
-    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
-def stamp(verb: str, recipe: Mapping[str, Any], state: str, **more: Any) -> dict[str, Any]:
-    """The record that makes an output ours: verb, resolved recipe, version, commit, machine, state."""
-    return {
-        "made_by": _MARKER,
-        "format_version": FORMAT_VERSION,
-        "verb": verb,
-        "version": __version__,
-        "commit": _commit(),
-        "machine": machine(),
-        "state": state,
-        "recipe": recipe,
-        **more,
-    }
-
-
-def _is_ours(record: Any) -> bool:
-    return isinstance(record, dict) and record.get("made_by") == _MARKER
-
-
-# knobs that change how a result comes about, and not the result
-_IDLE = {
-    "compute", "watch", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "speed", "bench", "sample.batch_size",
-    "sample.decode_batch_size",
-}  # fmt: skip
-
-
-def _effective(recipe: Any, section: str = "") -> Any:
-    """A plain recipe without the knobs that change nothing in the result."""
-    if not isinstance(recipe, Mapping):
-        return recipe
-    return {k: _effective(v, k) for k, v in recipe.items() if k not in _IDLE and f"{section}.{k}" not in _IDLE}
-
-
-def _check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], where: Path) -> None:
-    version = record.get("format_version", 0)
-    if not isinstance(version, int) or not isinstance(record.get("verb"), str) or "recipe" not in record:
-        raise UserError(
-            f"{where} has a damaged record (made by tinyfusion, but by which verb and recipe is gone); "
-            "choose another --out or give --overwrite"
-        )
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{where} was written in format {version} by tinyfusion {record.get('version')}; this one reads up to {FORMAT_VERSION}: upgrade"
-        )
-    if record["verb"] != verb:
-        raise UserError(
-            f"{where} was made by `{record['verb']}`, not `{verb}`; choose another --out or give --overwrite"
-        )
-    difference = first_difference(_effective(record["recipe"]), _effective(recipe))
-    if difference:
-        raise UserError(
-            f"{where} was made with another recipe ({difference}); choose another --out or give --overwrite"
-        )
+def run_files(verb: object) -> str:
+    """The files that a run of a verb writes, as a regular expression of paths in its folder; of all verbs, where it is another."""
+    stages = dict.fromkeys(("prune", "recover", "dynamic", "train"), _OF_A_STAGE)
+    return {**stages, "encode": _OF_ENCODE, "run": _OF_RUN}.get(str(verb), f"{_OF_RUN}|{_OF_ENCODE}")
 
 
 class RunDirectory:
@@ -125,6 +76,7 @@ class RunDirectory:
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
         self.writes = writes
+        self._folder: tuple[int, int] | None = None  # device and inode, while it is being written
 
     @property
     def record_path(self) -> Path:
@@ -151,43 +103,40 @@ class RunDirectory:
         return dict(read_json(self.record_path))
 
     def check(self, verb: str, recipe: Mapping[str, Any], overwrite: bool) -> str:
-        """ "new", "continue" or "finished". Raises UserError on a folder that may not be used.
-
-        Touches nothing, but for an old run that a killed `--overwrite` had set aside: that one comes back.
-        """
+        """ "new", "continue" or "finished". Raises UserError on a folder that may not be used. Touches nothing."""
         check_writable(self.path)
         try:
             str(self.path).encode()
         except UnicodeEncodeError as error:
             what = "is not UTF-8, and safetensors opens no file in such a folder"
             raise UserError(f"--out {self.path} {what}: choose another name") from error
-        self._restore()
         if _is_empty(self.path):
             return "new"
         if not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file; this verb writes a folder")
-        if not self.record_path.is_file() or not _is_ours(record := read_json(self.record_path)):
+        record_path = self._settled() / "run.json"
+        if not record_path.is_file() or not is_ours(record := read_json(record_path)):
             raise UserError(f"--out {self.path} exists and is not a tinyfusion run; choose another folder")
         if overwrite:
-            if self._place == Path.cwd():
-                raise UserError(f"--overwrite cannot replace the current folder {self.path}: call it from elsewhere")
             return "new"
-        _check_same(record, verb, recipe, self.path)
+        check_same(record, verb, recipe, self.path)
         return "finished" if record.get("state") == "done" else "continue"
 
     def begin(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> str:
-        """As `check`; then a new folder is made and marked running.
+        """As `check`; then a new run is marked running in the folder, made where it is missing.
 
-        With `overwrite` an old run of ours is set aside until the new one has something worth keeping.
+        With `overwrite` the files of an old run are set aside in the folder until the new one has something worth keeping.
         """
         mode = self.check(verb, recipe, overwrite)
+        if self.path.is_dir():
+            clear_unfinished(self.path)
+            self._settle()
         if mode == "continue":
-            sweep(self.path)
             self.mark("running", recipe=recipe)
         elif mode == "new":
-            if self.record_path.exists():
-                os.replace(self.path, self._aside)
             try:
+                if self.record_path.exists():
+                    self._set_aside()
                 write_json(self.record_path, stamp(verb, recipe, "running"))
             except BaseException:
                 self._undo()
@@ -196,76 +145,118 @@ class RunDirectory:
 
     @contextmanager
     def writing(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> Iterator[str]:
-        """`begin`, and the work within.
+        """`begin`, and the work within, alone in the folder.
 
         A new run that ends before anything worth continuing was saved leaves no trace, and what it was to replace
         comes back; but where numbers went bad and nothing was replaced, it stays to be looked at. One that is
-        interrupted later says so in its record.
+        interrupted later says so in its record. Files that others put into the folder stay.
         """
         if not self.writes:
             yield "continue"
             return
+        self.check(verb, recipe, overwrite)  # not even a lock goes into a folder that is not ours
         made = missing_folders(self.path)
-        with contextlib.ExitStack() as held:
-            if self.record_path.is_file():  # before anything of another process's run is touched
-                held.enter_context(self._alone())
-            mode = self.begin(verb, recipe, overwrite)
-            if mode == "new":
-                held.enter_context(self._alone())
-            yield from self._within(mode, made)
+        try:
+            with self._alone():
+                mode = self.begin(verb, recipe, overwrite)
+                yield from self._within(mode)
+        finally:
+            if not self.path.exists() or _folder_identity(self.path) == self._folder:
+                remove_empty(made)
+            self._folder = None
 
-    def _within(self, mode: str, made: list[Path]) -> Iterator[str]:
+    def _within(self, mode: str) -> Iterator[str]:
         """The work of `writing`, and what remains of it."""
         try:
             yield mode
         except BaseException as error:
-            evidence = isinstance(error, BadNumbers) and not self._aside.exists()
+            evidence = isinstance(error, BadNumbers) and not self._old.exists()
+            if not self._is_there():
+                raise
             if mode == "new" and not evidence and not _worth_keeping(self.path):
                 self._undo()
-                remove_empty(made)
             elif mode != "finished" and isinstance(error, Interrupted):
                 self.mark("interrupted")
             raise
-        remove(self._aside)
+        self._drop_old()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Lock the folder: UserError where another process writes the same run. A lock ends with whoever holds it."""
-        folder = os.open(self.path, os.O_RDONLY)
+        """Lock the folder, made where it is missing. Raises UserError where another process writes the same run."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # a run that came to nothing has just removed it
+                lock = acquire(self.path / LOCK, f"writes {self.path}")
+                break
         try:
-            if not try_lock(folder):
-                raise UserError(f"another process writes {self.path} right now: wait for it, or choose another --out")
+            self._folder = _folder_identity(self.path)
             yield
         finally:
-            os.close(folder)
+            lock.release()
 
     @property
-    def _place(self) -> Path:
-        return self.path.absolute()
+    def _old(self) -> Path:
+        """Where the files of an old run wait while a new one begins in its place."""
+        return self.path / _OLD
 
-    @property
-    def _aside(self) -> Path:
-        """Where an old run waits while a new one begins in its place."""
-        return beside_of(self._place, "old")
+    def _settled(self) -> Path:
+        """Where the run is that `_settle` would leave in the folder."""
+        back = self.path / _BACK
+        if (back / "run.json").is_file():
+            return back
+        return self._old if (self._old / "run.json").is_file() and not _worth_keeping(self.path) else self.path
+
+    def _set_aside(self) -> None:
+        """Move the files of the run aside: all of them or, after a kill and `_settle`, none."""
+        names = run_files(self.record().get("verb"))
+        ours = {name.partition("/")[0] for name in files_in(self.path) if re.fullmatch(names, name)}
+        forget(self.path)
+        for place in (self._old, self.path / _BACK):
+            if place.exists():
+                raise UserError(f"{place} holds files that others put in the way of a former run: move them away")
+        (self.path / _BACK).mkdir()
+        for name in sorted(ours):
+            os.replace(self.path / name, self.path / _BACK / name)
+        os.replace(self.path / _BACK, self._old)
+
+    def _settle(self) -> None:
+        """Finish what a killed `--overwrite` left: the old run comes back unless the new one is worth keeping."""
+        if self._old.is_dir() and _worth_keeping(self.path):
+            self._drop_old()
+        elif self._old.is_dir():
+            names = run_files(_record_in(self.path).get("verb"))
+            for name in [name for name in files_in(self.path) if re.fullmatch(names, name)]:
+                remove_file(self.path, name)
+            self._bring_back()
+        elif (self.path / _BACK).is_dir():
+            _merge(self.path / _BACK, self.path)
+
+    def _drop_old(self) -> None:
+        """Remove the files of the run that was set aside, its record last; what is not of it comes back."""
+        if not self._old.is_dir():
+            return
+        names = run_files(_record_in(self._old).get("verb"))
+        ours = [name for name in files_in(self._old) if re.fullmatch(names, name)]
+        for name in sorted(ours, key=lambda name: name == "run.json"):
+            remove_file(self._old, name)
+        _merge(self._old, self.path)
 
     def _undo(self) -> None:
         """Take a new run back; the old one comes back where there was one."""
-        for entry in self.path.iterdir() if self.path.is_dir() else ():
-            remove(entry)
-        if self._aside.exists():
-            remove(self.path)
-            os.replace(self._aside, self.path)
+        clear_unfinished(self.path)
+        remove_written(self.path)
+        for name in [name for name in files_in(self.path) if re.fullmatch(_BY_OTHERS, name)]:
+            remove_file(self.path, name)
+        self._bring_back()
 
-    def _restore(self) -> None:
-        """Settle what a killed `--overwrite` left: the old run comes back unless the new one is worth keeping."""
-        for aside in orphans(self._place, "old"):
-            if _is_empty(self.path):
-                os.replace(aside, self.path)
-            elif _record_in(self.path) and _worth_keeping(self.path):
-                remove(aside)
-            elif _record_in(self.path):
-                remove(self.path)
-                os.replace(aside, self.path)
+    def _bring_back(self) -> None:
+        """An old run that was set aside comes back. What a new one had written is gone, but for folders that are empty now."""
+        folders = [folder for folder in self.path.rglob("*") if folder.is_dir() and folder.name in _FOLDERS]
+        remove_empty(sorted(folders, reverse=True))
+        if self._old.is_dir():
+            os.replace(self._old, self.path / _BACK)
+        if (self.path / _BACK).is_dir():
+            _merge(self.path / _BACK, self.path)
 
     def mark(self, state: str, **more: Any) -> None:
         """Set the state ("done", "interrupted") and more fields of run.json."""
@@ -276,8 +267,8 @@ class RunDirectory:
             write_json(self.record_path, {**self.record(), "state": state, **more})
         except OSError as error:
             raise UserError(f"cannot write {self.record_path}: {disk_reason(error)}; {_CONTINUES}") from error
-        if self._aside.exists() and _worth_keeping(self.path):
-            remove(self._aside)
+        if self._old.is_dir() and _worth_keeping(self.path):
+            self._drop_old()
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -293,7 +284,11 @@ class RunDirectory:
 
     def _append(self, file: Path, line: str) -> None:
         """One more line. Raises UserError where the folder has gone or does not take it; no part of the line stays."""
+        if self._folder is not None:
+            self._check_there()
+        check_plain(file)
         size = file.stat().st_size if file.exists() else 0
+        ours = not file.exists() or is_as_written(file)
         try:
             with open(file, "a", encoding="utf-8", errors="backslashreplace") as opened:
                 opened.write(line + "\n")
@@ -303,14 +298,22 @@ class RunDirectory:
             with contextlib.suppress(OSError):
                 os.truncate(file, size)
             raise UserError(f"cannot write {file}: {disk_reason(error)}; {_CONTINUES}") from error
+        finally:
+            if ours:
+                remember(file)
 
     def _check_there(self) -> None:
         """Raise UserError where the folder went away while it was being written."""
-        if not self.record_path.is_file():
+        if not self._is_there():
             raise UserError(
                 f"the run folder {self.path} was removed, moved or emptied while it was being written: put it back where it was, "
                 "or start it anew"
             )
+
+    def _is_there(self) -> bool:
+        """Whether the folder is the one that is being written, and holds its record."""
+        same = self._folder is None or _folder_identity(self.path) == self._folder
+        return same and self.record_path.is_file()
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines of steps that a resumed run is going to write again."""
@@ -321,7 +324,27 @@ class RunDirectory:
 
 
 def _is_empty(path: Path) -> bool:
-    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    """Whether nothing is there but what a process left that was killed before its run began."""
+    if not path.exists():
+        return True
+    return path.is_dir() and all(entry.name == LOCK or is_unfinished(entry) for entry in path.iterdir())
+
+
+def _folder_identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _merge(source: Path, target: Path) -> None:
+    """Move the files in `source` to `target`, and remove `source`; those whose names are taken there stay."""
+    for name in files_in(source):
+        if not os.path.lexists(target / name):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source / name, target / name)
+    remove_empty([*sorted((folder for folder in source.rglob("*") if folder.is_dir()), reverse=True), source])
 
 
 def _record_in(run: Path) -> dict[str, Any]:
@@ -330,22 +353,18 @@ def _record_in(run: Path) -> dict[str, Any]:
         record = read_json(run / "run.json")
     except UserError:
         return {}
-    return record if _is_ours(record) else {}
+    return record if is_ours(record) else {}
 
 
 def _worth_keeping(run: Path) -> bool:
     """Whether a run folder holds a checkpoint, a model, a shard of latents or a finished record."""
-    saved = [
-        file for pattern in ("checkpoints/step-*", "model.json", "shard-*.safetensors") for file in run.rglob(pattern)
-    ]
-    whole = [file for file in saved if not any(part.endswith(".part") for part in file.relative_to(run).parts)]
-    return bool(whole) or _record_in(run).get("state") == "done"
+    return any(re.fullmatch(_SAVED, name) for name in files_in(run)) or _record_in(run).get("state") == "done"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; none where there is no such file. Lines cut short by a crash are left out."""
     path = run / "metrics.jsonl"
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return [line for line in map(_parsed, texts) if isinstance(line, dict)]
 
 
@@ -354,25 +373,3 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return None
-
-
-def file_output(
-    path: Path, verb: str, recipe: Mapping[str, Any], overwrite: bool, record_of: Callable[[Path], Any]
-) -> bool:
-    """Whether the single-file output `path` is still to be made.
-
-    record_of: reads the record (see `stamp`) of an existing output, None where it has none. Raises UserError where the
-    file is not ours or was made with another recipe.
-    """
-    check_writable(path)
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder; this verb writes a file")
-    if not path.exists():
-        return True
-    record = record_of(path)
-    if not _is_ours(record):
-        raise UserError(f"--out {path} exists and was not made by tinyfusion; choose another name")
-    if overwrite:
-        return True
-    _check_same(record, verb, recipe, path)
-    return False

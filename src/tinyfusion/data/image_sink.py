@@ -42,7 +42,7 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[np.ge
 
 def write_png_folder(folder: Path, images: ImageSource) -> None:
     """Write images (N, H, W, 1 or 3) uint8 as 000000.png, 000001.png, ..., the whole folder at once."""
-    with written_beside(folder) as beside, ThreadPoolExecutor(os.cpu_count()) as threads:
+    with written_beside(folder, r"[0-9]{6,}\.png") as beside, ThreadPoolExecutor(os.cpu_count()) as threads:
         beside.mkdir()
 
         def write(index: int, image: np.ndarray) -> None:

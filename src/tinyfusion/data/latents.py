@@ -24,7 +24,9 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import sha256_of, try_lock
+from tinyfusion.core.files import sha256_of
+from tinyfusion.core.locks import is_at, try_lock
+from tinyfusion.core.reading import check_plain
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import read_json, write_json
 from tinyfusion.data.batches import ArrayBatch, ShuffledRows
@@ -120,6 +122,7 @@ def _part(folder: Path, spec: LatentSpec, shard: int) -> Path:
 def images_in_part(folder: Path, spec: LatentSpec, shard: int, labels: np.ndarray) -> int:
     """Images that an ended process left in an unfinished shard; 0 where there are none, or it was another set."""
     path, start = _part(folder, spec, shard), _start(spec, shard, labels)
+    check_plain(path)
     try:
         with open(path, "rb") as file:
             if file.read(len(start)) != start:
@@ -142,10 +145,12 @@ def unfinished_shard(
     What was written stays when the block does not end well. Raises UserError where another process writes the same shard, or
     the folder has gone.
     """
-    path, start = _part(folder, spec, shard), _start(spec, shard, labels)
+    path, start, whole = _part(folder, spec, shard), _start(spec, shard, labels), folder / spec.file_name(shard)
+    for place in (path, whole):
+        check_plain(place)
     try:
         with open(path, "ab") as file:
-            if not try_lock(file):
+            if try_lock(file) is False or not is_at(file.fileno(), path):  # or it has just become a whole shard
                 raise UserError(
                     f"another process writes {path} right now: give every process its own RANK of one WORLD_SIZE, or wait "
                     "for it"
@@ -166,11 +171,15 @@ def unfinished_shard(
             if size != wanted:
                 raise RuntimeError(f"{path} has {size} bytes, wanted {wanted}")
             os.fsync(file.fileno())
-            os.replace(path, folder / spec.file_name(shard))
+            check_plain(whole)
+            os.replace(path, whole)
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} was removed or emptied while it was being written: start the same command again"
         ) from error
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_manifest(folder: Path, spec: LatentSpec, about: Mapping[str, Any]) -> None:

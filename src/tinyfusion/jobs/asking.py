@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from typing import Any
 
@@ -14,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import discard
 from tinyfusion.core.progress import progress
 from tinyfusion.core.recipe import Recipe
-from tinyfusion.core.rundir import RunDirectory, write_json, written_beside
+from tinyfusion.core.rundir import CHECKPOINT_FILES, RunDirectory, write_json, written_beside
 from tinyfusion.jobs.assemble import batches_for, device_for
 from tinyfusion.jobs.estimate import Estimate, copy_estimate
 from tinyfusion.jobs.inspect import model_macs
@@ -170,13 +170,13 @@ def ask(question: Question, run: RunDirectory) -> PrunePlan:
 def _save(run: RunDirectory, sums: LossSums, seconds: float) -> None:
     """A search so far, as `checkpoints/step-BATCHES/`; the one before it goes."""
     target = run.checkpoints / f"step-{sums.batches:07d}"
-    with written_beside(target) as beside:
+    with written_beside(target, CHECKPOINT_FILES) as beside:
         beside.mkdir(parents=True)
         counts = np.array([sums.images, sums.batches], dtype=np.int64)
         save_file({"loss": sums.loss, "mse": sums.mse, "counts": counts}, beside / "losses.safetensors")
     for path in run.checkpoints.glob("step-*"):
         if path != target:
-            shutil.rmtree(path)
+            discard(path, CHECKPOINT_FILES)
     run.mark("running", seconds=seconds)
 
 

@@ -73,6 +73,7 @@ def evaluate(
         "reference": {"name": real.name, "hash": real.hash, "count": len(real)},
         "protocol": protocol,
     }
+    file_output(options.out, "evaluate", plain, options.overwrite, read_json)  # again: nothing of others is replaced
     write_json(options.out, record)
     return _numbers(record)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tinyfusion import __version__
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import check_plain
 from tinyfusion.core.rundir import (
     check_space,
     check_writable,
@@ -37,6 +38,10 @@ from tinyfusion.models.hub import HUB_ID, autoencoder_folder, upload_folder
 
 RECORD = "tinyfusion.json"  # marks an exported folder as ours
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+_FILES = (  # that an export writes, as a regular expression of paths in its folder
+    rf"(?:transformer/)?(?:config\.json|{_WEIGHTS})|model\.(?:json|safetensors)|README\.md|{PICTURE}|{RECORD}|model_index\.json|"
+    r"scheduler/scheduler_config\.json|vae/(?:config\.json|diffusion_pytorch_model[^/]*)"
+)
 _OFFICIAL_SUFFIXES = (".safetensors", ".pt")
 
 
@@ -78,6 +83,7 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
         print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
     else:
         record = stamp("export", plain, "done", **outcome)
+        _check_output(options, what.to, plain)  # again: what has come to be there meanwhile is not replaced
         _write(model, options.out, what, Beside(vae, labels), record)
     if what.push_to_hub:
         outcome["pushed_to"] = upload_folder(options.out, what.push_to_hub)
@@ -105,6 +111,7 @@ def _check_output(options: RunOptions, to: str, plain: Mapping[str, Any]) -> boo
     """Whether there is something to do. Raises UserError on an output that is not ours or of another model."""
     out = options.out
     if to == "official":
+        check_writable(out.with_suffix(".json"))
         todo = file_output(
             out, "export", plain, options.overwrite, lambda path: _read_record(path.with_suffix(".json"))
         )
@@ -144,7 +151,7 @@ def _write(model: LoadedModel, out: Path, what: ExportOptions, more: Beside, rec
     if what.to == "official":
         _write_official(model, out, record)
         return
-    with written_beside(out) as beside:
+    with written_beside(out, _FILES) as beside:
         if what.to == "tinyfusion":
             save_model(model, beside)
         else:
@@ -184,7 +191,8 @@ def _write_official(model: LoadedModel, out: Path, record: dict[str, Any]) -> No
     }
     with written_beside(out) as beside:
         if out.suffix == ".pt":
-            torch.save(tensors, beside)
+            with open(beside, "wb") as file:
+                torch.save(tensors, file)
         else:
             save_file(tensors, beside, metadata={"format": "pt"})
         write_json(out.with_suffix(".json"), {**record, **more})
@@ -206,7 +214,7 @@ def _versioned(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def save_pretrained(model: LoadedModel, folder: Path, notes: CardNotes | None = None) -> None:
     """For users of the library: our own model folder with its card, whole or not at all."""
-    with written_beside(folder) as beside:
+    with written_beside(folder, _FILES) as beside:
         save_model(model, beside)
         _write_notes(model, beside, notes or CardNotes(folder.name, "tinyfusion"))
 
@@ -276,6 +284,7 @@ def _labels(model: LoadedModel, what: ExportOptions) -> Mapping[int, str] | None
     """Names of classes: of `--labels`, else of the pipeline that the model was opened from. Raises UserError on others than its own."""
     index = Path(model.origin.get("path", "")).parent / "model_index.json"
     path = Path(what.labels) if what.labels is not None else index
+    check_plain(path)
     if what.labels is None and (not index.is_file() or not (read_json(index) or {}).get("id2label")):
         return None
     try:

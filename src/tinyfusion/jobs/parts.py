@@ -7,9 +7,10 @@ how many processes draw them, and when, is nothing they depend on.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import missing_folders, remove, remove_empty, sweep, try_lock, write_json, written_beside
+from tinyfusion.core.files import (
+    clear_unfinished,
+    files_in,
+    missing_folders,
+    remove_empty,
+    write_json,
+    written_beside,
+)
+from tinyfusion.core.locks import LOCK, Lock, Locked, acquire
 from tinyfusion.core.rundir import file_output, read_json, stamp
 from tinyfusion.core.signals import check_stop
 from tinyfusion.data.image_source import ImageSource
@@ -25,6 +34,7 @@ from tinyfusion.data.image_source import ImageSource
 RECORD = "sampling.json"
 Range = tuple[int, int]  # images first .. last - 1
 _LOOK_EVERY_S = 0.05
+_OURS = r"images-\d{7,}\.npy"
 
 
 def parts_folder(out: Path) -> Path:
@@ -52,6 +62,8 @@ class Parts:
 
     def is_there(self, part: Range) -> bool:
         """Whether a part was drawn; one that is damaged was not."""
+        if not self.file(part).is_file():
+            return False
         try:
             found = np.load(self.file(part), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):
@@ -99,8 +111,12 @@ class Parts:
         return ImageSource(self.shape, self.dtype, read)
 
     def remove(self) -> None:
-        """The folder goes."""
-        remove(self.folder)
+        """Remove all parts, and the record last; the folder goes with its lock, unless others put something into it."""
+        clear_unfinished(self.folder)
+        for name in files_in(self.folder):
+            if re.fullmatch(_OURS, name):
+                (self.folder / name).unlink()
+        (self.folder / RECORD).unlink(missing_ok=True)
 
 
 def part_images(folder: Path, plain: Mapping[str, Any], wanted: int, overwrite: bool) -> int:
@@ -108,9 +124,9 @@ def part_images(folder: Path, plain: Mapping[str, Any], wanted: int, overwrite: 
 
     plain: the recipe of the job. Raises UserError where the folder is not ours, or of another job.
     """
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return wanted
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file()):
+    if not _is_free(folder):
         raise UserError(
             f"{folder} is where parts of the images would go, and it was not made by tinyfusion: move it away"
         )
@@ -122,43 +138,49 @@ def part_images(folder: Path, plain: Mapping[str, Any], wanted: int, overwrite: 
     return told
 
 
+def _is_free(folder: Path) -> bool:
+    """Whether a folder holds a record, or nothing but the lock of a sampling that has just removed its own."""
+    if not folder.is_dir():
+        return False
+    return (folder / RECORD).is_file() or [entry.name for entry in folder.iterdir()] == [LOCK]
+
+
 @contextmanager
 def begin_parts(parts: Parts, plain: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
     """Make the folder with its record, where there is none or it is to be made anew; it is this process's until the end.
 
-    Raises UserError where another process is drawing into it: a lock of the system says so, which ends with whoever holds it.
+    Raises UserError where another process is drawing into it. An empty folder does not stay.
     """
     made = missing_folders(parts.folder)
-    with ExitStack() as held:
-        held.callback(os.close, _locked(parts.folder))
+    record = stamp("sample", plain, "running", part_images=parts.part_images)
+    lock = _locked(parts.folder, record)
+    try:
+        part_images(parts.folder, plain, parts.part_images, overwrite)
         if overwrite:
-            for entry in list(parts.folder.iterdir()):
-                remove(entry)
-        if (parts.folder / RECORD).is_file():
-            sweep(parts.folder)
+            parts.remove()
         else:
-            try:
-                write_json(parts.folder / RECORD, stamp("sample", plain, "running", part_images=parts.part_images))
-            except BaseException:
-                remove(parts.folder)  # without its record nobody would know it for ours
-                remove_empty(made)
-                raise
+            clear_unfinished(parts.folder)
+        if not (parts.folder / RECORD).is_file():
+            write_json(parts.folder / RECORD, record)
         yield
+    finally:
+        lock.release()
+        remove_empty([parts.folder, *made])
 
 
-def _locked(folder: Path) -> int:
-    """A folder, made where there is none, opened and locked."""
+def clear_parts(parts: Parts, plain: Mapping[str, Any]) -> None:
+    """Remove what a process that was killed left of parts whose npz is there."""
+    if (parts.folder / RECORD).is_file():
+        with suppress(Locked), begin_parts(parts, plain, overwrite=False):
+            parts.remove()
+
+
+def _locked(folder: Path, record: dict[str, Any]) -> Lock:
+    """The lock of the folder, which is made with its record where there is none."""
     while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            opened = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # removed just now, by whoever was finished with it
-            continue
-        if not try_lock(opened):
-            os.close(opened)
-            raise UserError(
-                f"another process draws the images of {folder.with_suffix('')} right now: wait for it, or choose another --out"
-            )
-        if folder.exists() and os.path.samestat(os.fstat(opened), os.stat(folder)):
-            return opened
-        os.close(opened)  # the lock of a folder that is no more
+        if not os.path.lexists(folder):
+            with written_beside(folder) as beside:
+                beside.mkdir()
+                write_json(beside / RECORD, record)
+        with suppress(FileNotFoundError):  # removed just now, by whoever was finished with it
+            return acquire(folder / LOCK, f"draws the images of {folder.with_suffix('')}")

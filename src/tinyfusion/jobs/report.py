@@ -186,7 +186,7 @@ def _pairs(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _looks(folder: Path) -> list[Look]:
     """The pictures of averaged weights while they trained: the last, and others evenly spread."""
-    files = sorted(folder.glob("step-*.png"))
+    files = sorted(file for file in folder.glob("step-*.png") if file.is_file() and file.stem[5:].isdecimal())
     chosen = (
         sorted({len(files) - 1 - i * (len(files) - 1) // (MAX_LOOKS - 1) for i in range(MAX_LOOKS)}) if files else []
     )

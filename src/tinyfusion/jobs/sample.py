@@ -20,7 +20,6 @@ import numpy as np
 
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import missing_folders, remove_empty
 from tinyfusion.core.progress import progress
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import (
@@ -46,7 +45,7 @@ from tinyfusion.jobs.drawing import (
     protocol,
 )
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
-from tinyfusion.jobs.parts import Parts, Range, begin_parts, part_images, parts_folder
+from tinyfusion.jobs.parts import Parts, Range, begin_parts, clear_parts, part_images, parts_folder
 from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel, open_model
@@ -122,9 +121,13 @@ def sample(
         if todo:
             paths = {name: str(path) if path else None for name, path in (("grid", grid), ("png", png))}
             record = stamp("sample", plain, "done", **outcome, model=model.hash(), **paths)
-            write_samples(options.out, job.parts(num).source(), labels_of(recipe, model), record)
-            job.parts(num).remove()
+            parts = job.parts(num)
+            _is_todo(job)  # again: what has come to be there meanwhile is not replaced
+            _check_pictures(job, parts.shape[-1], parts.dtype)
+            write_samples(options.out, parts.source(), labels_of(recipe, model), record)
+            parts.remove()
         else:
+            clear_parts(job.parts(num), plain)
             print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
         _write_pictures(job, todo)
     return outcome
@@ -156,11 +159,7 @@ def _check(job: _Job, engine: Engine) -> tuple[bool, int]:
     settings, out, overwrite = job.recipe.sample, job.out, job.options.overwrite
     if settings.compile:
         check_compiler(engine.device)
-    todo = file_output(out, "sample", job.plain, overwrite, _record_beside) or not _is_whole(out)
-    if todo and not out.exists():
-        file_output(
-            out.with_suffix(".json"), "sample", job.plain, True, read_json
-        )  # a record of ours may go, nothing else
+    todo = _is_todo(job) or not _is_whole(out)
     share = min(settings.batch_size, math.ceil(settings.num_images / engine.world))
     num = part_images(parts_folder(out), job.plain, share, overwrite) if todo else share
     shape, dtype = job.parts(num).shape, job.parts(num).dtype
@@ -170,9 +169,18 @@ def _check(job: _Job, engine: Engine) -> tuple[bool, int]:
     return todo, num
 
 
+def _is_todo(job: _Job) -> bool:
+    """Whether there are no images yet. Raises UserError where these or another record would be replaced that are not ours."""
+    out, record = job.out, job.out.with_suffix(".json")
+    check_writable(record)
+    todo = file_output(out, "sample", job.plain, job.options.overwrite, _record_beside)
+    if todo and not out.exists():
+        file_output(record, "sample", job.plain, True, read_json)  # a record of ours may go, nothing else
+    return todo
+
+
 def _draw(job: _Job, parts: Parts, engine: Engine, title: str, held: ExitStack) -> dict[str, Any] | None:
     """All parts, by all processes. held: keeps their folder for this sampling. What this one ran of a model with routers."""
-    made = missing_folders(parts.folder)
     missing = engine.first(lambda: _begin(job, parts, held))
     try:
         return _draw_parts(job, parts, missing, engine, title)
@@ -180,7 +188,6 @@ def _draw(job: _Job, parts: Parts, engine: Engine, title: str, held: ExitStack) 
         kept = _kept(parts)
         if not kept and engine.world == 1:
             parts.remove()
-            remove_empty(made)
         if isinstance(error, Interrupted):
             what = f"{kept:,} of {parts.shape[0]:,} images of {job.out} are kept"
             what = what if kept else f"no image of {job.out} was finished"

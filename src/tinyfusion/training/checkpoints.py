@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import discard, sweep, written_beside
-from tinyfusion.core.reading import read_json
+from tinyfusion.core.files import clear_unfinished, discard, unfinished, written_beside
+from tinyfusion.core.reading import check_plain, read_json, unreadable
+from tinyfusion.core.rundir import CHECKPOINT_FILES
 from tinyfusion.training.saved import damage, open_checkpoint, other_version, part_name, write_record, write_tensors
 from tinyfusion.training.shards import first_row, is_sharded, local_part
 from tinyfusion.training.state import Progress, TrainState
@@ -74,6 +75,7 @@ def load_latest(folder: Path, state: TrainState, first: First = _here) -> int:
 
 def load_checkpoint(path: Path, state: TrainState, first: First = _here) -> int:
     """Load this checkpoint into `state`; its step. Raises UserError, and changes nothing, unless it is sound and fits."""
+    first(partial(_check_there, path))
     wrong = first(partial(other_version, path))
     if wrong is None and (found := first(partial(damage, path))) is not None:
         wrong = f"checkpoint {path} is damaged ({found}): give another one"
@@ -85,6 +87,15 @@ def load_checkpoint(path: Path, state: TrainState, first: First = _here) -> int:
         raise UserError(f"checkpoint {path} does not fit this training: {error}") from error
 
 
+def _check_there(path: Path) -> None:
+    """Raise UserError where nothing is at `path`, or something that may not be opened."""
+    check_plain(path)
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
 def _load(path: Path, state: TrainState) -> int:
     saved = open_checkpoint(path)
     state.load(saved, saved.progress)
@@ -92,12 +103,21 @@ def _load(path: Path, state: TrainState) -> int:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first. Raises UserError where it cannot be read."""
+    """The checkpoints in `folder`, oldest first. Raises UserError where it cannot be read.
+
+    A folder that holds files, and none of a checkpoint, is none: what others put into one that has gone.
+    """
     try:
         entries = list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
         raise UserError(f"cannot read {folder}: {_reason(error)}") from error
-    return sorted((entry for entry in entries if _step(entry) is not None), key=lambda entry: _step(entry) or 0)
+    named = [entry for entry in entries if _step(entry) is not None and not _is_foreign(entry)]
+    return sorted(named, key=lambda entry: _step(entry) or 0)
+
+
+def _is_foreign(folder: Path) -> bool:
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return bool(names) and not any(re.fullmatch(f"{CHECKPOINT_FILES}|state.safetensors", name) for name in names)
 
 
 def _name(step: int) -> str:
@@ -178,7 +198,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         if rank == 0:
-            sweep(folder)  # before others look for the unfinished folder of this run
+            clear_unfinished(folder)  # before others look for the unfinished folder of this run
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -270,7 +290,7 @@ class CheckpointWriter:
 
     def _write(self, snapshot: _Snapshot, num: int) -> None:
         """On process 0: the folder, its own tensors, what the others bring, and the record."""
-        with written_beside(snapshot.path) as beside:
+        with written_beside(snapshot.path, CHECKPOINT_FILES) as beside:
             beside.mkdir()
             digests = {part_name(0, num): write_tensors(beside / part_name(0, num), snapshot.tensors)}
             split: dict[str, dict[str, list[Any]]] = {
@@ -304,7 +324,7 @@ class CheckpointWriter:
 
     def _contribute(self, snapshot: _Snapshot, num: int) -> None:
         """On other processes: their file, and a note of its hash and rows when it is complete."""
-        beside = snapshot.path.with_name(f".{snapshot.path.name}.{self.main_pid}.part")
+        beside = unfinished(snapshot.path, self.main_pid) / snapshot.path.name
         deadline = time.monotonic() + self.timeout_s
         while not beside.is_dir():
             if time.monotonic() > deadline:
@@ -326,7 +346,7 @@ class CheckpointWriter:
         stay = {*regular[-self.limit :], self.folder / _name(step)}
         for path in steps:
             if path not in stay:
-                discard(path)
+                discard(path, CHECKPOINT_FILES)
 
     def _told(self, path: Path, error: OSError | UserError) -> str:
         """What to tell people when `path` could not be written."""

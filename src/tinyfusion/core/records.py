@@ -1,0 +1,115 @@
+"""Records of outputs: what makes a file or folder ours, and whether it was made by the same command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyfusion import __version__
+from tinyfusion.core.config import first_difference
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import check_writable
+
+FORMAT_VERSION = 1
+_MARKER = "tinyfusion"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers of a run were made on."""
+    return {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def stamp(verb: str, recipe: Mapping[str, Any], state: str, **more: Any) -> dict[str, Any]:
+    """The record that makes an output ours: verb, resolved recipe, version, commit, machine, state."""
+    return {
+        "made_by": _MARKER,
+        "format_version": FORMAT_VERSION,
+        "verb": verb,
+        "version": __version__,
+        "commit": _commit(),
+        "machine": machine(),
+        "state": state,
+        "recipe": recipe,
+        **more,
+    }
+
+
+def is_ours(record: Any) -> bool:
+    """Whether a record was written by tinyfusion."""
+    return isinstance(record, dict) and record.get("made_by") == _MARKER
+
+
+# knobs that change how a result comes about, and not the result
+_IDLE = {
+    "compute", "watch", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "speed", "bench", "sample.batch_size",
+    "sample.decode_batch_size",
+}  # fmt: skip
+
+
+def _effective(recipe: Any, section: str = "") -> Any:
+    """A plain recipe without the knobs that change nothing in the result."""
+    if not isinstance(recipe, Mapping):
+        return recipe
+    return {k: _effective(v, k) for k, v in recipe.items() if k not in _IDLE and f"{section}.{k}" not in _IDLE}
+
+
+def check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], where: Path) -> None:
+    """Raise UserError unless `record` is of this verb and, but for knobs that change no result, this recipe."""
+    version = record.get("format_version", 0)
+    if not isinstance(version, int) or not isinstance(record.get("verb"), str) or "recipe" not in record:
+        raise UserError(
+            f"{where} has a damaged record (made by tinyfusion, but by which verb and recipe is gone); "
+            "choose another --out or give --overwrite"
+        )
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{where} was written in format {version} by tinyfusion {record.get('version')}; this one reads up to {FORMAT_VERSION}: upgrade"
+        )
+    if record["verb"] != verb:
+        raise UserError(
+            f"{where} was made by `{record['verb']}`, not `{verb}`; choose another --out or give --overwrite"
+        )
+    difference = first_difference(_effective(record["recipe"]), _effective(recipe))
+    if difference:
+        raise UserError(
+            f"{where} was made with another recipe ({difference}); choose another --out or give --overwrite"
+        )
+
+
+def file_output(
+    path: Path, verb: str, recipe: Mapping[str, Any], overwrite: bool, record_of: Callable[[Path], Any]
+) -> bool:
+    """Whether the single-file output `path` is still to be made.
+
+    record_of: reads the record (see `stamp`) of an existing output, None where it has none. Raises UserError where the
+    file is not ours or was made with another recipe.
+    """
+    check_writable(path)
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; this verb writes a file")
+    if not path.exists():
+        return True
+    record = record_of(path)
+    if not is_ours(record):
+        raise UserError(f"--out {path} exists and was not made by tinyfusion; choose another name")
+    if overwrite:
+        return True
+    check_same(record, verb, recipe, path)
+    return False

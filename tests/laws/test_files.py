@@ -1,0 +1,275 @@
+"""Files and locks: what is there that is not ours stays, whoever holds a lock is asked first, and permissions are the usual ones."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tinyfusion.core import locks
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import check_writable, write_json, write_text, written_beside
+from tinyfusion.core.locks import LOCK, Locked, acquire
+from tinyfusion.core.rundir import RunDirectory
+
+RECIPE = {"seed": 0}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def special(path: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(os.path.relpath(path))  # a socket's path is short
+        listener.close()
+    else:
+        path.symlink_to(os.devnull)
+
+
+# -------------------------------------------------------------------------------------------------------- what is there
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_special_files_are_refused_at_the_beginning_and_at_the_rename(tmp_path: Path, kind: str) -> None:
+    special(tmp_path / "there", kind)
+    before = (tmp_path / "there").stat()
+    for write in (
+        check_writable,
+        lambda path: write_text(path, "x"),
+        lambda path: RunDirectory(path).check("a", {}, True),
+    ):
+        with pytest.raises(UserError, match=f"there is a {kind}: wanted a regular file or a folder"):
+            write(tmp_path / "there")
+    assert (tmp_path / "there").stat() == before
+
+    def late() -> None:
+        with written_beside(tmp_path / "late") as beside:
+            beside.write_text("x")
+            special(tmp_path / "late", kind)
+
+    with pytest.raises(UserError, match=f"late is a {kind}"):
+        late()
+    assert names(tmp_path) == ["late", "there"]
+
+
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_a_file_does_not_replace_a_folder_nor_the_other_way(tmp_path: Path, there: str) -> None:
+    def write() -> None:
+        with written_beside(tmp_path / "out") as beside:
+            if there == "file":
+                beside.mkdir()
+                (tmp_path / "out").write_text("mine")
+            else:
+                beside.write_text("new")
+                (tmp_path / "out").mkdir()
+
+    with pytest.raises(UserError, match=f"it is a {there}, wanted a"):
+        write()
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out").is_file() == (there == "file")
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "x.json").write_text("{}")
+    (tmp_path / "x.json").symlink_to("disk/x.json")
+    write_json(tmp_path / "x.json", [1])
+    assert (tmp_path / "x.json").is_symlink()
+    assert json.loads((tmp_path / "disk" / "x.json").read_text()) == [1]
+    assert names(tmp_path) == ["disk", "disk/x.json", "x.json"]
+
+
+def test_what_may_not_be_looked_into_is_not_called_missing(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("another user is needed")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match="cannot write .*closed/run: Permission denied"):
+            RunDirectory(closed / "run").check("prune", RECIPE, False)
+        with pytest.raises(UserError, match="cannot write .*: .* is read-only for you"):
+            check_writable(tmp_path / "new")
+    finally:
+        os.seteuid(0)
+
+
+# ------------------------------------------------------------------------------------------- permissions, and full disks
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    former = os.umask(umask)
+    try:
+        with written_beside(tmp_path / "model") as beside:
+            beside.mkdir()
+            save_file({"x": torch.zeros(2)}, beside / "model.safetensors")
+            write_json(beside / "model.json", {})
+        with written_beside(tmp_path / "x.safetensors") as beside:
+            save_file({"x": torch.zeros(2)}, beside)
+    finally:
+        os.umask(former)
+    for name in ("model/model.safetensors", "model/model.json", "x.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may be larger than 64 KiB."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "text"])
+def test_a_file_that_is_too_large_names_itself_and_leaves_nothing(tmp_path: Path, small_files: None, kind: str) -> None:
+    def write() -> None:
+        with written_beside(tmp_path / "above" / "out") as beside:
+            if kind == "text":
+                beside.write_text("x" * 2**17)
+            else:
+                save_file({"x": torch.zeros(2**17)}, beside)
+
+    error = pytest.raises(OSError, write).value  # noqa: PT011 (its number is checked)
+    assert (error.errno, error.filename) == (errno.EFBIG, str(tmp_path / "above" / "out"))
+    assert names(tmp_path) == []
+
+
+def test_names_that_are_no_utf8_can_be_written_down(tmp_path: Path) -> None:
+    write_text(tmp_path / "page.html", os.fsdecode(b"folder \xff"))
+    assert (tmp_path / "page.html").read_text() == "folder \\udcff"
+    run = RunDirectory(tmp_path / "run")
+    with run.writing("prune", RECIPE):
+        run.note(os.fsdecode(b"folder \xff"))
+        run.mark("done")
+    assert (run.path / "log.txt").read_text() == "folder \\udcff\n"
+
+
+# --------------------------------------------------------------------------------------------------------------- locks
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tinyfusion.core.rundir import RunDirectory
+with RunDirectory(Path(sys.argv[1])).writing("prune", {"seed": 0}):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+OVERWRITE = """
+import sys
+from pathlib import Path
+from tinyfusion.core.rundir import RunDirectory
+run = RunDirectory(Path(sys.argv[1]))
+assert run.check("prune", {"seed": 1}, True) == "new"
+with run.writing("prune", {"seed": 1}, overwrite=True):
+    print("never")
+"""
+
+
+def test_a_live_run_is_respected_from_another_process_namespace(tmp_path: Path) -> None:
+    """As from another container: the number of the process that writes means nothing there."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+            before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+            inner = [sys.executable, "-c", OVERWRITE, str(tmp_path / "run")]
+            apart = ["unshare", "--pid", "--fork", "--"] if os.geteuid() == 0 else []
+            probe = subprocess.run([*apart, "true"], check=False, capture_output=True)
+            done = subprocess.run([*(apart if probe.returncode == 0 else []), *inner], capture_output=True, text=True)
+            assert "another process writes" in done.stderr.splitlines()[-1]
+            assert f"process {holder.pid} on " in done.stderr
+            assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        finally:
+            holder.kill()
+    with RunDirectory(tmp_path / "run").writing("prune", RECIPE) as mode:
+        assert mode == "continue", "the lock has gone with its holder"
+    assert names(tmp_path) == ["run", "run/run.json"]
+
+
+def sign(path: Path, **changed: Any) -> None:
+    """The lock file of a process that is not asked for its lock."""
+    path.write_text(json.dumps({**locks._own_record(), **changed}))
+
+
+NO_LOCKS, LOCKS = "no locks", "locks"
+CASES = [  # locks of the disk, what is different in the record, the type of the disk, and what follows
+    (LOCKS, {}, "ext4", "taken"),
+    (LOCKS, {"boot": "other"}, "ext4", "taken"),
+    (LOCKS, {"boot": "other", "host": "there"}, "nfs4", "taken"),
+    (LOCKS, {"boot": "other", "host": "there"}, "fuse.sshfs", "unknown"),
+    (LOCKS, {"namespace": "other"}, "fuse.sshfs", "taken"),
+    (NO_LOCKS, {}, "fuse.sshfs", "alive"),
+    (NO_LOCKS, {"started": "1"}, "fuse.sshfs", "taken"),
+    (NO_LOCKS, {"pid": 2**22, "started": "1"}, "fuse.sshfs", "taken"),
+    (NO_LOCKS, {"namespace": "other"}, "ext4", "unknown"),
+    (NO_LOCKS, {"boot": "other", "host": "there"}, "nfs4", "unknown"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changed", "disk", "outcome"), CASES)
+def test_a_lock_that_cannot_tell_asks_the_record_of_its_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, changed: dict[str, Any], disk: str, outcome: str
+) -> None:
+    mount = type("Mount", (), {"mountpoint": "/", "fstype": disk, "opts": "rw,local_lock=none"})
+    monkeypatch.setattr("psutil.disk_partitions", lambda **_: [mount])
+    if kind == NO_LOCKS:
+
+        def flock(*_: Any) -> None:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+    sign(tmp_path / LOCK, **changed)
+    record = json.loads((tmp_path / LOCK).read_text())
+    if outcome == "taken":
+        acquire(tmp_path / LOCK, "writes run").release()
+        assert names(tmp_path) == []
+        return
+    with pytest.raises(Locked) as refused:
+        acquire(tmp_path / LOCK, "writes run")
+    said = str(refused.value)
+    assert f"process {record['pid']} on {record['host']}, since {record['since']}" in said
+    assert ("right now" in said) == (outcome == "alive")
+    assert (f"remove {tmp_path / LOCK} where it has ended" in said) == (outcome == "unknown")
+    assert json.loads((tmp_path / LOCK).read_text()) == record
+
+
+def test_a_lock_file_that_goes_while_it_is_waited_for_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flock = tmp_path / LOCK, fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    lock = acquire(path, "writes run")
+    with pytest.raises(Locked):
+        acquire(path, "writes run")
+    lock.release()
+    assert names(tmp_path) == []
