@@ -7,19 +7,50 @@ teacher and its student always agree.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyfusion.core.reading import check_memory
 from tinyfusion.models.packed import gelu_linear
 
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoidal timestep features, fixed by the published model
 MLP_RATIO = 4
+_TABLE_BYTES = 24  # that a value of the position table takes while it is computed
+
+
+LARGEST_SIZE, LARGEST_DEPTH, LARGEST_GRID = (
+    2**20,
+    2**12,
+    2**9,
+)  # far beyond what can be run; the last: patches along a side
+
+
+def check_ranges(arch: Any, *names: str) -> None:
+    """ValueError on sizes of an arch that no model has, and on a side that is no whole number of patches. None is not checked.
+
+    What is built of sizes in these ranges, without values, takes no time and no memory to speak of.
+    """
+    for name in names:
+        value, largest = getattr(arch, name), LARGEST_DEPTH if "depth" in name else LARGEST_SIZE
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+        if value is not None and value > largest:
+            raise ValueError(f"{name} must be at most {largest}; got {value}")
+    grid, rest = divmod(arch.input_size, arch.patch_size)
+    if rest:
+        raise ValueError(f"input_size {arch.input_size} is not a multiple of patch_size {arch.patch_size}")
+    if grid > LARGEST_GRID:
+        raise ValueError(
+            f"input_size {arch.input_size} has {grid} patches along a side; at most {LARGEST_GRID} can be run"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,17 +77,10 @@ class DiTArch:
     mlp_norm_eps: float = 1e-6  # of the norm before an MLP
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        check_ranges(self, "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes",
+                     "head_dim", "mlp_hidden")  # fmt: skip
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        for name in ("head_dim", "mlp_hidden"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4 (the position table needs it)")
         if not 0 <= self.frequency_shift < TIMESTEP_FREQUENCIES // 2:
@@ -237,6 +261,7 @@ def position_table(width: int, grid: int, scale: float = 1.0) -> Tensor:
 
     scale: by which r and c are divided; 1 in every DiT.
     """
+    check_memory(_TABLE_BYTES * width * grid * grid, f"a position table of {grid} x {grid} places")
     quarter = width // 4
     frequencies = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
     rows, columns = (places / scale for places in np.divmod(np.arange(grid * grid), grid))
@@ -256,7 +281,10 @@ class DiT(nn.Module):
         super().__init__()
         self.arch = arch
         width, patch = arch.hidden_size, arch.patch_size
-        self.pos_embed = nn.Parameter(position_table(width, arch.input_size // patch), requires_grad=False)
+        grid = arch.input_size // patch
+        without_values = torch.get_default_device().type == "meta"
+        table = torch.empty(1, grid * grid, width) if without_values else position_table(width, grid)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.x_embedder = PatchEmbedder(arch.in_channels, width, patch)
         self.t_embedder = TimestepEmbedder(width, arch.frequency_shift)
         self.y_embedder = LabelEmbedder(arch.num_classes, width)
@@ -306,6 +334,17 @@ def initialise(model: DiT, seed: int) -> None:
             nn.init.zeros_(parameter)
 
 
+def list_length(tensors: Mapping[str, Tensor], name: str) -> int:
+    """Modules of the list `name` in a state dict. Raises ValueError where their numbers have gaps."""
+    inside = {key.removeprefix(f"{name}.").split(".")[0] for key in tensors if key.startswith(f"{name}.")}
+    numbers = {int(number) for number in inside if number.isdecimal() and len(number) < 20}
+    if numbers != set(range(len(numbers))):
+        missing = list(itertools.islice((i for i in itertools.count() if i not in numbers), 4))
+        last = max(numbers)
+        raise ValueError(f"{name.removesuffix('s')} numbers have gaps: {[i for i in missing if i < last]} missing of 0 to {last}")
+    return len(numbers)
+
+
 def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> DiTArch:
     """The sizes that the shapes of an official state dict tell; heads come from the published table or `num_heads`.
 
@@ -321,10 +360,7 @@ def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> 
     grid = math.isqrt(num_tokens)
     if grid * grid != num_tokens:
         raise ValueError(f"pos_embed has {num_tokens} tokens, which is no square grid")
-    numbers = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.") and key.split(".")[1].isdigit()}
-    if numbers != set(range(len(numbers))):
-        missing = sorted(set(range(max(numbers) + 1)) - numbers)
-        raise ValueError(f"block numbers have gaps: {missing[:4]} missing of 0 to {max(numbers)}")
+    depth = list_length(tensors, "blocks")
     heads = num_heads or HEADS_BY_WIDTH.get(width)
     if heads is None:
         raise ValueError(f"width {width} is in no published table, so the number of heads is unknown: give --num-heads")
@@ -333,7 +369,7 @@ def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> 
         patch_size=patch,
         in_channels=in_channels,
         hidden_size=width,
-        depth=len(numbers),
+        depth=depth,
         num_heads=heads,
         num_classes=rows - 1,
         learn_sigma=patch_features == 2 * in_channels * patch * patch,

@@ -80,9 +80,21 @@ class ModelFamily:
         return self.arch_type(**given)
 
     def shapes(self, arch: Any) -> dict[str, Tensor]:
-        """The state dict of a model of these sizes, without values (on the meta device)."""
-        with torch.device("meta"):
-            return dict(self.build(arch).state_dict())
+        """The state dict of a model of these sizes, without values (on the meta device). Raises ValueError on sizes that overflow."""
+        try:
+            with torch.device("meta"):
+                return dict(self.build(arch).state_dict())
+        except (RuntimeError, OverflowError) as error:
+            raise ValueError(f"a model of these sizes cannot be: {error}") from error
+
+    def num_bytes(self, arch: Any) -> int:
+        """Bytes of a model of these sizes in float32, counted from one block of every list. Raises ValueError on sizes that overflow."""
+        shapes = self.shapes(self.arch_with_depths(arch, dict.fromkeys(self.block_lists, 1)))
+        depths = {f"{name}.0.": getattr(arch, depth) for name, depth in self.block_lists.items()}
+        return sum(
+            4 * tensor.numel() * next((depth for start, depth in depths.items() if name.startswith(start)), 1)
+            for name, tensor in shapes.items()
+        )
 
     def stack(self, model: nn.Module) -> BlockStack:
         """The residual blocks of a model of this family."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyfusion.core.config import nearest
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import check_memory
 from tinyfusion.models.attach import DynamicModel, build_with_routers
 from tinyfusion.models.family import FAMILIES, ModelFamily
 from tinyfusion.models.plan import PrunePlan
@@ -190,8 +191,10 @@ def new_model(family_name: str, arch_values: Mapping[str, Any], seed: int) -> Lo
     family = FAMILIES[family_name]
     try:
         arch = family.arch_of_sizes(arch_values)
+        num_bytes = family.num_bytes(arch)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+    check_memory(num_bytes, "a new model of these sizes")
     with torch.random.fork_rng(devices=[]):  # new layers fill themselves from the global generator: not ours to move
         module = family.build(arch)
     family.initialise(module, seed)
