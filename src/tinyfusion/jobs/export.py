@@ -59,6 +59,7 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     model = open_model(what.model, what.weights, options.num_heads, options.family)
     if reason := model.unfit_formats().get(what.to):
         raise UserError(f"{what.model} cannot be exported to {what.to}: {reason}")
+    rounded, model = model, model.with_formulas() if what.to == "diffusers" else model
     vae = _autoencoder(model, what, options.dry_run) if what.pipeline else None
     labels = _labels(model, what) if what.pipeline else None
     plain = {"to": what.to, "pipeline": what.pipeline, "vae": what.vae, "model": model.hash()}
@@ -69,6 +70,8 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     if model.facts.vae and Path(model.facts.vae).is_absolute():  # a folder here means nothing elsewhere
         model.facts = dataclasses.replace(model.facts, vae=None)
     found = _differences(model, what.to)
+    if model is not rounded:
+        found.append("the position table is computed in float32 there and rounded to half precision here")
     outcome = {"to": what.to, "model": model.hash(), "bytes": num_bytes, "differences": found}
     for sentence in found:
         print(f"note: {sentence}", file=sys.stderr)

@@ -341,7 +341,9 @@ def list_length(tensors: Mapping[str, Tensor], name: str) -> int:
     if numbers != set(range(len(numbers))):
         missing = list(itertools.islice((i for i in itertools.count() if i not in numbers), 4))
         last = max(numbers)
-        raise ValueError(f"{name.removesuffix('s')} numbers have gaps: {[i for i in missing if i < last]} missing of 0 to {last}")
+        raise ValueError(
+            f"{name.removesuffix('s')} numbers have gaps: {[i for i in missing if i < last]} missing of 0 to {last}"
+        )
     return len(numbers)
 
 

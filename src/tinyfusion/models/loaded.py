@@ -91,6 +91,14 @@ class LoadedModel:
         make_trainable(module, self.family)
         return dataclasses.replace(self, module=module.train(self.module.training))
 
+    def with_formulas(self) -> LoadedModel:
+        """The same model with the tensors that a formula gives as it gives them in float32; itself where they are so already."""
+        held = self.module.state_dict()
+        exact = {name: formula(self.arch) for name, formula in self.family.computed.items()}
+        if all(torch.equal(held[name].cpu(), tensor) for name, tensor in exact.items()):
+            return self
+        return self.with_weights({**held, **exact})
+
     def hash(self) -> str:
         """SHA-256 over the tensors sorted by official name, and over unpublished rules; see `hash_tensors`."""
         return hash_tensors(self.module.state_dict(), self.family, self.arch)
