@@ -56,7 +56,7 @@ class ExportOptions:
 def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     """Write the model as `what.to` says; returns what `--json` prints. Raises UserError where the format cannot hold it."""
     _check_options(options.out, what)
-    model = open_model(what.model, what.weights, options.num_heads, options.family)
+    model = open_model(what.model, what.weights, options.num_heads, options.family, options.num_classes)
     if reason := model.unfit_formats().get(what.to):
         raise UserError(f"{what.model} cannot be exported to {what.to}: {reason}")
     rounded, model = model, model.with_formulas() if what.to == "diffusers" else model

@@ -46,6 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 MODEL_FORMAT_VERSION = 1
+_PUBLISHED_CLASSES = 1000  # of ImageNet, trained with a null class in all published files
 _WEIGHTS = "diffusion_pytorch_model"  # name of the weights in a folder of diffusers
 
 
@@ -88,12 +89,17 @@ def save_model(model: LoadedModel, folder: Path) -> None:
 
 
 def open_model(
-    source: str | Path, weights: str = "ema", num_heads: int | None = None, family: str | None = None
+    source: str | Path,
+    weights: str = "ema",
+    num_heads: int | None = None,
+    family: str | None = None,
+    num_classes: int | None = None,
 ) -> LoadedModel:
     """Open any model: a run folder, a model folder of ours or of diffusers, an official file, a name, or a hub id.
 
     weights: "ema" or "raw", where both exist; else what there is. num_heads: for official files whose width is in no published table.
-    family: for official files whose keys fit several families. The module comes back in eval mode, on the CPU.
+    family: for official files whose keys fit several families. num_classes: for official files, without the null class, as a label
+    table does not say whether its last row is one. The module comes back in eval mode, on the CPU.
     Names are those of shipped models and of known weights, which are fetched once; a hub id is `org/name` or
     `org/name@revision`. Raises UserError on anything that is not exactly a model: missing, unexpected or misshapen
     tensors, NaN, code; and on a name that nothing is known by or that cannot be fetched.
@@ -105,9 +111,9 @@ def open_model(
         path, extra = by_name(str(source))
         family = family or extra.get("family")
     if path.is_dir():
-        model = _open_folder(model_folder(path, weights), num_heads, family)
+        model = _open_folder(model_folder(path, weights), num_heads, family, num_classes)
     else:
-        model = _open_official(path, weights, num_heads, family)
+        model = _open_official(path, weights, num_heads, family, num_classes)
     extra.pop("family", None)
     known: dict[str, Any] = {key: extra.pop(key) for key in ("license", "vae") if key in extra}
     if model.facts.license is not None:
@@ -117,13 +123,13 @@ def open_model(
     return model
 
 
-def _open_folder(path: Path, num_heads: int | None, family_name: str | None) -> LoadedModel:
+def _open_folder(path: Path, num_heads: int | None, family_name: str | None, num_classes: int | None) -> LoadedModel:
     if (path / "model.json").exists():
-        return _open_own(path, num_heads, family_name)
-    return _open_diffusers(path, num_heads, family_name)
+        return _open_own(path, num_heads, family_name, num_classes)
+    return _open_diffusers(path, num_heads, family_name, num_classes)
 
 
-def _open_own(path: Path, num_heads: int | None, family_name: str | None) -> LoadedModel:
+def _open_own(path: Path, num_heads: int | None, family_name: str | None, num_classes: int | None) -> LoadedModel:
     record = read_json_object(path / "model.json")
     version = record.get("format_version")
     if not isinstance(version, int) or version > MODEL_FORMAT_VERSION:
@@ -140,7 +146,7 @@ def _open_own(path: Path, num_heads: int | None, family_name: str | None) -> Loa
             rules_of(family)
     except (ValueError, OverflowError) as error:  # UserError among them
         raise UserError(f"{path}/model.json is damaged: {error}") from error
-    _check_heads(path, arch, num_heads)
+    _check_said(path, arch, num_heads, num_classes)
     module = filled(family, arch, read_safetensors(path / "model.safetensors"), path, routers)
     model = LoadedModel(module, family, arch, facts, {"kind": "model folder of tinyfusion", "path": str(path)})
     if record.get("hash") != model.hash() and record.get("hash") != _hash_of_tensors_alone(model):
@@ -186,9 +192,12 @@ def _hash_of_tensors_alone(model: LoadedModel) -> str:
     return hash_tensors(model.module.state_dict(), model.family, model.arch, rules=False)
 
 
-def _check_heads(path: Path, arch: Any, num_heads: int | None) -> None:
-    if num_heads not in (None, getattr(arch, "num_heads", num_heads)):
-        raise UserError(f"{path} has {arch.num_heads} heads; --num-heads {num_heads} contradicts it")
+def _check_said(path: Path, arch: Any, num_heads: int | None, num_classes: int | None) -> None:
+    """Raise UserError where a model that says everything itself is not what the user says."""
+    for what, said in (("heads", num_heads), ("classes", num_classes)):
+        held = getattr(arch, f"num_{what}", said)
+        if said not in (None, held):
+            raise UserError(f"{path} has {held} {what}; --num-{what} {said} contradicts it")
 
 
 def _check_family(path: Path, family: ModelFamily, name: str | None) -> None:
@@ -196,7 +205,7 @@ def _check_family(path: Path, family: ModelFamily, name: str | None) -> None:
         raise UserError(f"{path} is of family {family.name}, not {name}")
 
 
-def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None) -> LoadedModel:
+def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None, num_classes: int | None) -> LoadedModel:
     """The folder of one model of diffusers: config.json, and weights in one file or several."""
     config = read_json_object(path / "config.json")
     if not diffusers.is_config(config):
@@ -205,14 +214,14 @@ def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None) 
     family = next(holding, FAMILIES["dit"])
     _check_family(path, family, family_name)
     if family.diffusers is not None:
-        return _open_diffusers_of(family, family.diffusers, path, config, num_heads)
+        return _open_diffusers_of(family, family.diffusers, path, config, num_heads, num_classes)
     try:
         arch = diffusers.arch_of_config(config)
     except UserError as error:
         raise UserError(f"{path} {error}") from error
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path}/config.json is damaged: {error}") from error
-    _check_heads(path, arch, num_heads)
+    _check_said(path, arch, num_heads, num_classes)
     tensors, file = read_folder_weights(path, _WEIGHTS)
     check_sizes(dataclasses.asdict(arch), tensors, f"{path}/config.json")
     if diffusers.wrong_table(tensors, arch):
@@ -239,7 +248,12 @@ def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None) 
 
 
 def _open_diffusers_of(
-    family: ModelFamily, folder: DiffusersFolder, path: Path, config: Any, num_heads: int | None
+    family: ModelFamily,
+    folder: DiffusersFolder,
+    path: Path,
+    config: Any,
+    num_heads: int | None,
+    num_classes: int | None,
 ) -> LoadedModel:
     """The folder of one model of diffusers whose family reads it by its own rules."""
     tensors, file = read_folder_weights(path, _WEIGHTS)
@@ -251,7 +265,7 @@ def _open_diffusers_of(
         raise UserError(f"{path} {error}") from error
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path}/config.json is damaged: {error}") from error
-    _check_heads(path, arch, num_heads)
+    _check_said(path, arch, num_heads, num_classes)
     origin = {"kind": "folder of diffusers", "path": str(path), "file": file}
     module = filled(family, arch, ours, path)
     return LoadedModel(module, family, arch, _diffusers_facts(path, config, arch, family), origin)
@@ -281,7 +295,9 @@ def _family(name: Any, path: Path) -> ModelFamily:
     return FAMILIES[name]
 
 
-def _open_official(path: Path, weights: str, num_heads: int | None, family_name: str | None) -> LoadedModel:
+def _open_official(
+    path: Path, weights: str, num_heads: int | None, family_name: str | None, num_classes: int | None
+) -> LoadedModel:
     offered = [_family(family_name, path)] if family_name else list(FAMILIES.values())
     untrained = {name for family in offered for name in family.computed}
     found = find_state_dict(read_tensor_file(path), [f.mark for f in offered], weights, path, untrained)
@@ -293,7 +309,7 @@ def _open_official(path: Path, weights: str, num_heads: int | None, family_name:
     static = {name: t for name, t in tensors.items() if family.dynamic is None or not is_router_key(name)}
     routers = None
     try:
-        arch = family.arch_of_state_dict(static, num_heads)
+        arch = family.arch_of_state_dict(static, num_heads, num_classes)
         if len(static) < len(tensors):
             routers = settings_of(tensors, arch.num_heads)
             rules_of(family).sizes(arch)
@@ -305,9 +321,21 @@ def _open_official(path: Path, weights: str, num_heads: int | None, family_name:
     part = f" of a training checkpoint ({found.label})" if found.keys else ""
     kind = f"official state dict{' with routers' if routers else ''}{part}"
     module = filled(family, arch, tensors, path, routers)
+    _say_classes(arch, num_classes)
     if len(fit) > 1:
         print(f"assuming family {family.name} (give --family to say otherwise)", file=sys.stderr)
     return LoadedModel(module, family, arch, facts, {"kind": kind, "path": str(path)})
+
+
+def _say_classes(arch: Any, num_classes: int | None) -> None:
+    """What was assumed of a label table, and what a model without a null class cannot do."""
+    null_class = getattr(arch, "null_class", None)
+    if null_class and num_classes is None and arch.num_classes != _PUBLISHED_CLASSES:
+        rows = arch.num_classes + 1
+        print(f"assuming {arch.num_classes} classes and a null class, by {rows} rows of labels (--num-classes {rows}: no null class)",
+              file=sys.stderr)  # fmt: skip
+    elif null_class is False:
+        print("without a null class: guidance is 1, and training drops no labels", file=sys.stderr)
 
 
 def _families_of(tensors: Mapping[str, Tensor]) -> list[ModelFamily]:

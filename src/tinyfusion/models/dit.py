@@ -75,6 +75,7 @@ class DiTArch:
     mlp_hidden: int | None = None
     frequency_shift: int = 0  # timestep frequencies are 10000^(-i / (128 - shift))
     mlp_norm_eps: float = 1e-6  # of the norm before an MLP
+    null_class: bool = True  # whether the label table has a row for no label, behind those of the classes
 
     def __post_init__(self) -> None:
         check_ranges(self, "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes",
@@ -95,7 +96,7 @@ class DiTArch:
     @property
     def rules(self) -> dict[str, int | float]:
         """What is computed otherwise than published with the same tensors; a part of the hash."""
-        published = {"frequency_shift": 0, "mlp_norm_eps": 1e-6}
+        published = {"frequency_shift": 0, "mlp_norm_eps": 1e-6, "null_class": True}
         return {name: getattr(self, name) for name, value in published.items() if getattr(self, name) != value}
 
     @property
@@ -234,11 +235,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """y (B,) in 0..K, K the null class -> (B, D)."""
+    """y (B,) in 0..K, K the null class where there is one -> (B, D)."""
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int, width: int, null_class: bool) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.embedding_table = nn.Embedding(num_classes + null_class, width)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
@@ -287,7 +288,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.x_embedder = PatchEmbedder(arch.in_channels, width, patch)
         self.t_embedder = TimestepEmbedder(width, arch.frequency_shift)
-        self.y_embedder = LabelEmbedder(arch.num_classes, width)
+        self.y_embedder = LabelEmbedder(arch.num_classes, width, arch.null_class)
         self.blocks = nn.ModuleList([DiTBlock(arch) for _ in range(arch.depth)])
         self.final_layer = FinalLayer(width, patch * patch * arch.out_channels)
 
@@ -347,10 +348,27 @@ def list_length(tensors: Mapping[str, Tensor], name: str) -> int:
     return len(numbers)
 
 
-def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> DiTArch:
+def classes_of_rows(rows: int, num_classes: int | None) -> tuple[int, bool]:
+    """Classes of a label table of so many rows, and whether one more row is that of the null class.
+
+    num_classes: as the user says; None assumes a null class, which only a table of one row has not. Raises ValueError where
+    the table has neither as many rows nor one more.
+    """
+    if num_classes is None:
+        return max(rows - 1, 1), rows != 1
+    if rows - num_classes not in (0, 1):
+        raise ValueError(
+            f"the label table has {rows} rows, so there are {rows - 1} classes and a null class, or {rows} classes and none; "
+            f"--num-classes {num_classes} is neither"
+        )
+    return num_classes, rows == num_classes + 1
+
+
+def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None, num_classes: int | None = None) -> DiTArch:
     """The sizes that the shapes of an official state dict tell; heads come from the published table or `num_heads`.
 
-    Raises ValueError where the shapes are no DiT's or the heads cannot be known.
+    num_classes: without the null class, see `classes_of_rows`. Raises ValueError where the shapes are no DiT's or the heads
+    cannot be known.
     """
     try:
         width, in_channels, patch, _ = tensors["x_embedder.proj.weight"].shape
@@ -366,6 +384,7 @@ def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> 
     heads = num_heads or HEADS_BY_WIDTH.get(width)
     if heads is None:
         raise ValueError(f"width {width} is in no published table, so the number of heads is unknown: give --num-heads")
+    classes, null_class = classes_of_rows(rows, num_classes)
     return DiTArch(
         input_size=grid * patch,
         patch_size=patch,
@@ -373,6 +392,7 @@ def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> 
         hidden_size=width,
         depth=depth,
         num_heads=heads,
-        num_classes=rows - 1,
+        num_classes=classes,
         learn_sigma=patch_features == 2 * in_channels * patch * patch,
+        null_class=null_class,
     )

@@ -165,6 +165,8 @@ def unfit_formats(arch: DiTArch, tensors: Mapping[str, Tensor]) -> dict[str, str
         )
     if not is_rounded(tensors["pos_embed"].detach().cpu(), table):
         diffusers.append("its position table is not the formula's, and the format does not store one")
+    if not arch.null_class:
+        diffusers.append("it has no null class, for which its class always has a row in the label table")
     found = {"official": official, "diffusers": diffusers}
     return {name: "; ".join(why) for name, why in found.items() if why}
 

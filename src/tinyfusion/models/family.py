@@ -43,7 +43,8 @@ class ModelFamily:
     arch_type: type
     build: Callable[[Any], nn.Module]
     initialise: Callable[[Any, int], None]
-    arch_of_state_dict: Callable[[Mapping[str, Tensor], int | None], Any]
+    # (tensors, heads, classes without the null class) -> arch; the numbers are None where nobody says them
+    arch_of_state_dict: Callable[[Mapping[str, Tensor], int | None, int | None], Any]
     example: Callable[[Any, int], tuple[Tensor, ...]]  # (arch, samples) -> inputs of one forward pass, for their shapes
     block_lists: Mapping[str, str]  # name of a list of blocks -> the field of the arch that holds its depth
     mark: str  # name of a tensor by which its official files are known

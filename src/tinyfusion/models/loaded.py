@@ -77,6 +77,11 @@ class LoadedModel:
         """The same model as one with routers, where it has them."""
         return None if self.facts.dynamic is None else DynamicModel(self)
 
+    @property
+    def null_class(self) -> bool:
+        """Whether it has a class for no label, which guidance and label dropout need."""
+        return bool(getattr(self.arch, "null_class", True))
+
     def copy(self) -> LoadedModel:
         """An independent copy."""
         return dataclasses.replace(self, module=copy.deepcopy(self.module))

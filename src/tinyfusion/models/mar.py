@@ -252,7 +252,7 @@ def unfit_formats(arch: MarArch, _tensors: Mapping[str, Tensor]) -> dict[str, st
     return reasons
 
 
-def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> MarArch:
+def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None, num_classes: int | None = None) -> MarArch:
     """The sizes that the shapes of an official state dict tell; heads come from the published table or `num_heads`.
 
     Patches are taken to be single cells, as in all published models: shapes cannot tell 16 channels from 4 times 2 x 2.
@@ -262,10 +262,12 @@ def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> 
         width, token_features = tensors["z_proj.weight"].shape
         _, places, _ = tensors["encoder_pos_embed_learned"].shape
         _, num_tokens, decoder_width = tensors["diffusion_pos_embed_learned"].shape
-        num_classes = tensors["class_emb.weight"].shape[0]
+        rows = tensors["class_emb.weight"].shape[0]
         head_width = tensors["diffloss.net.input_proj.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"these tensors are not a MAR's: {error} is missing or misshapen") from error
+    if num_classes not in (None, rows):
+        raise ValueError(f"the class table has {rows} rows, one per class; --num-classes {num_classes} contradicts it")
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise ValueError(f"diffusion_pos_embed_learned has {num_tokens} tokens, which is no square grid")
@@ -283,7 +285,7 @@ def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> 
         encoder_depth=list_length(tensors, "encoder_blocks"),
         decoder_depth=list_length(tensors, "decoder_blocks"),
         num_heads=heads[0] or 1,
-        num_classes=num_classes,
+        num_classes=rows,
         buffer_size=places - num_tokens,
         head_depth=list_length(tensors, "diffloss.net.res_blocks"),
         head_width=head_width,

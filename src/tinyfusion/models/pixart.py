@@ -127,7 +127,9 @@ def with_prompts(model: LoadedModel, captions: Tensor, mask: Tensor) -> LoadedMo
     return dataclasses.replace(model, arch=arch).with_weights(tensors)
 
 
-def arch_of_state_dict(_tensors: Mapping[str, Tensor], _num_heads: int | None) -> NoReturn:
+def arch_of_state_dict(
+    _tensors: Mapping[str, Tensor], _num_heads: int | None, _num_classes: int | None = None
+) -> NoReturn:
     """Raises ValueError: the published state dict tells neither the side of its images nor its prompts."""
     raise ValueError(f"{UNFIT['official']}: give the folder of diffusers, which says its sizes (docs/pixart.md)")
 
