@@ -35,7 +35,7 @@ from tinyfusion.core.launch import check_launch, launched_processes, launched_ra
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.core.streams import guarded_streams
-from tinyfusion.option_groups import Answers, OpensModel
+from tinyfusion.option_groups import Answers
 from tinyfusion.options import PARALLEL, POSITIONAL, REQUIRED, VERBS, Inspect, Recipes
 
 
@@ -130,10 +130,9 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
         return {"verb": verb, "state": "left to process 0"}
     from tinyfusion.jobs.assemble import RunOptions
 
-    heads, family = (options.num_heads, options.family) if isinstance(options, OpensModel) else (None, None)
+    said = {name: getattr(options, name, None) for name in ("num_heads", "family", "num_classes", "resume")}
     out = options.out
-    resume = getattr(options, "resume", None)
-    where = RunOptions(out, options.overwrite, options.dry_run, heads, family, command, resume)
+    where = RunOptions(out, options.overwrite, options.dry_run, command=command, **said)
     outcome = _checked(options, lambda: _perform(verb, options, recipe, where) or {})
     state = "checked" if options.dry_run else "done"
     if launched_rank() == 0:
@@ -216,7 +215,13 @@ def _inspect(options: Inspect) -> dict[str, Any]:
     from tinyfusion.models.checkpoint import open_model
 
     facts = inspect(
-        open_model(options.model, options.weights or Recipe().sample.weights, options.num_heads, options.family)
+        open_model(
+            options.model,
+            options.weights or Recipe().sample.weights,
+            options.num_heads,
+            options.family,
+            options.num_classes,
+        )
     )
     if not options.json:
         for name, value in flatten({k: v for k, v in facts.items() if k != "lineage"}).items():
@@ -238,7 +243,11 @@ def _bench(options: Any, recipe: Recipe) -> dict[str, Any]:
     from tinyfusion.jobs.bench import BenchModels, bench
 
     flush_denormals()
-    return bench(recipe, BenchModels(options.model, options.vs, options.num_heads, options.family), options.dry_run)
+    return bench(
+        recipe,
+        BenchModels(options.model, options.vs, options.num_heads, options.family, options.num_classes),
+        options.dry_run,
+    )
 
 
 def _recipes(options: Recipes) -> dict[str, Any]:

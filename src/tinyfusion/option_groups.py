@@ -64,6 +64,12 @@ class Opening:
     num_heads: Annotated[int | None, option("attention heads of an official file whose width is in no table", "N")] = (
         None
     )
+    num_classes: Annotated[
+        int | None,
+        option(
+            "classes of an official file, without the null class: as many as its labels have rows, or one fewer", "N"
+        ),
+    ] = None
     family: Annotated[str | None, option("model family of an official file whose keys fit several", "NAME")] = None
 
 

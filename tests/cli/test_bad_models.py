@@ -117,6 +117,16 @@ ROWS: list[Row] = [
     row("folder-family", "inspect good-folder --family dti", "good-folder is of family dit, not dti"),
     row("pipeline-other", "inspect other-pipeline", "is a StableDiffusionPipeline of diffusers", "DiTPipeline"),
     row("pipeline-without-transformer", "inspect empty-pipeline", "holds no model", "config.json"),
+    row("file-missing-published", "inspect DiT-XL-2-256x256.pt", "no model at DiT-XL-2-256x256.pt: no such file; dit-xl-2-256 fetches the"),
+    row("file-missing-below", "inspect gone/SiT-XL-2-256.pt", "no such file; sit-xl-2-256 fetches the published file of that name"),
+    row("file-missing-other", "inspect DiT-XL-2.safetensors", "no model at DiT-XL-2.safetensors: no such file"),
+    row("name-of-other-size", "inspect DiT-XL-2-1024", "no model at DiT-XL-2-1024", "did you mean 'dit-xl-2-"),
+    row("lora-folder", "inspect lora", "lora holds no model", "it is a LoRA, which changes a model and is none: merge it"),
+    row("lora-file", "inspect lora/adapter.safetensors", "adapter.safetensors is a LoRA", "merge it into its model first"),
+    row("diffusers-file", f"inspect good-folder/{WEIGHTS}", "has the names of diffusers: put it as", "config.json"),
+    row("folder-of-files", "inspect downloaded", "downloaded holds no model", "give the file itself: downloaded/DiT.pt"),
+    row("checkpoint-of-a-unet", "inspect unet-checkpoint", "is a UNet2DModel of diffusers"),
+    row("record-lineage", "inspect odd-lineage", "odd-lineage/model.json is damaged: lineage[0]"),
     row("name-misspelt", "inspect tinydit-d41", "no model at tinydit-d41", "did you mean 'tinydit-d14'"),
     row("path-below-a-folder-is-no-hub-id", "inspect no-pictures/DiT", "no model at no-pictures/DiT: no such file or folder"),
     row("hub-not-there", "inspect some/model", "no model at some/model", "nothing of it is in the cache"),
@@ -166,6 +176,18 @@ def elsewhere(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     foreign(folder / "good-folder")
     for name, (change, _) in FOLDERS.items():
         change(Path(shutil.copytree(folder / "good-folder", folder / name)))
+    shutil.copytree(folder / "other-class", folder / "unet-checkpoint" / "transformer")
+    shutil.copytree(folder / "good-folder", folder / "checkpoint-500" / "transformer")
+    (folder / "lora").mkdir()
+    (folder / "lora" / "adapter_config.json").write_text("{}")
+    save_file(
+        {"base_model.model.blocks.0.attn.qkv.lora_A.weight": torch.zeros(2, 2)}, folder / "lora" / "adapter.safetensors"
+    )
+    (folder / "downloaded").mkdir()
+    torch.save({}, folder / "downloaded" / "DiT.pt")
+    shutil.copytree(folder / "teacher", folder / "odd-lineage")
+    record = json.loads((folder / "odd-lineage" / "model.json").read_text())
+    (folder / "odd-lineage" / "model.json").write_text(json.dumps({**record, "lineage": [{}]}))
     for name, kind in (("other-pipeline", "StableDiffusionPipeline"), ("empty-pipeline", "DiTPipeline")):
         (folder / name).mkdir()
         (folder / name / "model_index.json").write_text(json.dumps({"_class_name": kind}))
@@ -203,3 +225,5 @@ def test_rows_are_distinct() -> None:
 def test_the_folder_without_a_fault_opens(cli: Cli, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(elsewhere)
     assert cli("inspect", "good-folder").code == 0
+    whole, inside = (cli("inspect", name, "--json").last_json for name in ("good-folder", "checkpoint-500"))
+    assert inside["hash"] == whole["hash"] and inside["origin"]["path"] == "checkpoint-500/transformer"

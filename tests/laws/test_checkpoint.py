@@ -260,7 +260,7 @@ def faulty(model: LoadedModel, fault: str) -> dict[str, Any]:
     elif fault == "no tensor":
         tensors["blocks.0.mlp.fc1.bias"] = "text"
     elif fault == "no classes":
-        tensors["y_embedder.embedding_table.weight"] = torch.zeros(1, 16)
+        tensors["y_embedder.embedding_table.weight"] = torch.zeros(0, 16)
     return tensors
 
 
@@ -282,7 +282,7 @@ FAULTS = {
     "scalar labels": "not a DiT's",
     "no square grid": "no square grid",
     "no tensor": "no state dict of tensors",
-    "no classes": "num_classes must be at least 1",
+    "no classes": r"embedding_table\.weight is \(0, 16\), wanted \(2, 16\)",
 }
 
 

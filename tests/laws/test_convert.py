@@ -260,3 +260,45 @@ def test_narrow_numbers_are_widened(dtype: torch.dtype, tiny_model: Callable[...
     save_file(narrow, file)
     found = diffusers.to_diffusers(open_model(folder).module.state_dict(), 4)
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in narrow.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_and_their_students_go_to_diffusers(
+    tiny_model: Callable[..., LoadedModel], tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model()
+    exact = model.module.state_dict()["pos_embed"]
+    torch.save({name: t.to(dtype) for name, t in model.module.state_dict().items()}, tmp_path / "half.pt")
+    half = open_model(tmp_path / "half.pt", num_heads=2)
+    stored = half.module.state_dict()["pos_embed"]
+    assert torch.equal(stored, exact.to(dtype).float()) and not torch.equal(stored, exact)
+    student = saved(half.cut(by_indices(half, [0, 2], 0)), tmp_path / "student")
+    for source in (tmp_path / "half.pt", student):
+        folder = write(source, "diffusers", tmp_path / f"{source.stem}-diffusers")
+        assert "the position table is computed in float32 there" in capsys.readouterr().err
+        found, wanted = open_model(folder), open_model(source, num_heads=2)
+        tensors = wanted.module.state_dict()
+        assert torch.equal(found.module.state_dict()["pos_embed"], exact)
+        assert all(
+            torch.equal(t, tensors[name]) for name, t in found.module.state_dict().items() if name != "pos_embed"
+        )
+        assert found.arch == wanted.arch and found.hash() == wanted.with_formulas().hash() != wanted.hash()
+    assert write(student, "official", tmp_path / "again.pt").is_file()
+    assert torch.equal(torch.load(tmp_path / "again.pt", weights_only=True)["pos_embed"], stored)
+    other = dict(half.module.state_dict())
+    other["pos_embed"] = stored + 0.01
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="position table is not the formula's"):
+        write(tmp_path / "other.pt", "diffusers", tmp_path / "refused")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_stored_table_of_diffusers_in_half_precision(
+    tiny_model: Callable[..., LoadedModel], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = tiny_model()
+    folder = theirs(model, tmp_path / "m")
+    tensors = {name: t.to(dtype) for name, t in load_file(folder / f"{WEIGHTS}.safetensors").items()}
+    tensors["pos_embed.pos_embed"] = model.module.state_dict()["pos_embed"].to(dtype)
+    save_file(tensors, folder / f"{WEIGHTS}.safetensors")
+    assert torch.equal(open_model(folder).module.state_dict()["pos_embed"], model.module.state_dict()["pos_embed"])

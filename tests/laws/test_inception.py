@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
@@ -338,6 +339,24 @@ def test_a_dino_folder_is_opened_by_transformers(tmp_path: Path, capfd: pytest.C
     assert np.allclose(extractor(images).pool, expected.numpy(), atol=1e-4)
     with pytest.raises(UserError, match="no DINOv2 network at"):
         open_extractor.__wrapped__(f"dinov2:{tmp_path}", "cpu")
+    assert "Loading" not in capfd.readouterr().err
+    held = load_file(tmp_path / "dino" / "model.safetensors")
+    config = json.loads((tmp_path / "dino" / "config.json").read_text())
+    fc1, bias = "encoder.layer.0.mlp.fc1.weight", "layernorm.bias"
+    faults: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
+        f"missing_keys {fc1}": ({name: t for name, t in held.items() if name != fc1}, {}),
+        "unexpected_keys more": ({**held, "more": torch.zeros(1)}, {}),
+        "is no readable DINOv2 network": ({**held, bias: torch.zeros(3)}, {}),
+        f"{bias} is not finite": ({**held, bias: torch.full((16,), torch.nan)}, {}),
+        "num_hidden_layers 1000000000000, which is beyond": (held, {"num_hidden_layers": 10**12}),
+        "hidden_size 1000000000, which is beyond": (held, {"hidden_size": 10**9}),
+        "missing_keys encoder.layer.2": (held, {"num_hidden_layers": 3}),
+    }
+    for message, (tensors, sizes) in faults.items():
+        save_file(tensors, tmp_path / "dino" / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / "dino" / "config.json").write_text(json.dumps({**config, **sizes}))
+        with pytest.raises(UserError, match=message):
+            open_extractor.__wrapped__(f"dinov2:{tmp_path / 'dino'}", "cpu")
     (tmp_path / "dino" / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match="is no readable DINOv2 network"):
+    with pytest.raises(UserError, match="is no readable safetensors file"):
         open_extractor.__wrapped__(f"dinov2:{tmp_path / 'dino'}", "cpu")

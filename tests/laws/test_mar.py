@@ -140,7 +140,7 @@ def test_shapes_that_are_no_mar_are_refused() -> None:
     tensors = dict(tiny().module.state_dict())
     with pytest.raises(ValueError, match="--num-heads"):
         arch_of_state_dict(tensors, None)
-    with pytest.raises(ValueError, match=r"decoder_blocks numbers have gaps: \[1\]"):
+    with pytest.raises(ValueError, match=r"decoder_block numbers have gaps: \[1\]"):
         arch_of_state_dict({k: v for k, v in tensors.items() if not k.startswith("decoder_blocks.1.")}, 2)
     with pytest.raises(ValueError, match="no square grid"):
         arch_of_state_dict({**tensors, "diffusion_pos_embed_learned": torch.zeros(1, 15, 16)}, 2)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import check_plain
 
 _STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
@@ -45,6 +46,7 @@ class _Reader(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
         self.archive, self.root = archive, root
+        self.storages: dict[str, Tensor] = {}  # by key, as many tensors may stand on one
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
@@ -61,9 +63,12 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, count = pid
-        content = self.archive.read(f"{self.root}data/{key}")
-        values = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
-        if values.numel() < count:
+        if key not in self.storages:
+            content = self.archive.read(f"{self.root}data/{key}")
+            empty = torch.empty(0, dtype=dtype)
+            self.storages[key] = torch.frombuffer(bytearray(content), dtype=dtype) if content else empty
+        values = self.storages[key]
+        if values.dtype != dtype or values.numel() < count:
             raise ValueError(f"tensor {key} holds {values.numel()} values of {count}")
         return values
 
@@ -73,11 +78,33 @@ def _first(value: Any, *_: Any) -> Any:
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    return torch.as_strided(storage, size, stride, offset).clone()
+    return torch.as_strided(storage, size, stride, offset)
+
+
+def is_torch_zip(path: Path) -> bool:
+    """Whether torch would read a file as a zip: by its first bytes, not by its last."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def check_stored(path: Path) -> None:
+    """Raise UserError where a zip of torch holds compressed records, or records of more bytes than the file has.
+
+    torch compresses nothing but programs, which are never read. Raises BadZipFile on what is no zip.
+    """
+    with zipfile.ZipFile(path) as archive:
+        read = [entry for entry in archive.infolist() if "/code/" not in entry.filename]
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in read):
+        raise UserError(f"{path} is compressed, and torch stores its files as they are: save it anew with torch.save")
+    if (claimed := sum(entry.file_size for entry in read)) > path.stat().st_size:
+        raise UserError(
+            f"{path} is damaged: its records would take {claimed:,} bytes, and it has {path.stat().st_size:,}"
+        )
 
 
 def is_torchscript(path: Path) -> bool:
     """Whether a file is a zip with a program beside its tensors."""
+    check_plain(path)
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -89,6 +116,7 @@ def is_torchscript(path: Path) -> bool:
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """Every tensor of a TorchScript file by its dotted name. Raises UserError where it holds anything but a module."""
     try:
+        check_stored(path)
         with zipfile.ZipFile(path) as archive:
             data = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             root = _Reader(archive, data.removesuffix("data.pkl")).load()
@@ -96,8 +124,10 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} holds code or foreign objects ({error}), which are never run: give the state dict of the same network"
         ) from error
+    except UserError:
+        raise
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, struct.error,
-            StopIteration, zipfile.BadZipFile, zlib.error, OverflowError, UnicodeDecodeError) as error:  # fmt: skip
+            StopIteration, zipfile.BadZipFile, zlib.error, OverflowError, UnicodeDecodeError, MemoryError) as error:  # fmt: skip
         raise UserError(f"{path} is no readable TorchScript file (truncated or foreign): {error}") from error
     return dict(_flat(root, ""))
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.evaluate.features import SPATIAL_CHANNELS, Features, hash_state
+from tinyfusion.evaluate.features import SPATIAL_CHANNELS, Features, check_network, hash_state
 
 INCEPTION = "inception-2015-12-05"
 SIDE = 299  # pixels that the network sees
@@ -322,20 +322,9 @@ def inception_from_state(tensors: Mapping[str, Tensor]) -> Inception:
         network = Inception()
     counters = ".num_batches_tracked"
     given = {name: value for name, value in tensors.items() if not name.endswith(counters)}
-    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    for problem, names in (
-        ("missing", wanted.keys() - given.keys()),
-        ("unexpected", given.keys() - wanted.keys()),
-        ("of another shape:", {n for n in wanted.keys() & given.keys() if tuple(given[n].shape) != wanted[n]}),
-        ("not plain floating-point numbers:", {n for n, v in given.items() if not _is_plain(v)}),
-        ("not finite:", {n for n, v in given.items() if _is_plain(v) and not bool(torch.isfinite(v).all())}),
-    ):
-        if names:
-            shown = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{len(names)} of its {len(wanted)} tensors are {problem} {shown}")
-    network.load_state_dict({name: given[name].float().contiguous() for name in wanted}, assign=True)
+    wanted = network.state_dict()
+    check_network(given, wanted)
+    network.load_state_dict(
+        {name: given[name].detach().to(torch.float32, copy=True).contiguous() for name in wanted}, assign=True
+    )
     return network
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta

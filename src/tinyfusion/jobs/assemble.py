@@ -37,18 +37,21 @@ class RunOptions:
     dry_run: bool = False
     num_heads: int | None = None
     family: str | None = None
+    num_classes: int | None = None
     command: str = ""  # as typed
     resume: Path | None = None  # a checkpoint to go on from, instead of the newest
 
 
-def open_teacher(recipe: Recipe, num_heads: int | None, family: str | None, on_data: bool = True) -> LoadedModel:
+def open_teacher(
+    recipe: Recipe, num_heads: int | None, family: str | None, on_data: bool = True, num_classes: int | None = None
+) -> LoadedModel:
     """The model that the recipe starts from. family: as typed, which goes before what the recipe says.
 
     on_data: images will be wanted, and a name that cannot be a data set is refused before anything is fetched.
     """
     if on_data:
         check_data_name(recipe.data.name)
-    return open_model(recipe.teacher, recipe.sample.weights, num_heads, family or recipe.teacher_family)
+    return open_model(recipe.teacher, recipe.sample.weights, num_heads, family or recipe.teacher_family, num_classes)
 
 
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
@@ -59,7 +62,11 @@ def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any
 
 def job_record(recipe: Recipe, options: RunOptions, **paths: Any) -> dict[str, Any]:
     """What a run's record keeps so that its training can be put together again; paths: of models that were opened."""
-    return {"recipe": to_plain(recipe), "num_heads": options.num_heads, "family": options.family, **paths}
+    return {
+        "recipe": to_plain(recipe),
+        **{name: getattr(options, name) for name in ("num_heads", "family", "num_classes")},
+        **paths,
+    }
 
 
 def training_plan(recipe: Recipe, settings: TrainingSection, mode: str) -> dict[str, str]:

@@ -48,6 +48,7 @@ class BenchModels:
     vs: str | None = None
     num_heads: int | None = None
     family: str | None = None
+    num_classes: int | None = None
 
 
 @dataclass
@@ -79,7 +80,8 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
     if settings.compile:
         check_compiler(device)
     sources = {"model": names.model} | ({"vs": names.vs} if names.vs else {})
-    models = {side: open_model(s, recipe.sample.weights, names.num_heads, names.family) for side, s in sources.items()}
+    said = names.num_heads, names.family, names.num_classes
+    models = {side: open_model(source, recipe.sample.weights, *said) for side, source in sources.items()}
     hashes = {side: model.hash() for side, model in models.items()}
     protocol = _protocol(recipe, device, any(model.dynamic is not None for model in models.values()))
     if dry_run:

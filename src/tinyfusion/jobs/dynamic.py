@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import DynamicSection, Recipe, SampleSection
+from tinyfusion.core.recipe import DynamicSection, Recipe
 from tinyfusion.core.rundir import read_json, write_json
 from tinyfusion.dynamic.calibrate import TOLERANCE, Pass, calibrate, inference_ratio
 from tinyfusion.dynamic.importance import order_by_importance
@@ -26,7 +26,15 @@ from tinyfusion.jobs.assemble import (
 )
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.kept import KEPT, kept_record
-from tinyfusion.jobs.processes import PROCESS_SECTIONS, fits, kit_of, objective_for, sampler_of
+from tinyfusion.jobs.processes import (
+    PROCESS_SECTIONS,
+    default_sampling,
+    fits,
+    kit_of,
+    label_drop_of,
+    objective_for,
+    sampler_of,
+)
 from tinyfusion.jobs.skipping import SkippedModel, skipping_for
 from tinyfusion.jobs.training import TrainedRun, Training, drive, save
 from tinyfusion.jobs.watching import check_watch
@@ -49,7 +57,7 @@ _CALIBRATIONS = 2
 def dynamic(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any] | None:
     """Train routers and weights; writes `student/` (averaged weights), `student-raw/` and `dynamic.json`. What `--json` prints."""
     engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
-    model, teacher = opened(recipe, source, options.num_heads, options.family)
+    model, teacher = opened(recipe, source, options.num_heads, options.family, options.num_classes)
     inputs = {"model": model.hash(), "teacher": teacher.hash() if teacher else None}
     plain = plain_recipe(recipe, "data", "dynamic", *PROCESS_SECTIONS, **inputs)
     plain["dynamic"].pop("in_run")  # who calls makes no difference
@@ -76,14 +84,14 @@ def dynamic(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any] 
 
 
 def opened(
-    recipe: Recipe, source: str, num_heads: int | None, family: str | None
+    recipe: Recipe, source: str, num_heads: int | None, family: str | None, num_classes: int | None = None
 ) -> tuple[LoadedModel, LoadedModel | None]:
     """The model that is to get routers and, where it learns from one, the teacher. Raises UserError where it cannot."""
-    model = open_model(source, recipe.sample.weights, num_heads, family)
+    model = open_model(source, recipe.sample.weights, num_heads, family, num_classes)
     check_dynamic(recipe, model, source)
     if recipe.dynamic.beside != "teacher":
         return model, None
-    teacher = open_teacher(recipe, num_heads, family)
+    teacher = open_teacher(recipe, num_heads, family, num_classes=num_classes)
     same = ("in_channels", "input_size", "num_classes")
     if teacher.family is not model.family or any(getattr(teacher.arch, n) != getattr(model.arch, n) for n in same):
         raise UserError(
@@ -123,7 +131,7 @@ def dynamic_of(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | None, 
         dynamic=routed,
         target=settings.target,
         num_classes=model.arch.num_classes,
-        label_drop=settings.training.label_drop,
+        label_drop=label_drop_of(model, settings.training.label_drop),
         ramp_steps=settings.ramp_steps,
         weight=settings.budget_weight,
         beside=settings.beside,
@@ -188,7 +196,7 @@ def _meet_budget(recipe: Recipe, student: LoadedModel) -> dict[str, Any]:
 
 def _short_sampler(recipe: Recipe, student: LoadedModel) -> Sampler:
     """The recipe's way of sampling, or where it does not go with the model the published one; in at most so many steps."""
-    section = recipe.sample if fits(recipe.sample, student) else SampleSection()
+    section = recipe.sample if fits(recipe.sample, student) else default_sampling(student)
     return sampler_of(kit_of(student).cheap(section, _MOST_STEPS), student)
 
 

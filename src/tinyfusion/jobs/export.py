@@ -61,9 +61,10 @@ class ExportOptions:
 def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     """Write the model as `what.to` says; returns what `--json` prints. Raises UserError where the format cannot hold it."""
     _check_options(options.out, what)
-    model = open_model(what.model, what.weights, options.num_heads, options.family)
+    model = open_model(what.model, what.weights, options.num_heads, options.family, options.num_classes)
     if reason := model.unfit_formats().get(what.to):
         raise UserError(f"{what.model} cannot be exported to {what.to}: {reason}")
+    rounded, model = model, model.with_formulas() if what.to == "diffusers" else model
     vae = _autoencoder(model, what, options.dry_run) if what.pipeline else None
     labels = _labels(model, what) if what.pipeline else None
     plain = {"to": what.to, "pipeline": what.pipeline, "vae": what.vae, "model": model.hash()}
@@ -74,6 +75,8 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     if model.facts.vae and Path(model.facts.vae).is_absolute():  # a folder here means nothing elsewhere
         model.facts = dataclasses.replace(model.facts, vae=None)
     found = _differences(model, what.to)
+    if model is not rounded:
+        found.append("the position table is computed in float32 there and rounded to half precision here")
     outcome = {"to": what.to, "model": model.hash(), "bytes": num_bytes, "differences": found}
     for sentence in found:
         print(f"note: {sentence}", file=sys.stderr)

@@ -8,24 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from tinyfusion.core.config import nearest
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rundir import read_json
+from tinyfusion.core.reading import check_plain, read_json_object
 from tinyfusion.core.torchscript import is_torchscript, read_torchscript
 from tinyfusion.core.weights import fetch_weights, known_weights
 from tinyfusion.evaluate.dino import DinoFeatures
 from tinyfusion.evaluate.features import EXTRACTORS, FeatureExtractor
 from tinyfusion.evaluate.inception import INCEPTION, InceptionFeatures, inception_from_state
 from tinyfusion.evaluate.inception_names import ours_from_graph_names
-from tinyfusion.models.tensors import read_pickle, read_safetensors
+from tinyfusion.models.autoencoder import check_loaded, quiet_logs
+from tinyfusion.models.statedicts import find_state_dict
+from tinyfusion.models.tensors import check_finite, check_sizes, read_folder_weights, read_safetensors, read_tensor_file
 
 SHORT = "inception"  # the network of FID, by its weights' name in the table
 DINO = "dinov2:"  # prefix of a folder with a DINOv2 network
+_MARK = "Conv2d_1a_3x3.conv.weight"  # a tensor by which files of the Inception network are known
+_DINO_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "num_channels")
 _SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
@@ -56,12 +57,12 @@ def open_extractor(name: str, device: str = "auto") -> FeatureExtractor:
 
 def _classifier(folder: Path, shipped: str | None) -> FeatureExtractor:
     remedy = "install tinyfusion again" if shipped else "make it again"
-    record = read_json(folder / "classifier.json")
+    record = read_json_object(folder / "classifier.json")
     try:
         label = shipped or str(record["name"])
         build = EXTRACTORS[shipped or "digits-classifier"]
-        extractor = build(label, record["arch"], load_file(folder / "classifier.safetensors"))
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        extractor = build(label, record["arch"], read_safetensors(folder / "classifier.safetensors"))
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder} is damaged ({error}): {remedy}") from error
     if extractor.hash != record.get("hash"):
         raise UserError(f"{folder} is damaged: its tensors do not give the hash in classifier.json; {remedy}")
@@ -70,6 +71,7 @@ def _classifier(folder: Path, shipped: str | None) -> FeatureExtractor:
 
 def _inception(path: Path, device: torch.device) -> FeatureExtractor:
     """The Inception network from a state dict or the TorchScript translation, of which only the tensors are read."""
+    check_plain(path)
     if not path.is_file():
         raise UserError(
             f"no Inception weights at {path}: no such file; --set evaluate.features={SHORT} fetches them once "
@@ -79,22 +81,12 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
         if path.suffix != ".safetensors" and is_torchscript(path):
             tensors = ours_from_graph_names(read_torchscript(path))
         else:
-            tensors = _state_dict(path)
+            tensors = find_state_dict(read_tensor_file(path), [_MARK], "raw", path).tensors
         return InceptionFeatures(inception_from_state(tensors), device)
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not the Inception network of FID: {error}") from error
-
-
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    content: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not a state dict")
-    odd = next((str(name) for name, value in content.items() if not isinstance(value, Tensor)), None)
-    if odd is not None:
-        raise ValueError(f"{odd!r} in it is no tensor")
-    return {str(name): value for name, value in content.items()}
 
 
 def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
@@ -103,12 +95,25 @@ def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
         raise UserError(f"no DINOv2 network at {folder}: wanted a folder with config.json and its weights")
     try:
         from transformers import Dinov2Model  # late: slow to import
+        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise UserError("features dinov2 need transformers: pip install transformers") from error
-    if (kind := read_json(folder / "config.json").get("model_type")) != "dinov2":
+    config = read_json_object(folder / "config.json")
+    if (kind := config.get("model_type")) != "dinov2":
         raise UserError(f"{folder} is a {kind!r} network, not dinov2")
+    tensors, _ = read_folder_weights(folder, "model")
+    check_sizes({size: config[size] for size in _DINO_SIZES if size in config}, tensors, str(folder / "config.json"))
+    check_finite(tensors, f"the weights in {folder} are damaged")
+    del tensors
     try:
-        network = Dinov2Model.from_pretrained(folder, local_files_only=True, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} is no readable DINOv2 network: {error}") from error
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        load: Any = Dinov2Model.from_pretrained
+        with quiet_logs():
+            network, told = load(
+                folder, local_files_only=True, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # transformers, huggingface_hub, safetensors and json, each in their words
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder} is no readable DINOv2 network: {reason}") from error
+    check_loaded(told, folder)
     return DinoFeatures("dinov2", network, lambda x: network(pixel_values=x).last_hidden_state[:, 0], device)

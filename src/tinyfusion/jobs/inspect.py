@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from tinyfusion.core.recipe import SampleSection
 from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.evaluate.speed import count_macs
-from tinyfusion.jobs.processes import sampler_of
+from tinyfusion.jobs.processes import default_sampling, sampler_of
 from tinyfusion.jobs.skipping import skipping_for
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.family import FAMILIES
@@ -35,7 +34,7 @@ def _dynamic(model: LoadedModel) -> dict[str, Any] | None:
     if routed is None:
         return None
     recorded = dict(model.facts.dynamic or {})
-    skipping = skipping_for(model, sampler_of(SampleSection(), model))
+    skipping = skipping_for(model, sampler_of(default_sampling(model), model))
     assert skipping is not None
     tables = skipping.tables
     found = {**recorded, **tables.report()}

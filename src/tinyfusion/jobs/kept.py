@@ -17,7 +17,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.macs import model_ratio, total_macs
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.inspect import model_macs
-from tinyfusion.jobs.processes import fits, sampler_of
+from tinyfusion.jobs.processes import default_sampling, fits, sampler_of
 from tinyfusion.models.attach import BlockMasks, Deciding
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.sample.drive import SampleDraws, Sampler, image_labels, to_uint8
@@ -88,7 +88,7 @@ def kept_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
 
 def _sampler(settings: SampleSection, model: LoadedModel) -> Sampler:
     """The recipe draws nothing here, so its way need not fit, such as DDIM for a flow."""
-    return sampler_of(settings if fits(settings, model) else SampleSection(), model)
+    return sampler_of(settings if fits(settings, model) else default_sampling(model), model)
 
 
 def _rows(masks: dict[int, BlockMasks]) -> int:

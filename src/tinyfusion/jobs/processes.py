@@ -78,7 +78,12 @@ def kit_of(model: LoadedModel) -> ProcessKit:
 
 def objective_for(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
     """The training objective of a model's process. label_drop: probability that a label is replaced by the null class."""
-    return kit_of(model).objective(model, label_drop, recipe)
+    return kit_of(model).objective(model, label_drop_of(model, label_drop), recipe)
+
+
+def label_drop_of(model: LoadedModel, label_drop: float) -> float:
+    """The probability that a label is dropped in training: none where the model has no null class to put in its place."""
+    return label_drop if model.null_class else 0.0
 
 
 def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
@@ -87,12 +92,21 @@ def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
         raise UserError(
             f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"
         )
+    if settings.guidance > 1 and not model.null_class:
+        raise UserError(
+            f"--guidance {settings.guidance:g} compares with a class for no label, and the model has none: give --guidance 1"
+        )
     low, high = settings.guidance_interval
     if not 0 <= low <= high <= 1:
         raise UserError(
             f"sample.guidance_interval wants two shares of the timesteps, rising in [0, 1], as in 0.1,0.8; got {low:g} and {high:g}"
         )
     return kit_of(model).sampler(settings, model)
+
+
+def default_sampling(model: LoadedModel) -> SampleSection:
+    """The published way of sampling, with guidance where the model can have it."""
+    return SampleSection() if model.null_class else SampleSection(guidance=1.0)
 
 
 def fits(settings: SampleSection, model: LoadedModel) -> bool:

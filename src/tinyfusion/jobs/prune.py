@@ -47,7 +47,7 @@ def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Decide which blocks of the teacher go; writes `plan.json` and `student/`. Returns what `--json` prints."""
     engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
     on_data = recipe.prune.criterion == "learned" or on_images(recipe.prune.criterion)
-    teacher = open_teacher(recipe, options.num_heads, options.family, on_data)
+    teacher = open_teacher(recipe, options.num_heads, options.family, on_data, options.num_classes)
     plain = plain_recipe(recipe, "data", "prune", *PROCESS_SECTIONS, teacher=teacher.hash())
     run = TrainedRun("prune", recipe, options, engine, plain)
     work = check_prune(recipe, teacher, engine)

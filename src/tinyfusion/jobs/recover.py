@@ -33,7 +33,7 @@ from tinyfusion.training.state import TrainState
 def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[str, Any] | None:
     """Train the student; writes `student/` (averaged weights) and `student-raw/`. Returns what `--json` prints."""
     engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
-    student, teacher = opened(recipe, student_source, options.num_heads, options.family)
+    student, teacher = opened(recipe, student_source, options.num_heads, options.family, options.num_classes)
     inputs = {"student": student.hash(), "teacher": teacher.hash() if teacher else None}
     plain = plain_recipe(recipe, "data", "recover", *PROCESS_SECTIONS, **inputs)
     run = TrainedRun("recover", recipe, options, engine, plain)
@@ -55,13 +55,13 @@ def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[s
 
 
 def opened(
-    recipe: Recipe, student: Path, num_heads: int | None, family: str | None
+    recipe: Recipe, student: Path, num_heads: int | None, family: str | None, num_classes: int | None = None
 ) -> tuple[LoadedModel, LoadedModel | None]:
     """Student and, where the method has one, teacher."""
-    opened = open_model(student, recipe.sample.weights, num_heads, family)
+    opened = open_model(student, recipe.sample.weights, num_heads, family, num_classes)
     if recipe.recover.method == "finetune":
         return opened, None
-    teacher = open_teacher(recipe, num_heads, family)
+    teacher = open_teacher(recipe, num_heads, family, num_classes=num_classes)
     if teacher.family is not opened.family:  # tensors of a SiT can be those of a DiT, and so can its hash
         raise UserError(
             f"the student {student} is of family {opened.family.name} and the teacher {recipe.teacher} of "

@@ -78,12 +78,12 @@ def _training(run: RunDirectory, device: str | None) -> Training:
         return train_of(recipe, engine)
     expected = record["recipe"]
     if verb == "recover":
-        student, teacher = opened(recipe, Path(job["student"]), job["num_heads"], job["family"])
+        student, teacher = opened(recipe, Path(job["student"]), job["num_heads"], job["family"], job.get("num_classes"))
         _check_unchanged(run.path, "student", expected["student"], student.hash())
         _check_unchanged(run.path, "teacher", expected["teacher"], teacher.hash() if teacher else None)
         return recovery_of(recipe, student, teacher, engine)
     if verb == "dynamic":
-        model, teacher = dynamic_models(recipe, job["model"], job["num_heads"], job["family"])
+        model, teacher = dynamic_models(recipe, job["model"], job["num_heads"], job["family"], job.get("num_classes"))
         _check_unchanged(run.path, "model", expected["model"], model.hash())
         _check_unchanged(run.path, "teacher", expected["teacher"], teacher.hash() if teacher else None)
         return dynamic_of(recipe, model, teacher, engine)
@@ -91,7 +91,7 @@ def _training(run: RunDirectory, device: str | None) -> Training:
         raise UserError(
             f"{run.path} was decided by {recipe.prune.criterion}, which trains nothing: there is no step to replay"
         )
-    teacher = open_teacher(recipe, job["num_heads"], job["family"])
+    teacher = open_teacher(recipe, job["num_heads"], job["family"], num_classes=job.get("num_classes"))
     _check_unchanged(run.path, "teacher", expected["teacher"], teacher.hash())
     return learning_of(recipe, teacher, engine).training
 

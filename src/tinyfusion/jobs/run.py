@@ -50,7 +50,7 @@ from tinyfusion.sample.drive import sample as draw_samples
 def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Prune, recover, where asked make dynamic; sample all models from the same seeds, evaluate, time, write the page."""
     engine = engine_for(recipe)
-    teacher = open_teacher(recipe, options.num_heads, options.family)
+    teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
     plain = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash()}
     folder = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
@@ -206,9 +206,9 @@ def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
 
 def _sample(recipe: Recipe, options: RunOptions, models: dict[str, str]) -> None:
     for name, source in models.items():
-        heads = options.num_heads if name == "teacher" else None
+        heads, classes = (options.num_heads, options.num_classes) if name == "teacher" else (None, None)
         family = options.family or (recipe.teacher_family if name == "teacher" else None)
-        where = RunOptions(options.out / "samples" / f"{name}.npz", num_heads=heads, family=family)
+        where = RunOptions(options.out / "samples" / f"{name}.npz", num_heads=heads, family=family, num_classes=classes)
         sample(recipe, where, source, options.out / "samples" / f"{name}.png")
     _compare(options.out / "samples", list(models))
 

@@ -101,7 +101,7 @@ def sample(
     if options.out.suffix != ".npz":
         raise UserError(f"--out of sample is an .npz file; got {options.out}")
     engine = _processes(recipe) if together else Engine(device_for(recipe))
-    model = open_model(model_source, recipe.sample.weights, options.num_heads, options.family)
+    model = open_model(model_source, recipe.sample.weights, options.num_heads, options.family, options.num_classes)
     check_sampling(recipe.sample, model)
     autoencoder = autoencoder_for(recipe.sample, model)
     inputs = {"model": model.hash()} | ({"autoencoder": autoencoder.hash()} if autoencoder else {})

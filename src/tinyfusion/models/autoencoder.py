@@ -14,11 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rundir import read_json
+from tinyfusion.core.reading import read_json_object
 from tinyfusion.models import kl16
 from tinyfusion.models.hub import autoencoder_folder
+from tinyfusion.models.tensors import check_finite, check_sizes, read_folder_weights
 
 _SCALE_OF_CLASS = 0.18215  # of AutoencoderKL, where its configuration says nothing
+_FACTOR = 1e6  # of latents; far beyond every published one
+_LEVELS = 16  # of an autoencoder at most, each of which halves the side
+_WEIGHTS = "diffusion_pytorch_model"
+_SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "in_channels", "out_channels", "norm_num_groups",
+          "down_block_types", "up_block_types")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,12 @@ def open_autoencoder(name: str) -> Autoencoder:
         return Autoencoder(kl16.open_kl16(file), name, kl16.SCALE, 0.0, kl16.CHANNELS, kl16.FACTOR)
     folder = autoencoder_folder(name)
     config = _config(folder)
+    tensors, _ = read_folder_weights(folder, _WEIGHTS)
+    check_sizes({size: config[size] for size in _SIZES if size in config}, tensors, str(folder / "config.json"))
+    check_finite(tensors, f"the weights in {folder} are damaged")
+    del tensors
     try:
-        with _silence():
+        with quiet_logs():
             from diffusers import AutoencoderKL  # late: seconds
 
             load: Any = AutoencoderKL.from_pretrained
@@ -81,22 +91,24 @@ def open_autoencoder(name: str) -> Autoencoder:
     except Exception as error:  # diffusers, safetensors, pickle and json, each in their words
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder} cannot be opened as an AutoencoderKL: {reason}") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if odd := [str(key) for key in told.get(what) or ()]:
-            raise UserError(
-                f"the weights in {folder} do not go with its config.json: {what} {', '.join(sorted(odd)[:3])}"
-            )
-    bad = next((key for key, value in module.state_dict().items() if not bool(torch.isfinite(value).all())), None)
-    if bad is not None:
-        raise UserError(f"the weights in {folder} are damaged: {bad} is not finite")
+    check_loaded(told, folder)
     module.eval().requires_grad_(False)
     scale, shift = config.get("scaling_factor", _SCALE_OF_CLASS), config.get("shift_factor") or 0.0
     channels, factor = config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
     return Autoencoder(module, name, float(scale), float(shift), int(channels), factor)
 
 
+def check_loaded(told: Mapping[str, Any], folder: Path) -> None:
+    """Raise UserError unless `from_pretrained` says in `told` that every tensor was loaded, and no other was there."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if odd := [str(key) for key in told.get(what) or ()]:
+            raise UserError(
+                f"the weights in {folder} do not go with its config.json: {what} {', '.join(sorted(odd)[:3])}"
+            )
+
+
 @contextmanager
-def _silence() -> Iterator[None]:
+def quiet_logs() -> Iterator[None]:
     """No log lines of other libraries: what goes wrong comes as an exception, and the rest is not for our users."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -108,12 +120,32 @@ def _silence() -> Iterator[None]:
 
 def _config(folder: Path) -> Mapping[str, Any]:
     """Its config.json, of a kind that we know how to use."""
-    config = read_json(folder / "config.json")
-    found = config.get("_class_name") if isinstance(config, Mapping) else None
+    config = autoencoder_config(folder / "config.json")
+    found = config.get("_class_name")
     if found != "AutoencoderKL":
         raise UserError(f"{folder} is {f'a {found}' if found else 'no model of diffusers'}, wanted an AutoencoderKL")
-    if not isinstance(config.get("block_out_channels"), list):
-        raise UserError(f"{folder / 'config.json'} is damaged: block_out_channels is no list")
+    if "block_out_channels" not in config:
+        raise UserError(f"{folder / 'config.json'} is damaged: it has no block_out_channels")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise UserError(f"{folder} normalises latents per channel (latents_mean, latents_std), which is not supported")
-    return dict(config)
+    return config
+
+
+def autoencoder_config(path: Path) -> dict[str, Any]:
+    """The config.json of an autoencoder. Raises UserError where numbers that are read from it are none."""
+    config = read_json_object(path)
+    scale, shift = config.get("scaling_factor", _SCALE_OF_CLASS), config.get("shift_factor") or 0.0
+    for name, value, least in (("scaling_factor", scale, 0.0), ("shift_factor", shift, -_FACTOR)):
+        if type(value) not in (int, float) or not least < value < _FACTOR:
+            between = f"a number above {least:g} and below {_FACTOR:g}"
+            raise UserError(f"{path} is damaged: {name} is {str(value)[:40]}, wanted {between}")
+    channels, blocks = config.get("latent_channels", 4), config.get("block_out_channels", [1])
+    if type(channels) is not int or channels < 1:
+        raise UserError(f"{path} is damaged: latent_channels is {str(channels)[:40]}, wanted a whole number from 1")
+    if (
+        not isinstance(blocks, list)
+        or not 1 <= len(blocks) <= _LEVELS
+        or any(type(b) is not int or b < 1 for b in blocks)
+    ):
+        raise UserError(f"{path} is damaged: block_out_channels is no list of 1 to {_LEVELS} whole numbers from 1")
+    return config

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,26 @@ from torch import Tensor
 
 from tinyfusion.core.config import build_known, nearest
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rundir import read_json, write_json, written_beside
-from tinyfusion.core.weights import fetch_weights, known_weights
+from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.rundir import write_json, written_beside
 from tinyfusion.models import diffusers
 from tinyfusion.models.attach import rules_of, settings_in
+from tinyfusion.models.autoencoder import autoencoder_config
+from tinyfusion.models.dit import LARGEST_SIZE
 from tinyfusion.models.family import FAMILIES, DiffusersFolder, ModelFamily
-from tinyfusion.models.hub import HUB_ID, fetch_repository
 from tinyfusion.models.loaded import LoadedModel, ModelFacts, hash_tensors, make_trainable, new_model
+from tinyfusion.models.places import by_name, exists, model_folder, shipped_models
 from tinyfusion.models.plan import plan_from_json
 from tinyfusion.models.routers import is_router_key, settings_of
-from tinyfusion.models.tensors import check_tensors, filled, read_pickle, read_safetensors, read_shards, state_dict_in
+from tinyfusion.models.statedicts import described_other, find_state_dict
+from tinyfusion.models.tensors import (
+    check_sizes,
+    check_tensors,
+    filled,
+    read_folder_weights,
+    read_safetensors,
+    read_tensor_file,
+)
 
 __all__ = [
     "MODEL_FORMAT_VERSION", "LoadedModel", "ModelFacts", "hash_tensors", "make_trainable", "model_record", "new_model",
@@ -36,6 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 MODEL_FORMAT_VERSION = 1
+_PUBLISHED_CLASSES = 1000  # of ImageNet, trained with a null class in all published files
 _WEIGHTS = "diffusion_pytorch_model"  # name of the weights in a folder of diffusers
 
 
@@ -78,12 +89,17 @@ def save_model(model: LoadedModel, folder: Path) -> None:
 
 
 def open_model(
-    source: str | Path, weights: str = "ema", num_heads: int | None = None, family: str | None = None
+    source: str | Path,
+    weights: str = "ema",
+    num_heads: int | None = None,
+    family: str | None = None,
+    num_classes: int | None = None,
 ) -> LoadedModel:
     """Open any model: a run folder, a model folder of ours or of diffusers, an official file, a name, or a hub id.
 
     weights: "ema" or "raw", where both exist; else what there is. num_heads: for official files whose width is in no published table.
-    family: for official files whose keys fit several families. The module comes back in eval mode, on the CPU.
+    family: for official files whose keys fit several families. num_classes: for official files, without the null class, as a label
+    table does not say whether its last row is one. The module comes back in eval mode, on the CPU.
     Names are those of shipped models and of known weights, which are fetched once; a hub id is `org/name` or
     `org/name@revision`. Raises UserError on anything that is not exactly a model: missing, unexpected or misshapen
     tensors, NaN, code; and on a name that nothing is known by or that cannot be fetched.
@@ -91,13 +107,13 @@ def open_model(
     if weights not in ("ema", "raw"):
         raise UserError(f"--weights is ema or raw; got {weights!r}")
     path, extra = Path(source), dict[str, str]()
-    if not path.exists():
-        path, extra = _by_name(str(source))
+    if not exists(path):
+        path, extra = by_name(str(source))
         family = family or extra.get("family")
     if path.is_dir():
-        model = _open_folder(_model_folder(path, weights), num_heads, family)
+        model = _open_folder(model_folder(path, weights), num_heads, family, num_classes)
     else:
-        model = _open_official(path, weights, num_heads, family)
+        model = _open_official(path, weights, num_heads, family, num_classes)
     extra.pop("family", None)
     known: dict[str, Any] = {key: extra.pop(key) for key in ("license", "vae") if key in extra}
     if model.facts.license is not None:
@@ -107,64 +123,14 @@ def open_model(
     return model
 
 
-def shipped_models() -> dict[str, Path]:
-    """Model folders that come with the package, by name."""
-    root = Path(str(resources.files("tinyfusion"))) / "assets"
-    return {path.parent.name: path.parent for path in sorted(root.glob("*/model.json"))}
+def _open_folder(path: Path, num_heads: int | None, family_name: str | None, num_classes: int | None) -> LoadedModel:
+    if (path / "model.json").exists():
+        return _open_own(path, num_heads, family_name, num_classes)
+    return _open_diffusers(path, num_heads, family_name, num_classes)
 
 
-def _by_name(name: str) -> tuple[Path, dict[str, str]]:
-    """Where a model is that is no path, and what is known of it: shipped, known weights (fetched) or a hub id (fetched)."""
-    shipped = shipped_models()
-    if name in shipped:
-        return shipped[name], {"name": name}
-    known = {entry.name: entry for entry in known_weights().values() if entry.kind == "model"}
-    if name in known:
-        entry = known[name]
-        path = fetch_weights(name)
-        said = {"license": entry.license, "family": entry.family}
-        return path, {"name": name, "address": entry.address, **{key: value for key, value in said.items() if value}}
-    if HUB_ID.fullmatch(name) and not Path(name).parent.exists():
-        return fetch_repository(name)
-    hint = nearest(name, [*shipped, *known])
-    raise UserError(f"no model at {name}: no such file or folder, and no model of that name{hint}")
-
-
-def _model_folder(path: Path, weights: str) -> Path:
-    """The folder with the model in it: itself, that of a run, or the transformer of a pipeline of diffusers."""
-    if (path / "model.json").is_file():
-        return path
-    for name in ("student", "recover/student", "model", "prune/student"):
-        for suffix in ("-raw", "") if weights == "raw" else ("",):
-            if (path / f"{name}{suffix}" / "model.json").is_file():
-                return path / f"{name}{suffix}"
-    if (path / "model_index.json").is_file():
-        kind = (read_json(path / "model_index.json") or {}).get("_class_name")
-        known = [
-            "DiTPipeline",
-            *(name for one in FAMILIES.values() if one.diffusers for name in one.diffusers.pipelines),
-        ]
-        if kind not in known:
-            raise UserError(f"{path} is a {kind} of diffusers; of its pipelines only {', '.join(known)} can be opened")
-        path = path / "transformer"
-    if (path / "config.json").is_file():
-        return path
-    raise UserError(
-        f"{path} holds no model: wanted model.json in it, a run folder with student/ or model/, or a folder of diffusers "
-        "with config.json"
-    )
-
-
-def _open_folder(path: Path, num_heads: int | None, family_name: str | None) -> LoadedModel:
-    if (path / "model.json").is_file():
-        return _open_own(path, num_heads, family_name)
-    return _open_diffusers(path, num_heads, family_name)
-
-
-def _open_own(path: Path, num_heads: int | None, family_name: str | None) -> LoadedModel:
-    record = read_json(path / "model.json")
-    if not isinstance(record, dict):
-        raise UserError(f"{path}/model.json is damaged: not an object")
+def _open_own(path: Path, num_heads: int | None, family_name: str | None, num_classes: int | None) -> LoadedModel:
+    record = read_json_object(path / "model.json")
     version = record.get("format_version")
     if not isinstance(version, int) or version > MODEL_FORMAT_VERSION:
         raise UserError(
@@ -174,14 +140,13 @@ def _open_own(path: Path, num_heads: int | None, family_name: str | None) -> Loa
     _check_family(path, family, family_name)
     try:
         arch = build_known(family.arch_type, record.get("arch"), "arch")
-        plan = None if record.get("plan") is None else plan_from_json(record["plan"])
-        facts = build_known(ModelFacts, {**record, "plan": plan}, "")
+        facts = _recorded_facts(record, family, arch)
         routers = None if facts.dynamic is None else settings_in(facts.dynamic)
         if routers is not None:
             rules_of(family)
-    except ValueError as error:  # UserError among them
+    except (ValueError, OverflowError) as error:  # UserError among them
         raise UserError(f"{path}/model.json is damaged: {error}") from error
-    _check_heads(path, arch, num_heads)
+    _check_said(path, arch, num_heads, num_classes)
     module = filled(family, arch, read_safetensors(path / "model.safetensors"), path, routers)
     model = LoadedModel(module, family, arch, facts, {"kind": "model folder of tinyfusion", "path": str(path)})
     if record.get("hash") != model.hash() and record.get("hash") != _hash_of_tensors_alone(model):
@@ -189,14 +154,50 @@ def _open_own(path: Path, num_heads: int | None, family_name: str | None) -> Loa
     return model
 
 
+@dataclass(frozen=True)
+class _Parent:
+    """An entry of `lineage` as it must be; see docs/contract.md."""
+
+    hash: str
+    depth: dict[str, int]
+    kept: dict[str, list[int]] | None
+    groups: dict[str, list[list[int]]] | None = None
+    residual: list[int] | None = None
+    arch: dict[str, Any] | None = None
+
+
+def _recorded_facts(record: Mapping[str, Any], family: ModelFamily, arch: Any) -> ModelFacts:
+    """The facts of a model in our record. Raises ValueError where fields are of other kinds, or contradict each other."""
+    plan = None if record.get("plan") is None else plan_from_json(record["plan"])
+    facts: ModelFacts = build_known(ModelFacts, {**record, "plan": plan}, "")
+    if not 1 <= facts.image_size <= LARGEST_SIZE:
+        raise ValueError(f"image_size must be at least 1 and at most {LARGEST_SIZE}; got {facts.image_size}")
+    parents: list[_Parent] = [build_known(_Parent, p, f"lineage[{i}]") for i, p in enumerate(facts.lineage)]
+    kept_of = [*(parent.kept for parent in parents), facts.kept]
+    for kept, parent in zip(kept_of[1:], parents, strict=True):
+        for name, indices in (kept or {}).items():
+            if sorted({*indices} & set(range(parent.depth.get(name, 0)))) != indices:
+                raise ValueError(f"kept.{name} {indices[:8]} are no rising blocks of a parent of depth {parent.depth}")
+    depths = {name: getattr(arch, depth) for name, depth in family.block_lists.items()}
+    if facts.kept is not None and {name: len(indices) for name, indices in facts.kept.items()} != depths:
+        raise ValueError(f"kept names other numbers of blocks than the depth {depths}")
+    ratio = (facts.dynamic or {}).get("ratio", 1.0)
+    if type(ratio) not in (int, float) or not 0 < ratio <= 1:
+        raise ValueError(f"dynamic.ratio must be above 0 and at most 1; got {ratio!r}")
+    return facts
+
+
 def _hash_of_tensors_alone(model: LoadedModel) -> str:
     """What folders record that were written before rules of its own were part of the hash of a model."""
     return hash_tensors(model.module.state_dict(), model.family, model.arch, rules=False)
 
 
-def _check_heads(path: Path, arch: Any, num_heads: int | None) -> None:
-    if num_heads not in (None, getattr(arch, "num_heads", num_heads)):
-        raise UserError(f"{path} has {arch.num_heads} heads; --num-heads {num_heads} contradicts it")
+def _check_said(path: Path, arch: Any, num_heads: int | None, num_classes: int | None) -> None:
+    """Raise UserError where a model that says everything itself is not what the user says."""
+    for what, said in (("heads", num_heads), ("classes", num_classes)):
+        held = getattr(arch, f"num_{what}", said)
+        if said not in (None, held):
+            raise UserError(f"{path} has {held} {what}; --num-{what} {said} contradicts it")
 
 
 def _check_family(path: Path, family: ModelFamily, name: str | None) -> None:
@@ -204,30 +205,34 @@ def _check_family(path: Path, family: ModelFamily, name: str | None) -> None:
         raise UserError(f"{path} is of family {family.name}, not {name}")
 
 
-def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None) -> LoadedModel:
+def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None, num_classes: int | None) -> LoadedModel:
     """The folder of one model of diffusers: config.json, and weights in one file or several."""
-    config = read_json(path / "config.json")
+    config = read_json_object(path / "config.json")
     if not diffusers.is_config(config):
         raise UserError(f"{path}/config.json is not of a model of diffusers: it has no _class_name")
     holding = (one for one in FAMILIES.values() if one.diffusers and one.diffusers.holds(config))
     family = next(holding, FAMILIES["dit"])
     _check_family(path, family, family_name)
     if family.diffusers is not None:
-        return _open_diffusers_of(family, family.diffusers, path, config, num_heads)
+        return _open_diffusers_of(family, family.diffusers, path, config, num_heads, num_classes)
     try:
         arch = diffusers.arch_of_config(config)
     except UserError as error:
         raise UserError(f"{path} {error}") from error
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{path}/config.json is damaged: {error}") from error
-    _check_heads(path, arch, num_heads)
-    tensors, file = _diffusers_weights(path)
+    _check_said(path, arch, num_heads, num_classes)
+    tensors, file = read_folder_weights(path, _WEIGHTS)
+    check_sizes(dataclasses.asdict(arch), tensors, f"{path}/config.json")
     if diffusers.wrong_table(tensors, arch):
         raise UserError(f"{path} holds a position table that is not the formula's, and diffusers takes none but that")
     tensors.pop(diffusers.POSITION_BUFFER, None)
-    check_tensors(tensors, diffusers.to_diffusers(family.shapes(arch), arch.depth), f"{path} does not hold this model")
     try:
+        wanted = diffusers.to_diffusers(family.shapes(arch), arch.depth)
+        check_tensors(tensors, wanted, f"{path} does not hold this model")
         ours = diffusers.from_diffusers(tensors, arch)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     del tensors
@@ -243,34 +248,27 @@ def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None) 
 
 
 def _open_diffusers_of(
-    family: ModelFamily, folder: DiffusersFolder, path: Path, config: Any, num_heads: int | None
+    family: ModelFamily,
+    folder: DiffusersFolder,
+    path: Path,
+    config: Any,
+    num_heads: int | None,
+    num_classes: int | None,
 ) -> LoadedModel:
     """The folder of one model of diffusers whose family reads it by its own rules."""
-    tensors, file = _diffusers_weights(path)
+    tensors, file = read_folder_weights(path, _WEIGHTS)
     if (path / folder.beside).is_file():
         tensors |= read_safetensors(path / folder.beside)
     try:
         arch, ours = folder.read(config, tensors)
     except UserError as error:
         raise UserError(f"{path} {error}") from error
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{path}/config.json is damaged: {error}") from error
-    _check_heads(path, arch, num_heads)
+    _check_said(path, arch, num_heads, num_classes)
     origin = {"kind": "folder of diffusers", "path": str(path), "file": file}
     module = filled(family, arch, ours, path)
     return LoadedModel(module, family, arch, _diffusers_facts(path, config, arch, family), origin)
-
-
-def _diffusers_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a folder of diffusers, and the name of the file that they are in; safetensors come first."""
-    for name, read in ((f"{_WEIGHTS}.safetensors", read_safetensors), (f"{_WEIGHTS}.bin", read_pickle)):
-        if (path / f"{name}.index.json").is_file():
-            return read_shards(path / f"{name}.index.json", read), f"{name}.index.json"
-        if (path / name).is_file():
-            return state_dict_in(read(path / name), "raw", path / name), name
-    variants = sorted(file.name for file in path.glob(f"{_WEIGHTS}*"))
-    there = f"; there is {', '.join(variants)}, which is none of them" if variants else ""
-    raise UserError(f"{path} holds no weights: wanted {_WEIGHTS}.safetensors or .bin, whole or with an index{there}")
 
 
 def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) -> ModelFacts:
@@ -278,14 +276,13 @@ def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) ->
     record, facts = config.get(diffusers.RECORD), _published_facts(arch, family)
     if record is not None:
         try:
-            plan = None if record.get("plan") is None else plan_from_json(record["plan"])
-            facts = build_known(ModelFacts, {**record, "plan": plan}, "")
-        except (ValueError, AttributeError) as error:
+            facts = _recorded_facts(record, family, arch)
+        except (ValueError, OverflowError, AttributeError) as error:
             raise UserError(f"{path}/config.json is damaged: {diffusers.RECORD}: {error}") from error
     vae = path.parent / "vae"
     if not (vae / "config.json").is_file():
         return facts
-    settings = read_json(vae / "config.json")
+    settings = autoencoder_config(vae / "config.json")
     sides = 2 ** (len(settings.get("block_out_channels", [0])) - 1)
     scale = settings.get("scaling_factor", facts.latent_scale)
     name = str(vae.absolute()) if any(vae.glob(f"{_WEIGHTS}*")) else facts.vae
@@ -298,16 +295,21 @@ def _family(name: Any, path: Path) -> ModelFamily:
     return FAMILIES[name]
 
 
-def _open_official(path: Path, weights: str, num_heads: int | None, family_name: str | None) -> LoadedModel:
-    content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    tensors = state_dict_in(content, weights, path)
-    part = "" if len(tensors) == len(content) else " of a training checkpoint"
-    fit = [_family(family_name, path)] if family_name else _families_of(tensors)
+def _open_official(
+    path: Path, weights: str, num_heads: int | None, family_name: str | None, num_classes: int | None
+) -> LoadedModel:
+    offered = [_family(family_name, path)] if family_name else list(FAMILIES.values())
+    untrained = {name for family in offered for name in family.computed}
+    found = find_state_dict(read_tensor_file(path), [f.mark for f in offered], weights, path, untrained)
+    tensors = found.tensors
+    if what := described_other(tensors, path.suffix):
+        raise UserError(f"{path} {what}")
+    fit = offered if family_name else _families_of(tensors)
     family = fit[0]
     static = {name: t for name, t in tensors.items() if family.dynamic is None or not is_router_key(name)}
     routers = None
     try:
-        arch = family.arch_of_state_dict(static, num_heads)
+        arch = family.arch_of_state_dict(static, num_heads, num_classes)
         if len(static) < len(tensors):
             routers = settings_of(tensors, arch.num_heads)
             rules_of(family).sizes(arch)
@@ -316,11 +318,24 @@ def _open_official(path: Path, weights: str, num_heads: int | None, family_name:
     facts = _published_facts(arch, family)
     if routers is not None:
         facts = dataclasses.replace(facts, dynamic=dataclasses.asdict(routers))
+    part = f" of a training checkpoint ({found.label})" if found.keys else ""
     kind = f"official state dict{' with routers' if routers else ''}{part}"
     module = filled(family, arch, tensors, path, routers)
+    _say_classes(arch, num_classes)
     if len(fit) > 1:
         print(f"assuming family {family.name} (give --family to say otherwise)", file=sys.stderr)
     return LoadedModel(module, family, arch, facts, {"kind": kind, "path": str(path)})
+
+
+def _say_classes(arch: Any, num_classes: int | None) -> None:
+    """What was assumed of a label table, and what a model without a null class cannot do."""
+    null_class = getattr(arch, "null_class", None)
+    if null_class and num_classes is None and arch.num_classes != _PUBLISHED_CLASSES:
+        rows = arch.num_classes + 1
+        print(f"assuming {arch.num_classes} classes and a null class, by {rows} rows of labels (--num-classes {rows}: no null class)",
+              file=sys.stderr)  # fmt: skip
+    elif null_class is False:
+        print("without a null class: guidance is 1, and training drops no labels", file=sys.stderr)
 
 
 def _families_of(tensors: Mapping[str, Tensor]) -> list[ModelFamily]:

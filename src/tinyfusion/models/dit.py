@@ -7,19 +7,50 @@ teacher and its student always agree.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyfusion.core.reading import check_memory
 from tinyfusion.models.packed import gelu_linear
 
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoidal timestep features, fixed by the published model
 MLP_RATIO = 4
+_TABLE_BYTES = 24  # that a value of the position table takes while it is computed
+
+
+LARGEST_SIZE, LARGEST_DEPTH, LARGEST_GRID = (
+    2**20,
+    2**12,
+    2**9,
+)  # far beyond what can be run; the last: patches along a side
+
+
+def check_ranges(arch: Any, *names: str) -> None:
+    """ValueError on sizes of an arch that no model has, and on a side that is no whole number of patches. None is not checked.
+
+    What is built of sizes in these ranges, without values, takes no time and no memory to speak of.
+    """
+    for name in names:
+        value, largest = getattr(arch, name), LARGEST_DEPTH if "depth" in name else LARGEST_SIZE
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+        if value is not None and value > largest:
+            raise ValueError(f"{name} must be at most {largest}; got {value}")
+    grid, rest = divmod(arch.input_size, arch.patch_size)
+    if rest:
+        raise ValueError(f"input_size {arch.input_size} is not a multiple of patch_size {arch.patch_size}")
+    if grid > LARGEST_GRID:
+        raise ValueError(
+            f"input_size {arch.input_size} has {grid} patches along a side; at most {LARGEST_GRID} can be run"
+        )
 
 
 @dataclass(frozen=True)
@@ -44,19 +75,13 @@ class DiTArch:
     mlp_hidden: int | None = None
     frequency_shift: int = 0  # timestep frequencies are 10000^(-i / (128 - shift))
     mlp_norm_eps: float = 1e-6  # of the norm before an MLP
+    null_class: bool = True  # whether the label table has a row for no label, behind those of the classes
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        check_ranges(self, "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes",
+                     "head_dim", "mlp_hidden")  # fmt: skip
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        for name in ("head_dim", "mlp_hidden"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4 (the position table needs it)")
         if not 0 <= self.frequency_shift < TIMESTEP_FREQUENCIES // 2:
@@ -71,7 +96,7 @@ class DiTArch:
     @property
     def rules(self) -> dict[str, int | float]:
         """What is computed otherwise than published with the same tensors; a part of the hash."""
-        published = {"frequency_shift": 0, "mlp_norm_eps": 1e-6}
+        published = {"frequency_shift": 0, "mlp_norm_eps": 1e-6, "null_class": True}
         return {name: getattr(self, name) for name, value in published.items() if getattr(self, name) != value}
 
     @property
@@ -210,11 +235,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """y (B,) in 0..K, K the null class -> (B, D)."""
+    """y (B,) in 0..K, K the null class where there is one -> (B, D)."""
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int, width: int, null_class: bool) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.embedding_table = nn.Embedding(num_classes + null_class, width)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
@@ -237,6 +262,7 @@ def position_table(width: int, grid: int, scale: float = 1.0) -> Tensor:
 
     scale: by which r and c are divided; 1 in every DiT.
     """
+    check_memory(_TABLE_BYTES * width * grid * grid, f"a position table of {grid} x {grid} places")
     quarter = width // 4
     frequencies = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
     rows, columns = (places / scale for places in np.divmod(np.arange(grid * grid), grid))
@@ -256,10 +282,13 @@ class DiT(nn.Module):
         super().__init__()
         self.arch = arch
         width, patch = arch.hidden_size, arch.patch_size
-        self.pos_embed = nn.Parameter(position_table(width, arch.input_size // patch), requires_grad=False)
+        grid = arch.input_size // patch
+        without_values = torch.get_default_device().type == "meta"
+        table = torch.empty(1, grid * grid, width) if without_values else position_table(width, grid)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.x_embedder = PatchEmbedder(arch.in_channels, width, patch)
         self.t_embedder = TimestepEmbedder(width, arch.frequency_shift)
-        self.y_embedder = LabelEmbedder(arch.num_classes, width)
+        self.y_embedder = LabelEmbedder(arch.num_classes, width, arch.null_class)
         self.blocks = nn.ModuleList([DiTBlock(arch) for _ in range(arch.depth)])
         self.final_layer = FinalLayer(width, patch * patch * arch.out_channels)
 
@@ -306,10 +335,40 @@ def initialise(model: DiT, seed: int) -> None:
             nn.init.zeros_(parameter)
 
 
-def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> DiTArch:
+def list_length(tensors: Mapping[str, Tensor], name: str) -> int:
+    """Modules of the list `name` in a state dict. Raises ValueError where their numbers have gaps."""
+    inside = {key.removeprefix(f"{name}.").split(".")[0] for key in tensors if key.startswith(f"{name}.")}
+    numbers = {int(number) for number in inside if number.isdecimal() and len(number) < 20}
+    if numbers != set(range(len(numbers))):
+        missing = list(itertools.islice((i for i in itertools.count() if i not in numbers), 4))
+        last = max(numbers)
+        raise ValueError(
+            f"{name.removesuffix('s')} numbers have gaps: {[i for i in missing if i < last]} missing of 0 to {last}"
+        )
+    return len(numbers)
+
+
+def classes_of_rows(rows: int, num_classes: int | None) -> tuple[int, bool]:
+    """Classes of a label table of so many rows, and whether one more row is that of the null class.
+
+    num_classes: as the user says; None assumes a null class, which only a table of one row has not. Raises ValueError where
+    the table has neither as many rows nor one more.
+    """
+    if num_classes is None:
+        return max(rows - 1, 1), rows != 1
+    if rows - num_classes not in (0, 1):
+        raise ValueError(
+            f"the label table has {rows} rows, so there are {rows - 1} classes and a null class, or {rows} classes and none; "
+            f"--num-classes {num_classes} is neither"
+        )
+    return num_classes, rows == num_classes + 1
+
+
+def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None, num_classes: int | None = None) -> DiTArch:
     """The sizes that the shapes of an official state dict tell; heads come from the published table or `num_heads`.
 
-    Raises ValueError where the shapes are no DiT's or the heads cannot be known.
+    num_classes: without the null class, see `classes_of_rows`. Raises ValueError where the shapes are no DiT's or the heads
+    cannot be known.
     """
     try:
         width, in_channels, patch, _ = tensors["x_embedder.proj.weight"].shape
@@ -321,20 +380,19 @@ def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> 
     grid = math.isqrt(num_tokens)
     if grid * grid != num_tokens:
         raise ValueError(f"pos_embed has {num_tokens} tokens, which is no square grid")
-    numbers = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.") and key.split(".")[1].isdigit()}
-    if numbers != set(range(len(numbers))):
-        missing = sorted(set(range(max(numbers) + 1)) - numbers)
-        raise ValueError(f"block numbers have gaps: {missing[:4]} missing of 0 to {max(numbers)}")
+    depth = list_length(tensors, "blocks")
     heads = num_heads or HEADS_BY_WIDTH.get(width)
     if heads is None:
         raise ValueError(f"width {width} is in no published table, so the number of heads is unknown: give --num-heads")
+    classes, null_class = classes_of_rows(rows, num_classes)
     return DiTArch(
         input_size=grid * patch,
         patch_size=patch,
         in_channels=in_channels,
         hidden_size=width,
-        depth=len(numbers),
+        depth=depth,
         num_heads=heads,
-        num_classes=rows - 1,
+        num_classes=classes,
         learn_sigma=patch_features == 2 * in_channels * patch * patch,
+        null_class=null_class,
     )

@@ -134,6 +134,12 @@ def keep_logit_scale(tensors: dict[str, Tensor], old: DiTArch, new: DiTArch) -> 
             tensors[f"blocks.{i}.attn.qkv.{name}"][:inner] *= math.sqrt(new.head_width / old.head_width)
 
 
+def is_rounded(table: Tensor, formula: Tensor) -> bool:
+    """Whether a table holds the values of a formula, or those rounded to half precision, as files in half precision store them."""
+    kinds = (table.dtype, torch.float16, torch.bfloat16)
+    return table.shape == formula.shape and any(torch.equal(table, formula.to(kind).to(table.dtype)) for kind in kinds)
+
+
 def unfit_formats(arch: DiTArch, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Formats of others that cannot hold a DiT of these sizes, with the reason.
 
@@ -157,8 +163,10 @@ def unfit_formats(arch: DiTArch, tensors: Mapping[str, Tensor]) -> dict[str, str
         official.append(
             f"it has {arch.num_heads} heads, which the file does not say, and readers take {published} at width {arch.hidden_size}"
         )
-    if not torch.equal(tensors["pos_embed"].detach().cpu(), table):
+    if not is_rounded(tensors["pos_embed"].detach().cpu(), table):
         diffusers.append("its position table is not the formula's, and the format does not store one")
+    if not arch.null_class:
+        diffusers.append("it has no null class, for which its class always has a row in the label table")
     found = {"official": official, "diffusers": diffusers}
     return {name: "; ".join(why) for name, why in found.items() if why}
 

@@ -43,7 +43,8 @@ class ModelFamily:
     arch_type: type
     build: Callable[[Any], nn.Module]
     initialise: Callable[[Any, int], None]
-    arch_of_state_dict: Callable[[Mapping[str, Tensor], int | None], Any]
+    # (tensors, heads, classes without the null class) -> arch; the numbers are None where nobody says them
+    arch_of_state_dict: Callable[[Mapping[str, Tensor], int | None, int | None], Any]
     example: Callable[[Any, int], tuple[Tensor, ...]]  # (arch, samples) -> inputs of one forward pass, for their shapes
     block_lists: Mapping[str, str]  # name of a list of blocks -> the field of the arch that holds its depth
     mark: str  # name of a tensor by which its official files are known
@@ -80,9 +81,21 @@ class ModelFamily:
         return self.arch_type(**given)
 
     def shapes(self, arch: Any) -> dict[str, Tensor]:
-        """The state dict of a model of these sizes, without values (on the meta device)."""
-        with torch.device("meta"):
-            return dict(self.build(arch).state_dict())
+        """The state dict of a model of these sizes, without values (on the meta device). Raises ValueError on sizes that overflow."""
+        try:
+            with torch.device("meta"):
+                return dict(self.build(arch).state_dict())
+        except (RuntimeError, OverflowError) as error:
+            raise ValueError(f"a model of these sizes cannot be: {error}") from error
+
+    def num_bytes(self, arch: Any) -> int:
+        """Bytes of a model of these sizes in float32, counted from one block of every list. Raises ValueError on sizes that overflow."""
+        shapes = self.shapes(self.arch_with_depths(arch, dict.fromkeys(self.block_lists, 1)))
+        depths = {f"{name}.0.": getattr(arch, depth) for name, depth in self.block_lists.items()}
+        return sum(
+            4 * tensor.numel() * next((depth for start, depth in depths.items() if name.startswith(start)), 1)
+            for name, tensor in shapes.items()
+        )
 
     def stack(self, model: nn.Module) -> BlockStack:
         """The residual blocks of a model of this family."""

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.core.errors import UserError
 from tinyfusion.core.weights import fetch_weights, known_weights
-from tinyfusion.models.tensors import check_tensors, read_pickle, read_safetensors, state_dict_in
+from tinyfusion.models.statedicts import find_state_dict
+from tinyfusion.models.tensors import in_float32, read_tensor_file
 
 SCALE = 0.2325
 CHANNELS = 16
@@ -32,6 +32,7 @@ CONFIG: dict[str, Any] = {
     "norm_num_groups": 32,
     "scaling_factor": SCALE,
 }
+_MARK = "decoder.conv_in.weight"  # a tensor by which its files are known
 _FILES = (".ckpt", ".pt", ".pth", ".safetensors")
 # parts of a key of latent diffusion to those of diffusers
 _PARTS = (
@@ -61,19 +62,14 @@ def open_kl16(path: Path) -> nn.Module:
 
     Raises UserError where a tensor is missing, too many, of another shape, or not finite.
     """
-    content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    tensors = to_diffusers(state_dict_in(content, "raw", path))
+    tensors = to_diffusers(find_state_dict(read_tensor_file(path), [_MARK], "raw", path).tensors)
     from diffusers import AutoencoderKL  # late: seconds
 
     made: Any = AutoencoderKL
     with torch.device("meta"):
         module: nn.Module = made(**CONFIG)
-    wanted = module.state_dict()
-    check_tensors(tensors, wanted, f"{path} does not hold the autoencoder KL-16")
-    bad = next((key for key, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
-    if bad is not None:
-        raise UserError(f"{path} is damaged: {bad} is not finite")
-    module.load_state_dict({name: tensors[name].to(torch.float32).contiguous() for name in wanted}, assign=True)
+    held = in_float32(tensors, module.state_dict(), f"{path} does not hold the autoencoder KL-16")
+    module.load_state_dict(held, assign=True)
     return module.eval().requires_grad_(False)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyfusion.core.config import nearest
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import check_memory
 from tinyfusion.models.attach import DynamicModel, build_with_routers
 from tinyfusion.models.family import FAMILIES, ModelFamily
 from tinyfusion.models.plan import PrunePlan
@@ -76,6 +77,11 @@ class LoadedModel:
         """The same model as one with routers, where it has them."""
         return None if self.facts.dynamic is None else DynamicModel(self)
 
+    @property
+    def null_class(self) -> bool:
+        """Whether it has a class for no label, which guidance and label dropout need."""
+        return bool(getattr(self.arch, "null_class", True))
+
     def copy(self) -> LoadedModel:
         """An independent copy."""
         return dataclasses.replace(self, module=copy.deepcopy(self.module))
@@ -89,6 +95,14 @@ class LoadedModel:
         )
         make_trainable(module, self.family)
         return dataclasses.replace(self, module=module.train(self.module.training))
+
+    def with_formulas(self) -> LoadedModel:
+        """The same model with the tensors that a formula gives as it gives them in float32; itself where they are so already."""
+        held = self.module.state_dict()
+        exact = {name: formula(self.arch) for name, formula in self.family.computed.items()}
+        if all(torch.equal(held[name].cpu(), tensor) for name, tensor in exact.items()):
+            return self
+        return self.with_weights({**held, **exact})
 
     def hash(self) -> str:
         """SHA-256 over the tensors sorted by official name, and over unpublished rules; see `hash_tensors`."""
@@ -190,8 +204,10 @@ def new_model(family_name: str, arch_values: Mapping[str, Any], seed: int) -> Lo
     family = FAMILIES[family_name]
     try:
         arch = family.arch_of_sizes(arch_values)
+        num_bytes = family.num_bytes(arch)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+    check_memory(num_bytes, "a new model of these sizes")
     with torch.random.fork_rng(devices=[]):  # new layers fill themselves from the global generator: not ours to move
         module = family.build(arch)
     family.initialise(module, seed)

@@ -10,13 +10,14 @@ with the call, and label K is the null class.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyfusion.models.dit import check_ranges, list_length
 from tinyfusion.models.mar_block import NORM_EPS, Dropout, MarBlock
 from tinyfusion.models.mar_head import DiffusionHead, HeadSizes, initialise_head
 
@@ -44,14 +45,9 @@ class MarArch:
     decoder_heads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "encoder_depth", "decoder_depth",
+        check_ranges(self, "input_size", "patch_size", "in_channels", "hidden_size", "encoder_depth", "decoder_depth",
                      "num_heads", "num_classes", "buffer_size", "head_depth", "head_width", "decoder_width",
-                     "decoder_heads"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+                     "decoder_heads")  # fmt: skip
         for stack, width, heads in (("hidden_size", self.hidden_size, self.num_heads),
                                     ("decoder_width", self.decoder_features, self.heads_of_decoder)):  # fmt: skip
             if width % heads:
@@ -256,7 +252,7 @@ def unfit_formats(arch: MarArch, _tensors: Mapping[str, Tensor]) -> dict[str, st
     return reasons
 
 
-def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> MarArch:
+def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None, num_classes: int | None = None) -> MarArch:
     """The sizes that the shapes of an official state dict tell; heads come from the published table or `num_heads`.
 
     Patches are taken to be single cells, as in all published models: shapes cannot tell 16 channels from 4 times 2 x 2.
@@ -266,10 +262,12 @@ def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> 
         width, token_features = tensors["z_proj.weight"].shape
         _, places, _ = tensors["encoder_pos_embed_learned"].shape
         _, num_tokens, decoder_width = tensors["diffusion_pos_embed_learned"].shape
-        num_classes = tensors["class_emb.weight"].shape[0]
+        rows = tensors["class_emb.weight"].shape[0]
         head_width = tensors["diffloss.net.input_proj.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"these tensors are not a MAR's: {error} is missing or misshapen") from error
+    if num_classes not in (None, rows):
+        raise ValueError(f"the class table has {rows} rows, one per class; --num-classes {num_classes} contradicts it")
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise ValueError(f"diffusion_pos_embed_learned has {num_tokens} tokens, which is no square grid")
@@ -284,26 +282,13 @@ def arch_of_state_dict(tensors: Mapping[str, Tensor], num_heads: int | None) -> 
         patch_size=1,
         in_channels=token_features,
         hidden_size=width,
-        encoder_depth=_length(tensors, "encoder_blocks"),
-        decoder_depth=_length(tensors, "decoder_blocks"),
+        encoder_depth=list_length(tensors, "encoder_blocks"),
+        decoder_depth=list_length(tensors, "decoder_blocks"),
         num_heads=heads[0] or 1,
-        num_classes=num_classes,
+        num_classes=rows,
         buffer_size=places - num_tokens,
-        head_depth=_length(tensors, "diffloss.net.res_blocks"),
+        head_depth=list_length(tensors, "diffloss.net.res_blocks"),
         head_width=head_width,
         decoder_width=decoder_width,
         decoder_heads=heads[1],
     )
-
-
-def _length(tensors: Mapping[str, Tensor], name: str) -> int:
-    """Modules of the list `name`. Raises ValueError where their numbers have gaps."""
-    inside = [key.removeprefix(f"{name}.").split(".")[0] for key in tensors if key.startswith(f"{name}.")]
-    return _counted({int(number) for number in inside if number.isdigit()}, name)
-
-
-def _counted(numbers: set[int], name: str) -> int:
-    if numbers != set(range(len(numbers))):
-        missing: Sequence[int] = sorted(set(range(max(numbers) + 1)) - numbers)
-        raise ValueError(f"{name} numbers have gaps: {missing[:4]} missing of 0 to {max(numbers)}")
-    return len(numbers)

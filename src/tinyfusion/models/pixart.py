@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tinyfusion.core.config import build_known
 from tinyfusion.core.errors import UserError
-from tinyfusion.models.dit import position_table
+from tinyfusion.models.dit import check_ranges, position_table
 
 if TYPE_CHECKING:
     from tinyfusion.models.loaded import LoadedModel  # which imports the families
@@ -51,12 +51,10 @@ class PixArtArch:
     interpolation_scale: float = 1.0  # by which positions are divided: 1 as trained; folders of 256 pixels may say 0.5
 
     def __post_init__(self) -> None:
-        sizes = {name: value for name, value in dataclasses.asdict(self).items() if name != "interpolation_scale"}
-        if low := [name for name, value in sizes.items() if value < 1]:
-            raise ValueError(f"{low[0]} must be at least 1; got {getattr(self, low[0])}")
+        check_ranges(self, *(field.name for field in dataclasses.fields(self) if field.name != "interpolation_scale"))
         if not self.interpolation_scale > 0:
             raise ValueError(f"interpolation_scale must be above 0; got {self.interpolation_scale:g}")
-        for name, divisor in (("input_size", self.patch_size), ("hidden_size", self.num_heads), ("hidden_size", 4)):
+        for name, divisor in (("hidden_size", self.num_heads), ("hidden_size", 4)):
             if getattr(self, name) % divisor:
                 raise ValueError(f"{name} {getattr(self, name)} is not a multiple of {divisor}")
 
@@ -129,7 +127,9 @@ def with_prompts(model: LoadedModel, captions: Tensor, mask: Tensor) -> LoadedMo
     return dataclasses.replace(model, arch=arch).with_weights(tensors)
 
 
-def arch_of_state_dict(_tensors: Mapping[str, Tensor], _num_heads: int | None) -> NoReturn:
+def arch_of_state_dict(
+    _tensors: Mapping[str, Tensor], _num_heads: int | None, _num_classes: int | None = None
+) -> NoReturn:
     """Raises ValueError: the published state dict tells neither the side of its images nor its prompts."""
     raise ValueError(f"{UNFIT['official']}: give the folder of diffusers, which says its sizes (docs/pixart.md)")
 
@@ -159,7 +159,10 @@ def from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         side = said.setdefault("sample_size", 128)  # what the class takes where nothing is said, here and below
         said = {"use_additional_conditions": side == 128, "interpolation_scale": max(side // 64, 1)} | said
         sizes = {name: said[theirs] for name, theirs in _SIZES.items()}
-        sizes |= {"hidden_size": sizes["num_heads"] * said["attention_head_dim"]}
+        heads, channels = sizes["num_heads"], said["attention_head_dim"]
+        if type(heads) is not int or type(channels) is not int:
+            raise ValueError(f"{heads!r} heads of {channels!r} channels are no whole numbers")
+        sizes |= {"hidden_size": heads * channels}
         sizes["num_classes"] = texts[0][0] - 1 if texts else 1
         sizes["caption_tokens"] = texts[-1][-1] if texts else 1
     except (KeyError, TypeError, IndexError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import mmap
 import pickle
 import re
 import struct
@@ -18,59 +20,129 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rundir import read_json
+from tinyfusion.core.reading import check_memory, check_plain, read_json_object, unreadable
+from tinyfusion.core.torchscript import check_stored, is_torch_zip
 from tinyfusion.models.attach import build_with_routers
 from tinyfusion.models.family import ModelFamily
 from tinyfusion.models.loaded import make_trainable
 from tinyfusion.models.routers import DynamicSettings
 
-_WRAPPER = "module."
 _NO_MODEL = "is not a model file, or it is truncated: wanted a torch file or .safetensors with a state dict"
+# what torch's restricted reader calls and what fills memory without a tensor: zeros by their number, and codecs that lengthen
+_FILLS = re.compile(rb"c(?:builtins|__builtin__)\nbytearray\n")
+_ENCODES = re.compile(rb"c_codecs\nencode\n")
+_LENGTHENING = re.compile(rb"hex|base64|base_64|quopri|quoted|uu|zip|zlib|bz2")
+# tensors may share memory in a file, as tied weights do: all of them together take at most this much more than the file
+_SHARED_FACTOR, _SHARED_BYTES = 4, 2**26
+
+
+def read_tensor_file(path: Path) -> Any:
+    """The content of a .safetensors or torch file, by its suffix."""
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file."""
+    _check_openable(path)
     try:
         return load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is no readable safetensors file (truncated or foreign): {error}") from error
 
 
 def read_pickle(path: Path) -> Any:
-    """A torch file, without running code from it: only tensors, plain containers and argparse.Namespace."""
+    """A torch file, without running code from it: only tensors, plain containers and argparse.Namespace.
+
+    Tensors of a zip are views of the mapped file, so that reading takes no memory of its own.
+    """
+    _check_openable(path)
     try:
+        mapped = is_torch_zip(path)
+        if mapped:
+            check_stored(path)
+        _check_pickle(path, mapped)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickle protocols; what cannot be read is an error below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own advice is to run the code; ours is not
         what = f"holds code or foreign objects ({found[1]}), which are never run" if found else _NO_MODEL
         raise UserError(f"{path} {what}") from error
+    except UserError:
+        raise
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, struct.error,
-            zipfile.BadZipFile, UnicodeDecodeError, ImportError, OverflowError, AssertionError) as error:  # fmt: skip
+            zipfile.BadZipFile, UnicodeDecodeError, ImportError, OverflowError, AssertionError, MemoryError) as error:  # fmt: skip
         raise UserError(f"{path} {_NO_MODEL}") from error
 
 
-def state_dict_in(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
-    """The tensors of a flat state dict, or of a training checkpoint ("ema" or "model_ema", else "model"; that for raw weights).
+def _check_openable(path: Path) -> None:
+    """Raise UserError on a special file, which is not opened, and on one that is missing or may not be read."""
+    check_plain(path)
+    try:
+        with open(path, "rb"):
+            pass
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
 
-    The `module.` that a wrapper for several processes puts before every name goes.
-    """
+
+def _check_pickle(path: Path, zipped: bool) -> None:
+    """Raise UnpicklingError where the pickle of a torch file would fill memory without tensors."""
+    with open(path, "rb") as file:
+        if not path.stat().st_size:
+            return
+        if zipped:
+            with zipfile.ZipFile(file) as archive:
+                names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                found = next(filter(None, (_filling(archive.read(name)) for name in names)), None)
+        else:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                found = _filling(content)
+    if found:
+        raise pickle.UnpicklingError(f"GLOBAL {found}")
+
+
+def _filling(content: Any) -> str | None:
+    """The name of what a pickle calls to fill memory."""
+    if _FILLS.search(content):
+        return "bytearray"
+    return "encode" if _ENCODES.search(content) and _LENGTHENING.search(content) else None
+
+
+def check_shared(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError where tensors claim far more values than their file has bytes for."""
+    claimed, held = sum(t.numel() * t.element_size() for t in tensors.values()), path.stat().st_size
+    if claimed > _SHARED_FACTOR * held + _SHARED_BYTES:
+        raise UserError(
+            f"{path} is damaged: its tensors would take {claimed / 2**20:,.0f} MiB, and it has {held / 2**20:,.1f} MiB"
+        )
+
+
+def flat_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that holds a flat state dict and nothing else."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
-    for key in ("ema", "model_ema", "model") if weights == "ema" else ("model", "ema", "model_ema"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    if not tensors or len(tensors) != len(content):
-        odd = next((str(k) for k, v in content.items() if not isinstance(v, Tensor)), "nothing")
-        raise UserError(f"{path} is no state dict of tensors (it holds {odd!r})")
-    if all(name.startswith(_WRAPPER) for name in tensors):
-        return {name.removeprefix(_WRAPPER): tensor for name, tensor in tensors.items()}
+    odd = next((str(name) for name, value in content.items() if not isinstance(value, Tensor)), None)
+    if odd is not None or not content:
+        raise UserError(f"{path} is no state dict of tensors (it holds {odd or 'nothing'!r})")
+    tensors = {str(name): value for name, value in content.items()}
+    check_shared(tensors, path)
     return tensors
+
+
+def read_folder_weights(folder: Path, stem: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a folder of diffusers or transformers, and the name of the file that they are in.
+
+    stem: of the file's name. Safetensors come first. Raises UserError where there are no weights, or not all.
+    """
+    for name, read in ((f"{stem}.safetensors", read_safetensors), (f"{stem}.bin", read_pickle)):
+        if (folder / f"{name}.index.json").is_file():
+            return read_shards(folder / f"{name}.index.json", read), f"{name}.index.json"
+        check_plain(folder / name)
+        if (folder / name).is_file():
+            return flat_tensors(read(folder / name), folder / name), name
+    variants = sorted(file.name for file in folder.glob(f"{stem}*"))
+    there = f"; there is {', '.join(variants)}, which is none of them" if variants else ""
+    raise UserError(f"{folder} holds no weights: wanted {stem}.safetensors or .bin, whole or with an index{there}")
 
 
 def read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
@@ -78,24 +150,41 @@ def read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
 
     Raises UserError where a file is missing or does not hold what the index says.
     """
-    listed = read_json(index)
-    files = listed.get("weight_map") if isinstance(listed, dict) else None
+    files = read_json_object(index).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{index} is damaged: wanted a weight_map of tensors to files")
-    if odd := next((name for name in files.values() if Path(name).name != name), None):
+    if odd := next((name for name in files.values() if Path(name).name != name or "\0" in name), None):
         raise UserError(f"{index} names {odd!r}, which is no file beside it")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
+        check_plain(index.parent / name)
         if not (index.parent / name).is_file():
             raise UserError(
                 f"{index.parent / name} does not exist, and {index.name} names it: the folder is incomplete"
             )
-        found = state_dict_in(read(index.parent / name), "raw", index.parent / name)
+        found = flat_tensors(read(index.parent / name), index.parent / name)
         wrong = sorted({key for key, file in files.items() if file == name} ^ set(found))
         if wrong:
             raise UserError(f"{index.parent / name} and {index.name} disagree about {wrong[0]}")
         tensors |= found
     return tensors
+
+
+def check_sizes(sizes: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError on sizes of a configuration that go beyond its tensors: before anything of those sizes is built.
+
+    sizes: by field; numbers of layers have "layers" or "depth" in their names, and lists of sizes count as many. The side of
+    the images is compared elsewhere, as tensors need not say it.
+    """
+    longest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    for name, value in sizes.items():
+        limit = len(tensors) if "layers" in name or "depth" in name else longest
+        values = value if isinstance(value, list | tuple) else [value]
+        if len(values) > len(tensors):
+            raise UserError(f"{what} has {len(values)} {name}, and its weights are {len(tensors)} tensors")
+        beyond = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and not v <= limit]
+        if beyond and name not in ("input_size", "sample_size", "image_size"):
+            raise UserError(f"{what} has {name} {beyond[0]}, which is beyond its weights")
 
 
 def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
@@ -111,24 +200,41 @@ def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], w
     _raise_faults(faults, what)
 
 
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError, `what` and the first few names, where values are infinite or no numbers."""
+    odd = [
+        f"{name} is {_kind(t)}, wanted numbers" for name, t in tensors.items() if t.layout != torch.strided or t.is_meta
+    ]
+    _raise_faults(odd, what)
+    _raise_faults([f"{name} is not finite" for name, t in tensors.items() if not bool(torch.isfinite(t).all())], what)
+
+
 def _raise_faults(faults: list[str], what: str) -> None:
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise UserError(f"{what}: {'; '.join(faults[:3])}{more}")
 
 
+def in_float32(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Copies in float32 of exactly the tensors of `wanted`, in its order. Raises UserError on faults of names, shapes and values."""
+    check_tensors(tensors, wanted, what)
+    check_memory(4 * sum(tensor.numel() for tensor in wanted.values()), f"{what.partition(' does')[0]} in float32")
+    held = {name: tensors[name].detach().to(torch.float32, copy=True).contiguous() for name in wanted}
+    check_finite(held, what)
+    return held
+
+
 def filled(
     family: ModelFamily, arch: Any, tensors: Mapping[str, Tensor], path: Path, routers: DynamicSettings | None = None
 ) -> nn.Module:
     """A module with exactly these values, float32 and in memory of its own, in eval mode; the first few faults are named."""
-    with torch.device("meta"):
-        module = build_with_routers(family, arch, routers)
-    wanted, what = module.state_dict(), f"{path} does not hold this {family.name}"
-    check_tensors(tensors, wanted, what)
-    held = {name: tensors[name].detach().to(torch.float32, copy=True).contiguous() for name in wanted}
-    _raise_faults(
-        [f"{name} is not finite" for name, tensor in held.items() if not bool(torch.isfinite(tensor).all())], what
-    )
+    check_sizes(dataclasses.asdict(arch), tensors, str(path))
+    try:
+        with torch.device("meta"):
+            module = build_with_routers(family, arch, routers)
+    except (RuntimeError, OverflowError) as error:
+        raise UserError(f"{path} has sizes that no {family.name} can have: {error}") from error
+    held = in_float32(tensors, module.state_dict(), f"{path} does not hold this {family.name}")
     module.load_state_dict(held, assign=True)
     return make_trainable(module, family).eval()
 

@@ -1,0 +1,97 @@
+"""Where a model is: by its path, the folder of a run or of diffusers, a shipped name, known weights, or a hub id."""
+
+from __future__ import annotations
+
+import errno
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tinyfusion.core.config import nearest
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import check_plain, read_json_object, unreadable
+from tinyfusion.core.weights import KnownWeights, fetch_weights, known_weights
+from tinyfusion.models.family import FAMILIES
+from tinyfusion.models.hub import HUB_ID, fetch_repository
+from tinyfusion.models.statedicts import OTHER_KINDS
+
+_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+_LORA = ("adapter_config.json", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+
+
+def shipped_models() -> dict[str, Path]:
+    """Model folders that come with the package, by name."""
+    root = Path(str(resources.files("tinyfusion"))) / "assets"
+    return {path.parent.name: path.parent for path in sorted(root.glob("*/model.json"))}
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder. Raises UserError where that cannot be known, and on special files."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return False
+        raise unreadable(path, error) from error
+    except ValueError:  # a NUL in the name
+        return False
+    check_plain(path)
+    return True
+
+
+def by_name(name: str) -> tuple[Path, dict[str, str]]:
+    """Where a model is that is no path, and what is known of it: shipped, known weights (fetched) or a hub id (fetched)."""
+    shipped = shipped_models()
+    if name in shipped:
+        return shipped[name], {"name": name}
+    known = {entry.name: entry for entry in known_weights().values() if entry.kind == "model"}
+    if name in known:
+        entry = known[name]
+        path = fetch_weights(name)
+        said = {"license": entry.license, "family": entry.family}
+        return path, {"name": name, "address": entry.address, **{key: value for key, value in said.items() if value}}
+    if Path(name).suffix in _FILES:
+        raise UserError(f"no model at {name}: no such file{_fetched_as(Path(name).name, known)}")
+    if HUB_ID.fullmatch(name) and not Path(name).parent.exists():
+        return fetch_repository(name)
+    hint = nearest(name.lower(), [*shipped, *known])
+    raise UserError(f"no model at {name}: no such file or folder, and no model of that name{hint}")
+
+
+def _fetched_as(file_name: str, known: dict[str, KnownWeights]) -> str:
+    """A hint at the known weights that are published as a file of this name."""
+    names = [name for name, entry in known.items() if entry.file_name.lower() == file_name.lower()]
+    return f"; {names[0]} fetches the published file of that name" if len(names) == 1 else ""
+
+
+def model_folder(path: Path, weights: str) -> Path:
+    """The folder with the model in it: itself, that of a run, or the transformer of a folder of diffusers."""
+    if (path / "model.json").exists():
+        return path
+    for name in ("student", "recover/student", "model", "prune/student"):
+        for suffix in ("-raw", "") if weights == "raw" else ("",):
+            if (path / f"{name}{suffix}" / "model.json").exists():
+                return path / f"{name}{suffix}"
+    if (path / "model_index.json").exists():
+        kind = read_json_object(path / "model_index.json").get("_class_name")
+        families: list[Any] = [family.diffusers for family in FAMILIES.values() if family.diffusers]
+        known = ["DiTPipeline", *(name for folder in families for name in folder.pipelines)]
+        if kind not in known:
+            raise UserError(f"{path} is a {kind} of diffusers; of its pipelines only {', '.join(known)} can be opened")
+        path = path / "transformer"
+    elif not (path / "config.json").exists() and (path / "transformer" / "config.json").exists():
+        path = path / "transformer"
+    if (path / "config.json").exists():
+        return path
+    raise UserError(
+        f"{path} holds no model: wanted model.json in it, a run folder with student/ or model/, or a folder of diffusers "
+        f"with config.json{_what_is_there(path)}"
+    )
+
+
+def _what_is_there(path: Path) -> str:
+    """A hint at what a folder holds that is no model."""
+    if any((path / name).exists() for name in _LORA):
+        return f"; it {OTHER_KINDS['lora']}"
+    files = sorted(file.name for file in path.iterdir() if file.suffix in _FILES) if path.is_dir() else []
+    return f"; give the file itself: {', '.join(str(path / name) for name in files[:3])}" if files else ""
