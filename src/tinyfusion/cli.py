@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit codes of docs/contract.md."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
+    warnings.filterwarnings(
+        "ignore", module=r"PIL\."
+    )  # of damaged and large pictures, which are errors or nothing here
     if list(arguments) == ["--version"]:
         print(f"tinyfusion {__version__}")
         return 0

@@ -34,6 +34,7 @@ WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 SET = "--set encode.shard_images=4 --set encode.batch_size=3"
 ENCODE = f"encode --data pictures --vae vae --size {SIZE} --out latents {SET}"
 SHARDS = -(-NUM // 4)
+QUICK = "--set train.ema_decay=0.1 --set model.hidden_size=16 --set model.num_heads=2"
 
 
 def picture(i: int) -> Image.Image:
@@ -83,7 +84,8 @@ def save_autoencoder(folder: Path, **more: Any) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = AutoencoderKL(
-            block_out_channels=(8, 8), down_block_types=down, up_block_types=up, norm_num_groups=4, scaling_factor=0.3, **more
+            block_out_channels=(8, 8), down_block_types=down, up_block_types=up, norm_num_groups=4, scaling_factor=0.3,
+            **{"latent_channels": 4, **more},
         )  # fmt: skip
     vae.save_pretrained(folder)
 
@@ -388,6 +390,82 @@ def test_the_published_layout_is_converted_by_number(cli: Cli, here: Path) -> No
     assert (latents.spec.kind, latents.spec.scale, latents.spec.rows) == ("samples", 0.18215, 2)
     for row in (False, True):
         assert np.array_equal(latents.gather(np.arange(12), np.full(12, row)).numpy(), values[:, int(row)])
+
+
+def test_the_published_layout_of_another_autoencoder_has_its_facts(cli: Cli, here: Path) -> None:
+    values = published(here / "old")
+    command = f"encode --data features:old --vae vae --out latents {SET}"
+    done(cli, command)
+    latents = open_latents(here / "latents")
+    assert (latents.spec.scale, latents.about["vae"], latents.about["size"]) == (0.3, "vae", 16)
+    assert latents.about["vae_hash"] == open_autoencoder("vae").hash()
+    assert np.array_equal(latents.gather(np.arange(12), np.zeros(12, bool)).numpy(), values[:, 0])
+    assert "is finished" in done(cli, command).err
+    refused = cli(*shlex.split(command.replace("--vae vae ", "")))
+    assert refused.code == 2
+    assert "made with another recipe" in refused.err
+    done(cli, f"train --data latents:latents --out run --steps 1 --set model.depth=1 --set train.batch_size=2 {QUICK}")
+    about = json.loads(Path("run/model/model.json").read_text())
+    assert (about["latent_scale"], about["vae"], about["image_size"]) == (0.3, "vae", 16)
+
+
+def test_the_published_layout_and_an_autoencoder_of_other_channels(cli: Cli, here: Path) -> None:
+    published(here / "old")
+    save_autoencoder(here / "three", latent_channels=3)
+    outcome = cli(*shlex.split(f"encode --data features:old --vae three --out latents {SET}"))
+    assert outcome.code == 2
+    assert "has latents of 4 channels, and the autoencoder three makes 3: give the one that made them" in outcome.err
+    assert not Path("latents").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- orientation
+
+
+def turned(here: Path) -> None:
+    """One picture gets an orientation tag."""
+    path = here / "pictures" / "class-1" / "07.png"
+    exif = Image.Exif()
+    exif[274] = 6
+    picture(7).save(path, exif=exif.tobytes())
+
+
+def test_orientation_tags_are_followed_unless_told_not_to(cli: Cli, here: Path) -> None:
+    done(cli, ENCODE)
+    plain = content("latents")
+    turned(here)
+    ignoring = ENCODE.replace("--out latents", "--out ignored --set encode.orientation=ignore")
+    done(cli, ignoring)
+    outcome = done(cli, ENCODE.replace("--out latents", "--out followed"))
+    assert f"pictures: pictures turned as their orientation tags say: 1 of {NUM}" in outcome.err
+    ignored, followed = content("ignored"), content("followed")
+    about = {name: json.loads(files.pop(MANIFEST)) for name, files in (("ignored", ignored), ("followed", followed))}
+    plain.pop(MANIFEST)
+    assert ignored == plain
+    assert followed != plain
+    assert {name: found["orientation"] for name, found in about.items()} == {"ignored": "ignore", "followed": "follow"}
+    refused = cli(*shlex.split(ignoring.replace("--out ignored", "--out followed")))
+    assert "made with another recipe (encode.orientation: 'follow' there, 'ignore' now)" in refused.err
+
+
+def test_latents_from_before_orientation_tags_were_followed_remain_valid(cli: Cli, here: Path) -> None:
+    ignoring = f"{ENCODE} --set encode.orientation=ignore"
+    done(cli, ignoring)
+    for name, section in (("run.json", "recipe"), (MANIFEST, None)):
+        path = here / "latents" / name
+        record = json.loads(path.read_text())
+        (record[section]["encode"] if section else record).pop("orientation")
+        path.write_text(json.dumps(record))
+    assert "is finished" in done(cli, ignoring).err
+    assert len(open_latents(here / "latents")) == NUM
+    refused = cli(*shlex.split(ENCODE))
+    assert "made with another recipe (encode.orientation: 'ignore' there, 'follow' now)" in refused.err
+
+
+def test_a_folder_without_classes_is_encoded_as_one(cli: Cli, here: Path) -> None:
+    outcome = done(cli, ENCODE.replace("--data pictures", "--data pictures/class-0"))
+    assert "pictures/class-0: no class folders, so its pictures are one class (8)" in outcome.err
+    latents = open_latents(here / "latents")
+    assert (latents.spec.classes, len(latents)) == (1, 8)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

@@ -22,7 +22,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.data.hub import HubSet, open_hub
 from tinyfusion.data.originals import open_originals
 from tinyfusion.data.stream import StreamedBatches, open_parts
-from tinyfusion.jobs.assemble import image_set, pictures
+from tinyfusion.jobs.assemble import _decoded_once, image_set
 
 CPU = torch.device("cpu")
 CARD = {
@@ -99,7 +99,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DataHub]:
         )
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        pictures.cache_clear()
+        _decoded_once.cache_clear()
         yield made
 
 

@@ -34,7 +34,7 @@ from tinyfusion.evaluate.metrics import (
     precision_recall,
 )
 from tinyfusion.evaluate.statistics import RunningMoments, RunningScore, summarise
-from tinyfusion.jobs.assemble import RunOptions, pictures
+from tinyfusion.jobs.assemble import RunOptions, _decoded_once
 from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference, score
 from tinyfusion.jobs.references import open_images
 from tinyfusion.jobs.sample import write_samples
@@ -568,7 +568,7 @@ def test_folder_of_pictures_is_read_by_name(tmp_path: Path) -> None:
     assert found[:, 0, 0, 0].tolist() == [0, 10, 20]
     assert found.shape == (3, 8, 8, 1)
     Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / "3.png")
-    pictures.cache_clear()
+    _decoded_once.cache_clear()
     with pytest.raises(UserError, match="give one size for all"):
         open_images(str(tmp_path))
 

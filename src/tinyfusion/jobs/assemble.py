@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -123,9 +124,14 @@ def _is_pictures(name: str) -> bool:
     return name not in REAL_SETS and (name.startswith((*WHOLE, *STREAMED)) or Path(name).is_dir())
 
 
-@lru_cache(maxsize=2)
 def pictures(name: str, size: int | None, orientation: Orientation) -> Pictures:
-    """A set of pictures, decoded once: training, calibration and evaluation ask for the same. Its remarks are printed."""
+    """A set of pictures in memory, as `read_originals` gives it. Its remarks are printed where it is decoded."""
+    return _decoded_once(name, size, orientation, os.getcwd())
+
+
+@lru_cache(maxsize=2)
+def _decoded_once(name: str, size: int | None, orientation: Orientation, _folder: str) -> Pictures:
+    """Decoding is slow, and training, calibration and evaluation ask for the same set. _folder: that names are relative to."""
     found = read_originals(name, size, orientation)
     say(found.remarks)
     return found
