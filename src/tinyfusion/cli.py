@@ -283,9 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit codes of docs/contract.md."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
-    warnings.filterwarnings(
-        "ignore", module=r"PIL\."
-    )  # of damaged and large pictures, which are errors or nothing here
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is an error, or nothing
     if list(arguments) == ["--version"]:
         print(f"tinyfusion {__version__}")
         return 0

@@ -115,7 +115,7 @@ def check_data_name(name: str) -> None:
     if not known and not Path(name).is_dir():
         raise UserError(
             f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {HUB}ORG/NAME, {PARQUET_STREAM}PATH, "
-            f"{HUB_STREAM}ORG/NAME, {LATENTS}PATH, a folder of classes, or an .npz with arr_0 and arr_1"
+            f"{HUB_STREAM}ORG/NAME, {LATENTS}PATH, a folder of pictures, or an .npz with arr_0 and arr_1"
         )
 
 
