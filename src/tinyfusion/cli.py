@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,7 @@ def _main_expected(name: str, numbers: Sequence[dict[str, Any]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit codes of docs/contract.md."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is an error, or nothing
     with guarded_streams():
         return _ended(sys.argv[1:] if arguments is None else list(arguments))
 

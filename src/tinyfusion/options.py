@@ -243,7 +243,7 @@ class Encode(Common):
     data: Annotated[
         str,
         option(
-            "folder of classes, parquet:PATH, hub:ORG/NAME, webdataset:PATH, or published features:PATH (required)",
+            "folder of pictures, parquet:PATH, hub:ORG/NAME, webdataset:PATH, or published features:PATH (required)",
             "NAME",
         ),
     ] = ""

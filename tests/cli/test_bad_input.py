@@ -256,7 +256,7 @@ ROWS = [
     row("samples-few", f"{EVALUATE} --samples few.npz", "few.npz has 2 images"),
     row("samples-unnamed", f"{EVALUATE} --samples named.npz", "wanted images in arr_0"),
     row("samples-pickled", f"{EVALUATE} --samples pickled.npz", "pickled.npz cannot be read as an npz of plain arrays"),
-    row("samples-folder-empty", f"{EVALUATE} --samples no-pictures", "no-pictures holds no .png files"),
+    row("samples-folder-empty", f"{EVALUATE} --samples no-pictures", "no-pictures holds no pictures"),
     row("samples-size", f"{EVALUATE} --samples large.npz", "large.npz"),
     row("reference-unknown", f"{EVALUATE} --samples images.npz --reference imagenet", "imagenet", "digits"),
     row("report-no-run", "report thesis --out page.html", "thesis"),

@@ -26,7 +26,7 @@ from PIL import Image
 import tinyfusion.jobs.encode
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.latents import MANIFEST, open_latents
-from tinyfusion.data.originals import cropped
+from tinyfusion.data.picture import decode
 from tinyfusion.models.autoencoder import open_autoencoder
 
 NUM, CLASSES, SIZE = 22, 3, 16
@@ -34,6 +34,7 @@ WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 SET = "--set encode.shard_images=4 --set encode.batch_size=3"
 ENCODE = f"encode --data pictures --vae vae --size {SIZE} --out latents {SET}"
 SHARDS = -(-NUM // 4)
+QUICK = "--set train.ema_decay=0.1 --set model.hidden_size=16 --set model.num_heads=2"
 
 
 def picture(i: int) -> Image.Image:
@@ -83,7 +84,8 @@ def save_autoencoder(folder: Path, **more: Any) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = AutoencoderKL(
-            block_out_channels=(8, 8), down_block_types=down, up_block_types=up, norm_num_groups=4, scaling_factor=0.3, **more
+            block_out_channels=(8, 8), down_block_types=down, up_block_types=up, norm_num_groups=4, scaling_factor=0.3,
+            **{"latent_channels": 4, **more},
         )  # fmt: skip
     vae.save_pretrained(folder)
 
@@ -121,7 +123,7 @@ def test_latents_are_those_of_the_autoencoder(cli: Cli, here: Path, kind: str, d
     assert latents.about["class_names"] == ["class-0", "class-1", "class-2"]
     assert latents.about["vae_hash"] == vae.hash()
     files = sorted((here / "pictures").rglob("*.png"))
-    pixels = np.stack([cropped(file.read_bytes(), "", SIZE) for file in files]).transpose(0, 3, 1, 2)
+    pixels = np.stack([decode(file.read_bytes(), "", SIZE).in_colour for file in files]).transpose(0, 3, 1, 2)
     x = torch.from_numpy(pixels).float() / 127.5 - 1
     both = torch.stack([vae.moments(x), vae.moments(x.flip(-1))], 1)
     if kind == "samples":
@@ -146,7 +148,7 @@ def test_every_source_gives_the_same_latents(cli: Cli, here: Path, source: str) 
 
 def test_a_training_takes_them(cli: Cli, here: Path) -> None:
     done(cli, ENCODE)
-    sizes = "model.input_size=8 model.in_channels=4 model.num_classes=3 model.hidden_size=32 model.depth=2 model.num_heads=2"
+    sizes = "model.hidden_size=32 model.depth=2 model.num_heads=2"  # the others are those of the latents
     steps = "train.steps=3 train.batch_size=4 train.ema_decay=0.5 train.log_every_steps=1 data.flip=0.5"
     settings = " ".join(f"--set {item}" for item in f"{sizes} {steps}".split())
     done(cli, f"train --data latents:latents --out run {settings}")
@@ -154,9 +156,14 @@ def test_a_training_takes_them(cli: Cli, here: Path) -> None:
     assert len(losses) == 3
     about = json.loads(Path("run/model/model.json").read_text())
     assert (about["latent_scale"], about["vae"], about["image_size"]) == (0.3, "vae", SIZE)
+    assert {name: about["arch"][name] for name in ("input_size", "in_channels", "num_classes")} == {
+        "input_size": 8,
+        "in_channels": 4,
+        "num_classes": 3,
+    }
     refused = {
-        "--set model.in_channels=3": "has images (4, 8, 8), the model takes (3, 8, 8)",
-        "--set model.num_classes=2": "has 3 classes, the model knows 2",
+        "--set model.in_channels=3": "has images (4, 8, 8), the model takes (3, 8, 8): --set model.in_channels=4",
+        "--set model.num_classes=2": "has 3 classes, the model knows 2: --set model.num_classes=3",
         "--set data.augment=0.5": "are latents, which cannot be turned",
     }
     for change, message in refused.items():
@@ -385,6 +392,82 @@ def test_the_published_layout_is_converted_by_number(cli: Cli, here: Path) -> No
         assert np.array_equal(latents.gather(np.arange(12), np.full(12, row)).numpy(), values[:, int(row)])
 
 
+def test_the_published_layout_of_another_autoencoder_has_its_facts(cli: Cli, here: Path) -> None:
+    values = published(here / "old")
+    command = f"encode --data features:old --vae vae --out latents {SET}"
+    done(cli, command)
+    latents = open_latents(here / "latents")
+    assert (latents.spec.scale, latents.about["vae"], latents.about["size"]) == (0.3, "vae", 16)
+    assert latents.about["vae_hash"] == open_autoencoder("vae").hash()
+    assert np.array_equal(latents.gather(np.arange(12), np.zeros(12, bool)).numpy(), values[:, 0])
+    assert "is finished" in done(cli, command).err
+    refused = cli(*shlex.split(command.replace("--vae vae ", "")))
+    assert refused.code == 2
+    assert "made with another recipe" in refused.err
+    done(cli, f"train --data latents:latents --out run --steps 1 --set model.depth=1 --set train.batch_size=2 {QUICK}")
+    about = json.loads(Path("run/model/model.json").read_text())
+    assert (about["latent_scale"], about["vae"], about["image_size"]) == (0.3, "vae", 16)
+
+
+def test_the_published_layout_and_an_autoencoder_of_other_channels(cli: Cli, here: Path) -> None:
+    published(here / "old")
+    save_autoencoder(here / "three", latent_channels=3)
+    outcome = cli(*shlex.split(f"encode --data features:old --vae three --out latents {SET}"))
+    assert outcome.code == 2
+    assert "has latents of 4 channels, and the autoencoder three makes 3: give the one that made them" in outcome.err
+    assert not Path("latents").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- orientation
+
+
+def turned(here: Path) -> None:
+    """One picture gets an orientation tag."""
+    path = here / "pictures" / "class-1" / "07.png"
+    exif = Image.Exif()
+    exif[274] = 6
+    picture(7).save(path, exif=exif.tobytes())
+
+
+def test_orientation_tags_are_followed_unless_told_not_to(cli: Cli, here: Path) -> None:
+    done(cli, ENCODE)
+    plain = content("latents")
+    turned(here)
+    ignoring = ENCODE.replace("--out latents", "--out ignored --set encode.orientation=ignore")
+    done(cli, ignoring)
+    outcome = done(cli, ENCODE.replace("--out latents", "--out followed"))
+    assert f"pictures: pictures turned as their orientation tags say: 1 of {NUM}" in outcome.err
+    ignored, followed = content("ignored"), content("followed")
+    about = {name: json.loads(files.pop(MANIFEST)) for name, files in (("ignored", ignored), ("followed", followed))}
+    plain.pop(MANIFEST)
+    assert ignored == plain
+    assert followed != plain
+    assert {name: found["orientation"] for name, found in about.items()} == {"ignored": "ignore", "followed": "follow"}
+    refused = cli(*shlex.split(ignoring.replace("--out ignored", "--out followed")))
+    assert "made with another recipe (encode.orientation: 'follow' there, 'ignore' now)" in refused.err
+
+
+def test_latents_from_before_orientation_tags_were_followed_remain_valid(cli: Cli, here: Path) -> None:
+    ignoring = f"{ENCODE} --set encode.orientation=ignore"
+    done(cli, ignoring)
+    for name, section in (("run.json", "recipe"), (MANIFEST, None)):
+        path = here / "latents" / name
+        record = json.loads(path.read_text())
+        (record[section]["encode"] if section else record).pop("orientation")
+        path.write_text(json.dumps(record))
+    assert "is finished" in done(cli, ignoring).err
+    assert len(open_latents(here / "latents")) == NUM
+    refused = cli(*shlex.split(ENCODE))
+    assert "made with another recipe (encode.orientation: 'ignore' there, 'follow' now)" in refused.err
+
+
+def test_a_folder_without_classes_is_encoded_as_one(cli: Cli, here: Path) -> None:
+    outcome = done(cli, ENCODE.replace("--data pictures", "--data pictures/class-0"))
+    assert "pictures/class-0: no class folders, so its pictures are one class (8)" in outcome.err
+    latents = open_latents(here / "latents")
+    assert (latents.spec.classes, len(latents)) == (1, 8)
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -437,14 +520,13 @@ ALONE = ENCODE.replace("shard_images=4", "shard_images=99")  # nothing is whole 
 ODD = ENCODE.replace("--data pictures", "--data webdataset:odd.tar")
 OLD = "encode --data features:old --out latents --set encode.shard_images=99"
 ROWS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
-    "no-source": (ENCODE.replace("pictures", "gone"), None, "no pictures at gone: wanted a folder with a folder per class"),
+    "no-source": (ENCODE.replace("pictures", "gone"), None, "no pictures at gone: wanted a folder of pictures or of class folders"),
     "no-data": (f"encode --out latents {SET}", None, "encode needs --data"),
     "a-file": (ENCODE.replace("pictures", "parquet/a.parquet"), None, "for a tar or parquet file say parquet:parquet/a.parquet"),
-    "no-classes": (ENCODE.replace("--data pictures", "--data pictures/class-0"), None, "pictures such as 00.png lie in it without a class"),
     "no-pictures": (ENCODE, lambda h: (h / "pictures" / "class-9").mkdir(), "class-9 holds no pictures"),
     "cut-short": (ALONE, first_picture(lambda p: p.write_bytes(p.read_bytes()[:-200])), "07.png cannot be decoded as a picture"),
     "transparent": (ALONE, first_picture(lambda p: Image.new("RGBA", (9, 9), (1, 2, 3, 4)).save(p)), "07.png is transparent in parts"),
-    "sixteen-bits": (ALONE, first_picture(lambda p: Image.new("I;16", (9, 9)).save(p)), "mode I;16: wanted 8 bits"),
+    "sixteen-bits": (ALONE, first_picture(lambda p: Image.new("I;16", (9, 9)).save(p, format="TIFF")), "mode I;16: wanted 8 bits"),
     "size": (ENCODE.replace(f"--size {SIZE}", "--size 17"), None, "encode.size 17 is no multiple of 2", ),
     "size-zero": (ENCODE.replace(f"--size {SIZE}", "--size 0"), None, "size must be at least 1"),
     "shards-zero": (f"{ENCODE} --set encode.shard_images=0", None, "shard_images must be at least 1"),
@@ -457,7 +539,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
     "vae-nan": (ENCODE, bad_weights, "encoder.conv_in.weight is not finite"),
     "vae-shape": (ENCODE, bad_config(latent_channels=3), "vae"),
     "tar-gone": (ODD, None, "no tars at odd.tar"),
-    "tar-torn": (ODD, lambda h: (h / "odd.tar").write_bytes((h / "tars" / "0.tar").read_bytes()[:900]), "odd.tar cannot be read as a tar"),
+    "tar-torn": (ODD, lambda h: (h / "odd.tar").write_bytes((h / "tars" / "0.tar").read_bytes()[:900]), "odd.tar is damaged: x/00.png has"),
     "tar-text": (ODD, lambda h: (h / "odd.tar").write_text("x" * 2000), "odd.tar cannot be read as a tar"),
     "tar-no-label": (ODD, retarred(a_png=encoded(0)), "odd.tar, a has no label: wanted a.cls"),
     "tar-label": (ODD, retarred(a_png=encoded(0), a_cls=b"cat"), "a.cls: wanted a label, a whole number from 0; got 'cat'"),

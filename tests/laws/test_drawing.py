@@ -19,9 +19,9 @@ from tinyfusion.core.recipe import Recipe, SampleSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.image_sink import stream_images_npz, write_png_folder
 from tinyfusion.data.image_source import source_of
-from tinyfusion.data.images import read_image_folder
 from tinyfusion.jobs.drawing import at_arithmetic, check_sampling, open_drawing, protocol
 from tinyfusion.jobs.parts import Parts, begin_parts
+from tinyfusion.jobs.references import open_images
 from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.diffusers import config_of_arch, to_diffusers
@@ -296,7 +296,7 @@ def test_a_folder_of_pngs_reads_back_as_it_was(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (70, 4, 4, 3), dtype=np.uint8)
     write_png_folder(tmp_path / "png", source_of(images))
     assert sorted(p.name for p in (tmp_path / "png").iterdir())[-1] == "000069.png"
-    assert np.array_equal(read_image_folder(tmp_path / "png"), images)
+    assert np.array_equal(next(open_images(str(tmp_path / "png")).read(70)), images)
 
 
 _STREAM = """

@@ -21,9 +21,8 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.hub import HubSet, open_hub
 from tinyfusion.data.originals import open_originals
-from tinyfusion.data.parquet import read_parquet_images
 from tinyfusion.data.stream import StreamedBatches, open_parts
-from tinyfusion.jobs.assemble import image_set
+from tinyfusion.jobs.assemble import _decoded_once, image_set
 
 CPU = torch.device("cpu")
 CARD = {
@@ -100,7 +99,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DataHub]:
         )
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr("tinyfusion.jobs.assemble._pictures", lambda name, size: read_parquet_images(name, size))
+        _decoded_once.cache_clear()
         yield made
 
 

@@ -28,7 +28,7 @@ from tinyfusion.data.latents import (
     unfinished_shard,
     write_manifest,
 )
-from tinyfusion.data.originals import cropped
+from tinyfusion.data.picture import decode
 
 CPU = torch.device("cpu")
 NUM, SHAPE = 23, (3, 4, 4)
@@ -94,7 +94,7 @@ def test_the_crop_is_the_published_one(height: int, width: int) -> None:
     y, x = np.mgrid[:height, :width]
     waves = [128 + 100 * np.sin(x / (3 + c) + y / (5 - c)) + 20 * ((x * 7 + y * 13 + c) % 2) for c in range(3)]
     pixels = np.clip(np.stack(waves, -1), 0, 255).astype(np.uint8)
-    found = cropped(encoded(Image.fromarray(pixels)), "a picture", 16).astype(float)
+    found = decode(encoded(Image.fromarray(pixels)), "a picture", 16).in_colour.astype(float)
     away = np.abs(found - reference_crop(pixels, 16))
     assert found.shape == (16, 16, 3)
     assert away.max() <= 1, "rounding at most"
@@ -104,14 +104,16 @@ def test_the_crop_is_the_published_one(height: int, width: int) -> None:
 def test_the_crop_is_the_middle_and_odd_rests_go_to_the_bottom_and_right() -> None:
     pixels = np.zeros((8, 13, 3), np.uint8)
     pixels[:, :, 0] = np.arange(13)
-    assert cropped(encoded(Image.fromarray(pixels)), "", 8)[0, :, 0].tolist() == list(range(2, 10))
-    assert cropped(encoded(Image.fromarray(pixels.transpose(1, 0, 2))), "", 8)[:, 0, 0].tolist() == list(range(2, 10))
+    assert decode(encoded(Image.fromarray(pixels)), "", 8).pixels[0, :, 0].tolist() == list(range(2, 10))
+    assert decode(encoded(Image.fromarray(pixels.transpose(1, 0, 2))), "", 8).pixels[:, 0, 0].tolist() == list(
+        range(2, 10)
+    )
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "RGBA", "LA"])
 def test_every_opaque_picture_becomes_rgb(mode: str) -> None:
     image = Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode)
-    found = cropped(encoded(image, "JPEG" if mode == "CMYK" else "PNG"), "a picture", 8)
+    found = decode(encoded(image, "JPEG" if mode == "CMYK" else "PNG"), "a picture", 8).in_colour
     assert found.shape == (8, 8, 3)
     assert found.min() >= 250
 
@@ -120,7 +122,7 @@ def test_every_opaque_picture_becomes_rgb(mode: str) -> None:
     ("content", "message"),
     [
         (encoded(Image.new("RGBA", (8, 8), (1, 2, 3, 254))), "transparent in parts"),
-        (encoded(Image.new("I;16", (8, 8))), "mode I;16: wanted 8 bits"),
+        (encoded(Image.new("I;16", (8, 8)), "TIFF"), "mode I;16: wanted 8 bits"),
         (encoded(Image.new("RGB", (64, 64), (9, 8, 7)))[:-30], "cannot be decoded as a picture"),
         (encoded(Image.new("RGB", (1, 60_000))), "too narrow for a crop"),
         (b"no picture", "cannot be decoded"),
@@ -130,7 +132,7 @@ def test_every_opaque_picture_becomes_rgb(mode: str) -> None:
 )
 def test_what_is_no_picture_is_named(content: bytes, message: str) -> None:
     with pytest.raises(UserError, match=r"^there") as caught:
-        cropped(content, "there", 256)
+        decode(content, "there", 256)
     assert message in str(caught.value)
 
 

@@ -21,7 +21,7 @@ from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
-from tinyfusion.data.images import image_grid, read_image_folder, read_images_npz, write_grid_png, write_images_npz
+from tinyfusion.data.images import image_grid, read_images_npz, write_grid_png, write_images_npz
 from tinyfusion.evaluate import metrics
 from tinyfusion.evaluate.features import Features
 from tinyfusion.evaluate.fidelity import psnr_db, ssim
@@ -34,8 +34,9 @@ from tinyfusion.evaluate.metrics import (
     precision_recall,
 )
 from tinyfusion.evaluate.statistics import RunningMoments, RunningScore, summarise
-from tinyfusion.jobs.assemble import RunOptions
+from tinyfusion.jobs.assemble import RunOptions, _decoded_once
 from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference, score
+from tinyfusion.jobs.references import open_images
 from tinyfusion.jobs.sample import write_samples
 
 BLUR_SIGMAS_PX = (0.3, 0.4, 0.5, 0.7, 1.0)
@@ -559,27 +560,46 @@ def test_damage_inside_a_compressed_npz_is_an_error_for_people(tmp_path: Path) -
         read_images_npz(path)
 
 
-def test_folder_of_pngs_is_read_by_name(tmp_path: Path) -> None:
+def test_folder_of_pictures_is_read_by_name(tmp_path: Path) -> None:
     for i in (2, 0, 1):
         Image.fromarray(np.full((8, 8), 10 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    assert read_image_folder(tmp_path)[:, 0, 0, 0].tolist() == [0, 10, 20]
-    assert read_image_folder(tmp_path).shape == (3, 8, 8, 1)
+    found = open_images(str(tmp_path)).array
+    assert found is not None
+    assert found[:, 0, 0, 0].tolist() == [0, 10, 20]
+    assert found.shape == (3, 8, 8, 1)
     Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / "3.png")
-    with pytest.raises(UserError, match="differ in size"):
-        read_image_folder(tmp_path)
+    _decoded_once.cache_clear()
+    with pytest.raises(UserError, match="give one size for all"):
+        open_images(str(tmp_path))
+
+
+def test_a_large_folder_is_read_as_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = Randomness(0).at(0, 0, 5).words("x", 8 * 8 * 3).astype(np.uint8).reshape(5, 8, 8, 3)
+    for i, value in enumerate(values):
+        Image.fromarray(value[..., 0] if i == 3 else value).save(tmp_path / f"{i}.png")
+    small = open_images(str(tmp_path))
+    monkeypatch.setattr("tinyfusion.jobs.references.IN_MEMORY_BYTES", 10)
+    large = open_images(str(tmp_path))
+    assert large.array is None
+    assert large.shape == small.shape == (5, 8, 8, 3)
+    assert large.hash() == small.hash()
+    assert [len(batch) for batch in large.read(2)] == [2, 2, 1]
+    Image.new("RGB", (9, 8)).save(tmp_path / "5.png")
+    with pytest.raises(UserError, match=r"5\.png is \(8, 9, 3\), and the first picture of"):
+        open_images(str(tmp_path)).hash()
 
 
 def test_bad_folders_are_errors_for_people(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        read_image_folder(tmp_path / "none")
-    with pytest.raises(UserError, match=r"no \.png files"):
-        read_image_folder(tmp_path)
+    with pytest.raises(UserError, match="no images at"):
+        open_images(str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"holds no pictures \(\.jpg"):
+        open_images(str(tmp_path))
     Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(tmp_path / "0.png")
-    with pytest.raises(UserError, match="without transparency"):
-        read_image_folder(tmp_path)
+    with pytest.raises(UserError, match="transparent in parts"):
+        open_images(str(tmp_path))
     (tmp_path / "0.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="cannot be read as a PNG"):
-        read_image_folder(tmp_path)
+    with pytest.raises(UserError, match="cannot be decoded as a picture"):
+        open_images(str(tmp_path))
 
 
 def test_grid_shows_every_image_where_it_belongs(tmp_path: Path) -> None:

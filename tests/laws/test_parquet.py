@@ -17,7 +17,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
-from tinyfusion.data.parquet import read_parquet_images
+from tinyfusion.data.originals import read_originals
 from tinyfusion.jobs.assemble import image_set
 
 
@@ -37,30 +37,36 @@ def written(path: Path, rows: list[Any], labels: list[Any], column: str = "img")
     return path
 
 
+def read(path: Path, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and labels of a parquet file, or of all in a folder."""
+    found = read_originals(f"parquet:{path}", size)
+    return found.pixels, found.labels
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("column", "struct"), [("img", True), ("image", False)])
 def test_round_trip(tmp_path: Path, channels: int, column: str, struct: bool) -> None:
     images, labels = pictures(7, 8, channels), [3, 0, 1, 1, 2, 9, 0]
     rows = [{"bytes": encoded(i), "path": None} if struct else encoded(i) for i in images]
-    read, classes = read_parquet_images(written(tmp_path / "a.parquet", rows, labels, column))
-    assert np.array_equal(read, images) and classes.tolist() == labels
+    found, classes = read(written(tmp_path / "a.parquet", rows, labels, column))
+    assert np.array_equal(found, images) and classes.tolist() == labels
 
 
 def test_box_filter_is_the_mean_of_each_area(tmp_path: Path) -> None:
     images = pictures(4, 8)
     file = written(tmp_path / "a.parquet", [encoded(i) for i in images], [0, 1, 2, 3])
-    read, _ = read_parquet_images(file, size=4)
+    found, _ = read(file, size=4)
     means = images.reshape(4, 4, 2, 4, 2, 3).astype(float).mean((2, 4))
-    assert read.shape == (4, 4, 4, 3) and np.abs(read - means).max() <= 1.0
+    assert found.shape == (4, 4, 4, 3) and np.abs(found - means).max() <= 1.0
 
 
 def test_a_folder_is_its_files_by_name_and_grey_among_colours_is_colour(tmp_path: Path) -> None:
     first, second = pictures(2, 8), pictures(2, 8, 1)
     written(tmp_path / "b.parquet", [encoded(i) for i in second], [2, 3])
     written(tmp_path / "a.parquet", [encoded(i) for i in first], [0, 1])
-    read, labels = read_parquet_images(tmp_path)
+    found, labels = read(tmp_path)
     assert labels.tolist() == [0, 1, 2, 3]
-    assert np.array_equal(read[:2], first) and np.array_equal(read[2:], second.repeat(3, -1))
+    assert np.array_equal(found[:2], first) and np.array_equal(found[2:], second.repeat(3, -1))
 
 
 def test_the_data_set_by_name(tmp_path: Path) -> None:
@@ -83,7 +89,10 @@ def test_a_folder_of_classes_is_a_data_set(tmp_path: Path) -> None:
     assert image_set(str(tmp_path / "set"), 4).x.shape == (4, 3, 4, 4)
     (tmp_path / "set" / "dog" / "4.png").write_bytes(encoded(pictures(1, 6)[0]))
     (tmp_path / "set").rename(tmp_path / "other")
-    with pytest.raises(UserError, match="images differ in size"):
+    with pytest.raises(
+        UserError,
+        match=r"4.png is 6 x 6, and the first picture of .* 8 x 8: give one size for all, such as --set data\.size=8",
+    ):
         image_set(str(tmp_path / "other"))
 
 
@@ -93,8 +102,13 @@ BAD = {
     "negative label": ([GOOD], [-1], None, "row 0: wanted a label"),
     "no picture": ([GOOD, b"not a picture"], [0, 1], None, "row 1 cannot be decoded"),
     "text for bytes": (["GOOD"], [0], None, "wanted an encoded picture"),
-    "two sizes": ([GOOD, encoded(pictures(1, 6)[0])], [0, 1], None, "image 1 (6, 6)"),
-    "too small": ([GOOD], [0], 16, "8 x 8: data.size=16 reduces larger squares"),
+    "two sizes": ([GOOD, encoded(pictures(1, 6)[0])], [0, 1], None, "row 1 is 6 x 6, and the first picture of"),
+    "too narrow": (
+        [encoded(np.zeros((1, 9000, 3), np.uint8))],
+        [0],
+        256,
+        "9000 x 1: too narrow for a crop of 256 x 256",
+    ),
 }
 
 
@@ -103,19 +117,19 @@ def test_refused(tmp_path: Path, case: str) -> None:
     rows, labels, size, part = BAD[case]
     file = written(tmp_path / "a.parquet", rows, labels)
     with pytest.raises(UserError) as caught:
-        read_parquet_images(file, size)
+        read(file, size)
     assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(UserError, match="cannot be read as parquet"):
-        read_parquet_images(tmp_path / "x.parquet")
+        read(tmp_path / "x.parquet")
     with pytest.raises(UserError, match="no parquet data"):
-        read_parquet_images(tmp_path / "y.parquet")
+        read(tmp_path / "y.parquet")
     pq.write_table(pa.table({"pixels": [GOOD], "label": [0]}), tmp_path / "z.parquet")
     with pytest.raises(UserError, match="wanted img or image"):
-        read_parquet_images(tmp_path / "z.parquet")
+        read(tmp_path / "z.parquet")
 
 
 def test_flips_are_addressed_and_as_often_as_asked() -> None:
@@ -134,14 +148,14 @@ def test_a_folder_with_two_splits_is_refused(tmp_path: Path) -> None:
     for split in ("train", "test"):
         written(tmp_path / f"{split}-00000-of-00001.parquet", [GOOD], [0])
     with pytest.raises(UserError, match="splits test, train: name one file"):
-        read_parquet_images(tmp_path)
+        read(tmp_path)
 
 
 def test_pictures_that_would_change_silently_are_refused(tmp_path: Path) -> None:
     deep, clear = io.BytesIO(), io.BytesIO()
-    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(deep, format="PNG")
+    Image.fromarray(np.full((8, 8), 4_000, np.uint16)).save(deep, format="TIFF")
     Image.new("RGBA", (8, 8), (1, 2, 3, 4)).save(clear, format="PNG")
-    for content in (deep, clear):
+    for content, part in ((deep, "mode I;16: wanted 8 bits"), (clear, "transparent in parts")):
         file = written(tmp_path / "a.parquet", [content.getvalue()], [0])
-        with pytest.raises(UserError, match="8-bit grey or colour without transparency"):
-            read_parquet_images(file)
+        with pytest.raises(UserError, match=part):
+            read(file)

@@ -25,6 +25,7 @@ Criterion = Literal[
     "min-loss", "median-loss", "max-loss", "indices", "width",
 ]  # fmt: skip
 Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc", "ode", "sde", "masked"]
+Orientation = Literal["follow", "ignore"]
 Recovery = Literal["finetune", "logits-kd", "rep-kd", "masked-kd"]
 
 
@@ -33,13 +34,16 @@ class ModelSection:
     """A model to train from nothing."""
 
     family: Annotated[str, "model family"] = "dit"
-    input_size: Annotated[int, "side of the square input in the model's own space, pixels or latent cells"] = 8
+    input_size: Annotated[
+        int | None,
+        "side of the square input in the model's own space, pixels or latent cells; None is that of the data",
+    ] = None
     patch_size: Annotated[int, "side of a patch"] = 2
-    in_channels: Annotated[int, "channels of the input"] = 1
+    in_channels: Annotated[int | None, "channels of the input; None is those of the data"] = None
     hidden_size: Annotated[int, "width of the residual stream"] = 64
     depth: Annotated[int, "number of blocks"] = 12
     num_heads: Annotated[int, "attention heads"] = 4
-    num_classes: Annotated[int, "classes, without the null class"] = 10
+    num_classes: Annotated[int | None, "classes, without the null class; None is those of the data"] = None
     buffer_size: Annotated[int | None, "mar: tokens that carry the class; None is the published 64"] = None
     head_depth: Annotated[int | None, "mar: residual layers of the diffusion head; None is 3"] = None
     head_width: Annotated[int | None, "mar: width of the diffusion head; None is 1024"] = None
@@ -56,13 +60,16 @@ class DataSection:
         "data set: digits (training part), digits:heldout, parquet:PATH (a file or folder; columns img or image, label), "
         "hub:ORG/NAME[@REVISION][:CONFIG][:SPLIT] (a data set of the hub, fetched once), parquet-stream:PATH and hub-stream:ID "
         "(the same, read in parts: for sets larger than memory), latents:PATH (what `encode` made), "
-        "a folder with a folder of pictures per class, or an npz with arr_0 (N, H, W, C), uint8 pixels or floats as they are, "
+        "a folder of pictures or with a folder of them per class, or an npz with arr_0 (N, H, W, C), uint8 pixels or floats as they are, "
         "and arr_1 labels",
     ] = "digits"
     size: Annotated[
         int | None,
-        "side to which square pictures are reduced by a box filter; None keeps theirs; not for an npz",
+        "side of the centre crop of pictures, as in encode.size; None keeps theirs, which must be one size; not for an npz",
     ] = None
+    orientation: Annotated[Orientation, "orientation tags (EXIF) of pictures: turn them as they say, or leave them"] = (
+        "follow"
+    )
     window_images: Annotated[
         int,
         "streams: images among which order is mixed, those of row groups drawn at random; two windows are held",
@@ -75,10 +82,15 @@ class DataSection:
 class EncodeSection:
     """Pictures to latents on disk."""
 
-    vae: Annotated[str, "autoencoder: any AutoencoderKL of diffusers, a folder or hub id, alone or in a pipeline"] = (
-        "stabilityai/sd-vae-ft-ema"
-    )
+    vae: Annotated[
+        str | None,
+        "autoencoder: any AutoencoderKL of diffusers, a folder or hub id, alone or in a pipeline; None is "
+        "stabilityai/sd-vae-ft-ema, and of features:PATH the published scale",
+    ] = None
     size: Annotated[int, "side of the centre crop in pixels"] = 256
+    orientation: Annotated[
+        Orientation, "orientation tags (EXIF) of pictures: turn them as they say, or leave them (published)"
+    ] = "follow"
     posterior: Annotated[
         Literal["moments", "samples"],
         "what is stored: mean and log-variance, sampled anew at every read, or one sample (published)",
@@ -285,7 +297,8 @@ class EvaluateSection:
 
     references: Annotated[
         tuple[str, ...],
-        "sets to compare with: digits, digits:heldout, parquet:PATH, hub:ORG/NAME, or a folder or npz of images",
+        "sets to compare with: digits, digits:heldout, parquet:PATH, hub:ORG/NAME, or a folder or npz of images; pictures are "
+        "cropped as data.size says",
     ] = (
         "digits",
         "digits:heldout",

@@ -63,10 +63,15 @@ _IDLE = {
 }  # fmt: skip
 
 
+# fields that older records lack, with the value that they had
+_LATER = {"data": {"orientation": "ignore"}, "encode": {"orientation": "ignore"}}
+
+
 def _effective(recipe: Any, section: str = "") -> Any:
-    """A plain recipe without the knobs that change nothing in the result."""
+    """A plain recipe without the knobs that change nothing in the result, and with the fields that came later."""
     if not isinstance(recipe, Mapping):
         return recipe
+    recipe = {**_LATER.get(section, {}), **recipe}
     return {k: _effective(v, k) for k, v in recipe.items() if k not in _IDLE and f"{section}.{k}" not in _IDLE}
 
 

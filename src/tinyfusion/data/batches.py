@@ -32,6 +32,7 @@ class Batches:
     """
 
     classes: int  # one more than the largest label
+    shape: tuple[int, int, int]  # (C, H, W) of every image
 
     def __init__(self, randomness: Randomness, device: torch.device, augment: float = 0.0, flip: float = 0.0) -> None:
         self.randomness = randomness
@@ -95,6 +96,7 @@ class ShuffledBatches(ShuffledRows):
         self.x = torch.from_numpy(images.x)
         self.y = torch.from_numpy(images.y)
         self.classes = images.num_classes
+        self.shape = (images.x.shape[1], images.x.shape[2], images.x.shape[3])
 
     def __len__(self) -> int:
         return len(self.x)

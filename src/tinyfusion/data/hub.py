@@ -32,7 +32,7 @@ _NAME = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"(?P<split>\w[\w.]*)-\d+-of-\d+")
-_WORDS = {
+SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
@@ -383,7 +383,7 @@ def _split_of(path: str) -> str:
         if shard := _SHARD.fullmatch(part):
             return shard["split"]
         words = re.split(r"[^a-z]+", part.lower())
-        for split, names in _WORDS.items():
+        for split, names in SPLIT_WORDS.items():
             if any(name in words for name in names):
                 return split
     return DEFAULT_SPLIT

@@ -17,7 +17,10 @@ from typing import IO
 import numpy as np
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.data.images import read_image_folder, read_images_npz, read_png
+from tinyfusion.core.recipe import Orientation
+from tinyfusion.data.images import read_images_npz
+from tinyfusion.data.originals import Originals, decoded
+from tinyfusion.data.picture import Picture
 
 IN_MEMORY_BYTES = 2**29  # sets up to here are read once
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # names of stored moments in references of the ADM form
@@ -101,25 +104,29 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.ge
     return reader(file)
 
 
-def open_folder(path: Path) -> ImageSource:
-    """PNGs of a folder by name. Raises UserError as `read_image_folder` does, of a large one when its batches are read."""
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".png" and not p.name.startswith("."))
-    first = read_png(files[0]) if files else None
-    if first is None or first.nbytes * len(files) <= IN_MEMORY_BYTES:
-        return source_of(read_image_folder(path))
-    height, width, channels = wanted = first.shape
+def streamed_pictures(originals: Originals, size: int | None, orientation: Orientation) -> ImageSource:
+    """Pictures that are decoded when their batch is read; grey ones are in colour where the first one is.
 
-    def read(size: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(files), size):
-            images = [read_png(file) for file in files[start : start + size]]
-            for file, image in zip(files[start : start + size], images, strict=True):
-                if image.shape != wanted:
-                    raise UserError(
-                        f"images of {path} differ in size or channels: {files[0].name} is {wanted}, {file.name} {image.shape}"
-                    )
-            yield np.stack(images)
+    size, orientation: as in `decode`. Raises UserError on the first picture, and while reading on all others.
+    """
+    _where, first = next(decoded(originals, size, orientation, 0, 1))
+    height, width, channels = first.pixels.shape
 
-    return ImageSource((len(files), height, width, channels), first.dtype, read)
+    def fitting(where: str, picture: Picture) -> np.ndarray:
+        pixels = picture.in_colour if channels == 3 else picture.pixels
+        if pixels.shape != first.pixels.shape:
+            raise UserError(
+                f"{where} is {pixels.shape}, and the first picture of {originals.name} {first.pixels.shape} (height, width, "
+                "channels): give one size for all, such as --set data.size=64, and grey pictures or coloured ones"
+            )
+        return pixels
+
+    def read(num: int) -> Iterator[np.ndarray]:
+        for begin in range(0, len(originals), num):
+            batch = decoded(originals, size, orientation, begin, min(num, len(originals) - begin))
+            yield np.stack([fitting(where, picture) for where, picture in batch])
+
+    return ImageSource((len(originals), height, width, channels), first.pixels.dtype, read)
 
 
 def read_labels(path: Path) -> np.ndarray | None:

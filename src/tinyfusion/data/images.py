@@ -1,4 +1,4 @@
-"""Image files: npz of images and labels, folders of PNGs, picture grids. Nothing is ever unpickled.
+"""Image files: npz of images and labels, picture grids. Nothing is ever unpickled.
 
 Shapes: N images, H x W pixels, C channels, channels last.
 """
@@ -65,41 +65,6 @@ def _checked_labels(labels: np.ndarray, num_images: int, path: Path) -> np.ndarr
     if labels.min() < 0:
         raise UserError(f"{path}: labels are 0 or more; the smallest is {labels.min()}")
     return labels.astype(np.int64)
-
-
-def read_image_folder(path: Path) -> np.ndarray:
-    """uint8 (N, H, W, C) of the PNGs in a folder, by name; C is 1 if all are grey, else 3.
-
-    Raises UserError on a missing or empty folder, a damaged file, images of different size, transparency.
-    """
-    if not path.is_dir():
-        raise UserError(f"no images at {path}: no such folder")
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".png" and not p.name.startswith("."))
-    if not files:
-        raise UserError(f"{path} holds no .png files")
-    images = [read_png(file) for file in files]
-    for file, image in zip(files, images, strict=True):
-        if image.shape != images[0].shape:
-            raise UserError(
-                f"images of {path} differ in size or channels: "
-                f"{files[0].name} is {images[0].shape}, {file.name} {image.shape}"
-            )
-    return np.stack(images)
-
-
-def read_png(file: Path) -> np.ndarray:
-    """(H, W, 1) or (H, W, 3) uint8."""
-    try:
-        with Image.open(file, formats=("PNG",)) as image:
-            mode = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
-            if mode not in ("L", "RGB") or "transparency" in image.info:
-                raise UserError(f"{file} is a PNG of mode {image.mode}: wanted 8-bit grey or RGB without transparency")
-            pixels = np.asarray(image.convert(mode))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} cannot be read as a PNG: {error}") from error
-    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def write_images_npz(path: Path, images: np.ndarray, labels: np.ndarray | None = None) -> None:

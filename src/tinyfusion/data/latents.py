@@ -335,7 +335,7 @@ class LatentBatches(ShuffledRows):
         super().__init__(randomness, device, flip=flip)
         self.latents = latents
         self.labels = torch.from_numpy(latents.labels)
-        self.classes = latents.spec.classes
+        self.classes, self.shape = latents.spec.classes, latents.spec.shape
 
     def __len__(self) -> int:
         return len(self.latents)

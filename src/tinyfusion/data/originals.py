@@ -1,24 +1,29 @@
-"""Pictures as they come, before any autoencoder: folders of classes, parquet files, tars; and the published centre crop.
+"""Pictures as they come, before any autoencoder: folders of classes, parquet files, tars; as they are, or decoded in memory.
 
-The order is a function of names alone: classes, files and tars sorted, rows and members in their order. A label is the
-place of its folder among the sorted ones, or what the file says.
+The order is a function of names alone: classes, files and tars sorted, rows and members in their order. A label is that of
+its folder, or what the file says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
+import math
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import check_memory, check_plain, unreadable
+from tinyfusion.core.recipe import Orientation
+from tinyfusion.data.folders import open_picture_folder, printable
 from tinyfusion.data.parquet import (
     HUB,
     PARQUET,
@@ -26,18 +31,16 @@ from tinyfusion.data.parquet import (
     WHOLE,
     checked_label,
     columns_of,
-    decoded,
     opened,
-    stacked,
     tables_of,
 )
+from tinyfusion.data.picture import SUFFIXES, Picture, decode
 from tinyfusion.data.stream import RowGroup
 
 WEBDATASET = "webdataset:"
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
-_OPAQUE, _ALPHA = ("1", "L", "P", "RGB", "CMYK", "YCbCr"), ("RGBA", "LA", "PA", "La", "RGBa")
-_MOST_PIXELS = 2**27  # of a picture made larger: one of 1 x 5,000 pixels is a mistake
+_AT_A_TIME = 64  # encoded pictures in memory while a set is decoded
+_VALUE_BYTES = 5  # of a value of a set in memory: uint8, and float32 for training
+_SUGGESTED_SIDE = 6  # a message proposes at most 2 to this power of pixels
 
 Contents = Callable[[int, int], Iterator[tuple[str, Any]]]
 
@@ -48,7 +51,7 @@ class Originals:
 
     labels: (N,) int64. contents(first, num): where each of these pictures is, for people, and its bytes. classes: names in
     the order of labels, where there are names. fingerprint: SHA-256 over order, names and labels; bytes are not looked at,
-    so a damaged picture may be put right while a set is being encoded.
+    so a damaged picture may be put right while a set is being encoded. remarks: what people should know, a line each.
     """
 
     name: str
@@ -56,13 +59,14 @@ class Originals:
     contents: Contents
     fingerprint: str
     classes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 def open_originals(name: str) -> Originals:
-    """A folder of classes, or a set by its prefix: parquet, hub, webdataset. Raises UserError where there are no pictures or labels.
+    """A folder of pictures, or a set by its prefix: parquet, hub, webdataset. Raises UserError where there are no pictures or labels.
 
     A whole set and a stream of it are the same here, but that `hub-stream:` keeps no files.
     """
@@ -71,22 +75,83 @@ def open_originals(name: str) -> Originals:
     if name.startswith(WEBDATASET):
         return _tars(name, Path(name.removeprefix(WEBDATASET)))
     path = Path(name)
+    check_plain(path)
     if path.is_file():
         kind = WEBDATASET if path.suffix == ".tar" else PARQUET
-        raise UserError(f"{name} is a file: wanted a folder of classes; for a tar or parquet file say {kind}{name}")
+        raise UserError(f"{name} is a file: wanted a folder of pictures; for a tar or parquet file say {kind}{name}")
     if not path.is_dir():
         raise UserError(
-            f"no pictures at {name}: wanted a folder with a folder per class, {PARQUET}PATH, {HUB}ORG/NAME, {WEBDATASET}PATH or "
+            f"no pictures at {name}: wanted a folder of pictures or of class folders, {PARQUET}PATH, {HUB}ORG/NAME, {WEBDATASET}PATH or "
             "features:PATH"
         )
     return _folder(name, path)
 
 
-def read_originals(name: str, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, C) uint8 and labels (N,) int64, all in memory; size and errors as of `read_parquet_images`."""
-    found = open_originals(name)
-    images = [decoded(content, where, size) for where, content in found.contents(0, len(found))]
-    return stacked(images, name), found.labels
+@dataclass(frozen=True)
+class Pictures:
+    """A set in memory: pixels (N, H, W, C) uint8, labels (N,) int64, and remarks for people on the set and its pictures."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    remarks: tuple[str, ...]
+
+
+def read_originals(name: str, size: int | None = None, orientation: Orientation = "follow") -> Pictures:
+    """All pictures of a set, decoded as `decode` says; C is 1 where all are grey, else 3.
+
+    Raises UserError where they are missing, damaged, of several sizes, or do not fit into memory.
+    """
+    originals = open_originals(name)
+    pixels, changes = stacked(decoded(originals, size, orientation), len(originals), name)
+    return Pictures(pixels, originals.labels, (*originals.remarks, *changed(name, len(originals), changes)))
+
+
+def decoded(
+    originals: Originals, size: int | None, orientation: Orientation, first: int = 0, num: int | None = None
+) -> Iterator[tuple[str, Picture]]:
+    """(where, picture) of `num` pictures in their order, all by default; several are decoded at a time."""
+    end = len(originals) if num is None else first + num
+
+    def one(item: tuple[str, Any]) -> tuple[str, Picture]:
+        where, content = item
+        return where, decode(content, where, size, orientation)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decoding") as threads:
+        for begin in range(first, end, _AT_A_TIME):
+            yield from threads.map(one, list(originals.contents(begin, min(_AT_A_TIME, end - begin))))
+
+
+def stacked(pictures: Iterable[tuple[str, Picture]], num: int, source: Path | str) -> tuple[np.ndarray, Counter[str]]:
+    """(num, H, W, C) uint8 of `num` decoded pictures, in colour where one is, and how often each change was made.
+
+    Raises UserError on several sizes, and where they would not fit into memory with their training values beside them.
+    """
+    pixels, changes = np.empty((0, 0, 0, 1), np.uint8), Counter[str]()
+    for i, (where, picture) in enumerate(pictures):
+        changes.update(picture.changes)
+        height, width, channels = picture.pixels.shape
+        if i == 0:
+            check_memory(
+                num * height * width * channels * _VALUE_BYTES, f"{source}: {num:,} pictures of {width} x {height}"
+            )
+            pixels = np.empty((num, height, width, channels), np.uint8)
+        if (height, width) != pixels.shape[1:3]:
+            side = 2 ** min(int(math.log2(min(pixels.shape[1:3]))), _SUGGESTED_SIDE)
+            raise UserError(
+                f"{where} is {width} x {height}, and the first picture of {source} {pixels.shape[2]} x {pixels.shape[1]}: "
+                f"give one size for all, such as --set data.size={side}"
+            )
+        if channels > pixels.shape[-1]:
+            check_memory(pixels.size * channels * _VALUE_BYTES, f"{source}: {num:,} pictures of {width} x {height}")
+            pixels = pixels.repeat(channels, -1)
+        pixels[i] = picture.pixels
+    return pixels, changes
+
+
+def changed(name: str, num: int, changes: Counter[str]) -> Iterator[str]:
+    """A line for every kind of change that was made to pictures of a set of `num`."""
+    for change, count in sorted(changes.items()):
+        yield f"{printable(name)}: pictures {change}: {count:,} of {num:,}"
 
 
 def _fingerprint(names: Iterator[str], labels: np.ndarray) -> str:
@@ -100,37 +165,19 @@ def _fingerprint(names: Iterator[str], labels: np.ndarray) -> str:
 
 
 def _folder(name: str, path: Path) -> Originals:
-    classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-    files, labels = [], []
-    for label, folder in enumerate(classes):
-        found = list(_pictures_in(path / folder))
-        if not found:
-            raise UserError(f"{path / folder} holds no pictures ({', '.join(_SUFFIXES)}): every folder is a class")
-        files += found
-        labels += [label] * len(found)
-    if not files:
-        loose = next(_pictures_in(path), None)
-        why = f"pictures such as {Path(loose).name} lie in it without a class" if loose else "it has no folders"
-        raise UserError(f"{path} is no folder of classes: {why}; wanted a folder per class, with its pictures inside")
+    found = open_picture_folder(path)
 
     def contents(first: int, num: int) -> Iterator[tuple[str, bytes]]:
-        for file in files[first : first + num]:
+        for file in found.files[first : first + num]:
+            check_plain(Path(file))
             try:
                 yield file, Path(file).read_bytes()
             except OSError as error:
-                raise UserError(f"cannot read {file}: {error.strerror}") from error
+                raise unreadable(Path(file), error) from error
 
-    known = np.array(labels, np.int64)
-    print_of = _fingerprint((os.path.relpath(file, path) for file in files), known)
-    return Originals(name, known, contents, print_of, tuple(classes))
-
-
-def _pictures_in(folder: Path) -> Iterator[str]:
-    """Files with a picture's suffix, also in folders below: those folders sorted, then the names in each."""
-    for root, _folders, names in sorted(os.walk(folder, followlinks=True)):
-        for name in sorted(names):
-            if name.lower().endswith(_SUFFIXES) and not name.startswith("."):
-                yield os.path.join(root, name)
+    labels = np.array(found.labels, np.int64)
+    print_of = _fingerprint((os.path.relpath(file, found.root) for file in found.files), labels)
+    return Originals(name, labels, contents, print_of, found.classes, found.remarks)
 
 
 # ------------------------------------------------------------------------------------------------------------- parquet
@@ -160,9 +207,7 @@ def _parquet(name: str) -> Originals:
                 held.clear()
                 held[place] = groups[place].read()
             row = position - int(begins[place])
-            encoded = held[place].column(0)[row].as_py()
-            content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
-            yield f"{groups[place].file}, row {groups[place].first + row}", content
+            yield f"{groups[place].file}, row {groups[place].first + row}", held[place].column(0)[row].as_py()
 
     known = np.array(labels, np.int64)
     names = (f"{group.file.name} {group.index} {group.num}" for group in groups)
@@ -183,7 +228,8 @@ class _Member:
 
 
 def _tars(name: str, path: Path) -> Originals:
-    tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    check_plain(path)
+    tars = sorted(file for file in path.glob("*.tar") if file.is_file()) if path.is_dir() else [path]
     if not tars or not tars[0].is_file():
         raise UserError(f"no tars at {path}: wanted a .tar file, or a folder of them")
     members: list[_Member] = []
@@ -217,78 +263,50 @@ def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
     """Pictures and labels of one tar, in its order: the files of one key stand side by side."""
     pictures: dict[str, _Member] = {}
     labels: dict[str, int] = {}
-    try:
-        with tarfile.open(tar, "r:") as opened:
-            for info in opened:
-                folder, _, base = info.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                key, suffix = f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
-                if not info.isfile() or base.startswith("."):
-                    continue
-                if suffix in _SUFFIXES:
-                    if key in pictures:
-                        raise UserError(f"{tar}, {key}: two pictures of one name, and one label")
-                    pictures[key] = _Member(tar, key, info.offset_data, info.size)
-                elif suffix == ".cls":
-                    text = opened.extractfile(info).read(32).strip()  # type: ignore[union-attr]
-                    labels[key] = checked_label(
-                        int(text) if text.isdigit() else text.decode("utf-8", "replace"), f"{tar}, {key}.cls"
-                    )
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{tar} cannot be read as a tar: {error} (a compressed one is to be unpacked first)") from error
+    with _reading(tar), tarfile.open(tar, "r:") as archive:
+        for info in _entries(tar, archive):
+            folder, _, base = info.name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            key, suffix = f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
+            if not info.isfile() or base.startswith("."):
+                continue
+            if suffix in SUFFIXES:
+                if key in pictures:
+                    raise UserError(f"{tar}, {key}: two pictures of one name, and one label")
+                if info.issparse():
+                    raise UserError(f"{tar}, {key} is stored as a sparse file: make the tar without --sparse")
+                pictures[key] = _Member(tar, key, info.offset_data, info.size)
+            elif suffix == ".cls":
+                text = archive.extractfile(info).read(32).strip()  # type: ignore[union-attr]
+                value = int(text) if text.isdigit() else text.decode("utf-8", "replace")
+                labels[key] = checked_label(value, f"{tar}, {key}.cls")
     for key, member in pictures.items():
         if key not in labels:
             raise UserError(f"{tar}, {key} has no label: wanted {key}.cls beside it, a whole number from 0")
         yield member, labels[key]
 
 
-# ---------------------------------------------------------------------------------------------------------------- crop
-
-
-def cropped(content: Any, where: str, size: int) -> np.ndarray:
-    """(size, size, 3) uint8: an encoded picture in colour, through `centre_crop`. where: names it to people.
-
-    Grey, palette and CMYK pictures become RGB; an alpha channel may be there if all of it is opaque. Orientation tags are
-    not followed, as published. Raises UserError on damaged pictures, transparent ones and those of more than 8 bits.
-    """
-    if not isinstance(content, bytes):
-        raise UserError(f"{where}: wanted an encoded picture (bytes); got {type(content).__name__}")
+@contextlib.contextmanager
+def _reading(tar: Path) -> Iterator[None]:
+    """What `tarfile` says of a damaged file, as UserError: damaged numbers and chains of headers have many exceptions."""
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            picture = _opaque(image, where)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{where} cannot be decoded as a picture ({', '.join(_FORMATS)}): damaged or cut short"
-        ) from error
-    width, height = picture.size
-    if max(width, height) * size * size > _MOST_PIXELS * min(width, height):
-        raise UserError(f"{where} is {width} x {height}: too narrow for a crop of {size} x {size}")
-    return np.asarray(centre_crop(picture, size))
+        yield
+    except UserError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        raise UserError(f"{tar} cannot be read as a tar: {error} (a compressed one is to be unpacked first)") from error
 
 
-def _opaque(image: Image.Image, where: str) -> Image.Image:
-    """The picture in RGB."""
-    if image.mode not in (*_OPAQUE, *_ALPHA):
-        raise UserError(f"{where} is a picture of mode {image.mode}: wanted 8 bits, grey or colour")
-    if image.mode in _ALPHA or "transparency" in image.info:
-        alpha = image.convert("RGBA").getchannel("A").getextrema()
-        if alpha != (255, 255):
-            raise UserError(f"{where} is transparent in parts: put it on a background first")
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")
-
-
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture, size x size, as ADM and DiT were trained on.
-
-    It is halved by a box filter while its shorter side is at least twice `size`, brought to that side by a bicubic one
-    (pictures that are too small become larger), and cut; what cannot be cut evenly is cut less at the top and left.
-    """
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+def _entries(tar: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Every entry of a tar. Raises UserError where one is larger than the file, and where the list breaks off."""
+    total = tar.stat().st_size
+    for info in archive:
+        if not 0 <= info.size <= total or (info.isreg() and info.offset_data + info.size > total):
+            raise UserError(
+                f"{tar} is damaged: {info.name} has {info.size} bytes from byte {info.offset_data} on, and the file {total}"
+            )
+        yield info
+    with open(tar, "rb") as file:  # a damaged header looks like the end of the list
+        file.seek(archive.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise UserError(f"{tar} is damaged: at byte {archive.offset} there is no header")

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.recipe import Orientation
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import Batches, signed
 from tinyfusion.data.hub import HubFile
@@ -34,11 +35,11 @@ from tinyfusion.data.parquet import (
     TableFile,
     checked_label,
     columns_of,
-    decoded,
     opened,
     reading,
     tables_of,
 )
+from tinyfusion.data.picture import decode
 
 _DECODERS = min(8, os.cpu_count() or 1)
 _PER_TASK = 16  # pictures that a thread decodes at a time
@@ -75,7 +76,7 @@ class RowGroup:
 class ParquetParts:
     """What is known of a set without reading its pictures, but for the first one. Shared by all that read it.
 
-    size: as in `read_parquet_images`. shape: (C, H, W) of every image. classes: one more than the largest label.
+    size, orientation: as in `decode`. shape: (C, H, W) of every image. classes: one more than the largest label.
     """
 
     name: str
@@ -83,6 +84,7 @@ class ParquetParts:
     size: int | None
     shape: tuple[int, int, int]
     classes: int
+    orientation: Orientation = "follow"
 
     def __len__(self) -> int:
         return sum(group.num for group in self.groups)
@@ -91,26 +93,32 @@ class ParquetParts:
         """(H, W, C) uint8 and label of a row of a group's table. Raises UserError where it is damaged or does not fit."""
         where = f"{group}, row {group.first + row}"
         pictures, labels = table.columns
-        pixels = decoded(pictures[row].as_py(), where, self.size)
+        pixels = decode(pictures[row].as_py(), where, self.size, self.orientation).pixels
         label = checked_label(labels[row].as_py(), where)
         channels, height, width = self.shape
         if pixels.shape[:2] != (height, width):
             raise UserError(
                 f"{where}: images differ in size: the first is {(height, width)}, this one {pixels.shape[:2]} "
-                "(height, width); give one size by data.size"
+                "(height, width): give one size for all by --set data.size=N"
             )
         if pixels.shape[-1] > channels:
-            raise UserError(f"{where} is in colour, and the model takes grey images: convert the set to one of them")
+            raise UserError(
+                f"{where} is in colour, and the model takes grey images: convert the set to one of them, or train a model "
+                "with --set model.in_channels=3"
+            )
         if label >= self.classes:
             raise UserError(f"{where} has changed since it was opened: label {label} of {self.classes} classes")
         return pixels.repeat(channels, -1) if pixels.shape[-1] < channels else pixels, label
 
 
-def open_parts(source: Path | str, size: int | None, channels: int) -> ParquetParts:
+def open_parts(
+    source: Path | str, size: int | None, channels: int | None, orientation: Orientation = "follow"
+) -> ParquetParts:
     """Row counts of parquet files: one, all of a folder by name, or a named set; its labels and one picture are looked at.
 
-    channels: of the model. With 3, grey pictures are taken as colour; the files alone could not tell what is to come.
-    Of files of the hub, the footers say how large labels are. Raises UserError on what is missing or damaged.
+    channels: of the model; None takes those of the first picture. With 3, grey pictures are taken as colour; the files alone
+    could not tell what is to come. Of files of the hub, the footers say how large labels are. Raises UserError on what is
+    missing or damaged.
     """
     files = tables_of(source)
     _read_footers(files)
@@ -127,13 +135,14 @@ def open_parts(source: Path | str, size: int | None, channels: int) -> ParquetPa
                 with reading(str(part)):
                     classes = max(classes, 1 + _largest_label(table, part))
                     if first_shape is None:
-                        first_shape = decoded(_first_picture(table, part), f"{part}, row 0", size).shape
+                        first = decode(_first_picture(table, part), f"{part}, row 0", size, orientation)
+                        first_shape = first.pixels.shape
     if first_shape is None:
         raise UserError(f"{source} holds no images")
     height, width, found = first_shape
-    shape = (channels if (found, channels) == (1, 3) else found, height, width)
+    shape = (3 if (found, channels) == (1, 3) else found, height, width)
     name = f"parquet-stream:{source}" if isinstance(source, Path) else source
-    return ParquetParts(name, tuple(groups), size, shape, classes)
+    return ParquetParts(name, tuple(groups), size, shape, classes, orientation)
 
 
 def _read_footers(files: Sequence[TableFile]) -> None:
@@ -201,7 +210,7 @@ class StreamedBatches(Batches):
             raise UserError(f"data.window_images is {window_images}: wanted 1 or more")
         super().__init__(randomness, device, augment, flip)
         self.parts = parts
-        self.classes = parts.classes
+        self.classes, self.shape = parts.classes, parts.shape
         self._sequence = _Sequence(parts, randomness, window_images)
         self._windows = Ahead(self._sequence.window, 1, timeout_s=timeout_s, what=f"{parts.name}: window")
         self._held: tuple[int, _Window] | None = None

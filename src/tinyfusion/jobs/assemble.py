@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,18 +18,21 @@ import torch
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Recipe, TrainingSection
+from tinyfusion.core.launch import launched_rank
+from tinyfusion.core.recipe import DataSection, ModelSection, Orientation, Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import Batches, ShuffledBatches, signed
 from tinyfusion.data.digits import REAL_SETS, ImageSet, load_digits
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.data.latents import LATENTS, LatentBatches, open_latents
-from tinyfusion.data.originals import read_originals
-from tinyfusion.data.parquet import HUB, HUB_STREAM, PARQUET, PARQUET_STREAM, STREAMED, WHOLE, read_parquet_images
+from tinyfusion.data.originals import Pictures, read_originals
+from tinyfusion.data.parquet import HUB, HUB_STREAM, PARQUET, PARQUET_STREAM, STREAMED, WHOLE
 from tinyfusion.data.published_latents import PUBLISHED_FACTOR
 from tinyfusion.data.stream import StreamedBatches, open_parts
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.training.engine import Engine, open_engine
+
+_MOST_CLASSES = 100_000  # of a new model that are taken from its data: a larger label is more likely a mistake
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ def open_teacher(
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
     """The part of a recipe that a verb depends on, with its inputs, as plain values: what "the same command" means."""
     values = to_plain(recipe)
+    if not _is_pictures(recipe.data.name):
+        values["data"]["orientation"] = "ignore"  # it makes no difference
     return {**inputs, "seed": recipe.seed, **{name: values[name] for name in sections}}
 
 
@@ -78,15 +87,17 @@ def training_plan(recipe: Recipe, settings: TrainingSection, mode: str) -> dict[
     }
 
 
-def image_set(name: str, size: int | None = None) -> ImageSet:
-    """A data set by name, parquet files, one of the hub, a folder of classes, or an npz of images and labels; no `size` is for npz.
+def image_set(name: str, size: int | None = None, orientation: Orientation = "follow") -> ImageSet:
+    """A data set by name, parquet files, one of the hub, a folder of pictures, or an npz of images and labels.
 
-    Raises UserError on NaN, wrong shapes, an unknown name, and a set that is only to be read in parts.
+    size, orientation: of pictures, as in `decode`; an npz stays as it is. Raises UserError on NaN, wrong shapes, an unknown
+    name, and a set that is only to be read in parts.
     """
     if name in REAL_SETS:
         return load_digits(heldout=name.endswith(":heldout"))
     if name.startswith(WHOLE) or Path(name).is_dir():
-        return _array_set(name, *_pictures(name, size))
+        found = pictures(name, size, orientation)
+        return _array_set(name, found.pixels, found.labels)
     if name.startswith(LATENTS):
         raise UserError(
             f"{name} are latents, and here images have to be in memory: name the pictures they were made of"
@@ -111,14 +122,32 @@ def check_data_name(name: str) -> None:
     if not known and not Path(name).is_dir():
         raise UserError(
             f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {HUB}ORG/NAME, {PARQUET_STREAM}PATH, "
-            f"{HUB_STREAM}ORG/NAME, {LATENTS}PATH, a folder of classes, or an .npz with arr_0 and arr_1"
+            f"{HUB_STREAM}ORG/NAME, {LATENTS}PATH, a folder of pictures, or an .npz with arr_0 and arr_1"
         )
 
 
+def _is_pictures(name: str) -> bool:
+    """Whether a data set is of encoded pictures, which `data.size` and `data.orientation` concern."""
+    return name not in REAL_SETS and (name.startswith((*WHOLE, *STREAMED)) or Path(name).is_dir())
+
+
+def pictures(name: str, size: int | None, orientation: Orientation) -> Pictures:
+    """A set of pictures in memory, as `read_originals` gives it. Its remarks are printed where it is decoded."""
+    return _decoded_once(name, size, orientation, os.getcwd())
+
+
 @lru_cache(maxsize=2)
-def _pictures(name: str, size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Decoding is slow, and training, calibration and evaluation ask for the same set."""
-    return read_parquet_images(name, size) if name.startswith(WHOLE) else read_originals(name, size)
+def _decoded_once(name: str, size: int | None, orientation: Orientation, _folder: str) -> Pictures:
+    """Decoding is slow, and training, calibration and evaluation ask for the same set. _folder: that names are relative to."""
+    found = read_originals(name, size, orientation)
+    say(found.remarks)
+    return found
+
+
+def say(remarks: Iterable[str]) -> None:
+    """Print lines for people, of several processes by the first one."""
+    for remark in remarks if launched_rank() == 0 else ():
+        print(remark, file=sys.stderr)
 
 
 def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
@@ -128,33 +157,65 @@ def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
 
 def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Batches:
     """Training batches that fit `model`. Raises UserError where images and model do not go together."""
+    source = open_batches(recipe, device, model.arch.in_channels)
+    _check_fit(recipe.data, source, model.arch)
+    if isinstance(source, LatentBatches):
+        wanted, found = model.facts.latent_scale, source.latents.spec.scale
+        if wanted is not None and abs(wanted - found) > 1e-6 * wanted:
+            raise UserError(
+                f"{recipe.data.name} was made for the scale {found:g}, the model was trained with {wanted:g}"
+            )
+    return source
+
+
+def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> Batches:
+    """Training batches of the recipe's data. channels: of the model; for 3 of them grey pictures are in colour."""
     data, randomness = recipe.data, Randomness(recipe.seed)
     if data.name.startswith(STREAMED):
-        parts = open_parts(data.name, data.size, model.arch.in_channels)
-        _check_fit(data.name, parts.shape, parts.classes, model)
+        parts = open_parts(data.name, data.size, channels, data.orientation)
         timeout_s = recipe.compute.timeout_s
         return StreamedBatches(parts, randomness, device, data.window_images, data.augment, data.flip, timeout_s)
     if data.name.startswith(LATENTS):
-        return _latent_batches(recipe, model, device)
-    images = image_set(data.name, data.size)
-    _check_fit(images.name, images.x.shape[1:], images.num_classes, model)
+        if data.augment:
+            raise UserError(
+                f"data.augment is {data.augment:g}, and {data.name} are latents, which cannot be turned or scaled"
+            )
+        latents = open_latents(Path(data.name.removeprefix(LATENTS)))
+        return LatentBatches(latents, randomness, device, data.flip)
+    images = image_set(data.name, data.size, data.orientation)
+    if _is_pictures(data.name) and (channels, images.x.shape[1]) == (3, 1):
+        images = dataclasses.replace(images, x=images.x.repeat(3, 1))
     return ShuffledBatches(images, randomness, device, data.augment, data.flip)
 
 
-def _latent_batches(recipe: Recipe, model: LoadedModel, device: torch.device) -> LatentBatches:
-    """Batches of what `encode` made. Raises UserError where it was scaled otherwise than the model wants it."""
-    data, latents = recipe.data, open_latents(Path(recipe.data.name.removeprefix(LATENTS)))
-    _check_fit(data.name, latents.spec.shape, latents.spec.classes, model)
-    if data.augment:
+def sized(recipe: Recipe, source: Batches) -> Recipe:
+    """The recipe of a new model, with the sizes that nobody gave taken from its data.
+
+    Raises UserError where given ones and the data do not go together.
+    """
+    channels, height, _width = source.shape
+    if recipe.model.num_classes is None and source.classes > _MOST_CLASSES:
         raise UserError(
-            f"data.augment is {data.augment:g}, and {data.name} are latents, which cannot be turned or scaled"
+            f"data {recipe.data.name} has the label {source.classes - 1}: where it really has so many classes, say "
+            f"--set model.num_classes={source.classes}"
         )
-    wanted = model.facts.latent_scale
-    if wanted is not None and abs(wanted - latents.spec.scale) > 1e-6 * wanted:
+    given = recipe.model
+    model = dataclasses.replace(
+        given,
+        input_size=height if given.input_size is None else given.input_size,
+        in_channels=channels if given.in_channels is None else given.in_channels,
+        num_classes=source.classes if given.num_classes is None else given.num_classes,
+    )
+    _check_fit(recipe.data, source, model)
+    if given.input_size is None and height % model.patch_size:
+        below = height - height % model.patch_size
+        crop = f"--set data.size={below} or " if below and _is_pictures(recipe.data.name) else ""
+        patch = next(n for n in range(2, height + 1) if height % n == 0) if height > 1 else 1
         raise UserError(
-            f"{data.name} was made for the scale {latents.spec.scale:g}, the model was trained with {wanted:g}"
+            f"data {recipe.data.name} has images of {height} x {height}, no multiple of model.patch_size={model.patch_size}: "
+            f"{crop}--set model.patch_size={patch}"
         )
-    return LatentBatches(latents, Randomness(recipe.seed), device, data.flip)
+    return dataclasses.replace(recipe, model=model)
 
 
 def trained_on(model: LoadedModel, source: Batches) -> LoadedModel:
@@ -167,15 +228,30 @@ def trained_on(model: LoadedModel, source: Batches) -> LoadedModel:
     return dataclasses.replace(model, facts=facts)
 
 
-def _check_fit(name: str, shape: tuple[int, ...], classes: int, model: LoadedModel) -> None:
-    """shape: (C, H, W) of the images."""
-    wanted = (model.arch.in_channels, model.arch.input_size, model.arch.input_size)
-    if shape != wanted:
-        channels, height, width = shape
-        hint = "; arr_0 looks like (N, C, H, W), wanted channels last" if (height, width, channels) == wanted else ""
-        raise UserError(f"data {name} has images {shape}, the model takes {wanted}{hint}")
-    if classes > model.arch.num_classes:
-        raise UserError(f"data {name} has {classes} classes, the model knows {model.arch.num_classes}")
+def _check_fit(data: DataSection, source: Batches, sizes: Any) -> None:
+    """Raise UserError where data do not fit a model. sizes: its arch, or the section of a recipe that makes a new one."""
+    wanted, new = (sizes.in_channels, sizes.input_size, sizes.input_size), isinstance(sizes, ModelSection)
+    if source.shape != wanted:
+        raise UserError(
+            f"data {data.name} has images {source.shape}, the model takes {wanted}{_way_out(data, source, wanted, new)}"
+        )
+    if source.classes > sizes.num_classes:
+        way = f": --set model.num_classes={source.classes}" if new else ""
+        raise UserError(f"data {data.name} has {source.classes} classes, the model knows {sizes.num_classes}{way}")
+
+
+def _way_out(data: DataSection, source: Batches, wanted: tuple[int, int, int], new: bool) -> str:
+    """What to type where images (C, H, W) are not those that a model takes; nothing where no setting helps."""
+    channels, height, width = source.shape
+    if (height, width, channels) == wanted:
+        return "; arr_0 looks like (N, C, H, W), wanted channels last"
+    square = height == width
+    ways = [f"--set model.in_channels={channels}"] if new and square and channels != wanted[0] else []
+    if (height, width) != wanted[1:]:
+        ways += [f"--set model.input_size={height}"] if new and square else []
+        side = wanted[1] if square or not new else 2 ** min(int(math.log2(min(height, width))), 6)
+        ways += [f"--set data.size={side}"] if _is_pictures(data.name) else []
+    return f": {' or '.join(ways)}" if ways else ""
 
 
 def engine_for(recipe: Recipe) -> Engine:

@@ -6,13 +6,15 @@ and writes the manifest. No network is needed between them, and an ended process
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.launch import launched_processes, launched_rank
 from tinyfusion.core.progress import progress
-from tinyfusion.core.recipe import EncodeSection, Recipe
+from tinyfusion.core.recipe import EncodeSection, Orientation, Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json
 from tinyfusion.core.signals import check_stop
@@ -38,12 +40,14 @@ from tinyfusion.data.latents import (
     verify,
     write_manifest,
 )
-from tinyfusion.data.originals import Originals, cropped, open_originals
+from tinyfusion.data.originals import Originals, changed, open_originals
+from tinyfusion.data.picture import decode
 from tinyfusion.data.published_latents import FEATURES, PUBLISHED_SCALE, PublishedLatents, open_published
-from tinyfusion.jobs.assemble import RunOptions, device_for, job_record, plain_recipe
+from tinyfusion.jobs.assemble import RunOptions, device_for, job_record, plain_recipe, say
 from tinyfusion.jobs.estimate import Estimate, announce
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 _AHEAD = 3  # batches of pictures that are decoded while the autoencoder computes
 _POLL_S = 0.2
 _PASSING_VALUES = 6  # copies of its widest layer that an autoencoder holds at once
@@ -55,7 +59,7 @@ class Work:
     """What a command makes: the set, its labels, and how the values of a batch come about.
 
     load(first, num): on another thread. values(loaded, first): (num, R, K, h, w) float32. about: more of the manifest.
-    busy_s: seconds that the autoencoder took.
+    remarks: lines for people. busy_s: seconds that the autoencoder took. changes: what became of pictures, how often.
     """
 
     spec: LatentSpec
@@ -64,15 +68,19 @@ class Work:
     values: Callable[[Tensor, int], Tensor]
     about: dict[str, Any]
     inputs: dict[str, Any]
+    remarks: tuple[str, ...] = ()
     busy_s: float = 0.0
+    changes: Counter[str] = field(default_factory=Counter)
 
 
 def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
     """Make the shards of this process; the first process also the manifest. Returns what `--json` prints."""
     rank, world = launched_rank(), launched_processes()
-    settings, run = recipe.encode, RunDirectory(options.out, rank == 0)
+    run = RunDirectory(options.out, rank == 0)
     with ExitStack() as held:
         work = work_for(recipe, source, held)
+        recipe = _resolved(recipe, source)
+        settings = recipe.encode
         plain = plain_recipe(recipe, "encode", **work.inputs)
         if options.overwrite and world > 1 and run.record_path.exists():
             raise UserError(
@@ -82,6 +90,8 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
         mode = run.check("encode", plain, options.overwrite) if rank == 0 or run.record_path.exists() else "new"
         todo = _missing(options.out, work.spec) if mode != "new" else list(range(work.spec.shards))
         check_space(options.out, sum(work.spec.shard_bytes(shard) for shard in todo))
+        if todo:
+            say(work.remarks)
         if options.dry_run:
             return _announced(work, settings, source, todo, world, mode, rank == 0)
         if mode == "finished" and not todo:
@@ -93,6 +103,7 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
         with run.writing("encode", plain, options.overwrite):
             run.mark("running", job={**job_record(recipe, options), "data": source})
             began, done = time.perf_counter(), _make(work, options.out, settings, recipe.compute.timeout_s)
+            say(changed(source, done, work.changes))
             outcome = _speed(done, time.perf_counter() - began, work.busy_s, world)
             _wait_for_others(options.out, work.spec, world, recipe.compute.timeout_s)
             write_manifest(options.out, work.spec, work.about)
@@ -103,12 +114,21 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- what to make
 
 
+def _resolved(recipe: Recipe, source: str) -> Recipe:
+    """The recipe as "the same command" means it: the autoencoder that none stands for, and no orientation of latents."""
+    settings = recipe.encode
+    orientation: Orientation = "ignore" if source.startswith(FEATURES) else settings.orientation
+    settings = dataclasses.replace(settings, vae=settings.vae or DEFAULT_VAE, orientation=orientation)
+    return dataclasses.replace(recipe, encode=settings)
+
+
 def work_for(recipe: Recipe, source: str, held: ExitStack) -> Work:
     """Opens what is to be encoded, and the autoencoder. held: closes what was opened. Raises UserError on either."""
     if source.startswith(FEATURES):
-        return _converting(recipe.encode, open_published(Path(source.removeprefix(FEATURES))))
+        published = open_published(Path(source.removeprefix(FEATURES)))
+        return _converting(recipe.encode, published, open_autoencoder(recipe.encode.vae) if recipe.encode.vae else None)
     originals = open_originals(source)
-    vae = open_autoencoder(recipe.encode.vae)
+    vae = open_autoencoder(recipe.encode.vae or DEFAULT_VAE)
     if recipe.encode.size % vae.factor:
         below = recipe.encode.size - recipe.encode.size % vae.factor
         raise UserError(
@@ -132,8 +152,9 @@ def _encoding(recipe: Recipe, originals: Originals, vae: Autoencoder, held: Exit
 
     def load(first: int, num: int) -> Tensor:
         found = list(originals.contents(first, num))
-        pictures = decoders.map(lambda item: cropped(item[1], item[0], settings.size), found)
-        pixels = torch.from_numpy(np.stack(list(pictures))).permute(0, 3, 1, 2)
+        pictures = list(decoders.map(lambda item: decode(item[1], item[0], settings.size, settings.orientation), found))
+        work.changes.update(change for picture in pictures for change in picture.changes)
+        pixels = torch.from_numpy(np.stack([picture.in_colour for picture in pictures])).permute(0, 3, 1, 2)
         return pixels.pin_memory() if device.type == "cuda" else pixels
 
     def values(pixels: Tensor, first: int) -> Tensor:
@@ -152,11 +173,13 @@ def _encoding(recipe: Recipe, originals: Originals, vae: Autoencoder, held: Exit
 
     digest = vae.hash()
     about = {
-        "size": settings.size, "crop": "centre: halved by box, then bicubic", "vae": vae.name, "vae_hash": digest,
+        "size": settings.size, "crop": "centre: halved by box, then bicubic",
+        "orientation": settings.orientation, "vae": vae.name, "vae_hash": digest,
         "data": originals.fingerprint, "class_names": list(originals.classes),
         "seed": recipe.seed if settings.posterior == "samples" else None,
     }  # fmt: skip
-    work = Work(spec, originals.labels, load, values, about, {"data": originals.fingerprint, "vae_hash": digest})
+    inputs = {"data": originals.fingerprint, "vae_hash": digest}
+    work = Work(spec, originals.labels, load, values, about, inputs, originals.remarks)
     return work
 
 
@@ -169,29 +192,31 @@ def _check_finite(moments: Tensor, first: int) -> None:
         )
 
 
-def _converting(settings: EncodeSection, published: PublishedLatents) -> Work:
+def _converting(settings: EncodeSection, published: PublishedLatents, vae: Autoencoder | None) -> Work:
+    """vae: the autoencoder that made the latents, None for that of the published scripts."""
     rows, channels, height, width = published.shape
+    if vae is not None and vae.channels != channels:
+        raise UserError(
+            f"{published.features} has latents of {channels} channels, and the autoencoder {vae.name} makes {vae.channels}: "
+            "give the one that made them as --vae"
+        )
     kept = rows if settings.mirror else 1
+    scale, shift = (vae.scale, vae.shift) if vae else (PUBLISHED_SCALE, 0.0)
     spec = LatentSpec(
         len(published), settings.shard_images, "samples", settings.dtype, kept, (channels, height, width),
-        int(published.labels.max()) + 1, PUBLISHED_SCALE, 0.0,
+        int(published.labels.max()) + 1, scale, shift,
     )  # fmt: skip
+    digest = vae.hash() if vae else None
     about: dict[str, Any] = {
-        "size": None,
-        "crop": None,
-        "vae": None,
-        "vae_hash": None,
-        "data": published.fingerprint,
-        "class_names": [],
-        "seed": None,
-    }
+        "size": vae.factor * width if vae else None, "crop": None, "orientation": None, "vae": vae.name if vae else None,
+        "vae_hash": digest, "data": published.fingerprint, "class_names": [], "seed": None,
+    }  # fmt: skip
 
     def values(loaded: Tensor, _first: int) -> Tensor:
         return loaded[:, :kept]
 
-    return Work(
-        spec, published.labels, published.read, values, about, {"data": published.fingerprint, "vae_hash": None}
-    )
+    inputs = {"data": published.fingerprint, "vae_hash": digest}
+    return Work(spec, published.labels, published.read, values, about, inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------- making
@@ -324,7 +349,7 @@ def _announced(
     began = time.perf_counter()
     work.values(work.load(0, num), 0)
     seconds = (time.perf_counter() - began) / num * images / world
-    size = work.about["size"] or 0
+    size = work.about["size"] if work.about["crop"] else 0
     values = settings.batch_size * spec.rows * (size * size * _WIDEST * _PASSING_VALUES)
     disk = sum(spec.shard_bytes(shard) for shard in todo) / 2**20
     plan = {

@@ -45,10 +45,10 @@ def evaluate(
     """
     settings = recipe.evaluate
     extractor = open_extractor(settings.features, str(device_for(recipe)))
-    images = open_images(str(samples), recipe.data.size)
+    images = open_images(str(samples), recipe.data)
     _check(images, str(samples), settings, extractor)
     others = None if against is None else open_pairs(samples, against)
-    real = open_reference(reference, extractor, recipe.data.size)
+    real = open_reference(reference, extractor, recipe.data)
     _check_reference(real, images, settings)
     hash = images.hash()
     protocol = protocol_of(real, extractor, settings, _sampling(samples, images, hash), images.shape[1:])

@@ -242,7 +242,7 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
     missing = [step for step in steps if step not in done and step != settings.made_steps]
     if missing:
         extractor = open_extractor(recipe.evaluate.features)
-        real = open_reference(reference, extractor, recipe.data.size)
+        real = open_reference(reference, extractor, recipe.data)
         for step in missing:
             _load_average(student, out / "recover" / "checkpoints" / f"step-{step:07d}")
             images, _ = draw(recipe, student, f"sample step {step}")

@@ -8,6 +8,7 @@ under the hash of images and weights.
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,16 +23,26 @@ from safetensors.torch import save_file
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import disk_reason
 from tinyfusion.core.progress import progress
+from tinyfusion.core.recipe import DataSection
 from tinyfusion.core.rundir import written_beside
 from tinyfusion.core.weights import cache_folder
 from tinyfusion.data.digits import REAL_SETS
-from tinyfusion.data.image_source import ImageSource, has_images, open_folder, open_npz, read_moments, source_of
+from tinyfusion.data.image_source import (
+    IN_MEMORY_BYTES,
+    ImageSource,
+    has_images,
+    open_npz,
+    read_moments,
+    source_of,
+    streamed_pictures,
+)
+from tinyfusion.data.originals import open_originals
 from tinyfusion.data.parquet import HUB, PARQUET, WHOLE
 from tinyfusion.evaluate.features import FeatureExtractor, hash_state
 from tinyfusion.evaluate.inception import INCEPTION, NUM_FEATURES
 from tinyfusion.evaluate.metrics import Moments
 from tinyfusion.evaluate.statistics import FeatureStatistics, summarise
-from tinyfusion.jobs.assemble import image_set
+from tinyfusion.jobs.assemble import image_set, pictures
 from tinyfusion.sample.drive import to_uint8
 
 READ_IMAGES = 256  # at a time
@@ -93,11 +104,11 @@ class Reference:
         return self.extractor.treatment(self.source.shape[1:]) if self.source else ""
 
 
-def open_reference(name: str, extractor: FeatureExtractor, size: int | None = None) -> Reference:
-    """A reference by name, parquet, npz or folder; `size` as for `image_set`. Raises UserError where it cannot serve."""
+def open_reference(name: str, extractor: FeatureExtractor, data: DataSection | None = None) -> Reference:
+    """A reference by name, parquet, npz or folder; data: as for `open_images`. Raises UserError where it cannot serve."""
     path = Path(name)
     stored = read_moments(path) if path.suffix == ".npz" and path.is_file() else {}
-    source = open_images(name, size) if not stored or has_images(path) else None
+    source = open_images(name, data) if not stored or has_images(path) else None
     if stored and extractor.name != INCEPTION:
         if source is None:
             raise UserError(
@@ -127,16 +138,23 @@ def _hash(source: ImageSource | None, stored: dict[str, np.ndarray]) -> str:
     return hashlib.sha256(f"{images}\0{moments}".encode()).hexdigest()
 
 
-def open_images(name: str, size: int | None) -> ImageSource:
-    """Images of a real set by name, parquet files, a folder, or an npz. Raises UserError where there are none."""
-    path = Path(name)
-    if name in REAL_SETS or name.startswith(WHOLE):
-        return source_of(to_uint8(torch.from_numpy(image_set(name, size).x)))
+def open_images(name: str, data: DataSection | None = None) -> ImageSource:
+    """Images of a real set by name, of pictures as `data` brings them to one size, or of an npz.
+
+    Raises UserError where there are none.
+    """
+    path, data = Path(name), data or DataSection()
+    if name in REAL_SETS:
+        return source_of(to_uint8(torch.from_numpy(image_set(name).x)))
     if path.is_dir():
-        return open_folder(path)
+        source = streamed_pictures(open_originals(name), data.size, data.orientation)
+        if math.prod(source.shape) > IN_MEMORY_BYTES:
+            return source
+    if name.startswith(WHOLE) or path.is_dir():
+        return source_of(pictures(name, data.size, data.orientation).pixels)
     if path.suffix != ".npz":
         raise UserError(
-            f"no images at {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {HUB}ORG/NAME, a folder of PNGs, or "
+            f"no images at {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {HUB}ORG/NAME, a folder of pictures, or "
             "an .npz with arr_0"
         )
     return open_npz(path)

@@ -131,8 +131,7 @@ def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
     extractor.check(np.zeros((1, *shape), np.uint8), "images of the teacher")
     counts = {"sample.num_images": num_images}
     counts |= {
-        f"reference {name}": len(open_reference(name, extractor, recipe.data.size))
-        for name in recipe.evaluate.references
+        f"reference {name}": len(open_reference(name, extractor, recipe.data)) for name in recipe.evaluate.references
     }
     for name, count in counts.items():
         if count <= neighbours:

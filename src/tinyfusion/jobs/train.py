@@ -8,11 +8,13 @@ from typing import Any
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
+from tinyfusion.data.batches import Batches
 from tinyfusion.jobs.assemble import (
     RunOptions,
-    batches_for,
     engine_for,
+    open_batches,
     plain_recipe,
+    sized,
     trained_on,
     training_plan,
 )
@@ -28,11 +30,13 @@ from tinyfusion.training.state import TrainState
 
 def train(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
     """Train a model; writes `model/` (averaged weights) and `model-raw/`. What `--json` prints."""
-    settings = recipe.train
     engine = engine_for(recipe)
+    source = open_batches(recipe, engine.device, recipe.model.in_channels)
+    recipe = sized(recipe, source)
+    settings = recipe.train
     plain = plain_recipe(recipe, "model", "data", "train", *PROCESS_SECTIONS)
     run = TrainedRun("train", recipe, options, engine, plain)
-    training = train_of(recipe, engine)
+    training = train_of(recipe, engine, source)
     check_watch(recipe, training.model)
     if run.settled(lambda: training_disk_bytes(training), settings):
         return None
@@ -48,12 +52,14 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
     return {"seconds": seconds}
 
 
-def train_of(recipe: Recipe, engine: Engine) -> Training:
-    """A new model and what trains it. Raises UserError where sizes, data and device do not go together."""
+def train_of(recipe: Recipe, engine: Engine, source: Batches | None = None) -> Training:
+    """A new model and what trains it; source: its data, where they are open. Raises UserError where the two do not fit."""
+    if source is None:
+        source = open_batches(recipe, engine.device, recipe.model.in_channels)
+        recipe = sized(recipe, source)
     sizes = to_plain(recipe.model)
     model = new_model(sizes.pop("family"), sizes, Randomness(recipe.seed).generator_seed("initial-weights"))
     model.facts = dataclasses.replace(model.facts, process_settings=kit_of(model).kept(recipe))
-    source = batches_for(recipe, model, engine.device)
     model = trained_on(model, source)
     engine.place(model.module.train(), list(model.stack))
     state = TrainState(

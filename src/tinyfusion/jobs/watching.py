@@ -140,7 +140,7 @@ class Watch:
         if self._looks and settings.fid_every_steps:
             evaluation = self.recipe.evaluate
             extractor = open_extractor(evaluation.features)
-            self._real = open_reference(evaluation.references[0], extractor, self.recipe.data.size)
+            self._real = open_reference(evaluation.references[0], extractor, self.recipe.data)
         if self._looks and (settings.grid_every_steps or settings.fid_every_steps):
             self.run.note(self._intent())
         try:

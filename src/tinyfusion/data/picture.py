@@ -1,0 +1,155 @@
+"""One encoded picture to pixels: its header is checked, its mode becomes 8 bits of grey or colour, and it may be cropped.
+
+Everything that decodes pictures does it here, so a picture has the same pixels wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import check_memory
+from tinyfusion.core.recipe import Orientation
+
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+MOST_PIXELS = 2**27  # of one picture: the largest sensors of cameras have 102 million
+_CHECKED_PIXELS = 2**24  # from here on a picture is compared with the memory at hand
+_ALONE_PIXELS = 2**25  # from here on pictures are decoded one at a time
+_BYTES_PER_PIXEL = 8  # decoded, and once more in another mode or orientation
+_GREY, _GREY_ALPHA, _COLOUR, _ALPHA = ("1", "L"), ("LA", "La"), ("P", "RGB", "CMYK", "YCbCr"), ("RGBA", "PA", "RGBa")
+_SIXTEEN_BITS = {"PNG": ("I;16", "I"), "PPM": ("I",)}  # formats whose values span 0 to 65,535 by definition
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
+_alone = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """pixels: (H, W, 1) uint8 of a grey picture, (H, W, 3) of one in colour. changes: what became of it, for people."""
+
+    pixels: np.ndarray
+    changes: tuple[str, ...] = ()
+
+    @property
+    def in_colour(self) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return self.pixels if self.pixels.shape[-1] == 3 else self.pixels.repeat(3, -1)
+
+
+def decode(encoded: Any, where: str, size: int | None = None, orientation: Orientation = "follow") -> Picture:
+    """The picture of encoded bytes, or of a struct with `bytes` as parquet files have them. where: names it to people.
+
+    size: side of the square that `centre_crop` makes of it; None keeps its own. orientation: whether EXIF tags are followed.
+    16 bits are taken where the format says what white is, by their upper eight; an alpha channel where all of it is opaque.
+    Raises UserError on damaged pictures, on transparent ones, and on those too large or too narrow.
+    """
+    content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
+    if not isinstance(content, bytes):
+        raise UserError(f"{where}: wanted an encoded picture (bytes); got {type(content).__name__}")
+    with _reading(where):
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    with image, _room_for(image, where):
+        with _reading(where):
+            turn = _TURNS.get(_orientation_of(image)) if orientation == "follow" else None
+            picture, changes = _eight_bits(image, where)
+            if turn is not None:
+                picture = picture.transpose(turn)
+                changes.append("turned as their orientation tags say")
+        if size is not None and picture.size != (size, size):
+            way = "enlarged" if min(picture.size) < size else "cropped"
+            changes.append(f"{way} to {size} x {size}")
+            picture = _cropped(picture, where, size)
+        pixels = np.asarray(picture)
+    return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, tuple(changes))
+
+
+@contextlib.contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """What Pillow says of a picture, as UserError: its plugins have many kinds of exceptions for damaged files."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{where} has more than {MOST_PIXELS:,} pixels: make it smaller") from error
+    except Exception as error:
+        raise UserError(
+            f"{where} cannot be decoded as a picture ({', '.join(FORMATS)}): damaged or cut short"
+        ) from error
+
+
+@contextlib.contextmanager
+def _room_for(image: Image.Image, where: str) -> Iterator[None]:
+    """Around the decoding of a picture whose header was read. Raises UserError where it would take too much memory."""
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise UserError(f"{where} is {width} x {height}: wanted at most {MOST_PIXELS:,} pixels; make it smaller")
+    with _alone if width * height > _ALONE_PIXELS else contextlib.nullcontext():
+        if width * height > _CHECKED_PIXELS:
+            check_memory(_BYTES_PER_PIXEL * width * height, f"{where}, a picture of {width} x {height},")
+        yield
+
+
+def _orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none; TIFF files have been turned by Pillow."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged tags, of which Pillow says all kinds of things
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _eight_bits(image: Image.Image, where: str) -> tuple[Image.Image, list[str]]:
+    """The picture in mode L or RGB, and what that changed."""
+    mode, transparent = image.mode, "transparency" in image.info
+    if mode in _SIXTEEN_BITS.get(image.format or "", ()) and not transparent:
+        values = np.asarray(image) >> 8
+        return Image.fromarray(values.astype(np.uint8)), ["reduced to 8 bits"]
+    if mode not in (*_GREY, *_GREY_ALPHA, *_COLOUR, *_ALPHA):
+        raise UserError(f"{where} is a picture of mode {mode}: wanted 8 bits, grey or colour")
+    if mode in (*_GREY_ALPHA, *_ALPHA) or transparent:
+        if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+            raise UserError(f"{where} is transparent in parts: put it on a background first")
+        if mode not in (*_GREY, *_GREY_ALPHA):
+            return image.convert("RGBA").convert("RGB"), []
+    return image.convert("L" if mode in (*_GREY, *_GREY_ALPHA) else "RGB"), []
+
+
+def _cropped(picture: Image.Image, where: str, size: int) -> Image.Image:
+    """`centre_crop`. Raises UserError on a picture so narrow that it would be huge before it is cut."""
+    width, height = picture.size
+    if max(width, height) * size * size > MOST_PIXELS * min(width, height):
+        raise UserError(f"{where} is {width} x {height}: too narrow for a crop of {size} x {size}")
+    return centre_crop(picture, size)
+
+
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
+    """The middle of a picture, size x size, as ADM and DiT were trained on.
+
+    It is halved by a box filter while its shorter side is at least twice `size`, brought to that side by a bicubic one
+    (pictures that are too small become larger), and cut; what cannot be cut evenly is cut less at the top and left.
+    """
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
