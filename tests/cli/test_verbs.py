@@ -21,7 +21,10 @@ from material import Cli, Outcome
 from PIL import Image
 from safetensors.torch import load_file
 
+from tinyfusion.evaluate.inception import INCEPTION
+from tinyfusion.jobs.evaluate import score_lines
 from tinyfusion.options import VERBS
+from tinyfusion.report.format import significant
 
 FAST = "--set prune.training.ema_decay=0.5 --set prune.training.batch_size=16 --set prune.training.log_every_steps=1"
 PRUNE = f"prune --teacher teacher --scheme 1:2 --steps 2 {FAST} --out pruned"
@@ -238,9 +241,8 @@ def test_grid_of_finished_samples_is_drawn_later(cli: Cli, work: Path) -> None:
 
 def test_evaluate(cli: Cli, work: Path) -> None:
     done(cli, SAMPLE)
-    printed = done(
-        cli, "evaluate --samples drawn/samples.npz --reference digits:heldout --out evaluation.json --json"
-    ).last_json
+    outcome = done(cli, "evaluate --samples drawn/samples.npz --reference digits:heldout --out evaluation.json --json")
+    printed = outcome.last_json
     record = json.loads(Path("evaluation.json").read_text(encoding="utf-8"))
     wanted = {"fid", "sfid", "inception_score", "precision", "recall", "num_images", "features", "protocol"}
     assert wanted <= set(record)
@@ -248,6 +250,44 @@ def test_evaluate(cli: Cli, work: Path) -> None:
     assert printed["fid"] == record["fid"] > 0
     assert "ddim 5 steps" in record["protocol"]
     assert "digits:heldout" in record["protocol"]
+    rows = {line[:20].strip(): line[20:] for line in outcome.err.splitlines()}
+    assert rows["FID"] == (
+        f"{significant(record['fid'])}   (features of digits-classifier: no FID of Inception features compares; "
+        "6 images and 360 reference images: biased upward, compare only at equal counts)"
+    )
+    assert rows["sFID"] == significant(record["sfid"])
+    assert rows["Inception Score"] == significant(record["inception_score"])
+    assert rows["precision, recall"] == f"{significant(record['precision'])}, {significant(record['recall'])}"
+    assert rows["images"] == "6 of drawn/samples.npz, against 360 of digits:heldout"
+    assert rows["protocol"] == record["protocol"]
+    again = done(cli, "evaluate --samples drawn/samples.npz --reference digits:heldout --out evaluation.json")
+    assert {line[:20].strip(): line[20:] for line in again.err.splitlines()} | rows == rows | {
+        "evaluation.json is f": "inished; --overwrite starts anew"
+    }, "a finished evaluation prints its numbers again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "remark"),
+    [
+        ({}, ""),
+        ({"num_images": 9_999}, "9,999 images: biased upward, compare only at equal counts"),
+        (
+            {"reference": {"name": "real", "count": 500}},
+            "500 reference images: biased upward, compare only at equal counts",
+        ),
+        ({"reference": {"name": "real", "count": 500}, "protocol": "real 500 with stored moments"}, ""),
+        ({"features": {"name": "dinov2"}}, "features of dinov2: no FID of Inception features compares"),
+    ],
+)
+def test_what_limits_an_fid_stands_beside_it(changes: dict[str, Any], remark: str) -> None:
+    record = {
+        "fid": 12.34, "sfid": None, "inception_score": 9.0, "precision": 0.5, "recall": 0.25, "num_images": 50_000,
+        "features": {"name": INCEPTION}, "reference": {"name": "real", "count": 10_000}, "protocol": "p",
+    }  # fmt: skip
+    lines = score_lines(record | changes, "s.npz")
+    assert lines[0] == f"{'FID':20}12.3" + (f"   ({remark})" if remark else "")
+    assert lines[1] == f"{'sFID':20}–", "what was not measured has no number"
+    assert score_lines({}, "s.npz")[0].startswith("FID"), "a record that lost its numbers is no traceback"
 
 
 def test_train(cli: Cli, work: Path) -> None:
