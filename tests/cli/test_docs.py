@@ -164,14 +164,14 @@ def test_commands(page: Path, cli: Cli, reader: Path) -> None:
             check_script(words)
 
 
-def trainings(verb: str, recipe: Recipe) -> list[TrainingSection]:
-    """What a verb trains; nothing for the verbs that do not, and for a choice by hand."""
-    pruning = [recipe.prune.training] if recipe.prune.criterion == "learned" else []
-    recovery = [recipe.recover.training]
-    routed = [recipe.dynamic.training]
-    whole = pruning + recovery + (routed if recipe.dynamic.in_run else [])
-    found = {"train": [recipe.train], "prune": pruning, "recover": recovery, "run": whole, "dynamic": routed}
-    return found.get(verb, [])
+def trainings(verb: str, recipe: Recipe) -> dict[str, TrainingSection]:
+    """What a verb trains, by its section; nothing for the verbs that do not, and for a choice by hand."""
+    pruning = {"prune.training": recipe.prune.training} if recipe.prune.criterion == "learned" else {}
+    recovery = {"recover.training": recipe.recover.training}
+    routed = {"dynamic.training": recipe.dynamic.training}
+    whole = pruning | recovery | (routed if recipe.dynamic.in_run else {})
+    found = {"train": {"train": recipe.train}, "prune": pruning, "recover": recovery, "run": whole, "dynamic": routed}
+    return found.get(verb, {})
 
 
 def horizon_warnings(words: list[str]) -> list[str]:
@@ -180,7 +180,7 @@ def horizon_warnings(words: list[str]) -> list[str]:
     if verb not in ("train", "prune", "recover", "run", "dynamic"):
         return []
     recipe = load_recipe(options.recipe, options.set, options.overrides())
-    found = [horizon_warning(settings.ema_decay, settings.made_steps) for settings in trainings(verb, recipe)]
+    found = [horizon_warning(s.ema_decay, s.made_steps, section) for section, s in trainings(verb, recipe).items()]
     return [warning for warning in found if warning]
 
 

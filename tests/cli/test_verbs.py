@@ -21,6 +21,7 @@ from material import Cli, Outcome
 from PIL import Image
 from safetensors.torch import load_file
 
+from tinyfusion.core import progress
 from tinyfusion.evaluate.inception import INCEPTION
 from tinyfusion.jobs.evaluate import score_lines
 from tinyfusion.options import VERBS
@@ -182,6 +183,58 @@ def test_recover(cli: Cli, work: Path, method: str, terms: set[str]) -> None:
     assert done(cli, "inspect recovered --json").last_json["kept"] == {"blocks": [0, 2]}
 
 
+def test_a_start_says_in_one_line_what_memory_it_needs(cli: Cli, work: Path) -> None:
+    table = "recover: memory of one process at its fullest"
+    lines = done(cli, RECOVER).err.splitlines()
+    needs = [line for line in lines if "GiB" in line]
+    assert len(needs) == 1 and re.fullmatch(
+        r"recover: needs about 0\.00\d+ of [\d.,]+ GiB of memory \(its parts: --dry-run\)", needs[0]
+    )
+    assert table in Path("recovered/log.txt").read_text(encoding="utf-8")
+    assert table in done(cli, f"{RECOVER} --overwrite --dry-run").out
+
+
+def test_progress_lines_have_the_loss_of_the_last_logged_step(
+    cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    outcome = done(cli, RECOVER.replace("--steps 2", "--steps 3").replace("log_every_steps=1", "log_every_steps=2"))
+    shown = [line for line in outcome.err.splitlines() if " images, " in line]
+    logged_lines = {line["step"]: line for line in lines_of("recovered/metrics.jsonl")}
+    assert len(shown) == 3 and sorted(logged_lines) == [0, 2]
+    for line, step in zip(shown, (0, 0, 2), strict=True):
+        loss, norm = logged_lines[step]["loss"], logged_lines[step]["gradient_norm"]
+        assert re.search(r" of 48 images, [\d.,]+/s, \d+ s left  ", line)
+        assert f"left  loss {loss:.4f}, gradient norm {norm:.3g}, learning rate 0.0002" in line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.2, "4 s"), (99, "99 s"), (600, "10 min"), (5_940, "99 min"), (12_000, "3 h 20 min")]
+)
+def test_remaining_time_has_a_unit_for_people(seconds: float, text: str) -> None:
+    assert progress._time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("gone", "no checkpoint at gone: no such folder; wanted a folder such as RUN/checkpoints/step-0001000"),
+        ("images.npz", "no checkpoint at images.npz: it is a file; wanted a folder"),
+        ("thesis", "thesis is not a checkpoint; wanted a folder such as RUN/checkpoints/step-0001000"),
+        ("other", "other is not a checkpoint; the newest in it is other/checkpoints/step-0000002"),
+        (
+            "other/checkpoints",
+            "other/checkpoints is not a checkpoint; the newest in it is other/checkpoints/step-0000002",
+        ),
+    ],
+)
+def test_resume_names_what_is_no_checkpoint(given: str, message: str, cli: Cli, work: Path) -> None:
+    done(cli, RECOVER.replace("--out recovered", "--out other"))
+    outcome = cli(*shlex.split(f"{RECOVER} --resume {given}"))
+    assert outcome.code == 2 and f"error: {message}" in outcome.err
+    assert not Path("recovered").exists()
+
+
 def test_a_chain_learns_from_parent_grandparent_and_aunt(cli: Cli, work: Path) -> None:
     half = "recover --teacher teacher --student student --steps 2 --out half --set recover.training.ema_decay=0.5"
     done(cli, f"{half} --set recover.training.batch_size=8")
@@ -195,12 +248,13 @@ def test_a_chain_learns_from_parent_grandparent_and_aunt(cli: Cli, work: Path) -
 
 
 @pytest.mark.parametrize(
-    "words", [f"{RECOVER} --set recover.training.ema_decay=0.9999", f"{PRUNE} --set prune.training.ema_decay=0.9999"]
+    ("command", "section"), [(RECOVER, "recover.training"), (PRUNE, "prune.training"), (TRAIN, "train")]
 )
-def test_an_average_that_is_too_slow_is_warned_of(cli: Cli, work: Path, words: str) -> None:
-    outcome = done(cli, f"{words} --dry-run")
-    assert "warning: the moving average" in outcome.err
-    assert "set ema_decay to" in outcome.err
+def test_an_average_that_is_too_slow_is_warned_of(command: str, section: str, cli: Cli, work: Path) -> None:
+    """The warning's own advice, typed as it stands, silences it."""
+    outcome = done(cli, f"{command} --set {section}.ema_decay=0.9999 --dry-run")
+    (advice,) = re.findall(rf"warning: the moving average .*: (--set {section}\.ema_decay=\S+) or less", outcome.err)
+    assert "warning" not in done(cli, f"{command} {advice} --dry-run").err
 
 
 def test_sample(cli: Cli, work: Path) -> None:
@@ -508,8 +562,9 @@ def test_stopped_and_continued_is_the_same_as_never_stopped(cli: Cli, work: Path
     steps = [int(p.name.removeprefix("step-")) for p in Path("stopped/checkpoints").glob("step-*")]
     assert 0 < max(steps) < 120
 
-    done(cli, f"{LONG} --out stopped")
-    done(cli, f"{LONG} --out straight")
+    continued = done(cli, f"{LONG} --out stopped")
+    assert f"recover: continues from step {max(steps)} of 120" in continued.err.splitlines()
+    assert "continues" not in done(cli, f"{LONG} --out straight").err
     for name in ("student", "student-raw"):
         stopped, straight = (load_file(f"{run}/{name}/model.safetensors") for run in ("stopped", "straight"))
         assert all(stopped[key].equal(straight[key]) for key in straight)

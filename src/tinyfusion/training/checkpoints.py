@@ -22,7 +22,16 @@ from torch import Tensor
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import discard, sweep, written_beside
 from tinyfusion.core.reading import read_json
-from tinyfusion.training.saved import damage, open_checkpoint, other_version, part_name, write_record, write_tensors
+from tinyfusion.training.saved import (
+    RECORD,
+    SUMS,
+    damage,
+    open_checkpoint,
+    other_version,
+    part_name,
+    write_record,
+    write_tensors,
+)
 from tinyfusion.training.shards import first_row, is_sharded, local_part
 from tinyfusion.training.state import Progress, TrainState
 
@@ -74,7 +83,7 @@ def load_latest(folder: Path, state: TrainState, first: First = _here) -> int:
 
 def load_checkpoint(path: Path, state: TrainState, first: First = _here) -> int:
     """Load this checkpoint into `state`; its step. Raises UserError, and changes nothing, unless it is sound and fits."""
-    wrong = first(partial(other_version, path))
+    wrong = first(partial(_no_checkpoint, path)) or first(partial(other_version, path))
     if wrong is None and (found := first(partial(damage, path))) is not None:
         wrong = f"checkpoint {path} is damaged ({found}): give another one"
     if wrong is not None:
@@ -83,6 +92,17 @@ def load_checkpoint(path: Path, state: TrainState, first: First = _here) -> int:
         return _load(path, state)
     except UserError as error:
         raise UserError(f"checkpoint {path} does not fit this training: {error}") from error
+
+
+def _no_checkpoint(path: Path) -> str | None:
+    """What to say of a path that is no checkpoint, damaged or not; None where it is one."""
+    wanted = "wanted a folder such as RUN/checkpoints/step-0001000"
+    if not path.is_dir():
+        return f"no checkpoint at {path}: {'it is a file' if path.exists() else 'no such folder'}; {wanted}"
+    if any((path / name).exists() for name in (RECORD, SUMS)):
+        return None
+    inside = checkpoint_folders(path / "checkpoints") or checkpoint_folders(path)
+    return f"{path} is not a checkpoint; {f'the newest in it is {inside[-1]}' if inside else wanted}"
 
 
 def _load(path: Path, state: TrainState) -> int:
