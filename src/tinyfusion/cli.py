@@ -211,7 +211,7 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
 
 
 def _inspect(options: Inspect) -> dict[str, Any]:
-    from tinyfusion.jobs.inspect import inspect
+    from tinyfusion.jobs.inspect import inspect, parent_words
     from tinyfusion.models.checkpoint import open_model
 
     facts = inspect(
@@ -225,7 +225,7 @@ def _inspect(options: Inspect) -> dict[str, Any]:
                 else f"{name:24} {value}"
             )
         for parent in facts["lineage"]:
-            print(f"{'parent':24} {parent['hash'][:12]} depth {parent['depth']} kept {parent['kept'] or 'all'}")
+            print(f"{'parent':24} {parent_words(parent)}")
     return facts
 
 

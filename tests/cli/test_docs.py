@@ -8,6 +8,8 @@ and `pytest` lines do not run: the target exists, the script exists and its --he
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import functools
 import io
 import re
@@ -25,9 +27,10 @@ from material import Cli, tiny, tiny_mar, tiny_sit
 from PIL import Image
 
 from tinyfusion.cli import parse
-from tinyfusion.core.config import load_recipe, shipped_recipes
+from tinyfusion.core.config import load_recipe, recipe_fields, shipped_recipes
 from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.models.checkpoint import save_model
+from tinyfusion.options import VERBS
 from tinyfusion.training.ema import horizon_warning
 
 ROOT = Path(__file__).parents[2]
@@ -290,3 +293,51 @@ def test_every_fenced_shell_command_is_known() -> None:
                 if words and words[0].removeprefix(".venv/bin/") not in (*OURS, *LAUNCHERS, *ELSEWHERE):
                     strangers.append(f"{page.name}: {line}")
     assert strangers == []
+
+
+# ------------------------------------------------------------------------------------------------- names in messages
+
+FIELDS = {path for path, _, _ in recipe_fields(Recipe())}
+SECTIONS = {path.rpartition(".")[0] for path in FIELDS if "." in path}
+OPTIONS = {f"--{field.name.replace('_', '-')}" for verb in VERBS.values() for field in dataclasses.fields(verb)}
+FILES = ("json", "npz", "toml", "html", "pkl", "safetensors", "save_pretrained")  # what follows a dot in other names
+
+
+def spoken(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of every string in a module that is no docstring."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bodies = [n.body for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef) and n.body]
+    docstrings = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def strangers_in(text: str) -> list[str]:
+    """Recipe fields, options and documents that a message names and a user of a wheel does not have."""
+    heads = "|".join(sorted({section.partition(".")[0] for section in SECTIONS}))
+    named = [match[1].rstrip(".") for match in re.finditer(rf"(?<![\w./-])((?:{heads})\.[a-z_.0-9]+)", text)]
+    fields = [n for n in named if n not in FIELDS | SECTIONS and n.rpartition(".")[2] not in FILES]
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - OPTIONS - {"--help", "--version", "--set"}
+    return [*fields, *sorted(options), *re.findall(r"docs/[\w/.-]*", text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "strangers"),
+    [
+        ("--set recover.training.ema_decay=0.9 or --steps 3, see speed.json", []),
+        ("set masked.guidance_schedule", ["masked.guidance_schedule"]),
+        ("--set recover.ema_decay=0.9", ["recover.ema_decay"]),
+        ("use --keep-all", ["--keep-all"]),
+        ("wanted a text (docs/pixart.md)", ["docs/pixart.md"]),
+    ],
+)
+def test_strangers_are_recognised(text: str, strangers: list[str]) -> None:
+    assert strangers_in(text) == strangers
+
+
+def test_messages_name_only_what_there_is() -> None:
+    """Fields that the recipe has, options that a verb has, and no documents: an installed package brings none."""
+    sources = sorted((ROOT / "src").rglob("*.py"))
+    found = {f"{p.name}:{line}": names for p in sources for line, text in spoken(p) if (names := strangers_in(text))}
+    assert len(sources) > 100 and found == {}

@@ -203,9 +203,9 @@ def test_progress_lines_have_the_loss_of_the_last_logged_step(
     logged_lines = {line["step"]: line for line in lines_of("recovered/metrics.jsonl")}
     assert len(shown) == 3 and sorted(logged_lines) == [0, 2]
     for line, step in zip(shown, (0, 0, 2), strict=True):
-        loss, norm = logged_lines[step]["loss"], logged_lines[step]["gradient_norm"]
+        loss, norm, rate = (logged_lines[step][name] for name in ("loss", "gradient_norm", "learning_rate"))
         assert re.search(r" of 48 images, [\d.,]+/s, \d+ s left  ", line)
-        assert f"left  loss {loss:.4f}, gradient norm {norm:.3g}, learning rate 0.0002" in line
+        assert f"left  loss {loss:.4f}, gradient norm {norm:.3g}, learning rate {rate:.2g}" in line
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,12 @@ def test_inspect(cli: Cli, work: Path) -> None:
     assert official["hash"] == parent["hash"], "the same model, whatever the file"
     text = done(cli, "inspect student").out
     assert "51,296" in text
-    assert parent["hash"][:12] in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "kept.blocks [0, 2]" in lines
+    assert f"parent {parent['hash'][:12]} 4 blocks, not pruned" in lines
+    done(cli, "prune --teacher student --criterion indices --keep 1 --out quarter")
+    lines = [" ".join(line.split()) for line in done(cli, "inspect quarter").out.splitlines()]
+    assert f"parent {facts['hash'][:12]} 2 blocks, which are 0, 2 of its own parent" in lines
 
 
 def test_recipes(cli: Cli) -> None:
