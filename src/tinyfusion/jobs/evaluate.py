@@ -24,6 +24,7 @@ from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
 from tinyfusion.jobs.extractors import open_extractor
 from tinyfusion.jobs.references import Reference, open_images, open_reference, statistics_of
 from tinyfusion.report.format import count, significant
+from tinyfusion.report.scores import UNBIASED_IMAGES
 
 __all__ = ["Reference", "evaluate", "image_hash", "open_extractor", "open_reference", "protocol_of", "score"]
 
@@ -45,7 +46,6 @@ _TABLE = {  # label and metrics of every row of the table for people
     "precision, recall": ("precision", "recall"),
 }
 _STORED = " with stored moments"
-UNBIASED_IMAGES = 10_000  # FID over fewer is visibly above its limit, the more so the fewer there are
 
 
 def evaluate(
