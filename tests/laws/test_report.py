@@ -397,7 +397,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
     write(tmp_path / "run.json", stamp("prune", {}, "done"))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0\n{"step": 1}\n')
-    with pytest.raises(UserError, match="line 1 is not JSON"):
+    with pytest.raises(UserError, match="metrics.jsonl, line 1, is damaged: not valid JSON"):
         read_run(tmp_path)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from tinyfusion.core.errors import UserError
 from tinyfusion.report import decisions, facts, figures, kept, scores
 from tinyfusion.report.canvas import EDGE_RGBA
-from tinyfusion.report.format import count, duration, percent, significant
+from tinyfusion.report.format import count, duration, percent, printable, significant
 from tinyfusion.report.going import going
 from tinyfusion.report.run_data import MODEL_NAMES, Look, RunData, Samples
 from tinyfusion.report.story import stories
@@ -58,19 +60,39 @@ class Picture:
 
 
 def render(runs: Sequence[RunData], record: Mapping[str, Any]) -> str:
-    """The page. record: what made it (see `core/rundir.stamp`), kept inside the page as JSON."""
+    """The page. record: what made it (see `core/rundir.stamp`), kept inside the page as JSON.
+
+    Raises UserError where the values of a run are of the right types and yet contradict each other.
+    """
     told = stories(runs)
-    sections = [_section(run, f"run-{i}", told) for i, run in enumerate(told, start=1)]
-    title = " · ".join(dict.fromkeys(run.title for run in told))
-    return _template().render(
-        title=title,
-        sections=sections,
-        num_runs=len(runs),
-        comparison=scores.comparison(told, [facts.depths(run) for run in told]),
-        together=figures.together(told),
-        record_id=RECORD_ID,
-        record=_script_json(record),
-    )
+    sections = []
+    for i, run in enumerate(told, start=1):
+        with _consistent(run.name):
+            sections.append(_section(run, f"run-{i}", told))
+    with _consistent(" and ".join(run.name for run in told)):
+        page = _template().render(
+            title=" · ".join(dict.fromkeys(run.title for run in told)),
+            sections=sections,
+            num_runs=len(runs),
+            comparison=scores.comparison(told, [facts.depths(run) for run in told]),
+            together=figures.together(told),
+            record_id=RECORD_ID,
+            record=_script_json(record),
+        )
+    return printable(page)
+
+
+@contextmanager
+def _consistent(name: str) -> Iterator[None]:
+    """Lists of different lengths, blocks that no list has: whatever a check of types cannot see is one UserError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UnidentifiedImageError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"the files of {name} do not fit together ({type(error).__name__}: {error}); --debug shows where"
+        ) from error
 
 
 def embedded_record(page: str) -> Any:
