@@ -418,6 +418,10 @@ def test_run(cli: Cli, work: Path) -> None:
     ):
         assert Path("whole", name).is_file(), name
     assert outcome.last_json["report"] == "whole/report.html"
+    with np.load("whole/samples/real.npz") as real:
+        assert real["arr_0"].shape == (40, 8, 8, 1) and real["arr_0"].dtype == np.uint8
+        assert len(np.unique(real["arr_0"], axis=0)) == 40, "spread over the set, not one image again"
+    assert 'alt="real images"' in Path("whole/report.html").read_text(encoding="utf-8")
     before = files(work / "whole")
     again = done(cli, RUN)
     assert "finished" in again.err

@@ -12,7 +12,7 @@ import numpy as np
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.recipe import EvaluateSection, Recipe
-from tinyfusion.core.rundir import file_output, read_json, stamp, write_json
+from tinyfusion.core.rundir import file_output, read_json, stamp, write_json, written_beside
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.image_source import ImageSource, source_of
 from tinyfusion.data.parquet import WHOLE
@@ -45,6 +45,7 @@ _TABLE = {  # label and metrics of every row of the table for people
     "Inception Score": ("inception_score",),
     "precision, recall": ("precision", "recall"),
 }
+NUM_EXAMPLES = 40  # of real images on the page
 _STORED = " with stored moments"
 
 
@@ -55,11 +56,13 @@ def evaluate(
     reference: str,
     against: Path | None = None,
     print_table: bool = True,
+    examples: Path | None = None,
 ) -> dict[str, Any]:
     """Score images (npz, folder of images, real set by name) against a reference; writes the JSON at `options.out`.
 
     against: an npz that another model drew from the same seeds; PSNR and SSIM of the pairs go with the scores.
-    print_table: the numbers, their protocol and what limits them, on stderr.
+    print_table: the numbers, their protocol and what limits them, on stderr. examples: an npz to write for the page, of
+    some images of the reference.
     """
     settings = recipe.evaluate
     extractor = open_extractor(settings.features, str(device_for(recipe)))
@@ -81,6 +84,8 @@ def evaluate(
         return _outcome(read_json_object(options.out), str(samples), print_table)
     if options.dry_run:
         return {"protocol": protocol}
+    if examples is not None and real.source is not None:
+        _write_examples(real.source, real.name, examples)
     scores = score(images, real, extractor, settings.neighbours, settings.is_splits_size)
     if others is not None and against is not None:
         scores["against"] = fidelity(images, others, against, inputs["against"])
@@ -93,6 +98,16 @@ def evaluate(
     }
     write_json(options.out, record)
     return _outcome(record, str(samples), print_table)
+
+
+def _write_examples(source: ImageSource, name: str, path: Path) -> None:
+    """Some images of a reference as an npz: evenly spread where all are in memory, else the first."""
+    num = min(NUM_EXAMPLES, len(source))
+    chosen = np.linspace(0, len(source) - 1, num).astype(int)
+    images = next(source.read(num)) if source.array is None else source.array[chosen]
+    write_json(path.with_suffix(".json"), {"protocol": f"{num} images of {name}"})
+    with written_beside(path) as part, open(part, "wb") as file:
+        np.savez(file, arr_0=images)
 
 
 def score(
