@@ -38,7 +38,7 @@ PAGES = sorted(p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.g
 SHELLS = ("", "bash", "console", "sh")
 OURS = ("tinyfusion", "make", "python", "pytest")
 LAUNCHERS = ("torchrun", "accelerate")
-ELSEWHERE = ("git", "cd", "pip", "pre-commit", "open")  # not ours to test
+ELSEWHERE = ("git", "cd", "pip", "source", "pre-commit", "open")  # not ours to test
 TRAINING = "steps=2 batch_size=4 ema_decay=0.5 log_every_steps=1 checkpoint_every_steps=2 warmup_steps=0"
 SHORT = {
     "run": "prune.training recover.training sample speed",
