@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -556,3 +558,79 @@ def test_real_images_stand_last_with_labels_of_their_own(tmp_path: Path) -> None
     assert all(grid.columns == [str(i) for i in range(10)] for grid in drawn)
     text = Page(render_run(folder)).text
     assert "The same seeds, drawn by each model" in text, "real images have no seed that could differ"
+
+
+# ---------------------------------------------------------------------------------------------------- mistyped records
+
+HUGE = 10**40
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "message"),
+    [
+        ("run.json", "seconds", "long", "run.json is damaged: seconds: wanted a number, got 'long'"),
+        ("run.json", "stages", [1], "run.json is damaged: stages: wanted an object, got [1]"),
+        ("run.json", "stages.prune", True, "run.json is damaged: stages.prune: wanted a number from 0 on, got True"),
+        ("run.json", "recipe.expected.0.value", None, "recipe.expected[0].value: wanted a number, got None"),
+        ("run.json", "recipe.evaluate.references", "digits", "recipe.evaluate.references: wanted a list, got 'digits'"),
+        ("run.json", "format_version", "new", "run.json is damaged: format_version: wanted a whole number, got 'new'"),
+        ("prune/run.json", "seen_images", [], "prune/run.json is damaged: seen_images: wanted a number, got []"),
+        ("prune/plan.json", "kept.blocks", [1, 2, 5, 60], "plan.json is damaged: kept.blocks is [1, 2, 5, 60], of 8 blocks"),
+        ("prune/plan.json", "groups.blocks", [[1, 2]], "plan.json is damaged: groups.blocks do not make up 8 blocks"),
+        ("prune/plan.json", "kept.blocks", "all", "plan.json: the plan is incomplete or damaged"),
+        ("recover/student/model.json", "arch", 7, "model.json is damaged: arch: wanted an object, got 7"),
+        ("evaluations/student-digits.json", "fid", "low", "student-digits.json is damaged: fid: wanted a number, got 'low'"),
+        ("evaluations/student-digits.json", "fid", HUGE, "student-digits.json is damaged: fid: wanted a number, got 1000000"),
+        ("evaluations/student-digits.json", "fid", float("nan"), "student-digits.json is damaged: fid: wanted a number, got nan"),
+        ("speed.json", "speedup", {}, "speed.json is damaged: speedup: wanted a number from 0 on, got {}"),
+        ("speed.json", "models.teacher.macs", 0, "models.teacher.macs: wanted a number from 1 on, got 0"),
+        ("speed.json", "speedup_spread", [1.0], "speedup_spread: wanted a list of 2, got [1.0]"),
+        ("speed.json", "models.student.depth", ..., "models.student.depth is missing"),
+        ("prune/metrics.jsonl", "3.step", "x", "metrics.jsonl, line 4, is damaged: step: wanted a whole number, got 'x'"),
+        ("prune/metrics.jsonl", "3.loss", "x", "metrics.jsonl, line 4, is damaged: loss: wanted a number, got 'x'"),
+        ("prune/metrics.jsonl", "3.kept.blocks", [-1], "line 4, is damaged: kept.blocks[0]: wanted a whole number from 0 on"),
+        ("prune/metrics.jsonl", "3", "step", "metrics.jsonl, line 4, is damaged: the whole: wanted an object, got 'step'"),
+        ("prune/metrics.jsonl", "3.confidence.blocks", [0.5], "the files of "),  # of the right type, and too few
+    ],
+)  # fmt: skip
+def test_a_mistyped_record_is_named_with_its_field(
+    file: str, field: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    path = make_run(tmp_path / "run") / file
+    lines = file.endswith(".jsonl")
+    text = path.read_text(encoding="utf-8")
+    record = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    *way, last = [int(name) if name.isdecimal() else name for name in field.split(".")]
+    inner: Any = record
+    for name in way:
+        inner = inner[name]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    write_lines(path, record) if lines else write(path, record)
+    with pytest.raises(UserError, match=re.escape(message)):
+        render_run(tmp_path / "run")
+
+
+def test_a_metrics_line_that_nobody_can_parse_is_one_error(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run") / "prune" / "metrics.jsonl"
+    for text, reason in (("[" * 100_000, "nested too deeply"), ('{"step": ' + "1" * 5_000 + "}", "not valid JSON")):
+        path.write_text(f'{text}\n{{"step": 1}}\n', encoding="utf-8")
+        with pytest.raises(UserError, match=f"metrics.jsonl, line 1, is damaged: .*{reason}"):
+            read_run(tmp_path / "run")
+    path.write_bytes(b"\xff\xfe{}\n")
+    with pytest.raises(UserError, match="metrics.jsonl is damaged: not UTF-8"):
+        read_run(tmp_path / "run")
+
+
+def test_names_that_are_no_utf_8_have_a_page(tmp_path: Path) -> None:
+    folder = make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/digits-\xff")))
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    write(folder / "run.json", record | {"command": f"tinyfusion run --out {folder}"})
+    scores = folder / "evaluations"
+    shutil.copy(scores / "student-digits.json", os.fsencode(scores) + b"/caf\xe9.json")
+    report([folder], RunOptions(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "digits-?" in Page(page).text and "tinyfusion run --out" in page
+    report([folder], RunOptions(tmp_path / "page.html"))  # the same runs: written anew
