@@ -15,7 +15,7 @@ help:
 	@echo "make lint    ruff: rules and format"
 	@echo "make types   mypy on src"
 	@echo "make floors  import-linter: imports only point down"
-	@echo "make setup   $(VENV) with the package (editable) and its development tools"
+	@echo "make setup   $(VENV) with the package (editable) and its development tools: about 2 GB, some minutes"
 	@echo "make clean   remove caches and build leftovers; $(VENV) and runs stay"
 	@echo "WORKERS=8 make test runs tests in as many processes (2 otherwise; 0: one after another)"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter that $(VENV) is made with"
@@ -23,6 +23,7 @@ help:
 demo: $(READY)
 	$(BIN)/tinyfusion run --recipe digits --out runs/digits
 	@echo "the page: $(CURDIR)/runs/digits/report.html"
+	@echo "to type tinyfusion in this shell: source $(VENV)/bin/activate"
 
 test: lint types floors
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -48,8 +49,10 @@ $(BIN)/python:
 	  echo "error: $(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu: python3-venv)" >&2; exit 2; }
 
 $(READY): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "set-up: torch and the other packages go into $(VENV), about 2 GB (with torch for CUDA several more); some minutes, by network"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+	@echo "ready; to type tinyfusion in this shell: source $(VENV)/bin/activate"
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -248,7 +248,7 @@ python benchmarks/memory_plan.py --threads 2 --out docs/results/memory.md
 
 `recover` trains a DiT-D14/2 (14 blocks of width 1152, 256 tokens, random weights) under the masked distillation of a DiT-XL/2,
 `learn` learns 1:2 masks of XL/2 with low-rank deltas, `train` trains DiT-S/2. Predicted is the sum of the plan that is
-printed before the first step. Measured is the largest resident memory of two steps, less that of the program before the
+printed by `--dry-run`. Measured is the largest resident memory of two steps, less that of the program before the
 models were made; every case is a process of its own, on a CPU. The right half leaves out what does not depend on the
 batch (weights, moments, averages, teacher) on both sides: gradients, activations, casts and batches, which is where a plan can go wrong.
 With gradient accumulation (`in 2`) gradients stay while activations are made; without, they take their place.
@@ -277,7 +277,7 @@ def main() -> None:
         if options.only and options.only not in case.name:
             continue
         found = kept(case, options.runs, options.threads)
-        shown = shown or [f"What is printed before the first step of `{case.name}`:", "", "```", *found["lines"], "```"]
+        shown = shown or [f"What `--dry-run` prints of `{case.name}`:", "", "```", *found["lines"], "```"]
         table.append(row(case, found))
         print(table[-1], flush=True)
     note = f"{STEPS} steps, {options.threads} threads, torch {torch.__version__}."

@@ -35,7 +35,7 @@ from tinyfusion.core.fetching import WouldFetch, no_fetching
 from tinyfusion.core.launch import check_launch, launched_processes, launched_rank
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.signals import Interrupted, SignalWatch
-from tinyfusion.core.streams import guarded_streams
+from tinyfusion.core.standard_streams import guarded_streams
 from tinyfusion.option_groups import Answers
 from tinyfusion.options import PARALLEL, POSITIONAL, REQUIRED, VERBS, Inspect, Recipes
 
@@ -212,7 +212,7 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
 
 
 def _inspect(options: Inspect) -> dict[str, Any]:
-    from tinyfusion.jobs.inspect import inspect
+    from tinyfusion.jobs.inspect import inspect, parent_words
     from tinyfusion.models.checkpoint import open_model
 
     facts = inspect(
@@ -232,7 +232,7 @@ def _inspect(options: Inspect) -> dict[str, Any]:
                 else f"{name:24} {value}"
             )
         for parent in facts["lineage"]:
-            print(f"{'parent':24} {parent['hash'][:12]} depth {parent['depth']} kept {parent['kept'] or 'all'}")
+            print(f"{'parent':24} {parent_words(parent)}")
     return facts
 
 

@@ -8,6 +8,8 @@ and `pytest` lines do not run: the target exists, the script exists and its --he
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import functools
 import io
 import re
@@ -25,9 +27,10 @@ from material import Cli, tiny, tiny_mar, tiny_sit
 from PIL import Image
 
 from tinyfusion.cli import parse
-from tinyfusion.core.config import load_recipe, shipped_recipes
+from tinyfusion.core.config import load_recipe, recipe_fields, shipped_recipes
 from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.models.checkpoint import save_model
+from tinyfusion.options import VERBS
 from tinyfusion.training.ema import horizon_warning
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +38,7 @@ PAGES = sorted(p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.g
 SHELLS = ("", "bash", "console", "sh")
 OURS = ("tinyfusion", "make", "python", "pytest")
 LAUNCHERS = ("torchrun", "accelerate")
-ELSEWHERE = ("git", "cd", "pip", "pre-commit", "open")  # not ours to test
+ELSEWHERE = ("git", "cd", "pip", "source", "pre-commit", "open")  # not ours to test
 TRAINING = "steps=2 batch_size=4 ema_decay=0.5 log_every_steps=1 checkpoint_every_steps=2 warmup_steps=0"
 SHORT = {
     "run": "prune.training recover.training sample speed",
@@ -164,14 +167,14 @@ def test_commands(page: Path, cli: Cli, reader: Path) -> None:
             check_script(words)
 
 
-def trainings(verb: str, recipe: Recipe) -> list[TrainingSection]:
-    """What a verb trains; nothing for the verbs that do not, and for a choice by hand."""
-    pruning = [recipe.prune.training] if recipe.prune.criterion == "learned" else []
-    recovery = [recipe.recover.training]
-    routed = [recipe.dynamic.training]
-    whole = pruning + recovery + (routed if recipe.dynamic.in_run else [])
-    found = {"train": [recipe.train], "prune": pruning, "recover": recovery, "run": whole, "dynamic": routed}
-    return found.get(verb, [])
+def trainings(verb: str, recipe: Recipe) -> dict[str, TrainingSection]:
+    """What a verb trains, by its section; nothing for the verbs that do not, and for a choice by hand."""
+    pruning = {"prune.training": recipe.prune.training} if recipe.prune.criterion == "learned" else {}
+    recovery = {"recover.training": recipe.recover.training}
+    routed = {"dynamic.training": recipe.dynamic.training}
+    whole = pruning | recovery | (routed if recipe.dynamic.in_run else {})
+    found = {"train": {"train": recipe.train}, "prune": pruning, "recover": recovery, "run": whole, "dynamic": routed}
+    return found.get(verb, {})
 
 
 def horizon_warnings(words: list[str]) -> list[str]:
@@ -180,7 +183,7 @@ def horizon_warnings(words: list[str]) -> list[str]:
     if verb not in ("train", "prune", "recover", "run", "dynamic"):
         return []
     recipe = load_recipe(options.recipe, options.set, options.overrides())
-    found = [horizon_warning(settings.ema_decay, settings.made_steps) for settings in trainings(verb, recipe)]
+    found = [horizon_warning(s.ema_decay, s.made_steps, section) for section, s in trainings(verb, recipe).items()]
     return [warning for warning in found if warning]
 
 
@@ -290,3 +293,51 @@ def test_every_fenced_shell_command_is_known() -> None:
                 if words and words[0].removeprefix(".venv/bin/") not in (*OURS, *LAUNCHERS, *ELSEWHERE):
                     strangers.append(f"{page.name}: {line}")
     assert strangers == []
+
+
+# ------------------------------------------------------------------------------------------------- names in messages
+
+FIELDS = {path for path, _, _ in recipe_fields(Recipe())}
+SECTIONS = {path.rpartition(".")[0] for path in FIELDS if "." in path}
+OPTIONS = {f"--{field.name.replace('_', '-')}" for verb in VERBS.values() for field in dataclasses.fields(verb)}
+FILES = ("json", "npz", "toml", "html", "pkl", "safetensors", "save_pretrained")  # what follows a dot in other names
+
+
+def spoken(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of every string in a module that is no docstring."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bodies = [n.body for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef) and n.body]
+    docstrings = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def strangers_in(text: str) -> list[str]:
+    """Recipe fields, options and documents that a message names and a user of a wheel does not have."""
+    heads = "|".join(sorted({section.partition(".")[0] for section in SECTIONS}))
+    named = [match[1].rstrip(".") for match in re.finditer(rf"(?<![\w./-])((?:{heads})\.[a-z_.0-9]+)", text)]
+    fields = [n for n in named if n not in FIELDS | SECTIONS and n.rpartition(".")[2] not in FILES]
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - OPTIONS - {"--help", "--version", "--set"}
+    return [*fields, *sorted(options), *re.findall(r"docs/[\w/.-]*", text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "strangers"),
+    [
+        ("--set recover.training.ema_decay=0.9 or --steps 3, see speed.json", []),
+        ("set masked.guidance_schedule", ["masked.guidance_schedule"]),
+        ("--set recover.ema_decay=0.9", ["recover.ema_decay"]),
+        ("use --keep-all", ["--keep-all"]),
+        ("wanted a text (docs/pixart.md)", ["docs/pixart.md"]),
+    ],
+)
+def test_strangers_are_recognised(text: str, strangers: list[str]) -> None:
+    assert strangers_in(text) == strangers
+
+
+def test_messages_name_only_what_there_is() -> None:
+    """Fields that the recipe has, options that a verb has, and no documents: an installed package brings none."""
+    sources = sorted((ROOT / "src").rglob("*.py"))
+    found = {f"{p.name}:{line}": names for p in sources for line, text in spoken(p) if (names := strangers_in(text))}
+    assert len(sources) > 100 and found == {}

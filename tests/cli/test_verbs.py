@@ -21,7 +21,11 @@ from material import Cli, Outcome
 from PIL import Image
 from safetensors.torch import load_file
 
+from tinyfusion.core import progress
+from tinyfusion.evaluate.inception import INCEPTION
+from tinyfusion.jobs.evaluate import score_lines
 from tinyfusion.options import VERBS
+from tinyfusion.report.format import significant
 
 FAST = "--set prune.training.ema_decay=0.5 --set prune.training.batch_size=16 --set prune.training.log_every_steps=1"
 PRUNE = f"prune --teacher teacher --scheme 1:2 --steps 2 {FAST} --out pruned"
@@ -179,6 +183,58 @@ def test_recover(cli: Cli, work: Path, method: str, terms: set[str]) -> None:
     assert done(cli, "inspect recovered --json").last_json["kept"] == {"blocks": [0, 2]}
 
 
+def test_a_start_says_in_one_line_what_memory_it_needs(cli: Cli, work: Path) -> None:
+    table = "recover: memory of one process at its fullest"
+    lines = done(cli, RECOVER).err.splitlines()
+    needs = [line for line in lines if "GiB" in line]
+    assert len(needs) == 1 and re.fullmatch(
+        r"recover: needs about 0\.00\d+ of [\d.,]+ GiB of memory \(its parts: --dry-run\)", needs[0]
+    )
+    assert table in Path("recovered/log.txt").read_text(encoding="utf-8")
+    assert table in done(cli, f"{RECOVER} --overwrite --dry-run").out
+
+
+def test_progress_lines_have_the_loss_of_the_last_logged_step(
+    cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    outcome = done(cli, RECOVER.replace("--steps 2", "--steps 3").replace("log_every_steps=1", "log_every_steps=2"))
+    shown = [line for line in outcome.err.splitlines() if " images, " in line]
+    logged_lines = {line["step"]: line for line in lines_of("recovered/metrics.jsonl")}
+    assert len(shown) == 3 and sorted(logged_lines) == [0, 2]
+    for line, step in zip(shown, (0, 0, 2), strict=True):
+        loss, norm, rate = (logged_lines[step][name] for name in ("loss", "gradient_norm", "learning_rate"))
+        assert re.search(r" of 48 images, [\d.,]+/s, \d+ s left  ", line)
+        assert f"left  loss {loss:.4f}, gradient norm {norm:.3g}, learning rate {rate:.2g}" in line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.2, "4 s"), (99, "99 s"), (600, "10 min"), (5_940, "99 min"), (12_000, "3 h 20 min")]
+)
+def test_remaining_time_has_a_unit_for_people(seconds: float, text: str) -> None:
+    assert progress._time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("gone", "no checkpoint at gone: no such folder; wanted a folder such as RUN/checkpoints/step-0001000"),
+        ("images.npz", "no checkpoint at images.npz: it is a file; wanted a folder"),
+        ("thesis", "thesis is not a checkpoint; wanted a folder such as RUN/checkpoints/step-0001000"),
+        ("other", "other is not a checkpoint; the newest in it is other/checkpoints/step-0000002"),
+        (
+            "other/checkpoints",
+            "other/checkpoints is not a checkpoint; the newest in it is other/checkpoints/step-0000002",
+        ),
+    ],
+)
+def test_resume_names_what_is_no_checkpoint(given: str, message: str, cli: Cli, work: Path) -> None:
+    done(cli, RECOVER.replace("--out recovered", "--out other"))
+    outcome = cli(*shlex.split(f"{RECOVER} --resume {given}"))
+    assert outcome.code == 2 and f"error: {message}" in outcome.err
+    assert not Path("recovered").exists()
+
+
 def test_a_chain_learns_from_parent_grandparent_and_aunt(cli: Cli, work: Path) -> None:
     half = "recover --teacher teacher --student student --steps 2 --out half --set recover.training.ema_decay=0.5"
     done(cli, f"{half} --set recover.training.batch_size=8")
@@ -192,12 +248,13 @@ def test_a_chain_learns_from_parent_grandparent_and_aunt(cli: Cli, work: Path) -
 
 
 @pytest.mark.parametrize(
-    "words", [f"{RECOVER} --set recover.training.ema_decay=0.9999", f"{PRUNE} --set prune.training.ema_decay=0.9999"]
+    ("command", "section"), [(RECOVER, "recover.training"), (PRUNE, "prune.training"), (TRAIN, "train")]
 )
-def test_an_average_that_is_too_slow_is_warned_of(cli: Cli, work: Path, words: str) -> None:
-    outcome = done(cli, f"{words} --dry-run")
-    assert "warning: the moving average" in outcome.err
-    assert "set ema_decay to" in outcome.err
+def test_an_average_that_is_too_slow_is_warned_of(command: str, section: str, cli: Cli, work: Path) -> None:
+    """The warning's own advice, typed as it stands, silences it."""
+    outcome = done(cli, f"{command} --set {section}.ema_decay=0.9999 --dry-run")
+    (advice,) = re.findall(rf"warning: the moving average .*: (--set {section}\.ema_decay=\S+) or less", outcome.err)
+    assert "warning" not in done(cli, f"{command} {advice} --dry-run").err
 
 
 def test_sample(cli: Cli, work: Path) -> None:
@@ -238,9 +295,8 @@ def test_grid_of_finished_samples_is_drawn_later(cli: Cli, work: Path) -> None:
 
 def test_evaluate(cli: Cli, work: Path) -> None:
     done(cli, SAMPLE)
-    printed = done(
-        cli, "evaluate --samples drawn/samples.npz --reference digits:heldout --out evaluation.json --json"
-    ).last_json
+    outcome = done(cli, "evaluate --samples drawn/samples.npz --reference digits:heldout --out evaluation.json --json")
+    printed = outcome.last_json
     record = json.loads(Path("evaluation.json").read_text(encoding="utf-8"))
     wanted = {"fid", "sfid", "inception_score", "precision", "recall", "num_images", "features", "protocol"}
     assert wanted <= set(record)
@@ -248,6 +304,44 @@ def test_evaluate(cli: Cli, work: Path) -> None:
     assert printed["fid"] == record["fid"] > 0
     assert "ddim 5 steps" in record["protocol"]
     assert "digits:heldout" in record["protocol"]
+    rows = {line[:20].strip(): line[20:] for line in outcome.err.splitlines()}
+    assert rows["FID"] == (
+        f"{significant(record['fid'])}   (features of digits-classifier: no FID of Inception features compares; "
+        "6 images and 360 reference images: biased upward, compare only at equal counts)"
+    )
+    assert rows["sFID"] == significant(record["sfid"])
+    assert rows["Inception Score"] == significant(record["inception_score"])
+    assert rows["precision, recall"] == f"{significant(record['precision'])}, {significant(record['recall'])}"
+    assert rows["images"] == "6 of drawn/samples.npz, against 360 of digits:heldout"
+    assert rows["protocol"] == record["protocol"]
+    again = done(cli, "evaluate --samples drawn/samples.npz --reference digits:heldout --out evaluation.json")
+    assert {line[:20].strip(): line[20:] for line in again.err.splitlines()} | rows == rows | {
+        "evaluation.json is f": "inished; --overwrite starts anew"
+    }, "a finished evaluation prints its numbers again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "remark"),
+    [
+        ({}, ""),
+        ({"num_images": 9_999}, "9,999 images: biased upward, compare only at equal counts"),
+        (
+            {"reference": {"name": "real", "count": 500}},
+            "500 reference images: biased upward, compare only at equal counts",
+        ),
+        ({"reference": {"name": "real", "count": 500}, "protocol": "real 500 with stored moments"}, ""),
+        ({"features": {"name": "dinov2"}}, "features of dinov2: no FID of Inception features compares"),
+    ],
+)
+def test_what_limits_an_fid_stands_beside_it(changes: dict[str, Any], remark: str) -> None:
+    record = {
+        "fid": 12.34, "sfid": None, "inception_score": 9.0, "precision": 0.5, "recall": 0.25, "num_images": 50_000,
+        "features": {"name": INCEPTION}, "reference": {"name": "real", "count": 10_000}, "protocol": "p",
+    }  # fmt: skip
+    lines = score_lines(record | changes, "s.npz")
+    assert lines[0] == f"{'FID':20}12.3" + (f"   ({remark})" if remark else "")
+    assert lines[1] == f"{'sFID':20}–", "what was not measured has no number"
+    assert score_lines({}, "s.npz")[0].startswith("FID"), "a record that lost its numbers is no traceback"
 
 
 def test_train(cli: Cli, work: Path) -> None:
@@ -270,7 +364,12 @@ def test_inspect(cli: Cli, work: Path) -> None:
     assert official["hash"] == parent["hash"], "the same model, whatever the file"
     text = done(cli, "inspect student").out
     assert "51,296" in text
-    assert parent["hash"][:12] in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "kept.blocks [0, 2]" in lines
+    assert f"parent {parent['hash'][:12]} 4 blocks, not pruned" in lines
+    done(cli, "prune --teacher student --criterion indices --keep 1 --out quarter")
+    lines = [" ".join(line.split()) for line in done(cli, "inspect quarter").out.splitlines()]
+    assert f"parent {facts['hash'][:12]} 2 blocks, which are 0, 2 of its own parent" in lines
 
 
 def test_recipes(cli: Cli) -> None:
@@ -319,6 +418,10 @@ def test_run(cli: Cli, work: Path) -> None:
     ):
         assert Path("whole", name).is_file(), name
     assert outcome.last_json["report"] == "whole/report.html"
+    with np.load("whole/samples/real.npz") as real:
+        assert real["arr_0"].shape == (40, 8, 8, 1) and real["arr_0"].dtype == np.uint8
+        assert len(np.unique(real["arr_0"], axis=0)) == 40, "spread over the set, not one image again"
+    assert 'alt="real images"' in Path("whole/report.html").read_text(encoding="utf-8")
     before = files(work / "whole")
     again = done(cli, RUN)
     assert "finished" in again.err
@@ -468,8 +571,9 @@ def test_stopped_and_continued_is_the_same_as_never_stopped(cli: Cli, work: Path
     steps = [int(p.name.removeprefix("step-")) for p in Path("stopped/checkpoints").glob("step-*")]
     assert 0 < max(steps) < 120
 
-    done(cli, f"{LONG} --out stopped")
-    done(cli, f"{LONG} --out straight")
+    continued = done(cli, f"{LONG} --out stopped")
+    assert f"recover: continues from step {max(steps)} of 120" in continued.err.splitlines()
+    assert "continues" not in done(cli, f"{LONG} --out straight").err
     for name in ("student", "student-raw"):
         stopped, straight = (load_file(f"{run}/{name}/model.safetensors") for run in ("stopped", "straight"))
         assert all(stopped[key].equal(straight[key]) for key in straight)

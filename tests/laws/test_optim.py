@@ -51,12 +51,12 @@ def test_decay_zero_follows_and_decay_one_is_refused() -> None:
     [(0.9999, 10_000, True), (0.9999, 100_000, False), (0.999, 10_009, False), (0.99, 10, True), (0.0, 1, False)],
 )
 def test_an_average_longer_than_the_run_is_reported(decay: float, steps: int, warns: bool) -> None:
-    message = horizon_warning(decay, steps)
+    message = horizon_warning(decay, steps, "recover.training")
     assert (message is not None) == warns
     if message:
-        assert f"{decay**steps:.0%}" in message and "--weights raw" in message and "set ema_decay to" in message
-        advised = float(message.split("set ema_decay to ")[1].split()[0])
-        assert horizon_warning(advised, steps) is None, "the advice is good"
+        assert f"{decay**steps:.0%}" in message and "--set recover.training.ema_decay=" in message
+        advised = float(message.split("ema_decay=")[1].split()[0])
+        assert horizon_warning(advised, steps, "recover.training") is None, "the advice is good"
 
 
 def rates(**changes: Any) -> list[float]:

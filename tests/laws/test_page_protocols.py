@@ -371,7 +371,7 @@ def test_pictures_number_the_blocks_of_every_list(tmp_path: Path) -> None:
         ["5", "2", "3", "5"],
         ["2", "1", "1", "8"],
     ]
-    assert "this student: 2.00×" in speed.wide
+    assert "this student's depth" in speed.wide
     other = {
         "depth": 5,
         "latency_ms": 9.0,

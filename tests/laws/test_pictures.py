@@ -36,7 +36,8 @@ from tinyfusion.models.checkpoint import LoadedModel, save_model
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.report import findings, pictures
 from tinyfusion.report.charts import above_chance, dynamics_points, marginal_levels, spans
-from tinyfusion.report.facts import checks, final_confidence
+from tinyfusion.report.decisions import final_confidence
+from tinyfusion.report.facts import checks
 from tinyfusion.report.pictures import Mark, label_rows, linear_of
 
 DIGITS = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=4, num_heads=2, num_classes=10)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -21,9 +23,11 @@ from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.report import read_run, render_run, report
 from tinyfusion.models.checkpoint import save_model
 from tinyfusion.report import facts
+from tinyfusion.report.canvas import EDGE_RGBA
 from tinyfusion.report.charts import Curve, dynamics_points, loss_curves, spans
+from tinyfusion.report.decisions import block_lists
 from tinyfusion.report.format import count, duration, percent, significant
-from tinyfusion.report.render import embedded_record
+from tinyfusion.report.render import _grids, _small_grid, embedded_record
 
 KEPT = [1, 2, 5, 6]
 HOSTILE = "<script>alert('x')</script>&\"</script>"
@@ -253,7 +257,7 @@ def test_small_losses_keep_their_labels_and_legends_stand_above_the_axes() -> No
 def test_expected_numbers_are_checked(finished: str) -> None:
     text = Page(finished).text
     assert re.search(r"student\.digits\.fid three seeds 5\.00 ± 0\.50 5\.31 ok", text)
-    assert re.search(r"speedup 1\.50 ± 0\.10 1\.96 off", text)
+    assert re.search(r"speedup 1\.50 ± 0\.10 1\.96 better", text)
     assert re.search(r"student\.elsewhere\.fid 1\.00 ± 0\.10 – not measured", text)
 
 
@@ -395,7 +399,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
     write(tmp_path / "run.json", stamp("prune", {}, "done"))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0\n{"step": 1}\n')
-    with pytest.raises(UserError, match="line 1 is not JSON"):
+    with pytest.raises(UserError, match="metrics.jsonl, line 1, is damaged: not valid JSON"):
         read_run(tmp_path)
 
 
@@ -434,3 +438,199 @@ def test_the_page_is_made_without_torch(tmp_path: Path) -> None:
     code += "page = render_run(Path(sys.argv[1])); assert '</html>' in page; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+# ------------------------------------------------------------------------------------------- what may mislead is marked
+
+
+def timed(path: Path, speedup: float, spread: list[float]) -> Path:
+    """A run whose speed was measured so; the MACs ratio is 13.8 / 7.0, or 1.97. spread: of the teacher's milliseconds."""
+    folder = make_run(path)
+    speed = json.loads((folder / "speed.json").read_text(encoding="utf-8"))
+    speed["speedup"] = speedup
+    speed["models"]["teacher"]["latency_ms_spread"] = spread
+    write(folder / "speed.json", speed)
+    return folder
+
+
+STEADY, SCATTERED = [21.0, 22.0], [15.0, 40.0]
+
+
+@pytest.mark.parametrize(
+    ("speedup", "spread", "note", "state"),
+    [
+        (1.55, STEADY, "far from the 1.97× of the MACs: what is not a block", "ok"),
+        (1.96, STEADY, "half of the ratios in 1.91× to 2.03×", "better"),  # 1.5 ± 0.1 was expected
+        (0.91, SCATTERED, "far from the 1.97× of the MACs: the times scatter, so this machine was busy", "busy machine?"),
+        (4.20, SCATTERED, "far from the 1.97× of the MACs: the times scatter, so this machine was busy", "busy machine?"),
+        (1.20, STEADY, "far from the 1.97× of the MACs: what is not a block", "off"),
+    ],
+)  # fmt: skip
+def test_a_speed_up_far_from_the_macs_is_marked(
+    speedup: float, spread: list[float], note: str, state: str, tmp_path: Path
+) -> None:
+    text = Page(render_run(timed(tmp_path / "run", speedup, spread))).text
+    assert note in text
+    assert re.search(rf"speedup (far from.*? )?1\.50 ± 0\.10 {significant(speedup)} {re.escape(state)}", text)
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "state"),
+    [
+        ("student.digits.fid", 4.4, "better"), ("student.digits.fid", 5.6, "off"), ("student.digits.fid", 5.1, "ok"),
+        ("student.digits.recall", 5.6, "better"), ("student.macs", 4.4, "off"), ("student.macs", None, "missing"),
+    ],
+)  # fmt: skip
+def test_better_than_expected_is_not_red(metric: str, value: float | None, state: str) -> None:
+    assert facts._compared(metric, value, wanted=5.0, tolerance=0.5) == state
+
+
+def test_the_page_has_one_speed_and_says_why_its_curve_is_another_measurement(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    points = [
+        {"depth": depth, "latency_ms": 20.0 / ratio, "speedup": ratio, "speedup_spread": [ratio, ratio]}
+        for depth, ratio in ((8, 1.0), (4, 2.22))
+    ]
+    write(folder / "depth_speed.json", {"teacher_depth": 8, "points": points, "protocol": "7 steps"})
+    page = render_run(folder)
+    assert "the speed-up of this student is the 1.96× above" in Page(page).text
+    assert not re.search(r"student[^<]*2\.22×", page), "the curve's number stands in its table alone"
+
+
+def test_white_images_have_an_edge() -> None:
+    white = np.full((3, 4, 4, 1), 255, np.uint8)
+    grid = _small_grid(white, [0, 1, 2, -1], 2)
+    assert grid.shape == (11, 11, 4)
+    for top, left in ((0, 0), (0, 5), (5, 0)):
+        tile = grid[top : top + 6, left : left + 6]
+        assert (tile[1:-1, 1:-1] == 255).all()
+        assert all(
+            (tuple(pixel) == EDGE_RGBA) for edge in (tile[0], tile[-1], tile[:, 0], tile[:, -1]) for pixel in edge
+        )
+    assert (grid[6:, 6:, 3] == 0).all(), "a gap has none"
+
+
+def test_decisions_at_chance_look_like_it(tmp_path: Path) -> None:
+    """A choice of 0.517 between two is a coin toss; one of 0.9 is not."""
+    folder = make_prune(tmp_path / "run")
+    plan = plan_values()
+    plan["scores"]["blocks"] = [[0.483, 0.517], [0.7, 0.3], [0.1, 0.9], [0.8, 0.2]]
+    write(folder / "plan.json", plan)
+    (group, *others) = block_lists(read_run(folder))["blocks"]
+    assert group.is_coin_toss and group.undecided == {0, 1} and not any(other.undecided for other in others)
+    page = render_run(folder)
+    text = Page(page).text
+    assert "1 of 2 a coin toss (52 %)" in text and "90 % sure" in text and "52 % sure" not in text
+    assert "2 of 8 blocks were decided at chance: another seed may choose others" in text
+    assert len(re.findall(r'class="block (?:kept|dropped) undecided" title', page)) == 2
+    assert "at chance" not in Page(render_run(make_prune(tmp_path / "sure"))).text.replace("No colour is chance", "")
+
+
+def test_of_a_subset_every_block_has_its_own_chance(tmp_path: Path) -> None:
+    folder = make_prune(tmp_path / "run")
+    plan = plan_values() | {"distribution": "subset", "scheme": "4:8", "groups": {"blocks": [[4, 8]]}}
+    plan["scores"] = {
+        "meaning": "probability of each block to stay",
+        "blocks": [[0.1, 0.9, 0.52, 0.2, 0.3, 0.8, 0.7, 0.48]],
+    }
+    write(folder / "plan.json", plan)
+    (group,) = block_lists(read_run(folder))["blocks"]
+    # kept is 1, 2, 5, 6: block 2 stays by 0.52 and block 7 goes by 0.48, chance being 4 of 8
+    assert group.undecided == {2, 7} and not group.is_coin_toss
+
+
+def test_tables_scroll_visibly(finished: str) -> None:
+    """A table that is wider than a phone has a scroll bar and shadows, and the keyboard reaches it."""
+    style = finished[finished.index(".scroll {") : finished.index(".scroll:focus-visible")]
+    assert "overflow-x: auto" in style and "scrollbar-width: thin" in style and style.count("no-repeat scroll") == 2
+    tables = re.findall(r"<(div|details)[^>]*>\s*<table", finished)
+    assert tables and finished.count('<div class="scroll" tabindex="0">') >= len(tables)
+
+
+def test_real_images_stand_last_with_labels_of_their_own(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    np.savez(
+        folder / "samples" / "real.npz", arr_0=np.zeros((6, 8, 8, 1), np.uint8), arr_1=np.array([3, 3, 3, 7, 7, 7])
+    )
+    write(folder / "samples" / "real.json", {"protocol": "the first images of each class of own"})
+    *drawn, real = _grids(read_run(folder))
+    assert (real.name, real.columns) == ("real images", ["3", "7"])
+    assert all(grid.columns == [str(i) for i in range(10)] for grid in drawn)
+    text = Page(render_run(folder)).text
+    assert "The same seeds, drawn by each model" in text, "real images have no seed that could differ"
+
+
+# ---------------------------------------------------------------------------------------------------- mistyped records
+
+HUGE = 10**40
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "message"),
+    [
+        ("run.json", "seconds", "long", "run.json is damaged: seconds: wanted a number, got 'long'"),
+        ("run.json", "stages", [1], "run.json is damaged: stages: wanted an object, got [1]"),
+        ("run.json", "stages.prune", True, "run.json is damaged: stages.prune: wanted a number from 0 on, got True"),
+        ("run.json", "recipe.expected.0.value", None, "recipe.expected[0].value: wanted a number, got None"),
+        ("run.json", "recipe.evaluate.references", "digits", "recipe.evaluate.references: wanted a list, got 'digits'"),
+        ("run.json", "format_version", "new", "run.json is damaged: format_version: wanted a whole number, got 'new'"),
+        ("prune/run.json", "seen_images", [], "prune/run.json is damaged: seen_images: wanted a number, got []"),
+        ("prune/plan.json", "kept.blocks", [1, 2, 5, 60], "plan.json is damaged: kept.blocks is [1, 2, 5, 60], of 8 blocks"),
+        ("prune/plan.json", "groups.blocks", [[1, 2]], "plan.json is damaged: groups.blocks do not make up 8 blocks"),
+        ("prune/plan.json", "kept.blocks", "all", "plan.json: the plan is incomplete or damaged"),
+        ("recover/student/model.json", "arch", 7, "model.json is damaged: arch: wanted an object, got 7"),
+        ("evaluations/student-digits.json", "fid", "low", "student-digits.json is damaged: fid: wanted a number, got 'low'"),
+        ("evaluations/student-digits.json", "fid", HUGE, "student-digits.json is damaged: fid: wanted a number, got 1000000"),
+        ("evaluations/student-digits.json", "fid", float("nan"), "student-digits.json is damaged: fid: wanted a number, got nan"),
+        ("speed.json", "speedup", {}, "speed.json is damaged: speedup: wanted a number from 0 on, got {}"),
+        ("speed.json", "models.teacher.macs", 0, "models.teacher.macs: wanted a number from 1 on, got 0"),
+        ("speed.json", "speedup_spread", [1.0], "speedup_spread: wanted a list of 2, got [1.0]"),
+        ("speed.json", "models.student.depth", ..., "models.student.depth is missing"),
+        ("prune/metrics.jsonl", "3.step", "x", "metrics.jsonl, line 4, is damaged: step: wanted a whole number, got 'x'"),
+        ("prune/metrics.jsonl", "3.loss", "x", "metrics.jsonl, line 4, is damaged: loss: wanted a number, got 'x'"),
+        ("prune/metrics.jsonl", "3.kept.blocks", [-1], "line 4, is damaged: kept.blocks[0]: wanted a whole number from 0 on"),
+        ("prune/metrics.jsonl", "3", "step", "metrics.jsonl, line 4, is damaged: the whole: wanted an object, got 'step'"),
+        ("prune/metrics.jsonl", "3.confidence.blocks", [0.5], "the files of "),  # of the right type, and too few
+    ],
+)  # fmt: skip
+def test_a_mistyped_record_is_named_with_its_field(
+    file: str, field: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    path = make_run(tmp_path / "run") / file
+    lines = file.endswith(".jsonl")
+    text = path.read_text(encoding="utf-8")
+    record = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    *way, last = [int(name) if name.isdecimal() else name for name in field.split(".")]
+    inner: Any = record
+    for name in way:
+        inner = inner[name]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    write_lines(path, record) if lines else write(path, record)
+    with pytest.raises(UserError, match=re.escape(message)):
+        render_run(tmp_path / "run")
+
+
+def test_a_metrics_line_that_nobody_can_parse_is_one_error(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run") / "prune" / "metrics.jsonl"
+    for text, reason in (("[" * 100_000, "nested too deeply"), ('{"step": ' + "1" * 5_000 + "}", "not valid JSON")):
+        path.write_text(f'{text}\n{{"step": 1}}\n', encoding="utf-8")
+        with pytest.raises(UserError, match=f"metrics.jsonl, line 1, is damaged: .*{reason}"):
+            read_run(tmp_path / "run")
+    path.write_bytes(b"\xff\xfe{}\n")
+    with pytest.raises(UserError, match="metrics.jsonl is damaged: not UTF-8"):
+        read_run(tmp_path / "run")
+
+
+def test_names_that_are_no_utf_8_have_a_page(tmp_path: Path) -> None:
+    folder = make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/digits-\xff")))
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    write(folder / "run.json", record | {"command": f"tinyfusion run --out {folder}"})
+    scores = folder / "evaluations"
+    shutil.copy(scores / "student-digits.json", os.fsencode(scores) + b"/caf\xe9.json")
+    report([folder], RunOptions(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "digits-?" in Page(page).text and "tinyfusion run --out" in page
+    report([folder], RunOptions(tmp_path / "page.html"))  # the same runs: written anew

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import available_memory_bytes
 
 
 def flush_denormals() -> None:
@@ -27,3 +28,10 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} is not available here: use auto, cpu, cuda or mps") from error
     return device
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes of memory that are free on a device; None where the device does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory_bytes() if device.type == "cpu" else None

@@ -38,9 +38,21 @@ class _Lines:
         left_s = (self.total - done) / rate
         end = f"  {note}" if note else ""
         print(
-            f"{self.title}: {done:,} of {self.total:,} {self.unit}, {rate:.0f}/s, {left_s:.0f} s left{end}",
+            f"{self.title}: {done:,} of {self.total:,} {self.unit}, {_significant(rate)}/s, {_time(left_s)} left{end}",
             file=sys.stderr,
         )
+
+
+def _significant(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def _time(seconds: float) -> str:
+    """A duration for people: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager

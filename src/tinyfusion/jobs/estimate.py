@@ -90,7 +90,7 @@ def training_estimate(training: Training) -> Estimate:
 
 
 def training_memory(training: Training) -> tuple[MemoryPlan, list[str]]:
-    """What one process will hold, and the text that is printed of it before the first step. Every process must call."""
+    """What one process will hold, and its table for the log and `--dry-run`. Every process must call."""
     state, settings, engine = training.state, training.settings, training.engine
     beside = [model.module for model in (training.model, training.teacher) if model]
     footprint = footprint_of(

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.recipe import EvaluateSection, Recipe
-from tinyfusion.core.rundir import file_output, read_json, stamp, write_json
+from tinyfusion.core.rundir import file_output, read_json, stamp, write_json, written_beside
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.image_source import ImageSource, source_of
 from tinyfusion.data.parquet import WHOLE
 from tinyfusion.evaluate.features import FeatureExtractor
+from tinyfusion.evaluate.inception import INCEPTION
 from tinyfusion.evaluate.metrics import frechet_distance, nearest_training_distance, precision_recall
 from tinyfusion.jobs.against import fidelity, open_pairs
 from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
 from tinyfusion.jobs.extractors import open_extractor
 from tinyfusion.jobs.references import Reference, open_images, open_reference, statistics_of
+from tinyfusion.report.format import count, significant
+from tinyfusion.report.scores import UNBIASED_IMAGES
 
 __all__ = ["Reference", "evaluate", "image_hash", "open_extractor", "open_reference", "protocol_of", "score"]
 
@@ -34,14 +39,30 @@ METRICS = (
     "num_images",
     "protocol",
 )
+_TABLE = {  # label and metrics of every row of the table for people
+    "FID": ("fid",),
+    "sFID": ("sfid",),
+    "Inception Score": ("inception_score",),
+    "precision, recall": ("precision", "recall"),
+}
+NUM_EXAMPLES = 40  # of real images on the page
+_STORED = " with stored moments"
 
 
 def evaluate(
-    recipe: Recipe, options: RunOptions, samples: Path, reference: str, against: Path | None = None
+    recipe: Recipe,
+    options: RunOptions,
+    samples: Path,
+    reference: str,
+    against: Path | None = None,
+    print_table: bool = True,
+    examples: Path | None = None,
 ) -> dict[str, Any]:
-    """Score images (npz, folder of PNGs, real set by name) against a reference; writes the JSON at `options.out`.
+    """Score images (npz, folder of images, real set by name) against a reference; writes the JSON at `options.out`.
 
     against: an npz that another model drew from the same seeds; PSNR and SSIM of the pairs go with the scores.
+    print_table: the numbers, their protocol and what limits them, on stderr. examples: an npz to write for the page, of
+    some images of the reference.
     """
     settings = recipe.evaluate
     extractor = open_extractor(settings.features, str(device_for(recipe)))
@@ -60,9 +81,11 @@ def evaluate(
         plain["evaluate"].pop(other)
     if not file_output(options.out, "evaluate", plain, options.overwrite, read_json):
         print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
-        return _numbers(read_json(options.out))
+        return _outcome(read_json_object(options.out), str(samples), print_table)
     if options.dry_run:
         return {"protocol": protocol}
+    if examples is not None and real.source is not None:
+        _write_examples(real.source, real.name, examples)
     scores = score(images, real, extractor, settings.neighbours, settings.is_splits_size)
     if others is not None and against is not None:
         scores["against"] = fidelity(images, others, against, inputs["against"])
@@ -75,7 +98,17 @@ def evaluate(
     }
     file_output(options.out, "evaluate", plain, options.overwrite, read_json)  # again: nothing of others is replaced
     write_json(options.out, record)
-    return _numbers(record)
+    return _outcome(record, str(samples), print_table)
+
+
+def _write_examples(source: ImageSource, name: str, path: Path) -> None:
+    """Some images of a reference as an npz: evenly spread where all are in memory, else the first."""
+    num = min(NUM_EXAMPLES, len(source))
+    chosen = np.linspace(0, len(source) - 1, num).astype(int)
+    images = next(source.read(num)) if source.array is None else source.array[chosen]
+    write_json(path.with_suffix(".json"), {"protocol": f"{num} images of {name}"})
+    with written_beside(path) as part, open(part, "wb") as file:
+        np.savez(file, arr_0=images)
 
 
 def score(
@@ -129,7 +162,7 @@ def protocol_of(
     """
     treatment = extractor.treatment(shape) if shape else reference.treatment
     seen = f" at {treatment}" if treatment else ""
-    stored = " with stored moments" if reference.stored else ""
+    stored = _STORED if reference.stored else ""
     features = (
         f"{extractor.name} {extractor.hash[:8]}{seen}, k {settings.neighbours}, splits of {settings.is_splits_size}"
     )
@@ -190,6 +223,54 @@ def _check_count(images: ImageSource, what: str, settings: EvaluateSection) -> N
         )
 
 
-def _numbers(record: dict[str, Any]) -> dict[str, Any]:
-    """What the command line prints of an evaluation."""
-    return {name: record[name] for name in (*METRICS, *(["against"] if "against" in record else []))}
+def _outcome(record: Mapping[str, Any], samples: str, print_table: bool) -> dict[str, Any]:
+    """The numbers of an evaluation's record, for `--json`; also printed as a table where that is asked for."""
+    numbers = {name: record.get(name) for name in (*METRICS, *(["against"] if "against" in record else []))}
+    if print_table:
+        for line in score_lines(record, samples):
+            print(line, file=sys.stderr)
+    return numbers
+
+
+def score_lines(record: Mapping[str, Any], samples: str) -> list[str]:
+    """The table of an evaluation for people: numbers, counts and protocol, and what limits the FID beside it."""
+    reference, features = _section(record, "reference"), _section(record, "features")
+    num_images, num_real = _number(record.get("num_images")), _number(reference.get("count"))
+    protocol = str(record.get("protocol"))
+    real_in_fid = None if _STORED in protocol else num_real
+    rows = {
+        label: ", ".join(significant(_number(record.get(name))) for name in names) for label, names in _TABLE.items()
+    }
+    remarks = []
+    if features.get("name") != INCEPTION:
+        remarks.append(f"features of {features.get('name')}: no FID of Inception features compares")
+    few = [
+        f"{count(num)} {what}"
+        for what, num in (("images", num_images), ("reference images", real_in_fid))
+        if _is_few(num)
+    ]
+    if few:
+        remarks.append(f"{' and '.join(few)}: biased upward, compare only at equal counts")
+    rows["FID"] += f"   ({'; '.join(remarks)})" if remarks else ""
+    pairs = _section(record, "against")
+    if pairs:
+        rows["PSNR, SSIM"] = (
+            f"{significant(_number(pairs.get('psnr_db')))} dB, {significant(_number(pairs.get('ssim')))}"
+        )
+    rows["images"] = f"{count(num_images)} of {samples}, against {count(num_real or None)} of {reference.get('name')}"
+    rows["protocol"] = protocol
+    return [f"{label:20}{text}" for label, text in rows.items()]
+
+
+def _section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = record.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _is_few(num: float | None) -> bool:
+    """Whether an FID over so many images is visibly biased; 0 stands for moments alone, whose number is unknown."""
+    return num is not None and 0 < num < UNBIASED_IMAGES

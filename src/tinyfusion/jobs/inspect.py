@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -74,3 +75,14 @@ def inspect(model: LoadedModel) -> dict[str, Any]:
         "origin": model.origin,
         "unfit_formats": model.unfit_formats(),
     }
+
+
+def parent_words(parent: Mapping[str, Any]) -> str:
+    """An ancestor of the lineage on one line: hash, blocks, and which blocks of its own parent these are, if it was cut."""
+    depth, kept = parent.get("depth") or {}, parent.get("kept")
+    several = len(depth) > 1
+    sizes = ", ".join(f"{blocks} {name if several else 'blocks'}" for name, blocks in depth.items())
+    if not kept:
+        return f"{str(parent.get('hash'))[:12]} {sizes}, not pruned"
+    blocks = "; ".join(f"{f'{name} ' * several}{', '.join(map(str, own))}" for name, own in kept.items())
+    return f"{str(parent.get('hash'))[:12]} {sizes}, which are {blocks} of its own parent"

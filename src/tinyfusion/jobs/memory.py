@@ -1,4 +1,4 @@
-"""What a training holds on one device, as a sum of parts: the plan that is printed before the first step.
+"""What a training holds on one device, as a sum of parts: the plan that `--dry-run` prints and every log has.
 
 Weights, gradients, moments and averages are counted from shapes, activations from what `jobs/footprint.py` measured on one
 block. Everything here is arithmetic, so that other batch sizes, types and numbers of processes are told without running.

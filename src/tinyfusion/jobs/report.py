@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import file_label
+from tinyfusion.core.reading import parse_json, read_text
 from tinyfusion.core.rundir import FORMAT_VERSION, RunDirectory, file_output, read_json, stamp, write_text
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.models.plan import PrunePlan, plan_from_json
 from tinyfusion.prune.scheme import parse_scheme, scheme_pairs
+from tinyfusion.report import schema
+from tinyfusion.report.format import printable
 from tinyfusion.report.render import embedded_record, render
 from tinyfusion.report.run_data import MODELS, Look, RunData, Samples
 
@@ -57,31 +59,32 @@ def read_run(path: Path) -> RunData:
     stages = {stage: path / stage for stage in nested} if verb == "run" else {verb: path}
     logged = {stage: _metrics(folder / "metrics.jsonl") for stage, folder in stages.items()}
     metrics = {stage: kept for stage, lines in logged.items() if (kept := [x for x in lines if "watch" not in x])}
-    records = {
-        stage: read_json(folder / "run.json") for stage, folder in stages.items() if (folder / "run.json").is_file()
-    }
+    found = {stage: _json_if_there(folder / "run.json", schema.RUN) for stage, folder in stages.items()}
+    records = {stage: values for stage, values in found.items() if values is not None}
     models = {name: path / folder / "model.json" for name, folder in MODEL_FOLDERS[verb].items()}
-    described = {name: read_json(file) for name, file in models.items() if file.is_file()}
+    described = {
+        name: values for name, file in models.items() if (values := _json_if_there(file, schema.MODEL)) is not None
+    }
     plan, decided = _plan(path, record, metrics.get("prune", []), described)
     samples, notes = _samples(path / "samples")
     return RunData(
-        name=str(path),
+        name=printable(str(path)),
         record=record,
         plan=plan,
         decided=decided,
         metrics=metrics,
         records=records,
         evaluations=_evaluations(path),
-        speed=_json_if_there(path / "speed.json"),
+        speed=_json_if_there(path / "speed.json", schema.SPEED),
         samples=samples,
         pairs=_pairs(path),
         models=described,
-        calibration=_json_if_there(stages.get("prune", path) / "calibration.json"),
-        activations=_json_if_there(path / "activations.json"),
-        depth_speed=_json_if_there(path / "depth_speed.json"),
-        kept=_json_if_there(stages.get("dynamic", path) / "kept.json"),
-        reached=_json_if_there(stages.get("dynamic", path) / "dynamic.json"),
-        fid_steps=_json_if_there(path / "fid_steps.json") or (),
+        calibration=_json_if_there(stages.get("prune", path) / "calibration.json", schema.CALIBRATION),
+        activations=_json_if_there(path / "activations.json", schema.ACTIVATIONS),
+        depth_speed=_json_if_there(path / "depth_speed.json", schema.DEPTH_SPEED),
+        kept=_json_if_there(stages.get("dynamic", path) / "kept.json", schema.KEPT),
+        reached=_json_if_there(stages.get("dynamic", path) / "dynamic.json", schema.DYNAMIC),
+        fid_steps=_json_if_there(path / "fid_steps.json", schema.FID_STEPS) or (),
         watched={stage: looks for stage, folder in stages.items() if (looks := _looks(RunDirectory(folder).watched))},
         watch_lines={stage: [line for line in lines if "watch" in line] for stage, lines in logged.items()},
         notes=notes,
@@ -98,6 +101,7 @@ def _record(path: Path) -> dict[str, Any]:
     record = read_json(path / "run.json")
     if not isinstance(record, dict) or record.get("made_by") != "tinyfusion" or record.get("verb") not in VERBS:
         raise UserError(f"{path} is not a run folder of tinyfusion: its run.json was made by something else")
+    _check(record, schema.RUN, path / "run.json")
     if record.get("format_version", 0) > FORMAT_VERSION:
         raise UserError(
             f"{path} was written in format {record['format_version']}; this tinyfusion reads up to {FORMAT_VERSION}: upgrade"
@@ -105,22 +109,34 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _json_if_there(path: Path) -> Any:
-    return read_json(path) if path.is_file() else None
+def _json_if_there(path: Path, kind: Any) -> Any:
+    """The value in a JSON file, None where there is no file. kind: its schema, see `report/schema.py`."""
+    if not path.is_file():
+        return None
+    return _check(read_json(path), kind, path)
+
+
+def _check(value: Any, kind: Any, source: Path | str) -> Any:
+    """The value. Raises UserError, with the file and the field, where it is not of its schema."""
+    if wrong := schema.mismatch(value, kind):
+        raise UserError(f"{source} is damaged: {wrong}; correct or remove it")
+    return value
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line that is still being written is left out."""
     if not path.is_file():
         return []
-    texts = [text for text in path.read_text(encoding="utf-8").splitlines() if text.strip()]
+    texts = [text for text in read_text(path).splitlines() if text.strip()]
     lines: list[dict[str, Any]] = []
-    for i, text in enumerate(texts):
+    for i, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if i + 1 < len(texts):
-                raise UserError(f"{path} is damaged: line {i + 1} is not JSON ({error})") from error
+            lines.append(parse_json(text, f"{path}, line {i},"))
+        except UserError:
+            if i < len(texts):
+                raise
+    for i, line in enumerate(lines, start=1):
+        _check(line, schema.LINE, f"{path}, line {i},")
     return lines
 
 
@@ -130,10 +146,10 @@ def _plan(
     """The decision and whether it is final: plan.json, that inside a model, else the last logged favourite."""
     for file in (path / "prune" / "plan.json", path / "plan.json"):
         if file.is_file():
-            return plan_from_json(read_json(file)), True
-    for model in models.values():
+            return _sound_plan(read_json(file), file), True
+    for name, model in models.items():
         if model.get("plan"):
-            return plan_from_json(model["plan"]), True
+            return _sound_plan(model["plan"], f"{path}: model.json of {name}"), True
     decisions = [line for line in lines if "kept" in line and "confidence" in line]
     settings = (record.get("recipe") or {}).get("prune") or {}
     if not decisions or not settings.get("scheme"):
@@ -146,6 +162,22 @@ def _plan(
         for name, listed in parse_scheme(scheme, depth, distribution or "categorical").items()
     }
     return PrunePlan(last["kept"], depth, settings["criterion"], scheme, distribution, groups=groups), False
+
+
+def _sound_plan(values: Any, source: Path | str) -> PrunePlan:
+    """A plan whose blocks are blocks of the teacher. Raises UserError with the file."""
+    try:
+        plan = plan_from_json(values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    for name, kept in plan.kept.items():
+        depth = plan.depth.get(name, 0)
+        if any(not 0 <= block < depth for block in kept):
+            raise UserError(f"{source} is damaged: kept.{name} is {kept}, of {depth} blocks; correct or remove it")
+        groups = (plan.groups or {}).get(name)
+        if groups is not None and sum(size for _, size in groups) != depth:
+            raise UserError(f"{source} is damaged: groups.{name} do not make up {depth} blocks; correct or remove it")
+    return plan
 
 
 def _logged_depths(scheme: str, line: Mapping[str, Any]) -> dict[str, int]:
@@ -161,11 +193,11 @@ def _scored(path: Path) -> list[tuple[str, str, dict[str, Any]]]:
     """(model, reference, evaluation) of every MODEL-REFERENCE.json; of another name the reference is empty."""
     found = []
     for file in sorted((path / "evaluations").glob("*.json")):
-        values = read_json(file)
-        if isinstance(values, dict):
-            model, _, reference = file.stem.partition("-")
-            whole = model in MODELS and reference
-            found.append((model if whole else file.stem, reference if whole else "", values))
+        values = _json_if_there(file, schema.EVALUATION)
+        stem = printable(file.stem)
+        model, _, reference = stem.partition("-")
+        whole = model in MODELS and reference
+        found.append((model if whole else stem, reference if whole else "", values))
     return found
 
 
@@ -205,7 +237,7 @@ def _samples(folder: Path) -> tuple[dict[str, Samples], tuple[str, ...]]:
             notes.append(f"{file.name} is not shown: it is larger than {MAX_SAMPLES_BYTES >> 30} GiB")
             continue
         images, labels = read_images_npz(file)
-        told = _json_if_there(file.with_suffix(".json")) or {}
+        told = _json_if_there(file.with_suffix(".json"), schema.SAMPLES) or {}
         found[name] = Samples(images, labels, str(told.get("protocol", "")), str(told.get("image_hash", "")))
     return found, tuple(notes)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tinyfusion.core.device import available_bytes
 from tinyfusion.core.progress import Advance, progress
 from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
@@ -24,6 +25,7 @@ from tinyfusion.core.rundir import RunDirectory, check_space
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.jobs.assemble import RunOptions, job_record
 from tinyfusion.jobs.estimate import training_memory
+from tinyfusion.jobs.memory import GIB
 from tinyfusion.jobs.watching import Watch
 from tinyfusion.models.checkpoint import LoadedModel, save_model
 from tinyfusion.models.stack import BlockStack
@@ -136,7 +138,8 @@ class TrainedRun:
             return True
         if self.mode == "new":
             self.engine.first(lambda: check_space(self.options.out, disk_bytes()))
-        warning = horizon_warning(settings.ema_decay, settings.made_steps) if settings else None
+        section = training_section(self.verb)
+        warning = horizon_warning(settings.ema_decay, settings.made_steps, section) if settings else None
         if warning and self.engine.is_main:
             print(f"warning: {warning}", file=sys.stderr)
         return False
@@ -148,6 +151,11 @@ class TrainedRun:
             self.folder.mark("running", job=job_record(self.recipe, self.options, **paths))
             yield self.folder
         self.engine.wait()  # nobody reads what the main process has not written yet
+
+
+def training_section(verb: str) -> str:
+    """The section of the recipe that sets the training of a verb."""
+    return "train" if verb == "train" else f"{verb}.training"
 
 
 def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> float:
@@ -166,7 +174,9 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
     run.note(f"{training.title}: {settings.made_steps} steps of {settings.batch_size} images, from step {start}")
     if resume is not None:
         run.note(f"resumed from {resume}")
-    warning = horizon_warning(settings.ema_decay, settings.made_steps)
+    if start and run.writes:
+        print(f"{training.title}: continues from step {start:,} of {settings.made_steps:,}", file=sys.stderr)
+    warning = horizon_warning(settings.ema_decay, settings.made_steps, training_section(training.title))
     if warning and not start:
         run.note(f"warning: {warning}")
     if engine.compute.compile and start < settings.made_steps:
@@ -178,7 +188,7 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
         )
     drawn = None if training.title == "prune" else training.model  # gates have nothing to show yet
     watch = Watch(training.recipe, run, drawn, training.title, start)
-    _plan_memory(training, run)
+    _note_memory(training, run)
     sitting = _Sitting(training, run, start, spent, watch)
     main_pid = engine.first(os.getpid)
     with (
@@ -215,13 +225,18 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
     return sitting.seconds()
 
 
-def _plan_memory(training: Training, run: RunDirectory) -> None:
-    """Say before the first step what it will hold, and what would fit."""
-    _, lines = training_memory(training)
+def _note_memory(training: Training, run: RunDirectory) -> None:
+    """Write the memory plan into the log, and its sum to stderr, before the first step."""
+    plan, lines = training_memory(training)
     for line in lines:
         run.note(line)
-        if run.writes:
-            print(line, file=sys.stderr)
+    if run.writes:
+        free = available_bytes(training.engine.device)
+        of_free = "" if free is None else f" of {free / GIB:,.1f}"
+        print(
+            f"{training.title}: needs about {plan.total / GIB:.2g}{of_free} GiB of memory (its parts: --dry-run)",
+            file=sys.stderr,
+        )
 
 
 class _Sitting:
@@ -231,6 +246,7 @@ class _Sitting:
         self.training, self.run, self.start, self.spent, self.watch = training, run, start, spent, watch
         self.began = self.logged = time.perf_counter()
         self.waited_s = 0.0
+        self.note = ""  # of the last logged step, for the progress line
         self.saved: Written | None = None
 
     def seconds(self) -> float:
@@ -254,7 +270,7 @@ class _Sitting:
         images = step * settings.batch_size
         self.waited_s += record.waited_s
         if record.step % settings.log_every_steps and step != settings.made_steps and record.applied:
-            bar(images)
+            bar(images, self.note)
             return
         values = record.values()
         now = time.perf_counter()
@@ -270,7 +286,9 @@ class _Sitting:
         line |= {**self.training.extra(record), "waiting": round(waiting, 4), "applied": record.applied, **bad}
         self.run.log(line)
         self.watch.log(record.step, line)
-        bar(images, f"loss {values['loss'] if values['loss'] is not None else math.nan:.4f}")
+        loss, norm = (math.nan if (value := values[name]) is None else value for name in ("loss", "gradient_norm"))
+        self.note = f"loss {loss:.4f}, gradient norm {norm:.3g}, learning rate {record.learning_rate:.2g}"
+        bar(images, self.note)
 
 
 def save(run: RunDirectory, model: LoadedModel, name: str) -> None:

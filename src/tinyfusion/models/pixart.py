@@ -29,7 +29,7 @@ _SIZES = {"input_size": "sample_size", "depth": "num_layers", "num_heads": "num_
           **{name: name for name in ("patch_size", "in_channels", "caption_channels", "interpolation_scale")}}  # fmt: skip
 UNFIT = {
     "official": "the published state dict has no prompts, and does not say its sizes",
-    "diffusers": "its folder has no prompts; model.module.net.save_pretrained writes it without them (docs/pixart.md)",
+    "diffusers": "its folder has no prompts; model.module.net.save_pretrained writes it without them",
 }
 
 
@@ -131,7 +131,7 @@ def arch_of_state_dict(
     _tensors: Mapping[str, Tensor], _num_heads: int | None, _num_classes: int | None = None
 ) -> NoReturn:
     """Raises ValueError: the published state dict tells neither the side of its images nor its prompts."""
-    raise ValueError(f"{UNFIT['official']}: give the folder of diffusers, which says its sizes (docs/pixart.md)")
+    raise ValueError(f"{UNFIT['official']}: give the folder of diffusers, which says its sizes")
 
 
 def config_of_arch(arch: PixArtArch) -> dict[str, Any]:
@@ -170,8 +170,11 @@ def from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     arch: PixArtArch = build_known(PixArtArch, sizes, "")
     wanted = config_of_arch(arch)
     if odd := [name for name, value in wanted.items() if said.get(name, value) != value]:
-        raise UserError(f"has {odd[0]} {said[odd[0]]!r}; PixArts are opened with {wanted[odd[0]]!r} (docs/pixart.md)")
+        raise UserError(f"has {odd[0]} {said[odd[0]]!r}; PixArts are opened with {wanted[odd[0]]!r}")
     if not texts:
-        raise UserError(f"has no prompts: wanted {PROMPTS} with {' and '.join(_TEXTS)} beside (docs/pixart.md)")
+        raise UserError(
+            f"has no prompts: wanted a file {PROMPTS} in its folder, with the encoded texts captions (K + 1, tokens, "
+            f"{arch.caption_channels}), the null prompt last, and caption_mask (K + 1, tokens), 1 where there is a token"
+        )
     ours = {name if name in _TEXTS else f"net.{name}": tensor for name, tensor in tensors.items()}
     return arch, {name: tensor for name, tensor in ours.items() if name not in _UNUSED}

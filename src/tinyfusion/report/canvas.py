@@ -28,6 +28,9 @@ _VARIABLES = {
 }  # fmt: skip
 
 
+EDGE_RGBA = (128, 128, 128, 110)  # around images: it shows on white and on black
+
+
 def thinned(num: int, most: int) -> list[int]:
     """Every so-many-th index of `num`, so that at most `most` and the last are shown."""
     stride = -(-num // most)

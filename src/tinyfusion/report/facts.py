@@ -5,15 +5,20 @@ Every function takes a `RunData` and returns what the template prints; a fact th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tinyfusion.core.files import file_label
-from tinyfusion.models.plan import PrunePlan
 from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.run_data import MODEL_NAMES, RunData
-from tinyfusion.report.scores import SHORT_NAMES, alike, role_of
+from tinyfusion.report.scores import SHORT_NAMES, UNBIASED_IMAGES, alike, role_of
+
+_NEAR_MACS = 0.15  # how far a speed-up may be from the ratio of MACs, relative to it
+_UNSTEADY = 0.25  # middle half of a model's times, relative to their median, above which a machine was busy
+_HIGHER = ("speedup", "inception_score", "precision", "recall", "psnr_db", "ssim")
+_LOWER = ("fid", "sfid", "latency_ms")
 
 
 @dataclass(frozen=True)
@@ -31,17 +36,8 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class BlockGroup:
-    """Consecutive blocks that were decided together. blocks: (index, kept). label: "1 of 2", empty without groups."""
-
-    blocks: list[tuple[int, bool]]
-    label: str
-    confidence: float | None
-
-
-@dataclass(frozen=True)
 class Check:
-    """An expected number beside what came; state is ok, off or missing."""
+    """An expected number beside what came; state is ok, better, off, doubtful (the machine was busy) or missing."""
 
     metric: str
     expected: str
@@ -118,19 +114,40 @@ def _speed_tiles(run: RunData) -> list[Tile]:
     times = [("teacher", significant(teacher["latency_ms"])), ("student", significant(student["latency_ms"]))]
     times += [("extra", significant(routed["latency_ms"]))] if routed else []
     batch = f"median, batch {speed['batch_size']}"
+    note = speed_doubt(run) or f"half of the ratios in {low:.2f}× to {high:.2f}×"
     faster = [("student", _faster(speed["speedup"], routed is None))]
     faster += [("extra", _faster(routed["speedup"], True))] if routed else []
     return [
-        Tile(
-            "sampling speed",
-            faster,
-            f"side by side; half of the ratios in {low:.2f}× to {high:.2f}×",
-            size="medium",
-        ),
+        Tile("sampling speed", faster, note, size="medium"),
         Tile("parameters", pair("num_parameters"), less("num_parameters")),
         Tile("MACs per image and step", pair("macs"), less("macs")),
         Tile("ms per denoising step", times, batch),
     ]
+
+
+def speed_doubt(run: RunData) -> str:
+    """Why a measured speed-up says little of the student: it is far from the ratio of MACs. Empty where it is near."""
+    speed = run.speed or {}
+    models = speed.get("models") or {}
+    if not {"teacher", "student"} <= set(models) or "speedup" not in speed:
+        return ""
+    teacher, student = models["teacher"], models["student"]
+    if not student.get("macs") or not teacher.get("macs"):
+        return ""
+    ideal = teacher["macs"] / student["macs"]
+    if abs(math.log(max(speed["speedup"], 1e-9) / ideal)) < math.log(1 + _NEAR_MACS):
+        return ""
+    text = f"far from the {ideal:.2f}× of the MACs"
+    if was_busy(run):
+        return f"{text}: the times scatter, so this machine was busy. Measure again when it is idle"
+    return f"{text}: what is not a block, or the start of kernels, takes the time"
+
+
+def was_busy(run: RunData) -> bool:
+    """Whether the times of a speed measurement scatter as they do where other programs run."""
+    models = ((run.speed or {}).get("models") or {}).values()
+    spreads = [(*(model.get("latency_ms_spread") or (0.0, 0.0)), model.get("latency_ms", 0.0)) for model in models]
+    return any(high - low > _UNSTEADY * median for low, high, median in spreads)
 
 
 def _faster(ratio: float, whole: bool) -> str:
@@ -162,6 +179,9 @@ def _fid_tile(run: RunData) -> Tile | None:
     values = [(role_of(name), significant(fid)) for name, fid in found.fids.items()]
     others = " and ".join(SHORT_NAMES.get(name, name) for name in found.others)
     note = f"The protocols differ: see the table for {others}." if others else ""
+    counts = [run.evaluations[name][found.reference].get("num_images") or UNBIASED_IMAGES for name in found.fids]
+    if min(counts) < UNBIASED_IMAGES:
+        note = f"{count(min(counts))} images: biased upward, compare only at equal counts. {note}".strip()
     names = tuple(SHORT_NAMES.get(name, name) for name in found.fids)
     return Tile(f"FID against {found.reference}, lower is better", values, note, names, "large")
 
@@ -178,54 +198,6 @@ def _training_tiles(run: RunData) -> list[Tile]:
                 seen = [("plain", count(last.get("seen_images")))]
                 tiles.append(Tile(f"{stage}: images seen", seen, duration(last.get("seconds"))))
     return tiles
-
-
-def block_lists(plan: PrunePlan, confidence: Mapping[str, Sequence[float]] | None) -> dict[str, list[BlockGroup]]:
-    """Every list of blocks in groups; one group without a label where the criterion knows none."""
-    lists: dict[str, list[BlockGroup]] = {}
-    for name, depth in plan.depth.items():
-        kept, sizes = set(plan.kept[name]), (plan.groups or {}).get(name)
-        sure = list((confidence or {}).get(name, ()))
-        groups, start = [], 0
-        for i, (keep, size) in enumerate(sizes or [[len(kept), depth]]):
-            blocks = [(index, index in kept) for index in range(start, start + size)]
-            groups.append(BlockGroup(blocks, f"{keep} of {size}" if sizes else "", sure[i] if i < len(sure) else None))
-            start += size
-        lists[name] = groups
-    return lists
-
-
-def final_confidence(run: RunData) -> Mapping[str, list[float]] | None:
-    """How sure every group is: the plan's probability of the chosen candidate, else that of the last log line.
-
-    Of a subset, where every block has a probability of its own, the mean of those that are kept.
-    """
-    plan = run.plan
-    if not plan or not plan.groups:
-        return None
-    if run.decided and "probability" in str(plan.scores.get("meaning", "")):
-        found = {name: plan.scores[name] for name in plan.groups if name in plan.scores}
-        if plan.distribution == "subset":
-            joined = {name: [value for group in rows for value in group] for name, rows in found.items()}
-            return {name: _means_of_kept(values, plan.groups[name], plan.kept[name]) for name, values in joined.items()}
-        return {name: [max(group) for group in rows] for name, rows in found.items()}
-    lines = [line for line in run.metrics.get("prune", ()) if "confidence" in line]
-    if lines and "marginals" in lines[-1]:
-        marginals = lines[-1]["marginals"]
-        return {
-            n: _means_of_kept(marginals[n], sizes, plan.kept[n]) for n, sizes in plan.groups.items() if n in marginals
-        }
-    return lines[-1]["confidence"] if lines else None
-
-
-def _means_of_kept(values: Sequence[float], sizes: Sequence[Sequence[int]], kept: Sequence[int]) -> list[float]:
-    """Mean over the kept blocks of every group [N, M]; values: one per block of the list."""
-    means, start = [], 0
-    for _, size in sizes:
-        inside = [values[block] for block in kept if start <= block < start + size]
-        means.append(sum(inside) / len(inside) if inside else 1.0)
-        start += size
-    return means
 
 
 def measured(run: RunData, metric: str) -> float | None:
@@ -253,10 +225,22 @@ def checks(run: RunData) -> list[Check]:
     found = []
     for item in run.recipe.get("expected") or ():
         value, wanted, tolerance = measured(run, item["metric"]), item["value"], item["tolerance"]
-        state = "missing" if value is None else "ok" if abs(value - wanted) <= tolerance else "off"
+        state, note = _compared(item["metric"], value, wanted, tolerance), item.get("note", "")
+        if state != "ok" and item["metric"] == "speedup" and was_busy(run) and (doubt := speed_doubt(run)):
+            state, note = "doubtful", doubt
         expected = f"{significant(wanted)} ± {significant(tolerance, 2)}"
-        found.append(Check(item["metric"], expected, significant(value), state, item.get("note", "")))
+        found.append(Check(item["metric"], expected, significant(value), state, note))
     return found
+
+
+def _compared(metric: str, value: float | None, wanted: float, tolerance: float) -> str:
+    """The state of a `Check`: a number on the good side of what was expected is better, not off."""
+    if value is None:
+        return "missing"
+    if abs(value - wanted) <= tolerance:
+        return "ok"
+    key = metric.rpartition(".")[2]
+    return "better" if key in (_HIGHER if value > wanted else _LOWER) else "off"
 
 
 def stages(run: RunData) -> list[Stage]:

@@ -210,6 +210,11 @@ def _depth_speed(run: RunData, anchor: str) -> Chart | None:
         "The teacher with fewer and fewer blocks, timed in turn. What is not a block costs the same at every depth and "
     )
     text += "keeps the speed below the ideal. Bars: the middle half of the ratios."
+    if run.speed and "speedup" in run.speed:
+        text += (
+            f" This is a second, short measurement, of the shape of the curve, with its own batch size; the speed-up of this "
+            f"student is the {run.speed['speedup']:.2f}× above, of more steps."
+        )
     return Chart("Speed against depth", wide, narrow, text=text, table=findings.depth_speed_table(run))
 
 

@@ -60,3 +60,8 @@ def percent(share: float | None) -> str:
     if 0.995 <= share < 1:
         return "> 99 %"
     return f"{100 * share:.1f} %" if 0 < abs(share) < 0.0995 else f"{100 * share:.0f} %"
+
+
+def printable(text: str) -> str:
+    """A text as UTF-8 can hold it: bytes of a file's name that are no UTF-8 become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")

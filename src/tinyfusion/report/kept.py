@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from PIL import Image
 
-from tinyfusion.report.canvas import EXTRA, blank, cells, svg, thinned
+from tinyfusion.report.canvas import EDGE_RGBA, EXTRA, blank, cells, svg, thinned
 from tinyfusion.report.findings import Table
 from tinyfusion.report.format import count, percent, significant
 
@@ -136,7 +136,14 @@ def _image_tile(pixels: Sequence[Any]) -> np.ndarray:
     """(96, 96, 4) uint8 of an image (S, S, 1 or 3)."""
     values = np.asarray(pixels, dtype=np.uint8)
     image = Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values).convert("RGBA")
-    return np.asarray(image.resize((_TILE_PX, _TILE_PX), Image.Resampling.NEAREST))
+    tile = np.array(image.resize((_TILE_PX, _TILE_PX), Image.Resampling.NEAREST))
+    _draw_edge(tile, EDGE_RGBA)
+    return tile
+
+
+def _draw_edge(tile: np.ndarray, colour: tuple[int, int, int, int]) -> None:
+    for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
+        tile[edge] = colour
 
 
 def _token_tile(percent: Sequence[Sequence[int]]) -> np.ndarray:
@@ -146,6 +153,5 @@ def _token_tile(percent: Sequence[Sequence[int]]) -> np.ndarray:
     tile[..., :3] = _TOKEN_RGB
     tile[..., 3] = np.round(255 * shares)
     wide = np.array(Image.fromarray(tile).resize((_TILE_PX, _TILE_PX), Image.Resampling.NEAREST))
-    for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
-        wide[edge] = (*_TOKEN_RGB, 255)
+    _draw_edge(wide, (*_TOKEN_RGB, 255))
     return wide

@@ -228,7 +228,7 @@ def depth_speed_chart(
     for x, y in ((teacher_depth / point["depth"], point["speedup"]) for point in own):
         axes.plot([x], [y], "s", color=STUDENT, markersize=9)
         axes.annotate(
-            f"this student: {y:.2f}×",
+            "this student's depth",
             (x, y),
             xytext=(8, -5),
             textcoords="offset points",

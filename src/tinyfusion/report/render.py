@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from tinyfusion.report import facts, figures, kept, scores
-from tinyfusion.report.format import count, duration, percent, significant
+from tinyfusion.core.errors import UserError
+from tinyfusion.report import decisions, facts, figures, kept, scores
+from tinyfusion.report.canvas import EDGE_RGBA
+from tinyfusion.report.format import count, duration, percent, printable, significant
 from tinyfusion.report.going import going
 from tinyfusion.report.run_data import MODEL_NAMES, Look, RunData, Samples
 from tinyfusion.report.story import stories
@@ -29,7 +32,7 @@ RECORD_ID = "tinyfusion-record"
 _GRID_CLASSES, _GRID_ROWS = 10, 4
 _SMALL_PX = 32  # images up to this size are shown pixel by pixel
 _THUMBNAIL_PX = 64
-_GRID_PX = 356  # a grid is at most this wide, so that it fits a phone
+_GRID_PX = 364  # a grid is at most this wide; on a phone it shrinks
 _LOOK_PX = 340  # three beside each other
 
 
@@ -57,19 +60,39 @@ class Picture:
 
 
 def render(runs: Sequence[RunData], record: Mapping[str, Any]) -> str:
-    """The page. record: what made it (see `core/rundir.stamp`), kept inside the page as JSON."""
+    """The page. record: what made it (see `core/rundir.stamp`), kept inside the page as JSON.
+
+    Raises UserError where the values of a run are of the right types and yet contradict each other.
+    """
     told = stories(runs)
-    sections = [_section(run, f"run-{i}", told) for i, run in enumerate(told, start=1)]
-    title = " · ".join(dict.fromkeys(run.title for run in told))
-    return _template().render(
-        title=title,
-        sections=sections,
-        num_runs=len(runs),
-        comparison=scores.comparison(told, [facts.depths(run) for run in told]),
-        together=figures.together(told),
-        record_id=RECORD_ID,
-        record=_script_json(record),
-    )
+    sections = []
+    for i, run in enumerate(told, start=1):
+        with _consistent(run.name):
+            sections.append(_section(run, f"run-{i}", told))
+    with _consistent(" and ".join(run.name for run in told)):
+        page = _template().render(
+            title=" · ".join(dict.fromkeys(run.title for run in told)),
+            sections=sections,
+            num_runs=len(runs),
+            comparison=scores.comparison(told, [facts.depths(run) for run in told]),
+            together=figures.together(told),
+            record_id=RECORD_ID,
+            record=_script_json(record),
+        )
+    return printable(page)
+
+
+@contextmanager
+def _consistent(name: str) -> Iterator[None]:
+    """Lists of different lengths, blocks that no list has: whatever a check of types cannot see is one UserError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UnidentifiedImageError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"the files of {name} do not fit together ({type(error).__name__}: {error}); --debug shows where"
+        ) from error
 
 
 def embedded_record(page: str) -> Any:
@@ -100,7 +123,7 @@ def _script_json(record: Mapping[str, Any]) -> Markup:
 
 def _section(run: RunData, anchor: str, runs: Sequence[RunData]) -> dict[str, Any]:
     """Everything the template prints of one run."""
-    confidence = facts.final_confidence(run)
+    lists = decisions.block_lists(run)
     return {
         "anchor": anchor,
         "run": run,
@@ -110,14 +133,15 @@ def _section(run: RunData, anchor: str, runs: Sequence[RunData]) -> dict[str, An
         "verb": run.record.get("verb", "run"),
         "going": going(run),
         "tiles": facts.headline(run),
-        "lists": facts.block_lists(run.plan, confidence) if run.plan else {},
+        "lists": lists,
+        "undecided": sum(len(group.undecided) for groups in lists.values() for group in groups),
         "dynamics": figures.dynamics(run, anchor),
         "curves": figures.curves(run, anchor),
         "watched": {stage: _looks(run, stage, looks) for stage, looks in run.watched.items()},
         "pictures": figures.pictures_of(run, anchor, runs),
         "tokens": kept.token_maps(run.kept, _data_uri) if run.kept else None,
         "grids": _grids(run),
-        "seeds": list(dict.fromkeys(s.protocol for s in _shown(run).values())),
+        "seeds": list(dict.fromkeys(s.protocol for name, s in _shown(run).items() if name != "real")),
         "tables": scores.evaluation_tables(run),
         "pairs": scores.pairs_table(run),
         "checks": facts.checks(run),
@@ -167,14 +191,18 @@ def _grids(run: RunData) -> list[Grid]:
     there = _shown(run)
     if not there:
         return []
-    lead = next(iter(there.values()))
-    shared = min(len(samples.images) for samples in there.values())
-    chosen, columns = choose_images(lead.labels, shared)
+    drawn = [samples for name, samples in there.items() if name != "real"] or list(there.values())
+    shared = min(len(samples.images) for samples in drawn)
+    chosen, columns = choose_images(drawn[0].labels, shared)
     found = scores.alike(run)
     fids = found.fids if found else {}
     grids = []
     for name, samples in there.items():
-        source, width_px = _picture(samples, chosen, columns)
+        if name == "real":
+            places, heads = choose_images(samples.labels, len(samples.images))
+        else:
+            places, heads = chosen, columns
+        source, width_px = _picture(samples, places, heads)
         depth, fid = facts.depths(run).get(name), fids.get(name)
         parts = (f"{depth} blocks" if depth else "", f"FID {significant(fid)}" if fid is not None else "")
         grids.append(
@@ -184,7 +212,7 @@ def _grids(run: RunData) -> list[Grid]:
                 ", ".join(part for part in parts if part),
                 source,
                 width_px,
-                [label for label in columns if label],
+                [label for label in heads if label],
                 samples.protocol,
             )
         )
@@ -206,7 +234,7 @@ def choose_images(labels: np.ndarray | None, num: int) -> tuple[list[int], list[
 
 
 def _picture(samples: Samples, chosen: Sequence[int], columns: Sequence[str]) -> tuple[str, int]:
-    """(data URI, width on the page in CSS pixels) of a grid; gaps and lines are see-through in small pictures, white in others."""
+    """(data URI, width on the page in CSS pixels) of a grid; gaps are see-through in small pictures, white in others."""
     _, height, width, _ = samples.images.shape
     tile = max(height, width)
     if tile <= _SMALL_PX:
@@ -223,15 +251,18 @@ def _picture(samples: Samples, chosen: Sequence[int], columns: Sequence[str]) ->
 
 
 def _small_grid(images: np.ndarray, chosen: Sequence[int], columns: int) -> np.ndarray:
-    """(rows, columns, 4) uint8 RGBA with see-through lines, one pixel wide, between the images."""
+    """(rows, columns, 4) uint8 RGBA: every image in an edge of one pixel that shows on white and on black; gaps see-through."""
     _, height, width, _ = images.shape
     rows = -(-len(chosen) // columns)
-    grid = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, 4), dtype=np.uint8)
+    grid = np.zeros((rows * (height + 1) + 1, columns * (width + 1) + 1, 4), dtype=np.uint8)
     for place, index in enumerate(chosen):
         if index >= 0:
             top, left = place // columns * (height + 1), place % columns * (width + 1)
-            grid[top : top + height, left : left + width, :3] = images[index]
-            grid[top : top + height, left : left + width, 3] = 255
+            edged = grid[top : top + height + 2, left : left + width + 2]
+            outside = edged[..., 3] == 0
+            edged[outside] = EDGE_RGBA
+            edged[1:-1, 1:-1, :3] = images[index]
+            edged[1:-1, 1:-1, 3] = 255
     return grid
 
 

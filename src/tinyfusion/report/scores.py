@@ -28,6 +28,7 @@ SHORT_NAMES = {"teacher": "teacher", "pruned": "cut", "student": "recovered", "d
 _ROLES = {"teacher": "teacher", "pruned": "cut", "student": "student", "dynamic": "extra"}
 _WHOLE = ("num_images",)
 UNSTATED = "not stated"
+UNBIASED_IMAGES = 10_000  # an FID over fewer is visibly above its limit, the more so the fewer there are
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,11 @@ def from_section(settings: SampleSection, model: LoadedModel) -> MaskedSampler:
         )
     for name, given, why in (
         ("eta", settings.eta, "it is for ddim"),
-        ("guidance_interval", settings.guidance_interval != WHOLE, "guidance has a schedule: masked.guidance_schedule"),
+        (
+            "guidance_interval",
+            settings.guidance_interval != WHOLE,
+            "guidance has a schedule: sample.masked.guidance_schedule",
+        ),
     ):
         if given:
             raise UserError(f"sample.{name} is not for sampler masked: {why}")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import stat
 import threading
 import time
 import warnings
@@ -23,7 +24,16 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import clear_unfinished, discard, unfinished, written_beside
 from tinyfusion.core.reading import check_plain, read_json, unreadable
 from tinyfusion.core.rundir import CHECKPOINT_FILES
-from tinyfusion.training.saved import damage, open_checkpoint, other_version, part_name, write_record, write_tensors
+from tinyfusion.training.saved import (
+    RECORD,
+    SUMS,
+    damage,
+    open_checkpoint,
+    other_version,
+    part_name,
+    write_record,
+    write_tensors,
+)
 from tinyfusion.training.shards import first_row, is_sharded, local_part
 from tinyfusion.training.state import Progress, TrainState
 
@@ -75,8 +85,7 @@ def load_latest(folder: Path, state: TrainState, first: First = _here) -> int:
 
 def load_checkpoint(path: Path, state: TrainState, first: First = _here) -> int:
     """Load this checkpoint into `state`; its step. Raises UserError, and changes nothing, unless it is sound and fits."""
-    first(partial(_check_there, path))
-    wrong = first(partial(other_version, path))
+    wrong = first(partial(_no_checkpoint, path)) or first(partial(other_version, path))
     if wrong is None and (found := first(partial(damage, path))) is not None:
         wrong = f"checkpoint {path} is damaged ({found}): give another one"
     if wrong is not None:
@@ -87,13 +96,25 @@ def load_checkpoint(path: Path, state: TrainState, first: First = _here) -> int:
         raise UserError(f"checkpoint {path} does not fit this training: {error}") from error
 
 
-def _check_there(path: Path) -> None:
-    """Raise UserError where nothing is at `path`, or something that may not be opened."""
+def _no_checkpoint(path: Path) -> str | None:
+    """What to say of a path that is no checkpoint, damaged or not; None where it is one.
+
+    Raises UserError where it may not be read, or is a pipe or device.
+    """
+    wanted = "wanted a folder such as RUN/checkpoints/step-0001000"
     check_plain(path)
     try:
-        path.stat()
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"no checkpoint at {path}: no such folder; {wanted}"
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
+    if not is_folder:
+        return f"no checkpoint at {path}: it is a file; {wanted}"
+    if any((path / name).exists() for name in (RECORD, SUMS)):
+        return None
+    inside = checkpoint_folders(path / "checkpoints") or checkpoint_folders(path)
+    return f"{path} is not a checkpoint; {f'the newest in it is {inside[-1]}' if inside else wanted}"
 
 
 def _load(path: Path, state: TrainState) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -46,17 +47,18 @@ class Ema:
                 parameters[name].copy_(whole(value))
 
 
-def horizon_warning(decay: float, steps: int) -> str | None:
+def horizon_warning(decay: float, steps: int, section: str) -> str | None:
     """A sentence on what to do where the average would still hold more than 5 % of the initial weights; else None.
 
+    section: of the recipe that sets this training, such as "recover.training".
     The published decay 0.9999 leaves 37 % after 10,000 steps (spec of arXiv 2412.01199, table 7 avoids it by sampling
     raw weights).
     """
     remainder = decay**steps
     if remainder <= HORIZON_REMAINDER:
         return None
-    longest = HORIZON_REMAINDER ** (1 / max(steps, 1))
+    shortest = math.floor(1e4 * HORIZON_REMAINDER ** (1 / max(steps, 1))) / 1e4  # rounded down: the advice must suffice
     return (
         f"the moving average (decay {decay}) still holds {remainder:.0%} of the initial weights after {steps} steps: "
-        f"set ema_decay to {longest:.4g} or less, train longer, or use --weights raw"
+        f"--set {section}.ema_decay={shortest:g} or less, or train longer"
     )
