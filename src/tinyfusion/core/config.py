@@ -236,7 +236,7 @@ def _build_scalar(kind: Any, value: Any, path: str) -> Any:
     return value
 
 
-def _check_range(value: float, path: str) -> None:
+def _check_range(value: Any, path: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{path} wants a finite number; got {value}")
     widest = (-_WIDEST_INT, _WIDEST_INT) if isinstance(value, int) else (-math.inf, math.inf)

@@ -59,7 +59,7 @@ def guarded_streams() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     nothing = open(os.devnull, "w") if None in before else None  # noqa: SIM115  # closed below
     out = _Stream(sys.stdout or nothing, lossy=False)
-    sys.stdout, sys.stderr = out, _Stream(sys.stderr or nothing, lossy=True)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, _Stream(sys.stderr or nothing, lossy=True)
     try:
         yield
     finally:

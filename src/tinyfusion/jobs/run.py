@@ -234,8 +234,8 @@ def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
     for reference in references:
         for name in models:
             made = RunOptions(_evaluation(out, name, reference))
-            real = out / "samples" / "real.npz" if reference == references[0] and name == models[0] else None
-            evaluate(recipe, made, out / "samples" / f"{name}.npz", reference, print_table=False, examples=real)
+            examples = out / "samples" / "real.npz" if reference == references[0] and name == models[0] else None
+            evaluate(recipe, made, out / "samples" / f"{name}.npz", reference, print_table=False, examples=examples)
         for real in [r for r in references if r != reference and r in REAL_SETS][:1]:
             evaluate(recipe, RunOptions(_evaluation(out, "real", reference)), Path(real), reference, print_table=False)
     write_json(out / "evaluation.json", read_json(_evaluation(out, models[-1], references[0])))
