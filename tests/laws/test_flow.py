@@ -29,6 +29,7 @@ from tinyfusion.processes.stochastic import (
     StochasticMethod,
     sample_stochastic,
 )
+from tinyfusion.processes.time import Level
 from tinyfusion.sample.drive import SampleDraws, sample
 from tinyfusion.sample.flow import FlowSampler, cheap, from_section, log_likelihood
 
@@ -46,17 +47,17 @@ def last(trajectory: Iterator[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("path", get_args(PathName))
 def test_derivatives_are_those_of_autodiff(path: PathName) -> None:
-    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64, requires_grad=True)
-    at = PATHS[path](t)
+    sigma = torch.linspace(0.01, 0.99, 99, dtype=torch.float64, requires_grad=True)
+    at = PATHS[path](Level(sigma, 1 - sigma))
     for value, derivative in ((at.alpha, at.d_alpha), (at.sigma, at.d_sigma)):
-        (found,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
+        (found,) = torch.autograd.grad(value.sum(), sigma, retain_graph=True)
         torch.testing.assert_close(derivative, found, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(at.wronskian, at.d_alpha * at.sigma - at.alpha * at.d_sigma, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(at.wronskian, at.alpha * at.d_sigma - at.d_alpha * at.sigma, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("path", get_args(PathName))
 def test_paths_end_at_the_data_and_begin_at_noise(path: PathName) -> None:
-    at = PATHS[path](torch.tensor([0.0, 1.0]))
+    at = Flow(path).point(torch.tensor([0.0, 1.0]))
     assert float(at.sigma[1]) == 0.0
     assert float(at.alpha[1]) == 1.0
     if path == "vp":  # published values: this path does not quite begin at noise
@@ -87,13 +88,13 @@ def test_conversions_are_those_of_the_paper_and_agree(flow: Flow) -> None:
     t = torch.rand(64, generator=generator, dtype=torch.float64) * 0.98 + 0.01
     at = flow.point(t)
     x, velocity = at.alpha * x0 + at.sigma * noise, at.d_alpha * x0 + at.d_sigma * noise
-    truth = {"velocity": velocity, "noise": noise, "score": -noise / at.sigma}
+    truth = {"velocity": -velocity, "noise": noise, "score": -noise / at.sigma}  # of a SiT, towards the data
     output = truth[flow.prediction]
     torch.testing.assert_close(flow.velocity(output, x, t), velocity, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(flow.noise(output, x, t), noise, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(flow.score(output, x, t), truth["score"], rtol=1e-7, atol=1e-7)
     ratio, slope = at.alpha / at.d_alpha, at.d_alpha / at.alpha
-    rate = slope * at.sigma**2 - at.sigma * at.d_sigma
+    rate = slope * at.sigma**2 - at.sigma * at.d_sigma  # all of it by the noise level
     by_paper = (ratio * velocity - x) / (at.sigma**2 - ratio * at.d_sigma * at.sigma)
     torch.testing.assert_close(flow.score(output, x, t), by_paper, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(flow.velocity(output, x, t), slope * x + rate * truth["score"], rtol=1e-6, atol=1e-6)
@@ -168,7 +169,7 @@ class Truth(nn.Module):
         at = self.flow.point(t)
         noise = (x - at.alpha * self.noisy.x0) / at.sigma
         velocity = at.d_alpha * self.noisy.x0 + at.d_sigma * noise
-        return {"velocity": velocity, "noise": noise, "score": -noise / at.sigma}[self.flow.prediction] + self.off
+        return {"velocity": -velocity, "noise": noise, "score": -noise / at.sigma}[self.flow.prediction] + self.off
 
 
 def drawn(objective: FlowObjective, first: int = 0, num: int = 6, step: int = 3) -> NoisyBatch:
@@ -253,25 +254,25 @@ def test_low_noise_is_the_clean_input_at_late_times() -> None:
 
 
 def gaussian_network(flow: Flow) -> Callable[[Tensor, Tensor], Tensor]:
-    """What a perfect network says where the data are N(0, STD^2): all of it is x times a function of t."""
+    """What a perfect SiT says where the data are N(0, STD^2): all of it is x times a function of t."""
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         at = flow.point(t)
         variance = at.alpha**2 * STD**2 + at.sigma**2
         if flow.prediction == "velocity":
-            return x * (at.d_alpha * at.alpha * STD**2 + at.d_sigma * at.sigma) / variance
+            return -x * (at.d_alpha * at.alpha * STD**2 + at.d_sigma * at.sigma) / variance
         return x * at.sigma / variance if flow.prediction == "noise" else -x / variance
 
     return network
 
 
 def gaussian_velocity(flow: Flow) -> Callable[[Tensor, Tensor], Tensor]:
-    network = gaussian_network(flow)
-    return lambda x, t: flow.velocity(network(x, t), x, t)
+    """Towards the data."""
+    return flow.towards_data(gaussian_network(flow))
 
 
 def std_at(flow: Flow, t: float) -> float:
-    at = PATHS[flow.path](torch.tensor(t, dtype=torch.float64))
+    at = PATHS[flow.path](flow.convention.level(torch.tensor(t, dtype=torch.float64)))
     return float((at.alpha**2 * STD**2 + at.sigma**2).sqrt())
 
 

@@ -56,9 +56,36 @@ class MaskedSampleSection:
 
 
 @dataclass(frozen=True)
-class FlowSection:
+class ShiftFields:
+    """Shift of the noise levels of a flow: sigma becomes s sigma / (1 + (s - 1) sigma), with 0 the data and 1 noise."""
+
+    shift: Annotated[float, "s of shift_type static: above 1 moves noise levels towards noise, 1 leaves them"] = 1.0
+    shift_type: Annotated[
+        Literal["static", "exponential", "linear"],
+        "static: s is shift; exponential, linear: s is exp(mu) or mu, with mu linear in the number of tokens of an image",
+    ] = "static"
+    base_shift: Annotated[float, "shift_type exponential, linear: mu at base_tokens"] = 0.5
+    max_shift: Annotated[float, "shift_type exponential, linear: mu at max_tokens"] = 1.15
+    base_tokens: Annotated[int, "shift_type exponential, linear: tokens at which mu is base_shift"] = 256
+    max_tokens: Annotated[int, "shift_type exponential, linear: tokens at which mu is max_shift"] = 4096
+
+    def __post_init__(self) -> None:
+        if self.max_tokens <= self.base_tokens:
+            raise UserError(
+                f"max_tokens of a shift must be above base_tokens; got {self.max_tokens} and {self.base_tokens}"
+            )
+
+
+@dataclass(frozen=True)
+class FlowSection(ShiftFields):
     """How a flow model (sit) is noised and scored in training; a model keeps the path and the prediction it was made with."""
 
+    time_sampler: Annotated[
+        Literal["uniform", "logit_normal", "mode", "cosmap"], "distribution of the noise levels, before the shift"
+    ] = "uniform"
+    logit_mean: Annotated[float, "logit_normal: mean of log(sigma / (1 - sigma)); above 0 is more noise"] = 0.0
+    logit_std: Annotated[float, "logit_normal: its standard deviation"] = 1.0
+    mode_scale: Annotated[float, "mode: above 0 favours the middle, below 0 the ends, 0 is uniform; -1 to 1.75"] = 1.29
     path: Annotated[
         Literal["linear", "gvp", "vp"],
         "x_t = alpha x + sigma noise: straight, variance-preserving arc, or VP diffusion",
@@ -76,8 +103,8 @@ class FlowSection:
 
 
 @dataclass(frozen=True)
-class FlowSampleSection:
-    """How samplers ode and sde integrate."""
+class FlowSampleSection(ShiftFields):
+    """How samplers ode and sde integrate. A shift is that of the points in time of ode's methods with num_steps - 1 steps."""
 
     method: Annotated[
         str | None,
@@ -95,6 +122,9 @@ class FlowSampleSection:
         float | None,
         "times that integration stays away from the ends (vp: from the clean end alone); None: 0 for velocity models, else "
         "1e-3, and 1e-3 for vp",
+    ] = None
+    shift_terminal: Annotated[
+        float | None, "last noise level before the data, to which the shifted levels are stretched; None: as they are"
     ] = None
     diffusion_form: Annotated[
         Literal["sigma", "sbdm", "linear", "constant", "decreasing", "increasing-decreasing"],

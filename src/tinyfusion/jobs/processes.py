@@ -13,6 +13,7 @@ from tinyfusion.processes.base import Process
 from tinyfusion.processes.flow import Flow, FlowObjective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.processes.masked import MaskedObjective
+from tinyfusion.processes.time import TimeSampler
 from tinyfusion.sample import flow, gaussian, masked
 from tinyfusion.sample.drive import Sampler
 
@@ -33,11 +34,12 @@ class ProcessKit:
 
 
 def _flow_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
-    """The path and the prediction are the model's; weight and distance from the ends are the recipe's."""
-    settings = recipe.flow
+    """The path and the prediction are the model's; weight, distance from the ends and noise levels are the recipe's."""
+    settings, arch = recipe.flow, model.arch
     try:
+        times = TimeSampler.of_section(settings, arch.num_tokens)
         return FlowObjective(
-            model.arch.num_classes, label_drop, flow.flow_of(model), settings.loss_weight, settings.train_eps
+            arch.num_classes, label_drop, flow.flow_of(model), settings.loss_weight, settings.train_eps, times
         )
     except ValueError as error:
         raise UserError(f"flow: {error}") from error

@@ -1,14 +1,16 @@
 """The flow process of SiT: paths between noise and data, what a network may predict of them, and its training loss.
 
-Shapes: B samples, C channels. Time t (B,) is a real number, 0 at noise and 1 at the data: x_t = alpha(t) x0 + sigma(t)
-noise, x0 the clean image. (The paper writes time the other way round; this is the direction of its code.) `model(x, t, y)`
-takes t as it is and returns (B, C, H, W).
+Shapes: B samples, C channels. A path is a function of the noise level, 0 at the data and 1 at noise (`processes/time.py`):
+x = alpha x0 + sigma noise, x0 the clean image; on the straight path sigma is the noise level itself. Velocity and derivatives
+are by the noise level. t (B,) is time as the family writes it, and `model(x, t, y)` takes it as it is and returns (B, C, H, W);
+`Flow.convention` translates both. (Time of a SiT is 0 at noise and 1 at the data, in its code; its paper has it the other way
+round.)
 
-Velocity, score and noise are linear in each other at a given x and t. With W = alpha' sigma - alpha sigma', which is 1 on the
+Velocity, score and noise are linear in each other at a given x and t. With W = alpha sigma' - alpha' sigma, which is 1 on the
 straight path, every conversion has a form that divides by nothing but what vanishes in truth:
 
-    noise    e = (alpha' x - alpha v) / W          finite for every t
-    velocity v = (alpha' x - W e) / alpha          infinite only where alpha is 0: the noise end of linear and gvp
+    noise    e = (alpha v - alpha' x) / W          finite for every noise level
+    velocity v = (alpha' x + W e) / alpha          infinite only where alpha is 0: the noise end of linear and gvp
     score    s = -e / sigma                        infinite only at the data
 
 Source: Ma et al., arXiv 2401.08740 (paths, predictions, weights); Albergo et al., arXiv 2303.08797.
@@ -26,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.rng import Draws
-from tinyfusion.processes.base import Batch, NoisyBatch, Prediction, mean_flat
+from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, mean_flat
+from tinyfusion.processes.time import SIT, Level, TimeConvention, TimeSampler
 
 PathName = Literal["linear", "gvp", "vp"]
 Predicted = Literal["velocity", "noise", "score"]
@@ -38,7 +41,7 @@ SMALL_EPS = 1e-3  # published distance from the ends, where there has to be one
 
 
 class Point(NamedTuple):
-    """A path at times t, every entry shaped as t: x_t = alpha x0 + sigma noise; d_: derivatives; wronskian: W."""
+    """A path at noise levels, every entry shaped as these: x = alpha x0 + sigma noise; d_: derivatives; wronskian: W."""
 
     alpha: Tensor
     d_alpha: Tensor
@@ -47,37 +50,41 @@ class Point(NamedTuple):
     wronskian: Tensor
 
 
-def linear_path(t: Tensor) -> Point:
-    """alpha = t, sigma = 1 - t."""
-    one = torch.ones_like(t)
-    return Point(t, one, 1 - t, -one, one)
+def linear_path(level: Level) -> Point:
+    """alpha and sigma are the shares of data and noise themselves."""
+    one = torch.ones_like(level.sigma)
+    return Point(level.clean, -one, level.sigma, one, one)
 
 
-def gvp_path(t: Tensor) -> Point:
-    """alpha = sin(pi t / 2), sigma = cos(pi t / 2), taken as the sine of what is left, so that it ends at 0 exactly."""
+def gvp_path(level: Level) -> Point:
+    """Sine and cosine of a quarter turn, the cosine as the sine of what is left, so that both ends are exact."""
     quarter = math.pi / 2
-    alpha, sigma = torch.sin(quarter * t), torch.sin(quarter * (1 - t))
-    return Point(alpha, quarter * sigma, sigma, -quarter * alpha, torch.full_like(t, quarter))
+    alpha, sigma = torch.sin(quarter * level.clean), torch.sin(quarter * level.sigma)
+    return Point(alpha, -quarter * sigma, sigma, quarter * alpha, torch.full_like(alpha, quarter))
 
 
-def vp_path(t: Tensor) -> Point:
-    """The variance-preserving diffusion with beta from 20 at noise to 0.1 at the data. At t = 0 alpha is 0.0066, not 0."""
-    left = 1 - t
+def vp_path(level: Level) -> Point:
+    """The variance-preserving diffusion with beta from 0.1 at the data to 20 at noise, where alpha is 0.0066, not 0."""
+    left = level.sigma
     log_alpha = -(left**2) * (_BETA_MAX - _BETA_MIN) / 4 - left * _BETA_MIN / 2
-    slope = left * (_BETA_MAX - _BETA_MIN) / 2 + _BETA_MIN / 2  # of log alpha
+    slope = left * (_BETA_MAX - _BETA_MIN) / 2 + _BETA_MIN / 2  # of -log alpha
     alpha, sigma = log_alpha.exp(), torch.sqrt(-torch.expm1(2 * log_alpha))
-    return Point(alpha, alpha * slope, sigma, -(alpha**2) * slope / sigma, alpha * slope / sigma)
+    return Point(alpha, -alpha * slope, sigma, (alpha**2) * slope / sigma, alpha * slope / sigma)
 
 
-PATHS: dict[PathName, Callable[[Tensor], Point]] = {"linear": linear_path, "gvp": gvp_path, "vp": vp_path}
+PATHS: dict[PathName, Callable[[Level], Point]] = {"linear": linear_path, "gvp": gvp_path, "vp": vp_path}
 
 
 @dataclass(frozen=True)
 class Flow:
-    """A path, and what the network says of it: both belong to a model. ValueError on names that are none."""
+    """A path, what the network predicts of it, and how its family writes time and velocity. ValueError on unknown names.
+
+    The first two belong to a model, the convention to its family.
+    """
 
     path: PathName = "linear"
     prediction: Predicted = "velocity"
+    convention: TimeConvention = SIT
 
     def __post_init__(self) -> None:
         for name, value, known in (("path", self.path, PathName), ("prediction", self.prediction, Predicted)):
@@ -98,15 +105,15 @@ class Flow:
 
     @property
     def starts_finite(self) -> bool:
-        """Whether the velocity is known at t = 0: the network gives it, or alpha is not 0 there."""
+        """Whether the velocity is known at pure noise: the network gives it, or alpha is not 0 there."""
         return self.path == "vp" or self.prediction == "velocity"
 
     def point(self, t: Tensor) -> Point:
         """The path at t (B,), shaped (B, 1, 1, 1)."""
-        return PATHS[self.path](t.view(-1, 1, 1, 1))
+        return PATHS[self.path](self.convention.level(t.view(-1, 1, 1, 1)))
 
     def ends(self, eps: float | None, default_vp: float) -> tuple[float, float]:
-        """The times between which a model is trained or sampled.
+        """The shares of the way from noise to data, 1 - noise level, between which a model is trained or sampled.
 
         eps: distance from both ends, on the VP path from the data alone. None is the published one: 0 where the network
         gives the velocity, 1e-3 for noise and score, `default_vp` on the VP path. Raises ValueError where eps is no such
@@ -132,12 +139,12 @@ class Flow:
         return self.ends(eps, default_vp=SMALL_EPS)
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """dx/dt that the network's output means at x (B, C, H, W) and t (B,)."""
+        """The derivative of x by the noise level that the network's output means at x (B, C, H, W) and t (B,)."""
         if self.prediction == "velocity":
-            return output
+            return self.convention.velocity_of(output)
         at = self.point(t)
         noise = output if self.prediction == "noise" else -at.sigma * output
-        return (at.d_alpha * x - at.wronskian * noise) / at.alpha
+        return (at.d_alpha * x + at.wronskian * noise) / at.alpha
 
     def noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The noise that the network's output means."""
@@ -146,24 +153,33 @@ class Flow:
         at = self.point(t)
         if self.prediction == "score":
             return -at.sigma * output
-        return (at.d_alpha * x - at.alpha * output) / at.wronskian
+        return (at.alpha * self.convention.velocity_of(output) - at.d_alpha * x) / at.wronskian
 
     def score(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The gradient of the log density of x_t that the network's output means; infinite at t = 1."""
+        """The gradient of the log density of x that the network's output means; infinite at the data."""
         if self.prediction == "score":
             return output
         return -self.noise(output, x, t) / self.point(t).sigma
 
+    def towards_data(self, network: Denoiser) -> Denoiser:
+        """(x, c) -> dx/dc with c = 1 - noise level, of a network that takes and gives what its family writes."""
+
+        def slope(x: Tensor, clean: Tensor) -> Tensor:
+            t = self.convention.at_clean(clean)
+            return -self.velocity(network(x, t), x, t)
+
+        return slope
+
     def error(self, output: Tensor, noisy: NoisyBatch, target: Tensor | None = None) -> Tensor:
         """(B, C, H, W): what is squared in the loss, unweighted. target: of another network instead of the truth.
 
-        velocity: v - (alpha' x0 + sigma' noise); noise: e - noise; score: sigma s + noise.
+        velocity: v - (alpha' x0 + sigma' noise), in the sign of the family; noise: e - noise; score: sigma s + noise.
         """
         at = self.point(noisy.t)
         if target is not None:
             return (at.sigma if self.prediction == "score" else 1.0) * (output - target)
         if self.prediction == "velocity":
-            return output - (at.d_alpha * noisy.x0 + at.d_sigma * noisy.noise)
+            return output - self.convention.velocity_of(at.d_alpha * noisy.x0 + at.d_sigma * noisy.noise)
         return output - noisy.noise if self.prediction == "noise" else at.sigma * output + noisy.noise
 
     def weight(self, name: LossWeight, t: Tensor) -> Tensor:
@@ -173,7 +189,7 @@ class Flow:
         """
         if name == "none" or self.prediction == "velocity":
             return torch.ones_like(t)
-        at = PATHS[self.path](t)
+        at = PATHS[self.path](self.convention.level(t))
         if name == "velocity":
             return (at.wronskian / at.alpha) ** 2
         return at.wronskian / (at.alpha * at.sigma)
@@ -183,10 +199,10 @@ class Flow:
 class FlowObjective:
     """The squared error of a flow network, per sample.
 
-    Fields of its `NoisyBatch`: x0 clean, xt = alpha(t) x0 + sigma(t) noise, t float32 in [0, 1]. num_classes: K, the null
-    label; label_drop: probability of replacing a label by it (published: 0.1; 0 in evaluation). loss_weight: of noise and
-    score networks, see `Flow.weight`. eps: how far from the ends times are drawn, see `Flow.ends`. Raises ValueError on an
-    eps that cannot be.
+    Fields of its `NoisyBatch`: x0 clean, xt = alpha x0 + sigma noise, t float32 in the convention of the family. num_classes:
+    K, the null label; label_drop: probability of replacing a label by it (published: 0.1; 0 in evaluation). loss_weight: of
+    noise and score networks, see `Flow.weight`. eps: how far from the ends times are drawn, see `Flow.ends`. times: the
+    distribution that they are drawn from. Raises ValueError on an eps that cannot be.
     """
 
     num_classes: int
@@ -194,6 +210,7 @@ class FlowObjective:
     flow: Flow = field(default_factory=Flow)
     loss_weight: LossWeight = "none"
     eps: float | None = None
+    times: TimeSampler = field(default_factory=TimeSampler)
 
     def __post_init__(self) -> None:
         self.flow.training_ends(self.eps)
@@ -203,10 +220,9 @@ class FlowObjective:
             )
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        """t uniform between the ends, noise standard normal, labels dropped with probability `label_drop`."""
-        device = batch.x.device
-        low, high = self.flow.training_ends(self.eps)
-        t = torch.from_numpy(low + (high - low) * draws.uniform("timestep")).float().to(device)
+        """t of `times` between the ends, noise standard normal, labels dropped with probability `label_drop`."""
+        device, ends = batch.x.device, self.flow.training_ends(self.eps)
+        t = torch.from_numpy(self.flow.convention.draw(self.times, draws.uniform("timestep"), ends)).float().to(device)
         noise = torch.from_numpy(draws.normal("noise", tuple(batch.x.shape[1:]))).to(device)
         dropped = torch.from_numpy(draws.uniform("label_drop") < self.label_drop).to(device)
         return self.noised(batch, t, noise, dropped, draws.step)
@@ -235,8 +251,9 @@ class FlowObjective:
         return {"kd_loss": mean_flat(error**2) * self.flow.weight(self.loss_weight, noisy.t)}
 
     def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
-        """The clean input at times of the last quarter, 1 - (1 - t) / 4: what the released statistic does to a DiT."""
-        return replace(noisy, xt=noisy.x0, t=1 - (1 - noisy.t) / _LOW_NOISE_PARTS)
+        """The clean input at a quarter of its noise level: what the released statistic does to a DiT."""
+        convention = self.flow.convention
+        return replace(noisy, xt=noisy.x0, t=convention.at_sigma(convention.level(noisy.t).sigma / _LOW_NOISE_PARTS))
 
     @property
     def num_levels(self) -> int:
@@ -246,5 +263,6 @@ class FlowObjective:
     def at_level(self, noisy: NoisyBatch, level: int) -> NoisyBatch:
         """All at one time: level 0 is the end of training at the data, the last level that at noise."""
         low, high = self.flow.training_ends(self.eps)
-        t = torch.full_like(noisy.t, high - (high - low) * level / (NUM_LEVELS - 1))
+        clean = high - (high - low) * level / (NUM_LEVELS - 1)
+        t = torch.full_like(noisy.t, self.flow.convention.at_clean(clean))
         return replace(noisy, xt=self._mixed(noisy.x0, noisy.noise, t), t=t)

@@ -1,4 +1,4 @@
-"""Integrating dx/dt = v(x, t): even steps, and steps whose size follows the error, of every sample or of the whole batch.
+"""Integrating dx/dt = v(x, t): steps on a grid, and steps whose size follows the error, of every sample or of the whole batch.
 
 Shapes: B samples; x is (B, ...), t (B,). Methods and their coefficients are those of torchdiffeq. A *field* is
 v(x, t) -> (B, ...). Going back is going from the later end to the earlier one.
@@ -31,12 +31,17 @@ _NOTCHES = 4  # step sizes to a factor of two
 
 @torch.no_grad()
 def even_steps(field: Field, x: Tensor, ends: Ends, method: str, num_points: int) -> Iterator[Tensor]:
-    """x after each of the `num_points` - 1 even steps; nothing is kept of those before. ValueError on fewer than 2 points."""
+    """x after each of the `num_points` - 1 even steps, as `grid_steps`. ValueError on fewer than 2 points."""
     check_points(num_points)
+    yield from grid_steps(field, x, torch.linspace(*ends, num_points, dtype=torch.float32, device=x.device), method)
+
+
+@torch.no_grad()
+def grid_steps(field: Field, x: Tensor, grid: Tensor, method: str) -> Iterator[Tensor]:
+    """x after each step from one time of the grid (N,) to the next; nothing is kept of those before."""
     from torchdiffeq import odeint  # late: only flows need it
 
-    grid = torch.linspace(*ends, num_points, dtype=torch.float32, device=x.device)
-    for at in range(num_points - 1):
+    for at in range(len(grid) - 1):
         x = odeint(_timed(field, x), x, grid[at : at + 2], method=method)[-1]
         yield x
 

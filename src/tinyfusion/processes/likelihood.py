@@ -1,9 +1,9 @@
 """The log density that a flow gives to data, by the change of variables along its trajectory.
 
-From the data at t = 1 back to noise: log p(x) = log N(x_noise; 0, 1) - integral of div v over t. The divergence is estimated
-by one probe z of random signs, z^T (dv/dx) z, which stays the same along the trajectory (Hutchinson): its mean over probes
-is the divergence, and where the Jacobian is diagonal it is exact. In nats, summed over all elements, of the space that the
-model works in: nothing is added for grey levels or for an autoencoder.
+From the data back to noise over c = 1 - noise level: log p(x) = log N(x_noise; 0, 1) - integral of div v over c, with
+v = dx/dc. The divergence is estimated by one probe z of random signs, z^T (dv/dx) z, which stays the same along the trajectory
+(Hutchinson): its mean over probes is the divergence, and where the Jacobian is diagonal it is exact. In nats, summed over all
+elements, of the space that the model works in: nothing is added for grey levels or for an autoencoder.
 Source: Grathwohl et al., arXiv 1810.01367; Ma et al., arXiv 2401.08740.
 Differs: the published code draws z anew at every call, so that the solver's error control sees noise.
 """

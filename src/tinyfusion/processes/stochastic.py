@@ -1,10 +1,10 @@
-"""Sampling a flow by a stochastic equation with the same marginals: dX = (v + w s) dt + sqrt(2 w) dW.
+"""Sampling a flow by a stochastic equation with the same marginals: dX = (v + w s) dc + sqrt(2 w) dW, c = 1 - noise level.
 
-v is the velocity, s the score, w(t) the *diffusion form*, any function that is not negative: half the noise variance per unit
-of time. Times and shapes as in `processes/flow.py`. The score enters as w s = -(w / sigma) e, with e the noise that the
-network's output means, which is finite at both ends of time.
+v is the velocity towards the data (by c), s the score, w the *diffusion form*, any function of the noise level that is not
+negative: half the noise variance per unit of c. t and shapes as in `processes/flow.py`. The score enters as
+w s = -(w / sigma) e, with e the noise that the network's output means, which is finite at both ends of time.
 Source: Ma et al., arXiv 2401.08740, section 2.3 and appendix; the forms are those of its code.
-Differs: every form can be used, and none is infinite. `sbdm` on the linear and gvp paths starts at t = 1e-3 where the model
+Differs: every form can be used, and none is infinite. `sbdm` on the linear and gvp paths starts at c = 1e-3 where the model
 would start at 0, and Heun without a last step ends at 1 - 1e-3 where it would ask for the score of the data itself.
 """
 
@@ -32,7 +32,7 @@ class Stochastic:
     """How a stochastic trajectory is made.
 
     num_points: times from start to the last step, both included; num_points - 1 even steps lie between them. form, norm: of
-    w(t). last_step: the step of `last_size` at the end, without noise: mean x + L (v + w s), euler x + L v, tweedie
+    w. last_step: the step of `last_size` at the end, without noise: mean x + L (v + w s), euler x + L v, tweedie
     (x + sigma^2 s) / alpha, or none, and then `last_size` counts for nothing. Raises ValueError on anything else.
     """
 
@@ -61,7 +61,7 @@ class Stochastic:
             )
 
     def ends(self, flow: Flow, eps: float | None = None) -> tuple[float, float]:
-        """The times of the even steps; a last step goes on from there to 1. eps: as in `Flow.ends`."""
+        """The shares of the way of the even steps; a last step goes on from there to 1. eps, shares: as in `Flow.ends`."""
         start, end = flow.sampling_ends(eps)
         if self.form == "sbdm" and flow.path != "vp":
             start = start or SMALL_EPS
@@ -71,18 +71,18 @@ class Stochastic:
 
     def rate(self, flow: Flow, t: Tensor) -> Tensor:
         """w at t (B,), shaped (B, 1, 1, 1)."""
-        at, time = flow.point(t), t.view(-1, 1, 1, 1)
+        at, level = flow.point(t), flow.convention.level(t.view(-1, 1, 1, 1))
         if self.form == "sigma":
             return self.norm * at.sigma
         if self.form == "sbdm":
             return self.norm * at.sigma * at.wronskian / at.alpha
         if self.form == "linear":
-            return self.norm * (1 - time)
+            return self.norm * level.sigma
         if self.form == "constant":
-            return torch.full_like(time, self.norm)
+            return torch.full_like(level.sigma, self.norm)
         if self.form == "decreasing":
-            return 0.25 * (self.norm * torch.cos(math.pi * time) + 1) ** 2
-        return self.norm * torch.sin(math.pi * time) ** 2
+            return 0.25 * (self.norm * torch.cos(math.pi * level.clean) + 1) ** 2
+        return self.norm * torch.sin(math.pi * level.clean) ** 2
 
     def drift(self, network: Denoiser, flow: Flow) -> Callable[[Tensor, Tensor], Tensor]:
         """v + w s of the network's output, by one call of it."""
@@ -90,7 +90,7 @@ class Stochastic:
         def found(x: Tensor, t: Tensor) -> Tensor:
             output = network(x, t)
             strength = self.rate(flow, t) / flow.point(t).sigma
-            return flow.velocity(output, x, t) - strength * flow.noise(output, x, t)
+            return -flow.velocity(output, x, t) - strength * flow.noise(output, x, t)
 
         return found
 
@@ -111,7 +111,8 @@ def sample_stochastic(
     Euler-Maruyama; Heun adds the noise first and makes a deterministic Heun step from there.
     """
     start, end = settings.ends(flow, eps)
-    times = torch.linspace(start, end, settings.num_points, dtype=torch.float32, device=x.device)
+    shares = torch.linspace(start, end, settings.num_points, dtype=torch.float32, device=x.device)
+    times = flow.convention.at_clean(shares)
     size = (end - start) / (settings.num_points - 1)
     drift = settings.drift(network, flow)
     for j in range(settings.num_points - 1):
@@ -144,6 +145,6 @@ def _last(
         return x + settings.last_size * drift(x, t)
     output = network(x, t)
     if settings.last_step == "euler":
-        return x + settings.last_size * flow.velocity(output, x, t)
+        return x - settings.last_size * flow.velocity(output, x, t)
     at = flow.point(t)
     return (x - at.sigma * flow.noise(output, x, t)) / at.alpha

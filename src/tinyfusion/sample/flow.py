@@ -1,6 +1,7 @@
 """Trajectories of a flow: the noiseless equation and the stochastic one; the likelihood of data.
 
-Shapes: B images, C channels, S input side. Time t runs from 0 (noise) to 1 (data).
+Shapes: B images, C channels, S input side. Integration runs over c = 1 - noise level, from 0 (noise) to 1 (data); the network
+gets times t as its family writes them.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from tinyfusion.processes.integrate import (
     batch_steps,
     check_points,
     even_steps,
+    grid_steps,
     root_mean_square,
     sample_steps,
 )
 from tinyfusion.processes.likelihood import log_density
 from tinyfusion.processes.stochastic import Stochastic, StochasticMethod, sample_stochastic
+from tinyfusion.processes.time import check_shift, shift_for, sigma_grid
 from tinyfusion.sample.drive import SampleDraws
 from tinyfusion.sample.guidance import WHOLE, check_guidance, conditional, described, guided, guided_channels
 
@@ -52,7 +55,8 @@ class FlowSampler:
 
     kind: ode integrates the velocity, sde the stochastic equation of `processes/stochastic.py` with `stochastic` for its
     settings. Of ode: method, one of `EVEN_METHODS`, which make `num_points` - 1 even steps, or of `ADAPTIVE_METHODS`, which
-    choose their steps by atol and rtol and do not look at `num_points`. error_norm: whether they do so for every image alone
+    choose their steps by atol and rtol and do not look at `num_points`. shift, shift_terminal: of the noise levels at the
+    points of even methods, see `sigma_grid`; 1 and None leave them even. error_norm: whether they do so for every image alone
     ("sample"), or for the batch together ("batch", published), where an image depends on its neighbours by about the
     tolerance. eps: distance from the ends of time, None is the published one, see `Flow.ends`. guidance: scale, 1 or more; 1
     runs the conditional model alone. guided: channels under guidance, the family's published ones or all. interval: shares of
@@ -67,6 +71,8 @@ class FlowSampler:
     error_norm: Literal["sample", "batch"] = "sample"
     stochastic: Stochastic = dataclasses.field(default_factory=Stochastic)
     eps: float | None = None
+    shift: float = 1.0
+    shift_terminal: float | None = None
     guidance: float = 1.5
     guided: Literal["published", "all"] = "published"
     interval: tuple[float, float] = WHOLE
@@ -75,6 +81,7 @@ class FlowSampler:
         check_guidance(self.guidance, self.interval)
         if self.kind not in ("ode", "sde"):
             raise ValueError(f"a flow is sampled by ode or sde; got {self.kind!r}")
+        self._check_shift()
         if self.kind == "sde":
             return
         if self.method not in (*EVEN_METHODS, *ADAPTIVE_METHODS):
@@ -86,6 +93,22 @@ class FlowSampler:
             raise ValueError(f"tolerances are above 0 (rtol may be 0); got atol {self.atol:g}, rtol {self.rtol:g}")
         if self.error_norm not in ("sample", "batch"):
             raise ValueError(f"the error is that of every sample or of the batch; got {self.error_norm!r}")
+
+    def _check_shift(self) -> None:
+        terminal = self.shift_terminal
+        check_shift(self.shift)
+        if terminal is not None and not 0 < terminal < 1:
+            raise ValueError(f"the last noise level must be above 0 and below 1; got {terminal:g}")
+        if self.is_shifted and not (self.kind == "ode" and self.method in EVEN_METHODS):
+            chosen = self.method if self.kind == "ode" else self.kind
+            raise ValueError(f"a shift needs sampler ode with method {', '.join(EVEN_METHODS)}; got {chosen}")
+        if terminal is not None and self.num_points < 3:
+            raise ValueError(f"a last noise level takes 3 points in time at least; got {self.num_points}")
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether the noise levels of the steps are not even."""
+        return self.shift != 1 or self.shift_terminal is not None
 
     @property
     def chooses_steps(self) -> bool:
@@ -110,8 +133,9 @@ class FlowSampler:
         return not self.chooses_steps
 
     def of_steps(self, num_steps: int) -> FlowSampler:
-        """Euler's method: a pass of the network a step."""
-        return dataclasses.replace(self, kind="ode", method="euler", num_points=num_steps + 1)
+        """Euler's method with even steps: a pass of the network each."""
+        even = dataclasses.replace(self, shift=1.0, shift_terminal=None)
+        return dataclasses.replace(even, kind="ode", method="euler", num_points=num_steps + 1)
 
     def describe(self, model: LoadedModel) -> str:
         """Path, sampler, steps and guidance."""
@@ -124,6 +148,8 @@ class FlowSampler:
             how = f"ode {self.method} atol {self.atol:g} rtol {self.rtol:g} by {self.error_norm}"
         else:
             how = f"ode {self.method} {self.num_points} points"
+            how += f" shift {self.shift:g}" if self.shift != 1 else ""
+            how += f" to {self.shift_terminal:g}" if self.shift_terminal is not None else ""
         eps = "" if self.eps is None else f" eps {self.eps:g}"
         flow = flow_of(model)
         return f"{flow.path} {flow.prediction} {how}{eps} | {guidance}"
@@ -134,9 +160,9 @@ class FlowSampler:
 
     def network(self, model: LoadedModel, y: Tensor) -> Denoiser:
         """The model under guidance: (x, t) -> what it predicts; t (B,), the same for all where guidance has an interval."""
-        channels = self.guided_channels(model)
+        channels, sigma = self.guided_channels(model), flow_of(model).convention.sigma
         return guided(
-            model.module, y, model.arch.num_classes, self.guidance, channels, self.interval, noise_share=lambda t: 1 - t
+            model.module, y, model.arch.num_classes, self.guidance, channels, self.interval, noise_share=sigma
         )
 
     def steps(
@@ -148,11 +174,19 @@ class FlowSampler:
         beyond: bool = True,
     ) -> Iterator[Tensor]:
         """x after every step of ode from ends[0] to ends[1]. norm: of the errors of a sample; beyond: as in `batch_steps`."""
+        if not self.chooses_steps and self.is_shifted:
+            return grid_steps(field, x, self._grid(ends).to(x.device), self.method)
         if not self.chooses_steps:
             return even_steps(field, x, ends, self.method, self.num_points)
         if self.error_norm == "batch":
             return batch_steps(field, x, ends, self.method, self.atol, self.rtol, beyond)
         return sample_steps(field, x, ends, self.method, self.atol, self.rtol, norm)
+
+    def _grid(self, ends: Ends) -> Tensor:
+        """(num_points,) shifted points of the way between two ends, float32, the first end first."""
+        clean = torch.from_numpy(1 - sigma_grid(self.num_points, self.shift, self.shift_terminal))
+        grid = (min(ends) + (max(ends) - min(ends)) * clean).float()
+        return grid if ends[0] <= ends[1] else grid.flip(0)
 
     def trajectory(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Iterator[Tensor]:
         """x after every step, from x ~ N(0, 1); steps of images alone are at times of their own."""
@@ -167,7 +201,7 @@ class FlowSampler:
             return sample_stochastic(self.network(model, y), flow, self.stochastic, x, step_noise, self.eps)
         ends = flow.sampling_ends(self.eps)
         if not self.chooses_steps:
-            return self.steps(_velocity(flow, self.network(model, y)), x, ends)
+            return self.steps(flow.towards_data(self.network(model, y)), x, ends)
         return self._in_legs(model, flow, y, x, ends)
 
     def _in_legs(self, model: LoadedModel, flow: Flow, y: Tensor, x: Tensor, ends: Ends) -> Iterator[Tensor]:
@@ -178,7 +212,7 @@ class FlowSampler:
         for leg in pairwise([ends[0], *jumps, ends[1]]):
             is_guided = self.interval[0] <= 1 - sum(leg) / 2 <= self.interval[1]
             if leg[0] < leg[1]:
-                field = _velocity(flow, always if is_guided else alone)
+                field = flow.towards_data(always if is_guided else alone)
                 for after in self.steps(field, x, leg, beyond=_beyond(flow)):
                     x = after
                     yield x
@@ -187,20 +221,16 @@ class FlowSampler:
         """A step with one pass of the network, half-way: Euler's, of sde with its noise."""
         arch, flow = model.arch, flow_of(model)
         x = draws.normal(-1, (arch.in_channels, arch.input_size, arch.input_size))
-        t, size = torch.full((len(y),), 0.5, device=x.device), 1 / PUBLISHED_POINTS
-        network = self.network(model, y)
-        velocity, drift = _velocity(flow, network), self.stochastic.drift(network, flow)
+        clean, size = torch.full((len(y),), 0.5, device=x.device), 1 / PUBLISHED_POINTS
+        t, network = flow.convention.at_clean(clean), self.network(model, y)
+        velocity, drift = flow.towards_data(network), self.stochastic.drift(network, flow)
 
         def step() -> Tensor:
             if self.kind == "ode":
-                return x + size * velocity(x, t)
+                return x + size * velocity(x, clean)
             return x + size * drift(x, t) + torch.sqrt(2 * self.stochastic.rate(flow, t) * size) * x
 
         return step
-
-
-def _velocity(flow: Flow, network: Denoiser) -> Field:
-    return lambda x, t: flow.velocity(network(x, t), x, t)
 
 
 def _beyond(flow: Flow) -> bool:
@@ -246,7 +276,7 @@ def log_likelihood(
     def steps(field: Field, state: Tensor, norm: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         return sampler.steps(field, state, (data_end, noise_end), norm, _beyond(flow))
 
-    return log_density(_velocity(flow, conditional(model.module, y)), x, probe, steps)
+    return log_density(flow.towards_data(conditional(model.module, y)), x, probe, steps)
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
@@ -288,6 +318,8 @@ def from_section(settings: SampleSection, model: LoadedModel) -> FlowSampler:
                 last_size=own.last_step_size,
             ),
             eps=own.sample_eps,
+            shift=shift_for(own, model.arch.num_tokens),
+            shift_terminal=own.shift_terminal,
             guidance=settings.guidance,
             guided=settings.guidance_channels,
             interval=settings.guidance_interval,
