@@ -535,7 +535,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
     "vae-class": (ENCODE, bad_config(_class_name="VQModel"), "vae is a VQModel, wanted an AutoencoderKL"),
     "vae-normal": (ENCODE, bad_config(latents_mean=[0.0] * 4), "latents_mean"),
     "vae-weights": (ENCODE, lambda h: (h / WEIGHTS).unlink(), "vae holds no weights"),
-    "vae-torn": (ENCODE, lambda h: (h / WEIGHTS).write_bytes(b"12345678x"), "cannot be opened as an AutoencoderKL"),
+    "vae-torn": (ENCODE, lambda h: (h / WEIGHTS).write_bytes(b"12345678x"), "is no readable safetensors file"),
     "vae-nan": (ENCODE, bad_weights, "encoder.conv_in.weight is not finite"),
     "vae-shape": (ENCODE, bad_config(latent_channels=3), "vae"),
     "tar-gone": (ODD, None, "no tars at odd.tar"),

@@ -149,9 +149,11 @@ ROWS: dict[str, tuple[str, str]] = {
     "classes": (f"{TRAIN} {SIDE} --set model.num_classes=2", "has 3 classes, the model knows 2: --set model.num_classes=3"),
     "teacher-side": ("prune --teacher digits --data grey --out cut --criterion bi --set data.size=16",
                      "has images (1, 16, 16), the model takes (1, 8, 8): --set data.size=8"),
+    "teacher-colour": ("prune --teacher digits --data photos --out cut --criterion bi --set data.size=16",
+                       "has images (3, 16, 16), the model takes (1, 8, 8): make its pictures grey and --set data.size=8"),
     "label": (TRAIN.replace("photos", "parquet:far.parquet"),
               "has the label 123456789: where it really has so many classes, say --set model.num_classes=123456790"),
-    "bomb": (TRAIN.replace("photos", "bomb"), "bomb/0.png is 13000 x 13000: wanted at most 134,217,728 pixels"),
+    "bomb": (TRAIN.replace("photos", "bomb"), "bomb/0.png is 13000 x 13000: wanted at most 134,217,728 pixels; make it smaller"),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.folders import open_picture_folder
 from tinyfusion.data.originals import open_originals, read_originals
-from tinyfusion.data.picture import FORMATS, MOST_PIXELS, centre_crop, decode
+from tinyfusion.data.picture import FORMATS, MOST_PIXELS, SMALL_FILE_BYTES, centre_crop, decode
 
 RAW = Randomness(3).at(0, 0, 1).integers("pixels", 256, (5, 7, 3))[0].astype(np.uint8)
 ORIENTATION = 274  # of EXIF
@@ -127,7 +127,9 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (bomb(13_000, 13_000), f"x is 13000 x 13000: wanted at most {MOST_PIXELS:,} pixels"),
+        (bomb(13_000, 13_000), f"x is 13000 x 13000: wanted at most {MOST_PIXELS:,} pixels; make it smaller"),
+        (bomb(8_200, 8_200), "x is 8200 x 8200, and its file has 8,2"),
+        (encoded(Image.new("RGB", (5_800, 5_800))), "x is 5800 x 5800, and its file has 98,"),
         (bomb(60_000, 60_000), f"x has more than {MOST_PIXELS:,} pixels"),
         (b"P6 2147483647 2147483647 255\n", "x has more than"),
         (encoded(DEEP, "TIFF"), "x is a picture of mode I;16: wanted 8 bits"),
@@ -138,7 +140,20 @@ def bomb(width: int, height: int) -> bytes:
         (b"GIF89a" + b"\xff" * 30, "x cannot be decoded as a picture"),
         (b"", "x cannot be decoded as a picture"),
     ],
-    ids=["bomb", "huge", "header", "16-bit-tiff", "float", "lab", "clear", "clear-gif", "gif", "empty"],
+    ids=[
+        "bomb",
+        "bits",
+        "colour",
+        "huge",
+        "header",
+        "16-bit-tiff",
+        "float",
+        "lab",
+        "clear",
+        "clear-gif",
+        "gif",
+        "empty",
+    ],
 )
 def test_what_is_refused_is_named(content: bytes, message: str) -> None:
     with warnings.catch_warnings():
@@ -148,9 +163,14 @@ def test_what_is_refused_is_named(content: bytes, message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
+def test_a_small_file_may_be_a_scanned_page() -> None:
+    assert SMALL_FILE_BYTES > 4960 * 7016 * 2
+    assert decode(bomb(4960, 7016), "x", 4).pixels.max() == 0
+
+
 def test_a_picture_that_the_memory_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyfusion.core.reading.available_memory_bytes", lambda: 2**27)
-    with pytest.raises(UserError, match=r"^x, a picture of 5000 x 5000, would take 0\.2 GiB of memory"):
+    monkeypatch.setattr("tinyfusion.core.reading.available_memory_bytes", lambda: 2**26)
+    with pytest.raises(UserError, match=r"^x, a picture of 5000 x 5000, would take 0\.1 GiB of memory"):
         decode(bomb(5000, 5000), "x", 16)
 
 

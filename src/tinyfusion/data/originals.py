@@ -38,7 +38,7 @@ from tinyfusion.data.picture import SUFFIXES, Picture, decode
 from tinyfusion.data.stream import RowGroup
 
 WEBDATASET = "webdataset:"
-_AT_A_TIME = 64  # encoded pictures in memory while a set is decoded
+_AT_A_TIME = 16  # encoded pictures in memory while a set is decoded
 _VALUE_BYTES = 5  # of a value of a set in memory: uint8, and float32 for training
 _SUGGESTED_SIDE = 6  # a message proposes at most 2 to this power of pixels
 

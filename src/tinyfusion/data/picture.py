@@ -21,10 +21,14 @@ from tinyfusion.core.recipe import Orientation
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-MOST_PIXELS = 2**27  # of one picture: the largest sensors of cameras have 102 million
+MOST_PIXELS = 2**27  # of one picture: sensors of 102 million are among the largest
+SMALL_FILE_BYTES = (
+    2**27
+)  # that a picture may take decoded, whatever its file; more have files of a 64th of it, as photographs do
 _CHECKED_PIXELS = 2**24  # from here on a picture is compared with the memory at hand
 _ALONE_PIXELS = 2**25  # from here on pictures are decoded one at a time
-_BYTES_PER_PIXEL = 8  # decoded, and once more in another mode or orientation
+_DECODED_BYTES = {"L": 1, "1": 2, "LA": 5, "P": 5}  # per pixel in memory, with its 8-bit form; 4 of other modes
+_TURNED = 2  # times these bytes, where a picture is turned
 _GREY, _GREY_ALPHA, _COLOUR, _ALPHA = ("1", "L"), ("LA", "La"), ("P", "RGB", "CMYK", "YCbCr"), ("RGBA", "PA", "RGBa")
 _SIXTEEN_BITS = {"PNG": ("I;16", "I"), "PPM": ("I",)}  # formats whose values span 0 to 65,535 by definition
 _TURNS = {
@@ -64,18 +68,23 @@ def decode(encoded: Any, where: str, size: int | None = None, orientation: Orien
         raise UserError(f"{where}: wanted an encoded picture (bytes); got {type(content).__name__}")
     with _reading(where):
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-    with image, _room_for(image, where):
-        with _reading(where):
-            turn = _TURNS.get(_orientation_of(image)) if orientation == "follow" else None
-            picture, changes = _eight_bits(image, where)
-            if turn is not None:
-                picture = picture.transpose(turn)
-                changes.append("turned as their orientation tags say")
-        if size is not None and picture.size != (size, size):
-            way = "enlarged" if min(picture.size) < size else "cropped"
-            changes.append(f"{way} to {size} x {size}")
-            picture = _cropped(picture, where, size)
-        pixels = np.asarray(picture)
+    with _room_for(image, len(content), where), image:  # closed before there is room for the next one
+        return _decoded(image, where, size, orientation)
+
+
+def _decoded(image: Image.Image, where: str, size: int | None, orientation: Orientation) -> Picture:
+    """The pixels of an opened picture, turned and cropped."""
+    with _reading(where):
+        turn = _TURNS.get(_orientation_of(image)) if orientation == "follow" else None
+        picture, changes = _eight_bits(image, where)
+        if turn is not None:
+            picture = picture.transpose(turn)
+            changes.append("turned as their orientation tags say")
+    if size is not None and picture.size != (size, size):
+        way = "enlarged" if min(picture.size) < size else "cropped"
+        changes.append(f"{way} to {size} x {size}")
+        picture = _cropped(picture, where, size)
+    pixels = np.array(picture)
     return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, tuple(changes))
 
 
@@ -95,14 +104,20 @@ def _reading(where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _room_for(image: Image.Image, where: str) -> Iterator[None]:
+def _room_for(image: Image.Image, num_bytes: int, where: str) -> Iterator[None]:
     """Around the decoding of a picture whose header was read. Raises UserError where it would take too much memory."""
     width, height = image.size
-    if width * height > MOST_PIXELS:
+    pixels, decoded_bytes = width * height, width * height * _DECODED_BYTES.get(image.mode, 4)
+    if pixels > MOST_PIXELS:
         raise UserError(f"{where} is {width} x {height}: wanted at most {MOST_PIXELS:,} pixels; make it smaller")
-    with _alone if width * height > _ALONE_PIXELS else contextlib.nullcontext():
-        if width * height > _CHECKED_PIXELS:
-            check_memory(_BYTES_PER_PIXEL * width * height, f"{where}, a picture of {width} x {height},")
+    if decoded_bytes > max(SMALL_FILE_BYTES, 64 * num_bytes):
+        raise UserError(
+            f"{where} is {width} x {height}, and its file has {num_bytes:,} bytes, which no photograph of that size has: "
+            "make it smaller"
+        )
+    with _alone if pixels > _ALONE_PIXELS else contextlib.nullcontext():
+        if pixels > _CHECKED_PIXELS:
+            check_memory(_TURNED * decoded_bytes, f"{where}, a picture of {width} x {height},")
         yield
 
 
@@ -130,7 +145,9 @@ def _eight_bits(image: Image.Image, where: str) -> tuple[Image.Image, list[str]]
             raise UserError(f"{where} is transparent in parts: put it on a background first")
         if mode not in (*_GREY, *_GREY_ALPHA):
             return image.convert("RGBA").convert("RGB"), []
-    return image.convert("L" if mode in (*_GREY, *_GREY_ALPHA) else "RGB"), []
+    image.load()
+    wanted = "L" if mode in (*_GREY, *_GREY_ALPHA) else "RGB"
+    return (image if image.mode == wanted else image.convert(wanted)), []  # a copy of a large one would be in the way
 
 
 def _cropped(picture: Image.Image, where: str, size: int) -> Image.Image:

@@ -245,13 +245,17 @@ def _way_out(data: DataSection, source: Batches, wanted: tuple[int, int, int], n
     channels, height, width = source.shape
     if (height, width, channels) == wanted:
         return "; arr_0 looks like (N, C, H, W), wanted channels last"
-    square = height == width
-    ways = [f"--set model.in_channels={channels}"] if new and square and channels != wanted[0] else []
+    square, ways = height == width, []
+    if new and square and channels != wanted[0]:
+        ways.append(f"--set model.in_channels={channels}")
+    if not new and (channels, wanted[0]) == (3, 1) and _is_pictures(data.name):
+        ways.append("make its pictures grey")
     if (height, width) != wanted[1:]:
-        ways += [f"--set model.input_size={height}"] if new and square else []
         side = wanted[1] if square or not new else 2 ** min(int(math.log2(min(height, width))), 6)
-        ways += [f"--set data.size={side}"] if _is_pictures(data.name) else []
-    return f": {' or '.join(ways)}" if ways else ""
+        sides = [f"--set model.input_size={height}"] if new and square else []
+        sides += [f"--set data.size={side}"] if _is_pictures(data.name) else []
+        ways += [" or ".join(sides)] if sides else []
+    return f": {' and '.join(ways)}" if ways else ""
 
 
 def engine_for(recipe: Recipe) -> Engine:
