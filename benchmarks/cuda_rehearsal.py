@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinyfusion.core.process_sections import FlowSampleSection
 from tinyfusion.core.recipe import (
     ComputeSection,
-    DynamicSection,
     PruneSection,
     Recipe,
     RecoverSection,
@@ -40,6 +40,7 @@ from tinyfusion.core.recipe import (
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import ImageSet
+from tinyfusion.dynamic.train import DynamicObjective
 from tinyfusion.jobs.processes import objective_for, sampler_of
 from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel, new_model
@@ -73,11 +74,13 @@ class StandInNumbers(TorchDispatchMode):
     """What the host reads from a device is 1, and tensors that are compared are equal."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default):
             dtype = args[0].dtype
             return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         if func is torch.ops.aten.equal.default:
             return True
+        if func is torch.ops.aten.nonzero.default:  # a step is looked up in a schedule: the first one is found
+            return args[0].new_zeros((1, args[0].ndim), dtype=torch.int64)
         return func(*args, **(kwargs or {}))
 
 
@@ -104,13 +107,23 @@ def on_fake_cuda() -> Iterator[None]:
                 self._buffers[name] = function(buffer)
         return self
 
+    def numbers(self: Tensor, *_: Any, **__: Any) -> np.ndarray:
+        if self.device.type != "cpu":
+            raise TypeError(f"numpy() of a tensor on {self.device}: move it to the host first")
+        return np.ones(tuple(self.shape), str(self.dtype).removeprefix("torch."))
+
     with ExitStack() as entered:
         for owner, name, stand_in in (
             (loop, "_update", update),
             (Tensor, "backward", lambda self, *args, **kwargs: None),
             (Tensor, "pin_memory", lambda self, *args, **kwargs: self),
+            (Tensor, "numpy", numbers),
             (nn.Module, "_apply", apply),
-            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),  # else autocast is off without a device
+            (
+                torch.cuda.amp.common,
+                "amp_definitely_not_available",
+                lambda: False,
+            ),  # else autocast is off without a device
             (torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True),
         ):
             entered.enter_context(mock.patch.object(owner, name, stand_in))
@@ -195,13 +208,19 @@ def sampling(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -
     return run
 
 
-def routed(family: str) -> Rehearsal:
+def routed(family: str, dtype: str, beside: str) -> Rehearsal:
     def run() -> None:
-        from tinyfusion.dynamic.train import dynamic_objective
-
-        model = attach(model_of(family), DynamicSettings()).loaded
-        settings = DynamicSection(training=TRAINING, finish_steps=1)
-        dynamic_objective(model, objective_for(model, 0.1, Recipe()), settings)
+        model = model_of(family)
+        dynamic = attach(model, DynamicSettings(), 0)
+        model.module.to(CUDA).train()
+        training = dataclasses.replace(TRAINING, dtype=dtype)
+        objective = DynamicObjective(
+            inner=objective_for(model, 0.1, Recipe()), dynamic=dynamic, target=0.5, num_classes=model.arch.num_classes,
+            label_drop=0.1, ramp_steps=1, weight=2.0, beside=beside, beside_steps=2, beside_weight=1.0,
+            teacher=model_of(family).module if beside == "teacher" else None, finish_from=1, strata=4,
+        )  # type: ignore[arg-type]  # fmt: skip
+        state = TrainState(model.module, [ParameterGroup(trainable(model.module))], training)
+        train(state, objective, model, training)
 
     return run
 
@@ -228,8 +247,15 @@ def rehearsals() -> dict[str, Rehearsal]:
         listed[f"recover {family} checkpointed"] = recovery(family, "masked-kd", "float32", checkpointed=True)
         for name in ("bi", "sensitivity", "min-loss"):
             listed[f"criterion {family} {name}"] = criterion(family, name)
-        listed[f"sample {family}"] = sampling(family, num_steps=8 if family == "mar" else 10)
-        listed[f"sample {family} bfloat16"] = sampling(family, torch.bfloat16, num_steps=8 if family == "mar" else 10)
+        few: dict[str, Any] = {"num_steps": 4 if family == "mar" else 10}
+        if family == "sit":
+            few["flow"] = FlowSampleSection(method="heun2")
+        listed[f"sample {family}"] = sampling(family, **few)
+        listed[f"sample {family} bfloat16"] = sampling(family, torch.bfloat16, **few)
+    for family in ("dit", "sit"):
+        for beside in ("complete", "teacher", "none"):
+            listed[f"dynamic {family} {beside}"] = routed(family, "float32", beside)
+        listed[f"dynamic {family} bfloat16"] = routed(family, "bfloat16", "complete")
     for name in ("ddim", "dpm-solver++", "unipc"):
         listed[f"sample dit {name}"] = sampling("dit", sampler=name, num_steps=10)
     listed["sample sit sde"] = sampling("sit", sampler="sde", num_steps=10)
@@ -243,7 +269,9 @@ def main() -> int:
     if not torch.backends.cuda.is_built():
         print(f"skipped: torch {torch.__version__} is built without CUDA; a CUDA build needs no GPU for this")
         return 0
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # torch asks whether a copy is lazy
+    warnings.filterwarnings(
+        "ignore", message="Accessing the data pointer of FakeTensor"
+    )  # torch asks whether a copy is lazy
     failed = 0
     listed = {name: run for name, run in rehearsals().items() if wanted in name}
     for name, run in listed.items():
