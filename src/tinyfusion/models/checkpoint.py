@@ -318,13 +318,14 @@ def _open_official(
     facts = _published_facts(arch, family)
     if routers is not None:
         facts = dataclasses.replace(facts, dynamic=dataclasses.asdict(routers))
-    part = f" of a training checkpoint ({found.label})" if found.keys else ""
+    part = " of a training checkpoint" if found.keys else ""
     kind = f"official state dict{' with routers' if routers else ''}{part}"
     module = filled(family, arch, tensors, path, routers)
     _say_classes(arch, num_classes)
     if len(fit) > 1:
         print(f"assuming family {family.name} (give --family to say otherwise)", file=sys.stderr)
-    return LoadedModel(module, family, arch, facts, {"kind": kind, "path": str(path)})
+    inside = {"part": found.label} if found.keys or found.prefix else {}
+    return LoadedModel(module, family, arch, facts, {"kind": kind, "path": str(path), **inside})
 
 
 def _say_classes(arch: Any, num_classes: int | None) -> None:
