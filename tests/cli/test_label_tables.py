@@ -133,4 +133,5 @@ def test_every_verb_takes_the_number_and_the_student_keeps_it(cli: Cli, work: Pa
     assert exported.code == 2 and "has no null class, for which its class always has a row" in exported.err
     assert cli("export", "--model", "run", "--to", "official", "--out", "o.safetensors").code == 0
     assert len(load_file("o.safetensors")["y_embedder.embedding_table.weight"]) == 10
-    assert cli("bench", "ten-rows.pt", *said, "--dry-run").code == 0
+    assert cli("bench", "ten-rows.pt", *said, "--dry-run", "--set", "sample.guidance=1").code == 0
+    assert cli("bench", "ten-rows.pt", *said, "--dry-run").code == 2

@@ -410,11 +410,12 @@ def test_a_folder_without_one_of_its_files_is_refused(model: LoadedModel, tmp_pa
             open_model(tmp_path / name)
 
 
-def test_saving_replaces_whole_and_leaves_nothing_beside(
+def test_saving_replaces_its_own_files_and_leaves_nothing_beside(
     model: LoadedModel, tiny_model: Callable[..., LoadedModel], tmp_path: Path
 ) -> None:
     save_model(tiny_model(5), tmp_path / "m")
     (tmp_path / "m" / "stray").write_text("x")
     save_model(model, tmp_path / "m")
     assert open_model(tmp_path / "m").hash() == model.hash()
-    assert [path.name for path in tmp_path.iterdir()] == ["m"] and not (tmp_path / "m" / "stray").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert (tmp_path / "m" / "stray").read_text() == "x"  # somebody else's

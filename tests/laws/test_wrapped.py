@@ -174,6 +174,8 @@ OTHERS = {
     "is a transformer of text and image streams": ["double_blocks.0.img_attn.qkv.weight"],
     "is a U-Net": ["model.diffusion_model.input_blocks.0.0.weight"],
     "is an autoencoder: give it as --vae": ["decoder.conv_in.weight", "first_stage_model.decoder.up.0.block.0.norm1.weight"],
+    r"the published state dict has no prompts.*give the folder of diffusers": [
+        "x_embedder.proj.weight t_block.1.weight y_embedder.y_proj.fc1.weight"],
     r"these tensors are not a DiT's: 'x_embedder\.proj\.weight' is missing": ["blocks.0.attn.qkv.weight"],
 }  # fmt: skip
 

@@ -404,7 +404,8 @@ def test_weights_tell_every_size_but_the_heads(
     pytestconfig: pytest.Config, subject: str, file: str, config: str
 ) -> None:
     golden = golden_set(pytestconfig, subject)
-    published = {"learn_sigma": True, "head_dim": None, "mlp_hidden": None, "frequency_shift": 0, "mlp_norm_eps": 1e-6}
+    published = {"learn_sigma": True, "head_dim": None, "mlp_hidden": None, "frequency_shift": 0, "mlp_norm_eps": 1e-6,
+                 "null_class": True}  # fmt: skip
     assert dataclasses.asdict(golden.model(file, config).arch) == {**golden.config[config], **published}
 
 

@@ -19,7 +19,9 @@ from torch import Tensor
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
 from tinyfusion.models.attach import Deciding, DynamicModel
 from tinyfusion.models.checkpoint import open_model
-from tinyfusion.models.tensors import read_pickle, state_dict_in
+from tinyfusion.models.family import FAMILIES
+from tinyfusion.models.statedicts import find_state_dict
+from tinyfusion.models.tensors import read_pickle
 
 TOLERANCE = 1e-5
 FILE, INPUTS = "dydit_golden.safetensors", ("x", "t", "y")
@@ -33,7 +35,7 @@ class Golden:
         self.tensors = load_file(folder / FILE)
         config = json.loads((folder / "dydit.json").read_text(encoding="utf-8"))["config"]
         file = folder / "dydit_weights.pt"
-        self.weights = state_dict_in(read_pickle(file), "ema", file)
+        self.weights = find_state_dict(read_pickle(file), [FAMILIES["dit"].mark], "ema", file).tensors
         dynamic = open_model(file, num_heads=config["num_heads"], family="dit").dynamic
         assert dynamic is not None
         self.model: DynamicModel = dynamic

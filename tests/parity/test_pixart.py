@@ -255,7 +255,7 @@ def test_sizes_are_checked() -> None:
     sizes = dataclasses.asdict(tiny("pixart").arch)
     for change, message in (
         ({"caption_tokens": 0}, "caption_tokens must be at least 1"),
-        ({"input_size": 5}, "input_size 5 is not a multiple of 2"),
+        ({"input_size": 5}, "input_size 5 is not a multiple of patch_size 2"),
         ({"hidden_size": 18}, "hidden_size 18 is not a multiple of 4"),
     ):
         with pytest.raises(ValueError, match=message):

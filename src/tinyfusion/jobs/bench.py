@@ -82,6 +82,8 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
     sources = {"model": names.model} | ({"vs": names.vs} if names.vs else {})
     said = names.num_heads, names.family, names.num_classes
     models = {side: open_model(source, recipe.sample.weights, *said) for side, source in sources.items()}
+    for model in models.values():
+        sampler_of(recipe.sample, model)  # a dry run too refuses what cannot be sampled so
     hashes = {side: model.hash() for side, model in models.items()}
     protocol = _protocol(recipe, device, any(model.dynamic is not None for model in models.values()))
     if dry_run:

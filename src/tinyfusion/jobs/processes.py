@@ -96,7 +96,7 @@ def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
         )
     if settings.guidance > 1 and not model.null_class:
         raise UserError(
-            f"--guidance {settings.guidance:g} compares with a class for no label, and the model has none: give --guidance 1"
+            f"--guidance {settings.guidance:g} compares with a class for no label, and the model has none: --set sample.guidance=1"
         )
     low, high = settings.guidance_interval
     if not 0 <= low <= high <= 1:

@@ -46,6 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 MODEL_FORMAT_VERSION = 1
+_LARGEST_SCALE = 1e6  # of latents; far beyond every published one
 _PUBLISHED_CLASSES = 1000  # of ImageNet, trained with a null class in all published files
 _WEIGHTS = "diffusion_pytorch_model"  # name of the weights in a folder of diffusers
 
@@ -172,6 +173,8 @@ def _recorded_facts(record: Mapping[str, Any], family: ModelFamily, arch: Any) -
     facts: ModelFacts = build_known(ModelFacts, {**record, "plan": plan}, "")
     if not 1 <= facts.image_size <= LARGEST_SIZE:
         raise ValueError(f"image_size must be at least 1 and at most {LARGEST_SIZE}; got {facts.image_size}")
+    if facts.latent_scale is not None and not 0 < facts.latent_scale <= _LARGEST_SCALE:
+        raise ValueError(f"latent_scale must be above 0 and at most {_LARGEST_SCALE:g}; got {facts.latent_scale:g}")
     parents: list[_Parent] = [build_known(_Parent, p, f"lineage[{i}]") for i, p in enumerate(facts.lineage)]
     kept_of = [*(parent.kept for parent in parents), facts.kept]
     for kept, parent in zip(kept_of[1:], parents, strict=True):
@@ -318,13 +321,14 @@ def _open_official(
     facts = _published_facts(arch, family)
     if routers is not None:
         facts = dataclasses.replace(facts, dynamic=dataclasses.asdict(routers))
-    part = f" of a training checkpoint ({found.label})" if found.keys else ""
+    part = " of a training checkpoint" if found.keys else ""
     kind = f"official state dict{' with routers' if routers else ''}{part}"
     module = filled(family, arch, tensors, path, routers)
     _say_classes(arch, num_classes)
     if len(fit) > 1:
         print(f"assuming family {family.name} (give --family to say otherwise)", file=sys.stderr)
-    return LoadedModel(module, family, arch, facts, {"kind": kind, "path": str(path)})
+    inside = {"part": found.label} if found.keys or found.prefix else {}
+    return LoadedModel(module, family, arch, facts, {"kind": kind, "path": str(path), **inside})
 
 
 def _say_classes(arch: Any, num_classes: int | None) -> None:
@@ -340,7 +344,10 @@ def _say_classes(arch: Any, num_classes: int | None) -> None:
 
 def _families_of(tensors: Mapping[str, Tensor]) -> list[ModelFamily]:
     """The families that an official file may be of, by its tensors; the first is assumed."""
-    return [family for family in FAMILIES.values() if family.mark in tensors] or list(FAMILIES.values())[:1]
+    fit = [family for family in FAMILIES.values() if family.mark in tensors] or list(FAMILIES.values())[:1]
+    return [
+        family for family in fit if family.mark == fit[-1].mark
+    ]  # a later family may have the mark of an earlier one too
 
 
 def _published_facts(arch: Any, family: ModelFamily) -> ModelFacts:

@@ -66,7 +66,11 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own advice is to run the code; ours is not
-        what = f"holds code or foreign objects ({found[1]}), which are never run" if found else _NO_MODEL
+        what = (
+            f"holds code or foreign objects ({found[1]}), which are never run: save its state dict alone"
+            if found
+            else _NO_MODEL
+        )
         raise UserError(f"{path} {what}") from error
     except UserError:
         raise
