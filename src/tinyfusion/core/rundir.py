@@ -103,7 +103,10 @@ class RunDirectory:
         return dict(read_json(self.record_path))
 
     def check(self, verb: str, recipe: Mapping[str, Any], overwrite: bool) -> str:
-        """ "new", "continue" or "finished". Raises UserError on a folder that may not be used. Touches nothing."""
+        """ "new", "continue" or "finished". Raises UserError on a folder that may not be used. Touches nothing.
+
+        A finished run that a killed `--overwrite` set aside is one to continue: `begin` brings it back.
+        """
         check_writable(self.path)
         try:
             str(self.path).encode()
@@ -114,13 +117,14 @@ class RunDirectory:
             return "new"
         if not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file; this verb writes a folder")
-        record_path = self._settled() / "run.json"
+        place = self._settled()
+        record_path = place / "run.json"
         if not record_path.is_file() or not is_ours(record := read_json(record_path)):
             raise UserError(f"--out {self.path} exists and is not a tinyfusion run; choose another folder")
         if overwrite:
             return "new"
         check_same(record, verb, recipe, self.path)
-        return "finished" if record.get("state") == "done" else "continue"
+        return "finished" if record.get("state") == "done" and place == self.path else "continue"
 
     def begin(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> str:
         """As `check`; then a new run is marked running in the folder, made where it is missing.
