@@ -165,7 +165,7 @@ class RunDirectory:
                 mode = self.begin(verb, recipe, overwrite)
                 yield from self._within(mode)
         finally:
-            if not self.path.exists() or _folder_identity(self.path) == self._folder:
+            if not self.path.exists() or self._folder in (None, _folder_identity(self.path)):
                 remove_empty(made)
             self._folder = None
 
