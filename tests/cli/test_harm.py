@@ -18,6 +18,8 @@ from material import Cli, Outcome
 from test_bad_input import EVALUATE, INDICES, PRUNE, RECOVER, SAMPLE, tree_hash
 from test_verbs import done
 
+import tinyfusion.cli
+import tinyfusion.core.files
 import tinyfusion.jobs.drawing
 import tinyfusion.jobs.export
 import tinyfusion.jobs.prune
@@ -200,6 +202,46 @@ def test_parts_left_by_a_kill_after_the_npz_go_with_the_next_call(
     assert tree_hash(work) == before
     assert "finished" in done(cli, SAMPLE).err
     assert names("made") == ["samples.json", "samples.npz"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("command", "made"),
+    [
+        (f"{INDICES} --keep 0,2", "run"),
+        (f"{EXPORT} tinyfusion --out out", "."),
+        (f"{EXPORT} official --out out.pt", "."),
+        (EVALUATE.replace("made/", "") + " --samples images.npz", "."),
+    ],
+)
+def test_what_a_kill_leaves_after_the_last_rename_goes_with_the_next_call(
+    cli: Cli, work: Path, command: str, made: str
+) -> None:
+    """The output is whole, and the folder that it was written in is still there."""
+    child = os.fork()
+    if child == 0:
+        try:
+            end = tinyfusion.core.files._end
+
+            def killing(folder: Path, lock: Any) -> None:
+                last = "run.json" if made == "run" else command.split("--out ")[1].split()[0]
+                done = made != "run" or '"done"' in Path("run/run.json").read_text()
+                if folder.name.startswith(f".{last}.") and done and not folder.parent.name.endswith(".part"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                end(folder, lock)
+
+            tinyfusion.core.files._end = killing
+            tinyfusion.cli.main(shlex.split(command))
+        finally:
+            os._exit(77)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    hidden = [path for path in Path(made).iterdir() if path.name.startswith(".")]
+    assert len(hidden) == (2 if made == "run" else 1)
+    before = tree_hash(work)
+    done(cli, f"{command} --dry-run")
+    assert tree_hash(work) == before
+    assert "finished" in done(cli, command).err
+    assert not any(path.exists() for path in hidden)
 
 
 # ------------------------------------------------------------------------------------------------- other processes, disks

@@ -30,14 +30,14 @@ from tinyfusion.core.files import (
     write_text,
     written_beside,
 )
-from tinyfusion.core.locks import LOCK, acquire
+from tinyfusion.core.locks import LOCK, Locked, acquire
 from tinyfusion.core.reading import check_plain, read_json
-from tinyfusion.core.records import FORMAT_VERSION, check_same, file_output, is_ours, machine, stamp
+from tinyfusion.core.records import FORMAT_VERSION, check_same, file_output, is_ours, machine, say_finished, stamp
 from tinyfusion.core.signals import Interrupted
 
 __all__ = [
     "CHECKPOINT_FILES", "FORMAT_VERSION", "RunDirectory", "check_space", "check_writable", "file_output", "machine", "read_json",
-    "read_metrics", "run_files", "stamp", "write_json", "write_text", "written_beside",
+    "read_metrics", "run_files", "say_finished", "stamp", "write_json", "write_text", "written_beside",
 ]  # fmt: skip
 
 _CONTINUES = "mend that, and the same command continues from the last checkpoint"
@@ -197,6 +197,13 @@ class RunDirectory:
             yield
         finally:
             lock.release()
+
+    def tidy(self) -> None:
+        """Remove what a process left in a finished run that was killed between its last mark and its end."""
+        if self.writes and any(part.startswith(".") for name in files_in(self.path) for part in name.split("/")):
+            with contextlib.suppress(Locked, OSError), self._alone():
+                clear_unfinished(self.path)
+                self._settle()
 
     @property
     def _old(self) -> Path:
