@@ -548,6 +548,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
     "parquet-column": (ENCODE.replace("pictures", "parquet:p.parquet"), columnless, "wanted img or image"),
     "out-foreign": (ENCODE, lambda h: ((h / "latents").mkdir(), (h / "latents" / "x").touch()), "is not a tinyfusion run"),
     "out-file": (ENCODE, lambda h: (h / "latents").touch(), "--out latents is a file"),
+    "out-pipe": (ENCODE, lambda h: os.mkfifo(h / "latents"), "latents is a pipe: wanted a regular file or a folder"),
     "features-none": (OLD, None, "old wants one folder NAME_features"),
     "features-gap": (OLD, old("features/3.npy", None), "has gaps: 3.npy of 12 missing"),
     "features-label": (OLD, old("labels/11.npy", None), "wanted one label per file"),
@@ -591,6 +592,24 @@ def test_another_recipe_and_overwrite(cli: Cli, here: Path, monkeypatch: pytest.
     monkeypatch.delenv("WORLD_SIZE")
     done(cli, f"{other} --overwrite")
     assert open_latents(here / "latents").spec.rows == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_overwriting_that_is_killed_loses_neither_set(cli: Cli, here: Path) -> None:
+    done(cli, ENCODE)
+    whole, other = content("latents"), f"{ENCODE} --set encode.mirror=false"
+    for point in ("batch-0", "before-the-name-of-a-shard"):
+        killed_at(point, f"{other} --overwrite")
+        before = tree(here)
+        done(cli, f"{ENCODE} --dry-run")
+        assert tree(here) == before, "a look touches nothing"
+        done(cli, ENCODE)
+        assert "is finished, 6 shards are as they were" in done(cli, ENCODE).err, point
+        assert content("latents") == whole and not list((here / "latents").glob(".*")), point
+    killed_at("before-the-end", f"{other} --overwrite")
+    done(cli, other)
+    assert open_latents(here / "latents").spec.rows == 1
+    assert not list((here / "latents").glob(".*")) and not list(here.glob(".*"))
 
 
 def test_dry_run_counts_and_writes_nothing(cli: Cli, here: Path) -> None:

@@ -460,11 +460,13 @@ def test_the_same_command_again_is_finished(cli: Cli, work: Path, verb: str) -> 
 
 def test_overwrite_starts_anew(cli: Cli, work: Path) -> None:
     done(cli, "prune --teacher teacher --criterion indices --keep 0 --out pruned")
-    Path("pruned/extra").write_text("from the first run", encoding="utf-8")
+    Path("pruned/extra").write_text("mine", encoding="utf-8")
+    Path("pruned/calibration.json").write_text("{}", encoding="utf-8")  # of the first run
     done(cli, "prune --teacher teacher --criterion indices --keep 1,2 --out pruned --overwrite")
     assert done(cli, "inspect pruned --json").last_json["kept"] == {"blocks": [1, 2]}
-    assert not Path("pruned/extra").exists()
-    assert sorted(p.name for p in work.glob(".*")) == []
+    assert Path("pruned/extra").read_text(encoding="utf-8") == "mine"
+    assert not Path("pruned/calibration.json").exists()
+    assert sorted(p.name for folder in (work, Path("pruned")) for p in folder.glob(".*")) == []
     done(cli, SAMPLE)
     before = files(work / "drawn")
     done(cli, f"{SAMPLE} --seed 5 --overwrite")

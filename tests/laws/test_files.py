@@ -96,6 +96,19 @@ def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
     assert names(tmp_path) == ["disk", "disk/x.json", "x.json"]
 
 
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def write() -> None:
+        with written_beside(Path()) as beside:
+            beside.mkdir()
+
+    with pytest.raises(UserError, match="cannot replace the current folder"):
+        write()
+    assert names(tmp_path) == ["here"]
+
+
 def test_what_may_not_be_looked_into_is_not_called_missing(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("another user is needed")
@@ -255,6 +268,21 @@ def test_a_lock_that_cannot_tell_asks_the_record_of_its_holder(
     assert ("right now" in said) == (outcome == "alive")
     assert (f"remove {tmp_path / LOCK} where it has ended" in said) == (outcome == "unknown")
     assert json.loads((tmp_path / LOCK).read_text()) == record
+
+
+def test_a_lock_that_cannot_be_signed_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    for write in (
+        lambda: acquire(tmp_path / LOCK, "writes run"),
+        lambda: write_text(tmp_path / "above" / "x", "x"),
+        lambda: RunDirectory(tmp_path / "above" / "run").writing("prune", RECIPE).__enter__(),
+    ):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+        assert names(tmp_path) == []
 
 
 def test_a_lock_file_that_goes_while_it_is_waited_for_is_made_anew(

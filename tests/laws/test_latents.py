@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,6 +206,18 @@ def test_two_processes_do_not_write_one_shard(tmp_path: Path) -> None:
         unfinished_shard(tmp_path, spec, 0, labels, 0),
     ):
         pass
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_refused(tmp_path: Path) -> None:
+    spec, labels = specified(), np.arange(7)
+    for name in (spec.file_name(0), f".{spec.file_name(0)}.part"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match="is a pipe"), unfinished_shard(tmp_path, spec, 0, labels, 0):
+            raise AssertionError("never reached")
+        if name.startswith("."):
+            with pytest.raises(UserError, match="is a pipe"):
+                images_in_part(tmp_path, spec, 0, labels)
+        (tmp_path / name).unlink()
 
 
 def flip_byte(path: Path) -> None:

@@ -39,7 +39,7 @@ def written_beside(path: Path, ours: str = "") -> Iterator[Path]:
     regular expression of relative paths) names. Files get the mode that the umask gives to new ones.
     """
     check_plain(path)
-    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    target = Path(os.path.realpath(path)) if path.is_symlink() or path.name in ("", "..") else path
     made = missing_folders(target.parent)
     folder, lock = unfinished(target), None
     try:
@@ -73,12 +73,15 @@ def _begin(folder: Path, path: Path) -> Lock:
     while True:
         try:
             folder.mkdir()
-            return acquire(folder / LOCK, f"writes {path}")
         except FileExistsError:
             raise UserError(f"cannot write {path}: {folder} is in its way; move that away") from None
+        try:
+            return acquire(folder / LOCK, f"writes {path}")
         except FileNotFoundError:  # taken away before it was locked, as an empty one
-            if not path.parent.is_dir():
-                raise
+            continue
+        except BaseException:
+            remove_empty([folder])
+            raise
 
 
 def _end(folder: Path, lock: Lock) -> None:
@@ -162,6 +165,8 @@ def _put(new: Path, path: Path, ours: str) -> None:
     if not path.is_dir():
         os.replace(new, path)
         return
+    if path.samefile("."):
+        raise UserError(f"cannot replace the current folder {path}: call it from elsewhere")
     for relative in files_in(path):
         if not os.path.lexists(new / relative) and not re.fullmatch(ours, relative):
             (new / relative).parent.mkdir(parents=True, exist_ok=True)

@@ -56,21 +56,26 @@ def acquire(path: Path, activity: str, sign: bool = True) -> Lock:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             granted = try_lock(descriptor)
-            if granted is not False and not is_at(descriptor, path):  # its former holder has just removed it
-                os.close(descriptor)
-                continue
-            holder = _holder(descriptor)
+            removed = granted is not False and not is_at(descriptor, path)  # by its former holder, just now
+            holder = {} if removed else _holder(descriptor)
             state = "alive" if granted is False else _state(holder, path, granted is True)
-            if state != "dead":
+            if not removed and state != "dead":
                 raise Locked(_refusal(path, activity, holder, state))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        lock = Lock(path, descriptor)
+        if removed:
+            lock.release()
+            continue
+        try:
             if sign:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(_own_record()).encode(), 0)
-            return Lock(path, descriptor)
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+            lock.release()
             raise
+        return lock
 
 
 def try_lock(opened: int | IO[bytes]) -> bool | None:

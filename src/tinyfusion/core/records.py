@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from tinyfusion import __version__
 from tinyfusion.core.config import first_difference
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import check_writable
+from tinyfusion.core.files import check_writable, clear_unfinished
 
 FORMAT_VERSION = 1
 _MARKER = "tinyfusion"
@@ -118,3 +119,10 @@ def file_output(
         return True
     check_same(record, verb, recipe, path)
     return False
+
+
+def say_finished(path: Path, dry_run: bool = False) -> None:
+    """Say on stderr that an output is there, and remove what a process left that was killed once it was."""
+    for name in () if dry_run else (path.name, f"{path.stem}.json"):
+        clear_unfinished(path.parent, name)
+    print(f"{path} is finished; --overwrite starts anew", file=sys.stderr)

@@ -30,14 +30,14 @@ from tinyfusion.core.files import (
     write_text,
     written_beside,
 )
-from tinyfusion.core.locks import LOCK, acquire
+from tinyfusion.core.locks import LOCK, Locked, acquire
 from tinyfusion.core.reading import check_plain, read_json
-from tinyfusion.core.records import FORMAT_VERSION, check_same, file_output, is_ours, machine, stamp
+from tinyfusion.core.records import FORMAT_VERSION, check_same, file_output, is_ours, machine, say_finished, stamp
 from tinyfusion.core.signals import Interrupted
 
 __all__ = [
     "CHECKPOINT_FILES", "FORMAT_VERSION", "RunDirectory", "check_space", "check_writable", "file_output", "machine", "read_json",
-    "read_metrics", "run_files", "stamp", "write_json", "write_text", "written_beside",
+    "read_metrics", "run_files", "say_finished", "stamp", "write_json", "write_text", "written_beside",
 ]  # fmt: skip
 
 _CONTINUES = "mend that, and the same command continues from the last checkpoint"
@@ -103,7 +103,10 @@ class RunDirectory:
         return dict(read_json(self.record_path))
 
     def check(self, verb: str, recipe: Mapping[str, Any], overwrite: bool) -> str:
-        """ "new", "continue" or "finished". Raises UserError on a folder that may not be used. Touches nothing."""
+        """ "new", "continue" or "finished". Raises UserError on a folder that may not be used. Touches nothing.
+
+        A finished run that a killed `--overwrite` set aside is one to continue: `begin` brings it back.
+        """
         check_writable(self.path)
         try:
             str(self.path).encode()
@@ -114,13 +117,14 @@ class RunDirectory:
             return "new"
         if not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file; this verb writes a folder")
-        record_path = self._settled() / "run.json"
+        place = self._settled()
+        record_path = place / "run.json"
         if not record_path.is_file() or not is_ours(record := read_json(record_path)):
             raise UserError(f"--out {self.path} exists and is not a tinyfusion run; choose another folder")
         if overwrite:
             return "new"
         check_same(record, verb, recipe, self.path)
-        return "finished" if record.get("state") == "done" else "continue"
+        return "finished" if record.get("state") == "done" and place == self.path else "continue"
 
     def begin(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> str:
         """As `check`; then a new run is marked running in the folder, made where it is missing.
@@ -161,7 +165,7 @@ class RunDirectory:
                 mode = self.begin(verb, recipe, overwrite)
                 yield from self._within(mode)
         finally:
-            if not self.path.exists() or _folder_identity(self.path) == self._folder:
+            if not self.path.exists() or self._folder in (None, _folder_identity(self.path)):
                 remove_empty(made)
             self._folder = None
 
@@ -193,6 +197,13 @@ class RunDirectory:
             yield
         finally:
             lock.release()
+
+    def tidy(self) -> None:
+        """Remove what a process left in a finished run that was killed between its last mark and its end."""
+        if self.writes and any(part.startswith(".") for name in files_in(self.path) for part in name.split("/")):
+            with contextlib.suppress(Locked, OSError), self._alone():
+                clear_unfinished(self.path)
+                self._settle()
 
     @property
     def _old(self) -> Path:

@@ -146,15 +146,13 @@ def unfinished_shard(
     the folder has gone.
     """
     path, start, whole = _part(folder, spec, shard), _start(spec, shard, labels), folder / spec.file_name(shard)
-    for place in (path, whole):
-        check_plain(place)
+    check_plain(path)
+    check_plain(whole)
     try:
         with open(path, "ab") as file:
             if try_lock(file) is False or not is_at(file.fileno(), path):  # or it has just become a whole shard
-                raise UserError(
-                    f"another process writes {path} right now: give every process its own RANK of one WORLD_SIZE, or wait "
-                    "for it"
-                )
+                advice = "give every process its own RANK of one WORLD_SIZE, or wait for it"
+                raise UserError(f"another process writes {path} right now: {advice}")
             if keep:
                 file.truncate(len(start) + keep * spec.image_bytes)
             else:
@@ -174,9 +172,8 @@ def unfinished_shard(
             check_plain(whole)
             os.replace(path, whole)
     except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} was removed or emptied while it was being written: start the same command again"
-        ) from error
+        what = "was removed or emptied while it was being written: start the same command again"
+        raise UserError(f"{folder} {what}") from error
     except OSError as error:
         error.filename = error.filename or str(path)
         raise

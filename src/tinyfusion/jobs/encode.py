@@ -95,6 +95,7 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
         if options.dry_run:
             return _announced(work, settings, source, todo, world, mode, rank == 0)
         if mode == "finished" and not todo:
+            run.tidy()
             return _verified(options.out, rank)
         if rank > 0:
             _await(run, plain, recipe.compute.timeout_s)

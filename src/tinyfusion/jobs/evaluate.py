@@ -12,7 +12,7 @@ import numpy as np
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.recipe import EvaluateSection, Recipe
-from tinyfusion.core.rundir import file_output, read_json, stamp, write_json, written_beside
+from tinyfusion.core.rundir import file_output, read_json, say_finished, stamp, write_json, written_beside
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.image_source import ImageSource, source_of
 from tinyfusion.data.parquet import WHOLE
@@ -80,7 +80,7 @@ def evaluate(
     for other in ("references", "checkpoints"):  # the reference that counts is given by itself
         plain["evaluate"].pop(other)
     if not file_output(options.out, "evaluate", plain, options.overwrite, read_json):
-        print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
+        say_finished(options.out, options.dry_run)
         return _outcome(read_json_object(options.out), str(samples), print_table)
     if options.dry_run:
         return {"protocol": protocol}

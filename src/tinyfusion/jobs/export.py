@@ -23,6 +23,7 @@ from tinyfusion.core.rundir import (
     check_writable,
     file_output,
     read_json,
+    say_finished,
     stamp,
     write_json,
     written_beside,
@@ -83,7 +84,7 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     if options.dry_run:
         return outcome
     if not todo:
-        print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
+        say_finished(options.out)
     else:
         record = stamp("export", plain, "done", **outcome)
         _check_output(options, what.to, plain)  # again: what has come to be there meanwhile is not replaced

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import file_label
-from tinyfusion.core.reading import parse_json, read_text
+from tinyfusion.core.reading import parse_json, read_text, unreadable
 from tinyfusion.core.rundir import FORMAT_VERSION, RunDirectory, file_output, read_json, stamp, write_text
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.models.plan import PrunePlan, plan_from_json
@@ -92,8 +92,14 @@ def read_run(path: Path) -> RunData:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise UserError(f"no run at {path}: no such folder; wanted a run folder, such as the --out of `tinyfusion run`")
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"no run at {path}: no such folder; wanted a run folder, such as the --out of `tinyfusion run`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
     if not path.is_dir():
         raise UserError(f"{path} is a file; wanted a run folder, such as the --out of `tinyfusion run`")
     if not (path / "run.json").is_file():

@@ -58,7 +58,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if mode == "finished":
         if folder.writes and not page.is_file() and not options.dry_run:  # killed between the last stage and its page
             write_text(page, render_run(options.out))
-        finished(folder)
+        finished(folder, options.dry_run)
         return _outcome(options.out)
     if mode == "new":
         _check(recipe, options, teacher)

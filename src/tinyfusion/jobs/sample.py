@@ -27,6 +27,7 @@ from tinyfusion.core.rundir import (
     check_writable,
     file_output,
     read_json,
+    say_finished,
     stamp,
     write_json,
     written_beside,
@@ -128,7 +129,7 @@ def sample(
             parts.remove()
         else:
             clear_parts(job.parts(num), plain)
-            print(f"{options.out} is finished; --overwrite starts anew", file=sys.stderr)
+            say_finished(options.out)
         _write_pictures(job, todo)
     return outcome
 

@@ -21,7 +21,7 @@ from tinyfusion.core.device import available_bytes
 from tinyfusion.core.progress import Advance, progress
 from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
-from tinyfusion.core.rundir import RunDirectory, check_space
+from tinyfusion.core.rundir import RunDirectory, check_space, say_finished
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.jobs.assemble import RunOptions, job_record
 from tinyfusion.jobs.estimate import training_memory
@@ -134,7 +134,7 @@ class TrainedRun:
         settings: of the training, whose average may be too long for it; None where nothing is trained.
         """
         if self.mode == "finished":
-            finished(self.folder)
+            finished(self.folder, self.options.dry_run)
             return True
         if self.mode == "new":
             self.engine.first(lambda: check_space(self.options.out, disk_bytes()))
@@ -297,7 +297,9 @@ def save(run: RunDirectory, model: LoadedModel, name: str) -> None:
         save_model(model, run.path / name)
 
 
-def finished(run: RunDirectory) -> None:
+def finished(run: RunDirectory, dry_run: bool) -> None:
     """Say that there is nothing to do."""
     if run.writes:
-        print(f"{run.path} is finished; --overwrite starts anew", file=sys.stderr)
+        say_finished(run.path, dry_run)
+    if not dry_run:
+        run.tidy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import clear_unfinished, discard, unfinished, written_beside
+from tinyfusion.core.files import clear_unfinished, discard, disk_reason, unfinished, written_beside
 from tinyfusion.core.reading import check_plain, read_json, unreadable
 from tinyfusion.core.rundir import CHECKPOINT_FILES
 from tinyfusion.training.saved import (
@@ -97,20 +96,17 @@ def load_checkpoint(path: Path, state: TrainState, first: First = _here) -> int:
 
 
 def _no_checkpoint(path: Path) -> str | None:
-    """What to say of a path that is no checkpoint, damaged or not; None where it is one.
-
-    Raises UserError where it may not be read, or is a pipe or device.
-    """
+    """What to say of a path that is no checkpoint, damaged or not; None where it is one. UserError where it may not be read."""
     wanted = "wanted a folder such as RUN/checkpoints/step-0001000"
     check_plain(path)
     try:
-        is_folder = stat.S_ISDIR(path.stat().st_mode)
+        missing = None if stat.S_ISDIR(path.stat().st_mode) else "it is a file"
     except (FileNotFoundError, NotADirectoryError):
-        return f"no checkpoint at {path}: no such folder; {wanted}"
+        missing = "no such folder"
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    if not is_folder:
-        return f"no checkpoint at {path}: it is a file; {wanted}"
+    if missing:
+        return f"no checkpoint at {path}: {missing}; {wanted}"
     if any((path / name).exists() for name in (RECORD, SUMS)):
         return None
     inside = checkpoint_folders(path / "checkpoints") or checkpoint_folders(path)
@@ -124,14 +120,11 @@ def _load(path: Path, state: TrainState) -> int:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first. Raises UserError where it cannot be read.
-
-    A folder that holds files, and none of a checkpoint, is none: what others put into one that has gone.
-    """
+    """The checkpoints in `folder`, oldest first, without folders of files of others. Raises UserError where it cannot be read."""
     try:
         entries = list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
-        raise UserError(f"cannot read {folder}: {_reason(error)}") from error
+        raise UserError(f"cannot read {folder}: {disk_reason(error)}") from error
     named = [entry for entry in entries if _step(entry) is not None and not _is_foreign(entry)]
     return sorted(named, key=lambda entry: _step(entry) or 0)
 
@@ -357,7 +350,7 @@ class CheckpointWriter:
             _leave(note, {"sha256": hashed, "rows": {name: rows for name, (_, rows) in snapshot.split.items()}})
         except OSError as error:
             if beside.is_dir():
-                _leave(note, {"error": _reason(error)})
+                _leave(note, {"error": disk_reason(error)})
             raise
 
     def _prune(self, step: int) -> None:
@@ -371,7 +364,7 @@ class CheckpointWriter:
 
     def _told(self, path: Path, error: OSError | UserError) -> str:
         """What to tell people when `path` could not be written."""
-        reason = _reason(error) if isinstance(error, OSError) else str(error)
+        reason = disk_reason(error) if isinstance(error, OSError) else str(error)
         if self.written is not None and self.written.path == path:
             return f"{path} is written, and those it makes superfluous cannot be removed: {reason}"
         before = sorted(found.name for found in self.folder.glob("step-*") if found != path)
@@ -392,13 +385,6 @@ def _leave(note: Path, content: dict[str, Any]) -> None:
     beside = note.with_suffix(".part")
     beside.write_text(json.dumps(content), encoding="utf-8")
     os.replace(beside, note)
-
-
-def _reason(error: OSError) -> str:
-    """What an error of the file system says, in words for people."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space left on the disk"
-    return f"{error.strerror or error}" + (f" ({Path(os.fsdecode(error.filename)).name})" if error.filename else "")
 
 
 def _host_memory(part: Tensor) -> Tensor:
