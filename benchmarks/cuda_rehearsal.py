@@ -6,8 +6,8 @@ Needs a CUDA build of torch, but no device. Every training, criterion and sample
 where tensors have a device, a shape and a type, but no values. Forward passes, losses, optimiser steps, averages and samplers
 are the real code; numbers that the code reads back from the device are stand-ins (1), and the backward pass gives gradients of
 zero. So it finds tensors on the wrong device, transfers that cannot be and types that do not match, and no wrong value. Fake
-tensors belong to one thread: batches are made in turn, and copies from pinned memory count as plain copies. Exit status 1
-where a rehearsal fails; 0, with the reason, where torch has no CUDA.
+tensors belong to one thread: batches are made in turn, and copies from pinned memory count as plain copies. Not rehearsed: dpm-solver++ and unipc, whose schedulers
+look their steps up by value. Exit status 1 where a rehearsal fails; 0, with the reason, where torch has no CUDA.
 """
 
 from __future__ import annotations
@@ -79,8 +79,6 @@ class StandInNumbers(TorchDispatchMode):
             return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         if func is torch.ops.aten.equal.default:
             return True
-        if func is torch.ops.aten.nonzero.default:  # a step is looked up in a schedule: the first one is found
-            return args[0].new_zeros((1, args[0].ndim), dtype=torch.int64)
         return func(*args, **(kwargs or {}))
 
 
@@ -256,8 +254,9 @@ def rehearsals() -> dict[str, Rehearsal]:
         for beside in ("complete", "teacher", "none"):
             listed[f"dynamic {family} {beside}"] = routed(family, "float32", beside)
         listed[f"dynamic {family} bfloat16"] = routed(family, "bfloat16", "complete")
-    for name in ("ddim", "dpm-solver++", "unipc"):
-        listed[f"sample dit {name}"] = sampling("dit", sampler=name, num_steps=10)
+    listed["sample dit ddim"] = sampling(
+        "dit", sampler="ddim", num_steps=10
+    )  # fast solvers look steps up by value: not here
     listed["sample sit sde"] = sampling("sit", sampler="sde", num_steps=10)
     return listed
 
