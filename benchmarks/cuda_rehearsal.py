@@ -6,8 +6,9 @@ Needs a CUDA build of torch, but no device. Every training, criterion and sample
 where tensors have a device, a shape and a type, but no values. Forward passes, losses, optimiser steps, averages and samplers
 are the real code; numbers that the code reads back from the device are stand-ins (1), and the backward pass gives gradients of
 zero. So it finds tensors on the wrong device, transfers that cannot be and types that do not match, and no wrong value. Fake
-tensors belong to one thread: batches are made in turn, and copies from pinned memory count as plain copies. Not rehearsed: dpm-solver++ and unipc, whose schedulers
-look their steps up by value. Exit status 1 where a rehearsal fails; 0, with the reason, where torch has no CUDA.
+tensors belong to one thread: batches are made in turn, and copies from pinned memory count as plain copies. Not
+rehearsed: dpm-solver++ and unipc, whose schedulers look their steps up by value. Exit status 1 where a rehearsal fails; 0, with
+the reason, where torch has no CUDA.
 """
 
 from __future__ import annotations
