@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from material import Cli
 
+from tinyfusion.jobs import bench
+
 BENCH = "bench teacher --batch-size 2 --repeats 3 --set bench.product_size=64"
 
 
@@ -34,6 +36,17 @@ def test_two_models_are_measured_in_turns(cli: Cli, work: Path) -> None:
     assert ratio["macs_ratio"] == pytest.approx(other["macs"] / model["macs"])
     assert ratio["share"] == pytest.approx(ratio["ratio"] / ratio["macs_ratio"])
     assert sorted(work.rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.parametrize(("spread", "busy"), [([9.0, 11.0], False), ([9.0, 12.0], True)])
+def test_times_that_scatter_are_said(spread: list[float], busy: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {
+        "source": "teacher", "depth": 4, "num_parameters": 9, "macs": 9, "latency_ms": 10.0, "latency_ms_spread": spread,
+        "steps_per_s": 1.0, "macs_per_s": 9.0, "share_of_product": 0.5, "peak_bytes": None,
+    }  # fmt: skip
+    bench._print({"protocol": "p", "product_macs_per_s": 1e9, "models": {"model": model}})
+    text = "the times of teacher scatter: this machine is busy, measure again when it is idle"
+    assert (text in capsys.readouterr().out) == busy
 
 
 def test_half_precision_and_no_guidance(cli: Cli, work: Path) -> None:

@@ -25,10 +25,12 @@ import pytest
 import torch
 from material import Cli, tiny, tiny_mar, tiny_sit
 from PIL import Image
+from test_evaluate import random_weights
 
 from tinyfusion.cli import parse
 from tinyfusion.core.config import load_recipe, recipe_fields, shipped_recipes
 from tinyfusion.core.recipe import Recipe, TrainingSection
+from tinyfusion.jobs import extractors, references
 from tinyfusion.models.checkpoint import save_model
 from tinyfusion.options import VERBS
 from tinyfusion.training.ema import horizon_warning
@@ -62,6 +64,13 @@ def blocks(page: Path, *languages: str) -> Iterator[str]:
     for language, text in fence.findall(page.read_text(encoding="utf-8")):
         if language in languages:
             yield text
+
+
+def write_recipes(page: Path, folder: Path) -> None:
+    """The recipe files that a page shows: TOML blocks that begin with their name, as in `# photos.toml`."""
+    for text in blocks(page, "toml"):
+        if name := re.match(r"# ([\w-]+\.toml)\n", text):
+            (folder / name[1]).write_text(text, encoding="utf-8")
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -109,7 +118,18 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (brought / "pictures").mkdir()
     written(brought / "pictures" / "train-00000-of-00001.parquet")
     save_autoencoder(brought / "sd-vae-ft-ema")
+    save_photographs(brought / "photos")
+    random_weights(folder)
     return folder
+
+
+def save_photographs(folder: Path) -> None:
+    """12 of them in colour and of mixed sizes."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        height, width = ((50, 35), (40, 64), (64, 64))[i % 3]
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i:02d}.jpg")
 
 
 def save_autoencoder(folder: Path) -> None:
@@ -140,7 +160,9 @@ def written(path: Path) -> None:
 def reader(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as a reader of the docs would have it, as the current one."""
     shipped = {path.name: path for path in (stand_ins / "shipped").iterdir()}
-    monkeypatch.setattr("tinyfusion.models.checkpoint.shipped_models", lambda: shipped)
+    monkeypatch.setattr("tinyfusion.models.places.shipped_models", lambda: shipped)
+    monkeypatch.setattr(extractors, "fetch_weights", lambda name: stand_ins / "inception.safetensors")
+    monkeypatch.setattr(references, "cache_folder", lambda: tmp_path / "cache")
     shutil.copytree(stand_ins / "brought", tmp_path / "reader")
     monkeypatch.chdir(tmp_path / "reader")
     return tmp_path / "reader"
@@ -152,6 +174,7 @@ def names(pages: list[Path]) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
 def test_commands(page: Path, cli: Cli, reader: Path) -> None:
+    write_recipes(page, reader)
     for words in commands(page):
         if words[0] == "tinyfusion":
             outcome = cli(*shortened(words))
@@ -188,8 +211,12 @@ def horizon_warnings(words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
-def test_no_command_trains_too_short_for_its_average(page: Path) -> None:
+def test_no_command_trains_too_short_for_its_average(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a reader types must not begin with a warning that the outcome is mostly the initial weights."""
+    write_recipes(page, tmp_path)
+    monkeypatch.chdir(tmp_path)
     ours = [words for words in commands(page) if words[0] == "tinyfusion" and "--help" not in words]
     assert {shlex.join(words): found for words in ours if (found := horizon_warnings(words))} == {}
 
@@ -302,6 +329,8 @@ SECTIONS = {path.rpartition(".")[0] for path in FIELDS if "." in path}
 OPTIONS = {f"--{field.name.replace('_', '-')}" for verb in VERBS.values() for field in dataclasses.fields(verb)}
 FILES = ("json", "npz", "toml", "html", "pkl", "safetensors", "save_pretrained")  # what follows a dot in other names
 
+FOREIGN = {"--sparse", "dynamic.ratio"}  # an option of tar, a field of model.json
+
 
 def spoken(path: Path) -> Iterator[tuple[int, str]]:
     """(line, text) of every string in a module that is no docstring."""
@@ -318,7 +347,10 @@ def strangers_in(text: str) -> list[str]:
     heads = "|".join(sorted({section.partition(".")[0] for section in SECTIONS}))
     named = [match[1].rstrip(".") for match in re.finditer(rf"(?<![\w./-])((?:{heads})\.[a-z_.0-9]+)", text)]
     fields = [n for n in named if n not in FIELDS | SECTIONS and n.rpartition(".")[2] not in FILES]
-    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - OPTIONS - {"--help", "--version", "--set"}
+    options = (
+        set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![a-z-])", text)) - OPTIONS - {"--help", "--version", "--set"}
+    )
+    fields, options = [name for name in fields if name not in FOREIGN], options - FOREIGN
     return [*fields, *sorted(options), *re.findall(r"docs/[\w/.-]*", text)]
 
 

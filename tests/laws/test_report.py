@@ -251,6 +251,9 @@ def test_small_losses_keep_their_labels_and_legends_stand_above_the_axes() -> No
         if (found := re.search(r' y="([\d.]+)"', attributes))
     }
     assert max(height["total"], height["noise"]) < height["0.1"] - 20
+    flat = loss_curves([Curve("total", range(3), [0.9972, 0.998, 0.9991], "#010101")], "Loss", 350)
+    labels = [float(text) for text in re.findall(r"<text [^>]*>(0\.99\d*)</text>", flat)]
+    assert len(labels) >= 2, "a loss that hardly moves has its numbers too"
     assert "font-family" not in chart
 
 
@@ -555,6 +558,7 @@ def test_real_images_stand_last_with_labels_of_their_own(tmp_path: Path) -> None
     write(folder / "samples" / "real.json", {"protocol": "the first images of each class of own"})
     *drawn, real = _grids(read_run(folder))
     assert (real.name, real.columns) == ("real images", ["3", "7"])
+    assert real.caption == "the first images of each class of own"
     assert all(grid.columns == [str(i) for i in range(10)] for grid in drawn)
     text = Page(render_run(folder)).text
     assert "The same seeds, drawn by each model" in text, "real images have no seed that could differ"
@@ -632,5 +636,5 @@ def test_names_that_are_no_utf_8_have_a_page(tmp_path: Path) -> None:
     shutil.copy(scores / "student-digits.json", os.fsencode(scores) + b"/caf\xe9.json")
     report([folder], RunOptions(tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "digits-?" in Page(page).text and "tinyfusion run --out" in page
+    assert "digits-\\udcff" in Page(page).text and "tinyfusion run --out" in page
     report([folder], RunOptions(tmp_path / "page.html"))  # the same runs: written anew

@@ -32,6 +32,7 @@ from tinyfusion.jobs.skipping import SkippedModel, skipping_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.packed import held_bytes
 from tinyfusion.models.stack import num_parameters
+from tinyfusion.report.facts import scatters
 from tinyfusion.sample.drive import SampleDraws
 
 _PRODUCT = "product"
@@ -273,3 +274,8 @@ def _print(outcome: dict[str, Any]) -> None:
             f"  {'speed-up':18}{ratio['ratio']:.3f} ({low:.3f} to {high:.3f}) for {ratio['macs_ratio']:.3f} times fewer MACs: "
             f"{ratio['share']:.1%} of them"
         )
+    unsteady = [
+        str(m["source"]) for m in outcome["models"].values() if scatters(m["latency_ms_spread"], m["latency_ms"])
+    ]
+    if unsteady:
+        print(f"  the times of {' and '.join(unsteady)} scatter: this machine is busy, measure again when it is idle")

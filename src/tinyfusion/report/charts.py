@@ -266,7 +266,8 @@ def loss_curves(curves: Sequence[Curve], title: str, width: int, salt: str = "")
             marker="o" if len(x) < 3 else None,
             markersize=3,
         )
-    if all(value > 0 for curve in curves for value in curve.y):
+    ends = [end(curve.y) for curve in curves for end in (min, max)]
+    if min(ends) > 0 and max(ends) >= 2 * min(ends):  # in a narrower range no power of ten would have a label
         axes.set_yscale("log")
         log_labels(axes.yaxis, axes.get_ylim())
     axes.set(xlabel="step")

@@ -144,10 +144,14 @@ def speed_doubt(run: RunData) -> str:
 
 
 def was_busy(run: RunData) -> bool:
-    """Whether the times of a speed measurement scatter as they do where other programs run."""
+    """Whether the times of a speed measurement scatter."""
     models = ((run.speed or {}).get("models") or {}).values()
-    spreads = [(*(model.get("latency_ms_spread") or (0.0, 0.0)), model.get("latency_ms", 0.0)) for model in models]
-    return any(high - low > _UNSTEADY * median for low, high, median in spreads)
+    return any(scatters(model.get("latency_ms_spread") or (0.0, 0.0), model.get("latency_ms", 0.0)) for model in models)
+
+
+def scatters(quartiles: Sequence[float], median: float) -> bool:
+    """Whether times scatter as they do where other programs run."""
+    return quartiles[1] - quartiles[0] > _UNSTEADY * median
 
 
 def _faster(ratio: float, whole: bool) -> str:

@@ -63,5 +63,5 @@ def percent(share: float | None) -> str:
 
 
 def printable(text: str) -> str:
-    """A text as UTF-8 can hold it: bytes of a file's name that are no UTF-8 become question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    """A text as UTF-8 can hold it: bytes of names that are not UTF-8 are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -198,18 +198,17 @@ def _grids(run: RunData) -> list[Grid]:
     fids = found.fids if found else {}
     grids = []
     for name, samples in there.items():
-        if name == "real":
-            places, heads = choose_images(samples.labels, len(samples.images))
-        else:
-            places, heads = chosen, columns
+        is_real = name == "real"
+        places, heads = choose_images(samples.labels, len(samples.images)) if is_real else (chosen, columns)
         source, width_px = _picture(samples, places, heads)
         depth, fid = facts.depths(run).get(name), fids.get(name)
         parts = (f"{depth} blocks" if depth else "", f"FID {significant(fid)}" if fid is not None else "")
+        caption = samples.protocol if is_real else ", ".join(part for part in parts if part)
         grids.append(
             Grid(
                 MODEL_NAMES.get(name, name),
                 scores.role_of(name),
-                ", ".join(part for part in parts if part),
+                caption,
                 source,
                 width_px,
                 [label for label in heads if label],
