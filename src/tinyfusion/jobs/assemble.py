@@ -129,7 +129,7 @@ def check_data_name(name: str) -> None:
 
 def _is_pictures(name: str) -> bool:
     """Whether a data set is of encoded pictures, which `data.size` and `data.orientation` concern."""
-    return name not in REAL_SETS and (name.startswith((*WHOLE, *STREAMED)) or Path(name).is_dir())
+    return name not in ("", *REAL_SETS) and (name.startswith((*WHOLE, *STREAMED)) or Path(name).is_dir())
 
 
 def pictures(name: str, size: int | None, orientation: Orientation) -> Pictures:
