@@ -23,7 +23,7 @@ import torch
 
 from shared import random_model
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.recipe import Recipe
+from tinyfusion.core.recipe import DataSection, Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import machine, write_text
 from tinyfusion.jobs.assemble import batches_for
@@ -70,7 +70,7 @@ def deeper_model(depth: int) -> LoadedModel:
 
 
 def one_batch(model: LoadedModel, images: int) -> Calibration:
-    source = batches_for(Recipe(), model, torch.device("cpu"))
+    source = batches_for(Recipe(data=DataSection(name="digits")), model, torch.device("cpu"))
     return calibration_set(objective_for(model, 0.0, Recipe()), source, "digits", len(source), images, images, 0)
 
 

@@ -120,7 +120,7 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     if verb == "inspect":
         return _inspect(options)
     recipe = load_recipe(options.recipe, options.set, options.overrides())
-    _check_teacher(verb, options, recipe)
+    _check_teacher(verb, recipe)
     if verb == "bench":
         return _checked(options, lambda: _bench(options, recipe))
     if verb == "replay":
@@ -154,11 +154,9 @@ def _checked(options: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]
         return {"state": "checked", "would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
 
 
-def _check_teacher(verb: str, options: Any, recipe: Recipe) -> None:
+def _check_teacher(verb: str, recipe: Recipe) -> None:
     """A teacher that nobody named is not assumed."""
-    needed = verb == "prune" or (verb == "recover" and recipe.recover.method != "finetune")
-    named = options.recipe or getattr(options, "teacher", None) or any(s.startswith("teacher=") for s in options.set)
-    if needed and not named:
+    if verb in ("prune", "run") and not recipe.teacher:
         raise UserError(f"{verb} needs --teacher (or a --recipe that names one), such as --teacher digits")
 
 
@@ -194,13 +192,12 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
     if verb == "evaluate":
         from tinyfusion.jobs.evaluate import evaluate
 
-        reference = options.reference or recipe.evaluate.references[0]
-        return evaluate(recipe, where, options.samples, reference, options.against)
+        return evaluate(recipe, where, options.samples, options.reference, options.against)
     if verb == "export":
         from tinyfusion.jobs.export import ExportOptions, export
 
         chosen = {name: getattr(options, name) for name in ("model", "to", "pipeline", "vae", "labels", "push_to_hub")}
-        return export(where, ExportOptions(weights=recipe.sample.weights, **chosen))
+        return export(where, ExportOptions(settings=recipe.sample, **chosen))
     if verb == "encode":
         from tinyfusion.jobs.encode import encode
 

@@ -128,7 +128,7 @@ def test_what_is_evaluated_is_what_was_trained_on(cli: Cli, here: Path) -> None:
 
 def test_orientation_makes_no_difference_to_other_data(cli: Cli, here: Path) -> None:
     """A run on digits is the same command whatever the setting, also where its record is from before there was one."""
-    command = f"train --out run --steps 1 {MODEL} {STEPS}"
+    command = f"train --data digits --out run --steps 1 {MODEL} {STEPS}"
     done(cli, command)
     assert arch("run/model") == (8, 1, 10, 2)
     record = json.loads(Path("run/run.json").read_text())

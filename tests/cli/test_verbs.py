@@ -34,7 +34,7 @@ RECOVER = (
     " --set recover.training.ema_decay=0.5 --set recover.training.log_every_steps=1"
 )
 TRAIN = (
-    "train --steps 3 --out trained --set train.batch_size=16 --set train.ema_decay=0.5 --set model.hidden_size=32"
+    "train --data digits --steps 3 --out trained --set train.batch_size=16 --set train.ema_decay=0.5 --set model.hidden_size=32"
     " --set model.patch_size=4 --set model.depth=4 --set train.log_every_steps=1"
 )
 SAMPLE = "sample --model teacher --num-images 6 --sampler ddim --num-steps 5 --out drawn/samples.npz"
@@ -586,3 +586,52 @@ def test_stopped_and_continued_is_the_same_as_never_stopped(cli: Cli, work: Path
     finished = json.loads(Path("stopped/run.json").read_text(encoding="utf-8"))
     assert finished["state"] == "done"
     assert finished["seconds"] > record["seconds"], "the time of all sittings counts"
+
+
+# --------------------------------------------------------------------------------------------- going on with something else
+
+FINETUNE = (
+    "recover --teacher teacher --student student --method finetune --set recover.training.ema_decay=0.5"
+    " --set recover.training.log_every_steps=1"
+)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seen", "position"),
+    [
+        (32, 3 * 24 + 32, "at image 96 (24 images are left out)"),
+        (8, 3 * 24 + 8, "at image 24 (48 images are seen again)"),
+    ],
+)
+def test_resuming_with_another_batch_size_counts_the_images(
+    cli: Cli, work: Path, batch: int, seen: int, position: str
+) -> None:
+    done(cli, f"{FINETUNE} --steps 3 --set recover.training.batch_size=24 --out first")
+    resumed = f"{FINETUNE} --steps 4 --resume first/checkpoints/step-0000003 --out second"
+    said = done(cli, f"{resumed} --set recover.training.batch_size={batch}").err
+    assert f"72 images were seen in 3 steps, which had another batch size than {batch}" in said
+    assert position in said
+    assert [line["seen_images"] for line in lines_of("second/metrics.jsonl")] == [seen]
+    assert json.loads(Path("second/run.json").read_text(encoding="utf-8"))["seen_images"] == seen
+
+
+def test_more_steps_are_another_folder_that_resumes(cli: Cli, work: Path) -> None:
+    done(cli, f"{FINETUNE} --steps 3 --set recover.training.batch_size=24 --out first")
+    more = f"{FINETUNE} --steps 5 --set recover.training.batch_size=24"
+    refused = cli(*shlex.split(f"{more} --out first"))
+    assert refused.code == 2
+    way = "to train on to 5 steps, continue from its checkpoint in another folder: --resume first/checkpoints/step-0000003"
+    assert way in refused.err
+    said = done(cli, f"{more} --resume first/checkpoints/step-0000003 --out second").err
+    assert "images were seen in" not in said, "nothing jumps"
+    assert [line["seen_images"] for line in lines_of("second/metrics.jsonl")] == [96, 120]
+    fewer = cli(*shlex.split(f"{FINETUNE} --steps 2 --set recover.training.batch_size=24 --out first"))
+    other = cli(*shlex.split(f"{FINETUNE} --steps 3 --set recover.training.batch_size=25 --out first"))
+    assert (fewer.code, other.code) == (2, 2) and "--resume" not in fewer.err + other.err
+
+
+@pytest.mark.parametrize(("command", "steps"), [(TRAIN, 3), (PRUNE, 2)])
+def test_the_way_to_more_steps_of_other_trainings(cli: Cli, work: Path, command: str, steps: int) -> None:
+    done(cli, command)
+    refused = cli(*shlex.split(command.replace(f"--steps {steps}", "--steps 4")))
+    assert refused.code == 2 and f"/checkpoints/step-000000{steps} --out OTHER" in refused.err

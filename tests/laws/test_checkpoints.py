@@ -213,6 +213,7 @@ def advance(state: TrainState, steps: int) -> None:
         state.optimizer.step()
         state.ema.update()
         state.step += 1
+        state.seen_images += SETTINGS.batch_size
 
 
 def copied(state: TrainState) -> dict[str, Tensor]:
@@ -891,7 +892,7 @@ def split_state(rank: int, world: int, steps: int, seed: int = 0) -> TrainState:
     for name, parameter in whole.parameters.items():
         setattr(model, name, nn.Parameter(part(parameter.detach())))
     state = TrainState(model, [ParameterGroup(dict(model.named_parameters()))], SETTINGS)
-    state.step = steps
+    state.step, state.seen_images = steps, steps * SETTINGS.batch_size
     for name, parameter in state.parameters.items():
         state.ema.average[name] = part(whole.ema.average[name])
         moments = whole.optimizer.state.get(whole.parameters[name], {})

@@ -190,8 +190,9 @@ def test_the_protocol_says_how_it_was_computed(tiny_model: Factory) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, while it compiles
 def test_compiled_blocks_draw_the_same_images(tiny_model: Factory) -> None:
     recipe = Recipe(sample=SampleSection(num_images=4, num_steps=3, batch_size=2))
-    model = tiny_model(depth=2)
+    model = tiny_model(depth=2, in_channels=3)
     plain = np.concatenate(list(open_drawing(recipe, model, CPU).images(0, 4)))
+    assert plain.dtype == np.uint8
     compiled = dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, compile=True))
     found = np.concatenate(list(open_drawing(compiled, model, CPU).images(0, 4)))
     assert np.abs(plain.astype(int) - found).max() <= 1
@@ -230,7 +231,7 @@ def test_latents_are_decoded_in_batches_by_the_published_rule(tiny_model: Factor
 def test_pixel_models_have_nothing_to_decode(tiny_model: Factory) -> None:
     for settings, message in ((SampleSection(vae="x"), "draws pixels"), (SampleSection(decode=False), "draws pixels")):
         with pytest.raises(UserError, match=message):
-            check_sampling(settings, tiny_model())
+            check_sampling(settings, tiny_model(in_channels=3))
     with pytest.raises(UserError, match="leave out one of the two"):
         check_sampling(SampleSection(decode=False, vae="x"), latent_model(tiny_model))
 

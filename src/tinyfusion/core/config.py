@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from tinyfusion.core.reading import parse_toml, read_text
 from tinyfusion.core.recipe import Recipe
 
 _KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-_POSITIVE = math.ulp(0.0)
+_POSITIVE = sys.float_info.min  # the smallest that still differs from 0 where denormals are flushed
 _LARGEST = 10**308  # of whole numbers that become floating point
 _WIDEST_INT = 2**63 - 1  # of whole numbers without a range of their own: what tensors and files can hold
 # what a number must be, by its field's path or the last part of it: smallest and largest value. Largest values are far above
@@ -55,6 +56,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "shift_terminal": (_POSITIVE, math.nextafter(1, 0)),
     **dict.fromkeys(("base_tokens", "max_tokens"), (1, 10**9)),
     "width_share": (_POSITIVE, 1),
+    "latent_scale": (_POSITIVE, math.inf),
     "target": (_POSITIVE, 1),
     "seed": (0, 2**64 - 1),
 }  # fmt: skip

@@ -61,8 +61,8 @@ class DataSection:
         "hub:ORG/NAME[@REVISION][:CONFIG][:SPLIT] (a data set of the hub, fetched once), parquet-stream:PATH and hub-stream:ID "
         "(the same, read in parts: for sets larger than memory), latents:PATH (what `encode` made), "
         "a folder of pictures or with a folder of them per class, or an npz with arr_0 (N, H, W, C), uint8 pixels or floats as they are, "
-        "and arr_1 labels",
-    ] = "digits"
+        "and arr_1 labels; empty: that of the run that made the model, or digits where the model takes such images",
+    ] = ""
     size: Annotated[
         int | None,
         "side of the centre crop of pictures, as in encode.size; None keeps theirs, which must be one size; not for an npz",
@@ -281,6 +281,11 @@ class SampleSection:
     vae: Annotated[
         str | None, "models of latents: folder or hub id of an AutoencoderKL of diffusers; None is the model's own"
     ] = None
+    latent_scale: Annotated[
+        float | None,
+        "models of latents whose file does not give it: they see (z - shift) x scale of a latent z of the autoencoder",
+    ] = None
+    latent_shift: Annotated[float | None, "models of latents whose file does not give it: as in latent_scale"] = None
     decode_batch_size: Annotated[int, "images decoded at a time; the images do not depend on it"] = 8
     labels: Annotated[tuple[int, ...], "classes to draw, repeated in turn; empty draws them by label_rule"] = ()
     label_rule: Annotated[
@@ -297,17 +302,14 @@ class EvaluateSection:
 
     references: Annotated[
         tuple[str, ...],
-        "sets to compare with: digits, digits:heldout, parquet:PATH, hub:ORG/NAME, or a folder or npz of images; pictures are "
-        "cropped as data.size says",
-    ] = (
-        "digits",
-        "digits:heldout",
-    )
+        "sets to compare with: digits, digits:heldout, parquet:PATH, hub:ORG/NAME, or a folder or npz of images (pictures are "
+        "cropped as data.size says); none: of `run` the training data, of images in the form of the digits those",
+    ] = ()
     features: Annotated[
         str,
         "feature extractor: digits-classifier, inception (weights fetched once), a file of its weights, dinov2:FOLDER, "
-        "or a folder with classifier.json",
-    ] = "digits-classifier"
+        "or a folder with classifier.json; empty: digits-classifier for images in the form of the digits",
+    ] = ""
     neighbours: Annotated[int, "k of precision and recall"] = 3
     is_splits_size: Annotated[int, "images per split of the Inception Score"] = 5000
     checkpoints: Annotated[
@@ -357,8 +359,10 @@ class Recipe:
     minutes: Annotated[float | None, "expected minutes on the stated machine"] = None
     machine: Annotated[str, "machine of the expected minutes"] = ""
     teacher: Annotated[
-        str, "model to make shallow: a path, the name of a shipped model or of known weights, or a hub id"
-    ] = "digits"
+        str,
+        "model to make shallow: a path, the name of a shipped model or of known weights, or a hub id; empty: of `recover` that "
+        "of the run that made the student",
+    ] = ""
     teacher_family: Annotated[
         str | None, "family of the teacher, where its file fits several and --family does not say; None takes the first"
     ] = None

@@ -242,8 +242,7 @@ def verify(folder: Path, about: Mapping[str, Any]) -> None:
 
 def open_latents(folder: Path) -> LatentSet:
     """Open a set. Sizes of all files are checked, up to 1 GiB also their sums. Raises UserError on what does not fit."""
-    about = _manifest(folder)
-    spec = _spec(folder, about)
+    spec, about = read_manifest(folder)
     labels, maps = [], []
     for shard in range(spec.shards):
         label, values = _mapped(folder / spec.file_name(shard), spec, shard)
@@ -255,6 +254,12 @@ def open_latents(folder: Path) -> LatentSet:
     if known.min() < 0 or known.max() >= spec.classes:
         raise UserError(f"{folder} is damaged: labels {known.min()} to {known.max()} of {spec.classes} classes")
     return LatentSet(folder, spec, about, known, tuple(maps))
+
+
+def read_manifest(folder: Path) -> tuple[LatentSpec, Mapping[str, Any]]:
+    """What a set consists of, and its manifest; no shard is opened. Raises UserError where the manifest is damaged."""
+    about = _manifest(folder)
+    return _spec(folder, about), about
 
 
 def _manifest(folder: Path) -> Mapping[str, Any]:

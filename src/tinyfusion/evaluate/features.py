@@ -22,6 +22,11 @@ from torch import Tensor, nn
 from tinyfusion.core.errors import UserError
 
 SPATIAL_CHANNELS = 7  # as sFID takes from Inception, arXiv 2103.03841
+DIGITS_FEATURES = "digits-classifier"
+FEATURE_CHOICES = (
+    "name others by --set evaluate.features=: inception (weights fetched once, images of any size), a file of its weights, "
+    "dinov2:FOLDER (a folder as transformers saves it; needs that package), or a folder with classifier.json"
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class ClassifierFeatures:
         if images.ndim != 4 or images.shape[1:] != wanted:
             raise UserError(
                 f"{what}: features {self.name} take images of height, width, channels {wanted}; "
-                f"got {tuple(images.shape[1:])}"
+                f"got {tuple(images.shape[1:])}; {FEATURE_CHOICES}"
             )
 
     def treatment(self, _shape: tuple[int, int, int]) -> str:
@@ -201,4 +206,4 @@ def small_classifier(name: str, arch: Mapping[str, Any], tensors: Mapping[str, T
 
 
 ExtractorBuilder = Callable[[str, Mapping[str, Any], Mapping[str, Tensor]], FeatureExtractor]
-EXTRACTORS: dict[str, ExtractorBuilder] = {"digits-classifier": small_classifier}
+EXTRACTORS: dict[str, ExtractorBuilder] = {DIGITS_FEATURES: small_classifier}

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinyfusion.models.family import ModelFamily
-from tinyfusion.models.loaded import LoadedModel
+from tinyfusion.models.loaded import LoadedModel, ModelFacts
 from tinyfusion.models.stack import num_parameters
 
 PICTURE = "plan.png"
@@ -21,7 +20,9 @@ class CardNotes:
 
     title: a name. target: "diffusers", "pipeline" or "tinyfusion". differences: what readers of the format compute
     otherwise, in sentences. evaluations: contents of evaluation files. command: as typed, None where it is not known.
-    parents: names of hub repositories or known weights that the model came from.
+    parents: names of hub repositories or known weights that the model came from. steps: sentences on how it was made, oldest
+    first, as far as records tell. untuned: whether the cut was the last of them; None where no record tells. from_nothing:
+    whether the first of its weights were trained from nothing.
     """
 
     title: str
@@ -30,6 +31,9 @@ class CardNotes:
     evaluations: Sequence[Mapping[str, Any]] = ()
     command: str | None = None
     parents: Sequence[str] = field(default_factory=tuple)
+    steps: Sequence[str] = field(default_factory=tuple)
+    untuned: bool | None = None
+    from_nothing: bool = False
 
 
 def model_card(model: LoadedModel, notes: CardNotes) -> str:
@@ -42,25 +46,34 @@ def model_card(model: LoadedModel, notes: CardNotes) -> str:
         _differences(notes),
         _numbers(notes.evaluations),
         _how(model, notes),
-        "## Licence\n\n" + licence_note(model.facts.license, model.family),
+        "## Licence\n\n" + licence_note(model, notes.from_nothing),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def licence_note(license: str | None, family: ModelFamily) -> str:
-    """What the card says of the licence; a cut model keeps that of its parent."""
-    if license is None:
-        unknown = "The files that this model came from name no licence for their weights."
-        published = family.published_license
-        if published is None:
-            return unknown
-        use = ": non-commercial use only" if "-nc" in published.lower() else ""
-        return (
-            f"{unknown} Published weights of the family {family.name} are under {published}, and so is whatever was cut or "
-            f"trained from them{use}."
-        )
-    commercial = " That is a non-commercial licence." if "-nc" in license.lower() else ""
-    return f"The weights are under {license}, carried over from the model that they came from.{commercial}"
+def licence_note(model: LoadedModel, from_nothing: bool = False) -> str:
+    """What the card says of the licence; a cut model keeps that of its parent. from_nothing: a record tells that it was trained so."""
+    license, family = model.facts.license, model.family
+    if license is not None:
+        commercial = " That is a non-commercial licence." if "-nc" in license.lower() else ""
+        return f"The weights are under {license}, carried over from the model that they came from.{commercial}"
+    if from_nothing or trained_from_nothing(model.facts):
+        return "The first of its weights were trained from nothing, and no licence is recorded for them."
+    unknown = "The files that this model came from name no licence for their weights, and their origin is unknown."
+    published = family.published_license
+    if published is None:
+        return unknown
+    use = " (non-commercial use only)" if "-nc" in published.lower() else ""
+    return (
+        f"{unknown} Published weights of the family {family.name} are under {published}{use}, and so is whatever was cut or "
+        "trained from them."
+    )
+
+
+def trained_from_nothing(facts: ModelFacts) -> bool:
+    """Whether the model, or the oldest of its parents, counts the images of a training from nothing."""
+    root = facts.lineage[0].get("seen_images") if facts.lineage else facts.seen_images
+    return root is not None
 
 
 def _head(model: LoadedModel, notes: CardNotes) -> str:
@@ -77,7 +90,7 @@ def _what(model: LoadedModel) -> str:
     arch, facts = model.arch, model.facts
     depths = model.stack.depths()
     parts = f" ({', '.join(f'{depth} of {name}' for name, depth in depths.items())})" if len(depths) > 1 else ""
-    space = "pixels" if facts.latent_scale is None else f"latents of {facts.vae or 'an autoencoder'}"
+    space = f"latents of {facts.vae or 'an autoencoder'}" if model.of_latents else "pixels"
     return (
         f"A {model.family.title} of {len(model.stack)} blocks{parts}, width {arch.hidden_size}, {arch.num_heads} heads, "
         f"{num_parameters(model.module):,} parameters, for {space} of images {facts.image_size} pixels wide, "
@@ -151,7 +164,15 @@ def _how(model: LoadedModel, notes: CardNotes) -> str:
         lines.append(f"From {', '.join(notes.parents)}.")
     if notes.command:
         lines.append(f"```\n{notes.command}\n```")
+    if notes.steps:
+        lines.append("\n".join(f"{number}. {sentence}" for number, sentence in enumerate(notes.steps, 1)))
     if facts.plan is not None and len(facts.plan.kept) == 1 and not facts.plan.kept_widths:
         kept = ",".join(str(i) for indices in facts.plan.kept.values() for i in indices)
-        lines.append(f"The cut alone:\n\n```\ntinyfusion prune --teacher TEACHER --keep {kept} --out run\n```")
+        after = {
+            True: " alone",
+            False: ", without what followed it",
+            None: " (whether anything followed it is not recorded)",
+        }
+        command = f"```\ntinyfusion prune --teacher TEACHER --keep {kept} --out run\n```"
+        lines.append(f"The cut{after[notes.untuned]}:\n\n{command}")
     return "## How it was made\n\n" + "\n\n".join(lines) if lines else ""

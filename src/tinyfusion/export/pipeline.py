@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinyfusion.models.dit import DiTArch
-from tinyfusion.models.loaded import ModelFacts
+from tinyfusion.models.loaded import ModelFacts, takes_latents
 
 NULL_CLASS = 1000  # what DiTPipeline guides with, whatever the model
 _SCALE_OF_CLASS = 0.18215  # of AutoencoderKL, where its configuration says nothing
@@ -36,11 +36,15 @@ SCHEDULER = {
 
 def unfit_pipeline(arch: DiTArch, facts: ModelFacts) -> str | None:
     """Why `DiTPipeline` cannot draw with a model of these sizes; None where it can."""
-    if facts.latent_scale is None:
+    if not takes_latents(arch, facts):
         return "it is a model of pixels, and DiTPipeline decodes latents (export without --pipeline)"
     if arch.num_classes != NULL_CLASS:
         return f"DiTPipeline guides with class {NULL_CLASS}, and its null class is {arch.num_classes} (export without --pipeline)"
-    return None
+    return _unfit_shift(facts.latent_shift)
+
+
+def _unfit_shift(shift: float | None) -> str | None:
+    return None if not shift else f"its latents are shifted by {shift:g}, which DiTPipeline does not undo"
 
 
 def unfit_autoencoder(config: Any, arch: DiTArch, facts: ModelFacts) -> str | None:
@@ -52,9 +56,7 @@ def unfit_autoencoder(config: Any, arch: DiTArch, facts: ModelFacts) -> str | No
     if channels != arch.in_channels:
         return f"its latents have {channels} channels, those of the model {arch.in_channels}"
     scale = config.get("scaling_factor", _SCALE_OF_CLASS)
-    if facts.latent_scale is not None and scale != facts.latent_scale:
-        return f"it scales latents by {scale}, and the model was trained with {facts.latent_scale}"
-    return None
+    return facts.unlike("it scales latents by", "latent_scale", scale) or _unfit_shift(config.get("shift_factor"))
 
 
 def class_names(told: Any, num_classes: int) -> dict[int, str]:

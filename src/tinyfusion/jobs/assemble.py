@@ -27,9 +27,10 @@ from tinyfusion.data.images import read_images_npz
 from tinyfusion.data.latents import LATENTS, LatentBatches, open_latents
 from tinyfusion.data.originals import Pictures, read_originals
 from tinyfusion.data.parquet import HUB, HUB_STREAM, PARQUET, PARQUET_STREAM, STREAMED, WHOLE
-from tinyfusion.data.published_latents import PUBLISHED_FACTOR
 from tinyfusion.data.stream import StreamedBatches, open_parts
-from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.jobs.latent_facts import check_latents, open_stated, with_latents
+from tinyfusion.jobs.origins import require_data
+from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.training.engine import Engine, open_engine
 
 _MOST_CLASSES = 100_000  # of a new model that are taken from its data: a larger label is more likely a mistake
@@ -56,9 +57,9 @@ def open_teacher(
 
     on_data: images will be wanted, and a name that cannot be a data set is refused before anything is fetched.
     """
-    if on_data:
+    if on_data and recipe.data.name:
         check_data_name(recipe.data.name)
-    return open_model(recipe.teacher, recipe.sample.weights, num_heads, family or recipe.teacher_family, num_classes)
+    return open_stated(recipe, recipe.teacher, num_heads, family or recipe.teacher_family, num_classes)
 
 
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
@@ -71,11 +72,11 @@ def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any
 
 def job_record(recipe: Recipe, options: RunOptions, **paths: Any) -> dict[str, Any]:
     """What a run's record keeps so that its training can be put together again; paths: of models that were opened."""
-    return {
-        "recipe": to_plain(recipe),
-        **{name: getattr(options, name) for name in ("num_heads", "family", "num_classes")},
-        **paths,
+    named = {
+        name: str(Path(path).absolute()) if Path(path).exists() else str(path) for name, path in paths.items() if path
     }
+    typed = {name: getattr(options, name) for name in ("num_heads", "family", "num_classes")}
+    return {"recipe": to_plain(recipe), **typed, **named}
 
 
 def training_plan(recipe: Recipe, settings: TrainingSection, mode: str) -> dict[str, str]:
@@ -128,7 +129,7 @@ def check_data_name(name: str) -> None:
 
 def _is_pictures(name: str) -> bool:
     """Whether a data set is of encoded pictures, which `data.size` and `data.orientation` concern."""
-    return name not in REAL_SETS and (name.startswith((*WHOLE, *STREAMED)) or Path(name).is_dir())
+    return name not in ("", *REAL_SETS) and (name.startswith((*WHOLE, *STREAMED)) or Path(name).is_dir())
 
 
 def pictures(name: str, size: int | None, orientation: Orientation) -> Pictures:
@@ -160,17 +161,13 @@ def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Bat
     source = open_batches(recipe, device, model.arch.in_channels)
     _check_fit(recipe.data, source, model.arch)
     if isinstance(source, LatentBatches):
-        wanted, found = model.facts.latent_scale, source.latents.spec.scale
-        if wanted is not None and abs(wanted - found) > 1e-6 * wanted:
-            raise UserError(
-                f"{recipe.data.name} was made for the scale {found:g}, the model was trained with {wanted:g}"
-            )
+        check_latents(model, recipe.data.name, source.latents.spec)
     return source
 
 
 def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> Batches:
     """Training batches of the recipe's data. channels: of the model; for 3 of them grey pictures are in colour."""
-    data, randomness = recipe.data, Randomness(recipe.seed)
+    data, randomness = require_data(recipe).data, Randomness(recipe.seed)
     if data.name.startswith(STREAMED):
         parts = open_parts(data.name, data.size, channels, data.orientation)
         timeout_s = recipe.compute.timeout_s
@@ -222,10 +219,7 @@ def trained_on(model: LoadedModel, source: Batches) -> LoadedModel:
     """A new model with the facts of its data: of latents their scale, their autoencoder and the side of their pictures."""
     if not isinstance(source, LatentBatches):
         return model
-    spec, about = source.latents.spec, source.latents.about
-    side = about.get("size") or PUBLISHED_FACTOR * spec.shape[-1]
-    facts = dataclasses.replace(model.facts, image_size=side, latent_scale=spec.scale, vae=about.get("vae"))
-    return dataclasses.replace(model, facts=facts)
+    return with_latents(model, source.latents.spec, source.latents.about)
 
 
 def _check_fit(data: DataSection, source: Batches, sizes: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Recipe, SampleSection
+from tinyfusion.jobs.latent_facts import with_settings
 from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.jobs.skipping import SkippedModel, skipping_for
 from tinyfusion.models.attach import whole_layers
@@ -39,6 +40,8 @@ def protocol(recipe: Recipe, model: LoadedModel, autoencoder: Autoencoder | None
     s = recipe.sample
     labels = "labels " + ("given" if s.labels else s.label_rule)
     decoded = f" | vae {autoencoder.hash()[:8]}" if autoencoder else ""
+    if autoencoder and (s.latent_scale, s.latent_shift) != (None, None):  # not those of its own configuration
+        decoded += f" of latents at scale {autoencoder.scale:g} and shift {autoencoder.shift:g}"
     arithmetic = f"{s.dtype}{' compiled' if s.compile else ''}"
     how = sampler_of(s, model).describe(model)
     return f"{s.num_images} images | {how} | {labels}{decoded} | {arithmetic} | seed {recipe.seed}"
@@ -56,11 +59,11 @@ def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
     if outside:
         raise UserError(f"--labels {outside} out of range: the model knows classes 0 to {model.arch.num_classes - 1}")
     sampler_of(settings, model)
-    if model.facts.latent_scale is None and settings.vae is not None:
+    if not model.of_latents and settings.vae is not None:
         raise UserError(f"sample.vae {settings.vae} decodes latents, and this model draws pixels: leave it out")
-    if model.facts.latent_scale is None and not settings.decode:
+    if not model.of_latents and not settings.decode:
         raise UserError("sample.decode=false keeps latents, and this model draws pixels: leave it out")
-    if model.facts.latent_scale is not None and not settings.decode and settings.vae is not None:
+    if model.of_latents and not settings.decode and settings.vae is not None:
         raise UserError("sample.vae decodes, and sample.decode=false says not to: leave out one of the two")
 
 
@@ -69,24 +72,31 @@ def autoencoder_for(settings: SampleSection, model: LoadedModel) -> Autoencoder 
 
     Raises UserError where none is known, none is there, or the one that is does not go with the model.
     """
-    if model.facts.latent_scale is None or not settings.decode:
+    if not model.of_latents or not settings.decode:
         return None
-    name = settings.vae or model.facts.vae
+    model = with_settings(model, settings)
+    name, arch, facts = settings.vae or model.facts.vae, model.arch, model.facts
     if name is None:
         raise UserError(
-            "the model does not say which autoencoder decodes its latents: give --vae, a folder or a hub id, or "
-            "--set sample.decode=false for the latents themselves"
+            f"the model takes latents of {arch.in_channels} channels and does not say which autoencoder decodes them: give "
+            "--vae (or --set sample.vae=), a folder or a hub id; --set sample.latent_scale= and sample.latent_shift= where "
+            "it was trained with other numbers than that one's; or --set sample.decode=false for the latents themselves"
         )
-    found, arch, facts = open_autoencoder(name), model.arch, model.facts
+    found = open_autoencoder(name)
+    found = dataclasses.replace(
+        found,
+        scale=found.scale if settings.latent_scale is None else settings.latent_scale,
+        shift=found.shift if settings.latent_shift is None else settings.latent_shift,
+    )
     reason = None
     if found.channels != arch.in_channels:
         reason = f"its latents have {found.channels} channels, those of the model {arch.in_channels}"
-    elif found.scale != facts.latent_scale:
-        reason = f"it scales latents by {found.scale:g}, and the model was trained with {facts.latent_scale:g}"
-    elif found.factor * arch.input_size != facts.image_size:
+    elif "image_size" not in model.doubtful and found.factor * arch.input_size != facts.image_size:
         reason = (
             f"it decodes to {found.factor * arch.input_size} pixels, and the model's images have {facts.image_size}"
         )
+    reason = reason or facts.unlike("it scales latents by", "latent_scale", found.scale)
+    reason = reason or facts.unlike("it shifts latents by", "latent_shift", found.shift)
     if reason:
         raise UserError(f"the autoencoder {name} does not go with the model: {reason}")
     return found
@@ -179,4 +189,4 @@ def image_form(
         pixels = int(autoencoder.factor * model.arch.input_size)
         return (pixels, pixels, _CHANNELS), np.dtype(np.uint8)
     side, channels = int(model.arch.input_size), int(model.arch.in_channels)
-    return (side, side, channels), np.dtype(np.uint8 if model.facts.latent_scale is None else np.float32)
+    return (side, side, channels), np.dtype(np.float32 if model.of_latents else np.uint8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,8 @@ from tinyfusion.jobs.assemble import (
 )
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.kept import KEPT, kept_record
+from tinyfusion.jobs.latent_facts import open_stated, with_facts_of
+from tinyfusion.jobs.origins import with_data, with_teacher
 from tinyfusion.jobs.processes import (
     PROCESS_SECTIONS,
     default_sampling,
@@ -39,7 +40,7 @@ from tinyfusion.jobs.skipping import SkippedModel, skipping_for
 from tinyfusion.jobs.training import TrainedRun, Training, drive, save
 from tinyfusion.jobs.watching import check_watch
 from tinyfusion.models.attach import DynamicModel, attach, check_attachable
-from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.routers import DynamicSettings
 from tinyfusion.models.stack import frozen
 from tinyfusion.sample.drive import Sampler, image_labels
@@ -57,11 +58,16 @@ _CALIBRATIONS = 2
 def dynamic(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any] | None:
     """Train routers and weights; writes `student/` (averaged weights), `student-raw/` and `dynamic.json`. What `--json` prints."""
     engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
+    remarks: list[str] = []
+    if recipe.dynamic.beside == "teacher":
+        recipe, _ = with_teacher(recipe, source, "dynamic", remarks)
     model, teacher = opened(recipe, source, options.num_heads, options.family, options.num_classes)
+    recipe = with_data(recipe, model, [source, *([recipe.teacher] if teacher else [])], remarks)
+    model = with_facts_of(recipe, model)
     inputs = {"model": model.hash(), "teacher": teacher.hash() if teacher else None}
     plain = plain_recipe(recipe, "data", "dynamic", *PROCESS_SECTIONS, **inputs)
     plain["dynamic"].pop("in_run")  # who calls makes no difference
-    run = TrainedRun("dynamic", recipe, options, engine, plain)
+    run = TrainedRun("dynamic", recipe, options, engine, plain, remarks)
     intent = _intent(recipe, model, teacher, run.mode) if options.dry_run else {}
     training = dynamic_of(recipe, model, teacher, engine)
     check_watch(recipe, training.model)
@@ -69,7 +75,7 @@ def dynamic(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any] 
         return {name: read_json(run.folder.path / OUTCOME)[name] for name in ("ratio", "target")}
     if options.dry_run:
         return announce("dynamic", intent, training_estimate(training), engine.is_main)
-    with run.writing(model=str(Path(source).absolute()) if Path(source).exists() else source) as folder:
+    with run.writing(model=source, teacher=recipe.teacher if teacher else None) as folder:
         seconds = drive(training, folder, options.resume)
         student, raw = training.averaged(), training.raw()
         reached = _meet_budget(recipe, student)
@@ -79,7 +85,7 @@ def dynamic(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any] 
         save(folder, raw, "student-raw")
         if folder.writes:
             write_json(folder.path / KEPT, kept_record(recipe, student))
-        folder.mark("done", seconds=seconds, seen_images=training.settings.made_images)
+        folder.mark("done", seconds=seconds, seen_images=training.state.seen_images)
     return {"seconds": seconds, "ratio": reached["ratio"], "target": reached["target"]}
 
 
@@ -87,7 +93,7 @@ def opened(
     recipe: Recipe, source: str, num_heads: int | None, family: str | None, num_classes: int | None = None
 ) -> tuple[LoadedModel, LoadedModel | None]:
     """The model that is to get routers and, where it learns from one, the teacher. Raises UserError where it cannot."""
-    model = open_model(source, recipe.sample.weights, num_heads, family, num_classes)
+    model = open_stated(recipe, source, num_heads, family, num_classes)
     check_dynamic(recipe, model, source)
     if recipe.dynamic.beside != "teacher":
         return model, None

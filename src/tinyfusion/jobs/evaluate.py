@@ -22,6 +22,7 @@ from tinyfusion.evaluate.metrics import frechet_distance, nearest_training_dista
 from tinyfusion.jobs.against import fidelity, open_pairs
 from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
 from tinyfusion.jobs.extractors import open_extractor
+from tinyfusion.jobs.origins import require_features, require_reference, say, with_evaluation
 from tinyfusion.jobs.references import Reference, open_images, open_reference, statistics_of
 from tinyfusion.report.format import count, significant
 from tinyfusion.report.scores import UNBIASED_IMAGES
@@ -53,20 +54,24 @@ def evaluate(
     recipe: Recipe,
     options: RunOptions,
     samples: Path,
-    reference: str,
+    reference: str | None,
     against: Path | None = None,
     print_table: bool = True,
     examples: Path | None = None,
 ) -> dict[str, Any]:
     """Score images (npz, folder of images, real set by name) against a reference; writes the JSON at `options.out`.
 
-    against: an npz that another model drew from the same seeds; PSNR and SSIM of the pairs go with the scores.
-    print_table: the numbers, their protocol and what limits them, on stderr. examples: an npz to write for the page, of
-    some images of the reference.
+    reference: None is the first of the recipe. against: an npz that another model drew from the same seeds; PSNR and SSIM
+    of the pairs go with the scores. print_table: the numbers, their protocol and what limits them, on stderr. examples: an npz
+    to write for the page, of some images of the reference.
     """
-    settings = recipe.evaluate
-    extractor = open_extractor(settings.features, str(device_for(recipe)))
+    remarks: list[str] = []
     images = open_images(str(samples), recipe.data)
+    if not (recipe.evaluate.features and (reference or recipe.evaluate.references)):
+        recipe = with_evaluation(recipe, images.shape[1:], remarks)
+    reference, settings = reference or require_reference(recipe), recipe.evaluate
+    features = require_features(recipe, str(samples), images.shape[1:])
+    extractor = open_extractor(features, str(device_for(recipe)))
     _check(images, str(samples), settings, extractor)
     others = None if against is None else open_pairs(samples, against)
     real = open_reference(reference, extractor, recipe.data)
@@ -83,6 +88,7 @@ def evaluate(
         say_finished(options.out, options.dry_run)
         return _outcome(read_json_object(options.out), str(samples), print_table)
     if options.dry_run:
+        say(remarks)
         return {"protocol": protocol}
     if examples is not None and real.source is not None:
         _write_examples(real.source, real.name, examples)
@@ -98,6 +104,7 @@ def evaluate(
     }
     file_output(options.out, "evaluate", plain, options.overwrite, read_json)  # again: nothing of others is replaced
     write_json(options.out, record)
+    say(remarks)
     return _outcome(record, str(samples), print_table)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tinyfusion import __version__
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_plain
+from tinyfusion.core.recipe import SampleSection
 from tinyfusion.core.rundir import (
     check_space,
     check_writable,
@@ -32,6 +33,8 @@ from tinyfusion.export.card import PICTURE, CardNotes, licence_note, model_card
 from tinyfusion.export.picture import plan_png
 from tinyfusion.export.pipeline import MODEL_INDEX, SCHEDULER, class_names, unfit_autoencoder, unfit_pipeline
 from tinyfusion.jobs.assemble import RunOptions
+from tinyfusion.jobs.history import Step, history
+from tinyfusion.jobs.latent_facts import with_settings
 from tinyfusion.models import diffusers
 from tinyfusion.models.checkpoint import LoadedModel, model_record, open_model, save_model
 from tinyfusion.models.dit import timestep_features
@@ -52,7 +55,7 @@ class ExportOptions:
 
     model: str
     to: str
-    weights: str = "ema"
+    settings: SampleSection = SampleSection()
     pipeline: bool = False
     vae: str | None = None
     labels: str | None = None  # file with the names of the classes
@@ -62,7 +65,8 @@ class ExportOptions:
 def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     """Write the model as `what.to` says; returns what `--json` prints. Raises UserError where the format cannot hold it."""
     _check_options(options.out, what)
-    model = open_model(what.model, what.weights, options.num_heads, options.family, options.num_classes)
+    model = open_model(what.model, what.settings.weights, options.num_heads, options.family, options.num_classes)
+    model = with_settings(model, what.settings)
     if reason := model.unfit_formats().get(what.to):
         raise UserError(f"{what.model} cannot be exported to {what.to}: {reason}")
     rounded, model = model, model.with_formulas() if what.to == "diffusers" else model
@@ -153,7 +157,7 @@ class Beside:
 
 def _write(model: LoadedModel, out: Path, what: ExportOptions, more: Beside, record: dict[str, Any]) -> None:
     if what.to == "official":
-        _write_official(model, out, record)
+        _write_official(model, out, history(what.model), record)
         return
     with written_beside(out, _FILES) as beside:
         if what.to == "tinyfusion":
@@ -182,13 +186,14 @@ def _autoencoder_files(folder: Path) -> list[Path]:
     return [folder / "config.json", *sorted(folder.glob("diffusion_pytorch_model*"))]
 
 
-def _write_official(model: LoadedModel, out: Path, record: dict[str, Any]) -> None:
+def _write_official(model: LoadedModel, out: Path, steps: list[Step], record: dict[str, Any]) -> None:
     """The flat state dict. A .pt is tensors and nothing else, which `weights_only` readers take: published scripts read no other."""
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.module.state_dict().items()}
     license = model.facts.license
     more = {
         "license": license,
-        "license_note": licence_note(license, model.family),
+        "license_note": licence_note(model, _from_nothing(steps)),
+        "history": [step.sentence for step in steps],
         "kept": model.facts.kept,
         "lineage": model.facts.lineage,
         **({"dynamic": model.facts.dynamic} if model.facts.dynamic else {}),
@@ -238,7 +243,15 @@ def _write_card(model: LoadedModel, folder: Path, title: str, what: ExportOption
     parents = [model.origin[key] for key in ("hub", "address") if key in model.origin]
     target = "pipeline" if what.pipeline else what.to
     evaluations = [read_json(file) for file in files]
-    _write_notes(model, folder, CardNotes(title, target, found, evaluations, record.get("command"), parents))
+    steps = history(what.model)
+    untuned = steps[-1].verb == "prune" if steps else None
+    said, command = [step.sentence for step in steps], record.get("command")
+    notes = CardNotes(title, target, found, evaluations, command, parents, said, untuned, _from_nothing(steps))
+    _write_notes(model, folder, notes)
+
+
+def _from_nothing(steps: list[Step]) -> bool:
+    return bool(steps) and steps[0].verb == "train"
 
 
 def _write_notes(model: LoadedModel, folder: Path, notes: CardNotes) -> None:

@@ -16,7 +16,7 @@ from tinyfusion.core.reading import check_plain, read_json_object
 from tinyfusion.core.torchscript import is_torchscript, read_torchscript
 from tinyfusion.core.weights import fetch_weights, known_weights
 from tinyfusion.evaluate.dino import DinoFeatures
-from tinyfusion.evaluate.features import EXTRACTORS, FeatureExtractor
+from tinyfusion.evaluate.features import EXTRACTORS, FEATURE_CHOICES, FeatureExtractor
 from tinyfusion.evaluate.inception import INCEPTION, InceptionFeatures, inception_from_state
 from tinyfusion.evaluate.inception_names import ours_from_graph_names
 from tinyfusion.models.autoencoder import check_loaded, quiet_logs
@@ -37,6 +37,8 @@ def open_extractor(name: str, device: str = "auto") -> FeatureExtractor:
     Names: what comes with the package, "inception", or known weights of that kind. Files: weights of the Inception
     network, a folder with classifier.json, "dinov2:" and a folder. Raises UserError where there is none, or it is damaged.
     """
+    if not name:
+        raise UserError(f"no feature extractor is named for these images; {FEATURE_CHOICES}")
     if name in EXTRACTORS:
         return _classifier(Path(str(resources.files("tinyfusion"))) / "assets" / name, name)
     path = Path(name)

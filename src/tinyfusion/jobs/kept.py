@@ -125,8 +125,8 @@ def _token_maps(way: _Recording, x: Tensor, labels: np.ndarray, model: LoadedMod
         "times": [round(way.times[i], 6) for i in chosen],
         "percent": torch.stack(percent, dim=1).tolist(),
         "labels": labels.tolist(),
-        "space": "pixels" if model.facts.latent_scale is None else "latents",
-        "images": _shown(x, model.facts.latent_scale is None).tolist(),
+        "space": "latents" if model.of_latents else "pixels",
+        "images": _shown(x, not model.of_latents).tolist(),
     }
 
 

@@ -21,6 +21,8 @@ from tinyfusion.jobs.assemble import (
     training_plan,
 )
 from tinyfusion.jobs.estimate import Estimate, announce, described, training_disk_bytes, training_estimate
+from tinyfusion.jobs.latent_facts import with_facts_of
+from tinyfusion.jobs.origins import say, with_data
 from tinyfusion.jobs.processes import PROCESS_SECTIONS, objective_for
 from tinyfusion.jobs.training import TrainedRun, Training, drive, save
 from tinyfusion.jobs.watching import check_watch
@@ -48,8 +50,11 @@ def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
     on_data = recipe.prune.criterion == "learned" or on_images(recipe.prune.criterion)
     teacher = open_teacher(recipe, options.num_heads, options.family, on_data, options.num_classes)
+    remarks: list[str] = []
+    recipe = with_data(recipe, teacher, [recipe.teacher], remarks, on_data)
+    teacher = with_facts_of(recipe, teacher)
     plain = plain_recipe(recipe, "data", "prune", *PROCESS_SECTIONS, teacher=teacher.hash())
-    run = TrainedRun("prune", recipe, options, engine, plain)
+    run = TrainedRun("prune", recipe, options, engine, plain, remarks)
     work = check_prune(recipe, teacher, engine)
     check_watch(recipe, None)
     settings = recipe.prune.training if isinstance(work, Learning) else None
@@ -58,7 +63,7 @@ def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     if options.dry_run:
         intent = {"teacher": described(teacher), **_intent(recipe, work, run.mode)}
         return announce("prune", intent, prune_estimate(work), engine.is_main)
-    with run.writing() as folder:
+    with run.writing(teacher=recipe.teacher) as folder:
         plan = (
             ask(work, folder) if isinstance(work, Question) else _learn(recipe, teacher, work, folder, options.resume)
         )
@@ -67,6 +72,8 @@ def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             write_json(folder.path / "plan.json", plan.to_json())
         save(folder, student, "student")
         folder.mark("done", seconds=plan.cost.get("seconds", 0.0), seen_images=plan.cost.get("images", 0))
+    if isinstance(work, Question):  # it may refuse images once it sees them
+        say(remarks)
     if engine.is_main:
         print(f"{_decided(plan)}; {folder.path / 'plan.json'} says why", file=sys.stderr)
     return {"kept": plan.kept}
@@ -181,7 +188,7 @@ def _learn(
             file=sys.stderr,
         )
     seconds = drive(learning.training, run, resume)
-    cost = {"seconds": seconds, "images": float(settings.training.made_images)}
+    cost = {"seconds": seconds, "images": float(state.seen_images)}
     decision = learner.decision(state.ema, settings.training.made_steps - 1)
     if not all(theta.isfinite().all() for theta in decision.logits):
         raise UserError("the gate logits are not finite; lower prune.gate_learning_rate")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from tinyfusion.jobs.assemble import (
     training_plan,
 )
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
+from tinyfusion.jobs.latent_facts import open_stated, with_facts_of
+from tinyfusion.jobs.origins import making_run, with_data, with_teacher
 from tinyfusion.jobs.processes import PROCESS_SECTIONS, objective_for
 from tinyfusion.jobs.training import Extra, TrainedRun, Training, drive, save
 from tinyfusion.jobs.watching import check_watch
-from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Objective
 from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors
@@ -33,10 +37,16 @@ from tinyfusion.training.state import TrainState
 def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[str, Any] | None:
     """Train the student; writes `student/` (averaged weights) and `student-raw/`. Returns what `--json` prints."""
     engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
+    remarks: list[str] = []
+    if recipe.recover.method != "finetune":
+        recipe, job = with_teacher(recipe, student_source, "recover", remarks)
+        options = _opened_as_then(options, job)
     student, teacher = opened(recipe, student_source, options.num_heads, options.family, options.num_classes)
+    recipe = with_data(recipe, student, [student_source, recipe.teacher], remarks)
+    student = with_facts_of(recipe, student)
     inputs = {"student": student.hash(), "teacher": teacher.hash() if teacher else None}
     plain = plain_recipe(recipe, "data", "recover", *PROCESS_SECTIONS, **inputs)
-    run = TrainedRun("recover", recipe, options, engine, plain)
+    run = TrainedRun("recover", recipe, options, engine, plain, remarks)
     intent = (
         _intent(recipe, student, teacher, run.mode) if options.dry_run else {}
     )  # hashes: before models lie in parts
@@ -46,19 +56,29 @@ def recover(recipe: Recipe, options: RunOptions, student_source: Path) -> dict[s
         return None
     if options.dry_run:
         return announce("recover", intent, training_estimate(training), engine.is_main)
-    with run.writing(student=str(student_source.absolute())) as folder:
+    with run.writing(student=student_source, teacher=recipe.teacher if teacher else None) as folder:
         seconds = drive(training, folder, options.resume)
         save(folder, training.averaged(), "student")
         save(folder, training.raw(), "student-raw")
-        folder.mark("done", seconds=seconds, seen_images=training.settings.made_images)
+        folder.mark("done", seconds=seconds, seen_images=training.state.seen_images)
     return {"seconds": seconds}
+
+
+def _opened_as_then(options: RunOptions, job: Mapping[str, Any]) -> RunOptions:
+    """The options with what was typed to open the teacher in the run of this job, where it is not typed now."""
+    kinds = {"num_heads": int, "family": str, "num_classes": int}
+    then = {name: job[name] for name, kind in kinds.items() if isinstance(job.get(name), kind)}
+    return dataclasses.replace(options, **{name: getattr(options, name) or value for name, value in then.items()})
 
 
 def opened(
     recipe: Recipe, student: Path, num_heads: int | None, family: str | None, num_classes: int | None = None
 ) -> tuple[LoadedModel, LoadedModel | None]:
     """Student and, where the method has one, teacher."""
-    opened = open_model(student, recipe.sample.weights, num_heads, family, num_classes)
+    if not student.is_file():  # a folder says all that itself, and may be narrower than its teacher
+        opened = open_stated(recipe, student, None, family)
+    else:
+        opened = open_stated(recipe, student, num_heads, family, num_classes)
     if recipe.recover.method == "finetune":
         return opened, None
     teacher = open_teacher(recipe, num_heads, family, num_classes=num_classes)
@@ -75,7 +95,7 @@ def recovery_of(recipe: Recipe, student: LoadedModel, teacher: LoadedModel | Non
 
     Raises UserError where student, teacher, data and device do not go together.
     """
-    pairs = _check_pair(student, teacher) if teacher else []
+    pairs = _check_pair(student, teacher, recipe.teacher) if teacher else []
     settings = recipe.recover.training
     source = batches_for(recipe, student, engine.device)
     channels = residual_channels(student, teacher) if teacher and recipe.recover.compares_features else None
@@ -126,8 +146,8 @@ def recovery_alone(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -
     return recovery_of(recipe, student, teacher if taught else None, engine_for(recipe))
 
 
-def _check_pair(student: LoadedModel, teacher: LoadedModel) -> Pairs:
-    """Which block of the student answers to which of the teacher; UserError where the two are not related."""
+def _check_pair(student: LoadedModel, teacher: LoadedModel, name: str) -> Pairs:
+    """Which block of the student answers to which of the teacher, named `name`; UserError where the two are not related."""
     plan = student.facts.plan
     if plan is None:
         raise UserError(
@@ -141,9 +161,11 @@ def _check_pair(student: LoadedModel, teacher: LoadedModel) -> Pairs:
         raise UserError(f"the plan of student or teacher is damaged: {error}") from error
     if not pairs:
         chain = " from ".join(ancestor[:12] for ancestor in pairs_to_ancestors(student.facts)) or plan.teacher[:12]
+        run = making_run(student.origin.get("path", ""))
+        recorded = f" ({run.teacher()}, by the record of {run.path})" if run and run.teacher() else ""
         raise UserError(
-            f"the student was cut from the model {chain}, the teacher is {own_hash[:12]}: "
-            "give the teacher it was cut from, or one that shares an ancestor with it"
+            f"the student was cut from the model {chain}{recorded}, the teacher {name} is {own_hash[:12]}: "
+            "give the teacher it was cut from by --teacher, or one that shares an ancestor with it"
         )
     if not student.family.differ_in_size_alone(student.arch, teacher.arch, teacher.stack.depths()):
         raise UserError(f"student {student.arch} and teacher {teacher.arch} differ in more than depth and widths")

@@ -15,6 +15,7 @@ import torch
 
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.files import file_label
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
@@ -29,6 +30,8 @@ from tinyfusion.jobs.dynamic import check_dynamic, dynamic, dynamic_alone
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate, training_estimate
 from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference
 from tinyfusion.jobs.inspect import inspect
+from tinyfusion.jobs.latent_facts import with_facts_of
+from tinyfusion.jobs.origins import drawn_shape, require_features, require_reference, say, with_data, with_evaluation
 from tinyfusion.jobs.pictures import checkpoint_steps, write_pictures
 from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.jobs.prune import check_prune, prune, prune_estimate
@@ -51,6 +54,11 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Prune, recover, where asked make dynamic; sample all models from the same seeds, evaluate, time, write the page."""
     engine = engine_for(recipe)
     teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
+    remarks: list[str] = []
+    recipe = with_data(recipe, teacher, [recipe.teacher], remarks)
+    teacher = with_facts_of(recipe, teacher)
+    recipe = with_evaluation(recipe, drawn_shape(teacher), remarks)
+    require_reference(recipe)
     plain = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash()}
     folder = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
@@ -60,10 +68,10 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             write_text(page, render_run(options.out))
         finished(folder, options.dry_run)
         return _outcome(options.out)
-    if mode == "new":
-        _check(recipe, options, teacher)
+    missing = _check(recipe, options, teacher) if mode == "new" else None
+    say(remarks)
     if options.dry_run:
-        return _announce(recipe, options, teacher, mode)
+        return _announce(recipe, options, teacher, mode) | _unchecked(missing)
     with folder.writing("run", plain, options.overwrite):
         command = options.command or f"tinyfusion run --recipe {recipe.name} --out {options.out}"
         folder.mark("running", command=command, teacher_seen_images=teacher.facts.seen_images)
@@ -101,19 +109,32 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
     stage("pictures", lambda: write_pictures(recipe, out, teacher, open_model(student), step_of, place))
 
 
-def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel) -> None:
-    """Whatever a stage would refuse is refused before anything is written."""
+def _unchecked(missing: WouldFetch | None) -> dict[str, Any]:
+    """Say what could not be checked, as it is not there and a dry run fetches nothing; the same for `--json`."""
+    if missing is None:
+        return {}
+    print(f"not checked: images and references of the evaluation ({missing})", file=sys.stderr)
+    return {"would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
+
+
+def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel) -> WouldFetch | None:
+    """Whatever a stage would refuse is refused before anything is written. What a dry run leaves unchecked, as it would be fetched."""
+    missing = None
     check_prune(recipe, teacher, engine_for(recipe))
     recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy())
     if recipe.dynamic.in_run:
         check_dynamic(recipe, teacher.cut(_stand_in(recipe, teacher)), "the student")
     check_sampling(recipe.sample, teacher)
-    check_watch(recipe, teacher)
-    _check_evaluation(recipe, teacher)
+    try:
+        check_watch(recipe, teacher)
+        _check_evaluation(recipe, teacher)
+    except WouldFetch as error:  # features, a reference or the autoencoder
+        missing = error
     checkpoint_steps(recipe.recover.training, recipe.evaluate.checkpoints)
     images = len(_drawn(recipe)) * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
     weights = 4 * num_parameters(teacher.module)
     check_space(options.out, (12 if recipe.dynamic.in_run else 6) * weights + images)
+    return missing
 
 
 def _drawn(recipe: Recipe) -> list[str]:
@@ -124,10 +145,10 @@ def _drawn(recipe: Recipe) -> list[str]:
 def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
     """UserError where the images to be drawn, or a reference, cannot be evaluated."""
     neighbours, num_images = recipe.evaluate.neighbours, recipe.sample.num_images
-    extractor = open_extractor(recipe.evaluate.features)
     shape, dtype = image_form(teacher, autoencoder_for(recipe.sample, teacher))
     if dtype != np.uint8:
         raise UserError("sample.decode=false keeps latents, and `run` scores pictures: leave it out")
+    extractor = open_extractor(require_features(recipe, "images of the teacher", shape))
     extractor.check(np.zeros((1, *shape), np.uint8), "images of the teacher")
     counts = {"sample.num_images": num_images}
     counts |= {

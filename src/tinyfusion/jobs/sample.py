@@ -46,10 +46,11 @@ from tinyfusion.jobs.drawing import (
     protocol,
 )
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
+from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.parts import Parts, Range, begin_parts, clear_parts, part_images, parts_folder
 from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.models.autoencoder import Autoencoder
-from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.training.engine import Engine
 
 __all__ = ["check_sampling", "draw", "labels_of", "protocol", "sample", "write_samples"]
@@ -102,9 +103,12 @@ def sample(
     if options.out.suffix != ".npz":
         raise UserError(f"--out of sample is an .npz file; got {options.out}")
     engine = _processes(recipe) if together else Engine(device_for(recipe))
-    model = open_model(model_source, recipe.sample.weights, options.num_heads, options.family, options.num_classes)
+    model = open_stated(recipe, model_source, options.num_heads, options.family, options.num_classes)
     check_sampling(recipe.sample, model)
     autoencoder = autoencoder_for(recipe.sample, model)
+    if autoencoder and model.facts.latent_scale is None and engine.is_main:
+        numbers = f"scale {autoencoder.scale:g} and shift {autoencoder.shift:g} of {autoencoder.name}"
+        print(f"note: {model_source} does not give its latents' numbers: assuming {numbers}", file=sys.stderr)
     inputs = {"model": model.hash()} | ({"autoencoder": autoencoder.hash()} if autoencoder else {})
     plain = plain_recipe(recipe, "sample", **inputs)
     job = _Job(recipe, options, model, autoencoder, Pictures(grid, png), plain)

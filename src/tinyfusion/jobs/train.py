@@ -19,6 +19,7 @@ from tinyfusion.jobs.assemble import (
     training_plan,
 )
 from tinyfusion.jobs.estimate import announce, described, training_disk_bytes, training_estimate
+from tinyfusion.jobs.origins import with_watched
 from tinyfusion.jobs.processes import PROCESS_SECTIONS, kit_of, objective_for
 from tinyfusion.jobs.training import TrainedRun, Training, drive, save
 from tinyfusion.jobs.watching import check_watch
@@ -37,7 +38,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
     plain = plain_recipe(recipe, "model", "data", "train", *PROCESS_SECTIONS)
     run = TrainedRun("train", recipe, options, engine, plain)
     training = train_of(recipe, engine, source)
-    check_watch(recipe, training.model)
+    check_watch(training.recipe, training.model)
     if run.settled(lambda: training_disk_bytes(training), settings):
         return None
     if options.dry_run:
@@ -45,10 +46,11 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
         return announce("train", plan, training_estimate(training), engine.is_main)
     with run.writing() as folder:
         seconds = drive(training, folder, options.resume)
+        seen = training.state.seen_images
         for name, model in (("model", training.averaged()), ("model-raw", training.raw())):
-            facts = dataclasses.replace(model.facts, seen_images=settings.made_images)
+            facts = dataclasses.replace(model.facts, seen_images=seen)
             save(folder, dataclasses.replace(model, facts=facts), name)
-        folder.mark("done", seconds=seconds, seen_images=settings.made_images)
+        folder.mark("done", seconds=seconds, seen_images=seen)
     return {"seconds": seconds}
 
 
@@ -61,6 +63,7 @@ def train_of(recipe: Recipe, engine: Engine, source: Batches | None = None) -> T
     model = new_model(sizes.pop("family"), sizes, Randomness(recipe.seed).generator_seed("initial-weights"))
     model.facts = dataclasses.replace(model.facts, process_settings=kit_of(model).kept(recipe))
     model = trained_on(model, source)
+    recipe = with_watched(recipe, model, [])
     engine.place(model.module.train(), list(model.stack))
     state = TrainState(
         model.module, decay_groups(trainable(model.module), model.family.undecayed, recipe.train), recipe.train

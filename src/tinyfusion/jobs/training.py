@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from tinyfusion.core.device import available_bytes
+from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import Advance, progress
 from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
@@ -26,10 +28,11 @@ from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.jobs.assemble import RunOptions, job_record
 from tinyfusion.jobs.estimate import training_memory
 from tinyfusion.jobs.memory import GIB
+from tinyfusion.jobs.origins import say
 from tinyfusion.jobs.watching import Watch
 from tinyfusion.models.checkpoint import LoadedModel, save_model
 from tinyfusion.models.stack import BlockStack
-from tinyfusion.training.checkpoints import CheckpointWriter, Written, load_checkpoint, load_latest
+from tinyfusion.training.checkpoints import CheckpointWriter, Written, checkpoint_folders, load_checkpoint, load_latest
 from tinyfusion.training.compile import Gain, measured_gain
 from tinyfusion.training.ema import horizon_warning
 from tinyfusion.training.engine import Engine
@@ -121,12 +124,43 @@ class Training:
 
 
 class TrainedRun:
-    """The run folder of a verb that trains. plain: what "the same command" means; mode: as `RunDirectory.check` gives it."""
+    """The run folder of a verb that trains. plain: what "the same command" means; mode: as `RunDirectory.check` gives it.
 
-    def __init__(self, verb: str, recipe: Recipe, options: RunOptions, engine: Engine, plain: dict[str, Any]) -> None:
+    remarks: lines for people, printed before a training begins.
+    """
+
+    def __init__(
+        self,
+        verb: str,
+        recipe: Recipe,
+        options: RunOptions,
+        engine: Engine,
+        plain: dict[str, Any],
+        remarks: Iterable[str] = (),
+    ) -> None:
         self.verb, self.recipe, self.options, self.engine, self.plain = verb, recipe, options, engine, plain
+        self.remarks = remarks
         self.folder = RunDirectory(options.out, engine.is_main)
-        self.mode = engine.first(lambda: self.folder.check(verb, plain, options.overwrite))
+        self.mode = engine.first(self._checked)
+
+    def _checked(self) -> str:
+        """The mode. Raises UserError on a folder that may not be used, with the way where only more steps are wanted."""
+        try:
+            return self.folder.check(self.verb, self.plain, self.options.overwrite)
+        except UserError as error:
+            raise UserError(f"{error}{self._way_to_more_steps(str(error))}") from error
+
+    def _way_to_more_steps(self, refusal: str) -> str:
+        """What to add to a refusal because of a number of steps that has grown; nothing to any other."""
+        field = f"{training_section(self.verb)}.steps"
+        number = re.search(rf"\({re.escape(field)}: (\d+) there, (\d+) now\)", refusal)
+        saved = checkpoint_folders(self.folder.checkpoints)
+        if number is None or int(number[1]) >= int(number[2]) or not saved:
+            return ""
+        return (
+            f"; to train on to {int(number[2]):,} steps, continue from its checkpoint in another folder: --resume {saved[-1]} "
+            "--out OTHER"
+        )
 
     def settled(self, disk_bytes: Callable[[], int], settings: TrainingSection | None) -> bool:
         """Whether there is nothing left to do, which is then said. Raises UserError where a new run would not fit the disk.
@@ -142,6 +176,8 @@ class TrainedRun:
         warning = horizon_warning(settings.ema_decay, settings.made_steps, section) if settings else None
         if warning and self.engine.is_main:
             print(f"warning: {warning}", file=sys.stderr)
+        if settings or self.options.dry_run:
+            say(self.remarks)
         return False
 
     @contextlib.contextmanager
@@ -176,6 +212,11 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
         run.note(f"resumed from {resume}")
     if start and run.writes:
         print(f"{training.title}: continues from step {start:,} of {settings.made_steps:,}", file=sys.stderr)
+    if jump := _jump(state, settings):
+        run.note(jump)
+        if run.writes:
+            print(f"{training.title}: {jump}", file=sys.stderr)
+    total = state.seen_images + (settings.made_steps - start) * settings.batch_size
     warning = horizon_warning(settings.ema_decay, settings.made_steps, training_section(training.title))
     if warning and not start:
         run.note(f"warning: {warning}")
@@ -203,7 +244,7 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
             main_pid=main_pid,
             timeout_s=engine.compute.timeout_s,
         ) as writer,
-        progress(training.title, settings.made_images, "images", start * settings.batch_size, engine.is_main) as bar,
+        progress(training.title, total, "images", state.seen_images, engine.is_main) as bar,
         training.in_place(),
     ):
         for record in training.steps():
@@ -223,6 +264,20 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
                 raise Interrupted(stop, "saved, the same command continues")
     sitting.tell_saved(writer)
     return sitting.seconds()
+
+
+def _jump(state: TrainState, settings: TrainingSection) -> str:
+    """What to say where the steps before had another batch size: data are addressed by step and batch size of now."""
+    seen, position = state.seen_images, state.step * settings.batch_size
+    if seen == position:
+        return ""
+    gap = (
+        f"{position - seen:,} images are left out" if position > seen else f"{seen - position:,} images are seen again"
+    )
+    return (
+        f"{seen:,} images were seen in {state.step:,} steps, which had another batch size than {settings.batch_size}: the order of "
+        f"the data goes on at image {position:,} ({gap}), and schedules at step {state.step:,}"
+    )
 
 
 def _note_memory(training: Training, run: RunDirectory) -> None:
@@ -267,7 +322,7 @@ class _Sitting:
     def tell(self, record: StepRecord, bar: Advance) -> None:
         """Log what is due after a step, and move the bar."""
         settings, step = self.training.settings, record.step + 1
-        images = step * settings.batch_size
+        images = self.training.state.seen_images
         self.waited_s += record.waited_s
         if record.step % settings.log_every_steps and step != settings.made_steps and record.applied:
             bar(images, self.note)

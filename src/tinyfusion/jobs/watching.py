@@ -74,7 +74,10 @@ def _check_looks(recipe: Recipe, model: LoadedModel) -> None:
         )
     if recipe.watch.fid_every_steps:
         if not recipe.evaluate.references:
-            raise UserError("watch.fid_every_steps compares with the first of evaluate.references, and there is none")
+            raise UserError(
+                "watch.fid_every_steps compares with the first of evaluate.references, and there is none: add "
+                "--set evaluate.references=NAME"
+            )
         extractor = open_extractor(recipe.evaluate.features)
         extractor.check(np.zeros((1, *shape), np.uint8), "images of the model")
 

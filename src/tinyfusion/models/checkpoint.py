@@ -49,6 +49,7 @@ MODEL_FORMAT_VERSION = 1
 _LARGEST_SCALE = 1e6  # of latents; far beyond every published one
 _PUBLISHED_CLASSES = 1000  # of ImageNet, trained with a null class in all published files
 _WEIGHTS = "diffusion_pytorch_model"  # name of the weights in a folder of diffusers
+_SCALE_OF_CLASS = 0.18215  # of AutoencoderKL, where its configuration says nothing
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -71,7 +72,9 @@ def model_record(model: LoadedModel) -> dict[str, Any]:
         "hash": model.hash(),
         "image_size": facts.image_size,
         "latent_scale": facts.latent_scale,
+        "latent_shift": facts.latent_shift,
         "vae": facts.vae,
+        "assumed": facts.assumed,
         "license": facts.license,
         "seen_images": facts.seen_images,
     }
@@ -119,7 +122,8 @@ def open_model(
     known: dict[str, Any] = {key: extra.pop(key) for key in ("license", "vae") if key in extra}
     if model.facts.license is not None:
         known.pop("license", None)
-    model.facts = dataclasses.replace(model.facts, **known)
+    assumed = [name for name in model.facts.assumed if name not in known]
+    model.facts = dataclasses.replace(model.facts, **known, assumed=assumed)
     model.origin |= extra
     return model
 
@@ -287,9 +291,16 @@ def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) ->
         return facts
     settings = autoencoder_config(vae / "config.json")
     sides = 2 ** (len(settings.get("block_out_channels", [0])) - 1)
-    scale = settings.get("scaling_factor", facts.latent_scale)
-    name = str(vae.absolute()) if any(vae.glob(f"{_WEIGHTS}*")) else facts.vae
-    return dataclasses.replace(facts, image_size=arch.input_size * sides, latent_scale=scale, vae=name)
+    name = str(vae.absolute()) if any(vae.glob(f"{_WEIGHTS}*")) else None
+    stated = {
+        "image_size": arch.input_size * sides,
+        "latent_scale": settings.get("scaling_factor", facts.latent_scale or _SCALE_OF_CLASS),
+        "latent_shift": settings.get("shift_factor") or 0.0,
+        "vae": name or facts.vae,
+    }
+    return dataclasses.replace(
+        facts, **stated, assumed=[] if name else [each for each in facts.assumed if each == "vae"]
+    )
 
 
 def _family(name: Any, path: Path) -> ModelFamily:
@@ -351,10 +362,10 @@ def _families_of(tensors: Mapping[str, Tensor]) -> list[ModelFamily]:
 
 
 def _published_facts(arch: Any, family: ModelFamily) -> ModelFacts:
-    """Of a file that says nothing about its images: pixels, or the published latents where it has their channels."""
-    latent = family.published_latent.get(arch.in_channels, {})
-    return ModelFacts(
-        image_size=arch.input_size * latent.get("pixels_per_latent", 1),
-        latent_scale=latent.get("latent_scale"),
-        vae=latent.get("vae"),
-    )
+    """Of a file that says nothing about its images: the published latents are assumed where it has their channels."""
+    latent = family.published_latent.get(arch.in_channels)
+    if latent is None:
+        return ModelFacts(image_size=arch.input_size)
+    stated = {"latent_scale": latent["latent_scale"], "latent_shift": 0.0, "vae": latent["vae"]}
+    side = arch.input_size * latent["pixels_per_latent"]
+    return ModelFacts(image_size=side, **stated, assumed=["image_size", *stated])

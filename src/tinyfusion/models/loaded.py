@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,7 @@ from tinyfusion.models.stack import BlockStack
 from tinyfusion.models.widths import sliced
 
 _NO_ROUTERS = "it has routers, for which diffusers has no class: its transformer would run everything"
+PIXEL_CHANNELS = (1, 3)  # of the input of a model that states no latents: with any other number it takes latents
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -34,17 +36,20 @@ _DTYPE_NAMES = {
 class ModelFacts:
     """What a model carries beside its tensors.
 
-    image_size: side of its images in pixels. latent_scale and vae: None for a pixel-space model. kept: indices into the
-    direct parent per list, None for an uncut model. lineage: parents, oldest first, each with hash, depth and kept, where
-    it was cut in width the residual channels of its own parent that it kept, and its arch where its child was.
-    seen_images: images that a model trained from nothing saw; None for cut models and where unknown. process_settings: of
-    its process, that it was trained with and has to be sampled with, where the process has such. dynamic: of a model with
-    routers, their settings (`DynamicSettings`) and what they reach.
+    image_size: side of its images in pixels. latent_scale, latent_shift: models of latents see (z - shift) x scale of a
+    latent z of the autoencoder `vae`; None for a pixel-space model and where unknown. assumed: names of facts that no file
+    and nobody stated, taken from the published models. kept: indices into the direct parent per list, None for an uncut
+    model. lineage: parents, oldest first, each with hash, depth and kept, where it was cut in width the residual channels of
+    its own parent that it kept, and its arch where its child was. seen_images: images that a model trained from nothing saw;
+    None for cut models and where unknown. process_settings: of its process, that it was trained with and has to be sampled
+    with, where the process has such. dynamic: of a model with routers, their settings (`DynamicSettings`) and what they reach.
     """
 
     image_size: int
     latent_scale: float | None = None
+    latent_shift: float | None = None
     vae: str | None = None
+    assumed: list[str] = field(default_factory=list)
     license: str | None = None
     kept: dict[str, list[int]] | None = None
     lineage: list[dict[str, Any]] = field(default_factory=list)
@@ -52,6 +57,21 @@ class ModelFacts:
     seen_images: int | None = None
     process_settings: dict[str, Any] = field(default_factory=dict)
     dynamic: dict[str, Any] | None = None
+
+    def unlike(self, words: str, name: str, value: float) -> str | None:
+        """Why latents of this "latent_scale" or "latent_shift" are not the model's; None where they are, or may be.
+
+        words: what they are of, as in "it scales latents by".
+        """
+        own = getattr(self, name)
+        if own is None or math.isclose(own, value, rel_tol=1e-6, abs_tol=1e-9):
+            return None
+        if name not in self.assumed:
+            return f"{words} {value:g}, and the model was trained with {own:g}"
+        return (
+            f"{words} {value:g}, and {own:g} is assumed for the model, whose file gives none: where it was trained on such "
+            f"latents, add --set sample.{name}={value:g}"
+        )
 
 
 @dataclass
@@ -81,6 +101,28 @@ class LoadedModel:
     def null_class(self) -> bool:
         """Whether it has a class for no label, which guidance and label dropout need."""
         return bool(getattr(self.arch, "null_class", True))
+
+    @property
+    def of_latents(self) -> bool:
+        """Whether it takes the latents of an autoencoder, of which it may not know the scale."""
+        return takes_latents(self.arch, self.facts)
+
+    @property
+    def doubtful(self) -> list[str]:
+        """Names of the facts of its latents that are assumed or unknown."""
+        facts = self.facts
+        unknown = [name for name in ("latent_scale", "latent_shift", "vae") if getattr(facts, name) is None]
+        side = ["image_size"] if facts.latent_scale is None else []
+        return list(dict.fromkeys([*facts.assumed, *side, *unknown]))
+
+    def with_known(self, **known: Any) -> LoadedModel:
+        """The same model with these facts where it has none, or an assumed one; a value of None states nothing."""
+        facts, doubtful = self.facts, self.doubtful
+        stated = {name: value for name, value in known.items() if value is not None and name in doubtful}
+        if not stated:
+            return self
+        assumed = [name for name in doubtful if name not in stated and getattr(facts, name) is not None]
+        return dataclasses.replace(self, facts=dataclasses.replace(facts, **stated, assumed=assumed))
 
     def copy(self) -> LoadedModel:
         """An independent copy."""
@@ -145,6 +187,8 @@ class LoadedModel:
         kept = {name: sorted(indices) for name, indices in plan.kept.items()}
         parent: dict[str, Any] = {"hash": own, "depth": depths, "kept": self.facts.kept}
         student.arch = self.family.arch_with_depths(student.arch, student.stack.depths())
+        if self.facts.seen_images is not None:
+            parent["seen_images"] = self.facts.seen_images  # it was trained from nothing
         if plan.kept_widths is not None:
             parent["arch"] = dataclasses.asdict(self.arch)
         if self.facts.plan and self.facts.plan.kept_widths:
@@ -167,6 +211,11 @@ class LoadedModel:
             module = self.family.build(arch)
         module.load_state_dict(tensors, assign=True)
         return dataclasses.replace(self, module=module.train(self.module.training), arch=arch)
+
+
+def takes_latents(arch: Any, facts: ModelFacts) -> bool:
+    """Whether a model of these sizes and facts takes latents: it states a scale, or its channels are not those of pixels."""
+    return facts.latent_scale is not None or arch.in_channels not in PIXEL_CHANNELS
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], family: ModelFamily, arch: Any, rules: bool = True) -> str:
@@ -198,7 +247,7 @@ def make_trainable(module: nn.Module, family: ModelFamily) -> nn.Module:
 
 
 def new_model(family_name: str, arch_values: Mapping[str, Any], seed: int) -> LoadedModel:
-    """A freshly initialised pixel-space model. Raises UserError where the sizes do not fit together."""
+    """A freshly initialised model that knows nothing of its images but their size. Raises UserError on sizes that do not fit."""
     if family_name not in FAMILIES:
         raise UserError(f"unknown family {family_name!r}{nearest(family_name, FAMILIES)}")
     family = FAMILIES[family_name]

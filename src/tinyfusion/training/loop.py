@@ -135,6 +135,7 @@ def train_steps(
             terms, losses = _forward_backward(state, forward, parts, settings, engine)
             norm, applied = _update(state, terms["loss"], settings, engine)
             state.step += 1
+            state.seen_images += settings.batch_size
             bad_samples = [] if applied else engine.gathered(_bad_places(losses, settings, engine))
             rate = settings.learning_rate * factor
             yield StepRecord(step, terms, norm, rate, applied, bad_samples, waited_s, state.scale.value)

@@ -64,14 +64,9 @@ class TrainState:
         self.ema = Ema(self.parameters, settings.ema_decay)
         self.scale = LossScale(settings.dtype == "float16")
         self.step = 0
+        self.seen_images = 0  # in all steps so far, whatever their batch sizes
         self.bad_steps = 0
         self._optimizer_name: str = settings.optimizer
-        self._batch_size = settings.batch_size
-
-    @property
-    def seen_images(self) -> int:
-        """Images in all steps so far."""
-        return self.step * self._batch_size
 
     def weights(self) -> dict[str, Tensor]:
         """The trained parameters as they are, whole, by name. Every process must call."""
@@ -131,7 +126,7 @@ class TrainState:
             self.optimizer.state[self.parameters[name]][slot] = number
         if self.scale.value is not None and progress.loss_scale is not None:
             self.scale.value, self.scale.good_steps = progress.loss_scale, progress.good_steps
-        self.step, self.bad_steps = progress.step, progress.bad_steps
+        self.step, self.seen_images, self.bad_steps = progress.step, progress.seen_images, progress.bad_steps
 
     def _fixed(self) -> dict[str, Tensor]:
         """The tensors that are there from the first step on."""
