@@ -12,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.data.batches import scale_remarks
 from tinyfusion.data.image_source import has_images, open_npz, read_moments
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.data.npz import opened_npz, read_npy
 from tinyfusion.data.published_latents import open_published
+from tinyfusion.jobs.assemble import image_set
 
 IMAGES, LABELS = np.arange(4 * 8 * 8, dtype=np.uint8).reshape(4, 8, 8, 1), np.arange(4)
 
@@ -189,3 +192,33 @@ def test_a_label_of_the_published_layout_that_is_none(tmp_path: Path, label: np.
     np.save(folder / "small_labels" / "1.npy", label)
     with pytest.raises(UserError, match="1.npy is .*: wanted one whole number from 0 to 2,147,483,647"):
         open_published(folder)
+
+
+@pytest.mark.parametrize("factor", [0.18, 0.7, 1.0, 5.5])
+def test_latents_of_another_scale_are_said(factor: float) -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 4, 8, 8)).astype(np.float32)) * factor
+    said = scale_remarks(x, "old")
+    assert len(said) == (factor in (0.18, 5.5)) and all(
+        f"deviation of {x.double().std():.3g} where" in line for line in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            np.zeros((4, 8, 8, 4), np.uint8),
+            "arr_0 is uint8 with 4 channels, taken as pixels; latents are stored as floats",
+        ),
+        (np.linspace(-9, 9, 1024).reshape(4, 8, 8, 4), "the latents have a standard deviation of 5.2"),
+        (np.zeros((4, 8, 8, 3), np.uint8), ""),
+    ],
+)
+def test_latents_in_an_npz_are_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], images: np.ndarray, message: str
+) -> None:
+    np.savez(tmp_path / "x.npz", images, LABELS)
+    capfd.readouterr()
+    assert image_set(str(tmp_path / "x.npz")).x.shape[0] == 4
+    said = capfd.readouterr().err
+    assert message in said and len(said.splitlines()) == bool(message)

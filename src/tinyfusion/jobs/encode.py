@@ -31,6 +31,7 @@ from tinyfusion.core.recipe import EncodeSection, Orientation, Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json
 from tinyfusion.core.signals import check_stop
+from tinyfusion.data.batches import LOOKED_AT, scale_remarks
 from tinyfusion.data.latents import (
     MANIFEST,
     LatentSpec,
@@ -207,6 +208,7 @@ def _converting(settings: EncodeSection, published: PublishedLatents, vae: Autoe
         len(published), settings.shard_images, "samples", settings.dtype, kept, (channels, height, width),
         int(published.labels.max()) + 1, scale, shift,
     )  # fmt: skip
+    say(scale_remarks(published.read(0, min(len(published), LOOKED_AT)), str(published.features)))
     digest = vae.hash() if vae else None
     about: dict[str, Any] = {
         "size": vae.factor * width if vae else None, "crop": None, "orientation": None, "vae": vae.name if vae else None,
