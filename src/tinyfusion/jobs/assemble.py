@@ -112,11 +112,11 @@ def image_set(name: str, size: int | None = None, orientation: Orientation = "fo
     if labels is None:
         raise UserError(f"{name} has no labels: wanted arr_1 int64 beside arr_0")
     if images.shape[-1] > 3:
-        found = _array_set(name, images[:LOOKED_AT], labels)
+        some = _array_set(name, images[:LOOKED_AT], labels)
         pixels = (
             f"{name}: arr_0 is uint8 with {images.shape[-1]} channels, taken as pixels; latents are stored as floats"
         )
-        say([pixels] if images.dtype == np.uint8 else scale_remarks(torch.from_numpy(found.x), name))
+        say([pixels] if images.dtype == np.uint8 else scale_remarks(torch.from_numpy(some.x), name))
     return _array_set(name, images, labels)
 
 
