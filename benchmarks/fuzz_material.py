@@ -34,6 +34,7 @@ PRUNE = f"prune --teacher {{m}}/teacher --scheme 1:2 {TRAINING.format('prune')} 
 SAMPLE = "--num-images 4 --num-steps 2 --out made/x.npz"
 EVALUATE = "evaluate --out made/x.json"
 ENCODE = f"encode --vae {{m}}/vae --size {SIDE} --out made"
+AGAIN = f"encode --vae {{m}}/vae --size {SIDE} --out OUT --data {{m}}/pictures --set encode.shard_images=6"
 BI = "prune --criterion bi --set prune.calibration_images=4 --out made"
 TRAIN = "train --set train.steps=1 --set train.batch_size=4 --set model.depth=1 --out made"
 READ = ("inspect {i}", "inspect {i} --json", f"sample --model {{i}} {SAMPLE}", "bench {i} --dry-run")
@@ -87,6 +88,7 @@ KINDS = (
     Kind("latents", "latents", (
         f"{BI} --teacher {{m}}/latent --data latents:{{i}}", f"{TRAIN} --data latents:{{i}} --set model.in_channels=4 --dry-run",
     )),
+    Kind("encoded again", "latents", (AGAIN.replace("OUT", "{i}"),), own=True),
     Kind("features", "features", (f"{ENCODE} --data features:{{i}}",)),
     Kind("model", "teacher", OPENED),
     Kind("student", "student", (*OPENED, "recover --teacher {m}/teacher --student {i} --steps 1 --out made --dry-run")),
@@ -163,7 +165,7 @@ def fill(folder: Path, call: Call) -> None:
     for command in (
         f"{PRUNE} --out {{m}}/run",
         "prune --teacher {m}/teacher --criterion indices --keep 0,2 --out {m}/cut",
-        f"{ENCODE.replace('made', '{m}/latents')} --data {{m}}/pictures --set encode.shard_images=6",
+        AGAIN.replace("OUT", "{m}/latents"),
         "export --model {m}/teacher --to diffusers --out {m}/diffusers",
         "export --model {m}/teacher --to official --out {m}/good.safetensors",
         "export --model {m}/latent --to diffusers --pipeline --vae {m}/vae --labels {m}/names.json --out {m}/pipeline",

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyfusion.core.config import build_known
+from tinyfusion.core.config import build, build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.locks import is_at, try_lock
@@ -242,8 +242,7 @@ def verify(folder: Path, about: Mapping[str, Any]) -> None:
 
 def open_latents(folder: Path) -> LatentSet:
     """Open a set. Sizes of all files are checked, up to 1 GiB also their sums. Raises UserError on what does not fit."""
-    about = _manifest(folder)
-    spec = _spec(folder, about)
+    spec, about = read_manifest(folder)
     labels, maps = [], []
     for shard in range(spec.shards):
         label, values = _mapped(folder / spec.file_name(shard), spec, shard)
@@ -257,7 +256,8 @@ def open_latents(folder: Path) -> LatentSet:
     return LatentSet(folder, spec, about, known, tuple(maps))
 
 
-def _manifest(folder: Path) -> Mapping[str, Any]:
+def read_manifest(folder: Path) -> tuple[LatentSpec, Mapping[str, Any]]:
+    """The specification of a set and all of its manifest. Raises UserError where it is missing or damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         unfinished = (folder / "run.json").is_file()
@@ -273,10 +273,9 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
     if not isinstance(about, dict) or about.get("made_by") != "tinyfusion":
         raise UserError(f"{path} is no manifest of latents made by `tinyfusion encode`")
     if about.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format_version {about.get('format_version')}; this one reads {FORMAT_VERSION}: upgrade"
-        )
-    return about
+        found = about.get("format_version")
+        raise UserError(f"{path} has format_version {found}; this one reads {FORMAT_VERSION}: upgrade")
+    return _spec(folder, about), about
 
 
 @dataclass(frozen=True)
@@ -300,7 +299,8 @@ class _Notes:
 def _spec(folder: Path, about: Mapping[str, Any]) -> LatentSpec:
     """The manifest's own numbers, of the right kind and in agreement with each other."""
     try:
-        spec: LatentSpec = build_known(LatentSpec, about, "")
+        shift = build(float, about.get("shift"), "the shift")  # no range of a recipe's field of that name
+        spec: LatentSpec = replace(build_known(LatentSpec, {**about, "shift": 1.0}, ""), shift=shift)
         notes: _Notes = build_known(_Notes, about, "")
     except UserError as error:
         raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
