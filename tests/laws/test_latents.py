@@ -25,11 +25,11 @@ from tinyfusion.data.latents import (
     encoded_values,
     images_in_part,
     open_latents,
-    posterior_noise,
     unfinished_shard,
     write_manifest,
 )
 from tinyfusion.data.picture import decode
+from tinyfusion.data.posterior import posterior_noise
 
 CPU = torch.device("cpu")
 NUM, SHAPE = 23, (3, 4, 4)
@@ -234,8 +234,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no-manifest": (lambda f: (f / MANIFEST).unlink(), "holds no manifest.json: wanted a folder that"),
     "newer": (lambda f: change(f, format_version=2), "format_version 2; this one reads 1: upgrade"),
     "foreign": (lambda f: change(f, made_by="x"), "is no manifest of latents"),
-    "numbers": (lambda f: change(f, num_images=22), "its numbers do not go together"),
+    "numbers": (lambda f: change(f, num_images=22), "do not go together"),
     "field": (lambda f: change(f, shape=None), "manifest.json is damaged"),
+    "many-images": (lambda f: change(f, num_images=10**12), "num_images must be at least 1 and at most 1,000,000,000"),
+    "many-shards": (lambda f: change(f, num_images=10**9, shard_images=1), "do not go together"),
+    "text-scale": (lambda f: change(f, scale="x"), "manifest.json is damaged: scale wants a number; got 'x'"),
+    "nan-scale": (lambda f: change(f, scale=math.nan), "manifest.json is damaged: scale wants a finite number; got nan"),
+    "negative-scale": (lambda f: change(f, scale=-1.0), "do not go together"),
+    "true-rows": (lambda f: change(f, rows=True), "manifest.json is damaged: rows wants a whole number; got True"),
+    "text-size": (lambda f: change(f, size="16"), "manifest.json is damaged: size wants a whole number; got '16'"),
+    "negative-size": (lambda f: change(f, size=-8), "size must be at least 1; got -8"),
+    "list-vae": (lambda f: change(f, vae=[1]), "manifest.json is damaged: vae wants a text; got [1]"),
+    "other-dtype": (lambda f: change(f, dtype="float64"), "do not go together"),
+    "shards-text": (lambda f: change(f, shards=["x"]), "manifest.json is damaged: shards"),
+    "shards-twice": (lambda f: change(f, shards=[dict(file=shard_of(f, 0).name, bytes=1, sha256="")] * 4), "do not go together"),
+    "escape": (lambda f: change(f, shards=[{"file": "../x.safetensors", "bytes": 1, "sha256": ""}] * 4), "do not go together"),
+    "cut-to-odd-bytes": (lambda f: shard_of(f, 1).write_bytes(shard_of(f, 1).read_bytes()[:259]), "it has 259 bytes, wanted"),
     "labels": (lambda f: change(f, classes=3), "is damaged: labels 0 to 4 of 3 classes"),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
 from tinyfusion.data.originals import read_originals
+from tinyfusion.data.parquet import check_rows
+from tinyfusion.data.stream import open_parts
 from tinyfusion.jobs.assemble import image_set
 
 
@@ -98,7 +101,30 @@ def test_a_folder_of_classes_is_a_data_set(tmp_path: Path) -> None:
 
 GOOD = encoded(pictures(1, 8)[0])
 BAD = {
-    "no label": ([GOOD], [None], None, "row 0: wanted a label"),
+    "no label": ([GOOD, GOOD], [0, None], None, "row 1: wanted a label"),
+    "no labels": ([GOOD], [None], None, "column label is of the type null: wanted a label"),
+    "label beyond int64": (
+        [GOOD],
+        pa.array([2**64 - 1], pa.uint64()),
+        None,
+        "row 0: wanted a label, a whole number from 0 to 2,1",
+    ),
+    "far date for a label": (
+        [GOOD],
+        pa.array([2**62], pa.timestamp("ms")),
+        None,
+        "column label is of the type timestamp[ms]",
+    ),
+    "fraction for a label": ([GOOD], [0.5], None, "column label is of the type double"),
+    "truth for a label": ([GOOD], [True], None, "column label is of the type bool"),
+    "list for a label": ([GOOD], [[1]], None, "column label is of the type list"),
+    "nested struct": (
+        [{"bytes": {"bytes": GOOD}}],
+        [0],
+        None,
+        "column img is of the type struct<bytes: struct<bytes: binary>>",
+    ),
+    "struct without bytes": ([{"path": "x"}], [0], None, "column img is of the type struct<path: string>"),
     "negative label": ([GOOD], [-1], None, "row 0: wanted a label"),
     "no picture": ([GOOD, b"not a picture"], [0, 1], None, "row 1 cannot be decoded"),
     "text for bytes": (["GOOD"], [0], None, "wanted an encoded picture"),
@@ -119,6 +145,42 @@ def test_refused(tmp_path: Path, case: str) -> None:
     with pytest.raises(UserError) as caught:
         read(file, size)
     assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_twin_columns_are_refused(tmp_path: Path) -> None:
+    twins = pa.Table.from_arrays([pa.array([GOOD]), pa.array([0]), pa.array([1])], ["img", "label", "label"])
+    pq.write_table(twins, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="has 2 columns label: wanted one"):
+        image_set(f"parquet:{tmp_path / 'a.parquet'}")
+
+
+@pytest.mark.parametrize("name", ["parquet", "parquet-stream"])
+def test_a_picture_that_is_repeated_by_reference_is_read_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """20,000 rows of one picture of 1 MB are 20 GB, in a file of a few kB."""
+    repeated = pa.DictionaryArray.from_arrays(pa.array(np.zeros(20_000, np.int32)), pa.array([GOOD + bytes(2**20)]))
+    table = pa.table({"img": repeated, "label": np.zeros(20_000, np.int64)})
+    pq.write_table(
+        table, tmp_path / "a.parquet", compression="zstd", dictionary_pagesize_limit=2**22, store_schema=False
+    )
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    monkeypatch.setattr("tinyfusion.core.reading.available_memory_bytes", lambda: 2**28)
+    monkeypatch.setattr("tinyfusion.data.parquet.available_memory_bytes", lambda: 2**28)
+    before = pa.total_allocated_bytes()
+    file = tmp_path / "a.parquet"
+    reader = image_set if name == "parquet" else lambda _name: open_parts(file, None, 3).groups[0].read()
+    with pytest.raises(UserError, match=r"a\.parquet, row group 0 as pictures in memory would take 19\.\d GiB"):
+        reader(f"parquet:{file}")
+    assert pa.default_memory_pool().max_memory() - before < 2**28
+
+
+@pytest.mark.parametrize("rows", [-1, 10**15])
+def test_a_footer_that_claims_other_rows_is_refused(tmp_path: Path, rows: int) -> None:
+    file = written(tmp_path / "a.parquet", [GOOD], [0])
+    footer = SimpleNamespace(num_rows=rows, num_row_groups=1, row_group=lambda _: SimpleNamespace(num_rows=rows))
+    with pytest.raises(UserError, match=f"a.parquet is damaged: its footer claims {rows:,} rows"):
+        check_rows(footer, file, file.stat().st_size)
 
 
 def test_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:

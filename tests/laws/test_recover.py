@@ -658,6 +658,29 @@ def test_impossible_indices_are_refused(tiny_model: Callable[..., LoadedModel], 
         by_indices(tiny_model(), keep, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kept": {"blocks": [0, 4]}}, r"of the 4 blocks of blocks it keeps \[0, 4\]"),
+        ({"kept": {"blocks": [-1]}}, r"it keeps \[-1\]"),
+        ({"kept": {"blocks": [1, 1]}}, r"it keeps \[1, 1\]"),
+        ({"kept": {"blocks": [2, 0]}}, r"it keeps \[2, 0\]"),
+        ({"kept": {"blocks": [0], "others": [0]}}, "keeps blocks of blocks, others, and has blocks"),
+        ({"kept": {"blocks": [0, 10**18]}, "depth": {"blocks": 10**18}}, "it keeps"),
+        ({"groups": {"blocks": [[1]]}}, r"its groups \[\[1\]\] are no pairs"),
+        ({"groups": {"blocks": [[3, 2]]}}, "are no pairs"),
+        ({"depth": {}}, "keeps blocks of blocks, and has "),
+        ({"seed": True}, "plan.seed wants a whole number; got True"),
+        ({"cost": {"seconds": float("nan")}}, "plan.cost.seconds wants a finite number"),
+    ],
+)
+def test_damaged_plans_are_refused(
+    tiny_model: Callable[..., LoadedModel], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_from_json({**by_indices(tiny_model(), [0, 2], seed=0).to_json(), **changes})
+
+
 def test_plans_of_the_future(tiny_model: Callable[..., LoadedModel]) -> None:
     values = by_indices(tiny_model(), [0, 2], seed=0).to_json()
     assert plan_from_json({**values, "a_newer_field": 1}).kept == {"blocks": [0, 2]}

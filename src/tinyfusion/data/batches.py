@@ -13,6 +13,9 @@ from torch import Tensor
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.digits import ImageSet
 
+LOOKED_AT = 64  # latents whose scale is looked at
+_NEAR_ONE = (0.5, 2.0)  # standard deviations of latents that nothing is said about
+
 
 @dataclass(frozen=True)
 class ArrayBatch:
@@ -111,6 +114,17 @@ def signed(images: np.ndarray) -> np.ndarray:
     """(N, C, H, W) float32 of (N, H, W, C): uint8 pixels in [-1, 1], floats as they are."""
     x = images.astype(np.float32).transpose(0, 3, 1, 2)
     return x / 127.5 - 1.0 if images.dtype == np.uint8 else x
+
+
+def scale_remarks(x: Tensor, name: str) -> list[str]:
+    """A line about latents x, as models see them, whose standard deviation is far from 1; none where it is near."""
+    deviation = float(x.double().std()) if x.numel() > 1 else 1.0
+    if _NEAR_ONE[0] <= deviation <= _NEAR_ONE[1]:
+        return []
+    return [
+        f"{name}: the latents have a standard deviation of {deviation:.3g} where models expect about 1: were they multiplied by "
+        "the scaling factor of their autoencoder, once?"
+    ]
 
 
 def jitter(x: Tensor, draws: Draws, share: float) -> Tensor:

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import Orientation
-from tinyfusion.data.images import read_images_npz
+from tinyfusion.data.images import check_images_header, read_images_npz
+from tinyfusion.data.npz import ArrayHeader, is_npz, opened_npz
 from tinyfusion.data.originals import Originals, decoded
 from tinyfusion.data.picture import Picture
 
@@ -63,45 +61,28 @@ def source_of(images: np.ndarray) -> ImageSource:
 
 def open_npz(path: Path) -> ImageSource:
     """arr_0 of an npz. Raises UserError as `read_images_npz` does, of a large file when its batches are read."""
-    header = _header(path)
-    if header is None:
+    shape = _streamed_shape(path)
+    if shape is None:
         return source_of(read_images_npz(path)[0])
-    shape, dtype = header
 
     def read(size: int) -> Iterator[np.ndarray]:
-        one = math.prod(shape[1:]) * dtype.itemsize
-        try:
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-                _read_header(file)
-                for first in range(0, shape[0], size):
-                    num = min(size, shape[0] - first)
-                    content = file.read(num * one)
-                    if len(content) != num * one:
-                        raise UserError(f"{path} was cut short: arr_0 ends in image {first + len(content) // one}")
-                    yield np.frombuffer(bytearray(content), dtype).reshape(num, *shape[1:])
-        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path} cannot be read as an npz of plain arrays: {error}") from error
+        with opened_npz(path) as archive:
+            yield from archive.batches("arr_0", size)
 
-    return ImageSource(shape, dtype, read)
+    return ImageSource(shape, np.dtype(np.uint8), read)
 
 
-def _header(path: Path) -> tuple[tuple[int, int, int, int], np.dtype[np.generic]] | None:
-    """Shape and type of arr_0 where it is too large for the memory, and plain; None where it is to be read whole."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            shape, fortran, dtype = _read_header(file)
-    except (KeyError, OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
-        return None  # reading it whole says what is wrong
-    small = math.prod(shape) * dtype.itemsize <= IN_MEMORY_BYTES
-    if small or fortran or dtype != np.uint8 or len(shape) != 4 or 0 in shape:
+def _streamed_shape(path: Path) -> tuple[int, int, int, int] | None:
+    """Of arr_0 where it is too large to be read whole and can be read in batches; else None."""
+    with opened_npz(path) as archive:
+        if "arr_0" not in archive.names:
+            return None
+        header = archive.header("arr_0")
+    if header.nbytes <= IN_MEMORY_BYTES or header.fortran or header.dtype != np.uint8:
         return None
-    return (shape[0], shape[1], shape[2], shape[3]), dtype
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    version = np.lib.format.read_magic(file)
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return reader(file)
+    check_images_header(header, path)
+    num, height, width, channels = header.shape
+    return num, height, width, channels
 
 
 def streamed_pictures(originals: Originals, size: int | None, orientation: Orientation) -> ImageSource:
@@ -131,8 +112,7 @@ def streamed_pictures(originals: Originals, size: int | None, orientation: Orien
 
 def read_labels(path: Path) -> np.ndarray | None:
     """arr_1 of an npz, without its images; None where there is none or it is no npz."""
-    arrays = _named_arrays(path, ("arr_1",))
-    return arrays.get("arr_1")
+    return _named_arrays(path, ("arr_1",), lambda _headers: None).get("arr_1")
 
 
 def read_moments(path: Path) -> dict[str, np.ndarray]:
@@ -140,18 +120,21 @@ def read_moments(path: Path) -> dict[str, np.ndarray]:
 
     Raises UserError where they do not fit together or are not finite.
     """
-    arrays = _named_arrays(path, MOMENTS)
-    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if (mean in arrays) != (covariance in arrays):
-            have, lack = (mean, covariance) if mean in arrays else (covariance, mean)
-            raise UserError(f"{path} has {have} without {lack}: stored moments are a mean and a covariance")
-        if mean in arrays:
-            size = arrays[mean].size
-            if arrays[mean].shape != (size,) or arrays[covariance].shape != (size, size):
-                raise UserError(
-                    f"{path}: {mean} {arrays[mean].shape} and {covariance} {arrays[covariance].shape} do not fit together: "
-                    "wanted (D,) and (D, D)"
-                )
+
+    def check(headers: Mapping[str, ArrayHeader]) -> None:
+        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            if (mean in headers) != (covariance in headers):
+                have, lack = (mean, covariance) if mean in headers else (covariance, mean)
+                raise UserError(f"{path} has {have} without {lack}: stored moments are a mean and a covariance")
+            if mean in headers:
+                size = math.prod(headers[mean].shape)
+                if headers[mean].shape != (size,) or headers[covariance].shape != (size, size):
+                    raise UserError(
+                        f"{path}: {mean} {headers[mean].shape} and {covariance} {headers[covariance].shape} do not fit together: "
+                        "wanted (D,) and (D, D)"
+                    )
+
+    arrays = _named_arrays(path, MOMENTS, check)
     for name, values in arrays.items():
         if values.dtype.kind != "f" or not np.isfinite(values).all():
             raise UserError(f"{path}: {name} is {values.dtype} or not finite; wanted finite floats")
@@ -160,18 +143,17 @@ def read_moments(path: Path) -> dict[str, np.ndarray]:
 
 def has_images(path: Path) -> bool:
     """Whether an npz holds arr_0."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return "arr_0.npy" in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return True  # reading it says what is wrong
+    with opened_npz(path) as archive:
+        return "arr_0" in archive.names
 
 
-def _named_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+def _named_arrays(
+    path: Path, names: tuple[str, ...], check: Callable[[Mapping[str, ArrayHeader]], None]
+) -> dict[str, np.ndarray]:
+    """Those of `names` that an npz has; `check` looks at their headers before a value is read."""
+    if not is_npz(path):
         return {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive.files}
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as an npz of plain arrays: {error}") from error
+    with opened_npz(path) as archive:
+        held = [name for name in names if name in archive.names]
+        check({name: archive.header(name) for name in held})
+        return {name: archive.read(name) for name in held}

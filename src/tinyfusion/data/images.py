@@ -5,16 +5,17 @@ Shapes: N images, H x W pixels, C channels, channels last.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import check_memory
 from tinyfusion.core.rundir import written_beside
+from tinyfusion.data.npz import ArrayHeader, Npz, opened_npz
 
+MAX_LABEL = 2**31 - 1  # of any class; beyond it a label is damage
 _GAP_PX = 1  # between the images of a grid, before upscaling
 
 
@@ -24,39 +25,40 @@ def read_images_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     Raises UserError on a missing or foreign file, no arr_0, a wrong type or shape, no images, NaN, labels that do
     not fit.
     """
-    arrays = _read_arrays(path)
-    if "arr_0" not in arrays:
-        raise UserError(
-            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: wanted images in arr_0, (N, H, W, C) uint8"
-        )
-    images, labels = arrays["arr_0"], arrays.get("arr_1")
-    if images.dtype != np.uint8 and images.dtype.kind != "f":
-        raise UserError(f"{path}: images are uint8 (0 to 255) or floats in [-1, 1]; arr_0 is {images.dtype}")
-    if images.ndim != 4 or 0 in images.shape:
-        raise UserError(f"{path}: images are (N, H, W, C) with at least one image; arr_0 is {images.shape}")
+    with opened_npz(path) as archive:
+        if "arr_0" not in archive.names:
+            raise UserError(
+                f"{path} holds {', '.join(archive.names) or 'nothing'}: wanted images in arr_0, (N, H, W, C) uint8"
+            )
+        check_images_header(archive.header("arr_0"), path)
+        labels = _read_labels(archive) if "arr_1" in archive.names else None  # before the images, which are large
+        images = archive.read("arr_0")
     if images.dtype != np.uint8:
+        check_memory(4 * images.size, f"{path}: arr_0 as float32")
         images = images.astype(np.float32)
         if not np.isfinite(images).all():
             raise UserError(
                 f"{path}: arr_0 has {int((~np.isfinite(images)).sum())} values that are not finite (NaN or infinity)"
             )
-    return images, None if labels is None else _checked_labels(labels, len(images), path)
+    return images, labels
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """arr_0 and arr_1 of an npz, and the names of what else it holds."""
-    if not path.is_file():
-        raise UserError(f"no images at {path}: no such file")
-    if not zipfile.is_zipfile(path):
+def check_images_header(header: ArrayHeader, path: Path) -> None:
+    """Raise UserError unless arr_0 of an npz can be images, by its type and shape."""
+    if header.dtype != np.uint8 and header.dtype.kind != "f":
+        raise UserError(f"{path}: images are uint8 (0 to 255) or floats in [-1, 1]; arr_0 is {header.dtype}")
+    if len(header.shape) != 4 or 0 in header.shape:
+        raise UserError(f"{path}: images are (N, H, W, C) with at least one image; arr_0 is {header.shape}")
+
+
+def _read_labels(archive: Npz) -> np.ndarray:
+    """arr_1, checked against the header of arr_0 before it is read."""
+    num_images, header = archive.header("arr_0").shape[0], archive.header("arr_1")
+    if header.dtype.kind not in "iu" or header.shape != (num_images,):
         raise UserError(
-            f"{path} is not an npz (a zip of arrays), or it was cut short: "
-            "make it with numpy.savez or `tinyfusion sample`"
+            f"{archive.path}: labels in arr_1 are ({num_images},) integers; got {header.shape} {header.dtype}"
         )
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] if name in ("arr_0", "arr_1") else np.empty(0) for name in archive.files}
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as an npz of plain arrays: {error}") from error
+    return _checked_labels(archive.read("arr_1"), num_images, archive.path)
 
 
 def _checked_labels(labels: np.ndarray, num_images: int, path: Path) -> np.ndarray:
@@ -64,6 +66,8 @@ def _checked_labels(labels: np.ndarray, num_images: int, path: Path) -> np.ndarr
         raise UserError(f"{path}: labels in arr_1 are ({num_images},) integers; got {labels.shape} {labels.dtype}")
     if labels.min() < 0:
         raise UserError(f"{path}: labels are 0 or more; the smallest is {labels.min()}")
+    if labels.max() > MAX_LABEL:
+        raise UserError(f"{path}: labels are at most {MAX_LABEL:,}; the largest is {labels.max()}")
     return labels.astype(np.int64)
 
 

@@ -13,23 +13,23 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from functools import cache
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
+from tinyfusion.core.config import build, build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.locks import is_at, try_lock
-from tinyfusion.core.reading import check_plain
+from tinyfusion.core.reading import check_plain, read_json
 from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.core.rundir import read_json, write_json
+from tinyfusion.core.rundir import write_json
 from tinyfusion.data.batches import ArrayBatch, ShuffledRows
+from tinyfusion.data.posterior import posterior_noise
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -257,12 +257,7 @@ def open_latents(folder: Path) -> LatentSet:
 
 
 def read_manifest(folder: Path) -> tuple[LatentSpec, Mapping[str, Any]]:
-    """What a set consists of, and its manifest; no shard is opened. Raises UserError where the manifest is damaged."""
-    about = _manifest(folder)
-    return _spec(folder, about), about
-
-
-def _manifest(folder: Path) -> Mapping[str, Any]:
+    """The specification of a set and all of its manifest. Raises UserError where it is missing or damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         unfinished = (folder / "run.json").is_file()
@@ -278,25 +273,43 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
     if not isinstance(about, dict) or about.get("made_by") != "tinyfusion":
         raise UserError(f"{path} is no manifest of latents made by `tinyfusion encode`")
     if about.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format_version {about.get('format_version')}; this one reads {FORMAT_VERSION}: upgrade"
-        )
-    return about
+        found = about.get("format_version")
+        raise UserError(f"{path} has format_version {found}; this one reads {FORMAT_VERSION}: upgrade")
+    return _spec(folder, about), about
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """An entry of a manifest's `shards`."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """What else of a manifest is read. size: side of the pictures in pixels; vae: the autoencoder's name."""
+
+    shards: list[_Shard]
+    size: int | None = None
+    vae: str | None = None
 
 
 def _spec(folder: Path, about: Mapping[str, Any]) -> LatentSpec:
-    """The manifest's own numbers, checked."""
+    """The manifest's own numbers, of the right kind and in agreement with each other."""
     try:
-        values = {field.name: about[field.name] for field in fields(LatentSpec)}
-        spec = LatentSpec(**{**values, "shape": tuple(values["shape"])})
-        named = [(entry["file"], entry["bytes"], entry["sha256"]) for entry in about["shards"]]
-        fits = [(file, size) for file, size, _sum in named] == [
-            (spec.file_name(shard), spec.shard_bytes(shard)) for shard in range(spec.shards)
-        ]
-        whole = all(type(n) is int and n > 0 for n in (spec.num_images, spec.shard_images, spec.classes, *spec.shape))
-        sound = fits and whole and spec.kind in ("moments", "samples") and spec.rows in (1, 2)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged: {type(error).__name__} {error}") from error
+        shift = build(float, about.get("shift"), "the shift")  # no range of a recipe's field of that name
+        spec: LatentSpec = replace(build_known(LatentSpec, {**about, "shift": 1.0}, ""), shift=shift)
+        notes: _Notes = build_known(_Notes, about, "")
+    except UserError as error:
+        raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
+    sizes = (spec.num_images, spec.shard_images, spec.classes, *spec.shape, 1 if notes.size is None else notes.size)
+    sound = (
+        spec.kind in ("moments", "samples") and spec.dtype in _TORCH and spec.rows in (1, 2) and min(sizes) > 0
+        and spec.scale > 0 and spec.shards == len(notes.shards)
+        and all((shard.file, shard.bytes) == (spec.file_name(k), spec.shard_bytes(k)) for k, shard in enumerate(notes.shards))
+    )  # fmt: skip
     if not sound:
         raise UserError(f"{folder / MANIFEST} is damaged: its numbers do not go together")
     return spec
@@ -308,18 +321,22 @@ def _mapped(path: Path, spec: LatentSpec, shard: int) -> tuple[np.ndarray, np.nd
         raise UserError(f"{path} is missing: the `encode` that made it makes it again")
     wanted, found = spec.shard_bytes(shard), path.stat().st_size
     head, (_first, num) = spec.head(shard), spec.bounds(shard)
+    if found != wanted:
+        raise _damaged(path, f"it has {found:,} bytes, wanted {wanted:,}")
     with open(path, "rb") as file:
-        same = file.read(len(head)) == head
+        if file.read(len(head)) != head:
+            raise _damaged(path, "its header is another one")
         labels = np.frombuffer(file.read(8 * num), "<i8")
-    if found != wanted or not same:
-        what = f"it has {found:,} bytes, wanted {wanted:,}" if found != wanted else "its header is another one"
-        raise UserError(f"{path} is damaged: {what}; remove it, and the `encode` that made it makes it again")
     # torch closes the file once it is mapped; a thousand shards would else be a thousand open files
     storage: Any = torch.UntypedStorage.from_file(str(path), False, wanted)
     flat = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[spec.begin(shard) :]
     return labels.astype(np.int64), flat.view(np.float32 if spec.dtype == "float32" else np.int16).reshape(
         num, *spec.values
     )
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged: {what}; remove it, and the `encode` that made it makes it again")
 
 
 class LatentBatches(ShuffledRows):
@@ -377,28 +394,3 @@ class LatentBatches(ShuffledRows):
         """Latents as models see them, in place."""
         spec = self.latents.spec
         return (x.sub_(spec.shift) if spec.shift else x).mul_(spec.scale)
-
-
-@cache
-def _quantiles() -> np.ndarray:
-    """(65,536,) float32: the normal distribution at the middles of as many equal parts, brought to variance 1."""
-    values = ndtri((np.arange(2**16) + 0.5) / 2**16)
-    return (values / np.sqrt((values**2).mean())).astype(np.float32)
-
-
-def posterior_noise(draws: Draws, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
-    """Gives the noise of the next `num` samples at every call, (num, *shape) float32, from the first of `draws` on.
-
-    Normal in 65,536 steps up to 4.2: 16 random bits each, a ninth of the time of `draws.normal`. The posterior is narrow, so
-    that a step of the noise is far below the rounding of what follows.
-    """
-    per_sample = math.prod(shape)
-    words = draws.words_in_turn("posterior", -(-per_sample // 4))
-
-    def following(num: int) -> Tensor:
-        numbers = np.ascontiguousarray(words(num), "<u8").view("<u2")[:, :per_sample]
-        values = np.empty((num, per_sample), np.float32)
-        np.take(_quantiles(), numbers, out=values, mode="wrap")  # no number is out of range; looking for one takes time
-        return torch.from_numpy(values.reshape(num, *shape))
-
-    return following

@@ -31,12 +31,14 @@ from tinyfusion.data.parquet import (
     WHOLE,
     checked_label,
     columns_of,
+    labels_of,
     opened,
     tables_of,
 )
 from tinyfusion.data.picture import SUFFIXES, Picture, decode
 from tinyfusion.data.stream import RowGroup
 
+_LABEL_BYTES = 16  # of a label while the parts of a set are put together
 WEBDATASET = "webdataset:"
 _AT_A_TIME = 16  # encoded pictures in memory while a set is decoded
 _VALUE_BYTES = 5  # of a value of a set in memory: uint8, and float32 for training
@@ -185,23 +187,25 @@ def _folder(name: str, path: Path) -> Originals:
 
 def _parquet(name: str) -> Originals:
     groups: list[RowGroup] = []
-    labels: list[int] = []
+    labels: list[np.ndarray] = []
     for file in tables_of(name):
         with opened(file) as table:
             _image, label_column = columns_of(table, file)
             first, rows = 0, table.metadata.num_rows
+            check_memory(_LABEL_BYTES * rows, f"{file}: {rows:,} labels")
             for index in range(table.num_row_groups):
-                values = table.read_row_group(index, columns=[label_column]).column(0).to_pylist()
-                labels += [checked_label(value, f"{file}, row {first + row}") for row, value in enumerate(values)]
-                groups.append(RowGroup(file, index, first, len(values), rows))
-                first += len(values)
-    if not labels:
+                labels += labels_of(table, index, label_column, str(file), first)
+                num = table.metadata.row_group(index).num_rows
+                groups.append(RowGroup(file, index, first, num, rows))
+                first += num
+    known = np.concatenate([np.empty(0, np.int64), *labels])
+    if not len(known):
         raise UserError(f"{name} holds no images")
     begins = np.cumsum([0, *(group.num for group in groups)])
     held: dict[int, Any] = {}
 
     def contents(first: int, num: int) -> Iterator[tuple[str, Any]]:
-        for position in range(first, min(first + num, len(labels))):
+        for position in range(first, min(first + num, len(known))):
             place = int(np.searchsorted(begins, position, side="right")) - 1
             if place not in held:
                 held.clear()
@@ -209,7 +213,6 @@ def _parquet(name: str) -> Originals:
             row = position - int(begins[place])
             yield f"{groups[place].file}, row {groups[place].first + row}", held[place].column(0)[row].as_py()
 
-    known = np.array(labels, np.int64)
     names = (f"{group.file.name} {group.index} {group.num}" for group in groups)
     return Originals(name, known, contents, _fingerprint(names, known))
 

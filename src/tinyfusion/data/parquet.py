@@ -6,15 +6,18 @@ are never whole in memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import available_memory_bytes, check_plain, parse_json
 from tinyfusion.data.hub import HubFile, open_hub
+from tinyfusion.data.images import MAX_LABEL
 
 PARQUET, HUB = "parquet:", "hub:"  # prefixes of sets that are read whole
 PARQUET_STREAM, HUB_STREAM = "parquet-stream:", "hub-stream:"  # of those that never are
@@ -23,6 +26,8 @@ IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "fine_labels")
 READERS = 8  # requests to the hub at a time
 TableFile = Path | HubFile
+_BATCH_ROWS, _BATCH_SHARE = 1024, 4  # at most so many rows at a time, and 1 / share of the memory
+_ROWS_PER_BYTE = 1000  # of a file; more are a claim that no set of pictures makes
 
 
 def tables_of(source: Path | str) -> Sequence[TableFile]:
@@ -51,6 +56,42 @@ def parquet_files(path: Path) -> list[Path]:
     return files
 
 
+def batches_of(table: Any, group: int, columns: Sequence[str]) -> Iterator[Any]:
+    """Columns of a row group of an open file, in that order, a few rows at a time.
+
+    A value that many rows repeat is stored once, so that a row may take as much memory as its whole column in the file.
+    """
+    about = table.metadata.row_group(group)
+    chunks = [about.column(place) for place in range(about.num_columns)]
+    stored = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] in columns)
+    rows = available_memory_bytes() // (_BATCH_SHARE * max(stored, 1))
+    size = max(1, min(rows, _BATCH_ROWS))
+    for batch in table.iter_batches(size, row_groups=[group], columns=list(columns), use_threads=False):
+        yield batch.select(list(columns))
+
+
+def labels_of(table: Any, group: int, column: str, where: str, first: int) -> Iterator[np.ndarray]:
+    """Labels of a row group of an open file, int64, some rows at a time. Raises UserError where a value is none.
+
+    where: the file or row group, for people; first: number of the first row in it.
+    """
+    import pyarrow.compute
+
+    begin = first
+    for batch in batches_of(table, group, [column]):
+        labels = batch.column(0)
+        bounds = pyarrow.compute.min_max(labels).as_py()
+        if labels.null_count or not 0 <= bounds["min"] <= bounds["max"] <= MAX_LABEL:
+            for row, value in enumerate(labels.to_pylist(), first):
+                checked_label(value, f"{where}, row {row}")
+        yield labels.to_numpy(zero_copy_only=False).astype(np.int64)
+        first += len(labels)
+    if (claimed := table.metadata.row_group(group).num_rows) != first - begin:
+        raise UserError(
+            f"{where} is damaged: row group {group} has {first - begin:,} rows, and its footer claims {claimed:,}"
+        )
+
+
 @contextmanager
 def opened(file: TableFile, part: str = "") -> Iterator[Any]:
     """A file as pyarrow's `ParquetFile`; part: of it, for people. Raises UserError where it is damaged.
@@ -61,15 +102,27 @@ def opened(file: TableFile, part: str = "") -> Iterator[Any]:
 
     with reading(f"{file}{part}"):
         if isinstance(file, Path):
+            check_plain(file)
             with pyarrow.parquet.ParquetFile(file) as table:
+                check_rows(table.metadata, file, file.stat().st_size)
                 yield table
         else:
             with (
                 file.open() as stream,
                 pyarrow.parquet.ParquetFile(stream, metadata=file.footer, pre_buffer=True) as table,
             ):
+                check_rows(table.metadata, file, file.size)
                 file.footer = table.metadata
                 yield table
+
+
+def check_rows(footer: Any, file: TableFile, num_bytes: int) -> None:
+    """Raise UserError where a footer claims numbers of rows that do not fit together, or the file."""
+    groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != footer.num_rows or footer.num_rows > _ROWS_PER_BYTE * num_bytes:
+        raise UserError(
+            f"{file} is damaged: its footer claims {footer.num_rows:,} rows in {len(groups)} row groups of {num_bytes:,} bytes"
+        )
 
 
 @contextmanager
@@ -79,7 +132,9 @@ def reading(where: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError, MemoryError) as error:
         raise UserError(f"{where} cannot be read as parquet: {' '.join(str(error).split())}") from error
 
 
@@ -87,9 +142,36 @@ def columns_of(table: Any, file: TableFile) -> tuple[str, str]:
     """Names of the columns of pictures and labels of an open parquet file.
 
     Those with the usual names, else the only one that the file declares, as the library `datasets` writes it, to be of images
-    or of classes. Raises UserError where one is missing.
+    or of classes. Raises UserError where one is missing, there twice, or of another type.
     """
-    return _column(file, table, IMAGE_COLUMNS, "Image"), _column(file, table, LABEL_COLUMNS, "ClassLabel")
+    image, label = _column(file, table, IMAGE_COLUMNS, "Image"), _column(file, table, LABEL_COLUMNS, "ClassLabel")
+    schema = table.schema_arrow
+    for name, holds, wanted in (
+        (image, _holds_pictures, "an encoded picture (bytes) in each row"),
+        (label, _holds_integers, "a label, a whole number from 0, in each row"),
+    ):
+        if schema.names.count(name) > 1:
+            raise UserError(f"{file} has {schema.names.count(name)} columns {name}: wanted one")
+        if not holds(schema.field(name).type):
+            raise UserError(f"{file}: column {name} is of the type {schema.field(name).type}: wanted {wanted}")
+    return image, label
+
+
+def _holds_pictures(kind: Any) -> bool:
+    """Whether a column's type is bytes, or a struct with one field `bytes` of them."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        inner = [kind.field(i).type for i in range(kind.num_fields) if kind.field(i).name == "bytes"]
+        return len(inner) == 1 and not types.is_struct(inner[0]) and _holds_pictures(inner[0])
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_binary(value) or types.is_large_binary(value) or types.is_binary_view(value))
+
+
+def _holds_integers(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_integer(kind.value_type if types.is_dictionary(kind) else kind))
 
 
 def _column(file: TableFile, table: Any, wanted: Sequence[str], kind: str) -> str:
@@ -106,7 +188,7 @@ def _column(file: TableFile, table: Any, wanted: Sequence[str], kind: str) -> st
 def _declared(table: Any) -> dict[str, str]:
     """Kinds of columns by name, where the file says them."""
     try:
-        told = json.loads((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        told = parse_json((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}").decode(), "its metadata")
         features = told.get("info", {}).get("features", {})
         return {name: str(one["_type"]) for name, one in features.items() if isinstance(one, dict) and "_type" in one}
     except (ValueError, AttributeError):
@@ -114,7 +196,7 @@ def _declared(table: Any) -> dict[str, str]:
 
 
 def checked_label(label: Any, where: str) -> int:
-    """The label of a row. Raises UserError where it is no whole number from 0."""
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**63:
-        raise UserError(f"{where}: wanted a label, a whole number from 0; got {label!r}")
+    """The label of a row. Raises UserError where it is none."""
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label <= MAX_LABEL:
+        raise UserError(f"{where}: wanted a label, a whole number from 0 to {MAX_LABEL:,}; got {label!r}")
     return label

@@ -7,7 +7,9 @@ number, whatever order a folder lists them in.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +18,14 @@ import torch
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.data.images import MAX_LABEL
+from tinyfusion.data.npz import read_npy
 
 FEATURES = "features:"  # prefix of such a folder
 PUBLISHED_SCALE = 0.18215  # the factor in the scripts that write this layout
 PUBLISHED_FACTOR = 8  # pixels per latent cell of their autoencoder
 _SHOWN = 3
+_NUMBERED = re.compile(r"(0|[1-9][0-9]*)\.npy")
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class PublishedLatents:
 
     def read(self, first: int, num: int) -> Tensor:
         """(num, R, C, h, w) float32. Raises UserError on a damaged file, another shape, NaN."""
-        values = [_array(self.features / f"{i}.npy") for i in range(first, first + num)]
+        values = [read_npy(self.features / f"{i}.npy") for i in range(first, first + num)]
         for i, value in enumerate(values, first):
             path = self.features / f"{i}.npy"
             if value.dtype != np.float32 or value.shape != self.shape:
@@ -53,14 +58,22 @@ def open_published(folder: Path) -> PublishedLatents:
     count = _numbers(features)
     if (other := _numbers(labels)) != count:
         raise UserError(f"{features} has {count:,} files and {labels} {other:,}: wanted one label per file")
-    first = _array(features / "0.npy")
-    if first.dtype != np.float32 or first.ndim != 4 or first.shape[0] not in (1, 2):
+    first = read_npy(features / "0.npy")
+    if first.dtype != np.float32 or first.ndim != 4 or 0 in first.shape:
         raise UserError(f"{features / '0.npy'} is {first.dtype} {first.shape}: wanted float32 (2, C, h, w)")
+    if first.shape[0] > 2:
+        raise UserError(
+            f"{features / '0.npy'} has {first.shape[0]} rows {first.shape}: wanted the latent of one picture and of its mirror image, "
+            "(2, C, h, w), or the first alone; files of several pictures come of a larger batch: extract with a batch size of 1"
+        )
     known = np.empty(count, np.int64)
     for i in range(count):
-        value = _array(labels / f"{i}.npy")
-        if value.size != 1 or value.dtype.kind not in "iu" or int(value.flat[0]) < 0:
-            raise UserError(f"{labels / f'{i}.npy'} is {value.dtype} {value.shape}: wanted one whole number from 0")
+        value = read_npy(labels / f"{i}.npy")
+        if value.size != 1 or value.dtype.kind not in "iu" or not 0 <= int(value.flat[0]) <= MAX_LABEL:
+            raise UserError(
+                f"{labels / f'{i}.npy'} is {value.dtype} {value.shape}{f' {value.flat[0]}' if value.size == 1 else ''}: "
+                f"wanted one whole number from 0 to {MAX_LABEL:,}"
+            )
         known[i] = int(value.flat[0])
     digest = hashlib.sha256(known.astype("<i8").tobytes() + repr(first.shape).encode()).hexdigest()
     rows, channels, height, width = first.shape
@@ -84,20 +97,14 @@ def _numbers(folder: Path) -> int:
     """How many files 0.npy, 1.npy, ... there are. Raises UserError on gaps."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.endswith(".npy")]
-    numbers = {int(stem) for name in names if (stem := name[:-4]).isdigit() and str(int(stem)) == stem}
-    if len(numbers) != len(names):
-        odd = sorted(name for name in names if not name[:-4].isdigit() or str(int(name[:-4])) != name[:-4])
-        raise UserError(f"{folder} holds {odd[0]}: wanted 0.npy, 1.npy, ...")
-    if not numbers:
+    odd = min((name for name in names if not _NUMBERED.fullmatch(name)), default=None)
+    if odd is not None:
+        raise UserError(f"{folder} holds {odd}: wanted 0.npy, 1.npy, ...")
+    if not names:
         raise UserError(f"{folder} holds no 0.npy, 1.npy, ...")
-    if missing := sorted(set(range(max(numbers) + 1)) - numbers):
-        shown = ", ".join(f"{i}.npy" for i in missing[:_SHOWN])
-        raise UserError(f"{folder} has gaps: {shown}{' ...' * (len(missing) > _SHOWN)} of {max(numbers) + 1:,} missing")
+    numbers = {int(name.removesuffix(".npy")) for name in names}
+    if missing := max(numbers) + 1 - len(numbers):
+        gaps = itertools.islice((i for i in itertools.count() if i not in numbers), min(missing, _SHOWN))
+        shown = ", ".join(f"{i}.npy" for i in gaps)
+        raise UserError(f"{folder} has gaps: {shown}{' ...' * (missing > _SHOWN)} of {max(numbers) + 1:,} missing")
     return len(numbers)
-
-
-def _array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as a plain array: {error}") from error

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import check_memory
 from tinyfusion.core.recipe import Orientation
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import Batches, signed
@@ -33,8 +34,10 @@ from tinyfusion.data.hub import HubFile
 from tinyfusion.data.parquet import (
     READERS,
     TableFile,
+    batches_of,
     checked_label,
     columns_of,
+    labels_of,
     opened,
     reading,
     tables_of,
@@ -63,13 +66,25 @@ class RowGroup:
         with opened(self.file, f", row group {self.index}") as file:
             rows = file.metadata.num_rows
             if rows == self.file_rows and self.index < file.num_row_groups:
-                table = file.read_row_group(self.index, columns=list(columns_of(file, self.file)), use_threads=False)
+                table = self._table(file)
                 if table.num_rows == self.num:
                     return table
         raise UserError(
             f"{self.file} has changed since it was opened: it had {self.file_rows:,} rows, {self.num:,} of them in row group "
             f"{self.index}, and now has {rows:,} in other parts; begin the run anew"
         )
+
+    def _table(self, file: Any) -> Any:
+        """The rows of an open file. Raises UserError where the memory does not suffice for the rest of them."""
+        import pyarrow
+
+        batches: list[Any] = []
+        done = held = 0
+        for batch in batches_of(file, self.index, columns_of(file, self.file)):
+            batches.append(batch)
+            done, held = done + batch.num_rows, held + batch.nbytes
+            check_memory(held // max(done, 1) * max(self.num - done, 0), f"{self} as pictures in memory")
+        return pyarrow.Table.from_batches(batches)
 
 
 @dataclass(frozen=True)
@@ -163,8 +178,7 @@ def _largest_label(table: Any, group: RowGroup) -> int:
         smallest, largest = bounds
         checked_label(smallest, f"{group}, the smallest label")
         return checked_label(largest, f"{group}, the largest label")
-    values = table.read_row_group(group.index, columns=[label_column]).column(0).to_pylist()
-    return max(checked_label(value, f"{group}, row {group.first + row}") for row, value in enumerate(values))
+    return max(int(labels.max()) for labels in labels_of(table, group.index, label_column, str(group), group.first))
 
 
 def _label_bounds(table: Any, index: int, column: str) -> tuple[Any, Any] | None:

@@ -21,7 +21,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.launch import launched_rank
 from tinyfusion.core.recipe import DataSection, ModelSection, Orientation, Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
-from tinyfusion.data.batches import Batches, ShuffledBatches, signed
+from tinyfusion.data.batches import LOOKED_AT, Batches, ShuffledBatches, scale_remarks, signed
 from tinyfusion.data.digits import REAL_SETS, ImageSet, load_digits
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.data.latents import LATENTS, LatentBatches, open_latents
@@ -112,6 +112,12 @@ def image_set(name: str, size: int | None = None, orientation: Orientation = "fo
     images, labels = read_images_npz(Path(name))
     if labels is None:
         raise UserError(f"{name} has no labels: wanted arr_1 int64 beside arr_0")
+    if images.shape[-1] > 3:
+        some = _array_set(name, images[:LOOKED_AT], labels)
+        pixels = (
+            f"{name}: arr_0 is uint8 with {images.shape[-1]} channels, taken as pixels; latents are stored as floats"
+        )
+        say([pixels] if images.dtype == np.uint8 else scale_remarks(torch.from_numpy(some.x), name))
     return _array_set(name, images, labels)
 
 
@@ -177,8 +183,9 @@ def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> 
             raise UserError(
                 f"data.augment is {data.augment:g}, and {data.name} are latents, which cannot be turned or scaled"
             )
-        latents = open_latents(Path(data.name.removeprefix(LATENTS)))
-        return LatentBatches(latents, randomness, device, data.flip)
+        latents = LatentBatches(open_latents(Path(data.name.removeprefix(LATENTS))), randomness, device, data.flip)
+        say(scale_remarks(latents.rows(0, min(len(latents), LOOKED_AT))[0], data.name))
+        return latents
     images = image_set(data.name, data.size, data.orientation)
     if _is_pictures(data.name) and (channels, images.x.shape[1]) == (3, 1):
         images = dataclasses.replace(images, x=images.x.repeat(3, 1))

@@ -29,13 +29,14 @@ from tinyfusion.core.launch import launched_processes, launched_rank
 from tinyfusion.core.progress import progress
 from tinyfusion.core.recipe import EncodeSection, Orientation, Recipe
 from tinyfusion.core.rng import Randomness
-from tinyfusion.core.rundir import RunDirectory, check_space, read_json
+from tinyfusion.core.rundir import RunDirectory, check_space
 from tinyfusion.core.signals import check_stop
+from tinyfusion.data.batches import LOOKED_AT, scale_remarks
 from tinyfusion.data.latents import (
-    MANIFEST,
     LatentSpec,
     encoded_values,
     images_in_part,
+    read_manifest,
     unfinished_shard,
     verify,
     write_manifest,
@@ -207,6 +208,7 @@ def _converting(settings: EncodeSection, published: PublishedLatents, vae: Autoe
         len(published), settings.shard_images, "samples", settings.dtype, kept, (channels, height, width),
         int(published.labels.max()) + 1, scale, shift,
     )  # fmt: skip
+    say(scale_remarks(published.read(0, min(len(published), LOOKED_AT)), str(published.features)))
     digest = vae.hash() if vae else None
     about: dict[str, Any] = {
         "size": vae.factor * width if vae else None, "crop": None, "orientation": None, "vae": vae.name if vae else None,
@@ -317,13 +319,10 @@ def _verified(folder: Path, rank: int) -> dict[str, Any]:
     """What a finished set says when it is asked for again: its sums are looked at."""
     if rank > 0:
         return {"rank": rank}
-    about = read_json(folder / MANIFEST)
+    spec, about = read_manifest(folder)
     verify(folder, about)
-    print(
-        f"{folder} is finished, {len(about['shards'])} shards are as they were; --overwrite starts anew",
-        file=sys.stderr,
-    )
-    return {"num_images": about["num_images"]}
+    print(f"{folder} is finished, {spec.shards} shards are as they were; --overwrite starts anew", file=sys.stderr)
+    return {"num_images": spec.num_images}
 
 
 def _speed(images: int, seconds: float, busy_s: float, world: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tinyfusion.core.config import build_known
 from tinyfusion.core.errors import UserError
 
 PLAN_VERSION = 1
+_MOST_BLOCKS = 2**12  # of a list; no model has more
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,25 @@ def global_indices(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int]) 
 def plan_from_json(values: Any) -> PrunePlan:
     """A plan from plain values; unknown newer fields are ignored.
 
-    Raises UserError on a newer version, on fields that are missing and on values of another type than the field's.
+    Raises UserError on a newer version, on fields that are missing, on values of another type than the field's, and
+    on blocks and groups that the lists do not have.
     """
     version = values.get("version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > PLAN_VERSION:
         raise UserError(f"the plan has version {version}; this tinyfusion reads up to {PLAN_VERSION}: upgrade")
     try:
-        return cast(PrunePlan, build_known(PrunePlan, values, "plan"))
+        plan = cast(PrunePlan, build_known(PrunePlan, values, "plan"))
     except UserError as error:
         raise UserError(f"the plan is incomplete or damaged: {error}") from error
+    for name, depth in plan.depth.items():
+        kept = plan.kept.get(name, [])
+        if not set(kept) <= set(range(min(depth, _MOST_BLOCKS))) or sorted(set(kept)) != kept:
+            raise UserError(f"the plan is damaged: of the {depth} blocks of {name} it keeps {str(kept)[:80]}")
+    pairs = [pair for groups in (plan.groups or {}).values() for pair in groups]
+    if any(len(pair) != 2 or not 0 <= pair[0] <= pair[1] for pair in pairs):
+        raise UserError(f"the plan is damaged: its groups {str(pairs)[:80]} are no pairs of blocks kept and blocks")
+    if plan.kept.keys() != plan.depth.keys():
+        raise UserError(
+            f"the plan is damaged: it keeps blocks of {', '.join(plan.kept)}, and has {', '.join(plan.depth)}"
+        )
+    return plan

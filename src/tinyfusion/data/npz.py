@@ -1,0 +1,155 @@
+"""Arrays out of npz and npy files: headers are read and checked before any value is, and nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import lzma
+import math
+import os
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import check_memory, check_plain, unreadable
+
+_PIECE_BYTES = 2**22  # decompressed at a time
+_DAMAGE = (  # what zipfile, its decompressors and numpy's parser of headers raise on damaged files
+    OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError, SyntaxError,
+    MemoryError, NotImplementedError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ArrayHeader:
+    """What the header of an array says. fortran: columns come first."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    fortran: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Of all values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+
+class Npz:
+    """An open npz. names: its arrays, without ".npy". Use `opened_npz`, which explains what is raised on damage."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self.path = path
+        self._archive = archive
+        self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        self.names = tuple(sorted(self._members))
+
+    def header(self, name: str) -> ArrayHeader:
+        """Of an array. Raises where it claims more than its member of the zip holds."""
+        with self._archive.open(self._members[name]) as file:
+            return _read_header(file, self._members[name].file_size, name)
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole array. Raises where the memory does not suffice."""
+        with self._archive.open(self._members[name]) as file:
+            return _read_array(file, self._members[name].file_size, name, self.path)
+
+    def batches(self, name: str, size: int) -> Iterator[np.ndarray]:
+        """`size` rows of an array in C order at a time."""
+        with self._archive.open(self._members[name]) as file:
+            header = _read_header(file, self._members[name].file_size, name)
+            for first in range(0, header.shape[0], size):
+                shape = (min(size, header.shape[0] - first), *header.shape[1:])
+                yield _read_values(file, ArrayHeader(shape, header.dtype, False), name)
+
+
+@contextmanager
+def opened_npz(path: Path) -> Iterator[Npz]:
+    """An npz, open. Raises UserError where there is none, and within the block where it turns out to be damaged."""
+    check_plain(path)
+    if not path.is_file():
+        raise UserError(f"no images at {path}: no such file")
+    with _explained(f"{path} cannot be read as an npz of plain arrays"):
+        if not zipfile.is_zipfile(path):
+            raise UserError(
+                f"{path} is not an npz (a zip of arrays), or it was cut short: "
+                "make it with numpy.savez or `tinyfusion sample`"
+            )
+        with zipfile.ZipFile(path) as archive:
+            yield Npz(path, archive)
+
+
+def is_npz(path: Path) -> bool:
+    """Whether a path is a zip file named .npz."""
+    return path.suffix == ".npz" and path.is_file() and zipfile.is_zipfile(path)
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an npy file. Raises UserError where it is missing or damaged, or the memory does not suffice."""
+    check_plain(path)
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    with file, _explained(f"{path} cannot be read as a plain array"):
+        return _read_array(file, os.fstat(file.fileno()).st_size, "the array", path)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Errors of damaged files as UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        raise UserError(f"{what}: {str(error) or type(error).__name__}") from error
+
+
+def _read_header(file: IO[bytes], size: int, where: str) -> ArrayHeader:
+    """The header at the start of a stream of `size` bytes. Raises UserError where the stream is too short for its array."""
+    version = np.lib.format.read_magic(file)
+    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"{where} has npy version {version}: wanted 1, 2 or 3")
+    shape, fortran, dtype = reader(file)
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"{where} has the shape {shape}: wanted whole numbers from 0")
+    if dtype.hasobject:
+        raise ValueError(f"{where} is an array of Python objects, which would have to be unpickled")
+    header = ArrayHeader(tuple(shape), dtype, bool(fortran))
+    held = size - file.tell()
+    if header.nbytes > held:
+        raise ValueError(f"{where} claims {header} ({header.nbytes:,} bytes) and holds {max(held, 0):,} bytes")
+    return header
+
+
+def _read_array(file: IO[bytes], size: int, where: str, path: Path) -> np.ndarray:
+    header = _read_header(file, size, where)
+    check_memory(header.nbytes, f"{path}: {where}, {header},")
+    if not header.fortran:
+        return _read_values(file, header, where)
+    return _read_values(file, ArrayHeader(header.shape[::-1], header.dtype, False), where).T
+
+
+def _read_values(file: IO[bytes], header: ArrayHeader, where: str) -> np.ndarray:
+    """The next values of a stream, in C order."""
+    values = np.empty(header.shape, header.dtype)
+    if values.nbytes:
+        target = values.reshape(-1).view(np.uint8).data
+        for first in range(0, len(target), _PIECE_BYTES):
+            piece = target[first : first + _PIECE_BYTES]
+            content = file.read(len(piece))
+            if len(content) != len(piece):
+                raise ValueError(f"{where} was cut short after {first + len(content):,} of {len(target):,} bytes")
+            piece[:] = content
+    return values

@@ -1,0 +1,19 @@
+"""A short form of `benchmarks/fuzz.py`: five damaged inputs of every format, answered as promised."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SHORT = 160
+
+
+def test_damaged_inputs_are_answered_as_promised() -> None:
+    command = [sys.executable, "fuzz.py", "--cases", str(SHORT), "--trust-whole"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"| all | {SHORT} | {SHORT} |" in done.stdout
