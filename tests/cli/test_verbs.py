@@ -483,7 +483,7 @@ def test_help(verb: str, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("verb", "options"),
     [
-        ("inspect", {"--weights", "--num-heads", "--family", "--json", "--debug"}),
+        ("inspect", {"--weights", "--num-heads", "--num-classes", "--family", "--json", "--debug"}),
         ("recipes", {"--list-fields", "--json", "--debug"}),
     ],
 )

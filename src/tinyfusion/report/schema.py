@@ -110,7 +110,12 @@ SPEED = {
     "models!": {"*": {"depth!": int, "num_parameters!": _SIZE, "macs!": Least(float, 1), "latency_ms!": float,
                       "latency_ms_spread": _PAIR, "speedup": Least(float, 0)}},
 }  # fmt: skip
-CALIBRATION = {"losses": [_MAYBE], "masks": [str], "marks": {"*": _MAYBE}, "mark_masks": {"*": str}}
+CALIBRATION = {
+    "losses": [object],
+    "masks": [str],
+    "marks": {"*": object},
+    "mark_masks": {"*": str},
+}  # any: some are not finite
 ACTIVATIONS = {
     "bin_width!": Least(float, 1e-6), "depth": _SIZE, "lists": {"*": _SIZE}, "protocol": str,
     "models!": {"*": [{"teacher_block!": Least(int, 0), "min!": float, "max!": float, "mean!": float, "std!": float,
