@@ -178,7 +178,8 @@ def stopped(folder: Path, stop: Stop, out: str) -> bool:
         return False
     if not stop.faults and stop.code != 128 + stop.signal:
         stop.faults.append(f"exit code {stop.code}")
-    if "Traceback" in (folder / f"{out}.err").read_text(encoding="utf-8", errors="replace"):
+    said = folder / f"{out}.err"  # not there where it was stopped at once
+    if said.exists() and "Traceback" in said.read_text(encoding="utf-8", errors="replace"):
         stop.faults.append("a traceback")
     return True
 
