@@ -1,15 +1,17 @@
 """Kill trainings at random moments, continue each by the same command, and compare the end with an undisturbed one.
 
-    python benchmarks/fault_harness.py [--kills 30] [--seed 0] [--teacher digits] [--device cpu] [--out docs/results/faults.md]
+    python benchmarks/fault_harness.py [--kills 30] [--signals 40] [--seed 0] [--teacher digits] [--device cpu]
+        [--out docs/results/faults.md]
 
-Learning a mask (`prune`) and recovery by masked distillation (`recover`) of the shipped digits model, as processes of
-the command line. A kill is SIGKILL, SIGTERM or SIGINT, at one of four moments: somewhere in start-up, at a random step, as
+Learning a mask (`prune`), recovery by masked distillation (`recover`) and routers (`dynamic`) of the shipped digits model, as
+processes of the command line. A kill is SIGKILL, SIGTERM or SIGINT, at one of four moments: somewhere in start-up, at a random step, as
 soon as an unfinished checkpoint is seen on the disk, and while the result is being written after the last step. A run
 is killed up to `--per-run` times before it may end. After every death each checkpoint that can be seen must agree with
 its SHA256SUMS, and after SIGTERM and SIGINT within the training the next sitting must go on at the very step where this one stopped.
 At the end plan, weights (averaged and raw) and the logged numbers of every step, but for times, must be equal bit for bit to
 those of a run that nobody disturbed. SIGUSR1 is sent to one more run of each stage: a checkpoint must come, and training go on.
 Of two processes under torchrun one is killed: the other must end and say why, and the same command go on.
+`--signals` stops all verbs at random moments, in a `__del__` too: see `random_signals.py`. With `--kills 0` that is all.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from random_signals import Stop, random_signals, summary
 from tinyfusion.core.rundir import write_text
 
 EVERY = 5  # steps between two checkpoints
@@ -42,6 +45,7 @@ SIGNALS = (
     signal.SIGINT,
 )  # half of the kills leave no time for anything
 MOMENTS = ("step", "checkpoint", "step", "checkpoint", "start-up")
+FEWER = ("--set", "dynamic.calibration_images=0", "--set", "dynamic.finish_steps=10")
 TIMED = {"seconds", "waiting"}  # fields of a log line that a clock decides
 
 
@@ -382,10 +386,11 @@ def page(
     rows = [
         "# Kills",
         "",
-        f"**{survived} of {len(kills)} kills left no trace in the result.** {len(runs)} runs of `prune` (mask learning) and "
-        f"`recover` (masked distillation) on `{options.teacher}`, {harness.steps} steps each, checkpoint every {EVERY}, were killed "
-        f"{len(kills)} times at random moments and each time continued by the same command. In the end plan, averaged and raw "
-        "weights, and the logged numbers of every step are equal, bit for bit, to those of a run that nobody disturbed.",
+        f"**{survived} of {len(kills)} kills left no trace in the result.** {len(runs)} runs of `prune` (mask learning), "
+        f"`recover` (masked distillation) and `dynamic` (routers) on `{options.teacher}`, {harness.steps} steps each, checkpoint "
+        f"every {EVERY}, were killed {len(kills)} times at random moments and each time continued by the same command. In the "
+        "end plan, averaged and raw weights, and the logged numbers of every step are equal, bit for bit, to those of a run "
+        "that nobody disturbed.",
         "",
         f"Made by `python benchmarks/fault_harness.py --kills {options.kills} --seed {options.seed}` in {minutes:.1f} minutes "
         f"({harness.device}, {os.cpu_count()} cores, {harness.threads} thread a process).",
@@ -422,6 +427,7 @@ def page(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--signals", type=int, default=0, help="signals at random moments of all verbs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--per-run", type=int, default=5, help="kills before a run may end")
@@ -433,9 +439,17 @@ def main() -> int:
     began, chance = time.perf_counter(), random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     harness = Harness(folder, options.steps, options.teacher, options.device, options.threads)
+    stops: list[Stop] = []
+    if options.signals:
+        (folder / "signals").mkdir()
+        stops = random_signals(folder / "signals", options.signals, chance)
+        print(summary(stops), flush=True)
+    if not options.kills:
+        return ended(folder, not any(stop.faults for stop in stops))
     stages = [
         Stage("prune", "prune", ("--scheme", "1:2"), ("student",), ("plan.json",)),
         Stage("recover", "recover", ("--student", "prune"), ("student", "student-raw")),
+        Stage("dynamic", "dynamic", ("--model", options.teacher, *FEWER), ("student", "student-raw")),
     ]
     wanted, kills, asked = {}, [], []
     for stage in stages:  # the student of the first is what the second trains
@@ -444,7 +458,7 @@ def main() -> int:
         print(f"{stage.verb}: {seconds:.1f} s undisturbed", flush=True)
     number = 0
     while len(kills) < options.kills:
-        stage = stages[number % 2]
+        stage = stages[number % len(stages)]
         number += 1
         due = min(options.per_run, options.kills - len(kills))
         found = journey(harness, stage, number, due, chance)
@@ -464,11 +478,17 @@ def main() -> int:
         asked.append(kill)
     company = lost_process(harness, stages[0], chance)
     print(f"two processes: {'; '.join(company.faults) or 'equal'}", flush=True)
-    good = not company.faults and not any(kill.faults for kill in [*kills, *asked])
+    good = not company.faults and not any(kill.faults for kill in [*kills, *asked, *stops])
     minutes = (time.perf_counter() - began) / 60
     print(f"{sum(not kill.faults for kill in kills)} of {len(kills)}, {minutes:.1f} minutes")
     if options.out:
-        write_text(options.out, page(harness, kills, asked, company, options, minutes))
+        more = f"\n{summary(stops)}.\n" if stops else ""
+        write_text(options.out, page(harness, kills, asked, company, options, minutes) + more)
+    return ended(folder, good)
+
+
+def ended(folder: Path, good: bool) -> int:
+    """The exit code; what did not go well is kept."""
     if good:
         shutil.rmtree(folder)
     else:

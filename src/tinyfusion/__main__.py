@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
-from tinyfusion.cli import main
-
 if __name__ == "__main__":
+    # until `main` watches for signals: a KeyboardInterrupt can be dropped, and shows a traceback where it is not
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    from tinyfusion.cli import main
+
     sys.exit(main())

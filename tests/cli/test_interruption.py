@@ -71,7 +71,7 @@ def test_a_signal_in_the_last_step_of_a_stage_ends_the_run(
 
 
 def test_a_signal_between_the_stages_ends_the_run(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def evaluate(*_: Any) -> None:
+    def evaluate(*_: Any, **_named: Any) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("went on")

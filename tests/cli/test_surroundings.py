@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -154,6 +155,7 @@ def odd(work: Path) -> Path:
     Path("good.toml").rename(f"{ODD}.toml")
     Path("images.npz").rename(f"{ODD}.npz")
     Path(ODD, ODD).mkdir(parents=True)
+    shutil.copytree("teacher", f"teacher{ODD}")
     for index in range(12):
         Image.new("L", (8, 8), 20 * index).save(Path(ODD, ODD, f"{index}{ODD}.png"))
     return work
@@ -163,10 +165,9 @@ WORKS = {  # command -> files that it leaves
     "sample": (f"sample --model teacher --num-images 2 --sampler ddim --num-steps 2 --out {ODD}/x.npz --png {ODD}/png --grid {ODD}/g.png",
                ("x.npz", "x.json", "g.png", "png/000001.png")),
     "evaluate": (f"evaluate --samples {ODD}.npz --reference digits:heldout --out {ODD}/e.json", ("e.json",)),
-    "inspect": (f"inspect {ODD}.pt --num-heads 2", ()),
     "train": (f"{TRAIN} --data {ODD}", ()),
     "recipe": (f"prune --recipe {ODD}.toml --set data.name={ODD}.npz --keep 0,1 --out pruned", ()),
-    "export": (f"export --model {ODD}.pt --num-heads 2 --to diffusers --out {ODD}/exported", ("exported/README.md",)),
+    "export": (f"export --model teacher --to diffusers --out {ODD}/exported", ("exported/README.md",)),
 }  # fmt: skip
 
 
@@ -189,7 +190,9 @@ def test_a_page_and_a_record_of_names_that_are_not_utf_8(cli: Cli, odd: Path) ->
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (f"{PRUNE}{ODD}", r"--out prunedn\udcff is not UTF-8, and safetensors opens no file in such a folder"),
+        (f"{PRUNE}{ODD}", r"prunedn\udcff is not UTF-8, and safetensors and torch open no such file"),
+        (f"inspect {ODD}.pt --num-heads 2", r"n\udcff.pt is not UTF-8, and safetensors and torch open no such file"),
+        (f"inspect teacher{ODD}", r"teachern\udcff/model.safetensors is not UTF-8, and safetensors and torch"),
         (f"inspect {ODD}nothing", r"no model at n\udcffnothing"),
         (f"prune --teacher teacher --data hub:org/{ODD} --out pruned", r"'org/n\udcff' is no data set of the hub"),
         (f"prune --teacher teacher --data parquet:{ODD} --out pruned", r"no parquet data at n\udcff"),

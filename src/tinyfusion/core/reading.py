@@ -37,6 +37,16 @@ def check_plain(path: Path) -> None:
         raise UserError(f"{path} is {kind}: wanted a regular file or a folder")
 
 
+def check_utf8(path: Path) -> None:
+    """Raise UserError where a name in `path` is not UTF-8: safetensors opens no such file, nor does torch map one."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8, and safetensors and torch open no such file: choose another name"
+        ) from error
+
+
 def unreadable(path: Path, error: OSError | ValueError) -> UserError:
     """The error of a file that cannot be opened, with the file system's reason."""
     if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR):

@@ -31,7 +31,7 @@ from tinyfusion.core.files import (
     written_beside,
 )
 from tinyfusion.core.locks import LOCK, Locked, acquire
-from tinyfusion.core.reading import check_plain, read_json
+from tinyfusion.core.reading import check_plain, check_utf8, read_json
 from tinyfusion.core.records import FORMAT_VERSION, check_same, file_output, is_ours, machine, say_finished, stamp
 from tinyfusion.core.signals import Interrupted
 
@@ -108,11 +108,7 @@ class RunDirectory:
         A finished run that a killed `--overwrite` set aside is one to continue: `begin` brings it back.
         """
         check_writable(self.path)
-        try:
-            str(self.path).encode()
-        except UnicodeEncodeError as error:
-            what = "is not UTF-8, and safetensors opens no file in such a folder"
-            raise UserError(f"--out {self.path} {what}: choose another name") from error
+        check_utf8(self.path)
         if _is_empty(self.path):
             return "new"
         if not self.path.is_dir():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_memory, check_plain, read_json_object, unreadable
+from tinyfusion.core.reading import check_memory, check_plain, check_utf8, read_json_object, unreadable
 from tinyfusion.core.torchscript import check_stored, is_torch_zip
 from tinyfusion.models.attach import build_with_routers
 from tinyfusion.models.family import ModelFamily
@@ -80,7 +80,8 @@ def read_pickle(path: Path) -> Any:
 
 
 def _check_openable(path: Path) -> None:
-    """Raise UserError on a special file, which is not opened, and on one that is missing or may not be read."""
+    """Raise UserError on a special file, which is not opened, and on one that is missing, may not be read, or has a name of odd bytes."""
+    check_utf8(path)
     check_plain(path)
     try:
         with open(path, "rb"):
