@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _FLOAT_BYTES = 4
 _MEASURED_PARAMETERS = 200_000_000  # larger models are not run for an estimate, their operations are counted
-_MEASURED_MACS = 2e10  # of one measured step: the batch is made smaller to stay below, and the time scaled
+_MEASURED_MACS = 5e9  # of one measured step: the batch is made smaller to stay below, and the time scaled
 _PASSING_VALUES = (
     12  # values per token and channel that a model holds at once without a graph: an MLP's hidden layer, twice
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import sys
 import time
 from collections.abc import Callable
@@ -120,8 +121,9 @@ def _unchecked(missing: WouldFetch | None) -> dict[str, Any]:
 def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel) -> WouldFetch | None:
     """Whatever a stage would refuse is refused before anything is written. What a dry run leaves unchecked, as it would be fetched."""
     missing = None
-    check_prune(recipe, teacher, engine_for(recipe))
-    recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy())
+    if not options.dry_run:  # which builds the trainings to measure them, and so checks them
+        check_prune(recipe, teacher, engine_for(recipe))
+        recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy())
     if recipe.dynamic.in_run:
         check_dynamic(recipe, teacher.cut(_stand_in(recipe, teacher)), "the student")
     check_sampling(recipe.sample, teacher)
@@ -172,8 +174,8 @@ def _announce(recipe: Recipe, options: RunOptions, teacher: LoadedModel, mode: s
         estimate += training_estimate(dynamic_alone(recipe, student, teacher.copy()))
         more["dynamic"] = f"{settings.target:.0%} of the student's blocks, {settings.training.steps:,} steps"
     estimate += training_estimate(recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher))
-    for _ in _drawn(recipe):
-        estimate += sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device)
+    drawing = sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device)
+    estimate = functools.reduce(operator.add, [drawing] * len(_drawn(recipe)), estimate)
     learned = f" {prune_settings.scheme}, {prune_settings.training.steps:,} steps"
     plan = {
         "teacher": described(teacher),
