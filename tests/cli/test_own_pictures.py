@@ -18,6 +18,7 @@ from material import Cli, Outcome
 from PIL import Image
 
 from tinyfusion.core.rng import Randomness
+from tinyfusion.jobs.assemble import image_set
 
 SIZES = ((500, 349), (120, 333), (64, 64), (9, 30))
 SIDE = "--set data.size=8"
@@ -190,3 +191,15 @@ def test_a_picture_of_which_pillow_warns_says_nothing_more(cli: Cli, here: Path)
     content[entry + 4] = 2  # values, where one is expected
     (here / "photos" / "04.tif").write_bytes(content)
     assert "Warning" not in done(cli, f"{TRAIN} {SIDE}").err
+
+
+def test_pictures_that_changed_are_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("set").mkdir()
+    for name, grey in (("a.png", 10), ("b.png", 20)):
+        Image.new("L", (4, 4), grey).save(Path("set") / name)
+    first = image_set("set")
+    assert image_set("set").x is not first.x and (image_set("set").x == first.x).all()
+    Image.new("L", (4, 4), 250).save("set/b.png")
+    os.utime("set/b.png", ns=(1, 1))
+    assert image_set("set").x.max() > first.x.max()

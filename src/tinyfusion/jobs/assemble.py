@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -140,12 +141,23 @@ def _is_pictures(name: str) -> bool:
 
 def pictures(name: str, size: int | None, orientation: Orientation) -> Pictures:
     """A set of pictures in memory, as `read_originals` gives it. Its remarks are printed where it is decoded."""
-    return _decoded_once(name, size, orientation, os.getcwd())
+    return _decoded_once(name, size, orientation, _state_of_files(Path(name.removeprefix(PARQUET))))
+
+
+def _state_of_files(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Absolute path, size and time of change of the file `path`, or of all files below it; empty where it is neither."""
+    inside = (os.path.join(folder, name) for folder, _folders, names in os.walk(path) for name in names)
+    found = []
+    for file in [path] if path.is_file() else inside:
+        with contextlib.suppress(OSError):  # gone, or a link to nothing: the reader says so
+            status = os.stat(file)
+            found.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
+    return tuple(sorted(found))
 
 
 @lru_cache(maxsize=2)
-def _decoded_once(name: str, size: int | None, orientation: Orientation, _folder: str) -> Pictures:
-    """Decoding is slow, and training, calibration and evaluation ask for the same set. _folder: that names are relative to."""
+def _decoded_once(name: str, size: int | None, orientation: Orientation, _files: object) -> Pictures:
+    """Decoding is slow, and training, calibration and evaluation ask for the same set. _files: the state that they were in."""
     found = read_originals(name, size, orientation)
     say(found.remarks)
     return found
