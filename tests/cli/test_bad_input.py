@@ -236,7 +236,7 @@ ROWS = [
     row("mar-export", "export --model mar --to diffusers --out d", "mar cannot be exported to diffusers"),
     row("foreign-size", "train --data digits --set model.buffer_size=4 --out run", "a model of family dit has no buffer_size"),
     row("family", "train --data digits --set model.family=dits --out run", "unknown family 'dits'", "did you mean 'dit'"),
-    row("pixart-prompts", "inspect pixart", "pixart has no prompts: wanted prompts.safetensors"),
+    row("pixart-prompts", "inspect pixart", "pixart has no prompts: wanted a file prompts.safetensors"),
     row("pixart-1024", "inspect pixart-1024", "pixart-1024 has use_additional_conditions True"),
     row("pixart-file", "inspect pixart.pth", "the published state dict has no prompts", "give the folder of diffusers"),
     row("hub-name", f"{PRUNE} --data hub:imagenet", "'imagenet' is no data set of the hub: wanted ORG/NAME"),

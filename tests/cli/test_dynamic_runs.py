@@ -98,7 +98,13 @@ def test_a_run_prunes_recovers_and_makes_dynamic(cli: Cli, wide: Path) -> None:
     assert open_model("whole/dynamic").dynamic is not None
     speed = json.loads(Path("whole/speed.json").read_text())["models"]
     assert set(speed) == {"teacher", "student", "dynamic"} and speed["dynamic"]["depth"] == 2
-    assert {file.stem for file in Path("whole/samples").glob("*.npz")} == {"teacher", "pruned", "student", "dynamic"}
+    assert {file.stem for file in Path("whole/samples").glob("*.npz")} == {
+        "teacher",
+        "pruned",
+        "student",
+        "dynamic",
+        "real",
+    }
     assert Path("whole/evaluations/dynamic-digits.json").is_file()
     page = Path("whole/report.html").read_text()
     assert "Heads that run" in page and "Which tokens the MLPs saw" in page

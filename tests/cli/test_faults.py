@@ -224,7 +224,7 @@ def test_an_error_on_one_process_ends_the_other(start: Starter) -> None:
 
 
 def test_memory_that_is_really_not_there(start: Starter) -> None:
-    started = start(*shlex.split(f"{TRAIN} run --set train.batch_size=40000"), memory_bytes=2**29)
+    started = start(*shlex.split(f"{TRAIN} run --data digits --set train.batch_size=40000"), memory_bytes=2**29)
     assert started.end() == 2, started.said
     last = started.said.splitlines()[-1]
     assert last.startswith(
@@ -450,7 +450,7 @@ def test_replay_says_what_it_cannot_do(cli: Cli, work: Path) -> None:
 def test_numbers_gone_bad_in_a_whole_run(cli: Cli, work: Path) -> None:
     spoil("spoilt.npz", list(range(40)))
     learning = "--set prune.training.steps=8 --set prune.training.batch_size=8 --set prune.training.max_bad_steps=3"
-    others = "--set recover.training.steps=2 --set recover.training.ema_decay=0 --set sample.num_images=8"
+    others = "--set recover.training.steps=2 --set recover.training.ema_decay=0 --set sample.num_images=8 --set evaluate.references=digits"
     failed(
         cli(*shlex.split(f"run --recipe good.toml --out whole --set data.name=spoilt.npz {learning} {others}")),
         "the last at step 2",

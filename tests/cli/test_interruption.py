@@ -176,7 +176,7 @@ DROPPED = {  # the function before which the signal comes, the command, what it 
     "prune, in the training": (tinyfusion.training.loop, "_forward_backward", PRUNE, ["pruned"]),
     "prune, before the training": (tinyfusion.jobs.prune, "open_teacher", PRUNE, []),
     "sample, between steps": (tinyfusion.sample.drive, "_watched", SAMPLE, []),
-    "sample, while the model is opened": (tinyfusion.jobs.sample, "open_model", SAMPLE, []),
+    "sample, while the model is opened": (tinyfusion.jobs.sample, "open_stated", SAMPLE, []),
     "encode, in a batch": (tinyfusion.jobs.encode, "encoded_values", LATENTS, []),
     "evaluate": (tinyfusion.jobs.evaluate, "score", EVALUATE, []),
     "inspect": (tinyfusion.jobs.inspect, "inspect", "inspect teacher", []),

@@ -284,7 +284,7 @@ def test_a_tracker_that_does_not_start_is_an_error_and_leaves_nothing(
     [
         ("watch.report_to=tensorbord", "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
         ("watch.report_to=tensorboard,missing", "unknown tracker 'missing'"),
-        ("watch.grid_every_steps=-1", "0 (never) or more; got -1 and 0"),
+        ("watch.grid_every_steps=-1", "watch.grid_every_steps must be at least 0; got -1"),
         ("watch.grid_images=0", "at least 1 image"),
         ("watch.fid_images=1", "FID at least 2"),
         ("watch.fid_every_steps=1 --set evaluate.features=no-such", "unknown feature extractor 'no-such'"),

@@ -114,7 +114,7 @@ def test_what_may_not_be_looked_into_is_not_called_missing(tmp_path: Path) -> No
         pytest.skip("another user is needed")
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (folder for folder in (tmp_path, *tmp_path.parents) if "pytest" in str(folder)):
         folder.chmod(0o755)
     os.seteuid(65534)
     try:

@@ -253,14 +253,14 @@ def test_official_files_of_known_names_have_their_family(
     """The tensors of a SiT are those of a DiT: its known name says which it is, and the recipe says so of a file."""
     arch = DiTArch(8, 4, 4, 384, 2, 6, 10)  # of the smallest published width, which tells the heads
     torch.save(DiT(arch).state_dict(), tmp_path / "weights.pt")
-    monkeypatch.setattr("tinyfusion.models.checkpoint.fetch_weights", lambda name: tmp_path / "weights.pt")
+    monkeypatch.setattr("tinyfusion.models.places.fetch_weights", lambda name: tmp_path / "weights.pt")
     assert open_model("sit-xl-2-256").family.name == "sit"
     assert open_model("dit-xl-2-256", family="dit").family.name == "dit"
     command = ["prune", "--recipe", "sit-xl-d14", "--teacher", str(tmp_path / "weights.pt"), "--data", str(latents)]
     assert main([*command, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     said = capsys.readouterr()
     assert "sit, 2 blocks" in said.out + said.err
-    assert "assuming" not in said.err
+    assert "assuming family" not in said.err
 
 
 def test_the_list_of_recipes_names_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -579,7 +579,7 @@ HUGE = 10**40
         ("run.json", "recipe.evaluate.references", "digits", "recipe.evaluate.references: wanted a list, got 'digits'"),
         ("run.json", "format_version", "new", "run.json is damaged: format_version: wanted a whole number, got 'new'"),
         ("prune/run.json", "seen_images", [], "prune/run.json is damaged: seen_images: wanted a number, got []"),
-        ("prune/plan.json", "kept.blocks", [1, 2, 5, 60], "plan.json is damaged: kept.blocks is [1, 2, 5, 60], of 8 blocks"),
+        ("prune/plan.json", "kept.blocks", [1, 2, 5, 60], "the plan is damaged: of the 8 blocks of blocks it keeps [1, 2, 5, 60]"),
         ("prune/plan.json", "groups.blocks", [[1, 2]], "plan.json is damaged: groups.blocks do not make up 8 blocks"),
         ("prune/plan.json", "kept.blocks", "all", "plan.json: the plan is incomplete or damaged"),
         ("recover/student/model.json", "arch", 7, "model.json is damaged: arch: wanted an object, got 7"),
