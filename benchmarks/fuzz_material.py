@@ -99,7 +99,7 @@ KINDS = (
     Kind("official safetensors", "good.safetensors", OFFICIAL),
     Kind("diffusers", "diffusers", OPENED),
     Kind("diffusers pipeline", "pipeline", OPENED),
-    Kind("PixArt", "pixart", (*READ, CUT[0])),
+    Kind("PixArt", "pixart", (*(c.replace("--num-steps", "--set sample.decode=false --num-steps") for c in READ), CUT[0])),
     Kind("autoencoder", "vae", (
         f"encode --vae {{i}} --size {SIDE} --out made --data {{m}}/pictures", f"sample --model {{m}}/latent --vae {{i}} {SAMPLE}",
         "export --model {m}/latent --to diffusers --pipeline --vae {i} --out made",

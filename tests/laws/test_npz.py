@@ -222,3 +222,9 @@ def test_latents_in_an_npz_are_said(
     assert image_set(str(tmp_path / "x.npz")).x.shape[0] == 4
     said = capfd.readouterr().err
     assert message in said and len(said.splitlines()) == bool(message)
+
+
+def test_values_beyond_float32_are_refused_without_a_warning(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", arr_0=np.full((1, 2, 2, 1), 1e300))
+    with pytest.raises(UserError, match="arr_0 has 4 values that are not finite"):
+        read_images_npz(tmp_path / "x.npz")

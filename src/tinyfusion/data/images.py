@@ -35,7 +35,8 @@ def read_images_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         images = archive.read("arr_0")
     if images.dtype != np.uint8:
         check_memory(4 * images.size, f"{path}: arr_0 as float32")
-        images = images.astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is refused
+            images = images.astype(np.float32)
         if not np.isfinite(images).all():
             raise UserError(
                 f"{path}: arr_0 has {int((~np.isfinite(images)).sum())} values that are not finite (NaN or infinity)"
