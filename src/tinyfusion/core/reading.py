@@ -16,10 +16,10 @@ from tinyfusion.core.errors import UserError
 
 TEXT_LIMIT_BYTES = 2**28  # of a JSON or TOML file; ours are far below
 _MEMORY_SHARE = 0.9  # of the memory at hand that one value may take
-_CGROUP_LIMITS = (  # (limit, usage) of the container that this process runs in
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+_CGROUPS = {  # folder of the container that this process runs in -> names of its limit and usage, prefix in memory.stat
+    "/sys/fs/cgroup": ("memory.max", "memory.current", ""),
+    "/sys/fs/cgroup/memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
 
 
 def check_plain(path: Path) -> None:
@@ -113,12 +113,15 @@ def available_memory_bytes() -> int:
     import psutil  # late: --help does not need it
 
     available = int(psutil.virtual_memory().available)
-    for limit_file, usage_file in _CGROUP_LIMITS:
+    for folder, (limit_name, usage_name, prefix) in _CGROUPS.items():
         try:
-            limit, usage = int(Path(limit_file).read_text()), int(Path(usage_file).read_text())
-        except (OSError, ValueError):  # no such container, or "max": no limit
+            limit, usage = (int(Path(folder, name).read_text()) for name in (limit_name, usage_name))
+            counts = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            # usage includes cached files, which the system gives up when memory is short
+            cached = sum(int(counts[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+        except (OSError, ValueError, KeyError):  # no such container, or "max": no limit
             continue
-        available = min(available, max(limit - usage, 0))
+        available = min(available, max(limit - usage + cached, 0))
     return available
 
 
