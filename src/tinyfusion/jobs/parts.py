@@ -30,6 +30,7 @@ from tinyfusion.core.locks import LOCK, Lock, Locked, acquire
 from tinyfusion.core.rundir import file_output, read_json, stamp
 from tinyfusion.core.signals import check_stop
 from tinyfusion.data.image_source import ImageSource
+from tinyfusion.data.npz import ArrayHeader, npy_batches, npy_header
 
 RECORD = "sampling.json"
 Range = tuple[int, int]  # images first .. last - 1
@@ -65,10 +66,10 @@ class Parts:
         if not self.file(part).is_file():
             return False
         try:
-            found = np.load(self.file(part), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            header = npy_header(self.file(part))
+        except UserError:
             return False
-        return bool(found.shape == (part[1] - part[0], *self.shape[1:]) and found.dtype == self.dtype)
+        return header == ArrayHeader((part[1] - part[0], *self.shape[1:]), self.dtype, fortran=False)
 
     def missing(self) -> list[Range]:
         """Parts that are not drawn."""
@@ -81,7 +82,7 @@ class Parts:
                 f"{self.folder} was removed while its images were being drawn: the same command starts anew"
             )
         with written_beside(self.file(part)) as beside, open(beside, "wb") as file:
-            np.save(file, images)
+            np.save(file, np.ascontiguousarray(images))
 
     def wait_for(self, patience_s: float) -> None:
         """Go on when every part is there. Raises UserError where none has come for `patience_s` seconds."""
@@ -104,9 +105,7 @@ class Parts:
 
         def read(size: int) -> Iterator[np.ndarray]:
             for part in self.ranges():
-                held = np.load(self.file(part), mmap_mode="r", allow_pickle=False)
-                for first in range(0, len(held), size):
-                    yield np.array(held[first : first + size])
+                yield from npy_batches(self.file(part), size)
 
         return ImageSource(self.shape, self.dtype, read)
 
