@@ -77,7 +77,7 @@ def test_memory_is_compared_with_what_is_available(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "prefix, limit, usage", [("", "max", "current"), ("total_", "limit_in_bytes", "usage_in_bytes")]
+    ("prefix", "limit", "usage"), [("", "max", "current"), ("total_", "limit_in_bytes", "usage_in_bytes")]
 )
 def test_files_that_a_container_has_cached_count_as_available(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str, limit: str, usage: str

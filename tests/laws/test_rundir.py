@@ -332,7 +332,18 @@ def test_a_record_with_gaps_is_an_error_for_people(tmp_path: Path, more: dict[st
     assert RunDirectory(tmp_path).check("prune", RECIPE, True) == "new"
 
 
-@pytest.mark.parametrize("cut", ['{"step": 2, "kept": {"blocks": [1]}', '{"step": 2, "lo', "7", "\x00\x00"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        '{"step": 2, "kept": {"blocks": [1]}',
+        '{"step": 2, "lo',
+        "7",
+        "\x00\x00",
+        "[" * 100_000,
+        "9" * 5_000,
+        '{"step": "2"',
+    ],
+)
 def test_a_line_cut_short_is_left_out(tmp_path: Path, cut: str) -> None:
     run = RunDirectory(tmp_path)
     for step in range(2):

@@ -326,7 +326,8 @@ class RunDirectory:
         """Drop the lines of steps that a resumed run is going to write again."""
         if not self.writes or not self.metrics.exists():
             return
-        kept = [line for line in read_metrics(self.path) if line.get("step", -1) < step]
+        numbered = [(line.get("step", -1), line) for line in read_metrics(self.path)]
+        kept = [line for number, line in numbered if isinstance(number, int) and number < step]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -378,5 +379,5 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
