@@ -78,12 +78,15 @@ def acquire(path: Path, activity: str, sign: bool = True) -> Lock:
         return lock
 
 
-def try_lock(opened: int | IO[bytes]) -> bool | None:
-    """Lock a file that is open for writing, until it is closed: False where another process holds it, None without locks."""
+def try_lock(opened: int | IO[bytes], wait: bool = False) -> bool | None:
+    """Lock a file that is open for writing, until it is closed: False where another process holds it, None without locks.
+
+    wait: until the other process gives it back.
+    """
     try:
         import fcntl
 
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except ImportError:

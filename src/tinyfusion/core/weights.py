@@ -25,6 +25,7 @@ from tinyfusion.core.config import build, nearest
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 from tinyfusion.core.files import check_space, check_writable, sha256_of, write_text
+from tinyfusion.core.locks import is_at, try_lock
 from tinyfusion.core.progress import Advance, progress
 from tinyfusion.core.reading import parse_toml, read_text
 
@@ -195,28 +196,14 @@ def _held(partial: Path, path: Path) -> Iterator[IO[bytes]]:
     """The partial file, open at its end, for this process alone: waits while another one fetches, until `path` is there."""
     while True:
         with open(partial, "ab") as file:
-            try:
-                _lock(file, f"waiting for another process that fetches {path.name}")
-            except OSError:  # no locks on this system or disk
-                yield file
-                return
-            if path.is_file() or (partial.is_file() and os.path.samestat(os.fstat(file.fileno()), partial.stat())):
+            granted = try_lock(file)
+            if granted is False:
+                print(f"waiting for another process that fetches {path.name}", file=sys.stderr)
+                granted = try_lock(file, wait=True)
+            if granted is None or path.is_file() or is_at(file.fileno(), partial):
                 yield file
                 return
         # the other process gave up and removed what it had: a new file, then
-
-
-def _lock(file: IO[bytes], notice: str) -> None:
-    """Wait for the lock of a file, with a notice on stderr where that takes time. A lock ends with whoever holds it."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(notice, file=sys.stderr)
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _tag_of(partial: Path) -> Path:
