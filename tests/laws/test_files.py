@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from tinyfusion.core import locks
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import check_writable, write_json, write_text, written_beside
+from tinyfusion.core.files import check_writable, remove_written, write_json, write_text, written_beside
 from tinyfusion.core.locks import LOCK, Locked, acquire
 from tinyfusion.core.rundir import RunDirectory
 
@@ -94,6 +94,19 @@ def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "x.json").is_symlink()
     assert json.loads((tmp_path / "disk" / "x.json").read_text()) == [1]
     assert names(tmp_path) == ["disk", "disk/x.json", "x.json"]
+
+
+def test_files_of_others_in_a_replaced_folder_and_links_do_not_count_as_written(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "samples"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("of somebody else")
+    with written_beside(folder) as beside:
+        beside.mkdir()
+        (beside / "model.json").write_text("{}")
+    (tmp_path / "run" / "x.json").symlink_to(tmp_path / "disk.json")
+    write_json(tmp_path / "run" / "x.json", [1])
+    remove_written(tmp_path / "run")
+    assert names(tmp_path) == ["disk.json", "run", "run/samples", "run/samples/notes.txt", "run/x.json"]
 
 
 def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,8 @@ def written_beside(path: Path, ours: str = "") -> Iterator[Path]:
         yield new
         _follow_umask(new, lock)
         _sync(new)
+        remember(new, target)  # before files of others come in
         _put(new, target, ours)
-        remember(path)
         _sync_folder(target.parent)
         _end(folder, lock)
     except BaseException as error:
@@ -247,11 +247,11 @@ def _identity(path: str | Path) -> Identity | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def remember(path: Path) -> None:
-    """Note that this process has just written the file, or all files in the folder, `path`."""
+def remember(path: Path, place: Path | None = None) -> None:
+    """Note that this process has just written the file, or all files in the folder, `path`, soon to be at `place`."""
     for file in [path / relative for relative in files_in(path)] if path.is_dir() else [path]:
         if (identity := _identity(file)) is not None:
-            _written[os.path.abspath(file)] = identity
+            _written[os.path.abspath((place or path) / file.relative_to(path))] = identity
 
 
 def is_as_written(path: Path) -> bool:
