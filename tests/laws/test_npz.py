@@ -222,3 +222,17 @@ def test_latents_in_an_npz_are_said(
     assert image_set(str(tmp_path / "x.npz")).x.shape[0] == 4
     said = capfd.readouterr().err
     assert message in said and len(said.splitlines()) == bool(message)
+
+
+def test_small_arrays_are_read_without_asking_for_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of latents are a million small files, and asking takes longer than reading one."""
+
+    def asked() -> int:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("tinyfusion.core.reading.available_memory_bytes", asked)
+    np.save(tmp_path / "0.npy", np.ones((2, 4, 64, 64), np.float32))
+    assert read_npy(tmp_path / "0.npy").sum() == 2 * 4 * 64 * 64
+    np.save(tmp_path / "0.npy", np.ones(2**18 + 1, np.float32))
+    with pytest.raises(AssertionError, match="asked"):
+        read_npy(tmp_path / "0.npy")

@@ -16,6 +16,7 @@ from tinyfusion.core.errors import UserError
 
 TEXT_LIMIT_BYTES = 2**28  # of a JSON or TOML file; ours are far below
 _MEMORY_SHARE = 0.9  # of the memory at hand that one value may take
+UNCHECKED_BYTES = 2**20  # that are taken without asking for the available memory, which takes longer than to read them
 _CGROUPS = {  # folder of the container that this process runs in -> names of its limit and usage, prefix in memory.stat
     "/sys/fs/cgroup": ("memory.max", "memory.current", ""),
     "/sys/fs/cgroup/memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
@@ -127,6 +128,8 @@ def available_memory_bytes() -> int:
 
 def check_memory(num_bytes: int, what: str) -> None:
     """Raise UserError where `what` (a noun phrase that names the file) needs more memory than is available."""
+    if num_bytes <= UNCHECKED_BYTES:
+        return
     available = available_memory_bytes()
     if num_bytes > _MEMORY_SHARE * available:
         raise UserError(
