@@ -242,17 +242,22 @@ def sign(path: Path, **changed: Any) -> None:
 
 
 NO_LOCKS, LOCKS = "no locks", "locks"
-CASES = [  # locks of the disk, what is different in the record, the type of the disk, and what follows
+ELSEWHERE = {"boot": "other", "host": "there"}
+CASES = [  # locks of the disk, what is different in the record, type and an option of the disk, and what follows
     (LOCKS, {}, "ext4", "taken"),
     (LOCKS, {"boot": "other"}, "ext4", "taken"),
-    (LOCKS, {"boot": "other", "host": "there"}, "nfs4", "taken"),
-    (LOCKS, {"boot": "other", "host": "there"}, "fuse.sshfs", "unknown"),
+    (LOCKS, ELSEWHERE, "nfs4", "taken"),
+    (LOCKS, ELSEWHERE, "nfs local_lock=all", "unknown"),
+    (LOCKS, ELSEWHERE, "lustre flock", "taken"),
+    (LOCKS, ELSEWHERE, "lustre localflock", "unknown"),
+    (LOCKS, ELSEWHERE, "cifs nobrl", "unknown"),
+    (LOCKS, ELSEWHERE, "fuse.sshfs", "unknown"),
     (LOCKS, {"namespace": "other"}, "fuse.sshfs", "taken"),
     (NO_LOCKS, {}, "fuse.sshfs", "alive"),
     (NO_LOCKS, {"started": "1"}, "fuse.sshfs", "taken"),
     (NO_LOCKS, {"pid": 2**22, "started": "1"}, "fuse.sshfs", "taken"),
     (NO_LOCKS, {"namespace": "other"}, "ext4", "unknown"),
-    (NO_LOCKS, {"boot": "other", "host": "there"}, "nfs4", "unknown"),
+    (NO_LOCKS, ELSEWHERE, "nfs4", "unknown"),
 ]
 
 
@@ -260,7 +265,8 @@ CASES = [  # locks of the disk, what is different in the record, the type of the
 def test_a_lock_that_cannot_tell_asks_the_record_of_its_holder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, changed: dict[str, Any], disk: str, outcome: str
 ) -> None:
-    mount = type("Mount", (), {"mountpoint": "/", "fstype": disk, "opts": "rw,local_lock=none"})
+    kind_of_disk, _, option = disk.partition(" ")
+    mount = type("Mount", (), {"mountpoint": "/", "fstype": kind_of_disk, "opts": f"rw,{option or 'local_lock=none'}"})
     monkeypatch.setattr("psutil.disk_partitions", lambda **_: [mount])
     if kind == NO_LOCKS:
 

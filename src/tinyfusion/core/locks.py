@@ -23,7 +23,14 @@ _LOCAL = {
     "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs", "overlay", "apfs", "hfs", "vfat",
     "exfat", "ntfs", "ntfs3",
 }  # fmt: skip
-_SHARING_LOCKS = {"nfs", "nfs4", "ceph", "gpfs", "cifs", "smb3"}
+_SHARING_LOCKS = {"nfs", "nfs4", "ceph", "gpfs", "cifs", "smb3", "lustre"}
+_LOCKS_ALONE = {
+    "nolock",
+    "localflock",
+    "nobrl",
+    "local_lock=all",
+    "local_lock=flock",
+}  # options by which each machine does
 
 
 class Locked(UserError):
@@ -176,11 +183,8 @@ def _all_see_locks(path: Path) -> bool:
     if not mounts:
         return False
     disk = max(reversed(mounts), key=lambda mount: len(mount.mountpoint))
-    options = disk.opts.split(",")
-    shared = disk.fstype in _SHARING_LOCKS and "nolock" not in options
-    return disk.fstype in _LOCAL or (
-        shared and not any(o.startswith("local_lock=") and o != "local_lock=none" for o in options)
-    )
+    shared = disk.fstype in _SHARING_LOCKS and not _LOCKS_ALONE & set(disk.opts.split(","))
+    return disk.fstype in _LOCAL or shared
 
 
 def _refusal(path: Path, activity: str, holder: dict[str, Any], state: str) -> str:
