@@ -1,4 +1,4 @@
-"""Guarded reading of files that people bring: their kind, their text, and the memory that their content would take.
+"""Guards for reading files of users: kind of file, size of texts, and memory that the content would take.
 
 Every reader of a file goes through these guards before it trusts a number or a structure in it.
 """
@@ -30,7 +30,7 @@ def check_plain(path: Path) -> None:
     """
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # missing or unreadable: whoever opens it says so
+    except (OSError, ValueError):  # missing or unreadable: the reader reports it
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}

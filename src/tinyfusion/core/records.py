@@ -122,7 +122,7 @@ def file_output(
 
 
 def say_finished(path: Path, dry_run: bool = False) -> None:
-    """Say on stderr that an output is there, and remove what a process left that was killed once it was."""
+    """Report on stderr that an output is complete, and remove leftovers of a process that was killed after completing it."""
     for name in () if dry_run else (path.name, f"{path.stem}.json"):
         clear_unfinished(path.parent, name)
     print(f"{path} is finished; --overwrite starts anew", file=sys.stderr)

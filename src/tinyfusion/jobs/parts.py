@@ -1,7 +1,7 @@
-"""Images on their way to an npz: one whole file per part, addressed by image index, so that anybody can go on.
+"""Images on their way to an npz: one file per part, addressed by image index, so that an interrupted job continues.
 
-The folder stands beside the npz, holds the record of the job, and goes when the npz is there. Parts are laid out once;
-how many processes draw them, and when, is nothing they depend on.
+Their folder is next to the npz, holds the record of the job, and is removed when the npz is complete. Parts are laid out
+once, and do not depend on how many processes draw them, or when.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class Parts:
         return [(first, min(first + self.part_images, num)) for first in range(0, num, self.part_images)]
 
     def file(self, part: Range) -> Path:
-        """Where a part lies."""
+        """Path of a part."""
         return self.folder / f"images-{part[0]:07d}.npy"
 
     def is_there(self, part: Range) -> bool:
-        """Whether a part was drawn; one that is damaged was not."""
+        """Whether a part is complete; a damaged one is drawn again."""
         if not self.file(part).is_file():
             return False
         try:
@@ -110,7 +110,7 @@ class Parts:
         return ImageSource(self.shape, self.dtype, read)
 
     def remove(self) -> None:
-        """Remove all parts, and the record last; the folder goes with its lock, unless others put something into it."""
+        """Remove all parts, and the record last; `begin_parts` removes the folder unless it holds files of others."""
         clear_unfinished(self.folder)
         for name in files_in(self.folder):
             if re.fullmatch(_OURS, name):
@@ -146,9 +146,9 @@ def _is_free(folder: Path) -> bool:
 
 @contextmanager
 def begin_parts(parts: Parts, plain: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
-    """Make the folder with its record, where there is none or it is to be made anew; it is this process's until the end.
+    """Create the folder with its record, or a new one with `overwrite`, and hold its lock within the block.
 
-    Raises UserError where another process is drawing into it. An empty folder does not stay.
+    Raises UserError where another process is drawing into it. A folder that is empty at the end is removed.
     """
     made = missing_folders(parts.folder)
     record = stamp("sample", plain, "running", part_images=parts.part_images)
@@ -168,7 +168,7 @@ def begin_parts(parts: Parts, plain: Mapping[str, Any], overwrite: bool) -> Iter
 
 
 def clear_parts(parts: Parts, plain: Mapping[str, Any]) -> None:
-    """Remove what a process that was killed left of parts whose npz is there."""
+    """Remove parts whose npz is complete, as a process that was killed leaves them."""
     if (parts.folder / RECORD).is_file():
         with suppress(Locked), begin_parts(parts, plain, overwrite=False):
             parts.remove()

@@ -262,7 +262,7 @@ class Watch:
                 return tracker
         except Exception as error:
             raise UserError(
-                f"watch.report_to: {name} does not start ({_reason(error)}); leave it out, or mend that"
+                f"watch.report_to: {name} does not start ({_reason(error)}); fix that, or leave it out"
             ) from error
 
     def _opened(self, name: str) -> GeneralTracker:
