@@ -111,6 +111,16 @@ def finished(path: Path) -> RunDirectory:
     return run
 
 
+def test_overwriting_removes_the_previews_of_the_run_and_not_pictures_of_others(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    run.watched.mkdir()
+    for name in ("step-0000009.png", "step-9.png", "step-x.png"):
+        (run.watched / name).write_text("picture")
+    with run.writing("prune", RECIPE, overwrite=True):
+        run.mark("done")
+    assert names(run.path) == ["run.json", "watch", "watch/step-9.png", "watch/step-x.png"]
+
+
 @pytest.mark.parametrize(
     "error", [UserError("bad"), ValueError("bug"), Interrupted(signal.SIGTERM), KeyboardInterrupt()]
 )
