@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -13,8 +14,12 @@ from typing import Any
 
 import pytest
 
+from tinyfusion.core.config import to_plain
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.locks import LOCK, acquire
+from tinyfusion.core.process_sections import ShiftFields
+from tinyfusion.core.recipe import Recipe
+from tinyfusion.core.records import check_same, stamp
 from tinyfusion.core.rundir import RunDirectory, read_metrics, write_text, written_beside
 from tinyfusion.core.signals import Interrupted, SignalWatch
 
@@ -437,3 +442,15 @@ def test_a_run_that_another_process_writes_is_left_alone(tmp_path: Path) -> None
         assert (run / "model" / "model.json").is_file()
     with RunDirectory(run).writing("train", {"steps": 1}) as mode:
         assert mode == "continue"
+
+
+def test_records_from_before_shifts_are_of_the_same_recipe_without_one(tmp_path: Path) -> None:
+    """As tinyfusion 0.4.0 wrote them beside samples."""
+    now = to_plain(Recipe().sample)
+    shifts = {field.name for field in dataclasses.fields(ShiftFields)}
+    older = {**now, "flow": {name: value for name, value in now["flow"].items() if name not in shifts}}
+    record = stamp("sample", {"sample": older}, "done")
+    check_same(record, "sample", {"sample": now}, tmp_path / "x.npz")
+    shifted = {**now, "flow": {**now["flow"], "shift": 3.0}}
+    with pytest.raises(UserError, match=r"sample\.flow\.shift: 1\.0 there, 3\.0 now"):
+        check_same(record, "sample", {"sample": shifted}, tmp_path / "x.npz")

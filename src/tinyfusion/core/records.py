@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tinyfusion import __version__
 from tinyfusion.core.config import first_difference
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import check_writable, clear_unfinished
+from tinyfusion.core.process_sections import ShiftFields
 
 FORMAT_VERSION = 1
 _MARKER = "tinyfusion"
@@ -64,8 +66,8 @@ _IDLE = {
 }  # fmt: skip
 
 
-# fields that older records lack, with the value that they had
-_LATER = {"data": {"orientation": "ignore"}, "encode": {"orientation": "ignore"}}
+# fields that older records lack, with the value that they had, by section
+_LATER = {"data": {"orientation": "ignore"}, "encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields())}
 
 
 def _effective(recipe: Any, section: str = "") -> Any:
