@@ -172,7 +172,11 @@ def test_a_resumed_training_looks_as_a_straight_one(cli: Cli, work: Path, monkey
         patch.setattr(tinyfusion.jobs.training, "train_steps", killed_after(steps, 1, signal.SIGTERM))
         assert cli(*shlex.split(command)).code == 128 + signal.SIGTERM
     Path("trained/watch/step-0000003.png").write_bytes(b"of a step that has not been made")
+    foreign = [Path("trained/watch", name) for name in ("step-x.png", "step-9.png", f"step-{'9' * 5000}.png"[:200])]
+    for file in foreign:
+        file.write_bytes(b"of somebody else")
     done(cli, command)
+    assert all(file.is_file() for file in foreign)
     for name in ("step-0000001.png", "step-0000002.png", "step-0000003.png"):
         assert Path("trained/watch", name).read_bytes() == Path("straight/watch", name).read_bytes()
     found = [[(line["step"], line["watch"].get("fid")) for line in watch_lines(run)] for run in ("trained", "straight")]

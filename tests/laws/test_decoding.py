@@ -177,6 +177,7 @@ def test_a_picture_that_the_memory_does_not_hold_is_refused(monkeypatch: pytest.
 def test_a_set_that_the_memory_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(20):
         put(tmp_path / f"{i}.png")
+    monkeypatch.setattr("tinyfusion.core.reading.UNCHECKED_BYTES", 0)
     monkeypatch.setattr("tinyfusion.core.reading.available_memory_bytes", lambda: 20 * 5 * 7 * 3 * 5)
     with pytest.raises(UserError, match="20 pictures of 7 x 5 would take"):
         read_originals(str(tmp_path))

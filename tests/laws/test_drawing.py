@@ -257,7 +257,10 @@ def test_parts_cover_every_image_once_and_come_back_in_order(tmp_path: Path) -> 
     parts.wait_for(0.0)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other", "gone"])
+_HEADERS = {"unclosed": b"((((", "nested": b"-" * 20_000 + b"1", "not Python": b"{'descr': '|u1', 'shape': 09}"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "gone", *_HEADERS])
 def test_damaged_parts_are_drawn_again(tmp_path: Path, damage: str) -> None:
     parts = parts_in(tmp_path)
     with begin_parts(parts, {}, overwrite=False):
@@ -268,6 +271,9 @@ def test_damaged_parts_are_drawn_again(tmp_path: Path, damage: str) -> None:
         file.unlink()
     elif damage == "other":
         np.save(file, np.zeros((3, 2, 2, 1), np.uint8))
+    elif damage in _HEADERS:
+        header = _HEADERS[damage]
+        file.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     else:
         file.write_bytes(b"" if damage == "empty" else file.read_bytes()[:-1])
     assert parts.missing() == [(4, 8)]

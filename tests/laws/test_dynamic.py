@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch._dynamo.utils import counters
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
+from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.dynamic.calibrate import calibrate, inference_ratio
 from tinyfusion.dynamic.importance import order_by_importance
 from tinyfusion.dynamic.macs import block_ratio, model_ratio, total_macs
@@ -466,6 +468,20 @@ def test_calibration_meets_the_budget(routed: Callable[..., DynamicModel], targe
     offset, reached = calibrate(dynamic, target, lambda: inference_ratio(dynamic, passes(dynamic, batches)))
     assert abs(reached - target) <= 0.01 * target
     assert inference_ratio(dynamic, passes(dynamic, batches)) == reached and offset != 0
+
+
+def test_measuring_the_ratio_obeys_a_stop_that_was_dropped(
+    routed: Callable[..., DynamicModel],
+) -> None:
+    dynamic = routed(depth=4)
+
+    def measure(watch: SignalWatch) -> None:
+        watch.stop = signal.SIGTERM  # as a signal in a destructor leaves it
+        inference_ratio(dynamic, passes(dynamic, [inputs(dynamic.loaded, 6)] * 3))
+        raise AssertionError("went on")
+
+    with pytest.raises(Interrupted), SignalWatch(patient=False) as watch:
+        measure(watch)
 
 
 def test_calibration_goes_on_within_its_tolerance(routed: Callable[..., DynamicModel]) -> None:

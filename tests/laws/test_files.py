@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from tinyfusion.core import locks
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import check_writable, write_json, write_text, written_beside
+from tinyfusion.core.files import check_writable, remove_written, write_json, write_text, written_beside
 from tinyfusion.core.locks import LOCK, Locked, acquire
 from tinyfusion.core.rundir import RunDirectory
 
@@ -94,6 +94,19 @@ def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "x.json").is_symlink()
     assert json.loads((tmp_path / "disk" / "x.json").read_text()) == [1]
     assert names(tmp_path) == ["disk", "disk/x.json", "x.json"]
+
+
+def test_files_of_others_in_a_replaced_folder_and_links_do_not_count_as_written(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "samples"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("of somebody else")
+    with written_beside(folder) as beside:
+        beside.mkdir()
+        (beside / "model.json").write_text("{}")
+    (tmp_path / "run" / "x.json").symlink_to(tmp_path / "disk.json")
+    write_json(tmp_path / "run" / "x.json", [1])
+    remove_written(tmp_path / "run")
+    assert names(tmp_path) == ["disk.json", "run", "run/samples", "run/samples/notes.txt", "run/x.json"]
 
 
 def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,17 +242,22 @@ def sign(path: Path, **changed: Any) -> None:
 
 
 NO_LOCKS, LOCKS = "no locks", "locks"
-CASES = [  # locks of the disk, what is different in the record, the type of the disk, and what follows
+ELSEWHERE = {"boot": "other", "host": "there"}
+CASES = [  # locks of the disk, what is different in the record, type and an option of the disk, and what follows
     (LOCKS, {}, "ext4", "taken"),
     (LOCKS, {"boot": "other"}, "ext4", "taken"),
-    (LOCKS, {"boot": "other", "host": "there"}, "nfs4", "taken"),
-    (LOCKS, {"boot": "other", "host": "there"}, "fuse.sshfs", "unknown"),
+    (LOCKS, ELSEWHERE, "nfs4", "taken"),
+    (LOCKS, ELSEWHERE, "nfs local_lock=all", "unknown"),
+    (LOCKS, ELSEWHERE, "lustre flock", "taken"),
+    (LOCKS, ELSEWHERE, "lustre localflock", "unknown"),
+    (LOCKS, ELSEWHERE, "cifs nobrl", "unknown"),
+    (LOCKS, ELSEWHERE, "fuse.sshfs", "unknown"),
     (LOCKS, {"namespace": "other"}, "fuse.sshfs", "taken"),
     (NO_LOCKS, {}, "fuse.sshfs", "alive"),
     (NO_LOCKS, {"started": "1"}, "fuse.sshfs", "taken"),
     (NO_LOCKS, {"pid": 2**22, "started": "1"}, "fuse.sshfs", "taken"),
     (NO_LOCKS, {"namespace": "other"}, "ext4", "unknown"),
-    (NO_LOCKS, {"boot": "other", "host": "there"}, "nfs4", "unknown"),
+    (NO_LOCKS, ELSEWHERE, "nfs4", "unknown"),
 ]
 
 
@@ -247,7 +265,8 @@ CASES = [  # locks of the disk, what is different in the record, the type of the
 def test_a_lock_that_cannot_tell_asks_the_record_of_its_holder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, changed: dict[str, Any], disk: str, outcome: str
 ) -> None:
-    mount = type("Mount", (), {"mountpoint": "/", "fstype": disk, "opts": "rw,local_lock=none"})
+    kind_of_disk, _, option = disk.partition(" ")
+    mount = type("Mount", (), {"mountpoint": "/", "fstype": kind_of_disk, "opts": f"rw,{option or 'local_lock=none'}"})
     monkeypatch.setattr("psutil.disk_partitions", lambda **_: [mount])
     if kind == NO_LOCKS:
 

@@ -142,15 +142,15 @@ def test_the_network_refuses_other_images(features: InceptionFeatures, images: n
 def test_a_state_that_does_not_fit_is_named(state: dict[str, Tensor]) -> None:
     without = {name: value for name, value in state.items() if name != "fc.bias"}
     cases = {
-        "1 of its 472 tensors are missing fc.bias": without,
+        r"x\.pt does not hold the Inception network of FID: missing fc\.bias$": without,
         "unexpected AuxLogits": {**state, "AuxLogits.conv0": torch.zeros(3)},
-        "of another shape: fc.weight": {**state, "fc.weight": torch.zeros(1000, 2048)},
-        "not plain floating-point numbers: fc.bias": {**state, "fc.bias": torch.zeros(NUM_CLASSES, dtype=torch.int64)},
-        "not finite: fc.bias": {**state, "fc.bias": torch.full((NUM_CLASSES,), torch.nan)},
+        r"fc\.weight is \(1000, 2048\), wanted \(1008, 2048\)": {**state, "fc.weight": torch.zeros(1000, 2048)},
+        r"fc\.bias is int64, wanted floats": {**state, "fc.bias": torch.zeros(NUM_CLASSES, dtype=torch.int64)},
+        r"fc\.bias is not finite": {**state, "fc.bias": torch.full((NUM_CLASSES,), torch.nan)},
     }
     for message, tensors in cases.items():
-        with pytest.raises(ValueError, match=message):
-            inception_from_state(tensors)
+        with pytest.raises(UserError, match=message):
+            inception_from_state(tensors, "x.pt")
 
 
 def test_full_float32_is_put_back() -> None:

@@ -228,3 +228,17 @@ def test_values_beyond_float32_are_refused_without_a_warning(tmp_path: Path) -> 
     np.savez(tmp_path / "x.npz", arr_0=np.full((1, 2, 2, 1), 1e300))
     with pytest.raises(UserError, match="arr_0 has 4 values that are not finite"):
         read_images_npz(tmp_path / "x.npz")
+
+
+def test_small_arrays_are_read_without_asking_for_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of latents are a million small files, and asking takes longer than reading one."""
+
+    def asked() -> int:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("tinyfusion.core.reading.available_memory_bytes", asked)
+    np.save(tmp_path / "0.npy", np.ones((2, 4, 64, 64), np.float32))
+    assert read_npy(tmp_path / "0.npy").sum() == 2 * 4 * 64 * 64
+    np.save(tmp_path / "0.npy", np.ones(2**18 + 1, np.float32))
+    with pytest.raises(AssertionError, match="asked"):
+        read_npy(tmp_path / "0.npy")

@@ -74,3 +74,20 @@ def test_memory_is_compared_with_what_is_available(monkeypatch: pytest.MonkeyPat
     check_memory(9 * 2**30, "arr_0 of x.npz")
     with pytest.raises(UserError, match=r"arr_0 of x\.npz would take 9\.1 GiB of memory, and 10\.0 GiB are available"):
         check_memory(int(9.1 * 2**30), "arr_0 of x.npz")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "limit", "usage"), [("", "max", "current"), ("total_", "limit_in_bytes", "usage_in_bytes")]
+)
+def test_files_that_a_container_has_cached_count_as_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str, limit: str, usage: str
+) -> None:
+    """Reading large files fills the limit of a container with pages that are given up on demand: 1000 - 990 + 700 + 200."""
+    names = (f"memory.{limit}", f"memory.{usage}", prefix)
+    monkeypatch.setattr(reading, "_CGROUPS", {str(tmp_path): names})
+    (tmp_path / names[0]).write_text("1000\n")
+    (tmp_path / names[1]).write_text("990\n")
+    (tmp_path / "memory.stat").write_text(f"anon 90\n{prefix}active_file 200\n{prefix}inactive_file 700\n")
+    assert reading.available_memory_bytes() == 910
+    (tmp_path / names[0]).write_text("max\n")
+    assert reading.available_memory_bytes() > 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -13,8 +14,12 @@ from typing import Any
 
 import pytest
 
+from tinyfusion.core.config import to_plain
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.locks import LOCK, acquire
+from tinyfusion.core.process_sections import ShiftFields
+from tinyfusion.core.recipe import Recipe
+from tinyfusion.core.records import check_same, stamp
 from tinyfusion.core.rundir import RunDirectory, read_metrics, write_text, written_beside
 from tinyfusion.core.signals import Interrupted, SignalWatch
 
@@ -109,6 +114,16 @@ def finished(path: Path) -> RunDirectory:
         (path / "plan.json").write_text("old")
         run.mark("done")
     return run
+
+
+def test_overwriting_removes_the_previews_of_the_run_and_not_pictures_of_others(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    run.watched.mkdir()
+    for name in ("step-0000009.png", "step-9.png", "step-x.png"):
+        (run.watched / name).write_text("picture")
+    with run.writing("prune", RECIPE, overwrite=True):
+        run.mark("done")
+    assert names(run.path) == ["run.json", "watch", "watch/step-9.png", "watch/step-x.png"]
 
 
 @pytest.mark.parametrize(
@@ -332,7 +347,18 @@ def test_a_record_with_gaps_is_an_error_for_people(tmp_path: Path, more: dict[st
     assert RunDirectory(tmp_path).check("prune", RECIPE, True) == "new"
 
 
-@pytest.mark.parametrize("cut", ['{"step": 2, "kept": {"blocks": [1]}', '{"step": 2, "lo', "7", "\x00\x00"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        '{"step": 2, "kept": {"blocks": [1]}',
+        '{"step": 2, "lo',
+        "7",
+        "\x00\x00",
+        "[" * 100_000,
+        "9" * 5_000,
+        '{"step": "2"',
+    ],
+)
 def test_a_line_cut_short_is_left_out(tmp_path: Path, cut: str) -> None:
     run = RunDirectory(tmp_path)
     for step in range(2):
@@ -416,3 +442,15 @@ def test_a_run_that_another_process_writes_is_left_alone(tmp_path: Path) -> None
         assert (run / "model" / "model.json").is_file()
     with RunDirectory(run).writing("train", {"steps": 1}) as mode:
         assert mode == "continue"
+
+
+def test_records_from_before_shifts_are_of_the_same_recipe_without_one(tmp_path: Path) -> None:
+    """As tinyfusion 0.4.0 wrote them beside samples."""
+    now = to_plain(Recipe().sample)
+    shifts = {field.name for field in dataclasses.fields(ShiftFields)}
+    older = {**now, "flow": {name: value for name, value in now["flow"].items() if name not in shifts}}
+    record = stamp("sample", {"sample": older}, "done")
+    check_same(record, "sample", {"sample": now}, tmp_path / "x.npz")
+    shifted = {**now, "flow": {**now["flow"], "shift": 3.0}}
+    with pytest.raises(UserError, match=r"sample\.flow\.shift: 1\.0 there, 3\.0 now"):
+        check_same(record, "sample", {"sample": shifted}, tmp_path / "x.npz")

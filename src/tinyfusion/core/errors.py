@@ -1,4 +1,4 @@
-"""The one exception that means "this is yours to mend": bad input or environment, exit code 2 on the command line."""
+"""UserError: invalid input or environment that the user can fix; exit code 2 on the command line."""
 
 
 class UserError(ValueError):

@@ -1,7 +1,7 @@
-"""How files come into being whole, and what has to be so before one is begun.
+"""Atomic writes of files and folders, and the checks before them.
 
-Everything is written to an unfinished folder beside its place and renamed, so a reader never meets half a file. What is
-removed is what this process wrote, or what a process that has ended left in an unfinished folder.
+Every output is written to an unfinished folder next to its path and renamed, so that readers never see half a file. Only
+files that this process wrote, and unfinished folders of processes that have ended, are removed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _written: dict[str, Identity] = {}  # files that this process wrote, by absolute
 
 @contextmanager
 def written_beside(path: Path, ours: str = "") -> Iterator[Path]:
-    """A path beside `path` to write to; it replaces `path` when the block ends well and vanishes when it does not.
+    """A temporary path to write to; it replaces `path` when the block succeeds, and is removed when it fails.
 
-    Folders above are made where missing, and taken back when the block does not end well. What a killed process left
-    of the same output is removed. Of a folder that is replaced, files stay that neither the new one has nor `ours` (a
-    regular expression of relative paths) names. Files get the mode that the umask gives to new ones.
+    Missing parent folders are created, and removed again on failure. Leftovers of a killed process that wrote the same
+    output are removed. When a folder is replaced, its files that the new one lacks and `ours` (a regular expression of
+    relative paths) does not match are kept. Files get the permissions that the umask gives to new ones.
     """
     check_plain(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() or path.name in ("", "..") else path
@@ -49,8 +49,8 @@ def written_beside(path: Path, ours: str = "") -> Iterator[Path]:
         yield new
         _follow_umask(new, lock)
         _sync(new)
+        remember(new, target)  # before files of others come in
         _put(new, target, ours)
-        remember(path)
         _sync_folder(target.parent)
         _end(folder, lock)
     except BaseException as error:
@@ -68,7 +68,7 @@ def unfinished(path: Path, pid: int | None = None) -> Path:
 
 
 def _begin(folder: Path, path: Path) -> Lock:
-    """Make the unfinished folder of `path`, locked; those of processes that have ended go."""
+    """Create and lock the unfinished folder of `path`, and remove those of processes that have ended."""
     clear_unfinished(path.parent, path.name)
     while True:
         try:
@@ -77,7 +77,7 @@ def _begin(folder: Path, path: Path) -> Lock:
             raise UserError(f"cannot write {path}: {folder} is in its way; move that away") from None
         try:
             return acquire(folder / LOCK, f"writes {path}")
-        except FileNotFoundError:  # taken away before it was locked, as an empty one
+        except FileNotFoundError:  # removed before it was locked, as it was empty
             continue
         except BaseException:
             remove_empty([folder])
@@ -95,9 +95,9 @@ def _end(folder: Path, lock: Lock) -> None:
 
 
 def clear_unfinished(folder: Path, name: str | None = None) -> None:
-    """Remove what processes that have ended left unfinished: of the output `name` in `folder`, else of all below it.
+    """Remove unfinished outputs of processes that have ended: of the output `name` in `folder`, else of all below it.
 
-    A folder that was being replaced comes back where nothing is in its place.
+    A folder that was being replaced is restored where nothing has taken its place.
     """
     levels = os.walk(folder) if name is None else itertools.islice(os.walk(folder), 1)
     for entry in [Path(above, inner) for above, folders, _ in levels for inner in folders]:
@@ -136,10 +136,10 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path, ours: str) -> None:
-    """Remove a folder that others read: out of sight first, so that nobody meets half of it.
+    """Remove a folder that other processes read: it is renamed first, so that no reader sees half of it.
 
-    ours: a regular expression of relative paths. Where the folder holds other files, those stay in it, alone. A file, or a
-    link, in its place stays too.
+    ours: a regular expression of relative paths. Where the folder holds other files, only these are removed. A file or link
+    at `path` is left alone.
     """
     if path.is_symlink() or not path.is_dir():
         return
@@ -157,7 +157,7 @@ def discard(path: Path, ours: str) -> None:
 
 
 def _put(new: Path, path: Path, ours: str) -> None:
-    """Rename; a former folder is out of the way for that moment, and back if it goes wrong."""
+    """Rename `new` to `path`; a folder that is there is set aside first, and restored on failure."""
     check_plain(path)
     if new.is_dir() != path.is_dir() and os.path.lexists(path):
         kind, other = ("folder", "file") if path.is_dir() else ("file", "folder")
@@ -190,7 +190,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def _follow_umask(new: Path, lock: Lock) -> None:
-    """Give files the permissions that the umask leaves to new ones, as the lock file has them: some writers give fewer."""
+    """Give files the permissions that the umask leaves to new ones, read from the lock file: some writers give fewer."""
     usual = os.fstat(lock.descriptor).st_mode & 0o666
     for file in [new, *new.rglob("*")] if new.is_dir() else [new]:
         mode = stat.S_IMODE(file.lstat().st_mode)
@@ -199,7 +199,7 @@ def _follow_umask(new: Path, lock: Lock) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or all in a folder, on the disk before anything is renamed."""
+    """Flush a file, or all files in a folder, to the disk."""
     for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
@@ -216,7 +216,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _system_error(error: BaseException, folder: Path, path: Path) -> BaseException:
-    """The error to raise for one in writing `path`: of the file system as an OSError that names `path`."""
+    """The error to raise: errors of the file system while writing `path` become OSErrors that name it."""
     if type(error).__module__.startswith("safetensors") and (code := re.search(r"\(os error (\d+)\)", str(error))):
         return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
     if isinstance(error, OSError) and (error.filename is None or str(error.filename).startswith(str(folder))):
@@ -225,7 +225,7 @@ def _system_error(error: BaseException, folder: Path, path: Path) -> BaseExcepti
 
 
 def disk_reason(error: OSError) -> str:
-    """What an error of the file system says, in words for people."""
+    """The reason of an error of the file system, for messages."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space left on the disk"
     return error.strerror or str(error)
@@ -247,11 +247,11 @@ def _identity(path: str | Path) -> Identity | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def remember(path: Path) -> None:
-    """Note that this process has just written the file, or all files in the folder, `path`."""
+def remember(path: Path, place: Path | None = None) -> None:
+    """Note that this process has just written the file, or all files in the folder, `path`, soon to be at `place`."""
     for file in [path / relative for relative in files_in(path)] if path.is_dir() else [path]:
         if (identity := _identity(file)) is not None:
-            _written[os.path.abspath(file)] = identity
+            _written[os.path.abspath((place or path) / file.relative_to(path))] = identity
 
 
 def is_as_written(path: Path) -> bool:
@@ -267,7 +267,7 @@ def remove_written(folder: Path) -> None:
 
 
 def forget(folder: Path) -> dict[str, Identity]:
-    """The files in `folder` that this process wrote, which are not remembered any more."""
+    """Forget which files in `folder` this process wrote; returns them."""
     top = os.path.join(os.path.abspath(folder), "")
     return {file: _written.pop(file) for file in list(_written) if file.startswith(top)}
 
@@ -298,13 +298,13 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole. Bytes of names that are not UTF-8 are escaped in it."""
+    """Write a text file atomically. Bytes of names that are not UTF-8 are escaped in it."""
     with written_beside(path) as beside:
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole. NaN and infinity are refused."""
+    """Write a JSON file atomically. NaN and infinity are refused."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 

@@ -23,7 +23,14 @@ _LOCAL = {
     "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs", "overlay", "apfs", "hfs", "vfat",
     "exfat", "ntfs", "ntfs3",
 }  # fmt: skip
-_SHARING_LOCKS = {"nfs", "nfs4", "ceph", "gpfs", "cifs", "smb3"}
+_SHARING_LOCKS = {"nfs", "nfs4", "ceph", "gpfs", "cifs", "smb3", "lustre"}
+_LOCKS_ALONE = {
+    "nolock",
+    "localflock",
+    "nobrl",
+    "local_lock=all",
+    "local_lock=flock",
+}  # options by which each machine does
 
 
 class Locked(UserError):
@@ -38,7 +45,7 @@ class Lock:
     descriptor: int
 
     def release(self) -> None:
-        """Give the lock back; its file goes, where it is still this one."""
+        """Release the lock, and remove its file unless another one has taken its place."""
         if is_at(self.descriptor, self.path):
             with contextlib.suppress(OSError):
                 self.path.unlink()
@@ -46,9 +53,9 @@ class Lock:
 
 
 def acquire(path: Path, activity: str, sign: bool = True) -> Lock:
-    """Lock the file `path`, made where it is missing. activity: what its holder does, such as "writes run".
+    """Lock the file `path`, created where it is missing.
 
-    sign: the record of this process is written into it.
+    activity: what its holder does, such as "writes run". sign: whether to write the record of this process into it.
 
     Raises Locked where another process holds it, or may hold it and the disk cannot tell; OSError where the file cannot be made.
     """
@@ -78,12 +85,15 @@ def acquire(path: Path, activity: str, sign: bool = True) -> Lock:
         return lock
 
 
-def try_lock(opened: int | IO[bytes]) -> bool | None:
-    """Lock a file that is open for writing, until it is closed: False where another process holds it, None without locks."""
+def try_lock(opened: int | IO[bytes], wait: bool = False) -> bool | None:
+    """Lock a file that is open for writing, until it is closed: False where another process holds it, None without locks.
+
+    wait: until the other process gives it back.
+    """
     try:
         import fcntl
 
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except ImportError:
@@ -108,7 +118,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 @functools.cache
 def _machine() -> dict[str, str]:
-    """What tells this machine, since it was started, and the process numbers of this container from others."""
+    """Identity of this machine, of its current boot, and of the pid namespace of this process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         namespace = os.readlink("/proc/self/ns/pid")
@@ -147,7 +157,7 @@ def _state(holder: dict[str, Any], path: Path, locks: bool) -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine was started: numbers of processes come again, with another start. None where there is none."""
+    """Start time of a process of this machine, as process ids are reused. None where there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -161,7 +171,7 @@ def _started(pid: int) -> str | None:
 
 
 def _all_see_locks(path: Path) -> bool:
-    """Whether every machine that may write to the disk of `path` sees its locks."""
+    """Whether locks on the file system of `path` hold for every machine that mounts it."""
     import psutil
 
     place = os.path.realpath(path)
@@ -173,11 +183,8 @@ def _all_see_locks(path: Path) -> bool:
     if not mounts:
         return False
     disk = max(reversed(mounts), key=lambda mount: len(mount.mountpoint))
-    options = disk.opts.split(",")
-    shared = disk.fstype in _SHARING_LOCKS and "nolock" not in options
-    return disk.fstype in _LOCAL or (
-        shared and not any(o.startswith("local_lock=") and o != "local_lock=none" for o in options)
-    )
+    shared = disk.fstype in _SHARING_LOCKS and not _LOCKS_ALONE & set(disk.opts.split(","))
+    return disk.fstype in _LOCAL or shared
 
 
 def _refusal(path: Path, activity: str, holder: dict[str, Any], state: str) -> str:

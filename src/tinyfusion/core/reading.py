@@ -1,4 +1,4 @@
-"""Guarded reading of files that people bring: their kind, their text, and the memory that their content would take.
+"""Guards for reading files of users: kind of file, size of texts, and memory that the content would take.
 
 Every reader of a file goes through these guards before it trusts a number or a structure in it.
 """
@@ -16,10 +16,11 @@ from tinyfusion.core.errors import UserError
 
 TEXT_LIMIT_BYTES = 2**28  # of a JSON or TOML file; ours are far below
 _MEMORY_SHARE = 0.9  # of the memory at hand that one value may take
-_CGROUP_LIMITS = (  # (limit, usage) of the container that this process runs in
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+UNCHECKED_BYTES = 2**20  # that are taken without asking for the available memory, which takes longer than to read them
+_CGROUPS = {  # folder of the container that this process runs in -> names of its limit and usage, prefix in memory.stat
+    "/sys/fs/cgroup": ("memory.max", "memory.current", ""),
+    "/sys/fs/cgroup/memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
 
 
 def check_plain(path: Path) -> None:
@@ -29,7 +30,7 @@ def check_plain(path: Path) -> None:
     """
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # missing or unreadable: whoever opens it says so
+    except (OSError, ValueError):  # missing or unreadable: the reader reports it
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -113,17 +114,22 @@ def available_memory_bytes() -> int:
     import psutil  # late: --help does not need it
 
     available = int(psutil.virtual_memory().available)
-    for limit_file, usage_file in _CGROUP_LIMITS:
+    for folder, (limit_name, usage_name, prefix) in _CGROUPS.items():
         try:
-            limit, usage = int(Path(limit_file).read_text()), int(Path(usage_file).read_text())
-        except (OSError, ValueError):  # no such container, or "max": no limit
+            limit, usage = (int(Path(folder, name).read_text()) for name in (limit_name, usage_name))
+            counts = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            # usage includes cached files, which the system gives up when memory is short
+            cached = sum(int(counts[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+        except (OSError, ValueError, KeyError):  # no such container, or "max": no limit
             continue
-        available = min(available, max(limit - usage, 0))
+        available = min(available, max(limit - usage + cached, 0))
     return available
 
 
 def check_memory(num_bytes: int, what: str) -> None:
     """Raise UserError where `what` (a noun phrase that names the file) needs more memory than is available."""
+    if num_bytes <= UNCHECKED_BYTES:
+        return
     available = available_memory_bytes()
     if num_bytes > _MEMORY_SHARE * available:
         raise UserError(

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tinyfusion import __version__
 from tinyfusion.core.config import first_difference
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import check_writable, clear_unfinished
+from tinyfusion.core.process_sections import ShiftFields
 
 FORMAT_VERSION = 1
 _MARKER = "tinyfusion"
@@ -64,8 +66,8 @@ _IDLE = {
 }  # fmt: skip
 
 
-# fields that older records lack, with the value that they had
-_LATER = {"data": {"orientation": "ignore"}, "encode": {"orientation": "ignore"}}
+# fields that older records lack, with the value that they had, by section
+_LATER = {"data": {"orientation": "ignore"}, "encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields())}
 
 
 def _effective(recipe: Any, section: str = "") -> Any:
@@ -122,7 +124,7 @@ def file_output(
 
 
 def say_finished(path: Path, dry_run: bool = False) -> None:
-    """Say on stderr that an output is there, and remove what a process left that was killed once it was."""
+    """Report on stderr that an output is complete, and remove leftovers of a process that was killed after completing it."""
     for name in () if dry_run else (path.name, f"{path.stem}.json"):
         clear_unfinished(path.parent, name)
     print(f"{path} is finished; --overwrite starts anew", file=sys.stderr)

@@ -40,7 +40,7 @@ __all__ = [
     "read_metrics", "run_files", "say_finished", "stamp", "write_json", "write_text", "written_beside",
 ]  # fmt: skip
 
-_CONTINUES = "mend that, and the same command continues from the last checkpoint"
+_CONTINUES = "fix that, and the same command continues from the last checkpoint"
 _OLD, _BACK = ".tinyfusion.old", ".tinyfusion.back"  # in a run folder: a run that is to be replaced, or that comes back
 CHECKPOINT_FILES = r"state-\d{5}-of-\d{5}\.safetensors|state\.json|SHA256SUMS|losses\.safetensors"
 _FOLDERS = ("checkpoints", "watch", "samples", "evaluations", "prune", "recover", "dynamic")
@@ -51,7 +51,7 @@ _BY_OTHERS = (
     r"watch/(?:tensorboard|trackio|wandb)/.+|\.shard-\d+-of-\d+\.safetensors\.part"  # trackers, other processes
 )
 _OF_A_STAGE = (
-    r"run\.json|metrics\.jsonl|log\.txt|(?:plan|calibration|dynamic|kept)\.json|watch/(?:step-\d+\.png|trackers\.json)|"
+    r"run\.json|metrics\.jsonl|log\.txt|(?:plan|calibration|dynamic|kept)\.json|watch/(?:step-\d{7,}\.png|trackers\.json)|"
     rf"checkpoints/step-\d{{7,}}/(?:{CHECKPOINT_FILES})|(?:student|model)(?:-raw)?/model\.(?:json|safetensors)|{_BY_OTHERS}"
 )
 _OF_ENCODE = rf"run\.json|log\.txt|manifest\.json|shard-\d+-of-\d+\.safetensors|{_BY_OTHERS}"
@@ -105,7 +105,7 @@ class RunDirectory:
     def check(self, verb: str, recipe: Mapping[str, Any], overwrite: bool) -> str:
         """ "new", "continue" or "finished". Raises UserError on a folder that may not be used. Touches nothing.
 
-        A finished run that a killed `--overwrite` set aside is one to continue: `begin` brings it back.
+        A finished run that a killed `--overwrite` set aside counts as one to continue: `begin` restores it.
         """
         check_writable(self.path)
         check_utf8(self.path)
@@ -145,11 +145,11 @@ class RunDirectory:
 
     @contextmanager
     def writing(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> Iterator[str]:
-        """`begin`, and the work within, alone in the folder.
+        """`begin`, and the block within, while the folder is locked.
 
-        A new run that ends before anything worth continuing was saved leaves no trace, and what it was to replace
-        comes back; but where numbers went bad and nothing was replaced, it stays to be looked at. One that is
-        interrupted later says so in its record. Files that others put into the folder stay.
+        A new run that ends before it saved anything to continue from is removed, and the run that it was to replace is
+        restored; but a run whose numbers went bad, and that replaces nothing, is kept for inspection. One that is interrupted
+        later says so in its record. Files that others put into the folder are kept.
         """
         if not self.writes:
             yield "continue"
@@ -166,7 +166,7 @@ class RunDirectory:
             self._folder = None
 
     def _within(self, mode: str) -> Iterator[str]:
-        """The work of `writing`, and what remains of it."""
+        """Run the block of `writing`, and clean up or record how it ended."""
         try:
             yield mode
         except BaseException as error:
@@ -195,7 +195,7 @@ class RunDirectory:
             lock.release()
 
     def tidy(self) -> None:
-        """Remove what a process left in a finished run that was killed between its last mark and its end."""
+        """Remove leftovers in a finished run of a process that was killed between its last mark and its end."""
         if self.writes and any(part.startswith(".") for name in files_in(self.path) for part in name.split("/")):
             with contextlib.suppress(Locked, OSError), self._alone():
                 clear_unfinished(self.path)
@@ -207,7 +207,7 @@ class RunDirectory:
         return self.path / _OLD
 
     def _settled(self) -> Path:
-        """Where the run is that `_settle` would leave in the folder."""
+        """The folder of the run that `_settle` would leave."""
         back = self.path / _BACK
         if (back / "run.json").is_file():
             return back
@@ -227,7 +227,7 @@ class RunDirectory:
         os.replace(self.path / _BACK, self._old)
 
     def _settle(self) -> None:
-        """Finish what a killed `--overwrite` left: the old run comes back unless the new one is worth keeping."""
+        """Resolve a killed `--overwrite`: the old run is restored unless the new one is worth keeping."""
         if self._old.is_dir() and _worth_keeping(self.path):
             self._drop_old()
         elif self._old.is_dir():
@@ -239,7 +239,7 @@ class RunDirectory:
             _merge(self.path / _BACK, self.path)
 
     def _drop_old(self) -> None:
-        """Remove the files of the run that was set aside, its record last; what is not of it comes back."""
+        """Remove the files of the run that was set aside, its record last; files of others are moved back."""
         if not self._old.is_dir():
             return
         names = run_files(_record_in(self._old).get("verb"))
@@ -249,7 +249,7 @@ class RunDirectory:
         _merge(self._old, self.path)
 
     def _undo(self) -> None:
-        """Take a new run back; the old one comes back where there was one."""
+        """Remove a new run, and restore the old one where there was one."""
         clear_unfinished(self.path)
         remove_written(self.path)
         for name in [name for name in files_in(self.path) if re.fullmatch(_BY_OTHERS, name)]:
@@ -257,7 +257,7 @@ class RunDirectory:
         self._bring_back()
 
     def _bring_back(self) -> None:
-        """An old run that was set aside comes back. What a new one had written is gone, but for folders that are empty now."""
+        """Restore an old run that was set aside. Files of the new one are gone; folders that are empty now go too."""
         folders = [folder for folder in self.path.rglob("*") if folder.is_dir() and folder.name in _FOLDERS]
         remove_empty(sorted(folders, reverse=True))
         if self._old.is_dir():
@@ -326,12 +326,13 @@ class RunDirectory:
         """Drop the lines of steps that a resumed run is going to write again."""
         if not self.writes or not self.metrics.exists():
             return
-        kept = [line for line in read_metrics(self.path) if line.get("step", -1) < step]
+        numbered = [(line.get("step", -1), line) for line in read_metrics(self.path)]
+        kept = [line for number, line in numbered if isinstance(number, int) and number < step]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether nothing is there but what a process left that was killed before its run began."""
+    """Whether the folder is missing, empty, or holds only leftovers of a process that was killed before its run began."""
     if not path.exists():
         return True
     return path.is_dir() and all(entry.name == LOCK or is_unfinished(entry) for entry in path.iterdir())
@@ -378,5 +379,5 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None

@@ -14,9 +14,9 @@ _DEFAULT = "what was finished is kept, the same command continues"
 
 
 class Interrupted(BaseException):
-    """Ended by a signal. No `Exception`, like KeyboardInterrupt: it comes from anywhere, and nobody may take it for a fault.
+    """Ended by a signal. Derives from BaseException so that `except Exception` does not swallow it.
 
-    kept: what became of the work, for people.
+    kept: what became of the work, for the message.
     """
 
     def __init__(self, signum: int, kept: str = _DEFAULT) -> None:

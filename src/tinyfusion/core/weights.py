@@ -1,8 +1,8 @@
-"""Known weights by name: one table of addresses and sums, which a file of the user's extends, and fetching them once.
+"""Known weights by name: a table of addresses and checksums, which the user can extend by a file, and their download.
 
-A fetched file lies in the cache of the hub's libraries (`HF_HOME`, else `~/.cache/huggingface`), under `tinyfusion/`, with
-its SHA-256 beside it. The sum is checked against the table, or recorded where the table has none, and checked whenever the
-file is used. A broken download goes on where it stopped, if the server can.
+A file is downloaded once, to `tinyfusion/` in the cache of the hub's libraries (`HF_HOME`, else `~/.cache/huggingface`), with
+a file of its SHA-256. The checksum is compared with the table, or recorded where the table has none, and verified at every
+use. An interrupted download continues where it stopped, if the server supports it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tinyfusion.core.config import build, nearest
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 from tinyfusion.core.files import check_space, check_writable, sha256_of, write_text
+from tinyfusion.core.locks import is_at, try_lock
 from tinyfusion.core.progress import Advance, progress
 from tinyfusion.core.reading import parse_toml, read_text
 
@@ -117,7 +118,7 @@ def _is_address(text: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where fetched files lie."""
+    """The folder of downloaded files."""
     from huggingface_hub import constants  # late: costs time, and knows the folder that the user chose for big files
 
     return Path(constants.HF_HOME) / "tinyfusion"
@@ -169,7 +170,7 @@ def _contradiction(found: str, expected: Mapping[str, str]) -> str:
 
 
 def _fetch(entry: KnownWeights, path: Path, expected: Mapping[str, str]) -> None:
-    """Download into a file beside `path`, whatever was there of it already included; the rename comes after the sum."""
+    """Download to a partial file, or continue one, verify its checksum, and rename it to `path`."""
     partial = path.with_name(f".{path.name}.partial")
     with _held(partial, path) as file:
         if path.is_file():  # another process has just fetched it
@@ -195,37 +196,23 @@ def _held(partial: Path, path: Path) -> Iterator[IO[bytes]]:
     """The partial file, open at its end, for this process alone: waits while another one fetches, until `path` is there."""
     while True:
         with open(partial, "ab") as file:
-            try:
-                _lock(file, f"waiting for another process that fetches {path.name}")
-            except OSError:  # no locks on this system or disk
-                yield file
-                return
-            if path.is_file() or (partial.is_file() and os.path.samestat(os.fstat(file.fileno()), partial.stat())):
+            granted = try_lock(file)
+            if granted is False:
+                print(f"waiting for another process that fetches {path.name}", file=sys.stderr)
+                granted = try_lock(file, wait=True)
+            if granted is None or path.is_file() or is_at(file.fileno(), partial):
                 yield file
                 return
         # the other process gave up and removed what it had: a new file, then
 
 
-def _lock(file: IO[bytes], notice: str) -> None:
-    """Wait for the lock of a file, with a notice on stderr where that takes time. A lock ends with whoever holds it."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(notice, file=sys.stderr)
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
 def _tag_of(partial: Path) -> Path:
-    """Where the version that a partial file belongs to is kept."""
+    """The file that holds the version of a partial file."""
     return partial.with_name(f"{partial.name}.tag")
 
 
 def _transfer(entry: KnownWeights, file: IO[bytes], partial: Path) -> None:
-    """Fill `file` to the end; connections that break are taken up again as long as they bring something."""
+    """Fill `file` to the end; a broken connection is retried as long as it brings new bytes."""
     barren = most = 0
     while True:
         before = file.seek(0, os.SEEK_END)

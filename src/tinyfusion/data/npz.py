@@ -66,10 +66,7 @@ class Npz:
     def batches(self, name: str, size: int) -> Iterator[np.ndarray]:
         """`size` rows of an array in C order at a time."""
         with self._archive.open(self._members[name]) as file:
-            header = _read_header(file, self._members[name].file_size, name)
-            for first in range(0, header.shape[0], size):
-                shape = (min(size, header.shape[0] - first), *header.shape[1:])
-                yield _read_values(file, ArrayHeader(shape, header.dtype, False), name)
+            yield from _read_batches(file, self._members[name].file_size, name, size)
 
 
 @contextmanager
@@ -95,13 +92,32 @@ def is_npz(path: Path) -> bool:
 
 def read_npy(path: Path) -> np.ndarray:
     """The array of an npy file. Raises UserError where it is missing or damaged, or the memory does not suffice."""
+    with _opened_npy(path) as (file, size):
+        return _read_array(file, size, "the array", path)
+
+
+def npy_header(path: Path) -> ArrayHeader:
+    """The header of an npy file. Raises UserError where it is missing or damaged, or claims more than the file holds."""
+    with _opened_npy(path) as (file, size):
+        return _read_header(file, size, "the array")
+
+
+def npy_batches(path: Path, size: int) -> Iterator[np.ndarray]:
+    """`size` rows of the array of an npy file in C order at a time. Raises UserError where it is missing or damaged."""
+    with _opened_npy(path) as (file, num_bytes):
+        yield from _read_batches(file, num_bytes, "the array", size)
+
+
+@contextmanager
+def _opened_npy(path: Path) -> Iterator[tuple[IO[bytes], int]]:
+    """An npy file, open, and its bytes. Raises UserError where it is missing, and within the block where it is damaged."""
     check_plain(path)
     try:
         file = open(path, "rb")  # noqa: SIM115
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     with file, _explained(f"{path} cannot be read as a plain array"):
-        return _read_array(file, os.fstat(file.fileno()).st_size, "the array", path)
+        yield file, os.fstat(file.fileno()).st_size
 
 
 @contextmanager
@@ -139,6 +155,13 @@ def _read_array(file: IO[bytes], size: int, where: str, path: Path) -> np.ndarra
     if not header.fortran:
         return _read_values(file, header, where)
     return _read_values(file, ArrayHeader(header.shape[::-1], header.dtype, False), where).T
+
+
+def _read_batches(file: IO[bytes], num_bytes: int, where: str, size: int) -> Iterator[np.ndarray]:
+    header = _read_header(file, num_bytes, where)
+    for first in range(0, header.shape[0], size):
+        shape = (min(size, header.shape[0] - first), *header.shape[1:])
+        yield _read_values(file, ArrayHeader(shape, header.dtype, False), where)
 
 
 def _read_values(file: IO[bytes], header: ArrayHeader, where: str) -> np.ndarray:

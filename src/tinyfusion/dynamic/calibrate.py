@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.signals import check_stop
 from tinyfusion.dynamic.macs import model_ratio
 from tinyfusion.models.attach import Deciding, DynamicModel
 
@@ -35,6 +36,7 @@ def inference_ratio(dynamic: DynamicModel, passes: Sequence[Pass]) -> float:
     """
     total, num = 0.0, 0
     for images, run in passes:
+        check_stop()
         way = Deciding()
         with dynamic.using(way):
             run()

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.models.tensors import in_float32
 
 SPATIAL_CHANNELS = 7  # as sFID takes from Inception, arXiv 2103.03841
 DIGITS_FEATURES = "digits-classifier"
@@ -171,35 +172,14 @@ def hash_state(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_network(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """ValueError that names what is missing, unexpected, misshapen or not finite, unless a network's tensors are those of `wanted`.
-
-    Nothing of a feature network may be left at random: its numbers would be others each time.
-    """
-    for problem, names in (
-        ("missing", wanted.keys() - tensors.keys()),
-        ("unexpected", tensors.keys() - wanted.keys()),
-        ("of another shape:", {n for n in wanted.keys() & tensors.keys() if tensors[n].shape != wanted[n].shape}),
-        ("not plain floating-point numbers:", {n for n, v in tensors.items() if not _is_plain(v)}),
-        ("not finite:", {n for n, v in tensors.items() if _is_plain(v) and not bool(torch.isfinite(v).all())}),
-    ):
-        if names:
-            shown = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{len(names)} of its {len(wanted)} tensors are {problem} {shown}")
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
-
-
 def small_classifier(name: str, arch: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ClassifierFeatures:
     """The digits classifier from its sizes and weights. Raises ValueError where they do not fit."""
     try:
         sizes = ClassifierArch(**{**arch, "widths": tuple(arch["widths"])})
         with torch.device("meta"):
             classifier = SmallClassifier(sizes)
-        check_network(tensors, classifier.state_dict())
-        classifier.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
+        held = in_float32(tensors, classifier.state_dict(), "its weights do not fit")
+        classifier.load_state_dict(held, assign=True)
     except (KeyError, TypeError, RuntimeError, OverflowError, ValueError) as error:
         raise ValueError(f"sizes and weights of {name} do not fit: {error}") from error
     return ClassifierFeatures(name, classifier, sizes)

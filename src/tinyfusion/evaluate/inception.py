@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.evaluate.features import SPATIAL_CHANNELS, Features, check_network, hash_state
+from tinyfusion.evaluate.features import SPATIAL_CHANNELS, Features, hash_state
+from tinyfusion.models.tensors import in_float32
 
 INCEPTION = "inception-2015-12-05"
 SIDE = 299  # pixels that the network sees
@@ -313,18 +314,14 @@ def full_float32() -> Iterator[None]:
         products.allow_tf32, convolutions.allow_tf32 = before
 
 
-def inception_from_state(tensors: Mapping[str, Tensor]) -> Inception:
+def inception_from_state(tensors: Mapping[str, Tensor], source: str = "this file") -> Inception:
     """The network from its 472 tensors by name; counters of training batches are left out.
 
-    Raises ValueError that names what is missing, unexpected, misshapen or not finite.
+    Raises UserError that names `source` and what is missing, unexpected, misshapen or not finite.
     """
     with torch.device("meta"):
         network = Inception()
-    counters = ".num_batches_tracked"
-    given = {name: value for name, value in tensors.items() if not name.endswith(counters)}
-    wanted = network.state_dict()
-    check_network(given, wanted)
-    network.load_state_dict(
-        {name: given[name].detach().to(torch.float32, copy=True).contiguous() for name in wanted}, assign=True
-    )
+    given = {name: value for name, value in tensors.items() if not name.endswith(".num_batches_tracked")}
+    held = in_float32(given, network.state_dict(), f"{source} does not hold the Inception network of FID")
+    network.load_state_dict(held, assign=True)
     return network

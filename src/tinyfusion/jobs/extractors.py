@@ -84,11 +84,11 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
             tensors = ours_from_graph_names(read_torchscript(path))
         else:
             tensors = find_state_dict(read_tensor_file(path), [_MARK], "raw", path).tensors
-        return InceptionFeatures(inception_from_state(tensors), device)
+    except UserError:
+        raise
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not the Inception network of FID: {error}") from error
+        raise UserError(f"{path} does not hold the Inception network of FID: {error}") from error
+    return InceptionFeatures(inception_from_state(tensors, str(path)), device)
 
 
 def _dino(folder: Path, device: torch.device) -> FeatureExtractor:

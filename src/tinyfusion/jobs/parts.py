@@ -1,7 +1,7 @@
-"""Images on their way to an npz: one whole file per part, addressed by image index, so that anybody can go on.
+"""Images on their way to an npz: one file per part, addressed by image index, so that an interrupted job continues.
 
-The folder stands beside the npz, holds the record of the job, and goes when the npz is there. Parts are laid out once;
-how many processes draw them, and when, is nothing they depend on.
+Their folder is next to the npz, holds the record of the job, and is removed when the npz is complete. Parts are laid out
+once, and do not depend on how many processes draw them, or when.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tinyfusion.core.locks import LOCK, Lock, Locked, acquire
 from tinyfusion.core.rundir import file_output, read_json, stamp
 from tinyfusion.core.signals import check_stop
 from tinyfusion.data.image_source import ImageSource
+from tinyfusion.data.npz import ArrayHeader, npy_batches, npy_header
 
 RECORD = "sampling.json"
 Range = tuple[int, int]  # images first .. last - 1
@@ -57,18 +58,18 @@ class Parts:
         return [(first, min(first + self.part_images, num)) for first in range(0, num, self.part_images)]
 
     def file(self, part: Range) -> Path:
-        """Where a part lies."""
+        """Path of a part."""
         return self.folder / f"images-{part[0]:07d}.npy"
 
     def is_there(self, part: Range) -> bool:
-        """Whether a part was drawn; one that is damaged was not."""
+        """Whether a part is complete; a damaged one is drawn again."""
         if not self.file(part).is_file():
             return False
         try:
-            found = np.load(self.file(part), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            header = npy_header(self.file(part))
+        except UserError:
             return False
-        return bool(found.shape == (part[1] - part[0], *self.shape[1:]) and found.dtype == self.dtype)
+        return header == ArrayHeader((part[1] - part[0], *self.shape[1:]), self.dtype, fortran=False)
 
     def missing(self) -> list[Range]:
         """Parts that are not drawn."""
@@ -81,7 +82,7 @@ class Parts:
                 f"{self.folder} was removed while its images were being drawn: the same command starts anew"
             )
         with written_beside(self.file(part)) as beside, open(beside, "wb") as file:
-            np.save(file, images)
+            np.save(file, np.ascontiguousarray(images))
 
     def wait_for(self, patience_s: float) -> None:
         """Go on when every part is there. Raises UserError where none has come for `patience_s` seconds."""
@@ -104,14 +105,12 @@ class Parts:
 
         def read(size: int) -> Iterator[np.ndarray]:
             for part in self.ranges():
-                held = np.load(self.file(part), mmap_mode="r", allow_pickle=False)
-                for first in range(0, len(held), size):
-                    yield np.array(held[first : first + size])
+                yield from npy_batches(self.file(part), size)
 
         return ImageSource(self.shape, self.dtype, read)
 
     def remove(self) -> None:
-        """Remove all parts, and the record last; the folder goes with its lock, unless others put something into it."""
+        """Remove all parts, and the record last; `begin_parts` removes the folder unless it holds files of others."""
         clear_unfinished(self.folder)
         for name in files_in(self.folder):
             if re.fullmatch(_OURS, name):
@@ -147,9 +146,9 @@ def _is_free(folder: Path) -> bool:
 
 @contextmanager
 def begin_parts(parts: Parts, plain: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
-    """Make the folder with its record, where there is none or it is to be made anew; it is this process's until the end.
+    """Create the folder with its record, or a new one with `overwrite`, and hold its lock within the block.
 
-    Raises UserError where another process is drawing into it. An empty folder does not stay.
+    Raises UserError where another process is drawing into it. A folder that is empty at the end is removed.
     """
     made = missing_folders(parts.folder)
     record = stamp("sample", plain, "running", part_images=parts.part_images)
@@ -169,7 +168,7 @@ def begin_parts(parts: Parts, plain: Mapping[str, Any], overwrite: bool) -> Iter
 
 
 def clear_parts(parts: Parts, plain: Mapping[str, Any]) -> None:
-    """Remove what a process that was killed left of parts whose npz is there."""
+    """Remove parts whose npz is complete, as a process that was killed leaves them."""
     if (parts.folder / RECORD).is_file():
         with suppress(Locked), begin_parts(parts, plain, overwrite=False):
             parts.remove()

@@ -23,7 +23,7 @@ from tinyfusion.jobs.prune import learning_of
 from tinyfusion.jobs.recover import opened, recovery_of
 from tinyfusion.jobs.train import train_of
 from tinyfusion.jobs.training import Training
-from tinyfusion.training.checkpoints import load_checkpoint
+from tinyfusion.training.checkpoints import checkpoint_folders, load_checkpoint
 from tinyfusion.training.engine import Engine, open_engine
 from tinyfusion.training.loop import ForwardPass, noisy_parts
 
@@ -105,7 +105,7 @@ def _check_unchanged(path: Path, role: str, expected: str | None, found: str | N
 
 def _load_before(run: RunDirectory, training: Training, step: int) -> int:
     """Load the newest sound checkpoint of at most `step` steps; how many those are."""
-    found = {int(path.name.removeprefix("step-")): path for path in run.checkpoints.glob("step-*")}
+    found = {int(path.name.removeprefix("step-")): path for path in checkpoint_folders(run.checkpoints)}
     for number in sorted((n for n in found if n <= step), reverse=True):
         try:
             return load_checkpoint(found[number], training.state)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import re
 import secrets
 import sys
 import time
@@ -138,7 +139,8 @@ class Watch:
         """Make ready what looks need, and start the trackers."""
         settings = self.recipe.watch
         for file in self.run.watched.glob("step-*.png"):
-            if int(file.stem.removeprefix("step-")) > self.start:
+            match = re.fullmatch(r"step-([0-9]{7,})", file.stem)
+            if match and int(match[1]) > self.start:
                 file.unlink()
         if self._looks and settings.fid_every_steps:
             evaluation = self.recipe.evaluate
@@ -260,7 +262,7 @@ class Watch:
                 return tracker
         except Exception as error:
             raise UserError(
-                f"watch.report_to: {name} does not start ({_reason(error)}); leave it out, or mend that"
+                f"watch.report_to: {name} does not start ({_reason(error)}); fix that, or leave it out"
             ) from error
 
     def _opened(self, name: str) -> GeneralTracker:

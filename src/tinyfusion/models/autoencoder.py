@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.models import kl16
-from tinyfusion.models.hub import autoencoder_folder
+from tinyfusion.models.hub import DIFFUSERS_WEIGHTS, autoencoder_folder
 from tinyfusion.models.tensors import check_finite, check_sizes, read_folder_weights
 
-_SCALE_OF_CLASS = 0.18215  # of AutoencoderKL, where its configuration says nothing
-_FACTOR = 1e6  # of latents; far beyond every published one
+SCALE_OF_CLASS = 0.18215  # of AutoencoderKL, where its configuration says nothing
+LARGEST_SCALE = 1e6  # of latents; far beyond every published one
 _LEVELS = 16  # of an autoencoder at most, each of which halves the side
-_WEIGHTS = "diffusion_pytorch_model"
 _SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "in_channels", "out_channels", "norm_num_groups",
           "down_block_types", "up_block_types")  # fmt: skip
 
@@ -78,7 +77,7 @@ def open_autoencoder(name: str) -> Autoencoder:
         return Autoencoder(kl16.open_kl16(file), name, kl16.SCALE, 0.0, kl16.CHANNELS, kl16.FACTOR)
     folder = autoencoder_folder(name)
     config = _config(folder)
-    tensors, _ = read_folder_weights(folder, _WEIGHTS)
+    tensors, _ = read_folder_weights(folder, DIFFUSERS_WEIGHTS)
     check_sizes({size: config[size] for size in _SIZES if size in config}, tensors, str(folder / "config.json"))
     check_finite(tensors, f"the weights in {folder} are damaged")
     del tensors
@@ -93,7 +92,7 @@ def open_autoencoder(name: str) -> Autoencoder:
         raise UserError(f"{folder} cannot be opened as an AutoencoderKL: {reason}") from error
     check_loaded(told, folder)
     module.eval().requires_grad_(False)
-    scale, shift = config.get("scaling_factor", _SCALE_OF_CLASS), config.get("shift_factor") or 0.0
+    scale, shift = config.get("scaling_factor", SCALE_OF_CLASS), config.get("shift_factor") or 0.0
     channels, factor = config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
     return Autoencoder(module, name, float(scale), float(shift), int(channels), factor)
 
@@ -134,10 +133,10 @@ def _config(folder: Path) -> Mapping[str, Any]:
 def autoencoder_config(path: Path) -> dict[str, Any]:
     """The config.json of an autoencoder. Raises UserError where numbers that are read from it are none."""
     config = read_json_object(path)
-    scale, shift = config.get("scaling_factor", _SCALE_OF_CLASS), config.get("shift_factor") or 0.0
-    for name, value, least in (("scaling_factor", scale, 0.0), ("shift_factor", shift, -_FACTOR)):
-        if type(value) not in (int, float) or not least < value < _FACTOR:
-            between = f"a number above {least:g} and below {_FACTOR:g}"
+    scale, shift = config.get("scaling_factor", SCALE_OF_CLASS), config.get("shift_factor") or 0.0
+    for name, value, least in (("scaling_factor", scale, 0.0), ("shift_factor", shift, -LARGEST_SCALE)):
+        if type(value) not in (int, float) or not least < value < LARGEST_SCALE:
+            between = f"a number above {least:g} and below {LARGEST_SCALE:g}"
             raise UserError(f"{path} is damaged: {name} is {str(value)[:40]}, wanted {between}")
     channels, blocks = config.get("latent_channels", 4), config.get("block_out_channels", [1])
     if type(channels) is not int or channels < 1:

@@ -23,9 +23,10 @@ from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.rundir import write_json, written_beside
 from tinyfusion.models import diffusers
 from tinyfusion.models.attach import rules_of, settings_in
-from tinyfusion.models.autoencoder import autoencoder_config
+from tinyfusion.models.autoencoder import LARGEST_SCALE, SCALE_OF_CLASS, autoencoder_config
 from tinyfusion.models.dit import LARGEST_SIZE
 from tinyfusion.models.family import FAMILIES, DiffusersFolder, ModelFamily
+from tinyfusion.models.hub import DIFFUSERS_WEIGHTS
 from tinyfusion.models.loaded import LoadedModel, ModelFacts, hash_tensors, make_trainable, new_model
 from tinyfusion.models.places import by_name, exists, model_folder, shipped_models
 from tinyfusion.models.plan import plan_from_json
@@ -46,10 +47,7 @@ __all__ = [
 ]  # fmt: skip
 
 MODEL_FORMAT_VERSION = 1
-_LARGEST_SCALE = 1e6  # of latents; far beyond every published one
 _PUBLISHED_CLASSES = 1000  # of ImageNet, trained with a null class in all published files
-_WEIGHTS = "diffusion_pytorch_model"  # name of the weights in a folder of diffusers
-_SCALE_OF_CLASS = 0.18215  # of AutoencoderKL, where its configuration says nothing
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -177,8 +175,8 @@ def _recorded_facts(record: Mapping[str, Any], family: ModelFamily, arch: Any) -
     facts: ModelFacts = build_known(ModelFacts, {**record, "plan": plan}, "")
     if not 1 <= facts.image_size <= LARGEST_SIZE:
         raise ValueError(f"image_size must be at least 1 and at most {LARGEST_SIZE}; got {facts.image_size}")
-    if facts.latent_scale is not None and not 0 < facts.latent_scale <= _LARGEST_SCALE:
-        raise ValueError(f"latent_scale must be above 0 and at most {_LARGEST_SCALE:g}; got {facts.latent_scale:g}")
+    if facts.latent_scale is not None and not 0 < facts.latent_scale <= LARGEST_SCALE:
+        raise ValueError(f"latent_scale must be above 0 and at most {LARGEST_SCALE:g}; got {facts.latent_scale:g}")
     parents: list[_Parent] = [build_known(_Parent, p, f"lineage[{i}]") for i, p in enumerate(facts.lineage)]
     kept_of = [*(parent.kept for parent in parents), facts.kept]
     for kept, parent in zip(kept_of[1:], parents, strict=True):
@@ -229,7 +227,7 @@ def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None, 
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path}/config.json is damaged: {error}") from error
     _check_said(path, arch, num_heads, num_classes)
-    tensors, file = read_folder_weights(path, _WEIGHTS)
+    tensors, file = read_folder_weights(path, DIFFUSERS_WEIGHTS)
     check_sizes(dataclasses.asdict(arch), tensors, f"{path}/config.json")
     if diffusers.wrong_table(tensors, arch):
         raise UserError(f"{path} holds a position table that is not the formula's, and diffusers takes none but that")
@@ -263,7 +261,7 @@ def _open_diffusers_of(
     num_classes: int | None,
 ) -> LoadedModel:
     """The folder of one model of diffusers whose family reads it by its own rules."""
-    tensors, file = read_folder_weights(path, _WEIGHTS)
+    tensors, file = read_folder_weights(path, DIFFUSERS_WEIGHTS)
     if (path / folder.beside).is_file():
         tensors |= read_safetensors(path / folder.beside)
     try:
@@ -291,10 +289,10 @@ def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) ->
         return facts
     settings = autoencoder_config(vae / "config.json")
     sides = 2 ** (len(settings.get("block_out_channels", [0])) - 1)
-    name = str(vae.absolute()) if any(vae.glob(f"{_WEIGHTS}*")) else None
+    name = str(vae.absolute()) if any(vae.glob(f"{DIFFUSERS_WEIGHTS}*")) else None
     stated = {
         "image_size": arch.input_size * sides,
-        "latent_scale": settings.get("scaling_factor", facts.latent_scale or _SCALE_OF_CLASS),
+        "latent_scale": settings.get("scaling_factor", facts.latent_scale or SCALE_OF_CLASS),
         "latent_shift": settings.get("shift_factor") or 0.0,
         "vae": name or facts.vae,
     }

@@ -24,13 +24,8 @@ from tinyfusion.models.packed import gelu_linear
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoidal timestep features, fixed by the published model
 MLP_RATIO = 4
 _TABLE_BYTES = 24  # that a value of the position table takes while it is computed
-
-
-LARGEST_SIZE, LARGEST_DEPTH, LARGEST_GRID = (
-    2**20,
-    2**12,
-    2**9,
-)  # far beyond what can be run; the last: patches along a side
+# far beyond what can be run; of the grid: patches along a side
+LARGEST_SIZE, LARGEST_DEPTH, LARGEST_GRID = 2**20, 2**12, 2**9
 
 
 def check_ranges(arch: Any, *names: str) -> None:

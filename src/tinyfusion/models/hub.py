@@ -11,7 +11,7 @@ from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 _FACTS = ("model_index.json", "config.json", "model.json", "README.md", "transformer/config.json", "vae/config.json")
-_WEIGHTS = "diffusion_pytorch_model"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"  # name of the weights in a folder of diffusers
 _TIMEOUT_S = 5.0  # of questions about a size
 
 
@@ -51,8 +51,8 @@ def autoencoder_folder(name: str) -> Path:
         raise UserError(f"no autoencoder at {name}: no such folder, and it is no hub id")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no autoencoder: wanted config.json and weights, as diffusers saves them")
-    if not any(folder.glob(f"{_WEIGHTS}*")):
-        raise UserError(f"{folder} holds no weights: wanted {_WEIGHTS}.safetensors or .bin")
+    if not any(folder.glob(f"{DIFFUSERS_WEIGHTS}*")):
+        raise UserError(f"{folder} holds no weights: wanted {DIFFUSERS_WEIGHTS}.safetensors or .bin")
     return folder
 
 
@@ -66,12 +66,12 @@ def fetch_autoencoder(name: str) -> Path:
 
 def _with_weights(repository: str, revision: str, inside: str) -> Path:
     """The folder with weights in it: safetensors, or a torch file where there are none."""
-    stem = f"{inside}{_WEIGHTS}"
+    stem = f"{inside}{DIFFUSERS_WEIGHTS}"
     folder = Path()
     for suffix in ("safetensors", "bin"):
         wanted = (f"{stem}.{suffix}", f"{stem}-*-of-*.{suffix}", f"{stem}.{suffix}.index.json")
         folder = _snapshot(repository, revision, (*_FACTS, *wanted))
-        if any((folder / inside).glob(f"{_WEIGHTS}*.{suffix}")):
+        if any((folder / inside).glob(f"{DIFFUSERS_WEIGHTS}*.{suffix}")):
             return folder
     _check_there(repository, revision, folder / f"{stem}.safetensors")
     return folder

@@ -181,7 +181,7 @@ def _say(
     weights: str,
     path: Path,
 ) -> None:
-    """Which weights were taken where several fit, and what of the file was left."""
+    """Report on stderr which weights were taken where several fit, and what was left out."""
     other = next((state for state in ordered if state.averaged is not chosen.averaged), None)
     same = [state.label for state in ordered[1:] if state.averaged is chosen.averaged]
     if other is not None:

@@ -80,7 +80,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def _check_openable(path: Path) -> None:
-    """Raise UserError on a special file, which is not opened, and on one that is missing, may not be read, or has a name of odd bytes."""
+    """Raise UserError on a special file, and on one that is missing, may not be read, or whose name is not UTF-8."""
     check_utf8(path)
     check_plain(path)
     try:

@@ -1,4 +1,4 @@
-"""Training states on disk: written beside the training by a thread, and found again. Their format is in `saved.py`."""
+"""Training states on disk: written by a background thread, and loaded again. Their format is in `saved.py`."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class Written:
     """A checkpoint that is complete, or this process's part of one.
 
     num_bytes: of the tensors this process wrote. held_s: seconds that training stood still for it (until the one before was
-    written, and while tensors were copied); write_s: seconds of writing beside the training.
+    written, and while tensors were copied); write_s: seconds of writing in the background.
     """
 
     step: int
@@ -180,7 +180,7 @@ def save_checkpoint(folder: Path, state: TrainState, limit: int, every: int = 1)
 
 
 class CheckpointWriter:
-    """Writes states to `folder/step-N`, whole or not at all, beside the training, one at a time.
+    """Writes states to `folder/step-N` in the background, atomically and one at a time.
 
     At most `limit` stay of those whose step is a multiple of `every`; what a signal saved between them stays until the
     next one is written, and pushes none out. Those newer than the last written are damaged, else training would have
@@ -230,7 +230,7 @@ class CheckpointWriter:
             error.add_note(str(failure))
 
     def save(self, state: TrainState) -> None:
-        """Copy `state` to host memory, and write it beside what comes next. All processes call after the same step."""
+        """Copy `state` to host memory, and write it in the background. All processes call after the same step."""
         began = time.perf_counter()
         self.finish()
         tensors = state.tensors()
@@ -370,7 +370,7 @@ class CheckpointWriter:
         before = sorted(found.name for found in self.folder.glob("step-*") if found != path)
         kept = f"the last one, {before[-1]}, is as it was" if before else "there is none before it"
         return (
-            f"cannot write checkpoint {path}: {reason}; {kept}, and nothing half-written is left: mend that, and the same "
+            f"cannot write checkpoint {path}: {reason}; {kept}, and nothing half-written is left: fix that, and the same "
             "command continues"
         )
 
