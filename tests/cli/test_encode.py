@@ -542,7 +542,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
     "tar-torn": (ODD, lambda h: (h / "odd.tar").write_bytes((h / "tars" / "0.tar").read_bytes()[:900]), "odd.tar is damaged: x/00.png has"),
     "tar-text": (ODD, lambda h: (h / "odd.tar").write_text("x" * 2000), "odd.tar cannot be read as a tar"),
     "tar-no-label": (ODD, retarred(a_png=encoded(0)), "odd.tar, a has no label: wanted a.cls"),
-    "tar-label": (ODD, retarred(a_png=encoded(0), a_cls=b"cat"), "a.cls: wanted a label, a whole number from 0; got 'cat'"),
+    "tar-label": (ODD, retarred(a_png=encoded(0), a_cls=b"cat"), "a.cls: wanted a label, a whole number from 0 to 2,147,483,647; got"),
     "tar-no-pictures": (ODD, retarred(a_txt=b"x"), "odd.tar holds no pictures"),
     "parquet-gone": (ENCODE.replace("pictures", "parquet:none"), None, "no parquet data at none"),
     "parquet-column": (ENCODE.replace("pictures", "parquet:p.parquet"), columnless, "wanted img or image"),

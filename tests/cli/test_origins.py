@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -50,20 +51,44 @@ def own(work: Path) -> Path:
 def test_recover_takes_teacher_and_data_from_the_students_run(cli: Cli, own: Path) -> None:
     done(cli, f"prune --teacher mine --data mine.npz --scheme 1:2 --steps 1 --out cut {FAST.format('prune.training')}")
     said = done(cli, RECOVER).err
-    assert f"teacher {own / 'mine'}, as in cut" in said and "data mine.npz, as in cut" in said
-    assert job("back")["recipe"]["data"]["name"] == "mine.npz"  # type: ignore[index]
+    assert f"teacher {own / 'mine'}, as in cut" in said and f"data {own / 'mine.npz'}, as in cut" in said
+    assert job("back")["data"] == str(own / "mine.npz")
     assert open_model("back").facts.lineage[0]["hash"] == open_model("mine").hash()
     for student in ("cut/student", "back", "back/student-raw"):
         shutil.rmtree("again", ignore_errors=True)
         done(cli, RECOVER.replace("--student cut", f"--student {student}").replace("--out back", "--out again"))
+    export = "export --model back --to official --out x.pt"
+    done(cli, export)
+    steps = json.loads(Path("x.json").read_text(encoding="utf-8"))["history"]
+    assert [step.rpartition(" on ")[2] for step in steps] == ["4 images of `mine.npz`."] * 2
+    record = Path("back/run.json")
+    for seen in ("NaN", "Infinity", "-5", "1" + "0" * 400, '"many"'):
+        damaged = re.sub(r'"seen_images": [^,\n]+', f'"seen_images": {seen}', record.read_text(encoding="utf-8"))
+        record.write_text(damaged, encoding="utf-8")
+        done(cli, f"{export} --overwrite")
+        assert json.loads(Path("x.json").read_text(encoding="utf-8"))["history"][1].endswith("that are not recorded.")
+
+
+def test_data_of_a_run_are_found_from_another_folder(
+    cli: Cli, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = "prune --teacher mine --data mine.npz --scheme 1:2 --steps 1 --out cut --set data.orientation=ignore"
+    done(cli, f"{prune} --set data.augment=0.25 {FAST.format('prune.training')}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recover = RECOVER.replace("--student cut", f"--student {own / 'cut'}")
+    done(cli, f"{recover} --set data.flip=0.5")
+    data = job("back")["recipe"]["data"]  # type: ignore[index]
+    settings = {"name": str(own / "mine.npz"), "orientation": "ignore", "augment": 0.25, "flip": 0.5}
+    assert {name: data[name] for name in settings} == settings
 
 
 def test_a_training_of_ones_own_gives_its_data_to_the_prune(cli: Cli, own: Path) -> None:
     sizes = "--set model.in_channels=3 --set model.num_classes=3 --set model.hidden_size=32 --set model.depth=4"
     done(cli, f"train --data mine.npz --steps 1 --out trained {sizes} {FAST.format('train')}")
     said = done(cli, f"prune --teacher trained --scheme 1:2 --steps 1 --out cut {FAST.format('prune.training')}").err
-    assert "data mine.npz, as in trained" in said
-    assert "data mine.npz, as in" in done(cli, "dynamic --model trained --steps 3 --out dry --dry-run "
+    assert f"data {own / 'mine.npz'}, as in trained" in said
+    assert f"data {own / 'mine.npz'}, as in" in done(cli, "dynamic --model trained --steps 3 --out dry --dry-run "
         f"--set dynamic.finish_steps=1 {FAST.format('dynamic.training')}").err  # fmt: skip
 
 

@@ -76,8 +76,12 @@ def nearest_choice(value: object, choices: Iterable[object]) -> str:
 
 
 def _closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The one of `known` that is most like `name`; None where no ratio of difflib's reaches `cutoff`."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+    """The only one of `known` that begins with `name`, else the most similar; None where no ratio of difflib's reaches `cutoff`."""
+    names = list(known)
+    longer = [other for other in names if other.startswith(name)] if name else []
+    return (
+        longer[0] if len(longer) == 1 else next(iter(difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), None)
+    )
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -65,7 +65,7 @@ _IDLE = {
 
 
 # fields that older records lack, with the value that they had
-_LATER = {"data": {"orientation": "ignore"}, "encode": {"orientation": "ignore"}}
+_LATER = {"encode": {"orientation": "ignore"}}
 
 
 def _effective(recipe: Any, section: str = "") -> Any:

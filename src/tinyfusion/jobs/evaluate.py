@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.progress import say
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.recipe import EvaluateSection, Recipe
 from tinyfusion.core.rundir import file_output, read_json, say_finished, stamp, write_json, written_beside
@@ -22,7 +22,7 @@ from tinyfusion.evaluate.metrics import frechet_distance, nearest_training_dista
 from tinyfusion.jobs.against import fidelity, open_pairs
 from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
 from tinyfusion.jobs.extractors import open_extractor
-from tinyfusion.jobs.origins import require_features, require_reference, say, with_evaluation
+from tinyfusion.jobs.origins import require_features, require_reference, with_evaluation
 from tinyfusion.jobs.references import Reference, open_images, open_reference, statistics_of
 from tinyfusion.report.format import count, significant
 from tinyfusion.report.scores import UNBIASED_IMAGES
@@ -233,9 +233,7 @@ def _check_count(images: ImageSource, what: str, settings: EvaluateSection) -> N
 def _outcome(record: Mapping[str, Any], samples: str, print_table: bool) -> dict[str, Any]:
     """The numbers of an evaluation's record, for `--json`; also printed as a table where that is asked for."""
     numbers = {name: record.get(name) for name in (*METRICS, *(["against"] if "against" in record else []))}
-    if print_table:
-        for line in score_lines(record, samples):
-            print(line, file=sys.stderr)
+    say(score_lines(record, samples) if print_table else ())
     return numbers
 
 

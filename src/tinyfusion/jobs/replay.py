@@ -70,7 +70,10 @@ def _training(run: RunDirectory, device: str | None) -> Training:
             f"{run.path} holds no training that can be made again: wanted a run of train, prune (learned), recover or "
             "dynamic by this version"
         )
-    recipe: Recipe = build(Recipe, job["recipe"], "")
+    try:
+        recipe: Recipe = build(Recipe, job.get("recipe"), "")
+    except UserError as error:
+        raise UserError(f"{run.record_path} has no recipe of this version, which its steps need: {error}") from error
     if device is not None:
         recipe = dataclasses.replace(recipe, device=device)
     engine = open_engine(recipe.device, dataclasses.replace(recipe.compute, gradient_accumulation_steps=1))
