@@ -192,10 +192,10 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
         if dataclasses.is_dataclass(default) and isinstance(inner, Mapping):
             inner = {**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)}, **inner}
         made[key] = build(hints[key], inner, where)
-    try:
-        return kind(**made)
-    except TypeError as error:
-        raise UserError(f"{path or kind.__name__}: {error}") from error
+    required = (f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING)
+    if missing := next((name for name in required if name not in made), None):
+        raise UserError(f"{f'{path}.' if path else ''}{missing} is missing")
+    return kind(**made)
 
 
 def _nearest_field(where: str, siblings: Iterable[str]) -> str:
