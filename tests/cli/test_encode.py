@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from material import Cli
+from material import Cli, done
 from PIL import Image
 
 import tinyfusion.jobs.encode
@@ -96,12 +96,6 @@ def here(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.copytree(sources, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
-
-
-def done(cli: Cli, command: str) -> Any:
-    outcome = cli(*shlex.split(command))
-    assert outcome.code == 0, outcome.err
-    return outcome
 
 
 def content(folder: str | Path) -> dict[str, bytes]:

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from material import Cli, Outcome, tiny
+from material import Cli, done, refused, tiny
 
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.models.checkpoint import open_model, save_model
 
 FAST = "--set {0}.batch_size=4 --set {0}.ema_decay=0.5 --set {0}.log_every_steps=1"
 RECOVER = f"recover --student cut --steps 1 --out back {FAST.format('recover.training')}"
-
-
-def done(cli: Cli, command: str) -> Outcome:
-    outcome = cli(*shlex.split(command))
-    assert outcome.code == 0, outcome.err
-    return outcome
-
-
-def refused(cli: Cli, command: str, *parts: str) -> None:
-    outcome = cli(*shlex.split(command))
-    assert outcome.code == 2, outcome.err
-    assert [part for part in parts if part not in outcome.err.splitlines()[-1]] == [], outcome.err
 
 
 def job(run: str) -> dict[str, object]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shlex
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from material import Cli, Outcome
+from material import Cli, done, refused
 from PIL import Image
 
 from tinyfusion.core.rng import Randomness
@@ -46,20 +45,6 @@ def photographs(folder: Path, num: int = 12, mode: str = "L", classes: int = 0) 
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def done(cli: Cli, command: str) -> Outcome:
-    outcome = cli(*shlex.split(command))
-    assert outcome.code == 0, outcome.err
-    return outcome
-
-
-def refused(cli: Cli, command: str) -> str:
-    """The last line of a command that ends with 2."""
-    outcome = cli(*shlex.split(command))
-    assert outcome.code == 2, outcome.err
-    assert outcome.err.splitlines()[-1].startswith("error: ")
-    return outcome.err.splitlines()[-1]
 
 
 def arch(folder: str) -> Any:

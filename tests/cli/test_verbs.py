@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from material import Cli, Outcome
+from material import Cli, done
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -45,12 +45,6 @@ RUN = (
     " --set sample.batch_size=8 --set speed.repeats=2 --set speed.batch_size=4 --set speed.steps_per_repeat=1 --out whole"
 ).replace(" --scheme 1:2", "")
 WRITING = {"prune": PRUNE, "recover": RECOVER, "train": TRAIN, "sample": SAMPLE, "evaluate": EVALUATE}
-
-
-def done(cli: Cli, command: str) -> Outcome:
-    outcome = cli(*shlex.split(command))
-    assert outcome.code == 0, outcome.err
-    return outcome
 
 
 def lines_of(path: str) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def read_npy(path: Path) -> np.ndarray:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Errors of damaged files as UserError."""
+    """Turn what damaged files raise into UserError."""
     try:
         yield
     except UserError:

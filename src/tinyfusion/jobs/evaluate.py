@@ -218,7 +218,7 @@ def _check_reference(real: Reference, images: ImageSource, settings: EvaluateSec
     if real.source.shape[1:] != images.shape[1:]:
         raise UserError(
             f"reference {real.name} has images {real.source.shape[1:]}, the samples {images.shape[1:]}: a distance between "
-            f"them would tell of the size; bring both to one, pictures by --set data.size={images.shape[1]}"
+            f"them would measure the size: bring both to one size, pictures by --set data.size={images.shape[1]}"
         )
 
 
