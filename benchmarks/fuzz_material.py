@@ -171,7 +171,8 @@ def fill(folder: Path, call: Call) -> None:
         "export --model {m}/latent --to diffusers --pipeline --vae {m}/vae --labels {m}/names.json --out {m}/pipeline",
         "sample --model {m}/teacher --num-images 4 --num-steps 2 --out {m}/drawn/x.npz",
         "dynamic --model {m}/teacher --set dynamic.training.steps=3 --set dynamic.training.batch_size=4 --set dynamic.finish_steps=1 "
-        "--set dynamic.calibration_images=4 --set dynamic.training.ema_decay=0 --out {m}/dynamic",
+        "--set dynamic.calibration_images=4 --set dynamic.training.ema_decay=0 --set sample.sampler=ddim --set sample.num_steps=2 "
+        "--out {m}/dynamic",
     ):
         call(command.format(m=folder), folder)
     shutil.copytree(folder / "cut" / "student", folder / "student")

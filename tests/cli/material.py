@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shlex
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -36,6 +37,23 @@ class Outcome:
     @property
     def last_json(self) -> Any:
         return json.loads(self.out.splitlines()[-1])
+
+
+def done(cli: Cli, command: str) -> Outcome:
+    """The outcome of a command that ends with 0."""
+    outcome = cli(*shlex.split(command))
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def refused(cli: Cli, command: str, *parts: str) -> str:
+    """The last line of a command that ends with 2: an error that has all `parts`."""
+    outcome = cli(*shlex.split(command))
+    assert outcome.code == 2, outcome.err
+    error = outcome.err.splitlines()[-1]
+    assert error.startswith("error: "), outcome.err
+    assert [part for part in parts if part not in error] == [], error
+    return error
 
 
 def tiny(seed: int = 0, **sizes: Any) -> LoadedModel:

@@ -113,6 +113,7 @@ ROWS = [
     row("recover-without-teacher", "recover --student student --out run", "recover needs --teacher"),
     row("logits-kd-without-teacher", "recover --student student --method logits-kd --out run", "recover needs --teacher"),
     row("method-unknown", f"{RECOVER} --method kd", "--method is one of", "finetune, logits-kd, masked-kd, rep-kd", "got 'kd'"),
+    row("set-field-renamed", f"{PRUNE} --set prune.training.learning_rate_end=0", "did you mean 'prune.training.learning_rate_end_share'"),
     row("set-section-unknown", f"{PRUNE} --set prun.scheme=1:2", "unknown field 'prun'", "did you mean 'prune'"),
     row("set-no-assignment", f"{PRUNE} --set prune.scheme", "--set wants section.field=value"),
     row("set-section-as-value", f"{PRUNE} --set prune=3", "prune is a section"),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from material import Cli, Outcome, tiny
+from material import Cli, done, refused, tiny
 from PIL import Image
 
 from tinyfusion.models.checkpoint import open_model, save_model
@@ -49,20 +48,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, as the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def done(cli: Cli, command: str) -> Outcome:
-    outcome = cli(*shlex.split(command))
-    assert outcome.code == 0, outcome.err
-    return outcome
-
-
-def refused(cli: Cli, command: str, *parts: str) -> None:
-    outcome = cli(*shlex.split(command))
-    assert outcome.code == 2, outcome.err
-    error = outcome.err.splitlines()[-1]
-    assert error.startswith("error: ")
-    assert [part for part in parts if part not in error] == [], error
 
 
 def facts_of(folder: str) -> dict[str, Any]:

@@ -442,6 +442,14 @@ def test_replay_says_what_it_cannot_do(cli: Cli, work: Path) -> None:
     shutil.rmtree("teacher")
     save_model(tiny(8), Path("teacher"))
     failed(cli(*shlex.split("replay run --step 3")), "the teacher of run was", "put the former back")
+    record = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
+    for part, value, message in (
+        ("job", None, "job is a section"), ("job", {}, "job.recipe is missing"), ("recipe", None, "holds no training"),
+        ("job", {**record["job"], "num_heads": "two"}, "job.num_heads wants a whole number"),
+        ("job", {"recipe": {"train": {"learning_rate_end": 0.0}}}, "unknown field 'job.recipe.train.learning_rate_end'"),
+    ):  # fmt: skip
+        Path("run/run.json").write_text(json.dumps({**record, part: value}), encoding="utf-8")
+        failed(cli(*shlex.split("replay run --step 3")), message)
     done(cli, "prune --teacher teacher --keep 0,2 --out named")
     failed(cli(*shlex.split("replay named --step 0")), "named was decided by indices, which trains nothing")
     failed(cli(*shlex.split("replay thesis --step 3")), "thesis")

@@ -1,4 +1,4 @@
-"""A short form of `benchmarks/fuzz.py`: five damaged inputs of every format, answered as promised."""
+"""A short form of `benchmarks/fuzz.py`: one damaged input of every format, answered as promised."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SHORT = 160
+SHORT = 30  # one of every kind
 
 
 def test_damaged_inputs_are_answered_as_promised() -> None:
@@ -16,4 +16,5 @@ def test_damaged_inputs_are_answered_as_promised() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"| all | {SHORT} | {SHORT} |" in done.stdout
+    rows = [line.split(" | ")[1:3] for line in done.stdout.splitlines() if line.startswith("| ")][1:-1]
+    assert rows == [["1", "1"]] * SHORT, done.stdout

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-import shlex
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from material import Cli, Outcome, tiny
+from material import Cli, done, refused, tiny
 
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.models.checkpoint import open_model, save_model
 
 FAST = "--set {0}.batch_size=4 --set {0}.ema_decay=0.5 --set {0}.log_every_steps=1"
 RECOVER = f"recover --student cut --steps 1 --out back {FAST.format('recover.training')}"
-
-
-def done(cli: Cli, command: str) -> Outcome:
-    outcome = cli(*shlex.split(command))
-    assert outcome.code == 0, outcome.err
-    return outcome
-
-
-def refused(cli: Cli, command: str, *parts: str) -> None:
-    outcome = cli(*shlex.split(command))
-    assert outcome.code == 2, outcome.err
-    assert [part for part in parts if part not in outcome.err.splitlines()[-1]] == [], outcome.err
 
 
 def job(run: str) -> dict[str, object]:
@@ -50,25 +38,49 @@ def own(work: Path) -> Path:
 def test_recover_takes_teacher_and_data_from_the_students_run(cli: Cli, own: Path) -> None:
     done(cli, f"prune --teacher mine --data mine.npz --scheme 1:2 --steps 1 --out cut {FAST.format('prune.training')}")
     said = done(cli, RECOVER).err
-    assert f"teacher {own / 'mine'}, as in cut" in said and "data mine.npz, as in cut" in said
-    assert job("back")["recipe"]["data"]["name"] == "mine.npz"  # type: ignore[index]
+    assert f"teacher {own / 'mine'}, as in cut" in said and f"data {own / 'mine.npz'}, as in cut" in said
+    assert job("back")["data"] == str(own / "mine.npz")
     assert open_model("back").facts.lineage[0]["hash"] == open_model("mine").hash()
     for student in ("cut/student", "back", "back/student-raw"):
         shutil.rmtree("again", ignore_errors=True)
         done(cli, RECOVER.replace("--student cut", f"--student {student}").replace("--out back", "--out again"))
+    export = "export --model back --to official --out x.pt"
+    done(cli, export)
+    steps = json.loads(Path("x.json").read_text(encoding="utf-8"))["history"]
+    assert [step.rpartition(" on ")[2] for step in steps] == ["4 images of `mine.npz`."] * 2
+    record = Path("back/run.json")
+    for seen in ("NaN", "Infinity", "-5", "1" + "0" * 400, '"many"'):
+        damaged = re.sub(r'"seen_images": [^,\n]+', f'"seen_images": {seen}', record.read_text(encoding="utf-8"))
+        record.write_text(damaged, encoding="utf-8")
+        done(cli, f"{export} --overwrite")
+        assert json.loads(Path("x.json").read_text(encoding="utf-8"))["history"][1].endswith("that are not recorded.")
+
+
+def test_data_of_a_run_are_found_from_another_folder(
+    cli: Cli, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = "prune --teacher mine --data mine.npz --scheme 1:2 --steps 1 --out cut --set data.orientation=ignore"
+    done(cli, f"{prune} --set data.augment=0.25 {FAST.format('prune.training')}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recover = RECOVER.replace("--student cut", f"--student {own / 'cut'}")
+    done(cli, f"{recover} --set data.flip=0.5")
+    data = job("back")["recipe"]["data"]  # type: ignore[index]
+    settings = {"name": str(own / "mine.npz"), "orientation": "ignore", "augment": 0.25, "flip": 0.5}
+    assert {name: data[name] for name in settings} == settings
 
 
 def test_a_training_of_ones_own_gives_its_data_to_the_prune(cli: Cli, own: Path) -> None:
     sizes = "--set model.in_channels=3 --set model.num_classes=3 --set model.hidden_size=32 --set model.depth=4"
     done(cli, f"train --data mine.npz --steps 1 --out trained {sizes} {FAST.format('train')}")
     said = done(cli, f"prune --teacher trained --scheme 1:2 --steps 1 --out cut {FAST.format('prune.training')}").err
-    assert "data mine.npz, as in trained" in said
-    assert "data mine.npz, as in" in done(cli, "dynamic --model trained --steps 3 --out dry --dry-run "
+    assert f"data {own / 'mine.npz'}, as in trained" in said
+    assert f"data {own / 'mine.npz'}, as in" in done(cli, "dynamic --model trained --steps 3 --out dry --dry-run "
         f"--set dynamic.finish_steps=1 {FAST.format('dynamic.training')}").err  # fmt: skip
 
 
 def test_the_heads_of_an_official_teacher_come_with_it(cli: Cli, work: Path) -> None:
-    for criterion in ("--keep 0,2", "--criterion width"):
+    for criterion in ("--keep 0,2", "--criterion width --set prune.width_threshold=1"):
         shutil.rmtree("cut", ignore_errors=True)
         shutil.rmtree("back", ignore_errors=True)
         done(cli, f"prune --teacher good.pt --num-heads 2 {criterion} --set prune.calibration_images=8 --out cut")

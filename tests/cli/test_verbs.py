@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from material import Cli, Outcome
+from material import Cli, done, refused
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -45,12 +45,6 @@ RUN = (
     " --set sample.batch_size=8 --set speed.repeats=2 --set speed.batch_size=4 --set speed.steps_per_repeat=1 --out whole"
 ).replace(" --scheme 1:2", "")
 WRITING = {"prune": PRUNE, "recover": RECOVER, "train": TRAIN, "sample": SAMPLE, "evaluate": EVALUATE}
-
-
-def done(cli: Cli, command: str) -> Outcome:
-    outcome = cli(*shlex.split(command))
-    assert outcome.code == 0, outcome.err
-    return outcome
 
 
 def lines_of(path: str) -> list[dict[str, Any]]:
@@ -342,6 +336,15 @@ def test_what_limits_an_fid_stands_beside_it(changes: dict[str, Any], remark: st
     assert lines[0] == f"{'FID':20}12.3" + (f"   ({remark})" if remark else "")
     assert lines[1] == f"{'sFID':20}–", "what was not measured has no number"
     assert score_lines({}, "s.npz")[0].startswith("FID"), "a record that lost its numbers is no traceback"
+
+
+def test_a_damaged_record_of_scores_is_named(cli: Cli, work: Path) -> None:
+    done(cli, EVALUATE)
+    path = Path("scores/evaluation.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for field, value in (("fid", "2.5"), ("reference", {"name": "digits", "count": "many"}), ("features", 3)):
+        path.write_text(json.dumps({**record, field: value}), encoding="utf-8")
+        refused(cli, EVALUATE, f"{path} is damaged: {field}", "correct or remove it")
 
 
 def test_train(cli: Cli, work: Path) -> None:

@@ -76,8 +76,12 @@ def nearest_choice(value: object, choices: Iterable[object]) -> str:
 
 
 def _closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The one of `known` that is most like `name`; None where no ratio of difflib's reaches `cutoff`."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+    """The only one of `known` that begins with `name`, else the most similar; None where no ratio of difflib's reaches `cutoff`."""
+    names = list(known)
+    longer = [other for other in names if other.startswith(name)] if name else []
+    return (
+        longer[0] if len(longer) == 1 else next(iter(difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), None)
+    )
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -188,10 +192,10 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
         if dataclasses.is_dataclass(default) and isinstance(inner, Mapping):
             inner = {**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)}, **inner}
         made[key] = build(hints[key], inner, where)
-    try:
-        return kind(**made)
-    except TypeError as error:
-        raise UserError(f"{path or kind.__name__}: {error}") from error
+    required = (f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING)
+    if missing := next((name for name in required if name not in made), None):
+        raise UserError(f"{f'{path}.' if path else ''}{missing} is missing")
+    return kind(**made)
 
 
 def _nearest_field(where: str, siblings: Iterable[str]) -> str:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
+from tinyfusion.core.launch import launched_rank
 from tinyfusion.core.signals import check_stop
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print lines on stderr, in the first of several processes."""
+    for line in lines if launched_rank() == 0 else ():
+        print(line, file=sys.stderr)
 
 
 class Advance(Protocol):

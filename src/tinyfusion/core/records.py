@@ -67,7 +67,7 @@ _IDLE = {
 
 
 # fields that older records lack, with the value that they had, by section
-_LATER = {"data": {"orientation": "ignore"}, "encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields())}
+_LATER = {"encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields())}
 
 
 def _effective(recipe: Any, section: str = "") -> Any:

@@ -122,7 +122,7 @@ def _opened_npy(path: Path) -> Iterator[tuple[IO[bytes], int]]:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Errors of damaged files as UserError."""
+    """Turn what damaged files raise into UserError."""
     try:
         yield
     except UserError:

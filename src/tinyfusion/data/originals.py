@@ -291,7 +291,7 @@ def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
 
 @contextlib.contextmanager
 def _reading(tar: Path) -> Iterator[None]:
-    """What `tarfile` says of a damaged file, as UserError: damaged numbers and chains of headers have many exceptions."""
+    """Turn what `tarfile` raises on a damaged file into UserError."""
     try:
         yield
     except UserError:

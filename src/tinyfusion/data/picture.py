@@ -90,7 +90,7 @@ def _decoded(image: Image.Image, where: str, size: int | None, orientation: Orie
 
 @contextlib.contextmanager
 def _reading(where: str) -> Iterator[None]:
-    """What Pillow says of a picture, as UserError: its plugins have many kinds of exceptions for damaged files."""
+    """Turn whatever Pillow raises into UserError: its plugins raise many kinds of exceptions on damaged files."""
     try:
         yield
     except (UserError, MemoryError):
@@ -127,7 +127,7 @@ def _orientation_of(image: Image.Image) -> int:
         return 1
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged tags, of which Pillow says all kinds of things
+    except Exception:  # damaged tags, on which Pillow raises many kinds of exceptions
         return 1
     return found if isinstance(found, int) else 1
 
@@ -151,7 +151,7 @@ def _eight_bits(image: Image.Image, where: str) -> tuple[Image.Image, list[str]]
 
 
 def _cropped(picture: Image.Image, where: str, size: int) -> Image.Image:
-    """`centre_crop`. Raises UserError on a picture so narrow that it would be huge before it is cut."""
+    """`centre_crop` of a picture. Raises UserError on one so narrow that the resized picture would be huge."""
     width, height = picture.size
     if max(width, height) * size * size > MOST_PIXELS * min(width, height):
         raise UserError(f"{where} is {width} x {height}: too narrow for a crop of {size} x {size}")

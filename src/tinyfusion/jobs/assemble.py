@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from tinyfusion.core.config import to_plain
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.launch import launched_rank
+from tinyfusion.core.progress import say
 from tinyfusion.core.recipe import DataSection, ModelSection, Orientation, Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import LOOKED_AT, Batches, ShuffledBatches, scale_remarks, signed
@@ -66,18 +64,22 @@ def open_teacher(
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
     """The part of a recipe that a verb depends on, with its inputs, as plain values: what "the same command" means."""
     values = to_plain(recipe)
-    if not _is_pictures(recipe.data.name):
-        values["data"]["orientation"] = "ignore"  # it makes no difference
     return {**inputs, "seed": recipe.seed, **{name: values[name] for name in sections}}
 
 
 def job_record(recipe: Recipe, options: RunOptions, **paths: Any) -> dict[str, Any]:
     """What a run's record keeps so that its training can be put together again; paths: of models that were opened."""
-    named = {
-        name: str(Path(path).absolute()) if Path(path).exists() else str(path) for name, path in paths.items() if path
-    }
+    named = {name: _absolute(str(path)) for name, path in paths.items() if path}
+    data = recipe.data.name if recipe.data.name in REAL_SETS else _absolute(recipe.data.name)
     typed = {name: getattr(options, name) for name in ("num_heads", "family", "num_classes")}
-    return {"recipe": to_plain(recipe), **typed, **named}
+    return {"recipe": to_plain(recipe), "data": data, **typed, **named}
+
+
+def _absolute(name: str) -> str:
+    """A name with the whole path, where it is one, as a later command may be given in another folder."""
+    prefix = next((prefix for prefix in (LATENTS, PARQUET, PARQUET_STREAM) if name.startswith(prefix)), "")
+    path = Path(name.removeprefix(prefix))
+    return f"{prefix}{path.absolute()}" if name and path.exists() else name
 
 
 def training_plan(recipe: Recipe, settings: TrainingSection, mode: str) -> dict[str, str]:
@@ -161,12 +163,6 @@ def _decoded_once(name: str, size: int | None, orientation: Orientation, _files:
     found = read_originals(name, size, orientation)
     say(found.remarks)
     return found
-
-
-def say(remarks: Iterable[str]) -> None:
-    """Print lines for people, of several processes by the first one."""
-    for remark in remarks if launched_rank() == 0 else ():
-        print(remark, file=sys.stderr)
 
 
 def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.launch import launched_processes, launched_rank
-from tinyfusion.core.progress import progress
+from tinyfusion.core.progress import progress, say
 from tinyfusion.core.recipe import EncodeSection, Orientation, Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space
@@ -44,7 +44,7 @@ from tinyfusion.data.latents import (
 from tinyfusion.data.originals import Originals, changed, open_originals
 from tinyfusion.data.picture import decode
 from tinyfusion.data.published_latents import FEATURES, PUBLISHED_SCALE, PublishedLatents, open_published
-from tinyfusion.jobs.assemble import RunOptions, device_for, job_record, plain_recipe, say
+from tinyfusion.jobs.assemble import RunOptions, device_for, job_record, plain_recipe
 from tinyfusion.jobs.estimate import Estimate, announce
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 
@@ -208,7 +208,7 @@ def _converting(settings: EncodeSection, published: PublishedLatents, vae: Autoe
         len(published), settings.shard_images, "samples", settings.dtype, kept, (channels, height, width),
         int(published.labels.max()) + 1, scale, shift,
     )  # fmt: skip
-    say(scale_remarks(published.read(0, min(len(published), LOOKED_AT)), str(published.features)))
+    remarks = scale_remarks(published.read(0, min(len(published), LOOKED_AT)), str(published.features))
     digest = vae.hash() if vae else None
     about: dict[str, Any] = {
         "size": vae.factor * width if vae else None, "crop": None, "orientation": None, "vae": vae.name if vae else None,
@@ -219,7 +219,7 @@ def _converting(settings: EncodeSection, published: PublishedLatents, vae: Autoe
         return loaded[:, :kept]
 
     inputs = {"data": published.fingerprint, "vae_hash": digest}
-    return Work(spec, published.labels, published.read, values, about, inputs)
+    return Work(spec, published.labels, published.read, values, about, inputs, tuple(remarks))
 
 
 # ---------------------------------------------------------------------------------------------------------------- making

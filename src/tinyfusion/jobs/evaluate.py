@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.progress import say
 from tinyfusion.core.recipe import EvaluateSection, Recipe
 from tinyfusion.core.rundir import file_output, read_json, say_finished, stamp, write_json, written_beside
 from tinyfusion.data.digits import REAL_SETS
@@ -22,8 +21,9 @@ from tinyfusion.evaluate.metrics import frechet_distance, nearest_training_dista
 from tinyfusion.jobs.against import fidelity, open_pairs
 from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
 from tinyfusion.jobs.extractors import open_extractor
-from tinyfusion.jobs.origins import require_features, require_reference, say, with_evaluation
+from tinyfusion.jobs.origins import require_features, require_reference, with_evaluation
 from tinyfusion.jobs.references import Reference, open_images, open_reference, statistics_of
+from tinyfusion.report import schema
 from tinyfusion.report.format import count, significant
 from tinyfusion.report.scores import UNBIASED_IMAGES
 
@@ -86,7 +86,9 @@ def evaluate(
         plain["evaluate"].pop(other)
     if not file_output(options.out, "evaluate", plain, options.overwrite, read_json):
         say_finished(options.out, options.dry_run)
-        return _outcome(read_json_object(options.out), str(samples), print_table)
+        return _outcome(
+            schema.checked(read_json(options.out), schema.EVALUATION, options.out), str(samples), print_table
+        )
     if options.dry_run:
         say(remarks)
         return {"protocol": protocol}
@@ -218,7 +220,7 @@ def _check_reference(real: Reference, images: ImageSource, settings: EvaluateSec
     if real.source.shape[1:] != images.shape[1:]:
         raise UserError(
             f"reference {real.name} has images {real.source.shape[1:]}, the samples {images.shape[1:]}: a distance between "
-            f"them would tell of the size; bring both to one, pictures by --set data.size={images.shape[1]}"
+            f"them would measure the size: bring both to one size, pictures by --set data.size={images.shape[1]}"
         )
 
 
@@ -233,21 +235,17 @@ def _check_count(images: ImageSource, what: str, settings: EvaluateSection) -> N
 def _outcome(record: Mapping[str, Any], samples: str, print_table: bool) -> dict[str, Any]:
     """The numbers of an evaluation's record, for `--json`; also printed as a table where that is asked for."""
     numbers = {name: record.get(name) for name in (*METRICS, *(["against"] if "against" in record else []))}
-    if print_table:
-        for line in score_lines(record, samples):
-            print(line, file=sys.stderr)
+    say(score_lines(record, samples) if print_table else ())
     return numbers
 
 
 def score_lines(record: Mapping[str, Any], samples: str) -> list[str]:
     """The table of an evaluation for people: numbers, counts and protocol, and what limits the FID beside it."""
-    reference, features = _section(record, "reference"), _section(record, "features")
-    num_images, num_real = _number(record.get("num_images")), _number(reference.get("count"))
+    reference, features = record.get("reference", {}), record.get("features", {})
+    num_images, num_real = record.get("num_images"), reference.get("count")
     protocol = str(record.get("protocol"))
     real_in_fid = None if _STORED in protocol else num_real
-    rows = {
-        label: ", ".join(significant(_number(record.get(name))) for name in names) for label, names in _TABLE.items()
-    }
+    rows = {label: ", ".join(significant(record.get(name)) for name in names) for label, names in _TABLE.items()}
     remarks = []
     if features.get("name") != INCEPTION:
         remarks.append(f"features of {features.get('name')}: no FID of Inception features compares")
@@ -259,23 +257,11 @@ def score_lines(record: Mapping[str, Any], samples: str) -> list[str]:
     if few:
         remarks.append(f"{' and '.join(few)}: biased upward, compare only at equal counts")
     rows["FID"] += f"   ({'; '.join(remarks)})" if remarks else ""
-    pairs = _section(record, "against")
-    if pairs:
-        rows["PSNR, SSIM"] = (
-            f"{significant(_number(pairs.get('psnr_db')))} dB, {significant(_number(pairs.get('ssim')))}"
-        )
+    if pairs := record.get("against"):
+        rows["PSNR, SSIM"] = f"{significant(pairs.get('psnr_db'))} dB, {significant(pairs.get('ssim'))}"
     rows["images"] = f"{count(num_images)} of {samples}, against {count(num_real or None)} of {reference.get('name')}"
     rows["protocol"] = protocol
     return [f"{label:20}{text}" for label, text in rows.items()]
-
-
-def _section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = record.get(name)
-    return section if isinstance(section, Mapping) else {}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _is_few(num: float | None) -> bool:

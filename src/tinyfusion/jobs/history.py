@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,8 +59,9 @@ def _sentence(verb: str, run: MakingRun) -> str:
     data = run.section("data")
     name = data.get("name") if isinstance(data, Mapping) else None
     seen = run.record.get("seen_images")
-    images = f"{int(seen):,} images" if isinstance(seen, int | float) and seen else ""
-    trained = f"{images} of `{name}`" if images and name else images
+    images = f"{int(seen):,} images" if isinstance(seen, int | float) and 0 < seen < 2**63 else ""
+    short = re.sub(r"(^|:)/.*/", r"\1", name) if isinstance(name, str) else ""  # a folder here means nothing elsewhere
+    trained = f"{images} of `{short}`" if images and short else images
     state = "" if run.record.get("state") == "done" else " (not finished)"
     if verb == "train":
         return f"Trained from nothing on {trained or 'data that are not recorded'}{state}."

@@ -7,7 +7,6 @@ nobody chose.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 
 from tinyfusion.core.config import build_known
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.launch import launched_rank
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.recipe import DataSection, Recipe
 from tinyfusion.data.digits import REAL_SETS
@@ -105,8 +103,7 @@ def _with_known_data(
     """remarks: None where no data are needed."""
     for run in filter(None, map(making_run, sources)):
         if (data := _data_of(run, model)) is not None:
-            if recipe.data != DataSection():  # settings of the recipe's own stay
-                data = dataclasses.replace(recipe.data, name=data.name, size=recipe.data.size or data.size)
+            data = dataclasses.replace(data, **_given(recipe.data))
             if remarks is not None:
                 remarks.append(f"data {data.name}, as in {run.path} (--data names another set)")
             return dataclasses.replace(recipe, data=data)
@@ -117,6 +114,11 @@ def _with_known_data(
             f"data {REAL_SETS[0]}, as no set is named and the model takes such images (--data names another set)"
         )
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, name=REAL_SETS[0]))
+
+
+def _given(data: DataSection) -> dict[str, Any]:
+    """The settings that are not as they are by default."""
+    return {name: value for name, value in vars(data).items() if value != getattr(DataSection(), name)}
 
 
 def with_watched(recipe: Recipe, model: LoadedModel, remarks: list[str]) -> Recipe:
@@ -142,6 +144,7 @@ def _data_of(run: MakingRun, model: LoadedModel) -> DataSection | None:
     section = run.section("data")
     with suppress(UserError):
         data: DataSection = build_known(DataSection, section, "data")
+        data = dataclasses.replace(data, name=build_known(str, run.job.get("data", data.name), "data"))
         return data if data.name and (data.name not in REAL_SETS or takes_digits(model)) else None
     return None
 
@@ -189,9 +192,3 @@ def require_reference(recipe: Recipe) -> str:
             "folder or npz of images)"
         )
     return recipe.evaluate.references[0]
-
-
-def say(remarks: Iterable[str]) -> None:
-    """Print lines for people, by the first of several processes."""
-    for line in remarks if launched_rank() == 0 else ():
-        print(line, file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.progress import say
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
@@ -22,7 +23,7 @@ from tinyfusion.jobs.assemble import (
 )
 from tinyfusion.jobs.estimate import Estimate, announce, described, training_disk_bytes, training_estimate
 from tinyfusion.jobs.latent_facts import with_facts_of
-from tinyfusion.jobs.origins import say, with_data
+from tinyfusion.jobs.origins import with_data
 from tinyfusion.jobs.processes import PROCESS_SECTIONS, objective_for
 from tinyfusion.jobs.training import TrainedRun, Training, drive, save
 from tinyfusion.jobs.watching import check_watch

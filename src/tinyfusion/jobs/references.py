@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import disk_reason
-from tinyfusion.core.progress import progress
+from tinyfusion.core.progress import progress, say
 from tinyfusion.core.recipe import DataSection
 from tinyfusion.core.rundir import written_beside
 from tinyfusion.core.weights import cache_folder
@@ -147,8 +147,10 @@ def open_images(name: str, data: DataSection | None = None) -> ImageSource:
     if name in REAL_SETS:
         return source_of(to_uint8(torch.from_numpy(image_set(name).x)))
     if path.is_dir():
-        source = streamed_pictures(open_originals(name), data.size, data.orientation)
+        originals = open_originals(name)
+        source = streamed_pictures(originals, data.size, data.orientation)
         if math.prod(source.shape) > IN_MEMORY_BYTES:
+            say(originals.remarks)
             return source
     if name.startswith(WHOLE) or path.is_dir():
         return source_of(pictures(name, data.size, data.orientation).pixels)

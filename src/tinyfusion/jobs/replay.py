@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinyfusion.core.config import build
+from tinyfusion.core.config import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
 from tinyfusion.core.recipe import Recipe
@@ -57,46 +58,60 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What of a record puts a training together again; see `job_record`."""
+
+    recipe: Recipe
+    num_heads: int | None = None
+    family: str | None = None
+    num_classes: int | None = None
+    student: str = "(not recorded)"
+    model: str = "(not recorded)"
+
+
 def _training(run: RunDirectory, device: str | None) -> Training:
     """The training of a run, put together again from its record."""
     record = run.record()
-    verb, job = record.get("verb"), record.get("job")
+    verb, expected = record.get("verb"), record.get("recipe")
     if verb == "run":
         raise UserError(
             f"{run.path} holds several trainings: name {run.path / 'prune'}, {run.path / 'recover'} or what else lies there"
         )
-    if verb not in ("train", "prune", "recover", "dynamic") or not isinstance(job, dict):
+    if verb not in ("train", "prune", "recover", "dynamic") or not isinstance(expected, dict) or "job" not in record:
         raise UserError(
             f"{run.path} holds no training that can be made again: wanted a run of train, prune (learned), recover or "
             "dynamic by this version"
         )
-    recipe: Recipe = build(Recipe, job["recipe"], "")
-    if device is not None:
-        recipe = dataclasses.replace(recipe, device=device)
+    try:
+        job: _Job = build_known(_Job, record["job"], "job")
+    except UserError as error:
+        raise UserError(f"{run.record_path} is damaged, or of another version: {error}") from error
+    recipe = job.recipe if device is None else dataclasses.replace(job.recipe, device=device)
     engine = open_engine(recipe.device, dataclasses.replace(recipe.compute, gradient_accumulation_steps=1))
     if verb == "train":
         return train_of(recipe, engine)
-    expected = record["recipe"]
+    typed = job.num_heads, job.family
     if verb == "recover":
-        student, teacher = opened(recipe, Path(job["student"]), job["num_heads"], job["family"], job.get("num_classes"))
-        _check_unchanged(run.path, "student", expected["student"], student.hash())
-        _check_unchanged(run.path, "teacher", expected["teacher"], teacher.hash() if teacher else None)
+        student, teacher = opened(recipe, Path(job.student), *typed, job.num_classes)
+        _check_unchanged(run.path, "student", expected.get("student"), student.hash())
+        _check_unchanged(run.path, "teacher", expected.get("teacher"), teacher.hash() if teacher else None)
         return recovery_of(recipe, student, teacher, engine)
     if verb == "dynamic":
-        model, teacher = dynamic_models(recipe, job["model"], job["num_heads"], job["family"], job.get("num_classes"))
-        _check_unchanged(run.path, "model", expected["model"], model.hash())
-        _check_unchanged(run.path, "teacher", expected["teacher"], teacher.hash() if teacher else None)
+        model, teacher = dynamic_models(recipe, job.model, *typed, job.num_classes)
+        _check_unchanged(run.path, "model", expected.get("model"), model.hash())
+        _check_unchanged(run.path, "teacher", expected.get("teacher"), teacher.hash() if teacher else None)
         return dynamic_of(recipe, model, teacher, engine)
     if recipe.prune.criterion != "learned":
         raise UserError(
             f"{run.path} was decided by {recipe.prune.criterion}, which trains nothing: there is no step to replay"
         )
-    teacher = open_teacher(recipe, job["num_heads"], job["family"], num_classes=job.get("num_classes"))
-    _check_unchanged(run.path, "teacher", expected["teacher"], teacher.hash())
+    teacher = open_teacher(recipe, *typed, num_classes=job.num_classes)
+    _check_unchanged(run.path, "teacher", expected.get("teacher"), teacher.hash())
     return learning_of(recipe, teacher, engine).training
 
 
-def _check_unchanged(path: Path, role: str, expected: str | None, found: str | None) -> None:
+def _check_unchanged(path: Path, role: str, expected: Any, found: str | None) -> None:
     if expected != found:
         raise UserError(
             f"the {role} of {path} was {str(expected)[:12]}, what lies there now is {str(found)[:12]}: put the former back"

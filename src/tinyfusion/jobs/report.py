@@ -107,7 +107,7 @@ def _record(path: Path) -> dict[str, Any]:
     record = read_json(path / "run.json")
     if not isinstance(record, dict) or record.get("made_by") != "tinyfusion" or record.get("verb") not in VERBS:
         raise UserError(f"{path} is not a run folder of tinyfusion: its run.json was made by something else")
-    _check(record, schema.RUN, path / "run.json")
+    schema.checked(record, schema.RUN, path / "run.json")
     if record.get("format_version", 0) > FORMAT_VERSION:
         raise UserError(
             f"{path} was written in format {record['format_version']}; this tinyfusion reads up to {FORMAT_VERSION}: upgrade"
@@ -119,14 +119,7 @@ def _json_if_there(path: Path, kind: Any) -> Any:
     """The value in a JSON file, None where there is no file. kind: its schema, see `report/schema.py`."""
     if not path.is_file():
         return None
-    return _check(read_json(path), kind, path)
-
-
-def _check(value: Any, kind: Any, source: Path | str) -> Any:
-    """The value. Raises UserError, with the file and the field, where it is not of its schema."""
-    if wrong := schema.mismatch(value, kind):
-        raise UserError(f"{source} is damaged: {wrong}; correct or remove it")
-    return value
+    return schema.checked(read_json(path), kind, path)
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
@@ -142,7 +135,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
             if i < len(texts):
                 raise
     for i, line in enumerate(lines, start=1):
-        _check(line, schema.LINE, f"{path}, line {i},")
+        schema.checked(line, schema.LINE, f"{path}, line {i},")
     return lines
 
 

@@ -18,6 +18,7 @@ from tinyfusion.core.config import to_plain
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.files import file_label
+from tinyfusion.core.progress import say
 from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
 from tinyfusion.core.signals import check_stop
@@ -32,7 +33,7 @@ from tinyfusion.jobs.estimate import announce, described, sampling_estimate, tra
 from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference
 from tinyfusion.jobs.inspect import inspect
 from tinyfusion.jobs.latent_facts import with_facts_of
-from tinyfusion.jobs.origins import drawn_shape, require_features, require_reference, say, with_data, with_evaluation
+from tinyfusion.jobs.origins import drawn_shape, require_features, require_reference, with_data, with_evaluation
 from tinyfusion.jobs.pictures import checkpoint_steps, write_pictures
 from tinyfusion.jobs.processes import sampler_of
 from tinyfusion.jobs.prune import check_prune, prune, prune_estimate

@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.progress import Advance, progress
+from tinyfusion.core.progress import Advance, progress, say
 from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space, say_finished
@@ -28,7 +27,6 @@ from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.jobs.assemble import RunOptions, job_record
 from tinyfusion.jobs.estimate import training_memory
 from tinyfusion.jobs.memory import GIB
-from tinyfusion.jobs.origins import say
 from tinyfusion.jobs.watching import Watch
 from tinyfusion.models.checkpoint import LoadedModel, save_model
 from tinyfusion.models.stack import BlockStack
@@ -174,8 +172,7 @@ class TrainedRun:
             self.engine.first(lambda: check_space(self.options.out, disk_bytes()))
         section = training_section(self.verb)
         warning = horizon_warning(settings.ema_decay, settings.made_steps, section) if settings else None
-        if warning and self.engine.is_main:
-            print(f"warning: {warning}", file=sys.stderr)
+        say([f"warning: {warning}"] if warning else ())
         if settings or self.options.dry_run:
             say(self.remarks)
         return False
@@ -210,12 +207,10 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
     run.note(f"{training.title}: {settings.made_steps} steps of {settings.batch_size} images, from step {start}")
     if resume is not None:
         run.note(f"resumed from {resume}")
-    if start and run.writes:
-        print(f"{training.title}: continues from step {start:,} of {settings.made_steps:,}", file=sys.stderr)
+    say([f"{training.title}: continues from step {start:,} of {settings.made_steps:,}"] if start else ())
     if jump := _jump(state, settings):
         run.note(jump)
-        if run.writes:
-            print(f"{training.title}: {jump}", file=sys.stderr)
+        say([f"{training.title}: {jump}"])
     total = state.seen_images + (settings.made_steps - start) * settings.batch_size
     warning = horizon_warning(settings.ema_decay, settings.made_steps, training_section(training.title))
     if warning and not start:
@@ -285,13 +280,9 @@ def _note_memory(training: Training, run: RunDirectory) -> None:
     plan, lines = training_memory(training)
     for line in lines:
         run.note(line)
-    if run.writes:
-        free = available_bytes(training.engine.device)
-        of_free = "" if free is None else f" of {free / GIB:,.1f}"
-        print(
-            f"{training.title}: needs about {plan.total / GIB:.2g}{of_free} GiB of memory (its parts: --dry-run)",
-            file=sys.stderr,
-        )
+    free = available_bytes(training.engine.device)
+    of_free = "" if free is None else f" of {free / GIB:,.1f}"
+    say([f"{training.title}: needs about {plan.total / GIB:.2g}{of_free} GiB of memory (its parts: --dry-run)"])
 
 
 class _Sitting:

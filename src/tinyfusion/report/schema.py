@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from tinyfusion.core.errors import UserError
 
 _MOST = 1e30  # of a number: beyond it no drawing has an axis
 
@@ -21,6 +24,13 @@ class Least:
 
     kind: type
     low: float
+
+
+def checked(value: Any, schema: Any, source: Path | str) -> Any:
+    """The value. Raises UserError, with the file and the field, where it is not of its schema."""
+    if wrong := mismatch(value, schema):
+        raise UserError(f"{source} is damaged: {wrong}; correct or remove it")
+    return value
 
 
 def mismatch(value: Any, schema: Any, place: str = "") -> str | None:
@@ -101,7 +111,7 @@ EVALUATION = {
     **dict.fromkeys(
         ("fid", "sfid", "inception_score", "precision", "recall", "nearest_reference_distance", "num_images"), _MAYBE
     ),
-    "protocol": (str, None), "recipe": {}, "reference": {"name": str},
+    "protocol": (str, None), "recipe": {}, "reference": {"name": str, "count": _MAYBE}, "features": {"name": str},
     "against": {"name": str, "hash": str, "protocol": (str, None),
                 **dict.fromkeys(("psnr_db", "psnr_db_std", "ssim", "ssim_std"), _MAYBE)},
 }  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -17,11 +15,6 @@ def is_sharded(tensor: Tensor) -> bool:
 def local_part(tensor: Tensor) -> Tensor:
     """The rows that this process holds, sharing memory with `tensor`; all of a plain tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def local_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`local_part` of every tensor."""
-    return {name: local_part(tensor) for name, tensor in tensors.items()}
 
 
 def like_part(part: Tensor, like: Tensor) -> Tensor:
