@@ -47,7 +47,7 @@ def test_recover_takes_teacher_and_data_from_the_students_run(cli: Cli, own: Pat
     export = "export --model back --to official --out x.pt"
     done(cli, export)
     steps = json.loads(Path("x.json").read_text(encoding="utf-8"))["history"]
-    assert [step.rpartition(" on ")[2] for step in steps] == ["4 images of `mine.npz`."] * 2
+    assert [step.rpartition(" on ")[2] for step in steps] == ["4 images drawn from `mine.npz`."] * 2
     record = Path("back/run.json")
     for seen in ("NaN", "Infinity", "-5", "1" + "0" * 400, '"many"'):
         damaged = re.sub(r'"seen_images": [^,\n]+', f'"seen_images": {seen}', record.read_text(encoding="utf-8"))

@@ -202,13 +202,16 @@ def test_differences_are_said(
     model = tiny_model()
     published, foreign = saved(model, tmp_path / "published"), theirs(model, tmp_path / "foreign", norm_eps=1e-5)
     write(published, "diffusers", tmp_path / "a")
-    assert "10000^(-i/127) there" in capsys.readouterr().err
+    assert "diffusers compute timestep frequencies as 10000^(-i/127)" in capsys.readouterr().err
     write(foreign, "diffusers", tmp_path / "b")
     write(published, "official", tmp_path / "a.safetensors")
     assert capsys.readouterr().err == ""
     write(foreign, "official", tmp_path / "b.safetensors")
     said = capsys.readouterr().err
-    assert "10000^(-i/128) there" in said and "epsilon 1e-06 there and 1e-05 here" in said
+    assert (
+        "published scripts compute timestep frequencies as 10000^(-i/128)" in said
+        and "epsilon 1e-06, this model 1e-05" in said
+    )
 
 
 def test_no_format_holds_what_it_cannot(tiny_model: Callable[..., LoadedModel], tmp_path: Path) -> None:

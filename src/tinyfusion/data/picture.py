@@ -99,7 +99,7 @@ def _reading(where: str) -> Iterator[None]:
         raise UserError(f"{where} has more than {MOST_PIXELS:,} pixels: make it smaller") from error
     except Exception as error:
         raise UserError(
-            f"{where} cannot be decoded as a picture ({', '.join(FORMATS)}): damaged or cut short"
+            f"{where} cannot be decoded as a picture ({', '.join(FORMATS)}): damaged or cut short; repair it, or move it out of the set"
         ) from error
 
 

@@ -94,7 +94,8 @@ def _what(model: LoadedModel) -> str:
     return (
         f"A {model.family.title} of {len(model.stack)} blocks{parts}, width {arch.hidden_size}, {arch.num_heads} heads, "
         f"{num_parameters(model.module):,} parameters, for {space} of images {facts.image_size} pixels wide, "
-        f"{arch.num_classes} classes. SHA-256 of its tensors (as tinyfusion counts it): `{model.hash()}`."
+        f"{arch.num_classes} class{'es' if arch.num_classes > 1 else ''}. SHA-256 of its tensors (as tinyfusion counts it): "
+        f"`{model.hash()}`."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import math
 import os
 from dataclasses import dataclass
@@ -130,8 +131,11 @@ def check_data_name(name: str) -> None:
         raise UserError(f"no images at {name}: no such file")
     known = name in REAL_SETS or name.startswith((*WHOLE, *STREAMED, LATENTS)) or name.endswith(".npz")
     if not known and not Path(name).is_dir():
+        folders = [entry.name for entry in Path().iterdir() if entry.is_dir()] if len(Path(name).parts) == 1 else []
+        close = difflib.get_close_matches(name, folders, n=1)
         raise UserError(
-            f"unknown data set {name!r}: there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {HUB}ORG/NAME, {PARQUET_STREAM}PATH, "
+            f"unknown data set {name!r}{f', and no folder of that name; did you mean {close[0]!r}?' if close else ''}: "
+            f"there is {', '.join(REAL_SETS)}, {PARQUET}PATH, {HUB}ORG/NAME, {PARQUET_STREAM}PATH, "
             f"{HUB_STREAM}ORG/NAME, {LATENTS}PATH, a folder of pictures, or an .npz with arr_0 and arr_1"
         )
 

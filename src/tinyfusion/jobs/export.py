@@ -274,8 +274,9 @@ def _differences(model: LoadedModel, to: str) -> list[str]:
         here = mlp(timestep_features(steps, model.arch.frequency_shift))
         there = mlp(timestep_features(steps, diffusers.FREQUENCY_SHIFT))
     moved = float((there - here).norm() / here.norm())
-    why = "as in every DiT of diffusers with published weights; students of a teacher opened from diffusers have none of it"
-    return [f"{found[0]}: the embedding of a timestep moves by {moved:.2%} on average, {why}", *found[1:]]
+    what = f"its images differ slightly there (the embedding of a timestep moves by {moved:.2%} on average)"
+    why = "as those of every published DiT do; a student of a teacher opened from a folder of diffusers has no such difference"
+    return [f"{found[0]}: {what}, {why}", *found[1:]]
 
 
 def _autoencoder(model: LoadedModel, what: ExportOptions, dry_run: bool) -> Path | None:

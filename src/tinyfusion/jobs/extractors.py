@@ -12,6 +12,7 @@ import torch
 from tinyfusion.core.config import nearest
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.reading import check_plain, read_json_object
 from tinyfusion.core.torchscript import is_torchscript, read_torchscript
 from tinyfusion.core.weights import fetch_weights, known_weights
@@ -50,7 +51,16 @@ def open_extractor(name: str, device: str = "auto") -> FeatureExtractor:
         return _inception(path, choose_device(device))
     fetched = [SHORT, *(known for known, entry in known_weights().items() if entry.kind == "inception")]
     if name in fetched:
-        return _inception(fetch_weights(INCEPTION if name == SHORT else name), choose_device(device))
+        try:
+            file = fetch_weights(INCEPTION if name == SHORT else name)
+        except WouldFetch:
+            raise
+        except UserError as error:
+            raise UserError(
+                f"{error}. Without a network: --set evaluate.features=FILE of those weights, fetched elsewhere, or "
+                f"{DINO}FOLDER of a DINOv2 network as transformers saves it, or a folder with classifier.json"
+            ) from error
+        return _inception(file, choose_device(device))
     raise UserError(
         f"unknown feature extractor {name!r}{nearest(name, [*EXTRACTORS, *fetched])} (or a folder with classifier.json, "
         f"a file of Inception weights, {DINO}FOLDER)"

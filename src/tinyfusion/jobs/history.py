@@ -61,7 +61,7 @@ def _sentence(verb: str, run: MakingRun) -> str:
     seen = run.record.get("seen_images")
     images = f"{int(seen):,} images" if isinstance(seen, int | float) and 0 < seen < 2**63 else ""
     short = re.sub(r"(^|:)/.*/", r"\1", name) if isinstance(name, str) else ""  # a folder here means nothing elsewhere
-    trained = f"{images} of `{short}`" if images and short else images
+    trained = f"{images} drawn from `{short}`" if images and short else images  # a picture counts each time it is drawn
     state = "" if run.record.get("state") == "done" else " (not finished)"
     if verb == "train":
         return f"Trained from nothing on {trained or 'data that are not recorded'}{state}."

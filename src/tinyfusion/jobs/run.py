@@ -237,12 +237,14 @@ def _sample(recipe: Recipe, options: RunOptions, models: dict[str, str]) -> None
 
 
 def _compare(samples: Path, models: list[str]) -> None:
-    """One picture: a row of the same seeds for every model, the first image of each label, classes in order."""
+    """One picture: a row of the same seeds for every model, the first image of each label, or the first ones of a single class."""
     drawn = [read_images_npz(samples / f"{name}.npz") for name in models]
     labels = drawn[0][1]
     if labels is None or drawn[0][0].shape[-1] not in (1, 3):
         return
     _, first = np.unique(labels, return_index=True)
+    if len(first) == 1:
+        first = np.arange(len(labels))
     rows = np.concatenate([images[first[:20]] for images, _ in drawn])
     write_grid_png(samples / "comparison.png", rows, len(first[:20]), max(1, 48 // rows.shape[1]))
 

@@ -209,14 +209,20 @@ def config_of_arch(arch: DiTArch) -> dict[str, Any]:
     }
 
 
+_READERS = {"official": "the published scripts", "diffusers": "the classes of diffusers"}
+
+
 def differences(arch: DiTArch, target: str) -> list[str]:
     """What a reader of the format `target` ("official" or "diffusers") computes otherwise than this model, in sentences."""
     found = []
     wanted = FREQUENCY_SHIFT if target == "diffusers" else 0
     if arch.frequency_shift != wanted:
         found.append(
-            f"timestep frequencies are 10000^(-i/{128 - wanted}) there and 10000^(-i/{128 - arch.frequency_shift}) here"
+            f"{_READERS[target]} compute timestep frequencies as 10000^(-i/{128 - wanted}), this model "
+            f"10000^(-i/{128 - arch.frequency_shift})"
         )
     if target == "official" and arch.mlp_norm_eps != 1e-6:
-        found.append(f"the norm before an MLP has epsilon 1e-06 there and {arch.mlp_norm_eps:g} here")
+        found.append(
+            f"{_READERS[target]} give the norm before an MLP the epsilon 1e-06, this model {arch.mlp_norm_eps:g}"
+        )
     return found

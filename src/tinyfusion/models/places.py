@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from tinyfusion.core.config import nearest
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.reading import check_plain, read_json_object, unreadable
 from tinyfusion.core.weights import KnownWeights, fetch_weights, known_weights
 from tinyfusion.models.family import FAMILIES
@@ -53,7 +55,14 @@ def by_name(name: str) -> tuple[Path, dict[str, str]]:
     if Path(name).suffix in _FILES:
         raise UserError(f"no model at {name}: no such file{_fetched_as(Path(name).name, known)}")
     if HUB_ID.fullmatch(name) and not Path(name).parent.exists():
-        return fetch_repository(name)
+        try:
+            return fetch_repository(name)
+        except WouldFetch:
+            raise
+        except UserError as error:
+            raise UserError(
+                f"no model at {name}: no such folder here (`tinyfusion train` makes one), and {error}"
+            ) from error
     hint = nearest(name.lower(), [*shipped, *known])
     raise UserError(f"no model at {name}: no such file or folder, and no model of that name{hint}")
 
@@ -71,6 +80,8 @@ def model_folder(path: Path, weights: str) -> Path:
     for name in ("student", "recover/student", "model", "prune/student"):
         for suffix in ("-raw", "") if weights == "raw" else ("",):
             if (path / f"{name}{suffix}" / "model.json").exists():
+                if name == "prune/student":
+                    print(f"warning: {path} is not recovered yet: this is the student as it was cut", file=sys.stderr)
                 return path / f"{name}{suffix}"
     if (path / "model_index.json").exists():
         kind = read_json_object(path / "model_index.json").get("_class_name")
@@ -91,6 +102,9 @@ def model_folder(path: Path, weights: str) -> Path:
 
 def _what_is_there(path: Path) -> str:
     """A hint at what a folder holds that is no model."""
+    if (path / "run.json").is_file():
+        verb = read_json_object(path / "run.json").get("verb")
+        return f"; it is a run of `{verb}` that has not finished: the same command continues it"
     if any((path / name).exists() for name in _LORA):
         return f"; it {OTHER_KINDS['lora']}"
     files = sorted(file.name for file in path.iterdir() if file.suffix in _FILES) if path.is_dir() else []

@@ -223,7 +223,7 @@ def choose_images(labels: np.ndarray | None, num: int) -> tuple[list[int], list[
 
     A class with fewer images than rows leaves gaps, written as -1.
     """
-    if labels is None:
+    if labels is None or len(np.unique(labels[:num])) == 1:
         return list(range(min(num, _GRID_CLASSES * _GRID_ROWS))), [""] * min(num, _GRID_CLASSES)
     classes = [int(c) for c in np.unique(labels[:num])[:_GRID_CLASSES]]
     firsts = [np.flatnonzero(labels[:num] == c)[:_GRID_ROWS].tolist() for c in classes]
