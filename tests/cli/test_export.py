@@ -178,7 +178,9 @@ def test_a_card_says_how_the_model_was_made(cli: Cli, work: Path) -> None:
         assert "non-commercial" not in card and "CC-BY" not in card and "origin is unknown" not in card
         assert "1. Trained from nothing on 8 images drawn from `images.npz`." in card
     assert "2. Cut by the criterion `indices`." in cut and "The cut alone:" in cut
-    assert "2. Cut by the criterion `indices`.\n3. Recovered by `masked-kd` on 12 images drawn from `images.npz`." in back
+    assert (
+        "2. Cut by the criterion `indices`.\n3. Recovered by `masked-kd` on 12 images drawn from `images.npz`." in back
+    )
     assert "The cut, without what followed it:" in back and "The cut alone" not in back
     run_words(cli, "export --model back/student --to official --out back.pt")
     told = json.loads(Path("back.json").read_text())
