@@ -552,5 +552,11 @@ def mutate(path: Path, chance: random.Random) -> str:
     mutation = FORMATS.get(path.suffix)
     if mutation is None or chance.random() < 0.35:
         mutation = chance.choice(BYTES)
-    mutation(path, chance)
+    before = path.read_bytes()
+    try:
+        mutation(path, chance)
+    except Exception:  # a format's own writer may refuse such values; the bytes of the file never do
+        path.write_bytes(before)
+        mutation = chance.choice(BYTES)
+        mutation(path, chance)
     return mutation.__name__
