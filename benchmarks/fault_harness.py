@@ -220,6 +220,8 @@ def reach(harness: Harness, out: Path, process: subprocess.Popen[bytes], moment:
         return wait_until(lambda: any(e.name.split(".")[1:2] in [[w] for w in wanted] for e in out.glob(".*.part"))
                           or any((out / w).exists() for w in wanted), process, 0.0002)  # fmt: skip
     first = started_from(out)[-1]
+    if first >= harness.steps - 1:  # all steps are done, and nothing is left to aim at
+        return False
     aim = chance.randrange(first, min(first + max((harness.steps - first) // 2, EVERY), harness.steps - 1))
     if not wait_until(lambda: lines_in(out) > aim, process):
         return False

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from material import Cli, Outcome, fill
 
 from tinyfusion.cli import main
+from tinyfusion.jobs.extractors import open_extractor
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_extractors() -> Iterator[None]:
+    """Feature extractors that one module opened by name, stand-ins perhaps, are not those of the next."""
+    yield
+    open_extractor.cache_clear()
 
 
 @pytest.fixture
