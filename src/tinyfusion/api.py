@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.recipe import ComputeSection, PruneSection, Recipe, RecoverSection, SampleSection, TrainingSection
-from tinyfusion.core.rng import Draws, Randomness, StratifiedDraws
+from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.image_source import source_of
 from tinyfusion.jobs.evaluate import score
 from tinyfusion.jobs.extractors import open_extractor
@@ -31,7 +31,7 @@ from tinyfusion.models.streams import Streams
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.base import Process
 from tinyfusion.processes.task import Task, task_source
-from tinyfusion.prune.calibrate import Calibration
+from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.criteria import CRITERIA, by_indices, decide
 from tinyfusion.prune.deltas import cut_with_deltas
 from tinyfusion.prune.learn import mask_learner, plan_of
@@ -196,7 +196,7 @@ def sample_images(
     sampler = sampler_of(settings, model)
     batches = [batch.x for batch in draw_batches(model, labels, sampler, seed, settings.batch_size)]
     drawn = torch.cat(batches)
-    return to_uint8(drawn) if model.facts.latent_scale is None else drawn.permute(0, 2, 3, 1).float().cpu().numpy()
+    return drawn.permute(0, 2, 3, 1).float().cpu().numpy() if model.of_latents else to_uint8(drawn)
 
 
 def evaluate_images(
@@ -248,9 +248,5 @@ def _calibration(
 ) -> Calibration:
     """Fixed batches that a criterion looks at."""
     source, settings = _source(task, batches, TrainingSection(batch_size=64), _engine(model, None))
-    process: Any = task
-    size, drawn = settings.batch_size, []
-    for index in range(num_batches):
-        draws = StratifiedDraws(seed, 0, index * size, size, num_batches * size, shuffled=True)
-        drawn.append(process.draw(source(index, size, draws), draws))
-    return Calibration(tuple(drawn), process, "given batches", num_batches * size, num_batches * size, seed)
+    images = num_batches * settings.batch_size
+    return calibration_set(task, source, "given batches", images, images, settings.batch_size, seed)  # type: ignore[arg-type]

@@ -165,6 +165,25 @@ def test_samples_and_scores(tiny_model: Any) -> None:
     assert tf.evaluate_images(images, real)["fid"] > 50
 
 
+def test_a_model_of_latents_gives_latents_whether_their_scale_is_known_or_not(tiny_model: Any) -> None:
+    model = tiny_model(in_channels=16)
+    assert model.facts.latent_scale is None
+    drawn = tf.sample_images(model, [0, 1], SampleSection(sampler="ddim", num_steps=2))
+    assert (drawn.dtype, drawn.shape) == (np.float32, (2, 4, 4, 16))
+
+
+def test_a_criterion_is_shown_images_one_after_another(tiny_model: Any) -> None:
+    model = tiny_model(input_size=8, in_channels=1, num_classes=10)
+    data, shown = ShuffledBatches(load_digits(), Randomness(0), torch.device("cpu")), list[int]()
+
+    def recorded(step: int, size: int, draws: Draws) -> Any:
+        shown.extend(range(step * size + draws.first, step * size + draws.first + draws.num))
+        return data(step, size, draws)
+
+    tf.prune_model(model, "bi", task=tf.objective_of(model, 0.0), batches=recorded, num_batches=3)  # type: ignore[arg-type]
+    assert shown == list(range(3 * 64))
+
+
 # --------------------------------------------------------------------------------------------------------- what is refused
 
 
