@@ -27,7 +27,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.train import DynamicObjective
 from tinyfusion.models.forwards import standing_in
 from tinyfusion.models.stack import BlockStack
-from tinyfusion.models.streams import BlockCall, Streams
+from tinyfusion.models.streams import BlockCall, Streams, tensors_in
 from tinyfusion.prune.learn import GatedObjective
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.training.loop import BatchSource, LoopObjective
@@ -274,15 +274,15 @@ def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
         part = call.of_images(rows)
         part = part if as_recorded else part.mapped(_as_float)
         with _autocast(device.type, dtype), torch.no_grad(), LiveBytes() as meter:
-            outputs = _tensors(copy(*part.args, **part.kwargs))
+            outputs = tensors_in(copy(*part.args, **part.kwargs))
         without_graph, size = meter.peak, sum(output.nbytes for output in outputs)
         del outputs
-        inputs = [value.requires_grad_() for value in _tensors((part.args, part.kwargs)) if value.is_floating_point()]
+        inputs = [value.requires_grad_() for value in tensors_in((part.args, part.kwargs)) if value.is_floating_point()]
         if not trains:
             seen.append((0, size, 0, without_graph))
             continue
         with _autocast(device.type, dtype), LiveBytes() as meter:
-            outputs = _tensors(copy(*part.args, **part.kwargs))
+            outputs = tensors_in(copy(*part.args, **part.kwargs))
         held = meter.now
         with meter:
             torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
@@ -291,10 +291,6 @@ def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
     one, two = seen
     held, size, _, without_graph = (b - a for a, b in zip(one, two, strict=True))
     return BlockBytes(held, size, max(two[2] - one[2], 0), without_graph, max(one[0] - held, 0))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _as_float(value: Tensor) -> Tensor:

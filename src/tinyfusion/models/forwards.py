@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from tinyfusion.core.compiler import compiling
 from tinyfusion.core.errors import UserError
-from tinyfusion.models.streams import mapped
 
 RECOMPILE_LIMIT = 64  # variants of one block: with and without a graph, one image or several, per structure
 Forward = Callable[..., Any]
@@ -94,7 +94,7 @@ class BlockForward:
         if self.compiled is None:
             return _checkpointed(self.plain, *args, **kwargs) if recomputed else self.plain(*args, **kwargs)
         with compiling(f"block {self.name}"):
-            laid = mapped((args, kwargs), _plainly_laid)
+            laid = tree_map_only(Tensor, _plainly_laid, (args, kwargs))
             return self.compiled.of(self.plain.__func__, recomputed)(self.block, *laid[0], **laid[1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

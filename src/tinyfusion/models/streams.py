@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ class BlockCall:
 
     def others(self) -> list[Tensor]:
         """Tensors among the arguments that are no streams."""
-        rest = [self.bound.arguments[name] for name in list(self.bound.arguments)[1:] if name not in self.names]
-        return [leaf for leaf in tree_leaves(rest) if isinstance(leaf, Tensor)]
+        arguments = list(self.bound.arguments)[1:]  # the first is the block itself
+        return tensors_in([self.bound.arguments[name] for name in arguments if name not in self.names])
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
         """The call with `change` applied to every tensor among its arguments."""
         return self._changed(
-            {name: mapped(self.bound.arguments[name], change) for name in list(self.bound.arguments)[1:]}
+            {name: tree_map_only(Tensor, change, self.bound.arguments[name]) for name in list(self.bound.arguments)[1:]}
         )
 
     def with_states(self, states: Sequence[Tensor | None]) -> BlockCall:
@@ -141,7 +141,7 @@ class BlockCall:
         changed = {}
         for name in list(self.bound.arguments)[1:]:  # the first is the block itself
             if (axis := self.streams.axes.get(name, 0)) is not None:
-                changed[name] = mapped(self.bound.arguments[name], _rows_of(name, axis, rows, num))
+                changed[name] = tree_map_only(Tensor, _rows_of(name, axis, rows, num), self.bound.arguments[name])
         return self._changed(changed)
 
     def _changed(self, values: Mapping[str, Any]) -> BlockCall:
@@ -166,16 +166,9 @@ def _rows_of(name: str, axis: int, rows: Tensor, num: int) -> Callable[[Tensor],
     return pick
 
 
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `change` applied to every tensor in it, also inside of tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: mapped(part, change) for name, part in value.items()}
-    if isinstance(value, tuple | list):
-        parts = [mapped(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in `value`, also inside of tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def along(gate: Tensor, like: Tensor, axis: int) -> Tensor:
@@ -199,4 +192,4 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-__all__ = ["BlockCall", "Streams", "along", "mapped", "mixed"]
+__all__ = ["BlockCall", "Streams", "along", "mixed", "tensors_in"]
