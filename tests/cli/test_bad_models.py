@@ -227,3 +227,14 @@ def test_the_folder_without_a_fault_opens(cli: Cli, elsewhere: Path, monkeypatch
     assert cli("inspect", "good-folder").code == 0
     whole, inside = (cli("inspect", name, "--json").last_json for name in ("good-folder", "checkpoint-500"))
     assert inside["hash"] == whole["hash"] and inside["origin"]["path"] == "checkpoint-500/transformer"
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [("done", "that makes no model"), ("running", "that has not finished: the same command continues it")],
+)
+def test_a_run_without_a_model_is_named(cli: Cli, work: Path, state: str, message: str) -> None:
+    Path("latents").mkdir()
+    Path("latents/run.json").write_text(json.dumps({"made_by": "tinyfusion", "verb": "encode", "state": state}))
+    outcome = cli("inspect", "latents")
+    assert outcome.code == 2 and f"it is a run of `encode` {message}" in outcome.err

@@ -12,9 +12,9 @@ from typing import Any
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.jobs.origins import MakingRun, making_run
+from tinyfusion.models.places import RUN_MODELS
 
 _PARENTS = {"recover": "student", "prune": "teacher", "dynamic": "model"}  # verb -> what it began with
-_MODELS = ("", "student", "recover/student", "model", "prune/student")  # where the model of a run lies
 _MOST_STEPS = 32
 
 
@@ -44,7 +44,7 @@ def _parent(verb: str, run: MakingRun) -> MakingRun | None:
     inputs = run.record.get("recipe")
     if not isinstance(source, str) or not source or not isinstance(inputs, Mapping):
         return None
-    for place in _MODELS:
+    for place in ("", *RUN_MODELS):
         file = Path(source) / place / "model.json"
         with suppress(UserError):
             if file.is_file():

@@ -18,6 +18,7 @@ from tinyfusion.models.hub import HUB_ID, fetch_repository
 from tinyfusion.models.statedicts import OTHER_KINDS
 
 _FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+RUN_MODELS = ("student", "recover/student", "model", "prune/student")  # where a run has its model, the best one first
 _LORA = ("adapter_config.json", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
 
@@ -77,7 +78,7 @@ def model_folder(path: Path, weights: str) -> Path:
     """The folder with the model in it: itself, that of a run, or the transformer of a folder of diffusers."""
     if (path / "model.json").exists():
         return path
-    for name in ("student", "recover/student", "model", "prune/student"):
+    for name in RUN_MODELS:
         for suffix in ("-raw", "") if weights == "raw" else ("",):
             if (path / f"{name}{suffix}" / "model.json").exists():
                 if name == "prune/student":
@@ -103,8 +104,9 @@ def model_folder(path: Path, weights: str) -> Path:
 def _what_is_there(path: Path) -> str:
     """A hint at what a folder holds that is no model."""
     if (path / "run.json").is_file():
-        verb = read_json_object(path / "run.json").get("verb")
-        return f"; it is a run of `{verb}` that has not finished: the same command continues it"
+        record = read_json_object(path / "run.json")
+        state = "makes no model" if record.get("state") == "done" else "has not finished: the same command continues it"
+        return f"; it is a run of `{record.get('verb')}` that {state}"
     if any((path / name).exists() for name in _LORA):
         return f"; it {OTHER_KINDS['lora']}"
     files = sorted(file.name for file in path.iterdir() if file.suffix in _FILES) if path.is_dir() else []
