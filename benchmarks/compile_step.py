@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from shared import quartiles, random_model
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import BlockStack, frozen
+from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.recipe import PruneSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.stack import BlockStack, frozen
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner

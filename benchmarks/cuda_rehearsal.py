@@ -29,8 +29,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinyfusion.core.process_sections import FlowSampleSection
-from tinyfusion.core.recipe import (
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.routers import DynamicSettings
+from tinyfusion.blocks.stack import frozen
+from tinyfusion.config.process_sections import FlowSampleSection
+from tinyfusion.config.recipe import (
     ComputeSection,
     PruneSection,
     Recipe,
@@ -42,17 +45,14 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import ImageSet
 from tinyfusion.dynamic.train import DynamicObjective
-from tinyfusion.jobs.processes import objective_for, sampler_of
+from tinyfusion.families.family import FAMILIES
+from tinyfusion.jobs.process_specs import objective_for, sampler_of
 from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel, new_model
-from tinyfusion.models.family import FAMILIES
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.routers import DynamicSettings
-from tinyfusion.models.stack import frozen
 from tinyfusion.prune.calibrate import calibration_set
+from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import decide
 from tinyfusion.prune.learn import mask_learner
-from tinyfusion.prune.question import Question
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import distilled
 from tinyfusion.sample.drive import sample
@@ -191,7 +191,7 @@ def criterion(family: str, name: str) -> Rehearsal:
         model = model_of(family)
         source = batches(model)
         calibration = calibration_set(objective_for(model, 0.0, Recipe()), source, "random", 32, 8, 4, 0)
-        decide(Question(model, PruneSection(criterion=name), 0, calibration))  # type: ignore[arg-type]
+        decide(CriterionContext(model, PruneSection(criterion=name), 0, calibration))  # type: ignore[arg-type]
 
     return run
 

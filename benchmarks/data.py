@@ -30,8 +30,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from shared import quartiles
+from tinyfusion.commands.encode import encode, work_for
+from tinyfusion.config.recipe import EncodeSection, Recipe
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.recipe import EncodeSection, Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
 from tinyfusion.data.latents import (
@@ -43,7 +44,6 @@ from tinyfusion.data.latents import (
     write_manifest,
 )
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.encode import encode, work_for
 
 SHAPE, BATCH, CPU = (4, 32, 32), 256, torch.device("cpu")
 

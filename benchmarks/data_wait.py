@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
 from tinyfusion.data.batches import Batches, ShuffledBatches
 from tinyfusion.data.digits import ImageSet, load_digits
-from tinyfusion.data.stream import StreamedBatches, open_parts
+from tinyfusion.data.stream import StreamedBatches, open_shards
 from tinyfusion.models.checkpoint import new_model
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
@@ -105,7 +105,7 @@ def streaming(file: Path, repeats: int, window_images: int, num: int = 8192, bat
 
     table = pyarrow.parquet.read_table(file, columns=["img"]).slice(0, num)
     encoded = [row["bytes"] for row in table.column(0).to_pylist()]
-    source = StreamedBatches(open_parts(file, None, 3), Randomness(SEED), CPU, window_images)
+    source = StreamedBatches(open_shards(file, None, 3), Randomness(SEED), CPU, window_images)
     streamed, alone = [], []
     source.rows(0, batch_size)  # the first window is there, the next one is under way
     for turn in range(repeats):
@@ -153,7 +153,7 @@ def main() -> None:
     if options.cifar:
         with tempfile.TemporaryDirectory() as folder:
             cifar = regrouped(options.cifar, Path(folder))
-            stream = StreamedBatches(open_parts(cifar, None, 3), Randomness(SEED), CPU, options.window, flip=0.5)
+            stream = StreamedBatches(open_shards(cifar, None, 3), Randomness(SEED), CPU, options.window, flip=0.5)
             pixel_dit = {**latent_dit, "in_channels": 3}
             name = "CIFAR-10 streamed, 32 x 32; width 128, 4 blocks, 16 tokens"
             table.append(waiting(name, stream, 256, pixel_dit, *how))

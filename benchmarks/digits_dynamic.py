@@ -21,21 +21,21 @@ import numpy as np
 import torch
 
 from shared import quartiles, spread
-from tinyfusion.core.config import load_recipe
+from tinyfusion.commands.dynamic import dynamic
+from tinyfusion.commands.evaluate import evaluate
+from tinyfusion.commands.inspect import model_macs
+from tinyfusion.commands.prune import prune
+from tinyfusion.commands.recover import recover
+from tinyfusion.commands.sample import sample
+from tinyfusion.config.loading import load_recipe
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rundir import read_json, write_json, write_text
 from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.evaluate.speed import interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.dynamic import dynamic
-from tinyfusion.jobs.evaluate import evaluate
-from tinyfusion.jobs.inspect import model_macs
-from tinyfusion.jobs.processes import sampler_of
-from tinyfusion.jobs.prune import prune
-from tinyfusion.jobs.recover import recover
-from tinyfusion.jobs.sample import sample
-from tinyfusion.jobs.skipping import SkippedModel, skipping_for
+from tinyfusion.jobs.process_specs import sampler_of
+from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
 from tinyfusion.models.checkpoint import open_model
 from tinyfusion.sample.drive import sample as draw_samples
 
@@ -115,7 +115,7 @@ def timed(folder: Path, models: dict[str, str], seed: int) -> dict[str, list[flo
     for key in SHOWN:
         model = open_model(models[key])
         sampler = sampler_of(recipe.sample, model).of_steps(TIMED_STEPS)
-        skipped = SkippedModel(model, skipping_for(model, sampler))
+        skipped = SkippedModel(model, skipped_run_for(model, sampler))
 
         def draw(model: Any = model, sampler: Any = sampler, skipped: SkippedModel = skipped) -> None:
             with skipped.running():

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from shared import spread
-from tinyfusion.core.config import load_recipe
+from tinyfusion.commands.run import run
+from tinyfusion.config.loading import load_recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import read_json, write_text
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.run import run
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
 MODELS = {"teacher": "teacher", "pruned": "cut, before recovery", "student": "cut and recovered"}

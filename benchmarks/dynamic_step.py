@@ -26,17 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from shared import quartiles, xl_model
+from tinyfusion.blocks.forwards import CompiledForwards
+from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import write_text
 from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.dynamic.modulations import ROWS_AHEAD
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
 from tinyfusion.evaluate.speed import count_macs
-from tinyfusion.jobs.drawing import at_arithmetic
+from tinyfusion.jobs.sampling_setup import in_dtype
 from tinyfusion.models.attach import DynamicModel, attach, detached
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.forwards import CompiledForwards
-from tinyfusion.models.routers import DynamicSettings
 
 CPU = torch.device("cpu")
 TIMESTEPS = [float(t) for t in range(990, 350, -20)]  # of a trajectory
@@ -97,8 +97,8 @@ def row(base: LoadedModel, case: Case, batch: int, dtype: str, options: argparse
     compiled = options.compile
     dynamic = dynamic_model(base, case)
     tables = resolve(dynamic, TIMESTEPS)  # in float32, before the cast
-    static_model = at_arithmetic(detached(dynamic), dtype, CPU)
-    dynamic = at_arithmetic(dynamic.loaded, dtype, CPU).dynamic
+    static_model = in_dtype(detached(dynamic), dtype, CPU)
+    dynamic = in_dtype(dynamic.loaded, dtype, CPU).dynamic
     assert dynamic is not None
     arch = base.arch
     generator = torch.Generator().manual_seed(0)

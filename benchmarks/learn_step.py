@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from shared import memory_profile, peak_bytes, quartiles, xl_model
+from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.recipe import PruneSection, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
 from tinyfusion.models.checkpoint import LoadedModel

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from shared import quartiles, random_model
+from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.recipe import ComputeSection, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
 from tinyfusion.data.batches import ShuffledBatches
@@ -33,7 +33,7 @@ from tinyfusion.data.digits import ImageSet
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.training.engine import Engine
-from tinyfusion.training.loop import ForwardPass, StepRecord, noisy_parts, train_steps
+from tinyfusion.training.loop import ForwardPass, StepRecord, noisy_microbatches, train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState
 
@@ -85,7 +85,7 @@ class Side:
     def batch(self, step: int) -> NoisyBatch:
         """The batch of `step`."""
         arguments = (self.objective, self.source, self.settings.batch_size, self.randomness, self.engine)
-        made: NoisyBatch = noisy_parts(step, *arguments)[0]
+        made: NoisyBatch = noisy_microbatches(step, *arguments)[0]
         return made
 
     def loop(self) -> Iterator[None]:

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from shared import random_model
+from tinyfusion.config.recipe import DataSection, Recipe
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.recipe import DataSection, Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import machine, write_text
 from tinyfusion.jobs.assemble import batches_for
-from tinyfusion.jobs.processes import objective_for
+from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.mask_search import (

@@ -27,17 +27,17 @@ from typing import Any
 
 import torch
 
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import BlockStack, frozen
+from tinyfusion.config.recipe import ComputeSection, PruneSection, TrainingSection
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.recipe import ComputeSection, PruneSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import write_text
+from tinyfusion.families.dit.model import position_table, published_arch
+from tinyfusion.families.family import FAMILIES
 from tinyfusion.jobs.footprint import footprint_of
 from tinyfusion.jobs.memory import fitting_lines, memory_plan
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, make_trainable
-from tinyfusion.models.dit import position_table, published_arch
-from tinyfusion.models.family import FAMILIES
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.stack import BlockStack, frozen
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner

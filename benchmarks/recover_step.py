@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from shared import memory_profile, peak_bytes, quartiles, xl_model
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import frozen
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.recover.align import block_pairs

@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyfusion.core.config import load_recipe
+from tinyfusion.commands.evaluate import open_extractor
+from tinyfusion.commands.prune import prune
+from tinyfusion.commands.recover import recover
+from tinyfusion.config.loading import load_recipe
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance
 from tinyfusion.jobs.assemble import RunOptions, image_set
-from tinyfusion.jobs.evaluate import open_extractor
-from tinyfusion.jobs.processes import objective_for
-from tinyfusion.jobs.prune import prune
-from tinyfusion.jobs.recover import recover
+from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.sample.drive import image_labels, sample, to_uint8

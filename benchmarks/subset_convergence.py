@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from digits_teacher import calibration_loss
-from tinyfusion.core.config import load_recipe
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.config.loading import load_recipe
+from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import read_json, write_json, write_text
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable, open_model
-from tinyfusion.models.plan import PrunePlan
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.gates import CategoricalGates, GateDistribution

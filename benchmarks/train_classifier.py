@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.core.rundir import write_json, written_beside
+from tinyfusion.core.rundir import atomic_write, write_json
 from tinyfusion.data.batches import ArrayBatch, ShuffledBatches
 from tinyfusion.data.digits import ImageSet
 from tinyfusion.evaluate.features import ClassifierArch, ClassifierFeatures, SmallClassifier
@@ -141,7 +141,7 @@ def main() -> None:
         "torch": torch.__version__.partition("+")[0],
         "license": "Apache-2.0",
     }
-    with written_beside(options.out) as beside:
+    with atomic_write(options.out) as beside:
         beside.mkdir(parents=True)
         save_file(
             {name: t.contiguous() for name, t in classifier.state_dict().items()}, beside / "classifier.safetensors"

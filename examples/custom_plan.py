@@ -11,11 +11,11 @@ import argparse
 from pathlib import Path
 
 from tinyfusion import open_model
+from tinyfusion.blocks.plan import plan_from_json
+from tinyfusion.commands.inspect import inspect
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import read_json, write_json
-from tinyfusion.jobs.inspect import inspect
 from tinyfusion.models.checkpoint import save_model
-from tinyfusion.models.plan import plan_from_json
 from tinyfusion.prune.criteria import by_indices
 
 

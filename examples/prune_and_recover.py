@@ -12,11 +12,11 @@ import argparse
 import torch
 
 from tinyfusion import open_model
-from tinyfusion.core.recipe import PruneSection, TrainingSection
+from tinyfusion.blocks.stack import frozen
+from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
-from tinyfusion.models.stack import frozen
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner, plan_of
 from tinyfusion.recover.align import block_pairs

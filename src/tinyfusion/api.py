@@ -16,26 +16,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import frozen
+from tinyfusion.blocks.streams import Streams
+from tinyfusion.commands.evaluate import score
+from tinyfusion.config.recipe import (
+    ComputeSection,
+    PruneSection,
+    Recipe,
+    RecoverSection,
+    SampleSection,
+    TrainingSection,
+)
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import ComputeSection, PruneSection, Recipe, RecoverSection, SampleSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.image_source import source_of
-from tinyfusion.jobs.evaluate import score
-from tinyfusion.jobs.extractors import open_extractor
-from tinyfusion.jobs.processes import objective_for, sampler_of
+from tinyfusion.evaluate.extractors import open_extractor
+from tinyfusion.jobs.process_specs import objective_for, sampler_of
 from tinyfusion.jobs.references import Reference
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.stack import frozen
-from tinyfusion.models.streams import Streams
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.base import Process
 from tinyfusion.processes.task import Task, task_source
 from tinyfusion.prune.calibrate import Calibration, calibration_set
+from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA, by_indices, decide
-from tinyfusion.prune.deltas import cut_with_deltas
+from tinyfusion.prune.deltas import prune_with_weight_updates
 from tinyfusion.prune.learn import mask_learner, plan_of
-from tinyfusion.prune.question import Question
 from tinyfusion.recover.align import pairs_between
 from tinyfusion.recover.channels import residual_channels
 from tinyfusion.recover.distill import distilled
@@ -122,7 +129,7 @@ def prune_model(
     """
     if isinstance(how, LearnedMasks):
         if keep_updates and how.settings.update != "frozen":
-            return cut_with_deltas(model, how.plan, how.updates, how.settings)
+            return prune_with_weight_updates(model, how.plan, how.updates, how.settings)
         return model.cut(how.plan)
     if isinstance(how, PrunePlan):
         return model.cut(how)
@@ -133,12 +140,12 @@ def prune_model(
             f"no criterion {how!r} without training: there is {', '.join(CRITERIA)}; for learned masks see learn_masks"
         )
     settings = PruneSection(criterion=how, num_keep=num_keep)  # type: ignore[arg-type]
-    question = Question(model, settings, seed)
+    context = CriterionContext(model, settings, seed)
     if CRITERIA[how].evaluations is not None:
         if task is None or batches is None:
             raise UserError(f"criterion {how} looks at data: give task and batches")
-        question = dataclasses.replace(question, calibration=_calibration(model, task, batches, num_batches, seed))
-    return model.cut(decide(question))
+        context = dataclasses.replace(context, calibration=_calibration(model, task, batches, num_batches, seed))
+    return model.cut(decide(context))
 
 
 def recover_model(

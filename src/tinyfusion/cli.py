@@ -21,7 +21,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from tinyfusion import __version__
-from tinyfusion.core.config import (
+from tinyfusion.config.loading import (
     flatten,
     load_recipe,
     nearest,
@@ -30,10 +30,10 @@ from tinyfusion.core.config import (
     shipped_recipes,
     to_plain,
 )
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, no_fetching
 from tinyfusion.core.launch import check_launch, launched_processes, launched_rank
-from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.core.standard_streams import guarded_streams
 from tinyfusion.option_groups import Answers
@@ -124,7 +124,7 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     if verb == "bench":
         return _checked(options, lambda: _bench(options, recipe))
     if verb == "replay":
-        from tinyfusion.jobs.replay import replay
+        from tinyfusion.commands.replay import replay
 
         return replay(options.run, options.step, options.device)
     if verb not in PARALLEL and launched_rank() > 0:
@@ -166,50 +166,50 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
 
     flush_denormals()
     if verb == "run":
-        from tinyfusion.jobs.run import run
+        from tinyfusion.commands.run import run
 
         return run(recipe, where)
     if verb == "train":
-        from tinyfusion.jobs.train import train
+        from tinyfusion.commands.train import train
 
         return train(recipe, where)
     if verb == "prune":
-        from tinyfusion.jobs.prune import prune
+        from tinyfusion.commands.prune import prune
 
         return prune(recipe, where)
     if verb == "recover":
-        from tinyfusion.jobs.recover import recover
+        from tinyfusion.commands.recover import recover
 
         return recover(recipe, where, options.student)
     if verb == "dynamic":
-        from tinyfusion.jobs.dynamic import dynamic
+        from tinyfusion.commands.dynamic import dynamic
 
         return dynamic(recipe, where, options.model)
     if verb == "sample":
-        from tinyfusion.jobs.sample import sample
+        from tinyfusion.commands.sample import sample
 
         return sample(recipe, where, options.model, options.grid, options.png, together=True)
     if verb == "evaluate":
-        from tinyfusion.jobs.evaluate import evaluate
+        from tinyfusion.commands.evaluate import evaluate
 
         return evaluate(recipe, where, options.samples, options.reference, options.against)
     if verb == "export":
-        from tinyfusion.jobs.export import ExportOptions, export
+        from tinyfusion.commands.export import ExportOptions, export
 
         chosen = {name: getattr(options, name) for name in ("model", "to", "pipeline", "vae", "labels", "push_to_hub")}
         return export(where, ExportOptions(settings=recipe.sample, **chosen))
     if verb == "encode":
-        from tinyfusion.jobs.encode import encode
+        from tinyfusion.commands.encode import encode
 
         return encode(recipe, where, options.data)
-    from tinyfusion.jobs.report import report
+    from tinyfusion.commands.report import report
 
     report(options.runs, where)
     return None
 
 
 def _inspect(options: Inspect) -> dict[str, Any]:
-    from tinyfusion.jobs.inspect import inspect, parent_words
+    from tinyfusion.commands.inspect import inspect, parent_words
     from tinyfusion.models.checkpoint import open_model
 
     facts = inspect(
@@ -237,8 +237,8 @@ def _bench(options: Any, recipe: Recipe) -> dict[str, Any]:
     """Only the first process measures, so that no other disturbs it."""
     if launched_rank() > 0:
         return {}
+    from tinyfusion.commands.bench import BenchModels, bench
     from tinyfusion.core.device import flush_denormals
-    from tinyfusion.jobs.bench import BenchModels, bench
 
     flush_denormals()
     return bench(

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import Positional
 
+from tinyfusion.config.recipe import Criterion, Dtype, Recovery, Sampler
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Criterion, Dtype, Recovery, Sampler
 from tinyfusion.option_groups import Answers, Common, Opening, OpensModel, Trains, option
 
 _RESUME = option("checkpoint to go on from, instead of the newest in --out", "PATH")

@@ -10,7 +10,7 @@ import pytest
 from material import Cli, Outcome, fill
 
 from tinyfusion.cli import main
-from tinyfusion.jobs.extractors import open_extractor
+from tinyfusion.evaluate.extractors import open_extractor
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -17,7 +17,12 @@ from typing import Any
 from ports import free_port
 
 PATIENCE_S = 60.0  # for anything that is waited for; a machine with much else to do is slow
-_NEEDED = ["tinyfusion.options", "tinyfusion.jobs.prune", "tinyfusion.jobs.recover", "tinyfusion.jobs.sample"]
+_NEEDED = [
+    "tinyfusion.options",
+    "tinyfusion.commands.prune",
+    "tinyfusion.commands.recover",
+    "tinyfusion.commands.sample",
+]
 _NEEDED += [
     "accelerate",
     "peft",

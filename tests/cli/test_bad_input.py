@@ -71,7 +71,7 @@ def exhausted(_cli: Cli, patch: pytest.MonkeyPatch) -> None:
     def draw(*_: Any) -> None:
         raise MemoryError("could not allocate 1 TiB")
 
-    patch.setattr("tinyfusion.jobs.drawing.draw_samples", draw)
+    patch.setattr("tinyfusion.jobs.sampling_setup.draw_samples", draw)
 
 
 def ran(command: str) -> Prepare:
@@ -376,7 +376,7 @@ def test_our_own_bug_is_exit_code_1(cli: Cli, work: Path, monkeypatch: pytest.Mo
     def broken(*_: Any) -> None:
         raise AssertionError("never happens")
 
-    monkeypatch.setattr("tinyfusion.jobs.drawing.draw_samples", broken)
+    monkeypatch.setattr("tinyfusion.jobs.sampling_setup.draw_samples", broken)
     outcome = cli(*shlex.split(SAMPLE))
     assert outcome.code == 1
     assert "AssertionError: never happens" in outcome.err

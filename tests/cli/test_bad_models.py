@@ -16,7 +16,7 @@ from material import Cli, tiny
 from safetensors.torch import load_file, save_file
 from test_bad_input import Row, assert_one_error_line, row, tree_hash
 
-from tinyfusion.models import diffusers
+from tinyfusion.families.dit import diffusers
 from tinyfusion.models.checkpoint import save_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

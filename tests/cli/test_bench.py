@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from material import Cli
 
-from tinyfusion.jobs import bench
+from tinyfusion.commands import bench
 
 BENCH = "bench teacher --batch-size 2 --repeats 3 --set bench.product_size=64"
 

@@ -18,7 +18,7 @@ from material import Cli
 from PIL import Image
 from safetensors.torch import save_file
 
-from tinyfusion.core.config import load_recipe
+from tinyfusion.config.loading import load_recipe
 from tinyfusion.evaluate.features import ClassifierArch, ClassifierFeatures, SmallClassifier
 from tinyfusion.models.checkpoint import open_model
 

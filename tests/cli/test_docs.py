@@ -28,9 +28,10 @@ from PIL import Image
 from test_evaluate import random_weights
 
 from tinyfusion.cli import parse
-from tinyfusion.core.config import load_recipe, recipe_fields, shipped_recipes
-from tinyfusion.core.recipe import Recipe, TrainingSection
-from tinyfusion.jobs import extractors, references
+from tinyfusion.config.loading import load_recipe, recipe_fields, shipped_recipes
+from tinyfusion.config.recipe import Recipe, TrainingSection
+from tinyfusion.evaluate import extractors
+from tinyfusion.jobs import references
 from tinyfusion.models.checkpoint import save_model
 from tinyfusion.options import VERBS
 from tinyfusion.training.ema import horizon_warning

@@ -23,7 +23,7 @@ import torch
 from material import Cli, done
 from PIL import Image
 
-import tinyfusion.jobs.encode
+import tinyfusion.commands.encode
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.latents import MANIFEST, open_latents
 from tinyfusion.data.picture import decode
@@ -174,16 +174,16 @@ def together(world: int, command: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
     from tinyfusion.cli import execute, parse
 
     known, failures = threading.local(), []
-    monkeypatch.setattr(tinyfusion.jobs.encode, "launched_rank", lambda: known.rank)
-    monkeypatch.setattr(tinyfusion.jobs.encode, "launched_processes", lambda: world)
-    opening, opened = threading.Lock(), tinyfusion.jobs.encode.open_autoencoder
+    monkeypatch.setattr(tinyfusion.commands.encode, "launched_rank", lambda: known.rank)
+    monkeypatch.setattr(tinyfusion.commands.encode, "launched_processes", lambda: world)
+    opening, opened = threading.Lock(), tinyfusion.commands.encode.open_autoencoder
 
     def one_by_one(name: str) -> Any:
         """Diffusers opens a model while it changes `nn.Module` for all threads: two at once leave it changed."""
         with opening:
             return opened(name)
 
-    monkeypatch.setattr(tinyfusion.jobs.encode, "open_autoencoder", one_by_one)
+    monkeypatch.setattr(tinyfusion.commands.encode, "open_autoencoder", one_by_one)
 
     def process(rank: int) -> None:
         known.rank = rank
@@ -249,9 +249,9 @@ def arm(name: str, count: int) -> None:
     from tinyfusion.data import latents
 
     owners: dict[str, tuple[Any, str]] = {
-        "encoded_values": (tinyfusion.jobs.encode, "encoded_values"),
+        "encoded_values": (tinyfusion.commands.encode, "encoded_values"),
         "os.fsync": (os, "fsync"),
-        "write_manifest": (tinyfusion.jobs.encode, "write_manifest"),
+        "write_manifest": (tinyfusion.commands.encode, "write_manifest"),
         "write_json": (latents, "write_json"),
         "check-done": (rundir.RunDirectory, "mark"),
     }
@@ -289,14 +289,14 @@ def test_killed_again_and_again_in_one_folder(cli: Cli, here: Path, monkeypatch:
     for point in ("batch-1", "batch-1", "before-the-name-of-a-shard", "batch-5", "in-the-manifest"):
         killed_at(point, command)
     made = 0
-    original = tinyfusion.jobs.encode.encoded_values
+    original = tinyfusion.commands.encode.encoded_values
 
     def counted(*arguments: Any) -> bytes:
         nonlocal made
         made += 1
         return original(*arguments)
 
-    monkeypatch.setattr(tinyfusion.jobs.encode, "encoded_values", counted)
+    monkeypatch.setattr(tinyfusion.commands.encode, "encoded_values", counted)
     done(cli, command)
     assert made == 0, "all shards were there"
     assert content("again") == whole
@@ -306,7 +306,7 @@ def test_a_signal_ends_it_with_what_is_whole(cli: Cli, here: Path, monkeypatch: 
     done(cli, ENCODE)
     whole = content("latents")
     command, calls = ENCODE.replace("--out latents", "--out other"), itertools.count()
-    original = tinyfusion.jobs.encode.encoded_values
+    original = tinyfusion.commands.encode.encoded_values
 
     def signalled(*arguments: Any) -> bytes:
         if next(calls) == 5:
@@ -314,7 +314,7 @@ def test_a_signal_ends_it_with_what_is_whole(cli: Cli, here: Path, monkeypatch: 
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tinyfusion.jobs.encode, "encoded_values", signalled)
+        patch.setattr(tinyfusion.commands.encode, "encoded_values", signalled)
         stopped = cli(*shlex.split(command))
     assert stopped.code == 128 + signal.SIGTERM
     assert "the same command continues" in stopped.err.splitlines()[-1]

@@ -14,9 +14,9 @@ import torch
 from material import Cli, tiny
 from PIL import Image
 
+from tinyfusion.commands import export as exporting
+from tinyfusion.commands.export import push_to_hub, save_pretrained
 from tinyfusion.export.picture import plan_png
-from tinyfusion.jobs import export as exporting
-from tinyfusion.jobs.export import push_to_hub, save_pretrained
 from tinyfusion.models.checkpoint import open_model, save_model
 
 CARD = "README.md"

@@ -29,7 +29,7 @@ from material import Cli, Outcome, tiny
 from sittings import Sitting, Starter, until
 from test_verbs import done
 
-import tinyfusion.jobs.prune
+import tinyfusion.commands.prune
 import tinyfusion.jobs.training
 from tinyfusion.cli import main
 from tinyfusion.core import rundir
@@ -271,13 +271,13 @@ def test_a_disk_that_fills_up(
     command = f"{LEARN} disk/run" + (" --set prune.training.checkpoint_every_steps=99" if what == "log" else "")
     with monkeypatch.context() as patch:
         if what == "student":
-            write = tinyfusion.jobs.prune.save
+            write = tinyfusion.commands.prune.save
 
             def save(*given: Any) -> None:
                 fill_up(disk)
                 write(*given)
 
-            patch.setattr(tinyfusion.jobs.prune, "save", save)
+            patch.setattr(tinyfusion.commands.prune, "save", save)
         else:
             leave = {"checkpoint": 2**16, "record": 2**12, "log": 0}[what]  # a record has two pages of 4 KiB
             first = what == "log"

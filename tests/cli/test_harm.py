@@ -19,10 +19,10 @@ from test_bad_input import EVALUATE, INDICES, PRUNE, RECOVER, SAMPLE, tree_hash
 from test_verbs import done
 
 import tinyfusion.cli
+import tinyfusion.commands.export
+import tinyfusion.commands.prune
 import tinyfusion.core.files
-import tinyfusion.jobs.drawing
-import tinyfusion.jobs.export
-import tinyfusion.jobs.prune
+import tinyfusion.jobs.sampling_setup
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.locks import LOCK, acquire
 
@@ -75,13 +75,13 @@ def test_a_pipe_is_refused_wherever_something_would_be_written(cli: Cli, work: P
 
 
 def test_a_pipe_that_comes_meanwhile_is_not_replaced(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = tinyfusion.jobs.export.save_model
+    save = tinyfusion.commands.export.save_model
 
     def late(*given: Any) -> None:
         save(*given)
         os.mkfifo("out")
 
-    monkeypatch.setattr(tinyfusion.jobs.export, "save_model", late)
+    monkeypatch.setattr(tinyfusion.commands.export, "save_model", late)
     refused(cli(*shlex.split(f"{EXPORT} tinyfusion --out out")), "out is a pipe")
     assert stat.S_ISFIFO(Path("out").stat().st_mode)
 
@@ -99,7 +99,7 @@ def failing(act: Callable[[], None]) -> Callable[..., None]:
 
 def test_notes_in_a_run_that_fails_stay(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = failing(lambda: None if Path("run/notes.txt").write_text("mine") else None)
-    monkeypatch.setattr(tinyfusion.jobs.prune, "save", note)
+    monkeypatch.setattr(tinyfusion.commands.prune, "save", note)
     refused(cli(*shlex.split(f"{INDICES} --keep 0,2")), "bad")
     assert names("run") == ["notes.txt"]
     assert Path("run/notes.txt").read_text() == "mine"
@@ -113,7 +113,7 @@ def test_a_foreign_folder_in_the_place_of_a_moved_run_stays(
         Path("thesis").rename("run")
 
     before = names("thesis")
-    monkeypatch.setattr(tinyfusion.jobs.prune, "save", failing(move))
+    monkeypatch.setattr(tinyfusion.commands.prune, "save", failing(move))
     refused(cli(*shlex.split(f"{INDICES} --keep 0,2")), "bad")
     assert names("run") == before
 
@@ -139,14 +139,14 @@ def test_notes_in_an_output_that_is_overwritten_stay(cli: Cli, work: Path, made:
 def test_what_came_to_an_output_meanwhile_is_not_replaced(
     cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = tinyfusion.jobs.drawing.draw_samples
+    drawn = tinyfusion.jobs.sampling_setup.draw_samples
 
     def late(*given: Any) -> Iterator[Any]:
         yield from drawn(*given)
         Path("made/samples.npz").write_text("mine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tinyfusion.jobs.drawing, "draw_samples", late)
+        patch.setattr(tinyfusion.jobs.sampling_setup, "draw_samples", late)
         refused(cli(*shlex.split(SAMPLE)), "made/samples.npz exists and was not made by tinyfusion")
     assert Path("made/samples.npz").read_text() == "mine"
     Path("made/samples.npz").unlink()
@@ -173,13 +173,13 @@ def test_a_foreign_folder_of_parts_is_refused(cli: Cli, work: Path, there: str) 
 
 
 def test_notes_in_a_folder_of_parts_stay_alone_in_it(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = tinyfusion.jobs.drawing.draw_samples
+    drawn = tinyfusion.jobs.sampling_setup.draw_samples
 
     def late(*given: Any) -> Iterator[Any]:
         Path("made/samples.npz.parts/notes.txt").write_text("mine")
         yield from drawn(*given)
 
-    monkeypatch.setattr(tinyfusion.jobs.drawing, "draw_samples", late)
+    monkeypatch.setattr(tinyfusion.jobs.sampling_setup, "draw_samples", late)
     done(cli, SAMPLE)
     assert names("made/samples.npz.parts") == ["notes.txt"]
 
@@ -191,7 +191,9 @@ def test_parts_left_by_a_kill_after_the_npz_go_with_the_next_call(
     child = os.fork()
     if child == 0:
         try:
-            monkeypatch.setattr("tinyfusion.jobs.parts.Parts.remove", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+            monkeypatch.setattr(
+                "tinyfusion.jobs.sharded_output.Parts.remove", lambda _: os.kill(os.getpid(), signal.SIGKILL)
+            )
             tinyfusion.cli.main(shlex.split(SAMPLE))
         finally:
             os._exit(77)
@@ -263,7 +265,7 @@ def test_a_dry_run_touches_nothing_of_a_run_that_is_being_overwritten(
         raise UserError("bad")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tinyfusion.jobs.prune, "save", look)
+        patch.setattr(tinyfusion.commands.prune, "save", look)
         refused(cli(*shlex.split(f"{INDICES} --keep 1,3 --overwrite")), "bad")
     assert looked == [0, 0]
     assert done(cli, "inspect run --json").last_json["kept"] == {"blocks": [0, 2]}

@@ -14,8 +14,8 @@ import pytest
 from hub_server import COMMIT, hub_of
 from material import tiny
 
+from tinyfusion.commands.export import ExportOptions, export
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.export import ExportOptions, export
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.prune.criteria import by_indices
 

@@ -18,13 +18,13 @@ from material import Cli
 from test_encode import encoded, save_autoencoder
 from test_verbs import EVALUATE, PRUNE, RUN, SAMPLE, done
 
-import tinyfusion.jobs.drawing
-import tinyfusion.jobs.encode
-import tinyfusion.jobs.evaluate
-import tinyfusion.jobs.inspect
-import tinyfusion.jobs.prune
-import tinyfusion.jobs.run
-import tinyfusion.jobs.sample
+import tinyfusion.commands.encode
+import tinyfusion.commands.evaluate
+import tinyfusion.commands.inspect
+import tinyfusion.commands.prune
+import tinyfusion.commands.run
+import tinyfusion.commands.sample
+import tinyfusion.jobs.sampling_setup
 import tinyfusion.jobs.training
 import tinyfusion.sample.drive
 import tinyfusion.training.loop
@@ -77,7 +77,7 @@ def test_a_signal_between_the_stages_ends_the_run(cli: Cli, work: Path, monkeypa
         raise AssertionError("went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tinyfusion.jobs.run, "evaluate", evaluate)
+        patch.setattr(tinyfusion.commands.run, "evaluate", evaluate)
         stopped = cli(*shlex.split(RUN))
     assert stopped.code == 130, stopped.err
     assert "the same command continues" in stopped.err.splitlines()[-1]
@@ -86,13 +86,13 @@ def test_a_signal_between_the_stages_ends_the_run(cli: Cli, work: Path, monkeypa
 
 
 def test_a_request_to_save_is_harmless_everywhere(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    score = tinyfusion.jobs.evaluate.score
+    score = tinyfusion.commands.evaluate.score
 
     def signalled(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)
         return score(*arguments)
 
-    monkeypatch.setattr(tinyfusion.jobs.evaluate, "score", signalled)
+    monkeypatch.setattr(tinyfusion.commands.evaluate, "score", signalled)
     done(cli, "evaluate --samples images.npz --reference digits:heldout --out evaluation.json")
 
 
@@ -100,9 +100,11 @@ def test_sampling_stopped_in_its_first_part_leaves_no_trace(
     cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = sorted(work.rglob("*"))
-    drawn = tinyfusion.jobs.drawing.draw_samples
+    drawn = tinyfusion.jobs.sampling_setup.draw_samples
     with monkeypatch.context() as patch:
-        patch.setattr(tinyfusion.jobs.drawing, "draw_samples", killed_after(drawn, 0, signal.SIGUSR1, signal.SIGINT))
+        patch.setattr(
+            tinyfusion.jobs.sampling_setup, "draw_samples", killed_after(drawn, 0, signal.SIGUSR1, signal.SIGINT)
+        )
         stopped = cli(*shlex.split(f"{SAMPLE} --batch-size 2"))
     assert stopped.code == 130
     assert "no image of drawn/samples.npz was finished" in stopped.err
@@ -174,12 +176,12 @@ def dropped_before(patch: pytest.MonkeyPatch, module: Any, name: str, signum: in
 LATENTS = "encode --data pictures --vae vae --size 16 --batch-size 2 --out latents"
 DROPPED = {  # the function before which the signal comes, the command, what it leaves
     "prune, in the training": (tinyfusion.training.loop, "_forward_backward", PRUNE, ["pruned"]),
-    "prune, before the training": (tinyfusion.jobs.prune, "open_teacher", PRUNE, []),
+    "prune, before the training": (tinyfusion.commands.prune, "open_teacher", PRUNE, []),
     "sample, between steps": (tinyfusion.sample.drive, "_watched", SAMPLE, []),
-    "sample, while the model is opened": (tinyfusion.jobs.sample, "open_stated", SAMPLE, []),
-    "encode, in a batch": (tinyfusion.jobs.encode, "encoded_values", LATENTS, []),
-    "evaluate": (tinyfusion.jobs.evaluate, "score", EVALUATE, []),
-    "inspect": (tinyfusion.jobs.inspect, "inspect", "inspect teacher", []),
+    "sample, while the model is opened": (tinyfusion.commands.sample, "open_stated", SAMPLE, []),
+    "encode, in a batch": (tinyfusion.commands.encode, "encoded_values", LATENTS, []),
+    "evaluate": (tinyfusion.commands.evaluate, "score", EVALUATE, []),
+    "inspect": (tinyfusion.commands.inspect, "inspect", "inspect teacher", []),
 }
 
 

@@ -12,9 +12,9 @@ import torch
 from material import Cli, tiny, tiny_mar, tiny_sit
 from safetensors.torch import load_file
 
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Recipe
-from tinyfusion.jobs.processes import objective_for
+from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 
 STEPS = "--set", "prune.training.steps=2", "--set", "prune.training.batch_size=4", "--set", "prune.training.ema_decay=0"

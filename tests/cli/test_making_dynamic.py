@@ -82,8 +82,8 @@ def test_skipping_gives_the_numbers_of_masks(cli: Cli, wide: Path) -> None:
     )
     model = open_model("run")
     assert model.dynamic is not None
-    from tinyfusion.core.recipe import SampleSection
-    from tinyfusion.jobs.processes import sampler_of
+    from tinyfusion.config.recipe import SampleSection
+    from tinyfusion.jobs.process_specs import sampler_of
     from tinyfusion.sample.drive import image_labels, sample, to_uint8
 
     sampler = sampler_of(SampleSection(sampler="ddim", num_steps=4), model)

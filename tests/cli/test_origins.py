@@ -153,7 +153,7 @@ def test_a_dry_run_shows_its_plan_without_the_feature_network(
     def missing(name: str) -> Path:
         raise WouldFetch(f"the weights {name}", 95_628_359)
 
-    monkeypatch.setattr("tinyfusion.jobs.extractors.fetch_weights", missing)
+    monkeypatch.setattr("tinyfusion.evaluate.extractors.fetch_weights", missing)
     outcome = done(cli, f"{RUN} --set evaluate.features=inception --dry-run --json")
     assert "against mine.npz" in outcome.out and "minutes" in outcome.out
     assert "not checked: images and references of the evaluation (would fetch the weights" in outcome.err

@@ -87,7 +87,7 @@ def test_photographs_to_a_scored_and_exported_student(cli: Cli, here: Path) -> N
 
 def test_what_is_evaluated_is_what_was_trained_on(cli: Cli, here: Path) -> None:
     """The reference of a folder has the pixels of the training set; another crop or orientation is another reference."""
-    from tinyfusion.core.recipe import DataSection
+    from tinyfusion.config.recipe import DataSection
     from tinyfusion.jobs.assemble import image_set
     from tinyfusion.jobs.references import open_images
 

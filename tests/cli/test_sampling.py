@@ -18,7 +18,7 @@ from material import Cli, tiny
 from sittings import Sitting, Starter, until
 from test_interruption import killed_after
 
-import tinyfusion.jobs.drawing
+import tinyfusion.jobs.sampling_setup
 from ports import free_port
 from tinyfusion.models.checkpoint import save_model
 
@@ -67,7 +67,7 @@ def test_three_processes_draw_what_one_draws(cli: Cli, work: Path, start: Starte
 def test_noise_is_bit_equal_for_any_parts_of_the_images(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model is first asked, by image, whatever the batch."""
     asked: dict[int, list[torch.Tensor]] = {}
-    drawn = tinyfusion.jobs.drawing.draw_samples
+    drawn = tinyfusion.jobs.sampling_setup.draw_samples
 
     def watched(model: Any, *arguments: Any) -> Any:
         batch = arguments[3]
@@ -80,7 +80,7 @@ def test_noise_is_bit_equal_for_any_parts_of_the_images(cli: Cli, work: Path, mo
         yield from drawn(model, *arguments)
         handle.remove()
 
-    monkeypatch.setattr(tinyfusion.jobs.drawing, "draw_samples", watched)
+    monkeypatch.setattr(tinyfusion.jobs.sampling_setup, "draw_samples", watched)
     for batch in (7, 64):
         assert cli(*shlex.split(SAMPLE.replace("x.npz", f"{batch}.npz")), "--batch-size", str(batch)).code == 0
     assert len(asked[7]) == 3 and len(asked[64]) == 1
@@ -109,14 +109,14 @@ def test_a_killed_sampling_goes_on_with_another_number_of_processes(cli: Cli, wo
 def test_an_interrupted_sampling_keeps_its_parts_and_says_so(
     cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn, calls = tinyfusion.jobs.drawing.draw_samples, []
+    drawn, calls = tinyfusion.jobs.sampling_setup.draw_samples, []
 
     def second(*arguments: Any) -> Any:
         calls.append(arguments[5:])
         return (killed_after(drawn, 0, signal.SIGTERM) if len(calls) == 3 else drawn)(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tinyfusion.jobs.drawing, "draw_samples", second)
+        patch.setattr(tinyfusion.jobs.sampling_setup, "draw_samples", second)
         stopped = cli(*shlex.split(SAMPLE), "--batch-size", "6")
         assert stopped.code == 128 + signal.SIGTERM
         assert "12 of 20 images of drawn/x.npz are kept, the same command continues" in stopped.err
@@ -144,10 +144,10 @@ def test_one_process_at_a_time_draws_into_an_output(cli: Cli, work: Path, start:
 
 
 def test_overwriting_drops_the_parts_of_another_recipe(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = tinyfusion.jobs.drawing.draw_samples
+    drawn = tinyfusion.jobs.sampling_setup.draw_samples
     with monkeypatch.context() as patch:
-        patch.setattr(tinyfusion.jobs.drawing, "draw_samples", killed_after(drawn, 1, signal.SIGTERM))
-        patch.setattr("tinyfusion.jobs.sample.part_images", lambda *_: 6)
+        patch.setattr(tinyfusion.jobs.sampling_setup, "draw_samples", killed_after(drawn, 1, signal.SIGTERM))
+        patch.setattr("tinyfusion.commands.sample.part_images", lambda *_: 6)
         cli(*shlex.split(SAMPLE), "--batch-size", "6")
     assert cli(*shlex.split(SAMPLE), "--seed", "1", "--overwrite").code == 0
     assert cli(*shlex.split(SAMPLE.replace("x.npz", "y.npz")), "--seed", "1").code == 0

@@ -21,8 +21,8 @@ from PIL import Image
 from test_verbs import PRUNE, SAMPLE, TRAIN, done
 
 import tinyfusion.training.engine
+from tinyfusion.config.recipe import ComputeSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import ComputeSection
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")

@@ -21,9 +21,9 @@ from material import Cli, done, refused
 from PIL import Image
 from safetensors.torch import load_file
 
+from tinyfusion.commands.evaluate import score_lines
 from tinyfusion.core import progress
 from tinyfusion.evaluate.inception import INCEPTION
-from tinyfusion.jobs.evaluate import score_lines
 from tinyfusion.options import VERBS
 from tinyfusion.report.format import significant
 
@@ -134,7 +134,7 @@ def test_a_stopped_mask_search_goes_on(cli: Cli, work: Path, monkeypatch: pytest
     """Stopped after the second of three batches: the sums so far are kept, and the outcome is that of one sitting."""
     command = f"prune --teacher teacher --criterion min-loss {CALIBRATED} --out pruned"
     done(cli, command.replace("pruned", "whole"))
-    monkeypatch.setattr("tinyfusion.jobs.asking._SAVED_EVERY_S", 0.0)
+    monkeypatch.setattr("tinyfusion.jobs.criteria._SAVED_EVERY_S", 0.0)
     saved: list[object] = []
 
     def save_and_stop(*arguments: object) -> None:
@@ -143,7 +143,7 @@ def test_a_stopped_mask_search_goes_on(cli: Cli, work: Path, monkeypatch: pytest
         if len(saved) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    from tinyfusion.jobs import asking
+    from tinyfusion.jobs import criteria as asking
 
     asking_save: Any = asking._save
     monkeypatch.setattr(asking, "_save", save_and_stop)

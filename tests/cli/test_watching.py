@@ -24,18 +24,18 @@ from test_encode import save_autoencoder
 from test_interruption import killed_after
 from test_verbs import PRUNE, RECOVER, RUN, TRAIN, done, lines_of
 
-import tinyfusion.jobs.drawing
-import tinyfusion.jobs.evaluate
-import tinyfusion.jobs.prune
-import tinyfusion.jobs.report
-import tinyfusion.jobs.run
+import tinyfusion.commands.evaluate
+import tinyfusion.commands.prune
+import tinyfusion.commands.report
+import tinyfusion.commands.run
+import tinyfusion.jobs.sampling_setup
 import tinyfusion.jobs.training
+from tinyfusion.config.recipe import Recipe, SampleSection, WatchSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Recipe, SampleSection, WatchSection
 from tinyfusion.core.rundir import RunDirectory
-from tinyfusion.jobs.watching import Watch, cheap_sampling, check_watch, grid_sampling
+from tinyfusion.jobs.previews import Previews, cheap_sampling, check_previews, grid_sampling
 from tinyfusion.models.checkpoint import open_model
-from tinyfusion.report.going import seconds_per_step
+from tinyfusion.report.progress import seconds_per_step
 
 CHEAP = "--set sample.sampler=ddim --set sample.num_steps=2"
 LOOKS = (
@@ -122,7 +122,7 @@ def test_the_same_look_draws_the_same_images(work: Path) -> None:
         one = dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, batch_size=batch))
         run = RunDirectory(Path(name))
         run.begin("train", {})
-        with Watch(one, run, model, "train", 0) as watch:
+        with Previews(one, run, model, "train", 0) as watch:
             for step in range(1, 11):
                 assert watch.due(step) == (step % 5 == 0)
                 watch.look(step, model.copy)
@@ -146,7 +146,7 @@ def test_a_process_that_does_not_write_gives_its_weights_and_draws_nothing(work:
     recipe = dataclasses.replace(Recipe(), watch=WatchSection(grid_every_steps=1, report_to=("tensorboard",)))
     model, called = open_model("teacher"), []
     run = RunDirectory(Path("quiet"), writes=False)
-    with Watch(recipe, run, model, "train", 0) as watch:
+    with Previews(recipe, run, model, "train", 0) as watch:
         watch.log(0, {"loss": 1.0})
         watch.look(1, lambda: called.append(1) or model)
     assert called == [1] and not run.path.exists()
@@ -158,7 +158,7 @@ def test_no_memory_for_a_look_ends_the_looks_and_not_the_training(
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(tinyfusion.jobs.drawing, "draw_samples", full)
+    monkeypatch.setattr(tinyfusion.jobs.sampling_setup, "draw_samples", full)
     outcome = done(cli, f"{TRAIN} {LOOKS}")
     assert outcome.err.count("no memory for pictures") == 1
     assert len(log_lines("trained")) == 3 and watch_lines("trained") == []
@@ -259,7 +259,7 @@ class FailingTracker:
 
 def test_a_tracker_that_fails_is_left_alone(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = FailingTracker()
-    monkeypatch.setattr(Watch, "_started", lambda self, name: tracker)
+    monkeypatch.setattr(Previews, "_started", lambda self, name: tracker)
     outcome = done(cli, f"{TRAIN} --set watch.report_to=tensorboard")
     warning = "warning: tensorboard failed (the network is gone): nothing more is sent there in this sitting"
     assert outcome.err.count(warning) == 1
@@ -273,7 +273,7 @@ def test_a_tracker_that_does_not_start_is_an_error_and_leaves_nothing(
     def refuse(*_: Any) -> None:
         raise PermissionError("no key")
 
-    monkeypatch.setattr(Watch, "_opened", refuse)
+    monkeypatch.setattr(Previews, "_opened", refuse)
     outcome = cli(*shlex.split(f"{TRAIN} --set watch.report_to=tensorboard"))
     assert outcome.code == 2
     assert "tensorboard does not start (no key)" in outcome.err
@@ -369,9 +369,9 @@ def test_a_model_that_names_no_autoencoder_is_not_looked_at(work: Path) -> None:
     latent = dataclasses.replace(model, facts=dataclasses.replace(model.facts, latent_scale=0.18))
     recipe = dataclasses.replace(Recipe(), watch=WatchSection(grid_every_steps=5))
     with pytest.raises(UserError, match="does not say which autoencoder"):
-        check_watch(recipe, latent)
-    check_watch(Recipe(), latent)
-    check_watch(recipe, None)
+        check_previews(recipe, latent)
+    check_previews(Recipe(), latent)
+    check_previews(recipe, None)
 
 
 # --------------------------------------------------------------------------------------------------- runs that still go
@@ -392,9 +392,9 @@ def test_the_page_of_a_run_that_is_going_on(cli: Cli, work: Path, monkeypatch: p
     """Pages made from inside of every stage: what another terminal would see."""
     pages: dict[str, str] = {}
     seen = {
-        "prune": (tinyfusion.jobs.prune, "plan_of"), "recover": (tinyfusion.jobs.watching, "write_grid_png"),
-        "sample": (tinyfusion.jobs.run, "_compare"), "evaluate": (tinyfusion.jobs.evaluate, "score"),
-        "speed": (tinyfusion.jobs.run, "interleaved"), "pictures": (tinyfusion.jobs.run, "write_pictures"),
+        "prune": (tinyfusion.commands.prune, "plan_of"), "recover": (tinyfusion.jobs.previews, "write_grid_png"),
+        "sample": (tinyfusion.commands.run, "_compare"), "evaluate": (tinyfusion.commands.evaluate, "score"),
+        "speed": (tinyfusion.commands.run, "interleaved"), "pictures": (tinyfusion.commands.run, "write_pictures"),
     }  # fmt: skip
 
     def looking(stage: str, inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -404,7 +404,7 @@ def test_the_page_of_a_run_that_is_going_on(cli: Cli, work: Path, monkeypatch: p
                 for metrics in Path("whole").glob("*/metrics.jsonl"):
                     with open(metrics, "a", encoding="utf-8") as file:
                         file.write('{"step": 1, "lo')  # the line that is being written
-                pages[stage] = tinyfusion.jobs.report.render_run(Path("whole"))
+                pages[stage] = tinyfusion.commands.report.render_run(Path("whole"))
                 for metrics in Path("whole").glob("*/metrics.jsonl"):
                     text = metrics.read_text(encoding="utf-8")
                     metrics.write_text(text.removesuffix('{"step": 1, "lo'), encoding="utf-8")

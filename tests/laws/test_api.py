@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import tinyfusion as tf
+from tinyfusion.blocks.streams import Streams
+from tinyfusion.config.recipe import PruneSection, RecoverSection, SampleSection, TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import PruneSection, RecoverSection, SampleSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.streams import Streams
 from tinyfusion.sample.drive import sample, to_uint8
 from tinyfusion.sample.gaussian import GaussianSampler
 

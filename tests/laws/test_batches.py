@@ -20,13 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tinyfusion.config.recipe import DataSection, Recipe
 from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import DataSection, Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import Batches, ShuffledBatches
 from tinyfusion.data.digits import ImageSet
-from tinyfusion.data.stream import StreamedBatches, open_parts
+from tinyfusion.data.stream import StreamedBatches, open_shards
 from tinyfusion.jobs.assemble import batches_for, image_set
 from tinyfusion.models.checkpoint import new_model
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def streamed(folder: Path, window: int = 12, seed: int = 1, **more: float) -> StreamedBatches:
-    return StreamedBatches(open_parts(folder, None, 3), Randomness(seed), CPU, window, **more)
+    return StreamedBatches(open_shards(folder, None, 3), Randomness(seed), CPU, window, **more)
 
 
 def source_of(kind: str, folder: Path, seed: int = 1) -> Batches:
@@ -199,13 +199,13 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
 def test_grey_and_size(tmp_path: Path) -> None:
     mixed = [p if i % 2 else p[..., :1] for i, p in enumerate(numbered(6))]
     file = put(tmp_path / "a.parquet", mixed)
-    assert open_parts(file, None, 3).shape == (3, 2, 2)
+    assert open_shards(file, None, 3).shape == (3, 2, 2)
     made = streamed(file)(0, 6, Randomness(1).at(0, 0, 6))
     assert sorted(identities(made.x)) == list(range(6))
-    grey = StreamedBatches(open_parts(file, None, 1), Randomness(1), CPU, 8)
+    grey = StreamedBatches(open_shards(file, None, 1), Randomness(1), CPU, 8)
     with pytest.raises(UserError, match=r"row [135] is in colour"):
         grey.rows(0, 6)
-    assert open_parts(file, 1, 3).shape == (3, 1, 1)
+    assert open_shards(file, 1, 3).shape == (3, 1, 1)
     odd = put(tmp_path / "b.parquet", [*numbered(3), np.zeros((3, 3, 3), np.uint8)])
     with pytest.raises(UserError, match=r"row 3: images differ in size: the first is \(2, 2\), this one \(3, 3\)"):
         streamed(odd).rows(0, 4)

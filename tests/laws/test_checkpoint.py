@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.families.dit.model import position_table
 from tinyfusion.models.checkpoint import LoadedModel, hash_tensors, new_model, open_model, save_model
-from tinyfusion.models.dit import position_table
 from tinyfusion.prune.criteria import by_indices
 
 

@@ -30,13 +30,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tinyfusion.blocks.stack import frozen
+from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core import files
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.locks import LOCK
-from tinyfusion.core.recipe import PruneSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.criteria import by_indices
@@ -838,7 +838,7 @@ KILLED = """
     from pathlib import Path
     import torch
     from torch import nn
-    from tinyfusion.core.recipe import TrainingSection
+    from tinyfusion.config.recipe import TrainingSection
     from tinyfusion.training import checkpoints
     from tinyfusion.training.optim import ParameterGroup
     from tinyfusion.training.state import TrainState

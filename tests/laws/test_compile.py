@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.routers import DynamicSettings
+from tinyfusion.blocks.stack import BlockStack, frozen
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
-from tinyfusion.jobs.skipping import SkippedModel, skipping_for
+from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
 from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.routers import DynamicSettings
-from tinyfusion.models.stack import BlockStack, frozen
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.recover.align import block_pairs
@@ -152,7 +152,7 @@ def test_sub_networks_under_the_real_compiler(tiny_model: Factory) -> None:
         parameter.normal_(generator=generator)
     sampler = GaussianSampler(sampler="ddim", num_steps=4, guidance=1.5)
     expected = next(iter(sample(dynamic.loaded, np.arange(3), sampler, seed=0))).x
-    skipped = SkippedModel(dynamic.loaded, skipping_for(dynamic.loaded, sampler), compiled=True)
+    skipped = SkippedModel(dynamic.loaded, skipped_run_for(dynamic.loaded, sampler), compiled=True)
     with skipped.running(), dynamic.stack.compiled():
         found = next(iter(sample(dynamic.loaded, np.arange(3), sampler, seed=0))).x
     assert torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))

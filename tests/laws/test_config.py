@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tinyfusion.core.config import load_recipe, recipe_fields
+from tinyfusion.config.loading import load_recipe, recipe_fields
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Recipe
 
 
 def fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tinyfusion.commands.export import ExportOptions, export
 from tinyfusion.core.errors import UserError
+from tinyfusion.families.dit import diffusers
+from tinyfusion.families.dit.model import SIZES, published_arch
+from tinyfusion.families.family import FAMILIES
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.export import ExportOptions, export
-from tinyfusion.models import diffusers
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
-from tinyfusion.models.dit import SIZES, published_arch
-from tinyfusion.models.family import FAMILIES
 from tinyfusion.prune.criteria import by_indices
 
 DIT = FAMILIES["dit"]

@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyfusion.blocks.plan import PrunePlan, plan_from_json
+from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import PruneSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.plan import PrunePlan, plan_from_json
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune import mask_search
 from tinyfusion.prune.calibrate import Calibration, calibration_set
+from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA, decide, searched
 from tinyfusion.prune.mask_search import Choice, Mask, all_masks, bits, shared_evaluations
-from tinyfusion.prune.question import Question
 from tinyfusion.prune.rules import bk_sdm_positions, evenly_spaced
 
 ModelFactory = Callable[..., LoadedModel]
@@ -43,13 +43,15 @@ def calibrated(model: LoadedModel, images: int = 3, batch_size: int = 3, seed: i
     return calibration_set(GaussianObjective(arch.num_classes, 0.0), source, "random", 3, images, batch_size, seed)
 
 
-def asked(model: LoadedModel, criterion: str, calibration: Calibration | None = None, **more: Any) -> Question:
+def criterion_context(
+    model: LoadedModel, criterion: str, calibration: Calibration | None = None, **more: Any
+) -> CriterionContext:
     settings = PruneSection(**{"criterion": criterion, "num_masks": 4, **more})
-    return Question(model, settings, 0, calibration or calibrated(model))
+    return CriterionContext(model, settings, 0, calibration or calibrated(model))
 
 
 def plan(model: LoadedModel, criterion: str, calibration: Calibration | None = None, **more: Any) -> PrunePlan:
-    return decide(asked(model, criterion, calibration, **more))
+    return decide(criterion_context(model, criterion, calibration, **more))
 
 
 @torch.no_grad()
@@ -111,7 +113,7 @@ def test_the_same_question_has_one_answer(tiny_model: ModelFactory, criterion: s
 def test_random_depends_on_the_seed_alone(tiny_model: ModelFactory) -> None:
     settings = PruneSection(criterion="random")
     kept = [
-        decide(Question(tiny_model(model, depth=14), settings, seed)).kept["blocks"]
+        decide(CriterionContext(tiny_model(model, depth=14), settings, seed)).kept["blocks"]
         for model, seed in ((0, 0), (1, 0), (0, 1))
     ]
     assert kept[0] == kept[1] != kept[2]
@@ -122,11 +124,11 @@ def test_progress_ends_where_it_was_announced(tiny_model: ModelFactory, criterio
     teacher = tiny_model(depth=5)
     for order in ("one-shot", "greedy"):
         told: list[int] = []
-        question = asked(teacher, criterion, calibrated(teacher, 4, 2), sensitivity_order=order)
+        context = criterion_context(teacher, criterion, calibrated(teacher, 4, 2), sensitivity_order=order)
         announced = CRITERIA[criterion].evaluations
         assert announced is not None
-        decide(Question(teacher, question.settings, 0, question.images, told.append))
-        assert told == sorted(told) and told[-1] == 2 * announced(question)
+        decide(CriterionContext(teacher, context.settings, 0, context.images, told.append))
+        assert told == sorted(told) and told[-1] == 2 * announced(context)
 
 
 def test_a_search_in_rounds_is_proved_once(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +306,7 @@ def test_min_median_and_max_of_all_masks(tiny_model: ModelFactory) -> None:
     tables: list[dict[str, Any]] = []
     for criterion in ("min-loss", "median-loss", "max-loss"):
         settings = PruneSection(criterion=criterion, num_masks=20)  # type: ignore[arg-type]
-        made = decide(Question(teacher, settings, 0, calibration, publish=tables.append))
+        made = decide(CriterionContext(teacher, settings, 0, calibration, publish=tables.append))
         table = tables[-1]
         assert made.scores["exact"] and made.scores["num_masks"] == 20
         order = sorted(table["losses"])
@@ -314,7 +316,7 @@ def test_min_median_and_max_of_all_masks(tiny_model: ModelFactory) -> None:
         assert table["masks"][table["losses"].index(order[place])] == bits(mask, 6)
         assert made.scores["loss"] == pytest.approx(loss_of(without(teacher, list(mask)), calibration), rel=1e-5)
         assert made.cost["images"] == pytest.approx(
-            shared_evaluations(searched(Question(teacher, settings))) / 6 * 3, abs=0.1
+            shared_evaluations(searched(CriterionContext(teacher, settings))) / 6 * 3, abs=0.1
         )
         assert sum(made.scores["histogram"]["counts"]) == 20
     assert tables[0]["masks"] == [bits(mask, 6) for mask in all_masks([Choice(tuple(range(6)), 3)])]
@@ -327,10 +329,10 @@ def test_min_median_and_max_of_all_masks(tiny_model: ModelFactory) -> None:
 def test_plans_of_many_masks_have_a_summary(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tinyfusion.prune.criteria.MAX_LISTED_MASKS", 5)
     tables: list[dict[str, Any]] = []
-    question = Question(
+    context = CriterionContext(
         tiny_model(), PruneSection(criterion="min-loss"), 0, calibrated(tiny_model()), publish=tables.append
     )
-    scores = decide(question).scores
+    scores = decide(context).scores
     assert "losses" not in scores and "masks" not in scores
     assert scores["quantiles"]["min"] == scores["loss"] == min(tables[0]["losses"])
     assert len(tables[0]["losses"]) == len(tables[0]["mse"]) == len(tables[0]["masks"]) == 6
@@ -346,7 +348,7 @@ def test_losses_that_are_not_finite_are_never_taken(tiny_model: ModelFactory) ->
     for criterion in ("min-loss", "max-loss", "sensitivity"):
         tables: list[dict[str, Any]] = []
         settings = PruneSection(criterion=criterion)  # type: ignore[arg-type]
-        made = decide(Question(teacher, settings, 0, calibration, publish=tables.append))
+        made = decide(CriterionContext(teacher, settings, 0, calibration, publish=tables.append))
         json.dumps([made.to_json(), tables], allow_nan=False)
         if tables:
             assert 1 not in made.kept["blocks"]

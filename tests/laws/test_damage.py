@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.families.dit.model import DiT
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
-from tinyfusion.models.dit import DiT
 
 
 @pytest.fixture

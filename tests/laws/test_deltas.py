@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tinyfusion.core.recipe import PruneSection
+from tinyfusion.config.recipe import PruneSection
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
-from tinyfusion.prune.deltas import cut_with_deltas
+from tinyfusion.prune.deltas import prune_with_weight_updates
 from tinyfusion.prune.learn import mask_learner, plan_of
 from tinyfusion.training.ema import Ema
 from tinyfusion.training.lora import delta_weights
@@ -30,7 +30,7 @@ def test_a_student_with_deltas_is_the_gated_model_under_its_mask(
     ema = Ema({n: p for group in learner.parameter_groups for n, p in group.parameters.items()}, 0.5)
     decision = learner.decision(ema, 0)
     plan = plan_of(decision, teacher, settings, 0, {})
-    fresh = cut_with_deltas(teacher, plan, ema.average, settings)
+    fresh = prune_with_weight_updates(teacher, plan, ema.average, settings)
     assert fresh.hash() == teacher.cut(plan).hash() and fresh.facts == teacher.cut(plan).facts
 
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +41,7 @@ def test_a_student_with_deltas_is_the_gated_model_under_its_mask(
     for name, value in ema.average.items():
         if name in own:
             own[name].copy_(value)
-    student = cut_with_deltas(teacher, plan, ema.average, settings)
+    student = prune_with_weight_updates(teacher, plan, ema.average, settings)
     assert student.facts == teacher.cut(plan).facts and teacher.hash() == plan.teacher
     assert (student.hash() == teacher.cut(plan).hash()) == (update == "frozen")
     assert all(p.requires_grad for n, p in student.module.named_parameters() if n != "pos_embed")

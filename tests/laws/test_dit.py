@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyfusion.blocks.stack import num_parameters
+from tinyfusion.families.dit.model import SIZES, DiT, DiTArch, position_table, published_arch, timestep_features
 from tinyfusion.models.checkpoint import LoadedModel, new_model
-from tinyfusion.models.dit import SIZES, DiT, DiTArch, position_table, published_arch, timestep_features
-from tinyfusion.models.stack import num_parameters
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective, Schedule, sample_ancestral, sample_ddim
 from tinyfusion.sample.guidance import guided

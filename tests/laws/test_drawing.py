@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Recipe, SampleSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.image_sink import stream_images_npz, write_png_folder
 from tinyfusion.data.image_source import source_of
-from tinyfusion.jobs.drawing import at_arithmetic, check_sampling, open_drawing, protocol
-from tinyfusion.jobs.parts import Parts, begin_parts
+from tinyfusion.families.dit.diffusers import config_of_arch, to_diffusers
 from tinyfusion.jobs.references import open_images
+from tinyfusion.jobs.sampling_setup import check_sampling, in_dtype, open_drawing, protocol
+from tinyfusion.jobs.sharded_output import Parts, begin_parts
 from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.diffusers import config_of_arch, to_diffusers
 from tinyfusion.processes.gaussian import Schedule
 from tinyfusion.processes.solvers import sample_solver, solver_for
 from tinyfusion.sample.drive import image_labels, sample
@@ -167,7 +167,7 @@ def test_half_precision_draws_the_same_images_up_to_its_rounding(
     model, labels = tiny_model(), image_labels(4, 5, 0)
     for parameter in model.module.parameters():
         parameter.data *= 0.5
-    half = at_arithmetic(model, dtype, CPU)
+    half = in_dtype(model, dtype, CPU)
     assert {p.dtype for p in half.module.parameters()} == {getattr(torch, dtype)}
     assert {p.dtype for p in model.module.parameters()} == {torch.float32}, "the model itself stays as it is"
     settings = GaussianSampler("dpm-solver++", 8, 1.5)
@@ -310,8 +310,8 @@ _STREAM = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from tinyfusion.jobs.parts import Parts
-from tinyfusion.jobs.sample import write_samples
+from tinyfusion.jobs.sharded_output import Parts
+from tinyfusion.commands.sample import write_samples
 parts = Parts(Path(sys.argv[1]), (1024, 128, 128, 3), np.dtype(np.uint8), 64)
 for part in parts.ranges():
     with open(parts.file(part), "wb") as file:

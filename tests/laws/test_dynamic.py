@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from tinyfusion.blocks.dynamics import BlockSizes, bucket
+from tinyfusion.blocks.forwards import CompiledForwards
+from tinyfusion.blocks.routers import DynamicSettings, is_router_key, settings_of, straight_through
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.signals import Interrupted, SignalWatch
@@ -24,13 +27,10 @@ from tinyfusion.dynamic.importance import order_by_importance
 from tinyfusion.dynamic.macs import block_ratio, model_ratio, total_macs
 from tinyfusion.dynamic.subnetworks import KeepTables, SlicedWeights, SubNetworks, rehearsed, resolve
 from tinyfusion.evaluate.speed import count_macs
+from tinyfusion.families.dit.model import DiTArch, published_arch
+from tinyfusion.families.family import FAMILIES
 from tinyfusion.models.attach import BlockMasks, Deciding, DynamicModel, attach, detached
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, open_model
-from tinyfusion.models.dit import DiTArch, published_arch
-from tinyfusion.models.dynamics import BlockSizes, bucket
-from tinyfusion.models.family import FAMILIES
-from tinyfusion.models.forwards import CompiledForwards
-from tinyfusion.models.routers import DynamicSettings, is_router_key, settings_of, straight_through
 from tinyfusion.sample.drive import SampleDraws, sample
 from tinyfusion.sample.gaussian import GaussianSampler
 

@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.routers import DynamicSettings
+from tinyfusion.blocks.stack import frozen
+from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.core.errors import BadNumbers
-from tinyfusion.core.recipe import ComputeSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness, StratifiedDraws
 from tinyfusion.dynamic.train import HOLD_STEPS, DynamicObjective, RoutedBatch, budget_at
+from tinyfusion.families.family import FAMILIES
 from tinyfusion.models.attach import DynamicModel, attach
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.family import FAMILIES
-from tinyfusion.models.routers import DynamicSettings
-from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.flow import FlowObjective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.training.engine import Engine
-from tinyfusion.training.loop import StepRecord, noisy_parts, train_steps
+from tinyfusion.training.loop import StepRecord, noisy_microbatches, train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState
 
@@ -318,7 +318,7 @@ def test_parts_are_prepared_for_accumulation_alone(dynamic: DynamicModel) -> Non
     goal = objective(dynamic)
     for slices in (1, 2):
         engine = Engine("cpu", ComputeSection(gradient_accumulation_steps=slices))
-        parts = noisy_parts(200, goal, batches, 8, RANDOMNESS, engine)
+        parts = noisy_microbatches(200, goal, batches, 8, RANDOMNESS, engine)
         with torch.no_grad():
             ready = goal.prepared(dynamic.module, parts)
         assert len(ready) == slices

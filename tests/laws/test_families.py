@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from families import ROWS, clean_batch, tiny
+from tinyfusion.blocks.stack import frozen
+from tinyfusion.commands.export import ExportOptions, export
+from tinyfusion.commands.inspect import inspect, model_macs
+from tinyfusion.config.recipe import PruneSection, Recipe, RecoverSection, SampleSection, TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import PruneSection, Recipe, RecoverSection, SampleSection, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.evaluate.speed import count_macs
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.export import ExportOptions, export
-from tinyfusion.jobs.inspect import inspect, model_macs
-from tinyfusion.jobs.processes import kit_of, objective_for, sampler_of
+from tinyfusion.jobs.process_specs import objective_for, process_spec, sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
-from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Batch, NoisyBatch, Process
 from tinyfusion.prune.calibrate import calibration_set
+from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA, by_indices, decide
 from tinyfusion.prune.learn import mask_learner
-from tinyfusion.prune.question import Question
 from tinyfusion.recover.align import pairs_between
 from tinyfusion.recover.distill import distilled
 from tinyfusion.sample.drive import image_labels, sample
@@ -149,12 +149,12 @@ def test_every_criterion_gives_a_plan_or_says_why_not(family: str, criterion: st
 
     objective = objective_of(model, 0.0)
     calibration = calibration_set(objective, source, "random", 6, 6, 6, 0)
-    question = Question(model, settings, 0, calibration)
+    context = CriterionContext(model, settings, 0, calibration)
     if criterion == "width" and (model.family.widths is None or not objective.num_levels):
         with pytest.raises(UserError, match="width"):
-            decide(question)
+            decide(context)
         return
-    plan = decide(question)
+    plan = decide(context)
     student = model.cut(plan)
     student.module.eval()
     assert bool(torch.isfinite(losses(student, drawn(student))["loss"]).all())
@@ -208,7 +208,7 @@ def test_a_student_learns_from_its_teacher(model: LoadedModel, method: str) -> N
 
 
 def test_image_i_is_the_same_at_any_batch_size(model: LoadedModel) -> None:
-    settings = kit_of(model).cheap(SampleSection(guidance=1.5), 4)
+    settings = process_spec(model).cheap(SampleSection(guidance=1.5), 4)
     sampler = sampler_of(settings, model)
     labels = image_labels(5, model.arch.num_classes, 0)
     found = [

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from tinyfusion.core import locks
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import check_writable, remove_written, write_json, write_text, written_beside
+from tinyfusion.core.files import atomic_write, check_writable, remove_written, write_json, write_text
 from tinyfusion.core.locks import LOCK, Locked, acquire
 from tinyfusion.core.rundir import RunDirectory
 
@@ -60,7 +60,7 @@ def test_special_files_are_refused_at_the_beginning_and_at_the_rename(tmp_path: 
     assert (tmp_path / "there").stat() == before
 
     def late() -> None:
-        with written_beside(tmp_path / "late") as beside:
+        with atomic_write(tmp_path / "late") as beside:
             beside.write_text("x")
             special(tmp_path / "late", kind)
 
@@ -72,7 +72,7 @@ def test_special_files_are_refused_at_the_beginning_and_at_the_rename(tmp_path: 
 @pytest.mark.parametrize("there", ["file", "folder"])
 def test_a_file_does_not_replace_a_folder_nor_the_other_way(tmp_path: Path, there: str) -> None:
     def write() -> None:
-        with written_beside(tmp_path / "out") as beside:
+        with atomic_write(tmp_path / "out") as beside:
             if there == "file":
                 beside.mkdir()
                 (tmp_path / "out").write_text("mine")
@@ -100,7 +100,7 @@ def test_files_of_others_in_a_replaced_folder_and_links_do_not_count_as_written(
     folder = tmp_path / "run" / "samples"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("of somebody else")
-    with written_beside(folder) as beside:
+    with atomic_write(folder) as beside:
         beside.mkdir()
         (beside / "model.json").write_text("{}")
     (tmp_path / "run" / "x.json").symlink_to(tmp_path / "disk.json")
@@ -114,7 +114,7 @@ def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path / "here")
 
     def write() -> None:
-        with written_beside(Path()) as beside:
+        with atomic_write(Path()) as beside:
             beside.mkdir()
 
     with pytest.raises(UserError, match="cannot replace the current folder"):
@@ -146,11 +146,11 @@ def test_what_may_not_be_looked_into_is_not_called_missing(tmp_path: Path) -> No
 def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
     former = os.umask(umask)
     try:
-        with written_beside(tmp_path / "model") as beside:
+        with atomic_write(tmp_path / "model") as beside:
             beside.mkdir()
             save_file({"x": torch.zeros(2)}, beside / "model.safetensors")
             write_json(beside / "model.json", {})
-        with written_beside(tmp_path / "x.safetensors") as beside:
+        with atomic_write(tmp_path / "x.safetensors") as beside:
             save_file({"x": torch.zeros(2)}, beside)
     finally:
         os.umask(former)
@@ -171,7 +171,7 @@ def small_files() -> Iterator[None]:
 @pytest.mark.parametrize("kind", ["safetensors", "text"])
 def test_a_file_that_is_too_large_names_itself_and_leaves_nothing(tmp_path: Path, small_files: None, kind: str) -> None:
     def write() -> None:
-        with written_beside(tmp_path / "above" / "out") as beside:
+        with atomic_write(tmp_path / "above" / "out") as beside:
             if kind == "text":
                 beside.write_text("x" * 2**17)
             else:

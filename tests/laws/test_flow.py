@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.config.recipe import FlowSampleSection, FlowSection, SampleSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import FlowSampleSection, FlowSection, SampleSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction

@@ -23,8 +23,8 @@ from tinyfusion.processes.gaussian import (
     GaussianObjective,
     Schedule,
     discretised_log_likelihood,
-    kept_timesteps,
     normal_kl,
+    respaced_timesteps,
     sample_ancestral,
     sample_ddim,
 )
@@ -55,31 +55,31 @@ def test_published_schedule() -> None:
 
 
 def test_published_respacings() -> None:
-    even = kept_timesteps("250")
+    even = respaced_timesteps("250")
     assert (len(even), sum(even), even[0], even[-1]) == (250, 124875, 0, 999)
     assert {b for a, b in itertools.pairwise(even) if b - a != 4} == {169, 502, 835}
     assert {b - a for a, b in itertools.pairwise(even)} == {4, 5}
     betas = Schedule("250").betas
     assert (betas[1], betas[-1]) == pytest.approx((5.990655644756426e-4, 0.07751934499235003), rel=1e-12)
-    sparse = kept_timesteps("64")
+    sparse = respaced_timesteps("64")
     assert sparse[:12] == [0, 16, 32, 48, 63, 79, 95, 111, 127, 143, 159, 174] and sparse[-2:] == [983, 999]
     assert sum(sparse) == 31968
-    assert kept_timesteps("10") == list(range(0, 1000, 111))
-    stride = kept_timesteps("ddim50")
+    assert respaced_timesteps("10") == list(range(0, 1000, 111))
+    stride = respaced_timesteps("ddim50")
     assert stride == list(range(0, 1000, 20)) and sum(stride) == 24500
     assert Schedule("ddim50").betas[-1] == pytest.approx(0.3246144475291255, rel=1e-12)
-    assert kept_timesteps("") == list(range(1000))
+    assert respaced_timesteps("") == list(range(1000))
 
 
 @given(st.integers(2, 1000))
 def test_even_sections_keep_both_ends(count: int) -> None:
-    kept = kept_timesteps(str(count))
+    kept = respaced_timesteps(str(count))
     assert len(kept) == len(set(kept)) == count
     assert kept == sorted(kept) and (kept[0], kept[-1]) == (0, 999)
 
 
 def test_several_sections_add_up() -> None:
-    assert kept_timesteps("10,10,5") == [
+    assert respaced_timesteps("10,10,5") == [
         *(start + round(i * 333 / 9) for start in (0,) for i in range(10)),
         *(334 + round(i * 332 / 9) for i in range(10)),
         *(667 + round(i * 332 / 4) for i in range(5)),
@@ -99,7 +99,7 @@ def test_several_sections_add_up() -> None:
 )
 def test_impossible_counts_name_the_nearest_two(spacing: str, nearest: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"nearest are {nearest[0]} and {nearest[1]}$"):
-        kept_timesteps(spacing)
+        respaced_timesteps(spacing)
 
 
 @given(st.sampled_from(["", "250", "64", "10", "2", "1", "ddim50", "7,3"]))

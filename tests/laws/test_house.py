@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import tinyfusion
-from tinyfusion.core.config import load_recipe, shipped_recipes
-from tinyfusion.core.recipe import Recipe
+from tinyfusion.config.loading import load_recipe, shipped_recipes
+from tinyfusion.config.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "tinyfusion"

@@ -21,7 +21,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.hub import HubSet, open_hub
 from tinyfusion.data.originals import open_originals
-from tinyfusion.data.stream import StreamedBatches, open_parts
+from tinyfusion.data.stream import StreamedBatches, open_shards
 from tinyfusion.jobs.assemble import _decoded_once, image_set
 
 CPU = torch.device("cpu")
@@ -163,7 +163,7 @@ def test_a_whole_set_is_that_of_its_files_and_is_there_without_a_hub(
     asked = len(hub.asked)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert np.array_equal(image_set("hub:org/cifar").x, made.x)
-    streamed = open_parts("hub-stream:org/cifar", None, 3)
+    streamed = open_shards("hub-stream:org/cifar", None, 3)
     assert len(streamed) == 14 and streamed.groups[0].read().num_rows == 3, "what is cached needs no hub"
     assert len(hub.asked) == asked and not hub.ranges
     with pytest.raises(
@@ -196,8 +196,8 @@ def test_a_stream_is_the_stream_of_the_same_files_on_a_disk(hub: DataHub, tmp_pa
     for name, content in sets()["org/cifar"].branches[MAIN].items():
         if "train-" in name:
             (tmp_path / Path(name).name).write_bytes(content)
-    far = StreamedBatches(open_parts("hub-stream:org/cifar", None, 3), Randomness(1), CPU, 6)
-    near = StreamedBatches(open_parts(tmp_path, None, 3), Randomness(1), CPU, 6)
+    far = StreamedBatches(open_shards("hub-stream:org/cifar", None, 3), Randomness(1), CPU, 6)
+    near = StreamedBatches(open_shards(tmp_path, None, 3), Randomness(1), CPU, 6)
     assert (len(far), far.classes) == (len(near), near.classes) == (14, 5)
     for step in (0, 1, 2, 7, 3):
         draws = Randomness(1).at(step, 0, 5)
@@ -209,7 +209,7 @@ def test_a_stream_is_the_stream_of_the_same_files_on_a_disk(hub: DataHub, tmp_pa
 
 def test_labels_of_a_stream_are_known_from_the_footers(hub: DataHub) -> None:
     """Reading them would be a request for every row group."""
-    open_parts("hub-stream:org/cifar", None, 3)
+    open_shards("hub-stream:org/cifar", None, 3)
     asked = {path: sum(1 for where, _num in hub.ranges if where == path) for path, _num in hub.ranges}
     first = "plain_text/train-00000-of-00002.parquet"
     assert asked["plain_text/train-00001-of-00002.parquet"] <= asked[first] <= 4
@@ -217,7 +217,7 @@ def test_labels_of_a_stream_are_known_from_the_footers(hub: DataHub) -> None:
 
 def test_requests_that_fail_for_a_moment_are_made_again(hub: DataHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    parts = open_parts("hub-stream:org/cifar", None, 3)
+    parts = open_shards("hub-stream:org/cifar", None, 3)
     hub.failures = 2
     assert parts.groups[0].read().num_rows == 3 and hub.failures == 0
     hub.sets["org/cifar"].branches[MAIN].clear()
@@ -226,7 +226,7 @@ def test_requests_that_fail_for_a_moment_are_made_again(hub: DataHub, monkeypatc
 
 
 def test_a_range_that_was_not_asked_for_is_no_content(hub: DataHub) -> None:
-    parts = open_parts("hub-stream:org/cifar", None, 3)
+    parts = open_shards("hub-stream:org/cifar", None, 3)
     hub.shift = 1
     with pytest.raises(
         UserError, match=r"cannot be read: asked for \d+ bytes from \d+ on, got \d+ with status 206, range"

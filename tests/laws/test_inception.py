@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.torchscript import is_torchscript, read_torchscript
+from tinyfusion.evaluate import extractors
 from tinyfusion.evaluate.dino import DinoFeatures
+from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.inception import (
     NUM_CLASSES,
     SIDE,
@@ -30,8 +32,6 @@ from tinyfusion.evaluate.inception import (
     resize_tf1,
 )
 from tinyfusion.evaluate.inception_names import layer_names, ours_from_graph_names
-from tinyfusion.jobs import extractors
-from tinyfusion.jobs.extractors import open_extractor
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.core.recipe import PruneSection
+from tinyfusion.blocks.stack import frozen, num_parameters
+from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Randomness
+from tinyfusion.families.dit.model import DiT, published_arch
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.dit import DiT, published_arch
-from tinyfusion.models.stack import frozen, num_parameters
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner, plan_of

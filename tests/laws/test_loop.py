@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import PruneSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch

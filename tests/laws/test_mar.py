@@ -16,12 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import num_parameters
+from tinyfusion.config.process_sections import MaskedSampleSection, MaskedSection
+from tinyfusion.config.recipe import SampleSection, TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.process_sections import MaskedSampleSection, MaskedSection
-from tinyfusion.core.recipe import SampleSection, TrainingSection
 from tinyfusion.core.rng import Randomness
-from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
-from tinyfusion.models.mar import (
+from tinyfusion.families.mar.block import BlockDropout, block_seeds, dropped_out
+from tinyfusion.families.mar.model import (
     SIZES,
     Mar,
     MarArch,
@@ -32,9 +34,7 @@ from tinyfusion.models.mar import (
     undecayed,
     unfit_formats,
 )
-from tinyfusion.models.mar_block import BlockDropout, block_seeds, dropped_out
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.stack import num_parameters
+from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
 from tinyfusion.processes.gaussian import Schedule
 from tinyfusion.processes.masked import (

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinyfusion.blocks.plan import plan_from_json
 from tinyfusion.cli import main
-from tinyfusion.core.config import flatten, load_recipe, to_plain
+from tinyfusion.commands.prune import prune
+from tinyfusion.commands.recover import recover
+from tinyfusion.config.loading import flatten, load_recipe, to_plain
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.prune import prune
-from tinyfusion.jobs.recover import recover
 from tinyfusion.models.checkpoint import new_model, open_model, save_model
-from tinyfusion.models.plan import plan_from_json
 from tinyfusion.prune.scheme import parse_scheme
 from tinyfusion.recover.align import block_pairs
 

@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tinyfusion.core.recipe import PruneSection
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.families.family import FAMILIES
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, new_model
-from tinyfusion.models.family import FAMILIES
-from tinyfusion.models.plan import PrunePlan
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune import mask_search
 from tinyfusion.prune.calibrate import Calibration, calibration_set
+from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import decide
 from tinyfusion.prune.mask_search import (
     Choice,
@@ -35,7 +36,6 @@ from tinyfusion.prune.mask_search import (
     separate_evaluations,
     shared_evaluations,
 )
-from tinyfusion.prune.question import Question
 
 ModelFactory = Callable[..., LoadedModel]
 masks_of = st.sets(st.sets(st.integers(0, 5), min_size=1).map(lambda s: tuple(sorted(s))), min_size=1, max_size=8)
@@ -258,7 +258,7 @@ def test_several_lists_of_blocks() -> None:
 def test_every_list_keeps_its_own_share(criterion: str) -> None:
     model, calibration = two_lists()
     section = PruneSection(criterion=criterion, num_keep=2, protect=(1, 6))  # type: ignore[arg-type]
-    kept = decide(Question(model, section, 0, calibration)).kept
+    kept = decide(CriterionContext(model, section, 0, calibration)).kept
     assert {name: len(listed) for name, listed in kept.items()} == {"encoder": 2, "decoder": 2}
     assert 1 in kept["encoder"] and 3 in kept["decoder"]
 

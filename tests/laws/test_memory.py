@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinyfusion.core.recipe import ComputeSection, PruneSection, TrainingSection
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import BlockStack, frozen
+from tinyfusion.config.recipe import ComputeSection, PruneSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.jobs.footprint import BlockBytes, Footprint, LiveBytes, Measured, footprint_of
 from tinyfusion.jobs.memory import GIB, MemoryPlan, fits, fitting_lines, images_at_once, memory_plan
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.stack import BlockStack, frozen
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner

@@ -16,8 +16,10 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 
+from tinyfusion.commands.evaluate import evaluate, open_extractor, open_reference, score
+from tinyfusion.commands.sample import write_samples
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
@@ -35,9 +37,7 @@ from tinyfusion.evaluate.metrics import (
 )
 from tinyfusion.evaluate.statistics import RunningMoments, RunningScore, summarise
 from tinyfusion.jobs.assemble import RunOptions, _decoded_once
-from tinyfusion.jobs.evaluate import evaluate, open_extractor, open_reference, score
 from tinyfusion.jobs.references import open_images
-from tinyfusion.jobs.sample import write_samples
 
 BLUR_SIGMAS_PX = (0.3, 0.4, 0.5, 0.7, 1.0)
 NOISE_SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyfusion.models.family import FAMILIES
+from tinyfusion.families.family import FAMILIES
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "tinyfusion"
 NAMED = re.compile(rf"\b({'|'.join(FAMILIES)})\b", re.IGNORECASE)

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tinyfusion.core.config import load_recipe
+from tinyfusion.config.loading import load_recipe
+from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
 from tinyfusion.training.ema import Ema, horizon_warning
 from tinyfusion.training.optim import ParameterGroup, adamw, learning_rate_factor, linear

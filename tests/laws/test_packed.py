@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from tinyfusion.blocks import packed as packed_module
+from tinyfusion.blocks.packed import PackedLinear, can_pack, gelu_linear, held_bytes, pack, row_step
+from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
-from tinyfusion.jobs.drawing import at_arithmetic
-from tinyfusion.models import packed as packed_module
+from tinyfusion.jobs.sampling_setup import in_dtype
 from tinyfusion.models.attach import Deciding, attach
 from tinyfusion.models.checkpoint import LoadedModel, new_model
-from tinyfusion.models.packed import PackedLinear, can_pack, gelu_linear, held_bytes, pack, row_step
-from tinyfusion.models.routers import DynamicSettings
 
 CPU = torch.device("cpu")
 WIDE = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=512, depth=3, num_heads=8, num_classes=5)
@@ -120,7 +120,7 @@ def test_sub_networks_are_packed(monkeypatch: pytest.MonkeyPatch, tokens: bool) 
         kept = [float(masks.tokens.mean()) for masks in reference.masks.values() if masks.tokens is not None]
         assert len(kept) == 3 and all(0.1 < share < 0.9 for share in kept)
     plain = dataclasses.replace(dynamic.loaded, module=copy.deepcopy(dynamic.module).to(torch.bfloat16))
-    placed = at_arithmetic(dynamic.loaded, "bfloat16", CPU).dynamic
+    placed = in_dtype(dynamic.loaded, "bfloat16", CPU).dynamic
     assert placed is not None
     way = SubNetworks(placed, tables)
     for t in (400, 17):
@@ -138,7 +138,7 @@ def test_a_model_in_bfloat16_is_packed_and_as_near_to_float32_as_a_plain_one() -
     model = wide()
     exact = answer(model)
     plain = dataclasses.replace(model, module=copy.deepcopy(model.module).to(torch.bfloat16))
-    placed = at_arithmetic(model, "bfloat16", CPU)
+    placed = in_dtype(model, "bfloat16", CPU)
     assert sum(isinstance(layer, PackedLinear) for layer in placed.module.modules()) == 3 * 5
     assert not any(isinstance(layer, PackedLinear) for layer in model.module.modules()), "the model stays as it is"
     assert held_bytes(placed.module) == held_bytes(plain.module)
@@ -150,12 +150,12 @@ def test_small_layers_and_other_types_stay() -> None:
     small = new_model("dit", {**WIDE, "hidden_size": 64}, 0)
     for dtype in ("bfloat16", "float16", "float32"):
         model = wide() if dtype == "float16" else small
-        placed = at_arithmetic(model, dtype, CPU)
+        placed = in_dtype(model, dtype, CPU)
         assert not any(isinstance(layer, PackedLinear) for layer in placed.module.modules())
 
 
 def test_blocks_of_packed_layers_share_a_compilation() -> None:
-    placed = at_arithmetic(wide(), "bfloat16", CPU)
+    placed = in_dtype(wide(), "bfloat16", CPU)
     eager = answer(placed)
     counters.clear()
     with placed.stack.compiled("aot_eager"):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from test_report import PROTOCOL, Page, make_prune, make_recover, make_run, write, write_lines
 
+from tinyfusion.commands.report import read_run, render_run, report
 from tinyfusion.core.rundir import stamp
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.report import read_run, render_run, report
 from tinyfusion.report import figures, scores
-from tinyfusion.report.going import going
-from tinyfusion.report.story import VERB, stories
+from tinyfusion.report.merged_runs import VERB, stories
+from tinyfusion.report.progress import going
 
 OTHER = PROTOCOL.replace("seed 0", "seed 1")
 

@@ -20,7 +20,7 @@ from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
 from tinyfusion.data.originals import read_originals
 from tinyfusion.data.parquet import check_rows
-from tinyfusion.data.stream import open_parts
+from tinyfusion.data.stream import open_shards
 from tinyfusion.jobs.assemble import image_set
 
 
@@ -169,7 +169,7 @@ def test_a_picture_that_is_repeated_by_reference_is_read_a_few_rows_at_a_time(
     monkeypatch.setattr("tinyfusion.data.parquet.available_memory_bytes", lambda: 2**28)
     before = pa.total_allocated_bytes()
     file = tmp_path / "a.parquet"
-    reader = image_set if name == "parquet" else lambda _name: open_parts(file, None, 3).groups[0].read()
+    reader = image_set if name == "parquet" else lambda _name: open_shards(file, None, 3).groups[0].read()
     with pytest.raises(UserError, match=r"a\.parquet, row group 0 as pictures in memory would take 19\.\d GiB"):
         reader(f"parquet:{file}")
     assert pa.default_memory_pool().max_memory() - before < 2**28

@@ -16,12 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_report import Page, make_run, write, write_lines
 
-from tinyfusion.core.config import load_recipe
+from tinyfusion.commands.report import read_run, render_run, report
+from tinyfusion.commands.run import run
+from tinyfusion.config.loading import load_recipe
+from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.core.rundir import stamp
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.pictures import (
+from tinyfusion.jobs.diagnostics import (
     BIN_WIDTH,
     activations,
     checkpoint_steps,
@@ -30,11 +32,10 @@ from tinyfusion.jobs.pictures import (
     symmetric_log,
     timed_depths,
 )
-from tinyfusion.jobs.report import read_run, render_run, report
-from tinyfusion.jobs.run import run
 from tinyfusion.models.checkpoint import LoadedModel, save_model
 from tinyfusion.prune.criteria import by_indices
-from tinyfusion.report import findings, pictures
+from tinyfusion.report import pictures
+from tinyfusion.report import tables as findings
 from tinyfusion.report.charts import above_chance, dynamics_points, marginal_levels, spans
 from tinyfusion.report.decisions import final_confidence
 from tinyfusion.report.facts import checks
@@ -377,7 +378,7 @@ def test_what_is_there_is_not_measured_again(whole: Path, monkeypatch: pytest.Mo
     write(file, [point for point in before if point["step"] != 2])
     record = json.loads((whole / "run.json").read_text())
     write(whole / "run.json", {**record, "state": "interrupted"})
-    monkeypatch.setattr("tinyfusion.jobs.pictures.activations", None)
+    monkeypatch.setattr("tinyfusion.jobs.diagnostics.activations", None)
     recipe = load_recipe(None, [f"teacher={whole.parent / 'teacher'}", *SETTINGS])
     run(recipe, RunOptions(whole))
     assert (whole / "activations.json").read_bytes() == kept

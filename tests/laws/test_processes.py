@@ -13,8 +13,8 @@ import two_processes
 from two_processes import CASES, RUNS, SHORT, STEPS, outcome, steps
 
 from ports import free_port
+from tinyfusion.config.recipe import ComputeSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import ComputeSection
 from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
 from tinyfusion.training.engine import Engine
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.cli import main
-from tinyfusion.core.config import flatten, load_recipe, shipped_recipes, to_plain
-from tinyfusion.core.recipe import Recipe
+from tinyfusion.commands.prune import prune
+from tinyfusion.commands.recover import recover
+from tinyfusion.config.loading import flatten, load_recipe, shipped_recipes, to_plain
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.evaluate.speed import count_macs
+from tinyfusion.families.dit.model import DiT, DiTArch
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.prune import prune
-from tinyfusion.jobs.recover import recover
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
-from tinyfusion.models.dit import DiT, DiTArch
-from tinyfusion.models.plan import PrunePlan, plan_from_json
 from tinyfusion.prune.scheme import parse_scheme
 from tinyfusion.recover.align import block_pairs
 

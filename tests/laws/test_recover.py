@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tinyfusion.blocks.plan import PrunePlan, plan_from_json
+from tinyfusion.blocks.stack import frozen
+from tinyfusion.config.recipe import RecoverSection, TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import RecoverSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
-from tinyfusion.models.plan import PrunePlan, plan_from_json
-from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.criteria import by_indices

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from families import tiny
+from tinyfusion.commands.report import read_run, render_run, report
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import stamp
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.report import read_run, render_run, report
 from tinyfusion.models.checkpoint import save_model
 from tinyfusion.report import facts
 from tinyfusion.report.canvas import EDGE_RGBA
@@ -437,7 +437,7 @@ def test_numbers_read_well() -> None:
 
 def test_the_page_is_made_without_torch(tmp_path: Path) -> None:
     path = make_prune(tmp_path / "prune")
-    code = "import sys; from pathlib import Path; from tinyfusion.jobs.report import render_run; "
+    code = "import sys; from pathlib import Path; from tinyfusion.commands.report import render_run; "
     code += "page = render_run(Path(sys.argv[1])); assert '</html>' in page; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from tinyfusion.core.config import to_plain
+from tinyfusion.config.loading import to_plain
+from tinyfusion.config.process_sections import ShiftFields
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.locks import LOCK, acquire
-from tinyfusion.core.process_sections import ShiftFields
-from tinyfusion.core.recipe import Recipe
 from tinyfusion.core.records import check_same, stamp
-from tinyfusion.core.rundir import RunDirectory, read_metrics, write_text, written_beside
+from tinyfusion.core.rundir import RunDirectory, atomic_write, read_metrics, write_text
 from tinyfusion.core.signals import Interrupted, SignalWatch
 
 RECIPE = {"seed": 0, "prune": {"scheme": "1:2", "training": {"steps": 5, "log_every_steps": 1}}}
@@ -32,7 +32,7 @@ def names(folder: Path) -> list[str]:
 
 
 def write_folder(path: Path, content: str, name: str = "content") -> None:
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         beside.mkdir()
         (beside / name).write_text(content)
 
@@ -67,7 +67,7 @@ def test_leftovers_of_killed_processes_do_no_harm(tmp_path: Path, kind: str) -> 
 
 
 def test_outputs_with_similar_names_are_not_leftovers_of_each_other(tmp_path: Path) -> None:
-    with written_beside(tmp_path / "out.png") as beside:
+    with atomic_write(tmp_path / "out.png") as beside:
         beside.write_text("picture")
         write_text(tmp_path / "out", "text")
     assert names(tmp_path) == ["out", "out.png"]
@@ -318,7 +318,7 @@ def test_files_of_others_in_a_folder_that_is_replaced_stay(tmp_path: Path) -> No
     for name in ("config.json", "former.json", "notes.txt", "more/notes.txt"):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("old")
-    with written_beside(tmp_path / "out", r"config\.json|former\.json") as beside:
+    with atomic_write(tmp_path / "out", r"config\.json|former\.json") as beside:
         beside.mkdir()
         (beside / "config.json").write_text("new")
     assert names(tmp_path) == ["out", "out/config.json", "out/more", "out/more/notes.txt", "out/notes.txt"]

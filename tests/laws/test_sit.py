@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tinyfusion.blocks.plan import plan_from_json
 from tinyfusion.cli import main
-from tinyfusion.core.config import load_recipe
+from tinyfusion.commands.prune import prune
+from tinyfusion.commands.recover import recover
+from tinyfusion.config.loading import load_recipe
 from tinyfusion.core.errors import UserError
+from tinyfusion.families.dit.model import DiT, DiTArch
+from tinyfusion.families.sit import SiT, published_arch
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.prune import prune
-from tinyfusion.jobs.recover import recover
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
-from tinyfusion.models.dit import DiT, DiTArch
-from tinyfusion.models.plan import plan_from_json
-from tinyfusion.models.sit import SiT, published_arch
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.flow import FlowObjective
 from tinyfusion.sample.flow import flow_of

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.core.recipe import PruneSection, TrainingSection
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import BlockStack, frozen
+from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.stack import BlockStack, frozen
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.blocks.streams import Streams
+from tinyfusion.families.family import FAMILIES
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, new_model
-from tinyfusion.models.family import FAMILIES
-from tinyfusion.models.stack import BlockStack
-from tinyfusion.models.streams import Streams
 from tinyfusion.processes.base import NoisyBatch, Prediction
 from tinyfusion.prune.calibrate import Calibration, block_statistics
 from tinyfusion.prune.mask_search import mask_losses, plain_losses

@@ -16,11 +16,11 @@ from scipy.special import expit, logit, ndtr
 from scipy.stats import kstest
 from torch import Tensor, nn
 
-from tinyfusion.core.config import load_recipe
+from tinyfusion.config.loading import load_recipe
+from tinyfusion.config.recipe import FlowSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import FlowSection
 from tinyfusion.core.rng import Randomness, StratifiedDraws
-from tinyfusion.jobs.processes import objective_for, sampler_of
+from tinyfusion.jobs.process_specs import objective_for, sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.flow import Flow, FlowObjective

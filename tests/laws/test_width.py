@@ -17,21 +17,21 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tinyfusion.blocks.plan import PrunePlan, plan_from_json
+from tinyfusion.blocks.stack import num_parameters
+from tinyfusion.blocks.widths import Group, flat_kept, nested
 from tinyfusion.cli import main
+from tinyfusion.config.recipe import PruneSection, RecoverSection, TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import PruneSection, RecoverSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.families.dit.model import DiT, DiTArch, position_table, published_arch
+from tinyfusion.families.dit.width import narrower_dit, width_axes, width_groups
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model, shipped_models
-from tinyfusion.models.dit import DiT, DiTArch, position_table, published_arch
-from tinyfusion.models.dit_width import narrower_dit, width_axes, width_groups
-from tinyfusion.models.plan import PrunePlan, plan_from_json
-from tinyfusion.models.stack import num_parameters
-from tinyfusion.models.widths import Group, flat_kept, nested
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective, Schedule
 from tinyfusion.prune.calibrate import Calibration
+from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import by_indices
-from tinyfusion.prune.question import Question
 from tinyfusion.prune.width import (
     by_width,
     check_width,
@@ -244,10 +244,10 @@ def test_widths_that_do_not_fit_are_refused(tiny_model: Models, group: str, valu
 
 
 @pytest.fixture
-def asked(tiny_model: Models, noisy_batch: Noisy) -> Callable[..., Question]:
-    """asked(share=0.5, threshold=1.0, steps="5"): a question to a tiny teacher over a short chain of timesteps."""
+def criterion_context(tiny_model: Models, noisy_batch: Noisy) -> Callable[..., CriterionContext]:
+    """criterion_context(share=0.5, threshold=1.0, steps="5"): a context to a tiny teacher over a short chain of timesteps."""
 
-    def make(share: float = 0.5, threshold: float = 1.0, steps: str = "5") -> Question:
+    def make(share: float = 0.5, threshold: float = 1.0, steps: str = "5") -> CriterionContext:
         teacher = tiny_model()
         objective = GaussianObjective(teacher.arch.num_classes, 0.0, Schedule(steps))
         settings = PruneSection(
@@ -258,15 +258,15 @@ def asked(tiny_model: Models, noisy_batch: Noisy) -> Callable[..., Question]:
             calibration_batch_size=3,
         )
         batches = tuple(noisy_batch(teacher, 3, seed) for seed in (0, 1))
-        return Question(teacher, settings, 7, Calibration(batches, objective, "random", 6, 6, 7))
+        return CriterionContext(teacher, settings, 7, Calibration(batches, objective, "random", 6, 6, 7))
 
     return make
 
 
-def losses_and_gradients(question: Question) -> Iterator[tuple[float, dict[str, Tensor]]]:
+def losses_and_gradients(context: CriterionContext) -> Iterator[tuple[float, dict[str, Tensor]]]:
     """Per timestep, by the book: x_t from the tables, squared error, one call of autograd."""
-    model, fixed = question.teacher.module, question.images.batches[0]
-    objective = question.images.objective
+    model, fixed = context.teacher.module, context.images.batches[0]
+    objective = context.images.objective
     assert isinstance(objective, GaussianObjective)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     for i, original in enumerate(objective.schedule.timesteps):
@@ -278,13 +278,13 @@ def losses_and_gradients(question: Question) -> Iterator[tuple[float, dict[str, 
         yield float(loss.detach()), dict(zip(names, gradients, strict=True))
 
 
-def test_importance_is_the_sum_of_w_times_g_elementwise(asked: Callable[..., Question]) -> None:
-    question = asked(threshold=0.0)
-    model = question.teacher.module
-    steps = list(losses_and_gradients(question))
+def test_importance_is_the_sum_of_w_times_g_elementwise(asked: Callable[..., CriterionContext]) -> None:
+    context = criterion_context(threshold=0.0)
+    model = context.teacher.module
+    steps = list(losses_and_gradients(context))
     taylor = {name: (model.get_parameter(name).detach() * sum(g[name] for _, g in steps)).abs() for name in steps[0][1]}
     width, inner, hidden = 16, 16, 64
-    wanted: dict[str, Tensor] = {name: torch.zeros(g.size) for name, g in width_groups(question.teacher.arch).items()}
+    wanted: dict[str, Tensor] = {name: torch.zeros(g.size) for name, g in width_groups(context.teacher.arch).items()}
     for c in range(width):
         stream = taylor["x_embedder.proj.weight"][c].sum() + taylor["x_embedder.proj.bias"][c]
         stream += taylor["final_layer.linear.weight"][:, c].sum()
@@ -315,7 +315,7 @@ def test_importance_is_the_sum_of_w_times_g_elementwise(asked: Callable[..., Que
             mlp = taylor[f"blocks.{i}.mlp.fc1.weight"][c].sum() + taylor[f"blocks.{i}.mlp.fc1.bias"][c]
             wanted[f"hidden.blocks.{i}"][c] = mlp + taylor[f"blocks.{i}.mlp.fc2.weight"][:, c].sum()
 
-    plan = by_width(question)
+    plan = by_width(context)
     assert plan.scores["losses"] == pytest.approx([loss for loss, _ in steps], rel=1e-5)
     for name, values in wanted.items():
         found: Any = plan.scores
@@ -325,15 +325,15 @@ def test_importance_is_the_sum_of_w_times_g_elementwise(asked: Callable[..., Que
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.9, 1.0])
-def test_timesteps_end_after_the_first_small_loss(asked: Callable[..., Question], threshold: float) -> None:
-    question = asked(threshold=threshold, steps="20")
-    all_losses = [loss for loss, _ in losses_and_gradients(question)]
+def test_timesteps_end_after_the_first_small_loss(asked: Callable[..., CriterionContext], threshold: float) -> None:
+    context = criterion_context(threshold=threshold, steps="20")
+    all_losses = [loss for loss, _ in losses_and_gradients(context)]
     small = [t for t, loss in enumerate(all_losses) if loss < threshold * max(all_losses[: t + 1])]
     wanted = all_losses[: small[0] + 1] if small else all_losses
-    copy = question.teacher.copy()
-    objective = question.images.objective
+    copy = context.teacher.copy()
+    objective = context.images.objective
     assert isinstance(objective, GaussianObjective)
-    found = list(summed_gradients(copy.module, objective, question.images.batches[0], threshold))
+    found = list(summed_gradients(copy.module, objective, context.images.batches[0], threshold))
     assert found == pytest.approx(wanted, rel=1e-5)
     assert (len(found) < 20) is bool(small)
     if threshold == 1.0:
@@ -352,28 +352,30 @@ def test_the_best_of_each_section_stay_and_the_earlier_of_equals() -> None:
     assert most_important(scores, Group(8, 2)) == list(range(8))
 
 
-def test_a_plan_of_widths_says_what_it_did_and_replays(asked: Callable[..., Question], tiny_model: Models) -> None:
-    question = asked()
+def test_a_plan_of_widths_says_what_it_did_and_replays(
+    asked: Callable[..., CriterionContext], tiny_model: Models
+) -> None:
+    context = criterion_context()
     ticks: list[int] = []
-    before = question.teacher.hash()
-    plan = by_width(dataclasses.replace(question, tick=ticks.append))
+    before = context.teacher.hash()
+    plan = by_width(dataclasses.replace(context, tick=ticks.append))
     timesteps = len(plan.scores["losses"])
     assert plan.cost["images"] == 3 * timesteps and plan.seed == 7 and plan.teacher == before
     assert plan.scores["calibration"]["images"] == 3 and plan.scores["calibration"]["data"] == "random"
-    assert len(ticks) == timesteps and 2 * width_evaluations(question) >= ticks[-1]
-    assert question.teacher.hash() == before
-    assert all(p.grad is None for p in question.teacher.module.parameters()), "the teacher is left as it was"
+    assert len(ticks) == timesteps and 2 * width_evaluations(context) >= ticks[-1]
+    assert context.teacher.hash() == before
+    assert all(p.grad is None for p in context.teacher.module.parameters()), "the teacher is left as it was"
     again = plan_from_json(json.loads(json.dumps(plan.to_json())))
-    assert again == plan and question.teacher.cut(again).hash() == question.teacher.cut(plan).hash()
+    assert again == plan and context.teacher.cut(again).hash() == context.teacher.cut(plan).hash()
     assert flat_kept(nested(flat_kept(plan.kept_widths))) == flat_kept(plan.kept_widths)
     with pytest.raises(UserError, match="was made for the model"):
         tiny_model(1).cut(plan)
-    student = question.teacher.cut(plan)
-    assert abs(num_parameters(student.module) / num_parameters(question.teacher.module) - 0.5) < 0.01
+    student = context.teacher.cut(plan)
+    assert abs(num_parameters(student.module) / num_parameters(context.teacher.module) - 0.5) < 0.01
     with pytest.raises(UserError, match="num_keep 2 counts blocks"):
-        check_width(question.teacher, dataclasses.replace(question.settings, num_keep=2))
+        check_width(context.teacher, dataclasses.replace(context.settings, num_keep=2))
     with pytest.raises(UserError, match=r"width_share: no width of this model has 0\.001"):
-        by_width(asked(share=0.001))
+        by_width(criterion_context(share=0.001))
 
 
 # --------------------------------------------------------------------------------------------- a model like any other

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model
-from tinyfusion.models.routers import DynamicSettings
 
 Tensors = dict[str, Tensor]
 PREFIXES = (

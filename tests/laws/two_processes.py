@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from tinyfusion.core.process_sections import MaskedSection
-from tinyfusion.core.recipe import ComputeSection, PruneSection, RecoverSection, TrainingSection
+from tinyfusion.blocks.routers import DynamicSettings
+from tinyfusion.blocks.stack import frozen
+from tinyfusion.config.process_sections import MaskedSection
+from tinyfusion.config.recipe import ComputeSection, PruneSection, RecoverSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.dynamic.train import DynamicObjective
 from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel, new_model
-from tinyfusion.models.routers import DynamicSettings
-from tinyfusion.models.stack import frozen
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.processes.masked import MaskedObjective

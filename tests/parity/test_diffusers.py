@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tinyfusion.commands.export import ExportOptions, export
+from tinyfusion.families.dit import diffusers as ours
+from tinyfusion.families.dit.model import SIZES, published_arch
+from tinyfusion.families.family import FAMILIES
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.export import ExportOptions, export
-from tinyfusion.models import diffusers as ours
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
-from tinyfusion.models.dit import SIZES, published_arch
-from tinyfusion.models.family import FAMILIES
 from tinyfusion.prune.criteria import by_indices
 
 TINY = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=4, num_heads=2, num_classes=1000)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
+from tinyfusion.families.family import FAMILIES
 from tinyfusion.models.attach import Deciding, DynamicModel
 from tinyfusion.models.checkpoint import open_model
-from tinyfusion.models.family import FAMILIES
 from tinyfusion.models.statedicts import find_state_dict
 from tinyfusion.models.tensors import read_pickle
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from families import tiny
 from tinyfusion.cli import main
+from tinyfusion.commands.export import ExportOptions, export
 from tinyfusion.core.errors import UserError
+from tinyfusion.families import pixart
+from tinyfusion.families.family import FAMILIES
+from tinyfusion.families.pixart import PixArtArch, with_prompts
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.export import ExportOptions, export
-from tinyfusion.models import pixart
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
-from tinyfusion.models.family import FAMILIES
-from tinyfusion.models.pixart import PixArtArch, with_prompts
 from tinyfusion.prune.criteria import by_indices
 
 BLOCKS, TEXTS, CHANNELS = 3, 4, 12  # of the tiny class of diffusers, and of its prompts: three and the null one

@@ -31,7 +31,7 @@ _written: dict[str, Identity] = {}  # files that this process wrote, by absolute
 
 
 @contextmanager
-def written_beside(path: Path, ours: str = "") -> Iterator[Path]:
+def atomic_write(path: Path, ours: str = "") -> Iterator[Path]:
     """A temporary path to write to; it replaces `path` when the block succeeds, and is removed when it fails.
 
     Missing parent folders are created, and removed again on failure. Leftovers of a killed process that wrote the same
@@ -299,7 +299,7 @@ def remove_empty(folders: list[Path]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically. Bytes of names that are not UTF-8 are escaped in it."""
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

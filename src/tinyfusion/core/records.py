@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion import __version__
-from tinyfusion.core.config import first_difference
+from tinyfusion.config.loading import first_difference
+from tinyfusion.config.process_sections import ShiftFields
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import check_writable, clear_unfinished
-from tinyfusion.core.process_sections import ShiftFields
 
 FORMAT_VERSION = 1
 _MARKER = "tinyfusion"

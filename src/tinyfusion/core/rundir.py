@@ -13,6 +13,7 @@ from typing import Any
 
 from tinyfusion.core.errors import BadNumbers, UserError
 from tinyfusion.core.files import (
+    atomic_write,
     check_space,
     check_writable,
     clear_unfinished,
@@ -28,7 +29,6 @@ from tinyfusion.core.files import (
     remove_written,
     write_json,
     write_text,
-    written_beside,
 )
 from tinyfusion.core.locks import LOCK, Locked, acquire
 from tinyfusion.core.reading import check_plain, check_utf8, read_json
@@ -37,7 +37,7 @@ from tinyfusion.core.signals import Interrupted
 
 __all__ = [
     "CHECKPOINT_FILES", "FORMAT_VERSION", "RunDirectory", "check_space", "check_writable", "file_output", "machine", "read_json",
-    "read_metrics", "run_files", "say_finished", "stamp", "write_json", "write_text", "written_beside",
+    "read_metrics", "run_files", "say_finished", "stamp", "write_json", "write_text", "atomic_write",
 ]  # fmt: skip
 
 _CONTINUES = "fix that, and the same command continues from the last checkpoint"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from tinyfusion.core.config import build, nearest
+from tinyfusion.config.loading import build, nearest
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 from tinyfusion.core.files import check_space, check_writable, sha256_of, write_text

@@ -191,7 +191,7 @@ def _kept(record: Path, name: str) -> HubSet | None:
 
 
 def _keep(record: Path, made: HubSet) -> None:
-    """Keep an answer; a cache that cannot be written is said, and costs another question."""
+    """Keep an answer; a cache that cannot be written is said, and costs another request."""
     told = {name: getattr(made, name) for name in ("name", "repository", "commit", "config", "split")}
     try:
         record.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from tinyfusion.core.files import written_beside
+from tinyfusion.core.files import atomic_write
 from tinyfusion.data.image_source import ImageSource
 
 _BATCH = 64
@@ -23,7 +23,7 @@ _BATCH = 64
 def stream_images_npz(path: Path, images: ImageSource, labels: np.ndarray) -> None:
     """Write images (N, H, W, C) and labels (N,) whole, uncompressed: arr_0, arr_1. The bytes are those of `numpy.savez`."""
     with (
-        written_beside(path) as beside,
+        atomic_write(path) as beside,
         zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
@@ -42,7 +42,7 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[np.ge
 
 def write_png_folder(folder: Path, images: ImageSource) -> None:
     """Write images (N, H, W, 1 or 3) uint8 as 000000.png, 000001.png, ..., the whole folder at once."""
-    with written_beside(folder, r"[0-9]{6,}\.png") as beside, ThreadPoolExecutor(os.cpu_count()) as threads:
+    with atomic_write(folder, r"[0-9]{6,}\.png") as beside, ThreadPoolExecutor(os.cpu_count()) as threads:
         beside.mkdir()
 
         def write(index: int, image: np.ndarray) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Orientation
 from tinyfusion.data.images import check_images_header, read_images_npz
 from tinyfusion.data.npz import ArrayHeader, is_npz, opened_npz
 from tinyfusion.data.originals import Originals, decoded

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory
-from tinyfusion.core.rundir import written_beside
+from tinyfusion.core.rundir import atomic_write
 from tinyfusion.data.npz import ArrayHeader, Npz, opened_npz
 
 MAX_LABEL = 2**31 - 1  # of any class; beyond it a label is damage
@@ -79,14 +79,14 @@ def write_images_npz(path: Path, images: np.ndarray, labels: np.ndarray | None =
     arrays = (
         {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": _checked_labels(labels, len(images), path)}
     )
-    with written_beside(path) as beside, open(beside, "wb") as file:
+    with atomic_write(path) as beside, open(beside, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def write_grid_png(path: Path, images: np.ndarray, columns: int, scale: int = 1) -> None:
     """Write images (N, H, W, C) uint8, C 1 or 3, as one picture, `columns` in a row, pixels `scale` wide and high."""
     grid = image_grid(images, columns).repeat(scale, axis=0).repeat(scale, axis=1)
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(beside, format="PNG")
 
 

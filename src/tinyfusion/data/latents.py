@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyfusion.core.config import build, build_known
+from tinyfusion.config.loading import build, build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.locks import is_at, try_lock

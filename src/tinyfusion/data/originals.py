@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory, check_plain, unreadable
-from tinyfusion.core.recipe import Orientation
 from tinyfusion.data.folders import open_picture_folder, printable
 from tinyfusion.data.parquet import (
     HUB,

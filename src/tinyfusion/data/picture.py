@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory
-from tinyfusion.core.recipe import Orientation
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")

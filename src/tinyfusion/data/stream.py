@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory
-from tinyfusion.core.recipe import Orientation
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import Batches, signed
 from tinyfusion.data.hub import HubFile
@@ -126,7 +126,7 @@ class ParquetParts:
         return pixels.repeat(channels, -1) if pixels.shape[-1] < channels else pixels, label
 
 
-def open_parts(
+def open_shards(
     source: Path | str, size: int | None, channels: int | None, orientation: Orientation = "follow"
 ) -> ParquetParts:
     """Row counts of parquet files: one, all of a folder by name, or a named set; its labels and one picture are looked at.

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tinyfusion.blocks.dynamics import BlockSizes
+from tinyfusion.blocks.routers import TOKEN_ROUTER_SHRINK
 from tinyfusion.models.attach import BlockMasks
-from tinyfusion.models.dynamics import BlockSizes
-from tinyfusion.models.routers import TOKEN_ROUTER_SHRINK
 
 
 def block_ratio(masks: BlockMasks, sizes: BlockSizes, num: int) -> Tensor:

@@ -6,7 +6,7 @@ gathered over the flattened batch. The published release computes everything and
 
 Weights. The units of a block are laid out once by how often they are on, those that never are left out. Where the masks of
 a block are nested over time, as they then mostly are, every sub-network is a view of that layout; other masks get copies,
-kept by mask up to `cache_bytes`. Neighbouring timesteps repeat masks. Packed weights (`models/packed.py`) have no views, so
+kept by mask up to `cache_bytes`. Neighbouring timesteps repeat masks. Packed weights (`blocks/packed.py`) have no views, so
 there every mask has its copy.
 
 Shapes: S timesteps, L blocks, H heads and groups.
@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.dynamics import BlockSlices, TokenMode, UnitKind, UnitSlices
+from tinyfusion.blocks.forwards import CompiledForwards
+from tinyfusion.blocks.packed import can_pack
+from tinyfusion.blocks.routers import is_router_key
 from tinyfusion.core.compiler import compiling
 from tinyfusion.core.errors import UserError
 from tinyfusion.dynamic.modulations import ROWS_AHEAD, ModulationsAhead
 from tinyfusion.models.attach import Complete, Deciding, DynamicForward, DynamicModel
-from tinyfusion.models.dynamics import BlockSlices, TokenMode, UnitKind, UnitSlices
-from tinyfusion.models.forwards import CompiledForwards
 from tinyfusion.models.loaded import LoadedModel
-from tinyfusion.models.packed import can_pack
-from tinyfusion.models.routers import is_router_key
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.models.loaded import LoadedModel, ModelFacts
-from tinyfusion.models.stack import num_parameters
 
 PICTURE = "plan.png"
 _NUMBERS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tinyfusion.models.dit import DiTArch
+from tinyfusion.families.dit.model import DiTArch
 from tinyfusion.models.loaded import ModelFacts, takes_latents
 
 NULL_CLASS = 1000  # what DiTPipeline guides with, whatever the model

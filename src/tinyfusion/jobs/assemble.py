@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyfusion.core.config import to_plain
+from tinyfusion.config.loading import to_plain
+from tinyfusion.config.recipe import DataSection, ModelSection, Orientation, Recipe, TrainingSection
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
-from tinyfusion.core.recipe import DataSection, ModelSection, Orientation, Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import LOOKED_AT, Batches, ShuffledBatches, scale_remarks, signed
 from tinyfusion.data.digits import REAL_SETS, ImageSet, load_digits
@@ -27,7 +27,7 @@ from tinyfusion.data.images import read_images_npz
 from tinyfusion.data.latents import LATENTS, LatentBatches, open_latents
 from tinyfusion.data.originals import Pictures, read_originals
 from tinyfusion.data.parquet import HUB, HUB_STREAM, PARQUET, PARQUET_STREAM, STREAMED, WHOLE
-from tinyfusion.data.stream import StreamedBatches, open_parts
+from tinyfusion.data.stream import StreamedBatches, open_shards
 from tinyfusion.jobs.latent_facts import check_latents, open_stated, with_latents
 from tinyfusion.jobs.origins import require_data
 from tinyfusion.models.checkpoint import LoadedModel
@@ -187,7 +187,7 @@ def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> 
     """Training batches of the recipe's data. channels: of the model; for 3 of them grey pictures are in colour."""
     data, randomness = require_data(recipe).data, Randomness(recipe.seed)
     if data.name.startswith(STREAMED):
-        parts = open_parts(data.name, data.size, channels, data.orientation)
+        parts = open_shards(data.name, data.size, channels, data.orientation)
         timeout_s = recipe.compute.timeout_s
         return StreamedBatches(parts, randomness, device, data.window_images, data.augment, data.flip, timeout_s)
     if data.name.startswith(LATENTS):

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinyfusion.core.recipe import TrainingSection
+from tinyfusion.blocks.forwards import standing_in
+from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.blocks.streams import BlockCall, Streams, tensors_in
+from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.train import DynamicObjective
-from tinyfusion.models.forwards import standing_in
-from tinyfusion.models.stack import BlockStack
-from tinyfusion.models.streams import BlockCall, Streams, tensors_in
 from tinyfusion.prune.learn import GatedObjective
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.training.loop import BatchSource, LoopObjective

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Recipe, SampleSection
 from tinyfusion.data.latents import LATENTS, MANIFEST, LatentSpec, read_manifest
 from tinyfusion.data.published_latents import PUBLISHED_FACTOR
 from tinyfusion.models.checkpoint import LoadedModel, open_model

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tinyfusion.core.recipe import ComputeSection, TrainingSection
+from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, Measured
 from tinyfusion.training.engine import cut
 

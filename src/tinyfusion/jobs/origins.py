@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyfusion.core.config import build_known
+from tinyfusion.config.loading import build_known
+from tinyfusion.config.recipe import DataSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
-from tinyfusion.core.recipe import DataSection, Recipe
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.latents import LATENTS
 from tinyfusion.data.parquet import HUB, PARQUET, STREAMED

@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tinyfusion.config.recipe import DataSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import disk_reason
 from tinyfusion.core.progress import progress, say
-from tinyfusion.core.recipe import DataSection
-from tinyfusion.core.rundir import written_beside
+from tinyfusion.core.rundir import atomic_write
 from tinyfusion.core.weights import cache_folder
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.image_source import (
@@ -186,7 +186,7 @@ def _write(file: Path, told: str, made: FeatureStatistics) -> None:
         arrays |= {"spatial_mean": made.spatial.mean, "spatial_covariance": made.spatial.covariance}
     tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
     try:
-        with written_beside(file) as beside:
+        with atomic_write(file) as beside:
             save_file(tensors, beside, metadata={"of": told, "sum": hash_state(tensors)})
     except (OSError, SafetensorError) as error:
         reason = disk_reason(error) if isinstance(error, OSError) else str(error)

@@ -17,19 +17,19 @@ from typing import Any
 
 from torch import Tensor
 
+from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import Advance, progress, say
-from tinyfusion.core.recipe import Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space, say_finished
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.jobs.assemble import RunOptions, job_record
 from tinyfusion.jobs.estimate import training_memory
 from tinyfusion.jobs.memory import GIB
-from tinyfusion.jobs.watching import Watch
+from tinyfusion.jobs.previews import Previews
 from tinyfusion.models.checkpoint import LoadedModel, save_model
-from tinyfusion.models.stack import BlockStack
 from tinyfusion.training.checkpoints import CheckpointWriter, Written, checkpoint_folders, load_checkpoint, load_latest
 from tinyfusion.training.compile import Gain, measured_gain
 from tinyfusion.training.ema import horizon_warning
@@ -39,7 +39,7 @@ from tinyfusion.training.loop import (
     ForwardPass,
     LoopObjective,
     StepRecord,
-    noisy_parts,
+    noisy_microbatches,
     train_steps,
 )
 from tinyfusion.training.shards import local_part, whole
@@ -87,7 +87,9 @@ class Training:
         """What compiling does for a step of this training, measured on the first part of a batch. Every process must call."""
         state, randomness = self.state, Randomness(self.recipe.seed)
         forward = ForwardPass(state, self.objective, self.settings)
-        parts = noisy_parts(state.step, self.objective, self.source, self.settings.batch_size, randomness, self.engine)
+        parts = noisy_microbatches(
+            state.step, self.objective, self.source, self.settings.batch_size, randomness, self.engine
+        )
         trained = list(state.parameters.values())
         compute = self.engine.compute
 
@@ -223,7 +225,7 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
             f"compiled: {gain.compiled_ms:,.4g} ms a step, {gain.eager_ms:,.4g} ms without ({gain.compile_s:.0f} s once)"
         )
     drawn = None if training.title == "prune" else training.model  # gates have nothing to show yet
-    watch = Watch(training.recipe, run, drawn, training.title, start)
+    watch = Previews(training.recipe, run, drawn, training.title, start)
     _note_memory(training, run)
     sitting = _Sitting(training, run, start, spent, watch)
     main_pid = engine.first(os.getpid)
@@ -288,7 +290,7 @@ def _note_memory(training: Training, run: RunDirectory) -> None:
 class _Sitting:
     """What one sitting of a training writes down: log lines and progress."""
 
-    def __init__(self, training: Training, run: RunDirectory, start: int, spent: float, watch: Watch) -> None:
+    def __init__(self, training: Training, run: RunDirectory, start: int, spent: float, watch: Previews) -> None:
         self.training, self.run, self.start, self.spent, self.watch = training, run, start, spent, watch
         self.began = self.logged = time.perf_counter()
         self.waited_s = 0.0

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.core.config import build_known
+from tinyfusion.blocks.dynamics import BlockSizes, DynamicRules
+from tinyfusion.blocks.routers import ROUTERS, DynamicSettings, initialise_routers, install_routers, is_router_key
+from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
-from tinyfusion.models.dynamics import BlockSizes, DynamicRules
-from tinyfusion.models.routers import ROUTERS, DynamicSettings, initialise_routers, install_routers, is_router_key
-from tinyfusion.models.stack import BlockStack
 
 if TYPE_CHECKING:
-    from tinyfusion.models.family import ModelFamily
+    from tinyfusion.families.family import ModelFamily
     from tinyfusion.models.loaded import LoadedModel
 
 

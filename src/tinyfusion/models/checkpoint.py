@@ -17,20 +17,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tinyfusion.core.config import build_known, nearest
+from tinyfusion.blocks.plan import plan_from_json
+from tinyfusion.blocks.routers import is_router_key, settings_of
+from tinyfusion.config.loading import build_known, nearest
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
-from tinyfusion.core.rundir import write_json, written_beside
-from tinyfusion.models import diffusers
+from tinyfusion.core.rundir import atomic_write, write_json
+from tinyfusion.families.dit import diffusers
+from tinyfusion.families.dit.model import LARGEST_SIZE
+from tinyfusion.families.family import FAMILIES, DiffusersFolder, ModelFamily
 from tinyfusion.models.attach import rules_of, settings_in
 from tinyfusion.models.autoencoder import LARGEST_SCALE, SCALE_OF_CLASS, autoencoder_config
-from tinyfusion.models.dit import LARGEST_SIZE
-from tinyfusion.models.family import FAMILIES, DiffusersFolder, ModelFamily
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS
 from tinyfusion.models.loaded import LoadedModel, ModelFacts, hash_tensors, make_trainable, new_model
 from tinyfusion.models.places import by_name, exists, model_folder, shipped_models
-from tinyfusion.models.plan import plan_from_json
-from tinyfusion.models.routers import is_router_key, settings_of
 from tinyfusion.models.statedicts import described_other, find_state_dict
 from tinyfusion.models.tensors import (
     check_sizes,
@@ -80,7 +80,7 @@ def model_record(model: LoadedModel) -> dict[str, Any]:
 
 def save_model(model: LoadedModel, folder: Path) -> None:
     """Write our model folder, whole or not at all."""
-    with written_beside(folder) as beside:
+    with atomic_write(folder) as beside:
         beside.mkdir(parents=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
         save_file(tensors, beside / "model.safetensors")

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.core.config import nearest
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.routers import unfit_official
+from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.blocks.widths import sliced
+from tinyfusion.config.loading import nearest
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory
+from tinyfusion.families.family import FAMILIES, ModelFamily
 from tinyfusion.models.attach import DynamicModel, build_with_routers
-from tinyfusion.models.family import FAMILIES, ModelFamily
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.routers import unfit_official
-from tinyfusion.models.stack import BlockStack
-from tinyfusion.models.widths import sliced
 
 _NO_ROUTERS = "it has routers, for which diffusers has no class: its transformer would run everything"
 PIXEL_CHANNELS = (1, 3)  # of the input of a model that states no latents: with any other number it takes latents

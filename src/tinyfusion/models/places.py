@@ -8,12 +8,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tinyfusion.core.config import nearest
+from tinyfusion.config.loading import nearest
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.reading import check_plain, read_json_object, unreadable
 from tinyfusion.core.weights import KnownWeights, fetch_weights, known_weights
-from tinyfusion.models.family import FAMILIES
+from tinyfusion.families.family import FAMILIES
 from tinyfusion.models.hub import HUB_ID, fetch_repository
 from tinyfusion.models.statedicts import OTHER_KINDS
 

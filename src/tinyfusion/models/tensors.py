@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory, check_plain, check_utf8, read_json_object, unreadable
 from tinyfusion.core.torchscript import check_stored, is_torch_zip
+from tinyfusion.families.family import ModelFamily
 from tinyfusion.models.attach import build_with_routers
-from tinyfusion.models.family import ModelFamily
 from tinyfusion.models.loaded import make_trainable
-from tinyfusion.models.routers import DynamicSettings
 
 _NO_MODEL = "is not a model file, or it is truncated: wanted a torch file or .safetensors with a state dict"
 # what torch's restricted reader calls and what fills memory without a tensor: zeros by their number, and codecs that lengthen

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.streams import Streams
 from tinyfusion.core.errors import UserError
-from tinyfusion.models.family import ModelFamily
+from tinyfusion.families.family import ModelFamily
 from tinyfusion.models.loaded import LoadedModel, ModelFacts
-from tinyfusion.models.streams import Streams
 
 
 def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]) -> LoadedModel:

@@ -24,7 +24,7 @@ NUM_TIMESTEPS = 1000
 _LOW_NOISE_PARTS = 4  # the released block influence sees the first quarter of the chain: t in 0..249 of 1000
 
 
-def kept_timesteps(spacing: str) -> list[int]:
+def respaced_timesteps(spacing: str) -> list[int]:
     """Original steps kept by a respacing string, ascending.
 
     "" keeps all 1000; "N" or "N1,N2,..." takes that many evenly spread steps from as many near-equal sections, both ends
@@ -75,7 +75,7 @@ class Schedule:
 
     def __init__(self, spacing: str = "", betas: np.ndarray | None = None) -> None:
         base = np.cumprod(1.0 - (np.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=np.float64) if betas is None else betas))
-        self.timesteps = np.array(kept_timesteps(spacing), dtype=np.int64)
+        self.timesteps = np.array(respaced_timesteps(spacing), dtype=np.int64)
         kept = base[self.timesteps]
         self.betas = 1.0 - kept / np.append(1.0, kept[:-1])  # re-derived, even when all steps are kept
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)

@@ -1,7 +1,7 @@
 """The process of MAR: tokens in random order, the last ones known, and a small diffusion for each hidden one.
 
 Shapes: B images, L tokens of E values each, m hidden and u = L - m known ones, r noise levels of each hidden token.
-`model(x, y, known, hidden, rows, t, dropout)` gives (B, m, r, 2E), as `models/mar.py` says.
+`model(x, y, known, hidden, rows, t, dropout)` gives (B, m, r, 2E), as `families/mar/model.py` says.
 Source: Li et al., arXiv 2406.11838. Where the published code differs: the share of hidden tokens is drawn once for the
 whole batch of a step, so that it does not depend on the number of processes; all that is random is drawn outside of the
 model; and rows of known tokens, whose weight is 0, are not computed.
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 
+from tinyfusion.config.process_sections import MaskedSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.process_sections import MaskedSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
 from tinyfusion.processes.gaussian import NUM_TIMESTEPS, GaussianObjective, Schedule

@@ -23,7 +23,7 @@ import numpy as np
 from scipy.special import expit, logit, ndtri
 from torch import Tensor
 
-from tinyfusion.core.process_sections import FlowSection, ShiftFields
+from tinyfusion.config.process_sections import FlowSection, ShiftFields
 
 Density = Literal["uniform", "logit_normal", "mode", "cosmap"]
 MODE_SCALES = (-1.0, 2 / (math.pi - 2))  # of the mode density, for which its transform is monotone

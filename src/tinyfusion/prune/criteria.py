@@ -1,4 +1,4 @@
-"""Every criterion that trains nothing: one row of `CRITERIA` each, a short function from a question to a plan.
+"""Every criterion that trains nothing: one row of `CRITERIA` each, a short function from a context to a plan.
 
 Every list of blocks keeps its own share; blocks are named by their global index, which counts through the lists. Of
 equal scores the earlier block stays. What each criterion means: docs/criteria.md.
@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from tinyfusion.blocks.plan import PrunePlan, first_blocks, global_indices
+from tinyfusion.blocks.stack import check_kept
+from tinyfusion.config.recipe import Criterion as Name
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import Criterion as Name
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.plan import PrunePlan, first_blocks, global_indices
-from tinyfusion.models.stack import check_kept
 from tinyfusion.prune.calibrate import block_statistics
+from tinyfusion.prune.context import CriterionContext, plan_for
 from tinyfusion.prune.mask_search import (
     Choice,
     Mask,
@@ -35,7 +36,6 @@ from tinyfusion.prune.mask_search import (
     short,
     tick_from,
 )
-from tinyfusion.prune.question import Question, plan_for
 from tinyfusion.prune.rules import Share, bk_sdm_positions, evenly_spaced
 from tinyfusion.prune.scheme import check_range
 from tinyfusion.prune.width import by_width, width_evaluations
@@ -49,78 +49,78 @@ class Criterion:
     """A row. plan: the function. evaluations: block evaluations per calibration batch, None where it looks at no images."""
 
     says: str
-    plan: Callable[[Question], PrunePlan]
-    evaluations: Callable[[Question], int] | None = None
+    plan: Callable[[CriterionContext], PrunePlan]
+    evaluations: Callable[[CriterionContext], int] | None = None
 
 
-def decide(question: Question) -> PrunePlan:
-    """The plan of the question's criterion, with the seconds it took. Raises UserError where it cannot be asked so."""
+def decide(context: CriterionContext) -> PrunePlan:
+    """The plan of the context's criterion, with the seconds it took. Raises UserError where it cannot be asked so."""
     began = time.perf_counter()
-    plan = CRITERIA[question.settings.criterion].plan(question)
+    plan = CRITERIA[context.settings.criterion].plan(context)
     return dataclasses.replace(plan, cost={"seconds": time.perf_counter() - began, **plan.cost})
 
 
 # ------------------------------------------------------------------------------------------------------ scores of blocks
 
 
-def by_block_influence(question: Question) -> PrunePlan:
+def by_block_influence(context: CriterionContext) -> PrunePlan:
     """ShortGPT's block influence (arXiv 2403.03853): 1 - mean cosine of output and input; the lowest go.
 
     Inputs are noised, over all timesteps. bi_inputs = clean takes TinyFusion's released statistic instead: clean
     inputs at low timesteps, and the model's last block never goes. Cost: one pass.
     """
-    clean = question.settings.bi_inputs == "clean"
-    statistics = block_statistics(question.teacher, question.images, clean, question.tick)
+    clean = context.settings.bi_inputs == "clean"
+    statistics = block_statistics(context.teacher, context.images, clean, context.tick)
     scores = [1.0 - cosine for cosine in statistics.cosine]
     ranks = [*scores[:-1], math.inf] if clean else scores
     inputs = "clean inputs, first quarter of the timesteps, last block never removed" if clean else "noised inputs"
-    return _ranked(question, ranks, scores, f"block influence, 1 - mean cosine of output and input: {inputs}")
+    return _ranked(context, ranks, scores, f"block influence, 1 - mean cosine of output and input: {inputs}")
 
 
-def by_change(question: Question) -> PrunePlan:
+def by_change(context: CriterionContext) -> PrunePlan:
     """Flux-Lite's criterion: mean of (output - input) squared; the lowest go. Cost: one pass.
 
     Source: model card of Freepik's flux.1-lite-8B. No details are published, so the calibration set is ours.
     """
-    change = block_statistics(question.teacher, question.images, False, question.tick).change
-    return _ranked(question, change, change, "mean squared difference of output and input")
+    change = block_statistics(context.teacher, context.images, False, context.tick).change
+    return _ranked(context, change, change, "mean squared difference of output and input")
 
 
-def by_sensitivity(question: Question) -> PrunePlan:
+def by_sensitivity(context: CriterionContext) -> PrunePlan:
     """Loss added by removing a block (Han et al., arXiv 1506.02626), under common timesteps and noise; the lowest go.
 
     One-shot: from the whole model. Greedy: the least harmful block goes, and the others are tried again.
     Cost: half a pass per block, greedy in each round.
     """
-    return _greedy(question) if question.settings.sensitivity_order == "greedy" else _one_shot(question)
+    return _greedy(context) if context.settings.sensitivity_order == "greedy" else _one_shot(context)
 
 
-def _one_shot(question: Question) -> PrunePlan:
-    whole, tried = _all_but_one(question)
-    sums = mask_losses(question.teacher, question.images, tried, question.tick)
+def _one_shot(context: CriterionContext) -> PrunePlan:
+    whole, tried = _all_but_one(context)
+    sums = mask_losses(context.teacher, context.images, tried, context.tick)
     losses = dict(zip(tried, (sums.loss / sums.images).tolist(), strict=True))
     added = [losses.get(_without(whole, block), math.inf) - losses[whole] for block in whole]
     more = {"loss_of_whole_model": _finite(losses[whole])}
     meaning = "loss (mse + vb) added by removing the block alone; null where it is not finite"
-    return _ranked(question, added, added, meaning, shared_evaluations(tried), more)
+    return _ranked(context, added, added, meaning, shared_evaluations(tried), more)
 
 
-def _all_but_one(question: Question) -> tuple[Mask, list[Mask]]:
+def _all_but_one(context: CriterionContext) -> tuple[Mask, list[Mask]]:
     """The whole model's mask, and it with every mask that lacks one block; a list's only block stays."""
-    whole = tuple(range(len(question.teacher.stack)))
-    alone = {part.start for part in question.shares.values() if part.depth == 1}
+    whole = tuple(range(len(context.teacher.stack)))
+    alone = {part.start for part in context.shares.values() if part.depth == 1}
     return whole, sorted([whole, *(_without(whole, block) for block in whole if block not in alone)])
 
 
-def _greedy(question: Question) -> PrunePlan:
-    parts, kept = question.shares.values(), tuple(range(len(question.teacher.stack)))
+def _greedy(context: CriterionContext) -> PrunePlan:
+    parts, kept = context.shares.values(), tuple(range(len(context.teacher.stack)))
     added: list[float] = [math.inf] * len(kept)
     removed: list[int] = []
     loss, work = math.nan, 0
     while free := [i for p in parts if len({*kept} & {*p.blocks}) > p.keep for i in p.free if i in kept]:
         tried = sorted([_without(kept, block) for block in free] + ([] if removed else [kept]))
-        tick = partial(tick_from, question.tick, work * len(question.images.batches))
-        sums = mask_losses(question.teacher, question.images, tried, tick, prove=not removed)
+        tick = partial(tick_from, context.tick, work * len(context.images.batches))
+        sums = mask_losses(context.teacher, context.images, tried, tick, prove=not removed)
         work += shared_evaluations(tried)
         losses = dict(zip(tried, (sums.loss / sums.images).tolist(), strict=True))
         loss = losses.pop(kept, loss)
@@ -131,10 +131,10 @@ def _greedy(question: Question) -> PrunePlan:
         kept = _without(kept, -later)
         loss = losses[kept]
     return plan_for(
-        question,
-        {name: part.best(kept) for name, part in question.shares.items()},
+        context,
+        {name: part.best(kept) for name, part in context.shares.items()},
         "loss (mse + vb) added by removing the block, when that was last tried; null where it was not, or not finite",
-        _by_list(question, added),
+        _by_list(context, added),
         work,
         {"removed_in_order": removed, "loss": _finite(loss)},
     )
@@ -150,7 +150,7 @@ def _missing(mask: Mask, kept: Mask) -> int:
 
 
 def _ranked(
-    question: Question,
+    context: CriterionContext,
     ranks: Sequence[float],
     scores: Sequence[float],
     meaning: str,
@@ -159,13 +159,13 @@ def _ranked(
 ) -> PrunePlan:
     """The blocks of highest rank stay; one that is not a number is the highest. `scores` are what the plan says."""
     order = sorted(range(len(ranks)), key=lambda i: (-_or_infinite(ranks[i]), i))
-    kept = {name: part.best(order) for name, part in question.shares.items()}
+    kept = {name: part.best(order) for name, part in context.shares.items()}
     work = len(ranks) if evaluations is None else evaluations
-    return plan_for(question, kept, meaning, _by_list(question, scores), work, more)
+    return plan_for(context, kept, meaning, _by_list(context, scores), work, more)
 
 
-def _by_list(question: Question, scores: Sequence[float]) -> dict[str, Any]:
-    return {name: [_finite(scores[i]) for i in part.blocks] for name, part in question.shares.items()}
+def _by_list(context: CriterionContext, scores: Sequence[float]) -> dict[str, Any]:
+    return {name: [_finite(scores[i]) for i in part.blocks] for name, part in context.shares.items()}
 
 
 def _finite(value: float) -> float | None:
@@ -180,51 +180,51 @@ def _or_infinite(value: float) -> float:
 # ------------------------------------------------------------------------------------------------------------------ rules
 
 
-def by_first(question: Question) -> PrunePlan:
+def by_first(context: CriterionContext) -> PrunePlan:
     """The first blocks stay."""
-    return _ruled(question, lambda part: part.free[: part.free_keep])
+    return _ruled(context, lambda part: part.free[: part.free_keep])
 
 
-def by_last(question: Question) -> PrunePlan:
+def by_last(context: CriterionContext) -> PrunePlan:
     """The last blocks stay."""
-    return _ruled(question, lambda part: part.free[len(part.free) - part.free_keep :])
+    return _ruled(context, lambda part: part.free[len(part.free) - part.free_keep :])
 
 
-def by_uniform(question: Question) -> PrunePlan:
+def by_uniform(context: CriterionContext) -> PrunePlan:
     """Evenly spaced blocks stay, first and last among them; protected ones are set aside, and the others spaced evenly."""
-    return _ruled(question, lambda part: [part.free[i] for i in evenly_spaced(len(part.free), part.free_keep)])
+    return _ruled(context, lambda part: [part.free[i] for i in evenly_spaced(len(part.free), part.free_keep)])
 
 
-def by_random(question: Question) -> PrunePlan:
+def by_random(context: CriterionContext) -> PrunePlan:
     """A random choice, addressed by (seed, list)."""
 
     def draw(part: Share) -> list[int]:
-        order = Randomness(question.seed).permutation(f"random/{part.start}", 0, len(part.free))
+        order = Randomness(context.seed).permutation(f"random/{part.start}", 0, len(part.free))
         return [part.free[int(i)] for i in order[: part.free_keep]]
 
-    return _ruled(question, draw)
+    return _ruled(context, draw)
 
 
-def by_bk_sdm(question: Question) -> PrunePlan:
+def by_bk_sdm(context: CriterionContext) -> PrunePlan:
     """BK-SDM's rule (arXiv 2305.15798) as TinyFusion applies it; see `rules.bk_sdm_positions`."""
-    listed = question.settings.bk_sdm_list
+    listed = context.settings.bk_sdm_list
     kept = {
         name: [part.start + i for i in bk_sdm_positions(part.depth, listed, [i - part.start for i in part.protected])]
-        for name, part in question.shares.items()
+        for name, part in context.shares.items()
     }
-    return plan_for(question, kept, f"no scores: a fixed rule, {listed} list")
+    return plan_for(context, kept, f"no scores: a fixed rule, {listed} list")
 
 
-def _ruled(question: Question, choose: Callable[[Share], Sequence[int]]) -> PrunePlan:
+def _ruled(context: CriterionContext, choose: Callable[[Share], Sequence[int]]) -> PrunePlan:
     """`choose` picks among the free blocks of each list."""
-    kept = {name: sorted([*part.protected, *choose(part)]) for name, part in question.shares.items()}
-    return plan_for(question, kept, "no scores: a fixed rule")
+    kept = {name: sorted([*part.protected, *choose(part)]) for name, part in context.shares.items()}
+    return plan_for(context, kept, "no scores: a fixed rule")
 
 
-def by_named(question: Question) -> PrunePlan:
+def by_named(context: CriterionContext) -> PrunePlan:
     """Exactly the blocks of `prune.keep`, which must name the protected ones too."""
-    settings = question.settings
-    plan = by_indices(question.teacher, settings.keep, question.seed)
+    settings = context.settings
+    plan = by_indices(context.teacher, settings.keep, context.seed)
     missing = sorted(set(settings.protect) - set(settings.keep))
     if missing:
         raise UserError(f"--keep leaves out the protected blocks {missing}: name them too, or do not protect them")
@@ -252,72 +252,70 @@ def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int = 0) -> Prun
 # -------------------------------------------------------------------------------------------------- search of whole masks
 
 
-def by_calibration_loss(question: Question) -> PrunePlan:
+def by_calibration_loss(context: CriterionContext) -> PrunePlan:
     """The mask of least, median (the lower one) or greatest loss right after cutting, among `num_masks` random ones.
 
     All masks where there are no more: then min-loss is the optimum of this loss. Source: arXiv 2412.01199, figure 5 and
     table 3. A loss that is not finite counts as infinite, and is not taken for the greatest. Cost: docs/criteria.md.
     """
-    masks, began = searched(question), time.perf_counter()
-    sums = mask_losses(question.teacher, question.images, masks, question.tick, question.begun, question.keep)
+    masks, began = searched(context), time.perf_counter()
+    sums = mask_losses(context.teacher, context.images, masks, context.tick, context.begun, context.keep)
     losses = np.nan_to_num(sums.loss / sums.images, nan=np.inf, neginf=np.inf)
     order = np.argsort(losses, kind="stable")
     finite = order[np.isfinite(losses[order])]
     if not len(finite):
         raise UserError("no mask has a finite loss on the calibration images: is the teacher trained?")
     places = {"min-loss": finite[0], "median-loss": order[(len(order) - 1) // 2], "max-loss": finite[-1]}
-    chosen = int(places[question.settings.criterion])
-    there = space(question)
-    depth, listed = len(question.teacher.stack), len(masks) <= MAX_LISTED_MASKS
+    chosen = int(places[context.settings.criterion])
+    there = space(context)
+    depth, listed = len(context.teacher.stack), len(masks) <= MAX_LISTED_MASKS
     table = {"losses": [short(v) for v in losses], "masks": [bits(mask, depth) for mask in masks]}
     facts = {"num_masks": len(masks), "all_masks": there, "exact": len(masks) == there, "loss": short(losses[chosen])}
     plan = plan_for(
-        question,
-        {name: [i for i in masks[chosen] if i in part.blocks] for name, part in question.shares.items()},
+        context,
+        {name: [i for i in masks[chosen] if i in part.blocks] for name, part in context.shares.items()},
         "calibration loss (mse + vb) of whole masks, one bit per block, 1 for kept; null where it is not finite",
         {**facts, **loss_summary(losses[finite]), **(table if listed else {})},
         shared_evaluations(masks),
     )
     plan = dataclasses.replace(plan, cost={**plan.cost, "seconds": time.perf_counter() - began})  # the marks are free
-    if question.publish:
-        question.publish(
-            {**plan.scores, **table, "mse": [short(v) for v in sums.mse / sums.images], **_marks(question)}
-        )
+    if context.publish:
+        context.publish({**plan.scores, **table, "mse": [short(v) for v in sums.mse / sums.images], **_marks(context)})
     return plan
 
 
-def searched(question: Question) -> list[Mask]:
+def searched(context: CriterionContext) -> list[Mask]:
     """The masks that a search tries, in lexicographic order."""
-    return random_masks(_choices(question), question.settings.num_masks, question.seed)
+    return random_masks(_choices(context), context.settings.num_masks, context.seed)
 
 
-def space(question: Question) -> int:
+def space(context: CriterionContext) -> int:
     """How many masks there are."""
-    return math.prod(choice.count for choice in _choices(question))
+    return math.prod(choice.count for choice in _choices(context))
 
 
-def _choices(question: Question) -> list[Choice]:
-    return [Choice(p.free, p.free_keep, tuple(sorted(p.protected))) for p in question.shares.values()]
+def _choices(context: CriterionContext) -> list[Choice]:
+    return [Choice(p.free, p.free_keep, tuple(sorted(p.protected))) for p in context.shares.values()]
 
 
-def _marks(question: Question) -> dict[str, Any]:
+def _marks(context: CriterionContext) -> dict[str, Any]:
     """Where the cheap criteria stand among the losses; one that cannot keep as many blocks is left out."""
     found: dict[str, Mask] = {}
-    wanted = sum(part.keep for part in question.shares.values())
+    wanted = sum(part.keep for part in context.shares.values())
     for name in _MARKED:
-        settings = dataclasses.replace(question.settings, criterion=name, num_keep=None, sensitivity_order="one-shot")
-        settings = settings if name == "bk-sdm" else dataclasses.replace(settings, num_keep=question.settings.num_keep)
+        settings = dataclasses.replace(context.settings, criterion=name, num_keep=None, sensitivity_order="one-shot")
+        settings = settings if name == "bk-sdm" else dataclasses.replace(settings, num_keep=context.settings.num_keep)
         try:
-            plan = CRITERIA[name].plan(dataclasses.replace(question, settings=settings, tick=lambda done: None))
+            plan = CRITERIA[name].plan(dataclasses.replace(context, settings=settings, tick=lambda done: None))
         except UserError:
             continue
         mask = tuple(global_indices(plan.kept, plan.depth))
         if len(mask) == wanted:
             found[name] = mask
     masks = sorted(set(found.values()))
-    sums = mask_losses(question.teacher, question.images, masks, prove=False)
+    sums = mask_losses(context.teacher, context.images, masks, prove=False)
     losses = dict(zip(masks, sums.loss / sums.images, strict=True))
-    depth = len(question.teacher.stack)
+    depth = len(context.teacher.stack)
     return {
         "marks": {name: short(losses[mask]) for name, mask in found.items()},
         "mark_masks": {name: bits(mask, depth) for name, mask in found.items()},
@@ -327,17 +325,17 @@ def _marks(question: Question) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- the table
 
 
-def _sensitivity_evaluations(question: Question) -> int:
+def _sensitivity_evaluations(context: CriterionContext) -> int:
     """Protected blocks are tried or not, which changes little; greedy as if none were protected."""
-    if question.settings.sensitivity_order == "one-shot":
-        return shared_evaluations(_all_but_one(question)[1])
-    left, depth = sum(part.keep for part in question.shares.values()), len(question.teacher.stack)
+    if context.settings.sensitivity_order == "one-shot":
+        return shared_evaluations(_all_but_one(context)[1])
+    left, depth = sum(part.keep for part in context.shares.values()), len(context.teacher.stack)
     rounds = [list(itertools.combinations(range(size), size - 1)) for size in range(depth, left, -1)]
     return sum(map(shared_evaluations, rounds)) + (1 if rounds else 0)
 
 
-_PASS = Criterion("", by_change, lambda question: len(question.teacher.stack))
-_SEARCH = Criterion("", by_calibration_loss, lambda question: shared_evaluations(searched(question)))
+_PASS = Criterion("", by_change, lambda context: len(context.teacher.stack))
+_SEARCH = Criterion("", by_calibration_loss, lambda context: shared_evaluations(searched(context)))
 CRITERIA: dict[str, Criterion] = {
     "bi": dataclasses.replace(_PASS, says="block influence", plan=by_block_influence),
     "flux-lite": dataclasses.replace(_PASS, says="squared change of the residual stream"),

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tinyfusion.core.recipe import PruneSection
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.config.recipe import PruneSection
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.plan import PrunePlan
 from tinyfusion.training.lora import delta_weights
 
 
 @torch.no_grad()
-def cut_with_deltas(
+def prune_with_weight_updates(
     teacher: LoadedModel, plan: PrunePlan, averages: Mapping[str, Tensor], settings: PruneSection
 ) -> LoadedModel:
     """`teacher.cut(plan)` whose weights hold the averaged deltas, with the same plan and lineage.

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.core.recipe import PruneSection
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import BlockStack, num_parameters
+from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.stack import BlockStack, num_parameters
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction
 from tinyfusion.prune.gates import CategoricalGates, GateDistribution
 from tinyfusion.prune.scheme import Group, parse_scheme

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.blocks.streams import BlockCall, Streams
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.stack import BlockStack
-from tinyfusion.models.streams import BlockCall, Streams
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.prune.calibrate import Calibration, Tick
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from tinyfusion.blocks.plan import first_blocks
+from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import PruneSection
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.plan import first_blocks
 from tinyfusion.prune.scheme import check_range
 
 OLD_BK_SDM_DEPTH = 28

@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tinyfusion.blocks.plan import first_blocks
 from tinyfusion.core.errors import UserError
-from tinyfusion.models.plan import first_blocks
 
 MAX_CANDIDATES = 1_000_000
 

@@ -1,6 +1,6 @@
 """Width by importance: which channels go, after Diff-Pruning (Fang et al., arXiv 2305.10924).
 
-Shapes: B calibration images. Depth and number of heads stay; what a group of channels is says `models/widths.py`.
+Shapes: B calibration images. Depth and number of heads stay; what a group of channels is says `blocks/widths.py`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.widths import Group, WidthRules, channel_sums, nested
+from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import PruneSection
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
-from tinyfusion.models.plan import PrunePlan
-from tinyfusion.models.widths import Group, WidthRules, channel_sums, nested
 from tinyfusion.processes.base import NoisyBatch, Process
+from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.mask_search import short
-from tinyfusion.prune.question import Question
 
 _PASSES = 3  # of a step, in forward passes
 _MEANING = (
@@ -27,7 +27,7 @@ _MEANING = (
 )
 
 
-def by_width(question: Question) -> PrunePlan:
+def by_width(context: CriterionContext) -> PrunePlan:
     """Keep `prune.width_share` of the parameters: in every group the channels of greatest importance; no block goes.
 
     Groups shrink by one factor (a local ratio: none is ranked against another), the channels of a head within the head.
@@ -36,24 +36,24 @@ def by_width(question: Question) -> PrunePlan:
     or the loss is not finite. Differs from the published scripts by ranking only weights that train, so without the
     position table.
     """
-    teacher, fixed = question.teacher, question.images.batches[0]
-    wanted = check_width(teacher, question.settings)
+    teacher, fixed = context.teacher, context.images.batches[0]
+    wanted = check_width(teacher, context.settings)
     rules, model, losses = teacher.family.widths, teacher.copy(), []
     assert rules is not None
     make_trainable(model.module, teacher.family).eval()
-    objective = question.images.objective
+    objective = context.images.objective
     if not objective.num_levels:
         raise UserError("criterion width sums gradients over levels of noise, and the process of this model has none")
-    for loss in summed_gradients(model.module, objective, fixed, question.settings.width_threshold):
+    for loss in summed_gradients(model.module, objective, fixed, context.settings.width_threshold):
         losses.append(loss)
-        question.tick(len(losses) * _PASSES * len(teacher.stack))
+        context.tick(len(losses) * _PASSES * len(teacher.stack))
     scores = importance(model.module, rules, teacher.arch)
     kept = {name: most_important(scores[name], group) for name, group in wanted.items()}
     depths, images = teacher.stack.depths(), len(fixed.y)
     calibration = {
-        **question.images.record(),
+        **context.images.record(),
         "images": images,
-        "distinct_images": min(images, question.images.distinct),
+        "distinct_images": min(images, context.images.distinct),
         "protocol": f"timesteps 0 to {len(losses) - 1}, one fixed noise per image, labels kept, float32",
     }
     return PrunePlan(
@@ -66,18 +66,18 @@ def by_width(question: Question) -> PrunePlan:
             "losses": [short(loss) for loss in losses],
             "calibration": calibration,
         },
-        seed=question.seed,
+        seed=context.seed,
         teacher=teacher.hash(),
         cost={"images": float(len(losses) * images)},
         kept_widths=nested(kept),
     )
 
 
-def width_evaluations(question: Question) -> int:
+def width_evaluations(context: CriterionContext) -> int:
     """Block evaluations per calibration batch, at the most: all timesteps on one batch, a backward pass as two forward."""
-    settings = question.settings
+    settings = context.settings
     batches = math.ceil(settings.calibration_images / settings.calibration_batch_size)
-    return math.ceil(_PASSES * question.images.objective.num_levels * len(question.teacher.stack) / batches)
+    return math.ceil(_PASSES * context.images.objective.num_levels * len(context.teacher.stack) / batches)
 
 
 def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, Group]:

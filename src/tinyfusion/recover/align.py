@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tinyfusion.core.config import build_known
+from tinyfusion.blocks.plan import PrunePlan, first_blocks
+from tinyfusion.blocks.stack import check_kept
+from tinyfusion.config.loading import build_known
 from tinyfusion.models.checkpoint import ModelFacts
-from tinyfusion.models.plan import PrunePlan, first_blocks
-from tinyfusion.models.stack import check_kept
 
 Pairs = list[tuple[int, int]]
 Groups = Mapping[str, list[list[int]]]

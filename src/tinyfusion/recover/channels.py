@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinyfusion.core.config import build
+from tinyfusion.config.loading import build
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
 from tinyfusion.recover.align import ancestors

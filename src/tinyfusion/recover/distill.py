@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.core.recipe import RecoverSection
+from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.config.recipe import RecoverSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.stack import BlockStack
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction, Process
 from tinyfusion.recover.align import Pairs
 from tinyfusion.recover.terms import MaskRule, masked_feature_loss, mean_over_pairs

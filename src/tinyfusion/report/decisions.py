@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tinyfusion.report.charts import Span, above_chance
-from tinyfusion.report.findings import decision_groups
 from tinyfusion.report.run_data import RunData
+from tinyfusion.report.tables import decision_groups
 
 _COIN_TOSS = 0.1  # share of the way from chance to certainty below which a decision says nothing
 

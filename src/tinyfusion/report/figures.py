@@ -8,14 +8,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tinyfusion.report import charts, findings, kept, pictures, scores
+from tinyfusion.report import charts, pictures, scores
+from tinyfusion.report import dynamic_maps as kept
+from tinyfusion.report import tables as findings
 from tinyfusion.report.canvas import CUT, EXTRA, INK, STUDENT, TEACHER
 from tinyfusion.report.charts import Curve
-from tinyfusion.report.findings import Table
 from tinyfusion.report.format import percent, short_names, significant
 from tinyfusion.report.pictures import Mark
 from tinyfusion.report.run_data import RunData
 from tinyfusion.report.scores import Series
+from tinyfusion.report.tables import Table
 
 _WIDE_PX, _NARROW_PX, _THIRD_PX = 1060, 350, 350
 _COLOURS = (STUDENT, CUT, EXTRA, TEACHER, INK)

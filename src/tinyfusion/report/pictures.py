@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from tinyfusion.models.plan import first_blocks
+from tinyfusion.blocks.plan import first_blocks
 from tinyfusion.report.canvas import (
     CUT,
     INK,
@@ -114,7 +114,7 @@ def activation_ridges(
     """A histogram of every block's output, teacher and student side by side, blocks numbered as in the teacher.
 
     models: {"teacher": [...], "student": [...]}, one entry per block with teacher_block, min, max, mean, std, first and
-    counts (see `jobs/pictures.py`). lists: blocks of every list of the teacher, through which teacher_block counts; of
+    counts (see `jobs/diagnostics.py`). lists: blocks of every list of the teacher, through which teacher_block counts; of
     several every one has its name and its own numbers. The horizontal axis is linear in [-1, 1] and logarithmic beyond; heights are
     logarithms of counts, so that a handful of massive activations can be seen.
     Source: arXiv 2412.01199, figure 8.

@@ -21,12 +21,13 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.report import decisions, facts, figures, kept, scores
+from tinyfusion.report import decisions, facts, figures, scores
+from tinyfusion.report import dynamic_maps as kept
 from tinyfusion.report.canvas import EDGE_RGBA
 from tinyfusion.report.format import count, duration, percent, printable, significant
-from tinyfusion.report.going import going
+from tinyfusion.report.merged_runs import stories
+from tinyfusion.report.progress import going
 from tinyfusion.report.run_data import MODEL_NAMES, Look, RunData, Samples
-from tinyfusion.report.story import stories
 
 RECORD_ID = "tinyfusion-record"
 _GRID_CLASSES, _GRID_ROWS = 10, 4

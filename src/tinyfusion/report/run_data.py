@@ -1,4 +1,4 @@
-"""What the page knows of a run: plain values, whatever of them there is. Reading the files is done in `jobs/report.py`."""
+"""What the page knows of a run: plain values, whatever of them there is. Reading the files is done in `commands/report.py`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.core.files import file_label
-from tinyfusion.models.plan import PrunePlan
 
 MODELS = ("teacher", "pruned", "student", "dynamic", "model", "real")
 MODEL_NAMES = {

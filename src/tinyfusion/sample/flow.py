@@ -15,8 +15,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import SampleSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import Denoiser

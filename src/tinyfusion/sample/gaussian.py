@@ -13,14 +13,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import SampleSection
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import Denoiser
 from tinyfusion.processes.gaussian import (
     NUM_TIMESTEPS,
     Schedule,
-    kept_timesteps,
+    respaced_timesteps,
     sample_ancestral,
     sample_ddim,
     split_output,
@@ -61,7 +61,7 @@ class GaussianSampler:
                 raise ValueError(f"clip is for ddpm and ddim: {self.sampler} takes several steps together")
             check_steps(self.num_steps)
         else:
-            kept_timesteps(self.spacing)
+            respaced_timesteps(self.spacing)
 
     @property
     def spacing(self) -> str:

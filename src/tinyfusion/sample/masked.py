@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import SampleSection
+from tinyfusion.families.mar.model import Mar, from_tokens, taken, to_tokens
 from tinyfusion.models.loaded import LoadedModel
-from tinyfusion.models.mar import Mar, from_tokens, taken, to_tokens
 from tinyfusion.processes.base import Denoiser
 from tinyfusion.processes.gaussian import Schedule, sample_ancestral
 from tinyfusion.processes.masked import head_schedule

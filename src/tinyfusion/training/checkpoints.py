@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import clear_unfinished, discard, disk_reason, unfinished, written_beside
+from tinyfusion.core.files import atomic_write, clear_unfinished, discard, disk_reason, unfinished
 from tinyfusion.core.reading import check_plain, read_json, unreadable
 from tinyfusion.core.rundir import CHECKPOINT_FILES
 from tinyfusion.training.saved import (
@@ -304,7 +304,7 @@ class CheckpointWriter:
 
     def _write(self, snapshot: _Snapshot, num: int) -> None:
         """On process 0: the folder, its own tensors, what the others bring, and the record."""
-        with written_beside(snapshot.path, CHECKPOINT_FILES) as beside:
+        with atomic_write(snapshot.path, CHECKPOINT_FILES) as beside:
             beside.mkdir()
             digests = {part_name(0, num): write_tensors(beside / part_name(0, num), snapshot.tensors)}
             split: dict[str, dict[str, list[Any]]] = {

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tinyfusion.config.recipe import ComputeSection
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
@@ -29,7 +30,6 @@ from tinyfusion.core.launch import (
     launched_processes,
     launched_rank,
 )
-from tinyfusion.core.recipe import ComputeSection
 from tinyfusion.training.shards import is_sharded, local_part
 
 if TYPE_CHECKING:

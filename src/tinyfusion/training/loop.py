@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import BadNumbers
-from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import learning_rate_factor
@@ -87,7 +87,7 @@ class ForwardPass(nn.Module):
         return dict(self.objective.losses(self.model, noisy, prediction))
 
 
-def noisy_parts(
+def noisy_microbatches(
     step: int, objective: LoopObjective, source: BatchSource, batch_size: int, randomness: Randomness, engine: Engine
 ) -> list[Any]:
     """What of the batch of `step` is this process's, with all that is random about it, part by part."""
@@ -117,7 +117,7 @@ def train_steps(
     forward = engine.wrap(ForwardPass(state, objective, settings))
 
     def make(step: int) -> list[Any]:
-        return noisy_parts(step, objective, source, settings.batch_size, randomness, engine)
+        return noisy_microbatches(step, objective, source, settings.batch_size, randomness, engine)
 
     compute = engine.compute
     with Ahead(make, compute.prefetch_batches, end=settings.made_steps, timeout_s=compute.timeout_s) as ahead:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.training.shards import is_sharded
 
 

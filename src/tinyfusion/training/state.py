@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.recipe import TrainingSection
 from tinyfusion.training.ema import Ema
 from tinyfusion.training.optim import ParameterGroup, adamw
 from tinyfusion.training.scaling import LossScale

@@ -1,0 +1,1 @@
+"""Blocks of a transformer: the stack, streams, skipping, plans, widths, routers."""

@@ -1,0 +1,363 @@
+"""`encode`: pictures to latents on disk, by any number of processes, or the published layout to ours.
+
+What the processes share are files: process k of n makes the shards k, k + n, ...; the first one waits until all are there
+and writes the manifest. No network is needed between them, and an ended process leaves whole shards and a part that goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyfusion.config.recipe import EncodeSection, Orientation, Recipe
+from tinyfusion.core.ahead import Ahead
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.launch import launched_processes, launched_rank
+from tinyfusion.core.progress import progress, say
+from tinyfusion.core.rng import Randomness
+from tinyfusion.core.rundir import RunDirectory, check_space
+from tinyfusion.core.signals import check_stop
+from tinyfusion.data.batches import LOOKED_AT, scale_remarks
+from tinyfusion.data.latents import (
+    LatentSpec,
+    encoded_values,
+    images_in_part,
+    read_manifest,
+    unfinished_shard,
+    verify,
+    write_manifest,
+)
+from tinyfusion.data.originals import Originals, changed, open_originals
+from tinyfusion.data.picture import decode
+from tinyfusion.data.published_latents import FEATURES, PUBLISHED_SCALE, PublishedLatents, open_published
+from tinyfusion.jobs.assemble import RunOptions, device_for, job_record, plain_recipe
+from tinyfusion.jobs.estimate import Estimate, announce
+from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+_AHEAD = 3  # batches of pictures that are decoded while the autoencoder computes
+_POLL_S = 0.2
+_PASSING_VALUES = 6  # copies of its widest layer that an autoencoder holds at once
+_WIDEST = 128  # channels of that layer at full size
+
+
+@dataclass
+class Work:
+    """What a command makes: the set, its labels, and how the values of a batch come about.
+
+    load(first, num): on another thread. values(loaded, first): (num, R, K, h, w) float32. about: more of the manifest.
+    remarks: lines for people. busy_s: seconds that the autoencoder took. changes: what became of pictures, how often.
+    """
+
+    spec: LatentSpec
+    labels: np.ndarray
+    load: Callable[[int, int], Tensor]
+    values: Callable[[Tensor, int], Tensor]
+    about: dict[str, Any]
+    inputs: dict[str, Any]
+    remarks: tuple[str, ...] = ()
+    busy_s: float = 0.0
+    changes: Counter[str] = field(default_factory=Counter)
+
+
+def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
+    """Make the shards of this process; the first process also the manifest. Returns what `--json` prints."""
+    rank, world = launched_rank(), launched_processes()
+    run = RunDirectory(options.out, rank == 0)
+    with ExitStack() as held:
+        work = work_for(recipe, source, held)
+        recipe = _resolved(recipe, source)
+        settings = recipe.encode
+        plain = plain_recipe(recipe, "encode", **work.inputs)
+        if options.overwrite and world > 1 and run.record_path.exists():
+            raise UserError(
+                f"--overwrite of several processes: one of them would write into what another one clears away; remove "
+                f"{options.out} first, or start anew with one process"
+            )
+        mode = run.check("encode", plain, options.overwrite) if rank == 0 or run.record_path.exists() else "new"
+        todo = _missing(options.out, work.spec) if mode != "new" else list(range(work.spec.shards))
+        check_space(options.out, sum(work.spec.shard_bytes(shard) for shard in todo))
+        if todo:
+            say(work.remarks)
+        if options.dry_run:
+            return _announced(work, settings, source, todo, world, mode, rank == 0)
+        if mode == "finished" and not todo:
+            run.tidy()
+            return _verified(options.out, rank)
+        if rank > 0:
+            _await(run, plain, recipe.compute.timeout_s)
+            _make(work, options.out, settings, recipe.compute.timeout_s)
+            return {"rank": rank}
+        with run.writing("encode", plain, options.overwrite):
+            run.mark("running", job={**job_record(recipe, options), "data": source})
+            began, done = time.perf_counter(), _make(work, options.out, settings, recipe.compute.timeout_s)
+            say(changed(source, done, work.changes))
+            outcome = _speed(done, time.perf_counter() - began, work.busy_s, world)
+            _wait_for_others(options.out, work.spec, world, recipe.compute.timeout_s)
+            write_manifest(options.out, work.spec, work.about)
+            run.mark("done", **outcome)
+        return outcome
+
+
+# ---------------------------------------------------------------------------------------------------------- what to make
+
+
+def _resolved(recipe: Recipe, source: str) -> Recipe:
+    """The recipe as "the same command" means it: the autoencoder that none stands for, and no orientation of latents."""
+    settings = recipe.encode
+    orientation: Orientation = "ignore" if source.startswith(FEATURES) else settings.orientation
+    settings = dataclasses.replace(settings, vae=settings.vae or DEFAULT_VAE, orientation=orientation)
+    return dataclasses.replace(recipe, encode=settings)
+
+
+def work_for(recipe: Recipe, source: str, held: ExitStack) -> Work:
+    """Opens what is to be encoded, and the autoencoder. held: closes what was opened. Raises UserError on either."""
+    if source.startswith(FEATURES):
+        published = open_published(Path(source.removeprefix(FEATURES)))
+        return _converting(recipe.encode, published, open_autoencoder(recipe.encode.vae) if recipe.encode.vae else None)
+    originals = open_originals(source)
+    vae = open_autoencoder(recipe.encode.vae or DEFAULT_VAE)
+    if recipe.encode.size % vae.factor:
+        below = recipe.encode.size - recipe.encode.size % vae.factor
+        raise UserError(
+            f"encode.size {recipe.encode.size} is no multiple of {vae.factor}, the pixels of a latent cell of {vae.name}: "
+            f"take {' or '.join(str(n) for n in (below, below + vae.factor) if n)}"
+        )
+    return _encoding(recipe, originals, vae, held)
+
+
+def _encoding(recipe: Recipe, originals: Originals, vae: Autoencoder, held: ExitStack) -> Work:
+    settings, device = recipe.encode, device_for(recipe)
+    side = settings.size // vae.factor
+    shape = (vae.channels, side, side)
+    classes = max(int(originals.labels.max()) + 1, len(originals.classes))
+    spec = LatentSpec(
+        len(originals), settings.shard_images, settings.posterior, settings.dtype, 1 + settings.mirror, shape, classes,
+        vae.scale, vae.shift,
+    )  # fmt: skip
+    vae.module.to(device)
+    decoders = held.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decoding"))
+
+    def load(first: int, num: int) -> Tensor:
+        found = list(originals.contents(first, num))
+        pictures = list(decoders.map(lambda item: decode(item[1], item[0], settings.size, settings.orientation), found))
+        work.changes.update(change for picture in pictures for change in picture.changes)
+        pixels = torch.from_numpy(np.stack([picture.in_colour for picture in pictures])).permute(0, 3, 1, 2)
+        return pixels.pin_memory() if device.type == "cuda" else pixels
+
+    def values(pixels: Tensor, first: int) -> Tensor:
+        x = pixels.to(device, non_blocking=True).float().div_(255).sub_(0.5).div_(0.5)
+        both = torch.cat([x, x.flip(-1)]) if settings.mirror else x
+        began = time.perf_counter()
+        moments = vae.moments(both.contiguous()).cpu()
+        work.busy_s += time.perf_counter() - began
+        stacked = moments.unflatten(0, (spec.rows, len(x))).transpose(0, 1)  # (num, R, 2C, h, w)
+        _check_finite(stacked, first)
+        if settings.posterior == "moments":
+            return stacked
+        draws = Randomness(recipe.seed).at(0, first, len(x))
+        noise = torch.from_numpy(draws.normal("posterior", (spec.rows, *shape)))
+        return vae.latents(stacked.flatten(0, 1), noise.flatten(0, 1)).unflatten(0, (len(x), spec.rows))
+
+    digest = vae.hash()
+    about = {
+        "size": settings.size, "crop": "centre: halved by box, then bicubic",
+        "orientation": settings.orientation, "vae": vae.name, "vae_hash": digest,
+        "data": originals.fingerprint, "class_names": list(originals.classes),
+        "seed": recipe.seed if settings.posterior == "samples" else None,
+    }  # fmt: skip
+    inputs = {"data": originals.fingerprint, "vae_hash": digest}
+    work = Work(spec, originals.labels, load, values, about, inputs, originals.remarks)
+    return work
+
+
+def _check_finite(moments: Tensor, first: int) -> None:
+    finite = torch.isfinite(moments).flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = first + int((~finite).nonzero()[0])
+        raise UserError(
+            f"the autoencoder gives values that are not finite for image {bad}: its weights or the device are at fault"
+        )
+
+
+def _converting(settings: EncodeSection, published: PublishedLatents, vae: Autoencoder | None) -> Work:
+    """vae: the autoencoder that made the latents, None for that of the published scripts."""
+    rows, channels, height, width = published.shape
+    if vae is not None and vae.channels != channels:
+        raise UserError(
+            f"{published.features} has latents of {channels} channels, and the autoencoder {vae.name} makes {vae.channels}: "
+            "give the one that made them as --vae"
+        )
+    kept = rows if settings.mirror else 1
+    scale, shift = (vae.scale, vae.shift) if vae else (PUBLISHED_SCALE, 0.0)
+    spec = LatentSpec(
+        len(published), settings.shard_images, "samples", settings.dtype, kept, (channels, height, width),
+        int(published.labels.max()) + 1, scale, shift,
+    )  # fmt: skip
+    remarks = scale_remarks(published.read(0, min(len(published), LOOKED_AT)), str(published.features))
+    digest = vae.hash() if vae else None
+    about: dict[str, Any] = {
+        "size": vae.factor * width if vae else None, "crop": None, "orientation": None, "vae": vae.name if vae else None,
+        "vae_hash": digest, "data": published.fingerprint, "class_names": [], "seed": None,
+    }  # fmt: skip
+
+    def values(loaded: Tensor, _first: int) -> Tensor:
+        return loaded[:, :kept]
+
+    inputs = {"data": published.fingerprint, "vae_hash": digest}
+    return Work(spec, published.labels, published.read, values, about, inputs, tuple(remarks))
+
+
+# ---------------------------------------------------------------------------------------------------------------- making
+
+
+def _missing(folder: Path, spec: LatentSpec) -> list[int]:
+    """Shards that are not there."""
+    return [shard for shard in range(spec.shards) if not (folder / spec.file_name(shard)).is_file()]
+
+
+def _make(work: Work, folder: Path, settings: EncodeSection, timeout_s: float) -> int:
+    """The shards of this process that are missing; how many images it made."""
+    rank, world = launched_rank(), launched_processes()
+    mine = [shard for shard in _missing(folder, work.spec) if shard % world == rank]
+    batches = list(_batches(work, folder, mine, settings.batch_size))
+    total, done = sum(num for _shard, _first, num in batches), 0
+    title = "encode" if world == 1 else f"encode ({rank + 1} of {world})"
+
+    def load(k: int) -> Tensor:
+        _shard, first, num = batches[k]
+        return work.load(first, num)
+
+    what = "pictures of batch"
+    with (
+        Ahead(load, _AHEAD, end=len(batches), timeout_s=timeout_s, what=what) as ahead,
+        progress(title, total, "images", shown=rank == 0) as bar,
+    ):
+        for shard, members in groupby(enumerate(batches), key=lambda item: item[1][0]):
+            begin, num = work.spec.bounds(shard)
+            labels = work.labels[begin : begin + num]
+            numbered = list(members)
+            keep = numbered[0][1][1] - begin
+            with unfinished_shard(folder, work.spec, shard, labels, keep) as append:
+                for k, (_shard, first, size) in numbered:
+                    append(encoded_values(work.values(ahead.take(k), first), work.spec.dtype))
+                    done += size
+                    bar(done)
+    return total
+
+
+def _batches(work: Work, folder: Path, shards: list[int], size: int) -> Iterator[tuple[int, int, int]]:
+    """(shard, first image, how many) of all that is to be made. Batches are cut from the beginning of a shard, always alike.
+
+    At least one batch of every shard is made again, so that a shard whose part was complete is closed like the others.
+    """
+    for shard in shards:
+        begin, num = work.spec.bounds(shard)
+        there = images_in_part(folder, work.spec, shard, work.labels[begin : begin + num])
+        for first in range(min(there // size, (num - 1) // size) * size, num, size):
+            yield shard, begin + first, min(size, num - first)
+
+
+def _await(run: RunDirectory, plain: Mapping[str, Any], timeout_s: float) -> None:
+    """Wait until the first process has begun the run."""
+    began = time.monotonic()
+    while not run.record_path.is_file():
+        if time.monotonic() - began > timeout_s:
+            raise UserError(
+                f"process 0 did not begin {run.path} within {timeout_s:g} s: start all of WORLD_SIZE processes, with one --out"
+            )
+        time.sleep(_POLL_S)
+        check_stop()
+    run.check("encode", plain, overwrite=False)
+
+
+def _wait_for_others(folder: Path, spec: LatentSpec, world: int, timeout_s: float) -> None:
+    """Wait until the shards of all processes are there, for as long as something is written."""
+    seen, since = _signs(folder), time.monotonic()
+    while missing := _missing(folder, spec):
+        time.sleep(_POLL_S)
+        check_stop()
+        if (signs := _signs(folder)) != seen:
+            seen, since = signs, time.monotonic()
+        elif time.monotonic() - since > timeout_s:
+            late = sorted({shard % world for shard in missing})
+            raise UserError(
+                f"{len(missing)} of {spec.shards} shards are missing and nothing was written for {timeout_s:g} s: process "
+                f"{', '.join(map(str, late))} of {world} is gone; start the same command again, with any number of processes"
+            )
+
+
+def _signs(folder: Path) -> dict[str, int]:
+    """Names and sizes of all shards, finished or not."""
+    found = {}
+    for path in folder.glob("*shard-*"):
+        try:
+            found[path.name] = path.stat().st_size
+        except FileNotFoundError:  # it has just got its name
+            continue
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- telling
+
+
+def _verified(folder: Path, rank: int) -> dict[str, Any]:
+    """What a finished set says when it is asked for again: its sums are looked at."""
+    if rank > 0:
+        return {"rank": rank}
+    spec, about = read_manifest(folder)
+    verify(folder, about)
+    print(f"{folder} is finished, {spec.shards} shards are as they were; --overwrite starts anew", file=sys.stderr)
+    return {"num_images": spec.num_images}
+
+
+def _speed(images: int, seconds: float, busy_s: float, world: int) -> dict[str, Any]:
+    """Of what this process made: images per second, and the share of the time that the autoencoder computed."""
+    if not images:
+        return {"images_per_second": None, "autoencoder_share": None}
+    share = busy_s / seconds if busy_s else None
+    said = f", of the time {share:.1%} in the autoencoder" if share else ""
+    print(f"encode: {images:,} images at {images / seconds:.1f} per second{said}", file=sys.stderr)
+    return {
+        "processes": world,
+        "images_per_second": round(images / seconds, 3),
+        "autoencoder_share": share and round(share, 4),
+    }
+
+
+def _announced(
+    work: Work, settings: EncodeSection, source: str, todo: list[int], world: int, mode: str, spoken: bool
+) -> dict[str, Any]:
+    """What `--dry-run` says; the time is that of one batch of at most two images."""
+    spec, images = work.spec, sum(work.spec.bounds(shard)[1] for shard in todo)
+    num = min(2, spec.num_images)
+    work.values(work.load(0, num), 0)
+    began = time.perf_counter()
+    work.values(work.load(0, num), 0)
+    seconds = (time.perf_counter() - began) / num * images / world
+    size = work.about["size"] if work.about["crop"] else 0
+    values = settings.batch_size * spec.rows * (size * size * _WIDEST * _PASSING_VALUES)
+    disk = sum(spec.shard_bytes(shard) for shard in todo) / 2**20
+    plan = {
+        "data": f"{source}: {spec.num_images:,} images of {spec.classes:,} classes",
+        "latents": f"{spec.kind} {spec.values} {spec.dtype}, scale {spec.scale:g}",
+        "autoencoder": work.about["vae"] or "none: they are encoded already",
+        "shards": f"{spec.shards:,} of {spec.shard_images:,} images, {len(todo):,} to be made by {world} process(es)",
+        "out": "a new run" if mode == "new" else "continues what is there",
+    }
+    estimate = Estimate(seconds / 60, 4 * values / 2**30, disk, f"{num} images measured")
+    return announce("encode", plan, estimate, spoken)

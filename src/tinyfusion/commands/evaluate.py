@@ -1,0 +1,269 @@
+"""`evaluate`: images to numbers, with the protocol that says what they may be compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyfusion.config.recipe import EvaluateSection, Recipe
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.progress import say
+from tinyfusion.core.rundir import atomic_write, file_output, read_json, say_finished, stamp, write_json
+from tinyfusion.data.digits import REAL_SETS
+from tinyfusion.data.image_source import ImageSource, source_of
+from tinyfusion.data.parquet import WHOLE
+from tinyfusion.evaluate.extractors import open_extractor
+from tinyfusion.evaluate.features import FeatureExtractor
+from tinyfusion.evaluate.inception import INCEPTION
+from tinyfusion.evaluate.metrics import frechet_distance, nearest_training_distance, precision_recall
+from tinyfusion.evaluate.paired_fidelity import fidelity, open_pairs
+from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
+from tinyfusion.jobs.origins import require_features, require_reference, with_evaluation
+from tinyfusion.jobs.references import Reference, open_images, open_reference, statistics_of
+from tinyfusion.report import schema
+from tinyfusion.report.format import count, significant
+from tinyfusion.report.scores import UNBIASED_IMAGES
+
+__all__ = ["Reference", "evaluate", "image_hash", "open_extractor", "open_reference", "protocol_of", "score"]
+
+NEAREST_PRODUCTS = 2e12  # multiply-adds that the distance to the nearest reference image may take: minutes on two cores
+METRICS = (
+    "fid",
+    "sfid",
+    "inception_score",
+    "precision",
+    "recall",
+    "nearest_reference_distance",
+    "num_images",
+    "protocol",
+)
+_TABLE = {  # label and metrics of every row of the table for people
+    "FID": ("fid",),
+    "sFID": ("sfid",),
+    "Inception Score": ("inception_score",),
+    "precision, recall": ("precision", "recall"),
+}
+NUM_EXAMPLES = 40  # of real images on the page
+_STORED = " with stored moments"
+
+
+def evaluate(
+    recipe: Recipe,
+    options: RunOptions,
+    samples: Path,
+    reference: str | None,
+    against: Path | None = None,
+    print_table: bool = True,
+    examples: Path | None = None,
+) -> dict[str, Any]:
+    """Score images (npz, folder of images, real set by name) against a reference; writes the JSON at `options.out`.
+
+    reference: None is the first of the recipe. against: an npz that another model drew from the same seeds; PSNR and SSIM
+    of the pairs go with the scores. print_table: the numbers, their protocol and what limits them, on stderr. examples: an npz
+    to write for the page, of some images of the reference.
+    """
+    remarks: list[str] = []
+    images = open_images(str(samples), recipe.data)
+    if not (recipe.evaluate.features and (reference or recipe.evaluate.references)):
+        recipe = with_evaluation(recipe, images.shape[1:], remarks)
+    reference, settings = reference or require_reference(recipe), recipe.evaluate
+    features = require_features(recipe, str(samples), images.shape[1:])
+    extractor = open_extractor(features, str(device_for(recipe)))
+    _check(images, str(samples), settings, extractor)
+    others = None if against is None else open_pairs(samples, against)
+    real = open_reference(reference, extractor, recipe.data)
+    _check_reference(real, images, settings)
+    hash = images.hash()
+    protocol = protocol_of(real, extractor, settings, _sampling(samples, images, hash), images.shape[1:])
+    inputs = {"samples": hash, "reference": real.hash, "features": extractor.hash, "protocol": protocol}
+    if others is not None:
+        inputs["against"] = others.hash()
+    plain = plain_recipe(recipe, "evaluate", **inputs)
+    for other in ("references", "checkpoints"):  # the reference that counts is given by itself
+        plain["evaluate"].pop(other)
+    if not file_output(options.out, "evaluate", plain, options.overwrite, read_json):
+        say_finished(options.out, options.dry_run)
+        return _outcome(
+            schema.checked(read_json(options.out), schema.EVALUATION, options.out), str(samples), print_table
+        )
+    if options.dry_run:
+        say(remarks)
+        return {"protocol": protocol}
+    if examples is not None and real.source is not None:
+        _write_examples(real.source, real.name, examples)
+    scores = score(images, real, extractor, settings.neighbours, settings.is_splits_size)
+    if others is not None and against is not None:
+        scores["against"] = fidelity(images, others, against, inputs["against"])
+    record = {
+        **stamp("evaluate", plain, "done"),
+        **scores,
+        "features": {"name": extractor.name, "hash": extractor.hash},
+        "reference": {"name": real.name, "hash": real.hash, "count": len(real)},
+        "protocol": protocol,
+    }
+    file_output(options.out, "evaluate", plain, options.overwrite, read_json)  # again: nothing of others is replaced
+    write_json(options.out, record)
+    say(remarks)
+    return _outcome(record, str(samples), print_table)
+
+
+def _write_examples(source: ImageSource, name: str, path: Path) -> None:
+    """Some images of a reference as an npz: evenly spread where all are in memory, else the first."""
+    num = min(NUM_EXAMPLES, len(source))
+    chosen = np.linspace(0, len(source) - 1, num).astype(int)
+    images = next(source.read(num)) if source.array is None else source.array[chosen]
+    write_json(path.with_suffix(".json"), {"protocol": f"{num} images of {name}"})
+    with atomic_write(path) as part, open(part, "wb") as file:
+        np.savez(file, arr_0=images)
+
+
+def score(
+    images: np.ndarray | ImageSource,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    neighbours: int = 3,
+    splits_size: int = 5000,
+) -> dict[str, Any]:
+    """FID, sFID, Inception Score, precision, recall and the median distance to the nearest reference image.
+
+    images: uint8 (N, H, W, C), more than `neighbours` of them. Distances are L2 in pixels of [-1, 1]. None stands where
+    the extractor, or a reference of moments alone, gives no such number, and for the last where it would take hours.
+    """
+    source = images if isinstance(images, ImageSource) else source_of(images)
+    drawn = statistics_of(source, extractor, "features", splits_size)
+    real = reference.statistics
+    precision = recall = None
+    if real.features is not None and drawn.features is not None:
+        precision, recall = precision_recall(real.features, drawn.features, neighbours, extractor.device)
+    spatial = None if real.spatial is None or drawn.spatial is None else frechet_distance(*real.spatial, *drawn.spatial)
+    return {
+        "fid": frechet_distance(*real.pool, *drawn.pool),
+        "sfid": spatial,
+        "inception_score": drawn.inception_score,
+        "precision": precision,
+        "recall": recall,
+        "nearest_reference_distance": _nearest(source, reference.source),
+        "num_images": len(source),
+    }
+
+
+def _nearest(images: ImageSource, real: ImageSource | None) -> float | None:
+    if real is None or images.array is None or real.array is None:
+        return None
+    if float(len(images)) * real.array.size > NEAREST_PRODUCTS:
+        return None
+    return nearest_training_distance(images.array, real.array)
+
+
+def protocol_of(
+    reference: Reference,
+    extractor: FeatureExtractor,
+    settings: EvaluateSection,
+    sampling: str,
+    shape: tuple[int, int, int] | None = None,
+) -> str:
+    """The string that two numbers must share to stand in one column.
+
+    sampling: "N images | sampler ... | seed". shape: (H, W, C) of the images; None is that of the reference.
+    """
+    treatment = extractor.treatment(shape) if shape else reference.treatment
+    seen = f" at {treatment}" if treatment else ""
+    stored = _STORED if reference.stored else ""
+    features = (
+        f"{extractor.name} {extractor.hash[:8]}{seen}, k {settings.neighbours}, splits of {settings.is_splits_size}"
+    )
+    return f"{features} | {reference.name} {reference.hash[:8]} {len(reference)}{stored} | {sampling}"
+
+
+def image_hash(images: np.ndarray) -> str:
+    """SHA-256 over type, shape and pixels."""
+    return source_of(images).hash()
+
+
+def _sampling(samples: Path, images: ImageSource, hash: str) -> str:
+    """How the samples were made: from the record beside an npz, else unknown. UserError where it tells of others."""
+    num_images = len(images)
+    if str(samples) in REAL_SETS or str(samples).startswith(WHOLE):
+        return f"{num_images} images | real"
+    beside = samples.with_suffix(".json")
+    record = read_json(beside) if samples.suffix == ".npz" and beside.is_file() else None
+    if not isinstance(record, dict) or not isinstance(record.get("protocol"), str):
+        return f"{num_images} images | unknown"
+    told = record.get("num_images", num_images)
+    what = f"{told} images, {samples} holds {num_images}" if told != num_images else ""
+    if not what and record.get("image_hash") not in (None, hash):
+        what = f"other images than {samples} holds"
+    if what:
+        raise UserError(f"{beside} tells of {what}: they do not belong together; sample again, or remove the record")
+    return str(record["protocol"])
+
+
+def _check(images: ImageSource, what: str, settings: EvaluateSection, extractor: FeatureExtractor) -> None:
+    """UserError on images or settings that give no number."""
+    extractor.check(images.first() if images.array is None else images.array, what)
+    if settings.neighbours < 1 or settings.is_splits_size < 1:
+        raise UserError(
+            "evaluate.neighbours and evaluate.is_splits_size are at least 1; "
+            f"got {settings.neighbours} and {settings.is_splits_size}"
+        )
+    _check_count(images, what, settings)
+
+
+def _check_reference(real: Reference, images: ImageSource, settings: EvaluateSection) -> None:
+    """UserError on a reference that such images cannot be compared with."""
+    if real.source is None:
+        return
+    _check_count(real.source, f"reference {real.name}", settings)
+    if real.source.shape[1:] != images.shape[1:]:
+        raise UserError(
+            f"reference {real.name} has images {real.source.shape[1:]}, the samples {images.shape[1:]}: a distance between "
+            f"them would measure the size: bring both to one size, pictures by --set data.size={images.shape[1]}"
+        )
+
+
+def _check_count(images: ImageSource, what: str, settings: EvaluateSection) -> None:
+    if len(images) <= settings.neighbours:
+        raise UserError(
+            f"{what} has {len(images)} images: precision and recall with {settings.neighbours} neighbours "
+            f"need at least {settings.neighbours + 1}"
+        )
+
+
+def _outcome(record: Mapping[str, Any], samples: str, print_table: bool) -> dict[str, Any]:
+    """The numbers of an evaluation's record, for `--json`; also printed as a table where that is asked for."""
+    numbers = {name: record.get(name) for name in (*METRICS, *(["against"] if "against" in record else []))}
+    say(score_lines(record, samples) if print_table else ())
+    return numbers
+
+
+def score_lines(record: Mapping[str, Any], samples: str) -> list[str]:
+    """The table of an evaluation for people: numbers, counts and protocol, and what limits the FID beside it."""
+    reference, features = record.get("reference", {}), record.get("features", {})
+    num_images, num_real = record.get("num_images"), reference.get("count")
+    protocol = str(record.get("protocol"))
+    real_in_fid = None if _STORED in protocol else num_real
+    rows = {label: ", ".join(significant(record.get(name)) for name in names) for label, names in _TABLE.items()}
+    remarks = []
+    if features.get("name") != INCEPTION:
+        remarks.append(f"features of {features.get('name')}: no FID of Inception features compares")
+    few = [
+        f"{count(num)} {what}"
+        for what, num in (("images", num_images), ("reference images", real_in_fid))
+        if _is_few(num)
+    ]
+    if few:
+        remarks.append(f"{' and '.join(few)}: biased upward, compare only at equal counts")
+    rows["FID"] += f"   ({'; '.join(remarks)})" if remarks else ""
+    if pairs := record.get("against"):
+        rows["PSNR, SSIM"] = f"{significant(pairs.get('psnr_db'))} dB, {significant(pairs.get('ssim'))}"
+    rows["images"] = f"{count(num_images)} of {samples}, against {count(num_real or None)} of {reference.get('name')}"
+    rows["protocol"] = protocol
+    return [f"{label:20}{text}" for label, text in rows.items()]
+
+
+def _is_few(num: float | None) -> bool:
+    """Whether an FID over so many images is visibly biased; 0 stands for moments alone, whose number is unknown."""
+    return num is not None and 0 < num < UNBIASED_IMAGES

@@ -1,0 +1,90 @@
+"""`inspect`: what a model is, at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from tinyfusion.blocks.stack import num_parameters
+from tinyfusion.dynamic.macs import total_macs
+from tinyfusion.evaluate.speed import count_macs
+from tinyfusion.families.family import FAMILIES
+from tinyfusion.jobs.process_specs import default_sampling, sampler_of
+from tinyfusion.jobs.skipped_model import skipped_run_for
+from tinyfusion.models.checkpoint import LoadedModel
+
+
+def model_macs(model: LoadedModel) -> int:
+    """Multiply-accumulates of one unguided forward pass of one image."""
+    return _macs(model.family.name, model.arch)
+
+
+@lru_cache(maxsize=64)  # counting builds the model on the meta device
+def _macs(family_name: str, arch: Any) -> int:
+    family = FAMILIES[family_name]
+    return count_macs(lambda: family.build(arch), lambda: family.example(arch, 1))
+
+
+def _dynamic(model: LoadedModel) -> dict[str, Any] | None:
+    """Of a model with routers: what they decide on, the ratio they were set to, and heads and groups kept over the chain.
+
+    Per block, the mean shares of heads and of groups over the times of the published sampler; MACs at the recorded ratio.
+    """
+    routed = model.dynamic
+    if routed is None:
+        return None
+    recorded = dict(model.facts.dynamic or {})
+    skipping = skipped_run_for(model, sampler_of(default_sampling(model), model))
+    assert skipping is not None
+    tables = skipping.tables
+    found = {**recorded, **tables.report()}
+    for name, table in (("heads", tables.heads), ("groups", tables.groups)):
+        found[f"{name}_per_block"] = [round(float(share), 4) for share in table.float().mean(dim=(0, 2))]
+    if "ratio" in recorded:
+        found["macs"] = total_macs(
+            model_macs(model), routed.sizes, len(model.stack), recorded["ratio"], routed.settings.tokens
+        )
+    return found
+
+
+def inspect(model: LoadedModel) -> dict[str, Any]:
+    """The facts that `inspect --json` prints."""
+    arch = {field: getattr(model.arch, field) for field in model.arch.__dataclass_fields__}
+    facts = model.facts
+    return {
+        "family": model.family.name,
+        "process": model.family.process,
+        "process_settings": facts.process_settings,
+        "depth": len(model.stack),
+        "num_parameters": num_parameters(model.module),
+        "trainable_parameters": num_parameters(model.module, trainable_only=True),
+        "macs": model_macs(model),
+        "kept": facts.kept,
+        "lineage": facts.lineage,
+        "dynamic": _dynamic(model),
+        "hash": model.hash(),
+        "arch": arch,
+        "image_size": facts.image_size,
+        "latent_scale": facts.latent_scale,
+        "latent_shift": facts.latent_shift,
+        "vae": facts.vae,
+        "assumed": facts.assumed,
+        "license": facts.license,
+        "seen_images": facts.seen_images,
+        "criterion": facts.plan.criterion if facts.plan else None,
+        "scheme": facts.plan.scheme if facts.plan else None,
+        "origin": model.origin,
+        "unfit_formats": model.unfit_formats(),
+    }
+
+
+def parent_words(parent: Mapping[str, Any]) -> str:
+    """An ancestor of the lineage on one line: hash, blocks, and which blocks of its own parent these are, if it was cut."""
+    depth, kept = parent.get("depth") or {}, parent.get("kept")
+    several = len(depth) > 1
+    sizes = ", ".join(f"{blocks} {name if several else 'blocks'}" for name, blocks in depth.items())
+    if not kept:
+        return f"{str(parent.get('hash'))[:12]} {sizes}, not pruned"
+    blocks = "; ".join(f"{f'{name} ' * several}{', '.join(map(str, own))}" for name, own in kept.items())
+    return f"{str(parent.get('hash'))[:12]} {sizes}, which are {blocks} of its own parent"

@@ -1,0 +1,159 @@
+"""`replay`: one step of a training again, sample by sample, to see what went wrong there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyfusion.commands.dynamic import dynamic_of
+from tinyfusion.commands.dynamic import opened as dynamic_models
+from tinyfusion.commands.prune import learning_of
+from tinyfusion.commands.recover import opened, recovery_of
+from tinyfusion.commands.train import train_of
+from tinyfusion.config.loading import build_known
+from tinyfusion.config.recipe import Recipe
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.progress import progress
+from tinyfusion.core.rng import Randomness
+from tinyfusion.core.rundir import RunDirectory, read_metrics
+from tinyfusion.jobs.assemble import open_teacher
+from tinyfusion.jobs.training import Training
+from tinyfusion.training.checkpoints import checkpoint_folders, load_checkpoint
+from tinyfusion.training.engine import Engine, open_engine
+from tinyfusion.training.loop import ForwardPass, noisy_microbatches
+
+
+def replay(path: Path, step: int, device: str | None = None) -> dict[str, Any]:
+    """Make `step` of the training in the run folder `path` again, on one process, and change nothing there.
+
+    It starts from the newest checkpoint before that step and repeats those between. Prints every loss term of every
+    sample; returns them, with the gradient norm, and the loss that was logged then; None where not finite or not logged.
+    Raises UserError where the folder holds no such step, or its models are not what they were.
+    """
+    run = RunDirectory(path)
+    training = _training(run, device)
+    if not 0 <= step < training.settings.made_steps:
+        raise UserError(f"{path} has steps 0 to {training.settings.made_steps - 1}; got --step {step}")
+    start = _load_before(run, training, step)
+    until = dataclasses.replace(training, settings=dataclasses.replace(training.settings, stop_after=step))
+    with progress("replay", step, "steps", start) as bar, until.in_place():
+        for record in until.steps():
+            bar(record.step + 1)
+    rows, norm = _one_step(training, step)
+    logged = next((line.get("loss") for line in read_metrics(path) if line.get("step") == step), None)
+    _print(rows, norm, logged, step, start)
+    samples = [{name: _finite(value) for name, value in row.items()} for row in rows]
+    outcome = {"step": step, "from_checkpoint": start, "samples": samples}
+    return {**outcome, "gradient_norm": _finite(norm), "logged_loss": logged}
+
+
+def _finite(value: float) -> float | None:
+    """None for NaN and infinity, which JSON has not."""
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What of a record puts a training together again; see `job_record`."""
+
+    recipe: Recipe
+    num_heads: int | None = None
+    family: str | None = None
+    num_classes: int | None = None
+    student: str = "(not recorded)"
+    model: str = "(not recorded)"
+
+
+def _training(run: RunDirectory, device: str | None) -> Training:
+    """The training of a run, put together again from its record."""
+    record = run.record()
+    verb, expected = record.get("verb"), record.get("recipe")
+    if verb == "run":
+        raise UserError(
+            f"{run.path} holds several trainings: name {run.path / 'prune'}, {run.path / 'recover'} or what else lies there"
+        )
+    if verb not in ("train", "prune", "recover", "dynamic") or not isinstance(expected, dict) or "job" not in record:
+        raise UserError(
+            f"{run.path} holds no training that can be made again: wanted a run of train, prune (learned), recover or "
+            "dynamic by this version"
+        )
+    try:
+        job: _Job = build_known(_Job, record["job"], "job")
+    except UserError as error:
+        raise UserError(f"{run.record_path} is damaged, or of another version: {error}") from error
+    recipe = job.recipe if device is None else dataclasses.replace(job.recipe, device=device)
+    engine = open_engine(recipe.device, dataclasses.replace(recipe.compute, gradient_accumulation_steps=1))
+    if verb == "train":
+        return train_of(recipe, engine)
+    typed = job.num_heads, job.family
+    if verb == "recover":
+        student, teacher = opened(recipe, Path(job.student), *typed, job.num_classes)
+        _check_unchanged(run.path, "student", expected.get("student"), student.hash())
+        _check_unchanged(run.path, "teacher", expected.get("teacher"), teacher.hash() if teacher else None)
+        return recovery_of(recipe, student, teacher, engine)
+    if verb == "dynamic":
+        model, teacher = dynamic_models(recipe, job.model, *typed, job.num_classes)
+        _check_unchanged(run.path, "model", expected.get("model"), model.hash())
+        _check_unchanged(run.path, "teacher", expected.get("teacher"), teacher.hash() if teacher else None)
+        return dynamic_of(recipe, model, teacher, engine)
+    if recipe.prune.criterion != "learned":
+        raise UserError(
+            f"{run.path} was decided by {recipe.prune.criterion}, which trains nothing: there is no step to replay"
+        )
+    teacher = open_teacher(recipe, *typed, num_classes=job.num_classes)
+    _check_unchanged(run.path, "teacher", expected.get("teacher"), teacher.hash())
+    return learning_of(recipe, teacher, engine).training
+
+
+def _check_unchanged(path: Path, role: str, expected: Any, found: str | None) -> None:
+    if expected != found:
+        raise UserError(
+            f"the {role} of {path} was {str(expected)[:12]}, what lies there now is {str(found)[:12]}: put the former back"
+        )
+
+
+def _load_before(run: RunDirectory, training: Training, step: int) -> int:
+    """Load the newest sound checkpoint of at most `step` steps; how many those are."""
+    found = {int(path.name.removeprefix("step-")): path for path in checkpoint_folders(run.checkpoints)}
+    for number in sorted((n for n in found if n <= step), reverse=True):
+        try:
+            return load_checkpoint(found[number], training.state)
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    return 0
+
+
+def _one_step(training: Training, step: int) -> tuple[list[dict[str, Any]], float]:
+    """Every sample of a step: place in the batch, label, timestep, loss terms; and the joint gradient norm."""
+    state, settings = training.state, training.settings
+    engine = Engine(training.engine.device)
+    forward = ForwardPass(state, training.objective, settings)
+    randomness = Randomness(training.recipe.seed)
+    (noisy,) = noisy_microbatches(step, training.objective, training.source, settings.batch_size, randomness, engine)
+    state.optimizer.zero_grad(set_to_none=True)
+    with training.in_place():
+        terms = forward(noisy)
+        terms["loss"].mean().backward()
+    norm = float(engine.gradient_norm(list(state.parameters.values())))
+    t = noisy.t if noisy.t.ndim == 1 else noisy.t.double().flatten(1).mean(1)  # of an image with several: their mean
+    columns: dict[str, torch.Tensor] = {"label": noisy.y, "timestep": t, **terms}
+    values = {name: column.detach().tolist() for name, column in columns.items()}
+    rows = [{"sample": i, **{name: column[i] for name, column in values.items()}} for i in range(len(noisy.y))]
+    return rows, norm
+
+
+def _print(rows: list[dict[str, Any]], norm: float, logged: float | None, step: int, start: int) -> None:
+    """A table for people."""
+    names = list(rows[0])
+    print("".join(f"{name:>10}" for name in names))
+    for row in rows:
+        print("".join(f"{value:>10.4g}" if isinstance(value, float) else f"{value:>10}" for value in row.values()))
+    mean = sum(row["loss"] for row in rows) / len(rows)
+    then = "" if logged is None else f", logged then {logged:.6g}"
+    print(f"step {step} (from the checkpoint of {start} steps): loss {mean:.6g}{then}; gradient norm {norm:.6g}")

@@ -1,0 +1,346 @@
+"""`run`: the whole job, stage by stage; each stage continues where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import num_parameters
+from tinyfusion.commands.bench import SPREAD_STEPS
+from tinyfusion.commands.dynamic import check_dynamic, dynamic, dynamic_alone
+from tinyfusion.commands.evaluate import evaluate, open_extractor, open_reference
+from tinyfusion.commands.inspect import inspect
+from tinyfusion.commands.prune import check_prune, prune, prune_estimate
+from tinyfusion.commands.recover import recover, recovery_alone
+from tinyfusion.commands.report import render_run
+from tinyfusion.commands.sample import check_sampling, sample
+from tinyfusion.config.loading import to_plain
+from tinyfusion.config.recipe import Recipe
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch
+from tinyfusion.core.files import file_label
+from tinyfusion.core.progress import say
+from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
+from tinyfusion.core.signals import check_stop
+from tinyfusion.data.digits import REAL_SETS
+from tinyfusion.data.images import read_images_npz, write_grid_png
+from tinyfusion.evaluate.speed import Timing, interleaved, speedup
+from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, open_teacher
+from tinyfusion.jobs.diagnostics import checkpoint_steps, write_pictures
+from tinyfusion.jobs.estimate import announce, described, sampling_estimate, training_estimate
+from tinyfusion.jobs.latent_facts import with_facts_of
+from tinyfusion.jobs.origins import drawn_shape, require_features, require_reference, with_data, with_evaluation
+from tinyfusion.jobs.previews import check_previews
+from tinyfusion.jobs.process_specs import sampler_of
+from tinyfusion.jobs.sampling_setup import autoencoder_for, image_shape_and_dtype
+from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
+from tinyfusion.jobs.training import finished
+from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.prune.criteria import by_indices
+from tinyfusion.prune.rules import shares
+from tinyfusion.prune.scheme import parse_scheme
+from tinyfusion.sample.drive import sample as draw_samples
+
+
+def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    """Prune, recover, where asked make dynamic; sample all models from the same seeds, evaluate, time, write the page."""
+    engine = engine_for(recipe)
+    teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
+    remarks: list[str] = []
+    recipe = with_data(recipe, teacher, [recipe.teacher], remarks)
+    teacher = with_facts_of(recipe, teacher)
+    recipe = with_evaluation(recipe, drawn_shape(teacher), remarks)
+    require_reference(recipe)
+    plain = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash()}
+    folder = RunDirectory(options.out, engine.is_main)
+    mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
+    page = options.out / "report.html"
+    if mode == "finished":
+        if folder.writes and not page.is_file() and not options.dry_run:  # killed between the last stage and its page
+            write_text(page, render_run(options.out))
+        finished(folder, options.dry_run)
+        return _outcome(options.out)
+    missing = _check(recipe, options, teacher) if mode == "new" else None
+    say(remarks)
+    if options.dry_run:
+        return _announce(recipe, options, teacher, mode) | _unchecked(missing)
+    with folder.writing("run", plain, options.overwrite):
+        command = options.command or f"tinyfusion run --recipe {recipe.name} --out {options.out}"
+        folder.mark("running", command=command, teacher_seen_images=teacher.facts.seen_images)
+        _perform(recipe, options, folder, teacher)
+        if not folder.writes:  # what follows the trainings is done by one process
+            return {}
+        folder.mark("done", seconds=sum(folder.record()["stages"].values()))
+        try:
+            write_text(page, render_run(options.out))
+        except BaseException:
+            folder.mark("running")  # without its page a run is not done
+            raise
+    return _outcome(options.out)
+
+
+def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher: LoadedModel) -> None:
+    """Every stage but the page."""
+    out, stage = options.out, _stages(folder)
+    where = dataclasses.replace(options, overwrite=False)
+    stage("prune", lambda: prune(recipe, dataclasses.replace(where, out=out / "prune")))
+    stage("recover", lambda: recover(recipe, dataclasses.replace(where, out=out / "recover"), out / "prune"))
+    cut, student, routed = (out / stage_name / "student" for stage_name in ("prune", "recover", "dynamic"))
+    models = {"teacher": recipe.teacher, "pruned": str(cut), "student": str(student)}
+    if recipe.dynamic.in_run:
+        models["dynamic"] = str(routed)
+        stage("dynamic", lambda: dynamic(recipe, dataclasses.replace(where, out=out / "dynamic"), str(student)))
+    if not folder.writes:
+        return
+    stage("sample", lambda: _sample(recipe, options, models))
+    stage("evaluate", lambda: _evaluate(recipe, out, list(models)))
+    made = {name: source for name, source in models.items() if name in ("student", "dynamic")}
+    timed = {"teacher": teacher, **{name: open_model(source) for name, source in made.items()}}
+    stage("speed", lambda: _speed(recipe, out, timed))
+    step_of, place = functools.partial(_one_step, recipe), functools.partial(_evaluation, out)
+    stage("pictures", lambda: write_pictures(recipe, out, teacher, open_model(student), step_of, place))
+
+
+def _unchecked(missing: WouldFetch | None) -> dict[str, Any]:
+    """Say what could not be checked, as it is not there and a dry run fetches nothing; the same for `--json`."""
+    if missing is None:
+        return {}
+    print(f"not checked: images and references of the evaluation ({missing})", file=sys.stderr)
+    return {"would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
+
+
+def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel) -> WouldFetch | None:
+    """Whatever a stage would refuse is refused before anything is written. What a dry run leaves unchecked, as it would be fetched."""
+    missing = None
+    if not options.dry_run:  # which builds the trainings to measure them, and so checks them
+        check_prune(recipe, teacher, engine_for(recipe))
+        recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy())
+    if recipe.dynamic.in_run:
+        check_dynamic(recipe, teacher.cut(_stand_in(recipe, teacher)), "the student")
+    check_sampling(recipe.sample, teacher)
+    try:
+        check_previews(recipe, teacher)
+        _check_evaluation(recipe, teacher)
+    except WouldFetch as error:  # features, a reference or the autoencoder
+        missing = error
+    checkpoint_steps(recipe.recover.training, recipe.evaluate.checkpoints)
+    images = len(_drawn(recipe)) * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
+    weights = 4 * num_parameters(teacher.module)
+    check_space(options.out, (12 if recipe.dynamic.in_run else 6) * weights + images)
+    return missing
+
+
+def _drawn(recipe: Recipe) -> list[str]:
+    """The models that are sampled, scored and shown."""
+    return ["teacher", "pruned", "student", *(["dynamic"] if recipe.dynamic.in_run else [])]
+
+
+def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
+    """UserError where the images to be drawn, or a reference, cannot be evaluated."""
+    neighbours, num_images = recipe.evaluate.neighbours, recipe.sample.num_images
+    shape, dtype = image_shape_and_dtype(teacher, autoencoder_for(recipe.sample, teacher))
+    if dtype != np.uint8:
+        raise UserError("sample.decode=false keeps latents, and `run` scores pictures: leave it out")
+    extractor = open_extractor(require_features(recipe, "images of the teacher", shape))
+    extractor.check(np.zeros((1, *shape), np.uint8), "images of the teacher")
+    counts = {"sample.num_images": num_images}
+    counts |= {
+        f"reference {name}": len(open_reference(name, extractor, recipe.data)) for name in recipe.evaluate.references
+    }
+    for name, count in counts.items():
+        if count <= neighbours:
+            raise UserError(
+                f"{name} is {count} images: precision and recall with {neighbours} neighbours "
+                f"need at least {neighbours + 1}"
+            )
+
+
+def _announce(recipe: Recipe, options: RunOptions, teacher: LoadedModel, mode: str) -> dict[str, Any]:
+    """What `--dry-run` says."""
+    prune_settings, device = recipe.prune, device_for(recipe)
+    estimate = prune_estimate(check_prune(recipe, teacher, engine_for(recipe)))
+    more: dict[str, str] = {}
+    if recipe.dynamic.in_run:
+        student, settings = teacher.cut(_stand_in(recipe, teacher)), recipe.dynamic
+        estimate += training_estimate(dynamic_alone(recipe, student, teacher.copy()))
+        more["dynamic"] = f"{settings.target:.0%} of the student's blocks, {settings.training.steps:,} steps"
+    estimate += training_estimate(recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher))
+    drawing = sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device)
+    estimate = functools.reduce(operator.add, [drawing] * len(_drawn(recipe)), estimate)
+    learned = f" {prune_settings.scheme}, {prune_settings.training.steps:,} steps"
+    plan = {
+        "teacher": described(teacher),
+        "prune": prune_settings.criterion + (learned if prune_settings.criterion == "learned" else ""),
+        "recover": f"{recipe.recover.method}, {recipe.recover.training.steps:,} steps of {recipe.recover.training.batch_size} images",
+        **more,
+        "sample": f"{recipe.sample.num_images:,} images of each of {', '.join(_drawn(recipe))}",
+        "evaluate": f"against {', '.join(recipe.evaluate.references)}",
+        "out": "a new run" if mode == "new" else "continues what is there",
+    }
+    if recipe.minutes:
+        plan["published"] = f"{recipe.minutes:g} minutes on {recipe.machine or 'an unnamed machine'}"
+    return announce("run", plan, estimate)
+
+
+def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
+    """A plan of the size that pruning will decide on; a narrower student stands in whole."""
+    settings, depths = recipe.prune, teacher.stack.depths()
+    if settings.criterion == "indices":
+        return by_indices(teacher, settings.keep, recipe.seed)
+    if settings.criterion == "width":
+        kept = {name: list(range(depth)) for name, depth in depths.items()}
+    elif settings.criterion == "learned":
+        groups = parse_scheme(settings.scheme, depths, settings.distribution, settings.protect)
+        kept = {name: [g.start + i for g in listed for i in range(g.keep)] for name, listed in groups.items()}
+    else:
+        kept = {name: list(range(share.keep)) for name, share in shares(teacher, settings).items()}
+    return PrunePlan(kept=kept, depth=depths, criterion="stand-in")
+
+
+def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
+    """Run a stage and add its seconds to run.json."""
+
+    def stage(name: str, work: Callable[[], Any]) -> None:
+        check_stop()
+        if not folder.writes:
+            work()
+            return
+        print(f"{name} ...", file=sys.stderr)
+        began = time.perf_counter()
+        try:
+            work()
+        finally:  # the time of a sitting that was stopped counts
+            seconds = dict(folder.record().get("stages", {}))
+            seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - began, 2)
+            folder.mark("running", stages=seconds)
+
+    return stage
+
+
+def _sample(recipe: Recipe, options: RunOptions, models: dict[str, str]) -> None:
+    for name, source in models.items():
+        heads, classes = (options.num_heads, options.num_classes) if name == "teacher" else (None, None)
+        family = options.family or (recipe.teacher_family if name == "teacher" else None)
+        where = RunOptions(options.out / "samples" / f"{name}.npz", num_heads=heads, family=family, num_classes=classes)
+        sample(recipe, where, source, options.out / "samples" / f"{name}.png")
+    _compare(options.out / "samples", list(models))
+
+
+def _compare(samples: Path, models: list[str]) -> None:
+    """One picture: a row of the same seeds for every model, the first image of each label, or the first ones of a single class."""
+    drawn = [read_images_npz(samples / f"{name}.npz") for name in models]
+    labels = drawn[0][1]
+    if labels is None or drawn[0][0].shape[-1] not in (1, 3):
+        return
+    _, first = np.unique(labels, return_index=True)
+    if len(first) == 1:
+        first = np.arange(len(labels))
+    rows = np.concatenate([images[first[:20]] for images, _ in drawn])
+    write_grid_png(samples / "comparison.png", rows, len(first[:20]), max(1, 48 // rows.shape[1]))
+
+
+def _evaluation(out: Path, model: str, reference: str) -> Path:
+    """Where the numbers of a model against a reference (a name or a path) stand."""
+    return out / "evaluations" / f"{model}-{file_label(reference)}.json"
+
+
+def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
+    """Every model, and the other real set, against every reference."""
+    references = recipe.evaluate.references
+    for reference in references:
+        for name in models:
+            made = RunOptions(_evaluation(out, name, reference))
+            examples = out / "samples" / "real.npz" if reference == references[0] and name == models[0] else None
+            evaluate(recipe, made, out / "samples" / f"{name}.npz", reference, print_table=False, examples=examples)
+        for real in [r for r in references if r != reference and r in REAL_SETS][:1]:
+            evaluate(recipe, RunOptions(_evaluation(out, "real", reference)), Path(real), reference, print_table=False)
+    write_json(out / "evaluation.json", read_json(_evaluation(out, models[-1], references[0])))
+
+
+def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
+    """Measured seconds of guided denoising steps, all models in turn, in this process; "speedup" is the student's."""
+    device, settings = device_for(recipe), recipe.speed
+    routed = any(model.dynamic is not None for model in models.values())
+    steps = max(settings.steps_per_repeat, SPREAD_STEPS) if routed else settings.steps_per_repeat
+    sides = {name: _Side(recipe, model, steps, settings.batch_size) for name, model in models.items()}
+    times = interleaved({name: side.run for name, side in sides.items()}, settings.repeats, device)
+    ratios = {name: speedup(times["teacher"], times[name]) for name in models}
+    ratio, low, high = ratios["student"]
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    told = {
+        name: {**sides[name].facts(times[name]), "speedup": ratios[name][0], "speedup_spread": list(ratios[name][1:])}
+        for name in models
+    }
+    write_json(
+        out / "speed.json",
+        {
+            "protocol": f"{settings.repeats} interleaved trajectories of {steps} denoising steps, "
+            f"batch {settings.batch_size}, guidance {recipe.sample.guidance:g}, float32, {device.type}, {threads} threads; medians",
+            "batch_size": settings.batch_size, "threads": threads, "dtype": "float32",
+            "models": told, "speedup": ratio, "speedup_spread": [low, high],
+        },
+    )  # fmt: skip
+
+
+class _Side:
+    """A timed model: `num_steps` guided denoising steps of one batch, in sub-networks where it has routers."""
+
+    def __init__(self, recipe: Recipe, model: LoadedModel, num_steps: int, num_images: int) -> None:
+        self.model, self.steps, self.seed = model, num_steps, recipe.seed
+        self.sampler = sampler_of(recipe.sample, model).of_steps(num_steps)
+        self.labels = np.arange(num_images, dtype=np.int64) % model.arch.num_classes
+        skipping = skipped_run_for(model, self.sampler)
+        model.module.to(device_for(recipe)).eval()
+        self.skipped = SkippedModel(model, skipping)
+
+    def run(self) -> object:
+        """All steps."""
+        with self.skipped.running():
+            return list(draw_samples(self.model, self.labels, self.sampler, self.seed, len(self.labels)))
+
+    def facts(self, timing: Timing) -> dict[str, Any]:
+        """Sizes, what ran, and milliseconds per step."""
+        facts = inspect(self.model)
+        spread = [min(timing.measurements_ms) / self.steps, max(timing.measurements_ms) / self.steps]
+        return {
+            **{k: facts[k] for k in ("depth", "num_parameters")},
+            "macs": self.skipped.macs_run(facts["macs"]),
+            "latency_ms": timing.median_ms / self.steps,
+            "latency_ms_spread": spread,
+        }
+
+
+def _one_step(recipe: Recipe, model: LoadedModel, num_images: int) -> Callable[[], object]:
+    """A call that makes one guided denoising step of one batch."""
+    return _Side(recipe, model, 1, num_images).run
+
+
+def _outcome(out: Path) -> dict[str, Any]:
+    """What `--json` prints of a finished run."""
+    evaluation, speed = read_json(out / "evaluation.json"), read_json(out / "speed.json")
+    plan = read_json(out / "prune" / "plan.json")
+    first = read_json(out / "run.json")["recipe"]["evaluate"]["references"][0]
+    words = {"teacher": "teacher", "pruned": "cut", "student": "recovered", "dynamic": "dynamic"}
+    found = {name: _evaluation(out, name, first) for name in words}
+    fids = {words[name]: read_json(file)["fid"] for name, file in found.items() if file.is_file()}
+    kept = "; ".join(" ".join(map(str, blocks)) for blocks in plan["kept"].values())
+    numbers = " -> ".join(f"{fid:.3g}" for fid in fids.values())
+    last = speed["models"].get("dynamic", speed)
+    print(f"FID {numbers} ({', '.join(fids)}), {last['speedup']:.2f} times as fast, kept {kept}")
+    print(f"open {out / 'report.html'}", file=sys.stderr)
+    return {
+        "report": str(out / "report.html"),
+        "fid": evaluation["fid"],
+        "speedup": last["speedup"],
+        "kept": plan["kept"],
+    }

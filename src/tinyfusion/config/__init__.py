@@ -1,0 +1,1 @@
+"""Recipes: sections, constraints, loading."""

@@ -1,0 +1,322 @@
+"""TOML and `--set` into the dataclasses of `recipe.py`, and back into plain values. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import reprlib
+import sys
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tinyfusion.config.recipe import Recipe
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import parse_toml, read_text
+
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_POSITIVE = sys.float_info.min  # the smallest that still differs from 0 where denormals are flushed
+_LARGEST = 10**308  # of whole numbers that become floating point
+_WIDEST_INT = 2**63 - 1  # of whole numbers without a range of their own: what tensors and files can hold
+# what a number must be, by its field's path or the last part of it: smallest and largest value. Largest values are far above
+# any use; behind them are overflows, and memory that no machine has
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("steps", "stop_after", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit"), (1, 10**9)),
+    **dict.fromkeys(("max_bad_steps", "num_images", "calibration_images", "window_images", "shard_images", "is_splits_size"), (1, 10**9)),
+    **dict.fromkeys(("batch_size", "calibration_batch_size", "decode_batch_size", "gradient_accumulation_steps"), (1, 2**20)),
+    **dict.fromkeys(("num_steps", "most_rounds", "head_steps", "steps_per_repeat", "repeats", "strata"), (1, 10**6)),
+    **dict.fromkeys(("num_keep", "neighbours"), (1, 10**6)),
+    **dict.fromkeys(("lora_rank", "size", "diffusion_batch_mul"), (1, 2**16)),
+    **dict.fromkeys(("learning_rate", "eps", "clip_norm", "skip_norm", "temperature", "mask_sigmas"), (_POSITIVE, math.inf)),
+    **dict.fromkeys(("weight_decay", "gate_learning_rate", "scaling", "beta"), (0, math.inf)),
+    **dict.fromkeys(("label_drop", "augment", "flip", "eta", "alpha_kd", "width_threshold", "learning_rate_end_share"), (0, 1)),
+    **dict.fromkeys(("ema_decay", "betas"), (0, math.nextafter(1, 0))),
+    **dict.fromkeys(("warmup_steps", "beside_steps", "ramp_steps", "finish_steps"), (0, 10**9)),
+    **dict.fromkeys(("grid_every_steps", "fid_every_steps", "grid_images", "fid_images"), (0, 10**9)),
+    **dict.fromkeys(("checkpoints", "depths"), (0, 10**6)),
+    **dict.fromkeys(("budget_weight", "beside_weight"), (0, math.inf)),
+    "dynamic.calibration_images": (0, 10**9),  # a whole path goes before its last part
+    **{f"model.{name}": (1, 2**20) for name in ("hidden_size", "in_channels", "head_width", "caption_channels")},
+    **{f"model.{name}": (1, 2**14) for name in ("input_size", "patch_size", "num_heads", "buffer_size", "caption_tokens")},
+    **{f"model.{name}": (1, 2**12) for name in ("depth", "head_depth")},
+    "model.num_classes": (1, 2**24),
+    "num_masks": (1, 10**7),
+    "prefetch_batches": (0, 2**10),
+    "product_size": (1, 2**17),
+    "timeout_s": (_POSITIVE, 1e8),
+    "shift": (1e-6, 1e6),
+    "logit_mean": (-1000, 1000),
+    "logit_std": (_POSITIVE, 1000),
+    "mode_scale": (-1, 2 / (math.pi - 2)),
+    "shift_terminal": (_POSITIVE, math.nextafter(1, 0)),
+    **dict.fromkeys(("base_tokens", "max_tokens"), (1, 10**9)),
+    "width_share": (_POSITIVE, 1),
+    "latent_scale": (_POSITIVE, math.inf),
+    "target": (_POSITIVE, 1),
+    "seed": (0, 2**64 - 1),
+}  # fmt: skip
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint "; did you mean 'X'?", or the list of what there is."""
+    names = sorted(known)
+    close = _closest(name, names, 0.5)
+    return f"; did you mean {close!r}?" if close else f"; there is {', '.join(names)}" if names else ""
+
+
+def nearest_choice(value: object, choices: Iterable[object]) -> str:
+    """A hint "; did you mean X?", nothing where no choice is near: for messages that name them all."""
+    close = _closest(str(value), map(str, choices))
+    return f"; did you mean {close}?" if close else ""
+
+
+def _closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The only one of `known` that begins with `name`, else the most similar; None where no ratio of difflib's reaches `cutoff`."""
+    names = list(known)
+    longer = [other for other in names if other.startswith(name)] if name else []
+    return (
+        longer[0] if len(longer) == 1 else next(iter(difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), None)
+    )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipe files that come with the package, by name."""
+    folder = Path(str(resources.files("tinyfusion"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_recipe(
+    name_or_file: str | None, settings: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A recipe by shipped name or TOML file (None: the published defaults), with `section.field=value` settings.
+
+    overrides: {dotted field: value} from options of the command line; they win over the file, settings win over both.
+    Raises UserError on anything unknown, offering the nearest name.
+    """
+    values = {} if name_or_file is None else _read_toml(name_or_file)
+    for path, value in (overrides or {}).items():
+        _assign(values, path.split("."), value, path)
+    for setting in settings:
+        path, separator, text = setting.partition("=")
+        if not separator:
+            raise UserError(f"--set wants section.field=value; got {_shown(setting)}")
+        _assign(values, path.strip().split("."), _parse_scalar(text.strip()), path)
+    return typing.cast(Recipe, build(Recipe, values, ""))
+
+
+def _read_toml(name_or_file: str) -> dict[str, Any]:
+    recipes = shipped_recipes()
+    path = recipes.get(name_or_file)
+    if path is None:
+        path = Path(name_or_file)
+        if path.suffix != ".toml":
+            raise UserError(f"unknown recipe {name_or_file!r}{nearest(name_or_file, recipes)} (or give a .toml file)")
+        if not path.is_file():
+            raise UserError(f"recipe file {name_or_file} does not exist")
+    values = parse_toml(read_text(path), f"recipe {path}")
+    values.setdefault("name", path.stem)
+    return values
+
+
+def _parse_scalar(text: str) -> Any:
+    """A TOML value where the text is one, else the text itself."""
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return parse_toml(f"value = {text}", text)["value"]
+    except UserError:
+        return text
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any, path: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {key} is a value, not a section")
+    values[keys[-1]] = value
+
+
+def build(kind: Any, value: Any, path: str) -> Any:
+    """`value` (from TOML or JSON) as `kind`: a dataclass, Literal, union with None, tuple, list, dict, scalar or Any."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return build(args[0], value, path)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, path)
+    if origin is typing.Literal:
+        if value not in args:
+            text = _shown(value)
+            near = nearest_choice(text.strip("'"), args)
+            raise UserError(f"{path} must be one of {', '.join(map(str, args))}; got {text}{near}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return build(next(a for a in args if a is not type(None)), value, path)
+    if origin is tuple:
+        return _build_tuple(args, value, path)
+    if origin in (list, dict):
+        return _build_container(origin, args, value, path)
+    return value if kind is Any else _build_scalar(kind, value, path)
+
+
+def build_known(kind: Any, values: Any, path: str) -> Any:
+    """As `build` for a dataclass, but fields that it does not have are left out: a newer version wrote them."""
+    if isinstance(values, Mapping):
+        known = {f.name for f in dataclasses.fields(kind)}
+        values = {key: value for key, value in values.items() if key in known}
+    return build(kind, values, path)
+
+
+def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
+    if isinstance(value, kind):  # a default, taken over whole
+        return value
+    if not isinstance(value, Mapping):
+        names = ", ".join(f.name for f in dataclasses.fields(kind))
+        raise UserError(f"{path or 'the recipe'} is a section with the fields {names}; got {_shown(value)}")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            where = f"{path}.{key}" if path else key
+            raise UserError(f"unknown field {where!r}{_nearest_field(where, fields)}")
+    made: dict[str, Any] = {}
+    for key, inner in value.items():
+        where = f"{path}.{key}" if path else key
+        default = _default(fields[key])
+        if dataclasses.is_dataclass(default) and isinstance(inner, Mapping):
+            inner = {**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)}, **inner}
+        made[key] = build(hints[key], inner, where)
+    required = (f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING)
+    if missing := next((name for name in required if name not in made), None):
+        raise UserError(f"{f'{path}.' if path else ''}{missing} is missing")
+    return kind(**made)
+
+
+def _nearest_field(where: str, siblings: Iterable[str]) -> str:
+    """A hint at the field meant: one beside it, or of the same name anywhere below its section."""
+    section, _, name = where.rpartition(".")
+    below = {path for path, _, _ in recipe_fields(Recipe()) if path.startswith(section)}
+    meant = {path.rpartition(".")[2]: path for path in sorted(below, key=len, reverse=True)}
+    close = _closest(name, {*meant, *siblings})
+    if not close:
+        return f"{nearest(name, siblings)} (all fields: tinyfusion recipes --list-fields)"
+    return f"; did you mean {meant.get(close, close)!r}?"
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+
+
+def _build_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if isinstance(value, str) and value:
+        value = [_parse_scalar(part.strip()) for part in value.strip("[]()").split(",") if part.strip()]
+    if not isinstance(value, list | tuple):
+        value = [value]
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(build(args[0], item, path) for item in value)
+    if len(value) != len(args):
+        raise UserError(f"{path} wants {len(args)} values; got {_shown(value)}")
+    return tuple(build(a, item, path) for a, item in zip(args, value, strict=True))
+
+
+def _build_container(kind: Any, args: tuple[Any, ...], value: Any, path: str) -> Any:
+    """A list of one kind of items, or a dict of names to one kind of values."""
+    if not isinstance(value, kind):
+        raise UserError(f"{path} wants {'a list' if kind is list else 'names with values'}; got {_shown(value)}")
+    if isinstance(value, dict):
+        return {name: build(args[1], item, f"{path}.{name}") for name, item in value.items()}
+    return [build(args[0], item, path) for item in value]
+
+
+def _build_scalar(kind: Any, value: Any, path: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(max(-_LARGEST, min(value, _LARGEST)))
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return _shown(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{path} wants {_KINDS.get(kind, kind.__name__)}; got {_shown(value)}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        _check_range(value, path)
+    return value
+
+
+def _check_range(value: Any, path: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path} wants a finite number; got {value}")
+    widest = (-_WIDEST_INT, _WIDEST_INT) if isinstance(value, int) else (-math.inf, math.inf)
+    low, high = _RANGES.get(path) or _RANGES.get(path.rpartition(".")[2], widest)
+    if not low <= value <= high:
+        least = "above 0" if low == _POSITIVE else f"at least {low:,}"
+        most = " and below 1" if high < 1 else f" and at most {high:,}"
+        most = "" if math.isinf(high) or (value < low and high > 1) else most
+        raise UserError(f"{path} must be {least}{most}; got {_shown(value)}")
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 120
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20
+
+
+def _shown(value: Any) -> str:
+    """A value from outside in a message, shortened, whatever its depth and length."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # whole numbers of more digits than Python writes
+        return f"a number of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as JSON values."""
+    return json.loads(
+        json.dumps(
+            dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value,
+            default=str,
+        )
+    )
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """The first field, in dotted form, at which two plain values differ, with both values; None if equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return None
+    return None if old == new else f"{path}: {old!r} there, {new!r} now"
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A plain tree as {dotted field: leaf}."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(flatten(inner, f"{prefix}.{key}" if prefix else key))
+    return flat
+
+
+def recipe_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted field, default as a plain value, meaning) of every field under a section, in order."""
+    hints = typing.get_type_hints(type(section), include_extras=True)
+    for name in (f.name for f in dataclasses.fields(section)):
+        value, path = getattr(section, name), f"{prefix}{name}"
+        if dataclasses.is_dataclass(value):
+            yield from recipe_fields(value, f"{path}.")
+        elif typing.get_origin(hints[name]) is typing.Annotated:
+            yield path, to_plain(value), hints[name].__metadata__[0] + _choices(typing.get_args(hints[name])[0])
+
+
+def _choices(kind: Any) -> str:
+    """ " (one of A, B)" for a Literal."""
+    if typing.get_origin(kind) is not typing.Literal:
+        return ""
+    return f" (one of {', '.join(map(str, typing.get_args(kind)))})"

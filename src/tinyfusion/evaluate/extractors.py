@@ -1,0 +1,131 @@
+"""Names of feature extractors to extractors: their weights come with the package, from a file, or are fetched once."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyfusion.config.loading import nearest
+from tinyfusion.core.device import choose_device
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch
+from tinyfusion.core.reading import check_plain, read_json_object
+from tinyfusion.core.torchscript import is_torchscript, read_torchscript
+from tinyfusion.core.weights import fetch_weights, known_weights
+from tinyfusion.evaluate.dino import DinoFeatures
+from tinyfusion.evaluate.features import EXTRACTORS, FEATURE_CHOICES, FeatureExtractor
+from tinyfusion.evaluate.inception import INCEPTION, InceptionFeatures, inception_from_state
+from tinyfusion.evaluate.inception_names import ours_from_graph_names
+from tinyfusion.models.autoencoder import check_loaded, quiet_logs
+from tinyfusion.models.statedicts import find_state_dict
+from tinyfusion.models.tensors import check_finite, check_sizes, read_folder_weights, read_safetensors, read_tensor_file
+
+SHORT = "inception"  # the network of FID, by its weights' name in the table
+DINO = "dinov2:"  # prefix of a folder with a DINOv2 network
+_MARK = "Conv2d_1a_3x3.conv.weight"  # a tensor by which files of the Inception network are known
+_DINO_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "num_channels")
+_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+@cache
+def open_extractor(name: str, device: str = "auto") -> FeatureExtractor:
+    """A feature extractor by name, or from files; `device` is for the large networks.
+
+    Names: what comes with the package, "inception", or known weights of that kind. Files: weights of the Inception
+    network, a folder with classifier.json, "dinov2:" and a folder. Raises UserError where there is none, or it is damaged.
+    """
+    if not name:
+        raise UserError(f"no feature extractor is named for these images; {FEATURE_CHOICES}")
+    if name in EXTRACTORS:
+        return _classifier(Path(str(resources.files("tinyfusion"))) / "assets" / name, name)
+    path = Path(name)
+    if name.startswith(DINO):
+        return _dino(Path(name.removeprefix(DINO)), choose_device(device))
+    if (path / "classifier.json").is_file():
+        return _classifier(path, None)
+    if path.suffix in _SUFFIXES or path.is_file():
+        return _inception(path, choose_device(device))
+    fetched = [SHORT, *(known for known, entry in known_weights().items() if entry.kind == "inception")]
+    if name in fetched:
+        try:
+            file = fetch_weights(INCEPTION if name == SHORT else name)
+        except WouldFetch:
+            raise
+        except UserError as error:
+            raise UserError(
+                f"{error}. Without a network: --set evaluate.features=FILE of those weights, fetched elsewhere, or "
+                f"{DINO}FOLDER of a DINOv2 network as transformers saves it, or a folder with classifier.json"
+            ) from error
+        return _inception(file, choose_device(device))
+    raise UserError(
+        f"unknown feature extractor {name!r}{nearest(name, [*EXTRACTORS, *fetched])} (or a folder with classifier.json, "
+        f"a file of Inception weights, {DINO}FOLDER)"
+    )
+
+
+def _classifier(folder: Path, shipped: str | None) -> FeatureExtractor:
+    remedy = "install tinyfusion again" if shipped else "make it again"
+    record = read_json_object(folder / "classifier.json")
+    try:
+        label = shipped or str(record["name"])
+        build = EXTRACTORS[shipped or "digits-classifier"]
+        extractor = build(label, record["arch"], read_safetensors(folder / "classifier.safetensors"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} is damaged ({error}): {remedy}") from error
+    if extractor.hash != record.get("hash"):
+        raise UserError(f"{folder} is damaged: its tensors do not give the hash in classifier.json; {remedy}")
+    return extractor
+
+
+def _inception(path: Path, device: torch.device) -> FeatureExtractor:
+    """The Inception network from a state dict or the TorchScript translation, of which only the tensors are read."""
+    check_plain(path)
+    if not path.is_file():
+        raise UserError(
+            f"no Inception weights at {path}: no such file; --set evaluate.features={SHORT} fetches them once "
+            f"({known_weights()[INCEPTION].address})"
+        )
+    try:
+        if path.suffix != ".safetensors" and is_torchscript(path):
+            tensors = ours_from_graph_names(read_torchscript(path))
+        else:
+            tensors = find_state_dict(read_tensor_file(path), [_MARK], "raw", path).tensors
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} does not hold the Inception network of FID: {error}") from error
+    return InceptionFeatures(inception_from_state(tensors, str(path)), device)
+
+
+def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
+    """A DINOv2 network from a folder as transformers saves it; nothing is fetched."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no DINOv2 network at {folder}: wanted a folder with config.json and its weights")
+    try:
+        from transformers import Dinov2Model  # late: slow to import
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as error:
+        raise UserError("features dinov2 need transformers: pip install transformers") from error
+    config = read_json_object(folder / "config.json")
+    if (kind := config.get("model_type")) != "dinov2":
+        raise UserError(f"{folder} is a {kind!r} network, not dinov2")
+    tensors, _ = read_folder_weights(folder, "model")
+    check_sizes({size: config[size] for size in _DINO_SIZES if size in config}, tensors, str(folder / "config.json"))
+    check_finite(tensors, f"the weights in {folder} are damaged")
+    del tensors
+    try:
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        load: Any = Dinov2Model.from_pretrained
+        with quiet_logs():
+            network, told = load(
+                folder, local_files_only=True, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # transformers, huggingface_hub, safetensors and json, each in their words
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder} is no readable DINOv2 network: {reason}") from error
+    check_loaded(told, folder)
+    return DinoFeatures("dinov2", network, lambda x: network(pixel_values=x).last_hidden_state[:, 0], device)

@@ -1,0 +1,1 @@
+"""Model families: architectures, conversions, declarations."""

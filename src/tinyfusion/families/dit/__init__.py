@@ -1,0 +1,1 @@
+"""DiT: the module, its widths, its routers, the layout of diffusers."""

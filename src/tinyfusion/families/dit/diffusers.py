@@ -1,0 +1,228 @@
+"""The DiT of diffusers (`DiTTransformer2DModel`): names, sizes and configuration, to ours and back. Needs no diffusers.
+
+Tensors are the same numbers under other names, with two differences of form. Queries, keys and values stand in three
+tensors instead of one. And every block owns a copy of the timestep and label embedders, of which the head reads that of
+block 0: they are tied on the way in, which needs equal copies, and copied on the way out.
+
+Two things its class computes otherwise than the published model: timestep frequencies are 10000^(-i / 127) instead of
+10000^(-i / 128), and the norm before an MLP has an epsilon that its configuration tells (1e-5 where it does not). Both are
+fields of our `DiTArch`, so what is read from a folder of diffusers computes what diffusers computes. The position table is a
+formula there and not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.families.dit.model import TIMESTEP_FREQUENCIES, DiTArch, position_table
+
+CLASS_NAME = "DiTTransformer2DModel"
+_CLASSES = (CLASS_NAME, "Transformer2DModel")  # the latter in folders of 2022 and 2023, such as facebook/DiT-XL-2-256
+FREQUENCY_SHIFT = 1  # of the timestep features in its class
+RECORD = "_tinyfusion"  # our record in config.json; its readers pass over names that begin with "_"
+POSITION_BUFFER = "pos_embed.pos_embed"  # the table, in files of some versions
+
+_OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+_COPIED = {
+    "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
+    "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
+}
+_IN_BLOCK = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+_ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+_KINDS = ("weight", "bias")
+
+
+def _renamed(depth: int) -> Iterator[tuple[str, str]]:
+    """(our name, their name) of every tensor that is the same on both sides."""
+    for kind in _KINDS:
+        yield from ((f"{ours}.{kind}", f"{theirs}.{kind}") for ours, theirs in _OUTSIDE.items())
+        for i in range(depth):
+            for ours, theirs in _IN_BLOCK.items():
+                yield f"blocks.{i}.{ours}.{kind}", f"transformer_blocks.{i}.{theirs}.{kind}"
+
+
+def to_diffusers(tensors: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The state dict of diffusers' class from ours, as views: nothing is copied, and embedders stand once per block."""
+    found = {theirs: tensors[ours] for ours, theirs in _renamed(depth)}
+    for i in range(depth):
+        block = f"transformer_blocks.{i}"
+        found |= {f"{block}.norm1.emb.{theirs}": tensors[ours] for ours, theirs in _COPIED.items()}
+        for kind in _KINDS:
+            parts = tensors[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
+            found |= {f"{block}.{name}.{kind}": part for name, part in zip(_ATTENTION, parts, strict=True)}
+    return found
+
+
+def from_diffusers(tensors: Mapping[str, Tensor], arch: DiTArch) -> dict[str, Tensor]:
+    """Our state dict from that of diffusers' class, position table included.
+
+    tensors: exactly those that `to_diffusers` gives. Raises ValueError where the copies of an embedder differ.
+    """
+    _check_copies(tensors, arch.depth)
+    found = {ours: tensors[theirs] for ours, theirs in _renamed(arch.depth)}
+    found |= {ours: tensors[f"transformer_blocks.0.norm1.emb.{theirs}"] for ours, theirs in _COPIED.items()}
+    for i in range(arch.depth):
+        for kind in _KINDS:
+            parts = [tensors[f"transformer_blocks.{i}.{name}.{kind}"] for name in _ATTENTION]
+            found[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+    found["pos_embed"] = position_table(arch.hidden_size, arch.input_size // arch.patch_size)
+    return found
+
+
+def _check_copies(tensors: Mapping[str, Tensor], depth: int) -> None:
+    for theirs in _COPIED.values():
+        first = tensors[f"transformer_blocks.0.norm1.emb.{theirs}"]
+        apart = [i for i in range(1, depth) if not torch.equal(tensors[f"transformer_blocks.{i}.norm1.emb.{theirs}"], first)]  # fmt: skip
+        if apart:
+            others = f" (so in {len(apart)} of {depth} blocks)" if len(apart) > 1 else ""
+            raise ValueError(
+                f"transformer_blocks.{apart[0]}.norm1.emb.{theirs} differs from its copy in block 0{others}: "
+                "the blocks were trained with embedders of their own, and a DiT has one for all"
+            )
+
+
+def wrong_table(tensors: Mapping[str, Tensor], arch: DiTArch) -> bool:
+    """Whether a file stores a position table that is not the formula's in the type of the file, up to rounding."""
+    stored = tensors.get(POSITION_BUFFER)
+    if stored is None:
+        return False
+    if tuple(stored.shape) != (1, arch.num_tokens, arch.hidden_size):
+        return True
+    formula = position_table(arch.hidden_size, arch.input_size // arch.patch_size).to(stored.dtype)
+    return not torch.allclose(stored.float(), formula.float(), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+# what our DiT is, in their words: values that a configuration must have, and those of the class where it says nothing
+_FIXED: dict[str, Any] = {
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "cross_attention_dim": None,
+    "num_vector_embeds": None,
+    "use_linear_projection": False,
+    "only_cross_attention": False,
+    "double_self_attention": False,
+}
+_SIZES = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+
+
+def is_config(config: Any) -> bool:
+    """Whether the contents of a config.json are those of a model of diffusers."""
+    return isinstance(config, dict) and "_class_name" in config
+
+
+def arch_of_config(config: Mapping[str, Any]) -> DiTArch:
+    """The sizes that a config.json tells. Raises UserError where it is not that of a DiT as ours is."""
+    if config["_class_name"] not in _CLASSES:
+        raise UserError(f"is a {config['_class_name']} of diffusers; of its models only {CLASS_NAME} can be opened")
+    odd = next((name for name, value in _FIXED.items() if config.get(name, value) != value), None)
+    if odd:
+        raise UserError(f"has {odd} {config[odd]!r}; a DiT has {_FIXED[odd]!r}")
+    sizes = {name: config.get(name, default) for name, default in _SIZES.items()}
+    wrong = next((name for name, value in sizes.items() if type(value) is not int), None)
+    if wrong:
+        raise UserError(f"has {wrong} {sizes[wrong]!r}; wanted a whole number")
+    eps = config.get("norm_eps", 1e-5)
+    if type(eps) not in (float, int):
+        raise UserError(f"has norm_eps {eps!r}; wanted a number")
+    channels, out_channels = sizes["in_channels"], config.get("out_channels")
+    out_channels = channels if out_channels is None else out_channels
+    if out_channels not in (channels, 2 * channels):
+        raise UserError(
+            f"has out_channels {out_channels}; a DiT has {channels}, or {2 * channels} with learned variance"
+        )
+    return DiTArch(
+        input_size=sizes["sample_size"],
+        patch_size=sizes["patch_size"],
+        in_channels=channels,
+        hidden_size=sizes["num_attention_heads"] * sizes["attention_head_dim"],
+        depth=sizes["num_layers"],
+        num_heads=sizes["num_attention_heads"],
+        num_classes=sizes["num_embeds_ada_norm"],
+        learn_sigma=out_channels == 2 * channels,
+        frequency_shift=FREQUENCY_SHIFT,
+        mlp_norm_eps=float(eps),
+    )
+
+
+def recorded_shift(config: Mapping[str, Any], hash_with: Callable[[int], str]) -> int | None:
+    """The frequency shift in our record, where it belongs to the tensors: others were trained by diffusers since.
+
+    hash_with: the hash of the model with such a shift.
+    """
+    own = config.get(RECORD)
+    arch = own.get("arch") if isinstance(own, Mapping) else None
+    shift = arch.get("frequency_shift") if isinstance(arch, Mapping) else None
+    if type(shift) is not int or not 0 <= shift < TIMESTEP_FREQUENCIES // 2:
+        return None
+    return shift if isinstance(own, Mapping) and own.get("hash") == hash_with(shift) else None
+
+
+def config_of_arch(arch: DiTArch) -> dict[str, Any]:
+    """The config.json of a DiT of these sizes."""
+    return {
+        "_class_name": CLASS_NAME,
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "attention_head_dim": arch.head_width,
+        "dropout": 0.0,
+        "in_channels": arch.in_channels,
+        "norm_elementwise_affine": False,
+        "norm_eps": arch.mlp_norm_eps,
+        "norm_num_groups": 32,
+        "norm_type": "ada_norm_zero",
+        "num_attention_heads": arch.num_heads,
+        "num_embeds_ada_norm": arch.num_classes,
+        "num_layers": arch.depth,
+        "out_channels": arch.out_channels,
+        "patch_size": arch.patch_size,
+        "sample_size": arch.input_size,
+        "upcast_attention": False,
+    }
+
+
+_READERS = {"official": "the published scripts", "diffusers": "the classes of diffusers"}
+
+
+def differences(arch: DiTArch, target: str) -> list[str]:
+    """What a reader of the format `target` ("official" or "diffusers") computes otherwise than this model, in sentences."""
+    found = []
+    wanted = FREQUENCY_SHIFT if target == "diffusers" else 0
+    if arch.frequency_shift != wanted:
+        found.append(
+            f"{_READERS[target]} compute timestep frequencies as 10000^(-i/{128 - wanted}), this model "
+            f"10000^(-i/{128 - arch.frequency_shift})"
+        )
+    if target == "official" and arch.mlp_norm_eps != 1e-6:
+        found.append(
+            f"{_READERS[target]} give the norm before an MLP the epsilon 1e-06, this model {arch.mlp_norm_eps:g}"
+        )
+    return found

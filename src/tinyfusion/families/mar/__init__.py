@@ -1,0 +1,1 @@
+"""MAR: the module, its blocks, its diffusion head."""

@@ -1,0 +1,192 @@
+"""Criteria that train nothing, inside a run: their context, what it will take, progress, and a search that goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import num_parameters
+from tinyfusion.commands.inspect import model_macs
+from tinyfusion.config.recipe import Recipe
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import discard
+from tinyfusion.core.progress import progress
+from tinyfusion.core.rundir import CHECKPOINT_FILES, RunDirectory, atomic_write, write_json
+from tinyfusion.jobs.assemble import batches_for, device_for
+from tinyfusion.jobs.estimate import Estimate, copy_estimate
+from tinyfusion.jobs.process_specs import objective_for
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.prune.calibrate import calibration_set
+from tinyfusion.prune.context import CriterionContext
+from tinyfusion.prune.criteria import CRITERIA, by_indices, decide, searched, space
+from tinyfusion.prune.mask_search import LossSums, first_samples, separate_evaluations, shared_evaluations
+from tinyfusion.prune.width import check_width
+
+_SAVED_EVERY_S = 60.0
+_MEASURED_MACS = 2e10  # of the pass that an estimate measures: a batch is made smaller to stay below
+_FLOAT_BYTES = 4
+_PASSING_VALUES = 12  # values per token and channel that a block holds at once
+_SAVED_VALUES = 24  # that it holds for its backward pass
+
+
+def on_images(criterion: str) -> bool:
+    """Whether a criterion that trains nothing looks at images; False for one that does not exist."""
+    return criterion in CRITERIA and CRITERIA[criterion].evaluations is not None
+
+
+def criterion_context(recipe: Recipe, teacher: LoadedModel) -> CriterionContext:
+    """What the recipe's criterion is asked, with its calibration set. Raises UserError on all that it would refuse."""
+    settings = recipe.prune
+    if settings.criterion not in CRITERIA:
+        raise UserError(f"criterion {settings.criterion} does not exist here: there is learned, {', '.join(CRITERIA)}")
+    context = CriterionContext(teacher, settings, recipe.seed)
+    if CRITERIA[settings.criterion].evaluations is None:
+        decide(context)
+        return context
+    _ = context.shares  # raises
+    if settings.criterion == "width":
+        check_width(teacher, settings)
+    device = device_for(recipe)
+    plain = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augment=0.0, flip=0.0))
+    source = batches_for(plain, teacher, device)
+    calibration = calibration_set(
+        objective_for(teacher, 0.0, recipe),
+        source,
+        recipe.data.name,
+        len(source),
+        settings.calibration_images,
+        settings.calibration_batch_size,
+        recipe.seed,
+    )
+    teacher.module.to(device)
+    return dataclasses.replace(context, calibration=calibration)
+
+
+def describe_criterion(context: CriterionContext) -> dict[str, str]:
+    """What `--dry-run` says of a criterion."""
+    settings, row = context.settings, CRITERIA[context.settings.criterion]
+    variant = {
+        "bi": f", {settings.bi_inputs} inputs",
+        "sensitivity": f", {settings.sensitivity_order}",
+        "bk-sdm": f", {settings.bk_sdm_list} list",
+        "random": f", seed {context.seed}",
+    }.get(settings.criterion, "")
+    says = {"criterion": f"{settings.criterion}: {row.says}{variant}"}
+    if settings.criterion == "indices":
+        kept = by_indices(context.teacher, settings.keep, context.seed).kept
+        says["keeps"] = "; ".join(f"{', '.join(map(str, listed))} of {name}" for name, listed in kept.items())
+    elif settings.criterion == "width":
+        groups = check_width(context.teacher, settings)
+        says["keeps"] = (
+            f"{settings.width_share:.0%} of the parameters: every block, {groups['residual'].size} channels wide"
+        )
+    else:
+        parts = context.shares.items()
+        says["keeps"] = "; ".join(f"{part.keep} of {part.depth} ({name})" for name, part in parts)
+        if settings.protect:
+            says["protected"] = ", ".join(map(str, sorted(set(settings.protect))))
+    if context.calibration is None:
+        return says
+    calibration, size = context.images, settings.calibration_batch_size
+    if settings.criterion == "width":
+        first = len(calibration.batches[0].y)
+        return {**says, "data": f"{first:,} images of {calibration.data} at timesteps 0, 1, 2, ... (1,000 at the most)"}
+    again = f" ({calibration.distinct:,} different ones)" if calibration.distinct < calibration.images else ""
+    says["data"] = f"{calibration.images:,} images{again} of {calibration.data}, {size} at a time"
+    if settings.criterion.endswith("-loss"):
+        masks = searched(context)
+        all_of_them = "all there are" if len(masks) == space(context) else f"random ones of {space(context):,}"
+        shared, plain = shared_evaluations(masks), separate_evaluations(masks)
+        says["search"] = (
+            f"{len(masks):,} masks, {all_of_them}; {shared:,} block evaluations per batch instead of {plain:,}, "
+            f"at most {plain / shared:.2f} times as fast"
+        )
+    return says
+
+
+def criterion_estimate(context: CriterionContext) -> Estimate:
+    """Minutes from one measured forward pass, memory from shapes."""
+    teacher, evaluations = context.teacher, CRITERIA[context.settings.criterion].evaluations
+    if evaluations is None:
+        return copy_estimate(teacher)
+    calibration, arch = context.images, teacher.arch
+    batch = calibration.batches[0]
+    size = batch.x0.shape[0]
+    measured = max(1, min(size, int(_MEASURED_MACS / model_macs(teacher))))
+    few = first_samples(batch, measured)
+    seconds = math.inf
+    with torch.inference_mode():
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            float(calibration.objective.predict(teacher.module, few).output.flatten()[0])
+            seconds = min(seconds, time.perf_counter() - began)
+    passes = evaluations(context) / len(teacher.stack) * calibration.images / measured
+    tokens, depth = size * arch.num_tokens * arch.hidden_size, len(teacher.stack)
+    weights, values = num_parameters(teacher.module), depth + 1 + _PASSING_VALUES
+    if context.settings.criterion == "width":
+        weights, values = 3 * weights, depth * _SAVED_VALUES  # a copy of the teacher and its gradients
+    memory = _FLOAT_BYTES * (weights + tokens * values)
+    return Estimate(
+        round(passes * seconds / 60, 4),
+        round(memory / 2**30, 4),
+        copy_estimate(teacher).disk_mib,
+        f"measured on a pass of {measured} images, {batch.x0.device.type}",
+    )
+
+
+def run_criterion(context: CriterionContext, run: RunDirectory) -> PrunePlan:
+    """The plan, with progress; a search of masks leaves `calibration.json`, and goes on where it was stopped."""
+    evaluations = CRITERIA[context.settings.criterion].evaluations
+    if evaluations is None:
+        return decide(context)
+    batches, title = len(context.images.batches), f"prune ({context.settings.criterion})"
+    begun, spent = _load(run)
+    began = saved = time.perf_counter()
+
+    def keep(sums: LossSums) -> None:
+        nonlocal saved
+        if time.perf_counter() - saved > _SAVED_EVERY_S and sums.batches < batches:
+            saved = time.perf_counter()
+            _save(run, sums, spent + saved - began)
+
+    def publish(table: dict[str, Any]) -> None:
+        write_json(run.path / "calibration.json", table)
+
+    total = evaluations(context) * batches
+    with progress(title, total, "blocks", total * begun.batches // batches if begun else 0) as bar:
+        told = dataclasses.replace(context, tick=bar, begun=begun, keep=keep, publish=publish)
+        plan = decide(told)
+    return dataclasses.replace(plan, cost={**plan.cost, "seconds": spent + plan.cost["seconds"]})
+
+
+def _save(run: RunDirectory, sums: LossSums, seconds: float) -> None:
+    """A search so far, as `checkpoints/step-BATCHES/`; the one before it goes."""
+    target = run.checkpoints / f"step-{sums.batches:07d}"
+    with atomic_write(target, CHECKPOINT_FILES) as beside:
+        beside.mkdir(parents=True)
+        counts = np.array([sums.images, sums.batches], dtype=np.int64)
+        save_file({"loss": sums.loss, "mse": sums.mse, "counts": counts}, beside / "losses.safetensors")
+    for path in run.checkpoints.glob("step-*"):
+        if path != target:
+            discard(path, CHECKPOINT_FILES)
+    run.mark("running", seconds=seconds)
+
+
+def _load(run: RunDirectory) -> tuple[LossSums | None, float]:
+    """What an interrupted search had, and the seconds it took; nothing where there is none, or it is damaged."""
+    for path in sorted(run.checkpoints.glob("step-*"), reverse=True):
+        try:
+            held = load_file(path / "losses.safetensors")
+            images, batches = (int(count) for count in held["counts"])
+            return LossSums(held["loss"], held["mse"], images, batches), float(run.record().get("seconds", 0.0))
+        except (OSError, KeyError, ValueError, SafetensorError):
+            run.note(f"{path.name} is damaged; the search begins anew")
+    return None, 0.0

@@ -1,0 +1,287 @@
+"""What the pictures of a run need and only a model can tell: activations, speed at every depth, FID over the recovery.
+
+Each is a JSON file in the run folder; the page is drawn from these without torch (docs/report.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyfusion.blocks.plan import global_indices
+from tinyfusion.commands.evaluate import open_extractor, open_reference, protocol_of, score
+from tinyfusion.commands.sample import draw, protocol
+from tinyfusion.config.recipe import Recipe, TrainingSection
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rng import Randomness
+from tinyfusion.core.rundir import read_json, write_json
+from tinyfusion.evaluate.speed import interleaved, speedup
+from tinyfusion.jobs.assemble import batches_for, device_for
+from tinyfusion.jobs.process_specs import objective_for
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.training.loop import BatchSource
+from tinyfusion.training.saved import damage, open_checkpoint, other_version
+
+BIN_WIDTH = 0.05  # of a histogram of activations, in the unit of `symmetric_log`
+NUM_ACTIVATION_IMAGES = 64
+_IMAGES_AT_A_TIME = 16
+DEPTH_REPEATS = 7
+DEPTH_BATCH = 128  # images at most, so that timing many depths stays cheap
+
+
+def symmetric_log(x: Tensor) -> Tensor:
+    """x itself in [-1, 1], sign and 1 + log10 of the magnitude beyond."""
+    magnitude = x.abs()
+    return torch.where(magnitude <= 1, x, x.sign() * (1 + magnitude.clamp(min=1).log10()))
+
+
+@torch.no_grad()
+def activations(recipe: Recipe, teacher: LoadedModel, student: LoadedModel) -> dict[str, Any]:
+    """activations.json: a histogram and the extremes of every block's output, teacher and student on the same inputs.
+
+    64 training images, noised as in training: a timestep each, uniform over all; labels kept. The published figure
+    (arXiv 2412.01199, figure 8) has 4 clean images at t < 250.
+    """
+    device = device_for(recipe)
+    source: BatchSource = batches_for(recipe, teacher, device)
+    objective = objective_for(teacher, 0.0, recipe)
+    models = {"teacher": teacher, "student": student}
+    blocks = {"teacher": list(range(len(teacher.stack))), "student": _global_kept(student, teacher)}
+    found: dict[str, list[_Histogram]] = {name: [_Histogram() for _ in blocks[name]] for name in models}
+    for model in models.values():
+        model.module.to(device).eval()
+    for first in range(0, NUM_ACTIVATION_IMAGES, _IMAGES_AT_A_TIME):
+        draws = Randomness(recipe.seed).at(0, first, _IMAGES_AT_A_TIME)
+        noisy = objective.draw(source(0, NUM_ACTIVATION_IMAGES, draws), draws)
+        for name, model in models.items():
+            with model.stack.tap(range(len(blocks[name]))) as outputs:
+                objective.predict(model.module, noisy)
+            for index, histogram in enumerate(found[name]):
+                histogram.add(outputs[index])
+    shown = f"{NUM_ACTIVATION_IMAGES} images of {recipe.data.name}, noised at uniform timesteps, labels kept, float32"
+    return {
+        "protocol": f"{shown}, seed {recipe.seed}",
+        "bin_width": BIN_WIDTH,
+        "depth": len(teacher.stack),
+        "lists": teacher.stack.depths(),
+        "models": {
+            name: [
+                {"teacher_block": block, **histogram.values()}
+                for block, histogram in zip(blocks[name], listed, strict=True)
+            ]
+            for name, listed in found.items()
+        },
+    }
+
+
+def _global_kept(student: LoadedModel, teacher: LoadedModel) -> list[int]:
+    """The teacher's number of every block of the student, counted through the lists."""
+    kept, depths = student.facts.kept or {}, teacher.stack.depths()
+    return global_indices({name: kept.get(name, range(depth)) for name, depth in depths.items()}, depths)
+
+
+class _Histogram:
+    """Counts in bins of `symmetric_log`, extremes and moments of all values that were added."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
+        self.low, self.high = float("inf"), float("-inf")
+        self.num, self.total, self.squares = 0, 0.0, 0.0
+
+    def add(self, x: Tensor) -> None:
+        """Take in values of any shape. Raises UserError where one is not finite."""
+        values = x.detach().float().flatten()
+        low, high = float(values.min()), float(values.max())
+        if not np.isfinite([low, high]).all():
+            raise UserError("a block gives values that are not finite: the model is broken or unrecovered")
+        bins = torch.floor(symmetric_log(values) / BIN_WIDTH).long()
+        first = int(bins.min())
+        for i, num in enumerate(torch.bincount(bins - first).tolist()):
+            if num:
+                self.counts[first + i] = self.counts.get(first + i, 0) + num
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.num += values.numel()
+        doubles = values.double() if values.device.type != "mps" else values
+        self.total += float(doubles.sum())
+        self.squares += float(doubles.square().sum())
+
+    def values(self) -> dict[str, Any]:
+        """Plain values; counts of the bins `first`, first + 1, ..."""
+        mean = self.total / self.num
+        first, last = min(self.counts), max(self.counts)
+        return {
+            "min": self.low,
+            "max": self.high,
+            "mean": mean,
+            "std": max(self.squares / self.num - mean**2, 0.0) ** 0.5,
+            "first": first,
+            "counts": [self.counts.get(i, 0) for i in range(first, last + 1)],
+        }
+
+
+def timed_depths(depth: int, most: int, also: int, least: int = 1) -> list[int]:
+    """At most `most` depths from the whole down to `least`, evenly spread, and the student's, falling; none where `most` is 0."""
+    if most == 0:
+        return []
+    return sorted({also, *range(depth, least - 1, -math.ceil(depth / most))}, reverse=True)
+
+
+def shared_out(num: int, depths: Mapping[str, int]) -> dict[str, int]:
+    """`num` blocks over the lists in proportion to their depths, at least one each, by largest remainders.
+
+    Raises ValueError where there are fewer than lists, or more than blocks.
+    """
+    total = sum(depths.values())
+    if not len(depths) <= num <= total:
+        raise ValueError(f"{num} blocks do not go into the lists {dict(depths)}, at least one into each")
+    found = {name: max(1, depth * num // total) for name, depth in depths.items()}
+    while (short := num - sum(found.values())) != 0:
+        room = [n for n in depths if (found[n] < depths[n] if short > 0 else found[n] > 1)]
+        missing = {name: depths[name] * num / total - found[name] for name in room}
+        name = max(room, key=missing.__getitem__) if short > 0 else min(room, key=missing.__getitem__)
+        found[name] += 1 if short > 0 else -1
+    return found
+
+
+def shallow(model: LoadedModel, depths: Mapping[str, int]) -> LoadedModel:
+    """The model with only the first blocks of every list, as many as `depths` says; weights are shared, not copied."""
+    held = itertools.chain(model.module.parameters(), model.module.buffers())
+    cut = LoadedModel(copy.deepcopy(model.module, {id(t): t for t in held}), model.family, model.arch, model.facts)
+    cut.stack.keep({name: range(depth) for name, depth in depths.items()})
+    cut.arch = model.family.arch_with_depths(model.arch, dict(depths))
+    return cut
+
+
+def depth_speed(
+    recipe: Recipe,
+    teacher: LoadedModel,
+    student: Mapping[str, int],
+    step_of: Callable[[LoadedModel, int], Callable[[], object]],
+) -> dict[str, Any] | None:
+    """depth_speed.json: the teacher with its first blocks only, timed at several depths in turn; None where not wanted.
+
+    student: blocks of the student per list; its depth is timed with these, every other with its blocks shared out over the
+    lists in proportion. step_of: (model, images) to the call that is timed, one denoising step. Which blocks of a list stay
+    does not matter to the speed.
+    """
+    device, whole = device_for(recipe), len(teacher.stack)
+    lists, own = teacher.stack.depths(), sum(student.values())
+    depths = timed_depths(whole, recipe.speed.depths, own, len(lists))
+    if not depths:
+        return None
+    split = {depth: dict(student) if depth == own else shared_out(depth, lists) for depth in depths}
+    num = min(recipe.speed.batch_size, DEPTH_BATCH)
+    sides = {str(depth): step_of(shallow(teacher, split[depth]), num) for depth in depths}
+    times = interleaved(sides, DEPTH_REPEATS, device)
+    points = []
+    for depth in depths:
+        ratio, low, high = speedup(times[str(whole)], times[str(depth)])
+        latency = times[str(depth)].median_ms
+        point = {"depth": depth, "latency_ms": latency, "speedup": ratio, "speedup_spread": [low, high]}
+        points.append({**point, "lists": split[depth]} if len(lists) > 1 else point)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return {
+        "protocol": f"{DEPTH_REPEATS} interleaved guided denoising steps at every depth, batch {num}, "
+        f"float32, {device.type}{threads}; medians",
+        "teacher_depth": whole,
+        "points": points,
+    }
+
+
+def checkpoint_steps(settings: TrainingSection, num: int) -> list[int]:
+    """The steps of `num` checkpoints, evenly spread over a training, that are still there at its end.
+
+    Raises UserError where the training keeps too few.
+    """
+    made, every = settings.made_steps, settings.checkpoint_every_steps
+    if num == 0:
+        return []
+    saved = sorted({*range(every, made + 1, every), made})[-settings.checkpoints_limit :]
+    chosen = [min(saved, key=lambda step: abs(step * num - i * made)) for i in range(1, num + 1)]
+    if len(set(chosen)) < num or any(2 * abs(step * num - i * made) > made for i, step in enumerate(chosen, 1)):
+        raise UserError(
+            f"evaluate.checkpoints {num} wants a checkpoint near every {made // num}th of {made} steps, and "
+            f"recover.training keeps {', '.join(map(str, saved))}: set its checkpoint_every_steps to {max(made // num, 1)} "
+            f"and checkpoints_limit to {num}"
+        )
+    return chosen
+
+
+def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Callable[[str, str], Path]) -> None:
+    """fid_steps.json: FID of the averaged weights at checkpoints of the recovery, against the first reference.
+
+    Written after every point, and what is there is not made again. The first point is the cut model, the last the
+    student, both evaluated before. evaluation: (model, reference) to its JSON. Changes the weights of `student`.
+    """
+    settings, file = recipe.recover.training, out / "fid_steps.json"
+    steps = checkpoint_steps(settings, recipe.evaluate.checkpoints)
+    if not steps:
+        return
+    reference = recipe.evaluate.references[0]
+    label = evaluation("", reference).stem.removeprefix("-")
+    points: list[dict[str, Any]] = list(read_json(file)) if file.is_file() else []
+    done = {point["step"] for point in points}
+
+    def add(step: int, scores: dict[str, Any]) -> None:
+        numbers = {key: scores[key] for key in ("fid", "inception_score", "protocol")}
+        images = step * settings.batch_size
+        points.append({"step": step, "images": images, "method": recipe.recover.method, "reference": label, **numbers})
+        write_json(file, sorted(points, key=lambda point: point["step"]))
+
+    for step, model in ((0, "pruned"), (settings.made_steps, "student")):
+        if step not in done:
+            add(step, read_json(evaluation(model, reference)))
+    missing = [step for step in steps if step not in done and step != settings.made_steps]
+    if missing:
+        extractor = open_extractor(recipe.evaluate.features)
+        real = open_reference(reference, extractor, recipe.data)
+        for step in missing:
+            _load_average(student, out / "recover" / "checkpoints" / f"step-{step:07d}")
+            images, _ = draw(recipe, student, f"sample step {step}")
+            scores = score(images, real, extractor, recipe.evaluate.neighbours, recipe.evaluate.is_splits_size)
+            told = protocol_of(real, extractor, recipe.evaluate, protocol(recipe, student))
+            add(step, {**scores, "protocol": told})
+
+
+@torch.no_grad()
+def _load_average(model: LoadedModel, checkpoint: Path) -> None:
+    """Put the averaged weights of a checkpoint into `model`. Raises UserError where they are not there."""
+    if not checkpoint.is_dir():
+        raise UserError(
+            f"{checkpoint} is gone: it is a point of the curve of FID over the recovery (evaluate.checkpoints)"
+        )
+    wrong = other_version(checkpoint) or damage(checkpoint)
+    if wrong is not None:
+        raise UserError(f"cannot take the averaged weights of checkpoint {checkpoint}: {wrong}")
+    saved = open_checkpoint(checkpoint)
+    held = set(saved.names())
+    for name, parameter in model.module.named_parameters():
+        if f"ema/{name}" in held:
+            parameter.copy_(saved.whole(f"ema/{name}"))
+
+
+def write_pictures(
+    recipe: Recipe,
+    out: Path,
+    teacher: LoadedModel,
+    student: LoadedModel,
+    step_of: Callable[[LoadedModel, int], Callable[[], object]],
+    evaluation: Callable[[str, str], Path],
+) -> None:
+    """Every file of this module that is not there yet."""
+    wanted: Sequence[tuple[str, Callable[[], dict[str, Any] | None]]] = (
+        ("activations.json", lambda: activations(recipe, teacher, student)),
+        ("depth_speed.json", lambda: depth_speed(recipe, teacher, student.stack.depths(), step_of)),
+    )
+    for name, make in wanted:
+        if not (out / name).is_file() and (values := make()) is not None:
+            write_json(out / name, values)
+    fid_steps(recipe, out, student, evaluation)

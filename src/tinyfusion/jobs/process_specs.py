@@ -1,0 +1,120 @@
+"""What the verbs need of a process, by the name that families give: objective, sampler, and what a new model keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tinyfusion.config.recipe import Recipe, SampleSection
+from tinyfusion.core.errors import UserError
+from tinyfusion.models.loaded import LoadedModel
+from tinyfusion.processes.base import Process
+from tinyfusion.processes.flow import Flow, FlowObjective
+from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.processes.masked import MaskedObjective
+from tinyfusion.processes.time import TimeSampler
+from tinyfusion.sample import flow, gaussian, masked
+from tinyfusion.sample.drive import Sampler
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """One process, as the verbs use it.
+
+    objective: (model, probability that a label is dropped, recipe) -> what trains it. sampler: Raises UserError on
+    settings that cannot be. cheap: (settings, most steps) -> settings that make at most so many, for a look while training.
+    kept: what a new model keeps of the recipe's section for the process (`ModelFacts.process_settings`).
+    """
+
+    objective: Callable[[LoadedModel, float, Recipe], Process]
+    sampler: Callable[[SampleSection, LoadedModel], Sampler]
+    cheap: Callable[[SampleSection, int], SampleSection]
+    kept: Callable[[Recipe], dict[str, Any]]
+
+
+def _flow_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
+    """The path and the prediction are the model's; weight, distance from the ends and noise levels are the recipe's."""
+    settings, arch = recipe.flow, model.arch
+    try:
+        times = TimeSampler.of_section(settings, arch.num_tokens)
+        return FlowObjective(
+            arch.num_classes, label_drop, flow.flow_of(model), settings.loss_weight, settings.train_eps, times
+        )
+    except ValueError as error:
+        raise UserError(f"flow: {error}") from error
+
+
+def _masked_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
+    return MaskedObjective(model.arch.num_classes, model.arch.patch_size, label_drop, recipe.masked)
+
+
+PROCESS_SECTIONS = ("flow", "masked")  # of a recipe: what a training depends on beside its own section
+
+PROCESSES: dict[str, ProcessSpec] = {
+    "gaussian": ProcessSpec(
+        objective=lambda model, label_drop, _: GaussianObjective(model.arch.num_classes, label_drop),
+        sampler=gaussian.from_section,
+        cheap=gaussian.cheap,
+        kept=lambda _: {},
+    ),
+    "flow": ProcessSpec(
+        objective=_flow_objective,
+        sampler=flow.from_section,
+        cheap=flow.cheap,
+        kept=lambda recipe: Flow(recipe.flow.path, recipe.flow.prediction).settings(),
+    ),
+    "masked": ProcessSpec(
+        objective=_masked_objective,
+        sampler=masked.from_section,
+        cheap=masked.cheap,
+        kept=lambda _: {},
+    ),
+}
+
+
+def process_spec(model: LoadedModel) -> ProcessSpec:
+    """The process of a model's family."""
+    return PROCESSES[model.family.process]
+
+
+def objective_for(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
+    """The training objective of a model's process. label_drop: probability that a label is replaced by the null class."""
+    return process_spec(model).objective(model, label_drop_of(model, label_drop), recipe)
+
+
+def label_drop_of(model: LoadedModel, label_drop: float) -> float:
+    """The probability that a label is dropped in training: none where the model has no null class to put in its place."""
+    return label_drop if model.null_class else 0.0
+
+
+def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
+    """The sampler of a recipe for a model. Raises UserError on a guidance or a number of steps that cannot be."""
+    if settings.guidance < 1:
+        raise UserError(
+            f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"
+        )
+    if settings.guidance > 1 and not model.null_class:
+        raise UserError(
+            f"--guidance {settings.guidance:g} compares with a class for no label, and the model has none: --set sample.guidance=1"
+        )
+    low, high = settings.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(
+            f"sample.guidance_interval wants two shares of the timesteps, rising in [0, 1], as in 0.1,0.8; got {low:g} and {high:g}"
+        )
+    return process_spec(model).sampler(settings, model)
+
+
+def default_sampling(model: LoadedModel) -> SampleSection:
+    """The published way of sampling, with guidance where the model can have it."""
+    return SampleSection() if model.null_class else SampleSection(guidance=1.0)
+
+
+def fits(settings: SampleSection, model: LoadedModel) -> bool:
+    """Whether a recipe's way of sampling goes with a model."""
+    try:
+        sampler_of(settings, model)
+    except UserError:
+        return False
+    return True
