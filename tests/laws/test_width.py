@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.stack import num_parameters
-from tinyfusion.blocks.widths import Group, flat_kept, nested
+from tinyfusion.blocks.widths import ChannelGroup, flat_kept, nested
 from tinyfusion.cli import main
 from tinyfusion.config.recipe import PruneSection, RecoverSection, TrainingSection
 from tinyfusion.core.errors import UserError
@@ -347,9 +347,9 @@ def _rules(model: LoadedModel) -> tuple[Any, Any]:
 
 def test_the_best_of_each_section_stay_and_the_earlier_of_equals() -> None:
     scores = torch.tensor([1.0, 5.0, 5.0, 5.0, 9.0, 8.0, 0.0, 7.0])
-    assert most_important(scores, Group(4, 2)) == [1, 2, 4, 5]
-    assert most_important(scores, Group(4)) == [1, 4, 5, 7]
-    assert most_important(scores, Group(8, 2)) == list(range(8))
+    assert most_important(scores, ChannelGroup(4, 2)) == [1, 2, 4, 5]
+    assert most_important(scores, ChannelGroup(4)) == [1, 4, 5, 7]
+    assert most_important(scores, ChannelGroup(8, 2)) == list(range(8))
 
 
 def test_a_plan_of_widths_says_what_it_did_and_replays(
