@@ -31,7 +31,6 @@ from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.mask_search import (
-    Choice,
     Mask,
     mask_losses,
     plain_losses,
@@ -39,6 +38,7 @@ from tinyfusion.prune.mask_search import (
     separate_evaluations,
     shared_evaluations,
 )
+from tinyfusion.prune.scheme import BlockGroup
 
 _CHECKED = 20  # masks whose losses are compared
 _SAMPLED = 30  # masks of a piece that the plain side runs
@@ -105,7 +105,7 @@ def largest_error(model: LoadedModel, calibration: Calibration, masks: list[Mask
 def row(name: str, model: LoadedModel, keep: int, arguments: argparse.Namespace) -> str:
     calibration = one_batch(model, arguments.images)
     depth = len(model.stack)
-    masks = random_masks([Choice(tuple(range(depth)), keep)], arguments.num_masks, 0)
+    masks = random_masks([BlockGroup(0, depth, keep)], arguments.num_masks, 0)
     print(f"{name}: {len(masks):,} of {math.comb(depth, keep):,} masks", file=sys.stderr)
     error = largest_error(model, calibration, masks)
     mask_losses(model, calibration, masks[:20])  # warm

@@ -88,7 +88,7 @@ def exact_gradient(gates: GateDistribution, masks: Tensor, losses: Tensor) -> li
         else:
             candidates = torch.zeros(group.num_candidates, group.size, dtype=torch.float64)
             for row, kept in enumerate(group.candidates()):
-                candidates[row, list(kept)] = 1.0
+                candidates[row, [i - group.start for i in kept]] = 1.0
             same = (inside[:, None] == candidates[None]).all(-1)
             fits = torch.where(same.any(1), theta.double()[same.int().argmax(1)], -torch.inf)
         total = total + fits

@@ -24,8 +24,9 @@ from tinyfusion.prune import mask_search
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA, decide, searched
-from tinyfusion.prune.mask_search import Choice, Mask, all_masks, bits, shared_evaluations
+from tinyfusion.prune.mask_search import Mask, all_masks, bits, shared_evaluations
 from tinyfusion.prune.rules import bk_sdm_positions, evenly_spaced
+from tinyfusion.prune.scheme import BlockGroup
 
 ModelFactory = Callable[..., LoadedModel]
 DEPTHS = [7, 14, 19, 28]
@@ -319,7 +320,7 @@ def test_min_median_and_max_of_all_masks(tiny_model: ModelFactory) -> None:
             shared_evaluations(searched(CriterionContext(teacher, settings))) / 6 * 3, abs=0.1
         )
         assert sum(made.scores["histogram"]["counts"]) == 20
-    assert tables[0]["masks"] == [bits(mask, 6) for mask in all_masks([Choice(tuple(range(6)), 3)])]
+    assert tables[0]["masks"] == [bits(mask, 6) for mask in all_masks([BlockGroup(0, 6, 3)])]
     for name, loss in tables[0]["marks"].items():
         place = tables[0]["masks"].index(tables[0]["mark_masks"][name])
         assert loss == pytest.approx(tables[0]["losses"][place], rel=1e-5)

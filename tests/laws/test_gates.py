@@ -25,7 +25,7 @@ from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.gates import CategoricalGates, mode, probabilities
 from tinyfusion.prune.learn import mask_learner
-from tinyfusion.prune.scheme import Group, consecutive_groups, parse_scheme
+from tinyfusion.prune.scheme import BlockGroup, consecutive_groups, parse_scheme
 from tinyfusion.training.lora import add_lora, cast_frozen_linears
 from tinyfusion.training.optim import linear
 
@@ -624,15 +624,16 @@ def test_gates_stay_float32_under_autocast() -> None:
 
 
 def test_candidates_are_in_lexicographic_order() -> None:
-    assert Group(2, 4, 8).candidates() == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    assert BlockGroup(8, 4, 2).candidates() == [(8, 9), (8, 10), (8, 11), (9, 10), (9, 11), (10, 11)]
     rows = gates_for([(1, 2), (2, 4)]).candidates(1)
     assert rows.tolist() == [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]]
 
 
 @given(st.integers(1, 8).flatmap(lambda size: st.tuples(st.integers(1, size), st.just(size))))
 def test_candidates_are_all_subsets_once(pair: tuple[int, int]) -> None:
-    found = Group(*pair, 0).candidates()
-    assert len(set(found)) == len(found) == Group(*pair, 0).num_candidates == math.comb(pair[1], pair[0])
+    group = BlockGroup(0, pair[1], pair[0])
+    found = group.candidates()
+    assert len(set(found)) == len(found) == group.num_candidates == math.comb(pair[1], pair[0])
     assert found == sorted(found)
 
 
@@ -739,5 +740,5 @@ def test_the_decision_is_the_most_probable_candidate_of_each_group(pairs: list[t
     kept = set(mode(gates.groups, logits))
     for group, row in zip(gates.groups, probabilities(logits, 2.0), strict=True):
         best = group.candidates()[max(range(len(row)), key=row.__getitem__)]
-        assert {group.start + i for i in best} == {i for i in kept if group.start <= i < group.start + group.size}
+        assert set(best) == kept & set(group.blocks)
         assert sum(row) == pytest.approx(1.0, abs=1e-5)

@@ -26,7 +26,6 @@ from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import decide
 from tinyfusion.prune.mask_search import (
-    Choice,
     LossSums,
     Mask,
     all_masks,
@@ -36,6 +35,7 @@ from tinyfusion.prune.mask_search import (
     separate_evaluations,
     shared_evaluations,
 )
+from tinyfusion.prune.scheme import BlockGroup
 
 ModelFactory = Callable[..., LoadedModel]
 masks_of = st.sets(st.sets(st.integers(0, 5), min_size=1).map(lambda s: tuple(sorted(s))), min_size=1, max_size=8)
@@ -81,7 +81,7 @@ def test_losses_are_those_of_the_cut_models(tiny_model: ModelFactory, masks: set
 
 def test_losses_do_not_depend_on_layout(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither on the size of calibration batches nor on how many masks end side by side."""
-    teacher, masks = tiny_model(depth=6), all_masks([Choice(tuple(range(6)), 3)])
+    teacher, masks = tiny_model(depth=6), all_masks([BlockGroup(0, 6, 3)])
     wanted = mask_losses(teacher, calibrated(teacher, 6, 6), masks)
     monkeypatch.setattr(mask_search, "_SIDE_BY_SIDE_BYTES", 1)
     for batch_size in (1, 4, 6):
@@ -92,7 +92,7 @@ def test_losses_do_not_depend_on_layout(tiny_model: ModelFactory, monkeypatch: p
 
 
 def test_a_stopped_search_goes_on(tiny_model: ModelFactory) -> None:
-    teacher, masks = tiny_model(depth=4), all_masks([Choice(tuple(range(4)), 2)])
+    teacher, masks = tiny_model(depth=4), all_masks([BlockGroup(0, 4, 2)])
     calibration = calibrated(teacher)
     kept: list[LossSums] = []
     whole = mask_losses(
@@ -132,11 +132,11 @@ def test_sharing_counts_distinct_prefixes(masks: set[Mask]) -> None:
 @pytest.mark.parametrize(("depth", "keep", "wanted"), [(12, 6, 1715), (6, 3, 34), (4, 4, 4)])
 def test_sharing_of_all_masks_in_closed_form(depth: int, keep: int, wanted: int) -> None:
     """A prefix of length j leaves keep - j blocks to come: binom(depth - keep + j, j) of them."""
-    assert shared_evaluations(all_masks([Choice(tuple(range(depth)), keep)])) == wanted
+    assert shared_evaluations(all_masks([BlockGroup(0, depth, keep)])) == wanted
 
 
 def test_blocks_run_once_per_prefix(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, masks = tiny_model(depth=6), all_masks([Choice(tuple(range(6)), 3)])
+    teacher, masks = tiny_model(depth=6), all_masks([BlockGroup(0, 6, 3)])
     runs: Counter[int] = Counter()
     for index, block in enumerate(teacher.stack):
         block.register_forward_hook(lambda *_, index=index: runs.update([index]))
@@ -150,32 +150,32 @@ def test_blocks_run_once_per_prefix(tiny_model: ModelFactory, monkeypatch: pytes
 # --------------------------------------------------------------------------------------------------------- choosing masks
 
 
-@pytest.mark.parametrize("choices", [[Choice((0, 1, 2, 3), 2)], [Choice((0, 2), 1, (1,)), Choice((3, 4, 5), 2)]])
-def test_all_masks_are_all_in_order(choices: list[Choice]) -> None:
-    masks = all_masks(choices)
-    free = [i for c in choices for i in (*c.free, *c.fixed)]
+@pytest.mark.parametrize("groups", [[BlockGroup(0, 4, 2)], [BlockGroup(0, 3, 2, (1,)), BlockGroup(3, 3, 2)]])
+def test_all_masks_are_all_in_order(groups: list[BlockGroup]) -> None:
+    masks = all_masks(groups)
+    blocks = [i for group in groups for i in group.blocks]
     wanted = [
         kept
-        for kept in itertools.chain.from_iterable(itertools.combinations(sorted(free), n) for n in range(len(free) + 1))
-        if all(set(c.fixed) <= set(kept) and len(set(c.free) & set(kept)) == c.keep for c in choices)
+        for kept in itertools.chain.from_iterable(itertools.combinations(blocks, n) for n in range(len(blocks) + 1))
+        if all(set(g.protected) <= set(kept) and len(set(g.blocks) & set(kept)) == g.keep for g in groups)
     ]
     assert masks == sorted(wanted)
-    assert random_masks(choices, len(masks), 3) == masks
+    assert random_masks(groups, len(masks), 3) == masks
 
 
 @pytest.mark.parametrize(("size", "keep", "num"), [(28, 14, 300), (9, 4, 40), (6, 3, 12)])
 def test_random_masks_are_distinct_and_addressed(size: int, keep: int, num: int) -> None:
-    choices = [Choice(tuple(range(1, size)), keep - 1, (0,))]
-    masks = random_masks(choices, num, 5)
-    assert masks == sorted(set(masks)) == random_masks(choices, num, 5)
-    assert (masks == random_masks(choices, num, 6)) == (choices[0].count <= num)
-    assert len(masks) == min(num, choices[0].count)
+    groups = [BlockGroup(0, size, keep, (0,))]
+    masks = random_masks(groups, num, 5)
+    assert masks == sorted(set(masks)) == random_masks(groups, num, 5)
+    assert (masks == random_masks(groups, num, 6)) == (groups[0].num_candidates <= num)
+    assert len(masks) == min(num, groups[0].num_candidates)
     assert all(len(mask) == keep and mask[0] == 0 and mask == tuple(sorted(set(mask))) for mask in masks)
     assert all(isinstance(i, int) for i in masks[0])
 
 
 def test_random_masks_favour_no_block() -> None:
-    masks = random_masks([Choice(tuple(range(28)), 14)], 4000, 0)
+    masks = random_masks([BlockGroup(0, 28, 14)], 4000, 0)
     counts = Counter(i for mask in masks for i in mask)
     assert all(abs(counts[i] / 4000 - 0.5) < 5 * 0.5 / 4000**0.5 for i in range(28))
 
@@ -245,7 +245,7 @@ def two_lists(twisted: bool = False) -> tuple[LoadedModel, Calibration]:
 
 def test_several_lists_of_blocks() -> None:
     model, calibration = two_lists()
-    masks = all_masks([Choice((0, 1, 2), 2), Choice((3, 4, 5, 6), 2)])
+    masks = all_masks([BlockGroup(0, 3, 2), BlockGroup(3, 4, 2)])
     sums = mask_losses(model, calibration, masks)
     for mask, loss in zip(masks, sums.loss, strict=True):
         assert loss == pytest.approx(plain_losses(model, calibration, mask)[0], rel=1e-6)
@@ -266,4 +266,4 @@ def test_every_list_keeps_its_own_share(criterion: str) -> None:
 def test_blocks_that_cannot_be_called_alone_are_noticed() -> None:
     model, calibration = two_lists(twisted=True)
     with pytest.raises(RuntimeError, match="cannot be called one by one"):
-        mask_losses(model, calibration, all_masks([Choice((0, 1, 2), 2), Choice((3, 4, 5, 6), 2)]))
+        mask_losses(model, calibration, all_masks([BlockGroup(0, 3, 2), BlockGroup(3, 4, 2)]))

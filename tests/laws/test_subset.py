@@ -24,7 +24,7 @@ from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.gates import CategoricalGates
 from tinyfusion.prune.learn import in_pairs, mask_learner, plan_of
-from tinyfusion.prune.scheme import Group, consecutive_groups, parse_scheme
+from tinyfusion.prune.scheme import BlockGroup, consecutive_groups, parse_scheme
 from tinyfusion.prune.subset import SubsetGates, draw_subsets, inclusion_table, marginals, relaxed_top_k
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
 from tinyfusion.training.loop import train_steps
@@ -222,7 +222,7 @@ def test_one_of_two_as_a_subset_is_the_categorical(seed: int, scaling: float) ->
 @given(pair=sizes.filter(lambda pair: pair[1] > 0), seed=st.integers(0, 99))
 def test_the_mode_is_the_most_probable_subset(estimator: str, pair: tuple[int, int], seed: int) -> None:
     size, keep = pair
-    gates = SubsetGates([Group(keep, size, 10)], 0.0, estimator)
+    gates = SubsetGates([BlockGroup(10, size, keep)], 0.0, estimator)
     theta = normals(seed, size)
     best = subsets(size, keep)[int(torch.argmax(subsets(size, keep) @ theta.double()))]
     assert gates.kept(0, theta) == [10 + i for i in range(size) if best[i] == 1]
@@ -279,7 +279,7 @@ def test_too_many_candidates_point_at_subsets_and_misfits_stay_refused() -> None
 def test_candidates_with_protection_are_the_candidates_that_keep_it(pair: tuple[int, int], protected: set[int]) -> None:
     keep, size = pair
     inside = sorted(i for i in protected if i < size)[:keep]
-    group, every = Group(keep, size, 0, tuple(inside)), Group(keep, size, 0).candidates()
+    group, every = BlockGroup(0, size, keep, tuple(inside)), BlockGroup(0, size, keep).candidates()
     assert group.candidates() == [chosen for chosen in every if set(inside) <= set(chosen)]
     assert group.num_candidates == len(group.candidates())
 
@@ -325,7 +325,7 @@ def test_protection_that_cannot_be_kept_is_refused(
 def test_protection_counts_through_the_lists() -> None:
     groups = parse_scheme("1:2", {"encoder": 4, "decoder": 4}, "subset", (1, 6))
     assert [group.protected for group in groups["encoder"]] == [(1,), ()]
-    assert [group.protected for group in groups["decoder"]] == [(), (0,)]
+    assert [group.protected for group in groups["decoder"]] == [(), (2,)]
 
 
 # ------------------------------------------------------------------------------------------- the learned criterion
@@ -413,7 +413,7 @@ def test_a_group_that_is_wholly_protected_draws_nothing(estimator: str) -> None:
 
 def test_the_score_estimator_is_unbiased() -> None:
     """Its mean over very many pairs is the exact gradient of the mean loss, enumerated; a linear loss would prove little."""
-    group = Group(2, 4, 0)
+    group = BlockGroup(0, 4, 2)
     gates = SubsetGates([group], estimator="score")
     theta = gates.logits[0]
     with torch.no_grad():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.stack import num_parameters
-from tinyfusion.blocks.widths import Group, flat_kept, nested
+from tinyfusion.blocks.widths import ChannelGroup, flat_kept, nested
 from tinyfusion.cli import main
 from tinyfusion.config.recipe import PruneSection, RecoverSection, TrainingSection
 from tinyfusion.core.errors import UserError
@@ -278,7 +278,7 @@ def losses_and_gradients(context: CriterionContext) -> Iterator[tuple[float, dic
         yield float(loss.detach()), dict(zip(names, gradients, strict=True))
 
 
-def test_importance_is_the_sum_of_w_times_g_elementwise(asked: Callable[..., CriterionContext]) -> None:
+def test_importance_is_the_sum_of_w_times_g_elementwise(criterion_context: Callable[..., CriterionContext]) -> None:
     context = criterion_context(threshold=0.0)
     model = context.teacher.module
     steps = list(losses_and_gradients(context))
@@ -325,7 +325,7 @@ def test_importance_is_the_sum_of_w_times_g_elementwise(asked: Callable[..., Cri
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.9, 1.0])
-def test_timesteps_end_after_the_first_small_loss(asked: Callable[..., CriterionContext], threshold: float) -> None:
+def test_timesteps_end_after_the_first_small_loss(criterion_context: Callable[..., CriterionContext], threshold: float) -> None:
     context = criterion_context(threshold=threshold, steps="20")
     all_losses = [loss for loss, _ in losses_and_gradients(context)]
     small = [t for t, loss in enumerate(all_losses) if loss < threshold * max(all_losses[: t + 1])]
@@ -347,13 +347,13 @@ def _rules(model: LoadedModel) -> tuple[Any, Any]:
 
 def test_the_best_of_each_section_stay_and_the_earlier_of_equals() -> None:
     scores = torch.tensor([1.0, 5.0, 5.0, 5.0, 9.0, 8.0, 0.0, 7.0])
-    assert most_important(scores, Group(4, 2)) == [1, 2, 4, 5]
-    assert most_important(scores, Group(4)) == [1, 4, 5, 7]
-    assert most_important(scores, Group(8, 2)) == list(range(8))
+    assert most_important(scores, ChannelGroup(4, 2)) == [1, 2, 4, 5]
+    assert most_important(scores, ChannelGroup(4)) == [1, 4, 5, 7]
+    assert most_important(scores, ChannelGroup(8, 2)) == list(range(8))
 
 
 def test_a_plan_of_widths_says_what_it_did_and_replays(
-    asked: Callable[..., CriterionContext], tiny_model: Models
+    criterion_context: Callable[..., CriterionContext], tiny_model: Models
 ) -> None:
     context = criterion_context()
     ticks: list[int] = []

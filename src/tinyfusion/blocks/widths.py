@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Group:
+class ChannelGroup:
     """`size` channels in `sections` equal runs, each of which keeps as many (heads: one run per head)."""
 
     size: int
@@ -45,7 +45,7 @@ class WidthRules:
     in place, what slicing alone would change: (sliced tensors, old arch, new arch).
     """
 
-    groups: Callable[[Any], dict[str, Group]]
+    groups: Callable[[Any], dict[str, ChannelGroup]]
     axes: Callable[[Any], Axes]
     narrowed: Callable[[Any, Mapping[str, int]], Any]
     for_share: Callable[[Any, float], Any]
@@ -120,7 +120,7 @@ def sliced(
     return student, found
 
 
-def channel_sums(axes: Axes, groups: Mapping[str, Group], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def channel_sums(axes: Axes, groups: Mapping[str, ChannelGroup], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Per group (size,), float64 on the CPU: the sum of everything in `values` that would go with each channel.
 
     values: tensors with the names and shapes of the weights; names that are missing count nothing.
@@ -136,7 +136,7 @@ def channel_sums(axes: Axes, groups: Mapping[str, Group], values: Mapping[str, T
     return sums
 
 
-def num_elements(shapes: Mapping[str, Sequence[int]], axes: Axes, groups: Mapping[str, Group]) -> int:
+def num_elements(shapes: Mapping[str, Sequence[int]], axes: Axes, groups: Mapping[str, ChannelGroup]) -> int:
     """Parameters of a model with these `groups`, from the `shapes` of any other of its family and depth."""
     total = 0
     for name, shape in shapes.items():

@@ -47,7 +47,7 @@ from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
 from tinyfusion.jobs.training import finished
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.criteria import by_indices
-from tinyfusion.prune.rules import shares
+from tinyfusion.prune.rules import list_groups
 from tinyfusion.prune.scheme import parse_scheme
 from tinyfusion.sample.drive import sample as draw_samples
 
@@ -203,7 +203,7 @@ def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
         groups = parse_scheme(settings.scheme, depths, settings.distribution, settings.protect)
         kept = {name: [g.start + i for g in listed for i in range(g.keep)] for name, listed in groups.items()}
     else:
-        kept = {name: list(range(share.keep)) for name, share in shares(teacher, settings).items()}
+        kept = {name: list(range(group.keep)) for name, group in list_groups(teacher, settings).items()}
     return PrunePlan(kept=kept, depth=depths, criterion="stand-in")
 
 

@@ -51,7 +51,7 @@ def criterion_context(recipe: Recipe, teacher: LoadedModel) -> CriterionContext:
     if CRITERIA[settings.criterion].evaluations is None:
         decide(context)
         return context
-    _ = context.shares  # raises
+    _ = context.groups  # raises
     if settings.criterion == "width":
         check_width(teacher, settings)
     device = device_for(recipe)
@@ -89,8 +89,8 @@ def describe_criterion(context: CriterionContext) -> dict[str, str]:
             f"{settings.width_share:.0%} of the parameters: every block, {groups['residual'].size} channels wide"
         )
     else:
-        parts = context.shares.items()
-        says["keeps"] = "; ".join(f"{part.keep} of {part.depth} ({name})" for name, part in parts)
+        groups = context.groups.items()
+        says["keeps"] = "; ".join(f"{group.keep} of {group.size} ({name})" for name, group in groups)
         if settings.protect:
             says["protected"] = ", ".join(map(str, sorted(set(settings.protect))))
     if context.calibration is None:

@@ -11,7 +11,8 @@ from tinyfusion.config.recipe import PruneSection
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune.calibrate import Calibration, Tick
 from tinyfusion.prune.mask_search import LossSums
-from tinyfusion.prune.rules import Share, shares
+from tinyfusion.prune.rules import list_groups
+from tinyfusion.prune.scheme import BlockGroup
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class CriterionContext:
         return self.calibration
 
     @property
-    def shares(self) -> dict[str, Share]:
-        """What every list keeps."""
-        return shares(self.teacher, self.settings)
+    def groups(self) -> dict[str, BlockGroup]:
+        """What every list keeps, blocks counted through the lists."""
+        return list_groups(self.teacher, self.settings)
 
 
 def plan_for(
@@ -60,7 +61,7 @@ def plan_for(
     looked = {} if not evaluations or calibration is None else {"calibration": calibration.record()}
     images = evaluations / len(teacher.stack) * calibration.images if calibration else 0.0
     return PrunePlan(
-        kept={name: [i - context.shares[name].start for i in listed] for name, listed in kept.items()},
+        kept={name: [i - context.groups[name].start for i in listed] for name, listed in kept.items()},
         depth=teacher.stack.depths(),
         criterion=context.settings.criterion,
         scores={"meaning": meaning, **(scores or {}), **(more or {}), **looked},

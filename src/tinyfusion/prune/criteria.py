@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,6 @@ from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune.calibrate import block_statistics
 from tinyfusion.prune.context import CriterionContext, plan_for
 from tinyfusion.prune.mask_search import (
-    Choice,
     Mask,
     bits,
     loss_summary,
@@ -36,8 +35,8 @@ from tinyfusion.prune.mask_search import (
     short,
     tick_from,
 )
-from tinyfusion.prune.rules import Share, bk_sdm_positions, evenly_spaced
-from tinyfusion.prune.scheme import check_range
+from tinyfusion.prune.rules import bk_sdm_positions, evenly_spaced
+from tinyfusion.prune.scheme import BlockGroup, check_range
 from tinyfusion.prune.width import by_width, width_evaluations
 
 MAX_LISTED_MASKS = 2000  # a plan of more masks has a summary of their losses
@@ -108,16 +107,16 @@ def _one_shot(context: CriterionContext) -> PrunePlan:
 def _all_but_one(context: CriterionContext) -> tuple[Mask, list[Mask]]:
     """The whole model's mask, and it with every mask that lacks one block; a list's only block stays."""
     whole = tuple(range(len(context.teacher.stack)))
-    alone = {part.start for part in context.shares.values() if part.depth == 1}
+    alone = {group.start for group in context.groups.values() if group.size == 1}
     return whole, sorted([whole, *(_without(whole, block) for block in whole if block not in alone)])
 
 
 def _greedy(context: CriterionContext) -> PrunePlan:
-    parts, kept = context.shares.values(), tuple(range(len(context.teacher.stack)))
+    groups, kept = context.groups.values(), tuple(range(len(context.teacher.stack)))
     added: list[float] = [math.inf] * len(kept)
     removed: list[int] = []
     loss, work = math.nan, 0
-    while free := [i for p in parts if len({*kept} & {*p.blocks}) > p.keep for i in p.free if i in kept]:
+    while free := [i for g in groups if len({*kept} & {*g.blocks}) > g.keep for i in g.free if i in kept]:
         tried = sorted([_without(kept, block) for block in free] + ([] if removed else [kept]))
         tick = partial(tick_from, context.tick, work * len(context.images.batches))
         sums = mask_losses(context.teacher, context.images, tried, tick, prove=not removed)
@@ -132,7 +131,7 @@ def _greedy(context: CriterionContext) -> PrunePlan:
         loss = losses[kept]
     return plan_for(
         context,
-        {name: part.best(kept) for name, part in context.shares.items()},
+        {name: _best(group, kept) for name, group in context.groups.items()},
         "loss (mse + vb) added by removing the block, when that was last tried; null where it was not, or not finite",
         _by_list(context, added),
         work,
@@ -159,13 +158,18 @@ def _ranked(
 ) -> PrunePlan:
     """The blocks of highest rank stay; one that is not a number is the highest. `scores` are what the plan says."""
     order = sorted(range(len(ranks)), key=lambda i: (-_or_infinite(ranks[i]), i))
-    kept = {name: part.best(order) for name, part in context.shares.items()}
+    kept = {name: _best(group, order) for name, group in context.groups.items()}
     work = len(ranks) if evaluations is None else evaluations
     return plan_for(context, kept, meaning, _by_list(context, scores), work, more)
 
 
+def _best(group: BlockGroup, order: Iterable[int]) -> tuple[int, ...]:
+    """The protected blocks, and of the free ones the first in `order`."""
+    return group.with_protected([i for i in order if i in group.free][: group.keep_free])
+
+
 def _by_list(context: CriterionContext, scores: Sequence[float]) -> dict[str, Any]:
-    return {name: [_finite(scores[i]) for i in part.blocks] for name, part in context.shares.items()}
+    return {name: [_finite(scores[i]) for i in group.blocks] for name, group in context.groups.items()}
 
 
 def _finite(value: float) -> float | None:
@@ -182,25 +186,25 @@ def _or_infinite(value: float) -> float:
 
 def by_first(context: CriterionContext) -> PrunePlan:
     """The first blocks stay."""
-    return _ruled(context, lambda part: part.free[: part.free_keep])
+    return _ruled(context, lambda group: group.free[: group.keep_free])
 
 
 def by_last(context: CriterionContext) -> PrunePlan:
     """The last blocks stay."""
-    return _ruled(context, lambda part: part.free[len(part.free) - part.free_keep :])
+    return _ruled(context, lambda group: group.free[len(group.free) - group.keep_free :])
 
 
 def by_uniform(context: CriterionContext) -> PrunePlan:
     """Evenly spaced blocks stay, first and last among them; protected ones are set aside, and the others spaced evenly."""
-    return _ruled(context, lambda part: [part.free[i] for i in evenly_spaced(len(part.free), part.free_keep)])
+    return _ruled(context, lambda group: [group.free[i] for i in evenly_spaced(len(group.free), group.keep_free)])
 
 
 def by_random(context: CriterionContext) -> PrunePlan:
     """A random choice, addressed by (seed, list)."""
 
-    def draw(part: Share) -> list[int]:
-        order = Randomness(context.seed).permutation(f"random/{part.start}", 0, len(part.free))
-        return [part.free[int(i)] for i in order[: part.free_keep]]
+    def draw(group: BlockGroup) -> list[int]:
+        order = Randomness(context.seed).permutation(f"random/{group.start}", 0, len(group.free))
+        return [group.free[int(i)] for i in order[: group.keep_free]]
 
     return _ruled(context, draw)
 
@@ -209,15 +213,15 @@ def by_bk_sdm(context: CriterionContext) -> PrunePlan:
     """BK-SDM's rule (arXiv 2305.15798) as TinyFusion applies it; see `rules.bk_sdm_positions`."""
     listed = context.settings.bk_sdm_list
     kept = {
-        name: [part.start + i for i in bk_sdm_positions(part.depth, listed, [i - part.start for i in part.protected])]
-        for name, part in context.shares.items()
+        name: [g.start + i for i in bk_sdm_positions(g.size, listed, [i - g.start for i in g.protected])]
+        for name, g in context.groups.items()
     }
     return plan_for(context, kept, f"no scores: a fixed rule, {listed} list")
 
 
-def _ruled(context: CriterionContext, choose: Callable[[Share], Sequence[int]]) -> PrunePlan:
+def _ruled(context: CriterionContext, choose: Callable[[BlockGroup], Sequence[int]]) -> PrunePlan:
     """`choose` picks among the free blocks of each list."""
-    kept = {name: sorted([*part.protected, *choose(part)]) for name, part in context.shares.items()}
+    kept = {name: group.with_protected(choose(group)) for name, group in context.groups.items()}
     return plan_for(context, kept, "no scores: a fixed rule")
 
 
@@ -273,7 +277,7 @@ def by_calibration_loss(context: CriterionContext) -> PrunePlan:
     facts = {"num_masks": len(masks), "all_masks": there, "exact": len(masks) == there, "loss": short(losses[chosen])}
     plan = plan_for(
         context,
-        {name: [i for i in masks[chosen] if i in part.blocks] for name, part in context.shares.items()},
+        {name: [i for i in masks[chosen] if i in group.blocks] for name, group in context.groups.items()},
         "calibration loss (mse + vb) of whole masks, one bit per block, 1 for kept; null where it is not finite",
         {**facts, **loss_summary(losses[finite]), **(table if listed else {})},
         shared_evaluations(masks),
@@ -286,22 +290,18 @@ def by_calibration_loss(context: CriterionContext) -> PrunePlan:
 
 def searched(context: CriterionContext) -> list[Mask]:
     """The masks that a search tries, in lexicographic order."""
-    return random_masks(_choices(context), context.settings.num_masks, context.seed)
+    return random_masks(list(context.groups.values()), context.settings.num_masks, context.seed)
 
 
 def space(context: CriterionContext) -> int:
     """How many masks there are."""
-    return math.prod(choice.count for choice in _choices(context))
-
-
-def _choices(context: CriterionContext) -> list[Choice]:
-    return [Choice(p.free, p.free_keep, tuple(sorted(p.protected))) for p in context.shares.values()]
+    return math.prod(group.num_candidates for group in context.groups.values())
 
 
 def _marks(context: CriterionContext) -> dict[str, Any]:
     """Where the cheap criteria stand among the losses; one that cannot keep as many blocks is left out."""
     found: dict[str, Mask] = {}
-    wanted = sum(part.keep for part in context.shares.values())
+    wanted = sum(group.keep for group in context.groups.values())
     for name in _MARKED:
         settings = dataclasses.replace(context.settings, criterion=name, num_keep=None, sensitivity_order="one-shot")
         settings = settings if name == "bk-sdm" else dataclasses.replace(settings, num_keep=context.settings.num_keep)
@@ -329,7 +329,7 @@ def _sensitivity_evaluations(context: CriterionContext) -> int:
     """Protected blocks are tried or not, which changes little; greedy as if none were protected."""
     if context.settings.sensitivity_order == "one-shot":
         return shared_evaluations(_all_but_one(context)[1])
-    left, depth = sum(part.keep for part in context.shares.values()), len(context.teacher.stack)
+    left, depth = sum(group.keep for group in context.groups.values()), len(context.teacher.stack)
     rounds = [list(itertools.combinations(range(size), size - 1)) for size in range(depth, left, -1)]
     return sum(map(shared_evaluations, rounds)) + (1 if rounds else 0)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.rng import Draws
-from tinyfusion.prune.scheme import Group
+from tinyfusion.prune.scheme import BlockGroup
 
 
 class GateDistribution(nn.Module, ABC):
@@ -22,7 +22,7 @@ class GateDistribution(nn.Module, ABC):
     meaning: str  # of `probabilities`, for the plan
     paired = False  # whether `surrogate` compares neighbours that differ in nothing but their masks
 
-    def __init__(self, groups: Sequence[Group], sizes: Sequence[int], logit_init: float) -> None:
+    def __init__(self, groups: Sequence[BlockGroup], sizes: Sequence[int], logit_init: float) -> None:
         super().__init__()
         self.groups = list(groups)
         self.logits = nn.ParameterList([nn.Parameter(torch.full((size,), logit_init)) for size in sizes])
@@ -57,12 +57,12 @@ class CategoricalGates(GateDistribution):
 
     meaning = "probability of each candidate of each group, candidates in lexicographic order"
 
-    def __init__(self, groups: Sequence[Group], logit_init: float = 0.02) -> None:
+    def __init__(self, groups: Sequence[BlockGroup], logit_init: float = 0.02) -> None:
         super().__init__(groups, [g.num_candidates for g in groups], logit_init)
         for index, group in enumerate(self.groups):
             rows = torch.zeros(group.num_candidates, group.size)
             for row, kept in enumerate(group.candidates()):
-                rows[row, list(kept)] = 1.0
+                rows[row, [i - group.start for i in kept]] = 1.0
             self.register_buffer(f"candidates_{index}", rows, persistent=False)
 
     def candidates(self, group: int) -> Tensor:
@@ -105,12 +105,11 @@ class CategoricalGates(GateDistribution):
         return [max(self.probabilities(index, theta, scaling))]
 
 
-def mode(groups: Sequence[Group], logits: Sequence[Tensor]) -> list[int]:
+def mode(groups: Sequence[BlockGroup], logits: Sequence[Tensor]) -> list[int]:
     """Kept block indices of the most probable candidates; the first of equals."""
     kept: list[int] = []
     for group, theta in zip(groups, logits, strict=True):
-        chosen = group.candidates()[int(torch.argmax(theta))]
-        kept += [group.start + position for position in chosen]
+        kept += group.candidates()[int(torch.argmax(theta))]
     return kept
 
 

@@ -22,7 +22,7 @@ from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction
 from tinyfusion.prune.gates import CategoricalGates, GateDistribution
-from tinyfusion.prune.scheme import Group, parse_scheme
+from tinyfusion.prune.scheme import BlockGroup, parse_scheme
 from tinyfusion.prune.subset import SubsetGates
 from tinyfusion.training.ema import Ema
 from tinyfusion.training.lora import add_lora, cast_frozen_linears
@@ -84,7 +84,7 @@ class MaskLearner:
 
     module: nn.Module
     objective: GatedObjective
-    groups: dict[str, list[Group]]
+    groups: dict[str, list[BlockGroup]]
     parameter_groups: list[ParameterGroup]
     teacher_parameters: int
 
@@ -104,7 +104,7 @@ class MaskLearner:
 class Decision:
     """The mode and the probabilities of averaged logits, split by list of blocks."""
 
-    groups: Mapping[str, list[Group]]
+    groups: Mapping[str, list[BlockGroup]]
     gates: GateDistribution
     logits: list[Tensor]
     scaling: float
@@ -194,7 +194,7 @@ def mask_learner(
     )
 
 
-def _gates(groups: list[Group], settings: PruneSection) -> GateDistribution:
+def _gates(groups: list[BlockGroup], settings: PruneSection) -> GateDistribution:
     """The distribution that the recipe names."""
     if settings.distribution == "subset":
         return SubsetGates(groups, settings.logit_init, settings.subset_estimator)

@@ -30,6 +30,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.prune.calibrate import Calibration, Tick
+from tinyfusion.prune.scheme import BlockGroup
 
 States = tuple[Tensor | None, ...]  # the streams of a block
 Mask = tuple[int, ...]  # kept blocks by global index, ascending
@@ -41,41 +42,28 @@ _HISTOGRAM_BINS = 60
 _TOLERANCE = 1e-3  # relative, of the losses that a search checks itself on
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Of the blocks `free` of one list, `keep` stay, and all of `fixed` do; global indices."""
-
-    free: tuple[int, ...]
-    keep: int
-    fixed: tuple[int, ...] = ()
-
-    @property
-    def count(self) -> int:
-        """Number of masks."""
-        return math.comb(len(self.free), self.keep)
-
-
-def all_masks(choices: Sequence[Choice]) -> list[Mask]:
+def all_masks(groups: Sequence[BlockGroup]) -> list[Mask]:
     """Every mask, one choice per list, in lexicographic order."""
-    parts = [[tuple(sorted((*c.fixed, *kept))) for kept in itertools.combinations(c.free, c.keep)] for c in choices]
-    return sorted(tuple(itertools.chain(*picked)) for picked in itertools.product(*parts))
+    return sorted(
+        tuple(itertools.chain(*picked)) for picked in itertools.product(*(group.candidates() for group in groups))
+    )
 
 
-def random_masks(choices: Sequence[Choice], num: int, seed: int) -> list[Mask]:
+def random_masks(groups: Sequence[BlockGroup], num: int, seed: int) -> list[Mask]:
     """`num` distinct masks drawn uniformly, or all where there are no more, in lexicographic order."""
-    total = math.prod(choice.count for choice in choices)
+    total = math.prod(group.num_candidates for group in groups)
     if total <= _ENUMERATED * num:
-        masks = all_masks(choices)
+        masks = all_masks(groups)
         order = Randomness(seed).permutation("masks", 0, total) if total > num else range(total)
         return sorted(masks[int(i)] for i in order[:num])
     found: dict[Mask, None] = {}
     for turn in itertools.count():
         draws = Randomness(seed).at(turn, 0, num)
         parts = []
-        for index, choice in enumerate(choices):
-            order = np.argsort(draws.uniform(f"masks/{index}", (len(choice.free),)), axis=1)[:, : choice.keep]
-            kept = np.array(choice.free, dtype=np.int64)[order]
-            fixed = np.tile(np.array(choice.fixed, dtype=np.int64), (num, 1))
+        for index, group in enumerate(groups):
+            order = np.argsort(draws.uniform(f"masks/{index}", (len(group.free),)), axis=1)[:, : group.keep_free]
+            kept = np.array(group.free, dtype=np.int64)[order]
+            fixed = np.tile(np.array(group.protected, dtype=np.int64), (num, 1))
             parts.append(np.sort(np.concatenate([kept, fixed], axis=1), axis=1))
         found.update(dict.fromkeys(map(tuple, np.concatenate(parts, axis=1).tolist())))
         if len(found) >= num:

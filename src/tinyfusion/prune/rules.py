@@ -2,59 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from tinyfusion.blocks.plan import first_blocks
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.prune.scheme import check_range
+from tinyfusion.prune.scheme import BlockGroup, check_range
 
 OLD_BK_SDM_DEPTH = 28
 
 
-@dataclass(frozen=True)
-class Share:
-    """One list's part: blocks `start .. start + depth - 1`, of which `keep` stay, the protected among them."""
+def list_groups(teacher: LoadedModel, settings: PruneSection) -> dict[str, BlockGroup]:
+    """Every list of blocks as one group, blocks counted through the lists.
 
-    start: int
-    depth: int
-    keep: int
-    protected: frozenset[int] = frozenset()
-
-    @property
-    def blocks(self) -> range:
-        """Global indices."""
-        return range(self.start, self.start + self.depth)
-
-    @property
-    def free(self) -> tuple[int, ...]:
-        """Blocks that the criterion decides on."""
-        return tuple(i for i in self.blocks if i not in self.protected)
-
-    @property
-    def free_keep(self) -> int:
-        """How many of the free blocks stay."""
-        return self.keep - len(self.protected)
-
-    def best(self, order: Iterable[int]) -> list[int]:
-        """The protected blocks, and of the free ones the first in `order`."""
-        ranked = [i for i in order if i in self.blocks and i not in self.protected]
-        return sorted([*self.protected, *ranked[: self.free_keep]])
-
-
-def shares(teacher: LoadedModel, settings: PruneSection) -> dict[str, Share]:
-    """What every list keeps: `num_keep` blocks, None half of them, rounded up. BK-SDM's number follows from its rule.
+    `num_keep` of each list stay; None: half, rounded up. BK-SDM's number follows from its rule.
 
     Raises UserError where a list has not that many, or more are protected, or a protected block does not exist.
     """
     depths = teacher.stack.depths()
     check_range("--protect", sorted(set(settings.protect)), depths)
-    found: dict[str, Share] = {}
+    groups: dict[str, BlockGroup] = {}
     for name, start in first_blocks(depths).items():
         depth = depths[name]
-        own = frozenset(i for i in settings.protect if start <= i < start + depth)
+        own = sorted({i for i in settings.protect if start <= i < start + depth})
         if settings.criterion == "bk-sdm":
             keep = len(bk_sdm_positions(depth, settings.bk_sdm_list, [i - start for i in own]))
             _check_rule(name, keep, depth, settings.num_keep)
@@ -69,8 +40,8 @@ def shares(teacher: LoadedModel, settings: PruneSection) -> dict[str, Share]:
                 f"--protect names {len(own)} blocks of list {name}, of which only {keep} stay: "
                 f"protect fewer, or give --num-keep {len(own)}"
             )
-        found[name] = Share(start, depth, keep, own)
-    return found
+        groups[name] = BlockGroup(start, depth, keep, tuple(own))
+    return groups
 
 
 def _check_rule(name: str, keep: int, depth: int, wanted: int | None) -> None:

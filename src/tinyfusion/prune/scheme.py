@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinyfusion.blocks.plan import first_blocks
@@ -20,40 +20,51 @@ MAX_CANDIDATES = 1_000_000
 
 
 @dataclass(frozen=True)
-class Group:
-    """Keep `keep` (N) of the `size` (M) consecutive blocks that begin at `start`, the positions in `protected` (P) always."""
+class BlockGroup:
+    """`size` (M) consecutive blocks from `start`, of which `keep` (N) stay; the `protected` (P) are among those.
 
-    keep: int
-    size: int
+    Blocks are named by their index, within one list or through all of them: as `start` counts.
+    """
+
     start: int
+    size: int
+    keep: int
     protected: tuple[int, ...] = ()
 
     @property
+    def blocks(self) -> range:
+        """Every block of the group."""
+        return range(self.start, self.start + self.size)
+
+    @property
     def free(self) -> tuple[int, ...]:
-        """Positions within the group that may stay or go, ascending."""
-        return tuple(i for i in range(self.size) if i not in self.protected)
+        """Blocks that may stay or go, ascending."""
+        return tuple(i for i in self.blocks if i not in self.protected)
 
     @property
     def keep_free(self) -> int:
-        """How many of the free positions stay."""
+        """How many of the free blocks stay."""
         return self.keep - len(self.protected)
 
     @property
     def num_candidates(self) -> int:
         """binom(M - P, N - P); binom(M, N) where nothing is protected."""
-        return math.comb(self.size - len(self.protected), self.keep_free)
+        return math.comb(len(self.free), self.keep_free)
 
     def candidates(self) -> list[tuple[int, ...]]:
-        """Kept positions within the group, in lexicographic order (2:4: 01, 02, 03, 12, 13, 23)."""
-        every = itertools.combinations(self.free, self.keep_free)
-        return sorted(tuple(sorted((*self.protected, *chosen))) for chosen in every)
+        """Every choice of kept blocks, in lexicographic order (2:4 from 0: 01, 02, 03, 12, 13, 23)."""
+        return sorted(self.with_protected(free) for free in itertools.combinations(self.free, self.keep_free))
+
+    def with_protected(self, free: Iterable[int]) -> tuple[int, ...]:
+        """The kept blocks where `free` ones stay beside the protected, ascending."""
+        return tuple(sorted((*self.protected, *free)))
 
 
-def consecutive_groups(pairs: Sequence[Sequence[int]]) -> list[Group]:
+def consecutive_groups(pairs: Iterable[Sequence[int]]) -> list[BlockGroup]:
     """Groups that follow one another, from [(N kept, M size), ...]."""
-    groups: list[Group] = []
+    groups: list[BlockGroup] = []
     for keep, size in pairs:
-        groups.append(Group(keep, size, groups[-1].start + groups[-1].size if groups else 0))
+        groups.append(BlockGroup(groups[-1].blocks.stop if groups else 0, size, keep))
     return groups
 
 
@@ -78,7 +89,7 @@ def scheme_pairs(scheme: str) -> list[tuple[int, int]]:
 
 def parse_scheme(
     scheme: str, depths: Mapping[str, int], distribution: str = "categorical", protect: Sequence[int] = ()
-) -> dict[str, list[Group]]:
+) -> dict[str, list[BlockGroup]]:
     """The groups of every list of blocks.
 
     A single N:M fills each list; an explicit sum must fill the only list exactly. protect: blocks that stay, counted
@@ -88,7 +99,7 @@ def parse_scheme(
     """
     pairs = scheme_pairs(scheme)
     uniform = len(pairs) == 1 and "x" not in scheme
-    groups: dict[str, list[Group]] = {}
+    groups: dict[str, list[BlockGroup]] = {}
     for name, depth in depths.items():
         used = pairs * (depth // pairs[0][1]) if uniform else pairs
         if sum(size for _, size in used) != depth:
@@ -105,22 +116,21 @@ def parse_scheme(
 
 
 def _protected(
-    scheme: str, groups: dict[str, list[Group]], depths: Mapping[str, int], protect: Sequence[int]
-) -> dict[str, list[Group]]:
+    scheme: str, groups: dict[str, list[BlockGroup]], depths: Mapping[str, int], protect: Sequence[int]
+) -> dict[str, list[BlockGroup]]:
     """The same groups with the blocks `protect` fixed."""
     check_range("--protect", sorted(set(protect)), depths)
-    fixed: dict[str, list[Group]] = {}
+    fixed: dict[str, list[BlockGroup]] = {}
     for name, first in first_blocks(depths).items():
         fixed[name] = []
         for group in groups[name]:
-            begin = first + group.start
-            inside = sorted({i for i in protect if begin <= i < begin + group.size})
+            inside = sorted({i for i in protect if i - first in group.blocks})
             if len(inside) > group.keep:
                 raise UserError(
-                    f"scheme {scheme!r} keeps {group.keep} of blocks {begin} to {begin + group.size - 1}, --protect "
-                    f"wants {', '.join(map(str, inside))}: protect fewer of them, or use a scheme that keeps more there"
+                    f"scheme {scheme!r} keeps {group.keep} of blocks {first + group.start} to {first + group.blocks[-1]}, "
+                    f"--protect wants {', '.join(map(str, inside))}: protect fewer of them, or use a scheme that keeps more there"
                 )
-            fixed[name].append(dataclasses.replace(group, protected=tuple(i - begin for i in inside)))
+            fixed[name].append(dataclasses.replace(group, protected=tuple(i - first for i in inside)))
     return fixed
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinyfusion.core.rng import Draws
 from tinyfusion.prune.gates import GateDistribution
-from tinyfusion.prune.scheme import Group
+from tinyfusion.prune.scheme import BlockGroup
 
 
 def inclusion_table(z: Tensor, keep: int) -> Tensor:
@@ -94,7 +94,7 @@ class SubsetGates(GateDistribution):
 
     meaning = "marginal probability of each block of each group, of subsets with exactly N of its M blocks"
 
-    def __init__(self, groups: Sequence[Group], logit_init: float = 0.02, estimator: str = "marginals") -> None:
+    def __init__(self, groups: Sequence[BlockGroup], logit_init: float = 0.02, estimator: str = "marginals") -> None:
         super().__init__(groups, [g.size for g in groups], logit_init)
         self.estimator = estimator
         self.paired = estimator == "score"
@@ -111,7 +111,8 @@ class SubsetGates(GateDistribution):
         """Gates (B, L): 0/1 forward. The temperature is that of the relaxation; exact marginals have none."""
         parts = []
         for index, (group, theta) in enumerate(zip(self.groups, self.logits, strict=True)):
-            free, drawn = list(group.free), noise[index][:, list(group.free)]
+            free = _columns(group)
+            drawn = noise[index][:, free]
             if not free:  # all protected: nothing to draw, and no gradient
                 parts.append(drawn.new_ones(len(drawn), group.size) + 0 * theta.sum())
                 continue
@@ -149,8 +150,8 @@ class SubsetGates(GateDistribution):
         """The most probable subset: the largest logits, the first of equals, and what is protected."""
         group = self.groups[index]
         values = theta.tolist()
-        ranked = sorted(group.free, key=lambda position: -values[position])
-        return sorted(group.start + position for position in (*ranked[: group.keep_free], *group.protected))
+        ranked = sorted(group.free, key=lambda block: -values[block - group.start])
+        return list(group.with_protected(ranked[: group.keep_free]))
 
     @torch.no_grad()
     def probabilities(self, index: int, theta: Tensor, scaling: float) -> list[float]:
@@ -159,7 +160,7 @@ class SubsetGates(GateDistribution):
         found = torch.ones(group.size)
         if group.free:
             z = scaled(group, theta.cpu(), scaling)
-            found[list(group.free)] = marginals(inclusion_table(z, group.keep_free))
+            found[_columns(group)] = marginals(inclusion_table(z, group.keep_free))
         return [float(value) for value in found.tolist()]
 
     def confidence(self, index: int, theta: Tensor, scaling: float) -> list[float]:
@@ -168,13 +169,18 @@ class SubsetGates(GateDistribution):
         return [row[block - start] for block in self.kept(index, theta)]
 
 
-def _tabled_draw(group: Group, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _columns(group: BlockGroup) -> list[int]:
+    """Where the free blocks stand in a row of the group."""
+    return [i - group.start for i in group.free]
+
+
+def _tabled_draw(group: BlockGroup, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """`inclusion_table` of a group's free blocks, z (M,), and the subsets of them (B, M) that its noise (B, M_g) draws."""
     table = inclusion_table(z, group.keep_free)
-    return table, draw_subsets(table, noise[:, list(group.free)])
+    return table, draw_subsets(table, noise[:, _columns(group)])
 
 
-def scaled(group: Group, theta: Tensor, scaling: float) -> Tensor:
+def scaled(group: BlockGroup, theta: Tensor, scaling: float) -> Tensor:
     """z (M,) of the free blocks of a group. Centred: p does not depend on the mean of theta, so nothing should drift."""
-    free = theta[list(group.free)].float()
+    free = theta[_columns(group)].float()
     return scaling * (free - free.mean())

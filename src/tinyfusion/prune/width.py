@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan
-from tinyfusion.blocks.widths import Group, WidthRules, channel_sums, nested
+from tinyfusion.blocks.widths import ChannelGroup, WidthRules, channel_sums, nested
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
@@ -80,7 +80,7 @@ def width_evaluations(context: CriterionContext) -> int:
     return math.ceil(_PASSES * context.images.objective.num_levels * len(context.teacher.stack) / batches)
 
 
-def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, Group]:
+def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, ChannelGroup]:
     """The groups of the student that `settings.width_share` asks for. Raises UserError where there is none."""
     rules = teacher.family.widths
     if settings.num_keep is not None:
@@ -127,7 +127,7 @@ def importance(module: nn.Module, rules: WidthRules, arch: object) -> dict[str, 
     return channel_sums(rules.axes(arch), rules.groups(arch), terms)
 
 
-def most_important(scores: Tensor, group: Group) -> list[int]:
+def most_important(scores: Tensor, group: ChannelGroup) -> list[int]:
     """Indices, ascending, of the `group.size` channels of greatest score, as many of each of its sections."""
     by_section = scores.view(group.sections, -1)
     best = by_section.argsort(dim=1, descending=True, stable=True)[:, : group.size // group.sections]

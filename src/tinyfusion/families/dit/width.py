@@ -16,18 +16,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tinyfusion.blocks.widths import Axes, Axis, Group, WidthRules, num_elements
+from tinyfusion.blocks.widths import Axes, Axis, ChannelGroup, WidthRules, num_elements
 from tinyfusion.families.dit.model import HEADS_BY_WIDTH, MLP_RATIO, DiT, DiTArch, position_table
 
 SHARE_TOLERANCE = 0.02  # how far the number of parameters may lie from the wanted one, as a share of it
 
 
-def width_groups(arch: DiTArch) -> dict[str, Group]:
+def width_groups(arch: DiTArch) -> dict[str, ChannelGroup]:
     """Every group of channels."""
     width, inner = arch.hidden_size, arch.num_heads * arch.head_width
-    groups = {name: Group(width) for name in ("residual", "condition", "timestep")}
-    groups |= {f"heads.blocks.{i}": Group(inner, arch.num_heads) for i in range(arch.depth)}
-    return groups | {f"hidden.blocks.{i}": Group(arch.mlp_width) for i in range(arch.depth)}
+    groups = {name: ChannelGroup(width) for name in ("residual", "condition", "timestep")}
+    groups |= {f"heads.blocks.{i}": ChannelGroup(inner, arch.num_heads) for i in range(arch.depth)}
+    return groups | {f"hidden.blocks.{i}": ChannelGroup(arch.mlp_width) for i in range(arch.depth)}
 
 
 def width_axes(arch: DiTArch) -> Axes:
