@@ -23,7 +23,6 @@ import torch
 from shared import quartiles, spread
 from tinyfusion.commands.dynamic import dynamic
 from tinyfusion.commands.evaluate import evaluate
-from tinyfusion.commands.inspect import model_macs
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
 from tinyfusion.commands.sample import sample
@@ -32,11 +31,12 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import read_json, write_json, write_text
 from tinyfusion.dynamic.macs import total_macs
-from tinyfusion.evaluate.speed import interleaved, speedup
+from tinyfusion.evaluate.timing import interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
 from tinyfusion.models.checkpoint import open_model
+from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import sample as draw_samples
 
 TEACHER = "digits"

@@ -33,10 +33,10 @@ from tinyfusion.core.rundir import write_text
 from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.dynamic.modulations import ROWS_AHEAD
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
-from tinyfusion.evaluate.speed import count_macs
 from tinyfusion.jobs.sampling_setup import in_dtype
 from tinyfusion.models.attach import DynamicModel, attach, detached
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.macs import count_macs
 
 CPU = torch.device("cpu")
 TIMESTEPS = [float(t) for t in range(990, 350, -20)]  # of a trajectory

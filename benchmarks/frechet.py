@@ -30,8 +30,8 @@ from shared import quartiles
 from tinyfusion.core.rundir import write_text
 from tinyfusion.evaluate.features import Features
 from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance, precision_recall
-from tinyfusion.evaluate.speed import interleaved
 from tinyfusion.evaluate.statistics import summarise
+from tinyfusion.evaluate.timing import interleaved
 
 CASES = ((512, 5000, 5000), (1024, 5000, 5000), (2048, 10_000, 10_000), (2048, 1000, 10_000))  # D, N1, N2
 WIDTHS = (2048, 2023, 1008)  # pooled, spatial, classes

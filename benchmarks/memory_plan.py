@@ -38,13 +38,13 @@ from tinyfusion.families.family import FAMILIES
 from tinyfusion.jobs.footprint import footprint_of
 from tinyfusion.jobs.memory import fitting_lines, memory_plan
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, make_trainable
-from tinyfusion.processes.base import Batch
+from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.training.engine import Engine
-from tinyfusion.training.loop import LoopObjective, train_steps
+from tinyfusion.training.loop import train_steps
 from tinyfusion.training.lora import add_lora
 from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState
@@ -117,7 +117,7 @@ class Made:
 
     state: TrainState
     stack: BlockStack
-    objective: LoopObjective
+    objective: Objective
     beside: list[torch.nn.Module]
 
 

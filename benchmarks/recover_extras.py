@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import frozen
-from tinyfusion.commands.evaluate import open_extractor
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json, write_text
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
+from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.metrics import feature_moments, frechet_distance
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction

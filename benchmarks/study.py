@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyfusion.commands.evaluate import open_extractor
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
 from tinyfusion.config.loading import load_recipe
@@ -31,6 +30,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json
 from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance
 from tinyfusion.jobs.assemble import RunOptions, image_set
 from tinyfusion.jobs.process_specs import objective_for

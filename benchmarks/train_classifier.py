@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from tinyfusion.data.batches import ArrayBatch, ShuffledBatches
 from tinyfusion.data.digits import ImageSet
 from tinyfusion.evaluate.features import ClassifierArch, ClassifierFeatures, SmallClassifier
 from tinyfusion.jobs.assemble import image_set
+from tinyfusion.processes.base import Objective, Prediction
 from tinyfusion.sample.drive import to_uint8
 from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup
@@ -49,21 +49,20 @@ SETTINGS = TrainingSection(
 SHIPPED = Path(__file__).resolve().parents[1] / "src" / "tinyfusion" / "assets" / NAME
 
 
-class Classification:
+class Classification(Objective):
     """The training objective: cross entropy, nothing random."""
 
     def draw(self, batch: ArrayBatch, draws: Draws) -> ArrayBatch:
         """The batch as it is."""
         return batch
 
-    def predict(self, model: nn.Module, noisy: ArrayBatch) -> Tensor:
+    def predict(self, model: nn.Module, noisy: ArrayBatch) -> Prediction:
         """Logits (B, K)."""
-        logits: Tensor = model(noisy.x)
-        return logits
+        return Prediction(model(noisy.x))
 
-    def losses(self, model: nn.Module, noisy: ArrayBatch, prediction: Tensor) -> Mapping[str, Tensor]:
+    def losses(self, model: nn.Module, noisy: ArrayBatch, prediction: Prediction) -> dict[str, Tensor]:
         """Cross entropy per image, in nats."""
-        return {"loss": F.cross_entropy(prediction, noisy.y, reduction="none")}
+        return {"loss": F.cross_entropy(prediction.output, noisy.y, reduction="none")}
 
 
 def as_measured(images: ImageSet) -> ImageSet:

@@ -19,7 +19,6 @@ from torch import Tensor
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import frozen
 from tinyfusion.blocks.streams import Streams
-from tinyfusion.commands.evaluate import score
 from tinyfusion.config.recipe import (
     ComputeSection,
     PruneSection,
@@ -34,6 +33,7 @@ from tinyfusion.data.image_source import source_of
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.jobs.process_specs import objective_for, sampler_of
 from tinyfusion.jobs.references import Reference
+from tinyfusion.jobs.scoring import score
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.base import Process
@@ -83,7 +83,7 @@ class LearnedMasks:
 
 def learn_masks(
     model: LoadedModel,
-    task: Task | Process,
+    task: Process,
     batches: Batches,
     settings: PruneSection | None = None,
     *,
@@ -101,7 +101,7 @@ def learn_masks(
     engine, randomness = _engine(model, compute), Randomness(seed)
     source, training = _source(task, batches, settings.training, engine)
     settings = dataclasses.replace(settings, training=training)
-    learner = mask_learner(model, task, settings, randomness.generator_seed("lora"), engine.device, engine.place)  # type: ignore[arg-type]
+    learner = mask_learner(model, task, settings, randomness.generator_seed("lora"), engine.device, engine.place)
     state = TrainState(learner.module, learner.parameter_groups, training)
     for record in train_steps(state, learner.objective, source, training, randomness, engine):
         on_step(record)
@@ -116,7 +116,7 @@ def prune_model(
     *,
     keep_updates: bool = True,
     num_keep: int | None = None,
-    task: Task | Process | None = None,
+    task: Process | None = None,
     batches: Batches | None = None,
     num_batches: int = 4,
     seed: int = 0,
@@ -151,7 +151,7 @@ def prune_model(
 def recover_model(
     student: LoadedModel,
     teacher: LoadedModel | None,
-    task: Task | Process,
+    task: Process,
     batches: Batches,
     settings: RecoverSection | None = None,
     *,
@@ -182,7 +182,7 @@ def recover_model(
         taught = teacher.copy()
         frozen(taught.module.to(engine.device))
         channels = residual_channels(trained, taught) if settings.compares_features else None
-        objective = distilled(settings, task, taught, trained, pairs, channels)  # type: ignore[arg-type]
+        objective = distilled(settings, task, taught, trained, pairs, channels)
     groups = decay_groups(trainable(trained.module), trained.family.undecayed, training)
     state = TrainState(trained.module, groups, training)
     for record in train_steps(state, objective, source, training, randomness, engine):
@@ -230,9 +230,7 @@ def _engine(model: LoadedModel, compute: ComputeSection | None) -> Engine:
     return Engine(next(model.module.parameters()).device, compute)
 
 
-def _source(
-    task: Task | Process, batches: Batches, settings: TrainingSection, engine: Engine
-) -> tuple[Any, TrainingSection]:
+def _source(task: Process, batches: Batches, settings: TrainingSection, engine: Engine) -> tuple[Any, TrainingSection]:
     """What the loop asks for batches, and the settings with their size."""
     if not isinstance(task, Task):
         if not callable(batches):
@@ -250,10 +248,8 @@ def _source(
     return source, dataclasses.replace(settings, batch_size=num)
 
 
-def _calibration(
-    model: LoadedModel, task: Task | Process, batches: Batches, num_batches: int, seed: int
-) -> Calibration:
+def _calibration(model: LoadedModel, task: Process, batches: Batches, num_batches: int, seed: int) -> Calibration:
     """Fixed batches that a criterion looks at."""
     source, settings = _source(task, batches, TrainingSection(batch_size=64), _engine(model, None))
     images = num_batches * settings.batch_size
-    return calibration_set(task, source, "given batches", images, images, settings.batch_size, seed)  # type: ignore[arg-type]
+    return calibration_set(task, source, "given batches", images, images, settings.batch_size, seed)

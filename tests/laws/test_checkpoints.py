@@ -37,7 +37,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.locks import LOCK
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.base import Batch
+from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.learn import mask_learner
@@ -51,7 +51,7 @@ from tinyfusion.training.checkpoints import (
     load_latest,
     save_checkpoint,
 )
-from tinyfusion.training.loop import LoopObjective, StepRecord, train_steps
+from tinyfusion.training.loop import StepRecord, train_steps
 from tinyfusion.training.optim import ParameterGroup
 from tinyfusion.training.saved import damage, open_checkpoint, write_tensors
 from tinyfusion.training.shards import first_row, local_part
@@ -73,7 +73,7 @@ FILES = [PART, "state.json", "SHA256SUMS"]
 
 # ------------------------------------------------------------------------------------------------------ whole trainings
 
-Job = tuple[TrainState, LoopObjective]
+Job = tuple[TrainState, Objective]
 ModelFactory = Callable[..., LoadedModel]
 
 

@@ -26,11 +26,11 @@ from tinyfusion.dynamic.calibrate import calibrate, inference_ratio
 from tinyfusion.dynamic.importance import order_by_importance
 from tinyfusion.dynamic.macs import block_ratio, model_ratio, total_macs
 from tinyfusion.dynamic.subnetworks import KeepTables, SlicedWeights, SubNetworks, rehearsed, resolve
-from tinyfusion.evaluate.speed import count_macs
 from tinyfusion.families.dit.model import DiTArch, published_arch
 from tinyfusion.families.family import FAMILIES
 from tinyfusion.models.attach import BlockMasks, Deciding, DynamicModel, attach, detached
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, open_model
+from tinyfusion.models.macs import count_macs
 from tinyfusion.sample.drive import SampleDraws, sample
 from tinyfusion.sample.gaussian import GaussianSampler
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from families import ROWS, clean_batch, tiny
 from tinyfusion.blocks.stack import frozen
 from tinyfusion.commands.export import ExportOptions, export
-from tinyfusion.commands.inspect import inspect, model_macs
+from tinyfusion.commands.inspect import inspect
 from tinyfusion.config.recipe import PruneSection, Recipe, RecoverSection, SampleSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
-from tinyfusion.evaluate.speed import count_macs
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.process_specs import objective_for, process_spec, sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
+from tinyfusion.models.macs import count_macs, model_macs
 from tinyfusion.processes.base import Batch, NoisyBatch, Process
 from tinyfusion.prune.calibrate import calibration_set
 from tinyfusion.prune.context import CriterionContext

@@ -17,11 +17,11 @@ from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.base import Batch
+from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
-from tinyfusion.training.loop import LoopObjective, StepRecord, train_steps
+from tinyfusion.training.loop import StepRecord, train_steps
 from tinyfusion.training.optim import ParameterGroup
 from tinyfusion.training.state import TrainState
 
@@ -36,7 +36,7 @@ SETTINGS = TrainingSection(
     max_bad_steps=3,
 )
 RANDOMNESS = Randomness(17)
-Job = tuple[TrainState, LoopObjective]
+Job = tuple[TrainState, Objective]
 
 
 def batches(step: int, batch_size: int, draws: Draws) -> Batch:
@@ -156,7 +156,7 @@ def test_an_infinite_gradient_is_a_bad_step_even_where_the_loss_is_finite() -> N
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(1))
 
-    class Objective:
+    class SquareRoot(Objective):
         def draw(self, batch: Any, draws: Draws) -> Any:
             return batch
 
@@ -168,7 +168,7 @@ def test_an_infinite_gradient_is_a_bad_step_even_where_the_loss_is_finite() -> N
 
     model = Root()
     state = TrainState(model, [ParameterGroup({"weight": model.weight}, 1.0)], SETTINGS)
-    (record,) = train((state, Objective()), until=1)
+    (record,) = train((state, SquareRoot()), until=1)
     assert record.values()["loss"] == 0.0 and record.values()["gradient_norm"] is None and not record.applied
     assert model.weight.tolist() == [0.0]
 

@@ -19,13 +19,13 @@ from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.jobs.footprint import BlockBytes, Footprint, LiveBytes, Measured, footprint_of
 from tinyfusion.jobs.memory import GIB, MemoryPlan, fits, fitting_lines, images_at_once, memory_plan
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.base import Batch
+from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.training.engine import Engine
-from tinyfusion.training.loop import LoopObjective, train_steps
+from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState
 
@@ -40,7 +40,7 @@ class Trained:
 
     state: TrainState
     stack: BlockStack
-    objective: LoopObjective
+    objective: Objective
     settings: TrainingSection
     beside: list[torch.nn.Module]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 
-from tinyfusion.commands.evaluate import evaluate, open_extractor, open_reference, score
+from tinyfusion.commands.evaluate import evaluate
 from tinyfusion.commands.sample import write_samples
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
@@ -25,6 +25,7 @@ from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
 from tinyfusion.data.images import image_grid, read_images_npz, write_grid_png, write_images_npz
 from tinyfusion.evaluate import metrics
+from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.features import Features
 from tinyfusion.evaluate.fidelity import psnr_db, ssim
 from tinyfusion.evaluate.metrics import (
@@ -37,7 +38,8 @@ from tinyfusion.evaluate.metrics import (
 )
 from tinyfusion.evaluate.statistics import RunningMoments, RunningScore, summarise
 from tinyfusion.jobs.assemble import RunOptions, _decoded_once
-from tinyfusion.jobs.references import open_images
+from tinyfusion.jobs.references import open_images, open_reference
+from tinyfusion.jobs.scoring import score
 
 BLUR_SIGMAS_PX = (0.3, 0.4, 0.5, 0.7, 1.0)
 NOISE_SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8)

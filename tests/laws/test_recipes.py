@@ -17,10 +17,10 @@ from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
 from tinyfusion.config.loading import flatten, load_recipe, shipped_recipes, to_plain
 from tinyfusion.config.recipe import Recipe
-from tinyfusion.evaluate.speed import count_macs
 from tinyfusion.families.dit.model import DiT, DiTArch
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
+from tinyfusion.models.macs import count_macs
 from tinyfusion.prune.scheme import parse_scheme
 from tinyfusion.recover.align import block_pairs
 

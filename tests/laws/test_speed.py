@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from tinyfusion.commands.inspect import model_macs
 from tinyfusion.families.dit.model import published_arch
 from tinyfusion.families.family import FAMILIES
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
+from tinyfusion.models.macs import model_macs
 
 
 def test_dit_xl_2_at_256_pixels_takes_118_69_g() -> None:

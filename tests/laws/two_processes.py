@@ -24,7 +24,7 @@ from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.dynamic.train import DynamicObjective
 from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel, new_model
-from tinyfusion.processes.base import Batch
+from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.processes.masked import MaskedObjective
 from tinyfusion.prune.criteria import by_indices
@@ -33,7 +33,7 @@ from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
 from tinyfusion.training.engine import Engine, open_engine
-from tinyfusion.training.loop import LoopObjective, StepRecord, train_steps
+from tinyfusion.training.loop import StepRecord, train_steps
 from tinyfusion.training.optim import ParameterGroup, decay_groups, trainable
 from tinyfusion.training.state import TrainState
 
@@ -60,7 +60,7 @@ class Job:
     """A training of a tiny model."""
 
     state: TrainState
-    objective: LoopObjective
+    objective: Objective
     settings: TrainingSection
 
 
@@ -93,7 +93,7 @@ def recovery(engine: Engine, method: Any, settings: TrainingSection = SETTINGS) 
     student = teacher.cut(plan)
     engine.place(student.module, list(student.stack))
     engine.place_teacher(frozen(teacher.module), list(teacher.stack))
-    goal: LoopObjective = GaussianObjective(5, 0.3)
+    goal: Objective = GaussianObjective(5, 0.3)
     if method != "finetune":
         section = RecoverSection(method=method, beta=(0.5, 0.1), training=settings)
         goal = distilled(section, GaussianObjective(5, 0.3), teacher, student, block_pairs(plan))

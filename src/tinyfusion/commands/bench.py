@@ -20,18 +20,18 @@ from torch import Tensor
 
 from tinyfusion.blocks.packed import held_bytes
 from tinyfusion.blocks.stack import num_parameters
-from tinyfusion.commands.inspect import model_macs
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.compiler import check_compiler, compiling
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import machine
-from tinyfusion.evaluate.speed import Timing, interleaved, speedup
+from tinyfusion.evaluate.timing import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.jobs.sampling_setup import in_dtype
 from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.macs import model_macs
 from tinyfusion.report.facts import scatters
 from tinyfusion.sample.drive import SampleDraws
 

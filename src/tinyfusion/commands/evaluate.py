@@ -13,23 +13,20 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import atomic_write, file_output, read_json, say_finished, stamp, write_json
 from tinyfusion.data.digits import REAL_SETS
-from tinyfusion.data.image_source import ImageSource, source_of
+from tinyfusion.data.image_source import ImageSource
 from tinyfusion.data.parquet import WHOLE
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.features import FeatureExtractor
 from tinyfusion.evaluate.inception import INCEPTION
-from tinyfusion.evaluate.metrics import frechet_distance, nearest_training_distance, precision_recall
 from tinyfusion.evaluate.paired_fidelity import fidelity, open_pairs
 from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
 from tinyfusion.jobs.origins import require_features, require_reference, with_evaluation
-from tinyfusion.jobs.references import Reference, open_images, open_reference, statistics_of
+from tinyfusion.jobs.references import Reference, open_images, open_reference
+from tinyfusion.jobs.scoring import STORED_MOMENTS, protocol_of, score
 from tinyfusion.report import schema
 from tinyfusion.report.format import count, significant
 from tinyfusion.report.scores import UNBIASED_IMAGES
 
-__all__ = ["Reference", "evaluate", "image_hash", "open_extractor", "open_reference", "protocol_of", "score"]
-
-NEAREST_PRODUCTS = 2e12  # multiply-adds that the distance to the nearest reference image may take: minutes on two cores
 METRICS = (
     "fid",
     "sfid",
@@ -47,7 +44,6 @@ _TABLE = {  # label and metrics of every row of the table for people
     "precision, recall": ("precision", "recall"),
 }
 NUM_EXAMPLES = 40  # of real images on the page
-_STORED = " with stored moments"
 
 
 def evaluate(
@@ -120,69 +116,6 @@ def _write_examples(source: ImageSource, name: str, path: Path) -> None:
         np.savez(file, arr_0=images)
 
 
-def score(
-    images: np.ndarray | ImageSource,
-    reference: Reference,
-    extractor: FeatureExtractor,
-    neighbours: int = 3,
-    splits_size: int = 5000,
-) -> dict[str, Any]:
-    """FID, sFID, Inception Score, precision, recall and the median distance to the nearest reference image.
-
-    images: uint8 (N, H, W, C), more than `neighbours` of them. Distances are L2 in pixels of [-1, 1]. None stands where
-    the extractor, or a reference of moments alone, gives no such number, and for the last where it would take hours.
-    """
-    source = images if isinstance(images, ImageSource) else source_of(images)
-    drawn = statistics_of(source, extractor, "features", splits_size)
-    real = reference.statistics
-    precision = recall = None
-    if real.features is not None and drawn.features is not None:
-        precision, recall = precision_recall(real.features, drawn.features, neighbours, extractor.device)
-    spatial = None if real.spatial is None or drawn.spatial is None else frechet_distance(*real.spatial, *drawn.spatial)
-    return {
-        "fid": frechet_distance(*real.pool, *drawn.pool),
-        "sfid": spatial,
-        "inception_score": drawn.inception_score,
-        "precision": precision,
-        "recall": recall,
-        "nearest_reference_distance": _nearest(source, reference.source),
-        "num_images": len(source),
-    }
-
-
-def _nearest(images: ImageSource, real: ImageSource | None) -> float | None:
-    if real is None or images.array is None or real.array is None:
-        return None
-    if float(len(images)) * real.array.size > NEAREST_PRODUCTS:
-        return None
-    return nearest_training_distance(images.array, real.array)
-
-
-def protocol_of(
-    reference: Reference,
-    extractor: FeatureExtractor,
-    settings: EvaluateSection,
-    sampling: str,
-    shape: tuple[int, int, int] | None = None,
-) -> str:
-    """The string that two numbers must share to stand in one column.
-
-    sampling: "N images | sampler ... | seed". shape: (H, W, C) of the images; None is that of the reference.
-    """
-    treatment = extractor.treatment(shape) if shape else reference.treatment
-    seen = f" at {treatment}" if treatment else ""
-    stored = _STORED if reference.stored else ""
-    features = (
-        f"{extractor.name} {extractor.hash[:8]}{seen}, k {settings.neighbours}, splits of {settings.is_splits_size}"
-    )
-    return f"{features} | {reference.name} {reference.hash[:8]} {len(reference)}{stored} | {sampling}"
-
-
-def image_hash(images: np.ndarray) -> str:
-    """SHA-256 over type, shape and pixels."""
-    return source_of(images).hash()
-
-
 def _sampling(samples: Path, images: ImageSource, hash: str) -> str:
     """How the samples were made: from the record beside an npz, else unknown. UserError where it tells of others."""
     num_images = len(images)
@@ -244,7 +177,7 @@ def score_lines(record: Mapping[str, Any], samples: str) -> list[str]:
     reference, features = record.get("reference", {}), record.get("features", {})
     num_images, num_real = record.get("num_images"), reference.get("count")
     protocol = str(record.get("protocol"))
-    real_in_fid = None if _STORED in protocol else num_real
+    real_in_fid = None if STORED_MOMENTS in protocol else num_real
     rows = {label: ", ".join(significant(record.get(name)) for name in names) for label, names in _TABLE.items()}
     remarks = []
     if features.get("name") != INCEPTION:

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.dynamic.macs import total_macs
-from tinyfusion.evaluate.speed import count_macs
-from tinyfusion.families.family import FAMILIES
 from tinyfusion.jobs.process_specs import default_sampling, sampler_of
 from tinyfusion.jobs.skipped_model import skipped_run_for
 from tinyfusion.models.checkpoint import LoadedModel
-
-
-def model_macs(model: LoadedModel) -> int:
-    """Multiply-accumulates of one unguided forward pass of one image."""
-    return _macs(model.family.name, model.arch)
-
-
-@lru_cache(maxsize=64)  # counting builds the model on the meta device
-def _macs(family_name: str, arch: Any) -> int:
-    family = FAMILIES[family_name]
-    return count_macs(lambda: family.build(arch), lambda: family.example(arch, 1))
+from tinyfusion.models.macs import model_macs
 
 
 def _dynamic(model: LoadedModel) -> dict[str, Any] | None:

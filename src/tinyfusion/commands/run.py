@@ -18,12 +18,12 @@ from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.commands.bench import SPREAD_STEPS
 from tinyfusion.commands.dynamic import check_dynamic, dynamic, dynamic_alone
-from tinyfusion.commands.evaluate import evaluate, open_extractor, open_reference
+from tinyfusion.commands.evaluate import evaluate
 from tinyfusion.commands.inspect import inspect
 from tinyfusion.commands.prune import check_prune, prune, prune_estimate
 from tinyfusion.commands.recover import recover, recovery_alone
 from tinyfusion.commands.report import render_run
-from tinyfusion.commands.sample import check_sampling, sample
+from tinyfusion.commands.sample import sample
 from tinyfusion.config.loading import to_plain
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
@@ -34,7 +34,8 @@ from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_j
 from tinyfusion.core.signals import check_stop
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.images import read_images_npz, write_grid_png
-from tinyfusion.evaluate.speed import Timing, interleaved, speedup
+from tinyfusion.evaluate.extractors import open_extractor
+from tinyfusion.evaluate.timing import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, open_teacher
 from tinyfusion.jobs.diagnostics import checkpoint_steps, write_pictures
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate, training_estimate
@@ -42,7 +43,8 @@ from tinyfusion.jobs.latent_facts import with_facts_of
 from tinyfusion.jobs.origins import drawn_shape, require_features, require_reference, with_data, with_evaluation
 from tinyfusion.jobs.previews import check_previews
 from tinyfusion.jobs.process_specs import sampler_of
-from tinyfusion.jobs.sampling_setup import autoencoder_for, image_shape_and_dtype
+from tinyfusion.jobs.references import open_reference
+from tinyfusion.jobs.sampling_setup import autoencoder_for, check_sampling, image_shape_and_dtype
 from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
 from tinyfusion.jobs.training import finished
 from tinyfusion.models.checkpoint import LoadedModel, open_model

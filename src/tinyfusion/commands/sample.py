@@ -53,8 +53,6 @@ from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.training.engine import Engine
 
-__all__ = ["check_sampling", "draw", "labels_of", "protocol", "sample", "write_samples"]
-
 _SLOWER = 4  # how much longer than ours a part of another process may take before it is given up
 
 
@@ -142,18 +140,6 @@ def _processes(recipe: Recipe) -> Engine:
     """The processes that were launched together; arithmetic stays that of one, without TF32."""
     alone = dataclasses.replace(recipe.compute, tf32=False, compile=False, gradient_accumulation_steps=1)
     return engine_for(dataclasses.replace(recipe, compute=alone))
-
-
-def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, C) and labels (N,), in memory."""
-    settings = recipe.sample
-    drawing = open_drawing(recipe, model, device_for(recipe), autoencoder_for(settings, model))
-    images: list[np.ndarray] = []
-    with progress(title, settings.num_images, "images") as bar:
-        for batch in drawing.images(0, settings.num_images):
-            images.append(batch)
-            bar(sum(map(len, images)))
-    return np.concatenate(images), drawing.labels
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

@@ -30,6 +30,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until an accelerator has done all work that was queued on it; on the CPU nothing is."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Bytes of memory that are free on a device; None where the device does not say."""
     if device.type == "cuda":

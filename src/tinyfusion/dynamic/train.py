@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tinyfusion.core.rng import Draws, StratifiedDraws
 from tinyfusion.dynamic.macs import kept_shares, model_ratio
 from tinyfusion.models.attach import Deciding, DynamicModel
-from tinyfusion.processes.base import Batch, NoisyBatch, Prediction, Process
+from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, Process, StepMemory
 
 # submodule of a block -> purpose of its noise
 PURPOSES = {
@@ -110,7 +110,7 @@ class Routed(Deciding):
 
 
 @dataclass(frozen=True)
-class DynamicObjective:
+class DynamicObjective(Objective):
     """See the module. target: lambda. weight: w.
 
     beside: what runs beside the routed network while `step < beside_steps`: the whole network on the data ("complete"), or
@@ -142,10 +142,9 @@ class DynamicObjective:
         if self.strata < 1:
             raise ValueError(f"times are drawn from at least 1 part; got {self.strata}")
 
-    @property
-    def passes(self) -> int:
-        """Forward passes of the trained model that one step keeps a graph of, at the most."""
-        return 2 if self.beside == "complete" and self.beside_steps > 0 else 1
+    def step_memory(self) -> StepMemory:
+        """The routed pass, and the complete one in the steps that have it."""
+        return StepMemory(passes=2 if self.beside == "complete" and self.beside_steps > 0 else 1)
 
     def draw(self, batch: Batch, draws: Draws) -> RoutedBatch:
         """The inner draws with stratified times, labels of the complete pass, and the noise of all routers."""

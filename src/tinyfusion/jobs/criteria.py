@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
-from tinyfusion.commands.inspect import model_macs
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import discard
@@ -24,6 +23,7 @@ from tinyfusion.jobs.assemble import batches_for, device_for
 from tinyfusion.jobs.estimate import Estimate, copy_estimate
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.macs import model_macs
 from tinyfusion.prune.calibrate import calibration_set
 from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA, by_indices, decide, searched, space

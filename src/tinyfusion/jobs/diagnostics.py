@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from tinyfusion.blocks.plan import global_indices
-from tinyfusion.commands.evaluate import open_extractor, open_reference, protocol_of, score
-from tinyfusion.commands.sample import draw, protocol
 from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json
-from tinyfusion.evaluate.speed import interleaved, speedup
+from tinyfusion.evaluate.extractors import open_extractor
+from tinyfusion.evaluate.timing import interleaved, speedup
 from tinyfusion.jobs.assemble import batches_for, device_for
 from tinyfusion.jobs.process_specs import objective_for
+from tinyfusion.jobs.references import open_reference
+from tinyfusion.jobs.sampling_setup import draw, protocol
+from tinyfusion.jobs.scoring import protocol_of, score
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.training.loop import BatchSource
 from tinyfusion.training.saved import damage, open_checkpoint, other_version

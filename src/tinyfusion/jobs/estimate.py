@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from tinyfusion.blocks.stack import num_parameters
-from tinyfusion.commands.inspect import model_macs
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.jobs.footprint import footprint_of
 from tinyfusion.jobs.memory import MemoryPlan, fitting_lines, memory_plan
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import Sampler
 from tinyfusion.sample.drive import sample as draw_samples
 

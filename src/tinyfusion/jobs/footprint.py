@@ -27,10 +27,8 @@ from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import BlockCall, Streams, tensors_in
 from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.rng import Randomness
-from tinyfusion.dynamic.train import DynamicObjective
-from tinyfusion.prune.learn import GatedObjective
-from tinyfusion.recover.distill import DistilledObjective
-from tinyfusion.training.loop import BatchSource, LoopObjective
+from tinyfusion.processes.base import Objective
+from tinyfusion.training.loop import BatchSource
 from tinyfusion.training.lora import cast_frozen_linears
 
 FLOAT_BYTES = 4
@@ -120,7 +118,7 @@ def footprint_of(
     model: nn.Module,
     stack: BlockStack,
     parameters: Mapping[str, Tensor],
-    objective: LoopObjective,
+    objective: Objective,
     source: BatchSource,
     settings: TrainingSection,
     beside: Sequence[nn.Module] = (),
@@ -131,9 +129,8 @@ def footprint_of(
     in memory; they count where they lie on the same device. Measured in the arithmetic of `settings`, float32 and bfloat16.
     """
     device = next(iter(parameters.values())).device
-    taught = objective if isinstance(objective, DistilledObjective) else None
-    gated = objective if isinstance(objective, GatedObjective) and objective.dropped == "skip" else None
-    groups = gated.gates.groups if gated else []
+    memory = objective.step_memory()
+    teacher, teacher_stack = memory.teacher or (None, None)
     frozen_linear = sum(
         p.numel()
         for m in model.modules()
@@ -141,11 +138,11 @@ def footprint_of(
         for p in m.parameters(recurse=False)
     )
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    counted = {id(model), *([id(taught.teacher)] if taught else [])}
+    counted = {id(model), id(teacher)}
     others = [m for m in beside if id(m) not in counted and next(m.parameters()).device == device]
     blocks = list(stack)
     inside = [_numbers(block) for block in blocks]
-    measured, batch = _measured(model, stack, objective, source, settings, taught)
+    measured, batch = _measured(model, stack, objective, source, settings)
     return Footprint(
         trained=tuple(p.numel() for p in parameters.values()),
         frozen_linear=frozen_linear,
@@ -153,12 +150,12 @@ def footprint_of(
         trained_block=FLOAT_BYTES * max(_numbers(block, trained=True) for block in blocks),
         weights_block=FLOAT_BYTES * max(inside),
         weights_outside=FLOAT_BYTES * (_numbers(model) - sum(inside)),
-        teacher=FLOAT_BYTES * _numbers(taught.teacher) if taught else 0,
-        teacher_gathered=_gathered(taught.teacher, list(taught.teacher_stack)) if taught else 0,
+        teacher=FLOAT_BYTES * _numbers(teacher) if teacher else 0,
+        teacher_gathered=_gathered(teacher, list(teacher_stack)) if teacher and teacher_stack else 0,
         beside=sum(FLOAT_BYTES * _numbers(m) for m in others),
         batch=batch,
-        kept_share=sum(g.keep for g in groups) / sum(g.size for g in groups) if groups else 1.0,
-        features=len(taught.pairs) if taught and taught.compares_features else 0,
+        kept_share=memory.graph_share,
+        features=memory.features,
         measured=measured,
     )
 
@@ -175,16 +172,16 @@ def _gathered(teacher: nn.Module, blocks: list[nn.Module]) -> int:
 def _measured(
     model: nn.Module,
     stack: BlockStack,
-    objective: LoopObjective,
+    objective: Objective,
     source: BatchSource,
     settings: TrainingSection,
-    taught: DistilledObjective | None,
 ) -> tuple[dict[str, Measured], int]:
     """What blocks need by arithmetic, and the bytes of one image's batch."""
-    stacks = [stack, *([taught.teacher_stack] if taught else [])]
+    memory = objective.step_memory()
+    stacks = [stack, *([memory.teacher[1]] if memory.teacher else [])]
     sides = [list(stacked) for stacked in stacks] + [[]] * (2 - len(stacks))
     declared = [stacked.streams() for stacked in stacks] + [[]] * (2 - len(stacks))
-    passes = objective.passes if isinstance(objective, DynamicObjective) else 1
+    passes = memory.passes
     live: dict[int, tuple[int, int]] = {}
     size, calls = 0, list[list[Any]]()
     for images in (8, 16):  # even, because some gates compare images in pairs, and enough for masks to differ

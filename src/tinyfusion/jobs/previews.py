@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tinyfusion.commands.evaluate import Reference, open_extractor, open_reference, protocol_of
 from tinyfusion.config.loading import nearest, to_plain
 from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
 from tinyfusion.data.images import image_grid, write_grid_png
+from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.metrics import feature_moments, frechet_distance
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.process_specs import process_spec, sampler_of
+from tinyfusion.jobs.references import Reference, open_reference
 from tinyfusion.jobs.sampling_setup import (
     autoencoder_for,
     check_sampling,
@@ -37,6 +38,7 @@ from tinyfusion.jobs.sampling_setup import (
     open_drawing,
     protocol,
 )
+from tinyfusion.jobs.scoring import protocol_of
 from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
 

@@ -15,6 +15,8 @@ from tinyfusion.blocks.packed import can_pack, pack
 from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.progress import progress
+from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.latent_facts import with_settings
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
@@ -179,6 +181,18 @@ def open_drawing(
         dtype=dtype,
         skipped=SkippedModel(placed, skipping, settings.compile),
     )
+
+
+def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, C) and labels (N,), in memory. title: of the progress line."""
+    settings = recipe.sample
+    drawing = open_drawing(recipe, model, device_for(recipe), autoencoder_for(settings, model))
+    images: list[np.ndarray] = []
+    with progress(title, settings.num_images, "images") as bar:
+        for batch in drawing.images(0, settings.num_images):
+            images.append(batch)
+            bar(sum(map(len, images)))
+    return np.concatenate(images), drawing.labels
 
 
 def image_shape_and_dtype(

@@ -30,6 +30,7 @@ from tinyfusion.jobs.estimate import training_memory
 from tinyfusion.jobs.memory import GIB
 from tinyfusion.jobs.previews import Previews
 from tinyfusion.models.checkpoint import LoadedModel, save_model
+from tinyfusion.processes.base import Objective
 from tinyfusion.training.checkpoints import CheckpointWriter, Written, checkpoint_folders, load_checkpoint, load_latest
 from tinyfusion.training.compile import Gain, measured_gain
 from tinyfusion.training.ema import horizon_warning
@@ -37,7 +38,6 @@ from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import (
     BatchSource,
     ForwardPass,
-    LoopObjective,
     StepRecord,
     noisy_microbatches,
     train_steps,
@@ -61,7 +61,7 @@ class Training:
     model: LoadedModel
     stack: BlockStack
     state: TrainState
-    objective: LoopObjective
+    objective: Objective
     source: BatchSource
     engine: Engine
     teacher: LoadedModel | None = None

@@ -2,20 +2,21 @@
 
 `NoisyBatch` holds all that is random about a batch in one frozen object, so teacher and student see the same noise,
 timesteps and label drops by construction. `Objective` is what the training loop calls; wrappers (gates, distillation)
-offer the same three methods, and the loop cannot tell. `Process` is an objective that stands on a process itself, and
+offer the same methods, and the loop cannot tell. `Process` is an objective that stands on a process itself, and
 says what pruning and distillation need to know of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.core.rng import Draws
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x, time as the network wants it) -> output; labels, guidance are bound
@@ -78,33 +79,59 @@ class Prediction:
     teacher: Prediction | None = None
 
 
-class Objective(Protocol):
-    """The three calls of a training step."""
+@dataclass(frozen=True)
+class StepMemory:
+    """What a training step of an objective holds in memory, as far as the trained model does not show it.
 
-    def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
+    teacher: a frozen model that runs first, without a graph, and its blocks. features: blocks of the teacher whose outputs
+    are retained for a comparison. graph_share: share of the images that run a block with a graph. passes: forward passes of the
+    trained model whose graphs are retained at once.
+    """
+
+    teacher: tuple[nn.Module, BlockStack] | None = None
+    features: int = 0
+    graph_share: float = 1.0
+    passes: int = 1
+
+
+class Objective(Protocol):
+    """The calls of a training step, in their order. Inherit to get the defaults.
+
+    A noisy batch is a `NoisyBatch`, or another record that the objective's own `draw` returns.
+    """
+
+    def draw(self, batch: Any, draws: Draws) -> Any:
         """Everything random about `batch`."""
         ...
 
-    def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
+    def prepared(self, model: nn.Module, microbatches: Sequence[Any]) -> Sequence[Any]:
+        """The microbatches of one process in a step, all seen before the first one runs. No gradients. Default: as they are."""
+        return microbatches
+
+    def predict(self, model: nn.Module, noisy: Any) -> Prediction:
         """Run the model."""
         ...
 
-    def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, noisy: Any, prediction: Any) -> dict[str, Tensor]:
         """Per-sample terms (B,); "loss" is the one that is optimised (its mean), the others are logged."""
         ...
+
+    def step_memory(self) -> StepMemory:
+        """What a step holds in memory. Default: the trained model alone."""
+        return StepMemory()
 
 
 class Process(Objective, Protocol):
     """An objective that is not wrapped around another: what it knows of the noise that it adds."""
 
-    def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
+    def kd_terms(self, noisy: Any, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
         """(B,) terms of a student's output against its teacher's on one batch: "kd_loss", and its parts for the log.
 
         No gradient reaches the teacher.
         """
         ...
 
-    def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
+    def low_noise(self, noisy: Any) -> Any:
         """The clean input at times of little noise, as the released block influence has it.
 
         Raises UserError where the process has no such thing.
@@ -116,6 +143,6 @@ class Process(Objective, Protocol):
         """Levels of noise that `at_level` knows; 0 where noise is not ordered by one number."""
         ...
 
-    def at_level(self, noisy: NoisyBatch, level: int) -> NoisyBatch:
+    def at_level(self, noisy: Any, level: int) -> Any:
         """The same images, noise and labels, all at one level of noise, from 0 (cleanest) to `num_levels` - 1."""
         ...

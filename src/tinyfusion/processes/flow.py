@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.rng import Draws
-from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, mean_flat
+from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, mean_flat
 from tinyfusion.processes.time import SIT, Level, TimeConvention, TimeSampler
 
 PathName = Literal["linear", "gvp", "vp"]
@@ -196,7 +196,7 @@ class Flow:
 
 
 @dataclass(frozen=True)
-class FlowObjective:
+class FlowObjective(Process):
     """The squared error of a flow network, per sample.
 
     Fields of its `NoisyBatch`: x0 clean, xt = alpha x0 + sigma noise, t float32 in the convention of the family. num_classes:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.rng import Draws
-from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, StepNoise, mean_flat
+from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, StepNoise, mean_flat
 
 NUM_TIMESTEPS = 1000
 _LOW_NOISE_PARTS = 4  # the released block influence sees the first quarter of the chain: t in 0..249 of 1000
@@ -182,7 +182,7 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True)
-class GaussianObjective:
+class GaussianObjective(Process):
     """Hybrid loss: noise MSE plus the variational term for the variance, both per sample.
 
     num_classes: K, the null label; label_drop: probability of replacing a label by it (published: 0.1; 0 in evaluation).

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tinyfusion.config.process_sections import MaskedSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
-from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
+from tinyfusion.processes.base import Batch, NoisyBatch, Prediction, Process
 from tinyfusion.processes.gaussian import NUM_TIMESTEPS, GaussianObjective, Schedule
 
 _COSINE_OFFSET = 0.008
@@ -68,7 +68,7 @@ class MaskedBatch(NoisyBatch):
 
 
 @dataclass(frozen=True)
-class MaskedObjective:
+class MaskedObjective(Process):
     """Diffusion loss of hidden tokens, given the known ones: per image, the mean over its m r rows.
 
     All images of a step hide equally many, so the mean over images is the published sum(mask * row) / sum(mask).

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
-from tinyfusion.processes.base import Prediction, mean_flat
+from tinyfusion.processes.base import Prediction, Process, mean_flat
 
 Predict = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> output, images along axis 0
 Loss = Callable[[Tensor, Any], Tensor]  # (output, batch) -> (B,)
@@ -42,7 +42,7 @@ class TaskBatch:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Process):
     """What a model is trained on, in two functions.
 
     predict: (model, batch) -> output. loss: (output, batch) -> one loss per image, (B,). Noise, timesteps and whatever else is

@@ -20,7 +20,7 @@ from tinyfusion.blocks.stack import BlockStack, num_parameters
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
-from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction
+from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, StepMemory
 from tinyfusion.prune.gates import CategoricalGates, GateDistribution
 from tinyfusion.prune.scheme import BlockGroup, parse_scheme
 from tinyfusion.prune.subset import SubsetGates
@@ -30,7 +30,7 @@ from tinyfusion.training.optim import ParameterGroup, linear, trainable
 
 
 @dataclass(frozen=True)
-class GatedObjective:
+class GatedObjective(Objective):
     """An objective under sampled gates, one independent mask per sample; temperature and scaling follow the step."""
 
     inner: Objective
@@ -65,6 +65,11 @@ class GatedObjective:
         if surrogate is None:
             return terms
         return {**terms, "loss": terms["loss"] + (surrogate - surrogate.detach())}  # the value stays what it was
+
+    def step_memory(self) -> StepMemory:
+        """An image that drops a block runs it without a graph, if dropped blocks are skipped."""
+        groups = self.gates.groups if self.dropped == "skip" else []
+        return StepMemory(graph_share=sum(g.keep for g in groups) / sum(g.size for g in groups) if groups else 1.0)
 
 
 def in_pairs(noisy: NoisyBatch, first: int) -> NoisyBatch:

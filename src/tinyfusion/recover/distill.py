@@ -16,7 +16,7 @@ from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.config.recipe import RecoverSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.base import Batch, NoisyBatch, Prediction, Process
+from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, Process, StepMemory
 from tinyfusion.recover.align import Pairs
 from tinyfusion.recover.terms import MaskRule, masked_feature_loss, mean_over_pairs
 from tinyfusion.training.optim import linear
@@ -30,7 +30,7 @@ class TaughtPrediction(Prediction):
 
 
 @dataclass(frozen=True)
-class DistilledObjective:
+class DistilledObjective(Objective):
     """alpha_kd * kd_loss + (1 - alpha_kd) * gt + beta * feat_loss, per sample.
 
     kd_loss: of the outputs, as the process has it. feat_loss: masked feature loss, mean over `pairs` of (student block,
@@ -108,6 +108,11 @@ class DistilledObjective:
             loss = loss + linear(self.beta, noisy.step, self.steps) * features["feat_loss"]
         rest = {name: value for name, value in own.items() if name != "loss"}
         return {"loss": loss, "gt": own["loss"], **rest, **kd, **features}
+
+    def step_memory(self) -> StepMemory:
+        """The teacher, and its features where they are compared."""
+        features = len(self.pairs) if self.compares_features else 0
+        return StepMemory(teacher=(self.teacher, self.teacher_stack), features=features)
 
 
 def distilled(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion.core.compiler import compiler_failure
+from tinyfusion.core.device import synchronise
 from tinyfusion.core.errors import UserError
 
 Step = Callable[[], Sequence[Tensor]]  # -> what must agree: losses and gradients
@@ -51,13 +52,12 @@ def measured_gain(eager: Step, compiled: Step, device: torch.device, repeats: in
     """
     if repeats < 1:
         raise ValueError(f"repeats is at least 1; got {repeats}")
-    wait = torch.get_device_module(device).synchronize
 
     def seconds(step: Step) -> float:
-        wait()
+        synchronise(device)
         began = time.perf_counter()
         step()
-        wait()
+        synchronise(device)
         return time.perf_counter() - began
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -67,7 +67,7 @@ def measured_gain(eager: Step, compiled: Step, device: torch.device, repeats: in
             began = time.perf_counter()
             apart = _apart(compiled(), wanted)
             compiled()
-            wait()
+            synchronise(device)
             first_s = time.perf_counter() - began
             times = [(seconds(eager), seconds(compiled)) for _ in range(repeats)]
         except Exception as error:
@@ -92,6 +92,3 @@ def _apart(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     )
     tiny = torch.finfo(torch.float32).tiny
     return float((apart / norms.clamp(min=1e-6 * float(norms.max()) + tiny)).max())
-
-
-__all__ = ["Gain", "measured_gain"]

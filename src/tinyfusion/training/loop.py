@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import BadNumbers
 from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.processes.base import Objective
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import learning_rate_factor
 from tinyfusion.training.shards import local_part
@@ -25,22 +26,6 @@ from tinyfusion.training.state import TrainState
 
 BatchSource = Callable[[int, int, Draws], Any]  # (step, global batch size, draws of a slice) -> its batch on the device
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class LoopObjective(Protocol):
-    """What the loop calls: the three methods of `processes.base.Objective`, structurally."""
-
-    def draw(self, batch: Any, draws: Draws) -> Any:
-        """All randomness of a batch."""
-        ...
-
-    def predict(self, model: nn.Module, noisy: Any) -> Any:
-        """Run the model."""
-        ...
-
-    def losses(self, model: nn.Module, noisy: Any, prediction: Any) -> Mapping[str, Tensor]:
-        """Per-sample terms; the mean of "loss" is optimised."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +56,7 @@ class StepRecord:
 class ForwardPass(nn.Module):
     """The forward half of a step as one module: every trained parameter is in it, so that DDP sees gates as well."""
 
-    def __init__(self, state: TrainState, objective: LoopObjective, settings: TrainingSection) -> None:
+    def __init__(self, state: TrainState, objective: Objective, settings: TrainingSection) -> None:
         super().__init__()
         self.model = state.model
         inside = {id(p) for p in state.model.parameters()}
@@ -84,11 +69,11 @@ class ForwardPass(nn.Module):
         device = next(iter(self.parameters())).device
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
             prediction = self.objective.predict(self.model, noisy)
-        return dict(self.objective.losses(self.model, noisy, prediction))
+        return self.objective.losses(self.model, noisy, prediction)
 
 
 def noisy_microbatches(
-    step: int, objective: LoopObjective, source: BatchSource, batch_size: int, randomness: Randomness, engine: Engine
+    step: int, objective: Objective, source: BatchSource, batch_size: int, randomness: Randomness, engine: Engine
 ) -> list[Any]:
     """What of the batch of `step` is this process's, with all that is random about it, part by part."""
     parts = []
@@ -100,7 +85,7 @@ def noisy_microbatches(
 
 def train_steps(
     state: TrainState,
-    objective: LoopObjective,
+    objective: Objective,
     source: BatchSource,
     settings: TrainingSection,
     randomness: Randomness,
@@ -144,15 +129,12 @@ def train_steps(
 
 
 def _prepared(
-    model: nn.Module, objective: LoopObjective, parts: list[Any], settings: TrainingSection, engine: Engine
+    model: nn.Module, objective: Objective, parts: list[Any], settings: TrainingSection, engine: Engine
 ) -> list[Any]:
-    """The parts of a batch as an objective wants them that must see all of them before the first; most have no such method."""
-    prepare = getattr(objective, "prepared", None)
-    if prepare is None:
-        return parts
+    """The microbatches as the objective wants them once it has seen all of them."""
     dtype = _DTYPES.get(settings.dtype)
     with torch.no_grad(), torch.autocast(engine.device.type, dtype=dtype, enabled=dtype is not None):
-        return list(prepare(model, parts))
+        return list(objective.prepared(model, parts))
 
 
 def _forward_backward(
