@@ -34,8 +34,9 @@ from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.dynamic.modulations import ROWS_AHEAD
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
 from tinyfusion.jobs.sampling_setup import in_dtype
-from tinyfusion.models.attach import DynamicModel, attach, detached
+from tinyfusion.models.attach import attach, detached
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.loaded import DynamicModel
 from tinyfusion.models.macs import count_macs
 
 CPU = torch.device("cpu")

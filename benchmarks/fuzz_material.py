@@ -36,7 +36,7 @@ EVALUATE = "evaluate --out made/x.json"
 ENCODE = f"encode --vae {{m}}/vae --size {SIDE} --out made"
 AGAIN = f"encode --vae {{m}}/vae --size {SIDE} --out OUT --data {{m}}/pictures --set encode.shard_images=6"
 BI = "prune --criterion bi --set prune.calibration_images=4 --out made"
-TRAIN = "train --set train.steps=1 --set train.batch_size=4 --set model.depth=1 --out made"
+TRAIN = "train --set model.family=dit --set train.steps=1 --set train.batch_size=4 --set model.depth=1 --out made"
 READ = ("inspect {i}", "inspect {i} --json", f"sample --model {{i}} {SAMPLE}", "bench {i} --dry-run")
 CUT = ("prune --teacher {i} --criterion indices --keep 0 --out made", "export --model {i} --to tinyfusion --out made")
 OPENED = (

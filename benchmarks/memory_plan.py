@@ -33,8 +33,9 @@ from tinyfusion.config.recipe import ComputeSection, PruneSection, TrainingSecti
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import write_text
-from tinyfusion.families.dit.model import position_table, published_arch
-from tinyfusion.families.family import FAMILIES
+from tinyfusion.families.dit.model import published_arch
+from tinyfusion.families.registry import FAMILIES
+from tinyfusion.families.sizes import position_table
 from tinyfusion.jobs.footprint import footprint_of
 from tinyfusion.jobs.memory import fitting_lines, memory_plan
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, make_trainable

@@ -42,7 +42,7 @@ def sets(section: str) -> str:
 
 
 FEWER = "--set dynamic.calibration_images=0 --set dynamic.finish_steps=2"
-SMALL = "--set model.hidden_size=32 --set model.depth=2 --set model.num_heads=2"
+SMALL = "--set model.family=dit --set model.hidden_size=32 --set model.depth=2 --set model.num_heads=2"
 # verb -> command; OUT is what it leaves, and those below read what others left undisturbed
 COMMANDS = {
     "train": f"train {SMALL} {sets('train')} --out OUT",

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("tinyfusion")
-except PackageNotFoundError:
-    __version__ = "0+unknown"
+from tinyfusion.core.version import __version__
 
 if TYPE_CHECKING:
     from tinyfusion.api import (

@@ -20,7 +20,6 @@ from typing import Any
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
-from tinyfusion import __version__
 from tinyfusion.config.loading import (
     flatten,
     load_recipe,
@@ -36,6 +35,7 @@ from tinyfusion.core.fetching import WouldFetch, no_fetching
 from tinyfusion.core.launch import check_launch, launched_processes, launched_rank
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.core.standard_streams import guarded_streams
+from tinyfusion.core.version import __version__
 from tinyfusion.option_groups import Answers
 from tinyfusion.options import PARALLEL, POSITIONAL, REQUIRED, VERBS, Inspect, Recipes
 

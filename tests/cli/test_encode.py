@@ -34,7 +34,7 @@ WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 SET = "--set encode.shard_images=4 --set encode.batch_size=3"
 ENCODE = f"encode --data pictures --vae vae --size {SIZE} --out latents {SET}"
 SHARDS = -(-NUM // 4)
-QUICK = "--set train.ema_decay=0.1 --set model.hidden_size=16 --set model.num_heads=2"
+QUICK = "--set train.ema_decay=0.1 --set model.family=dit --set model.hidden_size=16 --set model.num_heads=2"
 
 
 def picture(i: int) -> Image.Image:
@@ -142,7 +142,9 @@ def test_every_source_gives_the_same_latents(cli: Cli, here: Path, source: str) 
 
 def test_a_training_takes_them(cli: Cli, here: Path) -> None:
     done(cli, ENCODE)
-    sizes = "model.hidden_size=32 model.depth=2 model.num_heads=2"  # the others are those of the latents
+    sizes = (
+        "model.family=dit model.hidden_size=32 model.depth=2 model.num_heads=2"  # the others are those of the latents
+    )
     steps = "train.steps=3 train.batch_size=4 train.ema_decay=0.5 train.log_every_steps=1 data.flip=0.5"
     settings = " ".join(f"--set {item}" for item in f"{sizes} {steps}".split())
     done(cli, f"train --data latents:latents --out run {settings}")

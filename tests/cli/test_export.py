@@ -152,9 +152,8 @@ def test_the_library_pushes_what_it_saves(work: Path, monkeypatch: pytest.Monkey
 
 
 FAST = "--set {0}.batch_size=4 --set {0}.ema_decay=0.5"
-OWN = (
-    f"train --data images.npz --steps 2 --set model.hidden_size=32 --set model.depth=4 --out own {FAST.format('train')}"
-)
+SIZES = "--set model.family=dit --set model.hidden_size=32 --set model.depth=4"
+OWN = f"train --data images.npz --steps 2 {SIZES} --out own {FAST.format('train')}"
 
 
 def run_words(cli: Cli, command: str) -> None:

@@ -47,7 +47,7 @@ def settings(section: str) -> str:
 
 LEARN = f"prune --teacher teacher --scheme 1:2 {settings('prune.training')} --out"
 RECOVER = f"recover --teacher teacher --student student {settings('recover.training')} --out"
-SMALL = "--set model.hidden_size=32 --set model.depth=2 --set model.num_heads=2"
+SMALL = "--set model.family=dit --set model.hidden_size=32 --set model.depth=2 --set model.num_heads=2"
 TRAIN = f"train {SMALL} {settings('train')} --out"
 
 

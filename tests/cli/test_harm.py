@@ -52,7 +52,7 @@ OUTPUTS = [
     f"{INDICES} --keep 0,2 --overwrite".replace("--out run", "--out pipe"),
     RECOVER.replace("--out run", "--out pipe"),
     f"{RECOVER} --resume pipe",
-    "train --data digits --out pipe",
+    "train --data digits --set model.family=dit --out pipe",
     SAMPLE.replace("made/samples.npz", "pipe.npz"),
     SAMPLE.replace("made/samples.npz", "beside.npz"),
     SAMPLE.replace("made/samples.npz", "parts.npz"),

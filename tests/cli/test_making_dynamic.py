@@ -14,9 +14,10 @@ from material import Cli, tiny, tiny_mar, tiny_sit
 from test_faults import SETTINGS, at_step, failed, result
 from test_verbs import done
 
+from tinyfusion.blocks.routed import Deciding
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
-from tinyfusion.models.attach import Deciding, detached
+from tinyfusion.models.attach import detached
 from tinyfusion.models.checkpoint import open_model, save_model
 from tinyfusion.prune.criteria import by_indices
 

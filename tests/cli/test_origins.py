@@ -71,7 +71,7 @@ def test_data_of_a_run_are_found_from_another_folder(
 
 
 def test_a_training_of_ones_own_gives_its_data_to_the_prune(cli: Cli, own: Path) -> None:
-    sizes = "--set model.in_channels=3 --set model.num_classes=3 --set model.hidden_size=32 --set model.depth=4"
+    sizes = "--set model.family=dit --set model.in_channels=3 --set model.num_classes=3 --set model.hidden_size=32 --set model.depth=4"
     done(cli, f"train --data mine.npz --steps 1 --out trained {sizes} {FAST.format('train')}")
     said = done(cli, f"prune --teacher trained --scheme 1:2 --steps 1 --out cut {FAST.format('prune.training')}").err
     assert f"data {own / 'mine.npz'}, as in trained" in said

@@ -21,7 +21,7 @@ from tinyfusion.jobs.assemble import image_set
 
 SIZES = ((500, 349), (120, 333), (64, 64), (9, 30))
 SIDE = "--set data.size=8"
-MODEL = "--set model.hidden_size=16 --set model.num_heads=2 --set model.depth=2"
+MODEL = "--set model.family=dit --set model.hidden_size=16 --set model.num_heads=2 --set model.depth=2"
 STEPS = " ".join(f"--set {s}.batch_size=4 --set {s}.ema_decay=0.1" for s in ("train", "recover.training"))
 
 

@@ -35,7 +35,7 @@ RECOVER = (
 )
 TRAIN = (
     "train --data digits --steps 3 --out trained --set train.batch_size=16 --set train.ema_decay=0.5 --set model.hidden_size=32"
-    " --set model.patch_size=4 --set model.depth=4 --set train.log_every_steps=1"
+    " --set model.family=dit --set model.patch_size=4 --set model.depth=4 --set train.log_every_steps=1"
 )
 SAMPLE = "sample --model teacher --num-images 6 --sampler ddim --num-steps 5 --out drawn/samples.npz"
 EVALUATE = "evaluate --samples images.npz --reference digits:heldout --out scores/evaluation.json"

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.families.dit.model import position_table
-from tinyfusion.models.checkpoint import LoadedModel, hash_tensors, new_model, open_model, save_model
+from tinyfusion.families.sizes import position_table
+from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
 from tinyfusion.prune.criteria import by_indices
 
 
@@ -155,7 +155,7 @@ def test_a_formula_table_is_left_out_of_the_hash_and_another_counts(model: Loade
     tensors = official(model)
     without = {name: tensor for name, tensor in tensors.items() if name != "pos_embed"}
     assert torch.equal(tensors["pos_embed"], position_table(16, 2))
-    assert model.hash() == hash_tensors(without, model.family, model.arch)
+    assert model.hash() == model.family.hash(without, model.arch)
     tensors["pos_embed"][0, 1, 2] += 1e-3
     torch.save(tensors, tmp_path / "m.pt")
     other = opened(tmp_path / "m.pt")
@@ -171,7 +171,7 @@ def test_every_tensor_counts_in_the_hash(model: LoadedModel) -> None:
     for name in names:
         tensors = official(model)
         tensors[name].view(-1)[-1] += 1e-3
-        hashes.add(hash_tensors(tensors, model.family, model.arch))
+        hashes.add(model.family.hash(tensors, model.arch))
     assert len(hashes) == len(names) + 1
 
 
@@ -183,7 +183,7 @@ def test_the_hash_knows_names_dtypes_and_shapes(model: LoadedModel) -> None:
         {**tensors, name: tensors[name].half()},
         {("renamed" if key == name else key): tensor for key, tensor in tensors.items()},
     ]
-    assert len({model.hash(), *(hash_tensors(c, model.family, model.arch) for c in changed)}) == 5
+    assert len({model.hash(), *(model.family.hash(c, model.arch) for c in changed)}) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -194,7 +194,7 @@ def test_the_hash_is_that_of_the_tensors_as_held(model: LoadedModel, tmp_path: P
     found = opened(tmp_path / "m.pt")
     assert all(tensor.dtype == torch.float32 for tensor in found.module.state_dict().values())
     cast = {name: tensor.float() for name, tensor in tensors.items()}
-    assert found.hash() == hash_tensors(cast, model.family, model.arch)
+    assert found.hash() == model.family.hash(cast, model.arch)
     assert (found.hash() == model.hash()) == (dtype == torch.float64)
 
 
@@ -249,7 +249,7 @@ def faulty(model: LoadedModel, fault: str) -> dict[str, Any]:
         tensors["final_layer.linear.bias"] = torch.full((16,), 1e300, dtype=torch.float64)
     elif fault in NO_FLOATS:
         tensors["final_layer.linear.bias"] = NO_FLOATS[fault]
-    elif fault == "not a DiT":
+    elif fault == "no family":
         tensors = {"encoder.weight": torch.zeros(3, 3)}
     elif fault == "flat table":
         tensors["pos_embed"] = torch.zeros(4)
@@ -277,7 +277,7 @@ FAULTS = {
     "truth": "is bool, wanted floats",
     "complex": "is complex64, wanted floats",
     "sparse": r"is float32 \(sparse_coo\), wanted floats",
-    "not a DiT": "not a DiT's",
+    "no family": r"no known family: wanted one of the tensors x_embedder\.proj\.weight \(family dit\)",
     "flat table": "not a DiT's",
     "scalar labels": "not a DiT's",
     "no square grid": "no square grid",

@@ -16,7 +16,7 @@ from tinyfusion.commands.export import ExportOptions, export
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.dit import diffusers
 from tinyfusion.families.dit.model import SIZES, published_arch
-from tinyfusion.families.family import FAMILIES
+from tinyfusion.families.registry import FAMILIES
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.prune.criteria import by_indices
@@ -278,7 +278,7 @@ def test_half_precision_files_and_their_students_go_to_diffusers(
     student = saved(half.cut(by_indices(half, [0, 2], 0)), tmp_path / "student")
     for source in (tmp_path / "half.pt", student):
         folder = write(source, "diffusers", tmp_path / f"{source.stem}-diffusers")
-        assert "the position table is computed in float32 there" in capsys.readouterr().err
+        assert "what a formula gives (pos_embed) is computed in float32 there" in capsys.readouterr().err
         found, wanted = open_model(folder), open_model(source, num_heads=2)
         tensors = wanted.module.state_dict()
         assert torch.equal(found.module.state_dict()["pos_embed"], exact)

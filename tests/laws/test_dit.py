@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyfusion.blocks.stack import num_parameters
-from tinyfusion.families.dit.model import SIZES, DiT, DiTArch, position_table, published_arch, timestep_features
+from tinyfusion.families.dit.model import SIZES, DiT, DiTArch, published_arch, timestep_features
+from tinyfusion.families.sizes import position_table
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective, Schedule, sample_ancestral, sample_ddim

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 
 from tinyfusion.blocks.dynamics import BlockSizes, bucket
 from tinyfusion.blocks.forwards import CompiledForwards
+from tinyfusion.blocks.routed import BlockMasks, Deciding
 from tinyfusion.blocks.routers import DynamicSettings, is_router_key, settings_of, straight_through
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
@@ -27,9 +28,10 @@ from tinyfusion.dynamic.importance import order_by_importance
 from tinyfusion.dynamic.macs import block_ratio, model_ratio, total_macs
 from tinyfusion.dynamic.subnetworks import KeepTables, SlicedWeights, SubNetworks, rehearsed, resolve
 from tinyfusion.families.dit.model import DiTArch, published_arch
-from tinyfusion.families.family import FAMILIES
-from tinyfusion.models.attach import BlockMasks, Deciding, DynamicModel, attach, detached
+from tinyfusion.families.registry import FAMILIES
+from tinyfusion.models.attach import attach, detached
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, open_model
+from tinyfusion.models.loaded import DynamicModel
 from tinyfusion.models.macs import count_macs
 from tinyfusion.sample.drive import SampleDraws, sample
 from tinyfusion.sample.gaussian import GaussianSampler

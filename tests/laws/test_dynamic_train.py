@@ -17,9 +17,10 @@ from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.core.errors import BadNumbers
 from tinyfusion.core.rng import Draws, Randomness, StratifiedDraws
 from tinyfusion.dynamic.train import HOLD_STEPS, DynamicObjective, RoutedBatch, budget_at
-from tinyfusion.families.family import FAMILIES
-from tinyfusion.models.attach import DynamicModel, attach
+from tinyfusion.families.registry import FAMILIES
+from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.loaded import DynamicModel
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.flow import FlowObjective
 from tinyfusion.processes.gaussian import GaussianObjective

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
+from tinyfusion.blocks.tokens import from_tokens, to_tokens
 from tinyfusion.config.process_sections import MaskedSampleSection, MaskedSection
 from tinyfusion.config.recipe import SampleSection, TrainingSection
 from tinyfusion.core.errors import UserError
@@ -28,9 +29,7 @@ from tinyfusion.families.mar.model import (
     Mar,
     MarArch,
     arch_of_state_dict,
-    from_tokens,
     published_arch,
-    to_tokens,
     undecayed,
     unfit_formats,
 )

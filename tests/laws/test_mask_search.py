@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.families.family import FAMILIES
+from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, new_model
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
 from tinyfusion.processes.gaussian import GaussianObjective

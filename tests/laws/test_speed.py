@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tinyfusion.families.dit.model import published_arch
-from tinyfusion.families.family import FAMILIES
+from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
 from tinyfusion.models.macs import model_macs
 

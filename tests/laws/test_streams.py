@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
-from tinyfusion.families.family import FAMILIES
+from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, new_model
 from tinyfusion.processes.base import NoisyBatch, Prediction
 from tinyfusion.prune.calibrate import Calibration, block_statistics

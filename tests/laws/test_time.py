@@ -26,8 +26,8 @@ from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.flow import Flow, FlowObjective
 from tinyfusion.processes.stochastic import Stochastic, sample_stochastic
 from tinyfusion.processes.time import (
+    DATA_AT_ONE,
     MODE_SCALES,
-    SIT,
     Density,
     TimeConvention,
     TimeSampler,
@@ -52,7 +52,7 @@ TIMES = {
 }
 SD3 = TimeConvention("sigma", 1000.0, "noise - data")
 CONVENTIONS = {
-    "sit, z-image, lumina2": SIT,
+    "sit, z-image, lumina2": DATA_AT_ONE,
     "flux": TimeConvention(),
     "sd3": SD3,
     "hidream": TimeConvention("sigma", 1000.0, "data - noise"),
@@ -310,7 +310,7 @@ def test_translations_come_back(convention: TimeConvention) -> None:
 
 def test_what_families_write() -> None:
     quarter = torch.tensor([0.25])
-    assert SIT.level(quarter).sigma == 0.75 and SIT.at_sigma(0.25) == 0.75
+    assert DATA_AT_ONE.level(quarter).sigma == 0.75 and DATA_AT_ONE.at_sigma(0.25) == 0.75
     assert SD3.level(1000 * quarter).sigma == 0.25 and SD3.at_clean(0.25) == 750.0
     assert TimeConvention().at_sigma(0.25) == 0.25
     for wrong in ({"time": "t"}, {"velocity": "data"}, {"scale": 0.0}, {"scale": math.inf}):
@@ -321,7 +321,7 @@ def test_what_families_write() -> None:
 def test_small_times_keep_their_digits() -> None:
     """In either direction: 1 - (1 - t) of float32 would have three of them."""
     tiny = torch.tensor([1.2345678e-5])
-    assert torch.equal(SIT.level(tiny).clean, tiny) and torch.equal(TimeConvention().level(tiny).sigma, tiny)
+    assert torch.equal(DATA_AT_ONE.level(tiny).clean, tiny) and torch.equal(TimeConvention().level(tiny).sigma, tiny)
 
 
 @every_convention
@@ -393,7 +393,7 @@ def test_a_stochastic_trajectory_is_the_same_in_every_convention(convention: Tim
     for form in ("sigma", "linear", "decreasing", "increasing-decreasing"):
         for last in ("mean", "euler", "tweedie", "none"):
             settings = Stochastic("heun", 7, form, last_step=last)  # type: ignore[arg-type]
-            torch.testing.assert_close(end(convention, settings), end(SIT, settings), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(end(convention, settings), end(DATA_AT_ONE, settings), rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

@@ -24,8 +24,9 @@ from tinyfusion.cli import main
 from tinyfusion.config.recipe import PruneSection, RecoverSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.families.dit.model import DiT, DiTArch, position_table, published_arch
+from tinyfusion.families.dit.model import DiT, DiTArch, published_arch
 from tinyfusion.families.dit.width import narrower_dit, width_axes, width_groups
+from tinyfusion.families.sizes import position_table
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model, shipped_models
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective, Schedule
@@ -325,7 +326,9 @@ def test_importance_is_the_sum_of_w_times_g_elementwise(criterion_context: Calla
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.9, 1.0])
-def test_timesteps_end_after_the_first_small_loss(criterion_context: Callable[..., CriterionContext], threshold: float) -> None:
+def test_timesteps_end_after_the_first_small_loss(
+    criterion_context: Callable[..., CriterionContext], threshold: float
+) -> None:
     context = criterion_context(threshold=threshold, steps="20")
     all_losses = [loss for loss, _ in losses_and_gradients(context)]
     small = [t for t, loss in enumerate(all_losses) if loss < threshold * max(all_losses[: t + 1])]

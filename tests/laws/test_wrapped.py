@@ -176,7 +176,7 @@ OTHERS = {
     "is an autoencoder: give it as --vae": ["decoder.conv_in.weight", "first_stage_model.decoder.up.0.block.0.norm1.weight"],
     r"the published state dict has no prompts.*give the folder of diffusers": [
         "x_embedder.proj.weight t_block.1.weight y_embedder.y_proj.fc1.weight"],
-    r"these tensors are not a DiT's: 'x_embedder\.proj\.weight' is missing": ["blocks.0.attn.qkv.weight"],
+    r"is of no known family: wanted one of the tensors .*; got blocks\.0\.attn\.qkv\.weight": ["blocks.0.attn.qkv.weight"],
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tinyfusion.commands.export import ExportOptions, export
 from tinyfusion.families.dit import diffusers as ours
 from tinyfusion.families.dit.model import SIZES, published_arch
-from tinyfusion.families.family import FAMILIES
+from tinyfusion.families.registry import FAMILIES
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
 from tinyfusion.prune.criteria import by_indices

@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tinyfusion.blocks.routed import Deciding
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
-from tinyfusion.families.family import FAMILIES
-from tinyfusion.models.attach import Deciding, DynamicModel
+from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.checkpoint import open_model
+from tinyfusion.models.loaded import DynamicModel
 from tinyfusion.models.statedicts import find_state_dict
 from tinyfusion.models.tensors import read_pickle
 

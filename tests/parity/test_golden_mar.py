@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tinyfusion.families.mar.model import Mar, MarArch, from_tokens, to_tokens
+from tinyfusion.blocks.tokens import from_tokens, to_tokens
+from tinyfusion.families.mar.model import Mar, MarArch
 from tinyfusion.models.checkpoint import open_model
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.masked import MaskedBatch, MaskedObjective

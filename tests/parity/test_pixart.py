@@ -17,8 +17,8 @@ from tinyfusion.cli import main
 from tinyfusion.commands.export import ExportOptions, export
 from tinyfusion.core.errors import UserError
 from tinyfusion.families import pixart
-from tinyfusion.families.family import FAMILIES
 from tinyfusion.families.pixart import PixArtArch, with_prompts
+from tinyfusion.families.registry import FAMILIES
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
 from tinyfusion.prune.criteria import by_indices
@@ -234,8 +234,8 @@ def test_folders_of_2023_and_pipelines_are_opened(folder: Path, tmp_path: Path) 
     folder.rename(tmp_path / "transformer")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
     assert open_model(tmp_path).hash() == plain.hash()
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(UserError, match="only DiTPipeline, PixArtAlphaPipeline can be opened"):
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"_class_name": "OtherTransformer2DModel"}))
+    with pytest.raises(UserError, match="of its models .*PixArtTransformer2DModel can be opened"):
         open_model(tmp_path)
 
 

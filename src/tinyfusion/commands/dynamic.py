@@ -41,8 +41,9 @@ from tinyfusion.jobs.process_specs import (
 )
 from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
 from tinyfusion.jobs.training import TrainedRun, Training, drive, save
-from tinyfusion.models.attach import DynamicModel, attach, check_attachable
+from tinyfusion.models.attach import attach, check_attachable
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.loaded import DynamicModel
 from tinyfusion.sample.drive import Sampler, image_labels
 from tinyfusion.sample.drive import sample as draw_samples
 from tinyfusion.training.engine import Engine

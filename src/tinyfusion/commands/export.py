@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tinyfusion import __version__
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_plain
@@ -29,11 +28,11 @@ from tinyfusion.core.rundir import (
     stamp,
     write_json,
 )
+from tinyfusion.core.version import __version__
 from tinyfusion.export.card import PICTURE, CardNotes, licence_note, model_card
 from tinyfusion.export.picture import plan_png
-from tinyfusion.export.pipeline import MODEL_INDEX, SCHEDULER, class_names, unfit_autoencoder, unfit_pipeline
-from tinyfusion.families.dit import diffusers
-from tinyfusion.families.dit.model import timestep_features
+from tinyfusion.export.pipeline import class_names, unfit_autoencoder
+from tinyfusion.families.family import DIFFUSERS_RECORD
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.history import Step, history
 from tinyfusion.jobs.latent_facts import with_settings
@@ -79,9 +78,13 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     check_space(options.out, num_bytes + sum(file.stat().st_size for file in (_autoencoder_files(vae) if vae else [])))
     if model.facts.vae and Path(model.facts.vae).is_absolute():  # a folder here means nothing elsewhere
         model.facts = dataclasses.replace(model.facts, vae=None)
-    found = _differences(model, what.to)
+    describe = model.family.differences if what.to != "tinyfusion" else None
+    found = describe(model.module, model.arch, what.to) if describe else []
     if model is not rounded:
-        found.append("the position table is computed in float32 there and rounded to half precision here")
+        computed = ", ".join(model.family.computed)
+        found.append(
+            f"what a formula gives ({computed}) is computed in float32 there and rounded to half precision here"
+        )
     outcome = {"to": what.to, "model": model.hash(), "bytes": num_bytes, "differences": found}
     for sentence in found:
         print(f"note: {sentence}", file=sys.stderr)
@@ -144,7 +147,7 @@ def _read_record(path: Path) -> Any:
 def _tensors(model: LoadedModel, to: str) -> dict[str, Tensor]:
     """The tensors of the file, as views of the model's."""
     state = {name: tensor.detach() for name, tensor in model.module.state_dict().items()}
-    return diffusers.to_diffusers(state, model.arch.depth) if to == "diffusers" else state
+    return model.diffusers_export().tensors(state, model.arch) if to == "diffusers" else state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +168,13 @@ def _write(model: LoadedModel, out: Path, what: ExportOptions, more: Beside, rec
         else:
             beside.mkdir()
             _write_diffusers(model, beside / "transformer" if what.pipeline else beside)
-        if more.vae is not None:
+        pipeline = model.diffusers_export().pipeline if more.vae is not None else None
+        if more.vae is not None and pipeline is not None:
             _copy_autoencoder(more.vae, beside / "vae")
             (beside / "scheduler").mkdir()
-            write_json(beside / "scheduler" / "scheduler_config.json", _versioned(SCHEDULER))
+            write_json(beside / "scheduler" / "scheduler_config.json", _versioned(pipeline.scheduler))
             named = {} if more.labels is None else {"id2label": {str(i): name for i, name in more.labels.items()}}
-            write_json(beside / "model_index.json", _versioned({**MODEL_INDEX, **named}))
+            write_json(beside / "model_index.json", _versioned({**pipeline.model_index, **named}))
         _write_card(model, beside, out.name, what, record["differences"])
         write_json(beside / RECORD, record)
 
@@ -208,12 +212,14 @@ def _write_official(model: LoadedModel, out: Path, steps: list[Step], record: di
 
 
 def _write_diffusers(model: LoadedModel, folder: Path) -> None:
-    """config.json and the weights of one `DiTTransformer2DModel`; our own record stands in the configuration."""
+    """config.json and weights of one model of diffusers; our own record stands in the configuration."""
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.clone().contiguous() for name, tensor in _tensors(model, "diffusers").items()}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     own = {**model_record(model), "made_by": "tinyfusion", "version": __version__}
-    write_json(folder / "config.json", {**_versioned(diffusers.config_of_arch(model.arch)), diffusers.RECORD: own})
+    write_json(
+        folder / "config.json", {**_versioned(model.diffusers_export().config(model.arch)), DIFFUSERS_RECORD: own}
+    )
 
 
 def _versioned(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,29 +269,20 @@ def _write_notes(model: LoadedModel, folder: Path, notes: CardNotes) -> None:
 # ------------------------------------------------------------------------------------------------------------- beside
 
 
-def _differences(model: LoadedModel, to: str) -> list[str]:
-    """What a reader of the format computes otherwise, in sentences; for timesteps with how much their embedding moves."""
-    found = diffusers.differences(model.arch, to) if to != "tinyfusion" else []
-    if to != "diffusers" or not found:
-        return found
-    steps = torch.arange(1000)
-    mlp = model.module.get_submodule("t_embedder").get_submodule("mlp")
-    with torch.no_grad():
-        here = mlp(timestep_features(steps, model.arch.frequency_shift))
-        there = mlp(timestep_features(steps, diffusers.FREQUENCY_SHIFT))
-    moved = float((there - here).norm() / here.norm())
-    what = f"its images differ slightly there (the embedding of a timestep moves by {moved:.2%} on average)"
-    why = "as those of every published DiT do; a student of a teacher opened from a folder of diffusers has no such difference"
-    return [f"{found[0]}: {what}, {why}", *found[1:]]
-
-
 def _autoencoder(model: LoadedModel, what: ExportOptions, dry_run: bool) -> Path | None:
     """The folder of the autoencoder for a pipeline: as given, else the model's own. Raises UserError where none fits.
 
     None in a dry run, where it would be fetched.
     """
-    if reason := unfit_pipeline(model.arch, model.facts):
-        raise UserError(f"{what.model} cannot be exported as a pipeline: {reason}")
+    pipeline = model.diffusers_export().pipeline
+    if pipeline is None:
+        raise UserError(
+            f"no pipeline of diffusers draws with models of the family {model.family.name}: leave out --pipeline"
+        )
+    pixels = f"it is a model of pixels, and {pipeline.name} decodes latents (export without --pipeline)"
+    unfit = pipeline.unfit(model.arch, model.facts.latent_shift) if model.of_latents else pixels
+    if unfit is not None:
+        raise UserError(f"{what.model} cannot be exported as a pipeline: {unfit}")
     name = what.vae or model.facts.vae
     if name is None:
         raise UserError(f"{what.model} does not say which autoencoder it goes with: give --vae PATH or a hub id")
@@ -293,7 +290,9 @@ def _autoencoder(model: LoadedModel, what: ExportOptions, dry_run: bool) -> Path
         print(f"note: the autoencoder {name} is taken from the hub, or its cache, and checked then", file=sys.stderr)
         return None
     folder = autoencoder_folder(name)
-    if reason := unfit_autoencoder(read_json(folder / "config.json"), model.arch, model.facts):
+    config = read_json(folder / "config.json")
+    reason = unfit_autoencoder(config, model) or pipeline.unfit(model.arch, config.get("shift_factor"))
+    if reason is not None:
         raise UserError(f"the autoencoder {name} does not go with {what.model}: {reason}")
     return folder
 

@@ -82,7 +82,7 @@ def opened(
     if recipe.recover.method == "finetune":
         return opened, None
     teacher = open_teacher(recipe, num_heads, family, num_classes=num_classes)
-    if teacher.family is not opened.family:  # tensors of a SiT can be those of a DiT, and so can its hash
+    if teacher.family is not opened.family:  # two families can have equal tensors, and equal hashes
         raise UserError(
             f"the student {student} is of family {opened.family.name} and the teacher {recipe.teacher} of "
             f"{teacher.family.name}: give the teacher that it was cut from"

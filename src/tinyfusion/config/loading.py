@@ -41,9 +41,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("checkpoints", "depths"), (0, 10**6)),
     **dict.fromkeys(("budget_weight", "beside_weight"), (0, math.inf)),
     "dynamic.calibration_images": (0, 10**9),  # a whole path goes before its last part
-    **{f"model.{name}": (1, 2**20) for name in ("hidden_size", "in_channels", "head_width", "caption_channels")},
-    **{f"model.{name}": (1, 2**14) for name in ("input_size", "patch_size", "num_heads", "buffer_size", "caption_tokens")},
-    **{f"model.{name}": (1, 2**12) for name in ("depth", "head_depth")},
+    **{f"model.{name}": (1, 2**20) for name in ("hidden_size", "in_channels")},
+    **{f"model.{name}": (1, 2**14) for name in ("input_size", "patch_size", "num_heads")},
+    "model.depth": (1, 2**12),
     "model.num_classes": (1, 2**24),
     "num_masks": (1, 10**7),
     "prefetch_batches": (0, 2**10),

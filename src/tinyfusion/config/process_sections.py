@@ -13,7 +13,7 @@ from tinyfusion.core.errors import UserError
 
 @dataclass(frozen=True)
 class MaskedSection:
-    """How a masked model (mar) is trained: what is hidden of an image, and how its diffusion head learns from it."""
+    """How a masked model is trained: what is hidden of an image, and how its diffusion head learns from it."""
 
     mask_ratio_min: Annotated[
         float, "smallest share of hidden tokens; it is drawn once a step, normal around 1 and cut off there"
@@ -78,7 +78,7 @@ class ShiftFields:
 
 @dataclass(frozen=True)
 class FlowSection(ShiftFields):
-    """How a flow model (sit) is noised and scored in training; a model keeps the path and the prediction it was made with."""
+    """How a flow model is noised and scored in training; a model keeps the path and the prediction it was made with."""
 
     time_sampler: Annotated[
         Literal["uniform", "logit_normal", "mode", "cosmap"], "distribution of the noise levels, before the shift"

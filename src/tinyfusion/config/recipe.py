@@ -8,7 +8,7 @@ for small models override them in TOML.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tinyfusion.config.process_sections import FlowSampleSection, FlowSection, MaskedSampleSection, MaskedSection
 from tinyfusion.config.training_sections import ComputeSection, Dtype, TrainingSection, WatchSection
@@ -33,7 +33,7 @@ Recovery = Literal["finetune", "logits-kd", "rep-kd", "masked-kd"]
 class ModelSection:
     """A model to train from nothing."""
 
-    family: Annotated[str, "model family"] = "dit"
+    family: Annotated[str | None, "model family: a registered name; a new model needs one"] = None
     input_size: Annotated[
         int | None,
         "side of the square input in the model's own space, pixels or latent cells; None is that of the data",
@@ -44,11 +44,9 @@ class ModelSection:
     depth: Annotated[int, "number of blocks"] = 12
     num_heads: Annotated[int, "attention heads"] = 4
     num_classes: Annotated[int | None, "classes, without the null class; None is those of the data"] = None
-    buffer_size: Annotated[int | None, "mar: tokens that carry the class; None is the published 64"] = None
-    head_depth: Annotated[int | None, "mar: residual layers of the diffusion head; None is 3"] = None
-    head_width: Annotated[int | None, "mar: width of the diffusion head; None is 1024"] = None
-    caption_tokens: Annotated[int | None, "pixart: tokens of a text; None is the published 120"] = None
-    caption_channels: Annotated[int | None, "pixart: features of a token; None is 4096, of T5-XXL"] = None
+    sizes: Annotated[
+        dict[str, Any] | None, "sizes that only this family has, by their names; None: its own defaults"
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tinyfusion import __version__
 from tinyfusion.config.loading import first_difference
 from tinyfusion.config.process_sections import ShiftFields
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import check_writable, clear_unfinished
+from tinyfusion.core.version import __version__
 
 FORMAT_VERSION = 1
 _MARKER = "tinyfusion"

@@ -159,7 +159,7 @@ def _cropped(picture: Image.Image, where: str, size: int) -> Image.Image:
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture, size x size, as ADM and DiT were trained on.
+    """The middle of a picture, size x size, as ADM was trained on.
 
     It is halved by a box filter while its shorter side is at least twice `size`, brought to that side by a bicubic one
     (pictures that are too small become larger), and cut; what cannot be cut evenly is cut less at the top and left.

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from tinyfusion.blocks.routed import Deciding
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.signals import check_stop
 from tinyfusion.dynamic.macs import model_ratio
-from tinyfusion.models.attach import Deciding, DynamicModel
+from tinyfusion.models.loaded import DynamicModel
 
 TOLERANCE = 0.01  # of the target
 _AIM = 0.1  # of the tolerance, which other images need for themselves: up to 0.4 % of the target between 16 and 1,000 of them

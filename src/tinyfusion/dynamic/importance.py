@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tinyfusion.models.attach import rules_of
 from tinyfusion.models.loaded import LoadedModel
 
 
@@ -23,7 +22,7 @@ class UnitOrder:
 
 def order_by_importance(model: LoadedModel) -> UnitOrder:
     """Sort the units of every block of `model`, in place; it computes what it did. The order, as facts for the record."""
-    rules = rules_of(model.family)
+    rules = model.family.dynamic_rules()
     sizes = rules.sizes(model.arch)
     found = UnitOrder([], [])
     for block in model.stack:

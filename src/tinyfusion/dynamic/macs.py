@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tinyfusion.blocks.dynamics import BlockSizes
+from tinyfusion.blocks.routed import BlockMasks
 from tinyfusion.blocks.routers import TOKEN_ROUTER_SHRINK
-from tinyfusion.models.attach import BlockMasks
 
 
 def block_ratio(masks: BlockMasks, sizes: BlockSizes, num: int) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.models.attach import DynamicModel
+from tinyfusion.models.loaded import DynamicModel
 
 ROWS_AHEAD = 32  # K * B: as quick as one row, for a processor
 

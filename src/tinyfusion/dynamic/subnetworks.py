@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from tinyfusion.blocks.dynamics import BlockSlices, TokenMode, UnitKind, UnitSlices
 from tinyfusion.blocks.forwards import CompiledForwards
 from tinyfusion.blocks.packed import can_pack
+from tinyfusion.blocks.routed import Complete, Deciding, DynamicForward
 from tinyfusion.blocks.routers import is_router_key
 from tinyfusion.core.compiler import compiling
 from tinyfusion.core.errors import UserError
 from tinyfusion.dynamic.modulations import ROWS_AHEAD, ModulationsAhead
-from tinyfusion.models.attach import Complete, Deciding, DynamicForward, DynamicModel
-from tinyfusion.models.loaded import LoadedModel
+from tinyfusion.models.loaded import DynamicModel, LoadedModel
 
 
 @dataclass(frozen=True)

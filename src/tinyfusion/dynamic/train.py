@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.routed import Deciding
 from tinyfusion.core.rng import Draws, StratifiedDraws
 from tinyfusion.dynamic.macs import kept_shares, model_ratio
-from tinyfusion.models.attach import Deciding, DynamicModel
+from tinyfusion.models.loaded import DynamicModel
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, Process, StepMemory
 
 # submodule of a block -> purpose of its noise

@@ -20,9 +20,10 @@ from tinyfusion.evaluate.dino import DinoFeatures
 from tinyfusion.evaluate.features import EXTRACTORS, FEATURE_CHOICES, FeatureExtractor
 from tinyfusion.evaluate.inception import INCEPTION, InceptionFeatures, inception_from_state
 from tinyfusion.evaluate.inception_names import ours_from_graph_names
+from tinyfusion.families.tensor_checks import check_finite, check_sizes
 from tinyfusion.models.autoencoder import check_loaded, quiet_logs
 from tinyfusion.models.statedicts import find_state_dict
-from tinyfusion.models.tensors import check_finite, check_sizes, read_folder_weights, read_safetensors, read_tensor_file
+from tinyfusion.models.tensors import read_folder_weights, read_safetensors, read_tensor_file
 
 SHORT = "inception"  # the network of FID, by its weights' name in the table
 DINO = "dinov2:"  # prefix of a folder with a DINOv2 network

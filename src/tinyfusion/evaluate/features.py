@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.models.tensors import in_float32
+from tinyfusion.families.tensor_checks import in_float32
 
 SPATIAL_CHANNELS = 7  # as sFID takes from Inception, arXiv 2103.03841
 DIGITS_FEATURES = "digits-classifier"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.evaluate.features import SPATIAL_CHANNELS, Features, hash_state
-from tinyfusion.models.tensors import in_float32
+from tinyfusion.families.tensor_checks import in_float32
 
 INCEPTION = "inception-2015-12-05"
 SIDE = 299  # pixels that the network sees

@@ -117,25 +117,10 @@ def _plan(model: LoadedModel) -> str:
 def _use(model: LoadedModel, notes: CardNotes) -> str:
     if notes.target == "tinyfusion":
         code = f'import tinyfusion\n\nmodel = tinyfusion.open_model("{notes.title}")  # a folder, or its hub id'
-    elif notes.target == "pipeline":
-        code = (
-            "from diffusers import DiTPipeline\n\n"
-            f'pipeline = DiTPipeline.from_pretrained("{notes.title}")\n'
-            "image = pipeline(class_labels=[207], guidance_scale=4.0, num_inference_steps=50).images[0]"
-        )
-    else:
-        code = (
-            "from diffusers import DiTTransformer2DModel\n\n"
-            f'model = DiTTransformer2DModel.from_pretrained("{notes.title}")\n'
-            f"noise = model(x, timestep=t, class_labels=y).sample[:, :{model.arch.in_channels}]  "
-            f"# null class: {model.arch.num_classes}"
-        )
-    channels = min(model.family.guided_channels or model.arch.in_channels, model.arch.in_channels)
-    guided = (
-        f"\n\n`DiTPipeline` guides all {model.arch.in_channels} channels and leaves the learned variance unused; published "
-        f"numbers guide {channels} and use it."
-    )
-    return f"## Use\n\n```python\n{code}\n```{guided if notes.target == 'pipeline' else ''}"
+        return f"## Use\n\n```python\n{code}\n```"
+    export = model.diffusers_export()
+    usage = export.pipeline.usage if notes.target == "pipeline" and export.pipeline else export.usage
+    return f"## Use\n\n{usage(model.arch, notes.title)}"
 
 
 def _differences(notes: CardNotes) -> str:

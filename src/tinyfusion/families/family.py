@@ -1,11 +1,12 @@
-"""ModelFamily: the one plug-in contract. What tinyfusion must know about an architecture, and nothing that it can see.
+"""ModelFamily, the contract of an architecture: how to build it, where its blocks are, how its files are read and written.
 
-A new family is a file beside `dit.py` and one entry in `FAMILIES`.
+Families are registered in `families/registry.py`; docs/adding-a-family.md explains every field.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,25 +15,61 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.blocks.dynamics import DynamicRules
+from tinyfusion.blocks.routed import route
+from tinyfusion.blocks.routers import DynamicSettings, install_routers
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.blocks.widths import WidthRules
-from tinyfusion.families import pixart, sit
-from tinyfusion.families.dit import model as dit
-from tinyfusion.families.dit.dynamic import DIT_DYNAMIC
-from tinyfusion.families.dit.width import DIT_WIDTHS, unfit_formats
-from tinyfusion.families.mar import model as mar
+from tinyfusion.config.loading import build_known
+from tinyfusion.core.errors import UserError
+
+DIFFUSERS_RECORD = (
+    "_tinyfusion"  # our record in a config.json of diffusers, whose readers ignore names that begin with "_"
+)
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DiffusersPipeline:
+    """What a pipeline folder of diffusers has beside its transformer, and the models that its class can draw with."""
+
+    model_index: Mapping[str, Any]  # model_index.json, without class names of labels
+    scheduler: Mapping[str, Any]  # scheduler_config.json
+    # (arch, shift of the latents) -> why the pipeline class cannot draw with such a model; None where it can
+    unfit: Callable[[Any, float | None], str | None]
+    usage: Callable[[Any, str], str]  # (arch, name of the folder) -> Markdown for the model card
+
+    @property
+    def name(self) -> str:
+        """Its class."""
+        return str(self.model_index["_class_name"])
+
+
+@dataclass(frozen=True)
+class DiffusersExport:
+    """How a model of a family becomes a folder of diffusers."""
+
+    config: Callable[[Any], dict[str, Any]]  # arch -> config.json
+    # (state dict of ours, arch) -> that of diffusers' class; views, nothing is copied
+    tensors: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
+    usage: Callable[[Any, str], str]  # (arch, name of the folder) -> Markdown for the model card
+    pipeline: DiffusersPipeline | None = None  # None where no pipeline class draws with such models
 
 
 @dataclass(frozen=True)
 class DiffusersFolder:
-    """How a folder of diffusers becomes a model of a family."""
+    """How folders of diffusers are recognised, read and written as models of a family."""
 
-    pipelines: tuple[str, ...]  # pipelines of diffusers whose transformer it is
-    holds: Callable[[Mapping[str, Any]], bool]  # whether a config.json is of it
-    # (config, tensors) -> arch and state dict. Raises UserError on what is not offered, ValueError on what is damaged
+    classes: tuple[str, ...]  # class names of its own models, for messages
+    holds: Callable[[Mapping[str, Any]], bool]  # config.json -> whether it describes a model of the family
+    # (config.json, tensors) -> arch and state dict of ours. Raises UserError, completing "FOLDER ...", on a model that is not
+    # supported, ValueError on a damaged config.json
     read: Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, dict[str, Tensor]]]
-    beside: str  # a safetensors file beside the weights, whose tensors `read` gets too, where there is one
+    extra_file: str | None = None  # a safetensors file in the folder whose tensors `read` gets too, where it exists
+    export: DiffusersExport | None = None  # None where models are read only
 
 
 @dataclass(frozen=True)
@@ -60,27 +97,33 @@ class ModelFamily:
     dynamic: DynamicRules | None = None  # None where width and tokens cannot be chosen by timestep
     # (arch, tensors) -> {format of others that cannot hold such a model: reason}
     unfit_formats: Callable[[Any, Mapping[str, Tensor]], dict[str, str]] | None = None
+    # (module, arch, format) -> what readers of "official" or "diffusers" compute otherwise with the same tensors, in sentences
+    differences: Callable[[nn.Module, Any, str], list[str]] | None = None
     # (name, parameter) -> whether published weight decay leaves it alone; None: it takes all alike
     undecayed: Callable[[str, Tensor], bool] | None = None
     streams: Mapping[str, Streams] = dataclasses.field(
         default_factory=dict
     )  # list of blocks -> what its blocks pass on
-    diffusers: DiffusersFolder | None = None  # None where its folders are not opened, and for the first family
+    diffusers: DiffusersFolder | None = None  # None where no folders of diffusers hold such models
 
     def arch_of_sizes(self, sizes: Mapping[str, Any]) -> Any:
-        """The arch of a recipe's section: "depth" counts the blocks of every list, and sizes that are None are not given.
+        """The arch of a recipe's section `model`: "depth" counts the blocks of every list, "sizes" are those of this family alone.
 
-        Raises ValueError on sizes that this family has not, and on those that do not fit together.
+        Sizes that are None are not given. Raises ValueError on sizes that this family does not have, and on those that do not fit
+        together.
         """
-        given = {name: value for name, value in sizes.items() if value is not None}
+        listed = {**sizes, **(sizes.get("sizes") or {}), "sizes": None}
+        given = {name: value for name, value in listed.items() if value is not None}
         depth = given.pop("depth", None)
         if depth is not None:
             given |= dict.fromkeys(self.block_lists.values(), depth)
         known = {field.name for field in dataclasses.fields(self.arch_type)}
         foreign = sorted(set(given) - known)
         if foreign:
-            raise ValueError(f"a model of family {self.name} has no {', '.join(foreign)}: leave it out")
-        return self.arch_type(**given)
+            raise ValueError(
+                f"a model of family {self.name} has no {', '.join(foreign)}: leave it out; it has {', '.join(sorted(known))}"
+            )
+        return build_known(self.arch_type, given, "")
 
     def shapes(self, arch: Any) -> dict[str, Tensor]:
         """The state dict of a model of these sizes, without values (on the meta device). Raises ValueError on sizes that overflow."""
@@ -90,6 +133,24 @@ class ModelFamily:
         except (RuntimeError, OverflowError) as error:
             raise ValueError(f"a model of these sizes cannot be: {error}") from error
 
+    def dynamic_rules(self) -> DynamicRules:
+        """How width and tokens are chosen by timestep. Raises UserError where they cannot be."""
+        if self.dynamic is None:
+            raise UserError(f"models of the family {self.name} cannot be made dynamic")
+        return self.dynamic
+
+    def build_with_routers(self, arch: Any, settings: DynamicSettings | None) -> nn.Module:
+        """The module of an arch, with the routers that `settings` asks for; values are to be loaded."""
+        module = self.build(arch)
+        if settings is None:
+            return module
+        rules, stack = self.dynamic_rules(), self.stack(module)
+        sizes = rules.sizes(arch)
+        for block in stack:
+            install_routers(block, sizes.width, sizes.num_heads, settings)
+        route(module, rules, stack)
+        return module
+
     def num_bytes(self, arch: Any) -> int:
         """Bytes of a model of these sizes in float32, counted from one block of every list. Raises ValueError on sizes that overflow."""
         shapes = self.shapes(self.arch_with_depths(arch, dict.fromkeys(self.block_lists, 1)))
@@ -98,6 +159,26 @@ class ModelFamily:
             4 * tensor.numel() * next((depth for start, depth in depths.items() if name.startswith(start)), 1)
             for name, tensor in shapes.items()
         )
+
+    def hash(self, tensors: Mapping[str, Tensor], arch: Any, rules: bool = True) -> str:
+        """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name; formula tensors are left out if equal.
+
+        rules: then also over what the sizes say that the model computes otherwise than the published one (`arch.rules`): such a
+        model is another one with the same tensors. Published rules add nothing.
+        It is the hash of the tensors as held. Opened models hold float32, whatever their file held: a half-precision file
+        has the hash of its values in float32, not that of its bytes. Nothing remembers it: weights change in place.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            formula = self.computed.get(name)
+            if formula is not None and torch.equal(tensor, formula(arch).to(tensor.dtype)):
+                continue
+            digest.update(f"{name}\0{_DTYPE_NAMES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied
+        for name, value in sorted(getattr(arch, "rules", {}).items()) if rules else ():
+            digest.update(f"{name}\0{value!r}\0".encode())
+        return digest.hexdigest()
 
     def stack(self, model: nn.Module) -> BlockStack:
         """The residual blocks of a model of this family."""
@@ -117,71 +198,3 @@ class ModelFamily:
             return bool(self.widths.narrowed(other, sizes) == deepened)
         except ValueError:
             return False
-
-
-DIT = ModelFamily(
-    name="dit",
-    title="diffusion transformer (DiT)",
-    process="gaussian",
-    arch_type=dit.DiTArch,
-    build=dit.DiT,
-    initialise=dit.initialise,
-    arch_of_state_dict=dit.arch_of_state_dict,
-    example=dit.example,
-    block_lists={"blocks": "depth"},
-    mark="x_embedder.proj.weight",
-    guided_channels=3,
-    computed={"pos_embed": lambda arch: dit.position_table(arch.hidden_size, arch.input_size // arch.patch_size)},
-    published_latent={4: {"latent_scale": 0.18215, "vae": "stabilityai/sd-vae-ft-ema", "pixels_per_latent": 8}},
-    published_license="CC-BY-NC-4.0",
-    widths=DIT_WIDTHS,
-    dynamic=DIT_DYNAMIC,
-    unfit_formats=unfit_formats,
-)
-SIT = dataclasses.replace(
-    DIT,
-    name="sit",
-    title="scalable interpolant transformer (SiT)",
-    process="flow",
-    build=sit.SiT,
-    published_license="MIT",
-    unfit_formats=sit.unfit_formats,
-)
-MAR = ModelFamily(
-    name="mar",
-    title="masked autoregressive model (MAR)",
-    process="masked",
-    arch_type=mar.MarArch,
-    build=mar.Mar,
-    initialise=mar.initialise,
-    arch_of_state_dict=mar.arch_of_state_dict,
-    example=mar.example_inputs,
-    block_lists={"encoder_blocks": "encoder_depth", "decoder_blocks": "decoder_depth"},
-    mark="z_proj.weight",
-    guided_channels=None,
-    computed={},
-    published_latent={16: {"latent_scale": 0.2325, "vae": "mar-kl16", "pixels_per_latent": 16}},
-    published_license="MIT",
-    unfit_formats=mar.unfit_formats,
-    undecayed=mar.undecayed,
-)
-PIXART = ModelFamily(
-    name="pixart",
-    title="text-conditioned diffusion transformer (PixArt-alpha)",
-    process="gaussian",
-    arch_type=pixart.PixArtArch,
-    build=pixart.PixArt,
-    initialise=pixart.initialise,
-    arch_of_state_dict=pixart.arch_of_state_dict,
-    example=dit.example,
-    block_lists={"net.transformer_blocks": "depth"},
-    mark="t_block.1.weight",
-    guided_channels=None,
-    computed={},
-    published_latent=DIT.published_latent,
-    published_license="OpenRAIL++",
-    unfit_formats=lambda _arch, _tensors: dict(pixart.UNFIT),
-    diffusers=DiffusersFolder(("PixArtAlphaPipeline",), pixart.is_config, pixart.from_diffusers, pixart.PROMPTS),
-)
-# where an official file fits several, the first is assumed
-FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (DIT, SIT, MAR, PIXART)}

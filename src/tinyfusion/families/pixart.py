@@ -10,17 +10,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
-from tinyfusion.families.dit.model import check_ranges, position_table
-
-if TYPE_CHECKING:
-    from tinyfusion.models.loaded import LoadedModel  # which imports the families
+from tinyfusion.families.dit.family import DIT
+from tinyfusion.families.dit.model import example
+from tinyfusion.families.family import DiffusersFolder, ModelFamily
+from tinyfusion.families.sizes import check_ranges, position_table
 
 PROMPTS = "prompts.safetensors"  # beside the weights in a folder of diffusers, with these tensors
 _TEXTS = ("captions", "caption_mask")
@@ -112,8 +112,8 @@ def initialise(model: PixArt, seed: int) -> None:
     model.captions.normal_(generator=generator)
 
 
-def with_prompts(model: LoadedModel, captions: Tensor, mask: Tensor) -> LoadedModel:
-    """The same model with other classes: a new module, on the CPU; the number and length of the texts may change.
+def with_prompts(model: Any, captions: Tensor, mask: Tensor) -> Any:
+    """The same `LoadedModel` with other classes: a new module, on the CPU; the number and length of the texts may change.
 
     captions (K + 1, N, E), the null prompt last; mask (K + 1, N), 1 where there is a token. Texts count in the hash, so they
     come before pruning. Raises UserError on shapes that do not fit and on a text without tokens.
@@ -178,3 +178,23 @@ def from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         )
     ours = {name if name in _TEXTS else f"net.{name}": tensor for name, tensor in tensors.items()}
     return arch, {name: tensor for name, tensor in ours.items() if name not in _UNUSED}
+
+
+PIXART = ModelFamily(
+    name="pixart",
+    title="text-conditioned diffusion transformer (PixArt-alpha)",
+    process="gaussian",
+    arch_type=PixArtArch,
+    build=PixArt,
+    initialise=initialise,
+    arch_of_state_dict=arch_of_state_dict,
+    example=example,
+    block_lists={"net.transformer_blocks": "depth"},
+    mark="t_block.1.weight",
+    guided_channels=None,
+    computed={},
+    published_latent=DIT.published_latent,
+    published_license="OpenRAIL++",
+    unfit_formats=lambda _arch, _tensors: dict(UNFIT),
+    diffusers=DiffusersFolder(("PixArtTransformer2DModel",), is_config, from_diffusers, PROMPTS),
+)

@@ -7,11 +7,13 @@ second half is dropped. Keys and shapes of a SiT and a DiT are equal, so a file 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from tinyfusion.families.dit import width as dit_width
+from tinyfusion.families.dit.family import DIT
 from tinyfusion.families.dit.model import SIZES, DiT, DiTArch
 from tinyfusion.families.dit.model import published_arch as published_dit
 
@@ -43,3 +45,15 @@ def unfit_formats(arch: DiTArch, tensors: Mapping[str, Tensor]) -> dict[str, str
     reasons = dit_width.unfit_formats(arch, tensors)
     reasons["diffusers"] = "it is a SiT, for which diffusers has no class: its DiT would sample it as a diffusion model"
     return reasons
+
+
+SIT = dataclasses.replace(
+    DIT,
+    name="sit",
+    title="scalable interpolant transformer (SiT)",
+    process="flow",
+    build=SiT,
+    published_license="MIT",
+    unfit_formats=unfit_formats,
+    diffusers=None,
+)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyfusion.blocks.routed import BlockMasks, Deciding
 from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.macs import model_ratio, total_macs
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.process_specs import default_sampling, fits, sampler_of
-from tinyfusion.models.attach import BlockMasks, Deciding
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import SampleDraws, Sampler, image_labels, to_uint8

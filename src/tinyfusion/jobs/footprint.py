@@ -3,7 +3,7 @@
 One block of each kind runs forward and backward on one image and on two, while every tensor that comes into being and goes
 is counted. The difference is what an image needs, the rest is what weights need (their casts). That is exact for any
 family, arithmetic and attention kernel, because it is the very code that will train, and takes about a second for a block
-of DiT-XL/2 on a CPU; a formula would have to follow every line of every model. What lies around the blocks (embedding,
+of a 675M model on a CPU; a formula would have to follow every line of every model. What lies around the blocks (embedding,
 output, losses, features that are compared, gates) is measured in the same way, on the whole objective with blocks that
 return their input. Memory that kernels take and give back inside is not seen.
 """

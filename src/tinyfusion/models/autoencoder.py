@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
+from tinyfusion.families.tensor_checks import check_finite, check_sizes
 from tinyfusion.models import kl16
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS, autoencoder_folder
-from tinyfusion.models.tensors import check_finite, check_sizes, read_folder_weights
+from tinyfusion.models.tensors import read_folder_weights
 
 SCALE_OF_CLASS = 0.18215  # of AutoencoderKL, where its configuration says nothing
 LARGEST_SCALE = 1e6  # of latents; far beyond every published one

@@ -13,36 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyfusion.blocks.plan import plan_from_json
 from tinyfusion.blocks.routers import is_router_key, settings_of
-from tinyfusion.config.loading import build_known, nearest
+from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.rundir import atomic_write, write_json
-from tinyfusion.families.dit import diffusers
-from tinyfusion.families.dit.model import LARGEST_SIZE
-from tinyfusion.families.family import FAMILIES, DiffusersFolder, ModelFamily
-from tinyfusion.models.attach import rules_of, settings_in
+from tinyfusion.families.family import DIFFUSERS_RECORD, ModelFamily
+from tinyfusion.families.registry import diffusers_classes, families, family_named, family_of_config
+from tinyfusion.families.sizes import LARGEST_SIZE
 from tinyfusion.models.autoencoder import LARGEST_SCALE, SCALE_OF_CLASS, autoencoder_config
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS
-from tinyfusion.models.loaded import LoadedModel, ModelFacts, hash_tensors, make_trainable, new_model
+from tinyfusion.models.loaded import LoadedModel, ModelFacts, make_trainable, new_model, settings_in
 from tinyfusion.models.places import by_name, exists, model_folder, shipped_models
 from tinyfusion.models.statedicts import described_other, find_state_dict
-from tinyfusion.models.tensors import (
-    check_sizes,
-    check_tensors,
-    filled,
-    read_folder_weights,
-    read_safetensors,
-    read_tensor_file,
-)
+from tinyfusion.models.tensors import filled, read_folder_weights, read_safetensors, read_tensor_file
 
 __all__ = [
-    "MODEL_FORMAT_VERSION", "LoadedModel", "ModelFacts", "hash_tensors", "make_trainable", "model_record", "new_model",
+    "MODEL_FORMAT_VERSION", "LoadedModel", "ModelFacts", "make_trainable", "model_record", "new_model",
     "open_model", "save_model", "shipped_models",
 ]  # fmt: skip
 
@@ -139,20 +130,24 @@ def _open_own(path: Path, num_heads: int | None, family_name: str | None, num_cl
         raise UserError(
             f"{path} has format_version {version}; this tinyfusion reads up to {MODEL_FORMAT_VERSION}: upgrade"
         )
-    family = _family(record.get("family"), path)
+    try:
+        family = family_named(record.get("family"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     _check_family(path, family, family_name)
     try:
         arch = build_known(family.arch_type, record.get("arch"), "arch")
         facts = _recorded_facts(record, family, arch)
         routers = None if facts.dynamic is None else settings_in(facts.dynamic)
         if routers is not None:
-            rules_of(family)
+            family.dynamic_rules()
     except (ValueError, OverflowError) as error:  # UserError among them
         raise UserError(f"{path}/model.json is damaged: {error}") from error
     _check_said(path, arch, num_heads, num_classes)
     module = filled(family, arch, read_safetensors(path / "model.safetensors"), path, routers)
     model = LoadedModel(module, family, arch, facts, {"kind": "model folder of tinyfusion", "path": str(path)})
-    if record.get("hash") != model.hash() and record.get("hash") != _hash_of_tensors_alone(model):
+    # folders that are older than `arch.rules` have the hash of their tensors alone
+    if record.get("hash") not in (model.hash(), family.hash(module.state_dict(), arch, rules=False)):
         raise UserError(f"{path} is damaged: its tensors do not give the hash in model.json")
     return model
 
@@ -192,11 +187,6 @@ def _recorded_facts(record: Mapping[str, Any], family: ModelFamily, arch: Any) -
     return facts
 
 
-def _hash_of_tensors_alone(model: LoadedModel) -> str:
-    """What folders record that were written before rules of its own were part of the hash of a model."""
-    return hash_tensors(model.module.state_dict(), model.family, model.arch, rules=False)
-
-
 def _check_said(path: Path, arch: Any, num_heads: int | None, num_classes: int | None) -> None:
     """Raise UserError where a model that says everything itself is not what the user says."""
     for what, said in (("heads", num_heads), ("classes", num_classes)):
@@ -213,77 +203,41 @@ def _check_family(path: Path, family: ModelFamily, name: str | None) -> None:
 def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None, num_classes: int | None) -> LoadedModel:
     """The folder of one model of diffusers: config.json, and weights in one file or several."""
     config = read_json_object(path / "config.json")
-    if not diffusers.is_config(config):
+    if "_class_name" not in config:
         raise UserError(f"{path}/config.json is not of a model of diffusers: it has no _class_name")
-    holding = (one for one in FAMILIES.values() if one.diffusers and one.diffusers.holds(config))
-    family = next(holding, FAMILIES["dit"])
-    _check_family(path, family, family_name)
-    if family.diffusers is not None:
-        return _open_diffusers_of(family, family.diffusers, path, config, num_heads, num_classes)
-    try:
-        arch = diffusers.arch_of_config(config)
-    except UserError as error:
-        raise UserError(f"{path} {error}") from error
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{path}/config.json is damaged: {error}") from error
-    _check_said(path, arch, num_heads, num_classes)
-    tensors, file = read_folder_weights(path, DIFFUSERS_WEIGHTS)
-    check_sizes(dataclasses.asdict(arch), tensors, f"{path}/config.json")
-    if diffusers.wrong_table(tensors, arch):
-        raise UserError(f"{path} holds a position table that is not the formula's, and diffusers takes none but that")
-    tensors.pop(diffusers.POSITION_BUFFER, None)
-    try:
-        wanted = diffusers.to_diffusers(family.shapes(arch), arch.depth)
-        check_tensors(tensors, wanted, f"{path} does not hold this model")
-        ours = diffusers.from_diffusers(tensors, arch)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    del tensors
-    if diffusers.RECORD in config and all(tensor.dtype == torch.float32 for tensor in ours.values()):
-        shift = diffusers.recorded_shift(
-            config, lambda shift: hash_tensors(ours, family, dataclasses.replace(arch, frequency_shift=shift))
+    family = family_of_config(config)
+    if family is None or family.diffusers is None:
+        raise UserError(
+            f"{path} is a {config['_class_name']} of diffusers; of its models {diffusers_classes()} can be opened"
         )
-        arch = dataclasses.replace(arch, frequency_shift=arch.frequency_shift if shift is None else shift)
-    module = filled(family, arch, ours, path)
-    inside = " in a DiTPipeline" if (path.parent / "model_index.json").is_file() else ""
-    origin = {"kind": f"folder of diffusers{inside}", "path": str(path), "file": file}
-    return LoadedModel(module, family, arch, _diffusers_facts(path, config, arch, family), origin)
-
-
-def _open_diffusers_of(
-    family: ModelFamily,
-    folder: DiffusersFolder,
-    path: Path,
-    config: Any,
-    num_heads: int | None,
-    num_classes: int | None,
-) -> LoadedModel:
-    """The folder of one model of diffusers whose family reads it by its own rules."""
+    _check_family(path, family, family_name)
+    folder = family.diffusers
     tensors, file = read_folder_weights(path, DIFFUSERS_WEIGHTS)
-    if (path / folder.beside).is_file():
-        tensors |= read_safetensors(path / folder.beside)
+    if folder.extra_file is not None and (path / folder.extra_file).is_file():
+        tensors |= read_safetensors(path / folder.extra_file)
     try:
         arch, ours = folder.read(config, tensors)
     except UserError as error:
         raise UserError(f"{path} {error}") from error
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path}/config.json is damaged: {error}") from error
+    del tensors
     _check_said(path, arch, num_heads, num_classes)
-    origin = {"kind": "folder of diffusers", "path": str(path), "file": file}
+    index = path.parent / "model_index.json"
+    inside = f" in a {read_json_object(index).get('_class_name')}" if index.is_file() else ""
+    origin = {"kind": f"folder of diffusers{inside}", "path": str(path), "file": file}
     module = filled(family, arch, ours, path)
     return LoadedModel(module, family, arch, _diffusers_facts(path, config, arch, family), origin)
 
 
 def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) -> ModelFacts:
     """What our own record in an exported folder says; else the published latent facts, with those of a VAE beside."""
-    record, facts = config.get(diffusers.RECORD), _published_facts(arch, family)
+    record, facts = config.get(DIFFUSERS_RECORD), _published_facts(arch, family)
     if record is not None:
         try:
             facts = _recorded_facts(record, family, arch)
         except (ValueError, OverflowError, AttributeError) as error:
-            raise UserError(f"{path}/config.json is damaged: {diffusers.RECORD}: {error}") from error
+            raise UserError(f"{path}/config.json is damaged: {DIFFUSERS_RECORD}: {error}") from error
     vae = path.parent / "vae"
     if not (vae / "config.json").is_file():
         return facts
@@ -301,22 +255,16 @@ def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) ->
     )
 
 
-def _family(name: Any, path: Path) -> ModelFamily:
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{path} is of family {name!r}{nearest(str(name), FAMILIES)}")
-    return FAMILIES[name]
-
-
 def _open_official(
     path: Path, weights: str, num_heads: int | None, family_name: str | None, num_classes: int | None
 ) -> LoadedModel:
-    offered = [_family(family_name, path)] if family_name else list(FAMILIES.values())
+    offered = [family_named(family_name)] if family_name else list(families().values())
     untrained = {name for family in offered for name in family.computed}
     found = find_state_dict(read_tensor_file(path), [f.mark for f in offered], weights, path, untrained)
     tensors = found.tensors
     if what := described_other(tensors, path.suffix):
         raise UserError(f"{path} {what}")
-    fit = offered if family_name else _families_of(tensors)
+    fit = offered if family_name else _families_of(tensors, path)
     family = fit[0]
     static = {name: t for name, t in tensors.items() if family.dynamic is None or not is_router_key(name)}
     routers = None
@@ -324,7 +272,7 @@ def _open_official(
         arch = family.arch_of_state_dict(static, num_heads, num_classes)
         if len(static) < len(tensors):
             routers = settings_of(tensors, arch.num_heads)
-            rules_of(family).sizes(arch)
+            family.dynamic_rules().sizes(arch)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     facts = _published_facts(arch, family)
@@ -351,12 +299,15 @@ def _say_classes(arch: Any, num_classes: int | None) -> None:
         print("without a null class: guidance is 1, and training drops no labels", file=sys.stderr)
 
 
-def _families_of(tensors: Mapping[str, Tensor]) -> list[ModelFamily]:
-    """The families that an official file may be of, by its tensors; the first is assumed."""
-    fit = [family for family in FAMILIES.values() if family.mark in tensors] or list(FAMILIES.values())[:1]
-    return [
-        family for family in fit if family.mark == fit[-1].mark
-    ]  # a later family may have the mark of an earlier one too
+def _families_of(tensors: Mapping[str, Tensor], path: Path) -> list[ModelFamily]:
+    """The families that an official file may be of, by its tensors; the first is assumed. Raises UserError where there is none."""
+    fit = [family for family in families().values() if family.mark in tensors]
+    if not fit:
+        marks = ", ".join(f"{each.mark} (family {each.name})" for each in families().values())
+        raise UserError(
+            f"{path} is of no known family: wanted one of the tensors {marks}; got {', '.join(sorted(tensors)[:3])}"
+        )
+    return [each for each in fit if each.mark == fit[-1].mark]  # a later family may have the mark of an earlier one too
 
 
 def _published_facts(arch: Any, family: ModelFamily) -> ModelFacts:

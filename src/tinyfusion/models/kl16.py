@@ -1,4 +1,4 @@
-"""KL-16, the autoencoder of MAR (Li et al., arXiv 2406.11838): its file into the class of diffusers that computes the same.
+"""KL-16, the autoencoder of Li et al. (arXiv 2406.11838): its file into the class of diffusers that computes the same.
 
 Its keys are those of latent diffusion (Rombach et al., arXiv 2112.10752). The network is a plain `AutoencoderKL`: 16
 channels at a sixteenth of the side, attention on the lowest level of the encoder and in both middles, none on the levels of
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.weights import fetch_weights, known_weights
+from tinyfusion.families.tensor_checks import in_float32
 from tinyfusion.models.statedicts import find_state_dict
-from tinyfusion.models.tensors import in_float32, read_tensor_file
+from tinyfusion.models.tensors import read_tensor_file
 
 SCALE = 0.2325
 CHANNELS = 16

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.dynamics import BlockSizes, DynamicRules
 from tinyfusion.blocks.plan import PrunePlan
-from tinyfusion.blocks.routers import unfit_official
+from tinyfusion.blocks.routed import BlockExecutor, Complete, Current
+from tinyfusion.blocks.routers import DynamicSettings, is_router_key, unfit_official
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.widths import sliced
-from tinyfusion.config.loading import nearest
+from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory
-from tinyfusion.families.family import FAMILIES, ModelFamily
-from tinyfusion.models.attach import DynamicModel, build_with_routers
+from tinyfusion.families.family import DiffusersExport, ModelFamily
+from tinyfusion.families.registry import families, family_named
 
 _NO_ROUTERS = "it has routers, for which diffusers has no class: its transformer would run everything"
 PIXEL_CHANNELS = (1, 3)  # of the input of a model that states no latents: with any other number it takes latents
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class LoadedModel:
     def with_weights(self, tensors: Mapping[str, Tensor]) -> LoadedModel:
         """The same model with other values: a new module, on the CPU, that holds a copy of every tensor of `tensors`."""
         with torch.device("meta"):
-            module = build_with_routers(self.family, self.arch, None if self.dynamic is None else self.dynamic.settings)
+            module = self.family.build_with_routers(self.arch, None if self.dynamic is None else self.dynamic.settings)
         module.load_state_dict(
             {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, assign=True
         )
@@ -147,21 +145,30 @@ class LoadedModel:
         return self.with_weights({**held, **exact})
 
     def hash(self) -> str:
-        """SHA-256 over the tensors sorted by official name, and over unpublished rules; see `hash_tensors`."""
-        return hash_tensors(self.module.state_dict(), self.family, self.arch)
+        """SHA-256 over the tensors sorted by official name, and over unpublished rules; see `ModelFamily.hash`."""
+        return self.family.hash(self.module.state_dict(), self.arch)
 
     def unfit_formats(self) -> dict[str, str]:
         """Formats of others that cannot hold this model, each with the reason: what an export must refuse."""
-        reasons = self.family.unfit_formats
-        found = reasons(self.arch, self.module.state_dict()) if reasons else {}
-        if self.dynamic is None:
-            return found
-        more = {"official": unfit_official(self.dynamic.settings), "diffusers": [_NO_ROUTERS]}
-        return {
-            name: "; ".join([*([found[name]] if name in found else []), *more.get(name, [])])
-            for name in dict.fromkeys([*found, *more])
-            if name in found or more[name]
-        }
+        reasons: dict[str, list[str]] = {"official": [], "diffusers": []}
+        if self.family.unfit_formats is not None:
+            for name, reason in self.family.unfit_formats(self.arch, self.module.state_dict()).items():
+                reasons[name].append(reason)
+        if self.dynamic is not None:
+            reasons["official"] += unfit_official(self.dynamic.settings)
+            reasons["diffusers"].append(_NO_ROUTERS)
+        if not reasons["diffusers"] and (self.family.diffusers is None or self.family.diffusers.export is None):
+            reasons["diffusers"].append(
+                f"models of the family {self.family.name} have no class of diffusers to be written for"
+            )
+        return {name: "; ".join(each) for name, each in reasons.items() if each}
+
+    def diffusers_export(self) -> DiffusersExport:
+        """How it is written for diffusers. Raises UserError where it cannot be."""
+        folder, unfit = self.family.diffusers, self.unfit_formats().get("diffusers")
+        if unfit is not None or folder is None or folder.export is None:
+            raise UserError(f"the model cannot be exported to diffusers: {unfit}")
+        return folder.export
 
     def cut(self, plan: PrunePlan, force: bool = False) -> LoadedModel:
         """A new, trainable model with only the plan's blocks and channels; this one stays as it is.
@@ -218,25 +225,78 @@ def takes_latents(arch: Any, facts: ModelFacts) -> bool:
     return facts.latent_scale is not None or arch.in_channels not in PIXEL_CHANNELS
 
 
-def hash_tensors(tensors: Mapping[str, Tensor], family: ModelFamily, arch: Any, rules: bool = True) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name; formula tensors are left out if equal.
+@dataclass(frozen=True)
+class DynamicModel:
+    """A view of a model with routers on it. Calling its module decides as at inference, at full cost."""
 
-    rules: then also over what the sizes say that the model computes otherwise than the published one (`arch.rules`): such a
-    model is another one with the same tensors. Published rules add nothing.
-    It is the hash of the tensors as held. Opened models hold float32, whatever their file held: a half-precision file
-    has the hash of its values in float32, not that of its bytes. Nothing remembers it: weights change in place.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        formula = family.computed.get(name)
-        if formula is not None and torch.equal(tensor, formula(arch).to(tensor.dtype)):
-            continue
-        digest.update(f"{name}\0{_DTYPE_NAMES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied
-    for name, value in sorted(getattr(arch, "rules", {}).items()) if rules else ():
-        digest.update(f"{name}\0{value!r}\0".encode())
-    return digest.hexdigest()
+    loaded: LoadedModel
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself."""
+        return self.loaded.module
+
+    @property
+    def stack(self) -> BlockStack:
+        """Its blocks."""
+        return self.loaded.stack
+
+    @cached_property
+    def settings(self) -> DynamicSettings:
+        """What is decided."""
+        return settings_in(self.loaded.facts.dynamic or {})
+
+    @property
+    def rules(self) -> DynamicRules:
+        """The family's."""
+        return self.loaded.family.dynamic_rules()
+
+    @cached_property
+    def sizes(self) -> BlockSizes:
+        """Of its blocks."""
+        return self.rules.sizes(self.loaded.arch)
+
+    @cached_property
+    def current(self) -> Current:
+        """Which way its blocks run."""
+        owners = (getattr(hook, "__self__", None) for hook in self.embedder._forward_hooks.values())
+        return next(owner for owner in owners if isinstance(owner, Current))
+
+    @property
+    def embedder(self) -> nn.Module:
+        """What makes the timestep embedding."""
+        return self.module.get_submodule(self.rules.embedder)
+
+    @contextmanager
+    def using(self, way: BlockExecutor) -> Iterator[None]:
+        """Within the context blocks run in this way."""
+        before, self.current.way = self.current.way, way
+        try:
+            yield
+        finally:
+            self.current.way = before
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """Within the context everything runs: the static model."""
+        with self.using(Complete()):
+            yield
+
+    def routers(self) -> dict[str, nn.Parameter]:
+        """Parameters of the routers, by name."""
+        return {name: p for name, p in self.module.named_parameters() if is_router_key(name)}
+
+    def copy(self) -> DynamicModel:
+        """An independent copy."""
+        return DynamicModel(self.loaded.copy())
+
+
+def settings_in(record: Mapping[str, Any]) -> DynamicSettings:
+    """The settings of routers in what a model's facts say of them. Raises ValueError where they are none."""
+    known = {field.name for field in dataclasses.fields(DynamicSettings)}
+    return cast(
+        DynamicSettings, build_known(DynamicSettings, {k: v for k, v in record.items() if k in known}, "dynamic")
+    )
 
 
 def make_trainable(module: nn.Module, family: ModelFamily) -> nn.Module:
@@ -246,11 +306,11 @@ def make_trainable(module: nn.Module, family: ModelFamily) -> nn.Module:
     return module
 
 
-def new_model(family_name: str, arch_values: Mapping[str, Any], seed: int) -> LoadedModel:
+def new_model(family_name: str | None, arch_values: Mapping[str, Any], seed: int) -> LoadedModel:
     """A freshly initialised model that knows nothing of its images but their size. Raises UserError on sizes that do not fit."""
-    if family_name not in FAMILIES:
-        raise UserError(f"unknown family {family_name!r}{nearest(family_name, FAMILIES)}")
-    family = FAMILIES[family_name]
+    if family_name is None:
+        raise UserError(f"a new model needs a family: --set model.family=NAME, one of {', '.join(families())}")
+    family = family_named(family_name)
     try:
         arch = family.arch_of_sizes(arch_values)
         num_bytes = family.num_bytes(arch)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfusion.families.family import FAMILIES
+from tinyfusion.families.registry import family_named
 from tinyfusion.models.loaded import LoadedModel
 
 
@@ -22,7 +22,7 @@ def model_macs(model: LoadedModel) -> int:
 
 @lru_cache(maxsize=64)  # counting builds the model on the meta device
 def _macs(family_name: str, arch: Any) -> int:
-    family = FAMILIES[family_name]
+    family = family_named(family_name)
     return count_macs(lambda: family.build(arch), lambda: family.example(arch, 1))
 
 
@@ -30,7 +30,8 @@ def count_macs(build: Callable[[], nn.Module], inputs: Callable[[], tuple[torch.
     """Multiply-accumulates of one forward pass of `build()` on `inputs()`, counted on the meta device.
 
     fvcore's convention: matrix products and convolutions, attention's two products, and 4 per element of a layer norm
-    without affine parameters (5 with); other elementwise work is free. DiT-XL/2 at 256 pixels is 118.69 G.
+    without affine parameters (5 with); other elementwise work is free. The XL/2 model of arXiv 2212.09748 at 256
+    pixels is 118.69 G.
     """
 
     def layer_norm(input_shape: Sequence[int], _shape: Any, weight: Any = None, *_: Any, **__: Any) -> int:

@@ -6,14 +6,13 @@ import errno
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from tinyfusion.config.loading import nearest
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.reading import check_plain, read_json_object, unreadable
 from tinyfusion.core.weights import KnownWeights, fetch_weights, known_weights
-from tinyfusion.families.family import FAMILIES
+from tinyfusion.families.registry import diffusers_classes
 from tinyfusion.models.hub import HUB_ID, fetch_repository
 from tinyfusion.models.statedicts import OTHER_KINDS
 
@@ -85,12 +84,12 @@ def model_folder(path: Path, weights: str) -> Path:
                     print(f"warning: {path} is not recovered yet: this is the student as it was cut", file=sys.stderr)
                 return path / f"{name}{suffix}"
     if (path / "model_index.json").exists():
-        kind = read_json_object(path / "model_index.json").get("_class_name")
-        families: list[Any] = [family.diffusers for family in FAMILIES.values() if family.diffusers]
-        known = ["DiTPipeline", *(name for folder in families for name in folder.pipelines)]
-        if kind not in known:
-            raise UserError(f"{path} is a {kind} of diffusers; of its pipelines only {', '.join(known)} can be opened")
-        path = path / "transformer"
+        kind, path = read_json_object(path / "model_index.json").get("_class_name"), path / "transformer"
+        if not (path / "config.json").exists():
+            raise UserError(
+                f"{path.parent} is a {kind} of diffusers without transformer/config.json; pipelines with a transformer of class "
+                f"{diffusers_classes()} can be opened"
+            )
     elif not (path / "config.json").exists() and (path / "transformer" / "config.json").exists():
         path = path / "transformer"
     if (path / "config.json").exists():

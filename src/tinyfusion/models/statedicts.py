@@ -30,9 +30,9 @@ _AVERAGED = re.compile(r"ema|shadow|averag", re.IGNORECASE)
 OTHER_KINDS = {
     "lora": "is a LoRA, which changes a model and is none: merge it into its model first, as `merge_and_unload` of peft and "
     "`fuse_lora` of diffusers do, and give the merged model",
-    "lightningdit": "is a LightningDiT (RMSNorm, SwiGLU, rotary positions), whose blocks are not those of a DiT: it cannot be opened",
-    "repa": "is a SiT trained with REPA: remove its tensors projectors.*, which serve training alone, and save it anew",
-    "mdt": "is an MDT, whose blocks are not those of a DiT: it cannot be opened",
+    "lightningdit": "is a LightningDiT (RMSNorm, SwiGLU, rotary positions), whose blocks are of no family here: it cannot be opened",
+    "repa": "was trained with REPA: remove its tensors projectors.*, which serve training alone, and save it anew",
+    "mdt": "is an MDT, whose blocks are of no family here: it cannot be opened",
     "mmdit": "is a transformer of text and image streams (FLUX, SD3), which cannot be opened",
     "diffusers": "has the names of diffusers: put it as diffusion_pytorch_model{suffix} into a folder with the config.json of its "
     "model, and give the folder",

@@ -1,9 +1,9 @@
-"""The flow process of SiT: paths between noise and data, what a network may predict of them, and its training loss.
+"""The flow process: paths between noise and data, what a network may predict of them, and its training loss.
 
 Shapes: B samples, C channels. A path is a function of the noise level, 0 at the data and 1 at noise (`processes/time.py`):
 x = alpha x0 + sigma noise, x0 the clean image; on the straight path sigma is the noise level itself. Velocity and derivatives
 are by the noise level. t (B,) is time as the family writes it, and `model(x, t, y)` takes it as it is and returns (B, C, H, W);
-`Flow.convention` translates both. (Time of a SiT is 0 at noise and 1 at the data, in its code; its paper has it the other way
+`Flow.convention` translates both. (In published models time is 0 at noise and 1 at the data, in their code; the paper has it the other way
 round.)
 
 Velocity, score and noise are linear in each other at a given x and t. With W = alpha sigma' - alpha' sigma, which is 1 on the
@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from tinyfusion.core.rng import Draws
 from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, mean_flat
-from tinyfusion.processes.time import SIT, Level, TimeConvention, TimeSampler
+from tinyfusion.processes.time import DATA_AT_ONE, Level, TimeConvention, TimeSampler
 
 PathName = Literal["linear", "gvp", "vp"]
 Predicted = Literal["velocity", "noise", "score"]
 LossWeight = Literal["none", "velocity", "likelihood"]
-NUM_LEVELS = 1000  # of noise, as many as a DiT has
+NUM_LEVELS = 1000  # of noise, as many as the Gaussian process has
 _LOW_NOISE_PARTS = 4  # block influence at clean inputs sees the quarter of the times that is nearest to the data
 _BETA_MIN, _BETA_MAX = 0.1, 20.0  # of the VP path
 SMALL_EPS = 1e-3  # published distance from the ends, where there has to be one
@@ -84,7 +84,7 @@ class Flow:
 
     path: PathName = "linear"
     prediction: Predicted = "velocity"
-    convention: TimeConvention = SIT
+    convention: TimeConvention = DATA_AT_ONE
 
     def __post_init__(self) -> None:
         for name, value, known in (("path", self.path, PathName), ("prediction", self.prediction, Predicted)):
@@ -251,7 +251,7 @@ class FlowObjective(Process):
         return {"kd_loss": mean_flat(error**2) * self.flow.weight(self.loss_weight, noisy.t)}
 
     def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
-        """The clean input at a quarter of its noise level: what the released statistic does to a DiT."""
+        """The clean input at a quarter of its noise level: what the released statistic does to a Gaussian model."""
         convention = self.flow.convention
         return replace(noisy, xt=noisy.x0, t=convention.at_sigma(convention.level(noisy.t).sigma / _LOW_NOISE_PARTS))
 

@@ -1,10 +1,10 @@
-"""The Gaussian diffusion process of DiT: linear betas, noise prediction, learned-range variance, respaced sampling.
+"""The Gaussian diffusion process: linear betas, noise prediction, learned-range variance, respaced sampling.
 
 Shapes: B samples, C channels, N kept timesteps. `model(x, t, y)` takes original step numbers and returns (B, 2C, H, W):
 noise prediction and variance logits v (or (B, C, H, W) where the variance is not learned: no variational term then, and
 sampling uses the posterior variance). Tables are float64, looked up and cast to float32 (published numerics).
 Sources: Ho et al. arXiv 2006.11239; Nichol & Dhariwal arXiv 2102.09672; Song et al. arXiv 2010.02502.
-Not here: x0- or v-prediction; the published models use neither. The cosine betas of MAR's head are in `masked.py`.
+Not here: x0- or v-prediction; the published models use neither. The cosine betas of the masked process are in `masked.py`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _stride_timesteps(count: int) -> list[int]:
 class Schedule:
     """Tables of a respaced chain, float64, shape (N,). `timesteps[i]` is the original step of index i.
 
-    betas: (1000,) float64 of the whole chain; None are the linear ones of the published DiT.
+    betas: (1000,) float64 of the whole chain; None are the linear ones of the published models.
     """
 
     def __init__(self, spacing: str = "", betas: np.ndarray | None = None) -> None:

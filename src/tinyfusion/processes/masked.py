@@ -1,7 +1,7 @@
-"""The process of MAR: tokens in random order, the last ones known, and a small diffusion for each hidden one.
+"""The masked autoregressive process: tokens in random order, the last ones known, and a small diffusion for each hidden one.
 
 Shapes: B images, L tokens of E values each, m hidden and u = L - m known ones, r noise levels of each hidden token.
-`model(x, y, known, hidden, rows, t, dropout)` gives (B, m, r, 2E), as `families/mar/model.py` says.
+`model(x, y, known, hidden, rows, t, dropout)` gives (B, m, r, 2E), as the network of the family says.
 Source: Li et al., arXiv 2406.11838. Where the published code differs: the share of hidden tokens is drawn once for the
 whole batch of a step, so that it does not depend on the number of processes; all that is random is drawn outside of the
 model; and rows of known tokens, whose weight is 0, are not computed.

@@ -93,7 +93,7 @@ class TimeConvention:
         return self.scale * (low + (high - low) * times.sigma(u))
 
 
-SIT = TimeConvention("1 - sigma", 1.0, "data - noise")
+DATA_AT_ONE = TimeConvention("1 - sigma", 1.0, "data - noise")
 
 
 # ---------------------------------------------------------------------------------------------------------------- shift

@@ -53,7 +53,7 @@ def guided(
     """Guidance on the first `channels` output channels; all others (variance among them) keep their conditional values.
 
     output = uncond + scale * (cond - uncond). One forward pass over the doubled batch, conditional half first. The
-    published DiT and SiT guide min(3, C) of their C channels; scale 1 is the conditional model and runs undoubled, and so
+    published models guide min(3, C) of their C channels; scale 1 is the conditional model and runs undoubled, and so
     does a time t (one for the whole batch) whose `noise_share`, 0 at the clean end and 1 at pure noise, lies outside of
     `interval`, ends included.
     Differs from the published wrapper, which carries the guided half twice: only the conditional half is returned.

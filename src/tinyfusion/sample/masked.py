@@ -1,4 +1,4 @@
-"""Trajectories of the masked process (MAR): rounds in which more and more tokens become known.
+"""Trajectories of the masked process: rounds in which more and more tokens become known.
 
 Shapes: B images, L tokens of E values, D width of the decoder; k tokens predicted in a round.
 Source: Li et al., arXiv 2406.11838, section 3.4, and the released sampler; guidance grows from round to round as there.
@@ -11,14 +11,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tinyfusion.blocks.tokens import from_tokens, taken, to_tokens
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.families.mar.model import Mar, from_tokens, taken, to_tokens
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import Denoiser
 from tinyfusion.processes.gaussian import Schedule, sample_ancestral
@@ -148,8 +148,7 @@ class MaskedSampler:
     ) -> Tensor:
         """The tokens with those at places `ends[1]` to `ends[0]` of the order revealed."""
         before, after = ends
-        module = model.module
-        assert isinstance(module, Mar)
+        module: Any = model.module  # with `condition` and `head`, as the masked process says
         places = order[:, after:before]
         num, k, features = len(y), before - after, tokens.shape[2]
         if self.guidance == 1:
@@ -172,14 +171,14 @@ class MaskedSampler:
         return tokens.scatter(1, places.unsqueeze(-1).expand(-1, -1, features), revealed)
 
 
-def _conditions(module: Mar, tokens: Tensor, y: Tensor, order: Tensor, hidden: int, places: Tensor) -> Tensor:
+def _conditions(module: Any, tokens: Tensor, y: Tensor, order: Tensor, hidden: int, places: Tensor) -> Tensor:
     """(B, k, D) at `places`, from the tokens that are known."""
     dtype = module.z_proj.weight.dtype
     known = order[:, hidden:].sort(dim=1).values
     return taken(module.condition(tokens.to(dtype), y, known, order[:, :hidden]), places)
 
 
-def _denoiser(module: Mar, z: Tensor, scale: float | None) -> Denoiser:
+def _denoiser(module: Any, z: Tensor, scale: float | None) -> Denoiser:
     """The head for the tokens that z (N, D) describes, as images of one pixel: (x (N, E, 1, 1), t (N,)) -> (N, 2E, 1, 1).
 
     With a scale z has the conditional half first, and the noise prediction alone is guided; the variance is that of the

@@ -16,15 +16,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.families.dit.model import TIMESTEP_FREQUENCIES, DiTArch, position_table
+from tinyfusion.families.dit.model import TIMESTEP_FREQUENCIES, DiTArch, timestep_features
+from tinyfusion.families.family import DIFFUSERS_RECORD, DiffusersExport, DiffusersPipeline
+from tinyfusion.families.sizes import position_table
 
 CLASS_NAME = "DiTTransformer2DModel"
-_CLASSES = (CLASS_NAME, "Transformer2DModel")  # the latter in folders of 2022 and 2023, such as facebook/DiT-XL-2-256
+_OLD_CLASS_NAME = "Transformer2DModel"  # in folders of 2022 and 2023, such as facebook/DiT-XL-2-256
+GUIDED_CHANNELS = 3  # leading channels that published guidance touches
+_PIPELINE_NULL_CLASS = 1000  # what DiTPipeline guides with, whatever the model
 FREQUENCY_SHIFT = 1  # of the timestep features in its class
-RECORD = "_tinyfusion"  # our record in config.json; its readers pass over names that begin with "_"
 POSITION_BUFFER = "pos_embed.pos_embed"  # the table, in files of some versions
 
 _OUTSIDE = {
@@ -73,7 +76,7 @@ def to_diffusers(tensors: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
 def from_diffusers(tensors: Mapping[str, Tensor], arch: DiTArch) -> dict[str, Tensor]:
     """Our state dict from that of diffusers' class, position table included.
 
-    tensors: exactly those that `to_diffusers` gives. Raises ValueError where the copies of an embedder differ.
+    tensors: exactly those that `to_diffusers` gives. Raises UserError where the copies of an embedder differ.
     """
     _check_copies(tensors, arch.depth)
     found = {ours: tensors[theirs] for ours, theirs in _renamed(arch.depth)}
@@ -92,8 +95,8 @@ def _check_copies(tensors: Mapping[str, Tensor], depth: int) -> None:
         apart = [i for i in range(1, depth) if not torch.equal(tensors[f"transformer_blocks.{i}.norm1.emb.{theirs}"], first)]  # fmt: skip
         if apart:
             others = f" (so in {len(apart)} of {depth} blocks)" if len(apart) > 1 else ""
-            raise ValueError(
-                f"transformer_blocks.{apart[0]}.norm1.emb.{theirs} differs from its copy in block 0{others}: "
+            raise UserError(
+                f"cannot be opened: transformer_blocks.{apart[0]}.norm1.emb.{theirs} differs from its copy in block 0{others}: "
                 "the blocks were trained with embedders of their own, and a DiT has one for all"
             )
 
@@ -134,15 +137,15 @@ _SIZES = {
 }
 
 
-def is_config(config: Any) -> bool:
-    """Whether the contents of a config.json are those of a model of diffusers."""
-    return isinstance(config, dict) and "_class_name" in config
+def is_config(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json of diffusers is of this class, or of an older one that holds a DiT."""
+    if config["_class_name"] == _OLD_CLASS_NAME:
+        return bool(config.get("norm_type", _FIXED["norm_type"]) == _FIXED["norm_type"])
+    return bool(config["_class_name"] == CLASS_NAME)
 
 
 def arch_of_config(config: Mapping[str, Any]) -> DiTArch:
     """The sizes that a config.json tells. Raises UserError where it is not that of a DiT as ours is."""
-    if config["_class_name"] not in _CLASSES:
-        raise UserError(f"is a {config['_class_name']} of diffusers; of its models only {CLASS_NAME} can be opened")
     odd = next((name for name, value in _FIXED.items() if config.get(name, value) != value), None)
     if odd:
         raise UserError(f"has {odd} {config[odd]!r}; a DiT has {_FIXED[odd]!r}")
@@ -178,7 +181,7 @@ def recorded_shift(config: Mapping[str, Any], hash_with: Callable[[int], str]) -
 
     hash_with: the hash of the model with such a shift.
     """
-    own = config.get(RECORD)
+    own = config.get(DIFFUSERS_RECORD)
     arch = own.get("arch") if isinstance(own, Mapping) else None
     shift = arch.get("frequency_shift") if isinstance(arch, Mapping) else None
     if type(shift) is not int or not 0 <= shift < TIMESTEP_FREQUENCIES // 2:
@@ -212,17 +215,89 @@ def config_of_arch(arch: DiTArch) -> dict[str, Any]:
 _READERS = {"official": "the published scripts", "diffusers": "the classes of diffusers"}
 
 
-def differences(arch: DiTArch, target: str) -> list[str]:
-    """What a reader of the format `target` ("official" or "diffusers") computes otherwise than this model, in sentences."""
-    found = []
+def differences(module: nn.Module, arch: DiTArch, target: str) -> list[str]:
+    """What a reader of the format `target` ("official" or "diffusers") computes otherwise than this model, in sentences.
+
+    Of timesteps in diffusers also by how much their embedding moves, over all 1000.
+    """
+    sentences = []
     wanted = FREQUENCY_SHIFT if target == "diffusers" else 0
     if arch.frequency_shift != wanted:
-        found.append(
+        sentences.append(
             f"{_READERS[target]} compute timestep frequencies as 10000^(-i/{128 - wanted}), this model "
-            f"10000^(-i/{128 - arch.frequency_shift})"
+            f"10000^(-i/{128 - arch.frequency_shift}){_embedding_shift(module, arch) if target == 'diffusers' else ''}"
         )
     if target == "official" and arch.mlp_norm_eps != 1e-6:
-        found.append(
+        sentences.append(
             f"{_READERS[target]} give the norm before an MLP the epsilon 1e-06, this model {arch.mlp_norm_eps:g}"
         )
-    return found
+    return sentences
+
+
+@torch.no_grad()
+def _embedding_shift(module: nn.Module, arch: DiTArch) -> str:
+    steps, mlp = torch.arange(1000), module.get_submodule("t_embedder.mlp")
+    here, there = (mlp(timestep_features(steps, shift)) for shift in (arch.frequency_shift, FREQUENCY_SHIFT))
+    return (
+        f": its images differ slightly there (the embedding of a timestep moves by {float((there - here).norm() / here.norm()):.2%} "
+        "on average), as those of every published DiT do; a student of a teacher opened from a folder of diffusers has no such "
+        "difference"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def _model_usage(arch: DiTArch, title: str) -> str:
+    return (
+        "```python\nfrom diffusers import DiTTransformer2DModel\n\n"
+        f'model = DiTTransformer2DModel.from_pretrained("{title}")\n'
+        f"noise = model(x, timestep=t, class_labels=y).sample[:, :{arch.in_channels}]  # null class: {arch.num_classes}\n```"
+    )
+
+
+def _pipeline_usage(arch: DiTArch, title: str) -> str:
+    return (
+        f'```python\nfrom diffusers import DiTPipeline\n\npipeline = DiTPipeline.from_pretrained("{title}")\n'
+        "image = pipeline(class_labels=[207], guidance_scale=4.0, num_inference_steps=50).images[0]\n```\n\n"
+        f"`DiTPipeline` guides all {arch.in_channels} channels and leaves the learned variance unused; published numbers guide "
+        f"{min(GUIDED_CHANNELS, arch.in_channels)} and use it."
+    )
+
+
+def _unfit_pipeline(arch: DiTArch, latent_shift: float | None) -> str | None:
+    if arch.num_classes != _PIPELINE_NULL_CLASS:
+        return (
+            f"DiTPipeline guides with class {_PIPELINE_NULL_CLASS}, and its null class is {arch.num_classes} (export without "
+            "--pipeline)"
+        )
+    return None if not latent_shift else f"its latents are shifted by {latent_shift:g}, which DiTPipeline does not undo"
+
+
+PIPELINE = DiffusersPipeline(
+    model_index={
+        "_class_name": "DiTPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", CLASS_NAME],
+        "vae": ["diffusers", "AutoencoderKL"],
+    },
+    # the process that models are trained with, in the words of DDIMScheduler; nothing is clipped, as latents have no range
+    scheduler={
+        "_class_name": "DDIMScheduler",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+    },
+    unfit=_unfit_pipeline,
+    usage=_pipeline_usage,
+)
+EXPORT = DiffusersExport(
+    config_of_arch, lambda tensors, arch: to_diffusers(tensors, arch.depth), _model_usage, PIPELINE
+)

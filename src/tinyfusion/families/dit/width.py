@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tinyfusion.blocks.widths import Axes, Axis, ChannelGroup, WidthRules, num_elements
-from tinyfusion.families.dit.model import HEADS_BY_WIDTH, MLP_RATIO, DiT, DiTArch, position_table
+from tinyfusion.families.dit.model import HEADS_BY_WIDTH, MLP_RATIO, DiT, DiTArch
+from tinyfusion.families.sizes import position_table
 
 SHARE_TOLERANCE = 0.02  # how far the number of parameters may lie from the wanted one, as a share of it
 

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyfusion.families.dit.model import check_ranges, list_length
+from tinyfusion.blocks.tokens import taken, to_tokens
 from tinyfusion.families.mar.block import NORM_EPS, Dropout, MarBlock
 from tinyfusion.families.mar.head import DiffusionHead, HeadSizes, initialise_head
+from tinyfusion.families.sizes import check_ranges, list_length
 
 
 @dataclass(frozen=True)
@@ -93,22 +93,6 @@ def published_arch(name: str) -> MarArch:
         raise ValueError(f"unknown model {name!r}; there are {', '.join(SIZES)}")
     width, depth, heads, head_depth, head_width = SIZES[name]
     return MarArch(16, 1, 16, width, depth, depth, heads, 1000, head_depth=head_depth, head_width=head_width)
-
-
-def to_tokens(x: Tensor, patch_size: int) -> Tensor:
-    """(B, C, S, S) -> (B, L, E): patches in rows, the values of one as (channel, row, column)."""
-    return F.pixel_unshuffle(x, patch_size).flatten(2).transpose(1, 2)
-
-
-def from_tokens(tokens: Tensor, patch_size: int) -> Tensor:
-    """The inverse of `to_tokens`."""
-    side = math.isqrt(tokens.shape[1])
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (side, side)), patch_size)
-
-
-def taken(x: Tensor, places: Tensor) -> Tensor:
-    """The rows of x (B, N, D) at `places` (B, k): (B, k, D)."""
-    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 class Mar(nn.Module):

@@ -1,0 +1,74 @@
+"""The families that tinyfusion knows: its own, those of installed packages, and those that a program registers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from tinyfusion.config.loading import nearest
+from tinyfusion.core.errors import UserError
+from tinyfusion.families.dit.family import DIT
+from tinyfusion.families.family import ModelFamily
+from tinyfusion.families.mar.family import MAR
+from tinyfusion.families.pixart import PIXART
+from tinyfusion.families.sit import SIT
+
+ENTRY_POINTS = "tinyfusion.families"  # group of a package's entry points that name a `ModelFamily` each
+# by name; where a file fits several, the first that was registered is assumed
+FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (DIT, SIT, MAR, PIXART)}
+# class name of a model of diffusers -> its family, made when it is asked for; used after the registered families
+CLASS_TABLES: tuple[Callable[[str], ModelFamily | None], ...] = ()
+
+
+def register_family(family: ModelFamily) -> ModelFamily:
+    """Make a family known by its name, for files, recipes and `--family`; returns it. Raises UserError where the name is taken."""
+    if FAMILIES.setdefault(family.name, family) is not family:
+        raise UserError(f"a family {family.name!r} is registered already: give the new one another name")
+    return family
+
+
+def families() -> Mapping[str, ModelFamily]:
+    """Every registered family by name, those of installed packages among them."""
+    _load_entry_points()
+    return FAMILIES
+
+
+def family_named(name: Any) -> ModelFamily:
+    """The family of this name, or of this class of diffusers. Raises UserError where there is none."""
+    family = families().get(name) if isinstance(name, str) else None
+    if family is None:
+        family = _of_class(name)
+    if family is None:
+        raise UserError(f"unknown family {name!r}{nearest(str(name), families())}")
+    return family
+
+
+def family_of_config(config: Mapping[str, Any]) -> ModelFamily | None:
+    """The family of a folder of diffusers by its config.json: a registered one that claims it, else one of `CLASS_TABLES`."""
+    claims = (family for family in families().values() if family.diffusers and family.diffusers.holds(config))
+    return next(claims, None) or _of_class(config.get("_class_name"))
+
+
+def diffusers_classes() -> str:
+    """Names of the classes of diffusers that registered families read, for messages."""
+    return ", ".join(name for family in families().values() if family.diffusers for name in family.diffusers.classes)
+
+
+def _of_class(name: Any) -> ModelFamily | None:
+    """The family that a table of classes has for a class name of diffusers."""
+    if not isinstance(name, str):
+        return None
+    return next((family for table in CLASS_TABLES if (family := table(name)) is not None), None)
+
+
+@cache  # once per process
+def _load_entry_points() -> None:
+    """Register the families of installed packages; one that cannot be loaded is reported on stderr and left out."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            register_family(entry.load())
+        except Exception as error:  # code of another package
+            print(f"warning: family {entry.name} ({entry.value}) cannot be loaded: {error}", file=sys.stderr)
