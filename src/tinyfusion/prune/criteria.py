@@ -21,7 +21,6 @@ from tinyfusion.blocks.plan import PrunePlan, first_blocks, global_indices
 from tinyfusion.blocks.stack import check_kept
 from tinyfusion.config.recipe import Criterion as Name
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune.calibrate import block_statistics
 from tinyfusion.prune.context import CriterionContext, plan_for
@@ -35,7 +34,7 @@ from tinyfusion.prune.mask_search import (
     short,
     tick_from,
 )
-from tinyfusion.prune.rules import bk_sdm_positions, evenly_spaced
+from tinyfusion.prune.rules import RULES
 from tinyfusion.prune.scheme import BlockGroup, check_range
 from tinyfusion.prune.width import by_width, width_evaluations
 
@@ -184,45 +183,13 @@ def _or_infinite(value: float) -> float:
 # ------------------------------------------------------------------------------------------------------------------ rules
 
 
-def by_first(context: CriterionContext) -> PrunePlan:
-    """The first blocks stay."""
-    return _ruled(context, lambda group: group.free[: group.keep_free])
-
-
-def by_last(context: CriterionContext) -> PrunePlan:
-    """The last blocks stay."""
-    return _ruled(context, lambda group: group.free[len(group.free) - group.keep_free :])
-
-
-def by_uniform(context: CriterionContext) -> PrunePlan:
-    """Evenly spaced blocks stay, first and last among them; protected ones are set aside, and the others spaced evenly."""
-    return _ruled(context, lambda group: [group.free[i] for i in evenly_spaced(len(group.free), group.keep_free)])
-
-
-def by_random(context: CriterionContext) -> PrunePlan:
-    """A random choice, addressed by (seed, list)."""
-
-    def draw(group: BlockGroup) -> list[int]:
-        order = Randomness(context.seed).permutation(f"random/{group.start}", 0, len(group.free))
-        return [group.free[int(i)] for i in order[: group.keep_free]]
-
-    return _ruled(context, draw)
-
-
-def by_bk_sdm(context: CriterionContext) -> PrunePlan:
-    """BK-SDM's rule (arXiv 2305.15798) as TinyFusion applies it; see `rules.bk_sdm_positions`."""
-    listed = context.settings.bk_sdm_list
-    kept = {
-        name: [g.start + i for i in bk_sdm_positions(g.size, listed, [i - g.start for i in g.protected])]
-        for name, g in context.groups.items()
-    }
-    return plan_for(context, kept, f"no scores: a fixed rule, {listed} list")
-
-
-def _ruled(context: CriterionContext, choose: Callable[[BlockGroup], Sequence[int]]) -> PrunePlan:
-    """`choose` picks among the free blocks of each list."""
-    kept = {name: group.with_protected(choose(group)) for name, group in context.groups.items()}
-    return plan_for(context, kept, "no scores: a fixed rule")
+def by_rule(context: CriterionContext) -> PrunePlan:
+    """The blocks that a rule of `rules.RULES` names."""
+    settings = context.settings
+    rule = RULES[settings.criterion]
+    kept = {name: g.with_protected(rule(g, settings, context.seed)) for name, g in context.groups.items()}
+    listed = f", {settings.bk_sdm_list} list" if settings.criterion == "bk-sdm" else ""
+    return plan_for(context, kept, f"no scores: a fixed rule{listed}")
 
 
 def by_named(context: CriterionContext) -> PrunePlan:
@@ -340,11 +307,11 @@ CRITERIA: dict[str, Criterion] = {
     "bi": dataclasses.replace(_PASS, says="block influence", plan=by_block_influence),
     "flux-lite": dataclasses.replace(_PASS, says="squared change of the residual stream"),
     "sensitivity": Criterion("loss added by removing a block", by_sensitivity, _sensitivity_evaluations),
-    "bk-sdm": Criterion("first of each pair, then last of each", by_bk_sdm),
-    "first": Criterion("the first blocks", by_first),
-    "last": Criterion("the last blocks", by_last),
-    "uniform": Criterion("evenly spaced blocks", by_uniform),
-    "random": Criterion("a random choice", by_random),
+    "bk-sdm": Criterion("first of each pair, then last of each", by_rule),
+    "first": Criterion("the first blocks", by_rule),
+    "last": Criterion("the last blocks", by_rule),
+    "uniform": Criterion("evenly spaced blocks", by_rule),
+    "random": Criterion("a random choice", by_rule),
     "min-loss": dataclasses.replace(_SEARCH, says="the mask of least calibration loss"),
     "median-loss": dataclasses.replace(_SEARCH, says="the mask of median calibration loss"),
     "max-loss": dataclasses.replace(_SEARCH, says="the mask of greatest calibration loss"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tinyfusion.blocks.plan import first_blocks
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune.scheme import BlockGroup, check_range
 
@@ -82,3 +83,27 @@ def evenly_spaced(size: int, num: int) -> list[int]:
     if num < 2:
         return [(size - 1) // 2][:num]
     return [(2 * i * (size - 1) + num - 1) // (2 * (num - 1)) for i in range(num)]
+
+
+def _random(group: BlockGroup, _settings: PruneSection, seed: int) -> list[int]:
+    """A random choice of the free blocks, addressed by (seed, list)."""
+    order = Randomness(seed).permutation(f"random/{group.start}", 0, len(group.free))
+    return [group.free[int(i)] for i in order[: group.keep_free]]
+
+
+def _bk_sdm(group: BlockGroup, settings: PruneSection, _seed: int) -> list[int]:
+    """The free blocks of BK-SDM's rule (arXiv 2305.15798); see `bk_sdm_positions`."""
+    protected = [i - group.start for i in group.protected]
+    positions = bk_sdm_positions(group.size, settings.bk_sdm_list, protected)
+    return [group.start + i for i in positions if i not in protected]
+
+
+# criterion -> which of the free blocks of a list stay, by (list, settings, seed)
+RULES: dict[str, Callable[[BlockGroup, PruneSection, int], Sequence[int]]] = {
+    "bk-sdm": _bk_sdm,
+    "first": lambda group, _settings, _seed: group.free[: group.keep_free],
+    "last": lambda group, _settings, _seed: group.free[len(group.free) - group.keep_free :],
+    # first and last among them; protected ones are set aside, and the others spaced evenly
+    "uniform": lambda group, _settings, _seed: [group.free[i] for i in evenly_spaced(len(group.free), group.keep_free)],
+    "random": _random,
+}

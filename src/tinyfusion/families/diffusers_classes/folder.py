@@ -1,0 +1,245 @@
+"""A transformer of diffusers on disk: found by path, checked against its row, read as headers alone, cut, built as a module."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import read_json_object
+from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_lists
+from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, rows_in
+from tinyfusion.families.diffusers_classes.weights import Stored, hash_stored, stored_weights
+
+RECORD = "_tinyfusion"  # our record in config.json; readers pass over names that begin with "_"
+INDEX = "model_index.json"
+
+
+@dataclass(frozen=True)
+class TransformerFolder:
+    """A transformer of diffusers: folder, config.json, row, tensors as byte ranges, and blocks per list.
+
+    pipeline: the folder of a pipeline that it is a component of. user_row: the row's text, where it is not of the shipped table.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    row: Row
+    weights: Mapping[str, Stored]
+    depths: Mapping[str, int]
+    pipeline: Path | None = None
+    user_row: str = ""
+
+    @property
+    def class_name(self) -> str:
+        """The class that its config names."""
+        return str(self.config["_class_name"])
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """Our record of a student; empty for a model that was not cut."""
+        record = self.config.get(RECORD)
+        return record if isinstance(record, Mapping) else {}
+
+    @property
+    def lineage(self) -> list[dict[str, Any]]:
+        """Parents, oldest first: hash, blocks per list, and which of its own parent these are."""
+        return list(self.record.get("lineage") or [])
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of its tensors as stored (`hash_stored`)."""
+        return hash_stored(self.weights)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(stored.num_bytes for stored in self.weights.values())
+
+    @property
+    def units(self) -> list[UnitList]:
+        """What goes together, per budget."""
+        return unit_lists(self.row, self.config, self.depths)
+
+    def of_list(self, path: str) -> list[Stored]:
+        """The tensors of the blocks of a list."""
+        return [stored for name, stored in self.weights.items() if name.startswith(f"{path}.")]
+
+    def cut(self, plan: PrunePlan) -> TransformerFolder:
+        """The model without the blocks that the plan removes, still as byte ranges of this one's files; nothing is copied.
+
+        Raises UserError where the plan breaks a coupling of the class, or is of a model with other lists.
+        """
+        if self.row.unfit:
+            raise UserError(f"a cut {self.class_name} cannot be written: {self.row.unfit}")
+        if plan.depth != dict(self.depths):
+            raise UserError(f"the plan is for depth {plan.depth}, the model has {dict(self.depths)}")
+        cut = Cut(self.row, self.config, self.depths, plan.kept)
+        weights = {
+            new: self.weights[old].chunks(chunks) for new, (old, chunks) in cut.source(list(self.weights)).items()
+        }
+        parent: dict[str, Any] = {"hash": self.hash, "depth": dict(self.depths), "kept": self.record.get("kept")}
+        record = {
+            "made_by": "tinyfusion",
+            "plan": plan.to_json(),
+            "kept": plan.kept,
+            "lineage": [*self.lineage, parent],
+            "hash": hash_stored(weights),
+            "notes": list(self.row.notes),
+            **({"row": self.user_row} if self.user_row else {}),
+        }
+        config = {**self.config, **cut.config_changes(), RECORD: record}
+        depths = {path: len(kept) for path, kept in plan.kept.items()}
+        return dataclasses.replace(self, config=config, weights=weights, depths=depths)
+
+    def check_class(self) -> None:
+        """Raise UserError unless diffusers builds a model of exactly these tensors from the config."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.empty().state_dict().items()}
+        ignored = tuple(getattr(class_of(self.class_name), "_keys_to_ignore_on_load_unexpected", None) or ())
+        faults = [f"missing {name}" for name in shapes if name not in self.weights]
+        for name, stored in self.weights.items():
+            if name not in shapes:
+                faults += [] if any(re.search(each, name) for each in ignored) else [f"unexpected {name}"]
+            elif shapes[name] != stored.shape:
+                faults.append(f"{name} is {stored.shape}, wanted {shapes[name]}")
+        if faults:
+            more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+            raise UserError(
+                f"{self.path} does not hold the {self.class_name} of its config.json: {'; '.join(faults[:3])}{more}"
+            )
+
+    def empty(self) -> nn.Module:
+        """The module that the config describes, its parameters on the meta device and its computed buffers in memory."""
+        from accelerate import init_empty_weights  # late: with diffusers it takes seconds
+
+        kind = class_of(self.class_name)
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        try:
+            with init_empty_weights(include_buffers=False):
+                module: nn.Module = kind.from_config(config)
+        except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+            raise UserError(f"{self.path}/config.json is not one of a {self.class_name}: {error}") from error
+        return module
+
+    def module(self) -> nn.Module:
+        """The model in eval mode; every tensor has the type of the file, and is mapped from it, not copied."""
+        from safetensors import safe_open
+
+        self.check_class()
+        module = self.empty()
+        wanted, tensors = set(module.state_dict()), dict[str, Tensor]()
+        for file in sorted({path for stored in self.weights.values() for path, _, _ in stored.ranges}):
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys() if name in wanted}  # noqa: SIM118
+        module.load_state_dict(tensors, assign=True)
+        return module.eval()
+
+    def stack(self, module: nn.Module) -> BlockStack:
+        """The blocks of a module of this model, with the streams that the row declares."""
+        lists = {each.path: each.declared for each in self.row.lists if each.path in self.depths}
+        return BlockStack(module, tuple(lists), lists)
+
+
+# -------------------------------------------------------------------------------------------------------------- opening
+
+
+@lru_cache(maxsize=64)
+def class_of(name: str) -> Any:
+    """The transformer class of diffusers of this name; nothing else is looked up. Raises UserError where there is none."""
+    import diffusers
+    from diffusers import models
+
+    kind = getattr(models.transformers, name, None)
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module) or not hasattr(kind, "from_config"):
+        raise UserError(f"diffusers {diffusers.__version__} has no transformer class {name}: a newer version may")
+    return kind
+
+
+def component_folders(pipeline: Path, rows: Rows) -> list[Path]:
+    """The folders of a pipeline whose classes have a row, in the order of its model_index.json."""
+    index = read_json_object(pipeline / INDEX)
+    named = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    return [
+        pipeline / name for name, kind in named.items() if kind in rows and (pipeline / name / "config.json").is_file()
+    ]
+
+
+def open_transformer(path: Path, rows: Rows) -> TransformerFolder:
+    """The transformer in a folder with config.json. Raises UserError on what its row or its config contradicts."""
+    config = read_json_object(path / "config.json")
+    kept_row = config[RECORD].get("row") if isinstance(config.get(RECORD), dict) else None
+    if isinstance(kept_row, str):
+        rows = {**rows_in(kept_row, f"{path}/config.json"), **rows}
+    row = row_for(config, rows)
+    if row is None:
+        raise UserError(
+            f"{path} is a {config.get('_class_name')} of diffusers, for which there is no row: give --blocks FILE"
+        )
+    if "quantization_config" in config:
+        raise UserError(f"{path} is quantised: cut the model that it was made from, and quantise the student")
+    weights = stored_weights(path)
+    depths = _depths(path, config, row, weights)
+    _check_entries(path, config, row, depths)
+    pipeline = path.parent if (path.parent / INDEX).is_file() else None
+    return TransformerFolder(path, config, row, weights, depths, pipeline)
+
+
+def _depths(path: Path, config: Mapping[str, Any], row: Row, weights: Mapping[str, Stored]) -> dict[str, int]:
+    """Blocks per list. Raises UserError where indices have gaps, or the config has another count."""
+    depths: dict[str, int] = {}
+    for each in row.lists:
+        pattern = re.compile(rf"{re.escape(each.path)}\.(\d+)\.")
+        indices = sorted({int(match[1]) for name in weights if (match := pattern.match(name))})
+        if not indices and each.optional:
+            continue
+        number = len(indices)
+        if not indices:
+            raise UserError(
+                f"{path} holds no tensors of blocks {each.path}, and every {config['_class_name']} has them"
+            )
+        if indices != list(range(number)):
+            first = next(i for i, index in enumerate(indices) if i != index)
+            raise UserError(
+                f"{path} holds {number} blocks of {each.path}, and their numbers have a gap at {first}: number them 0 to "
+                f'{number - 1} and write "{each.count}": {number} in its config.json'
+            )
+        count = config.get(each.count, _default(config, each.count))
+        if count != number:
+            raise UserError(
+                f"{path}/config.json has {each.count} {count!r}, and the weights hold {number} blocks of {each.path}: write "
+                f'"{each.count}": {number}'
+            )
+        depths[each.path] = number
+    return depths
+
+
+def _default(config: Mapping[str, Any], name: str) -> Any:
+    """What diffusers takes for a field that a config.json lacks."""
+    parameter = signature(class_of(str(config["_class_name"])).__init__).parameters.get(name)
+    return None if parameter is None else parameter.default
+
+
+def _check_entries(path: Path, config: Mapping[str, Any], row: Row, depths: Mapping[str, int]) -> None:
+    """Raise UserError where a list of the config has not one entry per block, or names a block that is not there."""
+    for name, paths in row.per_block.items():
+        values, number = config.get(name), sum(depths[path] for path in paths)
+        if isinstance(values, list) and len(values) != number:
+            raise UserError(
+                f"{path}/config.json has {len(values)} {name}, and the model {number} blocks: write {number} entries"
+            )
+    for name, listed in {**row.indices, **row.hints}.items():
+        outside = [i for i in config.get(name) or () if not (type(i) is int and 0 <= i < depths[listed])]
+        if outside:
+            raise UserError(
+                f"{path}/config.json names {outside} in {name}; {listed} has blocks 0 to {depths[listed] - 1}"
+            )
