@@ -321,7 +321,7 @@ def fid(student: LoadedModel, seed: int) -> float:
     sampler = GaussianSampler(settings.sampler, settings.num_steps, settings.guidance)
     labels = image_labels(FID_IMAGES, student.arch.num_classes, seed)
     images = np.concatenate([to_uint8(b.x) for b in sample(student, labels, sampler, seed, settings.batch_size)])
-    extractor, real = open_extractor(RECIPE.evaluate.features), load_digits().x
+    extractor, real = open_extractor(RECIPE.evaluate.features, "auto"), load_digits().x
     pools = [extractor(pixels).pool for pixels in (images, to_uint8(torch.from_numpy(real)))]
     return frechet_distance(*feature_moments(pools[0]), *feature_moments(pools[1]))
 

@@ -196,7 +196,7 @@ class Yardstick:
         self.name, self.recipe_name, self.sets, self.root = name, recipe, tuple(sets), root / name
         self.base = self.recipe((), 0)
         self.heldout = heldout
-        self.extractor = open_extractor(self.base.evaluate.features)
+        self.extractor = open_extractor(self.base.evaluate.features, "auto")
         self._references: dict[str, Moments] = {}
         self._calibrations: dict[str, Calibration] = {}
 

@@ -207,14 +207,18 @@ def sample_images(
 
 
 def evaluate_images(
-    images: np.ndarray, reference: np.ndarray, features: str = "digits-classifier", neighbours: int = 3
+    images: np.ndarray,
+    reference: np.ndarray,
+    features: str = "digits-classifier",
+    neighbours: int = 3,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """FID, sFID, Inception Score, precision and recall of images against real ones, both uint8 (N, H, W, C).
 
-    features: a feature extractor by name ("inception" fetches the network of FID once) or its folder. Raises UserError on
-    images that the extractor cannot take.
+    features: a feature extractor by name ("inception" fetches the network of FID once) or its folder; device: where it runs.
+    Raises UserError on images that the extractor cannot take.
     """
-    extractor, source = open_extractor(features), source_of(reference)
+    extractor, source = open_extractor(features, device), source_of(reference)
     for values, what in ((images, "the images"), (reference, "the reference")):
         extractor.check(values, what)
         if len(values) <= neighbours:

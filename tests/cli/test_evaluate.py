@@ -145,7 +145,7 @@ ROWS = [
     row("samples-four-channels", f"{EVALUATE} --samples rgba.npz --set evaluate.features={{inception}}", "1 or 3 channels",
         prepare=npz("rgba.npz", arr_0=np.zeros((40, 8, 8, 4), np.uint8))),
     row("reference-of-another-size", f"{SAMPLES} --reference large.npz --set evaluate.features={{inception}}",
-        "reference large.npz has images (16, 16, 1), the samples (8, 8, 1)", "bring both to one size, pictures by --set data.size=8"),
+        "reference large.npz has images (16, 16, 1), the samples (8, 8, 1)", "bring both to one size"),
     row("reference-mean-alone", REFERENCE, "moments.npz has mu without sigma", prepare=npz("moments.npz", mu=np.zeros(3))),
     row("reference-misfit", REFERENCE, "mu (3,) and sigma (4, 4) do not fit together",
         prepare=npz("moments.npz", mu=np.zeros(3), sigma=np.eye(4))),

@@ -192,7 +192,7 @@ def test_parts_left_by_a_kill_after_the_npz_go_with_the_next_call(
     if child == 0:
         try:
             monkeypatch.setattr(
-                "tinyfusion.jobs.sharded_output.Parts.remove", lambda _: os.kill(os.getpid(), signal.SIGKILL)
+                "tinyfusion.jobs.sharded_output.ImageShards.remove", lambda _: os.kill(os.getpid(), signal.SIGKILL)
             )
             tinyfusion.cli.main(shlex.split(SAMPLE))
         finally:

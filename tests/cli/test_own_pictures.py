@@ -17,6 +17,7 @@ from material import Cli, done, refused
 from PIL import Image
 
 from tinyfusion.core.rng import Randomness
+from tinyfusion.evaluate.features import ClassifierFeatures
 from tinyfusion.jobs.assemble import image_set
 
 SIZES = ((500, 349), (120, 333), (64, 64), (9, 30))
@@ -114,6 +115,7 @@ def test_what_is_evaluated_is_what_was_trained_on(cli: Cli, here: Path) -> None:
 TRAIN = f"train --data photos --out run --steps 1 {MODEL} {STEPS}"
 ROWS: dict[str, tuple[str, str]] = {
     "several-sizes": (TRAIN, "give one size for all, such as --set data.size=64"),
+    "broken": (TRAIN.replace("photos", "broken"), "broken/01.jpg cannot be decoded as a picture"),
     "one-size": (TRAIN.replace("photos", "wide"), "data wide has images (3, 349, 500), the model takes (3, 349, 349): --set data.size=64"),
     "patch": (f"{TRAIN} --set data.size=15",
               "images of 15 x 15, no multiple of model.patch_size=2: --set data.size=14 or --set model.patch_size=3"),
@@ -142,10 +144,42 @@ def test_what_does_not_fit_names_what_to_type(cli: Cli, here: Path, cause: str) 
     (here / "bomb").mkdir()
     Image.new("1", (13_000, 13_000)).save(here / "bomb" / "0.png")
     assert os.path.getsize(here / "bomb" / "0.png") < 60_000
+    photographs(here / "broken", 9)
+    for i in range(1, 8):
+        (here / f"broken/{i:02d}.jpg").write_bytes(b"x")
     command, message = ROWS[cause]
-    assert message in refused(cli, command)
+    assert message in (line := refused(cli, command))
+    if cause == "broken":
+        assert line.endswith("(7 of the 9 pictures read cannot be used, among them 02.jpg, 03.jpg, 04.jpg, 05.jpg)")
     assert not (here / "run").exists()
     assert not (here / "cut").exists()
+
+
+EVALUATE = "evaluate --out fid.json --set evaluate.features=digits-classifier"
+PHOTOS = "photos/01.jpg is 120 x 333, and the first picture of photos 349 x 500: give one size for all, such as --set data.size="
+SIZE_ROWS: dict[str, tuple[str, str]] = {
+    "mixed-reference": ("--samples eight.npz --reference photos", f"{PHOTOS}8"),
+    "mixed-samples": ("--samples photos --reference eight.npz", f"{PHOTOS}8"),
+    "both-mixed": ("--samples photos --reference photos", f"{PHOTOS}64"),
+    "both-npz": ("--samples eight.npz --reference nine.npz", "would measure the size: bring both to one size"),
+    "larger-samples": ("--samples sixteen --reference eight.npz", "bring both to one size: --set data.size=8"),
+    "larger-reference": ("--samples eight.npz --reference sixteen", "bring both to one size: --set data.size=8"),
+    "both-pictures": ("--samples sixteen --reference nine", "bring both to one size: --set data.size=9"),
+}
+
+
+@pytest.mark.parametrize("cause", SIZE_ROWS)
+def test_evaluate_suggests_a_size_that_works(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch, cause: str) -> None:
+    monkeypatch.setattr(ClassifierFeatures, "check", lambda *_: None)  # of any size
+    photographs(here / "photos", 6)
+    for name, side in (("eight", 8), ("nine", 9), ("sixteen", 16)):
+        np.savez(f"{name}.npz", arr_0=np.zeros((6, side, side, 1), np.uint8))
+        Path(name).mkdir()
+        for i in range(6):
+            photograph(i).resize((side, side)).save(here / name / f"{i}.png")
+    options, message = SIZE_ROWS[cause]
+    line = refused(cli, f"{EVALUATE} {options}")
+    assert line.endswith(message), line
 
 
 def test_grey_pictures_serve_a_model_of_colour(cli: Cli, here: Path) -> None:

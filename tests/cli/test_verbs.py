@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from tinyfusion.commands.evaluate import score_lines
 from tinyfusion.core import progress
+from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.inception import INCEPTION
 from tinyfusion.options import VERBS
 from tinyfusion.report.format import significant
@@ -410,7 +411,9 @@ def test_report(cli: Cli, work: Path) -> None:
 
 
 def test_run(cli: Cli, work: Path) -> None:
-    outcome = done(cli, f"{RUN} --json")
+    open_extractor.cache_clear()
+    outcome = done(cli, f"{RUN} --device cpu --json")
+    assert open_extractor.cache_info().currsize == 1, "every stage opens the extractor on the device that was asked for"
     for name in (
         "prune/plan.json",
         "recover/student/model.json",
@@ -426,7 +429,7 @@ def test_run(cli: Cli, work: Path) -> None:
         assert len(np.unique(real["arr_0"], axis=0)) == 40, "spread over the set, not one image again"
     assert 'alt="real images"' in Path("whole/report.html").read_text(encoding="utf-8")
     before = files(work / "whole")
-    again = done(cli, RUN)
+    again = done(cli, f"{RUN} --device cpu")
     assert "finished" in again.err
     assert files(work / "whole") == before
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from tiny import SINGLE, TRUNK, Tiny, draw, grid, levels, line, mask, steps
+from torch import Tensor
 
 _FLUX = dict(patch_size=1, in_channels=4, num_layers=3, num_single_layers=4, attention_head_dim=16, num_attention_heads=2,
              joint_attention_dim=32, axes_dims_rope=[4, 4, 8])  # fmt: skip

@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import torch
-
 from tiny import SINGLE, TRUNK, Tiny, draw, levels, mask, steps
 
 _WAN = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,

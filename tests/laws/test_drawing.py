@@ -22,7 +22,7 @@ from tinyfusion.data.image_source import source_of
 from tinyfusion.families.dit.diffusers import config_of_arch, to_diffusers
 from tinyfusion.jobs.references import open_images
 from tinyfusion.jobs.sampling_setup import check_sampling, in_dtype, open_drawing, protocol
-from tinyfusion.jobs.sharded_output import Parts, begin_parts
+from tinyfusion.jobs.sharded_output import ImageShards, writing_shards
 from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.gaussian import Schedule
@@ -239,34 +239,34 @@ def test_pixel_models_have_nothing_to_decode(tiny_model: Factory) -> None:
 # ----------------------------------------------------------------------------------------------------------------- parts
 
 
-def parts_in(folder: Path, num: int = 10, part: int = 4) -> Parts:
-    return Parts(folder / "x.npz.parts", (num, 2, 2, 1), np.dtype(np.uint8), part)
+def shards_in(folder: Path, num: int = 10, shard: int = 4) -> ImageShards:
+    return ImageShards(folder / "x.npz.parts", (num, 2, 2, 1), np.dtype(np.uint8), shard)
 
 
-def test_parts_cover_every_image_once_and_come_back_in_order(tmp_path: Path) -> None:
+def test_shards_cover_every_image_once_and_come_back_in_order(tmp_path: Path) -> None:
     images = np.arange(40, dtype=np.uint8).reshape(10, 2, 2, 1)
-    parts = parts_in(tmp_path)
-    assert parts.ranges() == [(0, 4), (4, 8), (8, 10)]
-    with begin_parts(parts, {}, overwrite=False):
-        for first, last in reversed(parts.ranges()):
-            assert (first, last) in parts.missing()
-            parts.write((first, last), images[first:last])
-    assert parts.missing() == []
-    assert np.array_equal(np.concatenate(list(parts.source().read(3))), images)
-    assert parts.source().hash() == source_of(images).hash()
-    parts.wait_for(0.0)
+    shards = shards_in(tmp_path)
+    assert shards.ranges() == [(0, 4), (4, 8), (8, 10)]
+    with writing_shards(shards, {}, overwrite=False):
+        for first, last in reversed(shards.ranges()):
+            assert (first, last) in shards.missing()
+            shards.write((first, last), images[first:last])
+    assert shards.missing() == []
+    assert np.array_equal(np.concatenate(list(shards.source().read(3))), images)
+    assert shards.source().hash() == source_of(images).hash()
+    shards.wait_for(shards.ranges(), 1, 0.0)
 
 
 _HEADERS = {"unclosed": b"((((", "nested": b"-" * 20_000 + b"1", "not Python": b"{'descr': '|u1', 'shape': 09}"}
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "gone", *_HEADERS])
-def test_damaged_parts_are_drawn_again(tmp_path: Path, damage: str) -> None:
-    parts = parts_in(tmp_path)
-    with begin_parts(parts, {}, overwrite=False):
-        for first, last in parts.ranges():
-            parts.write((first, last), np.zeros((last - first, 2, 2, 1), np.uint8))
-    file = parts.file((4, 8))
+def test_damaged_shards_are_drawn_again(tmp_path: Path, damage: str) -> None:
+    shards = shards_in(tmp_path)
+    with writing_shards(shards, {}, overwrite=False):
+        for first, last in shards.ranges():
+            shards.write((first, last), np.zeros((last - first, 2, 2, 1), np.uint8))
+    file = shards.file((4, 8))
     if damage == "gone":
         file.unlink()
     elif damage == "other":
@@ -276,14 +276,16 @@ def test_damaged_parts_are_drawn_again(tmp_path: Path, damage: str) -> None:
         file.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     else:
         file.write_bytes(b"" if damage == "empty" else file.read_bytes()[:-1])
-    assert parts.missing() == [(4, 8)]
-    with pytest.raises(UserError, match="1 parts of .* none has come for 0 s"):
-        parts.wait_for(0.2)
+    assert shards.missing() == [(4, 8)]
+    with pytest.raises(
+        UserError, match=r"1 of 3 files are missing .*0000004\.npy.* nothing was written for 0\.2 s: process 1 of 2"
+    ):
+        shards.wait_for(shards.ranges(), 2, 0.2)
 
 
-def test_a_part_goes_nowhere_where_its_folder_was_removed(tmp_path: Path) -> None:
+def test_a_shard_goes_nowhere_where_its_folder_was_removed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was removed while"):
-        parts_in(tmp_path).write((0, 4), np.zeros((4, 2, 2, 1), np.uint8))
+        shards_in(tmp_path).write((0, 4), np.zeros((4, 2, 2, 1), np.uint8))
     assert not list(tmp_path.iterdir())
 
 
@@ -310,14 +312,14 @@ _STREAM = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from tinyfusion.jobs.sharded_output import Parts
+from tinyfusion.jobs.sharded_output import ImageShards
 from tinyfusion.commands.sample import write_samples
-parts = Parts(Path(sys.argv[1]), (1024, 128, 128, 3), np.dtype(np.uint8), 64)
-for part in parts.ranges():
-    with open(parts.file(part), "wb") as file:
-        np.save(file, np.full((64, 128, 128, 3), part[0] % 251, np.uint8))
+shards = ImageShards(Path(sys.argv[1]), (1024, 128, 128, 3), np.dtype(np.uint8), 64)
+for shard in shards.ranges():
+    with open(shards.file(shard), "wb") as file:
+        np.save(file, np.full((64, 128, 128, 3), shard[0] % 251, np.uint8))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_samples(Path(sys.argv[2]), parts.source(), np.zeros(1024, np.int64), {})
+write_samples(Path(sys.argv[2]), shards.source(), np.zeros(1024, np.int64), {})
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch, no_fetching
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.hub import HubSet, open_hub
 from tinyfusion.data.originals import open_originals
@@ -148,6 +149,13 @@ def test_names_that_are_refused(hub: DataHub, name: str, told: str) -> None:
     with pytest.raises(UserError) as caught:
         open_hub(name)
     assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_dry_run_fetches_no_files(hub: DataHub) -> None:
+    """The files are opened on several threads, and the ban holds for all of them."""
+    with no_fetching(), pytest.raises(WouldFetch, match="would fetch org/cifar/.* from the hub"):
+        image_set("hub:org/cifar")
+    assert not hub.whole and not hub.ranges
 
 
 def test_a_whole_set_is_that_of_its_files_and_is_there_without_a_hub(

@@ -373,7 +373,7 @@ def test_metrics_refuse_shapes_that_do_not_fit() -> None:
 
 def test_classifier_is_accurate_and_has_features_enough() -> None:
     heldout = load_digits(heldout=True)
-    features = open_extractor("digits-classifier")(to_uint8(heldout.x))
+    features = open_extractor("digits-classifier", "cpu")(to_uint8(heldout.x))
     assert (features.logits.argmax(1) == heldout.y).mean() >= 0.97
     assert features.pool.shape[1] >= 64
     assert features.spatial.shape == (360, 7 * 4 * 4)
@@ -391,7 +391,7 @@ def _damaged(kind: str, strength: float) -> np.ndarray:
 @pytest.mark.parametrize(("kind", "strengths"), [("blur", BLUR_SIGMAS_PX), ("noise", NOISE_SIGMAS)])
 def test_fid_grows_with_damage(kind: str, strengths: tuple[float, ...], reference: str) -> None:
     """Strictly, from untouched held-out digits over five strengths; so does sFID."""
-    extractor = open_extractor("digits-classifier")
+    extractor = open_extractor("digits-classifier", "cpu")
     real = open_reference(reference, extractor)
     scores = [score(_damaged(kind, strength), real, extractor) for strength in (0.0, *strengths)]
     for metric in ("fid", "sfid"):
@@ -399,7 +399,7 @@ def test_fid_grows_with_damage(kind: str, strengths: tuple[float, ...], referenc
 
 
 def test_features_do_not_depend_on_the_batch() -> None:
-    extractor = open_extractor("digits-classifier")
+    extractor = open_extractor("digits-classifier", "cpu")
     images = to_uint8(load_digits(heldout=True).x[:300])
     assert np.allclose(extractor(images).pool[256:], extractor(images[256:]).pool, atol=1e-5)
 
@@ -407,18 +407,18 @@ def test_features_do_not_depend_on_the_batch() -> None:
 @pytest.mark.parametrize("shape", [(5, 16, 16, 1), (5, 8, 8, 3), (5, 8, 8)])
 def test_classifier_refuses_other_images(shape: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match=r"height, width, channels \(8, 8, 1\)"):
-        open_extractor("digits-classifier")(np.zeros(shape, np.uint8))
+        open_extractor("digits-classifier", "cpu")(np.zeros(shape, np.uint8))
 
 
 def test_opening_the_extractor_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
-    open_extractor.__wrapped__("digits-classifier")
+    open_extractor.__wrapped__("digits-classifier", "cpu")
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_unknown_extractor_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'digits-classifier'"):
-        open_extractor("digit-classifier")
+        open_extractor("digit-classifier", "cpu")
 
 
 # ------------------------------------------------------------------------------------------------- the verb

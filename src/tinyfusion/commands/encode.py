@@ -1,18 +1,15 @@
-"""`encode`: pictures to latents on disk, by any number of processes, or the published layout to ours.
+"""`encode`: encode pictures to latents on disk with any number of processes, or convert the published layout.
 
-What the processes share are files: process k of n makes the shards k, k + n, ...; the first one waits until all are there
-and writes the manifest. No network is needed between them, and an ended process leaves whole shards and a part that goes on.
+Rank k of n writes the shards k, k + n, ... and rank 0 the manifest (`core/ranks.py`). An interrupted shard is continued.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -28,9 +25,9 @@ from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.launch import launched_processes, launched_rank
 from tinyfusion.core.progress import progress, say
+from tinyfusion.core.ranks import wait_for_files, wait_until
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space
-from tinyfusion.core.signals import check_stop
 from tinyfusion.data.batches import LOOKED_AT, scale_remarks
 from tinyfusion.data.latents import (
     LatentSpec,
@@ -41,8 +38,7 @@ from tinyfusion.data.latents import (
     verify,
     write_manifest,
 )
-from tinyfusion.data.originals import Originals, changed, open_originals
-from tinyfusion.data.picture import decode
+from tinyfusion.data.originals import Originals, changed, decoded, open_originals
 from tinyfusion.data.published_latents import FEATURES, PUBLISHED_SCALE, PublishedLatents, open_published
 from tinyfusion.jobs.assemble import RunOptions, device_for, job_record, plain_recipe
 from tinyfusion.jobs.estimate import Estimate, announce
@@ -50,7 +46,6 @@ from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 _AHEAD = 3  # batches of pictures that are decoded while the autoencoder computes
-_POLL_S = 0.2
 _PASSING_VALUES = 6  # copies of its widest layer that an autoencoder holds at once
 _WIDEST = 128  # channels of that layer at full size
 
@@ -99,7 +94,8 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
             run.tidy()
             return _verified(options.out, rank)
         if rank > 0:
-            _await(run, plain, recipe.compute.timeout_s)
+            wait_until(run.record_path.is_file, options.out, recipe.compute.timeout_s)
+            run.check("encode", plain, overwrite=False)
             _make(work, options.out, settings, recipe.compute.timeout_s)
             return {"rank": rank}
         with run.writing("encode", plain, options.overwrite):
@@ -107,7 +103,8 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
             began, done = time.perf_counter(), _make(work, options.out, settings, recipe.compute.timeout_s)
             say(changed(source, done, work.changes))
             outcome = _speed(done, time.perf_counter() - began, work.busy_s, world)
-            _wait_for_others(options.out, work.spec, world, recipe.compute.timeout_s)
+            writers = {options.out / work.spec.file_name(shard): shard % world for shard in range(work.spec.shards)}
+            wait_for_files(writers, world, recipe.compute.timeout_s)
             write_manifest(options.out, work.spec, work.about)
             run.mark("done", **outcome)
         return outcome
@@ -150,11 +147,9 @@ def _encoding(recipe: Recipe, originals: Originals, vae: Autoencoder, held: Exit
         vae.scale, vae.shift,
     )  # fmt: skip
     vae.module.to(device)
-    decoders = held.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decoding"))
 
     def load(first: int, num: int) -> Tensor:
-        found = list(originals.contents(first, num))
-        pictures = list(decoders.map(lambda item: decode(item[1], item[0], settings.size, settings.orientation), found))
+        pictures = [picture for _where, picture in decoded(originals, settings.size, settings.orientation, first, num)]
         work.changes.update(change for picture in pictures for change in picture.changes)
         pixels = torch.from_numpy(np.stack([picture.in_colour for picture in pictures])).permute(0, 3, 1, 2)
         return pixels.pin_memory() if device.type == "cuda" else pixels
@@ -270,46 +265,6 @@ def _batches(work: Work, folder: Path, shards: list[int], size: int) -> Iterator
         there = images_in_part(folder, work.spec, shard, work.labels[begin : begin + num])
         for first in range(min(there // size, (num - 1) // size) * size, num, size):
             yield shard, begin + first, min(size, num - first)
-
-
-def _await(run: RunDirectory, plain: Mapping[str, Any], timeout_s: float) -> None:
-    """Wait until the first process has begun the run."""
-    began = time.monotonic()
-    while not run.record_path.is_file():
-        if time.monotonic() - began > timeout_s:
-            raise UserError(
-                f"process 0 did not begin {run.path} within {timeout_s:g} s: start all of WORLD_SIZE processes, with one --out"
-            )
-        time.sleep(_POLL_S)
-        check_stop()
-    run.check("encode", plain, overwrite=False)
-
-
-def _wait_for_others(folder: Path, spec: LatentSpec, world: int, timeout_s: float) -> None:
-    """Wait until the shards of all processes are there, for as long as something is written."""
-    seen, since = _signs(folder), time.monotonic()
-    while missing := _missing(folder, spec):
-        time.sleep(_POLL_S)
-        check_stop()
-        if (signs := _signs(folder)) != seen:
-            seen, since = signs, time.monotonic()
-        elif time.monotonic() - since > timeout_s:
-            late = sorted({shard % world for shard in missing})
-            raise UserError(
-                f"{len(missing)} of {spec.shards} shards are missing and nothing was written for {timeout_s:g} s: process "
-                f"{', '.join(map(str, late))} of {world} is gone; start the same command again, with any number of processes"
-            )
-
-
-def _signs(folder: Path) -> dict[str, int]:
-    """Names and sizes of all shards, finished or not."""
-    found = {}
-    for path in folder.glob("*shard-*"):
-        try:
-            found[path.name] = path.stat().st_size
-        except FileNotFoundError:  # it has just got its name
-            continue
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- telling

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from tinyfusion.config.recipe import EvaluateSection, Recipe
+from tinyfusion.config.recipe import DataSection, EvaluateSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import atomic_write, file_output, read_json, say_finished, stamp, write_json
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.image_source import ImageSource
+from tinyfusion.data.originals import MixedSizes
 from tinyfusion.data.parquet import WHOLE
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.features import FeatureExtractor
 from tinyfusion.evaluate.inception import INCEPTION
 from tinyfusion.evaluate.paired_fidelity import fidelity, open_pairs
-from tinyfusion.jobs.assemble import RunOptions, device_for, plain_recipe
+from tinyfusion.jobs.assemble import RunOptions, device_for, is_pictures, plain_recipe
 from tinyfusion.jobs.origins import require_features, require_reference, with_evaluation
 from tinyfusion.jobs.references import Reference, open_images, open_reference
 from tinyfusion.jobs.scoring import STORED_MOMENTS, protocol_of, score
@@ -27,6 +29,7 @@ from tinyfusion.report import schema
 from tinyfusion.report.format import count, significant
 from tinyfusion.report.scores import UNBIASED_IMAGES
 
+T = TypeVar("T")
 METRICS = (
     "fid",
     "sfid",
@@ -62,7 +65,8 @@ def evaluate(
     to write for the page, of some images of the reference.
     """
     remarks: list[str] = []
-    images = open_images(str(samples), recipe.data)
+    compared = reference or next(iter(recipe.evaluate.references), None)
+    images = _of_one_size(lambda: open_images(str(samples), recipe.data), lambda: _side_of(compared, recipe.data))
     if not (recipe.evaluate.features and (reference or recipe.evaluate.references)):
         recipe = with_evaluation(recipe, images.shape[1:], remarks)
     reference, settings = reference or require_reference(recipe), recipe.evaluate
@@ -70,8 +74,8 @@ def evaluate(
     extractor = open_extractor(features, str(device_for(recipe)))
     _check(images, str(samples), settings, extractor)
     others = None if against is None else open_pairs(samples, against)
-    real = open_reference(reference, extractor, recipe.data)
-    _check_reference(real, images, settings)
+    real = _of_one_size(lambda: open_reference(reference, extractor, recipe.data), lambda: min(images.shape[1:3]))
+    _check_reference(real, images, settings, [is_pictures(str(samples)), is_pictures(reference)])
     hash = images.hash()
     protocol = protocol_of(real, extractor, settings, _sampling(samples, images, hash), images.shape[1:])
     inputs = {"samples": hash, "reference": real.hash, "features": extractor.hash, "protocol": protocol}
@@ -145,16 +149,44 @@ def _check(images: ImageSource, what: str, settings: EvaluateSection, extractor:
     _check_count(images, what, settings)
 
 
-def _check_reference(real: Reference, images: ImageSource, settings: EvaluateSection) -> None:
-    """UserError on a reference that such images cannot be compared with."""
+def _of_one_size(load: Callable[[], T], side_of_other: Callable[[], int | None]) -> T:
+    """What `load` returns. Raises `MixedSizes` with the side of the images to be compared with, where that is known."""
+    try:
+        return load()
+    except MixedSizes as error:
+        side = side_of_other()
+        raise MixedSizes(error.problem, side) if side else error from None
+
+
+def _side_of(name: str | None, data: DataSection) -> int | None:
+    """Side of images that `data.size` does not change; None of pictures, and where they cannot be read."""
+    if name is None or is_pictures(name):
+        return None
+    with suppress(UserError):
+        return open_images(name, data).shape[1]
+    return None
+
+
+def _check_reference(real: Reference, images: ImageSource, settings: EvaluateSection, pictures: Sequence[bool]) -> None:
+    """Raise UserError on a reference that the images cannot be compared with.
+
+    pictures: whether `data.size` resizes the images, and the reference.
+    """
     if real.source is None:
         return
     _check_count(real.source, f"reference {real.name}", settings)
-    if real.source.shape[1:] != images.shape[1:]:
-        raise UserError(
-            f"reference {real.name} has images {real.source.shape[1:]}, the samples {images.shape[1:]}: a distance between "
-            f"them would measure the size: bring both to one size, pictures by --set data.size={images.shape[1]}"
-        )
+    shapes = images.shape[1:], real.source.shape[1:]
+    if shapes[0] == shapes[1]:
+        return
+    what = (
+        f"reference {real.name} has images {shapes[1]}, the samples {shapes[0]}: a distance between them would measure"
+    )
+    if shapes[0][:2] == shapes[1][:2]:
+        raise UserError(f"{what} the colour: make both grey or both coloured")
+    fixed = [shape for shape, scaled in zip(shapes, pictures, strict=True) if not scaled]
+    side = min(min(shape[:2]) for shape in fixed or shapes)
+    remedy = f": --set data.size={side}" if any(pictures) and all(h == w for h, w, _ in fixed) else ""
+    raise UserError(f"{what} the size: bring both to one size{remedy}")
 
 
 def _check_count(images: ImageSource, what: str, settings: EvaluateSection) -> None:

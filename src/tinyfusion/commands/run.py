@@ -153,7 +153,7 @@ def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
     shape, dtype = image_shape_and_dtype(teacher, autoencoder_for(recipe.sample, teacher))
     if dtype != np.uint8:
         raise UserError("sample.decode=false keeps latents, and `run` scores pictures: leave it out")
-    extractor = open_extractor(require_features(recipe, "images of the teacher", shape))
+    extractor = open_extractor(require_features(recipe, "images of the teacher", shape), str(device_for(recipe)))
     extractor.check(np.zeros((1, *shape), np.uint8), "images of the teacher")
     counts = {"sample.num_images": num_images}
     counts |= {

@@ -1,8 +1,7 @@
-"""`sample`: a model to images, by one process or several, continuing where it was stopped.
+"""`sample`: draw images from a model with one process or several, and continue an interrupted job.
 
-Images are drawn in parts that lie beside the npz until all are there (`jobs/sharded_output.py`). Processes settle together what
-is missing, then each draws its share, and the first one waits for the files of the others: whoever ends early is missed
-by nobody, and no network stands still while a slow one draws.
+Images are drawn in shards next to the npz (`jobs/sharded_output.py`). Rank 0 decides which shards are missing, each rank draws
+every world-th of them, and rank 0 joins the files (`core/ranks.py`).
 """
 
 from __future__ import annotations
@@ -48,17 +47,17 @@ from tinyfusion.jobs.sampling_setup import (
     open_drawing,
     protocol,
 )
-from tinyfusion.jobs.sharded_output import Parts, Range, begin_parts, clear_parts, part_images, parts_folder
+from tinyfusion.jobs.sharded_output import ImageShards, Range, clear_shards, shard_images, shards_folder, writing_shards
 from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.training.engine import Engine
 
-_SLOWER = 4  # how much longer than ours a part of another process may take before it is given up
+_SLOWER = 4  # times the longest drawing of a shard on rank 0 that a shard of another rank may take
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What else is made of the images: a picture of the first ones, a folder of PNGs."""
+    """Optional outputs besides the npz: a grid of the first images, a folder of PNGs."""
 
     grid: Path | None = None
     png: Path | None = None
@@ -66,7 +65,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class _Job:
-    """One sampling. out: the npz. plain: what "the same command" means."""
+    """A sampling job. out: the npz. plain: the plain recipe by which the same command is recognised."""
 
     recipe: Recipe
     options: RunOptions
@@ -79,11 +78,11 @@ class _Job:
     def out(self) -> Path:
         return self.options.out
 
-    def parts(self, num: int) -> Parts:
-        """Parts of `num` images."""
+    def shards(self, num: int) -> ImageShards:
+        """Shards of `num` images."""
         (height, width, channels), dtype = image_shape_and_dtype(self.model, self.autoencoder)
         shape = (self.recipe.sample.num_images, height, width, channels)
-        return Parts(parts_folder(self.out), shape, dtype, num)
+        return ImageShards(shards_folder(self.out), shape, dtype, num)
 
 
 def sample(
@@ -94,9 +93,9 @@ def sample(
     png: Path | None = None,
     together: bool = False,
 ) -> dict[str, Any]:
-    """Draw images; writes the npz at `options.out` with its record beside, and pictures if asked. Returns what `--json` prints.
+    """Draw images: writes the npz at `options.out` and its record, and pictures if asked. Returns the outcome for `--json`.
 
-    together: every process that was launched calls this, and each draws a share; else this one draws alone.
+    together: every process that was launched calls this, and each draws a share; else this process draws alone.
     """
     if options.out.suffix != ".npz":
         raise UserError(f"--out of sample is an .npz file; got {options.out}")
@@ -110,95 +109,96 @@ def sample(
     inputs = {"model": model.hash()} | ({"autoencoder": autoencoder.hash()} if autoencoder else {})
     plain = plain_recipe(recipe, "sample", **inputs)
     job = _Job(recipe, options, model, autoencoder, Pictures(grid, png), plain)
-    told = protocol(recipe, model, autoencoder)
-    outcome = {"num_images": recipe.sample.num_images, "protocol": told}
+    conditions = protocol(recipe, model, autoencoder)
+    outcome = {"num_images": recipe.sample.num_images, "protocol": conditions}
     todo, num = engine.first(lambda: _check(job, engine))
     if options.dry_run:
         estimate = sampling_estimate(model, recipe.sample, sampler_of(recipe.sample, model), engine.device)
-        return announce("sample", {"model": described(model), "protocol": told}, estimate, engine.is_main)
-    with ExitStack() as held:
-        if todo and (ran := _draw(job, job.parts(num), engine, f"sample {model_source}", held)):
-            outcome["dynamic"] = ran
+        return announce("sample", {"model": described(model), "protocol": conditions}, estimate, engine.is_main)
+    shards = job.shards(num)
+    with ExitStack() as contexts:
+        if todo and (skipping := _draw(job, shards, engine, f"sample {model_source}", contexts)):
+            outcome["dynamic"] = skipping
         if not engine.is_main:
             return {}
         if todo:
             paths = {name: str(path) if path else None for name, path in (("grid", grid), ("png", png))}
             record = stamp("sample", plain, "done", **outcome, model=model.hash(), **paths)
-            parts = job.parts(num)
-            _is_todo(job)  # again: what has come to be there meanwhile is not replaced
-            _check_pictures(job, parts.shape[-1], parts.dtype)
-            write_samples(options.out, parts.source(), labels_of(recipe, model), record)
-            parts.remove()
+            _is_todo(job)  # again: an output of another job that appeared meanwhile is not replaced
+            _check_pictures(job, shards.shape[-1], shards.dtype)
+            write_samples(options.out, shards.source(), labels_of(recipe, model), record)
+            shards.remove()
         else:
-            clear_parts(job.parts(num), plain)
+            clear_shards(shards, plain)
             say_finished(options.out)
         _write_pictures(job, todo)
     return outcome
 
 
 def _processes(recipe: Recipe) -> Engine:
-    """The processes that were launched together; arithmetic stays that of one, without TF32."""
+    """The engine of all launched processes, with the arithmetic of a single one: no TF32."""
     alone = dataclasses.replace(recipe.compute, tf32=False, compile=False, gradient_accumulation_steps=1)
     return engine_for(dataclasses.replace(recipe, compute=alone))
 
 
-# --------------------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------------------------- shards
 
 
 def _check(job: _Job, engine: Engine) -> tuple[bool, int]:
-    """Whether images are to be drawn, and how many in a part. Raises UserError on outputs that may not be used. Writes nothing."""
-    settings, out, overwrite = job.recipe.sample, job.out, job.options.overwrite
+    """Whether images are to be drawn, and the images of a shard. Raises UserError on unusable outputs. Writes nothing."""
+    settings, out = job.recipe.sample, job.out
     if settings.compile:
         check_compiler(engine.device)
     todo = _is_todo(job) or not _is_whole(out)
     share = min(settings.batch_size, math.ceil(settings.num_images / engine.world))
-    num = part_images(parts_folder(out), job.plain, share, overwrite) if todo else share
-    shape, dtype = job.parts(num).shape, job.parts(num).dtype
-    _check_pictures(job, shape[-1], dtype)
+    num = shard_images(shards_folder(out), job.plain, share, job.options.overwrite) if todo else share
+    shards = job.shards(num)
+    _check_pictures(job, shards.shape[-1], shards.dtype)
     if todo:
-        check_space(out, 2 * math.prod(shape) * dtype.itemsize)
+        check_space(out, 2 * math.prod(shards.shape) * shards.dtype.itemsize)
     return todo, num
 
 
 def _is_todo(job: _Job) -> bool:
-    """Whether there are no images yet. Raises UserError where these or another record would be replaced that are not ours."""
+    """Whether there are no images yet. Raises UserError where a file that is not ours would be replaced."""
     out, record = job.out, job.out.with_suffix(".json")
     check_writable(record)
-    todo = file_output(out, "sample", job.plain, job.options.overwrite, _record_beside)
+    todo = file_output(out, "sample", job.plain, job.options.overwrite, _record_of)
     if todo and not out.exists():
-        file_output(record, "sample", job.plain, True, read_json)  # a record of ours may go, nothing else
+        file_output(record, "sample", job.plain, True, read_json)  # only a record of ours may be replaced
     return todo
 
 
-def _draw(job: _Job, parts: Parts, engine: Engine, title: str, held: ExitStack) -> dict[str, Any] | None:
-    """All parts, by all processes. held: keeps their folder for this sampling. What this one ran of a model with routers."""
-    missing = engine.first(lambda: _begin(job, parts, held))
+def _draw(job: _Job, shards: ImageShards, engine: Engine, title: str, contexts: ExitStack) -> dict[str, Any] | None:
+    """Draw all missing shards on all ranks. Returns the report of a model with routers. contexts: locks the folder of shards."""
+    missing = engine.first(lambda: _begin(job, shards, contexts))
     try:
-        return _draw_parts(job, parts, missing, engine, title)
+        return _draw_shards(job, shards, missing, engine, title)
     except BaseException as error:
-        kept = _kept(parts)
-        if not kept and engine.world == 1:
-            parts.remove()
+        num = _num_drawn(shards)
+        if not num and engine.world == 1:
+            shards.remove()
         if isinstance(error, Interrupted):
-            what = f"{kept:,} of {parts.shape[0]:,} images of {job.out} are kept"
-            what = what if kept else f"no image of {job.out} was finished"
+            what = f"{num:,} of {shards.shape[0]:,} images of {job.out} are kept"
+            what = what if num else f"no image of {job.out} was finished"
             raise Interrupted(error.signum, f"{what}, the same command continues") from None
         raise
 
 
-def _begin(job: _Job, parts: Parts, held: ExitStack) -> list[Range]:
-    """Make the folder of parts, or find it; which of them are missing. Another process may have ended since `_check`."""
-    held.enter_context(begin_parts(parts, job.plain, job.options.overwrite))
-    file_output(job.out, "sample", job.plain, job.options.overwrite, _record_beside)
-    missing = parts.missing()
-    if len(missing) < len(parts.ranges()):
-        left = sum(last - first for first, last in missing)
-        print(f"{job.out}: {parts.shape[0] - left:,} of {parts.shape[0]:,} images are there", file=sys.stderr)
-    return missing
+def _begin(job: _Job, shards: ImageShards, contexts: ExitStack) -> list[Range]:
+    """Create or reopen the folder of shards. Returns the missing ones."""
+    contexts.enter_context(writing_shards(shards, job.plain, job.options.overwrite))
+    # another process may have finished since `_check`
+    file_output(job.out, "sample", job.plain, job.options.overwrite, _record_of)
+    if num := _num_drawn(shards):
+        print(f"{job.out}: {num:,} of {shards.shape[0]:,} images are there", file=sys.stderr)
+    return shards.missing()
 
 
-def _draw_parts(job: _Job, parts: Parts, missing: list[Range], engine: Engine, title: str) -> dict[str, Any] | None:
-    """Draw this process's share of `missing`, every world-th part of it; the first process then waits for all others."""
+def _draw_shards(
+    job: _Job, shards: ImageShards, missing: list[Range], engine: Engine, title: str
+) -> dict[str, Any] | None:
+    """Draw every world-th of the `missing` shards; rank 0 then waits for the other ranks."""
     slowest = 0.0
     own = missing[engine.rank :: engine.world]
     total = sum(last - first for first, last in own)
@@ -206,58 +206,59 @@ def _draw_parts(job: _Job, parts: Parts, missing: list[Range], engine: Engine, t
     with progress(title + whose, total, "images", shown=engine.is_main) as bar:
         drawing = open_drawing(job.recipe, job.model, engine.device, job.autoencoder) if own else None
         done = 0
-        for part in own:
+        for shard in own:
             began = time.monotonic()
             assert drawing is not None
             images = []
-            for batch in drawing.images(*part):
+            for batch in drawing.images(*shard):
                 images.append(batch)
                 done += len(batch)
                 bar(done)
-            parts.write(part, np.concatenate(images))
+            shards.write(shard, np.concatenate(images))
             slowest = max(slowest, time.monotonic() - began)
     if engine.is_main:
-        parts.wait_for(max(job.recipe.compute.timeout_s, _SLOWER * slowest))
+        shards.wait_for(missing, engine.world, max(job.recipe.compute.timeout_s, _SLOWER * slowest))
     return drawing.skipped.report() if drawing else None
 
 
-def _kept(parts: Parts) -> int:
-    """Images that are there."""
-    return sum(last - first for first, last in parts.ranges() if parts.is_there((first, last)))
+def _num_drawn(shards: ImageShards) -> int:
+    """Images in complete shards."""
+    return sum(last - first for first, last in shards.ranges() if shards.is_complete((first, last)))
 
 
 def write_samples(out: Path, images: np.ndarray | ImageSource, labels: np.ndarray, record: dict[str, Any]) -> None:
-    """The npz and the record beside it, both or neither.
+    """Write the npz and its record (.json), both or neither.
 
-    The images are ready when the record takes its place, and follow at once. A process that is killed just then leaves
-    a record with the hash of images that are not there: see `_is_whole`.
+    The record is put in place just before the images. A process that is killed in between leaves a record with the hash of
+    images that do not exist: see `_is_whole`.
     """
     source = images if isinstance(images, ImageSource) else source_of(images)
-    with atomic_write(out) as beside:
-        stream_images_npz(beside, source, labels)
+    with atomic_write(out) as temporary:
+        stream_images_npz(temporary, source, labels)
         write_json(out.with_suffix(".json"), {**record, "image_hash": source.hash()})
 
 
 def _is_whole(out: Path) -> bool:
-    """Whether the images are those that the record beside them tells of."""
+    """Whether the images have the hash in their record."""
     try:
-        told = _record_beside(out).get("image_hash")
-        return told is None or told == open_npz(out).hash()
+        recorded = _record_of(out).get("image_hash")
+        return recorded is None or recorded == open_npz(out).hash()
     except UserError:
         return False
 
 
-def _record_beside(out: Path) -> Any:
-    beside = out.with_suffix(".json")
-    return read_json(beside) if beside.is_file() else None
+def _record_of(out: Path) -> Any:
+    """The record of an npz; None where it has none."""
+    record = out.with_suffix(".json")
+    return read_json(record) if record.is_file() else None
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
 def _check_pictures(job: _Job, channels: int, dtype: np.dtype[np.generic]) -> None:
-    """UserError where a picture would replace what these samples did not make, or cannot be made of them."""
-    record = _record_beside(job.out)
+    """Raise UserError where a picture would replace a file of others, or cannot show these images."""
+    record = _record_of(job.out)
     for name, path in (("grid", job.pictures.grid), ("png", job.pictures.png)):
         if path is None:
             continue
@@ -275,7 +276,7 @@ def _check_pictures(job: _Job, channels: int, dtype: np.dtype[np.generic]) -> No
 
 
 def _write_pictures(job: _Job, anew: bool) -> None:
-    """Those that were asked for and are not there, or are of former images."""
+    """Write the requested pictures that are missing; all of them where the images are new."""
     grid, png = job.pictures.grid, job.pictures.png
     source = open_npz(job.out)
     if grid is not None and (anew or not grid.exists()):
@@ -284,7 +285,7 @@ def _write_pictures(job: _Job, anew: bool) -> None:
         write_grid_png(grid, next(source.read(num)), 8 if num <= 64 else 10, max(1, 256 // (4 * side)))
     if png is not None and (anew or not png.is_dir() or not any(png.iterdir())):
         write_png_folder(png, source)
-    record = _record_beside(job.out)
+    record = _record_of(job.out)
     added = {name: str(path) for name, path in (("grid", grid), ("png", png)) if path is not None}
     if isinstance(record, dict) and any(record.get(name) != path for name, path in added.items()):
         write_json(job.out.with_suffix(".json"), {**record, **added})

@@ -1,20 +1,17 @@
-"""No fetching: within `no_fetching()`, whatever would be downloaded is said instead. Every verb's --dry-run runs within it."""
+"""Downloads forbidden during a dry run: within `no_fetching()`, code that would download raises `WouldFetch`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
-from tinyfusion.core.errors import UserError
-
-_FORBIDDEN: ContextVar[bool] = ContextVar("_FORBIDDEN", default=False)
+_contexts = 0  # that are open; of the process, as data sets are opened on several threads
 
 
-class WouldFetch(UserError):
-    """Something is not on this machine, and now is not the time to fetch it.
+class WouldFetch(BaseException):
+    """A dry run needs something that is not on this machine. Derives from BaseException, as it ends the check and is no error.
 
-    what: what it is and where it would come from. num_bytes: its size, None where nobody said.
+    what: what it is and where it would come from. num_bytes: its size, None where it is unknown.
     """
 
     def __init__(self, what: str, num_bytes: int | None = None) -> None:
@@ -25,14 +22,15 @@ class WouldFetch(UserError):
 
 @contextmanager
 def no_fetching() -> Iterator[None]:
-    """Within it `fetching_forbidden()` is true, on this thread."""
-    token = _FORBIDDEN.set(True)
+    """Forbid downloads within the context."""
+    global _contexts
+    _contexts += 1
     try:
         yield
     finally:
-        _FORBIDDEN.reset(token)
+        _contexts -= 1
 
 
 def fetching_forbidden() -> bool:
-    """Whether what would be downloaded has to be said by `WouldFetch` instead."""
-    return _FORBIDDEN.get()
+    """Whether code must raise `WouldFetch` instead of downloading."""
+    return _contexts > 0

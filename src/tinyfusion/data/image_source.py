@@ -17,7 +17,7 @@ from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.errors import UserError
 from tinyfusion.data.images import check_images_header, read_images_npz
 from tinyfusion.data.npz import ArrayHeader, is_npz, opened_npz
-from tinyfusion.data.originals import Originals, decoded
+from tinyfusion.data.originals import MixedSizes, Originals, decoded
 from tinyfusion.data.picture import Picture
 
 IN_MEMORY_BYTES = 2**29  # sets up to here are read once
@@ -96,9 +96,10 @@ def streamed_pictures(originals: Originals, size: int | None, orientation: Orien
     def fitting(where: str, picture: Picture) -> np.ndarray:
         pixels = picture.in_colour if channels == 3 else picture.pixels
         if pixels.shape != first.pixels.shape:
-            raise UserError(
+            raise MixedSizes(
                 f"{where} is {pixels.shape}, and the first picture of {originals.name} {first.pixels.shape} (height, width, "
-                "channels): give one size for all, such as --set data.size=64, and grey pictures or coloured ones"
+                "channels; pictures are all grey or all coloured)",
+                64,
             )
         return pixels
 

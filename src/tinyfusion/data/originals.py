@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,10 +42,19 @@ from tinyfusion.data.stream import RowGroup
 _LABEL_BYTES = 16  # of a label while the parts of a set are put together
 WEBDATASET = "webdataset:"
 _AT_A_TIME = 16  # encoded pictures in memory while a set is decoded
+_NAMED, _LOOK_ON_S = 4, 10.0  # broken pictures named after the first one, seconds that more are looked for
 _VALUE_BYTES = 5  # of a value of a set in memory: uint8, and float32 for training
 _SUGGESTED_SIDE = 6  # a message proposes at most 2 to this power of pixels
 
 Contents = Callable[[int, int], Iterator[tuple[str, Any]]]
+
+
+class MixedSizes(UserError):
+    """Pictures of several sizes where one size is needed. problem: which ones; side: a value of `data.size` that would do."""
+
+    def __init__(self, problem: str, side: int) -> None:
+        super().__init__(f"{problem}: give one size for all, such as --set data.size={side}")
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -111,16 +121,49 @@ def read_originals(name: str, size: int | None = None, orientation: Orientation 
 def decoded(
     originals: Originals, size: int | None, orientation: Orientation, first: int = 0, num: int | None = None
 ) -> Iterator[tuple[str, Picture]]:
-    """(where, picture) of `num` pictures in their order, all by default; several are decoded at a time."""
+    """(where, picture) of `num` pictures in their order, all by default; several are decoded at a time.
+
+    Raises UserError on a broken picture; it names up to 5 and counts those of the rest of the set, as far as it is read within
+    10 seconds.
+    """
     end = len(originals) if num is None else first + num
 
-    def one(item: tuple[str, Any]) -> tuple[str, Picture]:
+    def attempt(item: tuple[str, Any]) -> tuple[str, Picture | UserError]:
         where, content = item
-        return where, decode(content, where, size, orientation)
+        try:
+            return where, decode(content, where, size, orientation)
+        except UserError as error:
+            return where, error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decoding") as threads:
-        for begin in range(first, end, _AT_A_TIME):
-            yield from threads.map(one, list(originals.contents(begin, min(_AT_A_TIME, end - begin))))
+
+        def outcomes(begin: int, end: int) -> Iterator[tuple[str, Picture | UserError]]:
+            for place in range(begin, end, _AT_A_TIME):
+                yield from threads.map(attempt, list(originals.contents(place, min(_AT_A_TIME, end - place))))
+
+        for index, (where, picture) in enumerate(outcomes(first, end), first):
+            if isinstance(picture, UserError):
+                raise _broken(picture, index - first, outcomes(index + 1, len(originals))) from picture
+            yield where, picture
+
+
+def _broken(error: UserError, read: int, rest: Iterator[tuple[str, Picture | UserError]]) -> UserError:
+    """The error of the first broken picture, after `read` sound ones, with the names and the number of those in `rest`."""
+    names, more, read = [], 0, read + 1
+    deadline = time.monotonic() + _LOOK_ON_S
+    with contextlib.suppress(UserError):  # a file that cannot be read is reported in its turn
+        for where, outcome in rest:
+            read += 1
+            if isinstance(outcome, UserError):
+                more += 1
+                names += [os.path.basename(where)] * (len(names) < _NAMED)
+            if time.monotonic() > deadline:
+                break
+    if not more:
+        return error
+    return UserError(
+        f"{error} ({more + 1:,} of the {read:,} pictures read cannot be used, among them {', '.join(names)})"
+    )
 
 
 def stacked(pictures: Iterable[tuple[str, Picture]], num: int, source: Path | str) -> tuple[np.ndarray, Counter[str]]:
@@ -139,9 +182,9 @@ def stacked(pictures: Iterable[tuple[str, Picture]], num: int, source: Path | st
             pixels = np.empty((num, height, width, channels), np.uint8)
         if (height, width) != pixels.shape[1:3]:
             side = 2 ** min(int(math.log2(min(pixels.shape[1:3]))), _SUGGESTED_SIDE)
-            raise UserError(
-                f"{where} is {width} x {height}, and the first picture of {source} {pixels.shape[2]} x {pixels.shape[1]}: "
-                f"give one size for all, such as --set data.size={side}"
+            raise MixedSizes(
+                f"{where} is {width} x {height}, and the first picture of {source} {pixels.shape[2]} x {pixels.shape[1]}",
+                side,
             )
         if channels > pixels.shape[-1]:
             check_memory(pixels.size * channels * _VALUE_BYTES, f"{source}: {num:,} pictures of {width} x {height}")

@@ -12,7 +12,6 @@ import torch
 from tinyfusion.config.loading import nearest
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.reading import check_plain, read_json_object
 from tinyfusion.core.torchscript import is_torchscript, read_torchscript
 from tinyfusion.core.weights import fetch_weights, known_weights
@@ -33,7 +32,7 @@ _SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 @cache
-def open_extractor(name: str, device: str = "auto") -> FeatureExtractor:
+def open_extractor(name: str, device: str) -> FeatureExtractor:
     """A feature extractor by name, or from files; `device` is for the large networks.
 
     Names: what comes with the package, "inception", or known weights of that kind. Files: weights of the Inception
@@ -54,8 +53,6 @@ def open_extractor(name: str, device: str = "auto") -> FeatureExtractor:
     if name in fetched:
         try:
             file = fetch_weights(INCEPTION if name == SHORT else name)
-        except WouldFetch:
-            raise
         except UserError as error:
             raise UserError(
                 f"{error}. Without a network: --set evaluate.features=FILE of those weights, fetched elsewhere, or "

@@ -140,7 +140,7 @@ def check_data_name(name: str) -> None:
         )
 
 
-def _is_pictures(name: str) -> bool:
+def is_pictures(name: str) -> bool:
     """Whether a data set is of encoded pictures, which `data.size` and `data.orientation` concern."""
     return name not in ("", *REAL_SETS) and (name.startswith((*WHOLE, *STREAMED)) or Path(name).is_dir())
 
@@ -199,7 +199,7 @@ def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> 
         say(scale_remarks(latents.rows(0, min(len(latents), LOOKED_AT))[0], data.name))
         return latents
     images = image_set(data.name, data.size, data.orientation)
-    if _is_pictures(data.name) and (channels, images.x.shape[1]) == (3, 1):
+    if is_pictures(data.name) and (channels, images.x.shape[1]) == (3, 1):
         images = dataclasses.replace(images, x=images.x.repeat(3, 1))
     return ShuffledBatches(images, randomness, device, data.augment, data.flip)
 
@@ -225,7 +225,7 @@ def sized(recipe: Recipe, source: Batches) -> Recipe:
     _check_fit(recipe.data, source, model)
     if given.input_size is None and height % model.patch_size:
         below = height - height % model.patch_size
-        crop = f"--set data.size={below} or " if below and _is_pictures(recipe.data.name) else ""
+        crop = f"--set data.size={below} or " if below and is_pictures(recipe.data.name) else ""
         patch = next(n for n in range(2, height + 1) if height % n == 0) if height > 1 else 1
         raise UserError(
             f"data {recipe.data.name} has images of {height} x {height}, no multiple of model.patch_size={model.patch_size}: "
@@ -261,12 +261,12 @@ def _way_out(data: DataSection, source: Batches, wanted: tuple[int, int, int], n
     square, ways = height == width, []
     if new and square and channels != wanted[0]:
         ways.append(f"--set model.in_channels={channels}")
-    if not new and (channels, wanted[0]) == (3, 1) and _is_pictures(data.name):
+    if not new and (channels, wanted[0]) == (3, 1) and is_pictures(data.name):
         ways.append("make its pictures grey")
     if (height, width) != wanted[1:]:
         side = wanted[1] if square or not new else 2 ** min(int(math.log2(min(height, width))), 6)
         sides = [f"--set model.input_size={height}"] if new and square else []
-        sides += [f"--set data.size={side}"] if _is_pictures(data.name) else []
+        sides += [f"--set data.size={side}"] if is_pictures(data.name) else []
         ways += [" or ".join(sides)] if sides else []
     return f": {' and '.join(ways)}" if ways else ""
 

@@ -243,7 +243,7 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
             add(step, read_json(evaluation(model, reference)))
     missing = [step for step in steps if step not in done and step != settings.made_steps]
     if missing:
-        extractor = open_extractor(recipe.evaluate.features)
+        extractor = open_extractor(recipe.evaluate.features, str(device_for(recipe)))
         real = open_reference(reference, extractor, recipe.data)
         for step in missing:
             _load_average(student, out / "recover" / "checkpoints" / f"step-{step:07d}")

@@ -87,7 +87,7 @@ def _check_looks(recipe: Recipe, model: LoadedModel) -> None:
                 "watch.fid_every_steps compares with the first of evaluate.references, and there is none: add "
                 "--set evaluate.references=NAME"
             )
-        extractor = open_extractor(recipe.evaluate.features)
+        extractor = open_extractor(recipe.evaluate.features, str(device_for(recipe)))
         extractor.check(np.zeros((1, *shape), np.uint8), "images of the model")
 
 
@@ -152,7 +152,7 @@ class Previews:
                 file.unlink()
         if self._looks and settings.fid_every_steps:
             evaluation = self.recipe.evaluate
-            extractor = open_extractor(evaluation.features)
+            extractor = open_extractor(evaluation.features, str(device_for(self.recipe)))
             self._real = open_reference(evaluation.references[0], extractor, self.recipe.data)
         if self._looks and (settings.grid_every_steps or settings.fid_every_steps):
             self.run.note(self._intent())
@@ -241,7 +241,7 @@ class Previews:
         if images is None:
             return {"fid": None}
         assert self._real is not None
-        extractor = open_extractor(evaluation.features)
+        extractor = open_extractor(evaluation.features, str(device_for(self.recipe)))
         value = frechet_distance(*self._real.pool, *feature_moments(extractor(images).pool))
         told = protocol(dataclasses.replace(self.recipe, sample=settings), model, self._autoencoder)
         return {"fid": value, "protocol": protocol_of(self._real, extractor, evaluation, told)}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tinyfusion.config.loading import nearest
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.reading import check_plain, read_json_object, unreadable
 from tinyfusion.core.weights import KnownWeights, fetch_weights, known_weights
 from tinyfusion.families.registry import diffusers_classes
@@ -57,8 +56,6 @@ def by_name(name: str) -> tuple[Path, dict[str, str]]:
     if HUB_ID.fullmatch(name) and not Path(name).parent.exists():
         try:
             return fetch_repository(name)
-        except WouldFetch:
-            raise
         except UserError as error:
             raise UserError(
                 f"no model at {name}: no such folder here (`tinyfusion train` makes one), and {error}"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import atomic_write, clear_unfinished, discard, disk_reason, unfinished
+from tinyfusion.core.ranks import complete_file, wait_for_files, wait_until
 from tinyfusion.core.reading import check_plain, read_json, unreadable
 from tinyfusion.core.rundir import CHECKPOINT_FILES
 from tinyfusion.training.saved import (
@@ -37,7 +38,6 @@ from tinyfusion.training.shards import first_row, is_sharded, local_part
 from tinyfusion.training.state import Progress, TrainState
 
 T = TypeVar("T")
-_POLL_S = 0.02  # between two looks for what another process writes
 
 
 class First(Protocol):
@@ -303,54 +303,33 @@ class CheckpointWriter:
             self._failure = error
 
     def _write(self, snapshot: _Snapshot, num: int) -> None:
-        """On process 0: the folder, its own tensors, what the others bring, and the record."""
-        with atomic_write(snapshot.path, CHECKPOINT_FILES) as beside:
-            beside.mkdir()
-            digests = {part_name(0, num): write_tensors(beside / part_name(0, num), snapshot.tensors)}
+        """On rank 0: write the folder, its own tensors and, when the files of all ranks are complete, the record."""
+        with atomic_write(snapshot.path, CHECKPOINT_FILES) as temporary:
+            temporary.mkdir()
+            digests = {part_name(0, num): write_tensors(temporary / part_name(0, num), snapshot.tensors)}
             split: dict[str, dict[str, list[Any]]] = {
                 name: {"shape": shape, "rows": [rows]} for name, (shape, rows) in snapshot.split.items()
             }
-            deadline = time.monotonic() + self.timeout_s
-            for rank in range(1, num):
-                delivered = self._delivered(beside, rank, num, deadline)
-                digests[part_name(rank, num)] = delivered["sha256"]
-                for name, told in split.items():
-                    told["rows"].append(delivered["rows"][name])
-            write_record(beside, snapshot.progress, split, digests)
-
-    def _delivered(self, beside: Path, rank: int, num: int, deadline: float) -> dict[str, Any]:
-        """Wait for what process `rank` has to say of its file, and take it away."""
-        note = _note(beside, rank, num)
-        while not note.is_file():
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"process {rank} of {num} did not write {note.with_suffix('').name} within {self.timeout_s:g} s: look at its "
-                    "output, and whether all processes see the same folder; compute.timeout_s allows more"
-                )
-            if not beside.is_dir():
-                raise UserError(f"its unfinished folder {beside} was taken away")
-            time.sleep(_POLL_S)
-        delivered: dict[str, Any] = read_json(note)
-        note.unlink()
-        if "error" in delivered:
-            raise UserError(f"process {rank} of {num} could not write its part: {delivered['error']}")
-        return delivered
+            notes = {_note(temporary, rank, num): rank for rank in range(1, num)}
+            contents: dict[int, dict[str, Any]] = {}
+            wait_for_files(notes, num, self.timeout_s, lambda note: _is_read(note, notes[note], num, contents))
+            for rank, content in sorted(contents.items()):
+                digests[part_name(rank, num)] = content["sha256"]
+                for name, entry in split.items():
+                    entry["rows"].append(content["rows"][name])
+            write_record(temporary, snapshot.progress, split, digests)
 
     def _contribute(self, snapshot: _Snapshot, num: int) -> None:
-        """On other processes: their file, and a note of its hash and rows when it is complete."""
-        beside = unfinished(snapshot.path, self.main_pid) / snapshot.path.name
-        deadline = time.monotonic() + self.timeout_s
-        while not beside.is_dir():
-            if time.monotonic() > deadline:
-                raise UserError(f"process 0 did not begin {beside} within {self.timeout_s:g} s: look at its output")
-            time.sleep(_POLL_S)
-        note = _note(beside, self.rank, num)
+        """On the other ranks: write the file of this rank, and a note of its hash and rows when it is complete."""
+        folder = unfinished(snapshot.path, self.main_pid) / snapshot.path.name
+        wait_until(folder.is_dir, folder, self.timeout_s)
+        note = _note(folder, self.rank, num)
         try:
-            hashed = write_tensors(beside / part_name(self.rank, num), snapshot.tensors)
-            _leave(note, {"sha256": hashed, "rows": {name: rows for name, (_, rows) in snapshot.split.items()}})
+            digest = write_tensors(folder / part_name(self.rank, num), snapshot.tensors)
+            _write_note(note, {"sha256": digest, "rows": {name: rows for name, (_, rows) in snapshot.split.items()}})
         except OSError as error:
-            if beside.is_dir():
-                _leave(note, {"error": disk_reason(error)})
+            if folder.is_dir():
+                _write_note(note, {"error": disk_reason(error)})
             raise
 
     def _prune(self, step: int) -> None:
@@ -375,16 +354,24 @@ class CheckpointWriter:
         )
 
 
-def _note(beside: Path, rank: int, num: int) -> Path:
-    """Where process `rank` says that its file in the unfinished folder is complete."""
-    return beside / f"{part_name(rank, num)}.json"
+def _note(folder: Path, rank: int, num: int) -> Path:
+    """The file by which rank `rank` reports that its file in the unfinished folder is complete."""
+    return folder / f"{part_name(rank, num)}.json"
 
 
-def _leave(note: Path, content: dict[str, Any]) -> None:
-    """Write a note whole, in a folder that may vanish any time and must not come back."""
-    beside = note.with_suffix(".part")
-    beside.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(beside, note)
+def _write_note(note: Path, content: dict[str, Any]) -> None:
+    with complete_file(note) as temporary:
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _is_read(note: Path, rank: int, num: int, contents: dict[int, dict[str, Any]]) -> bool:
+    """Move a note, where it exists, into `contents`. Raises UserError where it reports a failure."""
+    if note.is_file():
+        contents[rank] = read_json(note)
+        note.unlink()
+        if "error" in contents[rank]:
+            raise UserError(f"process {rank} of {num} could not write its file: {contents[rank]['error']}")
+    return rank in contents
 
 
 def _host_memory(part: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from tinyfusion.config.recipe import ComputeSection
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.launch import (
     check_meeting_place,
     launched_local_rank,
@@ -187,11 +188,11 @@ class Engine:
         if self.world == 1:
             return call()
         outcome: list[Any] = [None, None]
-        failure: UserError | None = None
+        failure: UserError | WouldFetch | None = None
         if self.is_main:
             try:
                 outcome[0] = call()
-            except UserError as error:
+            except (UserError, WouldFetch) as error:
                 failure, outcome[1] = error, str(error)
         dist.broadcast_object_list(outcome, device=self.device)
         if failure is not None:
