@@ -138,7 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     flush_denormals()
-    head = "shape", "batch", "step", "eager ms", "compiled ms", "eager / compiled", "compile s", "apart", "faster"
+    head = "shape", "batch", "step", "eager ms", "compiled ms", "eager / compiled", "compile s", "difference", "faster"
     table = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     print("\n".join(table), flush=True)
     for shape in SHAPES:
@@ -157,15 +157,15 @@ def main() -> None:
 
 
 PAGE = """
-# A step with compiled blocks
+# Training step with compiled blocks
 
 ```bash
 python benchmarks/compile_step.py --threads 1 --out docs/results/compile.md
 ```
 
-Milliseconds of forward and backward on the same batch, eager and compiled in turns. `compile s` is paid once per process;
-rows after the first of a shape find parts of it in the compiler's cache. `apart`: largest relative difference of losses and
-gradients between the two sides. `faster`: three quarters of the turns were.
+Milliseconds of a forward and a backward pass on the same batch, eager and compiled in alternation. Compilation is paid once per process;
+later rows of a shape reuse the compiler's cache. The difference is the largest relative one of losses and gradients.
+`faster`: in three quarters of the turns.
 """
 
 

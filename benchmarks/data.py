@@ -265,17 +265,17 @@ def main() -> None:
 
 
 PAGE = """
-# Latents: reading and making
+# Latents: reading and encoding
 
 ```bash
 python benchmarks/data.py --out docs/results/encode.md
 ```
 
-Reading: latents of 4 x 32 x 32 with mirrored copies, batches of 256 in a shuffled order, the same values in both layouts,
-warm in the disk's cache. Making: JPEGs of 500 x 375, mirrored copies, moments in float32; "alone" is the autoencoder on the
-same batches, already decoded and cropped. With a core to spare decoding runs beside the autoencoder, and the second share
-is the speed; where every core is taken, decoding takes its CPU time from it. The published autoencoder (widths 128 to 512,
-two layers each, crops of 256) computes many times longer per picture than the last row. What this means: [data](../data.md).
+Reading: latents of 4 x 32 x 32 with mirrored copies, batches of 256 in shuffled order, the same values in both layouts, from a warm
+disk cache. Encoding: JPEGs of 500 x 375, mirrored copies, moments in float32; "alone" runs the autoencoder on the same batches,
+already decoded and cropped. With a spare core, decoding overlaps the autoencoder; where all cores are busy it competes with it.
+The published autoencoder (widths 128 to 512, two layers each, crops of 256) computes many times longer per picture than the last
+row. See [data](../data.md).
 """
 
 

@@ -168,15 +168,14 @@ def main() -> None:
 
 
 PAGE = """
-# Waiting for data
+# Time spent waiting for data
 
 ```bash
 python benchmarks/data_wait.py --cifar DATA/cifar10/train-00000-of-00001.parquet --out docs/results/data.md
 ```
 
-Share of a step's time that training waited for its batch, with batches made in turn (`compute.prefetch_batches` 0) and two
-ahead on another thread. Making a batch is reading, decoding, augmenting, and all draws of the step. What this means:
-[data](../data.md).
+Share of the step time that training waits for its batch, without prefetching (`compute.prefetch_batches` 0) and with two batches
+prefetched on another thread. Making a batch is reading, decoding, augmentation and all random draws of the step. See [data](../data.md).
 """
 
 

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared import spread
+from shared import spread, table
 from tinyfusion.commands.run import run
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.core.device import flush_denormals
@@ -21,41 +21,38 @@ from tinyfusion.core.rundir import read_json, write_text
 from tinyfusion.jobs.assemble import RunOptions
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
-MODELS = {"teacher": "teacher", "pruned": "cut, before recovery", "student": "cut and recovered"}
+MODELS = {"teacher": "teacher", "pruned": "pruned", "student": "recovered"}
 
 
-def table(runs: list[Path], references: tuple[str, ...]) -> list[str]:
-    """Markdown of every model against every reference."""
-    rows: list[str] = []
+def metrics(runs: list[Path], references: tuple[str, ...]) -> list[str]:
+    """Markdown table of every model against every reference."""
+    rows: list[list[str]] = []
+    protocols: list[str] = []
     for reference in references:
         slug = reference.replace(":", "-")
-        rows += [
-            f"Reference `{reference}`:",
-            "",
-            "| model | " + " | ".join(METRICS) + " |",
-            "|---" * (len(METRICS) + 1) + "|",
-        ]
         for key, label in MODELS.items():
-            found = [read_json(r / "evaluations" / f"{key}-{slug}.json") for r in runs]
-            cells = [spread([float(f[m]) for f in found], 2 if "fid" in m or "score" in m else 3) for m in METRICS]
-            rows.append(f"| {label} | " + " | ".join(cells) + " |")
-        protocol = read_json(runs[0] / "evaluations" / f"student-{slug}.json")["protocol"]
-        rows += ["", f"Protocol of the first seed: {protocol}", ""]
-    return rows
+            records = [read_json(r / "evaluations" / f"{key}-{slug}.json") for r in runs]
+            cells = [spread([float(f[m]) for f in records], 2 if "fid" in m or "score" in m else 3) for m in METRICS]
+            rows.append([f"`{reference}`", label, *cells])
+        protocols.append(read_json(runs[0] / "evaluations" / f"student-{slug}.json")["protocol"])
+    return [
+        *table(["reference", "model", *METRICS], *rows),
+        "",
+        "Protocols of the first seed: " + "; ".join(protocols) + ".",
+        "",
+    ]
 
 
 def facts(runs: list[Path], teacher_images: int | None) -> list[str]:
     """Speed, kept blocks, budgets."""
     speeds = [read_json(r / "speed.json") for r in runs]
     rows = [f"Sampling speed-up: {spread([s['speedup'] for s in speeds])} ({speeds[0]['protocol']})."]
-    for run_folder in runs:
-        plan = read_json(run_folder / "prune" / "plan.json")
-        rows.append(
-            f"- seed {plan['seed']}: kept {plan['kept']}, scheme {plan['scheme']}, {plan['cost']['seconds']:.0f} s of mask learning"
-        )
+    plans = [read_json(run_folder / "prune" / "plan.json") for run_folder in runs]
+    masks = [f"seed {p['seed']}: {p['kept']} in {p['cost']['seconds']:.0f} s" for p in plans]
+    rows.append(f"Kept blocks, and time of mask learning ({plans[0]['scheme']}): {'; '.join(masks)}.")
     seen = [float(read_json(runs[0] / stage / "run.json")["seen_images"]) for stage in ("prune", "recover")]
     share = f"; together {sum(seen) / teacher_images:.1%} of the teacher's {teacher_images:,}" if teacher_images else ""
-    rows.append(f"\nImages seen: mask learning {seen[0]:,.0f}, recovery {seen[1]:,.0f}{share}.")
+    rows.append(f"Images seen: mask learning {seen[0]:,.0f}, recovery {seen[1]:,.0f}{share}.")
     return rows
 
 
@@ -76,7 +73,7 @@ def main() -> None:
         folders.append(options.runs / f"seed-{seed}")
         outcomes.append(run(recipe, RunOptions(folders[-1])))
         print(json.dumps(outcomes[-1]), flush=True)
-    rows = [*table(folders, recipe.evaluate.references), *facts(folders, options.teacher_images)]
+    rows = [*metrics(folders, recipe.evaluate.references), *facts(folders, options.teacher_images)]
     print("\n".join(rows))
     if options.out:
         write_text(options.out, "\n".join(rows) + "\n")

@@ -1,4 +1,4 @@
-"""Is the digits teacher a yardstick? Held-out loss over training, and what removing any single block does to it.
+"""Held-out loss of a digits teacher over its training, and the loss added by removing any single block.
 
     python benchmarks/digits_teacher.py --model digits [--run runs/digits-teacher] [--out docs/results/digits-teacher.md]
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+import shared
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
 from tinyfusion.data.digits import ImageSet, load_digits
@@ -28,14 +29,14 @@ SEED = 99
 
 
 def objective_of(model: LoadedModel) -> GaussianObjective | FlowObjective:
-    """What the model was trained with, no label dropped."""
+    """The training objective of the model, without label dropout."""
     if model.family.process == "flow":
         return FlowObjective(model.arch.num_classes, label_drop=0.0, flow=flow_of(model))
     return GaussianObjective(model.arch.num_classes, label_drop=0.0)
 
 
 def times(objective: GaussianObjective | FlowObjective, position: np.ndarray) -> torch.Tensor:
-    """Shares of the way through all times, in (0, 1), as times of the process."""
+    """Convert positions in (0, 1) to timesteps or times of the process."""
     if isinstance(objective, FlowObjective):
         low, high = objective.flow.training_ends(objective.eps)
         return torch.from_numpy(low + (high - low) * position).float()
@@ -65,25 +66,26 @@ def calibration_loss(model: LoadedModel, images: ImageSet, repeats: int, without
 
 
 def removal_table(model: LoadedModel, repeats: int) -> list[str]:
-    """Markdown rows: what taking out each block adds to the held-out loss, paired, with its standard error."""
+    """Markdown table: held-out loss added by removing each block, paired by image, and as a multiple of its standard error."""
     heldout = load_digits(heldout=True)
     base = calibration_loss(model, heldout, repeats)
-    rows = [
+    added = [calibration_loss(model, heldout, repeats, without=block) - base for block in range(len(model.stack))]
+    means = [a.mean() for a in added]
+    errors = [a.std(ddof=1) / np.sqrt(len(a)) for a in added]
+    return [
         f"Held-out loss of the whole model: {base.mean():.4f} ({len(heldout)} images, {repeats} timesteps each).",
         "",
-        "| block removed | added loss | standard error | ratio |",
-        "|---|---|---|---|",
+        *shared.table(
+            ["block removed", *map(str, range(len(added)))],
+            ["added loss", *(f"{m:.4f}" for m in means)],
+            ["standard errors", *(f"{m / e:.1f}" for m, e in zip(means, errors, strict=True))],
+        ),
     ]
-    for block in range(len(model.stack)):
-        added = calibration_loss(model, heldout, repeats, without=block) - base
-        error = added.std(ddof=1) / np.sqrt(len(added))
-        rows.append(f"| {block} | {added.mean():.4f} | {error:.4f} | {added.mean() / error:.1f} |")
-    return rows
 
 
 def curve_table(model: LoadedModel, run: Path, repeats: int) -> list[str]:
-    """Markdown rows: training and held-out loss of every checkpoint's averaged weights."""
-    rows = ["", "| steps | loss on training digits | loss on held-out digits |", "|---|---|---|"]
+    """Markdown table: training and held-out loss of every checkpoint's averaged weights."""
+    columns = [["steps", "training digits", "held-out digits"]]
     for folder in sorted((run / "checkpoints").glob("step-*")):
         tensors = {k: v for file in sorted(folder.glob("state*.safetensors")) for k, v in load_file(file).items()}
         at_step = model.copy()
@@ -92,8 +94,8 @@ def curve_table(model: LoadedModel, run: Path, repeats: int) -> list[str]:
                 if f"ema/{name}" in tensors:
                     parameter.copy_(tensors[f"ema/{name}"])
         losses = [calibration_loss(at_step, load_digits(heldout), repeats).mean() for heldout in (False, True)]
-        rows.append(f"| {int(folder.name[5:])} | {losses[0]:.4f} | {losses[1]:.4f} |")
-    return rows
+        columns.append([str(int(folder.name[5:])), *(f"{loss:.4f}" for loss in losses)])
+    return ["", *shared.table(*zip(*columns, strict=True))]
 
 
 def main() -> None:

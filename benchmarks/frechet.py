@@ -121,21 +121,21 @@ def streamed(num: int, references: int) -> str:
 
 
 def page(rows: list[str], stream_text: str, arguments: argparse.Namespace) -> str:
-    return f"""# The Fréchet distance and its memory
+    return f"""# Fréchet distance: time and memory
 
 ```bash
 python benchmarks/frechet.py --out docs/results/frechet.md
 ```
 
-Seconds for one distance from given moments, median (first to third quartile) of {arguments.repeats} turns; "times as
-fast" is the ratio within a turn. What the distance is computed by: [evaluation](../evaluation.md).
+Seconds for one distance from given moments, median (quartiles) of {arguments.repeats} turns; speed-up within a turn. Method:
+[evaluation](../evaluation.md#the-fréchet-distance).
 
-| D | images | ours, s | `scipy.linalg.sqrtm`, s | times as fast | relative difference |
+| D | images | ours, s | `scipy.linalg.sqrtm`, s | speed-up | relative difference |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-The last row has fewer images than dimensions on one side: there the covariance is singular, the root of a general matrix loses
-digits, and ours does not depend on them.
+In the last row one side has fewer images than dimensions: its covariance is singular, and the general matrix square root loses
+digits; this method does not.
 
 Statistics of a stream: {stream_text}
 

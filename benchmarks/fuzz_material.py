@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tinyfusion.models.checkpoint import LoadedModel, new_model, save_model
+from shared import random_model
+from tinyfusion.models.checkpoint import save_model
 
 Call = Callable[[str, Path], None]  # (command line, current folder): runs it, and raises where it fails
 NUM, CLASSES, SIDE, LATENT_SCALE = 16, 4, 16, 0.3
@@ -122,28 +123,17 @@ KINDS = (
 NEVER_WHOLE = ("TorchScript", "weights table")  # small ones are refused, and nothing is fetched
 
 
-def _random(family: str, sizes: dict[str, int], seed: int = 0) -> LoadedModel:
-    model = new_model(family, sizes, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.module.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.05, generator=generator)
-    return model
-
-
 def fill(folder: Path, call: Call) -> None:
     """Make all inputs in `folder`; nothing is trained here, `call` does so in a process of its own."""
-    save_model(_random("dit", PIXELS), folder / "teacher")
-    save_model(_random("dit", {**PIXELS, "in_channels": 3, "input_size": SIDE}), folder / "colour")
-    latent = _random("dit", LATENTS)
+    save_model(random_model(0.05, **PIXELS), folder / "teacher")
+    save_model(random_model(0.05, **{**PIXELS, "in_channels": 3, "input_size": SIDE}), folder / "colour")
+    latent = random_model(0.05, **LATENTS)
     facts = dataclasses.replace(latent.facts, latent_scale=LATENT_SCALE, image_size=SIDE)
     save_model(dataclasses.replace(latent, facts=facts), folder / "latent")
-    save_model(_random("sit", PIXELS), folder / "sit")
-    save_model(
-        _random("mar", {**PIXELS, "patch_size": 2, "buffer_size": 2, "head_depth": 1, "head_width": 16}), folder / "mar"
-    )
-    save_model(_random("pixart", {**LATENTS, "caption_tokens": 3, "caption_channels": 8}), folder / "pixart")
+    save_model(random_model(0.05, "sit", **PIXELS), folder / "sit")
+    mar = {**PIXELS, "patch_size": 2, "buffer_size": 2, "head_depth": 1, "head_width": 16}
+    save_model(random_model(0.05, "mar", **mar), folder / "mar")
+    save_model(random_model(0.05, "pixart", **LATENTS, caption_tokens=3, caption_channels=8), folder / "pixart")
     _arrays(folder)
     _pictures(folder)
     _networks(folder)
@@ -229,7 +219,7 @@ def _networks(folder: Path) -> None:
     )
     AutoencoderKL(**blocks, norm_num_groups=4, scaling_factor=LATENT_SCALE).save_pretrained(folder / "vae")
     shutil.copytree(Path(str(resources.files("tinyfusion"))) / "assets" / "digits-classifier", folder / "classifier")
-    teacher = _random("dit", PIXELS)
+    teacher = random_model(0.05, **PIXELS)
     weights = dict(teacher.module.state_dict())
     torch.save({"model": weights, "ema": dict(weights), "args": argparse.Namespace(model="tiny")}, folder / "good.pt")
     torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1))).save(folder / "net.pt")

@@ -181,8 +181,8 @@ def main() -> None:
     began = time.perf_counter()
     teacher = xl_model(options.depth)
     head = [
-        "deltas", "scheme", "arithmetic", "dense s", "skip s", "ratio", "of forward and backward", "ratio by turn", "floor",
-        "share of it", "wanted", "dense peak MiB", "skip peak MiB", "lower by", "logits", "weights", "holds",
+        "deltas", "scheme", "dtype", "dense s", "skip s", "ratio", "ratio, forward and backward", "ratio by turn", "floor",
+        "share of the floor", "goal", "dense peak MiB", "skip peak MiB", "saved", "logits", "weights", "met",
     ]  # fmt: skip
     table = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     print("\n".join(table), flush=True)
@@ -201,16 +201,16 @@ def main() -> None:
 
 
 PAGE = """
-# A step of mask learning, dense and skipping
+# Mask learning step, dense and skipping
 
 ```bash
 python benchmarks/learn_step.py --threads 2 --out docs/results/learn-step.md
 ```
 
-Seconds are of whole steps (forward, backward, clipping, optimiser, moving average). The floor counts forward and backward passes
-alone. `logits` and `weights` are the largest differences of gradients, relative to the largest value of their tensor. In
-bfloat16, frozen weights are held in bfloat16 on both sides; `dense, cast per call` casts them at every call, as the
-published form does. What is skipped, and why the gradient stays: [skipping](../skipping.md).
+Seconds of whole steps: forward, backward, clipping, optimizer, moving average. The floor is the ratio of forward and backward passes
+that are counted in [skipping](../skipping.md). `logits` and `weights` are the largest gradient differences between dense and
+skipping, relative to the largest value of the tensor. In bfloat16 both sides store frozen weights in bfloat16; `dense, cast per call`
+casts them at every call, as the published code does.
 """
 
 

@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from shared import quartiles, random_model
+from shared import quartiles, random_model, table
 from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
@@ -229,31 +229,23 @@ def summary(found: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def dissection(found: dict[str, Any]) -> list[str]:
-    """The parts of a step of a case, a line each."""
-    lines = []
-    shape, dtype = found["name"].split("-")
-    lines += ["", f"{SHAPES[shape][0]}, {dtype}, batch {found['batch']}, {found['threads']} thread(s); in place, memory moves "
-              f"{found['rate']:.1f} GB/s:", "",
-              "| part | wall ms | processor ms | MB that must move | floor ms | in a bare step |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for part, values in found["parts"].items():
-        wall, cpu = (np.array(values)[:, clock] for clock in (0, 1))
-        moved = PASSES.get(part, 0) * found["bytes"] / 1e6
-        skipped = part == "clipping" and not found["clip"]
-        cells = [
-            part + (" (left out: the factor is 1)" if skipped else ""),
-            quartiles(wall, 2), quartiles(cpu, 2), f"{moved:.0f}" if moved else "",
-            f"{moved / found['rate']:.1f}" if moved else "", "" if part in LOOP_PARTS else "yes",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+def dissection(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """Table of the phases of a step, a column per case: median milliseconds of processor time, and the floor in brackets."""
+    titles = [f"{SHAPES[shape][0]}, {dtype}" for shape, dtype in (case["name"].split("-") for case in cases)]
+    rows = []
+    for part in cases[0]["parts"]:
+        moved = [PASSES.get(part, 0) * case["bytes"] / 1e6 / case["rate"] for case in cases]
+        taken = [float(np.median([v[1] for v in case["parts"][part]])) for case in cases]
+        cells = [f"{ms:.2f}" + (f" ({floor:.1f})" if floor else "") for ms, floor in zip(taken, moved, strict=True)]
+        rows.append([part, *cells, "" if part in LOOP_PARTS else "yes"])
+    return table(["phase", *titles, "in a bare step"], *rows)
 
 
 def page(kept: dict[str, Any]) -> str:
     """Everything measured, as a page."""
     head = [
-        "shape", "arithmetic", "clipping", "threads", "batch x turns", "bare wall", "bare processor", "in turn - bare, wall",
-        "in turn - bare, processor", "2 ahead - bare, wall", "2 ahead - bare, processor", "own parts", "allowed", "kept",
+        "shape", "dtype", "clipping", "threads", "batch x turns", "bare wall", "bare processor", "no prefetch - bare, wall",
+        "no prefetch - bare, processor", "prefetch 2 - bare, wall", "prefetch 2 - bare, processor", "loop only", "limit", "within",
         "load",
     ]  # fmt: skip
     lines = [*PAGE.strip().split("\n"), "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -262,9 +254,7 @@ def page(kept: dict[str, Any]) -> str:
     )
     lines += [summary(found) for found in ordered]
     lines += ["", *WHERE.strip().split("\n")]
-    for found in ordered:
-        if found["threads"] == 1 and not found["clip"]:
-            lines += dissection(found)
+    lines += ["", *dissection([case for case in ordered if case["threads"] == 1 and not case["clip"]])]
     return "\n".join([*lines, "", *READ.strip().split("\n"), "", f"torch {torch.__version__}.", ""])
 
 
@@ -288,60 +278,58 @@ def main() -> None:
         key = " ".join([name, str(options.threads), str(options.batch), str(options.clip)])
         kept = {k: v for k, v in kept.items() if k != key} | {key: found}
         write_text(options.keep, json.dumps(kept))
-        print(summary(found), *dissection(found), sep="\n", flush=True)
+        print(summary(found), *dissection([found]), sep="\n", flush=True)
     if options.out:
         write_text(options.out, page(kept))
 
 
 PAGE = """
-# What the loop costs
+# Cost of the training loop
 
 ```bash
 python benchmarks/loop_step.py --case latents-float32 --keep loop.json --out docs/results/loop-step.md
 ```
 
 A step of `train_steps` against forward, losses, backward and fused AdamW alone, on the same batch; width 384, 12 blocks, 6 heads,
-batch 64. Wanted: at most 2 ms + 1 % of the bare step. **Kept at DiT-S/2, in float32 and bfloat16, also where clipping binds (11 ms
-more). Not kept at width 384 with 16 tokens**, in either: there the model computes for so short a time that two passes of the loop over
-all its weights (gradient norm, moving average) are 3 to 4 % of it, and what memory needs for them alone is above the limit. At width
-64 it is on the line. All on a CPU; nothing here says what the loop costs on an accelerator.
+batch 64. Limit: 2 ms + 1 % of the bare step. **Met by DiT-S/2 in float32 and bfloat16, also where clipping is active (11 ms
+more). Not met at width 384 with 16 tokens**: the model computes for so short a time that two passes over all its weights (gradient
+norm, moving average) take 3 to 4 % of it; memory bandwidth alone exceeds the limit. At width 64 it is at the limit. All on a
+CPU; no accelerator has been measured.
 
-All times are milliseconds, medians with quartiles. `wall` is the clock; `processor` is the time of all threads, which a loaded
-machine disturbs least, but not never. `in turn` and `2 ahead` are whole steps of the loop, making batches in the step or on a
-thread, minus the bare step of the same turn. A step of 10 to 20 s varies by more than all that the loop adds, so whether the
-limit is kept is decided by `own parts`: the sum of what only the loop does, each measured by itself in a copy of the step (images
-and draws count in full, as if no thread made them). With one thread that is processor time; with two it is wall time, since
-threads that wait spin. DiT-S/2 had few turns (2 and 5): its differences say no more than that they are lost in noise.
-`load` is the machine's mean load at the end: others computed on its two cores throughout.
+All times are milliseconds, medians with quartiles. `wall` is elapsed time, `processor` the time of all threads, which is less
+sensitive to other work on the machine. `no prefetch` and `prefetch 2` are whole steps, with batches made in the step or on a
+thread, minus the bare step of the same turn. Steps of 10 to 20 s vary by more than the loop adds, so the limit is
+checked on `loop only`: the sum of the phases that only the loop has, each measured separately (images and draws count in full).
+It is processor time with one thread and wall time with two, since waiting threads spin. DiT-S/2 had few turns (2 and 5), so
+its differences are within noise. `load` is the machine's load average at the end; other work ran on its two cores throughout.
 """
 
 WHERE = """
-## Where the time of a step goes
+## Phases of a step
 
-The floor is the bytes that a part must move, over the rate at which one tensor of the size of the weights is read and written in
-place. That rate was taken once per case; reading alone is slower than it (about 14 GB/s on one core), so a part that only reads
-stays above its floor.
+Median processor time in ms, batch 64, one thread; in brackets the floor: the bytes that a phase must move, divided by the rate at which one
+tensor of the size of the weights is read and written in place (measured once per case). Reading
+alone is slower (about 14 GB/s on one core), so a phase that only reads stays above its floor.
 """
 
 READ = """
 ## What was changed, and what did not help
 
-- **Gradients that need no shortening are not multiplied by 1.** The factor is known to the host with the norm: 86.0 ms to 74.9 ms for
-  norm, clipping, AdamW and moving average together (32.5 million weights, one thread, processor time, medians of 20 turns taken
-  alternately). Results are the same bit for bit. Where clipping binds, the two passes remain.
-- **A step asks the device for numbers once.** Loss, norm and factor come in one transfer, where loss and norm had one each and the
-  timesteps' table was moved at every step. On a CPU this is nothing (0.2 ms); on an accelerator every question empties its queue.
-  `tests/laws/test_step_cost.py` holds it. Its gain there is not measured.
-- **Norm, clipping, AdamW and moving average by pieces that fit a cache** (25 to 2,000 pieces of 16,384 weights and more) gain nothing: 59
-  to 66 ms, and 59 ms in one piece, AdamW and moving average, one thread. Nor do large memory pages.
-- **The gradient norm as dot products**: 9.5 ms for 10.7 with one thread, other digits, and with two threads on a loaded machine far slower.
-  torch takes the norm of a tensor on one thread, whatever their number: the part furthest above its floor, and none of ours.
-- **Batches ahead or in turn** make no difference here that can be told from noise: width 64 with jittered images, where a batch
-  takes the largest share of a step (1.2 of 90 ms), is the row to look at (101 turns). Ahead does not hurt on two cores whose threads
-  all compute, so the default stays at 2, for sources that wait for a disk.
+- **Gradients are not multiplied by a clipping factor of 1.** The factor reaches the host with the norm: 86.0 ms become 74.9 ms for
+  norm, clipping, AdamW and moving average together (32.5 million weights, one thread, processor time, medians of 20 alternating
+  turns), bit for bit the same results. Where clipping is active the two passes remain.
+- **One device-to-host transfer per step.** Loss, norm and factor come together; before, loss and norm had a transfer each and the
+  timestep table was moved at every step. On a CPU this changes nothing (0.2 ms); on an accelerator every transfer drains the queue.
+  `tests/laws/test_step_cost.py` counts the transfers. The gain on an accelerator is not measured.
+- **Norm, clipping, AdamW and moving average in cache-sized chunks** (25 to 2,000 chunks of 16,384 weights and more) gain nothing: 59
+  to 66 ms against 59 ms (AdamW and moving average, one thread). Large memory pages gain nothing either.
+- **The gradient norm as dot products** takes 9.5 instead of 10.7 ms with one thread, rounds differently, and is far slower with two on a
+  loaded machine. torch computes the norm of a tensor on one thread: the phase furthest above its floor.
+- **Prefetching** makes no measurable difference here: the row with the largest share of batch making is width 64 with jittered
+  images (1.2 of 90 ms, 101 turns). It costs nothing on two busy cores, so the default stays at 2, for data read from a disk.
 
-What remains is the price of a moving average and of a gradient norm: four passes over the weights, the same for every number of
-tokens and images. Beside them the loop costs 1 ms (16 tokens), with draws 7 ms (DiT-S/2; the noise is 262,144 exact normals).
+The remaining cost is the moving average and the gradient norm: four passes over the weights for any number of tokens
+and images. The rest of the loop costs 1 ms (16 tokens), with random draws 7 ms (DiT-S/2: 262,144 exact normals).
 """
 
 

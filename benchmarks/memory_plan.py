@@ -236,26 +236,26 @@ def row(case: Case, found: dict[str, Any]) -> str:
 
 
 HEAD = [
-    "case", "predicted GiB", "measured GiB", "ratio", f"within {TOLERANCE:.0%}", "of that, what a step adds: predicted",
-    "measured", "ratio", "seconds of the plan",
+    "case", "predicted GiB", "measured GiB", "ratio", f"within {TOLERANCE:.0%}", "per step: predicted",
+    "measured", "ratio", "planning s",
 ]  # fmt: skip
 
 PAGE = """
-# The memory plan against measured memory
+# Predicted and measured training memory
 
 ```bash
 python benchmarks/memory_plan.py --threads 2 --out docs/results/memory.md
 ```
 
-`recover` trains a DiT-D14/2 (14 blocks of width 1152, 256 tokens, random weights) under the masked distillation of a DiT-XL/2,
-`learn` learns 1:2 masks of XL/2 with low-rank deltas, `train` trains DiT-S/2. Predicted is the sum of the plan that is
-printed by `--dry-run`. Measured is the largest resident memory of two steps, less that of the program before the
-models were made; every case is a process of its own, on a CPU. The right half leaves out what does not depend on the
-batch (weights, moments, averages, teacher) on both sides: gradients, activations, casts and batches, which is where a plan can go wrong.
-With gradient accumulation (`in 2`) gradients stay while activations are made; without, they take their place.
+`recover` trains a DiT-D14/2 (14 blocks of width 1152, 256 tokens, random weights) by masked distillation from a DiT-XL/2, `learn`
+learns 1:2 masks of XL/2 with low-rank updates, `train` trains DiT-S/2. Predicted is the sum that `--dry-run` prints. Measured is
+the peak resident memory of two steps minus that of the process before the models were made; every case has its own process, on a
+CPU. The right half omits what does not depend on the batch (weights, moments, averages, teacher) on both sides; it is gradients,
+activations, casts and batches. At two to four images a recovery of XL peaks at the end of the backward pass, with all gradients
+and one block's activations; the rows of S/2 and `learn` test activations.
 
-All of this is memory of a CPU. CUDA's caching allocator, the context and the workspaces of its kernels come on top and
-are not measured here; the plan's table of cards leaves a tenth free for them. Parts on several processes are arithmetic, and not measured.
+CUDA's caching allocator, context and kernel workspaces come on top and are not measured; the table of card sizes reserves a tenth
+for them. Memory per process under DDP and FSDP2 is computed, not measured.
 """
 
 

@@ -33,7 +33,7 @@ CLOCKED = {"seconds", "waiting"}
 TRAINING = "steps=12 batch_size=8 learning_rate=1e-3 ema_decay=0.9 log_every_steps=1 checkpoint_every_steps=4"
 PRELOADED = ["tinyfusion.options", "accelerate", "diffusers", "peft", "sklearn.datasets", "torch._dynamo"]
 PRELOADED += [
-    f"tinyfusion.jobs.{name}" for name in ("prune", "recover", "dynamic", "train", "sample", "evaluate", "encode")
+    f"tinyfusion.commands.{name}" for name in ("prune", "recover", "dynamic", "train", "sample", "evaluate", "encode")
 ]
 
 

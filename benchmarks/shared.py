@@ -1,4 +1,4 @@
-"""What several benchmarks share: models of random weights, peak memory, and numbers as text."""
+"""Shared by benchmarks and tests: models with random weights, peak memory, and statistics as text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 
 
-def random_model(std: float, **sizes: int) -> LoadedModel:
-    """A DiT whose trained weights are all random, because published initial values make blocks that do nothing."""
-    model = new_model("dit", sizes, 0)
-    generator = torch.Generator().manual_seed(0)
+def random_model(std: float, family: str = "dit", seed: int = 0, **sizes: int) -> LoadedModel:
+    """A model whose trained weights are all random; published initial values make every block an identity."""
+    model = new_model(family, sizes, seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.module.parameters():
             if parameter.requires_grad:
@@ -51,3 +51,8 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     """ "mean ± standard deviation" (n - 1), nan of one value."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
     return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def table(head: Sequence[str], *rows: Sequence[str]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]

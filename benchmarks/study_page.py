@@ -1,4 +1,4 @@
-"""The page of the study, from the outcomes that `benchmarks/study.py` has made so far.
+"""Write the page of the study from the outcomes of `benchmarks/study.py` that exist so far.
 
     python benchmarks/study_page.py --runs runs/study --out docs/results/study.md
 
@@ -25,7 +25,7 @@ TITLES = {
     1: "Row 1: criteria, recovered by plain fine-tuning",
     2: "Row 2: recovery methods, on the learned subset",
     3: "Row 3: weight updates and distributions of the learned criterion",
-    4: "Row 4: random masks, does the calibration loss foretell the outcome?",
+    4: "Row 4: random masks, does the calibration loss predict the outcome?",
     5: "Row 5: a quarter of the depth",
     6: "Row 6: learning rates and temperatures",
 }
@@ -41,12 +41,12 @@ Found = dict[str, dict[str, Any]]  # outcomes by job key
 
 
 def outcomes(root: Path) -> Found:
-    """What is there."""
+    """Read the outcomes in `root`."""
     return {file.stem: read_json(file) for file in sorted((root / "outcomes").glob("*.json"))}
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation, and how many seeds where not all are there."""
+    """Mean and standard deviation, and the number of seeds if some are missing."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f} (one seed)" if values else "-"
     few = "" if len(values) == len(SEEDS) else f" ({len(values)} seeds)"
@@ -54,7 +54,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def labels(row: int) -> dict[str, list[Job]]:
-    """Jobs of a row by what the table calls them."""
+    """Jobs of a row by their label in the table."""
     named: dict[str, list[Job]] = {}
     for job in jobs():
         if job.row == row:
@@ -66,19 +66,19 @@ def labels(row: int) -> dict[str, list[Job]]:
             label = name.get(row, f"{job.plan}, {job.recovery}")
             if row == 1 and job.recovery != "finetune":
                 label += f", {job.recovery.removeprefix('finetune ')}"
-            named.setdefault(label, []).append(job)
+            named.setdefault(label.replace("deltas kept", "updates merged"), []).append(job)
     return named
 
 
 def table(row: int, found: Found) -> list[str]:
     """Markdown of one row, lowest held-out loss first; differences are to `BASELINE[row]` under the same seeds."""
-    lines = []
+    lines, missing = [], []
     base = {job.seed: found[job.key] for job in labels(row)[BASELINE[row]] if job.key in found}
     for label, listed in labels(row).items():
         made = [found[job.key] for job in listed if job.key in found]
         good = [m for m in made if not m["failed"]]
         if not made:
-            lines.append((np.inf, f"| {label} | not run yet |" + " |" * 6))
+            missing.append(label)
             continue
         masks = sorted({" ".join(map(str, next(iter(m["kept"].values())))) for m in made})
         failed = f" ({len(made) - len(good)} diverged)" if len(made) > len(good) else ""
@@ -95,20 +95,21 @@ def table(row: int, found: Found) -> list[str]:
         lines.append((np.mean(losses) if losses else np.inf, f"| {label} | " + " | ".join(cells) + " |"))
     names = (
         "",
-        "loss when cut",
-        "held-out loss after",
+        "loss before recovery",
+        "held-out loss",
         "1000 x difference",
-        "FID after",
+        "FID",
         "difference",
         "FID, held-out",
         "kept",
     )
     head = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    return head + [line for _, line in sorted(lines, key=lambda item: item[0])]
+    rows = head + [line for _, line in sorted(lines, key=lambda item: item[0])] if lines else []
+    return rows + [*([""] if rows else []), f"Not run yet: {'; '.join(missing)}."] if missing else rows
 
 
 def correlation(found: Found) -> list[str]:
-    """Row 4: rank correlations with a bootstrap interval."""
+    """Lines of row 4: rank correlations with bootstrap intervals."""
     made = [found[job.key] for job in jobs() if job.row == 4 and job.key in found]
     made = [m for m in made if not m["failed"]]
     if len(made) < 8:
@@ -116,8 +117,8 @@ def correlation(found: Found) -> list[str]:
     before, after, fid = (np.array([m[name] for m in made]) for name in ("calibration_loss", "loss", "fid"))
     rows = [f"{len(made)} masks. Spearman's rank correlation, with the 95 % interval of 2,000 bootstrap samples:", ""]
     pairs = {
-        "loss when cut, FID after": (before, fid),
-        "loss when cut, held-out loss after": (before, after),
+        "loss before recovery, FID after": (before, fid),
+        "loss before recovery, held-out loss after": (before, after),
         "held-out loss after, FID after": (after, fid),
     }
     generator = np.random.default_rng(0)
@@ -161,16 +162,16 @@ def picture(found: Found, title: str, file: Path) -> None:
 
 
 def job_is_plain(job: Job) -> bool:
-    """Of the first row, and recovered for the common number of steps."""
+    """Whether the job is of the first row and recovered for the common number of steps."""
     return job.row == 1 and job.recovery == "finetune"
 
 
 def section(name: str, root: Path, out: Path) -> list[str]:
-    """One yardstick."""
+    """Lines of the page about one yardstick."""
     found = outcomes(root)
     listed = {job.key for job in jobs()}
     done = len(listed & found.keys())
-    lines = [f"## {YARDSTICKS[name]}", "", f"{done} / {len(listed)} jobs done."]
+    lines = [f"## {YARDSTICKS[name]} ({done} / {len(listed)} jobs)"]
     if (root / "teacher.json").is_file():
         teacher = read_json(root / "teacher.json")
         fids = [t["fid"] for t in teacher["fids"]]
@@ -182,16 +183,16 @@ def section(name: str, root: Path, out: Path) -> list[str]:
         write_json(out.parent / f"study-{name}.json", {"teacher": teacher, "outcomes": found})
     for row, title in TITLES.items():
         made = {job.key for job in jobs() if job.row == row}
-        lines += ["", f"### {title}", "", f"{len(made & found.keys())} / {len(made)} jobs.", ""]
+        lines += ["", f"### {title} ({len(made & found.keys())} / {len(made)} jobs)", ""]
         lines += correlation(found) if row == 4 else table(row, found)
         if row == 4 and found:
             picture(found, YARDSTICKS[name], out.parent.parent / "images" / f"study-{name}.svg")
-            lines += ["", f"![loss when cut against FID after fine-tuning](../images/study-{name}.svg)"]
+            lines += ["", f"![loss before recovery against FID after fine-tuning](../images/study-{name}.svg)"]
     return lines
 
 
 def load(runs: Path, out: Path) -> None:
-    """Outcomes of a clone's JSON files into the folder of runs, where they are missing there."""
+    """Copy outcomes of the JSON files next to the page into the folder of runs, where they are missing."""
     for name in YARDSTICKS:
         file = out.parent / f"study-{name}.json"
         if file.is_file():

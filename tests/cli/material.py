@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tinyfusion.models.checkpoint import LoadedModel, new_model, save_model
+from shared import random_model
+from tinyfusion.models.checkpoint import LoadedModel, save_model
 from tinyfusion.prune.criteria import by_indices
 
 TINY = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=32, depth=4, num_heads=2, num_classes=10)
@@ -58,27 +59,18 @@ def refused(cli: Cli, command: str, *parts: str) -> str:
 
 def tiny(seed: int = 0, **sizes: Any) -> LoadedModel:
     """A DiT whose every weight is random, so that every block matters."""
-    return _random(new_model("dit", {**TINY, **sizes}, seed), seed)
+    return random_model(0.05, "dit", seed, **{**TINY, **sizes})
 
 
 def tiny_sit(seed: int = 0, **sizes: Any) -> LoadedModel:
     """A SiT like that."""
-    return _random(new_model("sit", {**TINY, **sizes}, seed), seed)
+    return random_model(0.05, "sit", seed, **{**TINY, **sizes})
 
 
 def tiny_mar(seed: int = 0, **sizes: Any) -> LoadedModel:
     """A MAR like that, with four blocks in either stack and 16 tokens."""
     small = dict(patch_size=2, buffer_size=2, head_depth=1, head_width=16)
-    return _random(new_model("mar", {**TINY, **small, **sizes}, seed), seed)
-
-
-def _random(model: LoadedModel, seed: int) -> LoadedModel:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.module.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.05, generator=generator)
-    return model
+    return random_model(0.05, "mar", seed, **{**TINY, **small, **sizes})
 
 
 def fill(folder: Path) -> None:
