@@ -325,7 +325,9 @@ def test_importance_is_the_sum_of_w_times_g_elementwise(criterion_context: Calla
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.9, 1.0])
-def test_timesteps_end_after_the_first_small_loss(criterion_context: Callable[..., CriterionContext], threshold: float) -> None:
+def test_timesteps_end_after_the_first_small_loss(
+    criterion_context: Callable[..., CriterionContext], threshold: float
+) -> None:
     context = criterion_context(threshold=threshold, steps="20")
     all_losses = [loss for loss, _ in losses_and_gradients(context)]
     small = [t for t, loss in enumerate(all_losses) if loss < threshold * max(all_losses[: t + 1])]
