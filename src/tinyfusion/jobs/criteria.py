@@ -89,8 +89,7 @@ def describe_criterion(context: CriterionContext) -> dict[str, str]:
             f"{settings.width_share:.0%} of the parameters: every block, {groups['residual'].size} channels wide"
         )
     else:
-        groups = context.groups.items()
-        says["keeps"] = "; ".join(f"{group.keep} of {group.size} ({name})" for name, group in groups)
+        says["keeps"] = "; ".join(f"{g.keep} of {g.size} ({name})" for name, g in context.groups.items())
         if settings.protect:
             says["protected"] = ", ".join(map(str, sorted(set(settings.protect))))
     if context.calibration is None:
