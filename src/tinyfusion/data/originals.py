@@ -149,7 +149,8 @@ def decoded(
 
 def _broken(error: UserError, read: int, rest: Iterator[tuple[str, Picture | UserError]]) -> UserError:
     """The error of the first broken picture, after `read` sound ones, with the names and the number of those in `rest`."""
-    names, more, read = [], 0, read + 1
+    names: list[str] = []
+    more, read = 0, read + 1
     deadline = time.monotonic() + _LOOK_ON_S
     with contextlib.suppress(UserError):  # a file that cannot be read is reported in its turn
         for where, outcome in rest:
