@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tinyfusion.blocks.plan import PrunePlan
-from tinyfusion.blocks.stack import frozen
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.config.recipe import (
     ComputeSection,
@@ -28,30 +26,25 @@ from tinyfusion.config.recipe import (
     TrainingSection,
 )
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.core.rng import Draws
 from tinyfusion.data.image_source import source_of
 from tinyfusion.evaluate.extractors import open_extractor
-from tinyfusion.jobs.process_specs import objective_for, sampler_of
+from tinyfusion.jobs.criteria import criterion_context
+from tinyfusion.jobs.mask_training import mask_training, student_of
+from tinyfusion.jobs.process_specs import objective_for
+from tinyfusion.jobs.recovery import recovery
 from tinyfusion.jobs.references import Reference
+from tinyfusion.jobs.sampling_setup import open_drawing
 from tinyfusion.jobs.scoring import score
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.base import Process
 from tinyfusion.processes.task import Task, task_source
 from tinyfusion.prune.calibrate import Calibration, calibration_set
-from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA, by_indices, decide
-from tinyfusion.prune.deltas import prune_with_weight_updates
-from tinyfusion.prune.learn import mask_learner, plan_of
-from tinyfusion.recover.align import pairs_between
-from tinyfusion.recover.channels import residual_channels
-from tinyfusion.recover.distill import distilled
-from tinyfusion.sample.drive import sample as draw_batches
-from tinyfusion.sample.drive import to_uint8
+from tinyfusion.prune.learn import plan_of
 from tinyfusion.training.engine import Engine
-from tinyfusion.training.loop import StepRecord, train_steps
-from tinyfusion.training.optim import decay_groups, trainable
-from tinyfusion.training.state import TrainState
+from tinyfusion.training.loop import StepRecord
 
 __all__ = [
     "ComputeSection", "LearnedMasks", "LoadedModel", "PrunePlan", "PruneSection", "RecoverSection", "SampleSection", "Streams",
@@ -98,16 +91,14 @@ def learn_masks(
     on_step: is given the record of every step. Raises UserError where scheme, task and batches do not fit.
     """
     settings = settings or PruneSection()
-    engine, randomness = _engine(model, compute), Randomness(seed)
+    engine = _engine(model, compute)
     source, training = _source(task, batches, settings.training, engine)
     settings = dataclasses.replace(settings, training=training)
-    learner = mask_learner(model, task, settings, randomness.generator_seed("lora"), engine.device, engine.place)
-    state = TrainState(learner.module, learner.parameter_groups, training)
-    for record in train_steps(state, learner.objective, source, training, randomness, engine):
+    work = mask_training(Recipe(seed=seed, prune=settings), model, task, source, engine)
+    for record in work.steps():
         on_step(record)
     cost = {"images": float(training.made_images)}
-    plan = plan_of(learner.decision(state.ema, training.made_steps - 1), model, settings, seed, cost)
-    return LearnedMasks(plan, state.averages(), settings)
+    return LearnedMasks(plan_of(work.decision(), model, settings, seed, cost), work.state.averages(), settings)
 
 
 def prune_model(
@@ -128,9 +119,8 @@ def prune_model(
     half. task, batches, num_batches: what a criterion that looks at data is shown. Raises UserError on what does not fit.
     """
     if isinstance(how, LearnedMasks):
-        if keep_updates and how.settings.update != "frozen":
-            return prune_with_weight_updates(model, how.plan, how.updates, how.settings)
-        return model.cut(how.plan)
+        keeps = keep_updates and how.settings.update != "frozen"
+        return student_of(model, how.plan, how.settings, how.updates if keeps else None)
     if isinstance(how, PrunePlan):
         return model.cut(how)
     if not isinstance(how, str):
@@ -139,13 +129,16 @@ def prune_model(
         raise UserError(
             f"no criterion {how!r} without training: there is {', '.join(CRITERIA)}; for learned masks see learn_masks"
         )
-    settings = PruneSection(criterion=how, num_keep=num_keep)  # type: ignore[arg-type]
-    context = CriterionContext(model, settings, seed)
-    if CRITERIA[how].evaluations is not None:
+
+    def calibration() -> Calibration:
         if task is None or batches is None:
             raise UserError(f"criterion {how} looks at data: give task and batches")
-        context = dataclasses.replace(context, calibration=_calibration(model, task, batches, num_batches, seed))
-    return model.cut(decide(context))
+        source, settings = _source(task, batches, TrainingSection(batch_size=64), _engine(model, None))
+        images = num_batches * settings.batch_size
+        return calibration_set(task, source, "given batches", images, images, settings.batch_size, seed)
+
+    settings = PruneSection(criterion=how, num_keep=num_keep)  # type: ignore[arg-type]
+    return model.cut(decide(criterion_context(model, settings, seed, calibration)))
 
 
 def recover_model(
@@ -167,29 +160,15 @@ def recover_model(
     settings = settings or RecoverSection(method="masked-kd" if teacher else "finetune")
     if (teacher is None) != (settings.method == "finetune"):
         raise UserError(f"method {settings.method} {'needs a teacher' if teacher is None else 'takes no teacher'}")
-    engine, randomness = _engine(student, compute), Randomness(seed)
+    engine = _engine(student, compute)
     source, training = _source(task, batches, settings.training, engine)
-    settings = dataclasses.replace(settings, training=training)
-    trained = student.copy()
-    trained.module.train()
-    objective: Any = task
-    if teacher is not None:
-        pairs = pairs_between(trained.facts, teacher.facts, teacher.hash())
-        if not pairs:
-            raise UserError(
-                "the student was not cut from this teacher or a relative of it: give the model that it was cut from"
-            )
-        taught = teacher.copy()
-        frozen(taught.module.to(engine.device))
-        channels = residual_channels(trained, taught) if settings.compares_features else None
-        objective = distilled(settings, task, taught, trained, pairs, channels)
-    groups = decay_groups(trainable(trained.module), trained.family.undecayed, training)
-    state = TrainState(trained.module, groups, training)
-    for record in train_steps(state, objective, source, training, randomness, engine):
+    recipe = Recipe(seed=seed, recover=dataclasses.replace(settings, training=training))
+    work = recovery(recipe, student.copy(), teacher.copy() if teacher else None, task, source, engine)
+    for record in work.steps():
         on_step(record)
-    state.ema.copy_to(trained.module)
-    trained.module.train(student.module.training)
-    return trained
+    work.state.ema.copy_to(work.model.module)
+    work.model.module.train(student.module.training)
+    return work.model
 
 
 def sample_images(
@@ -199,11 +178,9 @@ def sample_images(
 
     Image i depends on seed and i alone. Runs where the model is. Raises UserError on settings that the model cannot have.
     """
-    settings = settings or SampleSection()
-    sampler = sampler_of(settings, model)
-    batches = [batch.x for batch in draw_batches(model, labels, sampler, seed, settings.batch_size)]
-    drawn = torch.cat(batches)
-    return drawn.permute(0, 2, 3, 1).float().cpu().numpy() if model.of_latents else to_uint8(drawn)
+    recipe, device = Recipe(seed=seed, sample=settings or SampleSection()), next(model.module.parameters()).device
+    drawing = open_drawing(recipe, model, device, labels=np.asarray(labels, dtype=np.int64))
+    return np.concatenate(list(drawing.images(0, len(labels))))
 
 
 def evaluate_images(
@@ -250,10 +227,3 @@ def _source(task: Process, batches: Batches, settings: TrainingSection, engine: 
             "batches of an iterable are not cut into microbatches: give smaller ones, or a function (step, draws)"
         )
     return source, dataclasses.replace(settings, batch_size=num)
-
-
-def _calibration(model: LoadedModel, task: Process, batches: Batches, num_batches: int, seed: int) -> Calibration:
-    """Fixed batches that a criterion looks at."""
-    source, settings = _source(task, batches, TrainingSection(batch_size=64), _engine(model, None))
-    images = num_batches * settings.batch_size
-    return calibration_set(task, source, "given batches", images, images, settings.batch_size, seed)

@@ -1,44 +1,35 @@
-"""`bench`: how fast a model denoises here, beside what this machine can multiply. Two models are measured in turns."""
+"""`bench`: how fast a model denoises here, and how fast this machine multiplies. Two models are measured in turns."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import re
-import statistics
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tinyfusion.blocks.packed import held_bytes
-from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.compiler import check_compiler, compiling
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import machine
 from tinyfusion.evaluate.timing import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.process_specs import sampler_of
-from tinyfusion.jobs.sampling_setup import in_dtype
-from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
-from tinyfusion.models.checkpoint import LoadedModel, open_model
-from tinyfusion.models.macs import model_macs
+from tinyfusion.jobs.timed_model import SPREAD_STEPS, TimedModel, timed_model
+from tinyfusion.models.checkpoint import open_model
 from tinyfusion.report.facts import scatters
-from tinyfusion.sample.drive import SampleDraws
 
 _PRODUCT = "product"
 _PRODUCT_SIZE = {"cpu": 2048}
 _LARGE_PRODUCT = 8192
-SPREAD_STEPS = 10  # of a trajectory that is timed where steps differ
 
 
 @dataclass(frozen=True)
@@ -52,25 +43,6 @@ class BenchModels:
     num_classes: int | None = None
 
 
-@dataclass
-class _Side:
-    """One measured model. step: one denoising step of a batch. rows: that its forward pass has per image."""
-
-    model: LoadedModel
-    num_parameters: int
-    macs: int
-    rows: int
-    step: Callable[[], Tensor]
-    steps: int = 1
-    skipped: SkippedModel | None = None
-    peak_bytes: int | None = None
-
-    @property
-    def macs_run(self) -> float:
-        """Of one forward pass of one image: all, or what sub-networks ran on average so far."""
-        return self.skipped.macs_run(self.macs) if self.skipped else self.macs
-
-
 def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str, Any]:
     """Print and return steps per second, latency, memory, multiply-accumulates and achieved arithmetic of each model.
 
@@ -81,47 +53,37 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
     if settings.compile:
         check_compiler(device)
     sources = {"model": names.model} | ({"vs": names.vs} if names.vs else {})
-    said = names.num_heads, names.family, names.num_classes
-    models = {side: open_model(source, recipe.sample.weights, *said) for side, source in sources.items()}
+    typed = names.num_heads, names.family, names.num_classes
+    models = {side: open_model(source, recipe.sample.weights, *typed) for side, source in sources.items()}
     for model in models.values():
         sampler_of(recipe.sample, model)  # a dry run too refuses what cannot be sampled so
     hashes = {side: model.hash() for side, model in models.items()}
-    protocol = _protocol(recipe, device, any(model.dynamic is not None for model in models.values()))
+    spread = any(model.dynamic is not None for model in models.values())
+    protocol = _protocol(recipe, device, spread)
     if dry_run:
         print(f"bench would measure {' and '.join(sources.values())}: {protocol}")
         return {"state": "checked", "protocol": protocol}
-    spread = any(model.dynamic is not None for model in models.values())
-    sides = {name: _side(recipe, model, device, spread) for name, model in models.items()}
+    how = (SPREAD_STEPS if spread else None, recipe.seed, settings.dtype, settings.compile)
+    sides = {
+        name: timed_model(model, recipe.sample, settings.batch_size, device, *how) for name, model in models.items()
+    }
     size = settings.product_size or _PRODUCT_SIZE.get(device.type, _LARGE_PRODUCT)
     product = _product(size, settings.dtype, device)
-    with torch.inference_mode(), ExitStack() as around:
-        if settings.compile:
-            for side in sides.values():
-                around.enter_context(side.model.stack.compiled())
-        for name, side in sides.items():
-            side.peak_bytes = _warmed(side, f"{sources[name]}", device)
-        calls: dict[str, Callable[[], object]] = {name: side.step for name, side in sides.items()}
-        calls[_PRODUCT] = product
-        times = interleaved(calls, settings.repeats, device)
+    with ExitStack() as around:
+        for side in sides.values() if settings.compile else ():
+            around.enter_context(side.model.stack.compiled())
+        peaks = {name: _warmed(side, sources[name], device) for name, side in sides.items()}
+        calls = {**{name: side.run for name, side in sides.items()}, _PRODUCT: product}
+        times = interleaved(calls, settings.repeats, device, "bench")
+    rate = size**3 / (times.pop(_PRODUCT).median_ms / 1000)
+    times = {name: timing.per(sides[name].steps) for name, timing in times.items()}
+    outcome: dict[str, Any] = {"protocol": protocol, "machine": machine(), "product_macs_per_s": rate, "models": {}}
     for name, side in sides.items():
-        times[name] = Timing(tuple(ms / side.steps for ms in times[name].measurements_ms))
-    rate = size**3 / (times[_PRODUCT].median_ms / 1000)
-    outcome: dict[str, Any] = {
-        "protocol": protocol,
-        "machine": machine(),
-        "product_macs_per_s": rate,
-        "models": {
-            name: {
-                "source": sources[name],
-                "hash": hashes[name],
-                **_numbers(side, times[name], settings.batch_size, rate),
-            }
-            for name, side in sides.items()
-        },
-    }
+        numbers = _numbers(side, times[name], settings.batch_size, rate)
+        outcome["models"][name] = {"source": sources[name], "hash": hashes[name], **numbers, "peak_bytes": peaks[name]}
     if "vs" in sides:
         ratio, low, high = speedup(times["vs"], times["model"])
-        counted = sides["vs"].macs_run * sides["vs"].rows / (sides["model"].macs_run * sides["model"].rows)
+        counted = sides["vs"].macs * sides["vs"].rows / (sides["model"].macs * sides["model"].rows)
         outcome["speedup"] = {"ratio": ratio, "spread": [low, high], "macs_ratio": counted, "share": ratio / counted}
     _print(outcome)
     return outcome
@@ -154,40 +116,20 @@ def _protocol(recipe: Recipe, device: torch.device, spread: bool) -> str:
     )
 
 
-def _side(recipe: Recipe, model: LoadedModel, device: torch.device, spread: bool) -> _Side:
-    """spread: time steps of all levels of noise, because what a model with routers runs depends on it."""
-    settings, arch = recipe.bench, model.arch
-    sampler, macs, size = sampler_of(recipe.sample, model), model_macs(model), num_parameters(model.module)
-    short = sampler.of_steps(SPREAD_STEPS)
-    skipping = skipped_run_for(model, short)  # before any cast
-    placed = in_dtype(model, settings.dtype, device)
-    labels = torch.from_numpy(np.arange(settings.batch_size, dtype=np.int64) % arch.num_classes).to(device)
-    draws = SampleDraws(Randomness(recipe.seed), 0, settings.batch_size, device)
-    if not spread:
-        return _Side(placed, size, macs, sampler.rows, sampler.one_step(placed, labels, draws))
-    skipped = SkippedModel(placed, skipping, settings.compile)
-
-    def trajectory() -> Tensor:
-        with skipped.running():
-            return deque(short.trajectory(placed, labels, draws), maxlen=1).pop()
-
-    return _Side(placed, size, macs, sampler.rows, trajectory, short.calls, skipped)
-
-
 def _product(size: int, dtype: str, device: torch.device) -> Callable[[], Tensor]:
     """One matrix product of `size` rows and columns in the type of the models."""
     a, b = (torch.full((size, size), 1 / size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
     return lambda: a @ b
 
 
-def _warmed(side: _Side, name: str, device: torch.device) -> int | None:
+def _warmed(side: TimedModel, name: str, device: torch.device) -> int | None:
     """Run a step twice, compiling where that is asked for; the memory that the second took, with the weights."""
     with compiling(name):
-        side.step()
-    told = side.skipped.report() if side.skipped else None
-    weights = held_bytes(side.model.module) + (told["extra_bytes"] if told else 0)
+        side.run()
+    ran = side.skipped.report()
+    weights = held_bytes(side.model.module) + (ran["extra_bytes"] if ran else 0)
     with _peak(device) as peak:
-        side.step()
+        side.run()
     return None if not peak else weights + peak[0]
 
 
@@ -197,23 +139,23 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
 
     On a CPU it is the resident memory of the process, once freed memory has been given back to the system.
     """
-    found: list[int] = []
+    peak: list[int] = []
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        yield found
-        found.append(torch.cuda.max_memory_allocated(device) - before)
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device) - before)
         return
     reset = Path("/proc/self/clear_refs")
     if device.type != "cpu" or sys.platform != "linux" or not reset.exists():
-        yield found
+        yield peak
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
         reset.write_text("5", encoding="ascii")  # the highest mark begins anew
-    held = _status("VmRSS")
-    yield found
-    found.append(max(0, _status("VmHWM") - held))
+    resident = _status("VmRSS")
+    yield peak
+    peak.append(max(0, _status("VmHWM") - resident))
 
 
 def _status(field: str) -> int:
@@ -222,50 +164,40 @@ def _status(field: str) -> int:
     return 1024 * int(match[1]) if match else 0
 
 
-def _numbers(side: _Side, timing: Timing, batch_size: int, rate: float) -> dict[str, Any]:
+def _numbers(side: TimedModel, timing: Timing, batch_size: int, rate: float) -> dict[str, Any]:
     """latency_ms: of a step of the batch, median and quartiles. macs: of an unguided forward pass of one image."""
-    seconds, macs = timing.median_ms / 1000, side.macs_run * side.rows * batch_size
-    measured = timing.measurements_ms
-    low, _, high = statistics.quantiles(measured, n=4, method="inclusive") if len(measured) > 1 else measured * 3
+    seconds, macs = timing.median_ms / 1000, side.macs * side.rows * batch_size
     return {
         "depth": len(side.model.stack),
         "num_parameters": side.num_parameters,
-        "macs": side.macs_run,
+        "macs": side.macs,
         "latency_ms": timing.median_ms,
-        "latency_ms_spread": [low, high],
+        "latency_ms_spread": list(timing.quartiles_ms),
         "steps_per_s": 1 / seconds,
         "image_steps_per_s": batch_size / seconds,
         "macs_per_s": macs / seconds,
         "share_of_product": macs / seconds / rate,
-        "peak_bytes": side.peak_bytes,
     }
 
 
 def _print(outcome: dict[str, Any]) -> None:
-    """The numbers for people; the protocol beside them."""
+    """The numbers for people, and their protocol."""
     print(outcome["protocol"])
-    rows = {
-        "model": [str(m["source"]) for m in outcome["models"].values()],
-        "blocks": [str(m["depth"]) for m in outcome["models"].values()],
-        "parameters": [f"{m['num_parameters']:,}" for m in outcome["models"].values()],
-        "MACs per image": [f"{m['macs'] / 1e9:,.3f} G" for m in outcome["models"].values()],
-        "latency": [
-            f"{m['latency_ms']:,.4g} ms ({m['latency_ms_spread'][0]:,.4g} to {m['latency_ms_spread'][1]:,.4g})"
-            for m in outcome["models"].values()
-        ],
-        "steps per second": [f"{m['steps_per_s']:,.4g}" for m in outcome["models"].values()],
-        "peak memory": [
-            "not known" if m["peak_bytes"] is None else f"{m['peak_bytes'] / 2**20:,.0f} MiB"
-            for m in outcome["models"].values()
-        ],
-        "arithmetic": [
-            f"{m['macs_per_s'] / 1e9:,.4g} GMAC/s, {m['share_of_product']:.1%} of the product"
-            for m in outcome["models"].values()
-        ],
+    models = list(outcome["models"].values())
+    cells: dict[str, Callable[[dict[str, Any]], str]] = {
+        "model": lambda m: str(m["source"]),
+        "blocks": lambda m: str(m["depth"]),
+        "parameters": lambda m: f"{m['num_parameters']:,}",
+        "MACs per image": lambda m: f"{m['macs'] / 1e9:,.3f} G",
+        "latency": lambda m: "{:,.4g} ms ({:,.4g} to {:,.4g})".format(m["latency_ms"], *m["latency_ms_spread"]),
+        "steps per second": lambda m: f"{m['steps_per_s']:,.4g}",
+        "peak memory": lambda m: "not known" if m["peak_bytes"] is None else f"{m['peak_bytes'] / 2**20:,.0f} MiB",
+        "arithmetic": lambda m: f"{m['macs_per_s'] / 1e9:,.4g} GMAC/s, {m['share_of_product']:.1%} of the product",
     }
-    width = max(len(cell) for cells in rows.values() for cell in cells)
-    for name, cells in rows.items():
-        print(f"  {name:18}" + "  ".join(f"{cell:{width}}" for cell in cells).rstrip())
+    rows = {name: [cell(model) for model in models] for name, cell in cells.items()}
+    width = max(len(text) for texts in rows.values() for text in texts)
+    for name, texts in rows.items():
+        print(f"  {name:18}" + "  ".join(f"{text:{width}}" for text in texts).rstrip())
     print(f"  {'matrix product':18}{outcome['product_macs_per_s'] / 1e9:,.4g} GMAC/s")
     if "speedup" in outcome:
         ratio = outcome["speedup"]
@@ -274,8 +206,6 @@ def _print(outcome: dict[str, Any]) -> None:
             f"  {'speed-up':18}{ratio['ratio']:.3f} ({low:.3f} to {high:.3f}) for {ratio['macs_ratio']:.3f} times fewer MACs: "
             f"{ratio['share']:.1%} of them"
         )
-    unsteady = [
-        str(m["source"]) for m in outcome["models"].values() if scatters(m["latency_ms_spread"], m["latency_ms"])
-    ]
+    unsteady = [str(m["source"]) for m in models if scatters(m["latency_ms_spread"], m["latency_ms"])]
     if unsteady:
         print(f"  the times of {' and '.join(unsteady)} scatter: this machine is busy, measure again when it is idle")

@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from tinyfusion.commands.dynamic import dynamic_of
-from tinyfusion.commands.dynamic import opened as dynamic_models
-from tinyfusion.commands.prune import learning_of
-from tinyfusion.commands.recover import opened, recovery_of
-from tinyfusion.commands.train import train_of
+from tinyfusion.commands.dynamic import dynamic
+from tinyfusion.commands.prune import prune
+from tinyfusion.commands.recover import recover
+from tinyfusion.commands.train import train
 from tinyfusion.config.loading import build_known
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, read_metrics
-from tinyfusion.jobs.assemble import open_teacher
+from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.training import Training
+from tinyfusion.jobs.verbs import TrainingVerb
 from tinyfusion.training.checkpoints import checkpoint_folders, load_checkpoint
 from tinyfusion.training.engine import Engine, open_engine
 from tinyfusion.training.loop import ForwardPass, noisy_microbatches
@@ -58,6 +58,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+_VERBS: dict[object, TrainingVerb[Any]] = {verb.name: verb for verb in (train, prune, recover, dynamic)}
+
+
 @dataclass(frozen=True)
 class _Job:
     """What of a record puts a training together again; see `job_record`."""
@@ -66,19 +69,19 @@ class _Job:
     num_heads: int | None = None
     family: str | None = None
     num_classes: int | None = None
-    student: str = "(not recorded)"
-    model: str = "(not recorded)"
+    student: str = ""
+    model: str = ""
 
 
 def _training(run: RunDirectory, device: str | None) -> Training:
     """The training of a run, put together again from its record."""
     record = run.record()
-    verb, expected = record.get("verb"), record.get("recipe")
-    if verb == "run":
+    verb, expected = _VERBS.get(record.get("verb")), record.get("recipe")
+    if record.get("verb") == "run":
         raise UserError(
             f"{run.path} holds several trainings: name {run.path / 'prune'}, {run.path / 'recover'} or what else lies there"
         )
-    if verb not in ("train", "prune", "recover", "dynamic") or not isinstance(expected, dict) or "job" not in record:
+    if verb is None or not isinstance(expected, dict) or "job" not in record:
         raise UserError(
             f"{run.path} holds no training that can be made again: wanted a run of train, prune (learned), recover or "
             "dynamic by this version"
@@ -88,42 +91,29 @@ def _training(run: RunDirectory, device: str | None) -> Training:
     except UserError as error:
         raise UserError(f"{run.record_path} is damaged, or of another version: {error}") from error
     recipe = job.recipe if device is None else dataclasses.replace(job.recipe, device=device)
-    engine = open_engine(recipe.device, dataclasses.replace(recipe.compute, gradient_accumulation_steps=1))
-    if verb == "train":
-        return train_of(recipe, engine)
-    typed = job.num_heads, job.family
-    if verb == "recover":
-        student, teacher = opened(recipe, Path(job.student), *typed, job.num_classes)
-        _check_unchanged(run.path, "student", expected.get("student"), student.hash())
-        _check_unchanged(run.path, "teacher", expected.get("teacher"), teacher.hash() if teacher else None)
-        return recovery_of(recipe, student, teacher, engine)
-    if verb == "dynamic":
-        model, teacher = dynamic_models(recipe, job.model, *typed, job.num_classes)
-        _check_unchanged(run.path, "model", expected.get("model"), model.hash())
-        _check_unchanged(run.path, "teacher", expected.get("teacher"), teacher.hash() if teacher else None)
-        return dynamic_of(recipe, model, teacher, engine)
-    if recipe.prune.criterion != "learned":
+    if verb is prune and recipe.prune.criterion != "learned":
         raise UserError(
             f"{run.path} was decided by {recipe.prune.criterion}, which trains nothing: there is no step to replay"
         )
-    teacher = open_teacher(recipe, *typed, num_classes=job.num_classes)
-    _check_unchanged(run.path, "teacher", expected.get("teacher"), teacher.hash())
-    return learning_of(recipe, teacher, engine).training
-
-
-def _check_unchanged(path: Path, role: str, expected: Any, found: str | None) -> None:
-    if expected != found:
-        raise UserError(
-            f"the {role} of {path} was {str(expected)[:12]}, what lies there now is {str(found)[:12]}: put the former back"
-        )
+    engine = open_engine(recipe.device, dataclasses.replace(recipe.compute, gradient_accumulation_steps=1))
+    options = RunOptions(run.path, num_heads=job.num_heads, family=job.family, num_classes=job.num_classes)
+    inputs = verb.open(recipe, options, job.student or job.model or "(not recorded)", [])
+    for role, now in verb.hashes(inputs).items():
+        if now != expected.get(role):
+            raise UserError(
+                f"the {role} of {run.path} was {str(expected.get(role))[:12]}, what lies there now is {str(now)[:12]}: put the "
+                "former back"
+            )
+    training: Training = verb.work(inputs, engine)
+    return training
 
 
 def _load_before(run: RunDirectory, training: Training, step: int) -> int:
     """Load the newest sound checkpoint of at most `step` steps; how many those are."""
-    found = {int(path.name.removeprefix("step-")): path for path in checkpoint_folders(run.checkpoints)}
-    for number in sorted((n for n in found if n <= step), reverse=True):
+    saved = {int(path.name.removeprefix("step-")): path for path in checkpoint_folders(run.checkpoints)}
+    for number in sorted((n for n in saved if n <= step), reverse=True):
         try:
-            return load_checkpoint(found[number], training.state)
+            return load_checkpoint(saved[number], training.state)
         except UserError as error:
             print(f"warning: {error}", file=sys.stderr)
     return 0

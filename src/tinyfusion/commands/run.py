@@ -16,12 +16,10 @@ import torch
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
-from tinyfusion.commands.bench import SPREAD_STEPS
-from tinyfusion.commands.dynamic import check_dynamic, dynamic, dynamic_alone
+from tinyfusion.commands.dynamic import dynamic
 from tinyfusion.commands.evaluate import evaluate
-from tinyfusion.commands.inspect import inspect
-from tinyfusion.commands.prune import check_prune, prune, prune_estimate
-from tinyfusion.commands.recover import recover, recovery_alone
+from tinyfusion.commands.prune import prune
+from tinyfusion.commands.recover import recover
 from tinyfusion.commands.report import render_run
 from tinyfusion.commands.sample import sample
 from tinyfusion.config.loading import to_plain
@@ -35,23 +33,23 @@ from tinyfusion.core.signals import check_stop
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.images import read_images_npz, write_grid_png
 from tinyfusion.evaluate.extractors import open_extractor
-from tinyfusion.evaluate.timing import Timing, interleaved, speedup
+from tinyfusion.evaluate.timing import interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, open_teacher
 from tinyfusion.jobs.diagnostics import checkpoint_steps, write_pictures
-from tinyfusion.jobs.estimate import announce, described, sampling_estimate, training_estimate
-from tinyfusion.jobs.latent_facts import with_facts_of
-from tinyfusion.jobs.origins import drawn_shape, require_features, require_reference, with_data, with_evaluation
+from tinyfusion.jobs.estimate import announce, described, sampling_estimate
+from tinyfusion.jobs.origins import require_features
 from tinyfusion.jobs.previews import check_previews
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.jobs.references import open_reference
+from tinyfusion.jobs.routing import check_dynamic
 from tinyfusion.jobs.sampling_setup import autoencoder_for, check_sampling, image_shape_and_dtype
-from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
-from tinyfusion.jobs.training import finished
+from tinyfusion.jobs.timed_model import SPREAD_STEPS, timed_model
+from tinyfusion.jobs.verbs import Inputs, Work, finished, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.rules import list_groups
 from tinyfusion.prune.scheme import parse_scheme
-from tinyfusion.sample.drive import sample as draw_samples
+from tinyfusion.training.engine import Engine
 
 
 def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
@@ -59,10 +57,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     engine = engine_for(recipe)
     teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
     remarks: list[str] = []
-    recipe = with_data(recipe, teacher, [recipe.teacher], remarks)
-    teacher = with_facts_of(recipe, teacher)
-    recipe = with_evaluation(recipe, drawn_shape(teacher), remarks)
-    require_reference(recipe)
+    recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, evaluated=True)
     plain = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash()}
     folder = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
@@ -72,10 +67,10 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             write_text(page, render_run(options.out))
         finished(folder, options.dry_run)
         return _outcome(options.out)
-    missing = _check(recipe, options, teacher) if mode == "new" else None
+    missing = _check(recipe, options, teacher, engine) if mode == "new" else None
     say(remarks)
     if options.dry_run:
-        return _announce(recipe, options, teacher, mode) | _unchecked(missing)
+        return _announce(recipe, teacher, engine, mode) | _unchecked(missing)
     with folder.writing("run", plain, options.overwrite):
         command = options.command or f"tinyfusion run --recipe {recipe.name} --out {options.out}"
         folder.mark("running", command=command, teacher_seen_images=teacher.facts.seen_images)
@@ -106,10 +101,16 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
         return
     stage("sample", lambda: _sample(recipe, options, models))
     stage("evaluate", lambda: _evaluate(recipe, out, list(models)))
-    made = {name: source for name, source in models.items() if name in ("student", "dynamic")}
-    timed = {"teacher": teacher, **{name: open_model(source) for name, source in made.items()}}
+    timed = {
+        "teacher": teacher,
+        **{n: open_model(source) for n, source in models.items() if n in ("student", "dynamic")},
+    }
     stage("speed", lambda: _speed(recipe, out, timed))
-    step_of, place = functools.partial(_one_step, recipe), functools.partial(_evaluation, out)
+
+    def step_of(model: LoadedModel, num_images: int) -> Callable[[], object]:
+        return timed_model(model, recipe.sample, num_images, device_for(recipe), seed=recipe.seed).run
+
+    place = functools.partial(_evaluation, out)
     stage("pictures", lambda: write_pictures(recipe, out, teacher, open_model(student), step_of, place))
 
 
@@ -121,12 +122,29 @@ def _unchecked(missing: WouldFetch | None) -> dict[str, Any]:
     return {"would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
 
 
-def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel) -> WouldFetch | None:
+def _trainings(recipe: Recipe, teacher: LoadedModel, engine: Engine) -> list[Callable[[], Work]]:
+    """What the stages that train do, each to be built when called, so that one is in memory at a time."""
+    options = RunOptions(Path())
+
+    def dynamic_work() -> Work:
+        taught = teacher.copy() if recipe.dynamic.beside == "teacher" else None
+        student = teacher.cut(_stand_in(recipe, teacher))
+        return dynamic.work(Inputs(recipe, options, {"model": student, "teacher": taught}), engine)
+
+    works: list[Callable[[], Work]] = [
+        lambda: prune.work(Inputs(recipe, options, {"teacher": teacher}), engine),
+        lambda: recover.alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy(), engine),
+    ]
+    return [*works, *([dynamic_work] if recipe.dynamic.in_run else [])]
+
+
+def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel, engine: Engine) -> WouldFetch | None:
     """Whatever a stage would refuse is refused before anything is written. What a dry run leaves unchecked, as it would be fetched."""
     missing = None
-    if not options.dry_run:  # which builds the trainings to measure them, and so checks them
-        check_prune(recipe, teacher, engine_for(recipe))
-        recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy())
+    for build in (
+        () if options.dry_run else _trainings(recipe, teacher, engine)[:2]
+    ):  # a dry run builds them to measure them
+        build()
     if recipe.dynamic.in_run:
         check_dynamic(recipe, teacher.cut(_stand_in(recipe, teacher)), "the student")
     check_sampling(recipe.sample, teacher)
@@ -167,24 +185,19 @@ def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
             )
 
 
-def _announce(recipe: Recipe, options: RunOptions, teacher: LoadedModel, mode: str) -> dict[str, Any]:
+def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -> dict[str, Any]:
     """What `--dry-run` says."""
-    prune_settings, device = recipe.prune, device_for(recipe)
-    estimate = prune_estimate(check_prune(recipe, teacher, engine_for(recipe)))
-    more: dict[str, str] = {}
-    if recipe.dynamic.in_run:
-        student, settings = teacher.cut(_stand_in(recipe, teacher)), recipe.dynamic
-        estimate += training_estimate(dynamic_alone(recipe, student, teacher.copy()))
-        more["dynamic"] = f"{settings.target:.0%} of the student's blocks, {settings.training.steps:,} steps"
-    estimate += training_estimate(recovery_alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher))
-    drawing = sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device)
-    estimate = functools.reduce(operator.add, [drawing] * len(_drawn(recipe)), estimate)
+    prune_settings, routed = recipe.prune, recipe.dynamic
+    estimates = [build().estimate() for build in _trainings(recipe, teacher, engine)]
+    drawing = sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device_for(recipe))
+    estimate = functools.reduce(operator.add, [*estimates, *[drawing] * len(_drawn(recipe))])
+    steps = f"{routed.target:.0%} of the student's blocks, {routed.training.steps:,} steps"
     learned = f" {prune_settings.scheme}, {prune_settings.training.steps:,} steps"
     plan = {
         "teacher": described(teacher),
         "prune": prune_settings.criterion + (learned if prune_settings.criterion == "learned" else ""),
         "recover": f"{recipe.recover.method}, {recipe.recover.training.steps:,} steps of {recipe.recover.training.batch_size} images",
-        **more,
+        **({"dynamic": steps} if routed.in_run else {}),
         "sample": f"{recipe.sample.num_images:,} images of each of {', '.join(_drawn(recipe))}",
         "evaluate": f"against {', '.join(recipe.evaluate.references)}",
         "out": "a new run" if mode == "new" else "continues what is there",
@@ -274,57 +287,29 @@ def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
     device, settings = device_for(recipe), recipe.speed
     routed = any(model.dynamic is not None for model in models.values())
     steps = max(settings.steps_per_repeat, SPREAD_STEPS) if routed else settings.steps_per_repeat
-    sides = {name: _Side(recipe, model, steps, settings.batch_size) for name, model in models.items()}
-    times = interleaved({name: side.run for name, side in sides.items()}, settings.repeats, device)
-    ratios = {name: speedup(times["teacher"], times[name]) for name in models}
-    ratio, low, high = ratios["student"]
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
-    told = {
-        name: {**sides[name].facts(times[name]), "speedup": ratios[name][0], "speedup_spread": list(ratios[name][1:])}
-        for name in models
-    }
-    write_json(
-        out / "speed.json",
-        {
-            "protocol": f"{settings.repeats} interleaved trajectories of {steps} denoising steps, "
-            f"batch {settings.batch_size}, guidance {recipe.sample.guidance:g}, float32, {device.type}, {threads} threads; medians",
-            "batch_size": settings.batch_size, "threads": threads, "dtype": "float32",
-            "models": told, "speedup": ratio, "speedup_spread": [low, high],
-        },
-    )  # fmt: skip
-
-
-class _Side:
-    """A timed model: `num_steps` guided denoising steps of one batch, in sub-networks where it has routers."""
-
-    def __init__(self, recipe: Recipe, model: LoadedModel, num_steps: int, num_images: int) -> None:
-        self.model, self.steps, self.seed = model, num_steps, recipe.seed
-        self.sampler = sampler_of(recipe.sample, model).of_steps(num_steps)
-        self.labels = np.arange(num_images, dtype=np.int64) % model.arch.num_classes
-        skipping = skipped_run_for(model, self.sampler)
-        model.module.to(device_for(recipe)).eval()
-        self.skipped = SkippedModel(model, skipping)
-
-    def run(self) -> object:
-        """All steps."""
-        with self.skipped.running():
-            return list(draw_samples(self.model, self.labels, self.sampler, self.seed, len(self.labels)))
-
-    def facts(self, timing: Timing) -> dict[str, Any]:
-        """Sizes, what ran, and milliseconds per step."""
-        facts = inspect(self.model)
-        spread = [min(timing.measurements_ms) / self.steps, max(timing.measurements_ms) / self.steps]
-        return {
-            **{k: facts[k] for k in ("depth", "num_parameters")},
-            "macs": self.skipped.macs_run(facts["macs"]),
-            "latency_ms": timing.median_ms / self.steps,
-            "latency_ms_spread": spread,
+    how = (recipe.sample, settings.batch_size, device, steps, recipe.seed)
+    sides = {name: timed_model(model, *how) for name, model in models.items()}
+    times = interleaved({name: side.run for name, side in sides.items()}, settings.repeats, device, "speed")
+    rows = {}
+    for name, side in sides.items():
+        (ratio, *spread), latency = speedup(times["teacher"], times[name]), times[name].per(side.steps)
+        rows[name] = {
+            "depth": len(side.model.stack),
+            "num_parameters": side.num_parameters,
+            "macs": side.macs,
+            "latency_ms": latency.median_ms,
+            "latency_ms_spread": [min(latency.measurements_ms), max(latency.measurements_ms)],
+            "speedup": ratio,
+            "speedup_spread": spread,
         }
-
-
-def _one_step(recipe: Recipe, model: LoadedModel, num_images: int) -> Callable[[], object]:
-    """A call that makes one guided denoising step of one batch."""
-    return _Side(recipe, model, 1, num_images).run
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    protocol = (
+        f"{settings.repeats} interleaved trajectories of {steps} denoising steps, batch {settings.batch_size}, guidance "
+        f"{recipe.sample.guidance:g}, float32, {device.type}, {threads} threads; medians"
+    )
+    numbers = {"batch_size": settings.batch_size, "threads": threads, "dtype": "float32"}
+    student = {name: rows["student"][name] for name in ("speedup", "speedup_spread")}
+    write_json(out / "speed.json", {"protocol": protocol, **numbers, "models": rows, **student})
 
 
 def _outcome(out: Path) -> dict[str, Any]:

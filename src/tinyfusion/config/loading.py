@@ -283,15 +283,15 @@ def to_plain(value: Any) -> Any:
     )
 
 
-def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """The first field, in dotted form, at which two plain values differ, with both values; None if equal."""
+def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """(field in dotted form, old value, new value) where two plain values first differ; None if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(k for k in old if k not in new)]:
             found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
             if found:
                 return found
         return None
-    return None if old == new else f"{path}: {old!r} there, {new!r} now"
+    return None if old == new else (path, old, new)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tinyfusion.config.loading import first_difference
 from tinyfusion.config.process_sections import ShiftFields
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import OtherRecipe, UserError
 from tinyfusion.core.files import check_writable, clear_unfinished
 from tinyfusion.core.version import __version__
 
@@ -96,8 +96,11 @@ def check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], 
         )
     difference = first_difference(_effective(record["recipe"]), _effective(recipe))
     if difference:
-        raise UserError(
-            f"{where} was made with another recipe ({difference}); choose another --out or give --overwrite"
+        field, there, now = difference
+        raise OtherRecipe(
+            f"{where} was made with another recipe ({field}: {there!r} there, {now!r} now); choose another --out or give "
+            "--overwrite",
+            difference,
         )
 
 

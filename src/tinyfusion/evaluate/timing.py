@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from tinyfusion.core.device import synchronise
-from tinyfusion.core.progress import Advance
-from tinyfusion.core.signals import check_stop
+from tinyfusion.core.progress import progress
 
 
 @dataclass(frozen=True)
@@ -39,26 +38,24 @@ def interleaved(
     sides: Mapping[str, Callable[[], object]],
     repeats: int,
     device: torch.device,
-    advance: Advance = lambda done, note="": None,
+    title: str | None = None,
 ) -> dict[str, Timing]:
     """Time each side in turn, `repeats` times after one warm-up round each, in one process.
 
-    device: where the sides work; an accelerator is synchronised before and after every measurement. advance: is given the
-    number of calls so far, of (`repeats` + 1) per side.
+    device: where the sides work; an accelerator is synchronised before and after every measurement. title: of a progress line;
+    None shows none.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for done, call in enumerate(sides.values(), 1):
-        call()
-        advance(done)
-    for repeat in range(1, repeats + 1):
-        for done, (name, call) in enumerate(sides.items(), 1):
-            check_stop()
+    with progress(title or "", repeats * len(sides), "measurements", shown=title is not None) as bar:
+        for call in sides.values():
+            call()
+        for done, (name, call) in enumerate([*sides.items()] * repeats):
+            bar(done)  # looks for signals as well
             synchronise(device)
             began = time.perf_counter()
             call()
             synchronise(device)
             times[name].append(1000 * (time.perf_counter() - began))
-            advance(repeat * len(sides) + done)
     return {name: Timing(tuple(values)) for name, values in times.items()}
 
 

@@ -166,7 +166,7 @@ class ModelFamily:
         rules: then also over what the sizes say that the model computes otherwise than the published one (`arch.rules`): such a
         model is another one with the same tensors. Published rules add nothing.
         It is the hash of the tensors as held. Opened models hold float32, whatever their file held: a half-precision file
-        has the hash of its values in float32, not that of its bytes. Nothing remembers it: weights change in place.
+        has the hash of its values in float32, not that of its bytes.
         """
         digest = hashlib.sha256()
         for name in sorted(tensors):

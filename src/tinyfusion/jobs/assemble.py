@@ -83,13 +83,16 @@ def _absolute(name: str) -> str:
     return f"{prefix}{path.absolute()}" if name and path.exists() else name
 
 
-def training_plan(recipe: Recipe, settings: TrainingSection, mode: str) -> dict[str, str]:
-    """What `--dry-run` says of a training run. mode: as `RunDirectory.check` gives it."""
-    return {
-        "training": f"{settings.steps:,} steps of {settings.batch_size} images, learning rate {settings.learning_rate:g}, {settings.dtype}",
-        "data": recipe.data.name,
-        "out": "a new run" if mode == "new" else "continues what is there",
-    }
+def training_plan(recipe: Recipe, settings: TrainingSection | None, mode: str) -> dict[str, str]:
+    """What `--dry-run` says of a run. settings: of its training, where there is one; mode: as `RunDirectory.check` gives it."""
+    out = {"out": "a new run" if mode == "new" else "continues what is there"}
+    if settings is None:
+        return out
+    steps, rate = (
+        f"{settings.steps:,} steps of {settings.batch_size} images",
+        f"learning rate {settings.learning_rate:g}",
+    )
+    return {"training": f"{steps}, {rate}, {settings.dtype}", "data": recipe.data.name, **out}
 
 
 def image_set(name: str, size: int | None = None, orientation: Orientation = "follow") -> ImageSet:

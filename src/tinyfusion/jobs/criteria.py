@@ -1,10 +1,12 @@
-"""Criteria that train nothing, inside a run: their context, what it will take, progress, and a search that goes on."""
+"""Run training-free criteria as a job: context, cost estimate, progress, resumable mask search."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
-from tinyfusion.config.recipe import Recipe
+from tinyfusion.config.recipe import PruneSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import discard
 from tinyfusion.core.progress import progress
@@ -24,7 +26,7 @@ from tinyfusion.jobs.estimate import Estimate, copy_estimate
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
-from tinyfusion.prune.calibrate import calibration_set
+from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA, by_indices, decide, searched, space
 from tinyfusion.prune.mask_search import LossSums, first_samples, separate_evaluations, shared_evaluations
@@ -37,41 +39,77 @@ _PASSING_VALUES = 12  # values per token and channel that a block holds at once
 _SAVED_VALUES = 24  # that it holds for its backward pass
 
 
-def on_images(criterion: str) -> bool:
-    """Whether a criterion that trains nothing looks at images; False for one that does not exist."""
+def looks_at_images(criterion: str) -> bool:
+    """Whether a criterion without training looks at images; False for one that does not exist."""
     return criterion in CRITERIA and CRITERIA[criterion].evaluations is not None
 
 
-def criterion_context(recipe: Recipe, teacher: LoadedModel) -> CriterionContext:
-    """What the recipe's criterion is asked, with its calibration set. Raises UserError on all that it would refuse."""
-    settings = recipe.prune
+def criterion_context(
+    teacher: LoadedModel, settings: PruneSection, seed: int, calibration: Callable[[], Calibration]
+) -> CriterionContext:
+    """What a criterion without training reads. calibration: called where it looks at images.
+
+    Raises UserError on everything that the criterion would refuse.
+    """
     if settings.criterion not in CRITERIA:
         raise UserError(f"criterion {settings.criterion} does not exist here: there is learned, {', '.join(CRITERIA)}")
-    context = CriterionContext(teacher, settings, recipe.seed)
-    if CRITERIA[settings.criterion].evaluations is None:
+    context = CriterionContext(teacher, settings, seed)
+    if not looks_at_images(settings.criterion):
         decide(context)
         return context
     _ = context.groups  # raises
     if settings.criterion == "width":
         check_width(teacher, settings)
-    device = device_for(recipe)
-    plain = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augment=0.0, flip=0.0))
-    source = batches_for(plain, teacher, device)
-    calibration = calibration_set(
-        objective_for(teacher, 0.0, recipe),
-        source,
-        recipe.data.name,
-        len(source),
-        settings.calibration_images,
-        settings.calibration_batch_size,
-        recipe.seed,
-    )
-    teacher.module.to(device)
-    return dataclasses.replace(context, calibration=calibration)
+    return dataclasses.replace(context, calibration=calibration())
 
 
-def describe_criterion(context: CriterionContext) -> dict[str, str]:
-    """What `--dry-run` says of a criterion."""
+def criterion_work(recipe: Recipe, teacher: LoadedModel) -> CriterionWork:
+    """The recipe's criterion, with its calibration set of the recipe's data."""
+    settings, device = recipe.prune, device_for(recipe)
+
+    def calibration() -> Calibration:
+        plain = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augment=0.0, flip=0.0))
+        source = batches_for(plain, teacher, device)
+        teacher.module.to(device)
+        return calibration_set(
+            objective_for(teacher, 0.0, recipe),
+            source,
+            recipe.data.name,
+            len(source),
+            settings.calibration_images,
+            settings.calibration_batch_size,
+            recipe.seed,
+        )
+
+    return CriterionWork(criterion_context(teacher, settings, recipe.seed, calibration))
+
+
+@dataclass(frozen=True)
+class CriterionWork:
+    """A criterion without training as the work of `prune`."""
+
+    context: CriterionContext
+    settings: None = None
+    shown: None = None
+
+    def disk_bytes(self) -> int:
+        """Bytes of the student."""
+        return _FLOAT_BYTES * num_parameters(self.context.teacher.module)
+
+    def estimate(self) -> Estimate:
+        """Minutes from one measured forward pass, memory from shapes."""
+        return _estimate(self.context)
+
+    def describe(self) -> dict[str, str]:
+        """What `--dry-run` says of the criterion."""
+        return _describe(self.context)
+
+    def decide(self, run: RunDirectory) -> PrunePlan:
+        """The plan, with progress; a search of masks leaves `calibration.json`, and goes on where it was stopped."""
+        return _decide(self.context, run)
+
+
+def _describe(context: CriterionContext) -> dict[str, str]:
     settings, row = context.settings, CRITERIA[context.settings.criterion]
     variant = {
         "bi": f", {settings.bi_inputs} inputs",
@@ -111,8 +149,7 @@ def describe_criterion(context: CriterionContext) -> dict[str, str]:
     return says
 
 
-def criterion_estimate(context: CriterionContext) -> Estimate:
-    """Minutes from one measured forward pass, memory from shapes."""
+def _estimate(context: CriterionContext) -> Estimate:
     teacher, evaluations = context.teacher, CRITERIA[context.settings.criterion].evaluations
     if evaluations is None:
         return copy_estimate(teacher)
@@ -141,8 +178,7 @@ def criterion_estimate(context: CriterionContext) -> Estimate:
     )
 
 
-def run_criterion(context: CriterionContext, run: RunDirectory) -> PrunePlan:
-    """The plan, with progress; a search of masks leaves `calibration.json`, and goes on where it was stopped."""
+def _decide(context: CriterionContext, run: RunDirectory) -> PrunePlan:
     evaluations = CRITERIA[context.settings.criterion].evaluations
     if evaluations is None:
         return decide(context)

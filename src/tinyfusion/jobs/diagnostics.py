@@ -182,7 +182,7 @@ def depth_speed(
     split = {depth: dict(student) if depth == own else shared_out(depth, lists) for depth in depths}
     num = min(recipe.speed.batch_size, DEPTH_BATCH)
     sides = {str(depth): step_of(shallow(teacher, split[depth]), num) for depth in depths}
-    times = interleaved(sides, DEPTH_REPEATS, device)
+    times = interleaved(sides, DEPTH_REPEATS, device, "speed by depth")
     points = []
     for depth in depths:
         ratio, low, high = speedup(times[str(whole)], times[str(depth)])

@@ -6,29 +6,23 @@ Writes nothing. Not counted: start-up, the program itself, evaluation and the pa
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.config.recipe import SampleSection
-from tinyfusion.jobs.footprint import footprint_of
-from tinyfusion.jobs.memory import MemoryPlan, fitting_lines, memory_plan
+from tinyfusion.jobs.footprint import FLOAT_BYTES
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import Sampler
 from tinyfusion.sample.drive import sample as draw_samples
 
-if TYPE_CHECKING:
-    from tinyfusion.jobs.training import Training
-
-_FLOAT_BYTES = 4
 _MEASURED_PARAMETERS = 200_000_000  # larger models are not run for an estimate, their operations are counted
 _MEASURED_MACS = 5e9  # of one measured step: the batch is made smaller to stay below, and the time scaled
 _PASSING_VALUES = (
@@ -60,47 +54,6 @@ class Estimate:
         )
 
 
-def training_disk_bytes(training: Training) -> int:
-    """Bytes that a run writes: checkpoints (weights, average, two moments; one more while it is being written) and two models."""
-    state, settings, model = training.state, training.settings, training.model
-    trained = sum(p.numel() for p in state.parameters.values())
-    checkpoints = min(settings.checkpoints_limit, math.ceil(settings.made_steps / settings.checkpoint_every_steps)) + 1
-    log = 500 * (settings.made_steps // settings.log_every_steps + 100)
-    return _FLOAT_BYTES * (4 * trained * checkpoints + 2 * num_parameters(model.module)) + log
-
-
-def training_estimate(training: Training) -> Estimate:
-    """Minutes and memory of a training run. Moves `state`: throw it away afterwards. Every process must call."""
-    state, settings, model, teacher = training.state, training.settings, training.model, training.teacher
-    weights = sum(p.numel() for p in state.model.parameters()) + (num_parameters(teacher.module) if teacher else 0)
-    memory, lines = training_memory(training)
-    macs = 3 * model_macs(model) + (model_macs(teacher) if teacher else 0)  # a backward pass costs two forward passes
-
-    def measure(batch_size: int) -> float:
-        short = dataclasses.replace(settings, steps=3, stop_after=None, batch_size=batch_size)
-        measured = dataclasses.replace(training, settings=short)
-        with measured.in_place():
-            ends = [_after(float(record.gradient_norm)) for record in measured.steps()]
-        return (ends[-1] - ends[0]) / 2
-
-    parts = training.engine.world * training.engine.compute.gradient_accumulation_steps
-    seconds, basis = _seconds(measure, macs, settings.batch_size, weights, training.engine.device, parts)
-    estimate = _rounded(settings.made_steps * seconds, memory.total, training_disk_bytes(training), basis)
-    return dataclasses.replace(estimate, memory_plan=tuple(lines))
-
-
-def training_memory(training: Training) -> tuple[MemoryPlan, list[str]]:
-    """What one process will hold, and its table for the log and `--dry-run`. Every process must call."""
-    state, settings, engine = training.state, training.settings, training.engine
-    beside = [model.module for model in (training.model, training.teacher) if model]
-    footprint = footprint_of(
-        state.model, training.stack, state.parameters, training.objective, training.source, settings, beside
-    )
-    plan = memory_plan(footprint, settings, engine.compute, engine.world)
-    lines = [*plan.lines(), *fitting_lines(footprint, settings, engine.compute, engine.world)]
-    return plan, [f"{training.title}: {lines[0]}", *lines[1:]]
-
-
 def sampling_estimate(model: LoadedModel, settings: SampleSection, sampler: Sampler, device: torch.device) -> Estimate:
     """Minutes and memory of drawing images."""
     arch, batch = model.arch, min(settings.batch_size, settings.num_images)
@@ -112,13 +65,13 @@ def sampling_estimate(model: LoadedModel, settings: SampleSection, sampler: Samp
         ends = [time.perf_counter()]
         for _ in range(2):
             last = list(draw_samples(model, labels, short, 0, batch_size))[-1]
-            ends.append(_after(float(last.x.flatten()[0])))
+            ends.append(time_after(float(last.x.flatten()[0])))
         return (ends[2] - ends[1]) / short.calls
 
     weights = num_parameters(model.module)
-    seconds, basis = _seconds(measure, rows * model_macs(model), batch, weights, device)
-    memory = _FLOAT_BYTES * (weights + rows * batch * _activations(model))
-    return _rounded(
+    seconds, basis = step_seconds(measure, rows * model_macs(model), batch, weights, device)
+    memory = FLOAT_BYTES * (weights + rows * batch * _activations(model))
+    return rounded(
         seconds * sampler.calls * settings.num_images / batch,
         memory,
         settings.num_images * arch.in_channels * arch.input_size**2,
@@ -132,8 +85,8 @@ def _about(value: float) -> str:
 
 def copy_estimate(model: LoadedModel) -> Estimate:
     """Minutes and memory of cutting a model without any training."""
-    num_bytes = _FLOAT_BYTES * num_parameters(model.module)
-    return _rounded(0.0, 2 * num_bytes, num_bytes, "nothing is trained")
+    num_bytes = FLOAT_BYTES * num_parameters(model.module)
+    return rounded(0.0, 2 * num_bytes, num_bytes, "nothing is trained")
 
 
 def announce(verb: str, plan: dict[str, Any], estimate: Estimate, spoken: bool = True) -> dict[str, Any]:
@@ -166,7 +119,7 @@ def _activations(model: LoadedModel) -> int:
     return int(model.arch.num_tokens * model.arch.hidden_size) * _PASSING_VALUES
 
 
-def _seconds(
+def step_seconds(
     measure: Callable[[int], float],
     macs_per_image: int,
     batch_size: int,
@@ -185,14 +138,18 @@ def _seconds(
     rounds = 4
     for _ in range(rounds):
         a = a @ a / side
-    rate = rounds * side**3 / (_after(float(a[0, 0])) - began)
+    rate = rounds * side**3 / (time_after(float(a[0, 0])) - began)
     return macs_per_image * batch_size / rate, f"from counted operations and a measured matrix product, {device.type}"
 
 
-def _after(_: float) -> float:
+def time_after(_: float) -> float:
     """The time after a value has arrived on the host, and so all work before it is done."""
     return time.perf_counter()
 
 
-def _rounded(seconds: float, memory_bytes: float, disk_bytes: float, basis: str) -> Estimate:
-    return Estimate(round(seconds / 60, 4), round(memory_bytes / 2**30, 4), round(disk_bytes / 2**20, 3), basis)
+def rounded(
+    seconds: float, memory_bytes: float, disk_bytes: float, basis: str, memory_table: tuple[str, ...] = ()
+) -> Estimate:
+    """An estimate in minutes, GiB and MiB."""
+    minutes, memory_gib, disk_mib = round(seconds / 60, 4), round(memory_bytes / 2**30, 4), round(disk_bytes / 2**20, 3)
+    return Estimate(minutes, memory_gib, disk_mib, basis, memory_table)

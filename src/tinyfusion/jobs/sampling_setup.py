@@ -156,9 +156,13 @@ class Drawing:
 
 
 def open_drawing(
-    recipe: Recipe, model: LoadedModel, device: torch.device, autoencoder: Autoencoder | None = None
+    recipe: Recipe,
+    model: LoadedModel,
+    device: torch.device,
+    autoencoder: Autoencoder | None = None,
+    labels: np.ndarray | None = None,
 ) -> Drawing:
-    """The drawing that the section `sample` describes, ready on `device`."""
+    """The drawing that the section `sample` describes, ready on `device`. labels: of every image, instead of the section's."""
     settings = recipe.sample
     if settings.compile:
         check_compiler(device)
@@ -170,7 +174,7 @@ def open_drawing(
     placed = in_dtype(model, settings.dtype, device)
     return Drawing(
         model=placed,
-        labels=labels_of(recipe, model),
+        labels=labels_of(recipe, model) if labels is None else labels,
         sampler=sampler,
         seed=recipe.seed,
         batch_size=settings.batch_size,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from tinyfusion.core.reading import check_memory
 from tinyfusion.families.family import DiffusersExport, ModelFamily
 from tinyfusion.families.registry import families, family_named
 
+_State = list[tuple[str, int, int, bytes]]
+_PROBED_VALUES = 16  # of every tensor
 _NO_ROUTERS = "it has routers, for which diffusers has no class: its transformer would run everything"
 PIXEL_CHANNELS = (1, 3)  # of the input of a model that states no latents: with any other number it takes latents
 
@@ -145,8 +149,18 @@ class LoadedModel:
         return self.with_weights({**held, **exact})
 
     def hash(self) -> str:
-        """SHA-256 over the tensors sorted by official name, and over unpublished rules; see `ModelFamily.hash`."""
-        return self.family.hash(self.module.state_dict(), self.arch)
+        """SHA-256 over the tensors sorted by official name, and over unpublished rules; see `ModelFamily.hash`.
+
+        Computed once for a module, and again after any of its tensors was replaced or changed in place.
+        """
+        state = _state_of(self.module)
+        cached = _HASHES.get(self.module)
+        if cached is not None and state is not None and cached[:3] == (state, self.family.name, self.arch):
+            return cached[3]
+        digest = self.family.hash(self.module.state_dict(), self.arch)
+        if state is not None:
+            _HASHES[self.module] = (state, self.family.name, self.arch, digest)
+        return digest
 
     def unfit_formats(self) -> dict[str, str]:
         """Formats of others that cannot hold this model, each with the reason: what an export must refuse."""
@@ -218,6 +232,26 @@ class LoadedModel:
             module = self.family.build(arch)
         module.load_state_dict(tensors, assign=True)
         return dataclasses.replace(self, module=module.train(self.module.training), arch=arch)
+
+
+_HASHES: WeakKeyDictionary[nn.Module, tuple[_State, str, Any, str]] = WeakKeyDictionary()
+
+
+def _state_of(module: nn.Module) -> _State | None:
+    """What is another once a tensor of the module was replaced or changed in place; None where torch counts no changes.
+
+    Fused optimisers change weights without counting, hence a few values of every tensor.
+    """
+    tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+    if any(tensor.is_inference() for tensor in tensors.values()):
+        return None
+    return [(name, t.untyped_storage()._cdata, t._version, _some_bytes(t)) for name, t in tensors.items()]
+
+
+def _some_bytes(tensor: Tensor) -> bytes:
+    values = tensor.detach().reshape(-1)
+    some = values[:: max(1, len(values) // _PROBED_VALUES)].contiguous()
+    return bytes(some.cpu().view(torch.uint8).numpy().data)
 
 
 def takes_latents(arch: Any, facts: ModelFacts) -> bool:
