@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tinyfusion.api import (
         LearnedMasks,
         LoadedModel,
+        ModelFamily,
         PrunePlan,
         PruneSection,
         RecoverSection,
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
         open_model,
         prune_model,
         recover_model,
+        register_family,
         sample_images,
         save_model,
         wrap_module,
     )
 
 __all__ = [
-    "LearnedMasks", "LoadedModel", "PrunePlan", "PruneSection", "RecoverSection", "SampleSection", "Streams", "Task",
+    "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan", "PruneSection", "RecoverSection", "SampleSection", "Streams", "Task",
     "TrainingSection", "__version__", "evaluate_images", "learn_masks", "objective_of", "open_model", "prune_model",
-    "recover_model", "sample_images", "save_model", "wrap_module",
+    "recover_model", "register_family", "sample_images", "save_model", "wrap_module",
 ]  # fmt: skip
 
 

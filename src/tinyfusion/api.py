@@ -29,6 +29,8 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
 from tinyfusion.data.image_source import source_of
 from tinyfusion.evaluate.extractors import open_extractor
+from tinyfusion.families.family import ModelFamily
+from tinyfusion.families.registry import register_family
 from tinyfusion.jobs.criteria import criterion_context
 from tinyfusion.jobs.mask_training import mask_training, student_of
 from tinyfusion.jobs.process_specs import objective_for
@@ -47,10 +49,9 @@ from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import StepRecord
 
 __all__ = [
-    "ComputeSection", "LearnedMasks", "LoadedModel", "PrunePlan", "PruneSection", "RecoverSection", "SampleSection", "Streams",
-    "Task", "TrainingSection", "evaluate_images", "learn_masks", "objective_of", "open_model", "prune_model", "recover_model",
-    "sample_images", "save_model",
-    "wrap_module",
+    "ComputeSection", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan", "PruneSection", "RecoverSection",
+    "SampleSection", "Streams", "Task", "TrainingSection", "evaluate_images", "learn_masks", "objective_of", "open_model",
+    "prune_model", "recover_model", "register_family", "sample_images", "save_model", "wrap_module",
 ]  # fmt: skip
 
 Batches = Iterable[Any] | Callable[[int, Draws], Any]

@@ -72,39 +72,47 @@ class DiffusersFolder:
     export: DiffusersExport | None = None  # None where models are read only
 
 
-@dataclass(frozen=True)
+def image_inputs(arch: Any, num: int) -> tuple[Tensor, ...]:
+    """x, t and y of one forward pass of `num` images, on the default device."""
+    x = torch.zeros(num, arch.in_channels, arch.input_size, arch.input_size)
+    return x, torch.zeros(num, dtype=torch.int64), torch.zeros(num, dtype=torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelFamily:
-    """One architecture: how to build it, where its blocks are, which process it belongs to."""
+    """One architecture: how to build it, where its blocks are, which process it belongs to, how its files are read and written."""
 
     name: str
-    title: str  # what it is called in a sentence: "a " title " of 12 blocks"
-    process: str  # key of the noising process, looked up where the job is put together
-    arch_type: type
-    build: Callable[[Any], nn.Module]
-    initialise: Callable[[Any, int], None]
-    # (tensors, heads, classes without the null class) -> arch; the numbers are None where nobody says them
-    arch_of_state_dict: Callable[[Mapping[str, Tensor], int | None, int | None], Any]
-    example: Callable[[Any, int], tuple[Tensor, ...]]  # (arch, samples) -> inputs of one forward pass, for their shapes
-    block_lists: Mapping[str, str]  # name of a list of blocks -> the field of the arch that holds its depth
-    mark: str  # name of a tensor by which its official files are known
-    guided_channels: int | None  # leading channels that published guidance touches; None: all
-    computed: Mapping[
-        str, Callable[[Any], Tensor]
-    ]  # tensors that a formula gives, left out of the hash where they equal it
-    published_latent: Mapping[int, Mapping[str, Any]]  # in_channels -> latent facts of the published files
-    published_license: str | None = None  # of the published weights, for the card of a model that knows none
+    process: str  # "gaussian", "flow" or "masked": the noising process, looked up where the job is put together
+    arch_type: type  # frozen dataclass of its sizes
+    build: Callable[[Any], nn.Module]  # arch -> module
+    block_lists: Mapping[str, str]  # path of a list of blocks in the module -> the field of the arch that is its length
+    title: str = "model"  # what it is called in a sentence: "a " title " of 12 blocks"
+    initialise: Callable[[Any, int], None] | None = None  # (module, seed), in place; None: as the constructor does
+    example: Callable[[Any, int], tuple[Tensor, ...]] = image_inputs  # (arch, images) -> inputs of one forward pass
+    # list of blocks -> streams, where its blocks are not one stream in, the same out
+    streams: Mapping[str, Streams] = dataclasses.field(default_factory=dict)
+    guided_channels: int | None = None  # leading channels that published guidance touches; None: all
+    # tensors that a formula gives: frozen, and left out of the hash where they equal it
+    computed: Mapping[str, Callable[[Any], Tensor]] = dataclasses.field(default_factory=dict)
+    # (name, parameter) -> whether published weight decay leaves it alone; None: it takes all alike
+    undecayed: Callable[[str, Tensor], bool] | None = None
     widths: WidthRules | None = None  # None where widths cannot be cut
     dynamic: DynamicRules | None = None  # None where width and tokens cannot be chosen by timestep
-    # (arch, tensors) -> {format of others that cannot hold such a model: reason}
+
+    # published files
+    mark: str | None = None  # name of a tensor by which official files are known; None where there are none
+    # (tensors, heads, classes without the null class) -> arch; the numbers are None where nobody says them
+    arch_of_state_dict: Callable[[Mapping[str, Tensor], int | None, int | None], Any] | None = None
+    published_latent: Mapping[int, Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict
+    )  # in_channels -> latent facts
+    published_license: str | None = None  # of the published weights, for the card of a model that knows none
+    diffusers: DiffusersFolder | None = None  # None where no folders of diffusers hold such models
+    # (arch, tensors) -> {"official" or "diffusers": why that format cannot hold such a model}
     unfit_formats: Callable[[Any, Mapping[str, Tensor]], dict[str, str]] | None = None
     # (module, arch, format) -> what readers of "official" or "diffusers" compute otherwise with the same tensors, in sentences
     differences: Callable[[nn.Module, Any, str], list[str]] | None = None
-    # (name, parameter) -> whether published weight decay leaves it alone; None: it takes all alike
-    undecayed: Callable[[str, Tensor], bool] | None = None
-    streams: Mapping[str, Streams] = dataclasses.field(
-        default_factory=dict
-    )  # list of blocks -> what its blocks pass on
-    diffusers: DiffusersFolder | None = None  # None where no folders of diffusers hold such models
 
     def arch_of_sizes(self, sizes: Mapping[str, Any]) -> Any:
         """The arch of a recipe's section `model`: "depth" counts the blocks of every list, "sizes" are those of this family alone.

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.dit.family import DIT
-from tinyfusion.families.dit.model import example
 from tinyfusion.families.family import DiffusersFolder, ModelFamily
 from tinyfusion.families.sizes import check_ranges, position_table
 
@@ -188,11 +187,8 @@ PIXART = ModelFamily(
     build=PixArt,
     initialise=initialise,
     arch_of_state_dict=arch_of_state_dict,
-    example=example,
     block_lists={"net.transformer_blocks": "depth"},
     mark="t_block.1.weight",
-    guided_channels=None,
-    computed={},
     published_latent=DIT.published_latent,
     published_license="OpenRAIL++",
     unfit_formats=lambda _arch, _tensors: dict(UNFIT),

@@ -258,14 +258,22 @@ def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) ->
 def _open_official(
     path: Path, weights: str, num_heads: int | None, family_name: str | None, num_classes: int | None
 ) -> LoadedModel:
-    offered = [family_named(family_name)] if family_name else list(families().values())
+    offered = (
+        [each for each in families().values() if each.mark] if family_name is None else [family_named(family_name)]
+    )
     untrained = {name for family in offered for name in family.computed}
-    found = find_state_dict(read_tensor_file(path), [f.mark for f in offered], weights, path, untrained)
+    found = find_state_dict(
+        read_tensor_file(path), [each.mark for each in offered if each.mark], weights, path, untrained
+    )
     tensors = found.tensors
     if what := described_other(tensors, path.suffix):
         raise UserError(f"{path} {what}")
-    fit = offered if family_name else _families_of(tensors, path)
+    fit = offered if family_name else _families_of(tensors, offered, path)
     family = fit[0]
+    if family.arch_of_state_dict is None:
+        raise UserError(
+            f"{path}: official files of the family {family.name} are not known: give a folder that tinyfusion wrote"
+        )
     static = {name: t for name, t in tensors.items() if family.dynamic is None or not is_router_key(name)}
     routers = None
     try:
@@ -299,11 +307,11 @@ def _say_classes(arch: Any, num_classes: int | None) -> None:
         print("without a null class: guidance is 1, and training drops no labels", file=sys.stderr)
 
 
-def _families_of(tensors: Mapping[str, Tensor], path: Path) -> list[ModelFamily]:
+def _families_of(tensors: Mapping[str, Tensor], offered: list[ModelFamily], path: Path) -> list[ModelFamily]:
     """The families that an official file may be of, by its tensors; the first is assumed. Raises UserError where there is none."""
-    fit = [family for family in families().values() if family.mark in tensors]
+    fit = [family for family in offered if family.mark in tensors]
     if not fit:
-        marks = ", ".join(f"{each.mark} (family {each.name})" for each in families().values())
+        marks = ", ".join(f"{each.mark} (family {each.name})" for each in offered)
         raise UserError(
             f"{path} is of no known family: wanted one of the tensors {marks}; got {', '.join(sorted(tensors)[:3])}"
         )

@@ -171,6 +171,8 @@ class LoadedModel:
         if self.dynamic is not None:
             reasons["official"] += unfit_official(self.dynamic.settings)
             reasons["diffusers"].append(_NO_ROUTERS)
+        if not reasons["official"] and self.family.arch_of_state_dict is None:
+            reasons["official"].append(f"the family {self.family.name} has no published files")
         if not reasons["diffusers"] and (self.family.diffusers is None or self.family.diffusers.export is None):
             reasons["diffusers"].append(
                 f"models of the family {self.family.name} have no class of diffusers to be written for"
@@ -352,6 +354,8 @@ def new_model(family_name: str | None, arch_values: Mapping[str, Any], seed: int
         raise UserError(f"model: {error}") from error
     check_memory(num_bytes, "a new model of these sizes")
     with torch.random.fork_rng(devices=[]):  # new layers fill themselves from the global generator: not ours to move
+        torch.manual_seed(seed)
         module = family.build(arch)
-    family.initialise(module, seed)
+    if family.initialise is not None:
+        family.initialise(module, seed)
     return LoadedModel(module, family, arch, ModelFacts(image_size=arch.input_size))

@@ -49,14 +49,9 @@ def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]
         process="none",
         arch_type=arch_type,
         build=_unbuildable,
-        initialise=_unbuildable,
-        arch_of_state_dict=_unbuildable,
         example=_unbuildable,
         block_lists=fields,
-        mark="",
-        guided_channels=None,
         computed=dict.fromkeys(frozen, _no_formula),
-        published_latent={},
         streams=listed,
     )
     arch = arch_type(**{fields[name]: depth for name, depth in depths.items()})

@@ -12,7 +12,7 @@ from torch import Tensor
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.dit import diffusers
 from tinyfusion.families.dit.dynamic import DIT_DYNAMIC
-from tinyfusion.families.dit.model import DiT, DiTArch, arch_of_state_dict, example, initialise
+from tinyfusion.families.dit.model import DiT, DiTArch, arch_of_state_dict, initialise
 from tinyfusion.families.dit.width import DIT_WIDTHS, unfit_formats
 from tinyfusion.families.family import DIFFUSERS_RECORD, DiffusersFolder, ModelFamily
 from tinyfusion.families.sizes import position_table
@@ -49,7 +49,6 @@ DIT = ModelFamily(
     build=DiT,
     initialise=initialise,
     arch_of_state_dict=arch_of_state_dict,
-    example=example,
     block_lists={"blocks": "depth"},
     mark="x_embedder.proj.weight",
     guided_channels=diffusers.GUIDED_CHANNELS,

@@ -263,12 +263,6 @@ class DiT(nn.Module):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], channels, grid * patch, grid * patch)
 
 
-def example(arch: DiTArch, num: int) -> tuple[Tensor, ...]:
-    """Inputs of one forward pass of `num` samples, on the default device."""
-    x = torch.zeros(num, arch.in_channels, arch.input_size, arch.input_size)
-    return x, torch.zeros(num, dtype=torch.int64), torch.zeros(num, dtype=torch.int64)
-
-
 @torch.no_grad()
 def initialise(model: DiT, seed: int) -> None:
     """Fresh weights as published: Xavier-uniform linears, normal(0, 0.02) embedders, zero modulation and output."""
