@@ -9,6 +9,7 @@ from typing import Any
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
+from tinyfusion.commands.transformers import prune_transformer
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
@@ -29,6 +30,7 @@ from tinyfusion.jobs.origins import with_data
 from tinyfusion.jobs.previews import check_previews
 from tinyfusion.jobs.process_specs import PROCESS_SECTIONS, objective_for
 from tinyfusion.jobs.training import TrainedRun, Training, drive, save
+from tinyfusion.jobs.transformers import transformer_of
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.deltas import prune_with_weight_updates
@@ -48,6 +50,8 @@ class Learning:
 
 def prune(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Decide which blocks of the teacher go; writes `plan.json` and `student/`. Returns what `--json` prints."""
+    if transformer := transformer_of(recipe.teacher, options.blocks):
+        return prune_transformer(recipe, options, transformer)
     engine = engine_for(recipe)  # first: who fails after the processes have met is missed at once
     on_data = recipe.prune.criterion == "learned" or on_images(recipe.prune.criterion)
     teacher = open_teacher(recipe, options.num_heads, options.family, on_data, options.num_classes)
