@@ -131,7 +131,7 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
         return {"verb": verb, "state": "left to process 0"}
     from tinyfusion.jobs.assemble import RunOptions
 
-    said = {name: getattr(options, name, None) for name in ("num_heads", "family", "num_classes", "resume")}
+    said = {name: getattr(options, name, None) for name in ("num_heads", "family", "num_classes", "resume", "blocks")}
     out = options.out
     where = RunOptions(out, options.overwrite, options.dry_run, command=command, **said)
     outcome = _checked(options, lambda: _perform(verb, options, recipe, where) or {})
@@ -210,17 +210,15 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
 
 def _inspect(options: Inspect) -> dict[str, Any]:
     from tinyfusion.commands.inspect import inspect, parent_words
+    from tinyfusion.commands.transformers import inspect_transformer
+    from tinyfusion.jobs.transformers import transformer_of
     from tinyfusion.models.checkpoint import open_model
 
-    facts = inspect(
-        open_model(
-            options.model,
-            options.weights or Recipe().sample.weights,
-            options.num_heads,
-            options.family,
-            options.num_classes,
-        )
-    )
+    weights = options.weights or Recipe().sample.weights
+    if transformer := transformer_of(options.model, options.blocks):
+        facts = inspect_transformer(transformer)
+    else:
+        facts = inspect(open_model(options.model, weights, options.num_heads, options.family, options.num_classes))
     if not options.json:
         for name, value in flatten({k: v for k, v in facts.items() if k != "lineage"}).items():
             print(

@@ -13,6 +13,7 @@ from tinyfusion.config.recipe import Criterion, Dtype, Recovery, Sampler
 from tinyfusion.core.errors import UserError
 from tinyfusion.option_groups import Answers, Common, Opening, OpensModel, Trains, option
 
+_BLOCKS = option("rows for transformer classes of diffusers that the shipped table lacks", "FILE")
 _RESUME = option("checkpoint to go on from, instead of the newest in --out", "PATH")
 
 
@@ -75,6 +76,7 @@ class Prune(Trains, OpensModel):
     ] = None
     keep: Annotated[str | None, option("blocks to keep, instead of learning which: 0,2,4", "I,J,..")] = None
     steps: Annotated[int | None, option("learned: optimiser steps", "N")] = None
+    blocks: Annotated[Path | None, _BLOCKS] = None
     resume: Annotated[Path | None, _RESUME] = None
 
     def fields(self) -> dict[str, Any]:
@@ -231,6 +233,7 @@ class Export(OpensModel):
     push_to_hub: Annotated[str | None, option("also upload the folder to this repository of the hub", "ORG/NAME")] = (
         None
     )
+    blocks: Annotated[Path | None, _BLOCKS] = None
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,7 @@ class Inspect(Answers, Opening):
     """What a model is: family, sizes, depth, parameters, MACs, kept blocks, lineage, hash."""
 
     model: Annotated[Positional[str], option("model or run folder (required)", "MODEL")] = ""
+    blocks: Annotated[Path | None, _BLOCKS] = None
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Classes of images in small."""
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ def _four_ids(num: int, **more: Any) -> dict[str, Any]:
 
 
 def _latents(num: int, text: int, tokens: int = 10, **more: Any) -> dict[str, Any]:
-    return dict(hidden_states=draw(num, 4, 8, 8), encoder_hidden_states=draw(num, tokens, text), timestep=steps(num)) | more
+    return (
+        dict(hidden_states=draw(num, 4, 8, 8), encoder_hidden_states=draw(num, tokens, text), timestep=steps(num))
+        | more
+    )
 
 
 def _sd3(num: int) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Classes of video, audio and the rest in small."""
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _K5 = dict(in_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=16, out_vis
 
 
 def _wan(num: int, **more: Any) -> dict[str, Any]:
-    return dict(hidden_states=draw(num, 4, 5, 8, 8), encoder_hidden_states=draw(num, 10, 16), timestep=steps(num)) | more
+    return (
+        dict(hidden_states=draw(num, 4, 5, 8, 8), encoder_hidden_states=draw(num, 10, 16), timestep=steps(num)) | more
+    )
 
 
 def _any(num: int, **more: Any) -> dict[str, Any]:
@@ -47,7 +50,10 @@ def _cog(num: int, **more: Any) -> dict[str, Any]:
 
 
 def _clip(num: int, text: int = 16, tokens: int = 10, **more: Any) -> dict[str, Any]:
-    return dict(hidden_states=draw(num, 4, 2, 8, 8), encoder_hidden_states=draw(num, tokens, text), timestep=steps(num)) | more
+    return (
+        dict(hidden_states=draw(num, 4, 2, 8, 8), encoder_hidden_states=draw(num, tokens, text), timestep=steps(num))
+        | more
+    )
 
 
 def _animate2(num: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tinyfusion.commands.transformers import export_transformer
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_plain
@@ -36,6 +37,7 @@ from tinyfusion.families.family import DIFFUSERS_RECORD
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.history import Step, history
 from tinyfusion.jobs.latent_facts import with_settings
+from tinyfusion.jobs.transformers import transformer_of
 from tinyfusion.models.checkpoint import LoadedModel, model_record, open_model, save_model
 from tinyfusion.models.hub import HUB_ID, autoencoder_folder, upload_folder
 
@@ -64,6 +66,8 @@ class ExportOptions:
 def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     """Write the model as `what.to` says; returns what `--json` prints. Raises UserError where the format cannot hold it."""
     _check_options(options.out, what)
+    if transformer := transformer_of(what.model, options.blocks):
+        return export_transformer(options, what.model, what.to, what.pipeline, transformer)
     model = open_model(what.model, what.settings.weights, options.num_heads, options.family, options.num_classes)
     model = with_settings(model, what.settings)
     if reason := model.unfit_formats().get(what.to):

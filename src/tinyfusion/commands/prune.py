@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.commands.transformers import prune_transformer
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
@@ -15,6 +16,7 @@ from tinyfusion.jobs.criteria import CriterionWork, criterion_work, looks_at_ima
 from tinyfusion.jobs.driving import drive
 from tinyfusion.jobs.mask_training import MaskTraining, mask_training, student_of
 from tinyfusion.jobs.process_specs import objective_for
+from tinyfusion.jobs.transformers import transformer_of
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, known_inputs, save
 from tinyfusion.prune.learn import plan_of
 from tinyfusion.training.engine import Engine
@@ -25,6 +27,12 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
 
     name = "prune"
     sections = ("data", "prune")
+
+    def __call__(self, recipe: Recipe, options: RunOptions, source: str | Path = "") -> dict[str, Any]:
+        """Prune a model, or a transformer of diffusers on its files."""
+        if transformer := transformer_of(recipe.teacher, options.blocks):
+            return prune_transformer(recipe, options, transformer)
+        return super().__call__(recipe, options, source)
 
     def open(self, recipe: Recipe, options: RunOptions, source: str | Path, remarks: list[str]) -> Inputs:
         """The teacher; data where the criterion looks at images."""

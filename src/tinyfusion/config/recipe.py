@@ -115,6 +115,10 @@ class PruneSection:
     num_keep: Annotated[
         int | None, "blocks that stay in each list, for criteria without groups; None is half, rounded up"
     ] = None
+    budgets: Annotated[
+        tuple[str, ...],
+        "transformers of diffusers: blocks that stay per list, LIST=N; all=N over the lists of the trunk",
+    ] = ()
     protect: Annotated[tuple[int, ...], "blocks that stay whatever the criterion says"] = ()
     update: Annotated[Literal["lora", "full", "frozen"], "what is trained beside the gates"] = "lora"
     keep_deltas: Annotated[

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import stat
 import tomllib
 from pathlib import Path
@@ -135,3 +136,12 @@ def check_memory(num_bytes: int, what: str) -> None:
         raise UserError(
             f"{what} would take {num_bytes / 2**30:,.1f} GiB of memory, and {available / 2**30:.1f} GiB are available"
         )
+
+
+def license_in(card: Path) -> str | None:
+    """The licence that a model card names in its head."""
+    if not card.is_file():
+        return None
+    head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE) if head else None
+    return found[1] if found else None

@@ -52,7 +52,8 @@ _BY_OTHERS = (
 )
 _OF_A_STAGE = (
     r"run\.json|metrics\.jsonl|log\.txt|(?:plan|calibration|dynamic|kept)\.json|watch/(?:step-\d{7,}\.png|trackers\.json)|"
-    rf"checkpoints/step-\d{{7,}}/(?:{CHECKPOINT_FILES})|(?:student|model)(?:-raw)?/model\.(?:json|safetensors)|{_BY_OTHERS}"
+    rf"checkpoints/step-\d{{7,}}/(?:{CHECKPOINT_FILES})|(?:student|model)(?:-raw)?/model\.(?:json|safetensors)|"
+    rf"student/(?:config\.json|diffusion_pytorch_model[^/]*|README\.md|plan\.png)|{_BY_OTHERS}"
 )
 _OF_ENCODE = rf"run\.json|log\.txt|manifest\.json|shard-\d+-of-\d+\.safetensors|{_BY_OTHERS}"
 _OF_RUN = (

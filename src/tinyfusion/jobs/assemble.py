@@ -48,6 +48,7 @@ class RunOptions:
     num_classes: int | None = None
     command: str = ""  # as typed
     resume: Path | None = None  # a checkpoint to go on from, instead of the newest
+    blocks: Path | None = None  # rows of transformer classes of diffusers that the shipped table lacks
 
 
 def open_teacher(

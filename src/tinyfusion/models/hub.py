@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
+from tinyfusion.core.reading import license_in
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 _FACTS = ("model_index.json", "config.json", "model.json", "README.md", "transformer/config.json", "vae/config.json")
@@ -150,12 +151,3 @@ def upload_folder(folder: Path, repository: str) -> str:
             f"{folder} was written, and the hub did not take it as {repository}: {reason} (`hf auth login` makes you known to it)"
         ) from error
     return address
-
-
-def license_in(card: Path) -> str | None:
-    """The licence that a model card names in its head."""
-    if not card.is_file():
-        return None
-    head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE) if head else None
-    return found[1] if found else None

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.reading import license_in, read_json_object
 from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_lists
-from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, rows_in
+from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, row_text, rows_in
 from tinyfusion.families.diffusers_classes.weights import Stored, hash_stored, stored_weights
 
 RECORD = "_tinyfusion"  # our record in config.json; readers pass over names that begin with "_"
@@ -29,7 +29,8 @@ INDEX = "model_index.json"
 class TransformerFolder:
     """A transformer of diffusers: folder, config.json, row, tensors as byte ranges, and blocks per list.
 
-    pipeline: the folder of a pipeline that it is a component of. user_row: the row's text, where it is not of the shipped table.
+    pipeline: the folder of a pipeline that it is a component of. license: of the weights, None where no file names it. parent: hub id of
+    the model that it, or what it was cut from, was fetched from. row_text: the row as TOML, where it is not of the shipped table.
     """
 
     path: Path
@@ -38,7 +39,9 @@ class TransformerFolder:
     weights: Mapping[str, Stored]
     depths: Mapping[str, int]
     pipeline: Path | None = None
-    user_row: str = ""
+    license: str | None = None
+    parent: str | None = None
+    row_text: str = ""
 
     @property
     def class_name(self) -> str:
@@ -95,8 +98,9 @@ class TransformerFolder:
             "kept": plan.kept,
             "lineage": [*self.lineage, parent],
             "hash": hash_stored(weights),
-            "notes": list(self.row.notes),
-            **({"row": self.user_row} if self.user_row else {}),
+            "license": self.license,
+            "parent": self.parent,
+            **({"row": self.row_text} if self.row_text else {}),
         }
         config = {**self.config, **cut.config_changes(), RECORD: record}
         depths = {path: len(kept) for path, kept in plan.kept.items()}
@@ -177,9 +181,10 @@ def component_folders(pipeline: Path, rows: Rows) -> list[Path]:
 def open_transformer(path: Path, rows: Rows) -> TransformerFolder:
     """The transformer in a folder with config.json. Raises UserError on what its row or its config contradicts."""
     config = read_json_object(path / "config.json")
-    kept_row = config[RECORD].get("row") if isinstance(config.get(RECORD), dict) else None
-    if isinstance(kept_row, str):
-        rows = {**rows_in(kept_row, f"{path}/config.json"), **rows}
+    own = config.get(RECORD)
+    record: dict[str, Any] = own if isinstance(own, dict) else {}
+    if isinstance(text := record.get("row"), str):
+        rows = {**rows_in(text, f"{path}/config.json"), **rows}
     row = row_for(config, rows)
     if row is None:
         raise UserError(
@@ -191,7 +196,10 @@ def open_transformer(path: Path, rows: Rows) -> TransformerFolder:
     depths = _depths(path, config, row, weights)
     _check_entries(path, config, row, depths)
     pipeline = path.parent if (path.parent / INDEX).is_file() else None
-    return TransformerFolder(path, config, row, weights, depths, pipeline)
+    licenses = (license_in(folder / "README.md") for folder in (path, pipeline) if folder)
+    license = record.get("license") or next(filter(None, licenses), None)
+    text = row_text(str(config["_class_name"]), row) if row is not row_for(config) else ""
+    return TransformerFolder(path, config, row, weights, depths, pipeline, license, record.get("parent"), text)
 
 
 def _depths(path: Path, config: Mapping[str, Any], row: Row, weights: Mapping[str, Stored]) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -152,3 +154,26 @@ def rows_with(file: Path | None) -> Rows:
 def row_for(config: Mapping[str, Any], rows: Rows | None = None) -> Row | None:
     """The row of the class that a config.json names; None where there is none."""
     return (shipped_rows() if rows is None else rows).get(str(config.get("_class_name")))
+
+
+def row_text(name: str, row: Row) -> str:
+    """A row as TOML, fields that are as by default left out."""
+    return f"[{name}]\n" + "".join(f"{field} = {_toml(value)}\n" for field, value in _stated(row).items())
+
+
+def _stated(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not as by default."""
+    values = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    defaults = {each.name: each.default for each in dataclasses.fields(value)}
+    return {name: own for name, own in values.items() if own != defaults[name] and own != {}}
+
+
+def _toml(value: Any) -> str:
+    """A value of a row as TOML, on one line."""
+    if dataclasses.is_dataclass(value):
+        return _toml(_stated(value))
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{json.dumps(str(key))} = {_toml(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)  # strings, whole numbers and booleans are written alike

@@ -146,7 +146,7 @@ def _bytes_of(stored: Stored, streams: dict[Path, BinaryIO], files: ExitStack) -
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, max(stored.num_bytes, 1))))
     for path, start, stop in stored.ranges:
         if path not in streams:
-            streams[path] = files.enter_context(open(path, "rb"))
+            streams[path] = files.enter_context(path.open("rb"))
         stream = streams[path]
         stream.seek(start)
         while start < stop:

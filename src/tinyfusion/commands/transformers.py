@@ -1,0 +1,217 @@
+"""`prune`, `export` and `inspect` of a transformer of diffusers: on its files, so that memory does not grow with its size."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tinyfusion.blocks.plan import PrunePlan, plan_from_json
+from tinyfusion.config.recipe import Recipe
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.rundir import (
+    RunDirectory,
+    atomic_write,
+    check_space,
+    check_writable,
+    file_output,
+    read_json,
+    say_finished,
+    stamp,
+    write_json,
+)
+from tinyfusion.export.card import PICTURE
+from tinyfusion.export.picture import plan_png
+from tinyfusion.families.diffusers_classes.card import transformer_card
+from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder
+from tinyfusion.families.diffusers_classes.weights import STEM, write_weights
+from tinyfusion.jobs.assemble import RunOptions, engine_for, job_record, plain_recipe
+from tinyfusion.jobs.transformers import couplings, planned, transformer_of
+from tinyfusion.jobs.verbs import finished
+
+_FILES = rf"config\.json|{STEM}[^/]*|README\.md|{PICTURE}"
+_RECORD = "tinyfusion.json"
+_LINK_BYTES = 2**20  # files of a parent from this size on are linked where the disk can, smaller ones copied
+
+
+def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFolder) -> dict[str, Any]:
+    """Plan by rule, and cut the files; writes `plan.json` and `student/`. Returns what `--json` prints."""
+    engine = engine_for(recipe)
+    plain = plain_recipe(recipe, "prune", teacher=teacher.hash)
+    folder = RunDirectory(options.out, engine.is_main)
+    mode = engine.first(lambda: folder.check("prune", plain, options.overwrite))
+    began = time.perf_counter()
+    plan = planned(teacher, recipe.prune, recipe.seed)
+    teacher.check_class()
+    student = teacher.cut(plan)
+    student.check_class()
+    if mode == "finished":
+        finished(folder, options.dry_run)
+        return {"kept": read_json(folder.path / "plan.json")["kept"]}
+    engine.first(lambda: check_space(options.out, student.num_bytes))
+    if options.dry_run:
+        print(f"prune would do this:\n  teacher      {_described(teacher)}\n  student      {_described(student)}")
+        return {"kept": plan.kept, "bytes": student.num_bytes}
+    with folder.writing("prune", plain, options.overwrite):
+        folder.mark("running", job=job_record(recipe, options, teacher=recipe.teacher))
+        if folder.writes:
+            write_json(folder.path / "plan.json", plan.to_json())
+            with atomic_write(folder.path / "student", _FILES) as new:
+                write_transformer(student, new, options.out.name)
+        folder.mark("done", seconds=time.perf_counter() - began, seen_images=0)
+    if engine.is_main:
+        listed = [f"{' '.join(map(str, kept))} of {plan.depth[name]} {name}" for name, kept in plan.kept.items()]
+        notes = "".join(f"\nnote: {note}" for note in teacher.row.notes)
+        print(f"{plan.criterion}: kept {', '.join(listed)}; {_described(student)}{notes}", file=sys.stderr)
+    return {"kept": plan.kept}
+
+
+def _described(model: TransformerFolder) -> str:
+    blocks = ", ".join(f"{depth} {path}" for path, depth in model.depths.items())
+    return f"{model.class_name}, {blocks}, {model.num_bytes / 2**30:.2f} GiB"
+
+
+def write_transformer(
+    model: TransformerFolder, folder: Path, title: str, card: Path | None = None, pipeline: str | None = None
+) -> None:
+    """A folder that diffusers opens: config, weights, card and picture of the plan. card: the folder of the latter, another one."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", dict(model.config))
+    write_weights(model.weights, folder)
+    place = card or folder
+    (place / "README.md").write_text(transformer_card(model, title, PICTURE, pipeline), encoding="utf-8")
+    if model.lineage:
+        plan = _plan(model)
+        (place / PICTURE).write_bytes(plan_png(plan.kept, plan.depth))
+
+
+def _plan(model: TransformerFolder) -> PrunePlan:
+    return plan_from_json(model.record.get("plan"))
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+
+def export_transformer(
+    options: RunOptions, source: str, to: str, pipeline: bool, model: TransformerFolder
+) -> dict[str, Any]:
+    """A folder of diffusers, alone or in a pipeline; returns what `--json` prints. Raises UserError on another format."""
+    if to != "diffusers":
+        raise UserError(f"{source} is a {model.class_name} of diffusers, which has no format {to}: give --to diffusers")
+    out = options.out
+    parent = _pipeline_of(source, model, options.blocks) if pipeline else None
+    plain = {"to": to, "pipeline": pipeline, "model": model.hash}
+    check_writable(out)
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; export --to {to} writes a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / _RECORD).is_file():
+        raise UserError(f"--out {out} exists and is not an export of tinyfusion; choose another folder")
+    record = lambda path: read_json(path) if path.is_file() else None  # noqa: E731
+    todo = file_output(out / _RECORD, "export", plain, options.overwrite, record) if out.is_dir() else True
+    check_space(out, model.num_bytes)
+    outcome = {"to": to, "model": model.hash, "bytes": model.num_bytes}
+    if options.dry_run:
+        return outcome
+    if not todo:
+        say_finished(out)
+        return outcome
+    inside = rf"{_FILES}|{_RECORD}|{INDEX}" + (rf"|{parent.path.name}/(?:{_FILES})" if parent else "")
+    with atomic_write(out, inside) as new:
+        if parent is None or parent.pipeline is None:
+            write_transformer(model, new, out.name)
+        else:
+            kind = read_json_object(parent.pipeline / INDEX).get("_class_name")
+            new.mkdir(parents=True)
+            _take_over(parent.pipeline, new, parent.path.name)
+            write_transformer(model, new / parent.path.name, out.name, new, str(kind))
+        write_json(new / _RECORD, stamp("export", plain, "done", **outcome))
+    return outcome
+
+
+def _pipeline_of(source: str, model: TransformerFolder, blocks: Path | None) -> TransformerFolder:
+    """The component of a pipeline that the model is, or was cut from as its run records. Raises UserError where there is none."""
+    teacher: TransformerFolder | None = model
+    run = Path(source) / "run.json"
+    if model.pipeline is None and run.is_file():
+        name = (read_json_object(run).get("job") or {}).get("teacher")
+        teacher = transformer_of(str(name), blocks) if name else None
+    if teacher is None or teacher.pipeline is None:
+        raise UserError(
+            f"--pipeline puts {source} where its parent was in a pipeline, and no record names one: give the run folder of `prune` "
+            "of a pipeline's transformer, or leave out --pipeline"
+        )
+    return teacher
+
+
+def _take_over(pipeline: Path, out: Path, replaced: str) -> None:
+    """The index and the other components of a pipeline: large files as hard links where the disk can, others copied."""
+    index = read_json_object(pipeline / INDEX)
+    write_json(out / INDEX, index)
+    for name, value in index.items():
+        if name == replaced or not isinstance(value, list) or not (pipeline / name).is_dir():
+            continue
+        for file in sorted(path for path in (pipeline / name).rglob("*") if path.is_file()):
+            target = out / file.relative_to(pipeline)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            real = Path(os.path.realpath(file))  # files of a hub cache are links
+            if real.stat().st_size >= _LINK_BYTES:
+                try:
+                    os.link(real, target)
+                    continue
+                except OSError:  # another disk, or one without links
+                    pass
+            shutil.copyfile(real, target)
+
+
+# -------------------------------------------------------------------------------------------------------------- inspect
+
+
+def inspect_transformer(model: TransformerFolder) -> dict[str, Any]:
+    """The facts that `inspect --json` prints: streams, units and couplings, and what a block of each list weighs."""
+    total = sum(stored.numel for stored in model.weights.values())
+    units = {path: each for each in model.units for path in each.name.split(" + ")}
+    lists: dict[str, Any] = {}
+    for each in model.row.lists:
+        if each.path not in model.depths:
+            continue
+        depth, stored = model.depths[each.path], model.of_list(each.path)
+        parameters = sum(tensor.numel for tensor in stored)
+        streams = each.declared
+        lists[each.path] = {
+            "blocks": depth,
+            "count": each.count,
+            "streams": " ".join(streams.names),
+            "returns": " ".join(streams.returns or streams.names),
+            "units": len(units[each.path].units),
+            "units_that_stay": len(units[each.path].fixed),
+            "aside": each.aside,
+            "parameters": parameters,
+            "share": round(parameters / total, 4),
+            "parameters_per_block": parameters // depth,
+            "bytes_per_block": sum(tensor.num_bytes for tensor in stored) // depth,
+        }
+    return {
+        "class": model.class_name,
+        "depth": sum(model.depths.values()),
+        "num_parameters": total,
+        "bytes": model.num_bytes,
+        "types": dict(Counter(stored.dtype for stored in model.weights.values())),
+        "lists": lists,
+        "couplings": couplings(model.row),
+        "one_mask": model.row.one_mask or None,
+        "unfit": model.row.unfit or None,
+        "notes": list(model.row.notes),
+        "kept": model.record.get("kept"),
+        "lineage": model.lineage,
+        "criterion": _plan(model).criterion if model.lineage else None,
+        "hash": model.hash,
+        "license": model.license,
+        "parent": model.parent,
+        "pipeline": str(model.pipeline) if model.pipeline else None,
+        "path": str(model.path),
+    }
