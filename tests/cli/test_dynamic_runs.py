@@ -73,10 +73,10 @@ def test_the_page_of_a_dynamic_run(cli: Cli, wide: Path) -> None:
     done(cli, "report run --out page.html")
     page = Path("page.html").read_text()
     for words in (
-        "Heads that run",
-        "Groups of hidden channels that run",
-        "Which tokens the MLPs saw",
-        "Share that runs",
+        "Executed attention heads",
+        "Executed groups of hidden channels",
+        "Processed tokens per image",
+        "Executed share",
     ):
         assert words in page, words
 
@@ -107,5 +107,5 @@ def test_a_run_prunes_recovers_and_makes_dynamic(cli: Cli, wide: Path) -> None:
     }
     assert Path("whole/evaluations/dynamic-digits.json").is_file()
     page = Path("whole/report.html").read_text()
-    assert "Heads that run" in page and "Which tokens the MLPs saw" in page
+    assert "Executed attention heads" in page and "Processed tokens per image" in page
     assert "is finished" in done(cli, command).err

@@ -419,15 +419,15 @@ def test_the_page_of_a_run_that_is_going_on(cli: Cli, work: Path, monkeypatch: p
     order = list(seen)
     assert list(pages) == order
     for i, (stage, page) in enumerate(pages.items()):
-        assert "Still going when this page was made" in page, stage
+        assert "Running when this page was written" in page, stage
         if stage != "sample":  # the last images were just drawn
             places = {name: "done" if j < i else "now" if j == i else "open" for j, name in enumerate(order)}
             assert stages_on(page) == places, stage
-    assert "step 2 of 2 (100 %)" in pages["prune"] and "Which blocks would go now" in pages["prune"]
+    assert "step 2 of 2 (100 %)" in pages["prune"] and "Blocks that would be kept now" in pages["prune"]
     assert "step 1 of 2 (50 %)" in pages["recover"] and "left in this stage" in pages["recover"]
     assert "after 1 step" in pages["recover"] and "after 2 steps" not in pages["recover"]
     whole = Path("whole/report.html").read_text(encoding="utf-8")
-    assert "Still going" not in whole and "after 2 steps" in whole
+    assert "Running when" not in whole and "after 2 steps" in whole
 
 
 @pytest.mark.parametrize("command", [TRAIN, PRUNE, RECOVER], ids=["train", "prune", "recover"])
@@ -438,8 +438,8 @@ def test_the_page_of_a_stopped_training(cli: Cli, work: Path, monkeypatch: pytes
     longer = command.replace("--steps 2", "--steps 4").replace("--steps 3", "--steps 4")
     assert cli(*shlex.split(longer)).code == 128 + signal.SIGTERM
     page = page_of(cli, out)
-    assert "Interrupted; the same command continues" in page
-    assert "step 1 of 4 (25 %)" in page and "once it goes on" in page
+    assert "Interrupted; the same command continues it" in page
+    assert "step 1 of 4 (25 %)" in page and "once it continues" in page
 
 
 def test_a_run_without_a_logged_step_has_a_page(cli: Cli, work: Path) -> None:

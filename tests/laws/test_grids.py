@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyfusion.report.render import choose_images, render
-from tinyfusion.report.run_data import RunData, Samples
+from tinyfusion.report.images import choose_images
+from tinyfusion.report.load import Run, Samples
+from tinyfusion.report.page import render
 
 LABELS = np.array([3, 1, 3, 3, 1, 0])  # classes of one, two and three images
 
 
 def shown_grid(images: np.ndarray) -> tuple[str, Image.Image]:
     """(kind, picture) of the only grid of a page."""
-    page = render([RunData("run", {"verb": "sample"}, samples={"model": Samples(images, LABELS)})], {})
+    page = render([Run((("run", {"verb": "sample"}),), samples={"model": Samples(images, LABELS)})], {})
     found = re.findall(r"data:image/(png|jpeg);base64,([\w+/=]+)", page)
     assert len(found) == 1
     return found[0][0], Image.open(io.BytesIO(base64.b64decode(found[0][1])))

@@ -14,9 +14,11 @@ from test_report import PROTOCOL, Page, make_prune, make_recover, make_run, writ
 from tinyfusion.commands.report import read_run, render_run, report
 from tinyfusion.core.rundir import stamp
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.report import figures, scores
-from tinyfusion.report.merged_runs import VERB, stories
-from tinyfusion.report.progress import going
+from tinyfusion.report import charts, tables
+from tinyfusion.report.diagnostic_charts import diagnostic_charts
+from tinyfusion.report.load import join_runs
+from tinyfusion.report.progress import progress_of
+from tinyfusion.report.tables import Table
 
 OTHER = PROTOCOL.replace("seed 0", "seed 1")
 
@@ -34,6 +36,11 @@ def page_of(*runs: Path) -> str:
     return out.read_text(encoding="utf-8")
 
 
+def rows_of(table: Table) -> list[Any]:
+    """The rows of a table without the headings between them."""
+    return [row for row in table.rows if not isinstance(row, str)]
+
+
 def rescore(path: Path, model: str, protocol: str, reference: str = "digits") -> None:
     """Give an evaluation another protocol."""
     file = path / "evaluations" / f"{model}-{reference}.json"
@@ -47,12 +54,12 @@ def test_a_curve_and_its_table_hold_one_protocol(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     points = [point(0, 48.7), point(100, 9.0, OTHER), point(200, 8.0), point(300, 7.0, OTHER), point(400, 5.3)]
     write(run / "fid_steps.json", points)
-    found = scores.fid_series(read_run(run))
+    found = charts.fid_series(read_run(run))
     assert [(one.protocol, [p["step"] for p in one.points]) for one in found] == [
         (PROTOCOL, [0, 200, 400]),
         (OTHER, [100, 300]),
     ]
-    drawn = [chart for chart in figures.pictures_of(read_run(run), "a") if "FID" in chart.title]
+    drawn = charts.fid_charts([read_run(run)])
     assert [chart.protocol for chart in drawn] == [PROTOCOL, OTHER]
     assert [[row[1] for row in chart.table.rows] for chart in drawn if chart.table] == [
         ["0", "200", "400"],
@@ -67,19 +74,19 @@ def test_a_curve_and_its_table_hold_one_protocol(tmp_path: Path) -> None:
 def test_a_point_that_no_curve_can_hold_is_told(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     write(run / "fid_steps.json", [point(0, 48.7, OTHER), point(100, 9.0), point(200, 8.0)])
-    (chart,) = [chart for chart in figures.pictures_of(read_run(run), "a") if "FID" in chart.title]
+    (chart,) = charts.fid_charts([read_run(run)])
     assert chart.table is not None
     assert [row[1] for row in chart.table.rows] == ["100", "200"]
-    assert f"step 0: FID 48.7 by {OTHER}" in chart.text
+    assert f"step 0: 48.7 by {OTHER}" in Page(render_run(run)).text
 
 
 def test_the_teacher_stands_beside_a_curve_of_its_protocol_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     write(run / "fid_steps.json", [point(0, 48.7), point(200, 5.31)])
-    (series,) = scores.fid_series(read_run(run))
+    (series,) = charts.fid_series(read_run(run))
     assert series.teacher_fid == 3.12
     rescore(run, "teacher", OTHER)
-    (series,) = scores.fid_series(read_run(run))
+    (series,) = charts.fid_series(read_run(run))
     assert series.teacher_fid is None
 
 
@@ -88,13 +95,13 @@ def test_recoveries_are_drawn_together_by_protocol(tmp_path: Path) -> None:
     for path, protocol, factor in zip(runs, (PROTOCOL, PROTOCOL, OTHER), (1.0, 1.1, 1.2), strict=True):
         write(path / "fid_steps.json", [point(0, 40 * factor, protocol), point(9, 9 * factor, protocol)])
     read = [read_run(path) for path in runs]
-    (chart,) = figures.together(read)
+    (chart,) = charts.fid_charts(read, shared=True)
     assert chart.protocol == PROTOCOL
-    labels = set(re.findall(r"<text [^>]*>([^<]*)</text>", chart.wide))
+    labels = {shape.label for shape in chart.legend}
     assert {"a: masked-kd", "b: masked-kd"} <= labels and "c: masked-kd" not in labels
     write(runs[2] / "fid_steps.json", [point(0, 40), point(9, 9), point(10, 7, OTHER), point(20, 6, OTHER)])
     write(runs[1] / "fid_steps.json", [point(0, 40), point(9, 9), point(10, 7, OTHER), point(20, 6, OTHER)])
-    both = figures.together([read_run(path) for path in runs])
+    both = charts.fid_charts([read_run(path) for path in runs], shared=True)
     assert [chart.protocol for chart in both] == [PROTOCOL, OTHER]
 
 
@@ -109,10 +116,10 @@ def test_small_fids_of_a_training_that_was_watched_otherwise_are_apart(tmp_path:
         from PIL import Image
 
         Image.new("L", (8, 8)).save(run / "watch" / f"step-{step:07d}.png")
-    drawn = [chart for chart in figures.curves(read_run(run), "a") if chart.title.startswith("Small FID")]
-    assert [chart.note for chart in drawn] == ["few", "many"]
+    drawn = [chart for chart in charts.training_charts(read_run(run)) if chart.title.startswith("FID of the previews")]
+    assert [chart.protocol for chart in drawn] == ["few", "many"]
     text = Page(render_run(run)).text
-    assert "small FID 9.00, protocol 1" in text and "small FID 2.00, protocol 2" in text
+    assert "FID 9.00, protocol 1" in text and "FID 2.00, protocol 2" in text
     ids = [value for _, name, value in Page(render_run(run)).attributes if name == "id"]
     assert len(ids) == len(set(ids))
 
@@ -124,19 +131,33 @@ def test_the_headline_and_the_grids_show_one_protocol(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     rescore(run, "teacher", OTHER)
     text = Page(render_run(run)).text
-    assert "48.7 cut → 5.31 recovered" in text and "3.12 teacher" not in text
+    assert "48.7 pruned → 5.31 student" in text and "3.12 teacher" not in text
     assert "The protocols differ: see the table for teacher." in text
     assert "8 blocks, FID" not in text and "4 blocks, FID 5.31" in text
+
+
+def test_distances_of_dinov2_features_are_named(tmp_path: Path) -> None:
+    """FD-DINOv2 in the headline, the tables, the samples and the curve; FID where the features are others."""
+    run = make_run(tmp_path / "run")
+    assert "FD-DINOv2" not in Page(render_run(run)).text
+    protocol = PROTOCOL.replace("features", "dinov2")
+    for model in ("teacher", "pruned", "student"):
+        rescore(run, model, protocol)
+    write(run / "fid_steps.json", [point(0, 48.7, protocol), point(100, 9.0, protocol)])
+    text = Page(render_run(run)).text
+    for words in ("FD-DINOv2 against digits, lower", "4 blocks, FD-DINOv2 5.31", "FD-DINOv2 during recovery"):
+        assert words in text, words
+    assert "against digits FD-DINOv2 ↓" in text and "against digits-heldout FID ↓" in text
 
 
 def test_images_of_other_seeds_are_not_called_the_same(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for model in ("teacher", "pruned", "student"):
         write(run / "samples" / f"{model}.json", {"protocol": "40 images | ddim | seed 0"})
-    assert "The same seeds, drawn by each model" in Page(render_run(run)).text
+    assert "Samples of every model from the same seeds" in Page(render_run(run)).text
     write(run / "samples" / "student.json", {"protocol": "40 images | ddim | seed 1"})
     text = Page(render_run(run)).text
-    assert "The same seeds, drawn" not in text
+    assert "from the same seeds" not in text
     assert "40 images | ddim | seed 1" in text and "40 images | ddim | seed 0" in text
 
 
@@ -145,12 +166,15 @@ def test_runs_of_one_protocol_adjoin_in_the_comparison(tmp_path: Path) -> None:
     for model in ("teacher", "pruned", "student"):
         rescore(runs[1], model, OTHER)
     read = [read_run(path) for path in runs]
-    found = scores.comparison(read, [{}] * 3)
+    found = tables.comparison(read)
     assert found is not None
-    assert [(Path(row.name).name, row.starts_protocols) for row in found.rows] == [
-        ("one", False), ("three", False), ("two", True),
-    ]  # fmt: skip
-    marks = [[mark for _, mark in row.cells[4:7]] for row in found.rows]
+    assert [row[:5] if isinstance(row, str) else Path(row[0]).name for row in found.rows] == [
+        "one",
+        "three",
+        "other",
+        "two",
+    ]
+    marks = [[cell.mark for cell in row[5:8]] for row in rows_of(found)]
     assert marks[0] == marks[1] != marks[2]
     assert {PROTOCOL, OTHER} <= set(found.protocols)
     assert "other protocols than above" in Page(page_of(*runs)).text
@@ -176,22 +200,21 @@ def against(path: Path, name: str, psnr: float, **more: Any) -> None:
 
 def test_pairs_of_the_same_seeds_have_a_table(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    assert scores.pairs_table(read_run(run)) is None
+    assert tables.pairs_table(read_run(run)) is None
     against(run, "student-digits.json", 23.4)
     against(run, "pruned-pairs.json", 11.7, protocol="40 images | ddim 50 steps | bfloat16 | seed 0")
     against(run, "halves.json", 19.1)
-    found = scores.pairs_table(read_run(run))
+    found = tables.pairs_table(read_run(run))
     assert found is not None
-    assert [(row.model, *row.cells) for row in found.rows] == [
-        ("cut, untuned", "t.npz", "11.7 ± 2.0", "0.810 ± 0.050", "40"),
-        ("student, recovered", "t.npz", "23.4 ± 2.0", "0.810 ± 0.050", "40"),
-        ("halves", "t.npz", "19.1 ± 2.0", "0.810 ± 0.050", "40"),
+    assert [(model.text, model.mark, *cells) for model, *cells in rows_of(found)] == [
+        ("pruned, before recovery", 1, "t.npz", "11.7 ± 2.0", "0.810 ± 0.050", "40"),
+        ("student, recovered", 2, "t.npz", "23.4 ± 2.0", "0.810 ± 0.050", "40"),
+        ("halves", 2, "t.npz", "19.1 ± 2.0", "0.810 ± 0.050", "40"),
     ]
-    assert [row.mark for row in found.rows] == [1, 2, 2]
-    assert "which was drawn by 40 images | ddim 50 steps | bfloat16" in found.protocols[0]
+    assert "sampled by 40 images | ddim 50 steps | bfloat16" in found.protocols[0]
     assert found.protocols[1] == "40 images | ddim 50 steps | seed 0 | compared with t.npz abababab"
     text = Page(render_run(run)).text
-    assert "How close to the same seeds of another model" in text and found.protocols[1] in text
+    assert "Similarity to the samples of another model" in text and found.protocols[1] in text
     assert "against pairs" not in text, "no reference has that name"
 
 
@@ -200,15 +223,15 @@ def test_pairs_name_the_model_whose_images_they_are(tmp_path: Path) -> None:
     write(run / "samples" / "teacher.json", {"protocol": "p", "image_hash": "ab" * 32})
     against(run, "student-digits.json", 23.4)
     against(run, "student-digits-heldout.json", 23.4)
-    found = scores.pairs_table(read_run(run))
+    found = tables.pairs_table(read_run(run))
     assert found is not None
-    assert [row.cells[0] for row in found.rows] == ["teacher", "teacher"]
+    assert [row[1] for row in rows_of(found)] == ["teacher", "teacher"]
     write(
         run / "evaluations" / "student-digits-heldout.json",
         json.loads((run / "evaluations" / "student-digits.json").read_text()),
     )
-    once = scores.pairs_table(read_run(run))
-    assert once is not None and len(once.rows) == 1, "the same images against two references are one comparison"
+    once = tables.pairs_table(read_run(run))
+    assert once is not None and len(rows_of(once)) == 1, "the same images against two references are one comparison"
 
 
 # -------------------------------------------------------------------------------------------------------------- stories
@@ -224,14 +247,14 @@ def pair_of_runs(folder: Path, given: str = "e0" * 32) -> tuple[Path, Path]:
 
 def test_a_recovery_is_told_with_the_search_it_went_on_from(tmp_path: Path) -> None:
     runs = pair_of_runs(tmp_path)
-    (story,) = stories([read_run(path) for path in runs])
-    assert story.record["verb"] == VERB and [part.name for part in story.parts] == [str(path) for path in runs]
+    (story,) = join_runs([read_run(path) for path in runs])
+    assert story.verb == "prune and recover" and [folder for folder, _ in story.sources] == [str(path) for path in runs]
     page = page_of(*runs)
     text = Page(page).text
     assert page.count('<article class="run"') == 1
     for fact in (
-        "A prune run and the recover run that went on from it", f"{runs[0]} → {runs[1]}", "8 → 4", "Kept: 1, 2, 5, 6",
-        "Loss of the search", "Loss of the recovery", "768 by the search and 12.8 k by the recovery", "12.0 s in all",
+        f"prune and recover : {runs[0]} → {runs[1]}", "8 → 4", "Kept: 1, 2, 5, 6",
+        "Loss of the mask search", "Loss of the recovery", "768 by the search and 12.8 k by the recovery", "12.0 s in all",
         f"Resolved settings of {runs[0]}", f"Resolved settings of {runs[1]}", "e0" * 32, "a1" * 32,
     ):  # fmt: skip
         assert fact in text, fact
@@ -241,16 +264,16 @@ def test_a_recovery_is_told_with_the_search_it_went_on_from(tmp_path: Path) -> N
 def test_strangers_are_told_apart(tmp_path: Path) -> None:
     runs = pair_of_runs(tmp_path, given="0f" * 32)
     read = [read_run(path) for path in runs]
-    assert stories(read) == read
+    assert join_runs(read) == read
     assert page_of(*runs).count('<article class="run"') == 2
 
 
 def test_a_search_with_two_recoveries_is_told_with_both(tmp_path: Path) -> None:
     search, first = pair_of_runs(tmp_path)
     second = make_recover(tmp_path / "tuned", {"seed": 8, "student": "e0" * 32, "recover": {"method": "finetune"}})
-    told = stories([read_run(path) for path in (search, first, second)])
+    told = join_runs([read_run(path) for path in (search, first, second)])
     assert [story.name for story in told] == [f"{search} → {first}", f"{search} → {second}"]
-    assert [story.recipe["seed"] for story in told] == [7, None]
+    assert [tables.provenance(story)["seed"] for story in told] == ["7", "7; 8"]
 
 
 def test_of_two_searches_that_agree_the_named_one_is_told(tmp_path: Path) -> None:
@@ -258,7 +281,7 @@ def test_of_two_searches_that_agree_the_named_one_is_told(tmp_path: Path) -> Non
     twin = make_prune(tmp_path / "twin")
     record = json.loads((recovery / "run.json").read_text())
     write(recovery / "run.json", {**record, "job": {"student": str(twin)}})
-    told = stories([read_run(path) for path in (search, twin, recovery)])
+    told = join_runs([read_run(path) for path in (search, twin, recovery)])
     assert [story.name for story in told] == [str(search), f"{twin} → {recovery}"]
 
 
@@ -267,8 +290,8 @@ def test_a_story_that_goes_on_tells_of_its_recovery(tmp_path: Path) -> None:
     record = json.loads((recovery / "run.json").read_text())
     settings = {**record["recipe"], "recover": {"training": {"steps": 80}}}
     write(recovery / "run.json", {**record, "state": "running", "recipe": settings, "seconds": None})
-    (story,) = stories([read_run(search), read_run(recovery)])
-    found = going(story)
+    (story,) = join_runs([read_run(search), read_run(recovery)])
+    found = progress_of(story)
     assert found is not None and found.share == 0.5
     assert "recovering the student" in found.headline
     assert "step 40 of 80" in Page(page_of(search, recovery)).text
@@ -333,20 +356,20 @@ def test_every_list_of_blocks_has_its_own_numbers(tmp_path: Path, distribution: 
     page = Page(render_run(run))
     titles = [value for tag, name, value in page.attributes if tag == "span" and name == "title"]
     assert titles == [
-        f"block {i}: {'kept' if i in TWO_KEPT[name] else 'dropped'}"
+        f"block {i}: {'kept' if i in TWO_KEPT[name] else 'removed'}"
         for name, depth in LISTS.items()
         for i in range(depth)
     ]
-    charts = figures.dynamics(read_run(run), "a")
-    assert [chart.title for chart in charts] == list(LISTS)
-    for chart, name in zip(charts, LISTS, strict=True):
+    drawn = charts.decision_charts(read_run(run))
+    assert [chart.title for chart in drawn] == list(LISTS)
+    for chart, name in zip(drawn, LISTS, strict=True):
         assert chart.table is not None
         assert {row[1] for row in chart.table.rows} == {", ".join(map(str, TWO_KEPT[name]))}
         ticks = [int(t) for t in re.findall(r"<text [^>]*>(\d+)</text>", chart.narrow) if int(t) < 10]
         assert max(ticks) == LISTS[name] - 1, "rows for the blocks of this list alone"
         assert [row[3] for row in chart.table.rows][0] == f"{np.median(SURE[name]):.2f}"
-    titles = [chart.title for chart in figures.curves(read_run(run), "a")][:2]
-    what = "Confidence of the decision" if distribution == "categorical" else "Probability of every block to stay"
+    titles = [chart.title for chart in charts.training_charts(read_run(run))][:2]
+    what = "Confidence of the decision" if distribution == "categorical" else "Probability of every block to be kept"
     assert titles == [f"{what}: {name}" for name in LISTS]
     for fact in ("10 → 5", "encoder_blocks 4 → 2, decoder_blocks 6 → 3", "encoder_blocks 1, 2; decoder_blocks 0, 3, 4"):
         assert fact in page.text, fact
@@ -356,22 +379,22 @@ def test_every_list_of_blocks_has_its_own_numbers(tmp_path: Path, distribution: 
 
 def test_pictures_number_the_blocks_of_every_list(tmp_path: Path) -> None:
     run = read_run(two_lists(tmp_path / "run"))
-    found = {chart.title: chart for chart in figures.pictures_of(run, "a")}
-    activations, speed = found["Activations"], found["Speed against depth"]
+    found = {chart.title: chart for chart in diagnostic_charts(run)}
+    activations, speed = found["Activations by block"], found["Speed-up by depth"]
     assert activations.table is not None and speed.table is not None
     assert [row[1:3] for row in activations.table.rows[:10]] == [
         [n, str(i)] for n, d in LISTS.items() for i in range(d)
     ]
     ticks = re.findall(r"<text [^>]*>\s*([^<]*?)\s*</text>", activations.narrow)
     assert ticks.count("3") == 2 and "9" not in ticks and {"encoder_blocks", "decoder_blocks"} <= set(ticks)
-    assert speed.table.columns[:4] == ["blocks left", "encoder_blocks", "decoder_blocks", "fewer"]
+    assert speed.table.columns[:4] == ["blocks", "encoder_blocks", "decoder_blocks", "fewer"]
     assert [row[:4] for row in speed.table.rows] == [
         ["10", "4", "6", "0"],
         ["7", "3", "4", "3"],
         ["5", "2", "3", "5"],
         ["2", "1", "1", "8"],
     ]
-    assert "this student's depth" in speed.wide
+    assert "depth of this student" in speed.wide
     other = {
         "depth": 5,
         "latency_ms": 9.0,
@@ -379,10 +402,10 @@ def test_pictures_number_the_blocks_of_every_list(tmp_path: Path) -> None:
         "speedup_spread": [2.1, 2.3],
         "lists": {"encoder_blocks": 1, "decoder_blocks": 4},
     }
-    points = [p if p["depth"] != 5 else other for p in (run.depth_speed or {})["points"]]
-    write(tmp_path / "run" / "depth_speed.json", {**(run.depth_speed or {}), "points": points})
-    again = {chart.title: chart for chart in figures.pictures_of(read_run(tmp_path / "run"), "a")}
-    assert "this student" not in again["Speed against depth"].wide, "as many blocks, and not those of the student"
+    points = [p if p["depth"] != 5 else other for p in run.measured["depth_speed"]["points"]]
+    write(tmp_path / "run" / "depth_speed.json", {**run.measured["depth_speed"], "points": points})
+    again = {chart.title: chart for chart in diagnostic_charts(read_run(tmp_path / "run"))}
+    assert "this student" not in again["Speed-up by depth"].wide, "as many blocks, and not those of the student"
 
 
 @pytest.mark.parametrize("distribution", ["categorical", "subset"])

@@ -34,12 +34,11 @@ from tinyfusion.jobs.diagnostics import (
 )
 from tinyfusion.models.checkpoint import LoadedModel, save_model
 from tinyfusion.prune.criteria import by_indices
-from tinyfusion.report import pictures
-from tinyfusion.report import tables as findings
-from tinyfusion.report.charts import above_chance, dynamics_points, marginal_levels, spans
-from tinyfusion.report.decisions import final_confidence
-from tinyfusion.report.facts import checks
-from tinyfusion.report.pictures import Mark, label_rows, linear_of
+from tinyfusion.report import diagnostic_charts
+from tinyfusion.report.charts import decision_table
+from tinyfusion.report.decisions import above_chance, decision_strengths, final_probabilities, spans
+from tinyfusion.report.diagnostic_charts import Mark, calibration, label_rows
+from tinyfusion.report.tables import Cell, expected_table
 
 DIGITS = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=4, num_heads=2, num_classes=10)
 ModelFactory = Callable[..., LoadedModel]
@@ -59,16 +58,14 @@ def test_chance_is_no_colour_and_certainty_full(sizes: list[tuple[int, int]]) ->
     chance = [span.block_chance for span in groups for _ in range(span.size)]
     assert sum(chance) == pytest.approx(sum(keep for keep, _ in sizes))
     free = [base < 1 for base in chance]
-    assert all(level == 0 for (level, _), open_ in zip(marginal_levels(chance, groups), free, strict=True) if open_)
-    assert marginal_levels([1.0] * depth, groups) == [(12, True)] * depth
-    assert marginal_levels([0.0] * depth, groups) == [(12, False)] * depth
-    record = {
-        "step": 0,
-        "kept": {"b": [g.start for g in groups]},
-        "confidence": {"b": [g.choice_chance for g in groups]},
-    }
-    drawn = dynamics_points([record], groups, "b")
-    assert [opacity for _, _, opacity in drawn] == [1.0 if g.choice_chance == 1 else 0.0 for g in groups]
+    lines = [{"marginals": {"b": values}} for values in (chance, [1.0] * depth, [0.0] * depth)]
+    strengths = decision_strengths(lines, groups, "b")
+    assert all(strength == 0 for strength, is_free in zip(strengths[:, 0], free, strict=True) if is_free)
+    assert (strengths[:, 1] == 1).all() and (strengths[:, 2] == -1).all()
+    line = {"kept": {"b": [g.start for g in groups]}, "confidence": {"b": [g.choice_chance for g in groups]}}
+    strengths = decision_strengths([line], groups, "b")[:, 0]
+    assert [strengths[g.start] for g in groups] == [1.0 if g.choice_chance == 1 else 0.0 for g in groups]
+    assert np.isnan(strengths).sum() == depth - len(groups)
 
 
 @given(st.floats(-1, 2), st.floats(0, 1))
@@ -80,7 +77,6 @@ def test_chance_levels_of_the_published_schemes_and_of_protected_blocks() -> Non
     half, two, subset, fixed = spans([[1, 2], [2, 4], [14, 28], [2, 4]], protected=[34, 99])
     assert (half.choice_chance, two.choice_chance, subset.block_chance) == (0.5, pytest.approx(1 / 6), 0.5)
     assert (fixed.choice_chance, fixed.block_chance) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
-    assert findings.chance_sentence([half, two], per_block=False) == "50 % for 1:2, 17 % for 2:4"
 
 
 def subset_run(path: Path, sizes: list[list[int]], scheme: str, running: bool = False) -> Path:
@@ -120,10 +116,9 @@ def subset_run(path: Path, sizes: list[list[int]], scheme: str, running: bool = 
 def test_subsets_are_drawn_by_block(tmp_path: Path, sizes: list[list[int]], scheme: str) -> None:
     page = render_run(subset_run(tmp_path / "run", sizes, scheme))
     text = Page(page).text
-    assert f"No colour is chance: 50 % for {sizes[0][0]}:{sizes[0][1]}" in text
-    assert "Probability of every block to stay" in text
-    assert "probability of every block to stay, over the steps" in page
-    means = final_confidence(read_run(tmp_path / "run"))
+    assert f"no colour is chance: 50 % for {sizes[0][0]}:{sizes[0][1]}" in text
+    assert "Probability of every block to be kept" in text
+    means, _ = final_probabilities(read_run(tmp_path / "run"))
     assert means == {"blocks": [pytest.approx((keep - 0.25) / keep) for keep, _ in sizes]}
 
 
@@ -140,7 +135,7 @@ def test_a_subset_that_is_still_learned_has_its_groups(tmp_path: Path, sizes: li
 def test_the_table_of_decisions_has_every_change() -> None:
     kept = [[0, 2], [0, 2], [1, 2], [1, 2], [1, 3], [1, 3], [1, 3]]
     lines = [{"step": i, "kept": {"b": k}, "confidence": {"b": [0.5, 0.75]}} for i, k in enumerate(kept)]
-    table = findings.decision_table(lines, "b")
+    table = decision_table(lines, "b")
     assert [row[:2] for row in table.rows] == [["0", "0, 2"], ["2", "1, 2"], ["4", "1, 3"], ["6", "1, 3"]]
     assert table.rows[0][2:] == ["0.50", "0.62", "0.75"]
 
@@ -159,24 +154,24 @@ def test_the_masks_own_place_among_the_losses(tmp_path: Path) -> None:
     run = read_run(
         calibrated(tmp_path / "run", [0.2, 0.98, 37.7, None, 2.0], masks, {"bi": 0.2, "first": 37.7, "x": math.inf})
     )
-    found = findings.calibration(run)
+    found = calibration(run)
     assert found is not None
-    assert found.losses == [0.2, 0.98, 2.0, 37.7]
-    assert [(m.label, m.loss, m.below, m.is_own) for m in found.marks] == [
+    losses, marks, table = found
+    assert losses == [0.2, 0.98, 2.0, 37.7]
+    assert [(m.label, m.loss, m.below, m.is_own) for m in marks] == [
         ("bi", 0.2, 0.0, False), ("this run", 0.98, 0.25, True), ("first", 37.7, 0.75, False),
     ]  # fmt: skip
-    assert "1 more have no finite loss" in found.table.note
+    assert "1 more have no finite loss" in table.note
     text = Page(render_run(tmp_path / "run")).text
     assert "25 % of them have a lower loss than the mask of this run" in text
-    for label in ("bi", "this run", "first"):
-        assert f"{label} " in text
+    assert all(f"{label} " in text for label in ("bi", "this run", "first"))
 
 
 def test_criteria_that_chose_one_mask_share_a_mark(tmp_path: Path) -> None:
     marks = {"sensitivity": 0.2, "bi": 0.2, "learned": 0.7}
-    found = findings.calibration(read_run(calibrated(tmp_path / "run", [0.2, 0.5, 0.9], ["a", "b", "c"], marks)))
+    found = calibration(read_run(calibrated(tmp_path / "run", [0.2, 0.5, 0.9], ["a", "b", "c"], marks)))
     assert found is not None
-    assert [(mark.label, mark.is_own) for mark in found.marks] == [
+    assert [(mark.label, mark.is_own) for mark in found[1]] == [
         ("sensitivity, bi", False),
         ("this run, learned", True),
     ]
@@ -190,9 +185,9 @@ def test_other_runs_of_the_page_are_marked_where_their_mask_was_tried(tmp_path: 
     learned, stranger = make_run(tmp_path / "learned"), make_run(tmp_path / "stranger")
     write(stranger / "prune" / "plan.json", {**plan, "teacher": "d6" * 32})
     runs = [read_run(path) for path in (searched, learned, stranger)]
-    found = findings.calibration(runs[0], runs)
+    found = calibration(runs[0], runs)
     assert found is not None
-    assert [mark.label for mark in found.marks] == ["this run", "bi", "learned (learned)"]
+    assert [mark.label for mark in found[1]] == ["this run", "bi", "learned (learned)"]
     report([searched, learned], RunOptions(tmp_path / "page.html"))
     assert "learned (learned)" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
@@ -203,21 +198,21 @@ def test_a_mask_that_a_criterion_chose_is_known_though_the_search_left_it_out(tm
     record = json.loads((searched / "prune" / "calibration.json").read_text())
     write(searched / "prune" / "calibration.json", {**record, "mark_masks": {"bi": "01010101"}})
     write(searched / "prune" / "plan.json", {**plan, "kept": {"blocks": [1, 3, 5, 7]}, "criterion": "indices"})
-    found = findings.calibration(read_run(searched))
+    found = calibration(read_run(searched))
     assert found is not None
-    assert [(mark.label, mark.is_own) for mark in found.marks] == [("this run, bi", True)]
+    assert [(mark.label, mark.is_own) for mark in found[1]] == [("this run, bi", True)]
 
 
 @given(
     st.lists(st.tuples(st.floats(0.1, 100), st.integers(2, 20)), min_size=1, max_size=12), st.sampled_from([290, 1000])
 )
 def test_labels_of_marks_neither_touch_nor_are_crossed(found: list[tuple[float, int]], width: int) -> None:
-    marks = [Mark("m" * length, value, "#010101") for value, length in found]
+    marks = [Mark("m" * length, value) for value, length in found]
     low = min(value for value, _ in found) / 1.1
     placed, high = label_rows(marks, low, max(value for value, _ in found) * 1.03, width)
 
     def place(mark: Mark) -> float:
-        return width * math.log(mark.value / low) / math.log(high / low)
+        return width * math.log(mark.loss / low) / math.log(high / low)
 
     boxes = [(place(mark), place(mark) + 6.2 * len(mark.label) + 8, row) for mark, row in placed]
     assert all(end <= width + 1e-6 for _, end, _ in boxes)
@@ -233,8 +228,13 @@ def test_labels_of_marks_neither_touch_nor_are_crossed(found: list[tuple[float, 
 @given(st.floats(-1e6, 1e6, width=32))
 def test_the_axis_of_activations_is_one_to_one(value: float) -> None:
     place = float(symmetric_log(torch.tensor(value, dtype=torch.float64)))
-    assert place == pytest.approx(pictures.symmetric_log(value))
+    assert place == pytest.approx(diagnostic_charts.symmetric_log(value))
     assert linear_of(place) == pytest.approx(value)
+
+
+def linear_of(place: float) -> float:
+    """The inverse of `symmetric_log`."""
+    return place if abs(place) <= 1 else math.copysign(10 ** (abs(place) - 1), place)
 
 
 def test_histograms_hold_every_activation(tiny_model: ModelFactory) -> None:
@@ -250,7 +250,7 @@ def test_histograms_hold_every_activation(tiny_model: ModelFactory) -> None:
         for entry in entries:
             assert sum(entry["counts"]) == 64 * 4 * 16
             edges = BIN_WIDTH * (entry["first"] + np.array([0, 1, len(entry["counts"]) - 1, len(entry["counts"])]))
-            low, high = pictures.symmetric_log(entry["min"]), pictures.symmetric_log(entry["max"])
+            low, high = diagnostic_charts.symmetric_log(entry["min"]), diagnostic_charts.symmetric_log(entry["max"])
             assert edges[0] - 1e-6 <= low <= edges[1] + 1e-6
             assert edges[2] - 1e-6 <= high <= edges[3] + 1e-6
             centres = [linear_of(BIN_WIDTH * (entry["first"] + i + 0.5)) for i in range(len(entry["counts"]))]
@@ -364,9 +364,14 @@ def test_a_run_makes_its_pictures(whole: Path) -> None:
     assert {point["protocol"] for point in points} == {evaluated["student"]["protocol"]}
     page = (whole / "report.html").read_text(encoding="utf-8")
     text = Page(page).text
-    for title in ("FID over the recovery", "Activations", "Speed against depth", "How the decision formed"):
+    for title in (
+        "FID during recovery",
+        "Activations by block",
+        "Speed-up by depth",
+        "Decision over the steps of the search",
+    ):
         assert title in text
-    assert page.count("<summary>The numbers</summary>") == 4
+    assert page.count("<summary>Table of the values</summary>") == 4
     assert {"activations.json", "depth_speed.json"} <= {path.name for path in whole.iterdir()}
 
 
@@ -417,22 +422,22 @@ def test_recoveries_of_one_protocol_are_drawn_together(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     ids = [value for _, name, value in Page(page).attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    assert page.count("FID over the recovery") == 3
+    assert page.count("<h2>FID during recovery") == 3
     report([runs[0], with_points(tmp_path / "c", "finetune", protocol="another")], RunOptions(tmp_path / "other.html"))
-    assert (tmp_path / "other.html").read_text(encoding="utf-8").count("FID over the recovery") == 2
+    assert (tmp_path / "other.html").read_text(encoding="utf-8").count("<h2>FID during recovery") == 2
 
 
 def test_checkpoints_answer_to_expected_numbers(tmp_path: Path) -> None:
-    (check,) = checks(read_run(with_points(tmp_path / "run", "masked-kd")))
-    assert (check.got, check.state) == ("9.10", "ok")
+    table = expected_table(read_run(with_points(tmp_path / "run", "masked-kd")))
+    assert table is not None and list(table.rows[0][2:]) == ["9.10", Cell("ok", "ok")]
 
 
 def test_every_picture_is_left_out_where_nothing_was_measured(tmp_path: Path) -> None:
     write(tmp_path / "run.json", stamp("run", {"name": "bare"}, "running"))
     page = render_run(tmp_path)
-    assert "The numbers" not in page
+    assert "Table of the values" not in page
     make_run(tmp_path / "more")
-    assert render_run(tmp_path / "more").count("<summary>The numbers</summary>") == 1
+    assert render_run(tmp_path / "more").count("<summary>Table of the values</summary>") == 1
     record: dict[str, Any] = {"losses": [0.5], "masks": ["1"], "marks": {}}
     write(tmp_path / "more" / "prune" / "calibration.json", record)
-    assert findings.calibration(read_run(tmp_path / "more")) is None
+    assert calibration(read_run(tmp_path / "more")) is None

@@ -22,12 +22,13 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import stamp
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.models.checkpoint import save_model
-from tinyfusion.report import facts
-from tinyfusion.report.canvas import EDGE_RGBA
-from tinyfusion.report.charts import Curve, dynamics_points, loss_curves, spans
-from tinyfusion.report.decisions import block_lists
+from tinyfusion.report import tables
+from tinyfusion.report.canvas import NARROW_PX, Shape, svg
+from tinyfusion.report.charts import curves
+from tinyfusion.report.decisions import block_lists, decision_strengths, spans
 from tinyfusion.report.format import count, duration, percent, significant
-from tinyfusion.report.render import _grids, _small_grid, embedded_record
+from tinyfusion.report.images import EDGE_RGBA, sample_sheets, tiled
+from tinyfusion.report.page import embedded_record
 
 KEPT = [1, 2, 5, 6]
 HOSTILE = "<script>alert('x')</script>&\"</script>"
@@ -211,8 +212,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_page_says_what_the_run_found(finished: str) -> None:
     text = Page(finished).text
     for fact in (
-        "8 → 4", "924 k → 467 k", "13.8 M → 7.0 M", "1.96× faster", "1.91× to 2.03×", "21.4 → 10.9",
-        "3.12 teacher → 48.7 cut → 5.31 recovered", "Kept: 1, 2, 5, 6", "6.81", "50.2",
+        "8 → 4", "924 k → 467 k", "13.8 M → 7.0 M", "1.96×", "1.91× to 2.03×", "21.4 → 10.9",
+        "3.12 teacher → 48.7 pruned → 5.31 student", "Kept: 1, 2, 5, 6", "6.81", "50.2",
         "tinyfusion run --recipe digits --out digits", "1 min 44 s", "768 by the search and 12.8 k by the recovery",
         "10 % of the 136 k", "e0" * 32, "c5" * 32, PROTOCOL,
     ):  # fmt: skip
@@ -226,11 +227,11 @@ def test_blocks_of_all_lists_are_counted(tmp_path: Path) -> None:
     write(tmp_path / "run" / "run.json", stamp("train", recipe_values(), "done"))
     run = read_run(tmp_path / "run")
     assert len(model.stack.depths()) == 2
-    assert facts.depths(run) == {"model": len(model.stack)}
-    blocks = [tile.values for tile in facts.headline(run) if tile.label == "blocks"]
-    assert blocks == [[("plain", str(len(model.stack)))]]
+    assert tables.depths(run) == {"model": len(model.stack)}
+    blocks = [tile.values for tile in tables.headline(run) if tile.label == "blocks"]
+    assert blocks == [[("", str(len(model.stack)))]]
     former = {"model": {"arch": {"depth": 12}}}
-    assert facts.depths(dataclasses.replace(run, models=former)) == {"model": 12}
+    assert tables.depths(dataclasses.replace(run, models=former)) == {"model": 12}
 
 
 def test_the_title_names_the_depths_once_they_are_decided(finished: str, tmp_path: Path) -> None:
@@ -239,22 +240,16 @@ def test_the_title_names_the_depths_once_they_are_decided(finished: str, tmp_pat
     assert "<title>digits · tinyfusion</title>" in render_run(tmp_path)
 
 
-def test_small_losses_keep_their_labels_and_legends_stand_above_the_axes() -> None:
-    curves = [Curve("total", range(9), np.geomspace(0.0048, 0.2, 9).tolist(), "#010101")]
-    curves.append(Curve("noise", range(9), [0.1] * 9, "#050505"))
-    chart = loss_curves(curves, "Loss", 350)
-    texts = {m[2]: m[1] for m in re.finditer(r"<text ([^>]*)>([^<]*)</text>", chart)}
+def test_small_losses_have_labels() -> None:
+    steps = list(range(9))
+    falling = Shape([list(zip(steps, np.geomspace(0.0048, 0.2, 9).tolist(), strict=True))], "ink", "total")
+    drawn = svg(curves([falling, Shape([[(i, 0.1) for i in steps]], "teacher", "noise")]), NARROW_PX, "Loss")
+    texts = re.findall(r"<text [^>]*>([^<]*)</text>", drawn)
     assert {"0.005", "0.01", "0.1"} <= set(texts) and "0.00" not in texts
-    height = {
-        label: float(found[1])
-        for label, attributes in texts.items()
-        if (found := re.search(r' y="([\d.]+)"', attributes))
-    }
-    assert max(height["total"], height["noise"]) < height["0.1"] - 20
-    flat = loss_curves([Curve("total", range(3), [0.9972, 0.998, 0.9991], "#010101")], "Loss", 350)
+    flat = svg(curves([Shape([[(0, 0.9972), (1, 0.998), (2, 0.9991)]], "ink")]), NARROW_PX, "Loss")
     labels = [float(text) for text in re.findall(r"<text [^>]*>(0\.99\d*)</text>", flat)]
     assert len(labels) >= 2, "a loss that hardly moves has its numbers too"
-    assert "font-family" not in chart
+    assert "font-family" not in drawn
 
 
 def test_expected_numbers_are_checked(finished: str) -> None:
@@ -266,7 +261,7 @@ def test_expected_numbers_are_checked(finished: str) -> None:
 
 def test_every_block_is_drawn_once_as_kept_or_dropped(finished: str) -> None:
     titles = [value for tag, name, value in Page(finished).attributes if tag == "span" and name == "title"]
-    assert titles == [f"block {i}: {'kept' if i in KEPT else 'dropped'}" for i in range(8)]
+    assert titles == [f"block {i}: {'kept' if i in KEPT else 'removed'}" for i in range(8)]
 
 
 def test_the_page_reaches_nothing_outside_itself(finished: str) -> None:
@@ -308,7 +303,7 @@ def test_several_runs_are_compared_and_their_drawings_do_not_collide(tmp_path: P
     runs = [make_run(tmp_path / name) for name in ("one", "two")]
     report([*runs, make_prune(tmp_path / "three")], RunOptions(tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "Side by side" in Page(page).text
+    assert "Comparison of the runs" in Page(page).text
     ids = [value for _, name, value in Page(page).attributes if name == "id"]
     assert len(ids) == len(set(ids))
     assert page.count('<article class="run"') == 3
@@ -317,7 +312,7 @@ def test_several_runs_are_compared_and_their_drawings_do_not_collide(tmp_path: P
 def test_one_stage_alone_has_a_page(tmp_path: Path) -> None:
     prune = Page(render_run(make_prune(tmp_path / "prune"))).text
     assert "Kept: 1, 2, 5, 6" in prune
-    assert "Loss of the search" in prune
+    assert "Loss of the mask search" in prune
     recover = Page(render_run(make_recover(tmp_path / "recover"))).text
     assert "Loss of the recovery" in recover
     assert "8 → 4" in recover
@@ -332,7 +327,7 @@ def test_plans_without_groups_have_a_page(tmp_path: Path) -> None:
     write(tmp_path / "run.json", stamp("prune", {"seed": 0}, "done"))
     write(tmp_path / "plan.json", plan)
     text = Page(render_run(tmp_path)).text
-    assert "criterion: indices" in text
+    assert "criterion indices" in text
     assert "Kept: 1, 2, 5, 6" in text
 
 
@@ -360,7 +355,7 @@ def test_a_search_that_goes_on_shows_its_present_favourite(tmp_path: Path) -> No
     assert run.plan.depth == {"blocks": 8}
     assert len(run.metrics["prune"]) == 12
     text = Page(render_run(path)).text
-    assert "Which blocks would go now" in text
+    assert "Blocks that would be kept now" in text
     assert "The search has not ended" in text
 
 
@@ -409,9 +404,9 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
 def test_opacity_is_confidence_above_chance() -> None:
     sizes = [[1, 2], [2, 4], [1, 1]]
     record = {"step": 3, "kept": {"blocks": [1, 2, 5, 6]}, "confidence": {"blocks": [0.4, 1 / 6 + 5 / 12, 1.0]}}
-    points = dynamics_points([record], spans(sizes), "blocks")
-    assert [(step, block) for step, block, _ in points] == [(3.0, 1), (3.0, 2), (3.0, 5), (3.0, 6)]
-    assert [opacity for _, _, opacity in points] == pytest.approx([0.0, 0.5, 0.5, 1.0])
+    strengths = decision_strengths([record], spans(sizes), "blocks")[:, 0]
+    assert np.flatnonzero(~np.isnan(strengths)).tolist() == [1, 2, 5, 6]
+    assert strengths[[1, 2, 5, 6]] == pytest.approx([0.0, 0.5, 0.5, 1.0])
 
 
 def test_numbers_read_well() -> None:
@@ -462,11 +457,11 @@ STEADY, SCATTERED = [21.0, 22.0], [15.0, 40.0]
 @pytest.mark.parametrize(
     ("speedup", "spread", "note", "state"),
     [
-        (1.55, STEADY, "far from the 1.97× of the MACs: what is not a block", "ok"),
-        (1.96, STEADY, "half of the ratios in 1.91× to 2.03×", "better"),  # 1.5 ± 0.1 was expected
-        (0.91, SCATTERED, "far from the 1.97× of the MACs: the times scatter, so this machine was busy", "busy machine?"),
-        (4.20, SCATTERED, "far from the 1.97× of the MACs: the times scatter, so this machine was busy", "busy machine?"),
-        (1.20, STEADY, "far from the 1.97× of the MACs: what is not a block", "off"),
+        (1.55, STEADY, "far from the ratio of MACs, 1.97×: work outside the blocks", "ok"),
+        (1.96, STEADY, "middle half of the measured ratios: 1.91× to 2.03×", "better"),  # 1.5 ± 0.1 was expected
+        (0.91, SCATTERED, "far from the ratio of MACs, 1.97×: the times scatter, so this machine was busy", "busy machine?"),
+        (4.20, SCATTERED, "far from the ratio of MACs, 1.97×: the times scatter, so this machine was busy", "busy machine?"),
+        (1.20, STEADY, "far from the ratio of MACs, 1.97×: work outside the blocks", "off"),
     ],
 )  # fmt: skip
 def test_a_speed_up_far_from_the_macs_is_marked(
@@ -485,7 +480,7 @@ def test_a_speed_up_far_from_the_macs_is_marked(
     ],
 )  # fmt: skip
 def test_better_than_expected_is_not_red(metric: str, value: float | None, state: str) -> None:
-    assert facts._compared(metric, value, wanted=5.0, tolerance=0.5) == state
+    assert tables.check_state(metric, value, wanted=5.0, tolerance=0.5) == state
 
 
 def test_the_page_has_one_speed_and_says_why_its_curve_is_another_measurement(tmp_path: Path) -> None:
@@ -502,7 +497,7 @@ def test_the_page_has_one_speed_and_says_why_its_curve_is_another_measurement(tm
 
 def test_white_images_have_an_edge() -> None:
     white = np.full((3, 4, 4, 1), 255, np.uint8)
-    grid = _small_grid(white, [0, 1, 2, -1], 2)
+    grid = tiled([*white, None], 2)
     assert grid.shape == (11, 11, 4)
     for top, left in ((0, 0), (0, 5), (5, 0)):
         tile = grid[top : top + 6, left : left + 6]
@@ -520,13 +515,13 @@ def test_decisions_at_chance_look_like_it(tmp_path: Path) -> None:
     plan["scores"]["blocks"] = [[0.483, 0.517], [0.7, 0.3], [0.1, 0.9], [0.8, 0.2]]
     write(folder / "plan.json", plan)
     (group, *others) = block_lists(read_run(folder))["blocks"]
-    assert group.is_coin_toss and group.undecided == {0, 1} and not any(other.undecided for other in others)
+    assert group.is_undecided and group.undecided == {0, 1} and not any(other.undecided for other in others)
     page = render_run(folder)
     text = Page(page).text
-    assert "1 of 2 a coin toss (52 %)" in text and "90 % sure" in text and "52 % sure" not in text
-    assert "2 of 8 blocks were decided at chance: another seed may choose others" in text
-    assert len(re.findall(r'class="block (?:kept|dropped) undecided" title', page)) == 2
-    assert "at chance" not in Page(render_run(make_prune(tmp_path / "sure"))).text.replace("No colour is chance", "")
+    assert "1 of 2 undecided (52 %)" in text and "90 % confident" in text and "52 % confident" not in text
+    assert "2 of 8 blocks were decided at chance level: another seed may choose others" in text
+    assert len(re.findall(r'class="block (?:kept|removed) undecided" title', page)) == 2
+    assert "at chance" not in Page(render_run(make_prune(tmp_path / "sure"))).text
 
 
 def test_of_a_subset_every_block_has_its_own_chance(tmp_path: Path) -> None:
@@ -539,7 +534,7 @@ def test_of_a_subset_every_block_has_its_own_chance(tmp_path: Path) -> None:
     write(folder / "plan.json", plan)
     (group,) = block_lists(read_run(folder))["blocks"]
     # kept is 1, 2, 5, 6: block 2 stays by 0.52 and block 7 goes by 0.48, chance being 4 of 8
-    assert group.undecided == {2, 7} and not group.is_coin_toss
+    assert group.undecided == {2, 7} and not group.is_undecided
 
 
 def test_tables_scroll_visibly(finished: str) -> None:
@@ -556,12 +551,12 @@ def test_real_images_stand_last_with_labels_of_their_own(tmp_path: Path) -> None
         folder / "samples" / "real.npz", arr_0=np.zeros((6, 8, 8, 1), np.uint8), arr_1=np.array([3, 3, 3, 7, 7, 7])
     )
     write(folder / "samples" / "real.json", {"protocol": "the first images of each class of own"})
-    *drawn, real = _grids(read_run(folder))
-    assert (real.name, real.columns) == ("real images", ["3", "7"])
+    *drawn, real = sample_sheets(read_run(folder))
+    assert (real.title, real.columns) == ("real images", ["3", "7"])
     assert real.caption == "the first images of each class of own"
     assert all(grid.columns == [str(i) for i in range(10)] for grid in drawn)
     text = Page(render_run(folder)).text
-    assert "The same seeds, drawn by each model" in text, "real images have no seed that could differ"
+    assert "Samples of every model from the same seeds" in text, "real images have no seed that could differ"
 
 
 # ---------------------------------------------------------------------------------------------------- mistyped records

@@ -25,7 +25,7 @@ from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.jobs.timed_model import SPREAD_STEPS, TimedModel, timed_model
 from tinyfusion.models.checkpoint import open_model
-from tinyfusion.report.facts import scatters
+from tinyfusion.report.tables import scatters
 
 _PRODUCT = "product"
 _PRODUCT_SIZE = {"cpu": 2048}

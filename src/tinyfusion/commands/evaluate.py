@@ -27,7 +27,7 @@ from tinyfusion.jobs.references import Reference, open_images, open_reference
 from tinyfusion.jobs.scoring import STORED_MOMENTS, protocol_of, score
 from tinyfusion.report import schema
 from tinyfusion.report.format import count, significant
-from tinyfusion.report.scores import UNBIASED_IMAGES
+from tinyfusion.report.tables import UNBIASED_IMAGES
 
 T = TypeVar("T")
 METRICS = (

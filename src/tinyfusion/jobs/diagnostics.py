@@ -1,6 +1,6 @@
-"""What the pictures of a run need and only a model can tell: activations, speed at every depth, FID over the recovery.
+"""Report diagnostics that require the models: activation histograms, speed by depth, FID by step of the recovery.
 
-Each is a JSON file in the run folder; the page is drawn from these without torch (docs/report.md).
+Each is a JSON file in the run folder, described in docs/report.md; the page is rendered from these without torch.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from tinyfusion.training.saved import damage, open_checkpoint, other_version
 
 BIN_WIDTH = 0.05  # of a histogram of activations, in the unit of `symmetric_log`
 NUM_ACTIVATION_IMAGES = 64
-_IMAGES_AT_A_TIME = 16
+_BATCH = 16
 DEPTH_REPEATS = 7
 DEPTH_BATCH = 128  # images at most, so that timing many depths stays cheap
 
@@ -49,91 +49,69 @@ def symmetric_log(x: Tensor) -> Tensor:
 def activations(recipe: Recipe, teacher: LoadedModel, student: LoadedModel) -> dict[str, Any]:
     """activations.json: a histogram and the extremes of every block's output, teacher and student on the same inputs.
 
-    64 training images, noised as in training: a timestep each, uniform over all; labels kept. The published figure
-    (arXiv 2412.01199, figure 8) has 4 clean images at t < 250.
+    64 training images, each noised at a timestep of its own, uniform over all; labels are never dropped. The published
+    figure (arXiv 2412.01199, figure 8) has 4 clean images at t < 250.
     """
     device = device_for(recipe)
     source: BatchSource = batches_for(recipe, teacher, device)
-    objective = objective_for(teacher, 0.0, recipe)
-    models = {"teacher": teacher, "student": student}
-    blocks = {"teacher": list(range(len(teacher.stack))), "student": _global_kept(student, teacher)}
-    found: dict[str, list[_Histogram]] = {name: [_Histogram() for _ in blocks[name]] for name in models}
+    objective, depths = objective_for(teacher, 0.0, recipe), teacher.stack.depths()
+    models, kept = {"teacher": teacher, "student": student}, student.facts.kept or {}
+    student_blocks = global_indices({name: kept.get(name, range(depth)) for name, depth in depths.items()}, depths)
+    blocks = {"teacher": list(range(len(teacher.stack))), "student": student_blocks}
+    histograms = {name: [_Histogram() for _ in listed] for name, listed in blocks.items()}
     for model in models.values():
         model.module.to(device).eval()
-    for first in range(0, NUM_ACTIVATION_IMAGES, _IMAGES_AT_A_TIME):
-        draws = Randomness(recipe.seed).at(0, first, _IMAGES_AT_A_TIME)
+    for first in range(0, NUM_ACTIVATION_IMAGES, _BATCH):
+        draws = Randomness(recipe.seed).at(0, first, _BATCH)
         noisy = objective.draw(source(0, NUM_ACTIVATION_IMAGES, draws), draws)
         for name, model in models.items():
             with model.stack.tap(range(len(blocks[name]))) as outputs:
                 objective.predict(model.module, noisy)
-            for index, histogram in enumerate(found[name]):
+            for index, histogram in enumerate(histograms[name]):
                 histogram.add(outputs[index])
-    shown = f"{NUM_ACTIVATION_IMAGES} images of {recipe.data.name}, noised at uniform timesteps, labels kept, float32"
-    return {
-        "protocol": f"{shown}, seed {recipe.seed}",
-        "bin_width": BIN_WIDTH,
-        "depth": len(teacher.stack),
-        "lists": teacher.stack.depths(),
-        "models": {
-            name: [
-                {"teacher_block": block, **histogram.values()}
-                for block, histogram in zip(blocks[name], listed, strict=True)
-            ]
-            for name, listed in found.items()
-        },
+    images = f"{NUM_ACTIVATION_IMAGES} images of {recipe.data.name}, noised at uniform timesteps, labels kept, float32"
+    entries = {
+        name: [{"teacher_block": b, **h.values()} for b, h in zip(blocks[name], listed, strict=True)]
+        for name, listed in histograms.items()
     }
-
-
-def _global_kept(student: LoadedModel, teacher: LoadedModel) -> list[int]:
-    """The teacher's number of every block of the student, counted through the lists."""
-    kept, depths = student.facts.kept or {}, teacher.stack.depths()
-    return global_indices({name: kept.get(name, range(depth)) for name, depth in depths.items()}, depths)
+    fixed = {"protocol": f"{images}, seed {recipe.seed}", "bin_width": BIN_WIDTH, "depth": len(teacher.stack)}
+    return {**fixed, "lists": depths, "models": entries}
 
 
 class _Histogram:
     """Counts in bins of `symmetric_log`, extremes and moments of all values that were added."""
 
     def __init__(self) -> None:
-        self.counts: dict[int, int] = {}
-        self.low, self.high = float("inf"), float("-inf")
+        self.counts: Counter[int] = Counter()
+        self.low, self.high = math.inf, -math.inf
         self.num, self.total, self.squares = 0, 0.0, 0.0
 
     def add(self, x: Tensor) -> None:
-        """Take in values of any shape. Raises UserError where one is not finite."""
+        """Add values of any shape. Raises UserError where one is not finite."""
         values = x.detach().float().flatten()
         low, high = float(values.min()), float(values.max())
-        if not np.isfinite([low, high]).all():
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise UserError("a block gives values that are not finite: the model is broken or unrecovered")
         bins = torch.floor(symmetric_log(values) / BIN_WIDTH).long()
         first = int(bins.min())
-        for i, num in enumerate(torch.bincount(bins - first).tolist()):
-            if num:
-                self.counts[first + i] = self.counts.get(first + i, 0) + num
+        self.counts.update({first + i: n for i, n in enumerate(torch.bincount(bins - first).tolist()) if n})
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self.num += values.numel()
         doubles = values.double() if values.device.type != "mps" else values
+        self.num += values.numel()
         self.total += float(doubles.sum())
         self.squares += float(doubles.square().sum())
 
     def values(self) -> dict[str, Any]:
         """Plain values; counts of the bins `first`, first + 1, ..."""
-        mean = self.total / self.num
-        first, last = min(self.counts), max(self.counts)
-        return {
-            "min": self.low,
-            "max": self.high,
-            "mean": mean,
-            "std": max(self.squares / self.num - mean**2, 0.0) ** 0.5,
-            "first": first,
-            "counts": [self.counts.get(i, 0) for i in range(first, last + 1)],
-        }
+        mean, first, last = self.total / self.num, min(self.counts), max(self.counts)
+        std = max(self.squares / self.num - mean**2, 0.0) ** 0.5
+        counts = [self.counts[i] for i in range(first, last + 1)]
+        return {"min": self.low, "max": self.high, "mean": mean, "std": std, "first": first, "counts": counts}
 
 
 def timed_depths(depth: int, most: int, also: int, least: int = 1) -> list[int]:
     """At most `most` depths from the whole down to `least`, evenly spread, and the student's, falling; none where `most` is 0."""
-    if most == 0:
-        return []
-    return sorted({also, *range(depth, least - 1, -math.ceil(depth / most))}, reverse=True)
+    return sorted({also, *range(depth, least - 1, -math.ceil(depth / most))}, reverse=True) if most else []
 
 
 def shared_out(num: int, depths: Mapping[str, int]) -> dict[str, int]:
@@ -144,22 +122,23 @@ def shared_out(num: int, depths: Mapping[str, int]) -> dict[str, int]:
     total = sum(depths.values())
     if not len(depths) <= num <= total:
         raise ValueError(f"{num} blocks do not go into the lists {dict(depths)}, at least one into each")
-    found = {name: max(1, depth * num // total) for name, depth in depths.items()}
-    while (short := num - sum(found.values())) != 0:
-        room = [n for n in depths if (found[n] < depths[n] if short > 0 else found[n] > 1)]
-        missing = {name: depths[name] * num / total - found[name] for name in room}
-        name = max(room, key=missing.__getitem__) if short > 0 else min(room, key=missing.__getitem__)
-        found[name] += 1 if short > 0 else -1
-    return found
+    shares = {name: max(1, depth * num // total) for name, depth in depths.items()}
+    while (short := num - sum(shares.values())) != 0:
+        step = 1 if short > 0 else -1
+        room = [name for name in depths if 1 <= shares[name] + step <= depths[name]]
+        shares[max(room, key=lambda name: step * (depths[name] * num / total - shares[name]))] += step
+    return shares
 
 
 def shallow(model: LoadedModel, depths: Mapping[str, int]) -> LoadedModel:
     """The model with only the first blocks of every list, as many as `depths` says; weights are shared, not copied."""
-    held = itertools.chain(model.module.parameters(), model.module.buffers())
-    cut = LoadedModel(copy.deepcopy(model.module, {id(t): t for t in held}), model.family, model.arch, model.facts)
-    cut.stack.keep({name: range(depth) for name, depth in depths.items()})
-    cut.arch = model.family.arch_with_depths(model.arch, dict(depths))
-    return cut
+    tensors = itertools.chain(model.module.parameters(), model.module.buffers())
+    pruned = LoadedModel(
+        copy.deepcopy(model.module, {id(t): t for t in tensors}), model.family, model.arch, model.facts
+    )
+    pruned.stack.keep({name: range(depth) for name, depth in depths.items()})
+    pruned.arch = model.family.arch_with_depths(model.arch, dict(depths))
+    return pruned
 
 
 def depth_speed(
@@ -174,8 +153,7 @@ def depth_speed(
     lists in proportion. step_of: (model, images) to the call that is timed, one denoising step. Which blocks of a list stay
     does not matter to the speed.
     """
-    device, whole = device_for(recipe), len(teacher.stack)
-    lists, own = teacher.stack.depths(), sum(student.values())
+    device, whole, lists, own = device_for(recipe), len(teacher.stack), teacher.stack.depths(), sum(student.values())
     depths = timed_depths(whole, recipe.speed.depths, own, len(lists))
     if not depths:
         return None
@@ -186,22 +164,22 @@ def depth_speed(
     points = []
     for depth in depths:
         ratio, low, high = speedup(times[str(whole)], times[str(depth)])
-        latency = times[str(depth)].median_ms
-        point = {"depth": depth, "latency_ms": latency, "speedup": ratio, "speedup_spread": [low, high]}
+        point = {
+            "depth": depth,
+            "latency_ms": times[str(depth)].median_ms,
+            "speedup": ratio,
+            "speedup_spread": [low, high],
+        }
         points.append({**point, "lists": split[depth]} if len(lists) > 1 else point)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return {
-        "protocol": f"{DEPTH_REPEATS} interleaved guided denoising steps at every depth, batch {num}, "
-        f"float32, {device.type}{threads}; medians",
-        "teacher_depth": whole,
-        "points": points,
-    }
+    where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    steps = f"{DEPTH_REPEATS} interleaved guided denoising steps at every depth, batch {num}"
+    return {"protocol": f"{steps}, float32, {where}; medians", "teacher_depth": whole, "points": points}
 
 
 def checkpoint_steps(settings: TrainingSection, num: int) -> list[int]:
-    """The steps of `num` checkpoints, evenly spread over a training, that are still there at its end.
+    """The steps of `num` checkpoints, evenly spread over a training, that still exist at its end.
 
-    Raises UserError where the training keeps too few.
+    Raises UserError where the training retains too few.
     """
     made, every = settings.made_steps, settings.checkpoint_every_steps
     if num == 0:
@@ -211,8 +189,8 @@ def checkpoint_steps(settings: TrainingSection, num: int) -> list[int]:
     if len(set(chosen)) < num or any(2 * abs(step * num - i * made) > made for i, step in enumerate(chosen, 1)):
         raise UserError(
             f"evaluate.checkpoints {num} wants a checkpoint near every {made // num}th of {made} steps, and "
-            f"recover.training keeps {', '.join(map(str, saved))}: set its checkpoint_every_steps to {max(made // num, 1)} "
-            f"and checkpoints_limit to {num}"
+            f"recover.training retains {', '.join(map(str, saved))}: set its checkpoint_every_steps to "
+            f"{max(made // num, 1)} and checkpoints_limit to {num}"
         )
     return chosen
 
@@ -220,7 +198,7 @@ def checkpoint_steps(settings: TrainingSection, num: int) -> list[int]:
 def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Callable[[str, str], Path]) -> None:
     """fid_steps.json: FID of the averaged weights at checkpoints of the recovery, against the first reference.
 
-    Written after every point, and what is there is not made again. The first point is the cut model, the last the
+    Written after every point; existing points are not measured again. The first point is the pruned model, the last the
     student, both evaluated before. evaluation: (model, reference) to its JSON. Changes the weights of `student`.
     """
     settings, file = recipe.recover.training, out / "fid_steps.json"
@@ -228,45 +206,41 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
     if not steps:
         return
     reference = recipe.evaluate.references[0]
-    label = evaluation("", reference).stem.removeprefix("-")
+    fixed = {"method": recipe.recover.method, "reference": evaluation("", reference).stem.removeprefix("-")}
     points: list[dict[str, Any]] = list(read_json(file)) if file.is_file() else []
     done = {point["step"] for point in points}
 
-    def add(step: int, scores: dict[str, Any]) -> None:
+    def add(step: int, scores: Mapping[str, Any]) -> None:
         numbers = {key: scores[key] for key in ("fid", "inception_score", "protocol")}
-        images = step * settings.batch_size
-        points.append({"step": step, "images": images, "method": recipe.recover.method, "reference": label, **numbers})
+        points.append({"step": step, "images": step * settings.batch_size, **fixed, **numbers})
         write_json(file, sorted(points, key=lambda point: point["step"]))
 
     for step, model in ((0, "pruned"), (settings.made_steps, "student")):
         if step not in done:
             add(step, read_json(evaluation(model, reference)))
-    missing = [step for step in steps if step not in done and step != settings.made_steps]
-    if missing:
+    if missing := [step for step in steps if step not in done and step != settings.made_steps]:
         extractor = open_extractor(recipe.evaluate.features, str(device_for(recipe)))
         real = open_reference(reference, extractor, recipe.data)
         for step in missing:
             _load_average(student, out / "recover" / "checkpoints" / f"step-{step:07d}")
             images, _ = draw(recipe, student, f"sample step {step}")
             scores = score(images, real, extractor, recipe.evaluate.neighbours, recipe.evaluate.is_splits_size)
-            told = protocol_of(real, extractor, recipe.evaluate, protocol(recipe, student))
-            add(step, {**scores, "protocol": told})
+            add(step, {**scores, "protocol": protocol_of(real, extractor, recipe.evaluate, protocol(recipe, student))})
 
 
 @torch.no_grad()
 def _load_average(model: LoadedModel, checkpoint: Path) -> None:
-    """Put the averaged weights of a checkpoint into `model`. Raises UserError where they are not there."""
+    """Load the averaged weights of a checkpoint into `model`. Raises UserError where they are missing."""
     if not checkpoint.is_dir():
         raise UserError(
             f"{checkpoint} is gone: it is a point of the curve of FID over the recovery (evaluate.checkpoints)"
         )
-    wrong = other_version(checkpoint) or damage(checkpoint)
-    if wrong is not None:
+    if (wrong := other_version(checkpoint) or damage(checkpoint)) is not None:
         raise UserError(f"cannot take the averaged weights of checkpoint {checkpoint}: {wrong}")
     saved = open_checkpoint(checkpoint)
-    held = set(saved.names())
+    names = set(saved.names())
     for name, parameter in model.module.named_parameters():
-        if f"ema/{name}" in held:
+        if f"ema/{name}" in names:
             parameter.copy_(saved.whole(f"ema/{name}"))
 
 
@@ -278,12 +252,12 @@ def write_pictures(
     step_of: Callable[[LoadedModel, int], Callable[[], object]],
     evaluation: Callable[[str, str], Path],
 ) -> None:
-    """Every file of this module that is not there yet."""
-    wanted: Sequence[tuple[str, Callable[[], dict[str, Any] | None]]] = (
-        ("activations.json", lambda: activations(recipe, teacher, student)),
-        ("depth_speed.json", lambda: depth_speed(recipe, teacher, student.stack.depths(), step_of)),
-    )
-    for name, make in wanted:
-        if not (out / name).is_file() and (values := make()) is not None:
+    """Write every file of this module that does not exist yet."""
+    wanted: dict[str, Callable[[], dict[str, Any] | None]] = {
+        "activations.json": lambda: activations(recipe, teacher, student),
+        "depth_speed.json": lambda: depth_speed(recipe, teacher, student.stack.depths(), step_of),
+    }
+    for name, measure in wanted.items():
+        if not (out / name).is_file() and (values := measure()) is not None:
             write_json(out / name, values)
     fid_steps(recipe, out, student, evaluation)

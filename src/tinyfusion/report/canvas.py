@@ -1,139 +1,183 @@
-"""What every chart is drawn on and with: a bare figure, the page's colours, and SVG text out.
-
-Colours are drawn as stand-ins and replaced by CSS variables, so a chart follows the page's colour scheme. Widths and
-heights are CSS pixels. No pyplot, no state.
-"""
+"""SVG charts from plain values: axes, filled and stroked shapes, text. Colours are the CSS variables of the page."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from markupsafe import Markup
 
-INK, MUTED, LINE, BAND = "#010101", "#020202", "#030303", "#040404"
-TEACHER, CUT, STUDENT, EXTRA = "#050505", "#060606", "#070707", "#080808"
-_VARIABLES = {
-    INK: "ink", MUTED: "muted", LINE: "line", BAND: "band",
-    TEACHER: "teacher", CUT: "cut", STUDENT: "student", EXTRA: "extra",
-}  # fmt: skip
+WIDE_PX, NARROW_PX = 1060, 350  # of a desktop page; of a phone or a column
+CHARACTER_PX = 6.2  # mean width of a character of chart text
+_RIGHT, _GAP, _BOTTOM = 14, 24, 38  # margins in pixels
+_CELL_LEVELS = 12  # steps of opacity
+Points = Sequence[tuple[float, float]]
 
 
-EDGE_RGBA = (128, 128, 128, 110)  # around images: it shows on white and on black
+@dataclass(frozen=True)
+class Axis:
+    """A range of values. ticks: (value, label); None: round numbers."""
+
+    low: float
+    high: float
+    label: str = ""
+    log: bool = False
+    ticks: Sequence[tuple[float, str]] | None = None
+
+    def place(self, value: float, start: float, end: float) -> float:
+        """The pixel of a value, where `low` is at `start` and `high` at `end`."""
+        low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return start + (end - start) * (at - low) / ((high - low) or 1.0)
+
+    def labelled(self, most: int) -> list[tuple[float, str]]:
+        """The ticks: those given, else at most about `most` round numbers of the range."""
+        if self.ticks is not None:
+            return list(self.ticks)
+        values = _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high, most)
+        return [(value, f"{value:,.10g}") for value in values]
+
+
+def _linear_ticks(low: float, high: float, most: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten."""
+    rough = max(high - low, 1e-12) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, and numbers between them where the range is short."""
+    digits = (1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 1e4 * low else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [value for power in powers for digit in digits if low <= (value := digit * 10.0**power) <= high]
+    return found if len(found) > 1 else _linear_ticks(low, high, 4)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Polylines in one colour: filled polygons, or strokes `width` wide. dots: diameter of a dot on every point.
+
+    label: in the legend, where there is one.
+    """
+
+    lines: Sequence[Points]
+    colour: str
+    label: str = ""
+    fill: bool = False
+    width: float = 1.8
+    opacity: float = 1.0
+    dashed: bool = False
+    dots: float = 0.0
+
+    def svg(self, x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
+        """One or two <path> elements."""
+        placed = [[f"{x(a):.1f} {y(b):.1f}" for a, b in line] for line in self.lines]
+        drawn = "".join("M" + "L".join(line) + ("Z" if self.fill else "") for line in placed)
+        if self.fill:
+            return Markup('<path d="{}" fill="var(--{})" opacity="{:.2g}"/>').format(drawn, self.colour, self.opacity)
+        stroke = Markup('<path d="{}" stroke="var(--{})" stroke-width="{:g}" opacity="{:.2g}"{}/>')
+        dash = Markup(' stroke-dasharray="3 3"') if self.dashed else ""
+        path = stroke.format(drawn, self.colour, self.width, self.opacity, dash) if self.width else Markup()
+        spots = "".join(f"M{point}h0" for line in placed for point in line)
+        return path + (stroke.format(spots, self.colour, self.dots, self.opacity, "") if self.dots else "")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words at a point, `dx` and `dy` pixels away from it. anchor: start, middle or end."""
+
+    x: float
+    y: float
+    text: str
+    colour: str = "muted"
+    anchor: str = "start"
+    dx: float = 0.0
+    dy: float = 0.0
+
+    def svg(self, x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
+        """A <text> element."""
+        return _text(x(self.x) + self.dx, y(self.y) + self.dy, self.text, self.anchor, self.colour)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Shapes and texts over one horizontal axis."""
+
+    x: Axis
+    items: Sequence[Shape | Text]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Panels side by side with one vertical axis, `height` pixels high. grid: horizontal lines at the ticks."""
+
+    y: Axis
+    panels: Sequence[Panel]
+    height: int = 240
+    grid: bool = True
+
+
+def svg(plot: Plot, width: int, description: str) -> Markup:
+    """The plot as an <svg> element of that many pixels, which scales to its container."""
+    y_ticks = plot.y.labelled(6)
+    left = 10 + CHARACTER_PX * max((len(text) for _, text in y_ticks), default=0)
+    has_head = plot.y.label or any(panel.title for panel in plot.panels)
+    top, bottom = 24 if has_head else 8, plot.height - _BOTTOM
+    each = (width - left - _RIGHT - _GAP * (len(plot.panels) - 1)) / len(plot.panels)
+    out = [_text(0, 10, plot.y.label)]
+    for i, panel in enumerate(plot.panels):
+        start = left + i * (each + _GAP)
+
+        def x(value: float, axis: Axis = panel.x, start: float = start) -> float:
+            return axis.place(value, start, start + each)
+
+        def y(value: float) -> float:
+            return plot.y.place(value, bottom, top)
+
+        lines = [y(value) for value, _ in y_ticks] if plot.grid else []
+        out += [
+            Markup('<path class="grid" d="M{:.1f} {:.1f}h{:.1f}"/>').format(start, at, each) for at in (bottom, *lines)
+        ]
+        if i == 0:
+            out += [_text(left - 7, y(value) + 4, text, "end") for value, text in y_ticks]
+        out += [_text(x(v), bottom + 16, text, "middle") for v, text in panel.x.labelled(max(int(each / 75), 3))]
+        out += [_text(start + each / 2, plot.height - 4, panel.x.label, "middle"), _text(start, 10, panel.title)]
+        out += [item.svg(x, y) for item in panel.items]
+    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">')
+    return head.format(width, plot.height, description) + Markup("\n").join(filter(None, out)) + Markup("</svg>")
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", colour: str = "muted") -> Markup:
+    element = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}" fill="var(--{})">{}</text>')
+    return element.format(x, y, anchor, colour, text) if text else Markup()
+
+
+def rectangle(left: float, bottom: float, right: float, top: float) -> Points:
+    """The corners of a rectangle."""
+    return [(left, bottom), (right, bottom), (right, top), (left, top)]
+
+
+def cells(values: np.ndarray, edges: Sequence[float], positive: str, negative: str = "") -> list[Shape]:
+    """A map of values (rows, columns) in [-1, 1]: a cell per value, as opaque as it is large; none for 0 and NaN.
+
+    edges: where the columns begin, and the last one ends. positive, negative: colours. Equal neighbours are one cell.
+    """
+    levels = np.round(np.nan_to_num(values) * _CELL_LEVELS).astype(int)
+    found: dict[int, list[Points]] = {}
+    for row, line in enumerate(levels):
+        for a, b in pairwise([0, *(np.flatnonzero(np.diff(line)) + 1).tolist(), len(line)]):
+            if line[a]:
+                found.setdefault(int(line[a]), []).append(rectangle(edges[a], row - 0.46, edges[b], row + 0.46))
+    return [
+        Shape(places, positive if level > 0 else negative, fill=True, opacity=abs(level) / _CELL_LEVELS)
+        for level, places in sorted(found.items())
+    ]
 
 
 def thinned(num: int, most: int) -> list[int]:
-    """Every so-many-th index of `num`, so that at most `most` and the last are shown."""
-    stride = -(-num // most)
-    return sorted({*range(0, num, stride), num - 1}) if num else []
-
-
-def blank(width: int, height: int) -> tuple[Figure, Axes]:
-    """An empty chart of that many CSS pixels: no frame, a base line, level lines."""
-    figure, (axes,) = row_of_blanks(width, height, 1)
-    return figure, axes
-
-
-def row_of_blanks(width: int, height: int, num: int) -> tuple[Figure, list[Axes]]:
-    """Empty charts side by side, with one vertical axis, in that many CSS pixels altogether."""
-    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-    figure.patch.set_alpha(0)
-    made: list[Axes] = []
-    for i in range(num):
-        axes = figure.add_subplot(1, num, i + 1, sharey=made[0] if made else None)
-        axes.patch.set_alpha(0)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(LINE)
-        axes.tick_params(which="both", length=0, labelcolor=MUTED, labelsize=10.5)
-        axes.grid(axis="y", color=LINE, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.xaxis.label.set_color(MUTED)
-        axes.yaxis.label.set_color(MUTED)
-        axes.xaxis.set_major_locator(MaxNLocator(6 if width > 600 else 4, integer=True, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        made.append(axes)
-    return figure, made
-
-
-def log_labels(axis: Axis, limits: tuple[float, float], decades: int = 2) -> None:
-    """Plain numbers on a logarithmic axis; 2 and 5 between the powers of ten where fewer than `decades` are shown."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: _minor_label(*limits, value, decades)))
-
-
-def _minor_label(low: float, high: float, value: float, decades: int) -> str:
-    lead = value / 10 ** np.floor(np.log10(value))
-    wanted = (2, 3, 5, 7) if high / low < 10 else (2, 5)
-    return f"{value:g}" if high / low < 10**decades and any(abs(lead - w) < 1e-6 for w in wanted) else ""
-
-
-def dots(axes: Axes, points: Sequence[tuple[float, int]], colour: str, opacity: float, size: float) -> None:
-    """All points as one path of zero-length strokes with round ends: some 20 bytes a point."""
-    if not points:
-        return
-    vertices = np.repeat(np.asarray(points, dtype=np.float64), 2, axis=0)
-    path = Path(vertices, [Path.MOVETO, Path.LINETO] * len(points))
-    path.should_simplify = False  # simplification would drop strokes without length
-    axes.add_patch(
-        PathPatch(path, fill=False, edgecolor=colour, alpha=opacity, linewidth=size, capstyle="round", clip_on=False)
-    )
-
-
-def cells(
-    axes: Axes, places: Sequence[tuple[float, float, float, float]], colour: str, opacity: float, zorder: float = 1
-) -> None:
-    """All rectangles (left, bottom, right, top) as one filled path."""
-    corners = [[(a, b), (c, b), (c, d), (a, d), (a, b)] for a, b, c, d in places]
-    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(places)
-    path = Path(np.asarray(corners, dtype=np.float64).reshape(-1, 2), codes)
-    axes.add_patch(PathPatch(path, facecolor=colour, edgecolor="none", linewidth=0, alpha=opacity, zorder=zorder))
-
-
-def legend(axes: Axes) -> None:
-    """Above the axes, where it covers no curve; left out where there is one curve, which the title names."""
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(
-            frameon=False, labelcolor=MUTED, fontsize=10.5, handlelength=1.2, ncols=2, columnspacing=1.6,
-            loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, borderpad=0,
-        )  # fmt: skip
-
-
-def svg(figure: Figure, salt: str, description: str) -> str:
-    """The figure as an <svg> element without fixed size, ids unique to `salt`, colours as CSS variables."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "axes.unicode_minus": True}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    body = text[text.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*"', "<g", body)
-    view_box = re.search(r'viewBox="([^"]*)"', body)
-    assert view_box is not None, "matplotlib writes a viewBox"
-    body = re.sub(
-        r"<svg[^>]*>",
-        f'<svg class="chart" viewBox="{view_box[1]}" role="img" aria-label="{_attribute(description)}">',
-        body,
-        count=1,
-    )
-    body = body.replace("xlink:href", "href")
-    body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
-    body = re.sub(r" ?font-family: [^;\"]*;", "", body)
-    body = re.sub(r"#0[1-8]0[1-8]0[1-8]", lambda match: f"var(--{_VARIABLES[match[0]]})", body)
-    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), body)  # places, not the labels
-    prefix = hashlib.sha256(salt.encode()).hexdigest()[:6]
-    body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", body)
-    return re.sub(r"\s*\n\s*", "\n", body).strip()
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    """Indices of at most about `most` of `num` values, evenly spread, the last among them."""
+    return sorted({*range(0, num, -(-num // most)), num - 1}) if num else []

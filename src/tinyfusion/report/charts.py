@@ -1,280 +1,268 @@
-"""What happened over the steps: decisions, marginals, confidence, losses. SVG text, see `canvas.py`."""
+"""Charts of what a run logged: decisions, training curves, scores during recovery. Their captions are in the template."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from math import comb
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from markupsafe import Markup
 
 from tinyfusion.report.canvas import (
-    BAND,
-    CUT,
-    EXTRA,
-    INK,
-    LINE,
-    MUTED,
-    STUDENT,
-    TEACHER,
-    blank,
+    NARROW_PX,
+    WIDE_PX,
+    Axis,
+    Panel,
+    Plot,
+    Points,
+    Shape,
     cells,
-    dots,
-    legend,
-    log_labels,
+    rectangle,
     svg,
     thinned,
-)  # fmt: skip
+)
+from tinyfusion.report.decisions import Span, decision_groups, decision_strengths
+from tinyfusion.report.format import count, short_names, significant
+from tinyfusion.report.load import Run
+from tinyfusion.report.tables import Table, distance_name, stated
 
-_LEVELS = 12  # steps of opacity
-_KINDS = (STUDENT, EXTRA, TEACHER, CUT, INK)  # colours of groups of unlike size
+COLOURS = ("student", "pruned", "extra", "teacher", "ink")
+_STAGES = {"prune": "mask search", "recover": "recovery", "train": "training", "dynamic": "router training"}
+_LOSSES = {  # field of a log line -> (label, colour)
+    "loss": ("total", "ink"), "mse": ("noise", "teacher"), "kd_loss": ("teacher's output", "student"),
+    "feat_loss": ("teacher's features", "pruned"), "dynamic_loss": ("routed", "extra"), "complete_loss": ("full model", "muted"),
+}  # fmt: skip
+_SHARES = {"ratio": ("executed", "student"), "budget": ("budget", "pruned")}
+_MOST_ROWS = 60  # of a table of decisions
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One line of a chart: x, y of the same length, a colour of `canvas.py`."""
+class Chart:
+    """A chart. wide, narrow: SVG for a desktop page (empty for a small chart), and for a phone or a column.
 
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    colour: str
+    kind: names its caption in the template, which prints `facts`. legend: labelled shapes. protocol: of the scores in it.
+    """
+
+    title: str
+    kind: str
+    wide: Markup
+    narrow: Markup
+    legend: Sequence[Shape]
+    facts: Mapping[str, Any]
+    table: Table | None = None
+    protocol: str = ""
+
+
+def chart(
+    title: str, kind: str, plot: Plot | Callable[[int], Plot], table: Table | None = None, protocol: str = "",
+    small: bool = False, **facts: Any,
+) -> Chart:  # fmt: skip
+    """Draw a plot, which may depend on the width; a small one at the narrow width alone. Labelled shapes are its legend."""
+    narrow, full = (plot, plot) if isinstance(plot, Plot) else (plot(NARROW_PX), plot(WIDE_PX))
+    legend = [item for item in narrow.panels[0].items if isinstance(item, Shape) and item.label]
+    wide, legend = Markup() if small else svg(full, WIDE_PX, title), legend if len(legend) > 1 else []
+    return Chart(title, kind, wide, svg(narrow, NARROW_PX, title), legend, facts, table, protocol)
+
+
+def curves(
+    shapes: Sequence[Shape], levels: Sequence[tuple[float, str, str]] = (), label: str = "",
+    limits: tuple[float, float] | None = None, height: int = 240,
+) -> Plot:  # fmt: skip
+    """Curves over steps. levels: (value, label, colour) of level lines. limits: of a linear axis; None: logarithmic if it can be."""
+    points = [point for shape in shapes for line in shape.lines for point in line]
+    steps = Axis(min(x for x, _ in points), max(1.0, *(x for x, _ in points)), "step")
+    values = [*(y for _, y in points), *(value for value, _, _ in levels)]
+    low, high = limits or (min(values), max(values))
+    is_log = limits is None and 0 < 2 * low <= high  # a shorter range has too few round numbers
+    pad = 0.0 if limits else 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    ends = (low / 1.1, high * 1.1) if is_log else (low - pad, high + pad)
+    level_lines = [
+        Shape([[(steps.low, value), (steps.high, value)]], colour, name, width=1.2, dashed=True)
+        for value, name, colour in levels
+    ]
+    return Plot(Axis(*ends, label, log=is_log), [Panel(steps, [*shapes, *level_lines])], height)
+
+
+def row_ticks(depth: int, first: int = 0) -> list[tuple[float, str]]:
+    """A tick for every block of a list whose rows begin at `first`."""
+    return [(first + i, str(i)) for i in range(depth)]
+
+
+def decision_charts(run: Run) -> list[Chart]:
+    """The decision over the steps of the search: a map per list of blocks."""
+    lines, plan = run.decision_lines, run.plan
+    if not lines or not plan:
+        return []
+    kind, chance = ("marginals", "block_chance") if "marginals" in lines[-1] else ("decision", "choice_chance")
+    return [
+        chart(name, kind, partial(_decision_map, lines, groups, plan.kept[name], name), decision_table(lines, name),
+              chances={span.name: getattr(span, chance) for span in groups}, decided=run.decided)
+        for name, groups in decision_groups(run).items()
+    ]  # fmt: skip
+
+
+def _decision_map(lines: Sequence[Any], groups: Sequence[Span], final: Sequence[int], name: str, width: int) -> Plot:
+    shown = [lines[i] for i in thinned(len(lines), 140 if width == WIDE_PX else 50)]
+    steps, depth = np.array([line["step"] for line in shown], dtype=float), sum(span.size for span in groups)
+    last = max(float(steps[-1]), 1.0)
+    edges = [0.0, *((steps[1:] + steps[:-1]) / 2).tolist(), 1.01 * last]
+    values = decision_strengths(shown, groups, name)
+    items = [] if "marginals" in shown[-1] else cells(np.where(np.isnan(values), 0.0, 1.0), edges, "line")
+    items += cells(values, edges, "student", "pruned")
+    borders = [[(0.0, span.start - 0.5), (1.04 * last, span.start - 0.5)] for span in groups[1:]]
+    items += [Shape(borders, "muted", width=0.8, opacity=0.6)]
+    items += [Shape([rectangle(1.02 * last, b - 0.3, 1.04 * last, b + 0.3) for b in final], "student", fill=True)]
+    rows = Axis(-0.7, depth - 0.3, "block of the teacher", ticks=row_ticks(depth))
+    return Plot(
+        rows, [Panel(Axis(0, 1.04 * last, "step"), items)], 80 + (17 if depth <= 16 else 14) * depth, grid=False
+    )
+
+
+def decision_table(lines: Sequence[Mapping[str, Any]], name: str) -> Table:
+    """The first and the last decision and every change between them, with the confidence of the groups."""
+    kept = [line["kept"][name] for line in lines]
+    changed = [i for i in range(len(lines)) if i in (0, len(lines) - 1) or kept[i] != kept[i - 1]]
+    rows = []
+    for i in changed[-_MOST_ROWS:]:
+        quantiles = np.quantile(lines[i]["confidence"][name], (0, 0.5, 1))
+        rows.append([f"{lines[i]['step']:,}", ", ".join(map(str, kept[i])), *(f"{value:.2f}" for value in quantiles)])
+    note = f"The first, the last, and every change between them, of {len(lines)} logged steps."
+    note += f" {len(changed) - len(rows)} earlier changes are left out." if len(changed) > len(rows) else ""
+    return Table(["step", "kept", "least confident", "median", "most confident"], rows, note)
+
+
+def training_charts(run: Run) -> list[Chart]:
+    """Confidence, losses, executed share and scores of previews over the steps."""
+    charts = _confidence_charts(run)
+    for stage, lines in run.metrics.items():
+        losses = {"loss": _LOSSES["loss"]} if stage in ("prune", "train") else _LOSSES
+        if shapes := _logged(lines, losses):
+            charts.append(chart(f"Loss of the {_STAGES[stage]}", "loss", curves(shapes), small=True))
+        if stage == "dynamic" and len(lines) > 1 and (shapes := _logged(lines, _SHARES)):
+            charts.append(chart("Executed share", "share", curves(shapes), small=True))
+    for stage, scores in run.preview_scores.items():
+        for protocol, fids in preview_fids(scores).items():
+            if len(fids) > 1:
+                title = f"{distance_name(protocol)} of the previews, {_STAGES[stage]}"
+                plot = curves(_smoothed(fids, "averaged weights", "student"))
+                charts.append(chart(title, "previews", plot, protocol=protocol, small=True))
+    return charts
+
+
+def _confidence_charts(run: Run) -> list[Chart]:
+    """The confidence of the search, of every list of blocks by itself."""
+    lines, plan, charts = run.decision_lines, run.plan, []
+    if len(lines) < 2 or not plan:
+        return []
+    shown, groups_of = [lines[i] for i in thinned(len(lines), 120)], decision_groups(run)
+    is_marginal, steps = "marginals" in shown[-1], [float(line["step"]) for line in shown]
+
+    def track(values: np.ndarray) -> Points:
+        return list(zip(steps, values.tolist(), strict=True))
+
+    for name, groups in groups_of.items():
+        values = np.array([line["marginals" if is_marginal else "confidence"][name] for line in shown], dtype=float)
+        blocks = ["kept" if block in plan.kept[name] else "removed" for block in range(values.shape[1])]
+        kinds = blocks if is_marginal else [span.name for span in groups]
+        colours = dict(zip(("kept", "removed") if is_marginal else dict.fromkeys(kinds), cycle(COLOURS), strict=False))
+        shapes = []
+        for kind in dict.fromkeys(kinds):
+            own = values[:, [k == kind for k in kinds]]
+            shapes.append(Shape([track(v) for v in own.T], colours[kind], kind * is_marginal, width=1, opacity=0.5))
+            shapes += [] if is_marginal else [Shape([track(np.median(own, axis=1))], colours[kind], f"median {kind}")]
+        chances = {s.block_chance if is_marginal else s.choice_chance: (f"chance {s.name}", "muted") for s in groups}
+        title = "Probability of every block to be kept" if is_marginal else "Confidence of the decision"
+        plot = curves(shapes, [(value, *names) for value, names in chances.items()], limits=(0, 1.03))
+        title += f": {name}" if len(groups_of) > 1 else ""
+        charts.append(chart(title, "marginal-curves" if is_marginal else "confidence", plot, small=True))
+    return charts
+
+
+def _logged(lines: Sequence[Mapping[str, Any]], fields: Mapping[str, tuple[str, str]]) -> list[Shape]:
+    """The curves of the fields that were logged. fields: name -> (label, colour)."""
+    shapes = []
+    for key, (label, colour) in fields.items():
+        points = [(float(line["step"]), float(line[key])) for line in lines if line.get(key) is not None]
+        shapes += _smoothed(points, label, colour) if points else []
+    return shapes
+
+
+def _smoothed(points: Points, label: str, colour: str) -> list[Shape]:
+    """A faint curve as logged, and its running median."""
+    chosen, reach, values = thinned(len(points), 240), len(points) // 30, [y for _, y in points]
+    median = [(points[i][0], float(np.median(values[max(i - reach, 0) : i + reach + 1]))) for i in chosen]
+    faint = Shape([[points[i] for i in chosen]], colour, width=0.8, opacity=0.3)
+    return [faint, Shape([median], colour, label, dots=4.0 if len(points) < 8 else 0.0)]
+
+
+def preview_fids(scores: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """protocol -> [(training steps, FID of the preview)]: a continued training may measure by another protocol."""
+    fids: dict[str, list[tuple[float, float]]] = {}
+    for score in (score for score in scores if score.get("fid") is not None):
+        fids.setdefault(stated(score), []).append((score["made_steps"], score["fid"]))
+    return fids
 
 
 @dataclass(frozen=True)
-class Span:
-    """A group of blocks that are decided together: keep N of the M that begin at `start`, `fixed` of them protected."""
+class Series:
+    """Scores of a recovery at its checkpoints, by one protocol. points: of fid_steps.json, by step. teacher_fid: by the same."""
 
-    start: int
-    keep: int
-    size: int
-    fixed: int = 0
-
-    @property
-    def choice_chance(self) -> float:
-        """One over the number of candidates: the confidence of a categorical that knows nothing."""
-        return 1 / comb(self.size - self.fixed, self.keep - self.fixed)
-
-    @property
-    def block_chance(self) -> float:
-        """The marginal of an unprotected block under a subset that knows nothing; 1 where all are protected."""
-        free = self.size - self.fixed
-        return (self.keep - self.fixed) / free if free else 1.0
-
-    @property
-    def name(self) -> str:
-        """N:M."""
-        return f"{self.keep}:{self.size}"
+    run: Run
+    method: str
+    protocol: str
+    points: list[Mapping[str, Any]]
+    teacher_fid: float | None
 
 
-def spans(sizes: Sequence[Sequence[int]], protected: Sequence[int] = ()) -> list[Span]:
-    """The groups of one list of blocks. sizes: [N, M] per group. protected: blocks of this list that always stay."""
-    found: list[Span] = []
-    start = 0
-    for keep, size in sizes:
-        fixed = sum(start <= block < start + size for block in protected)
-        found.append(Span(start, keep, size, min(fixed, keep)))
-        start += size
-    return found
-
-
-def above_chance(value: float, chance: float) -> float:
-    """(value - chance) / (1 - chance), clamped to [0, 1]; 1 where chance is certainty."""
-    return min(max((value - chance) / (1 - chance), 0.0), 1.0) if chance < 1 else 1.0
-
-
-def decision_dynamics(
-    records: Sequence[Mapping[str, Any]],
-    groups: Sequence[Span],
-    final: Sequence[int],
-    name: str,
-    width: int,
-    max_records: int,
-    salt: str = "",
-) -> str:
-    """Which blocks win at which step: one point per kept block and log record, opacity = confidence above chance.
-
-    records: lines of metrics.jsonl with step, kept[name], confidence[name] (one per group). final: kept blocks of the
-    decision, marked at the right edge. max_records: evenly thinned to that many.
-    Source: arXiv 2412.01199, figure 6 and its drawing rule alpha = (confidence - chance) / (1 - chance).
-    """
-    shown = [records[i] for i in thinned(len(records), max_records)]
-    figure, axes, last = _rows(groups, shown, width)
-    points = dynamics_points(shown, groups, name)
-    dot = min(7.0 if width > 600 else 4.5, 0.75 * width / len(shown))
-    dots(axes, [(x, y) for x, y, _ in points], LINE, 1.0, dot * 0.6)
-    for level in range(1, _LEVELS + 1):
-        same = [(x, y) for x, y, opacity in points if round(opacity * _LEVELS) == level]
-        dots(axes, same, STUDENT, level / _LEVELS, dot)
-    _mark_final(axes, final, last)
-    return svg(figure, f"{salt}-dynamics-{name}-{width}", "blocks kept at every logged step, confidence as opacity")
-
-
-def dynamics_points(
-    records: Sequence[Mapping[str, Any]], groups: Sequence[Span], name: str
-) -> list[tuple[float, int, float]]:
-    """(step, block, opacity) of every kept block of every record; opacity clamped to [0, 1]."""
-    group_of = [g for g, span in enumerate(groups) for _ in range(span.size)]
-    chance = [span.choice_chance for span in groups]
-    points = []
-    for record in records:
-        confidence = record["confidence"][name]
-        for block in record["kept"][name]:
-            group = group_of[block]
-            points.append((float(record["step"]), int(block), above_chance(confidence[group], chance[group])))
-    return points
-
-
-def marginal_map(
-    records: Sequence[Mapping[str, Any]],
-    groups: Sequence[Span],
-    final: Sequence[int],
-    name: str,
-    width: int,
-    max_records: int,
-    salt: str = "",
-) -> str:
-    """How likely every block is to stay, at every step: a cell per block and log record, without colour at chance.
-
-    records: lines of metrics.jsonl with step and marginals[name] (one per block). Above chance the colour of what is
-    kept, below it that of what goes, as strong as the way from chance to certainty.
-    """
-    shown = [records[i] for i in thinned(len(records), max_records)]
-    figure, axes, last = _rows(groups, shown, width, bands=False)
-    edges = _edges([float(record["step"]) for record in shown], last)
-    found: dict[tuple[str, int], list[tuple[float, float, float, float]]] = {}
-    for i, record in enumerate(shown):
-        for block, (level, stays) in enumerate(marginal_levels(record["marginals"][name], groups)):
-            if level:
-                place = (edges[i], block - 0.46, edges[i + 1], block + 0.46)
-                found.setdefault((STUDENT if stays else CUT, level), []).append(place)
-    for (colour, level), places in sorted(found.items()):
-        cells(axes, places, colour, level / _LEVELS)
-    for span in groups[1:]:
-        axes.axhline(span.start - 0.5, color=MUTED, linewidth=0.8)
-    _mark_final(axes, final, last)
-    return svg(figure, f"{salt}-marginals-{name}-{width}", "probability of every block to stay, over the steps")
-
-
-def marginal_levels(values: Sequence[float], groups: Sequence[Span]) -> list[tuple[int, bool]]:
-    """(step of opacity, whether above chance) of the marginal of every block; 0 at chance."""
-    chance = [span.block_chance for span in groups for _ in range(span.size)]
-    levels = []
-    for value, base in zip(values, chance, strict=True):
-        strength = above_chance(value, base) if value >= base else min((base - value) / base, 1.0)
-        levels.append((round(strength * _LEVELS), value >= base))
-    return levels
-
-
-def _edges(steps: Sequence[float], last: float) -> list[float]:
-    """Where the cell of every step begins and the last one ends: halfway to its neighbours."""
-    if len(steps) == 1:
-        return [steps[0] - 0.5 * last, steps[0] + 0.5 * last]
-    inner = [(a + b) / 2 for a, b in pairwise(steps)]
-    return [2 * steps[0] - inner[0], *inner, 2 * steps[-1] - inner[-1]]
-
-
-def _rows(groups: Sequence[Span], shown: Sequence[Mapping[str, Any]], width: int, bands: bool = True) -> Any:
-    """(figure, axes, last step): a row for every block of the teacher, groups shaded in turn."""
-    depth = sum(span.size for span in groups)
-    figure, axes = blank(width, 70 + (17 if depth <= 16 else 14) * depth)
-    last = max(float(shown[-1]["step"]), 1.0)
-    for span in groups[::2] if bands else ():
-        axes.axhspan(span.start - 0.5, span.start + span.size - 0.5, color=BAND, linewidth=0, zorder=0)
-    axes.set(xlim=(-0.02 * last, 1.055 * last), ylim=(-0.7, depth - 0.3), xlabel="step", ylabel="block of the teacher")
-    axes.set_yticks(range(depth))
-    axes.grid(False)
-    return figure, axes, last
-
-
-def _mark_final(axes: Axes, final: Sequence[int], last: float) -> None:
-    axes.plot([last * 1.035] * len(final), list(final), "s", color=STUDENT, markersize=6, clip_on=False)
-
-
-def confidence_curves(
-    records: Sequence[Mapping[str, Any]], groups: Sequence[Span], name: str, width: int, salt: str = ""
-) -> str:
-    """Confidence of every group over the steps, with the chance level of every kind of group."""
-    figure, axes = blank(width, 240)
-    shown = [records[i] for i in thinned(len(records), 120)]
-    steps = [record["step"] for record in shown]
-    values = np.array([record["confidence"][name] for record in shown], dtype=np.float64)
-    kinds = list(dict.fromkeys(span.name for span in groups))
-    colours = {kind: _KINDS[i % len(_KINDS)] for i, kind in enumerate(kinds)}
-    for i, span in enumerate(groups):
-        axes.plot(steps, values[:, i], color=colours[span.name], linewidth=1, alpha=0.35)
-    for kind in kinds:
-        same = [i for i, span in enumerate(groups) if span.name == kind]
-        label = "median" if len(kinds) == 1 else f"median {kind}"
-        axes.plot(steps, np.median(values[:, same], axis=1), color=colours[kind], linewidth=2, label=label)
-    _chance_lines(axes, {(colours[s.name], s.name): s.choice_chance for s in groups})
-    axes.set(ylim=(0, 1.03), xlabel="step")  # what the height means is the title of the chart
-    legend(axes)
-    return svg(figure, f"{salt}-confidence-{name}-{width}", "confidence of every group over the steps of the search")
-
-
-def marginal_curves(
-    records: Sequence[Mapping[str, Any]],
-    groups: Sequence[Span],
-    final: Sequence[int],
-    name: str,
-    width: int,
-    salt: str = "",
-) -> str:
-    """Marginal probability of every block over the steps, with the chance level of every kind of group."""
-    figure, axes = blank(width, 240)
-    shown = [records[i] for i in thinned(len(records), 120)]
-    steps = [record["step"] for record in shown]
-    values = np.array([record["marginals"][name] for record in shown], dtype=np.float64)
-    named: set[str] = set()
-    for block in range(values.shape[1]):
-        label, colour = ("kept", STUDENT) if block in final else ("dropped", CUT)
-        axes.plot(
-            steps, values[:, block], color=colour, linewidth=1.2, alpha=0.7, label=None if label in named else label
+def fid_series(run: Run) -> list[Series]:
+    """Every recovery method by every protocol, in the order of the first step."""
+    points_of: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for point in sorted(run.measured.get("fid_steps", ()), key=lambda point: point["step"]):
+        if point.get("fid") is not None:
+            points_of.setdefault((str(point.get("method", "recovery")), stated(point)), []).append(point)
+    series = []
+    for (method, protocol), points in points_of.items():
+        teacher = run.evaluations.get(("teacher", str(points[0].get("reference") or "")), {})
+        series.append(
+            Series(run, method, protocol, points, teacher.get("fid") if stated(teacher) == protocol else None)
         )
-        named.add(label)
-    _chance_lines(axes, {(MUTED, s.name): s.block_chance for s in groups})
-    axes.set(ylim=(-0.03, 1.03), xlabel="step")
-    legend(axes)
-    return svg(figure, f"{salt}-marginal-curves-{name}-{width}", "probability of every block to stay over the steps")
+    return series
 
 
-def _chance_lines(axes: Axes, levels: Mapping[tuple[str, str], float]) -> None:
-    """Dashed lines at the chance levels {(colour, kind of group): level}; one line for equal levels."""
-    kind_of = {level: kind for kind, level in levels.items()}
-    for level, (colour, kind) in kind_of.items():
-        label, tone = (f"chance {kind}", colour) if len(kind_of) > 1 else ("chance", MUTED)
-        axes.axhline(level, color=tone, linewidth=1, linestyle=(0, (3, 3)), label=label)
+def fid_charts(runs: Sequence[Run], shared: bool = False) -> list[Chart]:
+    """Scores during recovery, a chart per protocol with at least two points. shared: of several runs alone."""
+    by_protocol: dict[str, list[Series]] = {}
+    for series in (series for run in runs for series in fid_series(run)):
+        by_protocol.setdefault(series.protocol, []).append(series)
+    if shared:
+        by_protocol = {p: listed for p, listed in by_protocol.items() if len({id(s.run) for s in listed}) > 1}
+    drawn = {p: listed for p, listed in by_protocol.items() if any(len(s.points) > 1 for s in listed)}
+    others = [(p, point) for p, listed in by_protocol.items() if p not in drawn for s in listed for point in s.points]
+    return [_fid_chart(listed, others if i == 0 else []) for i, listed in enumerate(drawn.values())]
 
 
-def loss_curves(curves: Sequence[Curve], title: str, width: int, salt: str = "") -> str:
-    """Losses over steps on a logarithmic axis: every value faint, a running median in full."""
-    figure, axes = blank(width, 240)
-    for curve in curves:
-        chosen = thinned(len(curve.x), 240)
-        x, y = np.asarray(curve.x, dtype=np.float64)[chosen], np.asarray(curve.y, dtype=np.float64)
-        smooth = running_median(y, len(y) // 30)[chosen]
-        axes.plot(x, y[chosen], color=curve.colour, linewidth=0.8, alpha=0.3)
-        axes.plot(
-            x,
-            smooth,
-            color=curve.colour,
-            linewidth=1.8,
-            label=curve.label,
-            marker="o" if len(x) < 3 else None,
-            markersize=3,
-        )
-    ends = [end(curve.y) for curve in curves for end in (min, max)]
-    if min(ends) > 0 and max(ends) >= 2 * min(ends):  # in a narrower range no power of ten would have a label
-        axes.set_yscale("log")
-        log_labels(axes.yaxis, axes.get_ylim())
-    axes.set(xlabel="step")
-    legend(axes)
-    return svg(figure, f"{salt}-loss-{title}-{width}", title)
-
-
-def running_median(values: np.ndarray, reach: int) -> np.ndarray:
-    """Median over `reach` values to both sides, fewer at the ends; the same length."""
-    return np.array([np.median(values[max(i - reach, 0) : i + reach + 1]) for i in range(len(values))])
+def _fid_chart(every: Sequence[Series], others: Sequence[tuple[str, Mapping[str, Any]]]) -> Chart:
+    listed = [series for series in every if len(series.points) > 1]
+    protocol, name = listed[0].protocol, distance_name(listed[0].protocol)
+    names = short_names([series.run.sources[-1][0] for series in listed])
+    alike, shapes = len({series.method for series in listed}) < len(listed), []
+    teachers: dict[float, dict[str, None]] = {}
+    for series, run_name, colour in zip(listed, names, cycle(COLOURS), strict=False):
+        points = [(float(point["step"]), float(point["fid"])) for point in series.points]
+        shapes.append(Shape([points], colour, f"{run_name}: {series.method}" if alike else series.method, dots=6))
+        if series.teacher_fid is not None:
+            teachers.setdefault(series.teacher_fid, {})[run_name] = None
+    labels = {
+        fid: f"teacher of {' and '.join(own)}" if len(teachers) > 1 else "teacher" for fid, own in teachers.items()
+    }
+    rows = [
+        [s.method, f"{p['step']:,}", count(p.get("images")), significant(p["fid"]), significant(p.get("inception_score"))]
+        for s in every for p in s.points
+    ]  # fmt: skip
+    table = Table(["recovery", "step", "images seen", name, "IS"], rows) if len(set(names)) == 1 else None
+    levels = [(fid, label, "teacher") for fid, label in labels.items()]
+    plot = curves(shapes, levels, f"{name}, lower is better", height=300)
+    return chart(f"{name} during recovery", "fid", plot, table, protocol, others=others)

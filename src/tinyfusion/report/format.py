@@ -21,12 +21,12 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of paths, as few as tell different ones apart: "runs/a/student" is "student", or "a/student"."""
+    """The shortest endings of paths that tell different ones apart: "runs/a/student" is "student", or "a/student"."""
     whole = [path.rstrip("/").split("/") for path in paths]
-    for num in range(1, max((len(parts) for parts in whole), default=0) + 1):
-        found = ["/".join(parts[-num:]) for parts in whole]
-        if len(set(found)) == len({tuple(parts) for parts in whole}):
-            return found
+    for num in range(1, max(map(len, whole), default=0) + 1):
+        names = ["/".join(folders[-num:]) for folders in whole]
+        if len(set(names)) == len(set(map(tuple, whole))):
+            return names
     return list(paths)
 
 
@@ -48,20 +48,18 @@ def duration(seconds: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def percent(share: float | None) -> str:
-    """A share as per cent: 0.5 is 50 %; below 10 % with one decimal; 100 % is not said of less."""
-    if share is None:
-        return "–"
-    if 0.995 <= share < 1:
-        return "> 99 %"
+    """A share in per cent: 0.5 is 50 %; below 10 % with one decimal, far below with one digit; just below 1 "> 99 %"."""
+    if share is None or 0.995 <= share < 1:
+        return "–" if share is None else "> 99 %"
+    if 0 < abs(share) < 0.0005:
+        return f"{100 * share:.1g} %"
     return f"{100 * share:.1f} %" if 0 < abs(share) < 0.0995 else f"{100 * share:.0f} %"
 
 
 def printable(text: str) -> str:
-    """A text as UTF-8 can hold it: bytes of names that are not UTF-8 are escaped."""
+    """A text that UTF-8 can encode: bytes of names that are not UTF-8 are escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

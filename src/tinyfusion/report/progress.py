@@ -1,4 +1,4 @@
-"""How far a run is that has not ended: its stage, its step, and the time that this stage still wants."""
+"""Progress of an unfinished run: stage, step, estimated time remaining."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from typing import Any
 
 from tinyfusion.core.files import file_label
 from tinyfusion.report.format import duration, percent
-from tinyfusion.report.run_data import RunData
+from tinyfusion.report.load import Run
 
-STAGES = ("prune", "recover", "dynamic", "sample", "evaluate", "speed", "pictures")
-_DOING = {
-    "prune": "deciding which blocks go", "recover": "recovering the student", "train": "training", "dynamic": "training routers",
-    "sample": "drawing images", "evaluate": "scoring images", "speed": "timing the models", "pictures": "measuring for pictures",
-}  # fmt: skip
-_RECENT = 20  # log lines over which the speed is taken
+STAGES = {  # of a whole job, in order, and what is being done
+    "prune": "searching for the blocks to keep",
+    "recover": "recovering the student",
+    "dynamic": "training routers",
+    "sample": "sampling",
+    "evaluate": "evaluating samples",
+    "speed": "timing the models",
+    "pictures": "measuring activations and speed by depth",
+}
+_RECENT = 20  # log lines from which the speed is taken
 
 
 @dataclass(frozen=True)
-class Going:
+class Progress:
     """How far a run is. stages: (name, "done", "now" or "open") of a whole job. share: of this stage, None where unknown.
 
-    facts: short statements, such as the step and what is left.
+    facts: short statements, such as the step and the remaining time.
     """
 
     headline: str
@@ -31,91 +35,83 @@ class Going:
     stages: list[tuple[str, str]]
 
 
-def going(run: RunData) -> Going | None:
-    """None for a run that has ended."""
-    state = run.record.get("state")
+def progress_of(run: Run) -> Progress | None:
+    """The progress of a run that is running or interrupted; None for others."""
+    state, is_whole = run.record.get("state"), run.verb == "run"
     if state not in ("running", "interrupted"):
         return None
-    verb = str(run.record.get("verb", "run"))
-    stage = current_stage(run) if verb == "run" else str(run.parts[-1].record["verb"]) if run.parts else verb
     listed = stages_of(run)
-    place = listed.index(stage) if verb == "run" else 0
+    stage = current_stage(run) if is_whole else str(run.record["verb"])
+    place = listed.index(stage) if is_whole else 0
     stages = [(name, "done" if i < place else "now" if i == place else "open") for i, name in enumerate(listed)]
-    words = "Still going when this page was made" if state == "running" else "Interrupted; the same command continues"
+    words = "Running when this page was written" if state == "running" else "Interrupted; the same command continues it"
     facts, share = _training(run, stage, waits=state == "interrupted")
     if stage == "sample":
-        drawn = _drawn(run)
-        facts = [f"{sum(name in run.samples for name in drawn)} of {len(drawn)} models drawn"]
-    return Going(f"{words}: {_DOING[stage]}", facts, share, stages if verb == "run" else [])
+        facts = [f"{sum(name in run.samples for name in _sampled(run))} of {len(_sampled(run))} models have samples"]
+    return Progress(f"{words}: {STAGES.get(stage, 'training')}", facts, share, stages if is_whole else [])
 
 
-def _in_run(run: RunData) -> bool:
-    """Whether the recipe of a whole job asks for a dynamic model."""
+def _has_dynamic(run: Run) -> bool:
+    """Whether the recipe of a whole job trains a dynamic model."""
     return bool((run.recipe.get("dynamic") or {}).get("in_run"))
 
 
-def stages_of(run: RunData) -> tuple[str, ...]:
+def stages_of(run: Run) -> list[str]:
     """The stages of a whole job, in order."""
-    return tuple(name for name in STAGES if name != "dynamic" or _in_run(run))
+    return [name for name in STAGES if name != "dynamic" or _has_dynamic(run)]
 
 
-def _drawn(run: RunData) -> tuple[str, ...]:
-    """The models that a whole job draws from, in order."""
-    return ("teacher", "pruned", "student", *(("dynamic",) if _in_run(run) else ()))
+def _sampled(run: Run) -> tuple[str, ...]:
+    """The models that a whole job samples, in order."""
+    return ("teacher", "pruned", "student", *(("dynamic",) if _has_dynamic(run) else ()))
 
 
-def current_stage(run: RunData) -> str:
-    """The first stage of a whole job that has not left what it makes."""
-    for stage in (name for name in stages_of(run) if name in ("prune", "recover", "dynamic")):
-        if run.records.get(stage, {}).get("state") != "done":
+def current_stage(run: Run) -> str:
+    """The first stage of a whole job whose output is missing."""
+    for stage in stages_of(run):
+        if stage in ("prune", "recover", "dynamic") and run.records.get(stage, {}).get("state") != "done":
             return stage
-    if any(name not in run.samples for name in _drawn(run)) and not run.notes:  # notes: samples too large to be read
+    if any(name not in run.samples for name in _sampled(run)) and not run.notes:  # notes: samples too large to be read
         return "sample"
-    wanted = {file_label(str(name)) for name in (run.recipe.get("evaluate") or {}).get("references", ())}
-    if not wanted <= set(run.evaluations.get(_drawn(run)[-1], {})):
+    references = (run.recipe.get("evaluate") or {}).get("references", ())
+    if any((_sampled(run)[-1], file_label(str(name))) not in run.evaluations for name in references):
         return "evaluate"
-    return "pictures" if run.speed else "speed"
+    return "pictures" if "speed" in run.measured else "speed"
 
 
-def _training(run: RunData, stage: str, waits: bool) -> tuple[list[str], float | None]:
-    """Step and remaining time of a training, and the share that is done. waits: nobody is at work."""
+def _training(run: Run, stage: str, waits: bool) -> tuple[list[str], float | None]:
+    """Step and remaining time of a training, and the share that is done. waits: the run is interrupted."""
     steps = _steps(run, stage)
     if steps is None:
         return [], None
-    lines = [line for line in run.metrics.get(stage, ()) if isinstance(line.get("step"), int)]
+    lines = run.metrics.get(stage, ())
     if not lines:
         return [f"no step of {steps:,} logged yet"], 0.0
     made = min(lines[-1]["step"] + 1, steps)
     facts = [f"step {made:,} of {steps:,} ({percent(made / steps)})"]
     pace = seconds_per_step(lines)
     if pace is not None and made < steps:
-        facts.append(
-            f"about {duration(pace * (steps - made))} left in this stage" + (" once it goes on" if waits else "")
-        )
+        left = f"about {duration(pace * (steps - made))} left in this stage"
+        facts.append(left + (" once it continues" if waits else ""))
     return facts, made / steps
 
 
-def _steps(run: RunData, stage: str) -> int | None:
-    """Steps that the training of a stage makes; None where it trains nothing, or the record does not tell."""
-    section = run.recipe.get(stage)
-    if not isinstance(section, Mapping) or (stage == "prune" and section.get("criterion", "learned") != "learned"):
+def _steps(run: Run, stage: str) -> int | None:
+    """Steps of the training of a stage; None where the stage trains nothing, or the record has none."""
+    section = run.recipe.get(stage) or {}
+    if stage == "prune" and section.get("criterion", "learned") != "learned":
         return None
-    training = section if stage == "train" else section.get("training")
-    steps = training.get("steps") if isinstance(training, Mapping) else None
-    if not isinstance(training, Mapping) or not isinstance(steps, int) or steps < 1:
-        return None
-    stop = training.get("stop_after")
-    return min(steps, stop) if isinstance(stop, int) and stop > 0 else steps
+    training = section if stage == "train" else section.get("training") or {}
+    steps, stop = training.get("steps") or 0, training.get("stop_after") or 0
+    return None if steps < 1 else min(steps, stop) if stop > 0 else steps
 
 
 def seconds_per_step(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """Over the last log lines of one sitting: its clock begins where the last checkpoint was, and never runs back."""
-    clocked = [(line["step"] + 1, line["seconds"]) for line in lines if isinstance(line.get("seconds"), int | float)]
+    """Over the last log lines since the run was last started: a restart sets the clock back to the last checkpoint."""
+    clocked = [(line["step"] + 1, line["seconds"]) for line in lines if line.get("seconds") is not None]
     recent = clocked[-_RECENT:]
-    for i in range(len(recent) - 1, 0, -1):
-        if recent[i - 1][1] > recent[i][1]:
-            recent = recent[i:]
-            break
+    restarts = [i for i in range(1, len(recent)) if recent[i - 1][1] > recent[i][1]]
+    recent = recent[restarts[-1] if restarts else 0 :]
     if len(recent) > 1 and recent[-1][0] > recent[0][0]:
         return float((recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0]))
     return float(recent[-1][1] / recent[-1][0]) if recent else None

@@ -1,223 +1,388 @@
-"""What a run's measurements beside the training say: the series of its pictures, and the tables beneath them.
-
-Every function takes a `RunData` and returns what is drawn and printed; None, or nothing, where it was not measured.
-"""
+"""Tables and headline numbers of the page. A column has scores of one protocol, or its rows say where another begins."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from tinyfusion.core.files import file_label
+from tinyfusion.report.format import count, duration, percent, significant
+from tinyfusion.report.load import MODELS, Run
 
-from tinyfusion.blocks.plan import first_blocks
-from tinyfusion.report.charts import Span, spans
-from tinyfusion.report.format import count, percent, significant
-from tinyfusion.report.run_data import MODEL_NAMES, RunData
-from tinyfusion.report.scores import Series
+UNBIASED_IMAGES = 10_000  # a Fréchet distance over fewer images is visibly too high
+_NAMES = {"pruned": "pruned, before recovery", "student": "student, recovered", "real": "real images"}
+_STAGES = {"pictures": "diagnostics"}
+_SCORES = {
+    "fid": "{distance} ↓", "sfid": "sFID ↓", "inception_score": "IS ↑", "precision": "precision ↑", "recall": "recall ↑",
+    "nearest_reference_distance": "nearest reference", "num_images": "images",
+}  # fmt: skip
+_TRAININGS = {"prune": "search", "recover": "recovery", "dynamic": "training of routers", "train": "training"}
+_NEAR_MACS = 0.15  # how far a speed-up may be from the ratio of MACs, relative to it
+_UNSTEADY = (
+    0.25  # interquartile range of a model's times, relative to their median, from which a machine counts as busy
+)
+_HIGHER_IS_BETTER = ("speedup", "inception_score", "precision", "recall", "psnr_db", "ssim")
+_LOWER_IS_BETTER = ("fid", "sfid", "latency_ms")
+_CHECK_WORDS = {"doubtful": "busy machine?", "missing": "not measured"}
 
-_MOST_ROWS = 60  # of a table of decisions
+
+@dataclass(frozen=True)
+class Cell:
+    """Text of a table. role: CSS class of its colour. mark: number of its protocol. note: a remark beneath."""
+
+    text: str
+    role: str = ""
+    mark: int = 0
+    note: str = ""
+
+
+Row = Sequence[str | Cell]
 
 
 @dataclass(frozen=True)
 class Table:
-    """The numbers of a picture. note: what was left out, or how they were measured."""
+    """Rows of cells under columns; a row that is a text is a heading within the table. protocols: numbered where several."""
 
-    columns: list[str]
-    rows: list[list[str]]
+    columns: Sequence[str]
+    rows: Sequence[Row | str]
     note: str = ""
-
-
-def decision_lines(run: RunData) -> list[dict[str, Any]]:
-    """The log lines of the search that hold a decision."""
-    return [line for line in run.metrics.get("prune", ()) if "kept" in line and "confidence" in line]
-
-
-def decision_groups(run: RunData) -> dict[str, list[Span]]:
-    """The groups of every list of blocks, with what the recipe protects; empty where the criterion knows none."""
-    if not run.plan or not run.plan.groups:
-        return {}
-    protected = [int(block) for block in (run.recipe.get("prune") or {}).get("protect") or ()]
-    first = first_blocks(run.plan.depth)
-    return {name: spans(sizes, [block - first[name] for block in protected]) for name, sizes in run.plan.groups.items()}
-
-
-def chance_sentence(groups: Sequence[Span], per_block: bool) -> str:
-    """The chance level of every kind of group: "50 % for 1:2, 17 % for 2:4"."""
-    levels = {span.name: span.block_chance if per_block else span.choice_chance for span in groups}
-    return ", ".join(f"{_share(level)} for {name}" for name, level in levels.items())
-
-
-def _share(value: float) -> str:
-    return percent(value) if value >= 1e-3 else f"{100 * value:.1g} %"
-
-
-def decision_table(lines: Sequence[Mapping[str, Any]], name: str) -> Table:
-    """The first and the last decision and every change between them, with the confidence of the groups."""
-    changed = [
-        line for i, line in enumerate(lines)
-        if i in (0, len(lines) - 1) or line["kept"][name] != lines[i - 1]["kept"][name]
-    ]  # fmt: skip
-    rows = []
-    for line in changed[-_MOST_ROWS:]:
-        sure = sorted(line["confidence"][name])
-        middle = float(np.median(sure))
-        kept = ", ".join(map(str, line["kept"][name]))
-        rows.append([f"{line['step']:,}", kept, *(f"{value:.2f}" for value in (sure[0], middle, sure[-1]))])
-    left_out = len(changed) - len(rows)
-    note = f"The first, the last, and every change between them, of {len(lines)} logged steps."
-    note += f" {left_out} earlier changes are left out." if left_out else ""
-    return Table(["step", "kept", "least sure", "median", "surest"], rows, note)
+    protocols: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
-class CalibrationMark:
-    """A mask among the others. below: share of the tried masks with a lower loss."""
+class Tile:
+    """One number of the headline: (role, text) from left to right. names: beneath the values. size: large, medium, small."""
 
     label: str
-    loss: float
-    below: float
-    is_own: bool
+    values: Sequence[tuple[str, str]]
+    note: str = ""
+    names: Sequence[str] = ()
+    size: str = "small"
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Losses of many masks right after pruning (finite and positive ones), and the masks that have a name."""
-
-    losses: list[float]
-    marks: list[CalibrationMark]
-    table: Table
+def model_name(model: str) -> str:
+    """A model as the page names it."""
+    return _NAMES.get(model, model)
 
 
-def calibration(run: RunData, others: Sequence[RunData] = ()) -> Calibration | None:
-    """From calibration.json: losses, masks as strings of 0 and 1 in block order, marks {criterion: loss} and their masks.
-
-    others: runs on the same page. Their decisions about the same teacher are marked where their masks were tried.
-    """
-    record = run.calibration or {}
-    tried = record.get("losses") or ()
-    losses = sorted(float(x) for x in tried if _is_loss(x))
-    if len(losses) < 2:
-        return None
-    known = (
-        dict(zip(record.get("masks") or (), tried, strict=True)) if len(record.get("masks") or ()) == len(tried) else {}
-    )
-    marks = {str(name): loss for name, loss in (record.get("marks") or {}).items() if _is_loss(loss)}
-    known |= {mask: marks[name] for name, mask in (record.get("mark_masks") or {}).items() if name in marks}
-    named: dict[float, list[str]] = {}
-    own = known.get(_bits(run)) if run.plan and run.decided else None
-    own = marks.get(run.plan.criterion) if own is None and run.plan and run.decided else own
-    if _is_loss(own):
-        named[_key(own)] = ["this run"]
-    for name, loss in [*marks.items(), *_elsewhere(run, others, known)]:
-        named.setdefault(_key(loss), []).append(name)
-    found = [
-        CalibrationMark(
-            ", ".join(names), loss, float(np.searchsorted(losses, loss)) / len(losses), names[0] == "this run"
-        )
-        for loss, names in sorted(named.items())
-    ]
-    rows = [[mark.label, significant(mark.loss, 4), percent(mark.below)] for mark in found]
-    points = (("smallest", 0.0), ("median", 0.5), ("largest", 1.0))
-    rows += [[f"{word} of all", significant(float(np.quantile(losses, q)), 4), percent(q)] for word, q in points]
-    note = f"{len(losses):,} masks, all on the same images with the same noise and timesteps."
-    broken = len(tried) - len(losses)
-    note += f" {broken:,} more have no finite loss and are not shown." if broken else ""
-    return Calibration(losses, found, Table(["mask", "loss", "masks below it"], rows, note))
+def stated(values: Mapping[str, Any]) -> str:
+    """The protocol of a score, or a text that there is none."""
+    return str(values.get("protocol") or "not stated")
 
 
-def _is_loss(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+def distance_name(*protocols: str) -> str:
+    """The name of the Fréchet distance of scores by their protocols, which begin with the features: FID or FD-DINOv2."""
+    return " or ".join(dict.fromkeys("FD-DINOv2" if p.startswith("dinov2") else "FID" for p in protocols)) or "FID"
 
 
-def _key(loss: Any) -> float:
-    """Losses that differ by rounding alone are one."""
-    return round(float(loss), 9)
-
-
-def _bits(run: RunData) -> str:
-    """The decision as one character per block, 1 for kept."""
-    assert run.plan is not None
-    lists = ((set(run.plan.kept[name]), depth) for name, depth in run.plan.depth.items())
-    return "".join("1" if block in kept else "0" for kept, depth in lists for block in range(depth))
-
-
-def _elsewhere(run: RunData, others: Sequence[RunData], known: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """(criterion and run, loss) of other runs' decisions about the same teacher, where their mask is known."""
-    found = []
-    for other in others:
-        if (
-            other is run
-            or not other.plan
-            or not other.decided
-            or not run.plan
-            or other.plan.teacher != run.plan.teacher
-        ):
-            continue
-        loss = known.get(_bits(other))
-        if loss is not None and _is_loss(loss):
-            found.append((f"{other.plan.criterion} ({other.name.rstrip('/').rpartition('/')[2]})", float(loss)))
+def depths(run: Run) -> dict[str, int]:
+    """Blocks per model, over all of its lists, from model.json, the speed measurement or the plan."""
+    found: dict[str, int] = {}
+    for name, model in run.models.items():
+        depth = model.get("depth", (model.get("arch") or {}).get("depth"))  # before 0.4.0 in arch alone
+        found[name] = depth if isinstance(depth, int) else sum(map(len, (model.get("kept") or {}).values()))
+    found = {name: depth for name, depth in found.items() if depth}
+    found |= {name: model["depth"] for name, model in timed_models(run).items()}
+    if run.plan:
+        found["teacher"] = sum(run.plan.depth.values())
+        found["pruned"] = found.setdefault("student", sum(map(len, run.plan.kept.values())))
     return found
 
 
-def lists_of(record: Mapping[str, Any]) -> dict[str, int]:
-    """Blocks of every list of the teacher that activations.json tells of; of an old record all in one."""
-    return dict(record.get("lists") or {"blocks": record["depth"]})
+def timed_models(run: Run) -> Mapping[str, Mapping[str, Any]]:
+    """The models of speed.json; empty where nothing was timed."""
+    return (run.measured.get("speed") or {}).get("models") or {}
 
 
-def place_of(block: int, lists: Mapping[str, int]) -> tuple[str, int]:
-    """The list that a block stands in, counted through the lists, and its number there."""
-    firsts = first_blocks(lists)
-    name = max((name for name in lists if firsts[name] <= block), key=lambda name: firsts[name])
-    return name, block - firsts[name]
+def headline(run: Run) -> list[Tile]:
+    """The tiles at the top, the large ones first."""
+    tiles = [*_score_tiles(run), *_depth_tiles(run), *_speed_tiles(run), *_dynamic_tiles(run)]
+    for stage, lines in run.metrics.items() if not (timed_models(run) or run.evaluations) else ():
+        last = lines[-1]
+        tiles.append(Tile(f"{stage}: loss", [("", significant(last.get("loss")))], f"step {last['step']:,}"))
+        seen = [("", count(last.get("seen_images")))]
+        tiles.append(Tile(f"{stage}: images seen", seen, duration(last.get("seconds"))))
+    return sorted(tiles, key=lambda tile: ("large", "medium", "small").index(tile.size))
 
 
-def activation_table(run: RunData) -> Table | None:
-    """Extremes and spread of every block's output, in order."""
-    record = run.activations
-    if not record:
+def comparable(run: Run) -> tuple[str, dict[str, Mapping[str, Any]], list[str]]:
+    """(reference, evaluations of one protocol by model, other models) for the first reference with any evaluation.
+
+    The protocol is that of the student, else that of most models.
+    """
+    for reference in run.references:
+        names = [name for name in MODELS if (name, reference) in run.evaluations and name != "real"]
+        protocols = {name: stated(run.evaluations[name, reference]) for name in names}
+        if names:
+            own = protocols.get("student") or max(protocols.values(), key=list(protocols.values()).count)
+            same = {name: run.evaluations[name, reference] for name in names if protocols[name] == own}
+            return reference, same, [name for name in names if name not in same]
+    return "", {}, []
+
+
+def _score_tiles(run: Run) -> list[Tile]:
+    reference, scores, others = comparable(run)
+    if not scores:
+        return []
+    few = min(score.get("num_images") or UNBIASED_IMAGES for score in scores.values())
+    note = f"{count(few)} images: biased upward, compare only at equal counts. " if few < UNBIASED_IMAGES else ""
+    note += f"The protocols differ: see the table for {' and '.join(others)}." if others else ""
+    values = [(name, significant(score.get("fid"))) for name, score in scores.items()]
+    label = f"{distance_name(*map(stated, scores.values()))} against {reference}, lower is better"
+    return [Tile(label, values, note, list(scores), "large")]
+
+
+def _depth_tiles(run: Run) -> list[Tile]:
+    found, plan = depths(run), run.plan
+    if not plan:
+        return [Tile("blocks", [("", str(depth))]) for depth in list(found.values())[:1]]
+    lists = [f"{name} {depth} → {len(plan.kept[name])}" for name, depth in plan.depth.items()]
+    rule = f"scheme {plan.scheme}, " if plan.scheme else ""
+    note = ", ".join([*(lists if len(lists) > 1 else []), f"{rule}criterion {plan.criterion}"])
+    return [Tile("blocks", [(name, str(found[name])) for name in ("teacher", "student")], note)]
+
+
+def _speed_tiles(run: Run) -> list[Tile]:
+    models = {name: model for name, model in timed_models(run).items() if name in ("teacher", "student", "dynamic")}
+    if not {"teacher", "student"} <= set(models):
+        return []
+    speed, others = run.measured["speed"], [name for name in models if name != "teacher"]
+
+    def tile(label: str, key: str, text: Callable[[float], str], note: str = "") -> Tile:
+        shares = " and ".join(percent(models[name][key] / models["teacher"][key]) for name in others)
+        return Tile(label, [(name, text(m[key])) for name, m in models.items()], note or f"{shares} of the teacher's")
+
+    low, high = speed.get("speedup_spread", [speed["speedup"]] * 2)
+    note = speed_doubt(run) or f"middle half of the measured ratios: {low:.2f}× to {high:.2f}×"
+    ratios = [(name, f"{models[name].get('speedup', speed['speedup']):.2f}×") for name in others]
+    return [
+        Tile("speed-up of a denoising step", ratios, note, others if len(others) > 1 else (), "medium"),
+        tile("parameters", "num_parameters", count),
+        tile("MACs per image and step", "macs", count),
+        tile("milliseconds per denoising step", "latency_ms", significant, f"median, batch {speed['batch_size']}"),
+    ]
+
+
+def speed_doubt(run: Run) -> str:
+    """Why a measured speed-up is far from the ratio of MACs; empty where it is near, or unknown."""
+    models = timed_models(run)
+    if not {"teacher", "student"} <= set(models):
+        return ""
+    ideal = models["teacher"]["macs"] / models["student"]["macs"]
+    if abs(math.log(max(run.measured["speed"]["speedup"], 1e-9) / ideal)) < math.log(1 + _NEAR_MACS):
+        return ""
+    busy = "the times scatter, so this machine was busy. Measure again when it is idle"
+    reason = busy if was_busy(run) else "work outside the blocks, or launching kernels, takes the time"
+    return f"far from the ratio of MACs, {ideal:.2f}×: {reason}"
+
+
+def was_busy(run: Run) -> bool:
+    """Whether the times of the speed measurement scatter."""
+    models = timed_models(run).values()
+    return any(scatters(model.get("latency_ms_spread") or (0.0, 0.0), model["latency_ms"]) for model in models)
+
+
+def scatters(quartiles: Sequence[float], median: float) -> bool:
+    """Whether times scatter as they do where other programs run."""
+    return quartiles[1] - quartiles[0] > _UNSTEADY * median
+
+
+def _dynamic_tiles(run: Run) -> list[Tile]:
+    """The executed share of a dynamic model, and its number of sub-networks."""
+    traced, reached, tiles = run.measured.get("kept"), run.measured.get("dynamic") or {}, []
+    if "ratio" in reached:
+        note = f"of the multiply-accumulates of the blocks; target {percent(reached.get('target'))}"
+        tiles.append(Tile("executed share", [("dynamic", percent(reached["ratio"]))], note))
+    if traced:
+        number = [("dynamic", str(traced["sub_networks"]))]
+        tiles.append(Tile("sub-networks", number, f"over {len(traced['times'])} times of the sampler"))
+    if traced and not timed_models(run):
+        macs = [("", count(traced["static_macs"])), ("dynamic", count(traced["macs"]))]
+        tiles.append(Tile("MACs per image and step", macs, "full model, and mean over a sampling"))
+    return tiles
+
+
+def _score_table(head: str, columns: Sequence[str], scored: Iterable[tuple[str, Sequence[str], str]]) -> Table:
+    """Rows of one protocol adjoin. scored: (model, cells, protocol) per row."""
+    listed = list(scored)
+    protocols = list(dict.fromkeys(protocol for *_, protocol in listed))
+    rows: list[Row | str] = []
+    for number, protocol in enumerate(protocols, 1):
+        rows += [f"another protocol ({number}), not comparable with the rows above without care"] * (number > 1)
+        mark = number if len(protocols) > 1 else 0
+        rows += [[Cell(model_name(model), model, mark), *cells] for model, cells, own in listed if own == protocol]
+    return Table([head, *columns], rows, protocols=protocols)
+
+
+def _order(model: str) -> int:
+    return MODELS.index(model) if model in MODELS else len(MODELS)
+
+
+def evaluation_tables(run: Run) -> list[Table]:
+    """One table of scores per reference."""
+    tables = []
+    for reference in run.references:
+        models = sorted((model for model, other in run.evaluations if other == reference), key=_order)
+        scores = [run.evaluations[model, reference] for model in models]
+        keys = [key for key in _SCORES if any(key in values for values in scores)]
+        columns = [_SCORES[key].format(distance=distance_name(*map(stated, scores))) for key in keys]
+        cells = [[(count if key == "num_images" else significant)(v.get(key)) for key in keys] for v in scores]
+        tables.append(
+            _score_table(f"against {reference}", columns, zip(models, cells, map(stated, scores), strict=True))
+        )
+    return tables
+
+
+def pairs_table(run: Run) -> Table | None:
+    """PSNR and SSIM of images to those of another model from the same seeds; None where nothing was compared.
+
+    The protocol is that of sampling alone: neither number depends on a reference or a feature extractor.
+    """
+    names = {samples.hash: model_name(name) for name, samples in run.samples.items() if samples.hash}
+    rows: dict[tuple[str, ...], tuple[str, Sequence[str], str]] = {}
+    for model, values in sorted(run.pairs, key=lambda pair: _order(pair[0])):
+        other, sampling = values["against"], stated(values).split(" | ", 2)[-1]
+        name, digest = str(other.get("name", "?")), str(other.get("hash", ""))
+        protocol = f"{sampling} | compared with {name} {digest[:8]}".rstrip()
+        protocol += f", sampled by {other['protocol']}" if other.get("protocol") not in (None, sampling) else ""
+        cells = [
+            names.get(digest, name),
+            _mean(other, "psnr_db"),
+            _mean(other, "ssim"),
+            count(values.get("num_images")),
+        ]
+        rows.setdefault((model, protocol, str(values.get("recipe", {}).get("samples"))), (model, cells, protocol))
+    columns = ["compared with", "PSNR in dB ↑", "SSIM ↑", "images"]
+    return _score_table("same seeds", columns, rows.values()) if rows else None
+
+
+def _mean(values: Mapping[str, Any], key: str) -> str:
+    mean, deviation = values.get(key), values.get(f"{key}_std")
+    return significant(mean) + ("" if None in (mean, deviation) else f" ± {significant(deviation, 2)}")
+
+
+def comparison(runs: Sequence[Run]) -> Table | None:
+    """Several runs, where at least two were evaluated: the first reference in full, of others the student.
+
+    Runs with the same protocols adjoin.
+    """
+    if sum(bool(run.evaluations) for run in runs) < 2:
         return None
-    lists = lists_of(record)
-    rows = []
-    for model, entries in record["models"].items():
-        for entry in entries:
-            name, index = place_of(entry["teacher_block"], lists)
-            place = [name, str(index)] if len(lists) > 1 else [str(index)]
-            numbers = [significant(entry[key]) for key in ("min", "max", "mean", "std")]
-            rows.append([MODEL_NAMES.get(model, model), *place, *numbers])
-    head = ["model", *(["list"] if len(lists) > 1 else []), "block of the teacher"]
-    return Table([*head, "min", "max", "mean", "σ"], rows, record.get("protocol", ""))
+    first, *others = dict.fromkeys(reference for run in runs for reference in run.references)
+    wanted = [
+        *((model, first) for model in ("teacher", "pruned", "student")),
+        *(("student", other) for other in others),
+    ]
+    used = [[stated(run.evaluations[p]) if p in run.evaluations else "" for p in wanted] for run in runs]
+    protocols: list[str] = []
+
+    def marked(text: str, protocol: str) -> Cell:
+        if protocol and protocol not in protocols:
+            protocols.append(protocol)
+        return Cell(text, mark=protocols.index(protocol) + 1 if protocol else 0)
+
+    rows: list[Row | str] = []
+    order = sorted(range(len(runs)), key=lambda i: used.index(used[i]))
+    for place, i in enumerate(order):
+        if place and used[i] != used[order[place - 1]]:
+            rows.append("other protocols than above, not comparable without care")
+        run, found, speed = runs[i], depths(runs[i]), runs[i].measured.get("speed")
+        student = timed_models(run).get("student", {})
+        blocks = f"{found['teacher']} → {found['student']}" if {"teacher", "student"} <= set(found) else "–"
+        faster = marked(f"{speed['speedup']:.2f}×", stated(speed)) if speed else Cell("–")
+        scores = [significant(run.evaluations.get(p, {}).get("fid")) for p in wanted]
+        cells = [marked(text, protocol) for text, protocol in zip(scores, used[i], strict=True)]
+        rows.append(
+            [run.name, blocks, count(student.get("num_parameters")), count(student.get("macs")), faster, *cells]
+        )
+    name = distance_name(*(protocol for row in used for protocol in row if protocol))
+    columns = [f"{name} {reference}, {model}" for model, reference in wanted]
+    return Table(["run", "blocks", "parameters", "MACs", "speed-up", *columns], rows, protocols=protocols)
 
 
-def student_depths(run: RunData) -> dict[str, int]:
-    """Blocks that stay per list; empty where nobody knows."""
-    return {name: len(kept) for name, kept in run.plan.kept.items()} if run.plan else {}
+def measured_value(run: Run, metric: str) -> float | None:
+    """A number by dotted name: "speedup", "student.digits.fid", "student.macs"; None where it was not measured.
+
+    "step-100000.digits.fid" is that of the recovery's checkpoint at that step.
+    """
+    model, _, rest = metric.partition(".")
+    reference, _, key = rest.rpartition(".")
+    label, source = file_label(reference), run.measured.get("speed") or {}
+    if reference and model.startswith("step-"):
+        points = run.measured.get("fid_steps", ())
+        same = [p for p in points if f"step-{p['step']}" == model and p.get("reference", label) == label]
+        source = next(iter(same), {})
+    elif rest:
+        source = run.evaluations.get((model, label), {}) if reference else timed_models(run).get(model, {})
+    value = source.get(key or model)
+    return float(value) if isinstance(value, int | float) else None
 
 
-def depth_speed_table(run: RunData) -> Table | None:
-    """Speed-up at every measured depth, with the ideal."""
-    record = run.depth_speed
-    if not record:
-        return None
-    full, rows = record["teacher_depth"], []
-    names = list(record["points"][0].get("lists", ()))
-    for point in record["points"]:
-        low, high = point["speedup_spread"]
-        measured = [f"{point['speedup']:.2f}×", f"{low:.2f}× to {high:.2f}×", f"{full / point['depth']:.2f}×"]
-        split = [str(point["lists"][name]) for name in names]
-        blocks = [str(point["depth"]), *split, str(full - point["depth"])]
-        rows.append([*blocks, significant(point["latency_ms"]), *measured])
-    columns = ["blocks left", *names, "fewer", "ms per step", "times as fast", "middle half", "ideal"]
-    return Table(columns, rows, record.get("protocol", ""))
+def expected_table(run: Run) -> Table | None:
+    """The recipe's expected values, and what was measured; None where it expects nothing."""
+    rows: list[Row] = []
+    for item in run.recipe.get("expected") or ():
+        metric, wanted, tolerance = item["metric"], item["value"], item["tolerance"]
+        value = measured_value(run, metric)
+        state, note = check_state(metric, value, wanted, tolerance), item.get("note", "")
+        if state != "ok" and metric == "speedup" and was_busy(run) and (doubt := speed_doubt(run)):
+            state, note = "doubtful", doubt
+        expected, word = f"{significant(wanted)} ± {significant(tolerance, 2)}", _CHECK_WORDS.get(state, state)
+        rows.append([Cell(metric, note=note), expected, significant(value), Cell(word, state)])
+    return Table(["number", "expected", "measured", ""], rows) if rows else None
 
 
-def fid_table(listed: Sequence[Series]) -> Table:
-    """FID at every evaluated checkpoint of recoveries that one protocol scored."""
-    rows = [
-        [one.method, f"{point['step']:,}", count(point.get("images")), significant(point["fid"]),
-         significant(point.get("inception_score"))]
-        for one in listed for point in one.points
-    ]  # fmt: skip
-    return Table(["recovery", "step", "images seen", "FID", "IS"], rows)
+def check_state(metric: str, value: float | None, wanted: float, tolerance: float) -> str:
+    """ok, better (beyond the tolerance on the good side), off, or missing."""
+    if value is None or abs(value - wanted) <= tolerance:
+        return "missing" if value is None else "ok"
+    good = _HIGHER_IS_BETTER if value > wanted else _LOWER_IS_BETTER
+    return "better" if metric.rpartition(".")[2] in good else "off"
+
+
+def cost_table(run: Run) -> tuple[Table, list[float]] | None:
+    """(time and images per stage, shares of the time); None where nothing was timed."""
+    seconds: dict[str, float] = {}
+    for _, record in run.sources:
+        seconds |= record.get("stages") or {}
+        if record["verb"] != "run" and record.get("seconds"):
+            seconds.setdefault(record["verb"], record["seconds"])
+    for stage, lines in run.metrics.items():  # of an unfinished stage by its log
+        seconds.setdefault(stage, max(line.get("seconds", 0.0) for line in lines))
+    seen = {stage: _seen_images(run, stage) for stage in (*seconds, *_TRAININGS)}
+    shares = {stage: value / (sum(seconds.values()) or 1.0) for stage, value in seconds.items()}
+    rows = [[_STAGES.get(s, s), duration(v), percent(shares[s]), count(seen[s])] for s, v in seconds.items()]
+    known = [float(record.get("seconds") or 0.0) for _, record in run.sources]
+    note = f"{duration(sum(known))} in all. " if all(known) else ""
+    trained = {words: images for stage, words in _TRAININGS.items() if (images := seen[stage])}
+    if trained:
+        note += f"Images seen: {' and '.join(f'{count(n)} by the {words}' for words, n in trained.items())}"
+        if teacher := run.record.get("teacher_seen_images"):
+            note += f"; together {percent(sum(trained.values()) / teacher)} of the {count(teacher)} of the teacher's training"
+        note += "."
+    return (Table(["stage", "time", "share", "images seen"], rows, note), list(shares.values())) if rows else None
+
+
+def _seen_images(run: Run, stage: str) -> float | None:
+    seen = run.records.get(stage, {}).get("seen_images")
+    return seen if seen is not None else (run.metrics.get(stage) or [{}])[-1].get("seen_images")
+
+
+def provenance(run: Run) -> dict[str, str]:
+    """Folders, versions, machines, seeds and models of a run; values that differ between its sources are all listed."""
+    rows: list[tuple[str, Any]] = []
+    for folder, record in run.sources:
+        machine = record.get("machine") or {}
+        where = [machine.get(key, "?") for key in ("system", "processor", "cores", "python")]
+        rows += [("run folder", folder), ("tinyfusion", record.get("version")), ("commit", record.get("commit"))]
+        rows.append(("machine", "{} {}, {} cores, Python {}".format(*where)))
+        rows.append(("seed", (record.get("recipe") or {}).get("seed")))
+    rows.append(("teacher", run.recipe.get("teacher_hash") or (run.plan.teacher if run.plan else None)))
+    rows += [(model_name(name), model.get("hash")) for name, model in run.models.items()]
+    values: dict[str, list[str]] = {}
+    for name, value in rows:
+        if value not in (None, "") and str(value) not in values.setdefault(name, []):
+            values[name].append(str(value))
+    return {name: "; ".join(listed) for name, listed in values.items() if listed}

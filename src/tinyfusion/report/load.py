@@ -1,0 +1,290 @@
+"""Read run folders: the records of a run as plain values, checked by `report/schema.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyfusion.blocks.plan import PrunePlan, plan_from_json
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import file_label
+from tinyfusion.core.reading import parse_json, read_text, unreadable
+from tinyfusion.core.rundir import FORMAT_VERSION, RunDirectory, read_json
+from tinyfusion.data.images import read_images_npz
+from tinyfusion.report import schema
+from tinyfusion.report.format import printable
+
+VERBS = ("run", "prune", "recover", "dynamic", "train")
+MODELS = ("teacher", "pruned", "student", "dynamic", "model", "real")
+MAX_SAMPLES_BYTES = 1 << 30
+MAX_PREVIEWS = 6  # of a training on the page
+_MODEL_FOLDERS = {  # by verb: where the models of a run are
+    "run": {"pruned": "prune/student", "student": "recover/student", "dynamic": "dynamic/student"},
+    "prune": {"pruned": "student"},
+    "recover": {"student": "student"},
+    "dynamic": {"dynamic": "student"},
+    "train": {"model": "model"},
+}
+_MEASURED = {  # JSON file -> (the stage whose folder has it, empty: the run folder; its schema)
+    "speed": ("", schema.SPEED),
+    "activations": ("", schema.ACTIVATIONS),
+    "depth_speed": ("", schema.DEPTH_SPEED),
+    "fid_steps": ("", schema.FID_STEPS),
+    "calibration": ("prune", schema.CALIBRATION),
+    "kept": ("dynamic", schema.KEPT),
+    "dynamic": ("dynamic", schema.DYNAMIC),
+}
+_LOGGED_PLAN = ("kept", "confidence")  # fields of a log line with a decision
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images (N, H, W, C) uint8, their labels (N,) where known, their sampling protocol, and their hash where recorded."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    protocol: str = ""
+    hash: str = ""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Images that averaged weights drew after so many training steps, as PNG."""
+
+    steps: int
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """The records of a run folder, or of a `prune` run joined with a `recover` run that continues it.
+
+    sources: (folder, its run.json), in order. plan: the decision, or while a search runs its present choice (decided False).
+    metrics, records: log lines and run.json per stage. evaluations: by (model, reference). pairs: (model, evaluation) of
+    those with a comparison of pairs. measured: by name, the JSON files that docs/report.md lists. samples, models: by model.
+    previews, preview_scores: per stage. notes: what the page leaves out, and why.
+    """
+
+    sources: tuple[tuple[str, Mapping[str, Any]], ...]
+    plan: PrunePlan | None = None
+    decided: bool = True
+    metrics: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    evaluations: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    pairs: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    samples: Mapping[str, Samples] = field(default_factory=dict)
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    previews: Mapping[str, Sequence[Preview]] = field(default_factory=dict)
+    preview_scores: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The folders as they were given."""
+        return " → ".join(folder for folder, _ in self.sources)
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """The run.json of the last source."""
+        return self.sources[-1][1]
+
+    @property
+    def verb(self) -> str:
+        """The verbs of the sources: "run", or "prune and recover"."""
+        return " and ".join(str(record["verb"]) for _, record in self.sources)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The sections of the resolved recipes, empty where there are none."""
+        return {name: value for _, record in self.sources for name, value in (record.get("recipe") or {}).items()}
+
+    @property
+    def title(self) -> str:
+        """The recipe's name, else the verb; with the depths once they are decided."""
+        name = str(self.recipe.get("name") or self.verb)
+        if not self.plan or not self.decided:
+            return name
+        return f"{name}: {sum(self.plan.depth.values())} blocks to {sum(map(len, self.plan.kept.values()))}"
+
+    @property
+    def references(self) -> list[str]:
+        """References of the evaluations, those of the recipe first and in its order."""
+        wanted = [file_label(str(name)) for name in (self.recipe.get("evaluate") or {}).get("references", ())]
+        used = {reference for _, reference in self.evaluations}
+        return [name for name in wanted if name in used] + sorted(used - set(wanted))
+
+    @property
+    def decision_lines(self) -> list[Mapping[str, Any]]:
+        """The log lines of the mask search that have a decision."""
+        return [line for line in self.metrics.get("prune", ()) if all(key in line for key in _LOGGED_PLAN)]
+
+
+def load_run(path: Path) -> Run:
+    """The records of a run folder, finished or not. Raises UserError on another folder, and on damaged records."""
+    record = _run_record(path)
+    verb = record["verb"]
+    nested = [name for name in ("prune", "recover", "dynamic") if (path / name).is_dir()]
+    folders = {name: path / name for name in nested} if verb == "run" else {verb: path}
+    lines = {stage: _log_lines(folder / "metrics.jsonl") for stage, folder in folders.items()}
+    scores = {stage: [line["watch"] for line in logged if "watch" in line] for stage, logged in lines.items()}
+    metrics = {stage: [line for line in logged if "watch" not in line] for stage, logged in lines.items()}
+    previews = {stage: _previews(RunDirectory(folder).watched) for stage, folder in folders.items()}
+    models = _existing(
+        {name: (path / inner / "model.json", schema.MODEL) for name, inner in _MODEL_FOLDERS[verb].items()}
+    )
+    measured = {
+        name: ((folders.get(stage, path) if stage else path) / f"{name}.json", kind)
+        for name, (stage, kind) in _MEASURED.items()
+    }
+    samples, notes = _samples(path / "samples")
+    scored = _scored(path / "evaluations")
+    return Run(
+        sources=((printable(str(path)), record),),
+        plan=_plan(path, models),
+        metrics={stage: logged for stage, logged in metrics.items() if logged},
+        records=_existing({stage: (folder / "run.json", schema.RUN) for stage, folder in folders.items()}),
+        evaluations={(model, reference): values for model, reference, values in scored if _is_own(reference, values)},
+        pairs=tuple((model, values) for model, _, values in scored if isinstance(values.get("against"), dict)),
+        measured=_existing(measured),
+        samples=samples,
+        models=models,
+        previews={stage: images for stage, images in previews.items() if images},
+        preview_scores={stage: listed for stage, listed in scores.items() if listed},
+        notes=notes,
+    )
+
+
+def _run_record(path: Path) -> dict[str, Any]:
+    wanted = f"wanted a run folder, such as the --out of {', '.join(VERBS)}"
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no run at {path}: no such folder; {wanted}") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; {wanted}")
+    if not (path / "run.json").is_file():
+        raise UserError(f"{path} is not a run folder: it has no run.json; {wanted}")
+    record = read_json(path / "run.json")
+    if not isinstance(record, dict) or record.get("made_by") != "tinyfusion" or record.get("verb") not in VERBS:
+        raise UserError(f"{path} is not a run folder of tinyfusion: its run.json was made by something else; {wanted}")
+    schema.checked(record, schema.RUN, path / "run.json")
+    if (version := record.get("format_version", 0)) > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {version}; this tinyfusion reads up to {FORMAT_VERSION}: upgrade tinyfusion"
+        )
+    return record
+
+
+def _existing(files: Mapping[str, tuple[Path, Any]]) -> dict[str, Any]:
+    """The checked contents of the JSON files that exist. files: name -> (path, schema)."""
+    return {name: schema.checked(read_json(p), kind, p) for name, (p, kind) in files.items() if p.is_file()}
+
+
+def _log_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that is still being written is skipped."""
+    texts = [text for text in read_text(path).splitlines() if text.strip()] if path.is_file() else []
+    lines: list[dict[str, Any]] = []
+    for i, text in enumerate(texts, start=1):
+        try:
+            line = parse_json(text, f"{path}, line {i},")
+        except UserError:
+            if i < len(texts):
+                raise
+        else:
+            lines.append(schema.checked(line, schema.LINE, f"{path}, line {i},"))
+    return lines
+
+
+def _plan(path: Path, models: Mapping[str, Mapping[str, Any]]) -> PrunePlan | None:
+    """The final decision: plan.json, else that inside a model."""
+    files = [file for file in (path / "prune" / "plan.json", path / "plan.json") if file.is_file()]
+    stored = [(f"{path}: model.json of {name}", model["plan"]) for name, model in models.items() if model.get("plan")]
+    for source, values in [*((file, read_json(file)) for file in files[:1]), *stored]:
+        try:
+            plan = plan_from_json(values)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        for name, groups in (plan.groups or {}).items():
+            if sum(size for _, size in groups) != (depth := plan.depth.get(name, 0)):
+                raise UserError(
+                    f"{source} is damaged: groups.{name} do not make up {depth} blocks; correct or remove it"
+                )
+        return plan
+    return None
+
+
+def _scored(folder: Path) -> list[tuple[str, str, dict[str, Any]]]:
+    """(model, reference, evaluation) of every MODEL-REFERENCE.json; of another name the reference is empty."""
+    scored = []
+    for file in sorted(folder.glob("*.json")):
+        stem = printable(file.stem)
+        model, _, reference = stem.partition("-")
+        names = (model, reference) if model in MODELS and reference else (stem, "")
+        scored.append((*names, schema.checked(read_json(file), schema.EVALUATION, file)))
+    return scored
+
+
+def _is_own(reference: str, values: Mapping[str, Any]) -> bool:
+    """Whether a file is the evaluation against the reference in its name, and not one made for its pairs alone."""
+    own = file_label(str((values.get("reference") or {}).get("name", reference)))
+    return bool(reference) and ("against" not in values or reference == own)
+
+
+def _previews(folder: Path) -> list[Preview]:
+    """The previews of a training: the last, and others evenly spread."""
+    files = sorted(file for file in folder.glob("step-*.png") if file.is_file() and file.stem[5:].isdecimal())
+    chosen = {round(i) for i in np.linspace(0, len(files) - 1, MAX_PREVIEWS)} if files else set[int]()
+    return [Preview(int(files[i].stem[5:]), files[i].read_bytes()) for i in sorted(chosen)]
+
+
+def _samples(folder: Path) -> tuple[dict[str, Samples], tuple[str, ...]]:
+    """Images by model, and a note about every file that is too large."""
+    samples: dict[str, Samples] = {}
+    notes = []
+    for file in [file for name in MODELS if (file := folder / f"{name}.npz").is_file()]:
+        if file.stat().st_size > MAX_SAMPLES_BYTES:
+            notes.append(f"{file.name} is not shown: it is larger than {MAX_SAMPLES_BYTES >> 30} GiB")
+            continue
+        record = _existing({"": (file.with_suffix(".json"), schema.SAMPLES)}).get("", {})
+        images, labels = read_images_npz(file)
+        samples[file.stem] = Samples(images, labels, str(record.get("protocol", "")), str(record.get("image_hash", "")))
+    return samples, tuple(notes)
+
+
+def join_runs(runs: Sequence[Run]) -> list[Run]:
+    """The runs in order, every `recover` run joined with the `prune` run whose student it started from, by that model's hash.
+
+    A search with several recoveries is joined with each of them, and not listed by itself.
+    """
+    searches = {id(run): search for run in runs if (search := _search_of(run, runs))}
+    joined = {id(search) for search in searches.values()}
+    listed = [run for run in runs if id(run) not in joined]
+    return [_joined(searches[id(run)], run) if id(run) in searches else run for run in listed]
+
+
+def _search_of(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The `prune` run whose student a `recover` run started from; of several equal ones the one whose path it was given."""
+    given = run.recipe.get("student")
+    if run.verb != "recover" or not given:
+        return None
+    same = [o for o in runs if o.verb == "prune" and o.models.get("pruned", {}).get("hash") == given]
+    opened = str((run.record.get("job") or {}).get("student", ""))
+    return next(iter([*(o for o in same if opened.endswith(o.name.strip("./"))), *same]), None)
+
+
+def _joined(search: Run, recovery: Run) -> Run:
+    """Fields of both: tuples one after the other, mappings merged, else that of the recovery where it has one."""
+    values: dict[str, Any] = {}
+    for name in (entry.name for entry in dataclasses.fields(Run)):
+        first, second = getattr(search, name), getattr(recovery, name)
+        merged = {**first, **second} if isinstance(first, dict) else second or first
+        values[name] = first + second if isinstance(first, tuple) else merged
+    return Run(**values)
