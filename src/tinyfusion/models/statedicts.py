@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.models.tensors import check_shared
+from tinyfusion.models.tensors import check_shared, flat_tensors
 
 _DEPTH = 8  # of mappings in mappings that are looked into
 _MAPPINGS = 100_000  # that are looked at, as an optimiser has one per parameter
@@ -154,15 +154,11 @@ def _unmarked(
     content: Mapping[Any, Any], mappings: Sequence[tuple[tuple[str, ...], Mapping[Any, Any]]], path: Path
 ) -> StateDict:
     """The mapping with most tensors, where it holds nothing else."""
-    held = [(sum(isinstance(v, Tensor) for v in mapping.values()), keys, mapping) for keys, mapping in mappings]
-    number, keys, mapping = max(held, key=lambda entry: entry[0])
+    counted = [(sum(isinstance(v, Tensor) for v in mapping.values()), keys, mapping) for keys, mapping in mappings]
+    number, keys, mapping = max(counted, key=lambda entry: entry[0])
     if what := described_other((_WRAPPERS.sub("", str(key)) for key in mapping), path.suffix):
         raise UserError(f"{path} {what}")
-    if not number or number != len(mapping):
-        items = (mapping if number else content).items()
-        odd = next((str(key) for key, value in items if not isinstance(value, Tensor)), "nothing")
-        raise UserError(f"{path} is no state dict of tensors (it holds {odd!r})")
-    return StateDict({str(key): value for key, value in mapping.items()}, keys)
+    return StateDict(flat_tensors(mapping if number else content, path), keys)
 
 
 def described_other(names: Iterable[str], suffix: str = ".safetensors") -> str | None:
