@@ -25,14 +25,14 @@ def _dynamic(model: LoadedModel) -> dict[str, Any] | None:
     skipping = skipped_run_for(model, sampler_of(default_sampling(model), model))
     assert skipping is not None
     tables = skipping.tables
-    found = {**recorded, **tables.report()}
+    facts = {**recorded, **tables.report()}
     for name, table in (("heads", tables.heads), ("groups", tables.groups)):
-        found[f"{name}_per_block"] = [round(float(share), 4) for share in table.float().mean(dim=(0, 2))]
+        facts[f"{name}_per_block"] = [round(float(share), 4) for share in table.float().mean(dim=(0, 2))]
     if "ratio" in recorded:
-        found["macs"] = total_macs(
+        facts["macs"] = total_macs(
             model_macs(model), routed.sizes, len(model.stack), recorded["ratio"], routed.settings.tokens
         )
-    return found
+    return facts
 
 
 def inspect(model: LoadedModel) -> dict[str, Any]:
