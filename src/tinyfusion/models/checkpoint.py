@@ -253,7 +253,8 @@ def _open_official(path: Path, weights: str, stated: _Stated) -> LoadedModel:
     offered = (
         [each for each in families().values() if each.mark] if not stated.family else [family_named(stated.family)]
     )
-    marks, untrained = {each.mark for each in offered} - {None}, {name for each in offered for name in each.computed}
+    marks = [each.mark for each in offered if each.mark]
+    untrained = {name for each in offered for name in each.computed}
     state = find_state_dict(read_tensor_file(path), marks, weights, path, untrained)
     tensors = state.tensors
     if what := described_other(tensors, path.suffix):

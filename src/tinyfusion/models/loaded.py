@@ -107,7 +107,7 @@ class LoadedModel:
     @property
     def of_latents(self) -> bool:
         """Whether it takes the latents of an autoencoder, of which it may not know the scale."""
-        return takes_latents(self.arch, self.facts)
+        return self.facts.latent_scale is not None or self.arch.in_channels not in PIXEL_CHANNELS
 
     @property
     def doubtful(self) -> list[str]:
@@ -254,11 +254,6 @@ def _some_bytes(tensor: Tensor) -> bytes:
     values = tensor.detach().reshape(-1)
     some = values[:: max(1, len(values) // _PROBED_VALUES)].contiguous()
     return bytes(some.cpu().view(torch.uint8).numpy().data)
-
-
-def takes_latents(arch: Any, facts: ModelFacts) -> bool:
-    """Whether a model of these sizes and facts takes latents: it states a scale, or its channels are not those of pixels."""
-    return facts.latent_scale is not None or arch.in_channels not in PIXEL_CHANNELS
 
 
 @dataclass(frozen=True)
