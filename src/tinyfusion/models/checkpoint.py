@@ -220,7 +220,8 @@ def _open_diffusers(path: Path, stated: _Stated) -> LoadedModel:
     del tensors
     stated.check_sizes(path, arch)
     index = path.parent / "model_index.json"
-    inside = f" in a {read_json_object(index).get('_class_name')}" if index.is_file() else ""
+    pipeline = str(read_json_object(index).get("_class_name")) if index.is_file() else ""
+    inside = f" in a {pipeline}" if pipeline.isidentifier() else ""
     origin = {"kind": f"folder of diffusers{inside}", "path": str(path), "file": file}
     module = filled(family, arch, ours, path)
     return LoadedModel(module, family, arch, _diffusers_facts(path, config, arch, family), origin)
