@@ -106,7 +106,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "weights-truncated": (truncated, ("no readable safetensors file", "truncated")),
     "weights-without-tensors": (pickled, ("diffusion_pytorch_model.bin is no state dict of tensors", "'step'")),
     "shard-missing": (lambda f: sharded(f, proj="two.safetensors"), ("two.safetensors does not exist", "incomplete")),
-    "shard-elsewhere": (lambda f: sharded(f, proj="../t.safetensors"), ("'../t.safetensors'", "no file beside it")),
+    "shard-elsewhere": (lambda f: sharded(f, proj="../t.safetensors"), ("'../t.safetensors'", "no file in its folder")),
     "shards-disagree": (lambda f: sharded(f, proj="one.safetensors"), ("disagree about proj",)),
     "index-damaged": (lambda f: (sharded(f), (f / INDEX).write_text("{}")), (INDEX, "weight_map")),
 }  # fmt: skip

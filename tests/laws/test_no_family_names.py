@@ -1,4 +1,4 @@
-"""No module outside of `families/` names a family, neither in code nor in comments: a new one adds nothing there."""
+"""No code outside of `families/` names a family, not even in a comment: a new one adds nothing there."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from tinyfusion.families.registry import FAMILIES
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "tinyfusion"
 NAMED = re.compile(rf"\b({'|'.join(FAMILIES)})\b", re.IGNORECASE)
-# not read: recipes of published models and the table of known weights, which are data files with published names
-MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0] != "families")
+# not read: recipes of published models and the table of known weights, whose names are those of published files
+FILES = sorted(
+    path for kind in ("*.py", "*.j2") for path in SOURCE.rglob(kind) if "families" not in path.relative_to(SOURCE).parts
+)
 
 
-def test_no_module_outside_of_families_names_one() -> None:
-    assert len(MODULES) > 100
+def test_no_code_outside_of_families_names_one() -> None:
+    assert len(FILES) > 100
     found = [
         f"{path.relative_to(SOURCE)}:{number}: {line.strip()}"
-        for path in MODULES
+        for path in FILES
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if NAMED.search(line)
     ]

@@ -80,7 +80,7 @@ def _checkpointed(forward: Forward, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class BlockForward:
-    """What stands in for the `forward` of a block: `plain`, its own bound method, in another way of running it."""
+    """What stands in for the `forward` of a block: `plain`, its own bound method, recomputed or compiled."""
 
     name: str
     block: nn.Module
@@ -103,7 +103,7 @@ class BlockForward:
 
 
 def _plainly_laid(value: Tensor) -> Tensor:
-    """`value` in the one form that is compiled for: contiguous, and without a graph where none is made.
+    """`value` in the only form that is compiled for: contiguous, and without a graph where none is recorded.
 
     Other strides and flags would each be compiled anew. And inductor's CPU code of torch 2.13 gives wrong gradients for a
     stream that lies channel by channel, as patches come out of a convolution.

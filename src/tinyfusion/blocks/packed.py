@@ -128,7 +128,7 @@ def _operator() -> torch._ops.OpOverloadPacket:
     return operator
 
 
-_LIBRARIES: list[torch.library.Library] = []  # operators go with the object that made them
+_LIBRARIES: list[torch.library.Library] = []  # operators go with the object that defined them
 
 
 def _packed_linear(

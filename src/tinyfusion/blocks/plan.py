@@ -21,7 +21,7 @@ class PrunePlan:
 
     kept: indices into the teacher per block list, ascending. depth: blocks of the teacher per list. groups: per list
     [[N kept, M size], ...] in block order, None where the criterion knows no groups. scores: per block or group, with
-    their meaning under "meaning". teacher: hash of the model the plan was made for. cost: seconds and images seen.
+    their meaning under "meaning". teacher: hash of the model that the plan is for. cost: seconds and images seen.
     kept_widths: channels of the teacher that stay, per group (see `blocks/widths.py`), None where all do.
     """
 

@@ -83,10 +83,10 @@ class Deciding:
 
 
 class Current:
-    """The way of a model, shared by its embedders of time and label and all of its blocks."""
+    """The current executor of a model, shared by its embedders of time and label and all of its blocks."""
 
     def __init__(self) -> None:
-        self.way: BlockExecutor = Deciding()
+        self.executor: BlockExecutor = Deciding()
         self.labels: Tensor | None = None  # their embeddings (B, D) in the present pass
 
     def labelled(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
@@ -95,7 +95,7 @@ class Current:
 
     def embedded(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Hook on the timestep embedder."""
-        self.way.begin(args[0], output)
+        self.executor.begin(args[0], output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Current:
         """A copy of a model decides as at inference; what a pass has left behind stays with the original."""
@@ -114,7 +114,7 @@ class DynamicForward:
 
     def __call__(self, x: Tensor, c: Tensor) -> Tensor:
         """The residual stream (B, N, D)."""
-        return self.current.way.run(self, x, c)
+        return self.current.executor.run(self, x, c)
 
 
 def route(module: nn.Module, rules: DynamicRules, blocks: Iterable[nn.Module]) -> None:

@@ -1,7 +1,7 @@
 """Routers: which heads, groups, tokens and blocks run. One linear layer on the timestep embedding, a small MLP on tokens.
 
 Names of submodules are the published ones, so that a state dict has the official keys. Routers are kept, and compute, in
-float32 whatever the model is held in, because a logit near 0 in half precision flips decisions; but a bfloat16 stream, whose
+float32 whatever the type of the model, because a logit near 0 in half precision flips decisions; but a bfloat16 stream, whose
 values are rounded as coarsely, is multiplied by bfloat16 weights, which takes a seventh of the time.
 Source: DyDiT (arXiv 2410.03456), sections 3.2 and 3.3. Differs: noise comes from outside, addressed, with the batch.
 
@@ -67,8 +67,8 @@ class Float32Module(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def moved(tensor: Tensor) -> Tensor:
-            found = fn(tensor)
-            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         applied: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return applied
@@ -140,8 +140,10 @@ class TokenRouter(Float32Module):
         """What gives the logits of streams of this type."""
         first, last = self.mlp_head[0], self.mlp_head[2]
         assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-        held = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16 has too small a range
-        return TokenScores(first.weight.to(held), first.bias.to(held), last.weight.float(), last.bias.float())
+        scores_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16 has too small a range
+        return TokenScores(
+            first.weight.to(scores_dtype), first.bias.to(scores_dtype), last.weight.float(), last.bias.float()
+        )
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         logits = self.logits(x)
@@ -157,7 +159,7 @@ def is_router_key(name: str) -> bool:
 
 
 def settings_of(tensors: Mapping[str, Tensor], num_heads: int) -> DynamicSettings:
-    """What the router keys of a published state dict say; the layout is told by the rows of a router of width.
+    """The settings that the router keys of a published state dict give; the layout follows from the rows of a router of width.
 
     Layout 2 (current code): H - 1 outputs, and unit 0 always runs. Layout 1 (December 2024): H outputs, nothing is forced.
     Raises ValueError where the keys are of neither, or where there are none.

@@ -32,9 +32,9 @@ class BlockStack:
 
     def block_list(self, name: str) -> nn.ModuleList:
         """The module list called `name`."""
-        found = self.model.get_submodule(name)
-        assert isinstance(found, nn.ModuleList), f"{name} is not a list of blocks"
-        return found
+        blocks = self.model.get_submodule(name)
+        assert isinstance(blocks, nn.ModuleList), f"{name} is not a list of blocks"
+        return blocks
 
     def depths(self) -> dict[str, int]:
         """Number of blocks per list."""

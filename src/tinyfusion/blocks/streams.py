@@ -2,7 +2,7 @@
 
 A block of one stream maps x to x. A block of two streams, as in FLUX or Stable Diffusion 3, takes image and text tokens and
 returns both, in an order that is a fact of its class. Everything that gates, skips, taps or replaces a block reads its
-`Streams`; arguments are found by the names of `forward`'s parameters, so models may call their blocks by position or by
+`Streams`; arguments are bound by the names of `forward`'s parameters, so models may call their blocks by position or by
 keyword, and gradient checkpointing may call them otherwise than the plain path.
 
 Shapes: B images along one axis of every tensor that is not shared by all images.
@@ -188,7 +188,7 @@ def mixed(gate: Tensor, output: Tensor | None, state: Tensor | None, axis: int =
 
 @lru_cache(maxsize=256)
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    """The signature of the `forward` of a class, found once."""
+    """The signature of the `forward` of a class, read once."""
     return inspect.signature(forward)
 
 

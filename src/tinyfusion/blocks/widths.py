@@ -62,24 +62,24 @@ def flat_kept(kept_widths: Any, name: str = "") -> dict[str, list[int]]:
         return {name: sorted(kept_widths)}
     else:
         raise ValueError(f"kept_widths {name} wants lists of channels; got {str(kept_widths)[:40]}")
-    found: dict[str, list[int]] = {}
+    channels: dict[str, list[int]] = {}
     for key, inner in parts:
-        found.update(flat_kept(inner, f"{name}.{key}" if name else str(key)))
-    return found
+        channels.update(flat_kept(inner, f"{name}.{key}" if name else str(key)))
+    return channels
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flat_kept`: values by name of group to the form of `kept_widths`."""
-    found: dict[str, Any] = {}
+    kept_widths: dict[str, Any] = {}
     for name, value in flat.items():
         first, *rest = name.split(".")
         if not rest:
-            found[first] = value
+            kept_widths[first] = value
             continue
-        lists = found.setdefault(first, {}).setdefault(rest[0], [])
+        lists = kept_widths.setdefault(first, {}).setdefault(rest[0], [])
         assert len(lists) == int(rest[1]), f"groups of {first} are out of order"
         lists.append(value)
-    return found
+    return kept_widths
 
 
 def narrowed_arch(rules: WidthRules, arch: Any, kept_widths: Any) -> Any:
@@ -107,7 +107,7 @@ def sliced(
     """The narrower arch, and copies of the tensors with only the kept channels. Raises ValueError where they do not fit."""
     student = narrowed_arch(rules, arch, kept_widths)
     kept, groups = flat_kept(kept_widths), rules.groups(arch)
-    axes, found = rules.axes(arch), {}
+    axes, slices = rules.axes(arch), {}
     for name, tensor in tensors.items():
         part = tensor.detach()
         for dim, axis in enumerate(axes.get(name, ())):
@@ -115,9 +115,9 @@ def sliced(
                 channels = torch.tensor(kept[axis.group], device=tensor.device)
                 offsets = groups[axis.group].size * torch.arange(axis.repeats, device=tensor.device)
                 part = part.index_select(dim, (offsets.unsqueeze(1) + channels).flatten())
-        found[name] = part.clone() if part.data_ptr() == tensor.data_ptr() else part
-    rules.compensate(found, arch, student)
-    return student, found
+        slices[name] = part.clone() if part.data_ptr() == tensor.data_ptr() else part
+    rules.compensate(slices, arch, student)
+    return student, slices
 
 
 def channel_sums(axes: Axes, groups: Mapping[str, ChannelGroup], values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ _OFFICIAL_SUFFIXES = (".safetensors", ".pt")
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """What the command line says beside where to: the format, and for a pipeline its autoencoder."""
+    """Options of `export`: the model, the format, and for a pipeline its autoencoder and names of classes."""
 
     model: str
     to: str
@@ -83,14 +83,14 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     if model.facts.vae and Path(model.facts.vae).is_absolute():  # a folder here means nothing elsewhere
         model.facts = dataclasses.replace(model.facts, vae=None)
     describe = model.family.differences if what.to != "tinyfusion" else None
-    found = describe(model.module, model.arch, what.to) if describe else []
+    differences = describe(model.module, model.arch, what.to) if describe else []
     if model is not rounded:
         computed = ", ".join(model.family.computed)
-        found.append(
+        differences.append(
             f"what a formula gives ({computed}) is computed in float32 there and rounded to half precision here"
         )
-    outcome = {"to": what.to, "model": model.hash(), "bytes": num_bytes, "differences": found}
-    for sentence in found:
+    outcome = {"to": what.to, "model": model.hash(), "bytes": num_bytes, "differences": differences}
+    for sentence in differences:
         print(f"note: {sentence}", file=sys.stderr)
     if options.dry_run:
         return outcome
@@ -99,7 +99,7 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     else:
         record = stamp("export", plain, "done", **outcome)
         _check_output(options, what.to, plain)  # again: what has come to be there meanwhile is not replaced
-        _write(model, options.out, what, Beside(vae, labels), record)
+        _write(model, options.out, what, PipelineComponents(vae, labels), record)
     if what.push_to_hub:
         outcome["pushed_to"] = upload_folder(options.out, what.push_to_hub)
     return outcome
@@ -155,32 +155,34 @@ def _tensors(model: LoadedModel, to: str) -> dict[str, Tensor]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Beside:
-    """What a pipeline has beside its transformer: the folder of an autoencoder, and names of classes where they are known."""
+class PipelineComponents:
+    """The other components of a pipeline: the folder of an autoencoder, and names of classes where they are known."""
 
     vae: Path | None
     labels: Mapping[int, str] | None
 
 
-def _write(model: LoadedModel, out: Path, what: ExportOptions, more: Beside, record: dict[str, Any]) -> None:
+def _write(
+    model: LoadedModel, out: Path, what: ExportOptions, more: PipelineComponents, record: dict[str, Any]
+) -> None:
     if what.to == "official":
         _write_official(model, out, history(what.model), record)
         return
-    with atomic_write(out, _FILES) as beside:
+    with atomic_write(out, _FILES) as temporary:
         if what.to == "tinyfusion":
-            save_model(model, beside)
+            save_model(model, temporary)
         else:
-            beside.mkdir()
-            _write_diffusers(model, beside / "transformer" if what.pipeline else beside)
+            temporary.mkdir()
+            _write_diffusers(model, temporary / "transformer" if what.pipeline else temporary)
         pipeline = model.diffusers_export().pipeline if more.vae is not None else None
         if more.vae is not None and pipeline is not None:
-            _copy_autoencoder(more.vae, beside / "vae")
-            (beside / "scheduler").mkdir()
-            write_json(beside / "scheduler" / "scheduler_config.json", _versioned(pipeline.scheduler))
+            _copy_autoencoder(more.vae, temporary / "vae")
+            (temporary / "scheduler").mkdir()
+            write_json(temporary / "scheduler" / "scheduler_config.json", _versioned(pipeline.scheduler))
             named = {} if more.labels is None else {"id2label": {str(i): name for i, name in more.labels.items()}}
-            write_json(beside / "model_index.json", _versioned({**pipeline.model_index, **named}))
-        _write_card(model, beside, out.name, what, record["differences"])
-        write_json(beside / RECORD, record)
+            write_json(temporary / "model_index.json", _versioned({**pipeline.model_index, **named}))
+        _write_card(model, temporary, out.name, what, record["differences"])
+        write_json(temporary / RECORD, record)
 
 
 def _copy_autoencoder(source: Path, folder: Path) -> None:
@@ -206,12 +208,12 @@ def _write_official(model: LoadedModel, out: Path, steps: list[Step], record: di
         "lineage": model.facts.lineage,
         **({"dynamic": model.facts.dynamic} if model.facts.dynamic else {}),
     }
-    with atomic_write(out) as beside:
+    with atomic_write(out) as temporary:
         if out.suffix == ".pt":
-            with open(beside, "wb") as file:
+            with open(temporary, "wb") as file:
                 torch.save(tensors, file)
         else:
-            save_file(tensors, beside, metadata={"format": "pt"})
+            save_file(tensors, temporary, metadata={"format": "pt"})
         write_json(out.with_suffix(".json"), {**record, **more})
 
 
@@ -233,9 +235,9 @@ def _versioned(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def save_pretrained(model: LoadedModel, folder: Path, notes: CardNotes | None = None) -> None:
     """For users of the library: our own model folder with its card, whole or not at all."""
-    with atomic_write(folder, _FILES) as beside:
-        save_model(model, beside)
-        _write_notes(model, beside, notes or CardNotes(folder.name, "tinyfusion"))
+    with atomic_write(folder, _FILES) as temporary:
+        save_model(model, temporary)
+        _write_notes(model, temporary, notes or CardNotes(folder.name, "tinyfusion"))
 
 
 def push_to_hub(model: LoadedModel, repository: str, notes: CardNotes | None = None) -> str:
@@ -245,7 +247,7 @@ def push_to_hub(model: LoadedModel, repository: str, notes: CardNotes | None = N
         return upload_folder(Path(folder) / "model", repository)
 
 
-def _write_card(model: LoadedModel, folder: Path, title: str, what: ExportOptions, found: list[str]) -> None:
+def _write_card(model: LoadedModel, folder: Path, title: str, what: ExportOptions, differences: list[str]) -> None:
     source = Path(what.model)
     run = source if (source / "run.json").is_file() else None
     record = read_json(run / "run.json") if run else {}
@@ -255,8 +257,10 @@ def _write_card(model: LoadedModel, folder: Path, title: str, what: ExportOption
     evaluations = [read_json(file) for file in files]
     steps = history(what.model)
     untuned = steps[-1].verb == "prune" if steps else None
-    said, command = [step.sentence for step in steps], record.get("command")
-    notes = CardNotes(title, target, found, evaluations, command, parents, said, untuned, _from_nothing(steps))
+    sentences, command = [step.sentence for step in steps], record.get("command")
+    notes = CardNotes(
+        title, target, differences, evaluations, command, parents, sentences, untuned, _from_nothing(steps)
+    )
     _write_notes(model, folder, notes)
 
 
@@ -270,7 +274,7 @@ def _write_notes(model: LoadedModel, folder: Path, notes: CardNotes) -> None:
         (folder / PICTURE).write_bytes(plan_png(model.facts.plan.kept, model.facts.plan.depth))
 
 
-# ------------------------------------------------------------------------------------------------------------- beside
+# ----------------------------------------------------------------------------------------------------------- pipeline
 
 
 def _autoencoder(model: LoadedModel, what: ExportOptions, dry_run: bool) -> Path | None:
@@ -309,8 +313,8 @@ def _labels(model: LoadedModel, what: ExportOptions) -> Mapping[int, str] | None
     if what.labels is None and (not index.is_file() or not (read_json(index) or {}).get("id2label")):
         return None
     try:
-        told = read_json(path) if path.suffix == ".json" else path.read_text(encoding="utf-8").splitlines()
-        return class_names(told, model.arch.num_classes)
+        content = read_json(path) if path.suffix == ".json" else path.read_text(encoding="utf-8").splitlines()
+        return class_names(content, model.arch.num_classes)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels wants a text file, a name per line, or a JSON file; {path}: {error}") from error
     except ValueError as error:

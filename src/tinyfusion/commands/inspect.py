@@ -9,7 +9,7 @@ from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.jobs.process_specs import default_sampling, sampler_of
 from tinyfusion.jobs.skipped_model import skipped_run_for
-from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.checkpoint import LoadedModel, model_record
 from tinyfusion.models.macs import model_macs
 
 
@@ -25,42 +25,28 @@ def _dynamic(model: LoadedModel) -> dict[str, Any] | None:
     skipping = skipped_run_for(model, sampler_of(default_sampling(model), model))
     assert skipping is not None
     tables = skipping.tables
-    found = {**recorded, **tables.report()}
+    facts = {**recorded, **tables.report()}
     for name, table in (("heads", tables.heads), ("groups", tables.groups)):
-        found[f"{name}_per_block"] = [round(float(share), 4) for share in table.float().mean(dim=(0, 2))]
+        facts[f"{name}_per_block"] = [round(float(share), 4) for share in table.float().mean(dim=(0, 2))]
     if "ratio" in recorded:
-        found["macs"] = total_macs(
+        facts["macs"] = total_macs(
             model_macs(model), routed.sizes, len(model.stack), recorded["ratio"], routed.settings.tokens
         )
-    return found
+    return facts
 
 
 def inspect(model: LoadedModel) -> dict[str, Any]:
     """The facts that `inspect --json` prints."""
-    arch = {field: getattr(model.arch, field) for field in model.arch.__dataclass_fields__}
-    facts = model.facts
+    record, plan = model_record(model), model.facts.plan
+    del record["format_version"], record["plan"]
     return {
-        "family": model.family.name,
-        "process": model.family.process,
-        "process_settings": facts.process_settings,
-        "depth": len(model.stack),
+        **record,
         "num_parameters": num_parameters(model.module),
         "trainable_parameters": num_parameters(model.module, trainable_only=True),
         "macs": model_macs(model),
-        "kept": facts.kept,
-        "lineage": facts.lineage,
         "dynamic": _dynamic(model),
-        "hash": model.hash(),
-        "arch": arch,
-        "image_size": facts.image_size,
-        "latent_scale": facts.latent_scale,
-        "latent_shift": facts.latent_shift,
-        "vae": facts.vae,
-        "assumed": facts.assumed,
-        "license": facts.license,
-        "seen_images": facts.seen_images,
-        "criterion": facts.plan.criterion if facts.plan else None,
-        "scheme": facts.plan.scheme if facts.plan else None,
+        "criterion": plan.criterion if plan else None,
+        "scheme": plan.scheme if plan else None,
         "origin": model.origin,
         "unfit_formats": model.unfit_formats(),
     }

@@ -78,7 +78,7 @@ class ShiftFields:
 
 @dataclass(frozen=True)
 class FlowSection(ShiftFields):
-    """How a flow model is noised and scored in training; a model keeps the path and the prediction it was made with."""
+    """How a flow model is noised and scored in training; a model stores the path and the prediction that it was trained with."""
 
     time_sampler: Annotated[
         Literal["uniform", "logit_normal", "mode", "cosmap"], "distribution of the noise levels, before the shift"

@@ -16,7 +16,7 @@ _LIBRARY = {"diffusers": "diffusers", "tinyfusion": "tinyfusion"}
 
 @dataclass(frozen=True)
 class CardNotes:
-    """What a card says beside what the model itself knows.
+    """What a card says apart from what the model itself knows.
 
     title: a name. target: "diffusers", "pipeline" or "tinyfusion". differences: what readers of the format compute
     otherwise, in sentences. evaluations: contents of evaluation files. command: as typed, None where it is not known.
@@ -133,13 +133,13 @@ def _differences(notes: CardNotes) -> str:
 def _numbers(evaluations: Sequence[Mapping[str, Any]]) -> str:
     """A table per protocol: numbers of different protocols never share one."""
     tables = []
-    for found in evaluations:
-        shown = {label: found[key] for key, label in _NUMBERS.items() if isinstance(found.get(key), int | float)}
+    for numbers in evaluations:
+        shown = {label: numbers[key] for key, label in _NUMBERS.items() if isinstance(numbers.get(key), int | float)}
         if not shown:
             continue
         names, line = " | ".join(shown), " | ".join("---" for _ in shown)
         values = " | ".join(f"{value:.4g}" for value in shown.values())
-        tables.append(f"| {names} |\n| {line} |\n| {values} |\n\nProtocol: {found.get('protocol', 'not recorded')}.")
+        tables.append(f"| {names} |\n| {line} |\n| {values} |\n\nProtocol: {numbers.get('protocol', 'not recorded')}.")
     return "## Numbers\n\n" + "\n\n".join(tables) if tables else ""
 
 

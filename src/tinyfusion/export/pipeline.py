@@ -1,4 +1,4 @@
-"""Checks of what stands beside a transformer in a pipeline folder of diffusers: the autoencoder, and names of classes."""
+"""Checks of the other components of a pipeline folder of diffusers: the autoencoder, and names of classes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class DiffusersPipeline:
-    """What a pipeline folder of diffusers has beside its transformer, and the models that its class can draw with."""
+    """What a pipeline folder of diffusers has apart from its transformer, and the models that its class can draw with."""
 
     model_index: Mapping[str, Any]  # model_index.json, without class names of labels
     scheduler: Mapping[str, Any]  # scheduler_config.json
@@ -173,7 +173,7 @@ class ModelFamily:
 
         rules: then also over what the sizes say that the model computes otherwise than the published one (`arch.rules`): such a
         model is another one with the same tensors. Published rules add nothing.
-        It is the hash of the tensors as held. Opened models hold float32, whatever their file held: a half-precision file
+        It is the hash of the tensors in memory. Opened models hold float32, whatever their file held: a half-precision file
         has the hash of its values in float32, not that of its bytes.
         """
         digest = hashlib.sha256()

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tinyfusion.families.dit import width as dit_width
 from tinyfusion.families.dit.family import DIT
-from tinyfusion.families.dit.model import SIZES, DiT, DiTArch
-from tinyfusion.families.dit.model import published_arch as published_dit
+from tinyfusion.families.dit.model import DiT, DiTArch
 
 
 class SiT(DiT):
@@ -27,17 +26,6 @@ class SiT(DiT):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return super().forward(x, t, y)[:, : self.arch.in_channels]
-
-
-def published_arch(name: str, image_size: int = 256, num_classes: int = 1000) -> DiTArch:
-    """The published model `NAME/PATCH`, e.g. "SiT-XL/2" (D14 is TinySiT), on latents of images `image_size` pixels wide.
-
-    Raises ValueError on an unknown name.
-    """
-    if not name.startswith("SiT-"):
-        sizes = ", ".join(size.replace("DiT", "SiT") for size in SIZES)
-        raise ValueError(f"unknown model {name!r}; sizes are {sizes}, written with a patch size as in SiT-XL/2")
-    return published_dit(name.replace("SiT", "DiT", 1), image_size, num_classes)
 
 
 def unfit_formats(arch: DiTArch, tensors: Mapping[str, Tensor]) -> dict[str, str]:

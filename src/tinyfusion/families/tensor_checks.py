@@ -61,9 +61,9 @@ def in_float32(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what
     """Copies in float32 of exactly the tensors of `wanted`, in its order. Raises UserError on faults of names, shapes and values."""
     check_tensors(tensors, wanted, what)
     check_memory(4 * sum(tensor.numel() for tensor in wanted.values()), f"{what.partition(' does')[0]} in float32")
-    held = {name: tensors[name].detach().to(torch.float32, copy=True).contiguous() for name in wanted}
-    check_finite(held, what)
-    return held
+    copies = {name: tensors[name].detach().to(torch.float32, copy=True).contiguous() for name in wanted}
+    check_finite(copies, what)
+    return copies
 
 
 def _is_plain(tensor: Tensor) -> bool:

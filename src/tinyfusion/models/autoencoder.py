@@ -32,7 +32,7 @@ class Autoencoder:
     """A frozen `AutoencoderKL` in float32.
 
     Models see (z - shift) x scale of its latents z. channels: of a latent; factor: pixels per latent cell and side.
-    name: as it was asked for.
+    name: as it was given.
     """
 
     module: nn.Module
@@ -62,9 +62,9 @@ class Autoencoder:
         """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
-            held = tensor.detach().cpu().contiguous()
-            digest.update(f"{name}\0{held.dtype}\0{tuple(held.shape)}\0".encode())
-            digest.update(held.reshape(-1).view(torch.uint8).numpy().data)
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -87,21 +87,21 @@ def open_autoencoder(name: str) -> Autoencoder:
             from diffusers import AutoencoderKL  # late: seconds
 
             load: Any = AutoencoderKL.from_pretrained
-            module, told = load(str(folder), output_loading_info=True, torch_dtype=torch.float32)
+            module, report = load(str(folder), output_loading_info=True, torch_dtype=torch.float32)
     except Exception as error:  # diffusers, safetensors, pickle and json, each in their words
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder} cannot be opened as an AutoencoderKL: {reason}") from error
-    check_loaded(told, folder)
+    check_loaded(report, folder)
     module.eval().requires_grad_(False)
     scale, shift = config.get("scaling_factor", SCALE_OF_CLASS), config.get("shift_factor") or 0.0
     channels, factor = config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
     return Autoencoder(module, name, float(scale), float(shift), int(channels), factor)
 
 
-def check_loaded(told: Mapping[str, Any], folder: Path) -> None:
-    """Raise UserError unless `from_pretrained` says in `told` that every tensor was loaded, and no other was there."""
+def check_loaded(report: Mapping[str, Any], folder: Path) -> None:
+    """Raise UserError unless `report`, of `from_pretrained`, lists no missing, unexpected or misshapen tensor."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if odd := [str(key) for key in told.get(what) or ()]:
+        if odd := [str(key) for key in report.get(what) or ()]:
             raise UserError(
                 f"the weights in {folder} do not go with its config.json: {what} {', '.join(sorted(odd)[:3])}"
             )
@@ -121,9 +121,11 @@ def quiet_logs() -> Iterator[None]:
 def _config(folder: Path) -> Mapping[str, Any]:
     """Its config.json, of a kind that we know how to use."""
     config = autoencoder_config(folder / "config.json")
-    found = config.get("_class_name")
-    if found != "AutoencoderKL":
-        raise UserError(f"{folder} is {f'a {found}' if found else 'no model of diffusers'}, wanted an AutoencoderKL")
+    class_name = config.get("_class_name")
+    if class_name != "AutoencoderKL":
+        raise UserError(
+            f"{folder} is {f'a {class_name}' if class_name else 'no model of diffusers'}, wanted an AutoencoderKL"
+        )
     if "block_out_channels" not in config:
         raise UserError(f"{folder / 'config.json'} is damaged: it has no block_out_channels")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:

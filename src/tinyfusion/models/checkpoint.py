@@ -46,36 +46,26 @@ _PUBLISHED_CLASSES = 1000  # of ImageNet, trained with a null class in all publi
 
 def model_record(model: LoadedModel) -> dict[str, Any]:
     """The contents of model.json."""
-    facts = model.facts
+    facts = {field.name: getattr(model.facts, field.name) for field in dataclasses.fields(ModelFacts)}
     return {
         "format_version": MODEL_FORMAT_VERSION,
         "family": model.family.name,
         "process": model.family.process,
-        "process_settings": facts.process_settings,
-        "dynamic": facts.dynamic,
         "arch": dataclasses.asdict(model.arch),
         "depth": len(model.stack),  # of all lists together: readers without torch cannot count them
-        "plan": facts.plan.to_json() if facts.plan else None,
-        "kept": facts.kept,
-        "lineage": facts.lineage,
         "hash": model.hash(),
-        "image_size": facts.image_size,
-        "latent_scale": facts.latent_scale,
-        "latent_shift": facts.latent_shift,
-        "vae": facts.vae,
-        "assumed": facts.assumed,
-        "license": facts.license,
-        "seen_images": facts.seen_images,
+        **facts,
+        "plan": model.facts.plan.to_json() if model.facts.plan else None,
     }
 
 
 def save_model(model: LoadedModel, folder: Path) -> None:
     """Write our model folder, whole or not at all."""
-    with atomic_write(folder) as beside:
-        beside.mkdir(parents=True)
+    with atomic_write(folder) as temporary:
+        temporary.mkdir(parents=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
-        save_file(tensors, beside / "model.safetensors")
-        write_json(beside / "model.json", model_record(model))
+        save_file(tensors, temporary / "model.safetensors")
+        write_json(temporary / "model.json", model_record(model))
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -103,10 +93,13 @@ def open_model(
     if not exists(path):
         path, extra = by_name(str(source))
         family = family or extra.get("family")
-    if path.is_dir():
-        model = _open_folder(model_folder(path, weights), num_heads, family, num_classes)
+    stated = _Stated(family, num_heads, num_classes)
+    if not path.is_dir():
+        model = _open_official(path, weights, stated)
+    elif ((folder := model_folder(path, weights)) / "model.json").exists():
+        model = _open_own(folder, stated)
     else:
-        model = _open_official(path, weights, num_heads, family, num_classes)
+        model = _open_diffusers(folder, stated)
     extra.pop("family", None)
     known: dict[str, Any] = {key: extra.pop(key) for key in ("license", "vae") if key in extra}
     if model.facts.license is not None:
@@ -117,13 +110,29 @@ def open_model(
     return model
 
 
-def _open_folder(path: Path, num_heads: int | None, family_name: str | None, num_classes: int | None) -> LoadedModel:
-    if (path / "model.json").exists():
-        return _open_own(path, num_heads, family_name, num_classes)
-    return _open_diffusers(path, num_heads, family_name, num_classes)
+@dataclass(frozen=True)
+class _Stated:
+    """What the user says of a model: name of its family, attention heads, classes without the null class; None: nothing."""
+
+    family: str | None
+    num_heads: int | None
+    num_classes: int | None
+
+    def check_family(self, path: Path, family: ModelFamily) -> None:
+        """Raise UserError where a model of another family is stated."""
+        if self.family not in (None, family.name):
+            raise UserError(f"{path} is of family {family.name}, not {self.family}")
+
+    def check_sizes(self, path: Path, arch: Any) -> None:
+        """Raise UserError where a model whose file has its sizes is stated to have others."""
+        for what in ("heads", "classes"):
+            stated = getattr(self, f"num_{what}")
+            size = getattr(arch, f"num_{what}", stated)
+            if stated not in (None, size):
+                raise UserError(f"{path} has {size} {what}; --num-{what} {stated} contradicts it")
 
 
-def _open_own(path: Path, num_heads: int | None, family_name: str | None, num_classes: int | None) -> LoadedModel:
+def _open_own(path: Path, stated: _Stated) -> LoadedModel:
     record = read_json_object(path / "model.json")
     version = record.get("format_version")
     if not isinstance(version, int) or version > MODEL_FORMAT_VERSION:
@@ -134,7 +143,7 @@ def _open_own(path: Path, num_heads: int | None, family_name: str | None, num_cl
         family = family_named(record.get("family"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    _check_family(path, family, family_name)
+    stated.check_family(path, family)
     try:
         arch = build_known(family.arch_type, record.get("arch"), "arch")
         facts = _recorded_facts(record, family, arch)
@@ -143,7 +152,7 @@ def _open_own(path: Path, num_heads: int | None, family_name: str | None, num_cl
             family.dynamic_rules()
     except (ValueError, OverflowError) as error:  # UserError among them
         raise UserError(f"{path}/model.json is damaged: {error}") from error
-    _check_said(path, arch, num_heads, num_classes)
+    stated.check_sizes(path, arch)
     module = filled(family, arch, read_safetensors(path / "model.safetensors"), path, routers)
     model = LoadedModel(module, family, arch, facts, {"kind": "model folder of tinyfusion", "path": str(path)})
     # folders that are older than `arch.rules` have the hash of their tensors alone
@@ -187,20 +196,7 @@ def _recorded_facts(record: Mapping[str, Any], family: ModelFamily, arch: Any) -
     return facts
 
 
-def _check_said(path: Path, arch: Any, num_heads: int | None, num_classes: int | None) -> None:
-    """Raise UserError where a model that says everything itself is not what the user says."""
-    for what, said in (("heads", num_heads), ("classes", num_classes)):
-        held = getattr(arch, f"num_{what}", said)
-        if said not in (None, held):
-            raise UserError(f"{path} has {held} {what}; --num-{what} {said} contradicts it")
-
-
-def _check_family(path: Path, family: ModelFamily, name: str | None) -> None:
-    if name not in (None, family.name):
-        raise UserError(f"{path} is of family {family.name}, not {name}")
-
-
-def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None, num_classes: int | None) -> LoadedModel:
+def _open_diffusers(path: Path, stated: _Stated) -> LoadedModel:
     """The folder of one model of diffusers: config.json, and weights in one file or several."""
     config = read_json_object(path / "config.json")
     if "_class_name" not in config:
@@ -210,7 +206,7 @@ def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None, 
         raise UserError(
             f"{path} is a {config['_class_name']} of diffusers; of its models {diffusers_classes()} can be opened"
         )
-    _check_family(path, family, family_name)
+    stated.check_family(path, family)
     folder = family.diffusers
     tensors, file = read_folder_weights(path, DIFFUSERS_WEIGHTS)
     if folder.extra_file is not None and (path / folder.extra_file).is_file():
@@ -222,16 +218,17 @@ def _open_diffusers(path: Path, num_heads: int | None, family_name: str | None, 
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path}/config.json is damaged: {error}") from error
     del tensors
-    _check_said(path, arch, num_heads, num_classes)
+    stated.check_sizes(path, arch)
     index = path.parent / "model_index.json"
-    inside = f" in a {read_json_object(index).get('_class_name')}" if index.is_file() else ""
+    pipeline = str(read_json_object(index).get("_class_name")) if index.is_file() else ""
+    inside = f" in a {pipeline}" if pipeline.isidentifier() else ""
     origin = {"kind": f"folder of diffusers{inside}", "path": str(path), "file": file}
     module = filled(family, arch, ours, path)
     return LoadedModel(module, family, arch, _diffusers_facts(path, config, arch, family), origin)
 
 
 def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) -> ModelFacts:
-    """What our own record in an exported folder says; else the published latent facts, with those of a VAE beside."""
+    """What our own record in an exported folder says; else the published latent facts; an autoencoder in `vae/` next to it wins."""
     record, facts = config.get(DIFFUSERS_RECORD), _published_facts(arch, family)
     if record is not None:
         try:
@@ -244,31 +241,26 @@ def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) ->
     settings = autoencoder_config(vae / "config.json")
     sides = 2 ** (len(settings.get("block_out_channels", [0])) - 1)
     name = str(vae.absolute()) if any(vae.glob(f"{DIFFUSERS_WEIGHTS}*")) else None
-    stated = {
+    own = {
         "image_size": arch.input_size * sides,
         "latent_scale": settings.get("scaling_factor", facts.latent_scale or SCALE_OF_CLASS),
         "latent_shift": settings.get("shift_factor") or 0.0,
         "vae": name or facts.vae,
     }
-    return dataclasses.replace(
-        facts, **stated, assumed=[] if name else [each for each in facts.assumed if each == "vae"]
-    )
+    return dataclasses.replace(facts, **own, assumed=[] if name else [each for each in facts.assumed if each == "vae"])
 
 
-def _open_official(
-    path: Path, weights: str, num_heads: int | None, family_name: str | None, num_classes: int | None
-) -> LoadedModel:
+def _open_official(path: Path, weights: str, stated: _Stated) -> LoadedModel:
     offered = (
-        [each for each in families().values() if each.mark] if family_name is None else [family_named(family_name)]
+        [each for each in families().values() if each.mark] if not stated.family else [family_named(stated.family)]
     )
-    untrained = {name for family in offered for name in family.computed}
-    found = find_state_dict(
-        read_tensor_file(path), [each.mark for each in offered if each.mark], weights, path, untrained
-    )
-    tensors = found.tensors
+    marks = [each.mark for each in offered if each.mark]
+    untrained = {name for each in offered for name in each.computed}
+    state = find_state_dict(read_tensor_file(path), marks, weights, path, untrained)
+    tensors = state.tensors
     if what := described_other(tensors, path.suffix):
         raise UserError(f"{path} {what}")
-    fit = offered if family_name else _families_of(tensors, offered, path)
+    fit = offered if stated.family else _families_of(tensors, offered, path)
     family = fit[0]
     if family.arch_of_state_dict is None:
         raise UserError(
@@ -277,7 +269,7 @@ def _open_official(
     static = {name: t for name, t in tensors.items() if family.dynamic is None or not is_router_key(name)}
     routers = None
     try:
-        arch = family.arch_of_state_dict(static, num_heads, num_classes)
+        arch = family.arch_of_state_dict(static, stated.num_heads, stated.num_classes)
         if len(static) < len(tensors):
             routers = settings_of(tensors, arch.num_heads)
             family.dynamic_rules().sizes(arch)
@@ -286,18 +278,18 @@ def _open_official(
     facts = _published_facts(arch, family)
     if routers is not None:
         facts = dataclasses.replace(facts, dynamic=dataclasses.asdict(routers))
-    part = " of a training checkpoint" if found.keys else ""
+    part = " of a training checkpoint" if state.keys else ""
     kind = f"official state dict{' with routers' if routers else ''}{part}"
     module = filled(family, arch, tensors, path, routers)
-    _say_classes(arch, num_classes)
+    _report_classes(arch, stated.num_classes)
     if len(fit) > 1:
         print(f"assuming family {family.name} (give --family to say otherwise)", file=sys.stderr)
-    inside = {"part": found.label} if found.keys or found.prefix else {}
+    inside = {"part": state.label} if state.keys or state.prefix else {}
     return LoadedModel(module, family, arch, facts, {"kind": kind, "path": str(path), **inside})
 
 
-def _say_classes(arch: Any, num_classes: int | None) -> None:
-    """What was assumed of a label table, and what a model without a null class cannot do."""
+def _report_classes(arch: Any, num_classes: int | None) -> None:
+    """Print what was assumed of a label table, and what a model without a null class cannot do."""
     null_class = getattr(arch, "null_class", None)
     if null_class and num_classes is None and arch.num_classes != _PUBLISHED_CLASSES:
         rows = arch.num_classes + 1
@@ -323,6 +315,6 @@ def _published_facts(arch: Any, family: ModelFamily) -> ModelFacts:
     latent = family.published_latent.get(arch.in_channels)
     if latent is None:
         return ModelFacts(image_size=arch.input_size)
-    stated = {"latent_scale": latent["latent_scale"], "latent_shift": 0.0, "vae": latent["vae"]}
+    published = {"latent_scale": latent["latent_scale"], "latent_shift": 0.0, "vae": latent["vae"]}
     side = arch.input_size * latent["pixels_per_latent"]
-    return ModelFacts(image_size=side, **stated, assumed=["image_size", *stated])
+    return ModelFacts(image_size=side, **published, assumed=["image_size", *published])

@@ -47,7 +47,10 @@ def autoencoder_folder(name: str) -> Path:
     if folder.is_dir():
         folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
     elif HUB_ID.fullmatch(name) and not folder.parent.exists():
-        folder = fetch_autoencoder(name)
+        repository, _, revision = name.partition("@")
+        folder = _snapshot(repository, revision, ("config.json", "vae/config.json", "model_index.json"))
+        inside = "vae/" if (folder / "vae" / "config.json").is_file() else ""
+        folder = _with_weights(repository, revision, inside) / inside
     else:
         raise UserError(f"no autoencoder at {name}: no such folder, and it is no hub id")
     if not (folder / "config.json").is_file():
@@ -55,14 +58,6 @@ def autoencoder_folder(name: str) -> Path:
     if not any(folder.glob(f"{DIFFUSERS_WEIGHTS}*")):
         raise UserError(f"{folder} holds no weights: wanted {DIFFUSERS_WEIGHTS}.safetensors or .bin")
     return folder
-
-
-def fetch_autoencoder(name: str) -> Path:
-    """The folder of an `AutoencoderKL` of the hub, alone or inside a pipeline."""
-    repository, _, revision = name.partition("@")
-    folder = _snapshot(repository, revision, ("config.json", "vae/config.json", "model_index.json"))
-    inside = "vae/" if (folder / "vae" / "config.json").is_file() else ""
-    return _with_weights(repository, revision, inside) / inside
 
 
 def _with_weights(repository: str, revision: str, inside: str) -> Path:

@@ -38,13 +38,13 @@ _FILES = (".ckpt", ".pt", ".pth", ".safetensors")
 # parts of a key of latent diffusion to those of diffusers
 _PARTS = (
     (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"\.mid\.block_([12])\.", lambda found: f".mid_block.resnets.{int(found[1]) - 1}."),
+    (r"\.mid\.block_([12])\.", lambda match: f".mid_block.resnets.{int(match[1]) - 1}."),
     (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
     (r"\.down\.(\d)\.block\.", r".down_blocks.\1.resnets."),
     (r"\.down\.(\d)\.attn\.", r".down_blocks.\1.attentions."),
     (r"\.down\.(\d)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
-    (r"\.up\.(\d)\.block\.", lambda found: f".up_blocks.{_LEVELS - 1 - int(found[1])}.resnets."),
-    (r"\.up\.(\d)\.upsample\.", lambda found: f".up_blocks.{_LEVELS - 1 - int(found[1])}.upsamplers.0."),
+    (r"\.up\.(\d)\.block\.", lambda match: f".up_blocks.{_LEVELS - 1 - int(match[1])}.resnets."),
+    (r"\.up\.(\d)\.upsample\.", lambda match: f".up_blocks.{_LEVELS - 1 - int(match[1])}.upsamplers.0."),
     (r"\.norm_out\.", ".conv_norm_out."),
 )
 _ATTENTION_PARTS = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -66,17 +66,17 @@ def open_kl16(path: Path) -> nn.Module:
     tensors = to_diffusers(find_state_dict(read_tensor_file(path), [_MARK], "raw", path).tensors)
     from diffusers import AutoencoderKL  # late: seconds
 
-    made: Any = AutoencoderKL
+    autoencoder_class: Any = AutoencoderKL
     with torch.device("meta"):
-        module: nn.Module = made(**CONFIG)
-    held = in_float32(tensors, module.state_dict(), f"{path} does not hold the autoencoder KL-16")
-    module.load_state_dict(held, assign=True)
+        module: nn.Module = autoencoder_class(**CONFIG)
+    state = in_float32(tensors, module.state_dict(), f"{path} does not hold the autoencoder KL-16")
+    module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under the names of diffusers, whose attention has linear layers for 1 x 1 convolutions."""
-    found = {}
+    renamed = {}
     for key, value in tensors.items():
         name = key
         for pattern, replacement in _PARTS:
@@ -85,5 +85,5 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if inside and inside[2] in _ATTENTION_PARTS:
             name = f"{inside[1]}.{_ATTENTION_PARTS[inside[2]]}.{inside[3]}"
             value = value.flatten(1) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
-        found[name] = value
-    return found
+        renamed[name] = value
+    return renamed

@@ -36,7 +36,7 @@ PIXEL_CHANNELS = (1, 3)  # of the input of a model that states no latents: with 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model carries beside its tensors.
+    """What is known of a model apart from its tensors.
 
     image_size: side of its images in pixels. latent_scale, latent_shift: models of latents see (z - shift) x scale of a
     latent z of the autoencoder `vae`; None for a pixel-space model and where unknown. assumed: names of facts that no file
@@ -80,7 +80,7 @@ class ModelFacts:
 class LoadedModel:
     """A model in memory: the module with its family, sizes and facts.
 
-    origin: where it was opened from, for people: kind of file, path, and what is known of its name; empty for one made here.
+    origin: where it was opened from, for people: kind of file, path, and what is known of its name; empty for a new model.
     """
 
     module: nn.Module
@@ -107,7 +107,7 @@ class LoadedModel:
     @property
     def of_latents(self) -> bool:
         """Whether it takes the latents of an autoencoder, of which it may not know the scale."""
-        return takes_latents(self.arch, self.facts)
+        return self.facts.latent_scale is not None or self.arch.in_channels not in PIXEL_CHANNELS
 
     @property
     def doubtful(self) -> list[str]:
@@ -142,11 +142,11 @@ class LoadedModel:
 
     def with_formulas(self) -> LoadedModel:
         """The same model with the tensors that a formula gives as it gives them in float32; itself where they are so already."""
-        held = self.module.state_dict()
+        state = self.module.state_dict()
         exact = {name: formula(self.arch) for name, formula in self.family.computed.items()}
-        if all(torch.equal(held[name].cpu(), tensor) for name, tensor in exact.items()):
+        if all(torch.equal(state[name].cpu(), tensor) for name, tensor in exact.items()):
             return self
-        return self.with_weights({**held, **exact})
+        return self.with_weights({**state, **exact})
 
     def hash(self) -> str:
         """SHA-256 over the tensors sorted by official name, and over unpublished rules; see `ModelFamily.hash`.
@@ -256,11 +256,6 @@ def _some_bytes(tensor: Tensor) -> bytes:
     return bytes(some.cpu().view(torch.uint8).numpy().data)
 
 
-def takes_latents(arch: Any, facts: ModelFacts) -> bool:
-    """Whether a model of these sizes and facts takes latents: it states a scale, or its channels are not those of pixels."""
-    return facts.latent_scale is not None or arch.in_channels not in PIXEL_CHANNELS
-
-
 @dataclass(frozen=True)
 class DynamicModel:
     """A view of a model with routers on it. Calling its module decides as at inference, at full cost."""
@@ -294,7 +289,7 @@ class DynamicModel:
 
     @cached_property
     def current(self) -> Current:
-        """Which way its blocks run."""
+        """What holds the executor that runs its blocks."""
         owners = (getattr(hook, "__self__", None) for hook in self.embedder._forward_hooks.values())
         return next(owner for owner in owners if isinstance(owner, Current))
 
@@ -304,13 +299,13 @@ class DynamicModel:
         return self.module.get_submodule(self.rules.embedder)
 
     @contextmanager
-    def using(self, way: BlockExecutor) -> Iterator[None]:
-        """Within the context blocks run in this way."""
-        before, self.current.way = self.current.way, way
+    def using(self, executor: BlockExecutor) -> Iterator[None]:
+        """Within the context `executor` runs the blocks."""
+        before, self.current.executor = self.current.executor, executor
         try:
             yield
         finally:
-            self.current.way = before
+            self.current.executor = before
 
     @contextmanager
     def complete(self) -> Iterator[None]:

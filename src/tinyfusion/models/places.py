@@ -49,8 +49,8 @@ def by_name(name: str) -> tuple[Path, dict[str, str]]:
     if name in known:
         entry = known[name]
         path = fetch_weights(name)
-        said = {"license": entry.license, "family": entry.family}
-        return path, {"name": name, "address": entry.address, **{key: value for key, value in said.items() if value}}
+        facts = {"license": entry.license, "family": entry.family}
+        return path, {"name": name, "address": entry.address, **{key: value for key, value in facts.items() if value}}
     if Path(name).suffix in _FILES:
         raise UserError(f"no model at {name}: no such file{_fetched_as(Path(name).name, known)}")
     if HUB_ID.fullmatch(name) and not Path(name).parent.exists():

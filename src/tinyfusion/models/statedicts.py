@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.models.tensors import check_shared
+from tinyfusion.models.tensors import check_shared, flat_tensors
 
 _DEPTH = 8  # of mappings in mappings that are looked into
 _MAPPINGS = 100_000  # that are looked at, as an optimiser has one per parameter
@@ -67,7 +67,7 @@ class StateDict:
 
     @property
     def label(self) -> str:
-        """Where it was found, for people."""
+        """Its place in the file, for messages."""
         return " / ".join([*self.keys, *([f"{self.prefix}*"] if self.prefix else [])]) or "the file itself"
 
     @property
@@ -79,20 +79,20 @@ class StateDict:
 def find_state_dict(
     content: Any, marks: Collection[str], weights: str, path: Path, untrained: Collection[str] = ()
 ) -> StateDict:
-    """The state dict of a network with one of `marks` in the content of a file; what was chosen is said on stderr.
+    """The state dict of a network with one of `marks` in the content of a file; the choice is reported on stderr.
 
-    weights: "ema" or "raw", where both fit. untrained: names that a list of averages may leave out. Where no mark is found
+    weights: "ema" or "raw", where both fit. untrained: names that a list of averages may leave out. Without a mark
     the only mapping of tensors is given, for whoever says what is missing. Raises UserError where there is none, and on
     files that are known to be something else.
     """
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     mappings = list(_mappings(content))
-    named = [found for keys, mapping in mappings for found in _named(keys, mapping, marks, path)]
-    found = [*named, *(s for keys, mapping in mappings for s in _listed(keys, mapping, named, untrained))]
-    if not found:
+    named = [state for keys, mapping in mappings for state in _named(keys, mapping, marks, path)]
+    states = [*named, *(s for keys, mapping in mappings for s in _listed(keys, mapping, named, untrained))]
+    if not states:
         return _unmarked(content, mappings, path)
-    ordered = sorted(found, key=lambda state: state.averaged is not (weights == "ema"))
+    ordered = sorted(states, key=lambda state: state.averaged is not (weights == "ema"))
     chosen = ordered[0]
     if chosen.odd is not None:
         raise UserError(f"{path} is no state dict of tensors (it holds {chosen.odd!r})")
@@ -119,8 +119,8 @@ def _named(
 ) -> Iterator[StateDict]:
     """The networks in one mapping, by their prefixes."""
     names = {str(key): _WRAPPERS.sub("", str(key)) for key in mapping}
-    held = [names[str(key)] for key, value in mapping.items() if isinstance(value, Tensor)]
-    places = [(name, mark) for name in held for mark in marks if f".{name}".endswith(f".{mark}")]
+    tensor_names = [names[str(key)] for key, value in mapping.items() if isinstance(value, Tensor)]
+    places = [(name, mark) for name in tensor_names for mark in marks if f".{name}".endswith(f".{mark}")]
     for prefix in dict.fromkeys(name.removesuffix(mark) for name, mark in places):
         tensors, odd, others = dict[str, Tensor](), None, 0
         for key, value in mapping.items():
@@ -154,15 +154,11 @@ def _unmarked(
     content: Mapping[Any, Any], mappings: Sequence[tuple[tuple[str, ...], Mapping[Any, Any]]], path: Path
 ) -> StateDict:
     """The mapping with most tensors, where it holds nothing else."""
-    held = [(sum(isinstance(v, Tensor) for v in mapping.values()), keys, mapping) for keys, mapping in mappings]
-    number, keys, mapping = max(held, key=lambda entry: entry[0])
+    counted = [(sum(isinstance(v, Tensor) for v in mapping.values()), keys, mapping) for keys, mapping in mappings]
+    number, keys, mapping = max(counted, key=lambda entry: entry[0])
     if what := described_other((_WRAPPERS.sub("", str(key)) for key in mapping), path.suffix):
         raise UserError(f"{path} {what}")
-    if not number or number != len(mapping):
-        items = (mapping if number else content).items()
-        odd = next((str(key) for key, value in items if not isinstance(value, Tensor)), "nothing")
-        raise UserError(f"{path} is no state dict of tensors (it holds {odd!r})")
-    return StateDict({str(key): value for key, value in mapping.items()}, keys)
+    return StateDict(flat_tensors(mapping if number else content, path), keys)
 
 
 def described_other(names: Iterable[str], suffix: str = ".safetensors") -> str | None:
@@ -185,8 +181,8 @@ def _say(
     other = next((state for state in ordered if state.averaged is not chosen.averaged), None)
     same = [state.label for state in ordered[1:] if state.averaged is chosen.averaged]
     if other is not None:
-        way = "raw" if chosen.averaged else "ema"
-        print(f"{path}: taking {chosen.label}; --weights {way} takes {other.label}", file=sys.stderr)
+        weights_option = "raw" if chosen.averaged else "ema"
+        print(f"{path}: taking {chosen.label}; --weights {weights_option} takes {other.label}", file=sys.stderr)
     elif weights == "ema" and any(_AVERAGED.search(key) for keys, _ in mappings for key in keys):
         print(f"{path}: taking {chosen.label}, as its averaged weights have no names of this model", file=sys.stderr)
     if same:

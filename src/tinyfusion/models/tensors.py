@@ -65,10 +65,10 @@ def read_pickle(path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch warns of pickle protocols; what cannot be read is an error below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own advice is to run the code; ours is not
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own advice is to run the code; ours is not
         what = (
-            f"holds code or foreign objects ({found[1]}), which are never run: save its state dict alone"
-            if found
+            f"holds code or foreign objects ({foreign[1]}), which are never run: save its state dict alone"
+            if foreign
             else _NO_MODEL
         )
         raise UserError(f"{path} {what}") from error
@@ -98,12 +98,12 @@ def _check_pickle(path: Path, zipped: bool) -> None:
         if zipped:
             with zipfile.ZipFile(file) as archive:
                 names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-                found = next(filter(None, (_filling(archive.read(name)) for name in names)), None)
+                filling = next(filter(None, (_filling(archive.read(name)) for name in names)), None)
         else:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                found = _filling(content)
-    if found:
-        raise pickle.UnpicklingError(f"GLOBAL {found}")
+                filling = _filling(content)
+    if filling:
+        raise pickle.UnpicklingError(f"GLOBAL {filling}")
 
 
 def _filling(content: Any) -> str | None:
@@ -115,10 +115,10 @@ def _filling(content: Any) -> str | None:
 
 def check_shared(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise UserError where tensors claim far more values than their file has bytes for."""
-    claimed, held = sum(t.numel() * t.element_size() for t in tensors.values()), path.stat().st_size
-    if claimed > _SHARED_FACTOR * held + _SHARED_BYTES:
+    claimed, stored = sum(t.numel() * t.element_size() for t in tensors.values()), path.stat().st_size
+    if claimed > _SHARED_FACTOR * stored + _SHARED_BYTES:
         raise UserError(
-            f"{path} is damaged: its tensors would take {claimed / 2**20:,.0f} MiB, and it has {held / 2**20:,.1f} MiB"
+            f"{path} is damaged: its tensors would take {claimed / 2**20:,.0f} MiB, and it has {stored / 2**20:,.1f} MiB"
         )
 
 
@@ -159,7 +159,7 @@ def read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{index} is damaged: wanted a weight_map of tensors to files")
     if odd := next((name for name in files.values() if Path(name).name != name or "\0" in name), None):
-        raise UserError(f"{index} names {odd!r}, which is no file beside it")
+        raise UserError(f"{index} names {odd!r}, which is no file in its folder")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
         check_plain(index.parent / name)
@@ -167,11 +167,11 @@ def read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
             raise UserError(
                 f"{index.parent / name} does not exist, and {index.name} names it: the folder is incomplete"
             )
-        found = flat_tensors(read(index.parent / name), index.parent / name)
-        wrong = sorted({key for key, file in files.items() if file == name} ^ set(found))
+        shard = flat_tensors(read(index.parent / name), index.parent / name)
+        wrong = sorted({key for key, file in files.items() if file == name} ^ set(shard))
         if wrong:
             raise UserError(f"{index.parent / name} and {index.name} disagree about {wrong[0]}")
-        tensors |= found
+        tensors |= shard
     return tensors
 
 
@@ -185,6 +185,6 @@ def filled(
             module = family.build_with_routers(arch, routers)
     except (RuntimeError, OverflowError) as error:
         raise UserError(f"{path} has sizes that no {family.name} can have: {error}") from error
-    held = in_float32(tensors, module.state_dict(), f"{path} does not hold this {family.name}")
-    module.load_state_dict(held, assign=True)
+    state = in_float32(tensors, module.state_dict(), f"{path} does not hold this {family.name}")
+    module.load_state_dict(state, assign=True)
     return make_trainable(module, family).eval()

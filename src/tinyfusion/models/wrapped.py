@@ -30,14 +30,14 @@ def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]
     depths: dict[str, int] = {}
     for name in listed:
         try:
-            found = module.get_submodule(name)
+            blocks_of_list = module.get_submodule(name)
         except AttributeError as error:
             raise UserError(f"the model has no submodule {name!r}{_lists_of(module)}") from error
-        if not isinstance(found, nn.ModuleList) or not len(found):
+        if not isinstance(blocks_of_list, nn.ModuleList) or not len(blocks_of_list):
             raise UserError(
-                f"{name!r} is a {type(found).__name__}, not an nn.ModuleList with blocks{_lists_of(module)}"
+                f"{name!r} is a {type(blocks_of_list).__name__}, not an nn.ModuleList with blocks{_lists_of(module)}"
             )
-        depths[name] = len(found)
+        depths[name] = len(blocks_of_list)
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     if len(frozen) == len(list(module.parameters())):
         frozen = []

@@ -2,7 +2,7 @@
 
 Tensors are the same numbers under other names, with two differences of form. Queries, keys and values stand in three
 tensors instead of one. And every block owns a copy of the timestep and label embedders, of which the head reads that of
-block 0: they are tied on the way in, which needs equal copies, and copied on the way out.
+block 0: reading ties them, which needs equal copies, and writing copies them.
 
 Two things its class computes otherwise than the published model: timestep frequencies are 10000^(-i / 127) instead of
 10000^(-i / 128), and the norm before an MLP has an epsilon that its configuration tells (1e-5 where it does not). Both are
@@ -63,14 +63,14 @@ def _renamed(depth: int) -> Iterator[tuple[str, str]]:
 
 def to_diffusers(tensors: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     """The state dict of diffusers' class from ours, as views: nothing is copied, and embedders stand once per block."""
-    found = {theirs: tensors[ours] for ours, theirs in _renamed(depth)}
+    theirs_by_name = {theirs: tensors[ours] for ours, theirs in _renamed(depth)}
     for i in range(depth):
         block = f"transformer_blocks.{i}"
-        found |= {f"{block}.norm1.emb.{theirs}": tensors[ours] for ours, theirs in _COPIED.items()}
+        theirs_by_name |= {f"{block}.norm1.emb.{theirs}": tensors[ours] for ours, theirs in _COPIED.items()}
         for kind in _KINDS:
             parts = tensors[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
-            found |= {f"{block}.{name}.{kind}": part for name, part in zip(_ATTENTION, parts, strict=True)}
-    return found
+            theirs_by_name |= {f"{block}.{name}.{kind}": part for name, part in zip(_ATTENTION, parts, strict=True)}
+    return theirs_by_name
 
 
 def from_diffusers(tensors: Mapping[str, Tensor], arch: DiTArch) -> dict[str, Tensor]:
@@ -79,14 +79,14 @@ def from_diffusers(tensors: Mapping[str, Tensor], arch: DiTArch) -> dict[str, Te
     tensors: exactly those that `to_diffusers` gives. Raises UserError where the copies of an embedder differ.
     """
     _check_copies(tensors, arch.depth)
-    found = {ours: tensors[theirs] for ours, theirs in _renamed(arch.depth)}
-    found |= {ours: tensors[f"transformer_blocks.0.norm1.emb.{theirs}"] for ours, theirs in _COPIED.items()}
+    ours_by_name = {ours: tensors[theirs] for ours, theirs in _renamed(arch.depth)}
+    ours_by_name |= {ours: tensors[f"transformer_blocks.0.norm1.emb.{theirs}"] for ours, theirs in _COPIED.items()}
     for i in range(arch.depth):
         for kind in _KINDS:
             parts = [tensors[f"transformer_blocks.{i}.{name}.{kind}"] for name in _ATTENTION]
-            found[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
-    found["pos_embed"] = position_table(arch.hidden_size, arch.input_size // arch.patch_size)
-    return found
+            ours_by_name[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+    ours_by_name["pos_embed"] = position_table(arch.hidden_size, arch.input_size // arch.patch_size)
+    return ours_by_name
 
 
 def _check_copies(tensors: Mapping[str, Tensor], depth: int) -> None:

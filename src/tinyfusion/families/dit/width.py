@@ -112,10 +112,10 @@ def narrower_dit(arch: DiTArch, share: float) -> DiTArch:
         wanted = hidden + round((share * count(arch) - count(even)) / per_channel)
         return error(even), dataclasses.replace(even, mlp_hidden=min(max(wanted, 1), arch.mlp_width))
 
-    found = [filled(width) for width in range(4, arch.hidden_size + 1, 4)]
-    fitting = [(off, narrow) for off, narrow in found if error(narrow) <= tolerance]
+    proportional = [filled(width) for width in range(4, arch.hidden_size + 1, 4)]
+    fitting = [(off, narrow) for off, narrow in proportional if error(narrow) <= tolerance]
     if not fitting:
-        nearest = min((narrow for _, narrow in found), key=error)
+        nearest = min((narrow for _, narrow in proportional), key=error)
         raise ValueError(
             f"no width of this model has {share:.3g} of its parameters; the nearest is {count(nearest) / count(arch):.3g}"
         )
@@ -168,8 +168,8 @@ def unfit_formats(arch: DiTArch, tensors: Mapping[str, Tensor]) -> dict[str, str
         diffusers.append("its position table is not the formula's, and the format does not store one")
     if not arch.null_class:
         diffusers.append("it has no null class, for which its class always has a row in the label table")
-    found = {"official": official, "diffusers": diffusers}
-    return {name: "; ".join(why) for name, why in found.items() if why}
+    reasons_by_format = {"official": official, "diffusers": diffusers}
+    return {name: "; ".join(why) for name, why in reasons_by_format.items() if why}
 
 
 DIT_WIDTHS = WidthRules(width_groups, width_axes, narrowed_dit, narrower_dit, keep_logit_scale)

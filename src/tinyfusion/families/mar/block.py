@@ -29,7 +29,7 @@ class BlockDropout(NamedTuple):
 
 
 def _mixed_bits(x: Tensor) -> Tensor:
-    """Numbers of 32 bits, held as int64, to others that look random (the finaliser of MurmurHash3)."""
+    """Numbers of 32 bits, stored as int64, to others that look random (the finaliser of MurmurHash3)."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x ^ (x >> 16)
