@@ -597,7 +597,7 @@ def test_bad_folders_are_errors_for_people(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no pictures \(\.jpg"):
         open_images(str(tmp_path))
     Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(tmp_path / "0.png")
-    with pytest.raises(UserError, match="transparent in parts"):
+    with pytest.raises(UserError, match="partly transparent"):
         open_images(str(tmp_path))
     (tmp_path / "0.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="cannot be decoded as a picture"):

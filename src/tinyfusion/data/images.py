@@ -1,4 +1,4 @@
-"""Image files: npz of images and labels, picture grids. Nothing is ever unpickled.
+"""Read and write images and labels as npz, and write grids as PNG. Nothing is unpickled.
 
 Shapes: N images, H x W pixels, C channels, channels last.
 """
@@ -15,7 +15,7 @@ from tinyfusion.core.reading import check_memory
 from tinyfusion.core.rundir import atomic_write
 from tinyfusion.data.npz import ArrayHeader, Npz, opened_npz
 
-MAX_LABEL = 2**31 - 1  # of any class; beyond it a label is damage
+MAX_LABEL = 2**31 - 1  # a larger label is taken for damage
 _GAP_PX = 1  # between the images of a grid, before upscaling
 
 
@@ -79,15 +79,15 @@ def write_images_npz(path: Path, images: np.ndarray, labels: np.ndarray | None =
     arrays = (
         {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": _checked_labels(labels, len(images), path)}
     )
-    with atomic_write(path) as beside, open(beside, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def write_grid_png(path: Path, images: np.ndarray, columns: int, scale: int = 1) -> None:
     """Write images (N, H, W, C) uint8, C 1 or 3, as one picture, `columns` in a row, pixels `scale` wide and high."""
     grid = image_grid(images, columns).repeat(scale, axis=0).repeat(scale, axis=1)
-    with atomic_write(path) as beside:
-        Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(beside, format="PNG")
+    with atomic_write(path) as temporary:
+        Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(temporary, format="PNG")
 
 
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
