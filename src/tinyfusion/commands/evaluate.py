@@ -18,7 +18,6 @@ from tinyfusion.data.image_source import ImageSource
 from tinyfusion.data.originals import MixedSizes
 from tinyfusion.data.parquet import WHOLE
 from tinyfusion.evaluate.extractors import open_extractor
-from tinyfusion.evaluate.features import FeatureExtractor
 from tinyfusion.evaluate.inception import INCEPTION
 from tinyfusion.evaluate.paired_fidelity import fidelity, open_pairs
 from tinyfusion.jobs.assemble import RunOptions, device_for, is_pictures, plain_recipe
@@ -72,7 +71,8 @@ def evaluate(
     reference, settings = reference or require_reference(recipe), recipe.evaluate
     features = require_features(recipe, str(samples), images.shape[1:])
     extractor = open_extractor(features, str(device_for(recipe)))
-    _check(images, str(samples), settings, extractor)
+    extractor.check(images.first() if images.array is None else images.array, str(samples))
+    _check_count(images, str(samples), settings)
     pairs = None if against is None else open_pairs(samples, against)
     real = _of_one_size(lambda: open_reference(reference, extractor, recipe.data), lambda: min(images.shape[1:3]))
     _check_reference(real, images, settings, [is_pictures(str(samples)), is_pictures(reference)])
@@ -136,17 +136,6 @@ def _sampling(samples: Path, images: ImageSource, digest: str) -> str:
     if what:
         raise UserError(f"{file} tells of {what}: they do not belong together; sample again, or remove the record")
     return str(record["protocol"])
-
-
-def _check(images: ImageSource, what: str, settings: EvaluateSection, extractor: FeatureExtractor) -> None:
-    """Raise UserError on images or settings that define no score."""
-    extractor.check(images.first() if images.array is None else images.array, what)
-    if settings.neighbours < 1 or settings.is_splits_size < 1:
-        raise UserError(
-            "evaluate.neighbours and evaluate.is_splits_size are at least 1; "
-            f"got {settings.neighbours} and {settings.is_splits_size}"
-        )
-    _check_count(images, what, settings)
 
 
 def _of_one_size(load: Callable[[], T], side_of_other: Callable[[], int | None]) -> T:

@@ -24,13 +24,8 @@ _LOCAL = {
     "exfat", "ntfs", "ntfs3",
 }  # fmt: skip
 _SHARING_LOCKS = {"nfs", "nfs4", "ceph", "gpfs", "cifs", "smb3", "lustre"}
-_LOCKS_ALONE = {
-    "nolock",
-    "localflock",
-    "nobrl",
-    "local_lock=all",
-    "local_lock=flock",
-}  # mount options that make locks local to a machine
+# mount options that make locks local to a machine
+_LOCKS_ALONE = {"nolock", "localflock", "nobrl", "local_lock=all", "local_lock=flock"}
 
 
 class Locked(UserError):

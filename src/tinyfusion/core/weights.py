@@ -296,28 +296,13 @@ def _whole_length(answer: Any, have: int, length: int | None, asked_part: bool) 
     return total
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https alone."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        """The request that follows `req`. Raises ValueError on another scheme."""
-        if urlsplit(newurl).scheme not in ("http", "https"):
-            raise ValueError(f"it leads to {newurl[:200]!r}, which is no http address")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
-        """The answer at the end of a redirect. The connection is closed where there is none."""
-        try:
-            return super().http_error_302(req, fp, code, msg, headers)
-        except ValueError:
-            fp.close()
-            raise
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
 def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(_Redirects)
+    """An opener of http and https alone, also after redirects."""
+    opener = urllib.request.OpenerDirector()
+    for kind in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"):
+        opener.add_handler(getattr(urllib.request, f"{kind}Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    return opener
 
 
 def _copied(answer: Any, file: IO[bytes], have: int, advance: Advance) -> int:

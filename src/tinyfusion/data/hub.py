@@ -62,22 +62,25 @@ class HubFile:
 
         Raises UserError where the download fails, WouldFetch in a dry run.
         """
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache  # late: only hub ids need it
+        from huggingface_hub import hf_hub_download  # late: only hub ids need it
 
         if fetching_forbidden():
-            cached = try_to_load_from_cache(self.repository, self.path, revision=self.commit, repo_type="dataset")
-            if not isinstance(cached, str):
+            if (cached := self._in_cache()) is None:
                 raise WouldFetch(f"{self} from the hub", self.size)
-            return Path(cached)
+            return cached
         with _explained(self.repository, f"{self} is not in the cache and cannot be fetched"):
             return Path(hf_hub_download(self.repository, self.path, repo_type="dataset", revision=self.commit))
 
     def open(self) -> BinaryIO:
         """Open the cached file, else the remote file, of which only the ranges that are read are downloaded."""
+        cached = self._in_cache()
+        return open(cached, "rb") if cached else cast(BinaryIO, _Ranges(self))
+
+    def _in_cache(self) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(self.repository, self.path, revision=self.commit, repo_type="dataset")
-        return open(cached, "rb") if isinstance(cached, str) else cast(BinaryIO, _Ranges(self))
+        return Path(cached) if isinstance(cached, str) else None
 
 
 class _Ranges(io.RawIOBase):
