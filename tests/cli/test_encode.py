@@ -524,7 +524,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
     "a-file": (ENCODE.replace("pictures", "parquet/a.parquet"), None, "for a tar or parquet file say parquet:parquet/a.parquet"),
     "no-pictures": (ENCODE, lambda h: (h / "pictures" / "class-9").mkdir(), "class-9 holds no pictures"),
     "cut-short": (ALONE, first_picture(lambda p: p.write_bytes(p.read_bytes()[:-200])), "07.png cannot be decoded as a picture"),
-    "transparent": (ALONE, first_picture(lambda p: Image.new("RGBA", (9, 9), (1, 2, 3, 4)).save(p)), "07.png is transparent in parts"),
+    "transparent": (ALONE, first_picture(lambda p: Image.new("RGBA", (9, 9), (1, 2, 3, 4)).save(p)), "07.png is partly transparent"),
     "sixteen-bits": (ALONE, first_picture(lambda p: Image.new("I;16", (9, 9)).save(p, format="TIFF")), "mode I;16: wanted 8 bits"),
     "size": (ENCODE.replace(f"--size {SIZE}", "--size 17"), None, "encode.size 17 is no multiple of 2", ),
     "size-zero": (ENCODE.replace(f"--size {SIZE}", "--size 0"), None, "size must be at least 1"),

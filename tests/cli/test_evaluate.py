@@ -329,7 +329,7 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(
         )
     )
     assert outcome.code == 0, outcome.err
-    assert "are not kept" in outcome.err
+    assert "are not cached" in outcome.err
 
 
 def test_pairs_from_equal_seeds_are_compared(cli: Cli, work: Path) -> None:

@@ -981,7 +981,7 @@ def test_only_rows_over_one_list_of_processes_are_known() -> None:
     with process(0, 2):
         mesh = init_device_mesh("cpu", (2,))
         columns = DTensor.from_local(torch.zeros(4, 2), mesh, [Shard(1)], run_check=False)
-        with pytest.raises(ValueError, match="only tensors split by rows"):
+        with pytest.raises(ValueError, match="only tensors sharded by rows"):
             first_row(columns)
 
 

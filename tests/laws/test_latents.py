@@ -122,7 +122,7 @@ def test_every_opaque_picture_becomes_rgb(mode: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (encoded(Image.new("RGBA", (8, 8), (1, 2, 3, 254))), "transparent in parts"),
+        (encoded(Image.new("RGBA", (8, 8), (1, 2, 3, 254))), "partly transparent"),
         (encoded(Image.new("I;16", (8, 8)), "TIFF"), "mode I;16: wanted 8 bits"),
         (encoded(Image.new("RGB", (64, 64), (9, 8, 7)))[:-30], "cannot be decoded as a picture"),
         (encoded(Image.new("RGB", (1, 60_000))), "too narrow for a crop"),

@@ -23,7 +23,9 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
-from tinyfusion.data.images import image_grid, read_images_npz, write_grid_png, write_images_npz
+from tinyfusion.data.image_sink import stream_images_npz
+from tinyfusion.data.image_source import source_of
+from tinyfusion.data.images import image_grid, read_images_npz, write_grid_png
 from tinyfusion.evaluate import metrics
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.features import Features
@@ -426,7 +428,7 @@ def test_unknown_extractor_is_an_error_that_names_the_nearest() -> None:
 
 def _samples(folder: Path, num: int = 40) -> Path:
     path = folder / "samples.npz"
-    write_images_npz(path, to_uint8(load_digits(heldout=True).x[:num]), np.zeros(num, np.int64))
+    np.savez(path, to_uint8(load_digits(heldout=True).x[:num]), np.zeros(num, np.int64))
     return path
 
 
@@ -484,7 +486,7 @@ def test_records_of_sample_are_trusted_for_their_own_images_alone(tmp_path: Path
     samples, labels = tmp_path / "x.npz", np.zeros(40, np.int64)
     write_samples(samples, images, labels, {"protocol": "40 images | told", "num_images": 40})
     assert evaluate(Recipe(), options, samples, "digits")["protocol"].endswith("40 images | told")
-    write_images_npz(samples, images[::-1], labels)
+    np.savez(samples, images[::-1], labels)
     with pytest.raises(UserError, match="other images than .* holds: they do not belong together"):
         evaluate(Recipe(), options, samples, "digits")
 
@@ -509,13 +511,13 @@ def test_batches_are_the_shuffled_epochs_end_to_end(step: int, batch_size: int, 
 
 def test_images_survive_the_npz(tmp_path: Path) -> None:
     images, labels = to_uint8(load_digits().x[:7]), load_digits().y[:7]
-    write_images_npz(tmp_path / "x.npz", images, labels)
+    stream_images_npz(tmp_path / "x.npz", source_of(images), labels)
     read, read_labels = read_images_npz(tmp_path / "x.npz")
     assert np.array_equal(read, images)
     assert read_labels is not None
     assert np.array_equal(read_labels, labels)
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
-    write_images_npz(tmp_path / "y.npz", images)
+    np.savez(tmp_path / "y.npz", images)
     assert read_images_npz(tmp_path / "y.npz")[1] is None
 
 
@@ -541,7 +543,7 @@ def test_bad_npz_is_an_error_for_people(message: str, tmp_path: Path) -> None:
 
 def test_foreign_and_truncated_files_are_errors_for_people(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
-    write_images_npz(path, GOOD)
+    np.savez(path, GOOD)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="cut short"):
         read_images_npz(path)
@@ -597,7 +599,7 @@ def test_bad_folders_are_errors_for_people(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no pictures \(\.jpg"):
         open_images(str(tmp_path))
     Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(tmp_path / "0.png")
-    with pytest.raises(UserError, match="transparent in parts"):
+    with pytest.raises(UserError, match="partly transparent"):
         open_images(str(tmp_path))
     (tmp_path / "0.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="cannot be decoded as a picture"):

@@ -45,17 +45,17 @@ from tinyfusion.jobs.estimate import Estimate, announce
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
-_AHEAD = 3  # batches of pictures that are decoded while the autoencoder computes
-_PASSING_VALUES = 6  # copies of its widest layer that an autoencoder holds at once
+_AHEAD = 3  # batches of pictures decoded while the autoencoder computes
+_PASSING_VALUES = 6  # activations of the size of its widest layer that an autoencoder has at once
 _WIDEST = 128  # channels of that layer at full size
 
 
 @dataclass
 class Work:
-    """What a command makes: the set, its labels, and how the values of a batch come about.
+    """A set to be encoded: its layout, its labels, and the functions that compute the values of a batch.
 
-    load(first, num): on another thread. values(loaded, first): (num, R, K, h, w) float32. about: more of the manifest.
-    remarks: lines for people. busy_s: seconds that the autoencoder took. changes: what became of pictures, how often.
+    load(first, num): runs on another thread. values(loaded, first): (num, R, K, h, w) float32. about: further fields of the
+    manifest. remarks: lines for people. busy_s: seconds of the autoencoder. changes: counts of what was changed in pictures.
     """
 
     spec: LatentSpec
@@ -70,11 +70,11 @@ class Work:
 
 
 def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
-    """Make the shards of this process; the first process also the manifest. Returns what `--json` prints."""
+    """Write the shards of this rank; rank 0 also writes the manifest. Returns the outcome for `--json`."""
     rank, world = launched_rank(), launched_processes()
     run = RunDirectory(options.out, rank == 0)
-    with ExitStack() as held:
-        work = work_for(recipe, source, held)
+    with ExitStack() as contexts:
+        work = work_for(recipe, source, contexts)
         recipe = _resolved(recipe, source)
         settings = recipe.encode
         plain = plain_recipe(recipe, "encode", **work.inputs)
@@ -89,18 +89,18 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
         if todo:
             say(work.remarks)
         if options.dry_run:
-            return _announced(work, settings, source, todo, world, mode, rank == 0)
+            return _announce(work, settings, source, todo, world, mode, rank == 0)
         if mode == "finished" and not todo:
             run.tidy()
             return _verified(options.out, rank)
         if rank > 0:
             wait_until(run.record_path.is_file, options.out, recipe.compute.timeout_s)
             run.check("encode", plain, overwrite=False)
-            _make(work, options.out, settings, recipe.compute.timeout_s)
+            _write_shards(work, options.out, settings, recipe.compute.timeout_s)
             return {"rank": rank}
         with run.writing("encode", plain, options.overwrite):
             run.mark("running", job={**job_record(recipe, options), "data": source})
-            began, done = time.perf_counter(), _make(work, options.out, settings, recipe.compute.timeout_s)
+            began, done = time.perf_counter(), _write_shards(work, options.out, settings, recipe.compute.timeout_s)
             say(changed(source, done, work.changes))
             outcome = _speed(done, time.perf_counter() - began, work.busy_s, world)
             writers = {options.out / work.spec.file_name(shard): shard % world for shard in range(work.spec.shards)}
@@ -110,19 +110,19 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
         return outcome
 
 
-# ---------------------------------------------------------------------------------------------------------- what to make
+# ----------------------------------------------------------------------------------------------------------- the set
 
 
 def _resolved(recipe: Recipe, source: str) -> Recipe:
-    """The recipe as "the same command" means it: the autoencoder that none stands for, and no orientation of latents."""
+    """The recipe by which the same command is recognised: with the default autoencoder, and no orientation of latents."""
     settings = recipe.encode
     orientation: Orientation = "ignore" if source.startswith(FEATURES) else settings.orientation
     settings = dataclasses.replace(settings, vae=settings.vae or DEFAULT_VAE, orientation=orientation)
     return dataclasses.replace(recipe, encode=settings)
 
 
-def work_for(recipe: Recipe, source: str, held: ExitStack) -> Work:
-    """Opens what is to be encoded, and the autoencoder. held: closes what was opened. Raises UserError on either."""
+def work_for(recipe: Recipe, source: str, contexts: ExitStack) -> Work:
+    """Open the source and the autoencoder. Raises UserError where either is missing or they do not fit."""
     if source.startswith(FEATURES):
         published = open_published(Path(source.removeprefix(FEATURES)))
         return _converting(recipe.encode, published, open_autoencoder(recipe.encode.vae) if recipe.encode.vae else None)
@@ -134,10 +134,10 @@ def work_for(recipe: Recipe, source: str, held: ExitStack) -> Work:
             f"encode.size {recipe.encode.size} is no multiple of {vae.factor}, the pixels of a latent cell of {vae.name}: "
             f"take {' or '.join(str(n) for n in (below, below + vae.factor) if n)}"
         )
-    return _encoding(recipe, originals, vae, held)
+    return _encoding(recipe, originals, vae, contexts)
 
 
-def _encoding(recipe: Recipe, originals: Originals, vae: Autoencoder, held: ExitStack) -> Work:
+def _encoding(recipe: Recipe, originals: Originals, vae: Autoencoder, contexts: ExitStack) -> Work:
     settings, device = recipe.encode, device_for(recipe)
     side = settings.size // vae.factor
     shape = (vae.channels, side, side)
@@ -190,17 +190,17 @@ def _check_finite(moments: Tensor, first: int) -> None:
 
 
 def _converting(settings: EncodeSection, published: PublishedLatents, vae: Autoencoder | None) -> Work:
-    """vae: the autoencoder that made the latents, None for that of the published scripts."""
+    """Convert published latents. vae: their autoencoder, None for that of the published scripts."""
     rows, channels, height, width = published.shape
     if vae is not None and vae.channels != channels:
         raise UserError(
             f"{published.features} has latents of {channels} channels, and the autoencoder {vae.name} makes {vae.channels}: "
-            "give the one that made them as --vae"
+            "give their autoencoder as --vae"
         )
-    kept = rows if settings.mirror else 1
+    copies = rows if settings.mirror else 1
     scale, shift = (vae.scale, vae.shift) if vae else (PUBLISHED_SCALE, 0.0)
     spec = LatentSpec(
-        len(published), settings.shard_images, "samples", settings.dtype, kept, (channels, height, width),
+        len(published), settings.shard_images, "samples", settings.dtype, copies, (channels, height, width),
         int(published.labels.max()) + 1, scale, shift,
     )  # fmt: skip
     remarks = scale_remarks(published.read(0, min(len(published), LOOKED_AT)), str(published.features))
@@ -211,22 +211,22 @@ def _converting(settings: EncodeSection, published: PublishedLatents, vae: Autoe
     }  # fmt: skip
 
     def values(loaded: Tensor, _first: int) -> Tensor:
-        return loaded[:, :kept]
+        return loaded[:, :copies]
 
     inputs = {"data": published.fingerprint, "vae_hash": digest}
     return Work(spec, published.labels, published.read, values, about, inputs, tuple(remarks))
 
 
-# ---------------------------------------------------------------------------------------------------------------- making
+# --------------------------------------------------------------------------------------------------------------- shards
 
 
 def _missing(folder: Path, spec: LatentSpec) -> list[int]:
-    """Shards that are not there."""
+    """Shards without a complete file."""
     return [shard for shard in range(spec.shards) if not (folder / spec.file_name(shard)).is_file()]
 
 
-def _make(work: Work, folder: Path, settings: EncodeSection, timeout_s: float) -> int:
-    """The shards of this process that are missing; how many images it made."""
+def _write_shards(work: Work, folder: Path, settings: EncodeSection, timeout_s: float) -> int:
+    """Write the missing shards of this rank. Returns the number of images."""
     rank, world = launched_rank(), launched_processes()
     mine = [shard for shard in _missing(folder, work.spec) if shard % world == rank]
     batches = list(_batches(work, folder, mine, settings.batch_size))
@@ -256,9 +256,9 @@ def _make(work: Work, folder: Path, settings: EncodeSection, timeout_s: float) -
 
 
 def _batches(work: Work, folder: Path, shards: list[int], size: int) -> Iterator[tuple[int, int, int]]:
-    """(shard, first image, how many) of all that is to be made. Batches are cut from the beginning of a shard, always alike.
+    """(shard, first image, number of images) of all batches. Batches are counted from the beginning of a shard, always alike.
 
-    At least one batch of every shard is made again, so that a shard whose part was complete is closed like the others.
+    At least one batch of every shard is computed, so that an unfinished shard with all of its values is completed too.
     """
     for shard in shards:
         begin, num = work.spec.bounds(shard)
@@ -267,11 +267,11 @@ def _batches(work: Work, folder: Path, shards: list[int], size: int) -> Iterator
             yield shard, begin + first, min(size, num - first)
 
 
-# --------------------------------------------------------------------------------------------------------------- telling
+# ------------------------------------------------------------------------------------------------------------- messages
 
 
 def _verified(folder: Path, rank: int) -> dict[str, Any]:
-    """What a finished set says when it is asked for again: its sums are looked at."""
+    """The outcome for a finished set, whose checksums are verified."""
     if rank > 0:
         return {"rank": rank}
     spec, about = read_manifest(folder)
@@ -281,12 +281,12 @@ def _verified(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def _speed(images: int, seconds: float, busy_s: float, world: int) -> dict[str, Any]:
-    """Of what this process made: images per second, and the share of the time that the autoencoder computed."""
+    """Speed of this rank: images per second, and the share of the time spent in the autoencoder."""
     if not images:
         return {"images_per_second": None, "autoencoder_share": None}
     share = busy_s / seconds if busy_s else None
-    said = f", of the time {share:.1%} in the autoencoder" if share else ""
-    print(f"encode: {images:,} images at {images / seconds:.1f} per second{said}", file=sys.stderr)
+    busy = f", of the time {share:.1%} in the autoencoder" if share else ""
+    print(f"encode: {images:,} images at {images / seconds:.1f} per second{busy}", file=sys.stderr)
     return {
         "processes": world,
         "images_per_second": round(images / seconds, 3),
@@ -294,10 +294,10 @@ def _speed(images: int, seconds: float, busy_s: float, world: int) -> dict[str, 
     }
 
 
-def _announced(
+def _announce(
     work: Work, settings: EncodeSection, source: str, todo: list[int], world: int, mode: str, spoken: bool
 ) -> dict[str, Any]:
-    """What `--dry-run` says; the time is that of one batch of at most two images."""
+    """Print and return the plan of a dry run, with the time measured on one batch of at most two images."""
     spec, images = work.spec, sum(work.spec.bounds(shard)[1] for shard in todo)
     num = min(2, spec.num_images)
     work.values(work.load(0, num), 0)

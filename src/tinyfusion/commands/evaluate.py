@@ -1,4 +1,4 @@
-"""`evaluate`: images to numbers, with the protocol that says what they may be compared with."""
+"""`evaluate`: compute the scores of images, with the protocol that decides which scores are comparable."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tinyfusion.data.image_source import ImageSource
 from tinyfusion.data.originals import MixedSizes
 from tinyfusion.data.parquet import WHOLE
 from tinyfusion.evaluate.extractors import open_extractor
-from tinyfusion.evaluate.features import FeatureExtractor
 from tinyfusion.evaluate.inception import INCEPTION
 from tinyfusion.evaluate.paired_fidelity import fidelity, open_pairs
 from tinyfusion.jobs.assemble import RunOptions, device_for, is_pictures, plain_recipe
@@ -58,11 +57,11 @@ def evaluate(
     print_table: bool = True,
     examples: Path | None = None,
 ) -> dict[str, Any]:
-    """Score images (npz, folder of images, real set by name) against a reference; writes the JSON at `options.out`.
+    """Score images (npz, folder of images, real set by name) against a reference and write the JSON at `options.out`.
 
-    reference: None is the first of the recipe. against: an npz that another model drew from the same seeds; PSNR and SSIM
-    of the pairs go with the scores. print_table: the numbers, their protocol and what limits them, on stderr. examples: an npz
-    to write for the page, of some images of the reference.
+    reference: None is the first of the recipe. against: an npz that another model drew from the same seeds, for PSNR and SSIM
+    of the pairs. print_table: print scores, protocol and limits on stderr. examples: an npz to write for the page, with some
+    images of the reference.
     """
     remarks: list[str] = []
     compared = reference or next(iter(recipe.evaluate.references), None)
@@ -72,17 +71,18 @@ def evaluate(
     reference, settings = reference or require_reference(recipe), recipe.evaluate
     features = require_features(recipe, str(samples), images.shape[1:])
     extractor = open_extractor(features, str(device_for(recipe)))
-    _check(images, str(samples), settings, extractor)
-    others = None if against is None else open_pairs(samples, against)
+    extractor.check(images.first() if images.array is None else images.array, str(samples))
+    _check_count(images, str(samples), settings)
+    pairs = None if against is None else open_pairs(samples, against)
     real = _of_one_size(lambda: open_reference(reference, extractor, recipe.data), lambda: min(images.shape[1:3]))
     _check_reference(real, images, settings, [is_pictures(str(samples)), is_pictures(reference)])
-    hash = images.hash()
-    protocol = protocol_of(real, extractor, settings, _sampling(samples, images, hash), images.shape[1:])
-    inputs = {"samples": hash, "reference": real.hash, "features": extractor.hash, "protocol": protocol}
-    if others is not None:
-        inputs["against"] = others.hash()
+    digest = images.hash()
+    protocol = protocol_of(real, extractor, settings, _sampling(samples, images, digest), images.shape[1:])
+    inputs = {"samples": digest, "reference": real.hash, "features": extractor.hash, "protocol": protocol}
+    if pairs is not None:
+        inputs["against"] = pairs.hash()
     plain = plain_recipe(recipe, "evaluate", **inputs)
-    for other in ("references", "checkpoints"):  # the reference that counts is given by itself
+    for other in ("references", "checkpoints"):  # the reference is among `inputs`
         plain["evaluate"].pop(other)
     if not file_output(options.out, "evaluate", plain, options.overwrite, read_json):
         say_finished(options.out, options.dry_run)
@@ -95,8 +95,8 @@ def evaluate(
     if examples is not None and real.source is not None:
         _write_examples(real.source, real.name, examples)
     scores = score(images, real, extractor, settings.neighbours, settings.is_splits_size)
-    if others is not None and against is not None:
-        scores["against"] = fidelity(images, others, against, inputs["against"])
+    if pairs is not None and against is not None:
+        scores["against"] = fidelity(images, pairs, against, inputs["against"])
     record = {
         **stamp("evaluate", plain, "done"),
         **scores,
@@ -104,49 +104,38 @@ def evaluate(
         "reference": {"name": real.name, "hash": real.hash, "count": len(real)},
         "protocol": protocol,
     }
-    file_output(options.out, "evaluate", plain, options.overwrite, read_json)  # again: nothing of others is replaced
+    file_output(options.out, "evaluate", plain, options.overwrite, read_json)  # again: it may exist by now
     write_json(options.out, record)
     say(remarks)
     return _outcome(record, str(samples), print_table)
 
 
 def _write_examples(source: ImageSource, name: str, path: Path) -> None:
-    """Some images of a reference as an npz: evenly spread where all are in memory, else the first."""
+    """Write some images of a reference as an npz: evenly spaced where all are in memory, else the first ones."""
     num = min(NUM_EXAMPLES, len(source))
     chosen = np.linspace(0, len(source) - 1, num).astype(int)
     images = next(source.read(num)) if source.array is None else source.array[chosen]
     write_json(path.with_suffix(".json"), {"protocol": f"{num} images of {name}"})
-    with atomic_write(path) as part, open(part, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, arr_0=images)
 
 
-def _sampling(samples: Path, images: ImageSource, hash: str) -> str:
-    """How the samples were made: from the record beside an npz, else unknown. UserError where it tells of others."""
+def _sampling(samples: Path, images: ImageSource, digest: str) -> str:
+    """The sampling protocol from the record of an npz, else "unknown". Raises UserError if it describes other images."""
     num_images = len(images)
     if str(samples) in REAL_SETS or str(samples).startswith(WHOLE):
         return f"{num_images} images | real"
-    beside = samples.with_suffix(".json")
-    record = read_json(beside) if samples.suffix == ".npz" and beside.is_file() else None
+    file = samples.with_suffix(".json")
+    record = read_json(file) if samples.suffix == ".npz" and file.is_file() else None
     if not isinstance(record, dict) or not isinstance(record.get("protocol"), str):
         return f"{num_images} images | unknown"
-    told = record.get("num_images", num_images)
-    what = f"{told} images, {samples} holds {num_images}" if told != num_images else ""
-    if not what and record.get("image_hash") not in (None, hash):
+    num = record.get("num_images", num_images)
+    what = f"{num} images, {samples} holds {num_images}" if num != num_images else ""
+    if not what and record.get("image_hash") not in (None, digest):
         what = f"other images than {samples} holds"
     if what:
-        raise UserError(f"{beside} tells of {what}: they do not belong together; sample again, or remove the record")
+        raise UserError(f"{file} tells of {what}: they do not belong together; sample again, or remove the record")
     return str(record["protocol"])
-
-
-def _check(images: ImageSource, what: str, settings: EvaluateSection, extractor: FeatureExtractor) -> None:
-    """UserError on images or settings that give no number."""
-    extractor.check(images.first() if images.array is None else images.array, what)
-    if settings.neighbours < 1 or settings.is_splits_size < 1:
-        raise UserError(
-            "evaluate.neighbours and evaluate.is_splits_size are at least 1; "
-            f"got {settings.neighbours} and {settings.is_splits_size}"
-        )
-    _check_count(images, what, settings)
 
 
 def _of_one_size(load: Callable[[], T], side_of_other: Callable[[], int | None]) -> T:
@@ -198,14 +187,14 @@ def _check_count(images: ImageSource, what: str, settings: EvaluateSection) -> N
 
 
 def _outcome(record: Mapping[str, Any], samples: str, print_table: bool) -> dict[str, Any]:
-    """The numbers of an evaluation's record, for `--json`; also printed as a table where that is asked for."""
+    """The scores in the record of an evaluation, for `--json`; prints them as a table if `print_table`."""
     numbers = {name: record.get(name) for name in (*METRICS, *(["against"] if "against" in record else []))}
     say(score_lines(record, samples) if print_table else ())
     return numbers
 
 
 def score_lines(record: Mapping[str, Any], samples: str) -> list[str]:
-    """The table of an evaluation for people: numbers, counts and protocol, and what limits the FID beside it."""
+    """Lines of the table of an evaluation: scores, counts, protocol, and the limits of the FID."""
     reference, features = record.get("reference", {}), record.get("features", {})
     num_images, num_real = record.get("num_images"), reference.get("count")
     protocol = str(record.get("protocol"))
@@ -230,5 +219,5 @@ def score_lines(record: Mapping[str, Any], samples: str) -> list[str]:
 
 
 def _is_few(num: float | None) -> bool:
-    """Whether an FID over so many images is visibly biased; 0 stands for moments alone, whose number is unknown."""
+    """Whether an FID over `num` images is visibly biased; 0 means moments alone, of an unknown number of images."""
     return num is not None and 0 < num < UNBIASED_IMAGES

@@ -1,7 +1,7 @@
-"""Values of an address, made ahead of need: while step 7 computes, a thread makes what steps 8 and 9 will ask for.
+"""Prefetching of values by step on a background thread: while step 7 computes, the batches of steps 8 and 9 are prepared.
 
-What is made is a function of its address alone, so nothing but time depends on the depth, and any address may be asked
-for next: a resumed run and a repeated step find what an uninterrupted one does.
+A value is a function of its step alone, so only time depends on the depth, and steps may be taken in any order: a resumed
+run and a repeated step get the same values.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from typing import Generic, TypeVar
 from tinyfusion.core.errors import UserError
 
 Value = TypeVar("Value")
-_CLOSING_S = 5.0  # a thread that is in the middle of something is waited for so long, then left to end with the program
+_CLOSING_S = 5.0  # limit of waiting for a busy thread; it then ends with the program
 
 
 class Ahead(Generic[Value]):
-    """The values of `make`, up to `depth` steps ahead of the last one taken, made in order on one background thread.
+    """Computes `make(step)` for up to `depth` steps ahead of the last one taken, in order, on one background thread.
 
-    Depth 0 makes them in turn, without a thread. end: first step that nobody will want, so that nothing is made in vain.
-    timeout_s: how long `take` waits at most. what: names the
-    value of a step to people. `waited_s` is what all calls of `take` have waited, in seconds; in turn, that
-    is all the time of making. One caller at a time; a context manager, which ends the thread.
+    depth 0: computes each value when it is taken, without a thread. end: the first step that is not computed. timeout_s: the
+    longest wait of `take`. what: name of the values in messages. `waited_s`: seconds that all calls of `take` have waited.
+    For one caller; as a context manager it ends the thread.
 
-    `make` runs without the caller's thread-local settings: give it devices with their index, and no autocast around it.
+    `make` runs without the caller's thread-local settings: use devices with an index, and no autocast.
     """
 
     def __init__(
@@ -52,12 +51,9 @@ class Ahead(Generic[Value]):
         self._thread: threading.Thread | None = None
 
     def take(self, step: int) -> Value:
-        """`make(step)`, and the steps after it are begun. What `make` raised is raised here, at its step.
-
-        Raises UserError where nothing came within `timeout_s`.
-        """
+        """Return `make(step)` and start the steps after it. Raises what `make` raised, and UserError after `timeout_s`."""
         if self._closed:
-            raise RuntimeError(f"step {step} was asked of batches that are closed")
+            raise RuntimeError(f"step {step} is taken after the batches were closed")
         began = time.perf_counter()
         try:
             outcome = self._awaited(step) if self.depth else self.make(step)
@@ -68,13 +64,13 @@ class Ahead(Generic[Value]):
         return outcome
 
     def close(self) -> None:
-        """End the thread; what it has made is thrown away. Returns in a bounded time, whatever the thread does."""
+        """End the thread and discard its values. Returns in a bounded time, whatever the thread does."""
         with self._changed:
             self._closed = True
             self._wanted = range(0)
             self._made.clear()
             self._changed.notify_all()
-        # the collector may let go of an owner on any thread, this one's own too
+        # the garbage collector may run this on any thread, also on the background thread
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(_CLOSING_S)
 
@@ -85,11 +81,11 @@ class Ahead(Generic[Value]):
         self.close()
 
     def _awaited(self, step: int) -> Value | _Failure:
-        """The outcome of `step`, waited for."""
+        """Wait for the outcome of `step`."""
         if self._thread is None:
             thread = threading.Thread(target=self._work, name="batches ahead", daemon=True)
             thread.start()
-            self._thread = thread  # not before: a thread that could not be started cannot be joined
+            self._thread = thread  # after the start: a thread that did not start cannot be joined
         limit = step + self.depth + 1
         wanted = range(step, limit if self.end is None else max(min(limit, self.end), step + 1))
         with self._changed:
@@ -104,13 +100,13 @@ class Ahead(Generic[Value]):
         return outcome
 
     def _aim(self, wanted: range) -> None:
-        """Have the thread make these; what was made for others goes. The lock is held."""
+        """Set the steps to compute and discard values of others. The caller has the lock."""
         self._wanted = wanted
         self._made = {step: outcome for step, outcome in self._made.items() if step in wanted}
         self._changed.notify_all()
 
     def _next(self) -> int | None:
-        """The first step that is wanted and not there. The lock is held."""
+        """The first wanted step without a value. The caller has the lock."""
         return next((step for step in self._wanted if step not in self._made), None)
 
     def _work(self) -> None:
@@ -122,20 +118,20 @@ class Ahead(Generic[Value]):
                     return
             outcome = self._outcome(step)
             with self._changed:
-                if step in self._wanted:  # else it is no longer asked for
+                if step in self._wanted:  # else it is no longer wanted
                     self._made[step] = outcome
                     self._changed.notify_all()
-            del outcome  # nothing is held beside what is counted
+            del outcome  # at most `depth` values are in memory
 
     def _outcome(self, step: int) -> Value | _Failure:
         try:
             return self.make(step)
-        except BaseException as error:  # of whatever kind: it belongs to the caller, and must not end the thread
+        except BaseException as error:  # raised by `take`: no error may end the thread
             return _Failure(error)
 
 
 class _Failure:
-    """What was raised instead of a value."""
+    """An error that `make` raised."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error

@@ -1,4 +1,4 @@
-"""torch's compiler as people meet it: whether it can work here, and what its errors say."""
+"""torch.compile: check that it can work on this machine, and turn its errors into UserError."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compiler_failure(error: BaseException, what: str) -> UserError | None:
-    """What to tell people where `error` is the compiler's; None for errors of others. what: that was compiled, a name."""
+    """The UserError for an error of the compiler; None for other errors. what: name of the compiled object."""
     if not _is_compilers(error):
         return None
     return UserError(f"--compile: {what} cannot be compiled ({_reason(error)}): {_LEAVE}")
@@ -41,7 +41,7 @@ def compiler_failure(error: BaseException, what: str) -> UserError | None:
 
 @contextmanager
 def compiling(what: str) -> Iterator[None]:
-    """Within the context errors of the compiler become a UserError that names `what`; those of others pass."""
+    """Turn errors of the compiler within the context into a UserError that names `what`; other errors pass through."""
     try:
         yield
     except Exception as error:
@@ -57,7 +57,7 @@ def _is_compilers(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """One line: where a C++ compiler speaks, its first error; else the first line that torch says."""
+    """The first error of the C++ compiler in one line, else the first line of torch's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(" raised:")]
     spoken = [line for line in lines if "error:" in line.lower()]
     return (spoken or lines or [type(error).__name__])[0]

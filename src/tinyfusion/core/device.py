@@ -1,4 +1,4 @@
-"""Device of a single process."""
+"""Choice of the device of a process, and its free memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tinyfusion.core.reading import available_memory_bytes
 
 
 def flush_denormals() -> None:
-    """Treat denormal numbers as 0 on the CPU, where fading moments would make long runs slow.
+    """Treat denormal numbers as 0 on the CPU: decaying optimiser moments would slow long runs down.
 
     A setting of the whole process, so only programs (the command line, benchmarks) call it, never the library.
     """
@@ -37,7 +37,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Bytes of memory that are free on a device; None where the device does not say."""
+    """Free memory of a device in bytes; None where the device does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return available_memory_bytes() if device.type == "cpu" else None

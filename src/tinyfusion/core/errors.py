@@ -4,7 +4,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user gave, or the machine lacks. The message says what was wanted, what came and what to do."""
+    """Invalid input or environment. The message says what was wanted, what was given and what to do."""
 
 
 class OtherRecipe(UserError):
@@ -16,4 +16,4 @@ class OtherRecipe(UserError):
 
 
 class BadNumbers(UserError):
-    """Training was given up because its numbers are no longer finite; its run stays, so that the step can be looked at."""
+    """Training stopped because its numbers are no longer finite. Its run is retained, so that the step can be inspected."""

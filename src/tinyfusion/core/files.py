@@ -27,7 +27,7 @@ from tinyfusion.core.reading import check_plain
 _OLD = ".tinyfusion.old"  # in an unfinished folder: the folder that is being replaced
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9]+\.part")
 Identity = tuple[int, int, int, int]
-_written: dict[str, Identity] = {}  # files that this process wrote, by absolute path, as it left them
+_written: dict[str, Identity] = {}  # files that this process wrote: state after the last write, by absolute path
 
 
 @contextmanager
@@ -36,11 +36,11 @@ def atomic_write(path: Path, ours: str = "") -> Iterator[Path]:
 
     Missing parent folders are created, and removed again on failure. Leftovers of a killed process that wrote the same
     output are removed. When a folder is replaced, its files that the new one lacks and `ours` (a regular expression of
-    relative paths) does not match are kept. Files get the permissions that the umask gives to new ones.
+    relative paths) does not match are retained. Files get the permissions that the umask gives to new ones.
     """
     check_plain(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() or path.name in ("", "..") else path
-    made = missing_folders(target.parent)
+    created = missing_folders(target.parent)
     folder, lock = unfinished(target), None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -49,21 +49,21 @@ def atomic_write(path: Path, ours: str = "") -> Iterator[Path]:
         yield new
         _follow_umask(new, lock)
         _sync(new)
-        remember(new, target)  # before files of others come in
+        remember(new, target)  # before `_put` adds files of others
         _put(new, target, ours)
         _sync_folder(target.parent)
         _end(folder, lock)
     except BaseException as error:
         if lock is not None:
             _end(folder, lock)
-        remove_empty(made)
+        remove_empty(created)
         if (system := _system_error(error, folder, path)) is not error:
             raise system from error
         raise
 
 
 def unfinished(path: Path, pid: int | None = None) -> Path:
-    """The folder in which a process (this one without `pid`) makes a new `path`."""
+    """The unfinished folder in which a process (this one without `pid`) writes a new `path`."""
     return path.with_name(f".{path.name}.{os.getpid() if pid is None else pid}.part")
 
 
@@ -74,7 +74,9 @@ def _begin(folder: Path, path: Path) -> Lock:
         try:
             folder.mkdir()
         except FileExistsError:
-            raise UserError(f"cannot write {path}: {folder} is in its way; move that away") from None
+            raise UserError(
+                f"cannot write {path}: {folder} has the name of its unfinished folder: move that away"
+            ) from None
         try:
             return acquire(folder / LOCK, f"writes {path}")
         except FileNotFoundError:  # removed before it was locked, as it was empty
@@ -118,12 +120,12 @@ def clear_unfinished(folder: Path, name: str | None = None) -> None:
 
 
 def is_unfinished(entry: Path) -> bool:
-    """Whether `entry` is a folder in which a process makes, or made, an output."""
+    """Whether `entry` is the unfinished folder of an output, of a running or an ended process."""
     if _UNFINISHED.fullmatch(entry.name) is None or entry.is_symlink() or not entry.is_dir():
         return False
     try:
         return (entry / LOCK).is_file() or not any(entry.iterdir())
-    except FileNotFoundError:  # it has just been finished
+    except FileNotFoundError:  # it was completed just now
         return True
 
 
@@ -136,10 +138,10 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path, ours: str) -> None:
-    """Remove a folder that other processes read: it is renamed first, so that no reader sees half of it.
+    """Remove a folder that other processes may read. It is renamed first, so that no reader sees half of it.
 
-    ours: a regular expression of relative paths. Where the folder holds other files, only these are removed. A file or link
-    at `path` is left alone.
+    ours: a regular expression of relative paths; if the folder has other files, only matching ones are removed. A file or link
+    at `path` is not touched.
     """
     if path.is_symlink() or not path.is_dir():
         return
@@ -184,7 +186,7 @@ def _put(new: Path, path: Path, ours: str) -> None:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Relative paths of everything in `folder` that is no folder."""
+    """Relative paths of all entries below `folder` except folders."""
     entries = [Path(above, name) for above, inner, files in os.walk(folder) for name in (*inner, *files)]
     return sorted(e.relative_to(folder).as_posix() for e in entries if e.is_symlink() or not e.is_dir())
 
@@ -201,8 +203,8 @@ def _follow_umask(new: Path, lock: Lock) -> None:
 def _sync(path: Path) -> None:
     """Flush a file, or all files in a folder, to the disk."""
     for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
     if path.is_dir():
         _sync_folder(path)
 
@@ -232,48 +234,48 @@ def disk_reason(error: OSError) -> str:
 
 
 def file_label(name: str) -> str:
-    """A name or path as a part of a file's name: anything but letters, digits, "_" and "." becomes "-"."""
+    """A name or path as part of a file name: runs of other characters than letters, digits, "_" and "." become "-"."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
 
 
-# ------------------------------------------------------------------------------------------------ what this process wrote
+# ----------------------------------------------------------------------------------------------- files of this process
 
 
 def _identity(path: str | Path) -> Identity | None:
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def remember(path: Path, place: Path | None = None) -> None:
-    """Note that this process has just written the file, or all files in the folder, `path`, soon to be at `place`."""
+    """Record that this process wrote the file `path`, or all files in the folder; place: their path after a rename."""
     for file in [path / relative for relative in files_in(path)] if path.is_dir() else [path]:
         if (identity := _identity(file)) is not None:
             _written[os.path.abspath((place or path) / file.relative_to(path))] = identity
 
 
 def is_as_written(path: Path) -> bool:
-    """Whether this process wrote the file, and nobody has changed it since."""
+    """Whether this process wrote the file and no other process has changed it since."""
     return (identity := _identity(path)) is not None and _written.get(os.path.abspath(path)) == identity
 
 
 def remove_written(folder: Path) -> None:
-    """Remove the files in `folder` that this process wrote and that are as it left them, and folders that are empty then."""
+    """Remove the files in `folder` that this process wrote and no other changed, and folders that become empty."""
     for file, identity in forget(folder).items():
         if _identity(file) == identity:
             remove_file(folder, os.path.relpath(file, folder))
 
 
 def forget(folder: Path) -> dict[str, Identity]:
-    """Forget which files in `folder` this process wrote; returns them."""
+    """Drop and return the record of files in `folder` that this process wrote."""
     top = os.path.join(os.path.abspath(folder), "")
     return {file: _written.pop(file) for file in list(_written) if file.startswith(top)}
 
 
 def remove_file(folder: Path, name: str) -> None:
-    """Remove a file by its relative path in `folder`, and those of the folders above it in `folder` that are empty then."""
+    """Remove a file by its relative path in `folder`, and the folders above it that become empty."""
     (folder / name).unlink()
     remove_empty([folder / parent for parent in Path(name).parents[:-1]])
 
@@ -288,7 +290,7 @@ def missing_folders(folder: Path) -> list[Path]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove those of `folders`, deepest first, that hold nothing."""
+    """Remove the empty ones of `folders`, which are given deepest first."""
     for folder in folders:
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
@@ -299,8 +301,8 @@ def remove_empty(folders: list[Path]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically. Bytes of names that are not UTF-8 are escaped in it."""
-    with atomic_write(path) as beside:
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -318,7 +320,7 @@ def sha256_of(path: Path) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError unless `path` can be made or replaced: a regular file, a folder, or nothing, where we may write."""
+    """Raise UserError unless this process may create or replace `path`, which is a regular file, a folder or missing."""
     check_plain(path)
     parent = _existing(path)
     if parent != path.absolute() and not parent.is_dir():
@@ -331,7 +333,7 @@ _EFFECTIVE = os.access in os.supports_effective_ids
 
 
 def _existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists. Raises UserError where one may not be looked into."""
+    """`path`, or the nearest existing folder above it. Raises UserError where access is denied."""
     parent = path.absolute()
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The variables by which a launcher (`torchrun`, `accelerate launch`) gives this process its place and their number."""
+"""Rank and number of processes from the environment variables of a launcher (`torchrun`, `accelerate launch`)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,12 @@ def _number(name: str, default: int, low: int, below: int) -> int:
 
 
 def launched_processes() -> int:
-    """How many were started together. Raises UserError where WORLD_SIZE is not such a number."""
+    """Number of launched processes. Raises UserError on an invalid WORLD_SIZE."""
     return _number("WORLD_SIZE", 1, 1, _MOST)
 
 
 def launched_rank() -> int:
-    """Place of this process among those that were started together; 0 where it is alone.
-
-    Raises UserError where RANK or WORLD_SIZE is not such a number.
-    """
+    """Rank of this process, 0 where it is alone. Raises UserError on an invalid RANK or WORLD_SIZE."""
     world = launched_processes()
     rank = _number("RANK", 0, 0, _MOST)
     if rank >= world:
@@ -41,18 +38,18 @@ def launched_rank() -> int:
 
 
 def launched_local_rank() -> int:
-    """Place of this process among those on this machine. Raises UserError where LOCAL_RANK is not such a number."""
+    """Rank of this process on its machine. Raises UserError on an invalid LOCAL_RANK."""
     return _number("LOCAL_RANK", 0, 0, launched_processes())
 
 
 def check_launch() -> None:
-    """Raise UserError where a variable of the launcher is not what a launcher sets."""
+    """Raise UserError on invalid variables of the launcher."""
     launched_rank()
     launched_local_rank()
 
 
 def check_meeting_place() -> None:
-    """Raise UserError where the launcher did not say at which address the processes find each other."""
+    """Raise UserError where the launcher did not set MASTER_ADDR and MASTER_PORT."""
     _number("MASTER_PORT", 0, 1, 2**16)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name, "").strip():

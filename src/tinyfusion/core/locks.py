@@ -1,4 +1,4 @@
-"""Locks of outputs: a file that the system locks, with a record of its holder for disks whose locks cannot be trusted."""
+"""Locks of outputs: a lock file (flock) with a record of its holder, which decides on file systems without working locks."""
 
 from __future__ import annotations
 
@@ -18,19 +18,14 @@ from tinyfusion.core.errors import UserError
 LOCK = ".tinyfusion.lock"  # name of the lock file in a folder that is being written
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-# disks that no second machine mounts at the same time, and disks whose locks all machines see
+# file systems of one machine, and shared ones whose locks all machines see
 _LOCAL = {
     "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs", "overlay", "apfs", "hfs", "vfat",
     "exfat", "ntfs", "ntfs3",
 }  # fmt: skip
 _SHARING_LOCKS = {"nfs", "nfs4", "ceph", "gpfs", "cifs", "smb3", "lustre"}
-_LOCKS_ALONE = {
-    "nolock",
-    "localflock",
-    "nobrl",
-    "local_lock=all",
-    "local_lock=flock",
-}  # options by which each machine does
+# mount options that make locks local to a machine
+_LOCKS_ALONE = {"nolock", "localflock", "nobrl", "local_lock=all", "local_lock=flock"}
 
 
 class Locked(UserError):
@@ -39,7 +34,7 @@ class Locked(UserError):
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock that this process holds until `release`, or until the process ends."""
+    """A lock of this process, until `release` or the end of the process."""
 
     path: Path
     descriptor: int
@@ -55,15 +50,16 @@ class Lock:
 def acquire(path: Path, activity: str, sign: bool = True) -> Lock:
     """Lock the file `path`, created where it is missing.
 
-    activity: what its holder does, such as "writes run". sign: whether to write the record of this process into it.
+    activity: of the holder, for messages, such as "writes run". sign: write the record of this process into the file.
 
-    Raises Locked where another process holds it, or may hold it and the disk cannot tell; OSError where the file cannot be made.
+    Raises Locked if another process has the lock, or may have it on a file system without working locks; OSError if the file
+    cannot be created.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             granted = try_lock(descriptor)
-            removed = granted is not False and not is_at(descriptor, path)  # by its former holder, just now
+            removed = granted is not False and not is_at(descriptor, path)  # by the previous holder, just now
             holder = {} if removed else _holder(descriptor)
             state = "alive" if granted is False else _state(holder, path, granted is True)
             if not removed and state != "dead":
@@ -86,9 +82,9 @@ def acquire(path: Path, activity: str, sign: bool = True) -> Lock:
 
 
 def try_lock(opened: int | IO[bytes], wait: bool = False) -> bool | None:
-    """Lock a file that is open for writing, until it is closed: False where another process holds it, None without locks.
+    """Lock an open file until it is closed. Returns False if another process has the lock, None without file locks.
 
-    wait: until the other process gives it back.
+    wait: wait until the other process releases it.
     """
     try:
         import fcntl
@@ -106,7 +102,7 @@ def try_lock(opened: int | IO[bytes], wait: bool = False) -> bool | None:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one of this name."""
+    """Whether `path` still names this open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
@@ -136,7 +132,7 @@ def _own_record() -> dict[str, Any]:
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
-    """The record in a lock file; empty where there is none, as of a file that is new."""
+    """The record in a lock file; empty in a new file or a damaged one."""
     try:
         record = json.loads(os.pread(descriptor, 4096, 0))
     except (ValueError, RecursionError):
@@ -145,9 +141,9 @@ def _holder(descriptor: int) -> dict[str, Any]:
 
 
 def _state(holder: dict[str, Any], path: Path, locks: bool) -> str:
-    """Whether the process that a record names is "alive", "dead" or "unknown"; locks: the disk has them, and it is free."""
+    """State of the process in a record: "alive", "dead" or "unknown". locks: the file system has locks, and this one is free."""
     here = _machine()
-    if not holder or (locks and holder.get("boot") == here["boot"]):  # one system knows all its locks
+    if not holder or (locks and holder.get("boot") == here["boot"]):  # a kernel knows all locks of its own processes
         return "dead"
     if locks:
         return "dead" if _all_see_locks(path) else "unknown"

@@ -30,17 +30,17 @@ _LINE_EVERY_S = 30.0
 
 
 class _Lines:
-    """Progress for logs: nothing in the first half minute, so short work says nothing."""
+    """Progress lines for logs, the first after half a minute, so short work prints none."""
 
     def __init__(self, title: str, total: int, unit: str, done: int) -> None:
         self.title, self.total, self.unit, self.first = title, total, unit, done
-        self.began = self.said = time.monotonic()
+        self.began = self.printed = time.monotonic()
 
     def __call__(self, done: int, note: str = "") -> None:
         now = time.monotonic()
-        if now - self.said < _LINE_EVERY_S or done == self.first:
+        if now - self.printed < _LINE_EVERY_S or done == self.first:
             return
-        self.said = now
+        self.printed = now
         rate = (done - self.first) / (now - self.began)
         left_s = (self.total - done) / rate
         end = f"  {note}" if note else ""
@@ -64,9 +64,9 @@ def _time(seconds: float) -> str:
 
 @contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0, shown: bool = True) -> Iterator[Advance]:
-    """A bar of `total` units, `done` of them already. shown: False for all processes but one.
+    """A bar of `total` units, of which `done` are complete. shown: False on all ranks but the first.
 
-    Every report also looks for a signal whose exception was dropped; see `check_stop`.
+    Each report also checks for a signal whose exception was dropped (`check_stop`).
     """
     with _shown(title, total, unit, done) if shown else nullcontext(_silent) as bar:
 

@@ -16,8 +16,8 @@ from typing import Any
 from tinyfusion.core.errors import UserError
 
 TEXT_LIMIT_BYTES = 2**28  # of a JSON or TOML file; ours are far below
-_MEMORY_SHARE = 0.9  # of the memory at hand that one value may take
-UNCHECKED_BYTES = 2**20  # that are taken without asking for the available memory, which takes longer than to read them
+_MEMORY_SHARE = 0.9  # of the available memory that a value may take
+UNCHECKED_BYTES = 2**20  # that are read without a check of the available memory, which would take longer
 _CGROUPS = {  # folder of the container that this process runs in -> names of its limit and usage, prefix in memory.stat
     "/sys/fs/cgroup": ("memory.max", "memory.current", ""),
     "/sys/fs/cgroup/memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),

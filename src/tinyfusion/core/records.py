@@ -1,4 +1,4 @@
-"""Records of outputs: what makes a file or folder ours, and whether it was made by the same command."""
+"""Records of outputs: they mark a file or folder as written by tinyfusion, and identify the command that wrote it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARKER = "tinyfusion"
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers of a run were made on."""
+    """The machine of a run."""
     return {
         "system": platform.system(),
         "processor": platform.machine(),
@@ -35,8 +35,8 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
-    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    outcome = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return outcome.stdout.strip() or None
 
 
 def stamp(verb: str, recipe: Mapping[str, Any], state: str, **more: Any) -> dict[str, Any]:
@@ -59,19 +59,19 @@ def is_ours(record: Any) -> bool:
     return isinstance(record, dict) and record.get("made_by") == _MARKER
 
 
-# knobs that change how a result comes about, and not the result
+# settings that do not change the result
 _IDLE = {
     "compute", "watch", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "speed", "bench", "sample.batch_size",
     "sample.decode_batch_size",
 }  # fmt: skip
 
 
-# fields that older records lack, with the value that they had, by section
+# fields that older records lack, with their value then, by section
 _LATER = {"encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields())}
 
 
 def _effective(recipe: Any, section: str = "") -> Any:
-    """A plain recipe without the knobs that change nothing in the result, and with the fields that came later."""
+    """A plain recipe without settings that do not change the result, and with fields that older recipes lack."""
     if not isinstance(recipe, Mapping):
         return recipe
     recipe = {**_LATER.get(section, {}), **recipe}
@@ -79,7 +79,7 @@ def _effective(recipe: Any, section: str = "") -> Any:
 
 
 def check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], where: Path) -> None:
-    """Raise UserError unless `record` is of this verb and, but for knobs that change no result, this recipe."""
+    """Raise UserError unless `record` has this verb and a recipe that gives the same result."""
     version = record.get("format_version", 0)
     if not isinstance(version, int) or not isinstance(record.get("verb"), str) or "recipe" not in record:
         raise UserError(
@@ -107,7 +107,7 @@ def check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], 
 def file_output(
     path: Path, verb: str, recipe: Mapping[str, Any], overwrite: bool, record_of: Callable[[Path], Any]
 ) -> bool:
-    """Whether the single-file output `path` is still to be made.
+    """Whether the single-file output `path` is still to be written.
 
     record_of: reads the record (see `stamp`) of an existing output, None where it has none. Raises UserError where the
     file is not ours or was made with another recipe.

@@ -1,4 +1,4 @@
-"""RunDirectory: the one place that knows the names in a run folder. A folder that is not ours is never touched."""
+"""RunDirectory: names, state, lock and recovery of a run folder. A folder of others is never changed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _CONTINUES = "fix that, and the same command continues from the last checkpoint"
 _OLD, _BACK = ".tinyfusion.old", ".tinyfusion.back"  # in a run folder: a run that is to be replaced, or that comes back
 CHECKPOINT_FILES = r"state-\d{5}-of-\d{5}\.safetensors|state\.json|SHA256SUMS|losses\.safetensors"
 _FOLDERS = ("checkpoints", "watch", "samples", "evaluations", "prune", "recover", "dynamic")
-_SAVED = (  # nothing in hidden folders, which are not finished
+_SAVED = (  # not in hidden folders, which are unfinished
     rf"(?:[^./][^/]*/)*(?:checkpoints/step-\d+/(?:{CHECKPOINT_FILES})|model\.json|shard-\d+-of-\d+\.safetensors)"
 )
 _BY_OTHERS = (
@@ -63,15 +63,15 @@ _OF_RUN = (
 
 
 def run_files(verb: object) -> str:
-    """The files that a run of a verb writes, as a regular expression of paths in its folder; of all verbs, where it is another."""
+    """Regular expression of the relative paths that a run of `verb` writes; of all verbs where `verb` is unknown."""
     stages = dict.fromkeys(("prune", "recover", "dynamic", "train"), _OF_A_STAGE)
     return {**stages, "encode": _OF_ENCODE, "run": _OF_RUN}.get(str(verb), f"{_OF_RUN}|{_OF_ENCODE}")
 
 
 class RunDirectory:
-    """A folder of one run. `check` decides whether it is new, to be continued, or finished.
+    """Folder of one run, which is new, to be continued, or finished (`check`).
 
-    writes: one process of several writes; to the others `writing` is a plain block, and notes and marks say nothing.
+    writes: False on all ranks but the first, where `writing`, `mark`, `log` and `note` do nothing.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
@@ -96,7 +96,7 @@ class RunDirectory:
 
     @property
     def watched(self) -> Path:
-        """Folder of what a training shows while it runs: pictures, files of trackers."""
+        """Folder of previews during training: pictures, files of trackers."""
         return self.path / "watch"
 
     def record(self) -> dict[str, Any]:
@@ -124,9 +124,9 @@ class RunDirectory:
         return "finished" if record.get("state") == "done" and place == self.path else "continue"
 
     def begin(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> str:
-        """As `check`; then a new run is marked running in the folder, made where it is missing.
+        """Do `check` and mark the run as running; a missing folder is created.
 
-        With `overwrite` the files of an old run are set aside in the folder until the new one has something worth keeping.
+        With `overwrite` the files of an old run are set aside in the folder until the new run has saved something.
         """
         mode = self.check(verb, recipe, overwrite)
         if self.path.is_dir():
@@ -146,24 +146,24 @@ class RunDirectory:
 
     @contextmanager
     def writing(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> Iterator[str]:
-        """`begin`, and the block within, while the folder is locked.
+        """Lock the folder, `begin` the run and execute the block.
 
-        A new run that ends before it saved anything to continue from is removed, and the run that it was to replace is
-        restored; but a run whose numbers went bad, and that replaces nothing, is kept for inspection. One that is interrupted
-        later says so in its record. Files that others put into the folder are kept.
+        A new run that ends before it saved anything is removed, and the run that it was to replace is restored; a run whose
+        numbers became bad, and that replaces nothing, stays for inspection. A run interrupted later is marked as interrupted.
+        Files of others in the folder stay.
         """
         if not self.writes:
             yield "continue"
             return
-        self.check(verb, recipe, overwrite)  # not even a lock goes into a folder that is not ours
-        made = missing_folders(self.path)
+        self.check(verb, recipe, overwrite)  # a folder of others does not even get a lock
+        created = missing_folders(self.path)
         try:
             with self._alone():
                 mode = self.begin(verb, recipe, overwrite)
                 yield from self._within(mode)
         finally:
             if not self.path.exists() or self._folder in (None, _folder_identity(self.path)):
-                remove_empty(made)
+                remove_empty(created)
             self._folder = None
 
     def _within(self, mode: str) -> Iterator[str]:
@@ -174,7 +174,7 @@ class RunDirectory:
             evidence = isinstance(error, BadNumbers) and not self._old.exists()
             if not self._is_there():
                 raise
-            if mode == "new" and not evidence and not _worth_keeping(self.path):
+            if mode == "new" and not evidence and not _has_saved(self.path):
                 self._undo()
             elif mode != "finished" and isinstance(error, Interrupted):
                 self.mark("interrupted")
@@ -183,10 +183,10 @@ class RunDirectory:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Lock the folder, made where it is missing. Raises UserError where another process writes the same run."""
+        """Create the folder if missing, and lock it. Raises UserError where another process writes the same run."""
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # a run that came to nothing has just removed it
+            with contextlib.suppress(FileNotFoundError):  # a run that saved nothing has just removed it
                 lock = acquire(self.path / LOCK, f"writes {self.path}")
                 break
         try:
@@ -196,7 +196,7 @@ class RunDirectory:
             lock.release()
 
     def tidy(self) -> None:
-        """Remove leftovers in a finished run of a process that was killed between its last mark and its end."""
+        """Remove the leftovers in a finished run whose process was killed after its last mark."""
         if self.writes and any(part.startswith(".") for name in files_in(self.path) for part in name.split("/")):
             with contextlib.suppress(Locked, OSError), self._alone():
                 clear_unfinished(self.path)
@@ -204,32 +204,32 @@ class RunDirectory:
 
     @property
     def _old(self) -> Path:
-        """Where the files of an old run wait while a new one begins in its place."""
+        """Folder of the files of an old run while a new run begins in its place."""
         return self.path / _OLD
 
     def _settled(self) -> Path:
-        """The folder of the run that `_settle` would leave."""
+        """Folder of the run that `_settle` would retain."""
         back = self.path / _BACK
         if (back / "run.json").is_file():
             return back
-        return self._old if (self._old / "run.json").is_file() and not _worth_keeping(self.path) else self.path
+        return self._old if (self._old / "run.json").is_file() and not _has_saved(self.path) else self.path
 
     def _set_aside(self) -> None:
-        """Move the files of the run aside: all of them or, after a kill and `_settle`, none."""
+        """Set the files of the run aside: all or, after a kill and `_settle`, none."""
         names = run_files(self.record().get("verb"))
         ours = {name.partition("/")[0] for name in files_in(self.path) if re.fullmatch(names, name)}
         forget(self.path)
         for place in (self._old, self.path / _BACK):
             if place.exists():
-                raise UserError(f"{place} holds files that others put in the way of a former run: move them away")
+                raise UserError(f"{place} has files of others at the place of a former run: move them away")
         (self.path / _BACK).mkdir()
         for name in sorted(ours):
             os.replace(self.path / name, self.path / _BACK / name)
         os.replace(self.path / _BACK, self._old)
 
     def _settle(self) -> None:
-        """Resolve a killed `--overwrite`: the old run is restored unless the new one is worth keeping."""
-        if self._old.is_dir() and _worth_keeping(self.path):
+        """Resolve a killed `--overwrite`: restore the old run unless the new one has saved something."""
+        if self._old.is_dir() and _has_saved(self.path):
             self._drop_old()
         elif self._old.is_dir():
             names = run_files(_record_in(self.path).get("verb"))
@@ -240,7 +240,7 @@ class RunDirectory:
             _merge(self.path / _BACK, self.path)
 
     def _drop_old(self) -> None:
-        """Remove the files of the run that was set aside, its record last; files of others are moved back."""
+        """Remove the files of the run that was set aside, its record last, and move files of others back."""
         if not self._old.is_dir():
             return
         names = run_files(_record_in(self._old).get("verb"))
@@ -258,7 +258,7 @@ class RunDirectory:
         self._bring_back()
 
     def _bring_back(self) -> None:
-        """Restore an old run that was set aside. Files of the new one are gone; folders that are empty now go too."""
+        """Restore an old run that was set aside, after the files of the new one were removed, and remove empty folders."""
         folders = [folder for folder in self.path.rglob("*") if folder.is_dir() and folder.name in _FOLDERS]
         remove_empty(sorted(folders, reverse=True))
         if self._old.is_dir():
@@ -275,7 +275,7 @@ class RunDirectory:
             write_json(self.record_path, {**self.record(), "state": state, **more})
         except OSError as error:
             raise UserError(f"cannot write {self.record_path}: {disk_reason(error)}; {_CONTINUES}") from error
-        if self._old.is_dir() and _worth_keeping(self.path):
+        if self._old.is_dir() and _has_saved(self.path):
             self._drop_old()
 
     def log(self, values: Mapping[str, Any]) -> None:
@@ -285,21 +285,21 @@ class RunDirectory:
         self._append(self.metrics, json.dumps(values, allow_nan=False))
 
     def note(self, text: str) -> None:
-        """Append one line to log.txt, for people; nothing is ever read back from it."""
+        """Append one line to log.txt, which is for people and never read back."""
         if not self.writes:
             return
         self._append(self.path / "log.txt", text)
 
     def _append(self, file: Path, line: str) -> None:
-        """One more line. Raises UserError where the folder has gone or does not take it; no part of the line stays."""
+        """Append a line. Raises UserError if it cannot be written; no part of the line remains then."""
         if self._folder is not None:
             self._check_there()
         check_plain(file)
         size = file.stat().st_size if file.exists() else 0
         ours = not file.exists() or is_as_written(file)
         try:
-            with open(file, "a", encoding="utf-8", errors="backslashreplace") as opened:
-                opened.write(line + "\n")
+            with open(file, "a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.write(line + "\n")
         except OSError as error:
             if isinstance(error, FileNotFoundError):
                 self._check_there()
@@ -311,7 +311,7 @@ class RunDirectory:
                 remember(file)
 
     def _check_there(self) -> None:
-        """Raise UserError where the folder went away while it was being written."""
+        """Raise UserError where the folder was removed while it was being written."""
         if not self._is_there():
             raise UserError(
                 f"the run folder {self.path} was removed, moved or emptied while it was being written: put it back where it was, "
@@ -319,21 +319,21 @@ class RunDirectory:
             )
 
     def _is_there(self) -> bool:
-        """Whether the folder is the one that is being written, and holds its record."""
+        """Whether the folder is still the one that was locked, with its record."""
         same = self._folder is None or _folder_identity(self.path) == self._folder
         return same and self.record_path.is_file()
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run is going to write again."""
+        """Drop the lines of steps that a resumed run will write again."""
         if not self.writes or not self.metrics.exists():
             return
         numbered = [(line.get("step", -1), line) for line in read_metrics(self.path)]
-        kept = [line for number, line in numbered if isinstance(number, int) and number < step]
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        earlier = [line for number, line in numbered if isinstance(number, int) and number < step]
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in earlier))
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether the folder is missing, empty, or holds only leftovers of a process that was killed before its run began."""
+    """Whether the folder is missing or has nothing but the leftovers of a process that was killed before its run began."""
     if not path.exists():
         return True
     return path.is_dir() and all(entry.name == LOCK or is_unfinished(entry) for entry in path.iterdir())
@@ -341,14 +341,14 @@ def _is_empty(path: Path) -> bool:
 
 def _folder_identity(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _merge(source: Path, target: Path) -> None:
-    """Move the files in `source` to `target`, and remove `source`; those whose names are taken there stay."""
+    """Move the files in `source` to `target`, except names that exist there, and remove `source` if it is empty then."""
     for name in files_in(source):
         if not os.path.lexists(target / name):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -357,7 +357,7 @@ def _merge(source: Path, target: Path) -> None:
 
 
 def _record_in(run: Path) -> dict[str, Any]:
-    """The record of a run folder of ours, empty where it is none."""
+    """The record of a run folder; empty where it has none of ours."""
     try:
         record = read_json(run / "run.json")
     except UserError:
@@ -365,13 +365,13 @@ def _record_in(run: Path) -> dict[str, Any]:
     return record if is_ours(record) else {}
 
 
-def _worth_keeping(run: Path) -> bool:
-    """Whether a run folder holds a checkpoint, a model, a shard of latents or a finished record."""
+def _has_saved(run: Path) -> bool:
+    """Whether a run folder has a checkpoint, a model, a shard of latents or a finished record."""
     return any(re.fullmatch(_SAVED, name) for name in files_in(run)) or _record_in(run).get("state") == "done"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none where there is no such file. Lines cut short by a crash are left out."""
+    """Records in the metrics.jsonl of a run; none where it is missing. Lines truncated by a crash are left out."""
     path = run / "metrics.jsonl"
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return [line for line in map(_parsed, texts) if isinstance(line, dict)]

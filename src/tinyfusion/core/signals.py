@@ -1,4 +1,4 @@
-"""Interruption: SIGINT and SIGTERM end a verb with what it has saved, SIGUSR1 asks a training for a checkpoint."""
+"""Signals: SIGINT and SIGTERM end a verb after saving, SIGUSR1 requests a checkpoint of a training."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _DEFAULT = "what was finished is kept, the same command continues"
 class Interrupted(BaseException):
     """Ended by a signal. Derives from BaseException so that `except Exception` does not swallow it.
 
-    kept: what became of the work, for the message.
+    result: of the work so far, for the message.
     """
 
-    def __init__(self, signum: int, kept: str = _DEFAULT) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name}; {kept}")
+    def __init__(self, signum: int, result: str = _DEFAULT) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}; {result}")
         self.signum = signum
 
 
 class SignalWatch:
-    """Context that turns signals into Interrupted: at once, or when the block asks.
+    """Context that turns signals into Interrupted, at once or between two steps of the block.
 
     patient: signals are noted in `stop` and `save`, and the block acts between its steps; a stop that it did not act
     on is raised at its end. Otherwise Interrupted is raised where the program stands, and SIGUSR1 does nothing. Watches
@@ -60,13 +60,13 @@ class SignalWatch:
     ) -> None:
         if not self._old:
             return
-        self._closed = True  # from here a signal is recorded and raised below
+        self._closed = True  # a signal from here on is recorded and raised below
         for signum, handler in self._old.items():
             signal.signal(signum, handler)
         _active.remove(self)
         sys.unraisablehook = self._hook
         if _active and _active[-1].stop is None:
-            _active[-1].stop = self.stop  # it has acted on it: a second signal must not disturb the saving
+            _active[-1].stop = self.stop  # already handled: a second signal must not disturb saving
         if self.stop is not None and (kind is None or self._hides_stop(error)):
             raise Interrupted(self.stop) from error
 
@@ -104,7 +104,7 @@ class SignalWatch:
             return False
         return not (
             isinstance(error, UserError | OSError) and _is_handling_stop(error)
-        )  # a failure to clean up is said
+        )  # a failed clean-up is reported
 
     def _dropped(self, unraisable: Any) -> None:
         """Python's hook for exceptions that it drops: says nothing of a stop, which is raised again."""

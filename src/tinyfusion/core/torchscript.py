@@ -1,4 +1,4 @@
-"""Tensors out of a TorchScript file, without running anything of it.
+"""Read the tensors of a TorchScript file without running its code.
 
 Such a file is a zip: `data.pkl` says which tensors belong where, `data/` holds their bytes, `code/` is the program, which
 is not looked at. The pickle is read by an unpickler that knows tensors and plain containers; every class of the program
@@ -46,7 +46,7 @@ class _Reader(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
         self.archive, self.root = archive, root
-        self.storages: dict[str, Tensor] = {}  # by key, as many tensors may stand on one
+        self.storages: dict[str, Tensor] = {}  # by key, as several tensors may share a storage
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
@@ -58,7 +58,7 @@ class _Reader(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch.jit._pickle":
-            return _first  # lists of one type, and tags of types
+            return _first  # typed lists, and type tags
         raise pickle.UnpicklingError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Tensor:
@@ -103,7 +103,7 @@ def check_stored(path: Path) -> None:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is a zip with a program beside its tensors."""
+    """Whether a file is a zip with tensors and a program."""
     check_plain(path)
     try:
         with zipfile.ZipFile(path) as archive:

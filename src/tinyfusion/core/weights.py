@@ -1,8 +1,8 @@
-"""Known weights by name: a table of addresses and checksums, which the user can extend by a file, and their download.
+"""Known weights: a table of addresses and checksums by name, which a file of the user can extend, and their download.
 
-A file is downloaded once, to `tinyfusion/` in the cache of the hub's libraries (`HF_HOME`, else `~/.cache/huggingface`), with
-a file of its SHA-256. The checksum is compared with the table, or recorded where the table has none, and verified at every
-use. An interrupted download continues where it stopped, if the server supports it.
+A file is downloaded once, to `tinyfusion/` in the cache of the Hugging Face libraries (`HF_HOME`, else
+`~/.cache/huggingface`), with a file of its SHA-256. The checksum is compared with the table, or recorded where the table has
+none, and verified at every use. An interrupted download is resumed if the server supports it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from tinyfusion.core.progress import Advance, progress
 from tinyfusion.core.reading import parse_toml, read_text
 
 _PIECE = 1 << 20  # bytes read at a time
-_ATTEMPTS = 5  # connections in a row that bring nothing new, before giving up
+_ATTEMPTS = 5  # consecutive connections without new bytes before giving up
 _TIMEOUT_S = 30.0
 _LONGEST_NAME = 200  # bytes of a name in the cache; partial files have longer ones
-_HEAD_TIMEOUT_S = 5.0  # a dry run only wants to know the size
+_HEAD_TIMEOUT_S = 5.0  # of a dry run, which only asks for the size
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ def user_table() -> Path:
 def known_weights() -> dict[str, KnownWeights]:
     """All entries by name, ours and the user's. Raises UserError where the user's file is no such table."""
     shipped = Path(str(resources.files("tinyfusion"))) / "assets" / "weights.toml"
-    found: dict[str, KnownWeights] = {}
+    entries: dict[str, KnownWeights] = {}
     for path in (shipped, user_table()):
         if not path.is_file():
             continue
         table = parse_toml(read_text(path), str(path))
-        found |= {name: _entry(name, values, path) for name, values in table.items()}
-    return found
+        entries |= {name: _entry(name, values, path) for name, values in table.items()}
+    return entries
 
 
 def _entry(name: str, values: Any, path: Path) -> KnownWeights:
@@ -99,7 +99,7 @@ _PLAIN = "wanted 1 to 200 bytes that do not begin with a dot, without slashes an
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name from elsewhere may name a file or folder of the cache: it is one part of a path, and no special one."""
+    """Whether an untrusted name can be a file or folder of the cache: a single path component and no special one."""
     if not name or name.startswith(".") or any(letter in "/\\" or not letter.isprintable() for letter in name):
         return False
     return len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
@@ -108,12 +108,12 @@ def is_plain_name(name: str) -> bool:
 def _is_address(text: str) -> bool:
     """Whether a text is the http or https address of a file, in printable ASCII."""
     try:
-        parts = urlsplit(text)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        address = urlsplit(text)
+        valid = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
     except ValueError:  # brackets, ports
         return False
     return (
-        valid and not text.endswith("/") and bool(parts.path.strip("/")) and re.fullmatch(r"[!-~]+", text) is not None
+        valid and not text.endswith("/") and bool(address.path.strip("/")) and re.fullmatch(r"[!-~]+", text) is not None
     )
 
 
@@ -125,10 +125,10 @@ def cache_folder() -> Path:
 
 
 def fetch_weights(name: str) -> Path:
-    """The file of known weights: from the cache, else fetched with progress. Its sum is checked either way.
+    """The file of known weights, from the cache or downloaded with progress; its checksum is verified.
 
-    Raises UserError on an unknown name, a wrong sum, and an address that does not answer or breaks off again and again;
-    WouldFetch where it is not in the cache and nothing is to be fetched.
+    Raises UserError on an unknown name, a wrong checksum, or an address that does not answer or fails repeatedly; WouldFetch
+    in a dry run, where it is not in the cache.
     """
     known = known_weights()
     if name not in known:
@@ -144,26 +144,26 @@ def fetch_weights(name: str) -> Path:
         check_writable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _fetch(entry, path, expected)
-    elif wrong := _contradiction(found := sha256_of(path), expected):
-        raise UserError(f"{path} is damaged: it has the SHA-256 {found}, {wrong}; remove it to have it fetched again")
+    elif wrong := _contradiction(digest := sha256_of(path), expected):
+        raise UserError(f"{path} is damaged: it has the SHA-256 {digest}, {wrong}; remove it to have it fetched again")
     elif not recorded:
-        write_text(record, f"{found}  {path.name}\n")
+        write_text(record, f"{digest}  {path.name}\n")
     return path
 
 
 def _size_of(entry: KnownWeights) -> int | None:
-    """Bytes, as the server says; None where it does not answer or does not say."""
-    asked = urllib.request.Request(entry.address, headers={"User-Agent": "tinyfusion"}, method="HEAD")
+    """Bytes of the file as the server reports; None where it does not."""
+    request = urllib.request.Request(entry.address, headers={"User-Agent": "tinyfusion"}, method="HEAD")
     try:
-        with _opener().open(asked, timeout=_HEAD_TIMEOUT_S) as answer:
-            return _length(answer)
+        with _opener().open(request, timeout=_HEAD_TIMEOUT_S) as response:
+            return _length(response)
     except (OSError, http.client.HTTPException, ValueError):  # URLError among them
         return None
 
 
-def _contradiction(found: str, expected: Mapping[str, str]) -> str:
-    """Which expectation (who says so -> the sum or its first digits, "" for none) a sum does not meet, in words; "" if none."""
-    return next((f"and {who} says {sum}" for who, sum in expected.items() if not found.startswith(sum)), "")
+def _contradiction(digest: str, expected: Mapping[str, str]) -> str:
+    """The first expected checksum (source -> first digits, "" for none) that `digest` contradicts, in words; "" if none."""
+    return next((f"and {who} says {sum}" for who, sum in expected.items() if not digest.startswith(sum)), "")
 
 
 # ----------------------------------------------------------------------------------------------------------- transfer
@@ -172,28 +172,28 @@ def _contradiction(found: str, expected: Mapping[str, str]) -> str:
 def _fetch(entry: KnownWeights, path: Path, expected: Mapping[str, str]) -> None:
     """Download to a partial file, or continue one, verify its checksum, and rename it to `path`."""
     partial = path.with_name(f".{path.name}.partial")
-    with _held(partial, path) as file:
+    with _locked(partial, path) as file:
         if path.is_file():  # another process has just fetched it
             partial.unlink(missing_ok=True)
             return
         _transfer(entry, file, partial)
         file.flush()
         os.fsync(file.fileno())
-        found = sha256_of(partial)
-        if wrong := _contradiction(found, expected):
+        digest = sha256_of(partial)
+        if wrong := _contradiction(digest, expected):
             partial.unlink()
             raise UserError(
-                f"{entry.address} gave a file with the SHA-256 {found}, {wrong}: it was changed there or on the way; "
-                "nothing was kept"
+                f"{entry.address} gave a file with the SHA-256 {digest}, {wrong}: it was changed there or on the way; "
+                "nothing was saved"
             )
-        write_text(path.with_name(f"{path.name}.sha256"), f"{found}  {path.name}\n")
+        write_text(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n")
         os.replace(partial, path)
     _tag_of(partial).unlink(missing_ok=True)
 
 
 @contextmanager
-def _held(partial: Path, path: Path) -> Iterator[IO[bytes]]:
-    """The partial file, open at its end, for this process alone: waits while another one fetches, until `path` is there."""
+def _locked(partial: Path, path: Path) -> Iterator[IO[bytes]]:
+    """Open the partial file at its end and lock it. Waits while another process downloads it, until `path` exists."""
     while True:
         with open(partial, "ab") as file:
             granted = try_lock(file)
@@ -203,20 +203,20 @@ def _held(partial: Path, path: Path) -> Iterator[IO[bytes]]:
             if granted is None or path.is_file() or is_at(file.fileno(), partial):
                 yield file
                 return
-        # the other process gave up and removed what it had: a new file, then
+        # the other process failed and removed the partial file: open a new one
 
 
 def _tag_of(partial: Path) -> Path:
-    """The file that holds the version of a partial file."""
+    """The file with the version (ETag) of a partial file."""
     return partial.with_name(f"{partial.name}.tag")
 
 
 def _transfer(entry: KnownWeights, file: IO[bytes], partial: Path) -> None:
-    """Fill `file` to the end; a broken connection is retried as long as it brings new bytes."""
+    """Download to the end of `file`; a broken connection is retried as long as it brings new bytes."""
     barren = most = 0
     while True:
         before = file.seek(0, os.SEEK_END)
-        most = max(most, before)  # what was there once and is fetched again is nothing new
+        most = max(most, before)  # bytes that are fetched again are not new
         try:
             if _connection(entry, file, partial):
                 return
@@ -226,19 +226,19 @@ def _transfer(entry: KnownWeights, file: IO[bytes], partial: Path) -> None:
             answered = f"{error.code} {str(error.reason).partition(chr(10))[0]}"
             if error.code != 416 or not before:
                 raise UserError(f"cannot fetch {entry.name}: {entry.address} answers {answered}") from error
-            file.truncate(0)  # what is there is longer than what the server has
+            file.truncate(0)  # it is longer than the file of the server
             reason = f"it answers {answered}"
         except (OSError, http.client.HTTPException, ValueError) as error:  # URLError among them
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         have = file.seek(0, os.SEEK_END)
         barren = 0 if have > most else barren + 1
         if barren >= (_ATTEMPTS if most else 1):
-            kept = f" after {have / 2**20:.1f} MiB, which are kept: the same command goes on from there" if have else ""
-            raise UserError(f"cannot fetch {entry.name} from {entry.address}: {reason}{kept}")
+            rest = f" after {have / 2**20:.1f} MiB, which are kept: the same command resumes there" if have else ""
+            raise UserError(f"cannot fetch {entry.name} from {entry.address}: {reason}{rest}")
 
 
 def _connection(entry: KnownWeights, file: IO[bytes], partial: Path) -> bool:
-    """One request; whether the file is complete after it."""
+    """Do one request. Returns whether the file is complete after it."""
     have, tag = file.seek(0, os.SEEK_END), _tag_of(partial)
     headers = {"User-Agent": "tinyfusion", "Accept-Encoding": "identity"}
     if have and tag.is_file():
@@ -251,7 +251,7 @@ def _connection(entry: KnownWeights, file: IO[bytes], partial: Path) -> bool:
             file.truncate(0)
             raise
         if answer.status == 200:
-            file.truncate(0)  # the server begins anew: it knows no ranges, or the file there is another one
+            file.truncate(0)  # the server sends the whole file: it supports no ranges, or the file has changed
             have = 0
         if version := answer.headers.get("ETag") or answer.headers.get("Last-Modified"):
             write_text(tag, version)
@@ -267,7 +267,7 @@ def _connection(entry: KnownWeights, file: IO[bytes], partial: Path) -> bool:
 
 
 def _length(answer: Any) -> int | None:
-    """Bytes of a body, None where the server does not say. Raises ValueError where it says no number."""
+    """Content-Length of a response, None without one. Raises ValueError where it is no number."""
     text = answer.headers.get("Content-Length")
     if text is not None and not re.fullmatch(r"[0-9]{1,18}", text.strip()):
         raise ValueError(f"it says Content-Length {text[:40]!r}")
@@ -275,9 +275,9 @@ def _length(answer: Any) -> int | None:
 
 
 def _whole_length(answer: Any, have: int, length: int | None, asked_part: bool) -> int | None:
-    """Bytes of the whole file, of which `have` are here; None where the server does not say.
+    """Bytes of the whole file, of which `have` exist; None where the server does not report it.
 
-    Raises ValueError on an answer that is neither the whole file nor the rest of it that was asked for.
+    Raises ValueError on a response that is neither the whole file nor the requested rest of it.
     """
     if (encoding := answer.headers.get("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
         raise ValueError(f"it sends the file in the encoding {encoding!r}, which was not asked for")
@@ -296,28 +296,13 @@ def _whole_length(answer: Any, have: int, length: int | None, asked_part: bool) 
     return total
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https alone."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        """The request that follows `req`. Raises ValueError on another scheme."""
-        if urlsplit(newurl).scheme not in ("http", "https"):
-            raise ValueError(f"it leads to {newurl[:200]!r}, which is no http address")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
-        """The answer at the end of a redirect. The connection is closed where there is none."""
-        try:
-            return super().http_error_302(req, fp, code, msg, headers)
-        except ValueError:
-            fp.close()
-            raise
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
 def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(_Redirects)
+    """An opener of http and https alone, also after redirects."""
+    opener = urllib.request.OpenerDirector()
+    for kind in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"):
+        opener.add_handler(getattr(urllib.request, f"{kind}Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    return opener
 
 
 def _copied(answer: Any, file: IO[bytes], have: int, advance: Advance) -> int:

@@ -1,6 +1,6 @@
-"""Folders of pictures: which files belong to a set, and which label each has. Pictures are not opened here.
+"""Folders of pictures: list the files of a set with their labels, without opening them.
 
-The order is a function of names alone: class folders sorted, of each the folders below sorted, then the names.
+The order depends on names alone: class folders sorted, folders inside each class sorted, then file names.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """files: paths in their order, with a label each. classes: names by label, none of a folder without class folders.
+    """The pictures of a set: files in order, with labels; classes: names by label, empty without class folders.
 
-    root: the folder that holds the classes, or the pictures. remarks: what people should know, a line each.
+    root: the folder of the classes, or of the pictures. remarks: lines for people.
     """
 
     root: Path
@@ -35,8 +35,8 @@ class PictureFolder:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Pictures in a folder and below; deep: how many of them are below. others: files of other kinds, by suffix."""
+class _Listing:
+    """Pictures in and below a folder. deep: number of those below it. others: number of other files by suffix."""
 
     files: tuple[str, ...]
     deep: int
@@ -44,18 +44,18 @@ class _Found:
 
 
 def printable(name: str | Path) -> str:
-    """A file name for people and JSON files: bytes that are not UTF-8 as escapes."""
+    """A file name for messages and JSON files, with escapes for bytes that are not UTF-8."""
     return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def open_picture_folder(path: Path) -> PictureFolder:
-    """The pictures of a folder: a class per folder in it, or one class where most pictures lie in no such folder.
+    """List the pictures of a folder: one class per subfolder, or a single class where most pictures are in no subfolder.
 
-    Of a folder whose folders are splits, that of training is taken. Raises UserError where there are no pictures.
+    Where the subfolders are splits, the training split is taken. Raises UserError where there are no pictures.
     """
     loose, folders = _listed(path)
-    found = {name: _pictures(path / name) for name in folders}
-    below = sum(len(one.files) for one in found.values())
+    classes = {name: _pictures(path / name) for name in folders}
+    below = sum(len(entry.files) for entry in classes.values())
     if loose.files and len(loose.files) >= below:
         return _one_class(path, loose, below)
     if not folders:
@@ -63,10 +63,10 @@ def open_picture_folder(path: Path) -> PictureFolder:
     splits = {word: split for split, words in SPLIT_WORDS.items() for word in words}
     if all(name.lower() in splits for name in folders):
         return _training_split(path, folders, {name: splits[name.lower()] for name in folders})
-    return _classes(path, loose, found)
+    return _classes(path, loose, classes)
 
 
-def _one_class(path: Path, loose: _Found, below: int) -> PictureFolder:
+def _one_class(path: Path, loose: _Listing, below: int) -> PictureFolder:
     left = f"; pictures left out, in folders below: {below:,}" if below else ""
     remark = f"{printable(path)}: no class folders, so its pictures are one class ({len(loose.files):,}){left}"
     return PictureFolder(path, loose.files, (0,) * len(loose.files), (), (remark, *_about_files(path, loose)))
@@ -83,30 +83,30 @@ def _training_split(path: Path, folders: list[str], splits: dict[str, str]) -> P
     return PictureFolder(chosen.root, chosen.files, chosen.labels, chosen.classes, (remark, *chosen.remarks))
 
 
-def _classes(path: Path, loose: _Found, found: dict[str, _Found]) -> PictureFolder:
-    labels, remarks = _labels(path, list(found))
+def _classes(path: Path, loose: _Listing, folders: dict[str, _Listing]) -> PictureFolder:
+    labels, remarks = _labels(path, list(folders))
     files: list[str] = []
     listed: list[int] = []
-    for name in sorted(found, key=labels.__getitem__):
-        if not found[name].files:
+    for name in sorted(folders, key=labels.__getitem__):
+        if not folders[name].files:
             raise UserError(f"{path / name} holds no pictures ({', '.join(SUFFIXES)}): every folder is a class")
-        files += found[name].files
-        listed += [labels[name]] * len(found[name].files)
+        files += folders[name].files
+        listed += [labels[name]] * len(folders[name].files)
     if loose.files:
         such = printable(Path(loose.files[0]).name)
         remarks.append(
             f"{printable(path)}: pictures left out, in no class folder: {len(loose.files):,}, such as {such}"
         )
-    if deep := sum(one.deep for one in found.values()):
+    if deep := sum(entry.deep for entry in folders.values()):
         remarks.append(f"{printable(path)}: pictures below a class folder, which are of that class: {deep:,}")
-    whole = _Found(tuple(files), deep, sum((one.others for one in found.values()), loose.others))
+    whole = _Listing(tuple(files), deep, sum((entry.others for entry in folders.values()), loose.others))
     names = {label: printable(name) for name, label in labels.items()}
     classes = tuple(names.get(label, str(label)) for label in range(max(names) + 1))
     return PictureFolder(path, whole.files, tuple(listed), classes, (*remarks, *_about_files(path, whole)))
 
 
 def _labels(path: Path, names: list[str]) -> tuple[dict[str, int], list[str]]:
-    """Labels by name of class folder: the number that the names are, where all are numbers, else their places; and remarks."""
+    """Labels by class folder, and remarks. Names that are all numbers are the labels; otherwise the sorted position is."""
     names = sorted(names)
     places = {name: place for place, name in enumerate(names)}
     numbers = {name: int(name) for name in names if name.isascii() and name.isdigit()}
@@ -115,29 +115,29 @@ def _labels(path: Path, names: list[str]) -> tuple[dict[str, int], list[str]]:
     ordered = sorted(numbers, key=numbers.__getitem__)
     first, last = ordered[0], ordered[-1]
     if numbers[last] < max(_NUMBERED_LABELS, 2 * len(names)):
-        said = f"the names of its folders are numbers, and so are the labels: {first} to {last}"
-        return numbers, [] if numbers == places else [f"{printable(path)}: {said}"]
-    said = f"the names of its folders are numbers, and labels count them: {first} is 0, {last} is {len(names) - 1}"
-    return {name: place for place, name in enumerate(ordered)}, [f"{printable(path)}: {said}"]
+        remark = f"the names of its folders are numbers, and so are the labels: {first} to {last}"
+        return numbers, [] if numbers == places else [f"{printable(path)}: {remark}"]
+    remark = f"the names of its folders are numbers, and labels count them: {first} is 0, {last} is {len(names) - 1}"
+    return {name: place for place, name in enumerate(ordered)}, [f"{printable(path)}: {remark}"]
 
 
-def _about_files(path: Path, found: _Found) -> list[str]:
+def _about_files(path: Path, listing: _Listing) -> list[str]:
     """Remarks on files of other kinds, and on animations."""
     remarks = []
-    if others := found.others.total():
-        kinds = [f"{num} {suffix}" for suffix, num in found.others.most_common(_SHOWN)]
+    if others := listing.others.total():
+        kinds = [f"{num} {suffix}" for suffix, num in listing.others.most_common(_SHOWN)]
         remarks.append(
             f"{printable(path)}: files left out, whose names are not those of pictures: {others:,} ({', '.join(kinds)})"
         )
-    if animations := sum(file.lower().endswith(".gif") for file in found.files):
+    if animations := sum(file.lower().endswith(".gif") for file in listing.files):
         remarks.append(f"{printable(path)}: .gif pictures, of which the first frame is taken: {animations:,}")
     return remarks
 
 
-def _pictures(folder: Path) -> _Found:
-    """Pictures in a folder and below. A folder that is met again, through a link that loops, counts once."""
+def _pictures(folder: Path) -> _Listing:
+    """Pictures in and below a folder. A folder that is reached twice, as through a looping link, counts once."""
     seen: set[tuple[int, int]] = set()
-    listed: list[_Found] = []
+    listed: list[_Listing] = []
     pending = [folder]
     while pending:
         root = pending.pop()
@@ -148,18 +148,18 @@ def _pictures(folder: Path) -> _Found:
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        found, names = _listed(root, hidden=True)
+        listing, names = _listed(root, hidden=True)
         pending += [root / name for name in reversed(names)]
-        listed.append(_Found(found.files, len(found.files) * (root != folder), found.others))
-    listed.sort(key=lambda one: os.path.dirname(one.files[0]) if one.files else "")
-    files = tuple(file for one in listed for file in one.files)
-    return _Found(files, sum(one.deep for one in listed), sum((one.others for one in listed), Counter()))
+        listed.append(_Listing(listing.files, len(listing.files) * (root != folder), listing.others))
+    listed.sort(key=lambda entry: os.path.dirname(entry.files[0]) if entry.files else "")
+    files = tuple(file for entry in listed for file in entry.files)
+    return _Listing(files, sum(entry.deep for entry in listed), sum((entry.others for entry in listed), Counter()))
 
 
-def _listed(folder: Path, hidden: bool = False) -> tuple[_Found, list[str]]:
-    """Pictures and other files of one folder, and the names of its folders, sorted; hidden: also folders with a dot.
+def _listed(folder: Path, hidden: bool = False) -> tuple[_Listing, list[str]]:
+    """Pictures and other files of one folder, and the sorted names of its subfolders; hidden: include names with a dot.
 
-    Raises UserError on a folder that cannot be read, and on a picture that is no regular file.
+    Raises UserError on a folder that cannot be read and on a picture that is no regular file.
     """
     pictures, folders, others = [], [], Counter[str]()
     try:
@@ -178,11 +178,11 @@ def _listed(folder: Path, hidden: bool = False) -> tuple[_Found, list[str]]:
                 check_plain(Path(entry.path))
                 raise UserError(f"{entry.path} is a link to nothing: wanted a picture")
             pictures.append(entry.path)
-    return _Found(tuple(pictures), 0, others), folders
+    return _Listing(tuple(pictures), 0, others), folders
 
 
 def _is(kind: Callable[[], bool]) -> bool:
-    """Whether an entry is of a kind; a link that loops is of none."""
+    """Whether an entry is of a kind; False for a looping link."""
     try:
         return kind()
     except OSError:

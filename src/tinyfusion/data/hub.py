@@ -1,9 +1,9 @@
-"""Image sets of the hub by their id: which files they are, fetched once or read in ranges where they lie.
+"""Image data sets of the Hugging Face hub by id: their parquet files, downloaded once or read remotely in ranges.
 
-A name is `ORG/NAME[@REVISION][:CONFIG][:SPLIT]`. Files are parquet: those of the repository, or those that the hub itself
-makes of every other public image set, on the branch `refs/convert/parquet`. So one reader serves all, and no code of a
-repository is ever run. What a name stands for is kept with its commit: without a revision it is asked once, so that a run that
-goes on tomorrow, or without a network, sees the same images.
+A name is `ORG/NAME[@REVISION][:CONFIG][:SPLIT]`. Files are those of the repository, or those into which the hub converts every
+other public image set, on the branch `refs/convert/parquet`. So one reader serves all, and no code of a repository is run. The
+files of a name are cached with their commit: without a revision the hub is queried once, so that a run that continues later,
+or without a network, sees the same images.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tinyfusion.core.files import disk_reason, write_json
 from tinyfusion.core.rundir import read_json
 from tinyfusion.core.weights import cache_folder, is_plain_name
 
-CONVERTED = "refs/convert/parquet"  # where the hub keeps what it made of other formats
+CONVERTED = "refs/convert/parquet"  # branch with the hub's conversions of other formats
 DEFAULT_SPLIT = "train"
 _NAME = re.compile(
     r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<first>[^:@]+))?(:(?P<second>[^:@]+))?"
@@ -36,12 +36,12 @@ SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
-}  # how file names say their split, where nothing else does
+}  # words for splits in file names
 
 
 @dataclass(eq=False)
 class HubFile:
-    """A file of a data set at one commit. footer: its parquet metadata, once somebody has read it."""
+    """A file of a data set at one commit. footer: its parquet metadata after the first read."""
 
     repository: str
     commit: str
@@ -58,30 +58,33 @@ class HubFile:
         return self.path.rpartition("/")[2]
 
     def fetched(self) -> Path:
-        """The file in the cache of the hub's client, fetched where it is not there.
+        """The file in the cache of the hub's client, downloaded if missing.
 
-        Raises UserError where it cannot be, WouldFetch where nothing is to be fetched.
+        Raises UserError where the download fails, WouldFetch in a dry run.
         """
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache  # late: only hub ids need it
+        from huggingface_hub import hf_hub_download  # late: only hub ids need it
 
         if fetching_forbidden():
-            found = try_to_load_from_cache(self.repository, self.path, revision=self.commit, repo_type="dataset")
-            if not isinstance(found, str):
+            if (cached := self._in_cache()) is None:
                 raise WouldFetch(f"{self} from the hub", self.size)
-            return Path(found)
+            return cached
         with _explained(self.repository, f"{self} is not in the cache and cannot be fetched"):
             return Path(hf_hub_download(self.repository, self.path, repo_type="dataset", revision=self.commit))
 
     def open(self) -> BinaryIO:
-        """The cached file where there is one, else the one on the hub, of which just the ranges that are read are sent."""
+        """Open the cached file, else the remote file, of which only the ranges that are read are downloaded."""
+        cached = self._in_cache()
+        return open(cached, "rb") if cached else cast(BinaryIO, _Ranges(self))
+
+    def _in_cache(self) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.repository, self.path, revision=self.commit, repo_type="dataset")
-        return open(found, "rb") if isinstance(found, str) else cast(BinaryIO, _Ranges(self))
+        cached = try_to_load_from_cache(self.repository, self.path, revision=self.commit, repo_type="dataset")
+        return Path(cached) if isinstance(cached, str) else None
 
 
 class _Ranges(io.RawIOBase):
-    """A file of the hub as one that can be sought in. Every read is a request, repeated where the network fails for a moment."""
+    """A seekable remote file of the hub. Each read is a request, repeated on temporary failures of the network."""
 
     def __init__(self, file: HubFile) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ class _Ranges(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Raises UserError where the hub does not give the range."""
+        """Read into `buffer`. Raises UserError where the hub does not send the range."""
         num = max(min(len(buffer), self._file.size - self._at), 0)
         if num:
             buffer[:num] = self._range(self._at, num)
@@ -119,24 +122,24 @@ class _Ranges(io.RawIOBase):
             http_backoff,
         )
 
-        asked = f"bytes={first}-{first + num - 1}"
-        headers = {**build_hf_headers(), "Range": asked, "Accept-Encoding": "identity"}
+        wanted = f"bytes={first}-{first + num - 1}"
+        headers = {**build_hf_headers(), "Range": wanted, "Accept-Encoding": "identity"}
         with _explained(self._file.repository, f"{self._file} cannot be read"):
-            answer = http_backoff("GET", self._address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-            hf_raise_for_status(answer)
-            part = answer.headers.get("Content-Range", "").strip()
-            given = (answer.status_code, part.rpartition("/")[0].replace(" ", "="), len(answer.content))
-            if given != (206, asked, num) or answer.headers.get("Content-Encoding", "identity") != "identity":
+            response = http_backoff("GET", self._address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            hf_raise_for_status(response)
+            part = response.headers.get("Content-Range", "").strip()
+            given = (response.status_code, part.rpartition("/")[0].replace(" ", "="), len(response.content))
+            if given != (206, wanted, num) or response.headers.get("Content-Encoding", "identity") != "identity":
                 raise OSError(
-                    f"asked for {num} bytes from {first} on, got {len(answer.content)} with status {answer.status_code}, "
+                    f"asked for {num} bytes from {first} on, got {len(response.content)} with status {response.status_code}, "
                     f"range {part[:60]!r}"
                 )
-            return bytes(answer.content)
+            return bytes(response.content)
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """What a name stands for: the files of one split, in their order, at one commit."""
+    """The files of one split of a data set, in order, at one commit."""
 
     name: str
     repository: str
@@ -147,70 +150,70 @@ class HubSet:
 
 
 def open_hub(name: str) -> HubSet:
-    """The set of a name. Nothing of its content is read.
+    """Resolve a name to the files of a data set, without reading them.
 
-    Without a revision, or with a full commit, the hub is asked once and the answer kept; a branch or tag is asked for every
-    time the hub can be reached. Raises UserError on no such repository, revision, configuration or split, on one that wants a
-    login, on no parquet files, and where the hub cannot be reached and the name was never asked for.
+    Without a revision, or with a full commit, the hub is queried once and the answer cached; a branch or tag is resolved again
+    whenever the hub can be reached. Raises UserError on an unknown repository, revision, configuration or split, a required
+    login, a set without parquet files, and an unreachable hub for a name that is not cached.
     """
-    found = _NAME.fullmatch(name)
-    if not found:
+    match = _NAME.fullmatch(name)
+    if not match:
         raise UserError(f"{name!r} is no data set of the hub: wanted ORG/NAME[@REVISION][:CONFIG][:SPLIT]")
-    revision, parts = found["revision"] or "", [part for part in (found["first"], found["second"]) if part]
-    config, split = parts if len(parts) == 2 else ("", parts[0] if parts else DEFAULT_SPLIT)
+    revision, names = match["revision"] or "", [part for part in (match["first"], match["second"]) if part]
+    config, split = names if len(names) == 2 else ("", names[0] if names else DEFAULT_SPLIT)
     record = cache_folder() / "hub" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
-    kept = _kept(record, name)
-    if kept and (not revision or _COMMIT.fullmatch(revision)):
-        return kept
+    cached = _cached(record, name)
+    if cached and (not revision or _COMMIT.fullmatch(revision)):
+        return cached
     try:
-        made = _asked(name, found["repository"], revision, config, split)
+        answer = _resolved(name, match["repository"], revision, config, split)
     except _Unreachable:
-        if kept:
-            return kept
+        if cached:
+            return cached
         raise
-    _keep(record, made)
-    print(f"{name}: {len(made.files)} files of {made.split} at commit {made.commit[:12]}", file=sys.stderr)
-    return made
+    _cache(record, answer)
+    print(f"{name}: {len(answer.files)} files of {answer.split} at commit {answer.commit[:12]}", file=sys.stderr)
+    return answer
 
 
-def _kept(record: Path, name: str) -> HubSet | None:
-    """What was answered before; None where nothing was, or the record is damaged."""
+def _cached(record: Path, name: str) -> HubSet | None:
+    """The cached answer for a name; None where there is none or it is damaged."""
     if not record.is_file():
         return None
     try:
-        told = read_json(record)
-        if told["name"] != name:
+        content = read_json(record)
+        if content["name"] != name:
             return None
-        repository, commit = str(told["repository"]), str(told["commit"])
-        files = tuple(HubFile(repository, commit, str(path), int(size)) for path, size in told["files"])
+        repository, commit = str(content["repository"]), str(content["commit"])
+        files = tuple(HubFile(repository, commit, str(path), int(size)) for path, size in content["files"])
         if not all(_is_listed_file(file.path, file.size) for file in files):
             return None
-        return HubSet(name, repository, commit, str(told["config"]), str(told["split"]), files)
+        return HubSet(name, repository, commit, str(content["config"]), str(content["split"]), files)
     except (UserError, KeyError, TypeError, ValueError):
         return None
 
 
-def _keep(record: Path, made: HubSet) -> None:
-    """Keep an answer; a cache that cannot be written is said, and costs another request."""
-    told = {name: getattr(made, name) for name in ("name", "repository", "commit", "config", "split")}
+def _cache(record: Path, answer: HubSet) -> None:
+    """Cache an answer; a cache that cannot be written is reported and costs another request."""
+    content = {name: getattr(answer, name) for name in ("name", "repository", "commit", "config", "split")}
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, {**told, "files": [[file.path, file.size] for file in made.files]})
+        write_json(record, {**content, "files": [[file.path, file.size] for file in answer.files]})
     except (OSError, UserError) as error:
         reason = disk_reason(error) if isinstance(error, OSError) else str(error)
-        print(f"the commit of {made.name} is not kept: {record}: {reason}", file=sys.stderr)
+        print(f"the commit of {answer.name} is not cached: {record}: {reason}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------- asking the hub
+# ------------------------------------------------------------------------------------------------------- queries
 
 
 class _Unreachable(UserError):
-    """There is no network, or no hub at the other end."""
+    """The hub cannot be reached."""
 
 
 @contextmanager
 def _explained(repository: str, what: str) -> Iterator[None]:
-    """What the hub's client says, for people. what: fails, in the case that the hub is not to be reached."""
+    """Turn errors of the hub's client into UserError. what: the failed action, for an unreachable hub."""
     from huggingface_hub import errors
 
     try:
@@ -227,13 +230,13 @@ def _explained(repository: str, what: str) -> Iterator[None]:
         raise UserError(
             f"the hub has no data set {repository} that may be read without logging in (`hf auth login` makes you known)"
         ) from error
-    except Exception as error:  # its client has errors of several libraries for a net that is not there
+    except Exception as error:  # the client raises errors of several libraries without a network
         reason = str(error).partition("\n")[0].strip() or type(error).__name__
         raise _Unreachable(f"{what}: {reason}") from error
 
 
-def _asked(name: str, repository: str, revision: str, config: str, split: str) -> HubSet:
-    """Ask the hub what a name stands for."""
+def _resolved(name: str, repository: str, revision: str, config: str, split: str) -> HubSet:
+    """Query the hub for the files of a name."""
     commit, sizes, card = _listing(repository, revision)
     entries = _entries(sizes, card, config)
     if not entries and not revision:
@@ -259,7 +262,7 @@ def _asked(name: str, repository: str, revision: str, config: str, split: str) -
 
 
 def _listing(repository: str, revision: str) -> tuple[str, dict[str, int], Mapping[str, Any]]:
-    """Commit, sizes of the parquet files by path, and what the card says to machines."""
+    """Commit, sizes of the parquet files by path, and the metadata of the card."""
     from huggingface_hub import HfApi, errors
 
     try:
@@ -286,20 +289,20 @@ def _listing(repository: str, revision: str) -> tuple[str, dict[str, int], Mappi
 
 
 def _is_listed_file(path: str, size: Any) -> bool:
-    """Whether a path of a listing leads to a file inside its repository, of a size that a file can have."""
+    """Whether a path of a listing is inside its repository, and its size a possible one."""
     return type(size) is int and 0 <= size < 2**63 and all(map(is_plain_name, path.split("/")))
 
 
 def _config(name: str, configs: Sequence[str], wanted: str, card: Mapping[str, Any]) -> str:
-    """The configuration that is meant: the named one, the only one, or the one that the card makes the default."""
+    """The requested configuration, else the card's default, else the only one."""
     if wanted:
         if wanted not in configs:
             raise UserError(f"{name}: there are the configurations {', '.join(configs)}, not {wanted!r}")
         return wanted
     declared = [str(c.get("config_name")) for c in _configs(card) if c.get("default")]
-    for one in (*declared, "default"):
-        if one in configs:
-            return one
+    for config in (*declared, "default"):
+        if config in configs:
+            return config
     if len(configs) > 1:
         raise UserError(
             f"{name}: there are the configurations {', '.join(configs)}: name one, as ORG/NAME:{configs[0]}:SPLIT"
@@ -311,36 +314,36 @@ def _config(name: str, configs: Sequence[str], wanted: str, card: Mapping[str, A
 
 
 def _entries(paths: Mapping[str, int], card: Mapping[str, Any], wanted: str) -> dict[tuple[str, str], list[str]]:
-    """Files by configuration and split: as the card declares them, else by their names; sorted."""
+    """Sorted files by configuration and split, as the card declares them, else by their names."""
     declared = _configs(card)
     if any("data_files" in c or "data_dir" in c for c in declared):
-        found: dict[tuple[str, str], list[str]] = {}
-        for one in declared:
-            inside = str(one.get("data_dir") or "").strip("./")
+        entries: dict[tuple[str, str], list[str]] = {}
+        for config in declared:
+            inside = str(config.get("data_dir") or "").strip("./")
             below = [path for path in sorted(paths) if path.startswith(f"{inside}/" if inside else "")]
-            for split, patterns in _declared(one.get("data_files")) or _named(below):
+            for split, patterns in _declared(config.get("data_files")) or _named(below):
                 matched = [path for path in below if any(_matches(path, pattern, inside) for pattern in patterns)]
                 if matched:
-                    found[str(one.get("config_name", "default")), split] = matched
-        return found
+                    entries[str(config.get("config_name", "default")), split] = matched
+        return entries
     below = [path for path in sorted(paths) if not wanted or path.startswith(f"{wanted}/")]
     return {(wanted or "default", split): files for split, files in _named(below)}
 
 
 def _configs(card: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The configurations that a card declares; entries of another form are none."""
+    """The configurations that a card declares; entries of another form are ignored."""
     declared = card.get("configs")
     return [config for config in declared if isinstance(config, Mapping)] if isinstance(declared, list) else []
 
 
 def _converted(paths: Mapping[str, int]) -> dict[tuple[str, str], list[str]]:
-    """As `_entries`, of the branch that the hub makes: CONFIG/SPLIT/0000.parquet."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Files by configuration and split on the hub's branch of conversions: CONFIG/SPLIT/0000.parquet."""
+    entries: dict[tuple[str, str], list[str]] = {}
     for path in sorted(paths):
         folders = path.split("/")
         if len(folders) == 3:
-            found.setdefault((folders[0], folders[1]), []).append(path)
-    return found
+            entries.setdefault((folders[0], folders[1]), []).append(path)
+    return entries
 
 
 def _declared(data_files: Any) -> list[tuple[str, list[str]]]:
@@ -371,11 +374,11 @@ def _matches(path: str, pattern: str, inside: str) -> bool:
 
 
 def _named(paths: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """(split, files) by what the names say; those that say nothing are for training."""
-    found: dict[str, list[str]] = {}
+    """(split, files) by file names; files without a split in their names are for training."""
+    entries: dict[str, list[str]] = {}
     for path in paths:
-        found.setdefault(_split_of(path), []).append(path)
-    return sorted(found.items())
+        entries.setdefault(_split_of(path), []).append(path)
+    return sorted(entries.items())
 
 
 def _split_of(path: str) -> str:

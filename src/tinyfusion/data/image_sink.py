@@ -1,7 +1,4 @@
-"""Sets of images of any size to files: an npz, or a folder of PNGs. No more than a batch is ever in memory.
-
-The counterpart of `data/image_source.py`.
-"""
+"""Write image sets of any size to an npz or a folder of PNGs, with at most a batch in memory (see `data/image_source.py`)."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ _BATCH = 64
 def stream_images_npz(path: Path, images: ImageSource, labels: np.ndarray) -> None:
     """Write images (N, H, W, C) and labels (N,) whole, uncompressed: arr_0, arr_1. The bytes are those of `numpy.savez`."""
     with (
-        atomic_write(path) as beside,
-        zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        atomic_write(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             _write_header(file, images.shape, images.dtype)
@@ -42,12 +39,12 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[np.ge
 
 def write_png_folder(folder: Path, images: ImageSource) -> None:
     """Write images (N, H, W, 1 or 3) uint8 as 000000.png, 000001.png, ..., the whole folder at once."""
-    with atomic_write(folder, r"[0-9]{6,}\.png") as beside, ThreadPoolExecutor(os.cpu_count()) as threads:
-        beside.mkdir()
+    with atomic_write(folder, r"[0-9]{6,}\.png") as temporary, ThreadPoolExecutor(os.cpu_count()) as threads:
+        temporary.mkdir()
 
         def write(index: int, image: np.ndarray) -> None:
             pixels = image[..., 0] if image.shape[-1] == 1 else image
-            Image.fromarray(pixels).save(beside / f"{index:06d}.png", compress_level=1)
+            Image.fromarray(pixels).save(temporary / f"{index:06d}.png", compress_level=1)
 
         first = 0
         for batch in images.read(_BATCH):

@@ -1,7 +1,4 @@
-"""Sets of images of any size: in memory where they are small, else read from their file a batch at a time.
-
-50,000 pictures of 256 x 256 are 9.8 GB; nothing here ever holds more than a batch of them.
-"""
+"""Read image sets of any size: small ones in memory, others from their file with at most a batch in memory."""
 
 from __future__ import annotations
 
@@ -20,13 +17,13 @@ from tinyfusion.data.npz import ArrayHeader, is_npz, opened_npz
 from tinyfusion.data.originals import MixedSizes, Originals, decoded
 from tinyfusion.data.picture import Picture
 
-IN_MEMORY_BYTES = 2**29  # sets up to here are read once
+IN_MEMORY_BYTES = 2**29  # limit of sets that are read once
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # names of stored moments in references of the ADM form
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """shape (N, H, W, C). read(B): batches of B images in order. array: all of them, where they are in memory."""
+    """A set of images. shape: (N, H, W, C). read(B): batches of B images in order. array: all images, if in memory."""
 
     shape: tuple[int, int, int, int]
     dtype: np.dtype[np.generic]
@@ -60,7 +57,7 @@ def source_of(images: np.ndarray) -> ImageSource:
 
 
 def open_npz(path: Path) -> ImageSource:
-    """arr_0 of an npz. Raises UserError as `read_images_npz` does, of a large file when its batches are read."""
+    """Open arr_0 of an npz. Raises UserError as `read_images_npz` does, for a large file while its batches are read."""
     shape = _streamed_shape(path)
     if shape is None:
         return source_of(read_images_npz(path)[0])
@@ -73,7 +70,7 @@ def open_npz(path: Path) -> ImageSource:
 
 
 def _streamed_shape(path: Path) -> tuple[int, int, int, int] | None:
-    """Of arr_0 where it is too large to be read whole and can be read in batches; else None."""
+    """Shape of arr_0 if it is too large for memory and can be read in batches; else None."""
     with opened_npz(path) as archive:
         if "arr_0" not in archive.names:
             return None
@@ -86,7 +83,7 @@ def _streamed_shape(path: Path) -> tuple[int, int, int, int] | None:
 
 
 def streamed_pictures(originals: Originals, size: int | None, orientation: Orientation) -> ImageSource:
-    """Pictures that are decoded when their batch is read; grey ones are in colour where the first one is.
+    """Pictures that are decoded when their batch is read; all are in colour if the first one is.
 
     size, orientation: as in `decode`. Raises UserError on the first picture, and while reading on all others.
     """
@@ -151,10 +148,10 @@ def has_images(path: Path) -> bool:
 def _named_arrays(
     path: Path, names: tuple[str, ...], check: Callable[[Mapping[str, ArrayHeader]], None]
 ) -> dict[str, np.ndarray]:
-    """Those of `names` that an npz has; `check` looks at their headers before a value is read."""
+    """The arrays of an npz with these names; `check` gets their headers before any value is read."""
     if not is_npz(path):
         return {}
     with opened_npz(path) as archive:
-        held = [name for name in names if name in archive.names]
-        check({name: archive.header(name) for name in held})
-        return {name: archive.read(name) for name in held}
+        existing = [name for name in names if name in archive.names]
+        check({name: archive.header(name) for name in existing})
+        return {name: archive.read(name) for name in existing}

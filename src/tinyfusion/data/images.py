@@ -1,4 +1,4 @@
-"""Image files: npz of images and labels, picture grids. Nothing is ever unpickled.
+"""Read and write images and labels as npz, and write grids as PNG. Nothing is unpickled.
 
 Shapes: N images, H x W pixels, C channels, channels last.
 """
@@ -15,7 +15,7 @@ from tinyfusion.core.reading import check_memory
 from tinyfusion.core.rundir import atomic_write
 from tinyfusion.data.npz import ArrayHeader, Npz, opened_npz
 
-MAX_LABEL = 2**31 - 1  # of any class; beyond it a label is damage
+MAX_LABEL = 2**31 - 1  # a larger label is taken for damage
 _GAP_PX = 1  # between the images of a grid, before upscaling
 
 
@@ -53,41 +53,25 @@ def check_images_header(header: ArrayHeader, path: Path) -> None:
 
 
 def _read_labels(archive: Npz) -> np.ndarray:
-    """arr_1, checked against the header of arr_0 before it is read."""
+    """arr_1 as int64, checked against the header of arr_0 before it is read."""
     num_images, header = archive.header("arr_0").shape[0], archive.header("arr_1")
     if header.dtype.kind not in "iu" or header.shape != (num_images,):
         raise UserError(
             f"{archive.path}: labels in arr_1 are ({num_images},) integers; got {header.shape} {header.dtype}"
         )
-    return _checked_labels(archive.read("arr_1"), num_images, archive.path)
-
-
-def _checked_labels(labels: np.ndarray, num_images: int, path: Path) -> np.ndarray:
-    if labels.dtype.kind not in "iu" or labels.shape != (num_images,):
-        raise UserError(f"{path}: labels in arr_1 are ({num_images},) integers; got {labels.shape} {labels.dtype}")
+    labels = archive.read("arr_1")
     if labels.min() < 0:
-        raise UserError(f"{path}: labels are 0 or more; the smallest is {labels.min()}")
+        raise UserError(f"{archive.path}: labels are 0 or more; the smallest is {labels.min()}")
     if labels.max() > MAX_LABEL:
-        raise UserError(f"{path}: labels are at most {MAX_LABEL:,}; the largest is {labels.max()}")
+        raise UserError(f"{archive.path}: labels are at most {MAX_LABEL:,}; the largest is {labels.max()}")
     return labels.astype(np.int64)
-
-
-def write_images_npz(path: Path, images: np.ndarray, labels: np.ndarray | None = None) -> None:
-    """Write images (N, H, W, C) uint8 and labels (N,) whole, uncompressed: arr_0, arr_1."""
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise ValueError(f"images are written as uint8 (N, H, W, C); got {images.dtype} {images.shape}")
-    arrays = (
-        {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": _checked_labels(labels, len(images), path)}
-    )
-    with atomic_write(path) as beside, open(beside, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def write_grid_png(path: Path, images: np.ndarray, columns: int, scale: int = 1) -> None:
     """Write images (N, H, W, C) uint8, C 1 or 3, as one picture, `columns` in a row, pixels `scale` wide and high."""
     grid = image_grid(images, columns).repeat(scale, axis=0).repeat(scale, axis=1)
-    with atomic_write(path) as beside:
-        Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(beside, format="PNG")
+    with atomic_write(path) as temporary:
+        Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(temporary, format="PNG")
 
 
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Arrays out of npz and npy files: headers are read and checked before any value is, and nothing is ever unpickled."""
+"""Read arrays of npz and npy files: headers are checked before any value is read, and nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ def _read_header(file: IO[bytes], size: int, where: str) -> ArrayHeader:
     if dtype.hasobject:
         raise ValueError(f"{where} is an array of Python objects, which would have to be unpickled")
     header = ArrayHeader(tuple(shape), dtype, bool(fortran))
-    held = size - file.tell()
-    if header.nbytes > held:
-        raise ValueError(f"{where} claims {header} ({header.nbytes:,} bytes) and holds {max(held, 0):,} bytes")
+    available = size - file.tell()
+    if header.nbytes > available:
+        raise ValueError(f"{where} claims {header} ({header.nbytes:,} bytes) and holds {max(available, 0):,} bytes")
     return header
 
 

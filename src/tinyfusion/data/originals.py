@@ -1,7 +1,7 @@
-"""Pictures as they come, before any autoencoder: folders of classes, parquet files, tars; as they are, or decoded in memory.
+"""Sets of encoded pictures: folders of classes, parquet files and tars, as they are or decoded in memory.
 
-The order is a function of names alone: classes, files and tars sorted, rows and members in their order. A label is that of
-its folder, or what the file says.
+The order depends on names alone: classes, files and tars are sorted, rows and members keep their order. A label comes from
+the folder or from the file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tinyfusion.data.parquet import (
 from tinyfusion.data.picture import SUFFIXES, Picture, decode
 from tinyfusion.data.stream import RowGroup
 
-_LABEL_BYTES = 16  # of a label while the parts of a set are put together
+_LABEL_BYTES = 16  # of a label while labels are concatenated
 WEBDATASET = "webdataset:"
 _AT_A_TIME = 16  # encoded pictures in memory while a set is decoded
 _NAMED, _LOOK_ON_S = 4, 10.0  # broken pictures named after the first one, seconds that more are looked for
@@ -59,11 +59,11 @@ class MixedSizes(UserError):
 
 @dataclass(frozen=True)
 class Originals:
-    """Encoded pictures in their order.
+    """Encoded pictures in order.
 
-    labels: (N,) int64. contents(first, num): where each of these pictures is, for people, and its bytes. classes: names in
-    the order of labels, where there are names. fingerprint: SHA-256 over order, names and labels; bytes are not looked at,
-    so a damaged picture may be put right while a set is being encoded. remarks: what people should know, a line each.
+    labels: (N,) int64. contents(first, num): place (for messages) and bytes of each of these pictures. classes: names in the
+    order of labels, if there are names. fingerprint: SHA-256 over order, names and labels but not bytes, so that a damaged
+    picture can be repaired while a set is being encoded. remarks: lines for people.
     """
 
     name: str
@@ -78,9 +78,9 @@ class Originals:
 
 
 def open_originals(name: str) -> Originals:
-    """A folder of pictures, or a set by its prefix: parquet, hub, webdataset. Raises UserError where there are no pictures or labels.
+    """Open a folder of pictures, or a set by its prefix: parquet, hub, webdataset. Raises UserError without pictures or labels.
 
-    A whole set and a stream of it are the same here, but that `hub-stream:` keeps no files.
+    `hub:` and `hub-stream:` yield the same images; the latter caches no files.
     """
     if name.startswith(WHOLE + STREAMED):
         return _parquet(name)
@@ -101,7 +101,7 @@ def open_originals(name: str) -> Originals:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set in memory: pixels (N, H, W, C) uint8, labels (N,) int64, and remarks for people on the set and its pictures."""
+    """A decoded set: pixels (N, H, W, C) uint8, labels (N,) int64, and remarks (lines for people)."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -109,9 +109,9 @@ class Pictures:
 
 
 def read_originals(name: str, size: int | None = None, orientation: Orientation = "follow") -> Pictures:
-    """All pictures of a set, decoded as `decode` says; C is 1 where all are grey, else 3.
+    """Decode all pictures of a set (see `decode`); C is 1 where all are grey, else 3.
 
-    Raises UserError where they are missing, damaged, of several sizes, or do not fit into memory.
+    Raises UserError where pictures are missing, damaged, of several sizes, or do not fit into memory.
     """
     originals = open_originals(name)
     pixels, changes = stacked(decoded(originals, size, orientation), len(originals), name)
@@ -168,9 +168,9 @@ def _broken(error: UserError, read: int, rest: Iterator[tuple[str, Picture | Use
 
 
 def stacked(pictures: Iterable[tuple[str, Picture]], num: int, source: Path | str) -> tuple[np.ndarray, Counter[str]]:
-    """(num, H, W, C) uint8 of `num` decoded pictures, in colour where one is, and how often each change was made.
+    """Stack `num` decoded pictures to (num, H, W, C) uint8, in colour where any is. Returns them and the counts of changes.
 
-    Raises UserError on several sizes, and where they would not fit into memory with their training values beside them.
+    Raises MixedSizes on several sizes, and UserError where pixels and their training values do not fit into memory.
     """
     pixels, changes = np.empty((0, 0, 0, 1), np.uint8), Counter[str]()
     for i, (where, picture) in enumerate(pictures):
@@ -195,7 +195,7 @@ def stacked(pictures: Iterable[tuple[str, Picture]], num: int, source: Path | st
 
 
 def changed(name: str, num: int, changes: Counter[str]) -> Iterator[str]:
-    """A line for every kind of change that was made to pictures of a set of `num`."""
+    """A line for each kind of change to pictures of a set of `num`."""
     for change, count in sorted(changes.items()):
         yield f"{printable(name)}: pictures {change}: {count:,} of {num:,}"
 
@@ -211,19 +211,19 @@ def _fingerprint(names: Iterator[str], labels: np.ndarray) -> str:
 
 
 def _folder(name: str, path: Path) -> Originals:
-    found = open_picture_folder(path)
+    folder = open_picture_folder(path)
 
     def contents(first: int, num: int) -> Iterator[tuple[str, bytes]]:
-        for file in found.files[first : first + num]:
+        for file in folder.files[first : first + num]:
             check_plain(Path(file))
             try:
                 yield file, Path(file).read_bytes()
             except OSError as error:
                 raise unreadable(Path(file), error) from error
 
-    labels = np.array(found.labels, np.int64)
-    print_of = _fingerprint((os.path.relpath(file, found.root) for file in found.files), labels)
-    return Originals(name, labels, contents, print_of, found.classes, found.remarks)
+    labels = np.array(folder.labels, np.int64)
+    print_of = _fingerprint((os.path.relpath(file, folder.root) for file in folder.files), labels)
+    return Originals(name, labels, contents, print_of, folder.classes, folder.remarks)
 
 
 # ------------------------------------------------------------------------------------------------------------- parquet
@@ -246,16 +246,16 @@ def _parquet(name: str) -> Originals:
     if not len(known):
         raise UserError(f"{name} holds no images")
     begins = np.cumsum([0, *(group.num for group in groups)])
-    held: dict[int, Any] = {}
+    cached: dict[int, Any] = {}
 
     def contents(first: int, num: int) -> Iterator[tuple[str, Any]]:
         for position in range(first, min(first + num, len(known))):
             place = int(np.searchsorted(begins, position, side="right")) - 1
-            if place not in held:
-                held.clear()
-                held[place] = groups[place].read()
+            if place not in cached:
+                cached.clear()
+                cached[place] = groups[place].read()
             row = position - int(begins[place])
-            yield f"{groups[place].file}, row {groups[place].first + row}", held[place].column(0)[row].as_py()
+            yield f"{groups[place].file}, row {groups[place].first + row}", cached[place].column(0)[row].as_py()
 
     names = (f"{group.file.name} {group.index} {group.num}" for group in groups)
     return Originals(name, known, contents, _fingerprint(names, known))
@@ -266,7 +266,7 @@ def _parquet(name: str) -> Originals:
 
 @dataclass(frozen=True)
 class _Member:
-    """A picture inside a tar: where its bytes begin, and how many they are."""
+    """A picture inside a tar: offset and number of its bytes."""
 
     tar: Path
     key: str
@@ -286,7 +286,7 @@ def _tars(name: str, path: Path) -> Originals:
             members.append(member)
             labels.append(label)
     if not members:
-        raise UserError(f"{path} holds no pictures: wanted NAME.jpg with NAME.cls beside it")
+        raise UserError(f"{path} holds no pictures: wanted NAME.jpg with NAME.cls")
 
     def contents(first: int, num: int) -> Iterator[tuple[str, bytes]]:
         for member in members[first : first + num]:
@@ -307,7 +307,7 @@ def _tars(name: str, path: Path) -> Originals:
 
 
 def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
-    """Pictures and labels of one tar, in its order: the files of one key stand side by side."""
+    """Pictures and labels of one tar, in its order; the files of a picture have the same stem."""
     pictures: dict[str, _Member] = {}
     labels: dict[str, int] = {}
     with _reading(tar), tarfile.open(tar, "r:") as archive:
@@ -329,13 +329,13 @@ def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
                 labels[key] = checked_label(value, f"{tar}, {key}.cls")
     for key, member in pictures.items():
         if key not in labels:
-            raise UserError(f"{tar}, {key} has no label: wanted {key}.cls beside it, a whole number from 0")
+            raise UserError(f"{tar}, {key} has no label: wanted {key}.cls, a whole number from 0")
         yield member, labels[key]
 
 
 @contextlib.contextmanager
 def _reading(tar: Path) -> Iterator[None]:
-    """Turn what `tarfile` raises on a damaged file into UserError."""
+    """Turn errors of `tarfile` on a damaged file into UserError."""
     try:
         yield
     except UserError:
@@ -345,7 +345,7 @@ def _reading(tar: Path) -> Iterator[None]:
 
 
 def _entries(tar: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Every entry of a tar. Raises UserError where one is larger than the file, and where the list breaks off."""
+    """The entries of a tar. Raises UserError where an entry is larger than the file, and where the list is truncated."""
     total = tar.stat().st_size
     for info in archive:
         if not 0 <= info.size <= total or (info.isreg() and info.offset_data + info.size > total):
@@ -353,7 +353,7 @@ def _entries(tar: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
                 f"{tar} is damaged: {info.name} has {info.size} bytes from byte {info.offset_data} on, and the file {total}"
             )
         yield info
-    with open(tar, "rb") as file:  # a damaged header looks like the end of the list
+    with open(tar, "rb") as file:  # tarfile takes a damaged header for the end of the list
         file.seek(archive.offset)
         if any(file.read(tarfile.BLOCKSIZE)):
             raise UserError(f"{tar} is damaged: at byte {archive.offset} there is no header")

@@ -1,7 +1,7 @@
-"""Parquet files of encoded pictures and labels, as image data sets on the hub are stored: which files, and which columns.
+"""Parquet files of encoded pictures and labels, as on the Hugging Face hub: find the files and columns, read in batches.
 
-A set is named by where its files are: `parquet:PATH`, or `hub:` and an id of the hub; `parquet-stream:` and `hub-stream:`
-are never whole in memory.
+A set is named by the place of its files: `parquet:PATH`, or `hub:` and an id of the hub. `parquet-stream:` and `hub-stream:`
+are never loaded whole.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from tinyfusion.core.reading import available_memory_bytes, check_plain, parse_j
 from tinyfusion.data.hub import HubFile, open_hub
 from tinyfusion.data.images import MAX_LABEL
 
-PARQUET, HUB = "parquet:", "hub:"  # prefixes of sets that are read whole
-PARQUET_STREAM, HUB_STREAM = "parquet-stream:", "hub-stream:"  # of those that never are
+PARQUET, HUB = "parquet:", "hub:"  # prefixes of sets that are loaded whole
+PARQUET_STREAM, HUB_STREAM = "parquet-stream:", "hub-stream:"  # of sets that never are
 WHOLE, STREAMED = (PARQUET, HUB), (PARQUET_STREAM, HUB_STREAM)
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "fine_labels")
 READERS = 8  # requests to the hub at a time
 TableFile = Path | HubFile
-_BATCH_ROWS, _BATCH_SHARE = 1024, 4  # at most so many rows at a time, and 1 / share of the memory
-_ROWS_PER_BYTE = 1000  # of a file; more are a claim that no set of pictures makes
+_BATCH_ROWS, _BATCH_SHARE = 1024, 4  # limits of a batch: rows, and 1 / share of the memory
+_ROWS_PER_BYTE = 1000  # of a file: more than any set of pictures has
 
 
 def tables_of(source: Path | str) -> Sequence[TableFile]:
-    """The files of a set, in their order. A string is a name with its prefix; those of the hub are fetched, but for streams.
+    """The files of a set, in order. A string is a name with prefix; files of `hub:` are downloaded.
 
     Raises UserError where there are none.
     """
@@ -57,9 +57,9 @@ def parquet_files(path: Path) -> list[Path]:
 
 
 def batches_of(table: Any, group: int, columns: Sequence[str]) -> Iterator[Any]:
-    """Columns of a row group of an open file, in that order, a few rows at a time.
+    """Yield columns of a row group of an open file, in the given order, a few rows at a time.
 
-    A value that many rows repeat is stored once, so that a row may take as much memory as its whole column in the file.
+    A repeated value is stored once, so a row may take as much memory as its whole column takes in the file.
     """
     about = table.metadata.row_group(group)
     chunks = [about.column(place) for place in range(about.num_columns)]
@@ -71,9 +71,9 @@ def batches_of(table: Any, group: int, columns: Sequence[str]) -> Iterator[Any]:
 
 
 def labels_of(table: Any, group: int, column: str, where: str, first: int) -> Iterator[np.ndarray]:
-    """Labels of a row group of an open file, int64, some rows at a time. Raises UserError where a value is none.
+    """Yield the labels of a row group of an open file, int64, some rows at a time. Raises UserError on an invalid label.
 
-    where: the file or row group, for people; first: number of the first row in it.
+    where: the file or row group, for messages; first: number of its first row.
     """
     import pyarrow.compute
 
@@ -94,9 +94,9 @@ def labels_of(table: Any, group: int, column: str, where: str, first: int) -> It
 
 @contextmanager
 def opened(file: TableFile, part: str = "") -> Iterator[Any]:
-    """A file as pyarrow's `ParquetFile`; part: of it, for people. Raises UserError where it is damaged.
+    """Open a file as pyarrow's `ParquetFile`; part: of it, for messages. Raises UserError where it is damaged.
 
-    The footer of a file of the hub is read once; what is read of its columns comes in few requests.
+    The footer of a file of the hub is read once, and its columns are read in few requests.
     """
     import pyarrow.parquet
 
@@ -117,7 +117,7 @@ def opened(file: TableFile, part: str = "") -> Iterator[Any]:
 
 
 def check_rows(footer: Any, file: TableFile, num_bytes: int) -> None:
-    """Raise UserError where a footer claims numbers of rows that do not fit together, or the file."""
+    """Raise UserError where the numbers of rows in a footer contradict each other or the size of the file."""
     groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
     if min(groups, default=0) < 0 or sum(groups) != footer.num_rows or footer.num_rows > _ROWS_PER_BYTE * num_bytes:
         raise UserError(
@@ -127,7 +127,7 @@ def check_rows(footer: Any, file: TableFile, num_bytes: int) -> None:
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """What pyarrow says of a damaged file or of the disk, as UserError; where: the file, and the part of it."""
+    """Turn errors of pyarrow into UserError; where: the file and the part of it."""
     import pyarrow
 
     try:
@@ -139,10 +139,10 @@ def reading(where: str) -> Iterator[None]:
 
 
 def columns_of(table: Any, file: TableFile) -> tuple[str, str]:
-    """Names of the columns of pictures and labels of an open parquet file.
+    """Names of the columns of pictures and of labels of an open parquet file.
 
-    Those with the usual names, else the only one that the file declares, as the library `datasets` writes it, to be of images
-    or of classes. Raises UserError where one is missing, there twice, or of another type.
+    The usual names, else the only column that the metadata of the library `datasets` declares as images or classes. Raises
+    UserError where a column is missing, duplicated or of another type.
     """
     image, label = _column(file, table, IMAGE_COLUMNS, "Image"), _column(file, table, LABEL_COLUMNS, "ClassLabel")
     schema = table.schema_arrow
@@ -158,7 +158,7 @@ def columns_of(table: Any, file: TableFile) -> tuple[str, str]:
 
 
 def _holds_pictures(kind: Any) -> bool:
-    """Whether a column's type is bytes, or a struct with one field `bytes` of them."""
+    """Whether a column's type is bytes, or a struct with a field `bytes` of that type."""
     from pyarrow import types
 
     if types.is_struct(kind):
@@ -176,27 +176,31 @@ def _holds_integers(kind: Any) -> bool:
 
 def _column(file: TableFile, table: Any, wanted: Sequence[str], kind: str) -> str:
     names = table.schema_arrow.names
-    found = [name for name in wanted if name in names]
-    if not found:
+    matching = [name for name in wanted if name in names]
+    if not matching:
         declared = _declared(table)
-        found = [name for name in names if declared.get(name) == kind]
-        if len(found) != 1:
+        matching = [name for name in names if declared.get(name) == kind]
+        if len(matching) != 1:
             raise UserError(f"{file} has the columns {', '.join(names)}: wanted {' or '.join(wanted)}")
-    return found[0]
+    return matching[0]
 
 
 def _declared(table: Any) -> dict[str, str]:
-    """Kinds of columns by name, where the file says them."""
+    """Types of columns by name, as far as the file's metadata declares them."""
     try:
-        told = parse_json((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}").decode(), "its metadata")
-        features = told.get("info", {}).get("features", {})
-        return {name: str(one["_type"]) for name, one in features.items() if isinstance(one, dict) and "_type" in one}
+        metadata = parse_json((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}").decode(), "its metadata")
+        features = metadata.get("info", {}).get("features", {})
+        return {
+            name: str(feature["_type"])
+            for name, feature in features.items()
+            if isinstance(feature, dict) and "_type" in feature
+        }
     except (ValueError, AttributeError):
         return {}
 
 
 def checked_label(label: Any, where: str) -> int:
-    """The label of a row. Raises UserError where it is none."""
+    """Return a label. Raises UserError where it is invalid."""
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label <= MAX_LABEL:
         raise UserError(f"{where}: wanted a label, a whole number from 0 to {MAX_LABEL:,}; got {label!r}")
     return label

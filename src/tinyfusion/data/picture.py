@@ -22,11 +22,9 @@ from tinyfusion.core.reading import check_memory
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MOST_PIXELS = 2**27  # of one picture: sensors of 102 million are among the largest
-SMALL_FILE_BYTES = (
-    2**27
-)  # that a picture may take decoded, whatever its file; more have files of a 64th of it, as photographs do
-_CHECKED_PIXELS = 2**24  # from here on a picture is compared with the memory at hand
-_ALONE_PIXELS = 2**25  # from here on pictures are decoded one at a time
+SMALL_FILE_BYTES = 2**27  # limit of a decoded picture of any file; above it the file must have a 64th of that size
+_CHECKED_PIXELS = 2**24  # above this a picture is compared with the available memory
+_ALONE_PIXELS = 2**25  # above this pictures are decoded one at a time
 _DECODED_BYTES = {"L": 1, "1": 2, "LA": 5, "P": 5}  # per pixel in memory, with its 8-bit form; 4 of other modes
 _TURNED = 2  # times these bytes, where a picture is turned
 _GREY, _GREY_ALPHA, _COLOUR, _ALPHA = ("1", "L"), ("LA", "La"), ("P", "RGB", "CMYK", "YCbCr"), ("RGBA", "PA", "RGBa")
@@ -45,7 +43,7 @@ _alone = threading.Lock()
 
 @dataclass(frozen=True)
 class Picture:
-    """pixels: (H, W, 1) uint8 of a grey picture, (H, W, 3) of one in colour. changes: what became of it, for people."""
+    """A decoded picture. pixels: (H, W, 1) uint8 if grey, else (H, W, 3). changes: what decoding changed, for messages."""
 
     pixels: np.ndarray
     changes: tuple[str, ...] = ()
@@ -57,7 +55,7 @@ class Picture:
 
 
 def decode(encoded: Any, where: str, size: int | None = None, orientation: Orientation = "follow") -> Picture:
-    """The picture of encoded bytes, or of a struct with `bytes` as parquet files have them. where: names it to people.
+    """Decode a picture from bytes, or from a struct with `bytes` as in parquet files. where: its place, for messages.
 
     size: side of the square that `centre_crop` makes of it; None keeps its own. orientation: whether EXIF tags are followed.
     16 bits are taken where the format says what white is, by their upper eight; an alpha channel where all of it is opaque.
@@ -81,8 +79,8 @@ def _decoded(image: Image.Image, where: str, size: int | None, orientation: Orie
             picture = picture.transpose(turn)
             changes.append("turned as their orientation tags say")
     if size is not None and picture.size != (size, size):
-        way = "enlarged" if min(picture.size) < size else "cropped"
-        changes.append(f"{way} to {size} x {size}")
+        change = "enlarged" if min(picture.size) < size else "cropped"
+        changes.append(f"{change} to {size} x {size}")
         picture = _cropped(picture, where, size)
     pixels = np.array(picture)
     return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, tuple(changes))
@@ -90,7 +88,7 @@ def _decoded(image: Image.Image, where: str, size: int | None, orientation: Orie
 
 @contextlib.contextmanager
 def _reading(where: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into UserError: its plugins raise many kinds of exceptions on damaged files."""
+    """Turn errors of Pillow into UserError: its plugins raise many kinds of exceptions on damaged files."""
     try:
         yield
     except (UserError, MemoryError):
@@ -105,7 +103,7 @@ def _reading(where: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _room_for(image: Image.Image, num_bytes: int, where: str) -> Iterator[None]:
-    """Around the decoding of a picture whose header was read. Raises UserError where it would take too much memory."""
+    """Guard the decoding of a picture whose header was read. Raises UserError where it would take too much memory."""
     width, height = image.size
     pixels, decoded_bytes = width * height, width * height * _DECODED_BYTES.get(image.mode, 4)
     if pixels > MOST_PIXELS:
@@ -122,18 +120,18 @@ def _room_for(image: Image.Image, num_bytes: int, where: str) -> Iterator[None]:
 
 
 def _orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none; TIFF files have been turned by Pillow."""
+    """The EXIF orientation, 1 without one; Pillow has already turned TIFF files."""
     if image.format == "TIFF":
         return 1
     try:
-        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged tags, on which Pillow raises many kinds of exceptions
         return 1
-    return found if isinstance(found, int) else 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _eight_bits(image: Image.Image, where: str) -> tuple[Image.Image, list[str]]:
-    """The picture in mode L or RGB, and what that changed."""
+    """Convert to mode L or RGB. Returns the picture and the changes."""
     mode, transparent = image.mode, "transparency" in image.info
     if mode in _SIXTEEN_BITS.get(image.format or "", ()) and not transparent:
         values = np.asarray(image) >> 8
@@ -142,16 +140,16 @@ def _eight_bits(image: Image.Image, where: str) -> tuple[Image.Image, list[str]]
         raise UserError(f"{where} is a picture of mode {mode}: wanted 8 bits, grey or colour")
     if mode in (*_GREY_ALPHA, *_ALPHA) or transparent:
         if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-            raise UserError(f"{where} is transparent in parts: put it on a background first")
+            raise UserError(f"{where} is partly transparent: put it on a background first")
         if mode not in (*_GREY, *_GREY_ALPHA):
             return image.convert("RGBA").convert("RGB"), []
     image.load()
     wanted = "L" if mode in (*_GREY, *_GREY_ALPHA) else "RGB"
-    return (image if image.mode == wanted else image.convert(wanted)), []  # a copy of a large one would be in the way
+    return (image if image.mode == wanted else image.convert(wanted)), []  # a large picture is not copied needlessly
 
 
 def _cropped(picture: Image.Image, where: str, size: int) -> Image.Image:
-    """`centre_crop` of a picture. Raises UserError on one so narrow that the resized picture would be huge."""
+    """`centre_crop` of a picture. Raises UserError on a picture so narrow that its resized form would be huge."""
     width, height = picture.size
     if max(width, height) * size * size > MOST_PIXELS * min(width, height):
         raise UserError(f"{where} is {width} x {height}: too narrow for a crop of {size} x {size}")
@@ -159,10 +157,10 @@ def _cropped(picture: Image.Image, where: str, size: int) -> Image.Image:
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture, size x size, as ADM was trained on.
+    """Centre crop of a picture, size x size, as in the training of ADM.
 
-    It is halved by a box filter while its shorter side is at least twice `size`, brought to that side by a bicubic one
-    (pictures that are too small become larger), and cut; what cannot be cut evenly is cut less at the top and left.
+    The picture is halved with a box filter while its shorter side is at least twice `size`, resized to that side with a bicubic
+    filter (small pictures are enlarged), and cropped; an odd margin is smaller at the top and left.
     """
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)

@@ -1,8 +1,8 @@
-"""References: real images by name, what is known of them without looking, and their statistics, computed once.
+"""References for evaluation: real images or stored moments by name, and their feature statistics, computed once.
 
-A reference in the ADM form is an npz with images in `arr_0` and the moments of a whole training set beside them; FID and
-sFID take the stored moments, precision and recall the images. Statistics of slow extractors are kept in the cache folder,
-under the hash of images and weights.
+A reference in the ADM form is an npz with images in `arr_0` and the moments of a whole training set; FID and sFID take the
+stored moments, precision and recall the images. Statistics of slow extractors are cached on disk by the hash of images and
+weights.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ _NUM_SPATIAL = 2023
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images under one extractor, used for every model.
+    """Real images with one feature extractor.
 
-    source: None where only moments are stored. stored: moments by name of the ADM form, empty where they are computed.
+    source: None where only moments are stored. stored: moments by their names in the ADM form, empty where they are computed.
     """
 
     name: str
@@ -67,14 +67,14 @@ class Reference:
 
     @cached_property
     def statistics(self) -> FeatureStatistics:
-        """Moments and features. Raises UserError where the images turn out unreadable."""
-        found = self._computed() if self.source else None
+        """Moments and features. Raises UserError where an image cannot be read."""
+        computed = self._computed() if self.source else None
         if not self.stored:
-            assert found is not None
-            return found
+            assert computed is not None
+            return computed
         spatial = Moments(self.stored["mu_s"], self.stored["sigma_s"]) if "mu_s" in self.stored else None
         pool = Moments(self.stored["mu"], self.stored["sigma"])
-        return FeatureStatistics(len(self), pool, spatial, found.features if found else None, None)
+        return FeatureStatistics(len(self), pool, spatial, computed.features if computed else None, None)
 
     @property
     def pool(self) -> Moments:
@@ -90,17 +90,17 @@ class Reference:
         assert self.source is not None
         if not self.extractor.slow:
             return statistics_of(self.source, self.extractor, f"reference {self.name}")
-        told = f"{self.source.hash()}\0{self.extractor.name}\0{self.extractor.hash}\0{self.treatment}"
-        file = cache_folder() / "moments" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
-        if (kept := _read(file, told)) is not None:
-            return kept
-        made = statistics_of(self.source, self.extractor, f"reference {self.name}")
-        _write(file, told, made)
-        return made
+        key = f"{self.source.hash()}\0{self.extractor.name}\0{self.extractor.hash}\0{self.treatment}"
+        file = cache_folder() / "moments" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        if (cached := _read(file, key)) is not None:
+            return cached
+        computed = statistics_of(self.source, self.extractor, f"reference {self.name}")
+        _write(file, key, computed)
+        return computed
 
     @property
     def treatment(self) -> str:
-        """What the extractor does to these images first."""
+        """How the extractor resizes these images."""
         return self.extractor.treatment(self.source.shape[1:]) if self.source else ""
 
 
@@ -130,7 +130,7 @@ def open_reference(name: str, extractor: FeatureExtractor, data: DataSection | N
 
 
 def _hash(source: ImageSource | None, stored: dict[str, np.ndarray]) -> str:
-    """Of the images, and of stored moments where there are any."""
+    """SHA-256 of the images and of stored moments."""
     images = source.hash() if source else ""
     if not stored:
         return images
@@ -139,10 +139,7 @@ def _hash(source: ImageSource | None, stored: dict[str, np.ndarray]) -> str:
 
 
 def open_images(name: str, data: DataSection | None = None) -> ImageSource:
-    """Images of a real set by name, of pictures as `data` brings them to one size, or of an npz.
-
-    Raises UserError where there are none.
-    """
+    """Open a real set by name, pictures resized as `data` says, or an npz. Raises UserError where there are no images."""
     path, data = Path(name), data or DataSection()
     if name in REAL_SETS:
         return source_of(to_uint8(torch.from_numpy(image_set(name).x)))
@@ -178,30 +175,34 @@ def statistics_of(
 # ------------------------------------------------------------------------------------------------------------- the cache
 
 
-def _write(file: Path, told: str, made: FeatureStatistics) -> None:
-    """Keep statistics; a cache that cannot be written is said, and costs only time."""
-    assert made.features is not None
-    arrays = {"pool_mean": made.pool.mean, "pool_covariance": made.pool.covariance, "features": made.features}
-    if made.spatial is not None:
-        arrays |= {"spatial_mean": made.spatial.mean, "spatial_covariance": made.spatial.covariance}
+def _write(file: Path, key: str, statistics: FeatureStatistics) -> None:
+    """Cache statistics; a cache that cannot be written is reported and costs only time."""
+    assert statistics.features is not None
+    arrays = {
+        "pool_mean": statistics.pool.mean,
+        "pool_covariance": statistics.pool.covariance,
+        "features": statistics.features,
+    }
+    if statistics.spatial is not None:
+        arrays |= {"spatial_mean": statistics.spatial.mean, "spatial_covariance": statistics.spatial.covariance}
     tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
     try:
-        with atomic_write(file) as beside:
-            save_file(tensors, beside, metadata={"of": told, "sum": hash_state(tensors)})
+        with atomic_write(file) as temporary:
+            save_file(tensors, temporary, metadata={"of": key, "sum": hash_state(tensors)})
     except (OSError, SafetensorError) as error:
         reason = disk_reason(error) if isinstance(error, OSError) else str(error)
-        print(f"the statistics of the reference are not kept: {file}: {reason}", file=sys.stderr)
+        print(f"the statistics of the reference are not cached: {file}: {reason}", file=sys.stderr)
 
 
-def _read(file: Path, told: str) -> FeatureStatistics | None:
-    """Statistics kept for exactly this; None where there are none, or the file is not what it was."""
+def _read(file: Path, key: str) -> FeatureStatistics | None:
+    """Cached statistics of this key; None where there are none or the file is damaged."""
     if not file.is_file():
         return None
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata: dict[str, Any] = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
-        if metadata.get("of") != told or metadata.get("sum") != hash_state(tensors):
+        with safe_open(file, framework="pt") as stored:
+            metadata: dict[str, Any] = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in list(stored.keys())}
+        if metadata.get("of") != key or metadata.get("sum") != hash_state(tensors):
             raise ValueError("its sum is another one")
         arrays = {name: values.numpy() for name, values in tensors.items()}
         spatial = Moments(arrays["spatial_mean"], arrays["spatial_covariance"]) if "spatial_mean" in arrays else None

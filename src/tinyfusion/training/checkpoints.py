@@ -1,4 +1,4 @@
-"""Training states on disk: written by a background thread, and loaded again. Their format is in `saved.py`."""
+"""Save training states in a background thread and load them. `saved.py` describes the format."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ T = TypeVar("T")
 
 
 class First(Protocol):
-    """Runs a call on one process and gives all of them its outcome."""
+    """Runs a call on rank 0 and returns its result on all ranks."""
 
     def __call__(self, call: Callable[[], T]) -> T:
-        """What `call` gives."""
+        """The result of `call`."""
         ...
 
 
@@ -56,10 +56,10 @@ def _here(call: Callable[[], T]) -> T:
 
 
 def load_latest(folder: Path, state: TrainState, first: First = _here) -> int:
-    """Load the newest sound checkpoint into `state`; its step, 0 where there is none.
+    """Load the newest undamaged checkpoint into `state`. Returns its step, 0 where there is none.
 
-    One that is damaged, or of another training, is reported, and the one before it used. first: of several processes,
-    one looks which are sound, and all load. Raises UserError where there is nothing but what another version wrote.
+    A damaged checkpoint, or one of another training, is reported and the previous one is used. first: checks the files on one
+    of several ranks. Raises UserError where only another version of tinyfusion has written checkpoints.
     """
     refused = None
     for path in reversed(first(partial(checkpoint_folders, folder))):
@@ -83,10 +83,10 @@ def load_latest(folder: Path, state: TrainState, first: First = _here) -> int:
 
 
 def load_checkpoint(path: Path, state: TrainState, first: First = _here) -> int:
-    """Load this checkpoint into `state`; its step. Raises UserError, and changes nothing, unless it is sound and fits."""
+    """Load this checkpoint into `state` and return its step. Raises UserError, with `state` unchanged, if it cannot be used."""
     wrong = first(partial(_no_checkpoint, path)) or first(partial(other_version, path))
-    if wrong is None and (found := first(partial(damage, path))) is not None:
-        wrong = f"checkpoint {path} is damaged ({found}): give another one"
+    if wrong is None and (problem := first(partial(damage, path))) is not None:
+        wrong = f"checkpoint {path} is damaged ({problem}): give another one"
     if wrong is not None:
         raise UserError(wrong)
     try:
@@ -96,7 +96,7 @@ def load_checkpoint(path: Path, state: TrainState, first: First = _here) -> int:
 
 
 def _no_checkpoint(path: Path) -> str | None:
-    """What to say of a path that is no checkpoint, damaged or not; None where it is one. UserError where it may not be read."""
+    """The error message for a path that is no checkpoint; None for a checkpoint. Raises UserError if it cannot be read."""
     wanted = "wanted a folder such as RUN/checkpoints/step-0001000"
     check_plain(path)
     try:
@@ -120,7 +120,7 @@ def _load(path: Path, state: TrainState) -> int:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first, without folders of files of others. Raises UserError where it cannot be read."""
+    """Checkpoints in `folder`, oldest first, without foreign folders of such names. Raises UserError if it cannot be read."""
     try:
         entries = list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
@@ -150,10 +150,10 @@ def _step(path: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint that is complete, or this process's part of one.
+    """A complete checkpoint, or this rank's file of one.
 
-    num_bytes: of the tensors this process wrote. held_s: seconds that training stood still for it (until the one before was
-    written, and while tensors were copied); write_s: seconds of writing in the background.
+    num_bytes: size of the tensors that this rank wrote. held_s: seconds that training was blocked (waiting for the previous
+    checkpoint, copying tensors); write_s: seconds of writing in the background.
     """
 
     step: int
@@ -165,7 +165,7 @@ class Written:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What one process writes of a state. split: shape and own rows of every tensor that lies in parts."""
+    """What one rank writes of a state. split: whole shape and own rows of each sharded tensor."""
 
     path: Path
     progress: Progress
@@ -174,7 +174,7 @@ class _Snapshot:
 
 
 def save_checkpoint(folder: Path, state: TrainState, limit: int, every: int = 1) -> None:
-    """`CheckpointWriter.save`, and wait until it is written. One process."""
+    """Save one checkpoint in a single process and wait until it is written."""
     with CheckpointWriter(folder, limit, every) as writer:
         writer.save(state)
 
@@ -182,15 +182,14 @@ def save_checkpoint(folder: Path, state: TrainState, limit: int, every: int = 1)
 class CheckpointWriter:
     """Writes states to `folder/step-N` in the background, atomically and one at a time.
 
-    At most `limit` stay of those whose step is a multiple of `every`; what a signal saved between them stays until the
-    next one is written, and pushes none out. Those newer than the last written are damaged, else training would have
-    gone on from there, and go too.
+    Retention: the last `limit` checkpoints whose step is a multiple of `every`, and the one just written. Checkpoints newer
+    than it are removed: training would have resumed from them if they were undamaged.
 
-    rank, world: this process of how many. Where tensors lie in parts, each process writes its own file into one folder,
-    which process 0 completes when it has all, or gives up after timeout_s; else only process 0 writes. They meet in the
-    file system alone. main_pid: process id of process 0, part of the name of the unfinished folder.
+    rank, world: of this process. If tensors are sharded, each rank writes its own file into one folder, which rank 0
+    completes (`core/ranks.py`) or gives up after timeout_s without progress; else only rank 0 writes. main_pid: process id of
+    rank 0, part of the name of the unfinished folder.
 
-    What goes wrong while writing is raised, once, by the next call: UserError where disk or files are to blame.
+    The next call raises an error of the writing thread, once: UserError where the disk or the files are the cause.
     """
 
     def __init__(
@@ -208,11 +207,11 @@ class CheckpointWriter:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self.main_pid = os.getpid() if main_pid is None else main_pid
         self.written: Written | None = None
-        self._host: dict[str, Tensor] = {}  # kept: copying into fresh memory takes four to eight times as long
+        self._host: dict[str, Tensor] = {}  # reused: copying into fresh memory takes four to eight times as long
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         if rank == 0:
-            clear_unfinished(folder)  # before others look for the unfinished folder of this run
+            clear_unfinished(folder)  # before other ranks wait for the unfinished folder of this run
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -222,7 +221,7 @@ class CheckpointWriter:
     ) -> None:
         if error is None:
             self.finish()
-        if error is None or isinstance(error, KeyboardInterrupt):  # that one ends at once: the next start clears away
+        if error is None or isinstance(error, KeyboardInterrupt):  # ends at once: the next start removes the leftovers
             return
         try:
             self.finish()
@@ -230,7 +229,7 @@ class CheckpointWriter:
             error.add_note(str(failure))
 
     def save(self, state: TrainState) -> None:
-        """Copy `state` to host memory, and write it in the background. All processes call after the same step."""
+        """Copy `state` to host memory and write it in the background. All ranks call after the same step."""
         began = time.perf_counter()
         self.finish()
         tensors = state.tensors()
@@ -250,34 +249,34 @@ class CheckpointWriter:
             target=self._run, args=(snapshot, num, held_s), name=f"checkpoint {path.name}", daemon=True
         )
         thread.start()
-        self._thread = thread  # not before: a thread that could not be started cannot be joined
+        self._thread = thread  # after the start: a thread that did not start cannot be joined
 
     def finish(self) -> None:
-        """Wait until what was saved is written. Raises what went wrong."""
+        """Wait until the saved state is written. Raises the error of the writing thread."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raise what went wrong up to now."""
+        """Raise the error of the writing thread, if there is one."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
     @torch.no_grad()
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The rows that this process holds, in host memory of our own; tensors without any are left out."""
-        parts = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
+        """Copies in host memory of the rows on this rank; tensors without rows here are left out."""
+        local = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
         copies = {}
-        for name, part in parts.items():
+        for name, part in local.items():
             if is_sharded(tensors[name]) and part.shape[0] == 0:
                 continue
-            kept = self._host.get(name)
-            if kept is None or (kept.shape, kept.dtype) != (part.shape, part.dtype):
-                kept = _host_memory(part)
-            copies[name] = kept.copy_(part, non_blocking=True)
-        for device in {part.device for part in parts.values() if part.is_cuda}:
+            copy = self._host.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (part.shape, part.dtype):
+                copy = _host_memory(part)
+            copies[name] = copy.copy_(part, non_blocking=True)
+        for device in {part.device for part in local.values() if part.is_cuda}:
             torch.cuda.synchronize(device)
         self._host = copies
         return copies
@@ -297,9 +296,9 @@ class CheckpointWriter:
             if self.rank == 0:
                 self._prune(snapshot.progress.step)
         except (OSError, UserError) as error:
-            self._failure = UserError(self._told(snapshot.path, error))
+            self._failure = UserError(self._message(snapshot.path, error))
             self._failure.__cause__ = error
-        except BaseException as error:  # raised where it is seen: by the next call
+        except BaseException as error:  # raised by the next call
             self._failure = error
 
     def _write(self, snapshot: _Snapshot, num: int) -> None:
@@ -333,7 +332,7 @@ class CheckpointWriter:
             raise
 
     def _prune(self, step: int) -> None:
-        """Remove what the checkpoint of `step` makes superfluous."""
+        """Remove checkpoints that retention does not keep after `step`."""
         steps = {path: _step(path) or 0 for path in checkpoint_folders(self.folder)}
         regular = [path for path, other in steps.items() if other <= step and other % self.every == 0]
         stay = {*regular[-self.limit :], self.folder / _name(step)}
@@ -341,15 +340,15 @@ class CheckpointWriter:
             if path not in stay:
                 discard(path, CHECKPOINT_FILES)
 
-    def _told(self, path: Path, error: OSError | UserError) -> str:
-        """What to tell people when `path` could not be written."""
+    def _message(self, path: Path, error: OSError | UserError) -> str:
+        """The message of an error while `path` was written."""
         reason = disk_reason(error) if isinstance(error, OSError) else str(error)
         if self.written is not None and self.written.path == path:
             return f"{path} is written, and those it makes superfluous cannot be removed: {reason}"
-        before = sorted(found.name for found in self.folder.glob("step-*") if found != path)
-        kept = f"the last one, {before[-1]}, is as it was" if before else "there is none before it"
+        before = sorted(other.name for other in self.folder.glob("step-*") if other != path)
+        last = f"the last one, {before[-1]}, is as it was" if before else "there is none before it"
         return (
-            f"cannot write checkpoint {path}: {reason}; {kept}, and nothing half-written is left: fix that, and the same "
+            f"cannot write checkpoint {path}: {reason}; {last}, and nothing half-written is left: fix that, and the same "
             "command continues"
         )
 
@@ -375,10 +374,10 @@ def _is_read(note: Path, rank: int, num: int, contents: dict[int, dict[str, Any]
 
 
 def _host_memory(part: Tensor) -> Tensor:
-    """Memory for a copy of `part`, from which and to which a GPU copies at full speed where the machine gives such."""
+    """Empty host memory for a copy of `part`, pinned where it is on a GPU and pinned memory is available."""
     if part.is_cuda:
         try:
             return torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-        except RuntimeError:  # no more memory may be locked: the copy is slower
+        except RuntimeError:  # the limit of locked memory is reached: the copy is slower
             pass
     return torch.empty(part.shape, dtype=part.dtype)

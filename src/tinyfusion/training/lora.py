@@ -1,4 +1,4 @@
-"""Low-rank weight deltas on every linear layer (arXiv 2106.09685), through peft, with addressed initial values."""
+"""LoRA factors on every linear layer (arXiv 2106.09685), through peft, with addressed initial values."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ADAPTER = "delta"
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
-    """Give every `nn.Linear` of `model` a delta (alpha / rank) B A, in place; only the deltas stay trainable.
+    """Add a low-rank update (alpha / rank) B A to every `nn.Linear` of `model`, in place; only A and B stay trainable.
 
-    A (rank x in) is uniform in +-1/sqrt(in), B (out x rank) zero, so the model computes what it did. Returns the deltas
-    by name. The model cannot be used without peft afterwards: attach to a copy.
+    A (rank x in) is uniform in +-1/sqrt(in) and B (out x rank) zero, so the outputs do not change. Returns the factors by
+    name. The model needs peft afterwards: call it on a copy.
     """
     hush_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
@@ -49,7 +49,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, 
 
 
 def delta_weights(averages: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """What deltas add to each weight, scale * B A, from their values by name: {name of the weight in the plain model: it}."""
+    """Weight updates scale * B A from factors by name: {name of the weight in the plain model: its update}."""
     suffix = f".lora_A.{_ADAPTER}.weight"
     layers = [name.removesuffix(suffix) for name in averages if name.endswith(suffix)]
     return {
@@ -59,10 +59,10 @@ def delta_weights(averages: Mapping[str, Tensor], scale: float) -> dict[str, Ten
 
 
 def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the weights of linear layers that do not train in `dtype`, in place: for a throw-away copy under autocast.
+    """Cast the weights of frozen linear layers to `dtype`, in place: for a temporary copy under autocast.
 
-    Autocast to `dtype` casts them at every call, to the same values, and remembers only casts of trained weights. So
-    products stay the same bit for bit, and the casts and half of the memory are saved. Layers that train stay as they are.
+    Autocast casts them to the same values at every call and caches only casts of trained weights. Products are the same bit
+    for bit; the casts and half of the memory are saved. Trained layers do not change.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters(recurse=False)):

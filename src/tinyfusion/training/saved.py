@@ -1,11 +1,10 @@
-"""The format of a training state on disk, `step-0000123/`: what is in its files, and how it is known to be sound.
+"""Format of a training state on disk (`step-0000123/`): its files, and the check for damage.
 
-    state-00000-of-00001.safetensors   tensors by name; one file per process that held rows of them
-    state.json                         everything else, and which rows of split tensors are in which file
+    state-00000-of-00001.safetensors   tensors by name, one file per rank that had rows of them
+    state.json                         everything else, and the rows of sharded tensors in each file
     SHA256SUMS                         of both, as sha256sum writes it: `sha256sum -c SHA256SUMS` checks by hand
 
-Sound is a folder whose sums, taken anew over everything in it, are SHA256SUMS byte for byte. Nothing is a pickle, and
-nothing is executed.
+A folder is undamaged if the sums over all of its files equal SHA256SUMS byte for byte. No file is a pickle; no code is run.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ Rows = tuple[int, int]  # first, number
 
 _FORMER_TENSORS = "state.safetensors"
 _PART = re.compile(r"state-[0-9]{5}-of-[0-9]{5}\.safetensors")
-_PIECE = 8 * 2**20  # bytes between two looks of the writer at its hash
+_PIECE = 8 * 2**20  # bytes that are written and hashed at a time
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -45,7 +44,7 @@ _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 def part_name(rank: int, num: int) -> str:
-    """Name of the file of process `rank`, where `num` processes write."""
+    """Name of the file of rank `rank`, where `num` ranks write."""
     return f"state-{rank:05d}-of-{num:05d}.safetensors"
 
 
@@ -58,10 +57,10 @@ def sums(digests: Mapping[str, str]) -> bytes:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write host tensors as a safetensors file, down to the disk; the SHA-256 of the file.
+    """Write host tensors as a safetensors file, flush it to the disk, and return its SHA-256.
 
-    The hash is taken on a second thread of the bytes that are being written, both without the interpreter's lock: that
-    is twice as fast as safetensors' own writer and reading the file again.
+    A second thread hashes the bytes while they are written, both without the GIL: twice as fast as safetensors' own
+    writer followed by reading the file.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # every tensor stays aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -73,16 +72,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [first, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    hashed = hashlib.sha256()
-    with ThreadPoolExecutor(1) as beside, open(path, "wb", buffering=0) as file:
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as hashing, open(path, "wb", buffering=0) as file:
         for piece in _pieces(len(text).to_bytes(8, "little") + text, (tensors[name] for name in order)):
-            pending = beside.submit(hashed.update, piece)
+            pending = hashing.submit(digest.update, piece)
             written = 0
             while written < len(piece):
                 written += file.write(piece[written:])
             pending.result()
         os.fsync(file.fileno())
-    return hashed.hexdigest()
+    return digest.hexdigest()
 
 
 def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
@@ -106,7 +105,7 @@ def write_record(folder: Path, progress: Progress, split: Mapping[str, Any], dig
 
 
 def other_version(path: Path) -> str | None:
-    """What to tell people where another version of tinyfusion wrote the checkpoint; None where this one can read it."""
+    """The error message for a checkpoint of another version of tinyfusion; None where this version can read it."""
     if (path / _FORMER_TENSORS).is_file() and not (path / SUMS).exists():
         written_by = "tinyfusion 0.2.0, whose training states this version does not read"
         return f"{path} was written by {written_by}: start anew (--overwrite), or go on with tinyfusion 0.2.0"
@@ -126,7 +125,7 @@ def other_version(path: Path) -> str | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint; None where all are as they were written. Reads all of it."""
+    """A description of damage to the files of a checkpoint; None where there is none. Reads all of it."""
     try:
         entries = sorted(path.iterdir())
         for entry in entries:
@@ -146,9 +145,9 @@ def damage(path: Path) -> str | None:
 
 
 def open_checkpoint(path: Path) -> SavedState:
-    """A checkpoint whose bytes are sound. Raises UserError where they are, and it is no checkpoint nonetheless.
+    """Open a checkpoint whose files are undamaged. Raises UserError if their content is no training state.
 
-    An OSError is left as it is: a file that another process could read.
+    An OSError passes through: another process could read the file.
     """
     names = sorted(entry.name for entry in path.iterdir() if entry.name not in (RECORD, SUMS))
     content = (path / RECORD).read_bytes()
@@ -173,7 +172,7 @@ def open_checkpoint(path: Path) -> SavedState:
 
 
 def _progress(record: Mapping[str, Any]) -> Progress:
-    """The fields of state.json. Raises KeyError or ValueError where one is missing or of another type."""
+    """The fields of state.json. Raises KeyError or ValueError where a field is missing or of another type."""
     progress = Progress(**{field.name: record[field.name] for field in fields(Progress)})
     for name in ("step", "bad_steps", "seen_images", "good_steps"):
         if type(number := getattr(progress, name)) is not int or number < 0:
@@ -187,9 +186,9 @@ def _progress(record: Mapping[str, Any]) -> Progress:
 
 
 class SavedState:
-    """The tensors of a checkpoint, read when asked for, whatever the number of processes that wrote it. A `SavedTensors`.
+    """Tensors of a checkpoint, read on demand, independent of the number of ranks that wrote it. A `SavedTensors`.
 
-    split: {name: {"shape": of the whole, "rows": (first, number) per file}} of tensors that lie in several files.
+    split: {name: {"shape": of the whole, "rows": (first, number) per file}} of sharded tensors.
     """
 
     def __init__(self, path: Path, progress: Progress, files: Sequence[Any], split: Mapping[str, Any]) -> None:
@@ -197,19 +196,19 @@ class SavedState:
         self._files = files
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, list[tuple[int, Rows]]] = {}  # file and rows, in the order of rows
-        for name, told in split.items():
-            shape = tuple(told["shape"])
-            places = sorted((int(first), index, int(num)) for index, (first, num) in enumerate(told["rows"]) if num)
+        for name, entry in split.items():
+            shape = tuple(entry["shape"])
+            places = sorted((int(first), index, int(num)) for index, (first, num) in enumerate(entry["rows"]) if num)
             self._shapes[name] = shape
             self._places[name] = [(index, (first, num)) for first, index, num in places]
             ends = [0, *(first + num for first, _, num in places)]
             if ends != [*(first for first, _, _ in places), shape[0]]:
                 raise ValueError(f"the rows of {name} are not all there, or are there twice")
-        found = {(index, name) for index, file in enumerate(files) for name in sorted(file.keys())}
-        for name in sorted(name for index, name in found if index == 0 and name not in split):
+        stored = {(index, name) for index, file in enumerate(files) for name in sorted(file.keys())}
+        for name in sorted(name for index, name in stored if index == 0 and name not in split):
             self._shapes[name] = tuple(files[0].get_slice(name).get_shape())
             self._places[name] = [(0, (0, self._shapes[name][0] if self._shapes[name] else 1))]
-        if found != {(index, name) for name, places in self._places.items() for index, _ in places}:
+        if stored != {(index, name) for name, places in self._places.items() for index, _ in places}:
             raise ValueError("its files hold other tensors than state.json says")
         for name, where in self._places.items():
             for index, (_, num) in where:
@@ -227,11 +226,11 @@ class SavedState:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of its numbers. Raises KeyError where it is none that a training has."""
+        """Type of its numbers. Raises KeyError where a training state has no such type."""
         return _TYPES[self._files[self._places[name][0][0]].get_slice(name).get_dtype()]
 
     def rows(self, name: str, first: int, num: int) -> Tensor:
-        """`num` rows from row `first` on, and nothing else, from the disk. Without dimensions: the number, as one row."""
+        """Read `num` rows from row `first` on and no others. A tensor without dimensions is one row."""
         shape, pieces = self._shapes[name], []
         try:
             for index, (start, there) in self._places[name]:

@@ -1,4 +1,4 @@
-"""Tensors that may lie in parts on several processes (torch's DTensor, split by rows), seen as what this process holds."""
+"""Local rows of tensors that may be sharded over ranks (torch's DTensor, split by rows)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether other processes hold other rows of it."""
+    """Whether other ranks have other rows of the tensor."""
     return isinstance(tensor, DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The rows that this process holds, sharing memory with `tensor`; all of a plain tensor."""
+    """The rows on this rank, sharing memory with `tensor`; all rows of a plain tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like_part(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor whose rows on this process are `part`, lying on the processes as `like` does; a plain one is `part`."""
+    """A tensor sharded as `like`, whose rows on this rank are `part`; `part` itself where `like` is a plain tensor."""
     if not isinstance(like, DTensor):
         return part
     mesh, placements = like.device_mesh, like.placements
@@ -26,19 +26,21 @@ def like_part(part: Tensor, like: Tensor) -> Tensor:
 
 
 def first_row(tensor: Tensor) -> int:
-    """Number of the first row that this process holds; 0 of a plain tensor.
+    """Index of the first row on this rank; 0 of a plain tensor.
 
-    Rows are split evenly, the last processes may have less. Raises ValueError on another way of lying in parts.
+    Rows are split evenly; the last ranks may have fewer. Raises ValueError on any other sharding.
     """
     if not isinstance(tensor, DTensor):
         return 0
     if tensor.device_mesh.ndim != 1 or tuple(tensor.placements) != (Shard(0),):
-        raise ValueError(f"only tensors split by rows over one list of processes are known; got {tensor.placements}")
+        raise ValueError(
+            f"only tensors sharded by rows over a one-dimensional mesh are supported; got {tensor.placements}"
+        )
     rows_each = -(-tensor.shape[0] // tensor.device_mesh.size())
     return min(rows_each * tensor.device_mesh.get_local_rank(), tensor.shape[0])
 
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """All rows, gathered from all processes (each must call); a plain tensor as it is. Detached."""
+    """All rows, gathered from all ranks (each must call), detached; a plain tensor as it is."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
