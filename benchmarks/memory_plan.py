@@ -273,18 +273,16 @@ def main() -> None:
         return
     table = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     print("\n".join(table), flush=True)
-    shown: list[str] = []
     for case in CASES:
         if options.only and options.only not in case.name:
             continue
         found = kept(case, options.runs, options.threads)
-        shown = shown or [f"What `--dry-run` prints of `{case.name}`:", "", "```", *found["lines"], "```"]
         table.append(row(case, found))
         print(table[-1], flush=True)
     note = f"{STEPS} steps, {options.threads} threads, torch {torch.__version__}."
-    print("\n".join(["", note, "", *shown]))
+    print("\n".join(["", note]))
     if options.out:
-        write_text(options.out, "\n".join([*PAGE.strip().split("\n"), "", *table, "", note, "", *shown, ""]))
+        write_text(options.out, "\n".join([*PAGE.strip().split("\n"), "", *table, "", note, ""]))
 
 
 if __name__ == "__main__":

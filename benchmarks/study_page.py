@@ -70,64 +70,56 @@ def labels(row: int) -> dict[str, list[Job]]:
     return named
 
 
-def table(row: int, found: Found) -> list[str]:
-    """Markdown of one row, lowest held-out loss first; differences are to `BASELINE[row]` under the same seeds."""
-    lines, missing = [], []
-    base = {job.seed: found[job.key] for job in labels(row)[BASELINE[row]] if job.key in found}
-    for label, listed in labels(row).items():
-        made = [found[job.key] for job in listed if job.key in found]
-        good = [m for m in made if not m["failed"]]
-        if not made:
-            missing.append(label)
-            continue
-        masks = sorted({" ".join(map(str, next(iter(m["kept"].values())))) for m in made})
-        failed = f" ({len(made) - len(good)} diverged)" if len(made) > len(good) else ""
-        losses = [m["loss"] for m in good]
-        cells = [
-            spread([m["calibration_loss"] for m in made], 3),
-            spread(losses, 4) + failed,
-            spread([1e3 * (m["loss"] - base[m["seed"]]["loss"]) for m in good if m["seed"] in base], 2),
-            spread([m["fid"] for m in good], 2),
-            spread([m["fid"] - base[m["seed"]]["fid"] for m in good if m["seed"] in base], 2),
-            spread([m["fid_heldout"] for m in good], 2),
-            "; ".join(masks) if len(masks) < 4 else f"{len(masks)} masks",
-        ]
-        lines.append((np.mean(losses) if losses else np.inf, f"| {label} | " + " | ".join(cells) + " |"))
-    names = (
-        "",
-        "loss before recovery",
-        "held-out loss",
-        "1000 x difference",
-        "FID",
-        "difference",
-        "FID, held-out",
-        "kept",
-    )
-    head = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    rows = head + [line for _, line in sorted(lines, key=lambda item: item[0])] if lines else []
-    return rows + [*([""] if rows else []), f"Not run yet: {'; '.join(missing)}."] if missing else rows
+def results(
+    label: str, listed: list[Job], found: Found, base: dict[int, dict[str, Any]]
+) -> tuple[list[str], float] | None:
+    """Cells of a label on one yardstick and its mean loss; None if it was not run. Differences are paired by seed."""
+    made = [found[job.key] for job in listed if job.key in found]
+    if not made:
+        return None
+    good = [m for m in made if not m["failed"]]
+    paired = [m for m in good if m["seed"] in base]
+    failed = f" ({len(made) - len(good)} diverged)" if len(made) > len(good) else ""
+    masks = sorted({" ".join(map(str, next(iter(m["kept"].values())))) for m in made})
+    losses = [m["loss"] for m in good]
+    loss_differences = spread([1e3 * (m["loss"] - base[m["seed"]]["loss"]) for m in paired], 2)
+    cells = [
+        spread([m["calibration_loss"] for m in made], 3),
+        f"{spread(losses, 4)}{failed} ({loss_differences})",
+        f"{spread([m['fid'] for m in good], 2)} ({spread([m['fid'] - base[m['seed']]['fid'] for m in paired], 2)})",
+        "; ".join(masks) if len(masks) < 4 else f"{len(masks)} masks",
+    ]
+    return cells, float(np.mean(losses)) if losses else np.inf
 
 
-def correlation(found: Found) -> list[str]:
-    """Lines of row 4: rank correlations with bootstrap intervals."""
+def table(row: int, found: dict[str, Found]) -> list[str]:
+    """Markdown of one row on all yardsticks, lowest held-out loss on the first one on top."""
+    lines = []
+    cases = labels(row)
+    base = {name: {j.seed: f[j.key] for j in cases[BASELINE[row]] if j.key in f} for name, f in found.items()}
+    for label, listed in cases.items():
+        by_yardstick = [results(label, listed, found[name], base[name]) for name in found]
+        cells = [cell for made in by_yardstick for cell in (made[0] if made else ["not run"] * 4)]
+        lines.append((by_yardstick[0][1] if by_yardstick[0] else np.inf, [label, *cells]))
+    columns = ("loss before recovery", "held-out loss (1000 x difference)", "FID (difference)", "kept")
+    head = ["", *(f"{name}: {column}" for name in found for column in columns)]
+    return shared.table(head, *(line for _, line in sorted(lines, key=lambda item: item[0])))
+
+
+def correlations(found: Found) -> tuple[list[str], str]:
+    """Row 4 on one yardstick: rank correlations with bootstrap intervals, and a sentence on the range of FID."""
     made = [found[job.key] for job in jobs() if job.row == 4 and job.key in found]
     made = [m for m in made if not m["failed"]]
     if len(made) < 8:
-        return [f"{len(made)} of {NUM_MASKS} masks so far: too few."]
+        return ["too few"] * 3, f"{len(made)} of {NUM_MASKS} masks so far."
     before, after, fid = (np.array([m[name] for m in made]) for name in ("calibration_loss", "loss", "fid"))
-    rows = [f"{len(made)} masks. Spearman's rank correlation, with the 95 % interval of 2,000 bootstrap samples:", ""]
-    pairs = {
-        "loss before recovery, FID after": (before, fid),
-        "loss before recovery, held-out loss after": (before, after),
-        "held-out loss after, FID after": (after, fid),
-    }
     generator = np.random.default_rng(0)
-    for name, (x, y) in pairs.items():
+    cells = []
+    for x, y in ((before, fid), (before, after), (after, fid)):
         picks = generator.integers(0, len(x), (2000, len(x)))
         low, high = np.percentile([spearmanr(x[p], y[p]).statistic for p in picks], [2.5, 97.5])
-        rows.append(f"- {name}: {spearmanr(x, y).statistic:.2f} ({low:.2f} to {high:.2f})")
-    rows += ["", f"FID after: best {fid.min():.2f}, median {np.median(fid):.2f}, worst {fid.max():.2f}."]
-    return rows
+        cells.append(f"{spearmanr(x, y).statistic:.2f} ({low:.2f} to {high:.2f})")
+    return cells, f"{len(made)} masks, FID after from {fid.min():.2f} (median {np.median(fid):.2f}) to {fid.max():.2f}."
 
 
 def picture(found: Found, title: str, file: Path) -> None:
@@ -166,28 +158,39 @@ def job_is_plain(job: Job) -> bool:
     return job.row == 1 and job.recovery == "finetune"
 
 
-def section(name: str, root: Path, out: Path) -> list[str]:
-    """Lines of the page about one yardstick."""
-    found = outcomes(root)
+def teacher(name: str, root: Path, out: Path, found: Found) -> str:
+    """A sentence on the teacher of a yardstick; also writes the outcomes as JSON and the picture."""
     listed = {job.key for job in jobs()}
-    done = len(listed & found.keys())
-    lines = [f"## {YARDSTICKS[name]} ({done} / {len(listed)} jobs)"]
+    text = f"`{name}`: {YARDSTICKS[name]}, {len(listed & found.keys())} / {len(listed)} jobs."
     if (root / "teacher.json").is_file():
-        teacher = read_json(root / "teacher.json")
-        fids = [t["fid"] for t in teacher["fids"]]
-        held = [t["fid_heldout"] for t in teacher["fids"]]
-        lines += [
-            "",
-            f"Teacher (12 blocks): held-out loss {teacher['loss']:.4f}, FID {spread(fids, 2)}, held-out {spread(held, 2)}.",
-        ]
-        write_json(out.parent / f"study-{name}.json", {"teacher": teacher, "outcomes": found})
+        record = read_json(root / "teacher.json")
+        fids, heldout = ([run[key] for run in record["fids"]] for key in ("fid", "fid_heldout"))
+        write_json(out.parent / f"study-{name}.json", {"teacher": record, "outcomes": found})
+        picture(found, YARDSTICKS[name], out.parent.parent / "images" / f"study-{name}.svg")
+        text += f" Teacher (12 blocks): held-out loss {record['loss']:.4f}, FID {spread(fids, 2)}, held-out {spread(heldout, 2)}."
+    return text
+
+
+def tables(found: dict[str, Found]) -> list[str]:
+    """All rows; rows that are not complete are named only."""
+    lines = []
     for row, title in TITLES.items():
         made = {job.key for job in jobs() if job.row == row}
-        lines += ["", f"### {title} ({len(made & found.keys())} / {len(made)} jobs)", ""]
-        lines += correlation(found) if row == 4 else table(row, found)
-        if row == 4 and found:
-            picture(found, YARDSTICKS[name], out.parent.parent / "images" / f"study-{name}.svg")
-            lines += ["", f"![loss before recovery against FID after fine-tuning](../images/study-{name}.svg)"]
+        done = {name: f"{name} {len(made & f.keys())} / {len(made)}" for name, f in found.items()}
+        if any(made - f.keys() for f in found.values()):
+            lines += ["", f"{title}: not complete ({', '.join(done.values())} jobs)."]
+            continue
+        lines += ["", f"### {title}", ""]
+        if row != 4:
+            lines += table(row, found)
+            continue
+        columns = {name: correlations(f) for name, f in found.items()}
+        lines += shared.table(["Spearman's rank correlation (95 % interval, 2,000 bootstrap samples)", *columns], *(
+            [what, *(cells[i] for cells, _ in columns.values())]
+            for i, what in enumerate(("loss before recovery, FID after", "loss before recovery, loss after", "loss after, FID after"))
+        ))  # fmt: skip
+        lines += ["", " ".join(f"{name}: {sentence}" for name, (_, sentence) in columns.items()), ""]
+        lines += [f"![{name}: loss before recovery against FID](../images/study-{name}.svg)" for name in found]
     return lines
 
 
@@ -216,13 +219,14 @@ def main() -> None:
     if options.load:
         load(options.runs, options.out)
     text = options.out.read_text().partition(MARK)[0].rstrip() if options.out.is_file() else "# The study"
-    lines = [text, "", MARK]
-    for name in YARDSTICKS:
-        lines += ["", *section(name, options.runs / name, options.out)]
-    methods = ", ".join(RECOVERIES)
+    found = {name: outcomes(options.runs / name) for name in YARDSTICKS}
+    lines = [text, "", MARK, "", "## Results", ""]
+    lines += [f"- {teacher(name, options.runs / name, options.out, found[name])}" for name in YARDSTICKS]
     lines += [
         "",
-        f"Every job: {STEPS} recovery steps of 128 images unless said, masks learned in {SEARCH_STEPS} steps of 64; methods {methods}.",
+        f"{STEPS} recovery steps of 128 images unless stated, masks learned in {SEARCH_STEPS} of 64; recovery by {', '.join(RECOVERIES)}. "
+        "FID against held-out images is in the JSON files next to this page.",
+        *tables(found),
     ]
     write_text(options.out, "\n".join(lines) + "\n")
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from digits_teacher import calibration_loss
+from shared import table
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.config.recipe import TrainingSection
@@ -228,8 +229,8 @@ def fine_tuned(kept: list[int], seed: int = 0) -> dict[str, float]:
     return {"before": before, "after": float(calibration_loss(student, heldout, 16).mean())}
 
 
-def kept_result(path: Path, work: Callable[[], Any], allowed: bool = True) -> Any:
-    """What `work` gives, from the file where it was done before; None where it is neither done nor allowed now."""
+def stored(path: Path, work: Callable[[], Any], allowed: bool = True) -> Any:
+    """Result of `work`, cached in a file; None if it is neither cached nor allowed to run."""
     if not path.exists():
         if not allowed:
             return None
@@ -239,8 +240,8 @@ def kept_result(path: Path, work: Callable[[], Any], allowed: bool = True) -> An
 
 
 def tuned(runs: Path, kept: list[int], allowed: bool = True) -> Any:
-    """`fine_tuned`, remembered."""
-    return kept_result(runs / f"tuned-{'-'.join(map(str, kept))}.json", lambda: fine_tuned(kept), allowed)
+    """Cached result of `fine_tuned`."""
+    return stored(runs / f"tuned-{'-'.join(map(str, kept))}.json", lambda: fine_tuned(kept), allowed)
 
 
 def settled(lines: list[dict[str, Any]]) -> int:
@@ -255,41 +256,42 @@ def settled(lines: list[dict[str, Any]]) -> int:
 
 def gradient_table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown of `gradients`."""
-    found = [
-        "| estimator | scheme | temperature | logits | cosine of the mean with the exact gradient | cosine of one draw | noise | size |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        numbers = f"{r['cosine']:.3f} | {r['single']:.3f} | {r['noise']:.2f} | {r['size']:.2f}"
-        found.append(f"| {r['estimator']} | {r['scheme']} | {r['temperature']} | {r['logits']} | {numbers} |")
-    return found
+    head = ["estimator", "scheme", "temperature", "logits"]
+    head += ["cosine of the mean with the exact gradient", "cosine of one draw", "noise", "size"]
+    numbers = ([f"{r['cosine']:.3f}", f"{r['single']:.3f}", f"{r['noise']:.2f}", f"{r['size']:.2f}"] for r in rows)
+    return table(head, *([str(r[key]) for key in head[:4]] + n for r, n in zip(rows, numbers, strict=True)))
 
 
 def convergence_table(runs: Path, seeds: int, only: list[str] | None) -> list[str]:
     """Markdown of every search and mask; does what is missing of those named by `only` (None: all)."""
-    found = ["| search | seed | kept | settled at step | loss, cut | loss, tuned |", "|---|---|---|---|---|---|"]
+    rows: list[list[str]] = []
     done = total = 0
     for name, settings in SEARCHES.items():
         allowed = only is None or name in only
+        by_mask: dict[str, list[str]] = {}
         for seed in range(seeds):
             total += 1
             slug = "".join(c if c.isalnum() else "-" for c in name)
-            result = kept_result(runs / f"{slug}-{seed}.json", partial(learned, settings, seed), allowed)
-            numbers = tuned(runs, result["kept"], allowed) if result else None
-            if numbers:
+            result = stored(runs / f"{slug}-{seed}.json", partial(learned, settings, seed), allowed)
+            losses = tuned(runs, result["kept"], allowed) if result else None
+            if losses:
                 done += 1
-                kept = " ".join(map(str, result["kept"]))
-                shown = f"{settled(result['lines'])} | {numbers['before']:.4f} | {numbers['after']:.4f}"
-                found.append(f"| {name} | {seed} | {kept} | {shown} |")
-                print(found[-1], flush=True)
+                mask = " ".join(map(str, result["kept"]))
+                step = str(settled(result["lines"]))
+                if mask in by_mask:
+                    row = by_mask[mask]
+                    row[2:4] = f"{row[2]}, {seed}", f"{row[3]}, {step}"
+                else:
+                    by_mask[mask] = [name, mask, str(seed), step, f"{losses['before']:.4f}", f"{losses['after']:.4f}"]
+        rows += by_mask.values()
     for name, mask in MASKS.items():
         total += 1
-        numbers = tuned(runs, mask, only is None or name in only)
-        if numbers:
+        losses = tuned(runs, mask, only is None or name in only)
+        if losses:
             done += 1
-            shown = f"{numbers['before']:.4f} | {numbers['after']:.4f}"
-            found.append(f"| {name} | | {' '.join(map(str, mask))} | | {shown} |")
-    return [*found, "", f"{done} of {total} done."]
+            rows.append([name, " ".join(map(str, mask)), "", "", f"{losses['before']:.4f}", f"{losses['after']:.4f}"])
+    head = ["search", "kept", "seeds", "settled at step", "loss, pruned", "loss, tuned"]
+    return [*table(head, *rows), "", f"{done} of {total} done."]
 
 
 def main() -> None:
@@ -301,7 +303,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     flush_denormals()
-    rows = gradient_table(kept_result(options.runs / "gradients.json", lambda: gradients(options.trials)))
+    rows = gradient_table(stored(options.runs / "gradients.json", lambda: gradients(options.trials)))
     print("\n".join(rows), flush=True)
     rows += ["", *convergence_table(options.runs, options.seeds, options.only)]
     print("\n".join(rows))

@@ -1,8 +1,8 @@
-"""Decide by hand which blocks stay, write the decision as a file, replay it, and look at what came out.
+"""Write a plan by hand to a file, replay it, and inspect the student.
 
     python examples/custom_plan.py [--model digits] [--keep 0,2,4,6,8,10] [--out cut]
 
-A plan is data: any rule that names blocks can make one. It fits the model it was made for and no other.
+A plan is data: any rule that names blocks can make one. It applies only to the model it was made for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tinyfusion.prune.criteria import by_indices
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="digits", help="model, as every verb takes it")
-    parser.add_argument("--keep", help="blocks that stay; by default every other one")
+    parser.add_argument("--keep", help="blocks to keep; by default every other one")
     parser.add_argument("--out", type=Path, default=Path("cut"))
     args = parser.parse_args()
 
@@ -30,7 +30,7 @@ def main() -> None:
     keep = [int(i) for i in args.keep.split(",")] if args.keep else range(0, len(teacher.stack), 2)
     write_json(args.out / "plan.json", by_indices(teacher, list(keep), seed=0).to_json())
 
-    plan = plan_from_json(read_json(args.out / "plan.json"))  # the same file works elsewhere, later
+    plan = plan_from_json(read_json(args.out / "plan.json"))
     student = teacher.cut(plan)
     save_model(student, args.out / "student")
 

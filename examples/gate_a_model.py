@@ -1,8 +1,8 @@
-"""Open the residual blocks of a model from outside: switch them off one at a time, per image, and watch the stream.
+"""Gate the residual blocks of a model: drop one at a time, per image, and measure the error and the residual stream.
 
     python examples/gate_a_model.py [--model digits] [--num-images 32]
 
-A gate of 1 is the block, 0 the identity. All depths are tried in one batch: every image has a mask of its own.
+A gate of 1 is the block, 0 the identity. All depths run in one batch, with a mask per image.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Prune a transformer of your own: learn which blocks go, cut it, distil it back. Nothing is on disk.
+"""Prune your own transformer: learn which blocks to drop, prune it, recover it by distillation. Nothing is written to disk.
 
     python examples/own_model.py [--steps 200]
 
-Its blocks take everything by keyword, and one rotary table that all images share.
+Its blocks take keyword arguments, one of them a rotary table shared by all images.
 """
 
 from __future__ import annotations

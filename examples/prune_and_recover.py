@@ -1,4 +1,4 @@
-"""Learn which blocks of a model go, cut it, and bring it back, with a loop of one's own and nothing on disk.
+"""Learn which blocks to drop, prune, and recover the model, with a training loop of your own and nothing on disk.
 
     python examples/prune_and_recover.py [--model digits] [--steps 200] [--batch-size 64]
 

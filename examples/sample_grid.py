@@ -1,8 +1,8 @@
-"""Draw every class a few times and write one picture.
+"""Sample a few images of every class into one picture.
 
     python examples/sample_grid.py [--model digits] [--per-class 6] [--num-steps 50] [--guidance 2] [--out grid.png]
 
-Image i depends on the seed and on i alone: more rows leave the earlier ones as they are.
+Image i depends on the seed and i alone, so earlier rows do not change when there are more.
 """
 
 from __future__ import annotations

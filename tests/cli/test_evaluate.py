@@ -165,7 +165,7 @@ ROWS = [
         prepare=npz("one.npz", arr_0=IMAGES[:1])),
     row("against-missing", AGAINST, "no images at other.npz: no such file"),
     row("against-folder", f"{SAMPLES} --against thesis", "compares an npz of `sample` with another; thesis is none"),
-    row("against-without-record", AGAINST, "other.npz has no record of `sample` beside it (other.json)", prepare=pair(None)),
+    row("against-without-record", AGAINST, "other.npz has no record of `sample` (other.json)", prepare=pair(None)),
     row("against-other-seed", AGAINST, "drawn with 'seed 1', images.npz with 'seed 0'",
         prepare=pair(PROTOCOL.replace("seed 0", "seed 1"))),
     row("against-other-sampler", AGAINST, "drawn with 'ddim 2 steps'", prepare=pair(PROTOCOL.replace("ddpm", "ddim"))),

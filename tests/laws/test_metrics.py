@@ -132,9 +132,9 @@ def test_eigenvalues_that_rounding_reaches_are_not_trusted(monkeypatch: pytest.M
     covariances = basis * spectrum @ basis.T, np.diag(spectrum[::-1])
     moments = np.zeros(40), covariances[0], np.zeros(40), covariances[1]
     careful = frechet_distance(*moments)
-    monkeypatch.setattr(metrics, "_DOUBT", np.inf)
+    monkeypatch.setattr(metrics, "_MAX_ERROR", np.inf)
     fast = frechet_distance(*moments)
-    monkeypatch.setattr(metrics, "_DOUBT", -1.0)
+    monkeypatch.setattr(metrics, "_MAX_ERROR", -1.0)
     assert frechet_distance(*moments) == pytest.approx(careful, rel=1e-9)
     assert fast == pytest.approx(careful, rel=1e-5)
 
@@ -166,9 +166,9 @@ def test_streams_refuse_what_gives_no_number() -> None:
     def batches(*sizes: int) -> Iterator[Features]:
         return (Features(normal("pool", size, 4), None, None) for size in sizes)
 
-    with pytest.raises(ValueError, match="more than the 5 images"):
+    with pytest.raises(ValueError, match="more than the announced 5 images"):
         summarise(batches(3, 3), 5)
-    with pytest.raises(ValueError, match="3 images, and 5 were told"):
+    with pytest.raises(ValueError, match="wanted 5 images; got 3"):
         summarise(batches(3), 5)
     with pytest.raises(ValueError, match="at least 2 samples"):
         summarise(batches(1), 1)

@@ -1,1 +1,1 @@
-"""Width, tokens and depth decided anew for every timestep: training, budget, sub-networks. Routers: `models/attach.py`."""
+"""Dynamic width, tokens and depth by timestep: training objective, budget, sub-networks. Routers: `models/attach.py`."""

@@ -1,7 +1,8 @@
-"""Meeting the budget at inference. Training holds the mean of random decisions, inference takes the likelier one.
+"""Calibrate the routers of a dynamic model to a target ratio of multiply-accumulates at inference.
 
-Logits of 1.1 +- 0.5 keep 74 % in training and 99 % at inference; published ratios miss theirs for it (0.5 gave 0.488). So
-a training ends with noise-free steps, and what is still off goes into one offset on the biases of all routers.
+Training controls the mean of random decisions, inference takes the more likely one: logits of 1.1 +- 0.5 are on for 74 % in
+training and 99 % at inference, and published ratios miss their targets (0.5 gave 0.488). Training therefore ends with steps
+without noise, and the remaining difference is corrected by one offset on the biases of all routers.
 """
 
 from __future__ import annotations
@@ -17,12 +18,9 @@ from tinyfusion.dynamic.macs import model_ratio
 from tinyfusion.models.loaded import DynamicModel
 
 TOLERANCE = 0.01  # of the target
-_AIM = 0.1  # of the tolerance, which other images need for themselves: up to 0.4 % of the target between 16 and 1,000 of them
+_AIM = 0.1  # share of the tolerance at which the search ends: 1,000 other images were up to 0.4 % off the 16 measured
 _ROUNDS = 60
-_FINE, _FINEST = (
-    1e-3,
-    1e-6,
-)  # offsets between which nothing better is looked for: within the tolerance, and outside of it
+_FINE, _FINEST = 1e-3, 1e-6  # smallest interval of offsets searched: within the tolerance, and outside of it
 _FURTHEST = 2.0**12
 LAST_LAYERS = ("attn_rate.router", "mlp_rate.router", "token_selection.mlp_head.2", "block_rate.router")
 
@@ -31,17 +29,17 @@ Pass = tuple[int, Callable[[], object]]  # number of images, and a forward pass 
 
 @torch.no_grad()
 def inference_ratio(dynamic: DynamicModel, passes: Sequence[Pass]) -> float:
-    """Mean ratio of multiply-accumulates of the decisions that inference makes, over all images of `passes`.
+    """Mean ratio of multiply-accumulates under the decisions of inference, over all images of `passes`.
 
-    Take images at the times of the sampler that will be used, or at times evenly spread.
+    The images should be at the times of the sampler that will be used, or at evenly spread times.
     """
     total, num = 0.0, 0
     for images, run in passes:
         check_stop()
-        way = Deciding()
-        with dynamic.using(way):
+        decisions = Deciding()
+        with dynamic.using(decisions):
             run()
-        total += float(model_ratio(way.masks, dynamic.sizes, images).sum())
+        total += float(model_ratio(decisions.masks, dynamic.sizes, images).sum())
         num += images
     return total / num
 
@@ -49,11 +47,11 @@ def inference_ratio(dynamic: DynamicModel, passes: Sequence[Pass]) -> float:
 def calibrate(
     dynamic: DynamicModel, target: float, ratio: Callable[[], float], tolerance: float = TOLERANCE
 ) -> tuple[float, float]:
-    """Find one offset of all logits with which `ratio()` is within `tolerance` (a share) of `target`, and leave it in.
+    """Apply the offset of all logits with which `ratio()` is within `tolerance` (a share) of `target`; return (offset, ratio).
 
-    The search ends at a tenth of that, or where no step is fine enough, so that other images meet the target too. ratio:
-    measures the model as it is, such as `inference_ratio`. The offset and the ratio reached. Raises UserError, with the model
-    as it was, where no offset does: the ratio moves in steps, and more timesteps and images make them smaller.
+    ratio: measures the current model, such as `inference_ratio`. The search aims at a tenth of the tolerance, so that other
+    images meet the target too. Raises UserError, with the model unchanged, if no offset does: the ratio is a step
+    function, and more timesteps and images make its steps smaller.
     """
     search = _Search(dynamic, target, ratio)
     start, aim = search.at(0.0), _AIM * tolerance * target
@@ -77,7 +75,7 @@ def calibrate(
 
 
 def _bracket(search: _Search, start: float) -> tuple[float, float]:
-    """Two offsets between which the ratio crosses the target; the same twice where none were found."""
+    """(low, high) offsets between which the ratio crosses the target; (0, 0) if there are none."""
     sign, previous, reach = (1.0 if start < search.target else -1.0), 0.0, 0.25
     while reach <= _FURTHEST:
         edge = sign * reach
@@ -88,7 +86,7 @@ def _bracket(search: _Search, start: float) -> tuple[float, float]:
 
 
 class _Search:
-    """Ratios of a model at offsets of all its logits, from the biases that it had; `best`: (error, offset, ratio)."""
+    """Evaluates the ratio at offsets from the original biases; `best`: (error, offset, ratio)."""
 
     def __init__(self, dynamic: DynamicModel, target: float, ratio: Callable[[], float]) -> None:
         self.target, self.ratio = target, ratio
@@ -99,12 +97,12 @@ class _Search:
 
     @torch.no_grad()
     def shift(self, offset: float) -> None:
-        """Set every bias to what it was, plus `offset`."""
+        """Set every bias to its original value plus `offset`."""
         for bias, value in self.biases:
             bias.copy_(value + offset)
 
     def at(self, offset: float) -> float:
-        """The ratio at `offset`."""
+        """Apply `offset` and measure the ratio."""
         self.shift(offset)
         value = self.ratio()
         self.best = min(self.best, (abs(value - self.target), offset, value))

@@ -1,8 +1,7 @@
-"""Heads and hidden channels in order of importance, before routers are trained: the first of each is the one always on.
+"""Sort heads and hidden channels by importance before routers are trained, because the first unit of each is always on.
 
-The score of a unit is the sum of the absolute weights that would go with it; hidden channels are sorted before they are
-grouped, so that group 0 holds the strongest. The paper (arXiv 2410.03456) ranks by magnitude; its release does not, so
-there the unit that always runs is whichever stands first.
+The score of a unit is the sum of its absolute weights; hidden channels are sorted before they are grouped, so group 0
+has the strongest. The paper (arXiv 2410.03456) ranks by magnitude; its release does not sort.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ from tinyfusion.models.loaded import LoadedModel
 
 @dataclass(frozen=True)
 class UnitOrder:
-    """Per block: heads and hidden channels of the model as it was, strongest first."""
+    """Per block: original indices of heads and hidden channels, strongest first."""
 
     heads: list[list[int]]
     hidden: list[list[int]]
 
 
 def order_by_importance(model: LoadedModel) -> UnitOrder:
-    """Sort the units of every block of `model`, in place; it computes what it did. The order, as facts for the record."""
+    """Sort the units of every block of `model` in place, without changing its output; return the order for the record."""
     rules = model.family.dynamic_rules()
     sizes = rules.sizes(model.arch)
-    found = UnitOrder([], [])
+    order = UnitOrder([], [])
     for block in model.stack:
         heads, hidden = (s.argsort(descending=True, stable=True) for s in rules.scores(block, sizes))
         rules.reorder(block, heads, hidden, sizes)
-        found.heads.append(heads.tolist())
-        found.hidden.append(hidden.tolist())
-    return found
+        order.heads.append(heads.tolist())
+        order.hidden.append(hidden.tolist())
+    return order

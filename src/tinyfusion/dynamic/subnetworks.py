@@ -1,13 +1,12 @@
-"""Sub-networks at inference: decisions of width are resolved for all timesteps before the first step, and weights sliced.
+"""Sub-networks at inference: resolve width decisions for all timesteps before the first step, and slice the weights.
 
-Width routers see the timestep alone, so every image of a step, and both halves of guidance, share one sub-network: no
-router of width runs while sampling, and products are dense and smaller. Tokens are decided by content, per image, and
-gathered over the flattened batch. The published release computes everything and multiplies by masks.
+Width routers see the timestep alone, so all images of a step and both halves of guidance share one sub-network: no width
+router runs while sampling, and products are dense and smaller. Tokens are decided per image and gathered over the
+flattened batch. The published release computes everything and multiplies by masks.
 
-Weights. The units of a block are laid out once by how often they are on, those that never are left out. Where the masks of
-a block are nested over time, as they then mostly are, every sub-network is a view of that layout; other masks get copies,
-kept by mask up to `cache_bytes`. Neighbouring timesteps repeat masks. Packed weights (`blocks/packed.py`) have no views, so
-there every mask has its copy.
+Weights. The units of a block are laid out once by how often they are on, without those that never are. If the masks of a
+block are nested over time, which is common, every sub-network is a view of that layout; other masks get copies, cached by
+mask up to `cache_bytes`. Packed weights (`blocks/packed.py`) have no views, so every mask has a copy.
 
 Shapes: S timesteps, L blocks, H heads and groups.
 """
@@ -44,14 +43,14 @@ class KeepTables:
     blocks: Tensor
 
     def joined(self, other: KeepTables) -> KeepTables:
-        """With the rows of `other` behind."""
+        """These tables followed by the rows of `other`."""
         return KeepTables(
             (*self.timesteps, *other.timesteps),
             *(torch.cat([getattr(self, n), getattr(other, n)]) for n in ("heads", "groups", "blocks")),
         )
 
     def report(self) -> dict[str, float | int]:
-        """What a claim of speed should say: timesteps, different sub-networks, and the mean share of everything kept."""
+        """Number of timesteps and of distinct sub-networks, and mean shares of heads, groups and blocks that run."""
         whole = torch.cat([self.heads.flatten(1), self.groups.flatten(1), self.blocks], dim=1)
         gate = self.blocks.unsqueeze(-1)
         return {
@@ -65,7 +64,7 @@ class KeepTables:
 
 @torch.no_grad()
 def resolve(dynamic: DynamicModel, timesteps: Sequence[float]) -> KeepTables:
-    """The decisions at these times, as the network is given them. Resolve in float32, before a model is cast."""
+    """Evaluate the width and depth routers at `timesteps`, in the network's units. Call it before casting the model: float32."""
     like = next(dynamic.embedder.parameters())
     t = torch.tensor(list(timesteps), dtype=torch.float32, device=like.device)
     with dynamic.using(Complete()):
@@ -73,26 +72,26 @@ def resolve(dynamic: DynamicModel, timesteps: Sequence[float]) -> KeepTables:
     depth, heads = len(dynamic.stack), dynamic.sizes.num_heads
     columns: dict[str, list[Tensor]] = {"attn_rate": [], "mlp_rate": [], "block_rate": []}
     for block in dynamic.stack:
-        for name, found in columns.items():
+        for name, decisions in columns.items():
             if hasattr(block, name):
-                found.append(getattr(block, name)(embedding).cpu() > 0.5)
+                decisions.append(getattr(block, name)(embedding).cpu() > 0.5)
     shapes = {"attn_rate": (len(t), depth, heads), "mlp_rate": (len(t), depth, heads), "block_rate": (len(t), depth)}
     tables = [
-        torch.stack(found, dim=1) if found else torch.ones(shapes[name], dtype=torch.bool)
-        for name, found in columns.items()
+        torch.stack(decisions, dim=1) if decisions else torch.ones(shapes[name], dtype=torch.bool)
+        for name, decisions in columns.items()
     ]
     return KeepTables(tuple(t.tolist()), *tables)
 
 
 class SubNetworks:
-    """A way to run a dynamic model, for sampling: enter it with `dynamic.using`. No gradients.
+    """Execution mode of a dynamic model for sampling without gradients; enter it with `dynamic.using`.
 
-    calls: the time of every forward pass of a trajectory, in order, over and over. On an accelerator the host then never
-    waits to learn the time; `check` says afterwards whether the calls were these. A processor reads the time from the tensor
-    all the same (`reads_times`), and computes modulations ahead. A time that was not resolved is, when it comes, and
-    remembered; a batch of different times has no sub-network and runs at full cost under masks.
-    forms: compile passes over the stream with these, within `BlockStack.compiled`, which sets how many there may be; products
-    stay library calls, as their shapes change with the timestep.
+    calls: time of every forward pass of a trajectory, in order, repeated. On an accelerator the host then never waits to
+    read the time; `check` verifies the times afterwards. On a CPU the time is read from the tensor anyway (`reads_times`),
+    and modulations are computed for several steps at once. Times that were not resolved are resolved when they occur; a
+    batch of different times has no sub-network and runs at full cost under masks.
+    forms: compiled versions of the elementwise passes, to be used within `BlockStack.compiled`; products stay library calls,
+    because their shapes change with the timestep.
     """
 
     def __init__(
@@ -125,13 +124,13 @@ class SubNetworks:
         self.forms = forms
         self.row: int | None = 0
         self.mixed = Deciding()
-        self.passes = self._begun = 0  # and the last pass whose modulations were looked for
+        self.passes = self._begun = 0  # and the last pass for which modulations were started
         self._wrong: Tensor | int = 0
         self._done: Tensor | float = 0.0
         self._rows_run = 0
 
     def begin(self, t: Tensor, embedding: Tensor) -> None:
-        """A forward pass at `t` (B,) begins."""
+        """Start a forward pass at `t` (B,)."""
         self.passes += 1
         if not self.reads_times and self.calls is not None:
             time = self.calls[(self.passes - 1) % len(self.calls)]
@@ -150,7 +149,7 @@ class SubNetworks:
 
     @torch.no_grad()
     def run(self, dynamic: DynamicForward, x: Tensor, c: Tensor) -> Tensor:
-        """One block of the sub-network."""
+        """Run one block of the current sub-network."""
         index, row, sizes = dynamic.index, self.row, self.dynamic.sizes
         batch, tokens = x.shape[:2]
         self._rows_run += batch
@@ -160,14 +159,14 @@ class SubNetworks:
         if not self.tables.blocks[row, index]:
             return x
         heads, groups = self.tables.heads[row, index], self.tables.groups[row, index]
-        kept, modulation = self.weights[index].of(heads, groups), self._modulation(dynamic, c, row)
+        slices, modulation = self.weights[index].of(heads, groups), self._modulation(dynamic, c, row)
         selection = self.selections[index]
         with compiling(f"block {index}"):
             out, count = self.dynamic.rules.sliced(
-                dynamic.block, kept, x, modulation, selection, self.tokens, self._form
+                dynamic.block, slices, x, modulation, selection, self.tokens, self._form
             )
-        share_of_heads = kept.heads.number / sizes.num_heads
-        share_of_groups = kept.groups.number / sizes.num_heads
+        share_of_heads = slices.heads.number / sizes.num_heads
+        share_of_groups = slices.groups.number / sizes.num_heads
         self._done = self._done + batch * sizes.attention_macs * share_of_heads
         self._done = self._done + count * (sizes.mlp_macs / tokens * share_of_groups)
         return out
@@ -187,44 +186,44 @@ class SubNetworks:
 
     @property
     def ratio(self) -> float:
-        """Multiply-accumulates of the blocks that ran as a share of all: mean over all passes and images so far."""
+        """Share of the blocks' multiply-accumulates that ran, mean over all passes and images so far."""
         if not self._rows_run:
             raise UserError("nothing has run in these sub-networks yet")
         return float(self._done) / (self._rows_run * (self.dynamic.sizes.attention_macs + self.dynamic.sizes.mlp_macs))
 
     def check(self) -> None:
-        """Raise UserError where the forward passes were not at the times of `calls`: the images are then wrong."""
+        """Raise UserError if forward passes were not at the times of `calls`; the images are wrong then."""
         if int(self._wrong):
             raise UserError(f"{int(self._wrong)} forward passes were at other times than the sampler had announced")
 
     def report(self) -> dict[str, float | int]:
-        """What ran: the tables' report, forward passes, the achieved ratio, and bytes of weights beside the model's own."""
-        held = sum(weights.bytes for weights in self.weights)
-        return {**self.tables.report(), "passes": self.passes, "macs_ratio": self.ratio, "extra_bytes": held}
+        """The tables' report, number of forward passes, achieved ratio, and bytes of sliced weights."""
+        extra_bytes = sum(weights.bytes for weights in self.weights)
+        return {**self.tables.report(), "passes": self.passes, "macs_ratio": self.ratio, "extra_bytes": extra_bytes}
 
 
 def _rounded(t: float) -> float:
-    """A time as float32 holds it, which is how tensors bring it."""
+    """A time rounded to float32, as in tensors."""
     return float(torch.tensor(t, dtype=torch.float32))
 
 
 class SlicedWeights:
-    """The weights of the sub-networks of one block. masks: (S, H) of its heads and of its groups."""
+    """Weights of all sub-networks of one block. masks: (S, H) of its heads and of its groups."""
 
     def __init__(self, dynamic: DynamicModel, block: nn.Module, masks: Mapping[UnitKind, Tensor], limit: int) -> None:
         self.rules, self.sizes, self.block, self.limit = dynamic.rules, dynamic.sizes, block, limit
         like = next(p for name, p in block.named_parameters() if not is_router_key(name))
         self.device, self.packed = like.device, can_pack(like.dtype, like.device)
-        orders: dict[UnitKind, Tensor] = {kind: _order(found) for kind, found in masks.items()}
+        orders: dict[UnitKind, Tensor] = {kind: _order(mask) for kind, mask in masks.items()}
         self.ranks = {kind: _ranks(order, self.sizes.num_heads) for kind, order in orders.items()}
-        # packed weights have no views: there is nothing to lay out before
+        # packed weights have no views, so there is no layout
         self.layout = {} if self.packed else {kind: self._taken(kind, order) for kind, order in orders.items()}
         self.copies: OrderedDict[tuple[UnitKind, bytes], UnitSlices] = OrderedDict()
         self.views: dict[tuple[UnitKind, int], UnitSlices] = {}
 
     @property
     def bytes(self) -> int:
-        """Held beside the block's own."""
+        """Bytes of layouts and copies, in addition to the block's own weights."""
         return sum(slices.num_bytes for slices in (*self.layout.values(), *self.copies.values()))
 
     def of(self, heads: Tensor, groups: Tensor) -> BlockSlices:
@@ -243,61 +242,61 @@ class SlicedWeights:
         return self.rules.slices(self.block, kind, units.to(self.device), self.sizes)
 
     def _copy(self, kind: UnitKind, mask: Tensor) -> UnitSlices:
-        """Weights of a mask that is no prefix.
+        """Weights of a mask that is not a prefix of the layout.
 
-        Where there are too many the one used last goes: every trajectory asks for the same masks in the same order, so that
-        one will be missed latest.
+        Beyond the limit the most recently used copy is evicted: trajectories use the same masks in the same order, so that
+        one is needed last.
         """
         key = kind, mask.numpy().tobytes()
         if key in self.copies:
             self.copies.move_to_end(key)
             return self.copies[key]
-        made = self._taken(kind, mask.nonzero().squeeze(1))
-        self.copies[key] = made.packed() if self.packed else made
-        while len(self.copies) > 2 and sum(slices.num_bytes for slices in self.copies.values()) > self.limit:
+        slices = self._taken(kind, mask.nonzero().squeeze(1))
+        self.copies[key] = slices.packed() if self.packed else slices
+        while len(self.copies) > 2 and sum(copy.num_bytes for copy in self.copies.values()) > self.limit:
             del self.copies[list(self.copies)[-3]]  # two are in use: of heads and of groups
         return self.copies[key]
 
 
 def _order(masks: Tensor) -> Tensor:
-    """Units of masks (S, H) that are ever on, the most frequent first."""
+    """Units that are on in any mask (S, H), most frequent first."""
     often = masks.sum(0)
     order = often.argsort(descending=True, stable=True)
     return order[: int((often > 0).sum())]
 
 
 def _ranks(order: Tensor, num: int) -> Tensor:
-    """(num,) place of every unit in `order`; `num` for those that are not in it."""
+    """(num,) position of every unit in `order`; `num` for units that are not in it."""
     ranks = torch.full((num,), num, dtype=torch.int64)
     ranks[order] = torch.arange(len(order))
     return ranks
 
 
 def _prefix(mask: Tensor, ranks: Tensor) -> int | None:
-    """How many of the first units of the layout `mask` is, or None where it is another choice."""
+    """Length of the prefix of the layout that equals `mask`, or None if it is not a prefix."""
     count = int(mask.sum())
     return count if count == 0 or int(ranks[mask].max()) == count - 1 else None
 
 
 class TimestepRecorder(nn.Module):
-    """Stands in for a network: gives zeros, and `calls` are the times of its forward passes."""
+    """Network that returns zeros and records the times of its forward passes in `calls`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[float] = []
-        self.like = nn.Parameter(torch.zeros(()), requires_grad=False)  # callers ask a parameter for type and device
+        self.like = nn.Parameter(torch.zeros(()), requires_grad=False)  # callers read dtype and device from a parameter
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Zeros shaped as `x`."""
+        """Zeros like `x`."""
         self.calls.append(float(t.flatten()[0]))
         return torch.zeros_like(x)
 
 
 def rehearsed(model: LoadedModel, trajectory: Callable[[LoadedModel], Iterable[Tensor]]) -> list[float]:
-    """The times at which a sampler calls the network, in order: rehearse it on one image with a network of zeros.
+    """Times at which a sampler calls the network, in order, from a run on one image with a network of zeros.
 
-    trajectory: makes the sampler's trajectory with the model that it is given, on the CPU. The order is that of every later
-    run for rules of fixed steps; of adaptive ones it is a guess, good for `resolve` and not for `SubNetworks(calls=)`.
+    trajectory: makes the sampler's trajectory with the given model, on the CPU. For adaptive methods the result is a guess:
+    use it for `resolve`, not for `SubNetworks(calls=)`.
     """
     recorder = TimestepRecorder()
     deque(trajectory(dataclasses.replace(model, module=recorder)), maxlen=0)

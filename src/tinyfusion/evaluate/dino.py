@@ -1,9 +1,8 @@
-"""Features of a DINOv2 network: FD-DINOv2 is the Frechet distance of them, arXiv 2306.04675.
+"""Features of a DINOv2 network for FD-DINOv2, their Frechet distance (arXiv 2306.04675).
 
-A picture is made 224 x 224 (bicubic, averaging where it becomes smaller), brought to the mean and deviation the network
-was trained with, and the class token after the last norm is its feature. There are no maps and no classes, so there is no
-sFID and no Inception Score.
-Differs: the published evaluation resizes by Pillow, in 8 bits; this does in float32, which rounds nothing.
+Pictures are resized to 224 x 224 (bicubic, antialiased) and normalised as in training; the feature is the class token
+after the last norm. Without maps and classes there is no sFID and no Inception Score.
+Differs: the published evaluation resizes with Pillow in 8 bits; this one in float32, without rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, p
 
 
 class DinoFeatures:
-    """A DINOv2 network as a `FeatureExtractor`. class_token: (N, 3, 224, 224) to (N, D), by the weights of `network`."""
+    """`FeatureExtractor` of a DINOv2 network. class_token: (N, 3, 224, 224) to (N, D), by the weights of `network`."""
 
     slow = True
 
@@ -45,7 +44,7 @@ class DinoFeatures:
         check_pictures(images, what, self.name)
 
     def treatment(self, shape: tuple[int, int, int]) -> str:
-        """What is done to images (H, W, C) before the network sees them."""
+        """Preprocessing of images (H, W, C), for the protocol."""
         return treatment_of(shape, SIDE, "bicubic")
 
     @torch.no_grad()
@@ -53,11 +52,11 @@ class DinoFeatures:
         """Features of uint8 images (N, H, W, 1 or 3); `spatial` and `logits` are None."""
         self.check(images, "images")
         with full_float32():
-            parts = [
+            batches = [
                 self._tokens(images[first : first + self.batch_size])
                 for first in range(0, max(len(images), 1), self.batch_size)
             ]
-        return Features(np.concatenate(parts), None, None)
+        return Features(np.concatenate(batches), None, None)
 
     def _tokens(self, images: np.ndarray) -> np.ndarray:
         pixels = as_rgb(images, self.device)

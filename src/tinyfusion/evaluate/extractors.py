@@ -1,4 +1,4 @@
-"""Names of feature extractors to extractors: their weights come with the package, from a file, or are fetched once."""
+"""Open feature extractors by name: weights of the package, of a file, or downloaded once."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from tinyfusion.models.autoencoder import check_loaded, quiet_logs
 from tinyfusion.models.statedicts import find_state_dict
 from tinyfusion.models.tensors import read_folder_weights, read_safetensors, read_tensor_file
 
-SHORT = "inception"  # the network of FID, by its weights' name in the table
+SHORT = "inception"  # short name of the Inception network
 DINO = "dinov2:"  # prefix of a folder with a DINOv2 network
-_MARK = "Conv2d_1a_3x3.conv.weight"  # a tensor by which files of the Inception network are known
+_MARK = "Conv2d_1a_3x3.conv.weight"  # identifies files of the Inception network
 _DINO_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "num_channels")
 _SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 @cache
 def open_extractor(name: str, device: str) -> FeatureExtractor:
-    """A feature extractor by name, or from files; `device` is for the large networks.
+    """Open a feature extractor by name or from files; `device` is for the large networks.
 
-    Names: what comes with the package, "inception", or known weights of that kind. Files: weights of the Inception
-    network, a folder with classifier.json, "dinov2:" and a folder. Raises UserError where there is none, or it is damaged.
+    Names: extractors of the package, "inception", or known weights of that kind. Files: weights of the Inception network, a
+    folder with classifier.json, "dinov2:" and a folder. Raises UserError if it does not exist or is damaged.
     """
     if not name:
         raise UserError(f"no feature extractor is named for these images; {FEATURE_CHOICES}")
@@ -80,7 +80,7 @@ def _classifier(folder: Path, shipped: str | None) -> FeatureExtractor:
 
 
 def _inception(path: Path, device: torch.device) -> FeatureExtractor:
-    """The Inception network from a state dict or the TorchScript translation, of which only the tensors are read."""
+    """Open the Inception network from a state dict or the tensors of the TorchScript translation."""
     check_plain(path)
     if not path.is_file():
         raise UserError(
@@ -100,7 +100,7 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
 
 
 def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
-    """A DINOv2 network from a folder as transformers saves it; nothing is fetched."""
+    """Open a DINOv2 network from a folder saved by transformers; downloads nothing."""
     if not (folder / "config.json").is_file():
         raise UserError(f"no DINOv2 network at {folder}: wanted a folder with config.json and its weights")
     try:
@@ -119,11 +119,11 @@ def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
         disable_progress_bar()  # type: ignore[no-untyped-call]
         load: Any = Dinov2Model.from_pretrained
         with quiet_logs():
-            network, told = load(
+            network, report = load(
                 folder, local_files_only=True, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
-    except Exception as error:  # transformers, huggingface_hub, safetensors and json, each in their words
+    except Exception as error:  # of transformers, huggingface_hub, safetensors or json
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder} is no readable DINOv2 network: {reason}") from error
-    check_loaded(told, folder)
+    check_loaded(report, folder)
     return DinoFeatures("dinov2", network, lambda x: network(pixel_values=x).last_hidden_state[:, 0], device)

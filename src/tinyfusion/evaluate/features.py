@@ -1,8 +1,7 @@
-"""Images to features: what a feature extractor is, and the small classifier that serves as one for the digits.
+"""Feature extractors for FID and related metrics: the interface, and the small classifier of the digits.
 
-FID and its kin compare features, not pixels; numbers of different extractors have nothing to do with each other, so an
-extractor has a name and the hash of its weights, and both are part of every protocol. Extractors are made from weights
-that someone else has read: nothing here touches the disk.
+Numbers of different extractors do not compare, so the name of an extractor and the hash of its weights are part of every
+protocol. Extractors are built from tensors; nothing here reads files.
 
 Shapes: N images, H x W pixels, C channels, D pooled features, (h, w) the last feature map, K classes.
 """
@@ -32,9 +31,9 @@ FEATURE_CHOICES = (
 
 @dataclass(frozen=True)
 class Features:
-    """pool (N, D) for FID, precision and recall; spatial (N, 7 h w) for sFID; logits (N, K) for the Inception Score.
+    """Features of N images: pool (N, D) for FID, precision and recall; spatial (N, 7 h w) for sFID; logits (N, K) for the score.
 
-    An extractor that has no maps, or no classes, gives None for those.
+    spatial and logits are None if the extractor has no maps or no classes.
     """
 
     pool: np.ndarray
@@ -43,11 +42,11 @@ class Features:
 
 
 class FeatureExtractor(Protocol):
-    """A frozen network that everyone measures with."""
+    """A frozen network that turns images into features."""
 
     @property
     def name(self) -> str:
-        """What the protocol calls it."""
+        """Its name in protocols."""
         ...
 
     @property
@@ -57,20 +56,20 @@ class FeatureExtractor(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it works; distances between features are computed there too."""
+        """Where it runs; distances between features are computed there too."""
         ...
 
     @property
     def slow(self) -> bool:
-        """Whether the statistics of a reference are worth keeping on the disk."""
+        """Whether to cache the statistics of references on the disk."""
         ...
 
     def treatment(self, shape: tuple[int, int, int]) -> str:
-        """What is done to images (H, W, C) before the network sees them, for the protocol; empty where nothing is."""
+        """Preprocessing of images (H, W, C), as text for the protocol; empty if there is none."""
         ...
 
     def check(self, images: np.ndarray, what: str) -> None:
-        """Raise UserError unless it takes such images; `what` names them."""
+        """Raise UserError unless it accepts `images`; `what` names them in the message."""
         ...
 
     def __call__(self, images: np.ndarray) -> Features:
@@ -89,10 +88,10 @@ class ClassifierArch:
 
 
 class SmallClassifier(nn.Module):
-    """Three 3 x 3 convolutions, halved once, averaged, one linear layer.
+    """Classifier for small images: three 3 x 3 convolutions, one 2 x 2 average pool, global average, one linear layer.
 
-    Differs from a plain classifier on purpose: smooth activations and no normalisation, so that no feature is dead,
-    saturated, or blind to contrast. A yardstick has to grow with every damage, also where the class is still clear.
+    Smooth activations and no normalisation, so that no feature is dead, saturated or invariant to contrast: FID must grow
+    with every degradation, also while the class is still clear.
     """
 
     def __init__(self, arch: ClassifierArch) -> None:
@@ -115,7 +114,7 @@ class SmallClassifier(nn.Module):
 
 
 class ClassifierFeatures:
-    """A `SmallClassifier` as a `FeatureExtractor`. Its batch size bounds memory; features do not depend on it."""
+    """`FeatureExtractor` of a `SmallClassifier`. batch_size bounds memory."""
 
     device = torch.device("cpu")
     slow = False
@@ -139,15 +138,15 @@ class ClassifierFeatures:
             )
 
     def treatment(self, _shape: tuple[int, int, int]) -> str:
-        """Nothing is done: images have the classifier's size."""
+        """Empty: images have the classifier's size."""
         return ""
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:
         """Features of uint8 images (N, H, W, C). Raises UserError on another size, number of channels or type."""
         self.check(images, "images")
-        parts = [self._features(batch) for batch in self._batches(images)]
-        pool, spatial, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
+        batches = [self._features(batch) for batch in self._batches(images)]
+        pool, spatial, logits = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         return Features(pool, spatial, logits)
 
     def _batches(self, images: np.ndarray) -> Iterator[Tensor]:
@@ -173,13 +172,13 @@ def hash_state(tensors: Mapping[str, Tensor]) -> str:
 
 
 def small_classifier(name: str, arch: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ClassifierFeatures:
-    """The digits classifier from its sizes and weights. Raises ValueError where they do not fit."""
+    """Build the digits classifier from its sizes and weights. Raises ValueError if they do not fit."""
     try:
         sizes = ClassifierArch(**{**arch, "widths": tuple(arch["widths"])})
         with torch.device("meta"):
             classifier = SmallClassifier(sizes)
-        held = in_float32(tensors, classifier.state_dict(), "its weights do not fit")
-        classifier.load_state_dict(held, assign=True)
+        state = in_float32(tensors, classifier.state_dict(), "its weights do not fit")
+        classifier.load_state_dict(state, assign=True)
     except (KeyError, TypeError, RuntimeError, OverflowError, ValueError) as error:
         raise ValueError(f"sizes and weights of {name} do not fit: {error}") from error
     return ClassifierFeatures(name, classifier, sizes)

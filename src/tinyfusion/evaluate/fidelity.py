@@ -1,4 +1,4 @@
-"""How close the images of two models are that were drawn from the same noise: PSNR and SSIM, image by image, float64.
+"""PSNR and SSIM of pairs of images, in float64, for images of two models from the same noise.
 
 Shapes: N images, H x W pixels, C channels, uint8, channels last.
 """
@@ -16,23 +16,23 @@ _K1, _K2 = 0.01, 0.03
 def psnr_db(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """(N,) peak signal-to-noise ratio 10 log10(255^2 / mean squared error) of every pair, in dB.
 
-    It would be infinite for equal images; they count as if one value differed by one level, the least that can be seen.
-    Raises ValueError on shapes that differ.
+    Equal images, whose value would be infinite, count as if one value differed by one level. Raises ValueError if shapes
+    differ.
     """
     _check(left, right)
     errors = ((left.astype(np.float64) - right) ** 2).mean((1, 2, 3))
     least = 1.0 / np.prod(left.shape[1:])
-    found: np.ndarray = 10 * np.log10(PEAK**2 / np.maximum(errors, least))
-    return found
+    decibels: np.ndarray = 10 * np.log10(PEAK**2 / np.maximum(errors, least))
+    return decibels
 
 
 def ssim(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """(N,) mean structural similarity of every pair, at most 1; 1 for equal images alone.
+    """(N,) mean structural similarity (SSIM) of every pair, at most 1; equal to 1 only for equal images.
 
-    Gaussian window of 11 pixels and sigma 1.5, K1 0.01, K2 0.03, only where the window is inside the picture; the mean
-    over places and channels. Raises ValueError on shapes that differ.
+    Gaussian window of 11 pixels and sigma 1.5, K1 0.01, K2 0.03, only where the window is inside the picture; mean over
+    positions and channels. Raises ValueError if shapes differ.
     Source: Wang, Bovik, Sheikh, Simoncelli, 2004, section III.
-    Differs: every channel by itself, where the paper has grey pictures. Pictures below 11 pixels get the largest odd
+    Differs: computed per channel; the paper has grey pictures. Pictures below 11 pixels get the largest odd
     window that fits.
     """
     _check(left, right)
@@ -43,7 +43,7 @@ def ssim(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     window /= window.sum()
 
     def local(values: np.ndarray) -> np.ndarray:
-        """Weighted mean around every pixel that has a whole window."""
+        """Weighted mean around every pixel whose window is inside the picture."""
         for axis in (1, 2):
             values = correlate1d(values, window, axis=axis, mode="constant")
             inside = slice(side // 2, values.shape[axis] - side // 2)
@@ -55,8 +55,8 @@ def ssim(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     covariance = local(x * y) - mean_x * mean_y
     c1, c2 = (_K1 * PEAK) ** 2, (_K2 * PEAK) ** 2
     similar = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1) * (2 * covariance + c2) / (variances + c2)
-    found: np.ndarray = similar.mean((1, 2, 3))
-    return found
+    means: np.ndarray = similar.mean((1, 2, 3))
+    return means
 
 
 def _check(left: np.ndarray, right: np.ndarray) -> None:

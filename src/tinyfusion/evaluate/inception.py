@@ -1,9 +1,9 @@
-"""The Inception network of 2015 that FID, sFID and the Inception Score are defined by, in plain torch.
+"""The Inception network of 2015 that defines FID, sFID and the Inception Score, in plain torch.
 
-Sources: the network is that of arXiv 1512.00567 as frozen in the graph of 2015-12-05 (1,008 classes); which outputs the
-metrics take is the ADM protocol (arXiv 2105.05233). Parameters go by the names of the widely used port of that graph.
-Differs from the Inception-v3 of model zoos: average pools leave padding out of the mean, the last block takes a maximum
-where they average, and the classes are other ones.
+Sources: arXiv 1512.00567 as frozen in the graph of 2015-12-05 (1,008 classes); outputs per metric as in the ADM protocol (arXiv
+2105.05233). Parameters have the names of the widely used port of that graph.
+Differs from the Inception-v3 of model zoos: average pools exclude padding, the last block has a max pool instead of an
+average pool, and the classes are different.
 
 Shapes: N images, H x W pixels, channels first inside the network.
 """
@@ -24,15 +24,15 @@ from tinyfusion.evaluate.features import SPATIAL_CHANNELS, Features, hash_state
 from tinyfusion.families.tensor_checks import in_float32
 
 INCEPTION = "inception-2015-12-05"
-SIDE = 299  # pixels that the network sees
+SIDE = 299  # pixels, input of the network
 NUM_FEATURES, NUM_CLASSES = 2048, 1008
 _EPS = 1e-3  # of its batch norms
 
 
 class Conv(NamedTuple):
-    """A convolution of a block by its name: channels out, kernel (height, width), stride.
+    """A named convolution of a block: output channels, kernel (height, width), stride.
 
-    With stride 1 it keeps the map's size, with stride 2 it pads nothing.
+    Stride 1 preserves the size of the map; stride 2 has no padding.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Conv(NamedTuple):
 
 Step = (
     Conv | str | tuple[Conv, ...]
-)  # "avg", "max": pools that keep the size; "halve": a maximum of stride 2; tuple: side by side
+)  # "avg", "max": pools of stride 1; "halve": max pool of stride 2; tuple: concatenated
 Branch = tuple[Step, ...]
 _FLAT, _HIGH = (1, 7), (7, 1)
 
@@ -109,7 +109,7 @@ SPATIAL_BLOCK = "Mixed_6d"  # its first branch begins with the channels that sFI
 
 
 class StoredNorm(nn.Module):
-    """Batch norm with the statistics that came with it; it counts nothing."""
+    """Batch norm with fixed statistics."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -117,13 +117,13 @@ class StoredNorm(nn.Module):
             self.register_buffer(name, torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W), as it comes out."""
+        """(N, C, H, W) to the same shape."""
         mean, variance = self.get_buffer("running_mean"), self.get_buffer("running_var")
         return F.batch_norm(x, mean, variance, self.get_buffer("weight"), self.get_buffer("bias"), False, 0.0, _EPS)
 
 
 class ConvNormRelu(nn.Module):
-    """Convolution without bias, batch norm with its stored statistics, ReLU."""
+    """Convolution without bias, batch norm with fixed statistics, ReLU."""
 
     def __init__(self, in_channels: int, conv: Conv, padding: tuple[int, int]) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class ConvNormRelu(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, their channels one after the other."""
+    """Parallel branches whose outputs are concatenated by channel."""
 
     def __init__(self, in_channels: int, branches: list[Branch]) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ _POOLS = {
 
 
 class InceptionOutputs(NamedTuple):
-    """pool (N, 2048); spatial (N, 7, 17, 17), of the first branch of Mixed_6d; logits (N, 1008), without the bias."""
+    """Outputs: pool (N, 2048); spatial (N, 7, 17, 17), of the first branch of Mixed_6d; logits (N, 1008), without the bias."""
 
     pool: Tensor
     spatial: Tensor
@@ -186,7 +186,7 @@ class InceptionOutputs(NamedTuple):
 
 
 class Inception(nn.Module):
-    """The whole network."""
+    """The Inception network of 2015; parameters by the names of its port."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,37 +214,36 @@ class Inception(nn.Module):
 
 
 def resize_tf1(x: Tensor, height: int, width: int) -> Tensor:
-    """(N, C, H, W) float32 -> (N, C, height, width), bilinear as TensorFlow 1 did it, whose corners are not aligned.
+    """Resize (N, C, H, W) float32 to (N, C, height, width), bilinear as in TensorFlow 1, with corners not aligned.
 
-    Output pixel i is at i x (in / out), without the half pixel that later libraries add; nothing is averaged when
-    pictures become smaller. An image that has the size already comes back as it is.
+    Output pixel i is at i x (in / out), without the half pixel of later libraries and without averaging. Images of that size
+    are returned unchanged.
     """
     if x.shape[2:] == (height, width):
         return x
     left, right, across = _neighbours(x.shape[3], width, x.device)
-    x = _between(x[..., left], x[..., right], across)
+    x = _interpolate(x[..., left], x[..., right], across)
     top, bottom, down = _neighbours(x.shape[2], height, x.device)
-    return _between(x[..., top, :], x[..., bottom, :], down[:, None])
+    return _interpolate(x[..., top, :], x[..., bottom, :], down[:, None])
 
 
-def _between(before: Tensor, after: Tensor, way: Tensor) -> Tensor:
-    """In the order of operations of the original; torch.lerp has another one from the middle on."""
-    return before + (after - before) * way
+def _interpolate(before: Tensor, after: Tensor, weight: Tensor) -> Tensor:
+    """Linear interpolation in the order of operations of the original; torch.lerp uses another one above 0.5."""
+    return before + (after - before) * weight
 
 
 def _neighbours(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of the pixel before, of that after, and the way between the two, for every output pixel."""
-    place = torch.arange(size_out, dtype=torch.float32) * float(np.float32(size_in) / np.float32(size_out))
-    before = place.floor().long().clamp(max=size_in - 1)
+    """(before, after, weight): indices of the two input pixels and the weight of the second, for every output pixel."""
+    position = torch.arange(size_out, dtype=torch.float32) * float(np.float32(size_in) / np.float32(size_out))
+    before = position.floor().long().clamp(max=size_in - 1)
     after = (before + 1).clamp(max=size_in - 1)
-    return before.to(device), after.to(device), (place - before).to(device)
+    return before.to(device), after.to(device), (position - before).to(device)
 
 
 class InceptionFeatures:
-    """The network as a `FeatureExtractor`: uint8 images of any size, grey ones in three equal channels.
+    """`FeatureExtractor` of the Inception network, for uint8 images of any size; grey ones get three equal channels.
 
-    Everything is float32, also where a GPU would use TF32. `spatial` is flattened channels last, as stored moments have
-    it. batch_size bounds memory; features do not depend on it.
+    Computes in float32 without TF32. `spatial` is flattened channels last, as stored moments are. batch_size bounds memory.
     """
 
     name = INCEPTION
@@ -261,33 +260,33 @@ class InceptionFeatures:
         check_pictures(images, what, self.name)
 
     def treatment(self, shape: tuple[int, int, int]) -> str:
-        """What is done to images (H, W, C) before the network sees them."""
+        """Preprocessing of images (H, W, C), for the protocol."""
         return treatment_of(shape, SIDE, "bilinear (TF-1)")
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:
         """Features of uint8 images (N, H, W, 1 or 3)."""
         self.check(images, "images")
-        parts: list[tuple[np.ndarray, ...]] = []
+        batches: list[tuple[np.ndarray, ...]] = []
         with full_float32():
             for first in range(0, max(len(images), 1), self.batch_size):
                 pixels = as_rgb(images[first : first + self.batch_size], self.device)
                 out = self.network((resize_tf1(pixels, SIDE, SIDE) - 128.0) / 128.0)
                 spatial = out.spatial.permute(0, 2, 3, 1).flatten(1)
-                parts.append(tuple(values.cpu().numpy() for values in (out.pool, spatial, out.logits)))
-        pool, spatial_all, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
+                batches.append(tuple(values.cpu().numpy() for values in (out.pool, spatial, out.logits)))
+        pool, spatial_all, logits = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         return Features(pool, spatial_all, logits)
 
 
 def treatment_of(shape: tuple[int, int, int], side: int, rule: str) -> str:
-    """What a network that wants (side, side, 3) does to images (H, W, C), resized by `rule`: a part of the protocol."""
+    """Protocol text: preprocessing of images (H, W, C) for a network of input (side, side, 3), resized by `rule`."""
     height, width, channels = shape
     sizes = "" if (height, width) == (side, side) else f" to {side} x {side} {rule}"
     return f"{height} x {width}{sizes}{', grey in 3 channels' if channels == 1 else ''}"
 
 
 def check_pictures(images: np.ndarray, what: str, features: str) -> None:
-    """Raise UserError unless `images` are uint8 (N, H, W, 1 or 3); `features` asks for them."""
+    """Raise UserError unless `images` are uint8 (N, H, W, 1 or 3); `features` names the extractor."""
     if images.dtype != np.uint8:
         raise UserError(f"{what}: features {features} take uint8 images (0 to 255); got {images.dtype}")
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
@@ -297,14 +296,14 @@ def check_pictures(images: np.ndarray, what: str, features: str) -> None:
 
 
 def as_rgb(images: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 (N, H, W, 1 or 3) -> float32 (N, 3, H, W) of 0 to 255 on `device`."""
+    """Convert uint8 (N, H, W, 1 or 3) to float32 (N, 3, H, W) in 0 to 255 on `device`."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
     return pixels.float().expand(-1, 3, -1, -1).contiguous()
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within, products and convolutions of float32 on a CUDA GPU keep all 24 bits."""
+    """Context without TF32: float32 products and convolutions on CUDA use all 24 bits."""
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32
     products.allow_tf32 = convolutions.allow_tf32 = False
@@ -315,13 +314,13 @@ def full_float32() -> Iterator[None]:
 
 
 def inception_from_state(tensors: Mapping[str, Tensor], source: str = "this file") -> Inception:
-    """The network from its 472 tensors by name; counters of training batches are left out.
+    """Build the network from its 472 tensors by name; `num_batches_tracked` is ignored.
 
     Raises UserError that names `source` and what is missing, unexpected, misshapen or not finite.
     """
     with torch.device("meta"):
         network = Inception()
     given = {name: value for name, value in tensors.items() if not name.endswith(".num_batches_tracked")}
-    held = in_float32(given, network.state_dict(), f"{source} does not hold the Inception network of FID")
-    network.load_state_dict(held, assign=True)
+    state = in_float32(given, network.state_dict(), f"{source} does not hold the Inception network of FID")
+    network.load_state_dict(state, assign=True)
     return network

@@ -1,7 +1,7 @@
-"""The other spelling of the Inception network's tensors: a TorchScript translation named after the nodes of the graph.
+"""Tensor names of the TorchScript translation of the Inception network, which follow the nodes of the graph.
 
-There, layers are `conv`, `conv_1`, ..., `mixed`, ..., `mixed_10`, and what a block consists of is `conv`, `tower`,
-`tower_1`, ...; a norm may lack its weight, which is then 1.
+Layers are `conv`, `conv_1`, ..., `mixed`, ..., `mixed_10`, with `conv`, `tower`, `tower_1`, ... inside a block; a norm without
+a weight has weight 1.
 """
 
 from __future__ import annotations
@@ -58,29 +58,29 @@ _ROLES = {
 
 
 def layer_names() -> dict[str, str]:
-    """Layer of the graph's spelling, with "_" for ".", to layer of ours: "mixed_6_conv" to "Mixed_6d.branch1x1"."""
-    found = dict(_STEM)
-    for i, (place, block) in enumerate(zip(_MIXED, _BLOCKS, strict=True)):
+    """Map layer names of the graph, with "_" for ".", to ours: "mixed_6_conv" to "Mixed_6d.branch1x1"."""
+    layers = dict(_STEM)
+    for i, (suffix, block) in enumerate(zip(_MIXED, _BLOCKS, strict=True)):
         graph = f"mixed_{i}" if i else "mixed"
-        found |= {f"{graph}_{theirs}": f"Mixed_{place}.{ours}" for theirs, ours in block.items()}
-    return found
+        layers |= {f"{graph}_{theirs}": f"Mixed_{suffix}.{ours}" for theirs, ours in block.items()}
+    return layers
 
 
 def ours_from_graph_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The 472 tensors by our names from those of the translation: `layers.LAYER...` and `output.weight`, `output.bias`.
+    """Rename the tensors of the translation (`layers.LAYER...`, `output.weight`, `output.bias`) to the 472 names used here.
 
-    Within a layer the kernel is known by its four dimensions, the others by the last part of their name. Raises
-    ValueError where a layer is unknown, or a tensor's part in it.
+    Within a layer the kernel is recognised by its four dimensions, other tensors by the last component of the name. Raises
+    ValueError on unknown layers and tensors.
     """
     names = layer_names()
     layers: dict[str, dict[str, Tensor]] = {}
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        place, _, last = name.rpartition(".")
-        if place == "output" and last in ("weight", "bias"):
-            found[f"fc.{last}"] = value
+        path, _, last = name.rpartition(".")
+        if path == "output" and last in ("weight", "bias"):
+            renamed[f"fc.{last}"] = value
         elif last != "num_batches_tracked" and name.startswith("layers."):
-            layer = _longest(place.removeprefix("layers.").replace(".", "_"), names)
+            layer = _layer(path.removeprefix("layers.").replace(".", "_"), names)
             role = "conv.weight" if value.dim() == 4 else _role(last)
             if layer is None or role is None:
                 raise ValueError(f"tensor {name} {tuple(value.shape)} has no place in the network")
@@ -88,14 +88,14 @@ def ours_from_graph_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for layer, roles in layers.items():
         if "conv.weight" in roles:
             roles.setdefault("bn.weight", torch.ones(len(roles["conv.weight"])))
-        found |= {f"{layer}.{role}": value for role, value in roles.items()}
-    return found
+        renamed |= {f"{layer}.{role}": value for role, value in roles.items()}
+    return renamed
 
 
-def _longest(place: str, names: Mapping[str, str]) -> str | None:
-    """The layer that `place` is, or is a part of: its convolution or its norm."""
+def _layer(path: str, names: Mapping[str, str]) -> str | None:
+    """The layer at `path`, or the layer whose convolution or norm is at `path`."""
     for ending in ("", "_conv", "_bn"):
-        if place.endswith(ending) and (layer := names.get(place.removesuffix(ending))) is not None:
+        if path.endswith(ending) and (layer := names.get(path.removesuffix(ending))) is not None:
             return layer
     return None
 

@@ -1,7 +1,6 @@
-"""FID and its kin as pure functions of features, in float64.
+"""FID, Inception Score, precision and recall as pure functions of features, in float64.
 
-Nothing here knows images or extractors. NaN and infinity in, ValueError out: a metric of broken features is no number.
-Left out on purpose: the float16 distances of the published precision and recall, which need a float32 fallback.
+Non-finite features raise ValueError. Not reproduced: the float16 distances of the published precision and recall.
 
 Shapes: N samples, D features, K classes.
 """
@@ -23,7 +22,7 @@ from torch import Tensor
 from tinyfusion.core.signals import check_stop
 
 BLOCK_ENTRIES = 2**22  # entries of one block of a distance matrix: 32 MiB
-_DOUBT = 1e-9  # of the traces, in the trace of a root
+_MAX_ERROR = 1e-9  # of the trace of a root, relative to the traces of the covariances
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -52,8 +51,8 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     Raises ValueError on shapes that do not fit, values that are not finite, or a covariance that is none.
     Source: arXiv 1706.08500, section 2.
     Differs: no square root of a general matrix. With sigma = A A^T and B B^T from pivoted Cholesky factors, of as many
-    columns as the rank, the trace of the root is the nuclear norm of A^T B. So singular covariances are exact and cost
-    less, need no offset (published: 1e-6 on the diagonals where the root fails), and nothing complex has to be dropped.
+    columns as the rank, the trace of the root is the nuclear norm of A^T B. Singular covariances are therefore exact and
+    cheaper, without the published offset of 1e-6 on the diagonals and without a complex part to drop.
     """
     mean1, mean2 = _matrix(np.atleast_2d(mu1), "mu1")[0], _matrix(np.atleast_2d(mu2), "mu2")[0]
     cov1, cov2 = _matrix(np.atleast_2d(sigma1), "sigma1"), _matrix(np.atleast_2d(sigma2), "sigma2")
@@ -69,7 +68,7 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """(D, rank) A with A A^T the covariance; what is within rounding of 0 counts as 0."""
+    """(D, rank) A with A A^T the covariance; pivots within rounding of 0 count as 0."""
     scale = float(np.abs(covariance).max())
     if float(np.abs(covariance - covariance.T).max()) > 1e-6 * scale:
         raise ValueError("a covariance must be symmetric")
@@ -77,21 +76,21 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
         return np.zeros((len(covariance), 0))
     factor, pivots, rank, _ = dpstrf(covariance, lower=1)
     lower = np.tril(factor[:, :rank])
-    found = np.empty_like(lower)
-    found[pivots - 1] = lower
+    root = np.empty_like(lower)
+    root[pivots - 1] = lower
     if rank < len(covariance):
-        left_over = covariance - found @ found.T
+        left_over = covariance - root @ root.T
         if float(np.abs(left_over).max()) > 1e-6 * scale:
             least = float(eigvalsh(covariance, subset_by_index=(0, 0))[0])
             raise ValueError(f"a covariance must not have negative eigenvalues; got {least:.3g}")
-    return found
+    return root
 
 
 def _nuclear_norm(product: np.ndarray, scale: float) -> float:
     """Sum of the singular values of A^T B, to 1e-9 of `scale`.
 
-    Square roots of the eigenvalues of its Gram matrix take half the time; near 0 they are worth less. Where rounding
-    could matter by their own measure the singular values are computed as such.
+    Square roots of the eigenvalues of its Gram matrix take half the time but lose precision near 0; the singular values are
+    computed where the estimated error exceeds that.
     """
     if 0 in product.shape:
         return 0.0
@@ -99,8 +98,8 @@ def _nuclear_norm(product: np.ndarray, scale: float) -> float:
     squares = np.maximum(eigvalsh(wide @ wide.T, overwrite_a=True, check_finite=False), 0.0)
     roots = np.sqrt(squares)
     rounding = len(squares) ** 0.5 * _EPS * float(squares[-1])
-    doubt = np.minimum(np.sqrt(rounding), rounding / (2 * np.maximum(roots, 1e-300))).sum()
-    if doubt <= _DOUBT * scale:
+    error = np.minimum(np.sqrt(rounding), rounding / (2 * np.maximum(roots, 1e-300))).sum()
+    if error <= _MAX_ERROR * scale:
         return float(roots.sum())
     return float(svdvals(product, check_finite=False).sum())
 
@@ -108,7 +107,7 @@ def _nuclear_norm(product: np.ndarray, scale: float) -> float:
 def inception_score(logits: ArrayLike, split_size: int = 5000) -> float:
     """exp of the mean KL(p(y|x) || p(y)), averaged over contiguous splits of `split_size`; between 1 and K.
 
-    logits: (N, K); the last split may be shorter. Raises ValueError where there are none or they are not finite.
+    logits: (N, K); the last split may be shorter. Raises ValueError if there are none or they are not finite.
     Source: arXiv 1606.03498, section 4; splits as the ADM protocol makes them.
     """
     values = _matrix(logits, "logits")
@@ -128,10 +127,9 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Share of samples inside the reference's manifold, and of the reference inside the samples'; both 0 to 1.
 
-    reference, samples: features (N, D), (M, D); float32 ones are taken as they are, and distances computed in float64 by
-    blocks, on `device` where it has float64 (default the CPU). A set's manifold is the union of balls around its points
-    that reach to their k-th nearest neighbour, the point itself not counted; the border counts as inside.
-    Raises ValueError where a set has no k neighbours or values are not finite. Source: arXiv 1904.06991, section 3.
+    reference, samples: features (N, D), (M, D). Distances are computed in float64 by blocks, on `device` if it is CUDA, else on
+    the CPU. A set's manifold is the union of closed balls around its points that reach to their k-th nearest other point.
+    Raises ValueError if a set has at most k points or values are not finite. Source: arXiv 1904.06991, section 3.
     """
     real, drawn = _rows(reference, "reference"), _rows(samples, "samples")
     if real.shape[1] != drawn.shape[1]:
@@ -139,7 +137,7 @@ def precision_recall(
     if k < 1 or min(len(real), len(drawn)) <= k:
         raise ValueError(f"{k} neighbours need more than {k} images on both sides; got {len(real)} and {len(drawn)}")
     place = device if device is not None and device.type == "cuda" else torch.device("cpu")
-    centre = real.mean(0, dtype=np.float64)  # distances do not change, their rounding error does
+    centre = real.mean(0, dtype=np.float64)  # reduces rounding errors of distances
     left, right = _Points(real, centre, place), _Points(drawn, centre, place)
     real_radii, drawn_radii = left.squared_radii(k), right.squared_radii(k)
     inside = torch.zeros(len(drawn), dtype=torch.bool, device=place)
@@ -153,7 +151,7 @@ def precision_recall(
 
 
 class _Points:
-    """Points (N, D), of which blocks of rows are float64 on a device at a time, `centre` taken off."""
+    """Points (N, D) minus `centre`, converted to float64 on a device one block of rows at a time."""
 
     def __init__(self, points: np.ndarray, centre: np.ndarray, device: torch.device) -> None:
         self.points, self.device = points, device
@@ -164,20 +162,20 @@ class _Points:
         return torch.from_numpy(np.ascontiguousarray(self.points[block])).to(self.device).double() - self.centre
 
     def blocks(self, first: int = 0) -> Iterator[slice]:
-        """Slices of rows from `first` on, so many that a block of distances has BLOCK_ENTRIES."""
+        """Slices of rows from `first` on, sized so that a block of distances has BLOCK_ENTRIES."""
         side = max(math.isqrt(BLOCK_ENTRIES), 1)
         for start in range(first, len(self.points), side):
             check_stop()
             yield slice(start, min(start + side, len(self.points)))
 
     def squared_distances(self, rows: slice, other: _Points, columns: slice) -> Tensor:
-        """A block of |u|^2 - 2 u v + |v|^2; within rounding of 0 is 0, so copies coincide."""
+        """A block of |u|^2 - 2 u v + |v|^2; values within rounding of 0 are set to 0, so copies coincide."""
         norms = self.norms[rows, None] + other.norms[columns]
         distances = norms - 2 * self.rows(rows) @ other.rows(columns).T
         return torch.where(distances > self.points.shape[1] * _EPS * norms, distances, 0.0)
 
     def squared_radii(self, k: int) -> Tensor:
-        """(N,) squared distance of every point to its k-th neighbour: the k + 1 nearest hold the point itself.
+        """(N,) squared distance of every point to its k-th nearest other point.
 
         Distances are symmetric, so a block serves its rows and its columns.
         """
@@ -199,7 +197,7 @@ class _Points:
 def nearest_training_distance(images: np.ndarray, training: np.ndarray) -> float:
     """Median over `images` of the L2 pixel distance to the nearest image of `training`, pixels in [-1, 1].
 
-    Both (N, ...) of equal shape beyond N, uint8 or floats in [-1, 1]. Far below the same number of held-out images
+    Both (N, ...) of equal shape beyond N, uint8 or floats in [-1, 1]. A value far below that of held-out images
     means that training images are copied. Raises ValueError on shapes that do not fit or values that are not finite.
     """
     if images.shape[1:] != training.shape[1:]:
@@ -221,7 +219,7 @@ def _pixels(images: np.ndarray) -> np.ndarray:
 
 
 def _rows(values: ArrayLike, what: str) -> np.ndarray:
-    """A finite, non-empty matrix of floats, float32 where it is that."""
+    """`values` as a finite, non-empty matrix: float32 stays float32, everything else becomes float64."""
     matrix = np.asarray(values)
     if matrix.dtype != np.float32 or matrix.ndim != 2 or matrix.size == 0:
         return _matrix(matrix, what)
@@ -231,7 +229,7 @@ def _rows(values: ArrayLike, what: str) -> np.ndarray:
 
 
 def _matrix(values: ArrayLike, what: str) -> np.ndarray:
-    """A finite, non-empty float64 matrix."""
+    """`values` as a finite, non-empty float64 matrix."""
     matrix = np.asarray(values, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0:
         raise ValueError(f"{what} must be a matrix with at least one entry; got shape {matrix.shape}")

@@ -1,7 +1,7 @@
-"""A stream of features to what the metrics need of them, in memory that does not grow but for the features themselves.
+"""Accumulate the statistics of a stream of features that metrics need.
 
-Kept per image: the pooled features in float32, for precision and recall (50,000 x 2048 are 410 MB). Everything else is
-sums in float64, so the batches in which the images came do not matter beyond rounding.
+Stored per image: pooled features in float32, for precision and recall (50,000 x 2048 are 410 MB). Everything else is summed
+in float64, so the batch size matters only up to rounding.
 
 Shapes: N images, D features, K classes.
 """
@@ -20,7 +20,7 @@ from tinyfusion.evaluate.metrics import Moments
 
 
 class RunningMoments:
-    """Mean and covariance of rows that come in batches; merged as in Chan, Golub, LeVeque, 1983 (equation 1.5)."""
+    """Running mean and covariance of batches of rows, merged as in Chan, Golub, LeVeque, 1983 (equation 1.5)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -28,7 +28,7 @@ class RunningMoments:
         self._scatter: np.ndarray | None = None
 
     def add(self, rows: np.ndarray) -> None:
-        """rows: (B, D). Raises ValueError on values that are not finite, and on another D than before."""
+        """Add rows (B, D). Raises ValueError on non-finite values and on another D than before."""
         values = np.asarray(rows, dtype=np.float64)
         if not len(values):
             return
@@ -50,14 +50,14 @@ class RunningMoments:
         self.count = total
 
     def moments(self) -> Moments:
-        """What came so far. Raises ValueError for fewer than 2 rows."""
+        """Moments of all rows so far. Raises ValueError for fewer than 2."""
         if self._mean is None or self._scatter is None or self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples; got {self.count}")
         return Moments(self._mean, self._scatter / (self.count - 1))
 
 
 class RunningScore:
-    """The Inception Score over contiguous splits of `split_size` images; see `metrics.inception_score`."""
+    """Running Inception Score over contiguous splits of `split_size` images; see `metrics.inception_score`."""
 
     def __init__(self, split_size: int) -> None:
         if split_size < 1:
@@ -69,7 +69,7 @@ class RunningScore:
         self._sum: np.ndarray | None = None
 
     def add(self, logits: np.ndarray) -> None:
-        """logits: (B, K), in the order of the images."""
+        """Add logits (B, K), in the order of the images."""
         while len(logits):
             now, logits = np.split(logits, [self.split_size - self._count])
             logs = log_softmax(now.astype(np.float64), axis=1)
@@ -87,7 +87,7 @@ class RunningScore:
         self._count, self._negative_entropy, self._sum = 0, 0.0, None
 
     def score(self) -> float:
-        """The mean over splits, the last of which may be shorter. Nothing can be added after."""
+        """Mean over splits, the last of which may be shorter. Call it once, after all images."""
         if self._count:
             self._close()
         if not self._done:
@@ -97,10 +97,10 @@ class RunningScore:
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """All that the metrics need of a set of images.
+    """Statistics of a set of images for all metrics.
 
-    pool, spatial: moments; spatial is None where the extractor gives none. features: (N, D) float32, None where only
-    moments are known. inception_score: None where there are no logits.
+    pool, spatial: moments; spatial is None if the extractor has no maps. features: (N, D) float32, None if only
+    moments are known. inception_score: None without logits.
     """
 
     count: int
@@ -113,19 +113,19 @@ class FeatureStatistics:
 def summarise(
     features: Iterable[Features], count: int, split_size: int = 5000, tick: Callable[[int], object] | None = None
 ) -> FeatureStatistics:
-    """Statistics of the features of `count` images, which come in batches. tick: told how many there were.
+    """Statistics of batches of features of `count` images in all. tick: called with the number of images so far.
 
-    Raises ValueError where they are fewer or more than `count`, fewer than 2, or not finite.
+    Raises ValueError if there are fewer or more than `count`, fewer than 2, or non-finite values.
     """
     pool, spatial, score = RunningMoments(), RunningMoments(), RunningScore(split_size)
-    kept: np.ndarray | None = None
+    pooled: np.ndarray | None = None
     done = 0
     has_score = False
     for batch in features:
-        kept = np.empty((count, batch.pool.shape[1]), np.float32) if kept is None else kept
+        pooled = np.empty((count, batch.pool.shape[1]), np.float32) if pooled is None else pooled
         if done + len(batch.pool) > count:
-            raise ValueError(f"more than the {count} images that were told")
-        kept[done : done + len(batch.pool)] = batch.pool
+            raise ValueError(f"got more than the announced {count} images")
+        pooled[done : done + len(batch.pool)] = batch.pool
         done += len(batch.pool)
         pool.add(batch.pool)
         if batch.spatial is not None:
@@ -136,7 +136,11 @@ def summarise(
         if tick:
             tick(done)
     if done != count:
-        raise ValueError(f"{done} images, and {count} were told")
+        raise ValueError(f"wanted {count} images; got {done}")
     return FeatureStatistics(
-        count, pool.moments(), spatial.moments() if spatial.count else None, kept, score.score() if has_score else None
+        count,
+        pool.moments(),
+        spatial.moments() if spatial.count else None,
+        pooled,
+        score.score() if has_score else None,
     )
