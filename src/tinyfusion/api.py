@@ -67,7 +67,7 @@ def objective_of(model: LoadedModel, label_drop: float = 0.1) -> Process:
 class LearnedMasks:
     """The outcome of `learn_masks`.
 
-    plan: which blocks stay. updates: the averages of what trained beside the gates, by name. settings: as given.
+    plan: which blocks stay. updates: the averages of the weight deltas that trained with the gates, by name. settings: as given.
     """
 
     plan: PrunePlan
@@ -87,7 +87,7 @@ def learn_masks(
 ) -> LearnedMasks:
     """Learn which blocks of `model` go (TinyFusion, arXiv 2412.01199, section 3); `model` stays as it is, where it is.
 
-    settings: scheme, distribution, what trains beside the gates, and its training; `PruneSection(scheme="1:2",
+    settings: scheme, distribution, weight deltas, and the training; `PruneSection(scheme="1:2",
     training=TrainingSection(steps=500, batch_size=32))`. The batch size is that of `batches` where they are an iterable.
     on_step: is given the record of every step. Raises UserError where scheme, task and batches do not fit.
     """
@@ -115,7 +115,7 @@ def prune_model(
 ) -> LoadedModel:
     """A student with only some blocks of `model`, which stays as it is.
 
-    how: learned masks (with what was trained beside the gates, unless `keep_updates` is False), a plan, the indices of the
+    how: learned masks (with the weight deltas that trained with the gates, unless `keep_updates` is False), a plan, the indices of the
     blocks that stay, or the name of a criterion without training. num_keep: of a criterion, blocks that stay per list; None:
     half. task, batches, num_batches: what a criterion that looks at data is shown. Raises UserError on what does not fit.
     """

@@ -231,7 +231,7 @@ def test_the_data_set_by_name(folder: Path, tmp_path: Path) -> None:
     assert isinstance(made, StreamedBatches) and len(made) == NUM
     with pytest.raises(UserError, match=r"images \(3, 2, 2\), the model takes \(3, 4, 4\)"):
         batches(f"parquet-stream:{folder}", 4)
-    with pytest.raises(UserError, match="is read in parts"):
+    with pytest.raises(UserError, match="is streamed"):
         image_set(f"parquet-stream:{folder}")
     with pytest.raises(UserError, match="no parquet data"):
         batches(f"parquet-stream:{tmp_path}")

@@ -179,7 +179,7 @@ def test_counted_parts_are_those_of_the_state(tiny_model: MakeModel, dtype: str)
         assert plan.parts["moving_average"] == sum(v.nbytes for v in state.ema.average.values())
         assert plan.parts["frozen_weights"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
         others = sum(p.nbytes for m in given.beside if m is not model for p in m.parameters())
-        assert plan.parts["teacher"] + plan.parts["model_beside"] == others
+        assert plan.parts["teacher"] + plan.parts["model_also_resident"] == others
 
 
 def test_measuring_changes_nothing(tiny_model: MakeModel) -> None:
@@ -205,7 +205,7 @@ def footprint(**changes: Any) -> Footprint:
     half = dataclasses.replace(block, held=1200, casts=2_000)
     values: dict[str, Any] = dict(
         trained=(400, 600, 8192), frozen_linear=0, frozen_rest=64, trained_block=2_000, weights_block=2_000,
-        weights_outside=100, teacher=8_000, teacher_gathered=4_100, beside=0, batch=10, kept_share=1.0, features=1,
+        weights_outside=100, teacher=8_000, teacher_gathered=4_100, also_resident=0, batch=10, graph_share=1.0, features=1,
         measured={
             "float32": Measured((block, block), (block,), 200, 100), "bfloat16": Measured((half, half), (block,), 200, 100),
         },

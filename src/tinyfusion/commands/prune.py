@@ -97,7 +97,7 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
 def _learn(inputs: Inputs, work: MaskTraining, folder: RunDirectory) -> PrunePlan:
     """Train the gates inside the run, and read off the plan."""
     settings, share = inputs.recipe.prune, f"{work.learner.trainable_share:.3%} of the teacher's parameters"
-    folder.note(f"trainable beside the gates: {share}")
+    folder.note(f"trainable weight deltas: {share}")
     if folder.writes:
         print(f"learning {settings.scheme} masks; {share} train along", file=sys.stderr)
     seconds = drive(work, folder, inputs.options.resume)

@@ -35,8 +35,8 @@ class Recover(TrainingVerb[Training]):
             options = _opened_as_then(options, job)
         typed = options.num_heads, options.family, options.num_classes
         # a folder says all that itself, and may be narrower than its teacher
-        said = typed if Path(source).is_file() else (None, options.family, None)
-        student, teacher = open_stated(recipe, source, *said), None
+        names = typed if Path(source).is_file() else (None, options.family, None)
+        student, teacher = open_stated(recipe, source, *names), None
         if recipe.recover.method != "finetune":
             teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
             if teacher.family is not student.family:  # two families can have equal tensors, and equal hashes

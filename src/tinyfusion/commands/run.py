@@ -274,9 +274,9 @@ def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
     references = recipe.evaluate.references
     for reference in references:
         for name in models:
-            made = RunOptions(_evaluation(out, name, reference))
+            options = RunOptions(_evaluation(out, name, reference))
             examples = out / "samples" / "real.npz" if reference == references[0] and name == models[0] else None
-            evaluate(recipe, made, out / "samples" / f"{name}.npz", reference, print_table=False, examples=examples)
+            evaluate(recipe, options, out / "samples" / f"{name}.npz", reference, print_table=False, examples=examples)
         for real in [r for r in references if r != reference and r in REAL_SETS][:1]:
             evaluate(recipe, RunOptions(_evaluation(out, "real", reference)), Path(real), reference, print_table=False)
     write_json(out / "evaluation.json", read_json(_evaluation(out, models[-1], references[0])))
@@ -318,8 +318,8 @@ def _outcome(out: Path) -> dict[str, Any]:
     plan = read_json(out / "prune" / "plan.json")
     first = read_json(out / "run.json")["recipe"]["evaluate"]["references"][0]
     words = {"teacher": "teacher", "pruned": "cut", "student": "recovered", "dynamic": "dynamic"}
-    found = {name: _evaluation(out, name, first) for name in words}
-    fids = {words[name]: read_json(file)["fid"] for name, file in found.items() if file.is_file()}
+    files = {name: _evaluation(out, name, first) for name in words}
+    fids = {words[name]: read_json(file)["fid"] for name, file in files.items() if file.is_file()}
     kept = "; ".join(" ".join(map(str, blocks)) for blocks in plan["kept"].values())
     numbers = " -> ".join(f"{fid:.3g}" for fid in fids.values())
     last = speed["models"].get("dynamic", speed)

@@ -64,13 +64,13 @@ def open_teacher(
 
 
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
-    """The part of a recipe that a verb depends on, with its inputs, as plain values: what "the same command" means."""
+    """The sections of a recipe that a verb depends on, with its inputs, as plain values: what "the same command" means."""
     values = to_plain(recipe)
     return {**inputs, "seed": recipe.seed, **{name: values[name] for name in sections}}
 
 
 def job_record(recipe: Recipe, options: RunOptions, **paths: Any) -> dict[str, Any]:
-    """What a run's record keeps so that its training can be put together again; paths: of models that were opened."""
+    """What a run's record needs for its training to be repeated. paths: of models that were opened."""
     named = {name: _absolute(str(path)) for name, path in paths.items() if path}
     data = recipe.data.name if recipe.data.name in REAL_SETS else _absolute(recipe.data.name)
     typed = {name: getattr(options, name) for name in ("num_heads", "family", "num_classes")}
@@ -100,26 +100,26 @@ def image_set(name: str, size: int | None = None, orientation: Orientation = "fo
     """A data set by name, parquet files, one of the hub, a folder of pictures, or an npz of images and labels.
 
     size, orientation: of pictures, as in `decode`; an npz stays as it is. Raises UserError on NaN, wrong shapes, an unknown
-    name, and a set that is only to be read in parts.
+    name, and a set that is only to be streamed.
     """
     if name in REAL_SETS:
         return load_digits(heldout=name.endswith(":heldout"))
     if name.startswith(WHOLE) or Path(name).is_dir():
-        found = pictures(name, size, orientation)
-        return _array_set(name, found.pixels, found.labels)
+        encoded = pictures(name, size, orientation)
+        return _array_set(name, encoded.pixels, encoded.labels)
     if name.startswith(LATENTS):
         raise UserError(
             f"{name} are latents, and here images have to be in memory: name the pictures they were made of"
         )
     if name.startswith(STREAMED):
         raise UserError(
-            f"{name} is read in parts, and here a whole set has to be in memory: give {PARQUET}PATH or {HUB}ORG/NAME, of a part "
+            f"{name} is streamed, and here a whole set has to be in memory: give {PARQUET}PATH or {HUB}ORG/NAME, a part of it "
             "where it is large"
         )
     check_data_name(name)
     images, labels = read_images_npz(Path(name))
     if labels is None:
-        raise UserError(f"{name} has no labels: wanted arr_1 int64 beside arr_0")
+        raise UserError(f"{name} has no labels: wanted arr_1 int64 and arr_0")
     if images.shape[-1] > 3:
         some = _array_set(name, images[:LOOKED_AT], labels)
         pixels = (
@@ -130,7 +130,7 @@ def image_set(name: str, size: int | None = None, orientation: Orientation = "fo
 
 
 def check_data_name(name: str) -> None:
-    """UserError on what names no data set: said before a teacher is fetched that there are no images for."""
+    """Raise UserError where `name` is no data set. Checked before a teacher is fetched for nothing."""
     if name.endswith(".npz") and not Path(name).is_file():
         raise UserError(f"no images at {name}: no such file")
     known = name in REAL_SETS or name.startswith((*WHOLE, *STREAMED, LATENTS)) or name.endswith(".npz")
@@ -157,20 +157,20 @@ def pictures(name: str, size: int | None, orientation: Orientation) -> Pictures:
 def _state_of_files(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Absolute path, size and time of change of the file `path`, or of all files below it; empty where it is neither."""
     inside = (os.path.join(folder, name) for folder, _folders, names in os.walk(path) for name in names)
-    found = []
+    states = []
     for file in [path] if path.is_file() else inside:
         with contextlib.suppress(OSError):  # gone, or a link to nothing: the reader says so
             status = os.stat(file)
-            found.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
-    return tuple(sorted(found))
+            states.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
+    return tuple(sorted(states))
 
 
 @lru_cache(maxsize=2)
 def _decoded_once(name: str, size: int | None, orientation: Orientation, _files: object) -> Pictures:
     """Decoding is slow, and training, calibration and evaluation ask for the same set. _files: the state that they were in."""
-    found = read_originals(name, size, orientation)
-    say(found.remarks)
-    return found
+    decoded = read_originals(name, size, orientation)
+    say(decoded.remarks)
+    return decoded
 
 
 def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
@@ -191,9 +191,9 @@ def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> 
     """Training batches of the recipe's data. channels: of the model; for 3 of them grey pictures are in colour."""
     data, randomness = require_data(recipe).data, Randomness(recipe.seed)
     if data.name.startswith(STREAMED):
-        parts = open_shards(data.name, data.size, channels, data.orientation)
+        shards = open_shards(data.name, data.size, channels, data.orientation)
         timeout_s = recipe.compute.timeout_s
-        return StreamedBatches(parts, randomness, device, data.window_images, data.augment, data.flip, timeout_s)
+        return StreamedBatches(shards, randomness, device, data.window_images, data.augment, data.flip, timeout_s)
     if data.name.startswith(LATENTS):
         if data.augment:
             raise UserError(
@@ -250,29 +250,29 @@ def _check_fit(data: DataSection, source: Batches, sizes: Any) -> None:
     wanted, new = (sizes.in_channels, sizes.input_size, sizes.input_size), isinstance(sizes, ModelSection)
     if source.shape != wanted:
         raise UserError(
-            f"data {data.name} has images {source.shape}, the model takes {wanted}{_way_out(data, source, wanted, new)}"
+            f"data {data.name} has images {source.shape}, the model takes {wanted}{_remedy(data, source, wanted, new)}"
         )
     if source.classes > sizes.num_classes:
-        way = f": --set model.num_classes={source.classes}" if new else ""
-        raise UserError(f"data {data.name} has {source.classes} classes, the model knows {sizes.num_classes}{way}")
+        fix = f": --set model.num_classes={source.classes}" if new else ""
+        raise UserError(f"data {data.name} has {source.classes} classes, the model knows {sizes.num_classes}{fix}")
 
 
-def _way_out(data: DataSection, source: Batches, wanted: tuple[int, int, int], new: bool) -> str:
+def _remedy(data: DataSection, source: Batches, wanted: tuple[int, int, int], new: bool) -> str:
     """What to type where images (C, H, W) are not those that a model takes; nothing where no setting helps."""
     channels, height, width = source.shape
     if (height, width, channels) == wanted:
         return "; arr_0 looks like (N, C, H, W), wanted channels last"
-    square, ways = height == width, []
+    square, fixes = height == width, []
     if new and square and channels != wanted[0]:
-        ways.append(f"--set model.in_channels={channels}")
+        fixes.append(f"--set model.in_channels={channels}")
     if not new and (channels, wanted[0]) == (3, 1) and is_pictures(data.name):
-        ways.append("make its pictures grey")
+        fixes.append("make its pictures grey")
     if (height, width) != wanted[1:]:
         side = wanted[1] if square or not new else 2 ** min(int(math.log2(min(height, width))), 6)
         sides = [f"--set model.input_size={height}"] if new and square else []
         sides += [f"--set data.size={side}"] if is_pictures(data.name) else []
-        ways += [" or ".join(sides)] if sides else []
-    return f": {' and '.join(ways)}" if ways else ""
+        fixes += [" or ".join(sides)] if sides else []
+    return f": {' and '.join(fixes)}" if fixes else ""
 
 
 def engine_for(recipe: Recipe) -> Engine:

@@ -197,18 +197,18 @@ def _decide(context: CriterionContext, run: RunDirectory) -> PrunePlan:
 
     total = evaluations(context) * batches
     with progress(title, total, "blocks", total * begun.batches // batches if begun else 0) as bar:
-        told = dataclasses.replace(context, tick=bar, begun=begun, keep=keep, publish=publish)
-        plan = decide(told)
+        running = dataclasses.replace(context, tick=bar, begun=begun, keep=keep, publish=publish)
+        plan = decide(running)
     return dataclasses.replace(plan, cost={**plan.cost, "seconds": spent + plan.cost["seconds"]})
 
 
 def _save(run: RunDirectory, sums: LossSums, seconds: float) -> None:
     """A search so far, as `checkpoints/step-BATCHES/`; the one before it goes."""
     target = run.checkpoints / f"step-{sums.batches:07d}"
-    with atomic_write(target, CHECKPOINT_FILES) as beside:
-        beside.mkdir(parents=True)
+    with atomic_write(target, CHECKPOINT_FILES) as unfinished:
+        unfinished.mkdir(parents=True)
         counts = np.array([sums.images, sums.batches], dtype=np.int64)
-        save_file({"loss": sums.loss, "mse": sums.mse, "counts": counts}, beside / "losses.safetensors")
+        save_file({"loss": sums.loss, "mse": sums.mse, "counts": counts}, unfinished / "losses.safetensors")
     for path in run.checkpoints.glob("step-*"):
         if path != target:
             discard(path, CHECKPOINT_FILES)
@@ -219,9 +219,9 @@ def _load(run: RunDirectory) -> tuple[LossSums | None, float]:
     """What an interrupted search had, and the seconds it took; nothing where there is none, or it is damaged."""
     for path in sorted(run.checkpoints.glob("step-*"), reverse=True):
         try:
-            held = load_file(path / "losses.safetensors")
-            images, batches = (int(count) for count in held["counts"])
-            return LossSums(held["loss"], held["mse"], images, batches), float(run.record().get("seconds", 0.0))
+            saved = load_file(path / "losses.safetensors")
+            images, batches = (int(count) for count in saved["counts"])
+            return LossSums(saved["loss"], saved["mse"], images, batches), float(run.record().get("seconds", 0.0))
         except (OSError, KeyError, ValueError, SafetensorError):
             run.note(f"{path.name} is damaged; the search begins anew")
     return None, 0.0

@@ -39,7 +39,7 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
     Raises Interrupted after a signal to any process, also one in the last step, with the state saved.
     """
     engine, state, settings = training.engine, training.state, training.settings
-    engine.wait()  # until the main process has made the run folder
+    engine.wait()  # until the main process has created the run folder
     if resume is None:
         start = load_latest(run.checkpoints, state, first=engine.first)
     else:
@@ -145,9 +145,9 @@ class _Sitting:
         if writer.written is None or writer.written is self.saved:
             return
         self.saved = writer.written
-        size, held, write = self.saved.num_bytes / 2**20, self.saved.held_s, self.saved.write_s
+        size, paused, write = self.saved.num_bytes / 2**20, self.saved.held_s, self.saved.write_s
         self.run.note(
-            f"checkpoint of step {self.saved.step}: {size:.1f} MiB, training held {held:.2f} s, written in {write:.2f} s"
+            f"checkpoint of step {self.saved.step}: {size:.1f} MiB, training held {paused:.2f} s, written in {write:.2f} s"
         )
 
     def tell(self, record: StepRecord, bar: Advance) -> None:

@@ -57,17 +57,17 @@ def dynamic_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
     labels = image_labels(
         _NUM_IMAGES, model.arch.num_classes, recipe.seed, recipe.sample.labels, recipe.sample.label_rule == "balanced"
     )
-    draws, way = SampleDraws(Randomness(recipe.seed), 0, _NUM_IMAGES, device), _Recording()
-    with routed.using(way):
+    draws, recording = SampleDraws(Randomness(recipe.seed), 0, _NUM_IMAGES, device), _Recording()
+    with routed.using(recording):
         x = deque(sampler.trajectory(model, torch.from_numpy(labels).to(device), draws), maxlen=1).pop()
     sizes, settings, depth = routed.sizes, routed.settings, len(model.stack)
-    ratios = [model_ratio(masks, sizes, _rows(masks)).mean() for masks in way.passes]
+    ratios = [model_ratio(masks, sizes, _rows(masks)).mean() for masks in recording.passes]
     ratio = float(torch.stack(ratios).mean())
     static = model_macs(model)
-    first = {time: i for i, time in reversed(list(enumerate(way.times)))}  # its first pass, of every time
-    times = list(dict.fromkeys(way.times))
+    first = {time: i for i, time in reversed(list(enumerate(recording.times)))}  # its first pass, of every time
+    times = list(dict.fromkeys(recording.times))
     shares = {
-        name: _shares([way.passes[first[time]] for time in times], name, depth)
+        name: _shares([recording.passes[first[time]] for time in times], name, depth)
         for name, wanted in (
             ("heads", settings.width), ("groups", settings.width), ("tokens", settings.tokens), ("gate", settings.depth)
         )
@@ -78,51 +78,51 @@ def dynamic_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
         "times": [round(time, 6) for time in times],
         "num_units": sizes.num_heads,
         "shares": shares,
-        "sub_networks": _different([way.passes[first[time]] for time in times]),
+        "sub_networks": _different([recording.passes[first[time]] for time in times]),
         "ratio": ratio,
         "macs": total_macs(static, sizes, depth, ratio, settings.tokens),
         "static_macs": static,
-        "maps": _token_maps(way, x, labels, model) if settings.tokens else None,
+        "maps": _token_maps(recording, x, labels, model) if settings.tokens else None,
     }
 
 
 def _sampler(settings: SampleSection, model: LoadedModel) -> Sampler:
-    """The recipe draws nothing here, so its way need not fit, such as DDIM for a flow."""
+    """The sampler of the recipe, or the published one where that does not fit, such as DDIM for a flow."""
     return sampler_of(settings if fits(settings, model) else default_sampling(model), model)
 
 
 def _rows(masks: dict[int, BlockMasks]) -> int:
     """Rows of the batch of a forward pass."""
-    one = masks[0]
-    return next(len(m) for m in (one.heads, one.tokens, one.gate) if m is not None)
+    first = masks[0]
+    return next(len(m) for m in (first.heads, first.tokens, first.gate) if m is not None)
 
 
 def _shares(passes: list[dict[int, BlockMasks]], name: str, depth: int) -> list[list[float]]:
     """Per block and time, the share of units, or of tokens of all images, that ran."""
-    found = [[getattr(masks[block], name).float().mean().item() for masks in passes] for block in range(depth)]
-    return [[round(share, 4) for share in row] for row in found]
+    shares = [[getattr(masks[block], name).float().mean().item() for masks in passes] for block in range(depth)]
+    return [[round(share, 4) for share in row] for row in shares]
 
 
 def _different(passes: list[dict[int, BlockMasks]]) -> int:
     """Sub-networks that differ in heads, groups or blocks."""
     seen = set()
     for masks in passes:
-        decided = [m[:1] for one in masks.values() for m in (one.heads, one.groups, one.gate) if m is not None]
+        decided = [m[:1] for block in masks.values() for m in (block.heads, block.groups, block.gate) if m is not None]
         seen.add(torch.cat([m.flatten() for m in decided]).bool().cpu().numpy().tobytes() if decided else b"")
     return len(seen)
 
 
-def _token_maps(way: _Recording, x: Tensor, labels: np.ndarray, model: LoadedModel) -> dict[str, Any]:
+def _token_maps(recording: _Recording, x: Tensor, labels: np.ndarray, model: LoadedModel) -> dict[str, Any]:
     """Per image and at some passes, in how many of all blocks (percent) the MLP saw each token; and the images themselves."""
-    chosen = sorted({round(i) for i in np.linspace(0, len(way.passes) - 1, _NUM_TIMES)})
+    chosen = sorted({round(i) for i in np.linspace(0, len(recording.passes) - 1, _NUM_TIMES)})
     side = model.arch.input_size // model.arch.patch_size
     percent = []
     for i in chosen:
-        tokens = torch.stack([masks.tokens for masks in way.passes[i].values() if masks.tokens is not None])
+        tokens = torch.stack([masks.tokens for masks in recording.passes[i].values() if masks.tokens is not None])
         seen = tokens[:, : len(labels)].float().mean(0)  # the conditional half stands first
         percent.append((100 * seen).round().int().cpu().view(len(labels), side, side))
     return {
-        "times": [round(way.times[i], 6) for i in chosen],
+        "times": [round(recording.times[i], 6) for i in chosen],
         "percent": torch.stack(percent, dim=1).tolist(),
         "labels": labels.tolist(),
         "space": "latents" if model.of_latents else "pixels",

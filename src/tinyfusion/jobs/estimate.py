@@ -32,7 +32,7 @@ _PASSING_VALUES = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """Rounded numbers of a job. memory_gib: on the device, beside the program itself. basis: how the minutes were found.
+    """Rounded numbers of a job. memory_gib: on the device, without the program itself. basis: where the minutes come from.
 
     memory_plan: what of a training takes the memory, and what would fit, as lines for people.
     """
@@ -97,7 +97,7 @@ def announce(verb: str, plan: dict[str, Any], estimate: Estimate, spoken: bool =
     rows = {
         **plan,
         "minutes": f"{_about(estimate.minutes)} ({estimate.basis})",
-        "memory": f"{_about(estimate.memory_gib)} GiB beside the program itself",
+        "memory": f"{_about(estimate.memory_gib)} GiB without the program itself",
         "disk": f"{_about(estimate.disk_mib)} MiB",
     }
     print(f"{verb} would do this:")
@@ -127,7 +127,7 @@ def step_seconds(
     device: torch.device,
     least: int = 1,
 ) -> tuple[float, str]:
-    """Seconds of one step at `batch_size`, and how they were found. least: images that a step cannot do without."""
+    """Seconds of one step at `batch_size`, and where they come from. least: images that a step cannot do without."""
     if parameters <= _MEASURED_PARAMETERS:
         measured = max(least, min(batch_size, int(_MEASURED_MACS / macs_per_image)))
         return measure(measured) * batch_size / measured, f"measured on two steps of {measured} images, {device.type}"

@@ -1,11 +1,11 @@
-"""What memory a training follows from: sizes counted from shapes, and what activations need, measured on one block.
+"""What the memory of a training follows from: sizes counted from shapes, activation sizes measured on one block.
 
-One block of each kind runs forward and backward on one image and on two, while every tensor that comes into being and goes
-is counted. The difference is what an image needs, the rest is what weights need (their casts). That is exact for any
-family, arithmetic and attention kernel, because it is the very code that will train, and takes about a second for a block
+One block of each kind runs forward and backward on one image and on two, while every tensor that is allocated and freed is
+counted. The difference is what an image needs, the rest is what weights need (their casts). That is exact for any
+family, type and attention kernel, because it is the very code that will train, and takes about a second for a block
 of a 675M model on a CPU; a formula would have to follow every line of every model. What lies around the blocks (embedding,
 output, losses, features that are compared, gates) is measured in the same way, on the whole objective with blocks that
-return their input. Memory that kernels take and give back inside is not seen.
+return their input. Memory that kernels take and free inside is not seen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ from tinyfusion.training.loop import BatchSource
 from tinyfusion.training.lora import cast_frozen_linears
 
 FLOAT_BYTES = 4
-_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FEW, _MORE = 8, 16  # images; even, because some gates compare images in pairs, and enough for masks to differ
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class BlockBytes:
 
 @dataclass(frozen=True)
 class Measured:
-    """The needs of every block, of the trained model and of the teacher, in one arithmetic.
+    """The needs of every block, of the trained model and of the teacher, in one type.
 
-    before, after: bytes per image around the blocks, held since the last of them began (embedding, features, gates), and made
-    after it (output, losses).
+    before, after: bytes per image around the blocks, held since the last of them began (embedding, features, gates), and
+    allocated after it (output, losses).
     """
 
     blocks: tuple[BlockBytes, ...]
@@ -69,8 +70,8 @@ class Footprint:
     """Everything about a training that its memory follows from, but settings and processes. Bytes, where not said otherwise.
 
     trained: numbers in every trained tensor. frozen_linear: numbers in linear layers that do not train; frozen_rest: other
-    frozen numbers. *_outside: of what is in no block; *_block: of the largest block. kept_share: of the images that run a
-    block with a graph. features: blocks of the teacher whose outputs are compared. beside: another model on the device.
+    frozen numbers. *_outside: of what is in no block; *_block: of the largest block. graph_share, features: as in
+    `StepMemory`. also_resident: other models on the device.
     """
 
     trained: tuple[int, ...]
@@ -81,15 +82,15 @@ class Footprint:
     weights_outside: int
     teacher: int
     teacher_gathered: int
-    beside: int
+    also_resident: int
     batch: int
-    kept_share: float
+    graph_share: float
     features: int
     measured: Mapping[str, Measured]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of tensors that came into being inside the context and are still there. Views count once, inputs not at all."""
+    """Bytes of tensors that were allocated inside the context and not yet freed. Views count once, inputs not at all."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -99,18 +100,18 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
         result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor):
-                storage = made.untyped_storage()
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
                 key = storage._cdata
                 if key not in given and key not in self._sizes:
                     self._sizes[key] = storage.nbytes()
                     self.now += self._sizes[key]
                     self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._gone, key)
+                    weakref.finalize(storage, self._freed, key)
         return result
 
-    def _gone(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
 
 
@@ -121,109 +122,94 @@ def footprint_of(
     objective: Objective,
     source: BatchSource,
     settings: TrainingSection,
-    beside: Sequence[nn.Module] = (),
+    also_resident: Sequence[nn.Module] = (),
 ) -> Footprint:
-    """Count and measure a training. Every process must call where models lie in parts; nothing that trains changes.
+    """Count and measure a training. Every process must call where models are sharded; nothing that trains changes.
 
-    model, stack: what trains, and its blocks. parameters: the trained ones, gates included. beside: other modules that stay
-    in memory; they count where they lie on the same device. Measured in the arithmetic of `settings`, float32 and bfloat16.
+    model, stack: what trains, and its blocks. parameters: the trained ones, gates included. also_resident: other modules that
+    stay in memory; they count where they are on the same device. Measured in the type of `settings`, float32 and bfloat16.
     """
     device = next(iter(parameters.values())).device
     memory = objective.step_memory()
     teacher, teacher_stack = memory.teacher or (None, None)
-    frozen_linear = sum(
-        p.numel()
-        for m in model.modules()
-        if isinstance(m, nn.Linear) and not any(p.requires_grad for p in m.parameters(recurse=False))
-        for p in m.parameters(recurse=False)
-    )
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    counted = {id(model), id(teacher)}
-    others = [m for m in beside if id(m) not in counted and next(m.parameters()).device == device]
-    blocks = list(stack)
-    inside = [_numbers(block) for block in blocks]
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear))
+    of_linears = [list(m.parameters(recurse=False)) for m in linears]
+    frozen_linear = sum(p.numel() for own in of_linears if not any(p.requires_grad for p in own) for p in own)
+    others = [m for m in also_resident if m is not model and m is not teacher and next(m.parameters()).device == device]
+    largest, outside = _weights(model, stack)
+    teacher_block, teacher_outside = _weights(teacher, teacher_stack) if teacher and teacher_stack else (0, 0)
     measured, batch = _measured(model, stack, objective, source, settings)
     return Footprint(
         trained=tuple(p.numel() for p in parameters.values()),
         frozen_linear=frozen_linear,
-        frozen_rest=frozen - frozen_linear,
-        trained_block=FLOAT_BYTES * max(_numbers(block, trained=True) for block in blocks),
-        weights_block=FLOAT_BYTES * max(inside),
-        weights_outside=FLOAT_BYTES * (_numbers(model) - sum(inside)),
-        teacher=FLOAT_BYTES * _numbers(teacher) if teacher else 0,
-        teacher_gathered=_gathered(teacher, list(teacher_stack)) if teacher and teacher_stack else 0,
-        beside=sum(FLOAT_BYTES * _numbers(m) for m in others),
+        frozen_rest=sum(p.numel() for p in model.parameters() if not p.requires_grad) - frozen_linear,
+        trained_block=max(_bytes(block, trained=True) for block in stack),
+        weights_block=largest,
+        weights_outside=outside,
+        teacher=_bytes(teacher) if teacher else 0,
+        teacher_gathered=teacher_outside + 2 * teacher_block,
+        also_resident=sum(map(_bytes, others)),
         batch=batch,
-        kept_share=memory.graph_share,
+        graph_share=memory.graph_share,
         features=memory.features,
         measured=measured,
     )
 
 
-def _numbers(module: nn.Module, trained: bool = False) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+def _bytes(module: nn.Module, trained: bool = False) -> int:
+    return FLOAT_BYTES * sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-def _gathered(teacher: nn.Module, blocks: list[nn.Module]) -> int:
-    inside = [_numbers(block) for block in blocks]
-    return FLOAT_BYTES * (_numbers(teacher) - sum(inside) + 2 * max(inside))
+def _weights(module: nn.Module, stack: BlockStack) -> tuple[int, int]:
+    """Bytes of the largest block, and of what is in no block."""
+    inside = [_bytes(block) for block in stack]
+    return max(inside), _bytes(module) - sum(inside)
 
 
 def _measured(
-    model: nn.Module,
-    stack: BlockStack,
-    objective: Objective,
-    source: BatchSource,
-    settings: TrainingSection,
+    model: nn.Module, stack: BlockStack, objective: Objective, source: BatchSource, settings: TrainingSection
 ) -> tuple[dict[str, Measured], int]:
-    """What blocks need by arithmetic, and the bytes of one image's batch."""
+    """What blocks need by type, and the bytes of one image's batch."""
     memory = objective.step_memory()
     stacks = [stack, *([memory.teacher[1]] if memory.teacher else [])]
-    sides = [list(stacked) for stacked in stacks] + [[]] * (2 - len(stacks))
-    declared = [stacked.streams() for stacked in stacks] + [[]] * (2 - len(stacks))
-    passes = memory.passes
     live: dict[int, tuple[int, int]] = {}
-    size, calls = 0, list[list[Any]]()
-    for images in (8, 16):  # even, because some gates compare images in pairs, and enough for masks to differ
+    size, recorded = 0, list[list[_StandIn]]()
+    for images in (_FEW, _MORE):
         draws = Randomness(0).at(0, 0, images)
         noisy = objective.draw(source(0, images, draws), draws)
-        held: list[Tensor] = []
-        noisy.each(lambda value, held=held: (held.append(value), value)[1])
-        size = sum(v.nbytes for v in held) // images
+        tensors: list[Tensor] = []
+        noisy.each(lambda value, tensors=tensors: (tensors.append(value), value)[1])
+        size = sum(tensor.nbytes for tensor in tensors) // images
         with contextlib.ExitStack() as undo:
             meter = LiveBytes()
-            asides = [
-                [undo.enter_context(_aside(*block, meter)) for block in zip(side, streams, strict=True)]
-                for side, streams in zip(sides, declared, strict=True)
-            ]
-            with meter, _autocast(held[0].device.type, settings.dtype):
+            recorded = [[_StandIn(b, s, meter) for b, s in zip(st, st.streams(), strict=True)] for st in stacks]
+            for stand_in in (s for side in recorded for s in side):
+                undo.enter_context(standing_in(stand_in.block, stand_in))
+            with meter, _autocast(tensors[0].device.type, settings.dtype):
                 prediction = objective.predict(model, noisy)
             with meter:
                 terms = objective.losses(model, noisy, prediction)
             del prediction  # as the loop does before the backward pass
-            live[images] = asides[0][-1].live, meter.now
-            calls = [[aside.call for aside in side] for side in asides]
+            live[images] = recorded[0][-1].live, meter.now
             del terms
-    before, rest = (max(b - a, 0) // 8 for a, b in zip(live[8], live[16], strict=True))
-    found: dict[str, Measured] = {}
-    wanted: tuple[str, ...] = (settings.dtype, "float32", "bfloat16")
-    for dtype in dict.fromkeys(wanted):
-        own, teachers = (
-            _block_bytes(side, recorded, dtype, dtype == settings.dtype, trains=index == 0)
-            for index, (side, recorded) in enumerate(zip(sides, calls, strict=True))
-        )
-        found[dtype] = Measured(own * passes, teachers, before * passes, max(rest - before, 0) * passes)
-    return found, size
+    before, rest = (max(b - a, 0) // (_MORE - _FEW) for a, b in zip(live[_FEW], live[_MORE], strict=True))
+    by_type: dict[str, Measured] = {}
+    types: tuple[str, ...] = (settings.dtype, "float32", "bfloat16")
+    for dtype in dict.fromkeys(types):
+        as_recorded, passes = dtype == settings.dtype, memory.passes
+        own, *teachers = (_block_bytes(s, dtype, as_recorded, trains=i == 0) for i, s in enumerate(recorded))
+        teacher = teachers[0] if teachers else ()
+        by_type[dtype] = Measured(own * passes, teacher, before * passes, max(rest - before, 0) * passes)
+    return by_type, size
 
 
 def _autocast(device: str, dtype: str) -> torch.autocast:
-    wanted = _DTYPES[dtype]
-    return torch.autocast(device, dtype=wanted, enabled=wanted is not None)
+    return torch.autocast(device, dtype=None if dtype == "float32" else _DTYPES[dtype], enabled=dtype != "float32")
 
 
 @dataclass
-class _Aside:
-    """What stands in for the `forward` of a block: its streams as they are. call: the first one. live: bytes at that call."""
+class _StandIn:
+    """Stands in for the `forward` of a block, and returns its streams. call: the first one. live: bytes at that call."""
 
     block: nn.Module
     streams: Streams
@@ -239,22 +225,15 @@ class _Aside:
         return self.streams.join(call.states)
 
 
-@contextlib.contextmanager
-def _aside(block: nn.Module, streams: Streams, meter: LiveBytes) -> Iterator[_Aside]:
-    """Within the context `block` returns its streams as they are."""
-    aside = _Aside(block, streams, meter)
-    with standing_in(block, aside):
-        yield aside
-
-
-def _block_bytes(
-    blocks: list[nn.Module], calls: list[BlockCall | None], dtype: str, as_recorded: bool, trains: bool
-) -> tuple[BlockBytes, ...]:
+def _block_bytes(recorded: list[_StandIn], dtype: str, as_recorded: bool, trains: bool) -> tuple[BlockBytes, ...]:
     """The needs of every block; blocks of one class and the same shapes are measured once."""
-    kinds = [(type(block), tuple((tuple(p.shape), p.requires_grad) for p in block.parameters())) for block in blocks]
-    called = {kind: (block, call) for block, kind, call in zip(blocks, kinds, calls, strict=True) if call is not None}
-    found = {kind: _one_block(block, call, dtype, as_recorded, trains) for kind, (block, call) in called.items()}
-    return tuple(found[kind] for kind in kinds)
+
+    def kind(block: nn.Module) -> tuple[Any, ...]:
+        return type(block), tuple((tuple(p.shape), p.requires_grad) for p in block.parameters())
+
+    called = {kind(s.block): (s.block, s.call) for s in recorded if s.call is not None}
+    measured = {key: _one_block(block, call, dtype, as_recorded, trains) for key, (block, call) in called.items()}
+    return tuple(measured[kind(s.block)] for s in recorded)
 
 
 def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool) -> BlockBytes:
@@ -262,36 +241,28 @@ def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
     device = next(block.parameters()).device
     copy = _plain_copy(block)
     if trains and dtype != "float32":
-        wanted = _DTYPES[dtype]
-        assert wanted is not None
-        cast_frozen_linears(copy, wanted)  # as the mask learner does; elsewhere every layer trains
-    seen: list[tuple[int, int, int, int]] = []
+        cast_frozen_linears(copy, _DTYPES[dtype])  # as the mask learner does; elsewhere every layer trains
+    rows: list[tuple[int, int, int, int]] = []
     for images in (1, 2):
-        rows = torch.zeros(images, dtype=torch.int64, device=device)
-        part = call.of_images(rows)
-        part = part if as_recorded else part.mapped(_as_float)
+        one = call.of_images(torch.zeros(images, dtype=torch.int64, device=device))
+        one = one if as_recorded else one.mapped(lambda value: value.float() if value.is_floating_point() else value)
         with _autocast(device.type, dtype), torch.no_grad(), LiveBytes() as meter:
-            outputs = tensors_in(copy(*part.args, **part.kwargs))
+            outputs = tensors_in(copy(*one.args, **one.kwargs))
         without_graph, size = meter.peak, sum(output.nbytes for output in outputs)
         del outputs
-        inputs = [value.requires_grad_() for value in tensors_in((part.args, part.kwargs)) if value.is_floating_point()]
         if not trains:
-            seen.append((0, size, 0, without_graph))
+            rows.append((0, size, 0, without_graph))
             continue
+        inputs = [value.requires_grad_() for value in tensors_in((one.args, one.kwargs)) if value.is_floating_point()]
         with _autocast(device.type, dtype), LiveBytes() as meter:
-            outputs = tensors_in(copy(*part.args, **part.kwargs))
+            outputs = tensors_in(copy(*one.args, **one.kwargs))
         held = meter.now
         with meter:
             torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
         del outputs
-        seen.append((held, size, meter.peak - held, without_graph))
-    one, two = seen
-    held, size, _, without_graph = (b - a for a, b in zip(one, two, strict=True))
-    return BlockBytes(held, size, max(two[2] - one[2], 0), without_graph, max(one[0] - held, 0))
-
-
-def _as_float(value: Tensor) -> Tensor:
-    return value.float() if value.is_floating_point() else value
+        rows.append((held, size, meter.peak - held, without_graph))
+    held, size, passing, without_graph = (b - a for a, b in zip(*rows, strict=True))
+    return BlockBytes(held, size, max(passing, 0), without_graph, max(rows[0][0] - held, 0))
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""How a model was made, step by step, from the records of the runs that made it and its parents."""
+"""History of a model, step by step, from the records of the runs that wrote it and its parents."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What a training holds on one device, as a sum of parts: the plan that `--dry-run` prints and every log has.
+"""Memory model of a training step: bytes on one device by what takes them, and the batches that cards of usual sizes hold.
 
-Weights, gradients, moments and averages are counted from shapes, activations from what `jobs/footprint.py` measured on one
-block. Everything here is arithmetic, so that other batch sizes, types and numbers of processes are told without running.
-
+Weights, gradients, moments and averages follow from shapes, activations from what `jobs/footprint.py` measured on one
+block. Everything here is arithmetic, so that other batch sizes, types and numbers of processes are known without running.
 Not counted: the program and its libraries, workspaces of kernels, what an allocator keeps for later.
 """
 
@@ -10,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,16 +18,16 @@ from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, Measured
 from tinyfusion.training.engine import cut
 
 GIB = 2**30
-CARDS_GIB = (24, 80)  # memory of the cards for which the largest batch is told
+CARDS_GIB = (24, 80)  # memory of the cards for which the largest batch is shown
 FREE_SHARE = 0.1  # of a card: for the program's own context, workspaces and the allocator's gaps
 _HALF_BYTES = 2
-_SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256  # smaller tensors keep float32 moments; numbers that share a float32 constant
-_MOST_IMAGES = 2**20
+_SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256  # smaller tensors have float32 moments; numbers that share a float32 constant
+_MOST_IMAGES = 2**21
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device at the fullest moment of a step, by part.
+    """Bytes on one device at the fullest moment of a step, by what takes them.
 
     images: at once on this process. overlap: gradients take the place of activations in the backward pass, so that
     "activations" is what these need beyond the gradients.
@@ -44,13 +44,11 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     def lines(self) -> list[str]:
-        """A table for people: every part that there is, with its share, and the sum."""
-        rows = [(name.replace("_", " "), size) for name, size in self.parts.items() if size]
-        if self.overlap:
-            rows = [("activations beyond gradients" if name == "activations" else name, size) for name, size in rows]
+        """A table for people: everything that takes memory, with its share, and the sum."""
+        named = {"activations": "activations beyond gradients"} if self.overlap else {}
+        rows = [(named.get(name, name.replace("_", " ")), size) for name, size in self.parts.items() if size]
         rows.append(("sum", self.total))
-        wide = max(len(name) for name, _ in rows)
-        plural = "image" if self.images == 1 else "images"
+        wide, plural = max(len(name) for name, _ in rows), "image" if self.images == 1 else "images"
         return [
             f"memory of one process at its fullest ({self.images:,} {plural} at once, {self.dtype}):",
             *(f"  {name:{wide}}  {_readable(size):>10}  {_share(size, self.total):>6}" for name, size in rows),
@@ -58,10 +56,8 @@ class MemoryPlan:
 
 
 def _readable(size: int) -> str:
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
-        if size >= unit / 2:
-            return f"{size / unit:,.2f} {name}"
-    return f"{size / 2**10:.2f} KiB"
+    unit, name = next(((u, n) for u, n in ((GIB, "GiB"), (2**20, "MiB")) if size >= u / 2), (2**10, "KiB"))
+    return f"{size / unit:,.2f} {name}"
 
 
 def _share(size: int, total: int) -> str:
@@ -70,7 +66,7 @@ def _share(size: int, total: int) -> str:
 
 
 def images_at_once(batch_size: int, world: int, compute: ComputeSection) -> int:
-    """The largest part of a global batch that a process runs at a time."""
+    """The largest microbatch of a global batch."""
     return max(num for _, num in cut(batch_size, world * compute.gradient_accumulation_steps))
 
 
@@ -81,9 +77,8 @@ def memory_plan(
     split = world > 1 and compute.parallel == "fsdp2"
     shares = world if split else 1
     images = images_at_once(settings.batch_size, world, compute) if images is None else images
-    measured = footprint.measured[settings.dtype]
     several = compute.gradient_accumulation_steps > 1
-    held_gradients = several or (world > 1 and not split)  # DDP's buckets live on between steps
+    lasting_gradients = several or (world > 1 and not split)  # DDP's buckets live on between steps
     numbers = sum(math.ceil(size / shares) for size in footprint.trained)
     linear_bytes = FLOAT_BYTES if settings.dtype == "float32" else _HALF_BYTES
     frozen = footprint.frozen_linear * linear_bytes + footprint.frozen_rest * FLOAT_BYTES
@@ -91,13 +86,18 @@ def memory_plan(
     if split:  # what is in no block stays whole from the forward pass on; one block is used while the next one comes
         gathered = footprint.weights_outside + 2 * (footprint.weights_block + footprint.trained_block)
         gathered += footprint.teacher_gathered if compute.shard_teacher else 0
-        gathered += FLOAT_BYTES * sum(footprint.trained) if several else 0  # parts but the last keep theirs whole
+        gathered += (
+            FLOAT_BYTES * sum(footprint.trained) if several else 0
+        )  # all microbatches but the last have whole ones
     gradients = FLOAT_BYTES * numbers
-    kept = _kept(footprint, measured, images, compute.gradient_checkpointing)
-    casts, most = kept.casts, kept.casts + kept.activations
-    if not held_gradients:
-        casts, most = (casts, most) if most > gradients + kept.end else (kept.end_casts, gradients + kept.end)
-        casts, most = min(casts, most - gradients), most - gradients
+    measured = footprint.measured[settings.dtype]
+    (activations, casts), (at_end, end_casts) = _moments(footprint, measured, images, compute.gradient_checkpointing)
+    fullest = activations + casts
+    if not lasting_gradients:
+        if fullest <= gradients + at_end + end_casts:
+            fullest, casts = gradients + at_end + end_casts, end_casts
+        fullest -= gradients
+        casts = min(casts, fullest)
     parts = {
         "trained_weights": FLOAT_BYTES * numbers,
         "frozen_weights": math.ceil(frozen / shares),
@@ -105,48 +105,40 @@ def memory_plan(
         "optimizer": _moment_bytes(footprint.trained, shares, settings.optimizer),
         "moving_average": FLOAT_BYTES * numbers,
         "teacher": math.ceil(footprint.teacher / (shares if compute.shard_teacher else 1)),
-        "model_beside": footprint.beside,
+        "model_also_resident": footprint.also_resident,
         "gathered_from_processes": gathered,
         "casts_of_weights": casts,
-        "activations": most - casts,
+        "activations": fullest - casts,
         "batches": images * compute.gradient_accumulation_steps * (compute.prefetch_batches + 1) * footprint.batch,
     }
-    return MemoryPlan(parts, images, settings.dtype, not held_gradients)
+    return MemoryPlan(parts, images, settings.dtype, not lasting_gradients)
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """Bytes at the moment when most is kept for the backward pass, and (end: both) when that is at its last block."""
-
-    activations: int
-    casts: int
-    end: int
-    end_casts: int
-
-
-def _kept(footprint: Footprint, measured: Measured, images: int, checkpointing: bool) -> _Kept:
-    """What activations and casts of weights take, gradients left out."""
-    blocks, kept = measured.blocks, images * footprint.kept_share
-    without_graph = [(images - kept) * b.without_graph for b in blocks]  # of images that drop the block
-    inside = [kept * b.held + max(kept * b.passing, w) for b, w in zip(blocks, without_graph, strict=True)]
+def _moments(
+    footprint: Footprint, measured: Measured, images: int, checkpointing: bool
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Bytes of (activations, casts of weights), without gradients: when most is held, and in the backward pass of one block."""
+    blocks, graphed = measured.blocks, images * footprint.graph_share
+    without_graph = [(images - graphed) * b.without_graph for b in blocks]  # of images that drop the block
+    inside = [graphed * b.held + max(graphed * b.passing, w) for b, w in zip(blocks, without_graph, strict=True)]
     casts, block_casts = sum(b.casts for b in blocks), max(b.casts for b in blocks)
     before, after = images * measured.before, images * measured.after
     if checkpointing:
-        outputs = before + kept * sum(b.output for b in blocks)
-        again = kept * max(b.held + b.passing - b.output for b in blocks)  # the output is not made again
-        passing = max(kept, images - kept) * max(b.without_graph for b in blocks)
+        outputs = before + graphed * sum(b.output for b in blocks)
+        again = graphed * max(b.held + b.passing - b.output for b in blocks)  # the output is not made again
+        passing = max(graphed, images - graphed) * max(b.without_graph for b in blocks)
         moments = [
             (outputs + passing, casts),  # autocast holds casts until the end of the forward pass
             (outputs + after, 0),
             (outputs + again, block_casts),  # then one block at a time is made again
         ]
     else:
-        held = [kept * b.held for b in blocks]
+        held = [graphed * b.held for b in blocks]
         moments = [(before + after + sum(held) + max(i - h for i, h in zip(inside, held, strict=True)), casts)]
     if measured.teacher:  # runs before the student
         moments.append((images * max(b.without_graph + footprint.features * b.output for b in measured.teacher), 0))
     activations, casts = max(moments, key=sum)
-    return _Kept(math.ceil(activations), casts, math.ceil(max(inside) + block_casts), block_casts)
+    return (math.ceil(activations), casts), (math.ceil(max(inside)), block_casts)
 
 
 def _moment_bytes(trained: Sequence[int], shares: int, optimizer: str) -> int:
@@ -162,26 +154,14 @@ def _moment_bytes(trained: Sequence[int], shares: int, optimizer: str) -> int:
 
 def fits(plan_of: Callable[[int], MemoryPlan], gib: float) -> int:
     """The largest number of images whose plan leaves `FREE_SHARE` of `gib` free; 0 where not even one does."""
-
-    def fit(images: int) -> bool:
-        return plan_of(images).total <= (1 - FREE_SHARE) * gib * GIB
-
-    if not fit(1):
-        return 0
-    low = 1
-    while low < _MOST_IMAGES and fit(2 * low):
-        low *= 2
-    high = 2 * low
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fit(middle) else (low, middle)
-    return low
+    limit = (1 - FREE_SHARE) * gib * GIB
+    return bisect_right(range(1, _MOST_IMAGES), limit, key=lambda images: plan_of(images).total)
 
 
 def fitting_lines(
     footprint: Footprint, settings: TrainingSection, compute: ComputeSection, world: int = 1
 ) -> list[str]:
-    """A table for people: how many images at once fit cards of usual sizes, by arithmetic and checkpointing."""
+    """A table for people: how many images at once fit cards of usual sizes, by type and checkpointing."""
     rows = []
     for dtype in footprint.measured:
         for checkpointing in (False, True):
@@ -199,5 +179,5 @@ def fitting_lines(
         f"images at once for which a card is large enough, {100 * FREE_SHARE:.0f} % of it left free:",
         f"  {'':32}{head}",
         *rows,
-        "  compute.gradient_accumulation_steps runs a larger batch in parts",
+        "  compute.gradient_accumulation_steps runs a larger batch in microbatches",
     ]

@@ -98,7 +98,7 @@ def _installed(module: str) -> bool:
 
 
 def cheap_sampling(recipe: Recipe, model: LoadedModel) -> SampleSection:
-    """The recipe's way of sampling where it takes at most `MOST_STEPS` steps, else a quick plain one; float32, eager, decoded."""
+    """The recipe's sampling where it takes at most `MOST_STEPS` steps, else a quick plain one; float32, eager, decoded."""
     settings = dataclasses.replace(recipe.sample, dtype="float32", compile=False, decode=True)
     return process_spec(model).cheap(settings, MOST_STEPS)
 
@@ -127,9 +127,9 @@ class Previews:
         check_previews(recipe, model)
         self.recipe, self.run, self.title, self.start = recipe, run, title, start
         self.seconds = 0.0
-        self._looks, self._way = model is not None, ""
+        self._looks, self._sampling = model is not None, ""
         if model is not None:
-            self._way = sampler_of(cheap_sampling(recipe, model), model).describe(model)
+            self._sampling = sampler_of(cheap_sampling(recipe, model), model).describe(model)
         self._blind = not run.writes
         self._trackers: dict[str, GeneralTracker] = {}
         self._environment: list[str] = []
@@ -186,17 +186,17 @@ class Previews:
         model = averaged()
         if not self._blind:
             try:
-                found = self._drawn(step, model)
+                previews = self._drawn(step, model)
             except torch.OutOfMemoryError:
                 self._blind = True
                 self._warn(
-                    "no memory for pictures of the averaged weights beside the training: there are none from here on"
+                    "no memory for pictures of the averaged weights during the training: there are none from here on"
                 )
             else:
                 seconds = round(time.perf_counter() - began, 3)
                 # the number of the last step, as in all lines: a resumed run drops those that it is going to write again
-                self.run.log({"step": step - 1, "watch": {"made_steps": step, **found, "seconds": seconds}})
-                self.log(step - 1, {f"watch/{name}": value for name, value in found.items() if name == "fid"})
+                self.run.log({"step": step - 1, "watch": {"made_steps": step, **previews, "seconds": seconds}})
+                self.log(step - 1, {f"watch/{name}": value for name, value in previews.items() if name == "fid"})
         self.seconds += time.perf_counter() - began
 
     # --------------------------------------------------------------------------------------------------------- pictures
@@ -211,7 +211,7 @@ class Previews:
         grid = f"{settings.grid_images} images every {settings.grid_every_steps} steps"
         fid = f"FID of {settings.fid_images} images every {settings.fid_every_steps} steps"
         listed = [text for text, every in ((grid, settings.grid_every_steps), (fid, settings.fid_every_steps)) if every]
-        return f"watching the averaged weights: {', '.join(listed)}; {self._way}"
+        return f"watching the averaged weights: {', '.join(listed)}; {self._sampling}"
 
     def _drawn(self, step: int, model: LoadedModel) -> dict[str, Any]:
         """Make what is due; the fields of its log line."""
@@ -225,15 +225,15 @@ class Previews:
                 self._autoencoder.module.to("cpu")  # the room is the training's
 
     def _made(self, step: int, model: LoadedModel, grid: bool, fid: bool) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         if grid and (images := self._images(model, grid_sampling(self.recipe, model), step)) is not None:
             file = self.run.watched / f"step-{step:07d}.png"
             write_grid_png(file, images, GRID_COLUMNS, max(1, 256 // (4 * images.shape[1])))
-            found["grid"] = str(file.relative_to(self.run.path))
+            fields["grid"] = str(file.relative_to(self.run.path))
             self._send(lambda tracker, name: _send_grid(tracker, name, images, step - 1))
         if fid:
-            found |= self._fid(model, step)
-        return found
+            fields |= self._fid(model, step)
+        return fields
 
     def _fid(self, model: LoadedModel, step: int) -> dict[str, Any]:
         settings, evaluation = fid_sampling(self.recipe, model), self.recipe.evaluate
@@ -243,8 +243,8 @@ class Previews:
         assert self._real is not None
         extractor = open_extractor(evaluation.features, str(device_for(self.recipe)))
         value = frechet_distance(*self._real.pool, *feature_moments(extractor(images).pool))
-        told = protocol(dataclasses.replace(self.recipe, sample=settings), model, self._autoencoder)
-        return {"fid": value, "protocol": protocol_of(self._real, extractor, evaluation, told)}
+        sampling = protocol(dataclasses.replace(self.recipe, sample=settings), model, self._autoencoder)
+        return {"fid": value, "protocol": protocol_of(self._real, extractor, evaluation, sampling)}
 
     def _images(self, model: LoadedModel, settings: SampleSection, step: int) -> np.ndarray | None:
         """uint8 images (N, H, W, C), the same noise and labels at every look; None where one is not finite."""
@@ -301,7 +301,7 @@ class Previews:
         )  # fmt: skip
 
     def _say(self, name: str, folder: Path) -> None:
-        """Tell a tracker by its environment variable where to write, unless the user has told it."""
+        """Set the environment variable of a tracker that says where to write, unless the user has set it."""
         if name not in os.environ:
             os.environ[name] = str(folder.absolute())
             self._environment.append(name)
@@ -314,7 +314,7 @@ class Previews:
         return str(read_json(file)["id"])
 
     def _send(self, send: Callable[[GeneralTracker, str], None]) -> None:
-        """Tell every tracker; one that fails is left alone from then on. No tracker may end a training."""
+        """Send to every tracker; one that fails gets nothing from then on. No tracker may end a training."""
         for name, tracker in list(self._trackers.items()):
             try:
                 send(tracker, name)
@@ -367,10 +367,10 @@ def _reason(error: Exception) -> str:
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"sample.eta": 0.0}: dotted names and plain numbers or text."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
+            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

@@ -49,7 +49,7 @@ def _masked_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> 
     return MaskedObjective(model.arch.num_classes, model.arch.patch_size, label_drop, recipe.masked)
 
 
-PROCESS_SECTIONS = ("flow", "masked")  # of a recipe: what a training depends on beside its own section
+PROCESS_SECTIONS = ("flow", "masked")  # of a recipe: what a training depends on, besides its own section
 
 PROCESSES: dict[str, ProcessSpec] = {
     "gaussian": ProcessSpec(
@@ -107,12 +107,12 @@ def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
 
 
 def default_sampling(model: LoadedModel) -> SampleSection:
-    """The published way of sampling, with guidance where the model can have it."""
+    """The published sampling settings, with guidance where the model can have it."""
     return SampleSection() if model.null_class else SampleSection(guidance=1.0)
 
 
 def fits(settings: SampleSection, model: LoadedModel) -> bool:
-    """Whether a recipe's way of sampling goes with a model."""
+    """Whether a recipe's sampling settings go with a model."""
     try:
         sampler_of(settings, model)
     except UserError:

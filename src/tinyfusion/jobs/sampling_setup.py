@@ -1,4 +1,4 @@
-"""Strings of a recipe to images: what a drawing is made with, checked before anything is drawn, and its protocol."""
+"""Set up sampling from a recipe: checks, autoencoder, sampler, labels, and the protocol string."""
 
 from __future__ import annotations
 
@@ -84,24 +84,22 @@ def autoencoder_for(settings: SampleSection, model: LoadedModel) -> Autoencoder 
             "--vae (or --set sample.vae=), a folder or a hub id; --set sample.latent_scale= and sample.latent_shift= where "
             "it was trained with other numbers than that one's; or --set sample.decode=false for the latents themselves"
         )
-    found = open_autoencoder(name)
-    found = dataclasses.replace(
-        found,
-        scale=found.scale if settings.latent_scale is None else settings.latent_scale,
-        shift=found.shift if settings.latent_shift is None else settings.latent_shift,
+    autoencoder = open_autoencoder(name)
+    autoencoder = dataclasses.replace(
+        autoencoder,
+        scale=autoencoder.scale if settings.latent_scale is None else settings.latent_scale,
+        shift=autoencoder.shift if settings.latent_shift is None else settings.latent_shift,
     )
     reason = None
-    if found.channels != arch.in_channels:
-        reason = f"its latents have {found.channels} channels, those of the model {arch.in_channels}"
-    elif "image_size" not in model.doubtful and found.factor * arch.input_size != facts.image_size:
-        reason = (
-            f"it decodes to {found.factor * arch.input_size} pixels, and the model's images have {facts.image_size}"
-        )
-    reason = reason or facts.unlike("it scales latents by", "latent_scale", found.scale)
-    reason = reason or facts.unlike("it shifts latents by", "latent_shift", found.shift)
+    if autoencoder.channels != arch.in_channels:
+        reason = f"its latents have {autoencoder.channels} channels, those of the model {arch.in_channels}"
+    elif "image_size" not in model.doubtful and autoencoder.factor * arch.input_size != facts.image_size:
+        reason = f"it decodes to {autoencoder.factor * arch.input_size} pixels, and the model's images have {facts.image_size}"
+    reason = reason or facts.unlike("it scales latents by", "latent_scale", autoencoder.scale)
+    reason = reason or facts.unlike("it shifts latents by", "latent_shift", autoencoder.shift)
     if reason:
         raise UserError(f"the autoencoder {name} does not go with the model: {reason}")
-    return found
+    return autoencoder
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
@@ -149,9 +147,11 @@ class Drawing:
                         f"the model drew values that are not finite from image {batch.first} on: it is broken or unrecovered"
                     )
                 if self.autoencoder is not None:
-                    x = torch.cat([self.autoencoder.decode(part) for part in x.split(self.decode_batch_size)])
+                    x = torch.cat([self.autoencoder.decode(latents) for latents in x.split(self.decode_batch_size)])
                     if not bool(torch.isfinite(x).all()):
-                        raise UserError(f"the autoencoder made values that are not finite from image {batch.first} on")
+                        raise UserError(
+                            f"the autoencoder decoded to values that are not finite from image {batch.first} on"
+                        )
                 yield to_uint8(x) if self.dtype == np.uint8 else x.permute(0, 2, 3, 1).float().cpu().numpy()
 
 

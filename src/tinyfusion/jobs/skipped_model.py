@@ -1,4 +1,4 @@
-"""Sampling with a model that has routers: its sub-networks are resolved before the first step, and then really skipped."""
+"""Sampling with a model that has routers: its sub-networks are resolved before the first step, and what they leave out is not computed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SkippedRun:
     calls: tuple[float, ...] | None
 
     def on(self, model: LoadedModel, compiled: bool) -> SubNetworks:
-        """The sub-networks of `model`, wherever and in whatever type it is held."""
+        """The sub-networks of `model`, on its device and in its type."""
         assert model.dynamic is not None
         device = next(model.module.parameters()).device
         mode: TokenMode = "bucketed" if device.type == "cuda" else "gathered"
@@ -60,7 +60,7 @@ class SkippedModel:
 
     @cached_property
     def sub_networks(self) -> SubNetworks | None:
-        """Sliced weights; made once."""
+        """Sliced weights, cut out once."""
         return None if self.skipping is None else self.skipping.on(self.model, self.compiled)
 
     @contextmanager
@@ -75,11 +75,11 @@ class SkippedModel:
 
     def macs_run(self, static: float) -> float:
         """Multiply-accumulates of a forward pass of one image: `static`, or what sub-networks ran of it on average so far."""
-        routed, told = self.model.dynamic, self.report()
-        if routed is None or told is None:
+        routed, ran = self.model.dynamic, self.report()
+        if routed is None or ran is None:
             return static
         depth, tokens = len(self.model.stack), routed.settings.tokens
-        return total_macs(static, routed.sizes, depth, told["macs_ratio"], tokens)
+        return total_macs(static, routed.sizes, depth, ran["macs_ratio"], tokens)
 
     def report(self) -> dict[str, Any] | None:
         """What was kept, and the ratio of multiply-accumulates that ran; None of a model without routers."""

@@ -123,7 +123,7 @@ class Training:
         return FLOAT_BYTES * (4 * trained * checkpoints + 2 * num_parameters(self.model.module)) + log
 
     def memory(self) -> tuple[Footprint, MemoryPlan]:
-        """What one process will hold. Every process must call."""
+        """Memory of one process. Every process must call."""
         state, settings, engine = self.state, self.settings, self.engine
         modules = [model.module for model in (self.model, self.teacher) if model]
         footprint = footprint_of(

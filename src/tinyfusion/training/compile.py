@@ -79,7 +79,7 @@ def measured_gain(eager: Step, compiled: Step, device: torch.device, repeats: in
     return Gain(1000 * eager_s, 1000 * compiled_s, max(0.0, first_s - 2 * compiled_s), apart)
 
 
-def _apart(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def _apart(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Largest relative difference of two lists of tensors; not a number where one has none.
 
     Tensors much smaller than the largest count as its 1e-6: what is 0 but for rounding has no relative difference.
@@ -88,7 +88,7 @@ def _apart(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
         return 0.0
     norms = torch.stack([torch.linalg.vector_norm(w.float()) for w in wanted])
     apart = torch.stack(
-        [torch.linalg.vector_norm((f.detach() - w).float()) for f, w in zip(found, wanted, strict=True)]
+        [torch.linalg.vector_norm((f.detach() - w).float()) for f, w in zip(values, wanted, strict=True)]
     )
     tiny = torch.finfo(torch.float32).tiny
     return float((apart / norms.clamp(min=1e-6 * float(norms.max()) + tiny)).max())

@@ -16,7 +16,7 @@ HORIZON_REMAINDER = 0.05  # share of the initial weights in the average above wh
 class Ema:
     """e <- decay * e + (1 - decay) * p, once per step, started from p. Holds only the parameters it is given.
 
-    Where a parameter lies in parts on several processes its average lies there too, and every process updates its own.
+    The average of a sharded parameter is sharded alike, and every process updates its own shard.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
@@ -37,7 +37,7 @@ class Ema:
     def copy_to(self, module: nn.Module) -> None:
         """Put the averages into the parameters of `module` that have their names. Raises KeyError where one is missing.
 
-        Every process must call where averages lie in parts.
+        Every process must call where averages are sharded.
         """
         parameters = dict(module.named_parameters())
         for name, value in self.average.items():

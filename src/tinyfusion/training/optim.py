@@ -85,14 +85,14 @@ def _adamw_8bit(listed: list[dict[str, Any]], numbers: dict[str, Any]) -> torch.
         )
     hush_bitsandbytes()
     try:
-        made = importlib.import_module("bitsandbytes.optim")
+        bitsandbytes = importlib.import_module("bitsandbytes.optim")
     except (ImportError, OSError, RuntimeError) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "bitsandbytes"
         what = "is not installed" if missing else f"does not load ({error})"
         raise UserError(
             f"optimizer adamw-8bit is bitsandbytes, which {what}: pip install 'tinyfusion[8bit]', or use optimizer adamw"
         ) from error
-    optimizer: torch.optim.Optimizer = made.AdamW8bit(listed, **numbers)
+    optimizer: torch.optim.Optimizer = bitsandbytes.AdamW8bit(listed, **numbers)
     return optimizer
 
 

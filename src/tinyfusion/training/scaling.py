@@ -8,7 +8,7 @@ _START, _FLOOR, _GROW_EVERY = 2.0**16, 1.0, 2000
 class LossScale:
     """Halved after a step that overflowed, doubled after 2000 that did not; as torch's GradScaler by default.
 
-    Not that class, because it looks at the gradients of one process in one form, and ours lie whole or in parts on
+    Not that class, because it looks at the gradients of one process, and ours may be sharded over
     several. Without `used` there is no scale, and `value` is None.
     """
 

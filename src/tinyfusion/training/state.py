@@ -77,13 +77,13 @@ class TrainState:
         return {name: whole(average) for name, average in self.ema.average.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, averages and what the optimiser keeps, by name, as they lie on the processes."""
-        found = self._fixed()
+        """Weights, averages and what the optimiser keeps, by name, as the processes hold them."""
+        tensors = self._fixed()
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    found[f"optimizer/{key}/{name}"] = value
-        return found
+                    tensors[f"optimizer/{key}/{name}"] = value
+        return tensors
 
     def progress(self) -> Progress:
         """What else a checkpoint must hold."""
@@ -113,8 +113,8 @@ class TrainState:
         targets = self._fixed()
         self._check(saved, progress, targets)
         for key, target in targets.items():
-            part = local_part(target)
-            part.copy_(saved.rows(key, first_row(target), part.shape[0] if part.ndim else 1))
+            own = local_part(target)
+            own.copy_(saved.rows(key, first_row(target), own.shape[0] if own.ndim else 1))
         self.optimizer.state.clear()
         for key in saved.names():
             if key not in targets:
@@ -130,8 +130,8 @@ class TrainState:
 
     def _fixed(self) -> dict[str, Tensor]:
         """The tensors that are there from the first step on."""
-        found: dict[str, Tensor] = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
-        return found | {f"ema/{name}": average for name, average in self.ema.average.items()}
+        tensors: dict[str, Tensor] = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
+        return tensors | {f"ema/{name}": average for name, average in self.ema.average.items()}
 
     def _check(self, saved: SavedTensors, progress: Progress, targets: Mapping[str, Tensor]) -> None:
         """Raise UserError where a checkpoint is not one of this training."""
@@ -142,11 +142,11 @@ class TrainState:
         names = set(saved.names())
         for key, target in targets.items():
             wanted: tuple[Any, ...] = (tuple(target.shape), target.dtype)
-            found = (saved.shape(key), saved.dtype(key)) if key in names else None
-            if found != wanted:
-                raise UserError(f"it has no fitting {key}: wanted {_words(wanted)}, got {_words(found)}")
-        held = [key for key in names if key not in targets]
-        for key in [*held, *(f"optimizer/{key}" for key in progress.optimizer_numbers)]:
+            form = (saved.shape(key), saved.dtype(key)) if key in names else None
+            if form != wanted:
+                raise UserError(f"it has no fitting {key}: wanted {_words(wanted)}, got {_words(form)}")
+        further = [key for key in names if key not in targets]
+        for key in [*further, *(f"optimizer/{key}" for key in progress.optimizer_numbers)]:
             kind, _, rest = key.partition("/")
             name = rest.partition("/")[2]
             if kind != "optimizer" or name not in self.parameters:
@@ -157,12 +157,12 @@ class TrainState:
                     raise UserError(f"it has no fitting {key}: wanted shape {allowed[1]}, got {saved.shape(key)}")
 
 
-def _words(found: tuple[Any, ...] | None) -> str:
-    return "none" if found is None else f"{found[1]} of shape {found[0]}"
+def _words(form: tuple[Any, ...] | None) -> str:
+    return "none" if form is None else f"{form[1]} of shape {form[0]}"
 
 
 def _placed(saved: SavedTensors, key: str, parameter: Tensor) -> Tensor:
-    """A tensor of the optimiser, on the device of its parameter, and in the same parts where it has the same shape."""
+    """A tensor of the optimiser, on the device of its parameter, sharded alike where it has the same shape."""
     shape = saved.shape(key)
     if is_sharded(parameter) and shape == tuple(parameter.shape):
         rows = saved.rows(key, first_row(parameter), local_part(parameter).shape[0])
