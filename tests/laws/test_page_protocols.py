@@ -177,7 +177,7 @@ def test_runs_of_one_protocol_adjoin_in_the_comparison(tmp_path: Path) -> None:
     marks = [[cell.mark for cell in row[5:8]] for row in rows_of(found)]
     assert marks[0] == marks[1] != marks[2]
     assert {PROTOCOL, OTHER} <= set(found.protocols)
-    assert "other protocols than above" in Page(page_of(*runs)).text
+    assert "other protocols: compare with care" in Page(page_of(*runs)).text
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs

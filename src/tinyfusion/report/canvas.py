@@ -19,13 +19,14 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values. ticks: (value, label); None: round numbers."""
+    """A range of values. ticks: (value, label); None: round numbers, `whole` ones alone where wanted."""
 
     low: float
     high: float
     label: str = ""
     log: bool = False
     ticks: Sequence[tuple[float, str]] | None = None
+    whole: bool = False
 
     def place(self, value: float, start: float, end: float) -> float:
         """The pixel of a value, where `low` is at `start` and `high` at `end`."""
@@ -36,13 +37,13 @@ class Axis:
         """The ticks: those given, else at most about `most` round numbers of the range."""
         if self.ticks is not None:
             return list(self.ticks)
-        values = _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high, most)
+        values = _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high, most, self.whole)
         return [(value, f"{value:,.10g}") for value in values]
 
 
-def _linear_ticks(low: float, high: float, most: int) -> list[float]:
+def _linear_ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten."""
-    rough = max(high - low, 1e-12) / most
+    rough = max((high - low) / most, 1.0 if whole else 1e-12)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
     return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

@@ -73,17 +73,15 @@ def curves(
 ) -> Plot:  # fmt: skip
     """Curves over steps. levels: (value, label, colour) of level lines. limits: of a linear axis; None: logarithmic if it can be."""
     points = [point for shape in shapes for line in shape.lines for point in line]
-    steps = Axis(min(x for x, _ in points), max(1.0, *(x for x, _ in points)), "step")
+    steps = Axis(min(x for x, _ in points), max(1.0, *(x for x, _ in points)), "step", whole=True)
     values = [*(y for _, y in points), *(value for value, _, _ in levels)]
     low, high = limits or (min(values), max(values))
     is_log = limits is None and 0 < 2 * low <= high  # a shorter range has too few round numbers
     pad = 0.0 if limits else 0.05 * (high - low) or 0.1 * abs(high) or 1.0
     ends = (low / 1.1, high * 1.1) if is_log else (low - pad, high + pad)
-    level_lines = [
-        Shape([[(steps.low, value), (steps.high, value)]], colour, name, width=1.2, dashed=True)
-        for value, name, colour in levels
-    ]
-    return Plot(Axis(*ends, label, log=is_log), [Panel(steps, [*shapes, *level_lines])], height)
+    ends_of = {value: [(steps.low, value), (steps.high, value)] for value, *_ in levels}
+    lines = [Shape([ends_of[v]], colour, name, width=1.2, dashed=True) for v, name, colour in levels]
+    return Plot(Axis(*ends, label, log=is_log), [Panel(steps, [*shapes, *lines])], height)
 
 
 def row_ticks(depth: int, first: int = 0) -> list[tuple[float, str]]:
@@ -115,10 +113,8 @@ def _decision_map(lines: Sequence[Any], groups: Sequence[Span], final: Sequence[
     borders = [[(0.0, span.start - 0.5), (1.04 * last, span.start - 0.5)] for span in groups[1:]]
     items += [Shape(borders, "muted", width=0.8, opacity=0.6)]
     items += [Shape([rectangle(1.02 * last, b - 0.3, 1.04 * last, b + 0.3) for b in final], "student", fill=True)]
-    rows = Axis(-0.7, depth - 0.3, "block of the teacher", ticks=row_ticks(depth))
-    return Plot(
-        rows, [Panel(Axis(0, 1.04 * last, "step"), items)], 80 + (17 if depth <= 16 else 14) * depth, grid=False
-    )
+    rows, height = Axis(-0.7, depth - 0.3, "block of the teacher", ticks=row_ticks(depth)), 17 if depth <= 16 else 14
+    return Plot(rows, [Panel(Axis(0, 1.04 * last, "step", whole=True), items)], 80 + height * depth, grid=False)
 
 
 def decision_table(lines: Sequence[Mapping[str, Any]], name: str) -> Table:
@@ -226,9 +222,8 @@ def fid_series(run: Run) -> list[Series]:
     series = []
     for (method, protocol), points in points_of.items():
         teacher = run.evaluations.get(("teacher", str(points[0].get("reference") or "")), {})
-        series.append(
-            Series(run, method, protocol, points, teacher.get("fid") if stated(teacher) == protocol else None)
-        )
+        fid = teacher.get("fid") if stated(teacher) == protocol else None
+        series.append(Series(run, method, protocol, points, fid))
     return series
 
 
@@ -255,14 +250,12 @@ def _fid_chart(every: Sequence[Series], others: Sequence[tuple[str, Mapping[str,
         shapes.append(Shape([points], colour, f"{run_name}: {series.method}" if alike else series.method, dots=6))
         if series.teacher_fid is not None:
             teachers.setdefault(series.teacher_fid, {})[run_name] = None
-    labels = {
-        fid: f"teacher of {' and '.join(own)}" if len(teachers) > 1 else "teacher" for fid, own in teachers.items()
-    }
     rows = [
         [s.method, f"{p['step']:,}", count(p.get("images")), significant(p["fid"]), significant(p.get("inception_score"))]
         for s in every for p in s.points
     ]  # fmt: skip
     table = Table(["recovery", "step", "images seen", name, "IS"], rows) if len(set(names)) == 1 else None
-    levels = [(fid, label, "teacher") for fid, label in labels.items()]
+    of_run = {fid: f" of {' and '.join(own)}" * (len(teachers) > 1) for fid, own in teachers.items()}
+    levels = [(fid, f"teacher{label}", "teacher") for fid, label in of_run.items()]
     plot = curves(shapes, levels, f"{name}, lower is better", height=300)
     return chart(f"{name} during recovery", "fid", plot, table, protocol, others=others)

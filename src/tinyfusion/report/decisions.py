@@ -155,8 +155,7 @@ def final_probabilities(run: Run) -> tuple[Mapping[str, Sequence[float]], Mappin
     marginals = {name: [p for row in rows[name] for p in row] for name in rows} or last.get("marginals", {})
     means: dict[str, list[float]] = {}
     for name, values in marginals.items():
-        kept = [
-            [values[b] for b in plan.kept[name] if s.start <= b < s.start + s.size] for s in spans(plan.groups[name])
-        ]
+        groups = [set(range(s.start, s.start + s.size)) for s in spans(plan.groups[name])]
+        kept = [[values[block] for block in plan.kept[name] if block in group] for group in groups]
         means[name] = [sum(inside) / len(inside) if inside else 1.0 for inside in kept]
     return means, marginals

@@ -52,9 +52,8 @@ def sample_sheets(run: Run) -> list[Sheet]:
         picture, width_px = _sample_grid(samples, chosen, columns)
         depth, score = depths(run).get(name), scores.get(name, {})
         caption = [f"{depth} blocks"] * bool(depth)
-        caption += (
-            [f"{distance_name(stated(score))} {significant(score['fid'])}"] if score.get("fid") is not None else []
-        )
+        if score.get("fid") is not None:
+            caption.append(f"{distance_name(stated(score))} {significant(score['fid'])}")
         text = samples.protocol if is_real else ", ".join(caption)
         labels = [label for label in columns if label]
         sheets.append(Sheet(model_name(name), picture, width_px, text, labels, name, samples.protocol))
@@ -83,9 +82,7 @@ def _sample_grid(samples: Samples, chosen: Sequence[int], columns: Sequence[str]
         grid = tiled(images, len(columns))
         return _data_uri(Image.fromarray(grid)), grid.shape[1] * max(_GRID_PX // grid.shape[1], 1)
     size, box = (_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.BOX
-    thumbnails = [
-        None if image is None else np.asarray(_picture(image).convert("RGB").resize(size, box)) for image in images
-    ]
+    thumbnails = [i if i is None else np.asarray(_picture(i).convert("RGB").resize(size, box)) for i in images]
     transparent = Image.fromarray(tiled(thumbnails, len(columns)))
     white = Image.new("RGB", transparent.size, "white")  # JPEG has no transparency
     white.paste(transparent, mask=transparent)

@@ -135,13 +135,8 @@ def load_run(path: Path) -> Run:
     scores = {stage: [line["watch"] for line in logged if "watch" in line] for stage, logged in lines.items()}
     metrics = {stage: [line for line in logged if "watch" not in line] for stage, logged in lines.items()}
     previews = {stage: _previews(RunDirectory(folder).watched) for stage, folder in folders.items()}
-    models = _existing(
-        {name: (path / inner / "model.json", schema.MODEL) for name, inner in _MODEL_FOLDERS[verb].items()}
-    )
-    measured = {
-        name: ((folders.get(stage, path) if stage else path) / f"{name}.json", kind)
-        for name, (stage, kind) in _MEASURED.items()
-    }
+    models = _existing({name: (path / of / "model.json", schema.MODEL) for name, of in _MODEL_FOLDERS[verb].items()})
+    measured = {n: (folders.get(stage, path) / f"{n}.json", kind) for n, (stage, kind) in _MEASURED.items()}
     samples, notes = _samples(path / "samples")
     scored = _scored(path / "evaluations")
     return Run(
@@ -177,9 +172,7 @@ def _run_record(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a run folder of tinyfusion: its run.json was made by something else; {wanted}")
     schema.checked(record, schema.RUN, path / "run.json")
     if (version := record.get("format_version", 0)) > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format {version}; this tinyfusion reads up to {FORMAT_VERSION}: upgrade tinyfusion"
-        )
+        raise UserError(f"{path} has format {version}; this tinyfusion reads up to {FORMAT_VERSION}: upgrade it")
     return record
 
 
@@ -214,9 +207,8 @@ def _plan(path: Path, models: Mapping[str, Mapping[str, Any]]) -> PrunePlan | No
             raise UserError(f"{source}: {error}") from error
         for name, groups in (plan.groups or {}).items():
             if sum(size for _, size in groups) != (depth := plan.depth.get(name, 0)):
-                raise UserError(
-                    f"{source} is damaged: groups.{name} do not make up {depth} blocks; correct or remove it"
-                )
+                wrong = f"groups.{name} do not make up {depth} blocks"
+                raise UserError(f"{source} is damaged: {wrong}; correct or remove it")
         return plan
     return None
 

@@ -20,9 +20,7 @@ _SCORES = {
 }  # fmt: skip
 _TRAININGS = {"prune": "search", "recover": "recovery", "dynamic": "training of routers", "train": "training"}
 _NEAR_MACS = 0.15  # how far a speed-up may be from the ratio of MACs, relative to it
-_UNSTEADY = (
-    0.25  # interquartile range of a model's times, relative to their median, from which a machine counts as busy
-)
+_UNSTEADY = 0.25  # interquartile range of times, relative to their median, from which a machine counts as busy
 _HIGHER_IS_BETTER = ("speedup", "inception_score", "precision", "recall", "psnr_db", "ssim")
 _LOWER_IS_BETTER = ("fid", "sfid", "latency_ms")
 _CHECK_WORDS = {"doubtful": "busy machine?", "missing": "not measured"}
@@ -210,7 +208,7 @@ def _score_table(head: str, columns: Sequence[str], scored: Iterable[tuple[str, 
     protocols = list(dict.fromkeys(protocol for *_, protocol in listed))
     rows: list[Row | str] = []
     for number, protocol in enumerate(protocols, 1):
-        rows += [f"another protocol ({number}), not comparable with the rows above without care"] * (number > 1)
+        rows += [f"another protocol ({number}): compare with care"] * (number > 1)
         mark = number if len(protocols) > 1 else 0
         rows += [[Cell(model_name(model), model, mark), *cells] for model, cells, own in listed if own == protocol]
     return Table([head, *columns], rows, protocols=protocols)
@@ -229,9 +227,8 @@ def evaluation_tables(run: Run) -> list[Table]:
         keys = [key for key in _SCORES if any(key in values for values in scores)]
         columns = [_SCORES[key].format(distance=distance_name(*map(stated, scores))) for key in keys]
         cells = [[(count if key == "num_images" else significant)(v.get(key)) for key in keys] for v in scores]
-        tables.append(
-            _score_table(f"against {reference}", columns, zip(models, cells, map(stated, scores), strict=True))
-        )
+        rows = zip(models, cells, map(stated, scores), strict=True)
+        tables.append(_score_table(f"against {reference}", columns, rows))
     return tables
 
 
@@ -247,12 +244,8 @@ def pairs_table(run: Run) -> Table | None:
         name, digest = str(other.get("name", "?")), str(other.get("hash", ""))
         protocol = f"{sampling} | compared with {name} {digest[:8]}".rstrip()
         protocol += f", sampled by {other['protocol']}" if other.get("protocol") not in (None, sampling) else ""
-        cells = [
-            names.get(digest, name),
-            _mean(other, "psnr_db"),
-            _mean(other, "ssim"),
-            count(values.get("num_images")),
-        ]
+        means, num = [_mean(other, key) for key in ("psnr_db", "ssim")], count(values.get("num_images"))
+        cells = [names.get(digest, name), *means, num]
         rows.setdefault((model, protocol, str(values.get("recipe", {}).get("samples"))), (model, cells, protocol))
     columns = ["compared with", "PSNR in dB ↑", "SSIM ↑", "images"]
     return _score_table("same seeds", columns, rows.values()) if rows else None
@@ -271,10 +264,7 @@ def comparison(runs: Sequence[Run]) -> Table | None:
     if sum(bool(run.evaluations) for run in runs) < 2:
         return None
     first, *others = dict.fromkeys(reference for run in runs for reference in run.references)
-    wanted = [
-        *((model, first) for model in ("teacher", "pruned", "student")),
-        *(("student", other) for other in others),
-    ]
+    wanted = [*((m, first) for m in ("teacher", "pruned", "student")), *(("student", other) for other in others)]
     used = [[stated(run.evaluations[p]) if p in run.evaluations else "" for p in wanted] for run in runs]
     protocols: list[str] = []
 
@@ -287,16 +277,15 @@ def comparison(runs: Sequence[Run]) -> Table | None:
     order = sorted(range(len(runs)), key=lambda i: used.index(used[i]))
     for place, i in enumerate(order):
         if place and used[i] != used[order[place - 1]]:
-            rows.append("other protocols than above, not comparable without care")
+            rows.append("other protocols: compare with care")
         run, found, speed = runs[i], depths(runs[i]), runs[i].measured.get("speed")
         student = timed_models(run).get("student", {})
         blocks = f"{found['teacher']} → {found['student']}" if {"teacher", "student"} <= set(found) else "–"
         faster = marked(f"{speed['speedup']:.2f}×", stated(speed)) if speed else Cell("–")
         scores = [significant(run.evaluations.get(p, {}).get("fid")) for p in wanted]
         cells = [marked(text, protocol) for text, protocol in zip(scores, used[i], strict=True)]
-        rows.append(
-            [run.name, blocks, count(student.get("num_parameters")), count(student.get("macs")), faster, *cells]
-        )
+        sizes = [count(student.get(key)) for key in ("num_parameters", "macs")]
+        rows.append([run.name, blocks, *sizes, faster, *cells])
     name = distance_name(*(protocol for row in used for protocol in row if protocol))
     columns = [f"{name} {reference}, {model}" for model, reference in wanted]
     return Table(["run", "blocks", "parameters", "MACs", "speed-up", *columns], rows, protocols=protocols)
