@@ -15,7 +15,7 @@ from material import Cli, tiny
 from PIL import Image
 
 from tinyfusion.commands import export as exporting
-from tinyfusion.commands.export import push_to_hub, save_pretrained
+from tinyfusion.export.folder import push_to_hub, save_pretrained
 from tinyfusion.export.picture import plan_png
 from tinyfusion.models.checkpoint import open_model, save_model
 
@@ -142,7 +142,7 @@ def test_the_library_pushes_what_it_saves(work: Path, monkeypatch: pytest.Monkey
         seen["card"] = (folder / CARD).read_text()
         return f"https://hub.invalid/{repository}"
 
-    monkeypatch.setattr(exporting, "upload_folder", taken)
+    monkeypatch.setattr("tinyfusion.export.folder.upload_folder", taken)
     model = open_model("student")
     assert push_to_hub(model, "someone/student") == "https://hub.invalid/someone/student"
     assert seen["files"] == {"model.json", "model.safetensors", CARD, "plan.png"}

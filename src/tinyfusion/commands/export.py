@@ -3,50 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from tinyfusion.commands.transformers import export_transformer
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_plain
-from tinyfusion.core.rundir import (
-    atomic_write,
-    check_space,
-    check_writable,
-    file_output,
-    read_json,
-    say_finished,
-    stamp,
-    write_json,
+from tinyfusion.core.rundir import check_space, check_writable, file_output, read_json, say_finished, stamp
+from tinyfusion.export.card import CardNotes, licence_note
+from tinyfusion.export.folder import (
+    RECORD,
+    PipelineComponents,
+    autoencoder_files,
+    exported_tensors,
+    write_folder,
+    write_official,
 )
-from tinyfusion.core.version import __version__
-from tinyfusion.export.card import PICTURE, CardNotes, licence_note, model_card
-from tinyfusion.export.picture import plan_png
 from tinyfusion.export.pipeline import class_names, unfit_autoencoder
-from tinyfusion.families.family import DIFFUSERS_RECORD
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.history import Step, history
 from tinyfusion.jobs.latent_facts import with_settings
 from tinyfusion.jobs.transformers import transformer_of
-from tinyfusion.models.checkpoint import LoadedModel, model_record, open_model, save_model
+from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.hub import HUB_ID, autoencoder_folder, upload_folder
 
-RECORD = "tinyfusion.json"  # marks an exported folder as ours
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_FILES = (  # that an export writes, as a regular expression of paths in its folder
-    rf"(?:transformer/)?(?:config\.json|{_WEIGHTS})|model\.(?:json|safetensors)|README\.md|{PICTURE}|{RECORD}|model_index\.json|"
-    r"scheduler/scheduler_config\.json|vae/(?:config\.json|diffusion_pytorch_model[^/]*)"
-)
 _OFFICIAL_SUFFIXES = (".safetensors", ".pt")
 
 
@@ -75,11 +58,12 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     rounded, model = model, model.with_formulas() if what.to == "diffusers" else model
     vae = _autoencoder(model, what, options.dry_run) if what.pipeline else None
     labels = _labels(model, what) if what.pipeline else None
+    components = None if vae is None else PipelineComponents(vae, labels)
     plain = {"to": what.to, "pipeline": what.pipeline, "vae": what.vae, "model": model.hash()}
     plain |= {"labels": what.labels} if what.labels else {}
     todo = _check_output(options, what.to, plain)
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model, what.to).values())
-    check_space(options.out, num_bytes + sum(file.stat().st_size for file in (_autoencoder_files(vae) if vae else [])))
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in exported_tensors(model, what.to).values())
+    check_space(options.out, num_bytes + sum(file.stat().st_size for file in (autoencoder_files(vae) if vae else [])))
     if model.facts.vae and Path(model.facts.vae).is_absolute():  # a folder here means nothing elsewhere
         model.facts = dataclasses.replace(model.facts, vae=None)
     describe = model.family.differences if what.to != "tinyfusion" else None
@@ -99,7 +83,12 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     else:
         record = stamp("export", plain, "done", **outcome)
         _check_output(options, what.to, plain)  # again: what has come to be there meanwhile is not replaced
-        _write(model, options.out, what, PipelineComponents(vae, labels), record)
+        steps = history(what.model)
+        if what.to == "official":
+            write_official(model, options.out, {**record, **_official_record(model, steps)})
+        else:
+            notes = _card_notes(model, options.out.name, what, differences, steps)
+            write_folder(model, options.out, what.to, components, notes, record)
     if what.push_to_hub:
         outcome["pushed_to"] = upload_folder(options.out, what.push_to_hub)
     return outcome
@@ -145,136 +134,40 @@ def _read_record(path: Path) -> Any:
     return read_json(path) if path.is_file() else None
 
 
-# ------------------------------------------------------------------------------------------------------ what is written
-
-
-def _tensors(model: LoadedModel, to: str) -> dict[str, Tensor]:
-    """The tensors of the file, as views of the model's."""
-    state = {name: tensor.detach() for name, tensor in model.module.state_dict().items()}
-    return model.diffusers_export().tensors(state, model.arch) if to == "diffusers" else state
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineComponents:
-    """The other components of a pipeline: the folder of an autoencoder, and names of classes where they are known."""
-
-    vae: Path | None
-    labels: Mapping[int, str] | None
-
-
-def _write(
-    model: LoadedModel, out: Path, what: ExportOptions, more: PipelineComponents, record: dict[str, Any]
-) -> None:
-    if what.to == "official":
-        _write_official(model, out, history(what.model), record)
-        return
-    with atomic_write(out, _FILES) as temporary:
-        if what.to == "tinyfusion":
-            save_model(model, temporary)
-        else:
-            temporary.mkdir()
-            _write_diffusers(model, temporary / "transformer" if what.pipeline else temporary)
-        pipeline = model.diffusers_export().pipeline if more.vae is not None else None
-        if more.vae is not None and pipeline is not None:
-            _copy_autoencoder(more.vae, temporary / "vae")
-            (temporary / "scheduler").mkdir()
-            write_json(temporary / "scheduler" / "scheduler_config.json", _versioned(pipeline.scheduler))
-            named = {} if more.labels is None else {"id2label": {str(i): name for i, name in more.labels.items()}}
-            write_json(temporary / "model_index.json", _versioned({**pipeline.model_index, **named}))
-        _write_card(model, temporary, out.name, what, record["differences"])
-        write_json(temporary / RECORD, record)
-
-
-def _copy_autoencoder(source: Path, folder: Path) -> None:
-    """Its configuration and weights, and nothing else that lies there."""
-    folder.mkdir()
-    for file in _autoencoder_files(source):
-        shutil.copyfile(file, folder / file.name)
-
-
-def _autoencoder_files(folder: Path) -> list[Path]:
-    return [folder / "config.json", *sorted(folder.glob("diffusion_pytorch_model*"))]
-
-
-def _write_official(model: LoadedModel, out: Path, steps: list[Step], record: dict[str, Any]) -> None:
-    """The flat state dict. A .pt is tensors and nothing else, which `weights_only` readers take: published scripts read no other."""
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.module.state_dict().items()}
-    license = model.facts.license
-    more = {
-        "license": license,
+def _official_record(model: LoadedModel, steps: list[Step]) -> dict[str, Any]:
+    """What the .json next to an official file says of the model."""
+    facts = model.facts
+    return {
+        "license": facts.license,
         "license_note": licence_note(model, _from_nothing(steps)),
         "history": [step.sentence for step in steps],
-        "kept": model.facts.kept,
-        "lineage": model.facts.lineage,
-        **({"dynamic": model.facts.dynamic} if model.facts.dynamic else {}),
+        "kept": facts.kept,
+        "lineage": facts.lineage,
+        **({"dynamic": facts.dynamic} if facts.dynamic else {}),
     }
-    with atomic_write(out) as temporary:
-        if out.suffix == ".pt":
-            with open(temporary, "wb") as file:
-                torch.save(tensors, file)
-        else:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        write_json(out.with_suffix(".json"), {**record, **more})
 
 
-def _write_diffusers(model: LoadedModel, folder: Path) -> None:
-    """config.json and weights of one model of diffusers; our own record stands in the configuration."""
-    folder.mkdir(exist_ok=True)
-    tensors = {name: tensor.clone().contiguous() for name, tensor in _tensors(model, "diffusers").items()}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    own = {**model_record(model), "made_by": "tinyfusion", "version": __version__}
-    write_json(
-        folder / "config.json", {**_versioned(model.diffusers_export().config(model.arch)), DIFFUSERS_RECORD: own}
+def _card_notes(
+    model: LoadedModel, title: str, what: ExportOptions, differences: list[str], steps: list[Step]
+) -> CardNotes:
+    run = Path(what.model)
+    command = read_json(run / "run.json").get("command") if (run / "run.json").is_file() else None
+    evaluations = sorted((run / "evaluations").glob("student-*.json")) if (run / "run.json").is_file() else []
+    return CardNotes(
+        title,
+        "pipeline" if what.pipeline else what.to,
+        differences,
+        [read_json(file) for file in evaluations],
+        command,
+        [model.origin[key] for key in ("hub", "address") if key in model.origin],
+        [step.sentence for step in steps],
+        steps[-1].verb == "prune" if steps else None,
+        _from_nothing(steps),
     )
-
-
-def _versioned(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the version of diffusers that it was written for."""
-    return {**config, "_diffusers_version": importlib.metadata.version("diffusers")}
-
-
-def save_pretrained(model: LoadedModel, folder: Path, notes: CardNotes | None = None) -> None:
-    """For users of the library: our own model folder with its card, whole or not at all."""
-    with atomic_write(folder, _FILES) as temporary:
-        save_model(model, temporary)
-        _write_notes(model, temporary, notes or CardNotes(folder.name, "tinyfusion"))
-
-
-def push_to_hub(model: LoadedModel, repository: str, notes: CardNotes | None = None) -> str:
-    """For users of the library: what `save_pretrained` writes, put into a repository of the hub; its address."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, Path(folder) / "model", notes or CardNotes(repository, "tinyfusion"))
-        return upload_folder(Path(folder) / "model", repository)
-
-
-def _write_card(model: LoadedModel, folder: Path, title: str, what: ExportOptions, differences: list[str]) -> None:
-    source = Path(what.model)
-    run = source if (source / "run.json").is_file() else None
-    record = read_json(run / "run.json") if run else {}
-    files = sorted((run / "evaluations").glob("student-*.json")) if run else []
-    parents = [model.origin[key] for key in ("hub", "address") if key in model.origin]
-    target = "pipeline" if what.pipeline else what.to
-    evaluations = [read_json(file) for file in files]
-    steps = history(what.model)
-    untuned = steps[-1].verb == "prune" if steps else None
-    sentences, command = [step.sentence for step in steps], record.get("command")
-    notes = CardNotes(
-        title, target, differences, evaluations, command, parents, sentences, untuned, _from_nothing(steps)
-    )
-    _write_notes(model, folder, notes)
 
 
 def _from_nothing(steps: list[Step]) -> bool:
     return bool(steps) and steps[0].verb == "train"
-
-
-def _write_notes(model: LoadedModel, folder: Path, notes: CardNotes) -> None:
-    (folder / "README.md").write_text(model_card(model, notes), encoding="utf-8", errors="backslashreplace")
-    if model.facts.plan is not None:
-        (folder / PICTURE).write_bytes(plan_png(model.facts.plan.kept, model.facts.plan.depth))
-
-
-# ----------------------------------------------------------------------------------------------------------- pipeline
 
 
 def _autoencoder(model: LoadedModel, what: ExportOptions, dry_run: bool) -> Path | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from PIL import Image, ImageDraw, ImageFont
 
-_STAYS, _GOES, _EDGE, _INK = "#2a6f97", "#ffffff", "#9aa5b1", "#334155"
+_STAYS, _EDGE, _INK = "#2a6f97", "#9aa5b1", "#334155"
+_CELL, _GAP, _ROW, _MARGIN = 34, 4, 76, 12  # pixels: a block, between two, a list of blocks with its title, around all
 
 
 def plan_png(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int]) -> bytes:
@@ -17,22 +16,17 @@ def plan_png(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int]) -> byt
 
     kept: indices that stay, per list. depth: blocks of the parent, per list.
     """
-    most = max(depth.values())
-    figure = Figure(figsize=(max(4.0, 0.28 * most + 0.6), 0.62 * len(depth) + 0.35), dpi=120)
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.01, 0.02, 0.98, 0.96))
-    axes.set(xlim=(-0.2, most + 0.2), ylim=(-1.6 * len(depth), 0.9))
-    axes.axis("off")
+    width = max(480, 2 * _MARGIN + max(depth.values()) * _CELL)
+    image = Image.new("RGB", (width, 2 * _MARGIN + _ROW * len(depth)), "white")
+    draw, title, number = ImageDraw.Draw(image), ImageFont.load_default(16), ImageFont.load_default(13)
     for row, (name, blocks) in enumerate(depth.items()):
-        top, stays = -1.6 * row, set(kept[name])
-        axes.text(0, top + 0.2, f"{name}: {len(stays)} of {blocks} blocks stay", fontsize=8, color=_INK, va="bottom")
+        stays, top = set(kept[name]), _MARGIN + _ROW * row
+        draw.text((_MARGIN, top), f"{name}: {len(stays)} of {blocks} blocks stay", _INK, title)
         for i in range(blocks):
-            colour = _STAYS if i in stays else _GOES
-            axes.add_patch(
-                Rectangle((i + 0.06, top - 0.95), 0.88, 0.95, facecolor=colour, edgecolor=_EDGE, linewidth=0.8)
-            )
-            ink = "white" if i in stays else _EDGE
-            axes.text(i + 0.5, top - 0.48, str(i), fontsize=6.5, color=ink, ha="center", va="center")
+            left, upper = _MARGIN + _CELL * i, top + 26
+            fill, ink = (_STAYS, "white") if i in stays else ("white", _EDGE)
+            draw.rectangle((left, upper, left + _CELL - _GAP, upper + _CELL - _GAP), fill, _EDGE)
+            draw.text((left + (_CELL - _GAP) / 2, upper + (_CELL - _GAP) / 2), str(i), ink, number, anchor="mm")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+    image.save(buffer, "PNG")
     return buffer.getvalue()

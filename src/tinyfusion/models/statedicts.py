@@ -33,7 +33,7 @@ OTHER_KINDS = {
     "lightningdit": "is a LightningDiT (RMSNorm, SwiGLU, rotary positions), whose blocks are of no family here: it cannot be opened",
     "repa": "was trained with REPA: remove its tensors projectors.*, which serve training alone, and save it anew",
     "mdt": "is an MDT, whose blocks are of no family here: it cannot be opened",
-    "mmdit": "is a transformer of text and image streams (FLUX, SD3), which cannot be opened",
+    "mmdit": "is a transformer of text and image streams (FLUX, SD3) in one file: give its folder of diffusers, with the config.json",
     "diffusers": "has the names of diffusers: put it as diffusion_pytorch_model{suffix} into a folder with the config.json of its "
     "model, and give the folder",
     "unet": "is a U-Net, and models here are transformers: it cannot be opened",
