@@ -68,12 +68,12 @@ def _located(path: Path, rows: Rows) -> Path | None:
 
 
 def _of_a_family(folder: Path) -> bool:
-    """Whether a registered family opens this folder, with the file of its own that it needs."""
+    """Whether a registered family opens this folder: one that claims its class, with the file that it needs of it."""
     config = read_json_object(folder / "config.json")
-    readers = (family.diffusers for family in families().values() if family.diffusers)
-    return any(
-        each.holds(config) and (each.extra_file is None or (folder / each.extra_file).is_file()) for each in readers
-    )
+    kind = config.get("_class_name")
+    readers = [family.diffusers for family in families().values() if family.diffusers]
+    claims = [each for each in readers if kind in (*each.classes, "Transformer2DModel") and each.holds(config)]
+    return any(each.extra_file is None or (folder / each.extra_file).is_file() for each in claims)
 
 
 def _recorded_row(config: Mapping[str, Any]) -> bool:
@@ -90,7 +90,7 @@ def _unknown(folder: Path, config: Mapping[str, Any]) -> str:
         return f"{folder} is a {kind}, for which there is no row and no guess: write one, and give it as --blocks FILE"
     return (
         f"{folder} is a {kind}, for which there is no row. A guess, which builds and cuts as it should: check in which order "
-        f"its blocks return their streams, write it to a file, and give that as --blocks FILE\n\n{text}"
+        f"its blocks return their streams, write this line to a file, and give that as --blocks FILE: {text}"
     )
 
 

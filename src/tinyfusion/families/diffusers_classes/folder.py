@@ -161,9 +161,9 @@ class TransformerFolder:
 def class_of(name: str) -> Any:
     """The transformer class of diffusers of this name; nothing else is looked up. Raises UserError where there is none."""
     import diffusers
-    from diffusers import models
+    from diffusers.models import transformers
 
-    kind = getattr(models.transformers, name, None)
+    kind = getattr(transformers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, nn.Module) or not hasattr(kind, "from_config"):
         raise UserError(f"diffusers {diffusers.__version__} has no transformer class {name}: a newer version may")
     return kind

@@ -13,7 +13,7 @@ from torch import nn
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.diffusers_classes.cutting import Cut
 from tinyfusion.families.diffusers_classes.folder import class_of
-from tinyfusion.families.diffusers_classes.rows import rows_in
+from tinyfusion.families.diffusers_classes.rows import BlockList, Row, row_text
 
 
 def is_transformer(name: str) -> bool:
@@ -37,23 +37,22 @@ def guessed_row(config: Mapping[str, Any]) -> str | None:
     model = _built(name, plain)
     if model is None:
         return None
-    lists = []
+    counts: dict[str, list[str]] = {}  # of every list that a count makes shorter
     for count, value in _sizes(name, plain).items():
         shorter = _built(name, {**plain, count: value - 1}) if value > 1 else None
-        if shorter is not None:
-            lists += [
-                (path, count, _streams(next(model.get_submodule(path).children())))
-                for path in _shortened(model, shorter)
-            ]
-    if not lists or any(streams is None for *_, streams in lists):
+        for path in _shortened(model, shorter) if shorter is not None else ():
+            counts.setdefault(path, []).append(count)
+    own = {path: fields[0] for path, fields in counts.items() if len(fields) == 1}
+    streams = {path: _streams(next(model.get_submodule(path).children())) for path in own}
+    if not own or None in streams.values():
         return None
-    order = [path for path, _ in model.named_modules()]
-    lines = [
-        f'    {{ path = "{path}", count = "{count}", streams = {list(streams or ())} }},'.replace("'", '"')
-        for path, count, streams in sorted(lists, key=lambda each: order.index(each[0]))
-    ]
-    text = "\n".join([f"[{name}]", "lists = [", *lines, "]"])
-    return text if _cuts(name, plain, model, text) else None
+    order = [path for path, _ in model.named_modules() if path in own]
+    parallel = {
+        path: [each for each in order if own[each] in fields] for path, fields in counts.items() if path not in own
+    }
+    lists = tuple(BlockList(path, own[path], streams[path] or ()) for path in order)
+    row = Row(lists, parallel={path: tuple(each) for path, each in parallel.items()})
+    return row_text(name, row) if _cuts(name, plain, model, row) else None
 
 
 def _built(name: str, config: Mapping[str, Any]) -> nn.Module | None:
@@ -104,9 +103,8 @@ def _streams(block: nn.Module) -> tuple[str, ...] | None:
     return tuple(names) if names and len(names) == len(longest) else None
 
 
-def _cuts(name: str, config: Mapping[str, Any], model: nn.Module, text: str) -> bool:
+def _cuts(name: str, config: Mapping[str, Any], model: nn.Module, row: Row) -> bool:
     """Whether a block less of every list leaves exactly the tensors of the model that the rewritten config describes."""
-    row = rows_in(text, "the guess")[name]
     depths = {each.path: len(model.get_submodule(each.path)) for each in row.lists}  # type: ignore[arg-type]
     for gone in (0, -1):
         kept = {path: [i for i in range(depth) if i != gone % depth] for path, depth in depths.items()}

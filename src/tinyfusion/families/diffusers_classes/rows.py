@@ -157,8 +157,8 @@ def row_for(config: Mapping[str, Any], rows: Rows | None = None) -> Row | None:
 
 
 def row_text(name: str, row: Row) -> str:
-    """A row as TOML, fields that are as by default left out."""
-    return f"[{name}]\n" + "".join(f"{field} = {_toml(value)}\n" for field, value in _stated(row).items())
+    """A row as one line of TOML; fields that are as by default are left out."""
+    return f"{name} = {_toml(row)}"
 
 
 def _stated(value: Any) -> dict[str, Any]:

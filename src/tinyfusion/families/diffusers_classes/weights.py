@@ -129,7 +129,7 @@ def _header(file: Path) -> dict[str, Stored]:
 
 
 def hash_stored(weights: Weights) -> str:
-    """SHA-256 over name, type, shape and bytes of every tensor, sorted by name: `hash_tensors` of the tensors as stored."""
+    """SHA-256 over name, type, shape and bytes of every tensor, sorted by name, as stored: the hash of a family."""
     digest = hashlib.sha256()
     with ExitStack() as files:
         streams: dict[Path, BinaryIO] = {}
