@@ -70,6 +70,25 @@ def test_data_of_a_run_are_found_from_another_folder(
     assert {name: data[name] for name in settings} == settings
 
 
+def test_a_typed_setting_that_is_the_default_wins_over_the_runs(cli: Cli, own: Path) -> None:
+    prune = "prune --teacher mine --data mine.npz --scheme 1:2 --steps 1 --out cut --set data.augment=0.25"
+    done(cli, f"{prune} --set data.flip=0.5 {FAST.format('prune.training')}")
+    done(cli, f"{RECOVER} --set data.flip=0")
+    data = job("back")["recipe"]["data"]  # type: ignore[index]
+    assert (data["augment"], data["flip"]) == (0.25, 0.0)
+
+
+def test_a_shipped_name_wins_over_a_folder_of_that_name(cli: Cli, work: Path) -> None:
+    prune = "prune --teacher digits --keep 0,2,4 --out digits"
+    done(cli, prune)
+    assert "digits is the shipped model; ./digits is the folder" in done(cli, prune).err, "the same command again"
+    assert job("digits")["teacher"] == "digits"
+    depths = [done(cli, f"inspect {name} --json").last_json["depth"] for name in ("digits", "./digits")]
+    assert depths == [12, 3]
+    done(cli, RECOVER.replace("--student cut", "--student digits"))
+    assert job("back")["teacher"] == "digits"
+
+
 def test_a_training_of_ones_own_gives_its_data_to_the_prune(cli: Cli, own: Path) -> None:
     sizes = "--set model.family=dit --set model.in_channels=3 --set model.num_classes=3 --set model.hidden_size=32 --set model.depth=4"
     done(cli, f"train --data mine.npz --steps 1 --out trained {sizes} {FAST.format('train')}")

@@ -3,28 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinyfusion.config.loading import load_recipe, recipe_fields
+from tinyfusion.config.constraints import Limit
+from tinyfusion.config.loading import build, load_recipe, recipe_fields, to_plain
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 
 
-def fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted name and type, as text, of every field."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from fields(hint, f"{prefix}{name}.")
+def fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and annotation of every field; of the items of a tuple of sections, by its name."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        parts = (part for part in (hint, *typing.get_args(hint)) if isinstance(part, type))
+        section = next(filter(dataclasses.is_dataclass, parts), None)
+        if section:
+            yield from fields(section, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+            yield f"{prefix}{name}", hint
 
 
-INTEGERS = [path for path, hint in fields(Recipe) if hint in ("int", "int | None", "tuple[int, ...]")]
-FLOATS = [path for path, hint in fields(Recipe) if hint in ("float", "float | None")]
+def numbers(hint: Any) -> list[tuple[type, list[Limit]]]:
+    """Kind and limits of every number that an annotation holds."""
+    if hint in (int, float):
+        return [(hint, [])]
+    if typing.get_origin(hint) is typing.Literal:
+        return []
+    own = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Limit)]
+    inner = typing.get_args(hint)[:1] if hasattr(hint, "__metadata__") else typing.get_args(hint)
+    return [(kind, [*limits, *own]) for part in inner for kind, limits in numbers(part)]
+
+
+NUMBERS = {path: found for path, hint in fields(Recipe) if (found := numbers(hint))}
+SINGLE = {path: found[0] for path, found in NUMBERS.items() if not path.startswith("expected.")}
+INTEGERS = [path for path, (kind, _) in SINGLE.items() if kind is int]
+FLOATS = [path for path, (kind, _) in SINGLE.items() if kind is float and len(NUMBERS[path]) == 1]
+
+
+def test_every_number_of_a_recipe_has_limits_and_its_default_is_within() -> None:
+    assert len(NUMBERS) > 150
+    assert [path for path, found in NUMBERS.items() if not all(limits for _, limits in found)] == []
+    assert build(Recipe, to_plain(Recipe()), "") == Recipe()
+
+
+def test_limits_are_where_they_say() -> None:
+    """On each side of every limit; of whole numbers the next one, of others the next that is not rounded to 0."""
+    for path, (kind, limits) in SINGLE.items():
+        for limit in limits:
+            bound, step = limit.bound, 1 if kind is int else max(abs(limit.bound) * 1e-9, 1e-300)
+            inside, outside = {
+                "at least": (bound, bound - step), "above": (bound + step, bound),
+                "at most": (bound, bound + step), "below": (bound - step, bound),
+            }[limit.words]  # fmt: skip
+            text = "[{0},{0}]" if len(NUMBERS[path]) == 2 else "{0}"
+            with suppress(UserError):  # of a section whose fields must agree
+                load_recipe(None, [f"{path}={text.format(inside)}"])
+            with pytest.raises(UserError, match=f"{re.escape(path)} must be .*{limit.words} .*; got"):
+                load_recipe(None, [f"{path}={text.format(outside)}"])
 
 
 @pytest.mark.parametrize("value", [str(2**64), str(-(2**63) - 1), "1" + "0" * 400])
@@ -83,3 +124,45 @@ def test_odd_values_of_every_field(value: str) -> None:
             load_recipe(None, [f"{path}={value}"])
         except UserError as error:
             assert path.rpartition(".")[2] in str(error) or path in str(error)  # noqa: PT017  # either may come
+
+
+def test_paths_of_a_recipe_file_are_looked_for_beside_it_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine/data.npz", "mine/shards/x", "mine/digits/x", "mine/runs/teacher/x", "mine/x:y.npz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    text = """
+        teacher = {teacher}
+        data.name = {data}
+        encode.vae = "~/vae"
+        evaluate.references = ["data.npz", "digits:heldout", "hub:org/name", "elsewhere.npz", "{elsewhere}"]
+    """
+    file = tmp_path / "mine" / "recipe.toml"
+
+    def loaded(teacher: str, data: str, *settings: str) -> Recipe:
+        file.write_text(text.format(teacher=repr(teacher), data=repr(data), elsewhere=tmp_path / "mine"))
+        return load_recipe(str(file), settings)
+
+    recipe = loaded("runs/teacher", "data.npz")
+    assert (recipe.teacher, recipe.data.name) == (str(tmp_path / "mine/runs/teacher"), str(tmp_path / "mine/data.npz"))
+    assert recipe.encode.vae == str(tmp_path / "home/vae")
+    assert recipe.evaluate.references[1:] == ("digits:heldout", "hub:org/name", "elsewhere.npz", str(tmp_path / "mine"))
+    assert loaded("digits", "latents:shards").teacher == "digits", "a word is a name"
+    assert loaded("./digits", "latents:shards").teacher == str(tmp_path / "mine/digits")
+    assert loaded("./digits", "latents:shards").data.name == f"latents:{tmp_path}/mine/shards"
+    assert loaded("org/name", "parquet:~/x").data.name == f"parquet:{tmp_path}/home/x"
+    assert loaded("org/name", "x:y.npz").data.name == str(tmp_path / "mine/x:y.npz")
+    typed = loaded("~", "digits", "data.name=data.npz", "sample.vae=~/vae")
+    assert (typed.teacher, typed.data.name) == (str(tmp_path / "home"), "data.npz"), "what is typed is of this folder"
+    assert typed.sample.vae == str(tmp_path / "home/vae")
+    assert load_recipe("dit-xl-d7").teacher == "runs/dit-xl-d14"
+
+
+def test_what_was_named_is_known_whatever_its_value() -> None:
+    recipe = load_recipe("digits", ["data.flip=0"], {"seed": 0})
+    assert {"data.flip", "seed", "prune.scheme"} <= recipe.assigned
+    assert "data.augment" not in recipe.assigned
+    assert "assigned" not in to_plain(recipe) and recipe == build(Recipe, to_plain(recipe), "")
+    with pytest.raises(UserError, match="unknown field 'assigned'"):
+        load_recipe(None, ["assigned=[]"])

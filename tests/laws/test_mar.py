@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.blocks.tokens import from_tokens, to_tokens
+from tinyfusion.config.loading import load_recipe
 from tinyfusion.config.process_sections import MaskedSampleSection, MaskedSection
 from tinyfusion.config.recipe import SampleSection, TrainingSection
 from tinyfusion.core.errors import UserError
@@ -583,7 +584,7 @@ def test_recipes_say_how_and_the_published_way_is_the_default() -> None:
 )
 def test_training_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
-        MaskedSection(**wrong)
+        load_recipe(None, [f"masked.{name}={value}" for name, value in wrong.items()])
 
 
 # -------------------------------------------------------------------------------------------------------- weight decay

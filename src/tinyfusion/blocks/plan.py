@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from tinyfusion.config.constraints import Seed
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 
@@ -32,7 +33,7 @@ class PrunePlan:
     distribution: str | None = None
     groups: dict[str, list[list[int]]] | None = None
     scores: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    seed: Seed = 0
     teacher: str = ""
     cost: dict[str, float] = field(default_factory=dict)
     kept_widths: dict[str, Any] | None = None

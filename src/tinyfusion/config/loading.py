@@ -6,60 +6,26 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import reprlib
-import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tinyfusion.config.constraints import Ge, Le, Limit, Location
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import parse_toml, read_text
 
 _KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-_POSITIVE = sys.float_info.min  # the smallest that still differs from 0 where denormals are flushed
+# the annotations of a dataclass, with what they state beside the type
+_hints: Callable[[Any], dict[str, Any]] = cache(partial(typing.get_type_hints, include_extras=True))
 _LARGEST = 10**308  # of whole numbers that become floating point
-_WIDEST_INT = 2**63 - 1  # of whole numbers without a range of their own: what tensors and files can hold
-# what a number must be, by its field's path or the last part of it: smallest and largest value. Largest values are far above
-# any use; behind them are overflows, and memory that no machine has
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("steps", "stop_after", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit"), (1, 10**9)),
-    **dict.fromkeys(("max_bad_steps", "num_images", "calibration_images", "window_images", "shard_images", "is_splits_size"), (1, 10**9)),
-    **dict.fromkeys(("batch_size", "calibration_batch_size", "decode_batch_size", "gradient_accumulation_steps"), (1, 2**20)),
-    **dict.fromkeys(("num_steps", "most_rounds", "head_steps", "steps_per_repeat", "repeats", "strata"), (1, 10**6)),
-    **dict.fromkeys(("num_keep", "neighbours"), (1, 10**6)),
-    **dict.fromkeys(("lora_rank", "size", "diffusion_batch_mul"), (1, 2**16)),
-    **dict.fromkeys(("learning_rate", "eps", "clip_norm", "skip_norm", "temperature", "mask_sigmas"), (_POSITIVE, math.inf)),
-    **dict.fromkeys(("weight_decay", "gate_learning_rate", "scaling", "beta"), (0, math.inf)),
-    **dict.fromkeys(("label_drop", "augment", "flip", "eta", "alpha_kd", "width_threshold", "learning_rate_end_share"), (0, 1)),
-    **dict.fromkeys(("ema_decay", "betas"), (0, math.nextafter(1, 0))),
-    **dict.fromkeys(("warmup_steps", "beside_steps", "ramp_steps", "finish_steps"), (0, 10**9)),
-    **dict.fromkeys(("grid_every_steps", "fid_every_steps", "grid_images", "fid_images"), (0, 10**9)),
-    **dict.fromkeys(("checkpoints", "depths"), (0, 10**6)),
-    **dict.fromkeys(("budget_weight", "beside_weight"), (0, math.inf)),
-    "dynamic.calibration_images": (0, 10**9),  # a whole path goes before its last part
-    **{f"model.{name}": (1, 2**20) for name in ("hidden_size", "in_channels")},
-    **{f"model.{name}": (1, 2**14) for name in ("input_size", "patch_size", "num_heads")},
-    "model.depth": (1, 2**12),
-    "model.num_classes": (1, 2**24),
-    "num_masks": (1, 10**7),
-    "prefetch_batches": (0, 2**10),
-    "product_size": (1, 2**17),
-    "timeout_s": (_POSITIVE, 1e8),
-    "shift": (1e-6, 1e6),
-    "logit_mean": (-1000, 1000),
-    "logit_std": (_POSITIVE, 1000),
-    "mode_scale": (-1, 2 / (math.pi - 2)),
-    "shift_terminal": (_POSITIVE, math.nextafter(1, 0)),
-    **dict.fromkeys(("base_tokens", "max_tokens"), (1, 10**9)),
-    "width_share": (_POSITIVE, 1),
-    "latent_scale": (_POSITIVE, math.inf),
-    "target": (_POSITIVE, 1),
-    "seed": (0, 2**64 - 1),
-}  # fmt: skip
+_INT64 = (Ge(-(2**63) + 1), Le(2**63 - 1))  # whole numbers without limits of their own: what tensors and files can hold
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -96,9 +62,11 @@ def load_recipe(
     """A recipe by shipped name or TOML file (None: the published defaults), with `section.field=value` settings.
 
     overrides: {dotted field: value} from options of the command line; they win over the file, settings win over both.
-    Raises UserError on anything unknown, offering the nearest name.
+    Which fields were named is in its `assigned`. In paths, `~` is the home folder; in a file that is given by its path,
+    relative ones are looked for beside it first. Raises UserError on anything unknown, offering the nearest name.
     """
-    values = {} if name_or_file is None else _read_toml(name_or_file)
+    values, folder = ({}, None) if name_or_file is None else _read_toml(name_or_file)
+    values = _located(Recipe, values, folder)
     for path, value in (overrides or {}).items():
         _assign(values, path.split("."), value, path)
     for setting in settings:
@@ -106,21 +74,40 @@ def load_recipe(
         if not separator:
             raise UserError(f"--set wants section.field=value; got {_shown(setting)}")
         _assign(values, path.strip().split("."), _parse_scalar(text.strip()), path)
-    return typing.cast(Recipe, build(Recipe, values, ""))
+    recipe: Recipe = build(Recipe, _located(Recipe, values), "")
+    return dataclasses.replace(recipe, assigned=frozenset(flatten(values)))
 
 
-def _read_toml(name_or_file: str) -> dict[str, Any]:
+def _read_toml(name_or_file: str) -> tuple[dict[str, Any], Path | None]:
+    """The values of a recipe, and the folder of its file; None of a shipped one."""
     recipes = shipped_recipes()
     path = recipes.get(name_or_file)
     if path is None:
-        path = Path(name_or_file)
+        path = Path(os.path.expanduser(name_or_file))
         if path.suffix != ".toml":
             raise UserError(f"unknown recipe {name_or_file!r}{nearest(name_or_file, recipes)} (or give a .toml file)")
         if not path.is_file():
             raise UserError(f"recipe file {name_or_file} does not exist")
     values = parse_toml(read_text(path), f"recipe {path}")
     values.setdefault("name", path.stem)
-    return values
+    return values, None if name_or_file in recipes else path.parent
+
+
+def _located(kind: Any, value: Any, folder: Path | None = None) -> Any:
+    """`value`, of a section, with the paths that its fields may name expanded; see `Location`."""
+    if not isinstance(value, Mapping) or not dataclasses.is_dataclass(kind):
+        return value
+    hints, expanded = _hints(kind), dict(value)
+    for name, inner in value.items():
+        markers = getattr(hints.get(name), "__metadata__", ())
+        location = next((marker for marker in markers if isinstance(marker, Location)), None)
+        if location is None:
+            expanded[name] = _located(hints.get(name), inner, folder)
+        elif isinstance(inner, str):
+            expanded[name] = location.expanded(inner, folder)
+        elif isinstance(inner, list):
+            expanded[name] = [location.expanded(item, folder) if isinstance(item, str) else item for item in inner]
+    return expanded
 
 
 def _parse_scalar(text: str) -> Any:
@@ -141,11 +128,14 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any, path: str) -> N
     values[keys[-1]] = value
 
 
-def build(kind: Any, value: Any, path: str) -> Any:
-    """`value` (from TOML or JSON) as `kind`: a dataclass, Literal, union with None, tuple, list, dict, scalar or Any."""
+def build(kind: Any, value: Any, path: str, limits: tuple[Limit, ...] = ()) -> Any:
+    """`value` (from TOML or JSON) as `kind`: a dataclass, Literal, union with None, tuple, list, dict, scalar or Any.
+
+    limits: of the number, beside those that an annotation in `kind` states. Raises UserError that names `path`.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        return build(args[0], value, path)
+        return build(args[0], value, path, tuple(limit for limit in args[1:] if isinstance(limit, Limit)))
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, path)
     if origin is typing.Literal:
@@ -155,21 +145,18 @@ def build(kind: Any, value: Any, path: str) -> Any:
             raise UserError(f"{path} must be one of {', '.join(map(str, args))}; got {text}{near}")
         return value
     if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return build(next(a for a in args if a is not type(None)), value, path)
+        return None if value is None else build(next(a for a in args if a is not type(None)), value, path, limits)
     if origin is tuple:
         return _build_tuple(args, value, path)
     if origin in (list, dict):
         return _build_container(origin, args, value, path)
-    return value if kind is Any else _build_scalar(kind, value, path)
+    return value if kind is Any else _build_scalar(kind, value, path, limits)
 
 
 def build_known(kind: Any, values: Any, path: str) -> Any:
     """As `build` for a dataclass, but fields that it does not have are left out: a newer version wrote them."""
     if isinstance(values, Mapping):
-        known = {f.name for f in dataclasses.fields(kind)}
-        values = {key: value for key, value in values.items() if key in known}
+        values = {key: value for key, value in values.items() if key in _fields(kind)}
     return build(kind, values, path)
 
 
@@ -177,29 +164,34 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
     if isinstance(value, kind):  # a default, taken over whole
         return value
     if not isinstance(value, Mapping):
-        names = ", ".join(f.name for f in dataclasses.fields(kind))
-        raise UserError(f"{path or 'the recipe'} is a section with the fields {names}; got {_shown(value)}")
-    hints = typing.get_type_hints(kind, include_extras=True)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+        raise UserError(
+            f"{path or 'the recipe'} is a section with the fields {', '.join(_fields(kind))}; got {_shown(value)}"
+        )
+    hints, fields = _hints(kind), _fields(kind)
     for key in value:
         if key not in fields:
             where = f"{path}.{key}" if path else key
             raise UserError(f"unknown field {where!r}{_nearest_field(where, fields)}")
-    made: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for key, inner in value.items():
         where = f"{path}.{key}" if path else key
         default = _default(fields[key])
         if dataclasses.is_dataclass(default) and isinstance(inner, Mapping):
             inner = {**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)}, **inner}
-        made[key] = build(hints[key], inner, where)
+        arguments[key] = build(hints[key], inner, where)
     required = (f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING)
-    if missing := next((name for name in required if name not in made), None):
+    if missing := next((name for name in required if name not in arguments), None):
         raise UserError(f"{f'{path}.' if path else ''}{missing} is missing")
-    return kind(**made)
+    return kind(**arguments)
+
+
+def _fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a dataclass, or of a value of one, that make it equal to another; the others are never written."""
+    return {f.name: f for f in dataclasses.fields(kind) if f.compare}
 
 
 def _nearest_field(where: str, siblings: Iterable[str]) -> str:
-    """A hint at the field meant: one beside it, or of the same name anywhere below its section."""
+    """A hint at the field meant: one of the same section, or of the same name anywhere below it."""
     section, _, name = where.rpartition(".")
     below = {path for path, _, _ in recipe_fields(Recipe()) if path.startswith(section)}
     meant = {path.rpartition(".")[2]: path for path in sorted(below, key=len, reverse=True)}
@@ -216,7 +208,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _build_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if isinstance(value, str) and value:
+    if isinstance(value, str):
         value = [_parse_scalar(part.strip()) for part in value.strip("[]()").split(",") if part.strip()]
     if not isinstance(value, list | tuple):
         value = [value]
@@ -236,28 +228,21 @@ def _build_container(kind: Any, args: tuple[Any, ...], value: Any, path: str) ->
     return [build(args[0], item, path) for item in value]
 
 
-def _build_scalar(kind: Any, value: Any, path: str) -> Any:
+def _build_scalar(kind: Any, value: Any, path: str, limits: tuple[Limit, ...]) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(max(-_LARGEST, min(value, _LARGEST)))
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         return _shown(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{path} wants {_KINDS.get(kind, kind.__name__)}; got {_shown(value)}")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        _check_range(value, path)
-    return value
-
-
-def _check_range(value: Any, path: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
+    if kind is float and not math.isfinite(value):
         raise UserError(f"{path} wants a finite number; got {value}")
-    widest = (-_WIDEST_INT, _WIDEST_INT) if isinstance(value, int) else (-math.inf, math.inf)
-    low, high = _RANGES.get(path) or _RANGES.get(path.rpartition(".")[2], widest)
-    if not low <= value <= high:
-        least = "above 0" if low == _POSITIVE else f"at least {low:,}"
-        most = " and below 1" if high < 1 else f" and at most {high:,}"
-        most = "" if math.isinf(high) or (value < low and high > 1) else most
-        raise UserError(f"{path} must be {least}{most}; got {_shown(value)}")
+    if kind is int and not limits:
+        limits = _INT64
+    for place, limit in enumerate(limits):
+        if not limit.holds(value, limit.bound):
+            raise UserError(f"{path} must be {' and '.join(map(str, limits[: place + 1]))}; got {_shown(value)}")
+    return value
 
 
 _REPR = reprlib.Repr()
@@ -275,22 +260,21 @@ def _shown(value: Any) -> str:
 
 def to_plain(value: Any) -> Any:
     """Dataclasses, tuples and paths as JSON values."""
-    return json.loads(
-        json.dumps(
-            dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value,
-            default=str,
-        )
-    )
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {name: getattr(value, name) for name in _fields(value)}
+    return json.loads(json.dumps(value, default=_as_json))
+
+
+def _as_json(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """(field in dotted form, old value, new value) where two plain values first differ; None if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*new, *(k for k in old if k not in new)]:
-            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
-        return None
+        keys = [*new, *(k for k in old if k not in new)]
+        below = (first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key) for key in keys)
+        return next(filter(None, below), None)
     return None if old == new else (path, old, new)
 
 
@@ -306,13 +290,13 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def recipe_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """(dotted field, default as a plain value, meaning) of every field under a section, in order."""
-    hints = typing.get_type_hints(type(section), include_extras=True)
+    hints = _hints(type(section))
     for name in (f.name for f in dataclasses.fields(section)):
         value, path = getattr(section, name), f"{prefix}{name}"
         if dataclasses.is_dataclass(value):
             yield from recipe_fields(value, f"{path}.")
         elif typing.get_origin(hints[name]) is typing.Annotated:
-            yield path, to_plain(value), hints[name].__metadata__[0] + _choices(typing.get_args(hints[name])[0])
+            yield path, to_plain(value), hints[name].__metadata__[-1] + _choices(typing.get_args(hints[name])[0])
 
 
 def _choices(kind: Any) -> str:

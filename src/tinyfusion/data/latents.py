@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyfusion.config.loading import build, build_known
+from tinyfusion.config.constraints import Count, Side
+from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.locks import is_at, try_lock
@@ -49,8 +50,8 @@ class LatentSpec:
     the largest label. scale, shift: models see (z - shift) x scale of a latent z.
     """
 
-    num_images: int
-    shard_images: int
+    num_images: Count
+    shard_images: Count
     kind: str
     dtype: str
     rows: int
@@ -292,15 +293,14 @@ class _Notes:
     """What else of a manifest is read. size: side of the pictures in pixels; vae: the autoencoder's name."""
 
     shards: list[_Shard]
-    size: int | None = None
+    size: Side | None = None
     vae: str | None = None
 
 
 def _spec(folder: Path, about: Mapping[str, Any]) -> LatentSpec:
     """The manifest's own numbers, of the right kind and in agreement with each other."""
     try:
-        shift = build(float, about.get("shift"), "the shift")  # no range of a recipe's field of that name
-        spec: LatentSpec = replace(build_known(LatentSpec, {**about, "shift": 1.0}, ""), shift=shift)
+        spec: LatentSpec = build_known(LatentSpec, about, "")
         notes: _Notes = build_known(_Notes, about, "")
     except UserError as error:
         raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error

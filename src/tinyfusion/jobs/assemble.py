@@ -31,6 +31,7 @@ from tinyfusion.data.stream import StreamedBatches, open_shards
 from tinyfusion.jobs.latent_facts import check_latents, open_stated, with_latents
 from tinyfusion.jobs.origins import require_data
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.places import is_shipped
 from tinyfusion.training.engine import Engine, open_engine
 
 _MOST_CLASSES = 100_000  # of a new model that are taken from its data: a larger label is more likely a mistake
@@ -71,7 +72,7 @@ def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any
 
 def job_record(recipe: Recipe, options: RunOptions, **paths: Any) -> dict[str, Any]:
     """What a run's record needs for its training to be repeated. paths: of models that were opened."""
-    named = {name: _absolute(str(path)) for name, path in paths.items() if path}
+    named = {name: str(path) if is_shipped(path) else _absolute(str(path)) for name, path in paths.items() if path}
     data = recipe.data.name if recipe.data.name in REAL_SETS else _absolute(recipe.data.name)
     typed = {name: getattr(options, name) for name in ("num_heads", "family", "num_classes")}
     return {"recipe": to_plain(recipe), "data": data, **typed, **named}

@@ -22,6 +22,7 @@ from tinyfusion.data.latents import LATENTS
 from tinyfusion.data.parquet import HUB, PARQUET, STREAMED
 from tinyfusion.evaluate.features import DIGITS_FEATURES, FEATURE_CHOICES
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.places import is_shipped
 
 _MODEL_FOLDERS = ("student", "student-raw", "model", "model-raw")  # of a run
 _DIGITS_SHAPE, _DIGITS_CLASSES = (8, 8, 1), 10
@@ -55,7 +56,7 @@ def making_run(source: str | Path) -> MakingRun | None:
     """The run that made the model at `source`, a run folder or a model folder in one; None where no record of it is there."""
     path = Path(source)
     places = [path, path / "recover", path / "prune", *([path.parent] if path.name in _MODEL_FOLDERS else [])]
-    for folder in places if source else []:  # an empty path would be the current folder
+    for folder in places if source and not is_shipped(source) else []:  # an empty path would be the current folder
         record: dict[str, Any] = {}
         with suppress(UserError):
             record = read_json_object(folder / "run.json") if (folder / "run.json").is_file() else {}
@@ -103,7 +104,7 @@ def _with_known_data(
     """remarks: None where no data are needed."""
     for run in filter(None, map(making_run, sources)):
         if (data := _data_of(run, model)) is not None:
-            data = dataclasses.replace(data, **_given(recipe.data))
+            data = dataclasses.replace(data, **{**_given(recipe), "name": data.name})
             if remarks is not None:
                 remarks.append(f"data {data.name}, as in {run.path} (--data names another set)")
             return dataclasses.replace(recipe, data=data)
@@ -116,9 +117,14 @@ def _with_known_data(
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, name=REAL_SETS[0]))
 
 
-def _given(data: DataSection) -> dict[str, Any]:
-    """The settings that are not as they are by default."""
-    return {name: value for name, value in vars(data).items() if value != getattr(DataSection(), name)}
+def _given(recipe: Recipe) -> dict[str, Any]:
+    """The settings of data that somebody named, or that are not as they are by default."""
+    default = DataSection()
+    return {
+        name: value
+        for name, value in vars(recipe.data).items()
+        if f"data.{name}" in recipe.assigned or value != getattr(default, name)
+    }
 
 
 def with_watched(recipe: Recipe, model: LoadedModel, remarks: list[str]) -> Recipe:

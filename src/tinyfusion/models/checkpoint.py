@@ -28,7 +28,7 @@ from tinyfusion.families.sizes import LARGEST_SIZE
 from tinyfusion.models.autoencoder import LARGEST_SCALE, SCALE_OF_CLASS, autoencoder_config
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS
 from tinyfusion.models.loaded import LoadedModel, ModelFacts, make_trainable, new_model, settings_in
-from tinyfusion.models.places import by_name, exists, model_folder, shipped_models
+from tinyfusion.models.places import by_name, exists, is_shipped, model_folder, shipped_models
 from tinyfusion.models.statedicts import described_other, find_state_dict
 from tinyfusion.models.tensors import filled, read_folder_weights, read_safetensors, read_tensor_file
 
@@ -83,14 +83,14 @@ def open_model(
     weights: "ema" or "raw", where both exist; else what there is. num_heads: for official files whose width is in no published table.
     family: for official files whose keys fit several families. num_classes: for official files, without the null class, as a label
     table does not say whether its last row is one. The module comes back in eval mode, on the CPU.
-    Names are those of shipped models and of known weights, which are fetched once; a hub id is `org/name` or
-    `org/name@revision`. Raises UserError on anything that is not exactly a model: missing, unexpected or misshapen
+    Names are those of shipped models, before a folder of that name, and of known weights, which are fetched once; a hub
+    id is `org/name` or `org/name@revision`. Raises UserError on anything that is not exactly a model: missing, unexpected or misshapen
     tensors, NaN, code; and on a name that nothing is known by or that cannot be fetched.
     """
     if weights not in ("ema", "raw"):
         raise UserError(f"--weights is ema or raw; got {weights!r}")
     path, extra = Path(source), dict[str, str]()
-    if not exists(path):
+    if is_shipped(source) or not exists(path):
         path, extra = by_name(str(source))
         family = family or extra.get("family")
     stated = _Stated(family, num_heads, num_classes)

@@ -26,6 +26,11 @@ def shipped_models() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(root.glob("*/model.json"))}
 
 
+def is_shipped(source: str | Path) -> bool:
+    """Whether a text is the name of a shipped model; it goes before a folder of that name, which is written `./NAME`."""
+    return isinstance(source, str) and source in shipped_models()
+
+
 def exists(path: Path) -> bool:
     """Whether there is a file or folder. Raises UserError where that cannot be known, and on special files."""
     try:
@@ -44,6 +49,8 @@ def by_name(name: str) -> tuple[Path, dict[str, str]]:
     """Where a model is that is no path, and what is known of it: shipped, known weights (fetched) or a hub id (fetched)."""
     shipped = shipped_models()
     if name in shipped:
+        if Path(name).exists():
+            print(f"{name} is the shipped model; ./{name} is the folder of that name here", file=sys.stderr)
         return shipped[name], {"name": name}
     known = {entry.name: entry for entry in known_weights().values() if entry.kind == "model"}
     if name in known:

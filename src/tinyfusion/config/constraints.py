@@ -1,0 +1,86 @@
+"""What a value may be, stated in the annotation of its field: limits of numbers, and texts that may be paths.
+
+`Annotated[int, Ge(1), Le(2**16), "rank of the weight deltas"]`; the text about a field comes last. Checked
+where values come from outside (`config/loading.py`). Upper limits are far above any use; beyond them are overflows, and
+memory that no machine has.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound of a number, in words and as a comparison of value and bound."""
+
+    words: str
+    holds: Callable[[Number, Number], bool]
+    bound: Number
+
+    def __str__(self) -> str:
+        return f"{self.words} {self.bound:,}"
+
+
+def _above(value: Number, bound: Number) -> bool:
+    """By at least the smallest number that is not rounded to 0 where denormals are."""
+    return value - bound >= sys.float_info.min
+
+
+Ge = partial(Limit, "at least", operator.ge)
+Gt = partial(Limit, "above", _above)
+Le = partial(Limit, "at most", operator.le)
+Lt = partial(Limit, "below", operator.lt)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Marks a text that may name a file or folder, alone or after one of the prefixes and a colon."""
+
+    prefixes: tuple[str, ...] = ()
+
+    def expanded(self, text: str, folder: Path | None = None) -> str:
+        """`text` with `~` as the home folder, and a relative path from `folder` where it exists there.
+
+        Without a prefix, a word that has neither a slash nor a suffix is a name, and no path.
+        """
+        prefix, colon, path = text.partition(":")
+        if not colon or prefix not in self.prefixes:
+            prefix, colon, path = "", "", text
+        path = os.path.expanduser(path)
+        if folder and (colon or "/" in path or Path(path).suffix) and _exists(folder / path):
+            path = str(folder / path)
+        return f"{prefix}{colon}{path}"
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a path, or a NUL
+        return False
+
+
+Count = Annotated[int, Ge(1), Le(10**9)]  # steps, images, tokens
+CountOrZero = Annotated[int, Ge(0), Le(10**9)]  # where 0 turns something off
+SmallCount = Annotated[int, Ge(1), Le(10**6)]  # rounds, repeats, blocks
+BatchSize = Annotated[int, Ge(1), Le(2**20)]
+Side = Annotated[int, Ge(1), Le(2**16)]  # of pictures, in pixels
+Index = Annotated[int, Ge(0), Le(2**24)]  # of a block or class
+Seed = Annotated[int, Ge(0), Le(2**64 - 1)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+PositiveShare = Annotated[float, Gt(0), Le(1)]
+ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
+ShareBelowHalf = Annotated[float, Ge(0), Lt(0.5)]
+Logit = Annotated[float, Ge(-1000), Le(1000)]
+Offset = Annotated[float, Ge(-(10**9)), Le(10**9)]  # a number of either sign
