@@ -283,12 +283,6 @@ def test_damaged_shards_are_drawn_again(tmp_path: Path, damage: str) -> None:
         shards.wait_for(shards.ranges(), 2, 0.2)
 
 
-def test_a_shard_goes_nowhere_where_its_folder_was_removed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="was removed while"):
-        shards_in(tmp_path).write((0, 4), np.zeros((4, 2, 2, 1), np.uint8))
-    assert not list(tmp_path.iterdir())
-
-
 # -------------------------------------------------------------------------------------------------------------- streaming
 
 

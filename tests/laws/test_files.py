@@ -11,6 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tinyfusion.core import locks
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import atomic_write, check_writable, remove_written, write_json, write_text
 from tinyfusion.core.locks import LOCK, Locked, acquire
+from tinyfusion.core.ranks import complete_file, wait_for_files
 from tinyfusion.core.rundir import RunDirectory
 
 RECIPE = {"seed": 0}
@@ -107,6 +110,42 @@ def test_files_of_others_in_a_replaced_folder_and_links_do_not_count_as_written(
     write_json(tmp_path / "run" / "x.json", [1])
     remove_written(tmp_path / "run")
     assert names(tmp_path) == ["disk.json", "run", "run/samples", "run/samples/notes.txt", "run/x.json"]
+
+
+def test_a_file_of_a_rank_is_complete_or_absent(tmp_path: Path) -> None:
+    def write(fail: bool) -> None:
+        with complete_file(tmp_path / "out" / "x") as temporary:
+            temporary.write_text("whole")
+            assert names(tmp_path / "out") == [".x.part"]
+            if fail:
+                raise ValueError
+
+    with pytest.raises(UserError, match="out was removed while it was being written: start the same command again"):
+        write(False)
+    (tmp_path / "out").mkdir()
+    pytest.raises(ValueError, write, True)
+    assert names(tmp_path / "out") == []
+    write(False)
+    assert (tmp_path / "out" / "x").read_text() == "whole"
+
+
+def test_files_of_other_ranks_are_waited_for_while_they_grow(tmp_path: Path) -> None:
+    def write() -> None:
+        with complete_file(tmp_path / "b") as temporary:
+            for _ in range(10):
+                with open(temporary, "a") as file:
+                    file.write("x")
+                time.sleep(0.2)
+
+    (tmp_path / "a").touch()
+    thread = threading.Thread(target=write)
+    thread.start()
+    wait_for_files({tmp_path / "a": 0, tmp_path / "b": 1}, 2, timeout_s=1.5)
+    thread.join()
+    with pytest.raises(UserError, match=r"1 of 2 files are missing \(.*/c\) .* for 0.1 s: process 1 of 2 has ended"):
+        wait_for_files({tmp_path / "a": 0, tmp_path / "c": 1}, 2, timeout_s=0.1)
+    with pytest.raises(UserError, match="gone was removed"):
+        wait_for_files({tmp_path / "gone" / "c": 1}, 2, timeout_s=0.1)
 
 
 def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
