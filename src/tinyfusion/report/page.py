@@ -15,7 +15,7 @@ from PIL import UnidentifiedImageError
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.report import charts, decisions, diagnostic_charts, images, tables
-from tinyfusion.report.format import count, percent, printable, significant
+from tinyfusion.report.format import count, duration, percent, printable, significant
 from tinyfusion.report.load import Run, join_runs
 from tinyfusion.report.progress import progress_of
 
@@ -69,7 +69,8 @@ def embedded_record(page: str) -> Any:
 def _template() -> Template:
     text = (resources.files("tinyfusion.report") / "template.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(count=count, percent=percent, significant=significant)
+    environment.filters.update(count=count, duration=duration, percent=percent, significant=significant)
+    environment.globals.update(distance_name=tables.distance_name, unbiased_images=tables.UNBIASED_IMAGES)
     return environment.from_string(text)
 
 
@@ -85,7 +86,10 @@ def _section(run: Run, anchor: str, runs: Sequence[Run]) -> dict[str, Any]:
         "anchor": anchor,
         "run": run,
         "progress": progress_of(run),
-        "tiles": tables.headline(run),
+        "comparable": tables.comparable(run),
+        "depths": tables.depths(run),
+        "models": tables.timed_models(run),
+        "doubt": tables.speed_doubt(run),
         "lists": decisions.block_lists(run),
         "decisions": charts.decision_charts(run),
         "curves": charts.training_charts(run),
