@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, StrictUndefined, Template, UndefinedError
 from markupsafe import Markup
 from PIL import UnidentifiedImageError
 
@@ -50,7 +50,15 @@ def _consistent(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UnidentifiedImageError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        UndefinedError,
+        UnidentifiedImageError,
+    ) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"the files of {name} do not fit together ({reason}); --debug shows where") from error
 
@@ -71,6 +79,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=count, duration=duration, percent=percent, significant=significant)
     environment.globals.update(distance_name=tables.distance_name, unbiased_images=tables.UNBIASED_IMAGES)
+    environment.globals.update(stage_names=tables.STAGE_NAMES)
     return environment.from_string(text)
 
 

@@ -13,7 +13,7 @@ from tinyfusion.report.load import MODELS, Run
 
 UNBIASED_IMAGES = 10_000  # a Fréchet distance over fewer images is visibly too high
 _NAMES = {"pruned": "pruned, before recovery", "student": "student, recovered", "real": "real images"}
-_STAGES = {"pictures": "diagnostics"}
+STAGE_NAMES = {"pictures": "diagnostics"}
 _SCORES = {
     "fid": "{distance} ↓", "sfid": "sFID ↓", "inception_score": "IS ↑", "precision": "precision ↑", "recall": "recall ↑",
     "nearest_reference_distance": "nearest reference", "num_images": "images",
@@ -147,7 +147,7 @@ def evaluation_tables(run: Run) -> list[Table]:
     for reference in run.references:
         models = sorted((model for model, other in run.evaluations if other == reference), key=_order)
         scores = [run.evaluations[model, reference] for model in models]
-        keys = [key for key in _SCORES if any(key in values for values in scores)]
+        keys = [key for key in _SCORES if any(values.get(key) is not None for values in scores)]
         columns = [_SCORES[key].format(distance=distance_name(scores)) for key in keys]
         cells = [[(count if key == "num_images" else significant)(v.get(key)) for key in keys] for v in scores]
         rows = zip(models, cells, map(stated, scores), strict=True)
@@ -265,7 +265,7 @@ def cost_table(run: Run) -> tuple[Table, list[float]] | None:
         seconds.setdefault(stage, max(line.get("seconds", 0.0) for line in lines))
     seen = {stage: _seen_images(run, stage) for stage in (*seconds, *_TRAININGS)}
     shares = {stage: value / (sum(seconds.values()) or 1.0) for stage, value in seconds.items()}
-    rows = [[_STAGES.get(s, s), duration(v), percent(shares[s]), count(seen[s])] for s, v in seconds.items()]
+    rows = [[STAGE_NAMES.get(s, s), duration(v), percent(shares[s]), count(seen[s])] for s, v in seconds.items()]
     known = [float(record.get("seconds") or 0.0) for _, record in run.sources]
     note = f"{duration(sum(known))} in all. " if all(known) else ""
     trained = {words: images for stage, words in _TRAININGS.items() if (images := seen[stage])}
