@@ -133,9 +133,8 @@ def shared_out(num: int, depths: Mapping[str, int]) -> dict[str, int]:
 def shallow(model: LoadedModel, depths: Mapping[str, int]) -> LoadedModel:
     """The model with only the first blocks of every list, as many as `depths` says; weights are shared, not copied."""
     tensors = itertools.chain(model.module.parameters(), model.module.buffers())
-    pruned = LoadedModel(
-        copy.deepcopy(model.module, {id(t): t for t in tensors}), model.family, model.arch, model.facts
-    )
+    module = copy.deepcopy(model.module, {id(tensor): tensor for tensor in tensors})
+    pruned = LoadedModel(module, model.family, model.arch, model.facts)
     pruned.stack.keep({name: range(depth) for name, depth in depths.items()})
     pruned.arch = model.family.arch_with_depths(model.arch, dict(depths))
     return pruned
@@ -164,13 +163,9 @@ def depth_speed(
     points = []
     for depth in depths:
         ratio, low, high = speedup(times[str(whole)], times[str(depth)])
-        point = {
-            "depth": depth,
-            "latency_ms": times[str(depth)].median_ms,
-            "speedup": ratio,
-            "speedup_spread": [low, high],
-        }
-        points.append({**point, "lists": split[depth]} if len(lists) > 1 else point)
+        point: dict[str, Any] = {"depth": depth, "latency_ms": times[str(depth)].median_ms, "speedup": ratio}
+        point |= {"speedup_spread": [low, high]} | ({"lists": split[depth]} if len(lists) > 1 else {})
+        points.append(point)
     where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     steps = f"{DEPTH_REPEATS} interleaved guided denoising steps at every depth, batch {num}"
     return {"protocol": f"{steps}, float32, {where}; medians", "teacher_depth": whole, "points": points}
@@ -232,9 +227,7 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
 def _load_average(model: LoadedModel, checkpoint: Path) -> None:
     """Load the averaged weights of a checkpoint into `model`. Raises UserError where they are missing."""
     if not checkpoint.is_dir():
-        raise UserError(
-            f"{checkpoint} is gone: it is a point of the curve of FID over the recovery (evaluate.checkpoints)"
-        )
+        raise UserError(f"{checkpoint} is gone: evaluate.checkpoints needs it for the curve of FID over the recovery")
     if (wrong := other_version(checkpoint) or damage(checkpoint)) is not None:
         raise UserError(f"cannot take the averaged weights of checkpoint {checkpoint}: {wrong}")
     saved = open_checkpoint(checkpoint)

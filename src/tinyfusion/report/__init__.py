@@ -1,1 +1,1 @@
-"""Run folders to one HTML page. Does not import torch."""
+"""Render run folders as one HTML page. Does not import torch."""

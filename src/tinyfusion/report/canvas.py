@@ -29,8 +29,9 @@ class Axis:
     whole: bool = False
 
     def place(self, value: float, start: float, end: float) -> float:
-        """The pixel of a value, where `low` is at `start` and `high` at `end`."""
-        low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        """The pixel of a value, where `low` and all below is at `start`, `high` and all above at `end`."""
+        inside = min(max(value, self.low), self.high)
+        low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, inside))
         return start + (end - start) * (at - low) / ((high - low) or 1.0)
 
     def labelled(self, most: int) -> list[tuple[float, str]]:
@@ -52,9 +53,10 @@ def _linear_ticks(low: float, high: float, most: int, whole: bool = False) -> li
 def _log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten, and numbers between them where the range is short."""
     digits = (1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 1e4 * low else (1,)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [value for power in powers for digit in digits if low <= (value := digit * 10.0**power) <= high]
-    return found if len(found) > 1 else _linear_ticks(low, high, 4)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    powers = [10.0**power for power in range(first, last + 1, max((last - first) // 8, 1))]
+    ticks = [digit * power for power in powers for digit in digits if low <= digit * power <= high]
+    return ticks if len(ticks) > 1 else _linear_ticks(low, high, 4)
 
 
 @dataclass(frozen=True)
@@ -168,14 +170,14 @@ def cells(values: np.ndarray, edges: Sequence[float], positive: str, negative: s
     edges: where the columns begin, and the last one ends. positive, negative: colours. Equal neighbours are one cell.
     """
     levels = np.round(np.nan_to_num(values) * _CELL_LEVELS).astype(int)
-    found: dict[int, list[Points]] = {}
+    places_of: dict[int, list[Points]] = {}
     for row, line in enumerate(levels):
         for a, b in pairwise([0, *(np.flatnonzero(np.diff(line)) + 1).tolist(), len(line)]):
             if line[a]:
-                found.setdefault(int(line[a]), []).append(rectangle(edges[a], row - 0.46, edges[b], row + 0.46))
+                places_of.setdefault(int(line[a]), []).append(rectangle(edges[a], row - 0.46, edges[b], row + 0.46))
     return [
         Shape(places, positive if level > 0 else negative, fill=True, opacity=abs(level) / _CELL_LEVELS)
-        for level, places in sorted(found.items())
+        for level, places in sorted(places_of.items())
     ]
 
 

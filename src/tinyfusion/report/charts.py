@@ -142,7 +142,7 @@ def training_charts(run: Run) -> list[Chart]:
     for stage, scores in run.preview_scores.items():
         for protocol, fids in preview_fids(scores).items():
             if len(fids) > 1:
-                title = f"{distance_name(protocol)} of the previews, {_STAGES[stage]}"
+                title = f"{distance_name(s for s in scores if stated(s) == protocol)} of the previews, {_STAGES[stage]}"
                 plot = curves(_smoothed(fids, "averaged weights", "student"))
                 charts.append(chart(title, "previews", plot, protocol=protocol, small=True))
     return charts
@@ -241,7 +241,7 @@ def fid_charts(runs: Sequence[Run], shared: bool = False) -> list[Chart]:
 
 def _fid_chart(every: Sequence[Series], others: Sequence[tuple[str, Mapping[str, Any]]]) -> Chart:
     listed = [series for series in every if len(series.points) > 1]
-    protocol, name = listed[0].protocol, distance_name(listed[0].protocol)
+    protocol, name = listed[0].protocol, distance_name(listed[0].points)
     names = short_names([series.run.sources[-1][0] for series in listed])
     alike, shapes = len({series.method for series in listed}) < len(listed), []
     teachers: dict[float, dict[str, None]] = {}

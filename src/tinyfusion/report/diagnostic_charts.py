@@ -65,14 +65,14 @@ def calibration(run: Run, others: Sequence[Run] = ()) -> tuple[list[float], list
         if _is_loss(loss):
             named.setdefault(round(float(loss), 9), []).append(name)  # losses that differ by rounding alone are one
     shares = {loss: float(np.searchsorted(losses, loss)) / len(losses) for loss in named}
-    found = [Mark(", ".join(n), loss, shares[loss], n[0] == "this run") for loss, n in sorted(named.items())]
-    rows = [[mark.label, significant(mark.loss, 4), percent(mark.below)] for mark in found]
+    placed = [Mark(", ".join(n), loss, shares[loss], n[0] == "this run") for loss, n in sorted(named.items())]
+    rows = [[mark.label, significant(mark.loss, 4), percent(mark.below)] for mark in placed]
     for word, q in (("smallest", 0.0), ("median", 0.5), ("largest", 1.0)):
         rows.append([f"{word} of all", significant(float(np.quantile(losses, q)), 4), percent(q)])
     note = f"{len(losses):,} masks, all on the same images with the same noise and timesteps."
     broken = len(tried) - len(losses)
     note += f" {broken:,} more have no finite loss and are not shown." if broken else ""
-    return losses, found, Table(["mask", "loss", "masks with a lower loss"], rows, note)
+    return losses, placed, Table(["mask", "loss", "masks with a lower loss"], rows, note)
 
 
 def _is_loss(value: Any) -> bool:
@@ -87,9 +87,9 @@ def _bits(run: Run) -> str:
 
 
 def _calibration_charts(run: Run, runs: Sequence[Run]) -> list[Chart]:
-    if (found := calibration(run, runs)) is None:
+    if (measured := calibration(run, runs)) is None:
         return []
-    losses, marks, table = found
+    losses, marks, table = measured
     below, plot = [mark.below for mark in marks if mark.is_own], partial(_histogram, losses, marks)
     return [chart("Loss right after pruning", "calibration", plot, table, num=len(losses), below=below)]
 

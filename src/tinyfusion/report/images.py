@@ -43,7 +43,7 @@ def sample_sheets(run: Run) -> list[Sheet]:
     """Samples of every model, the same places in each. Scores are captions where all models share a protocol."""
     shown = {name: s for name, s in run.samples.items() if len(s.images) and s.images.shape[-1] in (1, 3)}
     sampled = [samples for name, samples in shown.items() if name != "real"] or list(shown.values())
-    num, (_, scores, _) = min((len(samples.images) for samples in sampled), default=0), comparable(run)
+    num, (_, scores, *_) = min((len(samples.images) for samples in sampled), default=0), comparable(run)
     sheets = []
     for name, samples in shown.items():
         is_real = name == "real"
@@ -53,7 +53,7 @@ def sample_sheets(run: Run) -> list[Sheet]:
         depth, score = depths(run).get(name), scores.get(name, {})
         caption = [f"{depth} blocks"] * bool(depth)
         if score.get("fid") is not None:
-            caption.append(f"{distance_name(stated(score))} {significant(score['fid'])}")
+            caption.append(f"{distance_name([score])} {significant(score['fid'])}")
         text = samples.protocol if is_real else ", ".join(caption)
         labels = [label for label in columns if label]
         sheets.append(Sheet(model_name(name), picture, width_px, text, labels, name, samples.protocol))
@@ -111,7 +111,7 @@ def preview_sheets(run: Run, stage: str) -> list[Sheet]:
     for preview in run.previews[stage]:
         caption, score = "", scores.get(preview.steps)
         if score:
-            caption = f"{distance_name(stated(score))} {significant(score['fid'])}"
+            caption = f"{distance_name([score])} {significant(score['fid'])}"
             caption += f", protocol {protocols.index(stated(score)) + 1}" if len(protocols) > 1 else ""
         with Image.open(io.BytesIO(preview.png)) as picture:
             source = f"data:image/png;base64,{base64.b64encode(preview.png).decode()}"

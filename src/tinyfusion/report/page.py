@@ -9,13 +9,13 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, StrictUndefined, Template, UndefinedError
 from markupsafe import Markup
 from PIL import UnidentifiedImageError
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.report import charts, decisions, diagnostic_charts, images, tables
-from tinyfusion.report.format import count, percent, printable, significant
+from tinyfusion.report.format import count, duration, percent, printable, significant
 from tinyfusion.report.load import Run, join_runs
 from tinyfusion.report.progress import progress_of
 
@@ -50,7 +50,15 @@ def _consistent(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UnidentifiedImageError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        UndefinedError,
+        UnidentifiedImageError,
+    ) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"the files of {name} do not fit together ({reason}); --debug shows where") from error
 
@@ -69,7 +77,9 @@ def embedded_record(page: str) -> Any:
 def _template() -> Template:
     text = (resources.files("tinyfusion.report") / "template.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(count=count, percent=percent, significant=significant)
+    environment.filters.update(count=count, duration=duration, percent=percent, significant=significant)
+    environment.globals.update(distance_name=tables.distance_name, unbiased_images=tables.UNBIASED_IMAGES)
+    environment.globals.update(stage_names=tables.STAGE_NAMES)
     return environment.from_string(text)
 
 
@@ -85,7 +95,10 @@ def _section(run: Run, anchor: str, runs: Sequence[Run]) -> dict[str, Any]:
         "anchor": anchor,
         "run": run,
         "progress": progress_of(run),
-        "tiles": tables.headline(run),
+        "comparable": tables.comparable(run),
+        "depths": tables.depths(run),
+        "models": tables.timed_models(run),
+        "doubt": tables.speed_doubt(run),
         "lists": decisions.block_lists(run),
         "decisions": charts.decision_charts(run),
         "curves": charts.training_charts(run),

@@ -1,4 +1,4 @@
-"""Types of the fields that the page reads from the files of a run.
+"""Schemas of the JSON files of a run, as far as the page reads them.
 
 A schema is a type (float takes whole numbers too, and neither takes NaN or infinity), a `Least`, None, a tuple of alternatives,
 [schema] for a list of any length, [schema, schema] for a pair, or a dict of fields: "name!" must be there, "*" stands for
@@ -36,16 +36,16 @@ def checked(value: Any, schema: Any, source: Path | str) -> Any:
 def mismatch(value: Any, schema: Any, place: str = "") -> str | None:
     """The first place where a value is not of its schema, as "models.teacher.macs: wanted a number, got 'x'"; else None."""
     if isinstance(schema, tuple):
-        found = [mismatch(value, one, place) for one in schema]
-        return None if None in found else found[0]
+        reasons = [mismatch(value, option, place) for option in schema]
+        return None if None in reasons else reasons[0]
     if isinstance(schema, dict):
         return _fields(value, schema, place)
     if isinstance(schema, list):
         if not isinstance(value, list) or (len(schema) > 1 and len(value) != len(schema)):
             return _wanted("a list" if len(schema) == 1 else f"a list of {len(schema)}", value, place)
         kinds = schema * len(value) if len(schema) == 1 else schema
-        found = [mismatch(item, kind, f"{place}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True))]
-        return next((text for text in found if text), None)
+        pairs = enumerate(zip(value, kinds, strict=True))
+        return next((text for i, (item, kind) in pairs if (text := mismatch(item, kind, f"{place}[{i}]"))), None)
     return _leaf(value, schema, place)
 
 
@@ -102,9 +102,7 @@ RUN = {
 LINE = {
     "step!": int, "seen_images": _MAYBE, "seconds": Least(float, 0), "kept": _BLOCKS, "confidence": {"*": [float]},
     "marginals": {"*": [float]}, "watch": {"made_steps!": int, "fid": _MAYBE, "protocol": str},
-    **dict.fromkeys(
-        ("loss", "mse", "kd_loss", "feat_loss", "dynamic_loss", "complete_loss", "ratio", "budget"), _MAYBE
-    ),
+    **dict.fromkeys(("loss", "mse", "kd_loss", "feat_loss", "dynamic_loss", "complete_loss", "ratio", "budget"), _MAYBE),
 }  # fmt: skip
 MODEL = {"arch": {"depth": int}, "kept": (_BLOCKS, None), "plan": ({}, None), "hash": (str, None)}
 EVALUATION = {
@@ -125,7 +123,7 @@ CALIBRATION = {
     "masks": [str],
     "marks": {"*": object},
     "mark_masks": {"*": str},
-}  # any: some are not finite
+}  # some are not finite
 ACTIVATIONS = {
     "bin_width!": Least(float, 1e-6), "depth": _SIZE, "lists": {"*": _SIZE}, "protocol": str,
     "models!": {"*": [{"teacher_block!": Least(int, 0), "min!": float, "max!": float, "mean!": float, "std!": float,

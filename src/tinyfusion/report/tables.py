@@ -1,9 +1,9 @@
-"""Tables and headline numbers of the page. A column has scores of one protocol, or its rows say where another begins."""
+"""Numbers and tables of the page. A column has scores of one protocol, or its rows say where another begins."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from tinyfusion.report.load import MODELS, Run
 
 UNBIASED_IMAGES = 10_000  # a Fréchet distance over fewer images is visibly too high
 _NAMES = {"pruned": "pruned, before recovery", "student": "student, recovered", "real": "real images"}
-_STAGES = {"pictures": "diagnostics"}
+STAGE_NAMES = {"pictures": "diagnostics"}
 _SCORES = {
     "fid": "{distance} ↓", "sfid": "sFID ↓", "inception_score": "IS ↑", "precision": "precision ↑", "recall": "recall ↑",
     "nearest_reference_distance": "nearest reference", "num_images": "images",
@@ -49,17 +49,6 @@ class Table:
     protocols: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One number of the headline: (role, text) from left to right. names: beneath the values. size: large, medium, small."""
-
-    label: str
-    values: Sequence[tuple[str, str]]
-    note: str = ""
-    names: Sequence[str] = ()
-    size: str = "small"
-
-
 def model_name(model: str) -> str:
     """A model as the page names it."""
     return _NAMES.get(model, model)
@@ -70,43 +59,35 @@ def stated(values: Mapping[str, Any]) -> str:
     return str(values.get("protocol") or "not stated")
 
 
-def distance_name(*protocols: str) -> str:
+def distance_name(scores: Iterable[Mapping[str, Any]]) -> str:
     """The name of the Fréchet distance of scores by their protocols, which begin with the features: FID or FD-DINOv2."""
-    return " or ".join(dict.fromkeys("FD-DINOv2" if p.startswith("dinov2") else "FID" for p in protocols)) or "FID"
+    names = ("FD-DINOv2" if stated(score).startswith("dinov2") else "FID" for score in scores)
+    return " or ".join(dict.fromkeys(names)) or "FID"
 
 
 def depths(run: Run) -> dict[str, int]:
     """Blocks per model, over all of its lists, from model.json, the speed measurement or the plan."""
-    found: dict[str, int] = {}
+    blocks: dict[str, int] = {}
     for name, model in run.models.items():
         depth = model.get("depth", (model.get("arch") or {}).get("depth"))  # before 0.4.0 in arch alone
-        found[name] = depth if isinstance(depth, int) else sum(map(len, (model.get("kept") or {}).values()))
-    found = {name: depth for name, depth in found.items() if depth}
-    found |= {name: model["depth"] for name, model in timed_models(run).items()}
+        blocks[name] = depth if isinstance(depth, int) else sum(map(len, (model.get("kept") or {}).values()))
+    blocks = {name: depth for name, depth in blocks.items() if depth}
+    blocks |= {name: model["depth"] for name, model in timed_models(run).items()}
     if run.plan:
-        found["teacher"] = sum(run.plan.depth.values())
-        found["pruned"] = found.setdefault("student", sum(map(len, run.plan.kept.values())))
-    return found
+        blocks["teacher"] = sum(run.plan.depth.values())
+        blocks["pruned"] = blocks.setdefault("student", sum(map(len, run.plan.kept.values())))
+    return blocks
 
 
 def timed_models(run: Run) -> Mapping[str, Mapping[str, Any]]:
-    """The models of speed.json; empty where nothing was timed."""
-    return (run.measured.get("speed") or {}).get("models") or {}
+    """The models of speed.json, the teacher first; empty where teacher or student was not timed."""
+    models = (run.measured.get("speed") or {}).get("models") or {}
+    listed = {name: models[name] for name in ("teacher", "student", "dynamic") if name in models}
+    return listed if {"teacher", "student"} <= set(listed) else {}
 
 
-def headline(run: Run) -> list[Tile]:
-    """The tiles at the top, the large ones first."""
-    tiles = [*_score_tiles(run), *_depth_tiles(run), *_speed_tiles(run), *_dynamic_tiles(run)]
-    for stage, lines in run.metrics.items() if not (timed_models(run) or run.evaluations) else ():
-        last = lines[-1]
-        tiles.append(Tile(f"{stage}: loss", [("", significant(last.get("loss")))], f"step {last['step']:,}"))
-        seen = [("", count(last.get("seen_images")))]
-        tiles.append(Tile(f"{stage}: images seen", seen, duration(last.get("seconds"))))
-    return sorted(tiles, key=lambda tile: ("large", "medium", "small").index(tile.size))
-
-
-def comparable(run: Run) -> tuple[str, dict[str, Mapping[str, Any]], list[str]]:
-    """(reference, evaluations of one protocol by model, other models) for the first reference with any evaluation.
+def comparable(run: Run) -> tuple[str, dict[str, Mapping[str, Any]], list[str], float]:
+    """(reference, evaluations of one protocol by model, other models, fewest images), for the first reference with any.
 
     The protocol is that of the student, else that of most models.
     """
@@ -116,57 +97,14 @@ def comparable(run: Run) -> tuple[str, dict[str, Mapping[str, Any]], list[str]]:
         if names:
             own = protocols.get("student") or max(protocols.values(), key=list(protocols.values()).count)
             same = {name: run.evaluations[name, reference] for name in names if protocols[name] == own}
-            return reference, same, [name for name in names if name not in same]
-    return "", {}, []
-
-
-def _score_tiles(run: Run) -> list[Tile]:
-    reference, scores, others = comparable(run)
-    if not scores:
-        return []
-    few = min(score.get("num_images") or UNBIASED_IMAGES for score in scores.values())
-    note = f"{count(few)} images: biased upward, compare only at equal counts. " if few < UNBIASED_IMAGES else ""
-    note += f"The protocols differ: see the table for {' and '.join(others)}." if others else ""
-    values = [(name, significant(score.get("fid"))) for name, score in scores.items()]
-    label = f"{distance_name(*map(stated, scores.values()))} against {reference}, lower is better"
-    return [Tile(label, values, note, list(scores), "large")]
-
-
-def _depth_tiles(run: Run) -> list[Tile]:
-    found, plan = depths(run), run.plan
-    if not plan:
-        return [Tile("blocks", [("", str(depth))]) for depth in list(found.values())[:1]]
-    lists = [f"{name} {depth} → {len(plan.kept[name])}" for name, depth in plan.depth.items()]
-    rule = f"scheme {plan.scheme}, " if plan.scheme else ""
-    note = ", ".join([*(lists if len(lists) > 1 else []), f"{rule}criterion {plan.criterion}"])
-    return [Tile("blocks", [(name, str(found[name])) for name in ("teacher", "student")], note)]
-
-
-def _speed_tiles(run: Run) -> list[Tile]:
-    models = {name: model for name, model in timed_models(run).items() if name in ("teacher", "student", "dynamic")}
-    if not {"teacher", "student"} <= set(models):
-        return []
-    speed, others = run.measured["speed"], [name for name in models if name != "teacher"]
-
-    def tile(label: str, key: str, text: Callable[[float], str], note: str = "") -> Tile:
-        shares = " and ".join(percent(models[name][key] / models["teacher"][key]) for name in others)
-        return Tile(label, [(name, text(m[key])) for name, m in models.items()], note or f"{shares} of the teacher's")
-
-    low, high = speed.get("speedup_spread", [speed["speedup"]] * 2)
-    note = speed_doubt(run) or f"middle half of the measured ratios: {low:.2f}× to {high:.2f}×"
-    ratios = [(name, f"{models[name].get('speedup', speed['speedup']):.2f}×") for name in others]
-    return [
-        Tile("speed-up of a denoising step", ratios, note, others if len(others) > 1 else (), "medium"),
-        tile("parameters", "num_parameters", count),
-        tile("MACs per image and step", "macs", count),
-        tile("milliseconds per denoising step", "latency_ms", significant, f"median, batch {speed['batch_size']}"),
-    ]
+            fewest = min(score.get("num_images") or UNBIASED_IMAGES for score in same.values())
+            return reference, same, [name for name in names if name not in same], fewest
+    return "", {}, [], UNBIASED_IMAGES
 
 
 def speed_doubt(run: Run) -> str:
     """Why a measured speed-up is far from the ratio of MACs; empty where it is near, or unknown."""
-    models = timed_models(run)
-    if not {"teacher", "student"} <= set(models):
+    if not (models := timed_models(run)):
         return ""
     ideal = models["teacher"]["macs"] / models["student"]["macs"]
     if abs(math.log(max(run.measured["speed"]["speedup"], 1e-9) / ideal)) < math.log(1 + _NEAR_MACS):
@@ -185,21 +123,6 @@ def was_busy(run: Run) -> bool:
 def scatters(quartiles: Sequence[float], median: float) -> bool:
     """Whether times scatter as they do where other programs run."""
     return quartiles[1] - quartiles[0] > _UNSTEADY * median
-
-
-def _dynamic_tiles(run: Run) -> list[Tile]:
-    """The executed share of a dynamic model, and its number of sub-networks."""
-    traced, reached, tiles = run.measured.get("kept"), run.measured.get("dynamic") or {}, []
-    if "ratio" in reached:
-        note = f"of the multiply-accumulates of the blocks; target {percent(reached.get('target'))}"
-        tiles.append(Tile("executed share", [("dynamic", percent(reached["ratio"]))], note))
-    if traced:
-        number = [("dynamic", str(traced["sub_networks"]))]
-        tiles.append(Tile("sub-networks", number, f"over {len(traced['times'])} times of the sampler"))
-    if traced and not timed_models(run):
-        macs = [("", count(traced["static_macs"])), ("dynamic", count(traced["macs"]))]
-        tiles.append(Tile("MACs per image and step", macs, "full model, and mean over a sampling"))
-    return tiles
 
 
 def _score_table(head: str, columns: Sequence[str], scored: Iterable[tuple[str, Sequence[str], str]]) -> Table:
@@ -224,8 +147,8 @@ def evaluation_tables(run: Run) -> list[Table]:
     for reference in run.references:
         models = sorted((model for model, other in run.evaluations if other == reference), key=_order)
         scores = [run.evaluations[model, reference] for model in models]
-        keys = [key for key in _SCORES if any(key in values for values in scores)]
-        columns = [_SCORES[key].format(distance=distance_name(*map(stated, scores))) for key in keys]
+        keys = [key for key in _SCORES if any(values.get(key) is not None for values in scores)]
+        columns = [_SCORES[key].format(distance=distance_name(scores)) for key in keys]
         cells = [[(count if key == "num_images" else significant)(v.get(key)) for key in keys] for v in scores]
         rows = zip(models, cells, map(stated, scores), strict=True)
         tables.append(_score_table(f"against {reference}", columns, rows))
@@ -278,15 +201,15 @@ def comparison(runs: Sequence[Run]) -> Table | None:
     for place, i in enumerate(order):
         if place and used[i] != used[order[place - 1]]:
             rows.append("other protocols: compare with care")
-        run, found, speed = runs[i], depths(runs[i]), runs[i].measured.get("speed")
+        run, depth_of, speed = runs[i], depths(runs[i]), runs[i].measured.get("speed")
         student = timed_models(run).get("student", {})
-        blocks = f"{found['teacher']} → {found['student']}" if {"teacher", "student"} <= set(found) else "–"
+        blocks = f"{depth_of['teacher']} → {depth_of['student']}" if {"teacher", "student"} <= set(depth_of) else "–"
         faster = marked(f"{speed['speedup']:.2f}×", stated(speed)) if speed else Cell("–")
         scores = [significant(run.evaluations.get(p, {}).get("fid")) for p in wanted]
         cells = [marked(text, protocol) for text, protocol in zip(scores, used[i], strict=True)]
         sizes = [count(student.get(key)) for key in ("num_parameters", "macs")]
         rows.append([run.name, blocks, *sizes, faster, *cells])
-    name = distance_name(*(protocol for row in used for protocol in row if protocol))
+    name = distance_name(run.evaluations[p] for run in runs for p in wanted if p in run.evaluations)
     columns = [f"{name} {reference}, {model}" for model, reference in wanted]
     return Table(["run", "blocks", "parameters", "MACs", "speed-up", *columns], rows, protocols=protocols)
 
@@ -342,7 +265,7 @@ def cost_table(run: Run) -> tuple[Table, list[float]] | None:
         seconds.setdefault(stage, max(line.get("seconds", 0.0) for line in lines))
     seen = {stage: _seen_images(run, stage) for stage in (*seconds, *_TRAININGS)}
     shares = {stage: value / (sum(seconds.values()) or 1.0) for stage, value in seconds.items()}
-    rows = [[_STAGES.get(s, s), duration(v), percent(shares[s]), count(seen[s])] for s, v in seconds.items()]
+    rows = [[STAGE_NAMES.get(s, s), duration(v), percent(shares[s]), count(seen[s])] for s, v in seconds.items()]
     known = [float(record.get("seconds") or 0.0) for _, record in run.sources]
     note = f"{duration(sum(known))} in all. " if all(known) else ""
     trained = {words: images for stage, words in _TRAININGS.items() if (images := seen[stage])}
