@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.families.family import ModelFamily
 from tinyfusion.families.sizes import position_table
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
 from tinyfusion.prune.criteria import by_indices
@@ -149,6 +150,36 @@ def test_published_widths_know_their_heads_and_latents(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- hash
+
+
+def test_a_hash_is_computed_once_and_again_after_any_change(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, compute = [0], ModelFamily.hash
+
+    def counted(*given: Any, **named: Any) -> str:
+        calls[0] += 1
+        return compute(*given, **named)
+
+    def step(**kind: bool) -> None:
+        for parameter in trained:
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.AdamW(trained, **kind).step()
+
+    monkeypatch.setattr(ModelFamily, "hash", counted)
+    module, trained = model.module, [p for p in model.module.parameters() if p.requires_grad]
+    double = {name: 2 * value for name, value in module.state_dict().items()}
+    changes = {
+        "fused": lambda: step(fused=True), "foreach": lambda: step(foreach=True),
+        "loaded": lambda: module.load_state_dict(double), "one element": lambda: trained[0].detach().view(-1)[3].add_(1),
+        "replaced": lambda: module.load_state_dict({k: 2 * v for k, v in double.items()}, assign=True),
+    }  # fmt: skip
+    for number, (name, change) in enumerate(changes.items(), 1):
+        before = model.hash()
+        assert dataclasses.replace(model, origin={"kind": "same"}).hash() == before and calls == [number], name
+        change()
+        assert model.hash() != before, name
+    assert model.copy().hash() == model.hash()
 
 
 def test_a_formula_table_is_left_out_of_the_hash_and_another_counts(model: LoadedModel, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import BadNumbers
 from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.core.side_stream import SideStream
 from tinyfusion.processes.base import Objective
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import learning_rate_factor
@@ -101,8 +102,11 @@ def train_steps(
     engine = engine or Engine(next(iter(state.parameters.values())).device)
     forward = engine.wrap(ForwardPass(state, objective, settings))
 
-    def make(step: int) -> list[Any]:
-        return noisy_microbatches(step, objective, source, settings.batch_size, randomness, engine)
+    side = SideStream(engine.device)
+
+    def make(step: int) -> tuple[list[Any], Any]:
+        with side.running():
+            return noisy_microbatches(step, objective, source, settings.batch_size, randomness, engine), side.ready()
 
     compute = engine.compute
     with Ahead(make, compute.prefetch_batches, end=settings.made_steps, timeout_s=compute.timeout_s) as ahead:
@@ -113,7 +117,8 @@ def train_steps(
                 group["lr"] = group["base"] * (1.0 if group["constant"] else factor)
 
             waited_before = ahead.waited_s
-            parts = ahead.take(step)
+            parts, ready = ahead.take(step)
+            side.receive(ready, parts)
             waited_s = ahead.waited_s - waited_before
             parts = _prepared(state.model, objective, parts, settings, engine)
             state.optimizer.zero_grad(set_to_none=True)
