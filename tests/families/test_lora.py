@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """A LoRA of the uncut model acts on its student as on the uncut model without those blocks, whatever form it came in."""
 
 from __future__ import annotations
@@ -7,12 +8,16 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tinyfusion import cli
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.core.errors import UserError
 from tinyfusion.export.lora import Remapped, remap_lora, update_norms
@@ -274,3 +279,158 @@ def test_a_lora_acts_on_the_student_as_on_the_uncut_model_without_its_blocks(nam
     if name == "sd3":
         assert not any("transformer_blocks.1.ff_context" in key for key in new.tensors)
         assert new.tensors["transformer.transformer_blocks.1.norm1_context.linear.lora_B.weight"].shape[0] == 64
+
+
+# --------------------------------------------------------------------------------------------------------------- the verb
+
+
+@pytest.fixture(scope="module")
+def cut_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX on disk, cut twice: blocks 0 and 2 of 3, and 1 to 3 of 4; then the first single block of those."""
+    place = tmp_path_factory.mktemp("flux")
+    flux().save_pretrained(place / "transformer")  # type: ignore[operator]
+    first = [
+        "prune",
+        "--teacher",
+        place / "transformer",
+        "--criterion",
+        "indices",
+        "--keep",
+        "0,2,4,5,6",
+        "--out",
+        place / "once",
+    ]
+    second = [
+        "prune",
+        "--teacher",
+        place / "once",
+        "--criterion",
+        "indices",
+        "--keep",
+        "0,1,3,4",
+        "--out",
+        place / "twice",
+    ]
+    for arguments in (first, second):
+        assert cli.main([*map(str, arguments)]) == 0
+    return place
+
+
+def answered(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Any:
+    """The JSON of `lora`, or the one line of its error."""
+    code = cli.main(["lora", *map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    return json.loads(out.strip().splitlines()[-1]) if code == 0 else err.strip()
+
+
+def test_the_pipeline_of_diffusers_loads_the_new_file(cut_flux: Path, tmp_path: Path, capsys: Any) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    model = flux()
+    tensors = lora_of(model, TARGETS)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "style.safetensors", METADATA)
+    out, student = tmp_path / "new.safetensors", cut_flux / "twice" / "student"
+    facts = answered(capsys, tmp_path / "style.safetensors", "--model", student, "--out", out)
+    assert facts["dropped"] and 0 < facts["dropped_share"] < 1 and facts["renumbered"]
+    again = answered(capsys, tmp_path / "style.safetensors", "--model", student, "--out", out)
+    assert again == facts
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline = FluxPipeline(
+            FlowMatchEulerDiscreteScheduler(),
+            None,
+            None,
+            None,
+            None,
+            None,
+            FluxTransformer2DModel.from_pretrained(student),
+        )
+        pipeline.load_lora_weights(str(out))
+    kept = {"transformer_blocks": [0, 2], "single_transformer_blocks": [2, 3]}
+    uncut = loaded(model, tensors, METADATA)
+    row = shipped_rows()["FluxTransformer2DModel"]
+    lists = {each.path: each.declared for each in row.lists}
+    gates = torch.tensor([[float(i in kept[path]) for path in lists for i in range(FLUX[path])]] * 2)
+    with torch.no_grad(), BlockStack(uncut, tuple(lists), lists).gated(gates, "dense"):
+        wanted = uncut(**FLUX_INPUTS, return_dict=False)[0]
+    with torch.no_grad():
+        got = pipeline.transformer(**FLUX_INPUTS, return_dict=False)[0]
+    assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_of_the_trainers_form_becomes_one_of_pefts(cut_flux: Path, tmp_path: Path, capsys: Any) -> None:
+    """Names alone: published widths are fixed in the converter of fused projections, and these are apart."""
+    names = [
+        "transformer_blocks.2.attn.to_q",
+        "transformer_blocks.1.attn.to_q",
+        "single_transformer_blocks.3.attn.to_v",
+    ]
+    tensors = {f"{name}.{kind}.weight": drawn(i, *shape) for i, name in enumerate(names) for kind, shape in
+               (("lora_A", (2, 32)), ("lora_B", (32, 2)))}  # fmt: skip
+    save_file(tensors, tmp_path / "bare.safetensors")
+    facts = answered(capsys, tmp_path / "bare.safetensors", "--model", cut_flux / "once" / "student", "--out", tmp_path / "a.safetensors",
+                     "--form", "peft")  # fmt: skip
+    assert (facts["renumbered"], facts["dropped"]) == (4, 2)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["tinyfusion"])["verb"] == "lora"
+        assert "transformer_blocks.1.attn.to_q.lora_A.weight" in {
+            name.removeprefix("transformer.") for name in file.keys()
+        }  # noqa: SIM118
+
+
+def test_a_lora_of_the_parent_is_followed_through_the_last_cut_alone(
+    cut_flux: Path, tmp_path: Path, capsys: Any
+) -> None:
+    save_file(
+        {"transformer.single_transformer_blocks.2.ff.lora_A.weight": torch.ones(1, 1)}, tmp_path / "p.safetensors"
+    )
+    arguments = [
+        tmp_path / "p.safetensors",
+        "--model",
+        cut_flux / "twice" / "student",
+        "--out",
+        tmp_path / "o.safetensors",
+    ]
+    assert answered(capsys, *arguments, "--trained-on", "parent")["renumbered"] == 1
+    with safe_open(tmp_path / "o.safetensors", "pt") as file:
+        assert list(file.keys()) == ["transformer.single_transformer_blocks.1.ff.lora_A.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--model": "transformer"}, "has no record of removed blocks"),
+        ({"--model": "nowhere"}, "error: "),
+        ({"--out": "a.bin"}, "is a .safetensors file"),
+        ({"FILE": "none.safetensors"}, "none.safetensors"),
+        ({"FILE": "text.safetensors"}, "no readable safetensors file"),
+        ({"FILE": "deep.safetensors"}, "was trained for another model"),
+        ({"FILE": "header.safetensors"}, "is no JSON"),
+        ({"--out": "theirs.safetensors"}, "was not made by tinyfusion"),
+        ({"--form": "twisted"}, "--form"),
+    ],
+)
+def test_bad_files_end_in_one_line(
+    cut_flux: Path, tmp_path: Path, capsys: Any, change: dict[str, str], message: str
+) -> None:
+    good = {"transformer.transformer_blocks.0.ff.lora_A.weight": torch.ones(1, 1)}
+    save_file(good, tmp_path / "good.safetensors")
+    save_file({"transformer.transformer_blocks.18.ff.lora_A.weight": torch.ones(1, 1)}, tmp_path / "deep.safetensors")
+    save_file(good, tmp_path / "header.safetensors", {"lora_adapter_metadata": "{"})
+    save_file(good, tmp_path / "theirs.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    asked = {
+        "FILE": "good.safetensors",
+        "--model": str(cut_flux / "once" / "student"),
+        "--out": "new.safetensors",
+    } | change
+    if "--model" in change:
+        asked["--model"] = str(cut_flux / change["--model"])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    arguments = [tmp_path / asked.pop("FILE")]
+    for name, value in asked.items():
+        arguments += [name, tmp_path / value if name == "--out" else value]
+    line = answered(capsys, *arguments)
+    assert line.startswith("error: ") and "\n" not in line
+    assert message in line
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
