@@ -37,7 +37,7 @@ from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.core.standard_streams import guarded_streams
 from tinyfusion.core.version import __version__
 from tinyfusion.option_groups import Answers
-from tinyfusion.options import PARALLEL, POSITIONAL, REQUIRED, VERBS, Inspect, Recipes
+from tinyfusion.options import PARALLEL, POSITIONAL, REQUIRED, VERBS, Inspect, Lora, Recipes
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Answers]:
@@ -119,6 +119,8 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
         return _recipes(options)
     if verb == "inspect":
         return _inspect(options)
+    if verb == "lora":
+        return _lora(options)
     recipe = load_recipe(options.recipe, options.set, options.overrides())
     _check_teacher(verb, recipe)
     if verb == "bench":
@@ -206,6 +208,20 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
 
     report(options.runs, where)
     return None
+
+
+def _lora(options: Lora) -> dict[str, Any]:
+    from tinyfusion.commands.lora import LoraOptions, lines, renumber_lora
+
+    assert options.model is not None and options.out is not None  # both are required
+    chosen: dict[str, Any] = {
+        name: getattr(options, name) or getattr(LoraOptions, name) for name in ("trained_on", "form")
+    }
+    files: dict[str, Any] = {"file": options.file, "model": options.model, "out": options.out, "blocks": options.blocks}
+    facts = renumber_lora(LoraOptions(**files, **chosen, overwrite=options.overwrite, dry_run=options.dry_run))
+    if not options.json:
+        print("\n".join(lines(facts)))
+    return facts
 
 
 def _inspect(options: Inspect) -> dict[str, Any]:

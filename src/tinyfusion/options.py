@@ -268,6 +268,30 @@ class Inspect(Answers, Opening):
 
 
 @dataclass(frozen=True)
+class Lora(Answers):
+    """A LoRA of an uncut model, renumbered for its student: without this its updates land on other blocks, and no tool says so.
+
+    Example: tinyfusion lora style.safetensors --model student/transformer --out style-student.safetensors
+    """
+
+    file: Annotated[
+        Positional[Path], option("LoRA of the uncut model: .safetensors, .pt or .bin (required)", "FILE")
+    ] = Path()
+    model: Annotated[Path | None, option("folder of the student, a transformer of diffusers (required)", "PATH")] = None
+    out: Annotated[Path | None, option("the new LoRA, a .safetensors file (required)", "FILE")] = None
+    trained_on: Annotated[
+        Literal["original", "parent"] | None,
+        option("the LoRA's model: first of the student's lineage (default) or its last parent", "original|parent"),
+    ] = None
+    form: Annotated[
+        Literal["same", "peft"] | None, option("names of the keys: as in FILE (default), or peft's", "same|peft")
+    ] = None
+    blocks: Annotated[Path | None, option("rows of your own transformer classes, a TOML file", "FILE")] = None
+    overwrite: Annotated[bool, option("start anew where --out holds an earlier result of tinyfusion")] = False
+    dry_run: Annotated[bool, option("check everything, print the plan, write nothing")] = False
+
+
+@dataclass(frozen=True)
 class Bench(OpensModel):
     """Speed of a guided denoising step: latency, memory, arithmetic; of two models, in turns.
 
@@ -318,7 +342,7 @@ class Recipes(Answers):
 VERBS: dict[str, type[Answers]] = {
     "run": Run, "train": Train, "prune": Prune, "recover": Recover, "dynamic": Dynamic, "sample": Sample,
     "evaluate": Evaluate, "report": Report, "export": Export, "encode": Encode,
-    "inspect": Inspect, "bench": Bench, "replay": Replay, "recipes": Recipes,
+    "inspect": Inspect, "lora": Lora, "bench": Bench, "replay": Replay, "recipes": Recipes,
 }  # fmt: skip
 PARALLEL = (
     "run",
@@ -329,13 +353,20 @@ PARALLEL = (
     "dynamic",
     "sample",
 )  # what several processes do together; the others are left to the first
-POSITIONAL = {"report": "runs", "inspect": "model", "bench": "model", "replay": "run", "recipes": "name"}
+POSITIONAL = {
+    "report": "runs",
+    "inspect": "model",
+    "lora": "file",
+    "bench": "model",
+    "replay": "run",
+    "recipes": "name",
+}
 REQUIRED = {
     "run": ("out", "recipe"), "train": ("out",), "prune": ("out",), "recover": ("student", "out"),
     "dynamic": ("model", "out"), "sample": ("model", "out"),
     "evaluate": ("samples", "out"), "report": ("runs", "out"), "export": ("model", "to", "out"), "encode": ("data", "out"),
     "inspect": ("model",),
-    "bench": ("model",),
+    "lora": ("file", "model", "out"), "bench": ("model",),
     "replay": ("run", "step"),
 }  # fmt: skip
 

@@ -184,13 +184,18 @@ class Cut:
                 found[moved] = (name, chunks)
         return found
 
+    def last_conversion(self, each: BlockList) -> LastBlock:
+        """What becomes of a block of this list that becomes its last."""
+        assert each.as_last is not None
+        return _LAST[each.as_last]
+
     def _as_last(self, name: str) -> tuple[str | None, Chunks]:
         """The name and chunks of a tensor in a block that becomes the last of its list; None where it goes."""
         for each in self.lists:
             last = self.kept[each.path][-1]
             prefix = f"{each.path}.{last}."
             if each.as_last and last != self.depths[each.path] - 1 and name.startswith(prefix):
-                conversion = _LAST[each.as_last]
+                conversion = self.last_conversion(each)
                 inside = name.removeprefix(prefix)
                 if inside.startswith(conversion.dropped):
                     return None, []
@@ -201,7 +206,7 @@ class Cut:
         return name, []
 
     @cached_property
-    def _numbered(self) -> list[tuple[str, Callable[[int], int | None]]]:
+    def numbered(self) -> list[tuple[str, Callable[[int], int | None]]]:
         """(prefix, old index -> new index or None) of every module list whose entries move."""
 
         def through(paths: Sequence[str]) -> Callable[[int], int | None]:
@@ -229,7 +234,7 @@ class Cut:
 
     def _renumbered(self, name: str) -> str | None:
         """The name of a tensor in the cut model; None where it goes."""
-        for prefix, move in self._numbered:
+        for prefix, move in self.numbered:
             if name.startswith(prefix):
                 index, _, rest = name.removeprefix(prefix).partition(".")
                 if index.isdecimal():
@@ -239,7 +244,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class _Last:
+class LastBlock:
     """How a joint block becomes one whose text output nobody reads: of its text side the norm before attention is left.
 
     The modulation keeps `order` of its `chunks` rows, under the name `renamed`.
@@ -253,9 +258,9 @@ class _Last:
 
 _LAST = {
     # (shift, scale, gate) twice to (scale, shift), the order of AdaLayerNormContinuous
-    "joint": _Last(("attn.to_add_out.", "ff_context."), "norm1_context.linear", 6, (1, 0)),
+    "joint": LastBlock(("attn.to_add_out.", "ff_context."), "norm1_context.linear", 6, (1, 0)),
     # (scale, gate) twice to scale
-    "mochi": _Last(
+    "mochi": LastBlock(
         ("attn1.to_add_out.", "ff_context.", "norm2_context.", "norm3_context.", "norm4_context."),
         "norm1_context.linear_1", 4, (0,),
     ),

@@ -1,0 +1,150 @@
+"""`lora`: a LoRA of an uncut model, renumbered for its student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import atomic_write, sha256_of
+from tinyfusion.core.records import file_output, say_finished, stamp
+from tinyfusion.export.lora import Remapped, remap_lora
+from tinyfusion.families.diffusers_classes.cutting import Cut
+from tinyfusion.families.diffusers_classes.folder import TransformerFolder, open_transformer
+from tinyfusion.families.diffusers_classes.rows import rows_with
+from tinyfusion.models.tensors import flat_tensors, read_tensor_file
+
+TrainedOn = Literal["original", "parent"]
+Form = Literal["same", "peft"]
+_HEADER = "tinyfusion"  # our record in the header of the new file
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What `lora` is asked for.
+
+    file: the LoRA. model: the student's folder. trained_on: the model that the LoRA was trained for, the first of the
+    student's lineage or the last before it. form: names of the keys, as they are or peft's. blocks: a user's rows.
+    """
+
+    file: Path
+    model: Path
+    out: Path
+    trained_on: TrainedOn = "original"
+    form: Form = "same"
+    blocks: Path | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def cuts_of(student: TransformerFolder, trained_on: TrainedOn = "original") -> list[Cut]:
+    """The cuts that lead to a student, first to last; the last alone where a LoRA was trained on its parent.
+
+    Raises UserError where the folder has no record of a cut.
+    """
+    record = student.record
+    lineage = record.get("lineage")
+    if not lineage or not isinstance(record.get("kept"), Mapping):
+        raise UserError(
+            f"{student.path} has no record of removed blocks in its config.json: wanted a student that `prune` or `export` wrote"
+        )
+    kept = [each.get("kept") for each in lineage[1:]] + [record["kept"]]
+    cuts = []
+    for ancestor, left in zip(lineage, kept, strict=True):
+        counts = {
+            each.count: ancestor["depth"][each.path] for each in student.row.lists if each.path in ancestor["depth"]
+        }
+        cuts.append(Cut(student.row, {**student.config, **counts}, ancestor["depth"], left))
+    return cuts if trained_on == "original" else cuts[-1:]
+
+
+def renumber_lora(options: LoraOptions) -> dict[str, Any]:
+    """Write the LoRA for the student; returns what `--json` prints. Raises UserError on every file that is not as wanted."""
+    student = open_transformer(options.model, rows_with(options.blocks))
+    if options.out.suffix != ".safetensors":
+        raise UserError(f"--out of lora is a .safetensors file; got {options.out}")
+    plain = {
+        "file": str(options.file.absolute()), "sha256": sha256_of(options.file), "student": student.hash,
+        "trained_on": options.trained_on, "form": options.form,
+    }  # fmt: skip
+    todo = file_output(options.out, "lora", plain, options.overwrite, _record_in)
+    tensors = flat_tensors(read_tensor_file(options.file), options.file)
+    metadata = _header(options.file)
+    if options.form == "peft":
+        tensors, metadata = _in_peft_form(tensors, student.class_name, options.file), {"format": "pt"}
+    new = remap_lora(tensors, metadata, cuts_of(student, options.trained_on), str(options.file))
+    if todo and not options.dry_run:
+        record = stamp("lora", plain, "done")
+        with atomic_write(options.out) as path:
+            contiguous = {name: value.contiguous() for name, value in new.tensors.items()}
+            save_file(contiguous, path, {**new.metadata, "format": "pt", _HEADER: json.dumps(record)})
+    elif not todo:
+        say_finished(options.out, options.dry_run)
+    return answer(new, options.out)
+
+
+def answer(new: Remapped, out: Path) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "out": str(out), "renumbered": new.renumbered, "unchanged": new.unchanged, "dropped": new.dropped,
+        "dropped_share": round(new.dropped_share, 4), "notes": list(new.notes),
+    }  # fmt: skip
+
+
+def lines(facts: Mapping[str, Any]) -> list[str]:
+    """The same for people."""
+    said = (
+        f"{facts['renumbered']} tensors follow their blocks, {facts['unchanged']} are outside of blocks, {facts['dropped']} "
+        f"belonged to removed blocks: {facts['dropped_share']:.1%} of the norm of the LoRA's update"
+    )
+    return [said, *facts["notes"], f"written to {facts['out']}"]
+
+
+def _header(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; nothing of a torch file."""
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no readable safetensors file (truncated or foreign): {error}") from error
+
+
+def _record_in(file: Path) -> Any:
+    try:
+        return json.loads(_header(file).get(_HEADER, "null"))
+    except (UserError, json.JSONDecodeError):
+        return None
+
+
+def _in_peft_form(tensors: Mapping[str, Tensor], class_name: str, file: Path) -> dict[str, Tensor]:
+    """The tensors with peft's names, as the loader that diffusers has for this class converts them."""
+    from diffusers.loaders import lora_pipeline  # late: it takes seconds
+
+    stem = class_name.split("Transformer")[0]
+    loader = next(
+        (kind for name in (stem, f"{stem}1") if (kind := getattr(lora_pipeline, f"{name}LoraLoaderMixin", None))), None
+    )
+    if loader is None:
+        raise UserError(
+            f"diffusers has no reader of LoRAs for {class_name}, so their names cannot be converted: leave out --form peft"
+        )
+    try:
+        state = loader.lora_state_dict(dict(tensors))
+    except (KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{file} is in no form that diffusers reads for {class_name} ({error}): leave out --form peft"
+        ) from error
+    state = state[0] if isinstance(state, tuple) else state
+    odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise UserError(f"{file}: diffusers made no tensor of {odd}: leave out --form peft")
+    return dict(state)
