@@ -20,6 +20,9 @@ from tinyfusion.report.load import Run, join_runs
 from tinyfusion.report.progress import progress_of
 
 RECORD_ID = "tinyfusion-record"
+_CONTRADICTIONS = (
+    ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UndefinedError, UnidentifiedImageError,
+)  # fmt: skip
 
 
 def render(runs: Sequence[Run], record: Mapping[str, Any]) -> str:
@@ -50,15 +53,7 @@ def _consistent(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        UndefinedError,
-        UnidentifiedImageError,
-    ) as error:
+    except _CONTRADICTIONS as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"the files of {name} do not fit together ({reason}); --debug shows where") from error
 
