@@ -151,7 +151,7 @@ def test_paths_of_a_recipe_file_are_looked_for_beside_it_first(tmp_path: Path, m
     assert loaded("digits", "latents:shards").teacher == "digits", "a word is a name"
     assert loaded("./digits", "latents:shards").teacher == str(tmp_path / "mine/digits")
     assert loaded("./digits", "latents:shards").data.name == f"latents:{tmp_path}/mine/shards"
-    assert loaded("org/name", "parquet:~/x").data.name == f"parquet:{tmp_path}/home/x"
+    assert loaded("org/name", "parquet:~/x").data.name == f"parquet:{tmp_path / 'home'}/x"
     assert loaded("org/name", "x:y.npz").data.name == str(tmp_path / "mine/x:y.npz")
     typed = loaded("~", "digits", "data.name=data.npz", "sample.vae=~/vae")
     assert (typed.teacher, typed.data.name) == (str(tmp_path / "home"), "data.npz"), "what is typed is of this folder"

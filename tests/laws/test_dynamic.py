@@ -55,8 +55,8 @@ def moved(dynamic: DynamicModel, seed: int = 1, width: float = 1.0) -> DynamicMo
 def routed(tiny_model: ModelFactory) -> Callable[..., DynamicModel]:
     """routed(heads=4, **settings): a tiny model whose routers keep some of everything."""
 
-    def make(heads: int = 4, depth: int = 3, **settings: Any) -> DynamicModel:
-        model = tiny_model(num_heads=heads, hidden_size=32, depth=depth)
+    def make(heads: int = 4, blocks: int = 3, **settings: Any) -> DynamicModel:
+        model = tiny_model(num_heads=heads, hidden_size=32, depth=blocks)
         return moved(attach(model.copy(), DynamicSettings(**settings)))
 
     return make
@@ -346,7 +346,7 @@ def weights_made(weights: SlicedWeights, masks: KeepTables, rows: Sequence[int])
 
 @torch.no_grad()
 def test_nested_masks_are_views_and_others_are_copied_once(routed: Callable[..., DynamicModel]) -> None:
-    dynamic = routed(depth=1, tokens=False)
+    dynamic = routed(blocks=1, tokens=False)
     nested = SubNetworks(dynamic, tables([[2], [2, 0], [2, 0, 3]], [[1], [1, 2], [1, 2]])).weights[0]
     for row, (heads, groups) in enumerate([(1, 1), (2, 2), (3, 2)]):
         found = nested.of(
@@ -465,7 +465,7 @@ def passes(dynamic: DynamicModel, batches: Sequence[tuple[Tensor, ...]]) -> list
 
 @pytest.mark.parametrize("target", [0.5, 0.7])
 def test_calibration_meets_the_budget(routed: Callable[..., DynamicModel], target: float) -> None:
-    dynamic = routed(depth=4)
+    dynamic = routed(blocks=4)
     batches = [inputs(dynamic.loaded, 6), inputs(dynamic.loaded, 6, 500), inputs(dynamic.loaded, 6, 50)]
     offset, reached = calibrate(dynamic, target, lambda: inference_ratio(dynamic, passes(dynamic, batches)))
     assert abs(reached - target) <= 0.01 * target
@@ -475,7 +475,7 @@ def test_calibration_meets_the_budget(routed: Callable[..., DynamicModel], targe
 def test_measuring_the_ratio_obeys_a_stop_that_was_dropped(
     routed: Callable[..., DynamicModel],
 ) -> None:
-    dynamic = routed(depth=4)
+    dynamic = routed(blocks=4)
 
     def measure(watch: SignalWatch) -> None:
         watch.stop = signal.SIGTERM  # as a signal in a destructor leaves it

@@ -77,7 +77,10 @@ def test_machine_paths_are_recognised(text: str, bad: bool) -> None:
 
 def leaves(kind: type, path: str = "") -> typing.Iterator[tuple[str, typing.Any]]:
     """(dotted name, type hint) of every value that `--set` reaches."""
+    values = {field.name for field in dataclasses.fields(kind) if field.compare}  # how a recipe was given is none
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        if name not in values:
+            continue
         if dataclasses.is_dataclass(hint):
             yield from leaves(typing.cast(type, hint), f"{path}{name}.")
         elif not any(dataclasses.is_dataclass(inner) for inner in typing.get_args(hint)):
