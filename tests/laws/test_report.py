@@ -128,44 +128,20 @@ def make_run(path: Path, **recipe: Any) -> Path:
         images = np.random.default_rng(i).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
         np.savez(path / "samples" / f"{model}.npz", arr_0=images, arr_1=labels)
         for reference, add in (("digits", 0.0), ("digits-heldout", 1.5)):
-            numbers = {
-                "fid": fid + add,
-                "sfid": 7.0,
-                "inception_score": 9.0,
-                "precision": 0.9,
-                "recall": 0.8,
-                "num_images": 40,
-            }
+            numbers = {"fid": fid + add, "sfid": 7.0, "inception_score": 9.0, "precision": 0.9, "recall": 0.8}
             protocol = PROTOCOL.replace("digits ", reference.replace("-", ":") + " ")
             write(
                 path / "evaluations" / f"{model}-{reference}.json",
-                {**stamp("evaluate", {}, "done"), **numbers, "protocol": protocol},
+                {**stamp("evaluate", {}, "done"), **numbers, "num_images": 40, "protocol": protocol},
             )
-    teacher = {
-        "depth": 8,
-        "num_parameters": 924_000,
-        "macs": 13_800_000,
-        "latency_ms": 21.4,
-        "latency_ms_spread": [21.0, 22.0],
+    keys = ("depth", "num_parameters", "macs", "latency_ms", "latency_ms_spread")
+    sizes = {
+        "teacher": (8, 924_000, 13_800_000, 21.4, [21.0, 22.0]),
+        "student": (4, 467_000, 7_000_000, 10.9, [10.0, 11.0]),
     }
-    student = {
-        "depth": 4,
-        "num_parameters": 467_000,
-        "macs": 7_000_000,
-        "latency_ms": 10.9,
-        "latency_ms_spread": [10.0, 11.0],
-    }
-    models = {"teacher": teacher, "student": student}
-    write(
-        path / "speed.json",
-        {
-            "protocol": "9 interleaved",
-            "batch_size": 64,
-            "models": models,
-            "speedup": 1.963,
-            "speedup_spread": [1.91, 2.03],
-        },
-    )
+    models = {name: dict(zip(keys, values, strict=True)) for name, values in sizes.items()}
+    ratios = {"speedup": 1.963, "speedup_spread": [1.91, 2.03]}
+    write(path / "speed.json", {"protocol": "9 interleaved", "batch_size": 64, "models": models, **ratios})
     return path
 
 
