@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import errno
-import io
 import json
-import re
 import shlex
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from importlib import import_module
 from typing import Any
-
-import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from tinyfusion.config.loading import (
     flatten,
     load_recipe,
     nearest,
-    nearest_choice,
     recipe_fields,
     shipped_recipes,
     to_plain,
@@ -36,81 +28,8 @@ from tinyfusion.core.launch import check_launch, launched_processes, launched_ra
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.core.standard_streams import guarded_streams
 from tinyfusion.core.version import __version__
-from tinyfusion.option_groups import Answers
-from tinyfusion.options import PARALLEL, POSITIONAL, REQUIRED, VERBS, Inspect, Lora, Recipes
-
-
-def parse(arguments: Sequence[str]) -> tuple[str, Answers]:
-    """The verb and its options. Raises UserError on bad options, SystemExit(0) after --help."""
-    _check_spelling(arguments)
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            options = tyro.extras.subcommand_cli_from_dict(
-                dict(VERBS),
-                prog="tinyfusion",
-                args=list(arguments),
-                description=_DESCRIPTION,
-                config=(FlagCreatePairsOff, OmitArgPrefixes),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            sys.stdout.flush()
-            raise
-        raise UserError(_one_line(captured.getvalue())) from None
-    verb = next(name for name, kind in VERBS.items() if type(options) is kind)
-    for name in REQUIRED.get(verb, ()):
-        if getattr(options, name) in (None, "", (), Path()):
-            spelled = name.upper() if name == POSITIONAL.get(verb) else f"--{name}"
-            raise UserError(f"{verb} needs {spelled}; see `tinyfusion {verb} --help`")
-    return verb, options
-
-
-_DESCRIPTION = (
-    "Make diffusion transformers shallow: prune by learning, recover by distillation, measure and show it. "
-    "Without a --recipe the published values for ImageNet are the defaults; `tinyfusion recipes --list-fields` shows them."
-)
-
-
-def _check_spelling(arguments: Sequence[str]) -> None:
-    """UserError on a verb or option that there is not, with the nearest name."""
-    if not arguments:
-        raise UserError(f"tinyfusion wants a verb: {', '.join(VERBS)}; see `tinyfusion --help`")
-    verb = arguments[0]
-    if verb in ("-h", "--help"):
-        return
-    if verb not in VERBS:
-        raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
-    known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(VERBS[verb])} | {"--help"}
-    known -= {f"--{POSITIONAL.get(verb)}"}
-    for argument in arguments[1:]:
-        name = argument.partition("=")[0].replace("_", "-")
-        if name.startswith("--") and name not in known:
-            raise UserError(
-                f"{verb} has no option {name}{nearest(name, known)} (every recipe field: --set section.field=value)"
-            )
-
-
-_BAD_VALUE = re.compile(r"Error parsing (--[\w-]+): no type matching \S*\|(\w+) could be instantiated from \[(.*?)\]")
-_BAD_CHOICE = re.compile(r"invalid choice ('.*?') for argument '(--[\w-]+)'. Expected one of \((.*?)\)")
-_KINDS = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path", "STR": "a text"}
-
-
-def _one_line(box: str) -> str:
-    """The text of a parser's box on one line."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip(" │|╭╮╰╯─━┃+").strip() for line in text.splitlines()]
-    words = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-    if value := _BAD_VALUE.search(words):
-        return f"{value[1]} wants {_KINDS.get(value[2], value[2])}; got {value[3]}"
-    if choice := _BAD_CHOICE.search(words):
-        names = sorted(name for name in re.findall(r"'(.*?)'", choice[3]) if name != "None")
-        hint = nearest_choice(choice[1].strip("'\""), names)
-        return f"{choice[2]} is one of {', '.join(names)}; got {choice[1]}{hint}"
-    return (
-        re.sub(r"^(Parsing error|Unrecognized options|Invalid choice|Value error)\s*", "", words)
-        or "bad options; see --help"
-    )
+from tinyfusion.options import VERBS
+from tinyfusion.parsing import overrides, parse
 
 
 def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
@@ -121,7 +40,7 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
         return _inspect(options)
     if verb == "lora":
         return _lora(options)
-    recipe = load_recipe(options.recipe, options.set, options.overrides())
+    recipe = load_recipe(options.recipe, options.set, overrides(verb, options))
     _check_teacher(verb, recipe)
     if verb == "bench":
         return _checked(options, lambda: _bench(options, recipe))
@@ -129,7 +48,7 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
         from tinyfusion.commands.replay import replay
 
         return replay(options.run, options.step, options.device)
-    if verb not in PARALLEL and launched_rank() > 0:
+    if not VERBS[verb].parallel and launched_rank() > 0:
         return {"verb": verb, "state": "left to process 0"}
     from tinyfusion.jobs.assemble import RunOptions
 
@@ -167,56 +86,30 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
     from tinyfusion.core.device import flush_denormals
 
     flush_denormals()
-    if verb == "run":
-        from tinyfusion.commands.run import run
+    if verb == "report":
+        from tinyfusion.commands.report import report
 
-        return run(recipe, where)
-    if verb == "train":
-        from tinyfusion.commands.train import train
-
-        return train(recipe, where)
-    if verb == "prune":
-        from tinyfusion.commands.prune import prune
-
-        return prune(recipe, where)
-    if verb == "recover":
-        from tinyfusion.commands.recover import recover
-
-        return recover(recipe, where, options.student)
-    if verb == "dynamic":
-        from tinyfusion.commands.dynamic import dynamic
-
-        return dynamic(recipe, where, options.model)
-    if verb == "sample":
-        from tinyfusion.commands.sample import sample
-
-        return sample(recipe, where, options.model, options.grid, options.png, together=True)
-    if verb == "evaluate":
-        from tinyfusion.commands.evaluate import evaluate
-
-        return evaluate(recipe, where, options.samples, options.reference, options.against)
+        report(options.runs, where)
+        return None
     if verb == "export":
         from tinyfusion.commands.export import ExportOptions, export
 
         chosen = {name: getattr(options, name) for name in ("model", "to", "pipeline", "vae", "labels", "push_to_hub")}
         return export(where, ExportOptions(settings=recipe.sample, **chosen))
-    if verb == "encode":
-        from tinyfusion.commands.encode import encode
+    typed = {
+        "recover": ("student",), "dynamic": ("model",), "encode": ("data",), "sample": ("model", "grid", "png"),
+        "evaluate": ("samples", "reference", "against"),
+    }.get(verb, ())  # fmt: skip
+    together = {"together": True} if verb == "sample" else {}
+    command = getattr(import_module(f"tinyfusion.commands.{verb}"), verb)
+    return command(recipe, where, *(getattr(options, name) for name in typed), **together)
 
-        return encode(recipe, where, options.data)
-    from tinyfusion.commands.report import report
 
-    report(options.runs, where)
-    return None
-
-
-def _lora(options: Lora) -> dict[str, Any]:
+def _lora(options: Any) -> dict[str, Any]:
     from tinyfusion.commands.lora import LoraOptions, lines, renumber_lora
 
-    assert options.model is not None and options.out is not None  # both are required
-    chosen: dict[str, Any] = {
-        name: getattr(options, name) or getattr(LoraOptions, name) for name in ("trained_on", "form")
-    }
+    names = ("trained_on", "form")
+    chosen: dict[str, Any] = {name: getattr(options, name) or getattr(LoraOptions, name) for name in names}
     files: dict[str, Any] = {"file": options.file, "model": options.model, "out": options.out, "blocks": options.blocks}
     facts = renumber_lora(LoraOptions(**files, **chosen, overwrite=options.overwrite, dry_run=options.dry_run))
     if not options.json:
@@ -224,7 +117,7 @@ def _lora(options: Lora) -> dict[str, Any]:
     return facts
 
 
-def _inspect(options: Inspect) -> dict[str, Any]:
+def _inspect(options: Any) -> dict[str, Any]:
     from tinyfusion.commands.inspect import inspect, parent_words
     from tinyfusion.commands.transformers import inspect_transformer
     from tinyfusion.jobs.transformers import transformer_of
@@ -262,7 +155,7 @@ def _bench(options: Any, recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def _recipes(options: Recipes) -> dict[str, Any]:
+def _recipes(options: Any) -> dict[str, Any]:
     """A sentence, minutes and the main expected numbers of every shipped recipe; of one all of them; or the fields of any."""
     if options.list_fields:
         found = {path: {"default": default, "meaning": text} for path, default, text in recipe_fields(Recipe())}

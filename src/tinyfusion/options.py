@@ -1,378 +1,331 @@
-"""What can be typed: one frozen dataclass of options per verb. Every other knob is a recipe field, reached by --set."""
+"""What can be typed: the options of every verb, as rows. Every other knob is a recipe field, reached by --set."""
 
 from __future__ import annotations
 
+import os
 import re
+import typing
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal
 
-from tyro.conf import Positional
-
+from tinyfusion.config.loading import build, field_kind, nearest_choice
 from tinyfusion.config.recipe import Criterion, Dtype, Recovery, Sampler
 from tinyfusion.core.errors import UserError
-from tinyfusion.option_groups import Answers, Common, Opening, OpensModel, Trains, option
-
-_BLOCKS = option("rows for transformer classes of diffusers that the shipped table lacks", "FILE")
-_RESUME = option("checkpoint to go on from, instead of the newest in --out", "PATH")
 
 
 @dataclass(frozen=True)
-class Run(Trains, OpensModel):
-    """The whole job: prune, recover, sample, evaluate, report.
+class Option:
+    """`--name VALUE`; a flag where there is no metavar, a word without a name where it is positional.
 
-    Example: tinyfusion run --recipe digits --out runs/digits
+    fields: the recipe fields that it sets, dotted; its value is of their kind, else of `kind`. many: it may be repeated.
     """
 
-    trained_sections = ("prune.training", "recover.training")
+    name: str
+    help: str
+    metavar: str | None = None
+    fields: tuple[str, ...] = ()
+    kind: Any = str
+    many: bool = False
+    positional: bool = False
 
-    out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
-    data: Annotated[str | None, option("data set", "NAME")] = None
+    @property
+    def typed(self) -> str:
+        """As it is typed."""
+        return (self.metavar or "").strip("[]") if self.positional else f"--{self.name.replace('_', '-')}"
 
-    def fields(self) -> dict[str, Any]:
-        return {"data.name": self.data}
+    def value(self, text: str) -> Any:
+        """The value that a text stands for. Raises UserError where it stands for none."""
+        kind = field_kind(self.fields[0]) if self.fields else self.kind
+        if type(None) in typing.get_args(kind):
+            kind = typing.get_args(kind)[0]
+        if typing.get_origin(kind) is Literal and text not in typing.get_args(kind):
+            names = sorted(typing.get_args(kind))
+            hint = nearest_choice(text, names)
+            raise UserError(f"{self.typed} is one of {', '.join(names)}; got {text!r}{hint}")
+        if kind == tuple[int, ...] and not re.fullmatch(r"\[?\s*-?\d+(\s*,\s*-?\d+)*\s*,?\s*\]?", text):
+            raise UserError(f"{self.typed} wants whole numbers separated by commas, as in 0,2,4; got {text!r}")
+        with suppress(ValueError):
+            if kind in (int, float):
+                return kind(text)
+        return Path(os.path.expanduser(text)) if kind is Path else build(kind, text, self.typed)
 
 
 @dataclass(frozen=True)
-class Train(Trains):
-    """A model from nothing.
+class Verb:
+    """What a verb does, an example of its arguments, and its options. parallel: several processes do it together."""
 
-    Example: tinyfusion train --recipe digits-teacher --out runs/digits-teacher
-    """
+    summary: str
+    example: str
+    options: tuple[Option, ...]
+    required: tuple[str, ...] = ()
+    parallel: bool = False
 
-    trained_sections = ("train",)
-
-    out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
-    steps: Annotated[int | None, option("optimiser steps", "N")] = None
-    resume: Annotated[Path | None, _RESUME] = None
-    data: Annotated[str | None, option("data set", "NAME")] = None
-
-    def fields(self) -> dict[str, Any]:
-        return {"train.steps": self.steps, "data.name": self.data}
+    @property
+    def words(self) -> Option | None:
+        """The positional option."""
+        return next((option for option in self.options if option.positional), None)
 
 
-@dataclass(frozen=True)
-class Prune(Trains, OpensModel):
-    """Decide which blocks go: a plan and a cut, untuned student.
+_ANSWERS = (
+    Option("json", "make the last line of stdout machine-readable"),
+    Option("debug", "show tracebacks"),
+)
+_WRITING = (
+    Option("overwrite", "start anew where --out holds an earlier result of tinyfusion"),
+    Option("dry_run", "check everything, print the plan, write nothing"),
+)
+_JOB = (
+    Option("recipe", "shipped recipe by name, or a TOML file; see `tinyfusion recipes`", "NAME|FILE"),
+    Option("set", "any recipe field, repeatable: --set section.field=value", "FIELD=VALUE", many=True),
+    Option("seed", "seed of every draw (default 0)", "N", ("seed",)),
+    Option("device", "auto, cpu, cuda or mps", "NAME", ("device",)),
+    *_WRITING,
+    *_ANSWERS,
+)
+_OPENING = (
+    Option("weights", "averaged or raw weights, where both exist (default ema)", "ema|raw", ("sample.weights",)),
+    Option("num_heads", "attention heads of an official file whose width is in no table", "N", kind=int),
+    Option(
+        "num_classes",
+        "classes of an official file, without the null class: as many as its labels have rows, or one fewer",
+        "N",
+        kind=int,
+    ),
+    Option("family", "model family of an official file whose keys fit several", "NAME"),
+)
+_RESUME = Option("resume", "checkpoint to go on from, instead of the newest in --out", "PATH", kind=Path)
+_BLOCKS = Option("blocks", "rows for transformer classes of diffusers that the shipped table lacks", "FILE", kind=Path)
+_RUN_FOLDER = Option("out", "run folder (required)", "PATH", kind=Path)
+_DATA = Option("data", "data set", "NAME", ("data.name",))
+_MODEL = Option("model", "model or run folder (required)", "MODEL")
+_OF_MODEL = Option("model", "model or run folder (required)", "MODEL", positional=True)
+_DTYPE = "type of weights and activations (default float32)"
+_COMPILE = "compile the blocks"
 
-    Example: tinyfusion prune --recipe digits --teacher digits --out runs/cut
-    """
 
-    trained_sections = ("prune.training",)
-
-    out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
-    teacher: Annotated[str | None, option("model to make shallow", "MODEL")] = None
-    data: Annotated[str | None, option("data set", "NAME")] = None
-    criterion: Annotated[
-        Criterion | None, option(f"how blocks are chosen: {', '.join(get_args(Criterion))} (default learned)", "NAME")
-    ] = None
-    num_keep: Annotated[int | None, option("blocks that stay, of all criteria but learned (default half)", "N")] = None
-    protect: Annotated[str | None, option("blocks that stay whatever the criterion says: 0,11", "I,J,..")] = None
-    scheme: Annotated[str | None, option("learned: N:M keeps N of every M blocks; 2:4x3+3:4x4 is explicit", "N:M")] = (
-        None
+def _trains(*sections: str) -> tuple[Option, ...]:
+    """Options of verbs that train what these sections of the recipe say."""
+    every = tuple(f"{section}.checkpoint_every_steps" for section in sections)
+    limit = tuple(f"{section}.checkpoints_limit" for section in sections)
+    accumulated = "parts in which a process goes through its share of a batch; the result stays"
+    checkpointed = "run blocks again in the backward pass instead of keeping what is inside"
+    return (
+        Option("checkpointing_steps", "steps between two checkpoints", "N", every),
+        Option("checkpoints_total_limit", "checkpoints kept, older ones are removed", "N", limit),
+        Option("gradient_accumulation_steps", accumulated, "N", ("compute.gradient_accumulation_steps",)),
+        Option("gradient_checkpointing", checkpointed, None, ("compute.gradient_checkpointing",)),
+        Option("compile", "compile the blocks; an error where that gains nothing", None, ("compute.compile",)),
+        Option("report_to", "trackers: tensorboard, wandb, trackio", "NAME,..", ("watch.report_to",)),
     )
-    update: Annotated[
-        Literal["lora", "full", "frozen"] | None, option("learned: what trains beside the gates", "lora|full|frozen")
-    ] = None
-    keep: Annotated[str | None, option("blocks to keep, instead of learning which: 0,2,4", "I,J,..")] = None
-    steps: Annotated[int | None, option("learned: optimiser steps", "N")] = None
-    blocks: Annotated[Path | None, _BLOCKS] = None
-    resume: Annotated[Path | None, _RESUME] = None
-
-    def fields(self) -> dict[str, Any]:
-        keep = None if self.keep is None else _integers("--keep", self.keep)
-        protect = None if self.protect is None else _integers("--protect", self.protect)
-        if keep is not None and self.criterion not in (None, "indices"):
-            raise UserError(
-                f"--keep names the blocks to keep, so nothing is left to choose: leave out --criterion {self.criterion}"
-            )
-        if keep is not None and self.num_keep is not None:
-            raise UserError("--keep names the blocks to keep, and so how many: leave out --num-keep")
-        criterion = "indices" if keep is not None else self.criterion
-        learning = {"--scheme": self.scheme, "--update": self.update, "--steps": self.steps}
-        meant = [name for name, value in learning.items() if value is not None]
-        if criterion not in (None, "learned") and meant:
-            raise UserError(f"{meant[0]} is for criterion learned, not {criterion}: leave out one of the two")
-        return {
-            "teacher": self.teacher, "data.name": self.data, "prune.criterion": criterion, "prune.scheme": self.scheme,
-            "prune.update": self.update, "prune.keep": keep, "prune.num_keep": self.num_keep, "prune.protect": protect,
-            "prune.training.steps": self.steps,
-        }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Recover(Trains, OpensModel):
-    """Bring a cut model back to quality.
-
-    Example: tinyfusion recover --recipe digits --teacher digits --student runs/cut --out runs/back
-    """
-
-    trained_sections = ("recover.training",)
-
-    student: Annotated[Path, option("cut model, or the run folder of `prune` (required)", "PATH")] = Path()
-    out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
-    teacher: Annotated[str | None, option("model to learn from; only finetune needs none", "MODEL")] = None
-    data: Annotated[str | None, option("data set", "NAME")] = None
-    method: Annotated[Recovery | None, option("how (default masked-kd)", "|".join(get_args(Recovery)))] = None
-    steps: Annotated[int | None, option("optimiser steps", "N")] = None
-    resume: Annotated[Path | None, _RESUME] = None
-
-    def fields(self) -> dict[str, Any]:
-        return {
-            "teacher": self.teacher, "data.name": self.data, "recover.method": self.method,
-            "recover.training.steps": self.steps,
-        }  # fmt: skip
+def _choices(kind: Any) -> str:
+    return "|".join(typing.get_args(kind))
 
 
-@dataclass(frozen=True)
-class Dynamic(Trains, OpensModel):
-    """Make a model dynamic: width by timestep and tokens by content, trained under a budget, skipped when sampling.
-
-    Example: tinyfusion dynamic --recipe digits-dynamic --model digits --target 0.5 --out runs/dynamic
-    """
-
-    trained_sections = ("dynamic.training",)
-
-    model: Annotated[str, option("model or run folder; cut students too (required)", "MODEL")] = ""
-    out: Annotated[Path, option("run folder (required)", "PATH")] = Path()
-    target: Annotated[float | None, option("share of the blocks' multiply-accumulates that stays", "X")] = None
-    data: Annotated[str | None, option("data set", "NAME")] = None
-    teacher: Annotated[str | None, option("model to learn from, where dynamic.beside is teacher", "MODEL")] = None
-    steps: Annotated[int | None, option("optimiser steps", "N")] = None
-    resume: Annotated[Path | None, _RESUME] = None
-
-    def fields(self) -> dict[str, Any]:
-        return {
-            "dynamic.target": self.target, "data.name": self.data, "teacher": self.teacher,
-            "dynamic.training.steps": self.steps,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Sample(OpensModel):
-    """Draw images.
-
-    Example: tinyfusion sample --recipe digits --model runs/back --labels 3,7 --out 37.npz --grid 37.png
-    """
-
-    model: Annotated[str, option("model or run folder (required)", "MODEL")] = ""
-    out: Annotated[Path, option("npz of images (required)", "PATH")] = Path()
-    grid: Annotated[Path | None, option("also write a picture of the first images", "PATH")] = None
-    num_images: Annotated[int | None, option("images to draw", "N")] = None
-    labels: Annotated[str | None, option("classes to draw in turn: 3,7", "I,J,..")] = None
-    sampler: Annotated[
-        Sampler | None,
-        option("ancestral, DDIM, or the fast solvers DPM-Solver++ and UniPC", "|".join(get_args(Sampler))),
-    ] = None
-    num_steps: Annotated[
-        int | None, option("denoising steps; of flows points in time, of masked models rounds", "N")
-    ] = None
-    guidance: Annotated[float | None, option("classifier-free guidance scale", "X")] = None
-    batch_size: Annotated[int | None, option("images at a time", "N")] = None
-    png: Annotated[Path | None, option("also write a folder of PNGs, 000000.png and so on", "PATH")] = None
-    dtype: Annotated[
-        Dtype | None, option("type of weights and activations (default float32)", "|".join(get_args(Dtype)))
-    ] = None
-    compile: Annotated[bool, option("compile the blocks")] = False
-    vae: Annotated[str | None, option("autoencoder of a model of latents (default its own)", "PATH|ID")] = None
-
-    def fields(self) -> dict[str, Any]:
-        labels = None if self.labels is None else _integers("--labels", self.labels)
-        return {
-            "sample.num_images": self.num_images, "sample.labels": labels, "sample.sampler": self.sampler,
-            "sample.num_steps": self.num_steps, "sample.guidance": self.guidance, "sample.batch_size": self.batch_size,
-            "sample.dtype": self.dtype, "sample.compile": self.compile or None, "sample.vae": self.vae,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Evaluate(Common):
-    """Images to FID, sFID, Inception Score, precision and recall.
-
-    Example: tinyfusion evaluate --samples images.npz --reference digits --out fid.json
-    """
-
-    samples: Annotated[Path, option("npz or folder of images (required)", "PATH")] = Path()
-    out: Annotated[Path, option("JSON of the numbers (required)", "PATH")] = Path()
-    reference: Annotated[str | None, option("digits, digits:heldout, or a folder or npz of images", "NAME|PATH")] = None
-    against: Annotated[
-        Path | None, option("npz that another model drew from the same seeds: also PSNR and SSIM of the pairs", "PATH")
-    ] = None
-
-
-@dataclass(frozen=True)
-class Report(Common):
-    """One HTML page about one or several runs.
-
-    Example: tinyfusion report runs/digits --out page.html
-    """
-
-    runs: Annotated[Positional[tuple[Path, ...]], option("run folders", "RUN")] = ()
-    out: Annotated[Path, option("HTML file (required)", "PATH")] = Path()
-
-
-@dataclass(frozen=True)
-class Export(OpensModel):
-    """A model as other programs read it: diffusers, the published scripts, or our own folder with a model card.
-
-    Example: tinyfusion export --model runs/back --to diffusers --out student
-    """
-
-    model: Annotated[str, option("model or run folder (required)", "MODEL")] = ""
-    to: Annotated[
-        Literal["diffusers", "official", "tinyfusion"] | None,
-        option("format (required)", "diffusers|official|tinyfusion"),
-    ] = None
-    out: Annotated[Path, option("folder; of official a .safetensors or .pt file (required)", "PATH")] = Path()
-    pipeline: Annotated[bool, option("diffusers: a whole DiTPipeline, with scheduler and autoencoder")] = False
-    vae: Annotated[str | None, option("autoencoder of the pipeline (default that of the model)", "PATH|ID")] = None
-    labels: Annotated[
-        str | None,
-        option("names of the classes for the pipeline: a line each, or JSON (default those of its source)", "FILE"),
-    ] = None
-    push_to_hub: Annotated[str | None, option("also upload the folder to this repository of the hub", "ORG/NAME")] = (
-        None
-    )
-    blocks: Annotated[Path | None, _BLOCKS] = None
-
-
-@dataclass(frozen=True)
-class Encode(Common):
-    """Pictures to latents that `--data latents:PATH` trains on; several processes share the work.
-
-    Example: tinyfusion encode --data pictures --vae stabilityai/sd-vae-ft-ema --out latents
-    """
-
-    data: Annotated[
-        str,
-        option(
-            "folder of pictures, parquet:PATH, hub:ORG/NAME, webdataset:PATH, or published features:PATH (required)",
-            "NAME",
+VERBS = {
+    "run": Verb(
+        "The whole job: prune, recover, sample, evaluate, report.",
+        "--recipe digits --out runs/digits",
+        (*_JOB, *_OPENING, *_trains("prune.training", "recover.training"), _RUN_FOLDER, _DATA),
+        ("out", "recipe"),
+        parallel=True,
+    ),
+    "train": Verb(
+        "A model from nothing.",
+        "--recipe digits-teacher --out runs/digits-teacher",
+        (
+            *_JOB, *_trains("train"), _RUN_FOLDER,
+            Option("steps", "optimiser steps", "N", ("train.steps",)), _RESUME, _DATA,
         ),
-    ] = ""
-    out: Annotated[Path, option("folder of the latents (required)", "PATH")] = Path()
-    vae: Annotated[str | None, option("autoencoder (default stabilityai/sd-vae-ft-ema)", "PATH|ID")] = None
-    size: Annotated[int | None, option("side of the centre crop in pixels (default 256)", "N")] = None
-    batch_size: Annotated[int | None, option("pictures at a time", "N")] = None
-
-    def fields(self) -> dict[str, Any]:
-        return {"encode.vae": self.vae, "encode.size": self.size, "encode.batch_size": self.batch_size}
-
-
-@dataclass(frozen=True)
-class Inspect(Answers, Opening):
-    """What a model is: family, sizes, depth, parameters, MACs, kept blocks, lineage, hash."""
-
-    model: Annotated[Positional[str], option("model or run folder (required)", "MODEL")] = ""
-    blocks: Annotated[Path | None, _BLOCKS] = None
-
-
-@dataclass(frozen=True)
-class Lora(Answers):
-    """A LoRA of an uncut model, renumbered for its student: without this its updates land on other blocks, and no tool says so.
-
-    Example: tinyfusion lora style.safetensors --model student/transformer --out style-student.safetensors
-    """
-
-    file: Annotated[
-        Positional[Path], option("LoRA of the uncut model: .safetensors, .pt or .bin (required)", "FILE")
-    ] = Path()
-    model: Annotated[Path | None, option("folder of the student, a transformer of diffusers (required)", "PATH")] = None
-    out: Annotated[Path | None, option("the new LoRA, a .safetensors file (required)", "FILE")] = None
-    trained_on: Annotated[
-        Literal["original", "parent"] | None,
-        option("the LoRA's model: first of the student's lineage (default) or its last parent", "original|parent"),
-    ] = None
-    form: Annotated[
-        Literal["same", "peft"] | None, option("names of the keys: as in FILE (default), or peft's", "same|peft")
-    ] = None
-    blocks: Annotated[Path | None, option("rows of your own transformer classes, a TOML file", "FILE")] = None
-    overwrite: Annotated[bool, option("start anew where --out holds an earlier result of tinyfusion")] = False
-    dry_run: Annotated[bool, option("check everything, print the plan, write nothing")] = False
-
-
-@dataclass(frozen=True)
-class Bench(OpensModel):
-    """Speed of a guided denoising step: latency, memory, arithmetic; of two models, in turns.
-
-    Example: tinyfusion bench runs/back --vs digits
-    """
-
-    model: Annotated[Positional[str], option("model or run folder (required)", "MODEL")] = ""
-    vs: Annotated[str | None, option("model to compare with, measured in turns", "MODEL")] = None
-    batch_size: Annotated[int | None, option("images per step", "N")] = None
-    guidance: Annotated[float | None, option("classifier-free guidance scale; 1 runs no unconditional half", "X")] = (
-        None
-    )
-    dtype: Annotated[
-        Dtype | None, option("type of weights and activations (default float32)", "|".join(get_args(Dtype)))
-    ] = None
-    compile: Annotated[bool, option("compile the blocks")] = False
-    repeats: Annotated[int | None, option("measurements of each side", "N")] = None
-
-    def fields(self) -> dict[str, Any]:
-        return {
-            "bench.batch_size": self.batch_size, "sample.guidance": self.guidance, "bench.dtype": self.dtype,
-            "bench.compile": self.compile or None, "bench.repeats": self.repeats,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Replay(Common):
-    """One step of a training again, every loss term of every sample: what happened at step N?
-
-    Example: tinyfusion replay runs/back --step 40
-    """
-
-    run: Annotated[Positional[Path], option("run folder of train, prune or recover (required)", "RUN")] = Path()
-    step: Annotated[int | None, option("number of the step, from 0 (required)", "N")] = None
-
-
-@dataclass(frozen=True)
-class Recipes(Answers):
-    """The shipped recipes, with minutes and expected numbers; all that one of them expects; or every field that there is.
-
-    Example: tinyfusion recipes digits
-    """
-
-    name: Annotated[Positional[str], option("all expected numbers of this recipe", "[NAME]")] = ""
-    list_fields: Annotated[bool, option("list every field with its default and meaning")] = False
-
-
-VERBS: dict[str, type[Answers]] = {
-    "run": Run, "train": Train, "prune": Prune, "recover": Recover, "dynamic": Dynamic, "sample": Sample,
-    "evaluate": Evaluate, "report": Report, "export": Export, "encode": Encode,
-    "inspect": Inspect, "lora": Lora, "bench": Bench, "replay": Replay, "recipes": Recipes,
+        ("out",),
+        parallel=True,
+    ),
+    "prune": Verb(
+        "Decide which blocks go: a plan and a cut, untuned student.",
+        "--recipe digits --teacher digits --out runs/cut",
+        (
+            *_JOB, *_OPENING, *_trains("prune.training"), _RUN_FOLDER,
+            Option("teacher", "model to make shallow", "MODEL", ("teacher",)),
+            _DATA,
+            Option("criterion", f"how blocks are chosen: {', '.join(typing.get_args(Criterion))} (default learned)", "NAME",
+                   ("prune.criterion",)),
+            Option("num_keep", "blocks that stay, of all criteria but learned (default half)", "N", ("prune.num_keep",)),
+            Option("protect", "blocks that stay whatever the criterion says: 0,11", "I,J,..", ("prune.protect",)),
+            Option("scheme", "learned: N:M keeps N of every M blocks; 2:4x3+3:4x4 is explicit", "N:M", ("prune.scheme",)),
+            Option("update", "learned: what trains beside the gates", "lora|full|frozen", ("prune.update",)),
+            Option("keep", "blocks to keep, instead of learning which: 0,2,4", "I,J,..", ("prune.keep",)),
+            Option("steps", "learned: optimiser steps", "N", ("prune.training.steps",)),
+            _BLOCKS,
+            _RESUME,
+        ),
+        ("out",),
+        parallel=True,
+    ),
+    "recover": Verb(
+        "Bring a cut model back to quality.",
+        "--recipe digits --teacher digits --student runs/cut --out runs/back",
+        (
+            *_JOB, *_OPENING, *_trains("recover.training"),
+            Option("student", "cut model, or the run folder of `prune` (required)", "PATH", kind=Path),
+            _RUN_FOLDER,
+            Option("teacher", "model to learn from; only finetune needs none", "MODEL", ("teacher",)),
+            _DATA,
+            Option("method", "how (default masked-kd)", _choices(Recovery), ("recover.method",)),
+            Option("steps", "optimiser steps", "N", ("recover.training.steps",)),
+            _RESUME,
+        ),
+        ("student", "out"),
+        parallel=True,
+    ),
+    "dynamic": Verb(
+        "Make a model dynamic: width by timestep and tokens by content, trained under a budget, skipped when sampling.",
+        "--recipe digits-dynamic --model digits --target 0.5 --out runs/dynamic",
+        (
+            *_JOB, *_OPENING, *_trains("dynamic.training"),
+            Option("model", "model or run folder; cut students too (required)", "MODEL"),
+            _RUN_FOLDER,
+            Option("target", "share of the blocks' multiply-accumulates that stays", "X", ("dynamic.target",)),
+            _DATA,
+            Option("teacher", "model to learn from, where dynamic.beside is teacher", "MODEL", ("teacher",)),
+            Option("steps", "optimiser steps", "N", ("dynamic.training.steps",)),
+            _RESUME,
+        ),
+        ("model", "out"),
+        parallel=True,
+    ),
+    "sample": Verb(
+        "Draw images.",
+        "--recipe digits --model runs/back --labels 3,7 --out 37.npz --grid 37.png",
+        (
+            *_JOB, *_OPENING, _MODEL,
+            Option("out", "npz of images (required)", "PATH", kind=Path),
+            Option("grid", "also write a picture of the first images", "PATH", kind=Path),
+            Option("num_images", "images to draw", "N", ("sample.num_images",)),
+            Option("labels", "classes to draw in turn: 3,7", "I,J,..", ("sample.labels",)),
+            Option("sampler", "ancestral, DDIM, or the fast solvers DPM-Solver++ and UniPC", _choices(Sampler),
+                   ("sample.sampler",)),
+            Option("num_steps", "denoising steps; of flows points in time, of masked models rounds", "N",
+                   ("sample.num_steps",)),
+            Option("guidance", "classifier-free guidance scale", "X", ("sample.guidance",)),
+            Option("batch_size", "images at a time", "N", ("sample.batch_size",)),
+            Option("png", "also write a folder of PNGs, 000000.png and so on", "PATH", kind=Path),
+            Option("dtype", _DTYPE, _choices(Dtype), ("sample.dtype",)),
+            Option("compile", _COMPILE, None, ("sample.compile",)),
+            Option("vae", "autoencoder of a model of latents (default its own)", "PATH|ID", ("sample.vae",)),
+        ),
+        ("model", "out"),
+        parallel=True,
+    ),
+    "evaluate": Verb(
+        "Images to FID, sFID, Inception Score, precision and recall.",
+        "--samples images.npz --reference digits --out fid.json",
+        (
+            *_JOB,
+            Option("samples", "npz or folder of images (required)", "PATH", kind=Path),
+            Option("out", "JSON of the numbers (required)", "PATH", kind=Path),
+            Option("reference", "digits, digits:heldout, or a folder or npz of images", "NAME|PATH"),
+            Option("against", "npz that another model drew from the same seeds: also PSNR and SSIM of the pairs", "PATH",
+                   kind=Path),
+        ),
+        ("samples", "out"),
+    ),
+    "report": Verb(
+        "One HTML page about one or several runs.",
+        "runs/digits --out page.html",
+        (
+            *_JOB,
+            Option("runs", "run folders", "RUN", kind=Path, many=True, positional=True),
+            Option("out", "HTML file (required)", "PATH", kind=Path),
+        ),
+        ("runs", "out"),
+    ),
+    "export": Verb(
+        "A model as other programs read it: diffusers, the published scripts, or our own folder with a model card.",
+        "--model runs/back --to diffusers --out student",
+        (
+            *_JOB, *_OPENING, _MODEL,
+            Option("to", "format (required)", "diffusers|official|tinyfusion",
+                   kind=Literal["diffusers", "official", "tinyfusion"]),
+            Option("out", "folder; of official a .safetensors or .pt file (required)", "PATH", kind=Path),
+            Option("pipeline", "diffusers: a whole DiTPipeline, with scheduler and autoencoder"),
+            Option("vae", "autoencoder of the pipeline (default that of the model)", "PATH|ID"),
+            Option("labels", "names of the classes for the pipeline: a line each, or JSON (default those of its source)", "FILE"),
+            Option("push_to_hub", "also upload the folder to this repository of the hub", "ORG/NAME"),
+            _BLOCKS,
+        ),
+        ("model", "to", "out"),
+    ),
+    "encode": Verb(
+        "Pictures to latents that `--data latents:PATH` trains on; several processes share the work.",
+        "--data pictures --vae stabilityai/sd-vae-ft-ema --out latents",
+        (
+            *_JOB,
+            Option("data", "folder of pictures, parquet:PATH, hub:ORG/NAME, webdataset:PATH, or published features:PATH "
+                   "(required)", "NAME"),
+            Option("out", "folder of the latents (required)", "PATH", kind=Path),
+            Option("vae", "autoencoder (default stabilityai/sd-vae-ft-ema)", "PATH|ID", ("encode.vae",)),
+            Option("size", "side of the centre crop in pixels (default 256)", "N", ("encode.size",)),
+            Option("batch_size", "pictures at a time", "N", ("encode.batch_size",)),
+        ),
+        ("data", "out"),
+        parallel=True,
+    ),
+    "inspect": Verb(
+        "What a model is: family, sizes, depth, parameters, MACs, kept blocks, lineage, hash.",
+        "",
+        (*_OPENING, *_ANSWERS, _OF_MODEL, _BLOCKS),
+        ("model",),
+    ),
+    "lora": Verb(
+        "A LoRA of an uncut model, renumbered for its student: without this its updates land on other blocks, and no tool says so.",
+        "style.safetensors --model student/transformer --out style-student.safetensors",
+        (
+            *_ANSWERS,
+            Option("file", "LoRA of the uncut model: .safetensors, .pt or .bin (required)", "FILE", kind=Path, positional=True),
+            Option("model", "folder of the student, a transformer of diffusers (required)", "PATH", kind=Path),
+            Option("out", "the new LoRA, a .safetensors file (required)", "FILE", kind=Path),
+            Option("trained_on", "the LoRA's model: first of the student's lineage (default) or its last parent",
+                   "original|parent", kind=Literal["original", "parent"]),
+            Option("form", "names of the keys: as in FILE (default), or peft's", "same|peft", kind=Literal["same", "peft"]),
+            Option("blocks", "rows of your own transformer classes, a TOML file", "FILE", kind=Path),
+            *_WRITING,
+        ),
+        ("file", "model", "out"),
+    ),
+    "bench": Verb(
+        "Speed of a guided denoising step: latency, memory, arithmetic; of two models, in turns.",
+        "runs/back --vs digits",
+        (
+            *_JOB, *_OPENING, _OF_MODEL,
+            Option("vs", "model to compare with, measured in turns", "MODEL"),
+            Option("batch_size", "images per step", "N", ("bench.batch_size",)),
+            Option("guidance", "classifier-free guidance scale; 1 runs no unconditional half", "X", ("sample.guidance",)),
+            Option("dtype", _DTYPE, _choices(Dtype), ("bench.dtype",)),
+            Option("compile", _COMPILE, None, ("bench.compile",)),
+            Option("repeats", "measurements of each side", "N", ("bench.repeats",)),
+        ),
+        ("model",),
+    ),
+    "replay": Verb(
+        "One step of a training again, every loss term of every sample: what happened at step N?",
+        "runs/back --step 40",
+        (
+            *_JOB,
+            Option("run", "run folder of train, prune or recover (required)", "RUN", kind=Path, positional=True),
+            Option("step", "number of the step, from 0 (required)", "N", kind=int),
+        ),
+        ("run", "step"),
+    ),
+    "recipes": Verb(
+        "The shipped recipes, with minutes and expected numbers; all that one of them expects; or every field that there is.",
+        "digits",
+        (
+            *_ANSWERS,
+            Option("name", "all expected numbers of this recipe", "[NAME]", positional=True),
+            Option("list_fields", "list every field with its default and meaning"),
+        ),
+    ),
 }  # fmt: skip
-PARALLEL = (
-    "run",
-    "encode",
-    "train",
-    "prune",
-    "recover",
-    "dynamic",
-    "sample",
-)  # what several processes do together; the others are left to the first
-POSITIONAL = {
-    "report": "runs",
-    "inspect": "model",
-    "lora": "file",
-    "bench": "model",
-    "replay": "run",
-    "recipes": "name",
-}
-REQUIRED = {
-    "run": ("out", "recipe"), "train": ("out",), "prune": ("out",), "recover": ("student", "out"),
-    "dynamic": ("model", "out"), "sample": ("model", "out"),
-    "evaluate": ("samples", "out"), "report": ("runs", "out"), "export": ("model", "to", "out"), "encode": ("data", "out"),
-    "inspect": ("model",),
-    "lora": ("file", "model", "out"), "bench": ("model",),
-    "replay": ("run", "step"),
-}  # fmt: skip
-
-
-def _integers(option: str, text: str) -> list[int]:
-    parts = [part.strip() for part in text.strip("[]").split(",") if part.strip()]
-    if not parts or not all(re.fullmatch(r"-?\d+", part) for part in parts):
-        raise UserError(f"{option} wants whole numbers separated by commas, as in 0,2,4; got {text!r}")
-    return [int(part) for part in parts]

@@ -9,7 +9,6 @@ and `pytest` lines do not run: the target exists, the script exists and its --he
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import io
 import re
@@ -27,13 +26,13 @@ from material import Cli, tiny, tiny_mar, tiny_sit
 from PIL import Image
 from test_evaluate import random_weights
 
-from tinyfusion.cli import parse
 from tinyfusion.config.loading import load_recipe, recipe_fields, shipped_recipes
 from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.evaluate import extractors
 from tinyfusion.jobs import references
 from tinyfusion.models.checkpoint import save_model
 from tinyfusion.options import VERBS
+from tinyfusion.parsing import overrides, parse
 from tinyfusion.training.ema import horizon_warning
 
 ROOT = Path(__file__).parents[2]
@@ -206,7 +205,7 @@ def horizon_warnings(words: list[str]) -> list[str]:
     verb, options = parse(words[1:])
     if verb not in ("train", "prune", "recover", "run", "dynamic"):
         return []
-    recipe = load_recipe(options.recipe, options.set, options.overrides())
+    recipe = load_recipe(options.recipe, options.set, overrides(verb, options))
     found = [horizon_warning(s.ema_decay, s.made_steps, section) for section, s in trainings(verb, recipe).items()]
     return [warning for warning in found if warning]
 
@@ -327,7 +326,7 @@ def test_every_fenced_shell_command_is_known() -> None:
 
 FIELDS = {path for path, _, _ in recipe_fields(Recipe())}
 SECTIONS = {path.rpartition(".")[0] for path in FIELDS if "." in path}
-OPTIONS = {f"--{field.name.replace('_', '-')}" for verb in VERBS.values() for field in dataclasses.fields(verb)}
+OPTIONS = {option.typed for verb in VERBS.values() for option in verb.options}
 FILES = ("json", "npz", "toml", "html", "pkl", "safetensors", "save_pretrained")  # what follows a dot in other names
 
 FOREIGN = {"--sparse", "dynamic.ratio"}  # an option of tar, a field of model.json

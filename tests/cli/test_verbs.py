@@ -490,7 +490,7 @@ def test_help(verb: str, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("verb", "options"),
     [
-        ("inspect", {"--weights", "--num-heads", "--num-classes", "--family", "--json", "--debug"}),
+        ("inspect", {"--weights", "--num-heads", "--num-classes", "--family", "--blocks", "--json", "--debug"}),
         ("recipes", {"--list-fields", "--json", "--debug"}),
     ],
 )

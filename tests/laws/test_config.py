@@ -127,7 +127,7 @@ def test_odd_values_of_every_field(value: str) -> None:
 
 
 def test_paths_of_a_recipe_file_are_looked_for_beside_it_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path / "own"))
     monkeypatch.chdir(tmp_path)
     for name in ("mine/data.npz", "mine/shards/x", "mine/digits/x", "mine/runs/teacher/x", "mine/x:y.npz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -146,16 +146,16 @@ def test_paths_of_a_recipe_file_are_looked_for_beside_it_first(tmp_path: Path, m
 
     recipe = loaded("runs/teacher", "data.npz")
     assert (recipe.teacher, recipe.data.name) == (str(tmp_path / "mine/runs/teacher"), str(tmp_path / "mine/data.npz"))
-    assert recipe.encode.vae == str(tmp_path / "home/vae")
+    assert recipe.encode.vae == str(tmp_path / "own/vae")
     assert recipe.evaluate.references[1:] == ("digits:heldout", "hub:org/name", "elsewhere.npz", str(tmp_path / "mine"))
     assert loaded("digits", "latents:shards").teacher == "digits", "a word is a name"
     assert loaded("./digits", "latents:shards").teacher == str(tmp_path / "mine/digits")
     assert loaded("./digits", "latents:shards").data.name == f"latents:{tmp_path}/mine/shards"
-    assert loaded("org/name", "parquet:~/x").data.name == f"parquet:{tmp_path / 'home'}/x"
+    assert loaded("org/name", "parquet:~/x").data.name == f"parquet:{tmp_path}/own/x"
     assert loaded("org/name", "x:y.npz").data.name == str(tmp_path / "mine/x:y.npz")
     typed = loaded("~", "digits", "data.name=data.npz", "sample.vae=~/vae")
-    assert (typed.teacher, typed.data.name) == (str(tmp_path / "home"), "data.npz"), "what is typed is of this folder"
-    assert typed.sample.vae == str(tmp_path / "home/vae")
+    assert (typed.teacher, typed.data.name) == (str(tmp_path / "own"), "data.npz"), "what is typed is of this folder"
+    assert typed.sample.vae == str(tmp_path / "own/vae")
     assert load_recipe("dit-xl-d7").teacher == "runs/dit-xl-d14"
 
 

@@ -288,10 +288,18 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def field_kind(path: str) -> Any:
+    """The type of a field of a recipe, without its limits."""
+    kind: Any = Recipe
+    for name in path.split("."):
+        kind = typing.get_type_hints(kind)[name]
+    return kind
+
+
 def recipe_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """(dotted field, default as a plain value, meaning) of every field under a section, in order."""
     hints = _hints(type(section))
-    for name in (f.name for f in dataclasses.fields(section)):
+    for name in _fields(section):
         value, path = getattr(section, name), f"{prefix}{name}"
         if dataclasses.is_dataclass(value):
             yield from recipe_fields(value, f"{path}.")

@@ -247,11 +247,7 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole job. Verbs read the sections they need.
-
-    assigned: fields that a file, an option or --set named, in dotted form, whatever their values; no part of what is
-    compared or recorded.
-    """
+    """A whole job. Verbs read the sections they need."""
 
     name: Annotated[str, "name of the recipe"] = "custom"
     description: Annotated[str, "one sentence"] = ""
@@ -284,4 +280,7 @@ class Recipe:
     speed: SpeedSection = field(default_factory=SpeedSection)
     bench: BenchSection = field(default_factory=BenchSection)
     expected: tuple[Expectation, ...] = ()
-    assigned: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    assigned: Annotated[
+        frozenset[str],
+        "fields that a file, an option or --set named, whatever their values; never compared or recorded",
+    ] = field(default=frozenset(), compare=False, repr=False)
