@@ -36,6 +36,7 @@ class Train(TrainingVerb[Training]):
         model = new_model(sizes.pop("family"), sizes, Randomness(recipe.seed).generator_seed("initial-weights"))
         model.facts = dataclasses.replace(model.facts, process_settings=process_spec(model).kept(recipe))
         model = trained_on(model, batches)
+        batches.conditioned_on(model.conditions)
         return Inputs(with_watched(recipe, model, remarks), options, {"model": model}, batches=batches)
 
     def hashes(self, inputs: Inputs) -> dict[str, str | None]:

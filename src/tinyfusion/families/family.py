@@ -20,6 +20,8 @@ from tinyfusion.blocks.routers import DynamicSettings, install_routers
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.blocks.widths import WidthRules
+from tinyfusion.conditioning.classes import class_inputs
+from tinyfusion.conditioning.condition import ModelInputs
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 
@@ -99,6 +101,7 @@ class ModelFamily:
     undecayed: Callable[[str, Tensor], bool] | None = None
     widths: WidthRules | None = None  # None where widths cannot be cut
     dynamic: DynamicRules | None = None  # None where width and tokens cannot be chosen by timestep
+    inputs: ModelInputs = class_inputs  # keyword arguments of the module, beside x and t, for the condition of a batch
 
     # published files
     mark: str | None = None  # name of a tensor by which official files are known; None where there are none

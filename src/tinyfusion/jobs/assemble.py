@@ -185,7 +185,7 @@ def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Bat
     _check_fit(recipe.data, source, model.arch)
     if isinstance(source, LatentBatches):
         check_latents(model, recipe.data.name, source.latents.spec)
-    return source
+    return source.conditioned_on(model.conditions)
 
 
 def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> Batches:

@@ -59,7 +59,8 @@ def dynamic_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
     )
     draws, recording = SampleDraws(Randomness(recipe.seed), 0, _NUM_IMAGES, device), _Recording()
     with routed.using(recording):
-        x = deque(sampler.trajectory(model, torch.from_numpy(labels).to(device), draws), maxlen=1).pop()
+        condition = model.conditions.index(torch.from_numpy(labels)).to(device)
+        x = deque(sampler.trajectory(model, condition, draws), maxlen=1).pop()
     sizes, settings, depth = routed.sizes, routed.settings, len(model.stack)
     ratios = [model_ratio(masks, sizes, _rows(masks)).mean() for masks in recording.passes]
     ratio = float(torch.stack(ratios).mean())

@@ -22,6 +22,8 @@ from tinyfusion.blocks.routed import BlockExecutor, Complete, Current
 from tinyfusion.blocks.routers import DynamicSettings, is_router_key, unfit_official
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.widths import sliced
+from tinyfusion.conditioning.classes import class_table
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory
@@ -103,6 +105,11 @@ class LoadedModel:
     def null_class(self) -> bool:
         """Whether it has a class for no label, which guidance and label dropout need."""
         return bool(getattr(self.arch, "null_class", True))
+
+    @property
+    def conditions(self) -> Condition:
+        """The table that labels are rows of: its classes."""
+        return class_table(self.arch.num_classes)
 
     @property
     def of_latents(self) -> bool:
