@@ -160,6 +160,7 @@ class Sample(OpensModel):
     grid: Annotated[Path | None, option("also write a picture of the first images", "PATH")] = None
     num_images: Annotated[int | None, option("images to draw", "N")] = None
     labels: Annotated[str | None, option("classes to draw in turn: 3,7", "I,J,..")] = None
+    prompts: Annotated[str | None, option("encoded prompts of a model of texts, which labels count", "PATH")] = None
     sampler: Annotated[
         Sampler | None,
         option("ancestral, DDIM, or the fast solvers DPM-Solver++ and UniPC", "|".join(get_args(Sampler))),
@@ -181,7 +182,7 @@ class Sample(OpensModel):
         return {
             "sample.num_images": self.num_images, "sample.labels": labels, "sample.sampler": self.sampler,
             "sample.num_steps": self.num_steps, "sample.guidance": self.guidance, "sample.batch_size": self.batch_size,
-            "sample.dtype": self.dtype, "sample.compile": self.compile or None, "sample.vae": self.vae,
+            "sample.dtype": self.dtype, "sample.compile": self.compile or None, "sample.vae": self.vae, "data.prompts": self.prompts,
         }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tinyfusion.conditioning.classes import class_condition, class_inputs, class_table
 from tinyfusion.conditioning.condition import Condition, concat
+from tinyfusion.conditioning.texts import text_table
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 
@@ -87,3 +88,32 @@ def test_conditions_that_cannot_be_are_refused() -> None:
             use()
     with pytest.raises(ValueError, match="of one kind"):
         concat([alone, classes()])
+
+
+def test_a_table_of_texts_has_the_null_text_last_whatever_else_a_text_has() -> None:
+    embeddings, pooled = torch.randn(4, 3, 8, dtype=torch.float64), torch.randn(4, 5)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]])
+    table = text_table({"embeddings": embeddings, "lengths": torch.tensor([3, 1, 2, 1]), "pooled": pooled})
+    assert len(table) == 3 and table.null_row is not None and sorted(table.tensors) == ["embeddings", "mask", "pooled"]
+    assert torch.equal(table["mask"], mask[:3].bool()) and torch.equal(table.null()["pooled"], pooled[3:].expand(3, -1))
+    assert table["embeddings"].data_ptr() == embeddings.data_ptr(), "a view: a mapped file is read as rows are picked"
+    older = text_table({"captions": embeddings, "caption_mask": mask})
+    assert sorted(older.tensors) == ["embeddings", "mask"] and torch.equal(older["mask"], mask[:3])
+    assert sorted(text_table({"embeddings": embeddings}).tensors) == ["embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "null text last; got nothing"),
+        ({"embeddings": torch.zeros(1, 3, 8)}, r"floats embeddings .*; got embeddings \(1, 3, 8\)"),
+        ({"embeddings": torch.zeros(2, 3, 8, dtype=torch.int64)}, "floats embeddings"),
+        ({"embeddings": torch.zeros(2, 3, 8), "mask": torch.zeros(2, 3)}, "a token in every row"),
+        ({"embeddings": torch.zeros(2, 3, 8), "mask": torch.ones(2, 4)}, "a mask of texts is"),
+        ({"embeddings": torch.zeros(2, 3, 8), "pooled": torch.ones(3, 4)}, r"one row per text .*pooled \(3, 4\)"),
+        ({"embeddings": torch.zeros(2, 3, 8), "scale": torch.ones(())}, "one row per text"),
+    ],
+)
+def test_texts_that_cannot_be_are_refused(tensors: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        text_table(tensors)

@@ -55,7 +55,7 @@ def dynamic_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
     sampler, device = _sampler(recipe.sample, model), device_for(recipe)
     model.module.to(device).eval()
     labels = image_labels(
-        _NUM_IMAGES, model.arch.num_classes, recipe.seed, recipe.sample.labels, recipe.sample.label_rule == "balanced"
+        _NUM_IMAGES, len(model.conditions), recipe.seed, recipe.sample.labels, recipe.sample.label_rule == "balanced"
     )
     draws, recording = SampleDraws(Randomness(recipe.seed), 0, _NUM_IMAGES, device), _Recording()
     with routed.using(recording):
