@@ -98,7 +98,7 @@ class GoldenSet:
     def noisy(self, objective: GaussianObjective) -> NoisyBatch:
         """x as clean images, with the recorded noise, timesteps and labels."""
         x, t, y, noise = (self.get(name) for name in ("x", "t", "y", "noise"))
-        return objective.noised(Batch(x, class_condition(y, self.config["config"]["num_classes"])), t, noise)
+        return objective.noised(Batch(x, class_condition(y, int(y.max()) + 1)), t, noise)
 
     # Computations that several tensors share.
 

@@ -173,7 +173,7 @@ def test_prompts_make_classes(theirs: Any, prompts: tuple[Tensor, Tensor]) -> No
         (texts[0], mask[0]),
         (texts, gone),
     ):
-        with pytest.raises(UserError, match=r"embeddings \(K.*; a mask is \(K \+ 1, tokens\)"):
+        with pytest.raises(UserError, match=r"(with embeddings|floats embeddings|a mask of texts is) .*; a mask is \(K \+ 1, tokens\)"):
             with_prompts(model, *bad)
 
 
