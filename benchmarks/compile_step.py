@@ -26,6 +26,7 @@ from torch import Tensor
 from shared import quartiles, random_model
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import BlockStack, frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
@@ -57,13 +58,13 @@ class Case:
 
 def plain(teacher: LoadedModel) -> Case:
     """Training from scratch."""
-    return Case(teacher.module, GaussianObjective(NUM_CLASSES), [teacher.stack])
+    return Case(teacher.module, GaussianObjective(), [teacher.stack])
 
 
 def learning(teacher: LoadedModel) -> Case:
     """Learning a 1:2 mask, all weights trained beside it."""
     settings = dataclasses.replace(PruneSection(), scheme="1:2", update="full")
-    learner = mask_learner(teacher, GaussianObjective(NUM_CLASSES), settings, seed=0)
+    learner = mask_learner(teacher, GaussianObjective(), settings, seed=0)
     return Case(learner.module, learner.objective, [learner.objective.stack])
 
 
@@ -76,7 +77,7 @@ def recovery(teacher: LoadedModel) -> Case:
     frozen(teacher.module)
     stacks = teacher.stack, student.stack
     objective = DistilledObjective(
-        GaussianObjective(NUM_CLASSES), teacher.module, *stacks, block_pairs(plan), steps=1, beta=(1e-2, 1e-2)
+        GaussianObjective(), teacher.module, *stacks, block_pairs(plan), steps=1, beta=(1e-2, 1e-2)
     )
     return Case(student.module, objective, stacks)
 
@@ -117,7 +118,9 @@ def row(shape: str, name: str, repeats: int) -> str:
     draws = Randomness(0).at(0, 0, batch)
     side = sizes["input_size"]
     x = torch.from_numpy(draws.normal("x", (sizes["in_channels"], side, side)))
-    noisy = case.objective.draw(Batch(x, torch.from_numpy(draws.integers("y", NUM_CLASSES))), draws)
+    noisy = case.objective.draw(
+        Batch(x, class_condition(torch.from_numpy(draws.integers("y", NUM_CLASSES)), NUM_CLASSES)), draws
+    )
     gain, eager, compiled = measure(case, noisy, repeats)
     ratios = [a / b for a, b in zip(eager, compiled, strict=True)]
     cells = shape, str(batch), name, quartiles(eager, 0), quartiles(compiled, 0), quartiles(ratios, 2)

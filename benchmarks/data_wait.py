@@ -47,7 +47,7 @@ def training(source: Batches, batch_size: int, sizes: dict[str, int]) -> tuple[C
     state = TrainState(
         model.module.train(), [ParameterGroup(trainable(model.module))], TrainingSection(ema_decay=0.999)
     )
-    objective, randomness = GaussianObjective(10, 0.1), Randomness(SEED)
+    objective, randomness = GaussianObjective(0.1), Randomness(SEED)
 
     def make(step: int) -> NoisyBatch:
         draws = randomness.at(step, 0, batch_size)

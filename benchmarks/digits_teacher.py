@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import shared
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
 from tinyfusion.data.digits import ImageSet, load_digits
@@ -31,8 +32,8 @@ SEED = 99
 def objective_of(model: LoadedModel) -> GaussianObjective | FlowObjective:
     """The training objective of the model, without label dropout."""
     if model.family.process == "flow":
-        return FlowObjective(model.arch.num_classes, label_drop=0.0, flow=flow_of(model))
-    return GaussianObjective(model.arch.num_classes, label_drop=0.0)
+        return FlowObjective(label_drop=0.0, flow=flow_of(model))
+    return GaussianObjective(label_drop=0.0)
 
 
 def times(objective: GaussianObjective | FlowObjective, position: np.ndarray) -> torch.Tensor:
@@ -47,7 +48,7 @@ def times(objective: GaussianObjective | FlowObjective, position: np.ndarray) ->
 def calibration_loss(model: LoadedModel, images: ImageSet, repeats: int, without: int | None = None) -> np.ndarray:
     """(N,) loss of every image, mean over `repeats` stratified timesteps, with block `without` taken out."""
     objective = objective_of(model)
-    batch = Batch(torch.from_numpy(images.x), torch.from_numpy(images.y))
+    batch = Batch(torch.from_numpy(images.x), class_condition(torch.from_numpy(images.y), images.num_classes))
     num = len(images)
     gates = torch.ones(num, len(model.stack))
     if without is not None:
@@ -58,7 +59,7 @@ def calibration_loss(model: LoadedModel, images: ImageSet, repeats: int, without
         position = (np.argsort(draws.uniform("stratum")) + draws.uniform("timestep")) / num
         t = times(objective, position)
         noise = torch.from_numpy(draws.normal("noise", images.x.shape[1:]))
-        noisy = objective.noised(batch, t, noise, torch.zeros(num, dtype=torch.bool))
+        noisy = objective.noised(batch, t, noise)
         with model.stack.gated(gates):
             prediction = objective.predict(model.module, noisy)
         total += objective.losses(model.module, noisy, prediction)["loss"]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import memory_profile, peak_bytes, quartiles, xl_model
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
@@ -94,7 +95,7 @@ def sides_of(teacher: LoadedModel, update: Any, scheme: str, dtype: Any, batch: 
     def learner(of_dtype: Any) -> tuple[MaskLearner, TrainState]:
         training = TrainingSection(steps=10_009, batch_size=batch, learning_rate=1e-4, dtype=of_dtype, ema_decay=0.999)
         settings = dataclasses.replace(PruneSection(), scheme=scheme, update=update, training=training)
-        made = mask_learner(teacher, GaussianObjective(1000), settings, seed=0)
+        made = mask_learner(teacher, GaussianObjective(00), settings, seed=0)
         return made, TrainState(made.module, made.parameter_groups, training)
 
     def side(made: MaskLearner, state: TrainState, dropped: Any) -> Side:
@@ -111,7 +112,7 @@ def noisy_batch(side: Side, step: int, batch: int) -> NoisyBatch:
     """Latents, noise, timesteps, labels and the gates' noise of `step`."""
     draws = Randomness(0).at(step, 0, batch)
     x = torch.from_numpy(draws.normal("latents", (4, 32, 32)))
-    return side.objective.draw(Batch(x, torch.from_numpy(draws.integers("labels", 1000))), draws)
+    return side.objective.draw(Batch(x, class_condition(torch.from_numpy(draws.integers("labels", 1000)), 1000)), draws)
 
 
 def agreement(sides: dict[str, Side], noisy: NoisyBatch) -> tuple[float, float]:

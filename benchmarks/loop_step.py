@@ -30,7 +30,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import ImageSet
-from tinyfusion.processes.base import NoisyBatch
+from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import ForwardPass, StepRecord, noisy_microbatches, train_steps
@@ -65,7 +65,7 @@ class Side:
             dtype=dtype,
             clip_norm=TIGHT if case.clip else LOOSE,
         )
-        self.objective = GaussianObjective(10)
+        self.objective = GaussianObjective()
         self.state = TrainState(self.model.module, [ParameterGroup(trainable(self.model.module))], self.settings)
         self.randomness = Randomness(0)
         rng = np.random.default_rng(0)
@@ -118,9 +118,9 @@ class Side:
             batch = self.source(step, self.settings.batch_size, draws)
             t = torch.from_numpy(draws.integers("timestep", 1000))
             noise = torch.from_numpy(draws.normal("noise", tuple(batch.x.shape[1:])))
-            dropped = torch.from_numpy(draws.uniform("label_drop") < 0.1)
+            batch = Batch(batch.x, batch.condition.drop(draws, 0.1))
             lap("images and draws")
-            noisy = self.objective.noised(batch, t, noise, dropped, step)
+            noisy = self.objective.noised(batch, t, noise, step)
             lap("noising")
             self.state.optimizer.zero_grad(set_to_none=True)
             autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.settings.dtype == "bfloat16")

@@ -29,6 +29,7 @@ import torch
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import BlockStack, frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import ComputeSection, PruneSection, TrainingSection
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Draws, Randomness
@@ -109,7 +110,7 @@ def model_of(name: str, seed: int) -> LoadedModel:
 def latents(step: int, batch_size: int, draws: Draws) -> Batch:
     """Random latents and labels."""
     x = torch.from_numpy(draws.normal("latents", (4, 32, 32)))
-    return Batch(x, torch.from_numpy(draws.integers("labels", 1000)))
+    return Batch(x, class_condition(torch.from_numpy(draws.integers("labels", 1000)), 1000))
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Made:
 
 def made(case: Case, settings: TrainingSection) -> Made:
     """Models, objective and state of a case."""
-    inner = GaussianObjective(1000)
+    inner = GaussianObjective(00)
     if case.kind == "learn":
         teacher = model_of("DiT-XL/2", 0)
         learner = mask_learner(teacher, inner, replace(PruneSection(), training=settings), seed=0)

@@ -21,6 +21,7 @@ import torch
 from recover_variants import PLANS, RECIPE, VARIANTS, Case, Variant, batches
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json, write_text
@@ -46,7 +47,7 @@ def train(case: Case, variant: Variant) -> tuple[LoadedModel, float]:
     student, parameters = variant.start(case)
     student.module.train()
     settings = dataclasses.replace(RECIPE.recover.training, steps=case.steps, batch_size=case.batch_size)
-    inner = GaussianObjective(case.teacher.arch.num_classes, settings.label_drop)
+    inner = GaussianObjective(settings.label_drop)
 
     objective: Any = inner
     if variant.objective is not None:
@@ -73,10 +74,12 @@ def heldout_losses(student: LoadedModel) -> dict[str, float]:
     """Mean loss and its noise part over held-out images, under noise and timesteps that are the same for every model."""
     images = load_digits(heldout=True)
     x, y = torch.from_numpy(images.x), torch.from_numpy(images.y)
-    objective = GaussianObjective(student.arch.num_classes, 0.0)
+    objective = GaussianObjective(0.0)
     found: list[dict[str, float]] = []
     for number in range(HELDOUT_ROUNDS):
-        noisy = objective.draw(Batch(x, y), Randomness(2**40).at(number, 0, len(x)))
+        noisy = objective.draw(
+            Batch(x, class_condition(y, images.num_classes)), Randomness(2**40).at(number, 0, len(x))
+        )
         prediction: Prediction = objective.predict(student.module, noisy)
         terms = objective.losses(student.module, noisy, prediction)
         found.append({name: float(terms[name].mean()) for name in ("loss", "mse")})

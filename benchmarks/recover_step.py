@@ -24,6 +24,7 @@ from torch import Tensor
 from shared import memory_profile, peak_bytes, quartiles, xl_model
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
 from tinyfusion.models.checkpoint import LoadedModel
@@ -48,7 +49,7 @@ class Setting:
 
     def objective(self, beta: float) -> DistilledObjective:
         """Distillation at a constant feature weight."""
-        inner = GaussianObjective(self.teacher.arch.num_classes)
+        inner = GaussianObjective()
         stacks = self.teacher.stack, self.student.stack
         return DistilledObjective(
             inner, self.teacher.module, *stacks, self.pairs, steps=1, beta=(beta, beta), sigmas=SIGMAS
@@ -64,7 +65,9 @@ def setting(depth: int, batch_size: int, width: int) -> Setting:
     frozen(teacher.module)
     draws = Randomness(0).at(0, 0, batch_size)
     x = torch.from_numpy(draws.normal("x", (4, 32, 32)))
-    noisy = GaussianObjective(1000).draw(Batch(x, torch.from_numpy(draws.integers("y", 1000))), draws)
+    noisy = GaussianObjective(00).draw(
+        Batch(x, class_condition(torch.from_numpy(draws.integers("y", 1000)), 1000)), draws
+    )
     return Setting(teacher, student, block_pairs(plan), noisy)
 
 

@@ -77,7 +77,7 @@ def merged_start(case: Case, weight: float) -> tuple[LoadedModel, dict[str, nn.P
 def learned_deltas(seed: int) -> dict[str, Tensor]:
     """Averaged LoRA updates of mask learning with the recipe's settings, by name of the weight."""
     teacher = open_model("digits")
-    objective = GaussianObjective(teacher.arch.num_classes, RECIPE.prune.training.label_drop)
+    objective = GaussianObjective(RECIPE.prune.training.label_drop)
     learner = mask_learner(teacher, objective, RECIPE.prune, Randomness(seed).generator_seed("lora"))
     state = TrainState(learner.module, learner.parameter_groups, RECIPE.prune.training)
     for _ in train_steps(state, learner.objective, batches(seed), RECIPE.prune.training, Randomness(seed)):
@@ -147,7 +147,7 @@ def fit_bridge(case: Case, bridge: nn.Module, neighbours: list[int]) -> None:
     first = list(case.teacher.stack)[neighbours[0]]
     inputs: list[Tensor] = []
     handle = first.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
-    objective = GaussianObjective(case.teacher.arch.num_classes, 0.0)
+    objective = GaussianObjective(0.0)
     draws = Randomness(case.seed).at(10**6, 0, 512)
     with case.teacher.stack.tap([neighbours[-1]]) as outputs:
         objective.predict(case.teacher.module, objective.draw(batches(case.seed)(10**6, 512, draws), draws))

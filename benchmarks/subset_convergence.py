@@ -24,6 +24,7 @@ from torch import Tensor
 from digits_teacher import calibration_loss
 from shared import table
 from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.device import flush_denormals
@@ -143,9 +144,12 @@ def gradients(trials: int, num_images: int = 64) -> list[dict[str, Any]]:
     model = open_model("digits")
     for parameter in model.module.parameters():
         parameter.requires_grad_(False)
-    objective = GaussianObjective(model.arch.num_classes, label_drop=0.0)
+    objective = GaussianObjective(label_drop=0.0)
     images = load_digits()
-    batch = Batch(torch.from_numpy(images.x[:num_images]), torch.from_numpy(images.y[:num_images]))
+    batch = Batch(
+        torch.from_numpy(images.x[:num_images]),
+        class_condition(torch.from_numpy(images.y[:num_images]), images.num_classes),
+    )
     noisy = objective.draw(batch, Randomness(7).at(0, 0, num_images))
     masks = torch.zeros(924, 12)
     for row, kept in enumerate(itertools.combinations(range(12), 6)):
@@ -200,7 +204,7 @@ def learned(settings: dict[str, Any], seed: int, training: dict[str, Any] | None
     section = dataclasses.replace(
         recipe.prune, training=dataclasses.replace(recipe.prune.training, **(training or {})), **settings
     )
-    objective = GaussianObjective(teacher.arch.num_classes)
+    objective = GaussianObjective()
     learner = mask_learner(teacher, objective, section, Randomness(seed).generator_seed("lora"))
     state = TrainState(learner.module, learner.parameter_groups, section.training)
     source = ShuffledBatches(load_digits(), Randomness(seed), torch.device("cpu"))
@@ -221,7 +225,7 @@ def fine_tuned(kept: list[int], seed: int = 0) -> dict[str, float]:
     student.module.train()
     state = TrainState(student.module, [ParameterGroup(trainable(student.module))], FINE_TUNING)
     source = ShuffledBatches(load_digits(), Randomness(seed), torch.device("cpu"))
-    objective = GaussianObjective(teacher.arch.num_classes)
+    objective = GaussianObjective()
     for _ in train_steps(state, objective, source, FINE_TUNING, Randomness(seed)):
         pass
     state.ema.copy_to(student.module)

@@ -62,7 +62,7 @@ class Classification(Objective):
 
     def losses(self, model: nn.Module, noisy: ArrayBatch, prediction: Prediction) -> dict[str, Tensor]:
         """Cross entropy per image, in nats."""
-        return {"loss": F.cross_entropy(prediction.output, noisy.y, reduction="none")}
+        return {"loss": F.cross_entropy(prediction.output, noisy.condition["labels"], reduction="none")}
 
 
 def as_measured(images: ImageSet) -> ImageSet:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tinyfusion import open_model
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.digits import load_digits
 from tinyfusion.processes.base import Batch
@@ -27,19 +28,19 @@ def main() -> None:
     args = parser.parse_args()
 
     model, digits, num = open_model(args.model), load_digits(heldout=True), args.num_images
-    batch = Batch(torch.from_numpy(digits.x[:num]), torch.from_numpy(digits.y[:num]))
-    noisy = GaussianObjective(model.arch.num_classes, label_drop=0.0).draw(batch, Randomness(0).at(0, 0, num))
-    depth, channels = len(model.stack), model.arch.in_channels
+    batch = Batch(torch.from_numpy(digits.x[:num]), class_condition(torch.from_numpy(digits.y[:num]), 10))
+    noisy = GaussianObjective(label_drop=0.0).draw(batch, Randomness(0).at(0, 0, num))
+    depth, channels, labels = len(model.stack), model.arch.in_channels, noisy.condition["labels"]
 
     with model.stack.tap(range(depth)) as outputs:
-        whole = model.module(noisy.xt, noisy.t, noisy.y)
+        whole = model.module(noisy.xt, noisy.t, labels)
     stream = [outputs[i].flatten(1) for i in range(depth)]
 
     gates = torch.ones(depth, depth) - torch.eye(depth)  # row i: without block i
     with model.stack.gated(gates.repeat_interleave(num, 0)):
-        every = model.module(*(part.repeat(depth, *[1] * (part.ndim - 1)) for part in (noisy.xt, noisy.t, noisy.y)))
+        every = model.module(*(part.repeat(depth, *[1] * (part.ndim - 1)) for part in (noisy.xt, noisy.t, labels)))
     with model.stack.gated(torch.ones(num, depth)):
-        assert model.module(noisy.xt, noisy.t, noisy.y).equal(whole), "gates of ones are the model itself"
+        assert model.module(noisy.xt, noisy.t, labels).equal(whole), "gates of ones are the model itself"
 
     print("block  change of the stream  noise error without it")
     truth = F.mse_loss(whole[:, :channels], noisy.noise)

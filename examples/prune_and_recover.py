@@ -37,7 +37,7 @@ def main() -> None:
     randomness = Randomness(0)
     batches = ShuffledBatches(load_digits(), randomness, torch.device("cpu"))
     teacher = open_model(args.model)
-    plain = GaussianObjective(teacher.arch.num_classes)
+    plain = GaussianObjective()
     learner = mask_learner(teacher, plain, settings, randomness.generator_seed("lora"))
     state = TrainState(learner.module, learner.parameter_groups, training)
     for record in train_steps(state, learner.objective, batches, training, randomness):

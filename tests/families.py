@@ -33,7 +33,8 @@ def tiny(family: str, seed: int = 0, std: float = 0.2) -> LoadedModel:
 
 
 def clean_batch(model: LoadedModel, num: int, seed: int = 0) -> Batch:
-    """Random images and labels that fit the model."""
+    """Random images and conditions that fit the model."""
     arch, draws = model.arch, Randomness(seed).at(0, 0, num)
     x = torch.from_numpy(draws.normal("x", (arch.in_channels, arch.input_size, arch.input_size)))
-    return Batch(x, torch.from_numpy(draws.integers("y", arch.num_classes)))
+    table = model.conditions
+    return Batch(x, table.index(torch.from_numpy(draws.integers("y", len(table)))))

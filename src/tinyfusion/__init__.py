@@ -9,6 +9,7 @@ from tinyfusion.core.version import __version__
 
 if TYPE_CHECKING:
     from tinyfusion.api import (
+        Condition,
         LearnedMasks,
         LoadedModel,
         ModelFamily,
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
         register_family,
         sample_images,
         save_model,
+        text_table,
         wrap_module,
     )
 
 __all__ = [
-    "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan", "PruneSection", "RecoverSection", "SampleSection", "Streams", "Task",
-    "TrainingSection", "__version__", "evaluate_images", "learn_masks", "objective_of", "open_model", "prune_model",
-    "recover_model", "register_family", "sample_images", "save_model", "wrap_module",
+    "Condition", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan", "PruneSection", "RecoverSection", "SampleSection", "Streams",
+    "Task", "TrainingSection", "__version__", "evaluate_images", "learn_masks", "objective_of", "open_model", "prune_model",
+    "recover_model", "register_family", "sample_images", "save_model", "text_table", "wrap_module",
 ]  # fmt: skip
 
 

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.streams import Streams
+from tinyfusion.conditioning.classes import LABELS
+from tinyfusion.conditioning.condition import Condition
+from tinyfusion.conditioning.texts import text_table
 from tinyfusion.config.recipe import (
     ComputeSection,
     PruneSection,
@@ -49,9 +52,9 @@ from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import StepRecord
 
 __all__ = [
-    "ComputeSection", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan", "PruneSection", "RecoverSection",
+    "ComputeSection", "Condition", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan", "PruneSection", "RecoverSection",
     "SampleSection", "Streams", "Task", "TrainingSection", "evaluate_images", "learn_masks", "objective_of", "open_model",
-    "prune_model", "recover_model", "register_family", "sample_images", "save_model", "wrap_module",
+    "prune_model", "recover_model", "register_family", "sample_images", "save_model", "text_table", "wrap_module",
 ]  # fmt: skip
 
 Batches = Iterable[Any] | Callable[[int, Draws], Any]
@@ -173,12 +176,23 @@ def recover_model(
 
 
 def sample_images(
-    model: LoadedModel, labels: Sequence[int] | np.ndarray, settings: SampleSection | None = None, *, seed: int = 0
+    model: LoadedModel,
+    labels: Sequence[int] | np.ndarray | Condition,
+    settings: SampleSection | None = None,
+    *,
+    seed: int = 0,
 ) -> np.ndarray:
     """Images of these labels: uint8 (N, H, W, C), of a model of latents float32 latents as the model sees them, (N, H, W, C).
 
-    Image i depends on seed and i alone. Runs where the model is. Raises UserError on settings that the model cannot have.
+    labels: or what each image is conditioned on, a row per image, such as encoded prompts (`text_table`). Image i depends on seed
+    and i alone. Runs where the model is. Raises UserError on settings that the model cannot have.
     """
+    if isinstance(labels, Condition):
+        table, labels = labels, np.arange(len(labels))
+        if model.family.texts is None:
+            labels = table[LABELS].cpu().numpy()
+        else:
+            model = model.with_prompts(table)
     recipe, device = Recipe(seed=seed, sample=settings or SampleSection()), next(model.module.parameters()).device
     drawing = open_drawing(recipe, model, device, labels=np.asarray(labels, dtype=np.int64))
     return np.concatenate(list(drawing.images(0, len(labels))))

@@ -205,6 +205,7 @@ VERBS = {
             Option("grid", "also write a picture of the first images", "PATH", kind=Path),
             Option("num_images", "images to draw", "N", ("sample.num_images",)),
             Option("labels", "classes to draw in turn: 3,7", "I,J,..", ("sample.labels",)),
+            Option("prompts", "encoded prompts of a model of texts, which labels count", "PATH", ("data.prompts",)),
             Option("sampler", "ancestral, DDIM, or the fast solvers DPM-Solver++ and UniPC", _choices(Sampler),
                    ("sample.sampler",)),
             Option("num_steps", "denoising steps; of flows points in time, of masked models rounds", "N",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.processes.base import Batch, NoisyBatch
@@ -43,11 +44,11 @@ def noisy_batch() -> NoisyFactory:
         arch, draws = model.arch, Randomness(seed).at(0, 0, num)
         x = torch.from_numpy(draws.normal("x", (arch.in_channels, arch.input_size, arch.input_size)))
         y = torch.from_numpy(draws.integers("y", arch.num_classes))
-        objective = GaussianObjective(arch.num_classes)
-        drawn = objective.draw(Batch(x, y), draws)
+        objective = GaussianObjective()
+        drawn = objective.draw(Batch(x, class_condition(y, arch.num_classes)), draws)
         if t is None:
             return drawn
-        return objective.noised(Batch(x, y), torch.tensor(t), drawn.noise, torch.zeros(num, dtype=torch.bool))
+        return objective.noised(Batch(x, class_condition(y, arch.num_classes)), torch.tensor(t), drawn.noise)
 
     return make
 
@@ -73,5 +74,5 @@ def published_noisy() -> NoisyBatch:
     """Images cos(0.37 j), noise sin(0.91 j), t = 0, 250, 999, labels 0, 3, 5 (the null class)."""
     j = torch.arange(3 * 64, dtype=torch.float64)
     x0, noise = (f.float().view(3, 4, 4, 4) for f in (torch.cos(0.37 * j), torch.sin(0.91 * j)))
-    batch, t = Batch(x0, torch.tensor([0, 3, 5])), torch.tensor([0, 250, 999])
-    return GaussianObjective(5).noised(batch, t, noise, torch.zeros(3, dtype=torch.bool))
+    batch, t = Batch(x0, class_condition(torch.tensor([0, 3, 5]), 5)), torch.tensor([0, 250, 999])
+    return GaussianObjective().noised(batch, t, noise)

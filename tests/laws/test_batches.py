@@ -85,7 +85,7 @@ def sequence(source: Batches, num: int, batch: int, parts: int = 1) -> list[int]
         for first, end in zip(ends[:-1], ends[1:], strict=True):
             made = source(step, batch, source.randomness.at(step, first, end - first))
             assert made.x.shape == (end - first, 3, 2, 2) and made.x.dtype == torch.float32
-            assert made.y.tolist() == [i % 7 for i in identities(made.x)]
+            assert made.condition["labels"].tolist() == [i % 7 for i in identities(made.x)]
             found += identities(made.x)
     return found[:num]
 
@@ -148,7 +148,9 @@ def test_a_streamed_set_is_the_set_in_memory(folder: Path) -> None:
     whole = image_set(f"parquet:{folder}")
     made = streamed(folder)(0, NUM, Randomness(1).at(0, 0, NUM))
     order = np.argsort(identities(made.x))
-    assert np.array_equal(made.x.numpy()[order], whole.x) and np.array_equal(made.y.numpy()[order], whole.y)
+    assert np.array_equal(made.x.numpy()[order], whole.x) and np.array_equal(
+        made.condition["labels"].numpy()[order], whole.y
+    )
 
 
 def test_flips_and_jitter_are_those_of_a_set_in_memory(folder: Path) -> None:

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tinyfusion.blocks.stack import frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core import files
 from tinyfusion.core.errors import UserError
@@ -79,7 +80,7 @@ ModelFactory = Callable[..., LoadedModel]
 
 def batches(step: int, batch_size: int, draws: Draws) -> Batch:
     x = torch.from_numpy(draws.normal("data", (2, 4, 4)))
-    return Batch(x, torch.from_numpy(draws.integers("label", 5)))
+    return Batch(x, class_condition(torch.from_numpy(draws.integers("label", 5)), 5))
 
 
 def trainable(model: LoadedModel) -> list[ParameterGroup]:
@@ -90,12 +91,12 @@ def trainable(model: LoadedModel) -> list[ParameterGroup]:
 
 def plain_job(tiny_model: ModelFactory) -> Job:
     model = tiny_model()
-    return TrainState(model.module, trainable(model), SETTINGS), GaussianObjective(5)
+    return TrainState(model.module, trainable(model), SETTINGS), GaussianObjective()
 
 
 def gated_job(tiny_model: ModelFactory, update: Any = "lora") -> Job:
     section = PruneSection(scheme="1:2", update=update, lora_rank=2, training=SETTINGS)
-    learner = mask_learner(tiny_model(), GaussianObjective(5), section, seed=0)
+    learner = mask_learner(tiny_model(), GaussianObjective(), section, seed=0)
     return TrainState(learner.module, learner.parameter_groups, SETTINGS), learner.objective
 
 
@@ -104,7 +105,7 @@ def distilled_job(tiny_model: ModelFactory) -> Job:
     plan = by_indices(teacher, [0, 2], seed=0)
     student = teacher.cut(plan)
     goal = DistilledObjective(
-        GaussianObjective(5), frozen(teacher.module), teacher.stack, student.stack, block_pairs(plan), steps=STEPS
+        GaussianObjective(), frozen(teacher.module), teacher.stack, student.stack, block_pairs(plan), steps=STEPS
     )
     return TrainState(student.module, trainable(student), SETTINGS), goal
 

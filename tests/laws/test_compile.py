@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.blocks.stack import BlockStack, frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
@@ -112,10 +113,10 @@ def test_teacher_and_student_are_compiled_under_their_hooks(tiny_model: Factory)
     frozen(teacher.module)
     stacks = teacher.stack, student.stack
     objective = DistilledObjective(
-        GaussianObjective(5), teacher.module, *stacks, block_pairs(plan), steps=1, beta=(1.0, 1.0)
+        GaussianObjective(), teacher.module, *stacks, block_pairs(plan), steps=1, beta=(1.0, 1.0)
     )
     draws = Randomness(0).at(0, 0, 3)
-    batch = Batch(torch.from_numpy(draws.normal("x", (2, 4, 4))), torch.tensor([0, 1, 2]))
+    batch = Batch(torch.from_numpy(draws.normal("x", (2, 4, 4))), class_condition(torch.tensor([0, 1, 2]), 5))
     noisy = objective.draw(batch, draws)
 
     def run(*compiled: BlockStack) -> list[Tensor]:

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
+from tinyfusion.conditioning.classes import class_condition
+from tinyfusion.conditioning.condition import concat
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
@@ -39,9 +41,12 @@ def calibrated(model: LoadedModel, images: int = 3, batch_size: int = 3, seed: i
 
     def source(_step: int, _size: int, draws: Draws) -> Batch:
         x = draws.normal("x", (arch.in_channels, arch.input_size, arch.input_size))
-        return Batch(torch.from_numpy(x), torch.from_numpy(draws.integers("y", arch.num_classes)))
+        return Batch(
+            torch.from_numpy(x),
+            class_condition(torch.from_numpy(draws.integers("y", arch.num_classes)), arch.num_classes),
+        )
 
-    return calibration_set(GaussianObjective(arch.num_classes, 0.0), source, "random", 3, images, batch_size, seed)
+    return calibration_set(GaussianObjective(0.0), source, "random", 3, images, batch_size, seed)
 
 
 def criterion_context(
@@ -168,13 +173,14 @@ def test_every_timestep_once_and_no_label_dropped(tiny_model: ModelFactory) -> N
     assert t.sort().values.equal(torch.arange(1000))
     few = torch.cat([n.t for n in calibrated(model, 8).batches]).sort().values
     assert (few // 125).tolist() == list(range(8))
-    assert all(bool((n.y < model.arch.num_classes).all()) for n in calibrated(model, 300).batches)
+    assert all(bool((n.condition["labels"] < model.arch.num_classes).all()) for n in calibrated(model, 300).batches)
 
 
 def test_calibration_does_not_depend_on_batches(tiny_model: ModelFactory) -> None:
     one, many = (calibrated(tiny_model(), 7, size).batches for size in (7, 2))
-    for name in ("x0", "xt", "noise", "t", "y"):
+    for name in ("x0", "xt", "noise", "t"):
         assert torch.cat([getattr(n, name) for n in many]).equal(getattr(one[0], name))
+    assert concat([n.condition for n in many])["labels"].equal(one[0].condition["labels"])
     record = calibrated(tiny_model(), 7).record()
     assert (record["images"], record["distinct_images"]) == (7, 3)
 
@@ -192,7 +198,10 @@ def test_block_statistics_are_what_they_say(tiny_model: ModelFactory, clean: boo
         for noisy in calibration.batches:
             x, t = (noisy.x0, noisy.t // 4) if clean else (noisy.xt, noisy.t)
             module = teacher.module
-            tokens, c = module.x_embedder(x) + module.pos_embed, module.t_embedder(t) + module.y_embedder(noisy.y)
+            tokens, c = (
+                module.x_embedder(x) + module.pos_embed,
+                module.t_embedder(t) + module.y_embedder(noisy.condition["labels"]),
+            )
             for i, block in enumerate(module.blocks):
                 after = block(tokens, c)
                 cosines[i].append(F.cosine_similarity(after, tokens, dim=-1).flatten())

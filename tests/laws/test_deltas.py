@@ -26,7 +26,7 @@ def test_a_student_with_deltas_is_the_gated_model_under_its_mask(
 ) -> None:
     teacher = tiny_model()
     settings = PruneSection(scheme="1:2", update=update, lora_rank=2, lora_alpha=6.0, dropped="dense")
-    learner = mask_learner(teacher, GaussianObjective(5), settings, seed=0)
+    learner = mask_learner(teacher, GaussianObjective(), settings, seed=0)
     ema = Ema({n: p for group in learner.parameter_groups for n, p in group.parameters.items()}, 0.5)
     decision = learner.decision(ema, 0)
     plan = plan_of(decision, teacher, settings, 0, {})
@@ -49,8 +49,8 @@ def test_a_student_with_deltas_is_the_gated_model_under_its_mask(
     gates = torch.zeros(len(noisy.t), len(teacher.stack))
     gates[:, plan.kept["blocks"]] = 1.0
     with teacher.family.stack(learner.module).gated(gates):
-        wanted = learner.module(noisy.xt, noisy.t, noisy.y)
-    torch.testing.assert_close(student.module(noisy.xt, noisy.t, noisy.y), wanted)
+        wanted = learner.module(noisy.xt, noisy.t, noisy.condition["labels"])
+    torch.testing.assert_close(student.module(noisy.xt, noisy.t, noisy.condition["labels"]), wanted)
 
 
 def test_deltas_of_no_layers_are_none() -> None:

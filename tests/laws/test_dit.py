@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyfusion.blocks.stack import num_parameters
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.families.dit.model import SIZES, DiT, DiTArch, published_arch, timestep_features
 from tinyfusion.families.sizes import position_table
 from tinyfusion.models.checkpoint import LoadedModel, new_model
@@ -160,9 +161,9 @@ def test_the_order_of_the_batch_does_not_matter(
 ) -> None:
     model = tiny_model()
     noisy, order = noisy_batch(model, 5), torch.tensor([3, 0, 4, 1, 2])
-    out = model.module(noisy.xt, noisy.t, noisy.y)
-    shuffled = model.module(noisy.xt[order], noisy.t[order], noisy.y[order])
-    alone = model.module(noisy.xt[3:4], noisy.t[3:4], noisy.y[3:4])
+    out = model.module(noisy.xt, noisy.t, noisy.condition["labels"])
+    shuffled = model.module(noisy.xt[order], noisy.t[order], noisy.condition["labels"][order])
+    alone = model.module(noisy.xt[3:4], noisy.t[3:4], noisy.condition["labels"][3:4])
     torch.testing.assert_close(shuffled, out[order], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(alone, out[3:4], rtol=1e-5, atol=1e-6)
 
@@ -182,7 +183,7 @@ def student(published_tiny: Callable[[int, int], LoadedModel]) -> LoadedModel:
 
 @torch.no_grad()
 def test_published_forward_and_losses(student: LoadedModel, published_noisy: NoisyBatch) -> None:
-    objective = GaussianObjective(5)
+    objective = GaussianObjective()
     prediction = objective.predict(student.module, published_noisy)
     out = prediction.output
     assert (float(out.sum()), float(out.abs().sum())) == pytest.approx((1.92385, 49.00121), abs=2e-5)
@@ -202,7 +203,7 @@ def test_published_forward_and_losses(student: LoadedModel, published_noisy: Noi
 @torch.no_grad()
 def test_published_guidance(student: LoadedModel, published_noisy: NoisyBatch) -> None:
     x, t = published_noisy.xt[:1], torch.tensor([500])
-    first = guided(student.module, torch.tensor([2]), 5, 1.5, 3)(x, t)
+    first = guided(student, class_condition(torch.tensor([2]), 5), 1.5, 3)(x, t)
     rest = student.module(x, t, torch.tensor([5]))[:, 3:]
     conditional = [0.0060087, 0.1266743, -0.1253146, 0.1500342, 0.0153983, -0.1966723, 0.1251390, -0.0568460]
     assert first[0, :, 1, 2].tolist() == pytest.approx(conditional, abs=1e-6)

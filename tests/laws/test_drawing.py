@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
@@ -121,15 +122,15 @@ def test_latents_are_those_of_the_pipeline_of_diffusers(tiny_model: Factory, nam
 
 
 def test_outside_of_its_interval_guidance_costs_and_changes_nothing(tiny_model: Factory) -> None:
-    model, labels = tiny_model(), torch.tensor([0, 3, 4])
+    model, condition = tiny_model(), class_condition(torch.tensor([0, 3, 4]), 5)
     x, rows = start(model, 3), []
     model.module.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
 
     def share(t: float) -> float:
         return t / 999
 
-    pieces = guided(model.module, labels, 5, 3.0, 2, (0.25, 0.75), share), guided(model.module, labels, 5, 3.0, 2)
-    alone = conditional(model.module, labels)
+    pieces = guided(model, condition, 3.0, 2, (0.25, 0.75), share), guided(model, condition, 3.0, 2)
+    alone = conditional(model, condition)
     for t, inside in ((0, False), (249, False), (250, True), (749, True), (750, False), (999, False)):
         step = torch.full((3,), t)
         rows.clear()
@@ -138,7 +139,7 @@ def test_outside_of_its_interval_guidance_costs_and_changes_nothing(tiny_model: 
         assert torch.equal(found, (pieces[1] if inside else alone)(x, step))
     for t in (0, 999):
         assert torch.equal(
-            guided(model.module, labels, 5, 3.0, 2, (0.0, 1.0), share)(x, step := torch.full((3,), t)),
+            guided(model, condition, 3.0, 2, (0.0, 1.0), share)(x, step := torch.full((3,), t)),
             pieces[1](x, step),
         )
 

@@ -20,6 +20,7 @@ from tinyfusion.blocks.dynamics import BlockSizes, bucket
 from tinyfusion.blocks.forwards import CompiledForwards
 from tinyfusion.blocks.routed import BlockMasks, Deciding
 from tinyfusion.blocks.routers import DynamicSettings, is_router_key, settings_of, straight_through
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.signals import Interrupted, SignalWatch
@@ -391,7 +392,10 @@ def test_sampling_with_and_without_guidance(
     labels = np.arange(3)
     expected = next(iter(sample(dynamic.loaded, labels, sampler, seed=0))).x
     one = SampleDraws(Randomness(0), 0, 1, torch.device("cpu"))
-    calls = rehearsed(dynamic.loaded, lambda model: sampler.trajectory(model, torch.zeros(1, dtype=torch.int64), one))
+    calls = rehearsed(
+        dynamic.loaded,
+        lambda model: sampler.trajectory(model, class_condition(torch.zeros(1, dtype=torch.int64), 5), one),
+    )
     assert len(calls) == sampler.calls
     way = SubNetworks(dynamic, resolve(dynamic, sorted(set(calls))), calls=calls)
     with dynamic.using(way):

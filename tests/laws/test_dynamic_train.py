@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.blocks.stack import frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.core.errors import BadNumbers
 from tinyfusion.core.rng import Draws, Randomness, StratifiedDraws
@@ -44,7 +45,7 @@ ModelFactory = Callable[..., LoadedModel]
 
 def batches(step: int, batch_size: int, draws: Draws) -> Batch:
     x = torch.from_numpy(draws.normal("data", (2, 4, 4)))
-    return Batch(x, torch.from_numpy(draws.integers("label", 5)))
+    return Batch(x, class_condition(torch.from_numpy(draws.integers("label", 5)), 5))
 
 
 @pytest.fixture
@@ -57,9 +58,7 @@ def dynamic(tiny_model: ModelFactory) -> DynamicModel:
 
 
 def objective(dynamic: DynamicModel, **changes: Any) -> DynamicObjective:
-    fields: dict[str, Any] = dict(
-        inner=GaussianObjective(5), target=0.5, num_classes=5, label_drop=0.1, ramp_steps=None
-    )
+    fields: dict[str, Any] = dict(inner=GaussianObjective(), target=0.5, label_drop=0.1, ramp_steps=None)
     return DynamicObjective(dynamic=dynamic, **{**fields, **changes})
 
 
@@ -107,12 +106,12 @@ def test_noise_is_addressed(dynamic: DynamicModel) -> None:
         "attn_rate": (2, 3), "mlp_rate": (2, 3), "token_selection": (2, 4),
     }  # fmt: skip
     picked = whole.each(lambda value: value[2:4])
-    assert len(picked.t) == len(picked.y) == len(picked.noise["mlp_rate"]) == 2 and picked.step == 200
+    assert len(picked.t) == len(picked.condition) == len(picked.noise["mlp_rate"]) == 2 and picked.step == 200
 
 
 def test_labels_of_the_complete_pass_are_dropped_independently(dynamic: DynamicModel) -> None:
-    drawn = draw(objective(dynamic, label_drop=0.5, inner=GaussianObjective(5, 0.5)), 64)
-    own, other = drawn.y == 5, drawn.complete_y == 5
+    drawn = draw(objective(dynamic, label_drop=0.5, inner=GaussianObjective(0.5)), 64)
+    own, other = drawn.condition["labels"] == 5, drawn.complete_condition["labels"] == 5
     assert own.any() and other.any() and (own & ~other).any() and (other & ~own).any()
 
 
@@ -191,7 +190,7 @@ def test_the_complete_pass_is_the_static_loss(dynamic: DynamicModel) -> None:
     noisy = draw(goal)
     terms = goal.losses(dynamic.module, noisy, goal.predict(dynamic.module, noisy))
     with dynamic.complete():
-        other = dataclasses.replace(noisy.noisy, y=noisy.complete_y)
+        other = dataclasses.replace(noisy.noisy, condition=noisy.complete_condition)
         expected = goal.inner.losses(dynamic.module, other, goal.inner.predict(dynamic.module, other))
     assert torch.equal(terms["complete_loss"], expected["loss"])
 
@@ -233,7 +232,7 @@ def test_a_flow_trains_with_the_same_objective(tiny_model: ModelFactory) -> None
     model.module.load_state_dict(plain.module.state_dict())
     made = attach(model, DynamicSettings(width_bias=0.4, token_bias=0.4))
     made.module.train()
-    goal = DynamicObjective(FlowObjective(5), made, 0.5, 5, 0.1)
+    goal = DynamicObjective(FlowObjective(), made, 0.5, 5, 0.1)
     noisy = draw(goal)
     assert [int(4 * t) for t in noisy.t] == [0, 1, 2, 3, 0, 1, 2, 3]
     state, records = train(made, goal, SETTINGS)

@@ -46,7 +46,7 @@ def objective_of(model: LoadedModel, label_drop: float = 0.1) -> Process:
 def drawn(model: LoadedModel, num: int = NUM, first: int = 0, label_drop: float = 0.1) -> NoisyBatch:
     """Samples first .. first + num - 1 of step 3."""
     whole = clean_batch(model, first + num)
-    batch = Batch(whole.x[first:], whole.y[first:])
+    batch = Batch(whole.x[first:], whole.condition.index(slice(first, None)))
     return objective_of(model, label_drop).draw(batch, Randomness(1).at(3, first, num))
 
 
@@ -120,9 +120,10 @@ def test_draws_and_losses_of_a_sample_do_not_depend_on_the_batch(model: LoadedMo
 
 def test_a_label_counts_and_the_null_class_is_another(model: LoadedModel) -> None:
     noisy = drawn(model, label_drop=0.0)
-    null = dataclasses.replace(noisy, y=torch.full_like(noisy.y, model.arch.num_classes))
+    null = dataclasses.replace(noisy, condition=noisy.condition.null())
     assert not torch.allclose(output(model, noisy), output(model, null))
-    assert bool((drawn(model, label_drop=1.0).y == model.arch.num_classes).all())
+    dropped = drawn(model, label_drop=1.0).condition
+    assert all(torch.equal(tensor, dropped.null()[name]) for name, tensor in dropped.tensors.items())
 
 
 def test_a_model_distilled_from_itself_has_nothing_to_learn_of_its_output(model: LoadedModel) -> None:
@@ -210,7 +211,7 @@ def test_a_student_learns_from_its_teacher(model: LoadedModel, method: str) -> N
 def test_image_i_is_the_same_at_any_batch_size(model: LoadedModel) -> None:
     settings = process_spec(model).cheap(SampleSection(guidance=1.5), 4)
     sampler = sampler_of(settings, model)
-    labels = image_labels(5, model.arch.num_classes, 0)
+    labels = image_labels(5, len(model.conditions), 0)
     found = [
         torch.cat([batch.x for batch in sample(model, labels, sampler, 0, batch_size)]) for batch_size in (5, 2, 1)
     ]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import FlowSampleSection, FlowSection, SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
@@ -127,7 +128,7 @@ def test_a_distance_from_the_ends_that_is_set_is_used() -> None:
     """The published code overwrites that of velocity models, and looks at the one when it sets the other."""
     assert Flow().training_ends(0.01) == Flow().sampling_ends(0.01) == (0.01, 0.99)
     assert Flow("vp").sampling_ends(0.01) == (0.0, 0.99)
-    assert FlowObjective(5, flow=Flow("linear", "noise"), eps=0.2).eps == 0.2
+    assert FlowObjective(flow=Flow("linear", "noise"), eps=0.2).eps == 0.2
     model = flow_model("vp", "noise")
     one_set = from_section(SampleSection(flow=FlowSampleSection(sample_eps=0.1)), model)
     assert one_set.eps == 0.1
@@ -140,7 +141,7 @@ def test_a_distance_from_the_ends_that_is_set_is_used() -> None:
 )
 def test_a_distance_that_cannot_be_is_refused(flow: Flow, eps: float) -> None:
     with pytest.raises(ValueError, match=r"must be (above|at least) 0 and below 0\.5"):
-        FlowObjective(5, flow=flow, eps=eps)
+        FlowObjective(flow=flow, eps=eps)
 
 
 @pytest.mark.parametrize("settings", [{"path": "cosine"}, {"prediction": "x0"}, {"pathh": "linear"}])
@@ -175,13 +176,13 @@ class Truth(nn.Module):
 def drawn(objective: FlowObjective, first: int = 0, num: int = 6, step: int = 3) -> NoisyBatch:
     draws = Randomness(0).at(step, first, num)
     x = torch.from_numpy(draws.normal("x", (2, 4, 4)))
-    return objective.draw(Batch(x, torch.from_numpy(draws.integers("y", 5))), draws)
+    return objective.draw(Batch(x, class_condition(torch.from_numpy(draws.integers("y", 5)), 5)), draws)
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=FLOW_NAMES)
 @pytest.mark.parametrize("weight", get_args(LossWeight))
 def test_the_truth_has_no_loss_and_an_offset_its_square(flow: Flow, weight: LossWeight) -> None:
-    objective = FlowObjective(5, flow=flow, loss_weight=weight, eps=0.1)
+    objective = FlowObjective(flow=flow, loss_weight=weight, eps=0.1)
     noisy = drawn(objective)
     exact, off = Truth(flow, noisy), Truth(flow, noisy, off=0.5)
     losses = objective.losses(exact, noisy, objective.predict(exact, noisy))
@@ -195,7 +196,7 @@ def test_the_truth_has_no_loss_and_an_offset_its_square(flow: Flow, weight: Loss
 @pytest.mark.parametrize("flow", FLOWS, ids=FLOW_NAMES)
 def test_a_teacher_takes_the_place_of_the_truth(flow: Flow) -> None:
     """kd_loss of a network with itself is 0, with a truthful teacher it is the loss; the teacher gets no gradient."""
-    objective = FlowObjective(5, flow=flow, loss_weight="velocity", eps=0.1)
+    objective = FlowObjective(flow=flow, loss_weight="velocity", eps=0.1)
     noisy = drawn(objective)
     truth = objective.predict(Truth(flow, noisy), noisy)
     own = Prediction((truth.output + torch.randn(truth.output.shape)).requires_grad_())
@@ -209,7 +210,7 @@ def test_a_teacher_takes_the_place_of_the_truth(flow: Flow) -> None:
 
 @pytest.mark.parametrize("flow", FLOWS, ids=FLOW_NAMES)
 def test_times_fill_the_ends_and_nothing_else(flow: Flow) -> None:
-    objective = FlowObjective(5, flow=flow)
+    objective = FlowObjective(flow=flow)
     t = drawn(objective, num=4000).t
     low, high = flow.training_ends(None)
     assert t.dtype == torch.float32 and t.shape == (4000,)
@@ -218,21 +219,22 @@ def test_times_fill_the_ends_and_nothing_else(flow: Flow) -> None:
 
 
 def test_draws_do_not_know_the_batch() -> None:
-    objective = FlowObjective(5, label_drop=0.5)
+    objective = FlowObjective(label_drop=0.5)
     whole, part = drawn(objective, num=6), drawn(objective, first=2, num=3)
-    for name in ("x0", "noise", "xt", "t", "y"):
+    for name in ("x0", "noise", "xt", "t"):
         assert torch.equal(getattr(whole, name)[2:5], getattr(part, name)), name
+    assert torch.equal(whole.condition["labels"][2:5], part.condition["labels"])
 
 
 def test_labels_are_dropped_at_their_rate() -> None:
-    noisy = drawn(FlowObjective(5, label_drop=0.25), num=4000)
-    assert abs(float((noisy.y == 5).float().mean()) - 0.25) < 0.03
-    assert not (drawn(FlowObjective(5, label_drop=0.0), num=400).y == 5).any()
+    noisy = drawn(FlowObjective(label_drop=0.25), num=4000)
+    assert abs(float((noisy.condition["labels"] == 5).float().mean()) - 0.25) < 0.03
+    assert not (drawn(FlowObjective(label_drop=0.0), num=400).condition["labels"] == 5).any()
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=FLOW_NAMES)
 def test_levels_of_noise_go_from_the_data_to_noise(flow: Flow) -> None:
-    objective = FlowObjective(5, flow=flow)
+    objective = FlowObjective(flow=flow)
     noisy = drawn(objective)
     low, high = flow.training_ends(None)
     clean, dirty = objective.at_level(noisy, 0), objective.at_level(noisy, objective.num_levels - 1)
@@ -240,12 +242,12 @@ def test_levels_of_noise_go_from_the_data_to_noise(flow: Flow) -> None:
     assert float(clean.t[0]) == pytest.approx(high, abs=1e-7) and float(dirty.t[0]) == pytest.approx(low, abs=1e-7)
     assert float((clean.xt - noisy.x0).abs().max()) < 0.2
     assert float((dirty.xt - noisy.noise).abs().max()) < 0.05
-    assert torch.equal(clean.y, noisy.y) and torch.equal(clean.noise, noisy.noise)
+    assert torch.equal(clean.condition["labels"], noisy.condition["labels"]) and torch.equal(clean.noise, noisy.noise)
 
 
 def test_low_noise_is_the_clean_input_at_late_times() -> None:
-    noisy = drawn(FlowObjective(5))
-    quiet = FlowObjective(5).low_noise(noisy)
+    noisy = drawn(FlowObjective())
+    quiet = FlowObjective().low_noise(noisy)
     assert torch.equal(quiet.xt, noisy.x0)
     assert bool((quiet.t >= 0.75).all()) and torch.equal(quiet.t.argsort(), noisy.t.argsort())
 
@@ -558,20 +560,20 @@ def test_one_probe_serves_a_whole_trajectory_and_many_give_the_divergence() -> N
 def test_likelihood_of_a_model(flow_networks: LoadedModel) -> None:
     """It does not know the batch, needs no guidance, and leaves no gradients behind."""
     model = flow_networks
-    x, y = start_of(model, 4), torch.tensor([0, 1, 2, 3])
+    x, condition = start_of(model, 4), class_condition(torch.tensor([0, 1, 2, 3]), 5)
     sampler = FlowSampler(guidance=1.0, rtol=1e-3, atol=1e-3)
-    together = log_likelihood(model, x, y, sampler, seed=5)
+    together = log_likelihood(model, x, condition, sampler, seed=5)
     assert together.shape == (4,) and together.dtype == torch.float64 and torch.isfinite(together).all()
     for i in range(4):
-        alone = log_likelihood(model, x[i : i + 1], y[i : i + 1], sampler, seed=5, first=i)
+        alone = log_likelihood(model, x[i : i + 1], condition.index(slice(i, i + 1)), sampler, seed=5, first=i)
         assert float(alone) == pytest.approx(float(together[i]), rel=1e-4)
-    assert not torch.equal(log_likelihood(model, x, y, sampler, seed=6), together)
+    assert not torch.equal(log_likelihood(model, x, condition, sampler, seed=6), together)
     assert all(parameter.grad is None for parameter in model.module.parameters())
     even = dataclasses.replace(sampler, method="rk4", num_points=40)
-    torch.testing.assert_close(log_likelihood(model, x, y, even, seed=5), together, rtol=1e-2, atol=0.05)
+    torch.testing.assert_close(log_likelihood(model, x, condition, even, seed=5), together, rtol=1e-2, atol=0.05)
     for wrong in (FlowSampler(guidance=1.5), FlowSampler("sde", guidance=1.0)):
         with pytest.raises(ValueError, match="without guidance"):
-            log_likelihood(model, x, y, wrong)
+            log_likelihood(model, x, condition, wrong)
 
 
 # -------------------------------------------------------------------------------------------------------------- sampling
@@ -625,8 +627,8 @@ def test_the_order_of_the_batch_does_not_matter(flow_networks: LoadedModel, name
     x, y, sampler = start_of(flow_networks, 5), torch.tensor([0, 1, 2, 3, 4]), SAMPLERS[name]
     order = torch.tensor([3, 0, 4, 1, 2])
     with torch.no_grad():
-        straight = last(sampler.steps(sampler.network(flow_networks, y), x, (0.0, 1.0)))
-        mixed = last(sampler.steps(sampler.network(flow_networks, y[order]), x[order], (0.0, 1.0)))
+        straight = last(sampler.steps(sampler.network(flow_networks, class_condition(y, 5)), x, (0.0, 1.0)))
+        mixed = last(sampler.steps(sampler.network(flow_networks, class_condition(y[order], 5)), x[order], (0.0, 1.0)))
     torch.testing.assert_close(mixed, straight[order], rtol=1e-5, atol=1e-5)
 
 
@@ -635,8 +637,8 @@ def test_published_guidance_touches_three_channels(flow_networks: LoadedModel) -
     x, t = start_of(model, 2), torch.full((2,), 0.3)
     with torch.no_grad():
         cond, uncond = model.module(x, t, y), model.module(x, t, torch.full_like(y, 5))
-        published = FlowSampler(guidance=4.0).network(model, y)(x, t)
-        everything = FlowSampler(guidance=4.0, guided="all").network(model, y)(x, t)
+        published = FlowSampler(guidance=4.0).network(model, class_condition(y, 5))(x, t)
+        everything = FlowSampler(guidance=4.0, guided="all").network(model, class_condition(y, 5))(x, t)
     mixed = uncond + 4 * (cond - uncond)
     torch.testing.assert_close(published, torch.cat([mixed[:, :3], cond[:, 3:]], dim=1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(everything, mixed, rtol=1e-4, atol=1e-5)
@@ -655,7 +657,7 @@ def test_guidance_ends_with_its_interval(flow_networks: LoadedModel, method: str
     def drawn(**change: Any) -> Tensor:
         sampler = FlowSampler(**{**kind, "guidance": 3.0, **change})  # type: ignore[arg-type]
         with torch.no_grad():
-            return last(sampler.trajectory(flow_networks, y, draws))
+            return last(sampler.trajectory(flow_networks, class_condition(y, 5), draws))
 
     whole, plain = drawn(), drawn(guidance=1.0)
     torch.testing.assert_close(drawn(interval=(0.0, 1.0)), whole)
@@ -672,7 +674,7 @@ def test_steps_that_follow_the_error_stop_where_guidance_does(flow_networks: Loa
     )
     draws = SampleDraws(Randomness(1), 0, 3, torch.device("cpu"))
     with torch.no_grad():
-        last(SAMPLERS["interval"].trajectory(flow_networks, torch.tensor([0, 1, 2]), draws))
+        last(SAMPLERS["interval"].trajectory(flow_networks, class_condition(torch.tensor([0, 1, 2]), 5), draws))
     handle.remove()
     assert {num for _, num in rows} == {3, 6}
     assert all(
@@ -695,14 +697,14 @@ def test_a_step_to_be_timed_is_one_pass(flow_networks: LoadedModel) -> None:
     for sampler in SAMPLERS.values():
         calls.clear()
         with torch.no_grad():
-            x = sampler.one_step(flow_networks, torch.tensor([0, 1, 2]), draws)()
+            x = sampler.one_step(flow_networks, class_condition(torch.tensor([0, 1, 2]), 5), draws)()
         assert x.shape == (3, 4, 4, 4) and torch.isfinite(x).all()
         assert calls in ([3 * sampler.rows], [3 * sampler.rows, 3])
     short = FlowSampler().of_steps(2)
     assert short.calls == 2
     calls.clear()
     with torch.no_grad():
-        assert len(list(short.trajectory(flow_networks, torch.tensor([0, 1, 2]), draws))) == 2
+        assert len(list(short.trajectory(flow_networks, class_condition(torch.tensor([0, 1, 2]), 5), draws))) == 2
     assert calls == [6, 6]
     handle.remove()
 
@@ -719,7 +721,7 @@ def test_about_as_many_calls_as_said(flow_networks: LoadedModel) -> None:
     for name in ("heun2", "sde", "sde-heun", "interval-even"):
         made = 0
         with torch.no_grad():
-            last(SAMPLERS[name].trajectory(flow_networks, torch.tensor([0, 1, 2]), draws))
+            last(SAMPLERS[name].trajectory(flow_networks, class_condition(torch.tensor([0, 1, 2]), 5), draws))
         assert made == SAMPLERS[name].calls, name
     handle.remove()
 

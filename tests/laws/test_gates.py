@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tinyfusion.blocks.stack import BlockStack, frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
@@ -35,7 +36,7 @@ from tinyfusion.training.optim import linear
 @torch.no_grad()
 def gated_output(model: LoadedModel, noisy: NoisyBatch, gates: Tensor) -> Tensor:
     with model.stack.gated(gates):
-        return model.module(noisy.xt, noisy.t, noisy.y)
+        return model.module(noisy.xt, noisy.t, noisy.condition["labels"])
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def cut_output(model: LoadedModel, noisy: NoisyBatch, kept: tuple[int, ...]) -> 
     student = model.copy()
     student.stack.keep({"blocks": list(kept)})
     assert len(student.stack) == len(kept)
-    return student.module(noisy.xt, noisy.t, noisy.y)
+    return student.module(noisy.xt, noisy.t, noisy.condition["labels"])
 
 
 def as_gates(kept: tuple[int, ...], depth: int, num: int) -> Tensor:
@@ -57,9 +58,9 @@ def test_gates_of_ones_are_the_teacher_bit_for_bit(
 ) -> None:
     model = tiny_model(seed, depth=6)
     noisy = noisy_batch(model, 4, seed)
-    untouched = model.module(noisy.xt, noisy.t, noisy.y)
+    untouched = model.module(noisy.xt, noisy.t, noisy.condition["labels"])
     assert torch.equal(gated_output(model, noisy, torch.ones(4, 6)), untouched)
-    assert torch.equal(model.module(noisy.xt, noisy.t, noisy.y), untouched), "hooks are gone"
+    assert torch.equal(model.module(noisy.xt, noisy.t, noisy.condition["labels"]), untouched), "hooks are gone"
 
 
 @pytest.mark.parametrize("kept", [kept for num in (1, 2, 3, 4) for kept in itertools.combinations(range(4), num)])
@@ -98,7 +99,7 @@ def test_all_gates_closed_pass_the_stream_through(
     noisy = noisy_batch(model)
     with torch.no_grad():
         tokens = model.module.x_embedder(noisy.xt) + model.module.pos_embed
-        c = model.module.t_embedder(noisy.t) + model.module.y_embedder(noisy.y)
+        c = model.module.t_embedder(noisy.t) + model.module.y_embedder(noisy.condition["labels"])
         wanted = model.module.unpatchify(model.module.final_layer(tokens, c))
     assert torch.equal(gated_output(model, noisy, torch.zeros(3, 4)), wanted)
 
@@ -167,7 +168,7 @@ def test_gradient_of_a_gate_is_the_branch_seen_by_the_loss(
         handles = [
             h for b in model.stack for h in (b.register_forward_pre_hook(branch), b.register_forward_hook(after))
         ]
-        model.module(noisy.xt, noisy.t, noisy.y).square().sum().backward()
+        model.module(noisy.xt, noisy.t, noisy.condition["labels"]).square().sum().backward()
     for handle in handles:
         handle.remove()
     assert gates.grad is not None and len(streams) == len(outputs) == 4
@@ -243,7 +244,7 @@ def run_gated(
     gates = gates.clone().requires_grad_(True)
     trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
     with model.stack.gated(gates, dropped), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-        output = model.module(noisy.xt, noisy.t, noisy.y)
+        output = model.module(noisy.xt, noisy.t, noisy.condition["labels"])
     weights = torch.linspace(-1, 1, output.numel()).view(output.shape)
     (output.float() * weights).sum().backward()
     gradients: Gradients = {}
@@ -316,8 +317,8 @@ def test_the_learner_gets_the_same_gradients(
     found = {}
     for dropped in ("dense", "skip"):
         section = dataclasses.replace(PruneSection(), scheme=scheme, update=update, lora_rank=2, dropped=dropped)
-        learner = mask_learner(tiny_model(), GaussianObjective(5), section, seed=0)
-        batch = Batch(torch.linspace(-1, 1, 8 * 32).view(8, 2, 4, 4), torch.arange(8) % 5)
+        learner = mask_learner(tiny_model(), GaussianObjective(), section, seed=0)
+        batch = Batch(torch.linspace(-1, 1, 8 * 32).view(8, 2, 4, 4), class_condition(torch.arange(8) % 5, 5))
         noisy = learner.objective.draw(batch, Randomness(0).at(0, 0, 8))
         prediction = learner.objective.predict(learner.module, noisy)
         loss = learner.objective.losses(learner.module, noisy, prediction)["loss"]
@@ -345,7 +346,7 @@ def test_skipping_gives_a_closed_gate_its_branch_as_well(
         hooks.enter_context(model.stack.gated(gates, "skip"))
         for block in model.stack:
             hooks.enter_context(block.register_forward_hook(after))
-        model.module(noisy.xt, noisy.t, noisy.y).square().sum().backward()
+        model.module(noisy.xt, noisy.t, noisy.condition["labels"]).square().sum().backward()
     assert gates.grad is not None and len(seen) == 4
     for j, (block, (x, c), output) in enumerate(seen):
         assert output.grad is not None
@@ -362,7 +363,7 @@ def test_skipping_alike_for_all_is_the_cut_bit_for_bit(
     for kept in ((0, 1, 2, 3), (1, 2), (3,)):
         for num in (1, 3):  # one row stands for all images
             with model.stack.gated(as_gates(kept, 4, num), "skip"):
-                found = model.module(noisy.xt, noisy.t, noisy.y)
+                found = model.module(noisy.xt, noisy.t, noisy.condition["labels"])
             assert torch.equal(found, cut_output(model, noisy, kept))
 
 
@@ -434,7 +435,7 @@ def test_without_gate_gradients_dropped_images_are_not_run(
             attention = block.get_submodule("attn")
             hooks.enter_context(attention.register_forward_pre_hook(lambda _module, args: images.append(len(args[0]))))
         hooks.enter_context(model.stack.gated(gates.requires_grad_(watched), "skip"))
-        model.module(noisy.xt, noisy.t, noisy.y)
+        model.module(noisy.xt, noisy.t, noisy.condition["labels"])
     assert images == ([2, 1, 2, 1, 3, 3] if watched else [2, 2, 3])
 
 
@@ -517,9 +518,9 @@ def test_taps_see_the_mixed_stream_from_inside_and_outside(
     model = tiny_model()
     noisy, gates = noisy_batch(model), torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [1, 1, 1, 0]], requires_grad=True)
     with model.stack.gated(gates, "dense"), model.stack.tap(range(4)) as wanted:
-        model.module(noisy.xt, noisy.t, noisy.y)
+        model.module(noisy.xt, noisy.t, noisy.condition["labels"])
     with model.stack.tap(range(4)) as outside, model.stack.gated(gates, "skip"), model.stack.tap(range(4)) as inside:
-        model.module(noisy.xt, noisy.t, noisy.y)
+        model.module(noisy.xt, noisy.t, noisy.condition["labels"])
     for index, output in wanted.items():
         torch.testing.assert_close(inside[index], output)
         assert torch.equal(inside[index], outside[index])
@@ -555,7 +556,7 @@ def test_skipping_leaves_nothing_behind(
             raise KeyError
         assert [vars(block)["forward"] for block in model.stack] == before, "the outer gates are back"
         with pytest.raises(ValueError, match="gates are for 3 images, the block got 2"):
-            model.module(noisy.xt[:2], noisy.t[:2], noisy.y[:2])
+            model.module(noisy.xt[:2], noisy.t[:2], noisy.condition["labels"][:2])
     assert all("forward" not in vars(block) and not block._forward_hooks for block in model.stack)
 
 
@@ -567,10 +568,10 @@ def test_frozen_weights_in_bfloat16_change_nothing_under_autocast(
     model = with_update(tiny_model(), "lora")
     noisy = noisy_batch(model)
     with torch.autocast("cpu", torch.bfloat16):
-        wanted = model.module(noisy.xt, noisy.t, noisy.y)
+        wanted = model.module(noisy.xt, noisy.t, noisy.condition["labels"])
         trained = {name: p.dtype for name, p in model.module.named_parameters() if p.requires_grad}
         cast_frozen_linears(model.module, torch.bfloat16)
-        assert torch.equal(model.module(noisy.xt, noisy.t, noisy.y), wanted)
+        assert torch.equal(model.module(noisy.xt, noisy.t, noisy.condition["labels"]), wanted)
     assert set(trained.values()) == {torch.float32}
     held = {name: p.dtype for name, p in model.module.named_parameters() if "base_layer" in name}
     assert set(held.values()) == {torch.bfloat16}
@@ -588,7 +589,7 @@ def test_only_a_throw_away_copy_in_bfloat16_holds_bfloat16(
     section = dataclasses.replace(
         PruneSection(), update=update, lora_rank=2, training=TrainingSection(steps=2, batch_size=2, dtype=dtype)
     )
-    learner = mask_learner(teacher, GaussianObjective(5), section, seed=0)
+    learner = mask_learner(teacher, GaussianObjective(), section, seed=0)
     assert {p.dtype for p in teacher.module.parameters()} == {torch.float32}
     assert {p.dtype for p in learner.module.parameters() if p.requires_grad} <= {torch.float32}
     casts = any(p.dtype == torch.bfloat16 for p in learner.module.parameters())

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
@@ -151,7 +152,7 @@ def random_output(noisy: NoisyBatch) -> Tensor:
 
 
 def losses(noisy: NoisyBatch, output: Tensor) -> dict[str, Tensor]:
-    return GaussianObjective(5).losses(torch.nn.Identity(), noisy, Prediction(output))
+    return GaussianObjective().losses(torch.nn.Identity(), noisy, Prediction(output))
 
 
 def test_the_true_noise_and_the_posterior_variance_cost_nothing(
@@ -188,22 +189,25 @@ def test_without_learned_variance_the_loss_is_the_noise_error(
     tiny_model: Callable[..., LoadedModel], noisy_batch: Callable[..., NoisyBatch]
 ) -> None:
     model = tiny_model(learn_sigma=False)
-    noisy, objective = noisy_batch(model), GaussianObjective(5)
+    noisy, objective = noisy_batch(model), GaussianObjective()
     terms = objective.losses(model.module, noisy, objective.predict(model.module, noisy))
     assert set(terms) == {"loss", "mse"} and torch.equal(terms["loss"], terms["mse"])
 
 
 @pytest.mark.parametrize(("label_drop", "kept"), [(0.0, 64), (1.0, 0)])
 def test_label_drop_at_its_ends(label_drop: float, kept: int) -> None:
-    batch = Batch(torch.zeros(64, 1, 2, 2), torch.arange(64) % 5)
-    noisy = GaussianObjective(5, label_drop).draw(batch, Randomness(0).at(0, 0, 64))
-    assert int((noisy.y == batch.y).sum()) == kept and int((noisy.y == 5).sum()) == 64 - kept
+    batch = Batch(torch.zeros(64, 1, 2, 2), class_condition(torch.arange(64) % 5, 5))
+    noisy = GaussianObjective(label_drop).draw(batch, Randomness(0).at(0, 0, 64))
+    assert (
+        int((noisy.condition["labels"] == batch.condition["labels"]).sum()) == kept
+        and int((noisy.condition["labels"] == 5).sum()) == 64 - kept
+    )
 
 
 def test_drawn_timesteps_and_drops_have_their_frequencies() -> None:
-    batch = Batch(torch.zeros(4000, 1, 1, 1), torch.zeros(4000, dtype=torch.int64))
-    noisy = GaussianObjective(5).draw(batch, Randomness(3).at(7, 0, 4000))
-    assert abs(float((noisy.y == 5).float().mean()) - 0.1) < 0.02
+    batch = Batch(torch.zeros(4000, 1, 1, 1), class_condition(torch.zeros(4000, dtype=torch.int64), 5))
+    noisy = GaussianObjective().draw(batch, Randomness(3).at(7, 0, 4000))
+    assert abs(float((noisy.condition["labels"] == 5).float().mean()) - 0.1) < 0.02
     assert abs(float(noisy.t.float().mean()) - 499.5) < 15 and noisy.t.min() < 5 and noisy.t.max() > 994
 
 
@@ -273,10 +277,13 @@ def test_guidance_at_its_special_scales(
 ) -> None:
     model = tiny_model()
     noisy = noisy_batch(model)
-    x, t, y, null = noisy.xt, noisy.t, noisy.y, model.arch.num_classes
+    x, t, y, null = noisy.xt, noisy.t, noisy.condition["labels"], model.arch.num_classes
     conditional, unconditional = model.module(x, t, y), model.module(x, t, torch.full_like(y, null))
-    assert torch.equal(guided(model.module, y, null, 1.0, 2)(x, t), conditional)
-    none, one = guided(model.module, y, null, 0.0, 2)(x, t), guided(model.module, y, null, 3.0, 1)(x, t)
+    assert torch.equal(guided(model, class_condition(y, null), 1.0, 2)(x, t), conditional)
+    none, one = (
+        guided(model, class_condition(y, null), 0.0, 2)(x, t),
+        guided(model, class_condition(y, null), 3.0, 1)(x, t),
+    )
     torch.testing.assert_close(none, torch.cat([unconditional[:, :2], conditional[:, 2:]], dim=1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(one[:, 1:], conditional[:, 1:], rtol=1e-4, atol=1e-5)
     extrapolated = unconditional[:, :1] + 3 * (conditional[:, :1] - unconditional[:, :1])
@@ -341,11 +348,12 @@ def test_permutations_are_permutations(step: int, num: int) -> None:
 
 def test_an_objective_draws_the_same_for_a_part_of_the_batch() -> None:
     x, y = torch.zeros(6, 1, 2, 2), torch.arange(6) % 5
-    objective, randomness = GaussianObjective(5, 0.5), Randomness(9)
-    whole = objective.draw(Batch(x, y), randomness.at(3, 10, 6))
-    part = objective.draw(Batch(x[2:5], y[2:5]), randomness.at(3, 12, 3))
-    for name in ("noise", "t", "y", "xt"):
+    objective, randomness = GaussianObjective(0.5), Randomness(9)
+    whole = objective.draw(Batch(x, class_condition(y, 5)), randomness.at(3, 10, 6))
+    part = objective.draw(Batch(x[2:5], class_condition(y[2:5], 5)), randomness.at(3, 12, 3))
+    for name in ("noise", "t", "xt"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[2:5]), name
+    assert torch.equal(part.condition["labels"], whole.condition["labels"][2:5])
 
 
 def largest_error(ours: Tensor, theirs: Tensor) -> float:
@@ -363,7 +371,7 @@ def test_image_i_is_the_same_at_any_batch_size(tiny_model: Callable[..., LoadedM
     def images(batch_size: int, first: int = 0) -> Tensor:
         made = list(sample(model, labels, settings, seed=3, batch_size=batch_size, first=first))
         assert [batch.first for batch in made] == list(range(first, 7, batch_size))
-        assert torch.equal(torch.cat([batch.labels for batch in made]), torch.from_numpy(labels[first:]))
+        assert torch.equal(torch.cat([batch.condition["labels"] for batch in made]), torch.from_numpy(labels[first:]))
         return torch.cat([batch.x for batch in made])
 
     whole = images(7)

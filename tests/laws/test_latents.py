@@ -304,7 +304,7 @@ def test_an_epoch_has_every_image_once_whatever_the_batch(tmp_path: Path) -> Non
     assert not torch.equal(numbers[:NUM], numbers[NUM : 2 * NUM])
     other = torch.cat([source(step, 23, draws.at(step, 0, 23)).x[:, 0, 0, 0] for step in range(5)])
     assert torch.equal((other / 96).long(), numbers)
-    labels = torch.cat([source(step, 5, draws.at(step, 0, 5)).y for step in range(23)])
+    labels = torch.cat([source(step, 5, draws.at(step, 0, 5)).condition["labels"] for step in range(23)])
     assert torch.equal(labels, numbers % 5)
 
 
@@ -314,7 +314,7 @@ def test_slices_of_a_batch_are_the_batch(tmp_path: Path, kind: str) -> None:
     whole = batches(folder, flip=0.5)(11, 12, draws.at(11, 0, 12))
     parts = [batches(folder, flip=0.5)(11, 12, draws.at(11, first, num)) for first, num in ((0, 5), (5, 1), (6, 6))]
     assert torch.equal(torch.cat([part.x for part in parts]), whole.x)
-    assert torch.equal(torch.cat([part.y for part in parts]), whole.y)
+    assert torch.equal(torch.cat([part.condition["labels"] for part in parts]), whole.condition["labels"])
     again = batches(folder, flip=0.5)(12, 12, draws.at(12, 0, 12))
     assert not torch.equal(again.x, whole.x)
 
@@ -378,4 +378,4 @@ def test_a_batch_is_that_of_its_parts(tmp_path: Path) -> None:
     whole = batches(folder, flip=0.5)(2, 80, address.at(2, 0, 80))
     parts = [batches(folder, flip=0.5)(2, 80, address.at(2, first, 16)) for first in range(0, 80, 16)]
     assert torch.equal(torch.cat([part.x for part in parts]), whole.x)
-    assert torch.equal(torch.cat([part.y for part in parts]), whole.y)
+    assert torch.equal(torch.cat([part.condition["labels"] for part in parts]), whole.condition["labels"])

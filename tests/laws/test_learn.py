@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.blocks.stack import frozen, num_parameters
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.families.dit.model import DiT, published_arch
@@ -41,11 +42,11 @@ def test_fresh_deltas_change_nothing_bit_for_bit(
 ) -> None:
     model, copy = tiny_model(), tiny_model()
     noisy = noisy_batch(model)
-    deltas = add_lora(copy.module, rank=2, alpha=4.0, seed=1)
-    assert torch.equal(copy.module(noisy.xt, noisy.t, noisy.y), model.module(noisy.xt, noisy.t, noisy.y))
+    inputs, deltas = (noisy.xt, noisy.t, noisy.condition["labels"]), add_lora(copy.module, rank=2, alpha=4.0, seed=1)
+    assert torch.equal(copy.module(*inputs), model.module(*inputs))
     for parameter in deltas.values():
         parameter.add_(0.1)
-    assert not torch.allclose(copy.module(noisy.xt, noisy.t, noisy.y), model.module(noisy.xt, noisy.t, noisy.y))
+    assert not torch.allclose(copy.module(*inputs), model.module(*inputs))
 
 
 @torch.no_grad()
@@ -84,7 +85,7 @@ def test_initial_deltas_depend_on_their_seed_alone(tiny_model: Callable[..., Loa
 
 def learner_for(teacher: LoadedModel, **settings: Any) -> Any:
     section = dataclasses.replace(PruneSection(), scheme="1:2", lora_rank=2, **settings)
-    return mask_learner(teacher, GaussianObjective(5), section, seed=0), section
+    return mask_learner(teacher, GaussianObjective(), section, seed=0), section
 
 
 @pytest.mark.parametrize("update", ["lora", "full", "frozen"])
@@ -107,7 +108,7 @@ def test_updates_train_what_they_say_and_leave_the_teacher(tiny_model: Callable[
         id(p) for p in logits.values()
     }
 
-    batch = Batch(torch.ones(2, 2, 4, 4), torch.tensor([0, 1]))
+    batch = Batch(torch.ones(2, 2, 4, 4), class_condition(torch.tensor([0, 1]), 5))
     noisy = learner.objective.draw(batch, Randomness(0).at(0, 0, 2))
     loss = learner.objective.losses(learner.module, noisy, learner.objective.predict(learner.module, noisy))[
         "loss"
@@ -120,8 +121,8 @@ def test_updates_train_what_they_say_and_leave_the_teacher(tiny_model: Callable[
 def test_the_gumbel_noise_is_addressed_like_every_draw(tiny_model: Callable[..., LoadedModel]) -> None:
     learner, _ = learner_for(tiny_model())
     x, y = torch.zeros(6, 2, 4, 4), torch.zeros(6, dtype=torch.int64)
-    whole = learner.objective.draw(Batch(x, y), Randomness(0).at(4, 0, 6))
-    part = learner.objective.draw(Batch(x[1:3], y[1:3]), Randomness(0).at(4, 1, 2))
+    whole = learner.objective.draw(Batch(x, class_condition(y, 5)), Randomness(0).at(4, 0, 6))
+    part = learner.objective.draw(Batch(x[1:3], class_condition(y[1:3], 5)), Randomness(0).at(4, 1, 2))
     assert len(whole.gate_noise) == 2 and whole.step == 4
     assert all(torch.equal(p, w[1:3]) for p, w in zip(part.gate_noise, whole.gate_noise, strict=True))
     assert not torch.equal(whole.gate_noise[0], whole.gate_noise[1])
@@ -148,7 +149,7 @@ def test_the_decision_reads_averaged_logits_and_becomes_a_plan(tiny_model: Calla
 def test_a_frozen_teacher_still_gives_a_learner_that_trains(tiny_model: Callable[..., LoadedModel]) -> None:
     teacher = tiny_model()
     frozen(teacher.module)
-    learner = mask_learner(teacher, GaussianObjective(5), PruneSection(update="full"), seed=0)
+    learner = mask_learner(teacher, GaussianObjective(), PruneSection(update="full"), seed=0)
     wanted = sum(p.numel() for name, p in teacher.module.named_parameters() if name != "pos_embed")
     assert sum(p.numel() for p in learner.parameter_groups[0].parameters.values()) == wanted
     assert not any(p.requires_grad for p in teacher.module.parameters())

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
@@ -41,7 +42,7 @@ Job = tuple[TrainState, Objective]
 
 def batches(step: int, batch_size: int, draws: Draws) -> Batch:
     x = torch.from_numpy(draws.normal("data", (2, 4, 4)))
-    return Batch(x, torch.from_numpy(draws.integers("label", 5)))
+    return Batch(x, class_condition(torch.from_numpy(draws.integers("label", 5)), 5))
 
 
 def trainable(model: LoadedModel) -> list[ParameterGroup]:
@@ -52,12 +53,12 @@ def trainable(model: LoadedModel) -> list[ParameterGroup]:
 
 def plain_job(tiny_model: Callable[..., LoadedModel]) -> Job:
     model = tiny_model()
-    return TrainState(model.module, trainable(model), SETTINGS), GaussianObjective(5)
+    return TrainState(model.module, trainable(model), SETTINGS), GaussianObjective()
 
 
 def gated_job(tiny_model: Callable[..., LoadedModel], update: Any = "lora") -> Job:
     section = PruneSection(scheme="1:2", update=update, lora_rank=2, training=SETTINGS)
-    learner = mask_learner(tiny_model(), GaussianObjective(5), section, seed=0)
+    learner = mask_learner(tiny_model(), GaussianObjective(), section, seed=0)
     return TrainState(learner.module, learner.parameter_groups, SETTINGS), learner.objective
 
 
@@ -100,7 +101,7 @@ def test_training_learns(tiny_model: Callable[..., LoadedModel]) -> None:
     """On one fixed batch the loss falls."""
     settings = dataclasses.replace(SETTINGS, steps=60, learning_rate_end_share=1.0)
     model = tiny_model()
-    job = TrainState(model.module, trainable(model), settings), GaussianObjective(5, label_drop=0.0)
+    job = TrainState(model.module, trainable(model), settings), GaussianObjective(label_drop=0.0)
 
     class Same(GaussianObjective):
         def draw(self, batch: Batch, draws: Draws) -> Any:

@@ -38,7 +38,7 @@ def losses() -> Iterator[tuple[str, int, float]]:
     randomness = Randomness(0)
     batches = ShuffledBatches(load_digits(), randomness, torch.device("cpu"), augment=0.5)
     teacher = open_model("digits")
-    plain = GaussianObjective(teacher.arch.num_classes)
+    plain = GaussianObjective()
     learner = mask_learner(teacher, plain, PruneSection(training=TRAINING), seed=1)
     state = TrainState(learner.module, learner.parameter_groups, TRAINING)
     for record in train_steps(state, learner.objective, batches, TRAINING, randomness):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.blocks.tokens import from_tokens, to_tokens
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.config.process_sections import MaskedSampleSection, MaskedSection
 from tinyfusion.config.recipe import SampleSection, TrainingSection
@@ -71,12 +72,14 @@ def tiny(seed: int = 0, **sizes: Any) -> LoadedModel:
 
 
 def objective(**settings: Any) -> MaskedObjective:
-    return MaskedObjective(5, 1, settings=MaskedSection(**settings))
+    return MaskedObjective(1, settings=MaskedSection(**settings))
 
 
 def clean(num: int, seed: int = 0) -> Batch:
     draws = Randomness(seed).at(0, 0, num)
-    return Batch(torch.from_numpy(draws.normal("x", (3, 4, 4))), torch.from_numpy(draws.integers("y", 5)))
+    return Batch(
+        torch.from_numpy(draws.normal("x", (3, 4, 4))), class_condition(torch.from_numpy(draws.integers("y", 5)), 5)
+    )
 
 
 def drawn(num: int = 3, step: int = 1, **settings: Any) -> MaskedBatch:
@@ -165,7 +168,7 @@ def test_tokens_are_patches_in_rows_channel_first(patch: int) -> None:
     assert tokens.shape == (2, (4 // patch) ** 2, 3 * patch**2)
     assert torch.equal(from_tokens(tokens, patch), x)
     assert torch.equal(tokens[0, 1], x[0, :, :patch, patch : 2 * patch].flatten())
-    assert torch.equal(MaskedObjective(5, patch).tokens(x), tokens)
+    assert torch.equal(MaskedObjective(patch).tokens(x), tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------ official files
@@ -208,11 +211,12 @@ def test_all_images_of_a_step_hide_equally_many_whatever_the_slices() -> None:
     counts = set()
     for step in range(12):
         whole = goal.draw(batch, Randomness(3).at(step, 0, 8))
-        part = goal.draw(Batch(batch.x[5:], batch.y[5:]), Randomness(3).at(step, 5, 3))
+        part = goal.draw(Batch(batch.x[5:], batch.condition.index(slice(5, None))), Randomness(3).at(step, 5, 3))
         counts.add(whole.hidden.shape[1])
         picked = whole.each(lambda value: value[5:])
-        for name in ("xt", "noise", "t", "y", "known", "hidden", "dropout_seeds"):
+        for name in ("xt", "noise", "t", "known", "hidden", "dropout_seeds"):
             assert torch.equal(getattr(picked, name), getattr(part, name)), name
+        assert torch.equal(picked.condition["labels"], part.condition["labels"])
     assert len(counts) > 3
 
 
@@ -246,7 +250,7 @@ def test_order_in_the_batch_does_not_matter() -> None:
 def test_the_null_class_is_a_vector_of_its_own() -> None:
     model, noisy = tiny(), drawn()
     assert model.module.get_parameter("class_emb.weight").shape[0] == 5
-    null = dataclasses.replace(noisy, y=torch.full_like(noisy.y, 5))
+    null = dataclasses.replace(noisy, condition=noisy.condition.null())
     before = objective().predict(model.module, null).output
     with torch.no_grad():
         model.module.get_parameter("class_emb.weight").add_(1.0)
@@ -263,7 +267,8 @@ def test_every_parameter_has_a_gradient_whatever_the_labels(label: int) -> None:
     noisy = drawn(step=0)
     everything = torch.cat([noisy.known, noisy.hidden], dim=1)
     extra = torch.zeros(3, TOKENS, 1, dtype=torch.int64)
-    hidden = goal.noised(Batch(noisy.x0, torch.full_like(noisy.y, label)), everything[:, :0], everything, extra,
+    labels = class_condition(torch.full((len(noisy),), label), 5)
+    hidden = goal.noised(Batch(noisy.x0, labels), everything[:, :0], everything, extra,
                          torch.zeros(3, TOKENS, 1, 3))  # fmt: skip
     goal.losses(model.module, hidden, goal.predict(model.module, hidden))["loss"].mean().backward()
     assert [name for name, p in model.module.named_parameters() if p.grad is None] == []
@@ -458,7 +463,7 @@ def draws_of(first: int, num: int) -> SampleDraws:
 @torch.no_grad()
 def test_every_token_is_revealed_once_and_stays(rounds: int, guidance: float) -> None:
     model, y = tiny(), torch.tensor([0, 3, 4])
-    states = list(quick(num_steps=rounds, guidance=guidance).trajectory(model, y, draws_of(0, 3)))
+    states = list(quick(num_steps=rounds, guidance=guidance).trajectory(model, class_condition(y, 5), draws_of(0, 3)))
     assert len(states) == rounds
     before = torch.zeros(3, TOKENS, dtype=torch.bool)
     tokens = torch.zeros(3, TOKENS, 3)
@@ -511,7 +516,7 @@ def test_the_head_runs_for_revealed_tokens_alone_and_once_without_guidance() -> 
     for guidance, factor in ((1.0, 1), (2.0, 2)):
         rows.clear()
         with torch.no_grad():
-            list(quick(guidance=guidance).trajectory(model, torch.tensor([0, 1]), draws_of(0, 2)))
+            list(quick(guidance=guidance).trajectory(model, class_condition(torch.tensor([0, 1]), 5), draws_of(0, 2)))
         assert rows == [int(2 * factor * count) for count in counts for _ in range(3)]
     hook.remove()
 
@@ -529,7 +534,7 @@ def test_temperature_scales_the_step_noise_alone() -> None:
 
     def final(**settings: Any) -> Tensor:
         with torch.no_grad():
-            return list(quick(**settings).trajectory(model, y, draws_of(0, 2)))[-1]
+            return list(quick(**settings).trajectory(model, class_condition(y, 5), draws_of(0, 2)))[-1]
 
     assert not torch.allclose(final(temperature=0.5), final())
     assert torch.equal(final(temperature=0.0, head_steps=1), final(head_steps=1)), "the start is not scaled"
@@ -547,7 +552,7 @@ def test_settings_that_cannot_be() -> None:
     with pytest.raises(UserError, match="16 tokens can be revealed in 1 to 16 rounds; got 17"):
         masked.from_section(SampleSection(num_steps=17), model)
     with pytest.raises(UserError, match="17"):
-        next(quick(num_steps=17).trajectory(model, torch.tensor([0]), draws_of(0, 1)))
+        next(quick(num_steps=17).trajectory(model, class_condition(torch.tensor([0]), 5), draws_of(0, 1)))
     for settings in (
         SampleSection(sampler="ddim"),
         SampleSection(eta=0.5),
@@ -573,7 +578,7 @@ def test_recipes_say_how_and_the_published_way_is_the_default() -> None:
         assert (looked.num_steps, looked.head_steps) == (16, 20)
         assert masked.from_section(masked.cheap(section, 5), model).calls == 5
     assert masked.from_section(masked.cheap(SampleSection(num_steps=3), 20), model).calls == 3
-    step = quick(guidance=2.0).one_step(model, torch.tensor([0, 1]), draws_of(0, 2))
+    step = quick(guidance=2.0).one_step(model, class_condition(torch.tensor([0, 1]), 5), draws_of(0, 2))
     with torch.no_grad():
         assert step().shape == (2, TOKENS, 3)
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.families.registry import FAMILIES
@@ -47,13 +48,16 @@ def source_for(model: LoadedModel) -> Callable[[int, int, Draws], Batch]:
 
     def source(_step: int, _size: int, draws: Draws) -> Batch:
         x = draws.normal("x", (arch.in_channels, arch.input_size, arch.input_size))
-        return Batch(torch.from_numpy(x), torch.from_numpy(draws.integers("y", arch.num_classes)))
+        return Batch(
+            torch.from_numpy(x),
+            class_condition(torch.from_numpy(draws.integers("y", arch.num_classes)), arch.num_classes),
+        )
 
     return source
 
 
 def calibrated(model: LoadedModel, images: int = 5, batch_size: int = 2) -> Calibration:
-    objective = GaussianObjective(model.arch.num_classes, 0.0)
+    objective = GaussianObjective(0.0)
     return calibration_set(objective, source_for(model), "random", 100, images, batch_size, 0)
 
 
@@ -220,10 +224,10 @@ class Square:
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         t = torch.from_numpy(draws.uniform("timestep")).float()
-        return NoisyBatch(batch.x, batch.x, batch.x, t, batch.y.float())
+        return NoisyBatch(batch.x, batch.x, batch.x, t, batch.condition)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
-        return Prediction(model(noisy.xt, noisy.t, noisy.y))
+        return Prediction(model(noisy.xt, noisy.t, noisy.condition["labels"].float()))
 
     def losses(self, _model: nn.Module, _noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         return {"loss": prediction.output.square().flatten(1).mean(1)}
@@ -238,7 +242,9 @@ def two_lists(twisted: bool = False) -> tuple[LoadedModel, Calibration]:
     model = LoadedModel(TwoLists(twisted), family, arch, ModelFacts(image_size=4))
 
     def source(_step: int, _size: int, draws: Draws) -> Batch:
-        return Batch(torch.from_numpy(draws.normal("x", (3, 4))), torch.from_numpy(draws.integers("y", 2)))
+        return Batch(
+            torch.from_numpy(draws.normal("x", (3, 4))), class_condition(torch.from_numpy(draws.integers("y", 2)), 2)
+        )
 
     return model, calibration_set(Square(), source, "random", 100, 5, 2, 0)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import BlockStack, frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import ComputeSection, PruneSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.jobs.footprint import BlockBytes, Footprint, LiveBytes, Measured, footprint_of
@@ -60,13 +61,13 @@ class Trained:
 
 def latents(step: int, batch_size: int, draws: Draws) -> Batch:
     x = torch.from_numpy(draws.normal("x", (2, 16, 16)))
-    return Batch(x, torch.from_numpy(draws.integers("y", 5)))
+    return Batch(x, class_condition(torch.from_numpy(draws.integers("y", 5)), 5))
 
 
 def training(make: MakeModel, kind: str, dtype: Any = "float32", **sizes: Any) -> Trained:
     """kind: train, recover (half of the blocks, masked features) or learn (1:2 masks, low-rank deltas)."""
     settings = TrainingSection(steps=2, batch_size=IMAGES, dtype=dtype)
-    model, inner = make(**{**SIZES, **sizes}), GaussianObjective(5)
+    model, inner = make(**{**SIZES, **sizes}), GaussianObjective()
     if kind == "learn":
         section = dataclasses.replace(PruneSection(), training=settings)
         learner = mask_learner(model, inner, section, seed=0)

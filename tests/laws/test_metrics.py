@@ -503,7 +503,9 @@ def test_batches_are_the_shuffled_epochs_end_to_end(step: int, batch_size: int, 
     batch = source(step, batch_size, randomness.at(step, first, num))
     orders = np.concatenate([randomness.permutation("epoch", epoch, len(images)) for epoch in range(5)])
     rows = orders[step * batch_size + first :][:num]
-    assert np.array_equal(batch.x.numpy(), images.x[rows]) and np.array_equal(batch.y.numpy(), images.y[rows])
+    assert np.array_equal(batch.x.numpy(), images.x[rows]) and np.array_equal(
+        batch.condition["labels"].numpy(), images.y[rows]
+    )
 
 
 # ------------------------------------------------------------------------------------------------- image files

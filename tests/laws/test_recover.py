@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.stack import frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import RecoverSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
@@ -37,7 +38,7 @@ from tinyfusion.training.state import TrainState
 def distilled(
     teacher: LoadedModel, student: LoadedModel, pairs: list[tuple[int, int]], steps: int = 1, **more: Any
 ) -> DistilledObjective:
-    objective = GaussianObjective(teacher.arch.num_classes)
+    objective = GaussianObjective()
     return DistilledObjective(objective, frozen(teacher.module), teacher.stack, student.stack, pairs, steps, **more)
 
 
@@ -111,8 +112,10 @@ def test_teacher_and_student_see_the_same_batch(tiny_model: Callable[..., Loaded
         model.module.register_forward_pre_hook(lambda _module, args: seen.append(args)) for model in (teacher, student)
     ]
     goal = distilled(teacher, student, [(1, 3)])
-    goal = dataclasses.replace(goal, inner=GaussianObjective(5, label_drop=0.5))
-    noisy = goal.draw(Batch(torch.ones(16, 2, 4, 4), torch.arange(16) % 5), Randomness(0).at(0, 0, 16))
+    goal = dataclasses.replace(goal, inner=GaussianObjective(label_drop=0.5))
+    noisy = goal.draw(
+        Batch(torch.ones(16, 2, 4, 4), class_condition(torch.arange(16) % 5, 5)), Randomness(0).at(0, 0, 16)
+    )
     goal.predict(student.module, noisy)
     for handle in handles:
         handle.remove()
@@ -158,7 +161,7 @@ def of_method(
 ) -> DistilledObjective:
     settings = RecoverSection(method=method, training=TrainingSection(steps=steps), **more)
     frozen(teacher.module)
-    return by_method(settings, GaussianObjective(teacher.arch.num_classes, label_drop=0.3), teacher, student, pairs)
+    return by_method(settings, GaussianObjective(label_drop=0.3), teacher, student, pairs)
 
 
 def gradients(goal: DistilledObjective, student: LoadedModel, noisy: NoisyBatch) -> dict[str, Tensor]:
@@ -285,7 +288,7 @@ def test_every_method_learns_on_every_kind_of_plan(
     before = student.hash()
 
     def source(step: int, size: int, draws: Draws) -> Batch:
-        return Batch(torch.from_numpy(draws.normal("x", (2, 4, 4))), torch.arange(size) % 5)
+        return Batch(torch.from_numpy(draws.normal("x", (2, 4, 4))), class_condition(torch.arange(size) % 5, 5))
 
     for record in train_steps(state, goal, source, settings, Randomness(0)):
         assert record.applied and ("feat_loss" in record.terms) == (method != "logits-kd")
@@ -300,7 +303,9 @@ def test_label_drops_are_shared_by_every_method(tiny_model: Callable[..., Loaded
             m.module.register_forward_pre_hook(lambda _, args, s=seen: s.append(args)) for m in (teacher, student)
         ]
         goal = of_method(method, teacher, student, [(1, 3)])
-        noisy = goal.draw(Batch(torch.ones(16, 2, 4, 4), torch.arange(16) % 5), Randomness(0).at(0, 0, 16))
+        noisy = goal.draw(
+            Batch(torch.ones(16, 2, 4, 4), class_condition(torch.arange(16) % 5, 5)), Randomness(0).at(0, 0, 16)
+        )
         goal.predict(student.module, noisy)
         for handle in handles:
             handle.remove()
@@ -610,7 +615,7 @@ def test_replaying_a_plan_gives_the_same_student_and_leaves_the_teacher(
     student = teacher.cut(plan)
     replayed = tiny_model().cut(plan_from_json(json.loads(json.dumps(plan.to_json()))))
     assert student.hash() == replayed.hash() and (student.hash() == before) == (len(keep) == 4)
-    outputs = [model.module(noisy.xt, noisy.t, noisy.y) for model in (student, replayed)]
+    outputs = [model.module(noisy.xt, noisy.t, noisy.condition["labels"]) for model in (student, replayed)]
     assert torch.equal(*outputs)
     assert teacher.hash() == before and len(teacher.stack) == 4 and teacher.arch.depth == 4
     assert student.arch.depth == len(keep) == len(student.stack)

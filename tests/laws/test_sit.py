@@ -16,6 +16,7 @@ from tinyfusion.blocks.plan import plan_from_json
 from tinyfusion.cli import main
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.dit.model import DiT, DiTArch, published_arch
@@ -184,11 +185,11 @@ def test_gates_of_ones_and_cuts_are_those_of_any_family() -> None:
 def test_the_average_error_of_a_fresh_model_is_that_of_its_target() -> None:
     """Fresh weights give 0, so the loss is the mean square of the velocity: noise and data, 2 for data of variance 1."""
     model = new_model("sit", {**TINY, "depth": 2}, 0)
-    objective = FlowObjective(10)
+    objective = FlowObjective()
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(512, 4, 8, 8, generator=generator) for _ in range(2))
     t, y = torch.rand(512, generator=generator), torch.zeros(512, dtype=torch.int64)
-    noisy = objective.noised(Batch(x, y), t, noise, torch.zeros(512, dtype=torch.bool))
+    noisy = objective.noised(Batch(x, class_condition(y, 10)), t, noise)
     with torch.no_grad():
         loss = objective.losses(model.module, noisy, objective.predict(model.module, noisy))["loss"]
     assert float(loss.mean()) == pytest.approx(2.0, abs=0.03)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import BlockStack, frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
@@ -74,11 +75,13 @@ def kept_bytes(module: nn.Module) -> Iterator[dict[int, int]]:
 def drawn(model: LoadedModel, objective: Any, num: int = 6) -> Any:
     arch, draws = model.arch, Randomness(3).at(0, 0, num)
     x = torch.from_numpy(draws.normal("x", (arch.in_channels, arch.input_size, arch.input_size)))
-    return objective.draw(Batch(x, torch.from_numpy(draws.integers("y", arch.num_classes))), draws)
+    return objective.draw(
+        Batch(x, class_condition(torch.from_numpy(draws.integers("y", arch.num_classes)), arch.num_classes)), draws
+    )
 
 
 def plain_case(model: LoadedModel) -> Case:
-    objective = GaussianObjective(5)
+    objective = GaussianObjective()
     trained = [p for p in model.module.parameters() if p.requires_grad]
     return Case(model.module, trained, objective, model.stack, drawn(model, objective))
 
@@ -86,7 +89,7 @@ def plain_case(model: LoadedModel) -> Case:
 def learning_case(model: LoadedModel, dtype: Any = "float32", **settings: Any) -> Case:
     training = TrainingSection(steps=10, dtype=dtype)
     section = dataclasses.replace(PruneSection(), scheme="1:2", lora_rank=2, training=training, **settings)
-    learner = mask_learner(model, GaussianObjective(5), section, seed=0)
+    learner = mask_learner(model, GaussianObjective(), section, seed=0)
     trained = [p for group in learner.parameter_groups for p in group.parameters.values()]
     noisy = drawn(model, learner.objective)
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
@@ -99,7 +102,7 @@ def distilling_case(teacher: LoadedModel) -> Case:
     frozen(teacher.module)
     stacks = teacher.stack, student.stack
     objective = DistilledObjective(
-        GaussianObjective(5), teacher.module, *stacks, block_pairs(plan), steps=1, beta=(1.0, 1.0)
+        GaussianObjective(), teacher.module, *stacks, block_pairs(plan), steps=1, beta=(1.0, 1.0)
     )
     trained = [p for p in student.module.parameters() if p.requires_grad]
     return Case(student.module, trained, objective, student.stack, drawn(teacher, objective))

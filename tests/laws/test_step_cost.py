@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel
@@ -35,7 +36,10 @@ class Calls(TorchDispatchMode):
 
 
 def source(step: int, batch_size: int, draws: Draws) -> Batch:
-    return Batch(torch.from_numpy(draws.normal("data", (2, 4, 4))), torch.from_numpy(draws.integers("label", 5)))
+    return Batch(
+        torch.from_numpy(draws.normal("data", (2, 4, 4))),
+        class_condition(torch.from_numpy(draws.integers("label", 5)), 5),
+    )
 
 
 def operations(tiny_model: Callable[..., LoadedModel], clip_norm: float) -> list[Any]:
@@ -46,7 +50,7 @@ def operations(tiny_model: Callable[..., LoadedModel], clip_norm: float) -> list
     )
     state = TrainState(model.module, [ParameterGroup(trainable(model.module))], settings)
     engine = Engine("cpu", ComputeSection(prefetch_batches=0))
-    steps = train_steps(state, GaussianObjective(5), source, settings, Randomness(0), engine)
+    steps = train_steps(state, GaussianObjective(), source, settings, Randomness(0), engine)
     next(steps)
     with Calls() as calls:
         assert next(steps).applied

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, new_model
 from tinyfusion.processes.base import NoisyBatch, Prediction
@@ -269,7 +270,7 @@ class Squared:
         self.example = example
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
-        rows = noisy.y.tolist()
+        rows = noisy.condition["labels"].tolist()
         return Prediction(dataclasses.replace(self.example, model=model).output(rows=rows))
 
     def losses(self, _model: nn.Module, _noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
@@ -284,7 +285,9 @@ def as_loaded(example: Example) -> tuple[LoadedModel, Calibration]:
     ).arch
     model = LoadedModel(example.model, family, arch, ModelFacts(image_size=4))
     rows = torch.arange(NUM)
-    noisy = NoisyBatch(x0=rows.float(), noise=rows.float(), xt=rows.float(), t=rows, y=rows)
+    noisy = NoisyBatch(
+        x0=rows.float(), noise=rows.float(), xt=rows.float(), t=rows, condition=class_condition(rows, 10)
+    )
     return model, Calibration((noisy,), Squared(example), "fixed", NUM, NUM, 0)  # type: ignore[arg-type]
 
 

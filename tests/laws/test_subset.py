@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
@@ -341,7 +342,7 @@ SECTION = PruneSection(
 
 def batches(step: int, batch_size: int, draws: Draws) -> Batch:
     x = torch.from_numpy(draws.normal("data", (2, 4, 4)))
-    return Batch(x, torch.from_numpy(draws.integers("label", 5)))
+    return Batch(x, class_condition(torch.from_numpy(draws.integers("label", 5)), 5))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -351,7 +352,7 @@ def test_a_subset_run_stopped_anywhere_and_continued_is_bit_equal(
     section = dataclasses.replace(SECTION, subset_estimator=estimator)
 
     def job() -> tuple[TrainState, Any]:
-        learner = mask_learner(tiny_model(depth=8), GaussianObjective(5), section, seed=0)
+        learner = mask_learner(tiny_model(depth=8), GaussianObjective(), section, seed=0)
         return TrainState(learner.module, learner.parameter_groups, SETTINGS), learner.objective
 
     def train(state: TrainState, objective: Any, until: int) -> None:
@@ -378,7 +379,7 @@ def test_a_subset_run_stopped_anywhere_and_continued_is_bit_equal(
 
 def test_the_decision_of_a_subset_becomes_a_log_line_and_a_plan(tiny_model: Callable[..., LoadedModel]) -> None:
     teacher = tiny_model(depth=8)
-    learner = mask_learner(teacher, GaussianObjective(5), SECTION, seed=0)
+    learner = mask_learner(teacher, GaussianObjective(), SECTION, seed=0)
     state = TrainState(learner.module, learner.parameter_groups, SETTINGS)
     state.ema.average["gates.logits.1"].copy_(torch.tensor([0.0, 0.0, 0.1, 0.3, 0.2, 0.0]))
     decision = learner.decision(state.ema, step=4)
@@ -448,8 +449,8 @@ def test_pairs_share_everything_but_their_masks(
     paired = in_pairs(noisy, 0)
     assert torch.equal(paired.gate_noise[0], masks)
     assert torch.equal(noisy.each(lambda value: value[:1]).gate_noise[0], masks[:1])
-    for name in ("x0", "noise", "xt", "t", "y"):
-        value, own = getattr(paired, name), getattr(noisy, name)
+    for name in ("x0", "noise", "xt", "t", "labels"):
+        value, own = (batch.condition[name] if name == "labels" else getattr(batch, name) for batch in (paired, noisy))
         assert torch.equal(value[0::2], own[0::2]) and torch.equal(value[1::2], own[0::2][: len(own) // 2])
     with pytest.raises(ValueError, match="begins with an even one"):
         in_pairs(noisy, 3)

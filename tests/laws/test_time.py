@@ -16,6 +16,7 @@ from scipy.special import expit, logit, ndtr
 from scipy.stats import kstest
 from torch import Tensor, nn
 
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.config.recipe import FlowSection
 from tinyfusion.core.errors import UserError
@@ -87,7 +88,7 @@ def distance(levels: np.ndarray, times: TimeSampler) -> float:
 def drawn(objective: FlowObjective, num: int = NUM) -> NoisyBatch:
     draws = Randomness(0).at(3, 0, num)
     x = torch.from_numpy(draws.normal("x", (1, 2, 2)))
-    return objective.draw(Batch(x, torch.from_numpy(draws.integers("y", 5))), draws)
+    return objective.draw(Batch(x, class_condition(torch.from_numpy(draws.integers("y", 5)), 5)), draws)
 
 
 # ------------------------------------------------------------------------------------------------------------ densities
@@ -97,7 +98,7 @@ def drawn(objective: FlowObjective, num: int = NUM) -> NoisyBatch:
 def test_noise_levels_follow_their_distribution_in_every_convention(times: TimeSampler) -> None:
     """And are not mistaken for those that are exchanged with the data."""
     for convention in CONVENTIONS.values():
-        t = drawn(FlowObjective(5, flow=Flow(convention=convention), times=times)).t
+        t = drawn(FlowObjective(flow=Flow(convention=convention), times=times)).t
         assert t.dtype == torch.float32 and float(t.min()) >= 0 and float(t.max()) <= convention.scale
         levels = convention.level(t.double()).sigma.numpy()
         assert distance(levels, times) < 1.95
@@ -140,7 +141,7 @@ def test_a_stratified_number_gives_stratified_noise_levels() -> None:
 def test_the_uniform_draw_of_a_sit_is_the_addressed_number_itself(eps: float | None) -> None:
     u = Randomness(0).at(3, 0, NUM).uniform("timestep")
     low, high = (0.0, 1.0) if eps is None else (0.05, 1.0 - 0.05)
-    assert torch.equal(drawn(FlowObjective(5, eps=eps)).t, torch.from_numpy(low + (high - low) * u).float())
+    assert torch.equal(drawn(FlowObjective(eps=eps)).t, torch.from_numpy(low + (high - low) * u).float())
 
 
 @every_convention
@@ -148,10 +149,10 @@ def test_the_uniform_draw_of_a_sit_is_the_addressed_number_itself(eps: float | N
 def test_times_stay_away_from_the_ends(times: TimeSampler, convention: TimeConvention) -> None:
     """Also behind a shift: the ends are those of what the network is trained at."""
     flow = Flow("linear", "noise", convention)
-    sigma = convention.level(drawn(FlowObjective(5, flow=flow, eps=0.1, times=times)).t).sigma
+    sigma = convention.level(drawn(FlowObjective(flow=flow, eps=0.1, times=times)).t).sigma
     assert 0.1 - 1e-6 <= float(sigma.min()) < 0.3 and 0.8 < float(sigma.max()) <= 0.9 + 1e-6
     only_data = Flow("vp", "velocity", convention)
-    sigma = convention.level(drawn(FlowObjective(5, flow=only_data, eps=0.1, times=times)).t).sigma
+    sigma = convention.level(drawn(FlowObjective(flow=only_data, eps=0.1, times=times)).t).sigma
     assert 0.1 - 1e-6 <= float(sigma.min()) < 0.3 and 0.9 < float(sigma.max()) <= 1
 
 
@@ -326,7 +327,7 @@ def test_small_times_keep_their_digits() -> None:
 
 @every_convention
 def test_a_batch_is_noised_by_its_level_and_the_truth_has_no_loss(convention: TimeConvention) -> None:
-    objective = FlowObjective(5, flow=Flow(convention=convention))
+    objective = FlowObjective(flow=Flow(convention=convention))
     noisy = drawn(objective, 8)
     sigma = convention.level(noisy.t).sigma.view(-1, 1, 1, 1)
     torch.testing.assert_close(noisy.xt, (1 - sigma) * noisy.x0 + sigma * noisy.noise)
@@ -350,7 +351,7 @@ def test_a_batch_is_noised_by_its_level_and_the_truth_has_no_loss(convention: Ti
 
 def test_uniform_times_of_a_family_that_counts_noise_are_those_of_diffusers() -> None:
     u = Randomness(0).at(3, 0, NUM).uniform("timestep")
-    assert torch.equal(drawn(FlowObjective(5, flow=Flow(convention=SD3))).t, torch.from_numpy(1000.0 * u).float())
+    assert torch.equal(drawn(FlowObjective(flow=Flow(convention=SD3))).t, torch.from_numpy(1000.0 * u).float())
 
 
 def network_of(convention: TimeConvention) -> Callable[[Tensor, Tensor], Tensor]:
@@ -444,7 +445,7 @@ def model() -> LoadedModel:
 
 def test_a_recipe_that_says_nothing_is_that_of_the_paper(model: LoadedModel) -> None:
     objective, sampler = objective_for(model, 0.1, load_recipe(None)), sampler_of(load_recipe(None).sample, model)
-    assert objective == FlowObjective(5, 0.1) and sampler == FlowSampler()
+    assert objective == FlowObjective(0.1) and sampler == FlowSampler()
 
 
 def test_a_recipe_says_how_times_are_drawn(model: LoadedModel) -> None:

@@ -21,6 +21,7 @@ from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.blocks.widths import ChannelGroup, flat_kept, nested
 from tinyfusion.cli import main
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection, RecoverSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
@@ -79,7 +80,7 @@ def narrowed(model: LoadedModel, seed: int = 0, **sizes: int) -> LoadedModel:
 
 @torch.no_grad()
 def output(model: LoadedModel, noisy: NoisyBatch) -> Tensor:
-    return GaussianObjective(model.arch.num_classes).predict(model.module, noisy).output
+    return GaussianObjective().predict(model.module, noisy).output
 
 
 def count(arch: DiTArch) -> int:
@@ -250,7 +251,7 @@ def criterion_context(tiny_model: Models, noisy_batch: Noisy) -> Callable[..., C
 
     def make(share: float = 0.5, threshold: float = 1.0, steps: str = "5") -> CriterionContext:
         teacher = tiny_model()
-        objective = GaussianObjective(teacher.arch.num_classes, 0.0, Schedule(steps))
+        objective = GaussianObjective(0.0, Schedule(steps))
         settings = PruneSection(
             criterion="width",
             width_share=share,
@@ -273,7 +274,7 @@ def losses_and_gradients(context: CriterionContext) -> Iterator[tuple[float, dic
     for i, original in enumerate(objective.schedule.timesteps):
         share = float(objective.schedule.alphas_cumprod[i])
         xt = math.sqrt(share) * fixed.x0 + math.sqrt(1 - share) * fixed.noise
-        found = model(xt, torch.full((3,), int(original)), fixed.y)[:, :2]
+        found = model(xt, torch.full((3,), int(original)), fixed.condition["labels"])[:, :2]
         loss = ((found - fixed.noise) ** 2).mean()
         gradients = torch.autograd.grad(loss, [model.get_parameter(name) for name in names])
         yield float(loss.detach()), dict(zip(names, gradients, strict=True))
@@ -459,7 +460,7 @@ def test_features_are_compared_on_the_kept_residual_channels(tiny_model: Models,
     student, noisy = narrowed(teacher, 6, residual=8, heads=4, hidden=32), noisy_batch(teacher)
     assert student.facts.plan is not None
     channels = residual_channels(student, teacher)
-    objective = GaussianObjective(teacher.arch.num_classes)
+    objective = GaussianObjective()
     for method, sigmas in (("rep-kd", None), ("masked-kd", 2.0)):
         settings = RecoverSection(method=method)  # type: ignore[arg-type]  # a name of the table
         goal = distilled(settings, objective, teacher, student, block_pairs(student.facts.plan), channels)
@@ -480,10 +481,10 @@ def test_features_are_compared_on_the_kept_residual_channels(tiny_model: Models,
 def test_training_a_narrower_model_stops_and_goes_on(tiny_model: Models, noisy_batch: Noisy, tmp_path: Path) -> None:
     student = narrowed(tiny_model(depth=1), 7, residual=8, heads=3, hidden=30)
     settings = TrainingSection(steps=4, batch_size=3, checkpoint_every_steps=2)
-    objective, noisy = GaussianObjective(student.arch.num_classes), noisy_batch(student)
+    objective, noisy = GaussianObjective(), noisy_batch(student)
 
     def source(step: int, size: int, draws: Draws) -> Batch:
-        return Batch(noisy.x0, noisy.y.clamp(max=4))
+        return Batch(noisy.x0, class_condition(noisy.condition["labels"].clamp(max=4), 5))
 
     def train(model: LoadedModel, state: TrainState, until: int) -> LoadedModel:
         made = dataclasses.replace(settings, stop_after=until)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.blocks.stack import frozen
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.process_sections import MaskedSection
 from tinyfusion.config.recipe import ComputeSection, PruneSection, RecoverSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
@@ -78,12 +79,12 @@ def teacher_model(family: str = "dit", **more: int) -> LoadedModel:
 def batches(step: int, batch_size: int, draws: Draws) -> Batch:
     assert batch_size == SETTINGS.batch_size
     x = torch.from_numpy(draws.normal("data", (2, 4, 4)))
-    return Batch(x, torch.from_numpy(draws.integers("label", 5)))
+    return Batch(x, class_condition(torch.from_numpy(draws.integers("label", 5)), 5))
 
 
 def learning(engine: Engine, settings: TrainingSection = SETTINGS, **more: Any) -> Job:
     section = PruneSection(**{"scheme": "1:2", "lora_rank": 2, "training": settings, **more})
-    learner = mask_learner(teacher_model(), GaussianObjective(5, 0.3), section, 0, engine.device, engine.place)
+    learner = mask_learner(teacher_model(), GaussianObjective(0.3), section, 0, engine.device, engine.place)
     return Job(TrainState(learner.module, learner.parameter_groups, settings), learner.objective, settings)
 
 
@@ -93,10 +94,10 @@ def recovery(engine: Engine, method: Any, settings: TrainingSection = SETTINGS) 
     student = teacher.cut(plan)
     engine.place(student.module, list(student.stack))
     engine.place_teacher(frozen(teacher.module), list(teacher.stack))
-    goal: Objective = GaussianObjective(5, 0.3)
+    goal: Objective = GaussianObjective(0.3)
     if method != "finetune":
         section = RecoverSection(method=method, beta=(0.5, 0.1), training=settings)
-        goal = distilled(section, GaussianObjective(5, 0.3), teacher, student, block_pairs(plan))
+        goal = distilled(section, GaussianObjective(0.3), teacher, student, block_pairs(plan))
     return Job(TrainState(student.module, [ParameterGroup(trainable(student.module))], settings), goal, settings)
 
 
@@ -110,7 +111,7 @@ def masked_recovery(engine: Engine) -> Job:
     engine.place_teacher(frozen(teacher.module), list(teacher.stack))
     masked = MaskedSection(0.3, attention_dropout=0.1, projection_dropout=0.1)
     section = RecoverSection(beta=(0.5, 0.1), training=settings)
-    goal = distilled(section, MaskedObjective(5, 1, 0.3, masked), teacher, student, block_pairs(plan))
+    goal = distilled(section, MaskedObjective(1, 0.3, masked), teacher, student, block_pairs(plan))
     groups = decay_groups(trainable(student.module), student.family.undecayed, settings)
     return Job(TrainState(student.module, groups, settings), goal, settings)
 
@@ -124,7 +125,7 @@ def dynamic(engine: Engine, beside: Any = "complete", **settings: Any) -> Job:
     if teacher is not None:
         engine.place_teacher(teacher, list(model.family.stack(teacher)))
     goal = DynamicObjective(
-        GaussianObjective(5, 0.3), routed, 0.6, num_classes=5, label_drop=0.3, ramp_steps=40, beside=beside,
+        GaussianObjective(0.3), routed, 0.6, label_drop=0.3, ramp_steps=40, beside=beside,
         beside_steps=30, teacher=teacher, finish_from=45, total=engine.total if engine.world > 1 else None,
     )  # fmt: skip
     return Job(TrainState(model.module, [ParameterGroup(trainable(model.module))], SETTINGS), goal, SETTINGS)

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.evaluate.features import Features
 from tinyfusion.evaluate.inception import InceptionFeatures, inception_from_state
 from tinyfusion.evaluate.metrics import feature_moments, frechet_distance, inception_score, precision_recall
@@ -97,7 +98,7 @@ class GoldenSet:
     def noisy(self, objective: GaussianObjective) -> NoisyBatch:
         """x as clean images, with the recorded noise, timesteps and labels."""
         x, t, y, noise = (self.get(name) for name in ("x", "t", "y", "noise"))
-        return objective.noised(Batch(x, y), t, noise, torch.zeros(len(y), dtype=torch.bool))
+        return objective.noised(Batch(x, class_condition(y, int(y.max()) + 1)), t, noise)
 
     # Computations that several tensors share.
 
@@ -126,7 +127,7 @@ class GoldenSet:
         assert bool((y[half:] == arch.num_classes).all()), "the second half of cfg_y is the null label"
         scale = float(self.get("cfg_scale"))
         with torch.no_grad():
-            first = guided(self.dit.module, y[:half], arch.num_classes, scale, channels)(x[:half], t[:half])
+            first = guided(self.dit, class_condition(y[:half], arch.num_classes), scale, channels)(x[:half], t[:half])
             rest = self.dit.module(x[:half], t[:half], y[half:])[:, channels:]
         return torch.cat([first, torch.cat([first[:, :channels], rest], dim=1)])
 
@@ -181,13 +182,13 @@ Setup = tuple[torch.nn.Module, Objective, NoisyBatch, dict[str, torch.nn.Paramet
 
 def dit_setup(golden: GoldenSet) -> Setup:
     model = golden.model("dit_weights.pt")
-    objective = GaussianObjective(model.arch.num_classes)
+    objective = GaussianObjective()
     return model.module, objective, golden.noisy(objective), dict(model.module.named_parameters())
 
 
 def gate_setup(golden: GoldenSet) -> Setup:
     model = golden.model("gate_weights.pt")
-    inner = GaussianObjective(model.arch.num_classes)
+    inner = GaussianObjective()
     tau, scaling = float(golden.get("tau")), float(golden.get("scaling"))
     gated = GatedObjective(inner, model.stack, golden.gates, (tau, tau), (scaling, scaling), steps=1)
     noisy = dataclasses.replace(golden.noisy(inner), gate_noise=golden.gumbel)
@@ -197,7 +198,7 @@ def gate_setup(golden: GoldenSet) -> Setup:
 
 def kd_setup(golden: GoldenSet) -> Setup:
     teacher, student = golden.model("kd_teacher.pt", "teacher"), golden.model("kd_student.pt", "student")
-    objective = GaussianObjective(teacher.arch.num_classes)
+    objective = GaussianObjective()
     beta = float(golden.get("beta"))
     pairs = [(int(s), int(t)) for s, t in golden.get("pairs")]
     distilled = DistilledObjective(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tinyfusion.blocks.tokens import from_tokens, to_tokens
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.families.mar.model import Mar, MarArch
 from tinyfusion.models.checkpoint import open_model
 from tinyfusion.processes.base import Batch
@@ -78,11 +79,13 @@ class GoldenMar:
         noise = self.tensors["loss_noise"].view(repeats, num, length, -1).permute(1, 2, 0, 3)
         t = torch.take_along_dim(t, hidden[:, :, None], dim=1)
         noise = torch.take_along_dim(noise, hidden[:, :, None, None], dim=1)
-        return self.objective.noised(Batch(self.tensors["x"], self.tensors["y"]), known, hidden, t, noise)
+        return self.objective.noised(
+            Batch(self.tensors["x"], class_condition(self.tensors["y"], self.arch.num_classes)), known, hidden, t, noise
+        )
 
     @cached_property
     def objective(self) -> MaskedObjective:
-        return MaskedObjective(self.arch.num_classes, self.arch.patch_size)
+        return MaskedObjective(self.arch.patch_size)
 
     @torch.no_grad()
     def ours(self, name: str) -> Tensor | None:
@@ -96,9 +99,9 @@ class GoldenMar:
         if name == "mask":
             return torch.zeros_like(self.tensors["mask"]).scatter(1, noisy.hidden, 1.0)
         if name == "encoder_out":
-            return self.module.encode(tokens, noisy.y, noisy.known)
+            return self.module.encode(tokens, noisy.condition["labels"], noisy.known)
         if name == "z":
-            return self.module.condition(tokens, noisy.y, noisy.known, noisy.hidden)
+            return self.module.condition(tokens, noisy.condition["labels"], noisy.known, noisy.hidden)
         if name == "loss":
             return self.objective.losses(self.module, noisy, self.objective.predict(self.module, noisy))["loss"].mean()
         raise LookupError(f"no rule reads {name!r} of {TENSORS}")

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.flow import Flow, FlowObjective
@@ -81,10 +82,10 @@ def forward(golden: SitSet) -> Tensor:
 def loss(golden: SitSet, path: str, prediction: str, weight: str) -> Tensor:
     """Per sample. The recorded names are those of the published flags."""
     flow = Flow(path.lower(), prediction)  # type: ignore[arg-type]
-    objective = FlowObjective(golden.config["num_classes"], 0.0, flow, weight.lower())  # type: ignore[arg-type]
+    objective = FlowObjective(0.0, flow, weight.lower())  # type: ignore[arg-type]
     x, y, t = (golden.get(name) for name in ("data", "y", "t"))
     noise = golden.get(f"noise_{path}_{prediction}_{weight}")
-    noisy = objective.noised(Batch(x, y), t, noise, torch.zeros(len(y), dtype=torch.bool))
+    noisy = objective.noised(Batch(x, class_condition(y, golden.config["num_classes"])), t, noise)
     return objective.losses(golden.model.module, noisy, objective.predict(golden.model.module, noisy))["loss"]
 
 

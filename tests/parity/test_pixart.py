@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,8 @@ from torch import Tensor
 from families import tiny
 from tinyfusion.cli import main
 from tinyfusion.commands.export import ExportOptions, export
+from tinyfusion.conditioning.condition import concat
+from tinyfusion.conditioning.texts import text_table
 from tinyfusion.core.errors import UserError
 from tinyfusion.families import pixart
 from tinyfusion.families.pixart import PixArtArch, with_prompts
@@ -22,6 +25,8 @@ from tinyfusion.families.registry import FAMILIES
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
 from tinyfusion.prune.criteria import by_indices
+from tinyfusion.sample.drive import sample
+from tinyfusion.sample.gaussian import GaussianSampler
 
 BLOCKS, TEXTS, CHANNELS = 3, 4, 12  # of the tiny class of diffusers, and of its prompts: three and the null one
 T = torch.tensor([0, 250, 999, 500])
@@ -69,9 +74,15 @@ def said(model: Any, captions: Tensor, mask: Tensor, y: Tensor) -> Tensor:
     return found.sample
 
 
+def texts_of(model: LoadedModel, y: Tensor) -> dict[str, Any]:
+    """The arguments of the model for its texts of rows y, the null text last."""
+    table = model.conditions
+    return dict(model.family.inputs(concat([table, table.index(slice(1)).null()]).index(y)))
+
+
 @torch.no_grad()
 def ours(model: LoadedModel, y: Tensor) -> Tensor:
-    return model.module(noised(), T, y)
+    return model.module(noised(), T, **texts_of(model, y))
 
 
 # ------------------------------------------------------------------------------------------------------------- outputs
@@ -126,7 +137,7 @@ def test_blocks_are_compiled_and_checkpointed(folder: Path) -> None:
     with model.stack.compiled("eager"):
         torch.testing.assert_close(ours(model, y), plain)
     with model.stack.tap([1]) as seen, model.stack.checkpointed():
-        model.module(noised(), T, y).sum().backward()
+        model.module(noised(), T, **texts_of(model, y)).sum().backward()
     assert seen[1].shape == (4, 16, 16)
     assert all(parameter.grad is not None for parameter in model.module.parameters())
 
@@ -151,9 +162,8 @@ def test_prompts_make_classes(theirs: Any, prompts: tuple[Tensor, Tensor]) -> No
     texts, mask = torch.randn(3, 6, 8), torch.ones(3, 6, dtype=torch.int64)
     other = with_prompts(model, texts, mask)
     assert (other.arch.num_classes, other.arch.caption_tokens) == (2, 6)
-    assert torch.equal(other.module.captions, texts)
-    assert other.hash() != model.hash()
-    assert not other.module.captions.requires_grad
+    assert torch.equal(other.conditions["embeddings"], texts[:-1])
+    assert other.hash() != model.hash() and other.module is model.module
     gone = mask.clone()
     gone[1] = 0
     for bad in (
@@ -163,7 +173,9 @@ def test_prompts_make_classes(theirs: Any, prompts: tuple[Tensor, Tensor]) -> No
         (texts[0], mask[0]),
         (texts, gone),
     ):
-        with pytest.raises(UserError, match=r"wanted captions \(K \+ 1, tokens, 8\) and a mask"):
+        with pytest.raises(
+            UserError, match=r"(with embeddings|floats embeddings|a mask of texts is) .*; a mask is \(K \+ 1, tokens\)"
+        ):
             with_prompts(model, *bad)
 
 
@@ -179,7 +191,7 @@ def test_prompts_come_from_a_text_encoder() -> None:
         captions = encoder(tokens, attention_mask=mask).last_hidden_state
     model = with_prompts(tiny("pixart"), captions, mask)
     y = torch.tensor([0, 1, 2])
-    found = model.module(torch.randn(3, 2, 4, 4), torch.tensor([1, 2, 3]), y)
+    found = model.module(torch.randn(3, 2, 4, 4), torch.tensor([1, 2, 3]), **texts_of(model, y))
     assert found.shape == (3, 4, 4, 4)
     assert bool(torch.isfinite(found).all())
 
@@ -187,13 +199,21 @@ def test_prompts_come_from_a_text_encoder() -> None:
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def test_a_folder_without_prompts_says_what_is_wanted(folder: Path) -> None:
+def test_a_folder_without_prompts_takes_those_of_data(folder: Path, prompts: tuple[Tensor, Tensor]) -> None:
+    """The same outputs, and another hash: texts of its own are part of a model."""
+    with_own, y = open_model(folder), torch.tensor([0, 1, 2, 3])
     (folder / pixart.PROMPTS).unlink()
-    with pytest.raises(
-        UserError,
-        match=r"has no prompts: wanted a file prompts.safetensors in its folder, .* captions \(K \+ 1, tokens, 12\)",
-    ):
-        open_model(folder)
+    model = open_model(folder)
+    assert (model.arch.num_classes, model.arch.caption_tokens) == (0, 0) and model.hash() != with_own.hash()
+    with pytest.raises(UserError, match=r"none of its own: give a file of encoded prompts, --set data.prompts=FILE"):
+        model.conditions  # noqa: B018
+    given = model.with_prompts(text_table({"embeddings": prompts[0], "mask": prompts[1]}))
+    assert given.hash() == model.hash()
+    assert torch.equal(ours(given, y), ours(with_own, y))
+    with pytest.raises(UserError, match=r"takes texts with embeddings \(K, tokens, 12\); got"):
+        model.with_prompts(text_table({"embeddings": prompts[0][..., :4]}))
+    with pytest.raises(UserError, match="of family dit takes classes"):
+        tiny("dit").with_prompts(given.conditions)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "use_additional_conditions": True}))
     with pytest.raises(UserError, match="has use_additional_conditions True"):  # before anybody encodes texts for it
@@ -271,8 +291,10 @@ def test_a_new_model_starts_as_published() -> None:
     assert zero and not any(bool(state[name].any()) for name in zero)
     assert abs(float(state["net.caption_projection.linear_2.weight"].std()) - 0.02) < 0.001
     assert abs(float(state["net.scale_shift_table"].std()) - 64**-0.5) < 0.03
-    assert abs(float(model.module.captions.std()) - 1) < 0.1
-    assert not bool(model.module(torch.randn(2, 2, 4, 4), torch.tensor([3, 9]), torch.tensor([0, 5])).any())
+    assert abs(float(model.conditions["embeddings"].std()) - 1) < 0.2
+    assert not bool(
+        model.module(torch.randn(2, 2, 4, 4), torch.tensor([3, 9]), **texts_of(model, torch.tensor([0, 5]))).any()
+    )
 
 
 def test_the_command_line_prunes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,3 +311,44 @@ def test_the_command_line_prunes_one(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     assert main([*command, *keep]) == 0, capsys.readouterr().err
     assert len(open_model(tmp_path / "cut").stack) == 2
+
+
+@pytest.mark.parametrize("kind", ["given", "own"])
+def test_prompts_of_data_and_of_older_folders_draw_the_same(tmp_path: Path, kind: str) -> None:
+    """Folders that hold captions among their weights, as all once did, and folders without, whose prompts are a file."""
+    model, out = tiny("pixart"), tmp_path / "images.npz"
+    wanted = next(iter(sample(model, [4, 1, 0], GaussianSampler("ddim", 2, 1.5), 0))).x
+    texts = {name: tensor for name, tensor in model.tensors().items() if name in ("captions", "caption_mask")}
+    save_file(texts, tmp_path / "prompts.safetensors")
+    if kind == "given":
+        sizes = dataclasses.replace(model.arch, num_classes=0)
+        model = dataclasses.replace(model, arch=sizes, texts=None)
+    save_model(model, tmp_path / "model")
+    assert ("captions" in load_file(tmp_path / "model" / "model.safetensors")) == (kind == "own")
+    again = open_model(tmp_path / "model")
+    assert again.hash() == model.hash() and (again.texts is None) == (kind == "given")
+    options = f"--num-images 3 --labels 4,1,0 --sampler ddim --num-steps 2 --set sample.decode=false --out {out}"
+    given = ["--prompts", str(tmp_path / "prompts.safetensors")] if kind == "given" else []
+    assert main(["sample", "--model", str(tmp_path / "model"), *options.split(), *given]) == 0
+    with np.load(out) as drawn:
+        torch.testing.assert_close(torch.from_numpy(drawn["arr_0"]).permute(0, 3, 1, 2), wanted)
+        assert drawn["arr_1"].tolist() == [4, 1, 0]
+    if kind == "given":
+        assert main(["sample", "--model", str(tmp_path / "model"), *options.split(), "--overwrite"]) == 2
+
+
+def test_a_model_of_texts_is_pruned_on_the_prompts_of_its_data(tmp_path: Path) -> None:
+    """Labels of an npz are rows of the prompts; more labels than prompts are refused."""
+    model = tiny("pixart")
+    save_file({"embeddings": torch.randn(4, 6, 8), "lengths": torch.tensor([6, 2, 1, 1])}, tmp_path / "p.safetensors")
+    model = dataclasses.replace(model, arch=dataclasses.replace(model.arch, num_classes=0), texts=None)
+    save_model(model, tmp_path / "teacher")
+    draws = np.random.default_rng(0).normal(size=(8, 4, 4, 2)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", arr_0=draws, arr_1=np.arange(8) % 3)
+    np.savez(tmp_path / "y.npz", arr_0=draws, arr_1=np.arange(8) % 4)
+    command = f"prune --teacher {tmp_path}/teacher --criterion bi --set prune.calibration_images=8"
+    for data, code in (("x", 0), ("y", 2)):
+        rest = f" --data {tmp_path}/{data}.npz --set data.prompts={tmp_path}/p.safetensors --out {tmp_path}/{data}"
+        assert main((command + rest).split()) == code
+    student = open_model(tmp_path / "x")
+    assert len(student.stack) == 2 and student.texts is None

@@ -15,6 +15,7 @@ from tinyfusion.commands.dynamic import dynamic
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
 from tinyfusion.commands.train import train
+from tinyfusion.conditioning.classes import LABELS
 from tinyfusion.config.loading import build_known
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
@@ -132,9 +133,11 @@ def _one_step(training: Training, step: int) -> tuple[list[dict[str, Any]], floa
         terms["loss"].mean().backward()
     norm = float(engine.gradient_norm(list(state.parameters.values())))
     t = noisy.t if noisy.t.ndim == 1 else noisy.t.double().flatten(1).mean(1)  # of an image with several: their mean
-    columns: dict[str, torch.Tensor] = {"label": noisy.y, "timestep": t, **terms}
+    columns: dict[str, torch.Tensor] = {"timestep": t, **terms}
+    if LABELS in noisy.condition.tensors:
+        columns = {"label": noisy.condition[LABELS], **columns}
     values = {name: column.detach().tolist() for name, column in columns.items()}
-    rows = [{"sample": i, **{name: column[i] for name, column in values.items()}} for i in range(len(noisy.y))]
+    rows = [{"sample": i, **{name: column[i] for name, column in values.items()}} for i in range(len(noisy.condition))]
     return rows, norm
 
 

@@ -14,6 +14,7 @@ from tinyfusion.jobs.assemble import RunOptions, device_for, open_batches, sized
 from tinyfusion.jobs.driving import drive
 from tinyfusion.jobs.origins import with_watched
 from tinyfusion.jobs.process_specs import objective_for, process_spec
+from tinyfusion.jobs.prompts import takes_prompts, with_prompts_of
 from tinyfusion.jobs.training import Training
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, save
 from tinyfusion.models.checkpoint import new_model
@@ -33,9 +34,12 @@ class Train(TrainingVerb[Training]):
         batches = open_batches(recipe, device_for(recipe), recipe.model.in_channels)
         recipe = sized(recipe, batches)
         sizes = to_plain(recipe.model)
+        if takes_prompts(recipe):
+            sizes["num_classes"] = None  # it has no texts of its own
         model = new_model(sizes.pop("family"), sizes, Randomness(recipe.seed).generator_seed("initial-weights"))
         model.facts = dataclasses.replace(model.facts, process_settings=process_spec(model).kept(recipe))
-        model = trained_on(model, batches)
+        model = with_prompts_of(recipe.data, trained_on(model, batches))
+        batches.conditioned_on(model.conditions)
         return Inputs(with_watched(recipe, model, remarks), options, {"model": model}, batches=batches)
 
     def hashes(self, inputs: Inputs) -> dict[str, str | None]:

@@ -98,6 +98,11 @@ class DataSection:
         Count,
         "streams: images among which order is mixed, those of row groups drawn at random; two windows are held",
     ] = 16_384
+    prompts: Annotated[
+        str,
+        "of models of texts: a safetensors file of encoded prompts that labels stand for, the null prompt last; empty: "
+        "prompts.safetensors in the folder of latents:PATH, else those of the model",
+    ] = ""
     flip: Annotated[Share, "probability that an image is mirrored left to right"] = 0.0
     augment: Annotated[Share, "share of images that are slightly turned, scaled and sheared, 0 to 1"] = 0.0
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinyfusion.conditioning.classes import class_table
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.digits import ImageSet
 
@@ -19,10 +22,10 @@ _NEAR_ONE = (0.5, 2.0)  # standard deviations of latents that nothing is said ab
 
 @dataclass(frozen=True)
 class ArrayBatch:
-    """x (B, C, H, W) float32, y (B,) int64; what `processes.base.Batch` asks for."""
+    """x (B, C, H, W) float32 and the condition of every image; what `processes.base.Batch` asks for."""
 
     x: Tensor
-    y: Tensor
+    condition: Condition
 
 
 class Batches:
@@ -31,7 +34,7 @@ class Batches:
     The sequence goes through a set once per epoch, in an order addressed by (seed, epoch), epoch after epoch without a
     gap; a subclass gives its pieces (`rows`). Step s has the positions s x batch size and on, of which `draws` tells the
     part that this process wants. Nothing has to be saved. augment: share of images that `jitter` moves; flip: probability
-    of being mirrored left to right.
+    of being mirrored left to right. What a label stands for is a row of a table: a class, unless `conditioned_on` is called.
     """
 
     classes: int  # one more than the largest label
@@ -42,13 +45,20 @@ class Batches:
         self.device = device
         self.augment = augment
         self.flip = flip
+        self._table: Condition | None = None
+
+    def conditioned_on(self, table: Condition) -> Self:
+        """The same batches, whose labels stand for the rows of `table`; its null row moves to the device."""
+        null = table.null_row and {name: row.to(self.device) for name, row in table.null_row.items()}
+        self._table = Condition(table.tensors, null)
+        return self
 
     def __len__(self) -> int:
         """Images of the set."""
         raise NotImplementedError
 
     def rows(self, first: int, num: int) -> tuple[Tensor, Tensor]:
-        """x (num, C, H, W) float32 and y (num,) int64 of positions `first` to `first + num - 1` of the sequence."""
+        """x (num, C, H, W) float32 and labels (num,) int64 of positions `first` to `first + num - 1` of the sequence."""
         raise NotImplementedError
 
     def __call__(self, step: int, batch_size: int, draws: Draws) -> ArrayBatch:
@@ -59,7 +69,14 @@ class Batches:
         if self.flip:
             mirrored = torch.from_numpy(draws.uniform("flip") < self.flip)
             x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
-        return ArrayBatch(self._moved(x), self._moved(y))
+        return self._batch(x, y)
+
+    def _batch(self, x: Tensor, labels: Tensor) -> ArrayBatch:
+        """The batch of images x and their labels, on the device."""
+        if self._table is None:
+            self.conditioned_on(class_table(self.classes))
+        assert self._table is not None
+        return ArrayBatch(self._moved(x), self._table.index(labels).each(self._moved))
 
     def _moved(self, values: Tensor) -> Tensor:
         """On the device; from pinned memory the copy runs beside what the device computes."""

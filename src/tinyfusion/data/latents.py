@@ -372,7 +372,7 @@ class LatentBatches(ShuffledRows):
         rows = self.picked(step * batch_size + draws.first, draws.num)
         mirrored = draws.uniform("flip") < self.flip if self.flip else np.zeros(draws.num, bool)
         read = self._sampled if self.latents.spec.kind == "moments" else self._stored
-        return ArrayBatch(self._moved(read(rows.numpy(), mirrored, draws)), self._moved(self.labels[rows]))
+        return self._batch(read(rows.numpy(), mirrored, draws), self.labels[rows])
 
     def _stored(self, rows: np.ndarray, mirrored: np.ndarray, _draws: Draws) -> Tensor:
         """(n, C, h, w): samples are stored as models see them."""

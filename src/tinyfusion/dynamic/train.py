@@ -3,7 +3,7 @@
     loss = L_dyn [+ L_full or a teacher's loss] + w (r - lambda)^2
 
 L_dyn: the process's loss of the routed network. L_full, in the first part of a training: that of the whole network, same
-noise and time, labels dropped independently. r: mean ratio of multiply-accumulates over the *global* batch.
+noise and time, conditions dropped independently. r: mean ratio of multiply-accumulates over the *global* batch.
 
 The budget over slices and processes. The gradient of (r - lambda)^2 is 2 (r - lambda) dr, and dr is a mean over images. So
 every image carries w [(r - lambda)^2 + 2 (r - lambda) (r_b - stop(r_b))] with r of the whole batch: value and gradient are
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.blocks.routed import Deciding
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.core.rng import Draws, StratifiedDraws
 from tinyfusion.dynamic.macs import kept_shares, model_ratio
 from tinyfusion.models.loaded import DynamicModel
@@ -58,13 +59,13 @@ def budget_at(step: int, target: float, ramp_steps: int | None) -> float:
 class RoutedBatch:
     """A noisy batch with the noise of all routers.
 
-    noise: per router (B, L, units or tokens), logistic. complete_y: labels for the complete pass, dropped independently.
+    noise: per router (B, L, units or tokens), logistic. complete_condition: of the complete pass, dropped independently.
     ratio: of the global batch, where it was taken beforehand; a scalar.
     """
 
     noisy: NoisyBatch
     noise: Mapping[str, Tensor]
-    complete_y: Tensor
+    complete_condition: Condition
     ratio: Tensor | None = None
 
     @property
@@ -73,9 +74,9 @@ class RoutedBatch:
         return self.noisy.t
 
     @property
-    def y(self) -> Tensor:
-        """Labels (B,) of the routed pass."""
-        return self.noisy.y
+    def condition(self) -> Condition:
+        """Condition of the routed pass."""
+        return self.noisy.condition
 
     @property
     def step(self) -> int:
@@ -85,7 +86,7 @@ class RoutedBatch:
     def each(self, change: Callable[[Tensor], Tensor]) -> RoutedBatch:
         """The batch with `change` applied to every tensor that has images along axis 0."""
         noise = {name: change(value) for name, value in self.noise.items()}
-        return RoutedBatch(self.noisy.each(change), noise, change(self.complete_y), self.ratio)
+        return RoutedBatch(self.noisy.each(change), noise, self.complete_condition.each(change), self.ratio)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,6 @@ class DynamicObjective(Objective):
     inner: Process
     dynamic: DynamicModel
     target: float
-    num_classes: int
     label_drop: float
     ramp_steps: int | None = 1000
     weight: float = 2.0
@@ -148,16 +148,14 @@ class DynamicObjective(Objective):
         return StepMemory(passes=2 if self.beside == "complete" and self.beside_steps > 0 else 1)
 
     def draw(self, batch: Batch, draws: Draws) -> RoutedBatch:
-        """The inner draws with stratified times, labels of the complete pass, and the noise of all routers."""
+        """The inner draws with stratified times, the condition of the complete pass, and the noise of all routers."""
         if self.strata > 1:
             # with four strata of 1000 steps t = 250 (i mod 4) + U{0..249}, as published, but by the place in the global batch
             # instead of that in a process; the mean ratio of a batch is steadier for it
             draws = StratifiedDraws(draws.seed, draws.step, draws.first, draws.num, self.strata)
         noisy = self.inner.draw(batch, draws)
-        device = batch.x.device
-        dropped = torch.from_numpy(draws.uniform("label_drop/complete") < self.label_drop).to(device)
-        complete_y = torch.where(dropped, self.num_classes, batch.y)
-        return RoutedBatch(noisy, self._noise(draws, device), complete_y)
+        condition = batch.condition.drop(draws, self.label_drop, "label_drop/complete")
+        return RoutedBatch(noisy, self._noise(draws, batch.x.device), condition)
 
     def _noise(self, draws: Draws, device: torch.device) -> dict[str, Tensor]:
         """Logistic noise of all routers; zeros from `finish_from` on."""
@@ -190,7 +188,7 @@ class DynamicObjective(Objective):
             way = Routed(part.noise)
             with self.dynamic.using(way):
                 self.inner.predict(model, part.noisy)
-            ratios.append(model_ratio(way.masks, self.dynamic.sizes, len(part.y)))
+            ratios.append(model_ratio(way.masks, self.dynamic.sizes, len(part.condition)))
         ratio = self._mean(torch.cat(ratios))
         return [dataclasses.replace(part, ratio=ratio) for part in parts]
 
@@ -206,11 +204,13 @@ class DynamicObjective(Objective):
         way = Routed(noisy.noise)
         with self.dynamic.using(way):
             own = self.inner.predict(model, noisy.noisy)
-        ratio, kept = model_ratio(way.masks, self.dynamic.sizes, len(noisy.y)), kept_shares(way.masks)
+        ratio, kept = model_ratio(way.masks, self.dynamic.sizes, len(noisy.condition)), kept_shares(way.masks)
         complete = taught = None
         if noisy.step < self.beside_steps and self.beside == "complete":
             with self.dynamic.complete():
-                complete = self.inner.predict(model, dataclasses.replace(noisy.noisy, y=noisy.complete_y))
+                complete = self.inner.predict(
+                    model, dataclasses.replace(noisy.noisy, condition=noisy.complete_condition)
+                )
         elif noisy.step < self.beside_steps and self.beside == "teacher":
             assert self.teacher is not None
             with torch.no_grad():
@@ -223,7 +223,7 @@ class DynamicObjective(Objective):
         terms = {"dynamic_loss": own["loss"], **{k: v for k, v in own.items() if k != "loss"}}
         loss = own["loss"]
         if prediction.complete is not None:
-            other = dataclasses.replace(noisy.noisy, y=noisy.complete_y)
+            other = dataclasses.replace(noisy.noisy, condition=noisy.complete_condition)
             terms["complete_loss"] = self.inner.losses(model, other, prediction.complete)["loss"]
             loss = loss + self.beside_weight * terms["complete_loss"]
         if prediction.teacher is not None:

@@ -91,10 +91,11 @@ def _what(model: LoadedModel) -> str:
     depths = model.stack.depths()
     parts = f" ({', '.join(f'{depth} of {name}' for name, depth in depths.items())})" if len(depths) > 1 else ""
     space = f"latents of {facts.vae or 'an autoencoder'}" if model.of_latents else "pixels"
+    classes = f", {arch.num_classes} class{'es' if arch.num_classes > 1 else ''}" if arch.num_classes else ""
     return (
         f"A {model.family.title} of {len(model.stack)} blocks{parts}, width {arch.hidden_size}, {arch.num_heads} heads, "
-        f"{num_parameters(model.module):,} parameters, for {space} of images {facts.image_size} pixels wide, "
-        f"{arch.num_classes} class{'es' if arch.num_classes > 1 else ''}. SHA-256 of its tensors (as tinyfusion counts it): "
+        f"{num_parameters(model.module):,} parameters, for {space} of images {facts.image_size} pixels wide{classes}. "
+        f"SHA-256 of its tensors (as tinyfusion counts it): "
         f"`{model.hash()}`."
     )
 

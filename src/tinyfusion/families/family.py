@@ -20,6 +20,8 @@ from tinyfusion.blocks.routers import DynamicSettings, install_routers
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.blocks.widths import WidthRules
+from tinyfusion.conditioning.classes import class_inputs
+from tinyfusion.conditioning.condition import Condition, ModelInputs
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 
@@ -78,6 +80,18 @@ def image_inputs(arch: Any, num: int) -> tuple[Tensor, ...]:
     return x, torch.zeros(num, dtype=torch.int64), torch.zeros(num, dtype=torch.int64)
 
 
+@dataclass(frozen=True)
+class TextRules:
+    """How models of a family take texts, and how their files name the tensors of texts of their own."""
+
+    names: Mapping[str, str]  # tensor of a condition -> its name in model files, and in the hash
+    # arch -> shapes of the texts of its own, by these names; {} for none
+    shapes: Callable[[Any], dict[str, tuple[int, ...]]]
+    check: Callable[[Any, Condition], None]  # (arch, table): raises ValueError on texts that such a model cannot take
+    # (arch, seed) -> texts of a new model; None where it has none of its own
+    initial: Callable[[Any, int], Condition | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
     """One architecture: how to build it, where its blocks are, which process it belongs to, how its files are read and written."""
@@ -99,6 +113,8 @@ class ModelFamily:
     undecayed: Callable[[str, Tensor], bool] | None = None
     widths: WidthRules | None = None  # None where widths cannot be cut
     dynamic: DynamicRules | None = None  # None where width and tokens cannot be chosen by timestep
+    inputs: ModelInputs = class_inputs  # keyword arguments of the module, beside x and t, for the condition of a batch
+    texts: TextRules | None = None  # None where labels are classes
 
     # published files
     mark: str | None = None  # name of a tensor by which official files are known; None where there are none

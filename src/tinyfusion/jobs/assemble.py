@@ -30,6 +30,7 @@ from tinyfusion.data.parquet import HUB, HUB_STREAM, PARQUET, PARQUET_STREAM, ST
 from tinyfusion.data.stream import StreamedBatches, open_shards
 from tinyfusion.jobs.latent_facts import check_latents, open_stated, with_latents
 from tinyfusion.jobs.origins import require_data
+from tinyfusion.jobs.prompts import prompts_file, prompts_hash
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.places import is_shipped
 from tinyfusion.training.engine import Engine, open_engine
@@ -66,7 +67,7 @@ def open_teacher(
 
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
     """The sections of a recipe that a verb depends on, with its inputs, as plain values: what "the same command" means."""
-    values = to_plain(recipe)
+    values, inputs = to_plain(recipe), {**inputs, **prompts_hash(recipe.data)}
     return {**inputs, "seed": recipe.seed, **{name: values[name] for name in sections}}
 
 
@@ -75,7 +76,9 @@ def job_record(recipe: Recipe, options: RunOptions, **paths: Any) -> dict[str, A
     named = {name: str(path) if is_shipped(path) else _absolute(str(path)) for name, path in paths.items() if path}
     data = recipe.data.name if recipe.data.name in REAL_SETS else _absolute(recipe.data.name)
     typed = {name: getattr(options, name) for name in ("num_heads", "family", "num_classes")}
-    return {"recipe": to_plain(recipe), "data": data, **typed, **named}
+    plain = to_plain(recipe)
+    plain["data"]["prompts"] = _absolute(recipe.data.prompts)
+    return {"recipe": plain, "data": data, **typed, **named}
 
 
 def _absolute(name: str) -> str:
@@ -182,10 +185,11 @@ def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
 def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Batches:
     """Training batches that fit `model`. Raises UserError where images and model do not go together."""
     source = open_batches(recipe, device, model.arch.in_channels)
-    _check_fit(recipe.data, source, model.arch)
+    table = model.conditions
+    _check_fit(recipe.data, source, model.arch, len(table))
     if isinstance(source, LatentBatches):
         check_latents(model, recipe.data.name, source.latents.spec)
-    return source
+    return source.conditioned_on(table)
 
 
 def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> Batches:
@@ -215,7 +219,7 @@ def sized(recipe: Recipe, source: Batches) -> Recipe:
     Raises UserError where given ones and the data do not go together.
     """
     channels, height, _width = source.shape
-    if recipe.model.num_classes is None and source.classes > _MOST_CLASSES:
+    if recipe.model.num_classes is None and source.classes > _MOST_CLASSES and prompts_file(recipe.data) is None:
         raise UserError(
             f"data {recipe.data.name} has the label {source.classes - 1}: where it really has so many classes, say "
             f"--set model.num_classes={source.classes}"
@@ -227,7 +231,7 @@ def sized(recipe: Recipe, source: Batches) -> Recipe:
         in_channels=channels if given.in_channels is None else given.in_channels,
         num_classes=source.classes if given.num_classes is None else given.num_classes,
     )
-    _check_fit(recipe.data, source, model)
+    _check_fit(recipe.data, source, model, model.num_classes or source.classes)
     if given.input_size is None and height % model.patch_size:
         below = height - height % model.patch_size
         crop = f"--set data.size={below} or " if below and is_pictures(recipe.data.name) else ""
@@ -246,16 +250,16 @@ def trained_on(model: LoadedModel, source: Batches) -> LoadedModel:
     return with_latents(model, source.latents.spec, source.latents.about)
 
 
-def _check_fit(data: DataSection, source: Batches, sizes: Any) -> None:
-    """Raise UserError where data do not fit a model. sizes: its arch, or the section of a recipe that makes a new one."""
+def _check_fit(data: DataSection, source: Batches, sizes: Any, labels: int) -> None:
+    """Raise UserError where data do not fit a model. sizes: its arch, or the section of a recipe that makes a new one; labels: it knows."""
     wanted, new = (sizes.in_channels, sizes.input_size, sizes.input_size), isinstance(sizes, ModelSection)
     if source.shape != wanted:
         raise UserError(
             f"data {data.name} has images {source.shape}, the model takes {wanted}{_remedy(data, source, wanted, new)}"
         )
-    if source.classes > sizes.num_classes:
+    if source.classes > labels:
         fix = f": --set model.num_classes={source.classes}" if new else ""
-        raise UserError(f"data {data.name} has {source.classes} classes, the model knows {sizes.num_classes}{fix}")
+        raise UserError(f"data {data.name} has {source.classes} classes, the model knows {labels}{fix}")
 
 
 def _remedy(data: DataSection, source: Batches, wanted: tuple[int, int, int], new: bool) -> str:

@@ -59,13 +59,15 @@ def meet_budget(recipe: Recipe, student: LoadedModel) -> dict[str, Any]:
 @torch.no_grad()
 def _drawn_passes(recipe: Recipe, student: LoadedModel, sampler: Sampler, images: int) -> list[Pass]:
     """Every forward pass of the network while these images are drawn, with its inputs, to be run again."""
-    given: list[tuple[Any, ...]] = []
-    labels = image_labels(images, student.arch.num_classes, recipe.seed)
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    labels = image_labels(images, len(student.conditions), recipe.seed)
     skipped = SkippedModel(student, skipped_run_for(student, sampler))
     with skipped.running():
-        hook = student.module.register_forward_pre_hook(lambda _module, inputs: given.append(inputs))
+        hook = student.module.register_forward_pre_hook(
+            lambda _module, args, kwargs: given.append((args, kwargs)), with_kwargs=True
+        )
         try:
             list(draw_samples(student, labels, sampler, recipe.seed, images))
         finally:
             hook.remove()
-    return [(len(inputs[0]), partial(student.module, *inputs)) for inputs in given]
+    return [(len(args[0]), partial(student.module, *args, **kwargs)) for args, kwargs in given]

@@ -134,7 +134,7 @@ def _describe(context: CriterionContext) -> dict[str, str]:
         return says
     calibration, size = context.images, settings.calibration_batch_size
     if settings.criterion == "width":
-        first = len(calibration.batches[0].y)
+        first = len(calibration.batches[0])
         return {**says, "data": f"{first:,} images of {calibration.data} at timesteps 0, 1, 2, ... (1,000 at the most)"}
     again = f" ({calibration.distinct:,} different ones)" if calibration.distinct < calibration.images else ""
     says["data"] = f"{calibration.images:,} images{again} of {calibration.data}, {size} at a time"

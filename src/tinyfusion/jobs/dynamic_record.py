@@ -55,11 +55,12 @@ def dynamic_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
     sampler, device = _sampler(recipe.sample, model), device_for(recipe)
     model.module.to(device).eval()
     labels = image_labels(
-        _NUM_IMAGES, model.arch.num_classes, recipe.seed, recipe.sample.labels, recipe.sample.label_rule == "balanced"
+        _NUM_IMAGES, len(model.conditions), recipe.seed, recipe.sample.labels, recipe.sample.label_rule == "balanced"
     )
     draws, recording = SampleDraws(Randomness(recipe.seed), 0, _NUM_IMAGES, device), _Recording()
     with routed.using(recording):
-        x = deque(sampler.trajectory(model, torch.from_numpy(labels).to(device), draws), maxlen=1).pop()
+        condition = model.conditions.index(torch.from_numpy(labels)).to(device)
+        x = deque(sampler.trajectory(model, condition, draws), maxlen=1).pop()
     sizes, settings, depth = routed.sizes, routed.settings, len(model.stack)
     ratios = [model_ratio(masks, sizes, _rows(masks)).mean() for masks in recording.passes]
     ratio = float(torch.stack(ratios).mean())

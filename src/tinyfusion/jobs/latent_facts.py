@@ -10,6 +10,7 @@ from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.data.latents import LATENTS, MANIFEST, LatentSpec, read_manifest
 from tinyfusion.data.published_latents import PUBLISHED_FACTOR
+from tinyfusion.jobs.prompts import with_prompts_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 
 _PUBLISHED_CHANNELS = 4
@@ -26,8 +27,8 @@ def open_stated(
 
 
 def with_facts_of(recipe: Recipe, model: LoadedModel) -> LoadedModel:
-    """The model with the facts of its latents that the recipe states: in its settings, and by its data."""
-    model = with_settings(model, recipe.sample)
+    """The model with what the recipe states of it: facts of its latents, in its settings and by its data, and prompts."""
+    model = with_prompts_of(recipe.data, with_settings(model, recipe.sample))
     folder = Path(recipe.data.name.removeprefix(LATENTS))
     if not recipe.data.name.startswith(LATENTS) or not (folder / MANIFEST).is_file():  # whoever reads the data says so
         return model

@@ -106,7 +106,7 @@ def cheap_sampling(recipe: Recipe, model: LoadedModel) -> SampleSection:
 def grid_sampling(recipe: Recipe, model: LoadedModel) -> SampleSection:
     """As `cheap_sampling`, for a grid: classes in turn where all of them fit in."""
     settings = dataclasses.replace(cheap_sampling(recipe, model), num_images=recipe.watch.grid_images)
-    fit = model.arch.num_classes <= recipe.watch.grid_images
+    fit = len(model.conditions) <= recipe.watch.grid_images
     return dataclasses.replace(settings, label_rule="balanced") if fit else settings
 
 

@@ -35,25 +35,25 @@ class ProcessSpec:
 
 def _flow_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
     """The path and the prediction are the model's; weight, distance from the ends and noise levels are the recipe's."""
-    settings, arch = recipe.flow, model.arch
+    settings = recipe.flow
     try:
-        times = TimeSampler.of_section(settings, arch.num_tokens)
+        times = TimeSampler.of_section(settings, model.arch.num_tokens)
         return FlowObjective(
-            arch.num_classes, label_drop, flow.flow_of(model), settings.loss_weight, settings.train_eps, times
+            label_drop, flow.flow_of(model), settings.loss_weight, settings.train_eps, times, model.family.inputs
         )
     except ValueError as error:
         raise UserError(f"flow: {error}") from error
 
 
 def _masked_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
-    return MaskedObjective(model.arch.num_classes, model.arch.patch_size, label_drop, recipe.masked)
+    return MaskedObjective(model.arch.patch_size, label_drop, recipe.masked, model.family.inputs)
 
 
 PROCESS_SECTIONS = ("flow", "masked")  # of a recipe: what a training depends on, besides its own section
 
 PROCESSES: dict[str, ProcessSpec] = {
     "gaussian": ProcessSpec(
-        objective=lambda model, label_drop, _: GaussianObjective(model.arch.num_classes, label_drop),
+        objective=lambda model, label_drop, _: GaussianObjective(label_drop, inputs=model.family.inputs),
         sampler=gaussian.from_section,
         cheap=gaussian.cheap,
         kept=lambda _: {},

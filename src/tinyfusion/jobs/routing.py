@@ -50,7 +50,6 @@ def dynamic_training(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | 
         inner=inner,
         dynamic=routed,
         target=settings.target,
-        num_classes=model.arch.num_classes,
         label_drop=label_drop_of(model, settings.training.label_drop),
         ramp_steps=settings.ramp_steps,
         weight=settings.budget_weight,

@@ -19,6 +19,7 @@ from tinyfusion.core.progress import progress
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.latent_facts import with_settings
 from tinyfusion.jobs.process_specs import sampler_of
+from tinyfusion.jobs.prompts import prompts_hash
 from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
 from tinyfusion.models.attach import whole_layers
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
@@ -33,7 +34,7 @@ def labels_of(recipe: Recipe, model: LoadedModel) -> np.ndarray:
     """The label of every image."""
     settings = recipe.sample
     return image_labels(
-        settings.num_images, model.arch.num_classes, recipe.seed, settings.labels, settings.label_rule == "balanced"
+        settings.num_images, len(model.conditions), recipe.seed, settings.labels, settings.label_rule == "balanced"
     )
 
 
@@ -41,6 +42,8 @@ def protocol(recipe: Recipe, model: LoadedModel, autoencoder: Autoencoder | None
     """The sampling half of the protocol string."""
     s = recipe.sample
     labels = "labels " + ("given" if s.labels else s.label_rule)
+    if model.prompts is not None and (prompts := prompts_hash(recipe.data)):
+        labels += f" of prompts {prompts['prompts'][:8]}"
     decoded = f" | vae {autoencoder.hash()[:8]}" if autoencoder else ""
     if autoencoder and (s.latent_scale, s.latent_shift) != (None, None):  # not those of its own configuration
         decoded += f" of latents at scale {autoencoder.scale:g} and shift {autoencoder.shift:g}"
@@ -57,9 +60,11 @@ def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
         )
     if settings.decode_batch_size < 1:
         raise UserError(f"sample.decode_batch_size is at least 1; got {settings.decode_batch_size}")
-    outside = [label for label in settings.labels if not 0 <= label < model.arch.num_classes]
+    known = len(model.conditions)
+    outside = [label for label in settings.labels if not 0 <= label < known]
     if outside:
-        raise UserError(f"--labels {outside} out of range: the model knows classes 0 to {model.arch.num_classes - 1}")
+        what = "classes" if model.family.texts is None else "prompts"
+        raise UserError(f"--labels {outside} out of range: the model knows {what} 0 to {known - 1}")
     sampler_of(settings, model)
     if not model.of_latents and settings.vae is not None:
         raise UserError(f"sample.vae {settings.vae} decodes latents, and this model draws pixels: leave it out")

@@ -44,9 +44,8 @@ def skipped_run_for(model: LoadedModel, sampler: Sampler) -> SkippedRun | None:
     cpu = torch.device("cpu")
     draws = SampleDraws(Randomness(0), 0, 1, cpu)
     with torch.no_grad():
-        times = rehearsed(
-            model, lambda stand_in: sampler.trajectory(stand_in, torch.zeros(1, dtype=torch.int64), draws)
-        )
+        one = model.conditions.index(slice(1))
+        times = rehearsed(model, lambda stand_in: sampler.trajectory(stand_in, one, draws))
     return SkippedRun(resolve(model.dynamic, sorted(set(times))), tuple(times) if sampler.fixed_steps else None)
 
 

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from tinyfusion.blocks.stack import num_parameters
@@ -64,15 +63,16 @@ def timed_model(
     size, macs = num_parameters(model.module), model_macs(model)
     placed = in_dtype(model, dtype, device)
     skipped = SkippedModel(placed, skipping, compiled)
-    labels = torch.from_numpy(np.arange(num_images, dtype=np.int64) % model.arch.num_classes).to(device)
+    table = model.conditions
+    condition = table.index(torch.arange(num_images) % len(table)).to(device)
     draws = SampleDraws(Randomness(seed), 0, num_images, device)
 
     @torch.inference_mode()
     def trajectory() -> object:
         with skipped.running():
-            return deque(short.trajectory(placed, labels, draws), maxlen=1).pop()
+            return deque(short.trajectory(placed, condition, draws), maxlen=1).pop()
 
     if steps is None:
-        one_step = torch.inference_mode()(sampler.one_step(placed, labels, draws))
+        one_step = torch.inference_mode()(sampler.one_step(placed, condition, draws))
         return TimedModel(skipped, size, macs, sampler.rows, 1, one_step)
     return TimedModel(skipped, size, macs, sampler.rows, short.calls, trajectory)

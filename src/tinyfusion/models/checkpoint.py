@@ -63,7 +63,7 @@ def save_model(model: LoadedModel, folder: Path) -> None:
     """Write our model folder, whole or not at all."""
     with atomic_write(folder) as temporary:
         temporary.mkdir(parents=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.tensors().items()}
         save_file(tensors, temporary / "model.safetensors")
         write_json(temporary / "model.json", model_record(model))
 
@@ -153,10 +153,10 @@ def _open_own(path: Path, stated: _Stated) -> LoadedModel:
     except (ValueError, OverflowError) as error:  # UserError among them
         raise UserError(f"{path}/model.json is damaged: {error}") from error
     stated.check_sizes(path, arch)
-    module = filled(family, arch, read_safetensors(path / "model.safetensors"), path, routers)
-    model = LoadedModel(module, family, arch, facts, {"kind": "model folder of tinyfusion", "path": str(path)})
+    module, texts = filled(family, arch, read_safetensors(path / "model.safetensors"), path, routers)
+    model = LoadedModel(module, family, arch, facts, {"kind": "model folder of tinyfusion", "path": str(path)}, texts)
     # folders that are older than `arch.rules` have the hash of their tensors alone
-    if record.get("hash") not in (model.hash(), family.hash(module.state_dict(), arch, rules=False)):
+    if record.get("hash") not in (model.hash(), family.hash(model.tensors(), arch, rules=False)):
         raise UserError(f"{path} is damaged: its tensors do not give the hash in model.json")
     return model
 
@@ -223,8 +223,8 @@ def _open_diffusers(path: Path, stated: _Stated) -> LoadedModel:
     pipeline = str(read_json_object(index).get("_class_name")) if index.is_file() else ""
     inside = f" in a {pipeline}" if pipeline.isidentifier() else ""
     origin = {"kind": f"folder of diffusers{inside}", "path": str(path), "file": file}
-    module = filled(family, arch, ours, path)
-    return LoadedModel(module, family, arch, _diffusers_facts(path, config, arch, family), origin)
+    module, texts = filled(family, arch, ours, path)
+    return LoadedModel(module, family, arch, _diffusers_facts(path, config, arch, family), origin, texts)
 
 
 def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) -> ModelFacts:
@@ -280,12 +280,12 @@ def _open_official(path: Path, weights: str, stated: _Stated) -> LoadedModel:
         facts = dataclasses.replace(facts, dynamic=dataclasses.asdict(routers))
     part = " of a training checkpoint" if state.keys else ""
     kind = f"official state dict{' with routers' if routers else ''}{part}"
-    module = filled(family, arch, tensors, path, routers)
+    module, texts = filled(family, arch, tensors, path, routers)
     _report_classes(arch, stated.num_classes)
     if len(fit) > 1:
         print(f"assuming family {family.name} (give --family to say otherwise)", file=sys.stderr)
     inside = {"part": state.label} if state.keys or state.prefix else {}
-    return LoadedModel(module, family, arch, facts, {"kind": kind, "path": str(path), **inside})
+    return LoadedModel(module, family, arch, facts, {"kind": kind, "path": str(path), **inside}, texts)
 
 
 def _report_classes(arch: Any, num_classes: int | None) -> None:

@@ -22,6 +22,8 @@ from tinyfusion.blocks.routed import BlockExecutor, Complete, Current
 from tinyfusion.blocks.routers import DynamicSettings, is_router_key, unfit_official
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.widths import sliced
+from tinyfusion.conditioning.classes import class_table
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory
@@ -81,6 +83,8 @@ class LoadedModel:
     """A model in memory: the module with its family, sizes and facts.
 
     origin: where it was opened from, for people: kind of file, path, and what is known of its name; empty for a new model.
+    texts: of a model of texts, a table of its own, which its file holds and its hash is of. prompts: a table of its data, which
+    labels stand for in place of its own.
     """
 
     module: nn.Module
@@ -88,6 +92,8 @@ class LoadedModel:
     arch: Any
     facts: ModelFacts
     origin: dict[str, str] = field(default_factory=dict)
+    texts: Condition | None = None
+    prompts: Condition | None = None
 
     @cached_property
     def stack(self) -> BlockStack:
@@ -103,6 +109,37 @@ class LoadedModel:
     def null_class(self) -> bool:
         """Whether it has a class for no label, which guidance and label dropout need."""
         return bool(getattr(self.arch, "null_class", True))
+
+    @property
+    def conditions(self) -> Condition:
+        """What labels stand for, a row each: its classes, or texts. Raises UserError where it takes texts and has none."""
+        if self.family.texts is None:
+            return class_table(self.arch.num_classes)
+        table = self.texts if self.prompts is None else self.prompts
+        if table is None:
+            raise UserError(
+                "the model takes texts, and has none of its own: give a file of encoded prompts, --set data.prompts=FILE"
+            )
+        return table
+
+    def with_prompts(self, table: Condition) -> LoadedModel:
+        """The same model, whose labels stand for the rows of `table`. Raises UserError where it cannot take them."""
+        if self.family.texts is None:
+            raise UserError(f"prompts are for models of texts, and one of family {self.family.name} takes classes")
+        try:
+            self.family.texts.check(self.arch, table)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return dataclasses.replace(self, prompts=table)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What its file holds and its hash is of: the state dict, and texts of its own."""
+        held = dict(self.module.state_dict())
+        if self.texts is None or self.family.texts is None:
+            return held
+        own, null = self.texts.tensors, self.texts.null_row or {}
+        names = self.family.texts.names
+        return {**held, **{theirs: torch.cat([own[ours], null[ours]]) for ours, theirs in names.items()}}
 
     @property
     def of_latents(self) -> bool:
@@ -155,11 +192,11 @@ class LoadedModel:
         """
         state = _state_of(self.module)
         cached = _HASHES.get(self.module)
-        if cached is not None and state is not None and cached[:3] == (state, self.family.name, self.arch):
-            return cached[3]
-        digest = self.family.hash(self.module.state_dict(), self.arch)
+        if cached is not None and state is not None and cached[:4] == (state, self.family.name, self.arch, self.texts):
+            return cached[4]
+        digest = self.family.hash(self.tensors(), self.arch)
         if state is not None:
-            _HASHES[self.module] = (state, self.family.name, self.arch, digest)
+            _HASHES[self.module] = (state, self.family.name, self.arch, self.texts, digest)
         return digest
 
     def unfit_formats(self) -> dict[str, str]:
@@ -236,7 +273,7 @@ class LoadedModel:
         return dataclasses.replace(self, module=module.train(self.module.training), arch=arch)
 
 
-_HASHES: WeakKeyDictionary[nn.Module, tuple[_State, str, Any, str]] = WeakKeyDictionary()
+_HASHES: WeakKeyDictionary[nn.Module, tuple[_State, str, Any, Condition | None, str]] = WeakKeyDictionary()
 
 
 def _state_of(module: nn.Module) -> _State | None:
@@ -353,4 +390,5 @@ def new_model(family_name: str | None, arch_values: Mapping[str, Any], seed: int
         module = family.build(arch)
     if family.initialise is not None:
         family.initialise(module, seed)
-    return LoadedModel(module, family, arch, ModelFacts(image_size=arch.input_size))
+    texts = family.texts.initial(arch, seed) if family.texts else None
+    return LoadedModel(module, family, arch, ModelFacts(image_size=arch.input_size), texts=texts)

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinyfusion.blocks.routers import DynamicSettings
+from tinyfusion.conditioning.condition import Condition
+from tinyfusion.conditioning.texts import text_table
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_plain, check_utf8, read_json_object, unreadable
 from tinyfusion.core.torchscript import check_stored, is_torch_zip
@@ -177,14 +179,22 @@ def read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
 
 def filled(
     family: ModelFamily, arch: Any, tensors: Mapping[str, Tensor], path: Path, routers: DynamicSettings | None = None
-) -> nn.Module:
-    """A module with exactly these values, float32 and in memory of its own, in eval mode; the first few faults are named."""
+) -> tuple[nn.Module, Condition | None]:
+    """A module with exactly these values, float32 and in memory of its own, in eval mode, and the texts among them.
+
+    Raises UserError, naming the first few faults.
+    """
     check_sizes(dataclasses.asdict(arch), tensors, str(path))
+    what, texts, rules = f"{path} does not hold this {family.name}", None, family.texts
+    if rules is not None and (shapes := rules.shapes(arch)):
+        wanted = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        own = in_float32({name: tensors[name] for name in wanted if name in tensors}, wanted, what)
+        texts = text_table({ours: own[theirs] for ours, theirs in rules.names.items()})
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in own}
     try:
         with torch.device("meta"):
             module = family.build_with_routers(arch, routers)
     except (RuntimeError, OverflowError) as error:
         raise UserError(f"{path} has sizes that no {family.name} can have: {error}") from error
-    state = in_float32(tensors, module.state_dict(), f"{path} does not hold this {family.name}")
-    module.load_state_dict(state, assign=True)
-    return make_trainable(module, family).eval()
+    module.load_state_dict(in_float32(tensors, module.state_dict(), what), assign=True)
+    return make_trainable(module, family).eval(), texts

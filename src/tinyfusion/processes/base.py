@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.core.rng import Draws
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x, time as the network wants it) -> output; labels, guidance are bound
+Denoiser = Callable[
+    [Tensor, Tensor], Tensor
+]  # (x, time as the network wants it) -> output; condition, guidance are bound
 StepNoise = Callable[[int], Tensor]  # position of the step in the trajectory -> noise (B, C, H, W)
 
 
@@ -30,10 +33,10 @@ def mean_flat(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean data: x (B, C, H, W) in the model's own space, labels y (B,) int64."""
+    """Clean data: x (B, C, H, W) in the model's own space, and what each image is conditioned on."""
 
     x: Tensor
-    y: Tensor
+    condition: Condition
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,17 @@ class NoisyBatch:
     noise: Tensor  # (B, C, H, W)
     xt: Tensor  # (B, C, H, W) noised
     t: Tensor  # (B,) time in the process
-    y: Tensor  # (B,) int64 labels, the null class where dropped
+    condition: Condition  # the null row where dropped
     step: int = 0
     gate_noise: tuple[Tensor, ...] = ()  # per gate group (B, K or M), where gates are learned
 
     def __len__(self) -> int:
-        return len(self.y)
+        return len(self.condition)
 
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
-        return self.y.device
+        return self.condition.device
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The batch with `change` applied to every tensor, such as one that picks samples."""
@@ -66,6 +69,8 @@ class NoisyBatch:
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 changed[field.name] = change(value)
+            elif isinstance(value, Condition):
+                changed[field.name] = value.each(change)
             elif isinstance(value, tuple):
                 changed[field.name] = tuple(map(change, value))
         return dataclasses.replace(self, **changed)
@@ -144,5 +149,5 @@ class Process(Objective, Protocol):
         ...
 
     def at_level(self, noisy: Any, level: int) -> Any:
-        """The same images, noise and labels, all at one level of noise, from 0 (cleanest) to `num_levels` - 1."""
+        """The same images, noise and conditions, all at one level of noise, from 0 (cleanest) to `num_levels` - 1."""
         ...

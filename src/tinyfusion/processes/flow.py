@@ -2,7 +2,7 @@
 
 Shapes: B samples, C channels. A path is a function of the noise level, 0 at the data and 1 at noise (`processes/time.py`):
 x = alpha x0 + sigma noise, x0 the clean image; on the straight path sigma is the noise level itself. Velocity and derivatives
-are by the noise level. t (B,) is time as the family writes it, and `model(x, t, y)` takes it as it is and returns (B, C, H, W);
+are by the noise level. t (B,) is time as the family writes it, and `model(x, t, **condition)` takes it as it is and returns (B, C, H, W);
 `Flow.convention` translates both. (In published models time is 0 at noise and 1 at the data, in their code; the paper has it the other way
 round.)
 
@@ -27,6 +27,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.conditioning.classes import class_inputs
+from tinyfusion.conditioning.condition import ModelInputs
 from tinyfusion.core.rng import Draws
 from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, mean_flat
 from tinyfusion.processes.time import DATA_AT_ONE, Level, TimeConvention, TimeSampler
@@ -199,18 +201,18 @@ class Flow:
 class FlowObjective(Process):
     """The squared error of a flow network, per sample.
 
-    Fields of its `NoisyBatch`: x0 clean, xt = alpha x0 + sigma noise, t float32 in the convention of the family. num_classes:
-    K, the null label; label_drop: probability of replacing a label by it (published: 0.1; 0 in evaluation). loss_weight: of
-    noise and score networks, see `Flow.weight`. eps: how far from the ends times are drawn, see `Flow.ends`. times: the
-    distribution that they are drawn from. Raises ValueError on an eps that cannot be.
+    Fields of its `NoisyBatch`: x0 clean, xt = alpha x0 + sigma noise, t float32 in the convention of the family. label_drop:
+    probability of replacing a condition by the null row (published: 0.1; 0 in evaluation). loss_weight: of noise and score
+    networks, see `Flow.weight`. eps: how far from the ends times are drawn, see `Flow.ends`. times: the distribution that
+    they are drawn from. inputs: the model's arguments for a condition. Raises ValueError on an eps that cannot be.
     """
 
-    num_classes: int
     label_drop: float = 0.1
     flow: Flow = field(default_factory=Flow)
     loss_weight: LossWeight = "none"
     eps: float | None = None
     times: TimeSampler = field(default_factory=TimeSampler)
+    inputs: ModelInputs = class_inputs
 
     def __post_init__(self) -> None:
         self.flow.training_ends(self.eps)
@@ -220,17 +222,16 @@ class FlowObjective(Process):
             )
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        """t of `times` between the ends, noise standard normal, labels dropped with probability `label_drop`."""
+        """t of `times` between the ends, noise standard normal, conditions dropped with probability `label_drop`."""
         device, ends = batch.x.device, self.flow.training_ends(self.eps)
         t = torch.from_numpy(self.flow.convention.draw(self.times, draws.uniform("timestep"), ends)).float().to(device)
         noise = torch.from_numpy(draws.normal("noise", tuple(batch.x.shape[1:]))).to(device)
-        dropped = torch.from_numpy(draws.uniform("label_drop") < self.label_drop).to(device)
-        return self.noised(batch, t, noise, dropped, draws.step)
+        condition = batch.condition.drop(draws, self.label_drop)
+        return self.noised(Batch(batch.x, condition), t, noise, draws.step)
 
-    def noised(self, batch: Batch, t: Tensor, noise: Tensor, dropped: Tensor, step: int = 0) -> NoisyBatch:
-        """The batch that these draws make."""
-        y = torch.where(dropped, self.num_classes, batch.y)
-        return NoisyBatch(batch.x, noise, self._mixed(batch.x, noise, t), t, y, step)
+    def noised(self, batch: Batch, t: Tensor, noise: Tensor, step: int = 0) -> NoisyBatch:
+        """The batch that these draws make; conditions as they are."""
+        return NoisyBatch(batch.x, noise, self._mixed(batch.x, noise, t), t, batch.condition, step)
 
     def _mixed(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         at = self.flow.point(t)
@@ -238,7 +239,7 @@ class FlowObjective(Process):
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
         """One forward pass; the network sees t as it is."""
-        return Prediction(model(noisy.xt, noisy.t, noisy.y))
+        return Prediction(model(noisy.xt, noisy.t, **self.inputs(noisy.condition)))
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         """mse: mean squared error of what the network predicts; loss: the same, weighted."""

@@ -1,6 +1,6 @@
 """The Gaussian diffusion process: linear betas, noise prediction, learned-range variance, respaced sampling.
 
-Shapes: B samples, C channels, N kept timesteps. `model(x, t, y)` takes original step numbers and returns (B, 2C, H, W):
+Shapes: B samples, C channels, N kept timesteps. `model(x, t, **condition)` takes original step numbers and returns (B, 2C, H, W):
 noise prediction and variance logits v (or (B, C, H, W) where the variance is not learned: no variational term then, and
 sampling uses the posterior variance). Tables are float64, looked up and cast to float32 (published numerics).
 Sources: Ho et al. arXiv 2006.11239; Nichol & Dhariwal arXiv 2102.09672; Song et al. arXiv 2010.02502.
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.conditioning.classes import class_inputs
+from tinyfusion.conditioning.condition import ModelInputs
 from tinyfusion.core.rng import Draws
 from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, StepNoise, mean_flat
 
@@ -185,32 +187,32 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
 class GaussianObjective(Process):
     """Hybrid loss: noise MSE plus the variational term for the variance, both per sample.
 
-    num_classes: K, the null label; label_drop: probability of replacing a label by it (published: 0.1; 0 in evaluation).
+    label_drop: probability of replacing a condition by the null row (published: 0.1; 0 in evaluation).
     teacher_at_zero: distillation at t = 0 is the KL from the teacher as elsewhere, not the data likelihood (published).
+    inputs: the model's arguments for a condition.
     Source: arXiv 2102.09672, equation 16, with weight 1 on the variational term in bits per dimension of the sampled t.
     """
 
-    num_classes: int
     label_drop: float = 0.1
     schedule: Schedule = field(default_factory=Schedule)
     teacher_at_zero: bool = False
+    inputs: ModelInputs = class_inputs
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        """t uniform over the chain, noise standard normal, labels dropped with probability `label_drop`."""
+        """t uniform over the chain, noise standard normal, conditions dropped with probability `label_drop`."""
         device = batch.x.device
         t = torch.from_numpy(draws.integers("timestep", len(self.schedule))).to(device)
         noise = torch.from_numpy(draws.normal("noise", tuple(batch.x.shape[1:]))).to(device)
-        dropped = torch.from_numpy(draws.uniform("label_drop") < self.label_drop).to(device)
-        return self.noised(batch, t, noise, dropped, draws.step)
+        condition = batch.condition.drop(draws, self.label_drop)
+        return self.noised(Batch(batch.x, condition), t, noise, draws.step)
 
-    def noised(self, batch: Batch, t: Tensor, noise: Tensor, dropped: Tensor, step: int = 0) -> NoisyBatch:
-        """The batch that these draws make."""
-        y = torch.where(dropped, self.num_classes, batch.y)
-        return NoisyBatch(batch.x, noise, self.schedule.q_sample(batch.x, t, noise), t, y, step)
+    def noised(self, batch: Batch, t: Tensor, noise: Tensor, step: int = 0) -> NoisyBatch:
+        """The batch that these draws make; conditions as they are."""
+        return NoisyBatch(batch.x, noise, self.schedule.q_sample(batch.x, t, noise), t, batch.condition, step)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
         """One forward pass; the network sees original step numbers."""
-        return Prediction(model(noisy.xt, self.schedule.original(noisy.t), noisy.y))
+        return Prediction(model(noisy.xt, self.schedule.original(noisy.t), **self.inputs(noisy.condition)))
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         """loss = mse + vb; without learned variance loss = mse."""

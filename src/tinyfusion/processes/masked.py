@@ -1,7 +1,7 @@
 """The masked autoregressive process: tokens in random order, the last ones known, and a small diffusion for each hidden one.
 
 Shapes: B images, L tokens of E values each, m hidden and u = L - m known ones, r noise levels of each hidden token.
-`model(x, y, known, hidden, rows, t, dropout)` gives (B, m, r, 2E), as the network of the family says.
+`model(x, **condition, known, hidden, rows, t, dropout)` gives (B, m, r, 2E), as the network of the family says.
 Source: Li et al., arXiv 2406.11838. Where the published code differs: the share of hidden tokens is drawn once for the
 whole batch of a step, so that it does not depend on the number of processes; all that is random is drawn outside of the
 model; and rows of known tokens, whose weight is 0, are not computed.
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 
+from tinyfusion.conditioning.classes import class_inputs
+from tinyfusion.conditioning.condition import ModelInputs
 from tinyfusion.config.process_sections import MaskedSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
@@ -72,19 +74,18 @@ class MaskedObjective(Process):
     """Diffusion loss of hidden tokens, given the known ones: per image, the mean over its m r rows.
 
     All images of a step hide equally many, so the mean over images is the published sum(mask * row) / sum(mask).
-    patch_size: side of a token in the input. label_drop: probability that a label becomes the null class.
+    patch_size: side of a token in the input. label_drop: probability that a condition becomes the null row.
+    inputs: the model's arguments for a condition.
     """
 
-    num_classes: int
     patch_size: int
     label_drop: float = 0.1
     settings: MaskedSection = field(default_factory=MaskedSection)
+    inputs: ModelInputs = class_inputs
     rows: GaussianObjective = field(init=False)  # a row as an image of E channels and one pixel
 
     def __post_init__(self) -> None:
-        inner = GaussianObjective(
-            self.num_classes, 0.0, head_schedule(), teacher_at_zero=self.settings.kl_at_zero == "teacher"
-        )
+        inner = GaussianObjective(0.0, head_schedule(), teacher_at_zero=self.settings.kl_at_zero == "teacher")
         object.__setattr__(self, "rows", inner)
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class MaskedObjective(Process):
         return F.pixel_unshuffle(x, self.patch_size).flatten(2).transpose(1, 2)
 
     def draw(self, batch: Batch, draws: Draws) -> MaskedBatch:
-        """An order per image, one share of hidden tokens for the step, noise and timestep of every row, dropped labels."""
+        """An order per image, one share of hidden tokens for the step, noise and timestep of every row, dropped conditions."""
         device, tokens = batch.x.device, self.tokens(batch.x)
         length, features, repeats = tokens.shape[1], tokens.shape[2], self.settings.diffusion_batch_mul
         # addressed as the first sample's, so all slices of the batch and all processes have the same
@@ -109,9 +110,7 @@ class MaskedObjective(Process):
             "dropout_seeds": draws.words("dropout", 1)[:, 0].view(np.int64),
         }
         placed = {name: torch.from_numpy(np.ascontiguousarray(value)).to(device) for name, value in rest.items()}
-        dropped = torch.from_numpy(draws.uniform("label_drop") < self.label_drop).to(device)
-        y = torch.where(dropped, self.num_classes, batch.y)
-        return self.noised(Batch(batch.x, y), step=draws.step, **placed)
+        return self.noised(Batch(batch.x, batch.condition.drop(draws, self.label_drop)), step=draws.step, **placed)
 
     def noised(
         self,
@@ -123,11 +122,13 @@ class MaskedObjective(Process):
         dropout_seeds: Tensor | None = None,
         step: int = 0,
     ) -> MaskedBatch:
-        """The batch that these draws make; labels as they are."""
+        """The batch that these draws make; conditions as they are."""
         clean = self._hidden_tokens(batch.x, hidden).unsqueeze(2).expand_as(noise)
         xt = self.rows.schedule.q_sample(_as_images(clean), t.reshape(-1), _as_images(noise)).view_as(noise)
-        seeds = torch.zeros_like(batch.y) if dropout_seeds is None else dropout_seeds
-        return MaskedBatch(batch.x, noise, xt, t, batch.y, step, known=known, hidden=hidden, dropout_seeds=seeds)
+        seeds = hidden.new_zeros(len(hidden)) if dropout_seeds is None else dropout_seeds
+        return MaskedBatch(
+            batch.x, noise, xt, t, batch.condition, step, known=known, hidden=hidden, dropout_seeds=seeds
+        )
 
     def _hidden_tokens(self, x: Tensor, hidden: Tensor) -> Tensor:
         """(B, m, E)"""
@@ -138,17 +139,18 @@ class MaskedObjective(Process):
         assert isinstance(noisy, MaskedBatch)
         rates = (self.settings.attention_dropout, self.settings.projection_dropout)
         dropout: Any = (noisy.dropout_seeds, *rates) if model.training and any(rates) else None
-        return Prediction(model(noisy.x0, noisy.y, noisy.known, noisy.hidden, noisy.xt, noisy.t, dropout))
+        drawn = {"known": noisy.known, "hidden": noisy.hidden, "rows": noisy.xt, "t": noisy.t, "dropout": dropout}
+        return Prediction(model(noisy.x0, **self.inputs(noisy.condition), **drawn))
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         """loss = mse + vb in bits, means over the rows of an image."""
         rows = self.rows.losses(model, self._as_rows(noisy), _prediction_rows(prediction))
-        return _per_image(rows, len(noisy.y))
+        return _per_image(rows, len(noisy))
 
     def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
         """The distillation of the head's outputs, row by row as in the Gaussian process, means over the rows of an image."""
         rows = self.rows.kd_terms(self._as_rows(noisy), _prediction_rows(own), _prediction_rows(taught))
-        return _per_image(rows, len(noisy.y))
+        return _per_image(rows, len(noisy))
 
     def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
         """Raises UserError: the blocks of a masked model never see noise."""
@@ -167,13 +169,11 @@ class MaskedObjective(Process):
         raise UserError(f"a masked model has no level of noise {level}")
 
     def _as_rows(self, noisy: NoisyBatch) -> NoisyBatch:
-        """Every row as an image of its own, E channels and one pixel."""
+        """Every row as an image of its own, E channels and one pixel; the condition, which losses do not read, stays as it is."""
         assert isinstance(noisy, MaskedBatch)
         clean = self._hidden_tokens(noisy.x0, noisy.hidden).unsqueeze(2).expand_as(noisy.noise)
-        labels = noisy.y.view(-1, 1, 1).expand_as(noisy.t).reshape(-1)
-        return NoisyBatch(
-            _as_images(clean), _as_images(noisy.noise), _as_images(noisy.xt), noisy.t.reshape(-1), labels, noisy.step
-        )
+        images = (_as_images(clean), _as_images(noisy.noise), _as_images(noisy.xt))
+        return NoisyBatch(*images, noisy.t.reshape(-1), noisy.condition, noisy.step)
 
 
 def _as_images(rows: Tensor) -> Tensor:

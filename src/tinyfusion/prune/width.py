@@ -49,7 +49,7 @@ def by_width(context: CriterionContext) -> PrunePlan:
         context.tick(len(losses) * _PASSES * len(teacher.stack))
     scores = importance(model.module, rules, teacher.arch)
     kept = {name: most_important(scores[name], group) for name, group in wanted.items()}
-    depths, images = teacher.stack.depths(), len(fixed.y)
+    depths, images = teacher.stack.depths(), len(fixed)
     calibration = {
         **context.images.record(),
         "images": images,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.signals import check_stop
 from tinyfusion.models.loaded import LoadedModel
@@ -66,22 +67,22 @@ class Sampler(Protocol):
         """Its half of the protocol string."""
         ...
 
-    def trajectory(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Iterator[Tensor]:
-        """x (B, C, S, S) after every step, in the model's own space; y (B,) int64 labels."""
+    def trajectory(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Iterator[Tensor]:
+        """x (B, C, S, S) after every step, in the model's own space, given the condition of B images."""
         ...
 
-    def one_step(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Callable[[], Tensor]:
+    def one_step(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Callable[[], Tensor]:
         """A call that makes a typical step, to be timed."""
         ...
 
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Finished samples `first ..`: x (B, C, S, S) in the model's own space, labels (B,)."""
+    """Finished samples `first ..`: x (B, C, S, S) in the model's own space, and what each was conditioned on."""
 
     first: int
     x: Tensor
-    labels: Tensor
+    condition: Condition
 
 
 def image_labels(
@@ -103,19 +104,22 @@ def sample(
     batch_size: int = 64,
     first: int = 0,
     last: int | None = None,
+    table: Condition | None = None,
 ) -> Iterator[SampleBatch]:
     """Draw images `first .. last - 1` of those that `labels` (all of them, by image index) name, a batch at a time.
 
+    table: whose rows the labels are; None is the model's own, of its classes.
     Runs where the model is, in the type of its weights; everything but the model is float32. Initial and step noise are
     addressed by (seed, step, image index).
     """
     labels = np.asarray(labels, dtype=np.int64)[:last]
     device = next(model.module.parameters()).device
+    table = model.conditions if table is None else table
     for start in range(first, len(labels), batch_size):
-        y = torch.from_numpy(labels[start : start + batch_size]).to(device)
-        draws = SampleDraws(Randomness(seed), start, len(y), device)
-        steps = _watched(sampler.trajectory(model, y, draws))
-        yield SampleBatch(start, deque(steps, maxlen=1).pop(), y)
+        condition = table.index(torch.from_numpy(labels[start : start + batch_size])).to(device)
+        draws = SampleDraws(Randomness(seed), start, len(condition), device)
+        steps = _watched(sampler.trajectory(model, condition, draws))
+        yield SampleBatch(start, deque(steps, maxlen=1).pop(), condition)
 
 
 def _watched(steps: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
@@ -158,12 +159,10 @@ class FlowSampler:
         """Leading channels of `model` under guidance."""
         return guided_channels(model, self.guided == "all")
 
-    def network(self, model: LoadedModel, y: Tensor) -> Denoiser:
+    def network(self, model: LoadedModel, condition: Condition) -> Denoiser:
         """The model under guidance: (x, t) -> what it predicts; t (B,), the same for all where guidance has an interval."""
         channels, sigma = self.guided_channels(model), flow_of(model).convention.sigma
-        return guided(
-            model.module, y, model.arch.num_classes, self.guidance, channels, self.interval, noise_share=sigma
-        )
+        return guided(model, condition, self.guidance, channels, self.interval, noise_share=sigma)
 
     def steps(
         self,
@@ -188,7 +187,7 @@ class FlowSampler:
         grid = (min(ends) + (max(ends) - min(ends)) * clean).float()
         return grid if ends[0] <= ends[1] else grid.flip(0)
 
-    def trajectory(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Iterator[Tensor]:
+    def trajectory(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Iterator[Tensor]:
         """x after every step, from x ~ N(0, 1); steps of images alone are at times of their own."""
         arch, flow = model.arch, flow_of(model)
         shape = (arch.in_channels, arch.input_size, arch.input_size)
@@ -198,16 +197,16 @@ class FlowSampler:
             def step_noise(position: int) -> Tensor:
                 return draws.normal(position, shape)
 
-            return sample_stochastic(self.network(model, y), flow, self.stochastic, x, step_noise, self.eps)
+            return sample_stochastic(self.network(model, condition), flow, self.stochastic, x, step_noise, self.eps)
         ends = flow.sampling_ends(self.eps)
         if not self.chooses_steps:
-            return self.steps(flow.towards_data(self.network(model, y)), x, ends)
-        return self._in_legs(model, flow, y, x, ends)
+            return self.steps(flow.towards_data(self.network(model, condition)), x, ends)
+        return self._in_legs(model, flow, condition, x, ends)
 
-    def _in_legs(self, model: LoadedModel, flow: Flow, y: Tensor, x: Tensor, ends: Ends) -> Iterator[Tensor]:
+    def _in_legs(self, model: LoadedModel, flow: Flow, condition: Condition, x: Tensor, ends: Ends) -> Iterator[Tensor]:
         """Steps that follow the error stop where guidance begins and ends, and are not asked to find these jumps."""
-        always = dataclasses.replace(self, interval=WHOLE).network(model, y)
-        alone = conditional(model.module, y)
+        always = dataclasses.replace(self, interval=WHOLE).network(model, condition)
+        alone = conditional(model, condition)
         jumps = [time for time in (1 - self.interval[1], 1 - self.interval[0]) if ends[0] < time < ends[1]]
         for leg in pairwise([ends[0], *jumps, ends[1]]):
             is_guided = self.interval[0] <= 1 - sum(leg) / 2 <= self.interval[1]
@@ -217,12 +216,12 @@ class FlowSampler:
                     x = after
                     yield x
 
-    def one_step(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Callable[[], Tensor]:
+    def one_step(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Callable[[], Tensor]:
         """A step with one pass of the network, half-way: Euler's, of sde with its noise."""
         arch, flow = model.arch, flow_of(model)
         x = draws.normal(-1, (arch.in_channels, arch.input_size, arch.input_size))
-        clean, size = torch.full((len(y),), 0.5, device=x.device), 1 / PUBLISHED_POINTS
-        t, network = flow.convention.at_clean(clean), self.network(model, y)
+        clean, size = torch.full((len(x),), 0.5, device=x.device), 1 / PUBLISHED_POINTS
+        t, network = flow.convention.at_clean(clean), self.network(model, condition)
         velocity, drift = flow.towards_data(network), self.stochastic.drift(network, flow)
 
         def step() -> Tensor:
@@ -249,12 +248,12 @@ def flow_of(model: LoadedModel) -> Flow:
 def log_likelihood(
     model: LoadedModel,
     x: Tensor,
-    y: Tensor,
+    condition: Condition,
     sampler: FlowSampler | None = None,
     seed: int = 0,
     first: int = 0,
 ) -> Tensor:
-    """(B,) log density of x (B, C, S, S) given labels y (B,), float64, in nats, in the space that the model works in.
+    """(B,) log density of x (B, C, S, S) given its condition, float64, in nats, in the space that the model works in.
 
     sampler: ode without guidance, any method; None is dopri5 with atol and rtol 1e-5, each image for itself. One probe of
     random signs per image, addressed by (seed, first + i): an unbiased estimate of what the integrals of the exact
@@ -276,7 +275,7 @@ def log_likelihood(
     def steps(field: Field, state: Tensor, norm: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         return sampler.steps(field, state, (data_end, noise_end), norm, _beyond(flow))
 
-    return log_density(flow.towards_data(conditional(model.module, y)), x, probe, steps)
+    return log_density(flow.towards_data(conditional(model, condition)), x, probe, steps)
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes

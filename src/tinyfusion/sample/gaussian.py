@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.loaded import LoadedModel
@@ -97,17 +98,15 @@ class GaussianSampler:
         """Leading noise channels of `model` under guidance."""
         return guided_channels(model, self.guided == "all")
 
-    def denoiser(self, model: LoadedModel, y: Tensor) -> Denoiser:
+    def denoiser(self, model: LoadedModel, condition: Condition) -> Denoiser:
         """The model under guidance: (x, original timestep) -> noise prediction and variance."""
-        return guided(
-            model.module, y, model.arch.num_classes, self.guidance, self.guided_channels(model), self.interval, _share
-        )
+        return guided(model, condition, self.guidance, self.guided_channels(model), self.interval, _share)
 
-    def trajectory(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Iterator[Tensor]:
+    def trajectory(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Iterator[Tensor]:
         """x after every step, from x ~ N(0, 1)."""
         arch = model.arch
         shape = (arch.in_channels, arch.input_size, arch.input_size)
-        denoiser, x = self.denoiser(model, y), draws.normal(-1, shape)
+        denoiser, x = self.denoiser(model, condition), draws.normal(-1, shape)
         if self.sampler in SOLVERS:
             return sample_solver(denoiser, self.sampler, self.num_steps, x)
 
@@ -119,12 +118,12 @@ class GaussianSampler:
             return sample_ancestral(denoiser, schedule, x, step_noise, self.clip)
         return sample_ddim(denoiser, schedule, x, step_noise, self.clip, self.eta)
 
-    def one_step(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Callable[[], Tensor]:
+    def one_step(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Callable[[], Tensor]:
         """An ancestral step in the middle of the chain."""
         arch, schedule = model.arch, Schedule()
-        denoiser = self.denoiser(model, y)
+        denoiser = self.denoiser(model, condition)
         x = draws.normal(-1, (arch.in_channels, arch.input_size, arch.input_size))
-        index = torch.full_like(y, _MIDDLE)
+        index = torch.full((len(x),), _MIDDLE, device=x.device)
 
         def step() -> Tensor:
             predicted, v = split_output(denoiser(x, index), arch.in_channels)

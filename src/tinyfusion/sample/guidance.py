@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tinyfusion.conditioning.condition import Condition, concat
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import Denoiser
 
@@ -35,16 +36,16 @@ def described(scale: float, channels: int, rule: str, interval: tuple[float, flo
     return said + (f" in [{interval[0]:g}, {interval[1]:g}]" if scale > 1 and interval != WHOLE else "")
 
 
-def conditional(model: nn.Module, labels: Tensor) -> Denoiser:
-    """The model with its labels bound: (x, t) -> output in float32, whatever the weights are held in."""
-    dtype = next(model.parameters()).dtype
-    return lambda x, t: model(x.to(dtype), t, labels).float()
+def conditional(model: LoadedModel, condition: Condition) -> Denoiser:
+    """The model with its condition bound: (x, t) -> output in float32, whatever the type of the weights."""
+    module, inputs = model.module, model.family.inputs(condition)
+    dtype = next(module.parameters()).dtype
+    return lambda x, t: module(x.to(dtype), t, **inputs).float()
 
 
 def guided(
-    model: nn.Module,
-    labels: Tensor,
-    null_label: int,
+    model: LoadedModel,
+    condition: Condition,
     scale: float,
     channels: int,
     interval: tuple[float, float] = WHOLE,
@@ -61,10 +62,10 @@ def guided(
     """
     if interval != WHOLE and noise_share is None:
         raise ValueError("an interval of guidance wants noise_share, which says where in it a time lies")
-    alone = conditional(model, labels)
+    alone = conditional(model, condition)
     if scale == 1.0:
         return alone
-    pair = conditional(model, torch.cat([labels, torch.full_like(labels, null_label)]))
+    pair = conditional(model, concat([condition, condition.null()]))
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         # asking for the time makes the host wait for the device, so only where it matters

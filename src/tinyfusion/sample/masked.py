@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion.blocks.tokens import from_tokens, taken, to_tokens
+from tinyfusion.conditioning.condition import Condition, concat
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.loaded import LoadedModel
@@ -111,18 +112,18 @@ class MaskedSampler:
             return self.guidance
         return 1 + (self.guidance - 1) * (num_tokens - hidden) / num_tokens
 
-    def trajectory(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Iterator[Tensor]:
+    def trajectory(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Iterator[Tensor]:
         """x after every round, hidden tokens 0. Raises UserError where there are more rounds than tokens."""
         arch = model.arch
         counts = [arch.num_tokens, *check_rounds(self.num_steps, arch.num_tokens)]
         order = self._order(draws, arch.num_tokens)
-        tokens = torch.zeros(len(y), arch.num_tokens, arch.token_features, device=y.device)
+        tokens = torch.zeros(len(condition), arch.num_tokens, arch.token_features, device=condition.device)
         for position in self.made_rounds():
             ends = (counts[position], counts[position + 1])
-            tokens = self._round(model, y, draws, tokens, order, ends, position)
+            tokens = self._round(model, condition, draws, tokens, order, ends, position)
             yield from_tokens(tokens, arch.patch_size)
 
-    def one_step(self, model: LoadedModel, y: Tensor, draws: SampleDraws) -> Callable[[], Tensor]:
+    def one_step(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Callable[[], Tensor]:
         """The round in the middle, with all steps of the head, from tokens that are noise."""
         arch = model.arch
         counts = [arch.num_tokens, *check_rounds(self.num_steps, arch.num_tokens)]
@@ -130,7 +131,7 @@ class MaskedSampler:
         order = self._order(draws, arch.num_tokens)
         tokens = to_tokens(draws.normal(-1, (arch.in_channels, arch.input_size, arch.input_size)), arch.patch_size)
         ends = (counts[middle], counts[middle + 1])
-        return lambda: self._round(model, y, draws, tokens, order, ends, middle)
+        return lambda: self._round(model, condition, draws, tokens, order, ends, middle)
 
     def _order(self, draws: SampleDraws, num_tokens: int) -> Tensor:
         """(B, L) int64: tokens are revealed from the end of their image's permutation."""
@@ -139,7 +140,7 @@ class MaskedSampler:
     def _round(
         self,
         model: LoadedModel,
-        y: Tensor,
+        condition: Condition,
         draws: SampleDraws,
         tokens: Tensor,
         order: Tensor,
@@ -150,14 +151,14 @@ class MaskedSampler:
         before, after = ends
         module: Any = model.module  # with `condition` and `head`, as the masked process says
         places = order[:, after:before]
-        num, k, features = len(y), before - after, tokens.shape[2]
+        num, k, features = len(condition), before - after, tokens.shape[2]
         if self.guidance == 1:
-            z = _conditions(module, tokens, y, order, before, places)
+            z = _conditions(model, tokens, condition, order, before, places)
             denoiser = _denoiser(module, z.flatten(0, 1), None)
         else:
-            twice = torch.cat([y, torch.full_like(y, model.arch.num_classes)])
+            twice = concat([condition, condition.null()])
             pair = (torch.cat([tokens, tokens]), twice, torch.cat([order, order]), before, torch.cat([places, places]))
-            z = _conditions(module, *pair)
+            z = _conditions(model, *pair)
             denoiser = _denoiser(module, z.flatten(0, 1), self.scale(tokens.shape[1], after))
         # one block of noise per image: what the head starts from, then one part per step but the last
         noise = draws.normal(position, (self.head_steps, k, features))
@@ -171,11 +172,15 @@ class MaskedSampler:
         return tokens.scatter(1, places.unsqueeze(-1).expand(-1, -1, features), revealed)
 
 
-def _conditions(module: Any, tokens: Tensor, y: Tensor, order: Tensor, hidden: int, places: Tensor) -> Tensor:
+def _conditions(
+    model: LoadedModel, tokens: Tensor, condition: Condition, order: Tensor, hidden: int, places: Tensor
+) -> Tensor:
     """(B, k, D) at `places`, from the tokens that are known."""
+    module: Any = model.module
     dtype = module.z_proj.weight.dtype
     known = order[:, hidden:].sort(dim=1).values
-    return taken(module.condition(tokens.to(dtype), y, known, order[:, :hidden]), places)
+    inputs = model.family.inputs(condition)
+    return taken(module.condition(tokens.to(dtype), known=known, hidden=order[:, :hidden], **inputs), places)
 
 
 def _denoiser(module: Any, z: Tensor, scale: float | None) -> Denoiser:

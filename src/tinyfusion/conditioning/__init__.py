@@ -1,0 +1,1 @@
+"""What images are conditioned on: classes and texts, as one type."""
