@@ -22,7 +22,7 @@ from tinyfusion.core.files import discard
 from tinyfusion.core.progress import progress
 from tinyfusion.core.rundir import CHECKPOINT_FILES, RunDirectory, atomic_write, write_json
 from tinyfusion.jobs.assemble import batches_for, device_for
-from tinyfusion.jobs.estimate import Estimate, copy_estimate
+from tinyfusion.jobs.estimate import Estimate, copy_estimate, rounded
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
@@ -98,108 +98,98 @@ class CriterionWork:
 
     def estimate(self) -> Estimate:
         """Minutes from one measured forward pass, memory from shapes."""
-        return _estimate(self.context)
+        context = self.context
+        teacher, evaluations = context.teacher, CRITERIA[context.settings.criterion].evaluations
+        if evaluations is None:
+            return copy_estimate(teacher)
+        calibration, arch = context.images, teacher.arch
+        batch = calibration.batches[0]
+        size = batch.x0.shape[0]
+        measured = max(1, min(size, int(_MEASURED_MACS / model_macs(teacher))))
+        few = first_samples(batch, measured)
+        seconds = math.inf
+        with torch.inference_mode():
+            for _ in range(2):  # the first one warms up
+                began = time.perf_counter()
+                float(calibration.objective.predict(teacher.module, few).output.flatten()[0])
+                seconds = min(seconds, time.perf_counter() - began)
+        passes = evaluations(context) / len(teacher.stack) * calibration.images / measured
+        tokens, depth = size * arch.num_tokens * arch.hidden_size, len(teacher.stack)
+        weights, values = num_parameters(teacher.module), depth + 1 + _PASSING_VALUES
+        if context.settings.criterion == "width":
+            weights, values = 3 * weights, depth * _SAVED_VALUES  # a copy of the teacher and its gradients
+        memory = _FLOAT_BYTES * (weights + tokens * values)
+        basis = f"measured on a pass of {measured} images, {batch.x0.device.type}"
+        return rounded(passes * seconds, memory, self.disk_bytes(), basis)
 
     def describe(self) -> dict[str, str]:
         """What `--dry-run` says of the criterion."""
-        return _describe(self.context)
+        context = self.context
+        settings, row = context.settings, CRITERIA[context.settings.criterion]
+        variant = {
+            "bi": f", {settings.bi_inputs} inputs",
+            "sensitivity": f", {settings.sensitivity_order}",
+            "bk-sdm": f", {settings.bk_sdm_list} list",
+            "random": f", seed {context.seed}",
+        }.get(settings.criterion, "")
+        says = {"criterion": f"{settings.criterion}: {row.says}{variant}"}
+        if settings.criterion == "indices":
+            kept = by_indices(context.teacher, settings.keep, context.seed).kept
+            says["keeps"] = "; ".join(f"{', '.join(map(str, listed))} of {name}" for name, listed in kept.items())
+        elif settings.criterion == "width":
+            groups = check_width(context.teacher, settings)
+            says["keeps"] = (
+                f"{settings.width_share:.0%} of the parameters: every block, {groups['residual'].size} channels wide"
+            )
+        else:
+            says["keeps"] = "; ".join(f"{g.keep} of {g.size} ({name})" for name, g in context.groups.items())
+            if settings.protect:
+                says["protected"] = ", ".join(map(str, sorted(set(settings.protect))))
+        if context.calibration is None:
+            return says
+        calibration, size = context.images, settings.calibration_batch_size
+        if settings.criterion == "width":
+            first = len(calibration.batches[0])
+            return {
+                **says,
+                "data": f"{first:,} images of {calibration.data} at timesteps 0, 1, 2, ... (1,000 at the most)",
+            }
+        again = f" ({calibration.distinct:,} different ones)" if calibration.distinct < calibration.images else ""
+        says["data"] = f"{calibration.images:,} images{again} of {calibration.data}, {size} at a time"
+        if settings.criterion.endswith("-loss"):
+            masks = searched(context)
+            all_of_them = "all there are" if len(masks) == space(context) else f"random ones of {space(context):,}"
+            shared, plain = shared_evaluations(masks), separate_evaluations(masks)
+            says["search"] = (
+                f"{len(masks):,} masks, {all_of_them}; {shared:,} block evaluations per batch instead of {plain:,}, "
+                f"at most {plain / shared:.2f} times as fast"
+            )
+        return says
 
     def decide(self, run: RunDirectory) -> PrunePlan:
         """The plan, with progress; a search of masks leaves `calibration.json`, and goes on where it was stopped."""
-        return _decide(self.context, run)
+        context = self.context
+        evaluations = CRITERIA[context.settings.criterion].evaluations
+        if evaluations is None:
+            return decide(context)
+        batches, title = len(context.images.batches), f"prune ({context.settings.criterion})"
+        begun, spent = _load(run)
+        began = saved = time.perf_counter()
 
+        def keep(sums: LossSums) -> None:
+            nonlocal saved
+            if time.perf_counter() - saved > _SAVED_EVERY_S and sums.batches < batches:
+                saved = time.perf_counter()
+                _save(run, sums, spent + saved - began)
 
-def _describe(context: CriterionContext) -> dict[str, str]:
-    settings, row = context.settings, CRITERIA[context.settings.criterion]
-    variant = {
-        "bi": f", {settings.bi_inputs} inputs",
-        "sensitivity": f", {settings.sensitivity_order}",
-        "bk-sdm": f", {settings.bk_sdm_list} list",
-        "random": f", seed {context.seed}",
-    }.get(settings.criterion, "")
-    says = {"criterion": f"{settings.criterion}: {row.says}{variant}"}
-    if settings.criterion == "indices":
-        kept = by_indices(context.teacher, settings.keep, context.seed).kept
-        says["keeps"] = "; ".join(f"{', '.join(map(str, listed))} of {name}" for name, listed in kept.items())
-    elif settings.criterion == "width":
-        groups = check_width(context.teacher, settings)
-        says["keeps"] = (
-            f"{settings.width_share:.0%} of the parameters: every block, {groups['residual'].size} channels wide"
-        )
-    else:
-        says["keeps"] = "; ".join(f"{g.keep} of {g.size} ({name})" for name, g in context.groups.items())
-        if settings.protect:
-            says["protected"] = ", ".join(map(str, sorted(set(settings.protect))))
-    if context.calibration is None:
-        return says
-    calibration, size = context.images, settings.calibration_batch_size
-    if settings.criterion == "width":
-        first = len(calibration.batches[0])
-        return {**says, "data": f"{first:,} images of {calibration.data} at timesteps 0, 1, 2, ... (1,000 at the most)"}
-    again = f" ({calibration.distinct:,} different ones)" if calibration.distinct < calibration.images else ""
-    says["data"] = f"{calibration.images:,} images{again} of {calibration.data}, {size} at a time"
-    if settings.criterion.endswith("-loss"):
-        masks = searched(context)
-        all_of_them = "all there are" if len(masks) == space(context) else f"random ones of {space(context):,}"
-        shared, plain = shared_evaluations(masks), separate_evaluations(masks)
-        says["search"] = (
-            f"{len(masks):,} masks, {all_of_them}; {shared:,} block evaluations per batch instead of {plain:,}, "
-            f"at most {plain / shared:.2f} times as fast"
-        )
-    return says
+        def publish(table: dict[str, Any]) -> None:
+            write_json(run.path / "calibration.json", table)
 
-
-def _estimate(context: CriterionContext) -> Estimate:
-    teacher, evaluations = context.teacher, CRITERIA[context.settings.criterion].evaluations
-    if evaluations is None:
-        return copy_estimate(teacher)
-    calibration, arch = context.images, teacher.arch
-    batch = calibration.batches[0]
-    size = batch.x0.shape[0]
-    measured = max(1, min(size, int(_MEASURED_MACS / model_macs(teacher))))
-    few = first_samples(batch, measured)
-    seconds = math.inf
-    with torch.inference_mode():
-        for _ in range(2):  # the first one warms up
-            began = time.perf_counter()
-            float(calibration.objective.predict(teacher.module, few).output.flatten()[0])
-            seconds = min(seconds, time.perf_counter() - began)
-    passes = evaluations(context) / len(teacher.stack) * calibration.images / measured
-    tokens, depth = size * arch.num_tokens * arch.hidden_size, len(teacher.stack)
-    weights, values = num_parameters(teacher.module), depth + 1 + _PASSING_VALUES
-    if context.settings.criterion == "width":
-        weights, values = 3 * weights, depth * _SAVED_VALUES  # a copy of the teacher and its gradients
-    memory = _FLOAT_BYTES * (weights + tokens * values)
-    return Estimate(
-        round(passes * seconds / 60, 4),
-        round(memory / 2**30, 4),
-        copy_estimate(teacher).disk_mib,
-        f"measured on a pass of {measured} images, {batch.x0.device.type}",
-    )
-
-
-def _decide(context: CriterionContext, run: RunDirectory) -> PrunePlan:
-    evaluations = CRITERIA[context.settings.criterion].evaluations
-    if evaluations is None:
-        return decide(context)
-    batches, title = len(context.images.batches), f"prune ({context.settings.criterion})"
-    begun, spent = _load(run)
-    began = saved = time.perf_counter()
-
-    def keep(sums: LossSums) -> None:
-        nonlocal saved
-        if time.perf_counter() - saved > _SAVED_EVERY_S and sums.batches < batches:
-            saved = time.perf_counter()
-            _save(run, sums, spent + saved - began)
-
-    def publish(table: dict[str, Any]) -> None:
-        write_json(run.path / "calibration.json", table)
-
-    total = evaluations(context) * batches
-    with progress(title, total, "blocks", total * begun.batches // batches if begun else 0) as bar:
-        running = dataclasses.replace(context, tick=bar, begun=begun, keep=keep, publish=publish)
-        plan = decide(running)
-    return dataclasses.replace(plan, cost={**plan.cost, "seconds": spent + plan.cost["seconds"]})
+        total = evaluations(context) * batches
+        with progress(title, total, "blocks", total * begun.batches // batches if begun else 0) as bar:
+            running = dataclasses.replace(context, tick=bar, begun=begun, keep=keep, publish=publish)
+            plan = decide(running)
+        return dataclasses.replace(plan, cost={**plan.cost, "seconds": spent + plan.cost["seconds"]})
 
 
 def _save(run: RunDirectory, sums: LossSums, seconds: float) -> None:

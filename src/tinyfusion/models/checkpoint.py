@@ -156,7 +156,8 @@ def _open_own(path: Path, stated: _Stated) -> LoadedModel:
     module, texts = filled(family, arch, read_safetensors(path / "model.safetensors"), path, routers)
     model = LoadedModel(module, family, arch, facts, {"kind": "model folder of tinyfusion", "path": str(path)}, texts)
     # folders that are older than `arch.rules` have the hash of their tensors alone
-    if record.get("hash") not in (model.hash(), family.hash(model.tensors(), arch, rules=False)):
+    recorded = record.get("hash")
+    if recorded != model.hash() and recorded != family.hash(model.tensors(), arch, rules=False):
         raise UserError(f"{path} is damaged: its tensors do not give the hash in model.json")
     return model
 
