@@ -220,8 +220,8 @@ class Export(OpensModel):
 
     model: Annotated[str, option("model or run folder (required)", "MODEL")] = ""
     to: Annotated[
-        Literal["diffusers", "official", "tinyfusion"] | None,
-        option("format (required)", "diffusers|official|tinyfusion"),
+        Literal["diffusers", "official", "single-file", "tinyfusion"] | None,
+        option("format (required)", "diffusers|official|single-file|tinyfusion"),
     ] = None
     out: Annotated[Path, option("folder; of official a .safetensors or .pt file (required)", "PATH")] = Path()
     pipeline: Annotated[bool, option("diffusers: a whole DiTPipeline, with scheduler and autoencoder")] = False
