@@ -248,8 +248,8 @@ VERBS = {
         "--model runs/back --to diffusers --out student",
         (
             *_JOB, *_OPENING, _MODEL,
-            Option("to", "format (required)", "diffusers|official|tinyfusion",
-                   kind=Literal["diffusers", "official", "tinyfusion"]),
+            Option("to", "format (required)", "diffusers|official|single-file|tinyfusion",
+                   kind=Literal["diffusers", "official", "single-file", "tinyfusion"]),
             Option("out", "folder; of official a .safetensors or .pt file (required)", "PATH", kind=Path),
             Option("pipeline", "diffusers: a whole DiTPipeline, with scheduler and autoencoder"),
             Option("vae", "autoencoder of the pipeline (default that of the model)", "PATH|ID"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import io
+import json
 import re
 import runpy
 import shlex
@@ -119,8 +120,21 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     written(brought / "pictures" / "train-00000-of-00001.parquet")
     save_autoencoder(brought / "sd-vae-ft-ema")
     save_photographs(brought / "photos")
+    save_flux(brought / "FLUX.1-dev")
     random_weights(folder)
     return folder
+
+
+def save_flux(folder: Path) -> None:
+    """A pipeline with as many blocks as FLUX.1-dev, 16 wide."""
+    from diffusers import FluxTransformer2DModel
+
+    sizes = dict(
+        in_channels=4, attention_head_dim=16, num_attention_heads=1, joint_attention_dim=8, pooled_projection_dim=8
+    )
+    FluxTransformer2DModel(**sizes, axes_dims_rope=(4, 4, 8)).save_pretrained(folder / "transformer")
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def save_photographs(folder: Path) -> None:

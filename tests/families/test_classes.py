@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models_page import PAGE, page
 from tiny import Tiny, outputs
 from tiny_images import IMAGES
 from tiny_video import VIDEO
@@ -53,9 +54,15 @@ def gates(opened: TransformerFolder, removed: Any) -> torch.Tensor:
     return torch.tensor([columns])
 
 
+def of_image(tensors: list[torch.Tensor], image: int) -> list[torch.Tensor]:
+    """What a model returns for one of two images, along axis 0 or one tensor each."""
+    rows = [tensor[image] for tensor in tensors if len(tensor) == 2]
+    return rows or [tensors[image]]
+
+
 @pytest.mark.parametrize("tiny", CLASSES, ids=lambda tiny: tiny.title)
 def test_gated_blocks_are_cut_blocks_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
-    """Of a plan that removes blocks of every list: gates, and the folder in plain diffusers without a tensor too many or few."""
+    """Of a plan that removes blocks of every list: gates, of all images or one; the folder, in diffusers, with no tensor too many."""
     opened = saved(tiny.model(), tmp_path / "parent")
     model = in_memory(opened.module())
     stack = opened.stack(model)
@@ -74,9 +81,20 @@ def test_gated_blocks_are_cut_blocks_bit_for_bit(tiny: Tiny, tmp_path: Path) -> 
             entered.callback(model.get_submodule(path).register_forward_hook(hook).remove)
         gated = outputs(model, tiny.given())
     assert not all(torch.equal(a, b) for a, b in zip(gated, whole, strict=True)), "the blocks matter"
+    if tiny.images and not opened.row.one_mask and not tiny.adapters:
+        with stack.gated(
+            torch.cat([torch.ones_like(gates(opened, tiny.removed)), gates(opened, tiny.removed)]), "skip"
+        ):
+            mixed = outputs(model, tiny.given())
+        for image, wanted in enumerate((whole, gated)):
+            torch.testing.assert_close(of_image(mixed, image), of_image(wanted, image), rtol=1e-4, atol=1e-5)
     student = opened.cut(plan)
     student.check_class()
     again, info = type(model).from_pretrained(written(student, tmp_path / "student"), output_loading_info=True)
     assert not any(info.values()), info
     cut = outputs(in_memory(again), tiny.for_student(tiny.given()))
     assert all(torch.equal(a, b) for a, b in zip(cut, gated, strict=True))
+
+
+def test_the_page_of_classes_is_that_of_the_table() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "write it anew: python tests/families/models_page.py"

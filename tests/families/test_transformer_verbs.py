@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import SINGLE, TRUNK, Tiny, outputs
 from tiny_images import IMAGES
 from tiny_video import VIDEO
 
 from tinyfusion import cli
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.commands.transformers import write_transformer
 from tinyfusion.families.diffusers_classes.folder import RECORD, open_transformer
 from tinyfusion.families.diffusers_classes.guess import guessed_row
 from tinyfusion.families.diffusers_classes.rows import row_text, rows_in, shipped_rows
@@ -275,6 +278,8 @@ import sys, resource
 from pathlib import Path
 import torch
 from tinyfusion import cli
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.commands.transformers import write_transformer
 def peak(): return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) // 1024
 cli.main(["prune", "--teacher", sys.argv[1], "--criterion", "first", "--num-keep", "1", "--out", sys.argv[1] + "-warm", "--dry-run"])
 open("/proc/self/clear_refs", "w").write("5")
@@ -292,7 +297,9 @@ def test_a_model_is_cut_in_a_fraction_of_its_memory(folders: Any, tmp_path: Path
     large = dict(FLUX.config) | dict(
         num_layers=4, num_single_layers=4, attention_head_dim=128, num_attention_heads=6, axes_dims_rope=[32, 48, 48]
     )
-    FluxTransformer2DModel(**large).to(torch.bfloat16).save_pretrained(tmp_path / "large")
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(**large)
+    model.to_empty(device="cpu").to(torch.bfloat16).save_pretrained(tmp_path / "large")
     size = (tmp_path / "large" / WEIGHTS).stat().st_size / 2**20
     assert size > 200
     command = [sys.executable, "-c", _MEASURED, str(folders(FLUX)), str(tmp_path / "large"), str(tmp_path / "run")]
@@ -466,3 +473,74 @@ def test_the_record_of_a_student_is_in_its_config(folders: Any, run: Any, tmp_pa
     again.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again/config.json").read_text())[RECORD]["kept"] == {TRUNK: [0, 2, 3]}
     assert len(outputs(again.eval(), SD3.given())) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- single files
+
+
+def columns_of_one(name: str, folder: Path, **sizes: Any) -> Path:
+    """A folder with the rows of the published width, which converters split by, and one column: some bytes instead of gigabytes."""
+    from diffusers.models import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, name)(**sizes)
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        key: torch.randn(len(t), *([1] * (t.ndim - 1)), generator=generator).to(torch.bfloat16)
+        for key, t in model.state_dict().items()
+    }
+    save_file(tensors, folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps({**model.config, "_class_name": name}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "converter"),
+    [
+        (
+            "FluxTransformer2DModel",
+            dict(num_layers=3, num_single_layers=4, guidance_embeds=True),
+            "flux_transformer_checkpoint",
+        ),
+        ("WanTransformer3DModel", dict(WAN.config) | dict(image_dim=16, added_kv_proj_dim=24), "wan_transformer"),
+        ("ZImageTransformer2DModel", tiny("ZImageTransformer2DModel").config, "z_image_transformer_checkpoint"),
+        ("QwenImageTransformer2DModel", tiny("QwenImageTransformer2DModel").config, None),
+    ],
+)
+def test_a_single_file_is_what_the_converter_of_diffusers_reads(
+    run: Any, tmp_path: Path, name: str, sizes: Any, converter: Any
+) -> None:
+    """Of a student: contiguous blocks in the names of others, every tensor as it was, metadata that readers look for."""
+    from diffusers.loaders import single_file_utils
+
+    opened = open_transformer(columns_of_one(name, tmp_path / "model", **sizes), shipped_rows())
+    kept = {
+        each.path: [i for i in range(opened.depths[each.path]) if i != 1]
+        for each in opened.row.lists
+        if each.path in opened.depths
+    }
+    student = opened.cut(PrunePlan(kept, dict(opened.depths), "indices"))
+    folder, out = tmp_path / "student", tmp_path / "one.safetensors"
+    write_transformer(student, folder, "student")
+    run("export", "--model", folder, "--to", "single-file", "--out", out)
+    checkpoint = load_file(out)
+    read = getattr(single_file_utils, f"convert_{converter}_to_diffusers")(checkpoint) if converter else checkpoint
+    wanted = load_file(folder / WEIGHTS)
+    assert read.keys() == wanted.keys()
+    assert all(torch.equal(read[key], tensor) for key, tensor in wanted.items())
+    with safe_open(out, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert metadata["modelspec.architecture"]
+    assert json.loads(metadata["tinyfusion"])["kept"] == kept
+
+
+def test_single_files_are_refused_where_there_are_no_names(folders: Any, run: Any, tmp_path: Path) -> None:
+    command = ["--to", "single-file", "--out", tmp_path / "one.safetensors"]
+    assert "has no names of single files here, only FluxTransformer2DModel" in run(
+        "export", "--model", folders(SD3), *command
+    )
+    assert "--to single-file is for transformers of diffusers" in run("export", "--model", "digits", *command)
+    said = run("export", "--model", folders(FLUX), "--to", "single-file", "--out", tmp_path / "one")
+    assert "is a .safetensors file, without --pipeline" in said

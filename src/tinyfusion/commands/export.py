@@ -51,6 +51,10 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     _check_options(options.out, what)
     if transformer := transformer_of(what.model, options.blocks):
         return export_transformer(options, what.model, what.to, what.pipeline, transformer)
+    if what.to == "single-file":
+        raise UserError(
+            f"--to single-file is for transformers of diffusers, and {what.model} is none: give another format"
+        )
     model = open_model(what.model, what.settings.weights, options.num_heads, options.family, options.num_classes)
     model = with_settings(model, what.settings)
     if reason := model.unfit_formats().get(what.to):

@@ -29,7 +29,8 @@ from tinyfusion.export.card import PICTURE
 from tinyfusion.export.picture import plan_png
 from tinyfusion.families.diffusers_classes.card import transformer_card
 from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder
-from tinyfusion.families.diffusers_classes.weights import STEM, write_weights
+from tinyfusion.families.diffusers_classes.single_file import single_file_metadata, single_file_of, single_file_weights
+from tinyfusion.families.diffusers_classes.weights import STEM, write_file, write_weights
 from tinyfusion.jobs.assemble import RunOptions, engine_for, job_record, plain_recipe
 from tinyfusion.jobs.transformers import couplings, planned, transformer_of
 from tinyfusion.jobs.verbs import finished
@@ -101,8 +102,12 @@ def export_transformer(
     options: RunOptions, source: str, to: str, pipeline: bool, model: TransformerFolder
 ) -> dict[str, Any]:
     """A folder of diffusers, alone or in a pipeline; returns what `--json` prints. Raises UserError on another format."""
+    if to == "single-file":
+        return _export_single_file(options, source, pipeline, model)
     if to != "diffusers":
-        raise UserError(f"{source} is a {model.class_name} of diffusers, which has no format {to}: give --to diffusers")
+        raise UserError(
+            f"{source} is a {model.class_name}, which has no format {to}: give --to diffusers or single-file"
+        )
     out = options.out
     parent = _pipeline_of(source, model, options.blocks) if pipeline else None
     plain = {"to": to, "pipeline": pipeline, "model": model.hash}
@@ -111,8 +116,7 @@ def export_transformer(
         raise UserError(f"--out {out} is a file; export --to {to} writes a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / _RECORD).is_file():
         raise UserError(f"--out {out} exists and is not an export of tinyfusion; choose another folder")
-    record = lambda path: read_json(path) if path.is_file() else None  # noqa: E731
-    todo = file_output(out / _RECORD, "export", plain, options.overwrite, record) if out.is_dir() else True
+    todo = file_output(out / _RECORD, "export", plain, options.overwrite, _record_of) if out.is_dir() else True
     check_space(out, model.num_bytes)
     outcome = {"to": to, "model": model.hash, "bytes": model.num_bytes}
     if options.dry_run:
@@ -131,6 +135,35 @@ def export_transformer(
             write_transformer(model, new / parent.path.name, out.name, new, str(kind))
         write_json(new / _RECORD, stamp("export", plain, "done", **outcome))
     return outcome
+
+
+def _export_single_file(options: RunOptions, source: str, pipeline: bool, model: TransformerFolder) -> dict[str, Any]:
+    """One safetensors file for ComfyUI and stable-diffusion.cpp, and its record in a JSON file of the same name."""
+    out = options.out
+    if pipeline or out.suffix != ".safetensors":
+        raise UserError(f"--out of export --to single-file is a .safetensors file, without --pipeline; got {out}")
+    weights, names = single_file_weights(model), single_file_of(model)
+    outcome = {"to": "single-file", "model": model.hash, "bytes": model.num_bytes, "warning": names.warning or None}
+    plain = {"to": "single-file", "model": model.hash}
+    todo = file_output(out, "export", plain, options.overwrite, lambda path: _record_of(path.with_suffix(".json")))
+    check_writable(out.with_suffix(".json"))
+    check_space(out, model.num_bytes)
+    print(
+        f"note: diffusers opens it by {model.class_name}.from_single_file({out.name!r}, config={source!r})"
+        + (f"\nnote: {names.warning}" if names.warning else ""),
+        file=sys.stderr,
+    )
+    if not options.dry_run and not todo:
+        say_finished(out)
+    elif not options.dry_run:
+        with atomic_write(out) as new:
+            write_file(weights, new, single_file_metadata(model, out.stem))
+            write_json(out.with_suffix(".json"), stamp("export", plain, "done", **outcome))
+    return outcome
+
+
+def _record_of(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
 
 
 def _pipeline_of(source: str, model: TransformerFolder, blocks: Path | None) -> TransformerFolder:

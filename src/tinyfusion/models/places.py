@@ -106,6 +106,8 @@ def model_folder(path: Path, weights: str) -> Path:
 
 def _what_is_there(path: Path) -> str:
     """A hint at what a folder holds that is no model."""
+    if (path / "student" / "config.json").is_file():
+        return "; its student is a transformer of diffusers, which prune, export and inspect take"
     if (path / "run.json").is_file():
         record = read_json_object(path / "run.json")
         state = "makes no model" if record.get("state") == "done" else "has not finished: the same command continues it"

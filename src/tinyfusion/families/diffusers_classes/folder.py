@@ -29,8 +29,9 @@ INDEX = "model_index.json"
 class TransformerFolder:
     """A transformer of diffusers: folder, config.json, row, tensors as byte ranges, and blocks per list.
 
-    pipeline: the folder of a pipeline that it is a component of. license: of the weights, None where no file names it. parent: hub id of
-    the model that it, or what it was cut from, was fetched from. row_text: the row as TOML, where it is not of the shipped table.
+    pipeline: the folder of a pipeline that it is a component of. license: of the weights, None where no file names it. parent: hub id
+    of the model that it, or what it was cut from, was fetched from. row_text: the row as TOML, where it is not of the shipped
+    table. known_hash: the hash, where it was counted already.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class TransformerFolder:
     license: str | None = None
     parent: str | None = None
     row_text: str = ""
+    known_hash: str = ""
 
     @property
     def class_name(self) -> str:
@@ -62,7 +64,7 @@ class TransformerFolder:
     @cached_property
     def hash(self) -> str:
         """SHA-256 of its tensors as stored (`hash_stored`)."""
-        return hash_stored(self.weights)
+        return self.known_hash or hash_stored(self.weights)
 
     @property
     def num_bytes(self) -> int:
@@ -92,19 +94,20 @@ class TransformerFolder:
             new: self.weights[old].chunks(chunks) for new, (old, chunks) in cut.source(list(self.weights)).items()
         }
         parent: dict[str, Any] = {"hash": self.hash, "depth": dict(self.depths), "kept": self.record.get("kept")}
+        digest = hash_stored(weights)
         record = {
             "made_by": "tinyfusion",
             "plan": plan.to_json(),
             "kept": plan.kept,
             "lineage": [*self.lineage, parent],
-            "hash": hash_stored(weights),
+            "hash": digest,
             "license": self.license,
             "parent": self.parent,
             **({"row": self.row_text} if self.row_text else {}),
         }
         config = {**self.config, **cut.config_changes(), RECORD: record}
         depths = {path: len(kept) for path, kept in plan.kept.items()}
-        return dataclasses.replace(self, config=config, weights=weights, depths=depths)
+        return dataclasses.replace(self, config=config, weights=weights, depths=depths, known_hash=digest)
 
     def check_class(self) -> None:
         """Raise UserError unless diffusers builds a model of exactly these tensors from the config."""
