@@ -428,6 +428,7 @@ def test_unknown_extractor_is_an_error_that_names_the_nearest() -> None:
 
 def _samples(folder: Path, num: int = 40) -> Path:
     path = folder / "samples.npz"
+    folder.mkdir(exist_ok=True)
     np.savez(path, to_uint8(load_digits(heldout=True).x[:num]), np.zeros(num, np.int64))
     return path
 
