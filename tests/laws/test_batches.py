@@ -156,8 +156,10 @@ def test_a_streamed_set_is_the_set_in_memory(folder: Path) -> None:
 def test_flips_and_jitter_are_those_of_a_set_in_memory(folder: Path) -> None:
     draws = Randomness(1).at(2, 3, 9)
     plain, changed = streamed(folder)(2, 12, draws), streamed(folder, augment=0.5, flip=0.5)(2, 12, draws)
-    again = ShuffledBatches(ImageSet("x", plain.x.numpy(), plain.y.numpy(), 7), Randomness(1), CPU, 0.5, 0.5)
-    again.rows = lambda first, num: (plain.x, plain.y)  # type: ignore[method-assign]
+    again = ShuffledBatches(
+        ImageSet("x", plain.x.numpy(), plain.condition["labels"].numpy(), 7), Randomness(1), CPU, 0.5, 0.5
+    )
+    again.rows = lambda first, num: (plain.x, plain.condition["labels"])  # type: ignore[method-assign]
     assert torch.equal(changed.x, again(2, 12, draws).x) and not torch.equal(changed.x, plain.x)
 
 

@@ -230,6 +230,7 @@ PIXART = ModelFamily(
     build=PixArt,
     initialise=initialise,
     arch_of_state_dict=arch_of_state_dict,
+    example=example,
     block_lists={"net.transformer_blocks": "depth"},
     mark="t_block.1.weight",
     published_latent=DIT.published_latent,

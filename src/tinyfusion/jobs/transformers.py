@@ -68,12 +68,11 @@ def _located(path: Path, rows: Rows) -> Path | None:
 
 
 def _of_a_family(folder: Path) -> bool:
-    """Whether a registered family opens this folder: one that claims its class, with the file that it needs of it."""
+    """Whether a registered family opens this folder: one that claims its class."""
     config = read_json_object(folder / "config.json")
     kind = config.get("_class_name")
     readers = [family.diffusers for family in families().values() if family.diffusers]
-    claims = [each for each in readers if kind in (*each.classes, "Transformer2DModel") and each.holds(config)]
-    return any(each.extra_file is None or (folder / each.extra_file).is_file() for each in claims)
+    return any(kind in (*each.classes, "Transformer2DModel") and each.holds(config) for each in readers)
 
 
 def _recorded_row(config: Mapping[str, Any]) -> bool:
