@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_gated_blocks_are_cut_blocks_bit_for_bit(tiny: Tiny, tmp_path: Path) -> 
     model = in_memory(opened.module())
     stack = opened.stack(model)
     whole = outputs(model, tiny.given())
+    parameters = {name for block in stack for name in inspect.signature(block.forward).parameters}
+    assert {name for each in opened.row.lists for name in (*each.shared, *each.axes)} <= parameters
     with stack.gated(torch.ones(1, len(stack))):
         assert all(torch.equal(a, b) for a, b in zip(outputs(model, tiny.given()), whole, strict=True))
     plan = plan_without(opened, tiny.removed)

@@ -103,7 +103,7 @@ def export_transformer(
 ) -> dict[str, Any]:
     """A folder of diffusers, alone or in a pipeline; returns what `--json` prints. Raises UserError on another format."""
     if to == "single-file":
-        return _export_single_file(options, source, pipeline, model)
+        return _export_single_file(options, pipeline, model)
     if to != "diffusers":
         raise UserError(
             f"{source} is a {model.class_name}, which has no format {to}: give --to diffusers or single-file"
@@ -137,7 +137,7 @@ def export_transformer(
     return outcome
 
 
-def _export_single_file(options: RunOptions, source: str, pipeline: bool, model: TransformerFolder) -> dict[str, Any]:
+def _export_single_file(options: RunOptions, pipeline: bool, model: TransformerFolder) -> dict[str, Any]:
     """One safetensors file for ComfyUI and stable-diffusion.cpp, and its record in a JSON file of the same name."""
     out = options.out
     if pipeline or out.suffix != ".safetensors":
@@ -149,7 +149,7 @@ def _export_single_file(options: RunOptions, source: str, pipeline: bool, model:
     check_writable(out.with_suffix(".json"))
     check_space(out, model.num_bytes)
     print(
-        f"note: diffusers opens it by {model.class_name}.from_single_file({out.name!r}, config={source!r})"
+        f"note: diffusers opens it by {model.class_name}.from_single_file({out.name!r}, config={str(model.path)!r})"
         + (f"\nnote: {names.warning}" if names.warning else ""),
         file=sys.stderr,
     )
