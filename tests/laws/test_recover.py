@@ -109,7 +109,10 @@ def test_teacher_and_student_see_the_same_batch(tiny_model: Callable[..., Loaded
     teacher, student = tiny_model(0), tiny_model(1, depth=2)
     seen: list[tuple[Tensor, ...]] = []
     handles = [
-        model.module.register_forward_pre_hook(lambda _module, args: seen.append(args)) for model in (teacher, student)
+        model.module.register_forward_pre_hook(
+            lambda _m, args, kwargs: seen.append((*args, kwargs["y"])), with_kwargs=True
+        )
+        for model in (teacher, student)
     ]
     goal = distilled(teacher, student, [(1, 3)])
     goal = dataclasses.replace(goal, inner=GaussianObjective(label_drop=0.5))
