@@ -282,7 +282,7 @@ VERBS = {
     ),
     "lora": Verb(
         "A LoRA of an uncut model, renumbered for its student: without this its updates land on other blocks, and no tool says so.",
-        "style.safetensors --model student/transformer --out style-student.safetensors",
+        "style.safetensors --model runs/flux --out style-student.safetensors",
         (
             *_ANSWERS,
             Option("file", "LoRA of the uncut model: .safetensors, .pt or .bin (required)", "FILE", kind=Path, positional=True),

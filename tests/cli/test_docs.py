@@ -25,6 +25,7 @@ import pytest
 import torch
 from material import Cli, tiny, tiny_mar, tiny_sit
 from PIL import Image
+from safetensors.torch import save_file
 from test_evaluate import random_weights
 
 from tinyfusion.config.loading import load_recipe, recipe_fields, shipped_recipes
@@ -121,6 +122,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_autoencoder(brought / "sd-vae-ft-ema")
     save_photographs(brought / "photos")
     save_flux(brought / "FLUX.1-dev")
+    names = (f"transformer.transformer_blocks.{i}.attn.to_q.lora_{half}.weight" for i in range(19) for half in "AB")
+    save_file({name: torch.ones(4, 4) for name in names}, brought / "style.safetensors")
     random_weights(folder)
     return folder
 

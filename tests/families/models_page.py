@@ -23,7 +23,11 @@ tinyfusion prune --teacher FLUX.1-dev --criterion uniform --set prune.budgets=tr
   --out runs/flux
 tinyfusion export --model runs/flux --to diffusers --pipeline --out FLUX.1-light
 tinyfusion export --model runs/flux --to single-file --out FLUX.1-light.safetensors
+tinyfusion lora style.safetensors --model runs/flux --out style-light.safetensors
 ```
+
+A LoRA of the uncut model goes through `lora` before the student takes it: diffusers loads such a file onto other blocks without an error.
+Every usual form is renumbered, `--form peft` also renames; what belonged to removed blocks is dropped, and its share of the update printed.
 
 The single file has the names that ComfyUI and stable-diffusion.cpp read, for FLUX.1, Qwen-Image, Z-Image and Wan. Diffusers opens
 it with `from_single_file(FILE, config=FOLDER)`, where FOLDER is that of the student: without it the published depth is assumed.

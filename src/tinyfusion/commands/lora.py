@@ -17,8 +17,8 @@ from tinyfusion.core.files import atomic_write, sha256_of
 from tinyfusion.core.records import file_output, say_finished, stamp
 from tinyfusion.export.lora import Remapped, remap_lora
 from tinyfusion.families.diffusers_classes.cutting import Cut
-from tinyfusion.families.diffusers_classes.folder import TransformerFolder, open_transformer
-from tinyfusion.families.diffusers_classes.rows import rows_with
+from tinyfusion.families.diffusers_classes.folder import TransformerFolder
+from tinyfusion.jobs.transformers import transformer_of
 from tinyfusion.models.tensors import flat_tensors, read_tensor_file
 
 TrainedOn = Literal["original", "parent"]
@@ -30,7 +30,7 @@ _HEADER = "tinyfusion"  # our record in the header of the new file
 class LoraOptions:
     """What `lora` is asked for.
 
-    file: the LoRA. model: the student's folder. trained_on: the model that the LoRA was trained for, the first of the
+    file: the LoRA. model: the student, as a run or a folder. trained_on: the model that the LoRA was trained for, the first of the
     student's lineage or the last before it. form: names of the keys, as they are or peft's. blocks: a user's rows.
     """
 
@@ -67,7 +67,11 @@ def cuts_of(student: TransformerFolder, trained_on: TrainedOn = "original") -> l
 
 def renumber_lora(options: LoraOptions) -> dict[str, Any]:
     """Write the LoRA for the student; returns what `--json` prints. Raises UserError on every file that is not as wanted."""
-    student = open_transformer(options.model, rows_with(options.blocks))
+    student = transformer_of(str(options.model), options.blocks)
+    if student is None:
+        raise UserError(
+            f"{options.model} holds no transformer of diffusers: wanted a student that `prune` or `export` wrote"
+        )
     if options.out.suffix != ".safetensors":
         raise UserError(f"--out of lora is a .safetensors file; got {options.out}")
     plain = {
