@@ -374,6 +374,17 @@ def test_a_student_is_cut_again(pipeline: Path, run: Any, tmp_path: Path) -> Non
     assert torch.equal(student[f"{SINGLE}.1.{name}"], teacher[f"{SINGLE}.2.{name}"])
 
 
+def test_a_model_of_the_hub_is_named_as_the_parent(
+    pipeline: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = lambda name: (pipeline, {"hub": name, "license": "mit"})  # noqa: E731
+    monkeypatch.setattr("tinyfusion.jobs.transformers.by_name", cached)
+    run("prune", "--teacher", "org/flux", "--criterion", "first", "--out", tmp_path / "run")
+    card = (tmp_path / "run/student/README.md").read_text()
+    assert "base_model: org/flux" in card
+    assert "license: apache-2.0" in card, "that of the files goes first"
+
+
 def test_two_experts_are_two_models(folders: Any, run: Any, tmp_path: Path) -> None:
     both = {name: ["diffusers", "WanTransformer3DModel"] for name in ("transformer", "transformer_2")}
     for name in both:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,11 +37,11 @@ def transformer_of(source: str, blocks: Path | None) -> TransformerFolder | None
     blocks: a file of rows for classes that the shipped table lacks. Raises UserError where a pipeline has several, a class has no
     row (with a guess at it), and where folder and row contradict each other.
     """
-    rows, path = rows_with(blocks), Path(source)
+    rows, path, known = rows_with(blocks), Path(source), dict[str, str]()
     if not exists(path):
         if not HUB_ID.fullmatch(source) or path.parent.exists():
             return None
-        path, _ = by_name(source)
+        path, known = by_name(source)
     folder = _located(path, rows)
     if folder is None:
         return None
@@ -49,7 +50,9 @@ def transformer_of(source: str, blocks: Path | None) -> TransformerFolder | None
         if not is_transformer(str(config.get("_class_name"))):
             return None
         raise UserError(_unknown(folder, config))
-    return open_transformer(folder, rows)
+    model = open_transformer(folder, rows)
+    license, parent = model.license or known.get("license"), model.parent or known.get("hub")
+    return dataclasses.replace(model, license=license, parent=parent)
 
 
 def _located(path: Path, rows: Rows) -> Path | None:
