@@ -24,6 +24,7 @@ from tinyfusion.commands.transformers import write_transformer
 from tinyfusion.families.diffusers_classes.folder import RECORD, open_transformer
 from tinyfusion.families.diffusers_classes.guess import guessed_row
 from tinyfusion.families.diffusers_classes.rows import row_text, rows_in, shipped_rows
+from tinyfusion.jobs.transformers import transformer_of
 from tinyfusion.models.wrapped import wrap_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
@@ -413,6 +414,26 @@ def test_export_refuses_what_it_cannot_do(folders: Any, run: Any, tmp_path: Path
     assert "is not an export of tinyfusion" in run(
         "export", "--model", source, "--to", "diffusers", "--out", tmp_path / "taken"
     )
+
+
+def test_an_export_is_uploaded_where_that_is_asked(
+    folders: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = []
+    monkeypatch.setattr("tinyfusion.commands.export.upload_folder", lambda *said: uploads.append(said) or "address")
+    arguments = ["export", "--model", folders(FLUX), "--push-to-hub", "org/name", "--out"]
+    assert run(*arguments, tmp_path / "a", "--to", "diffusers")["pushed_to"] == "address"
+    assert uploads == [(tmp_path / "a", "org/name")]
+    assert "pushed_to" not in run(*arguments, tmp_path / "b", "--to", "diffusers", "--dry-run")
+    assert "--push-to-hub" in run(*arguments, tmp_path / "c.safetensors", "--to", "single-file")
+    assert "--vae and --labels" in run(*arguments, tmp_path / "d", "--to", "diffusers", "--pipeline", "--vae", "x")
+    assert len(uploads) == 1
+
+
+def test_a_model_of_texts_without_any_is_pruned_on_its_files(folders: Any, run: Any, tmp_path: Path) -> None:
+    folder = folders(tiny("PixArtTransformer2DModel"))
+    assert transformer_of(str(folder), None, prompts=True) is None, "with prompts its family opens it"
+    assert run("prune", "--teacher", folder, "--keep", "0,1", "--out", tmp_path / "run")["kept"] == {TRUNK: [0, 1]}
 
 
 # ------------------------------------------------------------------------------------------------ classes without a row

@@ -50,7 +50,12 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     """Write the model as `what.to` says; returns what `--json` prints. Raises UserError where the format cannot hold it."""
     _check_options(options.out, what)
     if transformer := transformer_of(what.model, options.blocks):
-        return export_transformer(options, what.model, what.to, what.pipeline, transformer)
+        if what.vae is not None or what.labels is not None:
+            raise UserError(
+                f"--vae and --labels are for models of classes; the pipeline of {what.model} takes the parts of its parent: leave them out"
+            )
+        outcome = export_transformer(options, what.model, what.to, what.pipeline, transformer)
+        return outcome if options.dry_run else outcome | _pushed(options, what)
     if what.to == "single-file":
         raise UserError(
             f"--to single-file is for transformers of diffusers, and {what.model} is none: give another format"
@@ -93,9 +98,12 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
         else:
             notes = _card_notes(model, options.out.name, what, differences, steps)
             write_folder(model, options.out, what.to, components, notes, record)
-    if what.push_to_hub:
-        outcome["pushed_to"] = upload_folder(options.out, what.push_to_hub)
-    return outcome
+    return outcome | _pushed(options, what)
+
+
+def _pushed(options: RunOptions, what: ExportOptions) -> dict[str, str]:
+    """Upload the export where `--push-to-hub` says so; the address, as part of the outcome."""
+    return {"pushed_to": upload_folder(options.out, what.push_to_hub)} if what.push_to_hub else {}
 
 
 def _check_options(out: Path, what: ExportOptions) -> None:
@@ -109,7 +117,7 @@ def _check_options(out: Path, what: ExportOptions) -> None:
         raise UserError("--vae is the autoencoder of a pipeline: add --pipeline, or leave it out")
     if what.labels is not None and not what.pipeline:
         raise UserError("--labels names the classes of a pipeline: add --pipeline, or leave it out")
-    if what.push_to_hub is not None and what.to == "official":
+    if what.push_to_hub is not None and what.to in ("official", "single-file"):
         raise UserError("--push-to-hub uploads a folder: give --to diffusers or --to tinyfusion")
     if what.push_to_hub is not None and not HUB_ID.fullmatch(what.push_to_hub):
         raise UserError(f"--push-to-hub wants the id of a repository, ORG/NAME; got {what.push_to_hub!r}")

@@ -30,7 +30,7 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
 
     def __call__(self, recipe: Recipe, options: RunOptions, source: str | Path = "") -> dict[str, Any]:
         """Prune a model, or a transformer of diffusers on its files."""
-        if transformer := transformer_of(recipe.teacher, options.blocks):
+        if transformer := transformer_of(recipe.teacher, options.blocks, bool(recipe.data.prompts or recipe.data.name)):
             return prune_transformer(recipe, options, transformer)
         return super().__call__(recipe, options, source)
 

@@ -31,10 +31,11 @@ from tinyfusion.prune.scheme import BlockGroup, check_range
 _ALL = "all"  # in a budget: the lists of the trunk together
 
 
-def transformer_of(source: str, blocks: Path | None) -> TransformerFolder | None:
+def transformer_of(source: str, blocks: Path | None, prompts: bool = False) -> TransformerFolder | None:
     """The transformer of diffusers at a path or hub id; None where it is a model of a family, or none at all.
 
-    blocks: a file of rows for classes that the shipped table lacks. Raises UserError where a pipeline has several, a class has no
+    blocks: a file of rows for classes that the shipped table lacks. prompts: encoded prompts are given, so that a family which
+    needs them opens folders that have none. Raises UserError where a pipeline has several, a class has no
     row (with a guess at it), and where folder and row contradict each other.
     """
     rows, path, known = rows_with(blocks), Path(source), dict[str, str]()
@@ -42,7 +43,7 @@ def transformer_of(source: str, blocks: Path | None) -> TransformerFolder | None
         if not HUB_ID.fullmatch(source) or path.parent.exists():
             return None
         path, known = by_name(source)
-    folder = _located(path, rows)
+    folder = _located(path, rows, prompts)
     if folder is None:
         return None
     config = read_json_object(folder / "config.json")
@@ -55,27 +56,32 @@ def transformer_of(source: str, blocks: Path | None) -> TransformerFolder | None
     return dataclasses.replace(model, license=license, parent=parent)
 
 
-def _located(path: Path, rows: Rows) -> Path | None:
+def _located(path: Path, rows: Rows, prompts: bool) -> Path | None:
     """The folder with config.json in it: of a run, a pipeline, or itself; None where a family of ours opens the model."""
     if not path.is_dir() or (path / "model.json").exists():
         return None
     if (path / "run.json").is_file():
         return path / "student" if (path / "student" / "config.json").is_file() else None
     if (path / INDEX).is_file():
-        folders = [folder for folder in component_folders(path, rows) if not _of_a_family(folder)]
+        folders = [folder for folder in component_folders(path, rows) if not _of_a_family(folder, prompts)]
         if len(folders) > 1:
             names = " or ".join(str(folder) for folder in folders)
             raise UserError(f"{path} has {len(folders)} transformers, each with blocks of its own: give {names}")
         return folders[0] if folders else None
-    return path if (path / "config.json").is_file() and not _of_a_family(path) else None
+    return path if (path / "config.json").is_file() and not _of_a_family(path, prompts) else None
 
 
-def _of_a_family(folder: Path) -> bool:
-    """Whether a registered family opens this folder: one that claims its class."""
+def _of_a_family(folder: Path, prompts: bool) -> bool:
+    """Whether a registered family opens this folder: one that claims its class, with the texts that it needs."""
     config = read_json_object(folder / "config.json")
     kind = config.get("_class_name")
     readers = [family.diffusers for family in families().values() if family.diffusers]
-    return any(kind in (*each.classes, "Transformer2DModel") and each.holds(config) for each in readers)
+    return any(
+        kind in (*each.classes, "Transformer2DModel")
+        and each.holds(config)
+        and (prompts or each.extra_file is None or (folder / each.extra_file).is_file())
+        for each in readers
+    )
 
 
 def _recorded_row(config: Mapping[str, Any]) -> bool:
