@@ -18,6 +18,8 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
 from tinyfusion.training.engine import Engine
 
+# all runs of two processes are one fixture: minutes on two slow cores
+pytestmark = pytest.mark.timeout(1500)
 PARTS = ComputeSection(gradient_accumulation_steps=2, prefetch_batches=0)
 
 
@@ -42,7 +44,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     started = [
         subprocess.Popen(command, env=environment(rank, port), stderr=subprocess.PIPE, text=True) for rank in range(2)
     ]
-    said = [process.communicate(timeout=240)[1] for process in started]
+    said = [process.communicate(timeout=1200)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
     found: dict[str, Any] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     return {**found, "folder": folder}
