@@ -134,7 +134,7 @@ ROWS: list[Row] = [
     row("export-without-model", f"export --to diffusers {OUT}", "export needs --model"),
     row("export-without-format", f"export --model teacher {OUT}", "export needs --to"),
     row("export-without-out", "export --model teacher --to diffusers", "export needs --out"),
-    row("export-format-unknown", f"export --model teacher --to onnx {OUT}", "--to is one of diffusers, official, tinyfusion", "'onnx'"),
+    row("export-format-unknown", f"export --model teacher --to onnx {OUT}", "is one of diffusers, official, single-file, tinyfusion", "'onnx'"),
     row("export-model-missing", f"export --model gone --to diffusers {OUT}", "no model at gone"),
     row("export-official-suffix", f"export --model teacher --to official {OUT}", ".safetensors file, or a .pt file"),
     row("export-pixels-as-pipeline", f"export --model teacher --to diffusers --pipeline {OUT}", "a model of pixels"),

@@ -413,7 +413,9 @@ def test_the_published_layout_and_an_autoencoder_of_other_channels(cli: Cli, her
     save_autoencoder(here / "three", latent_channels=3)
     outcome = cli(*shlex.split(f"encode --data features:old --vae three --out latents {SET}"))
     assert outcome.code == 2
-    assert "has latents of 4 channels, and the autoencoder three makes 3: give the one that made them" in outcome.err
+    assert (
+        "has latents of 4 channels, and the autoencoder three makes 3: give their autoencoder as --vae" in outcome.err
+    )
     assert not Path("latents").exists()
 
 

@@ -19,9 +19,9 @@ from test_bad_input import EVALUATE, INDICES, PRUNE, RECOVER, SAMPLE, tree_hash
 from test_verbs import done
 
 import tinyfusion.cli
-import tinyfusion.commands.export
 import tinyfusion.commands.prune
 import tinyfusion.core.files
+import tinyfusion.export.folder
 import tinyfusion.jobs.sampling_setup
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.locks import LOCK, acquire
@@ -75,13 +75,13 @@ def test_a_pipe_is_refused_wherever_something_would_be_written(cli: Cli, work: P
 
 
 def test_a_pipe_that_comes_meanwhile_is_not_replaced(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = tinyfusion.commands.export.save_model
+    save = tinyfusion.export.folder.save_model
 
     def late(*given: Any) -> None:
         save(*given)
         os.mkfifo("out")
 
-    monkeypatch.setattr(tinyfusion.commands.export, "save_model", late)
+    monkeypatch.setattr(tinyfusion.export.folder, "save_model", late)
     refused(cli(*shlex.split(f"{EXPORT} tinyfusion --out out")), "out is a pipe")
     assert stat.S_ISFIFO(Path("out").stat().st_mode)
 

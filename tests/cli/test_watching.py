@@ -292,7 +292,7 @@ def test_a_tracker_that_does_not_start_is_an_error_and_leaves_nothing(
         ("watch.grid_images=0", "at least 1 image"),
         ("watch.fid_images=1", "FID at least 2"),
         ("watch.fid_every_steps=1 --set evaluate.features=no-such", "unknown feature extractor 'no-such'"),
-        ("watch.grid_every_steps=1 --set sample.guidance=0.5", "--guidance must be at least 1"),
+        ("watch.grid_every_steps=1 --set sample.guidance=0.5", "sample.guidance must be at least 1"),
     ],
 )
 @pytest.mark.parametrize("command", [TRAIN, RECOVER, RUN], ids=["train", "recover", "run"])

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.stack import frozen
@@ -301,9 +302,10 @@ def test_every_method_learns_on_every_kind_of_plan(
 def test_label_drops_are_shared_by_every_method(tiny_model: Callable[..., LoadedModel]) -> None:
     teacher, student = tiny_model(0), tiny_model(1, depth=2)
     for method in METHODS:
-        seen: list[tuple[Tensor, ...]] = []
+        seen: list[list[Tensor]] = []  # x, t and y of every call
         handles = [
-            m.module.register_forward_pre_hook(lambda _, args, s=seen: s.append(args)) for m in (teacher, student)
+            m.module.register_forward_pre_hook(lambda _, *given, s=seen: s.append(tree_leaves(given)), with_kwargs=True)
+            for m in (teacher, student)
         ]
         goal = of_method(method, teacher, student, [(1, 3)])
         noisy = goal.draw(
