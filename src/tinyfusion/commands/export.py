@@ -12,6 +12,7 @@ from tinyfusion.commands.transformers import export_transformer
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_plain
+from tinyfusion.core.records import folder_output, read_record
 from tinyfusion.core.rundir import check_space, check_writable, file_output, read_json, say_finished, stamp
 from tinyfusion.export.card import CardNotes, licence_note
 from tinyfusion.export.folder import (
@@ -128,22 +129,11 @@ def _check_output(options: RunOptions, to: str, plain: Mapping[str, Any]) -> boo
     out = options.out
     if to == "official":
         check_writable(out.with_suffix(".json"))
-        todo = file_output(
-            out, "export", plain, options.overwrite, lambda path: _read_record(path.with_suffix(".json"))
-        )
+        todo = file_output(out, "export", plain, options.overwrite, lambda path: read_record(path.with_suffix(".json")))
         if todo and not out.exists():
             file_output(out.with_suffix(".json"), "export", plain, True, read_json)
         return todo
-    check_writable(out)
-    if out.is_file():
-        raise UserError(f"--out {out} is a file; export --to {to} writes a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
-        raise UserError(f"--out {out} exists and is not an export of tinyfusion; choose another folder")
-    return file_output(out / RECORD, "export", plain, options.overwrite, _read_record) if out.is_dir() else True
-
-
-def _read_record(path: Path) -> Any:
-    return read_json(path) if path.is_file() else None
+    return folder_output(out, RECORD, "export", plain, options.overwrite, f"export --to {to}")
 
 
 def _official_record(model: LoadedModel, steps: list[Step]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.records import folder_output, read_record
 from tinyfusion.core.rundir import (
     RunDirectory,
     atomic_write,
@@ -111,12 +112,7 @@ def export_transformer(
     out = options.out
     parent = _pipeline_of(source, model, options.blocks) if pipeline else None
     plain = {"to": to, "pipeline": pipeline, "model": model.hash}
-    check_writable(out)
-    if out.is_file():
-        raise UserError(f"--out {out} is a file; export --to {to} writes a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / _RECORD).is_file():
-        raise UserError(f"--out {out} exists and is not an export of tinyfusion; choose another folder")
-    todo = file_output(out / _RECORD, "export", plain, options.overwrite, _record_of) if out.is_dir() else True
+    todo = folder_output(out, _RECORD, "export", plain, options.overwrite, f"export --to {to}")
     check_space(out, model.num_bytes)
     outcome = {"to": to, "model": model.hash, "bytes": model.num_bytes}
     if options.dry_run:
@@ -145,7 +141,7 @@ def _export_single_file(options: RunOptions, pipeline: bool, model: TransformerF
     weights, names = single_file_weights(model), single_file_of(model)
     outcome = {"to": "single-file", "model": model.hash, "bytes": model.num_bytes, "warning": names.warning or None}
     plain = {"to": "single-file", "model": model.hash}
-    todo = file_output(out, "export", plain, options.overwrite, lambda path: _record_of(path.with_suffix(".json")))
+    todo = file_output(out, "export", plain, options.overwrite, lambda path: read_record(path.with_suffix(".json")))
     check_writable(out.with_suffix(".json"))
     check_space(out, model.num_bytes)
     print(
@@ -160,10 +156,6 @@ def _export_single_file(options: RunOptions, pipeline: bool, model: TransformerF
             write_file(weights, new, single_file_metadata(model, out.stem))
             write_json(out.with_suffix(".json"), stamp("export", plain, "done", **outcome))
     return outcome
-
-
-def _record_of(path: Path) -> Any:
-    return read_json(path) if path.is_file() else None
 
 
 def _pipeline_of(source: str, model: TransformerFolder, blocks: Path | None) -> TransformerFolder:

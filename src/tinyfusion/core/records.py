@@ -15,6 +15,7 @@ from tinyfusion.config.loading import first_difference
 from tinyfusion.config.process_sections import ShiftFields
 from tinyfusion.core.errors import OtherRecipe, UserError
 from tinyfusion.core.files import check_writable, clear_unfinished
+from tinyfusion.core.reading import read_json
 from tinyfusion.core.version import __version__
 
 FORMAT_VERSION = 1
@@ -124,6 +125,24 @@ def file_output(
         return True
     check_same(record, verb, recipe, path)
     return False
+
+
+def folder_output(out: Path, record: str, verb: str, recipe: Mapping[str, Any], overwrite: bool, form: str) -> bool:
+    """Whether the output folder `out` is still to be made; `record` is the name of its record.
+
+    form: the options that ask for a folder, for messages. Raises UserError as `file_output` does, and on folders of others.
+    """
+    check_writable(out)
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; {form} writes a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / record).is_file():
+        raise UserError(f"--out {out} exists and is not an export of tinyfusion; choose another folder")
+    return file_output(out / record, verb, recipe, overwrite, read_record) if out.is_dir() else True
+
+
+def read_record(path: Path) -> Any:
+    """The record in a JSON file; None where there is no file."""
+    return read_json(path) if path.is_file() else None
 
 
 def say_finished(path: Path, dry_run: bool = False) -> None:
