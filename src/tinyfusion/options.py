@@ -96,6 +96,8 @@ _OPENING = (
     Option("family", "model family of an official file whose keys fit several", "NAME"),
 )
 _RESUME = Option("resume", "checkpoint to go on from, instead of the newest in --out", "PATH", kind=Path)
+_FOR = Option("for", "format of the later export: the model computes what its readers compute, so that the export is exact",
+              "diffusers|official", ("destination",))  # fmt: skip
 _BLOCKS = Option("blocks", "rows for transformer classes of diffusers that the shipped table lacks", "FILE", kind=Path)
 _RUN_FOLDER = Option("out", "run folder (required)", "PATH", kind=Path)
 _DATA = Option("data", "data set", "NAME", ("data.name",))
@@ -129,7 +131,7 @@ VERBS = {
     "run": Verb(
         "The whole job: prune, recover, sample, evaluate, report.",
         "--recipe digits --out runs/digits",
-        (*_JOB, *_OPENING, *_trains("prune.training", "recover.training"), _RUN_FOLDER, _DATA),
+        (*_JOB, *_OPENING, *_trains("prune.training", "recover.training"), _RUN_FOLDER, _DATA, _FOR),
         ("out", "recipe"),
         parallel=True,
     ),
@@ -138,7 +140,7 @@ VERBS = {
         "--recipe digits-teacher --out runs/digits-teacher",
         (
             *_JOB, *_trains("train"), _RUN_FOLDER,
-            Option("steps", "optimiser steps", "N", ("train.steps",)), _RESUME, _DATA,
+            Option("steps", "optimiser steps", "N", ("train.steps",)), _RESUME, _DATA, _FOR,
         ),
         ("out",),
         parallel=True,
@@ -158,6 +160,7 @@ VERBS = {
             Option("update", "learned: what trains beside the gates", "lora|full|frozen", ("prune.update",)),
             Option("keep", "blocks to keep, instead of learning which: 0,2,4", "I,J,..", ("prune.keep",)),
             Option("steps", "learned: optimiser steps", "N", ("prune.training.steps",)),
+            _FOR,
             _BLOCKS,
             _RESUME,
         ),

@@ -132,5 +132,5 @@ def test_push_to_hub(student: LoadedModel, tmp_path: Path) -> None:
     assert "Kept: blocks 1, 2." in card and "prune --teacher TEACHER --keep 1,2" in card
     with hub_of({name: dict(files) for name, files in hub.pushed.items()}) as later:
         fetched = called([["inspect", name, "--json"] for name in hub.pushed], tmp_path, HF_ENDPOINT=later.address)
-    assert [facts["hash"] for _, facts, _ in fetched] == [student.hash()] * 2
+    assert [facts["hash"] for _, facts, _ in fetched] == [student.hash(), student.made_for("diffusers").hash()]
     assert open_model(tmp_path / "mine").hash() == student.hash()

@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinyfusion.commands.export import ExportOptions, export
+from tinyfusion.commands.prune import prune
+from tinyfusion.config.recipe import PruneSection, Recipe
+from tinyfusion.core.errors import UserError
 from tinyfusion.families.dit import diffusers as ours
 from tinyfusion.families.dit.model import SIZES, published_arch
 from tinyfusion.families.registry import FAMILIES
@@ -168,10 +171,6 @@ def test_published_timesteps_are_what_differs(tmp_path: Path, stranger: Stranger
     save_model(model, tmp_path / "own")
     outcome = export(RunOptions(tmp_path / "out"), ExportOptions(str(tmp_path / "own"), "diffusers"))
     assert len(outcome["differences"]) == 1 and "10000^(-i/127)" in outcome["differences"][0]
-    assert open_model(tmp_path / "out").arch.frequency_shift == 0  # the file remembers what it is
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    del config["_tinyfusion"]
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     as_diffusers = open_model(tmp_path / "out")
     x = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     save_file({"x": x, "t": torch.tensor(T), "y": torch.tensor(Y)}, tmp_path / "inputs.safetensors")
@@ -180,6 +179,25 @@ def test_published_timesteps_are_what_differs(tmp_path: Path, stranger: Stranger
     assert (found - outputs(as_diffusers, x)).abs().max() <= 1e-5
     apart = (found - outputs(model, x)).abs().amax(dim=(1, 2, 3))
     assert apart[0] <= 1e-5 and apart[1] > 1e-3, "at t = 0 both have the same features, and not at 250"
+
+
+def test_a_student_pruned_for_diffusers_is_exported_exactly(tmp_path: Path, stranger: Stranger) -> None:
+    """From a teacher with the published frequencies; the student is still paired with it, and trained on as diffusers computes."""
+    teacher = random_weights(new_model("dit", TINY, 0))
+    save_model(teacher, tmp_path / "teacher")
+    keep = PruneSection(criterion="indices", keep=(0, 2))
+    recipe = Recipe(teacher=str(tmp_path / "teacher"), destination="diffusers", prune=keep)
+    prune(recipe, RunOptions(tmp_path / "cut"))
+    student = open_model(tmp_path / "cut")
+    assert export(RunOptions(tmp_path / "out"), ExportOptions(str(tmp_path / "cut"), "diffusers"))["differences"] == []
+    x = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    save_file({"x": x, "t": torch.tensor(T), "y": torch.tensor(Y)}, tmp_path / "inputs.safetensors")
+    stranger('save_file({"out": answer("out")}, "outputs.safetensors")', tmp_path)
+    assert (load_file(tmp_path / "outputs.safetensors")["out"] - outputs(student, x)).abs().max() <= 1e-5
+    assert teacher.family.differ_in_size_alone(student.arch, teacher.arch, teacher.stack.depths()), "recover takes it"
+    assert student.facts.lineage[-1]["hash"] == teacher.hash()
+    with pytest.raises(UserError, match="other"):
+        prune(dataclasses.replace(recipe, destination=None), RunOptions(tmp_path / "cut"))
 
 
 def test_a_pipeline_draws_with_nothing_of_ours(tmp_path: Path, vae: Path, stranger: Stranger) -> None:
@@ -209,7 +227,7 @@ pipeline.save_pretrained("saved")
     assert (tmp_path / "student" / "plan.png").read_bytes().startswith(b"\x89PNG")
     for folder in ("student", "saved"):
         opened = open_model(tmp_path / folder)
-        assert opened.hash() == open_model(tmp_path / "own").hash()
+        assert opened.hash() == open_model(tmp_path / "own").made_for("diffusers").hash()
         assert opened.origin["kind"] == "folder of diffusers in a DiTPipeline"
     assert open_model(tmp_path / "student").facts.license == "CC-BY-NC-4.0"
 

@@ -39,6 +39,7 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
         on_data = recipe.prune.criterion == "learned" or looks_at_images(recipe.prune.criterion)
         teacher = open_teacher(recipe, options.num_heads, options.family, on_data, options.num_classes)
         recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, on_data)
+        teacher.made_for(recipe.destination)  # refuse before anything is learned
         return Inputs(recipe, options, {"teacher": teacher}, {"teacher": recipe.teacher})
 
     def work(self, inputs: Inputs, engine: Engine) -> MaskTraining | CriterionWork:
@@ -80,7 +81,7 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
         else:
             plan = _learn(inputs, work, folder)
             updates = work.state.averages() if settings.keep_deltas else None
-        student = student_of(teacher, plan, settings, updates)
+        student = student_of(teacher, plan, settings, updates).made_for(inputs.recipe.destination)
         if folder.writes:
             write_json(folder.path / "plan.json", plan.to_json())
         save(folder, student, "student")

@@ -37,6 +37,7 @@ class Train(TrainingVerb[Training]):
         if takes_prompts(recipe):
             sizes["num_classes"] = None  # it has no texts of its own
         model = new_model(sizes.pop("family"), sizes, Randomness(recipe.seed).generator_seed("initial-weights"))
+        model = model.made_for(recipe.destination)
         model.facts = dataclasses.replace(model.facts, process_settings=process_spec(model).kept(recipe))
         model = with_prompts_of(recipe.data, trained_on(model, batches))
         batches.conditioned_on(model.conditions)

@@ -44,6 +44,10 @@ _LINK_BYTES = 2**20  # files of a parent from this size on are linked where the 
 def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFolder) -> dict[str, Any]:
     """Plan by rule, and cut the files; writes `plan.json` and `student/`. Returns what `--json` prints."""
     engine = engine_for(recipe)
+    if recipe.destination == "official":
+        raise UserError(
+            f"--for official is for models of classes, and a {teacher.class_name} has no such format: leave it out"
+        )
     plain = plain_recipe(recipe, "prune", teacher=teacher.hash)
     folder = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: folder.check("prune", plain, options.overwrite))

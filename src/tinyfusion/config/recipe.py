@@ -49,6 +49,7 @@ Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc", "ode", "sde", "masked
 ModelSide = Annotated[int, Ge(1), Le(2**14)]  # of inputs, patches, sequences
 Width = Annotated[int, Ge(1), Le(2**20)]
 Depth = Annotated[int, Ge(1), Le(2**12)]
+Destination = Literal["diffusers", "official"]
 Orientation = Literal["follow", "ignore"]
 
 
@@ -269,6 +270,11 @@ class Recipe:
     ] = None
     seed: Annotated[Seed, "seed of every draw"] = 0
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
+    destination: Annotated[
+        Destination | None,
+        "format that the model of `prune` or `train` will be exported to: it computes what that format's readers compute, so that "
+        "its export is exact; None: as the teacher, or as published",
+    ] = None
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     encode: EncodeSection = field(default_factory=EncodeSection)

@@ -129,6 +129,8 @@ class ModelFamily:
     unfit_formats: Callable[[Any, Mapping[str, Tensor]], dict[str, str]] | None = None
     # (module, arch, format) -> what readers of "official" or "diffusers" compute otherwise with the same tensors, in sentences
     differences: Callable[[nn.Module, Any, str], list[str]] | None = None
+    # format -> (arch -> the arch with which the same tensors compute what readers of that format compute)
+    arch_for: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
 
     def arch_of_sizes(self, sizes: Mapping[str, Any]) -> Any:
         """The arch of a recipe's section `model`: "depth" counts the blocks of every list, "sizes" are those of this family alone.
@@ -213,7 +215,12 @@ class ModelFamily:
         return dataclasses.replace(arch, **{self.block_lists[name]: depth for name, depth in depths.items()})
 
     def differ_in_size_alone(self, arch: Any, other: Any, depths: Mapping[str, int]) -> bool:
-        """Whether cutting depth and, where this family can, widths leads from one arch to the other; depths: of `other`."""
+        """Whether cutting depth and, where this family can, widths leads from one arch to the other; depths: of `other`.
+
+        Models made for different formats (`arch_for`) do not differ by that.
+        """
+        for convert in self.arch_for.values():
+            arch, other = convert(arch), convert(other)
         deepened = self.arch_with_depths(arch, depths)
         if self.widths is None or deepened == other:
             return bool(deepened == other)

@@ -68,6 +68,8 @@ def open_teacher(
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
     """The sections of a recipe that a verb depends on, with its inputs, as plain values: what "the same command" means."""
     values, inputs = to_plain(recipe), {**inputs, **prompts_hash(recipe.data)}
+    if recipe.destination is not None and {*sections} & {"prune", "train"}:
+        inputs["destination"] = recipe.destination
     return {**inputs, "seed": recipe.seed, **{name: values[name] for name in sections}}
 
 

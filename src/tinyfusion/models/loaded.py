@@ -216,6 +216,22 @@ class LoadedModel:
             )
         return {name: "; ".join(each) for name, each in reasons.items() if each}
 
+    def made_for(self, destination: str | None) -> LoadedModel:
+        """The same tensors as a model that computes what readers of a format compute, "diffusers" or "official", so that its export
+        is exact; itself for None.
+
+        Where that differs from what the weights were trained with, train afterwards: `prune --for` does it before recovery. Raises
+        UserError where the format cannot hold such a model.
+        """
+        if destination is None:
+            return self
+        if reason := self.unfit_formats().get(destination):
+            raise UserError(f"the model cannot be made for {destination}: {reason}")
+        convert = self.family.arch_for.get(destination)
+        if convert is None or convert(self.arch) == self.arch:
+            return self
+        return dataclasses.replace(self, arch=convert(self.arch)).with_weights(self.module.state_dict())
+
     def diffusers_export(self) -> DiffusersExport:
         """How it is written for diffusers. Raises UserError where it cannot be."""
         folder, unfit = self.family.diffusers, self.unfit_formats().get("diffusers")

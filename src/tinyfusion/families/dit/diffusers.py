@@ -12,6 +12,7 @@ formula there and not stored.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.families.dit.model import TIMESTEP_FREQUENCIES, DiTArch, timestep_features
-from tinyfusion.families.family import DIFFUSERS_RECORD, DiffusersExport, DiffusersPipeline
+from tinyfusion.families.dit.model import DiTArch, timestep_features
+from tinyfusion.families.family import DiffusersExport, DiffusersPipeline
 from tinyfusion.families.sizes import position_table
 
 CLASS_NAME = "DiTTransformer2DModel"
@@ -176,19 +177,6 @@ def arch_of_config(config: Mapping[str, Any]) -> DiTArch:
     )
 
 
-def recorded_shift(config: Mapping[str, Any], hash_with: Callable[[int], str]) -> int | None:
-    """The frequency shift in our record, where it belongs to the tensors: others were trained by diffusers since.
-
-    hash_with: the hash of the model with such a shift.
-    """
-    own = config.get(DIFFUSERS_RECORD)
-    arch = own.get("arch") if isinstance(own, Mapping) else None
-    shift = arch.get("frequency_shift") if isinstance(arch, Mapping) else None
-    if type(shift) is not int or not 0 <= shift < TIMESTEP_FREQUENCIES // 2:
-        return None
-    return shift if isinstance(own, Mapping) and own.get("hash") == hash_with(shift) else None
-
-
 def config_of_arch(arch: DiTArch) -> dict[str, Any]:
     """The config.json of a DiT of these sizes."""
     return {
@@ -212,6 +200,11 @@ def config_of_arch(arch: DiTArch) -> dict[str, Any]:
     }
 
 
+# format -> (arch -> the one with which the same tensors compute what its readers compute); diffusers reads the epsilon
+ARCH_FOR: dict[str, Callable[[DiTArch], DiTArch]] = {
+    "official": lambda arch: dataclasses.replace(arch, frequency_shift=0, mlp_norm_eps=1e-6),
+    "diffusers": lambda arch: dataclasses.replace(arch, frequency_shift=FREQUENCY_SHIFT),
+}
 _READERS = {"official": "the published scripts", "diffusers": "the classes of diffusers"}
 
 
@@ -240,8 +233,7 @@ def _embedding_shift(module: nn.Module, arch: DiTArch) -> str:
     here, there = (mlp(timestep_features(steps, shift)) for shift in (arch.frequency_shift, FREQUENCY_SHIFT))
     return (
         f": its images differ slightly there (the embedding of a timestep moves by {float((there - here).norm() / here.norm()):.2%} "
-        "on average), as those of every published DiT do; a student of a teacher opened from a folder of diffusers has no such "
-        "difference"
+        "on average), as those of every published DiT do; a student made by `prune --for diffusers` has no such difference"
     )
 
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
@@ -14,7 +13,7 @@ from tinyfusion.families.dit import diffusers
 from tinyfusion.families.dit.dynamic import DIT_DYNAMIC
 from tinyfusion.families.dit.model import DiT, DiTArch, arch_of_state_dict, initialise
 from tinyfusion.families.dit.width import DIT_WIDTHS, unfit_formats
-from tinyfusion.families.family import DIFFUSERS_RECORD, DiffusersFolder, ModelFamily
+from tinyfusion.families.family import DiffusersFolder, ModelFamily
 from tinyfusion.families.sizes import position_table
 from tinyfusion.families.tensor_checks import check_sizes, check_tensors
 
@@ -32,13 +31,7 @@ def read_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     stored = {name: tensor for name, tensor in tensors.items() if name != diffusers.POSITION_BUFFER}
     wanted = diffusers.to_diffusers(DIT.shapes(arch), arch.depth)
     check_tensors(stored, wanted, "does not hold this model")
-    ours = diffusers.from_diffusers(stored, arch)
-    if DIFFUSERS_RECORD in config and all(tensor.dtype == torch.float32 for tensor in ours.values()):
-        shift = diffusers.recorded_shift(
-            config, lambda shift: DIT.hash(ours, dataclasses.replace(arch, frequency_shift=shift))
-        )
-        arch = arch if shift is None else dataclasses.replace(arch, frequency_shift=shift)
-    return arch, ours
+    return arch, diffusers.from_diffusers(stored, arch)
 
 
 DIT = ModelFamily(
@@ -59,5 +52,6 @@ DIT = ModelFamily(
     dynamic=DIT_DYNAMIC,
     unfit_formats=unfit_formats,
     differences=diffusers.differences,
+    arch_for=diffusers.ARCH_FOR,
     diffusers=DiffusersFolder((diffusers.CLASS_NAME,), diffusers.is_config, read_diffusers, export=diffusers.EXPORT),
 )
