@@ -114,7 +114,7 @@ ROWS = [
     row("set-field-elsewhere", f"{PRUNE} --set prune.step=3", "unknown field 'prune.step'", "'prune.training.steps'"),
     row("keep-and-learned", f"{PRUNE} --keep 0,1 --criterion learned", "--keep names the blocks to keep"),
     row("for-unknown", f"{PRUNE} --for comfy", "--for is one of diffusers, official; got 'comfy'"),
-    row("for-no-class", "prune --teacher sit --keep 0 --for diffusers --out run", "cannot be made for diffusers", "it is a SiT, for which diffusers has no class"),
+    row("for-no-class", "prune --teacher sit --keep 0 --for diffusers --out run", "cannot be made for diffusers: it is a SiT"),
     row("prune-without-teacher", "prune --scheme 1:2 --out run", "prune needs --teacher"),
     row("recover-without-teacher", "recover --student student --out run", "recover needs --teacher"),
     row("logits-kd-without-teacher", "recover --student student --method logits-kd --out run", "recover needs --teacher"),

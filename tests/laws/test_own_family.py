@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import tinyfusion
 from families import clean_batch
@@ -18,8 +17,7 @@ from tinyfusion.commands.export import ExportOptions, export
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
 from tinyfusion.families import registry
-from tinyfusion.families.family import ModelFamily
-from tinyfusion.families.registry import CLASS_TABLES, families, family_named, family_of_config
+from tinyfusion.families.registry import families, family_named, family_of_config
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
 from tinyfusion.processes.base import Batch
@@ -116,11 +114,10 @@ def test_an_installed_package_is_found_by_its_entry_point(package: Path, capsys:
     assert "family broken (nowhere_at_all:FAMILY) cannot be loaded" in capsys.readouterr().err
 
 
-def test_a_table_of_classes_follows_the_registered_families(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = ModelFamily(
-        name="Net2DModel", process="none", arch_type=object, build=lambda _: nn.Identity(), block_lists={}
-    )
-    monkeypatch.setattr(registry, "CLASS_TABLES", (*CLASS_TABLES, {"Net2DModel": own}.get))
-    assert family_of_config({"_class_name": "Net2DModel"}) is own is family_named("Net2DModel")
-    assert family_of_config({"_class_name": "DiTTransformer2DModel"}) is families()["dit"]
-    assert family_of_config({"_class_name": "Net3DModel"}) is None
+def test_folders_of_diffusers_are_of_the_family_that_claims_their_class() -> None:
+    """Old folders of `Transformer2DModel` are told apart by their norms; other classes with the same norms are not taken."""
+    old = {"_class_name": "Transformer2DModel"}
+    assert family_of_config({"_class_name": "DiTTransformer2DModel"}) is families()["dit"] is family_of_config(old)
+    assert family_of_config({**old, "norm_type": "ada_norm_single"}) is families()["pixart"]
+    for kind in ("LatteTransformer3DModel", "AllegroTransformer3DModel", "Net2DModel"):
+        assert family_of_config({"_class_name": kind, "norm_type": "ada_norm_single"}) is None

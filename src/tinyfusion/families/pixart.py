@@ -24,6 +24,7 @@ from tinyfusion.families.dit.family import DIT
 from tinyfusion.families.family import DiffusersFolder, ModelFamily, TextRules
 from tinyfusion.families.sizes import check_ranges, position_table
 
+CLASS_NAME = "PixArtTransformer2DModel"
 PROMPTS = "prompts.safetensors"  # beside the weights in a folder of diffusers: texts of the model's own
 _IN_FILES = {EMBEDDINGS: "captions", MASK: "caption_mask"}
 _TOKENS = 120  # of a published text
@@ -182,7 +183,8 @@ def config_of_arch(arch: PixArtArch) -> dict[str, Any]:
 
 def is_config(config: Mapping[str, Any]) -> bool:
     """Whether a config.json of diffusers is of this class, under its own name or, in folders of 2023, an older one."""
-    return config["_class_name"] == "PixArtTransformer2DModel" or config.get("norm_type") == "ada_norm_single"
+    kind = config.get("_class_name")
+    return kind == CLASS_NAME or (kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single")
 
 
 def from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[PixArtArch, dict[str, Tensor]]:
@@ -238,5 +240,5 @@ PIXART = ModelFamily(
     unfit_formats=lambda _arch, _tensors: dict(UNFIT),
     inputs=text_inputs,
     texts=TextRules(_IN_FILES, shapes_of_texts, check_texts, own_texts),
-    diffusers=DiffusersFolder(("PixArtTransformer2DModel",), is_config, from_diffusers, PROMPTS),
+    diffusers=DiffusersFolder((CLASS_NAME,), is_config, from_diffusers, PROMPTS),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -19,8 +19,6 @@ from tinyfusion.families.sit import SIT
 ENTRY_POINTS = "tinyfusion.families"  # group of a package's entry points that name a `ModelFamily` each
 # by name; where a file fits several, the first that was registered is assumed
 FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (DIT, SIT, MAR, PIXART)}
-# class name of a model of diffusers -> its family, made when it is asked for; used after the registered families
-CLASS_TABLES: tuple[Callable[[str], ModelFamily | None], ...] = ()
 
 
 def register_family(family: ModelFamily) -> ModelFamily:
@@ -37,31 +35,21 @@ def families() -> Mapping[str, ModelFamily]:
 
 
 def family_named(name: Any) -> ModelFamily:
-    """The family of this name, or of this class of diffusers. Raises UserError where there is none."""
+    """The family of this name. Raises UserError where there is none."""
     family = families().get(name) if isinstance(name, str) else None
-    if family is None:
-        family = _of_class(name)
     if family is None:
         raise UserError(f"unknown family {name!r}{nearest(str(name), families())}")
     return family
 
 
 def family_of_config(config: Mapping[str, Any]) -> ModelFamily | None:
-    """The family of a folder of diffusers by its config.json: a registered one that claims it, else one of `CLASS_TABLES`."""
-    claims = (family for family in families().values() if family.diffusers and family.diffusers.holds(config))
-    return next(claims, None) or _of_class(config.get("_class_name"))
+    """The family whose models a folder of diffusers with this config.json holds; None where it is of no family."""
+    return next((each for each in families().values() if each.diffusers and each.diffusers.holds(config)), None)
 
 
 def diffusers_classes() -> str:
     """Names of the classes of diffusers that registered families read, for messages."""
     return ", ".join(name for family in families().values() if family.diffusers for name in family.diffusers.classes)
-
-
-def _of_class(name: Any) -> ModelFamily | None:
-    """The family that a table of classes has for a class name of diffusers."""
-    if not isinstance(name, str):
-        return None
-    return next((family for table in CLASS_TABLES if (family := table(name)) is not None), None)
 
 
 @cache  # once per process

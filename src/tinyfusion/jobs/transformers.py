@@ -22,7 +22,7 @@ from tinyfusion.families.diffusers_classes.folder import (
 )
 from tinyfusion.families.diffusers_classes.guess import guessed_row, is_transformer
 from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, rows_with
-from tinyfusion.families.registry import families
+from tinyfusion.families.registry import family_of_config
 from tinyfusion.models.hub import HUB_ID
 from tinyfusion.models.places import by_name, exists
 from tinyfusion.prune.rules import RULES
@@ -73,15 +73,9 @@ def _located(path: Path, rows: Rows, prompts: bool) -> Path | None:
 
 def _of_a_family(folder: Path, prompts: bool) -> bool:
     """Whether a registered family opens this folder: one that claims its class, with the texts that it needs."""
-    config = read_json_object(folder / "config.json")
-    kind = config.get("_class_name")
-    readers = [family.diffusers for family in families().values() if family.diffusers]
-    return any(
-        kind in (*each.classes, "Transformer2DModel")
-        and each.holds(config)
-        and (prompts or each.extra_file is None or (folder / each.extra_file).is_file())
-        for each in readers
-    )
+    family = family_of_config(read_json_object(folder / "config.json"))
+    extra = family.diffusers.extra_file if family and family.diffusers else None
+    return family is not None and (prompts or extra is None or (folder / extra).is_file())
 
 
 def _recorded_row(config: Mapping[str, Any]) -> bool:

@@ -205,7 +205,8 @@ def _open_diffusers(path: Path, stated: _Stated) -> LoadedModel:
     family = family_of_config(config)
     if family is None or family.diffusers is None:
         raise UserError(
-            f"{path} is a {config['_class_name']} of diffusers; of its models {diffusers_classes()} can be opened"
+            f"{path} is a {config['_class_name']} of diffusers, which prune, export, inspect and lora take if it is a transformer; "
+            f"of its models {diffusers_classes()} can be opened here"
         )
     stated.check_family(path, family)
     folder = family.diffusers

@@ -140,9 +140,9 @@ _SIZES = {
 
 def is_config(config: Mapping[str, Any]) -> bool:
     """Whether a config.json of diffusers is of this class, or of an older one that holds a DiT."""
-    if config["_class_name"] == _OLD_CLASS_NAME:
-        return bool(config.get("norm_type", _FIXED["norm_type"]) == _FIXED["norm_type"])
-    return bool(config["_class_name"] == CLASS_NAME)
+    kind = config.get("_class_name")
+    norm = config.get("norm_type", _FIXED["norm_type"])
+    return bool(kind == CLASS_NAME or (kind == _OLD_CLASS_NAME and norm == _FIXED["norm_type"]))
 
 
 def arch_of_config(config: Mapping[str, Any]) -> DiTArch:
