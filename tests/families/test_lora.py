@@ -138,6 +138,24 @@ def test_metadata_follows_too() -> None:
     assert new == {"ss_network_dim": "4", "format": "pt"}
 
 
+def test_a_joint_block_that_becomes_the_last_one_has_other_modules() -> None:
+    """Mochi's last block names its modulation otherwise, and has no text output: keys and configuration follow."""
+    names = [f"transformer_blocks.3.{name}" for name in ("attn1.to_q", "norm1_context.linear", "ff_context.net.2")]
+    keys = {f"{name}.lora_{half}.weight": torch.arange(8.0)[:, None] for name in names for half in "AB"}
+    keys["lora_unet_transformer_blocks_3_norm1_context_linear.lora_down.weight"] = torch.ones(1, 8)
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.target_modules": names})}
+    cut = cut_of("MochiTransformer3DModel", {"transformer_blocks": 5}, {"transformer_blocks": [0, 3]})
+    new = remap_lora(keys, metadata, [cut], "a")
+    left = ["transformer_blocks.1.attn1.to_q", "transformer_blocks.1.norm1_context.linear_1"]
+    assert json.loads(new.metadata["lora_adapter_metadata"])["transformer.target_modules"] == left
+    assert set(new.tensors) == {f"{name}.lora_{half}.weight" for name in left for half in "AB"} | {
+        "lora_unet_transformer_blocks_1_norm1_context_linear_1.lora_down.weight"
+    }
+    assert new.tensors[f"{left[1]}.lora_B.weight"].tolist() == [[0], [1]], "the first of four chunks"
+    assert len(new.tensors[f"{left[1]}.lora_A.weight"]) == 8
+    assert new.dropped == 2
+
+
 def test_norms_of_updates_are_those_of_the_products() -> None:
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(3, 7, generator=draw), torch.randn(5, 3, generator=draw)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.families.diffusers_classes.cutting import Cut
+from tinyfusion.families.diffusers_classes.cutting import LAST_BLOCKS, Cut
 
 # names of a block list outside of diffusers: published files and the trainers that follow them
 _OTHER_NAMES = {
@@ -152,31 +152,40 @@ class _Names:
         return _Place(match["head"], path, index, match["rest"])
 
     def moved(self, place: _Place) -> str | None:
-        """The key in the student; None where the block is gone."""
-        index = self._moves[place.path](place.index)
-        return None if index is None else f"{place.head}{index}{place.rest}"
+        """The key in the student; None where the block is gone, or the module of a joint block that becomes the last one."""
+        index, rest = self._moves[place.path](place.index), place.rest
+        if (kind := self._last(place)) is not None:
+            conversion = LAST_BLOCKS[kind]
+            dropped = "|".join(map(_spelled, (*conversion.dropped, *_TEXT_SIDE[kind])))
+            if re.match(rf"[._](?:{dropped})(?:[._]|$)", rest):
+                return None
+            module = r"(?<=^[._])norm1_context(?P<dot>[._])linear(?=[._]|$)"
+            rest = re.sub(module, lambda match: conversion.renamed.replace(".", match["dot"]), rest)
+        return None if index is None else f"{place.head}{index}{rest}"
+
+    def _last(self, place: _Place) -> str | None:
+        """The conversion of the block at this place, where it becomes the last one of joint blocks."""
+        each = next((one for one in self.cut.lists if one.path == place.path), None)
+        last = self.cut.kept[place.path][-1] if each is not None else None
+        return each.as_last if each and place.index == last != self.cut.depths[place.path] - 1 else None
 
     def as_last(self, place: _Place, value: Tensor) -> Tensor | None:
-        """The tensor for a joint block that becomes the last one, which has no text output; None where its module goes."""
-        each = next((one for one in self.cut.lists if one.path == place.path), None)
-        if each is None or each.as_last is None:
+        """The tensor in a joint block that becomes the last one, whose modulation has fewer rows; None where it cannot follow."""
+        kind, inside = self._last(place), place.rest[1:]
+        if kind is None or not re.match(r"norm1_context[._]linear[._]|context_block[._]adaLN_modulation[._]", inside):
             return value
-        last = self.cut.kept[place.path][-1]
-        if place.index != last or last == self.cut.depths[place.path] - 1:
-            return value
-        inside = place.rest[1:]
-        conversion = self.cut.last_conversion(each)
-        dropped = [name.removesuffix(".") for name in conversion.dropped] + list(_TEXT_SIDE[each.as_last])
-        spelled = [spelling for name in dropped for spelling in (name, name.replace(".", "_"))]
-        if any(re.match(rf"{re.escape(name)}(?:[._]|$)", inside) for name in spelled):
-            return None
-        if re.match(r"norm1_context[._]linear[._]|context_block[._]adaLN_modulation[._]", inside):
-            if not re.search(rf"\.(?:{'|'.join(_UP)})(?:\.|$)", inside):
-                return value if re.search(rf"\.(?:{'|'.join((*_DOWN, 'alpha'))})(?:\.|$)", inside) else None
-            order = conversion.order if inside.startswith("norm1") else sorted(conversion.order)
-            chunks = value.chunk(conversion.chunks)
-            return torch.cat([chunks[i] for i in order])
-        return value
+        if not re.search(rf"\.(?:{'|'.join(_UP)})(?:\.|$)", inside):
+            return value if re.search(rf"\.(?:{'|'.join((*_DOWN, 'alpha'))})(?:\.|$)", inside) else None
+        conversion = LAST_BLOCKS[kind]
+        chunks = value.chunk(conversion.chunks)
+        return torch.cat(
+            [chunks[i] for i in (conversion.order if inside.startswith("norm1") else sorted(conversion.order))]
+        )
+
+
+def _spelled(name: str) -> str:
+    """A regular expression of a module's name, with dots or underscores."""
+    return re.escape(name.removesuffix(".")).replace(r"\.", "[._]")
 
 
 def _moved_metadata(metadata: Mapping[str, str], names: _Names, file: str) -> dict[str, str]:

@@ -184,18 +184,13 @@ class Cut:
                 found[moved] = (name, chunks)
         return found
 
-    def last_conversion(self, each: BlockList) -> LastBlock:
-        """What becomes of a block of this list that becomes its last."""
-        assert each.as_last is not None
-        return _LAST[each.as_last]
-
     def _as_last(self, name: str) -> tuple[str | None, Chunks]:
         """The name and chunks of a tensor in a block that becomes the last of its list; None where it goes."""
         for each in self.lists:
             last = self.kept[each.path][-1]
             prefix = f"{each.path}.{last}."
             if each.as_last and last != self.depths[each.path] - 1 and name.startswith(prefix):
-                conversion = self.last_conversion(each)
+                conversion = LAST_BLOCKS[each.as_last]
                 inside = name.removeprefix(prefix)
                 if inside.startswith(conversion.dropped):
                     return None, []
@@ -256,7 +251,7 @@ class LastBlock:
     order: tuple[int, ...]
 
 
-_LAST = {
+LAST_BLOCKS = {  # by the name of the conversion
     # (shift, scale, gate) twice to (scale, shift), the order of AdaLayerNormContinuous
     "joint": LastBlock(("attn.to_add_out.", "ff_context."), "norm1_context.linear", 6, (1, 0)),
     # (scale, gate) twice to scale
