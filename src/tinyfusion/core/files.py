@@ -1,7 +1,6 @@
 """Atomic writes of files and folders, and the checks before them.
 
-Every output is written to an unfinished folder next to its path and renamed, so that readers never see half a file. Only
-files that this process wrote, and unfinished folders of processes that have ended, are removed.
+Every output is written to an unfinished folder next to its path and renamed, so that readers never see half a file.
 """
 
 from __future__ import annotations
@@ -28,15 +27,16 @@ _OLD = ".tinyfusion.old"  # in an unfinished folder: the folder that is being re
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9]+\.part")
 Identity = tuple[int, int, int, int]
 _written: dict[str, Identity] = {}  # files that this process wrote: state after the last write, by absolute path
+_EFFECTIVE = os.access in os.supports_effective_ids
 
 
 @contextmanager
 def atomic_write(path: Path, ours: str = "") -> Iterator[Path]:
     """A temporary path to write to; it replaces `path` when the block succeeds, and is removed when it fails.
 
-    Missing parent folders are created, and removed again on failure. Leftovers of a killed process that wrote the same
-    output are removed. When a folder is replaced, its files that the new one lacks and `ours` (a regular expression of
-    relative paths) does not match are retained. Files get the permissions that the umask gives to new ones.
+    Missing parent folders are created, and removed again on failure. Leftovers of killed processes are removed. When a folder
+    is replaced, its files that the new one lacks and `ours` (a regular expression of relative paths) does not match are
+    retained. Files get the permissions of the umask.
     """
     check_plain(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() or path.name in ("", "..") else path
@@ -51,19 +51,21 @@ def atomic_write(path: Path, ours: str = "") -> Iterator[Path]:
         _sync(new)
         remember(new, target)  # before `_put` adds files of others
         _put(new, target, ours)
-        _sync_folder(target.parent)
+        _sync(target.parent, inside=False)
         _end(folder, lock)
     except BaseException as error:
         if lock is not None:
             _end(folder, lock)
         remove_empty(created)
-        if (system := _system_error(error, folder, path)) is not error:
-            raise system from error
+        if type(error).__module__.startswith("safetensors") and (code := re.search(r"\(os error (\d+)\)", str(error))):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        if isinstance(error, OSError) and (error.filename is None or str(error.filename).startswith(str(folder))):
+            error.filename = str(path)
         raise
 
 
 def unfinished(path: Path, pid: int | None = None) -> Path:
-    """The unfinished folder in which a process (this one without `pid`) writes a new `path`."""
+    """The unfinished folder in which process `pid` (None: this one) writes a new `path`."""
     return path.with_name(f".{path.name}.{os.getpid() if pid is None else pid}.part")
 
 
@@ -97,7 +99,7 @@ def _end(folder: Path, lock: Lock) -> None:
 
 
 def clear_unfinished(folder: Path, name: str | None = None) -> None:
-    """Remove unfinished outputs of processes that have ended: of the output `name` in `folder`, else of all below it.
+    """Remove unfinished outputs of ended processes: of output `name` in `folder`, else of all below it.
 
     A folder that was being replaced is restored where nothing has taken its place.
     """
@@ -130,7 +132,7 @@ def is_unfinished(entry: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, where there is one."""
+    """Remove a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -138,17 +140,17 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path, ours: str) -> None:
-    """Remove a folder that other processes may read. It is renamed first, so that no reader sees half of it.
+    """Remove a folder that other processes may read; it is renamed first. A file or link at `path` is not touched.
 
-    ours: a regular expression of relative paths; if the folder has other files, only matching ones are removed. A file or link
-    at `path` is not touched.
+    ours: a regular expression of relative paths; if the folder has other files, only matching ones are removed.
     """
     if path.is_symlink() or not path.is_dir():
         return
-    if any(not re.fullmatch(ours, relative) for relative in files_in(path)):
-        for relative in files_in(path):
-            if re.fullmatch(ours, relative):
-                (path / relative).unlink()
+    names = files_in(path)
+    matching = [name for name in names if re.fullmatch(ours, name)]
+    if len(matching) < len(names):
+        for name in matching:
+            (path / name).unlink()
         return
     folder = unfinished(path)
     lock = _begin(folder, path)
@@ -200,45 +202,26 @@ def _follow_umask(new: Path, lock: Lock) -> None:
             file.chmod(mode | usual)
 
 
-def _sync(path: Path) -> None:
-    """Flush a file, or all files in a folder, to the disk."""
-    for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-    if path.is_dir():
-        _sync_folder(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _system_error(error: BaseException, folder: Path, path: Path) -> BaseException:
-    """The error to raise: errors of the file system while writing `path` become OSErrors that name it."""
-    if type(error).__module__.startswith("safetensors") and (code := re.search(r"\(os error (\d+)\)", str(error))):
-        return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
-    if isinstance(error, OSError) and (error.filename is None or str(error.filename).startswith(str(folder))):
-        error.filename = str(path)
-    return error
+def _sync(path: Path, inside: bool = True) -> None:
+    """Flush a file, or a folder and (`inside`) the files in it, to the disk."""
+    for entry in [*(file for file in path.rglob("*") if inside and file.is_file()), path]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def disk_reason(error: OSError) -> str:
-    """The reason of an error of the file system, for messages."""
+    """Reason of an error of the file system, for messages."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space left on the disk"
     return error.strerror or str(error)
 
 
 def file_label(name: str) -> str:
-    """A name or path as part of a file name: runs of other characters than letters, digits, "_" and "." become "-"."""
+    """A name as part of a file name: runs of characters other than letters, digits, "_" and "." become "-"."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
-
-
-# ----------------------------------------------------------------------------------------------- files of this process
 
 
 def _identity(path: str | Path) -> Identity | None:
@@ -250,7 +233,7 @@ def _identity(path: str | Path) -> Identity | None:
 
 
 def remember(path: Path, place: Path | None = None) -> None:
-    """Record that this process wrote the file `path`, or all files in the folder; place: their path after a rename."""
+    """Record that this process wrote a file or all files of a folder. place: their path after a rename."""
     for file in [path / relative for relative in files_in(path)] if path.is_dir() else [path]:
         if (identity := _identity(file)) is not None:
             _written[os.path.abspath((place or path) / file.relative_to(path))] = identity
@@ -296,9 +279,6 @@ def remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-# ---------------------------------------------------------------------------------------------------------------- contents
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically. Bytes of names that are not UTF-8 are escaped in it."""
     with atomic_write(path) as temporary:
@@ -311,12 +291,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------ conditions
 
 
 def check_writable(path: Path) -> None:
@@ -327,9 +304,6 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: {parent} is a file")
     if not os.access(parent, os.W_OK | (os.X_OK if parent.is_dir() else 0), effective_ids=_EFFECTIVE):
         raise UserError(f"cannot write {path}: {parent} is read-only for you")
-
-
-_EFFECTIVE = os.access in os.supports_effective_ids
 
 
 def _existing(path: Path) -> Path:

@@ -51,26 +51,24 @@ def acquire(path: Path, activity: str, sign: bool = True) -> Lock:
     """Lock the file `path`, created where it is missing.
 
     activity: of the holder, for messages, such as "writes run". sign: write the record of this process into the file.
-
-    Raises Locked if another process has the lock, or may have it on a file system without working locks; OSError if the file
-    cannot be created.
+    Raises Locked if another process has the lock, or may have it on a file system without working locks.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        lock = Lock(path, descriptor)
         try:
             granted = try_lock(descriptor)
-            removed = granted is not False and not is_at(descriptor, path)  # by the previous holder, just now
-            holder = {} if removed else _holder(descriptor)
+            if granted is not False and not is_at(descriptor, path):  # the previous holder has just removed the file
+                os.close(descriptor)
+                continue
+            holder = _holder(descriptor)
             state = "alive" if granted is False else _state(holder, path, granted is True)
-            if not removed and state != "dead":
-                raise Locked(_refusal(path, activity, holder, state))
         except BaseException:
             os.close(descriptor)
             raise
-        lock = Lock(path, descriptor)
-        if removed:
-            lock.release()
-            continue
+        if state != "dead":
+            os.close(descriptor)
+            raise Locked(_refusal(path, activity, holder, state))
         try:
             if sign:
                 os.ftruncate(descriptor, 0)
@@ -82,10 +80,7 @@ def acquire(path: Path, activity: str, sign: bool = True) -> Lock:
 
 
 def try_lock(opened: int | IO[bytes], wait: bool = False) -> bool | None:
-    """Lock an open file until it is closed. Returns False if another process has the lock, None without file locks.
-
-    wait: wait until the other process releases it.
-    """
+    """Lock an open file until it is closed; `wait` for other processes. False: another has the lock; None: no file locks."""
     try:
         import fcntl
 
@@ -107,9 +102,6 @@ def is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
         return False
-
-
-# -------------------------------------------------------------------------------------------------------------- holders
 
 
 @functools.cache
@@ -141,7 +133,7 @@ def _holder(descriptor: int) -> dict[str, Any]:
 
 
 def _state(holder: dict[str, Any], path: Path, locks: bool) -> str:
-    """State of the process in a record: "alive", "dead" or "unknown". locks: the file system has locks, and this one is free."""
+    """Whether the process of a record is "alive", "dead" or "unknown". locks: the disk has locks, and this one is free."""
     here = _machine()
     if not holder or (locks and holder.get("boot") == here["boot"]):  # a kernel knows all locks of its own processes
         return "dead"
@@ -170,12 +162,8 @@ def _all_see_locks(path: Path) -> bool:
     """Whether locks on the file system of `path` hold for every machine that mounts it."""
     import psutil
 
-    place = os.path.realpath(path)
-    mounts = [
-        disk
-        for disk in psutil.disk_partitions(all=True)
-        if place.startswith(disk.mountpoint.rstrip("/") + "/") or place == disk.mountpoint
-    ]
+    place = path.resolve()
+    mounts = [disk for disk in psutil.disk_partitions(all=True) if place.is_relative_to(disk.mountpoint)]
     if not mounts:
         return False
     disk = max(reversed(mounts), key=lambda mount: len(mount.mountpoint))
@@ -184,11 +172,8 @@ def _all_see_locks(path: Path) -> bool:
 
 
 def _refusal(path: Path, activity: str, holder: dict[str, Any], state: str) -> str:
-    who = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+    who = f" (process {holder['pid']} on {holder.get('host')}, since {holder.get('since')})" if holder else ""
     if state == "alive":
-        named = f" ({who})" if holder else ""
-        return f"another process {activity} right now{named}: wait for it, or choose another --out"
-    return (
-        f"another process {activity} ({who}), and this disk cannot tell whether it still runs: wait for it, or remove {path} "
-        "where it has ended"
-    )
+        return f"another process {activity} right now{who}: wait for it, or choose another --out"
+    unknown = "and this disk does not show whether it still runs"
+    return f"another process {activity}{who}, {unknown}: wait for it, or remove {path} where it has ended"

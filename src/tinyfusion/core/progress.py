@@ -19,10 +19,9 @@ def say(lines: Iterable[str]) -> None:
 
 
 class Advance(Protocol):
-    """Report progress: how many units are done now, and a short note."""
+    """Reports that `done` units are complete, with a short note."""
 
-    def __call__(self, done: int, note: str = "", /) -> None:
-        """`done` units of the total are done."""
+    def __call__(self, done: int, note: str = "", /) -> None:  # noqa: D102
         ...
 
 
@@ -42,20 +41,13 @@ class _Lines:
             return
         self.printed = now
         rate = (done - self.first) / (now - self.began)
-        left_s = (self.total - done) / rate
-        end = f"  {note}" if note else ""
-        print(
-            f"{self.title}: {done:,} of {self.total:,} {self.unit}, {_significant(rate)}/s, {_time(left_s)} left{end}",
-            file=sys.stderr,
-        )
-
-
-def _significant(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        speed = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
+        left = f"{_time((self.total - done) / rate)} left" + (f"  {note}" if note else "")
+        print(f"{self.title}: {done:,} of {self.total:,} {self.unit}, {speed}, {left}", file=sys.stderr)
 
 
 def _time(seconds: float) -> str:
-    """A duration for people: 45 s, 12 min, 3 h 20 min."""
+    """A duration such as 45 s, 12 min, 3 h 20 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -68,49 +60,30 @@ def progress(title: str, total: int, unit: str, done: int = 0, shown: bool = Tru
 
     Each report also checks for a signal whose exception was dropped (`check_stop`).
     """
-    with _shown(title, total, unit, done) if shown else nullcontext(_silent) as bar:
+    with _bar(title, total, unit, done) if shown else nullcontext() as bar:
 
         def advance(done: int, note: str = "") -> None:
             check_stop()
-            bar(done, note)
+            if bar is not None:
+                bar(done, note)
 
         yield advance
 
 
-def _silent(_done: int, _note: str = "", /) -> None:
-    pass
-
-
 @contextmanager
-def _shown(title: str, total: int, unit: str, done: int) -> Iterator[Advance]:
-    """A bar on a terminal, lines elsewhere."""
+def _bar(title: str, total: int, unit: str, done: int) -> Iterator[Advance]:
     if sys.stderr is None or not sys.stderr.isatty():
         yield _Lines(title, total, unit, done)
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
+    from rich import console, progress, text
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:.1f} {unit}/s" if task.speed else f"- {unit}/s")
+    class Rate(progress.ProgressColumn):
+        def render(self, task: progress.Task) -> text.Text:
+            return text.Text(f"{task.speed:.1f} {unit}/s" if task.speed else f"- {unit}/s")
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    described, note_column = progress.TextColumn("{task.description}"), progress.TextColumn("{task.fields[note]}")
+    amounts = progress.BarColumn(), progress.MofNCompleteColumn(), Rate(), progress.TimeRemainingColumn()
+    terminal = console.Console(stderr=True)
+    with progress.Progress(described, *amounts, note_column, console=terminal, transient=True) as bar:
         task = bar.add_task(title, total=total, completed=done, note="")
         yield lambda done, note="": bar.update(task, completed=done, note=note)

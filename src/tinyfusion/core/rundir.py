@@ -71,33 +71,16 @@ def run_files(verb: object) -> str:
 class RunDirectory:
     """Folder of one run, which is new, to be continued, or finished (`check`).
 
-    writes: False on all ranks but the first, where `writing`, `mark`, `log` and `note` do nothing.
+    writes: False on all ranks but the first, where `writing`, `mark`, `log` and `note` do nothing. record_path, metrics: its
+    run.json and metrics.jsonl. checkpoints, watched: folders of training checkpoints, and of previews and files of trackers.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
-        self.path = path
-        self.writes = writes
+        self.path, self.writes = path, writes
+        self.record_path, self.metrics = path / "run.json", path / "metrics.jsonl"
+        self.checkpoints, self.watched = path / "checkpoints", path / "watch"
+        self._old = path / _OLD  # the files of an old run while a new run begins in its place
         self._folder: tuple[int, int] | None = None  # device and inode, while it is being written
-
-    @property
-    def record_path(self) -> Path:
-        """run.json."""
-        return self.path / "run.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of training checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """metrics.jsonl."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def watched(self) -> Path:
-        """Folder of previews during training: pictures, files of trackers."""
-        return self.path / "watch"
 
     def record(self) -> dict[str, Any]:
         """The contents of run.json."""
@@ -148,9 +131,8 @@ class RunDirectory:
     def writing(self, verb: str, recipe: Mapping[str, Any], overwrite: bool = False) -> Iterator[str]:
         """Lock the folder, `begin` the run and execute the block.
 
-        A new run that ends before it saved anything is removed, and the run that it was to replace is restored; a run whose
-        numbers became bad, and that replaces nothing, stays for inspection. A run interrupted later is marked as interrupted.
-        Files of others in the folder stay.
+        A new run that ends before it saved anything is removed, and the run that it was to replace is restored; after
+        `BadNumbers` a run that replaces nothing stays for inspection. A run interrupted later is marked as interrupted.
         """
         if not self.writes:
             yield "continue"
@@ -160,26 +142,22 @@ class RunDirectory:
         try:
             with self._alone():
                 mode = self.begin(verb, recipe, overwrite)
-                yield from self._within(mode)
+                try:
+                    yield mode
+                except BaseException as error:
+                    evidence = isinstance(error, BadNumbers) and not self._old.exists()
+                    if not self._is_there():
+                        raise
+                    if mode == "new" and not evidence and not _has_saved(self.path):
+                        self._undo()
+                    elif mode != "finished" and isinstance(error, Interrupted):
+                        self.mark("interrupted")
+                    raise
+                self._drop_old()
         finally:
             if not self.path.exists() or self._folder in (None, _folder_identity(self.path)):
                 remove_empty(created)
             self._folder = None
-
-    def _within(self, mode: str) -> Iterator[str]:
-        """Run the block of `writing`, and clean up or record how it ended."""
-        try:
-            yield mode
-        except BaseException as error:
-            evidence = isinstance(error, BadNumbers) and not self._old.exists()
-            if not self._is_there():
-                raise
-            if mode == "new" and not evidence and not _has_saved(self.path):
-                self._undo()
-            elif mode != "finished" and isinstance(error, Interrupted):
-                self.mark("interrupted")
-            raise
-        self._drop_old()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -202,11 +180,6 @@ class RunDirectory:
                 clear_unfinished(self.path)
                 self._settle()
 
-    @property
-    def _old(self) -> Path:
-        """Folder of the files of an old run while a new run begins in its place."""
-        return self.path / _OLD
-
     def _settled(self) -> Path:
         """Folder of the run that `_settle` would retain."""
         back = self.path / _BACK
@@ -216,8 +189,7 @@ class RunDirectory:
 
     def _set_aside(self) -> None:
         """Set the files of the run aside: all or, after a kill and `_settle`, none."""
-        names = run_files(self.record().get("verb"))
-        ours = {name.partition("/")[0] for name in files_in(self.path) if re.fullmatch(names, name)}
+        ours = {name.partition("/")[0] for name in _matching(self.path, run_files(self.record().get("verb")))}
         forget(self.path)
         for place in (self._old, self.path / _BACK):
             if place.exists():
@@ -232,8 +204,7 @@ class RunDirectory:
         if self._old.is_dir() and _has_saved(self.path):
             self._drop_old()
         elif self._old.is_dir():
-            names = run_files(_record_in(self.path).get("verb"))
-            for name in [name for name in files_in(self.path) if re.fullmatch(names, name)]:
+            for name in _matching(self.path, run_files(_record_in(self.path).get("verb"))):
                 remove_file(self.path, name)
             self._bring_back()
         elif (self.path / _BACK).is_dir():
@@ -243,8 +214,7 @@ class RunDirectory:
         """Remove the files of the run that was set aside, its record last, and move files of others back."""
         if not self._old.is_dir():
             return
-        names = run_files(_record_in(self._old).get("verb"))
-        ours = [name for name in files_in(self._old) if re.fullmatch(names, name)]
+        ours = _matching(self._old, run_files(_record_in(self._old).get("verb")))
         for name in sorted(ours, key=lambda name: name == "run.json"):
             remove_file(self._old, name)
         _merge(self._old, self.path)
@@ -253,7 +223,7 @@ class RunDirectory:
         """Remove a new run, and restore the old one where there was one."""
         clear_unfinished(self.path)
         remove_written(self.path)
-        for name in [name for name in files_in(self.path) if re.fullmatch(_BY_OTHERS, name)]:
+        for name in _matching(self.path, _BY_OTHERS):
             remove_file(self.path, name)
         self._bring_back()
 
@@ -280,18 +250,16 @@ class RunDirectory:
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        if not self.writes:
-            return
         self._append(self.metrics, json.dumps(values, allow_nan=False))
 
     def note(self, text: str) -> None:
         """Append one line to log.txt, which is for people and never read back."""
-        if not self.writes:
-            return
         self._append(self.path / "log.txt", text)
 
     def _append(self, file: Path, line: str) -> None:
-        """Append a line. Raises UserError if it cannot be written; no part of the line remains then."""
+        """Append a line. Raises UserError if it cannot be written; nothing of the line remains then."""
+        if not self.writes:
+            return
         if self._folder is not None:
             self._check_there()
         check_plain(file)
@@ -339,6 +307,11 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and all(entry.name == LOCK or is_unfinished(entry) for entry in path.iterdir())
 
 
+def _matching(folder: Path, pattern: str) -> list[str]:
+    """Relative paths of the files in a folder that match a regular expression."""
+    return [name for name in files_in(folder) if re.fullmatch(pattern, name)]
+
+
 def _folder_identity(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
@@ -367,18 +340,13 @@ def _record_in(run: Path) -> dict[str, Any]:
 
 def _has_saved(run: Path) -> bool:
     """Whether a run folder has a checkpoint, a model, a shard of latents or a finished record."""
-    return any(re.fullmatch(_SAVED, name) for name in files_in(run)) or _record_in(run).get("state") == "done"
+    return bool(_matching(run, _SAVED)) or _record_in(run).get("state") == "done"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Records in the metrics.jsonl of a run; none where it is missing. Lines truncated by a crash are left out."""
-    path = run / "metrics.jsonl"
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return [line for line in map(_parsed, texts) if isinstance(line, dict)]
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    path, records = run / "metrics.jsonl", []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(text))
+    return [record for record in records if isinstance(record, dict)]
