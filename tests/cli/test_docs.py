@@ -35,7 +35,7 @@ from tinyfusion.jobs import references
 from tinyfusion.models.checkpoint import save_model
 from tinyfusion.options import VERBS
 from tinyfusion.parsing import overrides, parse
-from tinyfusion.training.ema import horizon_warning
+from tinyfusion.training.state import horizon_warning
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")) if p.exists())

@@ -15,8 +15,8 @@ from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.deltas import prune_with_weight_updates
 from tinyfusion.prune.learn import mask_learner, plan_of
-from tinyfusion.training.ema import Ema
 from tinyfusion.training.lora import delta_weights
+from tinyfusion.training.state import Ema
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from tinyfusion.families.sizes import position_table
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective, Schedule, sample_ancestral, sample_ddim
-from tinyfusion.sample.guidance import guided
+from tinyfusion.sample.drive import guided
 
 PUBLISHED_PARAMETERS = {  # total, trainable
     "DiT-XL/2": (675_129_632, 674_834_720),

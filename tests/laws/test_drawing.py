@@ -27,10 +27,8 @@ from tinyfusion.jobs.sharded_output import ImageShards, writing_shards
 from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.gaussian import Schedule
-from tinyfusion.processes.solvers import sample_solver, solver_for
-from tinyfusion.sample.drive import image_labels, sample
-from tinyfusion.sample.gaussian import GaussianSampler
-from tinyfusion.sample.guidance import conditional, guided
+from tinyfusion.sample.drive import conditional, guided, image_labels, sample
+from tinyfusion.sample.gaussian import GaussianSampler, sample_solver, solver_for
 
 # of how diffusers makes arrays of tensors
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")

@@ -21,8 +21,15 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
 from tinyfusion.processes.flow import NUM_LEVELS, PATHS, Flow, FlowObjective, LossWeight, PathName, Predicted
-from tinyfusion.processes.integrate import ADAPTIVE_METHODS, EVEN_METHODS, batch_steps, even_steps, sample_steps
-from tinyfusion.processes.likelihood import log_density
+from tinyfusion.processes.integrate import (
+    ADAPTIVE_METHODS,
+    EVEN_METHODS,
+    Field,
+    batch_steps,
+    grid_steps,
+    log_density,
+    sample_steps,
+)
 from tinyfusion.processes.stochastic import (
     DiffusionForm,
     LastStep,
@@ -41,6 +48,11 @@ STD = 0.5  # of the Gaussian data below
 
 def last(trajectory: Iterator[Tensor]) -> Tensor:
     return deque(trajectory, maxlen=1).pop()
+
+
+def even(field: Field, x: Tensor, method: str, num_points: int) -> Tensor:
+    """x at 1 after even steps from 0."""
+    return last(grid_steps(field, x, torch.linspace(0.0, 1.0, num_points), method))
 
 
 # ---------------------------------------------------------------------------------------------------------------- paths
@@ -330,10 +342,8 @@ def test_even_methods_have_their_order(method: str, order: int) -> None:
         return torch.sin(x + 2 * time) + x * torch.cos(3 * time)
 
     x = start(4).double()
-    exact = last(even_steps(field, x, (0.0, 1.0), "rk4", 513))
-    errors = [
-        float((last(even_steps(field, x, (0.0, 1.0), method, steps + 1)) - exact).abs().max()) for steps in (8, 16, 32)
-    ]
+    exact = even(field, x, "rk4", 513)
+    errors = [float((even(field, x, method, steps + 1) - exact).abs().max()) for steps in (8, 16, 32)]
     for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
 
@@ -498,7 +508,7 @@ def test_no_diffusion_is_the_noiseless_equation() -> None:
     x = start(4)
     settings = Stochastic(num_points=25, norm=0.0, last_size=0.04)  # 24 steps of 0.04, and the last one
     quiet = last(sample_stochastic(gaussian_network(Flow()), Flow(), settings, x, noise_of(x)))
-    torch.testing.assert_close(quiet, last(even_steps(gaussian_velocity(Flow()), x, (0.0, 1.0), "euler", 26)))
+    torch.testing.assert_close(quiet, even(gaussian_velocity(Flow()), x, "euler", 26))
 
 
 @pytest.mark.parametrize(

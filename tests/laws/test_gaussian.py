@@ -29,9 +29,8 @@ from tinyfusion.processes.gaussian import (
     sample_ancestral,
     sample_ddim,
 )
-from tinyfusion.sample.drive import image_labels, sample, to_uint8
+from tinyfusion.sample.drive import guided, image_labels, sample, to_uint8
 from tinyfusion.sample.gaussian import GaussianSampler
-from tinyfusion.sample.guidance import guided
 
 FULL = Schedule()
 

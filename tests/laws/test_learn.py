@@ -19,8 +19,8 @@ from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner, plan_of
-from tinyfusion.training.ema import Ema
 from tinyfusion.training.lora import add_lora
+from tinyfusion.training.state import Ema
 
 
 def test_lora_of_the_largest_model_has_the_published_size() -> None:

@@ -168,7 +168,6 @@ def test_tokens_are_patches_in_rows_channel_first(patch: int) -> None:
     assert tokens.shape == (2, (4 // patch) ** 2, 3 * patch**2)
     assert torch.equal(from_tokens(tokens, patch), x)
     assert torch.equal(tokens[0, 1], x[0, :, :patch, patch : 2 * patch].flatten())
-    assert torch.equal(MaskedObjective(patch).tokens(x), tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------ official files

@@ -17,9 +17,8 @@ from tinyfusion.config.loading import load_recipe
 from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
-from tinyfusion.training.ema import Ema, horizon_warning
 from tinyfusion.training.optim import ParameterGroup, adamw, learning_rate_factor, linear
-from tinyfusion.training.state import TrainState
+from tinyfusion.training.state import Ema, TrainState, horizon_warning
 
 
 @given(decay=st.floats(0.0, 0.999), values=st.lists(st.floats(-2, 2), min_size=1, max_size=6))

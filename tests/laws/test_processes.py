@@ -122,5 +122,5 @@ def test_slices_cover_the_batch(batch: int, parts: int, wanted: list[tuple[int, 
 
 def test_a_batch_that_is_too_small_is_an_error() -> None:
     engine = Engine("cpu", ComputeSection(gradient_accumulation_steps=5))
-    with pytest.raises(UserError, match="batch of 4 images cannot be cut into 5 parts"):
+    with pytest.raises(UserError, match="batch of 4 images cannot be split into 5 microbatches"):
         engine.slices(4)

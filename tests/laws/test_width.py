@@ -42,8 +42,7 @@ from tinyfusion.prune.width import (
     summed_gradients,
     width_evaluations,
 )
-from tinyfusion.recover.align import block_pairs
-from tinyfusion.recover.channels import residual_channels
+from tinyfusion.recover.align import block_pairs, residual_channels
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
 from tinyfusion.training.loop import train_steps

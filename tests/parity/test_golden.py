@@ -36,7 +36,7 @@ from tinyfusion.prune.gates import CategoricalGates
 from tinyfusion.prune.learn import GatedObjective
 from tinyfusion.prune.scheme import consecutive_groups
 from tinyfusion.recover.distill import DistilledObjective
-from tinyfusion.sample.guidance import guided
+from tinyfusion.sample.drive import guided
 
 SUBJECTS = ("dit", "gate", "kd", "metrics", "inception")
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4

@@ -17,9 +17,8 @@ from tinyfusion.jobs.memory import GIB
 from tinyfusion.jobs.previews import Previews
 from tinyfusion.jobs.training import Training
 from tinyfusion.training.checkpoints import CheckpointWriter, Written, load_checkpoint, load_latest
-from tinyfusion.training.ema import horizon_warning
 from tinyfusion.training.loop import StepRecord
-from tinyfusion.training.state import TrainState
+from tinyfusion.training.state import TrainState, horizon_warning
 
 
 def training_section(verb: str) -> str:

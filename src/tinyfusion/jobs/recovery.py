@@ -11,8 +11,7 @@ from tinyfusion.jobs.origins import making_run
 from tinyfusion.jobs.training import Training
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Objective, Process
-from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors
-from tinyfusion.recover.channels import residual_channels
+from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors, residual_channels
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import BatchSource, StepRecord

@@ -1,9 +1,8 @@
-"""What a process (of noising, of masking) is to everything else: draw the randomness of a batch, predict, take losses.
+"""Interfaces of processes and objectives: draw the randomness of a batch, predict, take losses.
 
-`NoisyBatch` holds all that is random about a batch in one frozen object, so teacher and student see the same noise,
-timesteps and label drops by construction. `Objective` is what the training loop calls; wrappers (gates, distillation)
-offer the same methods, and the loop cannot tell. `Process` is an objective that stands on a process itself, and
-says what pruning and distillation need to know of it.
+`NoisyBatch` is one frozen object with all that is random about a batch, so teacher and student see the same noise, timesteps
+and label drops. The training loop calls an `Objective`; gates and distillation are objectives that wrap another. A `Process`
+is not wrapped around another, and knows what pruning and distillation need of its noise.
 """
 
 from __future__ import annotations
@@ -15,14 +14,15 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.conditioning.condition import Condition
+from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
 
-Denoiser = Callable[
-    [Tensor, Tensor], Tensor
-]  # (x, time as the network wants it) -> output; condition, guidance are bound
+# (x, time as the network takes it) -> output; condition and guidance are bound
+Denoiser = Callable[[Tensor, Tensor], Tensor]
 StepNoise = Callable[[int], Tensor]  # position of the step in the trajectory -> noise (B, C, H, W)
 
 
@@ -33,7 +33,7 @@ def mean_flat(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean data: x (B, C, H, W) in the model's own space, and what each image is conditioned on."""
+    """Clean data: x (B, C, H, W) in the model's own space, and the conditions of the images."""
 
     x: Tensor
     condition: Condition
@@ -41,44 +41,41 @@ class Batch:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A batch and everything that was drawn for it. B samples, along axis 0 of every tensor.
+    """A batch and everything that was drawn for it. B samples, along axis 0 of every tensor that is no scalar.
 
-    A process with more randomness than this has a subclass with more fields.
+    More randomness is fields of a subclass.
     """
 
     x0: Tensor  # (B, C, H, W) clean
     noise: Tensor  # (B, C, H, W)
     xt: Tensor  # (B, C, H, W) noised
     t: Tensor  # (B,) time in the process
-    condition: Condition  # the null row where dropped
+    condition: Condition  # the null row if dropped
     step: int = 0
-    gate_noise: tuple[Tensor, ...] = ()  # per gate group (B, K or M), where gates are learned
+    gate_noise: tuple[Tensor, ...] = ()  # per gate group (B, K or M), if gates are learned
 
     def __len__(self) -> int:
         return len(self.condition)
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of its tensors."""
         return self.condition.device
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The batch with `change` applied to every tensor, such as one that picks samples."""
-        changed: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = change(value)
-            elif isinstance(value, Condition):
-                changed[field.name] = value.each(change)
-            elif isinstance(value, tuple):
-                changed[field.name] = tuple(map(change, value))
-        return dataclasses.replace(self, **changed)
+        """The batch with `change` applied to every tensor but scalars, such as one that picks samples."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, Condition):
+                return value.each(change)
+            return tree_map_only(Tensor, lambda tensor: change(tensor) if tensor.ndim else tensor, value)
+
+        return dataclasses.replace(self, **{name: changed(value) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's output and, where a wrapper asked for it, the teacher's answer."""
+    """A model's output and, in distillation, the teacher's prediction."""
 
     output: Tensor
     teacher: Prediction | None = None
@@ -86,11 +83,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a training step of an objective holds in memory, as far as the trained model does not show it.
+    """Memory of a training step in addition to one forward and backward pass of the trained model.
 
     teacher: a frozen model that runs first, without a graph, and its blocks. features: blocks of the teacher whose outputs
-    are retained for a comparison. graph_share: share of the images that run a block with a graph. passes: forward passes of the
-    trained model whose graphs are retained at once.
+    are retained for a comparison. graph_share: share of the images that run a block with a graph. passes: forward passes of
+    the trained model whose graphs are retained at once.
     """
 
     teacher: tuple[nn.Module, BlockStack] | None = None
@@ -100,17 +97,17 @@ class StepMemory:
 
 
 class Objective(Protocol):
-    """The calls of a training step, in their order. Inherit to get the defaults.
+    """The calls of a training step, in their order. Inherit for the defaults.
 
     A noisy batch is a `NoisyBatch`, or another record that the objective's own `draw` returns.
     """
 
     def draw(self, batch: Any, draws: Draws) -> Any:
-        """Everything random about `batch`."""
+        """Draw everything random about `batch`."""
         ...
 
     def prepared(self, model: nn.Module, microbatches: Sequence[Any]) -> Sequence[Any]:
-        """The microbatches of one process in a step, all seen before the first one runs. No gradients. Default: as they are."""
+        """The microbatches of one rank, seen together before the first one runs, without gradients. Default: unchanged."""
         return microbatches
 
     def predict(self, model: nn.Module, noisy: Any) -> Prediction:
@@ -122,32 +119,29 @@ class Objective(Protocol):
         ...
 
     def step_memory(self) -> StepMemory:
-        """What a step holds in memory. Default: the trained model alone."""
+        """Memory of a step. Default: the trained model alone."""
         return StepMemory()
 
 
 class Process(Objective, Protocol):
-    """An objective that is not wrapped around another: what it knows of the noise that it adds."""
+    """An objective that is not wrapped around another. By default it has no levels of noise."""
 
     def kd_terms(self, noisy: Any, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
-        """(B,) terms of a student's output against its teacher's on one batch: "kd_loss", and its parts for the log.
+        """(B,) terms of a student's output against its teacher's: "kd_loss", and its terms for the log.
 
         No gradient reaches the teacher.
         """
         ...
 
     def low_noise(self, noisy: Any) -> Any:
-        """The clean input at times of little noise, as the released block influence has it.
-
-        Raises UserError where the process has no such thing.
-        """
-        ...
+        """The clean input at times of little noise, as in the released block influence."""
+        raise UserError("clean inputs at little noise need a process with levels of noise: use bi_inputs noised")
 
     @property
     def num_levels(self) -> int:
-        """Levels of noise that `at_level` knows; 0 where noise is not ordered by one number."""
-        ...
+        """Levels of noise of `at_level`; 0 if noise is not ordered by one number."""
+        return 0
 
     def at_level(self, noisy: Any, level: int) -> Any:
         """The same images, noise and conditions, all at one level of noise, from 0 (cleanest) to `num_levels` - 1."""
-        ...
+        raise UserError(f"the process of this model has no level of noise {level}")

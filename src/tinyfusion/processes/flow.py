@@ -1,20 +1,19 @@
-"""The flow process: paths between noise and data, what a network may predict of them, and its training loss.
+"""The flow process: paths between noise and data, network predictions along them, and the training loss.
 
 Shapes: B samples, C channels. A path is a function of the noise level, 0 at the data and 1 at noise (`processes/time.py`):
-x = alpha x0 + sigma noise, x0 the clean image; on the straight path sigma is the noise level itself. Velocity and derivatives
-are by the noise level. t (B,) is time as the family writes it, and `model(x, t, **condition)` takes it as it is and returns (B, C, H, W);
-`Flow.convention` translates both. (In published models time is 0 at noise and 1 at the data, in their code; the paper has it the other way
-round.)
+x = alpha x0 + sigma noise, x0 the clean image; on the linear path sigma is the noise level itself. Velocity and derivatives
+are by the noise level. t (B,) is time in the family's convention, `model(x, t, **condition)` returns (B, C, H, W) in the same,
+and `Flow.convention` converts both. (Published code has time 0 at noise and 1 at the data; the paper has it the other way round.)
 
 Velocity, score and noise are linear in each other at a given x and t. With W = alpha sigma' - alpha' sigma, which is 1 on the
-straight path, every conversion has a form that divides by nothing but what vanishes in truth:
+linear path, each conversion divides only by what really vanishes:
 
     noise    e = (alpha v - alpha' x) / W          finite for every noise level
     velocity v = (alpha' x + W e) / alpha          infinite only where alpha is 0: the noise end of linear and gvp
     score    s = -e / sigma                        infinite only at the data
 
 Source: Ma et al., arXiv 2401.08740 (paths, predictions, weights); Albergo et al., arXiv 2303.08797.
-Differs: an epsilon that is set is used, each for itself (the published code tests the wrong one, and puts 0 for velocity).
+Differs: a given epsilon is used, each one for itself (the published code tests the wrong one, and uses 0 for velocity).
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ PathName = Literal["linear", "gvp", "vp"]
 Predicted = Literal["velocity", "noise", "score"]
 LossWeight = Literal["none", "velocity", "likelihood"]
 NUM_LEVELS = 1000  # of noise, as many as the Gaussian process has
-_LOW_NOISE_PARTS = 4  # block influence at clean inputs sees the quarter of the times that is nearest to the data
+_LOW_NOISE_DIVISOR = 4  # block influence at clean inputs uses the quarter of the times nearest to the data
 _BETA_MIN, _BETA_MAX = 0.1, 20.0  # of the VP path
-SMALL_EPS = 1e-3  # published distance from the ends, where there has to be one
+SMALL_EPS = 1e-3  # published distance from the ends, if there has to be one
 
 
 class Point(NamedTuple):
-    """A path at noise levels, every entry shaped as these: x = alpha x0 + sigma noise; d_: derivatives; wronskian: W."""
+    """A path at noise levels, all fields in their shape: x = alpha x0 + sigma noise; d_: derivatives; wronskian: W."""
 
     alpha: Tensor
     d_alpha: Tensor
@@ -53,13 +52,13 @@ class Point(NamedTuple):
 
 
 def linear_path(level: Level) -> Point:
-    """alpha and sigma are the shares of data and noise themselves."""
+    """alpha = clean, sigma = noise level."""
     one = torch.ones_like(level.sigma)
     return Point(level.clean, -one, level.sigma, one, one)
 
 
 def gvp_path(level: Level) -> Point:
-    """Sine and cosine of a quarter turn, the cosine as the sine of what is left, so that both ends are exact."""
+    """Sines of a quarter turn; the cosine is the sine of the complement, so that both ends are exact."""
     quarter = math.pi / 2
     alpha, sigma = torch.sin(quarter * level.clean), torch.sin(quarter * level.sigma)
     return Point(alpha, -quarter * sigma, sigma, quarter * alpha, torch.full_like(alpha, quarter))
@@ -79,10 +78,7 @@ PATHS: dict[PathName, Callable[[Level], Point]] = {"linear": linear_path, "gvp":
 
 @dataclass(frozen=True)
 class Flow:
-    """A path, what the network predicts of it, and how its family writes time and velocity. ValueError on unknown names.
-
-    The first two belong to a model, the convention to its family.
-    """
+    """A path, the prediction of the network, and its family's convention of time and velocity. ValueError on unknown names."""
 
     path: PathName = "linear"
     prediction: Predicted = "velocity"
@@ -95,35 +91,30 @@ class Flow:
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> Flow:
-        """From the settings that a model keeps; published where it keeps none. ValueError on others."""
+        """From the settings of a model, published ones by default. ValueError on unknown ones."""
         unknown = sorted(set(settings) - {"path", "prediction"})
         if unknown:
             raise ValueError(f"unknown settings of a flow: {', '.join(unknown)}")
         return cls(**settings)
 
     def settings(self) -> dict[str, Any]:
-        """What a model keeps of it."""
+        """The settings that a model saves."""
         return {"path": self.path, "prediction": self.prediction}
-
-    @property
-    def starts_finite(self) -> bool:
-        """Whether the velocity is known at pure noise: the network gives it, or alpha is not 0 there."""
-        return self.path == "vp" or self.prediction == "velocity"
 
     def point(self, t: Tensor) -> Point:
         """The path at t (B,), shaped (B, 1, 1, 1)."""
         return PATHS[self.path](self.convention.level(t.view(-1, 1, 1, 1)))
 
     def ends(self, eps: float | None, default_vp: float) -> tuple[float, float]:
-        """The shares of the way from noise to data, 1 - noise level, between which a model is trained or sampled.
+        """The range of 1 - noise level in which a model is trained or sampled.
 
-        eps: distance from both ends, on the VP path from the data alone. None is the published one: 0 where the network
-        gives the velocity, 1e-3 for noise and score, `default_vp` on the VP path. Raises ValueError where eps is no such
-        distance, or is 0 where the velocity is infinite at an end.
+        eps: distance from both ends, on the VP path from the data alone. None is the published one: 0 for velocity, 1e-3 for
+        noise and score, `default_vp` on the VP path. Raises ValueError if eps is outside of [0, 0.5), or 0 where the velocity
+        is infinite at an end.
         """
         if eps is None:
             eps = default_vp if self.path == "vp" else 0.0 if self.prediction == "velocity" else SMALL_EPS
-        needed = self.path == "vp" or not self.starts_finite
+        needed = self.path == "vp" or self.prediction != "velocity"
         if not (0 < eps < 0.5 if needed else 0 <= eps < 0.5):
             least = "above 0" if needed else "at least 0"
             raise ValueError(
@@ -141,7 +132,7 @@ class Flow:
         return self.ends(eps, default_vp=SMALL_EPS)
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The derivative of x by the noise level that the network's output means at x (B, C, H, W) and t (B,)."""
+        """dx/d(noise level) from the network's output at x (B, C, H, W) and t (B,)."""
         if self.prediction == "velocity":
             return self.convention.velocity_of(output)
         at = self.point(t)
@@ -149,7 +140,7 @@ class Flow:
         return (at.d_alpha * x + at.wronskian * noise) / at.alpha
 
     def noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The noise that the network's output means."""
+        """The noise from the network's output."""
         if self.prediction == "noise":
             return output
         at = self.point(t)
@@ -158,13 +149,13 @@ class Flow:
         return (at.alpha * self.convention.velocity_of(output) - at.d_alpha * x) / at.wronskian
 
     def score(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The gradient of the log density of x that the network's output means; infinite at the data."""
+        """The score, the gradient of the log density of x, from the network's output; infinite at the data."""
         if self.prediction == "score":
             return output
         return -self.noise(output, x, t) / self.point(t).sigma
 
     def towards_data(self, network: Denoiser) -> Denoiser:
-        """(x, c) -> dx/dc with c = 1 - noise level, of a network that takes and gives what its family writes."""
+        """(x, c) -> dx/dc with c = 1 - noise level, of a network in its family's convention."""
 
         def slope(x: Tensor, clean: Tensor) -> Tensor:
             t = self.convention.at_clean(clean)
@@ -173,7 +164,7 @@ class Flow:
         return slope
 
     def error(self, output: Tensor, noisy: NoisyBatch, target: Tensor | None = None) -> Tensor:
-        """(B, C, H, W): what is squared in the loss, unweighted. target: of another network instead of the truth.
+        """(B, C, H, W): the error that the loss squares. target: the output of another network in place of the truth.
 
         velocity: v - (alpha' x0 + sigma' noise), in the sign of the family; noise: e - noise; score: sigma s + noise.
         """
@@ -187,7 +178,7 @@ class Flow:
     def weight(self, name: LossWeight, t: Tensor) -> Tensor:
         """(B,) weight of the squared error of noise and score: velocity (lambda / sigma)^2, likelihood lambda / sigma^2.
 
-        lambda = sigma W / alpha, so these are (W / alpha)^2 and W / (alpha sigma). A velocity network has 1, whatever is asked.
+        lambda = sigma W / alpha, so these are (W / alpha)^2 and W / (alpha sigma). 1 for velocity networks.
         """
         if name == "none" or self.prediction == "velocity":
             return torch.ones_like(t)
@@ -203,8 +194,8 @@ class FlowObjective(Process):
 
     Fields of its `NoisyBatch`: x0 clean, xt = alpha x0 + sigma noise, t float32 in the convention of the family. label_drop:
     probability of replacing a condition by the null row (published: 0.1; 0 in evaluation). loss_weight: of noise and score
-    networks, see `Flow.weight`. eps: how far from the ends times are drawn, see `Flow.ends`. times: the distribution that
-    they are drawn from. inputs: the model's arguments for a condition. Raises ValueError on an eps that cannot be.
+    networks, see `Flow.weight`. eps: see `Flow.ends`. times: their distribution. inputs: the model's arguments for a
+    condition. Raises ValueError on an invalid eps or loss weight.
     """
 
     label_drop: float = 0.1
@@ -222,7 +213,6 @@ class FlowObjective(Process):
             )
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        """t of `times` between the ends, noise standard normal, conditions dropped with probability `label_drop`."""
         device, ends = batch.x.device, self.flow.training_ends(self.eps)
         t = torch.from_numpy(self.flow.convention.draw(self.times, draws.uniform("timestep"), ends)).float().to(device)
         noise = torch.from_numpy(draws.normal("noise", tuple(batch.x.shape[1:]))).to(device)
@@ -230,7 +220,7 @@ class FlowObjective(Process):
         return self.noised(Batch(batch.x, condition), t, noise, draws.step)
 
     def noised(self, batch: Batch, t: Tensor, noise: Tensor, step: int = 0) -> NoisyBatch:
-        """The batch that these draws make; conditions as they are."""
+        """The batch of these draws; conditions unchanged."""
         return NoisyBatch(batch.x, noise, self._mixed(batch.x, noise, t), t, batch.condition, step)
 
     def _mixed(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -238,31 +228,29 @@ class FlowObjective(Process):
         return at.alpha * x0 + at.sigma * noise
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
-        """One forward pass; the network sees t as it is."""
         return Prediction(model(noisy.xt, noisy.t, **self.inputs(noisy.condition)))
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """mse: mean squared error of what the network predicts; loss: the same, weighted."""
+        """mse: mean squared error of the prediction; loss: weighted mse."""
         mse = mean_flat(self.flow.error(prediction.output.float(), noisy) ** 2)
         return {"loss": mse * self.flow.weight(self.loss_weight, noisy.t), "mse": mse}
 
     def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
-        """kd_loss: the loss with the teacher's output for the truth; of velocities mean (v_s - v_T)^2."""
+        """kd_loss: the loss with the teacher's output as the target; of velocities mean (v_s - v_T)^2."""
         error = self.flow.error(own.output.float(), noisy, taught.output.detach().float())
         return {"kd_loss": mean_flat(error**2) * self.flow.weight(self.loss_weight, noisy.t)}
 
     def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
-        """The clean input at a quarter of its noise level: what the released statistic does to a Gaussian model."""
+        """The clean input at a quarter of its noise level, as the released statistic of Gaussian models."""
         convention = self.flow.convention
-        return replace(noisy, xt=noisy.x0, t=convention.at_sigma(convention.level(noisy.t).sigma / _LOW_NOISE_PARTS))
+        return replace(noisy, xt=noisy.x0, t=convention.at_sigma(convention.level(noisy.t).sigma / _LOW_NOISE_DIVISOR))
 
     @property
     def num_levels(self) -> int:
-        """Even steps between the ends of training."""
         return NUM_LEVELS
 
     def at_level(self, noisy: NoisyBatch, level: int) -> NoisyBatch:
-        """All at one time: level 0 is the end of training at the data, the last level that at noise."""
+        """Levels are even steps between the two ends of training."""
         low, high = self.flow.training_ends(self.eps)
         clean = high - (high - low) * level / (NUM_LEVELS - 1)
         t = torch.full_like(noisy.t, self.flow.convention.at_clean(clean))

@@ -1,10 +1,9 @@
 """The Gaussian diffusion process: linear betas, noise prediction, learned-range variance, respaced sampling.
 
-Shapes: B samples, C channels, N kept timesteps. `model(x, t, **condition)` takes original step numbers and returns (B, 2C, H, W):
-noise prediction and variance logits v (or (B, C, H, W) where the variance is not learned: no variational term then, and
+Shapes: B samples, C channels, N respaced timesteps. `model(x, t, **condition)` takes original step numbers and returns
+(B, 2C, H, W): noise prediction and variance logits v (or (B, C, H, W) if the variance is not learned: no variational term, and
 sampling uses the posterior variance). Tables are float64, looked up and cast to float32 (published numerics).
 Sources: Ho et al. arXiv 2006.11239; Nichol & Dhariwal arXiv 2102.09672; Song et al. arXiv 2010.02502.
-Not here: x0- or v-prediction; the published models use neither. The cosine betas of the masked process are in `masked.py`.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from tinyfusion.core.rng import Draws
 from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, StepNoise, mean_flat
 
 NUM_TIMESTEPS = 1000
-_LOW_NOISE_PARTS = 4  # the released block influence sees the first quarter of the chain: t in 0..249 of 1000
+_LOW_NOISE_DIVISOR = 4  # the released block influence uses the first quarter of the chain: t in 0..249 of 1000
 
 
 def respaced_timesteps(spacing: str) -> list[int]:
-    """Original steps kept by a respacing string, ascending.
+    """Original steps of a respacing string, ascending.
 
-    "" keeps all 1000; "N" or "N1,N2,..." takes that many evenly spread steps from as many near-equal sections, both ends
-    included; "ddimN" the smallest integer stride that gives exactly N. Raises ValueError where the rule cannot give N,
-    naming the nearest two that it can.
+    "" is all 1000; "N" or "N1,N2,..." takes that many evenly spread steps from as many near-equal sections, both ends
+    included; "ddimN" the smallest integer stride that gives exactly N. Raises ValueError, naming the nearest two possible
+    numbers, if the rule cannot give N.
     """
     if not spacing:
         return list(range(NUM_TIMESTEPS))
@@ -39,31 +38,27 @@ def respaced_timesteps(spacing: str) -> list[int]:
         return _stride_timesteps(int(spacing[4:]))
     counts = [int(part) for part in spacing.split(",")]
     size, extra = divmod(NUM_TIMESTEPS, len(counts))
-    kept: list[int] = []
+    timesteps: list[int] = []
     start = 0
     for section, count in enumerate(counts):
         length = size + (section < extra)
         if not 1 <= count <= length:
-            near = (1, 2) if count < 1 else (length - 1, length)
-            raise ValueError(
-                f"cannot take {count} steps from a section of {length}; the nearest are {near[0]} and {near[1]}"
-            )
+            near = "1 and 2" if count < 1 else f"{length - 1} and {length}"
+            raise ValueError(f"cannot take {count} steps from a section of {length}; the nearest are {near}")
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
-            kept.append(start + round(position))
+            timesteps.append(start + round(position))
             position += stride  # accumulated, not multiplied: the published rounding depends on it
         start += length
-    return kept
+    return timesteps
 
 
 def _stride_timesteps(count: int) -> list[int]:
-    lengths = {stride: len(range(0, NUM_TIMESTEPS, stride)) for stride in range(1, NUM_TIMESTEPS + 1)}
-    for stride, length in lengths.items():
-        if length == count:
-            return list(range(0, NUM_TIMESTEPS, stride))
-    possible = sorted(set(lengths.values()))
-    near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
+    chains = {len(chain): chain for s in range(NUM_TIMESTEPS, 0, -1) if (chain := range(0, NUM_TIMESTEPS, s))}
+    if count in chains:
+        return list(chains[count])
+    near = sorted(sorted(chains, key=lambda length: abs(length - count))[:2])
     raise ValueError(
         f"no integer stride gives {count} of {NUM_TIMESTEPS} steps; the nearest are {near[0]} and {near[1]}"
     )
@@ -72,21 +67,21 @@ def _stride_timesteps(count: int) -> list[int]:
 class Schedule:
     """Tables of a respaced chain, float64, shape (N,). `timesteps[i]` is the original step of index i.
 
-    betas: (1000,) float64 of the whole chain; None are the linear ones of the published models.
+    betas: (1000,) float64 of the whole chain; None: the linear ones of the published models.
     """
 
     def __init__(self, spacing: str = "", betas: np.ndarray | None = None) -> None:
         base = np.cumprod(1.0 - (np.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=np.float64) if betas is None else betas))
         self.timesteps = np.array(respaced_timesteps(spacing), dtype=np.int64)
-        kept = base[self.timesteps]
-        self.betas = 1.0 - kept / np.append(1.0, kept[:-1])  # re-derived, even when all steps are kept
+        respaced = base[self.timesteps]
+        self.betas = 1.0 - respaced / np.append(1.0, respaced[:-1])  # derived anew, even for all steps
         self.alphas_cumprod = np.cumprod(1.0 - self.betas)
         previous = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_prev = previous
         self.posterior_variance = self.betas * (1.0 - previous) / (1.0 - self.alphas_cumprod)
         clipped = np.append(self.posterior_variance[1:2], self.posterior_variance[1:])
         if len(self.betas) == 1:
-            clipped = self.betas[:1]  # a chain of one step has no second entry to borrow; its variance is never used
+            clipped = self.betas[:1]  # a chain of one step has no second entry, and its variance is never used
         self.posterior_log_variance_clipped = np.log(clipped)
         self.posterior_mean_x0 = self.betas * np.sqrt(previous) / (1.0 - self.alphas_cumprod)
         self.posterior_mean_xt = (1.0 - previous) * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_cumprod)
@@ -109,7 +104,7 @@ class Schedule:
         return self._table("timesteps", index.device)[index]
 
     def _table(self, name: str, device: torch.device) -> Tensor:
-        """A table on a device, moved once: a move makes the host wait for all that the device has to do."""
+        """A table on a device, moved once: a transfer makes the host wait for the device."""
         key = (name, device)
         if key not in self._on_device:
             values = torch.from_numpy(getattr(self, name))
@@ -121,11 +116,11 @@ class Schedule:
         return self.at("sqrt_alphas_cumprod", index) * x0 + self.at("sqrt_one_minus_alphas_cumprod", index) * noise
 
     def x0_from_noise(self, xt: Tensor, index: Tensor, noise: Tensor) -> Tensor:
-        """The clean image that x_t and a noise imply."""
+        """The clean image from x_t and a noise."""
         return self.at("sqrt_recip_alphas_cumprod", index) * xt - self.at("sqrt_recipm1_alphas_cumprod", index) * noise
 
     def noise_from_x0(self, xt: Tensor, index: Tensor, x0: Tensor) -> Tensor:
-        """The noise that x_t and a clean image imply."""
+        """The noise from x_t and a clean image."""
         scaled = self.at("sqrt_recip_alphas_cumprod", index) * xt - x0
         return scaled / self.at("sqrt_recipm1_alphas_cumprod", index)
 
@@ -148,7 +143,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean and log variance of a reverse step, with the clean image it stands on."""
+    """Mean and log variance of a reverse step, and the predicted clean image."""
 
     mean: Tensor
     log_variance: Tensor
@@ -176,7 +171,7 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """Noise prediction and variance logits (None where the model has no variance half), float32."""
+    """Noise prediction and variance logits (None if the model has none), float32."""
     output = output.float()
     if output.shape[1] == channels:
         return output, None
@@ -188,7 +183,7 @@ class GaussianObjective(Process):
     """Hybrid loss: noise MSE plus the variational term for the variance, both per sample.
 
     label_drop: probability of replacing a condition by the null row (published: 0.1; 0 in evaluation).
-    teacher_at_zero: distillation at t = 0 is the KL from the teacher as elsewhere, not the data likelihood (published).
+    teacher_at_zero: distillation at t = 0 is the KL from the teacher as for other t, not the data likelihood (published).
     inputs: the model's arguments for a condition.
     Source: arXiv 2102.09672, equation 16, with weight 1 on the variational term in bits per dimension of the sampled t.
     """
@@ -199,7 +194,6 @@ class GaussianObjective(Process):
     inputs: ModelInputs = class_inputs
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        """t uniform over the chain, noise standard normal, conditions dropped with probability `label_drop`."""
         device = batch.x.device
         t = torch.from_numpy(draws.integers("timestep", len(self.schedule))).to(device)
         noise = torch.from_numpy(draws.normal("noise", tuple(batch.x.shape[1:]))).to(device)
@@ -207,11 +201,10 @@ class GaussianObjective(Process):
         return self.noised(Batch(batch.x, condition), t, noise, draws.step)
 
     def noised(self, batch: Batch, t: Tensor, noise: Tensor, step: int = 0) -> NoisyBatch:
-        """The batch that these draws make; conditions as they are."""
+        """The batch of these draws; conditions unchanged."""
         return NoisyBatch(batch.x, noise, self.schedule.q_sample(batch.x, t, noise), t, batch.condition, step)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
-        """One forward pass; the network sees original step numbers."""
         return Prediction(model(noisy.xt, self.schedule.original(noisy.t), **self.inputs(noisy.condition)))
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
@@ -226,8 +219,8 @@ class GaussianObjective(Process):
     def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
         """kd_loss = noise MSE against the teacher + vb_kd, the KL of the student's step from the teacher's in bits.
 
-        The KL trains the variance alone and falls back to the data likelihood at t = 0 (as published, unless
-        `teacher_at_zero`). Where either has no learned variance it is left out. Source: arXiv 2412.01199, equation 6 and its released code.
+        The KL trains the variance alone, and is the data likelihood at t = 0 (as published, unless `teacher_at_zero`). Without
+        learned variance in both there is none. Source: arXiv 2412.01199, equation 6 and its released code.
         """
         channels = noisy.x0.shape[1]
         noise, v = split_output(own.output, channels)
@@ -240,19 +233,17 @@ class GaussianObjective(Process):
         return {"kd_loss": mse_kd + vb_kd, "vb_kd": vb_kd}
 
     def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
-        """The clean input at timesteps of the first quarter of the chain, unmapped, as released.
+        """The clean input at timesteps of the first quarter of the chain, as released.
 
-        Differs from the released code by timesteps that are stratified where the draws are.
+        Differs from the released code by timesteps that are stratified if the draws are.
         """
-        return replace(noisy, xt=noisy.x0, t=torch.div(noisy.t, _LOW_NOISE_PARTS, rounding_mode="floor"))
+        return replace(noisy, xt=noisy.x0, t=torch.div(noisy.t, _LOW_NOISE_DIVISOR, rounding_mode="floor"))
 
     @property
     def num_levels(self) -> int:
-        """One per timestep."""
         return len(self.schedule)
 
     def at_level(self, noisy: NoisyBatch, level: int) -> NoisyBatch:
-        """All at timestep `level`."""
         t = torch.full_like(noisy.t, level)
         return replace(noisy, xt=self.schedule.q_sample(noisy.x0, t, noisy.noise), t=t)
 
@@ -266,8 +257,7 @@ class GaussianObjective(Process):
     ) -> Tensor:
         """(B,) bits per dimension: KL of `target` (mean, log variance; default the true posterior) from the model.
 
-        The model's mean is frozen: gradient flows into v alone. At t = 0 the data's negative log-likelihood is taken
-        whatever the target (as published), unless not `data_at_zero`.
+        Only v gets a gradient. At t = 0 it is the data's negative log-likelihood (as published) if `data_at_zero`.
         """
         model = self.schedule.model_gaussian(noise.detach(), v, noisy.xt, noisy.t, clip=False)
         mean, log_variance = target or self.schedule.posterior(noisy.x0, noisy.xt, noisy.t)
@@ -283,7 +273,7 @@ def sample_ancestral(
 ) -> Iterator[Tensor]:
     """DDPM sampling from x (B, C, H, W) ~ N(0, 1): yields x after every step, highest index first.
 
-    step_noise(j) gives the noise of the j-th step made; the last one is not drawn. Source: arXiv 2006.11239 alg. 2.
+    step_noise(j): noise of the j-th step; none is drawn for the last. Source: arXiv 2006.11239 alg. 2.
     """
     channels = x.shape[1]
     for position, i in enumerate(reversed(range(len(schedule)))):

@@ -1,10 +1,10 @@
 """The masked autoregressive process: tokens in random order, the last ones known, and a small diffusion for each hidden one.
 
 Shapes: B images, L tokens of E values each, m hidden and u = L - m known ones, r noise levels of each hidden token.
-`model(x, **condition, known, hidden, rows, t, dropout)` gives (B, m, r, 2E), as the network of the family says.
-Source: Li et al., arXiv 2406.11838. Where the published code differs: the share of hidden tokens is drawn once for the
-whole batch of a step, so that it does not depend on the number of processes; all that is random is drawn outside of the
-model; and rows of known tokens, whose weight is 0, are not computed.
+`model(x, **condition, known, hidden, rows, t, dropout)` returns (B, m, r, 2E).
+Source: Li et al., arXiv 2406.11838. Differs: the share of hidden tokens is drawn once for the whole batch of a step, so that
+it does not depend on the number of ranks; everything random is drawn outside of the model; rows of known tokens, whose
+weight is 0, are not computed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 
+from tinyfusion.blocks.tokens import taken, to_tokens
 from tinyfusion.conditioning.classes import class_inputs
 from tinyfusion.conditioning.condition import ModelInputs
 from tinyfusion.config.process_sections import MaskedSection
-from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction, Process
 from tinyfusion.processes.gaussian import NUM_TIMESTEPS, GaussianObjective, Schedule
@@ -45,12 +44,12 @@ def cosine_betas() -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def head_schedule(spacing: str = "") -> Schedule:
-    """The chain of the diffusion head; one object for each spacing, as its tables lie on devices."""
+    """The chain of the diffusion head; cached, because its tables are moved to devices."""
     return Schedule(spacing, cosine_betas())
 
 
 def hidden_ratio(uniform: float, lowest: float, std: float = 0.25) -> float:
-    """The share of hidden tokens: normal around 1, between `lowest` and 1, by its quantile."""
+    """The share of hidden tokens: the quantile of a normal around 1, truncated to [lowest, 1]."""
     low = float(ndtr((lowest - 1) / std))
     return min(1.0, 1 + std * float(ndtri(low + uniform * (0.5 - low))))
 
@@ -62,7 +61,7 @@ def num_hidden(ratio: float, num_tokens: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedBatch(NoisyBatch):
-    """A batch of which tokens are hidden and noised. xt, noise (B, m, r, E) and t (B, m, r) are of the hidden tokens."""
+    """A batch with hidden, noised tokens. xt, noise (B, m, r, E) and t (B, m, r) are of the hidden tokens."""
 
     known: Tensor  # (B, u) int64 places, ascending
     hidden: Tensor  # (B, m) int64 places, in the order of the permutation
@@ -71,7 +70,7 @@ class MaskedBatch(NoisyBatch):
 
 @dataclass(frozen=True)
 class MaskedObjective(Process):
-    """Diffusion loss of hidden tokens, given the known ones: per image, the mean over its m r rows.
+    """Diffusion loss of hidden tokens, given the known ones: per image, the mean over its m r rows. It has no levels of noise.
 
     All images of a step hide equally many, so the mean over images is the published sum(mask * row) / sum(mask).
     patch_size: side of a token in the input. label_drop: probability that a condition becomes the null row.
@@ -88,15 +87,11 @@ class MaskedObjective(Process):
         inner = GaussianObjective(0.0, head_schedule(), teacher_at_zero=self.settings.kl_at_zero == "teacher")
         object.__setattr__(self, "rows", inner)
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """(B, C, S, S) -> (B, L, E), rows of patches, each (channel, row, column)."""
-        return F.pixel_unshuffle(x, self.patch_size).flatten(2).transpose(1, 2)
-
     def draw(self, batch: Batch, draws: Draws) -> MaskedBatch:
-        """An order per image, one share of hidden tokens for the step, noise and timestep of every row, dropped conditions."""
-        device, tokens = batch.x.device, self.tokens(batch.x)
-        length, features, repeats = tokens.shape[1], tokens.shape[2], self.settings.diffusion_batch_mul
-        # addressed as the first sample's, so all slices of the batch and all processes have the same
+        """Draw an order per image, one share of hidden tokens for the step, noise and timestep of every row, dropped conditions."""
+        _, length, features = to_tokens(batch.x, self.patch_size).shape
+        repeats = self.settings.diffusion_batch_mul
+        # addressed as the first sample's: the same for all slices of the batch and all ranks
         ratio = Draws(draws.seed, draws.step, 0, 1).uniform("mask-ratio")[0]
         share = hidden_ratio(float(ratio), self.settings.mask_ratio_min, self.settings.mask_ratio_std)
         m = num_hidden(share, length)
@@ -109,7 +104,7 @@ class MaskedObjective(Process):
             "noise": draws.normal("noise", (m, repeats, features)),
             "dropout_seeds": draws.words("dropout", 1)[:, 0].view(np.int64),
         }
-        placed = {name: torch.from_numpy(np.ascontiguousarray(value)).to(device) for name, value in rest.items()}
+        placed = {n: torch.from_numpy(np.ascontiguousarray(value)).to(batch.x.device) for n, value in rest.items()}
         return self.noised(Batch(batch.x, batch.condition.drop(draws, self.label_drop)), step=draws.step, **placed)
 
     def noised(
@@ -122,7 +117,7 @@ class MaskedObjective(Process):
         dropout_seeds: Tensor | None = None,
         step: int = 0,
     ) -> MaskedBatch:
-        """The batch that these draws make; conditions as they are."""
+        """The batch of these draws; conditions unchanged."""
         clean = self._hidden_tokens(batch.x, hidden).unsqueeze(2).expand_as(noise)
         xt = self.rows.schedule.q_sample(_as_images(clean), t.reshape(-1), _as_images(noise)).view_as(noise)
         seeds = hidden.new_zeros(len(hidden)) if dropout_seeds is None else dropout_seeds
@@ -132,10 +127,9 @@ class MaskedObjective(Process):
 
     def _hidden_tokens(self, x: Tensor, hidden: Tensor) -> Tensor:
         """(B, m, E)"""
-        return torch.take_along_dim(self.tokens(x), hidden.unsqueeze(-1), dim=1)
+        return taken(to_tokens(x, self.patch_size), hidden)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
-        """One forward pass of encoder, decoder and head; dropout where the model is in training mode."""
         assert isinstance(noisy, MaskedBatch)
         rates = (self.settings.attention_dropout, self.settings.projection_dropout)
         dropout: Any = (noisy.dropout_seeds, *rates) if model.training and any(rates) else None
@@ -148,28 +142,12 @@ class MaskedObjective(Process):
         return _per_image(rows, len(noisy))
 
     def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
-        """The distillation of the head's outputs, row by row as in the Gaussian process, means over the rows of an image."""
+        """Distillation of the head's outputs per row as in the Gaussian process, means over the rows of an image."""
         rows = self.rows.kd_terms(self._as_rows(noisy), _prediction_rows(own), _prediction_rows(taught))
         return _per_image(rows, len(noisy))
 
-    def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
-        """Raises UserError: the blocks of a masked model never see noise."""
-        raise UserError(
-            "clean inputs at little noise are not for masked models, whose blocks see no noise but hidden tokens: "
-            "use prune.bi_inputs noised"
-        )
-
-    @property
-    def num_levels(self) -> int:
-        """None: how much is hidden is not how noisy a row is, and blocks see only the former."""
-        return 0
-
-    def at_level(self, noisy: NoisyBatch, level: int) -> NoisyBatch:
-        """Raises UserError: there are no levels."""
-        raise UserError(f"a masked model has no level of noise {level}")
-
     def _as_rows(self, noisy: NoisyBatch) -> NoisyBatch:
-        """Every row as an image of its own, E channels and one pixel; the condition, which losses do not read, stays as it is."""
+        """Every row as an image of E channels and one pixel; the condition, which losses do not read, is unchanged."""
         assert isinstance(noisy, MaskedBatch)
         clean = self._hidden_tokens(noisy.x0, noisy.hidden).unsqueeze(2).expand_as(noisy.noise)
         images = (_as_images(clean), _as_images(noisy.noise), _as_images(noisy.xt))

@@ -1,11 +1,11 @@
-"""Sampling a flow by a stochastic equation with the same marginals: dX = (v + w s) dc + sqrt(2 w) dW, c = 1 - noise level.
+"""Sample a flow by a stochastic equation with the same marginals: dX = (v + w s) dc + sqrt(2 w) dW, c = 1 - noise level.
 
-v is the velocity towards the data (by c), s the score, w the *diffusion form*, any function of the noise level that is not
-negative: half the noise variance per unit of c. t and shapes as in `processes/flow.py`. The score enters as
-w s = -(w / sigma) e, with e the noise that the network's output means, which is finite at both ends of time.
+v is the velocity towards the data (by c), s the score, w the *diffusion form*, any non-negative function of the noise level:
+half the noise variance per unit of c. t and shapes as in `processes/flow.py`. The score enters as w s = -(w / sigma) e, with e
+the noise from the network's output, which is finite at both ends of time.
 Source: Ma et al., arXiv 2401.08740, section 2.3 and appendix; the forms are those of its code.
-Differs: every form can be used, and none is infinite. `sbdm` on the linear and gvp paths starts at c = 1e-3 where the model
-would start at 0, and Heun without a last step ends at 1 - 1e-3 where it would ask for the score of the data itself.
+Differs: every form is possible and finite. `sbdm` on the linear and gvp paths starts at c = 1e-3 if the model would start at 0,
+and Heun without a last step ends at 1 - 1e-3 if it would need the score of the data itself.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ StochasticMethod = Literal["euler", "heun"]
 
 @dataclass(frozen=True)
 class Stochastic:
-    """How a stochastic trajectory is made.
+    """Settings of a stochastic trajectory.
 
-    num_points: times from start to the last step, both included; num_points - 1 even steps lie between them. form, norm: of
-    w. last_step: the step of `last_size` at the end, without noise: mean x + L (v + w s), euler x + L v, tweedie
-    (x + sigma^2 s) / alpha, or none, and then `last_size` counts for nothing. Raises ValueError on anything else.
+    num_points: times from the start to the last step, both included, with num_points - 1 even steps. form, norm: of w.
+    last_step: the step of size L = `last_size` at the end, without noise: mean x + L (v + w s), euler x + L v, tweedie
+    (x + sigma^2 s) / alpha, or none. Raises ValueError on anything else.
     """
 
     method: StochasticMethod = "euler"
@@ -61,7 +61,7 @@ class Stochastic:
             )
 
     def ends(self, flow: Flow, eps: float | None = None) -> tuple[float, float]:
-        """The shares of the way of the even steps; a last step goes on from there to 1. eps, shares: as in `Flow.ends`."""
+        """The range of 1 - noise level of the even steps, before the last step. eps: as in `Flow.ends`."""
         start, end = flow.sampling_ends(eps)
         if self.form == "sbdm" and flow.path != "vp":
             start = start or SMALL_EPS
@@ -85,14 +85,14 @@ class Stochastic:
         return self.norm * torch.sin(math.pi * level.clean) ** 2
 
     def drift(self, network: Denoiser, flow: Flow) -> Callable[[Tensor, Tensor], Tensor]:
-        """v + w s of the network's output, by one call of it."""
+        """v + w s as a function of x and t, by one call of the network."""
 
-        def found(x: Tensor, t: Tensor) -> Tensor:
+        def drift(x: Tensor, t: Tensor) -> Tensor:
             output = network(x, t)
             strength = self.rate(flow, t) / flow.point(t).sigma
             return -flow.velocity(output, x, t) - strength * flow.noise(output, x, t)
 
-        return found
+        return drift
 
     @property
     def calls(self) -> int:
@@ -108,7 +108,7 @@ def sample_stochastic(
     """From x (B, C, H, W) ~ N(0, 1): yields x after every step, the last one included.
 
     network(x, t): output with labels and guidance bound, t (B,). step_noise(j): noise of the j-th even step. Euler is
-    Euler-Maruyama; Heun adds the noise first and makes a deterministic Heun step from there.
+    Euler-Maruyama; Heun adds the noise first, followed by a deterministic Heun step.
     """
     start, end = settings.ends(flow, eps)
     shares = torch.linspace(start, end, settings.num_points, dtype=torch.float32, device=x.device)
@@ -118,33 +118,22 @@ def sample_stochastic(
     for j in range(settings.num_points - 1):
         t = times[j].expand(len(x))
         noise = torch.sqrt(2 * settings.rate(flow, t) * size) * step_noise(j)
-        x = (
-            _heun(drift, x + noise, t, times[j + 1].expand(len(x)), size)
-            if settings.method == "heun"
-            else (x + size * drift(x, t) + noise)
-        )
+        if settings.method == "euler":
+            x = x + size * drift(x, t) + noise
+        else:
+            x = x + noise
+            first = drift(x, t)
+            x = x + size / 2 * (first + drift(x + size * first, times[j + 1].expand(len(x))))
         yield x
-    if settings.last_step != "none":
-        yield _last(network, flow, settings, drift, x, times[-1].expand(len(x)))
-
-
-def _heun(drift: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, later: Tensor, size: float) -> Tensor:
-    first = drift(x, t)
-    return x + size / 2 * (first + drift(x + size * first, later))
-
-
-def _last(
-    network: Denoiser,
-    flow: Flow,
-    settings: Stochastic,
-    drift: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    t: Tensor,
-) -> Tensor:
+    if settings.last_step == "none":
+        return
+    t = times[-1].expand(len(x))
     if settings.last_step == "mean":
-        return x + settings.last_size * drift(x, t)
+        yield x + settings.last_size * drift(x, t)
+        return
     output = network(x, t)
     if settings.last_step == "euler":
-        return x - settings.last_size * flow.velocity(output, x, t)
+        yield x - settings.last_size * flow.velocity(output, x, t)
+        return
     at = flow.point(t)
-    return (x - at.sigma * flow.noise(output, x, t)) / at.alpha
+    yield (x - at.sigma * flow.noise(output, x, t)) / at.alpha

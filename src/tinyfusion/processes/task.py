@@ -1,4 +1,4 @@
-"""A training task of your own as a process: batches in which everything random is drawn already, a prediction and its loss."""
+"""A training task of your own as a process: a prediction and a loss on batches in which everything random is drawn already."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TaskBatch:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of its tensors."""
         return _tensors(self.values)[0].device
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -43,65 +43,49 @@ class TaskBatch:
 
 @dataclass(frozen=True)
 class Task(Process):
-    """What a model is trained on, in two functions.
+    """A training task, in two functions.
 
-    predict: (model, batch) -> output. loss: (output, batch) -> one loss per image, (B,). Noise, timesteps and whatever else is
+    predict: (model, batch) -> output. loss: (output, batch) -> one loss per image, (B,). Noise, timesteps and all else that is
     random belong into the batch, so that teacher and student see the same. distance: (student's output, teacher's) -> (B,),
-    what distillation makes small; the mean squared difference by default.
+    the loss of distillation; the mean squared difference by default.
     """
 
     predict_output: Predict
     loss: Loss
     distance: Loss = dataclasses.field(default=lambda own, taught: mean_flat((own - taught).square()))
 
-    @property
-    def num_levels(self) -> int:
-        """0: a task has no levels of noise."""
-        return 0
-
     def draw(self, batch: TaskBatch, draws: Draws) -> TaskBatch:
-        """The batch as it is: everything random about it is drawn already."""
         return dataclasses.replace(batch, step=draws.step)
 
     def predict(self, model: nn.Module, noisy: TaskBatch) -> Prediction:
-        """Run the model."""
         return Prediction(self.predict_output(model, noisy.values))
 
     def losses(self, _model: nn.Module, noisy: TaskBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """{"loss": (B,)}. Raises UserError where the loss function gives anything but one number per image."""
+        """{"loss": (B,)}. Raises UserError if the loss function does not return one number per image."""
         loss = self.loss(prediction.output, noisy.values)
         if loss.shape != (len(noisy),):
             raise UserError(
-                f"the loss function gives {tuple(loss.shape)} for {len(noisy)} images: wanted one loss per image, ({len(noisy)},), "
+                f"the loss function returns {tuple(loss.shape)} for {len(noisy)} images: wanted one loss per image, ({len(noisy)},), "
                 "such as (output - target).square().flatten(1).mean(1)"
             )
         return {"loss": loss}
 
     def kd_terms(self, _noisy: TaskBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
-        """{"kd_loss": (B,)}, the distance of the outputs; no gradient reaches the teacher."""
         return {"kd_loss": self.distance(own.output, taught.output.detach())}
-
-    def low_noise(self, noisy: TaskBatch) -> TaskBatch:
-        """Raises UserError: a task has no level of noise."""
-        raise UserError("a task of your own has no inputs of little noise: take bi_inputs='noised'")
-
-    def at_level(self, noisy: TaskBatch, level: int) -> TaskBatch:
-        """Raises UserError: a task has no level of noise."""
-        raise UserError(f"a task of your own has no level of noise, and {level} was asked for")
 
 
 def task_source(
     batches: Iterable[Any] | Callable[[int, Draws], Any], device: torch.device
 ) -> tuple[Callable[[int, int, Draws], TaskBatch], int | None]:
-    """(source of the training loop, images per batch or None where the caller decides).
+    """(source of the training loop, images per batch or None if the caller decides).
 
-    batches: an iterable, such as a DataLoader, which begins anew when it ends; or a function (step, draws) -> batch of `draws.num`
-    images that draws what is random from `draws`. Raises UserError on batches without tensors and, of an iterable, on batches
-    of different sizes.
+    batches: an iterable, such as a DataLoader, which is repeated; or a function (step, draws) -> batch of `draws.num` images
+    that draws all randomness from `draws`. Raises UserError on batches without tensors and, of an iterable, on batches of
+    different sizes.
     """
     if callable(batches):
-        made = batches
-        return lambda step, _size, draws: _checked(made(step, draws), device, draws.num), None
+        make = batches
+        return lambda step, _size, draws: _checked(make(step, draws), device, draws.num), None
     stream = _endless(batches)
     first = _checked(next(stream), device)
     waiting = [first]
@@ -120,12 +104,12 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
             yield batch
         if empty:
             raise UserError(
-                "the batches have come to an end: give an iterable that can begin anew, such as a list or a DataLoader"
+                "the batches have come to an end: give an iterable that can be repeated, such as a list or a DataLoader"
             )
 
 
 def _checked(values: Any, device: torch.device, num: int | None = None) -> TaskBatch:
-    """The batch on the device. Raises UserError where it holds no tensor, or not `num` images."""
+    """The batch on the device. Raises UserError if it has no tensor, or not `num` images."""
     if not _tensors(values):
         raise UserError(f"a batch is a nest of tensors; got a {type(values).__name__} without any")
     batch = TaskBatch(values).each(lambda tensor: tensor.to(device))

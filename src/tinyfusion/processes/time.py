@@ -1,12 +1,12 @@
-"""Time of a flow: noise levels, the distribution that training draws them from, their shift, and how families write them.
+"""Time of a flow: noise levels, their distribution in training, their shift, and the conventions of families.
 
-One convention holds inside the flow process. The noise level sigma runs from 0 (data) to 1 (noise), on the straight path
-x_sigma = (1 - sigma) x0 + sigma noise, and a velocity is dx/dsigma, there noise - x0. `TimeConvention` translates the time
-and the velocity of a family's network to it and back.
+Inside the flow process the noise level sigma runs from 0 (data) to 1 (noise), on the linear path
+x_sigma = (1 - sigma) x0 + sigma noise, and a velocity is dx/dsigma, there noise - x0. `TimeConvention` converts from and to the
+time and velocity of a family's network.
 
-Everything here is closed under exchange of noise and data (1 - sigma in place of sigma): the mean of a logit-normal
-distribution changes its sign, a shift s becomes 1 / s, and the rest stays. Times are therefore drawn in the direction in which
-a family counts them, and none loses digits by being subtracted from 1.
+Everything is closed under exchange of noise and data (1 - sigma for sigma): the mean of a logit-normal distribution changes its
+sign, a shift s becomes 1 / s, and the rest stays. Times are therefore drawn in the direction of the family's time, and none
+loses digits by subtraction from 1.
 
 Sources: Esser et al., arXiv 2403.03206, sections 3.1 (densities) and 5.3.2 (shift); Black Forest Labs, FLUX (shift by the
 number of tokens).
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
-from scipy.special import expit, logit, ndtri
+from scipy.special import expit, ndtri
 from torch import Tensor
 
 from tinyfusion.config.process_sections import FlowSection, ShiftFields
@@ -28,7 +28,6 @@ from tinyfusion.config.process_sections import FlowSection, ShiftFields
 Density = Literal["uniform", "logit_normal", "mode", "cosmap"]
 MODE_SCALES = (-1.0, 2 / (math.pi - 2))  # of the mode density, for which its transform is monotone
 SHIFTS = (1e-6, 1e6)  # far beyond any use
-_BISECTIONS = 60  # halve (0, 1) down to the resolution of float64
 Share = TypeVar("Share", float, np.ndarray, Tensor)
 
 
@@ -36,7 +35,7 @@ Share = TypeVar("Share", float, np.ndarray, Tensor)
 
 
 class Level(NamedTuple):
-    """Noise levels: sigma, 1 at noise, and `clean` = 1 - sigma. Both are stored: a small one cannot be found from the other."""
+    """Noise levels: sigma, 1 at noise, and `clean` = 1 - sigma. Both, because a small one cannot be computed from the other."""
 
     sigma: Tensor
     clean: Tensor
@@ -44,10 +43,9 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class TimeConvention:
-    """How a family writes the time and the velocity of a flow.
+    """A family's convention of time and velocity.
 
-    time: what its network is given, times `scale`. velocity: what its network returns on the straight path, with "data" for x0.
-    Raises ValueError on anything else.
+    time: the network's input, times `scale`. velocity: its output on the linear path, with "data" for x0. ValueError on others.
     """
 
     time: Literal["sigma", "1 - sigma"] = "sigma"
@@ -68,7 +66,7 @@ class TimeConvention:
         return Level(share, 1 - share) if self.time == "sigma" else Level(1 - share, share)
 
     def sigma(self, t: float) -> float:
-        """The same of one number: sigma alone."""
+        """sigma of one time."""
         return t / self.scale if self.time == "sigma" else 1 - t / self.scale
 
     def at_clean(self, clean: Share) -> Share:
@@ -80,11 +78,11 @@ class TimeConvention:
         return self.scale * (sigma if self.time == "sigma" else 1 - sigma)
 
     def velocity_of(self, output: Tensor) -> Tensor:
-        """dx/dsigma from the output of a velocity network, or the output from it: the translation is its own inverse."""
+        """dx/dsigma from the output of a velocity network, or the inverse, which is the same function."""
         return output if self.velocity == "noise - data" else -output
 
     def draw(self, times: TimeSampler, u: np.ndarray, clean_ends: tuple[float, float]) -> np.ndarray:
-        """The family's times that `times` makes of uniform u in (0, 1), scaled to lie between two shares of 1 - sigma."""
+        """The family's times for uniform u in (0, 1), distributed as `times` on a range of 1 - sigma."""
         low, high = clean_ends
         if self.time == "sigma":
             low, high = 1 - high, 1 - low
@@ -100,16 +98,16 @@ DATA_AT_ONE = TimeConvention("1 - sigma", 1.0, "data - noise")
 
 
 def shifted(sigma: Share, shift: float) -> Share:
-    """s sigma / (1 + (s - 1) sigma): 0 and 1 stay, s above 1 moves all else towards noise. The inverse is that of 1 / s.
+    """s sigma / (1 + (s - 1) sigma): 0 and 1 stay, s above 1 moves all else towards noise. The inverse has 1 / s.
 
-    In a form whose rounding never leaves [0, 1] and is none at s = 1.
+    Written so that rounding never leaves [0, 1], and is exact at s = 1.
     """
     moved = shift * sigma
     return moved / (moved + (1 - sigma))
 
 
 def shift_for(settings: ShiftFields, num_tokens: int) -> float:
-    """The s of `shifted` that a recipe gives images of so many tokens. ValueError where it is outside of `SHIFTS`.
+    """The s of `shifted` of a recipe for images of so many tokens. ValueError if it is outside of `SHIFTS`.
 
     static: s itself. exponential, linear: s = exp(mu), s = mu, where mu is linear in the number of tokens through
     (base_tokens, base_shift) and (max_tokens, max_shift), also beyond these two.
@@ -124,7 +122,7 @@ def shift_for(settings: ShiftFields, num_tokens: int) -> float:
 
 
 def check_shift(shift: float, name: str = "a shift") -> None:
-    """ValueError on an s that is none."""
+    """ValueError on an s outside of `SHIFTS`."""
     low, high = SHIFTS
     if not low <= shift <= high:
         raise ValueError(f"{name} must be at least {low:g} and at most {high:g}; got {shift:g}")
@@ -133,7 +131,7 @@ def check_shift(shift: float, name: str = "a shift") -> None:
 def sigma_grid(num_points: int, shift: float = 1.0, terminal: float | None = None) -> np.ndarray:
     """(num_points,) falling noise levels from 1 to 0, float64: even ones, shifted.
 
-    terminal: the last level before 0. All from 1 to there are then stretched, in 1 - sigma, to end at it.
+    terminal: the last level before 0, to which all from 1 on are stretched in 1 - sigma.
     """
     sigmas = shifted(np.linspace(1.0, 0.0, num_points), shift)
     if terminal is not None:
@@ -147,7 +145,7 @@ def sigma_grid(num_points: int, shift: float = 1.0, terminal: float | None = Non
 
 @dataclass(frozen=True)
 class TimeSampler:
-    """The distribution of noise levels in training: sigma as a function of one uniform number, and its density.
+    """The distribution of noise levels in training: sigma as a function of one uniform number.
 
     With z the standard normal quantile of u, and before the shift s of `shifted`:
 
@@ -156,7 +154,7 @@ class TimeSampler:
         mode          sigma = 1 - u - mode_scale (cos^2(pi u / 2) - 1 + u)
         cosmap        sigma = 1 - 1 / (tan(pi u / 2) + 1)
 
-    All are monotone in u, so a stratified u gives stratified noise levels. Raises ValueError on parameters that cannot be.
+    All are monotone in u, so a stratified u gives stratified noise levels. Raises ValueError on invalid parameters.
     """
 
     kind: Density = "uniform"
@@ -179,7 +177,7 @@ class TimeSampler:
 
     @classmethod
     def of_section(cls, settings: FlowSection, num_tokens: int) -> TimeSampler:
-        """The distribution that a recipe gives images of so many tokens. ValueError where it gives none."""
+        """The distribution of a recipe for images of so many tokens. ValueError on invalid settings."""
         return cls(
             settings.time_sampler,
             settings.logit_mean,
@@ -195,37 +193,12 @@ class TimeSampler:
 
     def sigma(self, u: np.ndarray) -> np.ndarray:
         """Noise levels from uniform u in (0, 1), float64."""
-        return shifted(self._unshifted(u), self.shift)
-
-    def _unshifted(self, u: np.ndarray) -> np.ndarray:
         if self.kind == "uniform":
-            return u
-        if self.kind == "logit_normal":
-            return np.asarray(expit(self.logit_mean + self.logit_std * ndtri(u)))
-        if self.kind == "mode":
-            return 1 - u - self.mode_scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
-        return 1 - 1 / (np.tan(np.pi / 2 * u) + 1)
-
-    def density(self, sigma: np.ndarray) -> np.ndarray:
-        """The probability density at noise levels in (0, 1)."""
-        before = shifted(sigma, 1 / self.shift)
-        slope = self.shift / (self.shift + (1 - self.shift) * sigma) ** 2  # of `before`, by sigma
-        return self._unshifted_density(before) * slope
-
-    def _unshifted_density(self, sigma: np.ndarray) -> np.ndarray:
-        if self.kind == "uniform":
-            return np.ones_like(sigma)
-        if self.kind == "logit_normal":
-            z = (logit(sigma) - self.logit_mean) / self.logit_std
-            return np.exp(-(z**2) / 2) / (self.logit_std * math.sqrt(2 * math.pi) * sigma * (1 - sigma))
-        if self.kind == "cosmap":
-            return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
-        low, high = (
-            np.zeros_like(sigma),
-            np.ones_like(sigma),
-        )  # u of the mode density has no closed form: it falls with sigma
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            above = self._unshifted(middle) > sigma
-            low, high = np.where(above, middle, low), np.where(above, high, middle)
-        return 1 / (1 + self.mode_scale * (1 - math.pi / 2 * np.sin(math.pi * low)))
+            sigma = u
+        elif self.kind == "logit_normal":
+            sigma = np.asarray(expit(self.logit_mean + self.logit_std * ndtri(u)))
+        elif self.kind == "mode":
+            sigma = 1 - u - self.mode_scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
+        else:
+            sigma = 1 - 1 / (np.tan(np.pi / 2 * u) + 1)
+        return shifted(sigma, self.shift)

@@ -24,9 +24,9 @@ from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, 
 from tinyfusion.prune.gates import CategoricalGates, GateDistribution
 from tinyfusion.prune.scheme import BlockGroup, parse_scheme
 from tinyfusion.prune.subset import SubsetGates
-from tinyfusion.training.ema import Ema
 from tinyfusion.training.lora import add_lora, cast_frozen_linears
 from tinyfusion.training.optim import ParameterGroup, linear, trainable
+from tinyfusion.training.state import Ema
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
-"""Which student block answers to which teacher block, from plans alone. Indices count through the lists in order."""
+"""Pairs of student and teacher blocks, and common residual channels, from plans alone. Indices count through the lists in order."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from tinyfusion.blocks.plan import PrunePlan, first_blocks
 from tinyfusion.blocks.stack import check_kept
-from tinyfusion.config.loading import build_known
-from tinyfusion.models.checkpoint import ModelFacts
+from tinyfusion.config.loading import build, build_known
+from tinyfusion.core.errors import UserError
+from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
 
 Pairs = list[tuple[int, int]]
 Groups = Mapping[str, list[list[int]]]
@@ -18,9 +19,9 @@ Groups = Mapping[str, list[list[int]]]
 def block_pairs(plan: PrunePlan) -> Pairs:
     """(student block, teacher block) pairs of a student and the model it was cut from.
 
-    With groups (of a categorical), the last kept student block of a group answers to the group's last teacher block. Without, student block
-    k answers to teacher block kept[k + 1] - 1 and the last to the teacher's last: the student block and the teacher
-    block that hand over to the same successor. Raises ValueError on kept blocks or groups that do not fit the depth.
+    With the groups of a categorical, the last kept block of a group is paired with the group's last teacher block. Without,
+    student block k is paired with teacher block kept[k + 1] - 1 and the last with the teacher's last: the two that feed
+    the same successor. Raises ValueError if kept blocks or groups do not fit the depth.
     Source: the published pairs for D19, D14, D7 follow the first rule.
     """
     return _pairs(plan.kept, plan.depth, plan.pairing_groups)
@@ -32,33 +33,22 @@ def _pairs(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int], all_grou
     student_first, teacher_first = first_blocks({name: len(kept[name]) for name in depth}), first_blocks(depth)
     for name, blocks in depth.items():
         own = sorted(kept[name])
-        groups = all_groups.get(name) if all_groups else None
-        if groups and [sum(sizes) for sizes in zip(*groups, strict=True)] != [len(own), blocks]:
-            raise ValueError(f"groups {groups} do not keep {len(own)} of {blocks} {name}")
-        ends = (
-            _group_ends(groups)
-            if groups
-            else [(k, kept_next - 1) for k, kept_next in enumerate(own[1:])] + [(len(own) - 1, blocks - 1)]
-        )
+        if groups := all_groups.get(name) if all_groups else None:
+            stops = zip(*(accumulate(sizes) for sizes in zip(*groups, strict=True)), strict=True)
+            ends = [(s - 1, t - 1) for s, t in stops]
+            if ends[-1] != (len(own) - 1, blocks - 1):
+                raise ValueError(f"groups {groups} do not keep {len(own)} of {blocks} {name}")
+        else:
+            ends = [*((k, following - 1) for k, following in enumerate(own[1:])), (len(own) - 1, blocks - 1)]
         pairs += [(student_first[name] + s, teacher_first[name] + t) for s, t in ends]
     return pairs
 
 
-def _group_ends(groups: list[list[int]]) -> Pairs:
-    ends: Pairs = []
-    student = teacher = -1
-    for keep, size in groups:
-        student, teacher = student + keep, teacher + size
-        ends.append((student, teacher))
-    return ends
-
-
 @dataclass(frozen=True)
 class Ancestor:
-    """One model of a lineage, as `model.json` has it.
+    """One model of a lineage, as in `model.json`.
 
-    kept, groups and residual are of the plan that cut it: the blocks of its own parent that stayed, their groups (None
-    where unknown) and the residual channels (None where all did).
+    kept, groups (None: unknown) and residual channels (None: all) are of the plan that cut it from its own parent.
     """
 
     hash: str
@@ -69,41 +59,84 @@ class Ancestor:
 
 
 def ancestors(facts: ModelFacts) -> list[Ancestor]:
-    """The lineage of a model, oldest first. Raises UserError where it is damaged."""
+    """The lineage of a model, oldest first. Raises UserError if it is damaged."""
     return [build_known(Ancestor, entry, f"lineage.{i}") for i, entry in enumerate(facts.lineage)]
 
 
 def pairs_to_ancestors(facts: ModelFacts) -> dict[str, Pairs]:
     """{hash of an ancestor: (own block, ancestor's block) pairs}, the direct parent first.
 
-    Pairs to a grandparent are composed: those whose middle block is itself paired, so both ends close a group in both
-    cuts. The last blocks always do. Raises ValueError on a damaged plan or lineage.
+    Pairs to a grandparent are those whose block of the parent is itself paired; the last blocks always are. Raises
+    ValueError on a damaged plan or lineage.
     """
     lineage = ancestors(facts)
     if facts.plan is None:
         return {}
     own = block_pairs(facts.plan)
-    found = {lineage[-1].hash if lineage else facts.plan.teacher: own}
+    pairs = {lineage[-1].hash if lineage else facts.plan.teacher: own}
     for parent, child in reversed(list(pairwise(lineage))):
         if child.kept is None:
             break
         step = dict(_pairs(child.kept, parent.depth, child.groups))
         own = [(s, step[middle]) for s, middle in own if middle in step]
-        found.setdefault(parent.hash, own)
-    return found
+        pairs.setdefault(parent.hash, own)
+    return pairs
 
 
 def pairs_between(student: ModelFacts, teacher: ModelFacts, teacher_hash: str) -> Pairs:
-    """Pairs of a student and any model it descends from, or that descends from one of its ancestors; [] where none does.
+    """Pairs of a student and an ancestor of it, or another descendant of a common ancestor; [] if there is none.
 
-    Through the youngest common ancestor: the blocks that answer to the same block of it. So a D7 cut from XL can learn
-    from a D14 cut from XL. Published: teacher {XL, D14} x parent {XL, D14} (arXiv 2412.01199, table 7).
+    Blocks are paired through the youngest common ancestor, so a D7 cut from XL can learn from a D14 cut from XL.
+    Published: teacher {XL, D14} x parent {XL, D14} (arXiv 2412.01199, table 7).
     """
     of_teacher = pairs_to_ancestors(teacher)
     for ancestor, own in pairs_to_ancestors(student).items():
         if ancestor == teacher_hash:
             return own
         if ancestor in of_teacher:
-            answering = {block: t for t, block in of_teacher[ancestor]}
-            return [(s, answering[block]) for s, block in own if block in answering]
+            paired = {block: t for t, block in of_teacher[ancestor]}
+            return [(s, paired[block]) for s, block in own if block in paired]
     return []
+
+
+def residual_channels(student: LoadedModel, teacher: LoadedModel) -> list[int] | None:
+    """The teacher's residual channel for each of the student's, in order; None if they are the same.
+
+    The teacher is an ancestor, or shares one. Raises UserError if the student has a channel that the teacher lacks: their
+    features cannot be compared.
+    """
+    own, of_teacher = _channels_in_ancestors(student.facts), _channels_in_ancestors(teacher.facts)
+    if all(channels is None for channels in (*own.values(), *of_teacher.values())):
+        return None
+    teacher_hash = teacher.hash()
+    if teacher_hash in own:
+        return own[teacher_hash]
+    common = next((ancestor for ancestor in own if ancestor in of_teacher), None)
+    if common is None or own[common] == of_teacher[common]:
+        return None
+    narrow, wide = own[common], of_teacher[common]
+    if wide is None:
+        return narrow
+    if narrow is None or not set(narrow) <= set(wide):
+        raise UserError(
+            "the student has residual channels that the teacher lacks, so their features cannot be compared: "
+            "give their common ancestor as teacher, or use --method logits-kd"
+        )
+    return [wide.index(channel) for channel in narrow]
+
+
+def _channels_in_ancestors(facts: ModelFacts) -> dict[str, list[int] | None]:
+    """{hash of an ancestor: its channel for each of our own, None if they are the same}, the direct parent first."""
+    widths = (facts.plan.kept_widths if facts.plan else None) or {}
+    step: list[int] | None = build(list[int] | None, widths.get("residual"), "plan.kept_widths.residual")
+    own: list[int] | None = None
+    channels: dict[str, list[int] | None] = {}
+    for ancestor in reversed(ancestors(facts)):
+        if step is not None:
+            kept = sorted(step)
+            if own and max(own) >= len(kept):
+                raise UserError(f"the student's lineage is damaged: it has channel {max(own)} of {len(kept)}")
+            own = kept if own is None else [kept[channel] for channel in own]
+        channels.setdefault(ancestor.hash, own)
+        step = ancestor.residual
+    return channels

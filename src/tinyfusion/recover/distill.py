@@ -1,4 +1,4 @@
-"""DistilledObjective: an Objective that wraps an Objective; the loop cannot tell.
+"""DistilledObjective: distillation as an objective that wraps a process.
 
 Teacher and student see the same noise, timesteps and label drops because both read one `NoisyBatch`.
 """
@@ -24,7 +24,7 @@ from tinyfusion.training.optim import linear
 
 @dataclass(frozen=True)
 class TaughtPrediction(Prediction):
-    """The student's output, the teacher's beside it, and what was compared while the student ran: (B,) per pair."""
+    """The outputs of student and teacher, and the feature losses (B,) of the pairs, taken while the student ran."""
 
     feature_losses: list[Tensor] = field(default_factory=list)
 
@@ -33,9 +33,9 @@ class TaughtPrediction(Prediction):
 class DistilledObjective(Objective):
     """alpha_kd * kd_loss + (1 - alpha_kd) * gt + beta * feat_loss, per sample.
 
-    kd_loss: of the outputs, as the process has it. feat_loss: masked feature loss, mean over `pairs` of (student block,
-    teacher block). beta falls linearly over `steps`; where both its ends are 0 there is no feature term, and no block is
-    watched.
+    kd_loss: of the outputs, defined by the process. feat_loss: masked feature loss, mean over `pairs` of (student block,
+    teacher block). beta falls linearly over `steps`; 0 at both ends turns the feature term off. channels: the teacher's
+    residual channels that a narrower student has. Raises ValueError if `pairs` do not fit the models.
     Source: arXiv 2412.01199, equation 6 and its released code.
     """
 
@@ -52,10 +52,9 @@ class DistilledObjective(Objective):
     channels: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for side, stack in enumerate((self.student_stack, self.teacher_stack)):
+        for side, (who, stack) in enumerate((("student", self.student_stack), ("teacher", self.teacher_stack))):
             blocks = sorted(pair[side] for pair in self.pairs)
             if len(set(blocks)) < len(blocks) or (blocks and not 0 <= blocks[0] <= blocks[-1] < len(stack)):
-                who = ("student", "teacher")[side]
                 raise ValueError(
                     f"pairs name blocks {blocks} of the {who}: wanted distinct ones of 0 to {len(stack) - 1}"
                 )
@@ -70,7 +69,7 @@ class DistilledObjective(Objective):
         return self.inner.draw(batch, draws)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> TaughtPrediction:
-        """Teacher and student on the same batch; paired blocks are compared as the student reaches them."""
+        """Teacher, then student, on the same batch; paired blocks are compared as the student runs them."""
         watched = [t for _, t in self.pairs] if self.compares_features else []
         with torch.no_grad(), self.teacher_stack.tap(watched) as taught_features:
             taught = self.inner.predict(self.teacher, noisy)
@@ -80,7 +79,7 @@ class DistilledObjective(Objective):
 
     @contextmanager
     def _comparing(self, taught: dict[int, Tensor]) -> Iterator[list[Tensor]]:
-        """Take the feature loss of a pair when the student's block is done, and let go of the teacher's feature."""
+        """Take the feature loss of a pair once the student's block has run, and free the teacher's feature."""
         losses: list[Tensor] = []
         teacher_of = dict(self.pairs) if self.compares_features else {}
 
@@ -91,13 +90,13 @@ class DistilledObjective(Objective):
             yield losses
 
     def feature_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """(B,) of one pair of block outputs (B, T, D); of the teacher's only `channels`, where the student is narrower."""
+        """(B,) of one pair of block outputs (B, T, D)."""
         if self.channels is not None:
             teacher = teacher.index_select(-1, self.channels)
         return masked_feature_loss(student, teacher, self.sigmas, self.mask)
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """loss, gt (with its parts), kd_loss (with its parts), and feat_loss without its weight where features count."""
+        """loss, gt and kd_loss with their terms, and unweighted feat_loss if features are compared."""
         assert isinstance(prediction, TaughtPrediction) and prediction.teacher is not None
         own = self.inner.losses(model, noisy, prediction)
         kd = self.inner.kd_terms(noisy, prediction, prediction.teacher)
@@ -110,7 +109,7 @@ class DistilledObjective(Objective):
         return {"loss": loss, "gt": own["loss"], **rest, **kd, **features}
 
     def step_memory(self) -> StepMemory:
-        """The teacher, and its features where they are compared."""
+        """The teacher, and its features if they are compared."""
         features = len(self.pairs) if self.compares_features else 0
         return StepMemory(teacher=(self.teacher, self.teacher_stack), features=features)
 
@@ -123,10 +122,9 @@ def distilled(
     pairs: Pairs,
     channels: list[int] | None = None,
 ) -> DistilledObjective:
-    """The terms of a method: logits-kd compares outputs alone, rep-kd every feature, masked-kd those that are calm.
+    """The objective of a method: logits-kd compares outputs, rep-kd also features, masked-kd without massive activations.
 
-    channels: the teacher's residual channel for each of a narrower student's. Raises ValueError where `pairs` do not
-    fit the two models. (finetune is `inner` itself.)
+    channels: the teacher's residual channel for each of a narrower student's. (finetune is `inner` itself.)
     """
     return DistilledObjective(
         inner=inner,

@@ -20,12 +20,12 @@ def massive_mask(features: Tensor, sigmas: float) -> Tensor:
 
 
 def masked_feature_loss(student: Tensor, teacher: Tensor, sigmas: float | None, rule: MaskRule = "own") -> Tensor:
-    """(B,) mean squared difference of block outputs that leaves massive activations out; the denominator is always T D.
+    """(B,) mean squared difference of block outputs without massive activations; the denominator is always T D.
 
-    own: each side is zeroed by its own mask, as released: where only the teacher is massive the student is pulled to 0,
-    where only the student is, a constant without gradient remains. joint: only entries that are calm on both sides
-    count, as the paper says. sigmas None masks nothing. No gradient reaches the teacher, and one tensor (B, T, D) is
-    kept for the student's: neither features nor masks are. Source: arXiv 2412.01199, section 3.4.
+    own: each side is zeroed by its own mask, as released: if only the teacher is massive the student is pulled to 0, if only
+    the student is, a constant without gradient remains. joint: only entries that are massive on neither side count, as in the
+    paper. sigmas None masks nothing. No gradient reaches the teacher, and one tensor (B, T, D) is retained for the
+    student's. Source: arXiv 2412.01199, section 3.4.
     """
     teacher = teacher.detach().float()
     loss: Tensor = _MaskedDifference.apply(student.float(), teacher, sigmas, rule)  # type: ignore[no-untyped-call]
@@ -33,9 +33,9 @@ def masked_feature_loss(student: Tensor, teacher: Tensor, sigmas: float | None, 
 
 
 class _MaskedDifference(torch.autograd.Function):
-    """mean((M_s s - M_t t)^2) per sample, with the gradient 2 M_s (M_s s - M_t t) / (T D); its last factors are saved.
+    """mean((M_s s - M_t t)^2) per sample, with the gradient 2 M_s (M_s s - M_t t) / (T D).
 
-    Generic operations would hold the difference, the mask and, until the backward pass, the teacher's features.
+    Generic operations would retain the difference, the mask and the teacher's features until the backward pass.
     """
 
     @staticmethod
@@ -62,7 +62,7 @@ class _MaskedDifference(torch.autograd.Function):
 
 
 def mean_over_pairs(losses: Sequence[Tensor]) -> Tensor:
-    """(B,) average over pairs of blocks. Raises ValueError where there is none."""
+    """(B,) average over pairs of blocks. Raises ValueError if there is none."""
     if not losses:
         raise ValueError("feature distillation needs at least one pair of blocks")
     return torch.stack(list(losses)).mean(0)

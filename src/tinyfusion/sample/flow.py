@@ -1,7 +1,7 @@
-"""Trajectories of a flow: the noiseless equation and the stochastic one; the likelihood of data.
+"""Samplers of a flow, by the noiseless or the stochastic equation, and the likelihood of data.
 
-Shapes: B images, C channels, S input side. Integration runs over c = 1 - noise level, from 0 (noise) to 1 (data); the network
-gets times t as its family writes them.
+Shapes: B images, C channels, S input side. Integration is over c = 1 - noise level, from 0 (noise) to 1 (data); times t of the
+network are in its family's convention.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -29,39 +30,31 @@ from tinyfusion.processes.integrate import (
     Field,
     batch_steps,
     check_points,
-    even_steps,
     grid_steps,
+    log_density,
     root_mean_square,
     sample_steps,
 )
-from tinyfusion.processes.likelihood import log_density
 from tinyfusion.processes.stochastic import Stochastic, StochasticMethod, sample_stochastic
 from tinyfusion.processes.time import check_shift, shift_for, sigma_grid
-from tinyfusion.sample.drive import SampleDraws
-from tinyfusion.sample.guidance import WHOLE, check_guidance, conditional, described, guided, guided_channels
+from tinyfusion.sample.drive import WHOLE, GuidedSampler, SampleDraws, check_guidance, conditional, guided
 
 PUBLISHED_POINTS = 250
-_USUAL_CALLS = {
-    "dopri5": 80,
-    "bosh3": 120,
-    "adaptive_heun": 400,
-    "fehlberg2": 60,
-    "dopri8": 150,
-}  # at the default tolerances
+# at the default tolerances
+_USUAL_CALLS = {"dopri5": 80, "bosh3": 120, "adaptive_heun": 400, "fehlberg2": 60, "dopri8": 150}
 
 
 @dataclass(frozen=True)
-class FlowSampler:
-    """How a trajectory is made.
+class FlowSampler(GuidedSampler):
+    """Settings of a trajectory.
 
-    kind: ode integrates the velocity, sde the stochastic equation of `processes/stochastic.py` with `stochastic` for its
-    settings. Of ode: method, one of `EVEN_METHODS`, which make `num_points` - 1 even steps, or of `ADAPTIVE_METHODS`, which
-    choose their steps by atol and rtol and do not look at `num_points`. shift, shift_terminal: of the noise levels at the
-    points of even methods, see `sigma_grid`; 1 and None leave them even. error_norm: whether they do so for every image alone
-    ("sample"), or for the batch together ("batch", published), where an image depends on its neighbours by about the
-    tolerance. eps: distance from the ends of time, None is the published one, see `Flow.ends`. guidance: scale, 1 or more; 1
-    runs the conditional model alone. guided: channels under guidance, the family's published ones or all. interval: shares of
-    the time, 0 at the data and 1 at noise, between which there is guidance. Raises ValueError on anything else.
+    kind: ode integrates the velocity, sde the stochastic equation of `processes/stochastic.py` with the settings `stochastic`.
+    Of ode: method, one of `EVEN_METHODS` with `num_points` - 1 even steps, or of `ADAPTIVE_METHODS` with steps by atol and rtol.
+    shift, shift_terminal: of the noise levels of even methods, see `sigma_grid`; 1 and None: even. error_norm: adaptive steps
+    of every image alone ("sample"), or of the batch together ("batch", published), where an image depends on its neighbours
+    by about the tolerance. eps: distance from the ends of time, None is the published one, see `Flow.ends`. guidance: scale, 1
+    or more; 1 runs the conditional model alone. guided: channels under guidance, the family's published ones or all.
+    interval: of guidance, 0 at the data and 1 at noise. Raises ValueError on anything else.
     """
 
     kind: Literal["ode", "sde"] = "ode"
@@ -108,39 +101,30 @@ class FlowSampler:
 
     @property
     def is_shifted(self) -> bool:
-        """Whether the noise levels of the steps are not even."""
+        """Whether the noise levels of the steps are uneven."""
         return self.shift != 1 or self.shift_terminal is not None
 
     @property
     def chooses_steps(self) -> bool:
-        """Whether the method finds its steps by their error."""
+        """Whether the method is adaptive."""
         return self.kind == "ode" and self.method in ADAPTIVE_METHODS
 
     @property
     def calls(self) -> int:
-        """Passes of the network in a trajectory; about, where the steps follow the error."""
         if self.kind == "sde":
             return self.stochastic.calls
         return _USUAL_CALLS[self.method] if self.chooses_steps else EVEN_METHODS[self.method] * (self.num_points - 1)
 
     @property
-    def rows(self) -> int:
-        """Two where there is guidance."""
-        return 2 if self.guidance > 1 else 1
-
-    @property
     def fixed_steps(self) -> bool:
-        """Where no error chooses them."""
         return not self.chooses_steps
 
     def of_steps(self, num_steps: int) -> FlowSampler:
-        """Euler's method with even steps: a pass of the network each."""
+        """Euler's method with even steps, one call of the network each."""
         even = dataclasses.replace(self, shift=1.0, shift_terminal=None)
         return dataclasses.replace(even, kind="ode", method="euler", num_points=num_steps + 1)
 
     def describe(self, model: LoadedModel) -> str:
-        """Path, sampler, steps and guidance."""
-        guidance = described(self.guidance, self.guided_channels(model), self.guided, self.interval)
         if self.kind == "sde":
             s = self.stochastic
             last = "" if s.last_step == "none" else f", last {s.last_step} {s.last_size:g}"
@@ -153,14 +137,10 @@ class FlowSampler:
             how += f" to {self.shift_terminal:g}" if self.shift_terminal is not None else ""
         eps = "" if self.eps is None else f" eps {self.eps:g}"
         flow = flow_of(model)
-        return f"{flow.path} {flow.prediction} {how}{eps} | {guidance}"
-
-    def guided_channels(self, model: LoadedModel) -> int:
-        """Leading channels of `model` under guidance."""
-        return guided_channels(model, self.guided == "all")
+        return f"{flow.path} {flow.prediction} {how}{eps} | {self.describe_guidance(model)}"
 
     def network(self, model: LoadedModel, condition: Condition) -> Denoiser:
-        """The model under guidance: (x, t) -> what it predicts; t (B,), the same for all where guidance has an interval."""
+        """The model under guidance: (x, t) -> its prediction; t (B,), equal for all if guidance has an interval."""
         channels, sigma = self.guided_channels(model), flow_of(model).convention.sigma
         return guided(model, condition, self.guidance, channels, self.interval, noise_share=sigma)
 
@@ -173,38 +153,33 @@ class FlowSampler:
         beyond: bool = True,
     ) -> Iterator[Tensor]:
         """x after every step of ode from ends[0] to ends[1]. norm: of the errors of a sample; beyond: as in `batch_steps`."""
-        if not self.chooses_steps and self.is_shifted:
-            return grid_steps(field, x, self._grid(ends).to(x.device), self.method)
         if not self.chooses_steps:
-            return even_steps(field, x, ends, self.method, self.num_points)
+            return grid_steps(field, x, self._grid(ends, x.device), self.method)
         if self.error_norm == "batch":
             return batch_steps(field, x, ends, self.method, self.atol, self.rtol, beyond)
         return sample_steps(field, x, ends, self.method, self.atol, self.rtol, norm)
 
-    def _grid(self, ends: Ends) -> Tensor:
-        """(num_points,) shifted points of the way between two ends, float32, the first end first."""
+    def _grid(self, ends: Ends, device: torch.device) -> Tensor:
+        """(num_points,) points from ends[0] to ends[1], even or shifted, float32."""
+        if not self.is_shifted:
+            return torch.linspace(*ends, self.num_points, dtype=torch.float32, device=device)
         clean = torch.from_numpy(1 - sigma_grid(self.num_points, self.shift, self.shift_terminal))
-        grid = (min(ends) + (max(ends) - min(ends)) * clean).float()
+        grid = (min(ends) + (max(ends) - min(ends)) * clean).float().to(device)
         return grid if ends[0] <= ends[1] else grid.flip(0)
 
     def trajectory(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Iterator[Tensor]:
-        """x after every step, from x ~ N(0, 1); steps of images alone are at times of their own."""
-        arch, flow = model.arch, flow_of(model)
-        shape = (arch.in_channels, arch.input_size, arch.input_size)
-        x = draws.normal(-1, shape)
+        """x after every step, from x ~ N(0, 1); adaptive steps of single images are at their own times."""
+        flow, x = flow_of(model), draws.images(model)
         if self.kind == "sde":
-
-            def step_noise(position: int) -> Tensor:
-                return draws.normal(position, shape)
-
-            return sample_stochastic(self.network(model, condition), flow, self.stochastic, x, step_noise, self.eps)
+            noise = partial(draws.images, model)
+            return sample_stochastic(self.network(model, condition), flow, self.stochastic, x, noise, self.eps)
         ends = flow.sampling_ends(self.eps)
         if not self.chooses_steps:
             return self.steps(flow.towards_data(self.network(model, condition)), x, ends)
         return self._in_legs(model, flow, condition, x, ends)
 
     def _in_legs(self, model: LoadedModel, flow: Flow, condition: Condition, x: Tensor, ends: Ends) -> Iterator[Tensor]:
-        """Steps that follow the error stop where guidance begins and ends, and are not asked to find these jumps."""
+        """Adaptive steps that end where guidance begins and ends, so that they need not resolve these jumps."""
         always = dataclasses.replace(self, interval=WHOLE).network(model, condition)
         alone = conditional(model, condition)
         jumps = [time for time in (1 - self.interval[1], 1 - self.interval[0]) if ends[0] < time < ends[1]]
@@ -217,9 +192,8 @@ class FlowSampler:
                     yield x
 
     def one_step(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Callable[[], Tensor]:
-        """A step with one pass of the network, half-way: Euler's, of sde with its noise."""
-        arch, flow = model.arch, flow_of(model)
-        x = draws.normal(-1, (arch.in_channels, arch.input_size, arch.input_size))
+        """A step with one call of the network, half-way: Euler's, of sde with its noise."""
+        flow, x = flow_of(model), draws.images(model)
         clean, size = torch.full((len(x),), 0.5, device=x.device), 1 / PUBLISHED_POINTS
         t, network = flow.convention.at_clean(clean), self.network(model, condition)
         velocity, drift = flow.towards_data(network), self.stochastic.drift(network, flow)
@@ -233,12 +207,12 @@ class FlowSampler:
 
 
 def _beyond(flow: Flow) -> bool:
-    """Whether a time outside of the ends means something: only a network that gives the velocity needs no path there."""
+    """Whether times outside of the ends are defined: only a velocity network needs no path there."""
     return flow.prediction == "velocity"
 
 
 def flow_of(model: LoadedModel) -> Flow:
-    """The path and the prediction of a model. Raises UserError where what it keeps of them is none."""
+    """The path and the prediction of a model. Raises UserError if its settings are invalid."""
     try:
         return Flow.of_settings(model.facts.process_settings)
     except (ValueError, TypeError) as error:
@@ -253,18 +227,17 @@ def log_likelihood(
     seed: int = 0,
     first: int = 0,
 ) -> Tensor:
-    """(B,) log density of x (B, C, S, S) given its condition, float64, in nats, in the space that the model works in.
+    """(B,) log density of x (B, C, S, S) given its condition, float64, in nats, in the model's own space.
 
-    sampler: ode without guidance, any method; None is dopri5 with atol and rtol 1e-5, each image for itself. One probe of
-    random signs per image, addressed by (seed, first + i): an unbiased estimate of what the integrals of the exact
-    divergence give, so average over seeds for single images. Divide by -C S S ln 2 for bits per dimension. Nothing is added
-    for the grey levels of pixels, nor for an autoencoder. Raises ValueError on guidance, and on sde.
-    Source: see `processes/likelihood.py`.
+    sampler: ode without guidance, any method; None: dopri5 with atol and rtol 1e-5 per image. One probe of random signs per
+    image, addressed by (seed, first + i), is an unbiased estimate of the divergence: average over seeds for single images.
+    Divide by -C S S ln 2 for bits per dimension. There are no terms for the grey levels of pixels or for an autoencoder.
+    Raises ValueError on guidance, and on sde. Source: see `log_density`.
     """
     sampler = sampler or FlowSampler(guidance=1.0, atol=1e-5, rtol=1e-5)
     if sampler.kind != "ode" or sampler.guidance != 1:
         raise ValueError(
-            "a likelihood is that of an ode without guidance (a guided model is the flow of no density); got "
+            "a likelihood needs an ode without guidance (a guided model is the flow of no density); got "
             f"{sampler.kind} with guidance {sampler.guidance:g}"
         )
     flow = flow_of(model)
@@ -282,7 +255,7 @@ def log_likelihood(
 
 
 def from_section(settings: SampleSection, model: LoadedModel) -> FlowSampler:
-    """The sampler of a recipe; ode by dopri5 where it does not say. Raises UserError on what cannot be."""
+    """The sampler of a recipe, by default ode with dopri5. Raises UserError on invalid settings."""
     kind, own = settings.sampler or "ode", settings.flow
     if kind not in ("ode", "sde"):
         raise UserError(f"--sampler {kind} is not for models of family {model.family.name}: they take ode, sde")
@@ -332,7 +305,7 @@ def from_section(settings: SampleSection, model: LoadedModel) -> FlowSampler:
 
 
 def cheap(settings: SampleSection, most_steps: int) -> SampleSection:
-    """The same where it makes at most so many steps of known number, else Heun's method with as many passes of the network."""
+    """The same settings if they make a fixed number of at most `most_steps` steps, else Heun's method with so many calls."""
     even = settings.sampler == "sde" or settings.flow.method in EVEN_METHODS
     if even and (settings.num_steps or PUBLISHED_POINTS) <= most_steps:
         return settings

@@ -1,14 +1,17 @@
-"""Trajectories of the Gaussian process: ancestral, DDIM, and the fast solvers.
+"""Samplers of the Gaussian process: ancestral, DDIM, and fast solvers in 10 to 50 steps, DPM-Solver++ (2M) and UniPC of diffusers.
 
 Shapes: B images, C channels, S input side.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,23 +29,26 @@ from tinyfusion.processes.gaussian import (
     sample_ddim,
     split_output,
 )
-from tinyfusion.processes.solvers import SOLVERS, check_steps, sample_solver
-from tinyfusion.sample.drive import SampleDraws
-from tinyfusion.sample.guidance import WHOLE, check_guidance, described, guided, guided_channels
+from tinyfusion.sample.drive import WHOLE, GuidedSampler, SampleDraws, check_guidance, guided
 
 GaussianName = Literal["ddpm", "ddim", "dpm-solver++", "unipc"]
 PUBLISHED_STEPS = 250
-_MIDDLE = 500  # timestep of the step that is timed; none is quicker than another
+SOLVERS = ("dpm-solver++", "unipc")
+# the betas of `Schedule`, in diffusers' settings
+PROCESS = {
+    "num_train_timesteps": NUM_TIMESTEPS, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+    "prediction_type": "epsilon", "timestep_spacing": "linspace",
+}  # fmt: skip
+_MIDDLE = 500  # timestep of the timed step; all are equally fast
 
 
 @dataclass(frozen=True)
-class GaussianSampler:
-    """How a trajectory is made.
+class GaussianSampler(GuidedSampler):
+    """Settings of a trajectory.
 
     guidance: scale, 1 or more; 1 runs the conditional model alone. guided: noise channels under guidance, the family's
-    published ones or all. eta: DDIM's share of fresh noise, 0 to 1. clip: of ddpm and ddim. interval: shares of the
-    timesteps, 0 to 1, between which there is guidance. Raises ValueError on anything else, and on a number of steps that
-    the sampler's rule cannot give.
+    published ones or all. eta: DDIM's share of fresh noise, 0 to 1. clip: of ddpm and ddim. interval: of guidance, in shares
+    of the timesteps, 0 to 1. Raises ValueError on anything else, and on a number of steps that the sampler cannot make.
     """
 
     sampler: GaussianName = "ddpm"
@@ -59,8 +65,9 @@ class GaussianSampler:
             raise ValueError(f"eta must be in [0, 1]; got {self.eta:g}")
         if self.sampler in SOLVERS:
             if self.clip:
-                raise ValueError(f"clip is for ddpm and ddim: {self.sampler} takes several steps together")
-            check_steps(self.num_steps)
+                raise ValueError(f"clip is for ddpm and ddim: {self.sampler} uses several steps together")
+            if not 1 <= self.num_steps < NUM_TIMESTEPS:
+                raise ValueError(f"takes 1 to {NUM_TIMESTEPS - 1} steps (10 to 50 are usual); got {self.num_steps}")
         else:
             respaced_timesteps(self.spacing)
 
@@ -71,74 +78,83 @@ class GaussianSampler:
 
     @property
     def calls(self) -> int:
-        """One pass a step."""
         return self.num_steps
 
-    @property
-    def rows(self) -> int:
-        """Two where there is guidance."""
-        return 2 if self.guidance > 1 else 1
-
-    @property
-    def fixed_steps(self) -> bool:
-        """All of them."""
-        return True
-
     def of_steps(self, num_steps: int) -> GaussianSampler:
-        """Ancestral: it can make any number of steps."""
+        """Ancestral, which can make any number of steps."""
         return dataclasses.replace(self, sampler="ddpm", num_steps=num_steps)
 
     def describe(self, model: LoadedModel) -> str:
-        """Sampler, steps and guidance."""
         eta = f" eta {self.eta:g}" if self.sampler == "ddim" and self.eta else ""
-        guidance = described(self.guidance, self.guided_channels(model), self.guided, self.interval)
-        return f"{self.sampler} {self.num_steps} steps{eta}{' clipped' if self.clip else ''} | {guidance}"
-
-    def guided_channels(self, model: LoadedModel) -> int:
-        """Leading noise channels of `model` under guidance."""
-        return guided_channels(model, self.guided == "all")
+        clipped = " clipped" if self.clip else ""
+        return f"{self.sampler} {self.num_steps} steps{eta}{clipped} | {self.describe_guidance(model)}"
 
     def denoiser(self, model: LoadedModel, condition: Condition) -> Denoiser:
         """The model under guidance: (x, original timestep) -> noise prediction and variance."""
-        return guided(model, condition, self.guidance, self.guided_channels(model), self.interval, _share)
+        channels = self.guided_channels(model)
+        return guided(
+            model, condition, self.guidance, channels, self.interval, noise_share=lambda t: t / (NUM_TIMESTEPS - 1)
+        )
 
     def trajectory(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Iterator[Tensor]:
-        """x after every step, from x ~ N(0, 1)."""
-        arch = model.arch
-        shape = (arch.in_channels, arch.input_size, arch.input_size)
-        denoiser, x = self.denoiser(model, condition), draws.normal(-1, shape)
+        denoiser, x = self.denoiser(model, condition), draws.images(model)
         if self.sampler in SOLVERS:
             return sample_solver(denoiser, self.sampler, self.num_steps, x)
-
-        def step_noise(position: int) -> Tensor:
-            return draws.normal(position, shape)
-
-        schedule = Schedule(self.spacing)
+        schedule, step_noise = Schedule(self.spacing), partial(draws.images, model)
         if self.sampler == "ddpm":
             return sample_ancestral(denoiser, schedule, x, step_noise, self.clip)
         return sample_ddim(denoiser, schedule, x, step_noise, self.clip, self.eta)
 
     def one_step(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Callable[[], Tensor]:
         """An ancestral step in the middle of the chain."""
-        arch, schedule = model.arch, Schedule()
-        denoiser = self.denoiser(model, condition)
-        x = draws.normal(-1, (arch.in_channels, arch.input_size, arch.input_size))
+        denoiser, schedule, x = self.denoiser(model, condition), Schedule(), draws.images(model)
         index = torch.full((len(x),), _MIDDLE, device=x.device)
 
         def step() -> Tensor:
-            predicted, v = split_output(denoiser(x, index), arch.in_channels)
+            predicted, v = split_output(denoiser(x, index), x.shape[1])
             gaussian = schedule.model_gaussian(predicted, v, x, index, clip=False)
             return gaussian.mean + torch.exp(0.5 * gaussian.log_variance) * x
 
         return step
 
 
-def _share(timestep: float) -> float:
-    return timestep / (NUM_TIMESTEPS - 1)
+def sample_solver(model: Denoiser, name: str, num_steps: int, x: Tensor) -> Iterator[Tensor]:
+    """Solve the noiseless equation from x (B, C, H, W) ~ N(0, 1): yields x after every step, one call of the model each.
+
+    A learned variance is not used, and no noise is drawn. Timesteps are spread evenly over 0..999, both ends included
+    ("linspace", the default of both schedulers), and the last step ends without noise.
+    Sources: Lu et al. arXiv 2211.01095; Zhao et al. arXiv 2302.04867.
+    """
+    solver, channels = solver_for(name), x.shape[1]
+    with _quiet():
+        solver.set_timesteps(num_steps)
+    for t in solver.timesteps:
+        original = torch.full((x.shape[0],), int(t), dtype=torch.int64, device=x.device)
+        noise, _ = split_output(model(x, original), channels)
+        x = solver.step(noise, t, x).prev_sample
+        yield x
+
+
+def solver_for(name: str) -> Any:
+    """A new scheduler of diffusers; each batch has its own, because they store their steps."""
+    import diffusers  # late: costs seconds
+
+    kind: Any = diffusers.UniPCMultistepScheduler if name == "unipc" else diffusers.DPMSolverMultistepScheduler
+    # order 2 and "dpmsolver++" are also the defaults
+    with _quiet():
+        return kind(**PROCESS, solver_order=2, **({} if name == "unipc" else {"algorithm_type": "dpmsolver++"}))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without NumPy's warning about the way diffusers converts tensors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="__array__ implementation doesn't accept a copy keyword")
+        yield
 
 
 def from_section(settings: SampleSection, model: LoadedModel) -> GaussianSampler:
-    """The sampler of a recipe; published where it does not say. Raises UserError on what cannot be."""
+    """The sampler of a recipe, with published defaults. Raises UserError on invalid settings."""
     name = settings.sampler or "ddpm"
     if name not in get_args(GaussianName):
         raise UserError(
@@ -164,7 +180,7 @@ def from_section(settings: SampleSection, model: LoadedModel) -> GaussianSampler
 
 
 def cheap(settings: SampleSection, most_steps: int) -> SampleSection:
-    """The same where it makes at most so many steps, else as many of plain DDIM."""
+    """The same settings if they make at most `most_steps` steps, else so many of plain DDIM."""
     if (settings.num_steps or PUBLISHED_STEPS) <= most_steps:
         return settings
     return dataclasses.replace(settings, sampler="ddim", num_steps=most_steps, eta=0.0)

@@ -1,4 +1,4 @@
-"""Trajectories of the masked process: rounds in which more and more tokens become known.
+"""Sampler of the masked process: in each round more tokens become known.
 
 Shapes: B images, L tokens of E values, D width of the decoder; k tokens predicted in a round.
 Source: Li et al., arXiv 2406.11838, section 3.4, and the released sampler; guidance grows from round to round as there.
@@ -24,19 +24,20 @@ from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import Denoiser
 from tinyfusion.processes.gaussian import Schedule, sample_ancestral
 from tinyfusion.processes.masked import head_schedule
-from tinyfusion.sample.drive import SampleDraws
-from tinyfusion.sample.guidance import WHOLE, check_guidance
+from tinyfusion.sample.drive import WHOLE, SampleDraws, Sampler, check_guidance, mix_guidance
 
 PUBLISHED_ROUNDS = 256
 
 
 def hidden_after(num_tokens: int, rounds: int) -> list[int]:
-    """How many tokens are hidden after every round: floor(L cos(pi/2 (s + 1) / N)), but one less each round, and 0 at last.
+    """Number of hidden tokens after every round: floor(L cos(pi/2 (s + 1) / N)), falling by at least one, and 0 at the end.
 
-    Raises ValueError where there are more rounds than tokens.
+    Raises UserError if there are more rounds than tokens.
     """
     if not 1 <= rounds <= num_tokens:
-        raise ValueError(f"{num_tokens} tokens can be revealed in 1 to {num_tokens} rounds; got {rounds}")
+        raise UserError(
+            f"--num-steps {rounds}: {num_tokens} tokens can be revealed in 1 to {num_tokens} rounds; got {rounds}"
+        )
     counts = [num_tokens]
     for s in range(rounds - 1):
         planned = math.floor(num_tokens * math.cos(math.pi / 2 * (s + 1) / rounds))
@@ -45,16 +46,15 @@ def hidden_after(num_tokens: int, rounds: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class MaskedSampler:
-    """How an image is made.
+class MaskedSampler(Sampler):
+    """Settings of a trajectory.
 
-    num_steps: rounds N, at most as many as there are tokens. head_steps: of the diffusion head for a token, kept of 1000
-    as in ancestral sampling. temperature: factor of the head's step noise. guidance: scale, 1 or more; 1 runs the
-    conditional model alone. guidance_schedule: "linear" has 1 + (scale - 1) (L - n) / L in a round that leaves n hidden,
-    "constant" the scale. clip: clamp the head's clean tokens to [-1, 1], for models of pixels; published models of latents
-    do not, and a head that was trained little needs it: its first step multiplies what it gets wrong by several hundred.
-    timed: how many of the rounds are really made, spread evenly; the other tokens stay 0. For timing alone.
-    Raises ValueError on anything else.
+    num_steps: rounds N, at most one per token. head_steps: of the diffusion head for a token, respaced from 1000 as in
+    ancestral sampling. temperature: factor of the head's step noise. guidance: scale, 1 or more; 1 runs the conditional model
+    alone. guidance_schedule: "linear" is 1 + (scale - 1) (L - n) / L in a round that leaves n hidden, "constant" the scale.
+    clip: clamp the head's clean tokens to [-1, 1], for models of pixels; published models of latents do not, and a head with
+    little training needs it: its first step multiplies errors by several hundred. timed: for timing, run only so many
+    rounds, spread evenly; the other tokens stay 0. Raises ValueError on anything else.
     """
 
     num_steps: int = PUBLISHED_ROUNDS
@@ -77,30 +77,18 @@ class MaskedSampler:
 
     @property
     def calls(self) -> int:
-        """Rounds that are made."""
         return self.timed or self.num_steps
 
-    @property
-    def rows(self) -> int:
-        """Two where there is guidance."""
-        return 2 if self.guidance > 1 else 1
-
-    @property
-    def fixed_steps(self) -> bool:
-        """A round has no time."""
-        return True
-
     def of_steps(self, num_steps: int) -> MaskedSampler:
-        """So many of the same rounds: fewer rounds for all tokens would have more of them each."""
+        """So many of the same rounds: fewer rounds for all tokens would have more tokens each."""
         return dataclasses.replace(self, timed=min(num_steps, self.num_steps))
 
     def made_rounds(self) -> list[int]:
-        """The rounds that are made, by number: all, or `timed` from the middles of as many parts."""
+        """Numbers of the rounds that are run: all, or `timed` evenly spread ones."""
         calls = self.calls
         return [(2 * part + 1) * self.num_steps // (2 * calls) for part in range(calls)]
 
     def describe(self, model: LoadedModel) -> str:
-        """Rounds, steps of the head, temperature and guidance."""
         how = f", {self.guidance_schedule}" if self.guidance > 1 else ""
         temperature = "" if self.temperature == 1 else f", temperature {self.temperature:g}"
         steps = f"{self.head_steps} head steps{' clipped' if self.clip else ''}{temperature}"
@@ -113,9 +101,9 @@ class MaskedSampler:
         return 1 + (self.guidance - 1) * (num_tokens - hidden) / num_tokens
 
     def trajectory(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Iterator[Tensor]:
-        """x after every round, hidden tokens 0. Raises UserError where there are more rounds than tokens."""
+        """x after every round, hidden tokens 0. Raises UserError if there are more rounds than tokens."""
         arch = model.arch
-        counts = [arch.num_tokens, *check_rounds(self.num_steps, arch.num_tokens)]
+        counts = [arch.num_tokens, *hidden_after(arch.num_tokens, self.num_steps)]
         order = self._order(draws, arch.num_tokens)
         tokens = torch.zeros(len(condition), arch.num_tokens, arch.token_features, device=condition.device)
         for position in self.made_rounds():
@@ -124,12 +112,12 @@ class MaskedSampler:
             yield from_tokens(tokens, arch.patch_size)
 
     def one_step(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Callable[[], Tensor]:
-        """The round in the middle, with all steps of the head, from tokens that are noise."""
+        """The round in the middle, with all steps of the head, from noise for tokens."""
         arch = model.arch
-        counts = [arch.num_tokens, *check_rounds(self.num_steps, arch.num_tokens)]
+        counts = [arch.num_tokens, *hidden_after(arch.num_tokens, self.num_steps)]
         middle = self.num_steps // 2
         order = self._order(draws, arch.num_tokens)
-        tokens = to_tokens(draws.normal(-1, (arch.in_channels, arch.input_size, arch.input_size)), arch.patch_size)
+        tokens = to_tokens(draws.images(model), arch.patch_size)
         ends = (counts[middle], counts[middle + 1])
         return lambda: self._round(model, condition, draws, tokens, order, ends, middle)
 
@@ -147,20 +135,18 @@ class MaskedSampler:
         ends: tuple[int, int],
         position: int,
     ) -> Tensor:
-        """The tokens with those at places `ends[1]` to `ends[0]` of the order revealed."""
+        """The tokens after those at positions `ends[1]` to `ends[0]` of the order are revealed."""
         before, after = ends
-        module: Any = model.module  # with `condition` and `head`, as the masked process says
         places = order[:, after:before]
         num, k, features = len(condition), before - after, tokens.shape[2]
         if self.guidance == 1:
-            z = _conditions(model, tokens, condition, order, before, places)
-            denoiser = _denoiser(module, z.flatten(0, 1), None)
+            z, scale = _conditions(model, tokens, condition, order, before, places), None
         else:
-            twice = concat([condition, condition.null()])
-            pair = (torch.cat([tokens, tokens]), twice, torch.cat([order, order]), before, torch.cat([places, places]))
-            z = _conditions(model, *pair)
-            denoiser = _denoiser(module, z.flatten(0, 1), self.scale(tokens.shape[1], after))
-        # one block of noise per image: what the head starts from, then one part per step but the last
+            both = [torch.cat([values, values]) for values in (tokens, order, places)]
+            z = _conditions(model, both[0], concat([condition, condition.null()]), both[1], before, both[2])
+            scale = self.scale(tokens.shape[1], after)
+        denoiser = _denoiser(model.module, z.flatten(0, 1), scale)
+        # noise of an image: the start of the head, then one tensor per step but the last
         noise = draws.normal(position, (self.head_steps, k, features))
 
         def step_noise(step: int) -> Tensor:
@@ -175,8 +161,8 @@ class MaskedSampler:
 def _conditions(
     model: LoadedModel, tokens: Tensor, condition: Condition, order: Tensor, hidden: int, places: Tensor
 ) -> Tensor:
-    """(B, k, D) at `places`, from the tokens that are known."""
-    module: Any = model.module
+    """(B, k, D) at `places`, from the known tokens."""
+    module: Any = model.module  # has `condition`, `z_proj` and `head`
     dtype = module.z_proj.weight.dtype
     known = order[:, hidden:].sort(dim=1).values
     inputs = model.family.inputs(condition)
@@ -184,10 +170,9 @@ def _conditions(
 
 
 def _denoiser(module: Any, z: Tensor, scale: float | None) -> Denoiser:
-    """The head for the tokens that z (N, D) describes, as images of one pixel: (x (N, E, 1, 1), t (N,)) -> (N, 2E, 1, 1).
+    """The head for the tokens of z (N, D), as images of one pixel: (x (N, E, 1, 1), t (N,)) -> (N, 2E, 1, 1).
 
-    With a scale z has the conditional half first, and the noise prediction alone is guided; the variance is that of the
-    conditional half.
+    With a scale z has the conditional half first; only the noise prediction is guided.
     """
     head = module.head
     conditions = head.conditions(z)
@@ -201,42 +186,24 @@ def _denoiser(module: Any, z: Tensor, scale: float | None) -> Denoiser:
     if scale is None:
         return run
 
-    def guided(x: Tensor, t: Tensor) -> Tensor:
-        features = x.shape[1]
-        cond, uncond = run(torch.cat([x, x]), t).chunk(2)
-        noise = uncond[:, :features] + scale * (cond[:, :features] - uncond[:, :features])
-        return torch.cat([noise, cond[:, features:]], dim=1)
-
-    return guided
-
-
-def check_rounds(rounds: int, num_tokens: int) -> list[int]:
-    """`hidden_after`, with UserError for people."""
-    try:
-        return hidden_after(num_tokens, rounds)
-    except ValueError as error:
-        raise UserError(f"--num-steps {rounds}: {error}") from error
+    return lambda x, t: mix_guidance(run(torch.cat([x, x]), t), scale, x.shape[1])
 
 
 def from_section(settings: SampleSection, model: LoadedModel) -> MaskedSampler:
-    """The sampler of a recipe; published where it does not say. Raises UserError on what cannot be."""
+    """The sampler of a recipe, with published defaults. Raises UserError on invalid settings."""
     if settings.sampler not in (None, "masked"):
         raise UserError(
             f"--sampler {settings.sampler} is not for models of family {model.family.name}: they take masked alone"
         )
-    for name, given, why in (
-        ("eta", settings.eta, "it is for ddim"),
-        (
-            "guidance_interval",
-            settings.guidance_interval != WHOLE,
-            "guidance has a schedule: sample.masked.guidance_schedule",
-        ),
-    ):
-        if given:
-            raise UserError(f"sample.{name} is not for sampler masked: {why}")
+    if settings.eta:
+        raise UserError("sample.eta is not for sampler masked: it is for ddim")
+    if settings.guidance_interval != WHOLE:
+        raise UserError(
+            "sample.guidance_interval is not for sampler masked: guidance has a schedule: sample.masked.guidance_schedule"
+        )
     masked, num_tokens = settings.masked, model.arch.num_tokens
     rounds = min(masked.most_rounds, num_tokens) if settings.num_steps is None else settings.num_steps
-    check_rounds(rounds, num_tokens)
+    hidden_after(num_tokens, rounds)
     try:
         return MaskedSampler(
             rounds, masked.head_steps, masked.temperature, settings.guidance, masked.guidance_schedule, settings.clip
@@ -246,7 +213,7 @@ def from_section(settings: SampleSection, model: LoadedModel) -> MaskedSampler:
 
 
 def cheap(settings: SampleSection, most_steps: int) -> SampleSection:
-    """The same where it takes at most so many rounds, else so many or one per token; and at most so many steps of the head."""
+    """The same settings with at most `most_steps` rounds (or one per token), and at most so many steps of the head."""
     masked = dataclasses.replace(settings.masked, head_steps=min(settings.masked.head_steps, most_steps))
     if settings.num_steps is not None and settings.num_steps <= most_steps:
         return dataclasses.replace(settings, masked=masked)

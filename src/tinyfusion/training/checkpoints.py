@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from tinyfusion.core.rundir import CHECKPOINT_FILES
 from tinyfusion.training.saved import (
     RECORD,
     SUMS,
+    Progress,
     damage,
     open_checkpoint,
     other_version,
@@ -35,42 +36,29 @@ from tinyfusion.training.saved import (
     write_tensors,
 )
 from tinyfusion.training.shards import first_row, is_sharded, local_part
-from tinyfusion.training.state import Progress, TrainState
+from tinyfusion.training.state import TrainState
 
-T = TypeVar("T")
-
-
-class First(Protocol):
-    """Runs a call on rank 0 and returns its result on all ranks."""
-
-    def __call__(self, call: Callable[[], T]) -> T:
-        """The result of `call`."""
-        ...
-
-
-def _here(call: Callable[[], T]) -> T:
-    return call()
-
+First = Callable[[Callable[[], Any]], Any]  # runs a call on rank 0 and returns its result on all ranks
 
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
-def load_latest(folder: Path, state: TrainState, first: First = _here) -> int:
-    """Load the newest undamaged checkpoint into `state`. Returns its step, 0 where there is none.
+def load_latest(folder: Path, state: TrainState, first: First = lambda call: call()) -> int:
+    """Load the newest undamaged checkpoint into `state`. Returns its step, 0 if there is none.
 
-    A damaged checkpoint, or one of another training, is reported and the previous one is used. first: checks the files on one
-    of several ranks. Raises UserError where only another version of tinyfusion has written checkpoints.
+    Damaged checkpoints and those of another training are reported, and the previous one is tried. first: runs the checks on
+    one of several ranks. Raises UserError if only another version of tinyfusion has written checkpoints.
     """
     refused = None
     for path in reversed(first(partial(checkpoint_folders, folder))):
-        other = first(partial(other_version, path))
-        if other is not None:
+        if other := first(partial(other_version, path)):
             refused = refused or other
             continue
         wrong, kind = first(partial(damage, path)), "is damaged"
         if wrong is None:
             try:
-                return _load(path, state)
+                state.load(open_checkpoint(path))
+                return state.step
             except UserError as error:
                 wrong, kind = str(error), "does not fit"
         warnings.warn(
@@ -82,21 +70,19 @@ def load_latest(folder: Path, state: TrainState, first: First = _here) -> int:
     return 0
 
 
-def load_checkpoint(path: Path, state: TrainState, first: First = _here) -> int:
+def load_checkpoint(path: Path, state: TrainState, first: First = lambda call: call()) -> int:
     """Load this checkpoint into `state` and return its step. Raises UserError, with `state` unchanged, if it cannot be used."""
-    wrong = first(partial(_no_checkpoint, path)) or first(partial(other_version, path))
-    if wrong is None and (problem := first(partial(damage, path))) is not None:
-        wrong = f"checkpoint {path} is damaged ({problem}): give another one"
-    if wrong is not None:
+    if wrong := first(partial(_unusable, path)):
         raise UserError(wrong)
     try:
-        return _load(path, state)
+        state.load(open_checkpoint(path))
     except UserError as error:
         raise UserError(f"checkpoint {path} does not fit this training: {error}") from error
+    return state.step
 
 
-def _no_checkpoint(path: Path) -> str | None:
-    """The error message for a path that is no checkpoint; None for a checkpoint. Raises UserError if it cannot be read."""
+def _unusable(path: Path) -> str | None:
+    """Why a path cannot be loaded as a checkpoint, None if it can. Raises UserError if the path cannot be read."""
     wanted = "wanted a folder such as RUN/checkpoints/step-0001000"
     check_plain(path)
     try:
@@ -107,16 +93,13 @@ def _no_checkpoint(path: Path) -> str | None:
         raise unreadable(path, error) from error
     if missing:
         return f"no checkpoint at {path}: {missing}; {wanted}"
-    if any((path / name).exists() for name in (RECORD, SUMS)):
-        return None
-    inside = checkpoint_folders(path / "checkpoints") or checkpoint_folders(path)
-    return f"{path} is not a checkpoint; {f'the newest in it is {inside[-1]}' if inside else wanted}"
-
-
-def _load(path: Path, state: TrainState) -> int:
-    saved = open_checkpoint(path)
-    state.load(saved, saved.progress)
-    return state.step
+    if not any((path / name).exists() for name in (RECORD, SUMS)):
+        inside = checkpoint_folders(path / "checkpoints") or checkpoint_folders(path)
+        return f"{path} is not a checkpoint; {f'the newest in it is {inside[-1]}' if inside else wanted}"
+    if other := other_version(path):
+        return other
+    problem = damage(path)
+    return problem and f"checkpoint {path} is damaged ({problem}): give another one"
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -125,8 +108,8 @@ def checkpoint_folders(folder: Path) -> list[Path]:
         entries = list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
         raise UserError(f"cannot read {folder}: {disk_reason(error)}") from error
-    named = [entry for entry in entries if _step(entry) is not None and not _is_foreign(entry)]
-    return sorted(named, key=lambda entry: _step(entry) or 0)
+    steps = {entry: step for entry in entries if (step := _step(entry)) is not None and not _is_foreign(entry)}
+    return sorted(steps, key=steps.__getitem__)
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -134,13 +117,8 @@ def _is_foreign(folder: Path) -> bool:
     return bool(names) and not any(re.fullmatch(f"{CHECKPOINT_FILES}|state.safetensors", name) for name in names)
 
 
-def _name(step: int) -> str:
-    """Name of the checkpoint after `step` steps."""
-    return f"step-{step:07d}"
-
-
 def _step(path: Path) -> int | None:
-    """The step in the name of a checkpoint; None of anything else."""
+    """The step in the name of a checkpoint; None for other names."""
     match = re.fullmatch(r"step-([0-9]{7,})", path.name)
     return int(match[1]) if match else None
 
@@ -152,7 +130,7 @@ def _step(path: Path) -> int | None:
 class Written:
     """A complete checkpoint, or this rank's file of one.
 
-    num_bytes: size of the tensors that this rank wrote. held_s: seconds that training was blocked (waiting for the previous
+    num_bytes: of the tensors that this rank wrote. held_s: seconds that training was blocked (waiting for the previous
     checkpoint, copying tensors); write_s: seconds of writing in the background.
     """
 
@@ -165,7 +143,7 @@ class Written:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What one rank writes of a state. split: whole shape and own rows of each sharded tensor."""
+    """The data that one rank writes. split: whole shape and own rows of each sharded tensor."""
 
     path: Path
     progress: Progress
@@ -185,11 +163,9 @@ class CheckpointWriter:
     Retention: the last `limit` checkpoints whose step is a multiple of `every`, and the one just written. Checkpoints newer
     than it are removed: training would have resumed from them if they were undamaged.
 
-    rank, world: of this process. If tensors are sharded, each rank writes its own file into one folder, which rank 0
-    completes (`core/ranks.py`) or gives up after timeout_s without progress; else only rank 0 writes. main_pid: process id of
-    rank 0, part of the name of the unfinished folder.
-
-    The next call raises an error of the writing thread, once: UserError where the disk or the files are the cause.
+    If tensors are sharded, each rank writes its own file into one folder, which rank 0 completes (`core/ranks.py`) or gives
+    up after timeout_s without progress; else only rank 0 writes. main_pid: process id of rank 0, part of the name of the
+    unfinished folder. The next call raises an error of the writing thread, once: UserError if disk or files are the cause.
     """
 
     def __init__(
@@ -221,7 +197,7 @@ class CheckpointWriter:
     ) -> None:
         if error is None:
             self.finish()
-        if error is None or isinstance(error, KeyboardInterrupt):  # ends at once: the next start removes the leftovers
+        if error is None or isinstance(error, KeyboardInterrupt):  # exit at once: the next start removes the leftovers
             return
         try:
             self.finish()
@@ -236,7 +212,7 @@ class CheckpointWriter:
         num = self.world if any(is_sharded(tensor) for tensor in tensors.values()) else 1
         if self.rank >= num:
             return
-        path = self.folder / _name(state.step)
+        path = self._path(state.step)
         split = {
             name: (list(tensor.shape), [first_row(tensor), local_part(tensor).shape[0]])
             for name, tensor in tensors.items()
@@ -244,10 +220,8 @@ class CheckpointWriter:
         }
         own = {name: tensor for name, tensor in tensors.items() if name in split or self.rank == 0}
         snapshot = _Snapshot(path, state.progress(), self._copied(own), split)
-        held_s = time.perf_counter() - began
-        thread = threading.Thread(
-            target=self._run, args=(snapshot, num, held_s), name=f"checkpoint {path.name}", daemon=True
-        )
+        args = (snapshot, num, time.perf_counter() - began)
+        thread = threading.Thread(target=self._run, args=args, name=f"checkpoint {path.name}", daemon=True)
         thread.start()
         self._thread = thread  # after the start: a thread that did not start cannot be joined
 
@@ -264,9 +238,12 @@ class CheckpointWriter:
         if failure is not None:
             raise failure
 
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}"
+
     @torch.no_grad()
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory of the rows on this rank; tensors without rows here are left out."""
+        """Copies in host memory of the rows on this rank; without tensors that have no rows here."""
         local = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
         copies = {}
         for name, part in local.items():
@@ -302,7 +279,7 @@ class CheckpointWriter:
             self._failure = error
 
     def _write(self, snapshot: _Snapshot, num: int) -> None:
-        """On rank 0: write the folder, its own tensors and, when the files of all ranks are complete, the record."""
+        """On rank 0: write the folder, its own tensors and, once the files of all ranks are complete, the record."""
         with atomic_write(snapshot.path, CHECKPOINT_FILES) as temporary:
             temporary.mkdir()
             digests = {part_name(0, num): write_tensors(temporary / part_name(0, num), snapshot.tensors)}
@@ -311,7 +288,18 @@ class CheckpointWriter:
             }
             notes = {_note(temporary, rank, num): rank for rank in range(1, num)}
             contents: dict[int, dict[str, Any]] = {}
-            wait_for_files(notes, num, self.timeout_s, lambda note: _is_read(note, notes[note], num, contents))
+
+            def is_read(note: Path) -> bool:
+                """Move a note, if it exists, into `contents`. Raises UserError if it reports a failure."""
+                rank = notes[note]
+                if note.is_file():
+                    contents[rank] = read_json(note)
+                    note.unlink()
+                    if "error" in contents[rank]:
+                        raise UserError(f"process {rank} of {num} could not write its file: {contents[rank]['error']}")
+                return rank in contents
+
+            wait_for_files(notes, num, self.timeout_s, is_read)
             for rank, content in sorted(contents.items()):
                 digests[part_name(rank, num)] = content["sha256"]
                 for name, entry in split.items():
@@ -319,7 +307,7 @@ class CheckpointWriter:
             write_record(temporary, snapshot.progress, split, digests)
 
     def _contribute(self, snapshot: _Snapshot, num: int) -> None:
-        """On the other ranks: write the file of this rank, and a note of its hash and rows when it is complete."""
+        """On the other ranks: write the file of this rank, then a note of its hash and rows."""
         folder = unfinished(snapshot.path, self.main_pid) / snapshot.path.name
         wait_until(folder.is_dir, folder, self.timeout_s)
         note = _note(folder, self.rank, num)
@@ -332,19 +320,17 @@ class CheckpointWriter:
             raise
 
     def _prune(self, step: int) -> None:
-        """Remove checkpoints that retention does not keep after `step`."""
-        steps = {path: _step(path) or 0 for path in checkpoint_folders(self.folder)}
-        regular = [path for path, other in steps.items() if other <= step and other % self.every == 0]
-        stay = {*regular[-self.limit :], self.folder / _name(step)}
-        for path in steps:
-            if path not in stay:
+        """Remove the checkpoints outside of the retention after `step`."""
+        paths = checkpoint_folders(self.folder)
+        regular = [path for path in paths if (other := _step(path) or 0) <= step and other % self.every == 0]
+        for path in paths:
+            if path not in (*regular[-self.limit :], self._path(step)):
                 discard(path, CHECKPOINT_FILES)
 
     def _message(self, path: Path, error: OSError | UserError) -> str:
-        """The message of an error while `path` was written."""
         reason = disk_reason(error) if isinstance(error, OSError) else str(error)
         if self.written is not None and self.written.path == path:
-            return f"{path} is written, and those it makes superfluous cannot be removed: {reason}"
+            return f"{path} is written, but superfluous ones cannot be removed: {reason}"
         before = sorted(other.name for other in self.folder.glob("step-*") if other != path)
         last = f"the last one, {before[-1]}, is as it was" if before else "there is none before it"
         return (
@@ -354,7 +340,7 @@ class CheckpointWriter:
 
 
 def _note(folder: Path, rank: int, num: int) -> Path:
-    """The file by which rank `rank` reports that its file in the unfinished folder is complete."""
+    """The file that reports that the file of `rank` is complete."""
     return folder / f"{part_name(rank, num)}.json"
 
 
@@ -363,21 +349,11 @@ def _write_note(note: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _is_read(note: Path, rank: int, num: int, contents: dict[int, dict[str, Any]]) -> bool:
-    """Move a note, where it exists, into `contents`. Raises UserError where it reports a failure."""
-    if note.is_file():
-        contents[rank] = read_json(note)
-        note.unlink()
-        if "error" in contents[rank]:
-            raise UserError(f"process {rank} of {num} could not write its file: {contents[rank]['error']}")
-    return rank in contents
-
-
 def _host_memory(part: Tensor) -> Tensor:
-    """Empty host memory for a copy of `part`, pinned where it is on a GPU and pinned memory is available."""
+    """Empty host memory for a copy of `part`: pinned for a GPU, if the limit of locked memory allows."""
     if part.is_cuda:
         try:
             return torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-        except RuntimeError:  # the limit of locked memory is reached: the copy is slower
+        except RuntimeError:
             pass
     return torch.empty(part.shape, dtype=part.dtype)

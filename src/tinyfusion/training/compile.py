@@ -1,4 +1,4 @@
-"""Whether compiling pays, and computes the same: a step eager and compiled, in turns, on this machine and this batch."""
+"""Time and compare a training step eager and compiled, on this machine and this batch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Step = Callable[[], Sequence[Tensor]]  # -> what must agree: losses and gradient
 
 @dataclass(frozen=True)
 class Gain:
-    """Median milliseconds of a step each way, seconds that the compiled step needed once, and how far the two are apart.
+    """Median milliseconds of both steps, seconds of compilation, and the difference of their results.
 
-    apart: largest |compiled - eager| / |eager| of what the steps return, Euclidean norms of each tensor.
+    apart: largest |compiled - eager| / |eager| of the returned tensors, in Euclidean norms.
     """
 
     eager_ms: float
@@ -30,7 +30,7 @@ class Gain:
     apart: float
 
     def require(self, tolerance: float = 1e-3) -> None:
-        """Raise UserError where the compiled step is not faster, or not the same step up to `tolerance`."""
+        """Raise UserError if the compiled step is not faster, or differs by more than `tolerance`."""
         if not self.apart <= tolerance:
             raise UserError(
                 f"compile changes the step here: losses and gradients are {self.apart:.1g} apart (relative), rounding allows "
@@ -44,14 +44,11 @@ class Gain:
 
 
 def measured_gain(eager: Step, compiled: Step, device: torch.device, repeats: int = 5) -> Gain:
-    """Time both steps in turns, after a warm-up. Raises UserError where the compiler fails, also in a backward pass.
+    """Time both steps in turns, after a warm-up. Raises UserError if the compiler fails, also in a backward pass.
 
-    A step is forward and backward on the same batch, and must leave weights and moments alone; what it draws from
-    torch's generators is given back. The number of calls never depends on what is measured, so processes that meet in a
-    step stay together.
+    A step is forward and backward on the same batch, and must not change weights and moments; torch's generators are
+    restored. The number of calls does not depend on the measurement, so ranks that synchronise in a step stay together.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats is at least 1; got {repeats}")
 
     def seconds(step: Step) -> float:
         synchronise(device)
@@ -80,15 +77,14 @@ def measured_gain(eager: Step, compiled: Step, device: torch.device, repeats: in
 
 
 def _apart(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Largest relative difference of two lists of tensors; not a number where one has none.
+    """Largest relative difference of two lists of tensors; NaN if one has NaN.
 
-    Tensors much smaller than the largest count as its 1e-6: what is 0 but for rounding has no relative difference.
+    Norms below 1e-6 of the largest count as that: zeros with rounding have no relative difference.
     """
     if not wanted:
         return 0.0
     norms = torch.stack([torch.linalg.vector_norm(w.float()) for w in wanted])
-    apart = torch.stack(
-        [torch.linalg.vector_norm((f.detach() - w).float()) for f, w in zip(values, wanted, strict=True)]
-    )
+    pairs = zip(values, wanted, strict=True)
+    apart = torch.stack([torch.linalg.vector_norm((value.detach() - w).float()) for value, w in pairs])
     tiny = torch.finfo(torch.float32).tiny
     return float((apart / norms.clamp(min=1e-6 * float(norms.max()) + tiny)).max())

@@ -1,9 +1,8 @@
-"""The processes of a training: who is here, which images are whose, and how gradients and news meet. On accelerate.
+"""Distributed context of a training run: ranks, batch slices, gradient synchronisation, small collectives.
 
-A program that `torchrun` or `accelerate launch` started as one of several finds the others through accelerate, which
-also wraps the step in DDP. Splitting a model (FSDP2) is torch's own `fully_shard`, on every device: accelerate's plugin
-falls back to DDP on the CPU without a word. One process needs none of this. Batches are cut into slices of the global
-batch, and every draw is addressed by its place there, so the number of processes never enters a result but by rounding.
+Processes that `torchrun` or `accelerate launch` started meet through accelerate, which also wraps the step in DDP. FSDP2 is
+torch's own `fully_shard`: accelerate's plugin falls back to DDP on the CPU without a message. Batches are slices of the
+global batch, and every draw is addressed by its place there, so the number of processes changes results by rounding alone.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ Slice = tuple[int, int]  # (first, number) of samples of the global batch
 
 
 def cut(batch_size: int, parts: int) -> list[Slice]:
-    """A global batch in `parts` slices, at even places where there are enough: some gates compare samples in pairs."""
+    """Split a global batch into `parts` slices, at even indices if possible: some gates compare samples in pairs."""
     unit = 2 if batch_size % 2 == 0 and batch_size // 2 >= parts else 1
     edges = [unit * (batch_size // unit * i // parts) for i in range(parts + 1)]
     return [(start, end - start) for start, end in pairwise(edges)]
 
 
 class Engine:
-    """The processes of a training. By default this one alone."""
+    """The ranks of a training; by default one."""
 
     def __init__(
         self,
@@ -65,27 +64,27 @@ class Engine:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this is rank 0, which writes files and messages."""
         return self.rank == 0
 
     # ------------------------------------------------------------------------------------------------- models and data
 
     @property
     def splits(self) -> bool:
-        """Whether models lie in parts on the processes."""
+        """Whether models are sharded over the ranks."""
         return self.world > 1 and self.compute.parallel == "fsdp2"
 
     def place(self, module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """Move `module` to the device, in place; with fsdp2 this process then holds its share of every tensor.
+        """Move `module` to the device, in place, and shard it with fsdp2; its parameters are other objects afterwards.
 
-        Parameters are other objects afterwards: list them for an optimiser later. blocks: what is gathered at a time.
+        blocks: the submodules that are gathered one at a time.
         """
         module.to(self.device)
         if self.splits:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            # gated blocks return a view of their stream; nobody writes into it
+            # gated blocks return a view of their stream, which is never written to
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
             mesh = init_device_mesh(self.device.type, (self.world,))
             for part in (*blocks, module):
@@ -93,38 +92,34 @@ class Engine:
         return module
 
     def place_teacher(self, module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """Move a frozen module to the device; it lies in parts only where `shard_teacher` asks for it."""
+        """Move a frozen module to the device; it is sharded only with `compute.shard_teacher`."""
         return self.place(module, blocks) if self.compute.shard_teacher else module.to(self.device)
 
     def slices(self, batch_size: int) -> list[Slice]:
-        """The share of a global batch that is this process's, in the parts of gradient accumulation.
-
-        Raises UserError where a part would be empty.
-        """
-        parts = self.world * self.compute.gradient_accumulation_steps
-        if batch_size < parts:
+        """The microbatches of this rank, one per step of gradient accumulation. Raises UserError if one would be empty."""
+        each = self.compute.gradient_accumulation_steps
+        num = self.world * each
+        if batch_size < num:
             raise UserError(
-                f"a batch of {batch_size} images cannot be cut into {parts} parts ({self.world} processes x "
-                f"{self.compute.gradient_accumulation_steps} accumulation steps): use a larger batch or fewer parts"
+                f"a batch of {batch_size} images cannot be split into {num} microbatches ({self.world} processes x {each} "
+                "accumulation steps): use a larger batch or fewer of them"
             )
-        first = self.rank * self.compute.gradient_accumulation_steps
-        return cut(batch_size, parts)[first : first + self.compute.gradient_accumulation_steps]
+        return cut(batch_size, num)[self.rank * each : (self.rank + 1) * each]
 
     # ------------------------------------------------------------------------------------------------------- gradients
 
     def wrap(self, step: nn.Module) -> nn.Module:
-        """`step`, whose backward pass also averages gradients over the processes."""
+        """`step` with a backward pass that averages gradients over the ranks."""
         if self.accelerator is None or self.world == 1:
             return step
         if not self.splits:
-            wrapped: nn.Module = self.accelerator.prepare_model(step, device_placement=False)
-            return wrapped
+            return self.accelerator.prepare_model(step, device_placement=False)
         self._split = step
         return step
 
     @contextlib.contextmanager
     def gradients(self, step: nn.Module, last: bool) -> Iterator[None]:
-        """Around a backward pass: gradients of parts but the last stay in this process."""
+        """Context of a backward pass: only the last microbatch synchronises gradients."""
         if self._split is not None:
             from torch.distributed.fsdp import FSDPModule
 
@@ -138,16 +133,14 @@ class Engine:
             yield
 
     def finish_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Average the gradients that nobody else did: those of whole parameters beside a split model (gates)."""
-        if self._split is None:
-            return
-        for parameter in parameters:
+        """Average the gradients of parameters that a sharded model does not contain (gates)."""
+        for parameter in parameters if self._split is not None else ():
             if parameter.grad is not None and not is_sharded(parameter):
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self.world
 
     def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Euclidean norm of the gradients of `parameters`, over all processes where they lie in parts. A scalar."""
+        """Euclidean norm of the gradients of `parameters`, whole even if they are sharded. A scalar."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return torch.zeros((), device=self.device)
@@ -159,16 +152,16 @@ class Engine:
         dist.all_reduce(squares)
         return (squares + torch.where(split, 0, norms.square()).sum()).sqrt()
 
-    # ------------------------------------------------------------------------------------------------------------ news
+    # ----------------------------------------------------------------------------------------------------- collectives
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all processes."""
+        """The sum of `values` over all ranks."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def agree(self, number: int) -> int:
-        """The largest `number` that any process brings."""
+        """The largest `number` of all ranks."""
         if self.world == 1:
             return number
         value = torch.tensor([number], device=self.device)
@@ -176,15 +169,14 @@ class Engine:
         return int(value)
 
     def gathered(self, values: Sequence[int]) -> list[int]:
-        """The whole numbers of all processes, sorted."""
-        if self.world == 1:
-            return sorted(values)
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, list(values))
-        return sorted(value for listed in found for value in listed)
+        """The numbers of all ranks, sorted."""
+        lists: list[Any] = [list(values)] * self.world
+        if self.world > 1:
+            dist.all_gather_object(lists, list(values))
+        return sorted(value for listed in lists for value in listed)
 
     def first(self, call: Callable[[], T]) -> T:
-        """What `call` gives on the main process, on all of them; a UserError there is one everywhere."""
+        """Run `call` on rank 0 and return its result on all ranks; a UserError is raised on all of them."""
         if self.world == 1:
             return call()
         outcome: list[Any] = [None, None]
@@ -199,11 +191,10 @@ class Engine:
             raise failure
         if outcome[1] is not None:
             raise UserError(str(outcome[1]))
-        value: T = outcome[0]
-        return value
+        return outcome[0]
 
     def wait(self) -> None:
-        """Go on when all processes are here."""
+        """Wait for all ranks."""
         if self.world > 1:
             dist.barrier()
 
@@ -213,17 +204,17 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out wai
 
 
 def lost_process(error: BaseException) -> UserError | None:
-    """What to tell people where `error` is how the end or the silence of another process shows; None for other errors."""
+    """The message for an `error` that means that another process has ended or hangs; None for other errors."""
     if not dist.is_available() or not isinstance(error, RuntimeError):
         return None
     if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in _LOST):
         return None
-    # gloo names its source file before what happened, and greets after it
+    # gloo writes its source file before the reason, and advice after it
     reason = re.sub(r"^\[\S+\] | This is typically.*", "", str(error).strip().splitlines()[0]).rstrip(". ")
     if not dist.is_initialized():
         return UserError(
             f"process {launched_rank()} of {launched_processes()} waited for the others in vain ({reason}): their own output says "
-            "why, else see that all were started and reach MASTER_ADDR; compute.timeout_s allows more"
+            "why, else check that all were started and reach MASTER_ADDR; compute.timeout_s allows more"
         )
     return UserError(
         f"process {dist.get_rank()} of {dist.get_world_size()} has lost another one, which ended or hangs ({reason}): its own "
@@ -232,7 +223,7 @@ def lost_process(error: BaseException) -> UserError | None:
 
 
 def open_engine(device: str, compute: ComputeSection) -> Engine:
-    """The engine of this program on `device` ("auto", "cpu", "cuda", "mps"). Raises UserError where it is not there."""
+    """The engine of this program on `device` ("auto", "cpu", "cuda", "mps"). Raises UserError if it is not available."""
     if compute.gradient_accumulation_steps < 1:
         raise UserError(f"compute.gradient_accumulation_steps is at least 1; got {compute.gradient_accumulation_steps}")
     chosen = choose_device(device)

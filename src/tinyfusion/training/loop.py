@@ -1,7 +1,6 @@
-"""The one training loop. It yields a record per step; logging, checkpoints and interruption are the caller's `for` body.
+"""The training loop, a generator of one record per step; logging, checkpoints and interruption are the caller's `for` body.
 
-What it does not know: families, gates, teachers. They arrive as an `Objective` and as parameter groups. Nor does it know
-how many processes there are: the engine gives it slices of the global batch, and gradients that are already averaged.
+Families, gates and teachers reach it as an `Objective` and as parameter groups; the engine hides the number of ranks.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class StepRecord:
     """One step: 0-based number, mean of every term, joint gradient norm before clipping, whether it was applied.
 
-    bad_samples: places in the global batch whose loss is not finite, where the step was not applied. waited_s: seconds
-    that the model stood still for its batch. loss_scale: float16 alone.
+    bad_samples: indices in the global batch with a non-finite loss, if the step was not applied. waited_s: seconds that the
+    step waited for its batch. loss_scale: float16 only.
     """
 
     step: int
@@ -47,26 +46,26 @@ class StepRecord:
     loss_scale: float | None = None
 
     def values(self) -> dict[str, float | None]:
-        """Numbers for a log line; None where not finite."""
-        numbers = {**{k: float(v) for k, v in self.terms.items()}, "gradient_norm": float(self.gradient_norm)}
+        """Numbers for a log line; None for those that are not finite."""
+        numbers = {name: float(value) for name, value in {**self.terms, "gradient_norm": self.gradient_norm}.items()}
         scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale}
-        finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         return {**finite, "learning_rate": self.learning_rate, **scale}
 
 
 class ForwardPass(nn.Module):
-    """The forward half of a step as one module: every trained parameter is in it, so that DDP sees gates as well."""
+    """The forward pass of a step as one module with every trained parameter, so that DDP sees gates as well."""
 
     def __init__(self, state: TrainState, objective: Objective, settings: TrainingSection) -> None:
         super().__init__()
         self.model = state.model
         inside = {id(p) for p in state.model.parameters()}
-        self.beside = nn.ParameterList([p for p in state.parameters.values() if id(p) not in inside])
+        self.gates = nn.ParameterList([p for p in state.parameters.values() if id(p) not in inside])
         self.objective = objective
         self.dtype = _DTYPES.get(settings.dtype)
 
     def forward(self, noisy: Any) -> dict[str, Tensor]:
-        """Per-sample terms, float32. Autocast is around the model alone."""
+        """Per-sample terms, float32; the model alone runs under autocast."""
         device = next(iter(self.parameters())).device
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
             prediction = self.objective.predict(self.model, noisy)
@@ -76,12 +75,9 @@ class ForwardPass(nn.Module):
 def noisy_microbatches(
     step: int, objective: Objective, source: BatchSource, batch_size: int, randomness: Randomness, engine: Engine
 ) -> list[Any]:
-    """What of the batch of `step` is this process's, with all that is random about it, part by part."""
-    parts = []
-    for first, num in engine.slices(batch_size):
-        draws = randomness.at(step, first, num)
-        parts.append(objective.draw(source(step, batch_size, draws), draws))
-    return parts
+    """The microbatches of this rank at `step`, with everything random drawn."""
+    slices = [randomness.at(step, first, num) for first, num in engine.slices(batch_size)]
+    return [objective.draw(source(step, batch_size, draws), draws) for draws in slices]
 
 
 def train_steps(
@@ -94,10 +90,10 @@ def train_steps(
 ) -> Iterator[StepRecord]:
     """Train from `state.step` to `settings.made_steps`, yielding after every step; the state is then complete for that step.
 
-    A non-finite loss or gradient on any process, or a gradient of norm `settings.skip_norm` or more, skips the update on all
-    (average and optimiser stay as they are);
-    `settings.max_bad_steps` of them in a row raise BadNumbers. In float16 an overflow of the gradients lowers the loss
-    scale first, and counts as bad only when that is at its floor. Batches are made ahead on another thread.
+    A non-finite loss or gradient on any rank, or a gradient norm of at least `settings.skip_norm`, skips the update on all
+    ranks (average and optimiser do not change); `settings.max_bad_steps` such steps in a row raise BadNumbers. In float16 an
+    overflow of the gradients lowers the loss scale first, and is a bad step only at the lowest scale. Batches are prepared on
+    another thread.
     """
     engine = engine or Engine(next(iter(state.parameters.values())).device)
     forward = engine.wrap(ForwardPass(state, objective, settings))
@@ -117,80 +113,70 @@ def train_steps(
                 group["lr"] = group["base"] * (1.0 if group["constant"] else factor)
 
             waited_before = ahead.waited_s
-            parts, ready = ahead.take(step)
-            side.receive(ready, parts)
+            microbatches, ready = ahead.take(step)
+            side.receive(ready, microbatches)
             waited_s = ahead.waited_s - waited_before
-            parts = _prepared(state.model, objective, parts, settings, engine)
+            dtype = _DTYPES.get(settings.dtype)
+            with torch.no_grad(), torch.autocast(engine.device.type, dtype=dtype, enabled=dtype is not None):
+                microbatches = list(objective.prepared(state.model, microbatches))
             state.optimizer.zero_grad(set_to_none=True)
-            terms, losses = _forward_backward(state, forward, parts, settings, engine)
+            terms, losses = _forward_backward(state, forward, microbatches, settings, engine)
             norm, applied = _update(state, terms["loss"], settings, engine)
             state.step += 1
             state.seen_images += settings.batch_size
-            bad_samples = [] if applied else engine.gathered(_bad_places(losses, settings, engine))
+            bad_samples = [] if applied else engine.gathered(_bad_samples(losses, settings, engine))
             rate = settings.learning_rate * factor
             yield StepRecord(step, terms, norm, rate, applied, bad_samples, waited_s, state.scale.value)
             if state.bad_steps >= settings.max_bad_steps:
                 raise BadNumbers(_gone_bad(state.bad_steps, step, settings, bad_samples, float(norm)))
 
 
-def _prepared(
-    model: nn.Module, objective: Objective, parts: list[Any], settings: TrainingSection, engine: Engine
-) -> list[Any]:
-    """The microbatches as the objective wants them once it has seen all of them."""
-    dtype = _DTYPES.get(settings.dtype)
-    with torch.no_grad(), torch.autocast(engine.device.type, dtype=dtype, enabled=dtype is not None):
-        return list(objective.prepared(model, parts))
-
-
 def _forward_backward(
-    state: TrainState, forward: nn.Module, parts: list[Any], settings: TrainingSection, engine: Engine
+    state: TrainState, forward: nn.Module, microbatches: list[Any], settings: TrainingSection, engine: Engine
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Gradients of the mean loss over the global batch; the mean of every term, and this process's losses, part by part."""
+    """Compute gradients of the mean loss over the global batch; return the means of all terms and this rank's losses."""
     sums: dict[str, Tensor] = {}
     losses = []
-    for index, noisy in enumerate(parts):
-        last = index == len(parts) - 1
-        with engine.gradients(forward, last):
-            found: dict[str, Tensor] = forward(noisy)
-            # the engine averages over processes, and what is wanted is the sum of their shares
-            share = found["loss"].sum() / settings.batch_size
+    for index, noisy in enumerate(microbatches):
+        with engine.gradients(forward, last=index == len(microbatches) - 1):
+            terms: dict[str, Tensor] = forward(noisy)
+            # the engine averages over ranks, and the gradient of the mean loss is the sum of their shares
+            share = terms["loss"].sum() / settings.batch_size
             (share * engine.world * (state.scale.value or 1.0)).backward()
-        for name, values in found.items():
+        for name, values in terms.items():
             total = values.detach().sum()
             sums[name] = sums[name] + total if name in sums else total
-        losses.append(found["loss"].detach())
+        losses.append(terms["loss"].detach())
     totals = engine.total(torch.stack(list(sums.values())).float()) / settings.batch_size
     return dict(zip(sums, totals.unbind(), strict=True)), losses
 
 
-def _bad_places(losses: list[Tensor], settings: TrainingSection, engine: Engine) -> list[int]:
-    """Places in the global batch of this process's losses that are not finite."""
+def _bad_samples(losses: list[Tensor], settings: TrainingSection, engine: Engine) -> list[int]:
+    """Indices in the global batch of this rank's losses that are not finite."""
     first = engine.slices(settings.batch_size)[0][0]
-    places = (~torch.isfinite(torch.cat(losses))).nonzero().flatten().tolist()
-    return [first + int(place) for place in places]
+    return [first + int(index) for index in (~torch.isfinite(torch.cat(losses))).nonzero()]
 
 
 def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: Engine) -> tuple[Tensor, bool]:
-    """Clip and step, unless something is not finite or the norm is at `skip_norm`. The joint norm before clipping, and
-    whether the step was applied.
-    """
+    """Clip and step, unless something is not finite or the norm reaches `skip_norm`; (norm before clipping, applied)."""
     parameters = list(state.parameters.values())
     engine.finish_gradients(parameters)
-    scale = state.scale.value or 1.0
+    scale, limit = state.scale.value or 1.0, settings.clip_norm
     groups = [list(group["params"]) for group in state.optimizer.param_groups]
-    norms = [
-        engine.gradient_norm(group) / scale for group in (groups if settings.clip_groups == "apart" else [parameters])
-    ]
+    groups = groups if settings.clip_groups == "apart" else [parameters]
+    norms = [engine.gradient_norm(group) / scale for group in groups]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    factors = [_factor(own, scale, settings.clip_norm) for own in norms]
-    # all that the host must know of a step in one transfer: on an accelerator it waits for the device here and nowhere else
+    # per group: removes the loss scale, and clips to the norm `limit`
+    clips = [torch.ones_like(own) if limit is None else (limit / (own + 1e-6)).clamp(max=1.0) for own in norms]
+    factors = [clip / scale for clip in clips]
+    # one transfer of all that the host needs of a step: on an accelerator it waits for the device here and nowhere else
     norm_value, loss_value, *numbers = torch.stack([norm, loss, *factors]).tolist()
     finite = math.isfinite(norm_value) and math.isfinite(loss_value)
     applied = finite and (settings.skip_norm is None or norm_value < settings.skip_norm)
     if applied:
-        for group, factor, number in zip(groups if len(norms) > 1 else [parameters], factors, numbers, strict=True):
+        for group, factor, number in zip(groups, factors, numbers, strict=True):
             gradients = [local_part(p.grad) for p in group if p.grad is not None]
-            if gradients and number != 1:  # two passes over all gradients, which most steps of a calm training need not
+            if gradients and number != 1:  # most steps of a calm training save two passes over all gradients
                 torch._foreach_mul_(gradients, factor)
         state.optimizer.step()
         state.ema.update()
@@ -201,13 +187,8 @@ def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: 
     return norm, applied
 
 
-def _factor(norm: Tensor, scale: float, limit: float | None) -> Tensor:
-    """What takes the loss scale out of gradients of this norm, and shortens them to the norm `limit`."""
-    return (torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)) / scale
-
-
 def _gone_bad(bad_steps: int, step: int, settings: TrainingSection, bad_samples: list[int], norm: float) -> str:
-    """What to say of the last of too many bad steps: where its batch is, and what to do."""
+    """The message after too many bad steps: the images of the last one, and what to do."""
     batch_size = settings.batch_size
     shown = ", ".join(map(str, bad_samples[:8])) + (", ..." if len(bad_samples) > 8 else "")
     what, which = "had a non-finite loss or gradient", "its loss is finite, its gradient is not"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, 
     """Add a low-rank update (alpha / rank) B A to every `nn.Linear` of `model`, in place; only A and B stay trainable.
 
     A (rank x in) is uniform in +-1/sqrt(in) and B (out x rank) zero, so the outputs do not change. Returns the factors by
-    name. The model needs peft afterwards: call it on a copy.
+    name. The model needs peft afterwards: pass a copy.
     """
     hush_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
@@ -32,20 +31,17 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, 
     )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with _global_generator_untouched():
+    with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     generator = torch.Generator().manual_seed(seed)
-    deltas = {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    factors = {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
     with torch.no_grad():
-        for name, parameter in deltas.items():
+        for name, parameter in factors.items():
             parameter.requires_grad_(True)
             if ".lora_A." in name:
                 bound = parameter.shape[1] ** -0.5
-                values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-                parameter.copy_(values)
-            else:
-                parameter.zero_()
-    return deltas
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+    return factors
 
 
 def delta_weights(averages: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -61,18 +57,8 @@ def delta_weights(averages: Mapping[str, Tensor], scale: float) -> dict[str, Ten
 def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of frozen linear layers to `dtype`, in place: for a temporary copy under autocast.
 
-    Autocast casts them to the same values at every call and caches only casts of trained weights. Products are the same bit
-    for bit; the casts and half of the memory are saved. Trained layers do not change.
+    Autocast would cast them to the same values at every call, because it caches only casts of trained weights.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters(recurse=False)):
             module.to(dtype)
-
-
-@contextmanager
-def _global_generator_untouched() -> Iterator[None]:
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)

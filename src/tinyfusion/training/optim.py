@@ -18,16 +18,13 @@ from tinyfusion.training.shards import is_sharded
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a module that ask for gradients, by name."""
+    """The parameters of a module that require gradients, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Named parameters that share a learning rate (None: the section's); `constant` exempts them from the schedule.
-
-    decayed: whether weight decay touches them.
-    """
+    """Named parameters with one learning rate (None: the section's), without schedule if `constant`, decay if `decayed`."""
 
     parameters: dict[str, nn.Parameter]
     learning_rate: float | None = None
@@ -40,28 +37,27 @@ def decay_groups(
     undecayed: Callable[[str, torch.Tensor], bool] | None,
     settings: TrainingSection,
 ) -> list[ParameterGroup]:
-    """One group, or two where there is weight decay and `undecayed` says of some (by name and value) that it is not for them."""
+    """One group, or two if there is weight decay and `undecayed` (name, value) exempts some parameters from it."""
     if undecayed is None or settings.weight_decay == 0:
         return [ParameterGroup(parameters)]
-    spared = {name: parameter for name, parameter in parameters.items() if undecayed(name, parameter)}
-    rest = {name: parameter for name, parameter in parameters.items() if name not in spared}
-    return [ParameterGroup(rest), ParameterGroup(spared, decayed=False)]
+    exempt = {name: parameter for name, parameter in parameters.items() if undecayed(name, parameter)}
+    rest = {name: parameter for name, parameter in parameters.items() if name not in exempt}
+    return [ParameterGroup(rest), ParameterGroup(exempt, decayed=False)]
 
 
 def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.Optimizer:
-    """AdamW over the groups that hold anything, with moments as `settings.optimizer` says.
+    """AdamW over the groups that are not empty, with the moments of `settings.optimizer`.
 
-    Raises ValueError where no group holds a parameter, UserError where moments in 8 bits cannot be had here.
+    Raises ValueError if all groups are empty, UserError if moments in 8 bits are not possible here.
     """
     listed: list[dict[str, Any]] = []
     for group in groups:
         rate = settings.learning_rate if group.learning_rate is None else group.learning_rate
-        values = list(group.parameters.values())
-        if values:
-            spared = {} if group.decayed else {"weight_decay": 0.0}
-            listed.append({"params": values, "lr": rate, "base": rate, "constant": group.constant, **spared})
+        if values := list(group.parameters.values()):
+            decay = {} if group.decayed else {"weight_decay": 0.0}
+            listed.append({"params": values, "lr": rate, "base": rate, "constant": group.constant, **decay})
     if not listed:
-        raise ValueError("nothing to train: no parameter group holds a parameter")
+        raise ValueError("nothing to train: no parameter group has a parameter")
     numbers: dict[str, Any] = dict(betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
     if settings.optimizer == "adamw-8bit":
         return _adamw_8bit(listed, numbers)
@@ -69,10 +65,9 @@ def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.
 
 
 def _adamw_8bit(listed: list[dict[str, Any]], numbers: dict[str, Any]) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW (arXiv 2110.02861): moments of tensors with 4,096 elements or more as one byte each.
+    """bitsandbytes' AdamW (arXiv 2110.02861): one byte per moment in tensors of at least 4,096 elements, scaled by blocks of 256.
 
-    A byte stands for a value between -1 and 1 (absolute, for the second moment), times the largest of its 256 neighbours.
-    Keeps the number of steps as a plain number.
+    Its state has the number of steps as a plain number.
     """
     first = listed[0]["params"][0]
     if any(is_sharded(parameter) for group in listed for parameter in group["params"]):
@@ -92,19 +87,18 @@ def _adamw_8bit(listed: list[dict[str, Any]], numbers: dict[str, Any]) -> torch.
         raise UserError(
             f"optimizer adamw-8bit is bitsandbytes, which {what}: pip install 'tinyfusion[8bit]', or use optimizer adamw"
         ) from error
-    optimizer: torch.optim.Optimizer = bitsandbytes.AdamW8bit(listed, **numbers)
-    return optimizer
+    return bitsandbytes.AdamW8bit(listed, **numbers)
 
 
 def hush_bitsandbytes() -> None:
-    """Keep it from talking, when it is imported, of kernels for 4-bit products: nothing here makes any. peft imports it too."""
+    """Silence its import warnings about 4-bit kernels, which are not used here; peft imports it too."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def linear(ends: tuple[float, float], step: int, steps: int) -> float:
-    """From ends[0] at step 0 to ends[1] at step `steps - 1` and after; ends[0] where there is one step only."""
-    share = min(step / max(steps - 1, 1), 1.0) if steps > 1 else 0.0
-    return ends[1] if share == 1 else ends[0] + (ends[1] - ends[0]) * share  # rounding must not miss the end
+    """From ends[0] at step 0 to ends[1] at step `steps - 1` and after; ends[0] if there is one step only."""
+    share = min(step / (steps - 1), 1.0) if steps > 1 else 0.0
+    return ends[1] if share == 1 else ends[0] + (ends[1] - ends[0]) * share  # the end is exact, without rounding
 
 
 def learning_rate_factor(settings: TrainingSection, step: int) -> float:

@@ -4,7 +4,7 @@
     state.json                         everything else, and the rows of sharded tensors in each file
     SHA256SUMS                         of both, as sha256sum writes it: `sha256sum -c SHA256SUMS` checks by hand
 
-A folder is undamaged if the sums over all of its files equal SHA256SUMS byte for byte. No file is a pickle; no code is run.
+A folder is undamaged if the sums over all of its files equal SHA256SUMS byte for byte. Reading runs no code: no file is a pickle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from torch import Tensor
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
-from tinyfusion.training.state import Progress
 
 FORMAT_VERSION = 2  # 1: `state.safetensors`, and its hash in state.json (tinyfusion 0.2.0)
 RECORD, SUMS = "state.json", "SHA256SUMS"
@@ -43,8 +42,25 @@ _TYPES = {
 _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
+@dataclass(frozen=True)
+class Progress:
+    """The fields of a training state that are not tensors.
+
+    bad_steps: consecutive ones. optimizer: its name in the recipe. good_steps: since loss_scale last changed.
+    optimizer_numbers: plain numbers in the optimiser's state, by "SLOT/PARAMETER".
+    """
+
+    step: int
+    bad_steps: int
+    seen_images: int
+    optimizer: str
+    loss_scale: float | None = None
+    good_steps: int = 0
+    optimizer_numbers: Mapping[str, int | float] = field(default_factory=dict)
+
+
 def part_name(rank: int, num: int) -> str:
-    """Name of the file of rank `rank`, where `num` ranks write."""
+    """Name of the file of rank `rank` of the `num` ranks that write."""
     return f"state-{rank:05d}-of-{num:05d}.safetensors"
 
 
@@ -60,7 +76,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write host tensors as a safetensors file, flush it to the disk, and return its SHA-256.
 
     A second thread hashes the bytes while they are written, both without the GIL: twice as fast as safetensors' own
-    writer followed by reading the file.
+    writer and a read of the file.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # every tensor stays aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -85,7 +101,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
-    """All bytes of a file, in order."""
     yield memoryview(head)
     for tensor in tensors:
         view = tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -94,7 +109,7 @@ def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
 
 
 def write_record(folder: Path, progress: Progress, split: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Write state.json and SHA256SUMS. split: shape and rows per file of every split tensor; digests: of the other files."""
+    """Write state.json and SHA256SUMS. split: shape and rows per file of sharded tensors; digests: of the other files."""
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(progress), "split": split}, indent=1, allow_nan=False)
     content = f"{text}\n".encode()
     (folder / RECORD).write_bytes(content)
@@ -105,7 +120,7 @@ def write_record(folder: Path, progress: Progress, split: Mapping[str, Any], dig
 
 
 def other_version(path: Path) -> str | None:
-    """The error message for a checkpoint of another version of tinyfusion; None where this version can read it."""
+    """The error message for a checkpoint of another version of tinyfusion; None if this version reads it."""
     if (path / _FORMER_TENSORS).is_file() and not (path / SUMS).exists():
         written_by = "tinyfusion 0.2.0, whose training states this version does not read"
         return f"{path} was written by {written_by}: start anew (--overwrite), or go on with tinyfusion 0.2.0"
@@ -125,7 +140,7 @@ def other_version(path: Path) -> str | None:
 
 
 def damage(path: Path) -> str | None:
-    """A description of damage to the files of a checkpoint; None where there is none. Reads all of it."""
+    """Read all files of a checkpoint; a description of their damage, None if there is none."""
     try:
         entries = sorted(path.iterdir())
         for entry in entries:
@@ -145,10 +160,7 @@ def damage(path: Path) -> str | None:
 
 
 def open_checkpoint(path: Path) -> SavedState:
-    """Open a checkpoint whose files are undamaged. Raises UserError if their content is no training state.
-
-    An OSError passes through: another process could read the file.
-    """
+    """Open a checkpoint with undamaged files. Raises UserError if they are no training state, OSError if they cannot be read."""
     names = sorted(entry.name for entry in path.iterdir() if entry.name not in (RECORD, SUMS))
     content = (path / RECORD).read_bytes()
     try:
@@ -172,7 +184,7 @@ def open_checkpoint(path: Path) -> SavedState:
 
 
 def _progress(record: Mapping[str, Any]) -> Progress:
-    """The fields of state.json. Raises KeyError or ValueError where a field is missing or of another type."""
+    """The fields of state.json. Raises KeyError or ValueError on missing fields and on other types."""
     progress = Progress(**{field.name: record[field.name] for field in fields(Progress)})
     for name in ("step", "bad_steps", "seen_images", "good_steps"):
         if type(number := getattr(progress, name)) is not int or number < 0:
@@ -181,12 +193,12 @@ def _progress(record: Mapping[str, Any]) -> Progress:
     if not (scale is None or 0 < float(scale) < math.inf) or type(progress.optimizer) is not str:
         raise ValueError(f"loss_scale is {scale!r}, optimizer {progress.optimizer!r}")
     if any(type(number) not in (int, float) for number in progress.optimizer_numbers.values()):
-        raise ValueError("optimizer_numbers holds more than numbers")
+        raise ValueError("optimizer_numbers are not all numbers")
     return progress
 
 
 class SavedState:
-    """Tensors of a checkpoint, read on demand, independent of the number of ranks that wrote it. A `SavedTensors`.
+    """Tensors of a checkpoint, read on demand, for any number of ranks that wrote it and that read it.
 
     split: {name: {"shape": of the whole, "rows": (first, number) per file}} of sharded tensors.
     """
@@ -218,7 +230,7 @@ class SavedState:
             self.dtype(name)
 
     def names(self) -> list[str]:
-        """All names."""
+        """Names of all tensors."""
         return list(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -226,11 +238,11 @@ class SavedState:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of its numbers. Raises KeyError where a training state has no such type."""
+        """Its dtype. Raises KeyError for one that a training state cannot have."""
         return _TYPES[self._files[self._places[name][0][0]].get_slice(name).get_dtype()]
 
     def rows(self, name: str, first: int, num: int) -> Tensor:
-        """Read `num` rows from row `first` on and no others. A tensor without dimensions is one row."""
+        """Read only the `num` rows from `first`. A scalar tensor counts as one row and is returned as a scalar."""
         shape, pieces = self._shapes[name], []
         try:
             for index, (start, there) in self._places[name]:

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether other ranks have other rows of the tensor."""
+    """Whether ranks have different rows of the tensor."""
     return isinstance(tensor, DTensor)
 
 
@@ -18,7 +18,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def like_part(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor sharded as `like`, whose rows on this rank are `part`; `part` itself where `like` is a plain tensor."""
+    """A tensor sharded as `like`, whose rows on this rank are `part`; `part` itself if `like` is a plain tensor."""
     if not isinstance(like, DTensor):
         return part
     mesh, placements = like.device_mesh, like.placements

@@ -1,61 +1,99 @@
-"""TrainState: everything a training must remember between two steps."""
+"""TrainState: everything a training must remember between two steps, moving average and loss scale included."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.training.ema import Ema
 from tinyfusion.training.optim import ParameterGroup, adamw
-from tinyfusion.training.scaling import LossScale
+from tinyfusion.training.saved import Progress, SavedState
 from tinyfusion.training.shards import first_row, is_sharded, like_part, local_part, whole
 
-
-class SavedTensors(Protocol):
-    """The tensors of a checkpoint by name, read when asked for."""
-
-    def names(self) -> Iterable[str]:
-        """All names."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
-        ...
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of its numbers."""
-        ...
-
-    def rows(self, name: str, first: int, num: int) -> Tensor:
-        """`num` rows from row `first` on. A tensor without dimensions is one row, and comes without dimensions."""
-        ...
+HORIZON_REMAINDER = 0.05  # share of the initial weights in the average above which a run counts as too short
+_START_SCALE, _LOWEST_SCALE, _GROW_EVERY = 2.0**16, 1.0, 2000
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What of a training state is not a tensor.
+class Ema:
+    """Moving average e <- decay * e + (1 - decay) * p of named parameters, once per step, started from p.
 
-    bad_steps: in a row, up to now. optimizer: the recipe's name of it. loss_scale: None without one; good_steps: since it
-    last changed. optimizer_numbers: what the optimiser holds as plain numbers, by "KEY/PARAMETER".
+    The average of a sharded parameter is sharded alike, and every rank updates its own rows.
     """
 
-    step: int
-    bad_steps: int
-    seen_images: int
-    optimizer: str
-    loss_scale: float | None = None
-    good_steps: int = 0
-    optimizer_numbers: Mapping[str, int | float] = field(default_factory=dict)
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1); got {decay}")
+        self.decay = decay
+        self.parameters = dict(parameters)
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the current parameters to the average."""
+        averages = [local_part(average) for average in self.average.values()]
+        current = [local_part(p) for p in self.parameters.values()]
+        torch._foreach_lerp_(averages, current, 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Copy the averages into the parameters of `module` by name; all ranks call where averages are sharded."""
+        parameters = dict(module.named_parameters())
+        for name, value in self.average.items():
+            if is_sharded(parameters[name]):
+                local_part(parameters[name]).copy_(local_part(value))
+            else:
+                parameters[name].copy_(whole(value))
+
+
+def horizon_warning(decay: float, steps: int, section: str) -> str | None:
+    """Advice if the average still holds more than 5 % of the initial weights after `steps`; None if it does not.
+
+    section: of the recipe that sets this training, such as "recover.training".
+    The published decay 0.9999 leaves 37 % after 10,000 steps (arXiv 2412.01199, table 7, samples raw weights instead).
+    """
+    remainder = decay**steps
+    if remainder <= HORIZON_REMAINDER:
+        return None
+    largest = math.floor(1e4 * HORIZON_REMAINDER ** (1 / max(steps, 1))) / 1e4  # rounded down: the advice must suffice
+    return (
+        f"the moving average (decay {decay}) still holds {remainder:.0%} of the initial weights after {steps} steps: "
+        f"--set {section}.ema_decay={largest:g} or less, or train longer"
+    )
+
+
+class LossScale:
+    """Loss scale of float16, whose small gradients would round to 0: halved on overflow, doubled after 2000 good steps.
+
+    The rule of torch's GradScaler, which cannot be used: it reads the gradients of one process, and ours may be sharded.
+    value: None if not `used`.
+    """
+
+    def __init__(self, used: bool) -> None:
+        self.value: float | None = _START_SCALE if used else None
+        self.good_steps = 0
+
+    @property
+    def can_fall(self) -> bool:
+        """Whether a lower scale may avoid the overflow."""
+        return self.value is not None and self.value > _LOWEST_SCALE
+
+    def update(self, finite: bool) -> None:
+        """Adapt the scale to a step whose gradients were finite or not."""
+        if self.value is None:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value = max(self.value / 2, _LOWEST_SCALE)
+        elif self.good_steps == _GROW_EVERY:
+            self.value, self.good_steps = self.value * 2, 0
 
 
 class TrainState:
-    """Everything a run must remember between two steps."""
+    """Model, optimiser, moving average, loss scale and counters of a training."""
 
     def __init__(self, model: nn.Module, groups: Sequence[ParameterGroup], settings: TrainingSection) -> None:
         self.model = model
@@ -69,30 +107,20 @@ class TrainState:
         self._optimizer_name: str = settings.optimizer
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained parameters as they are, whole, by name. Every process must call."""
+        """The trained parameters by name, gathered: all ranks call."""
         return {name: whole(parameter) for name, parameter in self.parameters.items()}
 
     def averages(self) -> dict[str, Tensor]:
-        """Their moving averages, whole, by name. Every process must call."""
+        """Their moving averages by name, gathered: all ranks call."""
         return {name: whole(average) for name, average in self.ema.average.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, averages and what the optimiser keeps, by name, as the processes hold them."""
-        tensors = self._fixed()
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{key}/{name}"] = value
-        return tensors
+        """Weights, averages and optimiser state by name, sharded as they are."""
+        state = self._optimizer_state()
+        return self._fixed() | {f"optimizer/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
 
     def progress(self) -> Progress:
-        """What else a checkpoint must hold."""
-        numbers = {
-            f"{key}/{name}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-            if isinstance(value, int | float)
-        }
+        """The rest of a checkpoint."""
         return Progress(
             self.step,
             self.bad_steps,
@@ -100,18 +128,17 @@ class TrainState:
             self._optimizer_name,
             self.scale.value,
             self.scale.good_steps,
-            numbers,
+            {key: value for key, value in self._optimizer_state().items() if isinstance(value, int | float)},
         )
 
     @torch.no_grad()
-    def load(self, saved: SavedTensors, progress: Progress) -> None:
-        """Continue from `tensors()` and `progress()` of an earlier run, on however many processes that was.
+    def load(self, saved: SavedState) -> None:
+        """Continue from a checkpoint, written on any number of ranks; each rank reads its own rows.
 
-        Every process reads the rows that it holds. Raises UserError, and changes nothing, where a tensor is missing,
-        too many, or of another shape or type.
+        Raises UserError, with the state unchanged, on missing or extra tensors, and on other shapes or dtypes.
         """
-        targets = self._fixed()
-        self._check(saved, progress, targets)
+        targets, progress = self._fixed(), saved.progress
+        self._check(saved, targets)
         for key, target in targets.items():
             own = local_part(target)
             own.copy_(saved.rows(key, first_row(target), own.shape[0] if own.ndim else 1))
@@ -129,42 +156,43 @@ class TrainState:
         self.step, self.seen_images, self.bad_steps = progress.step, progress.seen_images, progress.bad_steps
 
     def _fixed(self) -> dict[str, Tensor]:
-        """The tensors that are there from the first step on."""
+        """The tensors that exist before the first step."""
         tensors: dict[str, Tensor] = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
         return tensors | {f"ema/{name}": average for name, average in self.ema.average.items()}
 
-    def _check(self, saved: SavedTensors, progress: Progress, targets: Mapping[str, Tensor]) -> None:
-        """Raise UserError where a checkpoint is not one of this training."""
+    def _optimizer_state(self) -> dict[str, Tensor | float]:
+        """Tensors and numbers of the optimiser by "SLOT/PARAMETER"."""
+        state = self.optimizer.state
+        return {f"{k}/{name}": v for name, p in self.parameters.items() for k, v in state.get(p, {}).items()}
+
+    def _check(self, saved: SavedState, targets: Mapping[str, Tensor]) -> None:
+        """Raise UserError if a checkpoint is not of this training."""
+        progress = saved.progress
         if progress.optimizer != self._optimizer_name:
             raise UserError(
                 f"it was made with optimizer {progress.optimizer}, this training has {self._optimizer_name}"
             )
         names = set(saved.names())
         for key, target in targets.items():
-            wanted: tuple[Any, ...] = (tuple(target.shape), target.dtype)
-            form = (saved.shape(key), saved.dtype(key)) if key in names else None
-            if form != wanted:
-                raise UserError(f"it has no fitting {key}: wanted {_words(wanted)}, got {_words(form)}")
-        further = [key for key in names if key not in targets]
-        for key in [*further, *(f"optimizer/{key}" for key in progress.optimizer_numbers)]:
+            wanted = f"{target.dtype} of shape {tuple(target.shape)}"
+            got = f"{saved.dtype(key)} of shape {saved.shape(key)}" if key in names else "none"
+            if got != wanted:
+                raise UserError(f"it has no fitting {key}: wanted {wanted}, got {got}")
+        extra = [key for key in names if key not in targets]
+        for key in [*extra, *(f"optimizer/{key}" for key in progress.optimizer_numbers)]:
             kind, _, rest = key.partition("/")
             name = rest.partition("/")[2]
             if kind != "optimizer" or name not in self.parameters:
-                raise UserError(f"it holds {key}, which is no part of this training")
+                raise UserError(f"it has {key}, which this training has not")
             if self._optimizer_name == "adamw" and key in names:
-                allowed = ((), tuple(self.parameters[name].shape))
-                if saved.shape(key) not in allowed:
-                    raise UserError(f"it has no fitting {key}: wanted shape {allowed[1]}, got {saved.shape(key)}")
+                shape = tuple(self.parameters[name].shape)
+                if saved.shape(key) not in ((), shape):
+                    raise UserError(f"it has no fitting {key}: wanted shape {shape}, got {saved.shape(key)}")
 
 
-def _words(form: tuple[Any, ...] | None) -> str:
-    return "none" if form is None else f"{form[1]} of shape {form[0]}"
-
-
-def _placed(saved: SavedTensors, key: str, parameter: Tensor) -> Tensor:
+def _placed(saved: SavedState, key: str, parameter: Tensor) -> Tensor:
     """A tensor of the optimiser, on the device of its parameter, sharded alike where it has the same shape."""
-    shape = saved.shape(key)
-    if is_sharded(parameter) and shape == tuple(parameter.shape):
+    if is_sharded(parameter) and saved.shape(key) == tuple(parameter.shape):
         rows = saved.rows(key, first_row(parameter), local_part(parameter).shape[0])
         return like_part(rows.to(parameter.device, copy=True), parameter)
-    return saved.rows(key, 0, shape[0] if shape else 1).to(parameter.device, copy=True)
+    return saved.whole(key).to(parameter.device, copy=True)
