@@ -34,7 +34,7 @@ from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.evaluate.timing import interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.process_specs import sampler_of
-from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
+from tinyfusion.jobs.sampling_setup import SkippedModel, skipped_run_for
 from tinyfusion.models.checkpoint import open_model
 from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import sample as draw_samples

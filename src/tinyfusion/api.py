@@ -35,12 +35,10 @@ from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.families.family import ModelFamily
 from tinyfusion.families.registry import register_family
 from tinyfusion.jobs.criteria import criterion_context
-from tinyfusion.jobs.mask_training import mask_training, student_of
 from tinyfusion.jobs.process_specs import objective_for
-from tinyfusion.jobs.recovery import recovery
-from tinyfusion.jobs.references import Reference
 from tinyfusion.jobs.sampling_setup import open_drawing
-from tinyfusion.jobs.scoring import score
+from tinyfusion.jobs.scoring import Reference, score
+from tinyfusion.jobs.training import mask_training, recovery, student_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.base import Process

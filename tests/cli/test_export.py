@@ -15,8 +15,8 @@ from material import Cli, tiny
 from PIL import Image
 
 from tinyfusion.commands import export as exporting
+from tinyfusion.export.card import plan_png
 from tinyfusion.export.folder import push_to_hub, save_pretrained
-from tinyfusion.export.picture import plan_png
 from tinyfusion.models.checkpoint import open_model, save_model
 
 CARD = "README.md"
@@ -176,9 +176,10 @@ def test_a_card_says_how_the_model_was_made(cli: Cli, work: Path) -> None:
         assert "trained from nothing, and no licence is recorded" in card
         assert "non-commercial" not in card and "CC-BY" not in card and "origin is unknown" not in card
         assert "1. Trained from nothing on 8 images drawn from `images.npz`." in card
-    assert "2. Cut by the criterion `indices`." in cut and "The cut alone:" in cut
+    assert "2. Pruned by the criterion `indices`." in cut and "The cut alone:" in cut
     assert (
-        "2. Cut by the criterion `indices`.\n3. Recovered by `masked-kd` on 12 images drawn from `images.npz`." in back
+        "2. Pruned by the criterion `indices`.\n3. Recovered by `masked-kd` on 12 images drawn from `images.npz`."
+        in back
     )
     assert "The cut, without what followed it:" in back and "The cut alone" not in back
     run_words(cli, "export --model back/student --to official --out back.pt")
@@ -197,7 +198,7 @@ def test_a_card_does_not_guess_what_no_record_tells(cli: Cli, work: Path) -> Non
     assert "not recorded" in card and "1. " not in card
     save_model(tiny(7), work / "own" / "model")
     card = card_of(cli, "cut")
-    assert "1. Cut by the criterion `indices`." in card, "the teacher there is another one now"
+    assert "1. Pruned by the criterion `indices`." in card, "the teacher there is another one now"
 
 
 # -------------------------------------------------------------------------------------------------------------- pipeline

@@ -90,7 +90,7 @@ def test_what_is_evaluated_is_what_was_trained_on(cli: Cli, here: Path) -> None:
     """The reference of a folder has the pixels of the training set; another crop or orientation is another reference."""
     from tinyfusion.config.recipe import DataSection
     from tinyfusion.jobs.assemble import image_set
-    from tinyfusion.jobs.references import open_images
+    from tinyfusion.jobs.scoring import open_images
 
     photographs(here / "photos", mode="RGB", classes=3)
     trained = image_set("photos", 8)

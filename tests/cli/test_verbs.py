@@ -179,7 +179,7 @@ def test_recover(cli: Cli, work: Path, method: str, terms: set[str]) -> None:
 
 
 def test_a_start_says_in_one_line_what_memory_it_needs(cli: Cli, work: Path) -> None:
-    table = "recover: memory of one process at its fullest"
+    table = "recover: memory of one process at its peak"
     lines = done(cli, RECOVER).err.splitlines()
     needs = [line for line in lines if "GiB" in line]
     assert len(needs) == 1 and re.fullmatch(

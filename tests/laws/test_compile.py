@@ -21,7 +21,7 @@ from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
-from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
+from tinyfusion.jobs.sampling_setup import SkippedModel, skipped_run_for
 from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch

@@ -21,8 +21,8 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.data.image_sink import stream_images_npz, write_png_folder
 from tinyfusion.data.image_source import source_of
 from tinyfusion.families.dit.diffusers import config_of_arch, to_diffusers
-from tinyfusion.jobs.references import open_images
 from tinyfusion.jobs.sampling_setup import check_sampling, in_dtype, open_drawing, protocol
+from tinyfusion.jobs.scoring import open_images
 from tinyfusion.jobs.sharded_output import ImageShards, writing_shards
 from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel

@@ -43,11 +43,11 @@ class Trained:
     stack: BlockStack
     objective: Objective
     settings: TrainingSection
-    beside: list[torch.nn.Module]
+    also_resident: list[torch.nn.Module]
 
     def footprint(self) -> Footprint:
         args = self.state.model, self.stack, self.state.parameters, self.objective, latents, self.settings
-        return footprint_of(*args, self.beside)
+        return footprint_of(*args, self.also_resident)
 
     def noisy(self, images: int) -> Any:
         draws = Randomness(1).at(0, 0, images)
@@ -130,7 +130,9 @@ def test_what_waits_for_the_backward_pass_is_exact(tiny_model: MakeModel, kind: 
         per_image.append(meter.now)
         del loss
     wanted = (per_image[1] - per_image[0]) / 5
-    assert sum(b.held for b in measured.blocks) + measured.before + measured.after == pytest.approx(wanted, rel=0.02)
+    assert sum(b.retained for b in measured.blocks) + measured.before + measured.after == pytest.approx(
+        wanted, rel=0.02
+    )
 
 
 def test_live_bytes_agree_with_saved_tensors(tiny_model: MakeModel) -> None:
@@ -179,8 +181,15 @@ def test_counted_parts_are_those_of_the_state(tiny_model: MakeModel, dtype: str)
         assert plan.parts["gradients"] == sum(p.grad.nbytes for p in state.parameters.values() if p.grad is not None)
         assert plan.parts["moving_average"] == sum(v.nbytes for v in state.ema.average.values())
         assert plan.parts["frozen_weights"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-        others = sum(p.nbytes for m in given.beside if m is not model for p in m.parameters())
+        others = sum(p.nbytes for m in given.also_resident if m is not model for p in m.parameters())
         assert plan.parts["teacher"] + plan.parts["model_also_resident"] == others
+
+
+def test_fsdp2_gathers_what_is_in_no_block_and_two_blocks(tiny_model: MakeModel) -> None:
+    given = training(tiny_model, "recover")
+    model, inside = given.state.model, [sum(p.nbytes for p in block.parameters()) for block in given.stack]
+    outside = sum(p.nbytes for p in model.parameters()) - sum(inside)
+    assert given.footprint().gathered == outside + 2 * (max(inside) + max(inside))  # all of a block trains
 
 
 def test_measuring_changes_nothing(tiny_model: MakeModel) -> None:
@@ -202,11 +211,11 @@ def test_measuring_changes_nothing(tiny_model: MakeModel) -> None:
 
 def footprint(**changes: Any) -> Footprint:
     """Two blocks, even sizes, round numbers."""
-    block = BlockBytes(held=2000, output=100, passing=500, without_graph=900, casts=0)
-    half = dataclasses.replace(block, held=1200, casts=2_000)
+    block = BlockBytes(retained=2000, output=100, transient=500, without_graph=900, casts=0)
+    half = dataclasses.replace(block, retained=1200, casts=2_000)
     values: dict[str, Any] = dict(
-        trained=(400, 600, 8192), frozen_linear=0, frozen_rest=64, trained_block=2_000, weights_block=2_000,
-        weights_outside=100, teacher=8_000, teacher_gathered=4_100, also_resident=0, batch=10, graph_share=1.0, features=1,
+        trained=(400, 600, 8192), frozen_linear=0, frozen_rest=64, gathered=8_100, teacher=8_000,
+        teacher_gathered=4_100, also_resident=0, batch=10, graph_share=1.0, features=1,
         measured={
             "float32": Measured((block, block), (block,), 200, 100), "bfloat16": Measured((half, half), (block,), 200, 100),
         },
@@ -256,7 +265,7 @@ def test_fsdp2_halves_what_is_kept_and_gathers_blocks() -> None:
     for name in ("trained_weights", "frozen_weights", "gradients", "moving_average"):
         assert 2 * split.parts[name] == whole.parts[name]
     assert split.parts["teacher"] == whole.parts["teacher"]
-    assert split.parts["gathered_from_processes"] == 100 + 2 * (2_000 + 2_000)
+    assert split.parts["gathered_from_processes"] == 8_100
     shared = plan_of(ComputeSection(parallel="fsdp2", shard_teacher=True), 2, 2000)
     assert 2 * shared.parts["teacher"] == whole.parts["teacher"]
     assert shared.parts["gathered_from_processes"] == split.parts["gathered_from_processes"] + 4_100
@@ -310,7 +319,7 @@ def test_lines_name_what_there_is_and_its_share() -> None:
         {"trained_weights": 3 * GIB, "casts_of_weights": 0, "activations": GIB}, 1, "float32", False
     ).lines()
     assert text == [
-        "memory of one process at its fullest (1 image at once, float32):",
+        "memory of one process at its peak (1 image at once, float32):",
         "  trained weights    3.00 GiB    75 %",
         "  activations        1.00 GiB    25 %",
         "  sum                4.00 GiB   100 %",

@@ -40,8 +40,7 @@ from tinyfusion.evaluate.metrics import (
 )
 from tinyfusion.evaluate.statistics import RunningMoments, RunningScore, summarise
 from tinyfusion.jobs.assemble import RunOptions, _decoded_once
-from tinyfusion.jobs.references import open_images, open_reference
-from tinyfusion.jobs.scoring import score
+from tinyfusion.jobs.scoring import open_images, open_reference, score
 
 BLUR_SIGMAS_PX = (0.3, 0.4, 0.5, 0.7, 1.0)
 NOISE_SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -585,7 +584,7 @@ def test_a_large_folder_is_read_as_a_small_one(tmp_path: Path, monkeypatch: pyte
     for i, value in enumerate(values):
         Image.fromarray(value[..., 0] if i == 3 else value).save(tmp_path / f"{i}.png")
     small = open_images(str(tmp_path))
-    monkeypatch.setattr("tinyfusion.jobs.references.IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr("tinyfusion.jobs.scoring.IN_MEMORY_BYTES", 10)
     large = open_images(str(tmp_path))
     assert large.array is None
     assert large.shape == small.shape == (5, 8, 8, 3)

@@ -22,25 +22,14 @@ from tinyfusion.evaluate.inception import INCEPTION
 from tinyfusion.evaluate.paired_fidelity import fidelity, open_pairs
 from tinyfusion.jobs.assemble import RunOptions, device_for, is_pictures, plain_recipe
 from tinyfusion.jobs.origins import require_features, require_reference, with_evaluation
-from tinyfusion.jobs.references import Reference, open_images, open_reference
-from tinyfusion.jobs.scoring import STORED_MOMENTS, protocol_of, score
+from tinyfusion.jobs.scoring import STORED_MOMENTS, Reference, open_images, open_reference, protocol_of, score
 from tinyfusion.report import schema
 from tinyfusion.report.format import count, significant
-from tinyfusion.report.tables import UNBIASED_IMAGES
+from tinyfusion.report.tables import UNBIASED_IMAGES, distance_name
 
 T = TypeVar("T")
-METRICS = (
-    "fid",
-    "sfid",
-    "inception_score",
-    "precision",
-    "recall",
-    "nearest_reference_distance",
-    "num_images",
-    "protocol",
-)
-_TABLE = {  # label and metrics of every row of the table for people
-    "FID": ("fid",),
+METRICS = (*schema.SCORES, "protocol")
+_TABLE = {  # label and metrics of the rows of the table for people, after the Fréchet distance
     "sFID": ("sfid",),
     "Inception Score": ("inception_score",),
     "precision, recall": ("precision", "recall"),
@@ -59,9 +48,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score images (npz, folder of images, real set by name) against a reference and write the JSON at `options.out`.
 
-    reference: None is the first of the recipe. against: an npz that another model drew from the same seeds, for PSNR and SSIM
-    of the pairs. print_table: print scores, protocol and limits on stderr. examples: an npz to write for the page, with some
-    images of the reference.
+    reference: None is the first of the recipe. against: an npz of another model from the same seeds, for PSNR and SSIM of the
+    pairs. print_table: print the scores on stderr. examples: an npz to write with some images of the reference.
     """
     remarks: list[str] = []
     compared = reference or next(iter(recipe.evaluate.references), None)
@@ -72,7 +60,7 @@ def evaluate(
     features = require_features(recipe, str(samples), images.shape[1:])
     extractor = open_extractor(features, str(device_for(recipe)))
     extractor.check(images.first() if images.array is None else images.array, str(samples))
-    _check_count(images, str(samples), settings)
+    check_count(len(images), str(samples), settings)
     pairs = None if against is None else open_pairs(samples, against)
     real = _of_one_size(lambda: open_reference(reference, extractor, recipe.data), lambda: min(images.shape[1:3]))
     _check_reference(real, images, settings, [is_pictures(str(samples)), is_pictures(reference)])
@@ -86,9 +74,8 @@ def evaluate(
         plain["evaluate"].pop(other)
     if not file_output(options.out, "evaluate", plain, options.overwrite, read_json):
         say_finished(options.out, options.dry_run)
-        return _outcome(
-            schema.checked(read_json(options.out), schema.EVALUATION, options.out), str(samples), print_table
-        )
+        record = schema.checked(read_json(options.out), schema.EVALUATION, options.out)
+        return _outcome(record, str(samples), print_table)
     if options.dry_run:
         say(remarks)
         return {"protocol": protocol}
@@ -134,12 +121,12 @@ def _sampling(samples: Path, images: ImageSource, digest: str) -> str:
     if not what and record.get("image_hash") not in (None, digest):
         what = f"other images than {samples} holds"
     if what:
-        raise UserError(f"{file} tells of {what}: they do not belong together; sample again, or remove the record")
+        raise UserError(f"{file} describes {what}: they do not belong together; sample again, or remove the record")
     return str(record["protocol"])
 
 
 def _of_one_size(load: Callable[[], T], side_of_other: Callable[[], int | None]) -> T:
-    """What `load` returns. Raises `MixedSizes` with the side of the images to be compared with, where that is known."""
+    """The result of `load`. Raises `MixedSizes` with the side of the images to be compared with, where it is known."""
     try:
         return load()
     except MixedSizes as error:
@@ -157,19 +144,15 @@ def _side_of(name: str | None, data: DataSection) -> int | None:
 
 
 def _check_reference(real: Reference, images: ImageSource, settings: EvaluateSection, pictures: Sequence[bool]) -> None:
-    """Raise UserError on a reference that the images cannot be compared with.
-
-    pictures: whether `data.size` resizes the images, and the reference.
-    """
+    """Raise UserError on an unfit reference. pictures: whether `data.size` resizes the images, and the reference."""
     if real.source is None:
         return
-    _check_count(real.source, f"reference {real.name}", settings)
+    check_count(len(real.source), f"reference {real.name}", settings)
     shapes = images.shape[1:], real.source.shape[1:]
     if shapes[0] == shapes[1]:
         return
-    what = (
-        f"reference {real.name} has images {shapes[1]}, the samples {shapes[0]}: a distance between them would measure"
-    )
+    sizes = f"reference {real.name} has images {shapes[1]}, the samples {shapes[0]}"
+    what = f"{sizes}: a distance between them would measure"
     if shapes[0][:2] == shapes[1][:2]:
         raise UserError(f"{what} the colour: make both grey or both coloured")
     fixed = [shape for shape, scaled in zip(shapes, pictures, strict=True) if not scaled]
@@ -178,12 +161,11 @@ def _check_reference(real: Reference, images: ImageSource, settings: EvaluateSec
     raise UserError(f"{what} the size: bring both to one size{remedy}")
 
 
-def _check_count(images: ImageSource, what: str, settings: EvaluateSection) -> None:
-    if len(images) <= settings.neighbours:
-        raise UserError(
-            f"{what} has {len(images)} images: precision and recall with {settings.neighbours} neighbours "
-            f"need at least {settings.neighbours + 1}"
-        )
+def check_count(num: int, what: str, settings: EvaluateSection) -> None:
+    """Raise UserError where `what` has too few images for precision and recall."""
+    k = settings.neighbours
+    if num <= k:
+        raise UserError(f"{what} has {num} images: precision and recall with {k} neighbours need at least {k + 1}")
 
 
 def _outcome(record: Mapping[str, Any], samples: str, print_table: bool) -> dict[str, Any]:
@@ -195,29 +177,21 @@ def _outcome(record: Mapping[str, Any], samples: str, print_table: bool) -> dict
 
 def score_lines(record: Mapping[str, Any], samples: str) -> list[str]:
     """Lines of the table of an evaluation: scores, counts, protocol, and the limits of the FID."""
-    reference, features = record.get("reference", {}), record.get("features", {})
+    reference, features = record.get("reference", {}), record.get("features", {}).get("name")
     num_images, num_real = record.get("num_images"), reference.get("count")
-    protocol = str(record.get("protocol"))
-    real_in_fid = None if STORED_MOMENTS in protocol else num_real
-    rows = {label: ", ".join(significant(record.get(name)) for name in names) for label, names in _TABLE.items()}
-    remarks = []
-    if features.get("name") != INCEPTION:
-        remarks.append(f"features of {features.get('name')}: no FID of Inception features compares")
-    few = [
-        f"{count(num)} {what}"
-        for what, num in (("images", num_images), ("reference images", real_in_fid))
-        if _is_few(num)
-    ]
-    if few:
-        remarks.append(f"{' and '.join(few)}: biased upward, compare only at equal counts")
-    rows["FID"] += f"   ({'; '.join(remarks)})" if remarks else ""
+    protocol, distance = str(record.get("protocol")), distance_name([record])
+    counts = {"images": num_images, "reference images": None if STORED_MOMENTS in protocol else num_real}
+    # 0 stands for moments alone, of an unknown number of images
+    few = [f"{count(num)} {what}" for what, num in counts.items() if num and num < UNBIASED_IMAGES]
+    remarks = (
+        [] if features == INCEPTION else [f"features of {features}: not comparable with FIDs of Inception features"]
+    )
+    remarks += [f"{' and '.join(few)}: biased upward, compare only at equal counts"] if few else []
+    table = {distance: ("fid",), **_TABLE}
+    rows = {label: ", ".join(significant(record.get(name)) for name in names) for label, names in table.items()}
+    rows[distance] += f"   ({'; '.join(remarks)})" if remarks else ""
     if pairs := record.get("against"):
         rows["PSNR, SSIM"] = f"{significant(pairs.get('psnr_db'))} dB, {significant(pairs.get('ssim'))}"
     rows["images"] = f"{count(num_images)} of {samples}, against {count(num_real or None)} of {reference.get('name')}"
     rows["protocol"] = protocol
     return [f"{label:20}{text}" for label, text in rows.items()]
-
-
-def _is_few(num: float | None) -> bool:
-    """Whether an FID over `num` images is visibly biased; 0 means moments alone, of an unknown number of images."""
-    return num is not None and 0 < num < UNBIASED_IMAGES

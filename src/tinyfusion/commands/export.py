@@ -19,14 +19,15 @@ from tinyfusion.export.folder import (
     RECORD,
     PipelineComponents,
     autoencoder_files,
+    class_names,
     exported_tensors,
+    unfit_autoencoder,
     write_folder,
     write_official,
 )
-from tinyfusion.export.pipeline import class_names, unfit_autoencoder
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.history import Step, history
 from tinyfusion.jobs.latent_facts import with_settings
+from tinyfusion.jobs.origins import Step, history
 from tinyfusion.jobs.transformers import transformer_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.hub import HUB_ID, autoencoder_folder, upload_folder

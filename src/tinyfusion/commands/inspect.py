@@ -8,7 +8,7 @@ from typing import Any
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.jobs.process_specs import default_sampling, sampler_of
-from tinyfusion.jobs.skipped_model import skipped_run_for
+from tinyfusion.jobs.sampling_setup import skipped_run_for
 from tinyfusion.models.checkpoint import LoadedModel, model_record
 from tinyfusion.models.macs import model_macs
 

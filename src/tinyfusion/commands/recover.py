@@ -1,4 +1,4 @@
-"""`recover`: a pruned model back to quality."""
+"""`recover`: train a pruned model on its teacher, or alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from tinyfusion.jobs.driving import drive
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.process_specs import objective_for
-from tinyfusion.jobs.recovery import recovery
-from tinyfusion.jobs.training import Training
+from tinyfusion.jobs.training import Training, recovery
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.training.engine import Engine
@@ -34,7 +33,7 @@ class Recover(TrainingVerb[Training]):
             recipe, job = with_teacher(recipe, source, self.name, remarks)
             options = _opened_as_then(options, job)
         typed = options.num_heads, options.family, options.num_classes
-        # a folder says all that itself, and may be narrower than its teacher
+        # a folder states its sizes, which may be smaller than its teacher's
         names = typed if Path(source).is_file() else (None, options.family, None)
         student, teacher = open_stated(recipe, source, *names), None
         if recipe.recover.method != "finetune":
@@ -67,14 +66,9 @@ class Recover(TrainingVerb[Training]):
         folder.mark("done", seconds=seconds, seen_images=work.state.seen_images)
         return {"seconds": seconds}
 
-    def alone(self, recipe: Recipe, student: LoadedModel, teacher: LoadedModel, engine: Engine) -> Training:
-        """The recovery of a `run`. Raises UserError on everything that `recover` would refuse. Give copies."""
-        taught = teacher if recipe.recover.method != "finetune" else None
-        return self.work(Inputs(recipe, RunOptions(Path()), {"student": student, "teacher": taught}), engine)
-
 
 def _opened_as_then(options: RunOptions, job: Mapping[str, Any]) -> RunOptions:
-    """The options with what was typed to open the teacher in the run of this job, where it is not typed now."""
+    """The options with those that opened the teacher in the run of this job, where they are not given now."""
     kinds = {"num_heads": int, "family": str, "num_classes": int}
     then = {name: job[name] for name, kind in kinds.items() if isinstance(job.get(name), kind)}
     return dataclasses.replace(options, **{name: getattr(options, name) or value for name, value in then.items()})

@@ -17,7 +17,7 @@ import torch
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.commands.dynamic import dynamic
-from tinyfusion.commands.evaluate import evaluate
+from tinyfusion.commands.evaluate import check_count, evaluate
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
 from tinyfusion.commands.report import render_run
@@ -40,20 +40,21 @@ from tinyfusion.jobs.estimate import announce, described, sampling_estimate
 from tinyfusion.jobs.origins import require_features
 from tinyfusion.jobs.previews import check_previews
 from tinyfusion.jobs.process_specs import sampler_of
-from tinyfusion.jobs.references import open_reference
 from tinyfusion.jobs.routing import check_dynamic
 from tinyfusion.jobs.sampling_setup import autoencoder_for, check_sampling, image_shape_and_dtype
+from tinyfusion.jobs.scoring import open_reference
 from tinyfusion.jobs.timed_model import SPREAD_STEPS, timed_model
 from tinyfusion.jobs.verbs import Inputs, Work, finished, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.rules import list_groups
 from tinyfusion.prune.scheme import parse_scheme
+from tinyfusion.report.tables import distance_name
 from tinyfusion.training.engine import Engine
 
 
 def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
-    """Prune, recover, where asked make dynamic; sample all models from the same seeds, evaluate, time, write the page."""
+    """Prune, recover, optionally train routers; sample all models from the same seeds, evaluate, time, write the page."""
     engine = engine_for(recipe)
     teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
     remarks: list[str] = []
@@ -70,12 +71,16 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     missing = _check(recipe, options, teacher, engine) if mode == "new" else None
     say(remarks)
     if options.dry_run:
-        return _announce(recipe, teacher, engine, mode) | _unchecked(missing)
+        outcome = _announce(recipe, teacher, engine, mode)
+        if missing is None:
+            return outcome
+        print(f"not checked: images and references of the evaluation ({missing})", file=sys.stderr)
+        return outcome | {"would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
     with folder.writing("run", plain, options.overwrite):
         command = options.command or f"tinyfusion run --recipe {recipe.name} --out {options.out}"
         folder.mark("running", command=command, teacher_seen_images=teacher.facts.seen_images)
         _perform(recipe, options, folder, teacher)
-        if not folder.writes:  # what follows the trainings is done by one process
+        if not folder.writes:  # one process does everything after the trainings
             return {}
         folder.mark("done", seconds=sum(folder.record()["stages"].values()))
         try:
@@ -92,20 +97,17 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
     where = dataclasses.replace(options, overwrite=False)
     stage("prune", lambda: prune(recipe, dataclasses.replace(where, out=out / "prune")))
     stage("recover", lambda: recover(recipe, dataclasses.replace(where, out=out / "recover"), out / "prune"))
-    cut, student, routed = (out / stage_name / "student" for stage_name in ("prune", "recover", "dynamic"))
-    models = {"teacher": recipe.teacher, "pruned": str(cut), "student": str(student)}
+    student = str(out / "recover" / "student")
+    models = {"teacher": recipe.teacher, "pruned": str(out / "prune" / "student"), "student": student}
     if recipe.dynamic.in_run:
-        models["dynamic"] = str(routed)
-        stage("dynamic", lambda: dynamic(recipe, dataclasses.replace(where, out=out / "dynamic"), str(student)))
+        models["dynamic"] = str(out / "dynamic" / "student")
+        stage("dynamic", lambda: dynamic(recipe, dataclasses.replace(where, out=out / "dynamic"), student))
     if not folder.writes:
         return
     stage("sample", lambda: _sample(recipe, options, models))
     stage("evaluate", lambda: _evaluate(recipe, out, list(models)))
-    timed = {
-        "teacher": teacher,
-        **{n: open_model(source) for n, source in models.items() if n in ("student", "dynamic")},
-    }
-    stage("speed", lambda: _speed(recipe, out, timed))
+    timed = {name: open_model(source) for name, source in models.items() if name in ("student", "dynamic")}
+    stage("speed", lambda: _speed(recipe, out, {"teacher": teacher, **timed}))
 
     def step_of(model: LoadedModel, num_images: int) -> Callable[[], object]:
         return timed_model(model, recipe.sample, num_images, device_for(recipe), seed=recipe.seed).run
@@ -114,36 +116,27 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
     stage("pictures", lambda: write_pictures(recipe, out, teacher, open_model(student), step_of, place))
 
 
-def _unchecked(missing: WouldFetch | None) -> dict[str, Any]:
-    """Say what could not be checked, as it is not there and a dry run fetches nothing; the same for `--json`."""
-    if missing is None:
-        return {}
-    print(f"not checked: images and references of the evaluation ({missing})", file=sys.stderr)
-    return {"would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
-
-
 def _trainings(recipe: Recipe, teacher: LoadedModel, engine: Engine) -> list[Callable[[], Work]]:
-    """What the stages that train do, each to be built when called, so that one is in memory at a time."""
-    options = RunOptions(Path())
+    """The work of each stage that trains, built when called, so that one at a time is in memory."""
 
-    def dynamic_work() -> Work:
-        taught = teacher.copy() if recipe.dynamic.beside == "teacher" else None
-        student = teacher.cut(_stand_in(recipe, teacher))
-        return dynamic.work(Inputs(recipe, options, {"model": student, "teacher": taught}), engine)
+    def inputs(role: str, taught: bool) -> Inputs:
+        models = {role: teacher.cut(_stand_in(recipe, teacher)), "teacher": teacher.copy() if taught else None}
+        return Inputs(recipe, RunOptions(Path()), models)
 
     works: list[Callable[[], Work]] = [
-        lambda: prune.work(Inputs(recipe, options, {"teacher": teacher}), engine),
-        lambda: recover.alone(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher.copy(), engine),
+        lambda: prune.work(Inputs(recipe, RunOptions(Path()), {"teacher": teacher}), engine),
+        lambda: recover.work(inputs("student", recipe.recover.method != "finetune"), engine),
     ]
-    return [*works, *([dynamic_work] if recipe.dynamic.in_run else [])]
+    if recipe.dynamic.in_run:
+        works.append(lambda: dynamic.work(inputs("model", recipe.dynamic.beside == "teacher"), engine))
+    return works
 
 
 def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel, engine: Engine) -> WouldFetch | None:
-    """Whatever a stage would refuse is refused before anything is written. What a dry run leaves unchecked, as it would be fetched."""
+    """Raise UserError on whatever a stage would refuse. Returns the download that a dry run would need for the rest."""
     missing = None
-    for build in (
-        () if options.dry_run else _trainings(recipe, teacher, engine)[:2]
-    ):  # a dry run builds them to measure them
+    # a dry run builds the trainings to measure them
+    for build in () if options.dry_run else _trainings(recipe, teacher, engine)[:2]:
         build()
     if recipe.dynamic.in_run:
         check_dynamic(recipe, teacher.cut(_stand_in(recipe, teacher)), "the student")
@@ -161,44 +154,36 @@ def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel, engine: En
 
 
 def _drawn(recipe: Recipe) -> list[str]:
-    """The models that are sampled, scored and shown."""
+    """The models that are sampled and scored."""
     return ["teacher", "pruned", "student", *(["dynamic"] if recipe.dynamic.in_run else [])]
 
 
 def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
-    """UserError where the images to be drawn, or a reference, cannot be evaluated."""
-    neighbours, num_images = recipe.evaluate.neighbours, recipe.sample.num_images
+    """Raise UserError where the samples, or a reference, cannot be evaluated."""
     shape, dtype = image_shape_and_dtype(teacher, autoencoder_for(recipe.sample, teacher))
     if dtype != np.uint8:
         raise UserError("sample.decode=false keeps latents, and `run` scores pictures: leave it out")
     extractor = open_extractor(require_features(recipe, "images of the teacher", shape), str(device_for(recipe)))
     extractor.check(np.zeros((1, *shape), np.uint8), "images of the teacher")
-    counts = {"sample.num_images": num_images}
-    counts |= {
-        f"reference {name}": len(open_reference(name, extractor, recipe.data)) for name in recipe.evaluate.references
-    }
-    for name, count in counts.items():
-        if count <= neighbours:
-            raise UserError(
-                f"{name} is {count} images: precision and recall with {neighbours} neighbours "
-                f"need at least {neighbours + 1}"
-            )
+    check_count(recipe.sample.num_images, "sample.num_images", recipe.evaluate)
+    for name in recipe.evaluate.references:
+        check_count(len(open_reference(name, extractor, recipe.data)), f"reference {name}", recipe.evaluate)
 
 
 def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -> dict[str, Any]:
-    """What `--dry-run` says."""
-    prune_settings, routed = recipe.prune, recipe.dynamic
+    """Print and return the plan of a dry run."""
+    pruning, recovery, routed, drawn = recipe.prune, recipe.recover, recipe.dynamic, _drawn(recipe)
     estimates = [build().estimate() for build in _trainings(recipe, teacher, engine)]
     drawing = sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device_for(recipe))
-    estimate = functools.reduce(operator.add, [*estimates, *[drawing] * len(_drawn(recipe))])
+    estimate = functools.reduce(operator.add, [*estimates, *[drawing] * len(drawn)])
     steps = f"{routed.target:.0%} of the student's blocks, {routed.training.steps:,} steps"
-    learned = f" {prune_settings.scheme}, {prune_settings.training.steps:,} steps"
+    learned = f" {pruning.scheme}, {pruning.training.steps:,} steps"
     plan = {
         "teacher": described(teacher),
-        "prune": prune_settings.criterion + (learned if prune_settings.criterion == "learned" else ""),
-        "recover": f"{recipe.recover.method}, {recipe.recover.training.steps:,} steps of {recipe.recover.training.batch_size} images",
+        "prune": pruning.criterion + (learned if pruning.criterion == "learned" else ""),
+        "recover": f"{recovery.method}, {recovery.training.steps:,} steps of {recovery.training.batch_size} images",
         **({"dynamic": steps} if routed.in_run else {}),
-        "sample": f"{recipe.sample.num_images:,} images of each of {', '.join(_drawn(recipe))}",
+        "sample": f"{recipe.sample.num_images:,} images of each of {', '.join(drawn)}",
         "evaluate": f"against {', '.join(recipe.evaluate.references)}",
         "out": "a new run" if mode == "new" else "continues what is there",
     }
@@ -208,7 +193,7 @@ def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -
 
 
 def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
-    """A plan of the size that pruning will decide on; a narrower student stands in whole."""
+    """A plan of the size that pruning will decide on; of criterion width, with all blocks."""
     settings, depths = recipe.prune, teacher.stack.depths()
     if settings.criterion == "indices":
         return by_indices(teacher, settings.keep, recipe.seed)
@@ -223,7 +208,7 @@ def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
 
 
 def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
-    """Run a stage and add its seconds to run.json."""
+    """A function that runs a stage and adds its seconds to run.json."""
 
     def stage(name: str, work: Callable[[], Any]) -> None:
         check_stop()
@@ -234,7 +219,7 @@ def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
         began = time.perf_counter()
         try:
             work()
-        finally:  # the time of a sitting that was stopped counts
+        finally:  # the time of an interrupted sitting counts
             seconds = dict(folder.record().get("stages", {}))
             seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - began, 2)
             folder.mark("running", stages=seconds)
@@ -252,20 +237,19 @@ def _sample(recipe: Recipe, options: RunOptions, models: dict[str, str]) -> None
 
 
 def _compare(samples: Path, models: list[str]) -> None:
-    """One picture: a row of the same seeds for every model, the first image of each label, or the first ones of a single class."""
+    """A grid: a row of the same seeds for every model, the first image of each label, or the first ones of a single class."""
     drawn = [read_images_npz(samples / f"{name}.npz") for name in models]
     labels = drawn[0][1]
     if labels is None or drawn[0][0].shape[-1] not in (1, 3):
         return
     _, first = np.unique(labels, return_index=True)
-    if len(first) == 1:
-        first = np.arange(len(labels))
-    rows = np.concatenate([images[first[:20]] for images, _ in drawn])
-    write_grid_png(samples / "comparison.png", rows, len(first[:20]), max(1, 48 // rows.shape[1]))
+    chosen = (first if len(first) > 1 else np.arange(len(labels)))[:20]
+    rows = np.concatenate([images[chosen] for images, _ in drawn])
+    write_grid_png(samples / "comparison.png", rows, len(chosen), max(1, 48 // rows.shape[1]))
 
 
 def _evaluation(out: Path, model: str, reference: str) -> Path:
-    """Where the numbers of a model against a reference (a name or a path) stand."""
+    """The file of the scores of a model against a reference (a name or a path)."""
     return out / "evaluations" / f"{model}-{file_label(reference)}.json"
 
 
@@ -283,7 +267,7 @@ def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
 
 
 def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
-    """Measured seconds of guided denoising steps, all models in turn, in this process; "speedup" is the student's."""
+    """Write speed.json: guided denoising steps of all models, interleaved; "speedup" is the student's."""
     device, settings = device_for(recipe), recipe.speed
     routed = any(model.dynamic is not None for model in models.values())
     steps = max(settings.steps_per_repeat, SPREAD_STEPS) if routed else settings.steps_per_repeat
@@ -313,21 +297,17 @@ def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
 
 
 def _outcome(out: Path) -> dict[str, Any]:
-    """What `--json` prints of a finished run."""
+    """Print and return the main numbers of a finished run, for `--json`."""
     evaluation, speed = read_json(out / "evaluation.json"), read_json(out / "speed.json")
-    plan = read_json(out / "prune" / "plan.json")
+    blocks, page = read_json(out / "prune" / "plan.json")["kept"], out / "report.html"
     first = read_json(out / "run.json")["recipe"]["evaluate"]["references"][0]
-    words = {"teacher": "teacher", "pruned": "cut", "student": "recovered", "dynamic": "dynamic"}
-    files = {name: _evaluation(out, name, first) for name in words}
-    fids = {words[name]: read_json(file)["fid"] for name, file in files.items() if file.is_file()}
-    kept = "; ".join(" ".join(map(str, blocks)) for blocks in plan["kept"].values())
-    numbers = " -> ".join(f"{fid:.3g}" for fid in fids.values())
-    last = speed["models"].get("dynamic", speed)
-    print(f"FID {numbers} ({', '.join(fids)}), {last['speedup']:.2f} times as fast, kept {kept}")
-    print(f"open {out / 'report.html'}", file=sys.stderr)
-    return {
-        "report": str(out / "report.html"),
-        "fid": evaluation["fid"],
-        "speedup": last["speedup"],
-        "kept": plan["kept"],
-    }
+    words = {"teacher": "teacher", "pruned": "pruned", "student": "recovered", "dynamic": "dynamic"}
+    files = {word: _evaluation(out, name, first) for name, word in words.items()}
+    scores = {word: read_json(file) for word, file in files.items() if file.is_file()}
+    kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
+    numbers = " -> ".join(f"{score['fid']:.3g}" for score in scores.values())
+    speedup = speed["models"].get("dynamic", speed)["speedup"]
+    name = distance_name(scores.values())
+    print(f"{name} {numbers} ({', '.join(scores)}), {speedup:.2f} times as fast, kept {kept}")
+    print(f"open {page}", file=sys.stderr)
+    return {"report": str(page), "fid": evaluation["fid"], "speedup": speedup, "kept": blocks}

@@ -12,9 +12,9 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.jobs.assemble import RunOptions, device_for, open_batches, sized, trained_on
 from tinyfusion.jobs.driving import drive
+from tinyfusion.jobs.latent_facts import takes_prompts, with_prompts_of
 from tinyfusion.jobs.origins import with_watched
 from tinyfusion.jobs.process_specs import objective_for, process_spec
-from tinyfusion.jobs.prompts import takes_prompts, with_prompts_of
 from tinyfusion.jobs.training import Training
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, save
 from tinyfusion.models.checkpoint import new_model
@@ -38,7 +38,7 @@ class Train(TrainingVerb[Training]):
             sizes["num_classes"] = None  # it has no texts of its own
         model = new_model(sizes.pop("family"), sizes, Randomness(recipe.seed).generator_seed("initial-weights"))
         model = model.made_for(recipe.destination)
-        model.facts = dataclasses.replace(model.facts, process_settings=process_spec(model).kept(recipe))
+        model.facts = dataclasses.replace(model.facts, process_settings=process_spec(model).saved(recipe))
         model = with_prompts_of(recipe.data, trained_on(model, batches))
         batches.conditioned_on(model.conditions)
         return Inputs(with_watched(recipe, model, remarks), options, {"model": model}, batches=batches)

@@ -26,8 +26,7 @@ from tinyfusion.core.rundir import (
     stamp,
     write_json,
 )
-from tinyfusion.export.card import PICTURE
-from tinyfusion.export.picture import plan_png
+from tinyfusion.export.card import PICTURE, plan_png
 from tinyfusion.families.diffusers_classes.card import transformer_card
 from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder
 from tinyfusion.families.diffusers_classes.single_file import single_file_metadata, single_file_of, single_file_weights

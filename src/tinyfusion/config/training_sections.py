@@ -112,9 +112,9 @@ class WatchSection:
     grid_every_steps: Annotated[
         CountOrZero, "steps between two pictures of samples of the averaged weights; 0 makes none"
     ] = 0
-    grid_images: Annotated[CountOrZero, "images in such a picture"] = 40
+    grid_images: Annotated[Count, "images in such a picture"] = 40
     fid_every_steps: Annotated[CountOrZero, "steps between two small FIDs of the averaged weights; 0 takes none"] = 0
-    fid_images: Annotated[CountOrZero, "images of a small FID"] = 1000
+    fid_images: Annotated[int, Ge(2), Le(10**9), "images of a small FID"] = 1000
 
 
 @dataclass(frozen=True)

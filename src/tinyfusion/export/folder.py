@@ -16,11 +16,38 @@ from torch import Tensor
 
 from tinyfusion.core.rundir import atomic_write, write_json
 from tinyfusion.core.version import __version__
-from tinyfusion.export.card import PICTURE, CardNotes, model_card
-from tinyfusion.export.picture import plan_png
+from tinyfusion.export.card import PICTURE, CardNotes, model_card, plan_png
 from tinyfusion.families.family import DIFFUSERS_RECORD
+from tinyfusion.models.autoencoder import SCALE_OF_CLASS
 from tinyfusion.models.checkpoint import LoadedModel, model_record, save_model
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS, upload_folder
+
+
+def unfit_autoencoder(config: Any, model: LoadedModel) -> str | None:
+    """Why an autoencoder with this config.json does not go with the model; None where it does."""
+    if not isinstance(config, Mapping) or config.get("_class_name") != "AutoencoderKL":
+        kind = config.get("_class_name") if isinstance(config, Mapping) else None
+        return f"it is {f'a {kind}' if kind else 'no model of diffusers'}, wanted an AutoencoderKL"
+    channels, wanted = config.get("latent_channels", 4), model.arch.in_channels
+    if channels != wanted:
+        return f"its latents have {channels} channels, those of the model {wanted}"
+    return model.facts.unlike("it scales latents by", "latent_scale", config.get("scaling_factor", SCALE_OF_CLASS))
+
+
+def class_names(content: Any, num_classes: int) -> dict[int, str]:
+    """The name of every class, from the contents of a file: a list, numbers to names, or a model_index.json with `id2label`.
+
+    A pipeline takes "a, b" for two names of one class. Raises ValueError where not every class has exactly one entry.
+    """
+    if isinstance(content, Mapping) and "id2label" in content:
+        content = content["id2label"]
+    pairs = enumerate(content) if isinstance(content, list) else content.items() if isinstance(content, Mapping) else ()
+    names = {str(number): name for number, name in pairs}
+    wanted = [str(number) for number in range(num_classes)]
+    if set(names) != set(wanted) or not all(isinstance(name, str) and name.strip() for name in names.values()):
+        raise ValueError(f"it names {len(names)} classes, wanted a name for each of 0 to {num_classes - 1}")
+    return {int(number): names[number] for number in wanted}
+
 
 RECORD = "tinyfusion.json"  # marks an exported folder as ours
 _FILES = (  # that an export writes, as a regular expression of paths in its folder

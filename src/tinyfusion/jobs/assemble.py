@@ -28,9 +28,8 @@ from tinyfusion.data.latents import LATENTS, LatentBatches, open_latents
 from tinyfusion.data.originals import Pictures, read_originals
 from tinyfusion.data.parquet import HUB, HUB_STREAM, PARQUET, PARQUET_STREAM, STREAMED, WHOLE
 from tinyfusion.data.stream import StreamedBatches, open_shards
-from tinyfusion.jobs.latent_facts import check_latents, open_stated, with_latents
+from tinyfusion.jobs.latent_facts import check_latents, open_stated, prompts_file, prompts_hash, with_latents
 from tinyfusion.jobs.origins import require_data
-from tinyfusion.jobs.prompts import prompts_file, prompts_hash
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.places import is_shipped
 from tinyfusion.training.engine import Engine, open_engine

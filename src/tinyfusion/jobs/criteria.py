@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from tinyfusion.core.files import discard
 from tinyfusion.core.progress import progress
 from tinyfusion.core.rundir import CHECKPOINT_FILES, RunDirectory, atomic_write, write_json
 from tinyfusion.jobs.assemble import batches_for, device_for
-from tinyfusion.jobs.estimate import Estimate, copy_estimate, rounded
+from tinyfusion.jobs.estimate import PASSING_VALUES, Estimate, rounded, step_seconds, time_after
+from tinyfusion.jobs.footprint import FLOAT_BYTES
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
@@ -33,10 +33,7 @@ from tinyfusion.prune.mask_search import LossSums, first_samples, separate_evalu
 from tinyfusion.prune.width import check_width
 
 _SAVED_EVERY_S = 60.0
-_MEASURED_MACS = 2e10  # of the pass that an estimate measures: a batch is made smaller to stay below
-_FLOAT_BYTES = 4
-_PASSING_VALUES = 12  # values per token and channel that a block holds at once
-_SAVED_VALUES = 24  # that it holds for its backward pass
+_SAVED_VALUES = 24  # values per token and channel that a block retains for its backward pass
 
 
 def looks_at_images(criterion: str) -> bool:
@@ -47,9 +44,9 @@ def looks_at_images(criterion: str) -> bool:
 def criterion_context(
     teacher: LoadedModel, settings: PruneSection, seed: int, calibration: Callable[[], Calibration]
 ) -> CriterionContext:
-    """What a criterion without training reads. calibration: called where it looks at images.
+    """The context of a criterion without training. calibration: called where it looks at images.
 
-    Raises UserError on everything that the criterion would refuse.
+    Raises UserError on invalid settings.
     """
     if settings.criterion not in CRITERIA:
         raise UserError(f"criterion {settings.criterion} does not exist here: there is learned, {', '.join(CRITERIA)}")
@@ -71,22 +68,15 @@ def criterion_work(recipe: Recipe, teacher: LoadedModel) -> CriterionWork:
         plain = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, augment=0.0, flip=0.0))
         source = batches_for(plain, teacher, device)
         teacher.module.to(device)
-        return calibration_set(
-            objective_for(teacher, 0.0, recipe),
-            source,
-            recipe.data.name,
-            len(source),
-            settings.calibration_images,
-            settings.calibration_batch_size,
-            recipe.seed,
-        )
+        sizes = (len(source), settings.calibration_images, settings.calibration_batch_size)
+        return calibration_set(objective_for(teacher, 0.0, recipe), source, recipe.data.name, *sizes, recipe.seed)
 
     return CriterionWork(criterion_context(teacher, settings, recipe.seed, calibration))
 
 
 @dataclass(frozen=True)
 class CriterionWork:
-    """A criterion without training as the work of `prune`."""
+    """The work of `prune` with a criterion without training."""
 
     context: CriterionContext
     settings: None = None
@@ -94,36 +84,36 @@ class CriterionWork:
 
     def disk_bytes(self) -> int:
         """Bytes of the student."""
-        return _FLOAT_BYTES * num_parameters(self.context.teacher.module)
+        return FLOAT_BYTES * num_parameters(self.context.teacher.module)
 
     def estimate(self) -> Estimate:
         """Minutes from one measured forward pass, memory from shapes."""
         context = self.context
         teacher, evaluations = context.teacher, CRITERIA[context.settings.criterion].evaluations
         if evaluations is None:
-            return copy_estimate(teacher)
-        calibration, arch = context.images, teacher.arch
-        batch = calibration.batches[0]
-        size = batch.x0.shape[0]
-        measured = max(1, min(size, int(_MEASURED_MACS / model_macs(teacher))))
-        few = first_samples(batch, measured)
-        seconds = math.inf
-        with torch.inference_mode():
+            return rounded(0.0, 2 * self.disk_bytes(), self.disk_bytes(), "nothing is trained")
+        calibration, arch, depth = context.images, teacher.arch, len(teacher.stack)
+        batch, weights = calibration.batches[0], num_parameters(teacher.module)
+        size, device = batch.x0.shape[0], batch.x0.device
+
+        @torch.inference_mode()
+        def measure(images: int) -> float:
+            few, ends = first_samples(batch, images), [time.perf_counter()]
             for _ in range(2):  # the first one warms up
-                began = time.perf_counter()
-                float(calibration.objective.predict(teacher.module, few).output.flatten()[0])
-                seconds = min(seconds, time.perf_counter() - began)
-        passes = evaluations(context) / len(teacher.stack) * calibration.images / measured
-        tokens, depth = size * arch.num_tokens * arch.hidden_size, len(teacher.stack)
-        weights, values = num_parameters(teacher.module), depth + 1 + _PASSING_VALUES
+                output = calibration.objective.predict(teacher.module, few).output
+                ends.append(time_after(float(output.flatten()[0])))
+            return ends[2] - ends[1]
+
+        seconds, basis = step_seconds(measure, model_macs(teacher), size, weights, device)
+        passes = evaluations(context) / depth * calibration.images / size
+        values = depth + 1 + PASSING_VALUES
         if context.settings.criterion == "width":
             weights, values = 3 * weights, depth * _SAVED_VALUES  # a copy of the teacher and its gradients
-        memory = _FLOAT_BYTES * (weights + tokens * values)
-        basis = f"measured on a pass of {measured} images, {batch.x0.device.type}"
+        memory = FLOAT_BYTES * (weights + size * arch.num_tokens * arch.hidden_size * values)
         return rounded(passes * seconds, memory, self.disk_bytes(), basis)
 
     def describe(self) -> dict[str, str]:
-        """What `--dry-run` says of the criterion."""
+        """Rows of `--dry-run` about the criterion."""
         context = self.context
         settings, row = context.settings, CRITERIA[context.settings.criterion]
         variant = {
@@ -138,9 +128,8 @@ class CriterionWork:
             says["keeps"] = "; ".join(f"{', '.join(map(str, listed))} of {name}" for name, listed in kept.items())
         elif settings.criterion == "width":
             groups = check_width(context.teacher, settings)
-            says["keeps"] = (
-                f"{settings.width_share:.0%} of the parameters: every block, {groups['residual'].size} channels wide"
-            )
+            wide = f"every block, {groups['residual'].size} channels wide"
+            says["keeps"] = f"{settings.width_share:.0%} of the parameters: {wide}"
         else:
             says["keeps"] = "; ".join(f"{g.keep} of {g.size} ({name})" for name, g in context.groups.items())
             if settings.protect:
@@ -149,11 +138,8 @@ class CriterionWork:
             return says
         calibration, size = context.images, settings.calibration_batch_size
         if settings.criterion == "width":
-            first = len(calibration.batches[0])
-            return {
-                **says,
-                "data": f"{first:,} images of {calibration.data} at timesteps 0, 1, 2, ... (1,000 at the most)",
-            }
+            num = f"{len(calibration.batches[0]):,} images of {calibration.data}"
+            return {**says, "data": f"{num} at timesteps 0, 1, 2, ... (1,000 at the most)"}
         again = f" ({calibration.distinct:,} different ones)" if calibration.distinct < calibration.images else ""
         says["data"] = f"{calibration.images:,} images{again} of {calibration.data}, {size} at a time"
         if settings.criterion.endswith("-loss"):
@@ -167,7 +153,7 @@ class CriterionWork:
         return says
 
     def decide(self, run: RunDirectory) -> PrunePlan:
-        """The plan, with progress; a search of masks leaves `calibration.json`, and goes on where it was stopped."""
+        """The plan, with progress; a mask search writes `calibration.json`, and resumes after an interruption."""
         context = self.context
         evaluations = CRITERIA[context.settings.criterion].evaluations
         if evaluations is None:
@@ -193,7 +179,7 @@ class CriterionWork:
 
 
 def _save(run: RunDirectory, sums: LossSums, seconds: float) -> None:
-    """A search so far, as `checkpoints/step-BATCHES/`; the one before it goes."""
+    """Save a search as `checkpoints/step-BATCHES/`, and remove the previous one."""
     target = run.checkpoints / f"step-{sums.batches:07d}"
     with atomic_write(target, CHECKPOINT_FILES) as unfinished:
         unfinished.mkdir(parents=True)
@@ -206,7 +192,7 @@ def _save(run: RunDirectory, sums: LossSums, seconds: float) -> None:
 
 
 def _load(run: RunDirectory) -> tuple[LossSums | None, float]:
-    """What an interrupted search had, and the seconds it took; nothing where there is none, or it is damaged."""
+    """The sums of an interrupted search and its seconds; None and 0 where there is none, or it is damaged."""
     for path in sorted(run.checkpoints.glob("step-*"), reverse=True):
         try:
             saved = load_file(path / "losses.safetensors")

@@ -25,9 +25,8 @@ from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.timing import interleaved, speedup
 from tinyfusion.jobs.assemble import batches_for, device_for
 from tinyfusion.jobs.process_specs import objective_for
-from tinyfusion.jobs.references import open_reference
 from tinyfusion.jobs.sampling_setup import draw, protocol
-from tinyfusion.jobs.scoring import protocol_of, score
+from tinyfusion.jobs.scoring import open_reference, protocol_of, score
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.training.loop import BatchSource
 from tinyfusion.training.saved import damage, open_checkpoint, other_version

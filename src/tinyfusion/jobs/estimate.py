@@ -1,12 +1,11 @@
-"""What a job will take, for `--dry-run`: memory and disk from shapes, minutes from a measured piece of the work.
+"""Cost of a job, for `--dry-run`: memory and disk from shapes, minutes from a measured piece of the work.
 
-Writes nothing. Not counted: start-up, the program itself, evaluation and the page (seconds).
+Not counted: start-up, the program itself, evaluation and the page (seconds).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,16 +24,14 @@ from tinyfusion.sample.drive import sample as draw_samples
 
 _MEASURED_PARAMETERS = 200_000_000  # larger models are not run for an estimate, their operations are counted
 _MEASURED_MACS = 5e9  # of one measured step: the batch is made smaller to stay below, and the time scaled
-_PASSING_VALUES = (
-    12  # values per token and channel that a model holds at once without a graph: an MLP's hidden layer, twice
-)
+PASSING_VALUES = 12  # values per token and channel at once without a graph: an MLP's hidden layer, twice
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Rounded numbers of a job. memory_gib: on the device, without the program itself. basis: where the minutes come from.
+    """Rounded numbers of a job. memory_gib: on the device, without the program itself. basis: source of the minutes.
 
-    memory_plan: what of a training takes the memory, and what would fit, as lines for people.
+    memory_plan: tables of the memory of a training, as lines for people.
     """
 
     minutes: float
@@ -45,13 +42,9 @@ class Estimate:
 
     def __add__(self, other: Estimate) -> Estimate:
         """One job after the other."""
-        return Estimate(
-            self.minutes + other.minutes,
-            max(self.memory_gib, other.memory_gib),
-            self.disk_mib + other.disk_mib,
-            self.basis,
-            (*self.memory_plan, *other.memory_plan),
-        )
+        minutes, memory_gib = self.minutes + other.minutes, max(self.memory_gib, other.memory_gib)
+        lines = (*self.memory_plan, *other.memory_plan)
+        return Estimate(minutes, memory_gib, self.disk_mib + other.disk_mib, self.basis, lines)
 
 
 def sampling_estimate(model: LoadedModel, settings: SampleSection, sampler: Sampler, device: torch.device) -> Estimate:
@@ -70,43 +63,27 @@ def sampling_estimate(model: LoadedModel, settings: SampleSection, sampler: Samp
 
     weights = num_parameters(model.module)
     seconds, basis = step_seconds(measure, rows * model_macs(model), batch, weights, device)
-    memory = FLOAT_BYTES * (weights + rows * batch * _activations(model))
-    return rounded(
-        seconds * sampler.calls * settings.num_images / batch,
-        memory,
-        settings.num_images * arch.in_channels * arch.input_size**2,
-        basis,
-    )
-
-
-def _about(value: float) -> str:
-    return "below 0.01" if value < 0.01 else f"about {value:,.2f}" if value < 10 else f"about {value:,.0f}"
-
-
-def copy_estimate(model: LoadedModel) -> Estimate:
-    """Minutes and memory of cutting a model without any training."""
-    num_bytes = FLOAT_BYTES * num_parameters(model.module)
-    return rounded(0.0, 2 * num_bytes, num_bytes, "nothing is trained")
+    memory = FLOAT_BYTES * (weights + rows * batch * arch.num_tokens * arch.hidden_size * PASSING_VALUES)
+    disk = settings.num_images * arch.in_channels * arch.input_size**2
+    return rounded(seconds * sampler.calls * settings.num_images / batch, memory, disk, basis)
 
 
 def announce(verb: str, plan: dict[str, Any], estimate: Estimate, spoken: bool = True) -> dict[str, Any]:
-    """Print what `verb` would do and what it would take (where `spoken`); the same as plain values, for `--json`."""
-    values = {"plan": {**plan, **dataclasses.asdict(estimate)}}
-    if not spoken:
-        return values
+    """Print the plan of `verb` with its estimate (where `spoken`). Returns both as plain values, for `--json`."""
+
+    def about(value: float) -> str:
+        return "below 0.01" if value < 0.01 else f"about {value:,.2f}" if value < 10 else f"about {value:,.0f}"
+
     rows = {
         **plan,
-        "minutes": f"{_about(estimate.minutes)} ({estimate.basis})",
-        "memory": f"{_about(estimate.memory_gib)} GiB without the program itself",
-        "disk": f"{_about(estimate.disk_mib)} MiB",
+        "minutes": f"{about(estimate.minutes)} ({estimate.basis})",
+        "memory": f"{about(estimate.memory_gib)} GiB without the program itself",
+        "disk": f"{about(estimate.disk_mib)} MiB",
     }
-    print(f"{verb} would do this:")
-    for name, value in rows.items():
-        print(f"  {name:12} {value}")
-    for line in estimate.memory_plan:
-        print(line)
-    sys.stdout.flush()
-    return values
+    lines = [f"{verb} would do this:", *(f"  {name:12} {value}" for name, value in rows.items())]
+    for line in [*lines, *estimate.memory_plan] if spoken else ():
+        print(line, flush=True)
+    return {"plan": {**plan, **dataclasses.asdict(estimate)}}
 
 
 def described(model: LoadedModel) -> str:
@@ -114,20 +91,11 @@ def described(model: LoadedModel) -> str:
     return f"{model.family.name}, {len(model.stack)} blocks, {num_parameters(model.module):,} parameters, {model.hash()[:12]}"
 
 
-def _activations(model: LoadedModel) -> int:
-    """Values that one image needs inside the model at once, without a graph."""
-    return int(model.arch.num_tokens * model.arch.hidden_size) * _PASSING_VALUES
-
-
 def step_seconds(
-    measure: Callable[[int], float],
-    macs_per_image: int,
-    batch_size: int,
-    parameters: int,
-    device: torch.device,
+    measure: Callable[[int], float], macs_per_image: int, batch_size: int, parameters: int, device: torch.device,
     least: int = 1,
-) -> tuple[float, str]:
-    """Seconds of one step at `batch_size`, and where they come from. least: images that a step cannot do without."""
+) -> tuple[float, str]:  # fmt: skip
+    """Seconds of one step at `batch_size`, and their source. least: the fewest images of a step."""
     if parameters <= _MEASURED_PARAMETERS:
         measured = max(least, min(batch_size, int(_MEASURED_MACS / macs_per_image)))
         return measure(measured) * batch_size / measured, f"measured on two steps of {measured} images, {device.type}"
@@ -143,13 +111,13 @@ def step_seconds(
 
 
 def time_after(_: float) -> float:
-    """The time after a value has arrived on the host, and so all work before it is done."""
+    """The time after a value has arrived on the host, so all work before it is complete."""
     return time.perf_counter()
 
 
 def rounded(
-    seconds: float, memory_bytes: float, disk_bytes: float, basis: str, memory_table: tuple[str, ...] = ()
+    seconds: float, memory_bytes: float, disk_bytes: float, basis: str, memory_plan: tuple[str, ...] = ()
 ) -> Estimate:
     """An estimate in minutes, GiB and MiB."""
     minutes, memory_gib, disk_mib = round(seconds / 60, 4), round(memory_bytes / 2**30, 4), round(disk_bytes / 2**20, 3)
-    return Estimate(minutes, memory_gib, disk_mib, basis, memory_table)
+    return Estimate(minutes, memory_gib, disk_mib, basis, memory_plan)

@@ -1,11 +1,11 @@
-"""What the memory of a training follows from: sizes counted from shapes, activation sizes measured on one block.
+"""What determines the memory of a training: sizes counted from shapes, activation sizes measured on one block.
 
-One block of each kind runs forward and backward on one image and on two, while every tensor that is allocated and freed is
-counted. The difference is what an image needs, the rest is what weights need (their casts). That is exact for any
-family, type and attention kernel, because it is the very code that will train, and takes about a second for a block
-of a 675M model on a CPU; a formula would have to follow every line of every model. What lies around the blocks (embedding,
-output, losses, features that are compared, gates) is measured in the same way, on the whole objective with blocks that
-return their input. Memory that kernels take and free inside is not seen.
+One block of each kind runs forward and backward on one image and on two, and every tensor that is allocated and freed is
+counted. The difference is what an image needs, the rest is what weights need (their casts). This is exact for any family,
+type and attention kernel, because it is the code that will train, and takes about a second for a block of a 675M model on
+a CPU; a formula would have to follow every line of every model. What is outside the blocks (embedding, output, losses, compared
+features, gates) is measured in the same way, on the whole objective with blocks that return their input. Memory inside
+kernels is not counted.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ _FEW, _MORE = 8, 16  # images; even, because some gates compare images in pairs,
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """What one block needs, in bytes; all but `casts` per image.
+    """Bytes of one block; all but `casts` per image.
 
-    held: from its forward pass until its backward pass, with its output. passing: on top of that, at most, while its
-    backward pass runs. without_graph: at once, in a forward pass without one. casts: of its trained weights to autocast's type.
+    retained: from its forward to its backward pass, with its output. transient: at most, in addition, during its backward
+    pass. without_graph: at most, in a forward pass without a graph. casts: of its trained weights to autocast's type.
     """
 
-    held: int
+    retained: int
     output: int
-    passing: int
+    transient: int
     without_graph: int
     casts: int
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The needs of every block, of the trained model and of the teacher, in one type.
+    """Bytes of every block of the trained model and of the teacher, in one type.
 
-    before, after: bytes per image around the blocks, held since the last of them began (embedding, features, gates), and
+    before, after: bytes per image outside the blocks, retained when the last of them begins (embedding, features, gates), and
     allocated after it (output, losses).
     """
 
@@ -67,19 +67,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Everything about a training that its memory follows from, but settings and processes. Bytes, where not said otherwise.
+    """Everything about a training that determines its memory, except settings and processes. In bytes unless noted.
 
     trained: numbers in every trained tensor. frozen_linear: numbers in linear layers that do not train; frozen_rest: other
-    frozen numbers. *_outside: of what is in no block; *_block: of the largest block. graph_share, features: as in
-    `StepMemory`. also_resident: other models on the device.
+    frozen numbers. gathered, teacher_gathered: weights and gradients that a process of FSDP2 has whole at a time. graph_share,
+    features: as in `StepMemory`. also_resident: other models on the device. measured: by type.
     """
 
     trained: tuple[int, ...]
     frozen_linear: int
     frozen_rest: int
-    trained_block: int
-    weights_block: int
-    weights_outside: int
+    gathered: int
     teacher: int
     teacher_gathered: int
     also_resident: int
@@ -116,38 +114,28 @@ class LiveBytes(TorchDispatchMode):
 
 
 def footprint_of(
-    model: nn.Module,
-    stack: BlockStack,
-    parameters: Mapping[str, Tensor],
-    objective: Objective,
-    source: BatchSource,
-    settings: TrainingSection,
-    also_resident: Sequence[nn.Module] = (),
-) -> Footprint:
+    model: nn.Module, stack: BlockStack, parameters: Mapping[str, Tensor], objective: Objective, source: BatchSource,
+    settings: TrainingSection, also_resident: Sequence[nn.Module] = (),
+) -> Footprint:  # fmt: skip
     """Count and measure a training. Every process must call where models are sharded; nothing that trains changes.
 
-    model, stack: what trains, and its blocks. parameters: the trained ones, gates included. also_resident: other modules that
-    stay in memory; they count where they are on the same device. Measured in the type of `settings`, float32 and bfloat16.
+    parameters: the trained ones, gates included. also_resident: other modules that stay in memory; they count where they are
+    on the same device. Measured in the type of `settings`, float32 and bfloat16.
     """
     device = next(iter(parameters.values())).device
     memory = objective.step_memory()
     teacher, teacher_stack = memory.teacher or (None, None)
-    linears = (m for m in model.modules() if isinstance(m, nn.Linear))
-    of_linears = [list(m.parameters(recurse=False)) for m in linears]
+    of_linears = [list(m.parameters(recurse=False)) for m in model.modules() if isinstance(m, nn.Linear)]
     frozen_linear = sum(p.numel() for own in of_linears if not any(p.requires_grad for p in own) for p in own)
     others = [m for m in also_resident if m is not model and m is not teacher and next(m.parameters()).device == device]
-    largest, outside = _weights(model, stack)
-    teacher_block, teacher_outside = _weights(teacher, teacher_stack) if teacher and teacher_stack else (0, 0)
     measured, batch = _measured(model, stack, objective, source, settings)
     return Footprint(
         trained=tuple(p.numel() for p in parameters.values()),
         frozen_linear=frozen_linear,
         frozen_rest=sum(p.numel() for p in model.parameters() if not p.requires_grad) - frozen_linear,
-        trained_block=max(_bytes(block, trained=True) for block in stack),
-        weights_block=largest,
-        weights_outside=outside,
+        gathered=_gathered(model, stack) + 2 * max(_bytes(block, trained=True) for block in stack),
         teacher=_bytes(teacher) if teacher else 0,
-        teacher_gathered=teacher_outside + 2 * teacher_block,
+        teacher_gathered=_gathered(teacher, teacher_stack) if teacher and teacher_stack else 0,
         also_resident=sum(map(_bytes, others)),
         batch=batch,
         graph_share=memory.graph_share,
@@ -160,16 +148,16 @@ def _bytes(module: nn.Module, trained: bool = False) -> int:
     return FLOAT_BYTES * sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-def _weights(module: nn.Module, stack: BlockStack) -> tuple[int, int]:
-    """Bytes of the largest block, and of what is in no block."""
+def _gathered(module: nn.Module, stack: BlockStack) -> int:
+    """What is in no block stays whole from the forward pass on; one block is used while the next one comes."""
     inside = [_bytes(block) for block in stack]
-    return max(inside), _bytes(module) - sum(inside)
+    return _bytes(module) - sum(inside) + 2 * max(inside)
 
 
 def _measured(
     model: nn.Module, stack: BlockStack, objective: Objective, source: BatchSource, settings: TrainingSection
 ) -> tuple[dict[str, Measured], int]:
-    """What blocks need by type, and the bytes of one image's batch."""
+    """Bytes of blocks by type, and of one image's batch."""
     memory = objective.step_memory()
     stacks = [stack, *([memory.teacher[1]] if memory.teacher else [])]
     live: dict[int, tuple[int, int]] = {}
@@ -209,7 +197,7 @@ def _autocast(device: str, dtype: str) -> torch.autocast:
 
 @dataclass
 class _StandIn:
-    """Stands in for the `forward` of a block, and returns its streams. call: the first one. live: bytes at that call."""
+    """A `forward` of a block that returns its streams. call: the first one. live: bytes at that call."""
 
     block: nn.Module
     streams: Streams
@@ -226,7 +214,7 @@ class _StandIn:
 
 
 def _block_bytes(recorded: list[_StandIn], dtype: str, as_recorded: bool, trains: bool) -> tuple[BlockBytes, ...]:
-    """The needs of every block; blocks of one class and the same shapes are measured once."""
+    """Bytes of every block; blocks of one class and the same shapes are measured once."""
 
     def kind(block: nn.Module) -> tuple[Any, ...]:
         return type(block), tuple((tuple(p.shape), p.requires_grad) for p in block.parameters())
@@ -256,17 +244,17 @@ def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
         inputs = [value.requires_grad_() for value in tensors_in((one.args, one.kwargs)) if value.is_floating_point()]
         with _autocast(device.type, dtype), LiveBytes() as meter:
             outputs = tensors_in(copy(*one.args, **one.kwargs))
-        held = meter.now
+        retained = meter.now
         with meter:
             torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
         del outputs
-        rows.append((held, size, meter.peak - held, without_graph))
-    held, size, passing, without_graph = (b - a for a, b in zip(*rows, strict=True))
-    return BlockBytes(held, size, max(passing, 0), without_graph, max(rows[0][0] - held, 0))
+        rows.append((retained, size, meter.peak - retained, without_graph))
+    retained, size, transient, without_graph = (b - a for a, b in zip(*rows, strict=True))
+    return BlockBytes(retained, size, max(transient, 0), without_graph, max(rows[0][0] - retained, 0))
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:
-    """The same layers with whole float32 weights of their own (values of no meaning), without hooks or a stand-in `forward`."""
+    """The same layers with float32 weights of their own (values are arbitrary), without hooks or a stand-in `forward`."""
     kind = type(module)
     copy: nn.Module = kind.__new__(kind)  # of a class that FSDP2 made for its module this gives the plain one
     attributes = {k: v for k, v in vars(module).items() if k not in ("forward", "_compiled_call_impl")}

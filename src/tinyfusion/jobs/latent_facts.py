@@ -1,17 +1,72 @@
-"""What a recipe states of a model's latents: scale, shift, autoencoder and picture side, from its settings and its data."""
+"""Facts of a model's inputs that a recipe states: scale, shift, autoencoder and image size of latents; encoded prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tinyfusion.config.recipe import Recipe, SampleSection
+from tinyfusion.conditioning.texts import text_table
+from tinyfusion.config.recipe import DataSection, Recipe, SampleSection
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import sha256_of
 from tinyfusion.data.latents import LATENTS, MANIFEST, LatentSpec, read_manifest
 from tinyfusion.data.published_latents import PUBLISHED_FACTOR
-from tinyfusion.jobs.prompts import with_prompts_of
+from tinyfusion.families.registry import family_named
+from tinyfusion.families.tensor_checks import check_finite
 from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.tensors import read_safetensors
+
+PROMPTS = "prompts.safetensors"  # in a folder of latents
+_CHECKED_BYTES = 2**30  # files up to here are looked through for values that are not finite
+
+
+def prompts_file(data: DataSection) -> Path | None:
+    """The file of the data's prompts: as set, else the one in its folder of latents; None where there is none."""
+    if data.prompts:
+        return Path(data.prompts)
+    path = Path(data.name.removeprefix(LATENTS)) / PROMPTS
+    return path if data.name.startswith(LATENTS) and path.is_file() else None
+
+
+def prompts_hash(data: DataSection) -> dict[str, Any]:
+    """The SHA-256 of the data's prompts for the plain recipe, {} where there are none."""
+    path = prompts_file(data)
+    if path is None or not path.is_file():
+        return {}
+    state = path.stat()
+    return {"prompts": _hash(path, state.st_size, state.st_mtime_ns)}
+
+
+@lru_cache(maxsize=4)
+def _hash(path: Path, _size: int, _changed_ns: int) -> str:
+    return sha256_of(path)
+
+
+def takes_prompts(recipe: Recipe) -> bool:
+    """Whether the new model of a recipe gets the prompts of its data."""
+    family = recipe.model.family
+    return family is not None and family_named(family).texts is not None and prompts_file(recipe.data) is not None
+
+
+def with_prompts_of(data: DataSection, model: LoadedModel) -> LoadedModel:
+    """The model with the prompts of its data, where there are any. Raises UserError on prompts that it cannot take."""
+    path = prompts_file(data)
+    if path is None or (model.family.texts is None and not data.prompts):
+        return model
+    if model.family.texts is None:
+        raise UserError(
+            f"{path}: prompts are for models of texts, and one of family {model.family.name} takes classes: leave it out"
+        )
+    tensors = read_safetensors(path)
+    if path.stat().st_size <= _CHECKED_BYTES:
+        check_finite(tensors, str(path))
+    try:
+        return model.with_prompts(text_table(tensors))
+    except ValueError as error:  # UserError among them
+        raise UserError(f"{path}: {error}") from error
+
 
 _PUBLISHED_CHANNELS = 4
 
@@ -19,24 +74,23 @@ _PUBLISHED_CHANNELS = 4
 def open_stated(
     recipe: Recipe, source: str | Path, num_heads: int | None, family: str | None, num_classes: int | None = None
 ) -> LoadedModel:
-    """`open_model` with the facts of its latents that the recipe states: in its settings, and by its data.
-
-    Raises UserError where a setting contradicts what the model's own file states.
-    """
+    """`open_model` with the facts that the recipe states. Raises UserError where a setting contradicts the model's file."""
     return with_facts_of(recipe, open_model(source, recipe.sample.weights, num_heads, family, num_classes))
 
 
 def with_facts_of(recipe: Recipe, model: LoadedModel) -> LoadedModel:
-    """The model with what the recipe states of it: facts of its latents, in its settings and by its data, and prompts."""
+    """The model with the facts of its latents that settings and data state, and with prompts."""
     model = with_prompts_of(recipe.data, with_settings(model, recipe.sample))
     folder = Path(recipe.data.name.removeprefix(LATENTS))
-    if not recipe.data.name.startswith(LATENTS) or not (folder / MANIFEST).is_file():  # whoever reads the data says so
+    if (
+        not recipe.data.name.startswith(LATENTS) or not (folder / MANIFEST).is_file()
+    ):  # the reader of the data refuses it
         return model
     return with_latents(model, *read_manifest(folder))
 
 
 def with_settings(model: LoadedModel, settings: SampleSection) -> LoadedModel:
-    """The model with scale, shift and autoencoder as set. Raises UserError where its file states another scale or shift."""
+    """The model with the scale, shift and autoencoder of `settings`. Raises UserError where its file states others."""
     for name in ("latent_scale", "latent_shift"):
         value = getattr(settings, name)
         if value is not None and name not in model.doubtful and (reason := model.facts.unlike("it is", name, value)):
@@ -46,7 +100,7 @@ def with_settings(model: LoadedModel, settings: SampleSection) -> LoadedModel:
 
 
 def with_latents(model: LoadedModel, spec: LatentSpec, about: Mapping[str, Any]) -> LoadedModel:
-    """The model with the facts of a set of latents, where it has none or the same scale and shift. about: its manifest."""
+    """The model with the facts of a set of latents, unless its scale and shift differ. about: the manifest."""
     facts = model.facts
     if spec.shape[0] != model.arch.in_channels or any(
         facts.unlike("", name, value) for name, value in (("latent_scale", spec.scale), ("latent_shift", spec.shift))
@@ -61,7 +115,7 @@ def with_latents(model: LoadedModel, spec: LatentSpec, about: Mapping[str, Any])
 
 
 def check_latents(model: LoadedModel, name: str, spec: LatentSpec) -> None:
-    """Raise UserError where the latents `name` were scaled or shifted otherwise than the model wants them."""
+    """Raise UserError where the latents `name` have another scale or shift than the model's."""
     for fact, value in (("latent_scale", spec.scale), ("latent_shift", spec.shift)):
         if reason := model.facts.unlike(f"{name} was made for the {fact.removeprefix('latent_')}", fact, value):
             raise UserError(reason)

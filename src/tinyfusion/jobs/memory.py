@@ -1,8 +1,8 @@
 """Memory model of a training step: bytes on one device by what takes them, and the batches that cards of usual sizes hold.
 
-Weights, gradients, moments and averages follow from shapes, activations from what `jobs/footprint.py` measured on one
-block. Everything here is arithmetic, so that other batch sizes, types and numbers of processes are known without running.
-Not counted: the program and its libraries, workspaces of kernels, what an allocator keeps for later.
+Weights, gradients, moments and averages follow from shapes, activations from what `jobs/footprint.py` measured. All of it is
+arithmetic, so that other batch sizes, types and numbers of processes are known without running. Not counted: the program and
+its libraries, workspaces of kernels, what an allocator keeps for later.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, Measured
@@ -27,10 +28,10 @@ _MOST_IMAGES = 2**21
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device at the fullest moment of a step, by what takes them.
+    """Bytes on one device at the peak of a step, by what takes them.
 
     images: at once on this process. overlap: gradients take the place of activations in the backward pass, so that
-    "activations" is what these need beyond the gradients.
+    "activations" is what these need in addition to the gradients.
     """
 
     parts: Mapping[str, int]
@@ -49,20 +50,13 @@ class MemoryPlan:
         rows = [(named.get(name, name.replace("_", " ")), size) for name, size in self.parts.items() if size]
         rows.append(("sum", self.total))
         wide, plural = max(len(name) for name, _ in rows), "image" if self.images == 1 else "images"
-        return [
-            f"memory of one process at its fullest ({self.images:,} {plural} at once, {self.dtype}):",
-            *(f"  {name:{wide}}  {_readable(size):>10}  {_share(size, self.total):>6}" for name, size in rows),
-        ]
-
-
-def _readable(size: int) -> str:
-    unit, name = next(((u, n) for u, n in ((GIB, "GiB"), (2**20, "MiB")) if size >= u / 2), (2**10, "KiB"))
-    return f"{size / unit:,.2f} {name}"
-
-
-def _share(size: int, total: int) -> str:
-    share = 100 * size / max(total, 1)
-    return "< 1 %" if share < 1 else f"{share:.0f} %"
+        lines = [f"memory of one process at its peak ({self.images:,} {plural} at once, {self.dtype}):"]
+        for name, size in rows:
+            unit, word = next(((u, w) for u, w in ((GIB, "GiB"), (2**20, "MiB")) if size >= u / 2), (2**10, "KiB"))
+            share = 100 * size / max(self.total, 1)
+            percent = "< 1 %" if share < 1 else f"{share:.0f} %"
+            lines.append(f"  {name:{wide}}  {f'{size / unit:,.2f} {word}':>10}  {percent:>6}")
+        return lines
 
 
 def images_at_once(batch_size: int, world: int, compute: ComputeSection) -> int:
@@ -79,36 +73,33 @@ def memory_plan(
     images = images_at_once(settings.batch_size, world, compute) if images is None else images
     several = compute.gradient_accumulation_steps > 1
     lasting_gradients = several or (world > 1 and not split)  # DDP's buckets live on between steps
-    numbers = sum(math.ceil(size / shares) for size in footprint.trained)
+    trained = FLOAT_BYTES * sum(math.ceil(size / shares) for size in footprint.trained)
     linear_bytes = FLOAT_BYTES if settings.dtype == "float32" else _HALF_BYTES
     frozen = footprint.frozen_linear * linear_bytes + footprint.frozen_rest * FLOAT_BYTES
     gathered = 0
-    if split:  # what is in no block stays whole from the forward pass on; one block is used while the next one comes
-        gathered = footprint.weights_outside + 2 * (footprint.weights_block + footprint.trained_block)
-        gathered += footprint.teacher_gathered if compute.shard_teacher else 0
-        gathered += (
-            FLOAT_BYTES * sum(footprint.trained) if several else 0
-        )  # all microbatches but the last have whole ones
-    gradients = FLOAT_BYTES * numbers
+    if split:
+        gathered = footprint.gathered + (footprint.teacher_gathered if compute.shard_teacher else 0)
+        # all microbatches but the last have whole gradients
+        gathered += FLOAT_BYTES * sum(footprint.trained) if several else 0
     measured = footprint.measured[settings.dtype]
     (activations, casts), (at_end, end_casts) = _moments(footprint, measured, images, compute.gradient_checkpointing)
-    fullest = activations + casts
+    peak = activations + casts
     if not lasting_gradients:
-        if fullest <= gradients + at_end + end_casts:
-            fullest, casts = gradients + at_end + end_casts, end_casts
-        fullest -= gradients
-        casts = min(casts, fullest)
+        if peak <= trained + at_end + end_casts:
+            peak, casts = trained + at_end + end_casts, end_casts
+        peak -= trained
+        casts = min(casts, peak)
     parts = {
-        "trained_weights": FLOAT_BYTES * numbers,
+        "trained_weights": trained,
         "frozen_weights": math.ceil(frozen / shares),
-        "gradients": gradients,
-        "optimizer": _moment_bytes(footprint.trained, shares, settings.optimizer),
-        "moving_average": FLOAT_BYTES * numbers,
+        "gradients": trained,
+        "optimizer": sum(_moment_bytes(math.ceil(size / shares), settings.optimizer) for size in footprint.trained),
+        "moving_average": trained,
         "teacher": math.ceil(footprint.teacher / (shares if compute.shard_teacher else 1)),
         "model_also_resident": footprint.also_resident,
         "gathered_from_processes": gathered,
         "casts_of_weights": casts,
-        "activations": fullest - casts,
+        "activations": peak - casts,
         "batches": images * compute.gradient_accumulation_steps * (compute.prefetch_batches + 1) * footprint.batch,
     }
     return MemoryPlan(parts, images, settings.dtype, not lasting_gradients)
@@ -117,15 +108,15 @@ def memory_plan(
 def _moments(
     footprint: Footprint, measured: Measured, images: int, checkpointing: bool
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Bytes of (activations, casts of weights), without gradients: when most is held, and in the backward pass of one block."""
+    """Bytes of (activations, casts of weights), without gradients: at their peak, and in the backward pass of one block."""
     blocks, graphed = measured.blocks, images * footprint.graph_share
     without_graph = [(images - graphed) * b.without_graph for b in blocks]  # of images that drop the block
-    inside = [graphed * b.held + max(graphed * b.passing, w) for b, w in zip(blocks, without_graph, strict=True)]
+    inside = [graphed * b.retained + max(graphed * b.transient, w) for b, w in zip(blocks, without_graph, strict=True)]
     casts, block_casts = sum(b.casts for b in blocks), max(b.casts for b in blocks)
     before, after = images * measured.before, images * measured.after
     if checkpointing:
         outputs = before + graphed * sum(b.output for b in blocks)
-        again = graphed * max(b.held + b.passing - b.output for b in blocks)  # the output is not made again
+        again = graphed * max(b.retained + b.transient - b.output for b in blocks)  # the output is not made again
         passing = max(graphed, images - graphed) * max(b.without_graph for b in blocks)
         moments = [
             (outputs + passing, casts),  # autocast holds casts until the end of the forward pass
@@ -133,23 +124,20 @@ def _moments(
             (outputs + again, block_casts),  # then one block at a time is made again
         ]
     else:
-        held = [graphed * b.held for b in blocks]
-        moments = [(before + after + sum(held) + max(i - h for i, h in zip(inside, held, strict=True)), casts)]
+        retained = [graphed * b.retained for b in blocks]
+        extra = max(i - r for i, r in zip(inside, retained, strict=True))
+        moments = [(before + after + sum(retained) + extra, casts)]
     if measured.teacher:  # runs before the student
         moments.append((images * max(b.without_graph + footprint.features * b.output for b in measured.teacher), 0))
     activations, casts = max(moments, key=sum)
     return (math.ceil(activations), casts), (math.ceil(max(inside)), block_casts)
 
 
-def _moment_bytes(trained: Sequence[int], shares: int, optimizer: str) -> int:
-    """Two moments per number: float32, or 8 bits with a float32 constant per block of numbers, and each tensor's step."""
-    total = 0
-    for size in (math.ceil(size / shares) for size in trained):
-        if optimizer == "adamw-8bit" and size >= _SMALLEST_8BIT:
-            total += 2 * (size + FLOAT_BYTES * math.ceil(size / _BLOCK_8BIT))
-        else:
-            total += 2 * FLOAT_BYTES * size + FLOAT_BYTES
-    return total
+def _moment_bytes(size: int, optimizer: str) -> int:
+    """Two moments per number: float32 with the tensor's step, or 8 bits with a float32 constant per block of numbers."""
+    if optimizer == "adamw-8bit" and size >= _SMALLEST_8BIT:
+        return 2 * (size + FLOAT_BYTES * math.ceil(size / _BLOCK_8BIT))
+    return 2 * FLOAT_BYTES * size + FLOAT_BYTES
 
 
 def fits(plan_of: Callable[[int], MemoryPlan], gib: float) -> int:
@@ -162,22 +150,16 @@ def fitting_lines(
     footprint: Footprint, settings: TrainingSection, compute: ComputeSection, world: int = 1
 ) -> list[str]:
     """A table for people: how many images at once fit cards of usual sizes, by type and checkpointing."""
-    rows = []
+    lines = [
+        f"images at once for which a card is large enough, {100 * FREE_SHARE:.0f} % of it left free:",
+        f"  {'':32}" + "".join(f"{f'{gib} GiB':>14}" for gib in CARDS_GIB),
+    ]
     for dtype in footprint.measured:
+        changed = dataclasses.replace(settings, dtype=dtype)  # type: ignore[arg-type]  # a key of ours
         for checkpointing in (False, True):
             other = dataclasses.replace(compute, gradient_checkpointing=checkpointing)
-            changed = dataclasses.replace(settings, dtype=dtype)  # type: ignore[arg-type]  # a key of ours
-
-            def plan_of(images: int, changed: TrainingSection = changed, other: ComputeSection = other) -> MemoryPlan:
-                return memory_plan(footprint, changed, other, world, images)
-
+            plan_of = partial(memory_plan, footprint, changed, other, world)
             numbers = [fits(plan_of, gib) for gib in CARDS_GIB]
             cells = "".join(f"{f'{number:,}' if number else 'does not fit':>14}" for number in numbers)
-            rows.append(f"  {dtype + (', gradient checkpointing' if checkpointing else ''):32}{cells}")
-    head = "".join(f"{f'{gib} GiB':>14}" for gib in CARDS_GIB)
-    return [
-        f"images at once for which a card is large enough, {100 * FREE_SHARE:.0f} % of it left free:",
-        f"  {'':32}{head}",
-        *rows,
-        "  compute.gradient_accumulation_steps runs a larger batch in microbatches",
-    ]
+            lines.append(f"  {dtype + (', gradient checkpointing' if checkpointing else ''):32}{cells}")
+    return [*lines, "  compute.gradient_accumulation_steps runs a larger batch in microbatches"]

@@ -1,12 +1,13 @@
-"""What a command leaves unnamed: teacher and data of the run that made a model, the digits where a model takes such, else an error.
+"""Inputs that a command does not name: teacher and data of the run that wrote a model, else the digits, else an error.
 
 Recipes name no teacher, data, references or features by default, so that nothing is trained on or compared with a set that
-nobody chose.
+the user did not choose. The same records give the history of a model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tinyfusion.data.latents import LATENTS
 from tinyfusion.data.parquet import HUB, PARQUET, STREAMED
 from tinyfusion.evaluate.features import DIGITS_FEATURES, FEATURE_CHOICES
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.places import is_shipped
+from tinyfusion.models.places import RUN_MODELS, is_shipped
 
 _MODEL_FOLDERS = ("student", "student-raw", "model", "model-raw")  # of a run
 _DIGITS_SHAPE, _DIGITS_CLASSES = (8, 8, 1), 10
@@ -31,29 +32,29 @@ _SETS = f"{LATENTS}PATH, {PARQUET}PATH, {HUB}ORG/NAME, a folder of pictures or a
 
 @dataclass(frozen=True)
 class MakingRun:
-    """The run that made a model: its folder, and its record with a `job`."""
+    """The run that wrote a model: its folder, and its record with a `job`."""
 
     path: Path
     record: Mapping[str, Any]
 
     @property
     def job(self) -> Mapping[str, Any]:
-        """The whole recipe as plain values, and the models as they were named."""
+        """The recipe as plain values, and the models as they were named."""
         return dict(self.record["job"])
 
     def section(self, name: str) -> Any:
-        """A field or section of its recipe; None where there is none."""
+        """A field or section of the recipe; None where there is none."""
         recipe = self.job.get("recipe")
         return recipe.get(name) if isinstance(recipe, dict) else None
 
     def teacher(self) -> str | None:
-        """The model that it started from or learned from; None where it had none, or none is recorded."""
-        found = self.job.get("teacher") or self.section("teacher")
-        return found if isinstance(found, str) and found and self.record.get("verb") != "train" else None
+        """The model that it started from or learned from; None where none is recorded."""
+        teacher = self.job.get("teacher") or self.section("teacher")
+        return teacher if isinstance(teacher, str) and teacher and self.record.get("verb") != "train" else None
 
 
 def making_run(source: str | Path) -> MakingRun | None:
-    """The run that made the model at `source`, a run folder or a model folder in one; None where no record of it is there."""
+    """The run that wrote the model at `source`, a run folder or a model folder in one; None without a record."""
     path = Path(source)
     places = [path, path / "recover", path / "prune", *([path.parent] if path.name in _MODEL_FOLDERS else [])]
     for folder in places if source and not is_shipped(source) else []:  # an empty path would be the current folder
@@ -68,7 +69,7 @@ def making_run(source: str | Path) -> MakingRun | None:
 def with_teacher(
     recipe: Recipe, student: str | Path, verb: str, remarks: list[str]
 ) -> tuple[Recipe, Mapping[str, Any]]:
-    """The recipe with the teacher of the run that made the student, where it names none; and the job of that run, else {}.
+    """The recipe with a teacher, where it names none that of the run that wrote the student; and the job of that run, else {}.
 
     remarks: gets a line for people. Raises UserError where neither names one.
     """
@@ -88,52 +89,40 @@ def with_teacher(
 def with_data(
     recipe: Recipe, model: LoadedModel, sources: Iterable[str | Path], remarks: list[str], needed: bool = True
 ) -> Recipe:
-    """The recipe with the data of the run that made one of the models at `sources`, where it names none; else the digits.
+    """The recipe with data, where it names none those of the run that wrote one of the models at `sources`, else the digits.
 
-    remarks: gets lines for people. needed: raise UserError where neither is possible, as the model takes no digits. Where
-    scores are watched, features and references are filled in as well.
+    remarks: gets lines for people. needed: raise UserError where neither is possible, as the model takes no digits. Features and
+    references of watched scores are filled in as well.
     """
     if not recipe.data.name:
-        recipe = _with_known_data(recipe, model, sources, remarks if needed else None)
+        data, reason = _known_data(recipe, model, sources)
+        if needed and reason:
+            remarks.append(f"data {data.name}, {reason} (--data names another set)")
+        recipe = dataclasses.replace(recipe, data=data)
+        recipe = require_data(recipe) if needed else recipe
     return with_watched(recipe, model, remarks)
 
 
-def _with_known_data(
-    recipe: Recipe, model: LoadedModel, sources: Iterable[str | Path], remarks: list[str] | None
-) -> Recipe:
-    """remarks: None where no data are needed."""
+def _known_data(recipe: Recipe, model: LoadedModel, sources: Iterable[str | Path]) -> tuple[DataSection, str]:
+    """The section with a data set, and why this one; as it is, and "", where none is known."""
+    default, own = DataSection(), vars(recipe.data)
     for run in filter(None, map(making_run, sources)):
         if (data := _data_of(run, model)) is not None:
-            data = dataclasses.replace(data, **{**_given(recipe), "name": data.name})
-            if remarks is not None:
-                remarks.append(f"data {data.name}, as in {run.path} (--data names another set)")
-            return dataclasses.replace(recipe, data=data)
+            given = {n: v for n, v in own.items() if f"data.{n}" in recipe.assigned or v != getattr(default, n)}
+            return dataclasses.replace(data, **{**given, "name": data.name}), f"as in {run.path}"
     if not takes_digits(model):
-        return recipe if remarks is None else require_data(recipe)
-    if remarks is not None:
-        remarks.append(
-            f"data {REAL_SETS[0]}, as no set is named and the model takes such images (--data names another set)"
-        )
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, name=REAL_SETS[0]))
-
-
-def _given(recipe: Recipe) -> dict[str, Any]:
-    """The settings of data that somebody named, or that are not as they are by default."""
-    default = DataSection()
-    return {
-        name: value
-        for name, value in vars(recipe.data).items()
-        if f"data.{name}" in recipe.assigned or value != getattr(default, name)
-    }
+        return recipe.data, ""
+    reason = "as no set is named and the model takes such images"
+    return dataclasses.replace(recipe.data, name=REAL_SETS[0]), reason
 
 
 def with_watched(recipe: Recipe, model: LoadedModel, remarks: list[str]) -> Recipe:
-    """`with_evaluation` for what the model draws, where a training watches scores."""
+    """`with_evaluation` for the images of the model, where a training watches scores."""
     return with_evaluation(recipe, drawn_shape(model), remarks) if recipe.watch.fid_every_steps else recipe
 
 
 def drawn_shape(model: LoadedModel) -> tuple[int, int, int]:
-    """(H, W, C) of the images of a model, as far as it knows their side."""
+    """(H, W, C) of the images of a model."""
     side = model.facts.image_size
     return side, side, 3 if model.of_latents else model.arch.in_channels
 
@@ -146,7 +135,7 @@ def require_data(recipe: Recipe) -> Recipe:
 
 
 def _data_of(run: MakingRun, model: LoadedModel) -> DataSection | None:
-    """The data of a run; None where it has none, or the digits for a model that cannot take them (an earlier default)."""
+    """The data of a run; None where it has none, or the digits (an earlier default) for a model that cannot take them."""
     section = run.section("data")
     with suppress(UserError):
         data: DataSection = build_known(DataSection, section, "data")
@@ -156,16 +145,17 @@ def _data_of(run: MakingRun, model: LoadedModel) -> DataSection | None:
 
 
 def takes_digits(model: LoadedModel) -> bool:
-    """Whether a model takes images and labels of the form of the digits."""
+    """Whether a model takes images and labels like the digits."""
     arch = model.arch
     form = (arch.input_size, arch.input_size, arch.in_channels)
     return form == _DIGITS_SHAPE and arch.num_classes >= _DIGITS_CLASSES and not model.of_latents
 
 
 def with_evaluation(recipe: Recipe, shape: tuple[int, ...], remarks: list[str]) -> Recipe:
-    """The recipe with features and references for images (H, W, C) where it names none: of the digits for such images.
+    """The recipe with features and references for images (H, W, C), where it names none.
 
-    Else its training data are the reference, where they are pictures. What nothing is known for stays unnamed.
+    Features: those of the digits for such images, else none. References: the training data where they are pictures, else
+    the digits for such images, else none.
     """
     settings, digits = recipe.evaluate, tuple(shape) == _DIGITS_SHAPE
     if settings.features and settings.references:
@@ -198,3 +188,59 @@ def require_reference(recipe: Recipe) -> str:
             "folder or npz of images)"
         )
     return recipe.evaluate.references[0]
+
+
+_PARENTS = {"recover": "student", "prune": "teacher", "dynamic": "model"}  # verb -> what it began with
+_MOST_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run in a model's history: its verb, and a sentence."""
+
+    verb: str
+    sentence: str
+
+
+def history(source: str | Path) -> list[Step]:
+    """The runs that led to the model at `source`, oldest first, as far as their folders hold the models that they recorded."""
+    steps: list[Step] = []
+    run = making_run(source)
+    while run is not None and len(steps) < _MOST_STEPS:
+        verb = str(run.record.get("verb"))
+        steps.append(Step(verb, _sentence(verb, run)))
+        run = _parent(verb, run)
+    return steps[::-1]
+
+
+def _parent(verb: str, run: MakingRun) -> MakingRun | None:
+    """The run that wrote the model that this one began with; None where that model has changed since."""
+    role = _PARENTS.get(verb, "")
+    source = run.job.get(role) or (run.section("teacher") if verb == "prune" else None)
+    inputs = run.record.get("recipe")
+    if not isinstance(source, str) or not source or not isinstance(inputs, Mapping):
+        return None
+    for place in ("", *RUN_MODELS):
+        file = Path(source) / place / "model.json"
+        with suppress(UserError):
+            if file.is_file():
+                return making_run(source) if read_json_object(file).get("hash") == inputs.get(role) else None
+    return None
+
+
+def _sentence(verb: str, run: MakingRun) -> str:
+    own, data, seen = run.section(verb), run.section("data"), run.record.get("seen_images")
+    settings: Mapping[str, Any] = own if isinstance(own, Mapping) else {}
+    name = data.get("name") if isinstance(data, Mapping) else None
+    images = f"{int(seen):,} images" if isinstance(seen, int | float) and 0 < seen < 2**63 else ""
+    short = re.sub(r"(^|:)/.*/", r"\1", name) if isinstance(name, str) else ""  # a folder here means nothing elsewhere
+    trained = f"{images} drawn from `{short}`" if images and short else images  # a picture counts each time it is drawn
+    state = "" if run.record.get("state") == "done" else " (not finished)"
+    if verb == "prune":
+        learned = f", scheme {settings.get('scheme')}" if settings.get("criterion") == "learned" else ""
+        on = f", on {trained}" if trained else ""
+        return f"Pruned by the criterion `{settings.get('criterion')}`{learned}{on}{state}."
+    did = {"train": "Trained from nothing", "recover": f"Recovered by `{settings.get('method')}`"}.get(
+        verb, f"`{verb}`,"
+    )
+    return f"{did} on {trained or 'data that are not recorded'}{state}."

@@ -1,4 +1,4 @@
-"""What the verbs need of a process, by the name that families give: objective, sampler, and what a new model keeps of it."""
+"""Processes by the name that families give: objective, sampler, and the settings that a new model stores."""
 
 from __future__ import annotations
 
@@ -20,33 +20,27 @@ from tinyfusion.sample.drive import Sampler
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """One process, as the verbs use it.
+    """The functions of a process.
 
-    objective: (model, probability that a label is dropped, recipe) -> what trains it. sampler: Raises UserError on
-    settings that cannot be. cheap: (settings, most steps) -> settings that make at most so many, for a look while training.
-    kept: what a new model keeps of the recipe's section for the process (`ModelFacts.process_settings`).
+    objective: of (model, probability that a label is dropped, recipe). sampler: raises UserError on invalid settings. cheap:
+    (settings, most steps) -> settings with at most so many steps, for previews. saved: the settings that a new model stores
+    (`ModelFacts.process_settings`).
     """
 
     objective: Callable[[LoadedModel, float, Recipe], Process]
     sampler: Callable[[SampleSection, LoadedModel], Sampler]
     cheap: Callable[[SampleSection, int], SampleSection]
-    kept: Callable[[Recipe], dict[str, Any]]
+    saved: Callable[[Recipe], dict[str, Any]] = lambda _: {}
 
 
 def _flow_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
-    """The path and the prediction are the model's; weight, distance from the ends and noise levels are the recipe's."""
-    settings = recipe.flow
+    """Path and prediction are the model's; weight, distance from the ends and noise levels the recipe's."""
+    settings, path = recipe.flow, flow.flow_of(model)
     try:
         times = TimeSampler.of_section(settings, model.arch.num_tokens)
-        return FlowObjective(
-            label_drop, flow.flow_of(model), settings.loss_weight, settings.train_eps, times, model.family.inputs
-        )
+        return FlowObjective(label_drop, path, settings.loss_weight, settings.train_eps, times, model.family.inputs)
     except ValueError as error:
         raise UserError(f"flow: {error}") from error
-
-
-def _masked_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
-    return MaskedObjective(model.arch.patch_size, label_drop, recipe.masked, model.family.inputs)
 
 
 PROCESS_SECTIONS = ("flow", "masked")  # of a recipe: what a training depends on, besides its own section
@@ -56,19 +50,19 @@ PROCESSES: dict[str, ProcessSpec] = {
         objective=lambda model, label_drop, _: GaussianObjective(label_drop, inputs=model.family.inputs),
         sampler=gaussian.from_section,
         cheap=gaussian.cheap,
-        kept=lambda _: {},
     ),
     "flow": ProcessSpec(
         objective=_flow_objective,
         sampler=flow.from_section,
         cheap=flow.cheap,
-        kept=lambda recipe: Flow(recipe.flow.path, recipe.flow.prediction).settings(),
+        saved=lambda recipe: Flow(recipe.flow.path, recipe.flow.prediction).settings(),
     ),
     "masked": ProcessSpec(
-        objective=_masked_objective,
+        objective=lambda model, label_drop, recipe: MaskedObjective(
+            model.arch.patch_size, label_drop, recipe.masked, model.family.inputs
+        ),
         sampler=masked.from_section,
         cheap=masked.cheap,
-        kept=lambda _: {},
     ),
 }
 
@@ -79,17 +73,17 @@ def process_spec(model: LoadedModel) -> ProcessSpec:
 
 
 def objective_for(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
-    """The training objective of a model's process. label_drop: probability that a label is replaced by the null class."""
+    """The training objective of a model. label_drop: probability that a label is replaced by the null class."""
     return process_spec(model).objective(model, label_drop_of(model, label_drop), recipe)
 
 
 def label_drop_of(model: LoadedModel, label_drop: float) -> float:
-    """The probability that a label is dropped in training: none where the model has no null class to put in its place."""
+    """The probability that a label is dropped in training: 0 where the model has no null class."""
     return label_drop if model.null_class else 0.0
 
 
 def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
-    """The sampler of a recipe for a model. Raises UserError on a guidance or a number of steps that cannot be."""
+    """The sampler of a recipe for a model. Raises UserError on an invalid guidance or number of steps."""
     if settings.guidance < 1:
         raise UserError(
             f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"
@@ -107,7 +101,7 @@ def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
 
 
 def default_sampling(model: LoadedModel) -> SampleSection:
-    """The published sampling settings, with guidance where the model can have it."""
+    """The published sampling settings, without guidance for models without a null class."""
     return SampleSection() if model.null_class else SampleSection(guidance=1.0)
 
 

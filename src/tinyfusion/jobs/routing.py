@@ -17,7 +17,7 @@ from tinyfusion.dynamic.importance import order_by_importance
 from tinyfusion.dynamic.train import DynamicObjective
 from tinyfusion.jobs.assemble import batches_for, device_for
 from tinyfusion.jobs.process_specs import default_sampling, fits, label_drop_of, objective_for, process_spec, sampler_of
-from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
+from tinyfusion.jobs.sampling_setup import SkippedModel, skipped_run_for
 from tinyfusion.jobs.training import Training
 from tinyfusion.models.attach import attach, check_attachable
 from tinyfusion.models.checkpoint import LoadedModel

@@ -12,8 +12,7 @@ from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.jobs.process_specs import sampler_of
-from tinyfusion.jobs.sampling_setup import in_dtype
-from tinyfusion.jobs.skipped_model import SkippedModel, skipped_run_for
+from tinyfusion.jobs.sampling_setup import SkippedModel, in_dtype, skipped_run_for
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import SampleDraws

@@ -1,4 +1,4 @@
-"""One training of any verb, ready to go: its steps, what compiling gains, the models it leaves, and what it will take."""
+"""A training of any verb, ready to run: its steps, the gain of compiling, its models, its cost; mask learning and recovery."""
 
 from __future__ import annotations
 
@@ -11,29 +11,35 @@ from typing import Any
 
 from torch import Tensor
 
-from tinyfusion.blocks.stack import BlockStack, num_parameters
-from tinyfusion.config.recipe import Recipe, TrainingSection
+from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.stack import BlockStack, frozen, num_parameters
+from tinyfusion.config.recipe import PruneSection, Recipe, TrainingSection
+from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.jobs.estimate import Estimate, rounded, step_seconds, time_after
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, footprint_of
 from tinyfusion.jobs.memory import MemoryPlan, fitting_lines, memory_plan
+from tinyfusion.jobs.origins import making_run
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
-from tinyfusion.processes.base import Objective
+from tinyfusion.processes.base import Objective, Process
+from tinyfusion.prune.deltas import prune_with_weight_updates
+from tinyfusion.prune.learn import Decision, MaskLearner, mask_learner
+from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors, residual_channels
+from tinyfusion.recover.distill import distilled
 from tinyfusion.training.compile import Gain, measured_gain
-from tinyfusion.training.engine import Engine
+from tinyfusion.training.engine import Engine, cut
 from tinyfusion.training.loop import BatchSource, ForwardPass, StepRecord, noisy_microbatches, train_steps
+from tinyfusion.training.optim import decay_groups, linear, trainable
 from tinyfusion.training.shards import local_part, whole
 from tinyfusion.training.state import TrainState
-
-Extra = Callable[[StepRecord], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training, ready to go.
+    """A training, ready to run.
 
-    title: the verb. model: what the run starts from. stack: the blocks of the module that trains. extra: more fields for a
+    title: the verb. model: what the run starts from. stack: the blocks of the module that trains. extra: further fields of a
     log line.
     """
 
@@ -47,21 +53,21 @@ class Training:
     source: BatchSource
     engine: Engine
     teacher: LoadedModel | None = None
-    extra: Extra = field(default=lambda record: {})
+    extra: Callable[[StepRecord], dict[str, Any]] = field(default=lambda record: {})
 
     def steps(self) -> Iterator[StepRecord]:
-        """The loop, from where the state is."""
+        """The loop, from the current state on."""
         randomness = Randomness(self.recipe.seed)
         return train_steps(self.state, self.objective, self.source, self.settings, randomness, self.engine)
 
     @property
     def shown(self) -> LoadedModel | None:
-        """The model that previews are drawn from; None of a search, whose gates have nothing to show yet."""
+        """The model of the previews; None in a search, which has none yet."""
         return None if self.title == "prune" else self.model
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Blocks as the recipe's compute section wants them, until the end of the context."""
+        """Compile and checkpoint the blocks as the section `compute` says, within the context."""
         with contextlib.ExitStack() as entered:
             if self.engine.compute.compile:
                 for stack in (self.stack, *([self.teacher.stack] if self.teacher else [])):
@@ -71,19 +77,16 @@ class Training:
             yield
 
     def compile_gain(self) -> Gain:
-        """What compiling does for a step of this training, measured on the first microbatch. Every process must call."""
-        state, randomness = self.state, Randomness(self.recipe.seed)
-        forward = ForwardPass(state, self.objective, self.settings)
-        noisy, *_ = noisy_microbatches(
-            state.step, self.objective, self.source, self.settings.batch_size, randomness, self.engine
-        )
-        trained = list(state.parameters.values())
-        compute = self.engine.compute
+        """The gain of compiling a step, measured on the first microbatch. Every process must call."""
+        state, settings, compute = self.state, self.settings, self.engine.compute
+        forward, randomness = ForwardPass(state, self.objective, settings), Randomness(self.recipe.seed)
+        batch = (state.step, self.objective, self.source, settings.batch_size, randomness, self.engine)
+        noisy, *_ = noisy_microbatches(*batch)
 
         def step() -> list[Tensor]:
             loss = forward(noisy)["loss"].mean()
             loss.backward()
-            results = [loss, *(local_part(p.grad) for p in trained if p.grad is not None)]
+            results = [loss, *(local_part(p.grad) for p in state.parameters.values() if p.grad is not None)]
             state.optimizer.zero_grad(set_to_none=True)
             return results
 
@@ -98,27 +101,22 @@ class Training:
         return measured_gain(eager, compiled, self.engine.device)
 
     def averaged(self) -> LoadedModel:
-        """The model with the moving average of its weights, whole and on the CPU. Every process must call."""
+        """The model with averaged weights, unsharded and on the CPU. Every process must call."""
         return self._with(self.state.averages())
 
     def raw(self) -> LoadedModel:
-        """The model with its weights as they are, whole and on the CPU. Every process must call."""
+        """The model with its current weights, unsharded and on the CPU. Every process must call."""
         return self._with(self.state.weights())
 
     def _with(self, trained: Mapping[str, Tensor]) -> LoadedModel:
-        tensors = self.model.module.state_dict()
-        return self.model.with_weights(
-            {name: trained[name] if name in trained else whole(t) for name, t in tensors.items()}
-        )
-
-    # ------------------------------------------------------------------------------------------------------- what it takes
+        tensors = self.model.module.state_dict().items()
+        return self.model.with_weights({n: trained[n] if n in trained else whole(t) for n, t in tensors})
 
     def disk_bytes(self) -> int:
         """Bytes of a run: checkpoints (weights, average, two moments; one more while it is written), two models, the log."""
         settings, trained = self.settings, sum(p.numel() for p in self.state.parameters.values())
-        checkpoints = (
-            min(settings.checkpoints_limit, math.ceil(settings.made_steps / settings.checkpoint_every_steps)) + 1
-        )
+        written = math.ceil(settings.made_steps / settings.checkpoint_every_steps)
+        checkpoints = min(settings.checkpoints_limit, written) + 1
         log = 500 * (settings.made_steps // settings.log_every_steps + 100)
         return FLOAT_BYTES * (4 * trained * checkpoints + 2 * num_parameters(self.model.module)) + log
 
@@ -126,21 +124,19 @@ class Training:
         """Memory of one process. Every process must call."""
         state, settings, engine = self.state, self.settings, self.engine
         modules = [model.module for model in (self.model, self.teacher) if model]
-        footprint = footprint_of(
-            state.model, self.stack, state.parameters, self.objective, self.source, settings, modules
-        )
+        sizes = (state.model, self.stack, state.parameters, self.objective, self.source, settings, modules)
+        footprint = footprint_of(*sizes)
         return footprint, memory_plan(footprint, settings, engine.compute, engine.world)
 
     def estimate(self) -> Estimate:
-        """Minutes and memory, with the table of memory. Moves `state`: discard it afterwards. Every process must call."""
+        """Minutes, memory and disk. Changes `state`: discard it afterwards. Every process must call."""
         settings, model, teacher, compute = self.settings, self.model, self.teacher, self.engine.compute
         weights = sum(p.numel() for p in self.state.model.parameters())
         weights += num_parameters(teacher.module) if teacher else 0
         footprint, memory = self.memory()
         lines = [*memory.lines(), *fitting_lines(footprint, settings, compute, self.engine.world)]
-        macs = 3 * model_macs(model) + (
-            model_macs(teacher) if teacher else 0
-        )  # a backward pass costs two forward passes
+        macs = 3 * model_macs(model)  # a backward pass costs two forward passes
+        macs += model_macs(teacher) if teacher else 0
 
         def measure(batch_size: int) -> float:
             short = dataclasses.replace(settings, steps=3, stop_after=None, batch_size=batch_size)
@@ -153,3 +149,123 @@ class Training:
         seconds, basis = step_seconds(measure, macs, settings.batch_size, weights, self.engine.device, least)
         table = (f"{self.title}: {lines[0]}", *lines[1:])
         return rounded(settings.made_steps * seconds, memory.total, self.disk_bytes(), basis, table)
+
+
+# ----------------------------------------------------------------------------------------------------------- learned masks
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskTraining(Training):
+    """The training of the learned criterion."""
+
+    learner: MaskLearner
+
+    def decision(self) -> Decision:
+        """The decision of the averaged gates at the end. Raises UserError where their logits are not finite."""
+        decision = self.learner.decision(self.state.ema, self.settings.made_steps - 1)
+        if not all(theta.isfinite().all() for theta in decision.logits):
+            raise UserError("the gate logits are not finite; lower prune.gate_learning_rate")
+        return decision
+
+
+def mask_training(
+    recipe: Recipe, teacher: LoadedModel, objective: Objective, source: BatchSource, engine: Engine
+) -> MaskTraining:
+    """Gates and weight deltas on a copy of the teacher. Raises UserError where scheme, data or device do not fit."""
+    settings = recipe.prune
+    seed = Randomness(recipe.seed).generator_seed("lora")
+    learner = mask_learner(teacher, objective, settings, seed, engine.device, engine.place)
+    gated = learner.objective
+    if gated.gates.paired:
+        _check_pairs(settings.training.batch_size, engine)
+    state = TrainState(learner.module, learner.parameter_groups, settings.training)
+
+    def extra(record: StepRecord) -> dict[str, Any]:
+        return learner.decision(state.ema, record.step).log(record.step, gated)
+
+    training = ("prune", recipe, settings.training, teacher, gated.stack, state, gated, source, engine)
+    return MaskTraining(*training, extra=extra, learner=learner)
+
+
+def _check_pairs(batch_size: int, engine: Engine) -> None:
+    """Raise UserError where a microbatch would begin inside a pair of samples that the score estimator compares."""
+    steps = engine.compute.gradient_accumulation_steps
+    microbatches = engine.world * steps
+    if all(first % 2 == 0 for first, _num in cut(batch_size, microbatches)):
+        return
+    below = 2 * microbatches * (batch_size // (2 * microbatches))
+    sizes = " or ".join(str(size) for size in (below, below + 2 * microbatches) if size)
+    raise UserError(
+        f"prune.subset_estimator=score compares samples in pairs, and a batch of {batch_size} in {microbatches} microbatches "
+        f"({engine.world} processes x {steps} accumulation steps) separates some: set prune.training.batch_size to {sizes}, "
+        "or compute.gradient_accumulation_steps=1"
+    )
+
+
+def student_of(
+    teacher: LoadedModel, plan: PrunePlan, settings: PruneSection, updates: Mapping[str, Tensor] | None
+) -> LoadedModel:
+    """The pruned teacher. updates: averages of what trained with the gates, for a student that starts from them."""
+    return teacher.cut(plan) if updates is None else prune_with_weight_updates(teacher, plan, updates, settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------- recovery
+
+
+def recovery(
+    recipe: Recipe,
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    process: Process,
+    source: BatchSource,
+    engine: Engine,
+) -> Training:
+    """The student on its teacher, or fine-tuned without one. Moves both models.
+
+    Raises UserError where student and teacher are not related.
+    """
+    settings, training = recipe.recover, recipe.recover.training
+    pairs = _pairs(student, teacher, recipe.teacher) if teacher else []
+    channels = residual_channels(student, teacher) if teacher and settings.compares_features else None
+    engine.place(student.module.train(), list(student.stack))
+    objective: Objective = process
+    if teacher:
+        engine.place_teacher(frozen(teacher.module), list(teacher.stack))
+        try:
+            objective = distilled(settings, process, teacher, student, pairs, channels)
+        except ValueError as error:
+            raise UserError(f"the student's plan is damaged: {error}") from error
+    groups = decay_groups(trainable(student.module), student.family.undecayed, training)
+    state = TrainState(student.module, groups, training)
+
+    def extra(record: StepRecord) -> dict[str, Any]:
+        return {"beta": linear(settings.beta, record.step, training.steps)} if settings.compares_features else {}
+
+    values = (recipe, training, student, student.stack, state, objective, source, engine, teacher)
+    return Training("recover", *values, extra)
+
+
+def _pairs(student: LoadedModel, teacher: LoadedModel, name: str) -> Pairs:
+    """Pairs of blocks of student and teacher, named `name`. Raises UserError where the two are not related."""
+    plan = student.facts.plan
+    if plan is None:
+        raise UserError(
+            "the student carries no plan, so its blocks cannot be paired with the teacher's: recover a student made by "
+            "`tinyfusion prune`, or fine-tune it without a teacher (--method finetune)"
+        )
+    own_hash = teacher.hash()
+    try:
+        pairs = pairs_between(student.facts, teacher.facts, own_hash)
+    except ValueError as error:
+        raise UserError(f"the plan of student or teacher is damaged: {error}") from error
+    if not pairs:
+        chain = " from ".join(ancestor[:12] for ancestor in pairs_to_ancestors(student.facts)) or plan.teacher[:12]
+        run = making_run(student.origin.get("path", ""))
+        recorded = f" ({run.teacher()}, by the record of {run.path})" if run and run.teacher() else ""
+        raise UserError(
+            f"the student was cut from the model {chain}{recorded}, the teacher {name or 'given'} is {own_hash[:12]}: "
+            "give the teacher it was cut from (--teacher), or one that shares an ancestor with it"
+        )
+    if not student.family.differ_in_size_alone(student.arch, teacher.arch, teacher.stack.depths()):
+        raise UserError(f"student {student.arch} and teacher {teacher.arch} differ in more than depth and widths")
+    return pairs

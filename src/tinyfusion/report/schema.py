@@ -105,10 +105,9 @@ LINE = {
     **dict.fromkeys(("loss", "mse", "kd_loss", "feat_loss", "dynamic_loss", "complete_loss", "ratio", "budget"), _MAYBE),
 }  # fmt: skip
 MODEL = {"arch": {"depth": int}, "kept": (_BLOCKS, None), "plan": ({}, None), "hash": (str, None)}
+SCORES = ("fid", "sfid", "inception_score", "precision", "recall", "nearest_reference_distance", "num_images")
 EVALUATION = {
-    **dict.fromkeys(
-        ("fid", "sfid", "inception_score", "precision", "recall", "nearest_reference_distance", "num_images"), _MAYBE
-    ),
+    **dict.fromkeys(SCORES, _MAYBE),
     "protocol": (str, None), "recipe": {}, "reference": {"name": str, "count": _MAYBE}, "features": {"name": str},
     "against": {"name": str, "hash": str, "protocol": (str, None),
                 **dict.fromkeys(("psnr_db", "psnr_db_std", "ssim", "ssim_std"), _MAYBE)},
@@ -118,12 +117,7 @@ SPEED = {
     "models!": {"*": {"depth!": int, "num_parameters!": _SIZE, "macs!": Least(float, 1), "latency_ms!": float,
                       "latency_ms_spread": _PAIR, "speedup": Least(float, 0)}},
 }  # fmt: skip
-CALIBRATION = {
-    "losses": [object],
-    "masks": [str],
-    "marks": {"*": object},
-    "mark_masks": {"*": str},
-}  # some are not finite
+CALIBRATION = {"losses": [object], "masks": [str], "marks": {"*": object}, "mark_masks": {"*": str}}  # some not finite
 ACTIVATIONS = {
     "bin_width!": Least(float, 1e-6), "depth": _SIZE, "lists": {"*": _SIZE}, "protocol": str,
     "models!": {"*": [{"teacher_block!": Least(int, 0), "min!": float, "max!": float, "mean!": float, "std!": float,
