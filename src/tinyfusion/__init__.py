@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         objective_of,
         open_model,
         prune_model,
+        record_inputs,
         recover_model,
         register_family,
         sample_images,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Condition", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan", "PruneSection", "RecoverSection", "SampleSection", "Streams",
     "Task", "TrainingSection", "__version__", "evaluate_images", "learn_masks", "objective_of", "open_model", "prune_model",
-    "recover_model", "register_family", "sample_images", "save_model", "text_table", "wrap_module",
+    "record_inputs", "recover_model", "register_family", "sample_images", "save_model", "text_table", "wrap_module",
 ]  # fmt: skip
 
 

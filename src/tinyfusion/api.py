@@ -36,6 +36,7 @@ from tinyfusion.families.family import ModelFamily
 from tinyfusion.families.registry import register_family
 from tinyfusion.jobs.criteria import criterion_context
 from tinyfusion.jobs.process_specs import objective_for
+from tinyfusion.jobs.recording import record_inputs
 from tinyfusion.jobs.sampling_setup import open_drawing
 from tinyfusion.jobs.scoring import Reference, score
 from tinyfusion.jobs.training import mask_training, recovery, student_of
@@ -52,7 +53,7 @@ from tinyfusion.training.loop import StepRecord
 __all__ = [
     "ComputeSection", "Condition", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan", "PruneSection", "RecoverSection",
     "SampleSection", "Streams", "Task", "TrainingSection", "evaluate_images", "learn_masks", "objective_of", "open_model",
-    "prune_model", "recover_model", "register_family", "sample_images", "save_model", "text_table", "wrap_module",
+    "prune_model", "record_inputs", "recover_model", "register_family", "sample_images", "save_model", "text_table", "wrap_module",
 ]  # fmt: skip
 
 Batches = Iterable[Any] | Callable[[int, Draws], Any]

@@ -40,6 +40,8 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
         return _inspect(options)
     if verb == "lora":
         return _lora(options)
+    if verb == "record":
+        return _checked(options, lambda: _record(options))
     recipe = load_recipe(options.recipe, options.set, overrides(verb, options))
     _check_teacher(verb, recipe)
     if verb == "bench":
@@ -52,7 +54,8 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
         return {"verb": verb, "state": "left to process 0"}
     from tinyfusion.jobs.assemble import RunOptions
 
-    said = {name: getattr(options, name, None) for name in ("num_heads", "family", "num_classes", "resume", "blocks")}
+    names = ("num_heads", "family", "num_classes", "resume", "blocks", "inputs")
+    said = {name: getattr(options, name, None) for name in names}
     out = options.out
     where = RunOptions(out, options.overwrite, options.dry_run, command=command, **said)
     outcome = _checked(options, lambda: _perform(verb, options, recipe, where) or {})
@@ -114,6 +117,20 @@ def _lora(options: Any) -> dict[str, Any]:
     facts = renumber_lora(LoraOptions(**files, **chosen, overwrite=options.overwrite, dry_run=options.dry_run))
     if not options.json:
         print("\n".join(lines(facts)))
+    return facts
+
+
+def _record(options: Any) -> dict[str, Any]:
+    from tinyfusion.commands.record import RecordOptions, record
+    from tinyfusion.jobs.recording import Drawing
+
+    fields = ("steps", "guidance_scale", "height", "width", "frames", "seed", "calls")
+    drawing = Drawing(**{name: value for name in fields if (value := getattr(options, name)) is not None})
+    names = ("pipeline", "prompts", "out", "component", "blocks", "overwrite", "dry_run")
+    chosen = {name: getattr(options, name) for name in names}
+    facts = record(RecordOptions(**chosen, drawing=drawing, device=options.device or "auto"))
+    done = f"{facts['calls']:,} calls of" if "calls" in facts else "calls of"
+    print(f"record: {done} {facts['prompts']:,} prompts, {facts['class_name']}, {options.out}", file=sys.stderr)
     return facts
 
 

@@ -32,6 +32,11 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
         """Prune a model, or a transformer of diffusers on its files."""
         if transformer := transformer_of(recipe.teacher, options.blocks, bool(recipe.data.prompts or recipe.data.name)):
             return prune_transformer(recipe, options, transformer)
+        if options.inputs is not None:
+            raise UserError(
+                f"--inputs is for transformers of diffusers, and {recipe.teacher} is a model of a family: leave it out, its criteria "
+                "look at --data"
+            )
         return super().__call__(recipe, options, source)
 
     def open(self, recipe: Recipe, options: RunOptions, source: str | Path, remarks: list[str]) -> Inputs:

@@ -13,6 +13,7 @@ from typing import Any
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import sha256_of
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.records import folder_output, read_record
 from tinyfusion.core.rundir import (
@@ -31,8 +32,8 @@ from tinyfusion.families.diffusers_classes.card import transformer_card
 from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder
 from tinyfusion.families.diffusers_classes.single_file import single_file_metadata, single_file_of, single_file_weights
 from tinyfusion.families.diffusers_classes.weights import STEM, write_file, write_weights
-from tinyfusion.jobs.assemble import RunOptions, engine_for, job_record, plain_recipe
-from tinyfusion.jobs.transformers import couplings, planned, transformer_of
+from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, job_record, plain_recipe
+from tinyfusion.jobs.transformers import couplings, planned, recorded_work, transformer_of
 from tinyfusion.jobs.verbs import finished
 
 _FILES = rf"config\.json|{STEM}[^/]*|README\.md|{PICTURE}"
@@ -41,39 +42,55 @@ _LINK_BYTES = 2**20  # files of a parent from this size on are linked where the 
 
 
 def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFolder) -> dict[str, Any]:
-    """Plan by rule, and cut the files; writes `plan.json` and `student/`. Returns what `--json` prints."""
+    """Plan by a rule or on recorded inputs, and cut the files; writes `plan.json` and `student/`. Returns what `--json` prints."""
     engine = engine_for(recipe)
     if recipe.destination == "official":
         raise UserError(
             f"--for official is for models of classes, and a {teacher.class_name} has no such format: leave it out"
         )
-    plain = plain_recipe(recipe, "prune", teacher=teacher.hash)
+    inputs = {} if options.inputs is None else {"inputs": sha256_of(options.inputs)}
+    plain = plain_recipe(recipe, "prune", teacher=teacher.hash, **inputs)
     folder = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: folder.check("prune", plain, options.overwrite))
     began = time.perf_counter()
-    plan = planned(teacher, recipe.prune, recipe.seed)
+    work = options.inputs and recorded_work(teacher, recipe.prune, recipe.seed, options.inputs)
+    plan = None if work else planned(teacher, recipe.prune, recipe.seed)
     teacher.check_class()
-    student = teacher.cut(plan)
-    student.check_class()
+    student = plan and _student(teacher, plan)
     if mode == "finished":
         finished(folder, options.dry_run)
         return {"kept": read_json(folder.path / "plan.json")["kept"]}
-    engine.first(lambda: check_space(options.out, student.num_bytes))
+    engine.first(lambda: check_space(options.out, (student or teacher).num_bytes))
     if options.dry_run:
-        print(f"prune would do this:\n  teacher      {_described(teacher)}\n  student      {_described(student)}")
-        return {"kept": plan.kept, "bytes": student.num_bytes}
+        rows = {"teacher": _described(teacher)} | ({"student": _described(student)} if student else {})
+        rows |= work.describe() if work else {}
+        print("prune would do this:" + "".join(f"\n  {name:12} {said}" for name, said in rows.items()))
+        return {"kept": plan.kept, "bytes": student.num_bytes} if plan and student else {}
     with folder.writing("prune", plain, options.overwrite):
-        folder.mark("running", job=job_record(recipe, options, teacher=recipe.teacher))
+        folder.mark("running", job=job_record(recipe, options, teacher=recipe.teacher, inputs=options.inputs))
+        if work:
+            plan = work.decide(folder, device_for(recipe))
+            student = None if teacher.row.unfit else _student(teacher, plan)
+        assert plan is not None
         if folder.writes:
             write_json(folder.path / "plan.json", plan.to_json())
+        if folder.writes and student:
             with atomic_write(folder.path / "student", _FILES) as new:
                 write_transformer(student, new, options.out.name)
         folder.mark("done", seconds=time.perf_counter() - began, seen_images=0)
     if engine.is_main:
         listed = [f"{' '.join(map(str, kept))} of {plan.depth[name]} {name}" for name, kept in plan.kept.items()]
+        made = _described(student) if student else f"a plan without a student: {teacher.row.unfit}"
         notes = "".join(f"\nnote: {note}" for note in teacher.row.notes)
-        print(f"{plan.criterion}: kept {', '.join(listed)}; {_described(student)}{notes}", file=sys.stderr)
+        print(f"{plan.criterion}: kept {', '.join(listed)}; {made}{notes}", file=sys.stderr)
     return {"kept": plan.kept}
+
+
+def _student(teacher: TransformerFolder, plan: PrunePlan) -> TransformerFolder:
+    """The cut model. Raises UserError where diffusers would not build it."""
+    student = teacher.cut(plan)
+    student.check_class()
+    return student
 
 
 def _described(model: TransformerFolder) -> str:

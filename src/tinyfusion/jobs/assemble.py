@@ -50,6 +50,7 @@ class RunOptions:
     command: str = ""  # as typed
     resume: Path | None = None  # a checkpoint to go on from, instead of the newest
     blocks: Path | None = None  # rows of transformer classes of diffusers that the shipped table lacks
+    inputs: Path | None = None  # recorded calls of a transformer of diffusers, which criteria look at
 
 
 def open_teacher(

@@ -1,18 +1,22 @@
-"""Transformers of diffusers as the verbs see them: found by name, and planned by rules that need no data."""
+"""Transformers of diffusers as the verbs see them: found by name, and planned by rules or on recorded inputs."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tinyfusion.blocks.plan import PrunePlan, first_blocks
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
-from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList
+from tinyfusion.core.rundir import RunDirectory
+from tinyfusion.data.recorded import RecordedInputs, read_recorded
+from tinyfusion.families.diffusers_classes.cutting import Cut
 from tinyfusion.families.diffusers_classes.folder import (
     INDEX,
     RECORD,
@@ -23,12 +27,15 @@ from tinyfusion.families.diffusers_classes.folder import (
 from tinyfusion.families.diffusers_classes.guess import guessed_row, is_transformer
 from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, rows_with
 from tinyfusion.families.registry import family_of_config
+from tinyfusion.jobs.criteria import CriterionWork
 from tinyfusion.models.hub import HUB_ID
 from tinyfusion.models.places import by_name, exists
+from tinyfusion.models.wrapped import wrap_module
+from tinyfusion.processes.task import TaskBatch
+from tinyfusion.prune.criteria import CRITERIA
 from tinyfusion.prune.rules import RULES
-from tinyfusion.prune.scheme import BlockGroup, check_range
-
-_ALL = "all"  # in a budget: the lists of the trunk together
+from tinyfusion.prune.scheme import check_range
+from tinyfusion.prune.units import ON_DATA, UnitContext, recorded_calibration
 
 
 def transformer_of(source: str, blocks: Path | None, prompts: bool = False) -> TransformerFolder | None:
@@ -102,18 +109,77 @@ def _unknown(folder: Path, config: Mapping[str, Any]) -> str:
 def planned(model: TransformerFolder, settings: PruneSection, seed: int) -> PrunePlan:
     """The plan of a criterion that looks at no data. Raises UserError on others, and on what breaks a rule of the class."""
     if settings.criterion == "indices":
-        kept, meaning = _named(model, settings), ""
-    elif settings.criterion in RULES:
-        kept = _ruled(model, settings, seed)
-        meaning = "no scores: a fixed rule"
-    else:
+        kept = _named(model, settings)
+        Cut(model.row, model.config, model.depths, kept)
+        return PrunePlan(kept, dict(model.depths), "indices", seed=seed, teacher=model.hash)
+    if settings.criterion not in RULES:
+        ways = f"--inputs FILE, which `tinyfusion record` makes of a pipeline and prompts, and --criterion {', '.join(ON_DATA)}"
         raise UserError(
-            f"criterion {settings.criterion} looks at data, which a {model.class_name} cannot be shown yet: give --keep, or "
-            f"--criterion {', '.join(RULES)}"
+            f"criterion {settings.criterion} looks at data: for a {model.class_name} give {ways}; or --keep, or --criterion "
+            f"{', '.join(RULES)}"
         )
-    Cut(model.row, model.config, model.depths, kept)
-    scores = {"meaning": meaning} if meaning else {}
-    return PrunePlan(kept, dict(model.depths), settings.criterion, scores=scores, seed=seed, teacher=model.hash)
+    context = _context(model, settings, seed)
+    return context.in_blocks(CRITERIA[settings.criterion].plan(context))
+
+
+def _context(model: TransformerFolder, settings: PruneSection, seed: int) -> UnitContext:
+    """The context of a criterion, without data."""
+    teacher = wrap_module(model.empty(), model.streams)
+    return UnitContext(teacher, settings, seed, model=model, unit_lists=model.units)
+
+
+def recorded_work(model: TransformerFolder, settings: PruneSection, seed: int, file: Path) -> RecordedWork:
+    """A criterion that looks at recorded calls, before the weights are opened.
+
+    Raises UserError on other criteria, on a file that is not of this model, and on numbers that break a rule of the class.
+    """
+    if settings.criterion not in ON_DATA:
+        what = "trains on data sets" if settings.criterion == "learned" else "looks at no recorded inputs"
+        raise UserError(
+            f"criterion {settings.criterion} {what}: leave out --inputs, or give --criterion {', '.join(ON_DATA)}"
+        )
+    if settings.criterion == "bi" and settings.bi_inputs == "clean":
+        raise UserError(
+            "prune.bi_inputs=clean wants clean images, and recorded inputs are as a pipeline had them: leave it out"
+        )
+    context = _context(model, settings, seed)
+    context.check()
+    inputs = read_recorded(file)
+    calibration = recorded_calibration(inputs, model, seed)
+    return RecordedWork(dataclasses.replace(context, calibration=calibration), inputs)
+
+
+@dataclass(frozen=True)
+class RecordedWork:
+    """A criterion on recorded calls: what it will do, and the plan."""
+
+    context: UnitContext
+    inputs: RecordedInputs
+
+    def describe(self) -> dict[str, str]:
+        """What `--dry-run` says of it."""
+        context, calls = self.context, self.context.images.images
+        evaluations = CRITERIA[context.settings.criterion].evaluations
+        passes = evaluations(context) / context.depth * calls if evaluations else 0.0
+        more = f" of {self.inputs.prompts:,} prompts" if self.inputs.prompts else ""
+        says = CriterionWork(context).describe()
+        return {
+            **says,
+            "data": f"{calls:,} calls{more} in {self.inputs.path}",
+            "work": f"{passes:,.0f} passes of the model at most",
+        }
+
+    def decide(self, run: RunDirectory, device: torch.device) -> PrunePlan:
+        """The plan, with progress; opens the weights in their own types, and goes on with an interrupted search."""
+        model = self.context.model
+        module: Any = model.module().to(device)
+        calls: Any = tuple(map(TaskBatch, self.inputs.for_dtype(module.dtype)))
+        context = dataclasses.replace(
+            self.context,
+            teacher=wrap_module(module, model.streams),
+            calibration=dataclasses.replace(self.context.images, batches=calls),
+        )
+        return context.in_blocks(CriterionWork(context).decide(run))
 
 
 def _named(model: TransformerFolder, settings: PruneSection) -> dict[str, list[int]]:
@@ -129,79 +195,6 @@ def _named(model: TransformerFolder, settings: PruneSection) -> dict[str, list[i
         kept[path] = sorted({i - start for i in settings.keep if start <= i < start + depths[path]})
     aside = [each.path for each in model.row.lists if each.aside and each.path in kept]
     return {path: own if own or path not in aside else list(range(depths[path])) for path, own in kept.items()}
-
-
-def _ruled(model: TransformerFolder, settings: PruneSection, seed: int) -> dict[str, list[int]]:
-    """What a rule keeps: it chooses among units, list by list."""
-    check_range("--protect", sorted(set(settings.protect)), model.depths)
-    starts, units = first_blocks(model.depths), model.units
-    budgets = _budgets(units, settings)
-    kept: dict[str, list[int]] = {}
-    start = 0
-    for each in units:
-        protected = {
-            i
-            for i, unit in enumerate(each.units)
-            if i in each.fixed or any(starts[path] + position in settings.protect for path, position in unit)
-        }
-        size, wanted = len(each.units), budgets.get(each.name)
-        keep = max((size + 1) // 2, len(each.fixed)) if wanted is None else _units_of(each, wanted)
-        if each.aside and wanted is None:
-            protected, keep = set(range(size)), size
-        if settings.criterion != "bk-sdm" and len(protected) > keep:
-            raise UserError(
-                f"{len(protected)} units of {each.name} have to stay or are protected, and {keep} are to stay: keep more"
-            )
-        group = BlockGroup(start, size, keep, tuple(start + i for i in sorted(protected)))
-        chosen = group.with_protected(RULES[settings.criterion](group, settings, seed))
-        if settings.criterion == "bk-sdm" and wanted is not None and len(chosen) != keep:
-            raise UserError(
-                f"bk-sdm's rule keeps {len(chosen)} of the {size} units of {each.name}, not {keep}: leave out the budget"
-            )
-        kept |= each.kept([i - start for i in chosen])
-        start += size
-    return kept
-
-
-def _units_of(each: UnitList, wanted: int) -> int:
-    """How many units hold `wanted` blocks of each list. Raises UserError where none do."""
-    path = each.units[0][0][0]
-    sizes = [sum(own == path for own, _ in unit) for unit in each.units]
-    fixed = sum(sizes[i] for i in each.fixed)
-    step = next((size for i, size in enumerate(sizes) if i not in each.fixed), 1)
-    least = max(fixed, step)
-    if not least <= wanted <= sum(sizes) or (wanted - fixed) % step:
-        by = f" in steps of {step}" if step > 1 else ""
-        raise UserError(f"{wanted} blocks of {each.name} cannot stay: {least} to {sum(sizes)} can{by}")
-    return len(each.fixed) + (wanted - fixed) // step
-
-
-def _budgets(units: Sequence[UnitList], settings: PruneSection) -> dict[str, int]:
-    """Blocks that stay, per list that has a budget: of `prune.budgets`, else `--num-keep` for the lists of the trunk."""
-    trunk = [each for each in units if not each.aside]
-    budgets = {} if settings.num_keep is None else {each.name: settings.num_keep for each in trunk}
-    for entry in settings.budgets:
-        name, _, number = entry.partition("=")
-        named = [each.name for each in units if name in each.name.split(" + ")]
-        if not number.isdecimal() or (name != _ALL and not named):
-            known = ", ".join(each.name for each in units)
-            raise UserError(f"prune.budgets wants LIST=N or {_ALL}=N, lists are {known}; got {entry!r}")
-        budgets |= _divided(trunk, int(number)) if name == _ALL else {named[0]: int(number)}
-    return budgets
-
-
-def _divided(trunk: Sequence[UnitList], total: int) -> dict[str, int]:
-    """A budget over several lists, divided as their lengths are; what is left over goes to the largest remainders."""
-    sizes = {each.name: len({position for unit in each.units for _, position in unit}) for each in trunk}
-    if not len(sizes) <= total <= sum(sizes.values()):
-        raise UserError(
-            f"{_ALL}={total}: of the {sum(sizes.values())} blocks of {', '.join(sizes)} 1 of each list to all can stay"
-        )
-    exact = {name: total * size / sum(sizes.values()) for name, size in sizes.items()}
-    found = {name: max(1, math.floor(share)) for name, share in exact.items()}
-    for name in sorted(exact, key=lambda name: found[name] - exact[name])[: max(0, total - sum(found.values()))]:
-        found[name] += 1
-    return found
 
 
 def couplings(row: Row) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
-from tinyfusion.core.reading import license_in
+from tinyfusion.core.reading import license_in, read_json_object
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 _FACTS = ("model_index.json", "config.json", "model.json", "README.md", "transformer/config.json", "vae/config.json")
@@ -36,6 +36,18 @@ def fetch_repository(name: str) -> tuple[Path, dict[str, str]]:
     if inside and (folder / "vae" / "config.json").is_file():
         known["vae"] = name  # the pipeline's own; see `autoencoder_folder`
     return folder, known
+
+
+def fetch_pipeline(name: str) -> Path:
+    """The folder of a whole pipeline of the hub, with all its components; fetched where needed, errors as of `fetch_repository`."""
+    repository, _, revision = name.partition("@")
+    index = _snapshot(repository, revision, ("model_index.json",)) / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{name} is no pipeline of diffusers: it has no model_index.json")
+    parts = [part for part, value in read_json_object(index).items() if isinstance(value, list)]
+    kinds = ("json", "safetensors", "txt", "model", "jinja")
+    files = [f"{part}/*.{kind}" for part in parts for kind in kinds]
+    return _snapshot(repository, revision, ("model_index.json", "README.md", *files))
 
 
 def autoencoder_folder(name: str) -> Path:

@@ -6,6 +6,7 @@ masks of a search see the same numbers. Shapes: B samples, T tokens, D width, L 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,12 @@ def block_statistics(model: LoadedModel, calibration: Calibration, clean: bool, 
         for done, noisy in enumerate(calibration.batches, start=1):
             calibration.objective.predict(model.module, calibration.objective.low_noise(noisy) if clean else noisy)
             tick(done * len(stack))
-    return BlockStatistics([s.cosine / s.tokens for s in sums], [s.change / s.values for s in sums])
+    return BlockStatistics([_mean(s.cosine, s.tokens) for s in sums], [_mean(s.change, s.values) for s in sums])
+
+
+def _mean(total: float, num: int) -> float:
+    """NaN for a block that no batch ran."""
+    return total / num if num else math.nan
 
 
 @dataclass

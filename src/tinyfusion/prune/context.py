@@ -1,4 +1,4 @@
-"""What a criterion is asked, and the plan that it answers with."""
+"""What a criterion reads, and the plan that it returns."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.prune.calibrate import Calibration, Tick
-from tinyfusion.prune.mask_search import LossSums
+from tinyfusion.prune.calibrate import BlockStatistics, Calibration, Tick, block_statistics
+from tinyfusion.prune.mask_search import LossSums, Mask, mask_losses
 from tinyfusion.prune.rules import list_groups
 from tinyfusion.prune.scheme import BlockGroup
 
 
 @dataclass(frozen=True)
 class CriterionContext:
-    """What a criterion is asked.
+    """What a criterion reads. A subclass may choose among other things than blocks, and measure them otherwise.
 
     calibration: None where the criterion needs none. tick: is told of evaluated blocks, over all calibration batches.
     begun, keep: sums of a mask search to go on from, and where to put them. publish: gets all losses of a mask search,
@@ -44,6 +44,49 @@ class CriterionContext:
         """What every list keeps, blocks counted through the lists."""
         return list_groups(self.teacher, self.settings)
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """Blocks per list."""
+        return self.teacher.stack.depths()
+
+    @property
+    def depth(self) -> int:
+        """Blocks of all lists."""
+        return sum(self.depths.values())
+
+    @property
+    def teacher_hash(self) -> str:
+        """The hash of the model that the plan is for."""
+        return self.teacher.hash()
+
+    @property
+    def loss(self) -> str:
+        """The loss of a mask, in words."""
+        return "loss (mse + vb)"
+
+    def allows(self, mask: Mask) -> bool:
+        """Whether only the blocks of `mask` may stay, apart from their numbers per list."""
+        return True
+
+    def preferred(self, order: Sequence[int]) -> Sequence[int]:
+        """An order of blocks in which those that have to stay come first."""
+        return order
+
+    def statistics(self, clean: bool) -> BlockStatistics:
+        """What every block does to its input, on the calibration set."""
+        return block_statistics(self.teacher, self.images, clean, self.tick)
+
+    def losses(
+        self,
+        masks: Sequence[Mask],
+        tick: Tick = lambda done: None,
+        begun: LossSums | None = None,
+        keep: Callable[[LossSums], None] = lambda sums: None,
+        prove: bool = True,
+    ) -> LossSums:
+        """The losses of masks on the calibration set, arguments as those of `mask_losses`."""
+        return mask_losses(self.teacher, self.images, masks, tick, begun, keep, prove)
+
 
 def plan_for(
     context: CriterionContext,
@@ -57,15 +100,15 @@ def plan_for(
 
     evaluations: of one block on one calibration batch. The cost counts them as images that the whole model sees forward.
     """
-    teacher, calibration = context.teacher, context.calibration
+    calibration = context.calibration
     looked = {} if not evaluations or calibration is None else {"calibration": calibration.record()}
-    images = evaluations / len(teacher.stack) * calibration.images if calibration else 0.0
+    images = evaluations / context.depth * calibration.images if calibration else 0.0
     return PrunePlan(
         kept={name: [i - context.groups[name].start for i in listed] for name, listed in kept.items()},
-        depth=teacher.stack.depths(),
+        depth=context.depths,
         criterion=context.settings.criterion,
         scores={"meaning": meaning, **(scores or {}), **(more or {}), **looked},
         seed=context.seed,
-        teacher=teacher.hash(),
+        teacher=context.teacher_hash,
         cost={"images": round(images, 1)},
     )

@@ -22,13 +22,11 @@ from tinyfusion.blocks.stack import check_kept
 from tinyfusion.config.recipe import Criterion as Name
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.prune.calibrate import block_statistics
 from tinyfusion.prune.context import CriterionContext, plan_for
 from tinyfusion.prune.mask_search import (
     Mask,
     bits,
     loss_summary,
-    mask_losses,
     random_masks,
     shared_evaluations,
     short,
@@ -68,7 +66,7 @@ def by_block_influence(context: CriterionContext) -> PrunePlan:
     inputs at low timesteps, and the model's last block never goes. Cost: one pass.
     """
     clean = context.settings.bi_inputs == "clean"
-    statistics = block_statistics(context.teacher, context.images, clean, context.tick)
+    statistics = context.statistics(clean)
     scores = [1.0 - cosine for cosine in statistics.cosine]
     ranks = [*scores[:-1], math.inf] if clean else scores
     inputs = "clean inputs, first quarter of the timesteps, last block never removed" if clean else "noised inputs"
@@ -80,7 +78,7 @@ def by_change(context: CriterionContext) -> PrunePlan:
 
     Source: model card of Freepik's flux.1-lite-8B. No details are published, so the calibration set is ours.
     """
-    change = block_statistics(context.teacher, context.images, False, context.tick).change
+    change = context.statistics(clean=False).change
     return _ranked(context, change, change, "mean squared difference of output and input")
 
 
@@ -95,30 +93,36 @@ def by_sensitivity(context: CriterionContext) -> PrunePlan:
 
 def _one_shot(context: CriterionContext) -> PrunePlan:
     whole, tried = _all_but_one(context)
-    sums = mask_losses(context.teacher, context.images, tried, context.tick)
+    sums = context.losses(tried, context.tick)
     losses = dict(zip(tried, (sums.loss / sums.images).tolist(), strict=True))
     added = [losses.get(_without(whole, block), math.inf) - losses[whole] for block in whole]
     more = {"loss_of_whole_model": _finite(losses[whole])}
-    meaning = "loss (mse + vb) added by removing the block alone; null where it is not finite"
+    meaning = f"{context.loss} added by removing the block alone; null where it is not finite"
     return _ranked(context, added, added, meaning, shared_evaluations(tried), more)
 
 
 def _all_but_one(context: CriterionContext) -> tuple[Mask, list[Mask]]:
     """The whole model's mask, and it with every mask that lacks one block; a list's only block stays."""
-    whole = tuple(range(len(context.teacher.stack)))
+    whole = tuple(range(context.depth))
     alone = {group.start for group in context.groups.values() if group.size == 1}
     return whole, sorted([whole, *(_without(whole, block) for block in whole if block not in alone)])
 
 
 def _greedy(context: CriterionContext) -> PrunePlan:
-    groups, kept = context.groups.values(), tuple(range(len(context.teacher.stack)))
+    groups, kept = context.groups.values(), tuple(range(context.depth))
     added: list[float] = [math.inf] * len(kept)
     removed: list[int] = []
     loss, work = math.nan, 0
-    while free := [i for g in groups if len({*kept} & {*g.blocks}) > g.keep for i in g.free if i in kept]:
+    while free := [
+        i
+        for group in groups
+        if len({*kept} & {*group.blocks}) > group.keep
+        for i in group.free
+        if i in kept and context.allows(_without(kept, i))
+    ]:
         tried = sorted([_without(kept, block) for block in free] + ([] if removed else [kept]))
         tick = partial(tick_from, context.tick, work * len(context.images.batches))
-        sums = mask_losses(context.teacher, context.images, tried, tick, prove=not removed)
+        sums = context.losses(tried, tick, prove=not removed)
         work += shared_evaluations(tried)
         losses = dict(zip(tried, (sums.loss / sums.images).tolist(), strict=True))
         loss = losses.pop(kept, loss)
@@ -131,7 +135,7 @@ def _greedy(context: CriterionContext) -> PrunePlan:
     return plan_for(
         context,
         {name: _best(group, kept) for name, group in context.groups.items()},
-        "loss (mse + vb) added by removing the block, when that was last tried; null where it was not, or not finite",
+        f"{context.loss} added by removing the block, when that was last tried; null where it was not, or not finite",
         _by_list(context, added),
         work,
         {"removed_in_order": removed, "loss": _finite(loss)},
@@ -156,7 +160,7 @@ def _ranked(
     more: Mapping[str, Any] | None = None,
 ) -> PrunePlan:
     """The blocks of highest rank stay; one that is not a number is the highest. `scores` are what the plan says."""
-    order = sorted(range(len(ranks)), key=lambda i: (-_or_infinite(ranks[i]), i))
+    order = context.preferred(sorted(range(len(ranks)), key=lambda i: (-_or_infinite(ranks[i]), i)))
     kept = {name: _best(group, order) for name, group in context.groups.items()}
     work = len(ranks) if evaluations is None else evaluations
     return plan_for(context, kept, meaning, _by_list(context, scores), work, more)
@@ -230,7 +234,7 @@ def by_calibration_loss(context: CriterionContext) -> PrunePlan:
     table 3. A loss that is not finite counts as infinite, and is not taken for the greatest. Cost: docs/criteria.md.
     """
     masks, began = searched(context), time.perf_counter()
-    sums = mask_losses(context.teacher, context.images, masks, context.tick, context.begun, context.keep)
+    sums = context.losses(masks, context.tick, context.begun, context.keep)
     losses = np.nan_to_num(sums.loss / sums.images, nan=np.inf, neginf=np.inf)
     order = np.argsort(losses, kind="stable")
     finite = order[np.isfinite(losses[order])]
@@ -239,13 +243,18 @@ def by_calibration_loss(context: CriterionContext) -> PrunePlan:
     places = {"min-loss": finite[0], "median-loss": order[(len(order) - 1) // 2], "max-loss": finite[-1]}
     chosen = int(places[context.settings.criterion])
     there = space(context)
-    depth, listed = len(context.teacher.stack), len(masks) <= MAX_LISTED_MASKS
+    depth, listed = context.depth, len(masks) <= MAX_LISTED_MASKS
     table = {"losses": [short(v) for v in losses], "masks": [bits(mask, depth) for mask in masks]}
-    facts = {"num_masks": len(masks), "all_masks": there, "exact": len(masks) == there, "loss": short(losses[chosen])}
+    facts = {
+        "num_masks": len(masks),
+        "all_masks": there,
+        "exact": there <= context.settings.num_masks,
+        "loss": short(losses[chosen]),
+    }
     plan = plan_for(
         context,
         {name: [i for i in masks[chosen] if i in group.blocks] for name, group in context.groups.items()},
-        "calibration loss (mse + vb) of whole masks, one bit per block, 1 for kept; null where it is not finite",
+        f"calibration {context.loss} of whole masks, one bit per block, 1 for kept; null where it is not finite",
         {**facts, **loss_summary(losses[finite]), **(table if listed else {})},
         shared_evaluations(masks),
     )
@@ -257,7 +266,8 @@ def by_calibration_loss(context: CriterionContext) -> PrunePlan:
 
 def searched(context: CriterionContext) -> list[Mask]:
     """The masks that a search tries, in lexicographic order."""
-    return random_masks(list(context.groups.values()), context.settings.num_masks, context.seed)
+    masks = random_masks(list(context.groups.values()), context.settings.num_masks, context.seed)
+    return [mask for mask in masks if context.allows(mask)]
 
 
 def space(context: CriterionContext) -> int:
@@ -280,9 +290,9 @@ def _marks(context: CriterionContext) -> dict[str, Any]:
         if len(mask) == wanted:
             found[name] = mask
     masks = sorted(set(found.values()))
-    sums = mask_losses(context.teacher, context.images, masks, prove=False)
+    sums = context.losses(masks, prove=False)
     losses = dict(zip(masks, sums.loss / sums.images, strict=True))
-    depth = len(context.teacher.stack)
+    depth = context.depth
     return {
         "marks": {name: short(losses[mask]) for name, mask in found.items()},
         "mark_masks": {name: bits(mask, depth) for name, mask in found.items()},
@@ -296,12 +306,12 @@ def _sensitivity_evaluations(context: CriterionContext) -> int:
     """Protected blocks are tried or not, which changes little; greedy as if none were protected."""
     if context.settings.sensitivity_order == "one-shot":
         return shared_evaluations(_all_but_one(context)[1])
-    left, depth = sum(group.keep for group in context.groups.values()), len(context.teacher.stack)
+    left, depth = sum(group.keep for group in context.groups.values()), context.depth
     rounds = [list(itertools.combinations(range(size), size - 1)) for size in range(depth, left, -1)]
     return sum(map(shared_evaluations, rounds)) + (1 if rounds else 0)
 
 
-_PASS = Criterion("", by_change, lambda context: len(context.teacher.stack))
+_PASS = Criterion("", by_change, lambda context: context.depth)
 _SEARCH = Criterion("", by_calibration_loss, lambda context: shared_evaluations(searched(context)))
 CRITERIA: dict[str, Criterion] = {
     "bi": dataclasses.replace(_PASS, says="block influence", plan=by_block_influence),

@@ -75,7 +75,7 @@ def shared_evaluations(masks: Sequence[Mask]) -> int:
     """Block evaluations per batch with sharing: the distinct prefixes. The least there can be without approximation."""
     ordered = sorted(set(masks))
     previous = [(), *ordered[:-1]]
-    return sum(len(mask) - _common(before, mask) for before, mask in zip(previous, ordered, strict=True))
+    return sum(len(mask) - shared_prefix(before, mask) for before, mask in zip(previous, ordered, strict=True))
 
 
 def separate_evaluations(masks: Sequence[Mask]) -> int:
@@ -83,7 +83,7 @@ def separate_evaluations(masks: Sequence[Mask]) -> int:
     return sum(map(len, masks))
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)
@@ -270,7 +270,7 @@ class _SharedBatch:
             wide = _repeated(self.noisy, min(together, len(masks)))
             for position, mask in enumerate(masks):
                 steps = self._steps(mask)
-                shared = _common(path, steps)
+                shared = shared_prefix(path, steps)
                 del states[shared + 1 :]
                 for step in steps[shared:]:
                     states.append(self._after(states[-1], step))

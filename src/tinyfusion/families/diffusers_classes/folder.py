@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.blocks.streams import Streams
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import license_in, read_json_object
 from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_lists
@@ -151,10 +152,14 @@ class TransformerFolder:
         module.load_state_dict(tensors, assign=True)
         return module.eval()
 
+    @property
+    def streams(self) -> dict[str, Streams]:
+        """The declaration of the blocks per list."""
+        return {each.path: each.declared for each in self.row.lists if each.path in self.depths}
+
     def stack(self, module: nn.Module) -> BlockStack:
         """The blocks of a module of this model, with the streams that the row declares."""
-        lists = {each.path: each.declared for each in self.row.lists if each.path in self.depths}
-        return BlockStack(module, tuple(lists), lists)
+        return BlockStack(module, tuple(self.streams), self.streams)
 
 
 # -------------------------------------------------------------------------------------------------------------- opening

@@ -1,0 +1,228 @@
+"""Record the inputs of a transformer: around any call of a pipeline, or from the folder of a pipeline and prompts."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from tinyfusion.core.device import available_bytes
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.records import stamp
+from tinyfusion.core.rng import Randomness
+from tinyfusion.data.recorded import Call, recording, spread, write_recorded
+from tinyfusion.families.diffusers_classes.folder import (
+    INDEX,
+    TransformerFolder,
+    component_folders,
+    open_transformer,
+)
+from tinyfusion.families.diffusers_classes.rows import rows_with
+from tinyfusion.models.wrapped import wrap_module
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@contextmanager
+def record_inputs(
+    transformer: nn.Module, path: str | Path, *, calls: int | None = None, source: str | Path | None = None
+) -> Iterator[None]:
+    """Within the context the inputs of `transformer` are recorded, for `tinyfusion prune --inputs`; the file is written at its end.
+
+    Call a pipeline with this transformer within, as often as wanted. calls: written at most, evenly spaced among all; None writes
+    each. source: folder of the transformer, where it was opened in another type than that of its files; None: the model is
+    recognised by its tensors as they are. Nothing is written where the context ends by an exception. Raises UserError
+    where no call was made.
+    """
+    facts = {"class_name": type(transformer).__name__, "dtype": dtype_name(transformer)}
+    facts["hash"] = _hash(transformer) if source is None else open_transformer(Path(source), rows_with(None)).hash
+    with recording(transformer) as made:
+        yield
+    if not made:
+        raise UserError(
+            f"the {facts['class_name']} was not called within record_inputs: call the pipeline that it is of"
+        )
+    write_recorded(Path(path), spread(made, calls), stamp("record", {}, "done", **facts))
+
+
+def dtype_name(transformer: nn.Module) -> str:
+    """The type of a model's weights, as torch names it."""
+    dtype = getattr(transformer, "dtype", None) or next(transformer.parameters()).dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def _hash(transformer: nn.Module) -> str:
+    """The hash that a folder of these tensors has."""
+    if any(tensor.is_meta for tensor in transformer.parameters()):
+        raise UserError(
+            "the transformer's weights are not in memory (sequential offload): give record_inputs its folder, source="
+        )
+    lists = [name for name, part in transformer.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+    return wrap_module(transformer, lists[:1]).hash()
+
+
+# -------------------------------------------------------------------------------------------------------- pipeline folders
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a pipeline is called; None leaves what the pipeline has by default. calls: retained per prompt."""
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    seed: int = 0
+    calls: int = 4
+
+    def arguments(self, kind: Any) -> dict[str, Any]:
+        """The arguments of a call of this pipeline class. Raises UserError on one that it does not have."""
+        given = {
+            "num_inference_steps": self.steps, "guidance_scale": self.guidance_scale, "height": self.height,
+            "width": self.width, "num_frames": self.frames,
+        }  # fmt: skip
+        known = inspect.signature(kind.__call__).parameters
+        if "prompt" not in known:
+            raise UserError(
+                f"a {kind.__name__} takes no prompt: record from a script of your own, tinyfusion.record_inputs(transformer, FILE)"
+            )
+        if odd := next((name for name, value in given.items() if value is not None and name not in known), None):
+            raise UserError(f"a {kind.__name__} has no {odd}: leave that option out")
+        return {name: value for name, value in given.items() if value is not None} | (
+            {"output_type": "latent"} if "output_type" in known else {}
+        )
+
+
+def pipeline_class(folder: Path) -> Any:
+    """The class of diffusers that a pipeline folder names. Raises UserError on code of its own, which is never run."""
+    import diffusers  # late: it takes seconds
+    from diffusers import DiffusionPipeline, pipelines
+
+    index = read_json_object(folder / INDEX)
+    name = index.get("_class_name")
+    parts = {
+        part: value[0]
+        for part, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and part[0] != "_"
+    }
+    own = [part for part, library in parts.items() if library not in (None, "diffusers", "transformers")]
+    own = [part for part in own if not hasattr(pipelines, str(parts[part]))]
+    if isinstance(name, list) or own:
+        what = "a pipeline class" if isinstance(name, list) else f"a class for {own[0]}"
+        raise UserError(
+            f"{folder} brings {what} of its own, and code of a model is never run: wanted classes of diffusers"
+        )
+    kind = getattr(diffusers, str(name), None)
+    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
+        raise UserError(
+            f"diffusers {diffusers.__version__} has no pipeline {name}, which {folder} names: a newer version may"
+        )
+    return kind
+
+
+def transformer_in(pipeline: Path, component: str | None, blocks: Path | None) -> TransformerFolder:
+    """The transformer of a pipeline folder. Raises UserError where it has none of that name, or several and none is named."""
+    rows = rows_with(blocks)
+    if not (pipeline / INDEX).is_file():
+        raise UserError(f"{pipeline} is no pipeline of diffusers: wanted a folder with {INDEX}, or a hub id")
+    folders = {folder.name: folder for folder in component_folders(pipeline, rows)}
+    if not folders:
+        raise UserError(f"{pipeline} has no transformer whose class has a row of blocks: give --blocks FILE")
+    if component is None and len(folders) > 1:
+        raise UserError(
+            f"{pipeline} has {len(folders)} transformers: give --component {' or --component '.join(folders)}"
+        )
+    name = component or next(iter(folders))
+    if name not in folders:
+        raise UserError(f"{pipeline} has no transformer {name}: --component is {' or '.join(folders)}")
+    return open_transformer(folders[name], rows)
+
+
+def opened_pipeline(kind: Any, folder: Path, model: TransformerFolder, device: torch.device) -> Any:
+    """The pipeline, every component in the type of its files, the transformer mapped from them.
+
+    On a device with less free memory than all weights take its components are there in turn.
+    """
+    module = model.module()
+    try:
+        dtypes = {name: dtype for name in read_json_object(folder / INDEX) if (dtype := _stored_dtype(folder / name))}
+        pipeline = kind.from_pretrained(
+            folder,
+            dtype={"default": torch.float32, **dtypes},
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **{model.path.name: module},
+        )
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        ImportError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        raise UserError(f"diffusers does not open {folder} as a {kind.__name__}: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    free = available_bytes(device) if device.type == "cuda" else None
+    weights = sum(
+        t.nbytes for part in pipeline.components.values() if isinstance(part, nn.Module) for t in part.parameters()
+    )
+    if free is not None and weights > 0.8 * free:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    return pipeline
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """The type of most values in the safetensors of a component; None where it has none."""
+    sizes: Counter[str] = Counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118
+            for each in slices:
+                sizes[each.get_dtype()] += math.prod(each.get_shape())
+    return next((_FLOATS[name] for name, _ in sizes.most_common() if name in _FLOATS), None)
+
+
+def recorded_calls(
+    pipeline: Any, transformer: nn.Module, prompts: Sequence[str], drawing: Drawing, tick: Callable[[int], None]
+) -> list[Call]:
+    """The calls of the transformer while the pipeline draws each prompt, `drawing.calls` of each, spread over its trajectory.
+
+    Raises UserError where the pipeline cannot be called with a prompt alone.
+    """
+    arguments, calls = drawing.arguments(type(pipeline)), list[Call]()
+    for number, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(Randomness(drawing.seed).generator_seed(f"record/{number}"))
+        with recording(transformer) as made, torch.no_grad():
+            try:
+                pipeline(prompt=prompt, generator=generator, **arguments)
+            except (TypeError, ValueError, AttributeError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(
+                    f"a {type(pipeline).__name__} cannot be called with a prompt and these options ({error}): record from a script of "
+                    "your own, tinyfusion.record_inputs(transformer, FILE)"
+                ) from error
+        if not made:
+            raise UserError(
+                f"the pipeline drew prompt {number + 1} without this transformer: give another --component or more --steps"
+            )
+        calls += spread(made, drawing.calls)
+        tick(number + 1)
+    return calls

@@ -1,0 +1,302 @@
+"""Criteria on transformers of diffusers: what they choose among are units, blocks that go together, and data are recorded calls.
+
+A unit is one block where the class has no rule. The loss of a mask is the squared error of the model without the other units
+to the whole model, over all tensors that it returns and relative to their mean square, averaged over the calls: it needs no
+training objective, so it is the same for every class. A call is run as it was recorded, all its images with one mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tinyfusion.blocks.plan import PrunePlan, first_blocks
+from tinyfusion.blocks.replayed import BlockReplay
+from tinyfusion.blocks.streams import tensors_in
+from tinyfusion.config.recipe import PruneSection
+from tinyfusion.core.errors import UserError
+from tinyfusion.data.recorded import RecordedInputs, changed
+from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList
+from tinyfusion.families.diffusers_classes.folder import TransformerFolder
+from tinyfusion.processes.task import Task, TaskBatch
+from tinyfusion.prune.calibrate import BlockStatistics, Calibration, Tick, block_statistics
+from tinyfusion.prune.context import CriterionContext
+from tinyfusion.prune.criteria import CRITERIA
+from tinyfusion.prune.mask_search import LossSums, Mask, shared_evaluations, shared_prefix
+from tinyfusion.prune.rules import bk_sdm_positions
+from tinyfusion.prune.scheme import BlockGroup, check_range
+
+ON_DATA = tuple(name for name, row in CRITERIA.items() if row.evaluations is not None and name != "width")
+_ALL = "all"  # in a budget: the lists of the trunk together
+_RETAINED_SHARE, _RETAINED_BYTES = 0.1, 2**26  # outputs of blocks that a search keeps: share of the model, at least
+
+
+@dataclass(frozen=True)
+class RecordedCalibration(Calibration):
+    """Recorded calls as a calibration set; `images` is the number of calls. facts: of their file, for the plan."""
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """What a plan says of it."""
+        protocol = "calls as recorded from a pipeline, all images of a call with one mask, weights in their own types"
+        return {"data": self.data, "calls": self.images, **self.facts, "protocol": protocol}
+
+
+def recorded_calibration(inputs: RecordedInputs, model: TransformerFolder, seed: int) -> RecordedCalibration:
+    """The calls of a file, for a model. Raises UserError where they are of another class or another model.
+
+    Those of an ancestor are latents and texts that a student takes too, unless its class is given something per block.
+    """
+    ancestor = inputs.hash in [each["hash"] for each in model.lineage]
+    if inputs.class_name != model.class_name:
+        raise UserError(
+            f"{inputs.path} was recorded on a {inputs.class_name}, and {model.path} is a {model.class_name}: record inputs of its "
+            "own, `tinyfusion record`"
+        )
+    if inputs.hash != model.hash and (not ancestor or model.row.parallel or model.row.indices):
+        why = "its ancestor, which is given other inputs per block" if ancestor else "another model"
+        raise UserError(
+            f"{inputs.path} was recorded on {inputs.hash[:12]}, and {model.path} is {model.hash[:12]}: that is {why}; record inputs of "
+            "its own, `tinyfusion record`"
+        )
+    calls: Any = tuple(map(TaskBatch, inputs.calls))
+    facts = {"prompts": inputs.prompts, "recorded_on": inputs.hash}
+    return RecordedCalibration(calls, _AS_RECORDED, inputs.path.name, len(calls), len(calls), seed, facts)
+
+
+def _outputs(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
+    """All values that a call of the model returns, in a row, in float32."""
+    device = next(model.parameters()).device
+    arguments = changed(call, lambda tensor: tensor.to(device))
+    if "return_dict" in inspect.signature(type(model).forward).parameters:
+        arguments["return_dict"] = False
+    try:
+        output = model(**arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"a {type(model).__name__} does not take the recorded inputs: {error}") from error
+    return torch.cat([tensor.flatten().float() for tensor in tensors_in(output)])
+
+
+_AS_RECORDED = Task(_outputs, lambda _output, _call: torch.zeros(1))  # criteria here compare outputs, and train nothing
+
+
+@dataclass(frozen=True)
+class UnitContext(CriterionContext):
+    """A criterion's context on a transformer of diffusers: lists are unit lists, and indices count units.
+
+    teacher: the module with its block lists, on the meta device where no criterion runs it. unit_lists: as of `model`.
+    """
+
+    model: TransformerFolder = field(kw_only=True)
+    unit_lists: Sequence[UnitList] = field(kw_only=True)
+    _outputs_of_calls: dict[int, Tensor] = field(default_factory=dict, repr=False)  # of the whole model, on the CPU
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Units per list."""
+        return {each.name: len(each.units) for each in self.unit_lists}
+
+    @property
+    def teacher_hash(self) -> str:
+        """The hash of the folder."""
+        return self.model.hash
+
+    @property
+    def loss(self) -> str:
+        """The loss of a mask, in words."""
+        return "squared error to the whole model's output, relative to its mean square,"
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, ...]]:
+        """Blocks of every unit, by global index through the lists of the model."""
+        starts = first_blocks(self.model.depths)
+        return [tuple(starts[path] + i for path, i in unit) for each in self.unit_lists for unit in each.units]
+
+    # ------------------------------------------------------------------------------------------------- what may stay
+
+    @property
+    def groups(self) -> dict[str, BlockGroup]:
+        """How many units of every list stay, and which of them have to."""
+        settings = self.settings
+        check_range("--protect", sorted(set(settings.protect)), self.model.depths)
+        budgets, groups = _budgets(self.unit_lists, settings), dict[str, BlockGroup]()
+        start = 0
+        for each in self.unit_lists:
+            size, wanted = len(each.units), budgets.get(each.name)
+            protected = {i for i in range(size) if i in each.fixed or {*self.blocks[start + i]} & {*settings.protect}}
+            keep = max((size + 1) // 2, len(each.fixed)) if wanted is None else _units_of(each, wanted)
+            if each.aside and wanted is None:
+                protected, keep = set(range(size)), size
+            elif settings.criterion == "bk-sdm":
+                keep = _by_pairs(each, settings, sorted(protected), None if wanted is None else keep)
+            if len(protected) > keep:
+                raise UserError(
+                    f"{len(protected)} units of {each.name} have to stay or are protected, and {keep} are to stay: keep more"
+                )
+            groups[each.name] = BlockGroup(start, size, keep, tuple(start + i for i in sorted(protected)))
+            start += size
+        return groups
+
+    @cached_property
+    def occupied(self) -> list[frozenset[int]]:
+        """Sets of units of each of which one has to stay: between two hints, and at the end of a list whose last blocks count."""
+        row, config, starts = self.model.row, self.model.config, first_blocks(self.model.depths)
+        spans: list[tuple[str, int, int]] = []
+        for name, path in row.last.items():
+            depth = self.model.depths[path]
+            spans += [(path, depth - config[name], depth)] if config.get(name) else []
+        for name, path in row.hints.items():
+            hints = sorted(config.get(name) or ())
+            spans += [(path, before + 1, hint + 1) for before, hint in zip([-1, *hints], hints, strict=False)]
+        blocks = [range(starts[path] + first, starts[path] + stop) for path, first, stop in spans]
+        return [frozenset(i for i, unit in enumerate(self.blocks) if {*unit} & {*span}) for span in blocks]
+
+    def allows(self, mask: Mask) -> bool:
+        """Whether every set of `occupied` has a unit in the mask."""
+        return all(units & {*mask} for units in self.occupied)
+
+    def preferred(self, order: Sequence[int]) -> Sequence[int]:
+        """The first of every set of `occupied` without a protected unit goes before all others."""
+        protected = {i for group in self.groups.values() for i in group.protected}
+        first = [next(i for i in order if i in units) for units in self.occupied if not units & protected]
+        return [*first, *(i for i in order if i not in first)]
+
+    def in_blocks(self, plan: PrunePlan) -> PrunePlan:
+        """The plan of a criterion, which counts units, in blocks. Raises UserError where it breaks a rule of the class."""
+        kept: dict[str, list[int]] = {}
+        for each in self.unit_lists:
+            kept |= each.kept(plan.kept[each.name])
+        Cut(self.model.row, self.model.config, self.model.depths, kept)
+        scores = dict(plan.scores)
+        if any(len(unit) > 1 for each in self.unit_lists for unit in each.units):
+            scores["units"] = {
+                each.name: [[[*block] for block in unit] for unit in each.units] for each in self.unit_lists
+            }
+        return dataclasses.replace(plan, kept=kept, depth=dict(self.model.depths), scores=scores)
+
+    def check(self) -> None:
+        """Raise UserError where no choice of the settings' numbers of blocks keeps the rules of the class."""
+        order = self.preferred(range(self.depth))
+        kept = {
+            name: [
+                i - group.start for i in group.with_protected([i for i in order if i in group.free][: group.keep_free])
+            ]
+            for name, group in self.groups.items()
+        }
+        self.in_blocks(PrunePlan(kept, self.depths, self.settings.criterion))
+
+    # --------------------------------------------------------------------------------------------------- measurements
+
+    def statistics(self, clean: bool) -> BlockStatistics:
+        """Means over the blocks of a unit, of the stream that the class's row taps: of the images where it has one.
+
+        Texts are read by the images and dropped at the end, so what a block does to them counts by what it does to images.
+        """
+        each, num = len(self.teacher.stack), self.depth
+        found = block_statistics(self.teacher, self.images, clean, lambda done: self.tick(done * num // each))
+        return BlockStatistics(self._of_units(found.cosine), self._of_units(found.change))
+
+    def _of_units(self, values: Sequence[float]) -> list[float]:
+        return [sum(values[i] for i in unit) / len(unit) for unit in self.blocks]
+
+    @torch.no_grad()
+    def losses(
+        self,
+        masks: Sequence[Mask],
+        tick: Tick = lambda done: None,
+        begun: LossSums | None = None,
+        keep: Callable[[LossSums], None] = lambda sums: None,
+        prove: bool = True,
+    ) -> LossSums:
+        """Losses of masks of units as the module says, arguments as those of `mask_losses`."""
+        sums = begun or LossSums(np.zeros(len(masks)), np.zeros(len(masks)))
+        work, module = shared_evaluations(masks), self.teacher.module
+        num_bytes = max(int(_RETAINED_SHARE * self.model.num_bytes), _RETAINED_BYTES)
+        for number, call in enumerate(self.images.batches):
+            if number < sums.batches:
+                continue
+            run = partial(self.images.objective.predict, module, call)
+            done = 0
+            with BlockReplay(self.teacher.stack, num_bytes) as replay:
+                if number not in self._outputs_of_calls:
+                    self._outputs_of_calls[number] = replay.run(range(len(self.teacher.stack)), run).output.cpu()
+                whole = self._outputs_of_calls[number].to(next(module.parameters()).device)
+                for position, mask in enumerate(masks):
+                    if len(mask) < self.depth:
+                        kept = {block for unit in mask for block in self.blocks[unit]}
+                        error = replay.run(kept, run).output - whole
+                        loss = float(error.square().sum(dtype=torch.float64) / whole.square().sum(dtype=torch.float64))
+                        sums.loss[position] += loss
+                        sums.mse[position] += loss
+                    done += len(mask) - shared_prefix(masks[position - 1] if position else (), mask)
+                    tick(number * work + done)
+            sums.images += 1
+            sums.batches += 1
+            keep(sums)
+        return sums
+
+
+# ---------------------------------------------------------------------------------------------------------------- budgets
+
+
+def _by_pairs(each: UnitList, settings: PruneSection, protected: Sequence[int], wanted: int | None) -> int:
+    """How many units bk-sdm's rule keeps. Raises UserError where a budget wants another number."""
+    keep = len(bk_sdm_positions(len(each.units), settings.bk_sdm_list, protected))
+    if wanted not in (None, keep):
+        raise UserError(
+            f"bk-sdm's rule keeps {keep} of the {len(each.units)} units of {each.name}, not {wanted}: leave out the budget"
+        )
+    return keep
+
+
+def _units_of(each: UnitList, wanted: int) -> int:
+    """How many units hold `wanted` blocks of each list. Raises UserError where none do."""
+    path = each.units[0][0][0]
+    sizes = [sum(own == path for own, _ in unit) for unit in each.units]
+    fixed = sum(sizes[i] for i in each.fixed)
+    step = next((size for i, size in enumerate(sizes) if i not in each.fixed), 1)
+    least = max(fixed, step)
+    if not least <= wanted <= sum(sizes) or (wanted - fixed) % step:
+        by = f" in steps of {step}" if step > 1 else ""
+        raise UserError(f"{wanted} blocks of {each.name} cannot stay: {least} to {sum(sizes)} can{by}")
+    return len(each.fixed) + (wanted - fixed) // step
+
+
+def _budgets(units: Sequence[UnitList], settings: PruneSection) -> dict[str, int]:
+    """Blocks that stay, per list that has a budget: of `prune.budgets`, else `--num-keep` for the lists of the trunk."""
+    trunk = [each for each in units if not each.aside]
+    budgets = {} if settings.num_keep is None else {each.name: settings.num_keep for each in trunk}
+    for entry in settings.budgets:
+        name, _, number = entry.partition("=")
+        named = [each.name for each in units if name in each.name.split(" + ")]
+        if not number.isdecimal() or (name != _ALL and not named):
+            known = ", ".join(each.name for each in units)
+            raise UserError(f"prune.budgets wants LIST=N or {_ALL}=N, lists are {known}; got {entry!r}")
+        budgets |= _divided(trunk, int(number)) if name == _ALL else {named[0]: int(number)}
+    return budgets
+
+
+def _divided(trunk: Sequence[UnitList], total: int) -> dict[str, int]:
+    """A budget over several lists, divided as their lengths are; what is left over goes to the largest remainders."""
+    sizes = {each.name: len({position for unit in each.units for _, position in unit}) for each in trunk}
+    if not len(sizes) <= total <= sum(sizes.values()):
+        raise UserError(
+            f"{_ALL}={total}: of the {sum(sizes.values())} blocks of {', '.join(sizes)} 1 of each list to all can stay"
+        )
+    exact = {name: total * size / sum(sizes.values()) for name, size in sizes.items()}
+    found = {name: max(1, math.floor(share)) for name, share in exact.items()}
+    for name in sorted(exact, key=lambda name: found[name] - exact[name])[: max(0, total - sum(found.values()))]:
+        found[name] += 1
+    return found
