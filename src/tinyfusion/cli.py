@@ -142,7 +142,9 @@ def _inspect(options: Any) -> dict[str, Any]:
 
     weights = options.weights or Recipe().sample.weights
     if transformer := transformer_of(options.model, options.blocks):
-        facts = inspect_transformer(transformer)
+        facts = inspect_transformer(transformer, options.inputs)
+    elif options.inputs is not None:
+        raise UserError(f"--inputs is for transformers of diffusers, and {options.model} is none: leave it out")
     else:
         facts = inspect(open_model(options.model, weights, options.num_heads, options.family, options.num_classes))
     if not options.json:

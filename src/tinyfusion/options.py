@@ -281,7 +281,10 @@ VERBS = {
     "inspect": Verb(
         "What a model is: family, sizes, depth, parameters, MACs, kept blocks, lineage, hash.",
         "",
-        (*_OPENING, *_ANSWERS, _OF_MODEL, _BLOCKS),
+        (
+            *_OPENING, *_ANSWERS, _OF_MODEL, _BLOCKS,
+            Option("inputs", "transformers of diffusers: what `record` wrote, to count the MACs of a call of its size", "FILE", kind=Path),
+        ),
         ("model",),
     ),
     "record": Verb(

@@ -33,7 +33,7 @@ from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolde
 from tinyfusion.families.diffusers_classes.single_file import single_file_metadata, single_file_of, single_file_weights
 from tinyfusion.families.diffusers_classes.weights import STEM, write_file, write_weights
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, job_record, plain_recipe
-from tinyfusion.jobs.transformers import couplings, planned, recorded_work, transformer_of
+from tinyfusion.jobs.transformers import call_macs, couplings, planned, recorded_work, transformer_of
 from tinyfusion.jobs.verbs import finished
 
 _FILES = rf"config\.json|{STEM}[^/]*|README\.md|{PICTURE}"
@@ -216,8 +216,12 @@ def _take_over(pipeline: Path, out: Path, replaced: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- inspect
 
 
-def inspect_transformer(model: TransformerFolder) -> dict[str, Any]:
-    """The facts that `inspect --json` prints: streams, units and couplings, and what a block of each list weighs."""
+def inspect_transformer(model: TransformerFolder, inputs: Path | None = None) -> dict[str, Any]:
+    """The facts that `inspect --json` prints: streams, units and couplings, and what a block of each list weighs.
+
+    inputs: a file of `record`, for the multiply-accumulates of a call of its size. Raises UserError where it is of another class.
+    """
+    macs = call_macs(model, inputs) if inputs is not None else {}
     total = sum(stored.numel for stored in model.weights.values())
     units = {path: each for each in model.units for path in each.name.split(" + ")}
     lists: dict[str, Any] = {}
@@ -240,11 +244,19 @@ def inspect_transformer(model: TransformerFolder) -> dict[str, Any]:
             "parameters_per_block": parameters // depth,
             "bytes_per_block": sum(tensor.num_bytes for tensor in stored) // depth,
         }
+        if macs:
+            in_list = sum(macs.get(f"{each.path}.{i}", 0) for i in range(depth))
+            lists[each.path] |= {
+                "macs": in_list,
+                "macs_share": round(in_list / macs[""], 4),
+                "macs_per_block": in_list // depth,
+            }
     return {
         "class": model.class_name,
         "depth": sum(model.depths.values()),
         "num_parameters": total,
         "bytes": model.num_bytes,
+        **({"macs": macs[""], "macs_of": f"one call as recorded in {inputs}"} if macs else {}),
         "types": dict(Counter(stored.dtype for stored in model.weights.values())),
         "lists": lists,
         "couplings": couplings(model.row),

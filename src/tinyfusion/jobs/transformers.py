@@ -15,7 +15,7 @@ from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.rundir import RunDirectory
-from tinyfusion.data.recorded import RecordedInputs, read_recorded
+from tinyfusion.data.recorded import RecordedInputs, changed, read_recorded
 from tinyfusion.families.diffusers_classes.cutting import Cut
 from tinyfusion.families.diffusers_classes.folder import (
     INDEX,
@@ -29,6 +29,7 @@ from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, rows_
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.jobs.criteria import CriterionWork
 from tinyfusion.models.hub import HUB_ID
+from tinyfusion.models.macs import macs_by_module
 from tinyfusion.models.places import by_name, exists
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.task import TaskBatch
@@ -195,6 +196,28 @@ def _named(model: TransformerFolder, settings: PruneSection) -> dict[str, list[i
         kept[path] = sorted({i - start for i in settings.keep if start <= i < start + depths[path]})
     aside = [each.path for each in model.row.lists if each.aside and each.path in kept]
     return {path: own if own or path not in aside else list(range(depths[path])) for path, own in kept.items()}
+
+
+def call_macs(model: TransformerFolder, file: Path) -> dict[str, int]:
+    """Multiply-accumulates of the first call of a file of `record`, by submodule ("" is the whole): counted on shapes, no weights.
+
+    Raises UserError on inputs of another class, and for classes whose work depends on values.
+    """
+    inputs = read_recorded(file)
+    if inputs.class_name != model.class_name:
+        raise UserError(
+            f"{file} was recorded on a {inputs.class_name}, and {model.path} is a {model.class_name}: record inputs of its own, "
+            "`tinyfusion record`"
+        )
+    module = model.empty().to("meta").eval()
+    call = changed(inputs.calls[0], lambda tensor: tensor.to("meta"))
+    try:
+        return macs_by_module(module, lambda: module(**call))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the multiply-accumulates of a {model.class_name} cannot be counted from shapes ({str(error).splitlines()[0][:120]}): "
+            "leave out --inputs"
+        ) from error
 
 
 def couplings(row: Row) -> list[str]:

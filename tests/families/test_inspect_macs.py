@@ -1,0 +1,72 @@
+"""Multiply-accumulates of a recorded call, per list of blocks, counted without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import Tiny
+from tiny_images import IMAGES
+
+from tinyfusion import record_inputs
+from tinyfusion.commands.transformers import inspect_transformer, prune_transformer
+from tinyfusion.config.recipe import PruneSection, Recipe
+from tinyfusion.core.errors import UserError
+from tinyfusion.jobs.assemble import RunOptions
+from tinyfusion.jobs.transformers import transformer_of
+from tinyfusion.models.macs import macs_by_module
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
+NAMES = ("FluxTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "ZImageTransformer2DModel")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counted_on_shapes_as_on_real_tensors(name: str, tmp_path: Path) -> None:
+    """Each list's share is that of its blocks, and what a student saves is what its removed blocks had."""
+    tiny = _tiny(name)
+    model, call = tiny.model(), tiny.given(2)
+    model.save_pretrained(tmp_path / "model")
+    with record_inputs(model, tmp_path / "inputs.safetensors"), torch.no_grad():
+        model(**call)
+    opened = transformer_of(str(tmp_path / "model"), None)
+    assert opened is not None
+    facts = inspect_transformer(opened, tmp_path / "inputs.safetensors")
+    real = macs_by_module(model, lambda: model(**call))
+    assert facts["macs"] == real[""] > 0
+    for path, each in facts["lists"].items():
+        blocks = [real[f"{path}.{i}"] for i in range(each["blocks"])]
+        assert (
+            each["macs"] == sum(blocks) and min(blocks) > 0 and each["macs_per_block"] == each["macs"] // each["blocks"]
+        )
+    assert sum(each["macs_share"] for each in facts["lists"].values()) < 1
+    recipe = Recipe(teacher=str(tmp_path / "model"), prune=PruneSection(criterion="first"))
+    prune_transformer(recipe, RunOptions(tmp_path / "cut"), opened)
+    student = transformer_of(str(tmp_path / "cut"), None)
+    assert student is not None
+    less = inspect_transformer(student, tmp_path / "inputs.safetensors")
+    removed = {path: each["blocks"] - less["lists"][path]["blocks"] for path, each in facts["lists"].items()}
+    if name != "SD3Transformer2DModel":  # its last block has no text side, so blocks differ
+        saved = sum(removed[path] * each["macs_per_block"] for path, each in facts["lists"].items())
+        assert any(removed.values()) and less["macs"] == facts["macs"] - saved
+
+
+def test_refused(tmp_path: Path) -> None:
+    flux, qwen = _tiny("FluxTransformer2DModel"), _tiny("QwenImage21Transformer2DModel")
+    for each in (flux, qwen):
+        model = each.model()
+        model.save_pretrained(tmp_path / each.name)
+        with record_inputs(model, tmp_path / f"{each.name}.safetensors"), torch.no_grad():
+            model(**each.given(1))
+    opened = [transformer_of(str(tmp_path / each.name), None) for each in (flux, qwen)]
+    assert opened[0] is not None and opened[1] is not None
+    with pytest.raises(
+        UserError, match="recorded on a QwenImage21Transformer2DModel, and .* is a FluxTransformer2DModel"
+    ):
+        inspect_transformer(opened[0], tmp_path / f"{qwen.name}.safetensors")
+    with pytest.raises(UserError, match="cannot be counted from shapes .*: leave out --inputs"):
+        inspect_transformer(opened[1], tmp_path / f"{qwen.name}.safetensors")
+
+
+def _tiny(name: str) -> Tiny:
+    return next(each for each in IMAGES if each.name == name)
