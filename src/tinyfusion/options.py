@@ -310,14 +310,14 @@ VERBS = {
         ("pipeline", "prompts", "out"),
     ),
     "lora": Verb(
-        "A LoRA of an uncut model, renumbered for its student: without this its updates land on other blocks, and no tool says so.",
+        "A LoRA, IP-adapter or ControlNet of an uncut model, for its student: else it acts on other blocks, and no tool says so.",
         "style.safetensors --model runs/flux --out style-student.safetensors",
         (
             *_ANSWERS,
-            Option("file", "LoRA of the uncut model: .safetensors, .pt or .bin (required)", "FILE", kind=Path, positional=True),
+            Option("file", "LoRA or IP-adapter of an uncut model, or ControlNet folder (required)", "FILE", kind=Path, positional=True),
             Option("model", "folder of the student, a transformer of diffusers (required)", "PATH", kind=Path),
-            Option("out", "the new LoRA, a .safetensors file (required)", "FILE", kind=Path),
-            Option("trained_on", "the LoRA's model: first of the student's lineage (default) or its last parent",
+            Option("out", "the new one: a .safetensors file, or a folder (required)", "FILE", kind=Path),
+            Option("trained_on", "the model of FILE: first of the student's lineage (default) or its last parent",
                    "original|parent", kind=Literal["original", "parent"]),
             Option("form", "names of the keys: as in FILE (default), or peft's", "same|peft", kind=Literal["same", "peft"]),
             Option("blocks", "rows of your own transformer classes, a TOML file", "FILE", kind=Path),

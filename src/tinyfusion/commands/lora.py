@@ -1,4 +1,4 @@
-"""`lora`: a LoRA of an uncut model, renumbered for its student."""
+"""`lora`: a LoRA, IP-adapter or ControlNet of an uncut model, for its student."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import atomic_write, sha256_of
-from tinyfusion.core.records import file_output, say_finished, stamp
-from tinyfusion.export.lora import Remapped, remap_lora
+from tinyfusion.core.files import atomic_write, check_space, sha256_of, write_json
+from tinyfusion.core.records import file_output, folder_output, say_finished, stamp
+from tinyfusion.export.controlnet import fit_controlnet
+from tinyfusion.export.folder import RECORD as FOLDER_RECORD
+from tinyfusion.export.lora import ADAPTER, remap_lora
 from tinyfusion.families.diffusers_classes.cutting import Cut
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
+from tinyfusion.families.diffusers_classes.weights import STEM, hash_stored, write_weights
 from tinyfusion.jobs.transformers import transformer_of
-from tinyfusion.models.tensors import flat_tensors, read_tensor_file
+from tinyfusion.models.tensors import flat_tensors, read_metadata, read_tensor_file
 
 TrainedOn = Literal["original", "parent"]
 Form = Literal["same", "peft"]
@@ -30,8 +32,9 @@ _HEADER = "tinyfusion"  # our record in the header of the new file
 class LoraOptions:
     """What `lora` is asked for.
 
-    file: the LoRA. model: the student, as a run or a folder. trained_on: the model that the LoRA was trained for, the first of the
-    student's lineage or the last before it. form: names of the keys, as they are or peft's. blocks: a user's rows.
+    file: a LoRA or an IP-adapter, or the folder of a ControlNet. model: the student, as a run or a folder. trained_on: the model
+    that it was trained for, the first of the student's lineage or the last before it. form: names of the keys, as they are or
+    peft's. blocks: a user's rows.
     """
 
     file: Path
@@ -66,21 +69,30 @@ def cuts_of(student: TransformerFolder, trained_on: TrainedOn = "original") -> l
 
 
 def renumber_lora(options: LoraOptions) -> dict[str, Any]:
-    """Write the LoRA for the student; returns what `--json` prints. Raises UserError on every file that is not as wanted."""
+    """Write the LoRA, IP-adapter or ControlNet for the student; returns what `--json` prints.
+
+    Raises UserError on every file that is not as wanted.
+    """
     student = transformer_of(str(options.model), options.blocks)
     if student is None:
         raise UserError(
             f"{options.model} holds no transformer of diffusers: wanted a student that `prune` or `export` wrote"
         )
+    if options.file.is_dir():
+        return _fit_controlnet(options, student)
     if options.out.suffix != ".safetensors":
         raise UserError(f"--out of lora is a .safetensors file; got {options.out}")
     plain = {
         "file": str(options.file.absolute()), "sha256": sha256_of(options.file), "student": student.hash,
         "trained_on": options.trained_on, "form": options.form,
     }  # fmt: skip
-    todo = file_output(options.out, "lora", plain, options.overwrite, _record_in)
-    tensors = flat_tensors(read_tensor_file(options.file), options.file)
-    metadata = _header(options.file)
+
+    def to_do() -> bool:
+        return file_output(options.out, "lora", plain, options.overwrite, _record_in)
+
+    todo = to_do()
+    tensors = flat_tensors(_flattened(read_tensor_file(options.file)), options.file)
+    metadata = read_metadata(options.file) if options.file.suffix == ".safetensors" else {}
     if options.form == "peft":
         tensors, metadata = _in_peft_form(tensors, student.class_name, options.file), {"format": "pt"}
     new = remap_lora(tensors, metadata, cuts_of(student, options.trained_on), str(options.file))
@@ -89,42 +101,71 @@ def renumber_lora(options: LoraOptions) -> dict[str, Any]:
         with atomic_write(options.out) as path:
             contiguous = {name: value.contiguous() for name, value in new.tensors.items()}
             save_file(contiguous, path, {**new.metadata, "format": "pt", _HEADER: json.dumps(record)})
+            to_do()  # again: what has come to be there meanwhile is not replaced
     elif not todo:
         say_finished(options.out, options.dry_run)
-    return answer(new, options.out)
-
-
-def answer(new: Remapped, out: Path) -> dict[str, Any]:
-    """What `--json` prints."""
     return {
-        "out": str(out), "renumbered": new.renumbered, "unchanged": new.unchanged, "dropped": new.dropped,
+        "out": str(options.out), "renumbered": new.renumbered, "unchanged": new.unchanged, "dropped": new.dropped,
         "dropped_share": round(new.dropped_share, 4), "notes": list(new.notes),
     }  # fmt: skip
 
 
+def _flattened(content: Any) -> Any:
+    """The content of a file; the two dicts of an IP-adapter in a torch file become one, with names as in safetensors."""
+    if not isinstance(content, Mapping) or {*content} != {"image_proj", ADAPTER}:
+        return content
+    if not all(isinstance(inner, Mapping) for inner in content.values()):
+        return content
+    return {f"{outer}.{name}": value for outer, inner in content.items() for name, value in inner.items()}
+
+
+def _fit_controlnet(options: LoraOptions, student: TransformerFolder) -> dict[str, Any]:
+    """Write the folder of a ControlNet for the student."""
+    if options.form != "same":
+        raise UserError(f"--form {options.form} is for LoRAs, and {options.file} is a folder: leave it out")
+    new = fit_controlnet(options.file, cuts_of(student, options.trained_on))
+    out, num_bytes = options.out, sum(stored.num_bytes for stored in new.weights.values())
+    plain = {
+        "file": str(options.file.absolute()), "sha256": hash_stored(new.weights), "student": student.hash,
+        "trained_on": options.trained_on,
+    }  # fmt: skip
+
+    def to_do() -> bool:
+        return folder_output(out, FOLDER_RECORD, "lora", plain, options.overwrite, "lora of a ControlNet")
+
+    todo = to_do()
+    check_space(out, num_bytes)
+    if todo and not options.dry_run:
+        with atomic_write(out, rf"config\.json|{STEM}[^/]*|{FOLDER_RECORD}") as folder:
+            folder.mkdir()
+            write_json(folder / "config.json", new.config)
+            write_weights(new.weights, folder)
+            write_json(folder / FOLDER_RECORD, stamp("lora", plain, "done"))
+            to_do()  # again: what has come to be there meanwhile is not replaced
+    elif not todo:
+        say_finished(out, options.dry_run)
+    return {"out": str(out), "residuals": new.residuals, "residuals_before": new.residuals_before}
+
+
 def lines(facts: Mapping[str, Any]) -> list[str]:
     """The same for people."""
-    said = (
+    if "residuals" in facts:
+        left = {path: sum(i is not None for i in listed) for path, listed in facts["residuals"].items()}
+        said = [
+            f"{left[path]} of {before} residuals of {path} stay, each behind the block that it was behind"
+            for path, before in facts["residuals_before"].items()
+        ]
+        return [*said, "control is weaker at the same conditioning scale", f"written to {facts['out']}"]
+    said = [
         f"{facts['renumbered']} tensors follow their blocks, {facts['unchanged']} are outside of blocks, {facts['dropped']} "
-        f"belonged to removed blocks: {facts['dropped_share']:.1%} of the norm of the LoRA's update"
-    )
-    return [said, *facts["notes"], f"written to {facts['out']}"]
-
-
-def _header(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; nothing of a torch file."""
-    if file.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no readable safetensors file (truncated or foreign): {error}") from error
+        f"belonged to removed blocks: {facts['dropped_share']:.1%} of the norm of the file's update"
+    ]
+    return [*said, *facts["notes"], f"written to {facts['out']}"]
 
 
 def _record_in(file: Path) -> Any:
     try:
-        return json.loads(_header(file).get(_HEADER, "null"))
+        return json.loads(read_metadata(file).get(_HEADER, "null"))
     except (UserError, json.JSONDecodeError):
         return None
 

@@ -132,7 +132,11 @@ def export_transformer(
     out = options.out
     parent = _pipeline_of(source, model, options.blocks) if pipeline else None
     plain = {"to": to, "pipeline": pipeline, "model": model.hash}
-    todo = folder_output(out, _RECORD, "export", plain, options.overwrite, f"export --to {to}")
+
+    def to_do() -> bool:
+        return folder_output(out, _RECORD, "export", plain, options.overwrite, f"export --to {to}")
+
+    todo = to_do()
     check_space(out, model.num_bytes)
     outcome = {"to": to, "model": model.hash, "bytes": model.num_bytes}
     if options.dry_run:
@@ -150,6 +154,7 @@ def export_transformer(
             _take_over(parent.pipeline, new, parent.path.name)
             write_transformer(model, new / parent.path.name, out.name, new, str(kind))
         write_json(new / _RECORD, stamp("export", plain, "done", **outcome))
+        to_do()  # again: what has come to be there meanwhile is not replaced
     return outcome
 
 
@@ -161,8 +166,14 @@ def _export_single_file(options: RunOptions, pipeline: bool, model: TransformerF
     weights, names = single_file_weights(model), single_file_of(model)
     outcome = {"to": "single-file", "model": model.hash, "bytes": model.num_bytes, "warning": names.warning or None}
     plain = {"to": "single-file", "model": model.hash}
-    todo = file_output(out, "export", plain, options.overwrite, lambda path: read_record(path.with_suffix(".json")))
-    check_writable(out.with_suffix(".json"))
+
+    def to_do() -> bool:
+        record = out.with_suffix(".json")
+        check_writable(record)
+        todo = file_output(out, "export", plain, options.overwrite, lambda _: read_record(record))
+        return todo and (out.exists() or file_output(record, "export", plain, True, read_json))
+
+    todo = to_do()
     check_space(out, model.num_bytes)
     print(
         f"note: diffusers opens it by {model.class_name}.from_single_file({out.name!r}, config={str(model.path)!r})"
@@ -174,6 +185,7 @@ def _export_single_file(options: RunOptions, pipeline: bool, model: TransformerF
     elif not options.dry_run:
         with atomic_write(out) as new:
             write_file(weights, new, single_file_metadata(model, out.stem))
+            to_do()  # again: what has come to be there meanwhile is not replaced
             write_json(out.with_suffix(".json"), stamp("export", plain, "done", **outcome))
     return outcome
 

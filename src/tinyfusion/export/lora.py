@@ -1,4 +1,4 @@
-"""LoRA files of an uncut model, renumbered for a student: each key follows its block, and keys of removed blocks are dropped.
+"""LoRAs and IP-adapters of an uncut model, renumbered for a student: keys follow their blocks, those of removed blocks are dropped.
 
 diffusers loads a LoRA of the uncut model onto a student without an error: the update of block 9 lands on whichever block is
 now number 9. Only the index in a key changes, so every form of LoRA is renumbered alike: peft, kohya, the published names
@@ -31,7 +31,10 @@ _PREFIXES = (
     "base_model", "diffusion_model", "lora_transformer", "lora_unet", "lycoris", "model", "transformer", "transformer_2",
     "unet",
 )  # fmt: skip
-_TEXT_ENCODER = re.compile(r"(?:lora_te\d?_|text_encoder(?:_\d)?[._])")
+_OUTSIDE = re.compile(
+    r"(?:lora_te\d?_|text_encoder(?:_\d)?[._]|image_proj\.|ip_adapter_proj_model\.)"
+)  # no key of a block
+ADAPTER = "ip_adapter"  # entries of an IP-adapter, one per block
 # what belongs to the text side of a joint block and is not there in a last one, in published names
 _TEXT_SIDE = {
     "joint": ("context_block.attn.proj", "context_block.mlp"),
@@ -69,6 +72,7 @@ def remap_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], cuts:
     """
     new, notes, dropped, unchanged = dict(tensors), [], 0, 0
     norms = update_norms(tensors)
+    _check_adapter(tensors, cuts[0], name)
     lost: set[str] = set()
     origin = {key: key for key in tensors}
     for cut in cuts:
@@ -100,6 +104,21 @@ def remap_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], cuts:
     return Remapped(new, dict(metadata), len(new) - unchanged, unchanged, dropped, share, tuple(notes))
 
 
+def _check_adapter(tensors: Mapping[str, Tensor], cut: Cut, file: str) -> None:
+    """Raise UserError where an IP-adapter has not one entry per block of the uncut model, as diffusers counts them."""
+    entries = {key.split(".")[1] for key in tensors if key.startswith(f"{ADAPTER}.")}
+    depths = [cut.depths[each.path] for each in cut.lists if each.adapter]
+    if entries and not depths:
+        raise UserError(
+            f"{file} is an IP-adapter, and which blocks of this class its entries belong to is not known here"
+        )
+    if entries and entries != set(map(str, range(depths[0]))):
+        raise UserError(
+            f"{file} was trained for another model: it has {len(entries)} entries of {ADAPTER}, and the model before pruning "
+            f"{depths[0]} blocks, an entry each"
+        )
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a key names a block: text before the list's name, the list's path in diffusers, index, text behind the index."""
@@ -120,6 +139,8 @@ class _Names:
         for path in own:
             for name in (path, *(other for other in _OTHER_NAMES.get(path, ()) if other not in own)):
                 spellings |= {name: path, name.replace(".", "_"): path}
+        for each in cut.lists:
+            spellings |= {ADAPTER: each.path} if each.adapter else {}
         self._spellings = spellings
         lists = "|".join(re.escape(name) for name in sorted(spellings, key=len, reverse=True))
         prefixes = "|".join(sorted(_PREFIXES, key=len, reverse=True))
@@ -136,7 +157,7 @@ class _Names:
         """The block that a key belongs to; None where it belongs to none. Raises UserError as `remap_lora` does."""
         match = self._anchored.match(key)
         if match is None:
-            if self._anywhere.search(key) and not _TEXT_ENCODER.match(key):
+            if self._anywhere.search(key) and not _OUTSIDE.match(key):
                 raise UserError(
                     f"{file}: the key {key} names a block in a form that is not known; wanted the list at its start or behind one "
                     f"of {', '.join(_PREFIXES)}: convert the file to peft's form first"
@@ -233,8 +254,8 @@ def _moved_setting(key: str, value: Any, names: _Names, file: str) -> Any:
 def update_norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """The Frobenius norm of every module's update, by the name of the module.
 
-    LoRA: |alpha / r B A|, without forming the product; LoHa, LoKr and full differences by their formulas; scales of DoRA and
-    norms are not counted.
+    LoRA: |alpha / r B A|, without forming the product; LoHa, LoKr and full differences by their formulas, and an IP-adapter's
+    layers by their weights; scales of DoRA are not counted.
     """
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -265,8 +286,9 @@ def _norm(parts: Mapping[str, Tensor]) -> float:
     if total:
         return float(total**0.5)
     named = {name.removesuffix(".weight"): value.double() for name, value in parts.items()}
-    if "diff" in named:
-        return float(named["diff"].norm())
+    for whole in ("diff", "weight"):  # a difference of weights, or the layers of an IP-adapter
+        if whole in named:
+            return float(named[whole].norm())
 
     def factor(name: str) -> Tensor | None:
         if name in named:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tinyfusion.config.recipe import DataSection, EvaluateSection
@@ -43,6 +43,7 @@ from tinyfusion.evaluate.inception import INCEPTION, NUM_FEATURES
 from tinyfusion.evaluate.metrics import Moments, frechet_distance, nearest_training_distance, precision_recall
 from tinyfusion.evaluate.statistics import FeatureStatistics, summarise
 from tinyfusion.jobs.assemble import image_set, pictures
+from tinyfusion.models.tensors import read_metadata, read_safetensors
 from tinyfusion.sample.drive import to_uint8
 
 READ_IMAGES = 256  # at a time
@@ -199,16 +200,14 @@ def _read(file: Path, key: str) -> FeatureStatistics | None:
     if not file.is_file():
         return None
     try:
-        with safe_open(file, framework="pt") as stored:
-            metadata: dict[str, Any] = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in list(stored.keys())}
+        metadata, tensors = read_metadata(file), read_safetensors(file)
         if metadata.get("of") != key or metadata.get("sum") != hash_state(tensors):
             raise ValueError("its sum is another one")
         arrays = {name: values.numpy() for name, values in tensors.items()}
         spatial = Moments(arrays["spatial_mean"], arrays["spatial_covariance"]) if "spatial_mean" in arrays else None
         pool = Moments(arrays["pool_mean"], arrays["pool_covariance"])
         return FeatureStatistics(len(arrays["features"]), pool, spatial, arrays["features"], None)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (ValueError, KeyError) as error:
         print(f"{file} is damaged ({error}): the statistics are computed again", file=sys.stderr)
         return None
 

@@ -38,6 +38,22 @@ class Period:
 
 
 @dataclass(frozen=True)
+class Control:
+    """How the residuals of a ControlNet reach the L blocks of a list.
+
+    net: class of the ControlNet, which has S blocks in a list of the same path, counted by the same field. taps: its module list
+    with an entry per block, which makes the residual. spread: which of S residuals is added behind block i. interval: number
+    i // ceil(L / S); ratio: number i // (L / S), and none behind the last; next: number i - 1. modulo: config field of the
+    ControlNet with which it is number i % S instead.
+    """
+
+    net: str
+    taps: str
+    spread: Literal["interval", "ratio", "next"]
+    modulo: str = ""
+
+
+@dataclass(frozen=True)
 class BlockList:
     """One list of blocks.
 
@@ -47,7 +63,8 @@ class BlockList:
     images of other parameters, where it is not 0. aside: a short list beside the trunk, which criteria leave whole unless a
     budget names it. optional: some models of the class have no such list. stay: positions that cannot go, negative from the
     end. mirror: block i goes with block L-1-i only, and the middle stays. period: see `Period`. as_last: the conversion of a
-    block that becomes the last one. rule: why, as the end of a sentence.
+    block that becomes the last one. rule: why, as the end of a sentence. control: how a ControlNet reaches it. adapter: whether
+    an IP-adapter has an entry per block.
     """
 
     path: str
@@ -64,6 +81,8 @@ class BlockList:
     period: Period | None = None
     as_last: Literal["joint", "mochi"] | None = None
     rule: str = ""
+    control: Control | None = None
+    adapter: bool = False
 
     @cached_property
     def declared(self) -> Streams:
