@@ -29,8 +29,7 @@ from scipy.linalg import sqrtm
 from shared import quartiles
 from tinyfusion.core.rundir import write_text
 from tinyfusion.evaluate.features import Features
-from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance, precision_recall
-from tinyfusion.evaluate.statistics import summarise
+from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance, precision_recall, summarise
 from tinyfusion.evaluate.timing import interleaved
 
 CASES = ((512, 5000, 5000), (1024, 5000, 5000), (2048, 10_000, 10_000), (2048, 1000, 10_000))  # D, N1, N2

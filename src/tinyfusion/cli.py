@@ -1,39 +1,37 @@
-"""The command line: verbs to a recipe to one call in jobs, and the exit codes. Imports nothing heavy before parsing."""
+"""The command line: arguments to a recipe to one call of a command, and the exit codes. No heavy imports before parsing."""
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from tinyfusion.config.loading import (
-    flatten,
-    load_recipe,
-    nearest,
-    recipe_fields,
-    shipped_recipes,
-    to_plain,
-)
+from tinyfusion.config.loading import flatten, load_recipe, nearest, recipe_fields, shipped_recipes, to_plain
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, no_fetching
+from tinyfusion.core.files import disk_reason
 from tinyfusion.core.launch import check_launch, launched_processes, launched_rank
 from tinyfusion.core.signals import Interrupted, SignalWatch
-from tinyfusion.core.standard_streams import guarded_streams
 from tinyfusion.core.version import __version__
 from tinyfusion.options import VERBS
 from tinyfusion.parsing import overrides, parse
 
+_LONGEST_ERROR = 4000  # characters; a name or value in it may have any length
+_NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "ALLOC_FAILED")
+
 
 def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
-    """Do what a verb says; its machine-readable outcome. command: as typed, for the record."""
+    """Execute a verb. Returns its machine-readable outcome. command: as typed, for the record."""
     if verb == "recipes":
         return _recipes(options)
     if verb == "inspect":
@@ -43,7 +41,8 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     if verb == "record":
         return _checked(options, lambda: _record(options))
     recipe = load_recipe(options.recipe, options.set, overrides(verb, options))
-    _check_teacher(verb, recipe)
+    if verb in ("prune", "run") and not recipe.teacher:
+        raise UserError(f"{verb} needs --teacher (or a --recipe that names one), such as --teacher digits")
     if verb == "bench":
         return _checked(options, lambda: _bench(options, recipe))
     if verb == "replay":
@@ -55,9 +54,9 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     from tinyfusion.jobs.assemble import RunOptions
 
     names = ("num_heads", "family", "num_classes", "resume", "blocks", "inputs")
-    said = {name: getattr(options, name, None) for name in names}
+    given = {name: getattr(options, name, None) for name in names}
     out = options.out
-    where = RunOptions(out, options.overwrite, options.dry_run, command=command, **said)
+    where = RunOptions(out, options.overwrite, options.dry_run, command=command, **given)
     outcome = _checked(options, lambda: _perform(verb, options, recipe, where) or {})
     state = "checked" if options.dry_run else "done"
     if launched_rank() == 0:
@@ -66,7 +65,7 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
 
 
 def _checked(options: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` answers; in a dry run nothing is fetched, and what would be is the end of what can be checked."""
+    """The outcome of `work`; a dry run downloads nothing, and ends where something would have to be."""
     if not options.dry_run:
         return work()
     try:
@@ -78,14 +77,8 @@ def _checked(options: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]
         return {"state": "checked", "would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
 
 
-def _check_teacher(verb: str, recipe: Recipe) -> None:
-    """A teacher that nobody named is not assumed."""
-    if verb in ("prune", "run") and not recipe.teacher:
-        raise UserError(f"{verb} needs --teacher (or a --recipe that names one), such as --teacher digits")
-
-
 def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, Any] | None:
-    """One call in jobs; torch is imported here."""
+    """Call the command of a verb; torch is imported here."""
     from tinyfusion.core.device import flush_denormals
 
     flush_denormals()
@@ -149,78 +142,66 @@ def _inspect(options: Any) -> dict[str, Any]:
         facts = inspect(open_model(options.model, weights, options.num_heads, options.family, options.num_classes))
     if not options.json:
         for name, value in flatten({k: v for k, v in facts.items() if k != "lineage"}).items():
-            print(
-                f"{name:24} {value:,}"
-                if isinstance(value, int) and not isinstance(value, bool)
-                else f"{name:24} {value}"
-            )
+            print(f"{name:24} {value:,}" if type(value) is int else f"{name:24} {value}")
         for parent in facts["lineage"]:
             print(f"{'parent':24} {parent_words(parent)}")
     return facts
 
 
 def _bench(options: Any, recipe: Recipe) -> dict[str, Any]:
-    """Only the first process measures, so that no other disturbs it."""
+    """Measure in the first process only, so that no other disturbs it."""
     if launched_rank() > 0:
         return {}
     from tinyfusion.commands.bench import BenchModels, bench
     from tinyfusion.core.device import flush_denormals
 
     flush_denormals()
-    return bench(
-        recipe,
-        BenchModels(options.model, options.vs, options.num_heads, options.family, options.num_classes),
-        options.dry_run,
-    )
+    models = BenchModels(options.model, options.vs, options.num_heads, options.family, options.num_classes)
+    return bench(recipe, models, options.dry_run)
 
 
 def _recipes(options: Any) -> dict[str, Any]:
-    """A sentence, minutes and the main expected numbers of every shipped recipe; of one all of them; or the fields of any."""
+    """Shipped recipes with their main expected numbers; one with all of them (`name`); or every field (`list_fields`)."""
     if options.list_fields:
-        found = {path: {"default": default, "meaning": text} for path, default, text in recipe_fields(Recipe())}
+        fields = {path: {"default": default, "meaning": text} for path, default, text in recipe_fields(Recipe())}
         if not options.json:
-            for path, about in found.items():
+            for path, about in fields.items():
                 print(f"{path} = {json.dumps(about['default'])}\n    {about['meaning']}")
-        return found
+        return fields
     known = list(shipped_recipes())
     if options.name and options.name not in known:
-        raise UserError(
-            f"no shipped recipe {options.name!r}{nearest(options.name, known)} (there is {', '.join(known)})"
-        )
+        raise UserError(f"no shipped recipe {options.name!r}{nearest(options.name, known)} (of {', '.join(known)})")
     listed = {name: to_plain(load_recipe(name)) for name in ([options.name] if options.name else known)}
     if not options.json:
         for name, values in listed.items():
             minutes = f"{values['minutes']:g} min" if values["minutes"] else ""
             print(f"{name:18} {minutes:8} {values['description']}")
-            for line in _expected(values["expected"]) if options.name else _main_expected(name, values["expected"]):
+            for line in _expected(name, values["expected"], all_of_them=bool(options.name)):
                 print(f"{'':27} {line}")
     return listed
 
 
-def _expected(numbers: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for every expected number."""
-    return [f"expected {n['metric']} {n['value']:g} +- {n['tolerance']:g} {n['note']}".rstrip() for n in numbers]
-
-
-def _main_expected(name: str, numbers: Sequence[dict[str, Any]]) -> list[str]:
-    """One line of the student's first FID and its speed, and where the others are; none where nothing is expected."""
+def _expected(name: str, numbers: Sequence[dict[str, Any]], all_of_them: bool) -> list[str]:
+    """A line per expected number, or one line of the student's first FID and its speed, with the number of others."""
+    if all_of_them:
+        return [f"expected {n['metric']} {n['value']:g} +- {n['tolerance']:g} {n['note']}".rstrip() for n in numbers]
     fids = [n for n in numbers if n["metric"].startswith("student.") and n["metric"].endswith(".fid")][:1]
     shown = [*fids, *(n for n in numbers if n["metric"] == "speedup")]
-    said = [f"{'speedup' if n['metric'] == 'speedup' else 'FID'} {n['value']:g} +- {n['tolerance']:g}" for n in shown]
+    main = [f"{'speedup' if n['metric'] == 'speedup' else 'FID'} {n['value']:g} +- {n['tolerance']:g}" for n in shown]
     left = len(numbers) - len(shown)
-    more = f"{left}{' more' if said else ''} in `tinyfusion recipes {name}`"
-    return ["expected: " + ", ".join([*said, more] if left else said)] if numbers else []
+    more = f"{left}{' more' if main else ''} in `tinyfusion recipes {name}`"
+    return ["expected: " + ", ".join([*main, more] if left else main)] if numbers else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; the exit codes of docs/contract.md."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is an error, or nothing
+    """Entry point. Returns the exit code (docs/contract.md)."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # a damaged picture is an error, or harmless
     with guarded_streams():
-        return _ended(sys.argv[1:] if arguments is None else list(arguments))
+        return _exit_code(sys.argv[1:] if arguments is None else list(arguments))
 
 
 def _answer(arguments: Sequence[str]) -> None:
-    """Do what the arguments say, and print the outcome. Raises what a verb raises."""
+    """Execute the arguments, and print the outcome. Raises what a verb raises."""
     if list(arguments) == ["--version"]:
         print(f"tinyfusion {__version__}")
     else:
@@ -233,8 +214,8 @@ def _answer(arguments: Sequence[str]) -> None:
     sys.stdout.flush()
 
 
-def _ended(arguments: Sequence[str]) -> int:
-    """The exit code of the whole, after whatever error was said."""
+def _exit_code(arguments: Sequence[str]) -> int:
+    """Execute the arguments, and print an error. Returns the exit code."""
     debug = "--debug" in arguments
     try:
         with SignalWatch(patient=False):
@@ -247,22 +228,18 @@ def _ended(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output has seen enough, as in `tinyfusion inspect M | head`
+    except BrokenPipeError:  # the reader of our output has ended, as in `tinyfusion inspect M | head`
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(_no_space(error.filename), debug, error)
         if error.errno == errno.ENOMEM:
             return _unexpected(error, debug)
-        return _fail(
-            UserError(f"{error.strerror or error}: {error.filename or 'while reading or writing'}"), debug, error
-        )
+        place = error.filename or "while reading or writing"
+        return _fail(UserError(f"{error.strerror or error}: {place}"), debug, error)
     except Exception as error:  # our bug, the machine's memory, or another process that ended
         return _unexpected(error, debug)
     return 0
-
-
-_LONGEST_ERROR = 4000  # characters; a name or value in it may have any length
 
 
 def _fail(error: UserError, debug: bool, cause: BaseException | None = None) -> int:
@@ -275,32 +252,21 @@ def _fail(error: UserError, debug: bool, cause: BaseException | None = None) -> 
 
 
 def _no_space(where: str | None = None) -> UserError:
-    return UserError(
-        f"no space left on the disk{f': {where}' if where else ''}; free some, then the same command goes on from its last checkpoint"
-    )
-
-
-_NO_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "ALLOC_FAILED",
-)
-_SMALLER = (
-    "a training also takes less by --gradient-accumulation-steps and --gradient-checkpointing, with the same result"
-)
+    advice = "free some, then the same command continues from its last checkpoint"
+    return UserError(f"no space left on the disk{f': {where}' if where else ''}; {advice}")
 
 
 def _unexpected(error: Exception, debug: bool) -> int:
-    said = str(error)
-    if "No space left on device" in said:  # safetensors has an exception of its own
+    text = str(error)
+    if "No space left on device" in text:  # safetensors has an exception of its own
         return _fail(_no_space(), debug, error)
-    if "can't start new thread" in said:
+    if "can't start new thread" in text:
         few = "the system starts no more threads for this user: end other programs, or raise its limit (ulimit -u)"
         return _fail(UserError(few), debug, error)
-    if isinstance(error, MemoryError) or any(sign in said for sign in _NO_MEMORY):
-        short = said.strip().partition("\n")[0] or "the system gave no more"
-        return _fail(UserError(f"out of memory: use a smaller batch; {_SMALLER} ({short})"), debug, error)
+    if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
+        reason = text.strip().partition("\n")[0] or "the system gave no more"
+        less = "in training, --gradient-accumulation-steps and --gradient-checkpointing need less, with the same result"
+        return _fail(UserError(f"out of memory: use a smaller batch; {less} ({reason})"), debug, error)
     if launched_processes() > 1:
         from tinyfusion.training.engine import lost_process
 
@@ -309,3 +275,61 @@ def _unexpected(error: Exception, debug: bool) -> int:
     traceback.print_exception(error)
     print("this is a bug in tinyfusion; please report it with the lines above", file=sys.stderr)
     return 1
+
+
+class _Stream:
+    """A text stream that escapes characters which it cannot encode, such as bytes of a name that is not UTF-8.
+
+    lossy: drop text that cannot be written; else raise UserError, or BrokenPipeError where the reader has ended.
+    """
+
+    def __init__(self, stream: Any, lossy: bool) -> None:
+        self._stream, self._lossy = stream, lossy
+        self.failed = False
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._attempt(self._stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, call: Any, *given: str) -> None:
+        try:
+            call(*given)
+        except OSError as error:
+            self.failed = True
+            if self._lossy:
+                return
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise UserError(f"cannot write standard output: {disk_reason(error)}") from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def guarded_streams() -> Iterator[None]:
+    """Within the context, standard error never fails, and standard output fails with a UserError, at `flush` at the latest.
+
+    A closed stream becomes the null device, so that no file opened later gets its descriptor and what libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    before = sys.stdout, sys.stderr
+    nothing = open(os.devnull, "w") if None in before else None  # noqa: SIM115  # closed below
+    out = _Stream(sys.stdout or nothing, lossy=False)
+    sys.stdout, sys.stderr = out, _Stream(sys.stderr or nothing, lossy=True)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        if out.failed:  # what is left in its buffer would fail again at the end of the program
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        if nothing is not None:
+            nothing.close()

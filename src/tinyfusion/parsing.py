@@ -1,4 +1,4 @@
-"""The command line as the options of a verb: argparse made of the rows in `options.py`, its errors as `UserError`."""
+"""Parse the arguments of a verb: argparse built of the rows in `options.py`, with errors as `UserError`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.options import VERBS, Option
 
 _DESCRIPTION = (
-    "Make diffusion transformers shallow: prune by learning, recover by distillation, measure and show it. "
+    "Prune diffusion transformers by learned masks, recover them by distillation, measure and report. "
     "Without a --recipe the published values for ImageNet are the defaults; `tinyfusion recipes --list-fields` shows them."
 )
 _HELP = {"-h", "--help"}
@@ -48,27 +48,22 @@ def overrides(verb: str, options: argparse.Namespace) -> dict[str, Any]:
     given = {o: value for o, value in values.items() if value is not None and value is not False}
     fields = {field: value for option, value in given.items() for field in option.fields}
     if verb == "prune":
-        _check_choice(options)
-        fields |= {"prune.criterion": "indices"} if options.keep is not None else {}
+        by_index = options.keep is not None
+        if by_index and options.criterion not in (None, "indices"):
+            raise UserError(
+                f"--keep names the blocks to keep, leaving no choice: leave out --criterion {options.criterion}"
+            )
+        if by_index and options.num_keep is not None:
+            raise UserError("--keep names the blocks to keep, and so how many: leave out --num-keep")
+        fields |= {"prune.criterion": "indices"} if by_index else {}
+        learning = [name for name in ("scheme", "update", "steps") if getattr(options, name) is not None]
+        if learning and (criterion := fields.get("prune.criterion", "learned")) != "learned":
+            raise UserError(f"--{learning[0]} is for criterion learned, not {criterion}: leave out one of the two")
     return fields
 
 
-def _check_choice(options: argparse.Namespace) -> None:
-    """Raise UserError where options of `prune` choose blocks in two ways."""
-    if options.keep is not None and options.criterion not in (None, "indices"):
-        raise UserError(
-            f"--keep names the blocks to keep, so nothing is left to choose: leave out --criterion {options.criterion}"
-        )
-    if options.keep is not None and options.num_keep is not None:
-        raise UserError("--keep names the blocks to keep, and so how many: leave out --num-keep")
-    criterion = "indices" if options.keep is not None else options.criterion
-    learning = [name for name in ("scheme", "update", "steps") if getattr(options, name) is not None]
-    if criterion not in (None, "learned") and learning:
-        raise UserError(f"--{learning[0]} is for criterion learned, not {criterion}: leave out one of the two")
-
-
 def _spelled(verb: str, argument: str, named: dict[str, Option]) -> str:
-    """The argument, an option with hyphens. Raises UserError on an option that there is not, with the nearest name."""
+    """The argument, an option with hyphens. Raises UserError on an unknown option, with the nearest name."""
     name, equals, text = argument.partition("=")
     name = name.replace("_", "-")
     if not name.startswith("--"):
@@ -80,7 +75,7 @@ def _spelled(verb: str, argument: str, named: dict[str, Option]) -> str:
 
 
 def _parser(verb: str, options: Sequence[Option]) -> argparse.ArgumentParser:
-    """A parser of texts: a list per option, None where it was not given."""
+    """A parser that gives a list of texts per option, None without the option."""
     about, words = VERBS[verb], next((o.metavar for o in options if o.positional), None)
     example = f"\n\nExample: tinyfusion {verb} {about.example}" if about.example else ""
     parser = argparse.ArgumentParser(
@@ -91,18 +86,18 @@ def _parser(verb: str, options: Sequence[Option]) -> argparse.ArgumentParser:
         exit_on_error=False,
     )
     for option in options:
-        about_it: dict[str, Any] = {"help": option.help.replace("%", "%%")}
+        text = option.help.replace("%", "%%")
         if option.positional:
-            parser.add_argument(option.name, metavar=option.metavar, **about_it)
+            parser.add_argument(option.name, metavar=option.metavar, help=text)
         elif option.metavar is None:
-            parser.add_argument(option.typed, action="store_true", **about_it)
+            parser.add_argument(option.typed, action="store_true", help=text)
         else:
-            parser.add_argument(option.typed, action="append", metavar=option.metavar, **about_it)
+            parser.add_argument(option.typed, action="append", metavar=option.metavar, help=text)
     return parser
 
 
 def _read(verb: str, options: argparse.Namespace, words: list[str]) -> argparse.Namespace:
-    """The options with values in place of texts. Raises UserError on bad, missing and spare ones."""
+    """Replace the texts of options by values. Raises UserError on invalid, missing and unknown ones."""
     spare = [word for word in words if word.startswith("-")]
     words = [word for word in words if word not in spare]
     for option in VERBS[verb].options:
@@ -124,7 +119,7 @@ def _read(verb: str, options: argparse.Namespace, words: list[str]) -> argparse.
 
 
 def _overview() -> str:
-    """What `tinyfusion --help` prints."""
+    """The text of `tinyfusion --help`."""
     lines = [f"usage: tinyfusion [-h] {{{','.join(VERBS)}}}", "", _DESCRIPTION, "", "verbs:"]
     for name, verb in VERBS.items():
         lines.append(f"  {name:10}{verb.summary}")

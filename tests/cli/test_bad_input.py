@@ -145,7 +145,7 @@ ROWS = [
             f"a batch of {batch} in {parts} microbatches", f"set prune.training.batch_size to {sizes}, or")
         for batch, parts, sizes in ((7, 2, "4 or 8"), (7, 4, "8"), (6, 4, "8"))
     ),
-    row("keep-and-criterion", f"{PRUNE} --criterion bi --keep 0,1", "nothing is left to choose", "leave out --criterion bi"),
+    row("keep-and-criterion", f"{PRUNE} --criterion bi --keep 0,1", "leaving no choice", "leave out --criterion bi"),
     row("keep-and-num-keep", f"{PRUNE} --keep 0,1 --num-keep 2", "--keep names the blocks to keep, and so how many"),
     row("scheme-and-criterion", f"{PRUNE} --criterion bi --scheme 1:2", "--scheme is for criterion learned, not bi"),
     row("num-keep-and-learned", f"{PRUNE} --num-keep 2", "prune.num_keep 2 is for criteria without groups", "--scheme"),

@@ -323,7 +323,7 @@ def test_a_signal_ends_it_with_what_is_whole(cli: Cli, here: Path, monkeypatch: 
     assert "the same command continues" in stopped.err.splitlines()[-1]
     assert json.loads(Path("other/run.json").read_text())["state"] == "interrupted"
     unfinished = cli(*shlex.split("train --data latents:other --out run"))
-    assert "`encode` has not finished it, the same command goes on" in unfinished.err
+    assert "`encode` has not finished it, the same command continues" in unfinished.err
     done(cli, command)
     assert content("other") == whole
 
@@ -550,7 +550,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
     "out-foreign": (ENCODE, lambda h: ((h / "latents").mkdir(), (h / "latents" / "x").touch()), "is not a tinyfusion run"),
     "out-file": (ENCODE, lambda h: (h / "latents").touch(), "--out latents is a file"),
     "out-pipe": (ENCODE, lambda h: os.mkfifo(h / "latents"), "latents is a pipe: wanted a regular file or a folder"),
-    "features-none": (OLD, None, "old wants one folder NAME_features"),
+    "features-none": (OLD, None, "old: wanted one folder NAME_features"),
     "features-gap": (OLD, old("features/3.npy", None), "has gaps: 3.npy of 12 missing"),
     "features-label": (OLD, old("labels/11.npy", None), "wanted one label per file"),
     "features-shape": (OLD, old("features/5.npy", np.zeros((2, 4, 8, 9), np.float32)), "5.npy is float32 (2, 4, 8, 9)"),

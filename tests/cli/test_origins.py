@@ -150,7 +150,7 @@ def test_another_teacher_is_told_which_one_was_expected(cli: Cli, work: Path) ->
 def test_features_and_reference_of_own_pictures_are_asked(cli: Cli, own: Path) -> None:
     evaluate = "evaluate --samples mine.npz --out fid.json"
     refused(cli, evaluate, "no reference is named", "--reference")
-    choices = ("--set evaluate.features=", "inception (weights fetched once", "dinov2:FOLDER", "classifier.json")
+    choices = ("--set evaluate.features=", "inception (weights downloaded once", "dinov2:FOLDER", "classifier.json")
     refused(cli, f"{evaluate} --reference mine.npz", "no features are named for mine.npz", "(8, 8, 3)", *choices)
     named = f"{evaluate} --reference mine.npz --set evaluate.features=digits-classifier"
     refused(cli, named, "height, width, channels (8, 8, 1)", *choices)

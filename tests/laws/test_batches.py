@@ -140,7 +140,7 @@ def test_at_most_two_windows_are_in_memory(folder: Path, monkeypatch: pytest.Mon
         source(step, 5, Randomness(1).at(step, 0, 5))
         time.sleep(0.001)
         made = list(source._windows._made.values())
-        most = max(most, sum(len(w.rows) for w in made) + len(source._held[1].rows))  # type: ignore[index, union-attr]
+        most = max(most, sum(len(w.rows) for w in made) + len(source._current[1].rows))  # type: ignore[index, union-attr]
     assert 7 < most <= 14
 
 

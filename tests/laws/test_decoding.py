@@ -233,7 +233,7 @@ def test_what_is_left_out_or_taken_otherwise_is_counted(tmp_path: Path) -> None:
     assert remarks(tmp_path) == [
         "pictures left out, in no class folder: 1, such as cover.png",
         "pictures below a class folder, which are of that class: 2",
-        "files left out, whose names are not those of pictures: 4 (2 .heic, 1 without a suffix, 1 .txt)",
+        "files left out, without a suffix of pictures: 4 (2 .heic, 1 without a suffix, 1 .txt)",
         ".gif pictures, of which the first frame is taken: 1",
     ]
     assert open_picture_folder(tmp_path).labels == (0, 0, 0, 1)

@@ -18,8 +18,7 @@ from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
-from tinyfusion.data.image_sink import stream_images_npz, write_png_folder
-from tinyfusion.data.image_source import source_of
+from tinyfusion.data.image_source import source_of, stream_images_npz, write_png_folder
 from tinyfusion.families.dit.diffusers import config_of_arch, to_diffusers
 from tinyfusion.jobs.sampling_setup import check_sampling, in_dtype, open_drawing, protocol
 from tinyfusion.jobs.scoring import open_images

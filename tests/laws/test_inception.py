@@ -22,12 +22,12 @@ from tinyfusion.core.torchscript import is_torchscript, read_torchscript
 from tinyfusion.evaluate import extractors
 from tinyfusion.evaluate.dino import DinoFeatures
 from tinyfusion.evaluate.extractors import open_extractor
+from tinyfusion.evaluate.features import full_float32
 from tinyfusion.evaluate.inception import (
     NUM_CLASSES,
     SIDE,
     Inception,
     InceptionFeatures,
-    full_float32,
     inception_from_state,
     resize_tf1,
 )

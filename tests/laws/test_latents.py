@@ -25,11 +25,11 @@ from tinyfusion.data.latents import (
     encoded_values,
     images_in_part,
     open_latents,
+    posterior_noise,
     unfinished_shard,
     write_manifest,
 )
 from tinyfusion.data.picture import decode
-from tinyfusion.data.posterior import posterior_noise
 
 CPU = torch.device("cpu")
 NUM, SHAPE = 23, (3, 4, 4)
@@ -231,8 +231,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda f: shard_of(f, 1).write_bytes(shard_of(f, 1).read_bytes()[:-1]), "shard-00001-of-00004.safetensors is damaged: it has"),
     "missing": (lambda f: shard_of(f, 0).unlink(), "shard-00000-of-00004.safetensors is missing"),
     "other-header": (lambda f: swap_header(f), "shard-00003-of-00004.safetensors is damaged: its header"),
-    "no-manifest": (lambda f: (f / MANIFEST).unlink(), "holds no manifest.json: wanted a folder that"),
-    "newer": (lambda f: change(f, format_version=2), "format_version 2; this one reads 1: upgrade"),
+    "no-manifest": (lambda f: (f / MANIFEST).unlink(), "has no manifest.json: wanted a folder of"),
+    "newer": (lambda f: change(f, format_version=2), "format_version 2; this version reads 1: upgrade"),
     "foreign": (lambda f: change(f, made_by="x"), "is no manifest of latents"),
     "numbers": (lambda f: change(f, num_images=22), "do not go together"),
     "field": (lambda f: change(f, shape=None), "manifest.json is damaged"),
@@ -281,7 +281,9 @@ def test_numbers_that_are_not_finite_name_their_shard(tmp_path: Path) -> None:
     values = stored(specified())
     values[9, 1, 2, 3, 3] = math.nan
     latents = open_latents(made(tmp_path / "set", specified(), values))
-    with pytest.raises(UserError, match=r"shard-00001-of-00004.safetensors: image 9 has values that are not finite"):
+    with pytest.raises(
+        UserError, match=r"shard-00001-of-00004.safetensors is damaged: image 9 has values that are not finite"
+    ):
         latents.gather(np.array([3, 9]), np.array([True, True]))
     latents.gather(np.array([3, 9]), np.array([True, False]))
 
@@ -328,7 +330,7 @@ def test_mirrored_copies_come_as_often_as_asked(tmp_path: Path) -> None:
         share = float(torch.stack([source(s, 50, draws.at(s, 0, 50)).x.mean() for s in range(50)]).mean())
         assert low <= share <= high
     single = made(tmp_path / "single", specified(rows=1))
-    with pytest.raises(UserError, match="holds no mirrored copies"):
+    with pytest.raises(UserError, match="has no mirrored copies"):
         batches(single, flip=0.5)
 
 

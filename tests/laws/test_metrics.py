@@ -23,8 +23,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import load_digits
-from tinyfusion.data.image_sink import stream_images_npz
-from tinyfusion.data.image_source import source_of
+from tinyfusion.data.image_source import source_of, stream_images_npz
 from tinyfusion.data.images import image_grid, read_images_npz, write_grid_png
 from tinyfusion.evaluate import metrics
 from tinyfusion.evaluate.extractors import open_extractor
@@ -32,13 +31,15 @@ from tinyfusion.evaluate.features import Features
 from tinyfusion.evaluate.fidelity import psnr_db, ssim
 from tinyfusion.evaluate.metrics import (
     Moments,
+    RunningMoments,
+    RunningScore,
     feature_moments,
     frechet_distance,
     inception_score,
     nearest_training_distance,
     precision_recall,
+    summarise,
 )
-from tinyfusion.evaluate.statistics import RunningMoments, RunningScore, summarise
 from tinyfusion.jobs.assemble import RunOptions, _decoded_once
 from tinyfusion.jobs.scoring import open_images, open_reference, score
 
@@ -547,7 +548,7 @@ def test_foreign_and_truncated_files_are_errors_for_people(tmp_path: Path) -> No
     path = tmp_path / "x.npz"
     np.savez(path, GOOD)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         read_images_npz(path)
     np.save(tmp_path / "y.npy", GOOD)
     with pytest.raises(UserError, match="not an npz"):

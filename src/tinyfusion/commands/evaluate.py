@@ -18,8 +18,8 @@ from tinyfusion.data.image_source import ImageSource
 from tinyfusion.data.originals import MixedSizes
 from tinyfusion.data.parquet import WHOLE
 from tinyfusion.evaluate.extractors import open_extractor
+from tinyfusion.evaluate.fidelity import fidelity, open_pairs
 from tinyfusion.evaluate.inception import INCEPTION
-from tinyfusion.evaluate.paired_fidelity import fidelity, open_pairs
 from tinyfusion.jobs.assemble import RunOptions, device_for, is_pictures, plain_recipe
 from tinyfusion.jobs.origins import require_features, require_reference, with_evaluation
 from tinyfusion.jobs.scoring import STORED_MOMENTS, Reference, open_images, open_reference, protocol_of, score

@@ -32,8 +32,7 @@ from tinyfusion.core.rundir import (
     write_json,
 )
 from tinyfusion.core.signals import Interrupted
-from tinyfusion.data.image_sink import stream_images_npz, write_png_folder
-from tinyfusion.data.image_source import ImageSource, open_npz, source_of
+from tinyfusion.data.image_source import ImageSource, open_npz, source_of, stream_images_npz, write_png_folder
 from tinyfusion.data.images import write_grid_png
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, plain_recipe
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate

@@ -296,6 +296,12 @@ def field_kind(path: str) -> Any:
     return kind
 
 
+def field_help(path: str) -> str:
+    """Meaning and default of a field of a recipe."""
+    default, meaning = next((default, meaning) for name, default, meaning in recipe_fields(Recipe()) if name == path)
+    return meaning if default in (None, "", [], False) else f"{meaning} (default {default})"
+
+
 def recipe_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """(dotted field, default as a plain value, meaning) of every field under a section, in order."""
     hints = _hints(type(section))

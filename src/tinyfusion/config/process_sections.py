@@ -1,7 +1,4 @@
-"""The part of a recipe that belongs to one process or another: how it is trained, and how it is sampled.
-
-The same rules as in `config/recipe.py`: values only, every field explained once.
-"""
+"""Sections of a recipe for one process: training and sampling of flows and masked models (rules: `config/recipe.py`)."""
 
 from __future__ import annotations
 
@@ -28,39 +25,32 @@ from tinyfusion.core.errors import UserError
 
 @dataclass(frozen=True)
 class MaskedSection:
-    """How a masked model is trained: what is hidden of an image, and how its diffusion head learns from it."""
+    """Training of a masked model: the share of hidden tokens, and the diffusion head."""
 
     mask_ratio_min: Annotated[
-        ShareBelowOne, "smallest share of hidden tokens; it is drawn once a step, normal around 1 and cut off there"
+        ShareBelowOne, "smallest share of hidden tokens, drawn once a step from a normal at 1"
     ] = 0.7
-    mask_ratio_std: Annotated[Positive, "standard deviation of that normal distribution; large is nearly uniform"] = (
-        0.25
-    )
-    diffusion_batch_mul: Annotated[
-        int, Ge(1), Le(2**16), "timesteps and noises at which the head sees every hidden token of a step"
-    ] = 4
-    attention_dropout: Annotated[ShareBelowOne, "share of attention weights dropped in training; published: 0.1"] = 0.0
+    mask_ratio_std: Annotated[Positive, "standard deviation of that normal; large is nearly uniform"] = 0.25
+    diffusion_batch_mul: Annotated[int, Ge(1), Le(2**16), "noise draws of the head for each hidden token of a step"] = 4
+    attention_dropout: Annotated[ShareBelowOne, "dropout of attention weights; published: 0.1"] = 0.0
     projection_dropout: Annotated[
-        ShareBelowOne,
-        "share dropped in training behind the attention projection and either layer of an MLP; published: 0.1",
+        ShareBelowOne, "dropout after the attention projection and each layer of an MLP; published: 0.1"
     ] = 0.0
     kl_at_zero: Annotated[
         Literal["data", "teacher"],
-        "distillation at timestep 0: likelihood of the data (as published), or the divergence from the teacher as elsewhere",
+        "distillation at timestep 0: likelihood of the data (published), or KL to the teacher",
     ] = "data"
 
 
 @dataclass(frozen=True)
 class MaskedSampleSection:
-    """How sampler masked reveals tokens; its sample.num_steps are the rounds in which that happens."""
+    """Sampler masked; sample.num_steps are the rounds in which it reveals tokens."""
 
-    most_rounds: Annotated[
-        SmallCount, "rounds where sample.num_steps is none; fewer where an image has fewer tokens than that"
-    ] = 256
-    head_steps: Annotated[SmallCount, "denoising steps of the diffusion head for every token"] = 100
-    temperature: Annotated[Positive, "size of the head's step noise; published: 1 with guidance, 0.95 without"] = 1.0
+    most_rounds: Annotated[SmallCount, "most rounds where sample.num_steps is none; at most one per token"] = 256
+    head_steps: Annotated[SmallCount, "denoising steps of the diffusion head for each token"] = 100
+    temperature: Annotated[Positive, "scale of the head's step noise; published: 1 with guidance, 0.95 without"] = 1.0
     guidance_schedule: Annotated[
-        Literal["linear", "constant"], "guidance that grows with the share of known tokens, or the same in every round"
+        Literal["linear", "constant"], "guidance grows with the share of known tokens, or is the same in every round"
     ] = "linear"
 
 
@@ -68,12 +58,10 @@ class MaskedSampleSection:
 class ShiftFields:
     """Shift of the noise levels of a flow: sigma becomes s sigma / (1 + (s - 1) sigma), with 0 the data and 1 noise."""
 
-    shift: Annotated[
-        float, Ge(1e-6), Le(1e6), "s of shift_type static: above 1 moves noise levels towards noise, 1 leaves them"
-    ] = 1.0
+    shift: Annotated[float, Ge(1e-6), Le(1e6), "s of shift_type static: above 1 is more noise, 1 is no shift"] = 1.0
     shift_type: Annotated[
         Literal["static", "exponential", "linear"],
-        "static: s is shift; exponential, linear: s is exp(mu) or mu, with mu linear in the number of tokens of an image",
+        "static: s is shift; exponential, linear: s is exp(mu) or mu, with mu linear in the tokens of an image",
     ] = "static"
     base_shift: Annotated[Offset, "shift_type exponential, linear: mu at base_tokens"] = 0.5
     max_shift: Annotated[Offset, "shift_type exponential, linear: mu at max_tokens"] = 1.15
@@ -82,14 +70,13 @@ class ShiftFields:
 
     def __post_init__(self) -> None:
         if self.max_tokens <= self.base_tokens:
-            raise UserError(
-                f"max_tokens of a shift must be above base_tokens; got {self.max_tokens} and {self.base_tokens}"
-            )
+            given = f"{self.max_tokens} and {self.base_tokens}"
+            raise UserError(f"max_tokens of a shift must be above base_tokens; got {given}")
 
 
 @dataclass(frozen=True)
 class FlowSection(ShiftFields):
-    """How a flow model is noised and scored in training; a model stores the path and the prediction that it was trained with."""
+    """Noise and loss of a flow model in training; a model stores the path and the prediction of its training."""
 
     time_sampler: Annotated[
         Literal["uniform", "logit_normal", "mode", "cosmap"], "distribution of the noise levels, before the shift"
@@ -97,59 +84,50 @@ class FlowSection(ShiftFields):
     logit_mean: Annotated[Logit, "logit_normal: mean of log(sigma / (1 - sigma)); above 0 is more noise"] = 0.0
     logit_std: Annotated[float, Gt(0), Le(1000), "logit_normal: its standard deviation"] = 1.0
     mode_scale: Annotated[
-        float,
-        Ge(-1),
-        Le(2 / (math.pi - 2)),
-        "mode: above 0 favours the middle, below 0 the ends, 0 is uniform; -1 to 1.75",
+        float, Ge(-1), Le(2 / (math.pi - 2)), "mode: above 0 favours the middle, below 0 the ends; -1 to 1.75"
     ] = 1.29
     path: Annotated[
         Literal["linear", "gvp", "vp"],
         "x_t = alpha x + sigma noise: straight, variance-preserving arc, or VP diffusion",
     ] = "linear"
-    prediction: Annotated[Literal["velocity", "noise", "score"], "what the network gives"] = "velocity"
+    prediction: Annotated[Literal["velocity", "noise", "score"], "output of the network"] = "velocity"
     loss_weight: Annotated[
-        Literal["none", "velocity", "likelihood"],
-        "noise and score models: weight of the squared error by time; velocity models are never weighted",
+        Literal["none", "velocity", "likelihood"], "noise and score models: weight of the squared error by time"
     ] = "none"
     train_eps: Annotated[
         ShareBelowHalf | None,
-        "times that training stays away from the ends (vp: from the clean end alone); None: 0 for velocity models, else "
-        "1e-3, and 1e-5 for vp",
+        "margin of times at the ends (vp: the clean end only); None: 0 for velocity models, else 1e-3, of vp 1e-5",
     ] = None
 
 
 @dataclass(frozen=True)
 class FlowSampleSection(ShiftFields):
-    """How samplers ode and sde integrate. A shift is that of the points in time of ode's methods with num_steps - 1 steps."""
+    """Integration by samplers ode and sde. A shift is that of the points in time of ode's methods with num_steps - 1 steps."""
 
     method: Annotated[
         str | None,
-        "ode: dopri5, bosh3, adaptive_heun, fehlberg2, dopri8 (step size by error), or euler, midpoint, heun2, heun3, rk4 "
-        "(num_steps - 1 even steps); sde: euler or heun; None: dopri5, of sde euler",
+        "ode: dopri5, bosh3, adaptive_heun, fehlberg2, dopri8 (adaptive), or euler, midpoint, heun2, heun3, rk4 (num_steps - 1 "
+        "even steps); sde: euler or heun; None: dopri5, of sde euler",
     ] = None
-    atol: Annotated[Positive, "ode, step size by error: absolute tolerance of a step"] = 1e-6
-    rtol: Annotated[NonNegative, "ode, step size by error: relative tolerance of a step"] = 1e-3
+    atol: Annotated[Positive, "adaptive ode: absolute tolerance of a step"] = 1e-6
+    rtol: Annotated[NonNegative, "adaptive ode: relative tolerance of a step"] = 1e-3
     error_norm: Annotated[
-        Literal["sample", "batch"],
-        "ode, step size by error: every image has its own steps, or (published) a batch shares them and its images depend "
-        "on one another",
+        Literal["sample", "batch"], "adaptive ode: step size per image, or (published) one for the images of a batch"
     ] = "sample"
     sample_eps: Annotated[
         ShareBelowHalf | None,
-        "times that integration stays away from the ends (vp: from the clean end alone); None: 0 for velocity models, else "
-        "1e-3, and 1e-3 for vp",
+        "margin of times at the ends (vp: the clean end only); None: 0 for velocity models, else 1e-3",
     ] = None
     shift_terminal: Annotated[
         Annotated[float, Gt(0), Lt(1)] | None,
-        "last noise level before the data, to which the shifted levels are stretched; None: as they are",
+        "last noise level before the data, to which shifted levels are stretched; None: no stretching",
     ] = None
     diffusion_form: Annotated[
         Literal["sigma", "sbdm", "linear", "constant", "decreasing", "increasing-decreasing"],
         "sde: w(t), half the noise variance per unit of time",
     ] = "sigma"
-    diffusion_norm: Annotated[NonNegative, "sde: size of w(t)"] = 1.0
+    diffusion_norm: Annotated[NonNegative, "sde: scale of w(t)"] = 1.0
     last_step: Annotated[
-        Literal["mean", "euler", "tweedie", "none"],
-        "sde: the last step, without noise: drift, velocity or denoising alone",
+        Literal["mean", "euler", "tweedie", "none"], "sde: last step, without noise: drift, velocity or denoising"
     ] = "mean"
     last_step_size: Annotated[float, Gt(0), Lt(0.5), "sde: size of the last step, out of 1"] = 0.04

@@ -18,25 +18,25 @@ def check_compiler(device: torch.device) -> None:
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            raise UserError(
-                f"--compile wants triton for a GPU that it supports, and finds none: install it, or {_LEAVE}"
-            )
+            raise UserError(f"--compile needs triton for a GPU that it supports, got none: install it, or {_LEAVE}")
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         try:
             get_cpp_compiler()
         except RuntimeError as error:
-            raise UserError(
-                f"--compile wants a C++ compiler for the CPU, and finds none: install g++ or clang++, or {_LEAVE}"
-            ) from error
+            wanted = "--compile needs a C++ compiler for the CPU, got none"
+            raise UserError(f"{wanted}: install g++ or clang++, or {_LEAVE}") from error
 
 
 def compiler_failure(error: BaseException, what: str) -> UserError | None:
     """The UserError for an error of the compiler; None for other errors. what: name of the compiled object."""
-    if not _is_compilers(error):
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch")):
         return None
-    return UserError(f"--compile: {what} cannot be compiled ({_reason(error)}): {_LEAVE}")
+    # the first error of the C++ compiler in one line, else the first line of torch's message
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(" raised:")]
+    reason = ([line for line in lines if "error:" in line.lower()] or lines or [type(error).__name__])[0]
+    return UserError(f"--compile: {what} cannot be compiled ({reason}): {_LEAVE}")
 
 
 @contextmanager
@@ -49,18 +49,3 @@ def compiling(what: str) -> Iterator[None]:
         if failure is None:
             raise
         raise failure from error
-
-
-def _is_compilers(error: BaseException) -> bool:
-    module = type(error).__module__
-    return module.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
-
-
-def _reason(error: BaseException) -> str:
-    """The first error of the C++ compiler in one line, else the first line of torch's message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(" raised:")]
-    spoken = [line for line in lines if "error:" in line.lower()]
-    return (spoken or lines or [type(error).__name__])[0]
-
-
-__all__ = ["check_compiler", "compiler_failure", "compiling"]

@@ -1,8 +1,13 @@
-"""Choice of the device of a process, and its free memory."""
+"""Choice of the device of a process, its free memory, and a second stream for copies."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import available_memory_bytes
@@ -41,3 +46,39 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return available_memory_bytes() if device.type == "cpu" else None
+
+
+class SideStream:
+    """A second stream of a CUDA device, so that copies overlap with computation; without CUDA it does nothing.
+
+    Work of any thread within `running` is queued on it. `ready` marks where that work ends, and `receive` lets the caller's
+    stream, not the host, wait for the mark.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        used = device.type == "cuda" and torch.cuda.is_available()
+        self.stream = torch.cuda.Stream(device) if used else None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within the context CUDA work goes to this stream."""
+        with torch.cuda.stream(self.stream):  # None: as it was
+            yield
+
+    def ready(self) -> torch.cuda.Event | None:
+        """A mark after all work that was queued so far."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def receive(self, ready: torch.cuda.Event | None, batches: Iterable[Any]) -> None:
+        """Wait for `ready` on the current stream, which reads these noisy batches from now on."""
+        if self.stream is None or ready is None:
+            return
+        current = torch.cuda.current_stream(self.stream.device)
+        current.wait_event(ready)
+
+        def used(tensor: Tensor) -> Tensor:
+            tensor.record_stream(current)  # so that its memory is not given to the next copy too early
+            return tensor
+
+        for batch in batches:
+            batch.each(used)

@@ -16,10 +16,8 @@ def _number(name: str, default: int, low: int, below: int) -> int:
         return default
     value = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
     if not low <= value < below:
-        raise UserError(
-            f"the environment variable {name} is a whole number from {low} to {below - 1}; got {text[:40]!r}: unset it, or "
-            "let torchrun set it"
-        )
+        wanted = f"the environment variable {name} is a whole number from {low} to {below - 1}"
+        raise UserError(f"{wanted}; got {text[:40]!r}: unset it, or let torchrun set it")
     return value
 
 
@@ -53,7 +51,5 @@ def check_meeting_place() -> None:
     _number("MASTER_PORT", 0, 1, 2**16)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name, "").strip():
-            raise UserError(
-                f"WORLD_SIZE is {launched_processes()}, and the environment variable {name} is not set: start the processes by "
-                "torchrun, or unset RANK and WORLD_SIZE"
-            )
+            unset = f"WORLD_SIZE is {launched_processes()}, and the environment variable {name} is not set"
+            raise UserError(f"{unset}: start the processes by torchrun, or unset RANK and WORLD_SIZE")

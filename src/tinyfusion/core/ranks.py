@@ -54,10 +54,8 @@ def wait_until(is_begun: Callable[[], bool], output: Path, timeout_s: float) -> 
     deadline = time.monotonic() + timeout_s
     while not is_begun():
         if time.monotonic() > deadline:
-            raise UserError(
-                f"process 0 did not begin {output} within {timeout_s:g} s: look at its output, and start all of WORLD_SIZE "
-                "processes with one --out"
-            )
+            late = f"process 0 did not begin {output} within {timeout_s:g} s"
+            raise UserError(f"{late}: look at its output, and start all of WORLD_SIZE processes with one --out")
         time.sleep(_POLL_S)
         check_stop()
 

@@ -34,8 +34,7 @@ def check_plain(path: Path) -> None:
     except (OSError, ValueError):  # missing or unreadable: the reader reports it
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-        kind = kinds.get(stat.S_IFMT(mode), "a special file")
+        kind = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(mode), "a device")
         raise UserError(f"{path} is {kind}: wanted a regular file or a folder")
 
 
@@ -44,9 +43,8 @@ def check_utf8(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8, and safetensors and torch open no such file: choose another name"
-        ) from error
+        reason = "is not UTF-8, and safetensors and torch open no such file"
+        raise UserError(f"{path} {reason}: choose another name") from error
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> UserError:
@@ -91,13 +89,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError where it is missing or damaged, or holds another kind of value."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: wanted a JSON object, got {_json_kind(value)}")
+        kinds = {type(None): "null", bool: "a boolean", str: "a string", list: "a list"}
+        raise UserError(f"{path} is damaged: wanted a JSON object, got {kinds.get(type(value), 'a number')}")
     return value
-
-
-def _json_kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return names.get(type(value), type(value).__name__)
 
 
 def parse_toml(text: str, source: str) -> dict[str, Any]:
@@ -133,9 +127,8 @@ def check_memory(num_bytes: int, what: str) -> None:
         return
     available = available_memory_bytes()
     if num_bytes > _MEMORY_SHARE * available:
-        raise UserError(
-            f"{what} would take {num_bytes / 2**30:,.1f} GiB of memory, and {available / 2**30:.1f} GiB are available"
-        )
+        needed = f"{what} would take {num_bytes / 2**30:,.1f} GiB of memory"
+        raise UserError(f"{needed}, and {available / 2**30:.1f} GiB are available")
 
 
 def license_in(card: Path) -> str | None:
@@ -143,5 +136,5 @@ def license_in(card: Path) -> str | None:
     if not card.is_file():
         return None
     head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE) if head else None
-    return found[1] if found else None
+    license = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE) if head else None
+    return license[1] if license else None

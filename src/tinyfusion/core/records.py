@@ -24,35 +24,18 @@ _MARKER = "tinyfusion"
 
 def machine() -> dict[str, Any]:
     """The machine of a run."""
-    return {
-        "system": platform.system(),
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists():
-        return None
-    outcome = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return outcome.stdout.strip() or None
+    system, processor, python = platform.system(), platform.machine(), platform.python_version()
+    return {"system": system, "processor": processor, "cores": os.cpu_count(), "python": python}
 
 
 def stamp(verb: str, recipe: Mapping[str, Any], state: str, **more: Any) -> dict[str, Any]:
-    """The record that makes an output ours: verb, resolved recipe, version, commit, machine, state."""
-    return {
-        "made_by": _MARKER,
-        "format_version": FORMAT_VERSION,
-        "verb": verb,
-        "version": __version__,
-        "commit": _commit(),
-        "machine": machine(),
-        "state": state,
-        "recipe": recipe,
-        **more,
-    }
+    """The record that marks an output as ours: verb, resolved recipe, version, commit, machine, state."""
+    root, commit = Path(__file__).resolve().parents[3], None
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    made = {"made_by": _MARKER, "format_version": FORMAT_VERSION, "verb": verb, "version": __version__}
+    return {**made, "commit": commit, "machine": machine(), "state": state, "recipe": recipe, **more}
 
 
 def is_ours(record: Any) -> bool:
@@ -65,8 +48,6 @@ _IDLE = {
     "compute", "watch", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "speed", "bench", "sample.batch_size",
     "sample.decode_batch_size",
 }  # fmt: skip
-
-
 # fields that older records lack, with their value then, by section
 _LATER = {"encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields())}
 
@@ -81,28 +62,18 @@ def _effective(recipe: Any, section: str = "") -> Any:
 
 def check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], where: Path) -> None:
     """Raise UserError unless `record` has this verb and a recipe that gives the same result."""
-    version = record.get("format_version", 0)
+    version, advice = record.get("format_version", 0), "choose another --out or give --overwrite"
     if not isinstance(version, int) or not isinstance(record.get("verb"), str) or "recipe" not in record:
-        raise UserError(
-            f"{where} has a damaged record (made by tinyfusion, but by which verb and recipe is gone); "
-            "choose another --out or give --overwrite"
-        )
+        raise UserError(f"{where} has a damaged record of tinyfusion, without its verb or recipe; {advice}")
     if version > FORMAT_VERSION:
-        raise UserError(
-            f"{where} was written in format {version} by tinyfusion {record.get('version')}; this one reads up to {FORMAT_VERSION}: upgrade"
-        )
+        written = f"{where} was written in format {version} by tinyfusion {record.get('version')}"
+        raise UserError(f"{written}; this version reads up to {FORMAT_VERSION}: upgrade")
     if record["verb"] != verb:
-        raise UserError(
-            f"{where} was made by `{record['verb']}`, not `{verb}`; choose another --out or give --overwrite"
-        )
-    difference = first_difference(_effective(record["recipe"]), _effective(recipe))
-    if difference:
+        raise UserError(f"{where} was made by `{record['verb']}`, not `{verb}`; {advice}")
+    if difference := first_difference(_effective(record["recipe"]), _effective(recipe)):
         field, there, now = difference
-        raise OtherRecipe(
-            f"{where} was made with another recipe ({field}: {there!r} there, {now!r} now); choose another --out or give "
-            "--overwrite",
-            difference,
-        )
+        what = f"{where} was made with another recipe ({field}: {there!r} there, {now!r} now)"
+        raise OtherRecipe(f"{what}; {advice}", difference)
 
 
 def file_output(
@@ -146,7 +117,7 @@ def read_record(path: Path) -> Any:
 
 
 def say_finished(path: Path, dry_run: bool = False) -> None:
-    """Report on stderr that an output is complete, and remove leftovers of a process that was killed after completing it."""
+    """Report on stderr that an output is complete, and remove leftovers of a process killed after completing it."""
     for name in () if dry_run else (path.name, f"{path.stem}.json"):
         clear_unfinished(path.parent, name)
     print(f"{path} is finished; --overwrite starts anew", file=sys.stderr)

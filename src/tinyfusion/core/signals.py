@@ -10,8 +10,6 @@ from typing import Any
 
 from tinyfusion.core.errors import UserError
 
-_DEFAULT = "what was finished is kept, the same command continues"
-
 
 class Interrupted(BaseException):
     """Ended by a signal. Derives from BaseException so that `except Exception` does not swallow it.
@@ -19,7 +17,7 @@ class Interrupted(BaseException):
     result: of the work so far, for the message.
     """
 
-    def __init__(self, signum: int, result: str = _DEFAULT) -> None:
+    def __init__(self, signum: int, result: str = "results so far are saved, the same command continues") -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}; {result}")
         self.signum = signum
 
@@ -102,12 +100,11 @@ class SignalWatch:
         """Whether `error` came instead of the Interrupted that was raised here: foreign code turned the one into the other."""
         if not self._raised or not isinstance(error, Exception):
             return False
-        return not (
-            isinstance(error, UserError | OSError) and _is_handling_stop(error)
-        )  # a failed clean-up is reported
+        reported = isinstance(error, UserError | OSError)  # a failed clean-up
+        return not (reported and _is_handling_stop(error))
 
     def _dropped(self, unraisable: Any) -> None:
-        """Python's hook for exceptions that it drops: says nothing of a stop, which is raised again."""
+        """Python's hook for dropped exceptions, without those of a stop, which is raised again."""
         if self.stop is None or not isinstance(unraisable.exc_value, Interrupted | KeyboardInterrupt):
             self._hook(unraisable)
 

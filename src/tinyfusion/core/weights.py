@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from tinyfusion.config.loading import build, nearest
@@ -26,31 +26,26 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 from tinyfusion.core.files import check_space, check_writable, sha256_of, write_text
 from tinyfusion.core.locks import is_at, try_lock
-from tinyfusion.core.progress import Advance, progress
+from tinyfusion.core.progress import progress
 from tinyfusion.core.reading import parse_toml, read_text
 
-_PIECE = 1 << 20  # bytes read at a time
+_READ_BYTES = 1 << 20
 _ATTEMPTS = 5  # consecutive connections without new bytes before giving up
 _TIMEOUT_S = 30.0
 _LONGEST_NAME = 200  # bytes of a name in the cache; partial files have longer ones
-_HEAD_TIMEOUT_S = 5.0  # of a dry run, which only asks for the size
+_HEAD_TIMEOUT_S = 5.0  # of a dry run, which requests only the size
 
 
 @dataclass(frozen=True)
 class KnownWeights:
     """One entry of the table, `[name]` in TOML."""
 
-    address: Annotated[str, "where the file is, http or https"]
-    sha256: Annotated[str | None, "its sum in hexadecimal, or the first digits; None: recorded at the first fetch"] = (
-        None
-    )
-    license: Annotated[str | None, "licence of the weights"] = None
-    kind: Annotated[
-        Literal["model", "inception", "autoencoder"],
-        "a model that can be opened, the network of the FID, or an autoencoder",
-    ] = "model"
-    family: Annotated[str | None, "model family, where the tensors of the file fit several"] = None
-    about: Annotated[str, "what it is"] = ""
+    address: str  # http or https
+    sha256: str | None = None  # hexadecimal, or its first digits; None: recorded at the first download
+    license: str | None = None
+    kind: Literal["model", "inception", "autoencoder"] = "model"  # inception: the network of the FID
+    family: str | None = None  # where the tensors of the file fit several
+    about: str = ""
     name: str = ""
 
     @property
@@ -60,12 +55,12 @@ class KnownWeights:
 
 
 def user_table() -> Path:
-    """The user's own table; its entries win over ours."""
+    """The user's own table, which takes precedence."""
     return Path.home() / ".config" / "tinyfusion" / "weights.toml"
 
 
 def known_weights() -> dict[str, KnownWeights]:
-    """All entries by name, ours and the user's. Raises UserError where the user's file is no such table."""
+    """All entries by name, shipped and the user's. Raises UserError if the user's file is invalid."""
     shipped = Path(str(resources.files("tinyfusion"))) / "assets" / "weights.toml"
     entries: dict[str, KnownWeights] = {}
     for path in (shipped, user_table()):
@@ -82,20 +77,19 @@ def _entry(name: str, values: Any, path: Path) -> KnownWeights:
         entry: KnownWeights = build(KnownWeights, fields, name)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    plain = "wanted 1 to 200 bytes that do not begin with a dot, without slashes and control characters"
+    problem = ""
     if not is_plain_name(name):
-        raise UserError(f"{path}: [{name!r}] names a folder of the cache: {_PLAIN}")
-    if not _is_address(entry.address):
-        raise UserError(f"{path}: {name}.address wants the http address of a file; got {entry.address!r}")
-    if not is_plain_name(entry.file_name):
-        raise UserError(
-            f"{path}: {name}.address ends with the name of a file of the cache: {_PLAIN}; got {entry.file_name!r}"
-        )
-    if entry.sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", entry.sha256):
-        raise UserError(f"{path}: {name}.sha256 wants 8 to 64 hexadecimal digits, small letters; got {entry.sha256!r}")
+        problem = f"[{name!r}] names a folder of the cache: {plain}"
+    elif not _is_address(entry.address):
+        problem = f"{name}.address wants the http address of a file; got {entry.address!r}"
+    elif not is_plain_name(entry.file_name):
+        problem = f"{name}.address ends with the name of a file of the cache: {plain}; got {entry.file_name!r}"
+    elif entry.sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", entry.sha256):
+        problem = f"{name}.sha256 wants 8 to 64 hexadecimal digits, small letters; got {entry.sha256!r}"
+    if problem:
+        raise UserError(f"{path}: {problem}")
     return entry
-
-
-_PLAIN = "wanted 1 to 200 bytes that do not begin with a dot, without slashes and control characters"
 
 
 def is_plain_name(name: str) -> bool:
@@ -125,10 +119,9 @@ def cache_folder() -> Path:
 
 
 def fetch_weights(name: str) -> Path:
-    """The file of known weights, from the cache or downloaded with progress; its checksum is verified.
+    """The file of known weights, from the cache or downloaded; its checksum is verified.
 
-    Raises UserError on an unknown name, a wrong checksum, or an address that does not answer or fails repeatedly; WouldFetch
-    in a dry run, where it is not in the cache.
+    Raises UserError on an unknown name, a wrong checksum or a failed download; WouldFetch in a dry run.
     """
     known = known_weights()
     if name not in known:
@@ -166,9 +159,6 @@ def _contradiction(digest: str, expected: Mapping[str, str]) -> str:
     return next((f"and {who} says {sum}" for who, sum in expected.items() if not digest.startswith(sum)), "")
 
 
-# ----------------------------------------------------------------------------------------------------------- transfer
-
-
 def _fetch(entry: KnownWeights, path: Path, expected: Mapping[str, str]) -> None:
     """Download to a partial file, or continue one, verify its checksum, and rename it to `path`."""
     partial = path.with_name(f".{path.name}.partial")
@@ -198,7 +188,7 @@ def _locked(partial: Path, path: Path) -> Iterator[IO[bytes]]:
         with open(partial, "ab") as file:
             granted = try_lock(file)
             if granted is False:
-                print(f"waiting for another process that fetches {path.name}", file=sys.stderr)
+                print(f"waiting for another process that downloads {path.name}", file=sys.stderr)
                 granted = try_lock(file, wait=True)
             if granted is None or path.is_file() or is_at(file.fileno(), partial):
                 yield file
@@ -258,8 +248,12 @@ def _connection(entry: KnownWeights, file: IO[bytes], partial: Path) -> bool:
         else:
             tag.unlink(missing_ok=True)
         check_space(partial, (whole or have) - have)
+        end = have
         with progress(f"fetch {entry.name}", whole or 0, "B", have) as advance:
-            end = _copied(answer, file, have, advance)
+            while content := answer.read(_READ_BYTES):
+                file.write(content)
+                end += len(content)
+                advance(end)
         if length is not None and end > have + length:
             file.truncate(0)
             raise ValueError(f"it says {length} bytes and sends {end - have}")
@@ -274,10 +268,10 @@ def _length(answer: Any) -> int | None:
     return None if text is None else int(text)
 
 
-def _whole_length(answer: Any, have: int, length: int | None, asked_part: bool) -> int | None:
+def _whole_length(answer: Any, have: int, length: int | None, is_range: bool) -> int | None:
     """Bytes of the whole file, of which `have` exist; None where the server does not report it.
 
-    Raises ValueError on a response that is neither the whole file nor the requested rest of it.
+    Raises ValueError on a response that is neither the whole file nor (`is_range`) the requested rest of it.
     """
     if (encoding := answer.headers.get("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
         raise ValueError(f"it sends the file in the encoding {encoding!r}, which was not asked for")
@@ -286,7 +280,7 @@ def _whole_length(answer: Any, have: int, length: int | None, asked_part: bool) 
     if answer.status == 200:
         return length
     text = str(answer.headers.get("Content-Range", ""))
-    if answer.status != 206 or not asked_part:
+    if answer.status != 206 or not is_range:
         raise ValueError(f"it answers {answer.status} {text}".rstrip() + ", and the whole file was asked for")
     part = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", text.strip())
     first, last = (int(part[1]), int(part[2])) if part else (-1, -1)
@@ -303,11 +297,3 @@ def _opener() -> urllib.request.OpenerDirector:
         opener.add_handler(getattr(urllib.request, f"{kind}Handler")())
     opener.add_handler(urllib.request.HTTPErrorProcessor())
     return opener
-
-
-def _copied(answer: Any, file: IO[bytes], have: int, advance: Advance) -> int:
-    while piece := answer.read(_PIECE):
-        file.write(piece)
-        have += len(piece)
-        advance(have)
-    return have

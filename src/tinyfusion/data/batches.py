@@ -16,13 +16,13 @@ from tinyfusion.conditioning.condition import Condition
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.digits import ImageSet
 
-LOOKED_AT = 64  # latents whose scale is looked at
-_NEAR_ONE = (0.5, 2.0)  # standard deviations of latents that nothing is said about
+LOOKED_AT = 64  # latents whose scale is checked
+_NEAR_ONE = (0.5, 2.0)  # standard deviations of latents without a remark
 
 
 @dataclass(frozen=True)
 class ArrayBatch:
-    """x (B, C, H, W) float32 and the condition of every image; what `processes.base.Batch` asks for."""
+    """x (B, C, H, W) float32 and the condition of every image (a `processes.base.Batch`)."""
 
     x: Tensor
     condition: Condition
@@ -31,24 +31,21 @@ class ArrayBatch:
 class Batches:
     """Source of (step, batch size, draws) -> batch on `device`: the images of a sequence, flipped and jittered.
 
-    The sequence goes through a set once per epoch, in an order addressed by (seed, epoch), epoch after epoch without a
-    gap; a subclass gives its pieces (`rows`). Step s has the positions s x batch size and on, of which `draws` tells the
-    part that this process wants. Nothing has to be saved. augment: share of images that `jitter` moves; flip: probability
-    of being mirrored left to right. What a label stands for is a row of a table: a class, unless `conditioned_on` is called.
+    The sequence goes through a set once per epoch, in an order addressed by (seed, epoch); a subclass gives its rows. Step s has
+    the positions from s x batch size on, of which `draws` selects those of this process. There is no state to save. augment:
+    share of images that `jitter` moves; flip: probability of mirroring left to right. A label is a row of a table: a class,
+    unless `conditioned_on` is called.
     """
 
     classes: int  # one more than the largest label
     shape: tuple[int, int, int]  # (C, H, W) of every image
 
     def __init__(self, randomness: Randomness, device: torch.device, augment: float = 0.0, flip: float = 0.0) -> None:
-        self.randomness = randomness
-        self.device = device
-        self.augment = augment
-        self.flip = flip
+        self.randomness, self.device, self.augment, self.flip = randomness, device, augment, flip
         self._table: Condition | None = None
 
     def conditioned_on(self, table: Condition) -> Self:
-        """The same batches, whose labels stand for the rows of `table`; its null row moves to the device."""
+        """The same batches, whose labels are rows of `table`; its null row moves to the device."""
         null = table.null_row and {name: row.to(self.device) for name, row in table.null_row.items()}
         self._table = Condition(table.tensors, null)
         return self
@@ -79,14 +76,14 @@ class Batches:
         return ArrayBatch(self._moved(x), self._table.index(labels).each(self._moved))
 
     def _moved(self, values: Tensor) -> Tensor:
-        """On the device; from pinned memory the copy runs beside what the device computes."""
+        """On the device; from pinned memory the copy overlaps with computation."""
         if self.device.type == "cuda":
             return values.pin_memory().to(self.device, non_blocking=True)
         return values.to(self.device)
 
 
 class ShuffledRows(Batches):
-    """The sequence of an exactly shuffled set: where each position lies in it. A subclass gives the images."""
+    """The sequence of an exactly shuffled set. A subclass gives the images."""
 
     def __init__(self, randomness: Randomness, device: torch.device, augment: float = 0.0, flip: float = 0.0) -> None:
         super().__init__(randomness, device, augment, flip)
@@ -134,20 +131,18 @@ def signed(images: np.ndarray) -> np.ndarray:
 
 
 def scale_remarks(x: Tensor, name: str) -> list[str]:
-    """A line about latents x, as models see them, whose standard deviation is far from 1; none where it is near."""
+    """A line about latents x, as models see them, if their standard deviation is far from 1."""
     deviation = float(x.double().std()) if x.numel() > 1 else 1.0
     if _NEAR_ONE[0] <= deviation <= _NEAR_ONE[1]:
         return []
-    return [
-        f"{name}: the latents have a standard deviation of {deviation:.3g} where models expect about 1: were they multiplied by "
-        "the scaling factor of their autoencoder, once?"
-    ]
+    measured = f"the latents have a standard deviation of {deviation:.3g} where models expect about 1"
+    return [f"{name}: {measured}: were they multiplied by the scaling factor of their autoencoder, once?"]
 
 
 def jitter(x: Tensor, draws: Draws, share: float) -> Tensor:
     """Turn (8 degrees at most), scale (7 %), shear (0.15) and shift (a twentieth of the side) a `share` of images.
 
-    x: (B, C, H, W) in [-1, 1], and so is what comes back. Bicubic, the outside counts as -1.
+    x and result: (B, C, H, W) in [-1, 1]. Bicubic; the outside counts as -1.
     """
     u = torch.from_numpy(draws.uniform("augment", (6,))).float() * 2 - 1
     on = ((u[:, 5] + 1) / 2 < share).float()

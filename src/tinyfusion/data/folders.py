@@ -1,14 +1,11 @@
-"""Folders of pictures: list the files of a set with their labels, without opening them.
-
-The order depends on names alone: class folders sorted, folders inside each class sorted, then file names.
-"""
+"""Folders of pictures: list the files of a set with their labels, in the order of their names, without opening them."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinyfusion.core.errors import UserError
@@ -44,7 +41,7 @@ class _Listing:
 
 
 def printable(name: str | Path) -> str:
-    """A file name for messages and JSON files, with escapes for bytes that are not UTF-8."""
+    """A file name for messages and JSON, with escapes for bytes that are not UTF-8."""
     return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -57,19 +54,15 @@ def open_picture_folder(path: Path) -> PictureFolder:
     classes = {name: _pictures(path / name) for name in folders}
     below = sum(len(entry.files) for entry in classes.values())
     if loose.files and len(loose.files) >= below:
-        return _one_class(path, loose, below)
+        left = f"; pictures left out, in folders below: {below:,}" if below else ""
+        remark = f"{printable(path)}: no class folders, so its pictures are one class ({len(loose.files):,}){left}"
+        return PictureFolder(path, loose.files, (0,) * len(loose.files), (), (remark, *_about_files(path, loose)))
     if not folders:
         raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
     splits = {word: split for split, words in SPLIT_WORDS.items() for word in words}
     if all(name.lower() in splits for name in folders):
         return _training_split(path, folders, {name: splits[name.lower()] for name in folders})
     return _classes(path, loose, classes)
-
-
-def _one_class(path: Path, loose: _Listing, below: int) -> PictureFolder:
-    left = f"; pictures left out, in folders below: {below:,}" if below else ""
-    remark = f"{printable(path)}: no class folders, so its pictures are one class ({len(loose.files):,}){left}"
-    return PictureFolder(path, loose.files, (0,) * len(loose.files), (), (remark, *_about_files(path, loose)))
 
 
 def _training_split(path: Path, folders: list[str], splits: dict[str, str]) -> PictureFolder:
@@ -80,7 +73,7 @@ def _training_split(path: Path, folders: list[str], splits: dict[str, str]) -> P
     others = [name for name in folders if name != names[0]]
     left = f"; name {printable(path / others[0])} for another" if others else ""
     remark = f"{printable(path)}: the split {names[0]} of {', '.join(map(printable, folders))} is taken{left}"
-    return PictureFolder(chosen.root, chosen.files, chosen.labels, chosen.classes, (remark, *chosen.remarks))
+    return replace(chosen, remarks=(remark, *chosen.remarks))
 
 
 def _classes(path: Path, loose: _Listing, folders: dict[str, _Listing]) -> PictureFolder:
@@ -93,10 +86,8 @@ def _classes(path: Path, loose: _Listing, folders: dict[str, _Listing]) -> Pictu
         files += folders[name].files
         listed += [labels[name]] * len(folders[name].files)
     if loose.files:
-        such = printable(Path(loose.files[0]).name)
-        remarks.append(
-            f"{printable(path)}: pictures left out, in no class folder: {len(loose.files):,}, such as {such}"
-        )
+        left = f"{len(loose.files):,}, such as {printable(Path(loose.files[0]).name)}"
+        remarks.append(f"{printable(path)}: pictures left out, in no class folder: {left}")
     if deep := sum(entry.deep for entry in folders.values()):
         remarks.append(f"{printable(path)}: pictures below a class folder, which are of that class: {deep:,}")
     whole = _Listing(tuple(files), deep, sum((entry.others for entry in folders.values()), loose.others))
@@ -125,10 +116,8 @@ def _about_files(path: Path, listing: _Listing) -> list[str]:
     """Remarks on files of other kinds, and on animations."""
     remarks = []
     if others := listing.others.total():
-        kinds = [f"{num} {suffix}" for suffix, num in listing.others.most_common(_SHOWN)]
-        remarks.append(
-            f"{printable(path)}: files left out, whose names are not those of pictures: {others:,} ({', '.join(kinds)})"
-        )
+        kinds = ", ".join(f"{num} {suffix}" for suffix, num in listing.others.most_common(_SHOWN))
+        remarks.append(f"{printable(path)}: files left out, without a suffix of pictures: {others:,} ({kinds})")
     if animations := sum(file.lower().endswith(".gif") for file in listing.files):
         remarks.append(f"{printable(path)}: .gif pictures, of which the first frame is taken: {animations:,}")
     return remarks

@@ -1,9 +1,8 @@
 """Image data sets of the Hugging Face hub by id: their parquet files, downloaded once or read remotely in ranges.
 
-A name is `ORG/NAME[@REVISION][:CONFIG][:SPLIT]`. Files are those of the repository, or those into which the hub converts every
-other public image set, on the branch `refs/convert/parquet`. So one reader serves all, and no code of a repository is run. The
-files of a name are cached with their commit: without a revision the hub is queried once, so that a run that continues later,
-or without a network, sees the same images.
+A name is `ORG/NAME[@REVISION][:CONFIG][:SPLIT]`. Files are those of the repository, or the hub's conversions of other public
+image sets (branch `refs/convert/parquet`), so no code of a repository is run. The files of a name are cached with their commit:
+without a revision the hub is queried once, so that a run that continues later, or offline, sees the same images.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ _NAME = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"(?P<split>\w[\w.]*)-\d+-of-\d+")
-SPLIT_WORDS = {
+SPLIT_WORDS = {  # words for splits in file names
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
-}  # words for splits in file names
+}
 
 
 @dataclass(eq=False)
@@ -58,10 +57,7 @@ class HubFile:
         return self.path.rpartition("/")[2]
 
     def fetched(self) -> Path:
-        """The file in the cache of the hub's client, downloaded if missing.
-
-        Raises UserError where the download fails, WouldFetch in a dry run.
-        """
+        """The file in the cache of the hub's client, downloaded if missing. Raises UserError, in a dry run WouldFetch."""
         from huggingface_hub import hf_hub_download  # late: only hub ids need it
 
         if fetching_forbidden():
@@ -127,13 +123,12 @@ class _Ranges(io.RawIOBase):
         with _explained(self._file.repository, f"{self._file} cannot be read"):
             response = http_backoff("GET", self._address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
             hf_raise_for_status(response)
+            status, length = response.status_code, len(response.content)
             part = response.headers.get("Content-Range", "").strip()
-            given = (response.status_code, part.rpartition("/")[0].replace(" ", "="), len(response.content))
+            given = (status, part.rpartition("/")[0].replace(" ", "="), length)
             if given != (206, wanted, num) or response.headers.get("Content-Encoding", "identity") != "identity":
-                raise OSError(
-                    f"asked for {num} bytes from {first} on, got {len(response.content)} with status {response.status_code}, "
-                    f"range {part[:60]!r}"
-                )
+                answer = f"got {length} with status {status}, range {part[:60]!r}"
+                raise OSError(f"asked for {num} bytes from {first} on, {answer}")
             return bytes(response.content)
 
 
@@ -153,8 +148,8 @@ def open_hub(name: str) -> HubSet:
     """Resolve a name to the files of a data set, without reading them.
 
     Without a revision, or with a full commit, the hub is queried once and the answer cached; a branch or tag is resolved again
-    whenever the hub can be reached. Raises UserError on an unknown repository, revision, configuration or split, a required
-    login, a set without parquet files, and an unreachable hub for a name that is not cached.
+    whenever the hub can be reached. Raises UserError on anything unknown, a required login, a set without parquet files, and an
+    unreachable hub for a name that is not cached.
     """
     match = _NAME.fullmatch(name)
     if not match:
@@ -204,9 +199,6 @@ def _cache(record: Path, answer: HubSet) -> None:
         print(f"the commit of {answer.name} is not cached: {record}: {reason}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------- queries
-
-
 class _Unreachable(UserError):
     """The hub cannot be reached."""
 
@@ -221,15 +213,13 @@ def _explained(repository: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except errors.GatedRepoError as error:
-        raise UserError(
-            f"the hub gives {repository} only to those who accepted its terms: do so on its page, then `hf auth login`"
-        ) from error
+        advice = "accept them on its page, then `hf auth login`"
+        raise UserError(f"the hub gives {repository} only after its terms were accepted: {advice}") from error
     except errors.RevisionNotFoundError:
         raise
     except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"the hub has no data set {repository} that may be read without logging in (`hf auth login` makes you known)"
-        ) from error
+        missing = f"the hub has no data set {repository} that may be read without logging in"
+        raise UserError(f"{missing} (`hf auth login` logs you in)") from error
     except Exception as error:  # the client raises errors of several libraries without a network
         reason = str(error).partition("\n")[0].strip() or type(error).__name__
         raise _Unreachable(f"{what}: {reason}") from error
@@ -242,18 +232,15 @@ def _resolved(name: str, repository: str, revision: str, config: str, split: str
     if not entries and not revision:
         commit, sizes, _ = _listing(repository, CONVERTED)
         entries = _converted(sizes)
+    if not entries and not revision:
+        raise UserError(f"{repository} has no parquet files")
     if not entries:
-        where = f"at revision {revision} " if revision else ""
-        raise UserError(
-            f"{repository} {where}has no parquet files"
-            + (": leave the revision out for those that the hub makes of other formats" if revision else "")
-        )
+        advice = "leave the revision out for those that the hub makes of other formats"
+        raise UserError(f"{repository} at revision {revision} has no parquet files: {advice}")
     config = _config(name, sorted({c for c, _ in entries}), config, card)
     if (config, f"partial-{split}") in entries:
-        raise UserError(
-            f"{name} is too large for the hub to make all of it parquet, and what it made is only a part: download the "
-            "set and give its folder to `encode`"
-        )
+        partial = f"{name} is so large that the hub converts only a part of it to parquet"
+        raise UserError(f"{partial}: download the set and give its folder to `encode`")
     if (config, split) not in entries:
         splits = ", ".join(sorted(s for c, s in entries if c == config))
         raise UserError(f"{name}: {config} has the splits {splits}, not {split!r}: wanted {repository}:CONFIG:SPLIT")
@@ -266,23 +253,20 @@ def _listing(repository: str, revision: str) -> tuple[str, dict[str, int], Mappi
     from huggingface_hub import HfApi, errors
 
     try:
-        with _explained(
-            repository, f"the hub cannot be asked for {repository}, and this name was never asked for before"
-        ):
+        with _explained(repository, f"the hub cannot be queried for {repository}, and no earlier answer is cached"):
             info = HfApi().dataset_info(repository, revision=revision or None, files_metadata=True)
     except errors.RevisionNotFoundError as error:
+        problem = f"the hub has no revision {revision!r} of {repository}"
         if revision == CONVERTED:
-            raise UserError(
-                f"{repository} has no parquet files, and the hub has made none of it: download it, and give its folder to "
-                "`encode`"
-            ) from error
-        raise UserError(f"the hub has no revision {revision!r} of {repository}") from error
+            advice = "download it, and give its folder to `encode`"
+            problem = f"{repository} has no parquet files, and the hub has made none of it: {advice}"
+        raise UserError(problem) from error
     sizes = {s.rfilename: s.size for s in info.siblings or () if s.rfilename.endswith(".parquet")}
     if lacking := next((path for path, size in sizes.items() if size is None), None):
         raise UserError(f"the hub does not say how large {repository}/{lacking} is")
     if odd := next((path for path, size in sizes.items() if not _is_listed_file(path, size)), None):
         raise UserError(
-            f"the hub lists {odd[:200]!r} of {repository}: wanted a path inside the repository, and its size"
+            f"the hub lists {odd[:200]!r} of {repository}: wanted a path inside the repository and its size"
         )
     card: Mapping[str, Any] = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
     return str(info.sha), {path: int(size or 0) for path, size in sizes.items()}, card
@@ -295,22 +279,18 @@ def _is_listed_file(path: str, size: Any) -> bool:
 
 def _config(name: str, configs: Sequence[str], wanted: str, card: Mapping[str, Any]) -> str:
     """The requested configuration, else the card's default, else the only one."""
+    existing = f"{name}: there are the configurations {', '.join(configs)}"
     if wanted:
         if wanted not in configs:
-            raise UserError(f"{name}: there are the configurations {', '.join(configs)}, not {wanted!r}")
+            raise UserError(f"{existing}, not {wanted!r}")
         return wanted
     declared = [str(c.get("config_name")) for c in _configs(card) if c.get("default")]
     for config in (*declared, "default"):
         if config in configs:
             return config
     if len(configs) > 1:
-        raise UserError(
-            f"{name}: there are the configurations {', '.join(configs)}: name one, as ORG/NAME:{configs[0]}:SPLIT"
-        )
+        raise UserError(f"{existing}: name one, as ORG/NAME:{configs[0]}:SPLIT")
     return configs[0]
-
-
-# ------------------------------------------------------------------------------------------------------------ file names
 
 
 def _entries(paths: Mapping[str, int], card: Mapping[str, Any], wanted: str) -> dict[tuple[str, str], list[str]]:
@@ -368,9 +348,8 @@ def _several(patterns: Any) -> list[str]:
 def _matches(path: str, pattern: str, inside: str) -> bool:
     """Whether a path is of a pattern, which may be relative to a folder; `*` goes over slashes too."""
     pattern = pattern.removeprefix("./")
-    return path == pattern or any(
-        fnmatch.fnmatchcase(path, f"{folder}{pattern}") for folder in ("", f"{inside}/" if inside else "")
-    )
+    patterns = (pattern, f"{inside}/{pattern}" if inside else pattern)
+    return path == pattern or any(fnmatch.fnmatchcase(path, each) for each in patterns)
 
 
 def _named(paths: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -1,23 +1,30 @@
-"""Read image sets of any size: small ones in memory, others from their file with at most a batch in memory."""
+"""Read and write image sets of any size: small ones in memory, others with at most a batch in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+from PIL import Image
 
 from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import atomic_write
 from tinyfusion.data.images import check_images_header, read_images_npz
 from tinyfusion.data.npz import ArrayHeader, is_npz, opened_npz
 from tinyfusion.data.originals import MixedSizes, Originals, decoded
 from tinyfusion.data.picture import Picture
 
 IN_MEMORY_BYTES = 2**29  # limit of sets that are read once
+_BATCH = 64  # images written at a time
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # names of stored moments in references of the ADM form
 
 
@@ -93,11 +100,8 @@ def streamed_pictures(originals: Originals, size: int | None, orientation: Orien
     def fitting(where: str, picture: Picture) -> np.ndarray:
         pixels = picture.in_colour if channels == 3 else picture.pixels
         if pixels.shape != first.pixels.shape:
-            raise MixedSizes(
-                f"{where} is {pixels.shape}, and the first picture of {originals.name} {first.pixels.shape} (height, width, "
-                "channels; pictures are all grey or all coloured)",
-                64,
-            )
+            sizes = f"{where} is {pixels.shape}, and the first picture of {originals.name} {first.pixels.shape}"
+            raise MixedSizes(f"{sizes} (height, width, channels; pictures are all grey or all coloured)", 64)
         return pixels
 
     def read(num: int) -> Iterator[np.ndarray]:
@@ -127,10 +131,8 @@ def read_moments(path: Path) -> dict[str, np.ndarray]:
             if mean in headers:
                 size = math.prod(headers[mean].shape)
                 if headers[mean].shape != (size,) or headers[covariance].shape != (size, size):
-                    raise UserError(
-                        f"{path}: {mean} {headers[mean].shape} and {covariance} {headers[covariance].shape} do not fit together: "
-                        "wanted (D,) and (D, D)"
-                    )
+                    given = f"{mean} {headers[mean].shape} and {covariance} {headers[covariance].shape}"
+                    raise UserError(f"{path}: {given} do not fit together: wanted (D,) and (D, D)")
 
     arrays = _named_arrays(path, MOMENTS, check)
     for name, values in arrays.items():
@@ -155,3 +157,38 @@ def _named_arrays(
         existing = [name for name in names if name in archive.names]
         check({name: archive.header(name) for name in existing})
         return {name: archive.read(name) for name in existing}
+
+
+def stream_images_npz(path: Path, images: ImageSource, labels: np.ndarray) -> None:
+    """Write images (N, H, W, C) and labels (N,) whole, uncompressed: arr_0, arr_1. The bytes are those of `numpy.savez`."""
+    with (
+        atomic_write(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            _write_header(file, images.shape, images.dtype)
+            for batch in images.read(_BATCH):
+                file.write(np.ascontiguousarray(batch).data)
+        with archive.open("arr_1.npy", "w", force_zip64=True) as file:
+            _write_header(file, labels.shape, labels.dtype)
+            file.write(np.ascontiguousarray(labels).data)
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
+    described = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(file, {"descr": described, "fortran_order": False, "shape": shape})
+
+
+def write_png_folder(folder: Path, images: ImageSource) -> None:
+    """Write images (N, H, W, 1 or 3) uint8 as 000000.png, 000001.png, ..., the whole folder at once."""
+    with atomic_write(folder, r"[0-9]{6,}\.png") as temporary, ThreadPoolExecutor(os.cpu_count()) as threads:
+        temporary.mkdir()
+
+        def write(index: int, image: np.ndarray) -> None:
+            pixels = image[..., 0] if image.shape[-1] == 1 else image
+            Image.fromarray(pixels).save(temporary / f"{index:06d}.png", compress_level=1)
+
+        first = 0
+        for batch in images.read(_BATCH):
+            list(threads.map(write, range(first, first + len(batch)), batch))
+            first += len(batch)

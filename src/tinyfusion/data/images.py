@@ -22,14 +22,12 @@ _GAP_PX = 1  # between the images of a grid, before upscaling
 def read_images_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Images (N, H, W, C), uint8 or float32, and labels (N,) int64 where the file has them.
 
-    Raises UserError on a missing or foreign file, no arr_0, a wrong type or shape, no images, NaN, labels that do
-    not fit.
+    Raises UserError on a missing or foreign file, no images, a wrong type or shape, NaN, or labels that do not fit.
     """
     with opened_npz(path) as archive:
         if "arr_0" not in archive.names:
-            raise UserError(
-                f"{path} holds {', '.join(archive.names) or 'nothing'}: wanted images in arr_0, (N, H, W, C) uint8"
-            )
+            names = ", ".join(archive.names) or "nothing"
+            raise UserError(f"{path} holds {names}: wanted images in arr_0, (N, H, W, C) uint8")
         check_images_header(archive.header("arr_0"), path)
         labels = _read_labels(archive) if "arr_1" in archive.names else None  # before the images, which are large
         images = archive.read("arr_0")
@@ -37,10 +35,8 @@ def read_images_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         check_memory(4 * images.size, f"{path}: arr_0 as float32")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is refused
             images = images.astype(np.float32)
-        if not np.isfinite(images).all():
-            raise UserError(
-                f"{path}: arr_0 has {int((~np.isfinite(images)).sum())} values that are not finite (NaN or infinity)"
-            )
+        if bad := int((~np.isfinite(images)).sum()):
+            raise UserError(f"{path}: arr_0 has {bad} values that are not finite (NaN or infinity)")
     return images, labels
 
 
@@ -56,9 +52,8 @@ def _read_labels(archive: Npz) -> np.ndarray:
     """arr_1 as int64, checked against the header of arr_0 before it is read."""
     num_images, header = archive.header("arr_0").shape[0], archive.header("arr_1")
     if header.dtype.kind not in "iu" or header.shape != (num_images,):
-        raise UserError(
-            f"{archive.path}: labels in arr_1 are ({num_images},) integers; got {header.shape} {header.dtype}"
-        )
+        wanted = f"labels in arr_1 are ({num_images},) integers"
+        raise UserError(f"{archive.path}: {wanted}; got {header.shape} {header.dtype}")
     labels = archive.read("arr_1")
     if labels.min() < 0:
         raise UserError(f"{archive.path}: labels are 0 or more; the smallest is {labels.min()}")

@@ -1,9 +1,8 @@
-"""Latents on disk: shards of one size with a manifest, and training batches read out of them.
+"""Latents on disk: shards with a manifest, and training batches of them.
 
-A shard is a safetensors file: labels (n,) int64, then the values of every image, row by row. The format is open, has
-bfloat16, runs no code, and its tensors lie plain in the file, so a shard is mapped instead of read and appended to while it
-is made. Values are `moments` (n, R, 2 C, h, w), mean and log-variance of the posterior as the autoencoder gives them, or
-`samples` (n, R, C, h, w), drawn once and scaled as models see them. R is 2 with mirrored copies, else 1.
+A shard is a safetensors file: labels (n,) int64, then the values of every image, row by row, so that it can be mapped, and
+appended to while it is written. Values are `moments` (n, R, 2 C, h, w), mean and log-variance of the autoencoder's posterior,
+or `samples` (n, R, C, h, w), drawn once and scaled as models see them. R is 2 with mirrored copies, else 1.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
 from tinyfusion.config.constraints import Count, Side
@@ -30,7 +31,6 @@ from tinyfusion.core.reading import check_plain, read_json
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import write_json
 from tinyfusion.data.batches import ArrayBatch, ShuffledRows
-from tinyfusion.data.posterior import posterior_noise
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -44,7 +44,7 @@ _IN_CACHE = 32  # images that are sampled at a time
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What a set consists of; the bytes of its shards depend on it, on the images, and on nothing else.
+    """Specification of a set; it and the images determine the bytes of its shards.
 
     kind: moments or samples. rows: 2 with mirrored copies, else 1. shape: (C, h, w) of a latent. classes: one more than
     the largest label. scale, shift: models see (z - shift) x scale of a latent z.
@@ -62,22 +62,22 @@ class LatentSpec:
 
     @property
     def shards(self) -> int:
-        """How many files."""
+        """Number of files."""
         return -(-self.num_images // self.shard_images)
 
     @property
     def values(self) -> tuple[int, int, int, int]:
-        """(R, 2 C or C, h, w): what is stored of an image."""
+        """(R, 2 C or C, h, w): stored values of an image."""
         channels, height, width = self.shape
         return self.rows, channels * (2 if self.kind == "moments" else 1), height, width
 
     @property
     def image_bytes(self) -> int:
-        """Of one image in its shard, without the label."""
+        """Bytes of one image in its shard, without the label."""
         return math.prod(self.values) * _TORCH[self.dtype].itemsize
 
     def bounds(self, shard: int) -> tuple[int, int]:
-        """First image of a shard, and how many."""
+        """First image of a shard, and their number."""
         first = shard * self.shard_images
         return first, min(self.shard_images, self.num_images - first)
 
@@ -86,7 +86,7 @@ class LatentSpec:
         return f"shard-{shard:05d}-of-{self.shards:05d}.safetensors"
 
     def head(self, shard: int) -> bytes:
-        """What stands before the labels of a shard."""
+        """The bytes of a shard before its labels."""
         _first, num = self.bounds(shard)
         labels, end = 8 * num, 8 * num + num * self.image_bytes
         about = {
@@ -99,30 +99,29 @@ class LatentSpec:
         return len(text).to_bytes(8, "little") + text
 
     def begin(self, shard: int) -> int:
-        """Where the values of a shard begin in its file."""
+        """Offset of the values of a shard in its file."""
         return len(self.head(shard)) + 8 * self.bounds(shard)[1]
 
     def shard_bytes(self, shard: int) -> int:
-        """Size of its file."""
+        """Size of the file of a shard."""
         return self.begin(shard) + self.bounds(shard)[1] * self.image_bytes
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
 def encoded_values(values: Tensor, dtype: str) -> bytes:
-    """Bytes of (n, R, K, h, w) float32, as they stand in a shard."""
-    held = values.detach().cpu().to(_TORCH[dtype]).contiguous()
-    return held.reshape(-1).view(torch.uint8).numpy().tobytes()
+    """Bytes of values (n, R, K, h, w) float32 in a shard."""
+    stored = values.detach().cpu().to(_TORCH[dtype]).contiguous()
+    return stored.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _part(folder: Path, spec: LatentSpec, shard: int) -> Path:
-    return folder / f".{spec.file_name(shard)}.part"
+def _part(folder: Path, spec: LatentSpec, shard: int, labels: np.ndarray) -> tuple[Path, bytes]:
+    """Path of an unfinished shard, and the bytes before its values."""
+    start = spec.head(shard) + np.ascontiguousarray(labels, "<i8").tobytes()
+    return folder / f".{spec.file_name(shard)}.part", start
 
 
 def images_in_part(folder: Path, spec: LatentSpec, shard: int, labels: np.ndarray) -> int:
-    """Images that an ended process left in an unfinished shard; 0 where there are none, or it was another set."""
-    path, start = _part(folder, spec, shard), _start(spec, shard, labels)
+    """Images that an ended process left in an unfinished shard of this set."""
+    path, start = _part(folder, spec, shard, labels)
     check_plain(path)
     try:
         with open(path, "rb") as file:
@@ -133,20 +132,17 @@ def images_in_part(folder: Path, spec: LatentSpec, shard: int, labels: np.ndarra
         return 0
 
 
-def _start(spec: LatentSpec, shard: int, labels: np.ndarray) -> bytes:
-    return spec.head(shard) + np.ascontiguousarray(labels, "<i8").tobytes()
-
-
 @contextmanager
 def unfinished_shard(
     folder: Path, spec: LatentSpec, shard: int, labels: np.ndarray, keep: int
 ) -> Iterator[Callable[[bytes], None]]:
-    """Appends to a shard, of which the first `keep` images are there; whole at the end of the block, it takes its name.
+    """Append to a shard, of which the first `keep` images exist; at the end of the block it is complete and renamed.
 
-    What was written stays when the block does not end well. Raises UserError where another process writes the same shard, or
-    the folder has gone.
+    If the block fails, what was written stays. Raises UserError if another process writes the same shard or the folder was
+    removed.
     """
-    path, start, whole = _part(folder, spec, shard), _start(spec, shard, labels), folder / spec.file_name(shard)
+    path, start = _part(folder, spec, shard, labels)
+    whole = folder / spec.file_name(shard)
     check_plain(path)
     check_plain(whole)
     try:
@@ -181,16 +177,13 @@ def unfinished_shard(
 
 
 def write_manifest(folder: Path, spec: LatentSpec, about: Mapping[str, Any]) -> None:
-    """The manifest, with the sums of all shards as they lie on the disk. about: more fields, for people and checks."""
+    """Write the manifest, with the checksums of all shards on disk. about: more fields, for people and checks."""
     shards = [
         {"file": spec.file_name(k), "bytes": spec.shard_bytes(k), "sha256": sha256_of(folder / spec.file_name(k))}
         for k in range(spec.shards)
     ]
     values = {"made_by": "tinyfusion", "format_version": FORMAT_VERSION, **asdict(spec), **about, "shards": shards}
     write_json(folder / MANIFEST, values)
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
@@ -210,39 +203,33 @@ class LatentSet:
         return self.spec.num_images
 
     def gather(self, rows: np.ndarray, mirrored: np.ndarray) -> Tensor:
-        """(n, K, h, w) float32: what is stored of these images, of their mirrored copies where `mirrored`.
+        """(n, K, h, w) float32: stored values of these images, of their mirrored copies where `mirrored`.
 
         Raises UserError on values that are not finite, naming the shard.
         """
         out = np.empty((len(rows), *self.spec.values[1:]), self.maps[0].dtype)
         shards, places = np.divmod(rows, self.spec.shard_images)
-        for i, (shard, place, copy) in enumerate(
-            zip(shards.tolist(), places.tolist(), mirrored.astype(int).tolist(), strict=True)
-        ):
+        indices = zip(shards.tolist(), places.tolist(), mirrored.astype(int).tolist(), strict=True)
+        for i, (shard, place, copy) in enumerate(indices):
             out[i] = self.maps[shard][place, copy]
         values = torch.from_numpy(out)
         values = values.view(torch.bfloat16).float() if values.dtype == torch.int16 else values
         if not math.isfinite(float(values.numpy().sum())) and not bool(torch.isfinite(values).all()):
             bad = int(rows[int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])])
-            raise UserError(
-                f"{self.folder / self.spec.file_name(bad // self.spec.shard_images)}: image {bad} has values that are not "
-                "finite (NaN or infinity): the file is damaged; remove it, and the `encode` that made it makes it again"
-            )
+            path = self.folder / self.spec.file_name(bad // self.spec.shard_images)
+            raise _damaged(path, f"image {bad} has values that are not finite (NaN or infinity)")
         return values
 
 
 def verify(folder: Path, about: Mapping[str, Any]) -> None:
-    """Compare every shard with its sum in the manifest. Raises UserError on the first that differs."""
+    """Raise UserError on the first shard whose checksum is not that of the manifest."""
     for entry in about["shards"]:
         if sha256_of(folder / entry["file"]) != entry["sha256"]:
-            raise UserError(
-                f"{folder / entry['file']} is damaged: its SHA-256 is not that of the manifest; remove it, and the `encode` "
-                "that made it makes it again"
-            )
+            raise _damaged(folder / entry["file"], "its SHA-256 is not that of the manifest")
 
 
 def open_latents(folder: Path) -> LatentSet:
-    """Open a set. Sizes of all files are checked, up to 1 GiB also their sums. Raises UserError on what does not fit."""
+    """Open a set. Sizes of all files are checked, up to 1 GiB also their checksums. Raises UserError on damaged sets."""
     spec, about = read_manifest(folder)
     labels, maps = [], []
     for shard in range(spec.shards):
@@ -261,21 +248,15 @@ def read_manifest(folder: Path) -> tuple[LatentSpec, Mapping[str, Any]]:
     """The specification of a set and all of its manifest. Raises UserError where it is missing or damaged."""
     path = folder / MANIFEST
     if not path.is_file():
-        unfinished = (folder / "run.json").is_file()
-        raise UserError(
-            f"{folder} holds no {MANIFEST}: "
-            + (
-                "`encode` has not finished it, the same command goes on"
-                if unfinished
-                else "wanted a folder that `tinyfusion encode` made"
-            )
-        )
+        advice = "wanted a folder of `tinyfusion encode`"
+        if (folder / "run.json").is_file():
+            advice = "`encode` has not finished it, the same command continues"
+        raise UserError(f"{folder} has no {MANIFEST}: {advice}")
     about = read_json(path)
     if not isinstance(about, dict) or about.get("made_by") != "tinyfusion":
-        raise UserError(f"{path} is no manifest of latents made by `tinyfusion encode`")
-    if about.get("format_version") != FORMAT_VERSION:
-        found = about.get("format_version")
-        raise UserError(f"{path} has format_version {found}; this one reads {FORMAT_VERSION}: upgrade")
+        raise UserError(f"{path} is no manifest of latents of `tinyfusion encode`")
+    if (version := about.get("format_version")) != FORMAT_VERSION:
+        raise UserError(f"{path} has format_version {version}; this version reads {FORMAT_VERSION}: upgrade")
     return _spec(folder, about), about
 
 
@@ -290,7 +271,7 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Notes:
-    """What else of a manifest is read. size: side of the pictures in pixels; vae: the autoencoder's name."""
+    """Other fields of a manifest that are read. size: side of the pictures in pixels; vae: the autoencoder's name."""
 
     shards: list[_Shard]
     size: Side | None = None
@@ -298,7 +279,7 @@ class _Notes:
 
 
 def _spec(folder: Path, about: Mapping[str, Any]) -> LatentSpec:
-    """The manifest's own numbers, of the right kind and in agreement with each other."""
+    """The specification in a manifest. Raises UserError where its numbers are invalid or contradict each other."""
     try:
         spec: LatentSpec = build_known(LatentSpec, about, "")
         notes: _Notes = build_known(_Notes, about, "")
@@ -318,11 +299,11 @@ def _spec(folder: Path, about: Mapping[str, Any]) -> LatentSpec:
 def _mapped(path: Path, spec: LatentSpec, shard: int) -> tuple[np.ndarray, np.ndarray]:
     """Labels, and mapped values, of one shard."""
     if not path.is_file():
-        raise UserError(f"{path} is missing: the `encode` that made it makes it again")
-    wanted, found = spec.shard_bytes(shard), path.stat().st_size
+        raise UserError(f"{path} is missing: repeat its `encode` command to write it again")
+    wanted, size = spec.shard_bytes(shard), path.stat().st_size
     head, (_first, num) = spec.head(shard), spec.bounds(shard)
-    if found != wanted:
-        raise _damaged(path, f"it has {found:,} bytes, wanted {wanted:,}")
+    if size != wanted:
+        raise _damaged(path, f"it has {size:,} bytes, wanted {wanted:,}")
     with open(path, "rb") as file:
         if file.read(len(head)) != head:
             raise _damaged(path, "its header is another one")
@@ -330,27 +311,50 @@ def _mapped(path: Path, spec: LatentSpec, shard: int) -> tuple[np.ndarray, np.nd
     # torch closes the file once it is mapped; a thousand shards would else be a thousand open files
     storage: Any = torch.UntypedStorage.from_file(str(path), False, wanted)
     flat = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[spec.begin(shard) :]
-    return labels.astype(np.int64), flat.view(np.float32 if spec.dtype == "float32" else np.int16).reshape(
-        num, *spec.values
-    )
+    values = flat.view(np.float32 if spec.dtype == "float32" else np.int16)
+    return labels.astype(np.int64), values.reshape(num, *spec.values)
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is damaged: {what}; remove it, and the `encode` that made it makes it again")
+    return UserError(f"{path} is damaged: {what}; remove it, and repeat its `encode` command to write it again")
+
+
+@cache
+def _quantiles() -> np.ndarray:
+    """(65,536,) float32: the normal distribution at the middles of as many equal parts, brought to variance 1."""
+    values = ndtri((np.arange(2**16) + 0.5) / 2**16)
+    return (values / np.sqrt((values**2).mean())).astype(np.float32)
+
+
+def posterior_noise(draws: Draws, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
+    """A function that gives the noise of the next `num` samples, (num, *shape) float32, from the first of `draws` on.
+
+    Normal in 65,536 steps up to 4.2: 16 random bits each, a ninth of the time of `draws.normal`. The posterior is narrow, so
+    that a step of the noise is far below the rounding of later operations.
+    """
+    per_sample = math.prod(shape)
+    words = draws.words_in_turn("posterior", -(-per_sample // 4))
+
+    def following(num: int) -> Tensor:
+        numbers = np.ascontiguousarray(words(num), "<u8").view("<u2")[:, :per_sample]
+        values = np.empty((num, per_sample), np.float32)
+        np.take(_quantiles(), numbers, out=values, mode="wrap")  # no number is out of range; looking for one takes time
+        return torch.from_numpy(values.reshape(num, *shape))
+
+    return following
 
 
 class LatentBatches(ShuffledRows):
-    """Training batches of a set of latents, exactly shuffled; where moments are stored, a new sample at every read.
+    """Training batches of a set of latents, exactly shuffled; of moments, a new sample at every read.
 
-    flip: probability that the mirrored copy is taken. Samples, copies and order are addressed by (seed, step, sample), so
-    processes and resume do not matter.
+    flip: probability of the mirrored copy. Samples, copies and order are addressed by (seed, step, sample), so they do not
+    depend on processes and resumption.
     """
 
     def __init__(self, latents: LatentSet, randomness: Randomness, device: torch.device, flip: float = 0.0) -> None:
         if flip and latents.spec.rows == 1:
-            raise UserError(
-                f"data.flip is {flip:g}, and {latents.folder} holds no mirrored copies: encode with encode.mirror=true"
-            )
+            missing = f"{latents.folder} has no mirrored copies"
+            raise UserError(f"data.flip is {flip:g}, and {missing}: encode with encode.mirror=true")
         super().__init__(randomness, device, flip=flip)
         self.latents = latents
         self.labels = torch.from_numpy(latents.labels)
@@ -360,7 +364,7 @@ class LatentBatches(ShuffledRows):
         return len(self.latents)
 
     def rows(self, first: int, num: int) -> tuple[Tensor, Tensor]:
-        """As in `Batches`: unmirrored, of moments the means."""
+        """As in `Batches`: not mirrored, of moments the means."""
         rows = self.picked(first, num)
         stored = self.latents.gather(rows.numpy(), np.zeros(num, bool))
         if self.latents.spec.kind == "moments":
@@ -371,15 +375,12 @@ class LatentBatches(ShuffledRows):
         """The latents of `step`."""
         rows = self.picked(step * batch_size + draws.first, draws.num)
         mirrored = draws.uniform("flip") < self.flip if self.flip else np.zeros(draws.num, bool)
-        read = self._sampled if self.latents.spec.kind == "moments" else self._stored
-        return self._batch(read(rows.numpy(), mirrored, draws), self.labels[rows])
-
-    def _stored(self, rows: np.ndarray, mirrored: np.ndarray, _draws: Draws) -> Tensor:
-        """(n, C, h, w): samples are stored as models see them."""
-        return self.latents.gather(rows, mirrored)
+        if self.latents.spec.kind == "moments":
+            return self._batch(self._sampled(rows.numpy(), mirrored, draws), self.labels[rows])
+        return self._batch(self.latents.gather(rows.numpy(), mirrored), self.labels[rows])
 
     def _sampled(self, rows: np.ndarray, mirrored: np.ndarray, draws: Draws) -> Tensor:
-        """(n, C, h, w) of moments, a few images at a time: every pass but the first then finds them in the processor's cache."""
+        """(n, C, h, w) of moments, a few images at a time, which stay in the processor's cache."""
         spec = self.latents.spec
         noise = posterior_noise(draws, spec.shape)
         x = torch.empty(len(rows), *spec.shape)

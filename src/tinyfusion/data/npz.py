@@ -21,7 +21,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory, check_plain, unreadable
 
 _PIECE_BYTES = 2**22  # decompressed at a time
-_DAMAGE = (  # what zipfile, its decompressors and numpy's parser of headers raise on damaged files
+_DAMAGE = (  # errors of zipfile, its decompressors and numpy's parser of headers on damaged files
     OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError, SyntaxError,
     MemoryError, NotImplementedError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
 )  # fmt: skip
@@ -29,7 +29,7 @@ _DAMAGE = (  # what zipfile, its decompressors and numpy's parser of headers rai
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """What the header of an array says. fortran: columns come first."""
+    """The header of an array. fortran: columns come first."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
@@ -37,7 +37,7 @@ class ArrayHeader:
 
     @property
     def nbytes(self) -> int:
-        """Of all values."""
+        """Bytes of all values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class ArrayHeader:
 
 
 class Npz:
-    """An open npz. names: its arrays, without ".npy". Use `opened_npz`, which explains what is raised on damage."""
+    """An open npz. names: its arrays, without ".npy". Use `opened_npz`, which turns errors of damaged files into UserError."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path = path
@@ -54,7 +54,7 @@ class Npz:
         self.names = tuple(sorted(self._members))
 
     def header(self, name: str) -> ArrayHeader:
-        """Of an array. Raises where it claims more than its member of the zip holds."""
+        """The header of an array. Raises where it claims more bytes than its member of the zip has."""
         with self._archive.open(self._members[name]) as file:
             return _read_header(file, self._members[name].file_size, name)
 
@@ -71,16 +71,14 @@ class Npz:
 
 @contextmanager
 def opened_npz(path: Path) -> Iterator[Npz]:
-    """An npz, open. Raises UserError where there is none, and within the block where it turns out to be damaged."""
+    """Open an npz. Raises UserError if it is missing, and within the block if it is damaged."""
     check_plain(path)
     if not path.is_file():
         raise UserError(f"no images at {path}: no such file")
     with _explained(f"{path} cannot be read as an npz of plain arrays"):
         if not zipfile.is_zipfile(path):
-            raise UserError(
-                f"{path} is not an npz (a zip of arrays), or it was cut short: "
-                "make it with numpy.savez or `tinyfusion sample`"
-            )
+            advice = "make it with numpy.savez or `tinyfusion sample`"
+            raise UserError(f"{path} is not an npz (a zip of arrays), or is truncated: {advice}")
         with zipfile.ZipFile(path) as archive:
             yield Npz(path, archive)
 
@@ -91,26 +89,26 @@ def is_npz(path: Path) -> bool:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of an npy file. Raises UserError where it is missing or damaged, or the memory does not suffice."""
+    """The array of an npy file. Raises UserError if it is missing, damaged or larger than the memory."""
     with _opened_npy(path) as (file, size):
         return _read_array(file, size, "the array", path)
 
 
 def npy_header(path: Path) -> ArrayHeader:
-    """The header of an npy file. Raises UserError where it is missing or damaged, or claims more than the file holds."""
+    """The header of an npy file. Raises UserError if it is missing, damaged or claims more bytes than the file has."""
     with _opened_npy(path) as (file, size):
         return _read_header(file, size, "the array")
 
 
 def npy_batches(path: Path, size: int) -> Iterator[np.ndarray]:
-    """`size` rows of the array of an npy file in C order at a time. Raises UserError where it is missing or damaged."""
+    """Yield `size` rows of an npy file in C order at a time. Raises UserError if it is missing or damaged."""
     with _opened_npy(path) as (file, num_bytes):
         yield from _read_batches(file, num_bytes, "the array", size)
 
 
 @contextmanager
 def _opened_npy(path: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """An npy file, open, and its bytes. Raises UserError where it is missing, and within the block where it is damaged."""
+    """An open npy file and its size in bytes; errors as in `opened_npz`."""
     check_plain(path)
     try:
         file = open(path, "rb")  # noqa: SIM115
@@ -122,7 +120,7 @@ def _opened_npy(path: Path) -> Iterator[tuple[IO[bytes], int]]:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn what damaged files raise into UserError."""
+    """Turn errors of damaged files into UserError."""
     try:
         yield
     except UserError:
@@ -132,7 +130,7 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _read_header(file: IO[bytes], size: int, where: str) -> ArrayHeader:
-    """The header at the start of a stream of `size` bytes. Raises UserError where the stream is too short for its array."""
+    """The header at the start of a stream of `size` bytes. Raises ValueError if the stream is too short for its array."""
     version = np.lib.format.read_magic(file)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     if version not in ((1, 0), (2, 0), (3, 0)):
@@ -173,6 +171,6 @@ def _read_values(file: IO[bytes], header: ArrayHeader, where: str) -> np.ndarray
             piece = target[first : first + _PIECE_BYTES]
             content = file.read(len(piece))
             if len(content) != len(piece):
-                raise ValueError(f"{where} was cut short after {first + len(content):,} of {len(target):,} bytes")
+                raise ValueError(f"{where} is truncated after {first + len(content):,} of {len(target):,} bytes")
             piece[:] = content
     return values

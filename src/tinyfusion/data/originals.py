@@ -24,18 +24,8 @@ import numpy as np
 from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory, check_plain, unreadable
+from tinyfusion.data import parquet
 from tinyfusion.data.folders import open_picture_folder, printable
-from tinyfusion.data.parquet import (
-    HUB,
-    PARQUET,
-    STREAMED,
-    WHOLE,
-    checked_label,
-    columns_of,
-    labels_of,
-    opened,
-    tables_of,
-)
 from tinyfusion.data.picture import SUFFIXES, Picture, decode
 from tinyfusion.data.stream import RowGroup
 
@@ -61,9 +51,9 @@ class MixedSizes(UserError):
 class Originals:
     """Encoded pictures in order.
 
-    labels: (N,) int64. contents(first, num): place (for messages) and bytes of each of these pictures. classes: names in the
-    order of labels, if there are names. fingerprint: SHA-256 over order, names and labels but not bytes, so that a damaged
-    picture can be repaired while a set is being encoded. remarks: lines for people.
+    labels: (N,) int64. contents(first, num): place (for messages) and bytes of each picture. classes: names by label, if any.
+    fingerprint: SHA-256 over order, names and labels but not bytes, so that a damaged picture can be repaired while a set is
+    being encoded. remarks: lines for people.
     """
 
     name: str
@@ -82,20 +72,18 @@ def open_originals(name: str) -> Originals:
 
     `hub:` and `hub-stream:` yield the same images; the latter caches no files.
     """
-    if name.startswith(WHOLE + STREAMED):
+    if name.startswith(parquet.WHOLE + parquet.STREAMED):
         return _parquet(name)
     if name.startswith(WEBDATASET):
         return _tars(name, Path(name.removeprefix(WEBDATASET)))
     path = Path(name)
     check_plain(path)
     if path.is_file():
-        kind = WEBDATASET if path.suffix == ".tar" else PARQUET
+        kind = WEBDATASET if path.suffix == ".tar" else parquet.PARQUET
         raise UserError(f"{name} is a file: wanted a folder of pictures; for a tar or parquet file say {kind}{name}")
     if not path.is_dir():
-        raise UserError(
-            f"no pictures at {name}: wanted a folder of pictures or of class folders, {PARQUET}PATH, {HUB}ORG/NAME, {WEBDATASET}PATH or "
-            "features:PATH"
-        )
+        others = f"{parquet.PARQUET}PATH, {parquet.HUB}ORG/NAME, {WEBDATASET}PATH or features:PATH"
+        raise UserError(f"no pictures at {name}: wanted a folder of pictures or of class folders, {others}")
     return _folder(name, path)
 
 
@@ -148,7 +136,7 @@ def decoded(
 
 
 def _broken(error: UserError, read: int, rest: Iterator[tuple[str, Picture | UserError]]) -> UserError:
-    """The error of the first broken picture, after `read` sound ones, with the names and the number of those in `rest`."""
+    """The error of the first broken picture, after `read` valid ones, with names and number of those in `rest`."""
     names: list[str] = []
     more, read = 0, read + 1
     deadline = time.monotonic() + _LOOK_ON_S
@@ -162,9 +150,8 @@ def _broken(error: UserError, read: int, rest: Iterator[tuple[str, Picture | Use
                 break
     if not more:
         return error
-    return UserError(
-        f"{error} ({more + 1:,} of the {read:,} pictures read cannot be used, among them {', '.join(names)})"
-    )
+    of_all = f"{more + 1:,} of the {read:,} pictures read cannot be used, among them {', '.join(names)}"
+    return UserError(f"{error} ({of_all})")
 
 
 def stacked(pictures: Iterable[tuple[str, Picture]], num: int, source: Path | str) -> tuple[np.ndarray, Counter[str]]:
@@ -176,19 +163,16 @@ def stacked(pictures: Iterable[tuple[str, Picture]], num: int, source: Path | st
     for i, (where, picture) in enumerate(pictures):
         changes.update(picture.changes)
         height, width, channels = picture.pixels.shape
+        size, what = f"{width} x {height}", f"{source}: {num:,} pictures of {width} x {height}"
         if i == 0:
-            check_memory(
-                num * height * width * channels * _VALUE_BYTES, f"{source}: {num:,} pictures of {width} x {height}"
-            )
+            check_memory(num * height * width * channels * _VALUE_BYTES, what)
             pixels = np.empty((num, height, width, channels), np.uint8)
         if (height, width) != pixels.shape[1:3]:
             side = 2 ** min(int(math.log2(min(pixels.shape[1:3]))), _SUGGESTED_SIDE)
-            raise MixedSizes(
-                f"{where} is {width} x {height}, and the first picture of {source} {pixels.shape[2]} x {pixels.shape[1]}",
-                side,
-            )
+            first = f"the first picture of {source} {pixels.shape[2]} x {pixels.shape[1]}"
+            raise MixedSizes(f"{where} is {size}, and {first}", side)
         if channels > pixels.shape[-1]:
-            check_memory(pixels.size * channels * _VALUE_BYTES, f"{source}: {num:,} pictures of {width} x {height}")
+            check_memory(pixels.size * channels * _VALUE_BYTES, what)
             pixels = pixels.repeat(channels, -1)
         pixels[i] = picture.pixels
     return pixels, changes
@@ -207,9 +191,6 @@ def _fingerprint(names: Iterator[str], labels: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
-
-
 def _folder(name: str, path: Path) -> Originals:
     folder = open_picture_folder(path)
 
@@ -226,19 +207,16 @@ def _folder(name: str, path: Path) -> Originals:
     return Originals(name, labels, contents, print_of, folder.classes, folder.remarks)
 
 
-# ------------------------------------------------------------------------------------------------------------- parquet
-
-
 def _parquet(name: str) -> Originals:
     groups: list[RowGroup] = []
     labels: list[np.ndarray] = []
-    for file in tables_of(name):
-        with opened(file) as table:
-            _image, label_column = columns_of(table, file)
+    for file in parquet.tables_of(name):
+        with parquet.opened(file) as table:
+            _image, label_column = parquet.columns_of(table, file)
             first, rows = 0, table.metadata.num_rows
             check_memory(_LABEL_BYTES * rows, f"{file}: {rows:,} labels")
             for index in range(table.num_row_groups):
-                labels += labels_of(table, index, label_column, str(file), first)
+                labels += parquet.labels_of(table, index, label_column, str(file), first)
                 num = table.metadata.row_group(index).num_rows
                 groups.append(RowGroup(file, index, first, num, rows))
                 first += num
@@ -261,9 +239,6 @@ def _parquet(name: str) -> Originals:
     return Originals(name, known, contents, _fingerprint(names, known))
 
 
-# ---------------------------------------------------------------------------------------------------------------- tars
-
-
 @dataclass(frozen=True)
 class _Member:
     """A picture inside a tar: offset and number of its bytes."""
@@ -279,14 +254,10 @@ def _tars(name: str, path: Path) -> Originals:
     tars = sorted(file for file in path.glob("*.tar") if file.is_file()) if path.is_dir() else [path]
     if not tars or not tars[0].is_file():
         raise UserError(f"no tars at {path}: wanted a .tar file, or a folder of them")
-    members: list[_Member] = []
-    labels: list[int] = []
-    for tar in tars:
-        for member, label in _members(tar):
-            members.append(member)
-            labels.append(label)
-    if not members:
+    labelled = [member for tar in tars for member in _members(tar)]
+    if not labelled:
         raise UserError(f"{path} holds no pictures: wanted NAME.jpg with NAME.cls")
+    members, known = [member for member, _ in labelled], np.array([label for _, label in labelled], np.int64)
 
     def contents(first: int, num: int) -> Iterator[tuple[str, bytes]]:
         for member in members[first : first + num]:
@@ -298,10 +269,9 @@ def _tars(name: str, path: Path) -> Originals:
             except OSError as error:
                 raise UserError(f"cannot read {where}: {error.strerror}") from error
             if len(content) != member.size:
-                raise UserError(f"{where} was cut short since it was opened")
+                raise UserError(f"{where} was truncated since it was opened")
             yield where, content
 
-    known = np.array(labels, np.int64)
     names = (f"{member.tar.name}/{member.key}" for member in members)
     return Originals(name, known, contents, _fingerprint(names, known))
 
@@ -326,7 +296,7 @@ def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
             elif suffix == ".cls":
                 text = archive.extractfile(info).read(32).strip()  # type: ignore[union-attr]
                 value = int(text) if text.isdigit() else text.decode("utf-8", "replace")
-                labels[key] = checked_label(value, f"{tar}, {key}.cls")
+                labels[key] = parquet.checked_label(value, f"{tar}, {key}.cls")
     for key, member in pictures.items():
         if key not in labels:
             raise UserError(f"{tar}, {key} has no label: wanted {key}.cls, a whole number from 0")
@@ -341,7 +311,7 @@ def _reading(tar: Path) -> Iterator[None]:
     except UserError:
         raise
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-        raise UserError(f"{tar} cannot be read as a tar: {error} (a compressed one is to be unpacked first)") from error
+        raise UserError(f"{tar} cannot be read as a tar: {error} (unpack a compressed one first)") from error
 
 
 def _entries(tar: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -349,9 +319,8 @@ def _entries(tar: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     total = tar.stat().st_size
     for info in archive:
         if not 0 <= info.size <= total or (info.isreg() and info.offset_data + info.size > total):
-            raise UserError(
-                f"{tar} is damaged: {info.name} has {info.size} bytes from byte {info.offset_data} on, and the file {total}"
-            )
+            claim = f"{info.name} has {info.size} bytes from byte {info.offset_data} on, and the file {total}"
+            raise UserError(f"{tar} is damaged: {claim}")
         yield info
     with open(tar, "rb") as file:  # tarfile takes a damaged header for the end of the list
         file.seek(archive.offset)

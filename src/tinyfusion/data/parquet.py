@@ -1,14 +1,10 @@
-"""Parquet files of encoded pictures and labels, as on the Hugging Face hub: find the files and columns, read in batches.
-
-A set is named by the place of its files: `parquet:PATH`, or `hub:` and an id of the hub. `parquet-stream:` and `hub-stream:`
-are never loaded whole.
-"""
+"""Parquet files of encoded pictures and labels, as on the Hugging Face hub: find the files and columns, read in batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +83,8 @@ def labels_of(table: Any, group: int, column: str, where: str, first: int) -> It
         yield labels.to_numpy(zero_copy_only=False).astype(np.int64)
         first += len(labels)
     if (claimed := table.metadata.row_group(group).num_rows) != first - begin:
-        raise UserError(
-            f"{where} is damaged: row group {group} has {first - begin:,} rows, and its footer claims {claimed:,}"
-        )
+        rows = f"row group {group} has {first - begin:,} rows, and its footer claims {claimed:,}"
+        raise UserError(f"{where} is damaged: {rows}")
 
 
 @contextmanager
@@ -100,17 +95,15 @@ def opened(file: TableFile, part: str = "") -> Iterator[Any]:
     """
     import pyarrow.parquet
 
+    open_table = pyarrow.parquet.ParquetFile
     with reading(f"{file}{part}"):
         if isinstance(file, Path):
             check_plain(file)
-            with pyarrow.parquet.ParquetFile(file) as table:
+            with open_table(file) as table:
                 check_rows(table.metadata, file, file.stat().st_size)
                 yield table
         else:
-            with (
-                file.open() as stream,
-                pyarrow.parquet.ParquetFile(stream, metadata=file.footer, pre_buffer=True) as table,
-            ):
+            with file.open() as stream, open_table(stream, metadata=file.footer, pre_buffer=True) as table:
                 check_rows(table.metadata, file, file.size)
                 file.footer = table.metadata
                 yield table
@@ -120,9 +113,8 @@ def check_rows(footer: Any, file: TableFile, num_bytes: int) -> None:
     """Raise UserError where the numbers of rows in a footer contradict each other or the size of the file."""
     groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
     if min(groups, default=0) < 0 or sum(groups) != footer.num_rows or footer.num_rows > _ROWS_PER_BYTE * num_bytes:
-        raise UserError(
-            f"{file} is damaged: its footer claims {footer.num_rows:,} rows in {len(groups)} row groups of {num_bytes:,} bytes"
-        )
+        claim = f"{footer.num_rows:,} rows in {len(groups)} row groups of {num_bytes:,} bytes"
+        raise UserError(f"{file} is damaged: its footer claims {claim}")
 
 
 @contextmanager
@@ -150,10 +142,10 @@ def columns_of(table: Any, file: TableFile) -> tuple[str, str]:
         (image, _holds_pictures, "an encoded picture (bytes) in each row"),
         (label, _holds_integers, "a label, a whole number from 0, in each row"),
     ):
-        if schema.names.count(name) > 1:
-            raise UserError(f"{file} has {schema.names.count(name)} columns {name}: wanted one")
-        if not holds(schema.field(name).type):
-            raise UserError(f"{file}: column {name} is of the type {schema.field(name).type}: wanted {wanted}")
+        if (num := schema.names.count(name)) > 1:
+            raise UserError(f"{file} has {num} columns {name}: wanted one")
+        if not holds(kind := schema.field(name).type):
+            raise UserError(f"{file}: column {name} is of the type {kind}: wanted {wanted}")
     return image, label
 
 
@@ -178,25 +170,15 @@ def _column(file: TableFile, table: Any, wanted: Sequence[str], kind: str) -> st
     names = table.schema_arrow.names
     matching = [name for name in wanted if name in names]
     if not matching:
-        declared = _declared(table)
-        matching = [name for name in names if declared.get(name) == kind]
+        features: dict[str, Any] = {}
+        with suppress(ValueError, AttributeError):
+            declared = (table.schema_arrow.metadata or {}).get(b"huggingface", b"{}").decode()
+            features = dict(parse_json(declared, "its metadata").get("info", {}).get("features", {}).items())
+        types = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
+        matching = [name for name in names if types.get(name) == kind]
         if len(matching) != 1:
             raise UserError(f"{file} has the columns {', '.join(names)}: wanted {' or '.join(wanted)}")
     return matching[0]
-
-
-def _declared(table: Any) -> dict[str, str]:
-    """Types of columns by name, as far as the file's metadata declares them."""
-    try:
-        metadata = parse_json((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}").decode(), "its metadata")
-        features = metadata.get("info", {}).get("features", {})
-        return {
-            name: str(feature["_type"])
-            for name, feature in features.items()
-            if isinstance(feature, dict) and "_type" in feature
-        }
-    except (ValueError, AttributeError):
-        return {}
 
 
 def checked_label(label: Any, where: str) -> int:

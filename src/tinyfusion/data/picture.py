@@ -1,7 +1,4 @@
-"""One encoded picture to pixels: its header is checked, its mode becomes 8 bits of grey or colour, and it may be cropped.
-
-Everything that decodes pictures does it here, so a picture has the same pixels wherever it comes from.
-"""
+"""Decode a picture: check its header, convert to 8 bits of grey or colour, turn and crop. Every source of pictures uses it."""
 
 from __future__ import annotations
 
@@ -30,14 +27,9 @@ _TURNED = 2  # times these bytes, where a picture is turned
 _GREY, _GREY_ALPHA, _COLOUR, _ALPHA = ("1", "L"), ("LA", "La"), ("P", "RGB", "CMYK", "YCbCr"), ("RGBA", "PA", "RGBa")
 _SIXTEEN_BITS = {"PNG": ("I;16", "I"), "PPM": ("I",)}  # formats whose values span 0 to 65,535 by definition
 _TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation  # fmt: skip
 _alone = threading.Lock()
 
 
@@ -57,9 +49,9 @@ class Picture:
 def decode(encoded: Any, where: str, size: int | None = None, orientation: Orientation = "follow") -> Picture:
     """Decode a picture from bytes, or from a struct with `bytes` as in parquet files. where: its place, for messages.
 
-    size: side of the square that `centre_crop` makes of it; None keeps its own. orientation: whether EXIF tags are followed.
-    16 bits are taken where the format says what white is, by their upper eight; an alpha channel where all of it is opaque.
-    Raises UserError on damaged pictures, on transparent ones, and on those too large or too narrow.
+    size: side of the `centre_crop`; None: no crop. orientation: whether EXIF tags are followed. Of 16 bits, where the format
+    defines white, the upper eight are used. Raises UserError on damaged or transparent pictures, and on those too large or too
+    narrow.
     """
     content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
     if not isinstance(content, bytes):
@@ -81,7 +73,10 @@ def _decoded(image: Image.Image, where: str, size: int | None, orientation: Orie
     if size is not None and picture.size != (size, size):
         change = "enlarged" if min(picture.size) < size else "cropped"
         changes.append(f"{change} to {size} x {size}")
-        picture = _cropped(picture, where, size)
+        width, height = picture.size
+        if max(width, height) * size * size > MOST_PIXELS * min(width, height):  # its resized form would be huge
+            raise UserError(f"{where} is {width} x {height}: too narrow for a crop of {size} x {size}")
+        picture = centre_crop(picture, size)
     pixels = np.array(picture)
     return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, tuple(changes))
 
@@ -96,26 +91,23 @@ def _reading(where: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise UserError(f"{where} has more than {MOST_PIXELS:,} pixels: make it smaller") from error
     except Exception as error:
-        raise UserError(
-            f"{where} cannot be decoded as a picture ({', '.join(FORMATS)}): damaged or cut short; repair it, or move it out of the set"
-        ) from error
+        problem = f"{where} cannot be decoded as a picture ({', '.join(FORMATS)}): damaged or truncated"
+        raise UserError(f"{problem}; repair it, or move it out of the set") from error
 
 
 @contextlib.contextmanager
 def _room_for(image: Image.Image, num_bytes: int, where: str) -> Iterator[None]:
     """Guard the decoding of a picture whose header was read. Raises UserError where it would take too much memory."""
-    width, height = image.size
-    pixels, decoded_bytes = width * height, width * height * _DECODED_BYTES.get(image.mode, 4)
+    pixels, size = image.width * image.height, f"{image.width} x {image.height}"
+    decoded_bytes = pixels * _DECODED_BYTES.get(image.mode, 4)
     if pixels > MOST_PIXELS:
-        raise UserError(f"{where} is {width} x {height}: wanted at most {MOST_PIXELS:,} pixels; make it smaller")
+        raise UserError(f"{where} is {size}: wanted at most {MOST_PIXELS:,} pixels; make it smaller")
     if decoded_bytes > max(SMALL_FILE_BYTES, 64 * num_bytes):
-        raise UserError(
-            f"{where} is {width} x {height}, and its file has {num_bytes:,} bytes, which no photograph of that size has: "
-            "make it smaller"
-        )
+        file = f"its file has {num_bytes:,} bytes, which no photograph of that size has"
+        raise UserError(f"{where} is {size}, and {file}: make it smaller")
     with _alone if pixels > _ALONE_PIXELS else contextlib.nullcontext():
         if pixels > _CHECKED_PIXELS:
-            check_memory(_TURNED * decoded_bytes, f"{where}, a picture of {width} x {height},")
+            check_memory(_TURNED * decoded_bytes, f"{where}, a picture of {size},")
         yield
 
 
@@ -146,14 +138,6 @@ def _eight_bits(image: Image.Image, where: str) -> tuple[Image.Image, list[str]]
     image.load()
     wanted = "L" if mode in (*_GREY, *_GREY_ALPHA) else "RGB"
     return (image if image.mode == wanted else image.convert(wanted)), []  # a large picture is not copied needlessly
-
-
-def _cropped(picture: Image.Image, where: str, size: int) -> Image.Image:
-    """`centre_crop` of a picture. Raises UserError on a picture so narrow that its resized form would be huge."""
-    width, height = picture.size
-    if max(width, height) * size * size > MOST_PIXELS * min(width, height):
-        raise UserError(f"{where} is {width} x {height}: too narrow for a crop of {size} x {size}")
-    return centre_crop(picture, size)
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:

@@ -1,7 +1,6 @@
 """Latents in the published layout: `imagenet256_features/7.npy` (2, C, h, w) float32 and `imagenet256_labels/7.npy` (1,).
 
-Row 0 is the picture, row 1 its mirror image, each one sample of the posterior, already scaled. Files go together by their
-number, whatever order a folder lists them in.
+Row 0 is the picture, row 1 its mirror image, each one sample of the posterior, already scaled. Files match by number.
 """
 
 from __future__ import annotations
@@ -62,18 +61,16 @@ def open_published(folder: Path) -> PublishedLatents:
     if first.dtype != np.float32 or first.ndim != 4 or 0 in first.shape:
         raise UserError(f"{features / '0.npy'} is {first.dtype} {first.shape}: wanted float32 (2, C, h, w)")
     if first.shape[0] > 2:
-        raise UserError(
-            f"{features / '0.npy'} has {first.shape[0]} rows {first.shape}: wanted the latent of one picture and of its mirror image, "
-            "(2, C, h, w), or the first alone; files of several pictures come of a larger batch: extract with a batch size of 1"
-        )
+        wanted = "wanted the latent of one picture and of its mirror image, (2, C, h, w), or the first alone"
+        given = f"{features / '0.npy'} has {first.shape[0]} rows {first.shape}"
+        raise UserError(f"{given}: {wanted}; for one picture per file extract with a batch size of 1")
     known = np.empty(count, np.int64)
     for i in range(count):
-        value = read_npy(labels / f"{i}.npy")
+        path = labels / f"{i}.npy"
+        value = read_npy(path)
         if value.size != 1 or value.dtype.kind not in "iu" or not 0 <= int(value.flat[0]) <= MAX_LABEL:
-            raise UserError(
-                f"{labels / f'{i}.npy'} is {value.dtype} {value.shape}{f' {value.flat[0]}' if value.size == 1 else ''}: "
-                f"wanted one whole number from 0 to {MAX_LABEL:,}"
-            )
+            given = f"{path} is {value.dtype} {value.shape}{f' {value.flat[0]}' if value.size == 1 else ''}"
+            raise UserError(f"{given}: wanted one whole number from 0 to {MAX_LABEL:,}")
         known[i] = int(value.flat[0])
     digest = hashlib.sha256(known.astype("<i8").tobytes() + repr(first.shape).encode()).hexdigest()
     rows, channels, height, width = first.shape
@@ -81,20 +78,20 @@ def open_published(folder: Path) -> PublishedLatents:
 
 
 def _folders(folder: Path) -> tuple[Path, Path]:
-    found = sorted(folder.glob("*_features")) if folder.is_dir() else []
-    if len(found) != 1 or not found[0].is_dir():
-        names = ", ".join(path.name for path in found) or "none"
+    matching = sorted(folder.glob("*_features")) if folder.is_dir() else []
+    if len(matching) != 1 or not matching[0].is_dir():
+        names = ", ".join(path.name for path in matching) or "none"
         raise UserError(
-            f"{folder} wants one folder NAME_features, as imagenet256_features, and NAME_labels; got {names}"
+            f"{folder}: wanted one folder NAME_features, as imagenet256_features, and NAME_labels; got {names}"
         )
-    labels = found[0].with_name(found[0].name.removesuffix("_features") + "_labels")
+    labels = matching[0].with_name(matching[0].name.removesuffix("_features") + "_labels")
     if not labels.is_dir():
-        raise UserError(f"{labels} does not exist: wanted the labels of {found[0].name}")
-    return found[0], labels
+        raise UserError(f"{labels} does not exist: wanted the labels of {matching[0].name}")
+    return matching[0], labels
 
 
 def _numbers(folder: Path) -> int:
-    """How many files 0.npy, 1.npy, ... there are. Raises UserError on gaps."""
+    """Number of files 0.npy, 1.npy, ... Raises UserError on gaps."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.endswith(".npy")]
     odd = min((name for name in names if not _NUMBERED.fullmatch(name)), default=None)

@@ -1,11 +1,9 @@
-"""Training batches out of parquet files that do not fit into memory: read in parts, in an order that is still addressed.
+"""Training batches of parquet files that do not fit into memory, local or on the hub (row groups are not cached there).
 
-The files lie on a disk, or on the hub, of which row groups are then fetched when their window is due, and kept nowhere.
-
-An epoch goes through all row groups in a random order. So many consecutive ones as hold `window_images` images make a
-window, and the images of a window are mixed. Both permutations are functions of (seed, epoch), so the whole sequence of
-images is too: every image once per epoch, whatever the batch size, the number of processes, and where a run was resumed.
-In memory are the window that is being used and the next one, as encoded pictures; a picture is decoded when it is due.
+An epoch goes through all row groups in a random order. Consecutive ones with about `window_images` images make a window, and
+the images of a window are shuffled. Both permutations are functions of (seed, epoch), so the sequence of images is too: every
+image once per epoch, whatever the batch size, the number of processes, and where a run was resumed. In memory are the current
+window and the next one, as encoded pictures.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ _PER_TASK = 16  # pictures that a thread decodes at a time
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group as it was when the set was opened. first: its first row in the file; file_rows: all rows of the file."""
+    """A row group when the set was opened. first: its first row in the file; file_rows: all rows of the file."""
 
     file: TableFile
     index: int
@@ -62,34 +60,30 @@ class RowGroup:
         return f"{self.file}, row group {self.index}"
 
     def read(self) -> Any:
-        """The arrow table of its pictures and labels. Raises UserError where the file is damaged, or another one by now."""
+        """The arrow table of its pictures and labels. Raises UserError if the file is damaged, changed or too large."""
+        import pyarrow
+
         with opened(self.file, f", row group {self.index}") as file:
             rows = file.metadata.num_rows
             if rows == self.file_rows and self.index < file.num_row_groups:
-                table = self._table(file)
-                if table.num_rows == self.num:
-                    return table
+                batches: list[Any] = []
+                done = read_bytes = 0
+                for batch in batches_of(file, self.index, columns_of(file, self.file)):
+                    batches.append(batch)
+                    done, read_bytes = done + batch.num_rows, read_bytes + batch.nbytes
+                    left_bytes = read_bytes // max(done, 1) * max(self.num - done, 0)
+                    check_memory(left_bytes, f"{self} as pictures in memory")
+                if done == self.num:
+                    return pyarrow.Table.from_batches(batches)
         raise UserError(
             f"{self.file} has changed since it was opened: it had {self.file_rows:,} rows, {self.num:,} of them in row group "
-            f"{self.index}, and now has {rows:,} in other parts; begin the run anew"
+            f"{self.index}, and now has {rows:,} in other row groups; begin the run anew"
         )
-
-    def _table(self, file: Any) -> Any:
-        """The rows of an open file. Raises UserError where the memory does not suffice for the rest of them."""
-        import pyarrow
-
-        batches: list[Any] = []
-        done = held = 0
-        for batch in batches_of(file, self.index, columns_of(file, self.file)):
-            batches.append(batch)
-            done, held = done + batch.num_rows, held + batch.nbytes
-            check_memory(held // max(done, 1) * max(self.num - done, 0), f"{self} as pictures in memory")
-        return pyarrow.Table.from_batches(batches)
 
 
 @dataclass(frozen=True)
 class ParquetParts:
-    """What is known of a set without reading its pictures, but for the first one. Shared by all that read it.
+    """Row groups and shape of a set, without its pictures.
 
     size, orientation: as in `decode`. shape: (C, H, W) of every image. classes: one more than the largest label.
     """
@@ -112,15 +106,11 @@ class ParquetParts:
         label = checked_label(labels[row].as_py(), where)
         channels, height, width = self.shape
         if pixels.shape[:2] != (height, width):
-            raise UserError(
-                f"{where}: images differ in size: the first is {(height, width)}, this one {pixels.shape[:2]} "
-                "(height, width): give one size for all by --set data.size=N"
-            )
+            sizes = f"the first is {(height, width)}, this one {pixels.shape[:2]} (height, width)"
+            raise UserError(f"{where}: images differ in size: {sizes}: give one size for all by --set data.size=N")
         if pixels.shape[-1] > channels:
-            raise UserError(
-                f"{where} is in colour, and the model takes grey images: convert the set to one of them, or train a model "
-                "with --set model.in_channels=3"
-            )
+            advice = "convert the set to one of them, or train a model with --set model.in_channels=3"
+            raise UserError(f"{where} is in colour, and the model takes grey images: {advice}")
         if label >= self.classes:
             raise UserError(f"{where} has changed since it was opened: label {label} of {self.classes} classes")
         return pixels.repeat(channels, -1) if pixels.shape[-1] < channels else pixels, label
@@ -129,14 +119,14 @@ class ParquetParts:
 def open_shards(
     source: Path | str, size: int | None, channels: int | None, orientation: Orientation = "follow"
 ) -> ParquetParts:
-    """Row counts of parquet files: one, all of a folder by name, or a named set; its labels and one picture are looked at.
+    """Open parquet files: one, all of a folder by name, or a named set. Reads their labels and one picture.
 
-    channels: of the model; None takes those of the first picture. With 3, grey pictures are taken as colour; the files alone
-    could not tell what is to come. Of files of the hub, the footers say how large labels are. Raises UserError on what is
-    missing or damaged.
+    channels: of the model; None: those of the first picture. With 3, grey pictures become colour. Labels of files of the hub are
+    bounded by their footers, where these have statistics. Raises UserError on missing or damaged files.
     """
     files = tables_of(source)
-    _read_footers(files)
+    with ThreadPoolExecutor(READERS, "footers") as threads:  # of the hub's files, several at a time
+        list(threads.map(_read_footer, [file for file in files if isinstance(file, HubFile)]))
     groups: list[RowGroup] = []
     classes = 0
     first_shape: tuple[int, ...] | None = None
@@ -144,63 +134,42 @@ def open_shards(
         with opened(file) as table:
             nums = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
             begins = np.cumsum([0, *nums])
-            parts = [RowGroup(file, i, int(begins[i]), n, sum(nums)) for i, n in enumerate(nums) if n]
-            groups.extend(parts)
-            for part in parts:
-                with reading(str(part)):
-                    classes = max(classes, 1 + _largest_label(table, part))
+            for group in [RowGroup(file, i, int(begins[i]), n, sum(nums)) for i, n in enumerate(nums) if n]:
+                groups.append(group)
+                with reading(str(group)):
+                    image_column, label_column = columns_of(table, file)
+                    classes = max(classes, 1 + _largest_label(table, group, label_column))
                     if first_shape is None:
-                        first = decode(_first_picture(table, part), f"{part}, row 0", size, orientation)
-                        first_shape = first.pixels.shape
+                        batches = table.iter_batches(batch_size=1, row_groups=[group.index], columns=[image_column])
+                        picture = next(batches).column(0)[0].as_py()
+                        first_shape = decode(picture, f"{group}, row 0", size, orientation).pixels.shape
     if first_shape is None:
         raise UserError(f"{source} holds no images")
-    height, width, found = first_shape
-    shape = (3 if (found, channels) == (1, 3) else found, height, width)
+    height, width, own = first_shape
+    shape = (3 if (own, channels) == (1, 3) else own, height, width)
     name = f"parquet-stream:{source}" if isinstance(source, Path) else source
     return ParquetParts(name, tuple(groups), size, shape, classes, orientation)
 
 
-def _read_footers(files: Sequence[TableFile]) -> None:
-    """Those of files of the hub, several at a time."""
-
-    def read(file: HubFile) -> None:
-        with opened(file):
-            pass
-
-    with ThreadPoolExecutor(READERS, "footers") as threads:
-        list(threads.map(read, [file for file in files if isinstance(file, HubFile)]))
+def _read_footer(file: HubFile) -> None:
+    with opened(file):
+        pass
 
 
-def _largest_label(table: Any, group: RowGroup) -> int:
-    """Of a row group of an open file. Raises UserError where one is missing or no whole number from 0."""
-    _image, label_column = columns_of(table, group.file)
-    if isinstance(group.file, HubFile) and (bounds := _label_bounds(table, group.index, label_column)):
-        smallest, largest = bounds
-        checked_label(smallest, f"{group}, the smallest label")
-        return checked_label(largest, f"{group}, the largest label")
-    return max(int(labels.max()) for labels in labels_of(table, group.index, label_column, str(group), group.first))
-
-
-def _label_bounds(table: Any, index: int, column: str) -> tuple[Any, Any] | None:
-    """Smallest and largest value of a column in a row group by the footer; None where it does not say, or some are missing."""
-    about = table.metadata.row_group(index)
-    for place in range(about.num_columns):
-        chunk = about.column(place)
-        if chunk.path_in_schema == column and chunk.is_stats_set and chunk.statistics.has_min_max:
-            return None if chunk.statistics.null_count else (chunk.statistics.min, chunk.statistics.max)
-    return None
-
-
-def _first_picture(table: Any, group: RowGroup) -> Any:
-    """Encoded, of a row group of an open file."""
-    image_column, _label = columns_of(table, group.file)
-    first = next(table.iter_batches(batch_size=1, row_groups=[group.index], columns=[image_column]))
-    return first.column(0)[0].as_py()
+def _largest_label(table: Any, group: RowGroup, column: str) -> int:
+    """Of a row group of an open file. Raises UserError on a label that is missing or no whole number from 0."""
+    footer = table.metadata.row_group(group.index)
+    for chunk in map(footer.column, range(footer.num_columns if isinstance(group.file, HubFile) else 0)):
+        bounds = chunk.statistics if chunk.path_in_schema == column and chunk.is_stats_set else None
+        if bounds is not None and bounds.has_min_max and not bounds.null_count:
+            checked_label(bounds.min, f"{group}, the smallest label")
+            return checked_label(bounds.max, f"{group}, the largest label")
+    return max(int(labels.max()) for labels in labels_of(table, group.index, column, str(group), group.first))
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Row groups in memory, and the order in which their rows come: rows (W, 2), place of the group and row in it."""
+    """Row groups in memory, and the order of their rows: rows (W, 2), place of the group and row in it."""
 
     groups: Sequence[RowGroup]
     tables: Sequence[Any]
@@ -227,7 +196,7 @@ class StreamedBatches(Batches):
         self.classes, self.shape = parts.classes, parts.shape
         self._sequence = _Sequence(parts, randomness, window_images)
         self._windows = Ahead(self._sequence.window, 1, timeout_s=timeout_s, what=f"{parts.name}: window")
-        self._held: tuple[int, _Window] | None = None
+        self._current: tuple[int, _Window] | None = None
         self._lock = threading.Lock()
         self._decoders = ThreadPoolExecutor(_DECODERS, "decoding") if _DECODERS > 1 else None
         weakref.finalize(self, self._windows.close)
@@ -236,7 +205,7 @@ class StreamedBatches(Batches):
         return len(self.parts)
 
     def rows(self, first: int, num: int) -> tuple[Tensor, Tensor]:
-        """As in `Batches`. Raises UserError on a damaged or changed file, naming it and the row group."""
+        """As in `Batches`. Raises UserError on a damaged or changed file."""
         images: list[np.ndarray] = []
         labels: list[int] = []
         with self._lock:
@@ -251,10 +220,10 @@ class StreamedBatches(Batches):
         return torch.from_numpy(signed(stacked)), torch.tensor(labels, dtype=torch.int64)
 
     def _window(self, number: int) -> _Window:
-        if self._held is None or self._held[0] != number:
-            self._held = None  # goes before the next one comes
-            self._held = number, self._windows.take(number)
-        return self._held[1]
+        if self._current is None or self._current[0] != number:
+            self._current = None  # freed before the next one is loaded
+            self._current = number, self._windows.take(number)
+        return self._current[1]
 
     def _decoded(self, window: _Window, due: np.ndarray) -> list[tuple[np.ndarray, int]]:
         def some(begin: int) -> list[tuple[np.ndarray, int]]:
@@ -267,15 +236,10 @@ class StreamedBatches(Batches):
 
 
 class _Sequence:
-    """The order of all images: which window a position falls into, and what a window holds.
-
-    Windows are counted on through the epochs; each epoch has the same number of them, of differing sizes.
-    """
+    """The order of all images. Windows are numbered through the epochs; each epoch has the same number of them."""
 
     def __init__(self, parts: ParquetParts, randomness: Randomness, window_images: int) -> None:
-        self.groups = parts.groups
-        self.randomness = randomness
-        self.num = len(parts)
+        self.groups, self.randomness, self.num = parts.groups, randomness, len(parts)
         self.groups_per_window = max(1, window_images // max(group.num for group in parts.groups))
         self.windows_per_epoch = -(-len(self.groups) // self.groups_per_window)
         self._members = lru_cache(maxsize=4)(self._ordered)
@@ -304,5 +268,5 @@ class _Sequence:
         order = self.randomness.permutation(f"epoch/window {place}", epoch, len(rows))
         if not isinstance(groups[0].file, HubFile):
             return _Window(groups, [group.read() for group in groups], rows[order])
-        with ThreadPoolExecutor(READERS, "fetching") as threads:  # what takes time there is the way
+        with ThreadPoolExecutor(READERS, "fetching") as threads:  # bound by latency
             return _Window(groups, list(threads.map(RowGroup.read, groups)), rows[order])

@@ -54,15 +54,12 @@ def open_extractor(name: str, device: str) -> FeatureExtractor:
         try:
             file = fetch_weights(INCEPTION if name == SHORT else name)
         except UserError as error:
-            raise UserError(
-                f"{error}. Without a network: --set evaluate.features=FILE of those weights, fetched elsewhere, or "
-                f"{DINO}FOLDER of a DINOv2 network as transformers saves it, or a folder with classifier.json"
-            ) from error
+            others = f"{DINO}FOLDER of a DINOv2 network saved by transformers, or a folder with classifier.json"
+            offline = "Without a network: --set evaluate.features=FILE of those weights, downloaded elsewhere"
+            raise UserError(f"{error}. {offline}, or {others}") from error
         return _inception(file, choose_device(device))
-    raise UserError(
-        f"unknown feature extractor {name!r}{nearest(name, [*EXTRACTORS, *fetched])} (or a folder with classifier.json, "
-        f"a file of Inception weights, {DINO}FOLDER)"
-    )
+    files = f"a folder with classifier.json, a file of Inception weights, {DINO}FOLDER"
+    raise UserError(f"unknown feature extractor {name!r}{nearest(name, [*EXTRACTORS, *fetched])} (or {files})")
 
 
 def _classifier(folder: Path, shipped: str | None) -> FeatureExtractor:
@@ -83,10 +80,8 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
     """Open the Inception network from a state dict or the tensors of the TorchScript translation."""
     check_plain(path)
     if not path.is_file():
-        raise UserError(
-            f"no Inception weights at {path}: no such file; --set evaluate.features={SHORT} fetches them once "
-            f"({known_weights()[INCEPTION].address})"
-        )
+        advice = f"--set evaluate.features={SHORT} downloads them once ({known_weights()[INCEPTION].address})"
+        raise UserError(f"no Inception weights at {path}: no such file; {advice}")
     try:
         if path.suffix != ".safetensors" and is_torchscript(path):
             tensors = ours_from_graph_names(read_torchscript(path))
@@ -118,10 +113,9 @@ def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
     try:
         disable_progress_bar()  # type: ignore[no-untyped-call]
         load: Any = Dinov2Model.from_pretrained
+        settings = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True}
         with quiet_logs():
-            network, report = load(
-                folder, local_files_only=True, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
+            network, report = load(folder, **settings, output_loading_info=True)
     except Exception as error:  # of transformers, huggingface_hub, safetensors or json
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder} is no readable DINOv2 network: {reason}") from error

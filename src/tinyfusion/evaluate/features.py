@@ -1,6 +1,6 @@
-"""Feature extractors for FID and related metrics: the interface, and the small classifier of the digits.
+"""Feature extractors for FID and related metrics: the base class, and the small classifier of the digits.
 
-Numbers of different extractors do not compare, so the name of an extractor and the hash of its weights are part of every
+Scores of different extractors do not compare, so the name of an extractor and the hash of its weights are part of every
 protocol. Extractors are built from tensors; nothing here reads files.
 
 Shapes: N images, H x W pixels, C channels, D pooled features, (h, w) the last feature map, K classes.
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +25,14 @@ from tinyfusion.families.tensor_checks import in_float32
 SPATIAL_CHANNELS = 7  # as sFID takes from Inception, arXiv 2103.03841
 DIGITS_FEATURES = "digits-classifier"
 FEATURE_CHOICES = (
-    "name others by --set evaluate.features=: inception (weights fetched once, images of any size), a file of its weights, "
-    "dinov2:FOLDER (a folder as transformers saves it; needs that package), or a folder with classifier.json"
+    "name others by --set evaluate.features=: inception (weights downloaded once, images of any size), a file of its weights, "
+    "dinov2:FOLDER (saved by transformers; needs that package), or a folder with classifier.json"
 )
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of N images: pool (N, D) for FID, precision and recall; spatial (N, 7 h w) for sFID; logits (N, K) for the score.
+    """Features of N images: pool (N, D) for FID, precision and recall; spatial (N, 7 h w) for sFID; logits (N, K).
 
     spatial and logits are None if the extractor has no maps or no classes.
     """
@@ -41,40 +42,63 @@ class Features:
     logits: np.ndarray | None
 
 
-class FeatureExtractor(Protocol):
-    """A frozen network that turns images into features."""
+class FeatureExtractor:
+    """A frozen network that turns uint8 images (N, H, W, 1 or 3) into features, `batch_size` images at a time, in float32.
 
-    @property
-    def name(self) -> str:
-        """Its name in protocols."""
-        ...
+    name, hash: its name and the SHA-256 of its weights, for protocols. device: where it runs; distances between features are
+    computed there too. slow: whether statistics of references are cached on disk. side, rule: size in pixels to which images
+    are resized, and how.
+    """
 
-    @property
-    def hash(self) -> str:
-        """SHA-256 of its weights."""
-        ...
+    slow = True
+    side, rule = 0, ""
 
-    @property
-    def device(self) -> torch.device:
-        """Where it runs; distances between features are computed there too."""
-        ...
-
-    @property
-    def slow(self) -> bool:
-        """Whether to cache the statistics of references on the disk."""
-        ...
+    def __init__(self, name: str, network: nn.Module, device: torch.device, batch_size: int) -> None:
+        self.name, self.hash, self.device, self.batch_size = name, hash_state(network.state_dict()), device, batch_size
+        network.to(device).eval().requires_grad_(False)
 
     def treatment(self, shape: tuple[int, int, int]) -> str:
-        """Preprocessing of images (H, W, C), as text for the protocol; empty if there is none."""
-        ...
+        """Preprocessing of images (H, W, C), for the protocol; empty if there is none."""
+        height, width, channels = shape
+        sizes = "" if (height, width) == (self.side, self.side) else f" to {self.side} x {self.side} {self.rule}"
+        return f"{height} x {width}{sizes}{', grey in 3 channels' if channels == 1 else ''}"
 
     def check(self, images: np.ndarray, what: str) -> None:
         """Raise UserError unless it accepts `images`; `what` names them in the message."""
-        ...
+        if images.dtype != np.uint8:
+            raise UserError(f"{what}: features {self.name} take uint8 images (0 to 255); got {images.dtype}")
+        if images.ndim != 4 or images.shape[-1] not in (1, 3):
+            wanted = "images (N, H, W, channels) with 1 or 3 channels"
+            raise UserError(f"{what}: features {self.name} take {wanted}; got {tuple(images.shape)}")
 
+    @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:
-        """Features of uint8 images (N, H, W, C)."""
-        ...
+        """Features of uint8 images (N, H, W, C). Raises UserError as `check` does."""
+        self.check(images, "images")
+        batches: list[list[Any]] = []
+        with full_float32():
+            for first in range(0, max(len(images), 1), self.batch_size):
+                pixels = torch.from_numpy(np.ascontiguousarray(images[first : first + self.batch_size])).to(self.device)
+                values = self.features_of(pixels.permute(0, 3, 1, 2).float())
+                batches.append([None if value is None else value.cpu().numpy() for value in values])
+        merged: list[Any] = [None if c[0] is None else np.concatenate(c) for c in zip(*batches, strict=True)]
+        return Features(*merged)
+
+    def features_of(self, pixels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Pool, spatial and logits (see `Features`) of pixels (B, C, H, W) float32 in 0 to 255."""
+        raise NotImplementedError
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Context without TF32: float32 products and convolutions on CUDA use all 24 bits."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 @dataclass(frozen=True)
@@ -91,7 +115,7 @@ class SmallClassifier(nn.Module):
     """Classifier for small images: three 3 x 3 convolutions, one 2 x 2 average pool, global average, one linear layer.
 
     Smooth activations and no normalisation, so that no feature is dead, saturated or invariant to contrast: FID must grow
-    with every degradation, also while the class is still clear.
+    with every degradation.
     """
 
     def __init__(self, arch: ClassifierArch) -> None:
@@ -113,52 +137,32 @@ class SmallClassifier(nn.Module):
         return logits
 
 
-class ClassifierFeatures:
-    """`FeatureExtractor` of a `SmallClassifier`. batch_size bounds memory."""
+class ClassifierFeatures(FeatureExtractor):
+    """`FeatureExtractor` of a `SmallClassifier`, for images of its size, on the CPU."""
 
-    device = torch.device("cpu")
     slow = False
 
     def __init__(self, name: str, classifier: SmallClassifier, arch: ClassifierArch, batch_size: int = 256) -> None:
-        self.name = name
-        self.hash = hash_state(classifier.state_dict())
-        self.classifier = classifier.eval().requires_grad_(False)
-        self.arch = arch
-        self.batch_size = batch_size
+        super().__init__(name, classifier, torch.device("cpu"), batch_size)
+        self.classifier, self.arch = classifier, arch
 
     def check(self, images: np.ndarray, what: str) -> None:
         """Raise UserError unless `images` are uint8 of the classifier's size and channels."""
         wanted = (self.arch.image_size, self.arch.image_size, self.arch.in_channels)
-        if images.dtype != np.uint8:
-            raise UserError(f"{what}: features {self.name} take uint8 images (0 to 255); got {images.dtype}")
-        if images.ndim != 4 or images.shape[1:] != wanted:
-            raise UserError(
-                f"{what}: features {self.name} take images of height, width, channels {wanted}; "
-                f"got {tuple(images.shape[1:])}; {FEATURE_CHOICES}"
-            )
+        if images.dtype == np.uint8 and (images.ndim != 4 or images.shape[1:] != wanted):
+            sizes = f"images of height, width, channels {wanted}; got {tuple(images.shape[1:])}"
+            raise UserError(f"{what}: features {self.name} take {sizes}; {FEATURE_CHOICES}")
+        super().check(images, what)
 
     def treatment(self, _shape: tuple[int, int, int]) -> str:
         """Empty: images have the classifier's size."""
         return ""
 
-    @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> Features:
-        """Features of uint8 images (N, H, W, C). Raises UserError on another size, number of channels or type."""
-        self.check(images, "images")
-        batches = [self._features(batch) for batch in self._batches(images)]
-        pool, spatial, logits = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-        return Features(pool, spatial, logits)
-
-    def _batches(self, images: np.ndarray) -> Iterator[Tensor]:
-        for first in range(0, max(len(images), 1), self.batch_size):
-            pixels = torch.from_numpy(np.ascontiguousarray(images[first : first + self.batch_size]))
-            yield pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    def _features(self, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        feature_map = self.classifier.last_map(x)
+    def features_of(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `FeatureExtractor`."""
+        feature_map = self.classifier.last_map(pixels / 127.5 - 1)
         pool = feature_map.mean((2, 3))
-        spatial = feature_map[:, :SPATIAL_CHANNELS].flatten(1)
-        return pool.numpy(), spatial.numpy(), self.classifier.head(pool).numpy()
+        return pool, feature_map[:, :SPATIAL_CHANNELS].flatten(1), self.classifier.head(pool)
 
 
 def hash_state(tensors: Mapping[str, Tensor]) -> str:

@@ -1,16 +1,26 @@
-"""PSNR and SSIM of pairs of images, in float64, for images of two models from the same noise.
+"""PSNR and SSIM of pairs of images in float64: samples of two models with the same seeds (`evaluate --against`).
 
 Shapes: N images, H x W pixels, C channels, uint8, channels last.
 """
 
 from __future__ import annotations
 
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from scipy.ndimage import correlate1d
+
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rundir import read_json
+from tinyfusion.data.image_source import ImageSource, open_npz, read_labels
 
 PEAK = 255.0
 WINDOW_PX, WINDOW_SIGMA_PX = 11, 1.5
 _K1, _K2 = 0.01, 0.03
+_PRECISIONS = ("float32", "bfloat16", "float16")  # may differ: noise and labels depend on the seed only
+_BATCH_SIZE = 64
 
 
 def psnr_db(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -62,3 +72,47 @@ def ssim(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _check(left: np.ndarray, right: np.ndarray) -> None:
     if left.shape != right.shape or left.ndim != 4:
         raise ValueError(f"pairs of images have one shape (N, H, W, C); got {left.shape} and {right.shape}")
+
+
+def open_pairs(samples: Path, against: Path) -> ImageSource:
+    """Open the images of `against`. Raises UserError unless both are npz of `sample` with the same seed, labels and sampler."""
+    for path in (samples, against):
+        if path.suffix != ".npz":
+            raise UserError(f"--against compares an npz of `sample` with another; {path} is none")
+    ours, theirs = open_npz(samples), open_npz(against)
+    if ours.shape != theirs.shape:
+        shapes = f"--against {against} has images {theirs.shape}, {samples} has {ours.shape}"
+        raise UserError(f"{shapes}: pairs are of one shape")
+    for mine, other in zip_longest(_protocol_fields(samples), _protocol_fields(against)):
+        if mine != other and not all((field or "").partition(" ")[0] in _PRECISIONS for field in (mine, other)):
+            settings = f"--against {against} was drawn with {other!r}, {samples} with {mine!r}"
+            raise UserError(f"{settings}: only images of the same seed, labels and sampler are pairs")
+    labels, others = read_labels(samples), read_labels(against)
+    if labels is None or others is None or not np.array_equal(labels, others):
+        different = f"--against {against} has other labels (arr_1) than {samples}"
+        raise UserError(f"{different}: image i must be of one class in both")
+    return theirs
+
+
+def _protocol_fields(path: Path) -> list[str]:
+    """The fields of the sampling protocol of an npz."""
+    record_path = path.with_suffix(".json")
+    record: Any = read_json(record_path) if record_path.is_file() else None
+    if not isinstance(record, dict) or not isinstance(record.get("protocol"), str):
+        missing = f"{path} has no record of `sample` ({record_path.name})"
+        raise UserError(f"{missing}, with the seed and sampler that decide which images are pairs")
+    return [field.strip() for field in record["protocol"].split("|")]
+
+
+def fidelity(samples: ImageSource, against: ImageSource, path: Path, hash: str) -> dict[str, Any]:
+    """Mean and standard deviation of PSNR (dB) and SSIM over pairs, and name, hash and protocol of `against` at `path`."""
+    scores = []
+    for left, right in zip(samples.read(_BATCH_SIZE), against.read(_BATCH_SIZE), strict=True):
+        for images in (left, right):
+            if images.dtype != np.uint8:
+                raise UserError(f"--against compares uint8 images (0 to 255); got {images.dtype}")
+        scores.append(np.stack([psnr_db(left, right), ssim(left, right)]))
+    both = np.concatenate(scores, axis=1)
+    (psnr, similarity), (psnr_std, similarity_std) = both.mean(1).tolist(), both.std(1).tolist()
+    about = {"name": path.name, "hash": hash, "protocol": " | ".join(_protocol_fields(path))}
+    return {**about, "psnr_db": psnr, "psnr_db_std": psnr_std, "ssim": similarity, "ssim_std": similarity_std}

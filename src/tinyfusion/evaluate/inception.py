@@ -10,8 +10,7 @@ Shapes: N images, H x W pixels, channels first inside the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyfusion.core.errors import UserError
-from tinyfusion.evaluate.features import SPATIAL_CHANNELS, Features, hash_state
+from tinyfusion.evaluate.features import SPATIAL_CHANNELS, FeatureExtractor
 from tinyfusion.families.tensor_checks import in_float32
 
 INCEPTION = "inception-2015-12-05"
@@ -41,9 +39,8 @@ class Conv(NamedTuple):
     stride: int = 1
 
 
-Step = (
-    Conv | str | tuple[Conv, ...]
-)  # "avg", "max": pools of stride 1; "halve": max pool of stride 2; tuple: concatenated
+# "avg", "max": pools of stride 1; "halve": max pool of stride 2; tuple: concatenated
+Step = Conv | str | tuple[Conv, ...]
 Branch = tuple[Step, ...]
 _FLAT, _HIGH = (1, 7), (7, 1)
 
@@ -147,7 +144,8 @@ class Mixed(nn.Module):
                 convs = step if isinstance(step, tuple) and not isinstance(step, Conv) else (step,)
                 for conv in convs:
                     if isinstance(conv, Conv):
-                        self.add_module(conv.name, ConvNormRelu(width, conv, _padding(conv)))
+                        padding = (conv.kernel[0] // 2, conv.kernel[1] // 2) if conv.stride == 1 else (0, 0)
+                        self.add_module(conv.name, ConvNormRelu(width, conv, padding))
                 if isinstance(step, Conv):
                     width = step.channels
 
@@ -164,10 +162,6 @@ class Mixed(nn.Module):
             else:
                 x = torch.cat([self.get_submodule(conv.name)(x) for conv in step], dim=1)
         return x
-
-
-def _padding(conv: Conv) -> tuple[int, int]:
-    return (conv.kernel[0] // 2, conv.kernel[1] // 2) if conv.stride == 1 else (0, 0)
 
 
 _POOLS = {
@@ -222,14 +216,9 @@ def resize_tf1(x: Tensor, height: int, width: int) -> Tensor:
     if x.shape[2:] == (height, width):
         return x
     left, right, across = _neighbours(x.shape[3], width, x.device)
-    x = _interpolate(x[..., left], x[..., right], across)
+    x = x[..., left] + (x[..., right] - x[..., left]) * across  # as in the original; torch.lerp rounds otherwise
     top, bottom, down = _neighbours(x.shape[2], height, x.device)
-    return _interpolate(x[..., top, :], x[..., bottom, :], down[:, None])
-
-
-def _interpolate(before: Tensor, after: Tensor, weight: Tensor) -> Tensor:
-    """Linear interpolation in the order of operations of the original; torch.lerp uses another one above 0.5."""
-    return before + (after - before) * weight
+    return x[..., top, :] + (x[..., bottom, :] - x[..., top, :]) * down[:, None]
 
 
 def _neighbours(size_in: int, size_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,77 +229,23 @@ def _neighbours(size_in: int, size_out: int, device: torch.device) -> tuple[Tens
     return before.to(device), after.to(device), (position - before).to(device)
 
 
-class InceptionFeatures:
-    """`FeatureExtractor` of the Inception network, for uint8 images of any size; grey ones get three equal channels.
+class InceptionFeatures(FeatureExtractor):
+    """`FeatureExtractor` of the Inception network, for images of any size; grey ones get three equal channels.
 
-    Computes in float32 without TF32. `spatial` is flattened channels last, as stored moments are. batch_size bounds memory.
+    Computes in float32 without TF32. `spatial` is flattened channels last, as stored moments are.
     """
 
-    name = INCEPTION
-    slow = True
+    side, rule = SIDE, "bilinear (TF-1)"
 
     def __init__(self, network: Inception, device: torch.device, batch_size: int = 64) -> None:
-        self.hash = hash_state(network.state_dict())
-        self.network = network.to(device).eval().requires_grad_(False)
-        self.device = device
-        self.batch_size = batch_size
+        super().__init__(INCEPTION, network, device, batch_size)
+        self.network = network
 
-    def check(self, images: np.ndarray, what: str) -> None:
-        """Raise UserError unless `images` are uint8 (N, H, W, 1 or 3)."""
-        check_pictures(images, what, self.name)
-
-    def treatment(self, shape: tuple[int, int, int]) -> str:
-        """Preprocessing of images (H, W, C), for the protocol."""
-        return treatment_of(shape, SIDE, "bilinear (TF-1)")
-
-    @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> Features:
-        """Features of uint8 images (N, H, W, 1 or 3)."""
-        self.check(images, "images")
-        batches: list[tuple[np.ndarray, ...]] = []
-        with full_float32():
-            for first in range(0, max(len(images), 1), self.batch_size):
-                pixels = as_rgb(images[first : first + self.batch_size], self.device)
-                out = self.network((resize_tf1(pixels, SIDE, SIDE) - 128.0) / 128.0)
-                spatial = out.spatial.permute(0, 2, 3, 1).flatten(1)
-                batches.append(tuple(values.cpu().numpy() for values in (out.pool, spatial, out.logits)))
-        pool, spatial_all, logits = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-        return Features(pool, spatial_all, logits)
-
-
-def treatment_of(shape: tuple[int, int, int], side: int, rule: str) -> str:
-    """Protocol text: preprocessing of images (H, W, C) for a network of input (side, side, 3), resized by `rule`."""
-    height, width, channels = shape
-    sizes = "" if (height, width) == (side, side) else f" to {side} x {side} {rule}"
-    return f"{height} x {width}{sizes}{', grey in 3 channels' if channels == 1 else ''}"
-
-
-def check_pictures(images: np.ndarray, what: str, features: str) -> None:
-    """Raise UserError unless `images` are uint8 (N, H, W, 1 or 3); `features` names the extractor."""
-    if images.dtype != np.uint8:
-        raise UserError(f"{what}: features {features} take uint8 images (0 to 255); got {images.dtype}")
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise UserError(
-            f"{what}: features {features} take images (N, H, W, channels) with 1 or 3 channels; got {tuple(images.shape)}"
-        )
-
-
-def as_rgb(images: np.ndarray, device: torch.device) -> Tensor:
-    """Convert uint8 (N, H, W, 1 or 3) to float32 (N, 3, H, W) in 0 to 255 on `device`."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
-    return pixels.float().expand(-1, 3, -1, -1).contiguous()
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Context without TF32: float32 products and convolutions on CUDA use all 24 bits."""
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32
-    products.allow_tf32 = convolutions.allow_tf32 = False
-    try:
-        yield
-    finally:
-        products.allow_tf32, convolutions.allow_tf32 = before
+    def features_of(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `FeatureExtractor`."""
+        pixels = pixels.expand(-1, 3, -1, -1).contiguous()
+        out = self.network((resize_tf1(pixels, SIDE, SIDE) - 128.0) / 128.0)
+        return out.pool, out.spatial.permute(0, 2, 3, 1).flatten(1), out.logits
 
 
 def inception_from_state(tensors: Mapping[str, Tensor], source: str = "this file") -> Inception:

@@ -1,4 +1,4 @@
-"""FID, Inception Score, precision and recall as pure functions of features, in float64.
+"""FID, Inception Score, precision and recall of features, whole or streamed, in float64.
 
 Non-finite features raise ValueError. Not reproduced: the float16 distances of the published precision and recall.
 
@@ -8,7 +8,8 @@ Shapes: N samples, D features, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +17,11 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.linalg import eigvalsh, svdvals
 from scipy.linalg.lapack import dpstrf
-from scipy.special import log_softmax, rel_entr
+from scipy.special import log_softmax, xlogy
 from torch import Tensor
 
 from tinyfusion.core.signals import check_stop
+from tinyfusion.evaluate.features import Features
 
 BLOCK_ENTRIES = 2**22  # entries of one block of a distance matrix: 32 MiB
 _MAX_ERROR = 1e-9  # of the trace of a root, relative to the traces of the covariances
@@ -33,14 +35,46 @@ class Moments(NamedTuple):
     covariance: np.ndarray
 
 
+class RunningMoments:
+    """Running mean and covariance of batches of rows, merged as in Chan, Golub, LeVeque, 1983 (equation 1.5)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: np.ndarray | None = None
+        self._scatter: np.ndarray | None = None
+
+    def add(self, rows: np.ndarray) -> None:
+        """Add rows (B, D). Raises ValueError on non-finite values and on another D than before."""
+        if not len(rows):
+            return
+        values = _matrix(rows, "features")
+        mean = values.mean(0)
+        values = values - mean
+        scatter = values.T @ values
+        if self._mean is None or self._scatter is None:
+            self.count, self._mean, self._scatter = len(values), mean, scatter
+            return
+        if len(mean) != len(self._mean):
+            raise ValueError(f"rows of {len(mean)} features after rows of {len(self._mean)}")
+        total = self.count + len(values)
+        step = mean - self._mean
+        scatter += np.outer(step, step * (self.count * len(values) / total))
+        self._scatter += scatter
+        self._mean = self._mean + step * (len(values) / total)
+        self.count = total
+
+    def moments(self) -> Moments:
+        """Moments of all rows so far. Raises ValueError for fewer than 2."""
+        if self._mean is None or self._scatter is None or self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples; got {self.count}")
+        return Moments(self._mean, self._scatter / (self.count - 1))
+
+
 def feature_moments(features: ArrayLike) -> Moments:
     """Moments of features (N, D); N may be smaller than D. Raises ValueError for N < 2 or values not finite."""
-    values = _matrix(features, "features")
-    if len(values) < 2:
-        raise ValueError(f"a covariance needs at least 2 samples; got {len(values)}")
-    mean = values.mean(0)
-    centred = values - mean
-    return Moments(mean, centred.T @ centred / (len(values) - 1))
+    running = RunningMoments()
+    running.add(_matrix(features, "features"))
+    return running.moments()
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
@@ -58,9 +92,8 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     cov1, cov2 = _matrix(np.atleast_2d(sigma1), "sigma1"), _matrix(np.atleast_2d(sigma2), "sigma2")
     size = len(mean1)
     if len(mean2) != size or cov1.shape != (size, size) or cov2.shape != (size, size):
-        raise ValueError(
-            f"moments do not fit: means {len(mean1)}, {len(mean2)}, covariances {cov1.shape}, {cov2.shape}"
-        )
+        sizes = f"means {len(mean1)}, {len(mean2)}, covariances {cov1.shape}, {cov2.shape}"
+        raise ValueError(f"moments do not fit: {sizes}")
     traces = float(np.trace(cov1) + np.trace(cov2))
     root = _nuclear_norm(_factor(cov1).T @ _factor(cov2), traces)
     difference = mean1 - mean2
@@ -104,22 +137,54 @@ def _nuclear_norm(product: np.ndarray, scale: float) -> float:
     return float(svdvals(product, check_finite=False).sum())
 
 
+class RunningScore:
+    """Running Inception Score over contiguous splits of `split_size` images; see `inception_score`."""
+
+    def __init__(self, split_size: int) -> None:
+        if split_size < 1:
+            raise ValueError(f"split_size must be at least 1; got {split_size}")
+        self.split_size = split_size
+        self._done: list[float] = []
+        self._count = 0
+        self._negative_entropy = 0.0
+        self._sum: np.ndarray | None = None
+
+    def add(self, logits: np.ndarray) -> None:
+        """Add logits (B, K), in the order of the images."""
+        while len(logits):
+            now, logits = np.split(logits, [self.split_size - self._count])
+            logs = log_softmax(now.astype(np.float64), axis=1)
+            probabilities = np.exp(logs)
+            self._negative_entropy += float(np.where(probabilities > 0, probabilities * logs, 0.0).sum())
+            self._sum = probabilities.sum(0) + (0.0 if self._sum is None else self._sum)
+            self._count += len(now)
+            if self._count == self.split_size:
+                self._close()
+
+    def _close(self) -> None:
+        assert self._sum is not None
+        mean = self._sum / self._count
+        self._done.append(math.exp(max(self._negative_entropy / self._count - float(xlogy(mean, mean).sum()), 0.0)))
+        self._count, self._negative_entropy, self._sum = 0, 0.0, None
+
+    def score(self) -> float:
+        """Mean over splits, the last of which may be shorter. Call it once, after all images."""
+        if self._count:
+            self._close()
+        if not self._done:
+            raise ValueError("an Inception Score needs at least one image")
+        return float(np.mean(self._done))
+
+
 def inception_score(logits: ArrayLike, split_size: int = 5000) -> float:
     """exp of the mean KL(p(y|x) || p(y)), averaged over contiguous splits of `split_size`; between 1 and K.
 
     logits: (N, K); the last split may be shorter. Raises ValueError if there are none or they are not finite.
     Source: arXiv 1606.03498, section 4; splits as the ADM protocol makes them.
     """
-    values = _matrix(logits, "logits")
-    if split_size < 1:
-        raise ValueError(f"split_size must be at least 1; got {split_size}")
-    return float(np.mean([_split_score(values[i : i + split_size]) for i in range(0, len(values), split_size)]))
-
-
-def _split_score(logits: np.ndarray) -> float:
-    probabilities = np.exp(log_softmax(logits, axis=1))
-    divergence = rel_entr(probabilities, probabilities.mean(0)).sum(1)  # 0 log 0 = 0
-    return float(np.exp(divergence.mean()))
+    running = RunningScore(split_size)
+    running.add(_matrix(logits, "logits"))
+    return running.score()
 
 
 def precision_recall(
@@ -221,11 +286,8 @@ def _pixels(images: np.ndarray) -> np.ndarray:
 def _rows(values: ArrayLike, what: str) -> np.ndarray:
     """`values` as a finite, non-empty matrix: float32 stays float32, everything else becomes float64."""
     matrix = np.asarray(values)
-    if matrix.dtype != np.float32 or matrix.ndim != 2 or matrix.size == 0:
-        return _matrix(matrix, what)
-    if not math.isfinite(float(matrix.sum(dtype=np.float64))):
-        return _matrix(matrix, what)
-    return matrix
+    single = matrix.dtype == np.float32 and matrix.ndim == 2 and matrix.size > 0
+    return matrix if single and math.isfinite(float(matrix.sum(dtype=np.float64))) else _matrix(matrix, what)
 
 
 def _matrix(values: ArrayLike, what: str) -> np.ndarray:
@@ -236,3 +298,50 @@ def _matrix(values: ArrayLike, what: str) -> np.ndarray:
     if not np.isfinite(matrix).all():
         raise ValueError(f"{what} hold {int((~np.isfinite(matrix)).sum())} values that are not finite")
     return matrix
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Statistics of a set of images for all metrics.
+
+    pool, spatial: moments; spatial is None if the extractor has no maps. features: (N, D) float32, None if only
+    moments are known. inception_score: None without logits.
+    """
+
+    count: int
+    pool: Moments
+    spatial: Moments | None
+    features: np.ndarray | None
+    inception_score: float | None
+
+
+def summarise(
+    features: Iterable[Features], count: int, split_size: int = 5000, tick: Callable[[int], object] | None = None
+) -> FeatureStatistics:
+    """Statistics of batches of features of `count` images in all. tick: called with the number of images so far.
+
+    Raises ValueError if there are fewer or more than `count`, fewer than 2, or non-finite values.
+    """
+    pool, spatial, score = RunningMoments(), RunningMoments(), RunningScore(split_size)
+    pooled: np.ndarray | None = None
+    done = 0
+    has_score = False
+    for batch in features:
+        if pooled is None:
+            pooled = np.empty((count, batch.pool.shape[1]), np.float32)
+        if done + len(batch.pool) > count:
+            raise ValueError(f"got more than the announced {count} images")
+        pooled[done : done + len(batch.pool)] = batch.pool
+        done += len(batch.pool)
+        pool.add(batch.pool)
+        if batch.spatial is not None:
+            spatial.add(batch.spatial)
+        if batch.logits is not None:
+            has_score = True
+            score.add(batch.logits)
+        if tick:
+            tick(done)
+    if done != count:
+        raise ValueError(f"wanted {count} images; got {done}")
+    spatial_moments = spatial.moments() if spatial.count else None
+    return FeatureStatistics(count, pool.moments(), spatial_moments, pooled, score.score() if has_score else None)

@@ -26,19 +26,16 @@ class Timing:
 
     @property
     def quartiles_ms(self) -> tuple[float, float]:
-        """The lower and the upper quartile; of a single measurement itself, twice."""
+        """Lower and upper quartile; of a single measurement itself, twice."""
         return _quartiles(self.measurements_ms)
 
     def per(self, num: int) -> Timing:
-        """The time of one of `num` equal pieces of a measurement."""
+        """Time of one of `num` equal pieces of a measurement."""
         return Timing(tuple(ms / num for ms in self.measurements_ms))
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], object]],
-    repeats: int,
-    device: torch.device,
-    title: str | None = None,
+    sides: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, title: str | None = None
 ) -> dict[str, Timing]:
     """Time each side in turn, `repeats` times after one warm-up round each, in one process.
 
@@ -50,7 +47,7 @@ def interleaved(
         for call in sides.values():
             call()
         for done, (name, call) in enumerate([*sides.items()] * repeats):
-            bar(done)  # looks for signals as well
+            bar(done)  # checks for signals too
             synchronise(device)
             began = time.perf_counter()
             call()

@@ -40,8 +40,14 @@ from tinyfusion.data.originals import open_originals
 from tinyfusion.data.parquet import HUB, PARQUET, WHOLE
 from tinyfusion.evaluate.features import FeatureExtractor, hash_state
 from tinyfusion.evaluate.inception import INCEPTION, NUM_FEATURES
-from tinyfusion.evaluate.metrics import Moments, frechet_distance, nearest_training_distance, precision_recall
-from tinyfusion.evaluate.statistics import FeatureStatistics, summarise
+from tinyfusion.evaluate.metrics import (
+    FeatureStatistics,
+    Moments,
+    frechet_distance,
+    nearest_training_distance,
+    precision_recall,
+    summarise,
+)
 from tinyfusion.jobs.assemble import image_set, pictures
 from tinyfusion.models.tensors import read_metadata, read_safetensors
 from tinyfusion.sample.drive import to_uint8

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.ahead import Ahead
+from tinyfusion.core.device import SideStream
 from tinyfusion.core.errors import BadNumbers
 from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.core.side_stream import SideStream
 from tinyfusion.processes.base import Objective
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import learning_rate_factor
