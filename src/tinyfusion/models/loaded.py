@@ -16,9 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.blocks.dynamics import BlockSizes, DynamicRules
+from tinyfusion.blocks.dynamics import BlockExecutor, BlockSizes, Complete, Current, DynamicRules
 from tinyfusion.blocks.plan import PrunePlan
-from tinyfusion.blocks.routed import BlockExecutor, Complete, Current
 from tinyfusion.blocks.routers import DynamicSettings, is_router_key, unfit_official
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.widths import sliced
