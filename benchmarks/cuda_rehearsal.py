@@ -207,7 +207,7 @@ def sampling(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -
     return run
 
 
-def routed(family: str, dtype: str, beside: str) -> Rehearsal:
+def routed(family: str, dtype: str, auxiliary: str) -> Rehearsal:
     def run() -> None:
         model = model_of(family)
         dynamic = attach(model, DynamicSettings(), 0)
@@ -215,8 +215,8 @@ def routed(family: str, dtype: str, beside: str) -> Rehearsal:
         training = dataclasses.replace(TRAINING, dtype=dtype)
         objective = DynamicObjective(
             inner=objective_for(model, 0.1, Recipe()), dynamic=dynamic, target=0.5, num_classes=model.arch.num_classes,
-            label_drop=0.1, ramp_steps=1, weight=2.0, beside=beside, beside_steps=2, beside_weight=1.0,
-            teacher=model_of(family).module if beside == "teacher" else None, finish_from=1, strata=4,
+            label_drop=0.1, ramp_steps=1, weight=2.0, auxiliary=auxiliary, auxiliary_steps=2, auxiliary_weight=1.0,
+            teacher=model_of(family).module if auxiliary == "teacher" else None, finish_from=1, strata=4,
         )  # type: ignore[arg-type]  # fmt: skip
         state = TrainState(model.module, [ParameterGroup(trainable(model.module))], training)
         train(state, objective, model, training)
@@ -252,8 +252,8 @@ def rehearsals() -> dict[str, Rehearsal]:
         listed[f"sample {family}"] = sampling(family, **few)
         listed[f"sample {family} bfloat16"] = sampling(family, torch.bfloat16, **few)
     for family in ("dit", "sit"):
-        for beside in ("complete", "teacher", "none"):
-            listed[f"dynamic {family} {beside}"] = routed(family, "float32", beside)
+        for auxiliary in ("complete", "teacher", "none"):
+            listed[f"dynamic {family} {auxiliary}"] = routed(family, "float32", auxiliary)
         listed[f"dynamic {family} bfloat16"] = routed(family, "bfloat16", "complete")
     listed["sample dit ddim"] = sampling(
         "dit", sampler="ddim", num_steps=10

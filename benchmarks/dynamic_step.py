@@ -31,8 +31,7 @@ from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import write_text
 from tinyfusion.dynamic.macs import total_macs
-from tinyfusion.dynamic.modulations import ROWS_AHEAD
-from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
+from tinyfusion.dynamic.subnetworks import ROWS_AHEAD, SubNetworks, resolve
 from tinyfusion.jobs.sampling_setup import in_dtype
 from tinyfusion.models.attach import attach, detached
 from tinyfusion.models.checkpoint import LoadedModel

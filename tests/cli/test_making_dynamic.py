@@ -14,7 +14,7 @@ from material import Cli, tiny, tiny_mar, tiny_sit
 from test_faults import SETTINGS, at_step, failed, result
 from test_verbs import done
 
-from tinyfusion.blocks.routed import Deciding
+from tinyfusion.blocks.dynamics import Deciding
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.attach import detached

@@ -16,21 +16,19 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from tinyfusion.blocks.dynamics import BlockSizes, bucket
+from tinyfusion.blocks.dynamics import BlockMasks, BlockSizes, Deciding, bucket
 from tinyfusion.blocks.forwards import CompiledForwards
-from tinyfusion.blocks.routed import BlockMasks, Deciding
 from tinyfusion.blocks.routers import DynamicSettings, is_router_key, settings_of, straight_through
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.dynamic.calibrate import calibrate, inference_ratio
-from tinyfusion.dynamic.importance import order_by_importance
 from tinyfusion.dynamic.macs import block_ratio, model_ratio, total_macs
 from tinyfusion.dynamic.subnetworks import KeepTables, SlicedWeights, SubNetworks, rehearsed, resolve
 from tinyfusion.families.dit.model import DiTArch, published_arch
 from tinyfusion.families.registry import FAMILIES
-from tinyfusion.models.attach import attach, detached
+from tinyfusion.models.attach import attach, detached, order_by_importance
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, open_model
 from tinyfusion.models.loaded import DynamicModel
 from tinyfusion.models.macs import count_macs

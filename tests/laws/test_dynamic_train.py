@@ -100,13 +100,13 @@ def test_noise_is_addressed(dynamic: DynamicModel) -> None:
     goal = objective(dynamic)
     whole = draw(goal)
     parts = [draw(goal, 3), draw(goal, 5, first=3)]
-    for name, value in whole.noise.items():
-        assert torch.equal(torch.cat([part.noise[name] for part in parts]), value)
-    assert {name: tuple(v.shape[1:]) for name, v in whole.noise.items()} == {
+    for name, value in whole.router_noise.items():
+        assert torch.equal(torch.cat([part.router_noise[name] for part in parts]), value)
+    assert {name: tuple(v.shape[1:]) for name, v in whole.router_noise.items()} == {
         "attn_rate": (2, 3), "mlp_rate": (2, 3), "token_selection": (2, 4),
     }  # fmt: skip
     picked = whole.each(lambda value: value[2:4])
-    assert len(picked.t) == len(picked.condition) == len(picked.noise["mlp_rate"]) == 2 and picked.step == 200
+    assert len(picked.t) == len(picked.condition) == len(picked.router_noise["mlp_rate"]) == 2 and picked.step == 200
 
 
 def test_labels_of_the_complete_pass_are_dropped_independently(dynamic: DynamicModel) -> None:
@@ -139,14 +139,14 @@ def test_value_and_gradient_of_the_budget_are_exact(dynamic: DynamicModel) -> No
     assert ours.item() == pytest.approx(plain.item()) and torch.allclose(gradient, expected)
 
 
-@pytest.mark.parametrize("beside", ["complete", "none"])
-def test_ratio_and_gradients_do_not_depend_on_the_cut(dynamic: DynamicModel, beside: Any) -> None:
+@pytest.mark.parametrize("auxiliary", ["complete", "none"])
+def test_ratio_and_gradients_do_not_depend_on_the_cut(dynamic: DynamicModel, auxiliary: Any) -> None:
     """One batch of 8, and 4 slices of 2: the same ratio, and gradients up to rounding."""
     found = []
     for slices in (1, 4):
         own = dynamic.copy()
         own.module.train()
-        goal = objective(own, beside=beside)
+        goal = objective(own, auxiliary=auxiliary)
         settings = dataclasses.replace(SETTINGS, steps=1)
         state, (record,) = train(own, goal, settings, gradient_accumulation_steps=slices)
         gradients = {name: p.grad for name, p in state.parameters.items() if p.grad is not None}
@@ -172,10 +172,10 @@ def test_ratio_is_summed_over_processes(dynamic: DynamicModel) -> None:
 def test_what_runs_beside(dynamic: DynamicModel, tiny_model: ModelFactory) -> None:
     terms = {}
     teacher = frozen(tiny_model(num_heads=4, hidden_size=32, depth=2).copy().module)
-    for beside in ("complete", "teacher", "none"):
-        goal = objective(dynamic, beside=beside, beside_steps=201, teacher=teacher)
+    for auxiliary in ("complete", "teacher", "none"):
+        goal = objective(dynamic, auxiliary=auxiliary, auxiliary_steps=201, teacher=teacher)
         noisy = draw(goal)
-        terms[beside] = goal.losses(dynamic.module, noisy, goal.predict(dynamic.module, noisy))
+        terms[auxiliary] = goal.losses(dynamic.module, noisy, goal.predict(dynamic.module, noisy))
         late = draw(goal, step=201)
         assert "complete_loss" not in goal.losses(dynamic.module, late, goal.predict(dynamic.module, late))
     base = terms["none"]
@@ -190,7 +190,7 @@ def test_the_complete_pass_is_the_static_loss(dynamic: DynamicModel) -> None:
     noisy = draw(goal)
     terms = goal.losses(dynamic.module, noisy, goal.predict(dynamic.module, noisy))
     with dynamic.complete():
-        other = dataclasses.replace(noisy.noisy, condition=noisy.complete_condition)
+        other = dataclasses.replace(noisy, condition=noisy.complete_condition)
         expected = goal.inner.losses(dynamic.module, other, goal.inner.predict(dynamic.module, other))
     assert torch.equal(terms["complete_loss"], expected["loss"])
 
@@ -198,10 +198,10 @@ def test_the_complete_pass_is_the_static_loss(dynamic: DynamicModel) -> None:
 def test_the_finish_decides_as_inference_and_still_learns(dynamic: DynamicModel) -> None:
     goal = objective(dynamic, finish_from=200)
     noisy = draw(goal)
-    assert all(not value.any() for value in noisy.noise.values())
+    assert all(not value.any() for value in noisy.router_noise.values())
     prediction = goal.predict(dynamic.module, noisy)
     with torch.no_grad():
-        assert torch.equal(prediction.output, goal.inner.predict(dynamic.module, noisy.noisy).output)
+        assert torch.equal(prediction.output, goal.inner.predict(dynamic.module, noisy).output)
     prediction.ratio.mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in dynamic.routers().values())
 
@@ -242,7 +242,7 @@ def test_a_flow_trains_with_the_same_objective(tiny_model: ModelFactory) -> None
 def test_impossible_settings_say_so(dynamic: DynamicModel) -> None:
     for change, words in (
         ({"target": 0.0}, "share above 0"),
-        ({"beside": "teacher"}, "needs a teacher"),
+        ({"auxiliary": "teacher"}, "needs a teacher"),
         ({"strata": 0}, "at least 1 part"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -331,7 +331,7 @@ def test_training_reaches_the_budget(tiny_model: ModelFactory) -> None:
     made = attach(model, DynamicSettings(width_bias=2.0, token_bias=2.0))
     made.module.train()
     settings = dataclasses.replace(SETTINGS, steps=HOLD_STEPS + 90, learning_rate=1e-2, batch_size=16)
-    goal = objective(made, beside="none", weight=20.0, target=0.35)
+    goal = objective(made, auxiliary="none", weight=20.0, target=0.35)
     state = TrainState(made.module, [ParameterGroup(trainable(made.module))], settings)
     state.step = HOLD_STEPS
     records = list(train_steps(state, goal, batches, settings, RANDOMNESS))

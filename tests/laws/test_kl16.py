@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.models import kl16
-from tinyfusion.models.autoencoder import open_autoencoder
+from tinyfusion.models.autoencoder import KL16_CONFIG, kl16_to_diffusers, open_autoencoder
 
 NARROW = (32, 32, 64, 64, 64)
 WIDTHS = {"published": (128, 128, 256, 256, 512), "narrow": NARROW}
@@ -131,7 +130,7 @@ class WrittenOut:
 @pytest.fixture
 def narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """A narrow network's tensors; the file is kl16.ckpt in `tmp_path`."""
-    monkeypatch.setitem(kl16.CONFIG, "block_out_channels", NARROW)
+    monkeypatch.setitem(KL16_CONFIG, "block_out_channels", NARROW)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator) * (0.05 if len(shape) > 1 else 0.2) + ("norm" in name)
@@ -148,9 +147,9 @@ def test_published_keys_and_shapes_become_those_of_diffusers() -> None:
     shapes = published_shapes(WIDTHS["published"])
     with torch.device("meta"):
         tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        wanted = made(**kl16.CONFIG).state_dict()
+        wanted = made(**KL16_CONFIG).state_dict()
     assert len(shapes) == 312 and sum(value.numel() for value in tensors.values()) == 66_456_019
-    found = kl16.to_diffusers(tensors)
+    found = kl16_to_diffusers(tensors)
     assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in wanted.items()}
 
 

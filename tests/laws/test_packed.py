@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from tinyfusion.blocks import packed as packed_module
+from tinyfusion.blocks.dynamics import Deciding
 from tinyfusion.blocks.packed import PackedLinear, can_pack, gelu_linear, held_bytes, pack, row_step
-from tinyfusion.blocks.routed import Deciding
 from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
 from tinyfusion.jobs.sampling_setup import in_dtype

@@ -116,17 +116,17 @@ def masked_recovery(engine: Engine) -> Job:
     return Job(TrainState(student.module, groups, settings), goal, settings)
 
 
-def dynamic(engine: Engine, beside: Any = "complete", **settings: Any) -> Job:
+def dynamic(engine: Engine, auxiliary: Any = "complete", **settings: Any) -> Job:
     """A model with routers that decide this way and that, under a budget of the global batch."""
     model = teacher_model()
     routed = attach(model, DynamicSettings(width_bias=0.3, token_bias=0.3, block_bias=0.3, **settings))
     engine.place(model.module.train(), list(model.stack))
-    teacher = frozen(teacher_model().module) if beside == "teacher" else None
+    teacher = frozen(teacher_model().module) if auxiliary == "teacher" else None
     if teacher is not None:
         engine.place_teacher(teacher, list(model.family.stack(teacher)))
     goal = DynamicObjective(
-        GaussianObjective(0.3), routed, 0.6, label_drop=0.3, ramp_steps=40, beside=beside,
-        beside_steps=30, teacher=teacher, finish_from=45, total=engine.total if engine.world > 1 else None,
+        GaussianObjective(0.3), routed, 0.6, label_drop=0.3, ramp_steps=40, auxiliary=auxiliary,
+        auxiliary_steps=30, teacher=teacher, finish_from=45, total=engine.total if engine.world > 1 else None,
     )  # fmt: skip
     return Job(TrainState(model.module, [ParameterGroup(trainable(model.module))], SETTINGS), goal, SETTINGS)
 

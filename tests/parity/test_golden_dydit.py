@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tinyfusion.blocks.routed import Deciding
+from tinyfusion.blocks.dynamics import Deciding
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
 from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.checkpoint import open_model

@@ -1,8 +1,10 @@
-"""What a family says so that the width and the tokens of its blocks can be chosen anew for every timestep and image.
+"""Blocks whose heads, hidden channels and tokens are chosen for every timestep and image: rules of a family, and executors.
 
-Units. A block has H heads and H groups of hidden channels: unit h of the attention is head h (its rows of q, k and v, its
-columns of the output projection), unit j of the MLP is a run of hidden channels (rows of the first layer, columns of the
-second). Source: DyDiT (arXiv 2410.03456).
+Units: a block has H heads and H groups of hidden channels. Unit h of the attention is head h (its rows of q, k and v, its
+columns of the output projection), unit j of the MLP a run of hidden channels (rows of the first layer, columns of the second).
+An executor runs the blocks: as at inference (`Deciding`, the default), completely (`Complete`), under drawn noise (training,
+`dynamic/train.py`), or as sub-networks that were resolved before (`dynamic/subnetworks.py`).
+Source: DyDiT (arXiv 2410.03456).
 
 Shapes: B images, N tokens, D width, H heads, d channels of a head, g hidden channels of a group.
 """
@@ -12,18 +14,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from tinyfusion.blocks.packed import held_bytes, packed
+from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.blocks.streams import Streams
+from tinyfusion.core.errors import UserError
 
 TokenMode = Literal["gathered", "bucketed", "masked"]
+BUCKET = 128  # rows
+UnitKind = Literal["heads", "groups"]
+Form = Callable[[Callable[..., Any]], Callable[..., Any]]  # a function to the one that runs, such as its compiled form
 
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """The sizes of every block. Raises ValueError where hidden channels cannot be shared out to as many groups as heads."""
+    """The sizes of every block. Raises ValueError if the hidden channels cannot be split into as many groups as heads."""
 
     width: int
     num_heads: int
@@ -39,7 +48,7 @@ class BlockSizes:
 
     @property
     def group_width(self) -> int:
-        """g, hidden channels of a group."""
+        """g."""
         return self.mlp_width // self.num_heads
 
     @property
@@ -55,23 +64,19 @@ class BlockSizes:
 
 
 class TokenLogits(Protocol):
-    """What says, when only run, which tokens the MLP sees."""
+    """Selects the tokens of the MLP at inference."""
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (B, N, D) after the attention -> (B, N) float32; a token is kept where its logit is above 0."""
+        """x (B, N, D) after the attention -> (B, N) float32; tokens with logits above 0 are processed."""
         ...
 
 
 class TokenSelection(TokenLogits, Protocol):
-    """A module that says which tokens the MLP sees."""
+    """A module that selects the tokens of the MLP."""
 
     def __call__(self, x: Tensor, noise: Tensor | None) -> Tensor:
         """x (B, N, D) after the attention, noise (B, N) in training -> mask (B, N) float32 of exactly 0 and 1."""
         ...
-
-
-BUCKET = 128  # rows
-UnitKind = Literal["heads", "groups"]
 
 
 @dataclass(frozen=True)
@@ -87,21 +92,20 @@ class UnitSlices:
     out: nn.Module
 
     def first(self, number: int) -> UnitSlices:
-        """The first units; no copies."""
+        """The first units, as views."""
         assert isinstance(self.into, nn.Linear) and isinstance(self.out, nn.Linear)
-        rows, columns = (
-            size // max(1, self.number) * number for size in (len(self.into.weight), self.out.weight.shape[1])
-        )
+        sizes = (len(self.into.weight), self.out.weight.shape[1])
+        rows, columns = (size // max(1, self.number) * number for size in sizes)
         into = linear_of(self.into.weight[:rows], self.into.bias[:rows])
         return UnitSlices(number, into, linear_of(self.out.weight[:, :columns], self.out.bias))
 
     def packed(self) -> UnitSlices:
-        """The same layers as the processor reads them best; see `blocks/packed.py`."""
+        """The same layers with prepacked weights, see `blocks/packed.py`."""
         return UnitSlices(self.number, packed(self.into), packed(self.out))
 
     @property
     def num_bytes(self) -> int:
-        """Of its weights and biases."""
+        """Bytes of its weights and biases."""
         return held_bytes(self.into) + held_bytes(self.out)
 
 
@@ -114,27 +118,36 @@ class BlockSlices:
 
 
 def linear_of(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A linear layer on these tensors themselves, for running alone."""
-    layer = nn.Linear(1, 1, device="meta")  # not of the size: torch warns where one is 0
+    """An inference-only linear layer on these tensors themselves."""
+    layer = nn.Linear(1, 1, device="meta")  # not of the size: torch warns about sizes of 0
     layer.out_features, layer.in_features = weight.shape
     layer.weight, layer.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (weight, bias))
     return layer
 
 
+def bucket(count: int, limit: int, step: int = BUCKET) -> int:
+    """`count` rounded up to a multiple of `step`, at most `limit`."""
+    return min(step * math.ceil(count / step), limit)
+
+
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The `Form` that runs functions as they are."""
+    return function
+
+
 @dataclass(frozen=True)
 class DynamicRules:
-    """What a family says of its blocks.
+    """A family's rules for its blocks, which have one stream.
 
-    embedder: the submodule that makes the timestep embedding (B, D) of times (B,). labels: the one that makes the label
-    embedding (B, D); their sum is what blocks are given. modulation: the submodule of a block that takes it, and whose result
-    `sliced` is given. sizes: of the blocks of an arch.
+    embedder: the submodule from times (B,) to their embedding (B, D). labels: the one from labels to theirs; blocks get the
+    sum. modulation: the submodule of a block that takes it, for the `modulation` of `sliced`. sizes: of the blocks of an arch.
     masked: the block at full cost with masks multiplied in, for training and as a reference:
     (block, x, c, heads (B, H) or None, groups (B, H) or None, selection or None, token noise or None) -> (x, token mask or None).
-    slices: (block, kind, indices of units, sizes) -> these units, in this order, copied.
-    sliced: (block, slices, x, modulation, token logits or None, token mode, form) -> (x, number of tokens that the MLP saw, or
-    that as a tensor).
-    scores: block -> importance of every head (H,) and of every hidden channel. reorder: permute both, in place, without a
-    change of the function: (block, order of heads, order of hidden channels).
+    slices: (block, kind, indices of units, sizes) -> copies of these units, in this order.
+    sliced: (block, slices, x, modulation, token logits or None, token mode, form) -> (x, number of tokens in the MLP, an int or
+    a tensor).
+    scores: block -> importance of every head (H,) and of every hidden channel. reorder: permute both, in place, without
+    changing the function: (block, order of heads, order of hidden channels).
     """
 
     embedder: str
@@ -148,14 +161,120 @@ class DynamicRules:
     reorder: Callable[[nn.Module, Tensor, Tensor, BlockSizes], None]
 
 
-Form = Callable[[Callable[..., Any]], Callable[..., Any]]
+# -------------------------------------------------------------------------------------------------------------- executors
 
 
-def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The form of a function that is the function itself."""
-    return function
+class BlockExecutor(Protocol):
+    """Runs the blocks of a model with routers."""
+
+    def begin(self, t: Tensor, embedding: Tensor) -> None:
+        """Start a forward pass at times (B,) with embedding (B, D)."""
+        return
+
+    def run(self, dynamic: DynamicForward, x: Tensor, c: Tensor) -> Tensor:
+        """Run one block."""
+        ...
 
 
-def bucket(count: int, limit: int, step: int = BUCKET) -> int:
-    """`count` rounded up to a multiple of `step`, at most `limit`."""
-    return min(step * math.ceil(count / step), limit)
+class Complete(BlockExecutor):
+    """Runs everything: the static model, bit for bit."""
+
+    def run(self, dynamic: DynamicForward, x: Tensor, c: Tensor) -> Tensor:
+        return dynamic.forward(x, c)[0]
+
+
+@dataclass(frozen=True)
+class BlockMasks:
+    """The decisions for one block: heads (B, H), groups (B, H), tokens (B, N), gate (B,); None: everything is on."""
+
+    heads: Tensor | None = None
+    groups: Tensor | None = None
+    tokens: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class Deciding(BlockExecutor):
+    """Decides for every image, without noise and at full cost: the reference. `masks` are those of the last pass."""
+
+    def __init__(self) -> None:
+        self.embedding: Tensor | None = None
+        self.masks: dict[int, BlockMasks] = {}
+
+    def begin(self, t: Tensor, embedding: Tensor) -> None:
+        self.embedding, self.masks = embedding, {}
+
+    def noise(self, router: str, index: int) -> Tensor | None:
+        """Noise of a router of block `index`; None decides as at inference, without gradients."""
+        return None
+
+    def run(self, dynamic: DynamicForward, x: Tensor, c: Tensor) -> Tensor:
+        if self.embedding is None or len(self.embedding) != len(x):  # a block on its own, without decisions
+            return dynamic.forward(x, c)[0]
+        index, masks = dynamic.index, dict[str, Tensor | None]()
+        for name in ("attn_rate", "mlp_rate", "block_rate"):
+            router = getattr(dynamic.block, name, None)
+            masks[name] = None if router is None else router(self.embedding, self.noise(name, index))
+        heads, groups, gate = masks["attn_rate"], masks["mlp_rate"], masks["block_rate"]
+        selection = getattr(dynamic.block, "token_selection", None)
+        out, tokens = dynamic.forward(x, c, heads, groups, selection, self.noise("token_selection", index))
+        self.masks[index] = BlockMasks(heads, groups, tokens, gate)
+        if gate is None:
+            return out
+        share = gate.to(out.dtype).view(-1, 1, 1)
+        return share * out + (1 - share) * x
+
+
+class Current:
+    """The current executor of a model, shared by its embedders of time and label and all of its blocks."""
+
+    def __init__(self) -> None:
+        self.executor: BlockExecutor = Deciding()
+        self.labels: Tensor | None = None  # their embeddings (B, D) in the present pass
+
+    def labelled(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        """Hook on the label embedder."""
+        self.labels = output.detach()
+
+    def embedded(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Hook on the timestep embedder."""
+        self.executor.begin(args[0], output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Current:
+        """A copy of a model decides as at inference, without the state of a pass."""
+        memo[id(self)] = copied = Current()
+        return copied
+
+
+@dataclass(frozen=True)
+class DynamicForward:
+    """Replaces the `forward` of block `index`. `forward`: the masked form, which may be recomputed or compiled."""
+
+    index: int
+    block: nn.Module
+    streams: Streams
+    forward: Callable[..., tuple[Tensor, Tensor | None]]
+    current: Current
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The stream (B, N, D), in the form in which the block returns it."""
+        x, c = self.streams.call(self.block, args, kwargs).args
+        return self.streams.join([self.current.executor.run(self, x, c)])
+
+
+def check_one_stream(stack: BlockStack) -> None:
+    """Raise UserError if a block has more than one stream: routers decide on the tokens of one."""
+    for name, streams in zip(stack.names(), stack.streams(), strict=True):
+        if len(streams.names) > 1:
+            raise UserError(
+                f"a model whose blocks have one stream can have routers; block {name} has {', '.join(streams.names)}"
+            )
+
+
+def route(module: nn.Module, rules: DynamicRules, stack: BlockStack) -> None:
+    """Replace the `forward` of all blocks, which have routers: the module's current executor runs them."""
+    check_one_stream(stack)
+    current = Current()
+    module.get_submodule(rules.embedder).register_forward_hook(current.embedded)
+    module.get_submodule(rules.labels).register_forward_hook(current.labelled)
+    for index, (block, streams) in enumerate(zip(stack, stack.streams(), strict=True)):
+        vars(block)["forward"] = DynamicForward(index, block, streams, MethodType(rules.masked, block), current)

@@ -21,9 +21,9 @@ class PrunePlan:
     """Which blocks stay, and why.
 
     kept: indices into the teacher per block list, ascending. depth: blocks of the teacher per list. groups: per list
-    [[N kept, M size], ...] in block order, None where the criterion knows no groups. scores: per block or group, with
-    their meaning under "meaning". teacher: hash of the model that the plan is for. cost: seconds and images seen.
-    kept_widths: channels of the teacher that stay, per group (see `blocks/widths.py`), None where all do.
+    [[N kept, M size], ...] in block order, None for criteria without groups. scores: per block or group, with their meaning
+    under "meaning". teacher: hash of the model that the plan is for. cost: seconds and images seen. kept_widths: channels of
+    the teacher that stay, per group (see `blocks/widths.py`), None for all.
     """
 
     kept: dict[str, list[int]]
@@ -41,7 +41,7 @@ class PrunePlan:
 
     @property
     def pairing_groups(self) -> dict[str, list[list[int]]] | None:
-        """The groups that distillation pairs by: none for a subset, whose groups may be a whole list of blocks."""
+        """The groups for the pairs of distillation: None for a subset, whose groups may be a whole list of blocks."""
         return None if self.distribution == "subset" else self.groups
 
     def to_json(self) -> dict[str, Any]:
@@ -56,15 +56,14 @@ def first_blocks(depth: Mapping[str, int]) -> dict[str, int]:
 
 
 def global_indices(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int]) -> list[int]:
-    """The blocks that `kept` names per list, counted through the lists."""
+    """The blocks `kept` per list as global indices."""
     return [first + block for name, first in first_blocks(depth).items() for block in kept[name]]
 
 
 def plan_from_json(values: Any) -> PrunePlan:
-    """A plan from plain values; unknown newer fields are ignored.
+    """A plan from plain values; unknown fields are ignored.
 
-    Raises UserError on a newer version, on fields that are missing, on values of another type than the field's, and
-    on blocks and groups that the lists do not have.
+    Raises UserError on a newer version, on missing fields and wrong types, and on blocks and groups that do not exist.
     """
     version = values.get("version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > PLAN_VERSION:

@@ -1,9 +1,9 @@
 """Routers: which heads, groups, tokens and blocks run. One linear layer on the timestep embedding, a small MLP on tokens.
 
-Names of submodules are the published ones, so that a state dict has the official keys. Routers are kept, and compute, in
-float32 whatever the type of the model, because a logit near 0 in half precision flips decisions; but a bfloat16 stream, whose
-values are rounded as coarsely, is multiplied by bfloat16 weights, which takes a seventh of the time.
-Source: DyDiT (arXiv 2410.03456), sections 3.2 and 3.3. Differs: noise comes from outside, addressed, with the batch.
+Names of submodules are the published ones, so that a state dict has the official keys. Routers are float32 in models of every
+dtype, because rounding a logit near 0 to half precision flips decisions; but a bfloat16 stream, which is rounded already, is
+multiplied by bfloat16 weights, in a seventh of the time.
+Source: DyDiT (arXiv 2410.03456), sections 3.2 and 3.3. Differs: noise is an argument, drawn with the batch.
 
 Shapes: B images, N tokens, D width, U units decided.
 """
@@ -23,12 +23,12 @@ TOKEN_ROUTER_SHRINK = 16  # hidden layer of the token router: D / 16, published
 
 @dataclass(frozen=True)
 class DynamicSettings:
-    """What is decided, and how.
+    """The kinds of routers and their settings.
 
     width: heads and groups by timestep. tokens: tokens of the MLP by content. depth: whole blocks by timestep (ours).
     forced_first: head 0 and group 0 always run, so a router has H - 1 outputs ("layout 2"); else H and all may be off
     ("layout 1", the files of December 2024). temperature: of the surrogate gradient. width_bias, token_bias, block_bias:
-    initial biases; the start is "everything on". Raises ValueError where nothing would be decided.
+    initial biases, at which everything is on. Raises ValueError if no kind is on.
     """
 
     width: bool = True
@@ -48,7 +48,7 @@ class DynamicSettings:
 
 
 def hard(logits: Tensor) -> Tensor:
-    """The decision without noise: float32 1 where the logit is above 0, else 0. No gradient."""
+    """The decision without noise: 1.0 for logits above 0, else 0.0. No gradient."""
     return (logits.detach() > 0).float()
 
 
@@ -56,14 +56,14 @@ def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tenso
     """Decisions of exactly 0 and 1 with the gradient of s = sigmoid((logit + noise) / temperature).
 
     noise: logistic (the difference of two Gumbels), so that P(1) = sigmoid(logit) at any temperature; zeros decide as at
-    inference and keep the gradient.
+    inference, with the gradient.
     """
     soft = torch.sigmoid((logits + noise) / temperature)
     return (soft > 0.5).to(soft.dtype) - soft.detach() + soft
 
 
 class Float32Module(nn.Module):
-    """Follows a model to another device, and not to another type."""
+    """A module that is moved to another device, but stays float32."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def moved(tensor: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class BlockRouter(UnitRouter):
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The weights of a token router as they are multiplied: the first layer in bfloat16 or float32, the last in float32."""
+    """The weights of a token router, cast for a stream: the first layer in bfloat16 or float32, the last in float32."""
 
     first: Tensor
     first_bias: Tensor
@@ -123,7 +123,7 @@ class TokenScores:
 
 
 class TokenRouter(Float32Module):
-    """Residual stream (B, N, D) after the attention, as it is -> mask (B, N)."""
+    """Residual stream (B, N, D) after the attention, not normalised -> mask (B, N)."""
 
     def __init__(self, width: int, settings: DynamicSettings) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class TokenRouter(Float32Module):
             return self.held_in(x.dtype).logits(x)
 
     def held_in(self, dtype: torch.dtype) -> TokenScores:
-        """What gives the logits of streams of this type."""
+        """The weights for streams of this dtype."""
         first, last = self.mlp_head[0], self.mlp_head[2]
         assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         scores_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16 has too small a range
@@ -159,10 +159,9 @@ def is_router_key(name: str) -> bool:
 
 
 def settings_of(tensors: Mapping[str, Tensor], num_heads: int) -> DynamicSettings:
-    """The settings that the router keys of a published state dict give; the layout follows from the rows of a router of width.
+    """The settings from the router keys of a published state dict; the layout follows from the rows of width routers.
 
-    Layout 2 (current code): H - 1 outputs, and unit 0 always runs. Layout 1 (December 2024): H outputs, nothing is forced.
-    Raises ValueError where the keys are of neither, or where there are none.
+    Raises ValueError if there are no routers, or they have neither layout.
     """
     names = {part for name in tensors for part in name.split(".")}
     width, tokens, depth = "attn_rate" in names, "token_selection" in names, "block_rate" in names
@@ -179,7 +178,7 @@ def settings_of(tensors: Mapping[str, Tensor], num_heads: int) -> DynamicSetting
 
 
 def unfit_official(settings: DynamicSettings) -> list[str]:
-    """Why the published layout cannot hold routers of these settings; empty where it can."""
+    """Reasons why the published file format cannot store routers of these settings."""
     reasons = []
     if settings.depth:
         reasons.append("its routers decide on whole blocks, for which the format has no keys")
@@ -190,7 +189,7 @@ def unfit_official(settings: DynamicSettings) -> list[str]:
 
 
 def install_routers(block: nn.Module, width: int, num_heads: int, settings: DynamicSettings) -> None:
-    """Put the routers that `settings` asks for on a block, with values that `initialise_routers` gives."""
+    """Add the routers of `settings` to a block, without values; see `initialise_routers`."""
     if settings.width:
         block.add_module("attn_rate", UnitRouter(width, num_heads, settings))
         block.add_module("mlp_rate", UnitRouter(width, num_heads, settings))

@@ -1,10 +1,10 @@
-"""Gates of exactly 0 or 1 without the work that dense gating throws away.
+"""Gates of exactly 0 or 1 without the wasted work of dense gating.
 
-Dense gating computes `m * block(x) + (1 - m) * x` for every image. Where m is 0 the block adds nothing, and all that its
-graph would give back is one number per image: the gradient of m, <g, block(x) - x>, with g what arrives from above. So a
-batch is split: kept images run with a graph, dropped ones without, or not at all where no gate wants a gradient. Values
-and gradients are those of the dense form (TinyFusion, arXiv 2412.01199, section 3.2) up to rounding; the released code
-is dense. Only block(x) - x is kept for the gates, not the two streams.
+Dense gating computes `m * block(x) + (1 - m) * x` for every image. For m = 0 the block adds nothing, and its graph yields only
+one number per image: the gradient of m, <g, block(x) - x>, with g the incoming gradient. So a batch is split: kept images run
+with a graph, dropped ones without, or not at all if no gate requires a gradient. Values and gradients are those of the dense
+form (TinyFusion, arXiv 2412.01199, section 3.2) up to rounding; the released code is dense. Only block(x) - x is retained for
+the gates, not the two streams.
 
 A block of several streams has one gate for all of them. Shapes: B images, T tokens, D width.
 """
@@ -25,7 +25,7 @@ from tinyfusion.blocks.streams import BlockCall, Streams, mixed
 
 @dataclass(frozen=True)
 class GateColumn:
-    """The gates of one block: m (B,), or (1,) for all images alike, and the numbers of the images it keeps and drops.
+    """The gates of one block: m (B,), or (1,) for all images, and the indices of kept and dropped images.
 
     binary: every value is exactly 0 or 1. Other columns are mixed densely.
     """
@@ -37,7 +37,7 @@ class GateColumn:
 
 
 def gate_columns(gates: Tensor) -> list[GateColumn]:
-    """gates (B, L), one column per block. Values cross to the host once, not once per block."""
+    """gates (B, L), one column per block, with one transfer to the host for all."""
     values = gates.detach().cpu().T
     binary = ((values == 0) | (values == 1)).all(dim=1).tolist()
     num_kept = (values == 1).sum(dim=1).tolist()
@@ -50,7 +50,7 @@ def gate_columns(gates: Tensor) -> list[GateColumn]:
 
 @dataclass(frozen=True)
 class SkippingForward:
-    """What stands in for the `forward` of a block while it is gated."""
+    """Replaces the `forward` of a gated block."""
 
     block: nn.Module
     streams: Streams
@@ -74,7 +74,7 @@ class SkippingForward:
         if len(column.dropped) == 0:
             states = full = self._run(call)
         else:
-            # kept images first: autocast then holds casts of trained weights that have a graph
+            # kept images first: autocast then caches casts of trained weights with a graph
             states = call.states if len(column.kept) == 0 else self._with_images(call, call.states, column.kept)
             full = self._with_dropped(call, states) if watched else states
             if len(column.kept) == 0:
@@ -88,9 +88,9 @@ class SkippingForward:
     def _gated(
         self, state: Tensor | None, after: Tensor | None, before: Tensor | None, axis: int, watched: bool
     ) -> Tensor | None:
-        """A stream in the type of its product with the gate and, where `watched`, giving the gate its gradient.
+        """A stream in the dtype of its product with the gate and, if `watched`, with the gradient of the gate.
 
-        after, before: what the block makes of every image, and what it was given.
+        after, before: output and input of the block for every image.
         """
         gate = self.column.gate
         if state is None or before is None or after is None:
@@ -106,17 +106,17 @@ class SkippingForward:
         return self.streams.split(self.forward(*call.args, **call.kwargs))
 
     def _with_dropped(self, call: BlockCall, states: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """`states` with what the block would make of the images it drops; no graph."""
+        """`states` with the outputs of the block for the images it drops; no graph."""
         with torch.no_grad():
             if len(self.column.kept) == 0:
                 return self._run(call)
             return self._with_images(call, [None if s is None else s.detach() for s in states], self.column.dropped)
 
     def _with_zero_gradients(self, call: BlockCall, states: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """`states`, giving weights and inputs of a block that nobody keeps gradients of 0 as dense gating does.
+        """`states`, with gradients of 0 for weights and inputs of a block that all images drop, as in dense gating.
 
-        None instead would make an optimiser with moments stand still where it should run out. The inputs are among them so
-        that the graph has the same edges on every process: a model in parts gathers and reduces in the order of its graph.
+        Without gradients (None) the moments of an optimiser would not decay. Inputs are included so that the graph has the
+        same edges on every rank: a sharded model gathers and reduces in the order of its graph.
         """
         if not torch.is_grad_enabled():
             return states
@@ -128,13 +128,13 @@ class SkippingForward:
         return [*states[:first], out, *states[first + 1 :]]
 
     def _with_images(self, call: BlockCall, states: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
-        """`states` with the outputs of the block at the images `rows`, on which alone it runs."""
+        """`states` with the outputs of the block for the images `rows`; it runs only on them."""
         outputs = self._run(call.of_images(rows))
-        return [_placed(*part, rows) for part in zip(states, outputs, call.axes, strict=True)]
+        return [_placed(*stream, rows) for stream in zip(states, outputs, call.axes, strict=True)]
 
 
 def _placed(state: Tensor | None, values: Tensor | None, axis: int, rows: Tensor) -> Tensor | None:
-    """`state` with `values` at the images `rows`, in the type that holds both; None where the stream ends."""
+    """`state` with `values` at the images `rows`, in their common dtype; None if the stream ends."""
     if state is None or values is None:
         return values
     dtype = torch.promote_types(state.dtype, values.dtype)
@@ -142,7 +142,7 @@ def _placed(state: Tensor | None, values: Tensor | None, axis: int, rows: Tensor
 
 
 class _GateGradient(torch.autograd.Function):
-    """The stream as it is. In the backward pass the gate of image n gets <g_n, delta_n>, delta = block(x) - x; images along axis."""
+    """The identity; in the backward pass the gate of image n gets <g_n, delta_n>, delta = block(x) - x; images along axis."""
 
     @staticmethod
     def forward(ctx: Any, stream: Tensor, gate: Tensor, delta: Tensor, axis: int) -> Tensor:
@@ -158,7 +158,7 @@ class _GateGradient(torch.autograd.Function):
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """The stream as it is. In the backward pass every other tensor gets zeros."""
+    """The identity of the stream; in the backward pass every other tensor gets zeros."""
 
     @staticmethod
     def forward(ctx: Any, stream: Tensor, *weights: Tensor) -> Tensor:
@@ -172,13 +172,13 @@ class _ZeroGradients(torch.autograd.Function):
 
 @contextmanager
 def skipping(block: nn.Module, streams: Streams, column: GateColumn) -> Iterator[None]:
-    """Within the context `block` is gated by `column` and skips what it can. Hooks on it see the mixed streams.
+    """Within the context `block` is gated by `column`, skipping what it can. Hooks on it see the mixed streams.
 
-    Contexts nest: the gates multiply. Hooks on parts of the block run once for the kept and once for the dropped images.
+    Contexts nest: the gates multiply. Hooks on submodules run once for the kept and once for the dropped images.
     """
     outer = vars(block).get("forward")
     forward = SkippingForward(block, streams, block.forward, column)
-    if isinstance(outer, SkippingForward):  # which would not know a part of its batch
+    if isinstance(outer, SkippingForward):  # its column is for the whole batch
         (product,) = gate_columns((outer.column.gate * column.gate).unsqueeze(1))
         forward = replace(outer, column=product)
     with standing_in(block, forward):

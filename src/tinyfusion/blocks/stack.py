@@ -1,8 +1,8 @@
-"""BlockStack: the ordered residual blocks of a model, seen from outside: gate them, watch them, cut them.
+"""BlockStack: gate, watch, and remove the residual blocks of a model from outside; model files do not change.
 
-Shapes: B samples, T tokens, D width. A block maps one or several streams, which its declaration names (`blocks/streams.py`),
-to tensors of the same shapes; without a declaration one, the first argument (B, T, D). Blocks stand in one or several
-`ModuleList`s; their global index counts through the lists in order. Model files know nothing of any of this.
+Shapes: B samples, T tokens, D width. A block maps one or several streams, declared by `Streams`, to tensors of the same shapes;
+without a declaration one, the first argument (B, T, D). Blocks are in one or several `ModuleList`s; their global index counts
+through the lists in order.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tinyfusion.blocks.streams import Streams, mixed
 
 
 class BlockStack:
-    """An ordered view over the residual blocks of `model`, which stand in the lists named `lists`.
+    """An ordered view of the residual blocks of `model` in the lists named `lists`.
 
-    streams: the declaration of the blocks per list; lists that are not named have blocks of one stream.
+    streams: the declaration of the blocks per list; others have blocks of one stream.
     """
 
     def __init__(self, model: nn.Module, lists: Sequence[str], streams: Mapping[str, Streams] | None = None) -> None:
@@ -57,10 +57,10 @@ class BlockStack:
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
-        """Within the context a block that runs with a graph keeps its arguments alone, and runs again in the backward pass.
+        """Within the context a block that runs with a graph retains only its arguments, and is recomputed in the backward pass.
 
-        Values and gradients are those of the plain model bit for bit. The backward pass may come after the context.
-        Nests with `gated`, `tap` and `compiled` in any order; what skipping gates run without a graph runs once.
+        Values and gradients are those of the plain model bit for bit. The backward pass may come after the context. Nests with
+        `gated`, `tap` and `compiled` in any order.
         """
         with self._standing_in(recomputed=True):
             yield
@@ -69,16 +69,15 @@ class BlockStack:
     def compiled(self, backend: str = "inductor") -> Iterator[None]:
         """Within the context the `forward` of every block is compiled, at the first call that needs it, as one graph.
 
-        Blocks of a kind share one compilation, and batch sizes do from the second on (one image alone has its own). What
-        was compiled stays with this object: keep it, and entering again costs nothing. Hooks stay outside of the compiled
-        part. Values agree up to rounding. Calls raise UserError, with the name of the block, where it cannot be compiled.
-        backend: of `torch.compile`.
+        Blocks of a class share one compilation, and batch sizes do from the second on (one image alone has its own).
+        Compilations are cached in this object. Hooks stay outside of the compiled code. Values agree up to rounding. Calls
+        raise UserError, with the name of the block, if it cannot be compiled. backend: of `torch.compile`.
         """
         from torch._dynamo import config  # late: costs a second
 
         forwards = self._compiled.setdefault(backend, CompiledForwards(backend))
         with (
-            # a block is smaller than what DDP would cut graphs into, and cuts do not go with checkpoints
+            # a block is smaller than the graphs into which DDP splits, and splits are incompatible with checkpoints
             config.patch(recompile_limit=RECOMPILE_LIMIT, optimize_ddp=False),
             self._standing_in(compiled=forwards),
         ):
@@ -97,9 +96,9 @@ class BlockStack:
         """Within the context block i computes `m_i * block(x) + (1 - m_i) * x`, per sample and on every stream.
 
         gates: (B, L) with L = len(self), any real values; 1 runs the block, 0 passes x through. Both are exact: ones
-        equal the untouched model bit for bit, zeros the model without the block. One row gates all samples alike.
+        equal the plain model bit for bit, zeros the model without the block. One row gates all samples alike.
         dropped: "dense" runs every block for every sample with a graph, as published. "skip" runs a block for the samples
-        that drop it without one, or not at all where the gates want no gradient: the same values and gradients up to
+        that drop it without a graph, or not at all if the gates require no gradient: the same values and gradients up to
         rounding, with less work (`blocks/skip.py`); values other than 0 and 1 stay dense.
         Source: TinyFusion (arXiv 2412.01199), section 3.2.
         """
@@ -155,10 +154,9 @@ class BlockStack:
             yield
 
     def keep(self, kept: Mapping[str, Sequence[int]]) -> None:
-        """Delete every block that is not named; survivors keep their order and are renumbered from 0.
+        """Delete all blocks but `kept` (indices per list); the order stays, and they are renumbered from 0.
 
-        kept: indices per list. Raises ValueError on an unknown list, an index out of range or named twice, or an empty
-        list of blocks.
+        Raises ValueError as `check_kept`.
         """
         check_kept(kept, self.depths())
         for name in self.lists:
@@ -169,7 +167,7 @@ class BlockStack:
 
 
 def check_kept(kept: Mapping[str, Sequence[int]], depths: Mapping[str, int]) -> None:
-    """Raise ValueError unless `kept` names valid, distinct blocks of every list in `depths`."""
+    """Raise ValueError unless `kept` has at least one block of every list, valid and distinct."""
     if set(kept) != set(depths):
         raise ValueError(f"kept must name the block lists {sorted(depths)}; got {sorted(kept)}")
     for name, indices in kept.items():
@@ -186,15 +184,9 @@ def check_kept(kept: Mapping[str, Sequence[int]], depths: Mapping[str, int]) -> 
 
 def frozen(module: nn.Module) -> nn.Module:
     """`module` in eval mode with no gradients: a teacher."""
-    module.eval()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return module
+    return module.eval().requires_grad_(False)
 
 
 def num_parameters(module: nn.Module, trainable_only: bool = False) -> int:
     """Number of parameters, fixed position table included unless `trainable_only`."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
-
-
-__all__ = ["BlockStack", "check_kept", "frozen", "num_parameters"]

@@ -1,9 +1,8 @@
-"""Streams: which arguments of a block carry the hidden states that the next block continues, and how the block returns them.
+"""Streams: the arguments of a block that carry hidden states to the next block, and their order in its output.
 
 A block of one stream maps x to x. A block of two streams, as in FLUX or Stable Diffusion 3, takes image and text tokens and
-returns both, in an order that is a fact of its class. Everything that gates, skips, taps or replaces a block reads its
-`Streams`; arguments are bound by the names of `forward`'s parameters, so models may call their blocks by position or by
-keyword, and gradient checkpointing may call them otherwise than the plain path.
+returns both, in the order of its class. All code that gates, skips, taps or replaces a block reads its `Streams`; arguments are
+bound by the parameter names of `forward`, so models may call blocks by position or by keyword.
 
 Shapes: B images along one axis of every tensor that is not shared by all images.
 """
@@ -26,10 +25,10 @@ class Streams:
     """The streams of a block class.
 
     names: parameters of `forward` that are streams; empty: its first parameter. returns: the streams in the order of the
-    tuple that `forward` returns; empty: it returns the one stream as a bare tensor. A stream that is returned as None ends in
-    that block. tapped: the stream that is compared and measured, the image's; None: the first of
-    `names`. axes: {parameter: axis of its tensors along which the images are}, None where all images share them; 0 for
-    every parameter that is not named. Tensors inside of tuples, lists and dicts follow their parameter.
+    tuple that `forward` returns; empty: it returns the one stream as a tensor. A stream that is returned as None ends in that
+    block. tapped: the stream for comparisons, the image's; None: the first of `names`. axes: {parameter: batch axis of its
+    tensors}, None for tensors that all images share; the default is 0. Tensors inside of tuples, lists and dicts follow their
+    parameter. Raises ValueError on a contradictory declaration.
     """
 
     names: tuple[str, ...] = ()
@@ -46,13 +45,13 @@ class Streams:
             raise ValueError(f"a stream has one state per image; {', '.join(shared)} cannot be shared")
 
     def call(self, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> BlockCall:
-        """One call of `block`, its arguments by name. Raises TypeError where they do not fit its `forward`."""
+        """One call of `block`, its arguments by name. Raises TypeError if they do not fit its `forward`."""
         signature = _signature(type(block).forward)
         bound = signature.bind(block, *args, **kwargs)
         return BlockCall(self, bound, self.names or (list(signature.parameters)[1],))
 
     def split(self, output: Any) -> tuple[Tensor | None, ...]:
-        """The streams in what a block returned, in the order of `names`. Raises TypeError where it returned something else."""
+        """The streams in the output of a block, in the order of `names`. Raises TypeError on any other output."""
         if not self.returns:
             if not isinstance(output, Tensor):
                 raise TypeError(f"the block returned a {type(output).__name__}; its declaration says one tensor")
@@ -63,14 +62,14 @@ class Streams:
         return tuple(by_name[name] for name in self.names)
 
     def join(self, states: Sequence[Tensor | None]) -> Any:
-        """What a block returns for these states, given in the order of `names`."""
+        """The output of a block with these states, in the order of `names`."""
         if not self.returns:
             return states[0]
         by_name = dict(zip(self.names, states, strict=True))
         return tuple(by_name[name] for name in self.returns)
 
     def tap(self, output: Any) -> Tensor:
-        """The tapped stream in what a block returned."""
+        """The tapped stream in the output of a block."""
         state = self.split(output)[self.names.index(self.tapped) if self.tapped is not None else 0]
         if state is None:
             raise ValueError(f"the stream {self.tapped or 'tapped'} ends in this block, which returns None for it")
@@ -79,7 +78,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments of one call of a block, and the streams among them."""
+    """The arguments of one call of a block."""
 
     streams: Streams
     bound: inspect.BoundArguments  # the block itself is the first
@@ -109,7 +108,7 @@ class BlockCall:
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The axis of the images in every stream."""
+        """The batch axis of every stream."""
         return tuple(self.streams.axes.get(name, 0) or 0 for name in self.names)
 
     @property
@@ -119,30 +118,32 @@ class BlockCall:
 
     def others(self) -> list[Tensor]:
         """Tensors among the arguments that are no streams."""
-        arguments = list(self.bound.arguments)[1:]  # the first is the block itself
-        return tensors_in([self.bound.arguments[name] for name in arguments if name not in self.names])
+        return tensors_in([value for name, value in self._arguments.items() if name not in self.names])
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
         """The call with `change` applied to every tensor among its arguments."""
-        return self._changed(
-            {name: tree_map_only(Tensor, change, self.bound.arguments[name]) for name in list(self.bound.arguments)[1:]}
-        )
+        return self._changed({name: tree_map_only(Tensor, change, value) for name, value in self._arguments.items()})
 
     def with_states(self, states: Sequence[Tensor | None]) -> BlockCall:
         """The same call with other streams, in the order of their names."""
         return self._changed(dict(zip(self.names, states, strict=True)))
 
     def of_images(self, rows: Tensor) -> BlockCall:
-        """The call for the images `rows` alone. Raises ValueError on a tensor that does not have its images where declared.
+        """The call for the images `rows` alone. Raises ValueError on tensors with another number of images.
 
-        Parameters and scalars are shared, and a tensor of one row is one for all images.
+        Parameters, scalars and tensors of one row are shared by all images.
         """
         num = self.num_images
         changed = {}
-        for name in list(self.bound.arguments)[1:]:  # the first is the block itself
+        for name, value in self._arguments.items():
             if (axis := self.streams.axes.get(name, 0)) is not None:
-                changed[name] = tree_map_only(Tensor, _rows_of(name, axis, rows, num), self.bound.arguments[name])
+                changed[name] = tree_map_only(Tensor, _rows_of(name, axis, rows, num), value)
         return self._changed(changed)
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """Arguments by name, without the block itself."""
+        return dict(list(self.bound.arguments.items())[1:])
 
     def _changed(self, values: Mapping[str, Any]) -> BlockCall:
         arguments = OrderedDict({**self.bound.arguments, **values})
@@ -151,8 +152,6 @@ class BlockCall:
 
 
 def _rows_of(name: str, axis: int, rows: Tensor, num: int) -> Callable[[Tensor], Tensor]:
-    """Picks the images `rows` out of a tensor of the argument `name`."""
-
     def pick(tensor: Tensor) -> Tensor:
         if isinstance(tensor, nn.Parameter) or tensor.ndim == 0 or tensor.shape[axis] == 1 != num:
             return tensor
@@ -179,7 +178,7 @@ def along(gate: Tensor, like: Tensor, axis: int) -> Tensor:
 
 
 def mixed(gate: Tensor, output: Tensor | None, state: Tensor | None, axis: int = 0) -> Tensor | None:
-    """`m * output + (1 - m) * state` per image, for any gate (B,), or (1,) for all images alike; None where the stream ends."""
+    """`m * output + (1 - m) * state` per image, for any gate (B,), or (1,) for all images; None if the stream ends."""
     if output is None or state is None:
         return output
     m = along(gate, output, axis)
@@ -188,8 +187,4 @@ def mixed(gate: Tensor, output: Tensor | None, state: Tensor | None, axis: int =
 
 @lru_cache(maxsize=256)
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    """The signature of the `forward` of a class, read once."""
     return inspect.signature(forward)
-
-
-__all__ = ["BlockCall", "Streams", "along", "mixed", "tensors_in"]

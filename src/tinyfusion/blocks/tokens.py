@@ -1,4 +1,4 @@
-"""Images to tokens of square patches and back, and tokens at some places."""
+"""Convert images to tokens of square patches and back, and gather tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_tokens(x: Tensor, patch_size: int) -> Tensor:
-    """(B, C, S, S) -> (B, L, E): patches in rows, the values of one as (channel, row, column)."""
+    """(B, C, S, S) -> (B, L, E): rows of patches, the values of each as (channel, row, column)."""
     return F.pixel_unshuffle(x, patch_size).flatten(2).transpose(1, 2)
 
 
@@ -20,5 +20,5 @@ def from_tokens(tokens: Tensor, patch_size: int) -> Tensor:
 
 
 def taken(x: Tensor, places: Tensor) -> Tensor:
-    """The rows of x (B, N, D) at `places` (B, k): (B, k, D)."""
+    """The tokens of x (B, N, D) at indices `places` (B, k): (B, k, D)."""
     return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

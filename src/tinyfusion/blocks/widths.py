@@ -1,8 +1,8 @@
-"""Widths as data: which channels of which tensors stand or fall together, and what a choice of them leaves.
+"""Widths as data: channels that can only be removed together, and the model that a choice of them leaves.
 
 A *group* is a set of channels that many tensors share: channel c of the residual stream is a row of the patch projection,
-a column of every qkv, and so on. Groups have names: "residual", or "hidden.blocks.3" where each block has its own.
-`kept_widths` of a plan holds the kept channels of every group, nested by the parts of the name:
+a column of every qkv, and so on. Groups have names: "residual", or "hidden.blocks.3" if each block has its own.
+`kept_widths` of a plan has the kept channels of every group, nested by name:
 {"residual": [...], "hidden": {"blocks": [[...], [...]]}}.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """`size` channels in `sections` equal runs, each of which keeps as many (heads: one run per head)."""
+    """`size` channels in `sections` equal runs, which keep equally many (heads: one run per head)."""
 
     size: int
     sections: int = 1
@@ -33,16 +33,16 @@ class Axis:
     repeats: int = 1
 
 
-Axes = Mapping[str, Sequence[Axis | None]]  # per tensor, per axis; None where an axis is never cut
+Axes = Mapping[str, Sequence[Axis | None]]  # per tensor, per axis; None: never cut
 
 
 @dataclass(frozen=True)
 class WidthRules:
-    """What a family says of its widths.
+    """A family's rules for its widths.
 
-    groups: every group of an arch. axes: where they stand. narrowed: the arch that has these sizes of groups, ValueError
-    where there is none. for_share: the narrower arch with that share of the parameters (0 to 1). compensate: puts right,
-    in place, what slicing alone would change: (sliced tensors, old arch, new arch).
+    groups: every group of an arch. axes: their positions in tensors. narrowed: the arch with these sizes of groups, ValueError
+    if there is none. for_share: the narrower arch with that share of the parameters (0 to 1). compensate: corrects, in place,
+    side effects of slicing: (sliced tensors, old arch, new arch).
     """
 
     groups: Callable[[Any], dict[str, ChannelGroup]]
@@ -55,15 +55,15 @@ class WidthRules:
 def flat_kept(kept_widths: Any, name: str = "") -> dict[str, list[int]]:
     """`kept_widths` by name of group, ascending. Raises ValueError on anything but whole numbers in lists."""
     if isinstance(kept_widths, Mapping):
-        parts = list(kept_widths.items())
+        items = list(kept_widths.items())
     elif isinstance(kept_widths, list) and any(isinstance(item, list) for item in kept_widths):
-        parts = list(enumerate(kept_widths))
+        items = list(enumerate(kept_widths))
     elif isinstance(kept_widths, list) and all(type(item) is int for item in kept_widths):
         return {name: sorted(kept_widths)}
     else:
         raise ValueError(f"kept_widths {name} wants lists of channels; got {str(kept_widths)[:40]}")
     channels: dict[str, list[int]] = {}
-    for key, inner in parts:
+    for key, inner in items:
         channels.update(flat_kept(inner, f"{name}.{key}" if name else str(key)))
     return channels
 
@@ -83,7 +83,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def narrowed_arch(rules: WidthRules, arch: Any, kept_widths: Any) -> Any:
-    """The arch that `kept_widths` leaves. Raises ValueError where they do not fit the groups of `arch`."""
+    """The arch with only `kept_widths`. Raises ValueError if they do not fit the groups of `arch`."""
     kept, groups = flat_kept(kept_widths), rules.groups(arch)
     if set(kept) != set(groups):
         odd = sorted(set(kept) ^ set(groups))
@@ -104,7 +104,7 @@ def narrowed_arch(rules: WidthRules, arch: Any, kept_widths: Any) -> Any:
 def sliced(
     rules: WidthRules, arch: Any, tensors: Mapping[str, Tensor], kept_widths: Any
 ) -> tuple[Any, dict[str, Tensor]]:
-    """The narrower arch, and copies of the tensors with only the kept channels. Raises ValueError where they do not fit."""
+    """The narrower arch, and copies of the tensors with only the kept channels. Raises ValueError as `narrowed_arch`."""
     student = narrowed_arch(rules, arch, kept_widths)
     kept, groups = flat_kept(kept_widths), rules.groups(arch)
     axes, slices = rules.axes(arch), {}
@@ -121,10 +121,7 @@ def sliced(
 
 
 def channel_sums(axes: Axes, groups: Mapping[str, ChannelGroup], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Per group (size,), float64 on the CPU: the sum of everything in `values` that would go with each channel.
-
-    values: tensors with the names and shapes of the weights; names that are missing count nothing.
-    """
+    """Per group (size,), float64 on the CPU: the sum of `values` (by name, shaped as the weights) of each channel."""
     sums = {name: torch.zeros(group.size, dtype=torch.float64) for name, group in groups.items()}
     for name, tensor in values.items():
         whole = tensor.detach().cpu().double()
@@ -137,7 +134,7 @@ def channel_sums(axes: Axes, groups: Mapping[str, ChannelGroup], values: Mapping
 
 
 def num_elements(shapes: Mapping[str, Sequence[int]], axes: Axes, groups: Mapping[str, ChannelGroup]) -> int:
-    """Parameters of a model with these `groups`, from the `shapes` of any other of its family and depth."""
+    """Number of parameters of a model with these `groups`, from the `shapes` of another one of its family and depth."""
     total = 0
     for name, shape in shapes.items():
         along = axes.get(name) or [None] * len(shape)

@@ -1,8 +1,8 @@
 """Calibrate the routers of a dynamic model to a target ratio of multiply-accumulates at inference.
 
-Training controls the mean of random decisions, inference takes the more likely one: logits of 1.1 +- 0.5 are on for 74 % in
-training and 99 % at inference, and published ratios miss their targets (0.5 gave 0.488). Training therefore ends with steps
-without noise, and the remaining difference is corrected by one offset on the biases of all routers.
+Training controls the mean of random decisions, inference takes the more likely one: units with logits of 1.1 +- 0.5 are on in
+74 % of training and 99 % of inference, and published ratios miss their targets (0.5 gave 0.488). Training therefore ends with
+steps without noise, and the remaining difference is corrected by one offset on the biases of all routers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tinyfusion.blocks.routed import Deciding
+from tinyfusion.blocks.dynamics import Deciding
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.signals import check_stop
 from tinyfusion.dynamic.macs import model_ratio
@@ -31,7 +31,7 @@ Pass = tuple[int, Callable[[], object]]  # number of images, and a forward pass 
 def inference_ratio(dynamic: DynamicModel, passes: Sequence[Pass]) -> float:
     """Mean ratio of multiply-accumulates under the decisions of inference, over all images of `passes`.
 
-    The images should be at the times of the sampler that will be used, or at evenly spread times.
+    The images should be at the times of the intended sampler, or at evenly spread times.
     """
     total, num = 0.0, 0
     for images, run in passes:
@@ -50,8 +50,8 @@ def calibrate(
     """Apply the offset of all logits with which `ratio()` is within `tolerance` (a share) of `target`; return (offset, ratio).
 
     ratio: measures the current model, such as `inference_ratio`. The search aims at a tenth of the tolerance, so that other
-    images meet the target too. Raises UserError, with the model unchanged, if no offset does: the ratio is a step
-    function, and more timesteps and images make its steps smaller.
+    images meet the target too. Raises UserError, with the model unchanged, if no offset does: the ratio is a step function,
+    with smaller steps for more timesteps and images.
     """
     search = _Search(dynamic, target, ratio)
     start, aim = search.at(0.0), _AIM * tolerance * target

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tinyfusion.blocks.dynamics import BlockSizes
-from tinyfusion.blocks.routed import BlockMasks
+from tinyfusion.blocks.dynamics import BlockMasks, BlockSizes
 from tinyfusion.blocks.routers import TOKEN_ROUTER_SHRINK
 
 

@@ -4,11 +4,15 @@ Width routers see the timestep alone, so all images of a step and both halves of
 router runs while sampling, and products are dense and smaller. Tokens are decided per image and gathered over the
 flattened batch. The published release computes everything and multiplies by masks.
 
-Weights. The units of a block are laid out once by how often they are on, without those that never are. If the masks of a
-block are nested over time, which is common, every sub-network is a view of that layout; other masks get copies, cached by
-mask up to `cache_bytes`. Packed weights (`blocks/packed.py`) have no views, so every mask has a copy.
+Weights: the units of a block are sorted once by how often they are on, without those that never are. If the masks of a block
+are nested over time, which is common, every sub-network is a view of that layout; other masks get copies, cached by mask up to
+`cache_bytes`. Packed weights (`blocks/packed.py`) have no views, so every mask has a copy.
 
-Shapes: S timesteps, L blocks, H heads and groups.
+Modulations depend on time and label alone. With few images their cost is that of reading the weights, a third of the model's,
+which do not shrink with the block: at half the width and two images a tenth of the time. The times of a trajectory are known at
+its first step, so the weights are read once for several steps.
+
+Shapes: B images, D width, S timesteps, L blocks, H heads and groups, K times computed together.
 """
 
 from __future__ import annotations
@@ -22,20 +26,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.blocks.dynamics import BlockSlices, TokenMode, UnitKind, UnitSlices
+from tinyfusion.blocks.dynamics import BlockSlices, Complete, Deciding, DynamicForward, TokenMode, UnitKind, UnitSlices
 from tinyfusion.blocks.forwards import CompiledForwards
 from tinyfusion.blocks.packed import can_pack
-from tinyfusion.blocks.routed import Complete, Deciding, DynamicForward
 from tinyfusion.blocks.routers import is_router_key
 from tinyfusion.core.compiler import compiling
 from tinyfusion.core.errors import UserError
-from tinyfusion.dynamic.modulations import ROWS_AHEAD, ModulationsAhead
 from tinyfusion.models.loaded import DynamicModel, LoadedModel
+
+ROWS_AHEAD = 32  # K * B: as fast as one row on a CPU
 
 
 @dataclass(frozen=True)
 class KeepTables:
-    """Which units run at which timestep: heads and groups (S, L, H), blocks (S, L), bool, on the CPU."""
+    """The units that run at each timestep: heads and groups (S, L, H), blocks (S, L), bool, on the CPU."""
 
     timesteps: tuple[float, ...]
     heads: Tensor
@@ -70,16 +74,11 @@ def resolve(dynamic: DynamicModel, timesteps: Sequence[float]) -> KeepTables:
     with dynamic.using(Complete()):
         embedding = dynamic.embedder(t)
     depth, heads = len(dynamic.stack), dynamic.sizes.num_heads
-    columns: dict[str, list[Tensor]] = {"attn_rate": [], "mlp_rate": [], "block_rate": []}
-    for block in dynamic.stack:
-        for name, decisions in columns.items():
-            if hasattr(block, name):
-                decisions.append(getattr(block, name)(embedding).cpu() > 0.5)
-    shapes = {"attn_rate": (len(t), depth, heads), "mlp_rate": (len(t), depth, heads), "block_rate": (len(t), depth)}
-    tables = [
-        torch.stack(decisions, dim=1) if decisions else torch.ones(shapes[name], dtype=torch.bool)
-        for name, decisions in columns.items()
-    ]
+    tables = []
+    for name, units in (("attn_rate", (heads,)), ("mlp_rate", (heads,)), ("block_rate", ())):
+        routers = [getattr(block, name) for block in dynamic.stack if hasattr(block, name)]
+        on = [router(embedding).cpu() > 0.5 for router in routers]
+        tables.append(torch.stack(on, dim=1) if on else torch.ones(len(t), depth, *units, dtype=torch.bool))
     return KeepTables(tuple(t.tolist()), *tables)
 
 
@@ -87,11 +86,11 @@ class SubNetworks:
     """Execution mode of a dynamic model for sampling without gradients; enter it with `dynamic.using`.
 
     calls: time of every forward pass of a trajectory, in order, repeated. On an accelerator the host then never waits to
-    read the time; `check` verifies the times afterwards. On a CPU the time is read from the tensor anyway (`reads_times`),
-    and modulations are computed for several steps at once. Times that were not resolved are resolved when they occur; a
-    batch of different times has no sub-network and runs at full cost under masks.
-    forms: compiled versions of the elementwise passes, to be used within `BlockStack.compiled`; products stay library calls,
-    because their shapes change with the timestep.
+    read the time, and `check` verifies the times afterwards; on a CPU it is read from the tensor (`reads_times`), and
+    modulations are computed for several steps at once. Other times are resolved when they occur; a batch of different times has
+    no sub-network and runs at full cost under masks. forms: compiled elementwise passes, to be used within
+    `BlockStack.compiled`; products stay library calls, because their shapes change with the timestep.
+    Raises UserError if the tables are for another depth.
     """
 
     def __init__(
@@ -113,11 +112,10 @@ class SubNetworks:
         self.reads_times = self.calls is None or (on_processor if reads_times is None else reads_times)
         self.ahead = ModulationsAhead(dynamic, self.calls) if self.reads_times and self.calls else None
         self.rows = {_rounded(t): row for row, t in enumerate(tables.timesteps)}
+        masks = zip(tables.heads.unbind(1), tables.groups.unbind(1), strict=True)
         self.weights = [
-            SlicedWeights(
-                dynamic, block, {"heads": tables.heads[:, i], "groups": tables.groups[:, i]}, cache_bytes // depth
-            )
-            for i, block in enumerate(dynamic.stack)
+            SlicedWeights(dynamic, block, {"heads": heads, "groups": groups}, cache_bytes // depth)
+            for block, (heads, groups) in zip(dynamic.stack, masks, strict=True)
         ]
         routers = [getattr(block, "token_selection", None) for block in dynamic.stack]
         self.selections = [None if router is None else router.held_in(like.dtype) for router in routers]
@@ -130,7 +128,6 @@ class SubNetworks:
         self._rows_run = 0
 
     def begin(self, t: Tensor, embedding: Tensor) -> None:
-        """Start a forward pass at `t` (B,)."""
         self.passes += 1
         if not self.reads_times and self.calls is not None:
             time = self.calls[(self.passes - 1) % len(self.calls)]
@@ -149,7 +146,6 @@ class SubNetworks:
 
     @torch.no_grad()
     def run(self, dynamic: DynamicForward, x: Tensor, c: Tensor) -> Tensor:
-        """Run one block of the current sub-network."""
         index, row, sizes = dynamic.index, self.row, self.dynamic.sizes
         batch, tokens = x.shape[:2]
         self._rows_run += batch
@@ -165,10 +161,9 @@ class SubNetworks:
             out, count = self.dynamic.rules.sliced(
                 dynamic.block, slices, x, modulation, selection, self.tokens, self._form
             )
-        share_of_heads = slices.heads.number / sizes.num_heads
-        share_of_groups = slices.groups.number / sizes.num_heads
-        self._done = self._done + batch * sizes.attention_macs * share_of_heads
-        self._done = self._done + count * (sizes.mlp_macs / tokens * share_of_groups)
+        heads_on, groups_on = (units.number / sizes.num_heads for units in (slices.heads, slices.groups))
+        self._done = self._done + batch * sizes.attention_macs * heads_on
+        self._done = self._done + count * (sizes.mlp_macs / tokens * groups_on)
         return out
 
     def _form(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,7 +181,7 @@ class SubNetworks:
 
     @property
     def ratio(self) -> float:
-        """Share of the blocks' multiply-accumulates that ran, mean over all passes and images so far."""
+        """Share of the blocks' multiply-accumulates that ran, mean over all passes and images. Raises UserError before the first."""
         if not self._rows_run:
             raise UserError("nothing has run in these sub-networks yet")
         return float(self._done) / (self._rows_run * (self.dynamic.sizes.attention_macs + self.dynamic.sizes.mlp_macs))
@@ -203,7 +198,6 @@ class SubNetworks:
 
 
 def _rounded(t: float) -> float:
-    """A time rounded to float32, as in tensors."""
     return float(torch.tensor(t, dtype=torch.float32))
 
 
@@ -244,8 +238,7 @@ class SlicedWeights:
     def _copy(self, kind: UnitKind, mask: Tensor) -> UnitSlices:
         """Weights of a mask that is not a prefix of the layout.
 
-        Beyond the limit the most recently used copy is evicted: trajectories use the same masks in the same order, so that
-        one is needed last.
+        Beyond the limit the most recently used copy is evicted: trajectories repeat the order of masks, so it is needed last.
         """
         key = kind, mask.numpy().tobytes()
         if key in self.copies:
@@ -278,8 +271,52 @@ def _prefix(mask: Tensor, ranks: Tensor) -> int | None:
     return count if count == 0 or int(ranks[mask].max()) == count - 1 else None
 
 
+class ModulationsAhead:
+    """Modulations of every block for forward passes on a CPU; `calls`: the times of a trajectory in order.
+
+    Passes in another order, at other times or with other labels get the same values, computed step by step.
+    """
+
+    def __init__(self, dynamic: DynamicModel, calls: Sequence[float]) -> None:
+        self.dynamic, self.calls = dynamic, list(calls)
+        self.call = -1  # index of the current pass in `calls`
+        self.times: list[float] = []
+        self.step = -1  # index of the current pass in `times`
+        self.labels: Tensor | None = None
+        self.conditions = torch.empty(0)  # (K * B, D)
+        self.cached: dict[int, Tensor] = {}  # per block (K, B, modulation)
+
+    def begin(self, time: float, labels: Tensor) -> None:
+        """Start a forward pass at this time with label embeddings (B, D), B at most `ROWS_AHEAD`."""
+        self._place(time)
+        ahead = self.step + 1 < len(self.times) and self.times[self.step + 1] == time
+        if ahead and self.labels is not None and torch.equal(self.labels, labels):
+            self.step += 1
+            return
+        many = ROWS_AHEAD // len(labels)
+        self.times = [time] if self.call < 0 else self.calls[self.call : self.call + many]
+        self.step, self.labels, self.cached = 0, labels, {}
+        times = torch.tensor(self.times, device=labels.device)
+        embedding = self.dynamic.embedder.forward(times)  # bypasses the hook that starts a pass
+        self.conditions = (embedding.unsqueeze(1) + labels).flatten(0, 1)
+
+    def _place(self, time: float) -> None:
+        following = (self.call + 1) % len(self.calls)
+        if self.calls[following] == time:
+            self.call = following
+        else:
+            self.call = self.calls.index(time) if time in self.calls else -1
+
+    def of(self, index: int, block: nn.Module) -> Tensor:
+        """(B, modulation) of a block in the current pass."""
+        if index not in self.cached:
+            layer = block.get_submodule(self.dynamic.rules.modulation)
+            self.cached[index] = layer(self.conditions).unflatten(0, (len(self.times), -1))
+        return self.cached[index][self.step]
+
+
 class TimestepRecorder(nn.Module):
-    """Network that returns zeros and records the times of its forward passes in `calls`."""
+    """A network that returns zeros and records the times of its forward passes in `calls`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +324,6 @@ class TimestepRecorder(nn.Module):
         self.like = nn.Parameter(torch.zeros(()), requires_grad=False)  # callers read dtype and device from a parameter
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Zeros like `x`."""
         self.calls.append(float(t.flatten()[0]))
         return torch.zeros_like(x)
 
@@ -295,8 +331,8 @@ class TimestepRecorder(nn.Module):
 def rehearsed(model: LoadedModel, trajectory: Callable[[LoadedModel], Iterable[Tensor]]) -> list[float]:
     """Times at which a sampler calls the network, in order, from a run on one image with a network of zeros.
 
-    trajectory: makes the sampler's trajectory with the given model, on the CPU. For adaptive methods the result is a guess:
-    use it for `resolve`, not for `SubNetworks(calls=)`.
+    trajectory: the sampler's, for a given model, on the CPU. For adaptive methods the times are approximate: use them for
+    `resolve`, not for `SubNetworks(calls=)`.
     """
     recorder = TimestepRecorder()
     deque(trajectory(dataclasses.replace(model, module=recorder)), maxlen=0)

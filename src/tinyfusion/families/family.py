@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.blocks.dynamics import DynamicRules
-from tinyfusion.blocks.routed import route
+from tinyfusion.blocks.dynamics import DynamicRules, route
 from tinyfusion.blocks.routers import DynamicSettings, install_routers
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyfusion.blocks.routed import BlockMasks, Deciding
+from tinyfusion.blocks.dynamics import BlockMasks, Deciding
 from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.macs import model_ratio, total_macs

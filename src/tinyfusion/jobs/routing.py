@@ -13,13 +13,12 @@ from tinyfusion.blocks.stack import frozen
 from tinyfusion.config.recipe import DynamicSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.dynamic.calibrate import TOLERANCE, Pass, calibrate, inference_ratio
-from tinyfusion.dynamic.importance import order_by_importance
 from tinyfusion.dynamic.train import DynamicObjective
 from tinyfusion.jobs.assemble import batches_for, device_for
 from tinyfusion.jobs.process_specs import default_sampling, fits, label_drop_of, objective_for, process_spec, sampler_of
 from tinyfusion.jobs.sampling_setup import SkippedModel, skipped_run_for
 from tinyfusion.jobs.training import Training
-from tinyfusion.models.attach import attach, check_attachable
+from tinyfusion.models.attach import attach, check_attachable, order_by_importance
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.sample.drive import Sampler, image_labels
 from tinyfusion.sample.drive import sample as draw_samples
@@ -65,9 +64,9 @@ def dynamic_training(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | 
         label_drop=label_drop_of(model, settings.training.label_drop),
         ramp_steps=settings.ramp_steps,
         weight=settings.budget_weight,
-        beside=settings.beside,
-        beside_steps=settings.beside_steps,
-        beside_weight=settings.beside_weight,
+        auxiliary=settings.beside,
+        auxiliary_steps=settings.beside_steps,
+        auxiliary_weight=settings.beside_weight,
         teacher=teacher.module if teacher else None,
         finish_from=settings.training.made_steps - settings.finish_steps,
         strata=settings.strata,

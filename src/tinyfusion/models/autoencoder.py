@@ -1,9 +1,16 @@
-"""The autoencoder between pictures and latents: any `AutoencoderKL` of diffusers, from a folder or by its hub id, or KL-16."""
+"""The autoencoder between images and latents: any `AutoencoderKL` of diffusers, from a folder or by its hub id, or KL-16.
+
+KL-16 of Li et al. (arXiv 2406.11838) is a file with the keys of latent diffusion (Rombach et al., arXiv 2112.10752), loaded into
+the class of diffusers that computes the same: 16 channels at a sixteenth of the side, attention on the lowest level of the
+encoder and in both middles, none on the levels of the decoder. Models see 0.2325 times a sample of the posterior; the mean over
+ImageNet is not removed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +22,43 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
-from tinyfusion.families.tensor_checks import check_finite, check_sizes
-from tinyfusion.models import kl16
+from tinyfusion.core.weights import fetch_weights, known_weights
+from tinyfusion.families.tensor_checks import check_finite, check_sizes, in_float32
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS, autoencoder_folder
-from tinyfusion.models.tensors import read_folder_weights
+from tinyfusion.models.statedicts import find_state_dict
+from tinyfusion.models.tensors import read_folder_weights, read_tensor_file
 
-SCALE_OF_CLASS = 0.18215  # of AutoencoderKL, where its configuration says nothing
+SCALE_OF_CLASS = 0.18215  # the default of AutoencoderKL
 LARGEST_SCALE = 1e6  # of latents; far beyond every published one
 _LEVELS = 16  # of an autoencoder at most, each of which halves the side
 _SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "in_channels", "out_channels", "norm_num_groups",
           "down_block_types", "up_block_types")  # fmt: skip
+
+_KL16_FILES = (".ckpt", ".pt", ".pth", ".safetensors")
+_KL16_MARK = "decoder.conv_in.weight"  # a tensor by which its files are recognised
+_KL16_LEVELS = 5
+KL16_CONFIG: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",) * _KL16_LEVELS,
+    "block_out_channels": (128, 128, 256, 256, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.2325,
+}
+# patterns in keys of latent diffusion -> keys of diffusers
+_KL16_KEYS = (
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.mid\.block_([12])\.", lambda match: f".mid_block.resnets.{int(match[1]) - 1}."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.down\.(\d)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d)\.attn\.", r".down_blocks.\1.attentions."),
+    (r"\.down\.(\d)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d)\.block\.", lambda match: f".up_blocks.{_KL16_LEVELS - 1 - int(match[1])}.resnets."),
+    (r"\.up\.(\d)\.upsample\.", lambda match: f".up_blocks.{_KL16_LEVELS - 1 - int(match[1])}.upsamplers.0."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+)
+_KL16_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +66,7 @@ class Autoencoder:
     """A frozen `AutoencoderKL` in float32.
 
     Models see (z - shift) x scale of its latents z. channels: of a latent; factor: pixels per latent cell and side.
-    name: as it was given.
+    name: as given by the user.
     """
 
     module: nn.Module
@@ -69,13 +103,14 @@ class Autoencoder:
 
 
 def open_autoencoder(name: str) -> Autoencoder:
-    """The autoencoder of a folder or hub id, alone or as the `vae` of a pipeline; or KL-16, of its file or by its known name.
+    """The autoencoder of a folder or hub id, alone or as the `vae` of a pipeline; or KL-16, by its file or known name.
 
-    Raises UserError where there is none, where it is of another class, and where its weights are missing, damaged or not
-    finite.
+    Raises UserError if there is none, if it has another class, and if its weights are missing, damaged or not finite.
     """
-    if (file := kl16.kl16_file(name)) is not None:
-        return Autoencoder(kl16.open_kl16(file), name, kl16.SCALE, 0.0, kl16.CHANNELS, kl16.FACTOR)
+    if Path(name).is_file() and Path(name).suffix in _KL16_FILES:
+        return _open_kl16(Path(name), name)
+    if (known := known_weights().get(name)) is not None and known.kind == "autoencoder":
+        return _open_kl16(fetch_weights(name), name)
     folder = autoencoder_folder(name)
     config = _config(folder)
     tensors, _ = read_folder_weights(folder, DIFFUSERS_WEIGHTS)
@@ -88,14 +123,46 @@ def open_autoencoder(name: str) -> Autoencoder:
 
             load: Any = AutoencoderKL.from_pretrained
             module, report = load(str(folder), output_loading_info=True, torch_dtype=torch.float32)
-    except Exception as error:  # diffusers, safetensors, pickle and json, each in their words
+    except Exception as error:  # of diffusers, safetensors, pickle or json
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder} cannot be opened as an AutoencoderKL: {reason}") from error
     check_loaded(report, folder)
+    return _of_config(module, name, config)
+
+
+def _of_config(module: nn.Module, name: str, config: Mapping[str, Any]) -> Autoencoder:
     module.eval().requires_grad_(False)
     scale, shift = config.get("scaling_factor", SCALE_OF_CLASS), config.get("shift_factor") or 0.0
     channels, factor = config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
     return Autoencoder(module, name, float(scale), float(shift), int(channels), factor)
+
+
+def _open_kl16(path: Path, name: str) -> Autoencoder:
+    """KL-16 from its file. Raises UserError on missing, extra, misshapen or non-finite tensors."""
+    tensors = kl16_to_diffusers(find_state_dict(read_tensor_file(path), [_KL16_MARK], "raw", path).tensors)
+    from diffusers import AutoencoderKL  # late: seconds
+
+    autoencoder_class: Any = AutoencoderKL
+    with torch.device("meta"):
+        module: nn.Module = autoencoder_class(**KL16_CONFIG)
+    state = in_float32(tensors, module.state_dict(), f"{path} does not hold the autoencoder KL-16")
+    module.load_state_dict(state, assign=True)
+    return _of_config(module, name, KL16_CONFIG)
+
+
+def kl16_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename tensors to the keys of diffusers, whose attention has linear layers for 1 x 1 convolutions."""
+    renamed = {}
+    for key, value in tensors.items():
+        name = key
+        for pattern, replacement in _KL16_KEYS:
+            name = re.sub(pattern, replacement, name)
+        inside = re.fullmatch(r"(.*\.attentions\.\d)\.(\w+)\.(weight|bias)", name)
+        if inside and inside[2] in _KL16_ATTENTION:
+            name = f"{inside[1]}.{_KL16_ATTENTION[inside[2]]}.{inside[3]}"
+            value = value.flatten(1) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
+        renamed[name] = value
+    return renamed
 
 
 def check_loaded(report: Mapping[str, Any], folder: Path) -> None:
@@ -109,7 +176,7 @@ def check_loaded(report: Mapping[str, Any], folder: Path) -> None:
 
 @contextmanager
 def quiet_logs() -> Iterator[None]:
-    """No log lines of other libraries: what goes wrong comes as an exception, and the rest is not for our users."""
+    """Silence log lines of other libraries; errors are exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -119,7 +186,7 @@ def quiet_logs() -> Iterator[None]:
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    """Its config.json, of a kind that we know how to use."""
+    """Its config.json, of a supported kind."""
     config = autoencoder_config(folder / "config.json")
     class_name = config.get("_class_name")
     if class_name != "AutoencoderKL":
@@ -134,7 +201,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def autoencoder_config(path: Path) -> dict[str, Any]:
-    """The config.json of an autoencoder. Raises UserError where numbers that are read from it are none."""
+    """The config.json of an autoencoder. Raises UserError on invalid numbers in it."""
     config = read_json_object(path)
     scale, shift = config.get("scaling_factor", SCALE_OF_CLASS), config.get("shift_factor") or 0.0
     for name, value, least in (("scaling_factor", scale, 0.0), ("shift_factor", shift, -LARGEST_SCALE)):

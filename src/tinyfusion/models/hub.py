@@ -1,4 +1,4 @@
-"""Models of the hub by their id, `org/name` or `org/name@revision`: just the files that are needed, once, then offline."""
+"""Models of the hub by their id, `org/name` or `org/name@revision`: only the needed files, cached for offline use."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from tinyfusion.core.reading import license_in, read_json_object
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 _FACTS = ("model_index.json", "config.json", "model.json", "README.md", "transformer/config.json", "vae/config.json")
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"  # name of the weights in a folder of diffusers
-_TIMEOUT_S = 5.0  # of questions about a size
+_TIMEOUT_S = 5.0  # of requests for a size
 
 
 def fetch_repository(name: str) -> tuple[Path, dict[str, str]]:
-    """The folder of a model of the hub, fetched where it is not in the cache, and what is known of it: id, revision, licence, autoencoder.
+    """The folder of a model of the hub, fetched if not cached, and its id, revision, licence and autoencoder.
 
-    Raises UserError where there is no such model, and where it is neither cached nor to be reached; WouldFetch where it is not
-    in the cache and nothing is to be fetched.
+    Raises UserError if there is no such model or the hub cannot be reached; WouldFetch if it is not cached in a dry run.
     """
     repository, _, revision = name.partition("@")
     folder = _snapshot(repository, revision, _FACTS)
@@ -51,9 +50,9 @@ def fetch_pipeline(name: str) -> Path:
 
 
 def autoencoder_folder(name: str) -> Path:
-    """The folder of an `AutoencoderKL` of diffusers by path or hub id, alone or as `vae/` of a pipeline; fetched where needed.
+    """The folder of an `AutoencoderKL` of diffusers by path or hub id, alone or as `vae/` of a pipeline; fetched if needed.
 
-    Raises UserError where there is none, or no weights of it.
+    Raises UserError if there is none, or it has no weights.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -73,7 +72,7 @@ def autoencoder_folder(name: str) -> Path:
 
 
 def _with_weights(repository: str, revision: str, inside: str) -> Path:
-    """The folder with weights in it: safetensors, or a torch file where there are none."""
+    """The folder with its weights: safetensors, or else a torch file."""
     stem = f"{inside}{DIFFUSERS_WEIGHTS}"
     folder = Path()
     for suffix in ("safetensors", "bin"):
@@ -86,7 +85,7 @@ def _with_weights(repository: str, revision: str, inside: str) -> Path:
 
 
 def _check_there(repository: str, revision: str, file: Path) -> None:
-    """WouldFetch where a file is not in the cache and nothing is to be fetched."""
+    """Raise WouldFetch if a file is not cached in a dry run."""
     if fetching_forbidden() and not file.is_file():
         raise WouldFetch(_described(repository, revision), _size_of(repository, revision))
 
@@ -96,28 +95,27 @@ def _described(repository: str, revision: str) -> str:
 
 
 def _size_of(repository: str, revision: str) -> int | None:
-    """Bytes of all weights of a repository at most, as the hub says; None where it does not answer."""
+    """Bytes of all weights of a repository, an upper limit; None if the hub does not answer."""
     from huggingface_hub import HfApi  # late: only hub ids need it
 
     try:
         info = HfApi().model_info(repository, revision=revision or None, files_metadata=True, timeout=_TIMEOUT_S)
-    except Exception:  # its client has errors of several libraries; a size is all that is lost
+    except Exception:  # its client raises errors of several libraries; only a size is lost
         return None
     sizes = [file.size for file in info.siblings or () if file.rfilename.endswith(".safetensors") and file.size]
     return sum(sizes) or None
 
 
 def _snapshot(repository: str, revision: str, files: Sequence[str]) -> Path:
-    """The folder of a repository in the cache, with those of `files` that it has."""
+    """The cached folder of a repository, with those of `files` that exist."""
     from huggingface_hub import errors, snapshot_download  # late: only hub ids need it
 
     where = f"{repository} at revision {revision}" if revision else repository
     cached = fetching_forbidden()
     try:
+        patterns = list(files)
         return Path(
-            snapshot_download(
-                repository, revision=revision or None, allow_patterns=list(files), local_files_only=cached
-            )
+            snapshot_download(repository, revision=revision or None, allow_patterns=patterns, local_files_only=cached)
         )
     except errors.LocalEntryNotFoundError as error:
         if cached:
@@ -130,7 +128,7 @@ def _snapshot(repository: str, revision: str, files: Sequence[str]) -> Path:
             f"no model at {repository}: no such file or folder, and the hub has none of that id that may be read without "
             "logging in"
         ) from error
-    except Exception as error:  # its client has errors of several libraries for a net that is not there
+    except Exception as error:  # its client raises errors of several libraries without a network
         raise _unreachable(where, error) from error
 
 
@@ -142,9 +140,9 @@ def _unreachable(where: str, error: Exception) -> UserError:
 
 
 def upload_folder(folder: Path, repository: str) -> str:
-    """Make a repository of the hub where there is none, and put all files of a folder into it; its address.
+    """Upload all files of a folder to a repository of the hub, created if needed; return its address.
 
-    Raises UserError where the hub does not take them, such as without a login.
+    Raises UserError if the hub refuses, such as without a login.
     """
     from huggingface_hub import HfApi  # late: only uploads need it
 
@@ -152,7 +150,7 @@ def upload_folder(folder: Path, repository: str) -> str:
         api = HfApi()
         address = str(api.create_repo(repository, exist_ok=True))
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by tinyfusion")
-    except Exception as error:  # its client has errors of several libraries
+    except Exception as error:  # its client raises errors of several libraries
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{folder} was written, and the hub did not take it as {repository}: {reason} (`hf auth login` makes you known to it)"

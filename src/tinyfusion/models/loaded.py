@@ -16,9 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.blocks.dynamics import BlockSizes, DynamicRules
+from tinyfusion.blocks.dynamics import BlockExecutor, BlockSizes, Complete, Current, DynamicRules
 from tinyfusion.blocks.plan import PrunePlan
-from tinyfusion.blocks.routed import BlockExecutor, Complete, Current
 from tinyfusion.blocks.routers import DynamicSettings, is_router_key, unfit_official
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.widths import sliced
@@ -38,15 +37,15 @@ PIXEL_CHANNELS = (1, 3)  # of the input of a model that states no latents: with 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model apart from its tensors.
+    """Facts of a model that are not in its tensors.
 
     image_size: side of its images in pixels. latent_scale, latent_shift: models of latents see (z - shift) x scale of a
-    latent z of the autoencoder `vae`; None for a pixel-space model and where unknown. assumed: names of facts that no file
-    and nobody stated, taken from the published models. kept: indices into the direct parent per list, None for an uncut
-    model. lineage: parents, oldest first, each with hash, depth and kept, where it was cut in width the residual channels of
-    its own parent that it kept, and its arch where its child was. seen_images: images that a model trained from nothing saw;
-    None for cut models and where unknown. process_settings: of its process, that it was trained with and has to be sampled
-    with, where the process has such. dynamic: of a model with routers, their settings (`DynamicSettings`) and what they reach.
+    latent z of the autoencoder `vae`; None for a pixel-space model and if unknown. assumed: names of facts that neither file
+    nor user stated, taken from the published models. kept: indices into the direct parent per list, None for an uncut model.
+    lineage: parents, oldest first, each with hash, depth and kept, if it was cut in width the kept residual channels of its
+    own parent, and its arch if its child was. seen_images: of a model trained from scratch; None for cut models and if
+    unknown. process_settings: settings of its process for training and sampling, if it has any. dynamic: of a model with
+    routers, their settings (`DynamicSettings`) and the ratios they reach.
     """
 
     image_size: int
@@ -63,9 +62,9 @@ class ModelFacts:
     dynamic: dict[str, Any] | None = None
 
     def unlike(self, words: str, name: str, value: float) -> str | None:
-        """Why latents of this "latent_scale" or "latent_shift" are not the model's; None where they are, or may be.
+        """Why latents of this "latent_scale" or "latent_shift" are not the model's; None if they are, or may be.
 
-        words: what they are of, as in "it scales latents by".
+        words: begin the sentence, as in "it scales latents by".
         """
         own = getattr(self, name)
         if own is None or math.isclose(own, value, rel_tol=1e-6, abs_tol=1e-9):
@@ -73,7 +72,7 @@ class ModelFacts:
         if name not in self.assumed:
             return f"{words} {value:g}, and the model was trained with {own:g}"
         return (
-            f"{words} {value:g}, and {own:g} is assumed for the model, whose file gives none: where it was trained on such "
+            f"{words} {value:g}, and {own:g} is assumed for the model, whose file gives none: if it was trained on such "
             f"latents, add --set sample.{name}={value:g}"
         )
 
@@ -82,9 +81,8 @@ class ModelFacts:
 class LoadedModel:
     """A model in memory: the module with its family, sizes and facts.
 
-    origin: where it was opened from, for people: kind of file, path, and what is known of its name; empty for a new model.
-    texts: of a model of texts, a table of its own, which its file holds and its hash is of. prompts: a table of its data, which
-    labels stand for in place of its own.
+    origin: kind and path of the file it was opened from, and known facts of its name, for messages; empty for a new model.
+    texts: the table of a text model's own file, part of its hash. prompts: a table of its data, used in place of its own.
     """
 
     module: nn.Module
@@ -97,22 +95,22 @@ class LoadedModel:
 
     @cached_property
     def stack(self) -> BlockStack:
-        """Its residual blocks; one object, as what was compiled hangs on it."""
+        """Its residual blocks; one object, which caches compilations."""
         return self.family.stack(self.module)
 
     @property
     def dynamic(self) -> DynamicModel | None:
-        """The same model as one with routers, where it has them."""
+        """The model as a `DynamicModel`, if it has routers."""
         return None if self.facts.dynamic is None else DynamicModel(self)
 
     @property
     def null_class(self) -> bool:
-        """Whether it has a class for no label, which guidance and label dropout need."""
+        """Whether it has a class for no label, for guidance and label dropout."""
         return bool(getattr(self.arch, "null_class", True))
 
     @property
     def conditions(self) -> Condition:
-        """What labels stand for, a row each: its classes, or texts. Raises UserError where it takes texts and has none."""
+        """The conditions by label: its classes, or texts. Raises UserError if it takes texts and has none."""
         if self.family.texts is None:
             return class_table(self.arch.num_classes)
         table = self.texts if self.prompts is None else self.prompts
@@ -123,7 +121,7 @@ class LoadedModel:
         return table
 
     def with_prompts(self, table: Condition) -> LoadedModel:
-        """The same model, whose labels stand for the rows of `table`. Raises UserError where it cannot take them."""
+        """The same model with `table` as conditions by label. Raises UserError if it cannot take them."""
         if self.family.texts is None:
             raise UserError(f"prompts are for models of texts, and one of family {self.family.name} takes classes")
         try:
@@ -133,29 +131,28 @@ class LoadedModel:
         return dataclasses.replace(self, prompts=table)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What its file holds and its hash is of: the state dict, and texts of its own."""
-        held = dict(self.module.state_dict())
-        if self.texts is None or self.family.texts is None:
-            return held
-        own, null = self.texts.tensors, self.texts.null_row or {}
-        names = self.family.texts.names
-        return {**held, **{theirs: torch.cat([own[ours], null[ours]]) for ours, theirs in names.items()}}
+        """The tensors of its file and its hash: the state dict, and texts of its own."""
+        tensors = dict(self.module.state_dict())
+        if self.texts is not None and self.family.texts is not None:
+            own, null = self.texts.tensors, self.texts.null_row or {}
+            tensors |= {theirs: torch.cat([own[o], null[o]]) for o, theirs in self.family.texts.names.items()}
+        return tensors
 
     @property
     def of_latents(self) -> bool:
-        """Whether it takes the latents of an autoencoder, of which it may not know the scale."""
+        """Whether it takes the latents of an autoencoder, maybe of unknown scale."""
         return self.facts.latent_scale is not None or self.arch.in_channels not in PIXEL_CHANNELS
 
     @property
     def doubtful(self) -> list[str]:
-        """Names of the facts of its latents that are assumed or unknown."""
+        """Names of assumed or unknown facts of its latents."""
         facts = self.facts
         unknown = [name for name in ("latent_scale", "latent_shift", "vae") if getattr(facts, name) is None]
         side = ["image_size"] if facts.latent_scale is None else []
         return list(dict.fromkeys([*facts.assumed, *side, *unknown]))
 
     def with_known(self, **known: Any) -> LoadedModel:
-        """The same model with these facts where it has none, or an assumed one; a value of None states nothing."""
+        """The same model with these facts for unknown or assumed ones; None states nothing."""
         facts, doubtful = self.facts, self.doubtful
         stated = {name: value for name, value in known.items() if value is not None and name in doubtful}
         if not stated:
@@ -168,17 +165,16 @@ class LoadedModel:
         return dataclasses.replace(self, module=copy.deepcopy(self.module))
 
     def with_weights(self, tensors: Mapping[str, Tensor]) -> LoadedModel:
-        """The same model with other values: a new module, on the CPU, that holds a copy of every tensor of `tensors`."""
+        """The same model with other values: a new module, on the CPU, with copies of `tensors`."""
         with torch.device("meta"):
             module = self.family.build_with_routers(self.arch, None if self.dynamic is None else self.dynamic.settings)
-        module.load_state_dict(
-            {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, assign=True
-        )
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        module.load_state_dict(copies, assign=True)
         make_trainable(module, self.family)
         return dataclasses.replace(self, module=module.train(self.module.training))
 
     def with_formulas(self) -> LoadedModel:
-        """The same model with the tensors that a formula gives as it gives them in float32; itself where they are so already."""
+        """The same model with formula tensors computed in float32; itself if they are equal already."""
         state = self.module.state_dict()
         exact = {name: formula(self.arch) for name, formula in self.family.computed.items()}
         if all(torch.equal(state[name].cpu(), tensor) for name, tensor in exact.items()):
@@ -186,10 +182,7 @@ class LoadedModel:
         return self.with_weights({**state, **exact})
 
     def hash(self) -> str:
-        """SHA-256 over the tensors sorted by official name, and over unpublished rules; see `ModelFamily.hash`.
-
-        Computed once for a module, and again after any of its tensors was replaced or changed in place.
-        """
+        """SHA-256 of tensors and unpublished rules, see `ModelFamily.hash`; cached until a tensor is replaced or changed."""
         state = _state_of(self.module)
         cached = _HASHES.get(self.module)
         if cached is not None and state is not None and cached[:4] == (state, self.family.name, self.arch, self.texts):
@@ -200,7 +193,7 @@ class LoadedModel:
         return digest
 
     def unfit_formats(self) -> dict[str, str]:
-        """Formats of others that cannot hold this model, each with the reason: what an export must refuse."""
+        """The export formats that cannot represent this model, each with the reason."""
         reasons: dict[str, list[str]] = {"official": [], "diffusers": []}
         if self.family.unfit_formats is not None:
             for name, reason in self.family.unfit_formats(self.arch, self.module.state_dict()).items():
@@ -233,16 +226,16 @@ class LoadedModel:
         return dataclasses.replace(self, arch=convert(self.arch)).with_weights(self.module.state_dict())
 
     def diffusers_export(self) -> DiffusersExport:
-        """How it is written for diffusers. Raises UserError where it cannot be."""
+        """The family's export to diffusers. Raises UserError if this model cannot be exported."""
         folder, unfit = self.family.diffusers, self.unfit_formats().get("diffusers")
         if unfit is not None or folder is None or folder.export is None:
             raise UserError(f"the model cannot be exported to diffusers: {unfit}")
         return folder.export
 
     def cut(self, plan: PrunePlan, force: bool = False) -> LoadedModel:
-        """A new, trainable model with only the plan's blocks and channels; this one stays as it is.
+        """A new, trainable model with only the plan's blocks and channels.
 
-        Raises UserError where the plan was made for another model (unless `force`) or does not fit its depth or widths.
+        Raises UserError if the plan is for another model (unless `force`) or does not fit the depth or widths.
         """
         if self.facts.dynamic is not None:
             raise UserError("a model with routers cannot be cut: cut first, recover, and make the student dynamic")
@@ -264,22 +257,20 @@ class LoadedModel:
         parent: dict[str, Any] = {"hash": own, "depth": depths, "kept": self.facts.kept}
         student.arch = self.family.arch_with_depths(student.arch, student.stack.depths())
         if self.facts.seen_images is not None:
-            parent["seen_images"] = self.facts.seen_images  # it was trained from nothing
+            parent["seen_images"] = self.facts.seen_images  # it was trained from scratch
         if plan.kept_widths is not None:
             parent["arch"] = dataclasses.asdict(self.arch)
         if self.facts.plan and self.facts.plan.kept_widths:
-            parent["residual"] = self.facts.plan.kept_widths.get("residual")  # so that a grandchild finds its features
+            parent["residual"] = self.facts.plan.kept_widths.get("residual")  # for the features of a grandchild
         if self.facts.plan and self.facts.plan.pairing_groups:
-            parent["groups"] = (
-                self.facts.plan.pairing_groups
-            )  # a grandchild is paired with this model's parent through them
+            parent["groups"] = self.facts.plan.pairing_groups  # they pair a grandchild with this model's parent
         lineage = [*self.facts.lineage, parent]
         student.origin = {}
         student.facts = dataclasses.replace(self.facts, kept=kept, lineage=lineage, plan=plan, seen_images=None)
         return student
 
     def _narrowed(self, kept_widths: Mapping[str, Any]) -> LoadedModel:
-        """A copy with only these channels; ValueError where they do not fit."""
+        """A copy with only these channels; ValueError if they do not fit."""
         if self.family.widths is None:
             raise ValueError(f"widths of the family {self.family.name} cannot be cut")
         arch, tensors = sliced(self.family.widths, self.arch, self.module.state_dict(), kept_widths)
@@ -293,63 +284,45 @@ _HASHES: WeakKeyDictionary[nn.Module, tuple[_State, str, Any, Condition | None, 
 
 
 def _state_of(module: nn.Module) -> _State | None:
-    """What is another once a tensor of the module was replaced or changed in place; None where torch counts no changes.
+    """A key that differs after a tensor was replaced or changed in place; None if torch counts no changes (inference tensors).
 
     Fused optimisers change weights without counting, hence a few values of every tensor.
     """
+
+    def some_bytes(tensor: Tensor) -> bytes:
+        values = tensor.detach().reshape(-1)
+        some = values[:: max(1, len(values) // _PROBED_VALUES)].contiguous()
+        return bytes(some.cpu().view(torch.uint8).numpy().data)
+
     tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
     if any(tensor.is_inference() for tensor in tensors.values()):
         return None
-    return [(name, t.untyped_storage()._cdata, t._version, _some_bytes(t)) for name, t in tensors.items()]
+    return [(name, t.untyped_storage()._cdata, t._version, some_bytes(t)) for name, t in tensors.items()]
 
 
-def _some_bytes(tensor: Tensor) -> bytes:
-    values = tensor.detach().reshape(-1)
-    some = values[:: max(1, len(values) // _PROBED_VALUES)].contiguous()
-    return bytes(some.cpu().view(torch.uint8).numpy().data)
-
-
-@dataclass(frozen=True)
 class DynamicModel:
     """A view of a model with routers on it. Calling its module decides as at inference, at full cost."""
 
-    loaded: LoadedModel
-
-    @property
-    def module(self) -> nn.Module:
-        """The module itself."""
-        return self.loaded.module
-
-    @property
-    def stack(self) -> BlockStack:
-        """Its blocks."""
-        return self.loaded.stack
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded, self.module, self.stack = loaded, loaded.module, loaded.stack
+        self.rules: DynamicRules = loaded.family.dynamic_rules()
+        self.embedder = self.module.get_submodule(self.rules.embedder)  # of timesteps
 
     @cached_property
     def settings(self) -> DynamicSettings:
-        """What is decided."""
+        """The kinds of its routers. Raises ValueError if the facts are damaged."""
         return settings_in(self.loaded.facts.dynamic or {})
-
-    @property
-    def rules(self) -> DynamicRules:
-        """The family's."""
-        return self.loaded.family.dynamic_rules()
 
     @cached_property
     def sizes(self) -> BlockSizes:
-        """Of its blocks."""
+        """The sizes of its blocks."""
         return self.rules.sizes(self.loaded.arch)
 
     @cached_property
     def current(self) -> Current:
-        """What holds the executor that runs its blocks."""
+        """The holder of the executor that runs its blocks."""
         owners = (getattr(hook, "__self__", None) for hook in self.embedder._forward_hooks.values())
         return next(owner for owner in owners if isinstance(owner, Current))
-
-    @property
-    def embedder(self) -> nn.Module:
-        """What makes the timestep embedding."""
-        return self.module.get_submodule(self.rules.embedder)
 
     @contextmanager
     def using(self, executor: BlockExecutor) -> Iterator[None]:
@@ -376,7 +349,7 @@ class DynamicModel:
 
 
 def settings_in(record: Mapping[str, Any]) -> DynamicSettings:
-    """The settings of routers in what a model's facts say of them. Raises ValueError where they are none."""
+    """The settings of routers in a model's facts. Raises ValueError if they are invalid."""
     known = {field.name for field in dataclasses.fields(DynamicSettings)}
     return cast(
         DynamicSettings, build_known(DynamicSettings, {k: v for k, v in record.items() if k in known}, "dynamic")
@@ -384,14 +357,14 @@ def settings_in(record: Mapping[str, Any]) -> DynamicSettings:
 
 
 def make_trainable(module: nn.Module, family: ModelFamily) -> nn.Module:
-    """Gradients for every parameter that no formula gives."""
+    """Require gradients for all parameters but formula tensors."""
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in family.computed)
     return module
 
 
 def new_model(family_name: str | None, arch_values: Mapping[str, Any], seed: int) -> LoadedModel:
-    """A freshly initialised model that knows nothing of its images but their size. Raises UserError on sizes that do not fit."""
+    """A freshly initialised model, without facts but its image size. Raises UserError on sizes that do not fit."""
     if family_name is None:
         raise UserError(f"a new model needs a family: --set model.family=NAME, one of {', '.join(families())}")
     family = family_named(family_name)
@@ -401,7 +374,7 @@ def new_model(family_name: str | None, arch_values: Mapping[str, Any], seed: int
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     check_memory(num_bytes, "a new model of these sizes")
-    with torch.random.fork_rng(devices=[]):  # new layers fill themselves from the global generator: not ours to move
+    with torch.random.fork_rng(devices=[]):  # layers are initialised from the global generator, which must not change
         torch.manual_seed(seed)
         module = family.build(arch)
     if family.initialise is not None:

@@ -1,4 +1,4 @@
-"""Where a model is: by its path, the folder of a run or of diffusers, a shipped name, known weights, or a hub id."""
+"""Locate a model by its path, the folder of a run or of diffusers, a shipped name, known weights, or a hub id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinyfusion.models.hub import HUB_ID, fetch_repository
 from tinyfusion.models.statedicts import OTHER_KINDS
 
 _FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-RUN_MODELS = ("student", "recover/student", "model", "prune/student")  # where a run has its model, the best one first
+RUN_MODELS = ("student", "recover/student", "model", "prune/student")  # model folders of a run, the best first
 _LORA = ("adapter_config.json", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
 
@@ -27,12 +27,12 @@ def shipped_models() -> dict[str, Path]:
 
 
 def is_shipped(source: str | Path) -> bool:
-    """Whether a text is the name of a shipped model; it goes before a folder of that name, which is written `./NAME`."""
+    """Whether a text is the name of a shipped model, which has priority over a folder of that name (`./NAME`)."""
     return isinstance(source, str) and source in shipped_models()
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a file or folder. Raises UserError where that cannot be known, and on special files."""
+    """Whether there is a file or folder. Raises UserError if it cannot be read, and on special files."""
     try:
         path.stat()
     except OSError as error:
@@ -46,7 +46,7 @@ def exists(path: Path) -> bool:
 
 
 def by_name(name: str) -> tuple[Path, dict[str, str]]:
-    """Where a model is that is no path, and what is known of it: shipped, known weights (fetched) or a hub id (fetched)."""
+    """Path and known facts of a shipped model, known weights or a hub id; the latter two are fetched."""
     shipped = shipped_models()
     if name in shipped:
         if Path(name).exists():
@@ -72,13 +72,13 @@ def by_name(name: str) -> tuple[Path, dict[str, str]]:
 
 
 def _fetched_as(file_name: str, known: dict[str, KnownWeights]) -> str:
-    """A hint at the known weights that are published as a file of this name."""
+    """A hint at known weights that are published under this file name."""
     names = [name for name, entry in known.items() if entry.file_name.lower() == file_name.lower()]
     return f"; {names[0]} fetches the published file of that name" if len(names) == 1 else ""
 
 
 def model_folder(path: Path, weights: str) -> Path:
-    """The folder with the model in it: itself, that of a run, or the transformer of a folder of diffusers."""
+    """The model folder: `path` itself, that of a run, or the transformer of a folder of diffusers."""
     if (path / "model.json").exists():
         return path
     for name in RUN_MODELS:
@@ -105,7 +105,7 @@ def model_folder(path: Path, weights: str) -> Path:
 
 
 def _what_is_there(path: Path) -> str:
-    """A hint at what a folder holds that is no model."""
+    """A hint at the content of a folder without a model."""
     if (path / "student" / "config.json").is_file():
         return "; its student is a transformer of diffusers, which prune, export and inspect take"
     if (path / "run.json").is_file():

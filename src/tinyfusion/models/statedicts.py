@@ -1,7 +1,7 @@
-"""The state dict of a network inside the content of a file: nested, wrapped and prefixed as training code leaves it.
+"""Find the state dict of a network in the content of a file: nested, wrapped and prefixed as training code saves it.
 
-Every mapping of tensors in the content is looked at, at any depth. A network is known by its mark, the name of one of its
-tensors; what stands before the mark is the prefix of the whole network. So no layout of checkpoints is known by name.
+Every mapping of tensors in the content is searched, at any depth. A network is recognised by its mark, the name of one of its
+tensors; the text before the mark is the prefix of the whole network. So no layout of checkpoints is hard-coded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.tensors import check_shared, flat_tensors
 
-_DEPTH = 8  # of mappings in mappings that are looked into
-_MAPPINGS = 100_000  # that are looked at, as an optimiser has one per parameter
-# parts of names that compilers and wrappers for several processes put in, anywhere in a name
+_DEPTH = 8  # of nested mappings that are searched
+_MAPPINGS = 100_000  # that are searched; an optimiser has one per parameter
+# names that compilers and distributed wrappers insert anywhere in a name
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)\."
 )
 _AVERAGED = re.compile(r"ema|shadow|averag", re.IGNORECASE)
-# what files are that are no models of ours, and what to do
+# kinds of files that are not supported models, and advice
 OTHER_KINDS = {
     "lora": "is a LoRA, which changes a model and is none: merge it into its model first, as `merge_and_unload` of peft and "
     "`fuse_lora` of diffusers do, and give the merged model",
@@ -39,7 +39,7 @@ OTHER_KINDS = {
     "unet": "is a U-Net, and models here are transformers: it cannot be opened",
     "autoencoder": "is an autoencoder: give it as --vae, and here the model of its latents",
 }
-# by which names of tensors they are known; the first that fits
+# the tensor names by which they are recognised; the first match counts
 _KNOWN_BY = {
     "lora": r"lora_(A|B|down|up|embedding_[AB])\b|\.lora\.(down|up)\.|_lora\.(down|up)\.",
     "lightningdit": r"\.mlp\.w12\.|(^|\.)feat_rope\.",
@@ -54,9 +54,9 @@ _KNOWN_BY = {
 
 @dataclass(frozen=True)
 class StateDict:
-    """The tensors of a network by its own names; keys: of the mappings around it; prefix: what its names began with.
+    """The tensors of a network by its own names; keys: of the mappings around it; prefix: removed from its names.
 
-    others: tensors of the same mapping outside of the prefix. odd: a key within that holds no tensor.
+    others: tensors of the same mapping outside of the prefix. odd: a key inside without a tensor.
     """
 
     tensors: dict[str, Tensor]
@@ -67,12 +67,12 @@ class StateDict:
 
     @property
     def label(self) -> str:
-        """Its place in the file, for messages."""
+        """Its position in the file, for messages."""
         return " / ".join([*self.keys, *([f"{self.prefix}*"] if self.prefix else [])]) or "the file itself"
 
     @property
     def averaged(self) -> bool:
-        """Whether its place says that these are averages of weights."""
+        """Whether its position names averages of weights."""
         return any(_AVERAGED.search(part) for part in (*self.keys, self.prefix))
 
 
@@ -81,9 +81,9 @@ def find_state_dict(
 ) -> StateDict:
     """The state dict of a network with one of `marks` in the content of a file; the choice is reported on stderr.
 
-    weights: "ema" or "raw", where both fit. untrained: names that a list of averages may leave out. Without a mark
-    the only mapping of tensors is given, for whoever says what is missing. Raises UserError where there is none, and on
-    files that are known to be something else.
+    weights: "ema" or "raw", if there are both. untrained: names that a list of averages may lack. Without a mark the largest
+    mapping of tensors is returned, so that the caller reports what is missing. Raises UserError if there is none, and on files
+    that are recognised as something else.
     """
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
@@ -102,7 +102,7 @@ def find_state_dict(
 
 
 def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """Every mapping in the content with its keys, outer ones first, each once."""
+    """Every mapping in the content with its keys, breadth first, each once."""
     seen = {id(content)}
     queue: deque[tuple[tuple[str, ...], Mapping[Any, Any]]] = deque([((), content)])
     while queue and len(seen) < _MAPPINGS:
@@ -139,7 +139,7 @@ def _named(
 def _listed(
     keys: tuple[str, ...], mapping: Mapping[Any, Any], named: Sequence[StateDict], untrained: Collection[str]
 ) -> Iterator[StateDict]:
-    """Tensors in lists, as some averages are stored, named after a state dict whose parameters they match in order and shape."""
+    """Averages in lists of tensors, named after a state dict whose parameters they match in order and shape."""
     for key, listed in mapping.items():
         if not isinstance(listed, list | tuple) or not listed or not all(isinstance(value, Tensor) for value in listed):
             continue
@@ -162,7 +162,7 @@ def _unmarked(
 
 
 def described_other(names: Iterable[str], suffix: str = ".safetensors") -> str | None:
-    """What a file with tensors of these names is and what to do, where it is known to be no model of ours; else None."""
+    """Kind and advice for a file with tensors of these names, if it is recognised as not supported; else None."""
     listed = list(names)
     for kind, pattern in _KNOWN_BY.items():
         if any(re.search(pattern, name) for name in listed):
@@ -177,7 +177,7 @@ def _say(
     weights: str,
     path: Path,
 ) -> None:
-    """Report on stderr which weights were taken where several fit, and what was left out."""
+    """Report on stderr which of several state dicts was taken, and the tensors that were not."""
     other = next((state for state in ordered if state.averaged is not chosen.averaged), None)
     same = [state.label for state in ordered[1:] if state.averaged is chosen.averaged]
     if other is not None:

@@ -1,4 +1,4 @@
-"""Tensors from files: safetensors and torch files, whole or in shards, strictly and without running code from them."""
+"""Read tensors from safetensors and torch files, whole or sharded, strictly and without running code from them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from tinyfusion.families.tensor_checks import check_sizes, in_float32
 from tinyfusion.models.loaded import make_trainable
 
 _NO_MODEL = "is not a model file, or it is truncated: wanted a torch file or .safetensors with a state dict"
-# what torch's restricted reader calls and what fills memory without a tensor: zeros by their number, and codecs that lengthen
+# calls that torch's restricted reader makes and that fill memory without a tensor: zeros by number, and expanding codecs
 _FILLS = re.compile(rb"c(?:builtins|__builtin__)\nbytearray\n")
 _ENCODES = re.compile(rb"c_codecs\nencode\n")
 _LENGTHENING = re.compile(rb"hex|base64|base_64|quopri|quoted|uu|zip|zlib|bz2")
-# tensors may share memory in a file, as tied weights do: all of them together take at most this much more than the file
+# tensors may share memory in a file, as tied weights do: all of them together are at most this much larger than the file
 _SHARED_FACTOR, _SHARED_BYTES = 4, 2**26
 
 
@@ -65,7 +65,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_pickle(path: Path) -> Any:
     """A torch file, without running code from it: only tensors, plain containers and argparse.Namespace.
 
-    Tensors of a zip are views of the mapped file, so that reading takes no memory of its own.
+    Tensors of a zip are views of the mapped file, so reading needs no extra memory.
     """
     _check_openable(path)
     try:
@@ -74,7 +74,7 @@ def read_pickle(path: Path) -> Any:
             check_stored(path)
         _check_pickle(path, mapped)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of pickle protocols; what cannot be read is an error below
+            warnings.simplefilter("ignore")  # torch warns about pickle protocols; unreadable files are errors below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own advice is to run the code; ours is not
@@ -103,7 +103,7 @@ def _check_openable(path: Path) -> None:
 
 
 def _check_pickle(path: Path, zipped: bool) -> None:
-    """Raise UnpicklingError where the pickle of a torch file would fill memory without tensors."""
+    """Raise UnpicklingError if the pickle of a torch file would fill memory without tensors."""
     with open(path, "rb") as file:
         if not path.stat().st_size:
             return
@@ -119,14 +119,14 @@ def _check_pickle(path: Path, zipped: bool) -> None:
 
 
 def _filling(content: Any) -> str | None:
-    """The name of what a pickle calls to fill memory."""
+    """The name of a call in a pickle that fills memory."""
     if _FILLS.search(content):
         return "bytearray"
     return "encode" if _ENCODES.search(content) and _LENGTHENING.search(content) else None
 
 
 def check_shared(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise UserError where tensors claim far more values than their file has bytes for."""
+    """Raise UserError if tensors claim far more bytes than their file has."""
     claimed, stored = sum(t.numel() * t.element_size() for t in tensors.values()), path.stat().st_size
     if claimed > _SHARED_FACTOR * stored + _SHARED_BYTES:
         raise UserError(
@@ -135,7 +135,7 @@ def check_shared(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def flat_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that holds a flat state dict and nothing else."""
+    """The tensors of a file with a flat state dict and nothing else."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     odd = next((str(name) for name, value in content.items() if not isinstance(value, Tensor)), None)
@@ -147,9 +147,9 @@ def flat_tensors(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def read_folder_weights(folder: Path, stem: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a folder of diffusers or transformers, and the name of the file that they are in.
+    """The tensors of a folder of diffusers or transformers, and the name of their file or index.
 
-    stem: of the file's name. Safetensors come first. Raises UserError where there are no weights, or not all.
+    stem: of the file's name. Safetensors have priority. Raises UserError on missing weights.
     """
     for name, read in ((f"{stem}.safetensors", read_safetensors), (f"{stem}.bin", read_pickle)):
         if (folder / f"{name}.index.json").is_file():
@@ -165,7 +165,7 @@ def read_folder_weights(folder: Path, stem: str) -> tuple[dict[str, Tensor], str
 def read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
     """The tensors of all files that an index names (`{"weight_map": {tensor: file}}`), each read with `read`.
 
-    Raises UserError where a file is missing or does not hold what the index says.
+    Raises UserError if a file is missing or differs from the index.
     """
     files = read_json_object(index).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
@@ -190,7 +190,7 @@ def read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
 def filled(
     family: ModelFamily, arch: Any, tensors: Mapping[str, Tensor], path: Path, routers: DynamicSettings | None = None
 ) -> tuple[nn.Module, Condition | None]:
-    """A module with exactly these values, float32 and in memory of its own, in eval mode, and the texts among them.
+    """A module with exactly these values, float32, in its own memory and in eval mode, and the texts among them.
 
     Raises UserError, naming the first few faults.
     """

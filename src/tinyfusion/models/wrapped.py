@@ -1,4 +1,4 @@
-"""A module of your own as a `LoadedModel`: everything that reads blocks, plans and taps works on it as on a family's models."""
+"""A module of your own as a `LoadedModel`: criteria, masks, plans and distillation work on it as on a family's models."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tinyfusion.models.loaded import LoadedModel, ModelFacts
 
 
 def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]) -> LoadedModel:
-    """A `LoadedModel` around `module`, which stays the same object and is not copied.
+    """A `LoadedModel` around `module`, which is not copied.
 
-    blocks: paths of its `nn.ModuleList`s of blocks in the order in which they run, such as ["layers"]; with a declaration where
-    blocks differ from one stream in, the same out: {"layers": Streams(("hidden",), axes={"rope": None})}. Parameters that
-    do not require gradients stay frozen in masks learned and students recovered, unless none requires any (a frozen teacher).
-    The result has no file format and no sampler: it is pruned, recovered and used from Python, and `module` is saved as ever.
-    Raises UserError where a path names no list of blocks.
+    blocks: paths of its `nn.ModuleList`s of blocks in the order in which they run, such as ["layers"]; with a declaration if
+    blocks are not one stream in, the same out: {"layers": Streams(("hidden",), axes={"rope": None})}. Parameters that do not
+    require gradients stay frozen in mask learning and recovery, unless none requires any (a frozen teacher). The result has no
+    file format and no sampler: it is pruned, recovered and used from Python, and you save `module`.
+    Raises UserError if a path names no list of blocks.
     """
     listed = dict(blocks) if isinstance(blocks, Mapping) else {name: Streams() for name in blocks}
     if not listed:
@@ -66,7 +66,7 @@ def _lists_of(module: nn.Module) -> str:
 
 
 def _no_formula(_arch: Any) -> Tensor:
-    """Frozen tensors are not computed: they count in the hash."""
+    """Frozen tensors have no formula, so they are part of the hash."""
     return torch.empty(0)
 
 
