@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion.blocks.plan import PrunePlan, first_blocks
+from tinyfusion.blocks.scheme import BlockGroup, check_range
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
@@ -26,7 +27,6 @@ from tinyfusion.families.registry import families
 from tinyfusion.models.hub import HUB_ID
 from tinyfusion.models.places import by_name, exists
 from tinyfusion.prune.rules import RULES
-from tinyfusion.prune.scheme import BlockGroup, check_range
 
 _ALL = "all"  # in a budget: the lists of the trunk together
 

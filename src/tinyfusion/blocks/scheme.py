@@ -1,0 +1,157 @@
+"""N:M schemes: which blocks may be kept together.
+
+"2:4" keeps 2 of every 4 consecutive blocks; "2:4x3+3:4x4" lists the groups. Groups never cross from one list of blocks
+into the next. L is the depth of a list. Protected blocks stay, and count as kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tinyfusion.blocks.plan import first_blocks
+from tinyfusion.core.errors import UserError
+
+MAX_CANDIDATES = 1_000_000
+
+
+@dataclass(frozen=True)
+class BlockGroup:
+    """`size` (M) consecutive blocks from `start`, of which `keep` (N) stay; the `protected` (P) are among those.
+
+    Blocks are named by their index, within one list or through all of them: as `start` counts.
+    """
+
+    start: int
+    size: int
+    keep: int
+    protected: tuple[int, ...] = ()
+
+    @property
+    def blocks(self) -> range:
+        """Every block of the group."""
+        return range(self.start, self.start + self.size)
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Blocks that may stay or go, ascending."""
+        return tuple(i for i in self.blocks if i not in self.protected)
+
+    @property
+    def keep_free(self) -> int:
+        """How many of the free blocks stay."""
+        return self.keep - len(self.protected)
+
+    @property
+    def num_candidates(self) -> int:
+        """binom(M - P, N - P); binom(M, N) where nothing is protected."""
+        return math.comb(len(self.free), self.keep_free)
+
+    def candidates(self) -> list[tuple[int, ...]]:
+        """Every choice of kept blocks, in lexicographic order (2:4 from 0: 01, 02, 03, 12, 13, 23)."""
+        return sorted(self.with_protected(free) for free in itertools.combinations(self.free, self.keep_free))
+
+    def with_protected(self, free: Iterable[int]) -> tuple[int, ...]:
+        """The kept blocks where `free` ones stay beside the protected, ascending."""
+        return tuple(sorted((*self.protected, *free)))
+
+
+def consecutive_groups(pairs: Iterable[Sequence[int]]) -> list[BlockGroup]:
+    """Groups that follow one another, from [(N kept, M size), ...]."""
+    groups: list[BlockGroup] = []
+    for keep, size in pairs:
+        groups.append(BlockGroup(groups[-1].blocks.stop if groups else 0, size, keep))
+    return groups
+
+
+_PART = re.compile(r"(\d+):(\d+)(?:x(\d+))?")
+
+
+def scheme_pairs(scheme: str) -> list[tuple[int, int]]:
+    """(N kept, M size) of every group that a scheme spells out. Raises UserError on bad spelling and on N not in 1..M."""
+    pairs: list[tuple[int, int]] = []
+    for part in scheme.replace(" ", "").split("+"):
+        match = _PART.fullmatch(part)
+        if not match:
+            raise UserError(f"scheme {scheme!r} is not N:M, N:MxCOUNT or a sum of them, such as 1:2 or 2:4x3+3:4x4")
+        keep, size = int(match[1]), int(match[2])
+        if not 1 <= keep <= size:
+            raise UserError(
+                f"scheme {scheme!r}: {keep}:{size} must keep at least 1 and at most {size} of {size} blocks"
+            )
+        pairs += [(keep, size)] * int(match[3] or 1)
+    return pairs
+
+
+def parse_scheme(
+    scheme: str, depths: Mapping[str, int], distribution: str = "categorical", protect: Sequence[int] = ()
+) -> dict[str, list[BlockGroup]]:
+    """The groups of every list of blocks.
+
+    A single N:M fills each list; an explicit sum must fill the only list exactly. protect: blocks that stay, counted
+    through the lists in order. Raises UserError on bad spelling, on N not in 1..M, where the groups do not fill the depth
+    (saying which scheme would), where a group cannot keep all its protected blocks, and where a categorical would have
+    too many candidates.
+    """
+    pairs = scheme_pairs(scheme)
+    uniform = len(pairs) == 1 and "x" not in scheme
+    groups: dict[str, list[BlockGroup]] = {}
+    for name, depth in depths.items():
+        used = pairs * (depth // pairs[0][1]) if uniform else pairs
+        if sum(size for _, size in used) != depth:
+            raise UserError(_misfit(scheme, pairs, depth, uniform))
+        groups[name] = consecutive_groups(used)
+    groups = _protected(scheme, groups, depths, protect)
+    biggest = max(group.num_candidates for listed in groups.values() for group in listed)
+    if distribution == "categorical" and biggest > MAX_CANDIDATES:
+        raise UserError(
+            f"scheme {scheme!r} has a group with {biggest:,} candidates, too many to enumerate: set prune.distribution "
+            "to subset, which learns one number per block, or use smaller groups"
+        )
+    return groups
+
+
+def _protected(
+    scheme: str, groups: dict[str, list[BlockGroup]], depths: Mapping[str, int], protect: Sequence[int]
+) -> dict[str, list[BlockGroup]]:
+    """The same groups with the blocks `protect` fixed."""
+    check_range("--protect", sorted(set(protect)), depths)
+    fixed: dict[str, list[BlockGroup]] = {}
+    for name, first in first_blocks(depths).items():
+        fixed[name] = []
+        for group in groups[name]:
+            inside = sorted({i for i in protect if i - first in group.blocks})
+            if len(inside) > group.keep:
+                raise UserError(
+                    f"scheme {scheme!r} keeps {group.keep} of blocks {first + group.start} to {first + group.blocks[-1]}, "
+                    f"--protect wants {', '.join(map(str, inside))}: protect fewer of them, or use a scheme that keeps more there"
+                )
+            fixed[name].append(dataclasses.replace(group, protected=tuple(i - first for i in inside)))
+    return fixed
+
+
+def check_range(option: str, blocks: Sequence[int], depths: Mapping[str, int]) -> None:
+    """Raise UserError where one of the `blocks` that `option` names, counted through the lists, does not exist."""
+    total = sum(depths.values())
+    outside = [i for i in blocks if not 0 <= i < total]
+    if outside:
+        raise UserError(f"{option} {outside} out of range: the model has blocks 0 to {total - 1}")
+
+
+def _misfit(scheme: str, pairs: list[tuple[int, int]], depth: int, uniform: bool) -> str:
+    if not uniform:
+        return f"scheme {scheme!r} covers {sum(size for _, size in pairs)} blocks; the model has {depth}"
+    keep, size = pairs[0]
+    sizes = [m for m in range(2, depth + 1) if depth % m == 0]
+    shares = [(max(1, round(keep / size * m)), m) for m in sizes]
+    fits = [f"{n}:{m}" for n, m in shares if math.comb(m, n) <= MAX_CANDIDATES][:3]
+    whole, rest = divmod(depth, size)
+    if whole and rest:
+        fits.append(f"{keep}:{size}x{whole}+{max(1, round(rest * keep / size))}:{rest}")
+    if not fits:
+        fits.append(f"1:2x{depth // 2}+1:1" if depth > 1 else "1:1")
+    return f"scheme {scheme} needs a depth divisible by {size}; the model has {depth} blocks (try {' or '.join(fits)})"
