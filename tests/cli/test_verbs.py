@@ -183,7 +183,7 @@ def test_a_start_says_in_one_line_what_memory_it_needs(cli: Cli, work: Path) -> 
     lines = done(cli, RECOVER).err.splitlines()
     needs = [line for line in lines if "GiB" in line]
     assert len(needs) == 1 and re.fullmatch(
-        r"recover: needs about 0\.00\d+ of [\d.,]+ GiB of memory \(its parts: --dry-run\)", needs[0]
+        r"recover: needs about 0\.00\d+ of [\d.,]+ GiB of memory \(details: --dry-run\)", needs[0]
     )
     log = Path("recovered/log.txt").read_text(encoding="utf-8")
     assert needs[0] in log and table not in log

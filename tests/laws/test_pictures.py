@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_report import Page, make_run, write, write_lines
 
+from tinyfusion.blocks.scheme import consecutive_groups
 from tinyfusion.commands.report import render_run, report
 from tinyfusion.commands.run import run
 from tinyfusion.config.loading import load_recipe
