@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from shared import random_model
+from tinyfusion.blocks.scheme import BlockGroup
 from tinyfusion.config.recipe import DataSection, Recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
@@ -38,7 +39,6 @@ from tinyfusion.prune.mask_search import (
     separate_evaluations,
     shared_evaluations,
 )
-from tinyfusion.prune.scheme import BlockGroup
 
 _CHECKED = 20  # masks whose losses are compared
 _SAMPLED = 30  # masks of a piece that the plain side runs

@@ -24,6 +24,7 @@ from torch import Tensor
 from digits_teacher import calibration_loss
 from shared import table
 from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.scheme import parse_scheme
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.config.recipe import TrainingSection
@@ -37,7 +38,6 @@ from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.gates import CategoricalGates, GateDistribution
 from tinyfusion.prune.learn import mask_learner
-from tinyfusion.prune.scheme import parse_scheme
 from tinyfusion.prune.subset import SubsetGates
 from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable

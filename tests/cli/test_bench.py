@@ -75,7 +75,7 @@ def test_a_dry_run_measures_nothing(cli: Cli, work: Path) -> None:
         ("bench teacher --repeats 0", "at least 1"),
         ("bench teacher --dtype int4", "--dtype is one of"),
         ("bench teacher --guidance 0.3", "guidance must be at least 1"),
-        ("bench teacher --set bench.product_size=8", "product_size is at least 64"),
+        ("bench teacher --set bench.product_size=8", "bench.product_size must be at least 64"),
     ],
 )
 def test_bad_input(cli: Cli, work: Path, arguments: str, wanted: str) -> None:

@@ -441,7 +441,7 @@ def test_replay_says_what_it_cannot_do(cli: Cli, work: Path) -> None:
     failed(cli(*shlex.split(f"replay run --step {STEPS}")), f"run has steps 0 to {STEPS - 1}; got --step {STEPS}")
     shutil.rmtree("teacher")
     save_model(tiny(8), Path("teacher"))
-    failed(cli(*shlex.split("replay run --step 3")), "the teacher of run was", "put the former back")
+    failed(cli(*shlex.split("replay run --step 3")), "the teacher of run was", "restore the former")
     record = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
     for part, value, message in (
         ("job", None, "job is a section"), ("job", {}, "job.recipe is missing"), ("recipe", None, "holds no training"),

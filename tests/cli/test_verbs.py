@@ -183,7 +183,7 @@ def test_a_start_says_in_one_line_what_memory_it_needs(cli: Cli, work: Path) -> 
     lines = done(cli, RECOVER).err.splitlines()
     needs = [line for line in lines if "GiB" in line]
     assert len(needs) == 1 and re.fullmatch(
-        r"recover: needs about 0\.00\d+ of [\d.,]+ GiB of memory \(its parts: --dry-run\)", needs[0]
+        r"recover: needs about 0\.00\d+ of [\d.,]+ GiB of memory \(details: --dry-run\)", needs[0]
     )
     log = Path("recovered/log.txt").read_text(encoding="utf-8")
     assert needs[0] in log and table not in log
@@ -326,7 +326,10 @@ def test_evaluate(cli: Cli, work: Path) -> None:
             "500 reference images: biased upward, compare only at equal counts",
         ),
         ({"reference": {"name": "real", "count": 500}, "protocol": "real 500 with stored moments"}, ""),
-        ({"features": {"name": "dinov2"}}, "features of dinov2: no FID of Inception features compares"),
+        (
+            {"features": {"name": "digits-classifier"}},
+            "features of digits-classifier: no FID of Inception features compares",
+        ),
     ],
 )
 def test_what_limits_an_fid_stands_beside_it(changes: dict[str, Any], remark: str) -> None:
@@ -338,6 +341,8 @@ def test_what_limits_an_fid_stands_beside_it(changes: dict[str, Any], remark: st
     assert lines[0] == f"{'FID':20}12.3" + (f"   ({remark})" if remark else "")
     assert lines[1] == f"{'sFID':20}–", "what was not measured has no number"
     assert score_lines({}, "s.npz")[0].startswith("FID"), "a record that lost its numbers is no traceback"
+    dino = score_lines(record | {"features": {"name": "dinov2"}, "protocol": "dinov2 0a1b | p"}, "s.npz")
+    assert dino[0].startswith("FD-DINOv2 "), "the distance is named by its features, as on the page"
 
 
 def test_a_damaged_record_of_scores_is_named(cli: Cli, work: Path) -> None:

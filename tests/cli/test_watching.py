@@ -35,7 +35,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.jobs.previews import Previews, cheap_sampling, check_previews, grid_sampling
 from tinyfusion.models.checkpoint import open_model
-from tinyfusion.report.progress import seconds_per_step
+from tinyfusion.report.page import seconds_per_step
 
 CHEAP = "--set sample.sampler=ddim --set sample.num_steps=2"
 LOOKS = (

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
+from tinyfusion.blocks.scheme import BlockGroup
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.conditioning.condition import concat
 from tinyfusion.config.recipe import PruneSection
@@ -28,7 +29,6 @@ from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA, decide, searched
 from tinyfusion.prune.mask_search import Mask, all_masks, bits, shared_evaluations
 from tinyfusion.prune.rules import bk_sdm_positions, evenly_spaced
-from tinyfusion.prune.scheme import BlockGroup
 
 ModelFactory = Callable[..., LoadedModel]
 DEPTHS = [7, 14, 19, 28]

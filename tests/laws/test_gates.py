@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tinyfusion.blocks.scheme import BlockGroup, consecutive_groups, parse_scheme
 from tinyfusion.blocks.stack import BlockStack, frozen
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection, TrainingSection
@@ -26,7 +27,6 @@ from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.gates import CategoricalGates, mode, probabilities
 from tinyfusion.prune.learn import mask_learner
-from tinyfusion.prune.scheme import BlockGroup, consecutive_groups, parse_scheme
 from tinyfusion.training.lora import add_lora, cast_frozen_linears
 from tinyfusion.training.optim import linear
 

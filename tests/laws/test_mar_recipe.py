@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from tinyfusion.blocks.plan import plan_from_json
+from tinyfusion.blocks.scheme import parse_scheme
 from tinyfusion.cli import main
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
 from tinyfusion.config.loading import flatten, load_recipe, to_plain
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.models.checkpoint import new_model, open_model, save_model
-from tinyfusion.prune.scheme import parse_scheme
 from tinyfusion.recover.align import block_pairs
 
 PUBLISHED = {

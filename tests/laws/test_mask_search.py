@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.scheme import BlockGroup
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Draws, Randomness
@@ -36,7 +37,6 @@ from tinyfusion.prune.mask_search import (
     separate_evaluations,
     shared_evaluations,
 )
-from tinyfusion.prune.scheme import BlockGroup
 
 ModelFactory = Callable[..., LoadedModel]
 masks_of = st.sets(st.sets(st.integers(0, 5), min_size=1).map(lambda s: tuple(sorted(s))), min_size=1, max_size=8)

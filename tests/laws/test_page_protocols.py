@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from test_report import PROTOCOL, Page, make_prune, make_recover, make_run, write, write_lines
 
-from tinyfusion.commands.report import read_run, render_run, report
+from tinyfusion.commands.report import render_run, report
 from tinyfusion.core.rundir import stamp
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.report import charts, tables
 from tinyfusion.report.diagnostic_charts import diagnostic_charts
-from tinyfusion.report.load import join_runs
-from tinyfusion.report.progress import progress_of
+from tinyfusion.report.load import join_runs, read_run
+from tinyfusion.report.page import progress_of
 from tinyfusion.report.tables import Table
 
 OTHER = PROTOCOL.replace("seed 0", "seed 1")

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_report import Page, make_run, write, write_lines
 
-from tinyfusion.commands.report import read_run, render_run, report
+from tinyfusion.blocks.scheme import consecutive_groups
+from tinyfusion.commands.report import render_run, report
 from tinyfusion.commands.run import run
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.config.recipe import TrainingSection
@@ -36,8 +37,16 @@ from tinyfusion.models.checkpoint import LoadedModel, save_model
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.report import diagnostic_charts
 from tinyfusion.report.charts import decision_table
-from tinyfusion.report.decisions import above_chance, decision_strengths, final_probabilities, spans
+from tinyfusion.report.decisions import (
+    above_chance,
+    block_chance,
+    choice_chance,
+    decision_strengths,
+    final_probabilities,
+    with_protected,
+)
 from tinyfusion.report.diagnostic_charts import Mark, calibration, label_rows
+from tinyfusion.report.load import read_run
 from tinyfusion.report.tables import Cell, expected_table
 
 DIGITS = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=4, num_heads=2, num_classes=10)
@@ -53,18 +62,18 @@ groups_strategy = st.lists(
 @given(groups_strategy)
 def test_chance_is_no_colour_and_certainty_full(sizes: list[tuple[int, int]]) -> None:
     """At chance nothing is drawn, whatever the group; certain blocks have the full colour, on their side."""
-    groups = spans(sizes)
+    groups = consecutive_groups(sizes)
     depth = sum(size for _, size in sizes)
-    chance = [span.block_chance for span in groups for _ in range(span.size)]
+    chance = [block_chance(group) for group in groups for _ in group.blocks]
     assert sum(chance) == pytest.approx(sum(keep for keep, _ in sizes))
     free = [base < 1 for base in chance]
     lines = [{"marginals": {"b": values}} for values in (chance, [1.0] * depth, [0.0] * depth)]
     strengths = decision_strengths(lines, groups, "b")
     assert all(strength == 0 for strength, is_free in zip(strengths[:, 0], free, strict=True) if is_free)
     assert (strengths[:, 1] == 1).all() and (strengths[:, 2] == -1).all()
-    line = {"kept": {"b": [g.start for g in groups]}, "confidence": {"b": [g.choice_chance for g in groups]}}
+    line = {"kept": {"b": [g.start for g in groups]}, "confidence": {"b": [choice_chance(g) for g in groups]}}
     strengths = decision_strengths([line], groups, "b")[:, 0]
-    assert [strengths[g.start] for g in groups] == [1.0 if g.choice_chance == 1 else 0.0 for g in groups]
+    assert [strengths[g.start] for g in groups] == [1.0 if choice_chance(g) == 1 else 0.0 for g in groups]
     assert np.isnan(strengths).sum() == depth - len(groups)
 
 
@@ -74,9 +83,10 @@ def test_opacity_never_leaves_its_range(value: float, chance: float) -> None:
 
 
 def test_chance_levels_of_the_published_schemes_and_of_protected_blocks() -> None:
-    half, two, subset, fixed = spans([[1, 2], [2, 4], [14, 28], [2, 4]], protected=[34, 99])
-    assert (half.choice_chance, two.choice_chance, subset.block_chance) == (0.5, pytest.approx(1 / 6), 0.5)
-    assert (fixed.choice_chance, fixed.block_chance) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    groups = with_protected(consecutive_groups([[1, 2], [2, 4], [14, 28], [2, 4]]), {34, 99})
+    half, two, subset, fixed = groups
+    assert (choice_chance(half), choice_chance(two), block_chance(subset)) == (0.5, pytest.approx(1 / 6), 0.5)
+    assert (choice_chance(fixed), block_chance(fixed)) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
 
 
 def subset_run(path: Path, sizes: list[list[int]], scheme: str, running: bool = False) -> Path:

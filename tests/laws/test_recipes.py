@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
+from tinyfusion.blocks.scheme import parse_scheme
 from tinyfusion.cli import main
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
@@ -21,7 +22,6 @@ from tinyfusion.families.dit.model import DiT, DiTArch
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.models.macs import count_macs
-from tinyfusion.prune.scheme import parse_scheme
 from tinyfusion.recover.align import block_pairs
 
 # name: scheme, teacher, depth of the teacher and of the student

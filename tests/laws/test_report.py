@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from families import tiny
-from tinyfusion.commands.report import read_run, render_run, report
+from tinyfusion.blocks.scheme import consecutive_groups
+from tinyfusion.commands.report import render_run, report
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import stamp
 from tinyfusion.jobs.assemble import RunOptions
@@ -25,9 +26,10 @@ from tinyfusion.models.checkpoint import save_model
 from tinyfusion.report import tables
 from tinyfusion.report.canvas import NARROW_PX, Shape, svg
 from tinyfusion.report.charts import curves
-from tinyfusion.report.decisions import block_lists, decision_strengths, spans
+from tinyfusion.report.decisions import block_lists, decision_strengths
 from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.images import EDGE_RGBA, sample_sheets, tiled
+from tinyfusion.report.load import read_run
 from tinyfusion.report.page import embedded_record
 
 KEPT = [1, 2, 5, 6]
@@ -379,7 +381,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
 def test_opacity_is_confidence_above_chance() -> None:
     sizes = [[1, 2], [2, 4], [1, 1]]
     record = {"step": 3, "kept": {"blocks": [1, 2, 5, 6]}, "confidence": {"blocks": [0.4, 1 / 6 + 5 / 12, 1.0]}}
-    strengths = decision_strengths([record], spans(sizes), "blocks")[:, 0]
+    strengths = decision_strengths([record], consecutive_groups(sizes), "blocks")[:, 0]
     assert np.flatnonzero(~np.isnan(strengths)).tolist() == [1, 2, 5, 6]
     assert strengths[[1, 2, 5, 6]] == pytest.approx([0.0, 0.5, 0.5, 1.0])
 

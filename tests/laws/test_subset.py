@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tinyfusion.blocks.scheme import BlockGroup, consecutive_groups, parse_scheme
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.errors import UserError
@@ -25,7 +26,6 @@ from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.gates import CategoricalGates
 from tinyfusion.prune.learn import in_pairs, mask_learner, plan_of
-from tinyfusion.prune.scheme import BlockGroup, consecutive_groups, parse_scheme
 from tinyfusion.prune.subset import SubsetGates, draw_subsets, inclusion_table, marginals, relaxed_top_k
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
 from tinyfusion.training.loop import train_steps

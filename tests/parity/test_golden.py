@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tinyfusion.blocks.scheme import consecutive_groups
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.evaluate.features import Features
 from tinyfusion.evaluate.inception import InceptionFeatures, inception_from_state
@@ -34,7 +35,6 @@ from tinyfusion.processes.base import Batch, NoisyBatch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective, Schedule, sample_ancestral, sample_ddim
 from tinyfusion.prune.gates import CategoricalGates
 from tinyfusion.prune.learn import GatedObjective
-from tinyfusion.prune.scheme import consecutive_groups
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.sample.drive import guided
 

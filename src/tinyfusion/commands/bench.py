@@ -1,4 +1,4 @@
-"""`bench`: how fast a model denoises here, and how fast this machine multiplies. Two models are measured in turns."""
+"""`bench`: measure denoising steps of one model, or of two interleaved, and a matrix product for comparison."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tinyfusion.blocks.packed import held_bytes
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.compiler import check_compiler, compiling
-from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import machine
 from tinyfusion.evaluate.timing import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import device_for
@@ -34,7 +32,7 @@ _LARGE_PRODUCT = 8192
 
 @dataclass(frozen=True)
 class BenchModels:
-    """Models as named, and what an official file does not say."""
+    """Models as named, and sizes that official files lack."""
 
     model: str
     vs: str | None = None
@@ -46,34 +44,32 @@ class BenchModels:
 def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str, Any]:
     """Print and return steps per second, latency, memory, multiply-accumulates and achieved arithmetic of each model.
 
-    Weights may be any; the images that come out are thrown away. Raises UserError on settings that cannot be.
+    Raises UserError on settings that do not fit a model.
     """
     settings, device = recipe.bench, device_for(recipe)
-    _check(recipe)
     if settings.compile:
         check_compiler(device)
     sources = {"model": names.model} | ({"vs": names.vs} if names.vs else {})
     typed = names.num_heads, names.family, names.num_classes
     models = {side: open_model(source, recipe.sample.weights, *typed) for side, source in sources.items()}
     for model in models.values():
-        sampler_of(recipe.sample, model)  # a dry run too refuses what cannot be sampled so
+        sampler_of(recipe.sample, model)  # raises, also in a dry run
     hashes = {side: model.hash() for side, model in models.items()}
     spread = any(model.dynamic is not None for model in models.values())
     protocol = _protocol(recipe, device, spread)
     if dry_run:
         print(f"bench would measure {' and '.join(sources.values())}: {protocol}")
         return {"state": "checked", "protocol": protocol}
-    how = (SPREAD_STEPS if spread else None, recipe.seed, settings.dtype, settings.compile)
-    sides = {
-        name: timed_model(model, recipe.sample, settings.batch_size, device, *how) for name, model in models.items()
-    }
+    steps = SPREAD_STEPS if spread else None
+    how = (recipe.sample, settings.batch_size, device, steps, recipe.seed, settings.dtype, settings.compile)
+    sides = {name: timed_model(model, *how) for name, model in models.items()}
     size = settings.product_size or _PRODUCT_SIZE.get(device.type, _LARGE_PRODUCT)
-    product = _product(size, settings.dtype, device)
+    a, b = (torch.full((size, size), 1 / size, dtype=getattr(torch, settings.dtype), device=device) for _ in range(2))
     with ExitStack() as around:
         for side in sides.values() if settings.compile else ():
             around.enter_context(side.model.stack.compiled())
         peaks = {name: _warmed(side, sources[name], device) for name, side in sides.items()}
-        calls = {**{name: side.run for name, side in sides.items()}, _PRODUCT: product}
+        calls = {**{name: side.run for name, side in sides.items()}, _PRODUCT: lambda: a @ b}
         times = interleaved(calls, settings.repeats, device, "bench")
     rate = size**3 / (times.pop(_PRODUCT).median_ms / 1000)
     times = {name: timing.per(sides[name].steps) for name, timing in times.items()}
@@ -89,24 +85,11 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
     return outcome
 
 
-def _check(recipe: Recipe) -> None:
-    """UserError on numbers that measure nothing."""
-    settings = recipe.bench
-    for name in ("batch_size", "repeats"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"bench.{name} is at least 1; got {getattr(settings, name)}")
-    if settings.product_size is not None and settings.product_size < 64:
-        raise UserError(
-            f"bench.product_size is at least 64, smaller products measure calls; got {settings.product_size}"
-        )
-
-
 def _protocol(recipe: Recipe, device: torch.device, spread: bool) -> str:
-    """All that the numbers depend on but the models and the machine."""
+    """Everything that the numbers depend on except the models and the machine."""
     settings, threads = recipe.bench, torch.get_num_threads()
-    where = (
-        f"cpu, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    )
+    cpu = f"cpu, {threads} thread{'s' * (threads > 1)}"
+    where = cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
     over = f", mean of {SPREAD_STEPS} over the chain," if spread else ""
     guidance = f"guidance {recipe.sample.guidance:g} ({2 if recipe.sample.guidance > 1 else 1} rows per image)"
     return (
@@ -116,14 +99,8 @@ def _protocol(recipe: Recipe, device: torch.device, spread: bool) -> str:
     )
 
 
-def _product(size: int, dtype: str, device: torch.device) -> Callable[[], Tensor]:
-    """One matrix product of `size` rows and columns in the type of the models."""
-    a, b = (torch.full((size, size), 1 / size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
-    return lambda: a @ b
-
-
 def _warmed(side: TimedModel, name: str, device: torch.device) -> int | None:
-    """Run a step twice, compiling where that is asked for; the memory that the second took, with the weights."""
+    """Run a step twice, compiled if so set. Returns the memory of the second, with the weights; None where unknown."""
     with compiling(name):
         side.run()
     ran = side.skipped.report()
@@ -135,9 +112,9 @@ def _warmed(side: TimedModel, name: str, device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def _peak(device: torch.device) -> Iterator[list[int]]:
-    """Within: the list then holds the bytes by which memory rose at most. It stays empty where this system does not say.
+    """A list that gets the largest rise of memory within the context in bytes, and stays empty where it is unknown.
 
-    On a CPU it is the resident memory of the process, once freed memory has been given back to the system.
+    On a CPU it is the resident memory of the process, after freed memory was returned to the system.
     """
     peak: list[int] = []
     if device.type == "cuda":
@@ -152,7 +129,7 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-        reset.write_text("5", encoding="ascii")  # the highest mark begins anew
+        reset.write_text("5", encoding="ascii")  # resets the high-water mark
     resident = _status("VmRSS")
     yield peak
     peak.append(max(0, _status("VmHWM") - resident))
@@ -181,7 +158,6 @@ def _numbers(side: TimedModel, timing: Timing, batch_size: int, rate: float) -> 
 
 
 def _print(outcome: dict[str, Any]) -> None:
-    """The numbers for people, and their protocol."""
     print(outcome["protocol"])
     models = list(outcome["models"].values())
     cells: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -1,4 +1,4 @@
-"""`dynamic`: routers on a model, trained with it under a budget, so that sampling runs only a part of it."""
+"""`dynamic`: train routers with a model under a compute budget, so that sampling runs only a part of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinyfusion.jobs.verbs import Inputs, TrainingVerb, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.training.engine import Engine
 
-OUTCOME = "dynamic.json"  # of a run: what the routers reach, and the order of units that they decide on
+OUTCOME = "dynamic.json"  # of a run: target, ratio reached and calibration of the routers
 
 
 class Dynamic(TrainingVerb[Training]):
@@ -30,7 +30,7 @@ class Dynamic(TrainingVerb[Training]):
     sections = ("data", "dynamic")
 
     def open(self, recipe: Recipe, options: RunOptions, source: str | Path, remarks: list[str]) -> Inputs:
-        """The model that is to get routers and, where it learns from one, the teacher."""
+        """The model that gets routers and, if set, the teacher."""
         taught, named = recipe.dynamic.beside == "teacher", str(source)
         if taught:
             recipe, _ = with_teacher(recipe, named, self.name, remarks)
@@ -50,7 +50,7 @@ class Dynamic(TrainingVerb[Training]):
         return Inputs(recipe, options, models, {"model": named, "teacher": recipe.teacher if teacher else ""})
 
     def plain(self, inputs: Inputs) -> dict[str, Any]:
-        """Without who calls, which makes no difference."""
+        """Without `in_run`, which does not change the result."""
         plain = super().plain(inputs)
         plain["dynamic"].pop("in_run")
         return plain

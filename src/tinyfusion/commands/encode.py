@@ -41,7 +41,7 @@ from tinyfusion.data.latents import (
 from tinyfusion.data.originals import Originals, changed, decoded, open_originals
 from tinyfusion.data.published_latents import FEATURES, PUBLISHED_SCALE, PublishedLatents, open_published
 from tinyfusion.jobs.assemble import RunOptions, device_for, job_record, plain_recipe
-from tinyfusion.jobs.estimate import Estimate, announce
+from tinyfusion.jobs.estimate import announce, rounded
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
@@ -52,10 +52,10 @@ _WIDEST = 128  # channels of that layer at full size
 
 @dataclass
 class Work:
-    """A set to be encoded: its layout, its labels, and the functions that compute the values of a batch.
+    """A set to be encoded.
 
     load(first, num): runs on another thread. values(loaded, first): (num, R, K, h, w) float32. about: further fields of the
-    manifest. remarks: lines for people. busy_s: seconds of the autoencoder. changes: counts of what was changed in pictures.
+    manifest. remarks: lines for people. busy_s: seconds of the autoencoder. changes: counts of changes to pictures.
     """
 
     spec: LatentSpec
@@ -75,12 +75,14 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
     run = RunDirectory(options.out, rank == 0)
     with ExitStack() as contexts:
         work = work_for(recipe, source, contexts)
-        recipe = _resolved(recipe, source)
-        settings = recipe.encode
+        # what identifies the same command: with the default autoencoder, and no orientation of latents
+        orientation: Orientation = "ignore" if source.startswith(FEATURES) else recipe.encode.orientation
+        settings = dataclasses.replace(recipe.encode, vae=recipe.encode.vae or DEFAULT_VAE, orientation=orientation)
+        recipe = dataclasses.replace(recipe, encode=settings)
         plain = plain_recipe(recipe, "encode", **work.inputs)
         if options.overwrite and world > 1 and run.record_path.exists():
             raise UserError(
-                f"--overwrite of several processes: one of them would write into what another one clears away; remove "
+                "--overwrite with several processes: one would write files that another removes; remove "
                 f"{options.out} first, or start anew with one process"
             )
         mode = run.check("encode", plain, options.overwrite) if rank == 0 or run.record_path.exists() else "new"
@@ -111,14 +113,6 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------- the set
-
-
-def _resolved(recipe: Recipe, source: str) -> Recipe:
-    """The recipe by which the same command is recognised: with the default autoencoder, and no orientation of latents."""
-    settings = recipe.encode
-    orientation: Orientation = "ignore" if source.startswith(FEATURES) else settings.orientation
-    settings = dataclasses.replace(settings, vae=settings.vae or DEFAULT_VAE, orientation=orientation)
-    return dataclasses.replace(recipe, encode=settings)
 
 
 def work_for(recipe: Recipe, source: str, contexts: ExitStack) -> Work:
@@ -161,7 +155,12 @@ def _encoding(recipe: Recipe, originals: Originals, vae: Autoencoder, contexts: 
         moments = vae.moments(both.contiguous()).cpu()
         work.busy_s += time.perf_counter() - began
         stacked = moments.unflatten(0, (spec.rows, len(x))).transpose(0, 1)  # (num, R, 2C, h, w)
-        _check_finite(stacked, first)
+        finite = torch.isfinite(stacked).flatten(1).all(1)
+        if not bool(finite.all()):
+            bad = first + int((~finite).nonzero()[0])
+            raise UserError(
+                f"the autoencoder gives values that are not finite for image {bad}: its weights or the device are at fault"
+            )
         if settings.posterior == "moments":
             return stacked
         draws = Randomness(recipe.seed).at(0, first, len(x))
@@ -178,15 +177,6 @@ def _encoding(recipe: Recipe, originals: Originals, vae: Autoencoder, contexts: 
     inputs = {"data": originals.fingerprint, "vae_hash": digest}
     work = Work(spec, originals.labels, load, values, about, inputs, originals.remarks)
     return work
-
-
-def _check_finite(moments: Tensor, first: int) -> None:
-    finite = torch.isfinite(moments).flatten(1).all(1)
-    if not bool(finite.all()):
-        bad = first + int((~finite).nonzero()[0])
-        raise UserError(
-            f"the autoencoder gives values that are not finite for image {bad}: its weights or the device are at fault"
-        )
 
 
 def _converting(settings: EncodeSection, published: PublishedLatents, vae: Autoencoder | None) -> Work:
@@ -209,12 +199,10 @@ def _converting(settings: EncodeSection, published: PublishedLatents, vae: Autoe
         "size": vae.factor * width if vae else None, "crop": None, "orientation": None, "vae": vae.name if vae else None,
         "vae_hash": digest, "data": published.fingerprint, "class_names": [], "seed": None,
     }  # fmt: skip
-
-    def values(loaded: Tensor, _first: int) -> Tensor:
-        return loaded[:, :copies]
-
     inputs = {"data": published.fingerprint, "vae_hash": digest}
-    return Work(spec, published.labels, published.read, values, about, inputs, tuple(remarks))
+    return Work(
+        spec, published.labels, published.read, lambda loaded, _first: loaded[:, :copies], about, inputs, tuple(remarks)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- shards
@@ -256,7 +244,7 @@ def _write_shards(work: Work, folder: Path, settings: EncodeSection, timeout_s: 
 
 
 def _batches(work: Work, folder: Path, shards: list[int], size: int) -> Iterator[tuple[int, int, int]]:
-    """(shard, first image, number of images) of all batches. Batches are counted from the beginning of a shard, always alike.
+    """(shard, first image, number of images) of all batches, counted from the beginning of a shard.
 
     At least one batch of every shard is computed, so that an unfinished shard with all of its values is completed too.
     """
@@ -287,11 +275,8 @@ def _speed(images: int, seconds: float, busy_s: float, world: int) -> dict[str, 
     share = busy_s / seconds if busy_s else None
     busy = f", of the time {share:.1%} in the autoencoder" if share else ""
     print(f"encode: {images:,} images at {images / seconds:.1f} per second{busy}", file=sys.stderr)
-    return {
-        "processes": world,
-        "images_per_second": round(images / seconds, 3),
-        "autoencoder_share": share and round(share, 4),
-    }
+    rate = round(images / seconds, 3)
+    return {"processes": world, "images_per_second": rate, "autoencoder_share": share and round(share, 4)}
 
 
 def _announce(
@@ -306,13 +291,12 @@ def _announce(
     seconds = (time.perf_counter() - began) / num * images / world
     size = work.about["size"] if work.about["crop"] else 0
     values = settings.batch_size * spec.rows * (size * size * _WIDEST * _PASSING_VALUES)
-    disk = sum(spec.shard_bytes(shard) for shard in todo) / 2**20
+    disk = sum(spec.shard_bytes(shard) for shard in todo)
     plan = {
         "data": f"{source}: {spec.num_images:,} images of {spec.classes:,} classes",
         "latents": f"{spec.kind} {spec.values} {spec.dtype}, scale {spec.scale:g}",
-        "autoencoder": work.about["vae"] or "none: they are encoded already",
+        "autoencoder": work.about["vae"] or "none: the data are latents",
         "shards": f"{spec.shards:,} of {spec.shard_images:,} images, {len(todo):,} to be made by {world} process(es)",
         "out": "a new run" if mode == "new" else "continues what is there",
     }
-    estimate = Estimate(seconds / 60, 4 * values / 2**30, disk, f"{num} images measured")
-    return announce("encode", plan, estimate, spoken)
+    return announce("encode", plan, rounded(seconds, 4 * values, disk, f"{num} images measured"), spoken)

@@ -183,9 +183,7 @@ def score_lines(record: Mapping[str, Any], samples: str) -> list[str]:
     counts = {"images": num_images, "reference images": None if STORED_MOMENTS in protocol else num_real}
     # 0 stands for moments alone, of an unknown number of images
     few = [f"{count(num)} {what}" for what, num in counts.items() if num and num < UNBIASED_IMAGES]
-    remarks = (
-        [] if features == INCEPTION else [f"features of {features}: not comparable with FIDs of Inception features"]
-    )
+    remarks = [] if features == INCEPTION else [f"features of {features}: no FID of Inception features compares"]
     remarks += [f"{' and '.join(few)}: biased upward, compare only at equal counts"] if few else []
     table = {distance: ("fid",), **_TABLE}
     rows = {label: ", ".join(significant(record.get(name)) for name in names) for label, names in table.items()}

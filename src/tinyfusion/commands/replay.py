@@ -1,4 +1,4 @@
-"""`replay`: one step of a training again, sample by sample, to see what went wrong there."""
+"""`replay`: repeat one step of a training, sample by sample."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ from tinyfusion.training.loop import ForwardPass, noisy_microbatches
 
 
 def replay(path: Path, step: int, device: str | None = None) -> dict[str, Any]:
-    """Make `step` of the training in the run folder `path` again, on one process, and change nothing there.
+    """Repeat `step` of the training in the run folder `path` on one process, from the newest checkpoint before it.
 
-    It starts from the newest checkpoint before that step and repeats those between. Prints every loss term of every
-    sample; returns them, with the gradient norm, and the loss that was logged then; None where not finite or not logged.
-    Raises UserError where the folder holds no such step, or its models are not what they were.
+    Prints every loss term of every sample; returns them with the gradient norm and the logged loss; None where not finite or
+    not logged. Writes nothing. Raises UserError where the folder has no such step, or its models have changed.
     """
     run = RunDirectory(path)
     training = _training(run, device)
@@ -55,8 +54,7 @@ def replay(path: Path, step: int, device: str | None = None) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """None for NaN and infinity, which JSON has not."""
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) else None  # JSON has neither NaN nor infinity
 
 
 _VERBS: dict[object, TrainingVerb[Any]] = {verb.name: verb for verb in (train, prune, recover, dynamic)}
@@ -64,7 +62,7 @@ _VERBS: dict[object, TrainingVerb[Any]] = {verb.name: verb for verb in (train, p
 
 @dataclass(frozen=True)
 class _Job:
-    """What of a record puts a training together again; see `job_record`."""
+    """The fields of a `job_record`."""
 
     recipe: Recipe
     num_heads: int | None = None
@@ -75,16 +73,16 @@ class _Job:
 
 
 def _training(run: RunDirectory, device: str | None) -> Training:
-    """The training of a run, put together again from its record."""
+    """The training of a run, rebuilt from its record."""
     record = run.record()
     verb, expected = _VERBS.get(record.get("verb")), record.get("recipe")
     if record.get("verb") == "run":
         raise UserError(
-            f"{run.path} holds several trainings: name {run.path / 'prune'}, {run.path / 'recover'} or what else lies there"
+            f"{run.path} holds several trainings: name {run.path / 'prune'}, {run.path / 'recover'} or another"
         )
     if verb is None or not isinstance(expected, dict) or "job" not in record:
         raise UserError(
-            f"{run.path} holds no training that can be made again: wanted a run of train, prune (learned), recover or "
+            f"{run.path} holds no training that can be repeated: wanted a run of train, prune (learned), recover or "
             "dynamic by this version"
         )
     try:
@@ -101,16 +99,14 @@ def _training(run: RunDirectory, device: str | None) -> Training:
     inputs = verb.open(recipe, options, job.student or job.model or "(not recorded)", [])
     for role, now in verb.hashes(inputs).items():
         if now != expected.get(role):
-            raise UserError(
-                f"the {role} of {run.path} was {str(expected.get(role))[:12]}, what lies there now is {str(now)[:12]}: put the "
-                "former back"
-            )
+            was = str(expected.get(role))[:12]
+            raise UserError(f"the {role} of {run.path} was {was} and is now {str(now)[:12]}: restore the former")
     training: Training = verb.work(inputs, engine)
     return training
 
 
 def _load_before(run: RunDirectory, training: Training, step: int) -> int:
-    """Load the newest sound checkpoint of at most `step` steps; how many those are."""
+    """Load the newest undamaged checkpoint of at most `step` steps. Returns its steps."""
     saved = {int(path.name.removeprefix("step-")): path for path in checkpoint_folders(run.checkpoints)}
     for number in sorted((n for n in saved if n <= step), reverse=True):
         try:
@@ -121,7 +117,7 @@ def _load_before(run: RunDirectory, training: Training, step: int) -> int:
 
 
 def _one_step(training: Training, step: int) -> tuple[list[dict[str, Any]], float]:
-    """Every sample of a step: place in the batch, label, timestep, loss terms; and the joint gradient norm."""
+    """Per sample: place in the batch, label, timestep, loss terms; and the joint gradient norm."""
     state, settings = training.state, training.settings
     engine = Engine(training.engine.device)
     forward = ForwardPass(state, training.objective, settings)
@@ -142,11 +138,10 @@ def _one_step(training: Training, step: int) -> tuple[list[dict[str, Any]], floa
 
 
 def _print(rows: list[dict[str, Any]], norm: float, logged: float | None, step: int, start: int) -> None:
-    """A table for people."""
     names = list(rows[0])
     print("".join(f"{name:>10}" for name in names))
     for row in rows:
         print("".join(f"{value:>10.4g}" if isinstance(value, float) else f"{value:>10}" for value in row.values()))
     mean = sum(row["loss"] for row in rows) / len(rows)
-    then = "" if logged is None else f", logged then {logged:.6g}"
+    then = "" if logged is None else f", logged {logged:.6g}"
     print(f"step {step} (from the checkpoint of {start} steps): loss {mean:.6g}{then}; gradient norm {norm:.6g}")

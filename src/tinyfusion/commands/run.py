@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.scheme import parse_scheme
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.commands.dynamic import dynamic
 from tinyfusion.commands.evaluate import check_count, evaluate
@@ -48,7 +49,6 @@ from tinyfusion.jobs.verbs import Inputs, Work, finished, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.rules import list_groups
-from tinyfusion.prune.scheme import parse_scheme
 from tinyfusion.report.tables import distance_name
 from tinyfusion.training.engine import Engine
 

@@ -1,6 +1,6 @@
 """`sample`: draw images from a model with one process or several, and continue an interrupted job.
 
-Images are drawn in shards next to the npz (`jobs/sharded_output.py`). Rank 0 decides which shards are missing, each rank draws
+Images are drawn in shards next to the npz (`jobs/sharded_output.py`). Rank 0 determines the missing shards, each rank draws
 every world-th of them, and rank 0 joins the files (`core/ranks.py`).
 """
 
@@ -10,6 +10,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
+from tinyfusion.core.records import read_record
 from tinyfusion.core.rundir import (
     atomic_write,
     check_space,
@@ -55,22 +57,14 @@ _SLOWER = 4  # times the longest drawing of a shard on rank 0 that a shard of an
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Optional outputs besides the npz: a grid of the first images, a folder of PNGs."""
-
-    grid: Path | None = None
-    png: Path | None = None
-
-
-@dataclass(frozen=True)
 class _Job:
-    """A sampling job. out: the npz. plain: the plain recipe by which the same command is recognised."""
+    """pictures: by option, a grid of the first images and a folder of PNGs. plain: what identifies the same command."""
 
     recipe: Recipe
     options: RunOptions
     model: LoadedModel
     autoencoder: Autoencoder | None
-    pictures: Pictures
+    pictures: Mapping[str, Path]
     plain: dict[str, Any]
 
     @property
@@ -78,27 +72,24 @@ class _Job:
         return self.options.out
 
     def shards(self, num: int) -> ImageShards:
-        """Shards of `num` images."""
         (height, width, channels), dtype = image_shape_and_dtype(self.model, self.autoencoder)
         shape = (self.recipe.sample.num_images, height, width, channels)
         return ImageShards(shards_folder(self.out), shape, dtype, num)
 
 
 def sample(
-    recipe: Recipe,
-    options: RunOptions,
-    model_source: str,
-    grid: Path | None = None,
-    png: Path | None = None,
+    recipe: Recipe, options: RunOptions, model_source: str, grid: Path | None = None, png: Path | None = None,
     together: bool = False,
-) -> dict[str, Any]:
-    """Draw images: writes the npz at `options.out` and its record, and pictures if asked. Returns the outcome for `--json`.
+) -> dict[str, Any]:  # fmt: skip
+    """Draw images: write the npz at `options.out` and its record, and optional pictures. Returns the outcome for `--json`.
 
-    together: every process that was launched calls this, and each draws a share; else this process draws alone.
+    together: all launched processes call this, and each draws a share; else this process draws alone.
     """
     if options.out.suffix != ".npz":
         raise UserError(f"--out of sample is an .npz file; got {options.out}")
-    engine = _processes(recipe) if together else Engine(device_for(recipe))
+    # the arithmetic of a single process: no TF32
+    alone = dataclasses.replace(recipe.compute, tf32=False, compile=False, gradient_accumulation_steps=1)
+    engine = engine_for(dataclasses.replace(recipe, compute=alone)) if together else Engine(device_for(recipe))
     model = open_stated(recipe, model_source, options.num_heads, options.family, options.num_classes)
     check_sampling(recipe.sample, model)
     autoencoder = autoencoder_for(recipe.sample, model)
@@ -107,7 +98,8 @@ def sample(
         print(f"note: {model_source} does not give its latents' numbers: assuming {numbers}", file=sys.stderr)
     inputs = {"model": model.hash()} | ({"autoencoder": autoencoder.hash()} if autoencoder else {})
     plain = plain_recipe(recipe, "sample", **inputs)
-    job = _Job(recipe, options, model, autoencoder, Pictures(grid, png), plain)
+    pictures = {name: path for name, path in (("grid", grid), ("png", png)) if path is not None}
+    job = _Job(recipe, options, model, autoencoder, pictures, plain)
     conditions = protocol(recipe, model, autoencoder)
     outcome = {"num_images": recipe.sample.num_images, "protocol": conditions}
     todo, num = engine.first(lambda: _check(job, engine))
@@ -121,7 +113,7 @@ def sample(
         if not engine.is_main:
             return {}
         if todo:
-            paths = {name: str(path) if path else None for name, path in (("grid", grid), ("png", png))}
+            paths = {name: str(pictures[name]) if name in pictures else None for name in ("grid", "png")}
             record = stamp("sample", plain, "done", **outcome, model=model.hash(), **paths)
             _is_todo(job)  # again: an output of another job that appeared meanwhile is not replaced
             _check_pictures(job, shards.shape[-1], shards.dtype)
@@ -134,17 +126,11 @@ def sample(
     return outcome
 
 
-def _processes(recipe: Recipe) -> Engine:
-    """The engine of all launched processes, with the arithmetic of a single one: no TF32."""
-    alone = dataclasses.replace(recipe.compute, tf32=False, compile=False, gradient_accumulation_steps=1)
-    return engine_for(dataclasses.replace(recipe, compute=alone))
-
-
 # -------------------------------------------------------------------------------------------------------------- shards
 
 
 def _check(job: _Job, engine: Engine) -> tuple[bool, int]:
-    """Whether images are to be drawn, and the images of a shard. Raises UserError on unusable outputs. Writes nothing."""
+    """Whether images are to be drawn, and the images of a shard. Raises UserError on unusable outputs."""
     settings, out = job.recipe.sample, job.out
     if settings.compile:
         check_compiler(engine.device)
@@ -159,7 +145,7 @@ def _check(job: _Job, engine: Engine) -> tuple[bool, int]:
 
 
 def _is_todo(job: _Job) -> bool:
-    """Whether there are no images yet. Raises UserError where a file that is not ours would be replaced."""
+    """Whether there are no images yet. Raises UserError where a file of others would be replaced."""
     out, record = job.out, job.out.with_suffix(".json")
     check_writable(record)
     todo = file_output(out, "sample", job.plain, job.options.overwrite, _record_of)
@@ -170,28 +156,28 @@ def _is_todo(job: _Job) -> bool:
 
 def _draw(job: _Job, shards: ImageShards, engine: Engine, title: str, contexts: ExitStack) -> dict[str, Any] | None:
     """Draw all missing shards on all ranks. Returns the report of a model with routers. contexts: locks the folder of shards."""
-    missing = engine.first(lambda: _begin(job, shards, contexts))
+
+    def begin() -> list[Range]:
+        """Create or reopen the folder of shards. Returns the missing ones."""
+        contexts.enter_context(writing_shards(shards, job.plain, job.options.overwrite))
+        # another process may have finished since `_check`
+        file_output(job.out, "sample", job.plain, job.options.overwrite, _record_of)
+        if num := shards.num_drawn():
+            print(f"{job.out}: {num:,} of {shards.shape[0]:,} images exist", file=sys.stderr)
+        return shards.missing()
+
+    missing = engine.first(begin)
     try:
         return _draw_shards(job, shards, missing, engine, title)
     except BaseException as error:
-        num = _num_drawn(shards)
+        num = shards.num_drawn()
         if not num and engine.world == 1:
             shards.remove()
         if isinstance(error, Interrupted):
-            what = f"{num:,} of {shards.shape[0]:,} images of {job.out} are kept"
+            what = f"{num:,} of {shards.shape[0]:,} images of {job.out} are saved"
             what = what if num else f"no image of {job.out} was finished"
             raise Interrupted(error.signum, f"{what}, the same command continues") from None
         raise
-
-
-def _begin(job: _Job, shards: ImageShards, contexts: ExitStack) -> list[Range]:
-    """Create or reopen the folder of shards. Returns the missing ones."""
-    contexts.enter_context(writing_shards(shards, job.plain, job.options.overwrite))
-    # another process may have finished since `_check`
-    file_output(job.out, "sample", job.plain, job.options.overwrite, _record_of)
-    if num := _num_drawn(shards):
-        print(f"{job.out}: {num:,} of {shards.shape[0]:,} images are there", file=sys.stderr)
-    return shards.missing()
 
 
 def _draw_shards(
@@ -201,8 +187,8 @@ def _draw_shards(
     slowest = 0.0
     own = missing[engine.rank :: engine.world]
     total = sum(last - first for first, last in own)
-    whose = f" (process 0 of {engine.world})" if engine.world > 1 else ""
-    with progress(title + whose, total, "images", shown=engine.is_main) as bar:
+    title += f" (process 0 of {engine.world})" if engine.world > 1 else ""
+    with progress(title, total, "images", shown=engine.is_main) as bar:
         drawing = open_drawing(job.recipe, job.model, engine.device, job.autoencoder) if own else None
         done = 0
         for shard in own:
@@ -220,15 +206,10 @@ def _draw_shards(
     return drawing.skipped.report() if drawing else None
 
 
-def _num_drawn(shards: ImageShards) -> int:
-    """Images in complete shards."""
-    return sum(last - first for first, last in shards.ranges() if shards.is_complete((first, last)))
-
-
 def write_samples(out: Path, images: np.ndarray | ImageSource, labels: np.ndarray, record: dict[str, Any]) -> None:
     """Write the npz and its record (.json), both or neither.
 
-    The record is put in place just before the images. A process that is killed in between leaves a record with the hash of
+    The record gets its name just before the images. A process that is killed in between leaves a record with the hash of
     images that do not exist: see `_is_whole`.
     """
     source = images if isinstance(images, ImageSource) else source_of(images)
@@ -248,8 +229,7 @@ def _is_whole(out: Path) -> bool:
 
 def _record_of(out: Path) -> Any:
     """The record of an npz; None where it has none."""
-    record = out.with_suffix(".json")
-    return read_json(record) if record.is_file() else None
+    return read_record(out.with_suffix(".json"))
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -258,9 +238,7 @@ def _record_of(out: Path) -> Any:
 def _check_pictures(job: _Job, channels: int, dtype: np.dtype[np.generic]) -> None:
     """Raise UserError where a picture would replace a file of others, or cannot show these images."""
     record = _record_of(job.out)
-    for name, path in (("grid", job.pictures.grid), ("png", job.pictures.png)):
-        if path is None:
-            continue
+    for name, path in job.pictures.items():
         if dtype != np.uint8 or channels not in (1, 3):
             what = "latents" if dtype != np.uint8 else f"images of {channels} channels"
             raise UserError(f"--{name} shows images of 1 or 3 channels, and these are {what}: leave it out")
@@ -276,15 +254,15 @@ def _check_pictures(job: _Job, channels: int, dtype: np.dtype[np.generic]) -> No
 
 def _write_pictures(job: _Job, anew: bool) -> None:
     """Write the requested pictures that are missing; all of them where the images are new."""
-    grid, png = job.pictures.grid, job.pictures.png
+    grid, png = job.pictures.get("grid"), job.pictures.get("png")
     source = open_npz(job.out)
     if grid is not None and (anew or not grid.exists()):
-        num = min(len(source), 64 if len(source) <= 64 else 100)
-        side = source.shape[1]
-        write_grid_png(grid, next(source.read(num)), 8 if num <= 64 else 10, max(1, 256 // (4 * side)))
+        num, columns = (100, 10) if len(source) > 64 else (len(source), 8)
+        num = min(num, len(source))
+        write_grid_png(grid, next(source.read(num)), columns, max(1, 256 // (4 * source.shape[1])))
     if png is not None and (anew or not png.is_dir() or not any(png.iterdir())):
         write_png_folder(png, source)
     record = _record_of(job.out)
-    added = {name: str(path) for name, path in (("grid", grid), ("png", png)) if path is not None}
+    added = {name: str(path) for name, path in job.pictures.items()}
     if isinstance(record, dict) and any(record.get(name) != path for name, path in added.items()):
         write_json(job.out.with_suffix(".json"), {**record, **added})

@@ -213,7 +213,7 @@ class BenchSection:
     dtype: Annotated[Dtype, "type of weights, activations and of the measured matrix product"] = "float32"
     compile: Annotated[bool, "compile the blocks"] = False
     product_size: Annotated[
-        Annotated[int, Ge(1), Le(2**17)] | None,
+        Annotated[int, Ge(64), Le(2**17)] | None,
         "rows and columns of the matrix product; None: 2048 on a CPU, else 8192",
     ] = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -39,18 +39,16 @@ def plan_png(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int]) -> byt
 
 PICTURE = "plan.png"
 _NUMBERS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
-_LIBRARY = {"diffusers": "diffusers", "tinyfusion": "tinyfusion"}
 
 
 @dataclass(frozen=True)
 class CardNotes:
-    """What a card says apart from what the model itself knows.
+    """Content of a card beyond the facts of the model.
 
-    title: a name. target: "diffusers", "pipeline" or "tinyfusion". differences: what readers of the format compute
-    otherwise, in sentences. evaluations: contents of evaluation files. command: as typed, None where it is not known.
-    parents: names of hub repositories or known weights that the model came from. steps: sentences on how it was made, oldest
-    first, as far as records tell. untuned: whether the cut was the last of them; None where no record tells. from_nothing:
-    whether the first of its weights were trained from nothing.
+    target: "diffusers", "pipeline" or "tinyfusion". differences: sentences on what readers of the format compute
+    differently. evaluations: contents of evaluation files. parents: hub repositories or known weights of origin. steps:
+    sentences on recorded runs, oldest first. untuned: whether pruning was the last of them; None where unrecorded.
+    from_nothing: whether the first weights were trained from nothing.
     """
 
     title: str
@@ -58,8 +56,8 @@ class CardNotes:
     differences: Sequence[str] = ()
     evaluations: Sequence[Mapping[str, Any]] = ()
     command: str | None = None
-    parents: Sequence[str] = field(default_factory=tuple)
-    steps: Sequence[str] = field(default_factory=tuple)
+    parents: Sequence[str] = ()
+    steps: Sequence[str] = ()
     untuned: bool | None = None
     from_nothing: bool = False
 
@@ -80,7 +78,7 @@ def model_card(model: LoadedModel, notes: CardNotes) -> str:
 
 
 def licence_note(model: LoadedModel, from_nothing: bool = False) -> str:
-    """What the card says of the licence; a cut model keeps that of its parent. from_nothing: a record tells that it was trained so."""
+    """The section on the licence; a pruned model has that of its parent. from_nothing: a record of that training exists."""
     license, family = model.facts.license, model.family
     if license is not None:
         commercial = " That is a non-commercial licence." if "-nc" in license.lower() else ""
@@ -99,16 +97,16 @@ def licence_note(model: LoadedModel, from_nothing: bool = False) -> str:
 
 
 def trained_from_nothing(facts: ModelFacts) -> bool:
-    """Whether the model, or the oldest of its parents, counts the images of a training from nothing."""
+    """Whether the model, or its oldest parent, counts the images of a training from nothing."""
     root = facts.lineage[0].get("seen_images") if facts.lineage else facts.seen_images
     return root is not None
 
 
 def _head(model: LoadedModel, notes: CardNotes) -> str:
-    library = _LIBRARY["tinyfusion" if notes.target == "tinyfusion" else "diffusers"]
+    library = "tinyfusion" if notes.target == "tinyfusion" else "diffusers"
     license = (model.facts.license or "unknown").lower()
-    lines = [f"license: {license}", f"library_name: {library}", "tags:", "- diffusion"]
-    lines += [f"- {model.family.name}", "- tinyfusion"]
+    tags = ["tags:", "- diffusion", f"- {model.family.name}", "- tinyfusion"]
+    lines = [f"license: {license}", f"library_name: {library}", *tags]
     if notes.target == "pipeline":
         lines.append("pipeline_tag: unconditional-image-generation")
     return "---\n" + "\n".join(lines) + "\n---"
@@ -117,14 +115,13 @@ def _head(model: LoadedModel, notes: CardNotes) -> str:
 def _what(model: LoadedModel) -> str:
     arch, facts = model.arch, model.facts
     depths = model.stack.depths()
-    parts = f" ({', '.join(f'{depth} of {name}' for name, depth in depths.items())})" if len(depths) > 1 else ""
+    lists = f" ({', '.join(f'{depth} of {name}' for name, depth in depths.items())})" if len(depths) > 1 else ""
     space = f"latents of {facts.vae or 'an autoencoder'}" if model.of_latents else "pixels"
     classes = f", {arch.num_classes} class{'es' if arch.num_classes > 1 else ''}" if arch.num_classes else ""
     return (
-        f"A {model.family.title} of {len(model.stack)} blocks{parts}, width {arch.hidden_size}, {arch.num_heads} heads, "
+        f"A {model.family.title} of {len(model.stack)} blocks{lists}, width {arch.hidden_size}, {arch.num_heads} heads, "
         f"{num_parameters(model.module):,} parameters, for {space} of images {facts.image_size} pixels wide{classes}. "
-        f"SHA-256 of its tensors (as tinyfusion counts it): "
-        f"`{model.hash()}`."
+        f"SHA-256 of its tensors (as tinyfusion counts it): `{model.hash()}`."
     )
 
 
@@ -156,7 +153,7 @@ def _differences(notes: CardNotes) -> str:
     if not notes.differences:
         return ""
     listed = "\n".join(f"- {sentence}" for sentence in notes.differences)
-    return f"## Not quite the same numbers\n\nWith the same tensors, a reader of this format computes otherwise:\n\n{listed}"
+    return f"## Not quite the same numbers\n\nWith the same tensors, a reader of this format computes differently:\n\n{listed}"
 
 
 def _numbers(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -173,21 +170,17 @@ def _numbers(evaluations: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _how(model: LoadedModel, notes: CardNotes) -> str:
-    facts = model.facts
-    lines = []
+    plan, lines = model.facts.plan, list[str]()
     if notes.parents:
         lines.append(f"From {', '.join(notes.parents)}.")
     if notes.command:
         lines.append(f"```\n{notes.command}\n```")
     if notes.steps:
         lines.append("\n".join(f"{number}. {sentence}" for number, sentence in enumerate(notes.steps, 1)))
-    if facts.plan is not None and len(facts.plan.kept) == 1 and not facts.plan.kept_widths:
-        kept = ",".join(str(i) for indices in facts.plan.kept.values() for i in indices)
-        after = {
-            True: " alone",
-            False: ", without what followed it",
-            None: " (whether anything followed it is not recorded)",
-        }
+    if plan is not None and len(plan.kept) == 1 and not plan.kept_widths:
+        kept = ",".join(str(i) for indices in plan.kept.values() for i in indices)
+        unknown = " (whether anything followed it is not recorded)"
+        after = {True: " alone", False: ", without what followed it", None: unknown}
         command = f"```\ntinyfusion prune --teacher TEACHER --keep {kept} --out run\n```"
         lines.append(f"The cut{after[notes.untuned]}:\n\n{command}")
     return "## How it was made\n\n" + "\n\n".join(lines) if lines else ""

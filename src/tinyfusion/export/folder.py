@@ -24,7 +24,7 @@ from tinyfusion.models.hub import DIFFUSERS_WEIGHTS, upload_folder
 
 
 def unfit_autoencoder(config: Any, model: LoadedModel) -> str | None:
-    """Why an autoencoder with this config.json does not go with the model; None where it does."""
+    """Why an autoencoder with this config.json does not fit the model; None where it does."""
     if not isinstance(config, Mapping) or config.get("_class_name") != "AutoencoderKL":
         kind = config.get("_class_name") if isinstance(config, Mapping) else None
         return f"it is {f'a {kind}' if kind else 'no model of diffusers'}, wanted an AutoencoderKL"
@@ -83,7 +83,7 @@ def write_folder(
     notes: CardNotes,
     record: Mapping[str, Any],
 ) -> None:
-    """Write the folder of `--to diffusers`, in a pipeline where there are `components`, or `--to tinyfusion`, with its card."""
+    """Write the folder of `--to diffusers`, with `components` a pipeline, or `--to tinyfusion`, with its card."""
     with atomic_write(out, _FILES) as temporary:
         if to == "tinyfusion":
             save_model(model, temporary)
@@ -96,7 +96,7 @@ def write_folder(
 
 
 def _write_diffusers(model: LoadedModel, folder: Path) -> None:
-    """config.json and weights of one model of diffusers; our own record stands in the configuration."""
+    """config.json, which contains our record, and weights of a model of diffusers."""
     folder.mkdir(parents=True)
     tensors = {name: tensor.clone().contiguous() for name, tensor in exported_tensors(model, "diffusers").items()}
     save_file(tensors, folder / f"{DIFFUSERS_WEIGHTS}.safetensors", metadata={"format": "pt"})
@@ -118,15 +118,11 @@ def _write_components(model: LoadedModel, folder: Path, components: PipelineComp
 
 
 def _versioned(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the version of diffusers that it was written for."""
     return {**config, "_diffusers_version": importlib.metadata.version("diffusers")}
 
 
 def write_official(model: LoadedModel, out: Path, record: Mapping[str, Any]) -> None:
-    """The flat state dict, and `record` in a .json next to it.
-
-    A .pt is tensors and nothing else, which `weights_only` readers take: published scripts read no other.
-    """
+    """The flat state dict, and `record` in a .json next to it. A .pt is for published scripts, and readable by `weights_only`."""
     tensors = {name: tensor.clone().contiguous() for name, tensor in exported_tensors(model, "official").items()}
     with atomic_write(out) as temporary:
         if out.suffix == ".pt":
@@ -138,14 +134,14 @@ def write_official(model: LoadedModel, out: Path, record: Mapping[str, Any]) -> 
 
 
 def save_pretrained(model: LoadedModel, folder: Path, notes: CardNotes | None = None) -> None:
-    """For users of the library: our own model folder with its card, whole or not at all."""
+    """For users of the library: write our own model folder with its card, atomically."""
     with atomic_write(folder, _FILES) as temporary:
         save_model(model, temporary)
         _write_notes(model, temporary, notes or CardNotes(folder.name, "tinyfusion"))
 
 
 def push_to_hub(model: LoadedModel, repository: str, notes: CardNotes | None = None) -> str:
-    """For users of the library: what `save_pretrained` writes, put into a repository of the hub; its address."""
+    """For users of the library: upload the folder of `save_pretrained` to a repository of the hub. Returns its address."""
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, Path(folder) / "model", notes or CardNotes(repository, "tinyfusion"))
         return upload_folder(Path(folder) / "model", repository)

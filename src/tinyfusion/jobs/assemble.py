@@ -1,4 +1,4 @@
-"""Strings of a recipe to objects: device, model, data, process."""
+"""Objects of the strings in a recipe: device, model, data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MOST_CLASSES = 100_000  # of a new model that are taken from its data: a larger
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line adds to a recipe: where to write, and how to treat what is there."""
+    """Options of the command line that are no part of a recipe."""
 
     out: Path
     overwrite: bool = False
@@ -48,7 +48,7 @@ class RunOptions:
     family: str | None = None
     num_classes: int | None = None
     command: str = ""  # as typed
-    resume: Path | None = None  # a checkpoint to go on from, instead of the newest
+    resume: Path | None = None  # a checkpoint to continue from, instead of the newest
     blocks: Path | None = None  # rows of transformer classes of diffusers that the shipped table lacks
     inputs: Path | None = None  # recorded calls of a transformer of diffusers, which criteria look at
 
@@ -56,9 +56,9 @@ class RunOptions:
 def open_teacher(
     recipe: Recipe, num_heads: int | None, family: str | None, on_data: bool = True, num_classes: int | None = None
 ) -> LoadedModel:
-    """The model that the recipe starts from. family: as typed, which goes before what the recipe says.
+    """The model that the recipe starts from. family: overrides that of the recipe.
 
-    on_data: images will be wanted, and a name that cannot be a data set is refused before anything is fetched.
+    on_data: refuse a name that cannot be a data set before anything is fetched.
     """
     if on_data and recipe.data.name:
         check_data_name(recipe.data.name)
@@ -66,7 +66,7 @@ def open_teacher(
 
 
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
-    """The sections of a recipe that a verb depends on, with its inputs, as plain values: what "the same command" means."""
+    """The sections of a recipe that a verb depends on, with its inputs, as plain values: they identify the same command."""
     values, inputs = to_plain(recipe), {**inputs, **prompts_hash(recipe.data)}
     if recipe.destination is not None and {*sections} & {"prune", "train"}:
         inputs["destination"] = recipe.destination
@@ -74,7 +74,7 @@ def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any
 
 
 def job_record(recipe: Recipe, options: RunOptions, **paths: Any) -> dict[str, Any]:
-    """What a run's record needs for its training to be repeated. paths: of models that were opened."""
+    """The part of a run's record from which its training can be repeated. paths: of the models."""
     named = {name: str(path) if is_shipped(path) else _absolute(str(path)) for name, path in paths.items() if path}
     data = recipe.data.name if recipe.data.name in REAL_SETS else _absolute(recipe.data.name)
     typed = {name: getattr(options, name) for name in ("num_heads", "family", "num_classes")}
@@ -84,29 +84,26 @@ def job_record(recipe: Recipe, options: RunOptions, **paths: Any) -> dict[str, A
 
 
 def _absolute(name: str) -> str:
-    """A name with the whole path, where it is one, as a later command may be given in another folder."""
+    """A name, with the absolute path where it is a path: a later command may run in another folder."""
     prefix = next((prefix for prefix in (LATENTS, PARQUET, PARQUET_STREAM) if name.startswith(prefix)), "")
     path = Path(name.removeprefix(prefix))
     return f"{prefix}{path.absolute()}" if name and path.exists() else name
 
 
 def training_plan(recipe: Recipe, settings: TrainingSection | None, mode: str) -> dict[str, str]:
-    """What `--dry-run` says of a run. settings: of its training, where there is one; mode: as `RunDirectory.check` gives it."""
+    """Rows of `--dry-run` about a run. settings: of its training, if any; mode: of `RunDirectory.check`."""
     out = {"out": "a new run" if mode == "new" else "continues what is there"}
     if settings is None:
         return out
-    steps, rate = (
-        f"{settings.steps:,} steps of {settings.batch_size} images",
-        f"learning rate {settings.learning_rate:g}",
-    )
-    return {"training": f"{steps}, {rate}, {settings.dtype}", "data": recipe.data.name, **out}
+    steps = f"{settings.steps:,} steps of {settings.batch_size} images, learning rate {settings.learning_rate:g}"
+    return {"training": f"{steps}, {settings.dtype}", "data": recipe.data.name, **out}
 
 
 def image_set(name: str, size: int | None = None, orientation: Orientation = "follow") -> ImageSet:
     """A data set by name, parquet files, one of the hub, a folder of pictures, or an npz of images and labels.
 
-    size, orientation: of pictures, as in `decode`; an npz stays as it is. Raises UserError on NaN, wrong shapes, an unknown
-    name, and a set that is only to be streamed.
+    size, orientation: of pictures, as in `decode`; an npz stays as it is. Raises UserError on an unknown name, NaN, wrong
+    shapes, and a set that can only be streamed.
     """
     if name in REAL_SETS:
         return load_digits(heldout=name.endswith(":heldout"))
@@ -127,16 +124,14 @@ def image_set(name: str, size: int | None = None, orientation: Orientation = "fo
     if labels is None:
         raise UserError(f"{name} has no labels: wanted arr_1 int64 and arr_0")
     if images.shape[-1] > 3:
-        some = _array_set(name, images[:LOOKED_AT], labels)
-        pixels = (
-            f"{name}: arr_0 is uint8 with {images.shape[-1]} channels, taken as pixels; latents are stored as floats"
-        )
+        some, num = _array_set(name, images[:LOOKED_AT], labels), images.shape[-1]
+        pixels = f"{name}: arr_0 is uint8 with {num} channels, taken as pixels; latents are stored as floats"
         say([pixels] if images.dtype == np.uint8 else scale_remarks(torch.from_numpy(some.x), name))
     return _array_set(name, images, labels)
 
 
 def check_data_name(name: str) -> None:
-    """Raise UserError where `name` is no data set. Checked before a teacher is fetched for nothing."""
+    """Raise UserError where `name` is no data set."""
     if name.endswith(".npz") and not Path(name).is_file():
         raise UserError(f"no images at {name}: no such file")
     known = name in REAL_SETS or name.startswith((*WHOLE, *STREAMED, LATENTS)) or name.endswith(".npz")
@@ -151,17 +146,17 @@ def check_data_name(name: str) -> None:
 
 
 def is_pictures(name: str) -> bool:
-    """Whether a data set is of encoded pictures, which `data.size` and `data.orientation` concern."""
+    """Whether a data set is of encoded pictures, to which `data.size` and `data.orientation` apply."""
     return name not in ("", *REAL_SETS) and (name.startswith((*WHOLE, *STREAMED)) or Path(name).is_dir())
 
 
 def pictures(name: str, size: int | None, orientation: Orientation) -> Pictures:
-    """A set of pictures in memory, as `read_originals` gives it. Its remarks are printed where it is decoded."""
+    """A set of pictures in memory, decoded once. Its remarks are printed where it is decoded."""
     return _decoded_once(name, size, orientation, _state_of_files(Path(name.removeprefix(PARQUET))))
 
 
 def _state_of_files(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Absolute path, size and time of change of the file `path`, or of all files below it; empty where it is neither."""
+    """Absolute path, size and time of change of the file `path`, or of all files below it."""
     inside = (os.path.join(folder, name) for folder, _folders, names in os.walk(path) for name in names)
     states = []
     for file in [path] if path.is_file() else inside:
@@ -173,14 +168,13 @@ def _state_of_files(path: Path) -> tuple[tuple[str, int, int], ...]:
 
 @lru_cache(maxsize=2)
 def _decoded_once(name: str, size: int | None, orientation: Orientation, _files: object) -> Pictures:
-    """Decoding is slow, and training, calibration and evaluation ask for the same set. _files: the state that they were in."""
+    """Decoding is slow, and training, calibration and evaluation read the same set. _files: their state."""
     decoded = read_originals(name, size, orientation)
     say(decoded.remarks)
     return decoded
 
 
 def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
-    """images (N, H, W, C), uint8 pixels or floats as they are."""
     return ImageSet(name, signed(images), labels, int(labels.max()) + 1)
 
 
@@ -195,7 +189,7 @@ def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Bat
 
 
 def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> Batches:
-    """Training batches of the recipe's data. channels: of the model; for 3 of them grey pictures are in colour."""
+    """Training batches of the recipe's data. channels: of the model; 3 converts grey pictures to colour."""
     data, randomness = require_data(recipe).data, Randomness(recipe.seed)
     if data.name.startswith(STREAMED):
         shards = open_shards(data.name, data.size, channels, data.orientation)
@@ -216,23 +210,16 @@ def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> 
 
 
 def sized(recipe: Recipe, source: Batches) -> Recipe:
-    """The recipe of a new model, with the sizes that nobody gave taken from its data.
-
-    Raises UserError where given ones and the data do not go together.
-    """
+    """The recipe of a new model, with missing sizes taken from its data. Raises UserError where the others do not fit them."""
     channels, height, _width = source.shape
     if recipe.model.num_classes is None and source.classes > _MOST_CLASSES and prompts_file(recipe.data) is None:
         raise UserError(
             f"data {recipe.data.name} has the label {source.classes - 1}: where it really has so many classes, say "
             f"--set model.num_classes={source.classes}"
         )
-    given = recipe.model
-    model = dataclasses.replace(
-        given,
-        input_size=height if given.input_size is None else given.input_size,
-        in_channels=channels if given.in_channels is None else given.in_channels,
-        num_classes=source.classes if given.num_classes is None else given.num_classes,
-    )
+    given, sizes = recipe.model, {"input_size": height, "in_channels": channels, "num_classes": source.classes}
+    missing = {name: size for name, size in sizes.items() if getattr(given, name) is None}
+    model = dataclasses.replace(given, **missing)  # type: ignore[arg-type]  # all are whole numbers
     _check_fit(recipe.data, source, model, model.num_classes or source.classes)
     if given.input_size is None and height % model.patch_size:
         below = height - height % model.patch_size
@@ -246,14 +233,14 @@ def sized(recipe: Recipe, source: Batches) -> Recipe:
 
 
 def trained_on(model: LoadedModel, source: Batches) -> LoadedModel:
-    """A new model with the facts of its data: of latents their scale, their autoencoder and the side of their pictures."""
+    """A new model with the facts of its latents."""
     if not isinstance(source, LatentBatches):
         return model
     return with_latents(model, source.latents.spec, source.latents.about)
 
 
 def _check_fit(data: DataSection, source: Batches, sizes: Any, labels: int) -> None:
-    """Raise UserError where data do not fit a model. sizes: its arch, or the section of a recipe that makes a new one; labels: it knows."""
+    """Raise UserError where data do not fit a model. sizes: its arch, or the section of a new one; labels: number that it knows."""
     wanted, new = (sizes.in_channels, sizes.input_size, sizes.input_size), isinstance(sizes, ModelSection)
     if source.shape != wanted:
         raise UserError(
@@ -265,7 +252,7 @@ def _check_fit(data: DataSection, source: Batches, sizes: Any, labels: int) -> N
 
 
 def _remedy(data: DataSection, source: Batches, wanted: tuple[int, int, int], new: bool) -> str:
-    """What to type where images (C, H, W) are not those that a model takes; nothing where no setting helps."""
+    """The settings that make images (C, H, W) fit a model; nothing where none do."""
     channels, height, width = source.shape
     if (height, width, channels) == wanted:
         return "; arr_0 looks like (N, C, H, W), wanted channels last"

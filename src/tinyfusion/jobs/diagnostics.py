@@ -1,6 +1,6 @@
 """Report diagnostics that require the models: activation histograms, speed by depth, FID by step of the recovery.
 
-Each is a JSON file in the run folder, described in docs/report.md; the page is rendered from these without torch.
+Each is a JSON file in the run folder (docs/report.md).
 """
 
 from __future__ import annotations
@@ -109,14 +109,14 @@ class _Histogram:
 
 
 def timed_depths(depth: int, most: int, also: int, least: int = 1) -> list[int]:
-    """At most `most` depths from the whole down to `least`, evenly spread, and the student's, falling; none where `most` is 0."""
+    """At most `most` depths from all down to `least`, evenly spread, and `also`, descending; none where `most` is 0."""
     return sorted({also, *range(depth, least - 1, -math.ceil(depth / most))}, reverse=True) if most else []
 
 
 def shared_out(num: int, depths: Mapping[str, int]) -> dict[str, int]:
-    """`num` blocks over the lists in proportion to their depths, at least one each, by largest remainders.
+    """`num` blocks divided over the lists in proportion to their depths, at least one each, by largest remainders.
 
-    Raises ValueError where there are fewer than lists, or more than blocks.
+    Raises ValueError where `num` is less than the lists or more than the blocks.
     """
     total = sum(depths.values())
     if not len(depths) <= num <= total:
@@ -130,7 +130,7 @@ def shared_out(num: int, depths: Mapping[str, int]) -> dict[str, int]:
 
 
 def shallow(model: LoadedModel, depths: Mapping[str, int]) -> LoadedModel:
-    """The model with only the first blocks of every list, as many as `depths` says; weights are shared, not copied."""
+    """The model with only the first blocks of every list, `depths` of each; weights are shared, not copied."""
     tensors = itertools.chain(model.module.parameters(), model.module.buffers())
     module = copy.deepcopy(model.module, {id(tensor): tensor for tensor in tensors})
     pruned = LoadedModel(module, model.family, model.arch, model.facts)
@@ -145,11 +145,10 @@ def depth_speed(
     student: Mapping[str, int],
     step_of: Callable[[LoadedModel, int], Callable[[], object]],
 ) -> dict[str, Any] | None:
-    """depth_speed.json: the teacher with its first blocks only, timed at several depths in turn; None where not wanted.
+    """depth_speed.json: the teacher with its first blocks only, at several depths, interleaved; None where not wanted.
 
-    student: blocks of the student per list; its depth is timed with these, every other with its blocks shared out over the
-    lists in proportion. step_of: (model, images) to the call that is timed, one denoising step. Which blocks of a list stay
-    does not matter to the speed.
+    student: its blocks per list, for the timing at its depth; other depths are divided over the lists in proportion. step_of:
+    (model, images) -> a call of one denoising step.
     """
     device, whole, lists, own = device_for(recipe), len(teacher.stack), teacher.stack.depths(), sum(student.values())
     depths = timed_depths(whole, recipe.speed.depths, own, len(lists))
@@ -171,10 +170,7 @@ def depth_speed(
 
 
 def checkpoint_steps(settings: TrainingSection, num: int) -> list[int]:
-    """The steps of `num` checkpoints, evenly spread over a training, that still exist at its end.
-
-    Raises UserError where the training retains too few.
-    """
+    """The steps of `num` checkpoints, evenly spread, that exist at the end of a training. Raises UserError where it retains too few."""
     made, every = settings.made_steps, settings.checkpoint_every_steps
     if num == 0:
         return []
@@ -193,7 +189,7 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
     """fid_steps.json: FID of the averaged weights at checkpoints of the recovery, against the first reference.
 
     Written after every point; existing points are not measured again. The first point is the pruned model, the last the
-    student, both evaluated before. evaluation: (model, reference) to its JSON. Changes the weights of `student`.
+    student, both already evaluated. evaluation: (model, reference) -> its JSON. Changes the weights of `student`.
     """
     settings, file = recipe.recover.training, out / "fid_steps.json"
     steps = checkpoint_steps(settings, recipe.evaluate.checkpoints)

@@ -27,22 +27,20 @@ def training_section(verb: str) -> str:
 
 
 def average_warning(verb: str, settings: TrainingSection) -> str | None:
-    """A line where the moving average of a training would still hold much of the initial weights at its end."""
+    """A warning where the moving average would still contain much of the initial weights at the end; else None."""
     warning = horizon_warning(settings.ema_decay, settings.made_steps, training_section(verb))
     return f"warning: {warning}" if warning else None
 
 
 def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> float:
-    """Train to the end inside `run`, continuing from its newest checkpoint (or `resume`); seconds over all sittings.
+    """Train to the end inside `run`, from its newest checkpoint (or `resume`) on. Returns the seconds of all sittings.
 
-    Raises Interrupted after a signal to any process, also one in the last step, with the state saved.
+    Raises Interrupted after a signal to any process, also in the last step, with the state saved.
     """
     engine, state, settings = training.engine, training.state, training.settings
     engine.wait()  # until the main process has created the run folder
-    if resume is None:
-        start = load_latest(run.checkpoints, state, first=engine.first)
-    else:
-        start = load_checkpoint(resume, state, first=engine.first)
+    load, place = (load_checkpoint, resume) if resume else (load_latest, run.checkpoints)
+    start = load(place, state, first=engine.first)
     spent = float(engine.first(run.record).get("seconds", 0.0)) if start else 0.0
     run.truncate_metrics(start)
     run.note(f"{training.title}: {settings.made_steps} steps of {settings.batch_size} images, from step {start}")
@@ -64,7 +62,11 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
             f"compiled: {gain.compiled_ms:,.4g} ms a step, {gain.eager_ms:,.4g} ms without ({gain.compile_s:.0f} s once)"
         )
     watch = Previews(training.recipe, run, training.shown, training.title, start)
-    _note_memory(training, run)
+    needed, free = training.memory()[1].total / GIB, available_bytes(engine.device)
+    of_free = "" if free is None else f" of {free / GIB:,.1f}"
+    memory = f"{training.title}: needs about {needed:.2g}{of_free} GiB of memory (details: --dry-run)"
+    run.note(memory)
+    say([memory])
     sitting = _Sitting(training, run, start, spent, watch)
     main_pid = engine.first(os.getpid)
     with (
@@ -83,9 +85,9 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
         training.in_place(),
     ):
         for record in training.steps():
-            sitting.tell(record, bar)
+            sitting.log(record, bar)
             watch.look(state.step, training.averaged)
-            sitting.tell_saved(writer)
+            sitting.log_saved(writer)
             # once: a signal that comes while saving is for the next step, or the end of the watch
             stop, save = divmod(engine.agree(2 * (signals.stop or 0) + signals.save), 2)
             last = state.step == settings.made_steps
@@ -97,35 +99,24 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
                 writer.finish()
                 run.mark("interrupted", seconds=sitting.seconds())
                 raise Interrupted(stop, "saved, the same command continues")
-    sitting.tell_saved(writer)
+    sitting.log_saved(writer)
     return sitting.seconds()
 
 
 def _jump(state: TrainState, settings: TrainingSection) -> str:
-    """What to say where the steps before had another batch size: data are addressed by step and batch size of now."""
+    """A message where earlier steps had another batch size: data are addressed by step and present batch size."""
     seen, position = state.seen_images, state.step * settings.batch_size
     if seen == position:
         return ""
-    gap = (
-        f"{position - seen:,} images are left out" if position > seen else f"{seen - position:,} images are seen again"
-    )
+    gap = f"{abs(position - seen):,} images are {'left out' if position > seen else 'seen again'}"
     return (
         f"{seen:,} images were seen in {state.step:,} steps, which had another batch size than {settings.batch_size}: the order of "
         f"the data goes on at image {position:,} ({gap}), and schedules at step {state.step:,}"
     )
 
 
-def _note_memory(training: Training, run: RunDirectory) -> None:
-    """Say in the log and on stderr what memory the training needs, before its first step."""
-    total, free = training.memory()[1].total / GIB, available_bytes(training.engine.device)
-    of_free = "" if free is None else f" of {free / GIB:,.1f}"
-    line = f"{training.title}: needs about {total:.2g}{of_free} GiB of memory (its parts: --dry-run)"
-    run.note(line)
-    say([line])
-
-
 class _Sitting:
-    """What one sitting of a training writes down: log lines and progress."""
+    """Log lines and progress of one sitting of a training."""
 
     def __init__(self, training: Training, run: RunDirectory, start: int, spent: float, watch: Previews) -> None:
         self.training, self.run, self.start, self.spent, self.watch = training, run, start, spent, watch
@@ -135,21 +126,19 @@ class _Sitting:
         self.saved: Written | None = None
 
     def seconds(self) -> float:
-        """Seconds over all sittings, without those spent on looks."""
+        """Seconds of all sittings, without those of previews."""
         return self.spent + time.perf_counter() - self.began - self.watch.seconds
 
-    def tell_saved(self, writer: CheckpointWriter) -> None:
+    def log_saved(self, writer: CheckpointWriter) -> None:
         """Note the checkpoint that has been written since the last call, if one has."""
         writer.check()
         if writer.written is None or writer.written is self.saved:
             return
         self.saved = writer.written
-        size, paused, write = self.saved.num_bytes / 2**20, self.saved.held_s, self.saved.write_s
-        self.run.note(
-            f"checkpoint of step {self.saved.step}: {size:.1f} MiB, training held {paused:.2f} s, written in {write:.2f} s"
-        )
+        size, times = self.saved.num_bytes / 2**20, f"{self.saved.held_s:.2f} s, written in {self.saved.write_s:.2f} s"
+        self.run.note(f"checkpoint of step {self.saved.step}: {size:.1f} MiB, training paused {times}")
 
-    def tell(self, record: StepRecord, bar: Advance) -> None:
+    def log(self, record: StepRecord, bar: Advance) -> None:
         """Log what is due after a step, and move the bar."""
         settings, step = self.training.settings, record.step + 1
         images = self.training.state.seen_images
@@ -162,13 +151,9 @@ class _Sitting:
         waiting = self.waited_s / max(now - self.logged, 1e-9)
         self.logged, self.waited_s = now, 0.0
         bad = {} if record.applied else {"bad_samples": record.bad_samples}
-        line: dict[str, Any] = {
-            "step": record.step,
-            "seen_images": images,
-            "seconds": round(self.seconds(), 3),
-            **values,
-        }
-        line |= {**self.training.extra(record), "waiting": round(waiting, 4), "applied": record.applied, **bad}
+        line: dict[str, Any] = {"step": record.step, "seen_images": images, "seconds": round(self.seconds(), 3)}
+        line |= {**values, **self.training.extra(record)}
+        line |= {"waiting": round(waiting, 4), "applied": record.applied, **bad}
         self.run.log(line)
         self.watch.log(record.step, line)
         loss, norm = (math.nan if (value := values[name]) is None else value for name in ("loss", "gradient_norm"))

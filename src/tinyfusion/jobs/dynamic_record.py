@@ -1,7 +1,4 @@
-"""What a dynamic model runs along a trajectory, for the pictures of its page: units per block and time, tokens per image.
-
-`kept.json` in the run folder; the page is drawn from it without torch (docs/report.md).
-"""
+"""Record of the units that a dynamic model runs along a trajectory: `kept.json`, for the charts of its page."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ import torch
 from torch import Tensor
 
 from tinyfusion.blocks.dynamics import BlockMasks, Deciding
-from tinyfusion.config.recipe import Recipe, SampleSection
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.macs import model_ratio, total_macs
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.process_specs import default_sampling, fits, sampler_of
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
-from tinyfusion.sample.drive import SampleDraws, Sampler, image_labels, to_uint8
+from tinyfusion.sample.drive import SampleDraws, image_labels, to_uint8
 
 KEPT = "kept.json"
 _NUM_IMAGES = 4
@@ -29,7 +26,7 @@ _SHOWN_CHANNELS = 3
 
 
 class _Recording(Deciding):
-    """Decides as at inference, at full cost, and remembers the time and the masks of every forward pass."""
+    """Decides as at inference, at full cost, and records the time and the masks of every forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +34,7 @@ class _Recording(Deciding):
         self.passes: list[dict[int, BlockMasks]] = []
 
     def begin(self, t: Tensor, embedding: Tensor) -> None:
-        """A pass begins; `masks` is filled block by block."""
+        """Begin a pass; `masks` is filled block by block."""
         super().begin(t, embedding)
         self.times.append(float(t[0]))
         self.passes.append(self.masks)
@@ -47,12 +44,13 @@ class _Recording(Deciding):
 def dynamic_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
     """kept.json: heads, groups, tokens and blocks that ran at every time of the sampler, and which tokens of four images.
 
-    The first four images of the recipe's sampling, whose sampler is that of the recipe, or the published one where the
-    recipe's does not go with the model. Moves the model to the recipe's device.
+    The first four images of the recipe's sampling, with the published sampler where the recipe's does not fit the model, such
+    as DDIM for a flow. Moves the model to the recipe's device.
     """
     routed = model.dynamic
     assert routed is not None
-    sampler, device = _sampler(recipe.sample, model), device_for(recipe)
+    sampling = recipe.sample if fits(recipe.sample, model) else default_sampling(model)
+    sampler, device = sampler_of(sampling, model), device_for(recipe)
     model.module.to(device).eval()
     labels = image_labels(
         _NUM_IMAGES, len(model.conditions), recipe.seed, recipe.sample.labels, recipe.sample.label_rule == "balanced"
@@ -62,13 +60,16 @@ def dynamic_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
         condition = model.conditions.index(torch.from_numpy(labels)).to(device)
         x = deque(sampler.trajectory(model, condition, draws), maxlen=1).pop()
     sizes, settings, depth = routed.sizes, routed.settings, len(model.stack)
-    ratios = [model_ratio(masks, sizes, _rows(masks)).mean() for masks in recording.passes]
-    ratio = float(torch.stack(ratios).mean())
-    static = model_macs(model)
+    ratios = []
+    for masks in recording.passes:
+        rows = next(len(m) for m in (masks[0].heads, masks[0].tokens, masks[0].gate) if m is not None)
+        ratios.append(model_ratio(masks, sizes, rows).mean())
+    ratio, static = float(torch.stack(ratios).mean()), model_macs(model)
     first = {time: i for i, time in reversed(list(enumerate(recording.times)))}  # its first pass, of every time
     times = list(dict.fromkeys(recording.times))
+    passes = [recording.passes[first[time]] for time in times]
     shares = {
-        name: _shares([recording.passes[first[time]] for time in times], name, depth)
+        name: _shares(passes, name, depth)
         for name, wanted in (
             ("heads", settings.width), ("groups", settings.width), ("tokens", settings.tokens), ("gate", settings.depth)
         )
@@ -79,23 +80,12 @@ def dynamic_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
         "times": [round(time, 6) for time in times],
         "num_units": sizes.num_heads,
         "shares": shares,
-        "sub_networks": _different([recording.passes[first[time]] for time in times]),
+        "sub_networks": _different(passes),
         "ratio": ratio,
         "macs": total_macs(static, sizes, depth, ratio, settings.tokens),
         "static_macs": static,
         "maps": _token_maps(recording, x, labels, model) if settings.tokens else None,
     }
-
-
-def _sampler(settings: SampleSection, model: LoadedModel) -> Sampler:
-    """The sampler of the recipe, or the published one where that does not fit, such as DDIM for a flow."""
-    return sampler_of(settings if fits(settings, model) else default_sampling(model), model)
-
-
-def _rows(masks: dict[int, BlockMasks]) -> int:
-    """Rows of the batch of a forward pass."""
-    first = masks[0]
-    return next(len(m) for m in (first.heads, first.tokens, first.gate) if m is not None)
 
 
 def _shares(passes: list[dict[int, BlockMasks]], name: str, depth: int) -> list[list[float]]:
@@ -114,13 +104,13 @@ def _different(passes: list[dict[int, BlockMasks]]) -> int:
 
 
 def _token_maps(recording: _Recording, x: Tensor, labels: np.ndarray, model: LoadedModel) -> dict[str, Any]:
-    """Per image and at some passes, in how many of all blocks (percent) the MLP saw each token; and the images themselves."""
+    """Per image and at some passes, the percentage of blocks whose MLP processed each token; and the images."""
     chosen = sorted({round(i) for i in np.linspace(0, len(recording.passes) - 1, _NUM_TIMES)})
     side = model.arch.input_size // model.arch.patch_size
     percent = []
     for i in chosen:
         tokens = torch.stack([masks.tokens for masks in recording.passes[i].values() if masks.tokens is not None])
-        seen = tokens[:, : len(labels)].float().mean(0)  # the conditional half stands first
+        seen = tokens[:, : len(labels)].float().mean(0)  # the conditional half comes first
         percent.append((100 * seen).round().int().cpu().view(len(labels), side, side))
     return {
         "times": [round(recording.times[i], 6) for i in chosen],

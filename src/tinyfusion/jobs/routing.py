@@ -1,4 +1,4 @@
-"""Routers on a model as a training: what a model must have to get them, the objective, and the budget met when sampling."""
+"""Training of routers: checks, objective, and calibration to the budget when sampling."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_dynamic(recipe: Recipe, model: LoadedModel, source: str) -> None:
 
 
 def dynamic_training(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | None, engine: Engine) -> Training:
-    """The model with routers, and what trains it. Changes and moves both models."""
+    """The training of the model with routers. Changes and moves both models."""
     settings = recipe.dynamic
     source = batches_for(recipe, model, engine.device)
     inner = objective_for(model, settings.training.label_drop, recipe)
@@ -77,15 +77,15 @@ def dynamic_training(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | 
 
 
 def router_settings(settings: DynamicSection) -> DynamicSettings:
-    """What a recipe says of routers."""
+    """The settings of routers in a recipe."""
     return DynamicSettings(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(DynamicSettings)})
 
 
 def meet_budget(recipe: Recipe, student: LoadedModel) -> dict[str, Any]:
-    """Shift the routers of `student` so that sampling meets the target; what is reached, and how that was measured.
+    """Shift the routers of `student` so that sampling meets the target; the ratio reached, and its protocol.
 
-    Measured on what the network is given while images are drawn, because tokens are decided by content and noised data are
-    not quite what a sampler passes through. A shift changes the images a little, so they are drawn and measured twice.
+    Measured on the inputs of the network while images are drawn, because tokens are decided by content, and noised data
+    differ from a sampler's. A shift changes the images a little, so they are drawn and measured twice.
     """
     settings, routed = recipe.dynamic, student.dynamic
     assert routed is not None
@@ -118,16 +118,13 @@ def meet_budget(recipe: Recipe, student: LoadedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def _drawn_passes(recipe: Recipe, student: LoadedModel, sampler: Sampler, images: int) -> list[Pass]:
-    """Every forward pass of the network while these images are drawn, with its inputs, to be run again."""
+    """Every forward pass of the network while images are drawn, as a function that runs it again."""
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     labels = image_labels(images, len(student.conditions), recipe.seed)
     skipped = SkippedModel(student, skipped_run_for(student, sampler))
-    with skipped.running():
-        hook = student.module.register_forward_pre_hook(
-            lambda _module, args, kwargs: given.append((args, kwargs)), with_kwargs=True
-        )
-        try:
-            list(draw_samples(student, labels, sampler, recipe.seed, images))
-        finally:
-            hook.remove()
+    with (
+        skipped.running(),
+        student.module.register_forward_pre_hook(lambda _, *call: given.append(call), with_kwargs=True),
+    ):
+        list(draw_samples(student, labels, sampler, recipe.seed, images))
     return [(len(args[0]), partial(student.module, *args, **kwargs)) for args, kwargs in given]

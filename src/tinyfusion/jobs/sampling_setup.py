@@ -35,9 +35,9 @@ from tinyfusion.sample.drive import sample as draw_samples
 
 @dataclass(frozen=True)
 class SkippedRun:
-    """What a sampler will ask of a model's routers of width and depth. tables: decided in float32, before any cast.
+    """Decisions of a model's routers along a trajectory. tables: decided in float32, before any cast.
 
-    calls: the times of the forward passes of a trajectory, in order; None where the sampler finds them as it goes.
+    calls: the times of the forward passes, in order; None where the sampler chooses its steps.
     """
 
     tables: KeepTables
@@ -52,11 +52,10 @@ class SkippedRun:
 
 
 def skipped_run_for(model: LoadedModel, sampler: Sampler) -> SkippedRun | None:
-    """What `sampler` will ask of `model`; None of a model without routers. Give the model in float32."""
+    """The decisions of `model`, in float32, for `sampler`; None of a model without routers."""
     if model.dynamic is None:
         return None
-    cpu = torch.device("cpu")
-    draws = SampleDraws(Randomness(0), 0, 1, cpu)
+    draws = SampleDraws(Randomness(0), 0, 1, torch.device("cpu"))
     with torch.no_grad():
         one = model.conditions.index(slice(1))
         times = rehearsed(model, lambda stand_in: sampler.trajectory(stand_in, one, draws))
@@ -65,7 +64,7 @@ def skipped_run_for(model: LoadedModel, sampler: Sampler) -> SkippedRun | None:
 
 @dataclass(frozen=True)
 class SkippedModel:
-    """A model as it is sampled. Enter `running` around every forward pass; `report` says what ran."""
+    """A model with its sub-networks. Enter `running` around every forward pass; `report` describes what ran."""
 
     model: LoadedModel
     skipping: SkippedRun | None
@@ -73,12 +72,12 @@ class SkippedModel:
 
     @cached_property
     def sub_networks(self) -> SubNetworks | None:
-        """Sliced weights, cut out once."""
+        """Sliced weights, made once."""
         return None if self.skipping is None else self.skipping.on(self.model, self.compiled)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within the context a model with routers runs its sub-networks; another runs as it is."""
+        """Run sub-networks within the context; a model without routers runs as it is."""
         if self.sub_networks is None or self.model.dynamic is None:
             yield
             return
@@ -87,7 +86,7 @@ class SkippedModel:
         self.sub_networks.check()
 
     def macs_run(self, static: float) -> float:
-        """Multiply-accumulates of a forward pass of one image: `static`, or what sub-networks ran of it on average so far."""
+        """Multiply-accumulates of a forward pass of one image: `static`, or the mean over sub-networks so far."""
         routed, ran = self.model.dynamic, self.report()
         if routed is None or ran is None:
             return static
@@ -95,7 +94,7 @@ class SkippedModel:
         return total_macs(static, routed.sizes, depth, ran["macs_ratio"], tokens)
 
     def report(self) -> dict[str, Any] | None:
-        """What was kept, and the ratio of multiply-accumulates that ran; None of a model without routers."""
+        """Units and ratio of multiply-accumulates that ran; None of a model without routers."""
         return None if self.sub_networks is None else self.sub_networks.report()
 
 
@@ -104,10 +103,8 @@ _CHANNELS = 3  # of pictures that an autoencoder makes
 
 def labels_of(recipe: Recipe, model: LoadedModel) -> np.ndarray:
     """The label of every image."""
-    settings = recipe.sample
-    return image_labels(
-        settings.num_images, len(model.conditions), recipe.seed, settings.labels, settings.label_rule == "balanced"
-    )
+    s = recipe.sample
+    return image_labels(s.num_images, len(model.conditions), recipe.seed, s.labels, s.label_rule == "balanced")
 
 
 def protocol(recipe: Recipe, model: LoadedModel, autoencoder: Autoencoder | None = None) -> str:
@@ -125,16 +122,9 @@ def protocol(recipe: Recipe, model: LoadedModel, autoencoder: Autoencoder | None
 
 
 def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
-    """UserError on settings that cannot work with the model. Opens no autoencoder."""
-    if settings.num_images < 1 or settings.batch_size < 1:
-        raise UserError(
-            f"sample wants at least one image and a batch of at least one; got {settings.num_images} and {settings.batch_size}"
-        )
-    if settings.decode_batch_size < 1:
-        raise UserError(f"sample.decode_batch_size is at least 1; got {settings.decode_batch_size}")
+    """Raise UserError on settings that cannot work with the model. Opens no autoencoder."""
     known = len(model.conditions)
-    outside = [label for label in settings.labels if not 0 <= label < known]
-    if outside:
+    if outside := [label for label in settings.labels if not 0 <= label < known]:
         what = "classes" if model.family.texts is None else "prompts"
         raise UserError(f"--labels {outside} out of range: the model knows {what} 0 to {known - 1}")
     sampler_of(settings, model)
@@ -142,14 +132,14 @@ def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
         raise UserError(f"sample.vae {settings.vae} decodes latents, and this model draws pixels: leave it out")
     if not model.of_latents and not settings.decode:
         raise UserError("sample.decode=false keeps latents, and this model draws pixels: leave it out")
-    if model.of_latents and not settings.decode and settings.vae is not None:
-        raise UserError("sample.vae decodes, and sample.decode=false says not to: leave out one of the two")
+    if not settings.decode and settings.vae is not None:
+        raise UserError("sample.vae decodes, and sample.decode=false does not: leave out one of the two")
 
 
 def autoencoder_for(settings: SampleSection, model: LoadedModel) -> Autoencoder | None:
-    """What decodes the model's latents; None where nothing is to be decoded.
+    """The autoencoder that decodes the model's latents; None where nothing is decoded.
 
-    Raises UserError where none is known, none is there, or the one that is does not go with the model.
+    Raises UserError where none is known or found, or where it does not fit the model.
     """
     if not model.of_latents or not settings.decode:
         return None
@@ -161,17 +151,14 @@ def autoencoder_for(settings: SampleSection, model: LoadedModel) -> Autoencoder 
             "--vae (or --set sample.vae=), a folder or a hub id; --set sample.latent_scale= and sample.latent_shift= where "
             "it was trained with other numbers than that one's; or --set sample.decode=false for the latents themselves"
         )
-    autoencoder = open_autoencoder(name)
-    autoencoder = dataclasses.replace(
-        autoencoder,
-        scale=autoencoder.scale if settings.latent_scale is None else settings.latent_scale,
-        shift=autoencoder.shift if settings.latent_shift is None else settings.latent_shift,
-    )
-    reason = None
+    stated = {"scale": settings.latent_scale, "shift": settings.latent_shift}
+    stated = {name: value for name, value in stated.items() if value is not None}
+    autoencoder = dataclasses.replace(open_autoencoder(name), **stated)  # type: ignore[arg-type]  # both are numbers
+    reason, pixels = None, autoencoder.factor * arch.input_size
     if autoencoder.channels != arch.in_channels:
         reason = f"its latents have {autoencoder.channels} channels, those of the model {arch.in_channels}"
-    elif "image_size" not in model.doubtful and autoencoder.factor * arch.input_size != facts.image_size:
-        reason = f"it decodes to {autoencoder.factor * arch.input_size} pixels, and the model's images have {facts.image_size}"
+    elif "image_size" not in model.doubtful and pixels != facts.image_size:
+        reason = f"it decodes to {pixels} pixels, and the model's images have {facts.image_size}"
     reason = reason or facts.unlike("it scales latents by", "latent_scale", autoencoder.scale)
     reason = reason or facts.unlike("it shifts latents by", "latent_shift", autoencoder.shift)
     if reason:
@@ -179,34 +166,28 @@ def autoencoder_for(settings: SampleSection, model: LoadedModel) -> Autoencoder 
     return autoencoder
 
 
-# -------------------------------------------------------------------------------------------------------------- drawing
-
-
 def in_dtype(model: LoadedModel, dtype: str, device: torch.device) -> LoadedModel:
-    """The model on the device, frozen as it is; in a type other than float32 its weights are a copy, packed where that helps."""
+    """The model on the device, for inference; in a type other than float32 a copy, packed where that helps."""
     if dtype == "float32":
         model.module.to(device).eval()
         return model
-    held_in = getattr(torch, dtype)
-    placed = dataclasses.replace(model, module=copy.deepcopy(model.module).to(device, held_in).eval())
-    if can_pack(held_in, device):
+    kind = getattr(torch, dtype)
+    placed = dataclasses.replace(model, module=copy.deepcopy(model.module).to(device, kind).eval())
+    if can_pack(kind, device):
         pack(placed.stack if placed.dynamic is None else whole_layers(placed.dynamic))
     return placed
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Everything that makes images by their index. shape: (H, W, C) of one, and `dtype` its type, uint8 or float32."""
+    """Images by their index. labels: of every image. dtype: of images, uint8 or float32."""
 
     model: LoadedModel
     labels: np.ndarray
     sampler: Sampler
     seed: int
-    batch_size: int
-    compiled: bool
-    decode_batch_size: int
+    settings: SampleSection
     autoencoder: Autoencoder | None
-    shape: tuple[int, int, int]
     dtype: np.dtype[np.generic]
     skipped: SkippedModel
 
@@ -214,54 +195,38 @@ class Drawing:
         """Images first .. last - 1 in batches (B, H, W, C). Raises UserError where a value is not finite."""
         with ExitStack() as around:
             around.enter_context(self.skipped.running())
-            if self.compiled:
+            if self.settings.compile:
                 around.enter_context(self.model.stack.compiled())
-            model, labels, sampler = self.model, self.labels, self.sampler
-            for batch in draw_samples(model, labels, sampler, self.seed, self.batch_size, first, last):
-                x = batch.x
+            sizes = (self.seed, self.settings.batch_size, first, last)
+            for batch in draw_samples(self.model, self.labels, self.sampler, *sizes):
+                x, bad = batch.x, f"values that are not finite from image {batch.first} on"
                 if not bool(torch.isfinite(x).all()):
-                    raise UserError(
-                        f"the model drew values that are not finite from image {batch.first} on: it is broken or unrecovered"
-                    )
+                    raise UserError(f"the model drew {bad}: it is broken or unrecovered")
                 if self.autoencoder is not None:
-                    x = torch.cat([self.autoencoder.decode(latents) for latents in x.split(self.decode_batch_size)])
+                    pieces = x.split(self.settings.decode_batch_size)
+                    x = torch.cat([self.autoencoder.decode(latents) for latents in pieces])
                     if not bool(torch.isfinite(x).all()):
-                        raise UserError(
-                            f"the autoencoder decoded to values that are not finite from image {batch.first} on"
-                        )
+                        raise UserError(f"the autoencoder decoded to {bad}")
                 yield to_uint8(x) if self.dtype == np.uint8 else x.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 def open_drawing(
-    recipe: Recipe,
-    model: LoadedModel,
-    device: torch.device,
-    autoencoder: Autoencoder | None = None,
+    recipe: Recipe, model: LoadedModel, device: torch.device, autoencoder: Autoencoder | None = None,
     labels: np.ndarray | None = None,
-) -> Drawing:
-    """The drawing that the section `sample` describes, ready on `device`. labels: of every image, instead of the section's."""
+) -> Drawing:  # fmt: skip
+    """The drawing of the section `sample`, on `device`. labels: of every image, instead of the section's."""
     settings = recipe.sample
     if settings.compile:
         check_compiler(device)
     if autoencoder is not None:
         autoencoder.module.to(device)
-    shape, dtype = image_shape_and_dtype(model, autoencoder)
+    _, dtype = image_shape_and_dtype(model, autoencoder)
     sampler = sampler_of(settings, model)
-    skipping = skipped_run_for(model, sampler)
+    skipping = skipped_run_for(model, sampler)  # before any cast
     placed = in_dtype(model, settings.dtype, device)
-    return Drawing(
-        model=placed,
-        labels=labels_of(recipe, model) if labels is None else labels,
-        sampler=sampler,
-        seed=recipe.seed,
-        batch_size=settings.batch_size,
-        compiled=settings.compile,
-        decode_batch_size=settings.decode_batch_size,
-        autoencoder=autoencoder,
-        shape=shape,
-        dtype=dtype,
-        skipped=SkippedModel(placed, skipping, settings.compile),
-    )
+    labels = labels_of(recipe, model) if labels is None else labels
+    skipped = SkippedModel(placed, skipping, settings.compile)
+    return Drawing(placed, labels, sampler, recipe.seed, settings, autoencoder, dtype, skipped)
 
 
 def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np.ndarray]:
@@ -279,7 +244,7 @@ def draw(recipe: Recipe, model: LoadedModel, title: str) -> tuple[np.ndarray, np
 def image_shape_and_dtype(
     model: LoadedModel, autoencoder: Autoencoder | None
 ) -> tuple[tuple[int, int, int], np.dtype[np.generic]]:
-    """(H, W, C) and type of one image as it is written: pixels are uint8, latents float32."""
+    """(H, W, C) and type of an image: pixels are uint8, latents float32."""
     if autoencoder is not None:
         pixels = int(autoencoder.factor * model.arch.input_size)
         return (pixels, pixels, _CHANNELS), np.dtype(np.uint8)

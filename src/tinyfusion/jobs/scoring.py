@@ -88,11 +88,6 @@ class Reference:
         """Moments of the pooled features."""
         return self.statistics.pool
 
-    @property
-    def spatial(self) -> Moments | None:
-        """Moments of the spatial features, where there are any."""
-        return self.statistics.spatial
-
     def _computed(self) -> FeatureStatistics:
         assert self.source is not None
         if not self.extractor.slow:
@@ -112,7 +107,7 @@ class Reference:
 
 
 def open_reference(name: str, extractor: FeatureExtractor, data: DataSection | None = None) -> Reference:
-    """A reference by name, parquet, npz or folder; data: as for `open_images`. Raises UserError where it cannot serve."""
+    """A reference by name, parquet, npz or folder; data: as for `open_images`. Raises UserError where it is unfit."""
     path = Path(name)
     stored = read_moments(path) if path.suffix == ".npz" and path.is_file() else {}
     source = open_images(name, data) if not stored or has_images(path) else None
@@ -169,7 +164,7 @@ def open_images(name: str, data: DataSection | None = None) -> ImageSource:
 def statistics_of(
     source: ImageSource, extractor: FeatureExtractor, title: str, splits_size: int = 5000
 ) -> FeatureStatistics:
-    """Statistics of a set of images, a batch at a time. Raises UserError where they give no numbers."""
+    """Statistics of a set of images, a batch at a time. Raises UserError where they are not finite."""
     with progress(title, len(source), "images") as bar:
         try:
             return summarise((extractor(batch) for batch in source.read(READ_IMAGES)), len(source), splits_size, bar)
@@ -179,19 +174,13 @@ def statistics_of(
             raise UserError(f"{title}: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------------------- the cache
-
-
 def _write(file: Path, key: str, statistics: FeatureStatistics) -> None:
     """Cache statistics; a cache that cannot be written is reported and costs only time."""
     assert statistics.features is not None
-    arrays = {
-        "pool_mean": statistics.pool.mean,
-        "pool_covariance": statistics.pool.covariance,
-        "features": statistics.features,
-    }
-    if statistics.spatial is not None:
-        arrays |= {"spatial_mean": statistics.spatial.mean, "spatial_covariance": statistics.spatial.covariance}
+    moments = {"pool": statistics.pool} | ({"spatial": statistics.spatial} if statistics.spatial else {})
+    arrays = {"features": statistics.features}
+    for name, each in moments.items():
+        arrays |= {f"{name}_mean": each.mean, f"{name}_covariance": each.covariance}
     tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
     try:
         with atomic_write(file) as temporary:
@@ -208,7 +197,7 @@ def _read(file: Path, key: str) -> FeatureStatistics | None:
     try:
         metadata, tensors = read_metadata(file), read_safetensors(file)
         if metadata.get("of") != key or metadata.get("sum") != hash_state(tensors):
-            raise ValueError("its sum is another one")
+            raise ValueError("its checksum differs")
         arrays = {name: values.numpy() for name, values in tensors.items()}
         spatial = Moments(arrays["spatial_mean"], arrays["spatial_covariance"]) if "spatial_mean" in arrays else None
         pool = Moments(arrays["pool_mean"], arrays["pool_covariance"])
@@ -223,16 +212,13 @@ STORED_MOMENTS = " with stored moments"
 
 
 def score(
-    images: np.ndarray | ImageSource,
-    reference: Reference,
-    extractor: FeatureExtractor,
-    neighbours: int = 3,
+    images: np.ndarray | ImageSource, reference: Reference, extractor: FeatureExtractor, neighbours: int = 3,
     splits_size: int = 5000,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """FID, sFID, Inception Score, precision, recall and the median distance to the nearest reference image.
 
-    images: uint8 (N, H, W, C), more than `neighbours` of them. Distances are L2 in pixels of [-1, 1]. None stands where
-    the extractor, or a reference of moments alone, gives no such number, and for the last where it would take hours.
+    images: uint8 (N, H, W, C), more than `neighbours` of them. Distances are L2 in pixels of [-1, 1]. None where the
+    extractor or the reference gives no such number; for the last, also where it would take hours.
     """
     source = images if isinstance(images, ImageSource) else source_of(images)
     drawn = statistics_of(source, extractor, "features", splits_size)
@@ -261,20 +247,15 @@ def _nearest(images: ImageSource, real: ImageSource | None) -> float | None:
 
 
 def protocol_of(
-    reference: Reference,
-    extractor: FeatureExtractor,
-    settings: EvaluateSection,
-    sampling: str,
+    reference: Reference, extractor: FeatureExtractor, settings: EvaluateSection, sampling: str,
     shape: tuple[int, int, int] | None = None,
-) -> str:
-    """The string that two numbers must share to stand in one column.
+) -> str:  # fmt: skip
+    """The protocol of scores, which comparable scores share.
 
     sampling: "N images | sampler ... | seed". shape: (H, W, C) of the images; None is that of the reference.
     """
     treatment = extractor.treatment(shape) if shape else reference.treatment
-    seen = f" at {treatment}" if treatment else ""
-    stored = STORED_MOMENTS if reference.stored else ""
-    features = (
-        f"{extractor.name} {extractor.hash[:8]}{seen}, k {settings.neighbours}, splits of {settings.is_splits_size}"
-    )
-    return f"{features} | {reference.name} {reference.hash[:8]} {len(reference)}{stored} | {sampling}"
+    seen, stored = f" at {treatment}" if treatment else "", STORED_MOMENTS if reference.stored else ""
+    precision = f"k {settings.neighbours}, splits of {settings.is_splits_size}"
+    real = f"{reference.name} {reference.hash[:8]} {len(reference)}{stored}"
+    return f"{extractor.name} {extractor.hash[:8]}{seen}, {precision} | {real} | {sampling}"

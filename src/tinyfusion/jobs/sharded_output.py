@@ -1,6 +1,6 @@
-"""The images of an npz while they are drawn: shards of images in a folder next to it, so that an interrupted job continues.
+"""Shards of the images of an npz in a folder next to it while they are drawn, so that an interrupted job continues.
 
-The folder holds the record of the job and is removed when the npz is complete. Shards are laid out once and depend neither on
+The folder holds the record of the job and is removed when the npz is complete. Shards are defined once and depend neither on
 the number of ranks nor on the time of drawing. Ranks write them as `core/ranks.py` describes.
 """
 
@@ -43,10 +43,7 @@ def shards_folder(out: Path) -> Path:
 
 @dataclass(frozen=True)
 class ImageShards:
-    """The shards of an npz on disk.
-
-    shape: (N, H, W, C) of the npz. shard_images: images of every shard but the last.
-    """
+    """The shards of an npz of `shape` (N, H, W, C). shard_images: images of every shard but the last."""
 
     folder: Path
     shape: tuple[int, int, int, int]
@@ -63,11 +60,9 @@ class ImageShards:
         return self.folder / f"images-{shard[0]:07d}.npy"
 
     def is_complete(self, shard: Range) -> bool:
-        """Whether a shard is on disk and undamaged by its header."""
-        if not self.file(shard).is_file():
-            return False
+        """Whether a shard exists, with the right header."""
         try:
-            header = npy_header(self.file(shard))
+            header = npy_header(self.file(shard)) if self.file(shard).is_file() else None
         except UserError:
             return False
         return header == ArrayHeader((shard[1] - shard[0], *self.shape[1:]), self.dtype, fortran=False)
@@ -75,6 +70,10 @@ class ImageShards:
     def missing(self) -> list[Range]:
         """Shards that are to be drawn."""
         return [shard for shard in self.ranges() if not self.is_complete(shard)]
+
+    def num_drawn(self) -> int:
+        """Images in complete shards."""
+        return self.shape[0] - sum(last - first for first, last in self.missing())
 
     def write(self, shard: Range, images: np.ndarray) -> None:
         """Write a shard. Raises UserError where the folder was removed."""
@@ -106,20 +105,16 @@ class ImageShards:
 
 
 def shard_images(folder: Path, plain: Mapping[str, Any], wanted: int, overwrite: bool) -> int:
-    """Images of a shard: as an interrupted job laid them out, else `wanted`. Touches nothing.
+    """Images of a shard: those of an interrupted job, else `wanted`.
 
-    plain: the recipe of the job. Raises UserError where the folder is not ours, or of another job.
+    plain: the recipe of the job. Raises UserError where the folder is of others, or of another job.
     """
     if not os.path.lexists(folder):
         return wanted
-    ours = folder.is_dir() and (
-        (folder / RECORD).is_file()
-        or [entry.name for entry in folder.iterdir()] == [LOCK]  # of a job that ends just now
-    )
+    # a folder with nothing but a lock is of a job that ends just now
+    ours = folder.is_dir() and ((folder / RECORD).is_file() or [each.name for each in folder.iterdir()] == [LOCK])
     if not ours:
-        raise UserError(
-            f"{folder} is where parts of the images would go, and it was not made by tinyfusion: move it away"
-        )
+        raise UserError(f"{folder} is the place of shards of images, and it was not made by tinyfusion: move it away")
     if file_output(folder / RECORD, "sample", plain, overwrite, read_json):
         return wanted
     stored = read_json(folder / RECORD).get("part_images")

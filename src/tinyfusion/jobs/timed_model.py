@@ -1,4 +1,4 @@
-"""A model whose denoising steps are timed, for `bench`, the speed of a run, and the speed by depth."""
+"""Timed denoising steps of a model, for `bench`, the speed of a run, and the speed by depth."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import SampleDraws
 
-SPREAD_STEPS = 10  # of a trajectory that is timed where steps differ, as those of a model with routers do
+SPREAD_STEPS = 10  # of a timed trajectory where steps differ, as those of a model with routers do
 
 
 @dataclass(frozen=True)
 class TimedModel:
     """One call of `run` makes `steps` denoising steps of a batch, in sub-networks where the model has routers.
 
-    rows: of the network's batch per image. static_macs: of a whole forward pass of one image.
+    rows: of the network's batch per image. static_macs: of a complete forward pass of one image.
     """
 
     skipped: SkippedModel
@@ -36,26 +36,20 @@ class TimedModel:
 
     @property
     def model(self) -> LoadedModel:
-        """The model on its device, in the type that is timed."""
+        """The model on its device, in the timed type."""
         return self.skipped.model
 
     @property
     def macs(self) -> float:
-        """Multiply-accumulates of one forward pass of one image: all, or what sub-networks ran on average so far."""
+        """Multiply-accumulates of a forward pass of one image: of sub-networks the mean so far."""
         return self.skipped.macs_run(self.static_macs)
 
 
 def timed_model(
-    model: LoadedModel,
-    settings: SampleSection,
-    num_images: int,
-    device: torch.device,
-    steps: int | None = None,
-    seed: int = 0,
-    dtype: str = "float32",
-    compiled: bool = False,
-) -> TimedModel:
-    """The model ready on `device`. steps: of a trajectory over all levels of noise; None: one typical step, of a model without routers."""
+    model: LoadedModel, settings: SampleSection, num_images: int, device: torch.device, steps: int | None = None,
+    seed: int = 0, dtype: str = "float32", compiled: bool = False,
+) -> TimedModel:  # fmt: skip
+    """The model on `device`. steps: of a trajectory over all noise levels; None: one typical step, of a model without routers."""
     sampler = sampler_of(settings, model)
     short = sampler.of_steps(steps or 1)
     skipping = skipped_run_for(model, short)  # before any cast

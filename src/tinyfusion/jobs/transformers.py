@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tinyfusion.blocks.plan import PrunePlan, first_blocks
+from tinyfusion.blocks.scheme import check_range
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
@@ -35,7 +36,6 @@ from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.task import TaskBatch
 from tinyfusion.prune.criteria import CRITERIA
 from tinyfusion.prune.rules import RULES
-from tinyfusion.prune.scheme import check_range
 from tinyfusion.prune.units import ON_DATA, UnitContext, recorded_calibration
 
 

@@ -1,6 +1,6 @@
-"""The frame of verbs that train: open models, fill in what is unnamed, check, then estimate or train, and save.
+"""The frame of verbs that train: open models, fill in inputs that are not named, check, then estimate or train, and save.
 
-A verb states only what is its own: what it opens, what it trains, and what it leaves in the run folder.
+A verb defines only its own steps: which models it opens, what it trains, and the files that it writes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tinyfusion.training.engine import Engine
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a verb starts from: the recipe with nothing left unnamed, and models by their role in the run's record.
+    """Inputs of a verb: the completed recipe, and models by their role in the run's record.
 
-    models: None where the recipe wants no model in that role. sources: the models as they were named. batches: the training
-    data, where they were opened to know the sizes of a new model.
+    models: None where the recipe has no model in that role. sources: the models as they were named. batches: the training
+    data, where they were opened for the sizes of a new model.
     """
 
     recipe: Recipe
@@ -42,23 +42,23 @@ class Inputs:
     batches: Batches | None = None
 
     def model(self, role: str) -> LoadedModel:
-        """The model in a role that always has one."""
+        """The model of a role that is never None."""
         model = self.models[role]
         assert model is not None
         return model
 
 
 class Work(Protocol):
-    """What a verb does between opening and saving."""
+    """The work of a verb between opening and saving."""
 
     @property
     def settings(self) -> TrainingSection | None:
-        """Of the training; None where nothing is trained."""
+        """Settings of the training; None where nothing is trained."""
         ...
 
     @property
     def shown(self) -> LoadedModel | None:
-        """The model that previews are drawn from; None where there is nothing to draw."""
+        """The model of the previews; None where there are none."""
         ...
 
     def disk_bytes(self) -> int:
@@ -66,7 +66,7 @@ class Work(Protocol):
         ...
 
     def estimate(self) -> Estimate:
-        """What it will take. Moves what is trained: discard it afterwards. Every process must call."""
+        """Its cost. Changes the training: discard it afterwards. Every process must call."""
         ...
 
 
@@ -74,44 +74,41 @@ W = TypeVar("W", bound=Work)
 
 
 class TrainingVerb(Generic[W]):
-    """What is a verb's own. sections: of the recipe, that its result depends on."""
+    """A verb that trains. sections: of the recipe, on which its result depends."""
 
     name: str
     sections: tuple[str, ...]
 
     def open(self, recipe: Recipe, options: RunOptions, source: str | Path, remarks: list[str]) -> Inputs:
-        """Open models and fill in what the recipe leaves unnamed. remarks: gets lines for people.
-
-        Raises UserError on what does not go together.
-        """
+        """Open models and complete the recipe. remarks: gets lines for people. Raises UserError on inputs that do not fit."""
         raise NotImplementedError
 
     def hashes(self, inputs: Inputs) -> dict[str, str | None]:
-        """The inputs by role, as hashes: another model is another command."""
+        """Hashes of the models by role."""
         return {role: model.hash() if model else None for role, model in inputs.models.items()}
 
     def plain(self, inputs: Inputs) -> dict[str, Any]:
-        """The inputs as plain values: what "the same command" means."""
+        """The inputs as plain values, which identify the same command."""
         return plain_recipe(inputs.recipe, *self.sections, *PROCESS_SECTIONS, **self.hashes(inputs))
 
     def work(self, inputs: Inputs, engine: Engine) -> W:
-        """What is trained, ready to go. Changes and moves the models. Raises UserError on everything the verb would refuse."""
+        """The work, ready to run. Changes and moves the models. Raises UserError on invalid settings."""
         raise NotImplementedError
 
     def says(self, inputs: Inputs, work: W) -> dict[str, str]:
-        """Rows of `--dry-run` that only this verb has."""
+        """Further rows of `--dry-run`."""
         return {}
 
     def perform(self, inputs: Inputs, work: W, folder: RunDirectory) -> dict[str, Any]:
-        """Train and save inside the run folder; what `--json` prints."""
+        """Train and save inside the run folder. Returns the outcome for `--json`."""
         raise NotImplementedError
 
     def outcome(self, folder: RunDirectory) -> dict[str, Any]:
-        """What `--json` prints of a run that had finished before."""
+        """The outcome of a run that was already finished, for `--json`."""
         return {}
 
     def __call__(self, recipe: Recipe, options: RunOptions, source: str | Path = "") -> dict[str, Any]:
-        """Do what the verb says; what `--json` prints."""
+        """Execute the verb. Returns the outcome for `--json`."""
         engine = engine_for(recipe)  # first, so that a later failure on one rank is detected by the others
         remarks: list[str] = []
         inputs = self.open(recipe, options, source, remarks)
@@ -141,18 +138,13 @@ class TrainingVerb(Generic[W]):
         return outcome
 
     def _mode(self, folder: RunDirectory, plain: Mapping[str, Any], overwrite: bool) -> str:
-        """As `RunDirectory.check`, whose refusal also says what to type where only more steps are wanted."""
+        """`RunDirectory.check`; its error also says how to continue with more steps."""
         try:
             return folder.check(self.name, plain, overwrite)
         except OtherRecipe as error:
             field, there, now = error.difference
-            saved = checkpoint_folders(folder.checkpoints)
-            if (
-                field != f"{training_section(self.name)}.steps"
-                or not saved
-                or not isinstance(there, int)
-                or there >= now
-            ):
+            saved, more = checkpoint_folders(folder.checkpoints), isinstance(there, int) and there < now
+            if field != f"{training_section(self.name)}.steps" or not saved or not more:
                 raise
             raise UserError(
                 f"{error}; to train on to {now:,} steps, continue from its checkpoint in another folder: --resume {saved[-1]} "
@@ -161,17 +153,13 @@ class TrainingVerb(Generic[W]):
 
 
 def known_inputs(
-    recipe: Recipe,
-    model: LoadedModel,
-    sources: Iterable[str | Path],
-    remarks: list[str],
-    needed: bool = True,
+    recipe: Recipe, model: LoadedModel, sources: Iterable[str | Path], remarks: list[str], needed: bool = True,
     evaluated: bool = False,
-) -> tuple[Recipe, LoadedModel]:
-    """The recipe with data, features and references where it names none, and the model with the facts of its latents.
+) -> tuple[Recipe, LoadedModel]:  # fmt: skip
+    """The recipe completed with data, features and references, and the model with the facts of its latents.
 
-    sources: models whose runs tell their data. remarks: gets lines for people. needed: data are. evaluated: images of the model
-    will be, so a reference is needed too. Raises UserError where something needed is not known.
+    sources: models whose runs record their data. remarks: gets lines for people. needed: data are needed; evaluated: a
+    reference too. Raises UserError where something needed is not known.
     """
     recipe = with_data(recipe, model, sources, remarks, needed)
     model = with_facts_of(recipe, model)
@@ -182,13 +170,13 @@ def known_inputs(
 
 
 def save(run: RunDirectory, model: LoadedModel, name: str) -> None:
-    """Write a model folder of the run, where this process writes."""
+    """Write a model folder of the run, on the rank that writes."""
     if run.writes:
         save_model(model, run.path / name)
 
 
 def finished(run: RunDirectory, dry_run: bool) -> None:
-    """Say that there is nothing to do."""
+    """Report a run that was already finished."""
     if run.writes:
         say_finished(run.path, dry_run)
     if not dry_run:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.scheme import BlockGroup
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune.calibrate import BlockStatistics, Calibration, Tick, block_statistics
 from tinyfusion.prune.mask_search import LossSums, Mask, mask_losses
 from tinyfusion.prune.rules import list_groups
-from tinyfusion.prune.scheme import BlockGroup
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.blocks.plan import PrunePlan, first_blocks, global_indices
+from tinyfusion.blocks.scheme import BlockGroup, check_range
 from tinyfusion.blocks.stack import check_kept
 from tinyfusion.config.recipe import Criterion as Name
 from tinyfusion.core.errors import UserError
@@ -33,7 +34,6 @@ from tinyfusion.prune.mask_search import (
     tick_from,
 )
 from tinyfusion.prune.rules import RULES
-from tinyfusion.prune.scheme import BlockGroup, check_range
 from tinyfusion.prune.width import by_width, width_evaluations
 
 MAX_LISTED_MASKS = 2000  # a plan of more masks has a summary of their losses

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.scheme import BlockGroup
 from tinyfusion.core.rng import Draws
-from tinyfusion.prune.scheme import BlockGroup
 
 
 class GateDistribution(nn.Module, ABC):

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.scheme import BlockGroup, parse_scheme
 from tinyfusion.blocks.stack import BlockStack, num_parameters
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, StepMemory
 from tinyfusion.prune.gates import CategoricalGates, GateDistribution
-from tinyfusion.prune.scheme import BlockGroup, parse_scheme
 from tinyfusion.prune.subset import SubsetGates
 from tinyfusion.training.lora import add_lora, cast_frozen_linears
 from tinyfusion.training.optim import ParameterGroup, linear, trainable

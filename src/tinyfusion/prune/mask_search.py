@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.scheme import BlockGroup
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import BlockCall, Streams
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.prune.calibrate import Calibration, Tick
-from tinyfusion.prune.scheme import BlockGroup
 
 States = tuple[Tensor | None, ...]  # the streams of a block
 Mask = tuple[int, ...]  # kept blocks by global index, ascending

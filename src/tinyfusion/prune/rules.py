@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tinyfusion.blocks.plan import first_blocks
+from tinyfusion.blocks.scheme import BlockGroup, check_range
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.prune.scheme import BlockGroup, check_range
 
 OLD_BK_SDM_DEPTH = 28
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinyfusion.blocks.scheme import BlockGroup
 from tinyfusion.core.rng import Draws
 from tinyfusion.prune.gates import GateDistribution
-from tinyfusion.prune.scheme import BlockGroup
 
 
 def inclusion_table(z: Tensor, keep: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan, first_blocks
 from tinyfusion.blocks.replayed import BlockReplay
+from tinyfusion.blocks.scheme import BlockGroup, check_range
 from tinyfusion.blocks.streams import tensors_in
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
@@ -33,7 +34,6 @@ from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA
 from tinyfusion.prune.mask_search import LossSums, Mask, shared_evaluations, shared_prefix
 from tinyfusion.prune.rules import bk_sdm_positions
-from tinyfusion.prune.scheme import BlockGroup, check_range
 
 ON_DATA = tuple(name for name, row in CRITERIA.items() if row.evaluations is not None and name != "width")
 _ALL = "all"  # in a budget: the lists of the trunk together

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from tinyfusion.blocks.scheme import BlockGroup
 from tinyfusion.report.canvas import (
     NARROW_PX,
     WIDE_PX,
@@ -24,7 +25,7 @@ from tinyfusion.report.canvas import (
     svg,
     thinned,
 )
-from tinyfusion.report.decisions import Span, decision_groups, decision_strengths
+from tinyfusion.report.decisions import block_chance, choice_chance, decision_groups, decision_strengths, group_name
 from tinyfusion.report.format import count, short_names, significant
 from tinyfusion.report.load import Run
 from tinyfusion.report.tables import Table, distance_name, stated
@@ -60,7 +61,7 @@ def chart(
     title: str, kind: str, plot: Plot | Callable[[int], Plot], table: Table | None = None, protocol: str = "",
     small: bool = False, **facts: Any,
 ) -> Chart:  # fmt: skip
-    """Draw a plot, which may depend on the width; a small one at the narrow width alone. Labelled shapes are its legend."""
+    """Draw a plot, which may depend on the width; a small one at the narrow width alone. Its legend: the labelled shapes."""
     narrow, full = (plot, plot) if isinstance(plot, Plot) else (plot(NARROW_PX), plot(WIDE_PX))
     legend = [item for item in narrow.panels[0].items if isinstance(item, Shape) and item.label]
     wide, legend = Markup() if small else svg(full, WIDE_PX, title), legend if len(legend) > 1 else []
@@ -94,23 +95,25 @@ def decision_charts(run: Run) -> list[Chart]:
     lines, plan = run.decision_lines, run.plan
     if not lines or not plan:
         return []
-    kind, chance = ("marginals", "block_chance") if "marginals" in lines[-1] else ("decision", "choice_chance")
+    kind, chance = ("marginals", block_chance) if "marginals" in lines[-1] else ("decision", choice_chance)
     return [
         chart(name, kind, partial(_decision_map, lines, groups, plan.kept[name], name), decision_table(lines, name),
-              chances={span.name: getattr(span, chance) for span in groups}, decided=run.decided)
+              chances={group_name(group): chance(group) for group in groups}, decided=run.decided)
         for name, groups in decision_groups(run).items()
     ]  # fmt: skip
 
 
-def _decision_map(lines: Sequence[Any], groups: Sequence[Span], final: Sequence[int], name: str, width: int) -> Plot:
+def _decision_map(
+    lines: Sequence[Any], groups: Sequence[BlockGroup], final: Sequence[int], name: str, width: int
+) -> Plot:
     shown = [lines[i] for i in thinned(len(lines), 140 if width == WIDE_PX else 50)]
-    steps, depth = np.array([line["step"] for line in shown], dtype=float), sum(span.size for span in groups)
+    steps, depth = np.array([line["step"] for line in shown], dtype=float), sum(group.size for group in groups)
     last = max(float(steps[-1]), 1.0)
     edges = [0.0, *((steps[1:] + steps[:-1]) / 2).tolist(), 1.01 * last]
     values = decision_strengths(shown, groups, name)
     items = [] if "marginals" in shown[-1] else cells(np.where(np.isnan(values), 0.0, 1.0), edges, "line")
     items += cells(values, edges, "student", "pruned")
-    borders = [[(0.0, span.start - 0.5), (1.04 * last, span.start - 0.5)] for span in groups[1:]]
+    borders = [[(0.0, group.start - 0.5), (1.04 * last, group.start - 0.5)] for group in groups[1:]]
     items += [Shape(borders, "muted", width=0.8, opacity=0.6)]
     items += [Shape([rectangle(1.02 * last, b - 0.3, 1.04 * last, b + 0.3) for b in final], "student", fill=True)]
     rows, height = Axis(-0.7, depth - 0.3, "block of the teacher", ticks=row_ticks(depth)), 17 if depth <= 16 else 14
@@ -149,7 +152,6 @@ def training_charts(run: Run) -> list[Chart]:
 
 
 def _confidence_charts(run: Run) -> list[Chart]:
-    """The confidence of the search, of every list of blocks by itself."""
     lines, plan, charts = run.decision_lines, run.plan, []
     if len(lines) < 2 or not plan:
         return []
@@ -162,14 +164,15 @@ def _confidence_charts(run: Run) -> list[Chart]:
     for name, groups in groups_of.items():
         values = np.array([line["marginals" if is_marginal else "confidence"][name] for line in shown], dtype=float)
         blocks = ["kept" if block in plan.kept[name] else "removed" for block in range(values.shape[1])]
-        kinds = blocks if is_marginal else [span.name for span in groups]
+        kinds = blocks if is_marginal else [group_name(group) for group in groups]
         colours = dict(zip(("kept", "removed") if is_marginal else dict.fromkeys(kinds), cycle(COLOURS), strict=False))
         shapes = []
         for kind in dict.fromkeys(kinds):
             own = values[:, [k == kind for k in kinds]]
             shapes.append(Shape([track(v) for v in own.T], colours[kind], kind * is_marginal, width=1, opacity=0.5))
             shapes += [] if is_marginal else [Shape([track(np.median(own, axis=1))], colours[kind], f"median {kind}")]
-        chances = {s.block_chance if is_marginal else s.choice_chance: (f"chance {s.name}", "muted") for s in groups}
+        chance = block_chance if is_marginal else choice_chance
+        chances = {chance(group): (f"chance {group_name(group)}", "muted") for group in groups}
         title = "Probability of every block to be kept" if is_marginal else "Confidence of the decision"
         plot = curves(shapes, [(value, *names) for value, names in chances.items()], limits=(0, 1.03))
         title += f": {name}" if len(groups_of) > 1 else ""
@@ -178,7 +181,7 @@ def _confidence_charts(run: Run) -> list[Chart]:
 
 
 def _logged(lines: Sequence[Mapping[str, Any]], fields: Mapping[str, tuple[str, str]]) -> list[Shape]:
-    """The curves of the fields that were logged. fields: name -> (label, colour)."""
+    """Curves of the logged fields. fields: name -> (label, colour)."""
     shapes = []
     for key, (label, colour) in fields.items():
         points = [(float(line["step"]), float(line[key])) for line in lines if line.get(key) is not None]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
+from tinyfusion.blocks.scheme import parse_scheme, scheme_pairs
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import file_label
 from tinyfusion.core.reading import parse_json, read_text, unreadable
@@ -44,7 +45,7 @@ _LOGGED_PLAN = ("kept", "confidence")  # fields of a log line with a decision
 
 @dataclass(frozen=True)
 class Samples:
-    """Images (N, H, W, C) uint8, their labels (N,) where known, their sampling protocol, and their hash where recorded."""
+    """Images (N, H, W, C) uint8 and labels (N,), with the sampling protocol and the hash where recorded."""
 
     images: np.ndarray
     labels: np.ndarray | None
@@ -54,7 +55,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Preview:
-    """Images that averaged weights drew after so many training steps, as PNG."""
+    """A PNG of samples of the averaged weights after so many training steps."""
 
     steps: int
     png: bytes
@@ -125,8 +126,33 @@ class Run:
         return [line for line in self.metrics.get("prune", ()) if all(key in line for key in _LOGGED_PLAN)]
 
 
-def load_run(path: Path) -> Run:
-    """The records of a run folder, finished or not. Raises UserError on another folder, and on damaged records."""
+def read_run(path: Path) -> Run:
+    """The records of a run folder, finished or not; of an unfinished search with the current choice of blocks as its plan.
+
+    Raises UserError on another folder, and on damaged records.
+    """
+    run = _read(path)
+    settings, lines = run.recipe.get("prune") or {}, run.decision_lines
+    if run.plan is not None or not lines or not settings.get("scheme"):
+        return run
+    scheme, distribution, last = settings["scheme"], settings.get("distribution"), lines[-1]
+    depth = _logged_depths(scheme, last)
+    parsed = parse_scheme(scheme, depth, distribution or "categorical").items()
+    groups = {name: [[group.keep, group.size] for group in listed] for name, listed in parsed}
+    plan = PrunePlan(last["kept"], depth, settings["criterion"], scheme, distribution, groups=groups)
+    return dataclasses.replace(run, plan=plan, decided=False)
+
+
+def _logged_depths(scheme: str, line: Mapping[str, Any]) -> dict[str, int]:
+    """Blocks per list: a subset logs a marginal for each, a categorical a confidence per group of its scheme."""
+    if "marginals" in line:
+        return {name: len(values) for name, values in line["marginals"].items()}
+    sizes = [size for _, size in scheme_pairs(scheme)]
+    confidence = line["confidence"].items()
+    return {name: sum(sizes) if len(sizes) == len(values) else sizes[0] * len(values) for name, values in confidence}
+
+
+def _read(path: Path) -> Run:
     record = _run_record(path)
     verb = record["verb"]
     nested = [name for name in ("prune", "recover", "dynamic") if (path / name).is_dir()]
