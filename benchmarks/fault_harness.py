@@ -46,7 +46,7 @@ from random_signals import Stop, random_signals, summary
 from tinyfusion.core.rundir import write_text
 
 EVERY = 5  # steps between checkpoints
-TIMEOUT_S = 180.0
+TIMEOUT_S = 600.0  # also of a machine under load
 SIGNALS = (
     signal.SIGKILL,
     signal.SIGKILL,

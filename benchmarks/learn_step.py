@@ -95,7 +95,7 @@ def sides_of(teacher: LoadedModel, update: Any, scheme: str, dtype: Any, batch: 
     def learner(of_dtype: Any) -> tuple[MaskLearner, TrainState]:
         training = TrainingSection(steps=10_009, batch_size=batch, learning_rate=1e-4, dtype=of_dtype, ema_decay=0.999)
         settings = dataclasses.replace(PruneSection(), scheme=scheme, update=update, training=training)
-        made = mask_learner(teacher, GaussianObjective(00), settings, seed=0)
+        made = mask_learner(teacher, GaussianObjective(), settings, seed=0)
         return made, TrainState(made.module, made.parameter_groups, training)
 
     def side(made: MaskLearner, state: TrainState, dropped: Any) -> Side:

@@ -125,7 +125,7 @@ class Made:
 
 def made(case: Case, settings: TrainingSection) -> Made:
     """Models, objective and state of a case."""
-    inner = GaussianObjective(00)
+    inner = GaussianObjective()
     if case.kind == "learn":
         teacher = model_of("DiT-XL/2", 0)
         learner = mask_learner(teacher, inner, replace(PruneSection(), training=settings), seed=0)

@@ -65,7 +65,7 @@ def setting(depth: int, batch_size: int, width: int) -> Setting:
     frozen(teacher.module)
     draws = Randomness(0).at(0, 0, batch_size)
     x = torch.from_numpy(draws.normal("x", (4, 32, 32)))
-    noisy = GaussianObjective(00).draw(
+    noisy = GaussianObjective().draw(
         Batch(x, class_condition(torch.from_numpy(draws.integers("y", 1000)), 1000)), draws
     )
     return Setting(teacher, student, block_pairs(plan), noisy)
