@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,9 @@ from tinyfusion.jobs.recording import record_inputs
 from tinyfusion.jobs.sampling_setup import open_drawing
 from tinyfusion.jobs.scoring import Reference, score
 from tinyfusion.jobs.training import mask_training, recovery, student_of
-from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
+from tinyfusion.jobs.transformers import transformer_in_memory, transformer_of
+from tinyfusion.models.checkpoint import LoadedModel, save_model
+from tinyfusion.models.checkpoint import open_model as open_family_model
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.base import Process
 from tinyfusion.processes.task import Task, task_source
@@ -63,6 +66,26 @@ OnStep = Callable[[StepRecord], None]
 def objective_of(model: LoadedModel, label_drop: float = 0.1) -> Process:
     """The published training objective of a model's family. label_drop: probability that a label becomes the null class."""
     return objective_for(model, label_drop, Recipe())
+
+
+def open_model(
+    source: str | Path,
+    weights: str = "ema",
+    num_heads: int | None = None,
+    family: str | None = None,
+    num_classes: int | None = None,
+    blocks: str | Path | None = None,
+) -> LoadedModel:
+    """Open any model by path, name or hub id: of a registered family, or a transformer class of diffusers.
+
+    weights: "ema" or "raw", where both exist. num_heads, family, num_classes: of official files that do not say. blocks: a file of
+    rows for classes of diffusers that the shipped table lacks. A transformer of diffusers comes with its weights in the types of
+    its file and its blocks declared; what trains it is a `Task` of yours. Comes back in eval mode, on the CPU. Raises UserError on
+    anything that is not exactly a model.
+    """
+    if transformer := transformer_of(str(source), None if blocks is None else Path(blocks), prompts=True):
+        return transformer_in_memory(transformer)
+    return open_family_model(source, weights, num_heads, family, num_classes)
 
 
 @dataclass(frozen=True)

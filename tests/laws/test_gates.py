@@ -664,6 +664,18 @@ def test_published_and_hybrid_schemes(scheme: str, depth: int, num_groups: int, 
     assert groups[-1].start + groups[-1].size == depth
 
 
+def test_each_list_may_have_a_scheme_of_its_own() -> None:
+    groups = parse_scheme("2:3;1:2", {"double": 3, "single": 4})
+    sizes = {name: [(group.start, group.keep, group.size) for group in listed] for name, listed in groups.items()}
+    assert sizes == {"double": [(0, 2, 3)], "single": [(0, 1, 2), (2, 1, 2)]}
+    with pytest.raises(UserError, match=r"is for 3 lists of blocks, the model has 2: double, single"):
+        parse_scheme("1:2;1:2;1:2", {"double": 3, "single": 4})
+    with pytest.raises(
+        UserError, match=r"needs a depth divisible by 2; the model has 3 blocks .* in double; one scheme per list"
+    ):
+        parse_scheme("1:2", {"double": 3, "single": 4})
+
+
 def test_a_uniform_scheme_fills_every_list_without_crossing() -> None:
     groups = parse_scheme("1:2", {"encoder_blocks": 4, "decoder_blocks": 2})
     assert {name: [g.start for g in listed] for name, listed in groups.items()} == {

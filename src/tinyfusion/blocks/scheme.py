@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinyfusion.blocks.plan import first_blocks
@@ -87,23 +87,34 @@ def scheme_pairs(scheme: str) -> list[tuple[int, int]]:
     return pairs
 
 
+def schemes_by_list(scheme: str, lists: Collection[str]) -> list[str]:
+    """The scheme of each list of blocks: the one for all, or those between semicolons. Raises UserError on another number."""
+    schemes = scheme.split(";")
+    if len(schemes) not in (1, len(lists)):
+        raise UserError(
+            f"scheme {scheme!r} is for {len(schemes)} lists of blocks, the model has {len(lists)}: {', '.join(lists)}"
+        )
+    return schemes * (len(lists) // len(schemes))
+
+
 def parse_scheme(
     scheme: str, depths: Mapping[str, int], distribution: str = "categorical", protect: Sequence[int] = ()
 ) -> dict[str, list[BlockGroup]]:
     """The groups of every list of blocks.
 
-    A single N:M fills each list; an explicit sum must fill the only list exactly. protect: blocks that stay, counted
-    through the lists in order. Raises UserError on bad spelling, on N not in 1..M, where the groups do not fill the depth
-    (saying which scheme would), where a group cannot keep all its protected blocks, and where a categorical would have
-    too many candidates.
+    A single N:M fills each list, an explicit sum one list exactly; "10:19;1:2" has a scheme for each list, in order. protect:
+    blocks that stay, counted through the lists in order. Raises UserError on bad spelling, on N not in 1..M, where the groups
+    do not fill the depth (saying which scheme would), where a group cannot keep all its protected blocks, and where a
+    categorical would have too many candidates.
     """
-    pairs = scheme_pairs(scheme)
-    uniform = len(pairs) == 1 and "x" not in scheme
     groups: dict[str, list[BlockGroup]] = {}
-    for name, depth in depths.items():
+    for own, (name, depth) in zip(schemes_by_list(scheme, depths), depths.items(), strict=True):
+        pairs = scheme_pairs(own)
+        uniform = len(pairs) == 1 and "x" not in own
         used = pairs * (depth // pairs[0][1]) if uniform else pairs
         if sum(size for _, size in used) != depth:
-            raise UserError(_misfit(scheme, pairs, depth, uniform))
+            several = f" in {name}; one scheme per list is as in 1:2;2:3" if len(depths) > 1 else ""
+            raise UserError(_misfit(own, pairs, depth, uniform) + several)
         groups[name] = consecutive_groups(used)
     groups = _protected(scheme, groups, depths, protect)
     biggest = max(group.num_candidates for listed in groups.values() for group in listed)

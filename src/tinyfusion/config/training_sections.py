@@ -109,7 +109,10 @@ class PruneSection:
     """Choice of the blocks to remove."""
 
     criterion: Annotated[Criterion, "rule that chooses the blocks"] = "learned"
-    scheme: Annotated[str, "learned: N:M keeps N of every M consecutive blocks; 2:4x3+3:4x4 is explicit"] = "1:2"
+    scheme: Annotated[
+        str,
+        "learned: N:M keeps N of every M consecutive blocks; 2:4x3+3:4x4 is explicit, 10:19;1:2 for two lists of blocks",
+    ] = "1:2"
     distribution: Annotated[
         Literal["categorical", "subset"],
         "learned: one logit per candidate of a group, enumerated, or one per block, over subsets of exact size",

@@ -30,6 +30,7 @@ from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, rows_
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.jobs.criteria import CriterionWork
 from tinyfusion.models.hub import HUB_ID
+from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.models.macs import macs_by_module
 from tinyfusion.models.places import by_name, exists
 from tinyfusion.models.wrapped import wrap_module
@@ -102,6 +103,14 @@ def _unknown(folder: Path, config: Mapping[str, Any]) -> str:
         f"{folder} is a {kind}, for which there is no row. A guess, which builds and cuts as it should: check in which order "
         f"its blocks return their streams, write this line to a file, and give that as --blocks FILE: {text}"
     )
+
+
+def transformer_in_memory(model: TransformerFolder) -> LoadedModel:
+    """The model with its weights, each in the type of its file, and the streams of its blocks as the table declares them."""
+    loaded = wrap_module(model.module(), model.streams)
+    loaded.facts = dataclasses.replace(loaded.facts, license=model.license)
+    loaded.origin = {"kind": f"{model.class_name} of diffusers", "path": str(model.path)}
+    return loaded
 
 
 # ------------------------------------------------------------------------------------------------------------- planning

@@ -31,6 +31,7 @@ from tinyfusion.models.loaded import LoadedModel, ModelFacts, make_trainable, ne
 from tinyfusion.models.places import by_name, exists, is_shipped, model_folder, shipped_models
 from tinyfusion.models.statedicts import described_other, find_state_dict
 from tinyfusion.models.tensors import filled, read_folder_weights, read_safetensors, read_tensor_file
+from tinyfusion.models.wrapped import NO_PROCESS
 
 __all__ = [
     "MODEL_FORMAT_VERSION", "LoadedModel", "ModelFacts", "make_trainable", "model_record", "new_model",
@@ -60,7 +61,12 @@ def model_record(model: LoadedModel) -> dict[str, Any]:
 
 
 def save_model(model: LoadedModel, folder: Path) -> None:
-    """Write our model folder, whole or not at all."""
+    """Write our model folder, whole or not at all. Raises UserError for a module of your own, which has no format of ours."""
+    if model.family.process == NO_PROCESS:
+        raise UserError(
+            f"a {model.family.title} of your own has no model folder: save its state dict; of a transformer of diffusers `tinyfusion "
+            "prune --keep` writes the student, config.json included"
+        )
     with atomic_write(folder) as temporary:
         temporary.mkdir(parents=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.tensors().items()}

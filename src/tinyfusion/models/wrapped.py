@@ -14,6 +14,8 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.families.family import ModelFamily
 from tinyfusion.models.loaded import LoadedModel, ModelFacts
 
+NO_PROCESS = "none"  # of a wrapped module: its task says how it is trained
+
 
 def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]) -> LoadedModel:
     """A `LoadedModel` around `module`, which is not copied.
@@ -46,7 +48,7 @@ def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]
     family = ModelFamily(
         name="module",
         title=type(module).__name__,
-        process="none",
+        process=NO_PROCESS,
         arch_type=arch_type,
         build=_unbuildable,
         example=_unbuildable,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
-from tinyfusion.blocks.scheme import parse_scheme, scheme_pairs
+from tinyfusion.blocks.scheme import parse_scheme, scheme_pairs, schemes_by_list
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import file_label
 from tinyfusion.core.reading import parse_json, read_text, unreadable
@@ -147,9 +147,13 @@ def _logged_depths(scheme: str, line: Mapping[str, Any]) -> dict[str, int]:
     """Blocks per list: a subset logs a marginal for each, a categorical a confidence per group of its scheme."""
     if "marginals" in line:
         return {name: len(values) for name, values in line["marginals"].items()}
-    sizes = [size for _, size in scheme_pairs(scheme)]
-    confidence = line["confidence"].items()
-    return {name: sum(sizes) if len(sizes) == len(values) else sizes[0] * len(values) for name, values in confidence}
+    depths: dict[str, int] = {}
+    for own, (name, groups) in zip(
+        schemes_by_list(scheme, line["confidence"]), line["confidence"].items(), strict=True
+    ):
+        sizes = [size for _, size in scheme_pairs(own)]
+        depths[name] = sum(sizes) if len(sizes) == len(groups) else sizes[0] * len(groups)
+    return depths
 
 
 def _read(path: Path) -> Run:
