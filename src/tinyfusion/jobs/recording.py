@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from tinyfusion.core.device import available_bytes
@@ -30,7 +28,17 @@ from tinyfusion.families.diffusers_classes.folder import (
 from tinyfusion.families.diffusers_classes.rows import rows_with
 from tinyfusion.models.wrapped import wrap_module
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_REFUSALS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    NameError,
+    RuntimeError,
+    SafetensorError,
+)
 
 
 @contextmanager
@@ -150,31 +158,17 @@ def transformer_in(pipeline: Path, component: str | None, blocks: Path | None) -
 
 
 def opened_pipeline(kind: Any, folder: Path, model: TransformerFolder, device: torch.device) -> Any:
-    """The pipeline, every component in the type of its files, the transformer mapped from them.
+    """The pipeline, its transformer mapped from its files in their own types, the other components in the transformer's type.
 
     On a device with less free memory than all weights take its components are there in turn.
     """
-    module = model.module()
+    module: Any = model.module()
+    own = {"dtype": module.dtype, model.path.name: module}
     try:
-        dtypes = {name: dtype for name in read_json_object(folder / INDEX) if (dtype := _stored_dtype(folder / name))}
         pipeline = kind.from_pretrained(
-            folder,
-            dtype={"default": torch.float32, **dtypes},
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **{model.path.name: module},
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **own
         )
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        ImportError,
-        AttributeError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+    except _REFUSALS as error:
         raise UserError(f"diffusers does not open {folder} as a {kind.__name__}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     free = available_bytes(device) if device.type == "cuda" else None
@@ -186,17 +180,6 @@ def opened_pipeline(kind: Any, folder: Path, model: TransformerFolder, device: t
     else:
         pipeline.to(device)
     return pipeline
-
-
-def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """The type of most values in the safetensors of a component; None where it has none."""
-    sizes: Counter[str] = Counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118
-            for each in slices:
-                sizes[each.get_dtype()] += math.prod(each.get_shape())
-    return next((_FLOATS[name] for name, _ in sizes.most_common() if name in _FLOATS), None)
 
 
 def recorded_calls(
@@ -212,8 +195,8 @@ def recorded_calls(
         with recording(transformer) as made, torch.no_grad():
             try:
                 pipeline(prompt=prompt, generator=generator, **arguments)
-            except (TypeError, ValueError, AttributeError) as error:
-                if isinstance(error, UserError):
+            except _REFUSALS as error:
+                if isinstance(error, UserError | torch.OutOfMemoryError):
                     raise
                 raise UserError(
                     f"a {type(pipeline).__name__} cannot be called with a prompt and these options ({error}): record from a script of "

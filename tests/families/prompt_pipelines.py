@@ -1,0 +1,88 @@
+"""Whole pipelines in small, with text encoders and tokenizers of letters: they draw from prompts, from random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+
+
+def save_flux_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A FluxPipeline of 3 double and 4 single blocks."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=3, num_single_layers=4, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+        )  # fmt: skip
+        FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=1, shift_factor=0.0),
+            text_encoder=_clip(),
+            tokenizer=_clip_tokenizer(),
+            text_encoder_2=_t5(),
+            tokenizer_2=_t5_tokenizer(),
+            transformer=transformer.to(dtype),
+        ).save_pretrained(folder)
+    return folder
+
+
+def save_wan_pipeline(folder: Path) -> Path:
+    """A WanPipeline of two experts with 4 blocks each."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    def expert() -> WanTransformer3DModel:
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=32,
+            freq_dim=32, ffn_dim=32, num_layers=4, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+        )  # fmt: skip
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        WanPipeline(
+            tokenizer=_t5_tokenizer(),
+            text_encoder=UMT5EncoderModel(UMT5Config(**_T5)),
+            vae=vae,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            transformer=expert(),
+            transformer_2=expert(),
+            boundary_ratio=0.5,
+        ).save_pretrained(folder)
+    return folder
+
+
+_T5: dict[str, Any] = dict(vocab_size=30, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+
+
+def _t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(**_T5))
+
+
+def _t5_tokenizer() -> Any:
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def _clip() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = dict(vocab_size=54, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    return CLIPTextModel(CLIPTextConfig(**sizes, max_position_embeddings=77, bos_token_id=52, eos_token_id=53))
+
+
+def _clip_tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
