@@ -283,10 +283,10 @@ def test_residuals_are_spread_as_in_diffusers(spread: str) -> None:
     ("change", "message"),
     [
         ({"_class_name": "SD3ControlNetModel"}, "is a SD3ControlNetModel; ControlNets of this student's model are FluxControlNetModel"),
-        ({"quantization_config": {}}, "is quantised: give the ControlNet that it was made from"),
+        ({"quantization_config": {"quant_method": "gguf"}}, "is quantised: give the ControlNet that it was made from"),
         ({"form": "peft"}, "--form peft is for LoRAs"),
         ({"out": "mine"}, "exists and is not an export of tinyfusion"),
-        ({"weights": None}, "wants diffusion_pytorch_model.safetensors"),
+        ({"weights": None}, "wants diffusion_pytorch_model.safetensors or .bin"),
         ({"config": None}, "config.json does not exist"),
     ],
 )  # fmt: skip

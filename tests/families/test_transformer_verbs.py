@@ -238,9 +238,72 @@ def test_damaged_weights_are_said(folders: Any, run: Any, tmp_path: Path) -> Non
     (cut / WEIGHTS).write_bytes((cut / WEIGHTS).read_bytes()[:5000])
     assert "is no readable safetensors file (truncated or foreign)" in run("inspect", cut)
     (cut / WEIGHTS).unlink()
-    assert "wants diffusion_pytorch_model.safetensors" in run("inspect", cut)
-    quantised = changed(folders(FLUX), tmp_path / "quantised", quantization_config={"quant_method": "bitsandbytes"})
-    assert "is quantised: cut the model that it was made from" in run("inspect", quantised)
+    assert "wants diffusion_pytorch_model.safetensors or .bin" in run("inspect", cut)
+    (cut / "model.gguf").touch()
+    assert "there is model.gguf" in run("inspect", cut)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "gguf", "quanto"])
+def test_quantised_weights_are_refused_for_their_parent(folders: Any, run: Any, tmp_path: Path, method: str) -> None:
+    source = changed(folders(FLUX), tmp_path / "quantised", quantization_config={"quant_method": method})
+    for verb in (["inspect"], ["prune", "--criterion", "first", "--out", tmp_path / "run", "--teacher"],
+                 ["export", "--to", "diffusers", "--out", tmp_path / "out", "--model"]):  # fmt: skip
+        said = run(*verb, source)
+        assert "is quantised: wanted the model that it was made from; cut that, and quantise the student" in said
+    assert "kept" in run("inspect", changed(folders(FLUX), tmp_path / "plain", quantization_config=None))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["whole", "sharded", "variant", "old"])
+def test_torch_files_are_cut_as_safetensors_are(folders: Any, run: Any, tmp_path: Path, how: str) -> None:
+    """The same hash, the same student, of mixed types; SD3 loses its last block, whose modulation is cut in chunks."""
+    model = SD3.model().to(torch.bfloat16)
+    model.proj_out.float()
+    model.save_pretrained(tmp_path / "safe")
+    variant = {"variant": "fp16"} if how == "variant" else {}
+    shards = {"max_shard_size": "60KB"} if how == "sharded" else {}
+    model.save_pretrained(tmp_path / "torch", safe_serialization=False, **variant, **shards)
+    if how == "old":
+        torch.save(
+            model.state_dict(), tmp_path / "torch" / "diffusion_pytorch_model.bin", _use_new_zipfile_serialization=False
+        )
+    files = [path.name for path in (tmp_path / "torch").iterdir()]
+    assert not any("safetensors" in name for name in files) and any(name.endswith(".bin") for name in files)
+    students = []
+    for name in ("safe", "torch"):
+        run("prune", "--teacher", tmp_path / name, "--keep", "0,2,3", "--out", tmp_path / f"run-{name}")
+        students.append(run("inspect", tmp_path / f"run-{name}"))
+    assert students[0]["hash"] == students[1]["hash"] and students[0]["lineage"] == students[1]["lineage"]
+    assert (tmp_path / "run-torch/student" / WEIGHTS).is_file()
+    held = open_transformer(tmp_path / "torch", shipped_rows()).module().state_dict()
+    assert all(
+        torch.equal(held[name], tensor) and held[name].dtype == tensor.dtype
+        for name, tensor in model.state_dict().items()
+    )
+
+
+class _Code:
+    def __reduce__(self) -> Any:
+        return (print, ("run",))
+
+
+def test_code_in_a_torch_file_is_not_run(folders: Any, run: Any, tmp_path: Path, capsys: Any) -> None:
+    source = changed(folders(FLUX), tmp_path / "source")
+    tensors = load_file(source / WEIGHTS)
+    (source / WEIGHTS).unlink()
+    file = source / "diffusion_pytorch_model.bin"
+    torch.save({**tensors, "code": _Code()}, file)
+    assert "holds code or foreign objects (print)" in run("inspect", source)
+    torch.save({**tensors, "odd": torch.zeros(2, dtype=torch.complex64)}, file)
+    assert "holds odd, a tensor of type torch.complex64" in run("inspect", source)
+    torch.save({"state_dict": tensors}, file)
+    assert "is no state dict of tensors (it holds 'state_dict')" in run("inspect", source)
+    torch.save(tensors, source / "diffusion_pytorch_model.fp16.bin")
+    torch.save(tensors, source / "diffusion_pytorch_model.ema.bin")
+    file.unlink()
+    assert "holds several variants, diffusion_pytorch_model.ema.bin, diffusion_pytorch_model.fp16.bin" in run(
+        "inspect", source
+    )
 
 
 # --------------------------------------------------------------------------------------------- types, shards and memory

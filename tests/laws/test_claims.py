@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from tinyfusion.core import reading
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.tensors import read_pickle, read_safetensors
 from tinyfusion.core.torchscript import is_torchscript, read_torchscript
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.families.dit import diffusers
 from tinyfusion.models.autoencoder import open_autoencoder
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
-from tinyfusion.models.tensors import read_pickle, read_safetensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HUGE = (10**9, 10**12, 10**18, 10**30)

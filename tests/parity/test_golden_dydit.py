@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tinyfusion.blocks.dynamics import Deciding
+from tinyfusion.core.tensors import read_pickle
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
 from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.checkpoint import open_model
 from tinyfusion.models.loaded import DynamicModel
 from tinyfusion.models.statedicts import find_state_dict
-from tinyfusion.models.tensors import read_pickle
 
 TOLERANCE = 1e-5
 FILE, INPUTS = "dydit_golden.safetensors", ("x", "t", "y")

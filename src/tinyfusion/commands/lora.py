@@ -14,6 +14,7 @@ from torch import Tensor
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import atomic_write, check_space, sha256_of, write_json
 from tinyfusion.core.records import file_output, folder_output, say_finished, stamp
+from tinyfusion.core.tensors import flat_tensors, read_metadata, read_tensor_file
 from tinyfusion.export.controlnet import fit_controlnet
 from tinyfusion.export.folder import RECORD as FOLDER_RECORD
 from tinyfusion.export.lora import ADAPTER, remap_lora
@@ -21,7 +22,6 @@ from tinyfusion.families.diffusers_classes.cutting import Cut
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.families.diffusers_classes.weights import STEM, hash_stored, write_weights
 from tinyfusion.jobs.transformers import transformer_of
-from tinyfusion.models.tensors import flat_tensors, read_metadata, read_tensor_file
 
 TrainedOn = Literal["original", "parent"]
 Form = Literal["same", "peft"]

@@ -13,6 +13,7 @@ from tinyfusion.config.loading import nearest
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_plain, read_json_object
+from tinyfusion.core.tensors import read_folder_weights, read_safetensors, read_tensor_file
 from tinyfusion.core.torchscript import is_torchscript, read_torchscript
 from tinyfusion.core.weights import fetch_weights, known_weights
 from tinyfusion.evaluate.dino import DinoFeatures
@@ -22,7 +23,6 @@ from tinyfusion.evaluate.inception_names import ours_from_graph_names
 from tinyfusion.families.tensor_checks import check_finite, check_sizes
 from tinyfusion.models.autoencoder import check_loaded, quiet_logs
 from tinyfusion.models.statedicts import find_state_dict
-from tinyfusion.models.tensors import read_folder_weights, read_safetensors, read_tensor_file
 
 SHORT = "inception"  # short name of the Inception network
 DINO = "dinov2:"  # prefix of a folder with a DINOv2 network

@@ -59,7 +59,7 @@ def fit_controlnet(folder: Path, cuts: Sequence[Cut]) -> FittedControlNet:
     if config.get("_class_name") not in nets:
         wanted = " or ".join(nets) or "none: no ControlNet of this class is known here"
         raise UserError(f"{folder} is a {config.get('_class_name')}; ControlNets of this student's model are {wanted}")
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise UserError(f"{folder} is quantised: give the ControlNet that it was made from")
     weights = stored_weights(folder)
     used = [each for each in lists if _numbers(weights, f"{each.control.taps}.")]  # type: ignore[union-attr]

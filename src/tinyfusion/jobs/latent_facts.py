@@ -11,12 +11,12 @@ from tinyfusion.conditioning.texts import text_table
 from tinyfusion.config.recipe import DataSection, Recipe, SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
+from tinyfusion.core.tensors import read_safetensors
 from tinyfusion.data.latents import LATENTS, MANIFEST, LatentSpec, read_manifest
 from tinyfusion.data.published_latents import PUBLISHED_FACTOR
 from tinyfusion.families.registry import family_named
 from tinyfusion.families.tensor_checks import check_finite
 from tinyfusion.models.checkpoint import LoadedModel, open_model
-from tinyfusion.models.tensors import read_safetensors
 
 PROMPTS = "prompts.safetensors"  # in a folder of latents
 _CHECKED_BYTES = 2**30  # files up to here are looked through for values that are not finite

@@ -25,6 +25,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import disk_reason
 from tinyfusion.core.progress import progress, say
 from tinyfusion.core.rundir import atomic_write
+from tinyfusion.core.tensors import read_metadata, read_safetensors
 from tinyfusion.core.weights import cache_folder
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.image_source import (
@@ -49,7 +50,6 @@ from tinyfusion.evaluate.metrics import (
     summarise,
 )
 from tinyfusion.jobs.assemble import image_set, pictures
-from tinyfusion.models.tensors import read_metadata, read_safetensors
 from tinyfusion.sample.drive import to_uint8
 
 READ_IMAGES = 256  # at a time

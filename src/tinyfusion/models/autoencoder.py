@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.tensors import read_folder_weights, read_tensor_file
 from tinyfusion.core.weights import fetch_weights, known_weights
 from tinyfusion.families.tensor_checks import check_finite, check_sizes, in_float32
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS, autoencoder_folder
 from tinyfusion.models.statedicts import find_state_dict
-from tinyfusion.models.tensors import read_folder_weights, read_tensor_file
 
 SCALE_OF_CLASS = 0.18215  # the default of AutoencoderKL
 LARGEST_SCALE = 1e6  # of latents; far beyond every published one

@@ -22,6 +22,7 @@ from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.rundir import atomic_write, write_json
+from tinyfusion.core.tensors import read_folder_weights, read_safetensors, read_tensor_file
 from tinyfusion.families.family import DIFFUSERS_RECORD, ModelFamily
 from tinyfusion.families.registry import diffusers_classes, families, family_named, family_of_config
 from tinyfusion.families.sizes import LARGEST_SIZE
@@ -30,7 +31,7 @@ from tinyfusion.models.hub import DIFFUSERS_WEIGHTS
 from tinyfusion.models.loaded import LoadedModel, ModelFacts, make_trainable, new_model, settings_in
 from tinyfusion.models.places import by_name, exists, is_shipped, model_folder, shipped_models
 from tinyfusion.models.statedicts import described_other, find_state_dict
-from tinyfusion.models.tensors import filled, read_folder_weights, read_safetensors, read_tensor_file
+from tinyfusion.models.tensors import filled
 from tinyfusion.models.wrapped import NO_PROCESS
 
 __all__ = [

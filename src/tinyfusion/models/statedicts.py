@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.models.tensors import check_shared, flat_tensors
+from tinyfusion.core.tensors import check_shared, flat_tensors
 
 _DEPTH = 8  # of nested mappings that are searched
 _MAPPINGS = 100_000  # that are searched; an optimiser has one per parameter

@@ -1,190 +1,22 @@
-"""Read tensors from safetensors and torch files, whole or sharded, strictly and without running code from them."""
+"""A module from the tensors of a file, checked one by one."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import mmap
-import pickle
-import re
-import struct
-import warnings
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.conditioning.texts import text_table
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_plain, check_utf8, read_json_object, unreadable
-from tinyfusion.core.torchscript import check_stored, is_torch_zip
 from tinyfusion.families.family import ModelFamily
 from tinyfusion.families.tensor_checks import check_sizes, in_float32
 from tinyfusion.models.loaded import make_trainable
-
-_NO_MODEL = "is not a model file, or it is truncated: wanted a torch file or .safetensors with a state dict"
-# calls that torch's restricted reader makes and that fill memory without a tensor: zeros by number, and expanding codecs
-_FILLS = re.compile(rb"c(?:builtins|__builtin__)\nbytearray\n")
-_ENCODES = re.compile(rb"c_codecs\nencode\n")
-_LENGTHENING = re.compile(rb"hex|base64|base_64|quopri|quoted|uu|zip|zlib|bz2")
-# tensors may share memory in a file, as tied weights do: all of them together are at most this much larger than the file
-_SHARED_FACTOR, _SHARED_BYTES = 4, 2**26
-
-
-def read_tensor_file(path: Path) -> Any:
-    """The content of a .safetensors or torch file, by its suffix."""
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    _check_openable(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is no readable safetensors file (truncated or foreign): {error}") from error
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The strings in the header of a safetensors file; nothing where it has none."""
-    _check_openable(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable safetensors file (truncated or foreign): {error}") from error
-
-
-def read_pickle(path: Path) -> Any:
-    """A torch file, without running code from it: only tensors, plain containers and argparse.Namespace.
-
-    Tensors of a zip are views of the mapped file, so reading needs no extra memory.
-    """
-    _check_openable(path)
-    try:
-        mapped = is_torch_zip(path)
-        if mapped:
-            check_stored(path)
-        _check_pickle(path, mapped)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about pickle protocols; unreadable files are errors below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own advice is to run the code; ours is not
-        what = (
-            f"holds code or foreign objects ({foreign[1]}), which are never run: save its state dict alone"
-            if foreign
-            else _NO_MODEL
-        )
-        raise UserError(f"{path} {what}") from error
-    except UserError:
-        raise
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, struct.error,
-            zipfile.BadZipFile, UnicodeDecodeError, ImportError, OverflowError, AssertionError, MemoryError) as error:  # fmt: skip
-        raise UserError(f"{path} {_NO_MODEL}") from error
-
-
-def _check_openable(path: Path) -> None:
-    """Raise UserError on a special file, and on one that is missing, may not be read, or whose name is not UTF-8."""
-    check_utf8(path)
-    check_plain(path)
-    try:
-        with open(path, "rb"):
-            pass
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from error
-
-
-def _check_pickle(path: Path, zipped: bool) -> None:
-    """Raise UnpicklingError if the pickle of a torch file would fill memory without tensors."""
-    with open(path, "rb") as file:
-        if not path.stat().st_size:
-            return
-        if zipped:
-            with zipfile.ZipFile(file) as archive:
-                names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-                filling = next(filter(None, (_filling(archive.read(name)) for name in names)), None)
-        else:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                filling = _filling(content)
-    if filling:
-        raise pickle.UnpicklingError(f"GLOBAL {filling}")
-
-
-def _filling(content: Any) -> str | None:
-    """The name of a call in a pickle that fills memory."""
-    if _FILLS.search(content):
-        return "bytearray"
-    return "encode" if _ENCODES.search(content) and _LENGTHENING.search(content) else None
-
-
-def check_shared(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise UserError if tensors claim far more bytes than their file has."""
-    claimed, stored = sum(t.numel() * t.element_size() for t in tensors.values()), path.stat().st_size
-    if claimed > _SHARED_FACTOR * stored + _SHARED_BYTES:
-        raise UserError(
-            f"{path} is damaged: its tensors would take {claimed / 2**20:,.0f} MiB, and it has {stored / 2**20:,.1f} MiB"
-        )
-
-
-def flat_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file with a flat state dict and nothing else."""
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
-    odd = next((str(name) for name, value in content.items() if not isinstance(value, Tensor)), None)
-    if odd is not None or not content:
-        raise UserError(f"{path} is no state dict of tensors (it holds {odd or 'nothing'!r})")
-    tensors = {str(name): value for name, value in content.items()}
-    check_shared(tensors, path)
-    return tensors
-
-
-def read_folder_weights(folder: Path, stem: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a folder of diffusers or transformers, and the name of their file or index.
-
-    stem: of the file's name. Safetensors have priority. Raises UserError on missing weights.
-    """
-    for name, read in ((f"{stem}.safetensors", read_safetensors), (f"{stem}.bin", read_pickle)):
-        if (folder / f"{name}.index.json").is_file():
-            return read_shards(folder / f"{name}.index.json", read), f"{name}.index.json"
-        check_plain(folder / name)
-        if (folder / name).is_file():
-            return flat_tensors(read(folder / name), folder / name), name
-    variants = sorted(file.name for file in folder.glob(f"{stem}*"))
-    there = f"; there is {', '.join(variants)}, which is none of them" if variants else ""
-    raise UserError(f"{folder} holds no weights: wanted {stem}.safetensors or .bin, whole or with an index{there}")
-
-
-def read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
-    """The tensors of all files that an index names (`{"weight_map": {tensor: file}}`), each read with `read`.
-
-    Raises UserError if a file is missing or differs from the index.
-    """
-    files = read_json_object(index).get("weight_map")
-    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
-        raise UserError(f"{index} is damaged: wanted a weight_map of tensors to files")
-    if odd := next((name for name in files.values() if Path(name).name != name or "\0" in name), None):
-        raise UserError(f"{index} names {odd!r}, which is no file in its folder")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(files.values())):
-        check_plain(index.parent / name)
-        if not (index.parent / name).is_file():
-            raise UserError(
-                f"{index.parent / name} does not exist, and {index.name} names it: the folder is incomplete"
-            )
-        shard = flat_tensors(read(index.parent / name), index.parent / name)
-        wrong = sorted({key for key, file in files.items() if file == name} ^ set(shard))
-        if wrong:
-            raise UserError(f"{index.parent / name} and {index.name} disagree about {wrong[0]}")
-        tensors |= shard
-    return tensors
 
 
 def filled(

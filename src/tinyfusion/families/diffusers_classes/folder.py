@@ -20,7 +20,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import license_in, read_json_object
 from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_lists
 from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, row_text, rows_in
-from tinyfusion.families.diffusers_classes.weights import Stored, hash_stored, stored_weights
+from tinyfusion.families.diffusers_classes.weights import Stored, hash_stored, loaded_tensor, stored_weights
 
 RECORD = "_tinyfusion"  # our record in config.json; readers pass over names that begin with "_"
 INDEX = "model_index.json"
@@ -146,9 +146,14 @@ class TransformerFolder:
         self.check_class()
         module = self.empty()
         wanted, tensors = set(module.state_dict()), dict[str, Tensor]()
-        for file in sorted({path for stored in self.weights.values() for path, _, _ in stored.ranges}):
+        sources = {
+            source for stored in self.weights.values() for source, _, _ in stored.ranges if isinstance(source, Path)
+        }
+        for file in sorted(sources):
             with safe_open(file, framework="pt") as opened:
                 tensors |= {name: opened.get_tensor(name) for name in opened.keys() if name in wanted}  # noqa: SIM118
+        mapped = {name: loaded_tensor(self.weights[name]) for name in wanted - {*tensors}}
+        tensors |= {name: tensor for name, tensor in mapped.items() if tensor is not None}
         module.load_state_dict(tensors, assign=True)
         return module.eval()
 
@@ -198,8 +203,10 @@ def open_transformer(path: Path, rows: Rows) -> TransformerFolder:
         raise UserError(
             f"{path} is a {config.get('_class_name')} of diffusers, for which there is no row: give --blocks FILE"
         )
-    if "quantization_config" in config:
-        raise UserError(f"{path} is quantised: cut the model that it was made from, and quantise the student")
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{path} is quantised: wanted the model that it was made from; cut that, and quantise the student"
+        )
     weights = stored_weights(path)
     depths = _depths(path, config, row, weights)
     _check_entries(path, config, row, depths)

@@ -1,4 +1,4 @@
-"""Safetensors of a folder of diffusers as byte ranges: read from headers alone, copied range by range, each in its own type."""
+"""Weights of a folder of diffusers as byte ranges: read from headers alone, copied range by range, each in its own type."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_plain, check_utf8, parse_json, read_json_object, unreadable
+from tinyfusion.core.tensors import flat_tensors, read_pickle
 
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 10 * 10**9  # of a file, as diffusers writes them; larger models are written in several
@@ -26,13 +29,21 @@ _BITS = {
 }  # fmt: skip
 
 
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+Source = Path | Tensor  # a safetensors file, or the bytes of a tensor that is mapped from a torch file
+
+
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in files: its type and shape, and the byte ranges (file, start, stop) that it consists of."""
+    """A tensor in files: its type and shape, and the byte ranges (source, start, stop) that it consists of."""
 
     dtype: str
     shape: tuple[int, ...]
-    ranges: tuple[tuple[Path, int, int], ...]
+    ranges: tuple[tuple[Source, int, int], ...]
 
     @property
     def num_bytes(self) -> int:
@@ -48,12 +59,13 @@ class Stored:
         """The tensor of some equal chunks along axis 0, (chunk, chunks in all) each, concatenated; itself where there are none."""
         if not order:
             return self
-        ((path, start, _),) = self.ranges
+        ((source, start, _),) = self.ranges
         number = order[0][1]
         if self.shape[0] % number:
-            raise UserError(f"{path} is damaged: a modulation of {self.shape[0]} rows has no {number} equal chunks")
+            where = source if isinstance(source, Path) else "the torch file"
+            raise UserError(f"{where} is damaged: a modulation of {self.shape[0]} rows has no {number} equal chunks")
         size = self.num_bytes // number
-        ranges = tuple((path, start + chunk * size, start + (chunk + 1) * size) for chunk, _ in order)
+        ranges = tuple((source, start + chunk * size, start + (chunk + 1) * size) for chunk, _ in order)
         rows = len(order) * (self.shape[0] // number)
         return Stored(self.dtype, (rows, *self.shape[1:]), ranges)
 
@@ -64,33 +76,38 @@ Weights = Mapping[str, Stored]
 def stored_weights(folder: Path) -> dict[str, Stored]:
     """The tensors of a folder of diffusers: one file, or shards with an index, also of a variant such as fp16.
 
-    Raises UserError where there are none, several variants and no plain file, a shard is missing, or a header is damaged.
+    Safetensors come before torch files, of which no code is run. Raises UserError where there are none, several variants and no
+    plain file, a shard is missing, or a header is damaged.
     """
-    files = _files(folder)
+    files = _files(folder, "safetensors") or _files(folder, "bin")
+    if not files:
+        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix != ".json")) or "none of them"
+        raise UserError(
+            f"{folder} wants {STEM}.safetensors or .bin, whole or with an index, or one variant of it; there is {there}"
+        )
     tensors: dict[str, Stored] = {}
     for file in files:
-        for name, stored in _header(file).items():
+        for name, stored in (_header(file) if file.suffix == ".safetensors" else _torch_file(file)).items():
             if name in tensors:
                 raise UserError(f"{file} holds {name}, and so does another file of {folder}: remove one of the two")
             tensors[name] = stored
     return tensors
 
 
-def _files(folder: Path) -> list[Path]:
-    plain, indexed = folder / f"{STEM}.safetensors", folder / f"{STEM}.safetensors.index.json"
+def _files(folder: Path, suffix: str) -> list[Path]:
+    """The files of a format; none where there are none. Raises UserError where there are several variants and no plain file."""
+    plain, indexed = folder / f"{STEM}.{suffix}", folder / f"{STEM}.{suffix}.index.json"
     if plain.is_file() or indexed.is_file():
         return _shards(indexed) if indexed.is_file() else [plain]
-    indices = sorted(folder.glob(f"{STEM}.safetensors.index.*.json")) + sorted(
-        folder.glob(f"{STEM}.*.safetensors.index.json")
+    indices = sorted(folder.glob(f"{STEM}.{suffix}.index.*.json")) + sorted(
+        folder.glob(f"{STEM}.*.{suffix}.index.json")
     )
-    whole = sorted(path for path in folder.glob(f"{STEM}.*.safetensors") if "-of-" not in path.name)
-    if len(variants := [*indices, *whole]) == 1:
-        return _shards(indices[0]) if indices else whole
-    there = ", ".join(path.name for path in [*variants, *sorted(folder.glob(f"{STEM}*.bin"))]) or "none of them"
-    raise UserError(
-        f"{folder} wants {STEM}.safetensors, whole or with an index, or one variant of it; there is {there} "
-        "(save_pretrained of diffusers makes safetensors of a .bin)"
-    )
+    whole = sorted(path for path in folder.glob(f"{STEM}.*.{suffix}") if "-of-" not in path.name)
+    variants = [*indices, *whole]
+    if len(variants) > 1:
+        names = ", ".join(path.name for path in variants)
+        raise UserError(f"{folder} holds several variants, {names}: leave one of them there")
+    return _shards(indices[0]) if indices else whole
 
 
 def _shards(index: Path) -> list[Path]:
@@ -128,6 +145,28 @@ def _header(file: Path) -> dict[str, Stored]:
     }
 
 
+def _torch_file(file: Path) -> dict[str, Stored]:
+    """The tensors of a torch file, mapped. Raises UserError on code, and on tensors that safetensors cannot hold."""
+    found = {}
+    for name, tensor in flat_tensors(read_pickle(file), file).items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _NAMES:
+            raise UserError(
+                f"{file} holds {name}, a tensor of type {tensor.dtype} ({tensor.layout}): wanted plain numbers"
+            )
+        content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        found[name] = Stored(_NAMES[tensor.dtype], tuple(tensor.shape), ((content, 0, len(content)),))
+    return found
+
+
+def loaded_tensor(stored: Stored) -> Tensor | None:
+    """The tensor itself, without a copy, where it is mapped already."""
+    source, start, stop = stored.ranges[0]
+    if isinstance(source, Path) or len(stored.ranges) > 1:
+        return None
+    kind = next(dtype for dtype, name in _NAMES.items() if name == stored.dtype)
+    return source[start:stop].view(kind).view(stored.shape)
+
+
 def hash_stored(weights: Weights) -> str:
     """SHA-256 over name, type, shape and bytes of every tensor, sorted by name, as stored: the hash of a family."""
     digest = hashlib.sha256()
@@ -145,6 +184,9 @@ def _bytes_of(stored: Stored, streams: dict[Path, BinaryIO], files: ExitStack) -
     """The bytes of a tensor, a few MiB at a time, in one buffer that is used again. streams: files that are open already."""
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, max(stored.num_bytes, 1))))
     for path, start, stop in stored.ranges:
+        if isinstance(path, Tensor):
+            yield path[start:stop].numpy().data
+            continue
         if path not in streams:
             streams[path] = files.enter_context(path.open("rb"))
         stream = streams[path]
