@@ -10,6 +10,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,16 +57,10 @@ class Location:
         if not colon or prefix not in self.prefixes:
             prefix, colon, path = "", "", text
         path = os.path.expanduser(path)
-        if folder and (colon or "/" in path or Path(path).suffix) and _exists(folder / path):
-            path = str(folder / path)
+        with suppress(OSError, ValueError):  # too long for a path, or a NUL
+            if folder and (colon or "/" in path or Path(path).suffix) and (folder / path).exists():
+                path = str(folder / path)
         return f"{prefix}{colon}{path}"
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long for a path, or a NUL
-        return False
 
 
 Count = Annotated[int, Ge(1), Le(10**9)]  # steps, images, tokens

@@ -252,11 +252,7 @@ def to_plain(value: Any) -> Any:
     """Dataclasses, tuples and paths as JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {name: getattr(value, name) for name in _fields(value)}
-    return json.loads(json.dumps(value, default=_as_json))
-
-
-def _as_json(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
+    return json.loads(json.dumps(value, default=lambda v: to_plain(v) if dataclasses.is_dataclass(v) else str(v)))
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
@@ -300,11 +296,7 @@ def recipe_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, st
         if dataclasses.is_dataclass(value):
             yield from recipe_fields(value, f"{path}.")
         elif typing.get_origin(hints[name]) is typing.Annotated:
-            yield path, to_plain(value), hints[name].__metadata__[-1] + _choices(typing.get_args(hints[name])[0])
-
-
-def _choices(kind: Any) -> str:
-    """ " (one of A, B)" for a Literal."""
-    if typing.get_origin(kind) is not typing.Literal:
-        return ""
-    return f" (one of {', '.join(map(str, typing.get_args(kind)))})"
+            kind = typing.get_args(hints[name])[0]
+            choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+            one_of = f" (one of {', '.join(map(str, choices))})" if choices else ""
+            yield path, to_plain(value), hints[name].__metadata__[-1] + one_of
