@@ -1,4 +1,5 @@
-"""tinyfusion: make diffusion transformers shallow, recover them, measure and show it."""
+"""tinyfusion: prune diffusion transformers, recover them, measure and report."""
+# ruff: noqa: F403, F405  # type checkers get the names of `__all__` from the library
 
 from __future__ import annotations
 
@@ -8,31 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tinyfusion.core.version import __version__
 
 if TYPE_CHECKING:
-    from tinyfusion.api import (
-        Condition,
-        LearnedMasks,
-        LoadedModel,
-        ModelFamily,
-        PrunePlan,
-        PruneSection,
-        RecoverSection,
-        SampleSection,
-        Streams,
-        Task,
-        TrainingSection,
-        evaluate_images,
-        learn_masks,
-        objective_of,
-        open_model,
-        prune_model,
-        record_inputs,
-        recover_model,
-        register_family,
-        sample_images,
-        save_model,
-        text_table,
-        wrap_module,
-    )
+    from tinyfusion.api import *
 
 __all__ = [
     "Condition", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan", "PruneSection", "RecoverSection", "SampleSection", "Streams",
@@ -49,5 +26,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What is public."""
+    """The public names."""
     return sorted(__all__)

@@ -1,8 +1,8 @@
 """The library: learn masks, prune, recover, sample and evaluate on values, without disk, progress or recipes.
 
-Models are `LoadedModel`s: opened (`open_model`) or a module of your own (`wrap_module`). What trains them is a `Task` of
-two functions for your own module, or the process of a family (`objective_of`). Batches are any iterable of tensors, or a
-function (step, draws) that draws what is random from `draws`, so that a run repeats whatever the number of processes.
+Models are `LoadedModel`s: opened (`open_model`) or your own module (`wrap_module`). They are trained by a `Task` of two
+functions for your own module, or by the process of a family (`objective_of`). Batches are any iterable of tensors, or a
+function (step, draws) whose random numbers come from `draws`, so that results do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -90,10 +90,7 @@ def open_model(
 
 @dataclass(frozen=True)
 class LearnedMasks:
-    """The outcome of `learn_masks`.
-
-    plan: which blocks stay. updates: the averages of the weight deltas that trained with the gates, by name. settings: as given.
-    """
+    """The outcome of `learn_masks`. plan: the blocks to keep. updates: averages of the weight deltas, by name."""
 
     plan: PrunePlan
     updates: Mapping[str, Tensor]
@@ -110,11 +107,11 @@ def learn_masks(
     compute: ComputeSection | None = None,
     on_step: OnStep = lambda record: None,
 ) -> LearnedMasks:
-    """Learn which blocks of `model` go (TinyFusion, arXiv 2412.01199, section 3); `model` stays as it is, where it is.
+    """Learn which blocks of `model` to remove (TinyFusion, arXiv 2412.01199, section 3); `model` is not changed.
 
-    settings: scheme, distribution, weight deltas, and the training; `PruneSection(scheme="1:2",
-    training=TrainingSection(steps=500, batch_size=32))`. The batch size is that of `batches` where they are an iterable.
-    on_step: is given the record of every step. Raises UserError where scheme, task and batches do not fit.
+    settings: such as `PruneSection(scheme="1:2", training=TrainingSection(steps=500, batch_size=32))`; an iterable of batches
+    has its own batch size. on_step: called with the record of every step. Raises UserError where scheme, task and batches do
+    not fit.
     """
     settings = settings or PruneSection()
     engine = _engine(model, compute)
@@ -138,11 +135,11 @@ def prune_model(
     num_batches: int = 4,
     seed: int = 0,
 ) -> LoadedModel:
-    """A student with only some blocks of `model`, which stays as it is.
+    """A student with some of the blocks of `model`, which is not changed.
 
-    how: learned masks (with the weight deltas that trained with the gates, unless `keep_updates` is False), a plan, the indices of the
-    blocks that stay, or the name of a criterion without training. num_keep: of a criterion, blocks that stay per list; None:
-    half. task, batches, num_batches: what a criterion that looks at data is shown. Raises UserError on what does not fit.
+    how: learned masks (with their weight deltas, unless `keep_updates` is False), a plan, the indices of the blocks to keep, or
+    the name of a criterion without training. num_keep: of a criterion, blocks to keep per list; None: half. task, batches,
+    num_batches: for criteria that use data. Raises UserError on arguments that do not fit.
     """
     if isinstance(how, LearnedMasks):
         keeps = keep_updates and how.settings.update != "frozen"
@@ -152,13 +149,12 @@ def prune_model(
     if not isinstance(how, str):
         return model.cut(by_indices(model, list(how), seed))
     if how not in CRITERIA:
-        raise UserError(
-            f"no criterion {how!r} without training: there is {', '.join(CRITERIA)}; for learned masks see learn_masks"
-        )
+        known = ", ".join(CRITERIA)
+        raise UserError(f"no criterion {how!r} without training: there is {known}; for learned masks see learn_masks")
 
     def calibration() -> Calibration:
         if task is None or batches is None:
-            raise UserError(f"criterion {how} looks at data: give task and batches")
+            raise UserError(f"criterion {how} uses data: give task and batches")
         source, settings = _source(task, batches, TrainingSection(batch_size=64), _engine(model, None))
         images = num_batches * settings.batch_size
         return calibration_set(task, source, "given batches", images, images, settings.batch_size, seed)
@@ -178,10 +174,10 @@ def recover_model(
     compute: ComputeSection | None = None,
     on_step: OnStep = lambda record: None,
 ) -> LoadedModel:
-    """A copy of `student`, trained: distilled from `teacher` (outputs, features of paired blocks), or fine-tuned without one.
+    """A trained copy of `student`: distilled from `teacher` (outputs, features of paired blocks), or fine-tuned without one.
 
-    The weights are the moving average of the training (`settings.training.ema_decay`). Student and teacher stay as they are;
-    the teacher is an ancestor of the student, or shares one. Raises UserError where they are not related.
+    Its weights are the moving average of the training (`settings.training.ema_decay`). Student and teacher are not changed.
+    Raises UserError unless the teacher is an ancestor of the student, or shares one.
     """
     settings = settings or RecoverSection(method="masked-kd" if teacher else "finetune")
     if (teacher is None) != (settings.method == "finetune"):
@@ -204,10 +200,10 @@ def sample_images(
     *,
     seed: int = 0,
 ) -> np.ndarray:
-    """Images of these labels: uint8 (N, H, W, C), of a model of latents float32 latents as the model sees them, (N, H, W, C).
+    """Images of these labels: uint8 (N, H, W, C); of a latent model float32 latents as the model sees them, (N, H, W, C).
 
-    labels: or what each image is conditioned on, a row per image, such as encoded prompts (`text_table`). Image i depends on seed
-    and i alone. Runs where the model is. Raises UserError on settings that the model cannot have.
+    labels: or a condition with a row per image, such as encoded prompts (`text_table`). Image i depends on seed and i only. Runs
+    on the device of the model. Raises UserError on settings that do not fit the model.
     """
     if isinstance(labels, Condition):
         table, labels = labels, np.arange(len(labels))
@@ -229,8 +225,8 @@ def evaluate_images(
 ) -> dict[str, Any]:
     """FID, sFID, Inception Score, precision and recall of images against real ones, both uint8 (N, H, W, C).
 
-    features: a feature extractor by name ("inception" fetches the network of FID once) or its folder; device: where it runs.
-    Raises UserError on images that the extractor cannot take.
+    features: a feature extractor by name ("inception" downloads the network of FID once) or its folder. Raises UserError on
+    images that the extractor does not accept.
     """
     extractor, source = open_extractor(features, device), source_of(reference)
     for values, what in ((images, "the images"), (reference, "the reference")):
@@ -240,20 +236,17 @@ def evaluate_images(
     return score(images, Reference("reference", source.hash(), source, {}, extractor), extractor, neighbours)
 
 
-# ---------------------------------------------------------------------------------------------------------------- within
-
-
 def _engine(model: LoadedModel, compute: ComputeSection | None) -> Engine:
     """A training in this process, on the device of the model."""
     return Engine(next(model.module.parameters()).device, compute)
 
 
 def _source(task: Process, batches: Batches, settings: TrainingSection, engine: Engine) -> tuple[Any, TrainingSection]:
-    """What the loop asks for batches, and the settings with their size."""
+    """The source of batches for the loop, and the settings with their batch size."""
     if not isinstance(task, Task):
         if not callable(batches):
             raise UserError(
-                "the process of a family draws from batches of a data set (tinyfusion.data.batches), not from an iterable"
+                "the process of a family needs batches of a data set (tinyfusion.data.batches), got an iterable"
             )
         return batches, settings
     source, num = task_source(batches, engine.device)
@@ -261,6 +254,6 @@ def _source(task: Process, batches: Batches, settings: TrainingSection, engine: 
         return source, settings
     if engine.compute.gradient_accumulation_steps > 1:
         raise UserError(
-            "batches of an iterable are not cut into microbatches: give smaller ones, or a function (step, draws)"
+            "microbatches of an iterable are not supported: give smaller batches, or a function (step, draws)"
         )
     return source, dataclasses.replace(settings, batch_size=num)

@@ -6,7 +6,7 @@ import os
 import re
 import typing
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,11 +30,12 @@ class Option:
     kind: Any = str
     many: bool = False
     positional: bool = False
+    required: bool = False
 
     @property
     def help(self) -> str:
         """The text of --help."""
-        return self.about or field_help(self.fields[0])
+        return (self.about or field_help(self.fields[0])) + " (required)" * self.required
 
     @property
     def typed(self) -> str:
@@ -64,7 +65,6 @@ class Verb:
     summary: str
     example: str
     options: tuple[Option, ...]
-    required: tuple[str, ...] = ()
     parallel: bool = False
 
 
@@ -73,8 +73,9 @@ _WRITING = (
     Option("overwrite", "replace an earlier result of tinyfusion at --out"),
     Option("dry_run", "check everything, print the plan, write nothing"),
 )
+_RECIPE = Option("recipe", "shipped recipe by name, or a TOML file; see `tinyfusion recipes`", "NAME|FILE")
 _JOB = (
-    Option("recipe", "shipped recipe by name, or a TOML file; see `tinyfusion recipes`", "NAME|FILE"),
+    _RECIPE,
     Option("set", "any recipe field, repeatable: --set section.field=value", "FIELD=VALUE", many=True),
     Option("seed", "", "N", ("seed",)),
     Option("device", "", "NAME", ("device",)),
@@ -90,11 +91,11 @@ _OPENING = (
 _RESUME = Option("resume", "checkpoint to resume, instead of the newest in --out", "PATH", kind=Path)
 _FOR = Option("for", "", "diffusers|official", ("destination",))
 _BLOCKS = Option("blocks", "rows for transformer classes of diffusers that the shipped table lacks", "FILE", kind=Path)
-_RUN_FOLDER = Option("out", "run folder (required)", "PATH", kind=Path)
+_RUN_FOLDER = Option("out", "run folder", "PATH", kind=Path, required=True)
 _DATA = Option("data", "data set; see data.name in `tinyfusion recipes --list-fields`", "NAME", ("data.name",))
 _TEACHER = Option("teacher", "", "MODEL", ("teacher",))
-_MODEL = Option("model", "model or run folder (required)", "MODEL")
-_OF_MODEL = Option("model", "model or run folder (required)", "MODEL", positional=True)
+_MODEL = Option("model", "model or run folder", "MODEL", required=True)
+_OF_MODEL = Option("model", "model or run folder", "MODEL", positional=True, required=True)
 
 
 def _choices(kind: Any) -> str:
@@ -119,15 +120,16 @@ VERBS = {
     "run": Verb(
         "The whole job: prune, recover, sample, evaluate, report.",
         "--recipe digits --out runs/digits",
-        (*_JOB, *_OPENING, *_trains("prune.training", "recover.training"), _RUN_FOLDER, _DATA, _FOR),
-        ("out", "recipe"),
+        (
+            replace(_RECIPE, required=True), *_JOB[1:], *_OPENING, *_trains("prune.training", "recover.training"), _RUN_FOLDER,
+            _DATA, _FOR,
+        ),
         parallel=True,
     ),
     "train": Verb(
         "Train a new model.",
         "--recipe digits-teacher --out runs/digits-teacher",
         (*_JOB, *_trains("train"), _RUN_FOLDER, Option("steps", "", "N", ("train.steps",)), _RESUME, _DATA, _FOR),
-        ("out",),
         parallel=True,
     ),
     "prune": Verb(
@@ -145,7 +147,6 @@ VERBS = {
             Option("inputs", "transformers of diffusers: output of `record`, for criteria that use data", "FILE", kind=Path),
             _FOR, _BLOCKS, _RESUME,
         ),
-        ("out",),
         parallel=True,
     ),
     "recover": Verb(
@@ -153,13 +154,12 @@ VERBS = {
         "--recipe digits --teacher digits --student runs/pruned --out runs/recovered",
         (
             *_JOB, *_OPENING, *_trains("recover.training"),
-            Option("student", "pruned model, or the run folder of `prune` (required)", "PATH", kind=Path),
+            Option("student", "pruned model, or the run folder of `prune`", "PATH", kind=Path, required=True),
             _RUN_FOLDER, _TEACHER, _DATA,
             Option("method", "", _choices(Recovery), ("recover.method",)),
             Option("steps", "", "N", ("recover.training.steps",)),
             _RESUME,
         ),
-        ("student", "out"),
         parallel=True,
     ),
     "dynamic": Verb(
@@ -172,7 +172,6 @@ VERBS = {
             Option("steps", "", "N", ("dynamic.training.steps",)),
             _RESUME,
         ),
-        ("model", "out"),
         parallel=True,
     ),
     "sample": Verb(
@@ -180,7 +179,7 @@ VERBS = {
         "--recipe digits --model runs/recovered --labels 3,7 --out 37.npz --grid 37.png",
         (
             *_JOB, *_OPENING, _MODEL,
-            Option("out", "npz of images (required)", "PATH", kind=Path),
+            Option("out", "npz of images", "PATH", kind=Path, required=True),
             Option("grid", "also write a picture of the first images", "PATH", kind=Path),
             Option("num_images", "", "N", ("sample.num_images",)),
             Option("labels", "", "I,J,..", ("sample.labels",)),
@@ -194,7 +193,6 @@ VERBS = {
             Option("compile", "", None, ("sample.compile",)),
             Option("vae", "", "PATH|ID", ("sample.vae",)),
         ),
-        ("model", "out"),
         parallel=True,
     ),
     "evaluate": Verb(
@@ -202,52 +200,48 @@ VERBS = {
         "--samples images.npz --reference digits --out fid.json",
         (
             *_JOB,
-            Option("samples", "npz or folder of images (required)", "PATH", kind=Path),
-            Option("out", "JSON of the metrics (required)", "PATH", kind=Path),
+            Option("samples", "npz or folder of images", "PATH", kind=Path, required=True),
+            Option("out", "JSON of the metrics", "PATH", kind=Path, required=True),
             Option("reference", "digits, digits:heldout, or a folder or npz of images", "NAME|PATH"),
             Option("against", "npz of another model from the same seeds: also PSNR and SSIM of the pairs", "PATH", kind=Path),
         ),
-        ("samples", "out"),
     ),
     "report": Verb(
         "One HTML page about one or several runs.",
         "runs/digits --out page.html",
         (
             *_JOB,
-            Option("runs", "run folders", "RUN", kind=Path, many=True, positional=True),
-            Option("out", "HTML file (required)", "PATH", kind=Path),
+            Option("runs", "run folders", "RUN", kind=Path, many=True, positional=True, required=True),
+            Option("out", "HTML file", "PATH", kind=Path, required=True),
         ),
-        ("runs", "out"),
     ),
     "export": Verb(
         "Convert a model for other programs: diffusers, the published scripts, or our own folder with a model card.",
         "--model runs/recovered --to diffusers --out student",
         (
             *_JOB, *_OPENING, _MODEL,
-            Option("to", "format (required)", "diffusers|official|single-file|tinyfusion",
-                   kind=Literal["diffusers", "official", "single-file", "tinyfusion"]),
-            Option("out", "folder; of official a .safetensors or .pt file (required)", "PATH", kind=Path),
+            Option("to", "format", "diffusers|official|single-file|tinyfusion",
+                   kind=Literal["diffusers", "official", "single-file", "tinyfusion"], required=True),
+            Option("out", "folder; of official a .safetensors or .pt file", "PATH", kind=Path, required=True),
             Option("pipeline", "diffusers: a whole DiTPipeline, with scheduler and autoencoder"),
             Option("vae", "autoencoder of the pipeline (default that of the model)", "PATH|ID"),
             Option("labels", "names of the classes for the pipeline: one per line, or JSON (default those of its source)", "FILE"),
             Option("push_to_hub", "also upload the folder to this repository of the hub", "ORG/NAME"),
             _BLOCKS,
         ),
-        ("model", "to", "out"),
     ),
     "encode": Verb(
         "Pictures to latents for `--data latents:PATH`; several processes share the work.",
         "--data pictures --vae stabilityai/sd-vae-ft-ema --out latents",
         (
             *_JOB,
-            Option("data", "folder of pictures, parquet:PATH, hub:ORG/NAME, webdataset:PATH, or published features:PATH "
-                   "(required)", "NAME"),
-            Option("out", "folder of the latents (required)", "PATH", kind=Path),
+            Option("data", "folder of pictures, parquet:PATH, hub:ORG/NAME, webdataset:PATH, or published features:PATH",
+                   "NAME", required=True),
+            Option("out", "folder of the latents", "PATH", kind=Path, required=True),
             Option("vae", "", "PATH|ID", ("encode.vae",)),
             Option("size", "", "N", ("encode.size",)),
             Option("batch_size", "", "N", ("encode.batch_size",)),
         ),
-        ("data", "out"),
         parallel=True,
     ),
     "inspect": Verb(
@@ -255,17 +249,16 @@ VERBS = {
         "",
         (
             *_OPENING, *_ANSWERS, _OF_MODEL, _BLOCKS,
-            Option("inputs", "transformers of diffusers: what `record` wrote, to count the MACs of a call of its size", "FILE", kind=Path),
+            Option("inputs", "transformers of diffusers: output of `record`, whose sizes the MACs are counted for", "FILE", kind=Path),
         ),
-        ("model",),
     ),
     "record": Verb(
         "The inputs of a transformer of diffusers while its pipeline draws prompts: what `prune --inputs` scores blocks on.",
         "FLUX.1-dev --prompts prompts.txt --out inputs.safetensors",
         (
-            Option("pipeline", "folder of the pipeline, or hub id (required)", "PIPELINE", positional=True),
-            Option("prompts", "text file, one prompt a line (required)", "FILE", kind=Path),
-            Option("out", "a .safetensors file (required)", "FILE", kind=Path),
+            Option("pipeline", "folder of the pipeline, or hub id", "PIPELINE", positional=True, required=True),
+            Option("prompts", "text file, one prompt a line", "FILE", kind=Path, required=True),
+            Option("out", "a .safetensors file", "FILE", kind=Path, required=True),
             Option("component", "the transformer, where the pipeline has several, such as transformer_2", "NAME"),
             Option("calls", "calls per prompt that are written, spread over the trajectory (default 4)", "N", kind=int),
             Option("steps", "denoising steps (this and the next four: default that of the pipeline)", "N", kind=int),
@@ -279,22 +272,21 @@ VERBS = {
             *_WRITING,
             *_ANSWERS,
         ),
-        ("pipeline", "prompts", "out"),
     ),
     "lora": Verb(
         "Renumber a LoRA, IP-adapter or ControlNet of an unpruned model for its student; without this it acts on other blocks.",
         "style.safetensors --model runs/flux --out style-student.safetensors",
         (
             *_ANSWERS,
-            Option("file", "LoRA or IP-adapter of the unpruned model, or ControlNet folder (required)", "FILE", kind=Path, positional=True),
-            Option("model", "folder of the student, a transformer of diffusers (required)", "PATH", kind=Path),
-            Option("out", "the new one: a .safetensors file, or a folder (required)", "FILE", kind=Path),
+            Option("file", "LoRA or IP-adapter of the unpruned model, or ControlNet folder", "FILE", kind=Path, positional=True,
+                   required=True),
+            Option("model", "folder of the student, a transformer of diffusers", "PATH", kind=Path, required=True),
+            Option("out", "the new file (.safetensors), or folder", "FILE", kind=Path, required=True),
             Option("trained_on", "the model of FILE: first of the student's lineage (default) or its last parent",
                    "original|parent", kind=Literal["original", "parent"]),
             Option("form", "names of the keys: as in FILE (default), or peft's", "same|peft", kind=Literal["same", "peft"]),
             _BLOCKS, *_WRITING,
         ),
-        ("file", "model", "out"),
     ),
     "bench": Verb(
         "Speed of a guided denoising step: latency, memory, arithmetic; of two models, in turns.",
@@ -308,17 +300,15 @@ VERBS = {
             Option("compile", "", None, ("bench.compile",)),
             Option("repeats", "", "N", ("bench.repeats",)),
         ),
-        ("model",),
     ),
     "replay": Verb(
         "Repeat one step of a training, with every loss term of every sample.",
         "runs/recovered --step 40",
         (
             *_JOB,
-            Option("run", "run folder of train, prune or recover (required)", "RUN", kind=Path, positional=True),
-            Option("step", "number of the step, from 0 (required)", "N", kind=int),
+            Option("run", "run folder of train, prune or recover", "RUN", kind=Path, positional=True, required=True),
+            Option("step", "number of the step, from 0", "N", kind=int, required=True),
         ),
-        ("run", "step"),
     ),
     "recipes": Verb(
         "List the shipped recipes with minutes and expected numbers, all expected numbers of one, or every field.",

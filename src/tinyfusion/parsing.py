@@ -112,7 +112,7 @@ def _read(verb: str, options: argparse.Namespace, words: list[str]) -> argparse.
     if spare := [*words, *spare]:
         raise UserError(f"{verb} does not take {', '.join(map(repr, spare))}; see `tinyfusion {verb} --help`")
     for option in VERBS[verb].options:
-        if option.name in VERBS[verb].required and getattr(options, option.name) in (None, "", (), Path()):
+        if option.required and getattr(options, option.name) in (None, "", (), Path()):
             name = option.name.upper() if option.positional else option.typed
             raise UserError(f"{verb} needs {name}; see `tinyfusion {verb} --help`")
     return options

@@ -37,12 +37,12 @@ class DataSet:
 
 @dataclass
 class DataHub:
-    """asked: listings; whole, ranges: files that were read whole, and in parts. failures: answers 503 so many times.
-    shift: how far the ranges that it says are from those that were asked for.
+    """queries: listings; whole, ranges: files that were read whole, and in parts. failures: answers 503 so many times.
+    shift: how far the ranges that it says are from those that were queries for.
     """
 
     sets: dict[str, DataSet]
-    asked: list[str] = field(default_factory=list)
+    queries: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     ranges: list[tuple[str, int]] = field(default_factory=list)
     failures: int = 0
@@ -79,7 +79,7 @@ class _Handler(HubAnswers, BaseHTTPRequestHandler):
         self.do_GET()
 
     def _listing(self, name: str, revision: str) -> None:
-        self.served.asked.append(f"{name}@{revision}")
+        self.served.queries.append(f"{name}@{revision}")
         known = self.served.sets.get(name)
         if known is None:
             self.refuse(404, "RepoNotFound")

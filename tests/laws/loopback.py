@@ -20,7 +20,7 @@ class Served:
     ranges: bool = True
     status: int = 200
     says_length: bool = True
-    asked: list[str | None] = field(default_factory=list)  # the Range of every request, or HEAD
+    requests: list[str | None] = field(default_factory=list)  # the Range of every request, or HEAD
     address: str = ""
 
 
@@ -31,7 +31,7 @@ def serving(content: bytes) -> Iterator[Served]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            served.asked.append("HEAD")
+            served.requests.append("HEAD")
             self.send_response(served.status)
             if served.says_length:
                 self.send_header("Content-Length", str(len(served.content)))
@@ -40,7 +40,7 @@ def serving(content: bytes) -> Iterator[Served]:
 
         def do_GET(self) -> None:
             wanted = self.headers.get("Range")
-            served.asked.append(wanted)
+            served.requests.append(wanted)
             if served.status != 200:
                 self.send_error(served.status)
                 return

@@ -206,7 +206,7 @@ AVERAGED = tf.Task(TASK.predict_output, lambda out, batch: out.mean())
         (lambda t: tf.learn_masks(t, AVERAGED, batches(), LEARN), r"returns \(\) for 8 images"),
         (lambda t: tf.learn_masks(t, TASK, batches(), PruneSection(scheme="1:3")), "depth divisible by 3"),
         (lambda t: tf.prune_model(t, "guess"), "no criterion 'guess' without training"),
-        (lambda t: tf.prune_model(t, "bi"), "criterion bi looks at data: give task and batches"),
+        (lambda t: tf.prune_model(t, "bi"), "criterion bi uses data: give task and batches"),
         (lambda t: tf.prune_model(t, [0, 9]), r"\[9\] out of range"),
         (lambda t: tf.recover_model(t, None, TASK, batches(), KD), "method masked-kd needs a teacher"),
         (lambda t: tf.recover_model(tf.prune_model(t, [0]), OTHER, TASK, batches(), KD), "the student was cut from the model"),

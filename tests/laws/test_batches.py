@@ -41,7 +41,7 @@ def encoded(pixels: np.ndarray) -> bytes:
 
 
 def numbered(num: int = NUM) -> list[np.ndarray]:
-    """2 x 2 colour pictures that can be told apart: the first value is their number."""
+    """2 x 2 colour pictures that differ: the first value is their number."""
     pictures = np.full((num, 2, 2, 3), 100, np.uint8)
     pictures[:, 0, 0] = np.arange(num)[:, None]
     return list(pictures)
@@ -77,11 +77,11 @@ def identities(x: torch.Tensor) -> list[int]:
     return ((x[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
 
 
-def sequence(source: Batches, num: int, batch: int, parts: int = 1) -> list[int]:
-    """The first `num` images and a few, in batches of which `parts` processes take their slices."""
+def sequence(source: Batches, num: int, batch: int, world: int = 1) -> list[int]:
+    """The first `num` images and a few, in batches of which `world` processes take their slices."""
     found: list[int] = []
     for step in range(-(-num // batch)):
-        ends = [batch * i // parts for i in range(parts + 1)]
+        ends = [batch * i // world for i in range(world + 1)]
         for first, end in zip(ends[:-1], ends[1:], strict=True):
             made = source(step, batch, source.randomness.at(step, first, end - first))
             assert made.x.shape == (end - first, 3, 2, 2) and made.x.dtype == torch.float32
@@ -102,10 +102,10 @@ def test_every_image_once_per_epoch_in_an_order_of_its_own(kind: str, folder: Pa
 
 
 @pytest.mark.parametrize("kind", ["memory", "stream"])
-@pytest.mark.parametrize(("batch", "parts"), [(1, 1), (5, 2), (12, 4), (53, 3), (130, 1), (130, 7)])
-def test_batch_size_and_processes_do_not_touch_the_sequence(kind: str, batch: int, parts: int, folder: Path) -> None:
+@pytest.mark.parametrize(("batch", "world"), [(1, 1), (5, 2), (12, 4), (53, 3), (130, 1), (130, 7)])
+def test_batch_size_and_processes_do_not_touch_the_sequence(kind: str, batch: int, world: int, folder: Path) -> None:
     wanted = sequence(source_of(kind, folder), 3 * NUM, 8)
-    assert sequence(source_of(kind, folder), 3 * NUM, batch, parts) == wanted
+    assert sequence(source_of(kind, folder), 3 * NUM, batch, world) == wanted
 
 
 @pytest.mark.parametrize("window", [1, 7, 12, 20, 1000])

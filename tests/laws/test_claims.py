@@ -332,7 +332,7 @@ def test_a_classifier_is_loaded_strictly(tmp_path: Path) -> None:
         "do not fit": ({"arch": {**record["arch"], "widths": ["a", 8, 8]}}, tensors),
         "is damaged": ({"arch": [1]}, tensors),
     }
-    for message, (fields, held) in cases.items():
+    for message, (fields, state) in cases.items():
         (tmp_path / "classifier.json").write_text(json.dumps({**record, **fields}))
-        save_file(held, tmp_path / "classifier.safetensors")
+        save_file(state, tmp_path / "classifier.safetensors")
         refused(lambda: open_extractor.__wrapped__(str(tmp_path), "cpu"), message)

@@ -53,8 +53,8 @@ def test_a_share_of_rows_becomes_the_null_row(make: Callable[[], Condition]) -> 
         assert found[name].dtype == tensor.dtype and torch.equal(whole.null()[name][:1], whole.null_row[name])
     assert whole.drop(draws, 0.0) is whole
     assert not torch.equal(whole.drop(draws, 0.5, "another").tensors[name], found[name])
-    parts = [whole.index(slice(first, first + 3)).drop(Randomness(0).at(3, first, 3), 0.5) for first in (0, 3)]
-    assert torch.equal(concat(parts)[name], found[name])
+    halves = [whole.index(slice(first, first + 3)).drop(Randomness(0).at(3, first, 3), 0.5) for first in (0, 3)]
+    assert torch.equal(concat(halves)[name], found[name])
 
 
 @KINDS

@@ -21,8 +21,8 @@ from tinyfusion.core.errors import UserError
 def fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name and annotation of every field; of the items of a tuple of sections, by its name."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        parts = (part for part in (hint, *typing.get_args(hint)) if isinstance(part, type))
-        section = next(filter(dataclasses.is_dataclass, parts), None)
+        kinds = (kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type))
+        section = next(filter(dataclasses.is_dataclass, kinds), None)
         if section:
             yield from fields(section, f"{prefix}{name}.")
         else:

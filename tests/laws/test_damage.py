@@ -98,13 +98,13 @@ class Bomb:
 
 @pytest.mark.parametrize("name", ["m.pt", "m.pth", "m.bin", "m.ckpt", "m.safetensors", "m"])
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-@pytest.mark.parametrize("place", ["alone", "beside tensors", "in args"])
+@pytest.mark.parametrize("place", ["alone", "with tensors", "in args"])
 def test_code_in_a_file_never_runs(model: LoadedModel, tmp_path: Path, name: str, form: str, place: str) -> None:
     target, path = tmp_path / "it-ran", tmp_path / name
     bomb = Bomb(target)
     content: Any = {
         "alone": bomb,
-        "beside tensors": {**official(model), "x": bomb},
+        "with tensors": {**official(model), "x": bomb},
         "in args": {"model": official(model), "args": argparse.Namespace(hook=bomb)},
     }[place]
     if form == "pickle":

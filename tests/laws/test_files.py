@@ -1,4 +1,4 @@
-"""Files and locks: what is there that is not ours stays, whoever holds a lock is asked first, and permissions are the usual ones."""
+"""Files and locks: files of others stay, the record of a lock names its holder, and permissions are the usual ones."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_special_files_are_refused_at_the_beginning_and_at_the_rename(tmp_path: 
     assert (tmp_path / "there").stat() == before
 
     def late() -> None:
-        with atomic_write(tmp_path / "late") as beside:
-            beside.write_text("x")
+        with atomic_write(tmp_path / "late") as temporary:
+            temporary.write_text("x")
             special(tmp_path / "late", kind)
 
     with pytest.raises(UserError, match=f"late is a {kind}"):
@@ -75,12 +75,12 @@ def test_special_files_are_refused_at_the_beginning_and_at_the_rename(tmp_path: 
 @pytest.mark.parametrize("there", ["file", "folder"])
 def test_a_file_does_not_replace_a_folder_nor_the_other_way(tmp_path: Path, there: str) -> None:
     def write() -> None:
-        with atomic_write(tmp_path / "out") as beside:
+        with atomic_write(tmp_path / "out") as temporary:
             if there == "file":
-                beside.mkdir()
+                temporary.mkdir()
                 (tmp_path / "out").write_text("mine")
             else:
-                beside.write_text("new")
+                temporary.write_text("new")
                 (tmp_path / "out").mkdir()
 
     with pytest.raises(UserError, match=f"it is a {there}, wanted a"):
@@ -102,10 +102,10 @@ def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
 def test_files_of_others_in_a_replaced_folder_and_links_do_not_count_as_written(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "samples"
     folder.mkdir(parents=True)
-    (folder / "notes.txt").write_text("of somebody else")
-    with atomic_write(folder) as beside:
-        beside.mkdir()
-        (beside / "model.json").write_text("{}")
+    (folder / "notes.txt").write_text("of another program")
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "model.json").write_text("{}")
     (tmp_path / "run" / "x.json").symlink_to(tmp_path / "disk.json")
     write_json(tmp_path / "run" / "x.json", [1])
     remove_written(tmp_path / "run")
@@ -153,8 +153,8 @@ def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path / "here")
 
     def write() -> None:
-        with atomic_write(Path()) as beside:
-            beside.mkdir()
+        with atomic_write(Path()) as temporary:
+            temporary.mkdir()
 
     with pytest.raises(UserError, match="cannot replace the current folder"):
         write()
@@ -185,12 +185,12 @@ def test_what_may_not_be_looked_into_is_not_called_missing(tmp_path: Path) -> No
 def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
     former = os.umask(umask)
     try:
-        with atomic_write(tmp_path / "model") as beside:
-            beside.mkdir()
-            save_file({"x": torch.zeros(2)}, beside / "model.safetensors")
-            write_json(beside / "model.json", {})
-        with atomic_write(tmp_path / "x.safetensors") as beside:
-            save_file({"x": torch.zeros(2)}, beside)
+        with atomic_write(tmp_path / "model") as temporary:
+            temporary.mkdir()
+            save_file({"x": torch.zeros(2)}, temporary / "model.safetensors")
+            write_json(temporary / "model.json", {})
+        with atomic_write(tmp_path / "x.safetensors") as temporary:
+            save_file({"x": torch.zeros(2)}, temporary)
     finally:
         os.umask(former)
     for name in ("model/model.safetensors", "model/model.json", "x.safetensors"):
@@ -210,11 +210,11 @@ def small_files() -> Iterator[None]:
 @pytest.mark.parametrize("kind", ["safetensors", "text"])
 def test_a_file_that_is_too_large_names_itself_and_leaves_nothing(tmp_path: Path, small_files: None, kind: str) -> None:
     def write() -> None:
-        with atomic_write(tmp_path / "above" / "out") as beside:
+        with atomic_write(tmp_path / "above" / "out") as temporary:
             if kind == "text":
-                beside.write_text("x" * 2**17)
+                temporary.write_text("x" * 2**17)
             else:
-                save_file({"x": torch.zeros(2**17)}, beside)
+                save_file({"x": torch.zeros(2**17)}, temporary)
 
     error = pytest.raises(OSError, write).value  # noqa: PT011 (its number is checked)
     assert (error.errno, error.filename) == (errno.EFBIG, str(tmp_path / "above" / "out"))
@@ -276,7 +276,7 @@ def test_a_live_run_is_respected_from_another_process_namespace(tmp_path: Path) 
 
 
 def sign(path: Path, **changed: Any) -> None:
-    """The lock file of a process that is not asked for its lock."""
+    """Write a lock file without the lock."""
     path.write_text(json.dumps({**locks._own_record(), **changed}))
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the hub: which files a name stands for, whole and streamed, with and without a hub; and all that is refused."""
+"""Data sets of the hub: the files of a name, whole and streamed, with and without a hub; and refusals."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_what_a_name_stands_for(hub: DataHub, name: str, config: str, split: str
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("cifar10", "is no data set of the hub: wanted ORG/NAME"),
         ("org/absent", "no data set org/absent that may be read without logging in"),
@@ -145,10 +145,10 @@ def test_what_a_name_stands_for(hub: DataHub, name: str, config: str, split: str
         ("org/none@v1", "at revision v1 has no parquet files: leave the revision out"),
     ],
 )
-def test_names_that_are_refused(hub: DataHub, name: str, told: str) -> None:
+def test_names_that_are_refused(hub: DataHub, name: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         open_hub(name)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_dry_run_fetches_no_files(hub: DataHub) -> None:
@@ -168,12 +168,12 @@ def test_a_whole_set_is_that_of_its_files_and_is_there_without_a_hub(
     assert np.array_equal(made.x, local.x) and np.array_equal(made.y, local.y) and len(made) == 14
     assert f"2 files of train at commit {COMMIT[:12]}" in capsys.readouterr().err
     assert sorted(hub.whole) == sorted(paths(open_hub("org/cifar"))), "each file once, and no other"
-    asked = len(hub.asked)
+    before = len(hub.queries)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert np.array_equal(image_set("hub:org/cifar").x, made.x)
     streamed = open_shards("hub-stream:org/cifar", None, 3)
     assert len(streamed) == 14 and streamed.groups[0].read().num_rows == 3, "what is cached needs no hub"
-    assert len(hub.asked) == asked and not hub.ranges
+    assert len(hub.queries) == before and not hub.ranges
     with pytest.raises(UserError, match="the hub cannot be queried for org/plain, and no earlier answer is cached"):
         image_set("hub:org/plain")
 
@@ -216,28 +216,28 @@ def test_a_stream_is_the_stream_of_the_same_files_on_a_disk(hub: DataHub, tmp_pa
 def test_labels_of_a_stream_are_known_from_the_footers(hub: DataHub) -> None:
     """Reading them would be a request for every row group."""
     open_shards("hub-stream:org/cifar", None, 3)
-    asked = {path: sum(1 for where, _num in hub.ranges if where == path) for path, _num in hub.ranges}
+    reads = {path: sum(1 for where, _num in hub.ranges if where == path) for path, _num in hub.ranges}
     first = "plain_text/train-00000-of-00002.parquet"
-    assert asked["plain_text/train-00001-of-00002.parquet"] <= asked[first] <= 4
+    assert reads["plain_text/train-00001-of-00002.parquet"] <= reads[first] <= 4
 
 
 def test_requests_that_fail_for_a_moment_are_made_again(hub: DataHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    parts = open_shards("hub-stream:org/cifar", None, 3)
+    shards = open_shards("hub-stream:org/cifar", None, 3)
     hub.failures = 2
-    assert parts.groups[0].read().num_rows == 3 and hub.failures == 0
+    assert shards.groups[0].read().num_rows == 3 and hub.failures == 0
     hub.sets["org/cifar"].branches[MAIN].clear()
     with pytest.raises(UserError, match=r"org/cifar/plain_text/train-00000-of-00002.parquet cannot be read: "):
-        parts.groups[0].read()
+        shards.groups[0].read()
 
 
 def test_a_range_that_was_not_asked_for_is_no_content(hub: DataHub) -> None:
-    parts = open_shards("hub-stream:org/cifar", None, 3)
+    shards = open_shards("hub-stream:org/cifar", None, 3)
     hub.shift = 1
     with pytest.raises(
-        UserError, match=r"cannot be read: asked for \d+ bytes from \d+ on, got \d+ with status 206, range"
+        UserError, match=r"cannot be read: requested \d+ bytes from \d+ on, got \d+ with status 206, range"
     ):
-        parts.groups[0].read()
+        shards.groups[0].read()
 
 
 @pytest.mark.parametrize("path", ["../train.parquet", "/etc/train.parquet", "a/./train.parquet", "a\0/train.parquet"])
@@ -249,9 +249,9 @@ def test_a_listing_that_leads_out_of_the_repository_is_refused(hub: DataHub, tmp
         open_hub("org/out")
     open_hub("org/cifar")
     (record,) = (tmp_path / "home" / "tinyfusion" / "hub").iterdir()
-    told = json.loads(record.read_text(encoding="utf-8"))
-    record.write_text(json.dumps({**told, "files": [[path, 10]]}), encoding="utf-8")
-    assert paths(open_hub("org/cifar")) != [path], "asked for again"
+    content = json.loads(record.read_text(encoding="utf-8"))
+    record.write_text(json.dumps({**content, "files": [[path, 10]]}), encoding="utf-8")
+    assert paths(open_hub("org/cifar")) != [path], "queried again"
 
 
 @pytest.mark.parametrize("configs", [3, [3, None, "a"], [{"data_files": 3}], [{"data_dir": "data"}]])

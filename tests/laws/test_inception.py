@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.torchscript import is_torchscript, read_torchscript
 from tinyfusion.evaluate import extractors
-from tinyfusion.evaluate.dino import DinoFeatures
-from tinyfusion.evaluate.extractors import open_extractor
+from tinyfusion.evaluate.extractors import DinoFeatures, open_extractor
 from tinyfusion.evaluate.features import full_float32
 from tinyfusion.evaluate.inception import (
     NUM_CLASSES,
@@ -291,15 +290,15 @@ def test_inception_by_name_is_fetched(
     state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(state, tmp_path / "net.safetensors")
-    asked: list[str] = []
+    requested: list[str] = []
 
     def fetch(name: str) -> Path:
-        asked.append(name)
+        requested.append(name)
         return tmp_path / "net.safetensors"
 
     monkeypatch.setattr(extractors, "fetch_weights", fetch)
     assert open_extractor.__wrapped__("inception", "cpu").name == "inception-2015-12-05"
-    assert asked == ["inception-2015-12-05"]
+    assert requested == ["inception-2015-12-05"]
 
 
 # ------------------------------------------------------------------------------------------------- DINOv2
@@ -340,17 +339,17 @@ def test_a_dino_folder_is_opened_by_transformers(tmp_path: Path, capfd: pytest.C
     with pytest.raises(UserError, match="no DINOv2 network at"):
         open_extractor.__wrapped__(f"dinov2:{tmp_path}", "cpu")
     assert "Loading" not in capfd.readouterr().err
-    held = load_file(tmp_path / "dino" / "model.safetensors")
+    tensors = load_file(tmp_path / "dino" / "model.safetensors")
     config = json.loads((tmp_path / "dino" / "config.json").read_text())
     fc1, bias = "encoder.layer.0.mlp.fc1.weight", "layernorm.bias"
     faults: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
-        f"missing_keys {fc1}": ({name: t for name, t in held.items() if name != fc1}, {}),
-        "unexpected_keys more": ({**held, "more": torch.zeros(1)}, {}),
-        "is no readable DINOv2 network": ({**held, bias: torch.zeros(3)}, {}),
-        f"{bias} is not finite": ({**held, bias: torch.full((16,), torch.nan)}, {}),
-        "num_hidden_layers 1000000000000, which is beyond": (held, {"num_hidden_layers": 10**12}),
-        "hidden_size 1000000000, which is beyond": (held, {"hidden_size": 10**9}),
-        "missing_keys encoder.layer.2": (held, {"num_hidden_layers": 3}),
+        f"missing_keys {fc1}": ({name: t for name, t in tensors.items() if name != fc1}, {}),
+        "unexpected_keys more": ({**tensors, "more": torch.zeros(1)}, {}),
+        "is no readable DINOv2 network": ({**tensors, bias: torch.zeros(3)}, {}),
+        f"{bias} is not finite": ({**tensors, bias: torch.full((16,), torch.nan)}, {}),
+        "num_hidden_layers 1000000000000, which is beyond": (tensors, {"num_hidden_layers": 10**12}),
+        "hidden_size 1000000000, which is beyond": (tensors, {"hidden_size": 10**9}),
+        "missing_keys encoder.layer.2": (tensors, {"num_hidden_layers": 3}),
     }
     for message, (tensors, sizes) in faults.items():
         save_file(tensors, tmp_path / "dino" / "model.safetensors", metadata={"format": "pt"})

@@ -314,9 +314,9 @@ def test_an_epoch_has_every_image_once_whatever_the_batch(tmp_path: Path) -> Non
 def test_slices_of_a_batch_are_the_batch(tmp_path: Path, kind: str) -> None:
     folder, draws = made(tmp_path / "set", specified(kind)), Randomness(3)
     whole = batches(folder, flip=0.5)(11, 12, draws.at(11, 0, 12))
-    parts = [batches(folder, flip=0.5)(11, 12, draws.at(11, first, num)) for first, num in ((0, 5), (5, 1), (6, 6))]
-    assert torch.equal(torch.cat([part.x for part in parts]), whole.x)
-    assert torch.equal(torch.cat([part.condition["labels"] for part in parts]), whole.condition["labels"])
+    slices = [batches(folder, flip=0.5)(11, 12, draws.at(11, first, num)) for first, num in ((0, 5), (5, 1), (6, 6))]
+    assert torch.equal(torch.cat([piece.x for piece in slices]), whole.x)
+    assert torch.equal(torch.cat([piece.condition["labels"] for piece in slices]), whole.condition["labels"])
     again = batches(folder, flip=0.5)(12, 12, draws.at(12, 0, 12))
     assert not torch.equal(again.x, whole.x)
 
@@ -378,6 +378,6 @@ def test_a_batch_is_that_of_its_parts(tmp_path: Path) -> None:
     spec = specified(num_images=90, shard_images=64)
     folder, address = made(tmp_path / "set", spec), Randomness(3)
     whole = batches(folder, flip=0.5)(2, 80, address.at(2, 0, 80))
-    parts = [batches(folder, flip=0.5)(2, 80, address.at(2, first, 16)) for first in range(0, 80, 16)]
-    assert torch.equal(torch.cat([part.x for part in parts]), whole.x)
-    assert torch.equal(torch.cat([part.condition["labels"] for part in parts]), whole.condition["labels"])
+    slices = [batches(folder, flip=0.5)(2, 80, address.at(2, first, 16)) for first in range(0, 80, 16)]
+    assert torch.equal(torch.cat([piece.x for piece in slices]), whole.x)
+    assert torch.equal(torch.cat([piece.condition["labels"] for piece in slices]), whole.condition["labels"])

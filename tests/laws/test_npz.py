@@ -231,14 +231,14 @@ def test_values_beyond_float32_are_refused_without_a_warning(tmp_path: Path) -> 
 
 
 def test_small_arrays_are_read_without_asking_for_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets of latents are a million small files, and asking takes longer than reading one."""
+    """Sets of latents are a million small files, and a query of the memory takes longer than reading one."""
 
-    def asked() -> int:
-        raise AssertionError("asked")
+    def queried() -> int:
+        raise AssertionError("queried")
 
-    monkeypatch.setattr("tinyfusion.core.reading.available_memory_bytes", asked)
+    monkeypatch.setattr("tinyfusion.core.reading.available_memory_bytes", queried)
     np.save(tmp_path / "0.npy", np.ones((2, 4, 64, 64), np.float32))
     assert read_npy(tmp_path / "0.npy").sum() == 2 * 4 * 64 * 64
     np.save(tmp_path / "0.npy", np.ones(2**18 + 1, np.float32))
-    with pytest.raises(AssertionError, match="asked"):
+    with pytest.raises(AssertionError, match="queried"):
         read_npy(tmp_path / "0.npy")

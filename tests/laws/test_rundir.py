@@ -32,9 +32,9 @@ def names(folder: Path) -> list[str]:
 
 
 def write_folder(path: Path, content: str, name: str = "content") -> None:
-    with atomic_write(path) as beside:
-        beside.mkdir()
-        (beside / name).write_text(content)
+    with atomic_write(path) as temporary:
+        temporary.mkdir()
+        (temporary / name).write_text(content)
 
 
 # ------------------------------------------------------------------------------------------------ files and folders
@@ -67,8 +67,8 @@ def test_leftovers_of_killed_processes_do_no_harm(tmp_path: Path, kind: str) -> 
 
 
 def test_outputs_with_similar_names_are_not_leftovers_of_each_other(tmp_path: Path) -> None:
-    with atomic_write(tmp_path / "out.png") as beside:
-        beside.write_text("picture")
+    with atomic_write(tmp_path / "out.png") as temporary:
+        temporary.write_text("picture")
         write_text(tmp_path / "out", "text")
     assert names(tmp_path) == ["out", "out.png"]
 
@@ -318,9 +318,9 @@ def test_files_of_others_in_a_folder_that_is_replaced_stay(tmp_path: Path) -> No
     for name in ("config.json", "former.json", "notes.txt", "more/notes.txt"):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("old")
-    with atomic_write(tmp_path / "out", r"config\.json|former\.json") as beside:
-        beside.mkdir()
-        (beside / "config.json").write_text("new")
+    with atomic_write(tmp_path / "out", r"config\.json|former\.json") as temporary:
+        temporary.mkdir()
+        (temporary / "config.json").write_text("new")
     assert names(tmp_path) == ["out", "out/config.json", "out/more", "out/more/notes.txt", "out/notes.txt"]
     assert (tmp_path / "out" / "config.json").read_text() == "new"
 
@@ -445,7 +445,7 @@ def test_a_run_that_another_process_writes_is_left_alone(tmp_path: Path) -> None
 
 
 def test_records_from_before_shifts_are_of_the_same_recipe_without_one(tmp_path: Path) -> None:
-    """As tinyfusion 0.4.0 wrote them beside samples."""
+    """As tinyfusion 0.4.0 wrote them with samples."""
     now = to_plain(Recipe().sample)
     shifts = {field.name for field in dataclasses.fields(ShiftFields)}
     older = {**now, "flow": {name: value for name, value in now["flow"].items() if name not in shifts}}

@@ -69,7 +69,7 @@ def test_what_would_be_fetched_is_said_where_nothing_is_to_be(server: Served, sa
         with pytest.raises(WouldFetch, match=f"would fetch mine from {server.address}") as refused:
             fetch_weights("mine")
     assert refused.value.num_bytes == (len(CONTENT) if says_length else None)
-    assert server.asked == ["HEAD"] and left() == [] and not fetching_forbidden()
+    assert server.requests == ["HEAD"] and left() == [] and not fetching_forbidden()
     path = fetch_weights("mine")
     with no_fetching():
         assert fetch_weights("mine") == path  # what is there may be used
@@ -87,7 +87,7 @@ def test_fetched_once_recorded_and_checked(server: Served) -> None:
     assert path.read_bytes() == CONTENT and path.name == "weights one.pt"
     assert path.with_name("weights one.pt.sha256").read_text() == f"{SUM}  weights one.pt\n"
     assert left() == ["weights one.pt", "weights one.pt.sha256"]
-    assert fetch_weights("mine") == path and server.asked == [None]
+    assert fetch_weights("mine") == path and server.requests == [None]
     path.write_bytes(CONTENT[:-1] + b"x")
     with pytest.raises(UserError, match=f"is damaged: .*sha256 says {SUM}"):
         fetch_weights("mine")
@@ -114,7 +114,7 @@ def test_a_cut_connection_is_taken_up(server: Served) -> None:
     entry(server, sha256=SUM)
     server.breaks = [100_000, 1, 250_000]
     assert fetch_weights("mine").read_bytes() == CONTENT
-    assert server.asked == [None, "bytes=100000-", "bytes=100001-", "bytes=350001-"]
+    assert server.requests == [None, "bytes=100000-", "bytes=100001-", "bytes=350001-"]
 
 
 def test_another_call_goes_on(server: Served) -> None:
@@ -123,9 +123,9 @@ def test_another_call_goes_on(server: Served) -> None:
     with pytest.raises(UserError, match=r"the connection broke after 0\.1 MiB, which are kept"):
         fetch_weights("mine")
     assert any(name.endswith(".partial") for name in left())
-    server.breaks, server.asked = [], []
+    server.breaks, server.requests = [], []
     assert fetch_weights("mine").read_bytes() == CONTENT
-    assert server.asked == ["bytes=100000-"]
+    assert server.requests == ["bytes=100000-"]
     assert left() == ["weights one.pt", "weights one.pt.sha256"]
 
 
@@ -134,7 +134,7 @@ def test_several_processes_fetch_once(server: Served) -> None:
     entry(server, sha256=SUM)
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(fetch_weights, ["mine"] * 4))
-    assert len(set(paths)) == 1 and paths[0].read_bytes() == CONTENT and server.asked == [None]
+    assert len(set(paths)) == 1 and paths[0].read_bytes() == CONTENT and server.requests == [None]
     assert left() == ["weights one.pt", "weights one.pt.sha256"]
 
 
@@ -244,12 +244,12 @@ CHUNKED = {"Transfer-Encoding": "chunked"}
 
 @contextmanager
 def scripted(*answers: Answer) -> Iterator[tuple[str, list[str | None]]]:
-    """Address of a server that gives these answers, the last one again and again; and the ranges that it is asked for."""
-    left, asked = list(answers), list[str | None]()
+    """Address of a server that gives these answers, the last one again and again; and the ranges of its requests."""
+    left, requests = list(answers), list[str | None]()
 
     class Handler(HubAnswers, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.headers.get("Range"))
+            requests.append(self.headers.get("Range"))
             status, headers, body = left.pop(0) if len(left) > 1 else left[0]
             self.send_response(status)
             for header, value in headers.items():
@@ -259,7 +259,7 @@ def scripted(*answers: Answer) -> Iterator[tuple[str, list[str | None]]]:
             self.close_connection = True
 
     with answering(Handler) as address:
-        yield f"{address}/weights.pt", asked
+        yield f"{address}/weights.pt", requests
 
 
 def chunk(content: bytes) -> bytes:
@@ -268,7 +268,7 @@ def chunk(content: bytes) -> bytes:
 
 
 NEVER_WHOLE: dict[str, tuple[list[Answer], str, int]] = {  # answers, reason, requests at most
-    "a part nobody asked for": ([(206, PART, CONTENT[:1000])], "it answers 206 bytes 0-999/768000, and the whole", 1),
+    "a part without a request for it": ([(206, PART, CONTENT[:1000])], "it answers 206 bytes 0-999/768000, and the whole", 1),
     "a part without a range": ([(206, {}, CONTENT)], "it answers 206, and the whole file was asked for", 1),
     "another range": ([CUT, (206, PART, CONTENT[:1000])], "and the whole file was asked for", 6),
     "a range beyond the end": ([CUT, (206, {"Content-Range": "bytes 1000-1999/1500"}, b"x" * 1000)], "the whole file", 6),
@@ -296,26 +296,26 @@ NEVER_WHOLE: dict[str, tuple[list[Answer], str, int]] = {  # answers, reason, re
 @pytest.mark.parametrize("what", NEVER_WHOLE)
 def test_an_answer_that_is_not_the_whole_file_is_never_recorded(what: str) -> None:
     answers, reason, most = NEVER_WHOLE[what]
-    with scripted(*answers) as (address, asked):
+    with scripted(*answers) as (address, requests):
         table(f'[mine]\naddress = "{address}"\n')
         with pytest.raises(UserError, match="cannot fetch mine") as raised:
             fetch_weights("mine")
     assert reason in str(raised.value) and "\n" not in str(raised.value).strip()
-    assert 1 <= len(asked) <= most
+    assert 1 <= len(requests) <= most
     assert not [name for name in left() if not name.startswith(".")]
 
 
-def test_a_part_that_was_asked_for_may_be_shorter() -> None:
+def test_a_requested_part_may_be_shorter() -> None:
     """As servers with a limit per answer give it."""
     size = len(CONTENT)
-    parts: list[Answer] = [
+    ranges: list[Answer] = [
         (206, {"Content-Range": f"bytes {first}-{last - 1}/{size}", "ETag": '"one"'}, CONTENT[first:last])
         for first, last in ((1000, 5000), (5000, size))
     ]
-    with scripted(CUT, *parts) as (address, asked):
+    with scripted(CUT, *ranges) as (address, requests):
         table(f'[mine]\naddress = "{address}"\n')
         assert fetch_weights("mine").read_bytes() == CONTENT
-    assert asked == [None, "bytes=1000-", "bytes=5000-"]
+    assert requests == [None, "bytes=1000-", "bytes=5000-"]
 
 
 def test_a_record_that_is_no_text(server: Served) -> None:

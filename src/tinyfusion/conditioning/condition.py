@@ -19,10 +19,10 @@ ModelInputs = Callable[["Condition"], Mapping[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Named tensors (B, ...) with one row per image, and the row that stands for no condition.
+    """Named tensors (B, ...) with one row per image, and the null row, which means no condition.
 
     A table is a condition too, with one row per label: `index(labels)` gives the condition of a batch.
-    null_row: name -> (1, ...), of every tensor; None where there is no such row, so that nothing can be dropped or guided.
+    null_row: name -> (1, ...), of every tensor; None: rows cannot be dropped or guided.
     """
 
     tensors: Mapping[str, Tensor]
@@ -32,10 +32,8 @@ class Condition:
         sizes = {len(tensor) for tensor in self.tensors.values()}
         if len(sizes) != 1:
             raise ValueError(f"a condition has tensors of one number of rows; got {sorted(sizes)}")
-        rows = self.null_row
-        if rows is not None and {n: (1, *t.shape[1:]) for n, t in self.tensors.items()} != {
-            n: tuple(t.shape) for n, t in rows.items()
-        }:
+        wanted = {name: (1, *tensor.shape[1:]) for name, tensor in self.tensors.items()}
+        if self.null_row is not None and wanted != {name: tuple(row.shape) for name, row in self.null_row.items()}:
             raise ValueError("the null row of a condition has one row of every tensor, in its shape")
 
     def __len__(self) -> int:
@@ -46,7 +44,7 @@ class Condition:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of its tensors."""
         return next(iter(self.tensors.values())).device
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Condition:
@@ -73,10 +71,8 @@ class Condition:
     def each_with_null(self, change: Callable[[Tensor, Tensor], Tensor]) -> Condition:
         """The condition with `change` applied to every tensor and its null row. Raises UserError where there is none."""
         if self.null_row is None:
-            raise UserError(
-                "the condition has no null row, which guidance and dropped labels need: give one, or take guidance 1 and "
-                "label_drop 0"
-            )
+            advice = "give one, or use guidance 1 and label_drop 0"
+            raise UserError(f"the condition has no null row, which guidance and dropped labels need: {advice}")
         null = self.null_row
         return dataclasses.replace(self, tensors={n: change(tensor, null[n]) for n, tensor in self.tensors.items()})
 
@@ -93,7 +89,6 @@ def concat(conditions: list[Condition]) -> Condition:
     """The rows of several conditions of one kind, one after another; the null row is that of the first."""
     first = conditions[0]
     if any(set(other.tensors) != set(first.tensors) for other in conditions):
-        raise ValueError(f"conditions of one kind are wanted; got {[sorted(each.tensors) for each in conditions]}")
-    return dataclasses.replace(
-        first, tensors={name: torch.cat([each.tensors[name] for each in conditions]) for name in first.tensors}
-    )
+        raise ValueError(f"wanted conditions of one kind; got {[sorted(each.tensors) for each in conditions]}")
+    tensors = {name: torch.cat([each.tensors[name] for each in conditions]) for name in first.tensors}
+    return dataclasses.replace(first, tensors=tensors)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tinyfusion.conditioning.condition import Condition
 
-# of a condition: (B, N, E) floats; (B, N), 1 where there is a token. Others, such as pooled (B, P), go along under their names
+# (B, N, E) floats, and (B, N), 1 for a token; others, such as pooled (B, P), keep their names
 EMBEDDINGS, MASK = "embeddings", "mask"
-_LENGTHS = "lengths"  # in files, in place of a mask: tokens of every text, counted from its first place
+_LENGTHS = "lengths"  # in files, instead of a mask: number of tokens of every text
 _OLDER = {"captions": EMBEDDINGS, "caption_mask": MASK}  # names in files of earlier versions
 NAMES = (EMBEDDINGS, MASK, _LENGTHS, *_OLDER)  # that a file may have
 
@@ -19,28 +19,24 @@ NAMES = (EMBEDDINGS, MASK, _LENGTHS, *_OLDER)  # that a file may have
 def text_table(tensors: Mapping[str, Tensor]) -> Condition:
     """The table of K texts, by label, from tensors of K + 1 rows whose last one is the null text.
 
-    embeddings (K + 1, N, E); mask (K + 1, N) or lengths (K + 1,), or neither where every place counts; any other tensor with a
-    row per text. Views of these tensors, of which a mapped file is read as rows are picked. Raises ValueError where they are
-    none, do not belong together, or a text has no token.
+    embeddings (K + 1, N, E); mask (K + 1, N) or lengths (K + 1,), or neither without padding; other tensors with a row per text.
+    Returns views, so rows of a mapped file are read when they are indexed. Raises ValueError where shapes do not fit or a text
+    has no token.
     """
     named = {_OLDER.get(name, name): tensor for name, tensor in tensors.items()}
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items()) or "nothing"
     embeddings = named.get(EMBEDDINGS)
     if embeddings is None or embeddings.ndim != 3 or not embeddings.is_floating_point() or len(embeddings) < 2:
-        raise ValueError(
-            f"encoded texts are floats embeddings (K + 1, tokens, channels), the null text last; got {shapes}"
-        )
+        wanted = "floats embeddings (K + 1, tokens, channels), the null text last"
+        raise ValueError(f"encoded texts are {wanted}; got {shapes}")
     if _LENGTHS in named:
         lengths = named.pop(_LENGTHS)
         named[MASK] = torch.arange(embeddings.shape[1]) < lengths.reshape(-1, 1)
-    if any(len(tensor) != len(embeddings) for tensor in named.values() if tensor.ndim) or not all(
-        tensor.ndim for tensor in named.values()
-    ):
+    if not all(tensor.ndim and len(tensor) == len(embeddings) for tensor in named.values()):
         raise ValueError(f"encoded texts have one row per text in every tensor; got {shapes}")
     if MASK in named:
         mask = named[MASK]
         if mask.shape != embeddings.shape[:2] or not bool(mask.bool().any(dim=1).all()):
             raise ValueError(f"a mask of texts is (K + 1, tokens) with a token in every row; got {shapes}")
-    return Condition(
-        {name: tensor[:-1] for name, tensor in named.items()}, {name: tensor[-1:] for name, tensor in named.items()}
-    )
+    null_row = {name: tensor[-1:] for name, tensor in named.items()}
+    return Condition({name: tensor[:-1] for name, tensor in named.items()}, null_row)

@@ -1,8 +1,7 @@
-"""What a value may be, stated in the annotation of its field: limits of numbers, and texts that may be paths.
+"""Annotations of fields: limits of numbers, and texts that may be paths, checked by `config/loading.py`.
 
-`Annotated[int, Ge(1), Le(2**16), "rank of the weight deltas"]`; the text about a field comes last. Checked
-where values come from outside (`config/loading.py`). Upper limits are far above any use; beyond them are overflows, and
-memory that no machine has.
+`Annotated[int, Ge(1), Le(2**16), "rank of the weight deltas"]`; the help text comes last. Upper limits are far above any use;
+they prevent overflows.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,22 +51,16 @@ class Location:
     def expanded(self, text: str, folder: Path | None = None) -> str:
         """`text` with `~` as the home folder, and a relative path from `folder` where it exists there.
 
-        Without a prefix, a word that has neither a slash nor a suffix is a name, and no path.
+        Without a prefix, a word without a slash or suffix is a name, not a path.
         """
         prefix, colon, path = text.partition(":")
         if not colon or prefix not in self.prefixes:
             prefix, colon, path = "", "", text
         path = os.path.expanduser(path)
-        if folder and (colon or "/" in path or Path(path).suffix) and _exists(folder / path):
-            path = str(folder / path)
+        with suppress(OSError, ValueError):  # too long for a path, or a NUL
+            if folder and (colon or "/" in path or Path(path).suffix) and (folder / path).exists():
+                path = str(folder / path)
         return f"{prefix}{colon}{path}"
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long for a path, or a NUL
-        return False
 
 
 Count = Annotated[int, Ge(1), Le(10**9)]  # steps, images, tokens

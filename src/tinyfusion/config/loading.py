@@ -1,4 +1,4 @@
-"""TOML and `--set` into the dataclasses of `recipe.py`, and back into plain values. Standard library only."""
+"""Convert TOML and `--set` to the dataclasses of `recipe.py`, and back to plain values. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import parse_toml, read_text
 
 _KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-# the annotations of a dataclass, with what they state beside the type
+# the annotations of a dataclass, with limits and texts
 _hints: Callable[[Any], dict[str, Any]] = cache(partial(typing.get_type_hints, include_extras=True))
 _LARGEST = 10**308  # of whole numbers that become floating point
 _INT64 = (Ge(-(2**63) + 1), Le(2**63 - 1))  # whole numbers without limits of their own: what tensors and files can hold
@@ -36,18 +36,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_choice(value: object, choices: Iterable[object]) -> str:
-    """A hint "; did you mean X?", nothing where no choice is near: for messages that name them all."""
+    """A hint "; did you mean X?", or nothing, for messages that list all choices."""
     close = _closest(str(value), map(str, choices))
     return f"; did you mean {close}?" if close else ""
 
 
 def _closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The only one of `known` that begins with `name`, else the most similar; None where no ratio of difflib's reaches `cutoff`."""
+    """The only one of `known` that begins with `name`, else the most similar with a ratio of `cutoff`; None if none has it."""
     names = list(known)
     longer = [other for other in names if other.startswith(name)] if name else []
-    return (
-        longer[0] if len(longer) == 1 else next(iter(difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), None)
-    )
+    similar = longer if len(longer) == 1 else difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return next(iter(similar), None)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -61,9 +60,9 @@ def load_recipe(
 ) -> Recipe:
     """A recipe by shipped name or TOML file (None: the published defaults), with `section.field=value` settings.
 
-    overrides: {dotted field: value} from options of the command line; they win over the file, settings win over both.
-    Which fields were named is in its `assigned`. In paths, `~` is the home folder; in a file that is given by its path,
-    relative ones are looked for beside it first. Raises UserError on anything unknown, offering the nearest name.
+    overrides: {dotted field: value} of command-line options. Settings take precedence over overrides, these over the file; the
+    fields in any of them are in `assigned`. In paths, `~` is the home folder; a relative path in a file is resolved in the
+    folder of the file if it exists there. Raises UserError on unknown names, with the nearest one.
     """
     values, folder = ({}, None) if name_or_file is None else _read_toml(name_or_file)
     values = _located(Recipe, values, folder)
@@ -94,7 +93,7 @@ def _read_toml(name_or_file: str) -> tuple[dict[str, Any], Path | None]:
 
 
 def _located(kind: Any, value: Any, folder: Path | None = None) -> Any:
-    """`value`, of a section, with the paths that its fields may name expanded; see `Location`."""
+    """A section with the paths in its fields expanded; see `Location`."""
     if not isinstance(value, Mapping) or not dataclasses.is_dataclass(kind):
         return value
     hints, expanded = _hints(kind), dict(value)
@@ -131,7 +130,7 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any, path: str) -> N
 def build(kind: Any, value: Any, path: str, limits: tuple[Limit, ...] = ()) -> Any:
     """`value` (from TOML or JSON) as `kind`: a dataclass, Literal, union with None, tuple, list, dict, scalar or Any.
 
-    limits: of the number, beside those that an annotation in `kind` states. Raises UserError that names `path`.
+    limits: of the number, in addition to those in `kind`. Raises UserError that names `path`.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
@@ -154,44 +153,41 @@ def build(kind: Any, value: Any, path: str, limits: tuple[Limit, ...] = ()) -> A
 
 
 def build_known(kind: Any, values: Any, path: str) -> Any:
-    """As `build` for a dataclass, but fields that it does not have are left out: a newer version wrote them."""
+    """As `build` for a dataclass, without unknown fields, which a newer version may have written."""
     if isinstance(values, Mapping):
         values = {key: value for key, value in values.items() if key in _fields(kind)}
     return build(kind, values, path)
 
 
 def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
-    if isinstance(value, kind):  # a default, taken over whole
+    if isinstance(value, kind):  # a default
         return value
     if not isinstance(value, Mapping):
-        raise UserError(
-            f"{path or 'the recipe'} is a section with the fields {', '.join(_fields(kind))}; got {_shown(value)}"
-        )
-    hints, fields = _hints(kind), _fields(kind)
-    for key in value:
-        if key not in fields:
-            where = f"{path}.{key}" if path else key
-            raise UserError(f"unknown field {where!r}{_nearest_field(where, fields)}")
+        fields = ", ".join(_fields(kind))
+        raise UserError(f"{path or 'the recipe'} is a section with the fields {fields}; got {_shown(value)}")
+    hints, known, prefix = _hints(kind), _fields(kind), f"{path}." if path else ""
+    if unknown := next((key for key in value if key not in known), None):
+        raise UserError(f"unknown field {prefix + unknown!r}{_nearest_field(prefix + unknown, known)}")
     arguments: dict[str, Any] = {}
     for key, inner in value.items():
-        where = f"{path}.{key}" if path else key
-        default = _default(fields[key])
+        factory = known[key].default_factory
+        default = known[key].default if factory is dataclasses.MISSING else factory()
         if dataclasses.is_dataclass(default) and isinstance(inner, Mapping):
             inner = {**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)}, **inner}
-        arguments[key] = build(hints[key], inner, where)
-    required = (f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING)
+        arguments[key] = build(hints[key], inner, f"{prefix}{key}")
+    required = (f.name for f in known.values() if f.default is f.default_factory is dataclasses.MISSING)
     if missing := next((name for name in required if name not in arguments), None):
-        raise UserError(f"{f'{path}.' if path else ''}{missing} is missing")
+        raise UserError(f"{prefix}{missing} is missing")
     return kind(**arguments)
 
 
 def _fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
-    """The fields of a dataclass, or of a value of one, that make it equal to another; the others are never written."""
+    """The compared fields of a dataclass or a value of one; others are never written."""
     return {f.name: f for f in dataclasses.fields(kind) if f.compare}
 
 
 def _nearest_field(where: str, siblings: Iterable[str]) -> str:
-    """A hint at the field meant: one of the same section, or of the same name anywhere below it."""
+    """A hint at a similar field: of the same section, or below it."""
     section, _, name = where.rpartition(".")
     below = {path for path, _, _ in recipe_fields(Recipe()) if path.startswith(section)}
     meant = {path.rpartition(".")[2]: path for path in sorted(below, key=len, reverse=True)}
@@ -199,12 +195,6 @@ def _nearest_field(where: str, siblings: Iterable[str]) -> str:
     if not close:
         return f"{nearest(name, siblings)} (all fields: tinyfusion recipes --list-fields)"
     return f"; did you mean {meant.get(close, close)!r}?"
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
 
 
 def _build_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
@@ -220,7 +210,7 @@ def _build_tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...
 
 
 def _build_container(kind: Any, args: tuple[Any, ...], value: Any, path: str) -> Any:
-    """A list of one kind of items, or a dict of names to one kind of values."""
+    """A list or a dict, of one kind of items."""
     if not isinstance(value, kind):
         raise UserError(f"{path} wants {'a list' if kind is list else 'names with values'}; got {_shown(value)}")
     if isinstance(value, dict):
@@ -251,7 +241,7 @@ _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20
 
 
 def _shown(value: Any) -> str:
-    """A value from outside in a message, shortened, whatever its depth and length."""
+    """A value for a message, shortened."""
     try:
         return _REPR.repr(value)
     except ValueError:  # whole numbers of more digits than Python writes
@@ -262,11 +252,7 @@ def to_plain(value: Any) -> Any:
     """Dataclasses, tuples and paths as JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {name: getattr(value, name) for name in _fields(value)}
-    return json.loads(json.dumps(value, default=_as_json))
-
-
-def _as_json(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
+    return json.loads(json.dumps(value, default=lambda v: to_plain(v) if dataclasses.is_dataclass(v) else str(v)))
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
@@ -310,11 +296,7 @@ def recipe_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, st
         if dataclasses.is_dataclass(value):
             yield from recipe_fields(value, f"{path}.")
         elif typing.get_origin(hints[name]) is typing.Annotated:
-            yield path, to_plain(value), hints[name].__metadata__[-1] + _choices(typing.get_args(hints[name])[0])
-
-
-def _choices(kind: Any) -> str:
-    """ " (one of A, B)" for a Literal."""
-    if typing.get_origin(kind) is not typing.Literal:
-        return ""
-    return f" (one of {', '.join(map(str, typing.get_args(kind)))})"
+            kind = typing.get_args(hints[name])[0]
+            choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+            one_of = f" (one of {', '.join(map(str, choices))})" if choices else ""
+            yield path, to_plain(value), hints[name].__metadata__[-1] + one_of

@@ -38,11 +38,8 @@ class Ahead(Generic[Value]):
     ) -> None:
         if depth < 0:
             raise UserError(f"{depth} batches cannot be made ahead: wanted 0 or more")
-        self.make = make
-        self.depth = depth
-        self.end = end
-        self.timeout_s = timeout_s
-        self.what = what
+        self.make, self.depth, self.end = make, depth, end
+        self.timeout_s, self.what = timeout_s, what
         self.waited_s = 0.0
         self._changed = threading.Condition()
         self._made: dict[int, Value | _Failure] = {}
@@ -91,10 +88,8 @@ class Ahead(Generic[Value]):
         with self._changed:
             self._aim(wanted)
             if not self._changed.wait_for(lambda: step in self._made, self.timeout_s):
-                raise UserError(
-                    f"{self.what} {step} did not come within {self.timeout_s:g} s: see whether the disk or network it "
-                    "is read from still answers, or allow more by compute.timeout_s"
-                )
+                advice = "check the disk or network that it is read from, or allow more by compute.timeout_s"
+                raise UserError(f"{self.what} {step} did not come within {self.timeout_s:g} s: {advice}")
             outcome = self._made.pop(step)
             self._aim(wanted[1:])
         return outcome

@@ -76,9 +76,8 @@ def _begin(folder: Path, path: Path) -> Lock:
         try:
             folder.mkdir()
         except FileExistsError:
-            raise UserError(
-                f"cannot write {path}: {folder} has the name of its unfinished folder: move that away"
-            ) from None
+            occupied = f"{folder} has the name of its unfinished folder"
+            raise UserError(f"cannot write {path}: {occupied}: move that away") from None
         try:
             return acquire(folder / LOCK, f"writes {path}")
         except FileNotFoundError:  # removed before it was locked, as it was empty
@@ -324,6 +323,5 @@ def check_space(path: Path, num_bytes: int) -> None:
     """Raise UserError unless the disk of `path` has room for `num_bytes`."""
     free = shutil.disk_usage(_existing(path)).free
     if free < num_bytes:
-        raise UserError(
-            f"no space: {path} needs about {num_bytes / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB free"
-        )
+        needed = f"{path} needs about {num_bytes / 2**20:.0f} MiB"
+        raise UserError(f"no space: {needed} and the disk has {free / 2**20:.0f} MiB free")

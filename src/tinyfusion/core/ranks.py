@@ -1,7 +1,6 @@
-"""Output files written by several ranks: each rank writes its own files, rank 0 waits for all and completes the output.
+"""Output files written by several ranks (samples, latents, checkpoints). Rank 0 waits for all and completes the output.
 
-Samples, encoded latents and checkpoints follow it. Ranks share the file system alone, so no collective operation waits for a
-slow or ended rank.
+Ranks share only the file system, so no collective operation waits for a slow or ended rank.
 
 1. Rank 0 creates the folder; the others wait for it (`wait_until`).
 2. Each rank writes its files under hidden names and renames each when it is complete (`complete_file`).
@@ -74,11 +73,10 @@ def wait_for_files(
             sizes, since = now, time.monotonic()
         elif time.monotonic() - since > timeout_s:
             late = ", ".join(map(str, sorted({writers[path] for path in missing})))
-            raise UserError(
-                f"{len(missing)} of {len(writers)} files are missing ({missing[0]}) and nothing was written for {timeout_s:g} s: "
-                f"process {late} of {world} has ended, hangs or sees another folder; see its output, then {_AGAIN} "
-                "(compute.timeout_s allows more)"
-            )
+            lack = f"{len(missing)} of {len(writers)} files are missing ({missing[0]})"
+            cause = f"process {late} of {world} has ended, hangs or sees another folder"
+            problem = f"{lack} and nothing was written for {timeout_s:g} s: {cause}"
+            raise UserError(f"{problem}; see its output, then {_AGAIN} (compute.timeout_s allows more)")
         time.sleep(_POLL_S)
         check_stop()
 

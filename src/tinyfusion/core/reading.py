@@ -10,6 +10,7 @@ import json
 import re
 import stat
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,49 +60,49 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file of at most 256 MiB. Raises UserError where it cannot be read."""
     check_plain(path)
     try:
-        if path.stat().st_size > TEXT_LIMIT_BYTES:
-            raise UserError(f"{path} is too large for a text file: wanted at most {TEXT_LIMIT_BYTES / 2**20:.0f} MiB")
-        return path.read_text(encoding="utf-8")
+        size, text = path.stat().st_size, ""
+        if size <= TEXT_LIMIT_BYTES:
+            text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged: not UTF-8 text ({error})") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise unreadable(path, error) from error
+    if size > TEXT_LIMIT_BYTES:
+        raise UserError(f"{path} is too large for a text file: wanted at most {TEXT_LIMIT_BYTES / 2**20:.0f} MiB")
+    return text
 
 
 def parse_json(text: str, source: str) -> Any:
-    """The value of a JSON text; `source` names it in the UserError that damaged text raises."""
+    """The value of a JSON text. Raises UserError that names `source` on damaged text."""
+    return _parse(json.loads, text, f"{source} is damaged: not valid JSON")
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """The table of a TOML text. Raises UserError that names `source` on invalid text."""
+    return dict(_parse(tomllib.loads, text, f"{source} is not valid TOML"))
+
+
+def _parse(parse: Callable[[str], Any], text: str, problem: str) -> Any:
     try:
-        return json.loads(text)
+        return parse(text)
     except RecursionError as error:
-        raise UserError(f"{source} is damaged: its JSON is nested too deeply") from error
-    except ValueError as error:  # JSONDecodeError, and integers of too many digits
-        raise UserError(f"{source} is damaged: not valid JSON ({error})") from error
+        raise UserError(f"{problem}: nested too deeply") from error
+    except ValueError as error:  # also of whole numbers of too many digits
+        raise UserError(f"{problem}: {error}") from error
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises UserError where it is missing or damaged."""
+    """The value in a JSON file. Raises UserError if it is missing or damaged."""
     return parse_json(read_text(path), str(path))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where it is missing or damaged, or holds another kind of value."""
+    """The object in a JSON file. Raises UserError if it is missing, damaged or another kind of value."""
     value = read_json(path)
     if not isinstance(value, dict):
         kinds = {type(None): "null", bool: "a boolean", str: "a string", list: "a list"}
         raise UserError(f"{path} is damaged: wanted a JSON object, got {kinds.get(type(value), 'a number')}")
     return value
-
-
-def parse_toml(text: str, source: str) -> dict[str, Any]:
-    """The table of a TOML text; `source` names it in the UserError that invalid text raises."""
-    try:
-        return tomllib.loads(text)
-    except RecursionError as error:
-        raise UserError(f"{source} is not valid TOML: it is nested too deeply") from error
-    except ValueError as error:  # TOMLDecodeError, and integers of too many digits
-        raise UserError(f"{source} is not valid TOML: {error}") from error
 
 
 def available_memory_bytes() -> int:

@@ -1,12 +1,10 @@
-"""Randomness that is addressed, not consumed.
+"""Addressed random numbers: every draw is a pure function of (seed, purpose, step, global sample index).
 
-Every draw is a pure function of (seed, purpose, step, global sample index): a counter-based generator (Philox 4x64,
-Salmon et al. 2011) is keyed by (seed, purpose) and its counter is placed at (step, index). Rank, world size, batch size,
-accumulation and the history of the run never enter, so a resumed run, another batch size or more processes see the same
-numbers bit for bit. Normals come from the inverse distribution function, one uniform each, because rejection methods
-consume an unknown number of draws.
+A counter-based generator (Philox 4x64, Salmon et al. 2011) is keyed by (seed, purpose), its counter is (step, index). So a
+resumed run, another batch size, accumulation or number of processes gives the same numbers bit for bit. Normals come from the
+inverse distribution function, one uniform each, because rejection methods consume an unknown number of draws.
 
-Shapes: B rows, one per global sample index. Values are NumPy arrays; callers move them to their framework and device.
+Shapes: B rows, one per global sample index. Values are NumPy arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ _WORDS_PER_COUNTER = 4  # Philox 4x64 gives four 64-bit words for every counter 
 
 @dataclass(frozen=True)
 class Randomness:
-    """All the randomness of a job, behind one seed (a non-negative integer below 2**64)."""
+    """The random numbers of a job. seed: a non-negative integer below 2**64."""
 
     seed: int
 
@@ -60,7 +58,7 @@ class Draws:
         return self.words_in_turn(purpose, per_sample)(self.num)
 
     def words_in_turn(self, purpose: str, per_sample: int) -> Callable[[int], np.ndarray]:
-        """The rows of `words` piece by piece: every call gives the next `num` samples, (num, per_sample) uint64."""
+        """The rows of `words` in calls: each gives the next `num` samples, (num, per_sample) uint64."""
         counters = -(-per_sample // _WORDS_PER_COUNTER)
         bits = self._bits(purpose, counters)
 
@@ -70,11 +68,8 @@ class Draws:
 
         return following
 
-    def _uniform64(self, purpose: str, shape: tuple[int, ...]) -> np.ndarray:
-        """(B, *shape) float64 in the open interval (0, 1), to be changed freely: 53 random bits, offset by half a unit.
-
-        The upper 53 bits of each of `words`, bit for bit; NumPy scales them in one pass where we would take four.
-        """
+    def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """(B, *shape) float64, uniform in (0, 1): the upper 53 bits of each of `words`, offset by half a unit."""
         per_sample = int(np.prod(shape, dtype=np.int64))
         counters = -(-per_sample // _WORDS_PER_COUNTER)
         generator = np.random.Generator(self._bits(purpose, counters))
@@ -82,37 +77,34 @@ class Draws:
         values += 2.0**-54
         return values.reshape(self.num, counters * _WORDS_PER_COUNTER)[:, :per_sample].reshape(self.num, *shape)
 
-    def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> np.ndarray:
-        """(B, *shape) float64, uniform in (0, 1)."""
-        return self._uniform64(purpose, shape)
-
     def normal(self, purpose: str, shape: tuple[int, ...] = ()) -> np.ndarray:
         """(B, *shape) float32, standard normal."""
-        values = self._uniform64(purpose, shape)
+        values = self.uniform(purpose, shape)
         return ndtri(values, out=values).astype(np.float32)
 
     def gumbel(self, purpose: str, shape: tuple[int, ...] = ()) -> np.ndarray:
         """(B, *shape) float32, standard Gumbel: -log(E) with E ~ Exp(1)."""
-        return (-np.log(-np.log(self._uniform64(purpose, shape)))).astype(np.float32)
+        return (-np.log(-np.log(self.uniform(purpose, shape)))).astype(np.float32)
 
     def integers(self, purpose: str, high: int, shape: tuple[int, ...] = ()) -> np.ndarray:
         """(B, *shape) int64, uniform in 0 .. high - 1 (`high` at most 2**32: the bias is below 2**-21)."""
-        return np.minimum((self._uniform64(purpose, shape) * high).astype(np.int64), high - 1)
+        return np.minimum((self.uniform(purpose, shape) * high).astype(np.int64), high - 1)
 
 
 @dataclass(frozen=True)
 class StratifiedDraws(Draws):
-    """Draws whose "timestep" is stratified: each falls into one of `parts` equal parts of (0, 1), by its global sample index i.
+    """Draws whose "timestep" is stratified: each is in one of `parts` equal intervals of (0, 1), by its global sample index i.
 
-    The part is i mod `parts`, or `shuffled` the same through a random order of the parts. Whatever a process makes of its
-    timestep draw (integers, uniform, normal) is stratified with it.
+    The interval is i mod `parts`, or if `shuffled` the same through a random order. Integers, uniforms and normals of the
+    purpose "timestep" are stratified alike.
     """
 
     parts: int = 1
     shuffled: bool = False
 
-    def _uniform64(self, purpose: str, shape: tuple[int, ...]) -> np.ndarray:
-        values = super()._uniform64(purpose, shape)
+    def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """As in `Draws`, stratified for the purpose "timestep"."""
+        values = super().uniform(purpose, shape)
         if purpose != "timestep":
             return values
         part = np.arange(self.first, self.first + self.num) % self.parts

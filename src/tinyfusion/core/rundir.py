@@ -281,10 +281,8 @@ class RunDirectory:
     def _check_there(self) -> None:
         """Raise UserError where the folder was removed while it was being written."""
         if not self._is_there():
-            raise UserError(
-                f"the run folder {self.path} was removed, moved or emptied while it was being written: put it back where it was, "
-                "or start it anew"
-            )
+            problem = f"the run folder {self.path} was removed, moved or emptied while it was being written"
+            raise UserError(f"{problem}: put it back, or start it anew")
 
     def _is_there(self) -> bool:
         """Whether the folder is still the one that was locked, with its record."""

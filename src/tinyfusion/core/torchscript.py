@@ -1,8 +1,7 @@
 """Read the tensors of a TorchScript file without running its code.
 
-Such a file is a zip: `data.pkl` says which tensors belong where, `data/` holds their bytes, `code/` is the program, which
-is not looked at. The pickle is read by an unpickler that knows tensors and plain containers; every class of the program
-becomes a bare holder of attributes, and any other name in it is an error.
+Such a file is a zip: `data.pkl` names the tensors, `data/` has their bytes, `code/` is the program, which is not read. The
+unpickler knows tensors and plain containers; a class of the program becomes a dict of attributes, any other name is an error.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _STORAGES = {
 
 
 class _Holder:
-    """What stands for an object of the program: its attributes by name."""
+    """The attributes of an object of the program, by name."""
 
     def __init__(self, *_: Any) -> None:
         self.attributes: dict[str, Any] = {}
@@ -41,8 +40,6 @@ class _Holder:
 
 
 class _Reader(pickle.Unpickler):
-    """Knows tensors of `archive` and plain containers."""
-
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
         self.archive, self.root = archive, root
@@ -58,7 +55,7 @@ class _Reader(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch.jit._pickle":
-            return _first  # typed lists, and type tags
+            return lambda value, *_: value  # typed lists, and type tags
         raise pickle.UnpicklingError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Tensor:
@@ -73,10 +70,6 @@ class _Reader(pickle.Unpickler):
         return values
 
 
-def _first(value: Any, *_: Any) -> Any:
-    return value
-
-
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     return torch.as_strided(storage, size, stride, offset)
 
@@ -88,18 +81,17 @@ def is_torch_zip(path: Path) -> bool:
 
 
 def check_stored(path: Path) -> None:
-    """Raise UserError where a zip of torch holds compressed records, or records of more bytes than the file has.
+    """Raise UserError where a zip of torch has compressed records, or claims more bytes than the file has.
 
-    torch compresses nothing but programs, which are never read. Raises BadZipFile on what is no zip.
+    torch compresses only programs, which are never read. Raises BadZipFile on other files.
     """
     with zipfile.ZipFile(path) as archive:
         read = [entry for entry in archive.infolist() if "/code/" not in entry.filename]
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in read):
         raise UserError(f"{path} is compressed, and torch stores its files as they are: save it anew with torch.save")
-    if (claimed := sum(entry.file_size for entry in read)) > path.stat().st_size:
-        raise UserError(
-            f"{path} is damaged: its records would take {claimed:,} bytes, and it has {path.stat().st_size:,}"
-        )
+    claimed, size = sum(entry.file_size for entry in read), path.stat().st_size
+    if claimed > size:
+        raise UserError(f"{path} is damaged: its records would take {claimed:,} bytes, and it has {size:,}")
 
 
 def is_torchscript(path: Path) -> bool:
@@ -114,16 +106,15 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a TorchScript file by its dotted name. Raises UserError where it holds anything but a module."""
+    """The tensors of a TorchScript file by dotted name. Raises UserError if it is damaged or has code in its data."""
     try:
         check_stored(path)
         with zipfile.ZipFile(path) as archive:
             data = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             root = _Reader(archive, data.removesuffix("data.pkl")).load()
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds code or foreign objects ({error}), which are never run: give the state dict of the same network"
-        ) from error
+        foreign = f"{path} holds code or foreign objects ({error}), which are never run"
+        raise UserError(f"{foreign}: give the state dict of the same network") from error
     except UserError:
         raise
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, struct.error,
@@ -133,7 +124,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def _flat(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Tensors within modules within modules; lists and dicts of a program hold no parameters."""
+    """Tensors of nested modules; lists and dicts of a program have no parameters."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, _Holder) and depth < 32:

@@ -14,7 +14,7 @@ from tinyfusion.core.rng import Randomness
 
 NUM_TRAINING = 1437
 SPLIT_SEED = 0
-REAL_SETS = ("digits", "digits:heldout")  # the names of the two parts
+REAL_SETS = ("digits", "digits:heldout")  # names of the splits
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ImageSet:
 
 @cache
 def load_digits(heldout: bool = False) -> ImageSet:
-    """The training part (1,437) or the held-out part (360) of the digits."""
+    """The training split (1,437) or the held-out split (360) of the digits."""
     from sklearn.datasets import load_digits as bundled
 
     raw = bundled()

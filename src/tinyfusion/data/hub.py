@@ -128,7 +128,7 @@ class _Ranges(io.RawIOBase):
             given = (status, part.rpartition("/")[0].replace(" ", "="), length)
             if given != (206, wanted, num) or response.headers.get("Content-Encoding", "identity") != "identity":
                 answer = f"got {length} with status {status}, range {part[:60]!r}"
-                raise OSError(f"asked for {num} bytes from {first} on, {answer}")
+                raise OSError(f"requested {num} bytes from {first} on, {answer}")
             return bytes(response.content)
 
 

@@ -136,15 +136,18 @@ def columns_of(table: Any, file: TableFile) -> tuple[str, str]:
     The usual names, else the only column that the metadata of the library `datasets` declares as images or classes. Raises
     UserError where a column is missing, duplicated or of another type.
     """
+    import pyarrow
+
     image, label = _column(file, table, IMAGE_COLUMNS, "Image"), _column(file, table, LABEL_COLUMNS, "ClassLabel")
     schema = table.schema_arrow
     for name, holds, wanted in (
         (image, _holds_pictures, "an encoded picture (bytes) in each row"),
-        (label, _holds_integers, "a label, a whole number from 0, in each row"),
+        (label, pyarrow.types.is_integer, "a label, a whole number from 0, in each row"),
     ):
         if (num := schema.names.count(name)) > 1:
             raise UserError(f"{file} has {num} columns {name}: wanted one")
-        if not holds(kind := schema.field(name).type):
+        kind = schema.field(name).type
+        if not holds(kind.value_type if pyarrow.types.is_dictionary(kind) else kind):
             raise UserError(f"{file}: column {name} is of the type {kind}: wanted {wanted}")
     return image, label
 
@@ -158,12 +161,6 @@ def _holds_pictures(kind: Any) -> bool:
         return len(inner) == 1 and not types.is_struct(inner[0]) and _holds_pictures(inner[0])
     value = kind.value_type if types.is_dictionary(kind) else kind
     return bool(types.is_binary(value) or types.is_large_binary(value) or types.is_binary_view(value))
-
-
-def _holds_integers(kind: Any) -> bool:
-    from pyarrow import types
-
-    return bool(types.is_integer(kind.value_type if types.is_dictionary(kind) else kind))
 
 
 def _column(file: TableFile, table: Any, wanted: Sequence[str], kind: str) -> str:

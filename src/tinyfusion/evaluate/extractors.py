@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tinyfusion.config.loading import nearest
 from tinyfusion.core.device import choose_device
@@ -16,7 +19,6 @@ from tinyfusion.core.reading import check_plain, read_json_object
 from tinyfusion.core.tensors import read_folder_weights, read_safetensors, read_tensor_file
 from tinyfusion.core.torchscript import is_torchscript, read_torchscript
 from tinyfusion.core.weights import fetch_weights, known_weights
-from tinyfusion.evaluate.dino import DinoFeatures
 from tinyfusion.evaluate.features import EXTRACTORS, FEATURE_CHOICES, FeatureExtractor
 from tinyfusion.evaluate.inception import INCEPTION, InceptionFeatures, inception_from_state
 from tinyfusion.evaluate.inception_names import ours_from_graph_names
@@ -28,6 +30,7 @@ SHORT = "inception"  # short name of the Inception network
 DINO = "dinov2:"  # prefix of a folder with a DINOv2 network
 _MARK = "Conv2d_1a_3x3.conv.weight"  # identifies files of the Inception network
 _DINO_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "num_channels")
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, pixels in [0, 1]
 _SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
@@ -121,3 +124,34 @@ def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
         raise UserError(f"{folder} is no readable DINOv2 network: {reason}") from error
     check_loaded(report, folder)
     return DinoFeatures("dinov2", network, lambda x: network(pixel_values=x).last_hidden_state[:, 0], device)
+
+
+class DinoFeatures(FeatureExtractor):
+    """`FeatureExtractor` of a DINOv2 network for FD-DINOv2, their Frechet distance (arXiv 2306.04675).
+
+    class_token: (N, 3, 224, 224) to (N, D), after the last norm, by the weights of `network`. Pictures are resized (bicubic,
+    antialiased) and normalised as in training. Without maps and classes there is no sFID and no Inception Score.
+    Differs: the published evaluation resizes with Pillow in 8 bits; this one in float32, without rounding.
+    """
+
+    side, rule = 224, "bicubic"
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        class_token: Callable[[Tensor], Tensor],
+        device: torch.device,
+        batch_size: int = 64,
+    ) -> None:
+        super().__init__(name, network, device, batch_size)
+        self.class_token = class_token
+
+    def features_of(self, pixels: Tensor) -> tuple[Tensor, None, None]:
+        """As in `FeatureExtractor`."""
+        pixels = pixels.expand(-1, 3, -1, -1)
+        size = (self.side, self.side)
+        if pixels.shape[2:] != size:
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)
+        mean, deviation = (torch.tensor(v, device=self.device)[:, None, None] for v in (_MEAN, _DEVIATION))
+        return self.class_token((pixels / 255 - mean) / deviation), None, None
