@@ -25,7 +25,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
-from tinyfusion.prune.gates import CategoricalGates, mode, probabilities
+from tinyfusion.prune.gates import CategoricalGates
 from tinyfusion.prune.learn import mask_learner
 from tinyfusion.training.lora import add_lora, cast_frozen_linears
 from tinyfusion.training.optim import linear
@@ -729,17 +729,17 @@ def test_published_temperatures() -> None:
 
 def test_equal_logits_decide_for_the_first_candidates() -> None:
     gates = gates_for([(2, 4)] * 7)
-    assert mode(gates.groups, list(gates.logits)) == [i for g in range(7) for i in (4 * g, 4 * g + 1)]
-    for row in probabilities(list(gates.logits), 100.0):
-        assert row == pytest.approx([1 / 6] * 6)
+    for index, theta in enumerate(gates.logits):
+        assert gates.kept(index, theta) == [4 * index, 4 * index + 1]
+        assert gates.probabilities(index, theta, 100.0) == pytest.approx([1 / 6] * 6)
 
 
 @given(pairs=groups_of_any_kind, seed=st.integers(0, 99))
 def test_the_decision_is_the_most_probable_candidate_of_each_group(pairs: list[tuple[int, int]], seed: int) -> None:
     gates = gates_for(pairs)
     logits = [g[0] for g in gumbel_for(gates, seed, 1)]
-    kept = set(mode(gates.groups, logits))
-    for group, row in zip(gates.groups, probabilities(logits, 2.0), strict=True):
+    for index, (group, theta) in enumerate(zip(gates.groups, logits, strict=True)):
+        row = gates.probabilities(index, theta, 2.0)
         best = group.candidates()[max(range(len(row)), key=row.__getitem__)]
-        assert set(best) == kept & set(group.blocks)
+        assert gates.kept(index, theta) == list(best)
         assert sum(row) == pytest.approx(1.0, abs=1e-5)

@@ -24,9 +24,15 @@ from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
-from tinyfusion.prune.gates import CategoricalGates
+from tinyfusion.prune.gates import (
+    CategoricalGates,
+    SubsetGates,
+    draw_subsets,
+    inclusion_table,
+    marginals,
+    relaxed_top_k,
+)
 from tinyfusion.prune.learn import in_pairs, mask_learner, plan_of
-from tinyfusion.prune.subset import SubsetGates, draw_subsets, inclusion_table, marginals, relaxed_top_k
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
 from tinyfusion.training.loop import train_steps
 from tinyfusion.training.state import TrainState

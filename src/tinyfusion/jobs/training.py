@@ -23,8 +23,7 @@ from tinyfusion.jobs.origins import making_run
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
 from tinyfusion.processes.base import Objective, Process
-from tinyfusion.prune.deltas import prune_with_weight_updates
-from tinyfusion.prune.learn import Decision, MaskLearner, mask_learner
+from tinyfusion.prune.learn import Decision, MaskLearner, mask_learner, prune_with_weight_updates
 from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors, residual_channels
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.compile import Gain, measured_gain
