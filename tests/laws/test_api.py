@@ -203,7 +203,7 @@ AVERAGED = tf.Task(TASK.predict_output, lambda out, batch: out.mean())
         (lambda t: tf.learn_masks(t, TASK, ["text"], LEARN), "a nest of tensors; got a str"),
         (lambda t: tf.learn_masks(t, TASK, [{"x": torch.ones(2, 8, 3), "y": torch.ones(3, 8, 3)}], LEARN), "have 2, 3 rows"),
         (lambda t: tf.learn_masks(t, TASK, UNEVEN, LEARN), "a batch of 3 images where 8 are wanted"),
-        (lambda t: tf.learn_masks(t, AVERAGED, batches(), LEARN), r"gives \(\) for 8 images"),
+        (lambda t: tf.learn_masks(t, AVERAGED, batches(), LEARN), r"returns \(\) for 8 images"),
         (lambda t: tf.learn_masks(t, TASK, batches(), PruneSection(scheme="1:3")), "depth divisible by 3"),
         (lambda t: tf.prune_model(t, "guess"), "no criterion 'guess' without training"),
         (lambda t: tf.prune_model(t, "bi"), "criterion bi looks at data: give task and batches"),

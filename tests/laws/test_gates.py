@@ -361,7 +361,7 @@ def test_skipping_alike_for_all_is_the_cut_bit_for_bit(
     model = tiny_model()
     noisy = noisy_batch(model)
     for kept in ((0, 1, 2, 3), (1, 2), (3,)):
-        for num in (1, 3):  # one row stands for all images
+        for num in (1, 3):  # one row is for all images
             with model.stack.gated(as_gates(kept, 4, num), "skip"):
                 found = model.module(noisy.xt, noisy.t, noisy.condition["labels"])
             assert torch.equal(found, cut_output(model, noisy, kept))
@@ -394,10 +394,10 @@ def saved_bytes(
     """Bytes of every distinct storage that the graph of the gated blocks holds, without weights and the input."""
     own = {p.untyped_storage().data_ptr() for p in model.module.parameters()} | {stream.untyped_storage().data_ptr()}
     found: dict[int, int] = {}
-    held: list[Tensor] = []
+    alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        held.append(tensor)  # alive, so that no address comes twice
+        alive.append(tensor)  # so that no address is used twice
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
@@ -573,8 +573,8 @@ def test_frozen_weights_in_bfloat16_change_nothing_under_autocast(
         cast_frozen_linears(model.module, torch.bfloat16)
         assert torch.equal(model.module(noisy.xt, noisy.t, noisy.condition["labels"]), wanted)
     assert set(trained.values()) == {torch.float32}
-    held = {name: p.dtype for name, p in model.module.named_parameters() if "base_layer" in name}
-    assert set(held.values()) == {torch.bfloat16}
+    dtypes = {name: p.dtype for name, p in model.module.named_parameters() if "base_layer" in name}
+    assert set(dtypes.values()) == {torch.bfloat16}
     assert model.module.pos_embed.dtype == torch.float32
 
 

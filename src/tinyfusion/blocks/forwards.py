@@ -46,7 +46,6 @@ class CompiledForwards:
 
 
 def _copied(function: Any) -> FunctionType:
-    """The same function with its own code object."""
     f = function
     copied = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
     copied.__kwdefaults__ = f.__kwdefaults__
@@ -84,7 +83,6 @@ class BlockForward:
     compiled: CompiledForwards | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the block. Raises UserError if it cannot be compiled."""
         recomputed = self.recomputed and torch.is_grad_enabled()
         if self.compiled is None:
             return _checkpointed(self.plain, *args, **kwargs) if recomputed else self.plain(*args, **kwargs)
@@ -93,7 +91,6 @@ class BlockForward:
             return self.compiled.of(self.plain.__func__, recomputed)(self.block, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Blocks of a copied module run eagerly."""
         return copy.deepcopy(self.plain, memo)
 
 

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tinyfusion.blocks.dynamics import Deciding
+from tinyfusion.blocks.dynamics import Deciding, model_ratio
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.signals import check_stop
-from tinyfusion.dynamic.macs import model_ratio
 from tinyfusion.models.loaded import DynamicModel
 
 TOLERANCE = 0.01  # of the target

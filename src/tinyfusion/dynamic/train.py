@@ -25,10 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.blocks.dynamics import Deciding
+from tinyfusion.blocks.dynamics import Deciding, kept_shares, model_ratio
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.core.rng import Draws, StratifiedDraws
-from tinyfusion.dynamic.macs import kept_shares, model_ratio
 from tinyfusion.models.loaded import DynamicModel
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, Process, StepMemory
 
@@ -81,7 +80,6 @@ class Routed(Deciding):
         self.drawn = noise
 
     def noise(self, router: str, index: int) -> Tensor | None:
-        """(B, units or tokens) of the router of block `index`."""
         return self.drawn[router][:, index]
 
 
@@ -118,7 +116,6 @@ class DynamicObjective(Objective):
             raise ValueError(f"strata of times are at least 1; got {self.strata}")
 
     def step_memory(self) -> StepMemory:
-        """The routed pass, and the complete one if some steps have it."""
         return StepMemory(passes=2 if self.auxiliary == "complete" and self.auxiliary_steps > 0 else 1)
 
     def draw(self, batch: Batch, draws: Draws) -> RoutedBatch:
@@ -154,7 +151,6 @@ class DynamicObjective(Objective):
         return [dataclasses.replace(noisy, ratio=ratio) for noisy in microbatches]
 
     def _routed(self, model: nn.Module, noisy: RoutedBatch) -> tuple[Prediction, Tensor, dict[str, Tensor]]:
-        """Prediction, ratio (B,) and kept shares (B,) of the routed network."""
         routed = Routed(noisy.router_noise)
         with self.dynamic.using(routed):
             own = self.inner.predict(model, noisy)

@@ -41,7 +41,6 @@ class GatedObjective(Objective):
     dropped: Literal["dense", "skip"] = "skip"
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        """The inner draws, and the noise of every group's gates."""
         noisy = self.inner.draw(batch, draws)
         noise = tuple(drawn.to(noisy.device) for drawn in self.gates.draw(draws))
         if self.gates.paired:
@@ -49,7 +48,6 @@ class GatedObjective(Objective):
         return dataclasses.replace(noisy, gate_noise=noise)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
-        """The model with every sample's own mask."""
         temperature = linear(self.temperature, noisy.step, self.steps)
         scaling = linear(self.scaling, noisy.step, self.steps)
         masks = self.gates.sample(noisy.gate_noise, temperature, scaling)
@@ -119,7 +117,6 @@ class Decision:
         return {name: [next(rows) for _ in listed] for name, listed in self.groups.items()}
 
     def kept(self) -> dict[str, list[int]]:
-        """Kept blocks per list."""
         return _joined(self._per_list(self.gates.kept))
 
     def probabilities(self) -> dict[str, list[list[float]]]:
@@ -131,7 +128,6 @@ class Decision:
         return _joined(self._per_list(self.gates.confidence, self.scaling))
 
     def log(self, step: int, objective: GatedObjective) -> dict[str, Any]:
-        """Fields for a log line."""
         fields = {
             "temperature": linear(objective.temperature, step, objective.steps),
             "scaling": self.scaling,
@@ -144,7 +140,6 @@ class Decision:
 
 
 def _joined(per_group: Mapping[str, list[list[Any]]]) -> dict[str, list[Any]]:
-    """The groups of every list, one after another."""
     return {name: [value for row in rows for value in row] for name, rows in per_group.items()}
 
 
@@ -187,7 +182,6 @@ def mask_learner(
 
 
 def _deltas(module: nn.Module, settings: PruneSection, seed: int) -> dict[str, nn.Parameter]:
-    """The parameters that are trained in addition to the gates."""
     if settings.update == "lora":
         return add_lora(module, settings.lora_rank, settings.lora_scale * settings.lora_rank, seed)
     if settings.update == "frozen":
