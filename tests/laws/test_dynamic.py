@@ -23,8 +23,8 @@ from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.signals import Interrupted, SignalWatch
-from tinyfusion.dynamic.calibrate import calibrate, inference_ratio
 from tinyfusion.dynamic.subnetworks import KeepTables, SlicedWeights, SubNetworks, rehearsed, resolve
+from tinyfusion.dynamic.train import calibrate, inference_ratio
 from tinyfusion.families.dit.model import DiTArch, published_arch
 from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.attach import attach, detached, order_by_importance
