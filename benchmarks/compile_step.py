@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from shared import quartiles, random_model
+from tinyfusion.blocks.forwards import Gain, measured_gain
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import BlockStack, frozen
 from tinyfusion.conditioning.classes import class_condition
@@ -37,7 +38,6 @@ from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
-from tinyfusion.training.compile import Gain, measured_gain
 
 # name -> sizes, batch size
 SHAPES: dict[str, tuple[dict[str, int], int]] = {

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from shared import quartiles, spread
+from tinyfusion.blocks.dynamics import total_macs
 from tinyfusion.commands.dynamic import dynamic
 from tinyfusion.commands.evaluate import evaluate
 from tinyfusion.commands.prune import prune
@@ -30,7 +31,6 @@ from tinyfusion.config.loading import load_recipe
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import read_json, write_json, write_text
-from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.evaluate.timing import interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.process_specs import sampler_of

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from shared import quartiles, xl_model
+from tinyfusion.blocks.dynamics import total_macs
 from tinyfusion.blocks.forwards import CompiledForwards
 from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import write_text
-from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.dynamic.subnetworks import ROWS_AHEAD, SubNetworks, resolve
 from tinyfusion.jobs.sampling_setup import in_dtype
 from tinyfusion.models.attach import attach, detached

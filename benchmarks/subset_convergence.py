@@ -36,9 +36,8 @@ from tinyfusion.data.digits import load_digits
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable, open_model
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
-from tinyfusion.prune.gates import CategoricalGates, GateDistribution
+from tinyfusion.prune.gates import CategoricalGates, GateDistribution, SubsetGates
 from tinyfusion.prune.learn import mask_learner
-from tinyfusion.prune.subset import SubsetGates
 from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState

@@ -25,23 +25,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from tiny_training import SETTINGS, STEPS, Job, ModelFactory, gated_job, plain_job, train, trainable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tinyfusion.blocks.stack import frozen
-from tinyfusion.conditioning.classes import class_condition
-from tinyfusion.config.recipe import PruneSection, TrainingSection
+from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core import files
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.locks import LOCK
-from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.criteria import by_indices
-from tinyfusion.prune.learn import mask_learner
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.training import checkpoints, saved
@@ -52,52 +48,16 @@ from tinyfusion.training.checkpoints import (
     load_latest,
     save_checkpoint,
 )
-from tinyfusion.training.loop import StepRecord, train_steps
 from tinyfusion.training.optim import ParameterGroup
 from tinyfusion.training.saved import damage, open_checkpoint, write_tensors
 from tinyfusion.training.shards import first_row, local_part
 from tinyfusion.training.state import TrainState
 
-STEPS = 6
-SETTINGS = TrainingSection(
-    steps=STEPS,
-    batch_size=4,
-    learning_rate=1e-2,
-    learning_rate_end_share=0.1,
-    warmup_steps=1,
-    ema_decay=0.8,
-    max_bad_steps=3,
-)
 PART = "state-00000-of-00001.safetensors"
 FILES = [PART, "state.json", "SHA256SUMS"]
 
 
 # ------------------------------------------------------------------------------------------------------ whole trainings
-
-Job = tuple[TrainState, Objective]
-ModelFactory = Callable[..., LoadedModel]
-
-
-def batches(step: int, batch_size: int, draws: Draws) -> Batch:
-    x = torch.from_numpy(draws.normal("data", (2, 4, 4)))
-    return Batch(x, class_condition(torch.from_numpy(draws.integers("label", 5)), 5))
-
-
-def trainable(model: LoadedModel) -> list[ParameterGroup]:
-    return [
-        ParameterGroup({n: p for n, p in model.module.named_parameters() if p.requires_grad}, SETTINGS.learning_rate)
-    ]
-
-
-def plain_job(tiny_model: ModelFactory) -> Job:
-    model = tiny_model()
-    return TrainState(model.module, trainable(model), SETTINGS), GaussianObjective()
-
-
-def gated_job(tiny_model: ModelFactory, update: Any = "lora") -> Job:
-    section = PruneSection(scheme="1:2", update=update, lora_rank=2, training=SETTINGS)
-    learner = mask_learner(tiny_model(), GaussianObjective(), section, seed=0)
-    return TrainState(learner.module, learner.parameter_groups, SETTINGS), learner.objective
 
 
 def distilled_job(tiny_model: ModelFactory) -> Job:
@@ -116,16 +76,6 @@ JOBS: dict[str, Callable[[ModelFactory], Job]] = {
     "gated-frozen": lambda tiny_model: gated_job(tiny_model, "frozen"),
     "distilled": distilled_job,
 }
-
-
-def train(job: Job, until: int | None = None) -> list[StepRecord]:
-    state, objective = job
-    records = []
-    for record in train_steps(state, objective, batches, SETTINGS, Randomness(17)):
-        records.append(record)
-        if state.step == until:
-            break
-    return records
 
 
 def assert_equal_states(first: TrainState, second: TrainState) -> None:
@@ -237,7 +187,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def sign(folder: Path) -> None:
-    """Make SHA256SUMS fit whatever is in a checkpoint, as somebody who forges one would."""
+    """Make SHA256SUMS fit whatever is in a checkpoint, as a forger would."""
     named = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in named]
     (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
@@ -266,8 +216,8 @@ def test_a_checkpoint_is_tensors_a_record_and_sums_that_sha256sum_knows(tmp_path
     sign(folder)
     assert (folder / "SHA256SUMS").read_bytes() == signed
     if shutil.which("sha256sum"):
-        told = subprocess.run(["sha256sum", PART, "state.json"], cwd=folder, capture_output=True, check=True)
-        assert told.stdout == signed
+        output = subprocess.run(["sha256sum", PART, "state.json"], cwd=folder, capture_output=True, check=True)
+        assert output.stdout == signed
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool])
@@ -552,15 +502,17 @@ def make_newer(folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"), [(make_former, "was written by tinyfusion 0.2.0"), (make_newer, "has format 3")]
+    ("make", "message"), [(make_former, "was written by tinyfusion 0.2.0"), (make_newer, "has format 3")]
 )
-def test_other_versions_are_refused_in_a_sentence(tmp_path: Path, make: Callable[[Path, int], None], told: str) -> None:
+def test_other_versions_are_refused_in_a_sentence(
+    tmp_path: Path, make: Callable[[Path, int], None], message: str
+) -> None:
     make(tmp_path, 4)
     before = names(tmp_path / "step-0000004")
-    told = rf"step-0000004 {told}.*start anew.*or go on with"
-    with pytest.raises(UserError, match=told):
+    pattern = rf"step-0000004 {message}.*start anew.*or go on with"
+    with pytest.raises(UserError, match=pattern):
         load_latest(tmp_path, small_state())
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=pattern):
         load_checkpoint(tmp_path / "step-0000004", small_state())
     assert names(tmp_path / "step-0000004") == before
     save_checkpoint(tmp_path, small_state(6), limit=9)
@@ -661,7 +613,7 @@ def test_superfluous_ones_that_cannot_be_removed_are_told(tmp_path: Path, monkey
     assert damage(tmp_path / "step-0000004") is None
 
 
-# ---------------------------------------------------------------------------------------------- beside the training
+# ---------------------------------------------------------------------------------------------- in the background of a training
 
 
 class Gate:
@@ -697,10 +649,10 @@ def test_training_goes_on_while_what_it_was_is_written(tmp_path: Path, monkeypat
         whole = small_state(step)
         whole.bad_steps = bad
         assert_equal_states(found, whole)
-    told = writer.written
-    assert told is not None and (told.step, told.path) == (3, tmp_path / "step-0000003")
-    assert told.num_bytes == sum(tensor.nbytes for tensor in state.tensors().values())
-    assert told.held_s >= 0.04 and told.write_s > 0
+    written = writer.written
+    assert written is not None and (written.step, written.path) == (3, tmp_path / "step-0000003")
+    assert written.num_bytes == sum(tensor.nbytes for tensor in state.tensors().values())
+    assert written.held_s >= 0.04 and written.write_s > 0
 
 
 def test_what_goes_wrong_is_told_once_and_the_next_one_may_go_well(
@@ -804,7 +756,7 @@ def taken_away(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "reason"),
     [
         (full_disk, "no space left on the disk"),
         (quota, "no space left on the disk"),
@@ -815,14 +767,14 @@ def taken_away(patch: pytest.MonkeyPatch, folder: Path) -> None:
     ],
 )
 def test_errors_of_the_disk_are_sentences_and_leave_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[pytest.MonkeyPatch, Path], None], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[pytest.MonkeyPatch, Path], None], reason: str
 ) -> None:
     folder = tmp_path / "checkpoints"
     save_checkpoint(folder, small_state(2), limit=1)
     kept = "there is none before it" if spoil is taken_away else "the last one, step-0000002, is as it was"
     with monkeypatch.context() as patch:
         spoil(patch, folder)
-        with pytest.raises(UserError, match=rf"cannot write checkpoint .*step-0000004: {told}.*{kept}") as caught:
+        with pytest.raises(UserError, match=rf"cannot write checkpoint .*step-0000004: {reason}.*{kept}") as caught:
             save_checkpoint(folder, small_state(4), limit=1)
     assert isinstance(caught.value.__cause__, OSError)
     if spoil is taken_away:
@@ -872,7 +824,7 @@ def test_killed_while_writing_leaves_the_one_before(tmp_path: Path) -> None:
 
 @contextmanager
 def process(rank: int, world: int) -> Iterator[None]:
-    """Be this process of so many, as far as tensors in parts can tell; the others are not there."""
+    """Simulate one rank of `world` for sharded tensors; there are no other processes."""
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
         yield
@@ -903,8 +855,8 @@ def split_state(rank: int, world: int, steps: int, seed: int = 0) -> TrainState:
 
 def chunk_of(tensor: Tensor, rank: int, world: int) -> Tensor:
     """The rows of a process; some have none."""
-    parts = torch.chunk(tensor, world)
-    return parts[rank] if rank < len(parts) else tensor[:0]
+    chunks = torch.chunk(tensor, world)
+    return chunks[rank] if rank < len(chunks) else tensor[:0]
 
 
 def save_split(folder: Path, world: int, steps: int, limit: int = 2) -> None:
@@ -920,15 +872,15 @@ def save_split(folder: Path, world: int, steps: int, limit: int = 2) -> None:
 def assert_holds(state: TrainState, whole: TrainState, rank: int, world: int) -> None:
     """That `state` is the part of `whole` that process `rank` has."""
     assert state.progress() == whole.progress()
-    held, all_of_it = state.tensors(), whole.tensors()
-    assert held.keys() == all_of_it.keys()
-    for name, tensor in held.items():
+    tensors, all_of_it = state.tensors(), whole.tensors()
+    assert tensors.keys() == all_of_it.keys()
+    for name, tensor in tensors.items():
         wanted = all_of_it[name]
         if isinstance(tensor, DTensor):
             assert tensor.shape == wanted.shape
             wanted = chunk_of(wanted, rank, world)
         assert torch.equal(local_part(tensor), wanted), name
-    split = {name for name, tensor in held.items() if isinstance(tensor, DTensor)}
+    split = {name for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     assert world == 1 or {f"optimizer/exp_avg/{name}" for name in ("table", "one")} < split
 
 
@@ -940,8 +892,8 @@ def test_any_number_of_processes_reads_what_any_number_wrote(tmp_path: Path, wri
     else:
         save_split(tmp_path, written_by, 3)
     folder = tmp_path / "step-0000003"
-    parts = [f"state-{rank:05d}-of-{written_by:05d}.safetensors" for rank in range(written_by)]
-    assert names(folder) == ["SHA256SUMS", *parts, "state.json"]
+    files = [f"state-{rank:05d}-of-{written_by:05d}.safetensors" for rank in range(written_by)]
+    assert names(folder) == ["SHA256SUMS", *files, "state.json"]
     assert damage(folder) is None
     opened = open_checkpoint(folder)
     assert equal({name: opened.whole(name) for name in opened.names()}, small_state(3).tensors())
@@ -1082,16 +1034,16 @@ def test_what_fails_in_one_process_is_told_by_both_at_once(tmp_path: Path, monke
 def test_of_several_processes_one_looks_which_are_sound(tmp_path: Path) -> None:
     two_checkpoints(tmp_path)
     flip_a_bit(tmp_path / "step-0000004" / PART)
-    told: list[Any] = []
+    results: list[Any] = []
 
     def main(call: Callable[[], Any]) -> Any:
-        told.append(call())
-        return told[-1]
+        results.append(call())
+        return results[-1]
 
     with pytest.warns(UserWarning, match="step-0000004 is damaged"):
         assert load_latest(tmp_path, small_state(), first=main) == 2
     flip_a_bit(tmp_path / "step-0000004" / PART)  # sound for this process: it counts what the first one found
-    answers = iter(told)
+    answers = iter(results)
     state = small_state()
     with pytest.warns(UserWarning, match="step-0000004 is damaged"):
         assert load_latest(tmp_path, state, first=lambda _call: next(answers)) == 2

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.forwards import Gain, measured_gain
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.blocks.stack import BlockStack, frozen
@@ -30,7 +31,6 @@ from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.sample.drive import sample
 from tinyfusion.sample.gaussian import GaussianSampler
-from tinyfusion.training.compile import Gain, measured_gain
 
 Factory = Callable[..., LoadedModel]
 CPU = torch.device("cpu")

@@ -12,19 +12,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_calibration import calibrated, loss_of
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.scheme import BlockGroup
-from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.conditioning.condition import concat
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.base import Batch
-from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune import mask_search
-from tinyfusion.prune.calibrate import Calibration, calibration_set
+from tinyfusion.prune.calibrate import Calibration
 from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA, decide, searched
 from tinyfusion.prune.mask_search import Mask, all_masks, bits, shared_evaluations
@@ -36,19 +33,6 @@ PUBLISHED = [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27]
 COUNTED = [name for name in CRITERIA if name not in ("indices", "width", "bk-sdm")]
 
 
-def calibrated(model: LoadedModel, images: int = 3, batch_size: int = 3, seed: int = 0) -> Calibration:
-    arch = model.arch
-
-    def source(_step: int, _size: int, draws: Draws) -> Batch:
-        x = draws.normal("x", (arch.in_channels, arch.input_size, arch.input_size))
-        return Batch(
-            torch.from_numpy(x),
-            class_condition(torch.from_numpy(draws.integers("y", arch.num_classes)), arch.num_classes),
-        )
-
-    return calibration_set(GaussianObjective(0.0), source, "random", 3, images, batch_size, seed)
-
-
 def criterion_context(
     model: LoadedModel, criterion: str, calibration: Calibration | None = None, **more: Any
 ) -> CriterionContext:
@@ -58,13 +42,6 @@ def criterion_context(
 
 def plan(model: LoadedModel, criterion: str, calibration: Calibration | None = None, **more: Any) -> PrunePlan:
     return decide(criterion_context(model, criterion, calibration, **more))
-
-
-@torch.no_grad()
-def loss_of(student: LoadedModel, calibration: Calibration) -> float:
-    objective = calibration.objective
-    parts = [objective.losses(student.module, n, objective.predict(student.module, n)) for n in calibration.batches]
-    return float(torch.cat([part["loss"] for part in parts]).double().mean())
 
 
 def without(model: LoadedModel, kept: list[int]) -> LoadedModel:
@@ -129,12 +106,12 @@ def test_random_depends_on_the_seed_alone(tiny_model: ModelFactory) -> None:
 def test_progress_ends_where_it_was_announced(tiny_model: ModelFactory, criterion: str) -> None:
     teacher = tiny_model(depth=5)
     for order in ("one-shot", "greedy"):
-        told: list[int] = []
+        ticks: list[int] = []
         context = criterion_context(teacher, criterion, calibrated(teacher, 4, 2), sensitivity_order=order)
         announced = CRITERIA[criterion].evaluations
         assert announced is not None
-        decide(CriterionContext(teacher, context.settings, 0, context.images, told.append))
-        assert told == sorted(told) and told[-1] == 2 * announced(context)
+        decide(CriterionContext(teacher, context.settings, 0, context.images, ticks.append))
+        assert ticks == sorted(ticks) and ticks[-1] == 2 * announced(context)
 
 
 def test_a_search_in_rounds_is_proved_once(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:

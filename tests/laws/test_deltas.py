@@ -13,8 +13,7 @@ from tinyfusion.config.recipe import PruneSection
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
-from tinyfusion.prune.deltas import prune_with_weight_updates
-from tinyfusion.prune.learn import mask_learner, plan_of
+from tinyfusion.prune.learn import mask_learner, plan_of, prune_with_weight_updates
 from tinyfusion.training.lora import delta_weights
 from tinyfusion.training.state import Ema
 

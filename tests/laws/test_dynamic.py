@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from tinyfusion.blocks.dynamics import BlockMasks, BlockSizes, Deciding, bucket
+from tinyfusion.blocks.dynamics import BlockMasks, BlockSizes, Deciding, block_ratio, bucket, model_ratio, total_macs
 from tinyfusion.blocks.forwards import CompiledForwards
 from tinyfusion.blocks.routers import DynamicSettings, is_router_key, settings_of, straight_through
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.signals import Interrupted, SignalWatch
-from tinyfusion.dynamic.calibrate import calibrate, inference_ratio
-from tinyfusion.dynamic.macs import block_ratio, model_ratio, total_macs
 from tinyfusion.dynamic.subnetworks import KeepTables, SlicedWeights, SubNetworks, rehearsed, resolve
+from tinyfusion.dynamic.train import calibrate, inference_ratio
 from tinyfusion.families.dit.model import DiTArch, published_arch
 from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.attach import attach, detached, order_by_importance
@@ -195,10 +194,10 @@ def test_routers_stay_in_float32_when_a_model_is_cast(routed: Callable[..., Dyna
 
 @pytest.mark.parametrize("mode", ["gathered", "bucketed", "masked"])
 @pytest.mark.parametrize("forced_first", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("parts", [{}, {"tokens": False}, {"width": False}, {"depth": True}], ids=str)
+@pytest.mark.parametrize("kinds", [{}, {"tokens": False}, {"width": False}, {"depth": True}], ids=str)
 @torch.no_grad()
-def test_sliced_equals_masked(routed: Callable[..., DynamicModel], forced_first: bool, parts: Any, mode: Any) -> None:
-    dynamic = routed(forced_first=forced_first, **parts)
+def test_sliced_equals_masked(routed: Callable[..., DynamicModel], forced_first: bool, kinds: Any, mode: Any) -> None:
+    dynamic = routed(forced_first=forced_first, **kinds)
     way = SubNetworks(dynamic, resolve(dynamic, [17.0, 402.0, 900.0]), mode)
     for t in (900, 17, 402, 17):
         batch, reference = inputs(dynamic.loaded, 5, t), Deciding()
@@ -227,13 +226,13 @@ def test_no_token_and_every_token(routed: Callable[..., DynamicModel], bias: flo
         assert torch.allclose(dynamic.module(*batch), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("parts", [{}, {"tokens": False}], ids=str)
+@pytest.mark.parametrize("kinds", [{}, {"tokens": False}], ids=str)
 @torch.no_grad()
-def test_compiled_passes(routed: Callable[..., DynamicModel], parts: Any) -> None:
+def test_compiled_passes(routed: Callable[..., DynamicModel], kinds: Any) -> None:
     """Few graphs, whatever runs, and the same values."""
     torch._dynamo.reset()
     counters.clear()
-    dynamic = routed(**parts)
+    dynamic = routed(**kinds)
     way = SubNetworks(dynamic, resolve(dynamic, [17.0, 402.0, 900.0]), forms=CompiledForwards("aot_eager"))
     for t in (900, 17, 402, 900):
         batch = inputs(dynamic.loaded, 5, t)
@@ -492,17 +491,17 @@ def test_calibration_goes_on_within_its_tolerance(routed: Callable[..., DynamicM
     """Other images differ by some of the tolerance; where the ratio moves smoothly the search leaves it to them."""
     dynamic = routed(tokens=False)
     bias = next(p for name, p in dynamic.routers().items() if name.endswith("attn_rate.router.bias"))
-    asked = []
+    measured = []
 
     def smooth() -> float:
-        asked.append(float(torch.sigmoid(bias.detach().mean() + 1)))
-        return asked[-1]
+        measured.append(float(torch.sigmoid(bias.detach().mean() + 1)))
+        return measured[-1]
 
     _, reached = calibrate(dynamic, 0.6, smooth)
-    assert abs(reached - 0.6) <= 0.0006 and len(asked) < 20
-    asked.clear()
+    assert abs(reached - 0.6) <= 0.0006 and len(measured) < 20
+    measured.clear()
     _, again = calibrate(dynamic, 0.6, smooth)
-    assert again == reached and len(asked) == 1, "what is met already is left as it is"
+    assert again == reached and len(measured) == 1, "a target that is met already changes nothing"
 
 
 def test_calibration_refuses_what_cannot_be_reached(routed: Callable[..., DynamicModel]) -> None:
@@ -552,7 +551,10 @@ def test_files_that_are_not_dynamic_models(routed: Callable[..., DynamicModel], 
         ({"blocks.1.attn_rate.other": torch.zeros(1)}, "unexpected blocks.1.attn_rate.other"),
         ({"blocks.1.attn_rate.router.bias": torch.zeros(2)}, r"router.bias is \(2,\), wanted \(3,\)"),
         ({"blocks.1.attn_rate.router.bias": torch.full((3,), torch.nan)}, "not finite"),
-        ({f"module.{name}": value for name, value in tensors.items()}, "holds pos_embed twice"),  # beside plain names
+        (
+            {f"module.{name}": value for name, value in tensors.items()},
+            "holds pos_embed twice",
+        ),  # in addition to plain names
         ({"opt": 3}, "no state dict of tensors"),
     ):
         wrong = {name: value for name, value in {**tensors, **change}.items() if value is not None}

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_training import batches
 from torch import Tensor, nn
 
 from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.blocks.stack import frozen
-from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.core.errors import BadNumbers
 from tinyfusion.core.rng import Draws, Randomness, StratifiedDraws
@@ -22,7 +22,6 @@ from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.loaded import DynamicModel
-from tinyfusion.processes.base import Batch
 from tinyfusion.processes.flow import FlowObjective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.training.engine import Engine
@@ -41,11 +40,6 @@ SETTINGS = TrainingSection(
     max_bad_steps=2,
 )
 ModelFactory = Callable[..., LoadedModel]
-
-
-def batches(step: int, batch_size: int, draws: Draws) -> Batch:
-    x = torch.from_numpy(draws.normal("data", (2, 4, 4)))
-    return Batch(x, class_condition(torch.from_numpy(draws.integers("label", 5)), 5))
 
 
 @pytest.fixture
@@ -88,8 +82,8 @@ def test_trace_of_the_budget() -> None:
 def test_times_are_stratified_by_the_place_in_the_global_batch() -> None:
     whole = StratifiedDraws(1, 7, 0, 8, 4).integers("timestep", 1000)
     assert (whole // 250).tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
-    parts = [StratifiedDraws(1, 7, first, num, 4).integers("timestep", 1000) for first, num in ((0, 3), (3, 5))]
-    assert np.array_equal(np.concatenate(parts), whole)
+    slices = [StratifiedDraws(1, 7, first, num, 4).integers("timestep", 1000) for first, num in ((0, 3), (3, 5))]
+    assert np.array_equal(np.concatenate(slices), whole)
     times = StratifiedDraws(1, 7, 2, 3, 4).uniform("timestep")
     assert [int(4 * t) for t in times] == [2, 3, 0]
     plain, strata = Draws(1, 7, 0, 8), StratifiedDraws(1, 7, 0, 8, 4)
@@ -99,9 +93,9 @@ def test_times_are_stratified_by_the_place_in_the_global_batch() -> None:
 def test_noise_is_addressed(dynamic: DynamicModel) -> None:
     goal = objective(dynamic)
     whole = draw(goal)
-    parts = [draw(goal, 3), draw(goal, 5, first=3)]
+    slices = [draw(goal, 3), draw(goal, 5, first=3)]
     for name, value in whole.router_noise.items():
-        assert torch.equal(torch.cat([part.router_noise[name] for part in parts]), value)
+        assert torch.equal(torch.cat([part.router_noise[name] for part in slices]), value)
     assert {name: tuple(v.shape[1:]) for name, v in whole.router_noise.items()} == {
         "attn_rate": (2, 3), "mlp_rate": (2, 3), "token_selection": (2, 4),
     }  # fmt: skip
@@ -243,7 +237,7 @@ def test_impossible_settings_say_so(dynamic: DynamicModel) -> None:
     for change, words in (
         ({"target": 0.0}, "share above 0"),
         ({"auxiliary": "teacher"}, "needs a teacher"),
-        ({"strata": 0}, "at least 1 part"),
+        ({"strata": 0}, "strata of times are at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
             objective(dynamic, **change)
@@ -318,9 +312,9 @@ def test_parts_are_prepared_for_accumulation_alone(dynamic: DynamicModel) -> Non
     goal = objective(dynamic)
     for slices in (1, 2):
         engine = Engine("cpu", ComputeSection(gradient_accumulation_steps=slices))
-        parts = noisy_microbatches(200, goal, batches, 8, RANDOMNESS, engine)
+        slices = noisy_microbatches(200, goal, batches, 8, RANDOMNESS, engine)
         with torch.no_grad():
-            ready = goal.prepared(dynamic.module, parts)
+            ready = goal.prepared(dynamic.module, slices)
         assert len(ready) == slices
         assert all((part.ratio is None) == (slices == 1) for part in ready)
 

@@ -122,7 +122,7 @@ def test_what_is_finite_at_the_ends_is_found_there(path: PathName) -> None:
 
 
 def test_ends_of_time_are_the_published_ones() -> None:
-    """Training and sampling ends by path and prediction, where nobody says otherwise."""
+    """Training and sampling ends by path and prediction, by default."""
     published = {
         ("linear", "velocity"): ((0.0, 1.0), (0.0, 1.0)),
         ("gvp", "velocity"): ((0.0, 1.0), (0.0, 1.0)),
@@ -137,7 +137,7 @@ def test_ends_of_time_are_the_published_ones() -> None:
 
 
 def test_a_distance_from_the_ends_that_is_set_is_used() -> None:
-    """The published code overwrites that of velocity models, and looks at the one when it sets the other."""
+    """The published code overwrites that of velocity models, and tests one of them when it sets the other."""
     assert Flow().training_ends(0.01) == Flow().sampling_ends(0.01) == (0.01, 0.99)
     assert Flow("vp").sampling_ends(0.01) == (0.0, 0.99)
     assert FlowObjective(flow=Flow("linear", "noise"), eps=0.2).eps == 0.2
@@ -562,8 +562,8 @@ def test_one_probe_serves_a_whole_trajectory_and_many_give_the_divergence() -> N
     exact = float(-0.5 * (at_noise**2).sum() - math.log(2 * math.pi) - torch.trace(matrix))
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).view(2, 2, 1, 1)
     found = log_density(field, x.expand(2, -1, -1, -1), signs, steps)
-    missed = 0.8 + 0.4  # the elements beside the diagonal, with the sign of the probe
-    assert found.tolist() == pytest.approx([exact - missed, exact + missed], abs=1e-4)
+    off_diagonal = 0.8 + 0.4  # the elements outside of the diagonal, with the sign of the probe
+    assert found.tolist() == pytest.approx([exact - off_diagonal, exact + off_diagonal], abs=1e-4)
     assert float(found.mean()) == pytest.approx(exact, abs=1e-4)
 
 
@@ -628,8 +628,8 @@ def test_an_image_is_the_same_in_every_batch(flow_networks: LoadedModel, name: s
     labels = [0, 1, 2, 3, 4, 0]
     whole = torch.cat([batch.x for batch in sample(flow_networks, labels, SAMPLERS[name], 7, 6)])
     for size in (1, 4):
-        parts = torch.cat([batch.x for batch in sample(flow_networks, labels, SAMPLERS[name], 7, size)])
-        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+        batches = torch.cat([batch.x for batch in sample(flow_networks, labels, SAMPLERS[name], 7, size)])
+        torch.testing.assert_close(batches, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["dopri5", "heun2", "interval-even"])

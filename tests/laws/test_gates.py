@@ -25,7 +25,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
-from tinyfusion.prune.gates import CategoricalGates, mode, probabilities
+from tinyfusion.prune.gates import CategoricalGates
 from tinyfusion.prune.learn import mask_learner
 from tinyfusion.training.lora import add_lora, cast_frozen_linears
 from tinyfusion.training.optim import linear
@@ -361,7 +361,7 @@ def test_skipping_alike_for_all_is_the_cut_bit_for_bit(
     model = tiny_model()
     noisy = noisy_batch(model)
     for kept in ((0, 1, 2, 3), (1, 2), (3,)):
-        for num in (1, 3):  # one row stands for all images
+        for num in (1, 3):  # one row is for all images
             with model.stack.gated(as_gates(kept, 4, num), "skip"):
                 found = model.module(noisy.xt, noisy.t, noisy.condition["labels"])
             assert torch.equal(found, cut_output(model, noisy, kept))
@@ -394,10 +394,10 @@ def saved_bytes(
     """Bytes of every distinct storage that the graph of the gated blocks holds, without weights and the input."""
     own = {p.untyped_storage().data_ptr() for p in model.module.parameters()} | {stream.untyped_storage().data_ptr()}
     found: dict[int, int] = {}
-    held: list[Tensor] = []
+    alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        held.append(tensor)  # alive, so that no address comes twice
+        alive.append(tensor)  # so that no address is used twice
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
@@ -573,8 +573,8 @@ def test_frozen_weights_in_bfloat16_change_nothing_under_autocast(
         cast_frozen_linears(model.module, torch.bfloat16)
         assert torch.equal(model.module(noisy.xt, noisy.t, noisy.condition["labels"]), wanted)
     assert set(trained.values()) == {torch.float32}
-    held = {name: p.dtype for name, p in model.module.named_parameters() if "base_layer" in name}
-    assert set(held.values()) == {torch.bfloat16}
+    dtypes = {name: p.dtype for name, p in model.module.named_parameters() if "base_layer" in name}
+    assert set(dtypes.values()) == {torch.bfloat16}
     assert model.module.pos_embed.dtype == torch.float32
 
 
@@ -741,17 +741,17 @@ def test_published_temperatures() -> None:
 
 def test_equal_logits_decide_for_the_first_candidates() -> None:
     gates = gates_for([(2, 4)] * 7)
-    assert mode(gates.groups, list(gates.logits)) == [i for g in range(7) for i in (4 * g, 4 * g + 1)]
-    for row in probabilities(list(gates.logits), 100.0):
-        assert row == pytest.approx([1 / 6] * 6)
+    for index, theta in enumerate(gates.logits):
+        assert gates.kept(index, theta) == [4 * index, 4 * index + 1]
+        assert gates.probabilities(index, theta, 100.0) == pytest.approx([1 / 6] * 6)
 
 
 @given(pairs=groups_of_any_kind, seed=st.integers(0, 99))
 def test_the_decision_is_the_most_probable_candidate_of_each_group(pairs: list[tuple[int, int]], seed: int) -> None:
     gates = gates_for(pairs)
     logits = [g[0] for g in gumbel_for(gates, seed, 1)]
-    kept = set(mode(gates.groups, logits))
-    for group, row in zip(gates.groups, probabilities(logits, 2.0), strict=True):
+    for index, (group, theta) in enumerate(zip(gates.groups, logits, strict=True)):
+        row = gates.probabilities(index, theta, 2.0)
         best = group.candidates()[max(range(len(row)), key=row.__getitem__)]
-        assert set(best) == kept & set(group.blocks)
+        assert gates.kept(index, theta) == list(best)
         assert sum(row) == pytest.approx(1.0, abs=1e-5)

@@ -229,7 +229,7 @@ def knows(target: Tensor) -> Callable[[Schedule], Callable[[Tensor, Tensor], Ten
 
 
 def no_noise(position: int) -> Tensor:
-    raise AssertionError(f"noise {position} was asked for")
+    raise AssertionError(f"noise {position} was drawn")
 
 
 def chain(sampler: str, denoiser: Any, schedule: Schedule, x: Tensor, noise: Any, **more: Any) -> Iterator[Tensor]:
@@ -240,16 +240,16 @@ def chain(sampler: str, denoiser: Any, schedule: Schedule, x: Tensor, noise: Any
 def test_a_denoiser_that_knows_the_image_ends_on_it(sampler: str, spacing: str) -> None:
     draws, schedule = Randomness(2).at(0, 0, 2), Schedule(spacing)
     target, x = (torch.from_numpy(draws.normal(name, (1, 3, 3))) for name in ("target", "x"))
-    asked: list[int] = []
+    positions: list[int] = []
 
     def noise(position: int) -> Tensor:
-        asked.append(position)
+        positions.append(position)
         return torch.from_numpy(draws.normal(f"step {position}", (1, 3, 3)))
 
     made = list(chain(sampler, knows(target)(schedule), schedule, x, noise))
     assert len(made) == len(schedule)
     torch.testing.assert_close(made[-1], target, rtol=1e-4, atol=1e-4)
-    assert asked == (list(range(len(schedule) - 1)) if sampler == "ddpm" else [])
+    assert positions == (list(range(len(schedule) - 1)) if sampler == "ddpm" else [])
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

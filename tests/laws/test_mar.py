@@ -478,8 +478,8 @@ def test_every_token_is_revealed_once_and_stays(rounds: int, guidance: float) ->
 def test_images_do_not_depend_on_the_batch() -> None:
     model, labels = tiny(), [0, 1, 2, 3, 4]
     whole = torch.cat([b.x for b in sample(model, labels, quick(guidance=1.7), seed=3, batch_size=5)])
-    parts = torch.cat([b.x for b in sample(model, labels, quick(guidance=1.7), seed=3, batch_size=2)])
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    batches = torch.cat([b.x for b in sample(model, labels, quick(guidance=1.7), seed=3, batch_size=2)])
+    torch.testing.assert_close(batches, whole, rtol=1e-4, atol=1e-4)
     assert torch.cdist(whole.flatten(1), whole.flatten(1)).add(10 * torch.eye(5)).min() > 0.1
 
 

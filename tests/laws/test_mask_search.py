@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import tiny_calibration
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_calibration import loss_of
 from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan
@@ -22,7 +24,6 @@ from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, new_model
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
-from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune import mask_search
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.context import CriterionContext
@@ -42,31 +43,8 @@ ModelFactory = Callable[..., LoadedModel]
 masks_of = st.sets(st.sets(st.integers(0, 5), min_size=1).map(lambda s: tuple(sorted(s))), min_size=1, max_size=8)
 
 
-def source_for(model: LoadedModel) -> Callable[[int, int, Draws], Batch]:
-    """Images and labels that are a function of their address alone."""
-    arch = model.arch
-
-    def source(_step: int, _size: int, draws: Draws) -> Batch:
-        x = draws.normal("x", (arch.in_channels, arch.input_size, arch.input_size))
-        return Batch(
-            torch.from_numpy(x),
-            class_condition(torch.from_numpy(draws.integers("y", arch.num_classes)), arch.num_classes),
-        )
-
-    return source
-
-
 def calibrated(model: LoadedModel, images: int = 5, batch_size: int = 2) -> Calibration:
-    objective = GaussianObjective(0.0)
-    return calibration_set(objective, source_for(model), "random", 100, images, batch_size, 0)
-
-
-@torch.no_grad()
-def loss_of(student: LoadedModel, calibration: Calibration) -> float:
-    """The plain mean loss of a model."""
-    objective = calibration.objective
-    parts = [objective.losses(student.module, n, objective.predict(student.module, n)) for n in calibration.batches]
-    return float(torch.cat([part["loss"] for part in parts]).double().mean())
+    return tiny_calibration.calibrated(model, images, batch_size, available=100)
 
 
 # ------------------------------------------------------------------------------------------------------------ the losses
@@ -145,10 +123,10 @@ def test_blocks_run_once_per_prefix(tiny_model: ModelFactory, monkeypatch: pytes
     for index, block in enumerate(teacher.stack):
         block.register_forward_hook(lambda *_, index=index: runs.update([index]))
     monkeypatch.setattr(mask_search, "_prove", lambda *_: None)
-    told: list[int] = []
-    mask_losses(teacher, calibrated(teacher), masks, told.append)
-    assert sum(runs.values()) == 3 * shared_evaluations(masks) == told[-1]
-    assert told == sorted(told)
+    ticks: list[int] = []
+    mask_losses(teacher, calibrated(teacher), masks, ticks.append)
+    assert sum(runs.values()) == 3 * shared_evaluations(masks) == ticks[-1]
+    assert ticks == sorted(ticks)
 
 
 # --------------------------------------------------------------------------------------------------------- choosing masks

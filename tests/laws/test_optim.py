@@ -137,9 +137,9 @@ def trained(optimizer: str, steps: int, state: TrainState | None = None) -> Trai
 def test_moments_in_8_bits_are_bytes_and_come_close_to_full_ones() -> None:
     pytest.importorskip("bitsandbytes", reason="extra 8bit is not installed")
     coarse, fine = trained("adamw-8bit", 5), trained("adamw", 5)
-    held = coarse.tensors()
-    assert held["optimizer/state1/weight"].dtype == held["optimizer/state2/weight"].dtype == torch.uint8
-    assert held["optimizer/state1/bias"].dtype == torch.float32, "small tensors keep full moments"
+    tensors = coarse.tensors()
+    assert tensors["optimizer/state1/weight"].dtype == tensors["optimizer/state2/weight"].dtype == torch.uint8
+    assert tensors["optimizer/state1/bias"].dtype == torch.float32, "small tensors keep full moments"
     start = trained("adamw", 0).parameters["weight"]
     moved = (fine.parameters["weight"] - start).norm()
     apart = (coarse.parameters["weight"] - fine.parameters["weight"]).norm()

@@ -64,7 +64,7 @@ def test_a_packed_layer_gives_the_numbers_of_the_plain_one(bias: bool, approxima
 
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(9, 200, 64), (512, 96, 128), (640, 1200, 1152), (2, 40, 1600)])
 def test_sizes_that_are_multiplied_in_another_way(rows: int, inner: int, columns: int) -> None:
-    """Inner sizes that no matrix unit has are filled up, and some products are done in parts."""
+    """Inner sizes that no matrix unit has are padded, and some products are split."""
     torch.manual_seed(0)
     layer = nn.Linear(inner, columns).to(torch.bfloat16)
     x = (
@@ -129,8 +129,8 @@ def test_sub_networks_are_packed(monkeypatch: pytest.MonkeyPatch, tokens: bool) 
             found = answers(placed.loaded, t)
         errors = [float((other - exact[t]).norm() / exact[t].norm()) for other in (found, answers(plain, t))]
         assert errors[0] < 1.2 * errors[1] < 0.05
-    held = [slices for weights in way.weights for slices in weights.copies.values()]
-    layers = [layer for slices in held for layer in (slices.into, slices.out)]
+    copies = [slices for weights in way.weights for slices in weights.copies.values()]
+    layers = [layer for slices in copies for layer in (slices.into, slices.out)]
     assert layers and all(isinstance(layer, PackedLinear) for layer in layers)
     assert way.report()["extra_bytes"] == sum(layer.num_bytes for layer in layers if isinstance(layer, PackedLinear))
 

@@ -206,7 +206,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_recipe_of_the_paper_says_what_it_says() -> None:
-    """Tables 2 and 6; where they say nothing, what stands for DiT."""
+    """Tables 2 and 6; with DiT's values where they state none."""
     recipe, dit = load_recipe("sit-xl-d14"), load_recipe("dit-xl-d14")
     assert recipe.prune == dit.prune
     assert recipe.recover.beta == (2e-4, 0.0)

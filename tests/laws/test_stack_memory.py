@@ -40,7 +40,7 @@ class Case:
     dtype: torch.dtype = torch.float32
 
     def run(self, around: AbstractContextManager[None]) -> tuple[list[Tensor], int]:
-        """Losses and gradients, and the bytes of tensors beside the parameters that were kept for the backward pass."""
+        """Losses and gradients, and the bytes of tensors other than parameters that were retained for the backward pass."""
         for parameter in self.trained:
             parameter.grad = None
         with kept_bytes(self.module) as kept:
@@ -56,16 +56,16 @@ class Case:
 
 @contextmanager
 def kept_bytes(module: nn.Module) -> Iterator[dict[int, int]]:
-    """{storage: its bytes} of what the graph keeps beside the weights."""
+    """{storage: its bytes} of the tensors that the graph retains, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     found: dict[int, int] = {}
-    held = []
+    alive = []
 
     def pack(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
         if storage.data_ptr() not in weights:
             found[storage.data_ptr()] = storage.nbytes()
-            held.append(value)  # an address stands for one storage only while that lives
+            alive.append(value)  # an address identifies a storage only during its lifetime
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):

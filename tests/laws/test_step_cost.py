@@ -1,4 +1,4 @@
-"""What a step costs beside its arithmetic: how often the host asks the device for a number."""
+"""The cost of a step apart from its arithmetic: transfers of numbers from the device to the host."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tiny_training import batches
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import ComputeSection, TrainingSection
-from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import train_steps
@@ -20,7 +19,7 @@ from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState
 
 # a number of the device that the host asks for by itself (bool, int, float); the loop's one transfer is a list of them
-ASKING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+TRANSFERS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
 
 
 class Calls(TorchDispatchMode):
@@ -35,13 +34,6 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def source(step: int, batch_size: int, draws: Draws) -> Batch:
-    return Batch(
-        torch.from_numpy(draws.normal("data", (2, 4, 4))),
-        class_condition(torch.from_numpy(draws.integers("label", 5)), 5),
-    )
-
-
 def operations(tiny_model: Callable[..., LoadedModel], clip_norm: float) -> list[Any]:
     """What the second step of a training runs; the first one makes tables and moments."""
     model = tiny_model()
@@ -50,7 +42,7 @@ def operations(tiny_model: Callable[..., LoadedModel], clip_norm: float) -> list
     )
     state = TrainState(model.module, [ParameterGroup(trainable(model.module))], settings)
     engine = Engine("cpu", ComputeSection(prefetch_batches=0))
-    steps = train_steps(state, GaussianObjective(), source, settings, Randomness(0), engine)
+    steps = train_steps(state, GaussianObjective(), batches, settings, Randomness(0), engine)
     next(steps)
     with Calls() as calls:
         assert next(steps).applied
@@ -60,7 +52,7 @@ def operations(tiny_model: Callable[..., LoadedModel], clip_norm: float) -> list
 def test_a_step_asks_the_device_for_no_single_number(tiny_model: Callable[..., LoadedModel]) -> None:
     seen = operations(tiny_model, 1e-3)
     assert torch.ops.aten._fused_adamw_.default in seen  # the update is within what was watched
-    assert not ASKING & set(seen)
+    assert not TRANSFERS & set(seen)
 
 
 def test_gradients_that_are_short_enough_are_not_multiplied(tiny_model: Callable[..., LoadedModel]) -> None:

@@ -246,10 +246,10 @@ def test_a_tap_gives_the_image_stream(example: Example) -> None:
     assert [len(outputs), {value.shape[:2] for value in outputs.values()}] == [len(example.stack), {(NUM, tokens)}]
     with (
         example.stack.gated(torch.zeros(NUM, len(example.stack)) + columns(example, masks(example)[3])),
-        example.stack.tap([0]) as held,
+        example.stack.tap([0]) as tapped,
     ):
         example.output()
-    assert torch.equal(held[0], _entered(example))
+    assert torch.equal(tapped[0], _entered(example))
 
 
 def _entered(example: Example) -> Tensor:

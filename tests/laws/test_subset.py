@@ -14,19 +14,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_training import batches
 from torch import Tensor
 
 from tinyfusion.blocks.scheme import BlockGroup, consecutive_groups, parse_scheme
-from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.base import Batch, NoisyBatch
+from tinyfusion.processes.base import NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
-from tinyfusion.prune.gates import CategoricalGates
+from tinyfusion.prune.gates import (
+    CategoricalGates,
+    SubsetGates,
+    draw_subsets,
+    inclusion_table,
+    marginals,
+    relaxed_top_k,
+)
 from tinyfusion.prune.learn import in_pairs, mask_learner, plan_of
-from tinyfusion.prune.subset import SubsetGates, draw_subsets, inclusion_table, marginals, relaxed_top_k
 from tinyfusion.training.checkpoints import load_latest, save_checkpoint
 from tinyfusion.training.loop import train_steps
 from tinyfusion.training.state import TrainState
@@ -197,8 +203,8 @@ def test_the_mean_of_the_logits_changes_nothing(estimator: str) -> None:
 def test_draws_do_not_depend_on_the_batch(estimator: str) -> None:
     gates = gates_of([(1, 2), (3, 6)], estimator, seed=1)
     whole = gates.sample(gates.draw(Randomness(3).at(7, 0, 9)), 1.0, 2.0)
-    parts = [gates.sample(gates.draw(Randomness(3).at(7, first, 3)), 1.0, 2.0) for first in (0, 3, 6)]
-    assert torch.equal(whole, torch.cat(parts))
+    slices = [gates.sample(gates.draw(Randomness(3).at(7, first, 3)), 1.0, 2.0) for first in (0, 3, 6)]
+    assert torch.equal(whole, torch.cat(slices))
     assert len({tuple(row) for row in whole.tolist()}) > 1
     assert not torch.equal(whole, gates.sample(gates.draw(Randomness(3).at(8, 0, 9)), 1.0, 2.0))
 
@@ -338,11 +344,6 @@ SETTINGS = TrainingSection(
 SECTION = PruneSection(
     scheme="1:2+3:6", distribution="subset", protect=(3,), update="full", scaling=(5.0, 40.0), training=SETTINGS
 )
-
-
-def batches(step: int, batch_size: int, draws: Draws) -> Batch:
-    x = torch.from_numpy(draws.normal("data", (2, 4, 4)))
-    return Batch(x, class_condition(torch.from_numpy(draws.integers("label", 5)), 5))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

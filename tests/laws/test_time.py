@@ -287,7 +287,7 @@ def test_the_table_that_training_by_diffusers_takes_its_noise_levels_from() -> N
     scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     levels = TimeSampler(shift=3.0).sigma(np.arange(1000, 0, -1) / 1000)
     np.testing.assert_allclose(levels, scheduler.sigmas.numpy(), rtol=1e-5)
-    own = np.linspace(float(scheduler.sigma_max), float(scheduler.sigma_min), 20)  # where nobody gives it a grid
+    own = np.linspace(float(scheduler.sigma_max), float(scheduler.sigma_min), 20)  # without a given grid
     scheduler.set_timesteps(20)
     np.testing.assert_allclose([*shifted(own, 3.0), 0.0], scheduler.sigmas.numpy(), rtol=1e-5)
 

@@ -466,12 +466,12 @@ def test_features_are_compared_on_the_kept_residual_channels(tiny_model: Models,
         assert goal.sigmas == sigmas
         with torch.no_grad(), teacher.stack.tap([0, 1, 2, 3]) as taught, student.stack.tap([0, 1, 2, 3]) as own:
             terms = goal.losses(student.module, noisy, goal.predict(student.module, noisy))
-        parts = []
+        losses = []
         for i in range(4):
             s, t = own[i].flatten(1), taught[i][:, :, channels].flatten(1)
             calm = [(x - x.mean(1, keepdim=True)).abs() < (sigmas or math.inf) * x.std(1, keepdim=True) for x in (s, t)]
-            parts.append((calm[0] * s - calm[1] * t).square().mean(1))
-        torch.testing.assert_close(terms["feat_loss"], torch.stack(parts).mean(0))
+            losses.append((calm[0] * s - calm[1] * t).square().mean(1))
+        torch.testing.assert_close(terms["feat_loss"], torch.stack(losses).mean(0))
         assert goal.feature_loss(taught[0][:, :, channels], taught[0]).abs().max() == 0
     goal = distilled(RecoverSection(method="logits-kd"), objective, teacher, student, [(i, i) for i in range(4)])
     assert "feat_loss" not in goal.losses(student.module, noisy, goal.predict(student.module, noisy))

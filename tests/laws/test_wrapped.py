@@ -1,4 +1,4 @@
-"""State dicts as training code leaves them: nested, wrapped, prefixed, beside averages. The network in them is found."""
+"""State dicts as training code leaves them: nested, wrapped, prefixed, next to averages: the network is found in them."""
 
 from __future__ import annotations
 

@@ -12,14 +12,16 @@ Shapes: B images, N tokens, D width, H heads, d channels of a head, g hidden cha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tinyfusion.blocks.packed import held_bytes, packed
+from tinyfusion.blocks.routers import TOKEN_ROUTER_SHRINK
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.core.errors import UserError
@@ -48,7 +50,6 @@ class BlockSizes:
 
     @property
     def group_width(self) -> int:
-        """g."""
         return self.mlp_width // self.num_heads
 
     @property
@@ -105,7 +106,6 @@ class UnitSlices:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its weights and biases."""
         return held_bytes(self.into) + held_bytes(self.out)
 
 
@@ -171,9 +171,7 @@ class BlockExecutor(Protocol):
         """Start a forward pass at times (B,) with embedding (B, D)."""
         return
 
-    def run(self, dynamic: DynamicForward, x: Tensor, c: Tensor) -> Tensor:
-        """Run one block."""
-        ...
+    def run(self, dynamic: DynamicForward, x: Tensor, c: Tensor) -> Tensor: ...
 
 
 class Complete(BlockExecutor):
@@ -278,3 +276,48 @@ def route(module: nn.Module, rules: DynamicRules, stack: BlockStack) -> None:
     module.get_submodule(rules.labels).register_forward_hook(current.labelled)
     for index, (block, streams) in enumerate(zip(stack, stack.streams(), strict=True)):
         vars(block)["forward"] = DynamicForward(index, block, streams, MethodType(rules.masked, block), current)
+
+
+# -------------------------------------------------------------------------------------------------- multiply-accumulates
+# A block costs a + m: a = 4 N D I + 2 N^2 I for the attention (I = H d channels inside, D for a published model) and
+# m = 2 N D M for the MLP (M hidden channels). With a share p of heads, q of groups and s of tokens it costs p a + q s m. The
+# ratio of a model is the mean over its blocks, without other layers, modulations, norms and routers (the formulas reproduce the
+# paper's table of three sizes at 256 pixels).
+
+
+def block_ratio(masks: BlockMasks, sizes: BlockSizes, num: int) -> Tensor:
+    """(B,) share of a block's multiply-accumulates under the decisions of `num` images, with always-on units."""
+    ones = torch.ones(num)
+    heads, groups, tokens = (ones if m is None else m.mean(dim=1) for m in (masks.heads, masks.groups, masks.tokens))
+    device = next((m.device for m in (masks.heads, masks.tokens, masks.gate) if m is not None), ones.device)
+    a, m = sizes.attention_macs, sizes.mlp_macs
+    ratio = (a * heads.to(device) + m * groups.to(device) * tokens.to(device)) / (a + m)
+    return ratio if masks.gate is None else ratio * masks.gate
+
+
+def model_ratio(masks: Mapping[int, BlockMasks], sizes: BlockSizes, num: int) -> Tensor:
+    """(B,) mean of `block_ratio` over the blocks of a model, r_b of the budget; 1 without decisions."""
+    if not masks:
+        return torch.ones(num)
+    return torch.stack([block_ratio(block, sizes, num) for block in masks.values()]).mean(dim=0)
+
+
+def kept_shares(masks: Mapping[int, BlockMasks]) -> dict[str, Tensor]:
+    """(B,) shares of heads, groups, tokens and blocks that run, by name; mean over blocks. Undecided kinds are omitted."""
+    shares = {}
+    for name in ("heads", "groups", "tokens", "gate"):
+        columns = [m for m in (getattr(block, name) for block in masks.values()) if m is not None]
+        if columns:
+            shares[f"kept_{name}"] = torch.stack([m.detach().reshape(len(m), -1).mean(1) for m in columns]).mean(0)
+    return shares
+
+
+def total_macs(static: float, sizes: BlockSizes, depth: int, ratio: float, tokens: bool) -> float:
+    """Multiply-accumulates of one forward pass of one image at a ratio of the blocks; `static`: those of the static model.
+
+    Width routers are resolved before sampling and cost nothing. tokens: whether token routers run, outside of the ratio.
+    """
+    blocks = depth * (sizes.attention_macs + sizes.mlp_macs)
+    hidden = max(1, sizes.width // TOKEN_ROUTER_SHRINK)
+    routers = depth * sizes.num_tokens * (sizes.width * hidden + hidden) if tokens else 0
+    return static - blocks * (1 - ratio) + routers

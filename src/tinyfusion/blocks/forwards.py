@@ -1,13 +1,15 @@
 """Replacements for the `forward` of a block that recompute it in the backward pass, or compile it: the same values.
 
 They are set on the block object for the time of a context. The replacement that gates a block (`blocks/skip.py`) calls them
-for some images of a batch, so the two compose in any order.
+for some images of a batch, so the two compose in any order. `measured_gain` times and compares a step eager and compiled.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -18,11 +20,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from tinyfusion.core.compiler import compiling
+from tinyfusion.core.compiler import compiler_failure, compiling
+from tinyfusion.core.device import synchronise
 from tinyfusion.core.errors import UserError
 
 RECOMPILE_LIMIT = 64  # variants of one block: with and without a graph, one image or several, per structure
 Forward = Callable[..., Any]
+Step = Callable[[], Sequence[Tensor]]  # returns the tensors that must agree: losses and gradients
 
 
 class CompiledForwards:
@@ -46,7 +50,6 @@ class CompiledForwards:
 
 
 def _copied(function: Any) -> FunctionType:
-    """The same function with its own code object."""
     f = function
     copied = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
     copied.__kwdefaults__ = f.__kwdefaults__
@@ -84,7 +87,6 @@ class BlockForward:
     compiled: CompiledForwards | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the block. Raises UserError if it cannot be compiled."""
         recomputed = self.recomputed and torch.is_grad_enabled()
         if self.compiled is None:
             return _checkpointed(self.plain, *args, **kwargs) if recomputed else self.plain(*args, **kwargs)
@@ -93,7 +95,6 @@ class BlockForward:
             return self.compiled.of(self.plain.__func__, recomputed)(self.block, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Blocks of a copied module run eagerly."""
         return copy.deepcopy(self.plain, memo)
 
 
@@ -136,3 +137,79 @@ def standing_in(block: nn.Module, forward: Forward) -> Iterator[None]:
             del attributes["forward"]
         else:
             attributes["forward"] = before
+
+
+# -------------------------------------------------------------------------------------------------------- gain of compiling
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Median milliseconds of both steps, seconds of compilation, and the difference of their results.
+
+    apart: largest |compiled - eager| / |eager| of the returned tensors, in Euclidean norms.
+    """
+
+    eager_ms: float
+    compiled_ms: float
+    compile_s: float
+    apart: float
+
+    def require(self, tolerance: float = 1e-3) -> None:
+        """Raise UserError if the compiled step is not faster, or differs by more than `tolerance`."""
+        if not self.apart <= tolerance:
+            raise UserError(
+                f"compile changes the step here: losses and gradients are {self.apart:.1g} apart (relative), rounding allows "
+                f"{tolerance:g}; leave --compile away"
+            )
+        if self.compiled_ms >= self.eager_ms:
+            raise UserError(
+                f"compile gains nothing here: {self.compiled_ms:,.4g} ms a step against {self.eager_ms:,.4g} ms without; "
+                "leave --compile away"
+            )
+
+
+def measured_gain(eager: Step, compiled: Step, device: torch.device, repeats: int = 5) -> Gain:
+    """Time both steps in turns, after a warm-up. Raises UserError if the compiler fails, also in a backward pass.
+
+    A step is forward and backward on the same batch, and must not change weights and moments; torch's generators are
+    restored. The number of calls does not depend on the measurement, so ranks that synchronise in a step stay together.
+    """
+
+    def seconds(step: Step) -> float:
+        synchronise(device)
+        began = time.perf_counter()
+        step()
+        synchronise(device)
+        return time.perf_counter() - began
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        wanted = [value.detach().clone() for value in eager()]
+        eager()
+        try:
+            began = time.perf_counter()
+            apart = _apart(compiled(), wanted)
+            compiled()
+            synchronise(device)
+            first_s = time.perf_counter() - began
+            times = [(seconds(eager), seconds(compiled)) for _ in range(repeats)]
+        except Exception as error:
+            failure = compiler_failure(error, "the step")
+            if failure is None:
+                raise
+            raise failure from error
+    eager_s, compiled_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return Gain(1000 * eager_s, 1000 * compiled_s, max(0.0, first_s - 2 * compiled_s), apart)
+
+
+def _apart(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest relative difference of two lists of tensors; NaN if one has NaN.
+
+    Norms below 1e-6 of the largest count as that: zeros with rounding have no relative difference.
+    """
+    if not wanted:
+        return 0.0
+    norms = torch.stack([torch.linalg.vector_norm(w.float()) for w in wanted])
+    pairs = zip(values, wanted, strict=True)
+    apart = torch.stack([torch.linalg.vector_norm((value.detach() - w).float()) for value, w in pairs])
+    tiny = torch.finfo(torch.float32).tiny
+    return float((apart / norms.clamp(min=1e-6 * float(norms.max()) + tiny)).max())

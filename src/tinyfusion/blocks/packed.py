@@ -50,7 +50,6 @@ class PackedLinear(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its packed weight and bias."""
         rows = _TILE * math.ceil(self.in_features / _TILE) + (self.bias is not None)
         return rows * self.out_features * self.packed.element_size()
 

@@ -45,7 +45,6 @@ class PrunePlan:
         return None if self.distribution == "subset" else self.groups
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return dataclasses.asdict(self)
 
 

@@ -132,7 +132,6 @@ class TokenRouter(Float32Module):
         self.mlp_head = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, N) float32."""
         with torch.autocast(x.device.type, enabled=False):
             return self.held_in(x.dtype).logits(x)
 

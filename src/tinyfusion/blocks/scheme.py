@@ -33,7 +33,6 @@ class BlockGroup:
 
     @property
     def blocks(self) -> range:
-        """Every block of the group."""
         return range(self.start, self.start + self.size)
 
     @property
@@ -43,7 +42,6 @@ class BlockGroup:
 
     @property
     def keep_free(self) -> int:
-        """How many of the free blocks stay."""
         return self.keep - len(self.protected)
 
     @property

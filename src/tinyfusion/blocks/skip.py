@@ -58,7 +58,6 @@ class SkippingForward:
     column: GateColumn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The mixed streams, in the form in which the block returns them."""
         call = self.streams.call(self.block, args, kwargs)
         column, num = self.column, call.num_images
         if len(column.gate) not in (1, num):

@@ -31,13 +31,11 @@ class BlockStack:
         self._compiled: dict[str, CompiledForwards] = {}
 
     def block_list(self, name: str) -> nn.ModuleList:
-        """The module list called `name`."""
         blocks = self.model.get_submodule(name)
         assert isinstance(blocks, nn.ModuleList), f"{name} is not a list of blocks"
         return blocks
 
     def depths(self) -> dict[str, int]:
-        """Number of blocks per list."""
         return {name: len(self.block_list(name)) for name in self.lists}
 
     def __len__(self) -> int:
@@ -85,7 +83,6 @@ class BlockStack:
 
     @contextmanager
     def _standing_in(self, **fields: Any) -> Iterator[None]:
-        """Change how every block runs (`blocks/forwards.py`)."""
         with ExitStack() as undo:
             for name, block in zip(self.names(), self, strict=True):
                 undo.enter_context(standing_in(block, changed(block.forward, name, block, **fields)))

@@ -86,22 +86,18 @@ class BlockCall:
 
     @property
     def args(self) -> tuple[Any, ...]:
-        """Arguments by position."""
         return self.bound.args[1:]
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """Arguments by keyword."""
         return self.bound.kwargs
 
     @property
     def states(self) -> tuple[Tensor | None, ...]:
-        """The streams, in the order of their names."""
         return tuple(self.bound.arguments.get(name) for name in self.names)
 
     @property
     def tapped(self) -> Tensor:
-        """The tapped stream."""
         state = self.bound.arguments[self.streams.tapped or self.names[0]]
         assert isinstance(state, Tensor)
         return state
@@ -113,7 +109,6 @@ class BlockCall:
 
     @property
     def num_images(self) -> int:
-        """Number of images in the call."""
         return self.tapped.shape[self.streams.axes.get(self.streams.tapped or self.names[0], 0) or 0]
 
     def others(self) -> list[Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tinyfusion.blocks.dynamics import total_macs
 from tinyfusion.blocks.stack import num_parameters
-from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.jobs.process_specs import default_sampling, sampler_of
 from tinyfusion.jobs.sampling_setup import skipped_run_for
 from tinyfusion.models.checkpoint import LoadedModel, model_record

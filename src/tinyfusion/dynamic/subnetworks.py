@@ -47,7 +47,6 @@ class KeepTables:
     blocks: Tensor
 
     def joined(self, other: KeepTables) -> KeepTables:
-        """These tables followed by the rows of `other`."""
         return KeepTables(
             (*self.timesteps, *other.timesteps),
             *(torch.cat([getattr(self, n), getattr(other, n)]) for n in ("heads", "groups", "blocks")),
@@ -221,7 +220,6 @@ class SlicedWeights:
         return sum(slices.num_bytes for slices in (*self.layout.values(), *self.copies.values()))
 
     def of(self, heads: Tensor, groups: Tensor) -> BlockSlices:
-        """The weights of these units: masks (H,) on the CPU."""
         return BlockSlices(self._of("heads", heads), self._of("groups", groups))
 
     def _of(self, kind: UnitKind, mask: Tensor) -> UnitSlices:

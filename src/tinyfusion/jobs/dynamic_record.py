@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyfusion.blocks.dynamics import BlockMasks, Deciding
+from tinyfusion.blocks.dynamics import BlockMasks, Deciding, model_ratio, total_macs
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.rng import Randomness
-from tinyfusion.dynamic.macs import model_ratio, total_macs
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.process_specs import default_sampling, fits, sampler_of
 from tinyfusion.models.checkpoint import LoadedModel

@@ -12,8 +12,7 @@ from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.blocks.stack import frozen
 from tinyfusion.config.recipe import DynamicSection, Recipe
 from tinyfusion.core.errors import UserError
-from tinyfusion.dynamic.calibrate import TOLERANCE, Pass, calibrate, inference_ratio
-from tinyfusion.dynamic.train import DynamicObjective
+from tinyfusion.dynamic.train import TOLERANCE, DynamicObjective, Pass, calibrate, inference_ratio
 from tinyfusion.jobs.assemble import batches_for, device_for
 from tinyfusion.jobs.process_specs import default_sampling, fits, label_drop_of, objective_for, process_spec, sampler_of
 from tinyfusion.jobs.sampling_setup import SkippedModel, skipped_run_for

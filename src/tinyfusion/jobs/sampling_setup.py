@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyfusion.blocks.dynamics import TokenMode
+from tinyfusion.blocks.dynamics import TokenMode, total_macs
 from tinyfusion.blocks.forwards import CompiledForwards
 from tinyfusion.blocks.packed import can_pack, pack
 from tinyfusion.config.recipe import Recipe, SampleSection
@@ -21,7 +21,6 @@ from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
 from tinyfusion.core.rng import Randomness
-from tinyfusion.dynamic.macs import total_macs
 from tinyfusion.dynamic.subnetworks import KeepTables, SubNetworks, rehearsed, resolve
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.latent_facts import prompts_hash, with_settings

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tinyfusion.blocks.forwards import Gain, measured_gain
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import BlockStack, frozen, num_parameters
 from tinyfusion.config.recipe import PruneSection, Recipe, TrainingSection
@@ -23,11 +24,9 @@ from tinyfusion.jobs.origins import making_run
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
 from tinyfusion.processes.base import Objective, Process
-from tinyfusion.prune.deltas import prune_with_weight_updates
-from tinyfusion.prune.learn import Decision, MaskLearner, mask_learner
+from tinyfusion.prune.learn import Decision, MaskLearner, mask_learner, prune_with_weight_updates
 from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors, residual_channels
 from tinyfusion.recover.distill import distilled
-from tinyfusion.training.compile import Gain, measured_gain
 from tinyfusion.training.engine import Engine, cut
 from tinyfusion.training.loop import BatchSource, ForwardPass, StepRecord, noisy_microbatches, train_steps
 from tinyfusion.training.optim import decay_groups, linear, trainable

@@ -186,7 +186,6 @@ def quiet_logs() -> Iterator[None]:
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    """Its config.json, of a supported kind."""
     config = autoencoder_config(folder / "config.json")
     class_name = config.get("_class_name")
     if class_name != "AutoencoderKL":

@@ -270,7 +270,6 @@ class LoadedModel:
         return student
 
     def _narrowed(self, kept_widths: Mapping[str, Any]) -> LoadedModel:
-        """A copy with only these channels; ValueError if they do not fit."""
         if self.family.widths is None:
             raise ValueError(f"widths of the family {self.family.name} cannot be cut")
         arch, tensors = sliced(self.family.widths, self.arch, self.module.state_dict(), kept_widths)

@@ -117,7 +117,6 @@ def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Map
 def _named(
     keys: tuple[str, ...], mapping: Mapping[Any, Any], marks: Collection[str], path: Path
 ) -> Iterator[StateDict]:
-    """The networks in one mapping, by their prefixes."""
     names = {str(key): _WRAPPERS.sub("", str(key)) for key in mapping}
     tensor_names = [names[str(key)] for key, value in mapping.items() if isinstance(value, Tensor)]
     places = [(name, mark) for name in tensor_names for mark in marks if f".{name}".endswith(f".{mark}")]

@@ -59,7 +59,6 @@ class NoisyBatch:
 
     @property
     def device(self) -> torch.device:
-        """The device of its tensors."""
         return self.condition.device
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:

@@ -98,7 +98,6 @@ class Flow:
         return cls(**settings)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that a model saves."""
         return {"path": self.path, "prediction": self.prediction}
 
     def point(self, t: Tensor) -> Point:
@@ -220,7 +219,6 @@ class FlowObjective(Process):
         return self.noised(Batch(batch.x, condition), t, noise, draws.step)
 
     def noised(self, batch: Batch, t: Tensor, noise: Tensor, step: int = 0) -> NoisyBatch:
-        """The batch of these draws; conditions unchanged."""
         return NoisyBatch(batch.x, noise, self._mixed(batch.x, noise, t), t, batch.condition, step)
 
     def _mixed(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

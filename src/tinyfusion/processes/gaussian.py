@@ -116,11 +116,9 @@ class Schedule:
         return self.at("sqrt_alphas_cumprod", index) * x0 + self.at("sqrt_one_minus_alphas_cumprod", index) * noise
 
     def x0_from_noise(self, xt: Tensor, index: Tensor, noise: Tensor) -> Tensor:
-        """The clean image from x_t and a noise."""
         return self.at("sqrt_recip_alphas_cumprod", index) * xt - self.at("sqrt_recipm1_alphas_cumprod", index) * noise
 
     def noise_from_x0(self, xt: Tensor, index: Tensor, x0: Tensor) -> Tensor:
-        """The noise from x_t and a clean image."""
         scaled = self.at("sqrt_recip_alphas_cumprod", index) * xt - x0
         return scaled / self.at("sqrt_recipm1_alphas_cumprod", index)
 

@@ -126,7 +126,6 @@ class MaskedObjective(Process):
         )
 
     def _hidden_tokens(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """(B, m, E)"""
         return taken(to_tokens(x, self.patch_size), hidden)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:

@@ -96,7 +96,6 @@ class Stochastic:
 
     @property
     def calls(self) -> int:
-        """Calls of the network in a trajectory."""
         steps = (self.num_points - 1) * (1 if self.method == "euler" else 2)
         return steps + (self.last_step != "none")
 

@@ -32,11 +32,9 @@ class TaskBatch:
 
     @property
     def device(self) -> torch.device:
-        """The device of its tensors."""
         return _tensors(self.values)[0].device
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The batch with `change` applied to every tensor, such as one that picks samples."""
         values = tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, self.values)
         return dataclasses.replace(self, values=values, gate_noise=tuple(map(change, self.gate_noise)))
 

@@ -66,7 +66,6 @@ class TimeConvention:
         return Level(share, 1 - share) if self.time == "sigma" else Level(1 - share, share)
 
     def sigma(self, t: float) -> float:
-        """sigma of one time."""
         return t / self.scale if self.time == "sigma" else 1 - t / self.scale
 
     def at_clean(self, clean: Share) -> Share:

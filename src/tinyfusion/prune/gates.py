@@ -1,7 +1,10 @@
-"""GateDistribution, and the published one: a categorical per group, sampled by Gumbel-softmax. Knows no models.
+"""Distributions of gates: an independent categorical per group, or a subset of exact size with one logit per block.
 
-Shapes: B samples, K_g candidates and M_g blocks of group g, L = sum of M_g blocks.
-Source: TinyFusion (arXiv 2412.01199), section 3; Jang et al. arXiv 1611.01144 for the straight-through estimator.
+Shapes: B samples, K_g candidates and M_g blocks of group g, L = sum of M_g blocks. For subsets M counts the free blocks of a
+group, of which K stay.
+Sources: TinyFusion (arXiv 2412.01199), section 3, and Jang et al. arXiv 1611.01144 for the straight-through estimator of the
+categorical; Chen & Liu, Statistica Sinica 7 (1997), for the distribution of subsets, Ahmed et al. arXiv 2210.01941 (SIMPLE) for
+the gradient through its marginals, Xie & Ermon arXiv 1901.10517 and Kool et al. arXiv 1903.06059 for Gumbel top-K.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyfusion.blocks.scheme import BlockGroup
@@ -17,7 +21,7 @@ from tinyfusion.core.rng import Draws
 
 
 class GateDistribution(nn.Module, ABC):
-    """One independent distribution per group over which of its blocks stay, with learned logits theta_g."""
+    """One independent distribution per group over the kept blocks, with learned logits theta_g."""
 
     meaning: str  # of `probabilities`, for the plan
     paired = False  # whether `surrogate` compares neighbours that differ in nothing but their masks
@@ -29,27 +33,27 @@ class GateDistribution(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:
-        """What `sample` consumes: noise (B, ...) per group."""
+        """The noise (B, ...) per group for `sample`."""
 
     @abstractmethod
     def sample(self, noise: Sequence[Tensor], temperature: float, scaling: float) -> Tensor:
         """Gates (B, L): exactly 0 or 1 forward, with the estimator's gradient to the logits."""
 
     def surrogate(self, noise: Sequence[Tensor], scaling: float, losses: Tensor) -> Tensor | None:
-        """(B,) to be differentiated beside the losses (B,), for estimators that do not go through the gates."""
+        """(B,) to be differentiated in addition to the losses (B,), for estimators without a gradient through the gates."""
         return None
 
     @abstractmethod
     def kept(self, index: int, theta: Tensor) -> list[int]:
-        """Blocks of group `index` that logits `theta` decide for, ascending."""
+        """The kept blocks of group `index` with logits `theta`, ascending."""
 
     @abstractmethod
     def probabilities(self, index: int, theta: Tensor, scaling: float) -> list[float]:
-        """What `theta` says of group `index`, as `meaning` explains."""
+        """Probabilities of group `index`, as `meaning` explains."""
 
     @abstractmethod
     def confidence(self, index: int, theta: Tensor, scaling: float) -> list[float]:
-        """How sure the decision of group `index` is: one number for the group, or one per kept block."""
+        """Probability of the decision of group `index`: one number for the group, or one per kept block."""
 
 
 class CategoricalGates(GateDistribution):
@@ -71,48 +75,199 @@ class CategoricalGates(GateDistribution):
 
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:
         """Standard Gumbel noise (B, K_g) per group."""
-        return tuple(
-            torch.from_numpy(draws.gumbel(f"gumbel/{index}", tuple(theta.shape)))
-            for index, theta in enumerate(self.logits)
-        )
+        shapes = [tuple(theta.shape) for theta in self.logits]
+        return tuple(torch.from_numpy(draws.gumbel(f"gumbel/{index}", shape)) for index, shape in enumerate(shapes))
 
     def sample(self, noise: Sequence[Tensor], temperature: float, scaling: float) -> Tensor:
-        """Gates (B, L): 0/1 forward, with the gradient of the relaxed sample (straight-through).
+        """Gates of a group are y @ candidates, with y = onehot(argmax p) - sg(p) + p (straight-through) and
+        p = softmax((scaling * theta + noise) / temperature).
 
-        noise: standard Gumbel noise (B, K_g) per group. y = onehot(argmax p) - sg(p) + p with
-        p = softmax((scaling * theta + noise) / temperature); the gates of a group are y @ candidates.
         Differs from the released code by staying in float32 under autocast.
         """
-        parts = []
+        gates = []
         for index, logits in enumerate(self.logits):
             relaxed = torch.softmax((scaling * logits + noise[index]) / temperature, dim=-1)
             hard = nn.functional.one_hot(relaxed.argmax(dim=-1), relaxed.shape[-1]).to(relaxed.dtype)
             with torch.autocast(relaxed.device.type, enabled=False):
-                # (relaxed - relaxed.detach()) is exactly 0 forward, so the gates are exactly 0 or 1.
-                parts.append((hard + (relaxed - relaxed.detach())) @ self.candidates(index))
-        return torch.cat(parts, dim=-1)
+                # (relaxed - relaxed.detach()) is exactly 0 forward, so the gates are exactly 0 or 1
+                gates.append((hard + (relaxed - relaxed.detach())) @ self.candidates(index))
+        return torch.cat(gates, dim=-1)
 
     def kept(self, index: int, theta: Tensor) -> list[int]:
         """The most probable candidate; the first of equals."""
-        return mode(self.groups[index : index + 1], [theta])
+        return list(self.groups[index].candidates()[int(torch.argmax(theta))])
 
     def probabilities(self, index: int, theta: Tensor, scaling: float) -> list[float]:
         """softmax(scaling * theta), (K_g), without temperature."""
-        return probabilities([theta], scaling)[0]
+        row: list[float] = torch.softmax(scaling * theta.detach().float(), dim=-1).tolist()
+        return row
 
     def confidence(self, index: int, theta: Tensor, scaling: float) -> list[float]:
         """The probability of the most probable candidate; 1 / K_g is chance."""
         return [max(self.probabilities(index, theta, scaling))]
 
 
-def mode(groups: Sequence[BlockGroup], logits: Sequence[Tensor]) -> list[int]:
-    """Kept block indices of the most probable candidates; the first of equals."""
-    kept: list[int] = []
-    for group, theta in zip(groups, logits, strict=True):
-        kept += group.candidates()[int(torch.argmax(theta))]
-    return kept
+# ---------------------------------------------------------------------------------------------------------------- subsets
 
 
-def probabilities(logits: Sequence[Tensor], scaling: float) -> list[list[float]]:
-    """softmax(scaling * theta) per group, without temperature; the confidence of a group is its maximum."""
-    return [torch.softmax(scaling * theta.detach().float(), dim=-1).tolist() for theta in logits]
+def inclusion_table(z: Tensor, keep: int) -> Tensor:
+    """(M, keep + 1): entry [i, k] is the probability that block i stays, given that k of the blocks 0 .. i do.
+
+    z: (M,) scaled logits. Entries for an impossible k are never used.
+    Carries g_k = log e_k - log e_{k-1}, the ratios of neighbouring elementary symmetric polynomials of exp(z), instead of
+    log e_k: they are as large as z and not K times that, as float32 needs at |z| = 100.
+    """
+    one, zero = z.new_ones(1), z.new_zeros(1)
+    ratios = z.new_zeros(0)  # g_1 .. g_min(i, keep) of the blocks before i
+    rows = []
+    for i in range(len(z)):
+        forced = one if i < keep else one[:0]
+        row = torch.cat([zero, torch.sigmoid(z[i] - ratios), forced])
+        rows.append(F.pad(row, (0, keep + 1 - len(row))))
+        grown = torch.cat([torch.logaddexp(ratios, z[i]), z[i : i + 1] if i < keep else z[:0]])
+        below = torch.cat([zero, -F.logsigmoid(ratios - z[i])])
+        ratios = grown - below[: len(grown)]
+    return torch.stack(rows)
+
+
+def marginals(table: Tensor) -> Tensor:
+    """(M,) probability of every block, from its `inclusion_table`; sums to `keep`.
+
+    From the last block on it carries the distribution of the number of blocks that still have to stay: sums of products of
+    probabilities, so nothing over- or underflows, and the gradient is finite.
+    """
+    keep = table.shape[1] - 1
+    reach = F.pad(table.new_ones(1), (keep, 0))
+    kept = []
+    for row in reversed(table.unbind()):
+        taken = reach * row
+        kept.append(taken.sum())
+        reach = reach - taken + F.pad(taken[1:], (0, 1))
+    return torch.stack(kept[::-1])
+
+
+@torch.no_grad()
+def draw_subsets(table: Tensor, uniforms: Tensor) -> Tensor:
+    """(B, M) of 0 and 1, exact samples from the table; uniforms: (B, M) in (0, 1], one per sample and block."""
+    left = torch.full(uniforms.shape[:1], table.shape[1] - 1, dtype=torch.int64, device=table.device)
+    columns = []
+    for i in reversed(range(table.shape[0])):
+        taken = uniforms[:, i] <= table[i][left]  # uniforms are above 0 and at most 1, so the size is exact
+        left = left - taken.long()
+        columns.append(taken.to(table.dtype))
+    return torch.stack(columns[::-1], dim=1)
+
+
+def relaxed_top_k(keys: Tensor, keep: int, temperature: float) -> Tensor:
+    """(B, M) in [0, 1], rows summing to `keep`: the sum of `keep` softmaxes, each without the mass of those before.
+
+    keys: (B, M) perturbed logits. Source: arXiv 1901.10517, section 3.
+    """
+    total = 0 * keys
+    for _ in range(keep):
+        taken = torch.softmax(keys / temperature, dim=-1)
+        total = total + taken
+        keys = keys + torch.log((1 - taken).clamp(min=torch.finfo(keys.dtype).eps))
+    return total
+
+
+class SubsetGates(GateDistribution):
+    """One conditional Bernoulli per group: p(S) proportional to exp(sum of z_i for i in S) over the subsets S of K of M blocks.
+
+    z = scaling * (theta - mean of theta). For budgets too large to enumerate: samples, marginals and their gradient are exact,
+    in O(M K). Protected blocks have gate 1 and are not drawn.
+    estimator "marginals": exact samples, and gates = sample + (pi - sg(pi)) with the marginals pi. "gumbel-top-k": the K
+    largest of z + Gumbel noise, and the gradient of their relaxation; this samples without replacement in order of exp(z)
+    (Plackett-Luce), with marginals close to pi but not equal, and the same mode. "score": the score function (REINFORCE,
+    Williams 1992), unbiased: neighbours 2k and 2k + 1 differ in their masks alone, and each is the other's baseline. Gates then
+    have no gradient, so dropped blocks are not run at all.
+    """
+
+    meaning = "marginal probability of each block of each group, of subsets with exactly N of its M blocks"
+
+    def __init__(self, groups: Sequence[BlockGroup], logit_init: float = 0.02, estimator: str = "marginals") -> None:
+        super().__init__(groups, [g.size for g in groups], logit_init)
+        self.estimator = estimator
+        self.paired = estimator == "score"
+
+    def draw(self, draws: Draws) -> tuple[Tensor, ...]:
+        """Uniform numbers or standard Gumbel noise (B, M_g) per group, float32."""
+        draw, purpose = (draws.gumbel, "gumbel") if self.estimator == "gumbel-top-k" else (draws.uniform, "subset")
+        noise = [torch.from_numpy(draw(f"{purpose}/{i}", (g.size,))) for i, g in enumerate(self.groups)]
+        return tuple(drawn.float() for drawn in noise)
+
+    def sample(self, noise: Sequence[Tensor], temperature: float, scaling: float) -> Tensor:
+        """The temperature is that of the relaxation; exact marginals have none."""
+        columns = []
+        for index, (group, theta) in enumerate(zip(self.groups, self.logits, strict=True)):
+            free = _columns(group)
+            drawn = noise[index][:, free]
+            if not free:  # all protected: nothing to draw, and no gradient
+                columns.append(drawn.new_ones(len(drawn), group.size) + 0 * theta.sum())
+                continue
+            z = scaled(group, theta, scaling)
+            if self.estimator == "gumbel-top-k":
+                relaxed = relaxed_top_k(z + drawn, group.keep_free, temperature)
+                hard = torch.zeros_like(relaxed).scatter(1, (z + drawn).topk(group.keep_free).indices, 1.0)
+            else:
+                table, hard = _tabled_draw(group, z, noise[index])
+                relaxed = hard if self.paired else marginals(table)
+            gates = drawn.new_ones(len(drawn), group.size)
+            gates[:, free] = hard + (relaxed - relaxed.detach())
+            columns.append(gates)
+        return torch.cat(columns, dim=-1)
+
+    def surrogate(self, noise: Sequence[Tensor], scaling: float, losses: Tensor) -> Tensor | None:
+        """(B,): (loss of n - loss of its neighbour) * log p(subset of n) up to a constant, for "score"."""
+        if not self.paired:
+            return None
+        neighbour = torch.arange(len(losses), device=losses.device) ^ 1
+        neighbour = neighbour.clamp(max=len(losses) - 1)  # the last may be alone
+        advantage = (losses - losses[neighbour]).detach()
+        total = torch.zeros_like(advantage)
+        for group, theta, drawn in zip(self.groups, self.logits, noise, strict=True):
+            if not group.free:
+                continue
+            z = scaled(group, theta, scaling)
+            table, hard = _tabled_draw(group, z.detach(), drawn)
+            total = total + (hard - marginals(table)) @ z  # the gradient of log p(S) to z is S - pi
+        return advantage * total
+
+    def kept(self, index: int, theta: Tensor) -> list[int]:
+        """The most probable subset: the largest logits, the first of equals, and the protected blocks."""
+        group = self.groups[index]
+        values = theta.tolist()
+        ranked = sorted(group.free, key=lambda block: -values[block - group.start])
+        return list(group.with_protected(ranked[: group.keep_free]))
+
+    @torch.no_grad()
+    def probabilities(self, index: int, theta: Tensor, scaling: float) -> list[float]:
+        """(M_g) marginals; 1 for protected blocks."""
+        group = self.groups[index]
+        row = torch.ones(group.size)
+        if group.free:
+            z = scaled(group, theta.cpu(), scaling)
+            row[_columns(group)] = marginals(inclusion_table(z, group.keep_free))
+        return [float(value) for value in row.tolist()]
+
+    def confidence(self, index: int, theta: Tensor, scaling: float) -> list[float]:
+        """The marginal of every kept block, in their order; (N - P) / (M - P) is chance."""
+        row, start = self.probabilities(index, theta, scaling), self.groups[index].start
+        return [row[block - start] for block in self.kept(index, theta)]
+
+
+def _columns(group: BlockGroup) -> list[int]:
+    """Positions of the free blocks in a row of the group."""
+    return [i - group.start for i in group.free]
+
+
+def _tabled_draw(group: BlockGroup, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """`inclusion_table` of a group's free blocks, z (M,), and subsets of them (B, M) drawn with noise (B, M_g)."""
+    table = inclusion_table(z, group.keep_free)
+    return table, draw_subsets(table, noise[:, _columns(group)])
+
+
+def scaled(group: BlockGroup, theta: Tensor, scaling: float) -> Tensor:
+    """z (M,) of the free blocks of a group; centred, because p does not depend on the mean of theta."""
+    free = theta[_columns(group)].float()
+    return scaling * (free - free.mean())

@@ -1,14 +1,14 @@
-"""The learned criterion: gates and throw-away weight deltas trained together, by the one loop.
+"""The learned criterion: gates and temporary weight updates, trained together.
 
 `GatedObjective` wraps any objective: it draws the gates' noise with the batch and runs the model under sampled gates.
-Source: TinyFusion (arXiv 2412.01199), section 3. Defects of the released code that are not repeated: schedules that
-overshoot, a decision that is only printed, groups that do not fill the depth, weight deltas lost to a second load.
+Source: TinyFusion (arXiv 2412.01199), section 3. Differs: without the released code's schedules that overshoot, decision that
+is only printed, groups that do not fill the depth, and weight updates lost to a second load.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,9 +22,8 @@ from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, StepMemory
-from tinyfusion.prune.gates import CategoricalGates, GateDistribution
-from tinyfusion.prune.subset import SubsetGates
-from tinyfusion.training.lora import add_lora, cast_frozen_linears
+from tinyfusion.prune.gates import CategoricalGates, GateDistribution, SubsetGates
+from tinyfusion.training.lora import add_lora, cast_frozen_linears, delta_weights
 from tinyfusion.training.optim import ParameterGroup, linear, trainable
 from tinyfusion.training.state import Ema
 
@@ -42,7 +41,6 @@ class GatedObjective(Objective):
     dropped: Literal["dense", "skip"] = "skip"
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        """The inner draws, and the noise of every group's gates."""
         noisy = self.inner.draw(batch, draws)
         noise = tuple(drawn.to(noisy.device) for drawn in self.gates.draw(draws))
         if self.gates.paired:
@@ -50,7 +48,6 @@ class GatedObjective(Objective):
         return dataclasses.replace(noisy, gate_noise=noise)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
-        """The model with every sample's own mask."""
         temperature = linear(self.temperature, noisy.step, self.steps)
         scaling = linear(self.scaling, noisy.step, self.steps)
         masks = self.gates.sample(noisy.gate_noise, temperature, scaling)
@@ -58,34 +55,34 @@ class GatedObjective(Objective):
             return self.inner.predict(model, noisy)
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """The inner losses; "loss" also carries the gradient of estimators that do not go through the gates."""
+        """The inner losses; "loss" also has the gradient of estimators without one through the gates."""
         terms = self.inner.losses(model, noisy, prediction)
         scaling = linear(self.scaling, noisy.step, self.steps)
         surrogate = self.gates.surrogate(noisy.gate_noise, scaling, terms["loss"])
         if surrogate is None:
             return terms
-        return {**terms, "loss": terms["loss"] + (surrogate - surrogate.detach())}  # the value stays what it was
+        return {**terms, "loss": terms["loss"] + (surrogate - surrogate.detach())}  # the same value
 
     def step_memory(self) -> StepMemory:
-        """An image that drops a block runs it without a graph, if dropped blocks are skipped."""
+        """With skipping, an image that drops a block runs it without a graph."""
         groups = self.gates.groups if self.dropped == "skip" else []
         return StepMemory(graph_share=sum(g.keep for g in groups) / sum(g.size for g in groups) if groups else 1.0)
 
 
 def in_pairs(noisy: NoisyBatch, first: int) -> NoisyBatch:
-    """Sample 2k + 1 becomes sample 2k again: image, timestep, noise and label, all but the noise of the gates.
+    """Replace sample 2k + 1 by sample 2k: image, timestep, noise and label, all but the noise of the gates.
 
-    first: global index of the first sample. Raises ValueError where a pair would be torn apart.
+    first: global index of the first sample; ValueError if it is odd, which would split a pair.
     """
     if first % 2:
-        raise ValueError(f"samples come in pairs, so a part of a batch begins with an even one; this one with {first}")
+        raise ValueError(f"samples come in pairs, so a microbatch begins with an even one; this one with {first}")
     rows = torch.arange(len(noisy), device=noisy.device) // 2 * 2
     return dataclasses.replace(noisy.each(lambda value: value[rows]), gate_noise=noisy.gate_noise)
 
 
 @dataclass(frozen=True)
 class MaskLearner:
-    """A gated copy of a teacher, ready for the loop: objective, parameter groups, and the decision at any moment."""
+    """A gated copy of a teacher with objective and parameter groups; `decision` at any step."""
 
     module: nn.Module
     objective: GatedObjective
@@ -99,7 +96,7 @@ class MaskLearner:
         return sum(p.numel() for p in self.parameter_groups[0].parameters.values()) / self.teacher_parameters
 
     def decision(self, ema: Ema, step: int) -> Decision:
-        """What would be kept now, from the averaged logits."""
+        """The decision of the averaged logits at `step`."""
         logits = [ema.average[f"gates.logits.{i}"] for i in range(len(self.objective.gates.logits))]
         scaling = linear(self.objective.scaling, step, self.objective.steps)
         return Decision(self.groups, self.objective.gates, logits, scaling)
@@ -114,27 +111,23 @@ class Decision:
     logits: list[Tensor]
     scaling: float
 
-    def _by_list(self, values: Iterable[list[Any]]) -> dict[str, list[list[Any]]]:
-        """Values per group to per list."""
-        rest = iter(values)
-        return {name: [next(rest) for _ in listed] for name, listed in self.groups.items()}
+    def _per_list(self, function: Callable[..., list[Any]], *args: Any) -> dict[str, list[list[Any]]]:
+        """The results of a function of (index of a group, its logits, *args), per list and group."""
+        rows = iter([function(index, theta, *args) for index, theta in enumerate(self.logits)])
+        return {name: [next(rows) for _ in listed] for name, listed in self.groups.items()}
 
     def kept(self) -> dict[str, list[int]]:
-        """Kept blocks per list."""
-        return _joined(self._by_list(self.gates.kept(i, theta) for i, theta in enumerate(self.logits)))
+        return _joined(self._per_list(self.gates.kept))
 
     def probabilities(self) -> dict[str, list[list[float]]]:
-        """What the distribution says of every group, per list; its `meaning` explains."""
-        rows = (self.gates.probabilities(i, theta, self.scaling) for i, theta in enumerate(self.logits))
-        return self._by_list(rows)
+        """Probabilities of every group, per list; see the `meaning` of the distribution."""
+        return self._per_list(self.gates.probabilities, self.scaling)
 
     def confidence(self) -> dict[str, list[float]]:
         """Per list: one number per group of a categorical, one per kept block of a subset."""
-        rows = (self.gates.confidence(i, theta, self.scaling) for i, theta in enumerate(self.logits))
-        return _joined(self._by_list(rows))
+        return _joined(self._per_list(self.gates.confidence, self.scaling))
 
     def log(self, step: int, objective: GatedObjective) -> dict[str, Any]:
-        """Fields for a log line."""
         fields = {
             "temperature": linear(objective.temperature, step, objective.steps),
             "scaling": self.scaling,
@@ -147,7 +140,6 @@ class Decision:
 
 
 def _joined(per_group: Mapping[str, list[list[Any]]]) -> dict[str, list[Any]]:
-    """The groups of every list, one after another."""
     return {name: [value for row in rows for value in row] for name, rows in per_group.items()}
 
 
@@ -159,10 +151,10 @@ def mask_learner(
     device: torch.device | str = "cpu",
     place: Callable[[nn.Module, list[nn.Module]], nn.Module] | None = None,
 ) -> MaskLearner:
-    """Attach gates and weight deltas to a copy of `teacher`, which stays untouched.
+    """Attach gates and weight updates to a copy of `teacher`.
 
-    seed: of the deltas' initial values. place: moves the copy to the device, perhaps in parts (`Engine.place`).
-    Raises UserError where the scheme does not fit.
+    seed: of the updates' initial values. place: moves the copy to the device, and may shard it (`Engine.place`).
+    Raises UserError if the scheme does not fit.
     """
     groups = parse_scheme(settings.scheme, teacher.stack.depths(), settings.distribution, settings.protect)
     module = teacher.copy().module.train()
@@ -176,44 +168,24 @@ def mask_learner(
     else:  # parameters are other objects afterwards
         place(module, list(stack))
         deltas = {name: p for name, p in module.named_parameters() if name in deltas}
-    gates = _gates([g for listed in groups.values() for g in listed], settings).to(device)
-    gated = GatedObjective(
-        objective,
-        stack,
-        gates,
-        settings.temperature,
-        settings.scaling,
-        settings.training.steps,
-        settings.dropped,
-    )
-    logits = {f"gates.logits.{i}": theta for i, theta in enumerate(gates.logits)}
-    return MaskLearner(
-        module,
-        gated,
-        groups,
-        [
-            ParameterGroup(deltas),
-            ParameterGroup(logits, settings.gate_learning_rate, constant=True),
-        ],
-        num_parameters(teacher.module),
-    )
-
-
-def _gates(groups: list[BlockGroup], settings: PruneSection) -> GateDistribution:
-    """The distribution that the recipe names."""
+    all_groups = [group for listed in groups.values() for group in listed]
     if settings.distribution == "subset":
-        return SubsetGates(groups, settings.logit_init, settings.subset_estimator)
-    return CategoricalGates(groups, settings.logit_init)
+        gates: GateDistribution = SubsetGates(all_groups, settings.logit_init, settings.subset_estimator)
+    else:
+        gates = CategoricalGates(all_groups, settings.logit_init)
+    gates.to(device)
+    schedules = (settings.temperature, settings.scaling, settings.training.steps)
+    gated = GatedObjective(objective, stack, gates, *schedules, settings.dropped)
+    logits = {f"gates.logits.{i}": theta for i, theta in enumerate(gates.logits)}
+    parameter_groups = [ParameterGroup(deltas), ParameterGroup(logits, settings.gate_learning_rate, constant=True)]
+    return MaskLearner(module, gated, groups, parameter_groups, num_parameters(teacher.module))
 
 
 def _deltas(module: nn.Module, settings: PruneSection, seed: int) -> dict[str, nn.Parameter]:
-    """The parameters that train beside the gates."""
     if settings.update == "lora":
         return add_lora(module, settings.lora_rank, settings.lora_scale * settings.lora_rank, seed)
     if settings.update == "frozen":
-        for parameter in module.parameters():
-            parameter.requires_grad_(False)
-        return {}
+        module.requires_grad_(False)
     return trainable(module)
 
 
@@ -221,7 +193,6 @@ def plan_of(
     decision: Decision, teacher: LoadedModel, settings: PruneSection, seed: int, cost: dict[str, float]
 ) -> PrunePlan:
     """The decision as a plan."""
-    scores: dict[str, Any] = {"meaning": decision.gates.meaning}
     return PrunePlan(
         kept=decision.kept(),
         depth=teacher.stack.depths(),
@@ -229,8 +200,31 @@ def plan_of(
         scheme=settings.scheme,
         distribution=settings.distribution,
         groups={name: [[g.keep, g.size] for g in listed] for name, listed in decision.groups.items()},
-        scores={**scores, **decision.probabilities()},
+        scores={"meaning": decision.gates.meaning, **decision.probabilities()},
         seed=seed,
         teacher=teacher.hash(),
         cost=cost,
     )
+
+
+@torch.no_grad()
+def prune_with_weight_updates(
+    teacher: LoadedModel, plan: PrunePlan, averages: Mapping[str, Tensor], settings: PruneSection
+) -> LoadedModel:
+    """`teacher.cut(plan)` with the averaged weight updates, which were trained with missing blocks; the same plan and lineage.
+
+    LoRA updates are added to the teacher's weights, fully trained weights replace them. Replaying the plan on the teacher gives
+    the blocks of this student, not its weights. Not in the paper, which discards the updates; measured in
+    docs/results/recovery-extras.md.
+    """
+    trained = teacher.copy()
+    parameters = dict(trained.module.named_parameters())
+    for name, value in averages.items():
+        if name in parameters:
+            parameters[name].copy_(value)
+    for name, delta in delta_weights(averages, settings.lora_scale).items():
+        parameters[name].add_(delta.to(parameters[name].device))
+    student = teacher.cut(plan)
+    weights = trained.cut(dataclasses.replace(plan, teacher="")).module.state_dict()
+    student.module.load_state_dict(weights)
+    return student

@@ -1,6 +1,6 @@
-"""Width by importance: which channels go, after Diff-Pruning (Fang et al., arXiv 2305.10924).
+"""Prune width by importance, after Diff-Pruning (Fang et al., arXiv 2305.10924). Depth and number of heads stay.
 
-Shapes: B calibration images. Depth and number of heads stay; what a group of channels is says `blocks/widths.py`.
+Shapes: B calibration images. `blocks/widths.py` explains groups of channels.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ _MEANING = (
 def by_width(context: CriterionContext) -> PrunePlan:
     """Keep `prune.width_share` of the parameters: in every group the channels of greatest importance; no block goes.
 
-    Groups shrink by one factor (a local ratio: none is ranked against another), the channels of a head within the head.
-    At equal importance the earlier channel stays. Looks at the first calibration batch alone, forward and backward at
-    every timestep: that is the cost. Raises UserError where the family's widths cannot be cut, no width has that share,
-    or the loss is not finite. Differs from the published scripts by ranking only weights that train, so without the
-    position table.
+    Groups shrink by one factor (a local ratio), the channels of a head within the head. At equal importance the earlier channel
+    stays. Cost: the first calibration batch alone, forward and backward at every timestep. Raises UserError if the family's
+    widths cannot be cut, no width has that share, or the loss is not finite. Differs from the published scripts by ranking only
+    trained weights, without the position table.
     """
     teacher, fixed = context.teacher, context.images.batches[0]
     wanted = check_width(teacher, context.settings)
@@ -74,14 +73,14 @@ def by_width(context: CriterionContext) -> PrunePlan:
 
 
 def width_evaluations(context: CriterionContext) -> int:
-    """Block evaluations per calibration batch, at the most: all timesteps on one batch, a backward pass as two forward."""
+    """Block evaluations per calibration batch, at most: all timesteps on one batch, a backward pass as two forward."""
     settings = context.settings
     batches = math.ceil(settings.calibration_images / settings.calibration_batch_size)
     return math.ceil(_PASSES * context.images.objective.num_levels * len(context.teacher.stack) / batches)
 
 
 def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, ChannelGroup]:
-    """The groups of the student that `settings.width_share` asks for. Raises UserError where there is none."""
+    """The groups of a student with `settings.width_share`. Raises UserError if there is none."""
     rules = teacher.family.widths
     if settings.num_keep is not None:
         raise UserError(
@@ -99,7 +98,7 @@ def summed_gradients(module: nn.Module, objective: Process, fixed: NoisyBatch, t
     """Add up, in `.grad`, gradients of the noise MSE of `fixed` at timesteps 0, 1, 2, ...; yields each mean loss.
 
     Images, labels and noise are those of `fixed` (B), its timesteps are not used. Ends after the first loss below
-    `threshold` times the largest so far; its gradient counts. Raises UserError where a loss is not finite.
+    `threshold` times the largest so far; its gradient counts. Raises UserError if a loss is not finite.
     """
     module.zero_grad(set_to_none=True)
     largest = 0.0

@@ -61,11 +61,9 @@ class DistilledObjective(Objective):
 
     @property
     def compares_features(self) -> bool:
-        """Whether there is a feature term."""
         return max(self.beta) > 0
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        """The inner draws."""
         return self.inner.draw(batch, draws)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> TaughtPrediction:
@@ -109,7 +107,6 @@ class DistilledObjective(Objective):
         return {"loss": loss, "gt": own["loss"], **rest, **kd, **features}
 
     def step_memory(self) -> StepMemory:
-        """The teacher, and its features if they are compared."""
         features = len(self.pairs) if self.compares_features else 0
         return StepMemory(teacher=(self.teacher, self.teacher_stack), features=features)
 

@@ -35,7 +35,6 @@ class SampleDraws:
     device: torch.device
 
     def at(self, position: int) -> Draws:
-        """The draws of one step."""
         return self.randomness.at(position + 1, self.first, self.num)
 
     def normal(self, position: int, shape: tuple[int, ...]) -> Tensor:

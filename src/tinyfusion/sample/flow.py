@@ -106,7 +106,6 @@ class FlowSampler(GuidedSampler):
 
     @property
     def chooses_steps(self) -> bool:
-        """Whether the method is adaptive."""
         return self.kind == "ode" and self.method in ADAPTIVE_METHODS
 
     @property

@@ -118,7 +118,6 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _step(path: Path) -> int | None:
-    """The step in the name of a checkpoint; None for other names."""
     match = re.fullmatch(r"step-([0-9]{7,})", path.name)
     return int(match[1]) if match else None
 
@@ -290,7 +289,6 @@ class CheckpointWriter:
             contents: dict[int, dict[str, Any]] = {}
 
             def is_read(note: Path) -> bool:
-                """Move a note, if it exists, into `contents`. Raises UserError if it reports a failure."""
                 rank = notes[note]
                 if note.is_file():
                     contents[rank] = read_json(note)
@@ -340,7 +338,6 @@ class CheckpointWriter:
 
 
 def _note(folder: Path, rank: int, num: int) -> Path:
-    """The file that reports that the file of `rank` is complete."""
     return folder / f"{part_name(rank, num)}.json"
 
 

@@ -152,7 +152,6 @@ def _forward_backward(
 
 
 def _bad_samples(losses: list[Tensor], settings: TrainingSection, engine: Engine) -> list[int]:
-    """Indices in the global batch of this rank's losses that are not finite."""
     first = engine.slices(settings.batch_size)[0][0]
     return [first + int(index) for index in (~torch.isfinite(torch.cat(losses))).nonzero()]
 
@@ -188,7 +187,6 @@ def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: 
 
 
 def _gone_bad(bad_steps: int, step: int, settings: TrainingSection, bad_samples: list[int], norm: float) -> str:
-    """The message after too many bad steps: the images of the last one, and what to do."""
     batch_size = settings.batch_size
     shown = ", ".join(map(str, bad_samples[:8])) + (", ..." if len(bad_samples) > 8 else "")
     what, which = "had a non-finite loss or gradient", "its loss is finite, its gradient is not"

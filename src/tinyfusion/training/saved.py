@@ -184,7 +184,6 @@ def open_checkpoint(path: Path) -> SavedState:
 
 
 def _progress(record: Mapping[str, Any]) -> Progress:
-    """The fields of state.json. Raises KeyError or ValueError on missing fields and on other types."""
     progress = Progress(**{field.name: record[field.name] for field in fields(Progress)})
     for name in ("step", "bad_steps", "seen_images", "good_steps"):
         if type(number := getattr(progress, name)) is not int or number < 0:

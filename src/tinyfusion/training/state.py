@@ -166,7 +166,6 @@ class TrainState:
         return {f"{k}/{name}": v for name, p in self.parameters.items() for k, v in state.get(p, {}).items()}
 
     def _check(self, saved: SavedState, targets: Mapping[str, Tensor]) -> None:
-        """Raise UserError if a checkpoint is not of this training."""
         progress = saved.progress
         if progress.optimizer != self._optimizer_name:
             raise UserError(
