@@ -55,6 +55,12 @@ from tinyfusion.training.engine import Engine
 
 def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Prune, recover, optionally train routers; sample all models from the same seeds, evaluate, time, write the page."""
+    stages = {name.partition(".")[0] for name in recipe.assigned}
+    if "dynamic" in stages and not recipe.dynamic.in_run and not stages & {"prune", "recover"}:
+        raise UserError(
+            f"recipe {recipe.name} is for the verb `dynamic`, it says nothing of pruning and recovery: tinyfusion dynamic --recipe "
+            f"{recipe.name} --model {recipe.teacher or 'MODEL'}, or add those sections and --set dynamic.in_run=true"
+        )
     engine = engine_for(recipe)
     teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
     remarks: list[str] = []
