@@ -42,9 +42,14 @@ from tinyfusion.jobs.origins import require_features
 from tinyfusion.jobs.previews import check_previews
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.jobs.routing import check_dynamic
-from tinyfusion.jobs.sampling_setup import autoencoder_for, check_sampling, image_shape_and_dtype
+from tinyfusion.jobs.sampling_setup import (
+    SPREAD_STEPS,
+    autoencoder_for,
+    check_sampling,
+    image_shape_and_dtype,
+    timed_model,
+)
 from tinyfusion.jobs.scoring import open_reference
-from tinyfusion.jobs.timed_model import SPREAD_STEPS, timed_model
 from tinyfusion.jobs.verbs import Inputs, Work, finished, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.criteria import by_indices
