@@ -72,7 +72,7 @@ class Case:
         """In the table, and for --only."""
         extra = ", checkpointing" if self.checkpointing else ""
         return f"{self.kind}, {self.dtype}{extra}, batch {self.batch_size}" + (
-            f" in {self.parts}" if self.parts > 1 else ""
+            f" in {self.sizes}" if self.sizes > 1 else ""
         )
 
 
@@ -180,7 +180,7 @@ def measured(case: Case) -> dict[str, Any]:
     warm_up(case.dtype)
     before = resident("VmRSS")
     settings = TrainingSection(steps=STEPS, batch_size=case.batch_size, dtype=case.dtype)  # type: ignore[arg-type]
-    compute = ComputeSection(gradient_checkpointing=case.checkpointing, gradient_accumulation_steps=case.parts)
+    compute = ComputeSection(gradient_checkpointing=case.checkpointing, gradient_accumulation_steps=case.sizes)
     given = made(case, settings)
     began = time.perf_counter()
     args = given.state.model, given.stack, given.state.parameters, given.objective, latents, settings
@@ -194,7 +194,7 @@ def measured(case: Case) -> dict[str, Any]:
             pass
     seconds = time.perf_counter() - began
     lines = [*plan.lines(), "", *fitting_lines(footprint, settings, compute)]
-    parts = dict(plan.parts)
+    parts = dict(plan.sizes)
     moving = sum(parts[name] for name in ("gradients", "activations", "casts_of_weights", "batches"))
     return {
         "predicted": plan.total,

@@ -256,6 +256,7 @@ ROWS = [
     row("teacher-family", f"{PRUNE} --set teacher_family=sit", "teacher is of family dit, not sit"),
     row("teacher-family-unknown", "prune --teacher good.pt --num-heads 2 --set teacher_family=sut --out run", "'sut'", "'sit'"),
     row("other-family", RECOVER.replace("--teacher teacher", "--teacher sit"), "is of family dit and the teacher sit of sit"),
+    row("run-of-a-dynamic-recipe", "run --recipe digits-dynamic --out run", "is for the verb `dynamic`", "--model digits"),
     row("dynamic-family", DYNAMIC.replace("teacher", "mar"), "mar"),
     row("dynamic-target", f"{DYNAMIC} --target 0", "target", "got 0"),
     row("dynamic-nothing", f"{DYNAMIC} --set dynamic.width=false --set dynamic.tokens=false", "nothing would be decided"),

@@ -31,7 +31,7 @@ from test_evaluate import random_weights
 from tinyfusion.config.loading import load_recipe, recipe_fields, shipped_recipes
 from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.evaluate import extractors
-from tinyfusion.jobs import references
+from tinyfusion.jobs import scoring
 from tinyfusion.models.checkpoint import save_model
 from tinyfusion.options import VERBS
 from tinyfusion.parsing import overrides, parse
@@ -179,7 +179,7 @@ def reader(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shipped = {path.name: path for path in (stand_ins / "shipped").iterdir()}
     monkeypatch.setattr("tinyfusion.models.places.shipped_models", lambda: shipped)
     monkeypatch.setattr(extractors, "fetch_weights", lambda name: stand_ins / "inception.safetensors")
-    monkeypatch.setattr(references, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(scoring, "cache_folder", lambda: tmp_path / "cache")
     shutil.copytree(stand_ins / "brought", tmp_path / "reader")
     monkeypatch.chdir(tmp_path / "reader")
     return tmp_path / "reader"

@@ -24,7 +24,7 @@ from test_bad_input import assert_one_error_line, tree_hash
 from tinyfusion.data import image_source
 from tinyfusion.evaluate.inception import Inception, InceptionFeatures
 from tinyfusion.evaluate.metrics import feature_moments, frechet_distance
-from tinyfusion.jobs import references
+from tinyfusion.jobs import scoring
 
 EVALUATE = "evaluate --reference digits --out made/evaluation.json"
 SAMPLES = f"{EVALUATE} --samples images.npz"
@@ -52,7 +52,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder."""
-    monkeypatch.setattr(references, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(scoring, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -232,9 +232,9 @@ def test_large_sets_are_read_in_parts_with_the_same_numbers(
     for i, image in enumerate(images):
         Image.fromarray(image[..., 0]).save(f"pictures/{i:03d}.png")
     whole = evaluated(cli, f"{EVALUATE} --samples {name}")
-    for module in (image_source, references):
+    for module in (image_source, scoring):
         monkeypatch.setattr(module, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr(references, "READ_IMAGES", 7)
+    monkeypatch.setattr(scoring, "READ_IMAGES", 7)
     parts = evaluated(cli, f"{EVALUATE} --samples {name}")
     assert [parts[key] for key in NUMBERS] == pytest.approx([whole[key] for key in NUMBERS], rel=1e-6)
     assert parts["recipe"] == whole["recipe"]  # the hash too
@@ -321,7 +321,7 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(
     cli: Cli, work: Path, inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
-    monkeypatch.setattr(references, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(scoring, "cache_folder", lambda: tmp_path / "cache")
     np.savez("real.npz", arr_0=np.random.default_rng(1).integers(0, 256, (2, 8, 8, 1), dtype=np.uint8))
     outcome = cli(
         *shlex.split(

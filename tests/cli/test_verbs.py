@@ -139,15 +139,15 @@ def test_a_stopped_mask_search_goes_on(cli: Cli, work: Path, monkeypatch: pytest
     saved: list[object] = []
 
     def save_and_stop(*arguments: object) -> None:
-        asking_save(*arguments)
+        save(*arguments)
         saved.append(arguments)
         if len(saved) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    from tinyfusion.jobs import criteria as asking
+    from tinyfusion.jobs import criteria
 
-    asking_save: Any = asking._save
-    monkeypatch.setattr(asking, "_save", save_and_stop)
+    save: Any = criteria._save
+    monkeypatch.setattr(criteria, "_save", save_and_stop)
     stopped = cli(*shlex.split(command))
     assert stopped.code == 128 + signal.SIGTERM
     assert [p.name for p in Path("pruned/checkpoints").iterdir()] == ["step-0000002"]

@@ -112,7 +112,7 @@ def test_prediction_is_near_the_allocators_peak(
 ) -> None:
     given = training(tiny_model, kind, dtype)
     plan = memory_plan(given.footprint(), given.settings, ComputeSection(gradient_checkpointing=checkpointing))
-    predicted = sum(plan.parts[name] for name in ("gradients", "activations", "casts_of_weights"))
+    predicted = sum(plan.sizes[name] for name in ("gradients", "activations", "casts_of_weights"))
     with checkpointed(given, checkpointing):
         measured = profiled_peak(given, IMAGES)
     assert predicted == pytest.approx(measured, rel=0.15)
@@ -176,13 +176,13 @@ def test_counted_parts_are_those_of_the_state(tiny_model: MakeModel, dtype: str)
             pass
         state, model = given.state, given.state.model
         moments = [v for slots in state.optimizer.state.values() for v in slots.values()]
-        assert plan.parts["optimizer"] == sum(v.nbytes for v in moments)
-        assert plan.parts["trained_weights"] == sum(p.nbytes for p in state.parameters.values())
-        assert plan.parts["gradients"] == sum(p.grad.nbytes for p in state.parameters.values() if p.grad is not None)
-        assert plan.parts["moving_average"] == sum(v.nbytes for v in state.ema.average.values())
-        assert plan.parts["frozen_weights"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        assert plan.sizes["optimizer"] == sum(v.nbytes for v in moments)
+        assert plan.sizes["trained_weights"] == sum(p.nbytes for p in state.parameters.values())
+        assert plan.sizes["gradients"] == sum(p.grad.nbytes for p in state.parameters.values() if p.grad is not None)
+        assert plan.sizes["moving_average"] == sum(v.nbytes for v in state.ema.average.values())
+        assert plan.sizes["frozen_weights"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
         others = sum(p.nbytes for m in given.also_resident if m is not model for p in m.parameters())
-        assert plan.parts["teacher"] + plan.parts["model_also_resident"] == others
+        assert plan.sizes["teacher"] + plan.sizes["model_also_resident"] == others
 
 
 def test_fsdp2_gathers_what_is_in_no_block_and_two_blocks(tiny_model: MakeModel) -> None:
@@ -235,19 +235,19 @@ def test_parts_sum_to_the_total_and_none_is_negative() -> None:
                 for images in (2, 1000):
                     compute = ComputeSection(parallel=parallel, gradient_checkpointing=checkpointing)
                     plan = plan_of(compute, world, images, dtype=dtype)
-                    assert plan.total == sum(plan.parts.values())
-                    assert min(plan.parts.values()) >= 0
+                    assert plan.total == sum(plan.sizes.values())
+                    assert min(plan.sizes.values()) >= 0
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_of_twice_the_batch_only_activations_and_batches_grow(accumulation: int) -> None:
     compute = ComputeSection(gradient_accumulation_steps=accumulation)
     once, twice = plan_of(compute, images=1000), plan_of(compute, images=2000)
-    grown = {name for name in once.parts if twice.parts[name] != once.parts[name]}
+    grown = {name for name in once.sizes if twice.sizes[name] != once.sizes[name]}
     assert grown == {"activations", "batches"}
     assert twice.images == 2 * once.images
-    gone = once.parts["gradients"] if accumulation == 1 else 0  # which take the place of activations
-    assert twice.parts["activations"] + gone == 2 * (once.parts["activations"] + gone)
+    gone = once.sizes["gradients"] if accumulation == 1 else 0  # which take the place of activations
+    assert twice.sizes["activations"] + gone == 2 * (once.sizes["activations"] + gone)
 
 
 def test_gradients_take_the_place_of_activations_unless_they_stay() -> None:
@@ -255,32 +255,32 @@ def test_gradients_take_the_place_of_activations_unless_they_stay() -> None:
     for compute, world, images in ((ComputeSection(gradient_accumulation_steps=2), 1, 2000), (None, 2, 2000)):
         held = plan_of(compute, world, images)
         assert held.images == alone.images
-        assert held.parts["activations"] - alone.parts["activations"] == alone.parts["gradients"]
+        assert held.sizes["activations"] - alone.sizes["activations"] == alone.sizes["gradients"]
     small = plan_of(images=1)  # the backward pass ends with all gradients and one block's inside
-    assert small.parts["activations"] == 2500
+    assert small.sizes["activations"] == 2500
 
 
 def test_fsdp2_halves_what_is_kept_and_gathers_blocks() -> None:
     whole, split = plan_of(images=1000), plan_of(ComputeSection(parallel="fsdp2"), 2, 2000)
     for name in ("trained_weights", "frozen_weights", "gradients", "moving_average"):
-        assert 2 * split.parts[name] == whole.parts[name]
-    assert split.parts["teacher"] == whole.parts["teacher"]
-    assert split.parts["gathered_from_processes"] == 8_100
+        assert 2 * split.sizes[name] == whole.sizes[name]
+    assert split.sizes["teacher"] == whole.sizes["teacher"]
+    assert split.sizes["gathered_from_processes"] == 8_100
     shared = plan_of(ComputeSection(parallel="fsdp2", shard_teacher=True), 2, 2000)
-    assert 2 * shared.parts["teacher"] == whole.parts["teacher"]
-    assert shared.parts["gathered_from_processes"] == split.parts["gathered_from_processes"] + 4_100
+    assert 2 * shared.sizes["teacher"] == whole.sizes["teacher"]
+    assert shared.sizes["gathered_from_processes"] == split.sizes["gathered_from_processes"] + 4_100
 
 
 def test_checkpointing_keeps_block_outputs_and_one_inside() -> None:
     plain, less = plan_of(), plan_of(ComputeSection(gradient_checkpointing=True))
-    gradients = plain.parts["gradients"]
-    assert plain.parts["activations"] == 1000 * (2 * 2000 + 500 + 300) - gradients
-    assert less.parts["activations"] == 1000 * (2 * 100 + 2400 + 200) - gradients
+    gradients = plain.sizes["gradients"]
+    assert plain.sizes["activations"] == 1000 * (2 * 2000 + 500 + 300) - gradients
+    assert less.sizes["activations"] == 1000 * (2 * 100 + 2400 + 200) - gradients
 
 
 def test_eight_bit_moments_spare_small_tensors() -> None:
     plan = plan_of(optimizer="adamw-8bit")
-    assert plan.parts["optimizer"] == (400 + 600) * 8 + 2 * 4 + 2 * (8192 + 4 * 32)
+    assert plan.sizes["optimizer"] == (400 + 600) * 8 + 2 * 4 + 2 * (8192 + 4 * 32)
 
 
 def test_images_at_once_is_the_engines_largest_part() -> None:

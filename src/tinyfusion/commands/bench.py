@@ -21,7 +21,7 @@ from tinyfusion.core.rundir import machine
 from tinyfusion.evaluate.timing import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.process_specs import sampler_of
-from tinyfusion.jobs.timed_model import SPREAD_STEPS, TimedModel, timed_model
+from tinyfusion.jobs.sampling_setup import SPREAD_STEPS, TimedModel, timed_model
 from tinyfusion.models.checkpoint import open_model
 from tinyfusion.report.tables import scatters
 

@@ -42,9 +42,14 @@ from tinyfusion.jobs.origins import require_features
 from tinyfusion.jobs.previews import check_previews
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.jobs.routing import check_dynamic
-from tinyfusion.jobs.sampling_setup import autoencoder_for, check_sampling, image_shape_and_dtype
+from tinyfusion.jobs.sampling_setup import (
+    SPREAD_STEPS,
+    autoencoder_for,
+    check_sampling,
+    image_shape_and_dtype,
+    timed_model,
+)
 from tinyfusion.jobs.scoring import open_reference
-from tinyfusion.jobs.timed_model import SPREAD_STEPS, timed_model
 from tinyfusion.jobs.verbs import Inputs, Work, finished, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.criteria import by_indices
@@ -55,6 +60,12 @@ from tinyfusion.training.engine import Engine
 
 def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Prune, recover, optionally train routers; sample all models from the same seeds, evaluate, time, write the page."""
+    stages = {name.partition(".")[0] for name in recipe.assigned}
+    if "dynamic" in stages and not recipe.dynamic.in_run and not stages & {"prune", "recover"}:
+        raise UserError(
+            f"recipe {recipe.name} is for the verb `dynamic`, it says nothing of pruning and recovery: tinyfusion dynamic --recipe "
+            f"{recipe.name} --model {recipe.teacher or 'MODEL'}, or add those sections and --set dynamic.in_run=true"
+        )
     engine = engine_for(recipe)
     teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
     remarks: list[str] = []

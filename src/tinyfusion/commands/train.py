@@ -30,7 +30,7 @@ class Train(TrainingVerb[Training]):
     sections = ("model", "data", "train")
 
     def open(self, recipe: Recipe, options: RunOptions, source: str | Path, remarks: list[str]) -> Inputs:
-        """A new model, with the sizes that nobody gave taken from its data."""
+        """A new model, with missing sizes taken from its data."""
         batches = open_batches(recipe, device_for(recipe), recipe.model.in_channels)
         recipe = sized(recipe, batches)
         sizes = to_plain(recipe.model)

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def criterion_context(
 
 
 def criterion_work(recipe: Recipe, teacher: LoadedModel) -> CriterionWork:
-    """The recipe's criterion, with its calibration set of the recipe's data."""
+    """The recipe's criterion, with a calibration set of the recipe's data."""
     settings, device = recipe.prune, device_for(recipe)
 
     def calibration() -> Calibration:
@@ -87,7 +87,7 @@ class CriterionWork:
         return FLOAT_BYTES * num_parameters(self.context.teacher.module)
 
     def estimate(self) -> Estimate:
-        """Minutes from one measured forward pass, memory from shapes."""
+        """Minutes from a measured forward pass, memory from shapes."""
         context = self.context
         teacher, evaluations = context.teacher, CRITERIA[context.settings.criterion].evaluations
         if evaluations is None:
@@ -116,13 +116,11 @@ class CriterionWork:
         """Rows of `--dry-run` about the criterion."""
         context = self.context
         settings, row = context.settings, CRITERIA[context.settings.criterion]
-        variant = {
-            "bi": f", {settings.bi_inputs} inputs",
-            "sensitivity": f", {settings.sensitivity_order}",
-            "bk-sdm": f", {settings.bk_sdm_list} list",
-            "random": f", seed {context.seed}",
-        }.get(settings.criterion, "")
-        says = {"criterion": f"{settings.criterion}: {row.says}{variant}"}
+        variants = {
+            "bi": f", {settings.bi_inputs} inputs", "sensitivity": f", {settings.sensitivity_order}",
+            "bk-sdm": f", {settings.bk_sdm_list} list", "random": f", seed {context.seed}",
+        }  # fmt: skip
+        says = {"criterion": f"{settings.criterion}: {row.says}{variants.get(settings.criterion, '')}"}
         if settings.criterion == "indices":
             kept = by_indices(context.teacher, settings.keep, context.seed).kept
             says["keeps"] = "; ".join(f"{', '.join(map(str, listed))} of {name}" for name, listed in kept.items())
@@ -168,9 +166,7 @@ class CriterionWork:
                 saved = time.perf_counter()
                 _save(run, sums, spent + saved - began)
 
-        def publish(table: dict[str, Any]) -> None:
-            write_json(run.path / "calibration.json", table)
-
+        publish = partial(write_json, run.path / "calibration.json")
         total = evaluations(context) * batches
         with progress(title, total, "blocks", total * begun.batches // batches if begun else 0) as bar:
             running = dataclasses.replace(context, tick=bar, begun=begun, keep=keep, publish=publish)

@@ -160,10 +160,9 @@ def depth_speed(
     times = interleaved(sides, DEPTH_REPEATS, device, "speed by depth")
     points = []
     for depth in depths:
-        ratio, low, high = speedup(times[str(whole)], times[str(depth)])
-        point: dict[str, Any] = {"depth": depth, "latency_ms": times[str(depth)].median_ms, "speedup": ratio}
-        point |= {"speedup_spread": [low, high]} | ({"lists": split[depth]} if len(lists) > 1 else {})
-        points.append(point)
+        ratio, *spread = speedup(times[str(whole)], times[str(depth)])
+        point = {"depth": depth, "latency_ms": times[str(depth)].median_ms, "speedup": ratio, "speedup_spread": spread}
+        points.append(point | ({"lists": split[depth]} if len(lists) > 1 else {}))
     where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     steps = f"{DEPTH_REPEATS} interleaved guided denoising steps at every depth, batch {num}"
     return {"protocol": f"{steps}, float32, {where}; medians", "teacher_depth": whole, "points": points}
@@ -241,11 +240,10 @@ def write_pictures(
     evaluation: Callable[[str, str], Path],
 ) -> None:
     """Write every file of this module that does not exist yet."""
-    wanted: dict[str, Callable[[], dict[str, Any] | None]] = {
-        "activations.json": lambda: activations(recipe, teacher, student),
-        "depth_speed.json": lambda: depth_speed(recipe, teacher, student.stack.depths(), step_of),
-    }
-    for name, measure in wanted.items():
-        if not (out / name).is_file() and (values := measure()) is not None:
-            write_json(out / name, values)
+    if not (out / "activations.json").is_file():
+        write_json(out / "activations.json", activations(recipe, teacher, student))
+    if not (out / "depth_speed.json").is_file():
+        speed = depth_speed(recipe, teacher, student.stack.depths(), step_of)
+        if speed is not None:
+            write_json(out / "depth_speed.json", speed)
     fid_steps(recipe, out, student, evaluation)

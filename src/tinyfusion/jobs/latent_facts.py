@@ -23,7 +23,7 @@ _CHECKED_BYTES = 2**30  # files up to here are looked through for values that ar
 
 
 def prompts_file(data: DataSection) -> Path | None:
-    """The file of the data's prompts: as set, else the one in its folder of latents; None where there is none."""
+    """The file of the data's prompts: as set, else in its folder of latents; None where there is none."""
     if data.prompts:
         return Path(data.prompts)
     path = Path(data.name.removeprefix(LATENTS)) / PROMPTS

@@ -34,7 +34,7 @@ class MemoryPlan:
     "activations" is what these need in addition to the gradients.
     """
 
-    parts: Mapping[str, int]
+    sizes: Mapping[str, int]
     images: int
     dtype: str
     overlap: bool
@@ -42,12 +42,12 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """The sum."""
-        return sum(self.parts.values())
+        return sum(self.sizes.values())
 
     def lines(self) -> list[str]:
         """A table for people: everything that takes memory, with its share, and the sum."""
         named = {"activations": "activations beyond gradients"} if self.overlap else {}
-        rows = [(named.get(name, name.replace("_", " ")), size) for name, size in self.parts.items() if size]
+        rows = [(named.get(name, name.replace("_", " ")), size) for name, size in self.sizes.items() if size]
         rows.append(("sum", self.total))
         wide, plural = max(len(name) for name, _ in rows), "image" if self.images == 1 else "images"
         lines = [f"memory of one process at its peak ({self.images:,} {plural} at once, {self.dtype}):"]
@@ -89,7 +89,7 @@ def memory_plan(
             peak, casts = trained + at_end + end_casts, end_casts
         peak -= trained
         casts = min(casts, peak)
-    parts = {
+    sizes = {
         "trained_weights": trained,
         "frozen_weights": math.ceil(frozen / shares),
         "gradients": trained,
@@ -102,7 +102,7 @@ def memory_plan(
         "activations": peak - casts,
         "batches": images * compute.gradient_accumulation_steps * (compute.prefetch_batches + 1) * footprint.batch,
     }
-    return MemoryPlan(parts, images, settings.dtype, not lasting_gradients)
+    return MemoryPlan(sizes, images, settings.dtype, not lasting_gradients)
 
 
 def _moments(

@@ -1,10 +1,11 @@
-"""Set up sampling from a recipe: checks, autoencoder, sampler, labels, sub-networks, and the protocol string."""
+"""Set up sampling from a recipe: checks, autoencoder, sampler, labels, sub-networks, timed steps, and the protocol string."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch
 from tinyfusion.blocks.dynamics import TokenMode, total_macs
 from tinyfusion.blocks.forwards import CompiledForwards
 from tinyfusion.blocks.packed import can_pack, pack
+from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
@@ -28,6 +30,7 @@ from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.models.attach import whole_layers
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import SampleDraws, Sampler, image_labels, to_uint8
 from tinyfusion.sample.drive import sample as draw_samples
 
@@ -249,3 +252,57 @@ def image_shape_and_dtype(
         return (pixels, pixels, _CHANNELS), np.dtype(np.uint8)
     side, channels = int(model.arch.input_size), int(model.arch.in_channels)
     return (side, side, channels), np.dtype(np.float32 if model.of_latents else np.uint8)
+
+
+SPREAD_STEPS = 10  # of a timed trajectory where steps differ, as those of a model with routers do
+
+
+@dataclass(frozen=True)
+class TimedModel:
+    """One call of `run` makes `steps` denoising steps of a batch, in sub-networks where the model has routers.
+
+    rows: of the network's batch per image. static_macs: of a complete forward pass of one image.
+    """
+
+    skipped: SkippedModel
+    num_parameters: int
+    static_macs: int
+    rows: int
+    steps: int
+    run: Callable[[], object]
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model on its device, in the timed type."""
+        return self.skipped.model
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates of a forward pass of one image: of sub-networks the mean so far."""
+        return self.skipped.macs_run(self.static_macs)
+
+
+def timed_model(
+    model: LoadedModel, settings: SampleSection, num_images: int, device: torch.device, steps: int | None = None,
+    seed: int = 0, dtype: str = "float32", compiled: bool = False,
+) -> TimedModel:  # fmt: skip
+    """The model on `device`. steps: of a trajectory over all noise levels; None: one typical step, of a model without routers."""
+    sampler = sampler_of(settings, model)
+    short = sampler.of_steps(steps or 1)
+    skipping = skipped_run_for(model, short)  # before any cast
+    size, macs = num_parameters(model.module), model_macs(model)
+    placed = in_dtype(model, dtype, device)
+    skipped = SkippedModel(placed, skipping, compiled)
+    table = model.conditions
+    condition = table.index(torch.arange(num_images) % len(table)).to(device)
+    draws = SampleDraws(Randomness(seed), 0, num_images, device)
+
+    @torch.inference_mode()
+    def trajectory() -> object:
+        with skipped.running():
+            return deque(short.trajectory(placed, condition, draws), maxlen=1).pop()
+
+    if steps is None:
+        one_step = torch.inference_mode()(sampler.one_step(placed, condition, draws))
+        return TimedModel(skipped, size, macs, sampler.rows, 1, one_step)
+    return TimedModel(skipped, size, macs, sampler.rows, short.calls, trajectory)

@@ -27,7 +27,7 @@ _UNITS = {  # of a dynamic model: title and words
 
 
 def diagnostic_charts(run: Run, runs: Sequence[Run] = ()) -> list[Chart]:
-    """All charts of this module that a run has records for. runs: all of the page."""
+    """The charts of this module for which a run has records. runs: all of the page."""
     return [*_calibration_charts(run, runs), *_activation_charts(run), *_depth_charts(run), *_executed_charts(run)]
 
 
@@ -113,10 +113,10 @@ def _histogram(losses: Sequence[float], marks: Sequence[Mark], width: int) -> Pl
 
 
 def label_rows(marks: Sequence[Mark], low: float, high: float, width: float) -> tuple[list[tuple[Mark, int]], float]:
-    """(mark, row) with labels to the right of their marks, and the end of the axis that leaves room for the last.
+    """(mark, row from the top) with labels to the right of their marks, and the end of the axis with room for the last.
 
-    Row 0 is the highest. A label that would touch earlier ones, from left to right, is below all of them, so that its
-    mark's line, which ends there, crosses none.
+    A label that would touch earlier ones, from left to right, is below all of them, so that its mark's line, which ends
+    there, crosses none.
     """
 
     def place(mark: Mark, with_label: bool = False) -> float:
@@ -140,10 +140,8 @@ def _activation_charts(run: Run) -> list[Chart]:
     places = [([name] * (len(lists) > 1), str(i)) for name, depth in lists.items() for i in range(depth)]
     rows = []
     for model, entry in ((model, entry) for model, entries in models.items() for entry in entries):
-        name, index = places[entry["teacher_block"]]
-        rows.append(
-            [model_name(model), *name, index, *(significant(entry[key]) for key in ("min", "max", "mean", "std"))]
-        )
+        (name, index), numbers = places[entry["teacher_block"]], [entry[key] for key in ("min", "max", "mean", "std")]
+        rows.append([model_name(model), *name, index, *map(significant, numbers)])
     extremes = {
         model: [short_number(end(entry[key] for entry in entries)) for end, key in ((min, "min"), (max, "max"))]
         for model, entries in models.items() if entries
@@ -216,12 +214,8 @@ def short_number(value: float) -> str:
 def _depth_charts(run: Run) -> list[Chart]:
     if (record := run.measured.get("depth_speed")) is None:
         return []
-    points, full, names, rows = (
-        record["points"],
-        record["teacher_depth"],
-        list(record["points"][0].get("lists", ())),
-        [],
-    )
+    points, full, rows = record["points"], record["teacher_depth"], []
+    names = list(points[0].get("lists", ()))
     for p in points:
         low, high = p["speedup_spread"]
         times = [f"{p['speedup']:.2f}×", f"{low:.2f}× to {high:.2f}×", f"{full / p['depth']:.2f}×"]
@@ -246,23 +240,20 @@ def _depth_plot(points: Sequence[Mapping[str, Any]], full: int, own: Sequence[Ma
         Shape(bars, "student", width=1),
     ]
     for x, y in [(full / p["depth"], p["speedup"]) for p in own]:
-        items += [
-            Shape([[(x, y)]], "student", width=0, dots=11),
-            Text(x, y, "depth of this student", "student", dx=8, dy=16),
-        ]
+        words = Text(x, y, "depth of this student", "student", dx=8, dy=16)
+        items += [Shape([[(x, y)]], "student", width=0, dots=11), words]
     ticks: list[tuple[float, str]] = []
-    for p in points:
-        if not ticks or math.log(full / p["depth"] / ticks[-1][0]) * width >= 22 * math.log(
-            high / low
-        ):  # room for a label
-            ticks.append((full / p["depth"], str(p["depth"])))
+    room = 22 * math.log(high / low) / width  # of a label
+    for (x, _), p in zip(at, points, strict=True):
+        if not ticks or math.log(x / ticks[-1][0]) >= room:
+            ticks.append((x, str(p["depth"])))
     x_axis = Axis(low, high, f"blocks of {full}, on a logarithmic axis of the compression", log=True, ticks=ticks)
     steps = [(v, f"{v:g}×") for v in (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30) if v <= high]
     return Plot(Axis(low, high, "speed-up", log=True, ticks=steps), [Panel(x_axis, items)], 300)
 
 
 def _executed_charts(run: Run) -> list[Chart]:
-    """What of every block runs at every time of the sampler, a chart per kind of unit (arXiv 2410.03456)."""
+    """Units of every block that run at every time of the sampler, a chart per kind (arXiv 2410.03456)."""
     record, charts = run.measured.get("kept") or {"shares": {}, "times": []}, list[Chart]()
     times = record["times"]
     chosen = sorted({round(i) for i in np.linspace(0, len(times) - 1, 8)})
@@ -273,9 +264,8 @@ def _executed_charts(run: Run) -> list[Chart]:
         numbers = [[str(block), *(significant(value, 2) for value in line)] for block, line in enumerate(values)]
         head = ["block", "mean", "least", "most", *(f"at {short_time(times[i])}" for i in chosen)]
         plot, table = partial(_executed_map, rows, times), Table(head, numbers, record["protocol"])
-        charts.append(
-            chart(title, "executed", plot, table, words=words, means=means, record=None if charts else record)
-        )
+        first = None if charts else record  # the caption of the first chart has its numbers
+        charts.append(chart(title, "executed", plot, table, words=words, means=means, record=first))
     return charts
 
 

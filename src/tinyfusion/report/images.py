@@ -28,7 +28,7 @@ _TOKEN_RGB = (132, 85, 176)  # the page's colour `extra`
 
 @dataclass(frozen=True)
 class Sheet:
-    """One picture of many images. width_px: on the page. columns: labels above. protocol: of sampling."""
+    """A grid of images as a data URI. width_px: on the page. columns: labels above. protocol: of sampling."""
 
     title: str
     source: str
@@ -46,16 +46,13 @@ def sample_sheets(run: Run) -> list[Sheet]:
     num, (_, scores, *_) = min((len(samples.images) for samples in sampled), default=0), comparable(run)
     sheets = []
     for name, samples in shown.items():
-        is_real = name == "real"
+        is_real, depth, score = name == "real", depths(run).get(name), scores.get(name, {})
         source = samples if is_real else sampled[0]
         chosen, columns = choose_images(source.labels, len(samples.images) if is_real else num)
         picture, width_px = _sample_grid(samples, chosen, columns)
-        depth, score = depths(run).get(name), scores.get(name, {})
-        caption = [f"{depth} blocks"] * bool(depth)
-        if score.get("fid") is not None:
-            caption.append(f"{distance_name([score])} {significant(score['fid'])}")
-        text = samples.protocol if is_real else ", ".join(caption)
-        labels = [label for label in columns if label]
+        caption = [f"{depth} blocks"] if depth else []
+        caption += [] if score.get("fid") is None else [f"{distance_name([score])} {significant(score['fid'])}"]
+        text, labels = samples.protocol if is_real else ", ".join(caption), [label for label in columns if label]
         sheets.append(Sheet(model_name(name), picture, width_px, text, labels, name, samples.protocol))
     return sheets
 
@@ -69,10 +66,8 @@ def choose_images(labels: np.ndarray | None, num: int) -> tuple[list[int], list[
         return list(range(min(num, _CLASSES * _ROWS))), [""] * min(num, _CLASSES)
     classes = [int(c) for c in np.unique(labels[:num])[:_CLASSES]]
     firsts = [np.flatnonzero(labels[:num] == c)[:_ROWS].tolist() for c in classes]
-    rows = max(map(len, firsts))
-    return [first[row] if row < len(first) else -1 for row in range(rows) for first in firsts], [
-        str(c) for c in classes
-    ]
+    rows = range(max(map(len, firsts)))
+    return [first[row] if row < len(first) else -1 for row in rows for first in firsts], [str(c) for c in classes]
 
 
 def _sample_grid(samples: Samples, chosen: Sequence[int], columns: Sequence[str]) -> tuple[str, int]:
@@ -135,9 +130,9 @@ def token_sheet(run: Run) -> Sheet | None:
             for image, row in zip(maps["images"], tokens, strict=True)]  # fmt: skip
     size = (_TOKEN_PX, _TOKEN_PX)
     grid = tiled((np.array(tile.resize(size, Image.Resampling.NEAREST)) for row in rows for tile in row), len(rows[0]))
+    mean, low, high = (percent(float(value)) for value in (shares.mean(), shares.min(), shares.max()))
     text = "Left the image, then its tokens along the sampling, from noise to image: the stronger the colour, the more blocks "
-    text += f"processed the token in their MLP. {percent(float(shares.mean()))} on average, from {percent(float(shares.min()))} "
-    text += f"to {percent(float(shares.max()))} for one token at one time."
+    text += f"processed the token in their MLP. {mean} on average, from {low} to {high} for one token at one time."
     text += " Images are latents, three channels shown as colours." if maps["space"] == "latents" else ""
     columns = ["image", *map(short_time, maps["times"])]
     title = "Processed tokens per image"
@@ -145,7 +140,6 @@ def token_sheet(run: Run) -> Sheet | None:
 
 
 def _picture(values: np.ndarray) -> Image.Image:
-    """An image (H, W, 1 or 3) uint8."""
     return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
 
 

@@ -65,10 +65,10 @@ class Preview:
 class Run:
     """The records of a run folder, or of a `prune` run joined with a `recover` run that continues it.
 
-    sources: (folder, its run.json), in order. plan: the decision, or while a search runs its present choice (decided False).
-    metrics, records: log lines and run.json per stage. evaluations: by (model, reference). pairs: (model, evaluation) of
-    those with a comparison of pairs. measured: by name, the JSON files that docs/report.md lists. samples, models: by model.
-    previews, preview_scores: per stage. notes: what the page leaves out, and why.
+    sources: (folder, its run.json), in order. plan: the decision, or the current choice of a running search (decided False).
+    metrics, records, previews, preview_scores: per stage. evaluations: by (model, reference). pairs: (model, evaluation) of
+    those with a comparison of pairs. measured: JSON files by name (docs/report.md). samples, models: by model. notes:
+    omissions, with reasons.
     """
 
     sources: tuple[tuple[str, Mapping[str, Any]], ...]
@@ -293,7 +293,7 @@ def join_runs(runs: Sequence[Run]) -> list[Run]:
 
 
 def _search_of(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The `prune` run whose student a `recover` run started from; of several equal ones the one whose path it was given."""
+    """The `prune` run whose student a `recover` run started from; of several equal ones that of the recorded path."""
     given = run.recipe.get("student")
     if run.verb != "recover" or not given:
         return None

@@ -59,7 +59,7 @@ def render(runs: Sequence[Run], record: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _consistent(name: str) -> Iterator[None]:
-    """Report as one UserError what a check of types cannot detect: lists of different lengths, missing blocks."""
+    """Raise UserError for contradictions in records of the right types: lists of different lengths, missing blocks."""
     try:
         yield
     except UserError:
@@ -90,13 +90,12 @@ def _template() -> Template:
 
 
 def _script_json(record: Mapping[str, Any]) -> Markup:
-    """JSON that cannot end the script element around it."""
+    """JSON that cannot end its script element."""
     text = json.dumps(record, indent=1, allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def _section(run: Run, anchor: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything that the template prints of one run."""
     return {
         "anchor": anchor,
         "run": run,
@@ -126,7 +125,7 @@ def _section(run: Run, anchor: str, runs: Sequence[Run]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. stages: (name, "done", "now" or "open") of a whole job. share: of this stage, None where unknown.
+    """Progress of a run. stages: (name, "done", "now" or "open") of a whole job. share: of this stage, None where unknown.
 
     facts: short statements, such as the step and the remaining time.
     """
@@ -164,7 +163,6 @@ def stages_of(run: Run) -> list[str]:
 
 
 def _sampled(run: Run) -> tuple[str, ...]:
-    """The models that a whole job samples, in order."""
     return ("teacher", "pruned", "student", *(("dynamic",) if _has_dynamic(run) else ()))
 
 
@@ -209,7 +207,7 @@ def _steps(run: Run, stage: str) -> int | None:
 
 
 def seconds_per_step(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """Over the last log lines since the run was last started: a restart sets the clock back to the last checkpoint."""
+    """Over the last log lines since the last start: a restart sets the clock back to the last checkpoint."""
     clocked = [(line["step"] + 1, line["seconds"]) for line in lines if line.get("seconds") is not None]
     recent = clocked[-_RECENT:]
     restarts = [i for i in range(1, len(recent)) if recent[i - 1][1] > recent[i][1]]

@@ -1,4 +1,4 @@
-"""Numbers and tables of the page. A column has scores of one protocol, or its rows say where another begins."""
+"""Numbers and tables of the page. A column has scores of one protocol, or a row marks where another begins."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Table:
 
 
 def model_name(model: str) -> str:
-    """A model as the page names it."""
+    """The name of a model on the page."""
     return _NAMES.get(model, model)
 
 
 def stated(values: Mapping[str, Any]) -> str:
-    """The protocol of a score, or a text that there is none."""
+    """The protocol of a score, or "not stated"."""
     return str(values.get("protocol") or "not stated")
 
 
@@ -70,8 +70,8 @@ def depths(run: Run) -> dict[str, int]:
     blocks: dict[str, int] = {}
     for name, model in run.models.items():
         depth = model.get("depth", (model.get("arch") or {}).get("depth"))  # before 0.4.0 in arch alone
-        blocks[name] = depth if isinstance(depth, int) else sum(map(len, (model.get("kept") or {}).values()))
-    blocks = {name: depth for name, depth in blocks.items() if depth}
+        if depth := depth if isinstance(depth, int) else sum(map(len, (model.get("kept") or {}).values())):
+            blocks[name] = depth
     blocks |= {name: model["depth"] for name, model in timed_models(run).items()}
     if run.plan:
         blocks["teacher"] = sum(run.plan.depth.values())
@@ -121,7 +121,7 @@ def was_busy(run: Run) -> bool:
 
 
 def scatters(quartiles: Sequence[float], median: float) -> bool:
-    """Whether times scatter as they do where other programs run."""
+    """Whether times scatter as on a busy machine."""
     return quartiles[1] - quartiles[0] > _UNSTEADY * median
 
 
@@ -158,7 +158,7 @@ def evaluation_tables(run: Run) -> list[Table]:
 def pairs_table(run: Run) -> Table | None:
     """PSNR and SSIM of images to those of another model from the same seeds; None where nothing was compared.
 
-    The protocol is that of sampling alone: neither number depends on a reference or a feature extractor.
+    The protocol is that of sampling: neither number depends on a reference or a feature extractor.
     """
     names = {samples.hash: model_name(name) for name, samples in run.samples.items() if samples.hash}
     rows: dict[tuple[str, ...], tuple[str, Sequence[str], str]] = {}
@@ -180,10 +180,7 @@ def _mean(values: Mapping[str, Any], key: str) -> str:
 
 
 def comparison(runs: Sequence[Run]) -> Table | None:
-    """Several runs, where at least two were evaluated: the first reference in full, of others the student.
-
-    Runs with the same protocols adjoin.
-    """
+    """Runs, sorted by protocols, where at least two were evaluated: the first reference in full, of others the student."""
     if sum(bool(run.evaluations) for run in runs) < 2:
         return None
     first, *others = dict.fromkeys(reference for run in runs for reference in run.references)
@@ -263,7 +260,10 @@ def cost_table(run: Run) -> tuple[Table, list[float]] | None:
             seconds.setdefault(record["verb"], record["seconds"])
     for stage, lines in run.metrics.items():  # of an unfinished stage by its log
         seconds.setdefault(stage, max(line.get("seconds", 0.0) for line in lines))
-    seen = {stage: _seen_images(run, stage) for stage in (*seconds, *_TRAININGS)}
+    seen: dict[str, float | None] = {}
+    for stage in (*seconds, *_TRAININGS):
+        images, logged = run.records.get(stage, {}).get("seen_images"), run.metrics.get(stage) or [{}]
+        seen[stage] = logged[-1].get("seen_images") if images is None else images
     shares = {stage: value / (sum(seconds.values()) or 1.0) for stage, value in seconds.items()}
     rows = [[STAGE_NAMES.get(s, s), duration(v), percent(shares[s]), count(seen[s])] for s, v in seconds.items()]
     known = [float(record.get("seconds") or 0.0) for _, record in run.sources]
@@ -275,11 +275,6 @@ def cost_table(run: Run) -> tuple[Table, list[float]] | None:
             note += f"; together {percent(sum(trained.values()) / teacher)} of the {count(teacher)} of the teacher's training"
         note += "."
     return (Table(["stage", "time", "share", "images seen"], rows, note), list(shares.values())) if rows else None
-
-
-def _seen_images(run: Run, stage: str) -> float | None:
-    seen = run.records.get(stage, {}).get("seen_images")
-    return seen if seen is not None else (run.metrics.get(stage) or [{}])[-1].get("seen_images")
 
 
 def provenance(run: Run) -> dict[str, str]:
