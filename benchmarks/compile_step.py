@@ -1,10 +1,10 @@
-"""A training step eager against one whose blocks are compiled: plain, mask learning with skipping gates, distillation.
+"""Time a training step with eager and with compiled blocks: plain, mask learning with skipping gates, distillation.
 
     python benchmarks/compile_step.py --threads 1 --out docs/results/compile.md
 
-Steps are forward and backward of the package's own objectives on one model of random weights; the optimiser is left out, it
-is the same for both. Both sides read the same batch and take turns in one process after a warm-up, so compilation is not in
-the step but in a column of its own. Gates keep half of the blocks (1:2), so blocks see many numbers of images.
+A step is forward and backward of the package's own objectives on one model with random weights, without the optimiser. Both
+sides read the same batch and alternate in one process after a warm-up; compilation has a column of its own. Gates keep half
+of the blocks (1:2), so blocks see batches of many sizes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NUM_CLASSES = 10
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step: the module that trains, its objective, and every stack of blocks that can be compiled."""
+    """The module that trains, its objective, and every stack of blocks that can be compiled."""
 
     module: Any
     objective: Any
@@ -62,7 +62,7 @@ def plain(teacher: LoadedModel) -> Case:
 
 
 def learning(teacher: LoadedModel) -> Case:
-    """Learning a 1:2 mask, all weights trained beside it."""
+    """Learning a 1:2 mask together with all weights."""
     settings = dataclasses.replace(PruneSection(), scheme="1:2", update="full")
     learner = mask_learner(teacher, GaussianObjective(), settings, seed=0)
     return Case(learner.module, learner.objective, [learner.objective.stack])
@@ -98,7 +98,7 @@ def step(case: Case, noisy: Any, compiled: bool) -> list[Tensor]:
 
 
 def measure(case: Case, noisy: Any, repeats: int) -> tuple[Gain, list[float], list[float]]:
-    """The gain as the package measures it, and milliseconds of `repeats` turns of each side after it."""
+    """The gain as the package measures it, then milliseconds of `repeats` turns of each side."""
     gain = measured_gain(lambda: step(case, noisy, False), lambda: step(case, noisy, True), torch.device("cpu"), 1)
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats):
@@ -110,7 +110,7 @@ def measure(case: Case, noisy: Any, repeats: int) -> tuple[Gain, list[float], li
 
 
 def row(shape: str, name: str, repeats: int) -> str:
-    """A line of the table."""
+    """A row of the table."""
     torch.manual_seed(0)
     sizes, batch = SHAPES[shape]
     teacher = random_model(0.05, **sizes, num_classes=NUM_CLASSES)

@@ -1,13 +1,13 @@
-"""Reading latents against one file per sample, and encoding pictures against the autoencoder alone.
+"""Time reading latents against one file per sample, and encoding pictures against the autoencoder alone.
 
     python benchmarks/data.py --out docs/results/encode.md
 
-Reading: 20,000 samples of 4 x 32 x 32 with mirrored copies, the same values in both layouts, on one disk and warm in its
-cache. One file per sample is read as published: a feature and a label file per item, a coin for the copy, items stacked by
-torch's DataLoader, in this process and with two workers. All take turns in one process; a turn is an epoch of ours and a
-part of one of the others. CPU seconds are those of the process and its workers.
+Reading: 20,000 samples of 4 x 32 x 32 with mirrored copies, the same values in both layouts, on one disk and in its cache.
+One file per sample is read as published: a feature and a label file per item, a random choice of the copy, items collated by
+torch's DataLoader, in this process and with two workers. Readers alternate in one process; a turn is an epoch of ours and a
+part of one of the others. CPU seconds include the workers.
 
-Encoding: JPEG pictures of 500 x 375 through the package's own job, and the autoencoder alone on the same batches, in turns.
+Encoding: JPEG pictures of 500 x 375 by the job of `encode`, and by the autoencoder alone on the same batches, alternating.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SHAPE, BATCH, CPU = (4, 32, 32), 256, torch.device("cpu")
 
 
 class FilePerSample(Dataset):
-    """The published layout, read as its users read it."""
+    """The published layout as a data set of torch."""
 
     def __init__(self, folder: Path) -> None:
         self.features, self.labels = folder / "imagenet256_features", folder / "imagenet256_labels"
@@ -65,7 +65,7 @@ class FilePerSample(Dataset):
 
 
 def lay_out(folder: Path, num: int) -> None:
-    """The same latents in the published layout and as three sets of ours."""
+    """Write the same latents in the published layout and as three sets of ours."""
     kinds = [("samples", "float32"), ("samples", "bfloat16"), ("moments", "float32")]
     specs = [LatentSpec(num, 1024, kind, dtype, 2, SHAPE, 1000, 0.18215, 0.0) for kind, dtype in kinds]
     for name in ("imagenet256_features", "imagenet256_labels"):
@@ -89,7 +89,7 @@ def lay_out(folder: Path, num: int) -> None:
 
 
 def ours(folder: Path) -> Callable[[int], int]:
-    """Reads a number of batches, going on where it was; gives the number of images."""
+    """Return a function that reads the next batches and returns their number of images."""
     source, randomness, step = LatentBatches(open_latents(folder), Randomness(0), CPU, 0.5), Randomness(0), 0
 
     def read(batches: int) -> int:
@@ -103,7 +103,7 @@ def ours(folder: Path) -> Callable[[int], int]:
 
 
 def theirs(folder: Path, workers: int) -> Callable[[int], int]:
-    """As `ours`, through a DataLoader whose workers stay."""
+    """As `ours`, by a DataLoader with persistent workers."""
     loader = DataLoader(
         FilePerSample(folder), BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
     )
@@ -124,12 +124,12 @@ def theirs(folder: Path, workers: int) -> Callable[[int], int]:
 
 
 def cpu_seconds() -> float:
-    """Of this process."""
+    """CPU seconds of this process."""
     return time.process_time()
 
 
 def reading(num: int, turns: int) -> tuple[list[str], str]:
-    """The table of readers, and the sentence of the ratio."""
+    """The table of readers, and a sentence with the ratio."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lay_out(folder, num)
@@ -168,7 +168,7 @@ def reading(num: int, turns: int) -> tuple[list[str], str]:
 
 
 def save_autoencoder(folder: Path, widths: tuple[int, ...], layers: int) -> None:
-    """An autoencoder of random weights."""
+    """Save an autoencoder with random weights."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -180,7 +180,7 @@ def save_autoencoder(folder: Path, widths: tuple[int, ...], layers: int) -> None
 
 
 def save_pictures(folder: Path, num: int) -> None:
-    """JPEGs with edges and noise, so that they take as long to decode as photographs."""
+    """Save JPEGs with edges and noise, which take as long to decode as photographs."""
     generator = np.random.default_rng(0)
     for i in range(num):
         coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
@@ -191,14 +191,14 @@ def save_pictures(folder: Path, num: int) -> None:
 
 
 def encoding(name: str, widths: tuple[int, ...], layers: int, size: int, num: int, turns: int) -> str:
-    """A row: images per second of the job and of the autoencoder alone, on the same batches."""
-    with tempfile.TemporaryDirectory() as temporary, ExitStack() as held:
+    """A row of the table: images per second of the job and of the autoencoder alone, on the same batches."""
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as contexts:
         folder = Path(temporary)
         save_autoencoder(folder / "vae", widths, layers)
         save_pictures(folder / "pictures", num)
         settings = EncodeSection(vae=str(folder / "vae"), size=size, batch_size=8)
         recipe = dataclasses.replace(Recipe(), encode=settings, device="cpu")
-        work = work_for(recipe, str(folder / "pictures"), held)
+        work = work_for(recipe, str(folder / "pictures"), contexts)
         batches = [(first, work.load(first, min(8, num - first))) for first in range(0, num, 8)]
         jobs, alones, shares, cpu, inside = [], [], [], [], []
         for turn in range(turns + 1):

@@ -1,11 +1,11 @@
-"""How long training waits for its data, with batches made in turn and made ahead, and how fast a streamed set comes.
+"""Measure how long training waits for data with and without prefetching, and the throughput of a streamed set.
 
     python benchmarks/data_wait.py --cifar DATA/cifar10/train-00000-of-00001.parquet --out docs/results/data.md
 
-Both depths run in one process, taking turns; a turn is `--steps` steps of the package's own objective, optimiser and
-average after two that are thrown away, and the median over `--repeats` turns is given. The share is seconds that `take`
-waited over seconds of the turn. Streaming is compared with Pillow's decoding alone: the same encoded pictures, out of
-memory, one thread, taking turns with it.
+Both prefetch depths alternate in one process; a turn is `--steps` steps of the package's own objective, optimiser and
+average after two discarded ones, and the result is the median over `--repeats` turns. The share is the seconds that `take`
+waited over the seconds of the turn. Streaming is compared with decoding by Pillow alone: the same encoded pictures, from
+memory, one thread, alternating.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DEPTHS = (0, 2)
 
 
 def training(source: Batches, batch_size: int, sizes: dict[str, int]) -> tuple[Callable[[int], NoisyBatch], Callable]:
-    """What makes the data of a step, and what trains on it."""
+    """A source of batches, and a training on them."""
     model = new_model("dit", {**sizes, "num_classes": 10}, SEED)
     state = TrainState(
         model.module.train(), [ParameterGroup(trainable(model.module))], TrainingSection(ema_decay=0.999)
@@ -65,7 +65,7 @@ def training(source: Batches, batch_size: int, sizes: dict[str, int]) -> tuple[C
 
 
 def waiting(name: str, source: Batches, batch_size: int, sizes: dict[str, int], steps: int, repeats: int) -> str:
-    """A row of the table: seconds per step and share of waiting at both depths."""
+    """A row of the table: seconds per step and share of waiting at both prefetch depths."""
     make, train = training(source, batch_size, sizes)
     seconds: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
     shares: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
@@ -100,7 +100,7 @@ def regrouped(file: Path, folder: Path, rows: int = 1000) -> Path:
 
 
 def streaming(file: Path, repeats: int, window_images: int, num: int = 8192, batch_size: int = 256) -> str:
-    """Images per second of a stream against decoding alone."""
+    """Images per second of a stream, and of decoding alone."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(file, columns=["img"]).slice(0, num)

@@ -1,11 +1,11 @@
-"""Dynamic models on digits with several seeds: FID, multiply-accumulates that ran, measured speed, and images of training.
+"""Compare dynamic models on digits over several seeds: FID, executed multiply-accumulates, measured speed, training images.
 
     python benchmarks/digits_dynamic.py [--seeds 0,1,2] [--runs runs/dynamic] [--teacher-images 1664000] [--out FILE]
 
-Rows: the static teacher; the teacher fine-tuned as long, as a control; dynamic at 0.7 and 0.5; 0.5 trained on 3 % of the
-teacher's images (the paper's budget); the shallow half; and the shallow half made dynamic at 0.7, learning from the
-teacher. Every training is a verb, into a folder of its own; what is finished is kept. Images are drawn and timed alike:
-all models of a seed interleaved in this process. Standard deviations are over seeds (n - 1).
+Rows: the static teacher; the teacher fine-tuned for as many steps, as a control; dynamic at 0.7 and 0.5; 0.5 trained on 3 % of
+the teacher's images (the paper's budget); the shallow half; and the shallow half made dynamic at 0.7, distilled from the
+teacher. Every training is a verb with a run folder of its own; finished runs are reused. All models of a seed are sampled and
+timed interleaved in this process. Standard deviations are over seeds (n - 1).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ SHOWN = [key for key, row in ROWS.items() if row.label]
 
 
 def made(folder: Path, seed: int) -> dict[str, str]:
-    """Train, draw and score every row of a seed; the model of each."""
+    """Train, sample and evaluate every row of a seed; return the model of each."""
     models: dict[str, str] = {TEACHER: TEACHER, "teacher": TEACHER}
     for key, row in ROWS.items():
         recipe = load_recipe(row.recipe, (), {"seed": seed, **row.changes})
@@ -105,7 +105,7 @@ def made(folder: Path, seed: int) -> dict[str, str]:
 
 
 def timed(folder: Path, models: dict[str, str], seed: int) -> dict[str, list[float]]:
-    """Speed-up over the teacher: ratio of medians, with quartiles; all models of a seed in turns. Kept in the folder."""
+    """Speed-up over the teacher: ratio of medians with quartiles, all models of a seed interleaved. Cached in the folder."""
     if (folder / SPEED).exists():
         found: dict[str, list[float]] = read_json(folder / SPEED)
         return found
@@ -129,7 +129,7 @@ def timed(folder: Path, models: dict[str, str], seed: int) -> dict[str, list[flo
 
 
 def seen_images(folder: Path, key: str) -> float:
-    """Images of all trainings behind a row, after the teacher's."""
+    """Images seen by all trainings of a row, without the teacher's."""
     row = ROWS[key]
     if row.make is None:
         return 0.0
@@ -138,7 +138,7 @@ def seen_images(folder: Path, key: str) -> float:
 
 
 def macs_of(folder: Path, models: dict[str, str], key: str) -> tuple[float, float | None]:
-    """Of one forward pass of one image while sampling, and the ratio of the blocks where there are routers."""
+    """Multiply-accumulates of a forward pass of one image in sampling, and the ratio of the blocks if there are routers."""
     model = open_model(models[key])
     static = model_macs(model)
     if model.dynamic is None:
@@ -148,7 +148,7 @@ def macs_of(folder: Path, models: dict[str, str], key: str) -> tuple[float, floa
 
 
 def table(folders: list[Path], models: list[dict[str, str]], speeds: list[dict[str, Any]], images: int) -> list[str]:
-    """Markdown: a row per model, mean and deviation over seeds."""
+    """Markdown table: a row per model, mean and standard deviation over seeds."""
     rows = [
         "| model | FID, training digits | FID, held-out digits | MACs per pass | ratio in the blocks | speed-up, quartiles | "
         "images of training, share of the teacher's |",

@@ -1,9 +1,9 @@
-"""The main job on digits with several seeds: FID of teacher, cut and recovered student, with spread.
+"""Run the main job on digits over several seeds: FID of teacher, pruned and recovered student, with standard deviations.
 
     python benchmarks/digits_seeds.py --recipe digits --seeds 3 --runs runs/seeds [--set FIELD=VALUE ...] [--out docs/results/digits.md]
 
-Every seed is a whole run of its own (masks, recovery, samples); finished runs are kept, so the command continues where it
-stopped. Standard deviations are over seeds (n - 1).
+Every seed is a complete run (masks, recovery, samples); finished runs are reused, so the command resumes where it stopped.
+Standard deviations are over seeds (n - 1).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Held-out loss of a digits teacher over its training, and the loss added by removing any single block.
+"""Measure the held-out loss of a digits teacher during training, and the loss added by removing each block.
 
     python benchmarks/digits_teacher.py --model digits [--run runs/digits-teacher] [--out docs/results/digits-teacher.md]
 
-Every loss is on fixed (timestep, noise) pairs, stratified over timesteps, the same for every model and every removed
-block; differences are paired per image. With --run, the loss of every checkpoint's averaged weights is listed too.
+All losses use the same (timestep, noise) pairs, stratified over timesteps; differences are paired per image. With --run, the
+loss of every checkpoint's averaged weights is listed too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def times(objective: GaussianObjective | FlowObjective, position: np.ndarray) ->
 
 @torch.no_grad()
 def calibration_loss(model: LoadedModel, images: ImageSet, repeats: int, without: int | None = None) -> np.ndarray:
-    """(N,) loss of every image, mean over `repeats` stratified timesteps, with block `without` taken out."""
+    """(N,) loss of every image, mean over `repeats` stratified timesteps, with block `without` removed."""
     objective = objective_of(model)
     batch = Batch(torch.from_numpy(images.x), class_condition(torch.from_numpy(images.y), images.num_classes))
     num = len(images)

@@ -1,13 +1,12 @@
-"""A forward pass of a dynamic DiT-XL/2 against the static one: does the time follow the multiply-accumulates?
+"""Time a forward pass of a dynamic DiT-XL/2 against the static one: is the time proportional to the multiply-accumulates?
 
     python benchmarks/dynamic_step.py --threads 2 --out docs/results/dynamic-step.md
 
-Weights are random. Width routers are set so that every block keeps a random choice of heads and groups of the wanted share,
-token routers so that each block keeps half of the tokens of this input. Both sides work on the same input in turns, in one
-process, after a warm-up, each as `sample` runs it. The sub-networks are those of `dynamic/subnetworks.py`: resolved before,
-sliced weights, gathered tokens; token routers run and are in the time and in the multiply-accumulates. A turn is as many
-passes as a sampler's sub-networks compute modulations for at once, at as many times, on both sides; seconds are of one pass.
-`--clock cpu` counts seconds of the processor instead of the wall, for a machine that others use at the same time.
+Weights are random. Width routers select a random set of heads and groups of the given share in every block, token routers
+half of the tokens of this input. Both sides run on the same input, alternating in one process after a warm-up, each as
+`sample` runs it. Sub-networks are those of `dynamic/subnetworks.py`: resolved in advance, sliced weights, gathered tokens;
+token routers count in time and in multiply-accumulates. A turn has as many passes, at as many times, as a sampler computes
+modulations for at once; seconds are per pass. `--clock cpu` measures processor time, for a machine with other work.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ CASES = [
 
 @torch.no_grad()
 def dynamic_model(base: LoadedModel, case: Case) -> DynamicModel:
-    """A copy of `base` with routers of the case; those of width do not look at the timestep."""
+    """A copy of `base` with routers of the case; width routers ignore the timestep."""
     settings = DynamicSettings(width=case.width < 1, tokens=case.tokens, forced_first=False)
     dynamic = attach(base.copy(), settings)
     heads, chooser = dynamic.sizes.num_heads, np.random.Generator(np.random.Philox(0))
@@ -81,7 +80,7 @@ def dynamic_model(base: LoadedModel, case: Case) -> DynamicModel:
 
 
 def settle(router: nn.Module) -> None:
-    """At its next call a token router takes the bias with which it keeps half of the tokens that it sees then."""
+    """Make a token router set its bias at its next call so that it selects half of the tokens of that input."""
     plain = router.logits
 
     def once(x: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ def settle(router: nn.Module) -> None:
 
 
 def row(base: LoadedModel, case: Case, batch: int, dtype: str, options: argparse.Namespace) -> str:
-    """A line of the table."""
+    """A row of the table."""
     compiled = options.compile
     dynamic = dynamic_model(base, case)
     tables = resolve(dynamic, TIMESTEPS)  # in float32, before the cast
@@ -141,7 +140,7 @@ def row(base: LoadedModel, case: Case, batch: int, dtype: str, options: argparse
 
 
 def note(options: argparse.Namespace, depth: int) -> str:
-    """Where and how the table was made."""
+    """Machine, settings and legend of the table."""
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return (
         f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}, {depth} blocks of "
@@ -156,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--depth", type=int, default=28, help="blocks; 28 is the published model, and what is claimed")
+    parser.add_argument("--depth", type=int, default=28, help="blocks; 28 is the published model")
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--only", default="", help="cases whose name contains this, such as tokens")

@@ -4,13 +4,13 @@
         [--out docs/results/faults.md]
 
 Runs mask learning (`prune`), masked distillation (`recover`) and routers (`dynamic`) of the shipped digits model as processes of
-the command line. A kill is SIGKILL, SIGTERM or SIGINT at one of four moments: during start-up, at a random step, while a
-checkpoint is being written, and while the result is being written. A run is killed up to `--per-run` times. After each kill
-every visible checkpoint must match its SHA256SUMS; after SIGTERM and SIGINT during training the next process must resume at
-exactly the step that was reached. At the end plan, weights (averaged and raw) and logged numbers, times excepted, must be bit-equal to
-those of an uninterrupted run. One more run per stage gets SIGUSR1: a checkpoint must be written and training continue.
-Of two ranks under torchrun one is killed: the other must exit and say why, and the same command resume.
-`--signals` stops all verbs at random moments, also within a `__del__`: see `random_signals.py`. `--kills 0` runs that alone.
+the command line. A kill is SIGKILL, SIGTERM or SIGINT during start-up, at a random step, while a checkpoint is being written
+or while the result is being written. A run is killed up to `--per-run` times. After each kill every complete checkpoint must
+match its SHA256SUMS; after SIGTERM and SIGINT during training the next process must resume at exactly the step that was
+reached. At the end plan, weights (averaged and raw) and logged numbers, times excepted, must be bit-equal to those of an
+uninterrupted run. One more run per stage gets SIGUSR1: a checkpoint must be written and training continue. Of two ranks
+under torchrun one is killed: the other must exit with the cause, and the same command resume. `--signals` stops all verbs at
+random moments, also within a `__del__`: see `random_signals.py`. `--kills 0` runs that alone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ FEWER = ("--set", "dynamic.calibration_images=0", "--set", "dynamic.finish_steps
 
 @dataclass
 class Harness:
-    """Folder of the runs, and the settings that they share."""
+    """The folder of the runs and their common settings."""
 
     folder: Path
     steps: int
@@ -102,7 +102,7 @@ def undisturbed(harness: Harness, stage: Stage) -> float:
     wait_until(lambda: started_from(out), process, 0.01)
     harness.startup_s = time.perf_counter() - began
     if process.wait(TIMEOUT_S):
-        raise RuntimeError(f"{stage.verb} in {out} ended badly:\n{out.with_suffix('.err').read_text()}")
+        raise RuntimeError(f"{stage.verb} in {out} failed:\n{out.with_suffix('.err').read_text()}")
     return time.perf_counter() - began
 
 
@@ -117,7 +117,7 @@ def wait_until(what: Callable[[], object], process: subprocess.Popen[bytes], pau
             return False
         if time.monotonic() > deadline:
             process.kill()
-            raise RuntimeError(f"waited {TIMEOUT_S:g} s for a condition that did not come")
+            raise RuntimeError(f"waited {TIMEOUT_S:g} s for a condition that did not become true")
         time.sleep(pause_s)
     return True
 
@@ -131,7 +131,7 @@ def lines_in(out: Path) -> int:
 
 
 def reach(harness: Harness, out: Path, process: subprocess.Popen[bytes], moment: str, chance: random.Random) -> bool:
-    """Wait for the moment; False if the process exits first."""
+    """Wait until the run is at `moment`; False if the process exits first."""
     if moment == "start-up":
         time.sleep(chance.uniform(0.0, harness.startup_s))
         return process.poll() is None
@@ -143,7 +143,7 @@ def reach(harness: Harness, out: Path, process: subprocess.Popen[bytes], moment:
         return wait_until(lambda: any(e.name.split(".")[1:2] in [[w] for w in wanted] for e in out.glob(".*.part"))
                           or any((out / w).exists() for w in wanted), process, 0.0002)  # fmt: skip
     first = started_from(out)[-1]
-    if first >= harness.steps - 1:  # all steps are done, and nothing is left to aim at
+    if first >= harness.steps - 1:  # all steps are done
         return False
     aim = chance.randrange(first, min(first + max((harness.steps - first) // 2, EVERY), harness.steps - 1))
     if not wait_until(lambda: lines_in(out) > aim, process):
@@ -163,7 +163,7 @@ def sit(harness: Harness, stage: Stage, out: Path, kill: Kill, chance: random.Ra
         return False
     process.send_signal(kill.signal)
     code = process.wait(TIMEOUT_S)
-    if code == 0:  # it was faster
+    if code == 0:  # it finished first
         return False
     kill.code = 128 - code if code < 0 else code
     kill.done, kill.unfinished = len(metrics_of(out)), bool(unfinished(out))
@@ -225,16 +225,16 @@ def save_request(harness: Harness, stage: Stage, chance: random.Random) -> Kill:
     wait_until(lambda: lines_in(out) > aim, process)
     process.send_signal(signal.SIGUSR1)
 
-    def asked() -> list[int]:
+    def requested() -> list[int]:
         steps = [int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*")]
         return [step for step in steps if step % EVERY]
 
-    if not wait_until(asked, process):
+    if not wait_until(requested, process):
         kill.faults.append("nothing was saved")
     else:
-        saved = asked()[0]
+        saved = requested()[0]
         if not wait_until(lambda: lines_in(out) > saved + 1, process):
-            kill.faults.append("training did not go on")
+            kill.faults.append("training did not continue")
     process.kill()
     process.wait(TIMEOUT_S)
     kill.code, kill.done = 0, len(metrics_of(out))
@@ -242,7 +242,7 @@ def save_request(harness: Harness, stage: Stage, chance: random.Random) -> Kill:
     harness.finish(stage, out)
     kill.resumed = started_from(out)[-1]
     if kill.resumed <= aim:
-        kill.faults.append(f"went on from {kill.resumed}, which is before the request at {aim}")
+        kill.faults.append(f"resumed from {kill.resumed}, which is before the request at {aim}")
     return kill
 
 
@@ -258,13 +258,13 @@ def lost_process(harness: Harness, stage: Stage, chance: random.Random) -> LostR
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     os.kill(chance.choice(workers), signal.SIGKILL)
     began = time.perf_counter()
-    faults = [] if process.wait(TIMEOUT_S) else ["torchrun said that all was well"]
+    faults = [] if process.wait(TIMEOUT_S) else ["torchrun reported success"]
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         time.sleep(0.01)
     ended_s = time.perf_counter() - began
     said = out.with_suffix(".err").read_text(encoding="utf-8")
     if "has lost another one, which ended or hangs" not in said or "this is a bug" in said:
-        faults.append("the one that was left did not say why it ended")
+        faults.append("the other rank did not report why it ended")
     done = len(metrics_of(out))
     faults += unsound(out)
     two.finish(stage, out)
@@ -320,7 +320,7 @@ def main() -> int:
         kill = save_request(harness, stage, chance)
         judge([kill], stage, folder / f"{stage.verb}-usr1", wanted[stage.verb], harness.steps)
         print(
-            f"{kill.stage}: SIGUSR1 after {kill.done} steps: {'; '.join(kill.faults) or 'saved, and went on'}",
+            f"{kill.stage}: SIGUSR1 after {kill.done} steps: {'; '.join(kill.faults) or 'saved, and continued'}",
             flush=True,
         )
         requests.append(kill)

@@ -1,4 +1,4 @@
-"""Results of `fault_harness.py`: what a run leaves on the disk, records of kills, and the page."""
+"""Results of `fault_harness.py`: files of a run, records of kills, and the page."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Stage:
 
 @dataclass
 class Kill:
-    """One process that was killed. trained: it made steps of its own; done: steps logged at its end; unfinished: it left an
-    unfinished checkpoint; resumed: step at which the next process that trained began.
+    """One killed process. trained: it completed steps; done: steps logged at its end; unfinished: it left an unfinished
+    checkpoint; resumed: first step of the next process that trained.
     """
 
     stage: str
@@ -46,7 +46,7 @@ class Kill:
 
 @dataclass
 class LostRank:
-    """One of two ranks under torchrun was killed. ended_s: seconds until the other had exited."""
+    """The outcome after one of two ranks under torchrun was killed. ended_s: seconds until the other exited."""
 
     done: int
     ended_s: float
@@ -108,12 +108,12 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def repeated(kill: Kill) -> int:
-    """Steps that the killed process had made and the next one repeated."""
+    """Steps of the killed process that the next one repeated."""
     return max(kill.done - (kill.resumed or 0), 0) if kill.trained else 0
 
 
 def kill_table(kills: list[Kill]) -> list[str]:
-    """A row for every stage and signal."""
+    """Markdown table: a row for every stage and signal."""
     groups: dict[tuple[str, str], list[Kill]] = {}
     for kill in kills:
         groups.setdefault((kill.stage, kill.signal.name), []).append(kill)

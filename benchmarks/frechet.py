@@ -1,11 +1,11 @@
-"""The Frechet distance against scipy's root of a general matrix, and the memory of 50,000 images' statistics.
+"""Time the Frechet distance against scipy's general matrix square root, and measure the memory of statistics of 50,000 images.
 
     python benchmarks/frechet.py --out docs/results/frechet.md
 
-Features are rectified mixtures of normals with a falling spectrum, so that covariances have many small eigenvalues as those of
-networks do. Both sides get the same moments and take turns in one process, after a warm-up turn each; ours is
-`evaluate.metrics.frechet_distance`, the other is |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrtm(S1 S2)). The stream is `summarise` over
-random features of the Inception network's three sizes, then precision and recall, in a process of its own.
+Features are rectified Gaussian mixtures with a decaying spectrum, so that covariances have many small eigenvalues as those of
+networks do. Both sides get the same moments and alternate in one process after a warm-up each: ours is
+`evaluate.metrics.frechet_distance`, the other |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrtm(S1 S2)). Memory is that of `summarise` over
+random features of the three sizes of the Inception network, then of precision and recall, in a separate process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DECADES = 4.0  # over which the mixture's spectrum falls
 
 
 def moments_of(width: int, num: int, seed: int) -> Moments:
-    """Of rectified mixtures: the mixture is the same for every seed but for a tenth."""
+    """Moments of a rectified mixture; nine tenths of the mixture do not depend on the seed."""
     rng = np.random.default_rng(seed)
     falling = 10 ** (-DECADES / 2 * np.linspace(0, 1, width, dtype=np.float32))
     shared = np.random.default_rng(0).standard_normal((width, width), dtype=np.float32)
@@ -54,7 +54,7 @@ def by_root(first: Moments, second: Moments) -> float:
 
 
 def compare(case: tuple[int, int, int], repeats: int) -> str:
-    """One row: sizes, both times, ratio, agreement."""
+    """A row of the table: sizes, both times, ratio, agreement."""
     width, num1, num2 = case
     first, second = moments_of(width, num1, 1), moments_of(width, num2, 2)
     found: dict[str, float] = {}
@@ -103,7 +103,7 @@ def stream(num: int, references: int) -> dict[str, float]:
 
 
 def streamed(num: int, references: int) -> str:
-    """`stream` in a process of its own, in words."""
+    """A sentence with the results of `stream` in a separate process."""
     command = [sys.executable, __file__, "--stream", f"{num},{references}"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     said = json.loads(done.stdout.splitlines()[-1])

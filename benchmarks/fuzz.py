@@ -1,12 +1,12 @@
-"""Damage every format that the command line reads, and see that each damaged input is answered as promised.
+"""Damage files of every format that the command line reads, and check the reaction to each.
 
     python benchmarks/fuzz.py [--cases 3000] [--seed 0] [--seconds 3600] [--only "images npz"] [--case 17] [--failures FILE]
 
-A case copies a small good input, changes one file of it (`fuzz_mutations.py`), and runs a command that reads it
-(`fuzz_material.py`), in a process forked from this one, which has imported everything. As promised is: exit code 0 or 2; with
-2 one line that begins with "error:", the last one; no traceback, warning or "out of memory"; less than 1 GiB of memory and 20 s of
-processor time; and no change to anything but the output. The process is told that 1 GiB is all the memory of the machine.
-Every case is a function of the seed, its kind and its number, so `--only KIND --case N` repeats it and shows what it said.
+A case copies a small valid input, changes one file of it (`fuzz_mutations.py`), and runs a command that reads it
+(`fuzz_material.py`) in a process forked from this one, which has imported everything. A case passes with exit code 0 or 2 (with
+2 the last line, and no other, begins with "error:"), no traceback, warning or "out of memory", less than 1 GiB of memory and 20 s
+of processor time, and no change to anything but the output. The process sees 1 GiB as the memory of the machine. Every case is
+a function of the seed, its kind and its number, so `--only KIND --case N` repeats it and prints its output.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _FRAME = re.compile(r'File "[^"]*/tinyfusion/([^"]+)", line (\d+), in (\w+)')
 
 @dataclass
 class Case:
-    """One damaged input and what came of it."""
+    """One damaged input and its outcome."""
 
     kind: str
     number: int
@@ -140,7 +140,7 @@ def _as_child(command: str, folder: Path, said_in: Path) -> None:
 
 
 def _limit() -> None:
-    """Bounds of addresses and files, so that a fault does not harm the machine; and the memory that readers may count on."""
+    """Limit address space and file size of this process, and the memory that readers see."""
     from tinyfusion.core import reading
 
     page = resource.getpagesize()
@@ -156,7 +156,7 @@ def _limit() -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Kind, size and time of change of everything in a folder."""
+    """Kind, size and modification time of every entry of a folder."""
     found = {}
     for path in folder.rglob("*"):
         about = path.lstat()
@@ -166,7 +166,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
 
 @contextlib.contextmanager
 def copied(kind: Kind, material: Path, scratch: Path) -> Iterator[tuple[Path, Path]]:
-    """The folder of a case, and the copy of its input in it; both are removed at the end."""
+    """Within the context: the folder of a case and the copy of its input in it."""
     folder = Path(tempfile.mkdtemp(prefix=f"{kind.name.replace(' ', '-')}-", dir=scratch))
     given, source = folder / kind.path, material / kind.path
     given.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def copied(kind: Kind, material: Path, scratch: Path) -> Iterator[tuple[Path, Pa
 
 
 def attempt(kind: Kind, number: int, seed: int, material: Path, scratch: Path, debug: bool = False) -> Case:
-    """Make a case and judge it."""
+    """Run a case and check its outcome."""
     chance = random.Random(f"{seed}/{kind.name}/{number}")
     with copied(kind, material, scratch) as (folder, given):
         files = sorted({path for pattern in kind.files for path in given.glob(pattern) if path.is_file()}) or [given]
@@ -197,7 +197,7 @@ def attempt(kind: Kind, number: int, seed: int, material: Path, scratch: Path, d
 
 
 def failures_of_intact(kinds: Sequence[Kind], material: Path, scratch: Path) -> list[str]:
-    """Commands that fail though their input is whole: what they answer to damage would say nothing."""
+    """Messages about commands that fail on undamaged input, whose cases would mean nothing."""
     failed = []
     for kind in kinds:
         for command in kind.commands:
@@ -209,7 +209,7 @@ def failures_of_intact(kinds: Sequence[Kind], material: Path, scratch: Path) -> 
 
 
 def _mutated(target: Path, chance: random.Random) -> str:
-    """Damage a file in a forked process, whose memory does not count; the name of the mutation."""
+    """Damage a file in a forked process, whose memory does not count; return the name of the mutation."""
     receiver, sender = os.pipe()
     process = os.fork()
     if process == 0:
@@ -230,7 +230,7 @@ def _mutated(target: Path, chance: random.Random) -> str:
 
 
 def judged(case: Case) -> list[str]:
-    """What of an outcome is not as promised."""
+    """What is wrong with an outcome."""
     faults = []
     if "Traceback" in case.said or case.code not in (0, 2):
         faults.append(f"exit code {case.code}" + (", traceback" if "Traceback" in case.said else ""))
@@ -254,7 +254,7 @@ def judged(case: Case) -> list[str]:
 def touched(
     before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]], allowed: tuple[str, ...]
 ) -> list[str]:
-    """What was changed, made or removed outside of `allowed`."""
+    """Entries that were changed, created or removed outside of `allowed`."""
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     inside = {name for name in changed if not any(name == top or name.startswith(f"{top}/") for top in allowed)}
     folders = {name for name in inside if any(other.startswith(f"{name}/") for other in changed)}
@@ -295,7 +295,7 @@ def failures_page(cases: list[Case], seed: int) -> str:
 
 
 def table(cases: list[Case]) -> str:
-    """Tried and as promised, by kind."""
+    """Markdown table: cases and passed cases by kind."""
     rows = ["| kind | tried | as promised | exit code 0 | most memory | most time |", "|---|---|---|---|---|---|"]
     for name in dict.fromkeys(case.kind for case in cases):
         found = [case for case in cases if case.kind == name]
@@ -310,7 +310,7 @@ def table(cases: list[Case]) -> str:
 
 @contextlib.contextmanager
 def workplace() -> Iterator[tuple[Path, Path]]:
-    """Folders of the material, filled, and of the cases; gone at the end."""
+    """Within the context: temporary folders of the material and of the cases."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         material, scratch = Path(name) / "material", Path(name) / "cases"
         material.mkdir()
@@ -343,10 +343,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=3000, help="spread evenly over the kinds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="no case begins after them")
-    parser.add_argument("--trust-whole", action="store_true", help="do not try the commands on whole inputs first")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="time limit: no case starts later")
+    parser.add_argument("--trust-whole", action="store_true", help="do not run the commands on undamaged inputs first")
     parser.add_argument("--only", metavar="KIND")
-    parser.add_argument("--case", type=int, help="the number of one case, which is shown with all that it says")
+    parser.add_argument("--case", type=int, help="the number of one case, whose output is printed")
     parser.add_argument(
         "--failures", type=Path, help="write the failures, by the line where they happened, to this file"
     )

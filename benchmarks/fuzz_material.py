@@ -1,4 +1,4 @@
-"""Small good inputs of every format, which `fuzz.py` damages, and the commands that read each of them."""
+"""Small valid inputs of every format for `fuzz.py`, and the commands that read each of them."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ OFFICIAL = tuple(f"{command} --num-heads 2" for command in OPENED)
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of input: name; path: what of the material is copied and damaged; commands: {i} is the copy, {m} the material.
+    """A kind of input. path: part of the material that is copied and damaged; commands: {i} is the copy, {m} the material.
 
-    files: patterns of what is damaged, where `path` is a folder. own: the commands write into {i}.
+    files: patterns of the files to damage, if `path` is a folder. own: the commands write into {i}.
     """
 
     name: str
@@ -124,7 +124,7 @@ NEVER_WHOLE = ("TorchScript", "weights table")  # small ones are refused, and no
 
 
 def fill(folder: Path, call: Call) -> None:
-    """Make all inputs in `folder`; nothing is trained here, `call` does so in a process of its own."""
+    """Create all inputs in `folder`; `call` runs the trainings in a separate process."""
     save_model(random_model(0.05, **PIXELS), folder / "teacher")
     save_model(random_model(0.05, **{**PIXELS, "in_channels": 3, "input_size": SIDE}), folder / "colour")
     latent = random_model(0.05, **LATENTS)

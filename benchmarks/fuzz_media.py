@@ -1,4 +1,4 @@
-"""Mutations of parquet files, tar archives and pictures for `fuzz.py`, and the odd values that all formats are given."""
+"""Mutations of parquet files, tar archives and pictures for `fuzz.py`, and extreme values for all formats."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def change_parquet(path: Path, chance: random.Random) -> None:
 
 
 def picture_bytes(chance: random.Random) -> bytes:
-    """An encoded picture of an odd mode, form or claim."""
+    """An encoded picture of an unusual mode or shape, or with a wrong header."""
     if chance.random() < 0.2:
         return _huge_png(chance.choice((13_000, 100_000, 2**31 - 1)))
     mode, form = chance.choice((
@@ -100,7 +100,7 @@ def picture_bytes(chance: random.Random) -> bytes:
 
 
 def _huge_png(side: int) -> bytes:
-    """A PNG that claims a large square; at 13,000 pixels it holds all of it."""
+    """A PNG whose header states a large square; at 13,000 pixels it contains all of it."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -123,7 +123,7 @@ def change_picture(path: Path, chance: random.Random) -> None:
 
 
 def change_tar(path: Path, chance: random.Random) -> None:
-    """Headers whose fields are changed with their sum, or members of odd kinds and names."""
+    """Change header fields and their checksum, or add members of unusual kinds and names."""
     if chance.random() < 0.6:
         content = bytearray(path.read_bytes())
         heads = [i for i in range(0, len(content) - 512, 512) if content[i + 257 : i + 262] == b"ustar"]

@@ -56,7 +56,7 @@ def erase_piece(path: Path, chance: random.Random) -> None:
 
 
 def replace_file(path: Path, chance: random.Random) -> None:
-    """Something else of the same name: nothing, a folder, a pipe, a broken link, text, another format."""
+    """Replace a file by nothing, a folder, a pipe, a broken link, text, or another format."""
     path.unlink()
     kind = chance.randrange(7)
     if kind == 0:
@@ -90,7 +90,7 @@ _MARK = "<raw value>"
 
 
 def change_json(path: Path, chance: random.Random) -> None:
-    """Replace, remove or move a value, up to three times; absurd texts of values among them."""
+    """Replace, remove or move a value, up to three times, also by extreme values."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines() if path.suffix == ".jsonl" else [text]
     index = chance.randrange(len(lines))
@@ -150,7 +150,7 @@ def change_toml(path: Path, chance: random.Random) -> None:
 
 
 def change_safetensors(path: Path, chance: random.Random) -> None:
-    """Another header above the same values, or another length of it."""
+    """Change the header, or its stated length."""
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header, values = content[8 : 8 + size], content[8 + size :]
@@ -221,7 +221,7 @@ _ARRAYS: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
 
 
 def changed_npy(content: bytes, chance: random.Random) -> bytes:
-    """Another header, type or form of the array; or one that was zeros and claims much."""
+    """Another header, dtype or shape of the array, or a small file of a large array."""
     if chance.random() < 0.4:
         array = np.load(io.BytesIO(content), allow_pickle=False)
         stream = io.BytesIO()
@@ -257,7 +257,7 @@ def changed_npy(content: bytes, chance: random.Random) -> bytes:
 
 
 def change_npz(path: Path, chance: random.Random) -> None:
-    """Other members, other content of a member, another entry about it, or one that inflates to much."""
+    """Other members, other content or directory entry of a member, or one that decompresses to a large size."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     name = chance.choice(sorted(members))
@@ -284,7 +284,7 @@ def change_npz(path: Path, chance: random.Random) -> None:
 
 
 def _falsify_zip(path: Path, chance: random.Random) -> None:
-    """Sizes, sums, methods or flags of the central directory that are not those of the members."""
+    """Change sizes, checksums, methods or flags in the central directory."""
     content = bytearray(path.read_bytes())
     entry = content.find(b"PK\x01\x02")
     offset, length = chance.choice(((10, 2), (8, 2), (16, 4), (20, 4), (24, 4), (42, 4), (28, 2)))
@@ -295,7 +295,7 @@ def _falsify_zip(path: Path, chance: random.Random) -> None:
 
 
 def _bomb() -> Path:
-    """An npz of a small file whose images are many zeros, and whose labels do not fit."""
+    """A small npz file whose images decompress to many zeros and whose labels do not fit."""
     path = SCRATCH / "bomb.npz"
     if path.exists():
         return path
@@ -320,14 +320,14 @@ SCRATCH = Path()  # where bombs are kept; set by the harness
 
 
 class _Touch:
-    """Pickles to a call that would create a file."""
+    """An object whose pickle is a call that creates a file."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch code-has-run",)
 
 
 def change_torch(path: Path, chance: random.Random) -> None:
-    """Another state dict: odd names, shapes, types and nesting, values that claim more than they hold, and code."""
+    """Another state dict: unusual names, shapes, dtypes and nesting, truncated values, and code."""
     try:
         state = torch.load(path, weights_only=False)["model"]  # made by the harness
     except (RuntimeError, TypeError):  # a script and no state dict
@@ -378,7 +378,7 @@ FORMATS: dict[str, Mutation] = {
 
 
 def mutate(path: Path, chance: random.Random) -> str:
-    """Change a file by its format or as bytes; the name of the mutation."""
+    """Change a file by its format or as bytes; return the name of the mutation."""
     mutation = FORMATS.get(path.suffix)
     if mutation is None or chance.random() < 0.35:
         mutation = chance.choice(BYTES)

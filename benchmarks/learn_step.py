@@ -1,12 +1,12 @@
-"""One step of mask learning, dense gating against skipping, at the shape of DiT-XL/2 blocks.
+"""Time a step of mask learning with dense and with skipping gates, at the shape of DiT-XL/2 blocks.
 
     python benchmarks/learn_step.py --threads 2 --out docs/results/learn-step.md
 
-Both sides are the package's own mask learner on one model of random weights (width 1152, 16 heads, 256 tokens), fed the
-same noise and masks, taking turns within one process: a warm-up turn, then the median of `--repeats` turns with quartiles. A
-step is what the loop does: forward, backward, clipping, optimiser, moving average. The floor counts a backward pass with
-weight gradients as two forward passes, one without as one, and everything else as nothing. Memory is what torch's
-allocator held at the peak of forward and backward above what it held before, gradient buffers being there already.
+Both sides are the package's own mask learner on one model with random weights (width 1152, 16 heads, 256 tokens), with the
+same noise and masks, alternating in one process: a warm-up turn, then the median of `--repeats` turns with quartiles. A step is
+forward, backward, clipping, optimiser and moving average. The floor counts a backward pass with weight gradients as two
+forward passes, one without as one, and everything else as 0. Memory is the peak of allocations in forward and backward above
+the state before, gradient buffers included in that state.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MEMORY_SHARE, GRADIENT_TOLERANCE = 0.35, 1e-4
 
 @dataclass(frozen=True)
 class Side:
-    """One way to make a step."""
+    """A learner with its state, and how it runs dropped blocks."""
 
     learner: MaskLearner
     state: TrainState
@@ -75,7 +75,7 @@ class Side:
         return time.perf_counter() - began, middle - began
 
     def gradients(self, noisy: NoisyBatch) -> dict[str, Tensor]:
-        """Of logits and weights."""
+        """Gradients of logits and weights."""
         self.state.optimizer.zero_grad(set_to_none=True)
         self.backward(noisy)
         return {name: p.grad.clone() for name, p in self.state.parameters.items() if p.grad is not None}
@@ -101,8 +101,8 @@ def sides_of(teacher: LoadedModel, update: Any, scheme: str, dtype: Any, batch: 
     def side(made: MaskLearner, state: TrainState, dropped: Any) -> Side:
         return Side(made, state, dataclasses.replace(made.objective, dropped=dropped), dtype)
 
-    held = learner(dtype)
-    found = {"dense": side(*held, "dense"), "skip": side(*held, "skip")}
+    shared = learner(dtype)
+    found = {"dense": side(*shared, "dense"), "skip": side(*shared, "skip")}
     if dtype == "bfloat16":  # the published form casts frozen weights at every call
         found["dense, cast per call"] = side(*learner("float32"), "dense")
     return found
@@ -125,7 +125,7 @@ def agreement(sides: dict[str, Side], noisy: NoisyBatch) -> tuple[float, float]:
 
 
 def row(teacher: LoadedModel, key: tuple[str, str, str], batch: int, repeats: int) -> list[str]:
-    """Measure one setting: a line of the table per dense side."""
+    """Measure one setting: a row of the table per dense side."""
     update, scheme, dtype = key
     floor, share = ROWS[key]
     sides = sides_of(teacher, update, scheme, dtype, batch)
@@ -158,7 +158,7 @@ def row(teacher: LoadedModel, key: tuple[str, str, str], batch: int, repeats: in
 
 
 def processor() -> str:
-    """Name and bfloat16 units of the processor, as far as the system tells."""
+    """Name and bfloat16 units of the processor, as far as the system reports them."""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)

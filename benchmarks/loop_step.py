@@ -1,11 +1,11 @@
-"""What the loop costs beside the model: a step of `train_steps` against a bare one, and where its time goes.
+"""Measure the overhead of the training loop: a step of `train_steps` against a bare one, and the time of its phases.
 
     python benchmarks/loop_step.py --case small-float32 --keep /tmp/loop.json --out docs/results/loop-step.md
 
 DiT-S (width 384, 12 blocks, 6 heads), random weights, images in memory. The bare step is forward, losses, backward and fused
-AdamW on a batch that is there; ours is what `train_steps` does, draws, clipping, moving average and record included, on the
-same batch. Sides have a model each, and take turns in one process: a warm-up turn, then medians with quartiles. The dissected
-side is a copy of the step from the same functions, with a clock between its parts. Cases are measured one at a time, and the
+AdamW on a prepared batch; ours is a step of `train_steps` on the same batch, with draws, clipping, moving average and record.
+Each side has a model of its own; they alternate in one process: a warm-up turn, then medians with quartiles. The dissected
+side is a copy of the step from the same functions, with a clock between its phases. Cases are measured one at a time, and the
 page is written from all that are in --keep.
 """
 
@@ -51,7 +51,7 @@ LOOP_PARTS = ("images and draws", "noising", "gradient norm", "finite, factor", 
 
 
 class Side:
-    """One model and how it is trained: bare, by the loop with so many batches ahead, or dissected."""
+    """One model and how it is trained: bare, by the loop with a number of prefetched batches, or dissected."""
 
     def __init__(self, kind: str, case: argparse.Namespace, dtype: Literal["float32", "bfloat16"], shape: str) -> None:
         _, channels, side, patch, width = SHAPES[shape]
@@ -71,9 +71,9 @@ class Side:
         rng = np.random.default_rng(0)
         images = rng.standard_normal((1024, channels, side, side), np.float32).clip(-1, 1)
         labels = rng.integers(0, 10, 1024)
-        held = ImageSet("random", images, labels, 10)
+        image_set = ImageSet("random", images, labels, 10)
         self.source = ShuffledBatches(
-            held, self.randomness, torch.device("cpu"), augment=0.5 if shape == "narrow" else 0.0
+            image_set, self.randomness, torch.device("cpu"), augment=0.5 if shape == "narrow" else 0.0
         )
         ahead = int(kind.rpartition(" ")[2]) if kind.startswith("loop") else 0
         self.engine = Engine("cpu", ComputeSection(prefetch_batches=ahead))
@@ -89,14 +89,14 @@ class Side:
         return made
 
     def loop(self) -> Iterator[None]:
-        """The product."""
+        """Steps of `train_steps`."""
         arguments = (self.source, self.settings, self.randomness, self.engine)
         for record in train_steps(self.state, self.objective, *arguments):
             self.waited.append(record.waited_s)
             yield
 
     def bare(self) -> Iterator[None]:
-        """Nothing but the model and its optimiser. The batch is made while nobody looks."""
+        """Steps of the model and its optimiser alone; making the batch is not timed."""
         for step in range(self.settings.steps):
             noisy = self.batch(step)
             yield
@@ -106,7 +106,7 @@ class Side:
             yield
 
     def dissected(self) -> Iterator[None]:
-        """The step of the loop, with a clock between its parts."""
+        """Steps of the loop with a clock between their phases."""
         parameters = list(self.state.parameters.values())
         for step in range(self.settings.steps):
             laps = [("", time.perf_counter(), time.process_time())]
@@ -152,7 +152,7 @@ class Side:
 
 
 def turn(kind: str, side: Side) -> tuple[float, float]:
-    """Seconds of one step: wall, and all threads of the process."""
+    """Seconds of one step: elapsed, and processor time of all threads."""
     if kind == "bare":
         next(side.steps)  # makes the batch
     began = time.perf_counter(), time.process_time()
@@ -188,7 +188,7 @@ def measured(name: str, case: argparse.Namespace) -> dict[str, Any]:
 
 
 def rate(num_bytes: int, repeats: int = 9) -> float:
-    """GB/s at which one tensor of that size is read and written in place, by the time of the processor."""
+    """GB/s at which one tensor of that size is read and written in place, by processor time."""
     values = torch.ones(num_bytes // 4)
     taken = []
     for _ in range(repeats):
@@ -199,18 +199,18 @@ def rate(num_bytes: int, repeats: int = 9) -> float:
 
 
 def allowed(bare: float) -> float:
-    """Milliseconds that the loop may cost beside a bare step of so many."""
+    """Limit of the loop's overhead in milliseconds, for a bare step of `bare` milliseconds."""
     return ALLOWED_MS + ALLOWED_SHARE * bare
 
 
 def own(found: dict[str, Any], clock: int) -> float:
-    """Milliseconds of all parts that a bare step does not have; clipping only where it is done."""
+    """Milliseconds of all phases that a bare step lacks; clipping only where it is active."""
     parts = [p for p in LOOP_PARTS if found["clip"] or p != "clipping"]
     return float(sum(np.median([v[clock] for v in found["parts"][part]]) for part in parts))
 
 
 def summary(found: dict[str, Any]) -> str:
-    """A case as a line of the first table."""
+    """A case as a row of the first table."""
     shape, dtype = found["name"].split("-")
     times = {kind: np.array(taken) for kind, taken in found["times"].items()}
     bare = times["bare"]
@@ -242,7 +242,7 @@ def dissection(cases: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def page(kept: dict[str, Any]) -> str:
-    """Everything measured, as a page."""
+    """The page of all results."""
     head = [
         "shape", "dtype", "clipping", "threads", "batch x turns", "bare wall", "bare processor", "no prefetch - bare, wall",
         "no prefetch - bare, processor", "prefetch 2 - bare, wall", "prefetch 2 - bare, processor", "loop only", "limit", "within",

@@ -1,12 +1,12 @@
-"""How close the shared mask search comes to its ceiling: the block evaluations that sharing saves.
+"""Compare the speed-up of the shared mask search with its ceiling, the block evaluations that sharing saves.
 
     python benchmarks/mask_search.py [--images 64] [--repeats 7] [--num-masks 20000] [--out docs/results/mask-search.md]
 
 Two spaces at the shape of the shipped digits teacher: all 924 masks that keep 6 of its 12 blocks, and random masks that
-keep 14 of 28 blocks of an untrained model of the same width. Both sides see one calibration batch. The plain side cuts
-the model and runs it, mask by mask, on a sample of the masks; both sides are timed in turn, piece by piece, in seconds of
-processor time of one thread, so that other work on the machine does not count. The ceiling is plain block evaluations by
-distinct ones; the share is the measured ratio by the ceiling, the median over pieces with the extremes.
+keep 14 of 28 blocks of an untrained model of the same width. Both sides use one calibration batch. The plain side prunes and
+runs the model, mask by mask, on a sample of the masks; both sides alternate over slices of the masks, in processor time of
+one thread. The ceiling is the number of block evaluations over that of distinct ones; the share is the measured ratio over the
+ceiling, as the median over slices with the extremes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SAMPLED = 30  # masks of a piece that the plain side runs
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of the masks: seconds per mask of both sides, and the ceiling of these masks."""
+    """A slice of the masks: seconds per mask of both sides, and the ceiling of these masks."""
 
     shared_s: float
     plain_s: float
@@ -54,17 +54,17 @@ class Piece:
 
     @property
     def ratio(self) -> float:
-        """Plain by shared."""
+        """Seconds of the plain side over those of the shared."""
         return self.plain_s / self.shared_s
 
     @property
     def share(self) -> float:
-        """Of the ceiling."""
+        """The ratio over the ceiling."""
         return self.ratio / self.ceiling
 
 
 def deeper_model(depth: int) -> LoadedModel:
-    """The digits teacher's shape at another depth, every weight random."""
+    """A model of the digits teacher's shape at another depth, with random weights."""
     sizes = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=64, num_heads=4, num_classes=10)
     return random_model(0.05, **sizes, depth=depth)
 
@@ -75,7 +75,7 @@ def one_batch(model: LoadedModel, images: int) -> Calibration:
 
 
 def measured(model: LoadedModel, calibration: Calibration, masks: list[Mask], pieces: int) -> list[Piece]:
-    """Sorted masks in consecutive pieces, or all of them in each where they are few."""
+    """Measure sorted masks in consecutive slices, or all of them in each if they are few."""
     few = len(masks) < 1000 * pieces
     size = len(masks) if few else math.ceil(len(masks) / pieces)
     found: list[Piece] = []
@@ -95,7 +95,7 @@ def measured(model: LoadedModel, calibration: Calibration, masks: list[Mask], pi
 
 
 def largest_error(model: LoadedModel, calibration: Calibration, masks: list[Mask]) -> float:
-    """Relative difference of the two sides on some masks."""
+    """Largest relative difference of the two sides on some masks."""
     some = sorted(masks[int(i)] for i in Randomness(1).permutation("check", 0, len(masks))[:_CHECKED])
     sums = mask_losses(model, calibration, some)
     plain = [plain_losses(model, calibration, mask)[0] for mask in some]

@@ -1,12 +1,11 @@
-"""The memory plan against the memory that training really takes: predicted, measured and their ratio, on the CPU.
+"""Compare the memory plan with the measured memory of a training on the CPU.
 
     python benchmarks/memory_plan.py [--only NAME] [--threads 2] [--runs runs/memory] [--out docs/results/memory.md]
 
-Each case is a process of its own. Measured is its largest resident memory (VmHWM of /proc/self/status, set back before the
-first step by /proc/self/clear_refs) over two steps of the package's own loop, less what was resident before the models were
-made and after a step of a tiny one. The C allocator is told to give every block of 64 KiB or more back to the system when
-it is freed, so that resident memory is memory in use. A finished case is kept in --runs, so the command continues where it
-stopped. Linux alone.
+Each case is a separate process. Measured is its peak resident memory (VmHWM of /proc/self/status, reset before the first step
+by /proc/self/clear_refs) over two steps of the package's own loop, minus the resident memory before the models were created and
+after a step of a tiny one. The C allocator returns freed blocks of 64 KiB or more to the system, so that resident memory is
+memory in use. Finished cases are cached in --runs, so the command resumes where it stopped. Linux only.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ from tinyfusion.training.state import TrainState
 
 GIB = 2**30
 TOLERANCE = 0.15
-STEPS = 2  # the second begins with moments and ends with gradients beside them
+STEPS = 2  # the second begins with moments and ends with gradients as well
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -69,7 +68,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """In the table, and for --only."""
+        """Its name in the table and for --only."""
         extra = ", checkpointing" if self.checkpointing else ""
         return f"{self.kind}, {self.dtype}{extra}, batch {self.batch_size}" + (
             f" in {self.sizes}" if self.sizes > 1 else ""
@@ -115,12 +114,12 @@ def latents(step: int, batch_size: int, draws: Draws) -> Batch:
 
 @dataclass(frozen=True)
 class Made:
-    """What a case trains."""
+    """Objective, state and blocks of a case, and modules that are also resident."""
 
     state: TrainState
     stack: BlockStack
     objective: Objective
-    beside: list[torch.nn.Module]
+    also_resident: list[torch.nn.Module]
 
 
 def made(case: Case, settings: TrainingSection) -> Made:
@@ -158,13 +157,13 @@ def resident(field: str) -> int:
 
 @contextlib.contextmanager
 def blocks_as(stack: BlockStack, compute: ComputeSection) -> Iterator[None]:
-    """Blocks as `compute` wants them."""
+    """Within the context the blocks run as `compute` says."""
     with stack.checkpointed() if compute.gradient_checkpointing else contextlib.nullcontext():
         yield
 
 
 def warm_up(dtype: str) -> None:
-    """Load what building and a first step load: peft and its libraries, kernels, threads, the optimiser's code."""
+    """Load everything that building and a first step load: peft and its libraries, kernels, threads, the optimiser's code."""
     add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), 1, 1.0, 0)
     model = torch.nn.Linear(64, 64)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -184,7 +183,7 @@ def measured(case: Case) -> dict[str, Any]:
     given = made(case, settings)
     began = time.perf_counter()
     args = given.state.model, given.stack, given.state.parameters, given.objective, latents, settings
-    footprint = footprint_of(*args, given.beside)
+    footprint = footprint_of(*args, given.also_resident)
     plan = memory_plan(footprint, settings, compute)
     plan_s = time.perf_counter() - began
     began = time.perf_counter()
@@ -207,7 +206,7 @@ def measured(case: Case) -> dict[str, Any]:
 
 
 def kept(case: Case, runs: Path, threads: int) -> dict[str, Any]:
-    """What was found of a case before, else now, in a process of its own."""
+    """The result of a case: cached, else measured in a separate process."""
     file = runs / f"{case.name.replace(', ', '-').replace(' ', '-')}.json"
     if not file.exists():
         command = [sys.executable, __file__, "--threads", str(threads), "--case", json.dumps(asdict(case))]
@@ -218,7 +217,7 @@ def kept(case: Case, runs: Path, threads: int) -> dict[str, Any]:
 
 
 def row(case: Case, found: dict[str, Any]) -> str:
-    """A line of the table."""
+    """A row of the table."""
     predicted, measured_bytes, moving = found["predicted"], found["measured"], found["moving"]
     left = measured_bytes - (predicted - moving)
     ratio = predicted / measured_bytes

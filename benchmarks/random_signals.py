@@ -1,9 +1,9 @@
 """Stop every verb at random moments by SIGTERM and SIGINT; called by `fault_harness.py --signals N`.
 
 Half of the signals come from outside. The other half are sent while Python runs a `__del__`, which drops the exception that the
-handler raises there: a timer makes and drops such an object at a random moment after the start. A signal is obeyed where
-the process ends with 128 + its number within the bound, the same command then ends with 0, and what it leaves is equal to what an
-undisturbed one left. Signals that come when the process is about to end by itself are sent anew.
+handler raises there: a timer creates and drops such an object at a random moment after the start. A signal passes if the
+process ends with 128 + its number within the time limit, the same command then ends with 0, and its result is equal to that of
+an undisturbed run. Signals that arrive when the process is about to end by itself are sent again.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def arguments(verb: str, out: str) -> list[str]:
 
 
 class Dying:
-    """Sends a signal to its process in `__del__`, after a note of that."""
+    """Sends a signal to its process in `__del__`, after logging that."""
 
     def __init__(self, note: Path, signum: int) -> None:
         self.note, self.signum = note, signum
@@ -105,7 +105,7 @@ class Dying:
 
 
 def sit(folder: Path, verb: str, out: str, stop: Stop | None) -> None:
-    """In a process of its own: the verb, and a signal in a `__del__` where `stop` wants one."""
+    """Run the verb in this process, with a signal in a `__del__` if `stop` wants one."""
     import torch
 
     from tinyfusion.cli import main
@@ -130,14 +130,14 @@ def started(folder: Path, verb: str, out: str, stop: Stop | None = None) -> Fork
 
 
 def ended(process: ForkServerProcess, within_s: float) -> int | None:
-    """The exit code, as a shell has it; None where it goes on."""
+    """The exit code as a shell reports it; None while the process runs."""
     process.join(within_s)
     code = process.exitcode
     return 128 - code if code is not None and code < 0 else code
 
 
 def left_by(folder: Path, verb: str, out: str) -> dict[str, Any]:
-    """What must not depend on signals: tensors, images, logged numbers, scores, and answers that hold no times."""
+    """Results that must not depend on signals: tensors, images, logged numbers, scores, and output without times."""
     found: dict[str, Any] = {}
     for path in sorted(p for p in folder.glob(f"{out}*") if p.name.partition(".")[0] in (out, f"{out}-png")):
         for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
@@ -158,7 +158,7 @@ def left_by(folder: Path, verb: str, out: str) -> dict[str, Any]:
 
 
 def stopped(folder: Path, stop: Stop, out: str) -> bool:
-    """Start a process and send the signal; False where it had ended, or was about to."""
+    """Start a process and send the signal; False if it had ended, or was about to."""
     began = time.monotonic()
     process = started(folder, stop.verb, out, stop if stop.inside else None)
     while process.is_alive() and not (
@@ -185,7 +185,7 @@ def stopped(folder: Path, stop: Stop, out: str) -> bool:
 
 
 def random_signals(folder: Path, num: int, chance: random.Random) -> list[Stop]:
-    """`num` signals over all verbs in turn; says every one on stdout."""
+    """Send `num` signals to all verbs in turn, and print each outcome."""
     material(folder)
     SERVER.set_forkserver_preload(PRELOADED)
     ended(started(folder, "inspect", "first"), PATIENCE_S)  # the server imports before it forks
@@ -220,7 +220,7 @@ def random_signals(folder: Path, num: int, chance: random.Random) -> list[Stop]:
 
 
 def summary(stops: list[Stop]) -> str:
-    """One line of the whole."""
+    """One line about all signals."""
     inside = sum(stop.inside for stop in stops)
     obeyed = sum(not stop.faults for stop in stops)
     verbs, longest_s = len({stop.verb for stop in stops}), max(stop.took_s for stop in stops)

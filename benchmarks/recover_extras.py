@@ -1,10 +1,10 @@
-"""Ideas beyond the paper for recovery, each against the published one under the same seeds: held-out loss on digits.
+"""Compare recovery methods beyond the paper with the published one, on digits and under the same seeds.
 
     python benchmarks/recover_extras.py [--seeds 3] [--steps 200] [--fid NAME ...] [--out docs/results/recovery-extras.md]
 
-Every variant starts from the shipped teacher cut by one of two plans, sees the same batches, noise and label drops, and
-is judged by its averaged weights on the 360 held-out images under common noise. A finished case is kept in --runs, so the
-command continues where it stopped; --only makes some variants. Everything here is thrown away: what helped is in the package.
+Every variant starts from the shipped teacher pruned by one of two plans and sees the same batches, noise and label drops. The
+result is the loss of its averaged weights on the 360 held-out images under common noise. Finished cases are cached in --runs,
+so the command resumes where it stopped; --only selects variants. What helped is in the package.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def train(case: Case, variant: Variant) -> tuple[LoadedModel, float]:
 
 @torch.no_grad()
 def heldout_losses(student: LoadedModel) -> dict[str, float]:
-    """Mean loss and its noise part over held-out images, under noise and timesteps that are the same for every model."""
+    """Mean loss and its noise term over held-out images, with the same noise and timesteps for every model."""
     images = load_digits(heldout=True)
     x, y = torch.from_numpy(images.x), torch.from_numpy(images.y)
     objective = GaussianObjective(0.0)
@@ -87,7 +87,7 @@ def heldout_losses(student: LoadedModel) -> dict[str, float]:
 
 
 def fid(student: LoadedModel, seed: int) -> float:
-    """Against the training digits: DDIM 50, guidance as in the recipe."""
+    """FID against the training digits: DDIM 50, guidance of the recipe."""
     settings = RECIPE.sample
     sampler = GaussianSampler(settings.sampler, settings.num_steps, settings.guidance)
     labels = image_labels(FID_IMAGES, student.arch.num_classes, seed)
@@ -98,7 +98,7 @@ def fid(student: LoadedModel, seed: int) -> float:
 
 
 def measured(case: Case, plan_name: str, name: str, options: argparse.Namespace) -> dict[str, float]:
-    """One result, from its file where there is one."""
+    """One result, cached in a file."""
     path = options.runs / f"{plan_name}-{name}-{case.steps}x{case.batch_size}-{case.seed}.json".replace(
         " ", "_"
     ).replace("/", ":")
@@ -114,7 +114,7 @@ def measured(case: Case, plan_name: str, name: str, options: argparse.Namespace)
 
 
 def cell(values: list[float], base: list[float]) -> str:
-    """Mean and deviation over seeds, and the mean difference to the base under the same seeds with its deviation."""
+    """Mean and standard deviation over seeds, and those of the paired difference to the base."""
     if not values:
         return "–"
     text = f"{np.mean(values):.4g}"

@@ -1,11 +1,11 @@
-"""One masked-KD step at DiT-XL/2 shape against a straightforward one: seconds, peak memory, features alive.
+"""Compare a masked-KD step at DiT-XL/2 shape with a straightforward one: seconds, peak memory, retained features.
 
     python benchmarks/recover_step.py [--depth 8] [--batch-size 4] [--repeats 7] [--threads 2] [--out docs/results/recover-step.md]
 
-The straightforward step keeps the outputs of all blocks of both models in lists (forward hooks) and computes the released
-formula with generic operations once both have run; all else (models, batch, output distillation) is the same. A step is the
-teacher's forward pass, the student's, the loss and the backward pass; the optimiser is left out, it is the same for both.
-Sides alternate. Peak memory: bytes that torch's allocator holds above those held before the step, from its own records.
+The straightforward step collects the outputs of all blocks of both models in lists (forward hooks) and computes the released
+formula with generic operations at the end; models, batch and output distillation are the same. A step is both forward
+passes, the loss and the backward pass, without the optimiser. Sides alternate. Peak memory: allocated bytes above the state
+before the step, as recorded by torch's profiler.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Setting:
 
 
 def setting(depth: int, batch_size: int, width: int) -> Setting:
-    """A random teacher, half of its blocks as the student (1:2), a random batch of 32x32 latents."""
+    """A random teacher, a student of half of its blocks (1:2), and a random batch of 32 x 32 latents."""
     teacher = xl_model(depth, width)
     groups = {"blocks": [[1, 2]] * (depth // 2)}
     plan = PrunePlan({"blocks": list(range(0, depth, 2))}, {"blocks": depth}, "indices", groups=groups)
@@ -86,13 +86,13 @@ def ours(given: Setting) -> Forward:
 
 
 def generic_feature_loss(own: Tensor, taught: Tensor) -> Tensor:
-    """The released formula, one operation after another: (B,)."""
+    """The released formula by generic operations: (B,)."""
     masks = [(f - f.mean((1, 2), keepdim=True)).abs() < SIGMAS * f.std((1, 2), keepdim=True) for f in (own, taught)]
     return ((masks[0] * own - masks[1] * taught) ** 2).mean((1, 2))
 
 
 def straightforward(given: Setting) -> Forward:
-    """Every block's output in a list; masks, zero-filling and mean squares by generic operations at the end."""
+    """The step that collects every block's output and computes the feature loss at the end."""
     objective = given.objective(0.0)
 
     def forward() -> Tensor:
@@ -120,7 +120,7 @@ SIDES: dict[str, Callable[[Setting], Forward]] = {"straightforward": straightfor
 
 
 def step(given: Setting, forward: Forward) -> float:
-    """Forward and backward; the loss."""
+    """Run forward and backward; return the loss."""
     given.student.module.zero_grad(set_to_none=True)
     loss = forward()
     loss.backward()
@@ -142,7 +142,7 @@ def agreement(given: Setting) -> tuple[float, float]:
 
 
 def step_peak_bytes(given: Setting, forward: Forward) -> int:
-    """Largest number of bytes that a step holds above those before it."""
+    """Peak of allocated bytes in a step above the state before it."""
     given.student.module.zero_grad(set_to_none=True)
     with memory_profile() as recorded:
         forward().backward()
@@ -150,7 +150,7 @@ def step_peak_bytes(given: Setting, forward: Forward) -> int:
 
 
 def features_alive(given: Setting, forward: Forward) -> int:
-    """Teacher block outputs that are still in memory when the student has run and the backward pass begins."""
+    """Number of teacher block outputs in memory when the backward pass begins."""
     outputs: list[weakref.ReferenceType[Any]] = []
     handles = [
         block.register_forward_hook(lambda _m, _a, out: outputs.append(weakref.ref(out.untyped_storage())))
@@ -165,7 +165,7 @@ def features_alive(given: Setting, forward: Forward) -> int:
 
 
 def feature_term_ms(given: Setting, repeats: int) -> dict[str, list[float]]:
-    """CPU milliseconds of the feature loss of one pair alone, forward and backward, in turn."""
+    """CPU milliseconds of the feature loss of one pair, forward and backward, alternating."""
     arch, batch = given.teacher.arch, len(given.noisy.t)
     draws = Randomness(1).at(0, 0, batch)
     own, taught = (torch.from_numpy(draws.normal(name, (arch.num_tokens, arch.hidden_size))) for name in ("s", "t"))

@@ -55,13 +55,13 @@ Start = Callable[[Case], tuple[LoadedModel, dict[str, nn.Parameter]]]
 
 
 def plain_start(case: Case) -> tuple[LoadedModel, dict[str, nn.Parameter]]:
-    """The cut teacher."""
+    """The pruned teacher."""
     student = case.teacher.cut(case.plan)
     return student, trainable(student.module)
 
 
 def merged_start(case: Case, weight: float) -> tuple[LoadedModel, dict[str, nn.Parameter]]:
-    """Every kept block is (1 - weight) of itself and weight of the mean of its dropped neighbours."""
+    """The pruned teacher, each kept block mixed with the mean of its dropped neighbours by `weight`."""
     student, parameters = plain_start(case)
     teacher_blocks, student_blocks = list(case.teacher.stack), list(student.stack)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def with_deltas(case: Case) -> tuple[LoadedModel, dict[str, nn.Parameter]]:
 
 
 class LinearBridge(nn.Module):
-    """x + x W + b in place of a run of dropped blocks, after a kept block."""
+    """x + x W + b in place of consecutive dropped blocks, after a kept block."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ def random_model(std: float, family: str = "dit", seed: int = 0, **sizes: int) -
 
 
 def xl_model(depth: int, width: int = 1152) -> LoadedModel:
-    """DiT-XL/2 of random weights at another depth."""
+    """A DiT-XL/2 with random weights at another depth."""
     sizes = dict(input_size=32, patch_size=2, in_channels=4, num_heads=16, num_classes=1000)
     return random_model(0.02, **sizes, hidden_size=width, depth=depth)
 
@@ -34,7 +34,7 @@ def memory_profile() -> profile:
 
 
 def peak_bytes(recorded: profile) -> int:
-    """Largest sum of allocations within the context, above what was held before it."""
+    """Peak of allocated bytes within the context, above the state before it."""
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]

@@ -1,10 +1,10 @@
-"""The study: criteria, recoveries and settings compared under equal budgets, on a yardstick of small images.
+"""Run the study: compare criteria, recovery methods and settings under equal budgets on small images.
 
     python benchmarks/study.py --yardstick digits --runs runs/study
     python benchmarks/study.py --yardstick cifar16 --runs runs/study --set data.name=parquet:TRAIN --heldout parquet:TEST
 
-Every job is a `prune`, a `recover` and 1,000 images, as a user would run them; finished jobs are kept, so the command
-continues where it stopped, and `--rows 1,4` makes some rows only. `benchmarks/study_page.py` writes the page.
+Every job is a `prune`, a `recover` and 1,000 images, as on the command line; finished jobs are reused, so the command
+resumes where it stopped, and `--rows 1,4` runs some rows only. `benchmarks/study_page.py` writes the page.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ RECOVERIES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One cut and one recovery. parent: the job whose student is cut, None for the teacher; grand: learn from the teacher."""
+    """One pruning and one recovery. parent: the job whose student is pruned, None for the teacher; grand: distil the teacher."""
 
     row: int
     plan: str
@@ -125,13 +125,13 @@ class Job:
 
     @property
     def plan_key(self) -> str:
-        """Folder of the cut."""
+        """Folder of the pruning run."""
         before = f"{self.parent.key}--" if self.parent else ""
         return f"{before}{self.plan}-s{self.plan_seed}".replace(", ", "_").replace(" ", "_").replace(":", "-")
 
     @property
     def key(self) -> str:
-        """Folder of the recovery."""
+        """Folder of the recovery run."""
         return f"{self.plan_key}--{self.recovery}-s{self.seed}".replace(", ", "_").replace(" ", "_").replace(":", "-")
 
 
@@ -141,7 +141,7 @@ def steps(number: int) -> tuple[str, ...]:
 
 
 def jobs() -> Iterator[Job]:
-    """Every job, the most telling rows first; the same job may stand in several rows."""
+    """Every job, the most informative rows first; a job may be in several rows."""
     for seed in SEEDS:
         for name, sets in CRITERIA.items():
             yield Job(1, name, sets, "finetune", FINETUNE, seed, seed)
@@ -167,7 +167,7 @@ def jobs() -> Iterator[Job]:
 
 
 def quarter_jobs() -> Iterator[Job]:
-    """Row 5: a quarter of the depth, from the teacher or from its half, taught by the one or the other."""
+    """Row 5: a quarter of the depth, pruned from the teacher or from its half, distilled from either."""
     quarter = tuple(part for part in SUBSET if not part.startswith("prune.scheme="))
     for seed in SEEDS:
         half = Job(5, "learned subset", SUBSET, "masked-kd", RECOVERIES["masked-kd"], seed, seed)
@@ -190,7 +190,7 @@ def rate_jobs() -> Iterator[Job]:
 
 
 class Yardstick:
-    """A teacher, its data, and what its students are measured with."""
+    """A teacher, its data, and the measures of its students."""
 
     def __init__(self, name: str, recipe: str | None, sets: Sequence[str], heldout: str, root: Path) -> None:
         self.name, self.recipe_name, self.sets, self.root = name, recipe, tuple(sets), root / name
@@ -248,7 +248,7 @@ class Yardstick:
         }
 
     def cut(self, job: Job) -> Path:
-        """The run folder of the job's cut, made if it is not there."""
+        """The folder of the job's pruning run, which runs if it is missing."""
         folder = self.root / "cut" / job.plan_key
         if not (folder / "student").is_dir():
             recipe = self.recipe(job.plan_sets, job.plan_seed)
@@ -262,7 +262,7 @@ class Yardstick:
         return folder
 
     def outcome(self, job: Job) -> dict[str, Any]:
-        """The numbers of a job, made if they are not there."""
+        """The results of a job, which runs if they are missing."""
         file = self.root / "outcomes" / f"{job.key}.json"
         if file.is_file():
             return dict(read_json(file))
@@ -294,7 +294,7 @@ class Yardstick:
         return values
 
     def _twin(self, job: Job, student: str) -> dict[str, Any] | None:
-        """The outcome of the same student, fine-tuned in the same way with the same seed: it would be the same bit for bit."""
+        """The outcome of an equal job: the same student, fine-tuned with the same settings and seed."""
         if "recover.method=finetune" not in job.recovery_sets:
             return None  # distillation also reads the plan's groups
         for file in (self.root / "outcomes").glob(f"*--{job.recovery.replace(' ', '_')}-s{job.seed}.json"):
@@ -304,7 +304,7 @@ class Yardstick:
         return None
 
     def teacher(self) -> dict[str, Any]:
-        """The teacher's own numbers, once per seed."""
+        """The results of the teacher for every seed."""
         file = self.root / "teacher.json"
         if not file.is_file():
             model = open_model(self.base.teacher)

@@ -2,8 +2,8 @@
 
     python benchmarks/study_page.py --runs runs/study --out docs/results/study.md
 
-Writes the Markdown page, one SVG per yardstick beside it, and all outcomes in one JSON per yardstick; tables say done / total.
-`--load` first puts the outcomes of those JSON files back into --runs, so that the study continues from a clone.
+Writes the Markdown page, and one SVG and one JSON of all outcomes per yardstick next to it; tables state done / total.
+`--load` first copies the outcomes of those JSON files into --runs, so that the study resumes from a clone.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def results(
 
 
 def table(row: int, found: dict[str, Found]) -> list[str]:
-    """Markdown of one row on all yardsticks, lowest held-out loss on the first one on top."""
+    """Markdown table of one row on all yardsticks, sorted by held-out loss on the first."""
     lines = []
     cases = labels(row)
     base = {name: {j.seed: f[j.key] for j in cases[BASELINE[row]] if j.key in f} for name, f in found.items()}
@@ -123,7 +123,7 @@ def correlations(found: Found) -> tuple[list[str], str]:
 
 
 def picture(found: Found, title: str, file: Path) -> None:
-    """Loss when cut against FID after: the random masks as dots, every criterion with its name."""
+    """Plot of loss before recovery against FID after it: random masks as dots, criteria with their names."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -172,7 +172,7 @@ def teacher(name: str, root: Path, out: Path, found: Found) -> str:
 
 
 def tables(found: dict[str, Found]) -> list[str]:
-    """All rows; rows that are not complete are named only."""
+    """Tables of all rows; of incomplete rows only the name."""
     lines = []
     for row, title in TITLES.items():
         made = {job.key for job in jobs() if job.row == row}
@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/study.md"))
-    parser.add_argument("--load", action="store_true", help="first bring the outcomes beside --out into --runs")
+    parser.add_argument("--load", action="store_true", help="first copy the outcomes next to --out into --runs")
     options = parser.parse_args()
     if options.load:
         load(options.runs, options.out)

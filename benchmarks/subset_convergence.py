@@ -1,11 +1,11 @@
-"""Do masks with a global budget converge, and how noisy and biased is their gradient?
+"""Measure noise and bias of the gradient of masks with a global budget, and whether such masks converge.
 
     python benchmarks/subset_convergence.py --runs runs/subset [--seeds 3] [--only NAME ...] [--out docs/results/subset.md]
 
-Gradient: the teacher as it is, 64 fixed images, all 924 masks of 6:12 enumerated, so the exact gradient of the mean loss
-is known; each estimator is drawn many times. Convergence: masks are learned as in the digits recipe, cut, and fine-tuned
-for a fixed 150 steps of 128 images; loss on held-out digits before and after. What is done is kept in --runs, so the
-command continues where it stopped; the page says how much is done.
+Gradient: the unchanged teacher, 64 fixed images, all 924 masks of 6:12 enumerated, so the exact gradient of the mean loss
+is known; each estimator is drawn many times. Convergence: masks are learned as in the digits recipe; students are fine-tuned
+for 150 steps of 128 images; loss on held-out digits before and after. Results are cached in --runs, so the command resumes
+where it stopped; the page states how much is done.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def gradients(trials: int, num_images: int = 64) -> list[dict[str, Any]]:
 
 
 def learned(settings: dict[str, Any], seed: int, training: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Learn a mask as the digits recipe does, with other settings of the prune section."""
+    """Learn a mask with the digits recipe and other settings of the prune section."""
     teacher, recipe = open_model("digits"), load_recipe("digits")
     section = dataclasses.replace(
         recipe.prune, training=dataclasses.replace(recipe.prune.training, **(training or {})), **settings
@@ -216,7 +216,7 @@ def learned(settings: dict[str, Any], seed: int, training: dict[str, Any] | None
 
 
 def fine_tuned(kept: list[int], seed: int = 0) -> dict[str, float]:
-    """Held-out loss of a cut student, before and after the fixed fine-tuning."""
+    """Held-out loss of a student before and after the fine-tuning."""
     teacher, heldout = open_model("digits"), load_digits(heldout=True)
     student = teacher.cut(PrunePlan({"blocks": kept}, {"blocks": 12}, "indices", teacher=teacher.hash()))
     before = float(calibration_loss(student, heldout, 8).mean())
@@ -266,7 +266,7 @@ def gradient_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def convergence_table(runs: Path, seeds: int, only: list[str] | None) -> list[str]:
-    """Markdown of every search and mask; does what is missing of those named by `only` (None: all)."""
+    """Markdown table of every search and mask; runs missing ones of those named by `only` (None: all)."""
     rows: list[list[str]] = []
     done = total = 0
     for name, settings in SEARCHES.items():

@@ -1,9 +1,9 @@
-"""Train the classifier whose features measure the digits, and write it where the package ships it.
+"""Train the classifier whose features measure the digits, and write it to the assets of the package.
 
-    python benchmarks/train_digits_classifier.py [--out FOLDER]
+    python benchmarks/train_classifier.py [--out FOLDER]
 
-A minute on one core. One thread, initial weights and batches addressed by the seed: the same machine and torch give
-the same file, bit for bit. Only the training part is seen; the held-out part gives the accuracy.
+Takes a minute on one core. With one thread and seeded weights and batches, the same machine and torch give the same file, bit
+for bit. It trains on the training part; the accuracy is that on the held-out part.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Classification(Objective):
     """The training objective: cross entropy, nothing random."""
 
     def draw(self, batch: ArrayBatch, draws: Draws) -> ArrayBatch:
-        """The batch as it is."""
+        """The batch unchanged."""
         return batch
 
     def predict(self, model: nn.Module, noisy: ArrayBatch) -> Prediction:
@@ -66,14 +66,14 @@ class Classification(Objective):
 
 
 def as_measured(images: ImageSet) -> ImageSet:
-    """The digits as the yardstick meets them: through uint8 and back."""
+    """The digits as the metrics see them: converted to uint8 and back."""
     pixels = to_uint8(torch.from_numpy(images.x))
     x = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
     return ImageSet(images.name, x, images.y, images.num_classes)
 
 
 def initialise(classifier: SmallClassifier, seed: int) -> None:
-    """Kaiming-normal weights and zero biases from a generator of its own."""
+    """Set Kaiming-normal weights and zero biases from a separate generator."""
     generator = torch.Generator().manual_seed(Randomness(seed).generator_seed("initial-weights"))
     for parameter in classifier.parameters():
         if parameter.ndim > 1:
@@ -108,7 +108,7 @@ def accuracy(extractor: ClassifierFeatures, images: ImageSet) -> float:
 
 
 def main() -> None:
-    """Train, measure, write."""
+    """Train, evaluate and write the classifier."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--heldout", default="digits:heldout")
@@ -140,12 +140,12 @@ def main() -> None:
         "torch": torch.__version__.partition("+")[0],
         "license": "Apache-2.0",
     }
-    with atomic_write(options.out) as beside:
-        beside.mkdir(parents=True)
+    with atomic_write(options.out) as temporary:
+        temporary.mkdir(parents=True)
         save_file(
-            {name: t.contiguous() for name, t in classifier.state_dict().items()}, beside / "classifier.safetensors"
+            {name: t.contiguous() for name, t in classifier.state_dict().items()}, temporary / "classifier.safetensors"
         )
-        write_json(beside / "classifier.json", record)
+        write_json(temporary / "classifier.json", record)
     print({key: record[key] for key in ("hash", "heldout_accuracy", "training_accuracy")})
 
 
