@@ -44,7 +44,7 @@ REFERENCES = ("digits", "digits:heldout")
 SPEED = "speed.json"
 TIMED_IMAGES, TIMED_STEPS, REPEATS = 128, 10, 9
 SHORT = {  # 3 % of 1,664,000 images
-    "dynamic.training.steps": 390, "dynamic.ramp_steps": 130, "dynamic.beside_steps": 160, "dynamic.finish_steps": 90,
+    "dynamic.training.steps": 390, "dynamic.ramp_steps": 130, "dynamic.auxiliary_steps": 160, "dynamic.finish_steps": 90,
 }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ ROWS = {
     "cut": Row("", _cut, recipe="digits"),
     "shallow": Row("shallow: half of the blocks", _finetune, parent="cut", recipe="digits"),
     "shallow-0.7": Row("shallow half x dynamic at 0.7", _dynamic, {
-        "dynamic.target": 0.7, "dynamic.beside": "teacher", "dynamic.beside_steps": 600, "teacher": TEACHER,
+        "dynamic.target": 0.7, "dynamic.auxiliary": "teacher", "dynamic.auxiliary_steps": 600, "teacher": TEACHER,
     }, parent="shallow"),
 }  # fmt: skip
 SHOWN = [key for key, row in ROWS.items() if row.label]

@@ -54,7 +54,7 @@ SHORT = {
 }
 SETTINGS = {
     **dict.fromkeys(("train", "prune.training", "recover.training", "dynamic.training"), TRAINING),
-    "dynamic": "finish_steps=1 beside_steps=1 ramp_steps=1 calibration_images=0",
+    "dynamic": "finish_steps=1 auxiliary_steps=1 ramp_steps=1 calibration_images=0",
     "sample": "num_images=8 batch_size=8 num_steps=2",
     "speed": "repeats=2 batch_size=2 steps_per_repeat=1",
 }

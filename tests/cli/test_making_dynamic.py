@@ -24,7 +24,7 @@ from tinyfusion.prune.criteria import by_indices
 STEPS = 16
 _SECTION = " ".join(f"--set dynamic.training.{setting}" for setting in [f"steps={STEPS}", *SETTINGS.split()])
 QUICK = (
-    f"{_SECTION} --set dynamic.ramp_steps=4 --set dynamic.beside_steps=8 --set dynamic.finish_steps=4 "
+    f"{_SECTION} --set dynamic.ramp_steps=4 --set dynamic.auxiliary_steps=8 --set dynamic.finish_steps=4 "
     "--set dynamic.width_bias=0.5 --set dynamic.token_bias=0.5 --set dynamic.block_bias=0.5 --set sample.num_steps=10"
 )
 # tiny blocks have few units, so that not every budget can be met to a hundredth
@@ -119,7 +119,7 @@ def test_cut_students_and_flows_become_dynamic_too(cli: Cli, work: Path, kind: s
     model = teacher.cut(by_indices(teacher, [1, 3])) if kind == "student" else teacher
     save_model(teacher, work / "teacher8")
     save_model(model, work / "model")
-    learning = "--teacher teacher8 --set dynamic.beside=teacher" if kind == "student" else ""
+    learning = "--teacher teacher8 --set dynamic.auxiliary=teacher" if kind == "student" else ""
     done(cli, f"dynamic --model model --target 0.7 {learning} {QUICK} --out run")
     routed = open_model("run")
     assert routed.family.name == teacher.family.name and routed.facts.kept == model.facts.kept
@@ -147,7 +147,7 @@ BAD = {
     ),
     "a finish as long as the training": ("dynamic --model wide --steps 4 --out run", "dynamic.finish_steps"),
     "a teacher of other images": (
-        f"dynamic --model wide --teacher smaller-images --set dynamic.beside=teacher {QUICK} --out run",
+        f"dynamic --model wide --teacher smaller-images --set dynamic.auxiliary=teacher {QUICK} --out run",
         "does not take what",
     ),
     "heads that hidden channels cannot follow": (f"dynamic --model odd {QUICK} --out run", "cannot be made dynamic"),

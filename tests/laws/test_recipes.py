@@ -137,7 +137,7 @@ def test_the_published_numbers_stand_beside(name: str) -> None:
 
 
 def test_the_minutes_are_those_of_the_stated_machine() -> None:
-    """Three passes of what is trained, one of the teacher beside it, at 800 TFLOP/s."""
+    """Three passes of what is trained, one of its teacher, at 800 TFLOP/s."""
 
     def counted(depth: int) -> int:
         arch = DiTArch(32, 2, 4, 1152, depth, 16, 1000)

@@ -30,7 +30,7 @@ class Dynamic(TrainingVerb[Training]):
 
     def open(self, recipe: Recipe, options: RunOptions, source: str | Path, remarks: list[str]) -> Inputs:
         """The model that gets routers and, if set, the teacher."""
-        taught, named = recipe.dynamic.beside == "teacher", str(source)
+        taught, named = recipe.dynamic.auxiliary == "teacher", str(source)
         if taught:
             recipe, _ = with_teacher(recipe, named, self.name, remarks)
         typed = options.num_heads, options.family

@@ -139,7 +139,7 @@ def _trainings(recipe: Recipe, teacher: LoadedModel, engine: Engine) -> list[Cal
         lambda: recover.work(inputs("student", recipe.recover.method != "finetune"), engine),
     ]
     if recipe.dynamic.in_run:
-        works.append(lambda: dynamic.work(inputs("model", recipe.dynamic.beside == "teacher"), engine))
+        works.append(lambda: dynamic.work(inputs("model", recipe.dynamic.auxiliary == "teacher"), engine))
     return works
 
 

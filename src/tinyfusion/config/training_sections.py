@@ -223,12 +223,12 @@ class DynamicSection:
     ramp_steps: Annotated[
         CountOrZero | None, "steps of the linear ramp of the budget from 1 to target, after 100 at 1; None: no ramp"
     ] = 1000
-    beside: Annotated[
+    auxiliary: Annotated[
         Literal["complete", "teacher", "none"],
         "auxiliary loss: complete model on the data (published), teacher, or none",
     ] = "complete"
-    beside_steps: Annotated[CountOrZero, "steps with the auxiliary loss"] = 30_000
-    beside_weight: Annotated[NonNegative, "weight of the auxiliary loss"] = 1.0
+    auxiliary_steps: Annotated[CountOrZero, "steps with the auxiliary loss"] = 30_000
+    auxiliary_weight: Annotated[NonNegative, "weight of the auxiliary loss"] = 1.0
     strata: Annotated[SmallCount, "ranges of timesteps over which every batch is spread; 1: none"] = 4
     finish_steps: Annotated[CountOrZero, "last steps, in which decisions have no noise, as at inference"] = 2_000
     in_run: Annotated[bool, "`run` makes the recovered student dynamic too, with the teacher of the recipe"] = False

@@ -126,7 +126,7 @@ class DynamicObjective(Objective):
         if not 0 < self.target <= 1:
             raise ValueError(f"a budget is a share above 0 and at most 1; got {self.target:g}")
         if self.auxiliary == "teacher" and self.teacher is None:
-            raise ValueError("dynamic.beside teacher needs a teacher")
+            raise ValueError("dynamic.auxiliary teacher needs a teacher")
         if self.strata < 1:
             raise ValueError(f"strata of times are at least 1; got {self.strata}")
 
