@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models_page import PAGE, page
-from tiny import Tiny, outputs
+from tiny import Tiny, outputs, return_dict, tensors_of
 from tiny_images import IMAGES
 from tiny_video import VIDEO
 from torch import nn
@@ -97,6 +97,66 @@ def test_gated_blocks_are_cut_blocks_bit_for_bit(tiny: Tiny, tmp_path: Path) -> 
     assert not any(info.values()), info
     cut = outputs(in_memory(again), tiny.for_student(tiny.given()))
     assert all(torch.equal(a, b) for a, b in zip(cut, gated, strict=True))
+
+
+NO_BACKWARD = ("AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel")  # FlexAttention has none on a CPU
+NOT_CHECKPOINTED = (
+    "HunyuanImageTransformer2DModel",
+    "WanAnimate2Transformer3DModel",
+)  # diffusers passes keywords it refuses
+
+
+@pytest.mark.parametrize(
+    "tiny", [each for each in CLASSES if each.name not in NO_BACKWARD], ids=lambda tiny: tiny.title
+)
+def test_every_gate_has_a_gradient_and_checkpointed_calls_are_gated_too(tiny: Tiny, tmp_path: Path) -> None:
+    """Checkpointed blocks are called by position where plain ones are called by name."""
+    opened = saved(tiny.model(), tmp_path / "parent")
+    model: Any = in_memory(opened.module())
+    stack, plain = opened.stack(model), return_dict(model)
+    ones = torch.ones(1, len(stack), requires_grad=True)
+    with stack.gated(ones):
+        sum(each.square().sum() for each in tensors_of(model(**tiny.given(), **plain)) if each.requires_grad).backward()
+    assert ones.grad is not None and ones.grad.isfinite().all() and (ones.grad != 0).all()
+    if not getattr(model, "_supports_gradient_checkpointing", False) or tiny.name in NOT_CHECKPOINTED:
+        return
+    model.train()
+    model.enable_gradient_checkpointing()
+    found = []
+    for gate in (None, torch.ones(1, len(stack))):
+        torch.manual_seed(0)  # of labels that are dropped within
+        with stack.gated(gate) if gate is not None else ExitStack():
+            found.append([each.detach() for each in tensors_of(model(**tiny.given(), **plain))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("tiny", CLASSES, ids=lambda tiny: tiny.title)
+def test_first_middle_and_last_unit_of_every_list(tiny: Tiny, tmp_path: Path) -> None:
+    """Each alone: gated and cut are the same bit for bit, or the class's rule refuses the cut."""
+    opened = saved(tiny.model(), tmp_path / "parent")
+    same_inputs = tiny.for_student(given := tiny.given()) is given
+    if opened.row.unfit or tiny.adapters or not same_inputs:  # cut above, with what their callers give
+        return
+    model = in_memory(opened.module())
+    stack = opened.stack(model)
+    for each in opened.units:
+        for position in sorted({0, len(each.units) // 2, len(each.units) - 1}):
+            removed: dict[str, list[int]] = {}
+            for path, block in each.units[position]:
+                removed.setdefault(path, []).append(block)
+            try:
+                student = opened.cut(plan_without(opened, removed))
+            except UserError:
+                by_rule = position in each.fixed or len(each.units) == 1 or opened.row.coupled
+                assert by_rule, "refused without a rule"
+                continue
+            with stack.gated(gates(opened, removed)):
+                gated = outputs(model, tiny.given())
+            folder = written(student, tmp_path / f"{each.name}-{position}")
+            again, info = type(model).from_pretrained(folder, output_loading_info=True)
+            assert not any(info.values()), info
+            cut = outputs(in_memory(again), tiny.given())
+            assert all(torch.equal(a, b) for a, b in zip(cut, gated, strict=True)), (each.name, position)
 
 
 def test_the_page_of_classes_is_that_of_the_table() -> None:

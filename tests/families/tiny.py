@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,17 +66,20 @@ class Tiny:
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """All tensors that a model returns."""
-    import inspect
-
-    plain = {"return_dict": False} if "return_dict" in inspect.signature(model.forward).parameters else {}
-    return list(_tensors(model(**inputs, **plain)))
+    return tensors_of(model(**inputs, **return_dict(model)))
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def return_dict(model: nn.Module) -> dict[str, bool]:
+    """The argument by which a model returns tuples, where it has it."""
+    return {"return_dict": False} if "return_dict" in inspect.signature(model.forward).parameters else {}
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in what a model returns."""
     if isinstance(value, Tensor):
         return [value]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in items for tensor in _tensors(item)]
+    return [tensor for item in items for tensor in tensors_of(item)]
 
 
 def draw(*shape: int) -> Tensor:
