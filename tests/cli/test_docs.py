@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import functools
 import io
-import json
 import re
 import runpy
 import shlex
@@ -28,6 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_evaluate import random_weights
 
+from prompt_pipelines import save_flux_pipeline
 from tinyfusion.config.loading import load_recipe, recipe_fields, shipped_recipes
 from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.evaluate import extractors
@@ -44,6 +44,7 @@ OURS = ("tinyfusion", "make", "python", "pytest")
 LAUNCHERS = ("torchrun", "accelerate")
 ELSEWHERE = ("git", "cd", "pip", "source", "pre-commit", "open")  # not ours to test
 TRAINING = "steps=2 batch_size=4 ema_decay=0.5 log_every_steps=1 checkpoint_every_steps=2 warmup_steps=0"
+DRAWING = "--steps 2 --height 16 --width 16 --calls 1"  # the last one counts
 SHORT = {
     "run": "prune.training recover.training sample speed",
     "train": "train",
@@ -100,7 +101,8 @@ def shortened(words: list[str]) -> list[str]:
     settings = [
         f"{section}.{item}" for section in SHORT.get(words[1], "").split() for item in SETTINGS[section].split()
     ]
-    return [*words[1:], *(part for setting in settings for part in ("--set", setting))]
+    drawing = shlex.split(DRAWING) if words[1] == "record" else []
+    return [*words[1:], *drawing, *(part for setting in settings for part in ("--set", setting))]
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +123,12 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     written(brought / "pictures" / "train-00000-of-00001.parquet")
     save_autoencoder(brought / "sd-vae-ft-ema")
     save_photographs(brought / "photos")
-    save_flux(brought / "FLUX.1-dev")
+    save_flux_pipeline(brought / "FLUX.1-dev", num_layers=19, num_single_layers=38, num_attention_heads=1)
+    (brought / "prompts.txt").write_text("a cat\n", encoding="utf-8")
     names = (f"transformer.transformer_blocks.{i}.attn.to_q.lora_{half}.weight" for i in range(19) for half in "AB")
     save_file({name: torch.ones(4, 4) for name in names}, brought / "style.safetensors")
     random_weights(folder)
     return folder
-
-
-def save_flux(folder: Path) -> None:
-    """A pipeline with as many blocks as FLUX.1-dev, 16 wide."""
-    from diffusers import FluxTransformer2DModel
-
-    sizes = dict(
-        in_channels=4, attention_head_dim=16, num_attention_heads=1, joint_attention_dim=8, pooled_projection_dim=8
-    )
-    FluxTransformer2DModel(**sizes, axes_dims_rope=(4, 4, 8)).save_pretrained(folder / "transformer")
-    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
-    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def save_photographs(folder: Path) -> None:

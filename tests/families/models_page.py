@@ -14,7 +14,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 _TITLE = """# Transformers of diffusers
 
 `prune`, `export` and `inspect` take the folder of any of these classes: of the transformer, of a pipeline, or a hub id. Blocks are
-removed on the files, by rules that need no data; every tensor keeps its type, and memory does not grow with the model. The result is
+removed on the files, by rules or [on recorded inputs](criteria.md#transformers-of-diffusers); every tensor keeps its type, and memory does not grow with the model. The result is
 a folder that diffusers opens without tinyfusion.
 
 ```

@@ -10,16 +10,16 @@ import torch
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 
 
-def save_flux_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A FluxPipeline of 3 double and 4 single blocks."""
+def save_flux_pipeline(folder: Path, **sizes: Any) -> Path:
+    """A FluxPipeline of 3 double and 4 single blocks, but for `sizes` of its transformer."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    with torch.random.fork_rng():
+    small: dict[str, Any] = dict(
+        patch_size=1, in_channels=16, num_layers=3, num_single_layers=4, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        transformer = FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=3, num_single_layers=4, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
-        )  # fmt: skip
         FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=1, shift_factor=0.0),
@@ -27,7 +27,7 @@ def save_flux_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Path
             tokenizer=_clip_tokenizer(),
             text_encoder_2=_t5(),
             tokenizer_2=_t5_tokenizer(),
-            transformer=transformer.to(dtype),
+            transformer=FluxTransformer2DModel(**small | sizes),
         ).save_pretrained(folder)
     return folder
 
@@ -43,7 +43,7 @@ def save_wan_pipeline(folder: Path) -> Path:
             freq_dim=32, ffn_dim=32, num_layers=4, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
         )  # fmt: skip
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
         WanPipeline(
