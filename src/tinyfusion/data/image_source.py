@@ -65,28 +65,18 @@ def source_of(images: np.ndarray) -> ImageSource:
 
 def open_npz(path: Path) -> ImageSource:
     """Open arr_0 of an npz. Raises UserError as `read_images_npz` does, for a large file while its batches are read."""
-    shape = _streamed_shape(path)
-    if shape is None:
+    with opened_npz(path) as archive:
+        header = archive.header("arr_0") if "arr_0" in archive.names else None
+    if header is None or header.nbytes <= IN_MEMORY_BYTES or header.fortran or header.dtype != np.uint8:
         return source_of(read_images_npz(path)[0])
+    check_images_header(header, path)
 
     def read(size: int) -> Iterator[np.ndarray]:
         with opened_npz(path) as archive:
             yield from archive.batches("arr_0", size)
 
-    return ImageSource(shape, np.dtype(np.uint8), read)
-
-
-def _streamed_shape(path: Path) -> tuple[int, int, int, int] | None:
-    """Shape of arr_0 if it is too large for memory and can be read in batches; else None."""
-    with opened_npz(path) as archive:
-        if "arr_0" not in archive.names:
-            return None
-        header = archive.header("arr_0")
-    if header.nbytes <= IN_MEMORY_BYTES or header.fortran or header.dtype != np.uint8:
-        return None
-    check_images_header(header, path)
     num, height, width, channels = header.shape
-    return num, height, width, channels
+    return ImageSource((num, height, width, channels), header.dtype, read)
 
 
 def streamed_pictures(originals: Originals, size: int | None, orientation: Orientation) -> ImageSource:
