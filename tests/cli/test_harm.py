@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shlex
 import signal
 import stat
@@ -287,16 +286,6 @@ def test_a_run_of_another_machine_is_not_taken_for_dead(cli: Cli, work: Path, mo
     done(cli, overwrite)
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may be larger than 8 KiB."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 TOO_LARGE = [
     f"{EXPORT} tinyfusion --out out",
     f"{EXPORT} diffusers --out out",
@@ -308,14 +297,18 @@ TOO_LARGE = [
 
 @pytest.mark.parametrize("command", TOO_LARGE)
 def test_a_file_that_is_too_large_is_one_line_and_leaves_nothing(
-    cli: Cli, work: Path, small_files: None, command: str
+    cli: Cli, work: Path, largest_file: Callable[[int], None], command: str
 ) -> None:
+    largest_file(2**13)
     before = tree_hash(work)
     refused(cli(*shlex.split(command)), "File too large")
     assert tree_hash(work) == before
 
 
-def test_an_npz_that_is_too_large_leaves_its_parts_alone(cli: Cli, work: Path, small_files: None) -> None:
+def test_an_npz_that_is_too_large_leaves_its_parts_alone(
+    cli: Cli, work: Path, largest_file: Callable[[int], None]
+) -> None:
+    largest_file(2**13)
     refused(cli(*shlex.split(f"{SAMPLE} --num-images 200")), "File too large: made/samples.npz")
     assert {Path(name).parts[0] for name in names("made")} == {"samples.npz.parts"}
 

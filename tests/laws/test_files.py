@@ -6,14 +6,12 @@ import errno
 import fcntl
 import json
 import os
-import resource
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,18 +195,12 @@ def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may be larger than 64 KiB."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("kind", ["safetensors", "text"])
-def test_a_file_that_is_too_large_names_itself_and_leaves_nothing(tmp_path: Path, small_files: None, kind: str) -> None:
+def test_a_file_that_is_too_large_names_itself_and_leaves_nothing(
+    tmp_path: Path, largest_file: Callable[[int], None], kind: str
+) -> None:
+    largest_file(2**16)
+
     def write() -> None:
         with atomic_write(tmp_path / "above" / "out") as temporary:
             if kind == "text":

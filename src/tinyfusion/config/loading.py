@@ -213,9 +213,9 @@ def _build_container(kind: Any, args: tuple[Any, ...], value: Any, path: str) ->
     """A list or a dict, of one kind of items."""
     if not isinstance(value, kind):
         raise UserError(f"{path} wants {'a list' if kind is list else 'names with values'}; got {_shown(value)}")
-    if isinstance(value, dict):
-        return {name: build(args[1], item, f"{path}.{name}") for name, item in value.items()}
-    return [build(args[0], item, path) for item in value]
+    if kind is list:
+        return [build(args[0], item, path) for item in value]
+    return {name: build(args[1], item, f"{path}.{name}") for name, item in value.items()}
 
 
 def _build_scalar(kind: Any, value: Any, path: str, limits: tuple[Limit, ...]) -> Any:
@@ -285,7 +285,7 @@ def field_kind(path: str) -> Any:
 def field_help(path: str) -> str:
     """Meaning and default of a field of a recipe."""
     default, meaning = next((default, meaning) for name, default, meaning in recipe_fields(Recipe()) if name == path)
-    return meaning if default in (None, "", [], False) else f"{meaning} (default {default})"
+    return meaning if default is False or default in (None, "", []) else f"{meaning} (default {default})"
 
 
 def recipe_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

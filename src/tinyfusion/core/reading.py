@@ -10,7 +10,8 @@ import json
 import re
 import stat
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,17 @@ def check_utf8(path: Path) -> None:
     except UnicodeEncodeError as error:
         reason = "is not UTF-8, and safetensors and torch open no such file"
         raise UserError(f"{path} {reason}: choose another name") from error
+
+
+@contextmanager
+def explained(problem: str, *kinds: type[BaseException]) -> Iterator[None]:
+    """Turn exceptions of these kinds within the block into UserError: the problem, and the exception's own message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{problem}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> UserError:

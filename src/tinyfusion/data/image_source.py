@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import atomic_write
 from tinyfusion.data.images import check_images_header, read_images_npz
-from tinyfusion.data.npz import ArrayHeader, is_npz, opened_npz
+from tinyfusion.data.npz import is_npz, opened_npz
 from tinyfusion.data.originals import MixedSizes, Originals, decoded
 from tinyfusion.data.picture import Picture
 
@@ -65,28 +65,18 @@ def source_of(images: np.ndarray) -> ImageSource:
 
 def open_npz(path: Path) -> ImageSource:
     """Open arr_0 of an npz. Raises UserError as `read_images_npz` does, for a large file while its batches are read."""
-    shape = _streamed_shape(path)
-    if shape is None:
+    with opened_npz(path) as archive:
+        header = archive.header("arr_0") if "arr_0" in archive.names else None
+    if header is None or header.nbytes <= IN_MEMORY_BYTES or header.fortran or header.dtype != np.uint8:
         return source_of(read_images_npz(path)[0])
+    check_images_header(header, path)
 
     def read(size: int) -> Iterator[np.ndarray]:
         with opened_npz(path) as archive:
             yield from archive.batches("arr_0", size)
 
-    return ImageSource(shape, np.dtype(np.uint8), read)
-
-
-def _streamed_shape(path: Path) -> tuple[int, int, int, int] | None:
-    """Shape of arr_0 if it is too large for memory and can be read in batches; else None."""
-    with opened_npz(path) as archive:
-        if "arr_0" not in archive.names:
-            return None
-        header = archive.header("arr_0")
-    if header.nbytes <= IN_MEMORY_BYTES or header.fortran or header.dtype != np.uint8:
-        return None
-    check_images_header(header, path)
     num, height, width, channels = header.shape
-    return num, height, width, channels
+    return ImageSource((num, height, width, channels), header.dtype, read)
 
 
 def streamed_pictures(originals: Originals, size: int | None, orientation: Orientation) -> ImageSource:
@@ -113,28 +103,31 @@ def streamed_pictures(originals: Originals, size: int | None, orientation: Orien
 
 
 def read_labels(path: Path) -> np.ndarray | None:
-    """arr_1 of an npz, without its images; None where there is none or it is no npz."""
-    return _named_arrays(path, ("arr_1",), lambda _headers: None).get("arr_1")
+    """arr_1 of an npz, without its images; None if it has none or is no npz."""
+    if not is_npz(path):
+        return None
+    with opened_npz(path) as archive:
+        return archive.read("arr_1") if "arr_1" in archive.names else None
 
 
 def read_moments(path: Path) -> dict[str, np.ndarray]:
-    """Stored moments of an npz in the ADM form, float64, by name; empty where there are none.
+    """Stored moments of an npz in the ADM form, float64, by name; empty if there are none.
 
     Raises UserError where they do not fit together or are not finite.
     """
-
-    def check(headers: Mapping[str, ArrayHeader]) -> None:
-        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-            if (mean in headers) != (covariance in headers):
-                have, lack = (mean, covariance) if mean in headers else (covariance, mean)
+    if not is_npz(path):
+        return {}
+    with opened_npz(path) as archive:
+        shapes = {name: archive.header(name).shape for name in MOMENTS if name in archive.names}
+        for mean, covariance in (MOMENTS[:2], MOMENTS[2:]):
+            if (mean in shapes) != (covariance in shapes):
+                have, lack = (mean, covariance) if mean in shapes else (covariance, mean)
                 raise UserError(f"{path} has {have} without {lack}: stored moments are a mean and a covariance")
-            if mean in headers:
-                size = math.prod(headers[mean].shape)
-                if headers[mean].shape != (size,) or headers[covariance].shape != (size, size):
-                    given = f"{mean} {headers[mean].shape} and {covariance} {headers[covariance].shape}"
-                    raise UserError(f"{path}: {given} do not fit together: wanted (D,) and (D, D)")
-
-    arrays = _named_arrays(path, MOMENTS, check)
+            size = math.prod(shapes.get(mean, ()))
+            if mean in shapes and (shapes[mean], shapes[covariance]) != ((size,), (size, size)):
+                given = f"{mean} {shapes[mean]} and {covariance} {shapes[covariance]}"
+                raise UserError(f"{path}: {given} do not fit together: wanted (D,) and (D, D)")
+        arrays = {name: archive.read(name) for name in shapes}
     for name, values in arrays.items():
         if values.dtype.kind != "f" or not np.isfinite(values).all():
             raise UserError(f"{path}: {name} is {values.dtype} or not finite; wanted finite floats")
@@ -142,21 +135,9 @@ def read_moments(path: Path) -> dict[str, np.ndarray]:
 
 
 def has_images(path: Path) -> bool:
-    """Whether an npz holds arr_0."""
+    """Whether an npz has arr_0."""
     with opened_npz(path) as archive:
         return "arr_0" in archive.names
-
-
-def _named_arrays(
-    path: Path, names: tuple[str, ...], check: Callable[[Mapping[str, ArrayHeader]], None]
-) -> dict[str, np.ndarray]:
-    """The arrays of an npz with these names; `check` gets their headers before any value is read."""
-    if not is_npz(path):
-        return {}
-    with opened_npz(path) as archive:
-        existing = [name for name in names if name in archive.names]
-        check({name: archive.header(name) for name in existing})
-        return {name: archive.read(name) for name in existing}
 
 
 def stream_images_npz(path: Path, images: ImageSource, labels: np.ndarray) -> None:

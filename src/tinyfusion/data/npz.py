@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_memory, check_plain, unreadable
+from tinyfusion.core.reading import check_memory, check_plain, explained, unreadable
 
 _PIECE_BYTES = 2**22  # decompressed at a time
 _DAMAGE = (  # errors of zipfile, its decompressors and numpy's parser of headers on damaged files
@@ -75,7 +75,7 @@ def opened_npz(path: Path) -> Iterator[Npz]:
     check_plain(path)
     if not path.is_file():
         raise UserError(f"no images at {path}: no such file")
-    with _explained(f"{path} cannot be read as an npz of plain arrays"):
+    with explained(f"{path} cannot be read as an npz of plain arrays", *_DAMAGE):
         if not zipfile.is_zipfile(path):
             advice = "make it with numpy.savez or `tinyfusion sample`"
             raise UserError(f"{path} is not an npz (a zip of arrays), or is truncated: {advice}")
@@ -114,19 +114,8 @@ def _opened_npy(path: Path) -> Iterator[tuple[IO[bytes], int]]:
         file = open(path, "rb")  # noqa: SIM115
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    with file, _explained(f"{path} cannot be read as a plain array"):
+    with file, explained(f"{path} cannot be read as a plain array", *_DAMAGE):
         yield file, os.fstat(file.fileno()).st_size
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn errors of damaged files into UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except _DAMAGE as error:
-        raise UserError(f"{what}: {str(error) or type(error).__name__}") from error
 
 
 def _read_header(file: IO[bytes], size: int, where: str) -> ArrayHeader:

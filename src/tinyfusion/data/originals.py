@@ -23,7 +23,7 @@ import numpy as np
 
 from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_memory, check_plain, unreadable
+from tinyfusion.core.reading import check_memory, check_plain, explained, unreadable
 from tinyfusion.data import parquet
 from tinyfusion.data.folders import open_picture_folder, printable
 from tinyfusion.data.picture import SUFFIXES, Picture, decode
@@ -280,7 +280,9 @@ def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
     """Pictures and labels of one tar, in its order; the files of a picture have the same stem."""
     pictures: dict[str, _Member] = {}
     labels: dict[str, int] = {}
-    with _reading(tar), tarfile.open(tar, "r:") as archive:
+    damage = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
+    problem = f"{tar} cannot be read as a tar (unpack a compressed one first)"
+    with explained(problem, *damage), tarfile.open(tar, "r:") as archive:
         for info in _entries(tar, archive):
             folder, _, base = info.name.rpartition("/")
             stem, _, suffix = base.partition(".")
@@ -301,17 +303,6 @@ def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
         if key not in labels:
             raise UserError(f"{tar}, {key} has no label: wanted {key}.cls, a whole number from 0")
         yield member, labels[key]
-
-
-@contextlib.contextmanager
-def _reading(tar: Path) -> Iterator[None]:
-    """Turn errors of `tarfile` on a damaged file into UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-        raise UserError(f"{tar} cannot be read as a tar: {error} (unpack a compressed one first)") from error
 
 
 def _entries(tar: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

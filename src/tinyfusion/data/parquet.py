@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import available_memory_bytes, check_plain, parse_json
+from tinyfusion.core.reading import available_memory_bytes, check_plain, explained, parse_json
 from tinyfusion.data.hub import HubFile, open_hub
 from tinyfusion.data.images import MAX_LABEL
 
@@ -117,17 +117,12 @@ def check_rows(footer: Any, file: TableFile, num_bytes: int) -> None:
         raise UserError(f"{file} is damaged: its footer claims {claim}")
 
 
-@contextmanager
-def reading(where: str) -> Iterator[None]:
+def reading(where: str) -> AbstractContextManager[None]:
     """Turn errors of pyarrow into UserError; where: the file and the part of it."""
     import pyarrow
 
-    try:
-        yield
-    except UserError:
-        raise
-    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError, MemoryError) as error:
-        raise UserError(f"{where} cannot be read as parquet: {' '.join(str(error).split())}") from error
+    kinds = (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError, MemoryError)
+    return explained(f"{where} cannot be read as parquet", *kinds)
 
 
 def columns_of(table: Any, file: TableFile) -> tuple[str, str]:

@@ -81,7 +81,8 @@ def ours_from_graph_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[f"fc.{last}"] = value
         elif last != "num_batches_tracked" and name.startswith("layers."):
             layer = _layer(path.removeprefix("layers.").replace(".", "_"), names)
-            role = "conv.weight" if value.dim() == 4 else _role(last)
+            role = next((role for role, spellings in _ROLES.items() if last in spellings), None)
+            role = "conv.weight" if value.dim() == 4 else role
             if layer is None or role is None:
                 raise ValueError(f"tensor {name} {tuple(value.shape)} has no place in the network")
             layers.setdefault(layer, {})[role] = value
@@ -98,7 +99,3 @@ def _layer(path: str, names: Mapping[str, str]) -> str | None:
         if path.endswith(ending) and (layer := names.get(path.removesuffix(ending))) is not None:
             return layer
     return None
-
-
-def _role(last: str) -> str | None:
-    return next((role for role, spellings in _ROLES.items() if last in spellings), None)
