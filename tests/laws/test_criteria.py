@@ -22,10 +22,9 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune import mask_search
 from tinyfusion.prune.calibrate import Calibration
-from tinyfusion.prune.context import CriterionContext
-from tinyfusion.prune.criteria import CRITERIA, decide, searched
+from tinyfusion.prune.context import CriterionContext, bk_sdm_positions
+from tinyfusion.prune.criteria import CRITERIA, decide, evenly_spaced, searched
 from tinyfusion.prune.mask_search import Mask, all_masks, bits, plain_losses, shared_evaluations
-from tinyfusion.prune.rules import bk_sdm_positions, evenly_spaced
 
 ModelFactory = Callable[..., LoadedModel]
 DEPTHS = [7, 14, 19, 28]

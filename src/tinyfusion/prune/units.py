@@ -29,10 +29,9 @@ from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.processes.task import Task, TaskBatch
 from tinyfusion.prune.calibrate import BlockStatistics, Calibration, Tick, block_statistics
-from tinyfusion.prune.context import CriterionContext
+from tinyfusion.prune.context import CriterionContext, bk_sdm_positions
 from tinyfusion.prune.criteria import CRITERIA
 from tinyfusion.prune.mask_search import LossSums, Mask, replayed_losses
-from tinyfusion.prune.rules import bk_sdm_positions
 
 ON_DATA = tuple(name for name, row in CRITERIA.items() if row.evaluations is not None and name != "width")
 _ALL = "all"  # in a budget: the lists of the trunk together
