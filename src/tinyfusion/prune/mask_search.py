@@ -30,7 +30,7 @@ from tinyfusion.prune.calibrate import Calibration, Tick
 B = TypeVar("B", bound=Sized)
 Mask = tuple[int, ...]  # kept blocks by global index, ascending
 _ALL_BYTES = 2**62  # outputs of all blocks are retained
-_ENUMERATED = 4  # where the space is not this many times as large as the sample, it is enumerated and shuffled
+_ENUMERATED = 4  # a space of at most this many times the sample is enumerated and shuffled
 _HISTOGRAM_BINS = 60
 _TOLERANCE = 1e-3  # relative, of the losses that a search checks itself on
 
@@ -43,36 +43,36 @@ def all_masks(groups: Sequence[BlockGroup]) -> list[Mask]:
 
 
 def random_masks(groups: Sequence[BlockGroup], num: int, seed: int) -> list[Mask]:
-    """`num` distinct masks drawn uniformly, or all where there are no more, in lexicographic order."""
+    """`num` distinct masks drawn uniformly, or all if there are no more, in lexicographic order."""
     total = math.prod(group.num_candidates for group in groups)
     if total <= _ENUMERATED * num:
         masks = all_masks(groups)
         order = Randomness(seed).permutation("masks", 0, total) if total > num else range(total)
         return sorted(masks[int(i)] for i in order[:num])
-    found: dict[Mask, None] = {}
+    drawn: dict[Mask, None] = {}
     for turn in itertools.count():
         draws = Randomness(seed).at(turn, 0, num)
-        parts = []
+        columns = []
         for index, group in enumerate(groups):
             order = np.argsort(draws.uniform(f"masks/{index}", (len(group.free),)), axis=1)[:, : group.keep_free]
             kept = np.array(group.free, dtype=np.int64)[order]
             fixed = np.tile(np.array(group.protected, dtype=np.int64), (num, 1))
-            parts.append(np.sort(np.concatenate([kept, fixed], axis=1), axis=1))
-        found.update(dict.fromkeys(map(tuple, np.concatenate(parts, axis=1).tolist())))
-        if len(found) >= num:
+            columns.append(np.sort(np.concatenate([kept, fixed], axis=1), axis=1))
+        drawn.update(dict.fromkeys(map(tuple, np.concatenate(columns, axis=1).tolist())))
+        if len(drawn) >= num:
             break
-    return sorted(list(found)[:num])
+    return sorted(list(drawn)[:num])
 
 
 def shared_evaluations(masks: Sequence[Mask]) -> int:
-    """Block evaluations per batch with sharing: the distinct prefixes. The least there can be without approximation."""
+    """Block evaluations per batch with sharing: the number of distinct prefixes, the exact minimum."""
     ordered = sorted(set(masks))
     previous = [(), *ordered[:-1]]
     return sum(len(mask) - shared_prefix(before, mask) for before, mask in zip(previous, ordered, strict=True))
 
 
 def separate_evaluations(masks: Sequence[Mask]) -> int:
-    """Block evaluations per batch where every mask is run on its own."""
+    """Block evaluations per batch without sharing."""
     return sum(map(len, masks))
 
 
@@ -215,5 +215,5 @@ def bits(mask: Mask, depth: int) -> str:
 
 
 def short(value: float) -> float | None:
-    """Six digits; None where JSON has no number."""
+    """Six digits; None if JSON has no number for it."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
