@@ -601,14 +601,14 @@ def test_a_checkpoint_that_is_not_there_is_not_called_damaged(tmp_path: Path) ->
         load_checkpoint(tmp_path / "pipe", small_state())
 
 
-def test_superfluous_ones_that_cannot_be_removed_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_superfluous_ones_that_cannot_be_removed_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path, small_state(2), limit=1)
 
     def refuse(path: Path, _ours: str) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(checkpoints, "discard", refuse)
-    with pytest.raises(UserError, match="step-0000004 is written, and.*cannot be removed: Permission denied"):
+    with pytest.raises(UserError, match="step-0000004 is written, but.*cannot be removed: Permission denied"):
         save_checkpoint(tmp_path, small_state(4), limit=1)
     assert damage(tmp_path / "step-0000004") is None
 

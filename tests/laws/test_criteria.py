@@ -22,10 +22,9 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune import mask_search
 from tinyfusion.prune.calibrate import Calibration
-from tinyfusion.prune.context import CriterionContext
-from tinyfusion.prune.criteria import CRITERIA, decide, searched
-from tinyfusion.prune.mask_search import Mask, all_masks, bits, shared_evaluations
-from tinyfusion.prune.rules import bk_sdm_positions, evenly_spaced
+from tinyfusion.prune.context import CriterionContext, bk_sdm_positions
+from tinyfusion.prune.criteria import CRITERIA, decide, evenly_spaced, searched
+from tinyfusion.prune.mask_search import Mask, all_masks, bits, plain_losses, shared_evaluations
 
 ModelFactory = Callable[..., LoadedModel]
 DEPTHS = [7, 14, 19, 28]
@@ -115,10 +114,15 @@ def test_progress_ends_where_it_was_announced(tiny_model: ModelFactory, criterio
 
 
 def test_a_search_in_rounds_is_proved_once(tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    proofs: list[int] = []
-    monkeypatch.setattr(mask_search, "_prove", lambda _model, _calibration, masks: proofs.append(len(masks)))
+    proofs: list[Mask] = []
+
+    def plain(*args: Any) -> tuple[float, float]:
+        proofs.append(args[2])
+        return plain_losses(*args)
+
+    monkeypatch.setattr(mask_search, "plain_losses", plain)
     plan(tiny_model(depth=5), "sensitivity", sensitivity_order="greedy", num_keep=2)
-    assert proofs == [6]  # the whole model and each of its five blocks removed
+    assert proofs == [(0, 1, 2, 3), (1, 2, 3, 4)]  # the first and the last mask of the first round
 
 
 @pytest.mark.parametrize(

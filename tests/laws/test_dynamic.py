@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from tinyfusion.blocks.dynamics import BlockMasks, BlockSizes, Deciding, block_ratio, bucket, model_ratio, total_macs
 from tinyfusion.blocks.forwards import CompiledForwards
 from tinyfusion.blocks.routers import DynamicSettings, is_router_key, settings_of, straight_through
+from tinyfusion.blocks.streams import Streams
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
@@ -139,6 +140,31 @@ def test_what_cannot_be_attached_says_why(tiny_model: ModelFactory, routed: Call
     static = dataclasses.replace(tiny_model(), family=dataclasses.replace(DIT, dynamic=None))
     with pytest.raises(UserError, match="family dit cannot be made dynamic"):
         attach(static, DynamicSettings())
+
+
+def test_blocks_are_called_by_position_and_by_keyword(routed: Callable[..., DynamicModel]) -> None:
+    dynamic = routed()
+    generator = torch.Generator().manual_seed(2)
+    x, c = torch.randn(3, 4, 32, generator=generator), torch.randn(3, 32, generator=generator)
+    with torch.inference_mode():
+        for block in dynamic.stack:
+            wanted = block(x, c)
+            assert torch.equal(block(c=c, x=x), wanted) and torch.equal(block(x, c=c), wanted)
+
+
+def test_routers_need_blocks_of_one_stream(tiny_model: ModelFactory) -> None:
+    """Their declaration is read, as gates and taps do."""
+    model = tiny_model(num_heads=4, hidden_size=32).copy()
+    two = Streams(("x", "c"), returns=("c", "x"))
+    model.family = dataclasses.replace(model.family, streams={"blocks": two})
+    with pytest.raises(UserError, match="block blocks.0 has x, c"):
+        attach(model, DynamicSettings())
+    assert not any(hasattr(block, "attn_rate") for block in model.stack), "nothing is attached"
+    model = tiny_model(num_heads=4, hidden_size=32).copy()
+    model.family = dataclasses.replace(model.family, streams={"blocks": Streams(("x",), returns=("x",))})
+    attach(model, DynamicSettings())
+    out = model.stack.model.blocks[0](torch.zeros(1, 4, 32), torch.zeros(1, 32))  # type: ignore[index]
+    assert isinstance(out, tuple) and out[0].shape == (1, 4, 32), "in the form of the declaration"
 
 
 # ------------------------------------------------------------------------------------------------------------ decisions
@@ -448,15 +474,16 @@ def test_order_by_importance_keeps_the_function(tiny_model: ModelFactory) -> Non
     model = tiny_model(num_heads=4, hidden_size=32).copy()
     expected = model.module(*inputs(model))
     before = copy.deepcopy(model.module)
-    order = order_by_importance(model)
+    orders = order_by_importance(model)
     assert torch.allclose(model.module(*inputs(model)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert DIT.dynamic is not None
     sizes = DIT.dynamic.sizes(model.arch)
     for i, block in enumerate(model.stack):
         for scores in DIT.dynamic.scores(block, sizes):
             assert torch.equal(scores, scores.sort(descending=True).values)
-        assert torch.equal(block.mlp.fc1.weight, before.blocks[i].mlp.fc1.weight[order.hidden[i]])
-    assert sorted(order.heads[0]) == [0, 1, 2, 3] and order.heads[0] != [0, 1, 2, 3]
+        assert torch.equal(block.mlp.fc1.weight, before.blocks[i].mlp.fc1.weight[orders[i][1]])
+    heads = orders[0][0]
+    assert sorted(heads) == [0, 1, 2, 3] and heads != [0, 1, 2, 3]
 
 
 def passes(dynamic: DynamicModel, batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[int, Callable[[], object]]]:

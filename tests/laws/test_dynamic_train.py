@@ -312,9 +312,9 @@ def test_parts_are_prepared_for_accumulation_alone(dynamic: DynamicModel) -> Non
     goal = objective(dynamic)
     for slices in (1, 2):
         engine = Engine("cpu", ComputeSection(gradient_accumulation_steps=slices))
-        slices = noisy_microbatches(200, goal, batches, 8, RANDOMNESS, engine)
+        microbatches = noisy_microbatches(200, goal, batches, 8, RANDOMNESS, engine)
         with torch.no_grad():
-            ready = goal.prepared(dynamic.module, slices)
+            ready = goal.prepared(dynamic.module, microbatches)
         assert len(ready) == slices
         assert all((part.ratio is None) == (slices == 1) for part in ready)
 

@@ -315,7 +315,7 @@ def test_what_families_write() -> None:
     assert SD3.level(1000 * quarter).sigma == 0.25 and SD3.at_clean(0.25) == 750.0
     assert TimeConvention().at_sigma(0.25) == 0.25
     for wrong in ({"time": "t"}, {"velocity": "data"}, {"scale": 0.0}, {"scale": math.inf}):
-        with pytest.raises(ValueError, match="of a flow is|must be above 0"):
+        with pytest.raises(ValueError, match=r"unknown (time|velocity) of a flow|must be above 0"):
             TimeConvention(**wrong)  # type: ignore[arg-type]
 
 

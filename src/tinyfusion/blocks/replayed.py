@@ -1,8 +1,8 @@
-"""Run a model again and again on the same inputs, each time without other blocks, and compute only what changes.
+"""Run a model repeatedly on the same inputs, each time without other blocks, and compute only what changes.
 
-Until the first block, in order of time, that one run has and the run before had not, every block is given what it was given
-then: its former output stands for it. This holds for any model: whatever runs between the blocks runs each time, in whatever
-order the lists are called, and nothing is approximated.
+Up to the first block, in order of execution, that only one of two consecutive runs has, every block gets the same inputs, so its
+cached output is used. This holds for any model: code between the blocks runs each time, lists may be called in any order, and
+nothing is approximated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BlockReplay:
         self._kept: Collection[int] = ()  # blocks of this run
         self._former: Collection[int] | None = None  # blocks of the run before; None: there was none that ended
         self._ended: Collection[int] | None = None  # blocks of the last run that ended
-        self._same = False  # whether this run has gone as the one before so far
+        self._same = False  # whether this run equals the previous one so far
         self._calls: Counter[int] = Counter()
         self._undo = ExitStack()
 
@@ -51,7 +51,7 @@ class BlockReplay:
         self._undo.close()
 
     def run(self, kept: Collection[int], model: Callable[[], T]) -> T:
-        """What `model()` gives with only the blocks `kept`, by global index. Call without gradients."""
+        """The result of `model()` with only the blocks `kept`, by global index. Call without gradients."""
         self._kept, self._former, self._ended = kept, self._ended, None
         self._same = self._former is not None
         self._calls.clear()

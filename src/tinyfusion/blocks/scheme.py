@@ -46,7 +46,7 @@ class BlockGroup:
 
     @property
     def num_candidates(self) -> int:
-        """binom(M - P, N - P); binom(M, N) where nothing is protected."""
+        """binom(M - P, N - P); binom(M, N) without protected ones."""
         return math.comb(len(self.free), self.keep_free)
 
     def candidates(self) -> list[tuple[int, ...]]:
@@ -54,7 +54,7 @@ class BlockGroup:
         return sorted(self.with_protected(free) for free in itertools.combinations(self.free, self.keep_free))
 
     def with_protected(self, free: Iterable[int]) -> tuple[int, ...]:
-        """The kept blocks where `free` ones stay beside the protected, ascending."""
+        """The protected blocks and these free ones, ascending."""
         return tuple(sorted((*self.protected, *free)))
 
 
@@ -86,7 +86,7 @@ def scheme_pairs(scheme: str) -> list[tuple[int, int]]:
 
 
 def schemes_by_list(scheme: str, lists: Collection[str]) -> list[str]:
-    """The scheme of each list of blocks: the one for all, or those between semicolons. Raises UserError on another number."""
+    """The scheme of each list of blocks: one for all, or one per list, separated by semicolons. Raises UserError on other numbers."""
     schemes = scheme.split(";")
     if len(schemes) not in (1, len(lists)):
         raise UserError(

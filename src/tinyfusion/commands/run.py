@@ -52,8 +52,8 @@ from tinyfusion.jobs.sampling_setup import (
 from tinyfusion.jobs.scoring import open_reference
 from tinyfusion.jobs.verbs import Inputs, Work, finished, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.prune.context import list_groups
 from tinyfusion.prune.criteria import by_indices
-from tinyfusion.prune.rules import list_groups
 from tinyfusion.report.tables import distance_name
 from tinyfusion.training.engine import Engine
 

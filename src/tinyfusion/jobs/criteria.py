@@ -29,7 +29,7 @@ from tinyfusion.models.macs import model_macs
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA, by_indices, decide, searched, space
-from tinyfusion.prune.mask_search import LossSums, first_samples, separate_evaluations, shared_evaluations
+from tinyfusion.prune.mask_search import LossSums, separate_evaluations, shared_evaluations
 from tinyfusion.prune.width import check_width
 
 _SAVED_EVERY_S = 60.0
@@ -98,7 +98,7 @@ class CriterionWork:
 
         @torch.inference_mode()
         def measure(images: int) -> float:
-            few, ends = first_samples(batch, images), [time.perf_counter()]
+            few, ends = batch.each(lambda value: value[:images]), [time.perf_counter()]
             for _ in range(2):  # the first one warms up
                 output = calibration.objective.predict(teacher.module, few).output
                 ends.append(time_after(float(output.flatten()[0])))

@@ -27,7 +27,6 @@ from tinyfusion.dynamic.subnetworks import KeepTables, SubNetworks, rehearsed, r
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.latent_facts import prompts_hash, with_settings
 from tinyfusion.jobs.process_specs import sampler_of
-from tinyfusion.models.attach import whole_layers
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
@@ -176,7 +175,9 @@ def in_dtype(model: LoadedModel, dtype: str, device: torch.device) -> LoadedMode
     kind = getattr(torch, dtype)
     placed = dataclasses.replace(model, module=copy.deepcopy(model.module).to(device, kind).eval())
     if can_pack(kind, device):
-        pack(placed.stack if placed.dynamic is None else whole_layers(placed.dynamic))
+        # sub-networks slice the weights of blocks, and call their modulations as they are
+        routed = placed.dynamic
+        pack(placed.stack if routed is None else (b.get_submodule(routed.rules.modulation) for b in placed.stack))
     return placed
 
 

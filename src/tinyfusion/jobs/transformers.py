@@ -35,8 +35,7 @@ from tinyfusion.models.macs import macs_by_module
 from tinyfusion.models.places import by_name, exists
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.task import TaskBatch
-from tinyfusion.prune.criteria import CRITERIA
-from tinyfusion.prune.rules import RULES
+from tinyfusion.prune.criteria import CRITERIA, RULES
 from tinyfusion.prune.units import ON_DATA, UnitContext, recorded_calibration
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from tinyfusion.blocks.dynamics import BlockSizes, Current, check_one_stream, route
 from tinyfusion.blocks.routers import ROUTERS, DynamicSettings, initialise_routers, install_routers
@@ -47,11 +44,6 @@ def attach(model: LoadedModel, settings: DynamicSettings, seed: int = 0) -> Dyna
     return DynamicModel(model)
 
 
-def whole_layers(dynamic: DynamicModel) -> Iterator[nn.Module]:
-    """The submodules of all blocks that sub-networks call; they slice the weights of the other layers."""
-    return (block.get_submodule(dynamic.rules.modulation) for block in dynamic.stack)
-
-
 def detached(dynamic: DynamicModel) -> LoadedModel:
     """A copy of the model without routers, with its present weights."""
     plain = dynamic.loaded.copy()
@@ -69,27 +61,19 @@ def detached(dynamic: DynamicModel) -> LoadedModel:
     return dataclasses.replace(plain, origin={}, facts=facts)
 
 
-@dataclass(frozen=True)
-class UnitOrder:
-    """Per block: original indices of heads and hidden channels, strongest first."""
-
-    heads: list[list[int]]
-    hidden: list[list[int]]
-
-
-def order_by_importance(model: LoadedModel) -> UnitOrder:
+def order_by_importance(model: LoadedModel) -> list[tuple[list[int], list[int]]]:
     """Sort heads and hidden channels of every block by importance, in place, without changing the output of the model.
 
-    Before routers are trained, because the first unit of each kind is always on. The score of a unit is the sum of its
+    Returns the original indices of both per block, strongest first. Done before routers are trained, because the first unit of
+    each kind is always on. The score of a unit is the sum of its
     absolute weights; hidden channels are sorted before they are grouped, so group 0 has the strongest. The paper
     (arXiv 2410.03456) ranks by magnitude; its release does not sort.
     """
     rules = model.family.dynamic_rules()
     sizes = rules.sizes(model.arch)
-    order = UnitOrder([], [])
+    orders = []
     for block in model.stack:
         heads, hidden = (s.argsort(descending=True, stable=True) for s in rules.scores(block, sizes))
         rules.reorder(block, heads, hidden, sizes)
-        order.heads.append(heads.tolist())
-        order.hidden.append(hidden.tolist())
-    return order
+        orders.append((heads.tolist(), hidden.tolist()))
+    return orders

@@ -1,1 +1,1 @@
-"""What a noising process is: draw, predict, losses, step."""
+"""Noising processes: draw, predict, losses, steps of sampling."""

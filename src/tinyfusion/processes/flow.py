@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from tinyfusion.conditioning.classes import class_inputs
 from tinyfusion.conditioning.condition import ModelInputs
 from tinyfusion.core.rng import Draws
 from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, mean_flat
-from tinyfusion.processes.time import DATA_AT_ONE, Level, TimeConvention, TimeSampler
+from tinyfusion.processes.time import DATA_AT_ONE, Level, TimeConvention, TimeSampler, check_choice
 
 PathName = Literal["linear", "gvp", "vp"]
 Predicted = Literal["velocity", "noise", "score"]
@@ -85,9 +85,8 @@ class Flow:
     convention: TimeConvention = DATA_AT_ONE
 
     def __post_init__(self) -> None:
-        for name, value, known in (("path", self.path, PathName), ("prediction", self.prediction, Predicted)):
-            if value not in get_args(known):
-                raise ValueError(f"unknown {name} {value!r} of a flow: there is {', '.join(get_args(known))}")
+        check_choice("path", self.path, PathName)
+        check_choice("prediction", self.prediction, Predicted)
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> Flow:
@@ -206,10 +205,7 @@ class FlowObjective(Process):
 
     def __post_init__(self) -> None:
         self.flow.training_ends(self.eps)
-        if self.loss_weight not in get_args(LossWeight):
-            raise ValueError(
-                f"unknown loss weight {self.loss_weight!r} of a flow: there is {', '.join(get_args(LossWeight))}"
-            )
+        check_choice("loss weight", self.loss_weight, LossWeight)
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         device, ends = batch.x.device, self.flow.training_ends(self.eps)

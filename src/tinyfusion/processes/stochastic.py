@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from tinyfusion.processes.base import Denoiser, StepNoise
 from tinyfusion.processes.flow import SMALL_EPS, Flow
 from tinyfusion.processes.integrate import check_points
+from tinyfusion.processes.time import check_choice
 
 DiffusionForm = Literal["sigma", "sbdm", "linear", "constant", "decreasing", "increasing-decreasing"]
 LastStep = Literal["mean", "euler", "tweedie", "none"]
@@ -45,14 +46,9 @@ class Stochastic:
 
     def __post_init__(self) -> None:
         check_points(self.num_points)
-        named = (
-            ("stochastic method", self.method, StochasticMethod),
-            ("diffusion form", self.form, DiffusionForm),
-            ("last step", self.last_step, LastStep),
-        )
-        for name, value, known in named:
-            if value not in get_args(known):
-                raise ValueError(f"unknown {name} {value!r}; there is {', '.join(get_args(known))}")
+        check_choice("stochastic method", self.method, StochasticMethod)
+        check_choice("diffusion form", self.form, DiffusionForm)
+        check_choice("last step", self.last_step, LastStep)
         if not (math.isfinite(self.norm) and self.norm >= 0):
             raise ValueError(f"the size of a diffusion form is at least 0; got {self.norm:g}")
         if self.last_step != "none" and not 0 < self.last_size < 0.5:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from scipy.special import expit, ndtri
@@ -25,10 +25,18 @@ from torch import Tensor
 
 from tinyfusion.config.process_sections import FlowSection, ShiftFields
 
+TimeDirection = Literal["sigma", "1 - sigma"]
+VelocitySign = Literal["noise - data", "data - noise"]
 Density = Literal["uniform", "logit_normal", "mode", "cosmap"]
 MODE_SCALES = (-1.0, 2 / (math.pi - 2))  # of the mode density, for which its transform is monotone
 SHIFTS = (1e-6, 1e6)  # far beyond any use
 Share = TypeVar("Share", float, np.ndarray, Tensor)
+
+
+def check_choice(what: str, value: str, choices: Any) -> None:
+    """ValueError on a value that is none of the choices of a Literal."""
+    if value not in get_args(choices):
+        raise ValueError(f"unknown {what} {value!r}; there is {', '.join(get_args(choices))}")
 
 
 # ---------------------------------------------------------------------------------------------------------- conventions
@@ -48,15 +56,13 @@ class TimeConvention:
     time: the network's input, times `scale`. velocity: its output on the linear path, with "data" for x0. ValueError on others.
     """
 
-    time: Literal["sigma", "1 - sigma"] = "sigma"
+    time: TimeDirection = "sigma"
     scale: float = 1.0
-    velocity: Literal["noise - data", "data - noise"] = "noise - data"
+    velocity: VelocitySign = "noise - data"
 
     def __post_init__(self) -> None:
-        known = (("time", ("sigma", "1 - sigma")), ("velocity", ("noise - data", "data - noise")))
-        for name, choices in known:
-            if getattr(self, name) not in choices:
-                raise ValueError(f"the {name} of a flow is {' or '.join(choices)}; got {getattr(self, name)!r}")
+        check_choice("time of a flow", self.time, TimeDirection)
+        check_choice("velocity of a flow", self.velocity, VelocitySign)
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"the scale of time must be above 0; got {self.scale:g}")
 
@@ -163,8 +169,7 @@ class TimeSampler:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Density):
-            raise ValueError(f"unknown time sampler {self.kind!r}; there is {', '.join(get_args(Density))}")
+        check_choice("time sampler", self.kind, Density)
         if not math.isfinite(self.logit_mean):
             raise ValueError(f"logit_mean must be a finite number; got {self.logit_mean:g}")
         if not (math.isfinite(self.logit_std) and self.logit_std > 0):

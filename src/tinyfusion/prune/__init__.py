@@ -1,1 +1,1 @@
-"""Decide which blocks go. Every criterion returns a `PrunePlan`."""
+"""Criteria that decide which blocks stay; each returns a `PrunePlan`."""

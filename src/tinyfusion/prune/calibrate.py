@@ -1,4 +1,4 @@
-"""The calibration set that criteria without training look at, and what the blocks do to it.
+"""The calibration set of criteria without training, and statistics of blocks on it.
 
 One fixed timestep and noise per image, timesteps stratified over the whole chain, labels kept, eval mode, float32. All
 masks of a search see the same numbers. Shapes: B samples, T tokens, D width, L blocks of all lists together.

@@ -1,4 +1,4 @@
-"""What a criterion reads, and the plan that it returns."""
+"""The context that a criterion reads: teacher, settings, calibration set, blocks that every list keeps; and its plan."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyfusion.blocks.plan import PrunePlan
-from tinyfusion.blocks.scheme import BlockGroup
+from tinyfusion.blocks.plan import PrunePlan, first_blocks
+from tinyfusion.blocks.scheme import BlockGroup, check_range
 from tinyfusion.config.recipe import PruneSection
+from tinyfusion.core.errors import UserError
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune.calibrate import BlockStatistics, Calibration, Tick, block_statistics
 from tinyfusion.prune.mask_search import LossSums, Mask, mask_losses
-from tinyfusion.prune.rules import list_groups
+
+OLD_BK_SDM_DEPTH = 28
 
 
 @dataclass(frozen=True)
 class CriterionContext:
-    """What a criterion reads. A subclass may choose among other things than blocks, and measure them otherwise.
+    """The input of a criterion. A subclass may choose among units other than blocks, and measure them otherwise.
 
-    calibration: None where the criterion needs none. tick: is told of evaluated blocks, over all calibration batches.
-    begun, keep: sums of a mask search to go on from, and where to put them. publish: gets all losses of a mask search,
-    with those of the cheap criteria, which are worked out for it alone.
+    calibration: None if the criterion needs none. tick: gets the number of evaluated blocks, over all calibration batches.
+    begun: sums of a mask search to continue from; keep: gets them to save. publish: gets all losses of a mask search, with
+    those of the cheap criteria, which are computed for it alone.
     """
 
     teacher: LoadedModel
@@ -35,28 +37,25 @@ class CriterionContext:
 
     @property
     def images(self) -> Calibration:
-        """The calibration set, which must be there."""
+        """The calibration set, which must exist."""
         assert self.calibration is not None, f"{self.settings.criterion} needs a calibration set"
         return self.calibration
 
     @property
     def groups(self) -> dict[str, BlockGroup]:
-        """What every list keeps, blocks counted through the lists."""
+        """The group of every list, blocks counted through the lists."""
         return list_groups(self.teacher, self.settings)
 
     @property
     def depths(self) -> dict[str, int]:
-        """Blocks per list."""
         return self.teacher.stack.depths()
 
     @property
     def depth(self) -> int:
-        """Blocks of all lists."""
         return sum(self.depths.values())
 
     @property
     def teacher_hash(self) -> str:
-        """The hash of the model that the plan is for."""
         return self.teacher.hash()
 
     @property
@@ -69,11 +68,10 @@ class CriterionContext:
         return True
 
     def preferred(self, order: Sequence[int]) -> Sequence[int]:
-        """An order of blocks in which those that have to stay come first."""
+        """The order with the blocks that have to stay first."""
         return order
 
     def statistics(self, clean: bool) -> BlockStatistics:
-        """What every block does to its input, on the calibration set."""
         return block_statistics(self.teacher, self.images, clean, self.tick)
 
     def losses(
@@ -96,19 +94,75 @@ def plan_for(
     evaluations: int = 0,
     more: Mapping[str, Any] | None = None,
 ) -> PrunePlan:
-    """The decision as a plan. kept: global indices per list. scores, more: go under "scores", beside their meaning.
+    """The decision as a plan. kept: global indices per list. scores, more: stored under "scores", with their meaning.
 
-    evaluations: of one block on one calibration batch. The cost counts them as images that the whole model sees forward.
+    evaluations: of one block on one calibration batch. The cost counts them as images in a forward pass of the whole model.
     """
     calibration = context.calibration
-    looked = {} if not evaluations or calibration is None else {"calibration": calibration.record()}
+    used = {} if not evaluations or calibration is None else {"calibration": calibration.record()}
     images = evaluations / context.depth * calibration.images if calibration else 0.0
     return PrunePlan(
         kept={name: [i - context.groups[name].start for i in listed] for name, listed in kept.items()},
         depth=context.depths,
         criterion=context.settings.criterion,
-        scores={"meaning": meaning, **(scores or {}), **(more or {}), **looked},
+        scores={"meaning": meaning, **(scores or {}), **(more or {}), **used},
         seed=context.seed,
         teacher=context.teacher_hash,
         cost={"images": round(images, 1)},
     )
+
+
+def list_groups(teacher: LoadedModel, settings: PruneSection) -> dict[str, BlockGroup]:
+    """Every list of blocks as one group, blocks counted through the lists.
+
+    `num_keep` of each list stay; None: half, rounded up. BK-SDM's number follows from its rule.
+    Raises UserError if a list has fewer, or more are protected, or a protected block does not exist.
+    """
+    depths = teacher.stack.depths()
+    check_range("--protect", sorted(set(settings.protect)), depths)
+    groups: dict[str, BlockGroup] = {}
+    for name, start in first_blocks(depths).items():
+        depth = depths[name]
+        own = sorted({i for i in settings.protect if start <= i < start + depth})
+        if settings.criterion == "bk-sdm":
+            keep = len(bk_sdm_positions(depth, settings.bk_sdm_list, [i - start for i in own]))
+            if settings.num_keep not in (None, keep):
+                raise UserError(
+                    f"bk-sdm's rule keeps {keep} of the {depth} blocks in list {name}, not {settings.num_keep}: "
+                    "leave out --num-keep, or take a criterion that keeps any number, such as uniform"
+                )
+        elif settings.criterion == "width":
+            keep = depth
+        else:
+            keep = (depth + 1) // 2 if settings.num_keep is None else settings.num_keep
+        if not 1 <= keep <= depth:
+            raise UserError(f"--num-keep {keep}: list {name} has {depth} blocks, so 1 to {depth} of them can stay")
+        if len(own) > keep:
+            raise UserError(
+                f"--protect names {len(own)} blocks of list {name}, of which only {keep} stay: "
+                f"protect fewer, or give --num-keep {len(own)}"
+            )
+        groups[name] = BlockGroup(start, depth, keep, tuple(own))
+    return groups
+
+
+def bk_sdm_positions(depth: int, listed: str = "corrected", protected: Sequence[int] = ()) -> list[int]:
+    """BK-SDM's rule as TinyFusion applies it: first of each pair in the first half, last of each pair in the second.
+
+    The halves are depth // 2 blocks and the rest; pairs are counted from the outer ends, and a block left over in the
+    middle stays. A pair with protected blocks keeps those instead. listed: "old" is the published list of 28 before its
+    correction, with block 14 in place of 15. Raises UserError at any other depth.
+    """
+    half = depth // 2
+    choices = [((i, i + 1), i) for i in range(0, half - 1, 2)] + [((i - 1, i), i) for i in range(depth - 1, half, -2)]
+    if listed == "old":
+        if depth != OLD_BK_SDM_DEPTH:
+            raise UserError(
+                f"prune.bk_sdm_list=old is a list for {OLD_BK_SDM_DEPTH} blocks, and here are {depth}: "
+                "use corrected, which is a rule for any depth"
+            )
+        choices = [(pair, 14 if pair == (14, 15) else chosen) for pair, chosen in choices]
+    kept = set(range(depth)) - {i for pair, _ in choices for i in pair}
+    for pair, chosen in choices:
+        kept |= (set(pair) & set(protected)) or {chosen}
+    return sorted(kept)

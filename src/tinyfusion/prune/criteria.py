@@ -1,7 +1,7 @@
-"""Every criterion that trains nothing: one row of `CRITERIA` each, a short function from a context to a plan.
+"""Criteria without training: a row of `CRITERIA` each, a function from a context to a plan. docs/criteria.md explains them.
 
 Every list of blocks keeps its own share; blocks are named by their global index, which counts through the lists. Of
-equal scores the earlier block stays. What each criterion means: docs/criteria.md.
+equal scores the earlier block stays.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from tinyfusion.blocks.plan import PrunePlan, first_blocks, global_indices
 from tinyfusion.blocks.scheme import BlockGroup, check_range
 from tinyfusion.blocks.stack import check_kept
 from tinyfusion.config.recipe import Criterion as Name
+from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.prune.context import CriterionContext, plan_for
+from tinyfusion.prune.context import CriterionContext, bk_sdm_positions, plan_for
 from tinyfusion.prune.mask_search import (
     Mask,
     bits,
@@ -33,7 +35,6 @@ from tinyfusion.prune.mask_search import (
     short,
     tick_from,
 )
-from tinyfusion.prune.rules import RULES
 from tinyfusion.prune.width import by_width, width_evaluations
 
 MAX_LISTED_MASKS = 2000  # a plan of more masks has a summary of their losses
@@ -42,7 +43,7 @@ _MARKED: tuple[Name, ...] = ("bi", "flux-lite", "sensitivity", "bk-sdm", "first"
 
 @dataclass(frozen=True)
 class Criterion:
-    """A row. plan: the function. evaluations: block evaluations per calibration batch, None where it looks at no images."""
+    """A row. plan: the function. evaluations: block evaluations per calibration batch, None without calibration."""
 
     says: str
     plan: Callable[[CriterionContext], PrunePlan]
@@ -50,7 +51,7 @@ class Criterion:
 
 
 def decide(context: CriterionContext) -> PrunePlan:
-    """The plan of the context's criterion, with the seconds it took. Raises UserError where it cannot be asked so."""
+    """The plan of the context's criterion, with its seconds. Raises UserError if the settings do not fit."""
     began = time.perf_counter()
     plan = CRITERIA[context.settings.criterion].plan(context)
     return dataclasses.replace(plan, cost={"seconds": time.perf_counter() - began, **plan.cost})
@@ -62,8 +63,8 @@ def decide(context: CriterionContext) -> PrunePlan:
 def by_block_influence(context: CriterionContext) -> PrunePlan:
     """ShortGPT's block influence (arXiv 2403.03853): 1 - mean cosine of output and input; the lowest go.
 
-    Inputs are noised, over all timesteps. bi_inputs = clean takes TinyFusion's released statistic instead: clean
-    inputs at low timesteps, and the model's last block never goes. Cost: one pass.
+    Inputs are noised, over all timesteps. bi_inputs = clean is TinyFusion's released statistic: clean inputs at low
+    timesteps, and the model's last block never goes. Cost: one pass.
     """
     clean = context.settings.bi_inputs == "clean"
     statistics = context.statistics(clean)
@@ -159,7 +160,7 @@ def _ranked(
     evaluations: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> PrunePlan:
-    """The blocks of highest rank stay; one that is not a number is the highest. `scores` are what the plan says."""
+    """The blocks of highest rank stay; NaN is the highest. scores: for the plan."""
     order = context.preferred(sorted(range(len(ranks)), key=lambda i: (-_or_infinite(ranks[i]), i)))
     kept = {name: _best(group, order) for name, group in context.groups.items()}
     work = len(ranks) if evaluations is None else evaluations
@@ -176,7 +177,7 @@ def _by_list(context: CriterionContext, scores: Sequence[float]) -> dict[str, An
 
 
 def _finite(value: float) -> float | None:
-    """None where JSON has no number for it."""
+    """None if JSON has no number for it."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -188,12 +189,46 @@ def _or_infinite(value: float) -> float:
 
 
 def by_rule(context: CriterionContext) -> PrunePlan:
-    """The blocks that a rule of `rules.RULES` names."""
+    """The blocks of a rule in `RULES`."""
     settings = context.settings
     rule = RULES[settings.criterion]
     kept = {name: g.with_protected(rule(g, settings, context.seed)) for name, g in context.groups.items()}
     listed = f", {settings.bk_sdm_list} list" if settings.criterion == "bk-sdm" else ""
     return plan_for(context, kept, f"no scores: a fixed rule{listed}")
+
+
+def evenly_spaced(size: int, num: int) -> list[int]:
+    """`num` of `size` positions: round(i (size - 1) / (num - 1)), halves up, so first and last are among them.
+
+    One alone is the middle one, the earlier of two.
+    """
+    if num < 2:
+        return [(size - 1) // 2][:num]
+    return [(2 * i * (size - 1) + num - 1) // (2 * (num - 1)) for i in range(num)]
+
+
+def _random(group: BlockGroup, _settings: PruneSection, seed: int) -> list[int]:
+    """A random choice of the free blocks, addressed by (seed, list)."""
+    order = Randomness(seed).permutation(f"random/{group.start}", 0, len(group.free))
+    return [group.free[int(i)] for i in order[: group.keep_free]]
+
+
+def _bk_sdm(group: BlockGroup, settings: PruneSection, _seed: int) -> list[int]:
+    """The free blocks of BK-SDM's rule (arXiv 2305.15798); see `bk_sdm_positions`."""
+    protected = [i - group.start for i in group.protected]
+    positions = bk_sdm_positions(group.size, settings.bk_sdm_list, protected)
+    return [group.start + i for i in positions if i not in protected]
+
+
+# criterion -> the free blocks of a list that stay, by (list, settings, seed)
+RULES: dict[str, Callable[[BlockGroup, PruneSection, int], Sequence[int]]] = {
+    "bk-sdm": _bk_sdm,
+    "first": lambda group, _settings, _seed: group.free[: group.keep_free],
+    "last": lambda group, _settings, _seed: group.free[len(group.free) - group.keep_free :],
+    # first and last among them; protected blocks do not count
+    "uniform": lambda group, _settings, _seed: [group.free[i] for i in evenly_spaced(len(group.free), group.keep_free)],
+    "random": _random,
+}
 
 
 def by_named(context: CriterionContext) -> PrunePlan:
@@ -209,7 +244,7 @@ def by_named(context: CriterionContext) -> PrunePlan:
 def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int = 0) -> PrunePlan:
     """Keep exactly the named blocks; indices count through the lists of blocks in order.
 
-    Raises UserError on indices out of range or named twice, or where a list would be left empty.
+    Raises UserError on indices out of range or named twice, and if a list would be empty.
     """
     if not keep:
         raise UserError("criterion indices wants the blocks to keep: --keep 0,2,4")
@@ -230,8 +265,8 @@ def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int = 0) -> Prun
 def by_calibration_loss(context: CriterionContext) -> PrunePlan:
     """The mask of least, median (the lower one) or greatest loss right after cutting, among `num_masks` random ones.
 
-    All masks where there are no more: then min-loss is the optimum of this loss. Source: arXiv 2412.01199, figure 5 and
-    table 3. A loss that is not finite counts as infinite, and is not taken for the greatest. Cost: docs/criteria.md.
+    All masks if there are no more: then min-loss is the optimum of this loss. Source: arXiv 2412.01199, figure 5 and
+    table 3. A loss that is not finite counts as infinite, but not as the greatest. Cost: docs/criteria.md.
     """
     masks, began = searched(context), time.perf_counter()
     sums = context.losses(masks, context.tick, context.begun, context.keep)
@@ -271,13 +306,13 @@ def searched(context: CriterionContext) -> list[Mask]:
 
 
 def space(context: CriterionContext) -> int:
-    """How many masks there are."""
+    """Number of masks."""
     return math.prod(group.num_candidates for group in context.groups.values())
 
 
 def _marks(context: CriterionContext) -> dict[str, Any]:
-    """Where the cheap criteria stand among the losses; one that cannot keep as many blocks is left out."""
-    found: dict[str, Mask] = {}
+    """The losses of the cheap criteria that can keep as many blocks."""
+    chosen: dict[str, Mask] = {}
     wanted = sum(group.keep for group in context.groups.values())
     for name in _MARKED:
         settings = dataclasses.replace(context.settings, criterion=name, num_keep=None, sensitivity_order="one-shot")
@@ -288,14 +323,14 @@ def _marks(context: CriterionContext) -> dict[str, Any]:
             continue
         mask = tuple(global_indices(plan.kept, plan.depth))
         if len(mask) == wanted:
-            found[name] = mask
-    masks = sorted(set(found.values()))
+            chosen[name] = mask
+    masks = sorted(set(chosen.values()))
     sums = context.losses(masks, prove=False)
     losses = dict(zip(masks, sums.loss / sums.images, strict=True))
     depth = context.depth
     return {
-        "marks": {name: short(losses[mask]) for name, mask in found.items()},
-        "mark_masks": {name: bits(mask, depth) for name, mask in found.items()},
+        "marks": {name: short(losses[mask]) for name, mask in chosen.items()},
+        "mark_masks": {name: bits(mask, depth) for name, mask in chosen.items()},
     }
 
 
@@ -303,7 +338,7 @@ def _marks(context: CriterionContext) -> dict[str, Any]:
 
 
 def _sensitivity_evaluations(context: CriterionContext) -> int:
-    """Protected blocks are tried or not, which changes little; greedy as if none were protected."""
+    """An estimate for greedy: as if no block were protected."""
     if context.settings.sensitivity_order == "one-shot":
         return shared_evaluations(_all_but_one(context)[1])
     left, depth = sum(group.keep for group in context.groups.values()), context.depth

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,10 +29,9 @@ from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.processes.task import Task, TaskBatch
 from tinyfusion.prune.calibrate import BlockStatistics, Calibration, Tick, block_statistics
-from tinyfusion.prune.context import CriterionContext
+from tinyfusion.prune.context import CriterionContext, bk_sdm_positions
 from tinyfusion.prune.criteria import CRITERIA
-from tinyfusion.prune.mask_search import LossSums, Mask, shared_evaluations, shared_prefix
-from tinyfusion.prune.rules import bk_sdm_positions
+from tinyfusion.prune.mask_search import LossSums, Mask, replayed_losses
 
 ON_DATA = tuple(name for name, row in CRITERIA.items() if row.evaluations is not None and name != "width")
 _ALL = "all"  # in a budget: the lists of the trunk together
@@ -211,7 +209,6 @@ class UnitContext(CriterionContext):
     def _of_units(self, values: Sequence[float]) -> list[float]:
         return [sum(values[i] for i in unit) / len(unit) for unit in self.blocks]
 
-    @torch.no_grad()
     def losses(
         self,
         masks: Sequence[Mask],
@@ -221,31 +218,23 @@ class UnitContext(CriterionContext):
         prove: bool = True,
     ) -> LossSums:
         """Losses of masks of units as the module says, arguments as those of `mask_losses`."""
-        sums = begun or LossSums(np.zeros(len(masks)), np.zeros(len(masks)))
-        work, module = shared_evaluations(masks), self.teacher.module
+        module, stack = self.teacher.module, self.teacher.stack
         num_bytes = max(int(_RETAINED_SHARE * self.model.num_bytes), _RETAINED_BYTES)
-        for number, call in enumerate(self.images.batches):
-            if number < sums.batches:
-                continue
+
+        def evaluate(replay: BlockReplay, number: int, call: TaskBatch, mask: Mask) -> tuple[float, float]:
             run = partial(self.images.objective.predict, module, call)
-            done = 0
-            with BlockReplay(self.teacher.stack, num_bytes) as replay:
-                if number not in self._outputs_of_calls:
-                    self._outputs_of_calls[number] = replay.run(range(len(self.teacher.stack)), run).output.cpu()
-                whole = self._outputs_of_calls[number].to(next(module.parameters()).device)
-                for position, mask in enumerate(masks):
-                    if len(mask) < self.depth:
-                        kept = {block for unit in mask for block in self.blocks[unit]}
-                        error = replay.run(kept, run).output - whole
-                        loss = float(error.square().sum(dtype=torch.float64) / whole.square().sum(dtype=torch.float64))
-                        sums.loss[position] += loss
-                        sums.mse[position] += loss
-                    done += len(mask) - shared_prefix(masks[position - 1] if position else (), mask)
-                    tick(number * work + done)
-            sums.images += 1
-            sums.batches += 1
-            keep(sums)
-        return sums
+            if number not in self._outputs_of_calls:
+                self._outputs_of_calls[number] = replay.run(range(len(stack)), run).output.cpu()
+            if len(mask) == self.depth:
+                return 0.0, 0.0
+            whole = self._outputs_of_calls[number].to(next(module.parameters()).device)
+            error = replay.run({block for unit in mask for block in self.blocks[unit]}, run).output - whole
+            loss = float(error.square().sum(dtype=torch.float64) / whole.square().sum(dtype=torch.float64))
+            return loss, loss
+
+        calls: Sequence[Any] = self.images.batches
+        retained = partial(BlockReplay, stack, num_bytes)
+        return replayed_losses(retained, calls, masks, evaluate, tick, begun, keep, num_images=lambda call: 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- budgets

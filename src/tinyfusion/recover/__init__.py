@@ -1,1 +1,1 @@
-"""Bring a cut model back: fine-tuning and distillation, as objectives for the one loop."""
+"""Recover a pruned model by fine-tuning or distillation, as objectives of the training loop."""

@@ -1,1 +1,1 @@
-"""Seeds to images."""
+"""Samplers: from seeds to images."""

@@ -36,9 +36,11 @@ from tinyfusion.processes.integrate import (
     sample_steps,
 )
 from tinyfusion.processes.stochastic import Stochastic, StochasticMethod, sample_stochastic
-from tinyfusion.processes.time import check_shift, shift_for, sigma_grid
+from tinyfusion.processes.time import check_choice, check_shift, shift_for, sigma_grid
 from tinyfusion.sample.drive import WHOLE, GuidedSampler, SampleDraws, check_guidance, conditional, guided
 
+Kind = Literal["ode", "sde"]
+ErrorNorm = Literal["sample", "batch"]
 PUBLISHED_POINTS = 250
 # at the default tolerances
 _USUAL_CALLS = {"dopri5": 80, "bosh3": 120, "adaptive_heun": 400, "fehlberg2": 60, "dopri8": 150}
@@ -57,12 +59,12 @@ class FlowSampler(GuidedSampler):
     interval: of guidance, 0 at the data and 1 at noise. Raises ValueError on anything else.
     """
 
-    kind: Literal["ode", "sde"] = "ode"
+    kind: Kind = "ode"
     method: str = "dopri5"
     num_points: int = PUBLISHED_POINTS
     atol: float = 1e-6
     rtol: float = 1e-3
-    error_norm: Literal["sample", "batch"] = "sample"
+    error_norm: ErrorNorm = "sample"
     stochastic: Stochastic = dataclasses.field(default_factory=Stochastic)
     eps: float | None = None
     shift: float = 1.0
@@ -73,8 +75,7 @@ class FlowSampler(GuidedSampler):
 
     def __post_init__(self) -> None:
         check_guidance(self.guidance, self.interval)
-        if self.kind not in ("ode", "sde"):
-            raise ValueError(f"a flow is sampled by ode or sde; got {self.kind!r}")
+        check_choice("sampler of a flow", self.kind, Kind)
         self._check_shift()
         if self.kind == "sde":
             return
@@ -85,8 +86,7 @@ class FlowSampler(GuidedSampler):
         check_points(self.num_points)
         if not (self.atol > 0 and self.rtol >= 0):
             raise ValueError(f"tolerances are above 0 (rtol may be 0); got atol {self.atol:g}, rtol {self.rtol:g}")
-        if self.error_norm not in ("sample", "batch"):
-            raise ValueError(f"the error is that of every sample or of the batch; got {self.error_norm!r}")
+        check_choice("error norm", self.error_norm, ErrorNorm)
 
     def _check_shift(self) -> None:
         terminal = self.shift_terminal

@@ -1,1 +1,1 @@
-"""The one training loop and what it owns."""
+"""The training loop, its state, optimiser and checkpoints, and the ranks that share it."""

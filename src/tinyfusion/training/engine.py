@@ -39,10 +39,10 @@ T = TypeVar("T")
 Slice = tuple[int, int]  # (first, number) of samples of the global batch
 
 
-def cut(batch_size: int, parts: int) -> list[Slice]:
-    """Split a global batch into `parts` slices, at even indices if possible: some gates compare samples in pairs."""
-    unit = 2 if batch_size % 2 == 0 and batch_size // 2 >= parts else 1
-    edges = [unit * (batch_size // unit * i // parts) for i in range(parts + 1)]
+def cut(batch_size: int, num: int) -> list[Slice]:
+    """Split a global batch into `num` slices, at even indices if possible: some gates compare samples in pairs."""
+    unit = 2 if batch_size % 2 == 0 and batch_size // 2 >= num else 1
+    edges = [unit * (batch_size // unit * i // num) for i in range(num + 1)]
     return [(start, end - start) for start, end in pairwise(edges)]
 
 
