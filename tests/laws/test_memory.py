@@ -17,8 +17,8 @@ from tinyfusion.blocks.stack import BlockStack, frozen
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import ComputeSection, PruneSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.jobs.estimate import GIB, MemoryPlan, fits, fitting_lines, images_at_once, memory_plan
 from tinyfusion.jobs.footprint import BlockBytes, Footprint, LiveBytes, Measured, footprint_of
-from tinyfusion.jobs.memory import GIB, MemoryPlan, fits, fitting_lines, images_at_once, memory_plan
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
