@@ -119,7 +119,7 @@ def test_an_interrupted_sampling_keeps_its_parts_and_says_so(
         patch.setattr(tinyfusion.jobs.sampling_setup, "draw_samples", second)
         stopped = cli(*shlex.split(SAMPLE), "--batch-size", "6")
         assert stopped.code == 128 + signal.SIGTERM
-        assert "12 of 20 images of drawn/x.npz are kept, the same command continues" in stopped.err
+        assert "12 of 20 images of drawn/x.npz are saved, the same command continues" in stopped.err
         other = cli(*shlex.split(SAMPLE), "--seed", "1")
         assert other.code == 2 and "made with another recipe" in other.err
         calls.clear()
