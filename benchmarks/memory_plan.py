@@ -36,8 +36,8 @@ from tinyfusion.core.rundir import write_text
 from tinyfusion.families.dit.model import published_arch
 from tinyfusion.families.registry import FAMILIES
 from tinyfusion.families.sizes import position_table
+from tinyfusion.jobs.estimate import fitting_lines, memory_plan
 from tinyfusion.jobs.footprint import footprint_of
-from tinyfusion.jobs.memory import fitting_lines, memory_plan
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, make_trainable
 from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective

@@ -186,7 +186,7 @@ def _image_files(folder: Path) -> None:
 
 
 def _outputs(folder: Path) -> None:
-    """Files and folders that are somebody else's, and recipes."""
+    """Files and folders of others, and recipes."""
     (folder / "thesis").mkdir()
     (folder / "thesis" / "chapter-1.txt").write_text("In the beginning", encoding="utf-8")
     (folder / "thesis" / "run.json").write_text('{"made_by": "somebody"}', encoding="utf-8")

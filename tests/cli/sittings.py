@@ -67,7 +67,7 @@ class Starter:
     def __call__(
         self, *arguments: str, pace_s: float = 0.0, memory_bytes: int | None = None, **environment: str
     ) -> Sitting:
-        """`tinyfusion ARGUMENTS`. pace_s: how long it rests after every step; memory_bytes: what it may have beside what it has."""
+        """`tinyfusion ARGUMENTS`. pace_s: pause after every step; memory_bytes: limit of further memory."""
         said_in = self.folder.parent / f"said-{len(self.started)}.txt"
         target = (arguments, self.folder, said_in, pace_s, memory_bytes, environment)
         process = self._context.Process(target=_sit, args=target)
@@ -78,7 +78,7 @@ class Starter:
     def two(
         self, *arguments: str, other: tuple[str, ...] | None = None, pace_s: float = 0.0
     ) -> tuple[Sitting, Sitting]:
-        """Two processes of one training, without a launcher that would look after them. other: what the second was told."""
+        """Two processes of one training, without a launcher. other: arguments of the second."""
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
         first = self(*arguments, pace_s=pace_s, RANK="0", LOCAL_RANK="0", **place)
         return first, self(*(other or arguments), pace_s=pace_s, RANK="1", LOCAL_RANK="1", **place)
@@ -125,6 +125,6 @@ def _sit(
 
     tinyfusion.jobs.training.train_steps = paced
     if memory_bytes is not None:
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + memory_bytes, held + memory_bytes))
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
     sys.exit(main(list(arguments)))

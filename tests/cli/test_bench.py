@@ -17,21 +17,21 @@ def test_two_models_are_measured_in_turns(cli: Cli, work: Path) -> None:
     before = sorted(work.rglob("*"))
     outcome = cli(*shlex.split(BENCH), "--vs", "deeper", "--json")
     assert outcome.code == 0, outcome.err
-    told = outcome.last_json
-    assert "2 images, guidance 1.5 (2 rows per image), float32, cpu" in told["protocol"]
-    assert "medians of 3, interleaved" in told["protocol"] and told["protocol"] in outcome.out
-    model, other = told["models"]["model"], told["models"]["vs"]
+    answer = outcome.last_json
+    assert "2 images, guidance 1.5 (2 rows per image), float32, cpu" in answer["protocol"]
+    assert "medians of 3, interleaved" in answer["protocol"] and answer["protocol"] in outcome.out
+    model, other = answer["models"]["model"], answer["models"]["vs"]
     assert (model["depth"], other["depth"]) == (4, 5)
     for found in (model, other):
         seconds = found["latency_ms"] / 1000
         assert found["steps_per_s"] == pytest.approx(1 / seconds)
         assert found["image_steps_per_s"] == pytest.approx(2 / seconds)
         assert found["macs_per_s"] == pytest.approx(4 * found["macs"] / seconds), "two images, two rows each"
-        assert found["share_of_product"] == pytest.approx(found["macs_per_s"] / told["product_macs_per_s"])
+        assert found["share_of_product"] == pytest.approx(found["macs_per_s"] / answer["product_macs_per_s"])
         assert found["peak_bytes"] is None or found["peak_bytes"] >= 4 * found["num_parameters"]
         low, high = found["latency_ms_spread"]
         assert low <= found["latency_ms"] <= high
-    ratio = told["speedup"]
+    ratio = answer["speedup"]
     assert ratio["ratio"] == pytest.approx(other["latency_ms"] / model["latency_ms"])
     assert ratio["macs_ratio"] == pytest.approx(other["macs"] / model["macs"])
     assert ratio["share"] == pytest.approx(ratio["ratio"] / ratio["macs_ratio"])
@@ -52,11 +52,11 @@ def test_times_that_scatter_are_said(spread: list[float], busy: bool, capsys: py
 def test_half_precision_and_no_guidance(cli: Cli, work: Path) -> None:
     outcome = cli(*shlex.split(BENCH), "--dtype", "bfloat16", "--guidance", "1", "--json")
     assert outcome.code == 0, outcome.err
-    told = outcome.last_json
-    assert "guidance 1 (1 rows per image), bfloat16" in told["protocol"]
-    model = told["models"]["model"]
+    answer = outcome.last_json
+    assert "guidance 1 (1 rows per image), bfloat16" in answer["protocol"]
+    model = answer["models"]["model"]
     assert model["macs_per_s"] == pytest.approx(2 * model["macs"] / (model["latency_ms"] / 1000))
-    assert "speedup" not in told
+    assert "speedup" not in answer
 
 
 def test_a_dry_run_measures_nothing(cli: Cli, work: Path) -> None:

@@ -97,4 +97,4 @@ def test_teacher_and_job_say_the_same_of_data_and_name_the_hub() -> None:
     assert teacher.data == job.data and job.data.name == "hub:uoft-cs/cifar10"
     assert job.evaluate.references == (job.data.name,)
     assert teacher.minutes and job.minutes and teacher.minutes + job.minutes < 60
-    assert not job.expected, "numbers that nobody has measured are not expected"
+    assert not job.expected, "numbers that were not measured are not expected"

@@ -18,7 +18,7 @@ from tinyfusion.models.checkpoint import open_model, save_model
 
 @pytest.fixture
 def wide(work: Path) -> Path:
-    """A model of eight heads beside the material."""
+    """The material, and a model of eight heads."""
     save_model(tiny(num_heads=8), work / "wide")
     return work
 
@@ -92,8 +92,8 @@ def test_a_run_prunes_recovers_and_makes_dynamic(cli: Cli, wide: Path) -> None:
         "--set sample.batch_size=8 --set speed.repeats=2 --set speed.batch_size=2 --set speed.depths=0 "
         '--set dynamic.finish_steps=0 --set dynamic.calibration_images=0 --set evaluate.references=["digits"] --out whole'
     )
-    told = done(cli, f"{command} --dry-run")
-    assert "dynamic" in told.out + told.err and not Path("whole").exists()
+    answer = done(cli, f"{command} --dry-run")
+    assert "dynamic" in answer.out + answer.err and not Path("whole").exists()
     done(cli, command)
     assert open_model("whole/dynamic").dynamic is not None
     speed = json.loads(Path("whole/speed.json").read_text())["models"]

@@ -192,7 +192,7 @@ def test_rows_are_distinct() -> None:
 
 
 def test_a_large_npz_that_was_cut_short_is_refused(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its header tells of more images than there are."""
+    """Its header states more images than the file has."""
     np.save("arr_0.npy", IMAGES)
     content = Path("arr_0.npy").read_bytes()
     with zipfile.ZipFile("cut.npz", "w") as archive:
@@ -267,12 +267,12 @@ def test_stored_moments_serve_the_distances_and_images_the_rest(
     assert plain["fid"] == pytest.approx(frechet_distance(*pool, *drawn), rel=1e-5)
     assert [stored[key] for key in ("precision", "recall")] == [plain[key] for key in ("precision", "recall")]
     assert [alone[key] for key in ("precision", "recall", "sfid")] == [None, None, None]
-    for record, told in (
+    for record, expected in (
         (stored, " 4 with stored moments"),
         (alone, " 0 with stored moments"),
         (plain, " 4 | 3 images"),
     ):
-        assert told in record["protocol"]
+        assert expected in record["protocol"]
         assert "at 8 x 8 to 299 x 299 bilinear (TF-1), grey in 3 channels, k 1" in record["protocol"]
     assert stored["features"]["name"] == "inception-2015-12-05"
 

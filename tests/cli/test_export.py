@@ -183,8 +183,8 @@ def test_a_card_says_how_the_model_was_made(cli: Cli, work: Path) -> None:
     )
     assert "The cut, without what followed it:" in back and "The cut alone" not in back
     run_words(cli, "export --model back/student --to official --out back.pt")
-    told = json.loads(Path("back.json").read_text())
-    assert "trained from nothing" in told["license_note"] and len(told["history"]) == 3
+    answer = json.loads(Path("back.json").read_text())
+    assert "trained from nothing" in answer["license_note"] and len(answer["history"]) == 3
 
 
 def test_a_card_does_not_guess_what_no_record_tells(cli: Cli, work: Path) -> None:
@@ -267,8 +267,8 @@ def test_an_official_file_has_its_licence_beside(cli: Cli, work: Path) -> None:
     save_model(model, work / "licensed")
     for source in ("licensed", "teacher"):
         assert cli("export", "--model", source, "--to", "official", "--out", f"{source}.pt").code == 0
-    told = json.loads(Path("licensed.json").read_text())
-    assert told["license"] == "CC-BY-NC-4.0" and "non-commercial" in told["license_note"]
+    answer = json.loads(Path("licensed.json").read_text())
+    assert answer["license"] == "CC-BY-NC-4.0" and "non-commercial" in answer["license_note"]
     assert "name no licence" in json.loads(Path("teacher.json").read_text())["license_note"]
 
 

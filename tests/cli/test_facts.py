@@ -1,4 +1,4 @@
-"""What a model knows of its latents: from its file, from the data that it is trained on, from settings; and what is asked."""
+"""Facts of a model's latents: from its file, its training data and settings; and errors where they are missing."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def test_where_nothing_is_known_it_is_asked(cli: Cli, here: Path, channels: int)
     brought(here, channels, scaling_factor=0.3, shift_factor=0.1)
     sample = f"{SAMPLE} --model official.pt --num-heads 2"
     refused(cli, sample, f"{channels} channels", "--set sample.vae=", "sample.latent_scale=", "sample.decode=false")
-    told = done(cli, f"{sample} --vae vae").err
-    assert "assuming scale 0.3 and shift 0.1 of vae" in told
+    answer = done(cli, f"{sample} --vae vae").err
+    assert "assuming scale 0.3 and shift 0.1 of vae" in answer
     with np.load("drawn.npz") as drawn:
         assert (drawn["arr_0"].shape, drawn["arr_0"].dtype) == ((3, SIDE, SIDE, 3), np.uint8)
     done(cli, f"{sample.replace('drawn', 'raw')} --set sample.decode=false")

@@ -167,7 +167,7 @@ def two_at_work(start: Starter, run: str, options: str = "") -> tuple[Sitting, S
 
 
 def test_two_processes_lose_each_other(start: Starter) -> None:
-    """Ended or hung on either side, and asked to stop: the other does not wait for ever, and nothing is lost."""
+    """One rank ends, hangs or gets a signal: the other does not wait for ever, and nothing is lost."""
     for one in start.two(*shlex.split(f"{LEARN} undisturbed")):
         assert one.end() == 0, one.said
 

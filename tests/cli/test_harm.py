@@ -251,7 +251,7 @@ def test_what_a_kill_leaves_after_the_last_rename_goes_with_the_next_call(
 def test_a_dry_run_touches_nothing_of_a_run_that_is_being_overwritten(
     cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The old run is aside, the new one has saved nothing yet; somebody asks what would be done."""
+    """A dry run while the old run is set aside and the new one has saved nothing yet."""
     done(cli, f"{INDICES} --keep 0,2")
     looked = []
 

@@ -279,8 +279,8 @@ def test_an_error_that_foreign_code_made_of_a_stop_is_a_stop() -> None:
 
 
 def test_other_dropped_exceptions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[object] = []
-    monkeypatch.setattr("sys.unraisablehook", told.append)
+    errors: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", errors.append)
 
     class Broken:
         def __del__(self) -> None:
@@ -288,5 +288,5 @@ def test_other_dropped_exceptions_are_told(monkeypatch: pytest.MonkeyPatch) -> N
 
     with SignalWatch(patient=False):
         Broken()
-    assert len(told) == 1
-    assert sys.unraisablehook == told.append
+    assert len(errors) == 1
+    assert sys.unraisablehook == errors.append

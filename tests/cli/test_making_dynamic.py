@@ -33,18 +33,18 @@ MADE = f"dynamic --model wide --target 0.6 {QUICK} --set dynamic.calibration_ima
 
 @pytest.fixture
 def wide(work: Path) -> Path:
-    """A model of eight heads beside the material."""
+    """The material, and a model of eight heads."""
     save_model(tiny(num_heads=8), work / "wide")
     return work
 
 
 def test_a_model_becomes_dynamic_and_is_sampled_in_sub_networks(cli: Cli, wide: Path) -> None:
     outcome = done(cli, f"{MADE} run --json").last_json
-    told = json.loads(Path("run/dynamic.json").read_text())
-    assert outcome["ratio"] == told["ratio"] and abs(told["ratio"] - 0.6) <= 0.006
+    answer = json.loads(Path("run/dynamic.json").read_text())
+    assert outcome["ratio"] == answer["ratio"] and abs(answer["ratio"] - 0.6) <= 0.006
     model = open_model("run")
     assert model.dynamic is not None and model.facts.dynamic is not None
-    assert (model.facts.dynamic["target"], model.facts.dynamic["ratio"]) == (0.6, told["ratio"])
+    assert (model.facts.dynamic["target"], model.facts.dynamic["ratio"]) == (0.6, answer["ratio"])
     done(cli, "sample --model run --num-images 6 --sampler ddim --num-steps 4 --batch-size 4 --out a.npz")
     done(cli, "sample --model run --num-images 6 --sampler ddim --num-steps 4 --batch-size 3 --out b.npz")
     one, other = np.load("a.npz")["arr_0"], np.load("b.npz")["arr_0"]
@@ -71,8 +71,8 @@ def test_compiled_sub_networks(cli: Cli, wide: Path) -> None:
     one, other = (np.load(f"{name}.npz")["arr_0"].astype(int) for name in ("plain", "compiled"))
     assert int(np.abs(one - other).max()) <= 1
     assert json.loads(Path("compiled.json").read_text())["dynamic"]["macs_ratio"] < 1
-    told = done(cli, "bench run --compile --batch-size 2 --repeats 3 --set bench.product_size=64 --json").last_json
-    assert told["models"]["model"]["macs"] > 0
+    answer = done(cli, "bench run --compile --batch-size 2 --repeats 3 --set bench.product_size=64 --json").last_json
+    assert answer["models"]["model"]["macs"] > 0
 
 
 def test_skipping_gives_the_numbers_of_masks(cli: Cli, wide: Path) -> None:
@@ -133,8 +133,8 @@ def test_cut_students_and_flows_become_dynamic_too(cli: Cli, work: Path, kind: s
 
 def test_a_dry_run_writes_nothing(cli: Cli, wide: Path) -> None:
     before = sorted(path.name for path in Path().iterdir())
-    told = done(cli, f"{MADE} run --dry-run")
-    assert "width, tokens" in told.out + told.err and sorted(path.name for path in Path().iterdir()) == before
+    answer = done(cli, f"{MADE} run --dry-run")
+    assert "width, tokens" in answer.out + answer.err and sorted(path.name for path in Path().iterdir()) == before
 
 
 BAD = {
@@ -171,7 +171,7 @@ def test_bad_input(cli: Cli, wide: Path, cause: str) -> None:
 def test_a_folder_whose_routers_are_damaged_is_refused(cli: Cli, wide: Path) -> None:
     done(cli, f"{MADE} run")
     record = Path("run/student/model.json")
-    told = json.loads(record.read_text())
+    answer = json.loads(record.read_text())
     for change, message in (({"width": False}, "unexpected blocks.0.attn_rate"), ({"forced_first": 3}, "is damaged")):
-        record.write_text(json.dumps({**told, "dynamic": {**told["dynamic"], **change}}))
+        record.write_text(json.dumps({**answer, "dynamic": {**answer["dynamic"], **change}}))
         failed(cli("inspect", "run"), message)

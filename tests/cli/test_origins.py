@@ -1,4 +1,4 @@
-"""What a command leaves unnamed: teacher and data of the run that made a model; and what is asked where no run tells."""
+"""Inputs that a command does not name: teacher and data of the run that wrote the model, else an error."""
 
 from __future__ import annotations
 

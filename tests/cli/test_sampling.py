@@ -1,4 +1,4 @@
-"""`sample` across processes: image i whoever draws it, after any kill; and what it says of settings that cannot be."""
+"""`sample` across processes: image i is the same on any rank and after any kill; errors for invalid settings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_three_processes_draw_what_one_draws(cli: Cli, work: Path, start: Starte
     """Measured at batch 7 and 64; labels bit-equal, pixels to rounding; nothing else is left."""
     assert cli(*shlex.split(SAMPLE), "--batch-size", "7").code == 0
     alone, labels = arrays("drawn/x.npz")
-    told = json.loads(Path("drawn/x.json").read_text())
+    answer = json.loads(Path("drawn/x.json").read_text())
     for name, batch in (("seven", 7), ("many", 64)):
         sittings = launch(start, f"{SAMPLE} --batch-size {batch}".replace("/x.npz", f"/{name}.npz"), 3)
         assert [sitting.end() for sitting in sittings] == [0, 0, 0], [sitting.said for sitting in sittings]
@@ -58,15 +58,15 @@ def test_three_processes_draw_what_one_draws(cli: Cli, work: Path, start: Starte
         images, drawn = arrays(f"drawn/{name}.npz")
         assert np.array_equal(drawn, labels)
         assert np.abs(images.astype(int) - alone).max() <= 1
-        assert json.loads(Path(f"drawn/{name}.json").read_text())["protocol"] == told["protocol"]
+        assert json.loads(Path(f"drawn/{name}.json").read_text())["protocol"] == answer["protocol"]
     assert sorted(p.name for p in Path("drawn").iterdir()) == sorted(
         f"{n}.{s}" for n in ("x", "seven", "many") for s in ("npz", "json")
     )
 
 
 def test_noise_is_bit_equal_for_any_parts_of_the_images(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the model is first asked, by image, whatever the batch."""
-    asked: dict[int, list[torch.Tensor]] = {}
+    """The first inputs of the model, by batch size."""
+    first_inputs: dict[int, list[torch.Tensor]] = {}
     drawn = tinyfusion.jobs.sampling_setup.draw_samples
 
     def watched(model: Any, *arguments: Any) -> Any:
@@ -74,7 +74,7 @@ def test_noise_is_bit_equal_for_any_parts_of_the_images(cli: Cli, work: Path, mo
 
         def note(_module: Any, inputs: Any) -> None:
             if int(inputs[1][0]) == 999:
-                asked.setdefault(batch, []).append(inputs[0][: len(inputs[0]) // 2].clone())
+                first_inputs.setdefault(batch, []).append(inputs[0][: len(inputs[0]) // 2].clone())
 
         handle = model.module.register_forward_pre_hook(note)
         yield from drawn(model, *arguments)
@@ -83,8 +83,8 @@ def test_noise_is_bit_equal_for_any_parts_of_the_images(cli: Cli, work: Path, mo
     monkeypatch.setattr(tinyfusion.jobs.sampling_setup, "draw_samples", watched)
     for batch in (7, 64):
         assert cli(*shlex.split(SAMPLE.replace("x.npz", f"{batch}.npz")), "--batch-size", str(batch)).code == 0
-    assert len(asked[7]) == 3 and len(asked[64]) == 1
-    assert torch.equal(torch.cat(asked[7]), asked[64][0])
+    assert len(first_inputs[7]) == 3 and len(first_inputs[64]) == 1
+    assert torch.equal(torch.cat(first_inputs[7]), first_inputs[64][0])
 
 
 def test_a_killed_sampling_goes_on_with_another_number_of_processes(cli: Cli, work: Path, start: Starter) -> None:
@@ -119,12 +119,12 @@ def test_an_interrupted_sampling_keeps_its_parts_and_says_so(
         patch.setattr(tinyfusion.jobs.sampling_setup, "draw_samples", second)
         stopped = cli(*shlex.split(SAMPLE), "--batch-size", "6")
         assert stopped.code == 128 + signal.SIGTERM
-        assert "12 of 20 images of drawn/x.npz are kept, the same command continues" in stopped.err
+        assert "12 of 20 images of drawn/x.npz are saved, the same command continues" in stopped.err
         other = cli(*shlex.split(SAMPLE), "--seed", "1")
         assert other.code == 2 and "made with another recipe" in other.err
         calls.clear()
         assert cli(*shlex.split(SAMPLE), "--batch-size", "64").code == 0
-    assert calls == [(12, 18), (18, 20)], "only what was missing was drawn, in the parts that were laid out"
+    assert calls == [(12, 18), (18, 20)], "only missing shards were drawn"
     assert cli(*shlex.split(SAMPLE.replace("x.npz", "y.npz"))).code == 0
     assert np.abs(arrays("drawn/x.npz")[0].astype(int) - arrays("drawn/y.npz")[0]).max() <= 1
 

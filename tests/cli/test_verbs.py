@@ -419,7 +419,7 @@ def test_report(cli: Cli, work: Path) -> None:
 def test_run(cli: Cli, work: Path) -> None:
     open_extractor.cache_clear()
     outcome = done(cli, f"{RUN} --device cpu --json")
-    assert open_extractor.cache_info().currsize == 1, "every stage opens the extractor on the device that was asked for"
+    assert open_extractor.cache_info().currsize == 1, "every stage opens the extractor on the recipe's device"
     for name in (
         "prune/plan.json",
         "recover/student/model.json",

@@ -142,7 +142,7 @@ def test_looks_are_cheap_unless_the_recipe_is_cheaper(work: Path) -> None:
 
 
 def test_a_process_that_does_not_write_gives_its_weights_and_draws_nothing(work: Path) -> None:
-    """Weights that lie in parts are gathered by all processes at once."""
+    """Sharded weights are gathered by all processes at once."""
     recipe = dataclasses.replace(Recipe(), watch=WatchSection(grid_every_steps=1, report_to=("tensorboard",)))
     model, called = open_model("teacher"), []
     run = RunDirectory(Path("quiet"), writes=False)
@@ -174,7 +174,7 @@ def test_a_resumed_training_looks_as_a_straight_one(cli: Cli, work: Path, monkey
     Path("trained/watch/step-0000003.png").write_bytes(b"of a step that has not been made")
     foreign = [Path("trained/watch", name) for name in ("step-x.png", "step-9.png", f"step-{'9' * 5000}.png"[:200])]
     for file in foreign:
-        file.write_bytes(b"of somebody else")
+        file.write_bytes(b"of others")
     done(cli, command)
     assert all(file.is_file() for file in foreign)
     for name in ("step-0000001.png", "step-0000002.png", "step-0000003.png"):

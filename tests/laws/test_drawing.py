@@ -181,8 +181,8 @@ def test_the_protocol_says_how_it_was_computed(tiny_model: Factory) -> None:
     settings = SampleSection(
         dtype="bfloat16", compile=True, guidance_interval=(0.1, 0.8), sampler="unipc", num_steps=20
     )
-    told = protocol(Recipe(sample=settings), model)
-    assert "| unipc 20 steps |" in told and " in [0.1, 0.8] |" in told and told.endswith("| bfloat16 compiled | seed 0")
+    text = protocol(Recipe(sample=settings), model)
+    assert "| unipc 20 steps |" in text and " in [0.1, 0.8] |" in text and text.endswith("| bfloat16 compiled | seed 0")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, while it compiles

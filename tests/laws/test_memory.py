@@ -17,8 +17,8 @@ from tinyfusion.blocks.stack import BlockStack, frozen
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import ComputeSection, PruneSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.jobs.estimate import GIB, MemoryPlan, fits, fitting_lines, images_at_once, memory_plan
 from tinyfusion.jobs.footprint import BlockBytes, Footprint, LiveBytes, Measured, footprint_of
-from tinyfusion.jobs.memory import GIB, MemoryPlan, fits, fitting_lines, images_at_once, memory_plan
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
@@ -253,9 +253,9 @@ def test_of_twice_the_batch_only_activations_and_batches_grow(accumulation: int)
 def test_gradients_take_the_place_of_activations_unless_they_stay() -> None:
     alone = plan_of()
     for compute, world, images in ((ComputeSection(gradient_accumulation_steps=2), 1, 2000), (None, 2, 2000)):
-        held = plan_of(compute, world, images)
-        assert held.images == alone.images
-        assert held.sizes["activations"] - alone.sizes["activations"] == alone.sizes["gradients"]
+        lasting = plan_of(compute, world, images)
+        assert lasting.images == alone.images
+        assert lasting.sizes["activations"] - alone.sizes["activations"] == alone.sizes["gradients"]
     small = plan_of(images=1)  # the backward pass ends with all gradients and one block's inside
     assert small.sizes["activations"] == 2500
 

@@ -245,10 +245,10 @@ def pair_of_runs(folder: Path, given: str = "e0" * 32) -> tuple[Path, Path]:
     return search, recovery
 
 
-def test_a_recovery_is_told_with_the_search_it_went_on_from(tmp_path: Path) -> None:
+def test_a_recovery_is_joined_with_its_search(tmp_path: Path) -> None:
     runs = pair_of_runs(tmp_path)
-    (story,) = join_runs([read_run(path) for path in runs])
-    assert story.verb == "prune and recover" and [folder for folder, _ in story.sources] == [str(path) for path in runs]
+    (run,) = join_runs([read_run(path) for path in runs])
+    assert run.verb == "prune and recover" and [folder for folder, _ in run.sources] == [str(path) for path in runs]
     page = page_of(*runs)
     text = Page(page).text
     assert page.count('<article class="run"') == 1
@@ -261,37 +261,37 @@ def test_a_recovery_is_told_with_the_search_it_went_on_from(tmp_path: Path) -> N
     assert page_of(runs[1], runs[0]).count('<article class="run"') == 1, "in whatever order"
 
 
-def test_strangers_are_told_apart(tmp_path: Path) -> None:
+def test_unrelated_runs_are_not_joined(tmp_path: Path) -> None:
     runs = pair_of_runs(tmp_path, given="0f" * 32)
     read = [read_run(path) for path in runs]
     assert join_runs(read) == read
     assert page_of(*runs).count('<article class="run"') == 2
 
 
-def test_a_search_with_two_recoveries_is_told_with_both(tmp_path: Path) -> None:
+def test_a_search_with_two_recoveries_is_joined_with_both(tmp_path: Path) -> None:
     search, first = pair_of_runs(tmp_path)
     second = make_recover(tmp_path / "tuned", {"seed": 8, "student": "e0" * 32, "recover": {"method": "finetune"}})
-    told = join_runs([read_run(path) for path in (search, first, second)])
-    assert [story.name for story in told] == [f"{search} → {first}", f"{search} → {second}"]
-    assert [tables.provenance(story)["seed"] for story in told] == ["7", "7; 8"]
+    joined = join_runs([read_run(path) for path in (search, first, second)])
+    assert [run.name for run in joined] == [f"{search} → {first}", f"{search} → {second}"]
+    assert [tables.provenance(run)["seed"] for run in joined] == ["7", "7; 8"]
 
 
-def test_of_two_searches_that_agree_the_named_one_is_told(tmp_path: Path) -> None:
+def test_of_two_searches_that_agree_the_named_one_is_joined(tmp_path: Path) -> None:
     search, recovery = pair_of_runs(tmp_path)
     twin = make_prune(tmp_path / "twin")
     record = json.loads((recovery / "run.json").read_text())
     write(recovery / "run.json", {**record, "job": {"student": str(twin)}})
-    told = join_runs([read_run(path) for path in (search, twin, recovery)])
-    assert [story.name for story in told] == [str(search), f"{twin} → {recovery}"]
+    joined = join_runs([read_run(path) for path in (search, twin, recovery)])
+    assert [run.name for run in joined] == [str(search), f"{twin} → {recovery}"]
 
 
-def test_a_story_that_goes_on_tells_of_its_recovery(tmp_path: Path) -> None:
+def test_a_joined_run_in_progress_shows_its_recovery(tmp_path: Path) -> None:
     search, recovery = pair_of_runs(tmp_path)
     record = json.loads((recovery / "run.json").read_text())
     settings = {**record["recipe"], "recover": {"training": {"steps": 80}}}
     write(recovery / "run.json", {**record, "state": "running", "recipe": settings, "seconds": None})
-    (story,) = join_runs([read_run(search), read_run(recovery)])
-    found = progress_of(story)
+    (run,) = join_runs([read_run(search), read_run(recovery)])
+    found = progress_of(run)
     assert found is not None and found.share == 0.5
     assert "recovering the student" in found.headline
     assert "step 40 of 80" in Page(page_of(search, recovery)).text

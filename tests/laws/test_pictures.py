@@ -296,8 +296,8 @@ def test_a_shallow_model_is_the_cut_one_without_a_copy(tiny_model: ModelFactory)
     for num in (1, 3, 4):
         cut, copy = shallow(teacher, {"blocks": num}), teacher.cut(by_indices(teacher, list(range(num)), 0))
         assert torch.equal(cut.module(x, t, y), copy.module(x, t, y))
-        held = {p.data_ptr() for p in teacher.module.parameters()}
-        assert {p.data_ptr() for p in cut.module.parameters()} <= held
+        shared = {p.data_ptr() for p in teacher.module.parameters()}
+        assert {p.data_ptr() for p in cut.module.parameters()} <= shared
         assert cut.arch == copy.arch
     assert len(teacher.stack) == 4
 

@@ -137,7 +137,7 @@ def test_the_published_numbers_stand_beside(name: str) -> None:
 
 
 def test_the_minutes_are_those_of_the_stated_machine() -> None:
-    """Three passes of what is trained, one of its teacher, at 800 TFLOP/s."""
+    """Three passes of the trained model and one of the teacher, at 800 TFLOP/s."""
 
     def counted(depth: int) -> int:
         arch = DiTArch(32, 2, 4, 1152, depth, 16, 1000)
@@ -240,8 +240,8 @@ def test_a_dry_run_says_what_would_be_fetched(
     assert main([*command, "--data", str(latents)]) == 0
     said = capsys.readouterr()
     assert f"would fetch {teacher} from http" in said.err and "1,024.0 MiB" in said.err
-    told = json.loads(said.out.splitlines()[-1])
-    assert (told["state"], told["would_fetch"]["bytes"]) == ("checked", 2**30)
+    answer = json.loads(said.out.splitlines()[-1])
+    assert (answer["state"], answer["would_fetch"]["bytes"]) == ("checked", 2**30)
     assert main(command) == 2  # without data nothing is fetched at all
     assert "--data" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
@@ -251,7 +251,7 @@ def test_official_files_of_known_names_have_their_family(
     tmp_path: Path, latents: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The tensors of a SiT are those of a DiT: its known name says which it is, and the recipe says so of a file."""
-    arch = DiTArch(8, 4, 4, 384, 2, 6, 10)  # of the smallest published width, which tells the heads
+    arch = DiTArch(8, 4, 4, 384, 2, 6, 10)  # of the smallest published width, which determines the heads
     torch.save(DiT(arch).state_dict(), tmp_path / "weights.pt")
     monkeypatch.setattr("tinyfusion.models.places.fetch_weights", lambda name: tmp_path / "weights.pt")
     assert open_model("sit-xl-2-256").family.name == "sit"

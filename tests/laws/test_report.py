@@ -199,7 +199,7 @@ def test_the_page_says_what_the_run_found(finished: str) -> None:
 
 
 def test_blocks_of_all_lists_are_counted(tmp_path: Path) -> None:
-    """An uncut model tells its blocks by itself; folders of before 0.4.0 told them by one size of theirs."""
+    """An uncut model states its blocks; folders from before 0.4.0 in one of its sizes."""
     model = tiny("mar")
     save_model(model, tmp_path / "run" / "model")
     write(tmp_path / "run" / "run.json", stamp("train", recipe_values(), "done"))

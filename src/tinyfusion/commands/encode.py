@@ -82,7 +82,7 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
         plain = plain_recipe(recipe, "encode", **work.inputs)
         if options.overwrite and world > 1 and run.record_path.exists():
             raise UserError(
-                "--overwrite with several processes: one would write files that another removes; remove "
+                "--overwrite of several processes: one would write files that another removes; remove "
                 f"{options.out} first, or start anew with one process"
             )
         mode = run.check("encode", plain, options.overwrite) if rank == 0 or run.record_path.exists() else "new"

@@ -13,11 +13,10 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
 from tinyfusion.jobs.assemble import RunOptions, batches_for, open_teacher
 from tinyfusion.jobs.criteria import CriterionWork, criterion_work, looks_at_images
-from tinyfusion.jobs.driving import drive
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.jobs.training import MaskTraining, mask_training, student_of
 from tinyfusion.jobs.transformers import transformer_of
-from tinyfusion.jobs.verbs import Inputs, TrainingVerb, known_inputs, save
+from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.prune.learn import plan_of
 from tinyfusion.training.engine import Engine
 

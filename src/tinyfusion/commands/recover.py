@@ -11,12 +11,11 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.jobs.assemble import RunOptions, batches_for, open_teacher
-from tinyfusion.jobs.driving import drive
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.jobs.training import Training, recovery
-from tinyfusion.jobs.verbs import Inputs, TrainingVerb, known_inputs, save
+from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.training.engine import Engine
 

@@ -163,7 +163,7 @@ def _draw(job: _Job, shards: ImageShards, engine: Engine, title: str, contexts: 
         # another process may have finished since `_check`
         file_output(job.out, "sample", job.plain, job.options.overwrite, _record_of)
         if num := shards.num_drawn():
-            print(f"{job.out}: {num:,} of {shards.shape[0]:,} images exist", file=sys.stderr)
+            print(f"{job.out}: {num:,} of {shards.shape[0]:,} images are there", file=sys.stderr)
         return shards.missing()
 
     missing = engine.first(begin)

@@ -11,12 +11,11 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.jobs.assemble import RunOptions, device_for, open_batches, sized, trained_on
-from tinyfusion.jobs.driving import drive
 from tinyfusion.jobs.latent_facts import takes_prompts, with_prompts_of
 from tinyfusion.jobs.origins import with_watched
 from tinyfusion.jobs.process_specs import objective_for, process_spec
 from tinyfusion.jobs.training import Training
-from tinyfusion.jobs.verbs import Inputs, TrainingVerb, save
+from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, save
 from tinyfusion.models.checkpoint import new_model
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import decay_groups, trainable

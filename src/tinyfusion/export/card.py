@@ -14,6 +14,8 @@ from tinyfusion.models.loaded import LoadedModel, ModelFacts
 
 _STAYS, _EDGE, _INK = "#2a6f97", "#9aa5b1", "#334155"
 _CELL, _GAP, _ROW, _MARGIN = 34, 4, 76, 12  # pixels: a block, between two, a list of blocks with its title, around all
+PICTURE = "plan.png"
+_NUMBERS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
 
 
 def plan_png(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int]) -> bytes:
@@ -35,10 +37,6 @@ def plan_png(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int]) -> byt
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-PICTURE = "plan.png"
-_NUMBERS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
 
 
 @dataclass(frozen=True)

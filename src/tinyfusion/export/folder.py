@@ -22,6 +22,12 @@ from tinyfusion.models.autoencoder import SCALE_OF_CLASS
 from tinyfusion.models.checkpoint import LoadedModel, model_record, save_model
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS, upload_folder
 
+RECORD = "tinyfusion.json"  # marks an exported folder as ours
+_FILES = (  # that an export writes, as a regular expression of paths in its folder
+    rf"(?:transformer/)?(?:config\.json|{DIFFUSERS_WEIGHTS}\.safetensors)|model\.(?:json|safetensors)|README\.md|{PICTURE}|{RECORD}|"
+    rf"model_index\.json|scheduler/scheduler_config\.json|vae/(?:config\.json|{DIFFUSERS_WEIGHTS}[^/]*)"
+)
+
 
 def unfit_autoencoder(config: Any, model: LoadedModel) -> str | None:
     """Why an autoencoder with this config.json does not fit the model; None where it does."""
@@ -47,13 +53,6 @@ def class_names(content: Any, num_classes: int) -> dict[int, str]:
     if set(names) != set(wanted) or not all(isinstance(name, str) and name.strip() for name in names.values()):
         raise ValueError(f"it names {len(names)} classes, wanted a name for each of 0 to {num_classes - 1}")
     return {int(number): names[number] for number in wanted}
-
-
-RECORD = "tinyfusion.json"  # marks an exported folder as ours
-_FILES = (  # that an export writes, as a regular expression of paths in its folder
-    rf"(?:transformer/)?(?:config\.json|{DIFFUSERS_WEIGHTS}\.safetensors)|model\.(?:json|safetensors)|README\.md|{PICTURE}|{RECORD}|"
-    rf"model_index\.json|scheduler/scheduler_config\.json|vae/(?:config\.json|{DIFFUSERS_WEIGHTS}[^/]*)"
-)
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,182 @@
-"""Cost of a job, for `--dry-run`: memory and disk from shapes, minutes from a measured piece of the work.
+"""Cost of a job: bytes on one device, minutes and disk, as `--dry-run` prints them.
 
-Not counted: start-up, the program itself, evaluation and the page (seconds).
+Weights, gradients, moments and averages follow from shapes, activations from what `jobs/footprint.py` measured. The memory plan
+is arithmetic on these, so that other batch sizes, types and numbers of processes are known without running. Minutes come from a
+measured piece of the work. Not counted: the program and its libraries, workspaces of kernels, what an allocator keeps for
+later, start-up, evaluation and the page.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from tinyfusion.blocks.stack import num_parameters
-from tinyfusion.config.recipe import SampleSection
-from tinyfusion.jobs.footprint import FLOAT_BYTES
+from tinyfusion.config.recipe import ComputeSection, SampleSection, TrainingSection
+from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, Measured
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import Sampler
 from tinyfusion.sample.drive import sample as draw_samples
+from tinyfusion.training.engine import cut
 
+GIB = 2**30
+CARDS_GIB = (24, 80)  # memory of the cards for which the largest batch is shown
+FREE_SHARE = 0.1  # of a card: for the program's own context, workspaces and the allocator's gaps
+_HALF_BYTES = 2
+_SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256  # smaller tensors have float32 moments; numbers that share a float32 constant
+_MOST_IMAGES = 2**21
 _MEASURED_PARAMETERS = 200_000_000  # larger models are not run for an estimate, their operations are counted
 _MEASURED_MACS = 5e9  # of one measured step: the batch is made smaller to stay below, and the time scaled
 PASSING_VALUES = 12  # values per token and channel at once without a graph: an MLP's hidden layer, twice
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device at the peak of a step, by what takes them.
+
+    images: at once on this process. overlap: gradients take the place of activations in the backward pass, so that
+    "activations" is what these need in addition to the gradients.
+    """
+
+    sizes: Mapping[str, int]
+    images: int
+    dtype: str
+    overlap: bool
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return sum(self.sizes.values())
+
+    def lines(self) -> list[str]:
+        """A table for people: everything that takes memory, with its share, and the sum."""
+        named = {"activations": "activations beyond gradients"} if self.overlap else {}
+        rows = [(named.get(name, name.replace("_", " ")), size) for name, size in self.sizes.items() if size]
+        rows.append(("sum", self.total))
+        wide, plural = max(len(name) for name, _ in rows), "image" if self.images == 1 else "images"
+        lines = [f"memory of one process at its peak ({self.images:,} {plural} at once, {self.dtype}):"]
+        for name, size in rows:
+            unit, word = next(((u, w) for u, w in ((GIB, "GiB"), (2**20, "MiB")) if size >= u / 2), (2**10, "KiB"))
+            share = 100 * size / max(self.total, 1)
+            percent = "< 1 %" if share < 1 else f"{share:.0f} %"
+            lines.append(f"  {name:{wide}}  {f'{size / unit:,.2f} {word}':>10}  {percent:>6}")
+        return lines
+
+
+def images_at_once(batch_size: int, world: int, compute: ComputeSection) -> int:
+    """The largest microbatch of a global batch."""
+    return max(num for _, num in cut(batch_size, world * compute.gradient_accumulation_steps))
+
+
+def memory_plan(
+    footprint: Footprint, settings: TrainingSection, compute: ComputeSection, world: int = 1, images: int | None = None
+) -> MemoryPlan:
+    """The plan of one of `world` processes. images: at once, instead of the batch size's share."""
+    split = world > 1 and compute.parallel == "fsdp2"
+    shares = world if split else 1
+    images = images_at_once(settings.batch_size, world, compute) if images is None else images
+    several = compute.gradient_accumulation_steps > 1
+    lasting_gradients = several or (world > 1 and not split)  # DDP's buckets live on between steps
+    trained = FLOAT_BYTES * sum(math.ceil(size / shares) for size in footprint.trained)
+    linear_bytes = FLOAT_BYTES if settings.dtype == "float32" else _HALF_BYTES
+    frozen = footprint.frozen_linear * linear_bytes + footprint.frozen_rest * FLOAT_BYTES
+    gathered = 0
+    if split:
+        gathered = footprint.gathered + (footprint.teacher_gathered if compute.shard_teacher else 0)
+        # all microbatches but the last have whole gradients
+        gathered += FLOAT_BYTES * sum(footprint.trained) if several else 0
+    measured = footprint.measured[settings.dtype]
+    (activations, casts), (at_end, end_casts) = _moments(footprint, measured, images, compute.gradient_checkpointing)
+    peak = activations + casts
+    if not lasting_gradients:
+        if peak <= trained + at_end + end_casts:
+            peak, casts = trained + at_end + end_casts, end_casts
+        peak -= trained
+        casts = min(casts, peak)
+    sizes = {
+        "trained_weights": trained,
+        "frozen_weights": math.ceil(frozen / shares),
+        "gradients": trained,
+        "optimizer": sum(_moment_bytes(math.ceil(size / shares), settings.optimizer) for size in footprint.trained),
+        "moving_average": trained,
+        "teacher": math.ceil(footprint.teacher / (shares if compute.shard_teacher else 1)),
+        "model_also_resident": footprint.also_resident,
+        "gathered_from_processes": gathered,
+        "casts_of_weights": casts,
+        "activations": peak - casts,
+        "batches": images * compute.gradient_accumulation_steps * (compute.prefetch_batches + 1) * footprint.batch,
+    }
+    return MemoryPlan(sizes, images, settings.dtype, not lasting_gradients)
+
+
+def _moments(
+    footprint: Footprint, measured: Measured, images: int, checkpointing: bool
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Bytes of (activations, casts of weights), without gradients: at their peak, and in the backward pass of one block."""
+    blocks, graphed = measured.blocks, images * footprint.graph_share
+    without_graph = [(images - graphed) * b.without_graph for b in blocks]  # of images that drop the block
+    inside = [graphed * b.retained + max(graphed * b.transient, w) for b, w in zip(blocks, without_graph, strict=True)]
+    casts, block_casts = sum(b.casts for b in blocks), max(b.casts for b in blocks)
+    before, after = images * measured.before, images * measured.after
+    if checkpointing:
+        outputs = before + graphed * sum(b.output for b in blocks)
+        again = graphed * max(b.retained + b.transient - b.output for b in blocks)  # the output is not made again
+        passing = max(graphed, images - graphed) * max(b.without_graph for b in blocks)
+        moments = [
+            (outputs + passing, casts),  # autocast holds casts until the end of the forward pass
+            (outputs + after, 0),
+            (outputs + again, block_casts),  # then one block at a time is made again
+        ]
+    else:
+        retained = [graphed * b.retained for b in blocks]
+        extra = max(i - r for i, r in zip(inside, retained, strict=True))
+        moments = [(before + after + sum(retained) + extra, casts)]
+    if measured.teacher:  # runs before the student
+        moments.append((images * max(b.without_graph + footprint.features * b.output for b in measured.teacher), 0))
+    activations, casts = max(moments, key=sum)
+    return (math.ceil(activations), casts), (math.ceil(max(inside)), block_casts)
+
+
+def _moment_bytes(size: int, optimizer: str) -> int:
+    """Two moments per number: float32 with the tensor's step, or 8 bits with a float32 constant per block of numbers."""
+    if optimizer == "adamw-8bit" and size >= _SMALLEST_8BIT:
+        return 2 * (size + FLOAT_BYTES * math.ceil(size / _BLOCK_8BIT))
+    return 2 * FLOAT_BYTES * size + FLOAT_BYTES
+
+
+def fits(plan_of: Callable[[int], MemoryPlan], gib: float) -> int:
+    """The largest number of images whose plan leaves `FREE_SHARE` of `gib` free; 0 where not even one does."""
+    limit = (1 - FREE_SHARE) * gib * GIB
+    return bisect_right(range(1, _MOST_IMAGES), limit, key=lambda images: plan_of(images).total)
+
+
+def fitting_lines(
+    footprint: Footprint, settings: TrainingSection, compute: ComputeSection, world: int = 1
+) -> list[str]:
+    """A table for people: how many images at once fit cards of usual sizes, by type and checkpointing."""
+    lines = [
+        f"images at once for which a card is large enough, {100 * FREE_SHARE:.0f} % of it left free:",
+        f"  {'':32}" + "".join(f"{f'{gib} GiB':>14}" for gib in CARDS_GIB),
+    ]
+    for dtype in footprint.measured:
+        changed = dataclasses.replace(settings, dtype=dtype)  # type: ignore[arg-type]  # a key of ours
+        for checkpointing in (False, True):
+            other = dataclasses.replace(compute, gradient_checkpointing=checkpointing)
+            plan_of = partial(memory_plan, footprint, changed, other, world)
+            numbers = [fits(plan_of, gib) for gib in CARDS_GIB]
+            cells = "".join(f"{f'{number:,}' if number else 'does not fit':>14}" for number in numbers)
+            lines.append(f"  {dtype + (', gradient checkpointing' if checkpointing else ''):32}{cells}")
+    return [*lines, "  compute.gradient_accumulation_steps runs a larger batch in microbatches"]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from tinyfusion.models.checkpoint import LoadedModel, open_model
 
 PROMPTS = "prompts.safetensors"  # in a folder of latents
 _CHECKED_BYTES = 2**30  # files up to here are looked through for values that are not finite
+_PUBLISHED_CHANNELS = 4
 
 
 def prompts_file(data: DataSection) -> Path | None:
@@ -66,9 +67,6 @@ def with_prompts_of(data: DataSection, model: LoadedModel) -> LoadedModel:
         return model.with_prompts(text_table(tensors))
     except ValueError as error:  # UserError among them
         raise UserError(f"{path}: {error}") from error
-
-
-_PUBLISHED_CHANNELS = 4
 
 
 def open_stated(

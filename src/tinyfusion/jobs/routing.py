@@ -34,6 +34,10 @@ from tinyfusion.training.state import TrainState
 _MOST_STEPS = 50  # of the trajectories on which a budget is measured
 _IMAGES_SHARE, _FEWEST_IMAGES = 16, 8  # an image is measured at every step, so fewer do than of noised data
 _CALIBRATIONS = 2
+KEPT = "kept.json"
+_NUM_IMAGES = 4
+_NUM_TIMES = 8  # of the token maps
+_SHOWN_CHANNELS = 3
 
 
 def check_dynamic(recipe: Recipe, model: LoadedModel, source: str) -> None:
@@ -133,12 +137,6 @@ def _drawn_passes(recipe: Recipe, student: LoadedModel, sampler: Sampler, images
     ):
         list(draw_samples(student, labels, sampler, recipe.seed, images))
     return [(len(args[0]), partial(student.module, *args, **kwargs)) for args, kwargs in given]
-
-
-KEPT = "kept.json"
-_NUM_IMAGES = 4
-_NUM_TIMES = 8  # of the token maps
-_SHOWN_CHANNELS = 3
 
 
 class _Recording(Deciding):

@@ -33,6 +33,9 @@ from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import SampleDraws, Sampler, image_labels, to_uint8
 from tinyfusion.sample.drive import sample as draw_samples
 
+_CHANNELS = 3  # of pictures that an autoencoder makes
+SPREAD_STEPS = 10  # of a timed trajectory where steps differ, as those of a model with routers do
+
 
 @dataclass(frozen=True)
 class SkippedRun:
@@ -97,9 +100,6 @@ class SkippedModel:
     def report(self) -> dict[str, Any] | None:
         """Units and ratio of multiply-accumulates that ran; None of a model without routers."""
         return None if self.sub_networks is None else self.sub_networks.report()
-
-
-_CHANNELS = 3  # of pictures that an autoencoder makes
 
 
 def labels_of(recipe: Recipe, model: LoadedModel) -> np.ndarray:
@@ -253,9 +253,6 @@ def image_shape_and_dtype(
         return (pixels, pixels, _CHANNELS), np.dtype(np.uint8)
     side, channels = int(model.arch.input_size), int(model.arch.in_channels)
     return (side, side, channels), np.dtype(np.float32 if model.of_latents else np.uint8)
-
-
-SPREAD_STEPS = 10  # of a timed trajectory where steps differ, as those of a model with routers do
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ from tinyfusion.sample.drive import to_uint8
 
 READ_IMAGES = 256  # at a time
 _NUM_SPATIAL = 2023
+NEAREST_PRODUCTS = 2e12  # multiply-adds that the distance to the nearest reference image may take: minutes on two cores
+STORED_MOMENTS = " with stored moments"
 
 
 @dataclass(frozen=True)
@@ -205,10 +207,6 @@ def _read(file: Path, key: str) -> FeatureStatistics | None:
     except (ValueError, KeyError) as error:
         print(f"{file} is damaged ({error}): the statistics are computed again", file=sys.stderr)
         return None
-
-
-NEAREST_PRODUCTS = 2e12  # multiply-adds that the distance to the nearest reference image may take: minutes on two cores
-STORED_MOMENTS = " with stored moments"
 
 
 def score(

@@ -17,9 +17,8 @@ from tinyfusion.blocks.stack import BlockStack, frozen, num_parameters
 from tinyfusion.config.recipe import PruneSection, Recipe, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
-from tinyfusion.jobs.estimate import Estimate, rounded, step_seconds, time_after
+from tinyfusion.jobs.estimate import Estimate, MemoryPlan, fitting_lines, memory_plan, rounded, step_seconds, time_after
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, footprint_of
-from tinyfusion.jobs.memory import MemoryPlan, fitting_lines, memory_plan
 from tinyfusion.jobs.origins import making_run
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.macs import model_macs
