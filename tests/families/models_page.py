@@ -13,9 +13,9 @@ from tinyfusion.jobs.transformers import couplings
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 _TITLE = """# Transformers of diffusers
 
-`prune`, `export` and `inspect` take the folder of any of these classes: of the transformer, of a pipeline, or a hub id. Blocks are
-removed on the files, by rules or [on recorded inputs](criteria.md#transformers-of-diffusers); every tensor keeps its type, and memory does not grow with the model. The result is
-a folder that diffusers opens without tinyfusion.
+`prune`, `export` and `inspect` take the folder of any of these classes: of the transformer, of a pipeline, or a hub id. Blocks
+are removed on the files, by rules or [on recorded inputs](criteria.md#transformers-of-diffusers); every tensor keeps its type,
+and memory does not grow with the model. The result is a folder that diffusers opens without tinyfusion.
 
 ```
 tinyfusion inspect FLUX.1-dev
