@@ -30,6 +30,9 @@ _LONGEST_ERROR = 4000  # characters; a name or value in it may have any length
 _NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "ALLOC_FAILED")
 
 
+_LEFT = {"state": "left to process 0"}
+
+
 def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     """Execute a verb. Returns its machine-readable outcome. command: as typed, for the record."""
     if verb == "recipes":
@@ -38,8 +41,10 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
         return _inspect(options)
     if verb == "lora":
         return _lora(options)
-    if verb == "record":
+    if verb == "record" and launched_rank() == 0:
         return _checked(options, lambda: _record(options))
+    if verb == "record":
+        return _LEFT | {"verb": verb}
     recipe = load_recipe(options.recipe, options.set, overrides(verb, options))
     if verb in ("prune", "run") and not recipe.teacher:
         raise UserError(f"{verb} needs --teacher (or a --recipe that names one), such as --teacher digits")
@@ -50,7 +55,7 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
 
         return replay(options.run, options.step, options.device)
     if not VERBS[verb].parallel and launched_rank() > 0:
-        return {"verb": verb, "state": "left to process 0"}
+        return _LEFT | {"verb": verb}
     from tinyfusion.jobs.assemble import RunOptions
 
     names = ("num_heads", "family", "num_classes", "resume", "blocks", "inputs")

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from prompt_pipelines import save_flux_pipeline, save_wan_pipeline
 from safetensors.torch import load_file, save_file
 from tiny import SINGLE, TRUNK, Tiny, outputs
 from tiny_images import IMAGES
@@ -21,6 +20,7 @@ from tiny_video import VIDEO
 from torch import nn
 
 import tinyfusion
+from prompt_pipelines import save_flux_pipeline, save_wan_pipeline
 from tinyfusion import cli
 from tinyfusion.blocks.replayed import BlockReplay
 from tinyfusion.blocks.stack import BlockStack
@@ -207,6 +207,24 @@ def test_what_cannot_be_recorded_is_said(place: Path, run: Run, tmp_path: Path, 
     given = [argument.format(**names) for argument in arguments]
     assert message in run("record", *[given[0], *command, *given[1:]])
     assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_a_pipeline_of_the_hub_is_fetched_as_data_alone(
+    place: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every component, in safetensors and texts: no pickles and no code."""
+    wanted: list[Any] = []
+
+    def snapshot(repository: str, revision: str, files: Any) -> Path:
+        wanted.append((repository, revision, list(files)))
+        return place / "flux"
+
+    monkeypatch.setattr("tinyfusion.models.hub._snapshot", snapshot)
+    command = ["--prompts", place / "prompts.txt", "--out", tmp_path / "a.safetensors", "--dry-run"]
+    assert run("record", "org/flux@v2", *command)["pipeline"] == "FluxPipeline"
+    assert [each[:2] for each in wanted] == [("org/flux", "v2")] * 2
+    assert {"transformer/*.safetensors", "tokenizer_2/*.json", "text_encoder/*.safetensors"} <= {*wanted[1][2]}
+    assert not [name for name in wanted[1][2] if name.endswith((".py", ".bin", ".pt", "*"))]
 
 
 def test_recording_refuses_what_no_file_holds(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def _outputs(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
         arguments["return_dict"] = False
     try:
         output = model(**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"a {type(model).__name__} does not take the recorded inputs: {error}") from error
@@ -227,8 +227,8 @@ class UnitContext(CriterionContext):
                 self._outputs_of_calls[number] = replay.run(range(len(stack)), run).output.cpu()
             if len(mask) == self.depth:
                 return 0.0, 0.0
-            whole = self._outputs_of_calls[number].to(next(module.parameters()).device)
-            error = replay.run({block for unit in mask for block in self.blocks[unit]}, run).output - whole
+            whole = self._outputs_of_calls[number]
+            error = replay.run({block for unit in mask for block in self.blocks[unit]}, run).output.cpu() - whole
             loss = float(error.square().sum(dtype=torch.float64) / whole.square().sum(dtype=torch.float64))
             return loss, loss
 
