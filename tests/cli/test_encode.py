@@ -589,7 +589,7 @@ def test_another_recipe_and_overwrite(cli: Cli, here: Path, monkeypatch: pytest.
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused = cli(*shlex.split(f"{other} --overwrite"))
     assert refused.code == 2
-    assert "--overwrite with several processes" in refused.err
+    assert "--overwrite of several processes" in refused.err
     monkeypatch.delenv("WORLD_SIZE")
     done(cli, f"{other} --overwrite")
     assert open_latents(here / "latents").spec.rows == 1
