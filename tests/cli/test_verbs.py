@@ -495,7 +495,10 @@ def test_help(verb: str, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("verb", "options"),
     [
-        ("inspect", {"--weights", "--num-heads", "--num-classes", "--family", "--blocks", "--json", "--debug"}),
+        (
+            "inspect",
+            {"--weights", "--num-heads", "--num-classes", "--family", "--blocks", "--inputs", "--json", "--debug"},
+        ),
         ("recipes", {"--list-fields", "--json", "--debug"}),
     ],
 )
