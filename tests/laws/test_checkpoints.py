@@ -25,7 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tiny_training import SETTINGS, STEPS, Job, ModelFactory, gated_job, plain_job, train, trainable
+from tiny_training import SETTINGS, STEPS, Job, ModelFactory, gated_job, plain_job, save_checkpoint, train, trainable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -46,7 +46,6 @@ from tinyfusion.training.checkpoints import (
     checkpoint_folders,
     load_checkpoint,
     load_latest,
-    save_checkpoint,
 )
 from tinyfusion.training.optim import ParameterGroup
 from tinyfusion.training.saved import damage, open_checkpoint, write_tensors
@@ -798,12 +797,14 @@ KILLED = """
 
     model = nn.Linear(2, 3)
     state = TrainState(model, [ParameterGroup(dict(model.named_parameters()))], TrainingSection())
-    folder = Path(sys.argv[1])
+    writer = checkpoints.CheckpointWriter(Path(sys.argv[1]), 5)
     state.step = 2
-    checkpoints.save_checkpoint(folder, state, 5)
+    writer.save(state)
+    writer.finish()
     os.replace = checkpoints.write_record = lambda *_: os._exit(9)
     state.step = 4
-    checkpoints.save_checkpoint(folder, state, 5)
+    writer.save(state)
+    writer.finish()
 """
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import RANDOMNESS, SETTINGS, batches, gated_job, plain_job, train, trainable
+from tiny_training import RANDOMNESS, SETTINGS, batches, gated_job, plain_job, save_checkpoint, train, trainable
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
@@ -19,7 +19,7 @@ from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
-from tinyfusion.training.checkpoints import load_latest, save_checkpoint
+from tinyfusion.training.checkpoints import load_latest
 from tinyfusion.training.loop import StepRecord, train_steps
 from tinyfusion.training.optim import ParameterGroup
 from tinyfusion.training.state import TrainState

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_training import batches
+from tiny_training import batches, save_checkpoint
 from torch import Tensor
 
 from tinyfusion.blocks.scheme import BlockGroup, consecutive_groups, parse_scheme
@@ -33,7 +33,7 @@ from tinyfusion.prune.gates import (
     relaxed_top_k,
 )
 from tinyfusion.prune.learn import in_pairs, mask_learner, plan_of
-from tinyfusion.training.checkpoints import load_latest, save_checkpoint
+from tinyfusion.training.checkpoints import load_latest
 from tinyfusion.training.loop import train_steps
 from tinyfusion.training.state import TrainState
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_training import save_checkpoint
 from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
@@ -44,7 +45,7 @@ from tinyfusion.prune.width import (
 )
 from tinyfusion.recover.align import block_pairs, residual_channels
 from tinyfusion.recover.distill import distilled
-from tinyfusion.training.checkpoints import load_latest, save_checkpoint
+from tinyfusion.training.checkpoints import load_latest
 from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner
+from tinyfusion.training.checkpoints import CheckpointWriter
 from tinyfusion.training.loop import StepRecord, train_steps
 from tinyfusion.training.optim import ParameterGroup
 from tinyfusion.training.state import TrainState
@@ -66,3 +68,9 @@ def train(
         if state.step == until:
             break
     return records
+
+
+def save_checkpoint(folder: Path, state: TrainState, limit: int, every: int = 1) -> None:
+    """Save one checkpoint in a single process and wait until it is written."""
+    with CheckpointWriter(folder, limit, every) as writer:
+        writer.save(state)

@@ -119,10 +119,6 @@ class BlockCall:
         """The call with `change` applied to every tensor among its arguments."""
         return self._changed({name: tree_map_only(Tensor, change, value) for name, value in self._arguments.items()})
 
-    def with_states(self, states: Sequence[Tensor | None]) -> BlockCall:
-        """The same call with other streams, in the order of their names."""
-        return self._changed(dict(zip(self.names, states, strict=True)))
-
     def of_images(self, rows: Tensor) -> BlockCall:
         """The call for the images `rows` alone. Raises ValueError on tensors with another number of images.
 

@@ -150,12 +150,6 @@ class _Snapshot:
     split: dict[str, tuple[list[int], list[int]]]
 
 
-def save_checkpoint(folder: Path, state: TrainState, limit: int, every: int = 1) -> None:
-    """Save one checkpoint in a single process and wait until it is written."""
-    with CheckpointWriter(folder, limit, every) as writer:
-        writer.save(state)
-
-
 class CheckpointWriter:
     """Writes states to `folder/step-N` in the background, atomically and one at a time.
 
