@@ -215,7 +215,7 @@ ROWS = [
     row("grid-suffix", f"{SAMPLE} --grid grid.jpg", "--grid is a .png file"),
     row("out-of-memory", SAMPLE, "out of memory: use a smaller batch", prepare=exhausted),
     row("run-few-images", f"{RUN} --set sample.num_images=3", "sample.num_images=3 has 3 images", "need at least 4"),
-    row("run-few-references", f"{RUN} --set evaluate.references=few.npz", "reference few.npz is 2", "need at least 4"),
+    row("run-few-references", f"{RUN} --set evaluate.references=few.npz", "reference few.npz has 2 images", "need at least 4"),
     row("run-image-size", f"{RUN} --set evaluate.references=large.npz", "large.npz"),
     row("run-data-of-recovery", f"{RUN} --set prune.criterion=indices --set prune.keep=[0,2] --set data.name=gone.npz",
         "no images at gone.npz"),
