@@ -176,7 +176,8 @@ def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
         raise UserError("sample.decode=false keeps latents, and `run` scores pictures: leave it out")
     extractor = open_extractor(require_features(recipe, "images of the teacher", shape), str(device_for(recipe)))
     extractor.check(np.zeros((1, *shape), np.uint8), "images of the teacher")
-    check_count(recipe.sample.num_images, "sample.num_images", recipe.evaluate)
+    num_images = recipe.sample.num_images
+    check_count(num_images, f"sample.num_images={num_images}", recipe.evaluate)
     for name in recipe.evaluate.references:
         check_count(len(open_reference(name, extractor, recipe.data)), f"reference {name}", recipe.evaluate)
 
