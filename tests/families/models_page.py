@@ -17,20 +17,7 @@ _TITLE = """# Transformers of diffusers
 are removed on the files, by rules or [on recorded inputs](criteria.md#transformers-of-diffusers); every tensor keeps its type,
 and memory does not grow with the model. The result is a folder that diffusers opens without tinyfusion.
 
-```
-tinyfusion inspect FLUX.1-dev
-tinyfusion prune --teacher FLUX.1-dev --criterion uniform --set prune.budgets=transformer_blocks=12,single_transformer_blocks=24 \\
-  --out runs/flux
-tinyfusion export --model runs/flux --to diffusers --pipeline --out FLUX.1-light
-tinyfusion export --model runs/flux --to single-file --out FLUX.1-light.safetensors
-tinyfusion lora style.safetensors --model runs/flux --out style-light.safetensors
-```
-
-A LoRA of the uncut model goes through `lora` before the student takes it: diffusers loads such a file onto other blocks without an error.
-Every usual form is renumbered, `--form peft` also renames; what belonged to removed blocks is dropped, and its share of the update printed.
-
-The single file has the names that ComfyUI and stable-diffusion.cpp read, for FLUX.1, Qwen-Image, Z-Image and Wan. Diffusers opens
-it with `from_single_file(FILE, config=FOLDER)`, where FOLDER is that of the student: without it the published depth is assumed.
+[A lighter FLUX.1-dev, and its LoRAs](diffusers.md) has the commands, from the cut to a pipeline, a file for ComfyUI, and LoRAs of the student.
 
 Indices of `--keep` and `--protect` count through the lists in the order below, which is that in which they run: of a FLUX with 19
 double blocks, 19 is the first single one. Lists *aside* of the trunk stay whole unless they are named. `--num-keep N` is per list;

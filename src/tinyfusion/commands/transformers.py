@@ -29,7 +29,7 @@ from tinyfusion.core.rundir import (
 )
 from tinyfusion.export.card import PICTURE, plan_png
 from tinyfusion.families.diffusers_classes.card import transformer_card
-from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder
+from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder, components
 from tinyfusion.families.diffusers_classes.single_file import single_file_metadata, single_file_of, single_file_weights
 from tinyfusion.families.diffusers_classes.weights import STEM, write_file, write_weights
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, job_record, plain_recipe
@@ -207,10 +207,9 @@ def _pipeline_of(source: str, model: TransformerFolder, blocks: Path | None) -> 
 
 def _take_over(pipeline: Path, out: Path, replaced: str) -> None:
     """The index and the other components of a pipeline: large files as hard links where the disk can, others copied."""
-    index = read_json_object(pipeline / INDEX)
-    write_json(out / INDEX, index)
-    for name, value in index.items():
-        if name == replaced or not isinstance(value, list) or not (pipeline / name).is_dir():
+    write_json(out / INDEX, read_json_object(pipeline / INDEX))
+    for name in components(pipeline):
+        if name == replaced or not (pipeline / name).is_dir():
             continue
         for file in sorted(path for path in (pipeline / name).rglob("*") if path.is_file()):
             target = out / file.relative_to(pipeline)

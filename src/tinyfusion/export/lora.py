@@ -72,7 +72,7 @@ def remap_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], cuts:
     """
     new, notes, dropped, unchanged = dict(tensors), [], 0, 0
     norms = update_norms(tensors)
-    _check_adapter(tensors, cuts[0], name)
+    _check_form(tensors, cuts[0], name)
     lost: set[str] = set()
     origin = {key: key for key in tensors}
     for cut in cuts:
@@ -104,8 +104,10 @@ def remap_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], cuts:
     return Remapped(new, dict(metadata), len(new) - unchanged, unchanged, dropped, share, tuple(notes))
 
 
-def _check_adapter(tensors: Mapping[str, Tensor], cut: Cut, file: str) -> None:
-    """Raise UserError where an IP-adapter has not one entry per block of the uncut model, as diffusers counts them."""
+def _check_form(tensors: Mapping[str, Tensor], cut: Cut, file: str) -> None:
+    """Raise UserError on a file that holds no updates, and on an IP-adapter without one entry per block of the uncut model."""
+    if not any(_ENDS.search(key) or ADAPTER in key for key in tensors):
+        raise UserError(f"{file} is no LoRA and no IP-adapter: none of its {len(tensors)} keys names an update")
     entries = {key.split(".")[1] for key in tensors if key.startswith(f"{ADAPTER}.")}
     depths = [cut.depths[each.path] for each in cut.lists if each.adapter]
     if entries and not depths:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.core.errors import UserError
@@ -184,11 +184,20 @@ def class_of(name: str) -> Any:
 
 def component_folders(pipeline: Path, rows: Rows) -> list[Path]:
     """The folders of a pipeline whose classes have a row, in the order of its model_index.json."""
+    return [
+        pipeline / name
+        for name, kind in components(pipeline).items()
+        if kind in rows and (pipeline / name / "config.json").is_file()
+    ]
+
+
+def components(pipeline: Path) -> dict[str, str | None]:
+    """The components that a model_index.json names, and their classes. Raises UserError where a name leads out of the folder."""
     index = read_json_object(pipeline / INDEX)
     named = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    return [
-        pipeline / name for name, kind in named.items() if kind in rows and (pipeline / name / "config.json").is_file()
-    ]
+    if odd := next((name for name in named if Path(name).name != name or "\0" in name), None):
+        raise UserError(f"{pipeline / INDEX} names {odd!r}, which is no folder of its pipeline")
+    return {name: kind if isinstance(kind, str) else None for name, kind in named.items()}
 
 
 def open_transformer(path: Path, rows: Rows) -> TransformerFolder:
@@ -199,6 +208,7 @@ def open_transformer(path: Path, rows: Rows) -> TransformerFolder:
     if isinstance(text := record.get("row"), str):
         rows = {**rows_in(text, f"{path}/config.json"), **rows}
     row = row_for(config, rows)
+    _check_record(path, record)
     if row is None:
         raise UserError(
             f"{path} is a {config.get('_class_name')} of diffusers, for which there is no row: give --blocks FILE"
@@ -215,6 +225,28 @@ def open_transformer(path: Path, rows: Rows) -> TransformerFolder:
     license = record.get("license") or next(filter(None, licenses), None)
     text = row_text(str(config["_class_name"]), row) if row is not row_for(config) else ""
     return TransformerFolder(path, config, row, weights, depths, pipeline, license, record.get("parent"), text)
+
+
+def _check_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Raise UserError where a record of removed blocks has not the form that `cut` gives it."""
+    if "lineage" not in record:
+        return
+    try:
+        parents, plan = record["lineage"], plan_from_json(record.get("plan"))
+        hashes = [each["hash"] for each in parents]
+        steps = [*(each["kept"] for each in parents[1:]), record["kept"]]
+        cuts = [
+            plan_from_json({"kept": kept, "depth": parent["depth"], "criterion": plan.criterion})
+            for parent, kept in zip(parents, steps, strict=True)
+        ]
+        whole = all(isinstance(each, str) for each in hashes) and (cuts[-1].kept, cuts[-1].depth) == (
+            plan.kept,
+            plan.depth,
+        )
+    except (TypeError, KeyError, IndexError, ValueError):  # UserError is one of the latter
+        whole = False
+    if not whole:
+        raise UserError(f"{path}/config.json has a damaged {RECORD}: prune its parent anew, or remove that field")
 
 
 def _depths(path: Path, config: Mapping[str, Any], row: Row, weights: Mapping[str, Stored]) -> dict[str, int]:
