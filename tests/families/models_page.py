@@ -17,7 +17,7 @@ _TITLE = """# Transformers of diffusers
 are removed on the files, by rules or [on recorded inputs](criteria.md#transformers-of-diffusers); every tensor keeps its type,
 and memory does not grow with the model. The result is a folder that diffusers opens without tinyfusion.
 
-[A lighter FLUX.1-dev, and its LoRAs](diffusers.md) has the commands, from the cut to a pipeline, a file for ComfyUI, and LoRAs of the student.
+[A lighter FLUX.1-dev, and its LoRAs](diffusers.md) has the commands: cuts, pipelines, files for ComfyUI, LoRAs.
 
 Indices of `--keep` and `--protect` count through the lists in the order below, which is that in which they run: of a FLUX with 19
 double blocks, 19 is the first single one. Lists *aside* of the trunk stay whole unless they are named. `--num-keep N` is per list;
