@@ -32,7 +32,8 @@ class Model(nn.Module):  # noqa: D101
         super().__init__()
         self.enter, self.leave = nn.Linear(4, width), nn.Linear(width, 4)
         self.layers = nn.ModuleList(Block(width) for _ in range(depth))
-        self.angles = torch.arange(tokens)[:, None] / 100 ** torch.linspace(0, 1, width // 4)
+        angles = torch.arange(tokens)[:, None] / 100 ** torch.linspace(0, 1, width // 4)
+        self.register_buffer("angles", angles, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:  # noqa: D102
         hidden, rope = self.enter(x) + t[:, None, None], torch.polar(torch.ones_like(self.angles), self.angles)
