@@ -45,19 +45,16 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_text
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.data.digits import ImageSet
-from tinyfusion.dynamic.calibrate import inference_ratio
-from tinyfusion.dynamic.train import DynamicObjective
+from tinyfusion.dynamic.train import DynamicObjective, inference_ratio
 from tinyfusion.evaluate.inception import Inception, InceptionFeatures
 from tinyfusion.evaluate.metrics import precision_recall
 from tinyfusion.evaluate.timing import interleaved
 from tinyfusion.families.registry import families
 from tinyfusion.jobs.criteria import criterion_context
-from tinyfusion.jobs.mask_training import mask_training
 from tinyfusion.jobs.process_specs import objective_for, sampler_of
 from tinyfusion.jobs.routing import _drawn_passes
-from tinyfusion.jobs.sampling_setup import open_drawing
-from tinyfusion.jobs.timed_model import timed_model
-from tinyfusion.jobs.training import Training
+from tinyfusion.jobs.sampling_setup import open_drawing, timed_model
+from tinyfusion.jobs.training import Training, mask_training
 from tinyfusion.models.attach import attach
 from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel, new_model

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinyfusion.core import side_stream
+from tinyfusion.core import device
 from tinyfusion.core.ahead import Ahead
 from tinyfusion.dynamic.subnetworks import SubNetworks
 from tinyfusion.training import loop
@@ -180,6 +180,17 @@ def fake_mode() -> SharedMode:
     return SharedMode(allow_non_fake_inputs=True)
 
 
+class Replaced:
+    """A module with other attributes."""
+
+    def __init__(self, module: ModuleType, **attributes: Any) -> None:
+        self._module = module
+        self.__dict__.update(attributes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 class Turns:
     """One thread at a time: fake tensors share state that threads must not change at once."""
 
@@ -220,8 +231,12 @@ def fake_cuda() -> Iterator[Order]:
     """Within the context tensors are fake, and what fake tensors cannot do is replaced."""
     order = Order()
     turns, plain_update = Turns(order), loop._update
-    cuda = SimpleNamespace(
-        is_available=lambda: True, Stream=Stream, stream=order.on, current_stream=lambda _=None: order.current
+    streams = Replaced(
+        torch.cuda,
+        is_available=lambda: True,
+        Stream=Stream,
+        stream=order.on,
+        current_stream=lambda _=None: order.current,
     )
 
     def update(state: TrainState, *rest: Any) -> Any:
@@ -252,7 +267,7 @@ def fake_cuda() -> Iterator[Order]:
             (torch.cuda, "synchronize", order.synchronise),
             (torch.accelerator, "synchronize", order.synchronise),
             (torch.cuda, "get_device_name", lambda *args: "no device"),
-            (side_stream, "torch", SimpleNamespace(cuda=cuda, device=torch.device)),
+            (device, "torch", Replaced(torch, cuda=streams)),
             (SubNetworks, "check", lambda self: None),  # compares times, which have no values
             (Ahead, "take", turns.waiting(Ahead.take)),
             (Ahead, "close", turns.waiting(Ahead.close)),

@@ -10,7 +10,7 @@ import torch
 
 import cuda_rehearsal
 from fake_cuda import Order, Stream, fake_cuda
-from tinyfusion.core.side_stream import SideStream
+from tinyfusion.core.device import SideStream
 
 built = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="torch is built without CUDA, whose fake tensors this needs"
