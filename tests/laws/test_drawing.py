@@ -255,6 +255,13 @@ def test_shards_cover_every_image_once_and_come_back_in_order(tmp_path: Path) ->
     shards.wait_for(shards.ranges(), 1, 0.0)
 
 
+def test_a_shard_is_not_written_into_a_folder_that_was_removed(tmp_path: Path) -> None:
+    shards = shards_in(tmp_path)
+    with pytest.raises(UserError, match="was removed while it was being written"):
+        shards.write((0, 4), np.zeros((4, 2, 2, 1), np.uint8))
+    assert not shards.folder.exists()
+
+
 _HEADERS = {"unclosed": b"((((", "nested": b"-" * 20_000 + b"1", "not Python": b"{'descr': '|u1', 'shape': 09}"}
 
 

@@ -122,11 +122,18 @@ def subset_run(path: Path, sizes: list[list[int]], scheme: str, running: bool = 
     return path
 
 
-@pytest.mark.parametrize(("sizes", "scheme"), [([[14, 28]], "14:28"), ([[2, 4], [4, 8]], "2:4+4:8")])
-def test_subsets_are_drawn_by_block(tmp_path: Path, sizes: list[list[int]], scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "scheme", "chances"),
+    [
+        ([[14, 28]], "14:28", "50 % for 14:28."),
+        ([[2, 4], [4, 8]], "2:4+4:8", "50 % for 2:4, 50 % for 4:8."),
+        ([[1, 2], [2, 6]], "1:2+2:6", "50 % for 1:2, 33 % for 2:6."),
+    ],
+)
+def test_subsets_are_drawn_by_block(tmp_path: Path, sizes: list[list[int]], scheme: str, chances: str) -> None:
     page = render_run(subset_run(tmp_path / "run", sizes, scheme))
     text = Page(page).text
-    assert f"no colour is chance: 50 % for {sizes[0][0]}:{sizes[0][1]}" in text
+    assert f"no colour is chance: {chances}" in text
     assert "Probability of every block to be kept" in text
     means, _ = final_probabilities(read_run(tmp_path / "run"))
     assert means == {"blocks": [pytest.approx((keep - 0.25) / keep) for keep, _ in sizes]}
