@@ -228,7 +228,7 @@ def test_memory_that_is_really_not_there(start: Starter) -> None:
     assert started.end() == 2, started.said
     last = started.said.splitlines()[-1]
     assert last.startswith(
-        "error: out of memory: use a smaller batch; a training also takes less by --gradient-accumulation-steps"
+        "error: out of memory: use a smaller batch; in training, --gradient-accumulation-steps and --gradient-checkpointing"
     )
     assert not Path("run").exists()
 
