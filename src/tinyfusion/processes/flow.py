@@ -78,7 +78,10 @@ PATHS: dict[PathName, Callable[[Level], Point]] = {"linear": linear_path, "gvp":
 
 @dataclass(frozen=True)
 class Flow:
-    """A path, the prediction of the network, and its family's convention of time and velocity. ValueError on unknown names."""
+    """A flow: its path, the quantity that the network predicts, and the family's convention of time and velocity.
+
+    Raises ValueError on unknown names.
+    """
 
     path: PathName = "linear"
     prediction: Predicted = "velocity"

@@ -21,7 +21,7 @@ Loss = Callable[[Tensor, Any], Tensor]  # (output, batch) -> (B,)
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """A batch of a task: any nest of tuples, lists and dicts whose tensors have the images along axis 0."""
+    """A batch of a task: tensors with the images along axis 0, in any nested structure of tuples, lists and dicts."""
 
     values: Any
     step: int = 0

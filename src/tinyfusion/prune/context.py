@@ -82,7 +82,7 @@ class CriterionContext:
         keep: Callable[[LossSums], None] = lambda sums: None,
         prove: bool = True,
     ) -> LossSums:
-        """The losses of masks on the calibration set, arguments as those of `mask_losses`."""
+        """Sums of the losses of masks over the calibration set; arguments as in `mask_losses`."""
         return mask_losses(self.teacher, self.images, masks, tick, begun, keep, prove)
 
 

@@ -196,7 +196,7 @@ def tick_from(tick: Tick, before: int, done: int) -> None:
 
 
 def loss_summary(losses: np.ndarray) -> dict[str, Any]:
-    """Quantiles, and a histogram over the logarithm, of finite losses."""
+    """Quantiles of finite losses, and their histogram in logarithmic bins."""
     shares_below = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
     low, high = float(losses.min()), float(losses.max())
     edges = np.geomspace(low, high, _HISTOGRAM_BINS + 1) if 0 < low < high else np.array([low, max(high, low + 1e-9)])
