@@ -46,8 +46,8 @@ First = Callable[[Callable[[], Any]], Any]  # runs a call on rank 0 and returns 
 def load_latest(folder: Path, state: TrainState, first: First = lambda call: call()) -> int:
     """Load the newest undamaged checkpoint into `state`. Returns its step, 0 if there is none.
 
-    Damaged checkpoints and those of another training are reported, and the previous one is tried. first: runs the checks on
-    one of several ranks. Raises UserError if only another version of tinyfusion has written checkpoints.
+    A checkpoint that is damaged or belongs to another training is reported, and the one before it is tried. first: runs the
+    checks on one of several ranks (`Engine.first`). Raises UserError if all checkpoints are of another tinyfusion version.
     """
     refused = None
     for path in reversed(first(partial(checkpoint_folders, folder))):
@@ -103,7 +103,10 @@ def _unusable(path: Path) -> str | None:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, oldest first, without foreign folders of such names. Raises UserError if it cannot be read."""
+    """Checkpoint folders in `folder`, oldest first. Raises UserError if it cannot be read.
+
+    A folder with a checkpoint's name is left out if it has files, but none of a checkpoint.
+    """
     try:
         entries = list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
@@ -127,10 +130,10 @@ def _step(path: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Written:
-    """A complete checkpoint, or this rank's file of one.
+    """Record of a checkpoint (or of this rank's file of it) whose writing is finished: path, size and times.
 
-    num_bytes: of the tensors that this rank wrote. held_s: seconds that training was blocked (waiting for the previous
-    checkpoint, copying tensors); write_s: seconds of writing in the background.
+    num_bytes: size of the tensors that this rank wrote. held_s: seconds for which training was blocked (waiting for the
+    previous checkpoint, copying tensors). write_s: seconds of writing in the background.
     """
 
     step: int
@@ -151,14 +154,15 @@ class _Snapshot:
 
 
 class CheckpointWriter:
-    """Writes states to `folder/step-N` in the background, atomically and one at a time.
+    """Write training states to `folder/step-N` in the background, atomically and one at a time.
 
-    Retention: the last `limit` checkpoints whose step is a multiple of `every`, and the one just written. Checkpoints newer
-    than it are removed: training would have resumed from them if they were undamaged.
+    Retention: the last `limit` checkpoints whose step is a multiple of `every`, and the one just written. Checkpoints of later
+    steps are removed, because they must be damaged: otherwise training would have resumed from them.
 
-    If tensors are sharded, each rank writes its own file into one folder, which rank 0 completes (`core/ranks.py`) or gives
-    up after timeout_s without progress; else only rank 0 writes. main_pid: process id of rank 0, part of the name of the
-    unfinished folder. The next call raises an error of the writing thread, once: UserError if disk or files are the cause.
+    If tensors are sharded, each rank writes its own file into one folder. Rank 0 completes the folder (`core/ranks.py`), or
+    gives up after `timeout_s` without progress. Otherwise only rank 0 writes. main_pid: process id of rank 0, part of the name
+    of the unfinished folder. An error of the writing thread is raised by the next call, once; it is a UserError if the disk or
+    the files are the cause.
     """
 
     def __init__(
@@ -198,7 +202,7 @@ class CheckpointWriter:
             error.add_note(str(failure))
 
     def save(self, state: TrainState) -> None:
-        """Copy `state` to host memory and write it in the background. All ranks call after the same step."""
+        """Copy `state` to host memory and write it in the background. All ranks must call this after the same step."""
         began = time.perf_counter()
         self.finish()
         tensors = state.tensors()
