@@ -41,9 +41,9 @@ class WidthRules:
     """How the channels of a family's models are grouped and pruned, as functions of an architecture (arch).
 
     groups: arch -> its channel groups by name. axes: arch -> which group each axis of each tensor belongs to. narrowed:
-    (arch, {group: number of channels}) -> arch of these sizes; raises ValueError if there is none. for_share: (arch, share of
-    the parameters, 0 to 1) -> narrower arch. compensate: (sliced tensors, old arch, new arch) corrects side effects of slicing
-    in place.
+    (arch, {group: number of channels}) -> arch of these sizes; raises ValueError if there is none. for_share: (arch,
+    share of the parameters, 0 to 1) -> narrower arch. compensate: (sliced tensors, old arch, new arch) corrects side
+    effects of slicing in place.
     """
 
     groups: Callable[[Any], dict[str, ChannelGroup]]

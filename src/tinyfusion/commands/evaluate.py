@@ -48,9 +48,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score images (npz, folder of images, real set by name) against a reference and write the JSON at `options.out`.
 
-    reference: None: the first of `evaluate.references`. against: an npz of another model's images from the same seeds; adds PSNR
-    and SSIM of the image pairs. print_table: print the scores on stderr. examples: path of an npz, to which some images of the
-    reference are written.
+    reference: None: the first of `evaluate.references`. against: an npz of another model's images from the same seeds;
+    adds PSNR and SSIM of the image pairs. print_table: print the scores on stderr. examples: path of an npz, to which
+    some images of the reference are written.
     """
     remarks: list[str] = []
     compared = reference or next(iter(recipe.evaluate.references), None)

@@ -56,11 +56,11 @@ class Condition:
         return self.each(lambda tensor: tensor[rows])
 
     def null(self) -> Condition:
-        """The unconditional counterpart: the null row, as often as there are rows. Raises UserError if there is none."""
+        """The unconditional counterpart: the null row, repeated for every row. Raises UserError if there is none."""
         return self.each_with_null(lambda tensor, null: null.expand_as(tensor))
 
     def drop(self, draws: Draws, share: float, purpose: str = "label_drop") -> Condition:
-        """The condition with each row replaced by the null row with probability `share`. Raises UserError if there is none."""
+        """The condition with the null row in place of each row with probability `share`. UserError if there is none."""
         if not share:
             return self
         dropped = torch.from_numpy(draws.uniform(purpose) < share).to(self.device)

@@ -219,7 +219,7 @@ class DynamicObjective(Objective):
 
 @torch.no_grad()
 def inference_ratio(dynamic: DynamicModel, passes: Sequence[Pass]) -> float:
-    """Mean share of the full model's multiply-accumulates that run with inference decisions, over all images of `passes`.
+    """Mean share of the full model's multiply-accumulates that inference runs, over all images of `passes`.
 
     The images should be noised to the timesteps of the intended sampler, or to evenly spread ones.
     """

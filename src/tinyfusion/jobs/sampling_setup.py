@@ -217,7 +217,7 @@ def open_drawing(
     recipe: Recipe, model: LoadedModel, device: torch.device, autoencoder: Autoencoder | None = None,
     labels: np.ndarray | None = None,
 ) -> Drawing:  # fmt: skip
-    """Set up sampling on `device` by the recipe's section `sample`. labels: of every image, instead of the section's."""
+    """Set up sampling on `device` by the recipe's section `sample`. labels: of every image; None: the recipe's."""
     settings = recipe.sample
     if settings.compile:
         check_compiler(device)

@@ -1,8 +1,8 @@
 """The calibration set of training-free criteria, and statistics of blocks on it.
 
 Every image has one fixed timestep and noise; timesteps are stratified over the whole chain, labels are not dropped, the
-model is in eval mode and float32. All masks of a search are evaluated on the same batches. Shapes: B samples, T tokens, D
-width, L blocks of all lists together.
+model is in eval mode and float32. All masks of a search are evaluated on the same batches. Shapes: B samples, T tokens,
+D width, L blocks of all lists together.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def calibration_set(
 ) -> Calibration:
     """`images` noised images in batches of at most `batch_size`; the numbers do not depend on the batch size.
 
-    objective: one that drops no labels. available: number of images in the data set. If it has fewer than `images`, all of it
-    is repeated, with other timesteps and noise; the last pass may be partial.
+    objective: one that drops no labels. available: number of images in the data set. If it has fewer than `images`, all
+    of it is repeated, with other timesteps and noise; the last pass may be partial.
     """
     batches = []
     for first in range(0, images, batch_size):
@@ -66,8 +66,8 @@ def calibration_set(
 class BlockStatistics:
     """How much every block changes its input: cosine and squared difference of input and output, by global index.
 
-    cosine: mean over samples and tokens of cos(output, input) along the width. change: mean over samples, tokens and width
-    of (output - input) squared.
+    cosine: mean over samples and tokens of cos(output, input) along the width. change: mean over samples, tokens and
+    width of (output - input) squared.
     """
 
     cosine: list[float]

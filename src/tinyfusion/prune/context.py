@@ -22,8 +22,9 @@ class CriterionContext:
     """The input of a criterion. A subclass may select other units than blocks, and define their losses and statistics.
 
     calibration: None if the criterion needs none. tick: called with the number of blocks evaluated so far, over all
-    calibration batches. begun: sums of a mask search to continue from. keep: called with the sums, to save them. publish:
-    called with all losses of a mask search, and those of the cheap criteria, which are computed only for this comparison.
+    calibration batches. begun: sums of a mask search to continue from. keep: called with the sums, to save them.
+    publish: called with all losses of a mask search, and those of the cheap criteria, which are computed only for this
+    comparison.
     """
 
     teacher: LoadedModel
@@ -96,8 +97,8 @@ def plan_for(
 ) -> PrunePlan:
     """The plan that keeps the blocks `kept` (global indices per list), with scores and cost.
 
-    scores, more: stored under "scores", with `meaning`. evaluations: number of block evaluations per calibration batch; the
-    plan's cost is the equivalent number of images in forward passes of the whole model.
+    scores, more: stored under "scores", with `meaning`. evaluations: number of block evaluations per calibration batch;
+    the plan's cost is the equivalent number of images in forward passes of the whole model.
     """
     calibration = context.calibration
     used = {} if not evaluations or calibration is None else {"calibration": calibration.record()}

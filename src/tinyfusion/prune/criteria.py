@@ -1,7 +1,7 @@
-"""Training-free criteria: functions from a context to a plan, one row of `CRITERIA` each. docs/criteria.md explains them.
+"""Training-free criteria: functions from a context to a plan, one row of `CRITERIA` each.
 
-Every list of blocks keeps its own number of blocks; indices are global, they count through the lists. Of equal scores the
-earlier block stays.
+docs/criteria.md explains them. Every list of blocks keeps its own number of blocks; indices are global, they count
+through the lists. Of equal scores the earlier block stays.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MARKED: tuple[Name, ...] = ("bi", "flux-lite", "sensitivity", "bk-sdm", "first"
 
 @dataclass(frozen=True)
 class Criterion:
-    """A criterion. plan: its function. evaluations: number of block evaluations per calibration batch; None: needs none."""
+    """A criterion. plan: its function. evaluations: block evaluations per calibration batch; None: no calibration."""
 
     says: str
     plan: Callable[[CriterionContext], PrunePlan]
@@ -51,7 +51,7 @@ class Criterion:
 
 
 def decide(context: CriterionContext) -> PrunePlan:
-    """The plan of the context's criterion, and how many seconds it took. Raises UserError if the settings do not fit."""
+    """The plan of the context's criterion, with the seconds it took. Raises UserError if the settings do not fit."""
     began = time.perf_counter()
     plan = CRITERIA[context.settings.criterion].plan(context)
     return dataclasses.replace(plan, cost={"seconds": time.perf_counter() - began, **plan.cost})
@@ -265,9 +265,9 @@ def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int = 0) -> Prun
 def by_calibration_loss(context: CriterionContext) -> PrunePlan:
     """The mask of least, median (lower of two) or greatest loss before recovery, among `num_masks` random masks.
 
-    If there are no more than `num_masks` masks, all are evaluated, and min-loss is the optimum of this loss. A non-finite loss
-    counts as infinite for the median, and is never the greatest. Source: arXiv 2412.01199, figure 5 and table 3. Cost:
-    docs/criteria.md.
+    If there are no more than `num_masks` masks, all are evaluated, and min-loss is the optimum of this loss. A
+    non-finite loss counts as infinite for the median, and is never the greatest. Source: arXiv 2412.01199, figure 5 and
+    table 3. Cost: docs/criteria.md.
     """
     masks, began = searched(context), time.perf_counter()
     sums = context.losses(masks, context.tick, context.begun, context.keep)

@@ -40,7 +40,7 @@ class GateDistribution(nn.Module, ABC):
         """Sampled gates (B, L): exactly 0 or 1 in the forward pass, with the estimator's gradient to the logits."""
 
     def surrogate(self, noise: Sequence[Tensor], scaling: float, losses: Tensor) -> Tensor | None:
-        """Term (B,) whose gradient is added to that of the losses (B,); None for estimators that differentiate the gates."""
+        """Term (B,) whose gradient is added to that of the losses; None for estimators that differentiate the gates."""
         return None
 
     @abstractmethod
@@ -82,8 +82,8 @@ class CategoricalGates(GateDistribution):
         """Sampled gates (B, L) of all groups, by the straight-through Gumbel-softmax estimator.
 
         Gates of a group are y @ candidates, with y = onehot(argmax p) - sg(p) + p and
-        p = softmax((scaling * theta + noise) / temperature); sg stops the gradient. Differs from the released code by staying
-        in float32 under autocast.
+        p = softmax((scaling * theta + noise) / temperature); sg stops the gradient. Differs from the released code by
+        staying in float32 under autocast.
         """
         gates = []
         for index, logits in enumerate(self.logits):
@@ -115,8 +115,8 @@ def inclusion_table(z: Tensor, keep: int) -> Tensor:
     """(M, keep + 1): entry [i, k] is the probability that block i stays, given that k of the blocks 0 .. i do.
 
     z: (M,) scaled logits. Entries for an impossible k are never used.
-    The recursion computes g_k = log e_k - log e_{k-1} from the elementary symmetric polynomials e_k of exp(z), instead of
-    log e_k: g_k is of the magnitude of z and log e_k K times larger, too large for float32 at |z| = 100.
+    The recursion computes g_k = log e_k - log e_{k-1} from the elementary symmetric polynomials e_k of exp(z), instead
+    of log e_k: g_k is of the magnitude of z and log e_k K times larger, too large for float32 at |z| = 100.
     """
     one, zero = z.new_ones(1), z.new_zeros(1)
     ratios = z.new_zeros(0)  # g_1 .. g_min(i, keep) of the blocks before i
@@ -134,8 +134,8 @@ def inclusion_table(z: Tensor, keep: int) -> Tensor:
 def marginals(table: Tensor) -> Tensor:
     """(M,) probability that each block stays, from an `inclusion_table`; the sum is `keep`.
 
-    The recursion goes from the last block to the first, over the distribution of the number of blocks that still have to stay.
-    It only adds products of probabilities, so nothing over- or underflows, and the gradient is finite.
+    The recursion goes from the last block to the first, over the distribution of the number of blocks that still have
+    to stay. It only adds products of probabilities, so nothing over- or underflows, and the gradient is finite.
     """
     keep = table.shape[1] - 1
     reach = F.pad(table.new_ones(1), (keep, 0))
@@ -162,8 +162,8 @@ def draw_subsets(table: Tensor, uniforms: Tensor) -> Tensor:
 def relaxed_top_k(keys: Tensor, keep: int, temperature: float) -> Tensor:
     """(B, M) relaxed top-K selection in [0, 1], rows summing to `keep`.
 
-    It is the sum of `keep` softmaxes, each of which excludes what the earlier ones selected. keys: (B, M) perturbed logits.
-    Source: arXiv 1901.10517, section 3.
+    It is the sum of `keep` softmaxes, each of which excludes what the earlier ones selected. keys: (B, M) perturbed
+    logits. Source: arXiv 1901.10517, section 3.
     """
     total = 0 * keys
     for _ in range(keep):
@@ -220,7 +220,7 @@ class SubsetGates(GateDistribution):
         return torch.cat(columns, dim=-1)
 
     def surrogate(self, noise: Sequence[Tensor], scaling: float, losses: Tensor) -> Tensor | None:
-        """For "score": (B,) (loss of sample n - loss of its neighbour) * log p(subset of n), up to a constant; else None."""
+        """For "score": (B,) (loss of n - loss of its neighbour) * log p(subset of n) up to a constant; else None."""
         if not self.paired:
             return None
         neighbour = torch.arange(len(losses), device=losses.device) ^ 1

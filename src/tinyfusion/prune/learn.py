@@ -1,8 +1,8 @@
 """The learned criterion: gates and temporary weight updates, trained together.
 
 `GatedObjective` wraps any objective: it draws the gates' noise with the batch and runs the model under sampled gates.
-Source: TinyFusion (arXiv 2412.01199), section 3. Differs from the released code: schedules end exactly, the decision is saved
-and not only printed, groups must cover all blocks, and no second load discards the weight updates.
+Source: TinyFusion (arXiv 2412.01199), section 3. Differs from the released code: schedules end exactly, the decision is
+saved and not only printed, groups must cover all blocks, and no second load discards the weight updates.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class MaskLearner:
 
 @dataclass(frozen=True)
 class Decision:
-    """The blocks that averaged logits select (the mode of the distribution), and their probabilities, per list of blocks."""
+    """The blocks that averaged logits select (the mode of the distribution), and their probabilities, per list."""
 
     groups: Mapping[str, list[BlockGroup]]
     gates: GateDistribution
@@ -211,10 +211,11 @@ def plan_of(
 def prune_with_weight_updates(
     teacher: LoadedModel, plan: PrunePlan, averages: Mapping[str, Tensor], settings: PruneSection
 ) -> LoadedModel:
-    """The student of `plan`, with the averaged weight updates of the mask search; plan and lineage as of `teacher.cut(plan)`.
+    """The student of `plan`, with the averaged weight updates of mask learning.
 
-    LoRA updates are added to the teacher's weights; fully trained weights replace them. Applying the plan to the teacher gives
-    the blocks of this student, but not its weights. The paper discards the updates; docs/results/recovery-extras.md compares.
+    Plan and lineage are those of `teacher.cut(plan)`. LoRA updates are added to the teacher's weights; fully trained
+    weights replace them. Applying the plan to the teacher gives the blocks of this student, but not its weights. The
+    paper discards the updates; docs/results/recovery-extras.md compares.
     """
     trained = teacher.copy()
     parameters = dict(trained.module.named_parameters())

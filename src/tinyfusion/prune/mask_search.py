@@ -105,9 +105,9 @@ def replayed_losses(
 ) -> LossSums:
     """Sums over `batches` of the losses of `masks`, which must be distinct and in lexicographic order.
 
-    evaluate: (replay, number of the batch, batch, mask) -> sums of "loss" and "mse" over the batch's images. begun: sums to
-    continue from. keep: called with the sums after every batch. tick: called with the number of blocks evaluated so far.
-    Raises ValueError on unsorted or repeated masks.
+    evaluate: (replay, number of the batch, batch, mask) -> sums of "loss" and "mse" over the batch's images. begun:
+    sums to continue from. keep: called with the sums after every batch. tick: called with the number of blocks
+    evaluated so far. Raises ValueError on unsorted or repeated masks.
     """
     if any(a >= b for a, b in itertools.pairwise(masks)):
         raise ValueError("masks must be distinct and in lexicographic order")
@@ -140,8 +140,9 @@ def mask_losses(
 ) -> LossSums:
     """Sums of the losses of `masks` over the calibration set; further arguments as in `replayed_losses`.
 
-    prove: first compare the losses of two masks on one batch with those of the pruned models, and raise RuntimeError if they
-    differ: a model may pass its blocks arguments that depend on their position. A search of several rounds needs this once.
+    prove: first compare the losses of two masks on one batch with those of the pruned models, and raise RuntimeError if
+    they differ: a model may pass its blocks arguments that depend on their position. A search of several rounds needs
+    this once.
     """
     model.module.eval()
     objective = calibration.objective

@@ -1,8 +1,9 @@
 """Criteria on transformers of diffusers: they select units (blocks that must be removed together) on recorded calls.
 
-A unit is a single block unless the class ties blocks together. The loss of a mask is the squared error of the pruned model's
-output against the whole model's, over all tensors that a call returns, divided by their mean square and averaged over the
-calls. It needs no training objective, so it is the same for every class. All images of a recorded call run with one mask.
+A unit is a single block unless the class ties blocks together. The loss of a mask is the squared error of the pruned
+model's output against the whole model's, over all tensors that a call returns, divided by their mean square and
+averaged over the calls. It needs no training objective, so it is the same for every class. All images of a recorded
+call run with one mask.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _RETAINED_SHARE, _RETAINED_BYTES = 0.1, 2**26  # outputs of blocks that a search
 
 @dataclass(frozen=True)
 class RecordedCalibration(Calibration):
-    """Recorded calls as a calibration set; `images` is the number of calls. facts: record of their file, for the plan."""
+    """Recorded calls as a calibration set. images: number of calls. facts: record of their file, for the plan."""
 
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -53,7 +54,8 @@ class RecordedCalibration(Calibration):
 def recorded_calibration(inputs: RecordedInputs, model: TransformerFolder, seed: int) -> RecordedCalibration:
     """The recorded calls of a file, for a model. Raises UserError if they are of another class or another model.
 
-    A student also takes the calls of its ancestors, whose latents and texts fit it, unless the class has inputs per block.
+    A student also takes the calls of its ancestors, whose latents and texts fit it, unless the class has inputs per
+    block.
     """
     ancestor = inputs.hash in [each["hash"] for each in model.lineage]
     if inputs.class_name != model.class_name:
@@ -94,7 +96,8 @@ _AS_RECORDED = Task(_outputs, lambda _output, _call: torch.zeros(1))  # criteria
 class UnitContext(CriterionContext):
     """The input of a criterion on a transformer of diffusers: every list is a list of units, and indices count units.
 
-    teacher: the module with its block lists, on the meta device if the criterion does not run it. unit_lists: of `model`.
+    teacher: the module with its block lists, on the meta device if the criterion does not run it. unit_lists: of
+    `model`.
     """
 
     model: TransformerFolder = field(kw_only=True)
@@ -149,7 +152,7 @@ class UnitContext(CriterionContext):
 
     @cached_property
     def occupied(self) -> list[frozenset[int]]:
-        """Sets of units, of each of which at least one has to stay: between two hints, and the last blocks of some lists."""
+        """Sets of units, of each of which at least one has to stay: between two hints, and at the end of some lists."""
         row, config, starts = self.model.row, self.model.config, first_blocks(self.model.depths)
         spans: list[tuple[str, int, int]] = []
         for name, path in row.last.items():
@@ -200,7 +203,8 @@ class UnitContext(CriterionContext):
     def statistics(self, clean: bool) -> BlockStatistics:
         """Statistics of every unit, as means over its blocks, on the stream of image tokens if the class has one.
 
-        Text tokens influence the output only through the image tokens, so the change of the text stream is not counted itself.
+        Text tokens influence the output only through the image tokens, so the change of the text stream is not counted
+        itself.
         """
         each, num = len(self.teacher.stack), self.depth
         found = block_statistics(self.teacher, self.images, clean, lambda done: self.tick(done * num // each))

@@ -30,10 +30,10 @@ _MEANING = (
 def by_width(context: CriterionContext) -> PrunePlan:
     """Keep `prune.width_share` of the parameters: every block stays, with the most important channels of every group.
 
-    All groups shrink by the same factor, heads by the same number of channels each. At equal importance the earlier channel
-    stays. Cost: one calibration batch, the first, forward and backward at every timestep used. Raises UserError if the
-    family's widths cannot be pruned, no width has that share, or the loss is not finite. Differs from the published scripts by
-    ranking trained weights only, without the position table.
+    All groups shrink by the same factor, heads by the same number of channels each. At equal importance the earlier
+    channel stays. Cost: one calibration batch, the first, forward and backward at every timestep used. Raises UserError
+    if the family's widths cannot be pruned, no width has that share, or the loss is not finite. Differs from the
+    published scripts by ranking trained weights only, without the position table.
     """
     teacher, fixed = context.teacher, context.images.batches[0]
     wanted = check_width(teacher, context.settings)
@@ -73,14 +73,14 @@ def by_width(context: CriterionContext) -> PrunePlan:
 
 
 def width_evaluations(context: CriterionContext) -> int:
-    """Upper bound of block evaluations per calibration batch: all timesteps on one batch; a backward pass counts as two."""
+    """Upper bound of block evaluations per calibration batch: all timesteps on one batch; a backward pass is two."""
     settings = context.settings
     batches = math.ceil(settings.calibration_images / settings.calibration_batch_size)
     return math.ceil(_PASSES * context.images.objective.num_levels * len(context.teacher.stack) / batches)
 
 
 def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, ChannelGroup]:
-    """The channel groups of a student with `settings.width_share` of the parameters. Raises UserError if there is none."""
+    """Channel groups of a student with `settings.width_share` of the parameters. Raises UserError if there is none."""
     rules = teacher.family.widths
     if settings.num_keep is not None:
         raise UserError(

@@ -22,9 +22,10 @@ Groups = Mapping[str, list[list[int]]]
 def block_pairs(plan: PrunePlan) -> Pairs:
     """(student block, teacher block) pairs for a student and the model it was pruned from.
 
-    If the plan has groups (categorical gates), the last kept block of a group is paired with the group's last teacher block.
-    Otherwise student block k is paired with teacher block kept[k + 1] - 1, so that both outputs go to the same next block, and
-    the last student block with the last teacher block. Raises ValueError if kept blocks or groups do not fit the depth.
+    If the plan has groups (categorical gates), the last kept block of a group is paired with the group's last teacher
+    block. Otherwise student block k is paired with teacher block kept[k + 1] - 1, so that both outputs go to the same
+    next block, and the last student block with the last teacher block. Raises ValueError if kept blocks or groups do
+    not fit the depth.
     Source: the published pairs for D19, D14, D7 follow the first rule.
     """
     return _pairs(plan.kept, plan.depth, plan.pairing_groups)
@@ -51,7 +52,8 @@ def _pairs(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int], all_grou
 class Ancestor:
     """One model of a lineage, as in `model.json`.
 
-    kept, groups (None: unknown) and residual channels (None: all) come from the plan that pruned it from its own parent.
+    kept, groups (None: unknown) and residual channels (None: all) come from the plan that pruned it from its own
+    parent.
     """
 
     hash: str
@@ -69,8 +71,8 @@ def ancestors(facts: ModelFacts) -> list[Ancestor]:
 def pairs_to_ancestors(facts: ModelFacts) -> dict[str, Pairs]:
     """{hash of an ancestor: (own block, ancestor's block) pairs}, the direct parent first.
 
-    A block is paired with a block of the grandparent if its partner in the parent is paired too; last blocks always are.
-    Raises ValueError on a damaged plan or lineage.
+    A block is paired with a block of the grandparent if its partner in the parent is paired too; last blocks
+    always are. Raises ValueError on a damaged plan or lineage.
     """
     lineage = ancestors(facts)
     if facts.plan is None:
@@ -103,10 +105,10 @@ def pairs_between(student: ModelFacts, teacher: ModelFacts, teacher_hash: str) -
 
 
 def residual_channels(student: LoadedModel, teacher: LoadedModel) -> list[int] | None:
-    """The teacher's residual channel that each of the student's residual channels was; None if both have the same channels.
+    """The teacher's residual channel for each of the student's, in order; None if both have the same channels.
 
-    The teacher is an ancestor, or shares one. Raises UserError if the student has a channel that the teacher lacks, because
-    their features cannot be compared.
+    The teacher is an ancestor, or shares one. Raises UserError if the student has a channel that the teacher lacks,
+    because their features cannot be compared.
     """
     own, of_teacher = _channels_in_ancestors(student.facts), _channels_in_ancestors(teacher.facts)
     if all(channels is None for channels in (*own.values(), *of_teacher.values())):

@@ -33,10 +33,10 @@ class TaughtPrediction(Prediction):
 class DistilledObjective(Objective):
     """The distillation loss alpha_kd * kd_loss + (1 - alpha_kd) * gt + beta * feat_loss, per sample.
 
-    gt: the inner process's loss on the data. kd_loss: of the outputs, defined by the process. feat_loss: masked feature loss,
-    mean over `pairs` of (student block, teacher block). beta falls linearly over `steps`; if it is 0 at both ends, features
-    are not compared. channels: the teacher's residual channels that a narrower student has. Raises ValueError if `pairs` do
-    not fit the models.
+    gt: the inner process's loss on the data. kd_loss: of the outputs, defined by the process. feat_loss: masked feature
+    loss, mean over `pairs` of (student block, teacher block). beta falls linearly over `steps`; if it is 0 at both
+    ends, features are not compared. channels: the teacher's residual channels that a narrower student has. Raises
+    ValueError if `pairs` do not fit the models.
     Source: arXiv 2412.01199, equation 6 and its released code.
     """
 
@@ -68,7 +68,7 @@ class DistilledObjective(Objective):
         return self.inner.draw(batch, draws)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> TaughtPrediction:
-        """Run the teacher, then the student, on the same batch; a feature loss is computed as soon as its block has run."""
+        """Run the teacher, then the student, on the same batch; paired blocks are compared as the student runs them."""
         watched = [t for _, t in self.pairs] if self.compares_features else []
         with torch.no_grad(), self.teacher_stack.tap(watched) as taught_features:
             taught = self.inner.predict(self.teacher, noisy)
@@ -95,7 +95,7 @@ class DistilledObjective(Objective):
         return masked_feature_loss(student, teacher, self.sigmas, self.mask)
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """Per-sample "loss", "gt" and "kd_loss" with their terms, and the unweighted "feat_loss" if features are compared."""
+        """Per-sample loss, gt and kd_loss with their terms, and the unweighted feat_loss if features are compared."""
         assert isinstance(prediction, TaughtPrediction) and prediction.teacher is not None
         own = self.inner.losses(model, noisy, prediction)
         kd = self.inner.kd_terms(noisy, prediction, prediction.teacher)
@@ -122,8 +122,8 @@ def distilled(
 ) -> DistilledObjective:
     """The objective of a distillation method of `settings`; fine-tuning uses `inner` itself.
 
-    logits-kd compares outputs, rep-kd also features, masked-kd features without massive activations. channels: the teacher's
-    residual channel for each of a narrower student's.
+    logits-kd compares outputs, rep-kd also features, masked-kd features without massive activations. channels: the
+    teacher's residual channel for each of a narrower student's.
     """
     return DistilledObjective(
         inner=inner,

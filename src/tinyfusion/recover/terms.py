@@ -23,12 +23,13 @@ def massive_mask(features: Tensor, sigmas: float) -> Tensor:
 
 
 def masked_feature_loss(student: Tensor, teacher: Tensor, sigmas: float | None, rule: MaskRule = "own") -> Tensor:
-    """(B,) mean squared difference of two block outputs without their massive activations; the denominator is always T D.
+    """(B,) mean squared difference of two block outputs without their massive activations.
 
-    own: each side is zeroed where it is massive itself, as released. An entry massive only in the teacher pulls the student to
-    0; one massive only in the student adds a constant without gradient. joint: an entry that is massive on either side does
-    not count, as in the paper. sigmas None masks nothing. No gradient reaches the teacher; for the student's gradient one
-    tensor (B, T, D) is retained. Source: arXiv 2412.01199, section 3.4.
+    The denominator is always T D. own: each side is zeroed where it is massive itself, as released. An entry massive
+    only in the teacher pulls the student to 0; one massive only in the student adds a constant without gradient. joint:
+    an entry that is massive on either side does not count, as in the paper. sigmas None masks nothing. No gradient
+    reaches the teacher; for the student's gradient one tensor (B, T, D) is retained. Source: arXiv 2412.01199, section
+    3.4.
     """
     teacher = teacher.detach().float()
     loss: Tensor = _MaskedDifference.apply(student.float(), teacher, sigmas, rule)  # type: ignore[no-untyped-call]

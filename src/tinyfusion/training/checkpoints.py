@@ -46,8 +46,9 @@ First = Callable[[Callable[[], Any]], Any]  # runs a call on rank 0 and returns 
 def load_latest(folder: Path, state: TrainState, first: First = lambda call: call()) -> int:
     """Load the newest undamaged checkpoint into `state`. Returns its step, 0 if there is none.
 
-    A checkpoint that is damaged or belongs to another training is reported, and the one before it is tried. first: runs the
-    checks on one of several ranks (`Engine.first`). Raises UserError if all checkpoints are of another tinyfusion version.
+    A checkpoint that is damaged or belongs to another training is reported, and the one before it is tried. first: runs
+    the checks on one of several ranks (`Engine.first`). Raises UserError if all checkpoints are of another tinyfusion
+    version.
     """
     refused = None
     for path in reversed(first(partial(checkpoint_folders, folder))):
@@ -156,13 +157,13 @@ class _Snapshot:
 class CheckpointWriter:
     """Write training states to `folder/step-N` in the background, atomically and one at a time.
 
-    Retention: the last `limit` checkpoints whose step is a multiple of `every`, and the one just written. Checkpoints of later
-    steps are removed, because they must be damaged: otherwise training would have resumed from them.
+    Retention: the last `limit` checkpoints whose step is a multiple of `every`, and the one just written. Checkpoints
+    of later steps are removed, because they must be damaged: otherwise training would have resumed from them.
 
-    If tensors are sharded, each rank writes its own file into one folder. Rank 0 completes the folder (`core/ranks.py`), or
-    gives up after `timeout_s` without progress. Otherwise only rank 0 writes. main_pid: process id of rank 0, part of the name
-    of the unfinished folder. An error of the writing thread is raised by the next call, once; it is a UserError if the disk or
-    the files are the cause.
+    If tensors are sharded, each rank writes its own file into one folder. Rank 0 completes the folder
+    (`core/ranks.py`), or gives up after `timeout_s` without progress. Otherwise only rank 0 writes. main_pid: process
+    id of rank 0, part of the name of the unfinished folder. An error of the writing thread is raised by the next call,
+    once; it is a UserError if the disk or the files are the cause.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Distributed context of a training run: ranks, batch slices, gradient synchronisation, small collectives.
 
-accelerate initialises the process group of processes that `torchrun` or `accelerate launch` started, and wraps the step in
-DDP. For FSDP2 torch's `fully_shard` is called directly, because accelerate's plugin silently falls back to DDP on the CPU.
-Every rank takes slices of the global batch, and every random draw is a function of the position in the global batch, so the
-number of processes changes results only by rounding.
+accelerate initialises the process group of processes that `torchrun` or `accelerate launch` started, and wraps the step
+in DDP. For FSDP2 torch's `fully_shard` is called directly, because accelerate's plugin silently falls back to DDP on
+the CPU. Every rank takes slices of the global batch, and every random draw is a function of the position in the global
+batch, so the number of processes changes results only by rounding.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def cut(batch_size: int, num: int) -> list[Slice]:
 
 
 class Engine:
-    """Distributed context of a training: this rank's device, batch slices and collectives; by default a single process."""
+    """Distributed context of a training: this rank's device, batch slices and collectives. Default: one process."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Engine:
         return self.world > 1 and self.compute.parallel == "fsdp2"
 
     def place(self, module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """Move `module` to the device, in place, and shard it if the run uses FSDP2, which replaces its parameter objects.
+        """Move `module` to the device in place, and shard it with FSDP2 if used, which replaces its parameter objects.
 
         blocks: the submodules that FSDP2 gathers one at a time.
         """
@@ -120,7 +120,7 @@ class Engine:
 
     @contextlib.contextmanager
     def gradients(self, step: nn.Module, last: bool) -> Iterator[None]:
-        """Context of a microbatch's backward pass, which synchronises gradients over the ranks only if it is the `last`."""
+        """Context of a microbatch's backward pass: only the `last` one synchronises gradients over the ranks."""
         if self._split is not None:
             from torch.distributed.fsdp import FSDPModule
 
@@ -134,7 +134,7 @@ class Engine:
             yield
 
     def finish_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Average over the ranks the gradients that FSDP2 does not: of parameters that are not sharded, such as gates."""
+        """Average over the ranks the gradients that FSDP2 does not: those of unsharded parameters, such as gates."""
         for parameter in parameters if self._split is not None else ():
             if parameter.grad is not None and not is_sharded(parameter):
                 dist.all_reduce(parameter.grad)
@@ -224,9 +224,9 @@ def lost_process(error: BaseException) -> UserError | None:
 
 
 def open_engine(device: str, compute: ComputeSection) -> Engine:
-    """Create the engine of this process on `device` ("auto", "cpu", "cuda", "mps"). Raises UserError if it is not available.
+    """Create the engine of this process on `device`: "auto", "cpu", "cuda" or "mps".
 
-    Joins the other processes if a launcher started several.
+    Joins the other processes if a launcher started several. Raises UserError if the device is not available.
     """
     if compute.gradient_accumulation_steps < 1:
         raise UserError(f"compute.gradient_accumulation_steps is at least 1; got {compute.gradient_accumulation_steps}")

@@ -30,10 +30,11 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Record of one step: 0-based number, mean of every loss term, gradient norm before clipping, whether it was applied.
+    """Record of one step: 0-based number, mean of every loss term, gradient norm, whether it was applied.
 
-    The norm is over all parameters. bad_samples: indices in the global batch with a non-finite loss, if the step was not
-    applied. waited_s: seconds that the step waited for its batch. loss_scale: in float16 only.
+    gradient_norm: over all parameters, before clipping. bad_samples: indices in the global batch with a non-finite
+    loss, if the step was not applied. waited_s: seconds that the step waited for its batch. loss_scale: in float16
+    only.
     """
 
     step: int
@@ -90,10 +91,10 @@ def train_steps(
 ) -> Iterator[StepRecord]:
     """Train from `state.step` to `settings.made_steps`, and yield a record after every step, when `state` can be saved.
 
-    A non-finite loss or gradient on any rank, or a gradient norm of at least `settings.skip_norm`, skips the update on all
-    ranks (moving average and optimiser do not change); `settings.max_bad_steps` such steps in a row raise BadNumbers. In
-    float16 an overflow of the gradients lowers the loss scale, and counts as such a step only at the lowest scale. Batches are
-    prepared on another thread.
+    A non-finite loss or gradient on any rank, or a gradient norm of at least `settings.skip_norm`, skips the update on
+    all ranks (moving average and optimiser do not change); `settings.max_bad_steps` such steps in a row raise
+    BadNumbers. In float16 an overflow of the gradients lowers the loss scale, and counts as such a step only at the
+    lowest scale. Batches are prepared on another thread.
     """
     engine = engine or Engine(next(iter(state.parameters.values())).device)
     forward = engine.wrap(ForwardPass(state, objective, settings))

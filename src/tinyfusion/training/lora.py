@@ -1,4 +1,4 @@
-"""LoRA factors on every linear layer (arXiv 2106.09685), through peft, with initial values that depend only on a seed."""
+"""LoRA factors on every linear layer (arXiv 2106.09685), through peft; initial values depend only on a seed."""
 
 from __future__ import annotations
 
@@ -55,9 +55,10 @@ def delta_weights(averages: Mapping[str, Tensor], scale: float) -> dict[str, Ten
 
 
 def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights of frozen linear layers to `dtype`, in place; use it on a temporary copy that runs under autocast.
+    """Cast the weights of frozen linear layers to `dtype`, in place.
 
-    The outputs do not change: autocast casts the same weights at every call, because it caches only casts of trained weights.
+    Use it on a temporary copy that runs under autocast. The outputs do not change: autocast casts the same weights at
+    every call, because it caches only casts of trained weights.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters(recurse=False)):

@@ -54,7 +54,8 @@ def decay_groups(
 def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.Optimizer:
     """AdamW over the non-empty groups, with moments in float32 or, if `settings.optimizer` says so, in 8 bits.
 
-    Raises ValueError if all groups are empty, UserError if 8-bit moments are impossible (device, sharding, bitsandbytes).
+    Raises ValueError if all groups are empty, UserError if 8-bit moments are impossible (device, sharding,
+    bitsandbytes).
     """
     listed: list[dict[str, Any]] = []
     for group in groups:

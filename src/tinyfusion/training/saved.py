@@ -109,7 +109,7 @@ def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
 
 
 def write_record(folder: Path, progress: Progress, split: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Write state.json and SHA256SUMS. split: shape and rows per file of sharded tensors. digests: of the tensor files."""
+    """Write state.json and SHA256SUMS. split: shape and rows per file of sharded tensors; digests: of tensor files."""
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(progress), "split": split}, indent=1, allow_nan=False)
     content = f"{text}\n".encode()
     (folder / RECORD).write_bytes(content)

@@ -18,7 +18,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def like_part(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor that is sharded like `like` and has the rows `part` on this rank; `part` itself if `like` is not sharded."""
+    """A tensor sharded like `like`, with the rows `part` on this rank; `part` itself if `like` is not sharded."""
     if not isinstance(like, DTensor):
         return part
     mesh, placements = like.device_mesh, like.placements
@@ -42,5 +42,5 @@ def first_row(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """All rows of `tensor`, detached, gathered from all ranks, each of which must call this; a plain tensor unchanged."""
+    """All rows of `tensor`, detached; gathered from all ranks if it is sharded, and then all ranks must call this."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()

@@ -66,10 +66,10 @@ def horizon_warning(decay: float, steps: int, section: str) -> str | None:
 
 
 class LossScale:
-    """Loss scale of float16 training, against gradients that round to 0: halved on overflow, doubled after 2000 good steps.
+    """Loss scale of float16, whose small gradients would round to 0: halved on overflow, doubled after 2000 good steps.
 
-    This is the rule of torch's GradScaler, which reads only the gradients of one process; here gradients may be sharded.
-    value: None unless `used`.
+    This is the rule of torch's GradScaler, which reads only the gradients of one process; here gradients may be
+    sharded. value: None unless `used`.
     """
 
     def __init__(self, used: bool) -> None:
