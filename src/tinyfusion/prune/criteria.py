@@ -103,7 +103,7 @@ def _one_shot(context: CriterionContext) -> PrunePlan:
 
 
 def _all_but_one(context: CriterionContext) -> tuple[Mask, list[Mask]]:
-    """The whole model's mask, and it with every mask that lacks one block; a list's only block stays."""
+    """(whole model's mask, sorted list of it and all masks without one block); a list's only block always stays."""
     whole = tuple(range(context.depth))
     alone = {group.start for group in context.groups.values() if group.size == 1}
     return whole, sorted([whole, *(_without(whole, block) for block in whole if block not in alone)])
@@ -160,7 +160,7 @@ def _ranked(
     evaluations: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> PrunePlan:
-    """The blocks of highest rank stay; NaN is the highest. scores: for the plan."""
+    """The plan that keeps the blocks of highest rank, of which NaN is the highest. scores: for the plan."""
     order = context.preferred(sorted(range(len(ranks)), key=lambda i: (-_or_infinite(ranks[i]), i)))
     kept = {name: _best(group, order) for name, group in context.groups.items()}
     work = len(ranks) if evaluations is None else evaluations
@@ -312,7 +312,7 @@ def space(context: CriterionContext) -> int:
 
 
 def _marks(context: CriterionContext) -> dict[str, Any]:
-    """The losses of the cheap criteria that can keep as many blocks."""
+    """Losses of the masks that the cheap criteria select, for those that can keep the same number of blocks."""
     chosen: dict[str, Mask] = {}
     wanted = sum(group.keep for group in context.groups.values())
     for name in _MARKED:
@@ -339,7 +339,7 @@ def _marks(context: CriterionContext) -> dict[str, Any]:
 
 
 def _sensitivity_evaluations(context: CriterionContext) -> int:
-    """An estimate for greedy: as if no block were protected."""
+    """Block evaluations of `sensitivity` per calibration batch; greedy: estimated as if no block were protected."""
     if context.settings.sensitivity_order == "one-shot":
         return shared_evaluations(_all_but_one(context)[1])
     left, depth = sum(group.keep for group in context.groups.values()), context.depth

@@ -75,7 +75,7 @@ def recorded_calibration(inputs: RecordedInputs, model: TransformerFolder, seed:
 
 
 def _outputs(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
-    """All values that a call of the model returns, in a row, in float32."""
+    """All values that a call of the model returns, flattened into one float32 tensor."""
     device = next(model.parameters()).device
     arguments = changed(call, lambda tensor: tensor.to(device))
     if "return_dict" in inspect.signature(type(model).forward).parameters:
@@ -245,7 +245,7 @@ class UnitContext(CriterionContext):
 
 
 def _by_pairs(each: UnitList, settings: PruneSection, protected: Sequence[int], wanted: int | None) -> int:
-    """How many units bk-sdm's rule keeps. Raises UserError where a budget wants another number."""
+    """Number of units that bk-sdm's rule keeps. Raises UserError if a budget asks for another number."""
     keep = len(bk_sdm_positions(len(each.units), settings.bk_sdm_list, protected))
     if wanted not in (None, keep):
         raise UserError(
@@ -255,7 +255,7 @@ def _by_pairs(each: UnitList, settings: PruneSection, protected: Sequence[int], 
 
 
 def _units_of(each: UnitList, wanted: int) -> int:
-    """How many units hold `wanted` blocks of each list. Raises UserError where none do."""
+    """Number of units that have `wanted` blocks of each list together. Raises UserError if no number does."""
     path = each.units[0][0][0]
     sizes = [sum(own == path for own, _ in unit) for unit in each.units]
     fixed = sum(sizes[i] for i in each.fixed)
@@ -268,7 +268,7 @@ def _units_of(each: UnitList, wanted: int) -> int:
 
 
 def _budgets(units: Sequence[UnitList], settings: PruneSection) -> dict[str, int]:
-    """Blocks that stay, per list that has a budget: of `prune.budgets`, else `--num-keep` for the lists of the trunk."""
+    """Number of blocks to keep per list that has a budget: `prune.budgets`, else `--num-keep` for the main lists."""
     trunk = [each for each in units if not each.aside]
     budgets = {} if settings.num_keep is None else {each.name: settings.num_keep for each in trunk}
     for entry in settings.budgets:
@@ -282,7 +282,7 @@ def _budgets(units: Sequence[UnitList], settings: PruneSection) -> dict[str, int
 
 
 def _divided(trunk: Sequence[UnitList], total: int) -> dict[str, int]:
-    """A budget over several lists, divided as their lengths are; what is left over goes to the largest remainders."""
+    """Divide a budget over lists in proportion to their lengths; the rest goes to the largest remainders."""
     sizes = {each.name: len({position for unit in each.units for _, position in unit}) for each in trunk}
     if not len(sizes) <= total <= sum(sizes.values()):
         raise UserError(

@@ -78,7 +78,7 @@ class DistilledObjective(Objective):
 
     @contextmanager
     def _comparing(self, taught: dict[int, Tensor]) -> Iterator[list[Tensor]]:
-        """Take the feature loss of a pair once the student's block has run, and free the teacher's feature."""
+        """Compute the feature loss of a pair as soon as the student's block has run, and free the teacher's feature."""
         losses: list[Tensor] = []
         teacher_of = dict(self.pairs) if self.compares_features else {}
 

@@ -241,7 +241,7 @@ class CheckpointWriter:
 
     @torch.no_grad()
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory of the rows on this rank; without tensors that have no rows here."""
+        """Copies in host memory of this rank's rows of all tensors that have rows on it."""
         local = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
         copies = {}
         for name, part in local.items():
@@ -317,7 +317,7 @@ class CheckpointWriter:
             raise
 
     def _prune(self, step: int) -> None:
-        """Remove the checkpoints outside of the retention after `step`."""
+        """Remove the checkpoints that the retention rule does not include after `step`."""
         paths = checkpoint_folders(self.folder)
         regular = [path for path in paths if (other := _step(path) or 0) <= step and other % self.every == 0]
         for path in paths:
@@ -346,7 +346,7 @@ def _write_note(note: Path, content: dict[str, Any]) -> None:
 
 
 def _host_memory(part: Tensor) -> Tensor:
-    """Empty host memory for a copy of `part`: pinned for a GPU, if the limit of locked memory allows."""
+    """An uninitialised host tensor for a copy of `part`; pinned for a GPU, if the limit of locked memory allows."""
     if part.is_cuda:
         try:
             return torch.empty(part.shape, dtype=part.dtype, pin_memory=True)

@@ -158,7 +158,10 @@ def _bad_samples(losses: list[Tensor], settings: TrainingSection, engine: Engine
 
 
 def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: Engine) -> tuple[Tensor, bool]:
-    """Clip and step, unless something is not finite or the norm reaches `skip_norm`; (norm before clipping, applied)."""
+    """Clip gradients and update, unless loss or norm is not finite, or the norm reaches `skip_norm`.
+
+    Returns (norm before clipping, whether the update was applied).
+    """
     parameters = list(state.parameters.values())
     engine.finish_gradients(parameters)
     scale, limit = state.scale.value or 1.0, settings.clip_norm

@@ -72,9 +72,10 @@ def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.
 
 
 def _adamw_8bit(listed: list[dict[str, Any]], numbers: dict[str, Any]) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW (arXiv 2110.02861): one byte per moment in tensors of at least 4,096 elements, scaled by blocks of 256.
+    """AdamW of bitsandbytes (arXiv 2110.02861), with moments of one byte.
 
-    Its state has the number of steps as a plain number.
+    Only tensors of at least 4,096 elements have 8-bit moments, scaled per block of 256. The optimiser's state has the
+    number of steps as a plain number.
     """
     first = listed[0]["params"][0]
     if any(is_sharded(parameter) for group in listed for parameter in group["params"]):
