@@ -200,7 +200,7 @@ def install_routers(block: nn.Module, width: int, num_heads: int, settings: Dyna
 
 @torch.no_grad()
 def initialise_routers(block: nn.Module, settings: DynamicSettings, generator: torch.Generator) -> None:
-    """Xavier-uniform weights, and biases that keep everything on."""
+    """Initialise a block's routers in place: Xavier-uniform weights, and the biases of `settings` (default: all on)."""
     biases = {"attn_rate.router": settings.width_bias, "mlp_rate.router": settings.width_bias,
               "token_selection.mlp_head.0": 0.0, "token_selection.mlp_head.2": settings.token_bias,
               "block_rate.router": settings.block_bias}  # fmt: skip

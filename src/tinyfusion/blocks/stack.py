@@ -135,7 +135,10 @@ class BlockStack:
 
     @contextmanager
     def watched(self, indices: Sequence[int], see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-        """Within the context `see(index, before, after)` is called with the tapped stream around every block at `indices`."""
+        """Call `see(index, before, after)` for every block at `indices` that runs in this context.
+
+        before, after: the stream that the block's declaration names for comparisons, at its input and its output.
+        """
         blocks, declared = list(self), self.streams()
 
         def hook(index: int) -> Any:

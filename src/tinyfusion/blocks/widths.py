@@ -38,11 +38,12 @@ Axes = Mapping[str, Sequence[Axis | None]]  # per tensor, per axis; None: never 
 
 @dataclass(frozen=True)
 class WidthRules:
-    """A family's rules for its widths.
+    """How the channels of a family's models are grouped and pruned, as functions of an architecture (arch).
 
-    groups: every group of an arch. axes: their positions in tensors. narrowed: the arch with these sizes of groups, ValueError
-    if there is none. for_share: the narrower arch with that share of the parameters (0 to 1). compensate: corrects, in place,
-    side effects of slicing: (sliced tensors, old arch, new arch).
+    groups: arch -> its channel groups by name. axes: arch -> which group each axis of each tensor belongs to. narrowed:
+    (arch, {group: number of channels}) -> arch of these sizes; raises ValueError if there is none. for_share: (arch,
+    share of the parameters, 0 to 1) -> narrower arch. compensate: (sliced tensors, old arch, new arch) corrects side
+    effects of slicing in place.
     """
 
     groups: Callable[[Any], dict[str, ChannelGroup]]

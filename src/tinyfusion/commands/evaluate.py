@@ -48,8 +48,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score images (npz, folder of images, real set by name) against a reference and write the JSON at `options.out`.
 
-    reference: None is the first of the recipe. against: an npz of another model from the same seeds, for PSNR and SSIM of the
-    pairs. print_table: print the scores on stderr. examples: an npz to write with some images of the reference.
+    reference: None: the first of `evaluate.references`. against: an npz of another model's images from the same seeds;
+    adds PSNR and SSIM of the image pairs. print_table: print the scores on stderr. examples: path of an npz, to which
+    some images of the reference are written.
     """
     remarks: list[str] = []
     compared = reference or next(iter(recipe.evaluate.references), None)

@@ -36,7 +36,7 @@ def _dynamic(model: LoadedModel) -> dict[str, Any] | None:
 
 
 def inspect(model: LoadedModel) -> dict[str, Any]:
-    """The facts that `inspect --json` prints."""
+    """The JSON record of a model that `inspect --json` prints: sizes, plan, multiply-accumulates and origin."""
     record, plan = model_record(model), model.facts.plan
     del record["format_version"], record["plan"]
     return {

@@ -43,11 +43,11 @@ class Train(TrainingVerb[Training]):
         return Inputs(with_watched(recipe, model, remarks), options, {"model": model}, batches=batches)
 
     def hashes(self, inputs: Inputs) -> dict[str, str | None]:
-        """None: the recipe says all."""
+        """Empty: the result depends on no other model."""
         return {}
 
     def work(self, inputs: Inputs, engine: Engine) -> Training:
-        """All of the model trains."""
+        """A training of all parameters of the model, ready to run."""
         recipe, model, settings = inputs.recipe, inputs.model("model"), inputs.recipe.train
         assert inputs.batches is not None
         engine.place(model.module.train(), list(model.stack))

@@ -21,8 +21,8 @@ ModelInputs = Callable[["Condition"], Mapping[str, Any]]
 class Condition:
     """Named tensors (B, ...) with one row per image, and the null row, which means no condition.
 
-    A table is a condition too, with one row per label: `index(labels)` gives the condition of a batch.
-    null_row: name -> (1, ...), of every tensor; None: rows cannot be dropped or guided.
+    A table with one row per label is a condition too: `index(labels)` gives the condition of a batch.
+    null_row: {name of every tensor: (1, ...)}; None: no condition can be dropped, and guidance is impossible.
     """
 
     tensors: Mapping[str, Tensor]
@@ -56,11 +56,11 @@ class Condition:
         return self.each(lambda tensor: tensor[rows])
 
     def null(self) -> Condition:
-        """As many rows of no condition. Raises UserError where there is no null row."""
+        """The unconditional counterpart: the null row, repeated for every row. Raises UserError if there is none."""
         return self.each_with_null(lambda tensor, null: null.expand_as(tensor))
 
     def drop(self, draws: Draws, share: float, purpose: str = "label_drop") -> Condition:
-        """The condition with the null row in place of a drawn `share` of its rows. Raises UserError where there is none."""
+        """The condition with the null row in place of each row with probability `share`. UserError if there is none."""
         if not share:
             return self
         dropped = torch.from_numpy(draws.uniform(purpose) < share).to(self.device)

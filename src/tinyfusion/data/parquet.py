@@ -55,7 +55,8 @@ def parquet_files(path: Path) -> list[Path]:
 def batches_of(table: Any, group: int, columns: Sequence[str]) -> Iterator[Any]:
     """Yield columns of a row group of an open file, in the given order, a few rows at a time.
 
-    A repeated value is stored once, so a row may take as much memory as its whole column takes in the file.
+    Parquet may store a repeated value once, so a single row can take as much memory as its whole column has bytes in
+    the file; the number of rows follows from that.
     """
     about = table.metadata.row_group(group)
     chunks = [about.column(place) for place in range(about.num_columns)]

@@ -219,9 +219,9 @@ class DynamicObjective(Objective):
 
 @torch.no_grad()
 def inference_ratio(dynamic: DynamicModel, passes: Sequence[Pass]) -> float:
-    """Mean ratio of multiply-accumulates under the decisions of inference, over all images of `passes`.
+    """Mean share of the full model's multiply-accumulates that inference runs, over all images of `passes`.
 
-    The images should be at the times of the intended sampler, or at evenly spread times.
+    The images should be noised to the timesteps of the intended sampler, or to evenly spread ones.
     """
     total, num = 0.0, 0
     for images, run in passes:

@@ -30,7 +30,10 @@ def check_sizes(sizes: Mapping[str, Any], tensors: Mapping[str, Tensor], what: s
 
 
 def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
-    """Raise UserError, `what` and the first few faults, unless `tensors` are floats of exactly these names and shapes."""
+    """Raise UserError unless `tensors` are floats with exactly the names and shapes of `wanted`.
+
+    The message begins with `what` and lists the first few faults.
+    """
     faults = [f"missing {name}" for name in wanted if name not in tensors]
     faults += [f"unexpected {name}" for name in tensors if name not in wanted]
     faults += [
@@ -43,7 +46,7 @@ def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], w
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise UserError, `what` and the first few names, where values are infinite or no numbers."""
+    """Raise UserError if values are infinite, NaN or missing. The message: `what`, and the first few names."""
     odd = [
         f"{name} is {_kind(t)}, wanted numbers" for name, t in tensors.items() if t.layout != torch.strided or t.is_meta
     ]

@@ -56,7 +56,7 @@ class SkippedRun:
 
 
 def skipped_run_for(model: LoadedModel, sampler: Sampler) -> SkippedRun | None:
-    """The decisions of `model`, in float32, for `sampler`; None of a model without routers."""
+    """Decisions of a dynamic model's routers at the timesteps of `sampler`, in float32; None without routers."""
     if model.dynamic is None:
         return None
     draws = SampleDraws(Randomness(0), 0, 1, torch.device("cpu"))
@@ -183,7 +183,7 @@ def in_dtype(model: LoadedModel, dtype: str, device: torch.device) -> LoadedMode
 
 @dataclass(frozen=True)
 class Drawing:
-    """Images by their index. labels: of every image. dtype: of images, uint8 or float32."""
+    """Sampling of images by index, ready to run. labels: of every image. dtype: of the images, uint8 or float32."""
 
     model: LoadedModel
     labels: np.ndarray
@@ -217,7 +217,7 @@ def open_drawing(
     recipe: Recipe, model: LoadedModel, device: torch.device, autoencoder: Autoencoder | None = None,
     labels: np.ndarray | None = None,
 ) -> Drawing:  # fmt: skip
-    """The drawing of the section `sample`, on `device`. labels: of every image, instead of the section's."""
+    """Set up sampling on `device` by the recipe's section `sample`. labels: of every image; None: the recipe's."""
     settings = recipe.sample
     if settings.compile:
         check_compiler(device)

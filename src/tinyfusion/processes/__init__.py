@@ -1,1 +1,1 @@
-"""Noising processes: draw, predict, losses, steps of sampling."""
+"""Noising processes and training objectives: random draws, predictions, losses, and the steps of sampling."""

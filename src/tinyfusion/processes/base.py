@@ -1,8 +1,9 @@
-"""Interfaces of processes and objectives: draw the randomness of a batch, predict, take losses.
+"""Interfaces of processes and objectives: draw the random numbers of a batch, predict, compute losses.
 
-`NoisyBatch` is one frozen object with all that is random about a batch, so teacher and student see the same noise, timesteps
-and label drops. The training loop calls an `Objective`; gates and distillation are objectives that wrap another. A `Process`
-is not wrapped around another, and knows what pruning and distillation need of its noise.
+A `NoisyBatch` contains all random draws of a batch in one frozen object, so teacher and student see the same noise,
+timesteps and label drops. The training loop calls an `Objective`; mask learning and distillation are objectives that
+wrap another one. A `Process` is an objective that wraps no other; it also has the methods for noise that pruning and
+distillation need.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A batch and everything that was drawn for it. B samples, along axis 0 of every tensor that is no scalar.
+    """A batch and everything that was drawn for it, with the B samples along axis 0 of every tensor except scalars.
 
-    More randomness is fields of a subclass.
+    Processes with further random draws add fields in a subclass.
     """
 
     x0: Tensor  # (B, C, H, W) clean
@@ -62,7 +63,7 @@ class NoisyBatch:
         return self.condition.device
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The batch with `change` applied to every tensor but scalars, such as one that picks samples."""
+        """The batch with `change`, such as a selection of samples, applied to every tensor except scalars."""
 
         def changed(value: Any) -> Any:
             if isinstance(value, Condition):
@@ -84,9 +85,9 @@ class Prediction:
 class StepMemory:
     """Memory of a training step in addition to one forward and backward pass of the trained model.
 
-    teacher: a frozen model that runs first, without a graph, and its blocks. features: blocks of the teacher whose outputs
-    are retained for a comparison. graph_share: share of the images that run a block with a graph. passes: forward passes of
-    the trained model whose graphs are retained at once.
+    teacher: a frozen model that runs first, without a graph, and its blocks. features: number of the teacher's blocks
+    whose outputs are retained for a comparison. graph_share: mean share of the images that run a block with a graph.
+    passes: number of forward passes of the trained model whose graphs are retained at the same time.
     """
 
     teacher: tuple[nn.Module, BlockStack] | None = None
@@ -96,17 +97,17 @@ class StepMemory:
 
 
 class Objective(Protocol):
-    """The calls of a training step, in their order. Inherit for the defaults.
+    """Interface of a training objective: the calls of a training step, in their order. Inherit for the defaults.
 
-    A noisy batch is a `NoisyBatch`, or another record that the objective's own `draw` returns.
+    A noisy batch is a `NoisyBatch`, or any other object that the objective's `draw` returns.
     """
 
     def draw(self, batch: Any, draws: Draws) -> Any:
-        """Draw everything random about `batch`."""
+        """Draw all random numbers of `batch`, and return it noised."""
         ...
 
     def prepared(self, model: nn.Module, microbatches: Sequence[Any]) -> Sequence[Any]:
-        """The microbatches of one rank, seen together before the first one runs, without gradients. Default: unchanged."""
+        """Prepare all microbatches of a rank before the first one runs, without gradients. Default: unchanged."""
         return microbatches
 
     def predict(self, model: nn.Module, noisy: Any) -> Prediction:
@@ -114,7 +115,7 @@ class Objective(Protocol):
         ...
 
     def losses(self, model: nn.Module, noisy: Any, prediction: Any) -> dict[str, Tensor]:
-        """Per-sample terms (B,); "loss" is the one that is optimised (its mean), the others are logged."""
+        """Per-sample terms (B,) by name: the mean of "loss" is optimised, the others are logged."""
         ...
 
     def step_memory(self) -> StepMemory:
@@ -123,24 +124,24 @@ class Objective(Protocol):
 
 
 class Process(Objective, Protocol):
-    """An objective that is not wrapped around another. By default it has no levels of noise."""
+    """An objective that wraps no other one, with methods for pruning and distillation. Default: no noise levels."""
 
     def kd_terms(self, noisy: Any, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
-        """(B,) terms of a student's output against its teacher's: "kd_loss", and its terms for the log.
+        """Distillation loss (B,) of a student's output against its teacher's: "kd_loss", and its terms for the log.
 
         No gradient reaches the teacher.
         """
         ...
 
     def low_noise(self, noisy: Any) -> Any:
-        """The clean input at times of little noise, as in the released block influence."""
+        """The batch with clean inputs and low-noise timesteps, as in TinyFusion's released block influence."""
         raise UserError("clean inputs at little noise need a process with levels of noise: use bi_inputs noised")
 
     @property
     def num_levels(self) -> int:
-        """Levels of noise of `at_level`; 0 if noise is not ordered by one number."""
+        """Number of noise levels of `at_level`; 0 if the process has no single noise level per image."""
         return 0
 
     def at_level(self, noisy: Any, level: int) -> Any:
-        """The same images, noise and conditions, all at one level of noise, from 0 (cleanest) to `num_levels` - 1."""
+        """The same images, noise and conditions, all at noise level `level`, from 0 (cleanest) to `num_levels` - 1."""
         raise UserError(f"the process of this model has no level of noise {level}")

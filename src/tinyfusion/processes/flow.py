@@ -1,19 +1,21 @@
 """The flow process: paths between noise and data, network predictions along them, and the training loss.
 
-Shapes: B samples, C channels. A path is a function of the noise level, 0 at the data and 1 at noise (`processes/time.py`):
-x = alpha x0 + sigma noise, x0 the clean image; on the linear path sigma is the noise level itself. Velocity and derivatives
-are by the noise level. t (B,) is time in the family's convention, `model(x, t, **condition)` returns (B, C, H, W) in the same,
-and `Flow.convention` converts both. (Published code has time 0 at noise and 1 at the data; the paper has it the other way round.)
+Shapes: B samples, C channels. A path is a function of the noise level, 0 at the data and 1 at noise
+(`processes/time.py`): x = alpha x0 + sigma noise, x0 the clean image; on the linear path sigma is the noise level
+itself. Velocity and derivatives are with respect to the noise level. t (B,) and the output (B, C, H, W) of
+`model(x, t, **condition)` are in the family's convention of time and velocity, which `Flow.convention` converts. (In
+the published code time is 0 at noise and 1 at the data; in the paper the other way round.)
 
 Velocity, score and noise are linear in each other at a given x and t. With W = alpha sigma' - alpha' sigma, which is 1 on the
-linear path, each conversion divides only by what really vanishes:
+linear path, each conversion is infinite only where the quantity itself is:
 
     noise    e = (alpha v - alpha' x) / W          finite for every noise level
     velocity v = (alpha' x + W e) / alpha          infinite only where alpha is 0: the noise end of linear and gvp
     score    s = -e / sigma                        infinite only at the data
 
 Source: Ma et al., arXiv 2401.08740 (paths, predictions, weights); Albergo et al., arXiv 2303.08797.
-Differs: a given epsilon is used, each one for itself (the published code tests the wrong one, and uses 0 for velocity).
+Differs: the epsilons of training and of sampling are each used as given (the published code tests the wrong one, and
+uses 0 for velocity).
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ SMALL_EPS = 1e-3  # published distance from the ends, if there has to be one
 
 
 class Point(NamedTuple):
-    """A path at noise levels, all fields in their shape: x = alpha x0 + sigma noise; d_: derivatives; wronskian: W."""
+    """Coefficients of a path at some noise levels: x = alpha x0 + sigma noise; d_: their derivatives; wronskian: W."""
 
     alpha: Tensor
     d_alpha: Tensor
@@ -52,20 +54,20 @@ class Point(NamedTuple):
 
 
 def linear_path(level: Level) -> Point:
-    """alpha = clean, sigma = noise level."""
+    """The linear path: alpha = 1 - noise level, sigma = noise level."""
     one = torch.ones_like(level.sigma)
     return Point(level.clean, -one, level.sigma, one, one)
 
 
 def gvp_path(level: Level) -> Point:
-    """Sines of a quarter turn; the cosine is the sine of the complement, so that both ends are exact."""
+    """The trigonometric path (gvp), exact at both ends: alpha = cos(pi s / 2), sigma = sin(pi s / 2), s noise level."""
     quarter = math.pi / 2
     alpha, sigma = torch.sin(quarter * level.clean), torch.sin(quarter * level.sigma)
     return Point(alpha, -quarter * sigma, sigma, quarter * alpha, torch.full_like(alpha, quarter))
 
 
 def vp_path(level: Level) -> Point:
-    """The variance-preserving diffusion with beta from 0.1 at the data to 20 at noise, where alpha is 0.0066, not 0."""
+    """The variance-preserving path (vp): beta from 0.1 at the data to 20 at noise, where alpha is 0.0066, not 0."""
     left = level.sigma
     log_alpha = -(left**2) * (_BETA_MAX - _BETA_MIN) / 4 - left * _BETA_MIN / 2
     slope = left * (_BETA_MAX - _BETA_MIN) / 2 + _BETA_MIN / 2  # of -log alpha
@@ -78,7 +80,10 @@ PATHS: dict[PathName, Callable[[Level], Point]] = {"linear": linear_path, "gvp":
 
 @dataclass(frozen=True)
 class Flow:
-    """A path, the prediction of the network, and its family's convention of time and velocity. ValueError on unknown names."""
+    """A flow: its path, the quantity that the network predicts, and the family's convention of time and velocity.
+
+    Raises ValueError on unknown names.
+    """
 
     path: PathName = "linear"
     prediction: Predicted = "velocity"
@@ -90,7 +95,7 @@ class Flow:
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> Flow:
-        """From the settings of a model, published ones by default. ValueError on unknown ones."""
+        """The flow of a model's settings, by default the published ones. Raises ValueError on unknown settings."""
         unknown = sorted(set(settings) - {"path", "prediction"})
         if unknown:
             raise ValueError(f"unknown settings of a flow: {', '.join(unknown)}")
@@ -100,15 +105,15 @@ class Flow:
         return {"path": self.path, "prediction": self.prediction}
 
     def point(self, t: Tensor) -> Point:
-        """The path at t (B,), shaped (B, 1, 1, 1)."""
+        """Coefficients of the path at t (B,), shaped (B, 1, 1, 1)."""
         return PATHS[self.path](self.convention.level(t.view(-1, 1, 1, 1)))
 
     def ends(self, eps: float | None, default_vp: float) -> tuple[float, float]:
-        """The range of 1 - noise level in which a model is trained or sampled.
+        """The range (low, high) of 1 - noise level in which a model is trained or sampled.
 
-        eps: distance from both ends, on the VP path from the data alone. None is the published one: 0 for velocity, 1e-3 for
-        noise and score, `default_vp` on the VP path. Raises ValueError if eps is outside of [0, 0.5), or 0 where the velocity
-        is infinite at an end.
+        eps: distance from both ends of [0, 1], on the VP path only from the end at the data. None: the published value:
+        0 for velocity, 1e-3 for noise and score, `default_vp` on the VP path. Raises ValueError if eps is outside of
+        [0, 0.5), or if it is 0 and the velocity is infinite at an end.
         """
         if eps is None:
             eps = default_vp if self.path == "vp" else 0.0 if self.prediction == "velocity" else SMALL_EPS
@@ -122,11 +127,11 @@ class Flow:
         return (0.0 if self.path == "vp" else eps), 1.0 - eps
 
     def training_ends(self, eps: float | None) -> tuple[float, float]:
-        """`ends` of training: 1e-5 on the VP path."""
+        """`ends` for training, where eps is 1e-5 by default on the VP path."""
         return self.ends(eps, default_vp=1e-5)
 
     def sampling_ends(self, eps: float | None) -> tuple[float, float]:
-        """`ends` of sampling: 1e-3 on the VP path."""
+        """`ends` for sampling, where eps is 1e-3 by default on the VP path."""
         return self.ends(eps, default_vp=SMALL_EPS)
 
     def velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class Flow:
         return (at.d_alpha * x + at.wronskian * noise) / at.alpha
 
     def noise(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The noise from the network's output."""
+        """The noise that the network's output predicts."""
         if self.prediction == "noise":
             return output
         at = self.point(t)
@@ -153,7 +158,7 @@ class Flow:
         return -self.noise(output, x, t) / self.point(t).sigma
 
     def towards_data(self, network: Denoiser) -> Denoiser:
-        """(x, c) -> dx/dc with c = 1 - noise level, of a network in its family's convention."""
+        """The velocity towards the data, (x, c) -> dx/dc with c = 1 - noise level, of a network of the family."""
 
         def slope(x: Tensor, clean: Tensor) -> Tensor:
             t = self.convention.at_clean(clean)
@@ -162,7 +167,7 @@ class Flow:
         return slope
 
     def error(self, output: Tensor, noisy: NoisyBatch, target: Tensor | None = None) -> Tensor:
-        """(B, C, H, W): the error that the loss squares. target: the output of another network in place of the truth.
+        """(B, C, H, W): the error that the loss squares. target: output of another network, to use instead of the data.
 
         velocity: v - (alpha' x0 + sigma' noise), in the sign of the family; noise: e - noise; score: sigma s + noise.
         """
@@ -188,7 +193,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class FlowObjective(Process):
-    """The squared error of a flow network, per sample.
+    """The training loss of a flow network: squared error, per sample.
 
     Fields of its `NoisyBatch`: x0 clean, xt = alpha x0 + sigma noise, t float32 in the convention of the family. label_drop:
     probability of replacing a condition by the null row (published: 0.1; 0 in evaluation). loss_weight: of noise and score
@@ -225,17 +230,17 @@ class FlowObjective(Process):
         return Prediction(model(noisy.xt, noisy.t, **self.inputs(noisy.condition)))
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """mse: mean squared error of the prediction; loss: weighted mse."""
+        """Per-sample "mse", the mean squared error of the prediction, and "loss", the weighted mse."""
         mse = mean_flat(self.flow.error(prediction.output.float(), noisy) ** 2)
         return {"loss": mse * self.flow.weight(self.loss_weight, noisy.t), "mse": mse}
 
     def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
-        """kd_loss: the loss with the teacher's output as the target; of velocities mean (v_s - v_T)^2."""
+        """Per-sample "kd_loss", the loss with the teacher's output as target; for velocities mean (v_s - v_T)^2."""
         error = self.flow.error(own.output.float(), noisy, taught.output.detach().float())
         return {"kd_loss": mean_flat(error**2) * self.flow.weight(self.loss_weight, noisy.t)}
 
     def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
-        """The clean input at a quarter of its noise level, as the released statistic of Gaussian models."""
+        """The batch with clean inputs at a quarter of its noise levels, as released for Gaussian models."""
         convention = self.flow.convention
         return replace(noisy, xt=noisy.x0, t=convention.at_sigma(convention.level(noisy.t).sigma / _LOW_NOISE_DIVISOR))
 
@@ -244,7 +249,7 @@ class FlowObjective(Process):
         return NUM_LEVELS
 
     def at_level(self, noisy: NoisyBatch, level: int) -> NoisyBatch:
-        """Levels are even steps between the two ends of training."""
+        """The batch at noise level `level`; levels are evenly spaced between the two ends of training."""
         low, high = self.flow.training_ends(self.eps)
         clean = high - (high - low) * level / (NUM_LEVELS - 1)
         t = torch.full_like(noisy.t, self.flow.convention.at_clean(clean))

@@ -26,11 +26,11 @@ _LOW_NOISE_DIVISOR = 4  # the released block influence uses the first quarter of
 
 
 def respaced_timesteps(spacing: str) -> list[int]:
-    """Original steps of a respacing string, ascending.
+    """Original timesteps that a respacing string selects, ascending.
 
-    "" is all 1000; "N" or "N1,N2,..." takes that many evenly spread steps from as many near-equal sections, both ends
-    included; "ddimN" the smallest integer stride that gives exactly N. Raises ValueError, naming the nearest two possible
-    numbers, if the rule cannot give N.
+    "" selects all 1000. "N1,N2,..." divides the chain into as many nearly equal sections and selects N1, N2, ... evenly
+    spread timesteps of each, both ends included; "N" is a single section. "ddimN" uses the smallest integer stride that
+    gives exactly N timesteps. Raises ValueError, naming the nearest two possible numbers, if the rule cannot give N.
     """
     if not spacing:
         return list(range(NUM_TIMESTEPS))
@@ -65,9 +65,9 @@ def _stride_timesteps(count: int) -> list[int]:
 
 
 class Schedule:
-    """Tables of a respaced chain, float64, shape (N,). `timesteps[i]` is the original step of index i.
+    """Tables of a respaced diffusion chain, float64, shape (N,). `timesteps[i]` is the original timestep of index i.
 
-    betas: (1000,) float64 of the whole chain; None: the linear ones of the published models.
+    betas: (1000,) float64, of the original chain; None: the linear betas of the published models.
     """
 
     def __init__(self, spacing: str = "", betas: np.ndarray | None = None) -> None:
@@ -100,7 +100,7 @@ class Schedule:
         return self._table(table, index.device)[index].view(-1, 1, 1, 1)
 
     def original(self, index: Tensor) -> Tensor:
-        """Original steps of `index` (B,), int64."""
+        """Original timesteps of respaced indices `index` (B,), int64."""
         return self._table("timesteps", index.device)[index]
 
     def _table(self, name: str, device: torch.device) -> Tensor:
@@ -141,7 +141,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean and log variance of a reverse step, and the predicted clean image."""
+    """A reverse step as a Gaussian: mean and log variance, and the predicted clean image."""
 
     mean: Tensor
     log_variance: Tensor
@@ -180,8 +180,8 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
 class GaussianObjective(Process):
     """Hybrid loss: noise MSE plus the variational term for the variance, both per sample.
 
-    label_drop: probability of replacing a condition by the null row (published: 0.1; 0 in evaluation).
-    teacher_at_zero: distillation at t = 0 is the KL from the teacher as for other t, not the data likelihood (published).
+    label_drop: probability of replacing a condition by the null row (published: 0.1; 0 in evaluation). teacher_at_zero:
+    at t = 0 distillation uses the KL from the teacher as at other t; otherwise the data likelihood, as published.
     inputs: the model's arguments for a condition.
     Source: arXiv 2102.09672, equation 16, with weight 1 on the variational term in bits per dimension of the sampled t.
     """
@@ -199,14 +199,14 @@ class GaussianObjective(Process):
         return self.noised(Batch(batch.x, condition), t, noise, draws.step)
 
     def noised(self, batch: Batch, t: Tensor, noise: Tensor, step: int = 0) -> NoisyBatch:
-        """The batch of these draws; conditions unchanged."""
+        """The batch noised with the given timesteps and noise; conditions are unchanged."""
         return NoisyBatch(batch.x, noise, self.schedule.q_sample(batch.x, t, noise), t, batch.condition, step)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
         return Prediction(model(noisy.xt, self.schedule.original(noisy.t), **self.inputs(noisy.condition)))
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """loss = mse + vb; without learned variance loss = mse."""
+        """Per-sample "loss" = mse + vb, with its two terms; without learned variance "loss" = mse."""
         noise, v = split_output(prediction.output, noisy.x0.shape[1])
         mse = mean_flat((noisy.noise - noise) ** 2)
         if v is None:
@@ -215,10 +215,11 @@ class GaussianObjective(Process):
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
-        """kd_loss = noise MSE against the teacher + vb_kd, the KL of the student's step from the teacher's in bits.
+        """Per-sample "kd_loss": noise MSE against the teacher + "vb_kd".
 
-        The KL trains the variance alone, and is the data likelihood at t = 0 (as published, unless `teacher_at_zero`). Without
-        learned variance in both there is none. Source: arXiv 2412.01199, equation 6 and its released code.
+        vb_kd: KL(teacher || student) of the reverse step in bits. The KL trains the variance alone. At t = 0 it is
+        replaced by the data likelihood (as published, unless `teacher_at_zero`). Without learned variance in both
+        models "vb_kd" is left out. Source: arXiv 2412.01199, equation 6 and its released code.
         """
         channels = noisy.x0.shape[1]
         noise, v = split_output(own.output, channels)
@@ -231,9 +232,9 @@ class GaussianObjective(Process):
         return {"kd_loss": mse_kd + vb_kd, "vb_kd": vb_kd}
 
     def low_noise(self, noisy: NoisyBatch) -> NoisyBatch:
-        """The clean input at timesteps of the first quarter of the chain, as released.
+        """The batch with clean inputs and timesteps from the first quarter of the chain, as released.
 
-        Differs from the released code by timesteps that are stratified if the draws are.
+        Differs from the released code: timesteps are stratified if those of the batch are.
         """
         return replace(noisy, xt=noisy.x0, t=torch.div(noisy.t, _LOW_NOISE_DIVISOR, rounding_mode="floor"))
 
@@ -253,9 +254,10 @@ class GaussianObjective(Process):
         target: tuple[Tensor, Tensor] | None = None,
         data_at_zero: bool = True,
     ) -> Tensor:
-        """(B,) bits per dimension: KL of `target` (mean, log variance; default the true posterior) from the model.
+        """The variational term (B,) in bits per dimension: KL(`target` || the model's reverse step).
 
-        Only v gets a gradient. At t = 0 it is the data's negative log-likelihood (as published) if `data_at_zero`.
+        target: (mean, log variance); None: the true posterior. Only v gets a gradient. With `data_at_zero` the term at
+        t = 0 is the data's negative log-likelihood (as published).
         """
         model = self.schedule.model_gaussian(noise.detach(), v, noisy.xt, noisy.t, clip=False)
         mean, log_variance = target or self.schedule.posterior(noisy.x0, noisy.xt, noisy.t)
@@ -269,9 +271,9 @@ class GaussianObjective(Process):
 def sample_ancestral(
     model: Denoiser, schedule: Schedule, x: Tensor, step_noise: StepNoise, clip: bool = False
 ) -> Iterator[Tensor]:
-    """DDPM sampling from x (B, C, H, W) ~ N(0, 1): yields x after every step, highest index first.
+    """DDPM sampling from x (B, C, H, W) ~ N(0, 1): yields x after every step, from the noisiest timestep on.
 
-    step_noise(j): noise of the j-th step; none is drawn for the last. Source: arXiv 2006.11239 alg. 2.
+    step_noise(j): noise of the j-th step; not called for the last step. Source: arXiv 2006.11239 alg. 2.
     """
     channels = x.shape[1]
     for position, i in enumerate(reversed(range(len(schedule)))):
@@ -285,7 +287,7 @@ def sample_ancestral(
 def sample_ddim(
     model: Denoiser, schedule: Schedule, x: Tensor, step_noise: StepNoise, clip: bool = False, eta: float = 0.0
 ) -> Iterator[Tensor]:
-    """DDIM sampling; eta 0 is deterministic and draws nothing. Source: arXiv 2010.02502 equation 12."""
+    """DDIM sampling, as `sample_ancestral`; with eta 0 it is deterministic. Source: arXiv 2010.02502 equation 12."""
     channels = x.shape[1]
     for position, i in enumerate(reversed(range(len(schedule)))):
         index, original = _indices(schedule, i, x)

@@ -1,12 +1,13 @@
-"""Integrate dx/dt = v(x, t): fixed steps on a grid, and adaptive steps of each sample or of the whole batch.
+"""ODE solvers for dx/dt = v(x, t): fixed steps on a grid, and adaptive steps per sample or for the whole batch.
 
 Shapes: B samples; x is (B, ...), t (B,). Methods and their coefficients are torchdiffeq's. A *field* is v(x, t) -> (B, ...).
 Times may decrease.
 
-torchdiffeq adapts one step size to the batch (`batch_steps`, as published): the error is one root mean square over all
-samples, so a sample depends on its neighbours by about the tolerance. `sample_steps`, which it does not have, gives each sample
-its own time and step size; finished samples wait for the others. Step sizes are rounded down to a geometric grid, four per
-factor of two, so that rounding in the network, which differs with the batch size, rarely changes them.
+torchdiffeq adapts one step size for the whole batch (`batch_steps`, as published): the error is one root mean square
+over all samples, so a sample depends on the others of its batch by about the tolerance. `sample_steps`, which
+torchdiffeq does not have, uses a time and a step size per sample; finished samples wait for the others. Step sizes are
+rounded down to a geometric grid, four per factor of two, so that rounding in the network, which differs with the batch
+size, rarely changes them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _SIZES_PER_OCTAVE = 4
 
 @torch.no_grad()
 def grid_steps(field: Field, x: Tensor, grid: Tensor, method: str) -> Iterator[Tensor]:
-    """x after each step from one time of the grid (N,) to the next."""
+    """Yield x after each step from one time of the grid (N,) to the next."""
     from torchdiffeq import odeint  # late: only flows need it
 
     for at in range(len(grid) - 1):
@@ -40,7 +41,7 @@ def grid_steps(field: Field, x: Tensor, grid: Tensor, method: str) -> Iterator[T
 
 
 def check_points(num_points: int) -> None:
-    """ValueError on a grid of times without a step."""
+    """Raise ValueError if a grid of `num_points` times has no step."""
     if num_points < 2:
         raise ValueError(f"takes 2 points in time at least, both ends of one step; got {num_points}")
 
@@ -54,10 +55,11 @@ def _timed(field: Field, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 def batch_steps(
     field: Field, x: Tensor, ends: Ends, method: str, atol: float, rtol: float, beyond: bool = True
 ) -> Iterator[Tensor]:
-    """x at the end, by steps that the whole batch shares, as published.
+    """Integrate with adaptive steps that the whole batch shares, as published; yields x at the end.
 
-    The last step goes beyond the end and x is interpolated, so the field is evaluated beyond the end as well (in a toy ODE at
-    t = 2.3 for an end of 1). beyond = False clamps times to the interval, for fields that are undefined outside of it.
+    The last step goes beyond the end, and x is interpolated, so the field is also evaluated beyond the end (in a toy
+    ODE at t = 2.3 for an end of 1). beyond = False clamps times to the interval, for fields that are undefined outside
+    of it.
     """
     from torchdiffeq import odeint
 
@@ -74,7 +76,7 @@ def batch_steps(
 
 
 def root_mean_square(x: Tensor) -> Tensor:
-    """Over all but the batch axis: (B,)."""
+    """Root mean square (B,) over all axes except the batch axis."""
     return x.flatten(1).square().mean(1).sqrt()
 
 
@@ -88,11 +90,12 @@ def sample_steps(
     rtol: float,
     norm: Callable[[Tensor], Tensor] = root_mean_square,
 ) -> Iterator[Tensor]:
-    """x after every round of steps, each sample at its own time, until all are at the end; no time is beyond it.
+    """Integrate with adaptive steps per sample; yields x after every round of steps, until all samples are at the end.
 
-    A step is accepted if norm(error / (atol + rtol max|x|)) <= 1, and its size follows the error to the power -1 / order.
-    norm: of (B, ...) to (B,). A sample with a non-finite field ends at once. Raises ValueError on methods outside of
-    `ADAPTIVE_METHODS`. Source of the step control: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, II.4.
+    A step is accepted if norm(error / (atol + rtol max|x|)) <= 1, and its size follows the error to the power
+    -1 / order. norm: (B, ...) -> (B,). No sample goes beyond the end, and one with a non-finite field ends at once.
+    Raises ValueError on methods outside of `ADAPTIVE_METHODS`. Source of the step control: Hairer, Norsett & Wanner,
+    Solving Ordinary Differential Equations I, II.4.
     """
     if method not in ADAPTIVE_METHODS:
         raise ValueError(f"no method {method!r} with adaptive steps; there is {', '.join(ADAPTIVE_METHODS)}")

@@ -1,4 +1,4 @@
-"""The masked autoregressive process: tokens in random order, the last ones known, and a small diffusion for each hidden one.
+"""The masked autoregressive process: some tokens are known, and a small diffusion head generates each hidden token.
 
 Shapes: B images, L tokens of E values each, m hidden and u = L - m known ones, r noise levels of each hidden token.
 `model(x, **condition, known, hidden, rows, t, dropout)` returns (B, m, r, 2E).
@@ -44,7 +44,7 @@ def cosine_betas() -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def head_schedule(spacing: str = "") -> Schedule:
-    """The chain of the diffusion head; cached, because its tables are moved to devices."""
+    """The noise schedule of the diffusion head; cached, because its tables are moved to devices."""
     return Schedule(spacing, cosine_betas())
 
 
@@ -55,7 +55,7 @@ def hidden_ratio(uniform: float, lowest: float, std: float = 0.25) -> float:
 
 
 def num_hidden(ratio: float, num_tokens: int) -> int:
-    """m, at least 1."""
+    """Number m of hidden tokens, at least 1."""
     return max(1, math.ceil(ratio * num_tokens))
 
 
@@ -70,11 +70,12 @@ class MaskedBatch(NoisyBatch):
 
 @dataclass(frozen=True)
 class MaskedObjective(Process):
-    """Diffusion loss of hidden tokens, given the known ones: per image, the mean over its m r rows. It has no levels of noise.
+    """Diffusion loss of the hidden tokens, given the known tokens: per image, the mean over its m r rows.
 
-    All images of a step hide equally many, so the mean over images is the published sum(mask * row) / sum(mask).
-    patch_size: side of a token in the input. label_drop: probability that a condition becomes the null row.
-    inputs: the model's arguments for a condition.
+    A row is a hidden token at one noise level. All images of a step hide equally many tokens, so the mean over images
+    equals the published sum(mask * row) / sum(mask). The process has no levels of noise (`num_levels` is 0).
+    patch_size: side of a token in the input. label_drop: probability that a condition becomes the null row. inputs: the
+    model's arguments for a condition.
     """
 
     patch_size: int
@@ -88,7 +89,7 @@ class MaskedObjective(Process):
         object.__setattr__(self, "rows", inner)
 
     def draw(self, batch: Batch, draws: Draws) -> MaskedBatch:
-        """Draw an order per image, one share of hidden tokens for the step, noise and timestep of every row, dropped conditions."""
+        """Draw orders, the step's share of hidden tokens, noise and timestep of every row, and dropped conditions."""
         _, length, features = to_tokens(batch.x, self.patch_size).shape
         repeats = self.settings.diffusion_batch_mul
         # addressed as the first sample's: the same for all slices of the batch and all ranks
@@ -117,7 +118,7 @@ class MaskedObjective(Process):
         dropout_seeds: Tensor | None = None,
         step: int = 0,
     ) -> MaskedBatch:
-        """The batch of these draws; conditions unchanged."""
+        """The batch noised with the given draws; conditions are unchanged."""
         clean = self._hidden_tokens(batch.x, hidden).unsqueeze(2).expand_as(noise)
         xt = self.rows.schedule.q_sample(_as_images(clean), t.reshape(-1), _as_images(noise)).view_as(noise)
         seeds = hidden.new_zeros(len(hidden)) if dropout_seeds is None else dropout_seeds
@@ -136,12 +137,12 @@ class MaskedObjective(Process):
         return Prediction(model(noisy.x0, **self.inputs(noisy.condition), **drawn))
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """loss = mse + vb in bits, means over the rows of an image."""
+        """Per-image "loss" = mse + vb (in bits) with its two terms, each the mean over the rows of an image."""
         rows = self.rows.losses(model, self._as_rows(noisy), _prediction_rows(prediction))
         return _per_image(rows, len(noisy))
 
     def kd_terms(self, noisy: NoisyBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
-        """Distillation of the head's outputs per row as in the Gaussian process, means over the rows of an image."""
+        """Distillation loss of the head's outputs as in the Gaussian process, as means over the rows of an image."""
         rows = self.rows.kd_terms(self._as_rows(noisy), _prediction_rows(own), _prediction_rows(taught))
         return _per_image(rows, len(noisy))
 

@@ -1,11 +1,11 @@
-"""Sample a flow by a stochastic equation with the same marginals: dX = (v + w s) dc + sqrt(2 w) dW, c = 1 - noise level.
+"""SDE sampling of a flow, with the marginals of its ODE: dX = (v + w s) dc + sqrt(2 w) dW, c = 1 - noise level.
 
-v is the velocity towards the data (by c), s the score, w the *diffusion form*, any non-negative function of the noise level:
-half the noise variance per unit of c. t and shapes as in `processes/flow.py`. The score enters as w s = -(w / sigma) e, with e
-the noise from the network's output, which is finite at both ends of time.
+v is the velocity towards the data (with respect to c), s the score, w the *diffusion form*: half the noise variance per
+unit of c, any non-negative function of the noise level. t and shapes as in `processes/flow.py`. The score enters as
+w s = -(w / sigma) e, with e the noise from the network's output, which is finite at both ends of time.
 Source: Ma et al., arXiv 2401.08740, section 2.3 and appendix; the forms are those of its code.
-Differs: every form is possible and finite. `sbdm` on the linear and gvp paths starts at c = 1e-3 if the model would start at 0,
-and Heun without a last step ends at 1 - 1e-3 if it would need the score of the data itself.
+Differs: every form is possible and finite. `sbdm` on the linear and gvp paths starts at c = 1e-3 if the model would
+start at 0, and Heun without a last step ends at 1 - 1e-3 if it would need the score of the data itself.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ StochasticMethod = Literal["euler", "heun"]
 
 @dataclass(frozen=True)
 class Stochastic:
-    """Settings of a stochastic trajectory.
+    """Settings of SDE sampling.
 
-    num_points: times from the start to the last step, both included, with num_points - 1 even steps. form, norm: of w.
-    last_step: the step of size L = `last_size` at the end, without noise: mean x + L (v + w s), euler x + L v, tweedie
-    (x + sigma^2 s) / alpha, or none. Raises ValueError on anything else.
+    num_points: number of times from the start to the last step, both included; there are num_points - 1 even steps.
+    form, norm: form and factor of w. last_step: the noise-free step of size L = `last_size` at the end: mean
+    x + L (v + w s), euler x + L v, tweedie (x + sigma^2 s) / alpha, or none. Raises ValueError on anything else.
     """
 
     method: StochasticMethod = "euler"
@@ -66,7 +66,7 @@ class Stochastic:
         return start, 1.0 - SMALL_EPS if end == 1.0 and self.method == "heun" else end
 
     def rate(self, flow: Flow, t: Tensor) -> Tensor:
-        """w at t (B,), shaped (B, 1, 1, 1)."""
+        """The diffusion form w at t (B,), shaped (B, 1, 1, 1)."""
         at, level = flow.point(t), flow.convention.level(t.view(-1, 1, 1, 1))
         if self.form == "sigma":
             return self.norm * at.sigma
@@ -81,7 +81,7 @@ class Stochastic:
         return self.norm * torch.sin(math.pi * level.clean) ** 2
 
     def drift(self, network: Denoiser, flow: Flow) -> Callable[[Tensor, Tensor], Tensor]:
-        """v + w s as a function of x and t, by one call of the network."""
+        """The drift v + w s as a function of x and t; one call of the network per evaluation."""
 
         def drift(x: Tensor, t: Tensor) -> Tensor:
             output = network(x, t)
@@ -100,7 +100,7 @@ class Stochastic:
 def sample_stochastic(
     network: Denoiser, flow: Flow, settings: Stochastic, x: Tensor, step_noise: StepNoise, eps: float | None = None
 ) -> Iterator[Tensor]:
-    """From x (B, C, H, W) ~ N(0, 1): yields x after every step, the last one included.
+    """SDE sampling from x (B, C, H, W) ~ N(0, 1): yields x after every step, the last step included.
 
     network(x, t): output with labels and guidance bound, t (B,). step_noise(j): noise of the j-th even step. Euler is
     Euler-Maruyama; Heun adds the noise first, followed by a deterministic Heun step.

@@ -1,4 +1,4 @@
-"""A training task of your own as a process: a prediction and a loss on batches in which everything random is drawn already."""
+"""A training task of your own as a process: prediction and loss on batches that already contain all random draws."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Loss = Callable[[Tensor, Any], Tensor]  # (output, batch) -> (B,)
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """A batch of a task: any nest of tuples, lists and dicts whose tensors have the images along axis 0."""
+    """A batch of a task: tensors with the images along axis 0, in any nested structure of tuples, lists and dicts."""
 
     values: Any
     step: int = 0
@@ -41,11 +41,11 @@ class TaskBatch:
 
 @dataclass(frozen=True)
 class Task(Process):
-    """A training task, in two functions.
+    """A training task, defined by two functions: prediction and loss.
 
-    predict: (model, batch) -> output. loss: (output, batch) -> one loss per image, (B,). Noise, timesteps and all else that is
-    random belong into the batch, so that teacher and student see the same. distance: (student's output, teacher's) -> (B,),
-    the loss of distillation; the mean squared difference by default.
+    predict_output: (model, batch) -> output. loss: (output, batch) -> one loss per image, (B,). Put noise, timesteps
+    and all other random draws into the batch, so that teacher and student see the same. distance: (student's output,
+    teacher's output) -> (B,), the distillation loss; by default the mean squared difference.
     """
 
     predict_output: Predict
@@ -59,7 +59,7 @@ class Task(Process):
         return Prediction(self.predict_output(model, noisy.values))
 
     def losses(self, _model: nn.Module, noisy: TaskBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """{"loss": (B,)}. Raises UserError if the loss function does not return one number per image."""
+        """The task's loss as {"loss": (B,)}. Raises UserError unless the loss function returns one number per image."""
         loss = self.loss(prediction.output, noisy.values)
         if loss.shape != (len(noisy),):
             raise UserError(
@@ -75,11 +75,11 @@ class Task(Process):
 def task_source(
     batches: Iterable[Any] | Callable[[int, Draws], Any], device: torch.device
 ) -> tuple[Callable[[int, int, Draws], TaskBatch], int | None]:
-    """(source of the training loop, images per batch or None if the caller decides).
+    """Turn a user's batches into (batch source of the training loop, images per batch; None if the caller decides).
 
-    batches: an iterable, such as a DataLoader, which is repeated; or a function (step, draws) -> batch of `draws.num` images
-    that draws all randomness from `draws`. Raises UserError on batches without tensors and, of an iterable, on batches of
-    different sizes.
+    batches: an iterable, such as a DataLoader, which is repeated; or a function (step, draws) -> batch of `draws.num`
+    images that takes all random numbers from `draws`. Raises UserError on batches without tensors, and on batches of
+    different sizes from an iterable.
     """
     if callable(batches):
         make = batches

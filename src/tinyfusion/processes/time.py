@@ -4,9 +4,9 @@ Inside the flow process the noise level sigma runs from 0 (data) to 1 (noise), o
 x_sigma = (1 - sigma) x0 + sigma noise, and a velocity is dx/dsigma, there noise - x0. `TimeConvention` converts from and to the
 time and velocity of a family's network.
 
-Everything is closed under exchange of noise and data (1 - sigma for sigma): the mean of a logit-normal distribution changes its
-sign, a shift s becomes 1 / s, and the rest stays. Times are therefore drawn in the direction of the family's time, and none
-loses digits by subtraction from 1.
+Exchanging noise and data (1 - sigma for sigma) maps each distribution to one of the same kind: the mean of a
+logit-normal changes its sign, a shift s becomes 1 / s, and the rest stays. Times are therefore drawn in the direction
+of the family's time, and none loses digits by subtraction from 1.
 
 Sources: Esser et al., arXiv 2403.03206, sections 3.1 (densities) and 5.3.2 (shift); Black Forest Labs, FLUX (shift by the
 number of tokens).
@@ -34,7 +34,7 @@ Share = TypeVar("Share", float, np.ndarray, Tensor)
 
 
 def check_choice(what: str, value: str, choices: Any) -> None:
-    """ValueError on a value that is none of the choices of a Literal."""
+    """Raise ValueError unless `value` is one of the choices of a Literal."""
     if value not in get_args(choices):
         raise ValueError(f"unknown {what} {value!r}; there is {', '.join(get_args(choices))}")
 
@@ -43,7 +43,7 @@ def check_choice(what: str, value: str, choices: Any) -> None:
 
 
 class Level(NamedTuple):
-    """Noise levels: sigma, 1 at noise, and `clean` = 1 - sigma. Both, because a small one cannot be computed from the other."""
+    """Noise levels: sigma (1 at noise) and `clean` = 1 - sigma; computing a small one from the other loses digits."""
 
     sigma: Tensor
     clean: Tensor
@@ -51,9 +51,10 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class TimeConvention:
-    """A family's convention of time and velocity.
+    """A family's convention of time and velocity, and conversions to noise levels.
 
-    time: the network's input, times `scale`. velocity: its output on the linear path, with "data" for x0. ValueError on others.
+    time, scale: the network's time input is `time` times `scale`. velocity: the network's output on the linear path,
+    where "data" is x0. Raises ValueError on other values.
     """
 
     time: TimeDirection = "sigma"
@@ -79,15 +80,15 @@ class TimeConvention:
         return self.scale * (1 - clean if self.time == "sigma" else clean)
 
     def at_sigma(self, sigma: Share) -> Share:
-        """The family's time at a noise level."""
+        """The family's time at the noise level sigma."""
         return self.scale * (sigma if self.time == "sigma" else 1 - sigma)
 
     def velocity_of(self, output: Tensor) -> Tensor:
-        """dx/dsigma from the output of a velocity network, or the inverse, which is the same function."""
+        """Convert the output of a velocity network to dx/dsigma; the inverse conversion is the same function."""
         return output if self.velocity == "noise - data" else -output
 
     def draw(self, times: TimeSampler, u: np.ndarray, clean_ends: tuple[float, float]) -> np.ndarray:
-        """The family's times for uniform u in (0, 1), distributed as `times` on a range of 1 - sigma."""
+        """The family's times for uniform u in (0, 1), distributed as `times` on the range `clean_ends` of 1 - sigma."""
         low, high = clean_ends
         if self.time == "sigma":
             low, high = 1 - high, 1 - low
@@ -103,19 +104,20 @@ DATA_AT_ONE = TimeConvention("1 - sigma", 1.0, "data - noise")
 
 
 def shifted(sigma: Share, shift: float) -> Share:
-    """s sigma / (1 + (s - 1) sigma): 0 and 1 stay, s above 1 moves all else towards noise. The inverse has 1 / s.
+    """Noise levels shifted by s: s sigma / (1 + (s - 1) sigma).
 
-    Written so that rounding never leaves [0, 1], and is exact at s = 1.
+    s above 1 moves levels towards noise; 0 and 1 are fixed. The inverse is a shift by 1 / s. Rounding never leaves
+    [0, 1], and s = 1 is exact.
     """
     moved = shift * sigma
     return moved / (moved + (1 - sigma))
 
 
 def shift_for(settings: ShiftFields, num_tokens: int) -> float:
-    """The s of `shifted` of a recipe for images of so many tokens. ValueError if it is outside of `SHIFTS`.
+    """The shift s of a recipe for images of `num_tokens` tokens. Raises ValueError if it is outside of `SHIFTS`.
 
     static: s itself. exponential, linear: s = exp(mu), s = mu, where mu is linear in the number of tokens through
-    (base_tokens, base_shift) and (max_tokens, max_shift), also beyond these two.
+    (base_tokens, base_shift) and (max_tokens, max_shift), and is extrapolated beyond these two points.
     """
     if settings.shift_type == "static":
         return settings.shift
@@ -127,16 +129,17 @@ def shift_for(settings: ShiftFields, num_tokens: int) -> float:
 
 
 def check_shift(shift: float, name: str = "a shift") -> None:
-    """ValueError on an s outside of `SHIFTS`."""
+    """Raise ValueError if a shift s is outside of `SHIFTS`."""
     low, high = SHIFTS
     if not low <= shift <= high:
         raise ValueError(f"{name} must be at least {low:g} and at most {high:g}; got {shift:g}")
 
 
 def sigma_grid(num_points: int, shift: float = 1.0, terminal: float | None = None) -> np.ndarray:
-    """(num_points,) falling noise levels from 1 to 0, float64: even ones, shifted.
+    """(num_points,) decreasing noise levels from 1 to 0, float64: evenly spaced, then shifted.
 
-    terminal: the last level before 0, to which all from 1 on are stretched in 1 - sigma.
+    terminal: the last level before 0; 1 - sigma of all levels before 0 is scaled so that the last of them has this
+    value.
     """
     sigmas = shifted(np.linspace(1.0, 0.0, num_points), shift)
     if terminal is not None:
@@ -150,7 +153,7 @@ def sigma_grid(num_points: int, shift: float = 1.0, terminal: float | None = Non
 
 @dataclass(frozen=True)
 class TimeSampler:
-    """The distribution of noise levels in training: sigma as a function of one uniform number.
+    """The distribution of noise levels in training: sigma as a function of a uniform number u.
 
     With z the standard normal quantile of u, and before the shift s of `shifted`:
 
@@ -181,7 +184,7 @@ class TimeSampler:
 
     @classmethod
     def of_section(cls, settings: FlowSection, num_tokens: int) -> TimeSampler:
-        """The distribution of a recipe for images of so many tokens. ValueError on invalid settings."""
+        """The distribution of a recipe for images of `num_tokens` tokens. Raises ValueError on invalid settings."""
         return cls(
             settings.time_sampler,
             settings.logit_mean,

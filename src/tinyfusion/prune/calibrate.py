@@ -1,7 +1,8 @@
-"""The calibration set of criteria without training, and statistics of blocks on it.
+"""The calibration set of training-free criteria, and statistics of blocks on it.
 
-One fixed timestep and noise per image, timesteps stratified over the whole chain, labels kept, eval mode, float32. All
-masks of a search see the same numbers. Shapes: B samples, T tokens, D width, L blocks of all lists together.
+Every image has one fixed timestep and noise; timesteps are stratified over the whole chain, labels are not dropped, the
+model is in eval mode and float32. All masks of a search are evaluated on the same batches. Shapes: B samples, T tokens,
+D width, L blocks of all lists together.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _STEP = 2**62  # the address of calibration draws, which no training step has
 
 @dataclass(frozen=True)
 class Calibration:
-    """Fixed noised batches. images: noised images in all; distinct: different clean images among them."""
+    """Fixed noised batches. images: number of noised images; distinct: number of different clean images among them."""
 
     batches: tuple[NoisyBatch, ...]
     objective: Process
@@ -36,7 +37,7 @@ class Calibration:
     seed: int
 
     def record(self) -> dict[str, Any]:
-        """What a plan says of it."""
+        """The record of the calibration set that a plan stores."""
         return {
             "data": self.data,
             "images": self.images,
@@ -51,8 +52,8 @@ def calibration_set(
 ) -> Calibration:
     """`images` noised images in batches of at most `batch_size`; the numbers do not depend on the batch size.
 
-    objective: one that drops no labels. available: images that the data set has. Where it has fewer than `images`, each
-    is used again with a timestep and noise of its own, in whole turns as far as they go.
+    objective: one that drops no labels. available: number of images in the data set. If it has fewer than `images`, all
+    of it is repeated, with other timesteps and noise; the last pass may be partial.
     """
     batches = []
     for first in range(0, images, batch_size):
@@ -63,9 +64,10 @@ def calibration_set(
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """Per block, by global index. cosine: mean over samples and tokens of cos(output, input) along the width.
+    """How much every block changes its input: cosine and squared difference of input and output, by global index.
 
-    change: mean over samples, tokens and width of (output - input) squared.
+    cosine: mean over samples and tokens of cos(output, input) along the width. change: mean over samples, tokens and
+    width of (output - input) squared.
     """
 
     cosine: list[float]
@@ -74,7 +76,7 @@ class BlockStatistics:
 
 @torch.inference_mode()
 def block_statistics(model: LoadedModel, calibration: Calibration, clean: bool, tick: Tick) -> BlockStatistics:
-    """What every block does to its input, on the calibration set; `clean` as in `Process.low_noise`."""
+    """Statistics of every block on the calibration set. clean: on the inputs of `Process.low_noise` instead."""
     stack = model.stack
     sums = [_Sums() for _ in range(len(stack))]
     model.module.eval()

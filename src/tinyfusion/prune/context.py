@@ -1,4 +1,4 @@
-"""The context that a criterion reads: teacher, settings, calibration set, blocks that every list keeps; and its plan."""
+"""The input of a criterion (teacher, settings, calibration set, number of blocks to keep per list), and its plan."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ OLD_BK_SDM_DEPTH = 28
 
 @dataclass(frozen=True)
 class CriterionContext:
-    """The input of a criterion. A subclass may choose among units other than blocks, and measure them otherwise.
+    """The input of a criterion. A subclass may select other units than blocks, and define their losses and statistics.
 
-    calibration: None if the criterion needs none. tick: gets the number of evaluated blocks, over all calibration batches.
-    begun: sums of a mask search to continue from; keep: gets them to save. publish: gets all losses of a mask search, with
-    those of the cheap criteria, which are computed for it alone.
+    calibration: None if the criterion needs none. tick: called with the number of blocks evaluated so far, over all
+    calibration batches. begun: sums of a mask search to continue from. keep: called with the sums, to save them.
+    publish: called with all losses of a mask search, and those of the cheap criteria, which are computed only for this
+    comparison.
     """
 
     teacher: LoadedModel
@@ -37,13 +38,13 @@ class CriterionContext:
 
     @property
     def images(self) -> Calibration:
-        """The calibration set, which must exist."""
+        """The calibration set, of a criterion that needs one."""
         assert self.calibration is not None, f"{self.settings.criterion} needs a calibration set"
         return self.calibration
 
     @property
     def groups(self) -> dict[str, BlockGroup]:
-        """The group of every list, blocks counted through the lists."""
+        """{list of blocks: the group of all its blocks}; indices count through the lists."""
         return list_groups(self.teacher, self.settings)
 
     @property
@@ -60,15 +61,15 @@ class CriterionContext:
 
     @property
     def loss(self) -> str:
-        """The loss of a mask, in words."""
+        """Description of the loss of a mask, for the plan."""
         return "loss (mse + vb)"
 
     def allows(self, mask: Mask) -> bool:
-        """Whether only the blocks of `mask` may stay, apart from their numbers per list."""
+        """Whether a student may consist of the blocks of `mask`, whatever their number per list."""
         return True
 
     def preferred(self, order: Sequence[int]) -> Sequence[int]:
-        """The order with the blocks that have to stay first."""
+        """`order`, with the blocks that every valid student needs moved to the front."""
         return order
 
     def statistics(self, clean: bool) -> BlockStatistics:
@@ -82,7 +83,7 @@ class CriterionContext:
         keep: Callable[[LossSums], None] = lambda sums: None,
         prove: bool = True,
     ) -> LossSums:
-        """The losses of masks on the calibration set, arguments as those of `mask_losses`."""
+        """Sums of the losses of masks over the calibration set; arguments as in `mask_losses`."""
         return mask_losses(self.teacher, self.images, masks, tick, begun, keep, prove)
 
 
@@ -94,9 +95,10 @@ def plan_for(
     evaluations: int = 0,
     more: Mapping[str, Any] | None = None,
 ) -> PrunePlan:
-    """The decision as a plan. kept: global indices per list. scores, more: stored under "scores", with their meaning.
+    """The plan that keeps the blocks `kept` (global indices per list), with scores and cost.
 
-    evaluations: of one block on one calibration batch. The cost counts them as images in a forward pass of the whole model.
+    scores, more: stored under "scores", with `meaning`. evaluations: number of block evaluations per calibration batch;
+    the plan's cost is the equivalent number of images in forward passes of the whole model.
     """
     calibration = context.calibration
     used = {} if not evaluations or calibration is None else {"calibration": calibration.record()}
@@ -113,10 +115,10 @@ def plan_for(
 
 
 def list_groups(teacher: LoadedModel, settings: PruneSection) -> dict[str, BlockGroup]:
-    """Every list of blocks as one group, blocks counted through the lists.
+    """Every list of blocks as one group, of which `settings.num_keep` blocks stay; indices count through the lists.
 
-    `num_keep` of each list stay; None: half, rounded up. BK-SDM's number follows from its rule.
-    Raises UserError if a list has fewer, or more are protected, or a protected block does not exist.
+    `num_keep` None: half of each list, rounded up. BK-SDM's rule determines its own number.
+    Raises UserError if a list has fewer blocks, if more blocks are protected, or if a protected block does not exist.
     """
     depths = teacher.stack.depths()
     check_range("--protect", sorted(set(settings.protect)), depths)

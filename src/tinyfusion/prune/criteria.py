@@ -1,7 +1,7 @@
-"""Criteria without training: a row of `CRITERIA` each, a function from a context to a plan. docs/criteria.md explains them.
+"""Training-free criteria: functions from a context to a plan, one row of `CRITERIA` each.
 
-Every list of blocks keeps its own share; blocks are named by their global index, which counts through the lists. Of
-equal scores the earlier block stays.
+docs/criteria.md explains them. Every list of blocks keeps its own number of blocks; indices are global, they count
+through the lists. Of equal scores the earlier block stays.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MARKED: tuple[Name, ...] = ("bi", "flux-lite", "sensitivity", "bk-sdm", "first"
 
 @dataclass(frozen=True)
 class Criterion:
-    """A row. plan: the function. evaluations: block evaluations per calibration batch, None without calibration."""
+    """A criterion. plan: its function. evaluations: block evaluations per calibration batch; None: no calibration."""
 
     says: str
     plan: Callable[[CriterionContext], PrunePlan]
@@ -51,7 +51,7 @@ class Criterion:
 
 
 def decide(context: CriterionContext) -> PrunePlan:
-    """The plan of the context's criterion, with its seconds. Raises UserError if the settings do not fit."""
+    """The plan of the context's criterion, with the seconds it took. Raises UserError if the settings do not fit."""
     began = time.perf_counter()
     plan = CRITERIA[context.settings.criterion].plan(context)
     return dataclasses.replace(plan, cost={"seconds": time.perf_counter() - began, **plan.cost})
@@ -103,7 +103,7 @@ def _one_shot(context: CriterionContext) -> PrunePlan:
 
 
 def _all_but_one(context: CriterionContext) -> tuple[Mask, list[Mask]]:
-    """The whole model's mask, and it with every mask that lacks one block; a list's only block stays."""
+    """(whole model's mask, sorted list of it and all masks without one block); a list's only block always stays."""
     whole = tuple(range(context.depth))
     alone = {group.start for group in context.groups.values() if group.size == 1}
     return whole, sorted([whole, *(_without(whole, block) for block in whole if block not in alone)])
@@ -160,7 +160,7 @@ def _ranked(
     evaluations: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> PrunePlan:
-    """The blocks of highest rank stay; NaN is the highest. scores: for the plan."""
+    """The plan that keeps the blocks of highest rank, of which NaN is the highest. scores: for the plan."""
     order = context.preferred(sorted(range(len(ranks)), key=lambda i: (-_or_infinite(ranks[i]), i)))
     kept = {name: _best(group, order) for name, group in context.groups.items()}
     work = len(ranks) if evaluations is None else evaluations
@@ -189,7 +189,7 @@ def _or_infinite(value: float) -> float:
 
 
 def by_rule(context: CriterionContext) -> PrunePlan:
-    """The blocks of a rule in `RULES`."""
+    """Keep the blocks that a rule of `RULES` selects, without data."""
     settings = context.settings
     rule = RULES[settings.criterion]
     kept = {name: g.with_protected(rule(g, settings, context.seed)) for name, g in context.groups.items()}
@@ -198,9 +198,9 @@ def by_rule(context: CriterionContext) -> PrunePlan:
 
 
 def evenly_spaced(size: int, num: int) -> list[int]:
-    """`num` of `size` positions: round(i (size - 1) / (num - 1)), halves up, so first and last are among them.
+    """`num` evenly spaced positions of `size`, first and last included: round(i (size - 1) / (num - 1)), halves up.
 
-    One alone is the middle one, the earlier of two.
+    A single position is the middle one; for an even `size`, the earlier of the two in the middle.
     """
     if num < 2:
         return [(size - 1) // 2][:num]
@@ -263,10 +263,11 @@ def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int = 0) -> Prun
 
 
 def by_calibration_loss(context: CriterionContext) -> PrunePlan:
-    """The mask of least, median (the lower one) or greatest loss right after cutting, among `num_masks` random ones.
+    """The mask of least, median (lower of two) or greatest loss before recovery, among `num_masks` random masks.
 
-    All masks if there are no more: then min-loss is the optimum of this loss. Source: arXiv 2412.01199, figure 5 and
-    table 3. A loss that is not finite counts as infinite, but not as the greatest. Cost: docs/criteria.md.
+    If there are no more than `num_masks` masks, all are evaluated, and min-loss is the optimum of this loss. A
+    non-finite loss counts as infinite for the median, and is never the greatest. Source: arXiv 2412.01199, figure 5 and
+    table 3. Cost: docs/criteria.md.
     """
     masks, began = searched(context), time.perf_counter()
     sums = context.losses(masks, context.tick, context.begun, context.keep)
@@ -300,18 +301,18 @@ def by_calibration_loss(context: CriterionContext) -> PrunePlan:
 
 
 def searched(context: CriterionContext) -> list[Mask]:
-    """The masks that a search tries, in lexicographic order."""
+    """The masks that a mask search evaluates, in lexicographic order."""
     masks = random_masks(list(context.groups.values()), context.settings.num_masks, context.seed)
     return [mask for mask in masks if context.allows(mask)]
 
 
 def space(context: CriterionContext) -> int:
-    """Number of masks."""
+    """Number of all masks that keep the right number of blocks in every list."""
     return math.prod(group.num_candidates for group in context.groups.values())
 
 
 def _marks(context: CriterionContext) -> dict[str, Any]:
-    """The losses of the cheap criteria that can keep as many blocks."""
+    """Losses of the masks that the cheap criteria select, for those that can keep the same number of blocks."""
     chosen: dict[str, Mask] = {}
     wanted = sum(group.keep for group in context.groups.values())
     for name in _MARKED:
@@ -338,7 +339,7 @@ def _marks(context: CriterionContext) -> dict[str, Any]:
 
 
 def _sensitivity_evaluations(context: CriterionContext) -> int:
-    """An estimate for greedy: as if no block were protected."""
+    """Block evaluations of `sensitivity` per calibration batch; greedy: estimated as if no block were protected."""
     if context.settings.sensitivity_order == "one-shot":
         return shared_evaluations(_all_but_one(context)[1])
     left, depth = sum(group.keep for group in context.groups.values()), context.depth

@@ -33,14 +33,14 @@ class GateDistribution(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:
-        """The noise (B, ...) per group for `sample`."""
+        """The noise that `sample` needs: one tensor (B, ...) per group."""
 
     @abstractmethod
     def sample(self, noise: Sequence[Tensor], temperature: float, scaling: float) -> Tensor:
-        """Gates (B, L): exactly 0 or 1 forward, with the estimator's gradient to the logits."""
+        """Sampled gates (B, L): exactly 0 or 1 in the forward pass, with the estimator's gradient to the logits."""
 
     def surrogate(self, noise: Sequence[Tensor], scaling: float, losses: Tensor) -> Tensor | None:
-        """(B,) to be differentiated in addition to the losses (B,), for estimators without a gradient through the gates."""
+        """Term (B,) whose gradient is added to that of the losses; None for estimators that differentiate the gates."""
         return None
 
     @abstractmethod
@@ -79,10 +79,11 @@ class CategoricalGates(GateDistribution):
         return tuple(torch.from_numpy(draws.gumbel(f"gumbel/{index}", shape)) for index, shape in enumerate(shapes))
 
     def sample(self, noise: Sequence[Tensor], temperature: float, scaling: float) -> Tensor:
-        """Gates of a group are y @ candidates, with y = onehot(argmax p) - sg(p) + p (straight-through) and
-        p = softmax((scaling * theta + noise) / temperature).
+        """Sampled gates (B, L) of all groups, by the straight-through Gumbel-softmax estimator.
 
-        Differs from the released code by staying in float32 under autocast.
+        Gates of a group are y @ candidates, with y = onehot(argmax p) - sg(p) + p and
+        p = softmax((scaling * theta + noise) / temperature); sg stops the gradient. Differs from the released code by
+        staying in float32 under autocast.
         """
         gates = []
         for index, logits in enumerate(self.logits):
@@ -114,8 +115,8 @@ def inclusion_table(z: Tensor, keep: int) -> Tensor:
     """(M, keep + 1): entry [i, k] is the probability that block i stays, given that k of the blocks 0 .. i do.
 
     z: (M,) scaled logits. Entries for an impossible k are never used.
-    Carries g_k = log e_k - log e_{k-1}, the ratios of neighbouring elementary symmetric polynomials of exp(z), instead of
-    log e_k: they are as large as z and not K times that, as float32 needs at |z| = 100.
+    The recursion computes g_k = log e_k - log e_{k-1} from the elementary symmetric polynomials e_k of exp(z), instead
+    of log e_k: g_k is of the magnitude of z and log e_k K times larger, too large for float32 at |z| = 100.
     """
     one, zero = z.new_ones(1), z.new_zeros(1)
     ratios = z.new_zeros(0)  # g_1 .. g_min(i, keep) of the blocks before i
@@ -131,10 +132,10 @@ def inclusion_table(z: Tensor, keep: int) -> Tensor:
 
 
 def marginals(table: Tensor) -> Tensor:
-    """(M,) probability of every block, from its `inclusion_table`; sums to `keep`.
+    """(M,) probability that each block stays, from an `inclusion_table`; the sum is `keep`.
 
-    From the last block on it carries the distribution of the number of blocks that still have to stay: sums of products of
-    probabilities, so nothing over- or underflows, and the gradient is finite.
+    The recursion goes from the last block to the first, over the distribution of the number of blocks that still have
+    to stay. It only adds products of probabilities, so nothing over- or underflows, and the gradient is finite.
     """
     keep = table.shape[1] - 1
     reach = F.pad(table.new_ones(1), (keep, 0))
@@ -159,9 +160,10 @@ def draw_subsets(table: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def relaxed_top_k(keys: Tensor, keep: int, temperature: float) -> Tensor:
-    """(B, M) in [0, 1], rows summing to `keep`: the sum of `keep` softmaxes, each without the mass of those before.
+    """(B, M) relaxed top-K selection in [0, 1], rows summing to `keep`.
 
-    keys: (B, M) perturbed logits. Source: arXiv 1901.10517, section 3.
+    It is the sum of `keep` softmaxes, each of which excludes what the earlier ones selected. keys: (B, M) perturbed
+    logits. Source: arXiv 1901.10517, section 3.
     """
     total = 0 * keys
     for _ in range(keep):
@@ -197,7 +199,7 @@ class SubsetGates(GateDistribution):
         return tuple(drawn.float() for drawn in noise)
 
     def sample(self, noise: Sequence[Tensor], temperature: float, scaling: float) -> Tensor:
-        """The temperature is that of the relaxation; exact marginals have none."""
+        """Sampled gates (B, L); `temperature` is that of the top-K relaxation, the other estimators ignore it."""
         columns = []
         for index, (group, theta) in enumerate(zip(self.groups, self.logits, strict=True)):
             free = _columns(group)
@@ -218,7 +220,7 @@ class SubsetGates(GateDistribution):
         return torch.cat(columns, dim=-1)
 
     def surrogate(self, noise: Sequence[Tensor], scaling: float, losses: Tensor) -> Tensor | None:
-        """(B,): (loss of n - loss of its neighbour) * log p(subset of n) up to a constant, for "score"."""
+        """For "score": (B,) (loss of n - loss of its neighbour) * log p(subset of n) up to a constant; else None."""
         if not self.paired:
             return None
         neighbour = torch.arange(len(losses), device=losses.device) ^ 1

@@ -1,8 +1,8 @@
 """The learned criterion: gates and temporary weight updates, trained together.
 
 `GatedObjective` wraps any objective: it draws the gates' noise with the batch and runs the model under sampled gates.
-Source: TinyFusion (arXiv 2412.01199), section 3. Differs: without the released code's schedules that overshoot, decision that
-is only printed, groups that do not fill the depth, and weight updates lost to a second load.
+Source: TinyFusion (arXiv 2412.01199), section 3. Differs from the released code: schedules end exactly, the decision is
+saved and not only printed, groups must cover all blocks, and no second load discards the weight updates.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class GatedObjective(Objective):
             return self.inner.predict(model, noisy)
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """The inner losses; "loss" also has the gradient of estimators without one through the gates."""
+        """The losses of the inner objective; for estimators with a surrogate, "loss" also carries its gradient."""
         terms = self.inner.losses(model, noisy, prediction)
         scaling = linear(self.scaling, noisy.step, self.steps)
         surrogate = self.gates.surrogate(noisy.gate_noise, scaling, terms["loss"])
@@ -64,15 +64,15 @@ class GatedObjective(Objective):
         return {**terms, "loss": terms["loss"] + (surrogate - surrogate.detach())}  # the same value
 
     def step_memory(self) -> StepMemory:
-        """With skipping, an image that drops a block runs it without a graph."""
+        """Memory of a step: with skipping, a graph is retained only for the blocks that an image keeps."""
         groups = self.gates.groups if self.dropped == "skip" else []
         return StepMemory(graph_share=sum(g.keep for g in groups) / sum(g.size for g in groups) if groups else 1.0)
 
 
 def in_pairs(noisy: NoisyBatch, first: int) -> NoisyBatch:
-    """Replace sample 2k + 1 by sample 2k: image, timestep, noise and label, all but the noise of the gates.
+    """Replace sample 2k + 1 by sample 2k in image, timestep, noise and label, but not in the noise of the gates.
 
-    first: global index of the first sample; ValueError if it is odd, which would split a pair.
+    first: global index of the first sample. Raises ValueError if it is odd, because that would split a pair.
     """
     if first % 2:
         raise ValueError(f"samples come in pairs, so a microbatch begins with an even one; this one with {first}")
@@ -82,7 +82,7 @@ def in_pairs(noisy: NoisyBatch, first: int) -> NoisyBatch:
 
 @dataclass(frozen=True)
 class MaskLearner:
-    """A gated copy of a teacher with objective and parameter groups; `decision` at any step."""
+    """A copy of a teacher with gates and weight updates, its objective and its parameter groups."""
 
     module: nn.Module
     objective: GatedObjective
@@ -96,7 +96,7 @@ class MaskLearner:
         return sum(p.numel() for p in self.parameter_groups[0].parameters.values()) / self.teacher_parameters
 
     def decision(self, ema: Ema, step: int) -> Decision:
-        """The decision of the averaged logits at `step`."""
+        """The blocks that the averaged logits select at `step`, with their probabilities."""
         logits = [ema.average[f"gates.logits.{i}"] for i in range(len(self.objective.gates.logits))]
         scaling = linear(self.objective.scaling, step, self.objective.steps)
         return Decision(self.groups, self.objective.gates, logits, scaling)
@@ -104,7 +104,7 @@ class MaskLearner:
 
 @dataclass(frozen=True)
 class Decision:
-    """The mode and the probabilities of averaged logits, split by list of blocks."""
+    """The blocks that averaged logits select (the mode of the distribution), and their probabilities, per list."""
 
     groups: Mapping[str, list[BlockGroup]]
     gates: GateDistribution
@@ -124,7 +124,7 @@ class Decision:
         return self._per_list(self.gates.probabilities, self.scaling)
 
     def confidence(self) -> dict[str, list[float]]:
-        """Per list: one number per group of a categorical, one per kept block of a subset."""
+        """Probability of the decision, per list: one number per group (categorical), or per kept block (subset)."""
         return _joined(self._per_list(self.gates.confidence, self.scaling))
 
     def log(self, step: int, objective: GatedObjective) -> dict[str, Any]:
@@ -211,11 +211,11 @@ def plan_of(
 def prune_with_weight_updates(
     teacher: LoadedModel, plan: PrunePlan, averages: Mapping[str, Tensor], settings: PruneSection
 ) -> LoadedModel:
-    """`teacher.cut(plan)` with the averaged weight updates, which were trained with missing blocks; the same plan and lineage.
+    """The student of `plan`, with the averaged weight updates of mask learning.
 
-    LoRA updates are added to the teacher's weights, fully trained weights replace them. Replaying the plan on the teacher gives
-    the blocks of this student, not its weights. Not in the paper, which discards the updates; measured in
-    docs/results/recovery-extras.md.
+    Plan and lineage are those of `teacher.cut(plan)`. LoRA updates are added to the teacher's weights; fully trained
+    weights replace them. Applying the plan to the teacher gives the blocks of this student, but not its weights. The
+    paper discards the updates; docs/results/recovery-extras.md compares.
     """
     trained = teacher.copy()
     parameters = dict(trained.module.named_parameters())

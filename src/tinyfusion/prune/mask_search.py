@@ -1,7 +1,7 @@
-"""Losses of very many masks under common noise; masks that share their first blocks share the work (`blocks/replayed.py`).
+"""Losses of many masks on the same noised images; masks with the same first blocks share their evaluation.
 
-Sorted masks are a walk through the tree of their prefixes, and every distinct prefix is one block evaluation. Nothing is
-approximated: losses equal those of the cut models to rounding.
+Masks in lexicographic order traverse the tree of their prefixes, and every distinct prefix takes one block evaluation
+(`blocks/replayed.py`). Nothing is approximated: losses equal those of the pruned models up to rounding.
 
 Shapes: M masks.
 """
@@ -43,7 +43,7 @@ def all_masks(groups: Sequence[BlockGroup]) -> list[Mask]:
 
 
 def random_masks(groups: Sequence[BlockGroup], num: int, seed: int) -> list[Mask]:
-    """`num` distinct masks drawn uniformly, or all if there are no more, in lexicographic order."""
+    """`num` distinct masks drawn uniformly, or all masks if there are at most `num`, in lexicographic order."""
     total = math.prod(group.num_candidates for group in groups)
     if total <= _ENUMERATED * num:
         masks = all_masks(groups)
@@ -77,7 +77,7 @@ def separate_evaluations(masks: Sequence[Mask]) -> int:
 
 
 def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix."""
+    """Length of the common prefix of two masks."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
@@ -103,11 +103,11 @@ def replayed_losses(
     keep: Callable[[LossSums], None] = lambda sums: None,
     num_images: Callable[[B], int] = len,
 ) -> LossSums:
-    """Sums over `batches` of the losses of `masks`, distinct and in lexicographic order.
+    """Sums over `batches` of the losses of `masks`, which must be distinct and in lexicographic order.
 
-    evaluate: (replay, number of the batch, batch, mask) -> sums of "loss" and "mse" over its images. begun: sums to continue
-    from. keep: gets the sums after every batch. tick: gets the number of evaluated blocks. Raises ValueError on unsorted or
-    repeated masks.
+    evaluate: (replay, number of the batch, batch, mask) -> sums of "loss" and "mse" over the batch's images. begun:
+    sums to continue from. keep: called with the sums after every batch. tick: called with the number of blocks
+    evaluated so far. Raises ValueError on unsorted or repeated masks.
     """
     if any(a >= b for a, b in itertools.pairwise(masks)):
         raise ValueError("masks must be distinct and in lexicographic order")
@@ -138,10 +138,11 @@ def mask_losses(
     keep: Callable[[LossSums], None] = lambda sums: None,
     prove: bool = True,
 ) -> LossSums:
-    """Losses of `masks` on the calibration set, arguments as those of `replayed_losses`; the means are sums / images.
+    """Sums of the losses of `masks` over the calibration set; further arguments as in `replayed_losses`.
 
-    prove: first compare two masks on one batch with the cut models, and raise RuntimeError if they differ: a model may give its
-    blocks arguments that depend on their position. A caller with several rounds proves the first one.
+    prove: first compare the losses of two masks on one batch with those of the pruned models, and raise RuntimeError if
+    they differ: a model may pass its blocks arguments that depend on their position. A search of several rounds needs
+    this once.
     """
     model.module.eval()
     objective = calibration.objective
@@ -191,12 +192,12 @@ def _sums(
 
 
 def tick_from(tick: Tick, before: int, done: int) -> None:
-    """`tick`, after `before` evaluations of earlier work."""
+    """Call `tick` with the evaluations of this round added to `before`, those of earlier rounds."""
     tick(before + done)
 
 
 def loss_summary(losses: np.ndarray) -> dict[str, Any]:
-    """Quantiles, and a histogram over the logarithm, of finite losses."""
+    """Quantiles of finite losses, and their histogram in logarithmic bins."""
     shares_below = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
     low, high = float(losses.min()), float(losses.max())
     edges = np.geomspace(low, high, _HISTOGRAM_BINS + 1) if 0 < low < high else np.array([low, max(high, low + 1e-9)])
@@ -215,5 +216,5 @@ def bits(mask: Mask, depth: int) -> str:
 
 
 def short(value: float) -> float | None:
-    """Six digits; None if JSON has no number for it."""
+    """The value rounded to six significant digits for JSON; None if it is not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,8 +1,9 @@
-"""Criteria on transformers of diffusers: what they choose among are units, blocks that go together, and data are recorded calls.
+"""Criteria on transformers of diffusers: they select units (blocks that must be removed together) on recorded calls.
 
-A unit is one block where the class has no rule. The loss of a mask is the squared error of the model without the other units
-to the whole model, over all tensors that it returns and relative to their mean square, averaged over the calls: it needs no
-training objective, so it is the same for every class. A call is run as it was recorded, all its images with one mask.
+A unit is a single block unless the class ties blocks together. The loss of a mask is the squared error of the pruned
+model's output against the whole model's, over all tensors that a call returns, divided by their mean square and
+averaged over the calls. It needs no training objective, so it is the same for every class. All images of a recorded
+call run with one mask.
 """
 
 from __future__ import annotations
@@ -40,20 +41,21 @@ _RETAINED_SHARE, _RETAINED_BYTES = 0.1, 2**26  # outputs of blocks that a search
 
 @dataclass(frozen=True)
 class RecordedCalibration(Calibration):
-    """Recorded calls as a calibration set; `images` is the number of calls. facts: of their file, for the plan."""
+    """Recorded calls as a calibration set. images: number of calls. facts: record of their file, for the plan."""
 
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """What a plan says of it."""
+        """The record of the calibration set that a plan stores."""
         protocol = "calls as recorded from a pipeline, all images of a call with one mask, weights in their own types"
         return {"data": self.data, "calls": self.images, **self.facts, "protocol": protocol}
 
 
 def recorded_calibration(inputs: RecordedInputs, model: TransformerFolder, seed: int) -> RecordedCalibration:
-    """The calls of a file, for a model. Raises UserError where they are of another class or another model.
+    """The recorded calls of a file, for a model. Raises UserError if they are of another class or another model.
 
-    Those of an ancestor are latents and texts that a student takes too, unless its class is given something per block.
+    A student also takes the calls of its ancestors, whose latents and texts fit it, unless the class has inputs per
+    block.
     """
     ancestor = inputs.hash in [each["hash"] for each in model.lineage]
     if inputs.class_name != model.class_name:
@@ -73,7 +75,7 @@ def recorded_calibration(inputs: RecordedInputs, model: TransformerFolder, seed:
 
 
 def _outputs(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
-    """All values that a call of the model returns, in a row, in float32."""
+    """All values that a call of the model returns, flattened into one float32 tensor."""
     device = next(model.parameters()).device
     arguments = changed(call, lambda tensor: tensor.to(device))
     if "return_dict" in inspect.signature(type(model).forward).parameters:
@@ -92,9 +94,10 @@ _AS_RECORDED = Task(_outputs, lambda _output, _call: torch.zeros(1))  # criteria
 
 @dataclass(frozen=True)
 class UnitContext(CriterionContext):
-    """A criterion's context on a transformer of diffusers: lists are unit lists, and indices count units.
+    """The input of a criterion on a transformer of diffusers: every list is a list of units, and indices count units.
 
-    teacher: the module with its block lists, on the meta device where no criterion runs it. unit_lists: as of `model`.
+    teacher: the module with its block lists, on the meta device if the criterion does not run it. unit_lists: of
+    `model`.
     """
 
     model: TransformerFolder = field(kw_only=True)
@@ -103,22 +106,22 @@ class UnitContext(CriterionContext):
 
     @property
     def depths(self) -> dict[str, int]:
-        """Units per list."""
+        """Number of units per list."""
         return {each.name: len(each.units) for each in self.unit_lists}
 
     @property
     def teacher_hash(self) -> str:
-        """The hash of the folder."""
+        """The hash of the model folder."""
         return self.model.hash
 
     @property
     def loss(self) -> str:
-        """The loss of a mask, in words."""
+        """Description of the loss of a mask, for the plan."""
         return "squared error to the whole model's output, relative to its mean square,"
 
     @cached_property
     def blocks(self) -> list[tuple[int, ...]]:
-        """Blocks of every unit, by global index through the lists of the model."""
+        """The blocks of every unit, as global indices through the model's lists."""
         starts = first_blocks(self.model.depths)
         return [tuple(starts[path] + i for path, i in unit) for each in self.unit_lists for unit in each.units]
 
@@ -126,7 +129,7 @@ class UnitContext(CriterionContext):
 
     @property
     def groups(self) -> dict[str, BlockGroup]:
-        """How many units of every list stay, and which of them have to."""
+        """For every list, how many units stay and which of them are protected."""
         settings = self.settings
         check_range("--protect", sorted(set(settings.protect)), self.model.depths)
         budgets, groups = _budgets(self.unit_lists, settings), dict[str, BlockGroup]()
@@ -149,7 +152,7 @@ class UnitContext(CriterionContext):
 
     @cached_property
     def occupied(self) -> list[frozenset[int]]:
-        """Sets of units of each of which one has to stay: between two hints, and at the end of a list whose last blocks count."""
+        """Sets of units, of each of which at least one has to stay: between two hints, and at the end of some lists."""
         row, config, starts = self.model.row, self.model.config, first_blocks(self.model.depths)
         spans: list[tuple[str, int, int]] = []
         for name, path in row.last.items():
@@ -166,13 +169,13 @@ class UnitContext(CriterionContext):
         return all(units & {*mask} for units in self.occupied)
 
     def preferred(self, order: Sequence[int]) -> Sequence[int]:
-        """The first of every set of `occupied` without a protected unit goes before all others."""
+        """`order`, with one unit of every set of `occupied` moved to the front, unless the set has a protected unit."""
         protected = {i for group in self.groups.values() for i in group.protected}
         first = [next(i for i in order if i in units) for units in self.occupied if not units & protected]
         return [*first, *(i for i in order if i not in first)]
 
     def in_blocks(self, plan: PrunePlan) -> PrunePlan:
-        """The plan of a criterion, which counts units, in blocks. Raises UserError where it breaks a rule of the class."""
+        """Convert a criterion's plan from units to blocks. Raises UserError if it breaks a rule of the class."""
         kept: dict[str, list[int]] = {}
         for each in self.unit_lists:
             kept |= each.kept(plan.kept[each.name])
@@ -185,7 +188,7 @@ class UnitContext(CriterionContext):
         return dataclasses.replace(plan, kept=kept, depth=dict(self.model.depths), scores=scores)
 
     def check(self) -> None:
-        """Raise UserError where no choice of the settings' numbers of blocks keeps the rules of the class."""
+        """Raise UserError if no choice with the numbers of blocks of the settings satisfies the rules of the class."""
         order = self.preferred(range(self.depth))
         kept = {
             name: [
@@ -198,9 +201,10 @@ class UnitContext(CriterionContext):
     # --------------------------------------------------------------------------------------------------- measurements
 
     def statistics(self, clean: bool) -> BlockStatistics:
-        """Means over the blocks of a unit, of the stream that the class's row taps: of the images where it has one.
+        """Statistics of every unit, as means over its blocks, on the stream of image tokens if the class has one.
 
-        Texts are read by the images and dropped at the end, so what a block does to them counts by what it does to images.
+        Text tokens influence the output only through the image tokens, so the change of the text stream is not counted
+        itself.
         """
         each, num = len(self.teacher.stack), self.depth
         found = block_statistics(self.teacher, self.images, clean, lambda done: self.tick(done * num // each))
@@ -217,7 +221,7 @@ class UnitContext(CriterionContext):
         keep: Callable[[LossSums], None] = lambda sums: None,
         prove: bool = True,
     ) -> LossSums:
-        """Losses of masks of units as the module says, arguments as those of `mask_losses`."""
+        """Sums over the calls of the losses of masks of units (see the module); arguments as in `mask_losses`."""
         module, stack = self.teacher.module, self.teacher.stack
         num_bytes = max(int(_RETAINED_SHARE * self.model.num_bytes), _RETAINED_BYTES)
 
@@ -241,7 +245,7 @@ class UnitContext(CriterionContext):
 
 
 def _by_pairs(each: UnitList, settings: PruneSection, protected: Sequence[int], wanted: int | None) -> int:
-    """How many units bk-sdm's rule keeps. Raises UserError where a budget wants another number."""
+    """Number of units that bk-sdm's rule keeps. Raises UserError if a budget asks for another number."""
     keep = len(bk_sdm_positions(len(each.units), settings.bk_sdm_list, protected))
     if wanted not in (None, keep):
         raise UserError(
@@ -251,7 +255,7 @@ def _by_pairs(each: UnitList, settings: PruneSection, protected: Sequence[int], 
 
 
 def _units_of(each: UnitList, wanted: int) -> int:
-    """How many units hold `wanted` blocks of each list. Raises UserError where none do."""
+    """Number of units that have `wanted` blocks of each list together. Raises UserError if no number does."""
     path = each.units[0][0][0]
     sizes = [sum(own == path for own, _ in unit) for unit in each.units]
     fixed = sum(sizes[i] for i in each.fixed)
@@ -264,7 +268,7 @@ def _units_of(each: UnitList, wanted: int) -> int:
 
 
 def _budgets(units: Sequence[UnitList], settings: PruneSection) -> dict[str, int]:
-    """Blocks that stay, per list that has a budget: of `prune.budgets`, else `--num-keep` for the lists of the trunk."""
+    """Number of blocks to keep per list that has a budget: `prune.budgets`, else `--num-keep` for the main lists."""
     trunk = [each for each in units if not each.aside]
     budgets = {} if settings.num_keep is None else {each.name: settings.num_keep for each in trunk}
     for entry in settings.budgets:
@@ -278,7 +282,7 @@ def _budgets(units: Sequence[UnitList], settings: PruneSection) -> dict[str, int
 
 
 def _divided(trunk: Sequence[UnitList], total: int) -> dict[str, int]:
-    """A budget over several lists, divided as their lengths are; what is left over goes to the largest remainders."""
+    """Divide a budget over lists in proportion to their lengths; the rest goes to the largest remainders."""
     sizes = {each.name: len({position for unit in each.units for _, position in unit}) for each in trunk}
     if not len(sizes) <= total <= sum(sizes.values()):
         raise UserError(

@@ -28,12 +28,12 @@ _MEANING = (
 
 
 def by_width(context: CriterionContext) -> PrunePlan:
-    """Keep `prune.width_share` of the parameters: in every group the channels of greatest importance; no block goes.
+    """Keep `prune.width_share` of the parameters: every block stays, with the most important channels of every group.
 
-    Groups shrink by one factor (a local ratio), the channels of a head within the head. At equal importance the earlier channel
-    stays. Cost: the first calibration batch alone, forward and backward at every timestep. Raises UserError if the family's
-    widths cannot be cut, no width has that share, or the loss is not finite. Differs from the published scripts by ranking only
-    trained weights, without the position table.
+    All groups shrink by the same factor, heads by the same number of channels each. At equal importance the earlier
+    channel stays. Cost: one calibration batch, the first, forward and backward at every timestep used. Raises UserError
+    if the family's widths cannot be pruned, no width has that share, or the loss is not finite. Differs from the
+    published scripts by ranking trained weights only, without the position table.
     """
     teacher, fixed = context.teacher, context.images.batches[0]
     wanted = check_width(teacher, context.settings)
@@ -73,14 +73,14 @@ def by_width(context: CriterionContext) -> PrunePlan:
 
 
 def width_evaluations(context: CriterionContext) -> int:
-    """Block evaluations per calibration batch, at most: all timesteps on one batch, a backward pass as two forward."""
+    """Upper bound of block evaluations per calibration batch: all timesteps on one batch; a backward pass is two."""
     settings = context.settings
     batches = math.ceil(settings.calibration_images / settings.calibration_batch_size)
     return math.ceil(_PASSES * context.images.objective.num_levels * len(context.teacher.stack) / batches)
 
 
 def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, ChannelGroup]:
-    """The groups of a student with `settings.width_share`. Raises UserError if there is none."""
+    """Channel groups of a student with `settings.width_share` of the parameters. Raises UserError if there is none."""
     rules = teacher.family.widths
     if settings.num_keep is not None:
         raise UserError(
@@ -117,7 +117,7 @@ def summed_gradients(module: nn.Module, objective: Process, fixed: NoisyBatch, t
 
 
 def importance(module: nn.Module, rules: WidthRules, arch: object) -> dict[str, Tensor]:
-    """Per group (channels,): the sum of |w g| over every trained weight that would go with the channel, g = `.grad`."""
+    """Importance (channels,) per group: the sum of |w g| over the trained weights of a channel, g = `.grad`."""
     terms = {
         name: (parameter.detach() * parameter.grad).abs()
         for name, parameter in module.named_parameters()
@@ -127,7 +127,7 @@ def importance(module: nn.Module, rules: WidthRules, arch: object) -> dict[str, 
 
 
 def most_important(scores: Tensor, group: ChannelGroup) -> list[int]:
-    """Indices, ascending, of the `group.size` channels of greatest score, as many of each of its sections."""
+    """Ascending indices of the `group.size` channels of greatest score, with equally many from every section."""
     by_section = scores.view(group.sections, -1)
     best = by_section.argsort(dim=1, descending=True, stable=True)[:, : group.size // group.sections]
     starts = by_section.shape[1] * torch.arange(group.sections).unsqueeze(1)

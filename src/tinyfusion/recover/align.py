@@ -1,4 +1,7 @@
-"""Pairs of student and teacher blocks, and common residual channels, from plans alone. Indices count through the lists in order."""
+"""Pairs of student and teacher blocks, and their common residual channels, computed from the plans.
+
+Indices count through the lists of blocks in order.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,12 @@ Groups = Mapping[str, list[list[int]]]
 
 
 def block_pairs(plan: PrunePlan) -> Pairs:
-    """(student block, teacher block) pairs of a student and the model it was cut from.
+    """(student block, teacher block) pairs for a student and the model it was pruned from.
 
-    With the groups of a categorical, the last kept block of a group is paired with the group's last teacher block. Without,
-    student block k is paired with teacher block kept[k + 1] - 1 and the last with the teacher's last: the two that feed
-    the same successor. Raises ValueError if kept blocks or groups do not fit the depth.
+    If the plan has groups (categorical gates), the last kept block of a group is paired with the group's last teacher
+    block. Otherwise student block k is paired with teacher block kept[k + 1] - 1, so that both outputs go to the same
+    next block, and the last student block with the last teacher block. Raises ValueError if kept blocks or groups do
+    not fit the depth.
     Source: the published pairs for D19, D14, D7 follow the first rule.
     """
     return _pairs(plan.kept, plan.depth, plan.pairing_groups)
@@ -48,7 +52,8 @@ def _pairs(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int], all_grou
 class Ancestor:
     """One model of a lineage, as in `model.json`.
 
-    kept, groups (None: unknown) and residual channels (None: all) are of the plan that cut it from its own parent.
+    kept, groups (None: unknown) and residual channels (None: all) come from the plan that pruned it from its own
+    parent.
     """
 
     hash: str
@@ -66,8 +71,8 @@ def ancestors(facts: ModelFacts) -> list[Ancestor]:
 def pairs_to_ancestors(facts: ModelFacts) -> dict[str, Pairs]:
     """{hash of an ancestor: (own block, ancestor's block) pairs}, the direct parent first.
 
-    Pairs to a grandparent are those whose block of the parent is itself paired; the last blocks always are. Raises
-    ValueError on a damaged plan or lineage.
+    A block is paired with a block of the grandparent if its partner in the parent is paired too; last blocks
+    always are. Raises ValueError on a damaged plan or lineage.
     """
     lineage = ancestors(facts)
     if facts.plan is None:
@@ -84,9 +89,9 @@ def pairs_to_ancestors(facts: ModelFacts) -> dict[str, Pairs]:
 
 
 def pairs_between(student: ModelFacts, teacher: ModelFacts, teacher_hash: str) -> Pairs:
-    """Pairs of a student and an ancestor of it, or another descendant of a common ancestor; [] if there is none.
+    """(student block, teacher block) pairs if the teacher is an ancestor of the student or shares one with it; else [].
 
-    Blocks are paired through the youngest common ancestor, so a D7 cut from XL can learn from a D14 cut from XL.
+    Blocks are paired through the youngest common ancestor, so a D7 pruned from XL can learn from a D14 pruned from XL.
     Published: teacher {XL, D14} x parent {XL, D14} (arXiv 2412.01199, table 7).
     """
     of_teacher = pairs_to_ancestors(teacher)
@@ -100,10 +105,10 @@ def pairs_between(student: ModelFacts, teacher: ModelFacts, teacher_hash: str) -
 
 
 def residual_channels(student: LoadedModel, teacher: LoadedModel) -> list[int] | None:
-    """The teacher's residual channel for each of the student's, in order; None if they are the same.
+    """The teacher's residual channel for each of the student's, in order; None if both have the same channels.
 
-    The teacher is an ancestor, or shares one. Raises UserError if the student has a channel that the teacher lacks: their
-    features cannot be compared.
+    The teacher is an ancestor, or shares one. Raises UserError if the student has a channel that the teacher lacks,
+    because their features cannot be compared.
     """
     own, of_teacher = _channels_in_ancestors(student.facts), _channels_in_ancestors(teacher.facts)
     if all(channels is None for channels in (*own.values(), *of_teacher.values())):

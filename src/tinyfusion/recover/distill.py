@@ -1,4 +1,4 @@
-"""DistilledObjective: distillation as an objective that wraps a process.
+"""Distillation as a training objective: a process's loss combined with terms against a teacher.
 
 Teacher and student see the same noise, timesteps and label drops because both read one `NoisyBatch`.
 """
@@ -24,18 +24,19 @@ from tinyfusion.training.optim import linear
 
 @dataclass(frozen=True)
 class TaughtPrediction(Prediction):
-    """The outputs of student and teacher, and the feature losses (B,) of the pairs, taken while the student ran."""
+    """The outputs of student and teacher, and the feature losses (B,) of their block pairs."""
 
     feature_losses: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class DistilledObjective(Objective):
-    """alpha_kd * kd_loss + (1 - alpha_kd) * gt + beta * feat_loss, per sample.
+    """The distillation loss alpha_kd * kd_loss + (1 - alpha_kd) * gt + beta * feat_loss, per sample.
 
-    kd_loss: of the outputs, defined by the process. feat_loss: masked feature loss, mean over `pairs` of (student block,
-    teacher block). beta falls linearly over `steps`; 0 at both ends turns the feature term off. channels: the teacher's
-    residual channels that a narrower student has. Raises ValueError if `pairs` do not fit the models.
+    gt: the inner process's loss on the data. kd_loss: of the outputs, defined by the process. feat_loss: masked feature
+    loss, mean over `pairs` of (student block, teacher block). beta falls linearly over `steps`; if it is 0 at both
+    ends, features are not compared. channels: the teacher's residual channels that a narrower student has. Raises
+    ValueError if `pairs` do not fit the models.
     Source: arXiv 2412.01199, equation 6 and its released code.
     """
 
@@ -67,7 +68,7 @@ class DistilledObjective(Objective):
         return self.inner.draw(batch, draws)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> TaughtPrediction:
-        """Teacher, then student, on the same batch; paired blocks are compared as the student runs them."""
+        """Run the teacher, then the student, on the same batch; paired blocks are compared as the student runs them."""
         watched = [t for _, t in self.pairs] if self.compares_features else []
         with torch.no_grad(), self.teacher_stack.tap(watched) as taught_features:
             taught = self.inner.predict(self.teacher, noisy)
@@ -77,7 +78,7 @@ class DistilledObjective(Objective):
 
     @contextmanager
     def _comparing(self, taught: dict[int, Tensor]) -> Iterator[list[Tensor]]:
-        """Take the feature loss of a pair once the student's block has run, and free the teacher's feature."""
+        """Compute the feature loss of a pair as soon as the student's block has run, and free the teacher's feature."""
         losses: list[Tensor] = []
         teacher_of = dict(self.pairs) if self.compares_features else {}
 
@@ -88,13 +89,13 @@ class DistilledObjective(Objective):
             yield losses
 
     def feature_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """(B,) of one pair of block outputs (B, T, D)."""
+        """The feature loss (B,) of one pair of block outputs (B, T, D)."""
         if self.channels is not None:
             teacher = teacher.index_select(-1, self.channels)
         return masked_feature_loss(student, teacher, self.sigmas, self.mask)
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
-        """loss, gt and kd_loss with their terms, and unweighted feat_loss if features are compared."""
+        """Per-sample loss, gt and kd_loss with their terms, and the unweighted feat_loss if features are compared."""
         assert isinstance(prediction, TaughtPrediction) and prediction.teacher is not None
         own = self.inner.losses(model, noisy, prediction)
         kd = self.inner.kd_terms(noisy, prediction, prediction.teacher)
@@ -119,9 +120,10 @@ def distilled(
     pairs: Pairs,
     channels: list[int] | None = None,
 ) -> DistilledObjective:
-    """The objective of a method: logits-kd compares outputs, rep-kd also features, masked-kd without massive activations.
+    """The objective of a distillation method of `settings`; fine-tuning uses `inner` itself.
 
-    channels: the teacher's residual channel for each of a narrower student's. (finetune is `inner` itself.)
+    logits-kd compares outputs, rep-kd also features, masked-kd features without massive activations. channels: the
+    teacher's residual channel for each of a narrower student's.
     """
     return DistilledObjective(
         inner=inner,

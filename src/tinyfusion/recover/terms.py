@@ -1,4 +1,4 @@
-"""Distillation terms, each a function to per-sample values (B,). Shapes: features (B, T, D)."""
+"""Distillation terms: functions that return per-sample values (B,). Shapes: features (B, T, D)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ MaskRule = Literal["own", "joint"]
 
 
 def massive_mask(features: Tensor, sigmas: float) -> Tensor:
-    """Where |features - mean| < sigmas * std, per sample over tokens and width (unbiased variance, strict)."""
+    """True where an activation is not massive: |features - mean| < sigmas * std (strict).
+
+    Mean and std are per sample, over tokens and width; the variance is unbiased.
+    """
     flat = features.detach().float().flatten(1)
     squares = (flat - flat.mean(1, keepdim=True)).square_()
     variance = squares.sum(1, keepdim=True) / (flat.shape[1] - 1)  # torch.std is several times slower here
@@ -20,12 +23,13 @@ def massive_mask(features: Tensor, sigmas: float) -> Tensor:
 
 
 def masked_feature_loss(student: Tensor, teacher: Tensor, sigmas: float | None, rule: MaskRule = "own") -> Tensor:
-    """(B,) mean squared difference of block outputs without massive activations; the denominator is always T D.
+    """(B,) mean squared difference of two block outputs without their massive activations.
 
-    own: each side is zeroed by its own mask, as released: if only the teacher is massive the student is pulled to 0, if only
-    the student is, a constant without gradient remains. joint: only entries that are massive on neither side count, as in the
-    paper. sigmas None masks nothing. No gradient reaches the teacher, and one tensor (B, T, D) is retained for the
-    student's. Source: arXiv 2412.01199, section 3.4.
+    The denominator is always T D. own: each side is zeroed where it is massive itself, as released. An entry massive
+    only in the teacher pulls the student to 0; one massive only in the student adds a constant without gradient. joint:
+    an entry that is massive on either side does not count, as in the paper. sigmas None masks nothing. No gradient
+    reaches the teacher; for the student's gradient one tensor (B, T, D) is retained. Source: arXiv 2412.01199, section
+    3.4.
     """
     teacher = teacher.detach().float()
     loss: Tensor = _MaskedDifference.apply(student.float(), teacher, sigmas, rule)  # type: ignore[no-untyped-call]

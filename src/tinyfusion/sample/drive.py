@@ -53,7 +53,7 @@ class Sampler(Protocol):
 
     @property
     def calls(self) -> int:
-        """Forward passes of the network in a trajectory (approximate for adaptive solvers)."""
+        """Number of forward passes of the network per trajectory (approximate for adaptive solvers)."""
         ...
 
     @property

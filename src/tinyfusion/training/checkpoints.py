@@ -46,8 +46,9 @@ First = Callable[[Callable[[], Any]], Any]  # runs a call on rank 0 and returns 
 def load_latest(folder: Path, state: TrainState, first: First = lambda call: call()) -> int:
     """Load the newest undamaged checkpoint into `state`. Returns its step, 0 if there is none.
 
-    Damaged checkpoints and those of another training are reported, and the previous one is tried. first: runs the checks on
-    one of several ranks. Raises UserError if only another version of tinyfusion has written checkpoints.
+    A checkpoint that is damaged or belongs to another training is reported, and the one before it is tried. first: runs
+    the checks on one of several ranks (`Engine.first`). Raises UserError if all checkpoints are of another tinyfusion
+    version.
     """
     refused = None
     for path in reversed(first(partial(checkpoint_folders, folder))):
@@ -103,7 +104,10 @@ def _unusable(path: Path) -> str | None:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, oldest first, without foreign folders of such names. Raises UserError if it cannot be read."""
+    """Checkpoint folders in `folder`, oldest first. Raises UserError if it cannot be read.
+
+    A folder with a checkpoint's name is left out if it has files, but none of a checkpoint.
+    """
     try:
         entries = list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
@@ -127,10 +131,10 @@ def _step(path: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Written:
-    """A complete checkpoint, or this rank's file of one.
+    """Record of a checkpoint (or of this rank's file of it) whose writing is finished: path, size and times.
 
-    num_bytes: of the tensors that this rank wrote. held_s: seconds that training was blocked (waiting for the previous
-    checkpoint, copying tensors); write_s: seconds of writing in the background.
+    num_bytes: size of the tensors that this rank wrote. held_s: seconds for which training was blocked (waiting for the
+    previous checkpoint, copying tensors). write_s: seconds of writing in the background.
     """
 
     step: int
@@ -151,14 +155,15 @@ class _Snapshot:
 
 
 class CheckpointWriter:
-    """Writes states to `folder/step-N` in the background, atomically and one at a time.
+    """Write training states to `folder/step-N` in the background, atomically and one at a time.
 
-    Retention: the last `limit` checkpoints whose step is a multiple of `every`, and the one just written. Checkpoints newer
-    than it are removed: training would have resumed from them if they were undamaged.
+    Retention: the last `limit` checkpoints whose step is a multiple of `every`, and the one just written. Checkpoints
+    of later steps are removed, because they must be damaged: otherwise training would have resumed from them.
 
-    If tensors are sharded, each rank writes its own file into one folder, which rank 0 completes (`core/ranks.py`) or gives
-    up after timeout_s without progress; else only rank 0 writes. main_pid: process id of rank 0, part of the name of the
-    unfinished folder. The next call raises an error of the writing thread, once: UserError if disk or files are the cause.
+    If tensors are sharded, each rank writes its own file into one folder. Rank 0 completes the folder
+    (`core/ranks.py`), or gives up after `timeout_s` without progress. Otherwise only rank 0 writes. main_pid: process
+    id of rank 0, part of the name of the unfinished folder. An error of the writing thread is raised by the next call,
+    once; it is a UserError if the disk or the files are the cause.
     """
 
     def __init__(
@@ -198,7 +203,7 @@ class CheckpointWriter:
             error.add_note(str(failure))
 
     def save(self, state: TrainState) -> None:
-        """Copy `state` to host memory and write it in the background. All ranks call after the same step."""
+        """Copy `state` to host memory and write it in the background. All ranks must call this after the same step."""
         began = time.perf_counter()
         self.finish()
         tensors = state.tensors()
@@ -236,7 +241,7 @@ class CheckpointWriter:
 
     @torch.no_grad()
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory of the rows on this rank; without tensors that have no rows here."""
+        """Copies in host memory of this rank's rows of all tensors that have rows on it."""
         local = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
         copies = {}
         for name, part in local.items():
@@ -312,7 +317,7 @@ class CheckpointWriter:
             raise
 
     def _prune(self, step: int) -> None:
-        """Remove the checkpoints outside of the retention after `step`."""
+        """Remove the checkpoints that the retention rule does not include after `step`."""
         paths = checkpoint_folders(self.folder)
         regular = [path for path in paths if (other := _step(path) or 0) <= step and other % self.every == 0]
         for path in paths:
@@ -341,7 +346,7 @@ def _write_note(note: Path, content: dict[str, Any]) -> None:
 
 
 def _host_memory(part: Tensor) -> Tensor:
-    """Empty host memory for a copy of `part`: pinned for a GPU, if the limit of locked memory allows."""
+    """An uninitialised host tensor for a copy of `part`; pinned for a GPU, if the limit of locked memory allows."""
     if part.is_cuda:
         try:
             return torch.empty(part.shape, dtype=part.dtype, pin_memory=True)

@@ -1,8 +1,9 @@
 """Distributed context of a training run: ranks, batch slices, gradient synchronisation, small collectives.
 
-Processes that `torchrun` or `accelerate launch` started meet through accelerate, which also wraps the step in DDP. FSDP2 is
-torch's own `fully_shard`: accelerate's plugin falls back to DDP on the CPU without a message. Batches are slices of the
-global batch, and every draw is addressed by its place there, so the number of processes changes results by rounding alone.
+accelerate initialises the process group of processes that `torchrun` or `accelerate launch` started, and wraps the step
+in DDP. For FSDP2 torch's `fully_shard` is called directly, because accelerate's plugin silently falls back to DDP on
+the CPU. Every rank takes slices of the global batch, and every random draw is a function of the position in the global
+batch, so the number of processes changes results only by rounding.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def cut(batch_size: int, num: int) -> list[Slice]:
 
 
 class Engine:
-    """The ranks of a training; by default one."""
+    """Distributed context of a training: this rank's device, batch slices and collectives. Default: one process."""
 
     def __init__(
         self,
@@ -71,13 +72,13 @@ class Engine:
 
     @property
     def splits(self) -> bool:
-        """Whether models are sharded over the ranks."""
+        """Whether models are sharded over the ranks (FSDP2)."""
         return self.world > 1 and self.compute.parallel == "fsdp2"
 
     def place(self, module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """Move `module` to the device, in place, and shard it with fsdp2; its parameters are other objects afterwards.
+        """Move `module` to the device in place, and shard it with FSDP2 if used, which replaces its parameter objects.
 
-        blocks: the submodules that are gathered one at a time.
+        blocks: the submodules that FSDP2 gathers one at a time.
         """
         module.to(self.device)
         if self.splits:
@@ -109,7 +110,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------- gradients
 
     def wrap(self, step: nn.Module) -> nn.Module:
-        """`step` with a backward pass that averages gradients over the ranks."""
+        """Return `step`, wrapped so that its backward pass averages gradients over the ranks."""
         if self.accelerator is None or self.world == 1:
             return step
         if not self.splits:
@@ -119,7 +120,7 @@ class Engine:
 
     @contextlib.contextmanager
     def gradients(self, step: nn.Module, last: bool) -> Iterator[None]:
-        """Context of a backward pass: only the last microbatch synchronises gradients."""
+        """Context of a microbatch's backward pass: only the `last` one synchronises gradients over the ranks."""
         if self._split is not None:
             from torch.distributed.fsdp import FSDPModule
 
@@ -133,14 +134,14 @@ class Engine:
             yield
 
     def finish_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Average the gradients of parameters that a sharded model does not contain (gates)."""
+        """Average over the ranks the gradients that FSDP2 does not: those of unsharded parameters, such as gates."""
         for parameter in parameters if self._split is not None else ():
             if parameter.grad is not None and not is_sharded(parameter):
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self.world
 
     def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Euclidean norm of the gradients of `parameters`, whole even if they are sharded. A scalar."""
+        """Euclidean norm of the gradients of `parameters` (a scalar), over all ranks if they are sharded."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return torch.zeros((), device=self.device)
@@ -169,14 +170,14 @@ class Engine:
         return int(value)
 
     def gathered(self, values: Sequence[int]) -> list[int]:
-        """The numbers of all ranks, sorted."""
+        """The `values` of all ranks in one sorted list."""
         lists: list[Any] = [list(values)] * self.world
         if self.world > 1:
             dist.all_gather_object(lists, list(values))
         return sorted(value for listed in lists for value in listed)
 
     def first(self, call: Callable[[], T]) -> T:
-        """Run `call` on rank 0 and return its result on all ranks; a UserError is raised on all of them."""
+        """Run `call` on rank 0 only and return its result on all ranks; a UserError is raised on all of them."""
         if self.world == 1:
             return call()
         outcome: list[Any] = [None, None]
@@ -204,7 +205,7 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out wai
 
 
 def lost_process(error: BaseException) -> UserError | None:
-    """The message for an `error` that means that another process has ended or hangs; None for other errors."""
+    """A UserError that explains `error` if its cause is another process that has ended or hangs; else None."""
     if not dist.is_available() or not isinstance(error, RuntimeError):
         return None
     if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in _LOST):
@@ -223,7 +224,10 @@ def lost_process(error: BaseException) -> UserError | None:
 
 
 def open_engine(device: str, compute: ComputeSection) -> Engine:
-    """The engine of this program on `device` ("auto", "cpu", "cuda", "mps"). Raises UserError if it is not available."""
+    """Create the engine of this process on `device`: "auto", "cpu", "cuda" or "mps".
+
+    Joins the other processes if a launcher started several. Raises UserError if the device is not available.
+    """
     if compute.gradient_accumulation_steps < 1:
         raise UserError(f"compute.gradient_accumulation_steps is at least 1; got {compute.gradient_accumulation_steps}")
     chosen = choose_device(device)

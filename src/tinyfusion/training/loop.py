@@ -30,10 +30,11 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: 0-based number, mean of every term, joint gradient norm before clipping, whether it was applied.
+    """Record of one step: 0-based number, mean of every loss term, gradient norm, whether it was applied.
 
-    bad_samples: indices in the global batch with a non-finite loss, if the step was not applied. waited_s: seconds that the
-    step waited for its batch. loss_scale: float16 only.
+    gradient_norm: over all parameters, before clipping. bad_samples: indices in the global batch with a non-finite
+    loss, if the step was not applied. waited_s: seconds that the step waited for its batch. loss_scale: in float16
+    only.
     """
 
     step: int
@@ -46,7 +47,7 @@ class StepRecord:
     loss_scale: float | None = None
 
     def values(self) -> dict[str, float | None]:
-        """Numbers for a log line; None for those that are not finite."""
+        """The numbers of a log line by name; None in place of non-finite ones."""
         numbers = {name: float(value) for name, value in {**self.terms, "gradient_norm": self.gradient_norm}.items()}
         scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -65,7 +66,7 @@ class ForwardPass(nn.Module):
         self.dtype = _DTYPES.get(settings.dtype)
 
     def forward(self, noisy: Any) -> dict[str, Tensor]:
-        """Per-sample terms, float32; the model alone runs under autocast."""
+        """Per-sample loss terms (B,), float32; only the models run under autocast, not the losses."""
         device = next(iter(self.parameters())).device
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
             prediction = self.objective.predict(self.model, noisy)
@@ -75,7 +76,7 @@ class ForwardPass(nn.Module):
 def noisy_microbatches(
     step: int, objective: Objective, source: BatchSource, batch_size: int, randomness: Randomness, engine: Engine
 ) -> list[Any]:
-    """The microbatches of this rank at `step`, with everything random drawn."""
+    """The microbatches of this rank at `step`, with all random numbers drawn."""
     slices = [randomness.at(step, first, num) for first, num in engine.slices(batch_size)]
     return [objective.draw(source(step, batch_size, draws), draws) for draws in slices]
 
@@ -88,12 +89,12 @@ def train_steps(
     randomness: Randomness,
     engine: Engine | None = None,
 ) -> Iterator[StepRecord]:
-    """Train from `state.step` to `settings.made_steps`, yielding after every step; the state is then complete for that step.
+    """Train from `state.step` to `settings.made_steps`, and yield a record after every step, when `state` can be saved.
 
-    A non-finite loss or gradient on any rank, or a gradient norm of at least `settings.skip_norm`, skips the update on all
-    ranks (average and optimiser do not change); `settings.max_bad_steps` such steps in a row raise BadNumbers. In float16 an
-    overflow of the gradients lowers the loss scale first, and is a bad step only at the lowest scale. Batches are prepared on
-    another thread.
+    A non-finite loss or gradient on any rank, or a gradient norm of at least `settings.skip_norm`, skips the update on
+    all ranks (moving average and optimiser do not change); `settings.max_bad_steps` such steps in a row raise
+    BadNumbers. In float16 an overflow of the gradients lowers the loss scale, and counts as such a step only at the
+    lowest scale. Batches are prepared on another thread.
     """
     engine = engine or Engine(next(iter(state.parameters.values())).device)
     forward = engine.wrap(ForwardPass(state, objective, settings))
@@ -157,7 +158,10 @@ def _bad_samples(losses: list[Tensor], settings: TrainingSection, engine: Engine
 
 
 def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: Engine) -> tuple[Tensor, bool]:
-    """Clip and step, unless something is not finite or the norm reaches `skip_norm`; (norm before clipping, applied)."""
+    """Clip gradients and update, unless loss or norm is not finite, or the norm reaches `skip_norm`.
+
+    Returns (norm before clipping, whether the update was applied).
+    """
     parameters = list(state.parameters.values())
     engine.finish_gradients(parameters)
     scale, limit = state.scale.value or 1.0, settings.clip_norm

@@ -1,4 +1,4 @@
-"""LoRA factors on every linear layer (arXiv 2106.09685), through peft, with addressed initial values."""
+"""LoRA factors on every linear layer (arXiv 2106.09685), through peft; initial values depend only on a seed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, 
 
 
 def delta_weights(averages: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Weight updates scale * B A from factors by name: {name of the weight in the plain model: its update}."""
+    """{name of a weight in the model without LoRA: its update scale * B A}, from the (averaged) factors by name."""
     suffix = f".lora_A.{_ADAPTER}.weight"
     layers = [name.removesuffix(suffix) for name in averages if name.endswith(suffix)]
     return {
@@ -55,9 +55,10 @@ def delta_weights(averages: Mapping[str, Tensor], scale: float) -> dict[str, Ten
 
 
 def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights of frozen linear layers to `dtype`, in place: for a temporary copy under autocast.
+    """Cast the weights of frozen linear layers to `dtype`, in place.
 
-    Autocast would cast them to the same values at every call, because it caches only casts of trained weights.
+    Use it on a temporary copy that runs under autocast. The outputs do not change: autocast casts the same weights at
+    every call, because it caches only casts of trained weights.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters(recurse=False)):

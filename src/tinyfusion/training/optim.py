@@ -24,7 +24,10 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Named parameters with one learning rate (None: the section's), without schedule if `constant`, decay if `decayed`."""
+    """Named parameters with a common learning rate and weight decay.
+
+    learning_rate: None: that of the training section. constant: no learning-rate schedule. decayed: with weight decay.
+    """
 
     parameters: dict[str, nn.Parameter]
     learning_rate: float | None = None
@@ -37,7 +40,10 @@ def decay_groups(
     undecayed: Callable[[str, torch.Tensor], bool] | None,
     settings: TrainingSection,
 ) -> list[ParameterGroup]:
-    """One group, or two if there is weight decay and `undecayed` (name, value) exempts some parameters from it."""
+    """Split parameters into a group with weight decay and one without, for which `undecayed(name, value)` is true.
+
+    A single group if there is no weight decay or no rule.
+    """
     if undecayed is None or settings.weight_decay == 0:
         return [ParameterGroup(parameters)]
     exempt = {name: parameter for name, parameter in parameters.items() if undecayed(name, parameter)}
@@ -46,9 +52,10 @@ def decay_groups(
 
 
 def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.Optimizer:
-    """AdamW over the groups that are not empty, with the moments of `settings.optimizer`.
+    """AdamW over the non-empty groups, with moments in float32 or, if `settings.optimizer` says so, in 8 bits.
 
-    Raises ValueError if all groups are empty, UserError if moments in 8 bits are not possible here.
+    Raises ValueError if all groups are empty, UserError if 8-bit moments are impossible (device, sharding,
+    bitsandbytes).
     """
     listed: list[dict[str, Any]] = []
     for group in groups:
@@ -65,9 +72,10 @@ def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.
 
 
 def _adamw_8bit(listed: list[dict[str, Any]], numbers: dict[str, Any]) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW (arXiv 2110.02861): one byte per moment in tensors of at least 4,096 elements, scaled by blocks of 256.
+    """AdamW of bitsandbytes (arXiv 2110.02861), with moments of one byte.
 
-    Its state has the number of steps as a plain number.
+    Only tensors of at least 4,096 elements have 8-bit moments, scaled per block of 256. The optimiser's state has the
+    number of steps as a plain number.
     """
     first = listed[0]["params"][0]
     if any(is_sharded(parameter) for group in listed for parameter in group["params"]):
@@ -91,12 +99,12 @@ def _adamw_8bit(listed: list[dict[str, Any]], numbers: dict[str, Any]) -> torch.
 
 
 def hush_bitsandbytes() -> None:
-    """Silence its import warnings about 4-bit kernels, which are not used here; peft imports it too."""
+    """Silence bitsandbytes' import warnings about 4-bit kernels, which are not used here; peft imports it too."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def linear(ends: tuple[float, float], step: int, steps: int) -> float:
-    """From ends[0] at step 0 to ends[1] at step `steps - 1` and after; ends[0] if there is one step only."""
+    """Linear schedule from ends[0] at step 0 to ends[1] at step `steps - 1` and after; ends[0] if `steps` is 1."""
     share = min(step / (steps - 1), 1.0) if steps > 1 else 0.0
     return ends[1] if share == 1 else ends[0] + (ends[1] - ends[0]) * share  # the end is exact, without rounding
 

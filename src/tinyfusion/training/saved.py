@@ -46,8 +46,8 @@ _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 class Progress:
     """The fields of a training state that are not tensors.
 
-    bad_steps: consecutive ones. optimizer: its name in the recipe. good_steps: since loss_scale last changed.
-    optimizer_numbers: plain numbers in the optimiser's state, by "SLOT/PARAMETER".
+    bad_steps: number of consecutive skipped steps. optimizer: its name in the recipe. good_steps: number of steps since
+    loss_scale last changed. optimizer_numbers: plain numbers in the optimiser's state, by "SLOT/PARAMETER".
     """
 
     step: int
@@ -60,12 +60,12 @@ class Progress:
 
 
 def part_name(rank: int, num: int) -> str:
-    """Name of the file of rank `rank` of the `num` ranks that write."""
+    """File name of the tensors that rank `rank` of `num` writing ranks stores."""
     return f"state-{rank:05d}-of-{num:05d}.safetensors"
 
 
 def sums(digests: Mapping[str, str]) -> bytes:
-    """SHA256SUMS of files, sorted by name."""
+    """Content of SHA256SUMS for files with these digests, sorted by name."""
     return b"".join(f"{digests[name]}  ".encode() + os.fsencode(name) + b"\n" for name in sorted(digests))
 
 
@@ -109,7 +109,7 @@ def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
 
 
 def write_record(folder: Path, progress: Progress, split: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Write state.json and SHA256SUMS. split: shape and rows per file of sharded tensors; digests: of the other files."""
+    """Write state.json and SHA256SUMS. split: shape and rows per file of sharded tensors; digests: of tensor files."""
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(progress), "split": split}, indent=1, allow_nan=False)
     content = f"{text}\n".encode()
     (folder / RECORD).write_bytes(content)
@@ -120,7 +120,7 @@ def write_record(folder: Path, progress: Progress, split: Mapping[str, Any], dig
 
 
 def other_version(path: Path) -> str | None:
-    """The error message for a checkpoint of another version of tinyfusion; None if this version reads it."""
+    """The error message if a checkpoint has the format of another tinyfusion version; else None."""
     if (path / _FORMER_TENSORS).is_file() and not (path / SUMS).exists():
         written_by = "tinyfusion 0.2.0, whose training states this version does not read"
         return f"{path} was written by {written_by}: start anew (--overwrite), or go on with tinyfusion 0.2.0"
@@ -140,7 +140,7 @@ def other_version(path: Path) -> str | None:
 
 
 def damage(path: Path) -> str | None:
-    """Read all files of a checkpoint; a description of their damage, None if there is none."""
+    """Read all files of a checkpoint and return a description of their damage; None if there is none."""
     try:
         entries = sorted(path.iterdir())
         for entry in entries:
@@ -199,7 +199,7 @@ def _progress(record: Mapping[str, Any]) -> Progress:
 class SavedState:
     """Tensors of a checkpoint, read on demand, for any number of ranks that wrote it and that read it.
 
-    split: {name: {"shape": of the whole, "rows": (first, number) per file}} of sharded tensors.
+    split: {name of a sharded tensor: {"shape": of the whole tensor, "rows": (first row, number of rows) per file}}.
     """
 
     def __init__(self, path: Path, progress: Progress, files: Sequence[Any], split: Mapping[str, Any]) -> None:
@@ -237,7 +237,7 @@ class SavedState:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Its dtype. Raises KeyError for one that a training state cannot have."""
+        """Dtype of the tensor. Raises KeyError for a dtype that a training state cannot have."""
         return _TYPES[self._files[self._places[name][0][0]].get_slice(name).get_dtype()]
 
     def rows(self, name: str, first: int, num: int) -> Tensor:
@@ -258,6 +258,6 @@ class SavedState:
         return torch.cat(pieces) if pieces else torch.empty((0, *shape[1:]), dtype=self.dtype(name))
 
     def whole(self, name: str) -> Tensor:
-        """All of a tensor."""
+        """Read all rows of a tensor."""
         shape = self._shapes[name]
         return self.rows(name, 0, shape[0] if shape else 1)

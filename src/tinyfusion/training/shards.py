@@ -13,12 +13,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The rows on this rank, sharing memory with `tensor`; all rows of a plain tensor."""
+    """The rows of `tensor` on this rank, in shared memory with it; all rows of a plain tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like_part(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor sharded as `like`, whose rows on this rank are `part`; `part` itself if `like` is a plain tensor."""
+    """A tensor sharded like `like`, with the rows `part` on this rank; `part` itself if `like` is not sharded."""
     if not isinstance(like, DTensor):
         return part
     mesh, placements = like.device_mesh, like.placements
@@ -42,5 +42,5 @@ def first_row(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """All rows, gathered from all ranks (each must call), detached; a plain tensor as it is."""
+    """All rows of `tensor`, detached; gathered from all ranks if it is sharded, and then all ranks must call this."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()

@@ -19,9 +19,9 @@ _START_SCALE, _LOWEST_SCALE, _GROW_EVERY = 2.0**16, 1.0, 2000
 
 
 class Ema:
-    """Moving average e <- decay * e + (1 - decay) * p of named parameters, once per step, started from p.
+    """Exponential moving average e <- decay * e + (1 - decay) * p of named parameters p, initialised with p.
 
-    The average of a sharded parameter is sharded alike, and every rank updates its own rows.
+    The average of a sharded parameter is sharded in the same way, and every rank updates its own rows.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
@@ -33,14 +33,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the current parameters to the average."""
+        """Update the average with the current parameters; call it once per step."""
         averages = [local_part(average) for average in self.average.values()]
         current = [local_part(p) for p in self.parameters.values()]
         torch._foreach_lerp_(averages, current, 1 - self.decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Copy the averages into the parameters of `module` by name; all ranks call where averages are sharded."""
+        """Copy the averages into the parameters of `module` by name; all ranks must call this if they are sharded."""
         parameters = dict(module.named_parameters())
         for name, value in self.average.items():
             if is_sharded(parameters[name]):
@@ -50,9 +50,9 @@ class Ema:
 
 
 def horizon_warning(decay: float, steps: int, section: str) -> str | None:
-    """Advice if the average still holds more than 5 % of the initial weights after `steps`; None if it does not.
+    """A warning with advice if more than 5 % of the average is the initial weights after `steps`; else None.
 
-    section: of the recipe that sets this training, such as "recover.training".
+    section: section of the recipe that sets this training, such as "recover.training".
     The published decay 0.9999 leaves 37 % after 10,000 steps (arXiv 2412.01199, table 7, samples raw weights instead).
     """
     remainder = decay**steps
@@ -68,8 +68,8 @@ def horizon_warning(decay: float, steps: int, section: str) -> str | None:
 class LossScale:
     """Loss scale of float16, whose small gradients would round to 0: halved on overflow, doubled after 2000 good steps.
 
-    The rule of torch's GradScaler, which cannot be used: it reads the gradients of one process, and ours may be sharded.
-    value: None if not `used`.
+    This is the rule of torch's GradScaler, which reads only the gradients of one process; here gradients may be
+    sharded. value: None unless `used`.
     """
 
     def __init__(self, used: bool) -> None:
@@ -78,7 +78,7 @@ class LossScale:
 
     @property
     def can_fall(self) -> bool:
-        """Whether a lower scale may avoid the overflow."""
+        """Whether the scale can be lowered, which may avoid the overflow."""
         return self.value is not None and self.value > _LOWEST_SCALE
 
     def update(self, finite: bool) -> None:
@@ -107,20 +107,20 @@ class TrainState:
         self._optimizer_name: str = settings.optimizer
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained parameters by name, gathered: all ranks call."""
+        """The trained parameters by name, gathered from all ranks, each of which must call this."""
         return {name: whole(parameter) for name, parameter in self.parameters.items()}
 
     def averages(self) -> dict[str, Tensor]:
-        """Their moving averages by name, gathered: all ranks call."""
+        """Moving averages of the trained parameters by name, gathered from all ranks, each of which must call this."""
         return {name: whole(average) for name, average in self.ema.average.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, averages and optimiser state by name, sharded as they are."""
+        """Weights, averages and optimiser state by name, without gathering sharded tensors."""
         state = self._optimizer_state()
         return self._fixed() | {f"optimizer/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
 
     def progress(self) -> Progress:
-        """The rest of a checkpoint."""
+        """The fields of a checkpoint that are not tensors."""
         return Progress(
             self.step,
             self.bad_steps,
