@@ -131,6 +131,10 @@ ROWS: list[tuple[str, Change | None, str, str]] = [
     ("index-path", index({"../model": ["diffusers", "FluxTransformer2DModel"]}), "inspect pipeline", "names '../model', which is no folder of"),
     ("index-path-of-others", index({"transformer": ["diffusers", "FluxTransformer2DModel"], "../work": ["a", "B"]}),
      "export --model pipeline --to diffusers --pipeline --out out", "names '../work', which is no folder of its pipeline"),
+    ("index-parent", index({"transformer": ["diffusers", "FluxTransformer2DModel"], "..": ["a", "B"]}),
+     "export --model pipeline --to diffusers --pipeline --out out", "names '..', which is no folder of its pipeline"),
+    ("index-nameless", index({"transformer": ["diffusers", "FluxTransformer2DModel"], "": ["a", "B"]}),
+     "export --model pipeline --to diffusers --pipeline --out out", "names '', which is no folder of its pipeline"),
     ("unet", index({"unet": ["diffusers", "UNet2DConditionModel"]}), "inspect pipeline", "pipeline"),
     # ---- the weights
     ("weights-empty", text(f"model/{WEIGHTS}"), INSPECT, "is no readable safetensors file"),
