@@ -340,6 +340,16 @@ def all_choices(model: TransformerFolder, sizes: dict[str, int]) -> list[dict[st
     return found
 
 
+def test_a_model_that_returns_zeros_has_no_losses(tmp_path: Path) -> None:
+    model: Any = FLUX.model()
+    with torch.no_grad():
+        model.proj_out.weight.zero_()
+        model.proj_out.bias.zero_()
+    opened, file = recorded(model, tmp_path)
+    with pytest.raises(UserError, match="returns zeros alone on call 1 of inputs.safetensors"):
+        planned(opened, file, criterion="sensitivity")
+
+
 def test_a_unit_of_several_blocks_explains_itself(tmp_path: Path) -> None:
     opened, file = recorded(tiny("HunyuanDiT2DModel"), tmp_path)
     plan = planned(opened, file, criterion="sensitivity", protect=(1,))
