@@ -288,6 +288,7 @@ def test_residuals_are_spread_as_in_diffusers(spread: str) -> None:
         ({"out": "mine"}, "exists and is not an export of tinyfusion"),
         ({"weights": None}, "wants diffusion_pytorch_model.safetensors or .bin"),
         ({"config": None}, "config.json does not exist"),
+        ({"tensor": "controlnet_blocks.first.weight"}, "is damaged: entries of controlnet_blocks are not numbered from 0 on"),
     ],
 )  # fmt: skip
 def test_bad_controlnets_end_in_one_line(capsys: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -301,6 +302,10 @@ def test_bad_controlnets_end_in_one_line(capsys: Any, tmp_path: Path, change: di
         (tmp_path / "net/diffusion_pytorch_model.safetensors").unlink()
     elif "config" in change:
         config.unlink()
+    elif "tensor" in change:
+        file = tmp_path / "net/diffusion_pytorch_model.safetensors"
+        content = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        save_file(content | {change["tensor"]: torch.ones(1)}, file)
     else:
         config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     out = tmp_path / change.get("out", "new")

@@ -131,6 +131,10 @@ ROWS: list[tuple[str, Change | None, str, str]] = [
     ("index-path", index({"../model": ["diffusers", "FluxTransformer2DModel"]}), "inspect pipeline", "names '../model', which is no folder of"),
     ("index-path-of-others", index({"transformer": ["diffusers", "FluxTransformer2DModel"], "../work": ["a", "B"]}),
      "export --model pipeline --to diffusers --pipeline --out out", "names '../work', which is no folder of its pipeline"),
+    ("index-parent", index({"transformer": ["diffusers", "FluxTransformer2DModel"], "..": ["a", "B"]}),
+     "export --model pipeline --to diffusers --pipeline --out out", "names '..', which is no folder of its pipeline"),
+    ("index-nameless", index({"transformer": ["diffusers", "FluxTransformer2DModel"], "": ["a", "B"]}),
+     "export --model pipeline --to diffusers --pipeline --out out", "names '', which is no folder of its pipeline"),
     ("unet", index({"unet": ["diffusers", "UNet2DConditionModel"]}), "inspect pipeline", "pipeline"),
     # ---- the weights
     ("weights-empty", text(f"model/{WEIGHTS}"), INSPECT, "is no readable safetensors file"),
@@ -197,6 +201,9 @@ ROWS: list[tuple[str, Change | None, str, str]] = [
     ("lora-of-itself", lambda: shutil.copy("good.safetensors", "bad.safetensors"), LORA.replace("new.saf", "bad.saf"),
      "bad.safetensors exists and was not made by tinyfusion"),
     ("lora-suffix", None, LORA.replace("bad.saf", "good.saf").replace("new.safetensors", "new.pt"), "is a .safetensors file"),
+    ("lora-pipe", lambda: os.mkfifo("bad.safetensors"), LORA, "bad.safetensors is a pipe"),
+    ("inputs-pipe", lambda: os.mkfifo("bad.safetensors"), "prune --teacher model --inputs bad.safetensors --criterion bi --out out",
+     "bad.safetensors is a pipe"),
     ("lora-no-student", None, "lora good.safetensors --model model --out new.safetensors", "no record of removed blocks"),
     ("lora-no-model", None, "lora good.safetensors --model nothing --out new.safetensors", "nothing"),
     ("lora-metadata", lambda: save_file({NAME: torch.ones(1, 1)}, "bad.safetensors", {"lora_adapter_metadata": "[1"}), LORA, "is no JSON"),
@@ -243,6 +250,19 @@ def test_bad_input_ends_in_one_line(
     assert lines[-1].startswith("error: ") and message in lines[-1], lines
     assert len(lines) == 1
     assert contents(work) == before
+
+
+def test_tensors_of_a_lora_that_share_memory_are_written_apart(made: Path, tmp_path: Path) -> None:
+    """As tied ones of a torch file do."""
+    tied = torch.arange(6.0).view(2, 3)
+    torch.save(
+        {NAME: tied, NAME.replace(".0.", ".2."): tied, NAME.replace("to_q", "to_k"): tied[:, :1]}, tmp_path / "tied.pt"
+    )
+    command = ["lora", tmp_path / "tied.pt", "--model", made / "run", "--out", tmp_path / "new.safetensors"]
+    assert cli.main([*map(str, command)]) == 0
+    new = load_file(tmp_path / "new.safetensors")
+    assert torch.equal(new[NAME], tied) and torch.equal(new[NAME.replace(".0.", ".1.")], tied)
+    assert torch.equal(new[NAME.replace("to_q", "to_k")], tied[:, :1])
 
 
 def test_there_are_fifty_distinct_ones() -> None:

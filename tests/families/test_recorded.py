@@ -33,6 +33,7 @@ from tinyfusion.families.diffusers_classes.cutting import Cut
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder, open_transformer
 from tinyfusion.families.diffusers_classes.rows import shipped_rows
 from tinyfusion.jobs import criteria
+from tinyfusion.jobs.recording import recorded_calls
 from tinyfusion.jobs.transformers import recorded_work
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
@@ -151,6 +152,21 @@ def test_the_same_command_is_finished_and_another_is_refused(place: Path, run: R
     assert "(calls: 3 there, 4 now)" in run(*command)
     assert run(*command, "--overwrite", "--dry-run")["arguments"]["num_inference_steps"] == 5
     assert (place / "flux.safetensors").read_bytes() == before
+
+
+def test_a_file_that_comes_to_be_there_while_drawing_stays(
+    place: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "own.safetensors"
+
+    def drawing(*given: Any) -> Any:
+        save_file({"x": torch.zeros(1)}, out)
+        return recorded_calls(*given)
+
+    monkeypatch.setattr("tinyfusion.commands.record.recorded_calls", drawing)
+    command = ["record", place / "flux", "--prompts", place / "prompts.txt", "--out", out, *SIZES]
+    assert "exists and was not made by tinyfusion" in run(*command)
+    assert [*load_file(out)] == ["x"]
 
 
 def test_experts_of_a_video_pipeline_are_recorded_and_scored_apart(place: Path, run: Run, tmp_path: Path) -> None:
@@ -322,6 +338,16 @@ def all_choices(model: TransformerFolder, sizes: dict[str, int]) -> list[dict[st
             continue
         found.append(kept)
     return found
+
+
+def test_a_model_that_returns_zeros_has_no_losses(tmp_path: Path) -> None:
+    model: Any = FLUX.model()
+    with torch.no_grad():
+        model.proj_out.weight.zero_()
+        model.proj_out.bias.zero_()
+    opened, file = recorded(model, tmp_path)
+    with pytest.raises(UserError, match="returns zeros alone on call 1 of inputs.safetensors"):
+        planned(opened, file, criterion="sensitivity")
 
 
 def test_a_unit_of_several_blocks_explains_itself(tmp_path: Path) -> None:

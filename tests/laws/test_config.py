@@ -52,6 +52,13 @@ def test_every_number_of_a_recipe_has_limits_and_its_default_is_within() -> None
     assert build(Recipe, to_plain(Recipe()), "") == Recipe()
 
 
+@pytest.mark.parametrize("section", ["", "prune"])
+def test_a_field_without_a_name_is_unknown(section: str) -> None:
+    values = {"": 3}
+    with pytest.raises(UserError, match="unknown field"):
+        build(Recipe, {section: values} if section else values, "")
+
+
 def test_limits_are_where_they_say() -> None:
     """On each side of every limit; of whole numbers the next one, of others the next that is not rounded to 0."""
     for path, (kind, limits) in SINGLE.items():

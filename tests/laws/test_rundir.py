@@ -454,3 +454,16 @@ def test_records_from_before_shifts_are_of_the_same_recipe_without_one(tmp_path:
     shifted = {**now, "flow": {**now["flow"], "shift": 3.0}}
     with pytest.raises(UserError, match=r"sample\.flow\.shift: 1\.0 there, 3\.0 now"):
         check_same(record, "sample", {"sample": shifted}, tmp_path / "x.npz")
+
+
+def test_a_run_of_0_6_0_is_the_same_command(tmp_path: Path) -> None:
+    """Fields were renamed, and `destination` was not there."""
+    recipe = to_plain(Recipe())
+    former = {"auxiliary": "beside", "auxiliary_steps": "beside_steps", "auxiliary_weight": "beside_weight"}
+    then = recipe | {"dynamic": {former.get(name, name): value for name, value in recipe["dynamic"].items()}}
+    del then["destination"]
+    record = stamp("run", then, "interrupted")
+    check_same(record, "run", recipe, tmp_path)
+    record["recipe"]["dynamic"]["beside_steps"] += 1
+    with pytest.raises(UserError, match="dynamic.auxiliary_steps: 30001 there, 30000 now"):
+        check_same(record, "run", recipe, tmp_path)

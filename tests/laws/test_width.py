@@ -538,3 +538,11 @@ def test_from_the_command_line(
     assert facts["depth"] == 2 and facts["criterion"] == "width" and facts["kept"] == {"blocks": [0, 1]}
     assert teacher.cut(plan).hash() == student.hash() != facts["hash"]
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (3, 8, 8, 1)
+
+
+def test_a_narrower_student_that_its_destination_cannot_hold_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["prune", "--teacher", "digits", "--data", "digits", "--criterion", "width", "--for", "diffusers"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+    assert "the model cannot be made for diffusers: its hidden layers have" in capsys.readouterr().err

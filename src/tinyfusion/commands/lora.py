@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -99,8 +100,7 @@ def renumber_lora(options: LoraOptions) -> dict[str, Any]:
     if todo and not options.dry_run:
         record = stamp("lora", plain, "done")
         with atomic_write(options.out) as path:
-            contiguous = {name: value.contiguous() for name, value in new.tensors.items()}
-            save_file(contiguous, path, {**new.metadata, "format": "pt", _HEADER: json.dumps(record)})
+            save_file(_apart(new.tensors), path, {**new.metadata, "format": "pt", _HEADER: json.dumps(record)})
             to_do()  # again: what has come to be there meanwhile is not replaced
     elif not todo:
         say_finished(options.out, options.dry_run)
@@ -108,6 +108,16 @@ def renumber_lora(options: LoraOptions) -> dict[str, Any]:
         "out": str(options.out), "renumbered": new.renumbered, "unchanged": new.unchanged, "dropped": new.dropped,
         "dropped_share": round(new.dropped_share, 4), "notes": list(new.notes),
     }  # fmt: skip
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory, as tied ones of a torch file do: safetensors writes no such."""
+    seen, apart = set[int](), dict[str, Tensor]()
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        apart[name] = value.contiguous() if place not in seen else value.clone(memory_format=torch.contiguous_format)
+        seen.add(place)
+    return apart
 
 
 def _flattened(content: Any) -> Any:

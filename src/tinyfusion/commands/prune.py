@@ -18,6 +18,7 @@ from tinyfusion.jobs.training import MaskTraining, mask_training, student_of
 from tinyfusion.jobs.transformers import transformer_of
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.prune.learn import plan_of
+from tinyfusion.prune.width import width_stand_in
 from tinyfusion.training.engine import Engine
 
 
@@ -43,7 +44,10 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
         on_data = recipe.prune.criterion == "learned" or looks_at_images(recipe.prune.criterion)
         teacher = open_teacher(recipe, options.num_heads, options.family, on_data, options.num_classes)
         recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, on_data)
-        teacher.made_for(recipe.destination)  # refuse before anything is learned
+        if recipe.destination:  # refuse before anything is learned
+            narrower = recipe.prune.criterion == "width"
+            student = teacher.cut(width_stand_in(teacher, recipe.prune)) if narrower else teacher
+            student.made_for(recipe.destination)
         return Inputs(recipe, options, {"teacher": teacher}, {"teacher": recipe.teacher})
 
     def work(self, inputs: Inputs, engine: Engine) -> MaskTraining | CriterionWork:

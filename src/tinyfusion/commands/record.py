@@ -66,7 +66,11 @@ def record(options: RecordOptions) -> dict[str, Any]:
     device = choose_device(options.device)
     plain = {"transformer": model.hash, "prompts": sha256_of(options.prompts), **dataclasses.asdict(drawing)}
     outcome = {"prompts": len(prompts), "class_name": model.class_name, "hash": model.hash}
-    todo = file_output(options.out, "record", plain, options.overwrite, recorded_in)
+
+    def to_do() -> bool:
+        return file_output(options.out, "record", plain, options.overwrite, recorded_in)
+
+    todo = to_do()
     if not todo:
         say_finished(options.out, options.dry_run)
     if not todo or options.dry_run:
@@ -76,6 +80,7 @@ def record(options: RecordOptions) -> dict[str, Any]:
     with progress("record", len(prompts), "prompts") as bar:
         calls = recorded_calls(pipeline, transformer, prompts, drawing, bar)
     outcome = {**outcome, "dtype": dtype_name(transformer), "settings": {"pipeline": kind.__name__, **arguments}}
+    to_do()  # again: what has come to be there meanwhile is not replaced
     write_recorded(options.out, calls, stamp("record", plain, "done", **outcome))
     return {**outcome, "calls": len(calls)}
 

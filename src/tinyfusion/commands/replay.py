@@ -20,6 +20,7 @@ from tinyfusion.config.loading import build_known
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
+from tinyfusion.core.records import renamed
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, read_metrics
 from tinyfusion.jobs.assemble import RunOptions
@@ -85,8 +86,11 @@ def _training(run: RunDirectory, device: str | None) -> Training:
             f"{run.path} holds no training that can be repeated: wanted a run of train, prune (learned), recover or "
             "dynamic by this version"
         )
+    saved = record["job"]
+    if isinstance(saved, dict) and "recipe" in saved:
+        saved = {**saved, "recipe": renamed(saved["recipe"])}
     try:
-        job: _Job = build_known(_Job, record["job"], "job")
+        job: _Job = build_known(_Job, saved, "job")
     except UserError as error:
         raise UserError(f"{run.record_path} is damaged, or of another version: {error}") from error
     recipe = job.recipe if device is None else dataclasses.replace(job.recipe, device=device)

@@ -166,7 +166,7 @@ def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
         fields = ", ".join(_fields(kind))
         raise UserError(f"{path or 'the recipe'} is a section with the fields {fields}; got {_shown(value)}")
     hints, known, prefix = _hints(kind), _fields(kind), f"{path}." if path else ""
-    if unknown := next((key for key in value if key not in known), None):
+    if (unknown := next((key for key in value if key not in known), None)) is not None:
         raise UserError(f"unknown field {prefix + unknown!r}{_nearest_field(prefix + unknown, known)}")
     arguments: dict[str, Any] = {}
     for key, inner in value.items():

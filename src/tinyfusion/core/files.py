@@ -290,7 +290,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
+    """SHA-256 of a file in hexadecimal. Raises UserError on a special file, which may never end."""
+    check_plain(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -50,6 +50,19 @@ _IDLE = {
 }  # fmt: skip
 # fields that older records lack, with their value then, by section
 _LATER = {"encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields())}
+# former names of fields, by section
+_FORMER = {
+    "dynamic": {"beside": "auxiliary", "beside_steps": "auxiliary_steps", "beside_weight": "auxiliary_weight"},
+}
+
+
+def renamed(recipe: Any) -> Any:
+    """A plain recipe of this or an older version with the present names of its fields."""
+    if not isinstance(recipe, Mapping):
+        return recipe
+    sections = {name: recipe[name] for name in _FORMER if isinstance(recipe.get(name), Mapping)}
+    new = {name: {_FORMER[name].get(k, k): v for k, v in section.items()} for name, section in sections.items()}
+    return {**recipe, **new}
 
 
 def _effective(recipe: Any, section: str = "") -> Any:
@@ -70,7 +83,7 @@ def check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], 
         raise UserError(f"{written}; this version reads up to {FORMAT_VERSION}: upgrade")
     if record["verb"] != verb:
         raise UserError(f"{where} was made by `{record['verb']}`, not `{verb}`; {advice}")
-    if difference := first_difference(_effective(record["recipe"]), _effective(recipe)):
+    if difference := first_difference(_effective(renamed(record["recipe"])), _effective(recipe)):
         field, there, now = difference
         what = f"{where} was made with another recipe ({field}: {there!r} there, {now!r} now)"
         raise OtherRecipe(f"{what}; {advice}", difference)

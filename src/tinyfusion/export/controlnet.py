@@ -62,6 +62,10 @@ def fit_controlnet(folder: Path, cuts: Sequence[Cut]) -> FittedControlNet:
     if config.get("quantization_config"):
         raise UserError(f"{folder} is quantised: give the ControlNet that it was made from")
     weights = stored_weights(folder)
+    for prefix in (f"{path}." for each in lists if each.control for path in (each.path, each.control.taps)):
+        numbers = _numbers(weights, prefix)
+        if numbers != set(map(str, range(len(numbers)))):
+            raise UserError(f"{folder} is damaged: entries of {prefix[:-1]} are not numbered from 0 on")
     used = [each for each in lists if _numbers(weights, f"{each.control.taps}.")]  # type: ignore[union-attr]
     if not used:
         raise UserError(f"{folder} holds no blocks that make residuals, and every {config['_class_name']} has them")

@@ -232,8 +232,14 @@ class UnitContext(CriterionContext):
             if len(mask) == self.depth:
                 return 0.0, 0.0
             whole = self._outputs_of_calls[number]
+            size = float(whole.square().sum(dtype=torch.float64))
+            if not size:
+                raise UserError(
+                    f"the whole model returns zeros alone on call {number + 1} of {self.images.data}, so no loss is relative to it: is "
+                    "it trained?"
+                )
             error = replay.run({block for unit in mask for block in self.blocks[unit]}, run).output.cpu() - whole
-            loss = float(error.square().sum(dtype=torch.float64) / whole.square().sum(dtype=torch.float64))
+            loss = float(error.square().sum(dtype=torch.float64)) / size
             return loss, loss
 
         calls: Sequence[Any] = self.images.batches

@@ -94,6 +94,21 @@ def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, Chann
         raise UserError(f"prune.width_share: {error}") from error
 
 
+def width_stand_in(teacher: LoadedModel, settings: PruneSection) -> PrunePlan:
+    """A plan of the widths that criterion width will decide on, with other channels. Raises UserError as `check_width`."""
+    wanted, rules, depths = check_width(teacher, settings), teacher.family.widths, teacher.stack.depths()
+    assert rules is not None
+    sizes = {name: group.size for name, group in rules.groups(teacher.arch).items()}
+    kept = {name: most_important(torch.zeros(sizes[name]), group) for name, group in wanted.items()}
+    return PrunePlan(
+        kept={name: list(range(depth)) for name, depth in depths.items()},
+        depth=depths,
+        criterion="width",
+        teacher=teacher.hash(),
+        kept_widths=nested(kept),
+    )
+
+
 def summed_gradients(module: nn.Module, objective: Process, fixed: NoisyBatch, threshold: float) -> Iterator[float]:
     """Add up, in `.grad`, gradients of the noise MSE of `fixed` at timesteps 0, 1, 2, ...; yields each mean loss.
 

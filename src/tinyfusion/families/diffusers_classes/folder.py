@@ -195,8 +195,9 @@ def components(pipeline: Path) -> dict[str, str | None]:
     """The components that a model_index.json names, and their classes. Raises UserError where a name leads out of the folder."""
     index = read_json_object(pipeline / INDEX)
     named = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    if odd := next((name for name in named if Path(name).name != name or "\0" in name), None):
-        raise UserError(f"{pipeline / INDEX} names {odd!r}, which is no folder of its pipeline")
+    odd = [name for name in named if name in ("", "..") or Path(name).name != name or "\0" in name]
+    if odd:
+        raise UserError(f"{pipeline / INDEX} names {odd[0]!r}, which is no folder of its pipeline")
     return {name: kind if isinstance(kind, str) else None for name, kind in named.items()}
 
 
