@@ -20,7 +20,8 @@ GOLDEN_SUBJECTS = ("dit", "gate", "kd", "metrics", "inception", "sit", "mar", "d
 # Whole files go to one worker or another (`make test`), so that what a module shares is made once. These take longest, longest
 # first: begun first, none of them is left to one worker at the end.
 LONG_FILES = (
-    "laws/test_processes.py", "cli/test_faults.py", "cli/test_hub.py", "cli/test_docs.py", "cli/test_evaluate.py",
+    "laws/test_processes.py", "families/test_classes.py", "cli/test_faults.py", "cli/test_hub.py", "cli/test_docs.py",
+    "families/test_pipelines.py", "families/test_recorded.py", "families/test_transformer_verbs.py", "cli/test_evaluate.py",
     "laws/test_pictures.py", "cli/test_watching.py", "cli/test_verbs.py", "parity/test_diffusers.py", "cli/test_bad_input.py",
     "laws/test_compile.py", "cli/test_sampling.py", "laws/test_recipes.py",
 )  # fmt: skip

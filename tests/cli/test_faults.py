@@ -259,7 +259,7 @@ def fill_up(disk: Path, leave: int = 0) -> None:
 FULL = {
     "checkpoint": ("cannot write checkpoint disk/run/checkpoints/step-0000012: no space left on the disk", "step-0000008, is as it was"),
     "record": ("cannot write disk/run/run.json: no space left on the disk", "the same command continues"),
-    "student": ("no space left on the disk", "then the same command goes on"),
+    "student": ("no space left on the disk", "then the same command continues"),
     "log": ("cannot write disk/run/metrics.jsonl: no space left on the disk",),
 }  # fmt: skip
 

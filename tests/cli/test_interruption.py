@@ -177,7 +177,7 @@ LATENTS = "encode --data pictures --vae vae --size 16 --batch-size 2 --out laten
 DROPPED = {  # the function before which the signal comes, the command, what it leaves
     "prune, in the training": (tinyfusion.training.loop, "_forward_backward", PRUNE, ["pruned"]),
     "prune, before the training": (tinyfusion.commands.prune, "open_teacher", PRUNE, []),
-    "sample, between steps": (tinyfusion.sample.drive, "_watched", SAMPLE, []),
+    "sample, between steps": (tinyfusion.sample.drive, "SampleDraws", SAMPLE, []),
     "sample, while the model is opened": (tinyfusion.commands.sample, "open_stated", SAMPLE, []),
     "encode, in a batch": (tinyfusion.commands.encode, "encoded_values", LATENTS, []),
     "evaluate": (tinyfusion.commands.evaluate, "score", EVALUATE, []),

@@ -196,6 +196,7 @@ def test_experts_of_a_video_pipeline_are_recorded_and_scored_apart(place: Path, 
         (["{flux}", "--out", "{foreign}"], "exists and was not made by tinyfusion"),
         (["{code}"], "brings a pipeline class of its own, and code of a model is never run"),
         (["{module}"], "brings a class for transformer of its own, and code of a model is never run"),
+        (["{auto}"], "brings a class for tokenizer of its own, and code of a model is never run"),
         (["{unknown}"], "has no pipeline NoPipeline, which"),
         (["{classes}"], "a DiTPipeline takes no prompt: record from a script of your own"),
         (["{broken}"], "diffusers does not open"),
@@ -210,6 +211,7 @@ def test_what_cannot_be_recorded_is_said(place: Path, run: Run, tmp_path: Path, 
     changes = {
         "code": {"_class_name": ["own_pipeline", "OwnPipeline"]},
         "module": {"transformer": ["own_transformer", FLUX.name]},
+        "auto": {"tokenizer": ["transformers", "AutoTokenizer"]},
         "unknown": {"_class_name": "NoPipeline"},
         "classes": {"_class_name": "DiTPipeline"},
         "broken": {"text_encoder": ["transformers", "CLIPTextModel"]},
@@ -219,6 +221,10 @@ def test_what_cannot_be_recorded_is_said(place: Path, run: Run, tmp_path: Path, 
         shutil.copytree(place / "flux/transformer", names[name] / "transformer")
         changed = index | change | ({"transformer": ["diffusers", FLUX.name]} if name != "module" else {})
         (names[name] / "model_index.json").write_text(json.dumps(changed))
+    (names["auto"] / "tokenizer").mkdir()
+    (names["auto"] / "tokenizer" / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["a.B", None]}})
+    )
     command = ["--prompts", str(place / "prompts.txt"), "--out", str(tmp_path / "new.safetensors"), *SIZES]
     given = [argument.format(**names) for argument in arguments]
     assert message in run("record", *[given[0], *command, *given[1:]])

@@ -126,6 +126,12 @@ def pipeline_class(folder: Path) -> Any:
     }
     own = [part for part, library in parts.items() if library not in (None, "diffusers", "transformers")]
     own = [part for part in own if not hasattr(pipelines, str(parts[part]))]
+    # what transformers' Auto classes would offer to run
+    own += [
+        part
+        for part in parts
+        if any("auto_map" in read_json_object(file) for file in (folder / part).glob("*config.json"))
+    ]
     if isinstance(name, list) or own:
         what = "a pipeline class" if isinstance(name, list) else f"a class for {own[0]}"
         raise UserError(

@@ -135,7 +135,10 @@ class Process(Objective, Protocol):
 
     def low_noise(self, noisy: Any) -> Any:
         """The batch with clean inputs and low-noise timesteps, as in TinyFusion's released block influence."""
-        raise UserError("clean inputs at little noise need a process with levels of noise: use bi_inputs noised")
+        raise UserError(
+            "clean inputs at low noise need a process with noise levels; a masked model or a module of your own has none: set "
+            "prune.bi_inputs=noised"
+        )
 
     @property
     def num_levels(self) -> int:
