@@ -601,6 +601,16 @@ def columns_of_one(name: str, folder: Path, **sizes: Any) -> Path:
         ("WanTransformer3DModel", dict(WAN.config) | dict(image_dim=16, added_kv_proj_dim=24), "wan_transformer"),
         ("ZImageTransformer2DModel", tiny("ZImageTransformer2DModel").config, "z_image_transformer_checkpoint"),
         ("QwenImageTransformer2DModel", tiny("QwenImageTransformer2DModel").config, None),
+        ("Flux2Transformer2DModel", tiny("Flux2Transformer2DModel").config, "flux2_transformer_checkpoint"),
+        ("SD3Transformer2DModel", tiny("SD3Transformer2DModel").config, "sd3_transformer_checkpoint"),
+        ("HiDreamImageTransformer2DModel", tiny("HiDreamImageTransformer2DModel").config, "hidream_transformer"),
+        ("LTXVideoTransformer3DModel", tiny("LTXVideoTransformer3DModel").config, "ltx_transformer_checkpoint"),
+        # the converter knows no other number of blocks
+        (
+            "MochiTransformer3DModel",
+            {**tiny("MochiTransformer3DModel").config, "num_layers": 49},
+            "mochi_transformer_checkpoint",
+        ),
     ],
 )
 def test_a_single_file_is_what_the_converter_of_diffusers_reads(
@@ -631,11 +641,21 @@ def test_a_single_file_is_what_the_converter_of_diffusers_reads(
     assert json.loads(metadata["tinyfusion"])["kept"] == kept
 
 
+def test_readers_of_a_fixed_depth_are_named(folders: Any, run: Any, tmp_path: Path) -> None:
+    made = run("export", "--model", folders(SD3), "--to", "single-file", "--out", tmp_path / "one.safetensors")
+    assert "ComfyUI takes the depth of an SD3 from its width and cannot open a cut one" in made["warning"]
+    indices = {
+        int(name.split(".")[1]) for name in load_file(tmp_path / "one.safetensors") if name.startswith("joint_blocks.")
+    }
+    assert indices == set(range(SD3.config["num_layers"])), (
+        "consecutive from 0, and one more than the highest is their number"
+    )
+
+
 def test_single_files_are_refused_where_there_are_no_names(folders: Any, run: Any, tmp_path: Path) -> None:
     command = ["--to", "single-file", "--out", tmp_path / "one.safetensors"]
-    assert "has no names of single files here, only FluxTransformer2DModel" in run(
-        "export", "--model", folders(SD3), *command
-    )
+    model = folders(tiny("HunyuanDiT2DModel"))
+    assert "has no names of single files here, only FluxTransformer2DModel" in run("export", "--model", model, *command)
     assert "--to single-file is for transformers of diffusers" in run("export", "--model", "digits", *command)
     said = run("export", "--model", folders(FLUX), "--to", "single-file", "--out", tmp_path / "one")
     assert "is a .safetensors file, without --pipeline" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tinyfusion.blocks.plan import PrunePlan, first_blocks
 from tinyfusion.blocks.scheme import check_range
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.progress import say
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.data.recorded import RecordedInputs, changed, read_recorded
@@ -207,9 +209,10 @@ def _named(model: TransformerFolder, settings: PruneSection) -> dict[str, list[i
 
 
 def call_macs(model: TransformerFolder, file: Path) -> dict[str, int]:
-    """Multiply-accumulates of the first call of a file of `record`, by submodule ("" is the whole): counted on shapes, no weights.
+    """Multiply-accumulates of the first call of a file of `record`, by submodule ("" is the whole).
 
-    Raises UserError on inputs of another class, and for classes whose work depends on values.
+    Counted on shapes, without weights; for classes whose work depends on values (experts, packed texts) on one real call, which
+    is reported on stderr. Raises UserError on inputs of another class.
     """
     inputs = read_recorded(file)
     if inputs.class_name != model.class_name:
@@ -217,15 +220,17 @@ def call_macs(model: TransformerFolder, file: Path) -> dict[str, int]:
             f"{file} was recorded on a {inputs.class_name}, and {model.path} is a {model.class_name}: record inputs of its own, "
             "`tinyfusion record`"
         )
-    module = model.empty().to("meta").eval()
+    module: Any = model.empty().to("meta").eval()
     call = changed(inputs.calls[0], lambda tensor: tensor.to("meta"))
+    with suppress(RuntimeError, TypeError, ValueError):
+        return macs_by_module(module, lambda: module(**call))
+    say([f"the work of a {model.class_name} depends on values: counting on one call of {inputs.path} with its weights"])
+    module = model.module()
+    call = inputs.for_dtype(module.dtype)[0]
     try:
         return macs_by_module(module, lambda: module(**call))
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the multiply-accumulates of a {model.class_name} cannot be counted from shapes ({str(error).splitlines()[0][:120]}): "
-            "leave out --inputs"
-        ) from error
+        raise UserError(f"a {model.class_name} does not take the recorded inputs: {error}") from error
 
 
 def couplings(row: Row) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib import resources
 from typing import Any, cast
@@ -49,20 +51,32 @@ def single_file_weights(model: TransformerFolder) -> dict[str, Stored]:
     """The tensors of the file. Raises UserError where a tensor of the model has no name there."""
     names, weights = single_file_of(model), dict(model.weights)
     for module in names.swapped:
+        pattern = f"{_of_block(module, _last(model, module))}.*"
         weights |= {
-            name: stored.chunks([(1, 2), (0, 2)]) for name, stored in weights.items() if name.startswith(f"{module}.")
+            name: stored.chunks([(1, 2), (0, 2)]) for name, stored in weights.items() if fnmatchcase(name, pattern)
         }
     written: dict[str, Stored] = {}
     for target, sources in names.modules.items():
-        depth = model.depths.get(sources[0].partition(".*")[0], 1)
-        for index in range(depth if "*" in target else 1):
+        last = _last(model, sources[0])
+        for index in range(last + 1) if "*" in target else [last]:
             for kind in ("", ".weight", ".bias"):
-                own = [source.replace("*", str(index)) + kind for source in sources]
+                own = [_of_block(source, index).replace("*", str(index)) + kind for source in sources]
                 if own[0] in weights:
-                    written[target.replace("*", str(index)) + kind] = _joined([weights.pop(name) for name in own])
+                    new = _of_block(target, index).replace("*", str(index)) + kind
+                    written[new] = _joined([weights.pop(name) for name in own])
     if weights and not names.others:
         raise UserError(f"{next(iter(weights))} of {model.path} has no name in a single file of a {model.class_name}")
     return written | weights
+
+
+def _last(model: TransformerFolder, module: str) -> int:
+    """The last block of the list that a name with * or -1 is of; 0 where it is of none."""
+    return model.depths.get(re.split(r"\.(?:\*|-1)\.", module)[0], 1) - 1
+
+
+def _of_block(module: str, index: int) -> str:
+    """A name with the last block's index in place of -1."""
+    return module.replace(".-1.", f".{index}.")
 
 
 def _joined(tensors: list[Stored]) -> Stored:
