@@ -425,6 +425,15 @@ def test_a_pipeline_is_cut_and_handed_on(pipeline: Path, run: Any, tmp_path: Pat
     )  # there already
 
 
+def test_a_parent_without_a_licence_has_none_in_any_card(folders: Any, run: Any, tmp_path: Path) -> None:
+    """The card of a student says "unknown", which is no licence for the next one either."""
+    run("prune", "--teacher", folders(FLUX), "--criterion", "uniform", "--out", tmp_path / "run")
+    run("export", "--model", tmp_path / "run", "--to", "diffusers", "--out", tmp_path / "light")
+    for card in (tmp_path / "run/student/README.md", tmp_path / "light/README.md"):
+        assert "The weights are under the licence of the parent, which no file names." in card.read_text()
+    assert run("inspect", tmp_path / "light")["license"] is None
+
+
 def test_a_student_is_cut_again(pipeline: Path, run: Any, tmp_path: Path) -> None:
     """The lineage grows, and the second cut is that of a model of the first one's depth."""
     run("prune", "--teacher", pipeline, "--keep", "0,2,3,4,5", "--out", tmp_path / "one")

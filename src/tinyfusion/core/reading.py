@@ -145,9 +145,9 @@ def check_memory(num_bytes: int, what: str) -> None:
 
 
 def license_in(card: Path) -> str | None:
-    """The licence that a model card names in its head."""
+    """The licence that a model card names in its head; None for "unknown", which the hub has for none."""
     if not card.is_file():
         return None
     head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     license = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE) if head else None
-    return license[1] if license else None
+    return license[1] if license and license[1] != "unknown" else None
