@@ -31,7 +31,7 @@ _HEADER = "tinyfusion"  # our record in the header of the new file
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """What `lora` is asked for.
+    """Options of `lora`.
 
     file: a LoRA or an IP-adapter, or the folder of a ControlNet. model: the student, as a run or a folder. trained_on: the model
     that it was trained for, the first of the student's lineage or the last before it. form: names of the keys, as they are or

@@ -274,19 +274,19 @@ def _whole_length(answer: Any, have: int, length: int | None, is_range: bool) ->
     Raises ValueError on a response that is neither the whole file nor (`is_range`) the requested rest of it.
     """
     if (encoding := answer.headers.get("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
-        raise ValueError(f"it sends the file in the encoding {encoding!r}, which was not asked for")
+        raise ValueError(f"it sends the file in the encoding {encoding!r}, which was not requested")
     if answer.status == 200 and length == 0:
         raise ValueError("it sends an empty file")
     if answer.status == 200:
         return length
     text = str(answer.headers.get("Content-Range", ""))
     if answer.status != 206 or not is_range:
-        raise ValueError(f"it answers {answer.status} {text}".rstrip() + ", and the whole file was asked for")
+        raise ValueError(f"it answers {answer.status} {text}".rstrip() + ", and the whole file was requested")
     part = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", text.strip())
     first, last = (int(part[1]), int(part[2])) if part else (-1, -1)
     total = last + 1 if part is None or part[3] == "*" else int(part[3])
     if first != have or not first <= last < total or length not in (None, last + 1 - first):
-        raise ValueError(f"it answers with the part {text!r}, and bytes from {have} on were asked for")
+        raise ValueError(f"it answers with the part {text!r}, and bytes from {have} on were requested")
     return total
 
 

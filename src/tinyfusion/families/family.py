@@ -112,12 +112,12 @@ class ModelFamily:
     undecayed: Callable[[str, Tensor], bool] | None = None
     widths: WidthRules | None = None  # None where widths cannot be cut
     dynamic: DynamicRules | None = None  # None where width and tokens cannot be chosen by timestep
-    inputs: ModelInputs = class_inputs  # keyword arguments of the module, beside x and t, for the condition of a batch
+    inputs: ModelInputs = class_inputs  # keyword arguments of the module, in addition to x and t, for the condition of a batch
     texts: TextRules | None = None  # None where labels are classes
 
     # published files
     mark: str | None = None  # name of a tensor by which official files are known; None where there are none
-    # (tensors, heads, classes without the null class) -> arch; the numbers are None where nobody says them
+    # (tensors, heads, classes without the null class) -> arch; the numbers are None if they are not given
     arch_of_state_dict: Callable[[Mapping[str, Tensor], int | None, int | None], Any] | None = None
     published_latent: Mapping[int, Mapping[str, Any]] = dataclasses.field(
         default_factory=dict
@@ -190,7 +190,7 @@ class ModelFamily:
 
         rules: then also over what the sizes say that the model computes otherwise than the published one (`arch.rules`): such a
         model is another one with the same tensors. Published rules add nothing.
-        It is the hash of the tensors in memory. Opened models hold float32, whatever their file held: a half-precision file
+        It is the hash of the tensors in memory. Opened models are float32, whatever the type in their file: a half-precision file
         has the hash of its values in float32, not that of its bytes.
         """
         digest = hashlib.sha256()

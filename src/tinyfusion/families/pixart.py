@@ -1,6 +1,6 @@
 """PixArt-alpha: a text-conditioned diffusion transformer (Chen et al., arXiv 2310.00426), computed by the class of diffusers.
 
-Labels are prompts, encoded outside of the model: a table of its data, or one of its own that its file holds beside the weights.
+Labels are prompts, encoded outside of the model: a table of its data, or one of its own in its file, next to the weights.
 The process is DiT's: linear betas, noise prediction, learned variance. Shapes: B samples, C channels, S side, N tokens of a
 text with E features each.
 """
@@ -25,7 +25,7 @@ from tinyfusion.families.family import DiffusersFolder, ModelFamily, TextRules
 from tinyfusion.families.sizes import check_ranges, position_table
 
 CLASS_NAME = "PixArtTransformer2DModel"
-PROMPTS = "prompts.safetensors"  # beside the weights in a folder of diffusers: texts of the model's own
+PROMPTS = "prompts.safetensors"  # next to the weights in a folder of diffusers: texts of the model's own
 _IN_FILES = {EMBEDDINGS: "captions", MASK: "caption_mask"}
 _TOKENS = 120  # of a published text
 _UNUSED = ("net.pos_embed.pos_embed", "net.caption_projection.y_embedding")  # in some files: the formula, a null text
@@ -168,7 +168,7 @@ def with_prompts(model: Any, captions: Tensor, mask: Tensor) -> Any:
 def arch_of_state_dict(
     _tensors: Mapping[str, Tensor], _num_heads: int | None, _num_classes: int | None = None
 ) -> NoReturn:
-    """Raises ValueError: the published state dict tells neither the side of its images nor its prompts."""
+    """Raises ValueError: the published state dict has neither the side of its images nor its prompts."""
     raise ValueError(f"{UNFIT['official']}: give the folder of diffusers, which says its sizes")
 
 

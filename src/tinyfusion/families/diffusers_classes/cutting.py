@@ -240,7 +240,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class LastBlock:
-    """How a joint block becomes one whose text output nobody reads: of its text side the norm before attention is left.
+    """How a joint block becomes the last one, whose text output is not read: of its text side only the norm before attention is left.
 
     The modulation keeps `order` of its `chunks` rows, under the name `renamed`.
     """

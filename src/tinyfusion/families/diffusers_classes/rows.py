@@ -60,7 +60,7 @@ class BlockList:
     path: of the ModuleList in the model. count: config field of its length. streams: what a block returns, in that order, by
     the parameters of its `forward` that take it. in_tuple: a single stream is returned inside of a tuple. tapped: the stream
     that is measured; None: hidden_states, else the first. shared: parameters whose tensors all images share. axes: axis of the
-    images of other parameters, where it is not 0. aside: a short list beside the trunk, which criteria leave whole unless a
+    images of other parameters, where it is not 0. aside: a short list apart from the trunk, which criteria leave whole unless a
     budget names it. optional: some models of the class have no such list. stay: positions that cannot go, negative from the
     end. mirror: block i goes with block L-1-i only, and the middle stays. period: see `Period`. as_last: the conversion of a
     block that becomes the last one. rule: why, as the end of a sentence. control: how a ControlNet reaches it. adapter: whether

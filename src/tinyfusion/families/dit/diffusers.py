@@ -5,7 +5,7 @@ tensors instead of one. And every block owns a copy of the timestep and label em
 block 0: reading ties them, which needs equal copies, and writing copies them.
 
 Two things its class computes otherwise than the published model: timestep frequencies are 10000^(-i / 127) instead of
-10000^(-i / 128), and the norm before an MLP has an epsilon that its configuration tells (1e-5 where it does not). Both are
+10000^(-i / 128), and the norm before an MLP has an epsilon that its configuration gives (1e-5 if it does not). Both are
 fields of our `DiTArch`, so what is read from a folder of diffusers computes what diffusers computes. The position table is a
 formula there and not stored.
 """
@@ -146,7 +146,7 @@ def is_config(config: Mapping[str, Any]) -> bool:
 
 
 def arch_of_config(config: Mapping[str, Any]) -> DiTArch:
-    """The sizes that a config.json tells. Raises UserError where it is not that of a DiT as ours is."""
+    """The sizes in a config.json. Raises UserError if it does not describe a DiT."""
     odd = next((name for name, value in _FIXED.items() if config.get(name, value) != value), None)
     if odd:
         raise UserError(f"has {odd} {config[odd]!r}; a DiT has {_FIXED[odd]!r}")

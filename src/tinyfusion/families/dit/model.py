@@ -1,7 +1,7 @@
 """DiT: the diffusion transformer with adaLN-Zero blocks (Peebles & Xie, arXiv 2212.09748), official state-dict keys.
 
 Shapes: B samples, C channels, H = W = input side, p patch side, G = H / p, T = G * G tokens, D width, L depth, K classes.
-The model has no randomness of its own: labels are dropped (replaced by the null class K) by whoever calls it, so that a
+The model has no randomness of its own: labels are dropped (replaced by the null class K) by its caller, so that a
 teacher and its student always agree.
 """
 
