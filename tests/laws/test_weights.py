@@ -269,8 +269,8 @@ def chunk(content: bytes) -> bytes:
 
 NEVER_WHOLE: dict[str, tuple[list[Answer], str, int]] = {  # answers, reason, requests at most
     "a part without a request for it": ([(206, PART, CONTENT[:1000])], "it answers 206 bytes 0-999/768000, and the whole", 1),
-    "a part without a range": ([(206, {}, CONTENT)], "it answers 206, and the whole file was asked for", 1),
-    "another range": ([CUT, (206, PART, CONTENT[:1000])], "and the whole file was asked for", 6),
+    "a part without a range": ([(206, {}, CONTENT)], "it answers 206, and the whole file was requested", 1),
+    "another range": ([CUT, (206, PART, CONTENT[:1000])], "and the whole file was requested", 6),
     "a range beyond the end": ([CUT, (206, {"Content-Range": "bytes 1000-1999/1500"}, b"x" * 1000)], "the whole file", 6),
     "a range of another length": (
         [CUT, (206, {"Content-Range": f"bytes 1000-1999/{len(CONTENT)}", "Content-Length": "5"}, b"x" * 5)], "the whole", 6,
@@ -283,7 +283,7 @@ NEVER_WHOLE: dict[str, tuple[list[Answer], str, int]] = {  # answers, reason, re
     "a huge number of bytes": ([(200, {"Content-Length": "9" * 5000}, CONTENT)], "it says Content-Length '999", 1),
     "more than the disk has": ([(200, {"Content-Length": "9" * 17}, CONTENT)], "no space", 1),
     "nothing": ([(200, {"Content-Length": "0"}, b"")], "it sends an empty file", 1),
-    "no content": ([(204, {}, b"")], "it answers 204, and the whole file was asked for", 1),
+    "no content": ([(204, {}, b"")], "it answers 204, and the whole file was requested", 1),
     "416 at once": ([(416, {}, b"")], "answers 416 Requested Range Not Satisfiable", 1),
     "416 again and again": ([CUT, (416, {}, b""), CUT, (416, {}, b"")] * 50, "it answers 416", 12),
     "redirects in a circle": ([(302, {"Location": "/weights.pt"}, b"")], "infinite loop", 12),

@@ -112,7 +112,9 @@ class ModelFamily:
     undecayed: Callable[[str, Tensor], bool] | None = None
     widths: WidthRules | None = None  # None where widths cannot be cut
     dynamic: DynamicRules | None = None  # None where width and tokens cannot be chosen by timestep
-    inputs: ModelInputs = class_inputs  # keyword arguments of the module, in addition to x and t, for the condition of a batch
+    inputs: ModelInputs = (
+        class_inputs  # keyword arguments of the module, in addition to x and t, for the condition of a batch
+    )
     texts: TextRules | None = None  # None where labels are classes
 
     # published files
