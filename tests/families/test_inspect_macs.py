@@ -57,6 +57,21 @@ def test_counted_on_shapes_as_on_real_tensors(name: str, tmp_path: Path, capsys:
         assert any(removed.values()) and less["macs"] == facts["macs"] - saved
 
 
+def test_half_precision_is_counted_on_shapes_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = _tiny("FluxTransformer2DModel")
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, call = tiny.model().to(dtype), tiny.given(1)
+        call = {name: value.to(dtype) if torch.is_tensor(value) else value for name, value in call.items()}
+        model.save_pretrained(folder := tmp_path / str(dtype))
+        with record_inputs(model, tmp_path / f"{dtype}.safetensors"), torch.no_grad():
+            model(**call)
+        opened = transformer_of(str(folder), None)
+        assert opened is not None
+        found.append(inspect_transformer(opened, tmp_path / f"{dtype}.safetensors")["macs"])
+    assert found[0] == found[1] > 0 and "depends on values" not in capsys.readouterr().err
+
+
 def test_inputs_of_another_class_are_refused(tmp_path: Path) -> None:
     flux, qwen = (_tiny(name) for name in ("FluxTransformer2DModel", "QwenImage21Transformer2DModel"))
     for each in (flux, qwen):

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import atomic_write, check_space
-from tinyfusion.core.reading import check_memory, check_plain, check_utf8, parse_json, unreadable
+from tinyfusion.core.reading import check_memory, parse_json
 from tinyfusion.core.records import is_ours
+from tinyfusion.core.tensors import read_metadata, read_safetensors
 
 Call = dict[str, Any]
 _HEADER = "tinyfusion"
@@ -39,6 +39,14 @@ class RecordedInputs:
     dtype: str
     prompts: int | None = None
     path: Path = field(default_factory=Path)
+
+    def check_class(self, class_name: str, model: Path) -> None:
+        """Raise UserError if the calls are of another class than that of `model`."""
+        if self.class_name != class_name:
+            raise UserError(
+                f"{self.path} was recorded on a {self.class_name}, and {model} is a {class_name}: record inputs of its own, "
+                "`tinyfusion record`"
+            )
 
     def for_dtype(self, dtype: torch.dtype) -> tuple[Call, ...]:
         """The calls for weights of another type: tensors that had the type of the model then have the new one."""
@@ -143,15 +151,7 @@ def _as_json(value: Any, name: str, tensors: dict[str, Tensor], names: dict[int,
 
 def recorded_in(path: Path) -> Any:
     """The record in the header of a file; None where it has none."""
-    check_utf8(path)
-    check_plain(path)
-    try:
-        with safe_open(path, framework="pt") as opened:
-            text = (opened.metadata() or {}).get(_HEADER)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except SafetensorError as error:
-        raise UserError(f"{path} is no readable safetensors file (truncated or foreign): {error}") from error
+    text = read_metadata(path).get(_HEADER)
     return None if text is None else parse_json(text, f"the header of {path}")
 
 
@@ -171,8 +171,7 @@ def read_recorded(path: Path) -> RecordedInputs:
     if not known or not all(isinstance(value, str) for value in facts.values()):
         raise UserError(f"{path} is damaged: its record lacks class, hash or type of the model: record it again")
     check_memory(path.stat().st_size, f"{path}")
-    with safe_open(path, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors = read_safetensors(path)
     try:
         calls = tuple(_from_json(call, tensors) for call in record[_ARGUMENTS])
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

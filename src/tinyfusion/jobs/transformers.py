@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.rundir import RunDirectory
-from tinyfusion.data.recorded import RecordedInputs, changed, read_recorded
+from tinyfusion.data.recorded import RecordedInputs, read_recorded
 from tinyfusion.families.diffusers_classes.cutting import Cut
 from tinyfusion.families.diffusers_classes.folder import (
     INDEX,
@@ -38,7 +39,7 @@ from tinyfusion.models.places import by_name, exists
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.task import TaskBatch
 from tinyfusion.prune.criteria import CRITERIA, RULES
-from tinyfusion.prune.units import ON_DATA, UnitContext, recorded_calibration
+from tinyfusion.prune.units import ON_DATA, UnitContext, recorded_calibration, run_call
 
 
 def transformer_of(source: str, blocks: Path | None, prompts: bool = False) -> TransformerFolder | None:
@@ -182,12 +183,12 @@ class RecordedWork:
 
     def decide(self, run: RunDirectory, device: torch.device) -> PrunePlan:
         """The plan, with progress; opens the weights in their own types, and goes on with an interrupted search."""
-        model = self.context.model
-        module: Any = model.module().to(device)
+        teacher = transformer_in_memory(self.context.model)
+        module: Any = teacher.module.to(device)
         calls: Any = tuple(map(TaskBatch, self.inputs.for_dtype(module.dtype)))
         context = dataclasses.replace(
             self.context,
-            teacher=wrap_module(module, model.streams),
+            teacher=teacher,
             calibration=dataclasses.replace(self.context.images, batches=calls),
         )
         return context.in_blocks(CriterionWork(context).decide(run))
@@ -215,22 +216,15 @@ def call_macs(model: TransformerFolder, file: Path) -> dict[str, int]:
     is reported on stderr. Raises UserError on inputs of another class.
     """
     inputs = read_recorded(file)
-    if inputs.class_name != model.class_name:
-        raise UserError(
-            f"{file} was recorded on a {inputs.class_name}, and {model.path} is a {model.class_name}: record inputs of its own, "
-            "`tinyfusion record`"
-        )
-    module: Any = model.empty().to("meta").eval()
-    call = changed(inputs.calls[0], lambda tensor: tensor.to("meta"))
-    with suppress(RuntimeError, TypeError, ValueError):
-        return macs_by_module(module, lambda: module(**call))
+    inputs.check_class(model.class_name, model.path)
+
+    def counted(module: Any) -> dict[str, int]:
+        return macs_by_module(module, partial(run_call, module, inputs.for_dtype(module.dtype)[0]))
+
+    with suppress(UserError):  # an operation without shapes of its own
+        return counted(model.empty().to("meta").eval())
     say([f"the work of a {model.class_name} depends on values: counting on one call of {inputs.path} with its weights"])
-    module = model.module()
-    call = inputs.for_dtype(module.dtype)[0]
-    try:
-        return macs_by_module(module, lambda: module(**call))
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"a {model.class_name} does not take the recorded inputs: {error}") from error
+    return counted(model.module())
 
 
 def couplings(row: Row) -> list[str]:

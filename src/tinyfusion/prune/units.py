@@ -58,11 +58,7 @@ def recorded_calibration(inputs: RecordedInputs, model: TransformerFolder, seed:
     block.
     """
     ancestor = inputs.hash in [each["hash"] for each in model.lineage]
-    if inputs.class_name != model.class_name:
-        raise UserError(
-            f"{inputs.path} was recorded on a {inputs.class_name}, and {model.path} is a {model.class_name}: record inputs of its "
-            "own, `tinyfusion record`"
-        )
+    inputs.check_class(model.class_name, model.path)
     if inputs.hash != model.hash and (not ancestor or model.row.parallel or model.row.indices):
         why = "its ancestor, which is given other inputs per block" if ancestor else "another model"
         raise UserError(
@@ -74,8 +70,11 @@ def recorded_calibration(inputs: RecordedInputs, model: TransformerFolder, seed:
     return RecordedCalibration(calls, _AS_RECORDED, inputs.path.name, len(calls), len(calls), seed, facts)
 
 
-def _outputs(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
-    """All values that a call of the model returns, flattened into one float32 tensor."""
+def run_call(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
+    """All values that a call of the model returns, flattened into one float32 tensor.
+
+    Raises UserError if the model does not take the call.
+    """
     device = next(model.parameters()).device
     arguments = changed(call, lambda tensor: tensor.to(device))
     if "return_dict" in inspect.signature(type(model).forward).parameters:
@@ -89,7 +88,7 @@ def _outputs(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
     return torch.cat([tensor.flatten().float() for tensor in tensors_in(output)])
 
 
-_AS_RECORDED = Task(_outputs, lambda _output, _call: torch.zeros(1))  # criteria here compare outputs, and train nothing
+_AS_RECORDED = Task(run_call, lambda _output, _call: torch.zeros(1))  # criteria here compare outputs, and train nothing
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ class UnitContext(CriterionContext):
 
     model: TransformerFolder = field(kw_only=True)
     unit_lists: Sequence[UnitList] = field(kw_only=True)
-    _outputs_of_calls: dict[int, Tensor] = field(default_factory=dict, repr=False)  # of the whole model, on the CPU
+    # of the whole model, by number of the call: output on the CPU, and its sum of squares
+    _outputs_of_calls: dict[int, tuple[Tensor, float]] = field(default_factory=dict, repr=False)
 
     @property
     def depths(self) -> dict[str, int]:
@@ -228,11 +228,11 @@ class UnitContext(CriterionContext):
         def evaluate(replay: BlockReplay, number: int, call: TaskBatch, mask: Mask) -> tuple[float, float]:
             run = partial(self.images.objective.predict, module, call)
             if number not in self._outputs_of_calls:
-                self._outputs_of_calls[number] = replay.run(range(len(stack)), run).output.cpu()
+                output = replay.run(range(len(stack)), run).output.cpu()
+                self._outputs_of_calls[number] = output, float(output.square().sum(dtype=torch.float64))
             if len(mask) == self.depth:
                 return 0.0, 0.0
-            whole = self._outputs_of_calls[number]
-            size = float(whole.square().sum(dtype=torch.float64))
+            whole, size = self._outputs_of_calls[number]
             if not size:
                 raise UserError(
                     f"the whole model returns zeros alone on call {number + 1} of {self.images.data}, so no loss is relative to it: is "

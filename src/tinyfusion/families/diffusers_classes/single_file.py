@@ -51,7 +51,7 @@ def single_file_weights(model: TransformerFolder) -> dict[str, Stored]:
     """The tensors of the file. Raises UserError where a tensor of the model has no name there."""
     names, weights = single_file_of(model), dict(model.weights)
     for module in names.swapped:
-        pattern = f"{_of_block(module, _last(model, module))}.*"
+        pattern = f"{module.replace('.-1.', f'.{_last(model, module)}.')}.*"
         weights |= {
             name: stored.chunks([(1, 2), (0, 2)]) for name, stored in weights.items() if fnmatchcase(name, pattern)
         }
@@ -60,10 +60,9 @@ def single_file_weights(model: TransformerFolder) -> dict[str, Stored]:
         last = _last(model, sources[0])
         for index in range(last + 1) if "*" in target else [last]:
             for kind in ("", ".weight", ".bias"):
-                own = [_of_block(source, index).replace("*", str(index)) + kind for source in sources]
+                own = [_of_block(source, index) + kind for source in sources]
                 if own[0] in weights:
-                    new = _of_block(target, index).replace("*", str(index)) + kind
-                    written[new] = _joined([weights.pop(name) for name in own])
+                    written[_of_block(target, index) + kind] = _joined([weights.pop(name) for name in own])
     if weights and not names.others:
         raise UserError(f"{next(iter(weights))} of {model.path} has no name in a single file of a {model.class_name}")
     return written | weights
@@ -75,8 +74,8 @@ def _last(model: TransformerFolder, module: str) -> int:
 
 
 def _of_block(module: str, index: int) -> str:
-    """A name with the last block's index in place of -1."""
-    return module.replace(".-1.", f".{index}.")
+    """A name with the index of a block in place of * or -1."""
+    return module.replace(".*.", f".{index}.").replace(".-1.", f".{index}.")
 
 
 def _joined(tensors: list[Stored]) -> Stored:

@@ -213,16 +213,15 @@ def differences(module: nn.Module, arch: DiTArch, target: str) -> list[str]:
 
     Of timesteps in diffusers also by how much their embedding moves, over all 1000.
     """
-    sentences = []
-    wanted = FREQUENCY_SHIFT if target == "diffusers" else 0
-    if arch.frequency_shift != wanted:
+    sentences, there = [], ARCH_FOR[target](arch)
+    if arch.frequency_shift != there.frequency_shift:
         sentences.append(
-            f"{_READERS[target]} compute timestep frequencies as 10000^(-i/{128 - wanted}), this model "
+            f"{_READERS[target]} compute timestep frequencies as 10000^(-i/{128 - there.frequency_shift}), this model "
             f"10000^(-i/{128 - arch.frequency_shift}){_embedding_shift(module, arch) if target == 'diffusers' else ''}"
         )
-    if target == "official" and arch.mlp_norm_eps != 1e-6:
+    if arch.mlp_norm_eps != there.mlp_norm_eps:
         sentences.append(
-            f"{_READERS[target]} give the norm before an MLP the epsilon 1e-06, this model {arch.mlp_norm_eps:g}"
+            f"{_READERS[target]} give the norm before an MLP the epsilon {there.mlp_norm_eps:g}, this model {arch.mlp_norm_eps:g}"
         )
     return sentences
 
