@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
 
 # condition of a batch -> keyword arguments of a model; what a family declares
 ModelInputs = Callable[["Condition"], Mapping[str, Any]]
+# (model, x, time as the network takes it, condition) -> output
+ModelCall = Callable[[nn.Module, Tensor, Tensor, "Condition"], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,11 @@ class Condition:
             return {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in tensors.items()}
 
         return Condition(moved(self.tensors), None if self.null_row is None else moved(self.null_row))
+
+
+def calling(inputs: ModelInputs) -> ModelCall:
+    """The call of a model that takes x and t by position, and what `inputs` makes of the condition by name."""
+    return lambda model, x, t, condition: model(x, t, **inputs(condition))
 
 
 def concat(conditions: list[Condition]) -> Condition:

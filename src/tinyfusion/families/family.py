@@ -20,7 +20,7 @@ from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.blocks.widths import WidthRules
 from tinyfusion.conditioning.classes import class_inputs
-from tinyfusion.conditioning.condition import Condition, ModelInputs
+from tinyfusion.conditioning.condition import Condition, ModelCall, ModelInputs, calling
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 
@@ -115,6 +115,7 @@ class ModelFamily:
     inputs: ModelInputs = (
         class_inputs  # keyword arguments of the module, in addition to x and t, for the condition of a batch
     )
+    forward: ModelCall | None = None  # how the model is called; None: with x, t and `inputs`
     texts: TextRules | None = None  # None where labels are classes
 
     # published files
@@ -132,6 +133,11 @@ class ModelFamily:
     differences: Callable[[nn.Module, Any, str], list[str]] | None = None
     # format -> (arch -> the arch with which the same tensors compute what readers of that format compute)
     arch_for: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def call(self) -> ModelCall:
+        """How the model is called: (model, x, t, condition) -> output."""
+        return self.forward or calling(self.inputs)
 
     def arch_of_sizes(self, sizes: Mapping[str, Any]) -> Any:
         """The arch of a recipe's section `model`: "depth" counts the blocks of every list, "sizes" are those of this family alone.

@@ -38,7 +38,7 @@ def _flow_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Pr
     settings, path = recipe.flow, flow.flow_of(model)
     try:
         times = TimeSampler.of_section(settings, model.arch.num_tokens)
-        return FlowObjective(label_drop, path, settings.loss_weight, settings.train_eps, times, model.family.inputs)
+        return FlowObjective(label_drop, path, settings.loss_weight, settings.train_eps, times, model.family.call)
     except ValueError as error:
         raise UserError(f"flow: {error}") from error
 
@@ -47,7 +47,7 @@ PROCESS_SECTIONS = ("flow", "masked")  # of a recipe: what a training depends on
 
 PROCESSES: dict[str, ProcessSpec] = {
     "gaussian": ProcessSpec(
-        objective=lambda model, label_drop, _: GaussianObjective(label_drop, inputs=model.family.inputs),
+        objective=lambda model, label_drop, _: GaussianObjective(label_drop, call=model.family.call),
         sampler=gaussian.from_section,
         cheap=gaussian.cheap,
     ),

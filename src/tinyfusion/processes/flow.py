@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.conditioning.classes import class_inputs
-from tinyfusion.conditioning.condition import ModelInputs
+from tinyfusion.conditioning.condition import ModelCall, calling
 from tinyfusion.core.rng import Draws
 from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, mean_flat
 from tinyfusion.processes.time import DATA_AT_ONE, Level, TimeConvention, TimeSampler, check_choice
@@ -197,8 +197,8 @@ class FlowObjective(Process):
 
     Fields of its `NoisyBatch`: x0 clean, xt = alpha x0 + sigma noise, t float32 in the convention of the family. label_drop:
     probability of replacing a condition by the null row (published: 0.1; 0 in evaluation). loss_weight: of noise and score
-    networks, see `Flow.weight`. eps: see `Flow.ends`. times: their distribution. inputs: the model's arguments for a
-    condition. Raises ValueError on an invalid eps or loss weight.
+    networks, see `Flow.weight`. eps: see `Flow.ends`. times: their distribution. call: how the model is called.
+    Raises ValueError on an invalid eps or loss weight.
     """
 
     label_drop: float = 0.1
@@ -206,7 +206,7 @@ class FlowObjective(Process):
     loss_weight: LossWeight = "none"
     eps: float | None = None
     times: TimeSampler = field(default_factory=TimeSampler)
-    inputs: ModelInputs = class_inputs
+    call: ModelCall = calling(class_inputs)
 
     def __post_init__(self) -> None:
         self.flow.training_ends(self.eps)
@@ -227,7 +227,7 @@ class FlowObjective(Process):
         return at.alpha * x0 + at.sigma * noise
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
-        return Prediction(model(noisy.xt, noisy.t, **self.inputs(noisy.condition)))
+        return Prediction(self.call(model, noisy.xt, noisy.t, noisy.condition))
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         """Per-sample "mse", the mean squared error of the prediction, and "loss", the weighted mse."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.conditioning.classes import class_inputs
-from tinyfusion.conditioning.condition import ModelInputs
+from tinyfusion.conditioning.condition import ModelCall, calling
 from tinyfusion.core.rng import Draws
 from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, StepNoise, mean_flat
 
@@ -182,14 +182,14 @@ class GaussianObjective(Process):
 
     label_drop: probability of replacing a condition by the null row (published: 0.1; 0 in evaluation). teacher_at_zero:
     at t = 0 distillation uses the KL from the teacher as at other t; otherwise the data likelihood, as published.
-    inputs: the model's arguments for a condition.
+    call: how the model is called.
     Source: arXiv 2102.09672, equation 16, with weight 1 on the variational term in bits per dimension of the sampled t.
     """
 
     label_drop: float = 0.1
     schedule: Schedule = field(default_factory=Schedule)
     teacher_at_zero: bool = False
-    inputs: ModelInputs = class_inputs
+    call: ModelCall = calling(class_inputs)
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         device = batch.x.device
@@ -203,7 +203,7 @@ class GaussianObjective(Process):
         return NoisyBatch(batch.x, noise, self.schedule.q_sample(batch.x, t, noise), t, batch.condition, step)
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
-        return Prediction(model(noisy.xt, self.schedule.original(noisy.t), **self.inputs(noisy.condition)))
+        return Prediction(self.call(model, noisy.xt, self.schedule.original(noisy.t), noisy.condition))
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         """Per-sample "loss" = mse + vb, with its two terms; without learned variance "loss" = mse."""
