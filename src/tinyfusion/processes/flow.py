@@ -104,9 +104,9 @@ class Flow:
     def settings(self) -> dict[str, Any]:
         return {"path": self.path, "prediction": self.prediction}
 
-    def point(self, t: Tensor) -> Point:
-        """Coefficients of the path at t (B,), shaped (B, 1, 1, 1)."""
-        return PATHS[self.path](self.convention.level(t.view(-1, 1, 1, 1)))
+    def point(self, t: Tensor, ndim: int = 4) -> Point:
+        """Coefficients of the path at t (B,), shaped (B, 1, ...) with `ndim` axes, those of x."""
+        return PATHS[self.path](self.convention.level(t.view(-1, *[1] * (ndim - 1))))
 
     def ends(self, eps: float | None, default_vp: float) -> tuple[float, float]:
         """The range (low, high) of 1 - noise level in which a model is trained or sampled.
@@ -138,7 +138,7 @@ class Flow:
         """dx/d(noise level) from the network's output at x (B, C, H, W) and t (B,)."""
         if self.prediction == "velocity":
             return self.convention.velocity_of(output)
-        at = self.point(t)
+        at = self.point(t, x.ndim)
         noise = output if self.prediction == "noise" else -at.sigma * output
         return (at.d_alpha * x + at.wronskian * noise) / at.alpha
 
@@ -146,7 +146,7 @@ class Flow:
         """The noise that the network's output predicts."""
         if self.prediction == "noise":
             return output
-        at = self.point(t)
+        at = self.point(t, x.ndim)
         if self.prediction == "score":
             return -at.sigma * output
         return (at.alpha * self.convention.velocity_of(output) - at.d_alpha * x) / at.wronskian
@@ -155,7 +155,7 @@ class Flow:
         """The score, the gradient of the log density of x, from the network's output; infinite at the data."""
         if self.prediction == "score":
             return output
-        return -self.noise(output, x, t) / self.point(t).sigma
+        return -self.noise(output, x, t) / self.point(t, x.ndim).sigma
 
     def towards_data(self, network: Denoiser) -> Denoiser:
         """The velocity towards the data, (x, c) -> dx/dc with c = 1 - noise level, of a network of the family."""
@@ -171,7 +171,7 @@ class Flow:
 
         velocity: v - (alpha' x0 + sigma' noise), in the sign of the family; noise: e - noise; score: sigma s + noise.
         """
-        at = self.point(noisy.t)
+        at = self.point(noisy.t, output.ndim)
         if target is not None:
             return (at.sigma if self.prediction == "score" else 1.0) * (output - target)
         if self.prediction == "velocity":
@@ -223,7 +223,7 @@ class FlowObjective(Process):
         return NoisyBatch(batch.x, noise, self._mixed(batch.x, noise, t), t, batch.condition, step)
 
     def _mixed(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        at = self.flow.point(t)
+        at = self.flow.point(t, x0.ndim)
         return at.alpha * x0 + at.sigma * noise
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
