@@ -60,8 +60,9 @@ def test_arguments_are_those_of_the_pipeline(golden: Golden) -> None:
         assert norms and torch.isfinite(torch.stack(norms)).all() and max(norms) > 0
 
 
-def rows_of(golden: Golden, num: int = 2, tokens: int = 10) -> tuple[Tensor, Condition]:
+def rows_of(golden: Golden, num: int = 2) -> tuple[Tensor, Condition]:
     """Random latents and texts for a family: rows of different lengths, where it takes masks."""
+    tokens = int(golden.tiny.config.get("max_text_seq_length", 10))
     config, call, randoms = golden.tiny.config, golden.call, torch.Generator().manual_seed(1)
     channels = int(config.get("in_channels", 4)) // call.packed
     frames = (4,) if call.axes == 5 else ()
@@ -206,6 +207,15 @@ def test_latents_and_texts_of_another_model_are_refused(x: Tensor, condition: Co
     context, *_ = _flux()
     with pytest.raises(UserError, match=said):
         called(CALLS["FluxTransformer2DModel"], context)(nn.Identity(), x, torch.ones(2), condition)
+
+
+def test_texts_of_another_length_are_refused_where_positions_are_counted() -> None:
+    golden = next(each for each in GOLDENS if each.pipeline.model == "CogVideoXTransformer3DModel")
+    x, condition = rows_of(golden)
+    context = CallContext({**golden.tiny.config, "_class_name": golden.pipeline.model})
+    short = _changed(condition, embeddings=condition["embeddings"][:, :7])
+    with pytest.raises(UserError, match=r"takes texts of 8 tokens \(max_text_seq_length\); got 7"):
+        called(golden.call, context)(nn.Identity(), x, torch.ones(2), short)
 
 
 def test_a_class_without_a_call_is_refused() -> None:

@@ -13,7 +13,8 @@ linear path, each conversion is infinite only where the quantity itself is:
     velocity v = (alpha' x + W e) / alpha          infinite only where alpha is 0: the noise end of linear and gvp
     score    s = -e / sigma                        infinite only at the data
 
-Source: Ma et al., arXiv 2401.08740 (paths, predictions, weights); Albergo et al., arXiv 2303.08797.
+Source: Ma et al., arXiv 2401.08740 (paths, predictions, weights); Albergo et al., arXiv 2303.08797; weights of velocities: Esser et
+al., arXiv 2403.03206.
 Differs: the epsilons of training and of sampling are each used as given (the published code tests the wrong one, and
 uses 0 for velocity).
 """
@@ -36,7 +37,7 @@ from tinyfusion.processes.time import DATA_AT_ONE, Level, TimeConvention, TimeSa
 
 PathName = Literal["linear", "gvp", "vp"]
 Predicted = Literal["velocity", "noise", "score"]
-LossWeight = Literal["none", "velocity", "likelihood"]
+LossWeight = Literal["none", "velocity", "likelihood", "data", "sigma_sqrt", "cosmap"]
 NUM_LEVELS = 1000  # of noise, as many as the Gaussian process has
 _LOW_NOISE_DIVISOR = 4  # block influence at clean inputs uses the quarter of the times nearest to the data
 _BETA_MIN, _BETA_MAX = 0.1, 20.0  # of the VP path
@@ -76,6 +77,12 @@ def vp_path(level: Level) -> Point:
 
 
 PATHS: dict[PathName, Callable[[Level], Point]] = {"linear": linear_path, "gvp": gvp_path, "vp": vp_path}
+
+_VELOCITY_WEIGHTS: dict[LossWeight, Callable[[Level], Tensor]] = {  # of the training examples of diffusers
+    "data": lambda level: level.sigma**2,
+    "sigma_sqrt": lambda level: level.sigma**-2.0,
+    "cosmap": lambda level: 2 / (math.pi * (level.clean**2 + level.sigma**2)),
+}
 
 
 @dataclass(frozen=True)
@@ -179,13 +186,18 @@ class Flow:
         return output - noisy.noise if self.prediction == "noise" else at.sigma * output + noisy.noise
 
     def weight(self, name: LossWeight, t: Tensor) -> Tensor:
-        """(B,) weight of the squared error of noise and score: velocity (lambda / sigma)^2, likelihood lambda / sigma^2.
+        """(B,) weight of the squared error.
 
-        lambda = sigma W / alpha, so these are (W / alpha)^2 and W / (alpha sigma). 1 for velocity networks.
+        Of noise and score: velocity (lambda / sigma)^2, likelihood lambda / sigma^2. lambda = sigma W / alpha, so these are
+        (W / alpha)^2 and W / (alpha sigma). Of velocity, s the noise level: data s^2, the error of the clean image on the linear
+        path; sigma_sqrt 1 / s^2; cosmap 2 / (pi (1 - 2 s + 2 s^2)). 1 where the other kind of network is meant.
         """
-        if name == "none" or self.prediction == "velocity":
+        if name == "none" or (name in _VELOCITY_WEIGHTS) != (self.prediction == "velocity"):
             return torch.ones_like(t)
-        at = PATHS[self.path](self.convention.level(t))
+        level = self.convention.level(t)
+        if name in _VELOCITY_WEIGHTS:
+            return _VELOCITY_WEIGHTS[name](level)
+        at = PATHS[self.path](level)
         if name == "velocity":
             return (at.wronskian / at.alpha) ** 2
         return at.wronskian / (at.alpha * at.sigma)
@@ -196,8 +208,8 @@ class FlowObjective(Process):
     """The training loss of a flow network: squared error, per sample.
 
     Fields of its `NoisyBatch`: x0 clean, xt = alpha x0 + sigma noise, t float32 in the convention of the family. label_drop:
-    probability of replacing a condition by the null row (published: 0.1; 0 in evaluation). loss_weight: of noise and score
-    networks, see `Flow.weight`. eps: see `Flow.ends`. times: their distribution. call: how the model is called.
+    probability of replacing a condition by the null row (published: 0.1; 0 in evaluation). loss_weight: see
+    `Flow.weight`. eps: see `Flow.ends`. times: their distribution. call: how the model is called.
     Raises ValueError on an invalid eps or loss weight.
     """
 

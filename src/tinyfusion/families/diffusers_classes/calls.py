@@ -198,6 +198,12 @@ def check_texts(call: TransformerCall, context: CallContext, tensors: Mapping[st
             f"a {context.name} takes texts as {', '.join(call.texts)}; got {', '.join(tensors)}, no {absent[0]}: encode the prompts "
             "with the encoders of its own pipeline"
         )
+    length, given = context.value("max_text_seq_length"), tensors["embeddings"].shape[1]
+    if length is not None and length != given:
+        raise UserError(
+            f"this {context.name} takes texts of {length} tokens (max_text_seq_length); got {given}: encode the prompts with padding to "
+            "that length"
+        )
     for name, named in call.widths.items():
         wanted, width = context.value(named), tensors[name].shape[-1]
         wanted = wanted[0] if isinstance(wanted, list | tuple) else wanted
