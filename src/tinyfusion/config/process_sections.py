@@ -92,7 +92,9 @@ class FlowSection(ShiftFields):
     ] = "linear"
     prediction: Annotated[Literal["velocity", "noise", "score"], "output of the network"] = "velocity"
     loss_weight: Annotated[
-        Literal["none", "velocity", "likelihood"], "noise and score models: weight of the squared error by time"
+        Literal["none", "velocity", "likelihood", "data", "sigma_sqrt", "cosmap"],
+        "weight of the squared error by time; noise and score models: velocity, likelihood; velocity models: data sigma^2, sigma_sqrt "
+        "sigma^-2, cosmap",
     ] = "none"
     train_eps: Annotated[
         ShareBelowHalf | None,

@@ -13,7 +13,8 @@ linear path, each conversion is infinite only where the quantity itself is:
     velocity v = (alpha' x + W e) / alpha          infinite only where alpha is 0: the noise end of linear and gvp
     score    s = -e / sigma                        infinite only at the data
 
-Source: Ma et al., arXiv 2401.08740 (paths, predictions, weights); Albergo et al., arXiv 2303.08797.
+Source: Ma et al., arXiv 2401.08740 (paths, predictions, weights); Albergo et al., arXiv 2303.08797; weights of velocities: Esser et
+al., arXiv 2403.03206.
 Differs: the epsilons of training and of sampling are each used as given (the published code tests the wrong one, and
 uses 0 for velocity).
 """
@@ -36,7 +37,7 @@ from tinyfusion.processes.time import DATA_AT_ONE, Level, TimeConvention, TimeSa
 
 PathName = Literal["linear", "gvp", "vp"]
 Predicted = Literal["velocity", "noise", "score"]
-LossWeight = Literal["none", "velocity", "likelihood"]
+LossWeight = Literal["none", "velocity", "likelihood", "data", "sigma_sqrt", "cosmap"]
 NUM_LEVELS = 1000  # of noise, as many as the Gaussian process has
 _LOW_NOISE_DIVISOR = 4  # block influence at clean inputs uses the quarter of the times nearest to the data
 _BETA_MIN, _BETA_MAX = 0.1, 20.0  # of the VP path
@@ -77,6 +78,12 @@ def vp_path(level: Level) -> Point:
 
 PATHS: dict[PathName, Callable[[Level], Point]] = {"linear": linear_path, "gvp": gvp_path, "vp": vp_path}
 
+_VELOCITY_WEIGHTS: dict[LossWeight, Callable[[Level], Tensor]] = {  # of the training examples of diffusers
+    "data": lambda level: level.sigma**2,
+    "sigma_sqrt": lambda level: level.sigma**-2.0,
+    "cosmap": lambda level: 2 / (math.pi * (level.clean**2 + level.sigma**2)),
+}
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -104,9 +111,9 @@ class Flow:
     def settings(self) -> dict[str, Any]:
         return {"path": self.path, "prediction": self.prediction}
 
-    def point(self, t: Tensor) -> Point:
-        """Coefficients of the path at t (B,), shaped (B, 1, 1, 1)."""
-        return PATHS[self.path](self.convention.level(t.view(-1, 1, 1, 1)))
+    def point(self, t: Tensor, ndim: int = 4) -> Point:
+        """Coefficients of the path at t (B,), shaped (B, 1, ...) with `ndim` axes, those of x."""
+        return PATHS[self.path](self.convention.level(t.view(-1, *[1] * (ndim - 1))))
 
     def ends(self, eps: float | None, default_vp: float) -> tuple[float, float]:
         """The range (low, high) of 1 - noise level in which a model is trained or sampled.
@@ -138,7 +145,7 @@ class Flow:
         """dx/d(noise level) from the network's output at x (B, C, H, W) and t (B,)."""
         if self.prediction == "velocity":
             return self.convention.velocity_of(output)
-        at = self.point(t)
+        at = self.point(t, x.ndim)
         noise = output if self.prediction == "noise" else -at.sigma * output
         return (at.d_alpha * x + at.wronskian * noise) / at.alpha
 
@@ -146,7 +153,7 @@ class Flow:
         """The noise that the network's output predicts."""
         if self.prediction == "noise":
             return output
-        at = self.point(t)
+        at = self.point(t, x.ndim)
         if self.prediction == "score":
             return -at.sigma * output
         return (at.alpha * self.convention.velocity_of(output) - at.d_alpha * x) / at.wronskian
@@ -155,7 +162,7 @@ class Flow:
         """The score, the gradient of the log density of x, from the network's output; infinite at the data."""
         if self.prediction == "score":
             return output
-        return -self.noise(output, x, t) / self.point(t).sigma
+        return -self.noise(output, x, t) / self.point(t, x.ndim).sigma
 
     def towards_data(self, network: Denoiser) -> Denoiser:
         """The velocity towards the data, (x, c) -> dx/dc with c = 1 - noise level, of a network of the family."""
@@ -171,7 +178,7 @@ class Flow:
 
         velocity: v - (alpha' x0 + sigma' noise), in the sign of the family; noise: e - noise; score: sigma s + noise.
         """
-        at = self.point(noisy.t)
+        at = self.point(noisy.t, output.ndim)
         if target is not None:
             return (at.sigma if self.prediction == "score" else 1.0) * (output - target)
         if self.prediction == "velocity":
@@ -179,13 +186,18 @@ class Flow:
         return output - noisy.noise if self.prediction == "noise" else at.sigma * output + noisy.noise
 
     def weight(self, name: LossWeight, t: Tensor) -> Tensor:
-        """(B,) weight of the squared error of noise and score: velocity (lambda / sigma)^2, likelihood lambda / sigma^2.
+        """(B,) weight of the squared error.
 
-        lambda = sigma W / alpha, so these are (W / alpha)^2 and W / (alpha sigma). 1 for velocity networks.
+        Of noise and score: velocity (lambda / sigma)^2, likelihood lambda / sigma^2. lambda = sigma W / alpha, so these are
+        (W / alpha)^2 and W / (alpha sigma). Of velocity, s the noise level: data s^2, the error of the clean image on the linear
+        path; sigma_sqrt 1 / s^2; cosmap 2 / (pi (1 - 2 s + 2 s^2)). 1 where the other kind of network is meant.
         """
-        if name == "none" or self.prediction == "velocity":
+        if name == "none" or (name in _VELOCITY_WEIGHTS) != (self.prediction == "velocity"):
             return torch.ones_like(t)
-        at = PATHS[self.path](self.convention.level(t))
+        level = self.convention.level(t)
+        if name in _VELOCITY_WEIGHTS:
+            return _VELOCITY_WEIGHTS[name](level)
+        at = PATHS[self.path](level)
         if name == "velocity":
             return (at.wronskian / at.alpha) ** 2
         return at.wronskian / (at.alpha * at.sigma)
@@ -196,8 +208,8 @@ class FlowObjective(Process):
     """The training loss of a flow network: squared error, per sample.
 
     Fields of its `NoisyBatch`: x0 clean, xt = alpha x0 + sigma noise, t float32 in the convention of the family. label_drop:
-    probability of replacing a condition by the null row (published: 0.1; 0 in evaluation). loss_weight: of noise and score
-    networks, see `Flow.weight`. eps: see `Flow.ends`. times: their distribution. call: how the model is called.
+    probability of replacing a condition by the null row (published: 0.1; 0 in evaluation). loss_weight: see
+    `Flow.weight`. eps: see `Flow.ends`. times: their distribution. call: how the model is called.
     Raises ValueError on an invalid eps or loss weight.
     """
 
@@ -223,7 +235,7 @@ class FlowObjective(Process):
         return NoisyBatch(batch.x, noise, self._mixed(batch.x, noise, t), t, batch.condition, step)
 
     def _mixed(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        at = self.flow.point(t)
+        at = self.flow.point(t, x0.ndim)
         return at.alpha * x0 + at.sigma * noise
 
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:

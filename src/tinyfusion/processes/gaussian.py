@@ -2,8 +2,10 @@
 
 Shapes: B samples, C channels, N respaced timesteps. `model(x, t, **condition)` takes original step numbers and returns
 (B, 2C, H, W): noise prediction and variance logits v (or (B, C, H, W) if the variance is not learned: no variational term, and
-sampling uses the posterior variance). Tables are float64, looked up and cast to float32 (published numerics).
-Sources: Ho et al. arXiv 2006.11239; Nichol & Dhariwal arXiv 2102.09672; Song et al. arXiv 2010.02502.
+sampling uses the posterior variance). Tables are float64, looked up and cast to float32 (published numerics). In training the
+output can be the velocity sqrt(abar) noise - sqrt(1 - abar) x_0 instead, which is finite where abar is 0 (zero terminal SNR).
+Sources: Ho et al. arXiv 2006.11239; Nichol & Dhariwal arXiv 2102.09672; Song et al. arXiv 2010.02502; velocity: Salimans & Ho
+arXiv 2202.00512.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,8 +23,10 @@ from tinyfusion.conditioning.classes import class_inputs
 from tinyfusion.conditioning.condition import ModelCall, calling
 from tinyfusion.core.rng import Draws
 from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, StepNoise, mean_flat
+from tinyfusion.processes.time import check_choice
 
 NUM_TIMESTEPS = 1000
+Predicted = Literal["epsilon", "v"]
 _LOW_NOISE_DIVISOR = 4  # the released block influence uses the first quarter of the chain: t in 0..249 of 1000
 
 
@@ -88,16 +93,17 @@ class Schedule:
         self.log_betas = np.log(self.betas)
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
-        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
-        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1.0)
+        with np.errstate(divide="ignore"):  # infinite at zero terminal SNR: no noise prediction gives x_0 there
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1.0)
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.betas)
 
-    def at(self, table: str, index: Tensor) -> Tensor:
-        """Entries of a table at `index` (B,), float32, shaped (B, 1, 1, 1)."""
-        return self._table(table, index.device)[index].view(-1, 1, 1, 1)
+    def at(self, table: str, index: Tensor, ndim: int = 4) -> Tensor:
+        """Entries of a table at `index` (B,), float32, shaped (B, 1, ...) with `ndim` axes, those of x."""
+        return self._table(table, index.device)[index].view(-1, *[1] * (ndim - 1))
 
     def original(self, index: Tensor) -> Tensor:
         """Original timesteps of respaced indices `index` (B,), int64."""
@@ -113,19 +119,38 @@ class Schedule:
 
     def q_sample(self, x0: Tensor, index: Tensor, noise: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
-        return self.at("sqrt_alphas_cumprod", index) * x0 + self.at("sqrt_one_minus_alphas_cumprod", index) * noise
+        signal, spread = self._mixed(x0, index)
+        return signal * x0 + spread * noise
+
+    def velocity(self, x0: Tensor, index: Tensor, noise: Tensor) -> Tensor:
+        """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0: what a velocity network predicts."""
+        signal, spread = self._mixed(x0, index)
+        return signal * noise - spread * x0
+
+    def x0_from_velocity(self, xt: Tensor, index: Tensor, v: Tensor) -> Tensor:
+        """x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v."""
+        signal, spread = self._mixed(xt, index)
+        return signal * xt - spread * v
+
+    def _mixed(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply x."""
+        tables = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+        signal, spread = (self.at(table, index, x.ndim) for table in tables)
+        return signal, spread
 
     def x0_from_noise(self, xt: Tensor, index: Tensor, noise: Tensor) -> Tensor:
-        return self.at("sqrt_recip_alphas_cumprod", index) * xt - self.at("sqrt_recipm1_alphas_cumprod", index) * noise
+        scale = self.at("sqrt_recip_alphas_cumprod", index, xt.ndim)
+        return scale * xt - self.at("sqrt_recipm1_alphas_cumprod", index, xt.ndim) * noise
 
     def noise_from_x0(self, xt: Tensor, index: Tensor, x0: Tensor) -> Tensor:
-        scaled = self.at("sqrt_recip_alphas_cumprod", index) * xt - x0
-        return scaled / self.at("sqrt_recipm1_alphas_cumprod", index)
+        scaled = self.at("sqrt_recip_alphas_cumprod", index, xt.ndim) * xt - x0
+        return scaled / self.at("sqrt_recipm1_alphas_cumprod", index, xt.ndim)
 
     def posterior(self, x0: Tensor, xt: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and clipped log variance of q(x_{t-1} | x_t, x_0)."""
-        mean = self.at("posterior_mean_x0", index) * x0 + self.at("posterior_mean_xt", index) * xt
-        return mean, self.at("posterior_log_variance_clipped", index)
+        first = self.at("posterior_mean_x0", index, xt.ndim) * x0
+        mean = first + self.at("posterior_mean_xt", index, xt.ndim) * xt
+        return mean, self.at("posterior_log_variance_clipped", index, xt.ndim)
 
     def model_gaussian(self, noise: Tensor, v: Tensor | None, xt: Tensor, index: Tensor, clip: bool) -> Gaussian:
         """p(x_{t-1} | x_t) from a noise prediction and variance logits: log s^2 = f log beta + (1 - f) log posterior."""
@@ -136,7 +161,7 @@ class Schedule:
         if v is None:
             return Gaussian(mean, low.expand_as(mean), x0)
         share = (v + 1) / 2
-        return Gaussian(mean, share * self.at("log_betas", index) + (1 - share) * low, x0)
+        return Gaussian(mean, share * self.at("log_betas", index, xt.ndim) + (1 - share) * low, x0)
 
 
 @dataclass(frozen=True)
@@ -182,7 +207,8 @@ class GaussianObjective(Process):
 
     label_drop: probability of replacing a condition by the null row (published: 0.1; 0 in evaluation). teacher_at_zero:
     at t = 0 distillation uses the KL from the teacher as at other t; otherwise the data likelihood, as published.
-    call: how the model is called.
+    call: how the model is called. prediction: "epsilon", the noise; "v", the velocity, whose squared error is that of x_0 with weight
+    1 / (1 - abar_t); channels of a variance behind it are passed over.
     Source: arXiv 2102.09672, equation 16, with weight 1 on the variational term in bits per dimension of the sampled t.
     """
 
@@ -190,6 +216,10 @@ class GaussianObjective(Process):
     schedule: Schedule = field(default_factory=Schedule)
     teacher_at_zero: bool = False
     call: ModelCall = calling(class_inputs)
+    prediction: Predicted = "epsilon"
+
+    def __post_init__(self) -> None:
+        check_choice("prediction", self.prediction, Predicted)
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         device = batch.x.device
@@ -208,6 +238,9 @@ class GaussianObjective(Process):
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         """Per-sample "loss" = mse + vb, with its two terms; without learned variance "loss" = mse."""
         noise, v = split_output(prediction.output, noisy.x0.shape[1])
+        if self.prediction == "v":
+            mse = mean_flat((self.schedule.velocity(noisy.x0, noisy.t, noisy.noise) - noise) ** 2)
+            return {"loss": mse, "mse": mse}
         mse = mean_flat((noisy.noise - noise) ** 2)
         if v is None:
             return {"loss": mse, "mse": mse}
@@ -225,7 +258,7 @@ class GaussianObjective(Process):
         noise, v = split_output(own.output, channels)
         taught_noise, taught_v = split_output(taught.output.detach(), channels)
         mse_kd = mean_flat((noise - taught_noise) ** 2)
-        if v is None or taught_v is None:
+        if v is None or taught_v is None or self.prediction == "v":
             return {"kd_loss": mse_kd}
         step = self.schedule.model_gaussian(taught_noise, taught_v, noisy.xt, noisy.t, clip=False)
         vb_kd = self.variational_bits(noisy, noise, v, (step.mean, step.log_variance), not self.teacher_at_zero)

@@ -1,0 +1,282 @@
+"""Calls of the transformer classes of images, and the table of all: what each pipeline of diffusers gives its transformer.
+
+Written from the pipelines and training examples of diffusers 0.42; `tests/families/test_calls.py` compares every row with what the
+pipeline itself passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyfusion.conditioning.condition import Condition
+from tinyfusion.families.diffusers_classes.call_rows_video import VIDEO_CALLS
+from tinyfusion.families.diffusers_classes.calls import (
+    THOUSAND,
+    CallContext,
+    TransformerCall,
+    grid,
+    guidance_of,
+    packed,
+    trimmed,
+    unpacked,
+)
+from tinyfusion.processes.time import TimeConvention
+
+_LONGCAT_TEXT = 512  # tokens
+
+
+def _two_by_two(config: Mapping[str, Any]) -> tuple[int, ...]:
+    return 2, 2
+
+
+def _text_ids(condition: Condition) -> Tensor:
+    embeddings = condition["embeddings"]
+    return torch.zeros(embeddings.shape[1], 3, device=embeddings.device)
+
+
+def _counted_text_ids(condition: Condition) -> Tensor:
+    """Positions (0, n, n) of text token n."""
+    ids = _text_ids(condition)
+    ids[:, 1:] = torch.arange(len(ids), device=ids.device)[:, None]
+    return ids
+
+
+def _guidance(context: CallContext, x: Tensor, condition: Condition) -> dict[str, Any]:
+    return {"guidance": guidance_of(context, x, condition) if context.value("guidance_embeds") else None}
+
+
+def _unpack(context: CallContext, output: Tensor, x: Tensor) -> Tensor:
+    return unpacked(output, x)
+
+
+# ----------------------------------------------------------------------------------------------------- FLUX and its kind
+
+
+def _flux_tokens(x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    return {
+        "hidden_states": packed(x),
+        "timestep": t,
+        "encoder_hidden_states": condition["embeddings"],
+        "txt_ids": _text_ids(condition),
+        "img_ids": grid(x.shape[-2] // 2, x.shape[-1] // 2, x.device),
+    }
+
+
+def _flux(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    pooled = {"pooled_projections": condition["pooled"]}
+    return _flux_tokens(x, t, condition) | pooled | _guidance(context, x, condition)
+
+
+def _bria(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    return _flux_tokens(x, t, condition) | _guidance(context, x, condition)
+
+
+def _ovis(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    return _flux_tokens(x, t, condition) | {"txt_ids": _counted_text_ids(condition)}
+
+
+def _longcat(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    arguments = _flux_tokens(x, t, condition)
+    start = torch.tensor([1.0, *[_LONGCAT_TEXT] * 2], device=x.device)  # of the image, behind a text of full length
+    return arguments | {"txt_ids": _counted_text_ids(condition), "img_ids": arguments["img_ids"] + start}
+
+
+def _flux2(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    num, _, height, width = x.shape
+    embeddings = condition["embeddings"]
+    image = torch.nn.functional.pad(grid(height, width, x.device), (0, 1)).long()
+    text = torch.nn.functional.pad(torch.arange(embeddings.shape[1], device=x.device)[:, None], (3, 0))
+    return {
+        "hidden_states": x.flatten(2).transpose(1, 2),
+        "timestep": t,
+        "encoder_hidden_states": embeddings,
+        "txt_ids": text.expand(num, -1, -1),
+        "img_ids": image.expand(num, -1, -1),
+    } | _guidance(context, x, condition)
+
+
+def _from_rows(context: CallContext, output: Tensor, x: Tensor) -> Tensor:
+    """(B, hw, C) -> (B, C, h, w)."""
+    return output.transpose(1, 2).reshape(x.shape)
+
+
+def _qwen(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    embeddings, mask = trimmed(context, condition)
+    return {
+        "hidden_states": packed(x),
+        "timestep": t,
+        "encoder_hidden_states": embeddings,
+        "encoder_hidden_states_mask": None if bool(mask.all()) else mask,
+        "img_shapes": [[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x),
+    } | _guidance(context, x, condition)
+
+
+def _krea2(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    embeddings, mask = trimmed(context, condition)
+    image = grid(x.shape[-2] // 2, x.shape[-1] // 2, x.device)
+    return {
+        "hidden_states": packed(x),
+        "timestep": t,
+        "encoder_hidden_states": embeddings,
+        "encoder_attention_mask": mask,
+        "position_ids": torch.cat([image.new_zeros(embeddings.shape[1], 3), image]),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- latents as they are
+
+
+def _sd3(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    return {
+        "hidden_states": x,
+        "timestep": t,
+        "encoder_hidden_states": condition["embeddings"],
+        "pooled_projections": condition["pooled"],
+    }
+
+
+def _plain(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": condition["embeddings"]}
+
+
+def _masked(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    embeddings, mask = trimmed(context, condition)
+    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+
+
+def _sana(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    arguments = _masked(context, x, t * context.value("timestep_scale", 1.0), condition)
+    if context.value("guidance_embeds"):  # Sprint
+        scale = context.value("guidance_embeds_scale", 0.1)
+        arguments["guidance"] = guidance_of(context, x, condition) * scale
+    return arguments
+
+
+def _pixart(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+    use = context.value("use_additional_conditions")
+    if context.value("sample_size", 128) == 128 if use is None else use:  # PixArt-alpha at 1024
+        assert context.spatial_ratio is not None
+        height, width = (size * context.spatial_ratio for size in x.shape[-2:])
+        sizes = {
+            "resolution": torch.tensor([[height, width]] * len(x), dtype=x.dtype, device=x.device),
+            "aspect_ratio": torch.tensor([[height / width]] * len(x), dtype=x.dtype, device=x.device),
+        }
+    return _masked(context, x, t, condition) | {"added_cond_kwargs": sizes}
+
+
+def _z_image(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    texts = [row[mask] for row, mask in zip(condition["embeddings"], condition["mask"].bool(), strict=True)]
+    return {"x": list(x.unsqueeze(2)), "t": t, "cap_feats": texts}
+
+
+def _from_frames(context: CallContext, output: list[Tensor], x: Tensor) -> Tensor:
+    """Images with an axis of one frame each -> (B, C, h, w)."""
+    return torch.stack(output).squeeze(2)
+
+
+def _cogview4(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    assert context.spatial_ratio is not None
+    pixels = [size * context.spatial_ratio for size in x.shape[-2:]]
+    size = torch.tensor([pixels] * len(x), dtype=x.dtype, device=x.device)
+    return _plain(context, x, t, condition) | {
+        "original_size": size,
+        "target_size": size,
+        "crop_coords": torch.zeros_like(size),
+    }
+
+
+def _hidream(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    return {
+        "hidden_states": x,
+        "timesteps": t,
+        "encoder_hidden_states_t5": condition["embeddings"],
+        "encoder_hidden_states_llama3": condition["llama"].transpose(0, 1),  # (B, layers, N, E): layers first
+        "pooled_embeds": condition["pooled"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+_FLUX_KIND: dict[str, Any] = {
+    "output": _unpack,
+    "patch": _two_by_two,
+    "packed": 4,
+    "widths": {"embeddings": "joint_attention_dim"},
+}
+_POOLED = {"embeddings": "joint_attention_dim", "pooled": "pooled_projection_dim"}
+_PLAIN_TEXTS, _MASKED_TEXTS, _POOLED_TEXTS = ("embeddings",), ("embeddings", "mask"), ("embeddings", "pooled")
+
+CALLS: Mapping[str, TransformerCall] = MappingProxyType(
+    {
+        "FluxTransformer2DModel": TransformerCall(
+            "flow", _POOLED_TEXTS, _flux, **{**_FLUX_KIND, "widths": _POOLED}, guidance=3.5
+        ),
+        "Flux2Transformer2DModel": TransformerCall(
+            "flow",
+            _PLAIN_TEXTS,
+            _flux2,
+            _from_rows,
+            widths={"embeddings": "joint_attention_dim"},
+            patch=lambda config: (1, 1),
+            guidance=4.0,
+            spatial_ratio=16,
+        ),
+        "OvisImageTransformer2DModel": TransformerCall("flow", _PLAIN_TEXTS, _ovis, **_FLUX_KIND),
+        "LongCatImageTransformer2DModel": TransformerCall("flow", _PLAIN_TEXTS, _longcat, **_FLUX_KIND),
+        "BriaTransformer2DModel": TransformerCall("flow", _PLAIN_TEXTS, _bria, convention=THOUSAND, **_FLUX_KIND),
+        "QwenImageTransformer2DModel": TransformerCall("flow", _MASKED_TEXTS, _qwen, **_FLUX_KIND),
+        "Krea2Transformer2DModel": TransformerCall(
+            "flow", _MASKED_TEXTS, _krea2, **{**_FLUX_KIND, "widths": {"embeddings": "text_hidden_dim"}}
+        ),
+        "SD3Transformer2DModel": TransformerCall("flow", _POOLED_TEXTS, _sd3, convention=THOUSAND, widths=_POOLED),
+        "AuraFlowTransformer2DModel": TransformerCall(
+            "flow", _PLAIN_TEXTS, _plain, widths={"embeddings": "joint_attention_dim"}
+        ),
+        "SanaTransformer2DModel": TransformerCall(
+            "flow",
+            _MASKED_TEXTS,
+            _sana,
+            convention=THOUSAND,
+            widths={"embeddings": "caption_channels"},
+            patch=lambda config: (int(config.get("patch_size", 1)),) * 2,
+            guidance=4.5,
+            spatial_ratio=32,
+        ),
+        "PixArtTransformer2DModel": TransformerCall(
+            "gaussian", _MASKED_TEXTS, _pixart, widths={"embeddings": "caption_channels"}
+        ),
+        "ZImageTransformer2DModel": TransformerCall(
+            "flow",
+            _MASKED_TEXTS,
+            _z_image,
+            _from_frames,
+            TimeConvention("1 - sigma", 1.0, "data - noise"),
+            widths={"embeddings": "cap_feat_dim"},
+            patch=lambda config: (int((config.get("all_patch_size") or [2])[0]),) * 2,
+        ),
+        "Lumina2Transformer2DModel": TransformerCall(
+            "flow",
+            _MASKED_TEXTS,
+            _masked,
+            convention=TimeConvention("1 - sigma", 1.0, "data - noise"),
+            widths={"embeddings": "cap_feat_dim"},
+        ),
+        "CogView4Transformer2DModel": TransformerCall(
+            "flow", _PLAIN_TEXTS, _cogview4, convention=THOUSAND, widths={"embeddings": "text_embed_dim"}
+        ),
+        "HiDreamImageTransformer2DModel": TransformerCall(
+            "flow",
+            ("embeddings", "llama", "pooled"),
+            _hidream,
+            convention=TimeConvention("sigma", 1000.0, "data - noise"),
+            widths={"embeddings": "caption_channels", "pooled": "text_emb_dim"},
+        ),
+    }
+    | VIDEO_CALLS
+)
