@@ -36,7 +36,6 @@ from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.jobs.sampling_setup import SkippedModel, skipped_run_for
 from tinyfusion.models.checkpoint import open_model
-from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import sample as draw_samples
 
 TEACHER = "digits"
@@ -140,7 +139,7 @@ def seen_images(folder: Path, key: str) -> float:
 def macs_of(folder: Path, models: dict[str, str], key: str) -> tuple[float, float | None]:
     """Multiply-accumulates of a forward pass of one image in sampling, and the ratio of the blocks if there are routers."""
     model = open_model(models[key])
-    static = model_macs(model)
+    static = model.macs()
     if model.dynamic is None:
         return float(static), None
     ratio = float(read_json(folder / f"{key}.json")["dynamic"]["macs_ratio"])

@@ -23,6 +23,7 @@ from tinyfusion.conditioning.condition import Condition
 from tinyfusion.conditioning.texts import text_table
 from tinyfusion.config.recipe import (
     ComputeSection,
+    FlowSection,
     PruneSection,
     Recipe,
     RecoverSection,
@@ -41,8 +42,9 @@ from tinyfusion.jobs.recording import record_inputs
 from tinyfusion.jobs.sampling_setup import open_drawing
 from tinyfusion.jobs.scoring import Reference, score
 from tinyfusion.jobs.training import mask_training, recovery, student_of
-from tinyfusion.jobs.transformers import transformer_in_memory, transformer_of
-from tinyfusion.models.checkpoint import LoadedModel, save_model
+from tinyfusion.jobs.transformer_sources import open_transformer_model, transformer_of
+from tinyfusion.jobs.verbs import save_model
+from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.checkpoint import open_model as open_family_model
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.base import Process
@@ -83,8 +85,9 @@ def open_model(
     its file and its blocks declared; what trains it is a `Task` of yours. Comes back in eval mode, on the CPU. Raises UserError on
     anything that is not exactly a model.
     """
-    if transformer := transformer_of(str(source), None if blocks is None else Path(blocks), prompts=True):
-        return transformer_in_memory(transformer)
+    rows = None if blocks is None else Path(blocks)
+    if transformer := transformer_of(str(source), rows, prompts=True):
+        return open_transformer_model(source, transformer, FlowSection(), rows)
     return open_family_model(source, weights, num_heads, family, num_classes)
 
 
@@ -188,9 +191,9 @@ def recover_model(
     work = recovery(recipe, student.copy(), teacher.copy() if teacher else None, task, source, engine)
     for record in work.steps():
         on_step(record)
-    work.state.ema.copy_to(work.model.module)
-    work.model.module.train(student.module.training)
-    return work.model
+    recovered = work.averaged()
+    recovered.module.train(student.module.training)
+    return recovered
 
 
 def sample_images(

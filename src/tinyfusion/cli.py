@@ -135,7 +135,7 @@ def _record(options: Any) -> dict[str, Any]:
 def _inspect(options: Any) -> dict[str, Any]:
     from tinyfusion.commands.inspect import inspect, parent_words
     from tinyfusion.commands.transformers import inspect_transformer
-    from tinyfusion.jobs.transformers import transformer_of
+    from tinyfusion.jobs.transformer_sources import transformer_of
     from tinyfusion.models.checkpoint import open_model
 
     weights = options.weights or Recipe().sample.weights

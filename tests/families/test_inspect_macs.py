@@ -15,7 +15,7 @@ from tinyfusion.commands.transformers import inspect_transformer, prune_transfor
 from tinyfusion.config.recipe import PruneSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.transformers import transformer_of
+from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.models.macs import macs_by_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself

@@ -9,7 +9,6 @@ import torch
 from tiny_images import IMAGES
 
 import tinyfusion as tf
-from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
@@ -43,11 +42,14 @@ def test_flux_learned_pruned_and_recovered(tmp_path: Path) -> None:
     student = tf.recover_model(student, teacher, task, lambda step, draws: batch, tf.RecoverSection(training=TRAINING))
     assert student.module(**call, return_dict=False)[0].isfinite().all()
     assert before == {file: sha256_of(file) for file in (tmp_path / "flux").iterdir()}
-    with pytest.raises(
-        UserError, match="has no model folder: save its state dict; of a transformer of diffusers `tinyfusion"
-    ):
-        tf.save_model(student, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    tf.save_model(student, tmp_path / "out")
+    plain, info = type(original).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        assert torch.equal(plain(**call, return_dict=False)[0], student.module(**call, return_dict=False)[0])
+    again = tf.open_model(tmp_path / "out")
+    assert again.hash() == student.hash()
+    assert again.facts.plan == masks.plan
 
 
 def test_each_tensor_keeps_its_type(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tinyfusion import cli
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
-from tinyfusion.jobs.transformers import transformer_of
+from tinyfusion.jobs.transformer_sources import transformer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
 Draw = Callable[..., dict[str, Any]]

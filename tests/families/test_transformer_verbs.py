@@ -24,7 +24,7 @@ from tinyfusion.commands.transformers import write_transformer
 from tinyfusion.families.diffusers_classes.folder import RECORD, open_transformer
 from tinyfusion.families.diffusers_classes.guess import guessed_row
 from tinyfusion.families.diffusers_classes.rows import row_text, rows_in, shipped_rows
-from tinyfusion.jobs.transformers import transformer_of
+from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.models.wrapped import wrap_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself

@@ -20,7 +20,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.process_specs import objective_for, process_spec, sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
-from tinyfusion.models.macs import count_macs, model_macs
+from tinyfusion.models.macs import count_macs
 from tinyfusion.processes.base import Batch, NoisyBatch, Process
 from tinyfusion.prune.calibrate import calibration_set
 from tinyfusion.prune.context import CriterionContext
@@ -253,9 +253,9 @@ def test_a_model_goes_to_disk_and_back(model: LoadedModel, tmp_path: Path) -> No
         assert torch.equal(output(again, drawn(one)), output(one, drawn(one)))
         facts = inspect(again)
         assert facts["family"] == model.family.name and facts["depth"] == len(one.stack)
-    assert model_macs(student) < model_macs(model)
+    assert student.macs() < model.macs()
     family, arch = model.family, model.arch
-    assert model_macs(model) == count_macs(lambda: family.build(arch), lambda: family.example(arch, 1))
+    assert model.macs() == count_macs(lambda: family.build(arch), lambda: family.example(arch, 1))
 
 
 def test_the_official_layout_holds_it_or_says_why_not(model: LoadedModel, tmp_path: Path) -> None:

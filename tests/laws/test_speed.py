@@ -7,7 +7,6 @@ import torch
 from tinyfusion.families.dit.model import published_arch
 from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
-from tinyfusion.models.macs import model_macs
 
 
 def test_dit_xl_2_at_256_pixels_takes_118_69_g() -> None:
@@ -15,4 +14,4 @@ def test_dit_xl_2_at_256_pixels_takes_118_69_g() -> None:
     family, arch = FAMILIES["dit"], published_arch("DiT-XL/2", 256)
     with torch.device("meta"):
         model = LoadedModel(family.build(arch), family, arch, ModelFacts(image_size=256))
-    assert model_macs(model) == 118_688_661_504
+    assert model.macs() == 118_688_661_504

@@ -34,6 +34,7 @@ from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective, Schedule, sample_ancestral, sample_ddim
 from tinyfusion.prune.gates import CategoricalGates
+from tinyfusion.prune.layout import gate_layout
 from tinyfusion.prune.learn import GatedObjective
 from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.sample.drive import guided
@@ -190,7 +191,8 @@ def gate_setup(golden: GoldenSet) -> Setup:
     model = golden.model("gate_weights.pt")
     inner = GaussianObjective()
     tau, scaling = float(golden.get("tau")), float(golden.get("scaling"))
-    gated = GatedObjective(inner, model.stack, golden.gates, (tau, tau), (scaling, scaling), steps=1)
+    schedules = (tau, tau), (scaling, scaling)
+    gated = GatedObjective(inner, model.stack, golden.gates, *schedules, steps=1, layout=gate_layout(model))
     noisy = dataclasses.replace(golden.noisy(inner), gate_noise=golden.gumbel)
     parameters = {**dict(model.module.named_parameters()), **dict(golden.gates.named_parameters())}
     return model.module, gated, noisy, parameters

@@ -28,7 +28,7 @@ from tinyfusion.export.folder import (
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.latent_facts import with_settings
 from tinyfusion.jobs.origins import Step, history
-from tinyfusion.jobs.transformers import transformer_of
+from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.hub import HUB_ID, autoencoder_folder, upload_folder
 

@@ -10,7 +10,6 @@ from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.jobs.process_specs import default_sampling, sampler_of
 from tinyfusion.jobs.sampling_setup import skipped_run_for
 from tinyfusion.models.checkpoint import LoadedModel, model_record
-from tinyfusion.models.macs import model_macs
 
 
 def _dynamic(model: LoadedModel) -> dict[str, Any] | None:
@@ -30,7 +29,7 @@ def _dynamic(model: LoadedModel) -> dict[str, Any] | None:
         facts[f"{name}_per_block"] = [round(float(share), 4) for share in table.float().mean(dim=(0, 2))]
     if "ratio" in recorded:
         facts["macs"] = total_macs(
-            model_macs(model), routed.sizes, len(model.stack), recorded["ratio"], routed.settings.tokens
+            model.macs(), routed.sizes, len(model.stack), recorded["ratio"], routed.settings.tokens
         )
     return facts
 
@@ -43,7 +42,7 @@ def inspect(model: LoadedModel) -> dict[str, Any]:
         **record,
         "num_parameters": num_parameters(model.module),
         "trainable_parameters": num_parameters(model.module, trainable_only=True),
-        "macs": model_macs(model),
+        "macs": model.macs(),
         "dynamic": _dynamic(model),
         "criterion": plan.criterion if plan else None,
         "scheme": plan.scheme if plan else None,

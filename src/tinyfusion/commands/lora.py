@@ -22,7 +22,7 @@ from tinyfusion.export.lora import ADAPTER, remap_lora
 from tinyfusion.families.diffusers_classes.cutting import Cut
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.families.diffusers_classes.weights import STEM, hash_stored, write_weights
-from tinyfusion.jobs.transformers import transformer_of
+from tinyfusion.jobs.transformer_sources import transformer_of
 
 TrainedOn = Literal["original", "parent"]
 Form = Literal["same", "peft"]

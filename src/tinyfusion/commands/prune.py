@@ -15,7 +15,7 @@ from tinyfusion.jobs.assemble import RunOptions, batches_for, open_teacher
 from tinyfusion.jobs.criteria import CriterionWork, criterion_work, looks_at_images
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.jobs.training import MaskTraining, mask_training, student_of
-from tinyfusion.jobs.transformers import transformer_of
+from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.prune.learn import plan_of
 from tinyfusion.prune.width import width_stand_in
@@ -30,9 +30,10 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
 
     def __call__(self, recipe: Recipe, options: RunOptions, source: str | Path = "") -> dict[str, Any]:
         """Prune a model, or a transformer of diffusers on its files."""
-        if transformer := transformer_of(recipe.teacher, options.blocks, bool(recipe.data.prompts or recipe.data.name)):
+        transformer = transformer_of(recipe.teacher, options.blocks, bool(recipe.data.prompts or recipe.data.name))
+        if transformer is not None and (recipe.prune.criterion != "learned" or options.inputs is not None):
             return prune_transformer(recipe, options, transformer)
-        if options.inputs is not None:
+        if options.inputs is not None and transformer is None:
             raise UserError(
                 f"--inputs is for transformers of diffusers, and {recipe.teacher} is a model of a family: leave it out, its criteria "
                 "look at --data"
@@ -42,7 +43,8 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
     def open(self, recipe: Recipe, options: RunOptions, source: str | Path, remarks: list[str]) -> Inputs:
         """The teacher; data where the criterion looks at images."""
         on_data = recipe.prune.criterion == "learned" or looks_at_images(recipe.prune.criterion)
-        teacher = open_teacher(recipe, options.num_heads, options.family, on_data, options.num_classes)
+        typed = options.num_heads, options.family, on_data, options.num_classes, options.blocks
+        teacher = open_teacher(recipe, *typed)
         recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, on_data)
         if recipe.destination:  # refuse before anything is learned
             narrower = recipe.prune.criterion == "width"

@@ -34,15 +34,18 @@ class Recover(TrainingVerb[Training]):
         typed = options.num_heads, options.family, options.num_classes
         # a folder states its sizes, which may be smaller than its teacher's
         names = typed if Path(source).is_file() else (None, options.family, None)
-        student, teacher = open_stated(recipe, source, *names), None
+        student, teacher = open_stated(recipe, source, *names, options.blocks), None
         if recipe.recover.method != "finetune":
-            teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
-            if teacher.family is not student.family:  # two families can have equal tensors, and equal hashes
+            teacher = open_teacher(
+                recipe, options.num_heads, options.family, num_classes=options.num_classes, blocks=options.blocks
+            )
+            if teacher.family.name != student.family.name:  # two families can have equal tensors, and equal hashes
                 raise UserError(
                     f"the student {source} is of family {student.family.name} and the teacher {recipe.teacher} of "
                     f"{teacher.family.name}: give the teacher that it was cut from"
                 )
         recipe, student = known_inputs(recipe, student, [source, recipe.teacher], remarks)
+        recipe = _with_taught_target(recipe, student, remarks)
         models: dict[str, LoadedModel | None] = {"student": student, "teacher": teacher}
         return Inputs(recipe, options, models, {"student": source, "teacher": recipe.teacher if teacher else ""})
 
@@ -64,6 +67,24 @@ class Recover(TrainingVerb[Training]):
         save(folder, work.raw(), "student-raw")
         folder.mark("done", seconds=seconds, seen_images=work.state.seen_images)
         return {"seconds": seconds}
+
+
+def _with_taught_target(recipe: Recipe, student: LoadedModel, remarks: list[str]) -> Recipe:
+    """The recipe with the teacher's output as the only target, for a student that has guidance as an input, unless it says otherwise.
+
+    remarks: gets a line for people.
+    """
+    if not student.distilled_guidance:
+        return recipe
+    wrong = "guidance is an input of this model, so its output is not the velocity of the data"
+    if recipe.recover.method == "finetune":
+        remarks.append(
+            f"warning: {wrong}: finetune pulls the model off; --method logits-kd learns from the teacher alone"
+        )
+    elif "recover.alpha_kd" not in recipe.assigned:
+        remarks.append(f"recover.alpha_kd=1: {wrong}, and the teacher's is the only target")
+        return dataclasses.replace(recipe, recover=dataclasses.replace(recipe.recover, alpha_kd=1.0))
+    return recipe
 
 
 def _opened_as_then(options: RunOptions, job: Mapping[str, Any]) -> RunOptions:

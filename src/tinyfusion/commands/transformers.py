@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tinyfusion.blocks.plan import PrunePlan, plan_from_json
+from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
@@ -27,16 +27,15 @@ from tinyfusion.core.rundir import (
     stamp,
     write_json,
 )
-from tinyfusion.export.card import PICTURE, plan_png
-from tinyfusion.families.diffusers_classes.card import transformer_card
+from tinyfusion.export.transformer import FILES, plan_in, write_transformer
 from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder, components
 from tinyfusion.families.diffusers_classes.single_file import single_file_metadata, single_file_of, single_file_weights
-from tinyfusion.families.diffusers_classes.weights import STEM, write_file, write_weights
+from tinyfusion.families.diffusers_classes.weights import write_file
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, job_record, plain_recipe
-from tinyfusion.jobs.transformers import call_macs, couplings, planned, recorded_work, transformer_of
+from tinyfusion.jobs.transformer_sources import transformer_of
+from tinyfusion.jobs.transformers import call_macs, couplings, planned, recorded_work
 from tinyfusion.jobs.verbs import finished
 
-_FILES = rf"config\.json|{STEM}[^/]*|README\.md|{PICTURE}"
 _RECORD = "tinyfusion.json"
 _LINK_BYTES = 2**20  # files of a parent from this size on are linked where the disk can, smaller ones copied
 
@@ -75,7 +74,7 @@ def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerF
         if folder.writes:
             write_json(folder.path / "plan.json", plan.to_json())
         if folder.writes and student:
-            with atomic_write(folder.path / "student", _FILES) as new:
+            with atomic_write(folder.path / "student", FILES) as new:
                 write_transformer(student, new, options.out.name)
         folder.mark("done", seconds=time.perf_counter() - began, seen_images=0)
     if engine.is_main:
@@ -96,24 +95,6 @@ def _student(teacher: TransformerFolder, plan: PrunePlan) -> TransformerFolder:
 def _described(model: TransformerFolder) -> str:
     blocks = ", ".join(f"{depth} {path}" for path, depth in model.depths.items())
     return f"{model.class_name}, {blocks}, {model.num_bytes / 2**30:.2f} GiB"
-
-
-def write_transformer(
-    model: TransformerFolder, folder: Path, title: str, card: Path | None = None, pipeline: str | None = None
-) -> None:
-    """A folder that diffusers opens: config, weights, card and picture of the plan. card: the folder of the latter, another one."""
-    folder.mkdir(parents=True)
-    write_json(folder / "config.json", dict(model.config))
-    write_weights(model.weights, folder)
-    place = card or folder
-    (place / "README.md").write_text(transformer_card(model, title, PICTURE, pipeline), encoding="utf-8")
-    if model.lineage:
-        plan = _plan(model)
-        (place / PICTURE).write_bytes(plan_png(plan.kept, plan.depth))
-
-
-def _plan(model: TransformerFolder) -> PrunePlan:
-    return plan_from_json(model.record.get("plan"))
 
 
 # --------------------------------------------------------------------------------------------------------------- export
@@ -144,7 +125,7 @@ def export_transformer(
     if not todo:
         say_finished(out)
         return outcome
-    inside = rf"{_FILES}|{_RECORD}|{INDEX}" + (rf"|{parent.path.name}/(?:{_FILES})" if parent else "")
+    inside = rf"{FILES}|{_RECORD}|{INDEX}" + (rf"|{parent.path.name}/(?:{FILES})" if parent else "")
     with atomic_write(out, inside) as new:
         if parent is None or parent.pipeline is None:
             write_transformer(model, new, out.name)
@@ -276,7 +257,7 @@ def inspect_transformer(model: TransformerFolder, inputs: Path | None = None) ->
         "notes": list(model.row.notes),
         "kept": model.record.get("kept"),
         "lineage": model.lineage,
-        "criterion": _plan(model).criterion if model.lineage else None,
+        "criterion": plan_in(model).criterion if model.lineage else None,
         "hash": model.hash,
         "license": model.license,
         "parent": model.parent,

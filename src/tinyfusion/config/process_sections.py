@@ -96,6 +96,9 @@ class FlowSection(ShiftFields):
         "weight of the squared error by time; noise and score models: velocity, likelihood; velocity models: data sigma^2, sigma_sqrt "
         "sigma^-2, cosmap",
     ] = "none"
+    guidance: Annotated[
+        NonNegative | None, "networks that take guidance as an input: its value in training; None: that of the pipeline"
+    ] = None
     train_eps: Annotated[
         ShareBelowHalf | None,
         "margin of times at the ends (vp: the clean end only); None: 0 for velocity models, else 1e-3, of vp 1e-5",

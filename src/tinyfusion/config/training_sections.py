@@ -126,6 +126,11 @@ class PruneSection:
     ] = ()
     protect: Annotated[tuple[Index, ...], "blocks to keep whatever the criterion, such as 0,11"] = ()
     update: Annotated[Literal["lora", "full", "frozen"], "learned: weight updates trained with the gates"] = "lora"
+    target: Annotated[
+        Literal["data", "teacher"] | None,
+        "learned: the loss of a masked model is that on the data, or its distance to the whole model's output; None: data, but "
+        "teacher for models with guidance in the network and for recorded inputs",
+    ] = None
     keep_deltas: Annotated[bool, "learned: apply these updates to the student (published: discard them)"] = False
     lora_rank: Annotated[int, Ge(1), Le(2**16), "rank of the low-rank weight deltas"] = 8
     lora_alpha: Annotated[Positive | None, "scale numerator of the deltas; None: twice the rank"] = None

@@ -30,8 +30,10 @@ from tinyfusion.data.parquet import HUB, HUB_STREAM, PARQUET, PARQUET_STREAM, ST
 from tinyfusion.data.stream import StreamedBatches, open_shards
 from tinyfusion.jobs.latent_facts import check_latents, open_stated, prompts_file, prompts_hash, with_latents
 from tinyfusion.jobs.origins import require_data
+from tinyfusion.jobs.transformer_training import transformer_batches
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.places import is_shipped
+from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.training.engine import Engine, open_engine
 
 _MOST_CLASSES = 100_000  # of a new model that are taken from its data: a larger label is more likely a mistake
@@ -54,15 +56,16 @@ class RunOptions:
 
 
 def open_teacher(
-    recipe: Recipe, num_heads: int | None, family: str | None, on_data: bool = True, num_classes: int | None = None
-) -> LoadedModel:
-    """The model that the recipe starts from. family: overrides that of the recipe.
+    recipe: Recipe, num_heads: int | None, family: str | None, on_data: bool = True, num_classes: int | None = None,
+    blocks: Path | None = None,
+) -> LoadedModel:  # fmt: skip
+    """The model that the recipe starts from. family: overrides that of the recipe. blocks: rows of the user.
 
     on_data: refuse a name that cannot be a data set before anything is fetched.
     """
     if on_data and recipe.data.name:
         check_data_name(recipe.data.name)
-    return open_stated(recipe, recipe.teacher, num_heads, family or recipe.teacher_family, num_classes)
+    return open_stated(recipe, recipe.teacher, num_heads, family or recipe.teacher_family, num_classes, blocks)
 
 
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
@@ -180,7 +183,9 @@ def _array_set(name: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
 
 def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Batches:
     """Training batches that fit `model`. Raises UserError where images and model do not go together."""
-    source = open_batches(recipe, device, model.arch.in_channels)
+    source = open_batches(recipe, device, getattr(model.arch, "in_channels", None))
+    if isinstance(model, TransformerModel):
+        return transformer_batches(recipe, model, source)
     table = model.conditions
     _check_fit(recipe.data, source, model.arch, len(table))
     if isinstance(source, LatentBatches):

@@ -25,7 +25,6 @@ from tinyfusion.jobs.estimate import PASSING_VALUES, Estimate, rounded, step_sec
 from tinyfusion.jobs.footprint import FLOAT_BYTES
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.macs import model_macs
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.context import CriterionContext
 from tinyfusion.prune.criteria import CRITERIA, by_indices, decide, searched, space
@@ -104,7 +103,7 @@ class CriterionWork:
                 ends.append(time_after(float(output.flatten()[0])))
             return ends[2] - ends[1]
 
-        seconds, basis = step_seconds(measure, model_macs(teacher), size, weights, device)
+        seconds, basis = step_seconds(measure, teacher.macs(), size, weights, device)
         passes = evaluations(context) / depth * calibration.images / size
         values = depth + 1 + PASSING_VALUES
         if context.settings.criterion == "width":

@@ -24,7 +24,6 @@ from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.config.recipe import ComputeSection, SampleSection, TrainingSection
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, Measured
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import Sampler
 from tinyfusion.sample.drive import sample as draw_samples
 from tinyfusion.training.engine import cut
@@ -214,7 +213,7 @@ def sampling_estimate(model: LoadedModel, settings: SampleSection, sampler: Samp
         return (ends[2] - ends[1]) / short.calls
 
     weights = num_parameters(model.module)
-    seconds, basis = step_seconds(measure, rows * model_macs(model), batch, weights, device)
+    seconds, basis = step_seconds(measure, rows * model.macs(), batch, weights, device)
     memory = FLOAT_BYTES * (weights + rows * batch * arch.num_tokens * arch.hidden_size * PASSING_VALUES)
     disk = settings.num_images * arch.in_channels * arch.input_size**2
     return rounded(seconds * sampler.calls * settings.num_images / batch, memory, disk, basis)

@@ -16,7 +16,9 @@ from tinyfusion.data.latents import LATENTS, MANIFEST, LatentSpec, read_manifest
 from tinyfusion.data.published_latents import PUBLISHED_FACTOR
 from tinyfusion.families.registry import family_named
 from tinyfusion.families.tensor_checks import check_finite
+from tinyfusion.jobs.transformer_sources import open_transformer_model, transformer_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.transformer import TransformerModel
 
 PROMPTS = "prompts.safetensors"  # in a folder of latents
 _CHECKED_BYTES = 2**30  # files up to here are looked through for values that are not finite
@@ -70,14 +72,22 @@ def with_prompts_of(data: DataSection, model: LoadedModel) -> LoadedModel:
 
 
 def open_stated(
-    recipe: Recipe, source: str | Path, num_heads: int | None, family: str | None, num_classes: int | None = None
-) -> LoadedModel:
-    """`open_model` with the facts that the recipe states. Raises UserError where a setting contradicts the model's file."""
+    recipe: Recipe, source: str | Path, num_heads: int | None, family: str | None, num_classes: int | None = None,
+    blocks: Path | None = None,
+) -> LoadedModel:  # fmt: skip
+    """Any model, of a family or a transformer of diffusers, with the facts that the recipe states.
+
+    blocks: rows of classes that the shipped table lacks. Raises UserError where a setting contradicts the model's file.
+    """
+    if transformer := transformer_of(str(source), blocks, bool(recipe.data.prompts or recipe.data.name)):
+        return with_prompts_of(recipe.data, open_transformer_model(source, transformer, recipe.flow, blocks))
     return with_facts_of(recipe, open_model(source, recipe.sample.weights, num_heads, family, num_classes))
 
 
 def with_facts_of(recipe: Recipe, model: LoadedModel) -> LoadedModel:
     """The model with the facts of its latents that settings and data state, and with prompts."""
+    if isinstance(model, TransformerModel):
+        return with_prompts_of(recipe.data, model)
     model = with_prompts_of(recipe.data, with_settings(model, recipe.sample))
     folder = Path(recipe.data.name.removeprefix(LATENTS))
     if (

@@ -149,8 +149,10 @@ def _data_of(run: MakingRun, model: LoadedModel) -> DataSection | None:
 def takes_digits(model: LoadedModel) -> bool:
     """Whether a model takes images and labels like the digits."""
     arch = model.arch
+    if model.of_latents:
+        return False
     form = (arch.input_size, arch.input_size, arch.in_channels)
-    return form == _DIGITS_SHAPE and arch.num_classes >= _DIGITS_CLASSES and not model.of_latents
+    return form == _DIGITS_SHAPE and arch.num_classes >= _DIGITS_CLASSES
 
 
 def with_evaluation(recipe: Recipe, shape: tuple[int, ...], remarks: list[str]) -> Recipe:

@@ -8,7 +8,9 @@ from typing import Any
 
 from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.errors import UserError
+from tinyfusion.jobs.transformer_training import transformer_objective
 from tinyfusion.models.loaded import LoadedModel
+from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Process
 from tinyfusion.processes.flow import Flow, FlowObjective
 from tinyfusion.processes.gaussian import GaussianObjective
@@ -69,11 +71,18 @@ PROCESSES: dict[str, ProcessSpec] = {
 
 def process_spec(model: LoadedModel) -> ProcessSpec:
     """The process of a model's family."""
+    if isinstance(model, TransformerModel):
+        raise UserError(f"a {model.folder.class_name} is drawn by its own pipeline: give --prompts FILE")
     return PROCESSES[model.family.process]
 
 
 def objective_for(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
-    """The training objective of a model. label_drop: probability that a label is replaced by the null class."""
+    """The training objective of a model. label_drop: probability that a label is replaced by the null class.
+
+    Raises UserError for a transformer of diffusers whose call is not known.
+    """
+    if isinstance(model, TransformerModel):
+        return transformer_objective(model, label_drop_of(model, label_drop), recipe)
     return process_spec(model).objective(model, label_drop_of(model, label_drop), recipe)
 
 

@@ -24,7 +24,6 @@ from tinyfusion.jobs.sampling_setup import SkippedModel, skipped_run_for
 from tinyfusion.jobs.training import Training
 from tinyfusion.models.attach import attach, check_attachable, order_by_importance
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import SampleDraws, Sampler, image_labels, to_uint8
 from tinyfusion.sample.drive import sample as draw_samples
 from tinyfusion.training.engine import Engine
@@ -178,7 +177,7 @@ def dynamic_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
     for masks in recording.passes:
         rows = next(len(m) for m in (masks[0].heads, masks[0].tokens, masks[0].gate) if m is not None)
         ratios.append(model_ratio(masks, sizes, rows).mean())
-    ratio, static = float(torch.stack(ratios).mean()), model_macs(model)
+    ratio, static = float(torch.stack(ratios).mean()), model.macs()
     first = {time: i for i, time in reversed(list(enumerate(recording.times)))}  # its first pass, of every time
     times = list(dict.fromkeys(recording.times))
     passes = [recording.passes[first[time]] for time in times]

@@ -29,7 +29,6 @@ from tinyfusion.jobs.latent_facts import prompts_hash, with_settings
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.macs import model_macs
 from tinyfusion.sample.drive import SampleDraws, Sampler, image_labels, to_uint8
 from tinyfusion.sample.drive import sample as draw_samples
 
@@ -288,7 +287,7 @@ def timed_model(
     sampler = sampler_of(settings, model)
     short = sampler.of_steps(steps or 1)
     skipping = skipped_run_for(model, short)  # before any cast
-    size, macs = num_parameters(model.module), model_macs(model)
+    size, macs = num_parameters(model.module), model.macs()
     placed = in_dtype(model, dtype, device)
     skipped = SkippedModel(placed, skipping, compiled)
     table = model.conditions

@@ -21,7 +21,7 @@ from tinyfusion.jobs.estimate import Estimate, MemoryPlan, fitting_lines, memory
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, footprint_of
 from tinyfusion.jobs.origins import making_run
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.macs import model_macs
+from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Objective, Process
 from tinyfusion.prune.learn import Decision, MaskLearner, mask_learner, prune_with_weight_updates
 from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors, residual_channels
@@ -29,7 +29,7 @@ from tinyfusion.recover.distill import distilled
 from tinyfusion.training.engine import Engine, cut
 from tinyfusion.training.loop import BatchSource, ForwardPass, StepRecord, noisy_microbatches, train_steps
 from tinyfusion.training.optim import decay_groups, linear, trainable
-from tinyfusion.training.shards import local_part, whole
+from tinyfusion.training.shards import local_part
 from tinyfusion.training.state import TrainState
 
 
@@ -60,8 +60,8 @@ class Training:
 
     @property
     def shown(self) -> LoadedModel | None:
-        """The model of the previews; None in a search, which has none yet."""
-        return None if self.title == "prune" else self.model
+        """The model of the previews; None in a search, which has none yet, and of a class that its pipeline draws with."""
+        return None if self.title == "prune" or isinstance(self.model, TransformerModel) else self.model
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -100,15 +100,11 @@ class Training:
 
     def averaged(self) -> LoadedModel:
         """The model with averaged weights, unsharded and on the CPU. Every process must call."""
-        return self._with(self.state.averages())
+        return self.model.with_changed(self.state.averages())
 
     def raw(self) -> LoadedModel:
         """The model with its current weights, unsharded and on the CPU. Every process must call."""
-        return self._with(self.state.weights())
-
-    def _with(self, trained: Mapping[str, Tensor]) -> LoadedModel:
-        tensors = self.model.module.state_dict().items()
-        return self.model.with_weights({n: trained[n] if n in trained else whole(t) for n, t in tensors})
+        return self.model.with_changed(self.state.weights())
 
     def disk_bytes(self) -> int:
         """Bytes of a run: checkpoints (weights, average, two moments; one more while it is written), two models, the log."""
@@ -133,8 +129,8 @@ class Training:
         weights += num_parameters(teacher.module) if teacher else 0
         footprint, memory = self.memory()
         lines = [*memory.lines(), *fitting_lines(footprint, settings, compute, self.engine.world)]
-        macs = 3 * model_macs(model)  # a backward pass costs two forward passes
-        macs += model_macs(teacher) if teacher else 0
+        macs = 3 * model.macs()  # a backward pass costs two forward passes
+        macs += teacher.macs() if teacher else 0
 
         def measure(batch_size: int) -> float:
             short = dataclasses.replace(settings, steps=3, stop_after=None, batch_size=batch_size)
@@ -167,7 +163,7 @@ class MaskTraining(Training):
 
 
 def mask_training(
-    recipe: Recipe, teacher: LoadedModel, objective: Objective, source: BatchSource, engine: Engine
+    recipe: Recipe, teacher: LoadedModel, objective: Process, source: BatchSource, engine: Engine
 ) -> MaskTraining:
     """Gates and weight deltas on a copy of the teacher. Raises UserError where scheme, data or device do not fit."""
     settings = recipe.prune
@@ -225,9 +221,11 @@ def recovery(
     settings, training = recipe.recover, recipe.recover.training
     pairs = _pairs(student, teacher, recipe.teacher) if teacher else []
     channels = residual_channels(student, teacher) if teacher and settings.compares_features else None
-    engine.place(student.module.train(), list(student.stack))
+    engine.place(student.module.train().float(), list(student.stack))  # files may have other types
     objective: Objective = process
     if teacher:
+        if training.dtype == "float32":
+            teacher.module.float()
         engine.place_teacher(frozen(teacher.module), list(teacher.stack))
         try:
             objective = distilled(settings, process, teacher, student, pairs, channels)

@@ -1,9 +1,8 @@
-"""Transformers of diffusers as the verbs see them: found by name, and planned by rules or on recorded inputs."""
+"""Plans of transformers of diffusers, by rules or on recorded inputs; what inspect prints of their work and couplings."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,103 +16,18 @@ from tinyfusion.blocks.scheme import check_range
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
-from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.data.recorded import RecordedInputs, read_recorded
 from tinyfusion.families.diffusers_classes.cutting import Cut
-from tinyfusion.families.diffusers_classes.folder import (
-    INDEX,
-    RECORD,
-    TransformerFolder,
-    component_folders,
-    open_transformer,
-)
-from tinyfusion.families.diffusers_classes.guess import guessed_row, is_transformer
-from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, rows_with
-from tinyfusion.families.registry import family_of_config
+from tinyfusion.families.diffusers_classes.folder import TransformerFolder
+from tinyfusion.families.diffusers_classes.rows import Row
 from tinyfusion.jobs.criteria import CriterionWork
-from tinyfusion.models.hub import HUB_ID
-from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.models.macs import macs_by_module
-from tinyfusion.models.places import by_name, exists
+from tinyfusion.models.transformer import opened
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.task import TaskBatch
 from tinyfusion.prune.criteria import CRITERIA, RULES
 from tinyfusion.prune.units import ON_DATA, UnitContext, recorded_calibration, run_call
-
-
-def transformer_of(source: str, blocks: Path | None, prompts: bool = False) -> TransformerFolder | None:
-    """The transformer of diffusers at a path or hub id; None where it is a model of a family, or none at all.
-
-    blocks: a file of rows for classes that the shipped table lacks. prompts: encoded prompts are given, so that a family which
-    needs them opens folders that have none. Raises UserError where a pipeline has several, a class has no
-    row (with a guess at it), and where folder and row contradict each other.
-    """
-    rows, path, known = rows_with(blocks), Path(source), dict[str, str]()
-    if not exists(path):
-        if not HUB_ID.fullmatch(source) or path.parent.exists():
-            return None
-        path, known = by_name(source)
-    folder = _located(path, rows, prompts)
-    if folder is None:
-        return None
-    config = read_json_object(folder / "config.json")
-    if row_for(config, rows) is None and not _recorded_row(config):
-        if not is_transformer(str(config.get("_class_name"))):
-            return None
-        raise UserError(_unknown(folder, config))
-    model = open_transformer(folder, rows)
-    license, parent = model.license or known.get("license"), model.parent or known.get("hub")
-    return dataclasses.replace(model, license=license, parent=parent)
-
-
-def _located(path: Path, rows: Rows, prompts: bool) -> Path | None:
-    """The folder with config.json in it: of a run, a pipeline, or itself; None where a family of ours opens the model."""
-    if not path.is_dir() or (path / "model.json").exists():
-        return None
-    if (path / "run.json").is_file():
-        return path / "student" if (path / "student" / "config.json").is_file() else None
-    if (path / INDEX).is_file():
-        folders = [folder for folder in component_folders(path, rows) if not _of_a_family(folder, prompts)]
-        if len(folders) > 1:
-            names = " or ".join(str(folder) for folder in folders)
-            raise UserError(f"{path} has {len(folders)} transformers, each with blocks of its own: give {names}")
-        return folders[0] if folders else None
-    return path if (path / "config.json").is_file() and not _of_a_family(path, prompts) else None
-
-
-def _of_a_family(folder: Path, prompts: bool) -> bool:
-    """Whether a registered family opens this folder: one that claims its class, with the texts that it needs."""
-    family = family_of_config(read_json_object(folder / "config.json"))
-    extra = family.diffusers.extra_file if family and family.diffusers else None
-    return family is not None and (prompts or extra is None or (folder / extra).is_file())
-
-
-def _recorded_row(config: Mapping[str, Any]) -> bool:
-    """Whether a student carries the row that it was cut by."""
-    record = config.get(RECORD)
-    return isinstance(record, dict) and isinstance(record.get("row"), str)
-
-
-def _unknown(folder: Path, config: Mapping[str, Any]) -> str:
-    """What to do about a class without a row."""
-    text = guessed_row(config)
-    kind = config["_class_name"]
-    if text is None:
-        return f"{folder} is a {kind}, for which there is no row and no guess: write one, and give it as --blocks FILE"
-    return (
-        f"{folder} is a {kind}, for which there is no row. A guess, which builds and cuts as it should: check in which order "
-        f"its blocks return their streams, write this line to a file, and give that as --blocks FILE: {text}"
-    )
-
-
-def transformer_in_memory(model: TransformerFolder) -> LoadedModel:
-    """The model with its weights, each in the type of its file, and the streams of its blocks as the table declares them."""
-    loaded = wrap_module(model.module(), model.streams)
-    loaded.facts = dataclasses.replace(loaded.facts, license=model.license)
-    loaded.origin = {"kind": f"{model.class_name} of diffusers", "path": str(model.path)}
-    return loaded
-
 
 # ------------------------------------------------------------------------------------------------------------- planning
 
@@ -183,7 +97,7 @@ class RecordedWork:
 
     def decide(self, run: RunDirectory, device: torch.device) -> PrunePlan:
         """The plan, with progress; opens the weights in their own types, and goes on with an interrupted search."""
-        teacher = transformer_in_memory(self.context.model)
+        teacher = opened(self.context.model)
         module: Any = teacher.module.to(device)
         calls: Any = tuple(map(TaskBatch, self.inputs.for_dtype(module.dtype)))
         context = dataclasses.replace(

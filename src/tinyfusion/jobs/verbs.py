@@ -18,9 +18,10 @@ from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import OtherRecipe, UserError
 from tinyfusion.core.progress import Advance, progress, say
-from tinyfusion.core.rundir import RunDirectory, check_space, say_finished
+from tinyfusion.core.rundir import RunDirectory, atomic_write, check_space, say_finished
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.data.batches import Batches
+from tinyfusion.export.transformer import FILES, write_transformer
 from tinyfusion.jobs.assemble import RunOptions, engine_for, job_record, plain_recipe, training_plan
 from tinyfusion.jobs.estimate import GIB, Estimate, announce, described
 from tinyfusion.jobs.latent_facts import with_facts_of
@@ -28,7 +29,9 @@ from tinyfusion.jobs.origins import drawn_shape, require_reference, with_data, w
 from tinyfusion.jobs.previews import Previews, check_previews
 from tinyfusion.jobs.process_specs import PROCESS_SECTIONS
 from tinyfusion.jobs.training import Training
-from tinyfusion.models.checkpoint import LoadedModel, save_model
+from tinyfusion.models import checkpoint
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.training.checkpoints import CheckpointWriter, Written, checkpoint_folders, load_checkpoint, load_latest
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import StepRecord
@@ -178,9 +181,21 @@ def known_inputs(
 
 
 def save(run: RunDirectory, model: LoadedModel, name: str) -> None:
-    """Write a model folder of the run, on the rank that writes."""
+    """Write a model folder of the run, on the rank that writes: ours, or one of diffusers."""
     if run.writes:
-        save_model(model, run.path / name)
+        save_model(model, run.path / name, run.path.name)
+
+
+def save_model(model: LoadedModel, folder: Path, title: str | None = None) -> None:
+    """Write a model folder, whole or not at all: ours, or for a transformer of diffusers one of diffusers.
+
+    title: of the latter's model card. Raises UserError for a module of your own, which has no format of ours.
+    """
+    if isinstance(model, TransformerModel):
+        with atomic_write(folder, FILES) as new:
+            write_transformer(model.folder, new, title or folder.name)
+    else:
+        checkpoint.save_model(model, folder)
 
 
 def finished(run: RunDirectory, dry_run: bool) -> None:

@@ -64,10 +64,7 @@ def model_record(model: LoadedModel) -> dict[str, Any]:
 def save_model(model: LoadedModel, folder: Path) -> None:
     """Write our model folder, whole or not at all. Raises UserError for a module of your own, which has no format of ours."""
     if model.family.process == NO_PROCESS:
-        raise UserError(
-            f"a {model.family.title} of your own has no model folder: save its state dict; of a transformer of diffusers `tinyfusion "
-            "prune --keep` writes the student, config.json included"
-        )
+        raise UserError(f"a {model.family.title} of your own has no model folder: save its state dict")
     with atomic_write(folder) as temporary:
         temporary.mkdir(parents=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.tensors().items()}

@@ -26,8 +26,11 @@ from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory
+from tinyfusion.families.diffusers_classes.cutting import UnitList
 from tinyfusion.families.family import DiffusersExport, ModelFamily
 from tinyfusion.families.registry import families, family_named
+from tinyfusion.models.macs import macs_of_sizes
+from tinyfusion.training.shards import whole
 
 _State = list[tuple[str, int, int, bytes]]
 _PROBED_VALUES = 16  # of every tensor
@@ -97,6 +100,16 @@ class LoadedModel:
     def stack(self) -> BlockStack:
         """Its residual blocks; one object, which caches compilations."""
         return self.family.stack(self.module)
+
+    @property
+    def distilled_guidance(self) -> bool:
+        """Whether guidance is an input of the network, so that its output is not the velocity of the data."""
+        return False
+
+    @property
+    def units(self) -> list[UnitList] | None:
+        """Blocks that can only be removed together, per list of gates; None where every block can be removed alone."""
+        return None
 
     @property
     def dynamic(self) -> DynamicModel | None:
@@ -172,6 +185,15 @@ class LoadedModel:
         module.load_state_dict(copies, assign=True)
         make_trainable(module, self.family)
         return dataclasses.replace(self, module=module.train(self.module.training))
+
+    def with_changed(self, tensors: Mapping[str, Tensor]) -> LoadedModel:
+        """The same model with other values of these tensors, as `with_weights`; sharded ones are gathered, so every rank must call."""
+        state = self.module.state_dict()
+        return self.with_weights({n: tensors[n] if n in tensors else whole(t) for n, t in state.items()})
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one unguided forward pass of one image."""
+        return macs_of_sizes(self.family, self.arch)
 
     def with_formulas(self) -> LoadedModel:
         """The same model with formula tensors computed in float32; itself if they are equal already."""

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tinyfusion.families.family import ModelFamily
 from tinyfusion.families.registry import family_named
-from tinyfusion.models.loaded import LoadedModel
 
 
-def model_macs(model: LoadedModel) -> int:
-    """Multiply-accumulates of one unguided forward pass of one image."""
-    return _macs(model.family.name, model.arch)
+def macs_of_sizes(family: ModelFamily, arch: Any) -> int:
+    """Multiply-accumulates of one unguided forward pass of one image, of a registered family."""
+    return _macs(family.name, arch)
 
 
 @lru_cache(maxsize=64)  # counting builds the model on the meta device

@@ -17,6 +17,16 @@ from tinyfusion.models.loaded import LoadedModel, ModelFacts
 NO_PROCESS = "none"  # of a wrapped module: its task says how it is trained
 
 
+class WrappedModel(LoadedModel):
+    """A module of your own: other weights are those of a copy, as no sizes say how to build another."""
+
+    def with_weights(self, tensors: Mapping[str, Tensor]) -> LoadedModel:
+        """The same model with other values, in a copy of the module."""
+        other = self.copy()
+        other.module.load_state_dict(tensors)
+        return other
+
+
 def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]) -> LoadedModel:
     """A `LoadedModel` around `module`, which is not copied.
 
@@ -57,7 +67,7 @@ def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]
         streams=listed,
     )
     arch = arch_type(**{fields[name]: depth for name, depth in depths.items()})
-    return LoadedModel(
+    return WrappedModel(
         module, family, arch, ModelFacts(image_size=0), {"kind": "module", "path": type(module).__name__}
     )
 

@@ -17,28 +17,36 @@ from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.scheme import BlockGroup, parse_scheme
-from tinyfusion.blocks.stack import BlockStack, num_parameters
+from tinyfusion.blocks.stack import BlockStack, frozen, num_parameters
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
-from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, StepMemory
+from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, Process, StepMemory
 from tinyfusion.prune.gates import CategoricalGates, GateDistribution, SubsetGates
-from tinyfusion.training.lora import add_lora, cast_frozen_linears, delta_weights
+from tinyfusion.prune.layout import GateLayout, gate_layout
+from tinyfusion.training.lora import add_lora, cast_frozen_linears, delta_weights, without_lora
 from tinyfusion.training.optim import ParameterGroup, linear, trainable
 from tinyfusion.training.state import Ema
 
 
 @dataclass(frozen=True)
 class GatedObjective(Objective):
-    """An objective under sampled gates, one independent mask per sample; temperature and scaling follow the step."""
+    """An objective under sampled gates, one independent mask per sample; temperature and scaling follow the step.
 
-    inner: Objective
+    layout: which gate each block has. taught: the loss is the distance to the output of the whole model instead of that on
+    the data. teacher: the whole model and its blocks; None: the trained model itself, without gates and LoRA updates.
+    """
+
+    inner: Process
     stack: BlockStack
     gates: GateDistribution
     temperature: tuple[float, float]
     scaling: tuple[float, float]
     steps: int
+    layout: GateLayout
     dropped: Literal["dense", "skip"] = "skip"
+    taught: bool = False
+    teacher: tuple[nn.Module, BlockStack] | None = None
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         noisy = self.inner.draw(batch, draws)
@@ -50,13 +58,27 @@ class GatedObjective(Objective):
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
         temperature = linear(self.temperature, noisy.step, self.steps)
         scaling = linear(self.scaling, noisy.step, self.steps)
-        masks = self.gates.sample(noisy.gate_noise, temperature, scaling)
+        masks = self.layout.of_blocks(self.gates.sample(noisy.gate_noise, temperature, scaling))
+        taught = self._taught(model, noisy) if self.taught else None
         with self.stack.gated(masks, self.dropped):
+            own = self.inner.predict(model, noisy)
+        return own if taught is None else dataclasses.replace(own, teacher=taught)
+
+    @torch.no_grad()
+    def _taught(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
+        """The prediction of the whole model."""
+        if self.teacher is not None:
+            return self.inner.predict(self.teacher[0], noisy)
+        with without_lora(model):
             return self.inner.predict(model, noisy)
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         """The losses of the inner objective; for estimators with a surrogate, "loss" also carries its gradient."""
-        terms = self.inner.losses(model, noisy, prediction)
+        if prediction.teacher is None:
+            terms = self.inner.losses(model, noisy, prediction)
+        else:
+            terms = self.inner.kd_terms(noisy, prediction, prediction.teacher)
+            terms = {"loss": terms["kd_loss"], **terms}
         scaling = linear(self.scaling, noisy.step, self.steps)
         surrogate = self.gates.surrogate(noisy.gate_noise, scaling, terms["loss"])
         if surrogate is None:
@@ -66,7 +88,9 @@ class GatedObjective(Objective):
     def step_memory(self) -> StepMemory:
         """Memory of a step: with skipping, a graph is retained only for the blocks that an image keeps."""
         groups = self.gates.groups if self.dropped == "skip" else []
-        return StepMemory(graph_share=sum(g.keep for g in groups) / sum(g.size for g in groups) if groups else 1.0)
+        return StepMemory(
+            self.teacher, graph_share=sum(g.keep for g in groups) / sum(g.size for g in groups) if groups else 1.0
+        )
 
 
 def in_pairs(noisy: NoisyBatch, first: int) -> NoisyBatch:
@@ -86,7 +110,7 @@ class MaskLearner:
 
     module: nn.Module
     objective: GatedObjective
-    groups: dict[str, list[BlockGroup]]
+    groups: dict[str, list[BlockGroup]]  # of units
     parameter_groups: list[ParameterGroup]
     teacher_parameters: int
 
@@ -99,7 +123,7 @@ class MaskLearner:
         """The blocks that the averaged logits select at `step`, with their probabilities."""
         logits = [ema.average[f"gates.logits.{i}"] for i in range(len(self.objective.gates.logits))]
         scaling = linear(self.objective.scaling, step, self.objective.steps)
-        return Decision(self.groups, self.objective.gates, logits, scaling)
+        return Decision(self.groups, self.objective.gates, logits, scaling, self.objective.layout)
 
 
 @dataclass(frozen=True)
@@ -110,6 +134,7 @@ class Decision:
     gates: GateDistribution
     logits: list[Tensor]
     scaling: float
+    layout: GateLayout
 
     def _per_list(self, function: Callable[..., list[Any]], *args: Any) -> dict[str, list[list[Any]]]:
         """The results of a function of (index of a group, its logits, *args), per list and group."""
@@ -117,7 +142,8 @@ class Decision:
         return {name: [next(rows) for _ in listed] for name, listed in self.groups.items()}
 
     def kept(self) -> dict[str, list[int]]:
-        return _joined(self._per_list(self.gates.kept))
+        """Blocks that stay, per list of the model."""
+        return self.layout.in_blocks(_joined(self._per_list(self.gates.kept)))
 
     def probabilities(self) -> dict[str, list[list[float]]]:
         """Probabilities of every group, per list; see the `meaning` of the distribution."""
@@ -145,7 +171,7 @@ def _joined(per_group: Mapping[str, list[list[Any]]]) -> dict[str, list[Any]]:
 
 def mask_learner(
     teacher: LoadedModel,
-    objective: Objective,
+    objective: Process,
     settings: PruneSection,
     seed: int,
     device: torch.device | str = "cpu",
@@ -156,12 +182,16 @@ def mask_learner(
     seed: of the updates' initial values. place: moves the copy to the device, and may shard it (`Engine.place`).
     Raises UserError if the scheme does not fit.
     """
-    groups = parse_scheme(settings.scheme, teacher.stack.depths(), settings.distribution, settings.protect)
+    layout = gate_layout(teacher)
+    protect = layout.protected(settings.protect)
+    groups = parse_scheme(settings.scheme, layout.sizes, settings.distribution, protect)
     module = teacher.copy().module.train()
     make_trainable(module, teacher.family)  # a frozen teacher's copy is frozen
     deltas = _deltas(module, settings, seed)
     if settings.training.dtype != "float32" and settings.update != "full":
         cast_frozen_linears(module, getattr(torch, settings.training.dtype))
+    else:
+        module.float()  # files may have other types
     stack = teacher.family.stack(module)
     if place is None:
         module.to(device)
@@ -175,7 +205,14 @@ def mask_learner(
         gates = CategoricalGates(all_groups, settings.logit_init)
     gates.to(device)
     schedules = (settings.temperature, settings.scaling, settings.training.steps)
-    gated = GatedObjective(objective, stack, gates, *schedules, settings.dropped)
+    taught = settings.target == "teacher" or (settings.target is None and teacher.distilled_guidance)
+    whole = None
+    if taught and settings.update == "full":
+        copied = teacher.copy()
+        if settings.training.dtype == "float32":
+            copied.module.float()
+        whole = frozen(copied.module.to(device)), copied.stack
+    gated = GatedObjective(objective, stack, gates, *schedules, layout, settings.dropped, taught, whole)
     logits = {f"gates.logits.{i}": theta for i, theta in enumerate(gates.logits)}
     parameter_groups = [ParameterGroup(deltas), ParameterGroup(logits, settings.gate_learning_rate, constant=True)]
     return MaskLearner(module, gated, groups, parameter_groups, num_parameters(teacher.module))
@@ -199,7 +236,11 @@ def plan_of(
         criterion="learned",
         scheme=settings.scheme,
         distribution=settings.distribution,
-        groups={name: [[g.keep, g.size] for g in listed] for name, listed in decision.groups.items()},
+        groups={
+            name: [[g.keep, g.size] for g in listed]
+            for name, listed in decision.groups.items()
+            if decision.layout.sizes[name] == decision.layout.depths.get(name)
+        },
         scores={"meaning": decision.gates.meaning, **decision.probabilities()},
         seed=seed,
         teacher=teacher.hash(),
@@ -217,14 +258,10 @@ def prune_with_weight_updates(
     weights replace them. Applying the plan to the teacher gives the blocks of this student, but not its weights. The
     paper discards the updates; docs/results/recovery-extras.md compares.
     """
-    trained = teacher.copy()
-    parameters = dict(trained.module.named_parameters())
-    for name, value in averages.items():
-        if name in parameters:
-            parameters[name].copy_(value)
+    parameters = dict(teacher.module.named_parameters())
+    changed = {name: value for name, value in averages.items() if name in parameters}
     for name, delta in delta_weights(averages, settings.lora_scale).items():
-        parameters[name].add_(delta.to(parameters[name].device))
-    student = teacher.cut(plan)
-    weights = trained.cut(dataclasses.replace(plan, teacher="")).module.state_dict()
-    student.module.load_state_dict(weights)
-    return student
+        own = parameters[name].detach()
+        changed[name] = own.to(delta.dtype) + delta.to(own.device)
+    trained = teacher.with_changed(changed)
+    return teacher.cut(plan).with_changed(trained.cut(dataclasses.replace(plan, teacher="")).module.state_dict())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,28 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, 
     with torch.no_grad():
         for name, parameter in factors.items():
             parameter.requires_grad_(True)
+            parameter.data = (
+                parameter.data.float()
+            )  # peft takes the type of the layer, in which small updates would be lost
             if ".lora_A." in name:
                 bound = parameter.shape[1] ** -0.5
                 parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
     return factors
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Within the context the model runs without the updates of `add_lora`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True  # `enable_adapters(False)` also freezes the factors
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def delta_weights(averages: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -42,8 +42,12 @@ def _cut(model: TransformerFolder, picture: str) -> str:
     chain = " -> ".join(f"{sum(each['depth'].values())} blocks (`{each['hash'][:12]}`)" for each in model.lineage)
     return (
         f"## The cut\n\n![which blocks stay]({picture})\n\nCut from {model.parent or 'the model'} `{parent['hash'][:12]}` by the "
-        f"criterion `{plan['criterion']}`. Removed: {removed}. Lineage: {chain} -> {sum(model.depths.values())} blocks. The blocks "
-        "that stay have the parent's weights: nothing was trained after the cut."
+        f"criterion `{plan['criterion']}`. Removed: {removed}. Lineage: {chain} -> {sum(model.depths.values())} blocks. "
+        + (
+            "They were trained afterwards."
+            if model.record.get("trained")
+            else "The blocks that stay have the parent's weights: nothing was trained after the cut."
+        )
     )
 
 

@@ -20,7 +20,14 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import license_in, read_json_object
 from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_lists
 from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, row_text, rows_in
-from tinyfusion.families.diffusers_classes.weights import Stored, hash_stored, loaded_tensor, stored_weights
+from tinyfusion.families.diffusers_classes.weights import (
+    Stored,
+    hash_stored,
+    mapped_tensors,
+    stored_tensor,
+    stored_weights,
+)
+from tinyfusion.training.optim import hush_bitsandbytes
 
 RECORD = "_tinyfusion"  # our record in config.json; readers pass over names that begin with "_"
 INDEX = "model_index.json"
@@ -141,21 +148,22 @@ class TransformerFolder:
 
     def module(self) -> nn.Module:
         """The model in eval mode; every tensor has the type of the file, and is mapped from it, not copied."""
-        from safetensors import safe_open
-
         self.check_class()
         module = self.empty()
-        wanted, tensors = set(module.state_dict()), dict[str, Tensor]()
-        sources = {
-            source for stored in self.weights.values() for source, _, _ in stored.ranges if isinstance(source, Path)
-        }
-        for file in sorted(sources):
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys() if name in wanted}  # noqa: SIM118
-        mapped = {name: loaded_tensor(self.weights[name]) for name in wanted - {*tensors}}
-        tensors |= {name: tensor for name, tensor in mapped.items() if tensor is not None}
-        module.load_state_dict(tensors, assign=True)
+        wanted = set(module.state_dict())
+        module.load_state_dict(
+            mapped_tensors({n: stored for n, stored in self.weights.items() if n in wanted}), assign=True
+        )
         return module.eval()
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> TransformerFolder:
+        """The model with other values of these tensors, rounded to the types of its files; they are in memory until it is written."""
+        changed = {n: stored_tensor(tensors[n], stored.dtype) for n, stored in self.weights.items() if n in tensors}
+        weights = {**self.weights, **changed}
+        digest, config = hash_stored(weights), dict(self.config)
+        if self.record:
+            config[RECORD] = {**self.record, "hash": digest, "trained": True}
+        return dataclasses.replace(self, weights=weights, config=config, known_hash=digest)
 
     @property
     def streams(self) -> dict[str, Streams]:
@@ -173,6 +181,7 @@ class TransformerFolder:
 @lru_cache(maxsize=64)
 def class_of(name: str) -> Any:
     """The transformer class of diffusers of this name; nothing else is looked up. Raises UserError where there is none."""
+    hush_bitsandbytes()  # which diffusers imports where it is installed
     import diffusers
     from diffusers.models import transformers
 

@@ -34,6 +34,7 @@ _NAMES = {
     torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
+_TYPES = {name: dtype for dtype, name in _NAMES.items()}
 Source = Path | Tensor  # a safetensors file, or the bytes of a tensor that is mapped from a torch file
 
 
@@ -158,13 +159,39 @@ def _torch_file(file: Path) -> dict[str, Stored]:
     return found
 
 
-def loaded_tensor(stored: Stored) -> Tensor | None:
-    """The tensor itself, without a copy, where it is mapped already."""
-    source, start, stop = stored.ranges[0]
-    if isinstance(source, Path) or len(stored.ranges) > 1:
-        return None
-    kind = next(dtype for dtype, name in _NAMES.items() if name == stored.dtype)
-    return source[start:stop].view(kind).view(stored.shape)
+def stored_tensor(tensor: Tensor, dtype: str) -> Stored:
+    """A tensor in memory, rounded to `dtype`, as one that can be written."""
+    content = tensor.detach().cpu().to(_TYPES[dtype]).contiguous().reshape(-1).view(torch.uint8)
+    return Stored(dtype, tuple(tensor.shape), ((content, 0, len(content)),))
+
+
+def mapped_tensors(weights: Weights) -> dict[str, Tensor]:
+    """The tensors, each in its type: mapped from their files, without a copy where a tensor is one aligned range.
+
+    Writing into them changes memory, not the files. Raises UserError on a type that torch has not.
+    """
+    maps: dict[Path, Tensor] = {}
+
+    def content(source: Source, start: int, stop: int) -> Tensor:
+        if isinstance(source, Tensor):
+            return source[start:stop]
+        if source not in maps:
+            size = source.stat().st_size
+            storage: Any = torch.UntypedStorage.from_file(str(source), False, size)
+            maps[source] = torch.empty(0, dtype=torch.uint8).set_(storage)
+        return maps[source][start:stop]
+
+    tensors = {}
+    for name, stored in weights.items():
+        if stored.dtype not in _TYPES:
+            raise UserError(f"{name} is of type {stored.dtype}, in which no model runs")
+        kind = _TYPES[stored.dtype]
+        chunks = [content(*each) for each in stored.ranges]
+        values = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+        if values.storage_offset() % kind.itemsize:
+            values = values.clone()
+        tensors[name] = values.view(kind).view(stored.shape)
+    return tensors
 
 
 def hash_stored(weights: Weights) -> str:

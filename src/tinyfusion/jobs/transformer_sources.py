@@ -1,0 +1,121 @@
+"""Transformers of diffusers by path or hub id, and what of their pipeline their training depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyfusion.config.recipe import FlowSection
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.reading import read_json_object
+from tinyfusion.families.diffusers_classes.calls import CallContext
+from tinyfusion.families.diffusers_classes.folder import (
+    INDEX,
+    RECORD,
+    TransformerFolder,
+    component_folders,
+    open_transformer,
+)
+from tinyfusion.families.diffusers_classes.guess import guessed_row, is_transformer
+from tinyfusion.families.diffusers_classes.rows import Rows, row_for, rows_with
+from tinyfusion.families.registry import family_of_config
+from tinyfusion.models.hub import HUB_ID
+from tinyfusion.models.places import by_name, exists
+from tinyfusion.models.transformer import TransformerModel, opened
+
+
+def transformer_of(source: str, blocks: Path | None, prompts: bool = False) -> TransformerFolder | None:
+    """The transformer of diffusers at a path or hub id; None where it is a model of a family, or none at all.
+
+    blocks: a file of rows for classes that the shipped table lacks. prompts: encoded prompts are given, so that a family which
+    needs them opens folders that have none. Raises UserError where a pipeline has several, a class has no
+    row (with a guess at it), and where folder and row contradict each other.
+    """
+    rows, path, known = rows_with(blocks), Path(source), dict[str, str]()
+    if not exists(path):
+        if not HUB_ID.fullmatch(source) or path.parent.exists():
+            return None
+        path, known = by_name(source)
+    folder = _located(path, rows, prompts)
+    if folder is None:
+        return None
+    config = read_json_object(folder / "config.json")
+    if row_for(config, rows) is None and not _recorded_row(config):
+        if not is_transformer(str(config.get("_class_name"))):
+            return None
+        raise UserError(_unknown(folder, config))
+    model = open_transformer(folder, rows)
+    license, parent = model.license or known.get("license"), model.parent or known.get("hub")
+    return dataclasses.replace(model, license=license, parent=parent)
+
+
+def _located(path: Path, rows: Rows, prompts: bool) -> Path | None:
+    """The folder with config.json in it: of a run, a pipeline, or itself; None where a family of ours opens the model."""
+    if not path.is_dir() or (path / "model.json").exists():
+        return None
+    if (path / "run.json").is_file():
+        return path / "student" if (path / "student" / "config.json").is_file() else None
+    if (path / INDEX).is_file():
+        folders = [folder for folder in component_folders(path, rows) if not _of_a_family(folder, prompts)]
+        if len(folders) > 1:
+            names = " or ".join(str(folder) for folder in folders)
+            raise UserError(f"{path} has {len(folders)} transformers, each with blocks of its own: give {names}")
+        return folders[0] if folders else None
+    return path if (path / "config.json").is_file() and not _of_a_family(path, prompts) else None
+
+
+def _of_a_family(folder: Path, prompts: bool) -> bool:
+    """Whether a registered family opens this folder: one that claims its class, with the texts that it needs."""
+    family = family_of_config(read_json_object(folder / "config.json"))
+    extra = family.diffusers.extra_file if family and family.diffusers else None
+    return family is not None and (prompts or extra is None or (folder / extra).is_file())
+
+
+def _recorded_row(config: Mapping[str, Any]) -> bool:
+    """Whether a student carries the row that it was cut by."""
+    record = config.get(RECORD)
+    return isinstance(record, dict) and isinstance(record.get("row"), str)
+
+
+def _unknown(folder: Path, config: Mapping[str, Any]) -> str:
+    """What to do about a class without a row."""
+    text = guessed_row(config)
+    kind = config["_class_name"]
+    if text is None:
+        return f"{folder} is a {kind}, for which there is no row and no guess: write one, and give it as --blocks FILE"
+    return (
+        f"{folder} is a {kind}, for which there is no row. A guess, which builds and cuts as it should: check in which order "
+        f"its blocks return their streams, write this line to a file, and give that as --blocks FILE: {text}"
+    )
+
+
+def pipeline_of(source: str | Path, model: TransformerFolder, blocks: Path | None) -> Path | None:
+    """The pipeline that a model is a component of, or that it was cut from as the record of its run says; None where none is known."""
+    if model.pipeline is not None:
+        return model.pipeline
+    run = Path(source) / "run.json"
+    seen: set[str] = set()
+    while run.is_file() and str(run) not in seen:
+        seen.add(str(run))
+        teacher = str((read_json_object(run).get("job") or {}).get("teacher") or "")
+        parent = transformer_of(teacher, blocks) if teacher else None
+        if parent is None or parent.pipeline is not None:
+            return None if parent is None else parent.pipeline
+        run = Path(teacher) / "run.json"
+    return None
+
+
+def open_transformer_model(
+    source: str | Path, model: TransformerFolder, settings: FlowSection, blocks: Path | None
+) -> TransformerModel:
+    """The model in memory, as its pipeline calls it. settings: of its guidance, where that is an input of the network."""
+    pipeline = pipeline_of(source, model, blocks)
+
+    def config(name: str) -> Mapping[str, Any]:
+        path = (pipeline or Path()) / name
+        return read_json_object(path) if pipeline is not None and path.is_file() else {}
+
+    context = CallContext.of_folder(model.config, config(INDEX), config("vae/config.json"), guidance=settings.guidance)
+    return dataclasses.replace(opened(model, context), scheduler=config("scheduler/scheduler_config.json"))

@@ -1,0 +1,79 @@
+"""Training of transformers of diffusers: their objective and batches, as their pipelines and published examples have them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tinyfusion.config.recipe import FlowSection, Recipe
+from tinyfusion.core.errors import UserError
+from tinyfusion.data.batches import Batches
+from tinyfusion.data.latents import LATENTS, LatentBatches
+from tinyfusion.families.diffusers_classes.calls import call_of, check_latents
+from tinyfusion.families.diffusers_classes.schedules import FlowSchedule, gaussian_schedule
+from tinyfusion.models.transformer import TransformerModel
+from tinyfusion.processes.base import Process
+from tinyfusion.processes.flow import Flow, FlowObjective
+from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.processes.time import TimeSampler
+
+_SHIFTS = ("flow.shift", "flow.shift_type")
+
+
+def transformer_objective(model: TransformerModel, label_drop: float, recipe: Recipe) -> Process:
+    """The training objective of a model's class: flow, or noise or v-prediction on the schedule of its pipeline.
+
+    The shift of a flow's noise levels is that of the pipeline's scheduler where it is static, as in the published examples, unless
+    the recipe sets one. Raises UserError where it is not known how the class is called.
+    """
+    call = call_of(model.folder.config)
+    if call.process == "gaussian":
+        if not model.scheduler:
+            raise UserError(
+                f"a {model.folder.class_name} is trained on the schedule of its pipeline, and {model.folder.path} is in none: give the "
+                "folder of the pipeline, or of its transformer in it"
+            )
+        schedule, prediction = gaussian_schedule(model.scheduler)
+        return GaussianObjective(label_drop, schedule, call=model.family.call, prediction=prediction)
+    settings = _shifted(recipe, model)
+    tokens = 1 if model.latent_shape is None else call.tokens(model.folder.config, model.latent_shape)
+    try:
+        flow = Flow("linear", "velocity", call.convention)
+        times = TimeSampler.of_section(settings, tokens)
+        return FlowObjective(label_drop, flow, settings.loss_weight, settings.train_eps, times, model.family.call)
+    except ValueError as error:
+        raise UserError(f"flow: {error}") from error
+
+
+def _shifted(recipe: Recipe, model: TransformerModel) -> FlowSection:
+    """The section `flow`, with the shift of the pipeline's scheduler where the recipe sets none."""
+    settings = recipe.flow
+    if (settings.path, settings.prediction) != ("linear", "velocity"):
+        raise UserError(
+            f"flow.path={settings.path} and flow.prediction={settings.prediction}: a {model.folder.class_name} predicts the velocity of "
+            "the linear path: leave both out"
+        )
+    if recipe.assigned & {*_SHIFTS} or not model.scheduler:
+        return settings
+    return dataclasses.replace(settings, shift=FlowSchedule(model.folder.config, model.scheduler).training_shift)
+
+
+def transformer_batches(recipe: Recipe, model: TransformerModel, source: Batches) -> Batches:
+    """The batches of a data set for a model, with its texts. Raises UserError where they do not go together."""
+    call, name = call_of(model.folder.config), recipe.data.name
+    if not isinstance(source, LatentBatches):
+        raise UserError(
+            f"a {model.folder.class_name} is trained on latents and encoded texts, and {name} are pictures: "
+            f"`tinyfusion encode {name} --pipeline PIPELINE --out FOLDER`, then --data {LATENTS}FOLDER"
+        )
+    if model.prompts is None:
+        raise UserError(
+            f"{name} has no encoded texts, which a {model.folder.class_name} takes: encode captions with its pipeline, "
+            "`tinyfusion encode PICTURES --pipeline PIPELINE --out FOLDER`, or give --set data.prompts=FILE"
+        )
+    if source.classes > len(model.prompts):
+        raise UserError(
+            f"{name} has {source.classes} texts, and its prompts are {len(model.prompts)}: encode both together"
+        )
+    check_latents(call, model.context, (1, *source.shape))
+    model.latent_shape = tuple(source.shape)
+    return source.conditioned_on(model.prompts)

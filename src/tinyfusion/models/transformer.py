@@ -1,0 +1,198 @@
+"""TransformerModel: a transformer of diffusers in memory, whose weights are always those of a `TransformerFolder`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from tinyfusion.blocks.plan import PrunePlan, plan_from_json
+from tinyfusion.conditioning.condition import Condition
+from tinyfusion.core.errors import UserError
+from tinyfusion.families.diffusers_classes.call_rows import CALLS
+from tinyfusion.families.diffusers_classes.calls import CallContext, TransformerCall, called, check_texts
+from tinyfusion.families.diffusers_classes.cutting import UnitList
+from tinyfusion.families.diffusers_classes.folder import TransformerFolder
+from tinyfusion.families.family import ModelFamily, TextRules
+from tinyfusion.models.loaded import LoadedModel, ModelFacts
+from tinyfusion.models.macs import macs_by_module
+from tinyfusion.models.wrapped import NO_PROCESS
+
+
+@dataclass(frozen=True)
+class TransformerArch:
+    """What two models of a class share that differ in their blocks alone, and the number of blocks per list.
+
+    sizes: config.json as text, without the fields that cutting rewrites. guided: whether guidance is an input of the network.
+    """
+
+    class_name: str
+    sizes: str
+    depths: tuple[tuple[str, int], ...]
+    guided: bool
+
+    @property
+    def null_class(self) -> bool:
+        """Whether sampling compares with the null text, so that training drops texts."""
+        return not self.guided
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerFamily(ModelFamily):
+    """The models of one class of diffusers; they are built and written from their folders."""
+
+    def arch_with_depths(self, arch: TransformerArch, depths: Mapping[str, int]) -> TransformerArch:
+        """The arch after cutting."""
+        return dataclasses.replace(arch, depths=tuple((name, depths[name]) for name, _ in arch.depths))
+
+
+@dataclass
+class TransformerModel(LoadedModel):
+    """A transformer of diffusers with its weights, each in the type of its file, mapped from there.
+
+    folder: whose weights the module has; `with_weights` and `cut` give models of other folders, whose tensors may be in memory
+    alone until they are written. context: what its call depends on besides the batch. scheduler: scheduler_config.json of its
+    pipeline. latent_shape: (C, ..., h, w) of its training data, once they are open.
+    """
+
+    folder: TransformerFolder = field(kw_only=True)
+    context: CallContext = field(kw_only=True)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    latent_shape: tuple[int, ...] | None = None
+
+    @property
+    def transformer_call(self) -> TransformerCall | None:
+        """How training calls it; None of a class for which that is not known."""
+        return CALLS.get(self.folder.class_name)
+
+    @property
+    def distilled_guidance(self) -> bool:
+        """Whether guidance is an input of the network, so that its output is not the velocity of the data."""
+        return self.arch.guided
+
+    @property
+    def units(self) -> list[UnitList]:
+        """Blocks that can only be removed together, per list of gates."""
+        return self.folder.units
+
+    @property
+    def of_latents(self) -> bool:
+        """True: all of these classes take latents, of an autoencoder that the pipeline says."""
+        return True
+
+    @property
+    def doubtful(self) -> list[str]:
+        """Nothing: the latents are those of the pipeline."""
+        return []
+
+    def copy(self) -> TransformerModel:
+        """A copy whose weights are mapped anew, so that it takes no memory until it is changed."""
+        return dataclasses.replace(self, module=self.folder.module().train(self.module.training))
+
+    def hash(self) -> str:
+        """The hash of the folder: of its tensors as stored."""
+        return self.folder.hash
+
+    def with_weights(self, tensors: Mapping[str, Tensor]) -> TransformerModel:
+        """The same model with other values, rounded to the types of its files."""
+        return self._of(self.folder.with_tensors(tensors))
+
+    def with_changed(self, tensors: Mapping[str, Tensor]) -> TransformerModel:
+        """As `with_weights`: the others are those of the folder."""
+        return self.with_weights(tensors)
+
+    def cut(self, plan: PrunePlan, force: bool = False) -> TransformerModel:
+        """The model without the blocks that the plan removes, trainable. Raises UserError as `TransformerFolder.cut`."""
+        own = self.hash()
+        if plan.teacher and plan.teacher != own and not force:
+            raise UserError(
+                f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to cut all the same"
+            )
+        return self._of(self.folder.cut(plan))
+
+    def _of(self, folder: TransformerFolder) -> TransformerModel:
+        model = opened(folder, self.context)
+        known = {name: getattr(self, name) for name in ("prompts", "latent_shape", "scheduler")}
+        return dataclasses.replace(model, **known)
+
+    def unfit_formats(self) -> dict[str, str]:
+        """No official format."""
+        return {"official": f"a {self.folder.class_name} has no such format"}
+
+    def made_for(self, destination: str | None) -> TransformerModel:
+        """Itself: such a model computes what diffusers computes. Raises UserError for another format."""
+        if destination == "official":
+            raise UserError(
+                f"--for official is for models of classes, and a {self.folder.class_name} has no such format: leave it out"
+            )
+        return self
+
+    def macs(self) -> int:
+        """Multiply-accumulates of a forward pass of one image of its training data, with one prompt."""
+        if self.latent_shape is None or self.prompts is None:
+            raise UserError(
+                "the work of a transformer of diffusers depends on its data: give --data, or recorded --inputs"
+            )
+        module = self.folder.empty().to("meta").eval()
+        one = self.prompts.index(slice(1)).to("meta")
+        x, t = torch.zeros(1, *self.latent_shape, device="meta"), torch.ones(1, device="meta")
+        return macs_by_module(module, lambda: self.family.call(module, x, t, one))[""]
+
+
+def opened(folder: TransformerFolder, context: CallContext | None = None) -> TransformerModel:
+    """The model of a folder, in eval mode, trainable. Raises UserError where folder and class contradict each other.
+
+    context: of the pipeline that it is for; None: what its own config says.
+    """
+    # float32 weights of norms under autocast: slower, not wrong
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight", category=UserWarning)
+    guided = bool(folder.config.get("guidance_embeds"))
+    arch = TransformerArch(folder.class_name, _sizes(folder), tuple(folder.depths.items()), guided)
+    plan = plan_from_json(folder.record["plan"]) if folder.lineage else None
+    facts = ModelFacts(
+        image_size=0, license=folder.license, kept=folder.record.get("kept"), lineage=folder.lineage, plan=plan
+    )
+    origin = {"kind": f"{folder.class_name} of diffusers", "path": str(folder.path)}
+    context = dataclasses.replace(context or CallContext({}), config=folder.config)
+    return TransformerModel(
+        folder.module(), _family(folder, context), arch, facts, origin, folder=folder, context=context
+    )
+
+
+def _family(folder: TransformerFolder, context: CallContext) -> TransformerFamily:
+    call = CALLS.get(folder.class_name)
+
+    def check(_arch: Any, table: Condition) -> None:
+        if call is not None:
+            check_texts(call, context, table.tensors)
+
+    return TransformerFamily(
+        name=folder.class_name,
+        title=folder.class_name,
+        process=NO_PROCESS if call is None else call.process,
+        arch_type=TransformerArch,
+        build=_of_folders,
+        example=_of_folders,
+        block_lists=dict.fromkeys(folder.depths, "depths"),
+        streams=folder.streams,
+        forward=None if call is None else called(call, context),
+        texts=TextRules({}, lambda _arch: {}, check, lambda _arch, _seed: None),
+    )
+
+
+def _of_folders(*_: Any) -> NoReturn:
+    raise UserError("a transformer of diffusers is built from its folder, not from sizes")
+
+
+def _sizes(folder: TransformerFolder) -> str:
+    row = folder.row
+    rewritten = {each.count for each in row.lists}
+    rewritten |= {*row.indices, *row.per_block, *row.first, *row.last, *row.hints}
+    sizes = {n: v for n, v in folder.config.items() if n not in rewritten and not n.startswith("_")}
+    return json.dumps(sizes, sort_keys=True)

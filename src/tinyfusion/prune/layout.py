@@ -1,0 +1,83 @@
+"""Which gate every block of a model has: one per unit, a unit being what can only be removed together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tinyfusion.blocks.plan import first_blocks
+from tinyfusion.blocks.scheme import check_range
+from tinyfusion.core.errors import UserError
+from tinyfusion.families.diffusers_classes.cutting import UnitList
+from tinyfusion.models.loaded import LoadedModel
+
+
+@dataclass(frozen=True)
+class GateLayout:
+    """The lists of units of a model, and its blocks.
+
+    depths: blocks per list of the model. units: those that have gates; blocks in none of them always run.
+    """
+
+    depths: Mapping[str, int]
+    units: tuple[UnitList, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of units per list of gates."""
+        return {each.name: len(each.units) for each in self.units}
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, ...]]:
+        """The blocks of every unit, as indices through the lists of the model."""
+        first = first_blocks(self.depths)
+        return [tuple(first[path] + i for path, i in unit) for each in self.units for unit in each.units]
+
+    @cached_property
+    def columns(self) -> list[int]:
+        """The gate of every block; one more than the last of them for a block without."""
+        of_block = {block: unit for unit, blocks in enumerate(self.blocks) for block in blocks}
+        return [of_block.get(block, len(self.blocks)) for block in range(sum(self.depths.values()))]
+
+    @property
+    def plain(self) -> bool:
+        """Whether every block has a gate of its own, in order."""
+        return self.columns == list(range(len(self.columns)))
+
+    def protected(self, protect: Sequence[int]) -> list[int]:
+        """The units that stay: those that the class does not offer, and those of the blocks `protect`. Raises UserError out of range."""
+        check_range("--protect", sorted(set(protect)), self.depths)
+        fixed = [i in each.fixed for each in self.units for i in range(len(each.units))]
+        return [unit for unit, blocks in enumerate(self.blocks) if fixed[unit] or {*blocks} & {*protect}]
+
+    def of_blocks(self, masks: Tensor) -> Tensor:
+        """(B, blocks) from the masks (B, units) of the gates."""
+        if self.plain:
+            return masks
+        always = torch.ones_like(masks[:, :1])
+        return torch.cat([masks, always], 1)[:, self.columns]
+
+    def in_blocks(self, kept: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """Blocks that stay per list of the model, from the units that stay per list of gates."""
+        blocks = {name: list(range(depth)) for name, depth in self.depths.items()}
+        for each in self.units:
+            blocks |= each.kept(kept[each.name])
+        return blocks
+
+
+def gate_layout(model: LoadedModel) -> GateLayout:
+    """The gates of a model: every block has its own, unless its class ties blocks together or sets a list aside."""
+    depths, lists = model.stack.depths(), model.units
+    if lists is None:
+        lists = [
+            UnitList(name, tuple(((name, i),) for i in range(depth)), frozenset(), False)
+            for name, depth in depths.items()
+        ]
+    gated = tuple(each for each in lists if not each.aside)
+    if not gated:
+        raise UserError("the model has no list of blocks that learned masks may remove from")
+    return GateLayout(depths, gated)
