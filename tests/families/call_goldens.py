@@ -165,6 +165,7 @@ GOLDENS = [
     Golden(TinyPipeline("SanaSprintPipeline", "SanaTransformer2DModel",
                         lambda: _size(prompt_embeds=draw(1, 10, 8), prompt_attention_mask=torch.ones(1, 10), guidance_scale=3.0, use_resolution_binning=False),
                         ("SCMScheduler", {})), dict(guidance_embeds=True, timestep_scale=0.001), dict(guidance=3.0)),
+    Golden(_of("HiDreamImagePipeline"), dict(force_inference_output=False), tag="training"),
     Golden(_of("CogVideoXPipeline"), _COG_TALL, tag="5B"),
     Golden(_of("CogVideoXPipeline"), _COG_TALL | dict(patch_size_t=2, patch_bias=False), tag="1.5"),
     Golden(TinyPipeline("WanPipeline", "WanTransformer3DModel", lambda: _clip(**_guided(10, 16)), tiny_pipelines._UNIPC, attributes={}), {},

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
-from tinyfusion.families.diffusers_classes.call_rows import CALLS
-from tinyfusion.families.diffusers_classes.calls import CallContext, call_of, called, weight_dtype
+from tinyfusion.families.diffusers_classes.call_rows import CALLS, call_of
+from tinyfusion.families.diffusers_classes.calls import CallContext, called, weight_dtype
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.flow import Flow, FlowObjective
 
@@ -50,7 +50,7 @@ def test_arguments_are_those_of_the_pipeline(golden: Golden) -> None:
         assert {name for name, value in ours.items() if value is not None} <= {*theirs}
         assert [name for name in theirs if not same(theirs[name], ours.get(name))] == []
     assert num >= 2
-    output = run(pipeline.transformer, made.x, made.t, made.condition)
+    output = run(pipeline.transformer.train(), made.x, made.t, made.condition)
     torch.testing.assert_close(output, made.output, rtol=1e-4, atol=1e-4)
     assert output.shape[2:] == made.x.shape[2:]
     output.square().mean().backward()
@@ -255,6 +255,17 @@ def test_guidance_of_the_condition_the_context_and_the_class() -> None:
     assert given(context, condition) == [3.5, 3.5]
     assert given(dataclasses.replace(context, guidance=1.0), condition) == [1.0, 1.0]
     assert given(context, _changed(condition, guidance=torch.tensor([2.0, 5.0]))) == [2.0, 5.0]
+
+
+@pytest.mark.parametrize("golden", GOLDENS, ids=lambda golden: golden.title)
+def test_calls_on_the_meta_device(golden: Golden) -> None:
+    """Work and memory are counted there; two classes of diffusers read values of their tensors, and cannot."""
+    if golden.pipeline.model in ("Lumina2Transformer2DModel", "HiDreamImageTransformer2DModel"):
+        pytest.skip("reads values")
+    x, condition = rows_of(golden)
+    context = CallContext({**golden.tiny.config, "_class_name": golden.pipeline.model}, **golden.context)
+    run, module = called(golden.call, context), golden.tiny.model().to("meta")
+    assert run(module, x.to("meta"), torch.ones(2, device="meta"), condition.to("meta")).shape[2:] == x.shape[2:]
 
 
 def test_the_context_of_a_folder() -> None:

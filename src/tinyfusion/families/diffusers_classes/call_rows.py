@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion.conditioning.condition import Condition
+from tinyfusion.core.errors import UserError
 from tinyfusion.families.diffusers_classes.call_rows_video import VIDEO_CALLS
 from tinyfusion.families.diffusers_classes.calls import (
     THOUSAND,
@@ -111,7 +112,7 @@ def _qwen(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> d
         "hidden_states": packed(x),
         "timestep": t,
         "encoder_hidden_states": embeddings,
-        "encoder_hidden_states_mask": None if bool(mask.all()) else mask,
+        "encoder_hidden_states_mask": None if mask.is_meta or bool(mask.all()) else mask,
         "img_shapes": [[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x),
     } | _guidance(context, x, condition)
 
@@ -171,7 +172,8 @@ def _pixart(context: CallContext, x: Tensor, t: Tensor, condition: Condition) ->
 
 
 def _z_image(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    texts = [row[mask] for row, mask in zip(condition["embeddings"], condition["mask"].bool(), strict=True)]
+    rows, masks = condition["embeddings"], condition["mask"].bool()
+    texts = list(rows) if masks.is_meta else [row[mask] for row, mask in zip(rows, masks, strict=True)]
     return {"x": list(x.unsqueeze(2)), "t": t, "cap_feats": texts}
 
 
@@ -199,6 +201,17 @@ def _hidream(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -
         "encoder_hidden_states_llama3": condition["llama"].transpose(0, 1),  # (B, layers, N, E): layers first
         "pooled_embeds": condition["pooled"],
     }
+
+
+def _from_tokens(context: CallContext, output: Tensor, x: Tensor) -> Tensor:
+    """HiDream in training returns tokens (B, C, N, cells), padded to the largest image; in inference latents."""
+    if output.shape == x.shape:
+        return output
+    num, channels, height, width = x.shape
+    cells = int(context.value("patch_size"))
+    rows, columns = height // cells, width // cells
+    tokens = output[:, :, : rows * columns].reshape(num, channels, rows, columns, cells, cells)
+    return tokens.transpose(3, 4).reshape(x.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
@@ -274,9 +287,21 @@ CALLS: Mapping[str, TransformerCall] = MappingProxyType(
             "flow",
             ("embeddings", "llama", "pooled"),
             _hidream,
+            _from_tokens,
             convention=TimeConvention("sigma", 1000.0, "data - noise"),
             widths={"embeddings": "caption_channels", "pooled": "text_emb_dim"},
         ),
     }
     | VIDEO_CALLS
 )
+
+
+def call_of(config: Mapping[str, Any]) -> TransformerCall:
+    """The call of the class that a config.json names. Raises UserError on a class without one."""
+    name = str(config.get("_class_name"))
+    if name not in CALLS:
+        raise UserError(
+            f"training does not know how to call a {name}; it calls {', '.join(sorted(CALLS))}: remove its blocks with the criteria "
+            "that train nothing, on recorded calls (--inputs)"
+        )
+    return CALLS[name]

@@ -123,19 +123,6 @@ class TransformerCall:
         return math.prod(size // cells for size, cells in zip(sizes, (1, *patch)[-len(sizes) :], strict=True))
 
 
-def call_of(config: Mapping[str, Any]) -> TransformerCall:
-    """The call of the class that a config.json names. Raises UserError on a class without one."""
-    from tinyfusion.families.diffusers_classes.call_rows import CALLS
-
-    name = str(config.get("_class_name"))
-    if name not in CALLS:
-        raise UserError(
-            f"training does not know how to call a {name}; it calls {', '.join(sorted(CALLS))}: remove its blocks with the criteria "
-            "that train nothing, on recorded calls (--inputs)"
-        )
-    return CALLS[name]
-
-
 def called(call: TransformerCall, context: CallContext) -> ModelCall:
     """(module, x, t, condition) -> prediction, shaped like x; what an objective calls.
 
@@ -148,7 +135,11 @@ def called(call: TransformerCall, context: CallContext) -> ModelCall:
         check_latents(call, context, tuple(x.shape))
         check_texts(call, context, condition.tensors)
         dtype = context.dtype or weight_dtype(module)
-        arguments = call.arguments(context, x.to(dtype), t, condition.to(dtype=dtype))
+        cast = {
+            name: tensor.to(dtype) if tensor.is_floating_point() and name != "guidance" else tensor
+            for name, tensor in condition.tensors.items()
+        }
+        arguments = call.arguments(context, x.to(dtype), t, Condition(cast))
         return call.output(context, module(**arguments, return_dict=False)[0], x)
 
     return run
@@ -240,9 +231,12 @@ def grid(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def trimmed(context: CallContext, condition: Condition) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, N, ...) and their mask (B, N), bool, without the tokens behind the longest text of the batch."""
+    """Embeddings (B, N, ...) and their mask (B, N), bool, without the tokens behind the longest text of the batch.
+
+    On the meta device every text is of full length.
+    """
     embeddings, mask = condition["embeddings"], condition["mask"].bool()
-    if not context.trim:
+    if not context.trim or mask.is_meta:
         return embeddings, mask
     used = mask.any(0).nonzero()
     length = int(used[-1]) + 1 if len(used) else 1

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.families.diffusers_classes.calls import call_of
+from tinyfusion.families.diffusers_classes.call_rows import call_of
 from tinyfusion.processes.gaussian import NUM_TIMESTEPS, Predicted, Schedule
 from tinyfusion.processes.time import shifted
 
