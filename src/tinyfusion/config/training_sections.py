@@ -114,9 +114,13 @@ class PruneSection:
         "learned: N:M keeps N of every M consecutive blocks; 2:4x3+3:4x4 is explicit, 10:19;1:2 for two lists of blocks",
     ] = "1:2"
     distribution: Annotated[
-        Literal["categorical", "subset"],
-        "learned: one logit per candidate of a group, enumerated, or one per block, over subsets of exact size",
+        Literal["categorical", "subset", "runs"],
+        "learned: one logit per candidate of a group, enumerated; one per block, over subsets of exact size; or one per place of "
+        "the removed blocks, which are consecutive",
     ] = "categorical"
+    runs: Annotated[
+        int, Ge(1), Le(2**10), "distribution runs: runs of removed blocks in each group, of equal length"
+    ] = 1
     keep: Annotated[tuple[Index, ...], "criterion indices: blocks to keep, such as 0,2,4"] = ()
     num_keep: Annotated[
         SmallCount | None, "criteria other than learned: blocks to keep in each list; None: half, rounded up"

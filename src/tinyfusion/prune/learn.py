@@ -156,7 +156,9 @@ def mask_learner(
     seed: of the updates' initial values. place: moves the copy to the device, and may shard it (`Engine.place`).
     Raises UserError if the scheme does not fit.
     """
-    groups = parse_scheme(settings.scheme, teacher.stack.depths(), settings.distribution, settings.protect)
+    groups = parse_scheme(
+        settings.scheme, teacher.stack.depths(), settings.distribution, settings.protect, settings.runs
+    )
     module = teacher.copy().module.train()
     make_trainable(module, teacher.family)  # a frozen teacher's copy is frozen
     deltas = _deltas(module, settings, seed)
@@ -204,6 +206,7 @@ def plan_of(
         seed=seed,
         teacher=teacher.hash(),
         cost=cost,
+        runs=settings.runs if settings.distribution == "runs" else None,
     )
 
 
