@@ -23,7 +23,8 @@ class PrunePlan:
     kept: indices into the teacher per block list, ascending. depth: blocks of the teacher per list. groups: per list
     [[N kept, M size], ...] in block order, None for criteria without groups. scores: per block or group, with their meaning
     under "meaning". teacher: hash of the model that the plan is for. cost: seconds and images seen. kept_widths: channels of
-    the teacher that stay, per group (see `blocks/widths.py`), None for all.
+    the teacher that stay, per group (see `blocks/widths.py`), None for all. runs: removed runs of a group, of the distribution
+    "runs".
     """
 
     kept: dict[str, list[int]]
@@ -37,12 +38,13 @@ class PrunePlan:
     teacher: str = ""
     cost: dict[str, float] = field(default_factory=dict)
     kept_widths: dict[str, Any] | None = None
+    runs: int | None = None
     version: int = PLAN_VERSION
 
     @property
     def pairing_groups(self) -> dict[str, list[list[int]]] | None:
-        """The groups for the pairs of distillation: None for a subset, whose groups may be a whole list of blocks."""
-        return None if self.distribution == "subset" else self.groups
+        """The groups for the pairs of distillation: None for subsets and runs, whose groups may be a whole list of blocks."""
+        return None if self.distribution in ("subset", "runs") else self.groups
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -23,13 +23,16 @@ MAX_CANDIDATES = 1_000_000
 class BlockGroup:
     """`size` (M) consecutive blocks from `start`, of which `keep` (N) stay; the `protected` (P) are among those.
 
-    Blocks are named by their index, within one list or through all of them: as `start` counts.
+    Blocks are named by their index, within one list or through all of them: as `start` counts. runs: 0: any choice is a
+    candidate; R: those whose removed blocks are R runs of consecutive blocks, as equal in length as possible (the first ones
+    are longer by one where they must be). Runs may touch, so a single longer run is among the candidates.
     """
 
     start: int
     size: int
     keep: int
     protected: tuple[int, ...] = ()
+    runs: int = 0
 
     @property
     def blocks(self) -> range:
@@ -46,16 +49,52 @@ class BlockGroup:
 
     @property
     def num_candidates(self) -> int:
-        """binom(M - P, N - P); binom(M, N) without protected ones."""
-        return math.comb(len(self.free), self.keep_free)
+        """binom(M - P, N - P); of R runs binom(N + R, R), fewer with protected blocks."""
+        if not self.runs:
+            return math.comb(len(self.free), self.keep_free)
+        ways = [1] * (
+            self.keep + 1
+        )  # placements of the runs so far, the last of them behind at most so many kept blocks
+        for places in self._run_places():
+            ways = list(itertools.accumulate(n * place.fits for n, place in zip(ways, places, strict=True)))
+        return ways[-1]
 
     def candidates(self) -> list[tuple[int, ...]]:
-        """Every choice of kept blocks, in lexicographic order (2:4 from 0: 01, 02, 03, 12, 13, 23)."""
-        return sorted(self.with_protected(free) for free in itertools.combinations(self.free, self.keep_free))
+        """Every choice of kept blocks, in lexicographic order (2:4 from 0: 01, 02, 03, 12, 13, 23; one run: 01, 03, 23)."""
+        if not self.runs:
+            return sorted(self.with_protected(free) for free in itertools.combinations(self.free, self.keep_free))
+        chosen = []
+        places = self._run_places()
+        for before in itertools.combinations_with_replacement(range(self.keep + 1), len(places)):
+            taken = [own[kept] for own, kept in zip(places, before, strict=True)]
+            if all(place.fits for place in taken):
+                removed = {block for place in taken for block in place.blocks}
+                chosen.append(tuple(block for block in self.blocks if block not in removed))
+        return sorted(chosen)
+
+    def _run_places(self) -> list[list[_RunPlace]]:
+        """Per run, in order, its place behind 0, 1, ... N kept blocks. Runs without a block are left out."""
+        gone, begin = self.size - self.keep, self.start
+        runs = min(self.runs, gone)
+        places = []
+        for run in range(runs):
+            length = gone // runs + (run < gone % runs)
+            spans = [range(begin + kept, begin + kept + length) for kept in range(self.keep + 1)]
+            places.append([_RunPlace(span, not any(i in span for i in self.protected)) for span in spans])
+            begin += length
+        return places
 
     def with_protected(self, free: Iterable[int]) -> tuple[int, ...]:
         """The protected blocks and these free ones, ascending."""
         return tuple(sorted((*self.protected, *free)))
+
+
+@dataclass(frozen=True)
+class _RunPlace:
+    """Blocks of a removed run; fits: none of them is protected."""
+
+    blocks: range
+    fits: bool
 
 
 def consecutive_groups(pairs: Iterable[Sequence[int]]) -> list[BlockGroup]:
@@ -96,15 +135,21 @@ def schemes_by_list(scheme: str, lists: Collection[str]) -> list[str]:
 
 
 def parse_scheme(
-    scheme: str, depths: Mapping[str, int], distribution: str = "categorical", protect: Sequence[int] = ()
+    scheme: str,
+    depths: Mapping[str, int],
+    distribution: str = "categorical",
+    protect: Sequence[int] = (),
+    runs: int = 1,
 ) -> dict[str, list[BlockGroup]]:
     """The groups of every list of blocks.
 
     A single N:M fills each list, an explicit sum one list exactly; "10:19;1:2" has a scheme for each list, in order. protect:
-    blocks that stay, counted through the lists in order. Raises UserError on bad spelling, on N not in 1..M, where the groups
-    do not fill the depth (saying which scheme would), where a group cannot keep all its protected blocks, and where a
-    categorical would have too many candidates.
+    blocks that stay, counted through the lists in order. runs: removed runs of a group, with the distribution "runs". Raises
+    UserError on bad spelling, on N not in 1..M, where the groups do not fill the depth (saying which scheme would), where a
+    group cannot keep all its protected blocks, and where it would have no candidate, or too many to enumerate.
     """
+    if runs != 1 and distribution != "runs":
+        raise UserError(f"prune.runs is {runs}, and prune.distribution {distribution} has no runs: set it to runs")
     groups: dict[str, list[BlockGroup]] = {}
     for own, (name, depth) in zip(schemes_by_list(scheme, depths), depths.items(), strict=True):
         pairs = scheme_pairs(own)
@@ -115,13 +160,36 @@ def parse_scheme(
             raise UserError(_misfit(own, pairs, depth, uniform) + several)
         groups[name] = consecutive_groups(used)
     groups = _protected(scheme, groups, depths, protect)
+    if distribution == "runs":
+        first = first_blocks(depths)
+        groups = {name: [_in_runs(scheme, group, runs, first[name]) for group in groups[name]] for name in groups}
     biggest = max(group.num_candidates for listed in groups.values() for group in listed)
+    if distribution == "runs" and biggest > MAX_CANDIDATES:
+        raise UserError(
+            f"scheme {scheme!r} has a group with {biggest:,} choices of {runs} runs, too many to enumerate: set prune.runs "
+            "lower, or use smaller groups, each of which has runs of its own"
+        )
     if distribution == "categorical" and biggest > MAX_CANDIDATES:
         raise UserError(
             f"scheme {scheme!r} has a group with {biggest:,} candidates, too many to enumerate: set prune.distribution "
             "to subset, which learns one number per block, or use smaller groups"
         )
     return groups
+
+
+def _in_runs(scheme: str, group: BlockGroup, runs: int, first: int) -> BlockGroup:
+    """The group with its removed blocks in runs. Raises UserError where protected blocks leave no room for them.
+
+    first: global index of the first block of its list, for the message.
+    """
+    group = dataclasses.replace(group, runs=runs)
+    if group.num_candidates == 0:
+        gone, shape = group.size - group.keep, "a run" if runs == 1 else f"{runs} runs"
+        raise UserError(
+            f"scheme {scheme!r} removes {gone} of {group.size} blocks in {shape}, and between the protected blocks "
+            f"{', '.join(str(first + i) for i in group.protected)} there is no room: protect fewer, or set prune.runs higher"
+        )
+    return group
 
 
 def _protected(

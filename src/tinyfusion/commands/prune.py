@@ -78,9 +78,8 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
             return work.describe()
         settings = inputs.recipe.prune
         kept = ", which the student keeps" if settings.keep_deltas else ""
-        return {
-            "criterion": f"learned: {settings.scheme}, {settings.distribution}, {settings.update} weight deltas{kept}"
-        }
+        how = settings.distribution if settings.distribution != "runs" else f"runs ({settings.runs} a group)"
+        return {"criterion": f"learned: {settings.scheme}, {how}, {settings.update} weight deltas{kept}"}
 
     def perform(self, inputs: Inputs, work: MaskTraining | CriterionWork, folder: RunDirectory) -> dict[str, Any]:
         """Decide, prune, and save plan and student."""

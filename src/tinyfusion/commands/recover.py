@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rundir import RunDirectory
+from tinyfusion.core.rundir import RunDirectory, atomic_write
 from tinyfusion.jobs.assemble import RunOptions, batches_for, open_teacher
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
@@ -17,6 +20,7 @@ from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.jobs.training import Training, recovery
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.recover.sharing import lora_tensors
 from tinyfusion.training.engine import Engine
 
 
@@ -58,17 +62,24 @@ class Recover(TrainingVerb[Training]):
 
     def says(self, inputs: Inputs, work: Training) -> dict[str, str]:
         """The method."""
-        return {"method": inputs.recipe.recover.method}
+        settings = inputs.recipe.recover
+        how = [settings.method]
+        how += ["low-rank updates"] if settings.update == "lora" else []
+        how += [f"teacher {settings.teacher_storage}"] if settings.teacher_storage != "own" else []
+        return {"method": ", ".join(how)}
 
     def perform(self, inputs: Inputs, work: Training, folder: RunDirectory) -> dict[str, Any]:
         """Train, and save averaged and raw weights."""
         seconds = drive(work, folder, inputs.options.resume)
         save(folder, work.averaged(), "student")
         save(folder, work.raw(), "student-raw")
+        if inputs.recipe.recover.lora_apart:
+            save_lora(folder, work.state.averages(), inputs.recipe.recover.lora_scale)
         folder.mark("done", seconds=seconds, seen_images=work.state.seen_images)
         return {"seconds": seconds}
 
 
+<<<<<<< HEAD
 def _with_taught_target(recipe: Recipe, student: LoadedModel, remarks: list[str]) -> Recipe:
     """The recipe with the teacher's output as the only target, for a student that has guidance as an input, unless it says otherwise.
 
@@ -85,6 +96,13 @@ def _with_taught_target(recipe: Recipe, student: LoadedModel, remarks: list[str]
         remarks.append(f"recover.alpha_kd=1: {wrong}, and the teacher's is the only target")
         return dataclasses.replace(recipe, recover=dataclasses.replace(recipe.recover, alpha_kd=1.0))
     return recipe
+=======
+def save_lora(folder: RunDirectory, factors: Mapping[str, Tensor], scale: float) -> None:
+    """Write lora.safetensors, the averaged updates alone, on the rank that writes."""
+    if folder.writes:
+        with atomic_write(folder.path / "lora.safetensors") as temporary:
+            save_file(lora_tensors(factors, scale), temporary, metadata={"format": "pt"})
+>>>>>>> memory
 
 
 def _opened_as_then(options: RunOptions, job: Mapping[str, Any]) -> RunOptions:

@@ -212,7 +212,7 @@ def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
     if settings.criterion == "width":
         kept = {name: list(range(depth)) for name, depth in depths.items()}
     elif settings.criterion == "learned":
-        groups = parse_scheme(settings.scheme, depths, settings.distribution, settings.protect)
+        groups = parse_scheme(settings.scheme, depths, settings.distribution, settings.protect, settings.runs)
         kept = {name: [g.start + i for g in listed for i in range(g.keep)] for name, listed in groups.items()}
     else:
         kept = {name: list(range(group.keep)) for name, group in list_groups(teacher, settings).items()}

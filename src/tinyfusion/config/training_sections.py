@@ -54,8 +54,18 @@ class TrainingSection:
         "joint"
     )
     ema_decay: Annotated[ShareBelowOne, "decay of the moving average of weights per step"] = 0.9999
+    ema_device: Annotated[
+        Literal["same", "cpu"],
+        "where the moving average is: with the weights, or in the host's memory; ema_decay 0: nowhere",
+    ] = "same"
     label_drop: Annotated[Share, "probability that a label is replaced by the null class"] = 0.1
-    dtype: Annotated[Dtype, "autocast of matrix products; weights stay float32; float16 scales the loss"] = "float32"
+    dtype: Annotated[Dtype, "autocast of matrix products; weights stay as `weights` says; float16 scales the loss"] = (
+        "float32"
+    )
+    weights: Annotated[
+        Literal["float32", "bfloat16"],
+        "type of trained weights and gradients; bfloat16: updates in float32, rounded at random, with dtype bfloat16",
+    ] = "float32"
     log_every_steps: Annotated[Count, "steps between two lines of metrics.jsonl"] = 100
     checkpoint_every_steps: Annotated[Count, "steps between two checkpoints"] = 10_000
     checkpoints_limit: Annotated[Count, "most checkpoints on disk; older ones are removed"] = 2
@@ -114,9 +124,13 @@ class PruneSection:
         "learned: N:M keeps N of every M consecutive blocks; 2:4x3+3:4x4 is explicit, 10:19;1:2 for two lists of blocks",
     ] = "1:2"
     distribution: Annotated[
-        Literal["categorical", "subset"],
-        "learned: one logit per candidate of a group, enumerated, or one per block, over subsets of exact size",
+        Literal["categorical", "subset", "runs"],
+        "learned: one logit per candidate of a group, enumerated; one per block, over subsets of exact size; or one per place of "
+        "the removed blocks, which are consecutive",
     ] = "categorical"
+    runs: Annotated[
+        int, Ge(1), Le(2**10), "distribution runs: runs of removed blocks in each group, of equal length"
+    ] = 1
     keep: Annotated[tuple[Index, ...], "criterion indices: blocks to keep, such as 0,2,4"] = ()
     num_keep: Annotated[
         SmallCount | None, "criteria other than learned: blocks to keep in each list; None: half, rounded up"
@@ -200,7 +214,24 @@ class RecoverSection:
         Literal["own", "joint"], "masked activations: those massive in each model (released code), or in either (paper)"
     ] = "own"
     mask_sigmas: Annotated[Positive | None, "mask activations beyond so many standard deviations; None: no mask"] = 2.0
+    teacher_storage: Annotated[
+        Literal["own", "float8", "nf4", "streamed"],
+        "the frozen teacher's weights: as opened, its blocks in 8 or 4 bits (extra 8bit), or on the host and brought block by block",
+    ] = "own"
+    update: Annotated[
+        Literal["full", "lora"], "train all weights, or low-rank updates, which are merged at the end"
+    ] = "full"
+    lora_rank: Annotated[int, Ge(1), Le(2**16), "update lora: rank"] = 64
+    lora_alpha: Annotated[Positive | None, "update lora: scale numerator; None: the rank"] = None
+    lora_apart: Annotated[
+        bool, "update lora: also write the updates alone, lora.safetensors for diffusers and peft"
+    ] = False
     training: TrainingSection = field(default_factory=TrainingSection)
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor of the low-rank product B A."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
 
     @property
     def compares_features(self) -> bool:

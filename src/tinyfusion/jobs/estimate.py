@@ -27,9 +27,10 @@ from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.sample.drive import Sampler
 from tinyfusion.sample.drive import sample as draw_samples
 from tinyfusion.training.engine import cut
+from tinyfusion.training.rounding import update_bytes
 
 GIB = 2**30
-CARDS_GIB = (24, 80)  # memory of the cards for which the largest batch is shown
+CARDS_GIB = (24, 48, 80)  # memory of the cards for which the largest batch is shown
 FREE_SHARE = 0.1  # of a card: for the program's own context, workspaces and the allocator's gaps
 _HALF_BYTES = 2
 _SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256  # smaller tensors have float32 moments; numbers that share a float32 constant
@@ -86,7 +87,10 @@ def memory_plan(
     images = images_at_once(settings.batch_size, world, compute) if images is None else images
     several = compute.gradient_accumulation_steps > 1
     lasting_gradients = several or (world > 1 and not split)  # DDP's buckets live on between steps
-    trained = FLOAT_BYTES * sum(math.ceil(size / shares) for size in footprint.trained)
+    own = [math.ceil(size / shares) for size in footprint.trained]
+    item_bytes = footprint.item_bytes or [FLOAT_BYTES] * len(own)
+    trained = sum(size * item for size, item in zip(own, item_bytes, strict=True))
+    average = FLOAT_BYTES * sum(own) if settings.ema_decay and settings.ema_device == "same" else 0
     linear_bytes = FLOAT_BYTES if settings.dtype == "float32" else _HALF_BYTES
     frozen = footprint.frozen_linear * linear_bytes + footprint.frozen_rest * FLOAT_BYTES
     gathered = 0
@@ -102,15 +106,18 @@ def memory_plan(
             peak, casts = trained + at_end + end_casts, end_casts
         peak -= trained
         casts = min(casts, peak)
+    low = [size for size, item in zip(own, item_bytes, strict=True) if item < FLOAT_BYTES]
+    update = update_bytes(low) if low else 0  # when the activations are gone
     sizes = {
         "trained_weights": trained,
         "frozen_weights": math.ceil(frozen / shares),
         "gradients": trained,
-        "optimizer": sum(_moment_bytes(math.ceil(size / shares), settings.optimizer) for size in footprint.trained),
-        "moving_average": trained,
+        "optimizer": sum(_moment_bytes(size, settings.optimizer) for size in own),
+        "moving_average": average,
         "teacher": math.ceil(footprint.teacher / (shares if compute.shard_teacher else 1)),
         "model_also_resident": footprint.also_resident,
         "gathered_from_processes": gathered,
+        "update_beyond_activations": max(update - peak, 0),
         "casts_of_weights": casts,
         "activations": peak - casts,
         "batches": images * compute.gradient_accumulation_steps * (compute.prefetch_batches + 1) * footprint.batch,
@@ -141,7 +148,8 @@ def _moments(
         extra = max(i - r for i, r in zip(inside, retained, strict=True))
         moments = [(before + after + sum(retained) + extra, casts)]
     if measured.teacher:  # runs before the student
-        moments.append((images * max(b.without_graph + footprint.features * b.output for b in measured.teacher), 0))
+        passing = images * max(b.without_graph + footprint.features * b.output for b in measured.teacher)
+        moments.append((passing, max(b.casts for b in measured.teacher)))
     activations, casts = max(moments, key=sum)
     return (math.ceil(activations), casts), (math.ceil(max(inside)), block_casts)
 

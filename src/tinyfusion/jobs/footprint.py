@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.processes.base import Objective
 from tinyfusion.training.loop import BatchSource
 from tinyfusion.training.lora import cast_frozen_linears
+from tinyfusion.training.shards import local_part
 
 FLOAT_BYTES = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +42,8 @@ class BlockBytes:
     """Bytes of one block; all but `casts` per image.
 
     retained: from its forward to its backward pass, with its output. transient: at most, in addition, during its backward
-    pass. without_graph: at most, in a forward pass without a graph. casts: of its trained weights to autocast's type.
+    pass. without_graph: at most, in a forward pass without a graph. casts: of its trained weights to autocast's type; of a
+    teacher's block what its weights take while they are multiplied (a layer at a time).
     """
 
     retained: int
@@ -69,9 +71,11 @@ class Measured:
 class Footprint:
     """Everything about a training that determines its memory, except settings and processes. In bytes unless noted.
 
-    trained: numbers in every trained tensor. frozen_linear: numbers in linear layers that do not train; frozen_rest: other
-    frozen numbers. gathered, teacher_gathered: weights and gradients that a process of FSDP2 has whole at a time. graph_share,
-    features: as in `StepMemory`. also_resident: other models on the device. measured: by type.
+    trained: numbers in every trained tensor; item_bytes: of one of them, 4 where empty. frozen_linear: numbers in linear layers
+    that do not train, in a type that autocast's may replace; frozen_rest: bytes of other frozen tensors over 4. What trained
+    model and teacher share counts as the teacher's. gathered, teacher_gathered: weights and gradients that a process of FSDP2
+    has whole at a time. graph_share, features: as in `StepMemory`. teacher: of its weights, with those on their way to the
+    device. also_resident: other models on the device. measured: by type.
     """
 
     trained: tuple[int, ...]
@@ -85,6 +89,7 @@ class Footprint:
     graph_share: float
     features: int
     measured: Mapping[str, Measured]
+    item_bytes: tuple[int, ...] = ()
 
 
 class LiveBytes(TorchDispatchMode):
@@ -125,23 +130,50 @@ def footprint_of(
     device = next(iter(parameters.values())).device
     memory = objective.step_memory()
     teacher, teacher_stack = memory.teacher or (None, None)
+    counted: set[Any] = set()
+    of_teacher = _stored(teacher.parameters(), device, counted) + memory.passing if teacher else 0
     of_linears = [list(m.parameters(recurse=False)) for m in model.modules() if isinstance(m, nn.Linear)]
-    frozen_linear = sum(p.numel() for own in of_linears if not any(p.requires_grad for p in own) for p in own)
-    others = [m for m in also_resident if m is not model and m is not teacher and next(m.parameters()).device == device]
+    plain = [p for own in of_linears if not any(p.requires_grad for p in own) for p in own if p.element_size() > 1]
+    castable = {id(p): p for p in plain if _storage(p) not in counted}
+    rest = [p for p in model.parameters() if not p.requires_grad and id(p) not in castable]
+    frozen_rest = _stored(rest, device, counted)
+    for parameter in (*castable.values(), *parameters.values()):
+        counted.add(_storage(parameter))
+    others = [m for m in also_resident if m is not model and m is not teacher]
     measured, batch = _measured(model, stack, objective, source, settings)
     return Footprint(
         trained=tuple(p.numel() for p in parameters.values()),
-        frozen_linear=frozen_linear,
-        frozen_rest=sum(p.numel() for p in model.parameters() if not p.requires_grad) - frozen_linear,
+        frozen_linear=sum(p.numel() for p in castable.values()),
+        frozen_rest=-(-frozen_rest // FLOAT_BYTES),
         gathered=_gathered(model, stack) + 2 * max(_bytes(block, trained=True) for block in stack),
-        teacher=_bytes(teacher) if teacher else 0,
+        teacher=of_teacher,
         teacher_gathered=_gathered(teacher, teacher_stack) if teacher and teacher_stack else 0,
-        also_resident=sum(map(_bytes, others)),
+        also_resident=sum(_stored(m.parameters(), device, counted) for m in others),
         batch=batch,
         graph_share=memory.graph_share,
         features=memory.features,
         measured=measured,
+        item_bytes=tuple(p.element_size() for p in parameters.values()),
     )
+
+
+def _stored(tensors: Iterable[Tensor], device: torch.device, counted: set[Any]) -> int:
+    """Bytes of tensors on `device` whose memory is not among `counted`, to which it is added. Of sharded tensors: all rows."""
+    size = 0
+    for tensor in tensors:
+        if tensor.device.type == device.type and (key := _storage(tensor)) not in counted:
+            counted.add(key)
+            scales = getattr(
+                getattr(tensor, "quant_state", None), "absmax", None
+            )  # of 4-bit weights, a float per block
+            size += tensor.numel() * tensor.element_size() + (0 if scales is None else scales.nbytes)
+    return size
+
+
+def _storage(tensor: Tensor) -> Any:
+    """A key of the memory of a tensor."""
+    local = local_part(tensor.detach())
+    return local.untyped_storage()._cdata, local.storage_offset()
 
 
 def _bytes(module: nn.Module, trained: bool = False) -> int:
@@ -183,6 +215,7 @@ def _measured(
     before, rest = (max(b - a, 0) // (_MORE - _FEW) for a, b in zip(live[_FEW], live[_MORE], strict=True))
     by_type: dict[str, Measured] = {}
     types: tuple[str, ...] = (settings.dtype, "float32", "bfloat16")
+    types = types[:1] if settings.weights == "bfloat16" else types  # such weights multiply in no other
     for dtype in dict.fromkeys(types):
         as_recorded, passes = dtype == settings.dtype, memory.passes
         own, *teachers = (_block_bytes(s, dtype, as_recorded, trains=i == 0) for i, s in enumerate(recorded))
@@ -226,8 +259,8 @@ def _block_bytes(recorded: list[_StandIn], dtype: str, as_recorded: bool, trains
 
 def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool) -> BlockBytes:
     """Run a copy of `block` on one image and on two, forward and backward, and without a graph."""
-    device = next(block.parameters()).device
-    copy = _plain_copy(block)
+    device = call.tapped.device  # where the weights are when it runs
+    copy = _plain_copy(block, device)
     if trains and dtype != "float32":
         cast_frozen_linears(copy, _DTYPES[dtype])  # as the mask learner does; elsewhere every layer trains
     rows: list[tuple[int, int, int, int]] = []
@@ -250,18 +283,31 @@ def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
         del outputs
         rows.append((retained, size, meter.peak - retained, without_graph))
     retained, size, transient, without_graph = (b - a for a, b in zip(*rows, strict=True))
-    return BlockBytes(retained, size, max(transient, 0), without_graph, max(rows[0][0] - retained, 0))
+    casts = rows[0][0] - retained if trains else rows[0][3] - without_graph
+    return BlockBytes(retained, size, max(transient, 0), without_graph, max(casts, 0))
 
 
-def _plain_copy(module: nn.Module) -> nn.Module:
-    """The same layers with float32 weights of their own (values are arbitrary), without hooks or a stand-in `forward`."""
+def _plain_copy(module: nn.Module, device: torch.device) -> nn.Module:
+    """The same layers with float32 weights of their own (values are arbitrary), without hooks or a stand-in `forward`.
+
+    Trained weights in bfloat16 stay so; packed ones become those of plain linear layers.
+    """
     kind = type(module)
+    if isinstance(module, nn.Linear) and module.weight.dtype == torch.uint8:
+        plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device=device)
+        return plain.requires_grad_(False)
     copy: nn.Module = kind.__new__(kind)  # of a class that FSDP2 made for its module this gives the plain one
     attributes = {k: v for k, v in vars(module).items() if k not in ("forward", "_compiled_call_impl")}
     copy.__dict__.update({k: OrderedDict() if "_hooks" in k else v for k, v in attributes.items()})
     copy.__dict__["_parameters"] = {
-        name: None if p is None else nn.Parameter(torch.full(p.shape, 0.01, device=p.device), p.requires_grad)
+        name: None
+        if p is None
+        else nn.Parameter(torch.full(p.shape, 0.01, device=device, dtype=_type(p)), p.requires_grad)
         for name, p in module._parameters.items()
     }
-    copy.__dict__["_modules"] = {k: None if m is None else _plain_copy(m) for k, m in module._modules.items()}
+    copy.__dict__["_modules"] = {k: None if m is None else _plain_copy(m, device) for k, m in module._modules.items()}
     return copy
+
+
+def _type(parameter: nn.Parameter) -> torch.dtype:
+    return torch.bfloat16 if parameter.requires_grad and parameter.dtype == torch.bfloat16 else torch.float32

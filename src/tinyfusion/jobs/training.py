@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinyfusion.blocks.forwards import Gain, measured_gain
 from tinyfusion.blocks.plan import PrunePlan
-from tinyfusion.blocks.stack import BlockStack, frozen, num_parameters
+from tinyfusion.blocks.stack import BlockStack, num_parameters
 from tinyfusion.config.recipe import PruneSection, Recipe, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
@@ -26,10 +26,17 @@ from tinyfusion.processes.base import Objective, Process
 from tinyfusion.prune.learn import Decision, MaskLearner, mask_learner, prune_with_weight_updates
 from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors, residual_channels
 from tinyfusion.recover.distill import distilled
+from tinyfusion.recover.placing import place_models
 from tinyfusion.training.engine import Engine, cut
 from tinyfusion.training.loop import BatchSource, ForwardPass, StepRecord, noisy_microbatches, train_steps
+<<<<<<< HEAD
 from tinyfusion.training.optim import decay_groups, linear, trainable
 from tinyfusion.training.shards import local_part
+=======
+from tinyfusion.training.optim import decay_groups, linear
+from tinyfusion.training.rounding import as_float32
+from tinyfusion.training.shards import local_part, whole
+>>>>>>> memory
 from tinyfusion.training.state import TrainState
 
 
@@ -38,7 +45,7 @@ class Training:
     """A training, ready to run.
 
     title: the verb. model: what the run starts from. stack: the blocks of the module that trains. extra: further fields of a
-    log line.
+    log line. merged: values of the model's own tensors, from those of the trained ones.
     """
 
     title: str
@@ -52,6 +59,7 @@ class Training:
     engine: Engine
     teacher: LoadedModel | None = None
     extra: Callable[[StepRecord], dict[str, Any]] = field(default=lambda record: {})
+    merged: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = as_float32
 
     def steps(self) -> Iterator[StepRecord]:
         """The loop, from the current state on."""
@@ -100,11 +108,23 @@ class Training:
 
     def averaged(self) -> LoadedModel:
         """The model with averaged weights, unsharded and on the CPU. Every process must call."""
+<<<<<<< HEAD
         return self.model.with_changed(self.state.averages())
 
     def raw(self) -> LoadedModel:
         """The model with its current weights, unsharded and on the CPU. Every process must call."""
         return self.model.with_changed(self.state.weights())
+=======
+        return self._with(self.merged(self.state.averages()))
+
+    def raw(self) -> LoadedModel:
+        """The model with its current weights, unsharded and on the CPU. Every process must call."""
+        return self._with(self.merged(self.state.weights()))
+
+    def _with(self, trained: Mapping[str, Tensor]) -> LoadedModel:
+        tensors = self.model.module.state_dict().items()
+        return self.model.with_weights({n: trained[n] if n in trained else whole(t) for n, t in tensors})
+>>>>>>> memory
 
     def disk_bytes(self) -> int:
         """Bytes of a run: checkpoints (weights, average, two moments; one more while it is written), two models, the log."""
@@ -221,24 +241,30 @@ def recovery(
     settings, training = recipe.recover, recipe.recover.training
     pairs = _pairs(student, teacher, recipe.teacher) if teacher else []
     channels = residual_channels(student, teacher) if teacher and settings.compares_features else None
+<<<<<<< HEAD
     engine.place(student.module.train().float(), list(student.stack))  # files may have other types
     objective: Objective = process
     if teacher:
         if training.dtype == "float32":
             teacher.module.float()
         engine.place_teacher(frozen(teacher.module), list(teacher.stack))
+=======
+    placed = place_models(student, teacher, settings, engine, Randomness(recipe.seed).generator_seed("recovery lora"))
+    objective: Objective = process
+    if teacher:
+>>>>>>> memory
         try:
-            objective = distilled(settings, process, teacher, student, pairs, channels)
+            objective = distilled(settings, process, teacher, placed.student, pairs, channels, placed.passing)
         except ValueError as error:
             raise UserError(f"the student's plan is damaged: {error}") from error
-    groups = decay_groups(trainable(student.module), student.family.undecayed, training)
-    state = TrainState(student.module, groups, training)
+    groups = decay_groups(placed.parameters, student.family.undecayed, training)
+    state = TrainState(placed.student.module, groups, training)
 
     def extra(record: StepRecord) -> dict[str, Any]:
         return {"beta": linear(settings.beta, record.step, training.steps)} if settings.compares_features else {}
 
-    values = (recipe, training, student, student.stack, state, objective, source, engine, teacher)
-    return Training("recover", *values, extra)
+    values = (recipe, training, student, placed.student.stack, state, objective, source, engine, teacher)
+    return Training("recover", *values, extra, placed.merged)
 
 
 def _pairs(student: LoadedModel, teacher: LoadedModel, name: str) -> Pairs:

@@ -213,6 +213,8 @@ def training_section(verb: str) -> str:
 
 def average_warning(verb: str, settings: TrainingSection) -> str | None:
     """A warning where the moving average would still contain much of the initial weights at the end; else None."""
+    if settings.ema_decay == 0:
+        return None
     warning = horizon_warning(settings.ema_decay, settings.made_steps, training_section(verb))
     return f"warning: {warning}" if warning else None
 

@@ -87,13 +87,15 @@ class StepMemory:
 
     teacher: a frozen model that runs first, without a graph, and its blocks. features: number of the teacher's blocks
     whose outputs are retained for a comparison. graph_share: mean share of the images that run a block with a graph.
-    passes: number of forward passes of the trained model whose graphs are retained at the same time.
+    passes: number of forward passes of the trained model whose graphs are retained at the same time. passing: bytes of the
+    teacher's weights that are on the device on their way through, in addition to those that stay there.
     """
 
     teacher: tuple[nn.Module, BlockStack] | None = None
     features: int = 0
     graph_share: float = 1.0
     passes: int = 1
+    passing: int = 0
 
 
 class Objective(Protocol):

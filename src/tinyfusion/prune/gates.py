@@ -1,5 +1,7 @@
 """Distributions of gates: an independent categorical per group, or a subset of exact size with one logit per block.
 
+A categorical is over all choices of a group, or over those that remove runs of consecutive blocks (`BlockGroup.runs`).
+
 Shapes: B samples, K_g candidates and M_g blocks of group g, L = sum of M_g blocks. For subsets M counts the free blocks of a
 group, of which K stay.
 Sources: TinyFusion (arXiv 2412.01199), section 3, and Jang et al. arXiv 1611.01144 for the straight-through estimator of the
@@ -63,6 +65,8 @@ class CategoricalGates(GateDistribution):
 
     def __init__(self, groups: Sequence[BlockGroup], logit_init: float = 0.02) -> None:
         super().__init__(groups, [g.num_candidates for g in groups], logit_init)
+        if any(group.runs for group in groups):
+            self.meaning = f"{self.meaning}; what a candidate removes are runs of consecutive blocks"
         for index, group in enumerate(self.groups):
             rows = torch.zeros(group.num_candidates, group.size)
             for row, kept in enumerate(group.candidates()):

@@ -182,9 +182,15 @@ def mask_learner(
     seed: of the updates' initial values. place: moves the copy to the device, and may shard it (`Engine.place`).
     Raises UserError if the scheme does not fit.
     """
+<<<<<<< HEAD
     layout = gate_layout(teacher)
     protect = layout.protected(settings.protect)
     groups = parse_scheme(settings.scheme, layout.sizes, settings.distribution, protect)
+=======
+    groups = parse_scheme(
+        settings.scheme, teacher.stack.depths(), settings.distribution, settings.protect, settings.runs
+    )
+>>>>>>> memory
     module = teacher.copy().module.train()
     make_trainable(module, teacher.family)  # a frozen teacher's copy is frozen
     deltas = _deltas(module, settings, seed)
@@ -245,6 +251,7 @@ def plan_of(
         seed=seed,
         teacher=teacher.hash(),
         cost=cost,
+        runs=settings.runs if settings.distribution == "runs" else None,
     )
 
 

@@ -35,8 +35,8 @@ class DistilledObjective(Objective):
 
     gt: the inner process's loss on the data. kd_loss: of the outputs, defined by the process. feat_loss: masked feature
     loss, mean over `pairs` of (student block, teacher block). beta falls linearly over `steps`; if it is 0 at both
-    ends, features are not compared. channels: the teacher's residual channels that a narrower student has. Raises
-    ValueError if `pairs` do not fit the models.
+    ends, features are not compared. channels: the teacher's residual channels that a narrower student has. passing: bytes of a
+    streamed teacher that are on the device at a time. Raises ValueError if `pairs` do not fit the models.
     Source: arXiv 2412.01199, equation 6 and its released code.
     """
 
@@ -51,6 +51,7 @@ class DistilledObjective(Objective):
     sigmas: float | None = 2.0
     mask: MaskRule = "own"
     channels: Tensor | None = None
+    passing: int = 0
 
     def __post_init__(self) -> None:
         for side, (who, stack) in enumerate((("student", self.student_stack), ("teacher", self.teacher_stack))):
@@ -109,7 +110,7 @@ class DistilledObjective(Objective):
 
     def step_memory(self) -> StepMemory:
         features = len(self.pairs) if self.compares_features else 0
-        return StepMemory(teacher=(self.teacher, self.teacher_stack), features=features)
+        return StepMemory(teacher=(self.teacher, self.teacher_stack), features=features, passing=self.passing)
 
 
 def distilled(
@@ -119,11 +120,12 @@ def distilled(
     student: LoadedModel,
     pairs: Pairs,
     channels: list[int] | None = None,
+    passing: int = 0,
 ) -> DistilledObjective:
     """The objective of a distillation method of `settings`; fine-tuning uses `inner` itself.
 
     logits-kd compares outputs, rep-kd also features, masked-kd features without massive activations. channels: the
-    teacher's residual channel for each of a narrower student's.
+    teacher's residual channel for each of a narrower student's. passing: as in `DistilledObjective`.
     """
     return DistilledObjective(
         inner=inner,
@@ -137,4 +139,5 @@ def distilled(
         sigmas=settings.mask_sigmas if settings.method == "masked-kd" else None,
         mask=settings.mask,
         channels=None if channels is None else torch.tensor(channels, device=next(teacher.module.parameters()).device),
+        passing=passing,
     )

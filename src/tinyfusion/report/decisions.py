@@ -21,9 +21,12 @@ def decision_groups(run: Run) -> dict[str, list[BlockGroup]]:
     if not run.plan or not run.plan.groups:
         return {}
     protect = {int(block) for block in (run.recipe.get("prune") or {}).get("protect") or ()}
-    first = first_blocks(run.plan.depth)
+    first, runs = first_blocks(run.plan.depth), run.plan.runs or 0
     return {
-        name: with_protected(consecutive_groups(sizes), {block - first[name] for block in protect})
+        name: [
+            dataclasses.replace(group, runs=runs)
+            for group in with_protected(consecutive_groups(sizes), {block - first[name] for block in protect})
+        ]
         for name, sizes in run.plan.groups.items()
     }
 
@@ -36,7 +39,7 @@ def with_protected(groups: Sequence[BlockGroup], protect: set[int]) -> list[Bloc
 
 def choice_chance(group: BlockGroup) -> float:
     """One over the number of candidates: the confidence of a categorical at its start."""
-    return 1 / group.num_candidates
+    return 1 / max(group.num_candidates, 1)
 
 
 def block_chance(group: BlockGroup) -> float:

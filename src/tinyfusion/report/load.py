@@ -137,9 +137,10 @@ def read_run(path: Path) -> Run:
         return run
     scheme, distribution, last = settings["scheme"], settings.get("distribution"), lines[-1]
     depth = _logged_depths(scheme, last)
-    parsed = parse_scheme(scheme, depth, distribution or "categorical").items()
+    runs = settings.get("runs") or 1 if distribution == "runs" else None
+    parsed = parse_scheme(scheme, depth, distribution or "categorical", runs=runs or 1).items()
     groups = {name: [[group.keep, group.size] for group in listed] for name, listed in parsed}
-    plan = PrunePlan(last["kept"], depth, settings["criterion"], scheme, distribution, groups=groups)
+    plan = PrunePlan(last["kept"], depth, settings["criterion"], scheme, distribution, groups=groups, runs=runs)
     return dataclasses.replace(run, plan=plan, decided=False)
 
 

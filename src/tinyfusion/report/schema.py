@@ -90,7 +90,8 @@ RECIPE = {
     "expected": [{"metric!": str, "value!": float, "tolerance!": float, "note": str}],
     "evaluate": {"references": [str]},
     "train": _TRAINING,
-    "prune": {"criterion": str, "scheme": (str, None), "distribution": (str, None), "protect": ([int], None), "training": _TRAINING},
+    "prune": {"criterion": str, "scheme": (str, None), "distribution": (str, None), "protect": ([int], None),
+              "runs": (Least(int, 1), None), "training": _TRAINING},
     "recover": {"training": _TRAINING},
     "dynamic": {"training": _TRAINING, "in_run": bool},
 }  # fmt: skip

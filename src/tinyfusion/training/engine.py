@@ -145,7 +145,10 @@ class Engine:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return torch.zeros((), device=self.device)
-        norms = torch.stack(torch._foreach_norm([local_part(g) for g in gradients]))
+        low = any(g.dtype != gradients[0].dtype or g.element_size() < 4 for g in gradients)
+        norms = torch.stack(
+            torch._foreach_norm([local_part(g) for g in gradients], dtype=torch.float32 if low else None)
+        )
         if self._split is None:
             return torch.linalg.vector_norm(norms)
         split = torch.tensor([is_sharded(g) for g in gradients], device=norms.device)

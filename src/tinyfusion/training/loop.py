@@ -122,7 +122,7 @@ def train_steps(
                 microbatches = list(objective.prepared(state.model, microbatches))
             state.optimizer.zero_grad(set_to_none=True)
             terms, losses = _forward_backward(state, forward, microbatches, settings, engine)
-            norm, applied = _update(state, terms["loss"], settings, engine)
+            norm, applied = _update(state, terms["loss"], settings, engine, randomness.seed)
             state.step += 1
             state.seen_images += settings.batch_size
             bad_samples = [] if applied else engine.gathered(_bad_samples(losses, settings, engine))
@@ -157,7 +157,9 @@ def _bad_samples(losses: list[Tensor], settings: TrainingSection, engine: Engine
     return [first + int(index) for index in (~torch.isfinite(torch.cat(losses))).nonzero()]
 
 
-def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: Engine) -> tuple[Tensor, bool]:
+def _update(
+    state: TrainState, loss: Tensor, settings: TrainingSection, engine: Engine, seed: int
+) -> tuple[Tensor, bool]:
     """Clip gradients and update, unless loss or norm is not finite, or the norm reaches `skip_norm`.
 
     Returns (norm before clipping, whether the update was applied).
@@ -181,8 +183,7 @@ def _update(state: TrainState, loss: Tensor, settings: TrainingSection, engine: 
             gradients = [local_part(p.grad) for p in group if p.grad is not None]
             if gradients and number != 1:  # most steps of a calm training save two passes over all gradients
                 torch._foreach_mul_(gradients, factor)
-        state.optimizer.step()
-        state.ema.update()
+        state.update(seed)
         state.bad_steps = 0
     elif finite or not (state.scale.can_fall and math.isfinite(loss_value)):
         state.bad_steps += 1

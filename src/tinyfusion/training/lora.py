@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinyfusion.training.optim import hush_bitsandbytes
 
-_ADAPTER = "delta"
+ADAPTER = "delta"  # in the names of factors
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
@@ -33,7 +33,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     generator = torch.Generator().manual_seed(seed)
     factors = {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
     with torch.no_grad():
@@ -65,10 +65,10 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 
 def delta_weights(averages: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """{name of a weight in the model without LoRA: its update scale * B A}, from the (averaged) factors by name."""
-    suffix = f".lora_A.{_ADAPTER}.weight"
+    suffix = f".lora_A.{ADAPTER}.weight"
     layers = [name.removesuffix(suffix) for name in averages if name.endswith(suffix)]
     return {
-        f"{layer}.weight": scale * averages[f"{layer}.lora_B.{_ADAPTER}.weight"] @ averages[layer + suffix]
+        f"{layer}.weight": scale * averages[f"{layer}.lora_B.{ADAPTER}.weight"] @ averages[layer + suffix]
         for layer in layers
     }
 

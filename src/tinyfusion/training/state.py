@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.training.optim import ParameterGroup, adamw
+from tinyfusion.training.rounding import hold_weights, rounded_step
 from tinyfusion.training.saved import Progress, SavedState
 from tinyfusion.training.shards import first_row, is_sharded, like_part, local_part, whole
 
@@ -21,22 +22,40 @@ _START_SCALE, _LOWEST_SCALE, _GROW_EVERY = 2.0**16, 1.0, 2000
 class Ema:
     """Exponential moving average e <- decay * e + (1 - decay) * p of named parameters p, initialised with p.
 
-    The average of a sharded parameter is sharded in the same way, and every rank updates its own rows.
+    It is in float32 at least, also of bfloat16 parameters, whose precision a small share of a step is below. With decay 0 it is
+    the parameters themselves, without a copy. on_host: in the host's memory, and updated there. The average of a sharded
+    parameter is sharded in the same way, and every rank updates its own rows; on the host that is refused with UserError.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float, on_host: bool = False) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1); got {decay}")
+        if on_host and decay and any(is_sharded(p) for p in parameters.values()):
+            raise UserError("ema_device cpu needs whole parameters, and compute.parallel fsdp2 splits them: use same")
         self.decay = decay
         self.parameters = dict(parameters)
-        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        self.on_host = on_host and decay > 0
+        self.average = {name: p.detach() if decay == 0 else self._copied(p.detach()) for name, p in parameters.items()}
+
+    def _copied(self, parameter: Tensor) -> Tensor:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return parameter.to("cpu" if self.on_host else parameter.device, dtype, copy=True)
 
     @torch.no_grad()
     def update(self) -> None:
         """Update the average with the current parameters; call it once per step."""
-        averages = [local_part(average) for average in self.average.values()]
-        current = [local_part(p) for p in self.parameters.values()]
-        torch._foreach_lerp_(averages, current, 1 - self.decay)
+        if self.decay == 0:
+            return
+        pairs = [
+            (local_part(a), local_part(p)) for a, p in zip(self.average.values(), self.parameters.values(), strict=True)
+        ]
+        alike = [(a, p) for a, p in pairs if (a.dtype, a.device) == (p.dtype, p.device)]
+        if alike:
+            averages, current = zip(*alike, strict=True)
+            torch._foreach_lerp_(averages, current, 1 - self.decay)
+        for average, parameter in pairs:
+            if (average.dtype, average.device) != (parameter.dtype, parameter.device):
+                average.lerp_(parameter.to(average.device).to(average.dtype), 1 - self.decay)  # moved before it grows
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
@@ -98,13 +117,23 @@ class TrainState:
     def __init__(self, model: nn.Module, groups: Sequence[ParameterGroup], settings: TrainingSection) -> None:
         self.model = model
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
+        hold_weights(model, self.parameters, settings)
         self.optimizer: torch.optim.Optimizer = adamw(groups, settings)
-        self.ema = Ema(self.parameters, settings.ema_decay)
+        self.ema = Ema(self.parameters, settings.ema_decay, settings.ema_device == "cpu")
         self.scale = LossScale(settings.dtype == "float16")
         self.step = 0
         self.seen_images = 0  # in all steps so far, whatever their batch sizes
         self.bad_steps = 0
         self._optimizer_name: str = settings.optimizer
+
+    def update(self, seed: int) -> None:
+        """Make the optimiser's step and update the average. seed: addresses the rounding of bfloat16 weights."""
+        if any(p.dtype == torch.bfloat16 for p in self.parameters.values()):
+            names = {p: name for name, p in self.parameters.items()}
+            rounded_step(self.optimizer, names, seed, self.step)  # type: ignore[arg-type]
+        else:
+            self.optimizer.step()
+        self.ema.update()
 
     def weights(self) -> dict[str, Tensor]:
         """The trained parameters by name, gathered from all ranks, each of which must call this."""
@@ -144,7 +173,7 @@ class TrainState:
             own.copy_(saved.rows(key, first_row(target), own.shape[0] if own.ndim else 1))
         self.optimizer.state.clear()
         for key in saved.names():
-            if key not in targets:
+            if key not in targets and not self._unused(key):
                 _, slot, name = key.split("/", 2)
                 parameter = self.parameters[name]
                 self.optimizer.state[parameter][slot] = _placed(saved, key, parameter)
@@ -158,12 +187,18 @@ class TrainState:
     def _fixed(self) -> dict[str, Tensor]:
         """The tensors that exist before the first step."""
         tensors: dict[str, Tensor] = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
+        if self.ema.decay == 0:  # it is the weights
+            return tensors
         return tensors | {f"ema/{name}": average for name, average in self.ema.average.items()}
 
     def _optimizer_state(self) -> dict[str, Tensor | float]:
         """Tensors and numbers of the optimiser by "SLOT/PARAMETER"."""
         state = self.optimizer.state
         return {f"{k}/{name}": v for name, p in self.parameters.items() for k, v in state.get(p, {}).items()}
+
+    def _unused(self, key: str) -> bool:
+        """Whether a tensor of a checkpoint is an average that this training is without."""
+        return self.ema.decay == 0 and key.startswith("ema/")
 
     def _check(self, saved: SavedState, targets: Mapping[str, Tensor]) -> None:
         progress = saved.progress
@@ -177,7 +212,7 @@ class TrainState:
             got = f"{saved.dtype(key)} of shape {saved.shape(key)}" if key in names else "none"
             if got != wanted:
                 raise UserError(f"it has no fitting {key}: wanted {wanted}, got {got}")
-        extra = [key for key in names if key not in targets]
+        extra = [key for key in names if key not in targets and not self._unused(key)]
         for key in [*extra, *(f"optimizer/{key}" for key in progress.optimizer_numbers)]:
             kind, _, rest = key.partition("/")
             name = rest.partition("/")[2]
