@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tinyfusion.blocks.plan import PrunePlan
@@ -192,18 +191,11 @@ def recover_model(
     work = recovery(recipe, student.copy(), teacher.copy() if teacher else None, task, source, engine)
     for record in work.steps():
         on_step(record)
-<<<<<<< HEAD
-    recovered = work.averaged()
+    recovered, types = work.averaged(), {name: p.dtype for name, p in student.module.named_parameters()}
+    for name, parameter in recovered.module.named_parameters():
+        parameter.data = parameter.data.to(types[name])
     recovered.module.train(student.module.training)
     return recovered
-=======
-    with torch.no_grad():
-        done, types = work.merged(work.state.averages()), {n: p.dtype for n, p in student.module.named_parameters()}
-        for name, parameter in work.model.module.named_parameters():
-            parameter.data = done.get(name, parameter).to(parameter.device, types[name])
-    work.model.module.train(student.module.training)
-    return work.model
->>>>>>> memory
 
 
 def sample_images(

@@ -63,7 +63,7 @@ class Recover(TrainingVerb[Training]):
     def says(self, inputs: Inputs, work: Training) -> dict[str, str]:
         """The method."""
         settings = inputs.recipe.recover
-        how = [settings.method]
+        how: list[str] = [settings.method]
         how += ["low-rank updates"] if settings.update == "lora" else []
         how += [f"teacher {settings.teacher_storage}"] if settings.teacher_storage != "own" else []
         return {"method": ", ".join(how)}
@@ -79,7 +79,6 @@ class Recover(TrainingVerb[Training]):
         return {"seconds": seconds}
 
 
-<<<<<<< HEAD
 def _with_taught_target(recipe: Recipe, student: LoadedModel, remarks: list[str]) -> Recipe:
     """The recipe with the teacher's output as the only target, for a student that has guidance as an input, unless it says otherwise.
 
@@ -96,13 +95,13 @@ def _with_taught_target(recipe: Recipe, student: LoadedModel, remarks: list[str]
         remarks.append(f"recover.alpha_kd=1: {wrong}, and the teacher's is the only target")
         return dataclasses.replace(recipe, recover=dataclasses.replace(recipe.recover, alpha_kd=1.0))
     return recipe
-=======
+
+
 def save_lora(folder: RunDirectory, factors: Mapping[str, Tensor], scale: float) -> None:
     """Write lora.safetensors, the averaged updates alone, on the rank that writes."""
     if folder.writes:
         with atomic_write(folder.path / "lora.safetensors") as temporary:
             save_file(lora_tensors(factors, scale), temporary, metadata={"format": "pt"})
->>>>>>> memory
 
 
 def _opened_as_then(options: RunOptions, job: Mapping[str, Any]) -> RunOptions:

@@ -29,14 +29,9 @@ from tinyfusion.recover.distill import distilled
 from tinyfusion.recover.placing import place_models
 from tinyfusion.training.engine import Engine, cut
 from tinyfusion.training.loop import BatchSource, ForwardPass, StepRecord, noisy_microbatches, train_steps
-<<<<<<< HEAD
-from tinyfusion.training.optim import decay_groups, linear, trainable
-from tinyfusion.training.shards import local_part
-=======
 from tinyfusion.training.optim import decay_groups, linear
 from tinyfusion.training.rounding import as_float32
-from tinyfusion.training.shards import local_part, whole
->>>>>>> memory
+from tinyfusion.training.shards import local_part
 from tinyfusion.training.state import TrainState
 
 
@@ -108,23 +103,11 @@ class Training:
 
     def averaged(self) -> LoadedModel:
         """The model with averaged weights, unsharded and on the CPU. Every process must call."""
-<<<<<<< HEAD
-        return self.model.with_changed(self.state.averages())
+        return self.model.with_changed(self.merged(self.state.averages()))
 
     def raw(self) -> LoadedModel:
         """The model with its current weights, unsharded and on the CPU. Every process must call."""
-        return self.model.with_changed(self.state.weights())
-=======
-        return self._with(self.merged(self.state.averages()))
-
-    def raw(self) -> LoadedModel:
-        """The model with its current weights, unsharded and on the CPU. Every process must call."""
-        return self._with(self.merged(self.state.weights()))
-
-    def _with(self, trained: Mapping[str, Tensor]) -> LoadedModel:
-        tensors = self.model.module.state_dict().items()
-        return self.model.with_weights({n: trained[n] if n in trained else whole(t) for n, t in tensors})
->>>>>>> memory
+        return self.model.with_changed(self.merged(self.state.weights()))
 
     def disk_bytes(self) -> int:
         """Bytes of a run: checkpoints (weights, average, two moments; one more while it is written), two models, the log."""
@@ -241,18 +224,9 @@ def recovery(
     settings, training = recipe.recover, recipe.recover.training
     pairs = _pairs(student, teacher, recipe.teacher) if teacher else []
     channels = residual_channels(student, teacher) if teacher and settings.compares_features else None
-<<<<<<< HEAD
-    engine.place(student.module.train().float(), list(student.stack))  # files may have other types
-    objective: Objective = process
-    if teacher:
-        if training.dtype == "float32":
-            teacher.module.float()
-        engine.place_teacher(frozen(teacher.module), list(teacher.stack))
-=======
     placed = place_models(student, teacher, settings, engine, Randomness(recipe.seed).generator_seed("recovery lora"))
     objective: Objective = process
     if teacher:
->>>>>>> memory
         try:
             objective = distilled(settings, process, teacher, placed.student, pairs, channels, placed.passing)
         except ValueError as error:

@@ -8,7 +8,8 @@ from tinyfusion.config.recipe import FlowSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.data.batches import Batches
 from tinyfusion.data.latents import LATENTS, LatentBatches
-from tinyfusion.families.diffusers_classes.calls import call_of, check_latents
+from tinyfusion.families.diffusers_classes.call_rows import call_of
+from tinyfusion.families.diffusers_classes.calls import check_latents
 from tinyfusion.families.diffusers_classes.schedules import FlowSchedule, gaussian_schedule
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Process

@@ -23,7 +23,7 @@ class WrappedModel(LoadedModel):
     def with_weights(self, tensors: Mapping[str, Tensor]) -> LoadedModel:
         """The same model with other values, in a copy of the module."""
         other = self.copy()
-        other.module.load_state_dict(tensors)
+        other.module.load_state_dict(dict(tensors))
         return other
 
 

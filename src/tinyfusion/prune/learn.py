@@ -26,6 +26,7 @@ from tinyfusion.prune.gates import CategoricalGates, GateDistribution, SubsetGat
 from tinyfusion.prune.layout import GateLayout, gate_layout
 from tinyfusion.training.lora import add_lora, cast_frozen_linears, delta_weights, without_lora
 from tinyfusion.training.optim import ParameterGroup, linear, trainable
+from tinyfusion.training.rounding import hold_weights
 from tinyfusion.training.state import Ema
 
 
@@ -182,19 +183,15 @@ def mask_learner(
     seed: of the updates' initial values. place: moves the copy to the device, and may shard it (`Engine.place`).
     Raises UserError if the scheme does not fit.
     """
-<<<<<<< HEAD
     layout = gate_layout(teacher)
     protect = layout.protected(settings.protect)
-    groups = parse_scheme(settings.scheme, layout.sizes, settings.distribution, protect)
-=======
-    groups = parse_scheme(
-        settings.scheme, teacher.stack.depths(), settings.distribution, settings.protect, settings.runs
-    )
->>>>>>> memory
+    groups = parse_scheme(settings.scheme, layout.sizes, settings.distribution, protect, settings.runs)
     module = teacher.copy().module.train()
     make_trainable(module, teacher.family)  # a frozen teacher's copy is frozen
     deltas = _deltas(module, settings, seed)
-    if settings.training.dtype != "float32" and settings.update != "full":
+    if settings.update == "full":
+        hold_weights(module, deltas, settings.training)
+    elif settings.training.dtype != "float32":
         cast_frozen_linears(module, getattr(torch, settings.training.dtype))
     else:
         module.float()  # files may have other types

@@ -34,7 +34,11 @@ class PackedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        bias = (
+            None
+            if linear._parameters["bias"] is None
+            else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        )
         self.register_parameter("bias", bias)
         self.weight = nn.Parameter(self.packed(linear.weight.detach()), requires_grad=False)
 
@@ -60,7 +64,7 @@ class _Multiplied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        bias = None if layer._parameters["bias"] is None else layer.bias.to(x.dtype)
         return F.linear(x, layer.expanded(x.dtype), bias)
 
     @staticmethod

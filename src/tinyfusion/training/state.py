@@ -130,7 +130,7 @@ class TrainState:
         """Make the optimiser's step and update the average. seed: addresses the rounding of bfloat16 weights."""
         if any(p.dtype == torch.bfloat16 for p in self.parameters.values()):
             names = {p: name for name, p in self.parameters.items()}
-            rounded_step(self.optimizer, names, seed, self.step)  # type: ignore[arg-type]
+            rounded_step(self.optimizer, names, seed, self.step)
         else:
             self.optimizer.step()
         self.ema.update()
