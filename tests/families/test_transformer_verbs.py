@@ -451,7 +451,7 @@ def test_a_model_of_the_hub_is_named_as_the_parent(
     pipeline: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = lambda name: (pipeline, {"hub": name, "license": "mit"})  # noqa: E731
-    monkeypatch.setattr("tinyfusion.jobs.transformers.by_name", cached)
+    monkeypatch.setattr("tinyfusion.jobs.transformer_sources.by_name", cached)
     run("prune", "--teacher", "org/flux", "--criterion", "first", "--out", tmp_path / "run")
     card = (tmp_path / "run/student/README.md").read_text()
     assert "base_model: org/flux" in card
