@@ -14,14 +14,8 @@ from tinyfusion.core.progress import progress
 from tinyfusion.core.reading import read_text
 from tinyfusion.core.records import file_output, say_finished, stamp
 from tinyfusion.data.recorded import recorded_in, write_recorded
-from tinyfusion.jobs.recording import (
-    Drawing,
-    dtype_name,
-    opened_pipeline,
-    pipeline_class,
-    recorded_calls,
-    transformer_in,
-)
+from tinyfusion.jobs.pipelines import opened_pipeline, pipeline_class, transformer_in
+from tinyfusion.jobs.recording import Drawing, dtype_name, recorded_calls
 from tinyfusion.models.hub import HUB_ID, fetch_pipeline
 from tinyfusion.models.places import exists
 
