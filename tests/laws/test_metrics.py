@@ -17,7 +17,7 @@ from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 
 from tinyfusion.commands.evaluate import evaluate
-from tinyfusion.commands.sample import write_samples
+from tinyfusion.jobs.drawn_output import write_samples
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness

@@ -24,6 +24,7 @@ from tinyfusion.config.constraints import (
     Side,
     SmallCount,
 )
+from tinyfusion.config.pipeline_section import PipelineSection
 from tinyfusion.config.process_sections import FlowSampleSection, FlowSection, MaskedSampleSection, MaskedSection
 from tinyfusion.config.training_sections import (
     ComputeSection,
@@ -40,7 +41,7 @@ from tinyfusion.config.training_sections import (
 __all__ = [
     "BenchSection", "ComputeSection", "Criterion", "DataSection", "Dtype", "DynamicSection", "EncodeSection", "EvaluateSection",
     "Expectation", "FlowSampleSection", "FlowSection", "MaskedSampleSection", "MaskedSection", "ModelSection",
-    "PruneSection", "Recipe", "RecoverSection", "Recovery", "SampleSection", "Sampler", "SpeedSection",
+    "PipelineSection", "PruneSection", "Recipe", "RecoverSection", "Recovery", "SampleSection", "Sampler", "SpeedSection",
     "TrainingSection", "WatchSection",
 ]  # fmt: skip
 
@@ -264,6 +265,7 @@ class Recipe:
     recover: RecoverSection = field(default_factory=RecoverSection)
     dynamic: DynamicSection = field(default_factory=DynamicSection)
     sample: SampleSection = field(default_factory=SampleSection)
+    pipeline: PipelineSection = field(default_factory=PipelineSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     speed: SpeedSection = field(default_factory=SpeedSection)
     bench: BenchSection = field(default_factory=BenchSection)

@@ -1,7 +1,12 @@
-"""Pipelines of diffusers: the class that a folder names, its transformers, and opening it with one of them replaced."""
+"""Pipelines of diffusers: found for a model, checked, and opened with the model as their transformer."""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +16,18 @@ from torch import nn
 
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.reading import parse_json, read_json_object, read_text
 from tinyfusion.families.diffusers_classes.folder import (
     INDEX,
     TransformerFolder,
     component_folders,
+    components,
     open_transformer,
 )
 from tinyfusion.families.diffusers_classes.rows import rows_with
+from tinyfusion.jobs.transformers import transformer_of
+from tinyfusion.models.hub import HUB_ID, fetch_pipeline
+from tinyfusion.models.places import RUN_MODELS, exists
 
 # of diffusers, transformers and safetensors on folders and arguments that do not fit
 REFUSALS = (
@@ -85,13 +94,34 @@ def transformer_in(pipeline: Path, component: str | None, blocks: Path | None) -
     return open_transformer(folders[name], rows)
 
 
-def opened_pipeline(kind: Any, folder: Path, model: TransformerFolder, device: torch.device) -> Any:
-    """The pipeline, its transformer mapped from its files in their own types, the other components in the transformer's type.
+def pipeline_folder(source: str) -> Path:
+    """The folder of a pipeline, fetched where it is a hub id. Raises UserError where there is none."""
+    path = Path(source)
+    if exists(path):
+        if not (path / INDEX).is_file():
+            raise UserError(f"{path} is no pipeline of diffusers: wanted a folder with {INDEX}, or a hub id")
+        return path
+    if HUB_ID.fullmatch(source) and not path.parent.exists():
+        return fetch_pipeline(source)
+    raise UserError(f"no pipeline at {source}: no such folder, and it is no hub id")
 
-    On a device with less free memory than all weights take its components are there in turn.
-    """
-    module: Any = model.module()
-    own = {"dtype": module.dtype, model.path.name: module}
+
+def opened_pipeline(
+    kind: Any,
+    folder: Path,
+    models: Mapping[str, TransformerFolder],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The pipeline with these models as its components, mapped from their files; other components in the type of the first one.
+
+    dtype: of all weights; None leaves the models in the types of their files. On a device with less free memory than all
+    weights take, components are there in turn, and where the largest does not fit, its layers. Nothing is fetched, and no code
+    of a folder is run.
+    """  # fmt: skip
+    modules = {name: in_type(model.module(), dtype) for name, model in models.items()}
+    own = {"dtype": dtype or next(iter(modules.values())).dtype, **modules}
+    _no_progress_bars()
     try:
         pipeline = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **own
@@ -100,11 +130,188 @@ def opened_pipeline(kind: Any, folder: Path, model: TransformerFolder, device: t
         raise UserError(f"diffusers does not open {folder} as a {kind.__name__}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     free = available_bytes(device) if device.type == "cuda" else None
-    weights = sum(
-        t.nbytes for part in pipeline.components.values() if isinstance(part, nn.Module) for t in part.parameters()
-    )
-    if free is not None and weights > 0.8 * free:
+    sizes = [
+        sum(tensor.nbytes for tensor in part.parameters())
+        for part in pipeline.components.values()
+        if isinstance(part, nn.Module)
+    ]
+    if free is not None and max(sizes, default=0) > 0.8 * free:
+        pipeline.enable_sequential_cpu_offload(device=device)
+    elif free is not None and sum(sizes) > 0.8 * free:
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)
     return pipeline
+
+
+def _no_progress_bars() -> None:
+    """Those of diffusers and transformers about the loading of components."""
+    from diffusers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_bar
+
+    disable_progress_bar()
+    disable_bar()
+
+
+def in_type(module: Any, dtype: torch.dtype | None) -> Any:
+    """The module with its floating-point tensors in this type, but for those that its class keeps in float32; None: as it is."""
+    if dtype is None:
+        return module
+    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and tensor.dtype != torch.float64:
+            wanted = torch.float32 if any(part in kept for part in name.split(".")) else dtype
+            tensor.data = tensor.data.to(wanted)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------------- pipeline of a model
+
+
+@dataclass(frozen=True)
+class ModelPipeline:
+    """A pipeline of diffusers that draws with a model. kind: its class. models: its transformers by component, as drawn with."""
+
+    folder: Path
+    kind: Any
+    models: Mapping[str, TransformerFolder]
+
+    @cached_property
+    def model_hash(self) -> str:
+        """The hash of the transformer; of several one over all."""
+        hashes = [f"{name} {model.hash}" for name, model in sorted(self.models.items())]
+        one = next(iter(self.models.values()))
+        return one.hash if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    @cached_property
+    def rest_hash(self) -> str:
+        """SHA-256 over everything but the transformers: index, configurations, and names and sizes of weights."""
+        digest = hashlib.sha256()
+        for name in ("", *sorted({*components(self.folder)} - {*self.models})):
+            for file in sorted((self.folder / name).glob("*") if name else [self.folder / INDEX]):
+                if file.is_file():
+                    plain = file.suffix in (".json", ".txt")
+                    content = file.read_bytes() if plain else str(file.stat().st_size).encode()
+                    digest.update(f"{name}/{file.name}\0{hashlib.sha256(content).hexdigest()}\0".encode())
+        return digest.hexdigest()
+
+    def opened(self, device: torch.device, dtype: str | None = None) -> Any:
+        """The pipeline, as of `opened_pipeline`."""
+        kind = None if dtype is None else getattr(torch, dtype)
+        return opened_pipeline(self.kind, self.folder, self.models, device, kind)
+
+    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `given` that are not None, checked. Raises UserError where the pipeline has no prompt or not one of them."""
+        known = inspect.signature(self.kind.__call__).parameters
+        if "prompt" not in known:
+            raise UserError(f"a {self.kind.__name__} takes no prompt, so it draws nothing from --prompts")
+        wanted = {name: value for name, value in given.items() if value is not None}
+        if odd := next((name for name in wanted if name not in known), None):
+            raise UserError(f"a {self.kind.__name__} has no {odd}: leave that option out")
+        return wanted
+
+
+def pipeline_of(
+    source: str, blocks: Path | None, folder: str | None = None, component: str | None = None
+) -> ModelPipeline:
+    """The pipeline that draws with a model.
+
+    source: a pipeline (folder or hub id), a run of `prune` or `recover`, whose record names the teacher, or the folder of a
+    transformer. folder: the pipeline, where neither says it. component: the transformer's name in it, where it has several.
+    Raises UserError where there is none, and where the model does not fit.
+    """
+    path = Path(source)
+    if not exists(path) and HUB_ID.fullmatch(source) and not path.parent.exists():
+        path = fetch_pipeline(source)
+    if (path / INDEX).is_file() and folder is None:
+        return _checked(path, _own_models(path, component, blocks))
+    model = transformer_of(_model_in(path, source), blocks)
+    if model is None:
+        raise UserError(
+            f"{source} is no transformer of diffusers, and --prompts FILE of texts is drawn by a pipeline of diffusers: give "
+            "a pipeline's folder, or a run of `prune` or `recover` of its transformer"
+        )
+    if folder is None and model.pipeline is not None:
+        place, component = model.pipeline, model.path.name
+    else:
+        place, component = _teachers(source, folder, component)
+    own = _own_models(place, None, blocks)
+    names = [name for name, each in own.items() if each.class_name == model.class_name]
+    if component is None and len(names) > 1:
+        raise UserError(f"{place} has {len(names)} of a {model.class_name}: give --component {' or '.join(names)}")
+    name = component or next(iter(names), None)
+    if name not in names:
+        has = ", ".join(f"{name} {each.class_name}" for name, each in own.items()) or "none that has a row of blocks"
+        raise UserError(f"{source} is a {model.class_name}, and {place} has as transformers: {has}")
+    _check_fits(source, model, own[name])
+    return _checked(place, {**own, name: model})
+
+
+def _model_in(path: Path, source: str) -> str:
+    """The folder of the transformer in a run, the best first; `source` itself where it is no run."""
+    if (path / "run.json").is_file():
+        for name in RUN_MODELS:
+            if (path / name / "config.json").is_file():
+                return str(path / name)
+    return source
+
+
+def _teachers(source: str, folder: str | None, component: str | None) -> tuple[Path, str | None]:
+    """The pipeline as given, else that of the teacher in the run's record, and the component that the teacher is."""
+    if folder is not None:
+        return pipeline_folder(folder), component
+    run = next((each for each in (Path(source), *Path(source).parents) if (each / "run.json").is_file()), None)
+    teacher = (read_json_object(run / "run.json").get("job") or {}).get("teacher") if run else None
+    if not isinstance(teacher, str):
+        raise UserError(f"{source} names no pipeline: give --pipeline FOLDER, that of the model that it was cut from")
+    path = Path(teacher)
+    if exists(path) and not (path / INDEX).is_file() and (path.parent / INDEX).is_file():
+        return path.parent, component or path.name
+    try:
+        return pipeline_folder(teacher), component
+    except UserError as error:
+        raise UserError(f"{source} was cut from {teacher}, and {error}: give --pipeline FOLDER") from error
+
+
+def _own_models(folder: Path, component: str | None, blocks: Path | None) -> dict[str, TransformerFolder]:
+    """The transformers of a pipeline folder by component. Raises UserError where it has none, or none of that name."""
+    rows = rows_with(blocks)
+    if component is not None:
+        transformer_in(folder, component, blocks)  # raises on another name
+    return {path.name: open_transformer(path, rows) for path in component_folders(folder, rows)}
+
+
+def _checked(folder: Path, models: dict[str, TransformerFolder]) -> ModelPipeline:
+    """Raise UserError where the pipeline brings code, has no transformer, or lacks a component that its index names."""
+    kind = pipeline_class(folder)
+    if not models:
+        raise UserError(f"{folder} has no transformer whose class has a row of blocks: give --blocks FILE")
+    for name, part in components(folder).items():
+        if part is not None and name not in models and not (folder / name).is_dir():
+            raise UserError(f"{folder} lacks its component {name}/, a {part}: the folder is incomplete")
+    return ModelPipeline(folder, kind, models)
+
+
+def _check_fits(source: str, model: TransformerFolder, own: TransformerFolder) -> None:
+    """Raise UserError unless the tensors outside of the blocks have the shapes of those of the pipeline's own transformer."""
+    blocks = tuple(f"{path}." for path in own.depths)
+    for name, stored in own.weights.items():
+        other = model.weights.get(name)
+        if name.startswith(blocks) or other is None or other.shape == stored.shape:
+            continue
+        raise UserError(
+            f"{source} does not fit {own.pipeline}: its {name} is {list(other.shape)}, the pipeline's {list(stored.shape)}"
+        )
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one a line, or of a JSON list of texts. Raises UserError where there are none."""
+    text = read_text(path)
+    prompts: Any = [line.strip() for line in text.splitlines() if line.strip()]
+    if path.suffix == ".json":
+        prompts = parse_json(text, str(path))
+        if not isinstance(prompts, list) or not all(isinstance(each, str) and each.strip() for each in prompts):
+            raise UserError(f"{path} holds no prompts: wanted a JSON list of texts, none of them empty")
+    if not prompts:
+        raise UserError(f"{path} holds no prompts: wanted one a line")
+    return list(prompts)
