@@ -303,11 +303,14 @@ VERBS = {
         (
             *_JOB, *_OPENING, _OF_MODEL,
             Option("vs", "model to compare with, measured in turns", "MODEL"),
-            Option("batch_size", "", "N", ("bench.batch_size",)),
-            Option("guidance", "", "X", ("sample.guidance",)),
-            Option("dtype", "", _choices(Dtype), ("bench.dtype",)),
+            Option("batch_size", "", "N", ("bench.batch_size", "pipeline.batch_size")),
+            Option("guidance", "", "X", ("pipeline.guidance", "sample.guidance")),
+            Option("dtype", "", _choices(Dtype), ("bench.dtype", "pipeline.dtype")),
             Option("compile", "", None, ("bench.compile",)),
             Option("repeats", "", "N", ("bench.repeats",)),
+            Option("prompts", "transformers of diffusers: prompts that their pipelines draw, one a line or a JSON list", "PATH",
+                   ("data.prompts",)),
+            *_PIPELINE, _BLOCKS,
         ),
     ),
     "replay": Verb(

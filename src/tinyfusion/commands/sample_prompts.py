@@ -16,7 +16,7 @@ from tinyfusion.core.files import sha256_of
 from tinyfusion.core.rundir import stamp
 from tinyfusion.jobs.assemble import RunOptions, engine_for, plain_recipe
 from tinyfusion.jobs.drawn_output import DrawnOutput
-from tinyfusion.jobs.pipelines import ModelPipeline, pipeline_of, read_prompts
+from tinyfusion.jobs.pipelines import pipeline_of, read_prompts, stored_type, transformer_class_in
 from tinyfusion.jobs.prompt_drawing import PromptDrawing, pipeline_arguments, pipeline_protocol
 from tinyfusion.training.engine import Engine
 
@@ -75,17 +75,6 @@ def sample_prompts(
     return outcome if engine.is_main else {}
 
 
-def stored_type(model: ModelPipeline) -> str:
-    """The type that most numbers of the transformers have in their files."""
-    counts: dict[str, int] = {}
-    for each in model.models.values():
-        for stored in each.weights.values():
-            counts[stored.dtype] = counts.get(stored.dtype, 0) + stored.numel
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    most = max(counts, key=lambda name: counts[name])
-    return names.get(most, most)
-
-
 def check_no_pipeline(recipe: Recipe, source: str) -> None:
     """Raise UserError on settings of a pipeline for a model that is drawn without one."""
     settings, default = recipe.pipeline, type(recipe.pipeline)()
@@ -96,9 +85,9 @@ def check_no_pipeline(recipe: Recipe, source: str) -> None:
             f"{odd} is for prompts drawn by a pipeline of diffusers, and --prompts names no text file: leave it out, or give "
             "--prompts FILE with a prompt a line"
         )
-    path = Path(source)
-    inside = [path, path / "student", path / "recover/student"]
-    if not (path / "model.json").is_file() and any((each / "config.json").is_file() for each in inside[1:]):
-        raise UserError(f"{source} is a transformer of diffusers, which its pipeline draws: give --prompts FILE")
+    if name := transformer_class_in(Path(source)):
+        raise UserError(
+            f"{source} is a {name} of diffusers, which its pipeline draws: give --prompts FILE, a prompt a line"
+        )
     if settings.guidance is not None and settings.guidance < 1:
         raise UserError(f"sample.guidance must be at least 1; got {settings.guidance:g}")

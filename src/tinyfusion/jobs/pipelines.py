@@ -24,7 +24,8 @@ from tinyfusion.families.diffusers_classes.folder import (
     components,
     open_transformer,
 )
-from tinyfusion.families.diffusers_classes.rows import rows_with
+from tinyfusion.families.diffusers_classes.rows import row_for, rows_with
+from tinyfusion.families.registry import family_of_config
 from tinyfusion.jobs.transformers import transformer_of
 from tinyfusion.models.hub import HUB_ID, fetch_pipeline
 from tinyfusion.models.places import RUN_MODELS, exists
@@ -149,8 +150,9 @@ def _no_progress_bars() -> None:
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_bar
 
-    disable_progress_bar()
-    disable_bar()
+    for disable in (disable_progress_bar, disable_bar):
+        off: Any = disable
+        off()
 
 
 def in_type(module: Any, dtype: torch.dtype | None) -> Any:
@@ -247,6 +249,20 @@ def pipeline_of(
     return _checked(place, {**own, name: model})
 
 
+def transformer_class_in(path: Path) -> str | None:
+    """The class of a transformer of diffusers in a folder, pipeline or run that no family of ours opens; else None."""
+    if not path.is_dir() or (path / "model.json").is_file():
+        return None
+    rows = rows_with(None)
+    inside = component_folders(path, rows) if (path / INDEX).is_file() else [Path(_model_in(path, str(path)))]
+    for folder in inside:
+        if (folder / "config.json").is_file():
+            config = read_json_object(folder / "config.json")
+            if row_for(config, rows) is not None and family_of_config(config) is None:
+                return str(config["_class_name"])
+    return None
+
+
 def _model_in(path: Path, source: str) -> str:
     """The folder of the transformer in a run, the best first; `source` itself where it is no run."""
     if (path / "run.json").is_file():
@@ -302,6 +318,17 @@ def _check_fits(source: str, model: TransformerFolder, own: TransformerFolder) -
         raise UserError(
             f"{source} does not fit {own.pipeline}: its {name} is {list(other.shape)}, the pipeline's {list(stored.shape)}"
         )
+
+
+def stored_type(model: ModelPipeline) -> str:
+    """The type that most numbers of the transformers have in their files."""
+    counts: dict[str, int] = {}
+    for each in model.models.values():
+        for stored in each.weights.values():
+            counts[stored.dtype] = counts.get(stored.dtype, 0) + stored.numel
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    most = max(counts, key=lambda name: counts[name])
+    return names.get(most, most)
 
 
 def read_prompts(path: Path) -> list[str]:

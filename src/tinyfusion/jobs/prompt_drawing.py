@@ -123,11 +123,11 @@ def precise_noise(pipeline: Any) -> Iterator[None]:
     Generators give other numbers in other types, and a student in bfloat16 has to start where a teacher in float32 does. A
     pipeline without `prepare_latents`, or whose latents begin with a picture, is left as it is.
     """
-    prepare = getattr(pipeline, "prepare_latents", None)
-    signature = None if prepare is None else inspect.signature(prepare)
-    if signature is None or "dtype" not in signature.parameters:
+    prepare: Any = getattr(pipeline, "prepare_latents", None)
+    if prepare is None or "dtype" not in inspect.signature(prepare).parameters:
         yield
         return
+    signature = inspect.signature(prepare)
 
     def prepared(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
