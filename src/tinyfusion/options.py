@@ -212,7 +212,10 @@ VERBS = {
             Option("samples", "npz or folder of images", "PATH", kind=Path, required=True),
             Option("out", "JSON of the metrics", "PATH", kind=Path, required=True),
             Option("reference", "digits, digits:heldout, or a folder or npz of images", "NAME|PATH"),
-            Option("against", "npz of another model from the same seeds: also PSNR and SSIM of the pairs", "PATH", kind=Path),
+            Option("against", "npz of another model from the same seeds: PSNR, SSIM and LPIPS of the pairs", "PATH", kind=Path),
+            Option("clip", "", "PATH|ID", ("evaluate.clip",)),
+            Option("prompts", "prompts of the images, one a line or a JSON list (default those in the record of the npz)", "PATH",
+                   ("data.prompts",)),
         ),
     ),
     "report": Verb(

@@ -187,9 +187,12 @@ class EvaluateSection:
     features: Annotated[
         str,
         Location(("dinov2",)),
-        "feature extractor: digits-classifier, inception (weights downloaded once), a file of its weights, dinov2:FOLDER, "
-        "or a folder with classifier.json; empty: digits-classifier for images like the digits",
+        "feature extractor: digits-classifier, inception (weights downloaded once), a file of its weights, "
+        "dinov2:FOLDER or dinov2:ID of the hub, or a folder with classifier.json; empty: digits-classifier for images like the digits",
     ] = ""
+    clip: Annotated[
+        str | None, Location(), "CLIP model saved by transformers, a folder or hub id, for the CLIP score of images and prompts"
+    ] = None  # fmt: skip
     neighbours: Annotated[SmallCount, "k of precision and recall"] = 3
     is_splits_size: Annotated[Count, "images per split of the Inception Score"] = 5000
     checkpoints: Annotated[int, Ge(0), Le(10**6), "checkpoints of the recovery that are sampled for a curve of FID"] = 0

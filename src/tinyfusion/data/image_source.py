@@ -80,6 +80,14 @@ def open_npz(path: Path, videos: bool = False) -> ImageSource:
     return _streamed_npz(path, header)
 
 
+def is_videos(path: Path) -> bool:
+    """Whether arr_0 of an npz has the shape of videos."""
+    if not is_npz(path):
+        return False
+    with opened_npz(path) as archive:
+        return "arr_0" in archive.names and len(archive.header("arr_0").shape) == 5
+
+
 def _streamed_npz(path: Path, header: ArrayHeader) -> ImageSource:
     def read(size: int) -> Iterator[np.ndarray]:
         with opened_npz(path) as archive:
