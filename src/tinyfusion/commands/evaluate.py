@@ -81,6 +81,9 @@ def evaluate(
         inputs |= {"reference": distances.real.hash, "features": distances.extractor.hash}
     else:
         protocol = f"{NO_FEATURES} | {NO_REFERENCE} | {sampling}"
+    if clip:
+        features, _, rest = protocol.partition(" | ")
+        protocol = f"{'' if features == NO_FEATURES else f'{features}, '}{clip.name} | {rest}"
     inputs["protocol"] = protocol
     if pairs is not None:
         inputs["against"] = pairs.hash()

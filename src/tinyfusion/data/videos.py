@@ -56,8 +56,3 @@ def _joined(program: str, frames: Path, video: np.ndarray, frames_per_second: in
         return ""
     made.unlink(missing_ok=True)
     return " ".join(ran.stderr.split())[-200:] or f"exit code {ran.returncode}"
-
-
-def middle_frames(videos: np.ndarray) -> np.ndarray:
-    """(N, H, W, 3): the middle frame of every video; images (N, H, W, C) as they are."""
-    return videos[:, videos.shape[1] // 2] if videos.ndim == 5 else videos

@@ -29,6 +29,11 @@ class PromptScores:
     prompts: Sequence[str]
 
     @property
+    def name(self) -> str:
+        """The score in a protocol."""
+        return f"CLIP {self.scorer.name} {self.scorer.hash[:8]}"
+
+    @property
     def inputs(self) -> dict[str, str]:
         """What the score depends on besides the images, for the plain recipe."""
         digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
