@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ from tinyfusion.families.diffusers_classes.rows import row_for, rows_with
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.jobs.transformers import transformer_of
 from tinyfusion.models.hub import HUB_ID, fetch_pipeline
-from tinyfusion.models.places import RUN_MODELS, exists
+from tinyfusion.models.places import RUN_MODELS, exists, is_shipped
 
 # of diffusers, transformers and safetensors on folders and arguments that do not fit
 REFUSALS = (
@@ -192,8 +193,11 @@ class ModelPipeline:
         for name in ("", *sorted({*components(self.folder)} - {*self.models})):
             for file in sorted((self.folder / name).glob("*") if name else [self.folder / INDEX]):
                 if file.is_file():
-                    plain = file.suffix in (".json", ".txt")
-                    content = file.read_bytes() if plain else str(file.stat().st_size).encode()
+                    content = str(file.stat().st_size).encode()
+                    if file.name == INDEX:  # an export writes it anew
+                        content = json.dumps(read_json_object(file), sort_keys=True).encode()
+                    elif file.suffix in (".json", ".txt"):
+                        content = file.read_bytes()
                     digest.update(f"{name}/{file.name}\0{hashlib.sha256(content).hexdigest()}\0".encode())
         return digest.hexdigest()
 
@@ -228,6 +232,8 @@ def pipeline_of(
     if (path / INDEX).is_file() and folder is None:
         return _checked(path, _own_models(path, component, blocks))
     model = transformer_of(_model_in(path, source), blocks)
+    if model is None and not exists(path) and not is_shipped(source):
+        raise UserError(f"no model at {source}: no such folder, and it is no hub id")
     if model is None:
         raise UserError(
             f"{source} is no transformer of diffusers, and --prompts FILE of texts is drawn by a pipeline of diffusers: give "

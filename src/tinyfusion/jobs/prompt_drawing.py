@@ -120,8 +120,8 @@ def called(pipeline: Any, **arguments: Any) -> Any:
 def precise_noise(pipeline: Any) -> Iterator[None]:
     """Within the context the first noise of a pipeline is drawn in float32 and then rounded to the type that it wants.
 
-    Generators give other numbers in other types, and a student in bfloat16 has to start where a teacher in float32 does. A
-    pipeline without `prepare_latents`, or whose latents begin with a picture, is left as it is.
+    Generators give other numbers in other types where their count is no multiple of 16, and a student in bfloat16 has to start
+    where a teacher in float32 does. A pipeline without `prepare_latents`, or whose latents begin with a picture, is left as it is.
     """
     prepare: Any = getattr(pipeline, "prepare_latents", None)
     if prepare is None or "dtype" not in inspect.signature(prepare).parameters:
