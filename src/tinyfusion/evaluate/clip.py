@@ -26,6 +26,7 @@ from tinyfusion.models.hub import transformers_folder
 SCALE = 100.0  # of a cosine
 _BUFFERS = "embeddings.position_ids"  # numbers 0, 1, ... in files of older versions, computed since
 _FILES = ("config.json", "preprocessor_config.json")
+_VOCABULARY = ("vocab.json", "merges.txt")
 _BATCH_SIZE = 32
 
 
@@ -90,6 +91,8 @@ def open_clip(name: str, device: str) -> ClipScorer:
     for file in _FILES:
         if not (folder / file).is_file():
             raise UserError(f"{folder} is no CLIP model as transformers saves it: it has no {file}")
+    if not (folder / "tokenizer.json").is_file() and not all((folder / each).is_file() for each in _VOCABULARY):
+        raise UserError(f"{folder} has no tokenizer: wanted tokenizer.json, or {' and '.join(_VOCABULARY)}")
     if (kind := read_json_object(folder / "config.json").get("model_type")) != "clip":
         raise UserError(f"{folder} is a {kind!r} model, wanted a CLIP model")
     if not any(folder.glob("model*.safetensors")):
@@ -108,9 +111,12 @@ def open_clip(name: str, device: str) -> ClipScorer:
             quiet: Any = disable_progress_bar
             quiet()
             load: Any = CLIPModel.from_pretrained
-            model, report = load(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
+            settings = {
+                "local_files_only": True,
+                "use_safetensors": True,
+                "ignore_mismatched_sizes": True,
+            }  # reported below
+            model, report = load(folder, **settings, dtype=torch.float32, output_loading_info=True)
             processor: Any = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
             tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of transformers, tokenizers, safetensors or json
