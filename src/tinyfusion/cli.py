@@ -158,9 +158,14 @@ def _bench(options: Any, recipe: Recipe) -> dict[str, Any]:
     if launched_rank() > 0:
         return {}
     from tinyfusion.commands.bench import BenchModels, bench
+    from tinyfusion.commands.sample_prompts import draws_prompts
     from tinyfusion.core.device import flush_denormals
 
     flush_denormals()
+    if draws_prompts(recipe):
+        from tinyfusion.commands.bench_prompts import bench_prompts
+
+        return bench_prompts(recipe, BenchModels(options.model, options.vs), options.blocks, options.dry_run)
     models = BenchModels(options.model, options.vs, options.num_heads, options.family, options.num_classes)
     return bench(recipe, models, options.dry_run)
 

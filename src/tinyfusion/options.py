@@ -91,6 +91,13 @@ _OPENING = (
 _RESUME = Option("resume", "checkpoint to resume, instead of the newest in --out", "PATH", kind=Path)
 _FOR = Option("for", "", "diffusers|official", ("destination",))
 _BLOCKS = Option("blocks", "rows for transformer classes of diffusers that the shipped table lacks", "FILE", kind=Path)
+_PIPELINE = (  # of prompts that a pipeline of diffusers draws
+    Option("pipeline", "", "PATH|ID", ("pipeline.folder",)),
+    Option("component", "", "NAME", ("pipeline.component",)),
+    Option("height", "", "N", ("pipeline.height",)),
+    Option("width", "", "N", ("pipeline.width",)),
+    Option("frames", "", "N", ("pipeline.frames",)),
+)
 _RUN_FOLDER = Option("out", "run folder", "PATH", kind=Path, required=True)
 _DATA = Option("data", "data set; see data.name in `tinyfusion recipes --list-fields`", "NAME", ("data.name",))
 _TEACHER = Option("teacher", "", "MODEL", ("teacher",))
@@ -181,17 +188,19 @@ VERBS = {
             *_JOB, *_OPENING, _MODEL,
             Option("out", "npz of images", "PATH", kind=Path, required=True),
             Option("grid", "also write a picture of the first images", "PATH", kind=Path),
-            Option("num_images", "", "N", ("sample.num_images",)),
+            Option("num_images", "", "N", ("sample.num_images", "pipeline.num_images")),
             Option("labels", "", "I,J,..", ("sample.labels",)),
-            Option("prompts", "", "PATH", ("data.prompts",)),
+            Option("prompts", "transformers of diffusers: prompts, one a line or a JSON list; text models: a file of encoded ones",
+                   "PATH", ("data.prompts",)),
             Option("sampler", "", _choices(Sampler), ("sample.sampler",)),
-            Option("num_steps", "", "N", ("sample.num_steps",)),
-            Option("guidance", "", "X", ("sample.guidance",)),
-            Option("batch_size", "", "N", ("sample.batch_size",)),
+            Option("num_steps", "", "N", ("sample.num_steps", "pipeline.num_steps")),
+            Option("guidance", "", "X", ("pipeline.guidance", "sample.guidance")),
+            Option("batch_size", "", "N", ("sample.batch_size", "pipeline.batch_size")),
             Option("png", "also write a folder of PNGs, 000000.png and so on", "PATH", kind=Path),
-            Option("dtype", "", _choices(Dtype), ("sample.dtype",)),
+            Option("dtype", "", _choices(Dtype), ("sample.dtype", "pipeline.dtype")),
             Option("compile", "", None, ("sample.compile",)),
             Option("vae", "", "PATH|ID", ("sample.vae",)),
+            *_PIPELINE, _BLOCKS,
         ),
         parallel=True,
     ),
@@ -203,7 +212,10 @@ VERBS = {
             Option("samples", "npz or folder of images", "PATH", kind=Path, required=True),
             Option("out", "JSON of the metrics", "PATH", kind=Path, required=True),
             Option("reference", "digits, digits:heldout, or a folder or npz of images", "NAME|PATH"),
-            Option("against", "npz of another model from the same seeds: also PSNR and SSIM of the pairs", "PATH", kind=Path),
+            Option("against", "npz of another model from the same seeds: PSNR, SSIM and LPIPS of the pairs", "PATH", kind=Path),
+            Option("clip", "", "PATH|ID", ("evaluate.clip",)),
+            Option("prompts", "prompts of the images, one a line or a JSON list (default those in the record of the npz)", "PATH",
+                   ("data.prompts",)),
         ),
     ),
     "report": Verb(
@@ -294,11 +306,14 @@ VERBS = {
         (
             *_JOB, *_OPENING, _OF_MODEL,
             Option("vs", "model to compare with, measured in turns", "MODEL"),
-            Option("batch_size", "", "N", ("bench.batch_size",)),
-            Option("guidance", "", "X", ("sample.guidance",)),
-            Option("dtype", "", _choices(Dtype), ("bench.dtype",)),
+            Option("batch_size", "", "N", ("bench.batch_size", "pipeline.batch_size")),
+            Option("guidance", "", "X", ("pipeline.guidance", "sample.guidance")),
+            Option("dtype", "", _choices(Dtype), ("bench.dtype", "pipeline.dtype")),
             Option("compile", "", None, ("bench.compile",)),
             Option("repeats", "", "N", ("bench.repeats",)),
+            Option("prompts", "transformers of diffusers: prompts that their pipelines draw, one a line or a JSON list", "PATH",
+                   ("data.prompts",)),
+            *_PIPELINE, _BLOCKS,
         ),
     ),
     "replay": Verb(

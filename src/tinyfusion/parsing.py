@@ -47,6 +47,8 @@ def overrides(verb: str, options: argparse.Namespace) -> dict[str, Any]:
     values = {option: getattr(options, option.name) for option in VERBS[verb].options if option.fields}
     given = {o: value for o, value in values.items() if value is not None and value is not False}
     fields = {field: value for option, value in given.items() for field in option.fields}
+    if fields.get("sample.guidance", 1) < 1 and "pipeline.guidance" in fields:
+        del fields["sample.guidance"]  # a scale that pipelines of diffusers alone know
     if verb == "prune":
         by_index = options.keep is not None
         if by_index and options.criterion not in (None, "indices"):

@@ -147,7 +147,7 @@ def test_overwriting_drops_the_parts_of_another_recipe(cli: Cli, work: Path, mon
     drawn = tinyfusion.jobs.sampling_setup.draw_samples
     with monkeypatch.context() as patch:
         patch.setattr(tinyfusion.jobs.sampling_setup, "draw_samples", killed_after(drawn, 1, signal.SIGTERM))
-        patch.setattr("tinyfusion.commands.sample.shard_images", lambda *_: 6)
+        patch.setattr("tinyfusion.jobs.drawn_output.shard_images", lambda *_: 6)
         cli(*shlex.split(SAMPLE), "--batch-size", "6")
     assert cli(*shlex.split(SAMPLE), "--seed", "1", "--overwrite").code == 0
     assert cli(*shlex.split(SAMPLE.replace("x.npz", "y.npz")), "--seed", "1").code == 0

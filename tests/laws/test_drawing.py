@@ -312,7 +312,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from tinyfusion.jobs.sharded_output import ImageShards
-from tinyfusion.commands.sample import write_samples
+from tinyfusion.jobs.drawn_output import write_samples
 shards = ImageShards(Path(sys.argv[1]), (1024, 128, 128, 3), np.dtype(np.uint8), 64)
 for shard in shards.ranges():
     with open(shards.file(shard), "wb") as file:

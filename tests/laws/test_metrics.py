@@ -17,7 +17,6 @@ from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 
 from tinyfusion.commands.evaluate import evaluate
-from tinyfusion.commands.sample import write_samples
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
@@ -41,6 +40,7 @@ from tinyfusion.evaluate.metrics import (
     summarise,
 )
 from tinyfusion.jobs.assemble import RunOptions, _decoded_once
+from tinyfusion.jobs.drawn_output import write_samples
 from tinyfusion.jobs.scoring import open_images, open_reference, score
 
 BLUR_SIGMAS_PX = (0.3, 0.4, 0.5, 0.7, 1.0)

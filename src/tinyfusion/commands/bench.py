@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tinyfusion.blocks.packed import held_bytes
+from tinyfusion.commands.sample_prompts import check_no_pipeline
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.compiler import check_compiler, compiling
 from tinyfusion.core.rundir import machine
@@ -47,6 +48,7 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
     Raises UserError on settings that do not fit a model.
     """
     settings, device = recipe.bench, device_for(recipe)
+    check_no_pipeline(recipe, names.model)
     if settings.compile:
         check_compiler(device)
     sources = {"model": names.model} | ({"vs": names.vs} if names.vs else {})
@@ -62,24 +64,60 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
         return {"state": "checked", "protocol": protocol}
     steps = SPREAD_STEPS if spread else None
     how = (recipe.sample, settings.batch_size, device, steps, recipe.seed, settings.dtype, settings.compile)
-    sides = {name: timed_model(model, *how) for name, model in models.items()}
-    size = settings.product_size or _PRODUCT_SIZE.get(device.type, _LARGE_PRODUCT)
-    a, b = (torch.full((size, size), 1 / size, dtype=getattr(torch, settings.dtype), device=device) for _ in range(2))
+    timed = {name: timed_model(model, *how) for name, model in models.items()}
+    sides = {name: _side(side, sources[name], hashes[name]) for name, side in timed.items()}
     with ExitStack() as around:
-        for side in sides.values() if settings.compile else ():
+        for side in timed.values() if settings.compile else ():
             around.enter_context(side.model.stack.compiled())
-        peaks = {name: _warmed(side, sources[name], device) for name, side in sides.items()}
-        calls = {**{name: side.run for name, side in sides.items()}, _PRODUCT: lambda: a @ b}
-        times = interleaved(calls, settings.repeats, device, "bench")
+        return measured(sides, recipe, settings.batch_size, settings.dtype, device, protocol)
+
+
+@dataclass(frozen=True)
+class BenchSide:
+    """A model of a comparison. One call of `run` makes `steps` denoising steps of a batch.
+
+    macs, weight_bytes: of a forward pass of one image, and of all weights, after a run. rows: of the network's batch per image.
+    """
+
+    source: str
+    hash: str
+    depth: int
+    num_parameters: int
+    rows: int
+    steps: int
+    run: Callable[[], object]
+    macs: Callable[[], float]
+    weight_bytes: Callable[[], int]
+
+
+def _side(side: TimedModel, source: str, hash: str) -> BenchSide:
+    def weight_bytes() -> int:
+        ran = side.skipped.report()
+        return held_bytes(side.model.module) + (ran["extra_bytes"] if ran else 0)
+
+    facts = (source, hash, len(side.model.stack), side.num_parameters, side.rows, side.steps)
+    return BenchSide(*facts, side.run, lambda: side.macs, weight_bytes)
+
+
+def measured(
+    sides: Mapping[str, BenchSide], recipe: Recipe, batch_size: int, dtype: str, device: torch.device, protocol: str
+) -> dict[str, Any]:
+    """Time the sides in turns with a matrix product of this type, and print and return the outcome."""
+    settings = recipe.bench
+    size = settings.product_size or _PRODUCT_SIZE.get(device.type, _LARGE_PRODUCT)
+    a, b = (torch.full((size, size), 1 / size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+    peaks = {name: _warmed(side, device) for name, side in sides.items()}
+    calls = {**{name: side.run for name, side in sides.items()}, _PRODUCT: lambda: a @ b}
+    times = interleaved(calls, settings.repeats, device, "bench")
     rate = size**3 / (times.pop(_PRODUCT).median_ms / 1000)
     times = {name: timing.per(sides[name].steps) for name, timing in times.items()}
     outcome: dict[str, Any] = {"protocol": protocol, "machine": machine(), "product_macs_per_s": rate, "models": {}}
     for name, side in sides.items():
-        numbers = _numbers(side, times[name], settings.batch_size, rate)
-        outcome["models"][name] = {"source": sources[name], "hash": hashes[name], **numbers, "peak_bytes": peaks[name]}
+        numbers = _numbers(side, times[name], batch_size, rate)
+        outcome["models"][name] = {"source": side.source, "hash": side.hash, **numbers, "peak_bytes": peaks[name]}
     if "vs" in sides:
         ratio, low, high = speedup(times["vs"], times["model"])
-        counted = sides["vs"].macs * sides["vs"].rows / (sides["model"].macs * sides["model"].rows)
+        counted = sides["vs"].macs() * sides["vs"].rows / (sides["model"].macs() * sides["model"].rows)
         outcome["speedup"] = {"ratio": ratio, "spread": [low, high], "macs_ratio": counted, "share": ratio / counted}
     _print(outcome)
     return outcome
@@ -87,9 +125,8 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
 
 def _protocol(recipe: Recipe, device: torch.device, spread: bool) -> str:
     """Everything that the numbers depend on except the models and the machine."""
-    settings, threads = recipe.bench, torch.get_num_threads()
-    cpu = f"cpu, {threads} thread{'s' * (threads > 1)}"
-    where = cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
+    settings = recipe.bench
+    where = place_of(device)
     over = f", mean of {SPREAD_STEPS} over the chain," if spread else ""
     guidance = f"guidance {recipe.sample.guidance:g} ({2 if recipe.sample.guidance > 1 else 1} rows per image)"
     return (
@@ -99,12 +136,18 @@ def _protocol(recipe: Recipe, device: torch.device, spread: bool) -> str:
     )
 
 
-def _warmed(side: TimedModel, name: str, device: torch.device) -> int | None:
+def place_of(device: torch.device) -> str:
+    """The device in words, a CPU with its threads."""
+    threads = torch.get_num_threads()
+    cpu = f"cpu, {threads} thread{'s' * (threads > 1)}"
+    return cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _warmed(side: BenchSide, device: torch.device) -> int | None:
     """Run a step twice, compiled if so set. Returns the memory of the second, with the weights; None where unknown."""
-    with compiling(name):
+    with compiling(side.source):
         side.run()
-    ran = side.skipped.report()
-    weights = held_bytes(side.model.module) + (ran["extra_bytes"] if ran else 0)
+    weights = side.weight_bytes()
     with _peak(device) as peak:
         side.run()
     return None if not peak else weights + peak[0]
@@ -141,13 +184,13 @@ def _status(field: str) -> int:
     return 1024 * int(match[1]) if match else 0
 
 
-def _numbers(side: TimedModel, timing: Timing, batch_size: int, rate: float) -> dict[str, Any]:
+def _numbers(side: BenchSide, timing: Timing, batch_size: int, rate: float) -> dict[str, Any]:
     """latency_ms: of a step of the batch, median and quartiles. macs: of an unguided forward pass of one image."""
-    seconds, macs = timing.median_ms / 1000, side.macs * side.rows * batch_size
+    seconds, macs = timing.median_ms / 1000, side.macs() * side.rows * batch_size
     return {
-        "depth": len(side.model.stack),
+        "depth": side.depth,
         "num_parameters": side.num_parameters,
-        "macs": side.macs,
+        "macs": side.macs(),
         "latency_ms": timing.median_ms,
         "latency_ms_spread": list(timing.quartiles_ms),
         "steps_per_s": 1 / seconds,

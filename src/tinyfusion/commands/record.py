@@ -11,19 +11,16 @@ from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.progress import progress
-from tinyfusion.core.reading import read_text
 from tinyfusion.core.records import file_output, say_finished, stamp
 from tinyfusion.data.recorded import recorded_in, write_recorded
-from tinyfusion.jobs.recording import (
-    Drawing,
-    dtype_name,
+from tinyfusion.jobs.pipelines import (
     opened_pipeline,
     pipeline_class,
-    recorded_calls,
+    pipeline_folder,
+    read_prompts,
     transformer_in,
 )
-from tinyfusion.models.hub import HUB_ID, fetch_pipeline
-from tinyfusion.models.places import exists
+from tinyfusion.jobs.recording import Drawing, dtype_name, recorded_calls
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,8 @@ def record(options: RecordOptions) -> dict[str, Any]:
             raise UserError(f"--{name} must be at least {least}; got {value}")
     if options.out.suffix != ".safetensors":
         raise UserError(f"--out of record is a .safetensors file; got {options.out}")
-    prompts = [line.strip() for line in read_text(options.prompts).splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"{options.prompts} holds no prompts: wanted one a line")
-    folder = _folder(options.pipeline)
+    prompts = read_prompts(options.prompts)
+    folder = pipeline_folder(options.pipeline)
     model = transformer_in(folder, options.component, options.blocks)
     kind = pipeline_class(folder)
     arguments = drawing.arguments(kind)
@@ -75,7 +70,7 @@ def record(options: RecordOptions) -> dict[str, Any]:
         say_finished(options.out, options.dry_run)
     if not todo or options.dry_run:
         return {**outcome, "pipeline": kind.__name__, "arguments": arguments}
-    pipeline = opened_pipeline(kind, folder, model, device)
+    pipeline = opened_pipeline(kind, folder, {model.path.name: model}, device)
     transformer = getattr(pipeline, model.path.name)
     with progress("record", len(prompts), "prompts") as bar:
         calls = recorded_calls(pipeline, transformer, prompts, drawing, bar)
@@ -83,13 +78,3 @@ def record(options: RecordOptions) -> dict[str, Any]:
     to_do()  # again: what has come to be there meanwhile is not replaced
     write_recorded(options.out, calls, stamp("record", plain, "done", **outcome))
     return {**outcome, "calls": len(calls)}
-
-
-def _folder(source: str) -> Path:
-    """The folder of a pipeline, fetched where it is a hub id. Raises UserError where there is none."""
-    path = Path(source)
-    if exists(path):
-        return path
-    if HUB_ID.fullmatch(source) and not path.parent.exists():
-        return fetch_pipeline(source)
-    raise UserError(f"no pipeline at {source}: no such folder, and it is no hub id")

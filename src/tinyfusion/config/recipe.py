@@ -24,6 +24,7 @@ from tinyfusion.config.constraints import (
     Side,
     SmallCount,
 )
+from tinyfusion.config.pipeline_section import PipelineSection
 from tinyfusion.config.process_sections import FlowSampleSection, FlowSection, MaskedSampleSection, MaskedSection
 from tinyfusion.config.training_sections import (
     ComputeSection,
@@ -40,7 +41,7 @@ from tinyfusion.config.training_sections import (
 __all__ = [
     "BenchSection", "ComputeSection", "Criterion", "DataSection", "Dtype", "DynamicSection", "EncodeSection", "EvaluateSection",
     "Expectation", "FlowSampleSection", "FlowSection", "MaskedSampleSection", "MaskedSection", "ModelSection",
-    "PruneSection", "Recipe", "RecoverSection", "Recovery", "SampleSection", "Sampler", "SpeedSection",
+    "PipelineSection", "PruneSection", "Recipe", "RecoverSection", "Recovery", "SampleSection", "Sampler", "SpeedSection",
     "TrainingSection", "WatchSection",
 ]  # fmt: skip
 
@@ -186,9 +187,12 @@ class EvaluateSection:
     features: Annotated[
         str,
         Location(("dinov2",)),
-        "feature extractor: digits-classifier, inception (weights downloaded once), a file of its weights, dinov2:FOLDER, "
-        "or a folder with classifier.json; empty: digits-classifier for images like the digits",
+        "feature extractor: digits-classifier, inception (weights downloaded once), a file of its weights, "
+        "dinov2:FOLDER or dinov2:ID of the hub, or a folder with classifier.json; empty: digits-classifier for images like the digits",
     ] = ""
+    clip: Annotated[
+        str | None, Location(), "CLIP model saved by transformers, a folder or hub id, for the CLIP score of images and prompts"
+    ] = None  # fmt: skip
     neighbours: Annotated[SmallCount, "k of precision and recall"] = 3
     is_splits_size: Annotated[Count, "images per split of the Inception Score"] = 5000
     checkpoints: Annotated[int, Ge(0), Le(10**6), "checkpoints of the recovery that are sampled for a curve of FID"] = 0
@@ -264,6 +268,7 @@ class Recipe:
     recover: RecoverSection = field(default_factory=RecoverSection)
     dynamic: DynamicSection = field(default_factory=DynamicSection)
     sample: SampleSection = field(default_factory=SampleSection)
+    pipeline: PipelineSection = field(default_factory=PipelineSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     speed: SpeedSection = field(default_factory=SpeedSection)
     bench: BenchSection = field(default_factory=BenchSection)

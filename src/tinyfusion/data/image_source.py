@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,7 @@ from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import atomic_write
 from tinyfusion.data.images import check_images_header, read_images_npz
-from tinyfusion.data.npz import is_npz, opened_npz
+from tinyfusion.data.npz import ArrayHeader, is_npz, opened_npz
 from tinyfusion.data.originals import MixedSizes, Originals, decoded
 from tinyfusion.data.picture import Picture
 
@@ -30,7 +30,7 @@ MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # names of stored moments in refer
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A set of images. shape: (N, H, W, C). read(B): batches of B images in order. array: all images, if in memory."""
+    """A set of images. shape: (N, H, W, C), of videos (N, F, H, W, 3). read(B): batches of B in order. array: all, if in memory."""
 
     shape: tuple[int, int, int, int]
     dtype: np.dtype[np.generic]
@@ -63,20 +63,38 @@ def source_of(images: np.ndarray) -> ImageSource:
     return ImageSource((num, height, width, channels), images.dtype, read, images)
 
 
-def open_npz(path: Path) -> ImageSource:
-    """Open arr_0 of an npz. Raises UserError as `read_images_npz` does, for a large file while its batches are read."""
+def open_npz(path: Path, videos: bool = False) -> ImageSource:
+    """Open arr_0 of an npz. Raises UserError as `read_images_npz` does, for a large file while its batches are read.
+
+    videos: accept uint8 (N, F, H, W, 3) too.
+    """
     with opened_npz(path) as archive:
         header = archive.header("arr_0") if "arr_0" in archive.names else None
+    if videos and header is not None and len(header.shape) == 5 and 0 not in header.shape and not header.fortran:
+        if header.dtype != np.uint8 or header.shape[-1] != 3:
+            raise UserError(f"{path}: videos are uint8 (N, F, H, W, 3); arr_0 is {header}")
+        return _streamed_npz(path, header)
     if header is None or header.nbytes <= IN_MEMORY_BYTES or header.fortran or header.dtype != np.uint8:
         return source_of(read_images_npz(path)[0])
     check_images_header(header, path)
+    return _streamed_npz(path, header)
 
+
+def is_videos(path: Path) -> bool:
+    """Whether arr_0 of an npz has the shape of videos."""
+    if not is_npz(path):
+        return False
+    with opened_npz(path) as archive:
+        return "arr_0" in archive.names and len(archive.header("arr_0").shape) == 5
+
+
+def _streamed_npz(path: Path, header: ArrayHeader) -> ImageSource:
     def read(size: int) -> Iterator[np.ndarray]:
         with opened_npz(path) as archive:
             yield from archive.batches("arr_0", size)
 
-    num, height, width, channels = header.shape
-    return ImageSource((num, height, width, channels), header.dtype, read)
+    shape: Any = header.shape
+    return ImageSource(shape, header.dtype, read)
 
 
 def streamed_pictures(originals: Originals, size: int | None, orientation: Orientation) -> ImageSource:

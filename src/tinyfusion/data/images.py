@@ -40,6 +40,23 @@ def read_images_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return images, labels
 
 
+def middle_frames(videos: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3): the middle frame of every video; images (N, H, W, C) as they are."""
+    return videos[:, videos.shape[1] // 2] if videos.ndim == 5 else videos
+
+
+def read_shown_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """As `read_images_npz`; of videos (N, F, H, W, 3) uint8 the middle frames."""
+    with opened_npz(path) as archive:
+        header = archive.header("arr_0") if "arr_0" in archive.names else None
+        if header is not None and len(header.shape) == 5 and 0 not in header.shape:
+            if header.dtype != np.uint8 or header.shape[-1] != 3:
+                raise UserError(f"{path}: videos are uint8 (N, F, H, W, 3); arr_0 is {header}")
+            labels = _read_labels(archive) if "arr_1" in archive.names else None
+            return np.concatenate([middle_frames(each) for each in archive.batches("arr_0", 1)]), labels
+    return read_images_npz(path)
+
+
 def check_images_header(header: ArrayHeader, path: Path) -> None:
     """Raise UserError unless arr_0 of an npz can be images, by its type and shape."""
     if header.dtype != np.uint8 and header.dtype.kind != "f":

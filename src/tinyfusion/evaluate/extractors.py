@@ -24,6 +24,7 @@ from tinyfusion.evaluate.inception import INCEPTION, InceptionFeatures, inceptio
 from tinyfusion.evaluate.inception_names import ours_from_graph_names
 from tinyfusion.families.tensor_checks import check_finite, check_sizes
 from tinyfusion.models.autoencoder import check_loaded, quiet_logs
+from tinyfusion.models.hub import transformers_folder
 from tinyfusion.models.statedicts import find_state_dict
 
 SHORT = "inception"  # short name of the Inception network
@@ -39,7 +40,7 @@ def open_extractor(name: str, device: str) -> FeatureExtractor:
     """Open a feature extractor by name or from files; `device` is for the large networks.
 
     Names: extractors of the package, "inception", or known weights of that kind. Files: weights of the Inception network, a
-    folder with classifier.json, "dinov2:" and a folder. Raises UserError if it does not exist or is damaged.
+    folder with classifier.json, "dinov2:" and a folder or hub id. Raises UserError if it does not exist or is damaged.
     """
     if not name:
         raise UserError(f"no feature extractor is named for these images; {FEATURE_CHOICES}")
@@ -47,7 +48,7 @@ def open_extractor(name: str, device: str) -> FeatureExtractor:
         return _classifier(Path(str(resources.files("tinyfusion"))) / "assets" / name, name)
     path = Path(name)
     if name.startswith(DINO):
-        return _dino(Path(name.removeprefix(DINO)), choose_device(device))
+        return _dino(transformers_folder(name.removeprefix(DINO), "a DINOv2 network"), choose_device(device))
     if (path / "classifier.json").is_file():
         return _classifier(path, None)
     if path.suffix in _SUFFIXES or path.is_file():
@@ -98,7 +99,7 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
 
 
 def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
-    """Open a DINOv2 network from a folder saved by transformers; downloads nothing."""
+    """Open a DINOv2 network from a folder saved by transformers."""
     if not (folder / "config.json").is_file():
         raise UserError(f"no DINOv2 network at {folder}: wanted a folder with config.json and its weights")
     try:

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of pairs of images in float64: samples of two models with the same seeds (`evaluate --against`).
+"""PSNR, SSIM and LPIPS of pairs of images: samples of two models with the same seeds (`evaluate --against`).
 
 Shapes: N images, H x W pixels, C channels, uint8, channels last.
 """
@@ -15,6 +15,7 @@ from scipy.ndimage import correlate1d
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import read_json
 from tinyfusion.data.image_source import ImageSource, open_npz, read_labels
+from tinyfusion.evaluate.perceptual import Distances
 
 PEAK = 255.0
 WINDOW_PX, WINDOW_SIGMA_PX = 11, 1.5
@@ -79,7 +80,7 @@ def open_pairs(samples: Path, against: Path) -> ImageSource:
     for path in (samples, against):
         if path.suffix != ".npz":
             raise UserError(f"--against compares an npz of `sample` with another; {path} is none")
-    ours, theirs = open_npz(samples), open_npz(against)
+    ours, theirs = open_npz(samples, videos=True), open_npz(against, videos=True)
     if ours.shape != theirs.shape:
         shapes = f"--against {against} has images {theirs.shape}, {samples} has {ours.shape}"
         raise UserError(f"{shapes}: pairs are of one shape")
@@ -104,15 +105,23 @@ def _protocol_fields(path: Path) -> list[str]:
     return [field.strip() for field in record["protocol"].split("|")]
 
 
-def fidelity(samples: ImageSource, against: ImageSource, path: Path, hash: str) -> dict[str, Any]:
-    """Mean and standard deviation of PSNR (dB) and SSIM over pairs, and name, hash and protocol of `against` at `path`."""
+def fidelity(
+    samples: ImageSource, against: ImageSource, path: Path, hash: str, lpips: Distances | None = None
+) -> dict[str, Any]:
+    """Mean and standard deviation of PSNR (dB) and SSIM over pairs, and name, hash and protocol of `against` at `path`.
+
+    Pairs of videos are those of their frames. lpips: None leaves LPIPS out.
+    """
     scores = []
-    for left, right in zip(samples.read(_BATCH_SIZE), against.read(_BATCH_SIZE), strict=True):
-        for images in (left, right):
+    size = _BATCH_SIZE if samples.first().ndim == 4 else 1
+    metrics = {"psnr_db": psnr_db, "ssim": ssim} | ({} if lpips is None else {"lpips": lpips})
+    for pair in zip(samples.read(size), against.read(size), strict=True):
+        for images in pair:
             if images.dtype != np.uint8:
                 raise UserError(f"--against compares uint8 images (0 to 255); got {images.dtype}")
-        scores.append(np.stack([psnr_db(left, right), ssim(left, right)]))
-    both = np.concatenate(scores, axis=1)
-    (psnr, similarity), (psnr_std, similarity_std) = both.mean(1).tolist(), both.std(1).tolist()
+        left, right = (images.reshape(-1, *images.shape[-3:]) for images in pair)
+        scores.append(np.stack([metric(left, right) for metric in metrics.values()]))
+    values = dict(zip(metrics, np.concatenate(scores, axis=1), strict=True))
     about = {"name": path.name, "hash": hash, "protocol": " | ".join(_protocol_fields(path))}
-    return {**about, "psnr_db": psnr, "psnr_db_std": psnr_std, "ssim": similarity, "ssim_std": similarity_std}
+    means = {name: float(each.mean()) for name, each in values.items()}
+    return {**about, **means, **{f"{name}_std": float(each.std()) for name, each in values.items()}}

@@ -43,10 +43,13 @@ def shards_folder(out: Path) -> Path:
 
 @dataclass(frozen=True)
 class ImageShards:
-    """The shards of an npz of `shape` (N, H, W, C). shard_images: images of every shard but the last."""
+    """The shards of an npz of `shape` (N, H, W, C). shard_images: images of every shard but the last.
+
+    Where only a drawn image has a size, `shape` is (N,): then images (H, W, 3) or videos (F, H, W, 3), all of one size.
+    """
 
     folder: Path
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
     shard_images: int
 
@@ -65,7 +68,20 @@ class ImageShards:
             header = npy_header(self.file(shard)) if self.file(shard).is_file() else None
         except UserError:
             return False
-        return header == ArrayHeader((shard[1] - shard[0], *self.shape[1:]), self.dtype, fortran=False)
+        image = self.shape[1:]
+        if header is not None and not image and len(header.shape) in (4, 5) and header.shape[-1] == 3:
+            image = header.shape[1:]
+        return header == ArrayHeader((shard[1] - shard[0], *image), self.dtype, fortran=False)
+
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C) of an image or (F, H, W, 3) of a video. Raises UserError where complete shards differ in it."""
+        if self.shape[1:]:
+            return self.shape[1:]
+        shapes = {npy_header(self.file(shard)).shape[1:] for shard in self.ranges()}
+        if len(shapes) > 1:
+            sizes = " and ".join(map(str, sorted(shapes)))
+            raise UserError(f"the images of {self.folder} have several sizes, {sizes}: give --height and --width")
+        return shapes.pop()
 
     def missing(self) -> list[Range]:
         """Shards that are to be drawn."""
@@ -93,7 +109,8 @@ class ImageShards:
             for shard in self.ranges():
                 yield from npy_batches(self.file(shard), size)
 
-        return ImageSource(self.shape, self.dtype, read)
+        shape: Any = (self.shape[0], *self.image_shape())
+        return ImageSource(shape, self.dtype, read)
 
     def remove(self) -> None:
         """Remove all shards, and the record last; `writing_shards` removes the folder unless it holds files of others."""

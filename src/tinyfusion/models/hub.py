@@ -49,6 +49,24 @@ def fetch_pipeline(name: str) -> Path:
     return _snapshot(repository, revision, ("model_index.json", "README.md", *files))
 
 
+def transformers_folder(name: str, what: str) -> Path:
+    """The folder of a model of transformers by path or hub id, with its safetensors, configurations and tokenizer; fetched if needed.
+
+    what: a noun phrase for messages. Raises UserError if there is none; WouldFetch if it is not cached in a dry run.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(name) or folder.parent.exists():
+        raise UserError(f"no {what.partition(' ')[2]} at {name}: no such folder, and it is no hub id")
+    repository, _, revision = name.partition("@")
+    wanted = ("*.json", "merges.txt", "vocab.txt", "model.safetensors", "model-*-of-*.safetensors")
+    folder = _snapshot(repository, revision, wanted)
+    if not any(folder.glob("model*.safetensors")):
+        _check_there(repository, revision, folder / "model.safetensors")
+    return folder
+
+
 def autoencoder_folder(name: str) -> Path:
     """The folder of an `AutoencoderKL` of diffusers by path or hub id, alone or as `vae/` of a pipeline; fetched if needed.
 

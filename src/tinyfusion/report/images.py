@@ -1,4 +1,4 @@
-"""Images of the page: samples of every model, previews of a training, maps of processed tokens."""
+"""Images of the page: samples of every model, by prompt where there are any, previews of a training, maps of processed tokens."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ EDGE_RGBA = (128, 128, 128, 110)  # around images: visible on white and on black
 _CLASSES, _ROWS = 10, 4  # of a grid of samples
 _SMALL_PX = 32  # images up to this size are shown pixel by pixel
 _THUMBNAIL_PX = 64
+_PROMPTS, _PROMPT_PX = 12, 256  # shown with their images, and the width of these
 _GRID_PX = 364  # a grid is at most this wide; on a phone it shrinks
 _PREVIEW_PX = 340  # three side by side
 _TOKEN_PX = 96
@@ -39,9 +40,56 @@ class Sheet:
     protocol: str = ""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and its image by every model."""
+
+    text: str
+    sheets: Sequence[Sheet]
+
+
+def prompt_rows(run: Run) -> list[Prompt]:
+    """The first image of each of the first prompts, by every model that drew these prompts; empty without prompts."""
+    drawn = {name: s for name, s in run.samples.items() if s.prompts and s.labels is not None and len(s.images)}
+    if not drawn:
+        return []
+    first = next(iter(drawn.values()))
+    same = {name: s for name, s in drawn.items() if list(s.prompts) == list(first.prompts)}
+    rows = []
+    for label, text in list(enumerate(first.prompts))[:_PROMPTS]:
+        sheets = []
+        for name, samples in same.items():
+            places = np.flatnonzero(samples.labels == label)
+            if len(places):
+                sheets.append(_prompt_sheet(name, samples, samples.images[places[0]]))
+        if sheets:
+            rows.append(Prompt(text, sheets))
+    return rows
+
+
+def _prompt_sheet(name: str, samples: Samples, image: np.ndarray) -> Sheet:
+    picture, (height, width) = _picture(image), image.shape[:2]
+    if max(height, width) <= _SMALL_PX:
+        return Sheet(
+            model_name(name),
+            _data_uri(picture),
+            width * max(_PROMPT_PX // (2 * width), 1),
+            role=name,
+            protocol=samples.protocol,
+        )
+    scale = min(1.0, 2 * _PROMPT_PX / width)  # twice as many pixels as shown, for screens of high density
+    picture = picture.convert("RGB").resize(
+        (round(width * scale), max(round(height * scale), 1)), Image.Resampling.LANCZOS
+    )
+    return Sheet(model_name(name), _data_uri(picture, "JPEG"), _PROMPT_PX, role=name, protocol=samples.protocol)
+
+
 def sample_sheets(run: Run) -> list[Sheet]:
-    """Samples of every model, the same places in each. Scores are captions where all models share a protocol."""
-    shown = {name: s for name, s in run.samples.items() if len(s.images) and s.images.shape[-1] in (1, 3)}
+    """Samples of every model, the same places in each. Scores are captions where all models share a protocol.
+
+    Those that were drawn from prompts are shown by `prompt_rows` instead.
+    """
+    shown = {n: s for n, s in run.samples.items() if len(s.images) and s.images.shape[-1] in (1, 3) and not s.prompts}
     sampled = [samples for name, samples in shown.items() if name != "real"] or list(shown.values())
     num, (_, scores, *_) = min((len(samples.images) for samples in sampled), default=0), comparable(run)
     sheets = []

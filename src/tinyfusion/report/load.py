@@ -16,7 +16,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import file_label
 from tinyfusion.core.reading import parse_json, read_text, unreadable
 from tinyfusion.core.rundir import FORMAT_VERSION, RunDirectory, read_json
-from tinyfusion.data.images import read_images_npz
+from tinyfusion.data.images import read_shown_npz
 from tinyfusion.report import schema
 from tinyfusion.report.format import printable
 
@@ -45,12 +45,16 @@ _LOGGED_PLAN = ("kept", "confidence")  # fields of a log line with a decision
 
 @dataclass(frozen=True)
 class Samples:
-    """Images (N, H, W, C) uint8 and labels (N,), with the sampling protocol and the hash where recorded."""
+    """Images (N, H, W, C) uint8 and labels (N,), with the sampling protocol and the hash where recorded; of videos middle frames.
+
+    prompts: drawn by a pipeline from texts, image i from that of its label.
+    """
 
     images: np.ndarray
     labels: np.ndarray | None
     protocol: str = ""
     hash: str = ""
+    prompts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,8 @@ def _scored(folder: Path) -> list[tuple[str, str, dict[str, Any]]]:
 
 def _is_own(reference: str, values: Mapping[str, Any]) -> bool:
     """Whether a file is the evaluation against the reference in its name, and not one made for its pairs alone."""
+    if not values.get("reference") and "against" in values:  # a reference is not needed for these, nor for a CLIP score
+        return bool(reference) and values.get("clip_score") is not None
     own = file_label(str((values.get("reference") or {}).get("name", reference)))
     return bool(reference) and ("against" not in values or reference == own)
 
@@ -277,8 +283,9 @@ def _samples(folder: Path) -> tuple[dict[str, Samples], tuple[str, ...]]:
             notes.append(f"{file.name} is not shown: it is larger than {MAX_SAMPLES_BYTES >> 30} GiB")
             continue
         record = _existing({"": (file.with_suffix(".json"), schema.SAMPLES)}).get("", {})
-        images, labels = read_images_npz(file)
-        samples[file.stem] = Samples(images, labels, str(record.get("protocol", "")), str(record.get("image_hash", "")))
+        images, labels = read_shown_npz(file)
+        protocol, digest = (str(record.get(name, "")) for name in ("protocol", "image_hash"))
+        samples[file.stem] = Samples(images, labels, protocol, digest, record.get("prompts") or ())
     return samples, tuple(notes)
 
 

@@ -111,6 +111,7 @@ def _section(run: Run, anchor: str, runs: Sequence[Run]) -> dict[str, Any]:
         "charts": [*charts.fid_charts([run]), *diagnostic_charts.diagnostic_charts(run, runs)],
         "tokens": images.token_sheet(run),
         "samples": images.sample_sheets(run),
+        "prompts": images.prompt_rows(run),
         "scores": tables.evaluation_tables(run),
         "pairs": tables.pairs_table(run),
         "expected": tables.expected_table(run),

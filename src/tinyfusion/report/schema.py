@@ -109,9 +109,10 @@ MODEL = {"arch": {"depth": int}, "kept": (_BLOCKS, None), "plan": ({}, None), "h
 SCORES = ("fid", "sfid", "inception_score", "precision", "recall", "nearest_reference_distance", "num_images")
 EVALUATION = {
     **dict.fromkeys(SCORES, _MAYBE),
+    "clip_score": _MAYBE, "clip": {"name": str, "hash": str, "std": _MAYBE},
     "protocol": (str, None), "recipe": {}, "reference": {"name": str, "count": _MAYBE}, "features": {"name": str},
     "against": {"name": str, "hash": str, "protocol": (str, None),
-                **dict.fromkeys(("psnr_db", "psnr_db_std", "ssim", "ssim_std"), _MAYBE)},
+                **dict.fromkeys(("psnr_db", "psnr_db_std", "ssim", "ssim_std", "lpips", "lpips_std"), _MAYBE)},
 }  # fmt: skip
 SPEED = {
     "protocol": str, "batch_size!": int, "speedup!": Least(float, 0), "speedup_spread": _PAIR,
@@ -138,4 +139,4 @@ KEPT = {
     "maps": (None, {"times!": [float], "percent!": [[[[Least(float, 0)]]]], "images!": [[[[Least(int, 0)]]]], "space!": str}),
 }  # fmt: skip
 DYNAMIC = {"ratio": float, "target": float}
-SAMPLES = {"protocol": str, "image_hash": str}
+SAMPLES = {"protocol": str, "image_hash": str, "prompts": ([str], None)}

@@ -16,13 +16,13 @@ _NAMES = {"pruned": "pruned, before recovery", "student": "student, recovered", 
 STAGE_NAMES = {"pictures": "diagnostics"}
 _SCORES = {
     "fid": "{distance} ↓", "sfid": "sFID ↓", "inception_score": "IS ↑", "precision": "precision ↑", "recall": "recall ↑",
-    "nearest_reference_distance": "nearest reference", "num_images": "images",
+    "clip_score": "CLIP score ↑", "nearest_reference_distance": "nearest reference", "num_images": "images",
 }  # fmt: skip
 _TRAININGS = {"prune": "search", "recover": "recovery", "dynamic": "training of routers", "train": "training"}
 _NEAR_MACS = 0.15  # how far a speed-up may be from the ratio of MACs, relative to it
 _UNSTEADY = 0.25  # interquartile range of times, relative to their median, from which a machine counts as busy
-_HIGHER_IS_BETTER = ("speedup", "inception_score", "precision", "recall", "psnr_db", "ssim")
-_LOWER_IS_BETTER = ("fid", "sfid", "latency_ms")
+_HIGHER_IS_BETTER = ("speedup", "inception_score", "precision", "recall", "psnr_db", "ssim", "clip_score")
+_LOWER_IS_BETTER = ("fid", "sfid", "latency_ms", "lpips")
 _CHECK_WORDS = {"doubtful": "busy machine?", "missing": "not measured"}
 
 
@@ -92,7 +92,8 @@ def comparable(run: Run) -> tuple[str, dict[str, Mapping[str, Any]], list[str], 
     The protocol is that of the student, else that of most models.
     """
     for reference in run.references:
-        names = [name for name in MODELS if (name, reference) in run.evaluations and name != "real"]
+        scored = {name: run.evaluations[name, reference] for name in MODELS if (name, reference) in run.evaluations}
+        names = [name for name, values in scored.items() if name != "real" and _has_distance(values)]
         protocols = {name: stated(run.evaluations[name, reference]) for name in names}
         if names:
             own = protocols.get("student") or max(protocols.values(), key=list(protocols.values()).count)
@@ -100,6 +101,11 @@ def comparable(run: Run) -> tuple[str, dict[str, Mapping[str, Any]], list[str], 
             fewest = min(score.get("num_images") or UNBIASED_IMAGES for score in same.values())
             return reference, same, [name for name in names if name not in same], fewest
     return "", {}, [], UNBIASED_IMAGES
+
+
+def _has_distance(values: Mapping[str, Any]) -> bool:
+    """Whether an evaluation is against a reference; a CLIP score needs none."""
+    return values.get("fid") is not None or values.get("clip_score") is None
 
 
 def speed_doubt(run: Run) -> str:
@@ -151,26 +157,28 @@ def evaluation_tables(run: Run) -> list[Table]:
         columns = [_SCORES[key].format(distance=distance_name(scores)) for key in keys]
         cells = [[(count if key == "num_images" else significant)(v.get(key)) for key in keys] for v in scores]
         rows = zip(models, cells, map(stated, scores), strict=True)
-        tables.append(_score_table(f"against {reference}", columns, rows))
+        head = f"against {reference}" if any(map(_has_distance, scores)) else "prompts"
+        tables.append(_score_table(head, columns, rows))
     return tables
 
 
 def pairs_table(run: Run) -> Table | None:
-    """PSNR and SSIM of images to those of another model from the same seeds; None where nothing was compared.
+    """PSNR, SSIM and LPIPS of images to those of another model from the same seeds; None where nothing was compared.
 
     The protocol is that of sampling: neither number depends on a reference or a feature extractor.
     """
     names = {samples.hash: model_name(name) for name, samples in run.samples.items() if samples.hash}
+    perceptual = ["lpips"] if any("lpips" in values["against"] for _, values in run.pairs) else []
     rows: dict[tuple[str, ...], tuple[str, Sequence[str], str]] = {}
     for model, values in sorted(run.pairs, key=lambda pair: _order(pair[0])):
         other, sampling = values["against"], stated(values).split(" | ", 2)[-1]
         name, digest = str(other.get("name", "?")), str(other.get("hash", ""))
         protocol = f"{sampling} | compared with {name} {digest[:8]}".rstrip()
         protocol += f", sampled by {other['protocol']}" if other.get("protocol") not in (None, sampling) else ""
-        means, num = [_mean(other, key) for key in ("psnr_db", "ssim")], count(values.get("num_images"))
+        means, num = [_mean(other, key) for key in ("psnr_db", "ssim", *perceptual)], count(values.get("num_images"))
         cells = [names.get(digest, name), *means, num]
         rows.setdefault((model, protocol, str(values.get("recipe", {}).get("samples"))), (model, cells, protocol))
-    columns = ["compared with", "PSNR in dB ↑", "SSIM ↑", "images"]
+    columns = ["compared with", "PSNR in dB ↑", "SSIM ↑", *(["LPIPS ↓"] * len(perceptual)), "images"]
     return _score_table("same seeds", columns, rows.values()) if rows else None
 
 

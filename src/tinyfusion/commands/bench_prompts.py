@@ -1,0 +1,137 @@
+"""`bench --prompts`: measure denoising steps of a transformer of diffusers as its pipeline calls it, and of another in turns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinyfusion.commands.bench import BenchModels, BenchSide, measured, place_of
+from tinyfusion.config.recipe import Recipe
+from tinyfusion.core.device import choose_device
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.files import sha256_of
+from tinyfusion.data.recorded import Call, changed, recording
+from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder
+from tinyfusion.jobs.pipelines import ModelPipeline, in_type, pipeline_of, read_prompts, stored_type
+from tinyfusion.jobs.prompt_drawing import called, generators, pipeline_arguments
+from tinyfusion.models.macs import macs_by_module
+from tinyfusion.prune.units import run_call
+
+STEPS = 2  # of the drawing whose calls are timed
+
+
+def bench_prompts(recipe: Recipe, names: BenchModels, blocks: Path | None, dry_run: bool = False) -> dict[str, Any]:
+    """Print and return what `bench` does, of the calls of the transformers in one denoising step, guidance included.
+
+    The calls are those of a drawing of two steps of the first prompts by each model's pipeline. Raises UserError on models
+    without a pipeline, and where a pipeline has not an argument that is set.
+    """
+    settings, device = recipe.pipeline, choose_device(recipe.device)
+    if recipe.bench.compile:
+        raise UserError("--compile is for models of classes: leave it out with --prompts")
+    prompts = read_prompts(Path(recipe.data.prompts))
+    sources = {"model": names.model} | ({"vs": names.vs} if names.vs else {})
+    models = {}
+    for side, source in sources.items():
+        folder = None if (Path(source) / INDEX).is_file() else settings.folder
+        models[side] = pipeline_of(source, blocks, folder, settings.component if folder else None)
+        pipeline_arguments(models[side], settings)
+    dtype = settings.dtype or stored_type(models["model"])
+    protocol = _protocol(recipe, models["model"], dtype, device)
+    if dry_run:
+        print(f"bench would measure {' and '.join(sources.values())}: {protocol}")
+        return {"state": "checked", "protocol": protocol}
+    batch = [prompts[i % len(prompts)] for i in range(settings.batch_size)]
+    steps = {name: _recorded(model, recipe, batch, device) for name, model in models.items()}
+    sides = {name: _side(step, sources[name], models[name], device) for name, step in steps.items()}
+    product = dtype if hasattr(torch, dtype) else "float32"
+    return measured(sides, recipe, settings.batch_size, product, device, protocol)
+
+
+def _protocol(recipe: Recipe, model: ModelPipeline, dtype: str, device: torch.device) -> str:
+    """Everything that the numbers depend on except the models and the machine."""
+    settings = recipe.pipeline
+    arguments = {n: v for n, v in pipeline_arguments(model, settings).items() if n != "num_inference_steps"}
+    given = "".join(f", {name} {value}" for name, value in arguments.items())
+    return (
+        f"one denoising step of a {model.kind.__name__} (its calls of transformers, mean of {STEPS} steps{given}) of "
+        f"{settings.batch_size} image{'s' * (settings.batch_size > 1)}, prompts "
+        f"{sha256_of(Path(recipe.data.prompts))[:8]}, {dtype}, {place_of(device)}, torch {torch.__version__}; "
+        f"medians of {recipe.bench.repeats}, interleaved with each other and a matrix product"
+    )
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The calls of every transformer, by component, in `STEPS` steps; those that were called."""
+
+    calls: dict[str, list[Call]]
+    dtype: torch.dtype | None
+    batch_size: int
+
+
+def _recorded(model: ModelPipeline, recipe: Recipe, prompts: Sequence[str], device: torch.device) -> _Steps:
+    """The calls of a model's transformers while its pipeline draws these prompts at once; the pipeline is not retained."""
+    settings = recipe.pipeline
+    pipeline = model.opened(device, settings.dtype)
+    arguments = {**pipeline_arguments(model, settings), "num_inference_steps": STEPS}
+    with ExitStack() as around, torch.no_grad():
+        made = {name: around.enter_context(recording(getattr(pipeline, name))) for name in model.models}
+        noise = generators(recipe.seed, range(len(prompts)))
+        called(
+            pipeline, prompt=list(prompts), generator=noise, **model.arguments({**arguments, "output_type": "latent"})
+        )
+    del pipeline
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    return _Steps({name: calls for name, calls in made.items() if calls}, dtype, len(prompts))
+
+
+def _side(steps: _Steps, source: str, model: ModelPipeline, device: torch.device) -> BenchSide:
+    modules: dict[str, Any] = {n: in_type(model.models[n].module(), steps.dtype).to(device) for n in steps.calls}
+    calls = [
+        (modules[name], changed(call, lambda tensor: tensor.to(device)))
+        for name, listed in steps.calls.items()
+        for call in listed
+    ]
+
+    @torch.inference_mode()
+    def run() -> None:
+        for module, call in calls:
+            module(**call)
+
+    folders = [model.models[name] for name in modules]
+    counted = sum(_macs(model.models[name], modules[name], listed) for name, listed in steps.calls.items())
+    macs = counted / STEPS / steps.batch_size
+    num_bytes = sum(t.nbytes for module in modules.values() for t in module.parameters())
+    return BenchSide(
+        source, model.model_hash, sum(sum(folder.depths.values()) for folder in folders),
+        sum(stored.numel for folder in folders for stored in folder.weights.values()),
+        1, STEPS, run, lambda: macs, lambda: num_bytes,
+    )  # fmt: skip
+
+
+def _macs(model: TransformerFolder, module: nn.Module, calls: Sequence[Call]) -> int:
+    """Multiply-accumulates of all calls, each shape counted once: without weights, or on the model where work depends on values."""
+    counts: dict[str, int] = {}
+    total = 0
+    empty = model.empty().to("meta").eval()
+    for call in calls:
+        shapes = str(changed(call, lambda tensor: tuple(tensor.shape)))
+        if shapes not in counts:
+            with suppress(UserError):
+                counts[shapes] = macs_by_module(empty, partial(run_call, empty, call))[""]
+            if shapes not in counts:
+                counts[shapes] = macs_by_module(module, partial(run_call, module, call))[""]
+        total += counts[shapes]
+    return total

@@ -1,0 +1,168 @@
+"""Draw images or videos from prompts by a pipeline of diffusers, the noise of each addressed by the seed and its index."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyfusion.config.recipe import PipelineSection, Recipe
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.rng import Randomness
+from tinyfusion.data.recorded import changed
+from tinyfusion.jobs.pipelines import REFUSALS, ModelPipeline
+
+_DEFAULTS = ("num_inference_steps", "guidance_scale", "true_cfg_scale")  # of a pipeline, which the protocol states
+
+
+def pipeline_arguments(source: ModelPipeline, settings: PipelineSection) -> dict[str, Any]:
+    """The arguments of a call that the settings name. Raises UserError on those that the pipeline does not have."""
+    return source.arguments(
+        {
+            "num_inference_steps": settings.num_steps, "guidance_scale": settings.guidance,
+            "true_cfg_scale": settings.true_guidance, "negative_prompt": settings.negative_prompt,
+            "height": settings.height, "width": settings.width, "num_frames": settings.frames,
+        }
+    )  # fmt: skip
+
+
+def pipeline_protocol(source: ModelPipeline, recipe: Recipe, prompts_hash: str, num_images: int, dtype: str) -> str:
+    """The sampling half of the protocol string. prompts_hash: SHA-256 of the prompts. dtype: of the weights."""
+    settings, parameters = recipe.pipeline, inspect.signature(source.kind.__call__).parameters
+    stated = {name: parameters[name].default for name in _DEFAULTS if name in parameters}
+    stated |= pipeline_arguments(source, settings)
+    negative = stated.pop("negative_prompt", None)
+    height, width, frames = (stated.pop(name, None) for name in ("height", "width", "num_frames"))
+    size = f"{height or 'default height'} x {width or 'default width'}" + (f" x {frames} frames" if frames else "")
+    steps = f"{stated.pop('num_inference_steps', 'default')} steps"
+    guidance = "".join(f", {name} {value:g}" for name, value in stated.items() if isinstance(value, int | float))
+    how = f"{source.kind.__name__} {source.rest_hash[:8]}, {steps}{guidance}, {size}"
+    how += f", negative prompt {negative!r}" if negative else ""
+    return f"{num_images} images | {how} | prompts {prompts_hash[:8]} in turn | {dtype} | seed {recipe.seed}"
+
+
+@dataclass(frozen=True)
+class PromptDrawing:
+    """A pipeline on its device. arguments: of every call. Image i has prompt i modulo their number, and noise of its own."""
+
+    pipeline: Any
+    prompts: Sequence[str]
+    arguments: dict[str, Any]
+    seed: int
+    batch_size: int
+
+    def images(self, first: int, last: int) -> Iterator[np.ndarray]:
+        """Images first .. last - 1 in batches (B, H, W, 3) uint8, or videos (B, F, H, W, 3).
+
+        Raises UserError where the pipeline refuses its arguments, and on values that are not finite.
+        """
+        for begin in range(first, last, self.batch_size):
+            yield self._batch(range(begin, min(begin + self.batch_size, last)))
+
+    def report(self) -> dict[str, Any]:
+        """Nothing: all is known before."""
+        return {}
+
+    def _batch(self, indices: range) -> np.ndarray:
+        prompts = [self.prompts[i % len(self.prompts)] for i in indices]
+        known = inspect.signature(type(self.pipeline).__call__).parameters
+        form = {name: value for name, value in (("output_type", "np"), ("return_dict", False)) if name in known}
+        with torch.no_grad(), precise_noise(self.pipeline):
+            output = called(
+                self.pipeline, prompt=prompts, generator=generators(self.seed, indices), **self.arguments, **form
+            )
+        pixels = pixels_of(output[0] if isinstance(output, tuple) else output)
+        where = f"images {indices[0]} to {indices[-1]}"
+        if len(pixels) != len(indices):
+            raise UserError(
+                f"a {type(self.pipeline).__name__} drew {len(pixels)} of {len(indices)} prompts at once: give --batch-size 1"
+            )
+        for name, size in (("height", pixels.shape[-3]), ("width", pixels.shape[-2])):
+            if self.arguments.get(name, size) != size:
+                raise UserError(
+                    f"a {type(self.pipeline).__name__} draws a {name} of {size} where --{name} is {self.arguments[name]}: give {size}"
+                )
+        if pixels.dtype == np.uint8:
+            return pixels
+        if not np.isfinite(pixels).all():
+            raise UserError(f"{where} have values that are not finite: the model is broken or unrecovered")
+        levels: np.ndarray = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+        return levels
+
+
+def generators(seed: int, indices: range) -> list[torch.Generator]:
+    """A generator on the CPU per image, seeded by its address."""
+    randomness = Randomness(seed)
+    return [torch.Generator().manual_seed(randomness.generator_seed(f"draw/{i}")) for i in indices]
+
+
+def called(pipeline: Any, **arguments: Any) -> Any:
+    """The output of a call. Raises UserError where the pipeline refuses it."""
+    try:
+        return pipeline(**arguments)
+    except REFUSALS as error:
+        if isinstance(error, UserError | torch.OutOfMemoryError):
+            raise
+        options = {name: value for name, value in arguments.items() if isinstance(value, int | float)}
+        given = ", ".join(f"{name} {value}" for name, value in options.items() if name != "return_dict")
+        raise UserError(
+            f"a {type(pipeline).__name__} cannot be called with a prompt{' and ' if given else ''}{given}: {error}"
+        ) from error
+
+
+@contextmanager
+def precise_noise(pipeline: Any) -> Iterator[None]:
+    """Within the context the first noise of a pipeline is drawn in float32 and then rounded to the type that it wants.
+
+    Generators give other numbers in other types where their count is no multiple of 16, and a student in bfloat16 has to start
+    where a teacher in float32 does. A pipeline without `prepare_latents`, or whose latents begin with a picture, is left as it is.
+    """
+    prepare: Any = getattr(pipeline, "prepare_latents", None)
+    if prepare is None or "dtype" not in inspect.signature(prepare).parameters:
+        yield
+        return
+    signature = inspect.signature(prepare)
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        wanted = bound.arguments.get("dtype")
+        given = [name for name, value in bound.arguments.items() if isinstance(value, Tensor)]
+        if given or not isinstance(wanted, torch.dtype):
+            return prepare(*args, **kwargs)
+        bound.arguments["dtype"] = torch.float32
+        latents = prepare(*bound.args, **bound.kwargs)
+        return changed(latents, lambda t: t.to(wanted) if t.dtype == torch.float32 else t)
+
+    pipeline.prepare_latents = prepared
+    try:
+        yield
+    finally:
+        del pipeline.prepare_latents
+
+
+def pixels_of(output: Any) -> np.ndarray:
+    """Images (B, H, W, 3) or videos (B, F, H, W, 3) as a pipeline returns them: an array, or lists of pictures.
+
+    Floats are in 0 to 1. Raises UserError on other outputs.
+    """
+    if isinstance(output, Tensor):
+        output = output.float().cpu().numpy()
+        output = output if output.shape[-1] == 3 else np.moveaxis(output, -3, -1)
+    try:
+        pixels = np.asarray(output) if isinstance(output, np.ndarray) else np.stack([_stacked(each) for each in output])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the pipeline returned no pictures of one size: {error}") from error
+    if pixels.ndim not in (4, 5) or pixels.shape[-1] != 3 or pixels.dtype.kind not in "fu":
+        raise UserError(f"the pipeline returned {pixels.dtype} {pixels.shape}: wanted pictures of three channels")
+    return pixels
+
+
+def _stacked(image: Any) -> np.ndarray:
+    """An array of a picture, or of the frames of a video."""
+    return np.stack([np.asarray(each) for each in image]) if isinstance(image, list) else np.asarray(image)
