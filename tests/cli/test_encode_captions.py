@@ -369,3 +369,224 @@ def test_killed_at_ten_moments_it_goes_on_to_the_same_bytes(
     done(cli, again)
     assert content("again") == whole
     assert not list(Path("again").rglob(".*"))
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def text(name: str, value: str | bytes | None) -> Callable[[Path], object]:
+    """A file with another content; None removes it."""
+
+    def change(here: Path) -> None:
+        path = here / name
+        if value is None:
+            path.unlink()
+        elif isinstance(value, bytes):
+            path.write_bytes(value)
+        else:
+            path.write_text(value)
+
+    return change
+
+
+def without(*names: str) -> Callable[[Path], object]:
+    return lambda here: [text(name, None)(here) for name in names]
+
+
+def index(**values: Any) -> Callable[[Path], object]:
+    """Other entries in the index of the pipeline; None removes one."""
+
+    def change(here: Path) -> None:
+        path = here / "flux" / "model_index.json"
+        known = {**json.loads(path.read_text()), **values}
+        path.write_text(json.dumps({name: value for name, value in known.items() if value is not None}))
+
+    return change
+
+
+def vae_config(**values: Any) -> Callable[[Path], object]:
+    def change(here: Path) -> None:
+        path = here / "flux" / "vae" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def table(**columns: Any) -> Callable[[Path], object]:
+    values = {"image": [{"bytes": encoded(0)}, {"bytes": encoded(1)}], **columns}
+    return lambda here: pq.write_table(pa.table(values), here / "table.parquet")
+
+
+def tar_of(**members: bytes) -> Callable[[Path], object]:
+    def change(here: Path) -> None:
+        with tarfile.open(here / "tar.tar", "w") as tar:
+            for name, value in members.items():
+                put(tar, name.replace("_", "."), value)
+
+    return change
+
+
+def weights(file: str, change: Callable[[Any], object]) -> Callable[[Path], object]:
+    def changed(here: Path) -> None:
+        from safetensors.torch import save_file
+
+        tensors = load_file(here / "flux" / file)
+        change(tensors)
+        save_file(tensors, here / "flux" / file, metadata={"format": "pt"})
+
+    return changed
+
+
+def first_to_nan(tensors: dict[str, torch.Tensor]) -> None:
+    next(iter(tensors.values())).fill_(float("nan"))
+
+
+LISTED, LINES = ENCODE.replace("pictures", "listed"), ENCODE.replace("pictures", "lines.jsonl")
+PARQUET, TAR = ENCODE.replace("pictures", "parquet:table.parquet"), ENCODE.replace("pictures", "webdataset:tar.tar")
+WORDS = "encode --prompts words.txt --pipeline flux --out set"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+ROWS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
+    "neither": ("encode --pipeline flux --out set", None, "wants either --data, pictures with captions, or --prompts"),
+    "both": (f"{ENCODE} --prompts x.txt", None, "wants either --data, pictures with captions, or --prompts"),
+    "no-pipeline": ("encode --prompts x.txt --data pictures --out set", None, "--prompts is for pictures with captions"),
+    "buckets-of-classes": ("encode --data pictures --buckets 16x16 --out set", None, "encode.sizes is for pictures with captions"),
+    "no-size": ("encode --data pictures --pipeline flux --out set", None, "wants the size of the pictures: either --size 1024"),
+    "two-sizes": (f"{ENCODE} --buckets 16x16", None, "wants the size of the pictures: either --size 1024, or --buckets"),
+    "own-vae": (f"{ENCODE} --vae flux", None, "a pipeline brings its own autoencoder"),
+    "size": (ENCODE.replace("--size 16", "--size 17"), None,
+             "encode.size 17 is no multiple of 2, the pixels of a token of flux: take 16 or 18"),
+    "bucket-word": (BUCKETS.replace("16x32", "wide"), None, "wants sizes in pixels, HEIGHTxWIDTH, such as 832x1216; got 'wide'"),
+    "bucket-size": (BUCKETS.replace("16x32", "16x33"), None, "encode.sizes 33 is no multiple of 2"),
+    "frames": (f"{ENCODE} --frames 5", lambda h: clips(h) or shutil.copytree(h / "clips", h / "pictures" / "in"),
+               "encode.frames is for videos, and a FluxPipeline draws images"),
+    "tokens": (f"{ENCODE} --set encode.max_tokens=0", None, "max_tokens must be at least 1"),
+    "pipeline-gone": (ENCODE.replace("flux", "none"), None, "no pipeline at none: wanted a folder of diffusers"),
+    "pipeline-part": (ENCODE.replace("flux", "flux/vae"), None, "no pipeline at flux/vae: wanted a folder of diffusers"),
+    "pipeline-class": (ENCODE, index(_class_name="DiTPipeline"), "what a DiTPipeline encodes of prompts is not known here"),
+    "pipeline-code": (ENCODE, index(_class_name=["pipeline", "Own"]), "code of a model is never run"),
+    "no-vae": (ENCODE, index(vae=[None, None]), "flux has no autoencoder (component vae): encode its prompts alone"),
+    "vae-gone": (ENCODE, lambda h: shutil.rmtree(h / "flux" / "vae"), "flux/vae does not exist, and model_index.json names it"),
+    "vae-class": (ENCODE, index(vae=["diffusers", "NoSuchVae"]), "has no autoencoder NoSuchVae, which flux names"),
+    "vae-weights": (ENCODE, weights(VAE, first_to_nan), "the weights in flux/vae are damaged"),
+    "vae-lacks": (ENCODE, weights(VAE, lambda t: t.pop("encoder.conv_in.weight")), "flux/vae"),
+    "vae-scale": (ENCODE, vae_config(scaling_factor=-1.0), "config.json is damaged: scaling_factor is -1.0"),
+    "vae-mean": (ENCODE, vae_config(latents_mean=[0.0], latents_std=[1.0]), "wanted one number of each of 4 channels"),
+    "encoder-gone": (ENCODE, lambda h: shutil.rmtree(h / "flux" / "text_encoder_2"), "text_encoder_2 does not exist"),
+    "encoder-none": (ENCODE, index(text_encoder=None, text_encoder_2=None), "flux has no text encoder: wanted a whole pipeline"),
+    "encoder-torn": (ENCODE, text("flux/text_encoder/model.safetensors", b"1234567"), "is no readable safetensors file"),
+    "encoder-nan": (ENCODE, weights("text_encoder_2/model.safetensors", lambda t: [v.fill_(float("nan")) for v in t.values()]),
+                    "embeddings of prompts (number 0 of a batch) are not finite"),
+    "no-data": (ENCODE.replace("pictures", "gone"), None, "no pictures at gone: wanted a folder of them, a .jsonl file"),
+    "a-file": (ENCODE.replace("pictures", "table.parquet"), None, "for a tar or parquet file say parquet:table.parquet"),
+    "no-pictures": (ENCODE.replace("pictures", "empty"), lambda h: (h / "empty").mkdir(), "empty holds no pictures"),
+    "no-caption": (ENCODE, without("pictures/03.txt"), "pictures: 03.png has no caption: wanted 03.txt beside it, or a metadata.jsonl"),
+    "no-captions": (ENCODE, without("pictures/03.txt", "pictures/05.txt"), "(and so 2 of 11 pictures: 03.png, 05.png)"),
+    "empty-caption": (ENCODE, text("pictures/03.txt", " \n"), "pictures/03.txt has an empty caption: write one"),
+    "caption-bytes": (ENCODE, text("pictures/03.txt", b"\xff\xfe"), "pictures/03.txt is damaged: not UTF-8 text"),
+    "caption-long": (ENCODE, text("pictures/03.txt", "x" * 500_000), "wanted a caption of at most 100,000 characters"),
+    "line-damaged": (LISTED, text("listed/metadata.jsonl", '{"file_name": "00.png", "text": "a"}\n{"file_name":'),
+                     "metadata.jsonl, line 2 is damaged: not valid JSON"),
+    "line-list": (LISTED, text("listed/metadata.jsonl", "[1]"), "metadata.jsonl, line 1: wanted a JSON object; got [1]"),
+    "line-nameless": (LINES, text("lines.jsonl", '{"text": "a"}'), "line 1 names no picture: wanted file_name or image or video"),
+    "line-textless": (LINES, text("lines.jsonl", '{"image": "a.png"}'), "line 1 has no text or caption or prompt: it has image"),
+    "line-number": (LINES, text("lines.jsonl", '{"image": "listed/00.png", "text": 3}'), "line 1: wanted a caption, a text; got int"),
+    "line-twice": (LINES, text("lines.jsonl", '{"image": "listed/00.png", "text": "a"}\n' * 2), "named twice, also in lines.jsonl, line 1"),
+    "line-picture": (LINES, text("lines.jsonl", '{"image": "none.png", "text": "a"}'), "none.png does not exist"),
+    "lines-empty": (LINES, text("lines.jsonl", "\n"), "lines.jsonl holds no pictures with captions"),
+    "column": (f"{PARQUET} --caption-column title", None, "has no column title; it has image, words: --caption-column names one"),
+    "column-none": (PARQUET, None, "has no column text or caption or prompt; it has image, words"),
+    "column-type": (PARQUET, table(text=[1, 2]), "column text is of the type int64: wanted texts"),
+    "column-lists": (PARQUET, table(text=[["a"], ["b"]]), "wanted texts; --caption-column names another"),
+    "column-null": (PARQUET, table(text=["a", None]), "table.parquet, row 1: wanted a caption, a text; got NoneType"),
+    "column-empty": (PARQUET, table(text=["a", " "]), "table.parquet, row 1 has an empty caption"),
+    "tar-caption": (TAR, tar_of(a_png=encoded(0)), "tar.tar/a has no caption: wanted NAME.txt, or NAME.json with a text"),
+    "tar-json": (TAR, tar_of(a_png=encoded(0), a_json=b"{"), "tar.tar, a.json is damaged: not valid JSON"),
+    "tar-pictures": (TAR, tar_of(a_txt=b"x"), "tar.tar holds no pictures"),
+    "picture": (ENCODE.replace("--size 16", "--buckets 16x16"), text("pictures/03.png", b"\x89PNG"), "03.png cannot be decoded"),
+    "prompts-gone": (WORDS, None, "words.txt does not exist"),
+    "prompts-empty": (WORDS, text("words.txt", "\n \n"), "words.txt holds no prompts: wanted one a line"),
+    "out-foreign": (ENCODE, lambda h: ((h / "set").mkdir(), (h / "set" / "x").touch()), "is not a tinyfusion run"),
+}  # fmt: skip
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("cause", ROWS)
+def test_bad_input(cli: Cli, here: Path, cause: str) -> None:
+    command, prepare, message = ROWS[cause]
+    if prepare:
+        prepare(here)
+    before = tree(here)
+    outcome = cli(*shlex.split(command))
+    assert outcome.code == 2, outcome.err
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1 or cause in ("picture",), outcome.err
+    assert lines[-1].startswith("error: ")
+    assert message in lines[-1], lines[-1]
+    assert tree(here) == before
+
+
+CLIPS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "short": ("--frames 9", lambda h: None, "has 6 frames: wanted at least 9"),
+    "no-multiple": ("--frames 4", lambda h: None, "encodes 1 + 4 n frames; got encode.frames=4: take 1 or 5"),
+    "no-decoder": ("--frames 5", lambda h: (text("clips/a.mp4", "x")(h), text("clips/a.txt", "x")(h)),
+                   "nothing is installed that decodes videos"),
+    "no-caption": ("--frames 5", without("clips/sea.txt"), "clips: sea has no caption: wanted sea.txt beside it"),
+    "no-clips": ("--frames 5", lambda h: (shutil.rmtree(h / "clips"), (h / "clips").mkdir()), "clips holds no videos"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cause", CLIPS)
+def test_bad_clips(cli: Cli, here: Path, wan: Path, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinyfusion.data import clips as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    given, prepare, message = CLIPS[cause]
+    clips(here)
+    prepare(here)
+    outcome = cli(*shlex.split(f"encode --data clips --pipeline {wan} --size 16 {given} --out set"))
+    assert outcome.code == 2, outcome.err
+    assert message in outcome.err.splitlines()[-1], outcome.err
+
+
+def test_another_recipe_overwrite_and_damage(cli: Cli, here: Path) -> None:
+    done(cli, ENCODE)
+    refused = cli(*shlex.split(f"{ENCODE} --set encode.mirror=true"))
+    assert "made with another recipe (encode.mirror: False there, True now)" in refused.err
+    (here / "pictures" / "00.txt").write_text("another")
+    refused = cli(*shlex.split(ENCODE))
+    assert refused.code == 2
+    assert "made with another recipe (data:" in refused.err
+    own = here / "set" / "notes.txt"
+    own.write_text("mine")
+    done(cli, f"{ENCODE} --overwrite")
+    assert read_texts(here / "set")[0] == "another"
+    assert own.read_text() == "mine"
+    path = here / "set" / "prompts.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    refused = cli(*shlex.split(ENCODE))
+    assert refused.code == 2
+    assert "prompts.safetensors is damaged: its SHA-256" in refused.err
+
+
+def test_prompts_of_people_stay_when_classes_are_encoded_anew(cli: Cli, here: Path) -> None:
+    """A file of prompts in a folder of `encode` without a pipeline is the user's."""
+    command = f"encode --data pictures --vae flux --size {SIZE} --out set {SET}"
+    done(cli, command)
+    (here / "set" / "prompts.safetensors").write_bytes(b"mine")
+    done(cli, f"{command} --overwrite --set encode.mirror=false")
+    assert (here / "set" / "prompts.safetensors").read_bytes() == b"mine"
+
+
+def test_dry_run_counts_and_writes_nothing(cli: Cli, here: Path) -> None:
+    before = tree(here)
+    outcome = done(cli, f"{BUCKETS} --dry-run --json")
+    plan = outcome.last_json["plan"]
+    assert plan["prompts"].startswith("3 of pictures, embeddings (512, 32), pooled (32,)")
+    assert plan["bucket-16x32"].startswith("4 images, moments (1, 8, 16, 32) float32")
+    assert plan["disk_mib"] == pytest.approx(
+        (2 * 4 * (512 * 32 + 32) * 4 + 8 * 4 * (256 * 4 + 512 * 7)) / 2**20, rel=0.05
+    )
+    assert tree(here) == before
