@@ -34,10 +34,12 @@ _GUIDED, _MASKED, _PLAIN = (_E, _NE), (_E, _M, _NE, _NM), (_E, None)
 RESULTS: Mapping[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxFillPipeline", "FluxControlPipeline",
                      "FluxKontextPipeline"), (_E, _P, None)),
-    **dict.fromkeys(("Flux2Pipeline", "Flux2KleinPipeline", "OvisImagePipeline", "LongCatImagePipeline"), _PLAIN),
+    **dict.fromkeys(("Flux2Pipeline", "Flux2KleinPipeline", "LongCatImagePipeline"), _PLAIN),
+    "OvisImagePipeline": (_E, _NE, None, None),
+    "AuraFlowPipeline": (_E, None, _NE, None),  # a mask was multiplied into the embeddings
     **dict.fromkeys(("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
                     (_E, _NE, _P, _NP)),
-    **dict.fromkeys(("AuraFlowPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "SanaPAGPipeline",
+    **dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "SanaPAGPipeline",
                      "SanaVideoPipeline", "LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline", "MochiPipeline",
                      "LuminaPipeline", "Lumina2Pipeline", "AllegroPipeline", "PRXPipeline"), _MASKED),
     **dict.fromkeys(("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", "Krea2Pipeline",
@@ -155,6 +157,8 @@ class PromptEncoder:
         known = inspect.signature(self.pipeline.encode_prompt).parameters
         switch = {"do_classifier_free_guidance": negative} if "do_classifier_free_guidance" in known else {}
         switch |= {"device": self.device} if "device" in known else {}
+        none = inspect.Parameter.empty
+        switch |= {name: None for name, each in known.items() if name.startswith("prompt_") and each.default is none}
         try:
             with torch.no_grad(), quiet_logs():
                 values = self.pipeline.encode_prompt(prompt=list(texts), **switch, **self.arguments)

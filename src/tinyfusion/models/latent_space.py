@@ -100,8 +100,7 @@ class LatentSpace:
         return cells[0], 1 + (frames - 1) // ratio, *cells[1:]
 
     def _fact(self, name: str) -> Any:
-        config = getattr(self.module, "config", {})
-        return config[name] if name in config else vars(self.module).get(name)
+        return vars(self.module).get(name) or getattr(self.module, "config", {}).get(name)
 
     def hash(self) -> str:
         """As of `Autoencoder`."""
