@@ -28,6 +28,7 @@ import tinyfusion.commands.captioned
 import tinyfusion.commands.encode
 import tinyfusion.commands.encode_captions
 from prompt_pipelines import save_flux_pipeline, save_wan_pipeline
+from tinyfusion.core import launch
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data import prompts as prompts_module
 from tinyfusion.data.buckets import BucketBatches, open_buckets
@@ -132,6 +133,22 @@ def test_prompts_are_those_of_the_pipeline_and_latents_of_its_autoencoder(cli: C
     assert (header["pipeline"], header["arguments"]) == ("FluxPipeline", {"max_sequence_length": 512})
     assert header["components"]["text_encoder_2"] == "T5EncoderModel"
     assert "is finished" in done(cli, ENCODE).err
+
+
+@pytest.mark.parametrize("kind", ["mode", "samples"])
+def test_one_value_per_picture_may_be_stored(cli: Cli, here: Path, kind: str) -> None:
+    done(cli, ENCODE)
+    done(
+        cli,
+        f"{ENCODE.replace('--out set', '--out one')} --set encode.posterior={kind} --set encode.mirror=true --seed 4",
+    )
+    moments, one = open_latents(Path("set")), open_latents(Path("one"))
+    assert (one.spec.kind, one.spec.rows) == ("samples", 2)
+    every = np.arange(NUM), np.zeros(NUM, bool)
+    mean, log_variance = moments.gather(*every).chunk(2, dim=1)
+    noise = torch.from_numpy(Randomness(4).at(0, 0, NUM).normal("posterior", (2, *one.spec.shape)))[:, 0]
+    wanted = mean + (0.5 * log_variance).exp() * noise * (kind == "samples")
+    torch.testing.assert_close(one.gather(*every), wanted * moments.spec.scale, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +283,7 @@ def together(world: int, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     known, failures = threading.local(), []
     opening = threading.Lock()  # diffusers changes `nn.Module` for all threads while it opens a model
-    modules = (tinyfusion.commands.encode, tinyfusion.commands.encode_captions, tinyfusion.commands.captioned)
+    modules = tinyfusion.commands.encode, tinyfusion.commands.encode_captions, tinyfusion.commands.captioned, launch
     for module in modules:
         monkeypatch.setattr(module, "launched_rank", lambda: known.rank)
         if hasattr(module, "launched_processes"):

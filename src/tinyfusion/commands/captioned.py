@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from tinyfusion.commands.encode import Work, encoding_work, launched_rank, missing_shards
-from tinyfusion.config.recipe import EncodeSection, Recipe
+from tinyfusion.commands.encode import Work, encoding_work, missing_shards
+from tinyfusion.config.recipe import EncodeSection, Orientation, Recipe
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.launch import launched_rank
 from tinyfusion.core.progress import progress
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.data.buckets import bucket_name, nearest_bucket, parse_size
@@ -28,6 +32,7 @@ from tinyfusion.models.hub import HUB_ID, fetch_pipeline
 from tinyfusion.models.latent_space import VAE, LatentSpace, open_latent_space
 from tinyfusion.models.places import exists
 
+_AT_A_TIME = 64  # pictures whose sizes are read
 _PIXELS = 256**2  # of the pictures of which encode.batch_size are encoded at a time
 
 
@@ -86,7 +91,7 @@ def opened_job(recipe: Recipe, source: str | None, prompts: Path | None) -> Job:
     files = encoders_hash(folder)
     inputs: dict[str, Any] = {"pipeline": kind.__name__, "encoders": files}
     if captioned is None:
-        return Job(folder, kind, texts, files, {}, None, inputs | {"prompts": list(texts)}, ())
+        return Job(folder, kind, texts, files, {}, None, inputs | {"prompts": _digest(texts)}, ())
     video = takes_video(kind)
     if settings.frames is not None and not video:
         raise UserError(f"encode.frames is for videos, and a {kind.__name__} draws images: leave it out")
@@ -95,6 +100,14 @@ def opened_job(recipe: Recipe, source: str | None, prompts: Path | None) -> Job:
     works, remarks = _works(recipe, captioned, space, digest, _cells_per_token(folder, space))
     inputs |= {"data": captioned.originals.fingerprint, "vae_hash": digest}
     return Job(folder, kind, texts, files, works, space, inputs, (*captioned.originals.remarks, *remarks))
+
+
+def _digest(texts: tuple[str, ...]) -> str:
+    """SHA-256 over texts."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
 
 
 def _folder(name: str) -> Path:
@@ -160,7 +173,7 @@ def _works(
     if not sizes:
         assert settings.size is not None
         return {"": work(settings.size, settings.size, None)}, []
-    buckets = _assigned(originals, sizes, orientation, video=space.video)
+    buckets = _assigned(captioned, sizes, orientation, video=space.video)
     works = {bucket_name(sizes[k]): work(*sizes[k], rows) for k, rows in enumerate(buckets) if len(rows)}
     classes = len(captioned.texts)
     for each in works.values():
@@ -169,16 +182,26 @@ def _works(
     return works, [f"{originals.name}: pictures by bucket: {shares}"]
 
 
-def _assigned(originals: Any, sizes: list[tuple[int, int]], orientation: Any, video: bool) -> list[np.ndarray]:
+def _assigned(
+    captioned: Captioned, sizes: list[tuple[int, int]], orientation: Orientation, video: bool
+) -> list[np.ndarray]:
     """The rows of every bucket, by the sizes in the headers of all pictures."""
+    originals, files = captioned.originals, captioned.files
 
-    def sized(content: Any, where: str) -> tuple[int, int]:
-        return clip_size(content, where, orientation) if video else size_of(content, where, orientation)
+    def bucket(item: tuple[str, Any]) -> int:
+        where, content = item
+        size = clip_size(content, where, orientation) if video else size_of(content, where, orientation)
+        return nearest_bucket(size, sizes)
 
     rows: list[list[int]] = [[] for _ in sizes]
-    with progress("sizes of pictures", len(originals), "pictures", shown=launched_rank() == 0) as bar:
-        for row in range(len(originals)):
-            for where, content in originals.contents(row, 1):
-                rows[nearest_bucket(sized(content, where), sizes)].append(row)
-            bar(row + 1)
+    with (
+        progress("sizes of pictures", len(originals), "pictures", shown=launched_rank() == 0) as bar,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1), "sizes") as threads,
+    ):
+        for first in range(0, len(originals), _AT_A_TIME):
+            num = min(_AT_A_TIME, len(originals) - first)
+            items = [(file, Path(file)) for file in files[first : first + num]] or list(originals.contents(first, num))
+            for row, index in enumerate(threads.map(bucket, items), first):
+                rows[index].append(row)
+            bar(first + num)
     return [np.array(each, np.int64) for each in rows]

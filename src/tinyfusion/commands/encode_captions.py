@@ -14,22 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion.commands.captioned import Job, opened_job, with_defaults
-from tinyfusion.commands.encode import (
-    announce_plan,
-    launched_processes,
-    launched_rank,
-    missing_shards,
-    speed,
-    write_manifest,
-    write_shards,
-)
+from tinyfusion.commands.encode import announce_plan, missing_shards, speed, write_shards
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.launch import launched_processes, launched_rank
 from tinyfusion.core.progress import progress, say
 from tinyfusion.core.ranks import wait_for_files, wait_until
 from tinyfusion.core.rundir import ENCODE_PROMPTS, RunDirectory, check_space, read_json
 from tinyfusion.data.buckets import write_bucket_manifest
-from tinyfusion.data.latents import MANIFEST, read_manifest, verify
+from tinyfusion.data.latents import MANIFEST, read_manifest, verify, write_manifest
 from tinyfusion.data.originals import changed
 from tinyfusion.data.prompts import prompts_entry, verify_prompts, write_texts
 from tinyfusion.jobs.assemble import RunOptions, device_for, job_record, plain_recipe
@@ -180,7 +173,7 @@ def _write_all_shards(job: Job, recipe: Recipe, out: Path, rank: int) -> int:
 
 def _finish(job: Job, out: Path, world: int, timeout_s: float) -> None:
     """Wait for the shards of all ranks, and write manifests and texts."""
-    offset, writers = 0, {}
+    offset, writers = 0, dict[Path, int]()
     for name, work in job.works.items():
         writers |= {out / name / work.spec.file_name(k): (offset + k) % world for k in range(work.spec.shards)}
         offset += work.spec.shards

@@ -34,7 +34,8 @@ _MOST = 1000  # buckets of a set
 def parse_size(text: str, field: str) -> tuple[int, int]:
     """(height, width) of a text such as 832x1216. Raises UserError where it is none."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None or not (size := (int(match[1]), int(match[2]))) or min(size) < 1 or max(size) > 2**16:
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
+    if min(size) < 1 or max(size) > 2**16:
         raise UserError(f"{field} wants sizes in pixels, HEIGHTxWIDTH, such as 832x1216; got {text!r}")
     return size
 

@@ -29,6 +29,7 @@ METADATA = ("metadata.jsonl", "captions.jsonl")  # in a folder of pictures
 COLUMNS = ("text", "caption", "prompt")  # names of captions, in the order in which they are looked for
 FILES = ("file_name", "image", "video")  # names of the picture in a line of JSON
 _NAMED = 3  # pictures without a caption that are named in an error
+_LONGEST_LINE = 2**24  # characters: a longer line is damaged
 _MOST_CHARACTERS = 100_000  # of a caption: longer ones are files of another kind
 
 
@@ -38,6 +39,7 @@ class Captioned:
 
     originals: Originals
     texts: tuple[str, ...]
+    files: tuple[str, ...] = ()  # the paths of pictures or clips, where each is one
 
     def __len__(self) -> int:
         return len(self.originals)
@@ -119,14 +121,24 @@ def _missing(name: str, missing: Sequence[str], total: int, wanted: str) -> User
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(place, object) of every line of a file. Raises UserError with the number of a damaged line."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        value = parse_json(line, where)
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: wanted a JSON object; got {line.strip()[:40]}")
-        yield where, value
+    check_plain(path)
+    number = 0
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), ""), 1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                value = parse_json(line, where)
+                if not isinstance(value, dict):
+                    raise UserError(f"{where}: wanted a JSON object; got {line.strip()[:40]}")
+                yield where, value
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: not UTF-8 text near line {number + 1} ({error})") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise unreadable(path, error) from error
 
 
 def _text(entry: Mapping[str, Any], column: str | None, where: str) -> Any:
@@ -161,7 +173,8 @@ def _of_lines(name: str, path: Path, column: str | None) -> Captioned:
         raise UserError(f"{where}: {absent[0]} does not exist{more}")
     files = list(entries)
     names = (os.path.relpath(file, path.parent.absolute()) for file in files)
-    return _table(name, [entries[file][1] for file in files], file_contents(files), names)
+    made = _table(name, [entries[file][1] for file in files], file_contents(files), names)
+    return replace(made, files=tuple(files))
 
 
 def file_contents(files: Sequence[str]) -> Contents:
@@ -209,7 +222,7 @@ def _of_folder(name: str, path: Path, column: str | None, clips: bool) -> Captio
     if left := sum(file not in present for file in listed):
         remarks.append(f"{printable(path)}: lines of {METADATA[0]} that name no file of the set: {left:,}")
     names = (os.path.relpath(file, path) for file in files)
-    return _table(name, captions, file_contents(files), names, remarks)
+    return replace(_table(name, captions, file_contents(files), names, remarks), files=tuple(files))
 
 
 def _read_caption(path: Path) -> str:

@@ -82,7 +82,7 @@ def clip_size(content: Any, where: str, orientation: Orientation) -> tuple[int, 
     if isinstance(content, Path) and content.is_dir():
         first = _frames_in(content)[0]
         return size_of(read_file(first), str(first), orientation)
-    if isinstance(content, Path):
+    if isinstance(content, Path) and content.suffix.lower() in VIDEOS:
         for frame in _decoded_video(content):
             return frame.shape[0], frame.shape[1]
         check_frames(0, 1, where)

@@ -7,6 +7,7 @@ import io
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import ExifTags, Image
 
 from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_memory
+from tinyfusion.core.reading import check_memory, check_plain
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
@@ -87,11 +88,17 @@ def _decoded(image: Image.Image, where: str, size: Size | None, orientation: Ori
 
 
 def size_of(encoded: Any, where: str, orientation: Orientation = "follow") -> tuple[int, int]:
-    """(height, width) of a picture by its header, turned as `decode` turns it. Raises UserError where there is no header."""
+    """(height, width) of a picture by its header, turned as `decode` turns it. Raises UserError where there is no header.
+
+    encoded: as of `decode`, or the path of a file, of which only the header is read.
+    """
     content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
-    if not isinstance(content, bytes):
+    if not isinstance(content, bytes | Path):
         raise UserError(f"{where}: wanted an encoded picture (bytes); got {type(content).__name__}")
-    with _reading(where), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    if isinstance(content, Path):
+        check_plain(content)
+    source = content if isinstance(content, Path) else io.BytesIO(content)
+    with _reading(where), Image.open(source, formats=FORMATS) as image:
         turned = orientation == "follow" and _orientation_of(image) in _ON_ITS_SIDE
         return (image.width, image.height) if turned else (image.height, image.width)
 

@@ -8,6 +8,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,7 @@ def encoding_arguments(kind: Any, max_tokens: int | None) -> dict[str, Any]:
 
 def _cleans() -> bool:
     """Whether the libraries are there by which pipelines clean captions."""
-    from diffusers.utils import is_bs4_available, is_ftfy_available
-
-    return bool(is_bs4_available() and is_ftfy_available())
+    return all(find_spec(name) for name in ("bs4", "ftfy"))
 
 
 def encoder_parts(folder: Path) -> list[str]:
@@ -155,7 +154,9 @@ class PromptEncoder:
 
     def _named(self, texts: list[str], negative: bool) -> dict[str, Tensor]:
         known = inspect.signature(self.pipeline.encode_prompt).parameters
-        switch = {"do_classifier_free_guidance": negative} if "do_classifier_free_guidance" in known else {}
+        switch: dict[str, Any] = (
+            {"do_classifier_free_guidance": negative} if "do_classifier_free_guidance" in known else {}
+        )
         switch |= {"device": self.device} if "device" in known else {}
         none = inspect.Parameter.empty
         switch |= {name: None for name, each in known.items() if name.startswith("prompt_") and each.default is none}
