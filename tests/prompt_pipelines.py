@@ -24,9 +24,9 @@ def save_flux_pipeline(folder: Path, **sizes: Any) -> Path:
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=1, shift_factor=0.0),
             text_encoder=_clip(),
-            tokenizer=_clip_tokenizer(),
+            tokenizer=clip_tokenizer(),
             text_encoder_2=_t5(),
-            tokenizer_2=_t5_tokenizer(),
+            tokenizer_2=t5_tokenizer(),
             transformer=FluxTransformer2DModel(**small | sizes),
         ).save_pretrained(folder)
     return folder
@@ -47,7 +47,7 @@ def save_wan_pipeline(folder: Path) -> Path:
         torch.manual_seed(0)
         vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
         WanPipeline(
-            tokenizer=_t5_tokenizer(),
+            tokenizer=t5_tokenizer(),
             text_encoder=UMT5EncoderModel(UMT5Config(**_T5)),
             vae=vae,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
@@ -67,7 +67,7 @@ def _t5() -> Any:
     return T5EncoderModel(T5Config(**_T5))
 
 
-def _t5_tokenizer() -> Any:
+def t5_tokenizer() -> Any:
     from transformers import T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0), *((letter, -3.0) for letter in LETTERS)]
@@ -98,11 +98,11 @@ def save_clip(folder: Path, seed: int = 2, **changes: Any) -> Path:
         )
         CLIPModel(config).save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    _clip_tokenizer().save_pretrained(folder)
+    clip_tokenizer().save_pretrained(folder)
     return folder
 
 
-def _clip_tokenizer() -> Any:
+def clip_tokenizer() -> Any:
     from transformers import CLIPTokenizer
 
     words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]

@@ -243,15 +243,20 @@ VERBS = {
         ),
     ),
     "encode": Verb(
-        "Pictures to latents for `--data latents:PATH`; several processes share the work.",
+        "Pictures to latents for `--data latents:PATH`, captions to embeddings; several processes share the work.",
         "--data pictures --vae stabilityai/sd-vae-ft-ema --out latents",
         (
             *_JOB,
-            Option("data", "folder of pictures, parquet:PATH, hub:ORG/NAME, webdataset:PATH, or published features:PATH",
-                   "NAME", required=True),
+            Option("data", "folder of pictures, parquet:PATH, hub:ORG/NAME, webdataset:PATH, published features:PATH; with --pipeline "
+                   "also a .jsonl file of pictures and captions", "NAME"),
             Option("out", "folder of the latents", "PATH", kind=Path, required=True),
             Option("vae", "", "PATH|ID", ("encode.vae",)),
+            Option("pipeline", "", "PATH|ID", ("encode.pipeline",)),
+            Option("caption_column", "", "NAME", ("encode.caption_column",)),
+            Option("prompts", "with --pipeline, in place of --data: text file of prompts, one a line, or .jsonl", "FILE", kind=Path),
             Option("size", "", "N", ("encode.size",)),
+            Option("buckets", "", "HxW,..", ("encode.sizes",)),
+            Option("frames", "", "N", ("encode.frames",)),
             Option("batch_size", "", "N", ("encode.batch_size",)),
         ),
         parallel=True,

@@ -60,10 +60,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("flux", "student", ["--set", BUDGETS]),
         ("wan/transformer_2", "expert", ["--num-keep", "2"]),
     ):
-        words = ["prune", "--teacher", folder / teacher, "--criterion", "uniform", *how, "--out", folder / "runs" / name]
+        words = [
+            "prune",
+            "--teacher",
+            folder / teacher,
+            "--criterion",
+            "uniform",
+            *how,
+            "--out",
+            folder / "runs" / name,
+        ]
         assert cli.main([*map(str, words)]) == 0
     for model, name in (("flux", "teacher"), ("runs/student", "student")):
-        words = ["sample", "--model", folder / model, "--prompts", folder / "prompts.txt", "--out", folder / f"{name}.npz"]
+        words = [
+            "sample",
+            "--model",
+            folder / model,
+            "--prompts",
+            folder / "prompts.txt",
+            "--out",
+            folder / f"{name}.npz",
+        ]
         assert cli.main([*map(str, words), *FLUX]) == 0
     return folder
 
@@ -149,7 +166,19 @@ def test_the_record_names_what_the_images_depend_on(place: Path, run: Run) -> No
 
 def test_more_images_than_prompts_and_any_batch(place: Path, run: Run, tmp_path: Path) -> None:
     words = ["sample", "--model", place / "flux", "--prompts", place / "prompts.txt", *FLUX]
-    run(*words, "--out", tmp_path / "x.npz", "--num-images", 5, "--batch-size", 2, "--grid", tmp_path / "x.png", "--png", tmp_path / "png")
+    run(
+        *words,
+        "--out",
+        tmp_path / "x.npz",
+        "--num-images",
+        5,
+        "--batch-size",
+        2,
+        "--grid",
+        tmp_path / "x.png",
+        "--png",
+        tmp_path / "png",
+    )
     images, labels = arrays(tmp_path / "x.npz")
     assert labels.tolist() == [0, 1, 2, 0, 1]
     assert np.abs(images[:3].astype(int) - arrays(place / "teacher.npz")[0]).max() <= 1
@@ -160,8 +189,19 @@ def test_more_images_than_prompts_and_any_batch(place: Path, run: Run, tmp_path:
     assert np.array_equal(arrays(tmp_path / "y.npz")[0], arrays(place / "teacher.npz")[0])
 
 
-def test_an_interrupted_drawing_continues_with_the_same_images(place: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["sample", "--model", place / "flux", "--prompts", place / "prompts.txt", *FLUX, "--out", tmp_path / "x.npz"]
+def test_an_interrupted_drawing_continues_with_the_same_images(
+    place: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        "sample",
+        "--model",
+        place / "flux",
+        "--prompts",
+        place / "prompts.txt",
+        *FLUX,
+        "--out",
+        tmp_path / "x.npz",
+    ]
     batch, made = PromptDrawing._batch, []
 
     def stopping(self: PromptDrawing, indices: range) -> np.ndarray:
@@ -186,25 +226,44 @@ def test_an_interrupted_drawing_continues_with_the_same_images(place: Path, run:
 
 def test_a_student_of_one_expert_takes_its_place(place: Path) -> None:
     source = pipeline_of(str(place / "runs" / "expert"), None)
-    assert {name: sum(model.depths.values()) for name, model in source.models.items()} == {"transformer": 4, "transformer_2": 2}
+    assert {name: sum(model.depths.values()) for name, model in source.models.items()} == {
+        "transformer": 4,
+        "transformer_2": 2,
+    }
     assert source.folder == place / "wan"
     teacher = pipeline_of(str(place / "wan"), None)
     assert source.rest_hash == teacher.rest_hash and source.model_hash != teacher.model_hash
 
 
-def test_videos_are_frames_and_an_mp4_where_ffmpeg_is(place: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_are_frames_and_an_mp4_where_ffmpeg_is(
+    place: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = tmp_path / "bin" / "ffmpeg"
     program.parent.mkdir()
     program.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[-1], 'w').write(' '.join(sys.argv[1:]))\n")
     program.chmod(0o755)
-    words = ["sample", "--model", place / "runs" / "expert", "--prompts", place / "prompts.txt", *WAN, "--num-images", 2]
+    words = [
+        "sample",
+        "--model",
+        place / "runs" / "expert",
+        "--prompts",
+        place / "prompts.txt",
+        *WAN,
+        "--num-images",
+        2,
+    ]
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     run(*words, "--out", tmp_path / "v.npz", "--png", tmp_path / "png", "--grid", tmp_path / "v.png")
     videos, _ = arrays(tmp_path / "v.npz")
     assert videos.shape == (2, 5, 16, 16, 3)
     from PIL import Image
 
-    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == ["000000", "000000.mp4", "000001", "000001.mp4"]
+    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == [
+        "000000",
+        "000000.mp4",
+        "000001",
+        "000001.mp4",
+    ]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / "000001" / "0003.png")), videos[1, 3])
     assert "-framerate 16" in (tmp_path / "png" / "000000.mp4").read_text()
     grid = np.asarray(Image.open(tmp_path / "v.png"))
@@ -216,9 +275,31 @@ def test_videos_are_frames_and_an_mp4_where_ffmpeg_is(place: Path, run: Run, tmp
 
 
 def test_bench_counts_and_times_a_step_of_the_pipeline(place: Path, run: Run, tmp_path: Path) -> None:
-    words = ["bench", place / "runs" / "student", "--vs", place / "flux", "--prompts", place / "prompts.txt", "--repeats", "2"]
+    words = [
+        "bench",
+        place / "runs" / "student",
+        "--vs",
+        place / "flux",
+        "--prompts",
+        place / "prompts.txt",
+        "--repeats",
+        "2",
+    ]
     outcome = run(*words, *FLUX[2:], "--batch-size", "2", "--set", "bench.product_size=64")
-    run("record", place / "flux", "--prompts", place / "prompts.txt", "--steps", "1", "--height", "16", "--width", "16", "--out", tmp_path / "x.safetensors")
+    run(
+        "record",
+        place / "flux",
+        "--prompts",
+        place / "prompts.txt",
+        "--steps",
+        "1",
+        "--height",
+        "16",
+        "--width",
+        "16",
+        "--out",
+        tmp_path / "x.safetensors",
+    )
     one = {}
     for side, source in (("model", "runs/student"), ("vs", "flux")):
         ((_, model),) = pipeline_of(str(place / source), None).models.items()
@@ -226,11 +307,23 @@ def test_bench_counts_and_times_a_step_of_the_pipeline(place: Path, run: Run, tm
         assert outcome["models"][side]["macs"] == one[side]
         assert outcome["models"][side]["depth"] == sum(model.depths.values())
     assert outcome["speedup"]["macs_ratio"] == pytest.approx(one["vs"] / one["model"])
-    assert outcome["speedup"]["ratio"] > 0 and "FluxPipeline" in outcome["protocol"] and "2 images" in outcome["protocol"]
+    assert (
+        outcome["speedup"]["ratio"] > 0 and "FluxPipeline" in outcome["protocol"] and "2 images" in outcome["protocol"]
+    )
 
 
 def test_bench_counts_both_passes_of_guidance(place: Path, run: Run) -> None:
-    words = ["bench", place / "wan", "--prompts", place / "prompts.txt", "--repeats", "1", *WAN[2:], "--set", "bench.product_size=64"]
+    words = [
+        "bench",
+        place / "wan",
+        "--prompts",
+        place / "prompts.txt",
+        "--repeats",
+        "1",
+        *WAN[2:],
+        "--set",
+        "bench.product_size=64",
+    ]
     guided, plain = run(*words), run(*words, "--guidance", "1")
     assert guided["models"]["model"]["macs"] == 2 * plain["models"]["model"]["macs"]
 
@@ -255,7 +348,11 @@ def wider(here: Path) -> None:
 
 
 def dit_pipeline(here: Path) -> None:
-    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    index = {
+        "_class_name": "DiTPipeline",
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
     (here / "flux" / "model_index.json").write_text(json.dumps(index))
 
 
@@ -344,5 +441,7 @@ def test_the_source_of_a_pipeline_is_found(place: Path, tmp_path: Path) -> None:
     light = pipeline_of(str(tmp_path / "light"), None)
     found: list[ModelPipeline] = [inside, alone, light, pipeline_of(str(student), None)]
     assert [each.folder for each in found] == [place / "flux", place / "flux", tmp_path / "light", place / "flux"]
-    assert [each.model_hash for each in found[1:]] == [found[-1].model_hash] * 3 and inside.model_hash != found[-1].model_hash
+    assert [each.model_hash for each in found[1:]] == [found[-1].model_hash] * 3 and inside.model_hash != found[
+        -1
+    ].model_hash
     assert light.rest_hash == inside.rest_hash, "the same images can be drawn from either"

@@ -66,9 +66,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP model, and samples of a teacher and a student with their prompts, images and videos."""
     folder = tmp_path_factory.mktemp("scores")
     save_clip(folder / "clip")
-    for name, images in (("teacher", IMAGES.clip(3, 252)), ("student", NOISY), ("video", VIDEOS), ("other", VIDEOS[::-1])):
+    for name, images in (
+        ("teacher", IMAGES.clip(3, 252)),
+        ("student", NOISY),
+        ("video", VIDEOS),
+        ("other", VIDEOS[::-1]),
+    ):
         record = {"protocol": PROTOCOL, "num_images": 5, "prompts": PROMPTS}
-        write_samples(folder / f"{name}.npz", source_of(images) if images.ndim == 4 else streamed(images), LABELS, record)
+        write_samples(
+            folder / f"{name}.npz", source_of(images) if images.ndim == 4 else streamed(images), LABELS, record
+        )
     return folder
 
 
@@ -86,7 +93,9 @@ def transformers_scores(folder: Path, images: np.ndarray, prompts: list[str]) ->
 
     model = CLIPModel.from_pretrained(folder)
     texts = CLIPTokenizer.from_pretrained(folder)(prompts, padding=True, return_tensors="pt")
-    pixels = CLIPImageProcessorPil.from_pretrained(folder)([Image.fromarray(each) for each in images], return_tensors="pt")
+    pixels = CLIPImageProcessorPil.from_pretrained(folder)(
+        [Image.fromarray(each) for each in images], return_tensors="pt"
+    )
     with torch.no_grad():
         logits = model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"], **pixels).logits_per_image
         cosines = logits.diagonal() / model.logit_scale.exp()
@@ -110,7 +119,9 @@ def test_the_clip_score_is_that_of_transformers(place: Path) -> None:
 
 
 def test_evaluate_scores_prompts_without_a_reference(place: Path, run: Run, tmp_path: Path) -> None:
-    outcome = run("evaluate", "--samples", place / "student.npz", "--clip", place / "clip", "--out", tmp_path / "x.json")
+    outcome = run(
+        "evaluate", "--samples", place / "student.npz", "--clip", place / "clip", "--out", tmp_path / "x.json"
+    )
     wanted = transformers_scores(place / "clip", NOISY, [PROMPTS[label] for label in LABELS])
     assert outcome["clip_score"] == pytest.approx(wanted.mean(), abs=1e-4)
     record = json.loads((tmp_path / "x.json").read_text())
@@ -125,7 +136,15 @@ def test_evaluate_scores_prompts_without_a_reference(place: Path, run: Run, tmp_
 def test_prompts_from_a_file_where_no_record_has_them(place: Path, run: Run, tmp_path: Path) -> None:
     np.savez(tmp_path / "bare.npz", IMAGES, LABELS)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    words = ["evaluate", "--samples", tmp_path / "bare.npz", "--clip", place / "clip", "--prompts", tmp_path / "prompts.txt"]
+    words = [
+        "evaluate",
+        "--samples",
+        tmp_path / "bare.npz",
+        "--clip",
+        place / "clip",
+        "--prompts",
+        tmp_path / "prompts.txt",
+    ]
     wanted = transformers_scores(place / "clip", IMAGES, [PROMPTS[label] for label in LABELS]).mean()
     assert run(*words, "--out", tmp_path / "x.json")["clip_score"] == pytest.approx(wanted, abs=1e-4)
 
@@ -136,7 +155,9 @@ def test_pairs_alone_are_scored_in_closed_form(place: Path, run: Run, tmp_path: 
     found = run(*words, place / "teacher.npz")["against"]
     assert found["psnr_db"] == pytest.approx(20 * np.log10(255 / 3)) and found["psnr_db_std"] == pytest.approx(0)
     assert found["ssim"] == pytest.approx(ssim(NOISY, IMAGES.clip(3, 252)).mean()) and found["ssim"] < 1
-    same = run("evaluate", "--samples", place / "student.npz", "--out", tmp_path / "y.json", "--against", place / "student.npz")
+    same = run(
+        "evaluate", "--samples", place / "student.npz", "--out", tmp_path / "y.json", "--against", place / "student.npz"
+    )
     assert same["against"]["ssim"] == pytest.approx(1) and "lpips" not in same["against"]
 
 
@@ -162,12 +183,16 @@ def test_lpips_where_its_package_is(place: Path, run: Run, tmp_path: Path, monke
             return (x - y).abs().mean((1, 2, 3), keepdim=True)
 
     package.LPIPS = LPIPS  # type: ignore[attr-defined]
-    large = {name: images.repeat(2, axis=1).repeat(2, axis=2) for name, images in (("s", NOISY), ("t", IMAGES.clip(3, 252)))}
+    large = {
+        name: images.repeat(2, axis=1).repeat(2, axis=2) for name, images in (("s", NOISY), ("t", IMAGES.clip(3, 252)))
+    }
     for name, images in large.items():
         write_samples(tmp_path / f"{name}.npz", images, LABELS, {"protocol": PROTOCOL, "num_images": 5})
     words = ["evaluate", "--samples", tmp_path / "s.npz", "--against", tmp_path / "t.npz", "--out"]
     without = run(*words, tmp_path / "x.json")
-    assert "LPIPS is left out: the package lpips is not installed" in without["said"] and "lpips" not in without["against"]
+    assert (
+        "LPIPS is left out: the package lpips is not installed" in without["said"] and "lpips" not in without["against"]
+    )
     monkeypatch.setitem(sys.modules, "lpips", package)
     found = run(*words, tmp_path / "y.json")
     assert found["against"]["lpips"] == pytest.approx(3 / 127.5, rel=1e-5) and "LPIPS" in found["said"]
@@ -185,7 +210,14 @@ def test_the_page_shows_prompts_under_pairs(place: Path, run: Run, tmp_path: Pat
             shutil.copy(place / f"{name}.{suffix}", folder / "samples")
     words = ["evaluate", "--clip", place / "clip", "--samples"]
     run(*words, folder / "samples/teacher.npz", "--out", folder / "evaluations/teacher-prompts.json")
-    run(*words, folder / "samples/student.npz", "--against", folder / "samples/teacher.npz", "--out", folder / "evaluations/student-prompts.json")
+    run(
+        *words,
+        folder / "samples/student.npz",
+        "--against",
+        folder / "samples/teacher.npz",
+        "--out",
+        folder / "evaluations/student-prompts.json",
+    )
     rows = prompt_rows(read_run(folder))
     assert [row.text for row in rows] == PROMPTS
     assert [[sheet.role for sheet in row.sheets] for row in rows] == [["teacher", "student"]] * 3
@@ -194,7 +226,9 @@ def test_the_page_shows_prompts_under_pairs(place: Path, run: Run, tmp_path: Pat
         assert words_of in page, words_of
     assert page.count('class="pair"') == 3 and "against prompts" not in page and "Samples of every model" not in page
     places = [page.index(f"<figcaption>{prompt}") for prompt in PROMPTS]
-    assert places == sorted(places) and all(page.rindex("<img", 0, at) > page.rindex('class="pair"', 0, at) for at in places)
+    assert places == sorted(places) and all(
+        page.rindex("<img", 0, at) > page.rindex('class="pair"', 0, at) for at in places
+    )
 
 
 def test_the_page_shows_the_middle_frame_of_videos(place: Path, tmp_path: Path) -> None:

@@ -39,12 +39,15 @@ from tinyfusion.data.latents import (
     write_manifest,
 )
 from tinyfusion.data.originals import Originals, changed, decoded, open_originals
+from tinyfusion.data.picture import Picture, Size, decode
 from tinyfusion.data.published_latents import FEATURES, PUBLISHED_SCALE, PublishedLatents, open_published
 from tinyfusion.jobs.assemble import RunOptions, device_for, job_record, plain_recipe
 from tinyfusion.jobs.estimate import announce, rounded
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
+from tinyfusion.models.latent_space import LatentSpace
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+DEFAULT_SIZE = 256
 _AHEAD = 3  # batches of pictures decoded while the autoencoder computes
 _PASSING_VALUES = 6  # activations of the size of its widest layer that an autoencoder has at once
 _WIDEST = 128  # channels of that layer at full size
@@ -69,8 +72,15 @@ class Work:
     changes: Counter[str] = field(default_factory=Counter)
 
 
-def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
-    """Write the shards of this rank; rank 0 also writes the manifest. Returns the outcome for `--json`."""
+def encode(recipe: Recipe, options: RunOptions, source: str | None, prompts: Path | None = None) -> dict[str, Any]:
+    """Write the shards of this rank; rank 0 also writes the manifest. Returns the outcome for `--json`.
+
+    prompts: only with a pipeline, see `encode_captions`.
+    """
+    if source is None:
+        raise UserError("encode needs --data, or with --pipeline also --prompts")
+    _check_classes(recipe.encode, prompts)
+    recipe = dataclasses.replace(recipe, encode=of_classes(recipe.encode))
     rank, world = launched_rank(), launched_processes()
     run = RunDirectory(options.out, rank == 0)
     with ExitStack() as contexts:
@@ -86,25 +96,25 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
                 f"{options.out} first, or start anew with one process"
             )
         mode = run.check("encode", plain, options.overwrite) if rank == 0 or run.record_path.exists() else "new"
-        todo = _missing(options.out, work.spec) if mode != "new" else list(range(work.spec.shards))
+        todo = missing_shards(options.out, work.spec) if mode != "new" else list(range(work.spec.shards))
         check_space(options.out, sum(work.spec.shard_bytes(shard) for shard in todo))
         if todo:
             say(work.remarks)
         if options.dry_run:
-            return _announce(work, settings, source, todo, world, mode, rank == 0)
+            return announce_plan(work, settings, source, todo, world, mode, rank == 0)
         if mode == "finished" and not todo:
             run.tidy()
             return _verified(options.out, rank)
         if rank > 0:
             wait_until(run.record_path.is_file, options.out, recipe.compute.timeout_s)
             run.check("encode", plain, overwrite=False)
-            _write_shards(work, options.out, settings, recipe.compute.timeout_s)
+            write_shards(work, options.out, settings, recipe.compute.timeout_s)
             return {"rank": rank}
         with run.writing("encode", plain, options.overwrite):
             run.mark("running", job={**job_record(recipe, options), "data": source})
-            began, done = time.perf_counter(), _write_shards(work, options.out, settings, recipe.compute.timeout_s)
+            began, done = time.perf_counter(), write_shards(work, options.out, settings, recipe.compute.timeout_s)
             say(changed(source, done, work.changes))
-            outcome = _speed(done, time.perf_counter() - began, work.busy_s, world)
+            outcome = speed(done, time.perf_counter() - began, work.busy_s, world)
             writers = {options.out / work.spec.file_name(shard): shard % world for shard in range(work.spec.shards)}
             wait_for_files(writers, world, recipe.compute.timeout_s)
             write_manifest(options.out, work.spec, work.about)
@@ -115,37 +125,69 @@ def encode(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- the set
 
 
+def of_classes(settings: EncodeSection) -> EncodeSection:
+    """The settings with the defaults of pictures of classes."""
+    mirror = True if settings.mirror is None else settings.mirror
+    return dataclasses.replace(settings, size=settings.size or DEFAULT_SIZE, mirror=mirror)
+
+
+def _check_classes(settings: EncodeSection, prompts: Path | None) -> None:
+    """Raise UserError on settings that only a pipeline has a use for."""
+    given = {
+        "--prompts": prompts, "encode.caption_column": settings.caption_column, "encode.sizes": settings.sizes,
+        "encode.frames": settings.frames, "encode.max_tokens": settings.max_tokens,
+    }  # fmt: skip
+    if odd := next((name for name, value in given.items() if value is not None), None):
+        raise UserError(
+            f"{odd} is for pictures with captions, encoded for a pipeline of diffusers: give --pipeline too"
+        )
+
+
 def work_for(recipe: Recipe, source: str, contexts: ExitStack) -> Work:
     """Open the source and the autoencoder. Raises UserError where either is missing or they do not fit."""
+    recipe = dataclasses.replace(recipe, encode=of_classes(recipe.encode))
     if source.startswith(FEATURES):
         published = open_published(Path(source.removeprefix(FEATURES)))
         return _converting(recipe.encode, published, open_autoencoder(recipe.encode.vae) if recipe.encode.vae else None)
     originals = open_originals(source)
     vae = open_autoencoder(recipe.encode.vae or DEFAULT_VAE)
-    if recipe.encode.size % vae.factor:
-        below = recipe.encode.size - recipe.encode.size % vae.factor
+    size = recipe.encode.size or DEFAULT_SIZE
+    if size % vae.factor:
+        below = size - size % vae.factor
         raise UserError(
-            f"encode.size {recipe.encode.size} is no multiple of {vae.factor}, the pixels of a latent cell of {vae.name}: "
+            f"encode.size {size} is no multiple of {vae.factor}, the pixels of a latent cell of {vae.name}: "
             f"take {' or '.join(str(n) for n in (below, below + vae.factor) if n)}"
         )
-    return _encoding(recipe, originals, vae, contexts)
+    vae.module.to(device_for(recipe))
+    return encoding_work(recipe, originals, vae, (vae.channels, size // vae.factor, size // vae.factor), size)
 
 
-def _encoding(recipe: Recipe, originals: Originals, vae: Autoencoder, contexts: ExitStack) -> Work:
+def encoding_work(
+    recipe: Recipe,
+    originals: Originals,
+    vae: Autoencoder | LatentSpace,
+    shape: tuple[int, ...],
+    size: Size,
+    reader: Callable[[Any, str, Size | None, Orientation], Picture] = decode,
+    digest: str = "",
+) -> Work:
+    """The encoding of pictures of one size to latents of a shape, or of clips, which `reader` gives as pixels (F, H, W, 3).
+
+    The autoencoder is on the recipe's device once values are computed. digest: its hash, where it was counted already.
+    """
     settings, device = recipe.encode, device_for(recipe)
-    side = settings.size // vae.factor
-    shape = (vae.channels, side, side)
-    classes = max(int(originals.labels.max()) + 1, len(originals.classes))
+    exact = isinstance(vae, LatentSpace) and vae.exact
+    kind = "samples" if exact or settings.posterior == "mode" else settings.posterior
+    classes, rows = max(int(originals.labels.max()) + 1, len(originals.classes)), 1 + bool(settings.mirror)
     spec = LatentSpec(
-        len(originals), settings.shard_images, settings.posterior, settings.dtype, 1 + settings.mirror, shape, classes,
-        vae.scale, vae.shift,
-    )  # fmt: skip
-    vae.module.to(device)
+        len(originals), settings.shard_images, kind, settings.dtype, rows, shape, classes, vae.scale, vae.shift
+    )
 
     def load(first: int, num: int) -> Tensor:
-        pictures = [picture for _where, picture in decoded(originals, settings.size, settings.orientation, first, num)]
+        taken = decoded(originals, size, settings.orientation, first, num, reader)
+        pictures = [picture for _where, picture in taken]
         work.changes.update(change for picture in pictures for change in picture.changes)
-        pixels = torch.from_numpy(np.stack([picture.in_colour for picture in pictures])).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.stack([picture.in_colour for picture in pictures])).movedim(-1, 1)
         return pixels.pin_memory() if device.type == "cuda" else pixels
 
     def values(pixels: Tensor, first: int) -> Tensor:
@@ -161,15 +203,17 @@ def _encoding(recipe: Recipe, originals: Originals, vae: Autoencoder, contexts: 
             raise UserError(
                 f"the autoencoder gives values that are not finite for image {bad}: its weights or the device are at fault"
             )
-        if settings.posterior == "moments":
+        if kind == "moments":
             return stacked
-        draws = Randomness(recipe.seed).at(0, first, len(x))
-        noise = torch.from_numpy(draws.normal("posterior", (spec.rows, *shape)))
+        noise = torch.zeros(len(x), spec.rows, *shape)
+        if settings.posterior == "samples":
+            draws = Randomness(recipe.seed).at(0, first, len(x))
+            noise = torch.from_numpy(draws.normal("posterior", (spec.rows, *shape)))
         return vae.latents(stacked.flatten(0, 1), noise.flatten(0, 1)).unflatten(0, (len(x), spec.rows))
 
-    digest = vae.hash()
+    digest = digest or vae.hash()
     about = {
-        "size": settings.size, "crop": "centre: halved by box, then bicubic",
+        "size": size if isinstance(size, int) else None, "crop": "centre: halved by box, then bicubic",
         "orientation": settings.orientation, "vae": vae.name, "vae_hash": digest,
         "data": originals.fingerprint, "class_names": list(originals.classes),
         "seed": recipe.seed if settings.posterior == "samples" else None,
@@ -208,15 +252,15 @@ def _converting(settings: EncodeSection, published: PublishedLatents, vae: Autoe
 # --------------------------------------------------------------------------------------------------------------- shards
 
 
-def _missing(folder: Path, spec: LatentSpec) -> list[int]:
+def missing_shards(folder: Path, spec: LatentSpec) -> list[int]:
     """Shards without a complete file."""
     return [shard for shard in range(spec.shards) if not (folder / spec.file_name(shard)).is_file()]
 
 
-def _write_shards(work: Work, folder: Path, settings: EncodeSection, timeout_s: float) -> int:
-    """Write the missing shards of this rank. Returns the number of images."""
+def write_shards(work: Work, folder: Path, settings: EncodeSection, timeout_s: float, offset: int = 0) -> int:
+    """Write the missing shards of this rank. offset: shards of other sets before them. Returns the number of images."""
     rank, world = launched_rank(), launched_processes()
-    mine = [shard for shard in _missing(folder, work.spec) if shard % world == rank]
+    mine = [shard for shard in missing_shards(folder, work.spec) if (offset + shard) % world == rank]
     batches = list(_batches(work, folder, mine, settings.batch_size))
     total, done = sum(num for _shard, _first, num in batches), 0
     title = "encode" if world == 1 else f"encode ({rank + 1} of {world})"
@@ -268,7 +312,7 @@ def _verified(folder: Path, rank: int) -> dict[str, Any]:
     return {"num_images": spec.num_images}
 
 
-def _speed(images: int, seconds: float, busy_s: float, world: int) -> dict[str, Any]:
+def speed(images: int, seconds: float, busy_s: float, world: int) -> dict[str, Any]:
     """Speed of this rank: images per second, and the share of the time spent in the autoencoder."""
     if not images:
         return {"images_per_second": None, "autoencoder_share": None}
@@ -279,7 +323,7 @@ def _speed(images: int, seconds: float, busy_s: float, world: int) -> dict[str, 
     return {"processes": world, "images_per_second": rate, "autoencoder_share": share and round(share, 4)}
 
 
-def _announce(
+def announce_plan(
     work: Work, settings: EncodeSection, source: str, todo: list[int], world: int, mode: str, spoken: bool
 ) -> dict[str, Any]:
     """Print and return the plan of a dry run, with the time measured on one batch of at most two images."""
@@ -289,8 +333,10 @@ def _announce(
     began = time.perf_counter()
     work.values(work.load(0, num), 0)
     seconds = (time.perf_counter() - began) / num * images / world
-    size = work.about["size"] if work.about["crop"] else 0
-    values = settings.batch_size * spec.rows * (size * size * _WIDEST * _PASSING_VALUES)
+    about = work.about
+    height, width = (about.get(side, about["size"]) if about["crop"] else 0 for side in ("height", "width"))
+    pixels = height * width * about.get("frames", 1)
+    values = settings.batch_size * spec.rows * (pixels * _WIDEST * _PASSING_VALUES)
     disk = sum(spec.shard_bytes(shard) for shard in todo)
     plan = {
         "data": f"{source}: {spec.num_images:,} images of {spec.classes:,} classes",

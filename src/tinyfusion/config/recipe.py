@@ -110,17 +110,41 @@ class EncodeSection:
         "autoencoder: AutoencoderKL of diffusers, a folder or hub id, alone or in a pipeline; None: stabilityai/sd-vae-ft-ema, "
         "and of features:PATH the published scale",
     ] = None
-    size: Annotated[Side, "side of the centre crop in pixels"] = 256
+    pipeline: Annotated[
+        str | None,
+        Location(),
+        "pictures with captions: pipeline of diffusers, a folder or hub id, whose autoencoder and text encoders encode them",
+    ] = None
+    caption_column: Annotated[
+        str | None, "pipeline: column of captions in parquet files and JSON; None: text, caption or prompt"
+    ] = None
+    size: Annotated[
+        Side | None, "side of the centre crop in pixels; None: 256, and with a pipeline one must be given"
+    ] = None
+    sizes: Annotated[
+        tuple[str, ...] | None,
+        "pipeline: sizes of buckets in place of encode.size, such as 1024x1024,832x1216 (height x width); a picture is cropped to "
+        "that of the nearest aspect ratio",
+    ] = None
+    frames: Annotated[
+        SmallCount | None, "pipeline of videos: frames of every clip, from its beginning; None: 1, of pictures"
+    ] = None
+    max_tokens: Annotated[SmallCount | None, "pipeline: longest prompt in tokens; None: that of a drawing"] = None
     orientation: Annotated[Orientation, "orientation tags (EXIF) of pictures: follow, or ignore (published)"] = "follow"
     posterior: Annotated[
-        Literal["moments", "samples"],
-        "stored values: mean and log-variance, sampled at every read, or one sample (published)",
+        Literal["moments", "samples", "mode"],
+        "stored values: mean and log-variance, sampled at every read; one sample (published); or the mean",
     ] = "moments"
-    mirror: Annotated[bool, "also store the latents of the mirrored picture"] = True
+    mirror: Annotated[
+        bool | None, "also store the latents of the mirrored picture; None: yes, and with a pipeline no"
+    ] = None
     dtype: Annotated[Literal["float32", "bfloat16"], "type of stored values; the autoencoder runs in float32"] = (
         "float32"
     )
-    batch_size: Annotated[BatchSize, "pictures at a time, without mirrored copies; rounding depends on it"] = 32
+    batch_size: Annotated[
+        BatchSize,
+        "pictures at a time, without mirrored copies; with a pipeline of 256 x 256, fewer of larger ones; rounding depends on it",
+    ] = 32
     shard_images: Annotated[Count, "images per file; a process writes whole files"] = 1024
 
 

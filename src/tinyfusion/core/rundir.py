@@ -44,11 +44,13 @@ _CONTINUES = "fix that, and the same command continues from the last checkpoint"
 _OLD, _BACK = ".tinyfusion.old", ".tinyfusion.back"  # in a run folder: a run that is to be replaced, or that comes back
 CHECKPOINT_FILES = r"state-\d{5}-of-\d{5}\.safetensors|state\.json|SHA256SUMS|losses\.safetensors"
 _FOLDERS = ("checkpoints", "watch", "samples", "evaluations", "prune", "recover", "dynamic")
+_PROMPTS = r"prompts(?:-\d+-of-\d+)?\.safetensors"
+ENCODE_PROMPTS = "encode --pipeline"  # the verb in the record of such a run
 _SAVED = (  # not in hidden folders, which are unfinished
     rf"(?:[^./][^/]*/)*(?:checkpoints/step-\d+/(?:{CHECKPOINT_FILES})|model\.json|shard-\d+-of-\d+\.safetensors)"
 )
-_BY_OTHERS = (
-    r"watch/(?:tensorboard|trackio|wandb)/.+|\.shard-\d+-of-\d+\.safetensors\.part"  # trackers, other processes
+_BY_OTHERS = (  # trackers, other processes
+    r"watch/(?:tensorboard|trackio|wandb)/.+|\.shard-\d+-of-\d+\.safetensors\.part"
 )
 _OF_A_STAGE = (
     r"run\.json|lora\.safetensors|metrics\.jsonl|log\.txt|(?:plan|calibration|dynamic|kept)\.json|watch/(?:step-\d{7,}\.png|trackers\.json)|"
@@ -56,6 +58,10 @@ _OF_A_STAGE = (
     rf"student/(?:config\.json|diffusion_pytorch_model[^/]*|README\.md|plan\.png)|{_BY_OTHERS}"
 )
 _OF_ENCODE = rf"run\.json|log\.txt|manifest\.json|shard-\d+-of-\d+\.safetensors|{_BY_OTHERS}"
+_OF_ENCODE_PROMPTS = (  # in other folders of latents such files are the user's
+    rf"{_OF_ENCODE}|prompts\.json|\.?{_PROMPTS}(?:\.part)?|"
+    r"bucket-\d+x\d+/(?:manifest\.json|\.?shard-\d+-of-\d+\.safetensors(?:\.part)?)"
+)
 _OF_RUN = (
     rf"(?:(?:prune|recover|dynamic)/)?(?:{_OF_A_STAGE})|(?:evaluation|speed|activations|depth_speed|fid_steps)\.json|report\.html|"
     r"samples/(?:teacher|pruned|student|dynamic|comparison)\.(?:npz|json|png)|evaluations/(?:teacher|pruned|student|dynamic)-.+\.json"
@@ -65,7 +71,8 @@ _OF_RUN = (
 def run_files(verb: object) -> str:
     """Regular expression of the relative paths that a run of `verb` writes; of all verbs where `verb` is unknown."""
     stages = dict.fromkeys(("prune", "recover", "dynamic", "train"), _OF_A_STAGE)
-    return {**stages, "encode": _OF_ENCODE, "run": _OF_RUN}.get(str(verb), f"{_OF_RUN}|{_OF_ENCODE}")
+    encoded = {"encode": _OF_ENCODE, ENCODE_PROMPTS: _OF_ENCODE_PROMPTS}
+    return {**stages, **encoded, "run": _OF_RUN}.get(str(verb), f"{_OF_RUN}|{_OF_ENCODE}")
 
 
 class RunDirectory:
@@ -221,9 +228,10 @@ class RunDirectory:
 
     def _undo(self) -> None:
         """Remove a new run, and restore the old one where there was one."""
+        others = _OF_ENCODE_PROMPTS if _record_in(self.path).get("verb") == ENCODE_PROMPTS else _BY_OTHERS
         clear_unfinished(self.path)
         remove_written(self.path)
-        for name in _matching(self.path, _BY_OTHERS):
+        for name in _matching(self.path, others):
             remove_file(self.path, name)
         self._bring_back()
 
@@ -337,8 +345,10 @@ def _record_in(run: Path) -> dict[str, Any]:
 
 
 def _has_saved(run: Path) -> bool:
-    """Whether a run folder has a checkpoint, a model, a shard of latents or a finished record."""
-    return bool(_matching(run, _SAVED)) or _record_in(run).get("state") == "done"
+    """Whether a run folder has a checkpoint, a model, a shard of latents, encoded prompts or a finished record."""
+    record = _record_in(run)
+    saved = f"{_SAVED}|{_PROMPTS}" if record.get("verb") == ENCODE_PROMPTS else _SAVED
+    return bool(_matching(run, saved)) or record.get("state") == "done"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ _NEAR_ONE = (0.5, 2.0)  # standard deviations of latents without a remark
 
 @dataclass(frozen=True)
 class ArrayBatch:
-    """x (B, C, H, W) float32 and the condition of every image (a `processes.base.Batch`)."""
+    """x (B, C, H, W) float32, of videos (B, C, F, H, W), and the condition of every image (a `processes.base.Batch`)."""
 
     x: Tensor
     condition: Condition
@@ -38,7 +38,7 @@ class Batches:
     """
 
     classes: int  # one more than the largest label
-    shape: tuple[int, int, int]  # (C, H, W) of every image
+    shape: tuple[int, ...]  # (C, H, W) of every image, or (C, F, H, W)
 
     def __init__(self, randomness: Randomness, device: torch.device, augment: float = 0.0, flip: float = 0.0) -> None:
         self.randomness, self.device, self.augment, self.flip = randomness, device, augment, flip
@@ -83,7 +83,9 @@ class Batches:
 
 
 class ShuffledRows(Batches):
-    """The sequence of an exactly shuffled set. A subclass gives the images."""
+    """The sequence of an exactly shuffled set. A subclass gives the images. purpose: the address of its order."""
+
+    purpose = "epoch"
 
     def __init__(self, randomness: Randomness, device: torch.device, augment: float = 0.0, flip: float = 0.0) -> None:
         super().__init__(randomness, device, augment, flip)
@@ -92,7 +94,7 @@ class ShuffledRows(Batches):
     def _order(self, epoch: int) -> Tensor:
         order = self._orders.get(epoch)
         if order is None:
-            order = torch.from_numpy(self.randomness.permutation("epoch", epoch, len(self)))
+            order = torch.from_numpy(self.randomness.permutation(self.purpose, epoch, len(self)))
             self._orders = {**dict(list(self._orders.items())[-3:]), epoch: order}
         return order
 

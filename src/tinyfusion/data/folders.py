@@ -32,7 +32,7 @@ class PictureFolder:
 
 
 @dataclass(frozen=True)
-class _Listing:
+class Listing:
     """Pictures in and below a folder. deep: number of those below it. others: number of other files by suffix."""
 
     files: tuple[str, ...]
@@ -51,7 +51,7 @@ def open_picture_folder(path: Path) -> PictureFolder:
     Where the subfolders are splits, the training split is taken. Raises UserError where there are no pictures.
     """
     loose, folders = _listed(path)
-    classes = {name: _pictures(path / name) for name in folders}
+    classes = {name: pictures_below(path / name) for name in folders}
     below = sum(len(entry.files) for entry in classes.values())
     if loose.files and len(loose.files) >= below:
         left = f"; pictures left out, in folders below: {below:,}" if below else ""
@@ -76,7 +76,7 @@ def _training_split(path: Path, folders: list[str], splits: dict[str, str]) -> P
     return replace(chosen, remarks=(remark, *chosen.remarks))
 
 
-def _classes(path: Path, loose: _Listing, folders: dict[str, _Listing]) -> PictureFolder:
+def _classes(path: Path, loose: Listing, folders: dict[str, Listing]) -> PictureFolder:
     labels, remarks = _labels(path, list(folders))
     files: list[str] = []
     listed: list[int] = []
@@ -90,7 +90,7 @@ def _classes(path: Path, loose: _Listing, folders: dict[str, _Listing]) -> Pictu
         remarks.append(f"{printable(path)}: pictures left out, in no class folder: {left}")
     if deep := sum(entry.deep for entry in folders.values()):
         remarks.append(f"{printable(path)}: pictures below a class folder, which are of that class: {deep:,}")
-    whole = _Listing(tuple(files), deep, sum((entry.others for entry in folders.values()), loose.others))
+    whole = Listing(tuple(files), deep, sum((entry.others for entry in folders.values()), loose.others))
     names = {label: printable(name) for name, label in labels.items()}
     classes = tuple(names.get(label, str(label)) for label in range(max(names) + 1))
     return PictureFolder(path, whole.files, tuple(listed), classes, (*remarks, *_about_files(path, whole)))
@@ -112,7 +112,7 @@ def _labels(path: Path, names: list[str]) -> tuple[dict[str, int], list[str]]:
     return {name: place for place, name in enumerate(ordered)}, [f"{printable(path)}: {remark}"]
 
 
-def _about_files(path: Path, listing: _Listing) -> list[str]:
+def _about_files(path: Path, listing: Listing) -> list[str]:
     """Remarks on files of other kinds, and on animations."""
     remarks = []
     if others := listing.others.total():
@@ -123,10 +123,10 @@ def _about_files(path: Path, listing: _Listing) -> list[str]:
     return remarks
 
 
-def _pictures(folder: Path) -> _Listing:
+def pictures_below(folder: Path) -> Listing:
     """Pictures in and below a folder. A folder that is reached twice, as through a looping link, counts once."""
     seen: set[tuple[int, int]] = set()
-    listed: list[_Listing] = []
+    listed: list[Listing] = []
     pending = [folder]
     while pending:
         root = pending.pop()
@@ -139,13 +139,13 @@ def _pictures(folder: Path) -> _Listing:
         seen.add((status.st_dev, status.st_ino))
         listing, names = _listed(root, hidden=True)
         pending += [root / name for name in reversed(names)]
-        listed.append(_Listing(listing.files, len(listing.files) * (root != folder), listing.others))
+        listed.append(Listing(listing.files, len(listing.files) * (root != folder), listing.others))
     listed.sort(key=lambda entry: os.path.dirname(entry.files[0]) if entry.files else "")
     files = tuple(file for entry in listed for file in entry.files)
-    return _Listing(files, sum(entry.deep for entry in listed), sum((entry.others for entry in listed), Counter()))
+    return Listing(files, sum(entry.deep for entry in listed), sum((entry.others for entry in listed), Counter()))
 
 
-def _listed(folder: Path, hidden: bool = False) -> tuple[_Listing, list[str]]:
+def _listed(folder: Path, hidden: bool = False) -> tuple[Listing, list[str]]:
     """Pictures and other files of one folder, and the sorted names of its subfolders; hidden: include names with a dot.
 
     Raises UserError on a folder that cannot be read and on a picture that is no regular file.
@@ -167,7 +167,7 @@ def _listed(folder: Path, hidden: bool = False) -> tuple[_Listing, list[str]]:
                 check_plain(Path(entry.path))
                 raise UserError(f"{entry.path} is a link to nothing: wanted a picture")
             pictures.append(entry.path)
-    return _Listing(tuple(pictures), 0, others), folders
+    return Listing(tuple(pictures), 0, others), folders
 
 
 def _is(kind: Callable[[], bool]) -> bool:

@@ -2,7 +2,8 @@
 
 A shard is a safetensors file: labels (n,) int64, then the values of every image, row by row, so that it can be mapped, and
 appended to while it is written. Values are `moments` (n, R, 2 C, h, w), mean and log-variance of the autoencoder's posterior,
-or `samples` (n, R, C, h, w), drawn once and scaled as models see them. R is 2 with mirrored copies, else 1.
+or `samples` (n, R, C, h, w), drawn once and scaled as models see them. R is 2 with mirrored copies, else 1. Videos have an axis
+of frames before the height.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
 from tinyfusion.config.constraints import Count, Side
@@ -31,6 +30,7 @@ from tinyfusion.core.reading import check_plain, read_json
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import write_json
 from tinyfusion.data.batches import ArrayBatch, ShuffledRows
+from tinyfusion.data.posterior import posterior_noise
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -46,8 +46,8 @@ _IN_CACHE = 32  # images that are sampled at a time
 class LatentSpec:
     """Specification of a set; it and the images determine the bytes of its shards.
 
-    kind: moments or samples. rows: 2 with mirrored copies, else 1. shape: (C, h, w) of a latent. classes: one more than
-    the largest label. scale, shift: models see (z - shift) x scale of a latent z.
+    kind: moments or samples. rows: 2 with mirrored copies, else 1. shape: (C, h, w) of a latent, or (C, F, h, w). classes: one
+    more than the largest label. scale, shift: models see (z - shift) x scale of a latent z.
     """
 
     num_images: Count
@@ -55,7 +55,7 @@ class LatentSpec:
     kind: str
     dtype: str
     rows: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     classes: int
     scale: float
     shift: float
@@ -66,10 +66,9 @@ class LatentSpec:
         return -(-self.num_images // self.shard_images)
 
     @property
-    def values(self) -> tuple[int, int, int, int]:
-        """(R, 2 C or C, h, w): stored values of an image."""
-        channels, height, width = self.shape
-        return self.rows, channels * (2 if self.kind == "moments" else 1), height, width
+    def values(self) -> tuple[int, ...]:
+        """(R, 2 C or C, h, w), or (R, 2 C or C, F, h, w): stored values of an image."""
+        return self.rows, self.shape[0] * (2 if self.kind == "moments" else 1), *self.shape[1:]
 
     @property
     def image_bytes(self) -> int:
@@ -288,7 +287,7 @@ def _spec(folder: Path, about: Mapping[str, Any]) -> LatentSpec:
     sizes = (spec.num_images, spec.shard_images, spec.classes, *spec.shape, 1 if notes.size is None else notes.size)
     sound = (
         spec.kind in ("moments", "samples") and spec.dtype in _TORCH and spec.rows in (1, 2) and min(sizes) > 0
-        and spec.scale > 0 and spec.shards == len(notes.shards)
+        and len(spec.shape) in (3, 4) and spec.scale > 0 and spec.shards == len(notes.shards)
         and all((shard.file, shard.bytes) == (spec.file_name(k), spec.shard_bytes(k)) for k, shard in enumerate(notes.shards))
     )  # fmt: skip
     if not sound:
@@ -317,31 +316,6 @@ def _mapped(path: Path, spec: LatentSpec, shard: int) -> tuple[np.ndarray, np.nd
 
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"{path} is damaged: {what}; remove it, and repeat its `encode` command to write it again")
-
-
-@cache
-def _quantiles() -> np.ndarray:
-    """(65,536,) float32: the normal distribution at the middles of as many equal parts, brought to variance 1."""
-    values = ndtri((np.arange(2**16) + 0.5) / 2**16)
-    return (values / np.sqrt((values**2).mean())).astype(np.float32)
-
-
-def posterior_noise(draws: Draws, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
-    """A function that gives the noise of the next `num` samples, (num, *shape) float32, from the first of `draws` on.
-
-    Normal in 65,536 steps up to 4.2: 16 random bits each, a ninth of the time of `draws.normal`. The posterior is narrow, so
-    that a step of the noise is far below the rounding of later operations.
-    """
-    per_sample = math.prod(shape)
-    words = draws.words_in_turn("posterior", -(-per_sample // 4))
-
-    def following(num: int) -> Tensor:
-        numbers = np.ascontiguousarray(words(num), "<u8").view("<u2")[:, :per_sample]
-        values = np.empty((num, per_sample), np.float32)
-        np.take(_quantiles(), numbers, out=values, mode="wrap")  # no number is out of range; looking for one takes time
-        return torch.from_numpy(values.reshape(num, *shape))
-
-    return following
 
 
 class LatentBatches(ShuffledRows):
@@ -373,7 +347,11 @@ class LatentBatches(ShuffledRows):
 
     def __call__(self, step: int, batch_size: int, draws: Draws) -> ArrayBatch:
         """The latents of `step`."""
-        rows = self.picked(step * batch_size + draws.first, draws.num)
+        return self.at(step * batch_size + draws.first, draws)
+
+    def at(self, first: int, draws: Draws) -> ArrayBatch:
+        """The latents at the positions from `first` on of the sequence, as many as there are draws."""
+        rows = self.picked(first, draws.num)
         mirrored = draws.uniform("flip") < self.flip if self.flip else np.zeros(draws.num, bool)
         if self.latents.spec.kind == "moments":
             return self._batch(self._sampled(rows.numpy(), mirrored, draws), self.labels[rows])

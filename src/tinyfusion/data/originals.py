@@ -26,7 +26,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory, check_plain, explained, unreadable
 from tinyfusion.data import parquet
 from tinyfusion.data.folders import open_picture_folder, printable
-from tinyfusion.data.picture import SUFFIXES, Picture, decode
+from tinyfusion.data.picture import SUFFIXES, Picture, Size, decode
 from tinyfusion.data.stream import RowGroup
 
 _LABEL_BYTES = 16  # of a label while labels are concatenated
@@ -107,9 +107,16 @@ def read_originals(name: str, size: int | None = None, orientation: Orientation 
 
 
 def decoded(
-    originals: Originals, size: int | None, orientation: Orientation, first: int = 0, num: int | None = None
+    originals: Originals,
+    size: Size | None,
+    orientation: Orientation,
+    first: int = 0,
+    num: int | None = None,
+    reader: Callable[[Any, str, Size | None, Orientation], Picture] = decode,
 ) -> Iterator[tuple[str, Picture]]:
     """(where, picture) of `num` pictures in their order, all by default; several are decoded at a time.
+
+    reader: as `decode`, which is the default.
 
     Raises UserError on a broken picture; it names up to 5 and counts those of the rest of the set, as far as it is read within
     10 seconds.
@@ -119,7 +126,7 @@ def decoded(
     def attempt(item: tuple[str, Any]) -> tuple[str, Picture | UserError]:
         where, content = item
         try:
-            return where, decode(content, where, size, orientation)
+            return where, reader(content, where, size, orientation)
         except UserError as error:
             return where, error
 
@@ -184,7 +191,19 @@ def changed(name: str, num: int, changes: Counter[str]) -> Iterator[str]:
         yield f"{printable(name)}: pictures {change}: {count:,} of {num:,}"
 
 
-def _fingerprint(names: Iterator[str], labels: np.ndarray) -> str:
+def read_file(path: Path, offset: int = 0, size: int = -1) -> bytes:
+    """Bytes of a file, `size` of them from `offset` on; all by default. Raises UserError where it cannot be read."""
+    check_plain(path)
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def fingerprint_of(names: Iterable[str], labels: np.ndarray) -> str:
+    """SHA-256 over labels and names."""
     digest = hashlib.sha256(np.ascontiguousarray(labels, "<i8").tobytes())
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
@@ -196,14 +215,10 @@ def _folder(name: str, path: Path) -> Originals:
 
     def contents(first: int, num: int) -> Iterator[tuple[str, bytes]]:
         for file in folder.files[first : first + num]:
-            check_plain(Path(file))
-            try:
-                yield file, Path(file).read_bytes()
-            except OSError as error:
-                raise unreadable(Path(file), error) from error
+            yield file, read_file(Path(file))
 
     labels = np.array(folder.labels, np.int64)
-    print_of = _fingerprint((os.path.relpath(file, folder.root) for file in folder.files), labels)
+    print_of = fingerprint_of((os.path.relpath(file, folder.root) for file in folder.files), labels)
     return Originals(name, labels, contents, print_of, folder.classes, folder.remarks)
 
 
@@ -236,7 +251,7 @@ def _parquet(name: str) -> Originals:
             yield f"{groups[place].file}, row {groups[place].first + row}", cached[place].column(0)[row].as_py()
 
     names = (f"{group.file.name} {group.index} {group.num}" for group in groups)
-    return Originals(name, known, contents, _fingerprint(names, known))
+    return Originals(name, known, contents, fingerprint_of(names, known))
 
 
 @dataclass(frozen=True)
@@ -273,7 +288,7 @@ def _tars(name: str, path: Path) -> Originals:
             yield where, content
 
     names = (f"{member.tar.name}/{member.key}" for member in members)
-    return Originals(name, known, contents, _fingerprint(names, known))
+    return Originals(name, known, contents, fingerprint_of(names, known))
 
 
 def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
@@ -283,7 +298,7 @@ def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
     damage = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
     problem = f"{tar} cannot be read as a tar (unpack a compressed one first)"
     with explained(problem, *damage), tarfile.open(tar, "r:") as archive:
-        for info in _entries(tar, archive):
+        for info in tar_entries(tar, archive):
             folder, _, base = info.name.rpartition("/")
             stem, _, suffix = base.partition(".")
             key, suffix = f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
@@ -305,7 +320,7 @@ def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
         yield member, labels[key]
 
 
-def _entries(tar: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def tar_entries(tar: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The entries of a tar. Raises UserError where an entry is larger than the file, and where the list is truncated."""
     total = tar.stat().st_size
     for info in archive:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -135,17 +135,28 @@ def columns_of(table: Any, file: TableFile) -> tuple[str, str]:
     import pyarrow
 
     image, label = _column(file, table, IMAGE_COLUMNS, "Image"), _column(file, table, LABEL_COLUMNS, "ClassLabel")
-    schema = table.schema_arrow
-    for name, holds, wanted in (
-        (image, _holds_pictures, "an encoded picture (bytes) in each row"),
-        (label, pyarrow.types.is_integer, "a label, a whole number from 0, in each row"),
-    ):
-        if (num := schema.names.count(name)) > 1:
-            raise UserError(f"{file} has {num} columns {name}: wanted one")
-        kind = schema.field(name).type
-        if not holds(kind.value_type if pyarrow.types.is_dictionary(kind) else kind):
-            raise UserError(f"{file}: column {name} is of the type {kind}: wanted {wanted}")
+    _check_column(table, file, image, _holds_pictures, "an encoded picture (bytes) in each row")
+    _check_column(table, file, label, pyarrow.types.is_integer, "a label, a whole number from 0, in each row")
     return image, label
+
+
+def image_column(table: Any, file: TableFile) -> str:
+    """The name of the column of pictures of an open parquet file. Errors as of `columns_of`."""
+    image = _column(file, table, IMAGE_COLUMNS, "Image")
+    _check_column(table, file, image, _holds_pictures, "an encoded picture (bytes) in each row")
+    return image
+
+
+def _check_column(table: Any, file: TableFile, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
+    """Raise UserError where a column is duplicated or of another type."""
+    import pyarrow
+
+    schema = table.schema_arrow
+    if (num := schema.names.count(name)) > 1:
+        raise UserError(f"{file} has {num} columns {name}: wanted one")
+    kind = schema.field(name).type
+    if not holds(kind.value_type if pyarrow.types.is_dictionary(kind) else kind):
+        raise UserError(f"{file}: column {name} is of the type {kind}: wanted {wanted}")
 
 
 def _holds_pictures(kind: Any) -> bool:

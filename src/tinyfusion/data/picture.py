@@ -7,6 +7,7 @@ import io
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import ExifTags, Image
 
 from tinyfusion.config.recipe import Orientation
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_memory
+from tinyfusion.core.reading import check_memory, check_plain
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
@@ -30,6 +31,7 @@ _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # by EXIF orientation  # fmt: skip
+_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 _alone = threading.Lock()
 
 
@@ -46,10 +48,13 @@ class Picture:
         return self.pixels if self.pixels.shape[-1] == 3 else self.pixels.repeat(3, -1)
 
 
-def decode(encoded: Any, where: str, size: int | None = None, orientation: Orientation = "follow") -> Picture:
+Size = int | tuple[int, int]  # side of a square, or (height, width)
+
+
+def decode(encoded: Any, where: str, size: Size | None = None, orientation: Orientation = "follow") -> Picture:
     """Decode a picture from bytes, or from a struct with `bytes` as in parquet files. where: its place, for messages.
 
-    size: side of the `centre_crop`; None: no crop. orientation: whether EXIF tags are followed. Of 16 bits, where the format
+    size: of the `centre_crop`; None: no crop. orientation: whether EXIF tags are followed. Of 16 bits, where the format
     defines white, the upper eight are used. Raises UserError on damaged or transparent pictures, and on those too large or too
     narrow.
     """
@@ -62,7 +67,7 @@ def decode(encoded: Any, where: str, size: int | None = None, orientation: Orien
         return _decoded(image, where, size, orientation)
 
 
-def _decoded(image: Image.Image, where: str, size: int | None, orientation: Orientation) -> Picture:
+def _decoded(image: Image.Image, where: str, size: Size | None, orientation: Orientation) -> Picture:
     """The pixels of an opened picture, turned and cropped."""
     with _reading(where):
         turn = _TURNS.get(_orientation_of(image)) if orientation == "follow" else None
@@ -70,15 +75,61 @@ def _decoded(image: Image.Image, where: str, size: int | None, orientation: Orie
         if turn is not None:
             picture = picture.transpose(turn)
             changes.append("turned as their orientation tags say")
-    if size is not None and picture.size != (size, size):
-        change = "enlarged" if min(picture.size) < size else "cropped"
-        changes.append(f"{change} to {size} x {size}")
+    if size is not None and picture.size != (wanted := _width_height(size)):
         width, height = picture.size
-        if max(width, height) * size * size > MOST_PIXELS * min(width, height):  # its resized form would be huge
-            raise UserError(f"{where} is {width} x {height}: too narrow for a crop of {size} x {size}")
+        change = "enlarged" if width < wanted[0] or height < wanted[1] else "cropped"
+        changes.append(f"{change} to {wanted[0]} x {wanted[1]}")
+        scale = max(wanted[0] / width, wanted[1] / height)
+        if width * scale * height * scale > MOST_PIXELS:  # its resized form would be huge
+            raise UserError(f"{where} is {width} x {height}: too narrow for a crop of {wanted[0]} x {wanted[1]}")
         picture = centre_crop(picture, size)
     pixels = np.array(picture)
     return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, tuple(changes))
+
+
+def size_of(encoded: Any, where: str, orientation: Orientation = "follow") -> tuple[int, int]:
+    """(height, width) of a picture by its header, turned as `decode` turns it. Raises UserError where there is no header.
+
+    encoded: as of `decode`, or the path of a file, of which only the header is read.
+    """
+    content = encoded.get("bytes") if isinstance(encoded, dict) else encoded
+    if not isinstance(content, bytes | Path):
+        raise UserError(f"{where}: wanted an encoded picture (bytes); got {type(content).__name__}")
+    if isinstance(content, Path):
+        check_plain(content)
+    source = content if isinstance(content, Path) else io.BytesIO(content)
+    with _reading(where), Image.open(source, formats=FORMATS) as image:
+        turned = orientation == "follow" and _orientation_of(image) in _ON_ITS_SIDE
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _width_height(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[1], size[0])
+
+
+def decode_frames(content: bytes, where: str, size: Size, frames: int) -> Picture:
+    """The first frames of an animation (GIF, WebP), each as of `decode`: pixels (F, H, W, 3).
+
+    Raises UserError where there are fewer, and on damaged animations.
+    """
+    with _reading(where):
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    pixels: list[np.ndarray] = []
+    with _room_for(image, len(content) * frames, where), image:
+        there = getattr(image, "n_frames", 1)
+        check_frames(there, frames, where)
+        for index in range(frames):
+            with _reading(where):
+                image.seek(index)
+                frame = image.convert("RGBA").convert("RGB")
+            pixels.append(np.array(frame if frame.size == _width_height(size) else centre_crop(frame, size)))
+    return Picture(np.stack(pixels))
+
+
+def check_frames(there: int, frames: int, where: str) -> None:
+    """Raise UserError where a clip has fewer than `frames` frames."""
+    if there < frames:
+        raise UserError(f"{where} has {there:,} frames: wanted at least {frames:,}, or a smaller encode.frames")
 
 
 @contextlib.contextmanager
@@ -140,15 +191,16 @@ def _eight_bits(image: Image.Image, where: str) -> tuple[Image.Image, list[str]]
     return (image if image.mode == wanted else image.convert(wanted)), []  # a large picture is not copied needlessly
 
 
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """Centre crop of a picture, size x size, as in the training of ADM.
+def centre_crop(picture: Image.Image, size: Size) -> Image.Image:
+    """Centre crop of a picture: of a square as in the training of ADM, and of (height, width) likewise.
 
-    The picture is halved with a box filter while its shorter side is at least twice `size`, resized to that side with a bicubic
-    filter (small pictures are enlarged), and cropped; an odd margin is smaller at the top and left.
+    The picture is halved with a box filter while it is at least twice as large as `size`, resized with a bicubic filter until it
+    just covers it (small pictures are enlarged), and cropped; an odd margin is smaller at the top and left.
     """
-    while min(picture.size) >= 2 * size:
+    width, height = _width_height(size)
+    while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
+    scale = max(width / picture.width, height / picture.height)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))

@@ -22,6 +22,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import LOOKED_AT, Batches, ShuffledBatches, scale_remarks, signed
+from tinyfusion.data.buckets import BucketBatches, is_bucketed, open_buckets
 from tinyfusion.data.digits import REAL_SETS, ImageSet, load_digits
 from tinyfusion.data.images import read_images_npz
 from tinyfusion.data.latents import LATENTS, LatentBatches, open_latents
@@ -188,7 +189,7 @@ def batches_for(recipe: Recipe, model: LoadedModel, device: torch.device) -> Bat
         return transformer_batches(recipe, model, source)
     table = model.conditions
     _check_fit(recipe.data, source, model.arch, len(table))
-    if isinstance(source, LatentBatches):
+    if isinstance(source, LatentBatches | BucketBatches):
         check_latents(model, recipe.data.name, source.latents.spec)
     return source.conditioned_on(table)
 
@@ -205,7 +206,12 @@ def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> 
             raise UserError(
                 f"data.augment is {data.augment:g}, and {data.name} are latents, which cannot be turned or scaled"
             )
-        latents = LatentBatches(open_latents(Path(data.name.removeprefix(LATENTS))), randomness, device, data.flip)
+        folder = Path(data.name.removeprefix(LATENTS))
+        latents: LatentBatches | BucketBatches
+        if is_bucketed(folder):
+            latents = BucketBatches(open_buckets(folder), randomness, device, data.flip)
+        else:
+            latents = LatentBatches(open_latents(folder), randomness, device, data.flip)
         say(scale_remarks(latents.rows(0, min(len(latents), LOOKED_AT))[0], data.name))
         return latents
     images = image_set(data.name, data.size, data.orientation)
@@ -216,6 +222,7 @@ def open_batches(recipe: Recipe, device: torch.device, channels: int | None) -> 
 
 def sized(recipe: Recipe, source: Batches) -> Recipe:
     """The recipe of a new model, with missing sizes taken from its data. Raises UserError where the others do not fit them."""
+    _check_images(recipe.data, source)
     channels, height, _width = source.shape
     if recipe.model.num_classes is None and source.classes > _MOST_CLASSES and prompts_file(recipe.data) is None:
         raise UserError(
@@ -239,13 +246,14 @@ def sized(recipe: Recipe, source: Batches) -> Recipe:
 
 def trained_on(model: LoadedModel, source: Batches) -> LoadedModel:
     """A new model with the facts of its latents."""
-    if not isinstance(source, LatentBatches):
+    if not isinstance(source, LatentBatches | BucketBatches):
         return model
     return with_latents(model, source.latents.spec, source.latents.about)
 
 
 def _check_fit(data: DataSection, source: Batches, sizes: Any, labels: int) -> None:
     """Raise UserError where data do not fit a model. sizes: its arch, or the section of a new one; labels: number that it knows."""
+    _check_images(data, source)
     wanted, new = (sizes.in_channels, sizes.input_size, sizes.input_size), isinstance(sizes, ModelSection)
     if source.shape != wanted:
         raise UserError(
@@ -254,6 +262,14 @@ def _check_fit(data: DataSection, source: Batches, sizes: Any, labels: int) -> N
     if source.classes > labels:
         fix = f": --set model.num_classes={source.classes}" if new else ""
         raise UserError(f"data {data.name} has {source.classes} classes, the model knows {labels}{fix}")
+
+
+def _check_images(data: DataSection, source: Batches) -> None:
+    """Raise UserError on videos and buckets, for models that take images of one size."""
+    shapes = source.shapes if isinstance(source, BucketBatches) else (source.shape,)
+    if len(shapes) > 1 or len(shapes[0]) > 3:
+        kind = f"buckets of {len(shapes)} sizes" if len(shapes) > 1 else f"videos {shapes[0]}"
+        raise UserError(f"data {data.name} has {kind}, and the model takes images of one size: encode with one --size")
 
 
 def _remedy(data: DataSection, source: Batches, wanted: tuple[int, int, int], new: bool) -> str:

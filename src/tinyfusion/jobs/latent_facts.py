@@ -12,7 +12,9 @@ from tinyfusion.config.recipe import DataSection, Recipe, SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.tensors import read_safetensors
+from tinyfusion.data.buckets import facts_folder
 from tinyfusion.data.latents import LATENTS, MANIFEST, LatentSpec, read_manifest
+from tinyfusion.data.prompts import PROMPTS
 from tinyfusion.data.published_latents import PUBLISHED_FACTOR
 from tinyfusion.families.registry import family_named
 from tinyfusion.families.tensor_checks import check_finite
@@ -20,7 +22,6 @@ from tinyfusion.jobs.transformer_sources import open_transformer_model, transfor
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.transformer import TransformerModel
 
-PROMPTS = "prompts.safetensors"  # in a folder of latents
 _CHECKED_BYTES = 2**30  # files up to here are looked through for values that are not finite
 _PUBLISHED_CHANNELS = 4
 
@@ -94,7 +95,7 @@ def with_facts_of(recipe: Recipe, model: LoadedModel) -> LoadedModel:
         not recipe.data.name.startswith(LATENTS) or not (folder / MANIFEST).is_file()
     ):  # the reader of the data refuses it
         return model
-    return with_latents(model, *read_manifest(folder))
+    return with_latents(model, *read_manifest(facts_folder(folder)))
 
 
 def with_settings(model: LoadedModel, settings: SampleSection) -> LoadedModel:

@@ -7,6 +7,7 @@ import dataclasses
 from tinyfusion.config.recipe import FlowSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.data.batches import Batches
+from tinyfusion.data.buckets import BucketBatches
 from tinyfusion.data.latents import LATENTS, LatentBatches
 from tinyfusion.families.diffusers_classes.call_rows import call_of
 from tinyfusion.families.diffusers_classes.calls import check_latents
@@ -61,7 +62,7 @@ def _shifted(recipe: Recipe, model: TransformerModel) -> FlowSection:
 def transformer_batches(recipe: Recipe, model: TransformerModel, source: Batches) -> Batches:
     """The batches of a data set for a model, with its texts. Raises UserError where they do not go together."""
     call, name = call_of(model.folder.config), recipe.data.name
-    if not isinstance(source, LatentBatches):
+    if not isinstance(source, LatentBatches | BucketBatches):
         raise UserError(
             f"a {model.folder.class_name} is trained on latents and encoded texts, and {name} are pictures: "
             f"`tinyfusion encode {name} --pipeline PIPELINE --out FOLDER`, then --data {LATENTS}FOLDER"
@@ -75,6 +76,7 @@ def transformer_batches(recipe: Recipe, model: TransformerModel, source: Batches
         raise UserError(
             f"{name} has {source.classes} texts, and its prompts are {len(model.prompts)}: encode both together"
         )
-    check_latents(call, model.context, (1, *source.shape))
+    for shape in source.shapes if isinstance(source, BucketBatches) else (source.shape,):
+        check_latents(call, model.context, (1, *shape))
     model.latent_shape = tuple(source.shape)
     return source.conditioned_on(model.prompts)

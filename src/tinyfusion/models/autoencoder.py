@@ -94,12 +94,17 @@ class Autoencoder:
 
     def hash(self) -> str:
         """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            values = tensor.detach().cpu().contiguous()
-            digest.update(f"{name}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
-            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return hash_of(self.module)
+
+
+def hash_of(module: nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor of a module, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def open_autoencoder(name: str) -> Autoencoder:
@@ -183,6 +188,23 @@ def quiet_logs() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence log lines and progress bars of diffusers and transformers."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [each for each in (of_diffusers, of_transformers) if each.is_progress_bar_enabled()]
+    for each in shown:
+        each.disable_progress_bar()
+    try:
+        with quiet_logs():
+            yield
+    finally:
+        for each in shown:
+            each.enable_progress_bar()
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
