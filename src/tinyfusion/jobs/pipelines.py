@@ -27,7 +27,7 @@ from tinyfusion.families.diffusers_classes.folder import (
 )
 from tinyfusion.families.diffusers_classes.rows import row_for, rows_with
 from tinyfusion.families.registry import family_of_config
-from tinyfusion.jobs.transformers import transformer_of
+from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.models.hub import HUB_ID, fetch_pipeline
 from tinyfusion.models.places import RUN_MODELS, exists, is_shipped
 

@@ -22,7 +22,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.families.diffusers_classes.folder import INDEX
-from tinyfusion.jobs.recording import _REFUSALS as REFUSALS
+from tinyfusion.jobs.pipelines import REFUSALS
 from tinyfusion.models.autoencoder import quiet_libraries, quiet_logs
 
 POOLED = "pooled"
