@@ -90,6 +90,9 @@ _OPENING = (
 )
 _RESUME = Option("resume", "checkpoint to resume, instead of the newest in --out", "PATH", kind=Path)
 _FOR = Option("for", "", "diffusers|official", ("destination",))
+_INPUTS = Option(
+    "inputs", "transformers of diffusers: output of `record`, to train on, or to score blocks on", "FILE", kind=Path
+)
 _BLOCKS = Option("blocks", "rows for transformer classes of diffusers that the shipped table lacks", "FILE", kind=Path)
 _PIPELINE = (  # of prompts that a pipeline of diffusers draws
     Option("pipeline", "", "PATH|ID", ("pipeline.folder",)),
@@ -151,8 +154,7 @@ VERBS = {
             Option("update", "", "lora|full|frozen", ("prune.update",)),
             Option("keep", "blocks to keep (criterion indices): 0,2,4", "I,J,..", ("prune.keep",)),
             Option("steps", "learned: optimiser steps", "N", ("prune.training.steps",)),
-            Option("inputs", "transformers of diffusers: output of `record`, for criteria that use data", "FILE", kind=Path),
-            _FOR, _BLOCKS, _RESUME,
+            _INPUTS, _FOR, _BLOCKS, _RESUME,
         ),
         parallel=True,
     ),
@@ -165,7 +167,7 @@ VERBS = {
             _RUN_FOLDER, _TEACHER, _DATA,
             Option("method", "", _choices(Recovery), ("recover.method",)),
             Option("steps", "", "N", ("recover.training.steps",)),
-            _RESUME,
+            _INPUTS, _BLOCKS, _RESUME,
         ),
         parallel=True,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from tinyfusion.commands.transformers import prune_transformer
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
-from tinyfusion.jobs.assemble import RunOptions, batches_for, open_teacher
+from tinyfusion.data.latents import LATENTS
+from tinyfusion.jobs.assemble import RunOptions, open_teacher
 from tinyfusion.jobs.criteria import CriterionWork, criterion_work, looks_at_images
-from tinyfusion.jobs.process_specs import objective_for
+from tinyfusion.jobs.recorded_training import recorded_of, training_data
 from tinyfusion.jobs.training import MaskTraining, mask_training, student_of
 from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
+from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.prune.learn import plan_of
 from tinyfusion.prune.width import width_stand_in
 from tinyfusion.training.engine import Engine
@@ -31,7 +34,7 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
     def __call__(self, recipe: Recipe, options: RunOptions, source: str | Path = "") -> dict[str, Any]:
         """Prune a model, or a transformer of diffusers on its files."""
         transformer = transformer_of(recipe.teacher, options.blocks, bool(recipe.data.prompts or recipe.data.name))
-        if transformer is not None and (recipe.prune.criterion != "learned" or options.inputs is not None):
+        if transformer is not None and recipe.prune.criterion != "learned":
             return prune_transformer(recipe, options, transformer)
         if options.inputs is not None and transformer is None:
             raise UserError(
@@ -42,7 +45,8 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
 
     def open(self, recipe: Recipe, options: RunOptions, source: str | Path, remarks: list[str]) -> Inputs:
         """The teacher; data where the criterion looks at images."""
-        on_data = recipe.prune.criterion == "learned" or looks_at_images(recipe.prune.criterion)
+        learned = recipe.prune.criterion == "learned"
+        on_data = (learned and options.inputs is None) or looks_at_images(recipe.prune.criterion)
         typed = options.num_heads, options.family, on_data, options.num_classes, options.blocks
         teacher = open_teacher(recipe, *typed)
         recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, on_data)
@@ -50,7 +54,13 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
             narrower = recipe.prune.criterion == "width"
             student = teacher.cut(width_stand_in(teacher, recipe.prune)) if narrower else teacher
             student.made_for(recipe.destination)
-        return Inputs(recipe, options, {"teacher": teacher}, {"teacher": recipe.teacher})
+        recorded = recorded_of(options.inputs, teacher)
+        if isinstance(teacher, TransformerModel) and learned and not recorded and not recipe.data.name:
+            raise UserError(
+                f"criterion learned trains: for a {teacher.family.title} give --data {LATENTS}FOLDER, which `tinyfusion encode "
+                "--pipeline` makes of pictures with captions, or --inputs FILE, which `tinyfusion record` makes of prompts"
+            )
+        return Inputs(recipe, options, {"teacher": teacher}, {"teacher": recipe.teacher}, recorded=recorded)
 
     def work(self, inputs: Inputs, engine: Engine) -> MaskTraining | CriterionWork:
         """The learned criterion, or one without training with its calibration set."""
@@ -68,8 +78,11 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
             )
         if settings.keep_deltas and settings.update == "frozen":
             raise UserError("prune.keep_deltas has nothing to keep with --update frozen: train lora or full deltas")
-        source = batches_for(recipe, teacher, engine.device)
-        objective = objective_for(teacher, settings.training.label_drop, recipe)
+        source, objective = training_data(recipe, inputs.recorded, teacher, settings.training, engine)
+        if (
+            inputs.recorded and settings.target is None
+        ):  # the outputs are recorded, so no pass of the whole model is needed
+            recipe = dataclasses.replace(recipe, prune=dataclasses.replace(settings, target="data"))
         return mask_training(recipe, teacher, objective, source, engine)
 
     def says(self, inputs: Inputs, work: MaskTraining | CriterionWork) -> dict[str, str]:

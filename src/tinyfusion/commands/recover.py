@@ -13,13 +13,14 @@ from torch import Tensor
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory, atomic_write
-from tinyfusion.jobs.assemble import RunOptions, batches_for, open_teacher
+from tinyfusion.jobs.assemble import RunOptions, open_teacher
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
-from tinyfusion.jobs.process_specs import objective_for
+from tinyfusion.jobs.recorded_training import recorded_of, training_data
 from tinyfusion.jobs.training import Training, recovery
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.recover.sharing import lora_tensors
 from tinyfusion.training.engine import Engine
 
@@ -39,7 +40,12 @@ class Recover(TrainingVerb[Training]):
         # a folder states its sizes, which may be smaller than its teacher's
         names = typed if Path(source).is_file() else (None, options.family, None)
         student, teacher = open_stated(recipe, source, *names, options.blocks), None
-        if recipe.recover.method != "finetune":
+        recorded = recorded_of(options.inputs, student)
+        if recorded and recipe.recover.method == "finetune":
+            raise UserError(
+                "--method finetune learns from data, and recorded inputs have none: --method logits-kd learns from the recorded outputs"
+            )
+        if recipe.recover.method != "finetune" and not (recorded and recipe.recover.method == "logits-kd"):
             teacher = open_teacher(
                 recipe, options.num_heads, options.family, num_classes=options.num_classes, blocks=options.blocks
             )
@@ -48,17 +54,24 @@ class Recover(TrainingVerb[Training]):
                     f"the student {source} is of family {student.family.name} and the teacher {recipe.teacher} of "
                     f"{teacher.family.name}: give the teacher that it was cut from"
                 )
-        recipe, student = known_inputs(recipe, student, [source, recipe.teacher], remarks)
-        recipe = _with_taught_target(recipe, student, remarks)
+        recipe, student = known_inputs(recipe, student, [source, recipe.teacher], remarks, recorded is None)
+        if not recorded:
+            recipe = _with_taught_target(recipe, student, remarks)
         models: dict[str, LoadedModel | None] = {"student": student, "teacher": teacher}
-        return Inputs(recipe, options, models, {"student": source, "teacher": recipe.teacher if teacher else ""})
+        return Inputs(recipe, options, models, {"student": source, "teacher": recipe.teacher}, recorded=recorded)
 
     def work(self, inputs: Inputs, engine: Engine) -> Training:
         """The student on its teacher, or alone."""
         recipe, student = inputs.recipe, inputs.model("student")
-        source = batches_for(recipe, student, engine.device)
-        objective = objective_for(student, recipe.recover.training.label_drop, recipe)
-        return recovery(recipe, student, inputs.models["teacher"], objective, source, engine)
+        source, objective = training_data(recipe, inputs.recorded, student, recipe.recover.training, engine)
+        teacher = inputs.models["teacher"]
+        if isinstance(teacher, TransformerModel) and isinstance(student, TransformerModel):
+            teacher.prompts, teacher.latent_shape, teacher.example = (
+                student.prompts,
+                student.latent_shape,
+                student.example,
+            )
+        return recovery(recipe, student, teacher, objective, source, engine)
 
     def says(self, inputs: Inputs, work: Training) -> dict[str, str]:
         """The method."""

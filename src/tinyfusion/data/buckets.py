@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,36 @@ def open_buckets(folder: Path) -> dict[str, LatentSet]:
     return sets
 
 
+class BucketOrder:
+    """The buckets of all steps, as `BucketBatches` describes them. nums: (buckets,) int64, images of each."""
+
+    def __init__(self, nums: np.ndarray, randomness: Randomness) -> None:
+        self.nums, self.randomness = nums, randomness
+        self._batches_before = lru_cache(maxsize=64)(self._counted)
+        self._order = lru_cache(maxsize=4)(self._ordered)
+
+    def bucket_of(self, step: int, batch_size: int) -> tuple[int, int]:
+        """The bucket of a step, and how many batches of it came before."""
+        # the epoch: the last one that begins at or before the step
+        few = step * batch_size // int(self.nums.sum())
+        epochs = range(few, few + len(self.nums) * batch_size // int(self.nums.sum()) + 2)
+        epoch = epochs[bisect_right(epochs, step, key=lambda e: int(self._batches_before(e, batch_size).sum())) - 1]
+        before = self._batches_before(epoch, batch_size)
+        order, place = self._order(epoch, batch_size), step - int(before.sum())
+        bucket = int(order[place])
+        return bucket, int(before[bucket]) + int((order[:place] == bucket).sum())
+
+    def _counted(self, epoch: int, batch_size: int) -> np.ndarray:
+        """(buckets,) batches before an epoch."""
+        return epoch * self.nums // batch_size
+
+    def _ordered(self, epoch: int, batch_size: int) -> np.ndarray:
+        """The buckets of an epoch's batches."""
+        counts = self._batches_before(epoch + 1, batch_size) - self._batches_before(epoch, batch_size)
+        every = np.repeat(np.arange(len(counts)), counts)
+        return every[self.randomness.permutation("epoch/buckets", epoch, len(every))] if len(every) else every
+
+
 class BucketBatches(Batches):
     """Training batches of several sets of latents, each from one of them; a set's images in its own exactly shuffled order.
 
@@ -147,8 +177,7 @@ class BucketBatches(Batches):
         self.largest = max(self.buckets, key=len)
         self.classes, self.shape = max(bucket.classes for bucket in self.buckets), self.largest.shape
         self.shapes = tuple(bucket.shape for bucket in self.buckets)
-        self._batches_before = lru_cache(maxsize=64)(self._counted)
-        self._order = lru_cache(maxsize=4)(self._ordered)
+        self.order = BucketOrder(np.array([len(bucket) for bucket in self.buckets], np.int64), randomness)
 
     def conditioned_on(self, table: Any) -> BucketBatches:
         """As in `Batches`."""
@@ -156,47 +185,21 @@ class BucketBatches(Batches):
             bucket.conditioned_on(table)
         return super().conditioned_on(table)
 
-    @cached_property
-    def nums(self) -> np.ndarray:
-        """(buckets,) int64: images of each."""
-        return np.array([len(bucket) for bucket in self.buckets], np.int64)
-
     @property
     def latents(self) -> LatentSet:
         """The largest bucket: kind, scale and shift are those of all."""
         return self.largest.latents
 
     def __len__(self) -> int:
-        return int(self.nums.sum())
+        return int(self.order.nums.sum())
 
     def rows(self, first: int, num: int) -> tuple[Tensor, Tensor]:
         """As in `Batches`, of the largest bucket."""
         return self.largest.rows(first, num)
 
-    def bucket_of(self, step: int, batch_size: int) -> tuple[int, int]:
-        """The bucket of a step, and how many batches of it came before."""
-        # the epoch: the last one that begins at or before the step
-        few = step * batch_size // len(self)
-        epochs = range(few, few + len(self.buckets) * batch_size // len(self) + 2)
-        epoch = epochs[bisect_right(epochs, step, key=lambda e: int(self._batches_before(e, batch_size).sum())) - 1]
-        before = self._batches_before(epoch, batch_size)
-        order, place = self._order(epoch, batch_size), step - int(before.sum())
-        bucket = int(order[place])
-        return bucket, int(before[bucket]) + int((order[:place] == bucket).sum())
-
-    def _counted(self, epoch: int, batch_size: int) -> np.ndarray:
-        """(buckets,) batches before an epoch."""
-        return epoch * self.nums // batch_size
-
-    def _ordered(self, epoch: int, batch_size: int) -> np.ndarray:
-        """The buckets of an epoch's batches."""
-        counts = self._batches_before(epoch + 1, batch_size) - self._batches_before(epoch, batch_size)
-        every = np.repeat(np.arange(len(counts)), counts)
-        return every[self.randomness.permutation("epoch/buckets", epoch, len(every))] if len(every) else every
-
     def __call__(self, step: int, batch_size: int, draws: Draws) -> ArrayBatch:
         """The latents of `step`."""
-        bucket, number = self.bucket_of(step, batch_size)
+        bucket, number = self.order.bucket_of(step, batch_size)
         return self.buckets[bucket].at(number * batch_size + draws.first, draws)
 
 

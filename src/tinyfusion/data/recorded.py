@@ -26,12 +26,16 @@ from tinyfusion.core.tensors import read_metadata, read_safetensors
 
 Call = dict[str, Any]
 _HEADER = "tinyfusion"
+OUTPUT = "(output)"  # in a call: what it returned, no name of an argument
 _ARGUMENTS = "calls"  # of the record: per call the arguments, with names of tensors in place of tensors
 
 
 @dataclass(frozen=True)
 class RecordedInputs:
-    """Calls of one model. class_name, hash: of the model. dtype: type of its weights then. prompts: how many were drawn."""
+    """Calls of one model. class_name, hash: of the model. dtype: type of its weights then. prompts: how many were drawn.
+
+    outputs: the tensors that every call returned; None in files of earlier versions.
+    """
 
     calls: tuple[Call, ...]
     class_name: str
@@ -39,6 +43,7 @@ class RecordedInputs:
     dtype: str
     prompts: int | None = None
     path: Path = field(default_factory=Path)
+    outputs: tuple[tuple[Tensor, ...], ...] | None = None
 
     def check_class(self, class_name: str, model: Path) -> None:
         """Raise UserError if the calls are of another class than that of `model`."""
@@ -57,8 +62,10 @@ class RecordedInputs:
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[list[Call]]:
+def recording(model: nn.Module, outputs: bool = False) -> Iterator[list[Call]]:
     """Within the context every call of `model` is added to the list, its arguments by name, tensors as copies in memory.
+
+    outputs: what it returned is among them, as a list of tensors named `OUTPUT`.
 
     Raises UserError, inside of the call, on arguments that a file cannot hold.
     """
@@ -74,11 +81,26 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
         before = calls[-1] if calls else {}
         calls.append({name: _copied(value, before.get(name), name) for name, value in named.items()})
 
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    def returned(_module: nn.Module, _args: Any, output: Any) -> None:
+        calls[-1][OUTPUT] = [tensor.detach().to("cpu", copy=True).contiguous() for tensor in output_tensors(output)]
+
+    handles = [model.register_forward_pre_hook(hook, with_kwargs=True)]
+    handles += [model.register_forward_hook(returned)] if outputs else []
     try:
         yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def output_tensors(output: Any) -> tuple[Tensor, ...]:
+    """The tensors that a model returned, images along axis 0; a list with a tensor per image becomes one tensor."""
+    if isinstance(output, Tensor):
+        return (output,)
+    if isinstance(output, list) and output and all(isinstance(item, Tensor) for item in output):
+        return (torch.stack(output),)
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return tuple(tensor for value in values for tensor in output_tensors(value))
 
 
 def _copied(value: Any, before: Any, name: str) -> Any:
@@ -179,7 +201,12 @@ def read_recorded(path: Path) -> RecordedInputs:
     if not calls or not all(isinstance(call, dict) for call in calls):
         raise UserError(f"{path} is damaged: it holds no calls")
     prompts = record.get("prompts")
-    return RecordedInputs(calls, **facts, prompts=prompts if isinstance(prompts, int) else None, path=path)
+    outputs = tuple(tuple(call.pop(OUTPUT)) for call in calls) if all(OUTPUT in call for call in calls) else None
+    if outputs is not None and not all(of_call and all(t.ndim for t in of_call) for of_call in outputs):
+        raise UserError(f"{path} is damaged: it holds calls that returned nothing: record it again")
+    return RecordedInputs(
+        calls, outputs=outputs, **facts, prompts=prompts if isinstance(prompts, int) else None, path=path
+    )
 
 
 def _from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -35,7 +35,7 @@ def record_inputs(
     """
     facts = {"class_name": type(transformer).__name__, "dtype": dtype_name(transformer)}
     facts["hash"] = _hash(transformer) if source is None else open_transformer(Path(source), rows_with(None)).hash
-    with recording(transformer) as made:
+    with recording(transformer, outputs=True) as made:
         yield
     if not made:
         raise UserError(
@@ -103,7 +103,7 @@ def recorded_calls(
     arguments, calls = drawing.arguments(type(pipeline)), list[Call]()
     for number, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(Randomness(drawing.seed).generator_seed(f"record/{number}"))
-        with recording(transformer) as made, torch.no_grad():
+        with recording(transformer, outputs=True) as made, torch.no_grad():
             try:
                 pipeline(prompt=prompt, generator=generator, **arguments)
             except REFUSALS as error:

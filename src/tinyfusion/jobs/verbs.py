@@ -17,10 +17,12 @@ from typing import Any, Generic, Protocol, TypeVar
 from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import OtherRecipe, UserError
+from tinyfusion.core.files import sha256_of
 from tinyfusion.core.progress import Advance, progress, say
 from tinyfusion.core.rundir import RunDirectory, atomic_write, check_space, say_finished
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.data.batches import Batches
+from tinyfusion.data.recorded import RecordedInputs
 from tinyfusion.export.transformer import FILES, write_transformer
 from tinyfusion.jobs.assemble import RunOptions, engine_for, job_record, plain_recipe, training_plan
 from tinyfusion.jobs.estimate import GIB, Estimate, announce, described
@@ -43,7 +45,7 @@ class Inputs:
     """Inputs of a verb: the completed recipe, and models by their role in the run's record.
 
     models: None where the recipe has no model in that role. sources: the models as they were named. batches: the training
-    data, where they were opened for the sizes of a new model.
+    data, where they were opened for the sizes of a new model. recorded: calls of a transformer of diffusers, to train on.
     """
 
     recipe: Recipe
@@ -51,6 +53,7 @@ class Inputs:
     models: Mapping[str, LoadedModel | None] = field(default_factory=dict)
     sources: Mapping[str, str | Path] = field(default_factory=dict)
     batches: Batches | None = None
+    recorded: RecordedInputs | None = None
 
     def model(self, role: str) -> LoadedModel:
         """The model of a role that is never None."""
@@ -100,7 +103,8 @@ class TrainingVerb(Generic[W]):
 
     def plain(self, inputs: Inputs) -> dict[str, Any]:
         """The inputs as plain values, which identify the same command."""
-        return plain_recipe(inputs.recipe, *self.sections, *PROCESS_SECTIONS, **self.hashes(inputs))
+        named = self.hashes(inputs) | ({"inputs": sha256_of(inputs.recorded.path)} if inputs.recorded else {})
+        return plain_recipe(inputs.recipe, *self.sections, *PROCESS_SECTIONS, **named)
 
     def work(self, inputs: Inputs, engine: Engine) -> W:
         """The work, ready to run. Changes and moves the models. Raises UserError on invalid settings."""
@@ -142,7 +146,7 @@ class TrainingVerb(Generic[W]):
             rows = {**models, **self.says(inputs, work), **training_plan(recipe, work.settings, mode)}
             return announce(self.name, rows, work.estimate(), engine.is_main)
         with folder.writing(self.name, plain, options.overwrite):
-            folder.mark("running", job=job_record(recipe, options, **inputs.sources))
+            folder.mark("running", job=job_record(recipe, options, **inputs.sources, inputs=options.inputs))
             outcome = self.perform(inputs, work, folder)
         engine.wait()  # until the main process has written everything
         say(remarks if late else ())

@@ -58,13 +58,15 @@ class TransformerModel(LoadedModel):
 
     folder: whose weights the module has; `with_weights` and `cut` give models of other folders, whose tensors may be in memory
     alone until they are written. context: what its call depends on besides the batch. scheduler: scheduler_config.json of its
-    pipeline. latent_shape: (C, ..., h, w) of its training data, once they are open.
+    pipeline. latent_shape: (C, ..., h, w) of its training data, once they are open. example: arguments of a recorded call of one
+    image, on the meta device, where it is trained on these.
     """
 
     folder: TransformerFolder = field(kw_only=True)
     context: CallContext = field(kw_only=True)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     latent_shape: tuple[int, ...] | None = None
+    example: Mapping[str, Any] | None = None
 
     @property
     def transformer_call(self) -> TransformerCall | None:
@@ -118,7 +120,7 @@ class TransformerModel(LoadedModel):
 
     def _of(self, folder: TransformerFolder) -> TransformerModel:
         model = opened(folder, self.context)
-        known = {name: getattr(self, name) for name in ("prompts", "latent_shape", "scheduler")}
+        known = {name: getattr(self, name) for name in ("prompts", "latent_shape", "scheduler", "example")}
         return dataclasses.replace(model, **known)
 
     def unfit_formats(self) -> dict[str, str]:
@@ -135,6 +137,9 @@ class TransformerModel(LoadedModel):
 
     def macs(self) -> int:
         """Multiply-accumulates of a forward pass of one image of its training data, with one prompt."""
+        if self.example is not None:
+            module, call = self.folder.empty().to("meta").eval(), self.example
+            return macs_by_module(module, lambda: module(**call))[""]
         if self.latent_shape is None or self.prompts is None:
             raise UserError(
                 "the work of a transformer of diffusers depends on its data: give --data, or recorded --inputs"

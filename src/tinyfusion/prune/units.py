@@ -57,6 +57,14 @@ def recorded_calibration(inputs: RecordedInputs, model: TransformerFolder, seed:
     A student also takes the calls of its ancestors, whose latents and texts fit it, unless the class has inputs per
     block.
     """
+    check_recorded_on(inputs, model)
+    calls: Any = tuple(map(TaskBatch, inputs.calls))
+    facts = {"prompts": inputs.prompts, "recorded_on": inputs.hash}
+    return RecordedCalibration(calls, _AS_RECORDED, inputs.path.name, len(calls), len(calls), seed, facts)
+
+
+def check_recorded_on(inputs: RecordedInputs, model: TransformerFolder) -> None:
+    """Raise UserError unless calls were recorded on a model or, where it has no inputs per block, on an ancestor of it."""
     ancestor = inputs.hash in [each["hash"] for each in model.lineage]
     inputs.check_class(model.class_name, model.path)
     if inputs.hash != model.hash and (not ancestor or model.row.parallel or model.row.indices):
@@ -65,9 +73,6 @@ def recorded_calibration(inputs: RecordedInputs, model: TransformerFolder, seed:
             f"{inputs.path} was recorded on {inputs.hash[:12]}, and {model.path} is {model.hash[:12]}: that is {why}; record inputs of "
             "its own, `tinyfusion record`"
         )
-    calls: Any = tuple(map(TaskBatch, inputs.calls))
-    facts = {"prompts": inputs.prompts, "recorded_on": inputs.hash}
-    return RecordedCalibration(calls, _AS_RECORDED, inputs.path.name, len(calls), len(calls), seed, facts)
 
 
 def run_call(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
