@@ -102,8 +102,8 @@ LATENTS: dict[str, Latents] = {  # (pipeline, what its transformer gets or retur
 )  # fmt: skip
 TIME = {"ZImageTransformer2DModel": "t", "HiDreamImageTransformer2DModel": "timesteps"}
 HIDDEN = {"ZImageTransformer2DModel": "x"}
-MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
-EMBEDDINGS = ("encoder_hidden_states", "cap_feats", "encoder_hidden_states_t5")
+MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask")
+EMBEDDINGS = ("encoder_hidden_states", "cap_feats", "encoder_hidden_states_t5", "text_bth")
 POOLED = ("pooled_projections", "pooled_embeds")
 
 
