@@ -28,7 +28,8 @@ def _wan(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> di
         patch = context.value("patch_size", (1, 2, 2))
         tokens = (x.shape[2] // patch[0]) * (x.shape[3] // patch[1]) * (x.shape[4] // patch[2])
         t = t[:, None].expand(-1, tokens)
-    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": condition["embeddings"]}
+    image = {"encoder_hidden_states_image": condition["image"]} if "image" in condition.tensors else {}
+    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": condition["embeddings"]} | image
 
 
 def _sana(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
