@@ -102,8 +102,8 @@ LATENTS: dict[str, Latents] = {  # (pipeline, what its transformer gets or retur
 )  # fmt: skip
 TIME = {"ZImageTransformer2DModel": "t", "HiDreamImageTransformer2DModel": "timesteps"}
 HIDDEN = {"ZImageTransformer2DModel": "x"}
-MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
-EMBEDDINGS = ("encoder_hidden_states", "cap_feats", "encoder_hidden_states_t5")
+MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask")
+EMBEDDINGS = ("encoder_hidden_states", "cap_feats", "encoder_hidden_states_t5", "text_bth")
 POOLED = ("pooled_projections", "pooled_embeds")
 
 
@@ -142,10 +142,14 @@ def pipeline_calls(golden: Golden, pipeline: Any) -> Iterator[PipelineCall]:
         steps = 1000 * steps.sin() / (steps.cos() + steps.sin())
     per_step = len(made) // tiny_pipelines.STEPS
     for number, (arguments, output) in enumerate(made):
-        x = latents_of(name)(pipeline, arguments[HIDDEN.get(name, "hidden_states")])
+        x, returned = (latents_of(name)(pipeline, v) for v in (arguments[HIDDEN.get(name, "hidden_states")], output[0]))
+        condition = _condition(arguments)
+        if golden.tag == "control":
+            x, behind = x.split((returned.shape[1], x.shape[1] - returned.shape[1]), 1)
+            condition = Condition({**condition.tensors, "concat": behind})
         step = steps[number // per_step]
         t = step.long() if golden.call.process == "gaussian" else golden.call.convention.at_sigma(step / 1000)
-        yield PipelineCall(arguments, latents_of(name)(pipeline, output[0]), x, t.expand(len(x)), _condition(arguments))
+        yield PipelineCall(arguments, returned, x, t.expand(len(x)), condition)
 
 
 def _of(name: str) -> TinyPipeline:
@@ -155,6 +159,13 @@ def _of(name: str) -> TinyPipeline:
 GOLDENS = [
     *(Golden(each, dict(guidance_embeds=False) if each.name == "Flux2KleinPipeline" else {}) for each in PIPELINES if each.model in CALLS),
     Golden(_of("FluxPipeline"), dict(guidance_embeds=False), tag="schnell"),
+    Golden(TinyPipeline("FluxControlPipeline", "FluxTransformer2DModel",
+                        lambda: _size(prompt_embeds=draw(1, 10, 32), pooled_prompt_embeds=draw(1, 32), control_image=draw(1, 3, HEIGHT, WIDTH).sigmoid()),
+                        vae=("AutoencoderKL", _KL | dict(latent_channels=1, scaling_factor=0.5, shift_factor=0.1))),
+           dict(in_channels=8, out_channels=4), tag="control"),
+    Golden(TinyPipeline("PixArtAlphaPipeline", "PixArtTransformer2DModel", lambda: _size(**_guided(10, 16, FLOAT, negative_prompt=None), **tiny_pipelines._PLAIN),
+                        ("DPMSolverMultistepScheduler", {}), ("AutoencoderKL", _KL), lora=False),
+           dict(sample_size=128, use_additional_conditions=True, attention_head_dim=6, cross_attention_dim=12), tag="1024"),
     Golden(TinyPipeline("Flux2Pipeline", "Flux2Transformer2DModel", lambda: _size(prompt_embeds=draw(1, 10, 32), guidance_scale=2.5),
                         vae=("AutoencoderKLFlux2", _KL | dict(latent_channels=1))), context=dict(guidance=2.5)),
     Golden(TinyPipeline("OvisImagePipeline", "OvisImageTransformer2DModel", lambda: _size(prompt_embeds=draw(1, 10, 32), guidance_scale=1.0),

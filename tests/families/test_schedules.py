@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,12 +22,14 @@ from tinyfusion.families.diffusers_classes.calls import CallContext, called
 from tinyfusion.families.diffusers_classes.schedules import (
     SAMPLERS,
     FlowSchedule,
+    expert_range,
     gaussian_schedule,
     gaussian_timesteps,
 )
-from tinyfusion.processes.base import Batch
+from tinyfusion.processes.base import Batch, Prediction
 from tinyfusion.processes.flow import Flow, FlowObjective, LossWeight
 from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.processes.time import TimeConvention, TimeSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
 STEPS = 5
@@ -45,7 +48,9 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "scm": ("SCMScheduler", {}),
 }
 _GIVEN = {"SanaSprintPipeline": ["scm"], "SanaPipeline": ["dpm", "static"], "WanPipeline": ["unipc", "dpm", "static"],
-          "AuraFlowPipeline": ["static", "none"], "HiDreamImagePipeline": ["static", "dynamic", "unipc"],
+          "SkyReelsV2Pipeline": ["unipc", "static"], "SanaVideoPipeline": ["dpm", "unipc"], "PRXPipeline": ["static"],
+          "ErnieImagePipeline": ["static", "none"], "AuraFlowPipeline": ["static", "none"],
+          "HiDreamImagePipeline": ["static", "dynamic", "unipc"],
           "HunyuanVideoPipeline": ["static"], "FluxPipeline": ["none", "static", "dynamic", "default", "linear", "unipc"],
           "BriaPipeline": ["dynamic"], "QwenImagePipeline": ["dynamic", "unipc"], "CogView4Pipeline": ["dynamic", "default"]}  # fmt: skip
 _DEFAULT = ["static", "terminal", "dynamic", "default"]
@@ -165,6 +170,46 @@ def test_a_shift_by_size_without_a_pipeline_that_gives_it_is_refused() -> None:
         schedule.levels(4, (16, 3, 8, 8))
 
 
+def test_experts_are_trained_on_their_own_levels() -> None:
+    """Wan 2.2: the second transformer draws below the boundary. The distribution of each is that of all, truncated."""
+    index = {"boundary_ratio": 0.875, "transformer": ["diffusers", "Wan"], "transformer_2": ["diffusers", "Wan"]}
+    assert expert_range(index, "transformer") == (0.875, 1.0)
+    assert expert_range(index, "transformer_2") == (0.0, 0.875)
+    assert expert_range({**index, "transformer_2": [None, None]}, "transformer") == (0.0, 1.0)
+    assert expert_range({}, "transformer") == (0.0, 1.0)
+    with pytest.raises(UserError, match="boundary_ratio 875: wanted a number between 0 and 1"):
+        expert_range({**index, "boundary_ratio": 875}, "transformer")
+
+
+@pytest.mark.parametrize("time", ["sigma", "1 - sigma"])
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal", "mode", "cosmap"])
+def test_truncated_levels(kind: Any, time: Any) -> None:
+    """The truncated distribution is the sorted levels of the whole one that lie within."""
+    u = (np.arange(20000) + 0.5) / 20000
+    whole = TimeSampler(kind, logit_mean=0.5, shift=3.0)
+    within = dataclasses.replace(whole, within=(0.6, 0.875))
+    convention = TimeConvention(time)
+    drawn = np.sort(convention.sigma(convention.draw(within, u, (0.0, 1.0))))
+    every = np.sort(convention.sigma(convention.draw(whole, u, (0.0, 1.0))))
+    inside = every[(every >= 0.6) & (every <= 0.875)]
+    assert 0.6 <= drawn[0] < 0.601
+    assert 0.874 < drawn[-1] <= 0.875
+    grid = np.linspace(0, 1, 101)
+    np.testing.assert_allclose(np.quantile(drawn, grid), np.quantile(inside, grid), atol=2e-4)
+    objective = FlowObjective(0.0, Flow(convention=convention), times=within)
+    noisy = objective.draw(
+        Batch(torch.zeros(4, 1, 2, 2), Condition({"embeddings": torch.zeros(4, 1)})), Randomness(1).at(0, 0, 4)
+    )
+    levels = [objective.at_level(noisy, level).t for level in (0, objective.num_levels - 1)]
+    assert [float(convention.level(t).sigma[0]) for t in levels] == pytest.approx([0.6, 0.875])
+
+
+@pytest.mark.parametrize("within", [(0.5, 0.5), (-0.1, 1.0), (0.9, 0.2)])
+def test_levels_that_are_none_are_refused(within: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="the lower one first"):
+        TimeSampler(within=within)
+
+
 # --------------------------------------------------------------------------------------------------------------- Gaussian
 
 COGVIDEOX = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
@@ -271,8 +316,6 @@ def test_the_loss_of_the_cogvideox_example() -> None:
         torch.testing.assert_close(found, model_pred.transpose(1, 2).float(), rtol=1e-4, atol=1e-4)
         assert torch.equal(objective.kd_terms(noisy, output, output)["kd_loss"], torch.zeros(2))
     exact = schedule.velocity(z, timesteps, noise)
-    from tinyfusion.processes.base import Prediction
-
     assert float(objective.losses(module, noisy, Prediction(exact))["loss"].max()) < 1e-10
 
 

@@ -263,6 +263,7 @@ class FlowObjective(Process):
     def at_level(self, noisy: NoisyBatch, level: int) -> NoisyBatch:
         """The batch at noise level `level`; levels are evenly spaced between the two ends of training."""
         low, high = self.flow.training_ends(self.eps)
+        low, high = max(low, 1 - self.times.within[1]), min(high, 1 - self.times.within[0])
         clean = high - (high - low) * level / (NUM_LEVELS - 1)
         t = torch.full_like(noisy.t, self.flow.convention.at_clean(clean))
         return replace(noisy, xt=self._mixed(noisy.x0, noisy.noise, t), t=t)

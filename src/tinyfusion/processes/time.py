@@ -162,7 +162,8 @@ class TimeSampler:
         mode          sigma = 1 - u - mode_scale (cos^2(pi u / 2) - 1 + u)
         cosmap        sigma = 1 - 1 / (tan(pi u / 2) + 1)
 
-    All are monotone in u, so a stratified u gives stratified noise levels. Raises ValueError on invalid parameters.
+    All are monotone in u, so a stratified u gives stratified noise levels. within: noise levels between which the distribution is
+    truncated, of a model for these alone. Raises ValueError on invalid parameters.
     """
 
     kind: Density = "uniform"
@@ -170,9 +171,12 @@ class TimeSampler:
     logit_std: float = 1.0
     mode_scale: float = 1.29
     shift: float = 1.0
+    within: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         check_choice("time sampler", self.kind, Density)
+        if not 0 <= self.within[0] < self.within[1] <= 1:
+            raise ValueError(f"noise levels lie between 0 and 1, the lower one first; got {self.within}")
         if not math.isfinite(self.logit_mean):
             raise ValueError(f"logit_mean must be a finite number; got {self.logit_mean:g}")
         if not (math.isfinite(self.logit_std) and self.logit_std > 0):
@@ -196,10 +200,30 @@ class TimeSampler:
     @property
     def mirrored(self) -> TimeSampler:
         """The distribution of 1 - sigma."""
-        return replace(self, logit_mean=-self.logit_mean, shift=1 / self.shift)
+        low, high = self.within
+        return replace(self, logit_mean=-self.logit_mean, shift=1 / self.shift, within=(1 - high, 1 - low))
 
     def sigma(self, u: np.ndarray) -> np.ndarray:
         """Noise levels from uniform u in (0, 1), float64."""
+        if self.within == (0.0, 1.0):
+            return self._whole(u)
+        first, last = (self._share(level) for level in self.within)
+        return np.clip(self._whole(first + (last - first) * u), *self.within)
+
+    def _share(self, level: float) -> float:
+        """The u whose noise level is `level`, by bisection."""
+        low, high = 0.0, 1.0
+        rising = bool(self._whole(np.array(0.75)) > self._whole(np.array(0.25)))
+        if level in (0.0, 1.0):
+            return float(rising == bool(level))
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = bool(self._whole(np.array(middle)) < level)
+            low, high = (middle, high) if below == rising else (low, middle)
+        return (low + high) / 2
+
+    def _whole(self, u: np.ndarray) -> np.ndarray:
+        """Noise levels without `within`."""
         if self.kind == "uniform":
             sigma = u
         elif self.kind == "logit_normal":

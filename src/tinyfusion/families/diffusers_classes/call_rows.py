@@ -150,6 +150,16 @@ def _masked(context: CallContext, x: Tensor, t: Tensor, condition: Condition) ->
     return {"hidden_states": x, "timestep": t, "encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
 
 
+def _prx(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    embeddings, mask = trimmed(context, condition)
+    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": embeddings, "attention_mask": mask}
+
+
+def _ernie(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    embeddings, mask = trimmed(context, condition)
+    return {"hidden_states": x, "timestep": t, "text_bth": embeddings, "text_lens": mask.sum(1)}
+
+
 def _sana(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
     arguments = _masked(context, x, t * context.value("timestep_scale", 1.0), condition)
     if context.value("guidance_embeds"):  # Sprint
@@ -279,6 +289,16 @@ CALLS: Mapping[str, TransformerCall] = MappingProxyType(
             _masked,
             convention=TimeConvention("1 - sigma", 1.0, "data - noise"),
             widths={"embeddings": "cap_feat_dim"},
+        ),
+        "PRXTransformer2DModel": TransformerCall("flow", _MASKED_TEXTS, _prx, widths={"embeddings": "context_in_dim"}),
+        "ErnieImageTransformer2DModel": TransformerCall(
+            "flow",
+            _MASKED_TEXTS,
+            _ernie,
+            convention=THOUSAND,
+            widths={"embeddings": "text_in_dim"},
+            patch=lambda config: (int(config.get("patch_size", 1)),) * 2,
+            spatial_ratio=16,
         ),
         "CogView4Transformer2DModel": TransformerCall(
             "flow", _PLAIN_TEXTS, _cogview4, convention=THOUSAND, widths={"embeddings": "text_embed_dim"}

@@ -28,7 +28,13 @@ def _wan(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> di
         patch = context.value("patch_size", (1, 2, 2))
         tokens = (x.shape[2] // patch[0]) * (x.shape[3] // patch[1]) * (x.shape[4] // patch[2])
         t = t[:, None].expand(-1, tokens)
-    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": condition["embeddings"]}
+    image = {"encoder_hidden_states_image": condition["image"]} if "image" in condition.tensors else {}
+    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": condition["embeddings"]} | image
+
+
+def _sana(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    embeddings, mask = trimmed(context, condition)
+    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
 
 
 def _ltx(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
@@ -122,14 +128,26 @@ def _rotary(context: CallContext, x: Tensor) -> tuple[Tensor, Tensor]:
 
 _MASKED_TEXTS = ("embeddings", "mask")
 
+_WAN = TransformerCall(
+    "flow",
+    ("embeddings",),
+    _wan,
+    convention=THOUSAND,
+    axes=5,
+    widths={"embeddings": "text_dim"},
+    patch=lambda config: tuple(config.get("patch_size", (1, 2, 2))),
+)
+
 VIDEO_CALLS: dict[str, TransformerCall] = {
-    "WanTransformer3DModel": TransformerCall(
+    "WanTransformer3DModel": _WAN,
+    "SkyReelsV2Transformer3DModel": _WAN,
+    "SanaVideoTransformer3DModel": TransformerCall(
         "flow",
-        ("embeddings",),
-        _wan,
+        _MASKED_TEXTS,
+        _sana,
         convention=THOUSAND,
         axes=5,
-        widths={"embeddings": "text_dim"},
+        widths={"embeddings": "caption_channels"},
         patch=lambda config: tuple(config.get("patch_size", (1, 2, 2))),
     ),
     "LTXVideoTransformer3DModel": TransformerCall(

@@ -127,19 +127,23 @@ def called(call: TransformerCall, context: CallContext) -> ModelCall:
     """(module, x, t, condition) -> prediction, shaped like x; what an objective calls.
 
     x, embeddings and pooled embeddings are given to the module in the type of its weights, the time in float32. The prediction has
-    the type that the module returns. The function raises UserError on latents or texts that the model cannot take.
+    the type that the module returns. A condition may have further tensors: "guidance" (B,), in place of the context's; "concat"
+    (B, C', ..., h, w), latents of an image, of a mask or of a control, which models with more channels take behind those of x;
+    "image" (B, N, E), embeddings of an image, for Wan. The function raises UserError on latents or texts that the model cannot take.
     """
     context = call.resolved(context)
 
     def run(module: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        check_latents(call, context, tuple(x.shape))
+        behind = condition.tensors.get("concat")
+        check_latents(call, context, tuple(x.shape), 0 if behind is None else behind.shape[1])
         check_texts(call, context, condition.tensors)
         dtype = context.dtype or weight_dtype(module)
         cast = {
             name: tensor.to(dtype) if tensor.is_floating_point() and name != "guidance" else tensor
             for name, tensor in condition.tensors.items()
         }
-        arguments = call.arguments(context, x.to(dtype), t, Condition(cast))
+        given = x.to(dtype) if behind is None else torch.cat([x.to(dtype), cast["concat"]], 1)
+        arguments = call.arguments(context, given, t, Condition(cast))
         return call.output(context, module(**arguments, return_dict=False)[0], x)
 
     return run
@@ -158,19 +162,19 @@ def weight_dtype(module: nn.Module) -> torch.dtype:
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_latents(call: TransformerCall, context: CallContext, shape: tuple[int, ...]) -> None:
-    """Raise UserError unless the model can take latents x of this shape (B, C, ..., h, w)."""
+def check_latents(call: TransformerCall, context: CallContext, shape: tuple[int, ...], behind: int = 0) -> None:
+    """Raise UserError unless the model can take latents x of this shape (B, C, ..., h, w), with `behind` channels behind them."""
     name = context.name
     if len(shape) != call.axes:
         raise UserError(
             f"a {name} takes latents {AXES[call.axes]}; got {list(shape)}: encode the data set for this model"
         )
-    wanted, channels = context.value("in_channels"), shape[1]
+    wanted, channels = context.value("in_channels"), shape[1] + behind
     if wanted is not None and wanted != channels * call.packed:
         per = f" ({call.packed} per channel of the latents)" if call.packed > 1 else ""
         raise UserError(
             f"this {name} has in_channels {wanted}{per}; got latents of {channels} channels: encode the data set with its own "
-            "autoencoder; a model that takes an image or a mask in further channels cannot be trained here"
+            "autoencoder; a model that takes an image, a mask or a control in further channels needs them in its batches"
         )
     patch = call.patch(context.config)
     odd = [size for size, cells in zip(shape[-len(patch) :], patch, strict=True) if size % cells]

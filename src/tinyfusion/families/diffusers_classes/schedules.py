@@ -97,11 +97,21 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         ),
         Sampler(),
     )
-    | dict.fromkeys(("SanaTransformer2DModel", "WanTransformer3DModel", "AuraFlowTransformer2DModel"), _OWN)
+    | dict.fromkeys(
+        (
+            "SanaTransformer2DModel",
+            "SanaVideoTransformer3DModel",
+            "WanTransformer3DModel",
+            "SkyReelsV2Transformer3DModel",
+            "AuraFlowTransformer2DModel",
+            "PRXTransformer2DModel",
+        ),
+        _OWN,
+    )
+    | dict.fromkeys(("HunyuanVideoTransformer3DModel", "ErnieImageTransformer2DModel"), Sampler(mu=None))
     | {
         "Flux2Transformer2DModel": Sampler(mu=_empirical_mu),
         "BriaTransformer2DModel": Sampler(),
-        "HunyuanVideoTransformer3DModel": Sampler(mu=None),
         "Krea2Transformer2DModel": Sampler(distilled=1.15),
         # its pipeline takes the channels of the latents for the tokens
         "Lumina2Transformer2DModel": Sampler(tokens=lambda config, shape: shape[0]),
@@ -232,6 +242,19 @@ class FlowSchedule:
         angles = np.array([1.57080, 1.3, 0.0]) if steps == 2 else np.linspace(1.57080, 0, steps + 1)
         sigmas = np.sin(angles) / (np.cos(angles) + np.sin(angles))
         return sigmas, sigmas[:-1]
+
+
+def expert_range(model_index: Settings, component: str) -> tuple[float, float]:
+    """The noise levels that a component of a pipeline is for: of two experts (Wan 2.2) those above or below `boundary_ratio`.
+
+    Raises UserError on a boundary that is no share.
+    """
+    boundary, two = model_index.get("boundary_ratio"), model_index.get("transformer_2")
+    if boundary is None or not two or two[0] is None:
+        return 0.0, 1.0
+    if not (isinstance(boundary, int | float) and 0 < boundary < 1):
+        raise UserError(f"model_index.json has boundary_ratio {boundary}: wanted a number between 0 and 1")
+    return (0.0, float(boundary)) if component == "transformer_2" else (float(boundary), 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------- Gaussian
