@@ -198,3 +198,32 @@ def test_videos_are_stored_with_their_frames(tmp_path: Path) -> None:
     opened = open_latents(tmp_path)
     assert opened.spec == spec
     assert torch.equal(opened.gather(np.array([1, 0]), np.zeros(2, bool)), stored[[1, 0], 0])
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def test_processes_of_encode_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinyfusion.config.recipe import Recipe
+    from tinyfusion.jobs import assemble
+
+    monkeypatch.setattr(assemble, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    recipe = Recipe(device="cuda")
+    assert assemble.own_device(recipe) == torch.device("cuda")
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert assemble.own_device(recipe) == torch.device("cuda", 1)
+    assert assemble.own_device(Recipe(device="cpu")) == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU: there are 2"):
+        assemble.own_device(recipe)
+
+
+@pytest.mark.parametrize(("rows", "chunks"), [(1, 1), (16, 1), (17, 2), (1024, 64), (1025, 33), (10**6, 7813)])
+def test_small_files_of_prompts_have_chunks_for_every_process(rows: int, chunks: int) -> None:
+    from tinyfusion.data.prompts import PromptFile
+
+    file = PromptFile(Path(), rows)
+    assert file.num_chunks == chunks
+    assert [row for k in range(chunks) for row in file.bounds(k)] == list(range(rows))

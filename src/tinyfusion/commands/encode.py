@@ -41,7 +41,7 @@ from tinyfusion.data.latents import (
 from tinyfusion.data.originals import Originals, changed, decoded, open_originals
 from tinyfusion.data.picture import Picture, Size, decode
 from tinyfusion.data.published_latents import FEATURES, PUBLISHED_SCALE, PublishedLatents, open_published
-from tinyfusion.jobs.assemble import RunOptions, device_for, job_record, plain_recipe
+from tinyfusion.jobs.assemble import RunOptions, job_record, own_device, plain_recipe
 from tinyfusion.jobs.estimate import announce, rounded
 from tinyfusion.models.autoencoder import Autoencoder, open_autoencoder
 from tinyfusion.models.latent_space import LatentSpace
@@ -158,7 +158,7 @@ def work_for(recipe: Recipe, source: str, contexts: ExitStack) -> Work:
             f"encode.size {size} is no multiple of {vae.factor}, the pixels of a latent cell of {vae.name}: "
             f"take {' or '.join(str(n) for n in (below, below + vae.factor) if n)}"
         )
-    vae.module.to(device_for(recipe))
+    vae.module.to(own_device(recipe))
     return encoding_work(recipe, originals, vae, (vae.channels, size // vae.factor, size // vae.factor), size)
 
 
@@ -175,7 +175,7 @@ def encoding_work(
 
     The autoencoder is on the recipe's device once values are computed. digest: its hash, where it was counted already.
     """
-    settings, device = recipe.encode, device_for(recipe)
+    settings, device = recipe.encode, own_device(recipe)
     exact = isinstance(vae, LatentSpace) and vae.exact
     kind = "samples" if exact or settings.posterior == "mode" else settings.posterior
     classes, rows = max(int(originals.labels.max()) + 1, len(originals.classes)), 1 + bool(settings.mirror)

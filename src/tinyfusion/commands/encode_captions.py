@@ -25,7 +25,7 @@ from tinyfusion.data.buckets import write_bucket_manifest
 from tinyfusion.data.latents import MANIFEST, read_manifest, verify, write_manifest
 from tinyfusion.data.originals import changed
 from tinyfusion.data.prompts import prompts_entry, verify_prompts, write_texts
-from tinyfusion.jobs.assemble import RunOptions, device_for, job_record, plain_recipe
+from tinyfusion.jobs.assemble import RunOptions, job_record, own_device, plain_recipe
 from tinyfusion.jobs.estimate import announce, rounded
 from tinyfusion.jobs.text_encoding import (
     header,
@@ -125,7 +125,7 @@ def _write_chunks(job: Job, recipe: Recipe, out: Path) -> dict[str, str] | None:
     total, done = sum(len(file.bounds(chunk)) for chunk in mine), 0
     title = "prompts" if world == 1 else f"prompts ({rank + 1} of {world})"
     with (
-        prompt_encoder(job.pipeline, job.kind, device_for(recipe), recipe.encode.max_tokens) as encoder,
+        prompt_encoder(job.pipeline, job.kind, own_device(recipe), recipe.encode.max_tokens) as encoder,
         progress(title, total, "prompts", shown=rank == 0) as bar,
     ):
         about = header(job.kind, encoder, job.files, len(job.texts))
@@ -165,7 +165,7 @@ def _write_all_shards(job: Job, recipe: Recipe, out: Path, rank: int) -> int:
             wait_until((out / name).is_dir, out / name, recipe.compute.timeout_s)
         settings = dataclasses.replace(recipe.encode, batch_size=work.about["batch_size"])
         if job.space is not None and missing_shards(out / name, work.spec):
-            job.space.module.to(device_for(recipe))
+            job.space.module.to(own_device(recipe))
         done += write_shards(work, out / name, settings, recipe.compute.timeout_s, offset)
         offset += work.spec.shards
     return done
@@ -205,7 +205,7 @@ def _announced(
     job: Job, recipe: Recipe, source: str, todo: dict[str, list[int]], world: int, mode: str, spoken: bool
 ) -> dict[str, Any]:
     """Print and return the plan of a dry run, with the times of a few prompts and of two pictures."""
-    with prompt_encoder(job.pipeline, job.kind, device_for(recipe), recipe.encode.max_tokens) as encoder:
+    with prompt_encoder(job.pipeline, job.kind, own_device(recipe), recipe.encode.max_tokens) as encoder:
         some = job.texts[:2]
         encoder.encode(some)
         began = time.perf_counter()
@@ -220,7 +220,7 @@ def _announced(
         "prompt file": f"{total / 2**20:,.1f} MiB, and as much while it is joined",
     }
     if job.space is not None:
-        job.space.module.to(device_for(recipe))
+        job.space.module.to(own_device(recipe))
         plan["autoencoder"] = type(job.space.module).__name__
     for name, work in job.works.items():
         settings = dataclasses.replace(recipe.encode, batch_size=work.about["batch_size"])

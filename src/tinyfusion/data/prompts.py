@@ -30,7 +30,7 @@ from tinyfusion.core.rundir import write_json
 from tinyfusion.core.tensors import read_metadata, read_safetensors
 
 PROMPTS, TEXTS = "prompts.safetensors", "prompts.json"  # in a folder of latents: encoded prompts, and their texts
-CHUNK_ROWS = 128  # of a chunk, which is the work that a killed process loses
+CHUNK_ROWS, _LEAST_ROWS, _CHUNKS = 128, 16, 64  # rows of a chunk, which is the work that a killed process loses
 _COPIED_ROWS = 8  # at a time while chunks are joined
 _ALIGNMENT = 64
 _NAMES = {
@@ -54,9 +54,14 @@ class PromptFile:
         return self.folder / PROMPTS
 
     @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk: fewer in small files, so that every process has some."""
+        return min(CHUNK_ROWS, -(-self.num // (_CHUNKS * _LEAST_ROWS)) * _LEAST_ROWS)
+
+    @property
     def num_chunks(self) -> int:
         """Number of chunks."""
-        return -(-self.num // CHUNK_ROWS)
+        return -(-self.num // self.chunk_rows)
 
     def chunk(self, index: int) -> Path:
         """The file of a chunk."""
@@ -64,7 +69,7 @@ class PromptFile:
 
     def bounds(self, index: int) -> range:
         """The rows of a chunk."""
-        return range(index * CHUNK_ROWS, min((index + 1) * CHUNK_ROWS, self.num))
+        return range(index * self.chunk_rows, min((index + 1) * self.chunk_rows, self.num))
 
     def missing(self) -> list[int]:
         """Chunks that are to be written; none where the file is complete."""

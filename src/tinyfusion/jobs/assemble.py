@@ -19,6 +19,7 @@ from tinyfusion.config.loading import to_plain
 from tinyfusion.config.recipe import DataSection, ModelSection, Orientation, Recipe, TrainingSection
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.launch import launched_local_rank, launched_processes
 from tinyfusion.core.progress import say
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import LOOKED_AT, Batches, ShuffledBatches, scale_remarks, signed
@@ -294,6 +295,22 @@ def engine_for(recipe: Recipe) -> Engine:
     """The processes of a training, and the device of this one."""
     device_for(recipe)
     return open_engine(recipe.device, recipe.compute)
+
+
+def own_device(recipe: Recipe) -> torch.device:
+    """The recipe's device for this one of several processes that share no step: GPU number LOCAL_RANK of its machine.
+
+    Raises UserError where there are fewer GPUs than processes.
+    """
+    device, number = device_for(recipe), launched_local_rank()
+    if device.type != "cuda" or device.index is not None or launched_processes() == 1:
+        return device
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            f"process {number} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many processes as there "
+            "are GPUs, or give --device cpu"
+        )
+    return torch.device("cuda", number)
 
 
 def device_for(recipe: Recipe) -> torch.device:
