@@ -102,6 +102,17 @@ def save_clip(folder: Path, seed: int = 2, **changes: Any) -> Path:
     return folder
 
 
+def save_dino(folder: Path) -> Path:
+    """A DINOv2 network for pictures of 224 pixels."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56, mlp_ratio=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    return folder
+
+
 def clip_tokenizer() -> Any:
     from transformers import CLIPTokenizer
 

@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_evaluate import random_weights
 
-from prompt_pipelines import save_flux_pipeline
+from prompt_pipelines import save_clip, save_dino, save_flux_pipeline
 from tinyfusion.config.loading import load_recipe, recipe_fields, shipped_recipes
 from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.evaluate import extractors
@@ -45,6 +45,7 @@ LAUNCHERS = ("torchrun", "accelerate")
 ELSEWHERE = ("git", "cd", "pip", "source", "pre-commit", "open")  # not ours to test
 TRAINING = "steps=2 batch_size=4 ema_decay=0.5 log_every_steps=1 checkpoint_every_steps=2 warmup_steps=0"
 DRAWING = "--steps 2 --height 16 --width 16 --calls 1"  # the last one counts
+PROMPTS = "pipeline.num_steps=1 pipeline.height=16 pipeline.width=16 pipeline.num_images=5 bench.repeats=1 bench.product_size=64"
 SHORT = {
     "run": "prune.training recover.training sample speed",
     "train": "train",
@@ -107,6 +108,8 @@ def shortened(words: list[str]) -> list[str]:
             re.sub("1024|832|1216", lambda size: {"1024": "16", "832": "16", "1216": "24"}[size[0]], word)
             for word in words
         ]
+    if words[1] in ("sample", "bench") and "--prompts" in words:
+        settings += PROMPTS.split()
     return [*words[1:], *drawing, *(part for setting in settings for part in ("--set", setting))]
 
 
@@ -133,6 +136,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture.with_suffix(".txt").write_text(f"photograph {picture.stem}", encoding="utf-8")
     save_flux_pipeline(brought / "FLUX.1-dev", num_layers=19, num_single_layers=38, num_attention_heads=1)
     (brought / "prompts.txt").write_text("a cat\n", encoding="utf-8")
+    save_clip(brought / "clip-vit-large-patch14")
+    save_dino(brought / "dinov2-large")
     names = (f"transformer.transformer_blocks.{i}.attn.to_q.lora_{half}.weight" for i in range(19) for half in "AB")
     save_file({name: torch.ones(4, 4) for name in names}, brought / "style.safetensors")
     random_weights(folder)

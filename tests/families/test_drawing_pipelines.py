@@ -21,6 +21,7 @@ from tinyfusion import cli
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.signals import Interrupted
 from tinyfusion.data.recorded import recording
+from tinyfusion.jobs import pipelines
 from tinyfusion.jobs.pipelines import ModelPipeline, pipeline_of
 from tinyfusion.jobs.prompt_drawing import PromptDrawing, generators, precise_noise
 from tinyfusion.jobs.transformers import call_macs
@@ -123,16 +124,30 @@ def test_noise_of_odd_sizes_is_drawn_in_float32() -> None:
     from diffusers.utils.torch_utils import randn_tensor
 
     class Odd:
-        def prepare_latents(self, batch: int, dtype: torch.dtype, generator: Any) -> tuple[torch.Tensor, None]:
-            return randn_tensor((batch, 4, 5, 5), generator, dtype=dtype), None
+        def prepare_latents(self, batch: int, dtype: torch.dtype, generator: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return randn_tensor((batch, 4, 5, 5), generator, dtype=dtype), torch.full((3,), 0.1)
 
     pipeline = Odd()
     precise, _ = pipeline.prepare_latents(2, torch.float32, generators(0, range(2)))
     plain, _ = pipeline.prepare_latents(2, torch.bfloat16, generators(0, range(2)))
     with precise_noise(pipeline):
-        noise, _ = pipeline.prepare_latents(2, torch.bfloat16, generator=generators(0, range(2)))
+        noise, ids = pipeline.prepare_latents(2, torch.bfloat16, generator=generators(0, range(2)))
+    assert ids.dtype == torch.float32, "what does not follow the type is left alone"
     assert torch.equal(noise, precise.bfloat16()) and not torch.equal(plain, noise)
     assert torch.equal(pipeline.prepare_latents(2, torch.bfloat16, generators(0, range(2)))[0], plain), "as it was"
+
+
+def test_where_components_are_follows_from_free_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import FluxPipeline
+
+    source, done = pipeline_of(str(place / "flux"), None), list[str]()
+    for name in ("to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        monkeypatch.setattr(FluxPipeline, name, lambda *_, name=name, **__: done.append(name))
+    largest = source.models["transformer"].num_bytes
+    for free in (10 * largest, 1.3 * largest, largest):
+        monkeypatch.setattr(pipelines, "available_bytes", lambda _device, free=free: free)
+        source.opened(torch.device("cuda"))
+    assert done == ["to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"]
 
 
 # --------------------------------------------------------------------------------------------------------------- images

@@ -83,12 +83,10 @@ def _recorded(model: ModelPipeline, recipe: Recipe, prompts: Sequence[str], devi
     settings = recipe.pipeline
     pipeline = model.opened(device, settings.dtype)
     arguments = {**pipeline_arguments(model, settings), "num_inference_steps": STEPS}
-    with ExitStack() as around, torch.no_grad():
+    with ExitStack() as around:
         made = {name: around.enter_context(recording(getattr(pipeline, name))) for name in model.models}
         noise = generators(recipe.seed, range(len(prompts)))
-        called(
-            pipeline, prompt=list(prompts), generator=noise, **model.arguments({**arguments, "output_type": "latent"})
-        )
+        called(pipeline, prompts, noise, arguments, "latent")
     del pipeline
     gc.collect()
     if device.type == "cuda":

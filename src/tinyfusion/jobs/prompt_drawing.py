@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor
 from tinyfusion.config.recipe import PipelineSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
-from tinyfusion.data.recorded import changed
 from tinyfusion.jobs.pipelines import REFUSALS, ModelPipeline
 
 _DEFAULTS = ("num_inference_steps", "guidance_scale", "true_cfg_scale")  # of a pipeline, which the protocol states
@@ -71,12 +70,7 @@ class PromptDrawing:
 
     def _batch(self, indices: range) -> np.ndarray:
         prompts = [self.prompts[i % len(self.prompts)] for i in indices]
-        known = inspect.signature(type(self.pipeline).__call__).parameters
-        form = {name: value for name, value in (("output_type", "np"), ("return_dict", False)) if name in known}
-        with torch.no_grad(), precise_noise(self.pipeline):
-            output = called(
-                self.pipeline, prompt=prompts, generator=generators(self.seed, indices), **self.arguments, **form
-            )
+        output = called(self.pipeline, prompts, generators(self.seed, indices), self.arguments, "np")
         pixels = pixels_of(output[0] if isinstance(output, tuple) else output)
         where = f"images {indices[0]} to {indices[-1]}"
         if len(pixels) != len(indices):
@@ -102,17 +96,23 @@ def generators(seed: int, indices: range) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(randomness.generator_seed(f"draw/{i}")) for i in indices]
 
 
-def called(pipeline: Any, **arguments: Any) -> Any:
-    """The output of a call. Raises UserError where the pipeline refuses it."""
+def called(
+    pipeline: Any, prompts: Sequence[str], noise: list[torch.Generator], arguments: Mapping[str, Any], output_type: str
+) -> Any:
+    """The output of a call, a prompt and a generator for each image. Raises UserError where the pipeline refuses it."""
+    known, given = inspect.signature(type(pipeline).__call__).parameters, dict(arguments)
+    if "negative_prompt" in given:
+        given["negative_prompt"] = [given["negative_prompt"]] * len(prompts)
+    given |= {name: value for name, value in (("output_type", output_type), ("return_dict", False)) if name in known}
     try:
-        return pipeline(**arguments)
+        with torch.no_grad(), precise_noise(pipeline):
+            return pipeline(prompt=list(prompts), generator=noise, **given)
     except REFUSALS as error:
         if isinstance(error, UserError | torch.OutOfMemoryError):
             raise
-        options = {name: value for name, value in arguments.items() if isinstance(value, int | float)}
-        given = ", ".join(f"{name} {value}" for name, value in options.items() if name != "return_dict")
+        options = ", ".join(f"{name} {value}" for name, value in arguments.items())
         raise UserError(
-            f"a {type(pipeline).__name__} cannot be called with a prompt{' and ' if given else ''}{given}: {error}"
+            f"a {type(pipeline).__name__} cannot be called with a prompt{' and ' if options else ''}{options}: {error}"
         ) from error
 
 
@@ -131,19 +131,33 @@ def precise_noise(pipeline: Any) -> Iterator[None]:
 
     def prepared(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        wanted = bound.arguments.get("dtype")
-        given = [name for name, value in bound.arguments.items() if isinstance(value, Tensor)]
-        if given or not isinstance(wanted, torch.dtype):
+        given = any(isinstance(value, Tensor) for value in bound.arguments.values())
+        drawn = bound.arguments.get("generator")
+        listed = drawn if isinstance(drawn, list) else [drawn]
+        if given or bound.arguments.get("dtype") in (None, torch.float32) or None in listed:
             return prepare(*args, **kwargs)
+        generators_of: list[torch.Generator] = listed
+        states = [each.get_state() for each in generators_of]
+        plain = prepare(*args, **kwargs)
+        for each, state in zip(generators_of, states, strict=True):
+            each.set_state(state)
         bound.arguments["dtype"] = torch.float32
-        latents = prepare(*bound.args, **bound.kwargs)
-        return changed(latents, lambda t: t.to(wanted) if t.dtype == torch.float32 else t)
+        return _rounded(prepare(*bound.args, **bound.kwargs), plain)
 
     pipeline.prepare_latents = prepared
     try:
         yield
     finally:
         del pipeline.prepare_latents
+
+
+def _rounded(precise: Any, plain: Any) -> Any:
+    """Tensors of `plain`, those of another type replaced by that of `precise` in the type of `plain`."""
+    if isinstance(plain, Tensor):
+        return plain if precise.dtype == plain.dtype else precise.to(plain.dtype)
+    if isinstance(plain, list | tuple):
+        return type(plain)(_rounded(*pair) for pair in zip(precise, plain, strict=True))
+    return plain
 
 
 def pixels_of(output: Any) -> np.ndarray:
