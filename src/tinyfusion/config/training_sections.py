@@ -140,6 +140,10 @@ class PruneSection:
     ] = ()
     protect: Annotated[tuple[Index, ...], "blocks to keep whatever the criterion, such as 0,11"] = ()
     update: Annotated[Literal["lora", "full", "frozen"], "learned: weight updates trained with the gates"] = "lora"
+    storage: Annotated[
+        Literal["own", "float8", "nf4"],
+        "learned, update lora or frozen: frozen weights of blocks as opened, or in 8 or 4 bits (extra 8bit)",
+    ] = "own"
     keep_deltas: Annotated[bool, "learned: apply these updates to the student (published: discard them)"] = False
     lora_rank: Annotated[int, Ge(1), Le(2**16), "rank of the low-rank weight deltas"] = 8
     lora_alpha: Annotated[Positive | None, "scale numerator of the deltas; None: twice the rank"] = None
