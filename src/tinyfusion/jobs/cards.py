@@ -46,6 +46,7 @@ class Way:
 _LEAN = TrainingSection(dtype="bfloat16", weights="bfloat16", optimizer="adamw-8bit", ema_device="cpu")
 WAYS = (
     Way("learn masks with low-rank updates", "learn", "lora"),
+    Way("learn masks with low-rank updates, float8", "learn", "lora", "float8"),
     Way("recover low-rank updates, teacher shared", "recover", "lora"),
     Way("recover low-rank updates, teacher shared, float8", "recover", "lora", "float8"),
     Way("recover low-rank updates, teacher shared, nf4", "recover", "lora", "nf4"),
@@ -127,7 +128,8 @@ def way_footprint(model: Counted, kept: Mapping[str, int], way: Way) -> Footprin
         sizes = [*model.outside_low_rank, *(size for i in inside for size in model.low_rank[i])]
         trained = tuple(rank * size for size in sizes)
         if way.storage == "streamed" or learning:  # else the frozen tensors are the teacher's
-            frozen = _LOW * (sum(model.blocks[i] for i in inside) + sum(model.outside))
+            blocks_bytes = _LOW * sum(model.blocks[i] for i in inside)
+            frozen = (_stored_bytes(model, way.storage) if learning else blocks_bytes) + _LOW * sum(model.outside)
     else:
         trained = (*model.outside, *(size for i in inside for size in model.tensors[i]))
         item = _LOW if way.settings.weights == "bfloat16" else FLOAT_BYTES
