@@ -17,7 +17,8 @@ from tinyfusion.blocks.stack import frozen
 from tinyfusion.jobs.footprint import LiveBytes
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.recover.sharing import lora_tensors
-from tinyfusion.recover.storage import PackedLinear, stored
+from tinyfusion.recover.storage import stored
+from tinyfusion.training.packed import PackedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
 FLUX = next(each for each in IMAGES if each.name == "FluxTransformer2DModel")

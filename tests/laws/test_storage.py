@@ -13,18 +13,20 @@ from tiny_training import batches, save_checkpoint
 from torch import Tensor, nn
 
 from tinyfusion.blocks.stack import frozen
-from tinyfusion.config.recipe import ComputeSection, Recipe, RecoverSection, TrainingSection
+from tinyfusion.config.recipe import ComputeSection, PruneSection, Recipe, RecoverSection, TrainingSection
 from tinyfusion.core.errors import UserError
+from tinyfusion.jobs.estimate import memory_plan
 from tinyfusion.jobs.footprint import LiveBytes
-from tinyfusion.jobs.training import Training, recovery
+from tinyfusion.jobs.training import Training, mask_training, recovery
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.recover.sharing import borrowed, equal_tensors, lora_tensors, share
-from tinyfusion.recover.storage import Float8Linear, Nf4Linear, PackedLinear, StreamedBlocks, linears, pack, stored
+from tinyfusion.recover.storage import StreamedBlocks, stored
 from tinyfusion.training.checkpoints import load_latest
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.lora import add_lora
+from tinyfusion.training.packed import Float8Linear, Nf4Linear, PackedLinear, linears, pack
 
 CPU = torch.device("cpu")
 MakeModel = Callable[..., LoadedModel]
@@ -273,9 +275,9 @@ def test_without_bitsandbytes_nf4_says_what_to_install(monkeypatch: pytest.Monke
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name="bitsandbytes")
 
-    monkeypatch.setattr("tinyfusion.recover.storage.importlib.import_module", missing)
+    monkeypatch.setattr("tinyfusion.training.packed.importlib.import_module", missing)
     with pytest.raises(
-        UserError, match="bitsandbytes, which is not installed: pip install 'tinyfusion\\[8bit\\]', or use"
+        UserError, match="bitsandbytes, which is not installed: pip install 'tinyfusion\\[8bit\\]', or store"
     ):
         Nf4Linear(layer())
 
@@ -287,3 +289,36 @@ def test_a_streamed_teacher_takes_two_blocks_of_the_plan(tiny_model: MakeModel) 
     own = sum(p.nbytes for p in work.teacher.module.parameters())
     sizes = [sum(p.nbytes for p in block.parameters()) for block in work.teacher.stack]
     assert footprint.teacher == own + sizes[0] + sizes[1], "on a CPU the host is the device"
+
+
+@pytest.mark.parametrize("storage", ["float8", "nf4"])
+@pytest.mark.parametrize("update", ["lora", "frozen"])
+def test_masks_are_learned_on_packed_weights(tiny_model: MakeModel, update: Any, storage: Any) -> None:
+    teacher = tiny_model(depth=4)
+    before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
+    section = PruneSection(scheme="1:2", update=update, lora_rank=2, storage=storage, training=TRAINING)
+    work = mask_training(Recipe(prune=section), teacher, GaussianObjective(0.2), batches, Engine(CPU))
+    packed = [m for m in work.state.model.modules() if isinstance(m, PackedLinear)]
+    assert packed and work.memory()[0].frozen_rest > 0
+    logits = work.learner.objective.gates.logits[0].detach().clone()
+    losses = [float(record.terms["loss"]) for record in work.steps()]
+    assert all(value == value for value in losses)
+    assert not torch.equal(logits, work.learner.objective.gates.logits[0].detach())
+    assert all(torch.equal(before[name], value) for name, value in teacher.module.state_dict().items())
+
+
+def test_masks_with_all_weights_cannot_be_learned_on_packed_ones(tiny_model: MakeModel) -> None:
+    section = PruneSection(scheme="1:2", update="full", storage="float8", training=TRAINING)
+    with pytest.raises(UserError, match="--update full trains them: use lora, or own"):
+        mask_training(Recipe(prune=section), tiny_model(depth=4), GaussianObjective(0.2), batches, Engine(CPU))
+
+
+def test_what_a_card_holds_is_without_what_the_host_does(tiny_model: MakeModel) -> None:
+    work, _ = job(tiny_model, teacher_storage="streamed", training={"ema_device": "cpu"})
+    footprint, plan = work.memory()
+    assert footprint.on_host and plan.sizes["moving_average"] > 0, "a CPU is its own host"
+    elsewhere = dataclasses.replace(footprint, on_host=False)
+    assert memory_plan(elsewhere, work.settings, ComputeSection()).sizes["moving_average"] == 0
+    assert work.teacher is not None
+    blocks = sum(p.nbytes for block in work.teacher.stack for p in block.parameters())
+    assert footprint.hosted == blocks < footprint.teacher

@@ -145,6 +145,10 @@ class PruneSection:
         "learned: the loss of a masked model is that on the data, or its distance to the whole model's output; None: data, but "
         "teacher for models with guidance in the network and for recorded inputs",
     ] = None
+    storage: Annotated[
+        Literal["own", "float8", "nf4"],
+        "learned, update lora or frozen: frozen weights of blocks as opened, or in 8 or 4 bits (extra 8bit)",
+    ] = "own"
     keep_deltas: Annotated[bool, "learned: apply these updates to the student (published: discard them)"] = False
     lora_rank: Annotated[int, Ge(1), Le(2**16), "rank of the low-rank weight deltas"] = 8
     lora_alpha: Annotated[Positive | None, "scale numerator of the deltas; None: twice the rank"] = None

@@ -90,7 +90,8 @@ def memory_plan(
     own = [math.ceil(size / shares) for size in footprint.trained]
     item_bytes = footprint.item_bytes or [FLOAT_BYTES] * len(own)
     trained = sum(size * item for size, item in zip(own, item_bytes, strict=True))
-    average = FLOAT_BYTES * sum(own) if settings.ema_decay and settings.ema_device == "same" else 0
+    resident = settings.ema_device == "same" or footprint.on_host
+    average = FLOAT_BYTES * sum(own) if settings.ema_decay and resident else 0
     linear_bytes = FLOAT_BYTES if settings.dtype == "float32" else _HALF_BYTES
     frozen = footprint.frozen_linear * linear_bytes + footprint.frozen_rest * FLOAT_BYTES
     gathered = 0
@@ -171,6 +172,8 @@ def fitting_lines(
     footprint: Footprint, settings: TrainingSection, compute: ComputeSection, world: int = 1
 ) -> list[str]:
     """A table for people: how many images at once fit cards of usual sizes, by type and checkpointing."""
+    on_card = footprint.teacher - footprint.hosted if footprint.on_host else footprint.teacher
+    footprint = dataclasses.replace(footprint, on_host=False, teacher=on_card)
     lines = [
         f"images at once for which a card is large enough, {100 * FREE_SHARE:.0f} % of it left free:",
         f"  {'':32}" + "".join(f"{f'{gib} GiB':>14}" for gib in CARDS_GIB),

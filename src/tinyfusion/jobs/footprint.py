@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,6 @@ from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.processes.base import Objective
 from tinyfusion.training.loop import BatchSource
-from tinyfusion.training.lora import cast_frozen_linears
 from tinyfusion.training.shards import local_part
 
 FLOAT_BYTES = 4
@@ -75,7 +74,8 @@ class Footprint:
     that do not train, in a type that autocast's may replace; frozen_rest: bytes of other frozen tensors over 4. What trained
     model and teacher share counts as the teacher's. gathered, teacher_gathered: weights and gradients that a process of FSDP2
     has whole at a time. graph_share, features: as in `StepMemory`. teacher: of its weights, with those on their way to the
-    device. also_resident: other models on the device. measured: by type.
+    device. also_resident: other models on the device. measured: by type. on_host: the device is the host itself. hosted: bytes of
+    the teacher that would be on the host of another device.
     """
 
     trained: tuple[int, ...]
@@ -90,6 +90,8 @@ class Footprint:
     features: int
     measured: Mapping[str, Measured]
     item_bytes: tuple[int, ...] = ()
+    hosted: int = 0
+    on_host: bool = False
 
 
 class LiveBytes(TorchDispatchMode):
@@ -154,6 +156,8 @@ def footprint_of(
         features=memory.features,
         measured=measured,
         item_bytes=tuple(p.element_size() for p in parameters.values()),
+        hosted=sum(p.nbytes for b in teacher_stack or () for p in b.parameters()) if memory.passing else 0,
+        on_host=device.type == "cpu",
     )
 
 
@@ -224,6 +228,35 @@ def _measured(
     return by_type, size
 
 
+def measured_stack(module: nn.Module, stack: BlockStack, run: Callable[[nn.Module], Any]) -> Measured:
+    """Measure every block of a model on the meta device under bfloat16, with fake tensors; `run` calls it for one image.
+
+    The model's parameters become fake ones. Attention and other kernels are those of a CPU.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # late: costs a second
+
+    meter = LiveBytes()
+    with FakeTensorMode(), contextlib.ExitStack() as undo, torch.device("cpu"):
+        for part in module.modules():
+            for name, own in list(part._parameters.items()):
+                if own is not None:
+                    fake = torch.empty(own.shape, dtype=own.dtype)
+                    part._parameters[name] = nn.Parameter(fake, own.requires_grad)
+            for values in (part._buffers, vars(part)):  # some classes have tables as plain attributes
+                for name, value in list(values.items()):
+                    if isinstance(value, Tensor):
+                        values[name] = torch.empty(value.shape, dtype=value.dtype)
+        recorded = [_StandIn(block, streams, meter) for block, streams in zip(stack, stack.streams(), strict=True)]
+        for stand_in in recorded:
+            undo.enter_context(standing_in(stand_in.block, stand_in))
+        with meter, _autocast("cpu", "bfloat16"):
+            result = run(module)
+        blocks = _block_bytes(recorded, "bfloat16", as_recorded=True, trains=True)
+        before, end = recorded[-1].live, meter.now
+        del result
+    return Measured(blocks, (), before, max(end - before, 0))
+
+
 def _autocast(device: str, dtype: str) -> torch.autocast:
     return torch.autocast(device, dtype=None if dtype == "float32" else _DTYPES[dtype], enabled=dtype != "float32")
 
@@ -260,9 +293,8 @@ def _block_bytes(recorded: list[_StandIn], dtype: str, as_recorded: bool, trains
 def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool) -> BlockBytes:
     """Run a copy of `block` on one image and on two, forward and backward, and without a graph."""
     device = call.tapped.device  # where the weights are when it runs
-    copy = _plain_copy(block, device)
-    if trains and dtype != "float32":
-        cast_frozen_linears(copy, _DTYPES[dtype])  # as the mask learner does; elsewhere every layer trains
+    # frozen linear layers of trained models are cast, as the mask learner does; elsewhere every layer trains
+    copy = _plain_copy(block, device, _DTYPES[dtype] if trains else torch.float32)
     rows: list[tuple[int, int, int, int]] = []
     for images in (1, 2):
         one = call.of_images(torch.zeros(images, dtype=torch.int64, device=device))
@@ -287,27 +319,29 @@ def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
     return BlockBytes(retained, size, max(transient, 0), without_graph, max(casts, 0))
 
 
-def _plain_copy(module: nn.Module, device: torch.device) -> nn.Module:
-    """The same layers with float32 weights of their own (values are arbitrary), without hooks or a stand-in `forward`.
+def _plain_copy(module: nn.Module, device: torch.device, of_linears: torch.dtype) -> nn.Module:
+    """The same layers with weights of their own (values are arbitrary), without hooks or a stand-in `forward`.
 
-    Trained weights in bfloat16 stay so; packed ones become those of plain linear layers.
+    Weights are float32, those of frozen linear layers `of_linears`; trained ones in bfloat16 stay so. Packed layers become plain
+    linear ones.
     """
     kind = type(module)
+    own = [p for p in module._parameters.values() if p is not None]
+    plain = isinstance(module, nn.Linear) and not any(p.requires_grad for p in own)
     if isinstance(module, nn.Linear) and module.weight.dtype == torch.uint8:
-        plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device=device)
-        return plain.requires_grad_(False)
+        sizes, biased = (module.in_features, module.out_features), module.bias is not None
+        return nn.Linear(*sizes, biased, device=device, dtype=of_linears).requires_grad_(False)
     copy: nn.Module = kind.__new__(kind)  # of a class that FSDP2 made for its module this gives the plain one
     attributes = {k: v for k, v in vars(module).items() if k not in ("forward", "_compiled_call_impl")}
     copy.__dict__.update({k: OrderedDict() if "_hooks" in k else v for k, v in attributes.items()})
-    copy.__dict__["_parameters"] = {
-        name: None
-        if p is None
-        else nn.Parameter(torch.full(p.shape, 0.01, device=device, dtype=_type(p)), p.requires_grad)
-        for name, p in module._parameters.items()
+
+    def of(p: nn.Parameter) -> nn.Parameter:
+        low = p.requires_grad and p.dtype == torch.bfloat16
+        dtype = torch.bfloat16 if low else of_linears if plain else torch.float32
+        return nn.Parameter(torch.full(p.shape, 0.01, device=device, dtype=dtype), p.requires_grad)
+
+    copy.__dict__["_parameters"] = {name: None if p is None else of(p) for name, p in module._parameters.items()}
+    copy.__dict__["_modules"] = {
+        k: None if m is None else _plain_copy(m, device, of_linears) for k, m in module._modules.items()
     }
-    copy.__dict__["_modules"] = {k: None if m is None else _plain_copy(m, device) for k, m in module._modules.items()}
     return copy
-
-
-def _type(parameter: nn.Parameter) -> torch.dtype:
-    return torch.bfloat16 if parameter.requires_grad and parameter.dtype == torch.bfloat16 else torch.float32

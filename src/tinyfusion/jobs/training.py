@@ -170,6 +170,11 @@ def mask_training(
 ) -> MaskTraining:
     """Gates and weight deltas on a copy of the teacher. Raises UserError where scheme, data or device do not fit."""
     settings = recipe.prune
+    if settings.storage != "own" and (engine.splits or engine.compute.compile):
+        raise UserError(
+            f"prune.storage {settings.storage} is for whole models that are not compiled: use compute.parallel ddp without "
+            "--compile, or own"
+        )
     seed = Randomness(recipe.seed).generator_seed("lora")
     learner = mask_learner(teacher, objective, settings, seed, engine.device, engine.place)
     gated = learner.objective

@@ -19,6 +19,7 @@ from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.scheme import BlockGroup, parse_scheme
 from tinyfusion.blocks.stack import BlockStack, frozen, num_parameters
 from tinyfusion.config.recipe import PruneSection
+from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
 from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, Process, StepMemory
@@ -26,6 +27,7 @@ from tinyfusion.prune.gates import CategoricalGates, GateDistribution, SubsetGat
 from tinyfusion.prune.layout import GateLayout, gate_layout
 from tinyfusion.training.lora import add_lora, cast_frozen_linears, delta_weights, without_lora
 from tinyfusion.training.optim import ParameterGroup, linear, trainable
+from tinyfusion.training.packed import pack
 from tinyfusion.training.rounding import hold_weights
 from tinyfusion.training.state import Ema
 
@@ -188,6 +190,8 @@ def mask_learner(
     groups = parse_scheme(settings.scheme, layout.sizes, settings.distribution, protect, settings.runs)
     module = teacher.copy().module.train()
     make_trainable(module, teacher.family)  # a frozen teacher's copy is frozen
+    if settings.storage != "own":
+        pack_frozen(module.requires_grad_(False), teacher.family.stack(module), settings, torch.device(device))
     deltas = _deltas(module, settings, seed)
     if settings.update == "full":
         hold_weights(module, deltas, settings.training)
@@ -219,6 +223,15 @@ def mask_learner(
     logits = {f"gates.logits.{i}": theta for i, theta in enumerate(gates.logits)}
     parameter_groups = [ParameterGroup(deltas), ParameterGroup(logits, settings.gate_learning_rate, constant=True)]
     return MaskLearner(module, gated, groups, parameter_groups, num_parameters(teacher.module))
+
+
+def pack_frozen(module: nn.Module, stack: BlockStack, settings: PruneSection, device: torch.device) -> None:
+    """Store the blocks of a frozen module in 8 or 4 bits, in place. Raises UserError where all weights train."""
+    if settings.update == "full":
+        raise UserError(
+            f"prune.storage {settings.storage} is for weights that do not train, and --update full trains them: use lora, or own"
+        )
+    pack(stack, settings.storage, device)
 
 
 def _deltas(module: nn.Module, settings: PruneSection, seed: int) -> dict[str, nn.Parameter]:

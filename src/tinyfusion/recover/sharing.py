@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tinyfusion.recover.storage import PackedLinear
 from tinyfusion.training.lora import ADAPTER
+from tinyfusion.training.packed import PackedLinear
 
 _PROBED = 16  # values of a tensor that are compared before all of them are
 

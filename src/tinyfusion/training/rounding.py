@@ -19,7 +19,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.training.shards import first_row, is_sharded, local_part
 
 AT_ONCE = 2**25  # numbers whose float32 copies exist at a time, or those of the largest tensor
-_HASHED = 2**22  # numbers whose random bits exist at a time
+_HASHED, _HASHED_CPU = 2**23, 2**17  # numbers whose random bits exist at a time; on a CPU they stay in its cache
 _LOW = 0xFFFFFFFF
 
 
@@ -57,15 +57,23 @@ def as_float32(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def random_bits(key: int, first: int, num: int, device: torch.device) -> Tensor:
-    """(num,) int64 in 0 .. 2^16 - 1 of the indices from `first`: two rounds of a 32-bit integer hash, keyed by 64 bits."""
-    value = torch.arange(first, first + num, device=device)
-    value = (value ^ (value >> 32)) & _LOW
+    """(num,) int32 in 0 .. 2^16 - 1 of the indices from `first`: two rounds of a 32-bit integer hash, keyed by 64 bits.
+
+    Integers wrap, and shifts are made logical by masks, so every device gives the same.
+    """
+    begin = (first ^ first >> 32) & _LOW  # tensors of more than 2^32 numbers repeat their bits
+    value = torch.arange(num, dtype=torch.int32, device=device).add_(_signed(begin))
     for half in (key & _LOW, key >> 32 & _LOW):
-        value = value + half & _LOW
-        value = (value ^ value >> 16) * 0x21F0AAAD & _LOW
-        value = (value ^ value >> 15) * 0x735A2D97 & _LOW
-        value = value ^ value >> 15
-    return value >> 16
+        value.add_(_signed(half))
+        value.bitwise_xor_((value >> 16).bitwise_and_(0xFFFF)).mul_(0x21F0AAAD)
+        value.bitwise_xor_((value >> 15).bitwise_and_(0x1FFFF)).mul_(0x735A2D97)
+        value.bitwise_xor_((value >> 15).bitwise_and_(0x1FFFF))
+    return value.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+
+
+def _signed(number: int) -> int:
+    """The 32-bit integer with these bits."""
+    return number - 2**32 if number >= 2**31 else number
 
 
 @torch.no_grad()
@@ -75,12 +83,13 @@ def round_into(target: Tensor, exact: Tensor, key: int, first: int = 0) -> None:
     first: index of the first number in the whole tensor, of which these may be some rows.
     """
     flat, result = exact.reshape(-1), torch.empty(exact.numel(), dtype=target.dtype, device=target.device)
-    for begin in range(0, len(flat), _HASHED):
-        some = flat[begin : begin + _HASHED]
-        bits = some.view(torch.int32).long() + random_bits(key, first + begin, len(some), some.device)
-        # beyond the lower half of the float nothing is left, so the conversion is exact
-        rounded = (bits & ~0xFFFF).to(torch.int32).view(torch.float32)
-        result[begin : begin + len(some)] = torch.where(some.isfinite(), rounded, some).to(target.dtype)
+    at_once = _HASHED_CPU if flat.device.type == "cpu" else _HASHED
+    for begin in range(0, len(flat), at_once):
+        some = flat[begin : begin + at_once]
+        bits = random_bits(key, first + begin, len(some), some.device)
+        bits.add_(some.view(torch.int32)).bitwise_right_shift_(16)  # what is left are bits of a bfloat16
+        result[begin : begin + len(some)] = bits.to(torch.int16).view(torch.bfloat16)
+        result[begin : begin + len(some)].masked_fill_(some.isnan(), torch.nan)
     target.copy_(result.view(target.shape))
 
 
@@ -127,9 +136,9 @@ def _raised(parameter: nn.Parameter) -> Tensor:
 
 
 def update_bytes(sizes: Sequence[int]) -> int:
-    """The most bytes that `rounded_step` takes for bfloat16 tensors of so many numbers."""
-    at_once, largest = min(sum(sizes), max(AT_ONCE, *sizes)), max(sizes)
-    return 8 * at_once + 2 * largest + 40 * min(largest, _HASHED)  # float32 copies, one result, integers of the hash
+    """The most bytes that `rounded_step` takes, beyond all gradients, for bfloat16 tensors of so many numbers."""
+    at_once = min(sum(sizes), max(AT_ONCE, *sizes))
+    return 6 * at_once  # float32 weights and gradients, in whose place two bytes of a gradient are gone
 
 
 def _portions(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
