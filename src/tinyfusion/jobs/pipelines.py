@@ -29,7 +29,7 @@ from tinyfusion.families.diffusers_classes.rows import row_for, rows_with
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.models.hub import HUB_ID, fetch_pipeline
-from tinyfusion.models.places import RUN_MODELS, exists, is_shipped
+from tinyfusion.models.places import RUN_MODELS, exists, is_shipped, shipped_models
 
 # of diffusers, transformers and safetensors on folders and arguments that do not fit
 REFUSALS = (
@@ -43,6 +43,8 @@ REFUSALS = (
     RuntimeError,
     SafetensorError,
 )
+
+LENGTH = "max_sequence_length"  # argument of pipelines, in tokens
 
 
 def pipeline_class(folder: Path) -> Any:
@@ -96,9 +98,20 @@ def transformer_in(pipeline: Path, component: str | None, blocks: Path | None) -
     return open_transformer(folders[name], rows)
 
 
+def shorter_texts(kind: Any, folder: Path) -> int | None:
+    """Tokens of the longest text that a pipeline's last tokenizer takes, where they are fewer than its class has by default; else None."""
+    default = getattr(inspect.signature(kind.__call__).parameters.get(LENGTH), "default", None)
+    names = sorted(name for name, part in components(folder).items() if name.startswith("tokenizer") and part)
+    file = folder / names[-1] / "tokenizer_config.json" if names else None
+    if type(default) is not int or file is None or not file.is_file():
+        return None
+    limit = read_json_object(file).get("model_max_length")
+    return limit if type(limit) is int and 0 < limit < default else None
+
+
 def pipeline_folder(source: str) -> Path:
     """The folder of a pipeline, fetched where it is a hub id. Raises UserError where there is none."""
-    path = Path(source)
+    path = shipped_models().get(source, Path(source))
     if exists(path):
         if not (path / INDEX).is_file():
             raise UserError(f"{path} is no pipeline of diffusers: wanted a folder with {INDEX}, or a hub id")
@@ -226,7 +239,7 @@ def pipeline_of(
     transformer. folder: the pipeline, where neither says it. component: the transformer's name in it, where it has several.
     Raises UserError where there is none, and where the model does not fit.
     """
-    path = Path(source)
+    path = shipped_models().get(source, Path(source))
     if not exists(path) and HUB_ID.fullmatch(source) and not path.parent.exists():
         path = fetch_pipeline(source)
     if (path / INDEX).is_file() and folder is None:
