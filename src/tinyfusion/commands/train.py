@@ -10,13 +10,14 @@ from tinyfusion.config.loading import to_plain
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory
-from tinyfusion.jobs.assemble import RunOptions, device_for, open_batches, sized, trained_on
+from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, open_batches, sized, trained_on
 from tinyfusion.jobs.latent_facts import takes_prompts, with_prompts_of
 from tinyfusion.jobs.origins import with_watched
 from tinyfusion.jobs.process_specs import objective_for, process_spec
 from tinyfusion.jobs.training import Training
+from tinyfusion.jobs.transformer_training import is_transformer_class, new_transformer_model
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, save
-from tinyfusion.models.checkpoint import new_model
+from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import decay_groups, trainable
 from tinyfusion.training.state import TrainState
@@ -30,6 +31,8 @@ class Train(TrainingVerb[Training]):
 
     def open(self, recipe: Recipe, options: RunOptions, source: str | Path, remarks: list[str]) -> Inputs:
         """A new model, with missing sizes taken from its data."""
+        if is_transformer_class(recipe.model.family, options.blocks):
+            return self._open_transformer(recipe, options)
         batches = open_batches(recipe, device_for(recipe), recipe.model.in_channels)
         recipe = sized(recipe, batches)
         sizes = to_plain(recipe.model)
@@ -41,6 +44,13 @@ class Train(TrainingVerb[Training]):
         model = with_prompts_of(recipe.data, trained_on(model, batches))
         batches.conditioned_on(model.conditions)
         return Inputs(with_watched(recipe, model, remarks), options, {"model": model}, batches=batches)
+
+    def _open_transformer(self, recipe: Recipe, options: RunOptions) -> Inputs:
+        """A new transformer of diffusers: its class and config are the recipe's, its data are latents and encoded texts."""
+        model: LoadedModel = new_transformer_model(recipe, options.blocks)
+        model = with_prompts_of(recipe.data, model)
+        batches = batches_for(recipe, model, device_for(recipe))
+        return Inputs(recipe, options, {"model": model}, batches=batches)
 
     def hashes(self, inputs: Inputs) -> dict[str, str | None]:
         """Empty: the result depends on no other model."""

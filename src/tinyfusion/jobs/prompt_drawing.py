@@ -136,7 +136,7 @@ def precise_noise(pipeline: Any) -> Iterator[None]:
         bound = signature.bind(*args, **kwargs)
         given = any(isinstance(value, Tensor) for value in bound.arguments.values())
         drawn = bound.arguments.get("generator")
-        listed = drawn if isinstance(drawn, list) else [drawn]
+        listed: list[Any] = drawn if isinstance(drawn, list) else [drawn]
         if given or bound.arguments.get("dtype") in (None, torch.float32) or None in listed:
             return prepare(*args, **kwargs)
         generators_of: list[torch.Generator] = listed

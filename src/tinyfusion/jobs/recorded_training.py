@@ -115,14 +115,13 @@ def _check_together(model: TransformerModel, source: RecordedBatches, inputs: Re
     rows = [own.rows(i, 1) for i in range(2)]
     alone = [_flat(_outputs(model.module, row)).float() for row in rows]
     try:
-        together = _flat(_outputs(model.module, joined(rows))).float()
-    except (RuntimeError, ValueError, TypeError) as error:
-        together, why = None, str(error)
-    else:
-        difference = float((together - torch.cat(alone)).norm() / torch.cat(alone).norm().clamp(min=1e-12))
-        why = f"together they give other outputs than alone (relative difference {difference:.2g})"
-        if difference <= _AGREES.get(dtype, _AGREES_LOW):
+        difference = _flat(_outputs(model.module, joined(rows))).float() - torch.cat(alone)
+        relative = float(difference.norm() / torch.cat(alone).norm().clamp(min=1e-12))
+        if relative <= _AGREES.get(dtype, _AGREES_LOW):
             return
+        why = f"together they give other outputs than alone (relative difference {relative:.2g})"
+    except (RuntimeError, ValueError, TypeError) as error:
+        why = str(error)
     raise UserError(
         f"calls of a {model.folder.class_name} in {inputs.path} cannot be run as one batch: {why}; set the batch size to 1, or run "
         "one at a time, compute.gradient_accumulation_steps equal to the batch size"

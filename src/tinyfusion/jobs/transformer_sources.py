@@ -111,7 +111,11 @@ def open_transformer_model(
     source: str | Path, model: TransformerFolder, settings: FlowSection, blocks: Path | None
 ) -> TransformerModel:
     """The model in memory, as its pipeline calls it. settings: of its guidance, where that is an input of the network."""
-    pipeline = pipeline_of(source, model, blocks)
+    return with_pipeline(model, pipeline_of(source, model, blocks), settings)
+
+
+def with_pipeline(model: TransformerFolder, pipeline: Path | None, settings: FlowSection) -> TransformerModel:
+    """The model in memory, as a pipeline calls it; None: as its own config says."""
 
     def config(name: str) -> Mapping[str, Any]:
         path = (pipeline or Path()) / name

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from tinyfusion.config.recipe import FlowSection, Recipe
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import Batches
 from tinyfusion.data.buckets import BucketBatches
 from tinyfusion.data.latents import LATENTS, LatentBatches
 from tinyfusion.families.diffusers_classes.call_rows import call_of
 from tinyfusion.families.diffusers_classes.calls import check_latents
+from tinyfusion.families.diffusers_classes.folder import new_transformer
+from tinyfusion.families.diffusers_classes.rows import rows_with
 from tinyfusion.families.diffusers_classes.schedules import FlowSchedule, gaussian_schedule
+from tinyfusion.jobs.pipelines import pipeline_folder
+from tinyfusion.jobs.transformer_sources import with_pipeline
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Process
 from tinyfusion.processes.flow import Flow, FlowObjective
@@ -19,6 +25,23 @@ from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.processes.time import TimeSampler
 
 _SHIFTS = ("flow.shift", "flow.shift_type")
+
+
+def is_transformer_class(name: str | None, blocks: Path | None) -> bool:
+    """Whether a family's name is that of a transformer class of diffusers with a row. blocks: rows of the user."""
+    return name is not None and name in rows_with(blocks)
+
+
+def new_transformer_model(recipe: Recipe, blocks: Path | None) -> TransformerModel:
+    """A new transformer of diffusers: `model.family` is its class, `model.sizes` its config, the scheduler that of `pipeline.folder`.
+
+    Raises UserError on sizes that do not fit.
+    """
+    rows, place = rows_with(blocks), recipe.pipeline.folder
+    pipeline = None if place is None else pipeline_folder(place)
+    config = {"_class_name": recipe.model.family, **(recipe.model.sizes or {})}
+    seed = Randomness(recipe.seed).generator_seed("initial-weights")
+    return with_pipeline(new_transformer(config, rows, seed), pipeline, recipe.flow)
 
 
 def transformer_objective(model: TransformerModel, label_drop: float, recipe: Recipe) -> Process:

@@ -11,7 +11,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, manual_seed, nn
+from torch.random import fork_rng
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.stack import BlockStack
@@ -173,6 +174,29 @@ class TransformerFolder:
     def stack(self, module: nn.Module) -> BlockStack:
         """The blocks of a module of this model, with the streams that the row declares."""
         return BlockStack(module, tuple(self.streams), self.streams)
+
+
+def new_transformer(config: Mapping[str, Any], rows: Rows, seed: int) -> TransformerFolder:
+    """A model with fresh weights, as its class initialises them, in memory. config: with `_class_name`; the rest has defaults.
+
+    Raises UserError on a class without a row, and on sizes that do not fit.
+    """
+    kind, row = class_of(str(config["_class_name"])), row_for(config, rows)
+    if row is None:
+        raise UserError(f"there is no row of blocks for a {kind.__name__}: give --blocks FILE")
+    own = {name: value for name, value in config.items() if not name.startswith("_")}
+    with fork_rng(devices=[]):
+        manual_seed(seed)
+        try:
+            module: Any = kind.from_config(own)
+        except (TypeError, ValueError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
+            raise UserError(f"model.sizes do not fit a {kind.__name__}: {error}") from error
+    whole = {**dict(module.config), "_class_name": kind.__name__}
+    whole = {name: value for name, value in whole.items() if name == "_class_name" or not name.startswith("_")}
+    weights = {name: stored_tensor(tensor, "F32") for name, tensor in module.state_dict().items()}
+    path = Path(kind.__name__)
+    text = row_text(kind.__name__, row) if row is not row_for(config) else ""
+    return TransformerFolder(path, whole, row, weights, _depths(path, whole, row, weights), row_text=text)
 
 
 # -------------------------------------------------------------------------------------------------------------- opening
