@@ -22,7 +22,7 @@ from tinyfusion.families.diffusers_classes.guess import guessed_row, is_transfor
 from tinyfusion.families.diffusers_classes.rows import Rows, row_for, rows_with
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.models.hub import HUB_ID
-from tinyfusion.models.places import by_name, exists, is_shipped
+from tinyfusion.models.places import RUN_MODELS, by_name, exists, is_shipped
 from tinyfusion.models.transformer import TransformerModel, opened
 
 
@@ -56,7 +56,7 @@ def _located(path: Path, rows: Rows, prompts: bool) -> Path | None:
     if not path.is_dir() or (path / "model.json").exists():
         return None
     if (path / "run.json").is_file():
-        return path / "student" if (path / "student" / "config.json").is_file() else None
+        return next((path / name for name in RUN_MODELS if (path / name / "config.json").is_file()), None)
     if (path / INDEX).is_file():
         folders = [folder for folder in component_folders(path, rows) if not _of_a_family(folder, prompts)]
         if len(folders) > 1:
@@ -99,7 +99,11 @@ def pipeline_of(source: str | Path, model: TransformerFolder, blocks: Path | Non
     seen: set[str] = set()
     while run.is_file() and str(run) not in seen:
         seen.add(str(run))
-        teacher = str((read_json_object(run).get("job") or {}).get("teacher") or "")
+        job = read_json_object(run).get("job") or {}
+        trained_for = ((job.get("recipe") or {}).get("pipeline") or {}).get("folder")
+        teacher = str(job.get("teacher") or "")
+        if not teacher and isinstance(trained_for, str):
+            return Path(trained_for)
         parent = transformer_of(teacher, blocks) if teacher else None
         if parent is None or parent.pipeline is not None:
             return None if parent is None else parent.pipeline
