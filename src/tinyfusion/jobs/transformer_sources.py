@@ -20,6 +20,7 @@ from tinyfusion.families.diffusers_classes.folder import (
 )
 from tinyfusion.families.diffusers_classes.guess import guessed_row, is_transformer
 from tinyfusion.families.diffusers_classes.rows import Rows, row_for, rows_with
+from tinyfusion.families.diffusers_classes.schedules import expert_range
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.models.hub import HUB_ID
 from tinyfusion.models.places import by_name, exists, is_shipped
@@ -93,8 +94,14 @@ def _unknown(folder: Path, config: Mapping[str, Any]) -> str:
 
 def pipeline_of(source: str | Path, model: TransformerFolder, blocks: Path | None) -> Path | None:
     """The pipeline that a model is a component of, or that it was cut from as the record of its run says; None where none is known."""
+    origin = origin_of(source, model, blocks)
+    return None if origin is None else origin.pipeline
+
+
+def origin_of(source: str | Path, model: TransformerFolder, blocks: Path | None) -> TransformerFolder | None:
+    """The component of a pipeline that a model is, or that it was cut from as the record of its run says; None where none is known."""
     if model.pipeline is not None:
-        return model.pipeline
+        return model
     run = Path(source) / "run.json"
     seen: set[str] = set()
     while run.is_file() and str(run) not in seen:
@@ -102,7 +109,7 @@ def pipeline_of(source: str | Path, model: TransformerFolder, blocks: Path | Non
         teacher = str((read_json_object(run).get("job") or {}).get("teacher") or "")
         parent = transformer_of(teacher, blocks) if teacher else None
         if parent is None or parent.pipeline is not None:
-            return None if parent is None else parent.pipeline
+            return parent
         run = Path(teacher) / "run.json"
     return None
 
@@ -111,11 +118,14 @@ def open_transformer_model(
     source: str | Path, model: TransformerFolder, settings: FlowSection, blocks: Path | None
 ) -> TransformerModel:
     """The model in memory, as its pipeline calls it. settings: of its guidance, where that is an input of the network."""
-    pipeline = pipeline_of(source, model, blocks)
+    origin = origin_of(source, model, blocks)
+    pipeline = None if origin is None else origin.pipeline
 
     def config(name: str) -> Mapping[str, Any]:
         path = (pipeline or Path()) / name
         return read_json_object(path) if pipeline is not None and path.is_file() else {}
 
-    context = CallContext.of_folder(model.config, config(INDEX), config("vae/config.json"), guidance=settings.guidance)
+    levels = (0.0, 1.0) if origin is None else expert_range(config(INDEX), origin.path.name)
+    settings_of_call = {"guidance": settings.guidance, "levels": levels}
+    context = CallContext.of_folder(model.config, config(INDEX), config("vae/config.json"), **settings_of_call)
     return dataclasses.replace(opened(model, context), scheduler=config("scheduler/scheduler_config.json"))

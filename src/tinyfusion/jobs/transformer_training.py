@@ -11,7 +11,7 @@ from tinyfusion.data.buckets import BucketBatches
 from tinyfusion.data.latents import LATENTS, LatentBatches
 from tinyfusion.families.diffusers_classes.call_rows import call_of
 from tinyfusion.families.diffusers_classes.calls import check_latents
-from tinyfusion.families.diffusers_classes.schedules import FlowSchedule, gaussian_schedule
+from tinyfusion.families.diffusers_classes.schedules import gaussian_schedule, training_shift
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Process
 from tinyfusion.processes.flow import Flow, FlowObjective
@@ -40,7 +40,7 @@ def transformer_objective(model: TransformerModel, label_drop: float, recipe: Re
     tokens = 1 if model.latent_shape is None else call.tokens(model.folder.config, model.latent_shape)
     try:
         flow = Flow("linear", "velocity", call.convention)
-        times = TimeSampler.of_section(settings, tokens)
+        times = dataclasses.replace(TimeSampler.of_section(settings, tokens), within=model.context.levels)
         return FlowObjective(label_drop, flow, settings.loss_weight, settings.train_eps, times, model.family.call)
     except ValueError as error:
         raise UserError(f"flow: {error}") from error
@@ -56,7 +56,7 @@ def _shifted(recipe: Recipe, model: TransformerModel) -> FlowSection:
         )
     if recipe.assigned & {*_SHIFTS} or not model.scheduler:
         return settings
-    return dataclasses.replace(settings, shift=FlowSchedule(model.folder.config, model.scheduler).training_shift)
+    return dataclasses.replace(settings, shift=training_shift(model.scheduler))
 
 
 def transformer_batches(recipe: Recipe, model: TransformerModel, source: Batches) -> Batches:
