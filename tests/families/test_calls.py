@@ -259,13 +259,12 @@ def test_an_image_beside_the_text() -> None:
     changed = dataclasses.replace(wan, changes=dict(image_dim=16, added_kv_proj_dim=24))
     x, condition = rows_of(changed)
     run = called(wan.call, CallContext({**changed.tiny.config, "_class_name": wan.pipeline.model}))
-    outputs = [
-        run(changed.tiny.model(), x, torch.ones(2), _changed(condition, image=torch.full((2, 257, 16), value)))
-        for value in (0.0, 1.0)
-    ]
+    text, images = torch.zeros(2, 512, 16), torch.randn(2, 2, 257, 16, generator=torch.Generator().manual_seed(2))
+    conditions = [_changed(condition, embeddings=text, image=image) for image in images]
+    outputs = [run(changed.tiny.model(), x, torch.ones(2), each) for each in conditions]
     assert outputs[0].shape == x.shape
     assert not torch.equal(*outputs)
-    changed = dataclasses.replace(cog, changes=dict(ofs_embed_dim=4))
+    changed = dataclasses.replace(cog, changes=dict(ofs_embed_dim=2))
     x, condition = rows_of(changed)
     run = called(cog.call, CallContext({**changed.tiny.config, "_class_name": cog.pipeline.model}))
     assert run(changed.tiny.model(), x, torch.tensor([3, 5]), condition).shape == x.shape

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from test_calls import rows_of
 from torch import Tensor
 
 from tinyfusion.conditioning.condition import Condition
+from tinyfusion.config.loading import load_recipe
+from tinyfusion.config.recipe import FlowSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.families.diffusers_classes.call_rows import CALLS
@@ -25,7 +29,10 @@ from tinyfusion.families.diffusers_classes.schedules import (
     expert_range,
     gaussian_schedule,
     gaussian_timesteps,
+    training_shift,
 )
+from tinyfusion.jobs.transformer_sources import open_transformer_model, transformer_of
+from tinyfusion.jobs.transformer_training import transformer_objective
 from tinyfusion.processes.base import Batch, Prediction
 from tinyfusion.processes.flow import Flow, FlowObjective, LossWeight
 from tinyfusion.processes.gaussian import GaussianObjective
@@ -139,13 +146,10 @@ def test_mu_of_distilled_krea_and_of_many_tokens_in_flux2() -> None:
 
 def test_the_shift_of_training() -> None:
     """Static shifts of Euler schedulers are in the examples' times; shifts by size and flow_shift are not."""
-
-    def shift(**settings: Any) -> float:
-        return FlowSchedule({"_class_name": "SD3Transformer2DModel"}, settings).training_shift
-
-    assert shift(_class_name=EULER, shift=3.0) == 3.0
-    assert shift(_class_name=EULER, shift=3.0, use_dynamic_shifting=True) == 1.0
-    assert shift(_class_name=UNIPC, use_flow_sigmas=True, flow_shift=5.0) == 1.0
+    assert training_shift({"_class_name": EULER, "shift": 3.0}) == 3.0
+    assert training_shift({"_class_name": EULER, "shift": 3.0, "use_dynamic_shifting": True}) == 1.0
+    assert training_shift({"_class_name": UNIPC, "use_flow_sigmas": True, "flow_shift": 5.0}) == 1.0
+    assert training_shift({"_class_name": "SCMScheduler"}) == training_shift({}) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -179,6 +183,30 @@ def test_experts_are_trained_on_their_own_levels() -> None:
     assert expert_range({}, "transformer") == (0.0, 1.0)
     with pytest.raises(UserError, match="boundary_ratio 875: wanted a number between 0 and 1"):
         expert_range({**index, "boundary_ratio": 875}, "transformer")
+
+
+def test_a_folder_of_two_experts(tmp_path: Path) -> None:
+    """Each is opened with its own levels, the shift of the scheduler and a time per token; its student too, by its run."""
+    golden = next(each for each in GOLDENS if each.pipeline.model == "WanTransformer3DModel")
+    parts = {name: ["diffusers", "WanTransformer3DModel"] for name in ("transformer", "transformer_2")}
+    for name in parts:
+        golden.tiny.model().save_pretrained(tmp_path / name)
+    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.9, "expand_timesteps": True, **parts}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": EULER, "shift": 5.0}))
+    run = tmp_path / "run"
+    golden.tiny.model().save_pretrained(run / "student")
+    (run / "run.json").write_text(json.dumps({"job": {"teacher": str(tmp_path / "transformer_2")}}))
+    wanted = {"transformer": (0.9, 1.0), "transformer_2": (0.0, 0.9), "run": (0.0, 0.9)}
+    for name, levels in wanted.items():
+        folder = transformer_of(str(tmp_path / name), None)
+        assert folder is not None
+        model = open_transformer_model(tmp_path / name, folder, FlowSection(), None)
+        objective = transformer_objective(model, 0.0, load_recipe(None))
+        assert isinstance(objective, FlowObjective)
+        assert objective.times == TimeSampler(shift=5.0, within=levels), name
+        assert model.context.time_per_token
 
 
 @pytest.mark.parametrize("time", ["sigma", "1 - sigma"])

@@ -87,9 +87,20 @@ class Condition:
         return Condition(moved(self.tensors), None if self.null_row is None else moved(self.null_row))
 
 
+@dataclass(frozen=True)
+class _Calling:
+    """A call that equals every other with the same `inputs`, as objectives are compared by their fields."""
+
+    inputs: ModelInputs
+
+    def __call__(self, model: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        output: Tensor = model(x, t, **self.inputs(condition))
+        return output
+
+
 def calling(inputs: ModelInputs) -> ModelCall:
     """The call of a model that takes x and t by position, and what `inputs` makes of the condition by name."""
-    return lambda model, x, t, condition: model(x, t, **inputs(condition))
+    return _Calling(inputs)
 
 
 def concat(conditions: list[Condition]) -> Condition:

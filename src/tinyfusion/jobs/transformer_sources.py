@@ -20,6 +20,7 @@ from tinyfusion.families.diffusers_classes.folder import (
 )
 from tinyfusion.families.diffusers_classes.guess import guessed_row, is_transformer
 from tinyfusion.families.diffusers_classes.rows import Rows, row_for, rows_with
+from tinyfusion.families.diffusers_classes.schedules import expert_range
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.models.hub import HUB_ID
 from tinyfusion.models.places import RUN_MODELS, by_name, exists, is_shipped
@@ -91,22 +92,21 @@ def _unknown(folder: Path, config: Mapping[str, Any]) -> str:
     )
 
 
-def pipeline_of(source: str | Path, model: TransformerFolder, blocks: Path | None) -> Path | None:
-    """The pipeline that a model is a component of, or that it was cut from as the record of its run says; None where none is known."""
+def origin_of(source: str | Path, model: TransformerFolder, blocks: Path | None) -> tuple[Path, str] | None:
+    """The pipeline and the component that a model is, was cut from or was trained for, as the record of its run says; else None."""
     if model.pipeline is not None:
-        return model.pipeline
+        return model.pipeline, model.path.name
     run = Path(source) / "run.json"
     seen: set[str] = set()
     while run.is_file() and str(run) not in seen:
         seen.add(str(run))
         job = read_json_object(run).get("job") or {}
-        trained_for = ((job.get("recipe") or {}).get("pipeline") or {}).get("folder")
-        teacher = str(job.get("teacher") or "")
-        if not teacher and isinstance(trained_for, str):
-            return Path(trained_for)
+        section, teacher = (job.get("recipe") or {}).get("pipeline") or {}, str(job.get("teacher") or "")
+        if not teacher and isinstance(section.get("folder"), str):
+            return Path(section["folder"]), str(section.get("component") or "transformer")
         parent = transformer_of(teacher, blocks) if teacher else None
         if parent is None or parent.pipeline is not None:
-            return None if parent is None else parent.pipeline
+            return None if parent is None or parent.pipeline is None else (parent.pipeline, parent.path.name)
         run = Path(teacher) / "run.json"
     return None
 
@@ -115,15 +115,16 @@ def open_transformer_model(
     source: str | Path, model: TransformerFolder, settings: FlowSection, blocks: Path | None
 ) -> TransformerModel:
     """The model in memory, as its pipeline calls it. settings: of its guidance, where that is an input of the network."""
-    return with_pipeline(model, pipeline_of(source, model, blocks), settings)
+    return in_pipeline(model, origin_of(source, model, blocks), settings)
 
 
-def with_pipeline(model: TransformerFolder, pipeline: Path | None, settings: FlowSection) -> TransformerModel:
-    """The model in memory, as a pipeline calls it; None: as its own config says."""
+def in_pipeline(model: TransformerFolder, origin: tuple[Path, str] | None, settings: FlowSection) -> TransformerModel:
+    """The model in memory, as a pipeline calls its component; None: as its own config says."""
 
     def config(name: str) -> Mapping[str, Any]:
-        path = (pipeline or Path()) / name
-        return read_json_object(path) if pipeline is not None and path.is_file() else {}
+        return read_json_object(origin[0] / name) if origin is not None and (origin[0] / name).is_file() else {}
 
-    context = CallContext.of_folder(model.config, config(INDEX), config("vae/config.json"), guidance=settings.guidance)
+    levels = (0.0, 1.0) if origin is None else expert_range(config(INDEX), origin[1])
+    stated: dict[str, Any] = {"guidance": settings.guidance, "levels": levels}
+    context = CallContext.of_folder(model.config, config(INDEX), config("vae/config.json"), **stated)
     return dataclasses.replace(opened(model, context), scheduler=config("scheduler/scheduler_config.json"))

@@ -15,9 +15,9 @@ from tinyfusion.families.diffusers_classes.call_rows import call_of
 from tinyfusion.families.diffusers_classes.calls import check_latents
 from tinyfusion.families.diffusers_classes.folder import new_transformer
 from tinyfusion.families.diffusers_classes.rows import rows_with
-from tinyfusion.families.diffusers_classes.schedules import FlowSchedule, gaussian_schedule
+from tinyfusion.families.diffusers_classes.schedules import gaussian_schedule, training_shift
 from tinyfusion.jobs.pipelines import pipeline_folder
-from tinyfusion.jobs.transformer_sources import with_pipeline
+from tinyfusion.jobs.transformer_sources import in_pipeline
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Process
 from tinyfusion.processes.flow import Flow, FlowObjective
@@ -38,10 +38,10 @@ def new_transformer_model(recipe: Recipe, blocks: Path | None) -> TransformerMod
     Raises UserError on sizes that do not fit.
     """
     rows, place = rows_with(blocks), recipe.pipeline.folder
-    pipeline = None if place is None else pipeline_folder(place)
+    origin = None if place is None else (pipeline_folder(place), recipe.pipeline.component or "transformer")
     config = {"_class_name": recipe.model.family, **(recipe.model.sizes or {})}
     seed = Randomness(recipe.seed).generator_seed("initial-weights")
-    return with_pipeline(new_transformer(config, rows, seed), pipeline, recipe.flow)
+    return in_pipeline(new_transformer(config, rows, seed), origin, recipe.flow)
 
 
 def transformer_objective(model: TransformerModel, label_drop: float, recipe: Recipe) -> Process:
@@ -63,7 +63,7 @@ def transformer_objective(model: TransformerModel, label_drop: float, recipe: Re
     tokens = 1 if model.latent_shape is None else call.tokens(model.folder.config, model.latent_shape)
     try:
         flow = Flow("linear", "velocity", call.convention)
-        times = TimeSampler.of_section(settings, tokens)
+        times = dataclasses.replace(TimeSampler.of_section(settings, tokens), within=model.context.levels)
         return FlowObjective(label_drop, flow, settings.loss_weight, settings.train_eps, times, model.family.call)
     except ValueError as error:
         raise UserError(f"flow: {error}") from error
@@ -79,7 +79,7 @@ def _shifted(recipe: Recipe, model: TransformerModel) -> FlowSection:
         )
     if recipe.assigned & {*_SHIFTS} or not model.scheduler:
         return settings
-    return dataclasses.replace(settings, shift=FlowSchedule(model.folder.config, model.scheduler).training_shift)
+    return dataclasses.replace(settings, shift=training_shift(model.scheduler))
 
 
 def transformer_batches(recipe: Recipe, model: TransformerModel, source: Batches) -> Batches:

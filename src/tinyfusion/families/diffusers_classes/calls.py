@@ -30,8 +30,8 @@ class CallContext:
     config: config.json of the transformer. guidance: of models with guidance in the network, in plain units; None: what the
     pipeline has by default. frame_rate: frames per second of the videos. spatial_ratio, temporal_ratio: pixels and frames per cell
     of the latents; None: those of the published autoencoder. time_per_token: whether the pipeline gives every token a time
-    (Wan 2.2 5B). trim: whether masked texts are shortened to the longest of the batch. dtype: of the inputs; None: that of the
-    weights.
+    (Wan 2.2 5B). levels: noise levels that the model is for, of two experts (Wan 2.2) its own. trim: whether masked texts are
+    shortened to the longest of the batch. dtype: of the inputs; None: that of the weights.
     """
 
     config: Mapping[str, Any]
@@ -40,6 +40,7 @@ class CallContext:
     spatial_ratio: int | None = None
     temporal_ratio: int | None = None
     time_per_token: bool = False
+    levels: tuple[float, float] = (0.0, 1.0)
     trim: bool = True
     dtype: torch.dtype | None = None
 

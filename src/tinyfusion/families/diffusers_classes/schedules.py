@@ -166,13 +166,6 @@ class FlowSchedule:
         """Whether the shift depends on the size."""
         return bool(self.scheduler.get("use_dynamic_shifting", False))
 
-    @property
-    def training_shift(self) -> float:
-        """The shift in the training examples of diffusers: the static one of an Euler scheduler, else none."""
-        if self.scheduler["_class_name"] != _EULER or self.dynamic:
-            return 1.0
-        return float(self.scheduler.get("shift", 1.0))
-
     def mu(self, steps: int, shape: tuple[int, ...]) -> float:
         """mu for latents of this shape (C, ..., h, w). Raises UserError where the pipeline gives none."""
         sampler = self.sampler
@@ -242,6 +235,13 @@ class FlowSchedule:
         angles = np.array([1.57080, 1.3, 0.0]) if steps == 2 else np.linspace(1.57080, 0, steps + 1)
         sigmas = np.sin(angles) / (np.cos(angles) + np.sin(angles))
         return sigmas, sigmas[:-1]
+
+
+def training_shift(scheduler: Settings) -> float:
+    """The shift in the training examples of diffusers: the static one of an Euler scheduler, else none."""
+    if scheduler.get("_class_name") != _EULER or scheduler.get("use_dynamic_shifting"):
+        return 1.0
+    return float(scheduler.get("shift", 1.0))
 
 
 def expert_range(model_index: Settings, component: str) -> tuple[float, float]:
