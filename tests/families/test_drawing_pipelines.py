@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from prompt_pipelines import save_flux_pipeline, save_wan_pipeline
 from tinyfusion import cli
+from tinyfusion.config.recipe import PipelineSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.signals import Interrupted
 from tinyfusion.data.recorded import recording
 from tinyfusion.jobs import pipelines
 from tinyfusion.jobs.pipelines import ModelPipeline, pipeline_of
-from tinyfusion.jobs.prompt_drawing import PromptDrawing, generators, precise_noise
+from tinyfusion.jobs.prompt_drawing import PromptDrawing, generators, pipeline_arguments, precise_noise
 from tinyfusion.jobs.transformers import call_macs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
@@ -202,6 +203,24 @@ def test_more_images_than_prompts_and_any_batch(place: Path, run: Run, tmp_path:
     (tmp_path / "list.json").write_text(json.dumps(PROMPTS))
     run("sample", "--model", place / "flux", "--prompts", tmp_path / "list.json", *FLUX, "--out", tmp_path / "y.npz")
     assert np.array_equal(arrays(tmp_path / "y.npz")[0], arrays(place / "teacher.npz")[0])
+
+
+def test_images_of_a_batch_have_the_negative_prompt(place: Path) -> None:
+    """Two images at once are those drawn alone, with a second pass of guidance."""
+    source = pipeline_of(str(place / "flux"), None)
+    settings = PipelineSection(true_guidance=3.0, negative_prompt="grey", num_steps=2, height=16, width=16)
+    pipeline, arguments = source.opened(torch.device("cpu")), pipeline_arguments(source, settings)
+    alone, batch = (np.concatenate(list(PromptDrawing(pipeline, PROMPTS, arguments, 0, n).images(0, 2))) for n in (1, 2))
+    plain = next(PromptDrawing(pipeline, PROMPTS, SIZE, 0, 2).images(0, 2))
+    assert np.abs(alone.astype(int) - batch).max() <= 1 and not np.array_equal(plain, batch)
+
+
+def test_a_dry_run_draws_nothing_and_sums_the_weights(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", "--model", place / "flux", "--prompts", place / "prompts.txt", "--out", tmp_path / "x.npz", "--dry-run"]
+    assert cli.main(list(map(str, words))) == 0
+    said = capsys.readouterr().out
+    assert "weights      0.00 GiB: transformer 0.00" in said and "text_encoder_2 0.00" in said and "vae 0.00" in said
+    assert "28 steps, guidance_scale 3.5" in said and not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_drawing_continues_with_the_same_images(

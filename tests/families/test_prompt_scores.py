@@ -25,6 +25,7 @@ from tinyfusion.data.image_source import source_of
 from tinyfusion.evaluate.clip import open_clip
 from tinyfusion.evaluate.fidelity import psnr_db, ssim
 from tinyfusion.jobs.drawn_output import write_samples
+from tinyfusion.models import hub
 from tinyfusion.report.images import prompt_rows
 from tinyfusion.report.load import read_run
 
@@ -196,6 +197,16 @@ def test_lpips_where_its_package_is(place: Path, run: Run, tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "lpips", package)
     found = run(*words, tmp_path / "y.json")
     assert found["against"]["lpips"] == pytest.approx(3 / 127.5, rel=1e-5) and "LPIPS" in found["said"]
+
+
+def test_models_of_the_hub_are_fetched_by_their_files(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[Any] = []
+    monkeypatch.setattr(hub, "_snapshot", lambda *given: fetched.append(given) or place / "clip")
+    scorer = open_clip("openai/clip-vit-tiny@main", "cpu")
+    assert scorer.name == "openai/clip-vit-tiny@main" and scorer.hash == open_clip(str(place / "clip"), "cpu").hash
+    ((repository, revision, files),) = fetched
+    assert (repository, revision) == ("openai/clip-vit-tiny", "main")
+    assert {"model.safetensors", "*.json"} <= set(files) and not any(name.endswith((".bin", ".py")) for name in files)
 
 
 # ------------------------------------------------------------------------------------------------------------- the page

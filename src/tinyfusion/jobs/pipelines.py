@@ -214,6 +214,15 @@ class ModelPipeline:
                     digest.update(f"{name}/{file.name}\0{hashlib.sha256(content).hexdigest()}\0".encode())
         return digest.hexdigest()
 
+    def component_bytes(self) -> dict[str, int]:
+        """Bytes of the weights per component that has any, as stored: safetensors without those of variants."""
+        sizes = {name: model.num_bytes for name, model in self.models.items()}
+        for name in components(self.folder):
+            files = [file for file in (self.folder / name).glob("*.safetensors") if file.name.count(".") == 1]
+            if name not in sizes and files:
+                sizes[name] = sum(file.stat().st_size for file in files)
+        return sizes
+
     def opened(self, device: torch.device, dtype: str | None = None) -> Any:
         """The pipeline, as of `opened_pipeline`."""
         kind = None if dtype is None else getattr(torch, dtype)
