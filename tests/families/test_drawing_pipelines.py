@@ -425,6 +425,7 @@ BAD: dict[str, Row] = {
                             lambda here: shutil.copytree(here / "runs/expert/student", here / "alone")),
     "component-missing": (TEACHER, "flux lacks its component vae/, a AutoencoderKL", lambda here: shutil.rmtree(here / "flux/vae")),
     "component-without-weights": (TEACHER, "diffusers does not open flux as a FluxPipeline", lambda here: (here / "flux/vae/diffusion_pytorch_model.safetensors").unlink()),
+    "tokenizer-without-length": (TEACHER, "a FluxPipeline cannot be called with a prompt: int too big", lambda here: (here / "flux/tokenizer/tokenizer_config.json").unlink()),
     "component-of-code": (TEACHER, "code of a model is never run", lambda here: changed_json(here / "flux/model_index.json", vae=["my_vae", "Own"])),
     "pipeline-of-code": (TEACHER, "code of a model is never run", lambda here: changed_json(here / "flux/model_index.json", _class_name=["own", "Own"])),
     "pipeline-class-unknown": (TEACHER, "has no pipeline Flux9Pipeline", lambda here: changed_json(here / "flux/model_index.json", _class_name="Flux9Pipeline")),
