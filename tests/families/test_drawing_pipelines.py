@@ -376,6 +376,11 @@ def not_finite(folder: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
+def without(file: Path, name: str) -> None:
+    tensors = load_file(file)
+    save_file({key: value for key, value in tensors.items() if not key.endswith(name)}, file, {"format": "pt"})
+
+
 def wider(here: Path) -> None:
     """A student of a pipeline whose texts are wider."""
     save_flux_pipeline(here / "wide", pooled_projection_dim=48)
@@ -426,6 +431,10 @@ BAD: dict[str, Row] = {
     "component-missing": (TEACHER, "flux lacks its component vae/, a AutoencoderKL", lambda here: shutil.rmtree(here / "flux/vae")),
     "component-without-weights": (TEACHER, "diffusers does not open flux as a FluxPipeline", lambda here: (here / "flux/vae/diffusion_pytorch_model.safetensors").unlink()),
     "tokenizer-without-length": (TEACHER, "a FluxPipeline cannot be called with a prompt: int too big", lambda here: (here / "flux/tokenizer/tokenizer_config.json").unlink()),
+    "autoencoder-with-a-gap": (TEACHER, "the weights in flux/vae do not go with its config.json: missing_keys decoder.conv_out.bias",
+                               lambda here: without(here / "flux/vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias")),
+    "text-encoder-with-a-gap": (TEACHER, "the weights in flux/text_encoder do not go with its config.json: missing_keys",
+                                lambda here: without(here / "flux/text_encoder/model.safetensors", "final_layer_norm.bias")),
     "component-of-code": (TEACHER, "code of a model is never run", lambda here: changed_json(here / "flux/model_index.json", vae=["my_vae", "Own"])),
     "pipeline-of-code": (TEACHER, "code of a model is never run", lambda here: changed_json(here / "flux/model_index.json", _class_name=["own", "Own"])),
     "pipeline-class-unknown": (TEACHER, "has no pipeline Flux9Pipeline", lambda here: changed_json(here / "flux/model_index.json", _class_name="Flux9Pipeline")),
