@@ -81,13 +81,13 @@ def _clip() -> Any:
     return CLIPTextModel(CLIPTextConfig(**sizes, max_position_embeddings=77, bos_token_id=52, eos_token_id=53))
 
 
-def save_clip(folder: Path, seed: int = 2, **changes: Any) -> Path:
+def save_clip(folder: Path, seed: int = 2, words: int = 54, **changes: Any) -> Path:
     """A CLIP model for pictures of 32 pixels, with its tokenizer of letters. changes: of its configuration."""
     from transformers import CLIPConfig, CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    text = dict(vocab_size=54, max_position_embeddings=77, bos_token_id=52, eos_token_id=53)
+    text = dict(vocab_size=words, max_position_embeddings=77, bos_token_id=52, eos_token_id=53)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = CLIPConfig(

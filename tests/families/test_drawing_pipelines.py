@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from prompt_pipelines import save_flux_pipeline, save_wan_pipeline
 from tinyfusion import cli
+from tinyfusion.config.recipe import PipelineSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.signals import Interrupted
 from tinyfusion.data.recorded import recording
 from tinyfusion.jobs import pipelines
 from tinyfusion.jobs.pipelines import ModelPipeline, pipeline_of
-from tinyfusion.jobs.prompt_drawing import PromptDrawing, generators, precise_noise
+from tinyfusion.jobs.prompt_drawing import PromptDrawing, generators, pipeline_arguments, precise_noise
 from tinyfusion.jobs.transformers import call_macs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
@@ -204,6 +205,24 @@ def test_more_images_than_prompts_and_any_batch(place: Path, run: Run, tmp_path:
     assert np.array_equal(arrays(tmp_path / "y.npz")[0], arrays(place / "teacher.npz")[0])
 
 
+def test_images_of_a_batch_have_the_negative_prompt(place: Path) -> None:
+    """Two images at once are those drawn alone, with a second pass of guidance."""
+    source = pipeline_of(str(place / "flux"), None)
+    settings = PipelineSection(true_guidance=3.0, negative_prompt="grey", num_steps=2, height=16, width=16)
+    pipeline, arguments = source.opened(torch.device("cpu")), pipeline_arguments(source, settings)
+    alone, batch = (np.concatenate(list(PromptDrawing(pipeline, PROMPTS, arguments, 0, n).images(0, 2))) for n in (1, 2))
+    plain = next(PromptDrawing(pipeline, PROMPTS, SIZE, 0, 2).images(0, 2))
+    assert np.abs(alone.astype(int) - batch).max() <= 1 and not np.array_equal(plain, batch)
+
+
+def test_a_dry_run_draws_nothing_and_sums_the_weights(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", "--model", place / "flux", "--prompts", place / "prompts.txt", "--out", tmp_path / "x.npz", "--dry-run"]
+    assert cli.main(list(map(str, words))) == 0
+    said = capsys.readouterr().out
+    assert "weights      0.00 GiB: transformer 0.00" in said and "text_encoder_2 0.00" in said and "vae 0.00" in said
+    assert "28 steps, guidance_scale 3.5" in said and not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_drawing_continues_with_the_same_images(
     place: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,6 +376,11 @@ def not_finite(folder: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
+def without(file: Path, name: str) -> None:
+    tensors = load_file(file)
+    save_file({key: value for key, value in tensors.items() if not key.endswith(name)}, file, {"format": "pt"})
+
+
 def wider(here: Path) -> None:
     """A student of a pipeline whose texts are wider."""
     save_flux_pipeline(here / "wide", pooled_projection_dim=48)
@@ -406,6 +430,11 @@ BAD: dict[str, Row] = {
                             lambda here: shutil.copytree(here / "runs/expert/student", here / "alone")),
     "component-missing": (TEACHER, "flux lacks its component vae/, a AutoencoderKL", lambda here: shutil.rmtree(here / "flux/vae")),
     "component-without-weights": (TEACHER, "diffusers does not open flux as a FluxPipeline", lambda here: (here / "flux/vae/diffusion_pytorch_model.safetensors").unlink()),
+    "tokenizer-without-length": (TEACHER, "a FluxPipeline cannot be called with a prompt: int too big", lambda here: (here / "flux/tokenizer/tokenizer_config.json").unlink()),
+    "autoencoder-with-a-gap": (TEACHER, "the weights in flux/vae do not go with its config.json: missing_keys decoder.conv_out.bias",
+                               lambda here: without(here / "flux/vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias")),
+    "text-encoder-with-a-gap": (TEACHER, "the weights in flux/text_encoder do not go with its config.json: missing_keys",
+                                lambda here: without(here / "flux/text_encoder/model.safetensors", "final_layer_norm.bias")),
     "component-of-code": (TEACHER, "code of a model is never run", lambda here: changed_json(here / "flux/model_index.json", vae=["my_vae", "Own"])),
     "pipeline-of-code": (TEACHER, "code of a model is never run", lambda here: changed_json(here / "flux/model_index.json", _class_name=["own", "Own"])),
     "pipeline-class-unknown": (TEACHER, "has no pipeline Flux9Pipeline", lambda here: changed_json(here / "flux/model_index.json", _class_name="Flux9Pipeline")),

@@ -25,6 +25,7 @@ from tinyfusion.data.image_source import source_of
 from tinyfusion.evaluate.clip import open_clip
 from tinyfusion.evaluate.fidelity import psnr_db, ssim
 from tinyfusion.jobs.drawn_output import write_samples
+from tinyfusion.models import hub
 from tinyfusion.report.images import prompt_rows
 from tinyfusion.report.load import read_run
 
@@ -198,6 +199,16 @@ def test_lpips_where_its_package_is(place: Path, run: Run, tmp_path: Path, monke
     assert found["against"]["lpips"] == pytest.approx(3 / 127.5, rel=1e-5) and "LPIPS" in found["said"]
 
 
+def test_models_of_the_hub_are_fetched_by_their_files(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[Any] = []
+    monkeypatch.setattr(hub, "_snapshot", lambda *given: fetched.append(given) or place / "clip")
+    scorer = open_clip("openai/clip-vit-tiny@main", "cpu")
+    assert scorer.name == "openai/clip-vit-tiny@main" and scorer.hash == open_clip(str(place / "clip"), "cpu").hash
+    ((repository, revision, files),) = fetched
+    assert (repository, revision) == ("openai/clip-vit-tiny", "main")
+    assert {"model.safetensors", "*.json"} <= set(files) and not any(name.endswith((".bin", ".py")) for name in files)
+
+
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
@@ -289,6 +300,11 @@ BAD: dict[str, Row] = {
     "clip-unexpected": (CLIP, "unexpected_keys more.weight", tensors(lambda stored: stored.update({"more.weight": torch.ones(2)}))),
     "clip-misshapen": (CLIP, "text_projection.weight", tensors(lambda stored: stored.update({"text_projection.weight": torch.ones(3, 3)}))),
     "clip-not-finite": (CLIP, "the weights in clip are damaged", tensors(lambda stored: stored["logit_scale"].fill_(float("nan")))),
+    "clip-of-another-size": (CLIP, "the CLIP model clip and its configuration do not go together",
+                             lambda here: changed_json(here / "clip/preprocessor_config.json", crop_size={"height": 33, "width": 32})),
+    "clip-of-fewer-words": (CLIP, "the CLIP model clip and its configuration do not go together: index out of range",
+                            lambda here: [save_clip(here / "other", words=30), shutil.copy(here / "other/model.safetensors", here / "clip"), shutil.copy(here / "other/config.json", here / "clip")]),
+    "clip-overflows": (CLIP, "its features are not finite, or zero", tensors(lambda stored: stored["visual_projection.weight"].fill_(1e30))),
     "prompts-of-others": (f"{CLIP} --prompts p.txt", "student.npz was drawn from other prompts than p.txt holds", lambda here: (here / "p.txt").write_text("a dog")),
     "prompts-unknown": (CLIP, "student.npz has no record of prompts", lambda here: (here / "student.json").unlink()),
     "prompts-empty": (f"{CLIP} --prompts p.txt", "p.txt holds no prompts", lambda here: (here / "p.txt").write_text("\n")),

@@ -57,7 +57,13 @@ def sample_prompts(
     outcome = {"num_images": num, "protocol": protocol}
     todo, of_a_shard = engine.first(lambda: output.check(engine))
     if options.dry_run:
-        lines = {"model": ", ".join(each.class_name for each in model.models.values()), "protocol": protocol}
+        sizes = model.component_bytes()
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
+        lines = {
+            "model": ", ".join(each.class_name for each in model.models.values()),
+            "weights": f"{sum(sizes.values()) / 2**30:.2f} GiB: {parts}",
+            "protocol": protocol,
+        }
         if engine.is_main:
             print("sample would do this:" + "".join(f"\n  {name:12} {said}" for name, said in lines.items()))
         return outcome

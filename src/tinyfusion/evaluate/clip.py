@@ -46,8 +46,16 @@ class ClipScorer:
         """(N,) 100 max(cos, 0) of image i and prompt i; of videos (N, F, H, W, C) the mean over frames.
 
         Source: Hessel, Holtzman, Forbes, Le Bras, Choi, 2021 (arXiv 2104.08718), with the factor 100 that libraries use, not 2.5.
-        Prompts beyond the model's length are cut off.
+        Prompts beyond the model's length are cut off. Raises UserError where tokenizer, preparation and model do not go together.
         """
+        try:
+            return self._scores(images, prompts)
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(f"the CLIP model {self.name} and its configuration do not go together: {error}") from error
+
+    def _scores(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         frames = images.reshape(-1, *images.shape[-3:])
         per_image = len(frames) // max(len(images), 1)
         texts = self._texts(prompts)
@@ -61,7 +69,8 @@ class ClipScorer:
                 rows = torch.arange(first, first + len(batch)) // per_image
                 values.append((embedded * texts[rows]).sum(-1).double().cpu().numpy())
         cosines = np.concatenate(values).clip(0)
-        return SCALE * cosines.reshape(len(images), per_image).mean(1)
+        scores: np.ndarray = SCALE * cosines.reshape(len(images), per_image).mean(1)
+        return scores
 
     def _texts(self, prompts: Sequence[str]) -> torch.Tensor:
         """(N, D) unit vectors; equal prompts are encoded once."""
@@ -79,7 +88,10 @@ class ClipScorer:
 def _unit(output: Any) -> torch.Tensor:
     """Features of either side, of length 1. output: a tensor, or in newer versions an output that holds it."""
     features: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
-    return features / features.norm(dim=-1, keepdim=True)
+    lengths = features.norm(dim=-1, keepdim=True)
+    if not bool((torch.isfinite(lengths) & (lengths > 0)).all()):
+        raise ValueError("its features are not finite, or zero")
+    return features / lengths
 
 
 def open_clip(name: str, device: str) -> ClipScorer:

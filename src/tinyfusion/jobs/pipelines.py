@@ -27,6 +27,7 @@ from tinyfusion.families.diffusers_classes.folder import (
 )
 from tinyfusion.families.diffusers_classes.rows import row_for, rows_with
 from tinyfusion.families.registry import family_of_config
+from tinyfusion.jobs.pipeline_components import strict_components
 from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.models.hub import HUB_ID, fetch_pipeline
 from tinyfusion.models.places import RUN_MODELS, exists, is_shipped, shipped_models
@@ -36,7 +37,9 @@ REFUSALS = (
     OSError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
     AttributeError,
     ImportError,
     NameError,
@@ -135,13 +138,16 @@ def opened_pipeline(
     of a folder is run.
     """  # fmt: skip
     modules = {name: in_type(model.module(), dtype) for name, model in models.items()}
-    own = {"dtype": dtype or next(iter(modules.values())).dtype, **modules}
+    wanted = dtype or next(iter(modules.values())).dtype
     _no_progress_bars()
     try:
+        own = {"dtype": wanted, **strict_components(folder, modules, wanted), **modules}
         pipeline = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **own
         )
     except REFUSALS as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"diffusers does not open {folder} as a {kind.__name__}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     free = available_bytes(device) if device.type == "cuda" else None
@@ -213,6 +219,15 @@ class ModelPipeline:
                         content = file.read_bytes()
                     digest.update(f"{name}/{file.name}\0{hashlib.sha256(content).hexdigest()}\0".encode())
         return digest.hexdigest()
+
+    def component_bytes(self) -> dict[str, int]:
+        """Bytes of the weights per component that has any, as stored: safetensors without those of variants."""
+        sizes = {name: model.num_bytes for name, model in self.models.items()}
+        for name in components(self.folder):
+            files = [file for file in (self.folder / name).glob("*.safetensors") if file.name.count(".") == 1]
+            if name not in sizes and files:
+                sizes[name] = sum(file.stat().st_size for file in files)
+        return sizes
 
     def opened(self, device: torch.device, dtype: str | None = None) -> Any:
         """The pipeline, as of `opened_pipeline`."""

@@ -139,10 +139,9 @@ def precise_noise(pipeline: Any) -> Iterator[None]:
         listed: list[Any] = drawn if isinstance(drawn, list) else [drawn]
         if given or bound.arguments.get("dtype") in (None, torch.float32) or None in listed:
             return prepare(*args, **kwargs)
-        generators_of: list[torch.Generator] = listed
-        states = [each.get_state() for each in generators_of]
+        states = [each.get_state() for each in listed]
         plain = prepare(*args, **kwargs)
-        for each, state in zip(generators_of, states, strict=True):
+        for each, state in zip(listed, states, strict=True):
             each.set_state(state)
         bound.arguments["dtype"] = torch.float32
         return _rounded(prepare(*bound.args, **bound.kwargs), plain)
