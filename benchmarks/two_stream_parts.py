@@ -113,7 +113,10 @@ def t5_encoder(seed: int) -> Any:
 
 
 def train_autoencoder(folder: Path) -> None:
-    """Train the autoencoder of one grey channel and one latent cell per pixel, with shift and scale of its latents."""
+    """Train the autoencoder, of one latent cell per pixel, with shift and scale of its latents, and write its folder.
+
+    It is trained on one grey channel; the folder has three equal ones, as pipelines draw pictures in colour.
+    """
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -147,4 +150,18 @@ def train_autoencoder(folder: Path) -> None:
     model.register_to_config(
         shift_factor=round(float(latents.mean()), 4), scaling_factor=round(float(1 / latents.std()), 4)
     )
-    model.save_pretrained(folder)
+    in_colour(model).save_pretrained(folder)
+
+
+@torch.no_grad()
+def in_colour(grey: Any) -> Any:
+    """The autoencoder of three channels that encodes their mean, and decodes three equal ones."""
+    from diffusers import AutoencoderKL
+
+    coloured: Any = AutoencoderKL.from_config({**grey.config, "in_channels": 3, "out_channels": 3})
+    state = grey.state_dict()
+    state["encoder.conv_in.weight"] = state["encoder.conv_in.weight"].expand(-1, 3, -1, -1) / 3
+    for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
+        state[name] = state[name].expand(3, *state[name].shape[1:])
+    coloured.load_state_dict(state)
+    return coloured

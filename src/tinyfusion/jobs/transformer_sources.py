@@ -22,7 +22,7 @@ from tinyfusion.families.diffusers_classes.guess import guessed_row, is_transfor
 from tinyfusion.families.diffusers_classes.rows import Rows, row_for, rows_with
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.models.hub import HUB_ID
-from tinyfusion.models.places import by_name, exists
+from tinyfusion.models.places import by_name, exists, is_shipped
 from tinyfusion.models.transformer import TransformerModel, opened
 
 
@@ -34,8 +34,8 @@ def transformer_of(source: str, blocks: Path | None, prompts: bool = False) -> T
     row (with a guess at it), and where folder and row contradict each other.
     """
     rows, path, known = rows_with(blocks), Path(source), dict[str, str]()
-    if not exists(path):
-        if not HUB_ID.fullmatch(source) or path.parent.exists():
+    if is_shipped(source) or not exists(path):
+        if not is_shipped(source) and (not HUB_ID.fullmatch(source) or path.parent.exists()):
             return None
         path, known = by_name(source)
     folder = _located(path, rows, prompts)

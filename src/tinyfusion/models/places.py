@@ -21,9 +21,10 @@ _LORA = ("adapter_config.json", "pytorch_lora_weights.safetensors", "pytorch_lor
 
 
 def shipped_models() -> dict[str, Path]:
-    """Model folders that come with the package, by name."""
+    """Models that come with the package, by name: folders of ours, and pipelines of diffusers."""
     root = Path(str(resources.files("tinyfusion"))) / "assets"
-    return {path.parent.name: path.parent for path in sorted(root.glob("*/model.json"))}
+    files = sorted([*root.glob("*/model.json"), *root.glob("*/model_index.json")])
+    return {path.parent.name: path.parent for path in files}
 
 
 def is_shipped(source: str | Path) -> bool:
