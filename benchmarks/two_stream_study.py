@@ -1,0 +1,282 @@
+"""Compare choices of blocks of `digits-flux` and `digits-sd3` under equal budgets: images drawn by their own pipelines, and prompts.
+
+    python benchmarks/two_stream_study.py --yardstick digits-flux --runs runs/two-stream-study
+    python benchmarks/two_stream_study.py --yardstick digits-sd3 --runs runs/two-stream-study --seeds 0 --plans learned,bi
+
+Each job removes half of every list of blocks and recovers the student; search and recovery together see `--share` of the images that
+the teacher was trained on. Criteria without training recover for longer instead. Finished jobs are reused, so the command resumes.
+`--table` prints the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tinyfusion as tf
+from make_two_stream_yardsticks import BATCH, DROP, SHIFT, STEPS, encoded_images, encoded_texts
+from shared import spread, table
+from tinyfusion.core.device import flush_denormals
+from tinyfusion.core.rng import Randomness
+from tinyfusion.core.rundir import read_json, write_json
+from tinyfusion.data.batches import ShuffledBatches, jitter
+from tinyfusion.data.captioned_digits import DIGIT_PROMPTS, PHRASINGS, captioned, digit_of
+from tinyfusion.data.digits import ImageSet, load_digits
+from tinyfusion.evaluate.extractors import open_extractor
+from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance
+from tinyfusion.families.diffusers_classes.calls import CallContext, call_of, called
+from tinyfusion.models.places import shipped_models
+from tinyfusion.processes.base import Batch
+from tinyfusion.processes.flow import Flow, FlowObjective
+from tinyfusion.processes.time import TimeSampler
+from tinyfusion.sample.drive import to_uint8
+from two_stream_parts import TOKENS
+
+COPIES = 24  # of every digit, half of them jittered, as the teachers were trained
+SEARCH_BATCH, RECOVERY_BATCH, CALIBRATION = 64, 128, 256
+IMAGES, STEPS_DRAWN, GUIDANCE = 1000, 28, {"flux": None, "sd3": 1.5}
+HALF = {"flux": "{}:4;{}:8", "sd3": "{}:12"}  # a subset or run of each whole list
+# merged: the student begins with the weight updates of the search
+LEARNED: dict[str, dict[str, Any]] = {
+    "learned 1:2": {"scheme": "1:2"},
+    "learned subset": {"distribution": "subset", "gate_learning_rate": 1e-2, "scaling": (5.0, 40.0)},
+    "learned subset merged": {
+        "distribution": "subset", "gate_learning_rate": 1e-2, "scaling": (5.0, 40.0), "keep_deltas": True,
+    },
+    "learned run": {"distribution": "runs", "gate_learning_rate": 1e-2, "scaling": (5.0, 40.0)},
+    "learned run merged": {
+        "distribution": "runs", "gate_learning_rate": 1e-2, "scaling": (5.0, 40.0), "keep_deltas": True,
+    },
+}  # fmt: skip
+CRITERIA = ("bi", "sensitivity", "min-loss", "flux-lite", "first", "random")
+
+
+def moved_latents(autoencoder: Any) -> ImageSet:
+    """Latents of `COPIES` of every training digit, each with a phrasing."""
+    images = captioned(load_digits(), COPIES)
+    moved = torch.from_numpy(images.x)
+    for first in range(0, len(moved), 1437):
+        part = moved[first : first + 1437]
+        moved[first : first + 1437] = jitter(part, Randomness(1).at(first, 0, len(part)), 0.5)
+    return dataclasses.replace(images, x=encoded_images(autoencoder, moved).numpy())
+
+
+class Yardstick:
+    """A shipped pipeline, its teacher and data, and the measures of its students."""
+
+    def __init__(self, name: str, runs: Path, share: float) -> None:
+        from diffusers import DiffusionPipeline
+
+        self.kind = name.removeprefix("digits-")
+        self.runs = runs / name
+        self.images = int(share * STEPS[self.kind] * BATCH)
+        self.pipeline: Any = DiffusionPipeline.from_pretrained(shipped_models()[name], local_files_only=True)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.teacher = tf.open_model(name)
+        self.texts = encoded_texts(self.kind, self.pipeline)
+        self.extractor = open_extractor("digits-classifier", "cpu")
+        config = {"_class_name": type(self.pipeline.transformer).__name__, **self.pipeline.transformer.config}
+        call = call_of(config)
+        self.objective = FlowObjective(
+            label_drop=DROP[self.kind],
+            flow=Flow(convention=call.convention),
+            times=TimeSampler(shift=SHIFT[self.kind]),
+            call=called(call, CallContext(config)),
+        )
+
+    @cached_property
+    def latents(self) -> ImageSet:
+        """The training data."""
+        return moved_latents(self.pipeline.vae)
+
+    def source(self, seed: int) -> ShuffledBatches:
+        """Batches of the training data."""
+        return ShuffledBatches(self.latents, Randomness(seed), torch.device("cpu")).conditioned_on(self.texts)
+
+    @cached_property
+    def references(self) -> dict[str, Moments]:
+        """Moments of the features of the real digits."""
+        sets = {"fid": load_digits(), "fid_heldout": load_digits(heldout=True)}
+        return {name: feature_moments(self.extractor(to_uint8(torch.from_numpy(s.x))).pool) for name, s in sets.items()}
+
+    def drawn(self, transformer: Any, seed: int) -> dict[str, float]:
+        """FID and prompt accuracy of `IMAGES` images that the pipeline draws, of all prompts in turn."""
+        self.pipeline.transformer = transformer
+        prompts = [DIGIT_PROMPTS[(7 * i) % len(DIGIT_PROMPTS)] for i in range(IMAGES)]
+        guidance = {"guidance_scale": GUIDANCE[self.kind]} if GUIDANCE[self.kind] else {}
+        pixels = []
+        for first in range(0, IMAGES, 250):
+            noise = [torch.Generator().manual_seed(seed * IMAGES + i) for i in range(first, first + 250)]
+            images = self.pipeline(
+                prompts[first : first + 250], height=8, width=8, num_inference_steps=STEPS_DRAWN, generator=noise,
+                max_sequence_length=TOKENS, output_type="np", **guidance,
+            ).images  # fmt: skip
+            pixels.append((images[..., :1] * 255).round().astype(np.uint8))
+        features = self.extractor(np.concatenate(pixels))
+        assert features.logits is not None
+        moments = feature_moments(features.pool)
+        right = features.logits.argmax(1) == np.array([digit_of(prompt) for prompt in prompts])
+        return {
+            **{name: float(frechet_distance(*reference, *moments)) for name, reference in self.references.items()},
+            "accuracy": float(right.mean()),
+        }
+
+    @torch.no_grad()
+    def loss(self, model: Any, repeats: int = 4) -> np.ndarray:
+        """(360,) loss of every held-out digit over stratified times."""
+        images = load_digits(heldout=True)
+        num = len(images)
+        x = encoded_images(self.pipeline.vae, torch.from_numpy(images.x))
+        labels = torch.from_numpy(images.y) * len(PHRASINGS) + torch.arange(num) % len(PHRASINGS)
+        total = torch.zeros(num)
+        for repeat in range(repeats):
+            draws = Randomness(99).at(repeat, 0, num)
+            position = (np.argsort(draws.uniform("stratum")) + draws.uniform("timestep")) / num
+            levels = self.objective.times.sigma(position)
+            t = torch.from_numpy(self.objective.flow.convention.at_sigma(levels)).float()
+            noise = torch.from_numpy(draws.normal("noise", tuple(x.shape[1:])))
+            noisy = self.objective.noised(Batch(x, self.texts.index(labels)), t, noise)
+            total += self.objective.losses(model, noisy, self.objective.predict(model, noisy))["loss"]
+        return (total / repeats).numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------- jobs
+
+
+def planned(stick: Yardstick, plan: str, seed: int) -> tuple[Any, int]:
+    """The student of a plan, and the images of its search."""
+    if plan not in LEARNED:
+        batches = CALIBRATION // SEARCH_BATCH
+        student = tf.prune_model(
+            stick.teacher, plan, task=stick.objective, batches=stick.source(seed), num_batches=batches, seed=seed
+        )
+        return student, 0
+    steps = stick.images // 3 // SEARCH_BATCH
+    settings = dict(LEARNED[plan])
+    if "scheme" not in settings:
+        kept = [depth // 2 for depth in stick.teacher.stack.depths().values()]
+        settings["scheme"] = HALF[stick.kind].format(*kept)
+    training = tf.TrainingSection(steps=steps, batch_size=SEARCH_BATCH, learning_rate=1e-3, ema_decay=0.98)
+    section = tf.PruneSection(**settings, training=training)
+    masks = tf.learn_masks(stick.teacher, stick.objective, stick.source(seed), section, seed=seed)
+    return tf.prune_model(stick.teacher, masks), steps * SEARCH_BATCH
+
+
+def outcome(stick: Yardstick, plan: str, method: str, seed: int) -> dict[str, Any]:
+    """The results of a job, which runs if they are missing."""
+    file = stick.runs / f"{plan.replace(' ', '_').replace(':', '-')}--{method}-s{seed}.json"
+    if file.is_file():
+        return dict(read_json(file))
+    began = time.perf_counter()
+    student, searched = planned(stick, plan, seed)
+    values: dict[str, Any] = {"plan": plan, "method": method, "seed": seed, "searched": searched}
+    values["kept"] = {name: list(kept) for name, kept in (student.facts.kept or {}).items()}
+    values["loss_before"] = float(stick.loss(student.module).mean())
+    steps = (stick.images - searched) // RECOVERY_BATCH
+    training = tf.TrainingSection(
+        steps=steps, batch_size=RECOVERY_BATCH, learning_rate=1e-3, learning_rate_end_share=0.05, warmup_steps=20,
+        ema_decay=0.98,
+    )  # fmt: skip
+    section = tf.RecoverSection(method=method, beta=(2e-4, 0.0), training=training)  # type: ignore[arg-type]
+    taught = None if method == "finetune" else stick.teacher
+    student = tf.recover_model(student, taught, stick.objective, stick.source(seed + 1000), section, seed=seed)
+    values |= {"recovered": steps * RECOVERY_BATCH, "loss": float(stick.loss(student.module).mean())}
+    values |= {**stick.drawn(student.module, seed), "seconds": time.perf_counter() - began}
+    write_json(file, values)
+    return values
+
+
+def teacher_outcome(stick: Yardstick, seeds: list[int]) -> dict[str, Any]:
+    """The results of the teacher, and the loss that removing each block adds."""
+    file = stick.runs / "teacher.json"
+    if file.is_file() and {*map(str, seeds)} <= {*read_json(file)["seeds"]}:
+        return dict(read_json(file))
+    base = stick.loss(stick.teacher.module, 8)
+    removed: dict[str, Any] = {}
+    for block in range(len(stick.teacher.stack)):
+        gates = torch.ones(len(base), len(stick.teacher.stack))
+        gates[:, block] = 0.0
+        with stick.teacher.stack.gated(gates):
+            added = stick.loss(stick.teacher.module, 8) - base
+        errors = float(added.std(ddof=1) / np.sqrt(len(added)))
+        removed[str(block)] = {"added": float(added.mean()), "standard_errors": float(added.mean()) / errors}
+    results = {str(seed): stick.drawn(stick.teacher.module, seed) for seed in seeds}
+    values = {"loss": float(base.mean()), "removed": removed, "depths": stick.teacher.stack.depths(), "seeds": results}
+    write_json(file, values)
+    return values
+
+
+def rows(runs: Path) -> list[str]:
+    """Markdown tables of finished jobs: the teacher, its blocks, and each plan."""
+    teacher = read_json(runs / "teacher.json")
+    blocks = list(teacher["removed"].values())
+    lines = table(
+        ["block removed", *map(str, range(len(blocks)))],
+        ["added loss", *(f"{block['added']:.4f}" for block in blocks)],
+        ["standard errors", *(f"{block['standard_errors']:.0f}" for block in blocks)],
+    )
+    jobs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in sorted(runs.glob("*--*.json")):
+        values = read_json(file)
+        jobs.setdefault((values["plan"], values["method"]), []).append(values)
+    drawn = list(teacher["seeds"].values())
+
+    def cells(results: list[dict[str, Any]]) -> list[str]:
+        return [
+            spread([r[m] for r in results], places) for m, places in (("fid", 2), ("fid_heldout", 2), ("accuracy", 3))
+        ]
+
+    body = [["teacher", "", "", f"{teacher['loss']:.4f}", *cells(drawn), ""]]
+    for (plan, method), results in sorted(jobs.items(), key=lambda job: float(np.mean([r["fid"] for r in job[1]]))):
+        kept = "; ".join(sorted({" + ".join(" ".join(map(str, k)) for k in r["kept"].values()) for r in results}))
+        losses = [spread([r[name] for r in results], 4) for name in ("loss_before", "loss")]
+        body.append([plan, method, *losses, *cells(results), kept])
+    heads = [
+        "plan",
+        "recovery",
+        "loss before",
+        "held-out loss",
+        "FID, digits",
+        "FID, digits:heldout",
+        "prompt accuracy",
+        "kept",
+    ]
+    return [*lines, "", *table(heads, *body)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--yardstick", choices=("digits-flux", "digits-sd3"), required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/two-stream-study"))
+    parser.add_argument("--plans", default=",".join([*LEARNED, *CRITERIA]))
+    parser.add_argument("--methods", default="masked-kd")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--share", type=float, default=0.07, help="images of a job, of those that the teacher saw")
+    parser.add_argument("--table", action="store_true", help="print what is finished, run nothing")
+    options = parser.parse_args()
+    if options.table:
+        print("\n".join(rows(options.runs / options.yardstick)))
+        return
+    torch.set_num_threads(1)
+    flush_denormals()
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    plans = options.plans.split(",")
+    stick = Yardstick(options.yardstick, options.runs, options.share)
+    print(json.dumps(teacher_outcome(stick, seeds)), flush=True)
+    for seed in seeds:
+        for plan in plans:
+            for method in options.methods.split(","):
+                values = outcome(stick, plan, method, seed)
+                print(json.dumps(values), flush=True)
+
+
+if __name__ == "__main__":
+    main()
