@@ -12,7 +12,6 @@ the same quality from a repetition, not the same weights.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +44,11 @@ from two_stream_parts import (
 SHIPPED = Path(__file__).resolve().parents[1] / "src" / "tinyfusion" / "assets"
 WIDTH, HEAD = 48, 16
 COPIES = 24  # of every digit, half of them turned, scaled and sheared a little
-BATCH, RATE, WARMUP, AVERAGE = 64, 2e-3, 100, 0.999
+BATCH, RATE, WARMUP, DECAY, AVERAGE = 64, 2e-3, 100, 1000, 0.999
 STEPS = {"flux": 4000, "sd3": 4000}
 SHIFT = {"flux": 1.0, "sd3": 1.5}  # in training; FLUX shifts by the number of tokens when it draws
-DROP = {"flux": 0.0, "sd3": 0.1}  # of prompts, where drawing is guided
+DROP = 0.1  # of prompts
+DROP_FROM = {"flux": 500, "sd3": 0}  # step
 
 
 def new_transformer(kind: str) -> Any:
@@ -148,8 +148,8 @@ class Teacher:
         draws = Randomness(0).at(step, 0, BATCH)
         rows = torch.from_numpy((draws.uniform("rows") * len(self.latents)).astype(np.int64))
         condition = self.texts.index(self.labels[rows])
-        if DROP[self.kind]:
-            dropped = torch.from_numpy(draws.uniform("drop") < DROP[self.kind])
+        if step >= DROP_FROM[self.kind]:
+            dropped = torch.from_numpy(draws.uniform("drop") < DROP)
             condition = condition.each_with_null(
                 lambda tensor, null: torch.where(dropped.view(-1, *[1] * (tensor.ndim - 1)), null, tensor)
             )
@@ -169,13 +169,12 @@ def teacher(kind: str, parts: Any) -> Teacher:
 
 
 def rate_at(step: int, steps: int) -> float:
-    """The learning rate: a warm-up, then half a cosine to a hundredth."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return RATE * min(1, (step + 1) / WARMUP) * (0.01 + 0.99 * cosine)
+    """The learning rate: a warm-up, then constant, and a linear decay to a hundredth at the end."""
+    return RATE * min(1, (step + 1) / WARMUP) * max(0.01, min(1.0, (steps - step) / DECAY))
 
 
 def train(work: Teacher, folder: Path, steps: int) -> None:
-    """Train in place, with a checkpoint every 500 steps; the model has the averaged weights at the end."""
+    """Train in place, with a checkpoint every 250 steps; the model has the averaged weights at the end."""
     model, file = work.model, folder / "state.pt"
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
@@ -204,7 +203,7 @@ def train(work: Teacher, folder: Path, steps: int) -> None:
         if (step + 1) % 100 == 0:
             print(f"step {step + 1:5d}  loss {total / 100:.4f}", flush=True)
             total = 0.0
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -219,7 +218,7 @@ def train(work: Teacher, folder: Path, steps: int) -> None:
 def card(kind: str, parts: Any) -> str:
     """The README.md of the folder."""
     size = sum(parameter.numel() for parameter in parts.transformer.parameters())
-    guidance = ", guidance_scale=1.5" if DROP[kind] else ""
+    guidance = ', true_cfg_scale=1.5, negative_prompt=""' if kind == "flux" else ", guidance_scale=1.5"
     return f"""---
 license: apache-2.0
 library_name: diffusers

@@ -86,7 +86,7 @@ class Yardstick:
         config = {"_class_name": type(self.pipeline.transformer).__name__, **self.pipeline.transformer.config}
         call = call_of(config)
         self.objective = FlowObjective(
-            label_drop=DROP[self.kind],
+            label_drop=DROP,
             flow=Flow(convention=call.convention),
             times=TimeSampler(shift=SHIFT[self.kind]),
             call=called(call, CallContext(config)),
