@@ -15,7 +15,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import atomic_write, file_output, read_json, say_finished, stamp, write_json
 from tinyfusion.data.digits import REAL_SETS
-from tinyfusion.data.image_source import ImageSource, is_videos, open_npz
+from tinyfusion.data.image_source import ImageSource, is_videos, open_npz, without_colour
 from tinyfusion.data.originals import MixedSizes
 from tinyfusion.data.parquet import WHOLE
 from tinyfusion.evaluate.extractors import open_extractor
@@ -25,7 +25,7 @@ from tinyfusion.evaluate.inception import INCEPTION
 from tinyfusion.evaluate.perceptual import LEAST_PX, open_lpips
 from tinyfusion.jobs.assemble import RunOptions, device_for, is_pictures, plain_recipe
 from tinyfusion.jobs.origins import require_features, require_reference, with_evaluation
-from tinyfusion.jobs.prompt_scores import open_prompt_scores
+from tinyfusion.jobs.prompt_scores import open_prompt_scores, prompt_accuracy
 from tinyfusion.jobs.scoring import STORED_MOMENTS, Reference, open_images, open_reference, protocol_of, score
 from tinyfusion.report import schema
 from tinyfusion.report.format import count, significant
@@ -129,6 +129,7 @@ def _opened(samples: Path, recipe: Recipe, compared: str | None) -> ImageSource:
 class _Distances:
     """Images with a reference and an extractor that fit them."""
 
+    samples: Path
     images: ImageSource
     real: Reference
     extractor: FeatureExtractor
@@ -140,6 +141,7 @@ class _Distances:
         if examples is not None and real.source is not None:
             _write_examples(real.source, real.name, examples)
         return {
+            **prompt_accuracy(self.samples, self.images, extractor),
             **score(self.images, real, extractor, settings.neighbours, settings.is_splits_size),
             "features": {"name": extractor.name, "hash": extractor.hash},
             "reference": {"name": real.name, "hash": real.hash, "count": len(real)},
@@ -150,11 +152,12 @@ def _distances(recipe: Recipe, samples: Path, images: ImageSource, reference: st
     """Open extractor and reference. Raises UserError where images and reference do not go together."""
     settings = recipe.evaluate
     extractor = open_extractor(require_features(recipe, str(samples), images.shape[1:]), str(device_for(recipe)))
+    images = without_colour(images) if extractor.grey else images
     extractor.check(images.first() if images.array is None else images.array, str(samples))
     check_count(len(images), str(samples), settings)
     real = _of_one_size(lambda: open_reference(reference, extractor, recipe.data), lambda: min(images.shape[1:3]))
     _check_reference(real, images, settings, [is_pictures(str(samples)), is_pictures(reference)])
-    return _Distances(images, real, extractor, settings)
+    return _Distances(samples, images, real, extractor, settings)
 
 
 def _fidelity(
@@ -242,7 +245,7 @@ def check_count(num: int, what: str, settings: EvaluateSection) -> None:
 
 def _outcome(record: Mapping[str, Any], samples: str, print_table: bool) -> dict[str, Any]:
     """The scores in the record of an evaluation, for `--json`; prints them as a table if `print_table`."""
-    more = [name for name in ("clip_score", "against") if name in record]
+    more = [name for name in ("clip_score", "prompt_accuracy", "against") if name in record]
     numbers = {name: record.get(name) for name in (*METRICS, *more)}
     say(score_lines(record, samples) if print_table else ())
     return numbers

@@ -29,6 +29,10 @@ class PipelineSection:
         Scale | None, "true_cfg_scale, the guidance with a second pass of pipelines that have both kinds"
     ] = None
     negative_prompt: Annotated[str | None, "negative prompt of every image, for pipelines with guidance"] = None
+    max_tokens: Annotated[
+        SmallCount | None,
+        "longest prompt in tokens (max_sequence_length); None: the pipeline's, or that of its tokenizer if less",
+    ] = None
     height: Annotated[Side | None, "height in pixels"] = None
     width: Annotated[Side | None, "width in pixels"] = None
     frames: Annotated[SmallCount | None, "frames of a video"] = None

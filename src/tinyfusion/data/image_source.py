@@ -63,6 +63,14 @@ def source_of(images: np.ndarray) -> ImageSource:
     return ImageSource((num, height, width, channels), images.dtype, read, images)
 
 
+def without_colour(images: ImageSource) -> ImageSource:
+    """Images (N, H, W, 3) whose three channels are equal as grey ones, (N, H, W, 1); others, and those not in memory, as they are."""
+    pixels = images.array
+    if pixels is None or pixels.ndim != 4 or pixels.shape[-1] != 3 or not (pixels == pixels[..., :1]).all():
+        return images
+    return source_of(np.ascontiguousarray(pixels[..., :1]))
+
+
 def open_npz(path: Path, videos: bool = False) -> ImageSource:
     """Open arr_0 of an npz. Raises UserError as `read_images_npz` does, for a large file while its batches are read.
 

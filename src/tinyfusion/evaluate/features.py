@@ -47,10 +47,10 @@ class FeatureExtractor:
 
     name, hash: its name and the SHA-256 of its weights, for protocols. device: where it runs; distances between features are
     computed there too. slow: whether statistics of references are cached on disk. side, rule: size in pixels to which images
-    are resized, and how.
+    are resized, and how. grey: whether images have one channel.
     """
 
-    slow = True
+    slow, grey = True, False
     side, rule = 0, ""
 
     def __init__(self, name: str, network: nn.Module, device: torch.device, batch_size: int) -> None:
@@ -144,7 +144,7 @@ class ClassifierFeatures(FeatureExtractor):
 
     def __init__(self, name: str, classifier: SmallClassifier, arch: ClassifierArch, batch_size: int = 256) -> None:
         super().__init__(name, classifier, torch.device("cpu"), batch_size)
-        self.classifier, self.arch = classifier, arch
+        self.classifier, self.arch, self.grey = classifier, arch, arch.in_channels == 1
 
     def check(self, images: np.ndarray, what: str) -> None:
         """Raise UserError unless `images` are uint8 of the classifier's size and channels."""

@@ -29,7 +29,7 @@ from tinyfusion.families.diffusers_classes.rows import row_for, rows_with
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.models.hub import HUB_ID, fetch_pipeline
-from tinyfusion.models.places import RUN_MODELS, exists, is_shipped
+from tinyfusion.models.places import RUN_MODELS, exists, is_shipped, shipped_models
 
 # of diffusers, transformers and safetensors on folders and arguments that do not fit
 REFUSALS = (
@@ -43,6 +43,8 @@ REFUSALS = (
     RuntimeError,
     SafetensorError,
 )
+
+LENGTH = "max_sequence_length"  # argument of pipelines, in tokens
 
 
 def pipeline_class(folder: Path) -> Any:
@@ -98,7 +100,7 @@ def transformer_in(pipeline: Path, component: str | None, blocks: Path | None) -
 
 def pipeline_folder(source: str) -> Path:
     """The folder of a pipeline, fetched where it is a hub id. Raises UserError where there is none."""
-    path = Path(source)
+    path = shipped_models().get(source, Path(source))
     if exists(path):
         if not (path / INDEX).is_file():
             raise UserError(f"{path} is no pipeline of diffusers: wanted a folder with {INDEX}, or a hub id")
@@ -201,6 +203,17 @@ class ModelPipeline:
                     digest.update(f"{name}/{file.name}\0{hashlib.sha256(content).hexdigest()}\0".encode())
         return digest.hexdigest()
 
+    @property
+    def shorter_texts(self) -> int | None:
+        """Tokens of the longest text that the last tokenizer takes, where that is less than the pipeline's default; else None."""
+        parameter = inspect.signature(self.kind.__call__).parameters.get(LENGTH)
+        names = sorted(name for name, part in components(self.folder).items() if name.startswith("tokenizer") and part)
+        file = self.folder / names[-1] / "tokenizer_config.json" if names else None
+        if parameter is None or type(parameter.default) is not int or file is None or not file.is_file():
+            return None
+        limit = read_json_object(file).get("model_max_length")
+        return limit if type(limit) is int and 0 < limit < parameter.default else None
+
     def opened(self, device: torch.device, dtype: str | None = None) -> Any:
         """The pipeline, as of `opened_pipeline`."""
         kind = None if dtype is None else getattr(torch, dtype)
@@ -226,7 +239,7 @@ def pipeline_of(
     transformer. folder: the pipeline, where neither says it. component: the transformer's name in it, where it has several.
     Raises UserError where there is none, and where the model does not fit.
     """
-    path = Path(source)
+    path = shipped_models().get(source, Path(source))
     if not exists(path) and HUB_ID.fullmatch(source) and not path.parent.exists():
         path = fetch_pipeline(source)
     if (path / INDEX).is_file() and folder is None:

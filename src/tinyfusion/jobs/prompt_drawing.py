@@ -15,7 +15,7 @@ from torch import Tensor
 from tinyfusion.config.recipe import PipelineSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
-from tinyfusion.jobs.pipelines import REFUSALS, ModelPipeline
+from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, ModelPipeline
 
 _DEFAULTS = ("num_inference_steps", "guidance_scale", "true_cfg_scale")  # of a pipeline, which the protocol states
 
@@ -27,6 +27,7 @@ def pipeline_arguments(source: ModelPipeline, settings: PipelineSection) -> dict
             "num_inference_steps": settings.num_steps, "guidance_scale": settings.guidance,
             "true_cfg_scale": settings.true_guidance, "negative_prompt": settings.negative_prompt,
             "height": settings.height, "width": settings.width, "num_frames": settings.frames,
+            LENGTH: settings.max_tokens or source.shorter_texts,
         }
     )  # fmt: skip
 
@@ -37,11 +38,13 @@ def pipeline_protocol(source: ModelPipeline, recipe: Recipe, prompts_hash: str, 
     stated = {name: parameters[name].default for name in _DEFAULTS if name in parameters}
     stated |= pipeline_arguments(source, settings)
     negative = stated.pop("negative_prompt", None)
+    tokens = stated.pop(LENGTH, None)
     height, width, frames = (stated.pop(name, None) for name in ("height", "width", "num_frames"))
     size = f"{height or 'default height'} x {width or 'default width'}" + (f" x {frames} frames" if frames else "")
     steps = f"{stated.pop('num_inference_steps', 'default')} steps"
     guidance = "".join(f", {name} {value:g}" for name, value in stated.items() if isinstance(value, int | float))
     how = f"{source.kind.__name__} {source.rest_hash[:8]}, {steps}{guidance}, {size}"
+    how += f", texts of {tokens} tokens" if tokens else ""
     how += f", negative prompt {negative!r}" if negative else ""
     return f"{num_images} images | {how} | prompts {prompts_hash[:8]} in turn | {dtype} | seed {recipe.seed}"
 

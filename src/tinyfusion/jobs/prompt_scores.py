@@ -14,8 +14,10 @@ import numpy as np
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
 from tinyfusion.core.records import read_record
+from tinyfusion.data.captioned_digits import digit_of
 from tinyfusion.data.image_source import ImageSource, read_labels
 from tinyfusion.evaluate.clip import ClipScorer, open_clip
+from tinyfusion.evaluate.features import DIGITS_FEATURES, FeatureExtractor
 from tinyfusion.jobs.pipelines import read_prompts
 
 _READ_BYTES = 2**26  # of images at a time
@@ -60,9 +62,7 @@ def open_prompt_scores(clip: str, samples: Path, images: ImageSource, file: Path
     file: of the prompts; None: those in the record of the npz. Image i has the prompt of its label (arr_1). Raises UserError
     where an image has none, and where the record says that other prompts were drawn.
     """
-    record = read_record(samples.with_suffix(".json")) if samples.suffix == ".npz" else None
-    drawn = record.get("prompts") if isinstance(record, dict) else None
-    drawn = drawn if isinstance(drawn, list) and all(isinstance(each, str) for each in drawn) else None
+    drawn = _drawn_prompts(samples)
     prompts = drawn if file is None else read_prompts(file)
     if prompts is None:
         raise UserError(
@@ -86,3 +86,30 @@ def open_prompt_scores(clip: str, samples: Path, images: ImageSource, file: Path
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(prompts):
         raise UserError(f"{samples} has labels {labels.min()} to {labels.max()}, and there are {len(prompts)} prompts")
     return PromptScores(open_clip(clip, device), [prompts[label] for label in labels.tolist()])
+
+
+def _drawn_prompts(samples: Path) -> list[str] | None:
+    """The prompts in the record of an npz; None where there are none."""
+    record = read_record(samples.with_suffix(".json")) if samples.suffix == ".npz" else None
+    drawn = record.get("prompts") if isinstance(record, dict) else None
+    return drawn if isinstance(drawn, list) and all(isinstance(each, str) for each in drawn) else None
+
+
+def prompt_accuracy(samples: Path, images: ImageSource, extractor: FeatureExtractor) -> dict[str, float]:
+    """The share of drawn digits that the classifier takes for those of their prompts, as {"prompt_accuracy": share}.
+
+    Empty where the features are not those of the digits, and where a prompt names no digit.
+    """
+    prompts, labels = _drawn_prompts(samples), read_labels(samples)
+    if extractor.name != DIGITS_FEATURES or not prompts or labels is None or labels.shape != (len(images),):
+        return {}
+    wanted = [digit_of(prompt) for prompt in prompts]
+    if None in wanted or labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < len(prompts):
+        return {}
+    logits = [extractor(batch).logits for batch in images.read(extractor.batch_size)]
+    named = np.array(wanted)[labels]
+    return {
+        "prompt_accuracy": float(
+            (np.concatenate([each for each in logits if each is not None]).argmax(1) == named).mean()
+        )
+    }
