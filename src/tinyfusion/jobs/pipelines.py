@@ -98,6 +98,17 @@ def transformer_in(pipeline: Path, component: str | None, blocks: Path | None) -
     return open_transformer(folders[name], rows)
 
 
+def shorter_texts(kind: Any, folder: Path) -> int | None:
+    """Tokens of the longest text that a pipeline's last tokenizer takes, where they are fewer than its class has by default; else None."""
+    default = getattr(inspect.signature(kind.__call__).parameters.get(LENGTH), "default", None)
+    names = sorted(name for name, part in components(folder).items() if name.startswith("tokenizer") and part)
+    file = folder / names[-1] / "tokenizer_config.json" if names else None
+    if type(default) is not int or file is None or not file.is_file():
+        return None
+    limit = read_json_object(file).get("model_max_length")
+    return limit if type(limit) is int and 0 < limit < default else None
+
+
 def pipeline_folder(source: str) -> Path:
     """The folder of a pipeline, fetched where it is a hub id. Raises UserError where there is none."""
     path = shipped_models().get(source, Path(source))
@@ -202,17 +213,6 @@ class ModelPipeline:
                         content = file.read_bytes()
                     digest.update(f"{name}/{file.name}\0{hashlib.sha256(content).hexdigest()}\0".encode())
         return digest.hexdigest()
-
-    @property
-    def shorter_texts(self) -> int | None:
-        """Tokens of the longest text that the last tokenizer takes, where that is less than the pipeline's default; else None."""
-        parameter = inspect.signature(self.kind.__call__).parameters.get(LENGTH)
-        names = sorted(name for name, part in components(self.folder).items() if name.startswith("tokenizer") and part)
-        file = self.folder / names[-1] / "tokenizer_config.json" if names else None
-        if parameter is None or type(parameter.default) is not int or file is None or not file.is_file():
-            return None
-        limit = read_json_object(file).get("model_max_length")
-        return limit if type(limit) is int and 0 < limit < parameter.default else None
 
     def opened(self, device: torch.device, dtype: str | None = None) -> Any:
         """The pipeline, as of `opened_pipeline`."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from tinyfusion.config.recipe import PipelineSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
-from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, ModelPipeline
+from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, ModelPipeline, shorter_texts
 
 _DEFAULTS = ("num_inference_steps", "guidance_scale", "true_cfg_scale")  # of a pipeline, which the protocol states
 
@@ -27,7 +27,7 @@ def pipeline_arguments(source: ModelPipeline, settings: PipelineSection) -> dict
             "num_inference_steps": settings.num_steps, "guidance_scale": settings.guidance,
             "true_cfg_scale": settings.true_guidance, "negative_prompt": settings.negative_prompt,
             "height": settings.height, "width": settings.width, "num_frames": settings.frames,
-            LENGTH: settings.max_tokens or source.shorter_texts,
+            LENGTH: settings.max_tokens or shorter_texts(source.kind, source.folder),
         }
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.families.diffusers_classes.folder import INDEX
-from tinyfusion.jobs.pipelines import REFUSALS
+from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, shorter_texts
 from tinyfusion.models.autoencoder import quiet_libraries, quiet_logs
 
 POOLED = "pooled"
@@ -59,7 +59,6 @@ _BATCH_AXES = {"llama": 1}  # where it is not the first
 _ENCODERS = ("text_encoder", "tokenizer", "processor", "text_processor")  # beginnings of the names of components
 _NOT_PASSED = {"self", "prompt", "device", "dtype", "num_images_per_prompt", "num_videos_per_prompt", "lora_scale",
                "do_classifier_free_guidance"}  # fmt: skip
-LENGTH = "max_sequence_length"
 _LARGEST_LENGTH = 10**6  # of a tokenizer without a limit transformers gives a larger number
 _MOST_AT_ONCE = 16  # prompts
 
@@ -235,6 +234,8 @@ def prompt_encoder(folder: Path, kind: Any, device: torch.device, max_tokens: in
 
     A device that cannot hold all of them holds them in turn. Raises UserError where they cannot be opened.
     """
+    if max_tokens is None and LENGTH in inspect.signature(kind.encode_prompt).parameters:
+        max_tokens = shorter_texts(kind, folder)
     row, arguments = results_of(kind), encoding_arguments(kind, max_tokens)
     parts = encoder_parts(folder)
     index = read_json_object(folder / INDEX)
