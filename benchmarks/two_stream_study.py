@@ -27,8 +27,8 @@ from shared import spread, table
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json
-from tinyfusion.data.batches import ShuffledBatches, jitter
-from tinyfusion.data.captioned_digits import DIGIT_PROMPTS, PHRASINGS, captioned, digit_of
+from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.data.captioned_digits import DIGIT_PROMPTS, PHRASINGS, digit_of, jittered
 from tinyfusion.data.digits import ImageSet, load_digits
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance
@@ -59,16 +59,6 @@ LEARNED: dict[str, dict[str, Any]] = {
 CRITERIA = ("bi", "sensitivity", "min-loss", "flux-lite", "first", "random")
 
 
-def moved_latents(autoencoder: Any) -> ImageSet:
-    """Latents of `COPIES` of every training digit, each with a phrasing."""
-    images = captioned(load_digits(), COPIES)
-    moved = torch.from_numpy(images.x)
-    for first in range(0, len(moved), 1437):
-        part = moved[first : first + 1437]
-        moved[first : first + 1437] = jitter(part, Randomness(1).at(first, 0, len(part)), 0.5)
-    return dataclasses.replace(images, x=encoded_images(autoencoder, moved).numpy())
-
-
 class Yardstick:
     """A shipped pipeline, its teacher and data, and the measures of its students."""
 
@@ -95,7 +85,8 @@ class Yardstick:
     @cached_property
     def latents(self) -> ImageSet:
         """The training data."""
-        return moved_latents(self.pipeline.vae)
+        images = jittered(load_digits(), COPIES)
+        return dataclasses.replace(images, x=encoded_images(self.pipeline.vae, torch.from_numpy(images.x)).numpy())
 
     def source(self, seed: int) -> ShuffledBatches:
         """Batches of the training data."""
