@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 import tinyfusion as tf
 from make_two_stream_yardsticks import BATCH, DROP, SHIFT, STEPS, encoded_images, encoded_texts
@@ -27,8 +28,8 @@ from shared import spread, table
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json
-from tinyfusion.data.batches import ShuffledBatches, jitter
-from tinyfusion.data.captioned_digits import DIGIT_PROMPTS, PHRASINGS, captioned, digit_of
+from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.data.captioned_digits import DIGIT_PROMPTS, PHRASINGS, digit_of, jittered
 from tinyfusion.data.digits import ImageSet, load_digits
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance
@@ -56,17 +57,13 @@ LEARNED: dict[str, dict[str, Any]] = {
         "distribution": "runs", "gate_learning_rate": 1e-2, "scaling": (5.0, 40.0), "keep_deltas": True,
     },
 }  # fmt: skip
+_SUBSET = LEARNED["learned subset merged"]
+SIDES = {
+    "flux": {
+        f"learned subset merged {a}+{b}": _SUBSET | {"scheme": f"{a}:4;{b}:8"} for a, b in ((4, 2), (3, 3), (1, 5))
+    }
+}
 CRITERIA = ("bi", "sensitivity", "min-loss", "flux-lite", "first", "random")
-
-
-def moved_latents(autoencoder: Any) -> ImageSet:
-    """Latents of `COPIES` of every training digit, each with a phrasing."""
-    images = captioned(load_digits(), COPIES)
-    moved = torch.from_numpy(images.x)
-    for first in range(0, len(moved), 1437):
-        part = moved[first : first + 1437]
-        moved[first : first + 1437] = jitter(part, Randomness(1).at(first, 0, len(part)), 0.5)
-    return dataclasses.replace(images, x=encoded_images(autoencoder, moved).numpy())
 
 
 class Yardstick:
@@ -95,7 +92,8 @@ class Yardstick:
     @cached_property
     def latents(self) -> ImageSet:
         """The training data."""
-        return moved_latents(self.pipeline.vae)
+        images = jittered(load_digits(), COPIES)
+        return dataclasses.replace(images, x=encoded_images(self.pipeline.vae, torch.from_numpy(images.x)).numpy())
 
     def source(self, seed: int) -> ShuffledBatches:
         """Batches of the training data."""
@@ -153,14 +151,15 @@ class Yardstick:
 
 def planned(stick: Yardstick, plan: str, seed: int) -> tuple[Any, int]:
     """The student of a plan, and the images of its search."""
-    if plan not in LEARNED:
+    learned = LEARNED | SIDES.get(stick.kind, {})
+    if plan not in learned:
         batches = CALIBRATION // SEARCH_BATCH
         student = tf.prune_model(
             stick.teacher, plan, task=stick.objective, batches=stick.source(seed), num_batches=batches, seed=seed
         )
         return student, 0
     steps = stick.images // 3 // SEARCH_BATCH
-    settings = dict(LEARNED[plan])
+    settings = dict(learned[plan])
     if "scheme" not in settings:
         kept = [depth // 2 for depth in stick.teacher.stack.depths().values()]
         settings["scheme"] = HALF[stick.kind].format(*kept)
@@ -194,6 +193,32 @@ def outcome(stick: Yardstick, plan: str, method: str, seed: int) -> dict[str, An
     return values
 
 
+def block_influence(stick: Yardstick) -> dict[str, list[float | None]]:
+    """1 - mean cosine between input and output of each block, of the image and of the text stream, over held-out digits."""
+    means: dict[str, list[float | None]] = {"image": [], "text": []}
+    sums: dict[tuple[int, str], list[float]] = {}
+
+    def hook(block: int) -> Any:
+        def measure(_module: Any, _args: Any, given: dict[str, Any], output: Any) -> None:
+            before = {"text": given.get("encoder_hidden_states"), "image": given.get("hidden_states")}
+            for (stream, x), y in zip(before.items(), output, strict=True):
+                if x is not None and y is not None:
+                    cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1)
+                    sums.setdefault((block, stream), []).append(float(1 - cosine.mean()))
+
+        return measure
+
+    hooks = [block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(stick.teacher.stack)]
+    stick.loss(stick.teacher.module, 2)
+    for each in hooks:
+        each.remove()
+    for stream, values in means.items():
+        for block in range(len(hooks)):
+            found = sums.get((block, stream))
+            values.append(None if found is None else float(np.mean(found)))
+    return means
+
+
 def teacher_outcome(stick: Yardstick, seeds: list[int]) -> dict[str, Any]:
     """The results of the teacher, and the loss that removing each block adds."""
     file = stick.runs / "teacher.json"
@@ -208,8 +233,10 @@ def teacher_outcome(stick: Yardstick, seeds: list[int]) -> dict[str, Any]:
             added = stick.loss(stick.teacher.module, 8) - base
         errors = float(added.std(ddof=1) / np.sqrt(len(added)))
         removed[str(block)] = {"added": float(added.mean()), "standard_errors": float(added.mean()) / errors}
+    influence = block_influence(stick)
     results = {str(seed): stick.drawn(stick.teacher.module, seed) for seed in seeds}
     values = {"loss": float(base.mean()), "removed": removed, "depths": stick.teacher.stack.depths(), "seeds": results}
+    values |= {"influence": influence}
     write_json(file, values)
     return values
 
@@ -223,6 +250,15 @@ def rows(runs: Path) -> list[str]:
         ["added loss", *(f"{block['added']:.4f}" for block in blocks)],
         ["standard errors", *(f"{block['standard_errors']:.0f}" for block in blocks)],
     )
+    for stream, scores in teacher["influence"].items():
+        known = [(score, block["added"]) for score, block in zip(scores, blocks, strict=True) if score is not None]
+        rank = spearmanr(*zip(*known, strict=True)).statistic
+        cells = ["-" if score is None else f"{score:.3f}" for score in scores]
+        lines.append(
+            "| "
+            + " | ".join([f"block influence, {stream} stream (rank correlation with the loss {rank:.2f})", *cells])
+            + " |"
+        )
     jobs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for file in sorted(runs.glob("*--*.json")):
         values = read_json(file)

@@ -19,7 +19,9 @@ import numpy as np
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory, check_plain, explained, parse_json, read_text, unreadable
 from tinyfusion.data import parquet
+from tinyfusion.data.captioned_digits import captioned_pictures
 from tinyfusion.data.clips import MOVING, VIDEOS, clips_below
+from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.folders import pictures_below, printable
 from tinyfusion.data.originals import WEBDATASET, Contents, Originals, fingerprint_of, read_file, tar_entries
 from tinyfusion.data.picture import SUFFIXES
@@ -46,7 +48,7 @@ class Captioned:
 
 
 def open_captioned(name: str, column: str | None = None, clips: bool = False) -> Captioned:
-    """Open a folder, a .jsonl file, or a set by its prefix: parquet, hub, webdataset.
+    """Open a folder, a .jsonl file, a set by its prefix (parquet, hub, webdataset), or `digits`: those of scikit-learn, with texts.
 
     column: name of the captions in parquet files and JSON; None: text, caption or prompt. clips: videos and folders of frames in
     place of pictures. Raises UserError where pictures or captions are missing, damaged or empty.
@@ -55,6 +57,9 @@ def open_captioned(name: str, column: str | None = None, clips: bool = False) ->
         raise UserError(
             f"{name}: videos are read from a folder or a .jsonl file; to take pictures, leave encode.frames at 1"
         )
+    if name == REAL_SETS[0]:
+        captions, contents = captioned_pictures()
+        return _table(name, captions, contents, iter(()))
     if name.startswith(parquet.WHOLE + parquet.STREAMED):
         return _of_parquet(name, column)
     if name.startswith(WEBDATASET):
@@ -67,7 +72,7 @@ def open_captioned(name: str, column: str | None = None, clips: bool = False) ->
         kind = WEBDATASET if path.suffix == ".tar" else parquet.PARQUET
         raise UserError(f"{name} is a file: wanted a folder or {LINES[0]}; for a tar or parquet file say {kind}{name}")
     if not path.is_dir():
-        others = f"a .jsonl file, {parquet.PARQUET}PATH, {parquet.HUB}ORG/NAME or {WEBDATASET}PATH"
+        others = f"{REAL_SETS[0]}, a .jsonl file, {parquet.PARQUET}PATH, {parquet.HUB}ORG/NAME or {WEBDATASET}PATH"
         raise UserError(f"no pictures at {name}: wanted a folder of them, {others}")
     return _of_folder(name, path, column, clips)
 
