@@ -107,6 +107,8 @@ KINDS = (
     )),
     Kind("classifier", "classifier", (f"{EVALUATE} --reference digits --samples {{m}}/images.npz --set evaluate.features={{i}}",)),
     Kind("DINOv2", "dino", (f"{EVALUATE} --reference digits --samples {{m}}/images.npz --set evaluate.features=dinov2:{{i}}",)),
+    Kind("CLIP", "clip", (f"{EVALUATE} --samples {{m}}/prompted/x.npz --clip {{i}}",)),
+    Kind("samples of prompts", "prompted", (f"{EVALUATE} --samples {{i}}/x.npz --clip {{m}}/clip --against {{m}}/prompted/x.npz",)),
     Kind("TorchScript", "net.pt", (f"{EVALUATE} --reference digits --samples {{m}}/images.npz --set evaluate.features={{i}}",)),
     Kind("run", "run", (
         "report {i} --out page.html", "report {i} {m}/run --out page.html", "replay {i} --step 1",
@@ -175,6 +177,10 @@ def _arrays(folder: Path) -> None:
     np.savez_compressed(folder / "floats.npz", images.astype(np.float32) / 127.5 - 1, labels)
     mean, covariance = rng.normal(size=8), np.eye(8)
     np.savez(folder / "moments.npz", arr_0=images, mu=mean, sigma=covariance, mu_s=mean, sigma_s=covariance)
+    (folder / "prompted").mkdir()
+    np.savez(folder / "prompted" / "x.npz", rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8), np.arange(3))
+    record = {"protocol": "3 images | seed 0", "num_images": 3, "prompts": ["a", "b c", "cab"]}
+    (folder / "prompted" / "x.json").write_text(json.dumps(record), encoding="utf-8")
     for name in ("features", "labels"):
         (folder / "features" / f"small_{name}").mkdir(parents=True)
     for i in range(NUM):
@@ -225,10 +231,30 @@ def _networks(folder: Path) -> None:
     torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1))).save(folder / "net.pt")
     try:
         from transformers import Dinov2Config, Dinov2Model
-    except ImportError:  # the kind then shows what is said without it
+
+        _clip(folder / "clip")
+    except ImportError:  # the kinds then show what is said without it
+        (folder / "clip").mkdir()
+        (folder / "clip" / "config.json").write_text('{"model_type": "clip"}', encoding="utf-8")
         (folder / "dino").mkdir()
         (folder / "dino" / "config.json").write_text('{"model_type": "dinov2"}', encoding="utf-8")
         return
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)).save_pretrained(folder / "dino")
     save_file({"proj_out.bias": torch.zeros(32)}, folder / "other.safetensors")
+
+
+def _clip(folder: Path) -> None:
+    """A CLIP model of three letters for pictures of 16 pixels."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    words = ["a", "b", "c", "a</w>", "b</w>", "c</w>", "<|startoftext|>", "<|endoftext|>"]
+    text = dict(vocab_size=8, max_position_embeddings=8, bos_token_id=6, eos_token_id=7, pad_token_id=7)
+    vision = dict(image_size=16, patch_size=8)
+    CLIPModel(CLIPConfig(text_config=sizes | text, vision_config=sizes | vision, projection_dim=8)).save_pretrained(
+        folder
+    )
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)

@@ -480,6 +480,10 @@ def test_the_source_of_a_pipeline_is_found(place: Path, tmp_path: Path) -> None:
     student = place / "runs" / "student"
     inside = pipeline_of(str(place / "flux" / "transformer"), None)
     alone = pipeline_of(str(student / "student"), None, str(place / "flux"))
+    words = ["prune", "--teacher", student, "--keep", "0,2,3", "--out", tmp_path / "again"]  # a student of a student
+    assert cli.main(list(map(str, words))) == 0
+    again = pipeline_of(str(tmp_path / "again"), None)
+    assert again.folder == place / "flux" and again.rest_hash == inside.rest_hash and again.models["transformer"].lineage[1:]
     words = ["export", "--model", student, "--to", "diffusers", "--pipeline", "--out", tmp_path / "light"]
     assert cli.main(list(map(str, words))) == 0
     light = pipeline_of(str(tmp_path / "light"), None)
