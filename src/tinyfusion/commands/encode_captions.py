@@ -21,6 +21,7 @@ from tinyfusion.core.launch import launched_processes, launched_rank
 from tinyfusion.core.progress import progress, say
 from tinyfusion.core.ranks import wait_for_files, wait_until
 from tinyfusion.core.rundir import ENCODE_PROMPTS, RunDirectory, check_space, read_json
+from tinyfusion.core.tensors import read_metadata
 from tinyfusion.data.buckets import write_bucket_manifest
 from tinyfusion.data.latents import MANIFEST, read_manifest, verify, write_manifest
 from tinyfusion.data.originals import changed
@@ -97,22 +98,21 @@ def _write_prompts(job: Job, recipe: Recipe, out: Path, world: int) -> int:
     if not file.path.is_file():
         writers = {file.chunk(k): k % world for k in range(file.num_chunks)}
         wait_for_files(writers, world, recipe.compute.timeout_s)
-    counts = [0]
 
     def joined(notes: list[dict[str, str]]) -> dict[str, str]:
-        counts[0] = sum(int(note.get(_LONGER, "0")) for note in notes)
-        return {**(about or {"tinyfusion": notes[0]["tinyfusion"]}), _LONGER: str(counts[0])}
+        longer = sum(int(note.get(_LONGER, "0")) for note in notes)
+        return {**(about or {"tinyfusion": notes[0]["tinyfusion"]}), _LONGER: str(longer)}
 
     file.join(joined)
     write_texts(out, job.texts)
-    if counts[0]:
-        total = f"{counts[0]:,} of {len(job.texts):,}"
+    if longer := int(read_metadata(file.path).get(_LONGER, "0")):
+        total = f"{longer:,} of {len(job.texts):,}"
         say(
             [
                 f"captions of more tokens than the encoder reads, whose ends are not read: {total} (encode.max_tokens allows more)"
             ]
         )
-    return counts[0]
+    return longer
 
 
 def _write_chunks(job: Job, recipe: Recipe, out: Path) -> dict[str, str] | None:

@@ -19,14 +19,14 @@ NAMES = (EMBEDDINGS, MASK, _LENGTHS, *_OLDER)  # that a file may have
 def text_table(tensors: Mapping[str, Tensor]) -> Condition:
     """The table of K texts, by label, from tensors of K + 1 rows whose last one is the null text.
 
-    embeddings (K + 1, N, E); mask (K + 1, N) or lengths (K + 1,), or neither without padding; other tensors with a row per text.
-    Returns views, so rows of a mapped file are read when they are indexed. Raises ValueError where shapes do not fit or a text
-    has no token.
+    embeddings (K + 1, N, E), or with more axes behind the tokens; mask (K + 1, N) or lengths (K + 1,), or neither without padding;
+    other tensors with a row per text. Returns views, so rows of a mapped file are read when they are indexed. Raises ValueError
+    where shapes do not fit or a text has no token.
     """
     named = {_OLDER.get(name, name): tensor for name, tensor in tensors.items()}
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items()) or "nothing"
     embeddings = named.get(EMBEDDINGS)
-    if embeddings is None or embeddings.ndim != 3 or not embeddings.is_floating_point() or len(embeddings) < 2:
+    if embeddings is None or embeddings.ndim < 3 or not embeddings.is_floating_point() or len(embeddings) < 2:
         wanted = "floats embeddings (K + 1, tokens, channels), the null text last"
         raise ValueError(f"encoded texts are {wanted}; got {shapes}")
     if _LENGTHS in named:

@@ -116,7 +116,8 @@ def decode_frames(content: bytes, where: str, size: Size, frames: int) -> Pictur
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     pixels: list[np.ndarray] = []
     with _room_for(image, len(content) * frames, where), image:
-        there = getattr(image, "n_frames", 1)
+        with _reading(where):
+            there = getattr(image, "n_frames", 1)
         check_frames(there, frames, where)
         for index in range(frames):
             with _reading(where):

@@ -41,7 +41,7 @@ RESULTS: Mapping[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
                     (_E, _NE, _P, _NP)),
     **dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "SanaPAGPipeline",
-                     "SanaVideoPipeline", "LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline", "MochiPipeline",
+                     "SanaVideoPipeline", "LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline",
                      "LuminaPipeline", "Lumina2Pipeline", "AllegroPipeline", "PRXPipeline"), _MASKED),
     **dict.fromkeys(("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", "Krea2Pipeline",
                      "SanaSprintPipeline"), (_E, _M)),
