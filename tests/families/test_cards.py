@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_images import IMAGES
 from torch import nn
 
+import tinyfusion as tf
 from tinyfusion.blocks.forwards import standing_in
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
-from tinyfusion.jobs.cards import WAYS, card_lines, counted, way_plan
+from tinyfusion.conditioning.condition import Condition
+from tinyfusion.jobs.cards import WAYS, Counted, card_lines, counted, lines_of_large, way_plan
 from tinyfusion.jobs.footprint import LiveBytes, _block_bytes, _StandIn
+from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.training.lora import add_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
@@ -79,11 +84,16 @@ def wan(depth: int = 40, latent: tuple[int, int, int] = (21, 60, 104)) -> Model:
 SMALL = dict(num_attention_heads=2, attention_head_dim=128, tokens=64, texts=32)
 
 
+@pytest.fixture(scope="module")
+def fake() -> Counted:
+    """1 + 1 narrow blocks, counted and measured without memory."""
+    return counted(*flux(1, 1, **SMALL))
+
+
 @pytest.mark.parametrize("update", ["full", "lora"])
-def test_fake_tensors_measure_what_real_ones_take(update: str) -> None:
+def test_fake_tensors_measure_what_real_ones_take(fake: Counted, update: str) -> None:
     """The same small model, once faked and once run: retained, transient and passing bytes of both kinds of blocks."""
-    build, run = flux(2, 2, **SMALL)
-    fake = counted(build, run)
+    build, run = flux(1, 1, **SMALL)
     module, stack = build()
     if update == "lora":
         low(module)
@@ -119,9 +129,9 @@ def test_published_sizes_are_counted_on_the_meta_device() -> None:
 
 def test_the_table_of_flux() -> None:
     """Weights and states against a sum by hand, and what fits where."""
-    model, kept = counted(*flux()), {"transformer_blocks": 8, "single_transformer_blocks": 20}
+    model = counted(*flux(1, 1)).repeated({"transformer_blocks": 19, "single_transformer_blocks": 38})
+    kept = {"transformer_blocks": 8, "single_transformer_blocks": 20}
     assert model.numbers == 11_901_408_320
-    assert model.blocks[:19] == [model.blocks[0]] * 19 and model.blocks[19:] == [model.blocks[19]] * 38
     student = 8 * model.blocks[0] + 20 * model.blocks[19] + sum(model.outside)
     lean = way_plan(model, kept, next(way for way in WAYS if way.update == "full" and way.storage == "own"))
     assert lean.sizes["trained_weights"] == lean.sizes["gradients"] == 2 * student
@@ -139,3 +149,22 @@ def test_the_table_of_flux() -> None:
     assert fitting["recover low-rank updates, teacher shared"] == [False, True, True]
     assert fitting["recover all weights, bfloat16, 8-bit moments, teacher streamed"] == [False, True, True]
     assert fitting["recover all weights in float32"] == [False, False, False]
+
+
+def test_a_dry_run_shows_the_ways_of_a_large_transformer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = next(each for each in IMAGES if each.name == "FluxTransformer2DModel")
+    tiny.model().save_pretrained(tmp_path / "flux")
+    model, call = tf.open_model(tmp_path / "flux"), tiny.given(1)
+    assert isinstance(model, TransformerModel)
+    config = model.folder.config
+    model.latent_shape = (config["in_channels"] // 4, 4, 4)
+    model.prompts = Condition({"embeddings": call["encoder_hidden_states"], "pooled": call["pooled_projections"]})
+    kept = dict.fromkeys(model.stack.depths(), 1)
+    assert lines_of_large(model, kept) == [], "a small one"
+    monkeypatch.setattr("tinyfusion.jobs.cards.LARGE", 0)
+    by_data = lines_of_large(model, kept)
+    assert len(by_data) == 3 + len(WAYS) and by_data[0].startswith("ways to train it")
+    assert all(line.split()[-1] != "fit" for line in by_data[3:]), "a tiny one fits everywhere"
+    model.example = {name: value for name, value in call.items() if name != "return_dict"}
+    by_call = lines_of_large(model, kept)
+    assert len(by_call) == len(by_data)

@@ -15,16 +15,20 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.blocks.stack import BlockStack, num_parameters
 from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.jobs.estimate import CARDS_GIB, FREE_SHARE, GIB, MemoryPlan, fits, memory_plan
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, Measured, measured_stack
+from tinyfusion.models.loaded import LoadedModel
+from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.training.lora import add_lora
 
 Build = Callable[[], tuple[nn.Module, BlockStack]]  # on the meta device, in any type
 Run = Callable[[nn.Module], Any]  # one call of the model for one image, whose tensors it makes on the default device
+LARGE = 1_000_000_000  # parameters from which on a dry run shows ways to train a model
 _LOW = 2  # bytes of bfloat16, in which models of this size are published
 _LORA_RANKS = {"learn": 8, "recover": 64}
 _BITS = {"float8": 8.0, "nf4": 4 + 32 / 64}
@@ -68,6 +72,19 @@ class Counted:
     low_rank: tuple[tuple[int, ...], ...]  # in, and out, of the linear layers of every block
     outside_low_rank: tuple[int, ...]
     measured: Mapping[str, Measured]  # by update
+
+    def repeated(self, depths: Mapping[str, int]) -> Counted:
+        """The model with the first block of every list so many times, which is the deeper model where blocks are alike."""
+        order = [self.lists.index(name) for name in dict.fromkeys(self.lists) for _ in range(depths[name])]
+
+        def each(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[i] for i in order)
+
+        measured = {name: dataclasses.replace(m, blocks=each(m.blocks)) for name, m in self.measured.items()}
+        return dataclasses.replace(
+            self, lists=each(self.lists), tensors=each(self.tensors), linears=each(self.linears), low_rank=each(self.low_rank),
+            measured=measured,
+        )  # fmt: skip
 
     @property
     def blocks(self) -> list[int]:
@@ -183,3 +200,24 @@ def card_lines(model: Counted, kept: Mapping[str, int], ways: Sequence[Way] = WA
             f"  {way.title:{wide}}{f'{plan_of(1).total / GIB:,.1f} GiB':>12}" + "".join(f"{c:>14}" for c in cells)
         )
     return lines
+
+
+def lines_of_large(model: LoadedModel, kept: Mapping[str, int]) -> list[str]:
+    """`card_lines` of a transformer of diffusers in its training data; none of smaller models, and of others."""
+    if not isinstance(model, TransformerModel) or num_parameters(model.module) < LARGE:
+        return []
+
+    def build() -> tuple[nn.Module, BlockStack]:
+        module = model.folder.empty().to("meta")
+        return module, model.family.stack(module)
+
+    def run(module: nn.Module) -> Any:
+        if model.example is not None:
+            return module(
+                **tree_map_only(Tensor, lambda value: torch.zeros(value.shape, dtype=value.dtype), model.example)
+            )
+        assert model.latent_shape is not None and model.prompts is not None  # training needs both
+        one = model.prompts.each(lambda value: torch.zeros(1, *value.shape[1:], dtype=value.dtype))
+        return model.family.call(module, torch.zeros(1, *model.latent_shape), torch.ones(1), one)
+
+    return ["ways to train it, of which the recipe has one:", *card_lines(counted(build, run), kept)]

@@ -17,6 +17,7 @@ from tinyfusion.blocks.stack import BlockStack, num_parameters
 from tinyfusion.config.recipe import PruneSection, Recipe, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
+from tinyfusion.jobs.cards import lines_of_large
 from tinyfusion.jobs.estimate import Estimate, MemoryPlan, fitting_lines, memory_plan, rounded, step_seconds, time_after
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, footprint_of
 from tinyfusion.jobs.origins import making_run
@@ -117,6 +118,13 @@ class Training:
         log = 500 * (settings.made_steps // settings.log_every_steps + 100)
         return FLOAT_BYTES * (4 * trained * checkpoints + 2 * num_parameters(self.model.module)) + log
 
+    def kept_blocks(self, whole: LoadedModel) -> dict[str, int]:
+        """Blocks per list that the student has, or will have."""
+        if self.title != "prune":
+            return self.model.stack.depths()
+        share = self.objective.step_memory().graph_share
+        return {name: round(share * depth) for name, depth in whole.stack.depths().items()}
+
     def memory(self) -> tuple[Footprint, MemoryPlan]:
         """Memory of one process. Every process must call."""
         state, settings, engine = self.state, self.settings, self.engine
@@ -132,6 +140,7 @@ class Training:
         weights += num_parameters(teacher.module) if teacher else 0
         footprint, memory = self.memory()
         lines = [*memory.lines(), *fitting_lines(footprint, settings, compute, self.engine.world)]
+        lines += lines_of_large(teacher or model, self.kept_blocks(teacher or model))
         macs = 3 * model.macs()  # a backward pass costs two forward passes
         macs += teacher.macs() if teacher else 0
 
