@@ -88,12 +88,12 @@ def transformer_batches(recipe: Recipe, model: TransformerModel, source: Batches
     if not isinstance(source, LatentBatches | BucketBatches):
         raise UserError(
             f"a {model.folder.class_name} is trained on latents and encoded texts, and {name} are pictures: "
-            f"`tinyfusion encode {name} --pipeline PIPELINE --out FOLDER`, then --data {LATENTS}FOLDER"
+            f"`tinyfusion encode --data {name} --pipeline PIPELINE --out FOLDER`, then --data {LATENTS}FOLDER"
         )
     if model.prompts is None:
         raise UserError(
             f"{name} has no encoded texts, which a {model.folder.class_name} takes: encode captions with its pipeline, "
-            "`tinyfusion encode PICTURES --pipeline PIPELINE --out FOLDER`, or give --set data.prompts=FILE"
+            "`tinyfusion encode --data PICTURES --pipeline PIPELINE --out FOLDER`, or give --set data.prompts=FILE"
         )
     if source.classes > len(model.prompts):
         raise UserError(

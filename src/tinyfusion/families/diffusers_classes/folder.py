@@ -11,14 +11,14 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, manual_seed, nn
+from torch import Tensor, device, manual_seed, nn
 from torch.random import fork_rng
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import license_in, read_json_object
+from tinyfusion.core.reading import check_memory, license_in, read_json_object
 from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_lists
 from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, row_text, rows_in
 from tinyfusion.families.diffusers_classes.weights import (
@@ -188,7 +188,12 @@ def new_transformer(config: Mapping[str, Any], rows: Rows, seed: int) -> Transfo
     with fork_rng(devices=[]):
         manual_seed(seed)
         try:
+            with device("meta"):
+                num_bytes = 4 * sum(tensor.numel() for tensor in kind.from_config(own).state_dict().values())
+            check_memory(2 * num_bytes, "a new model of these sizes")
             module: Any = kind.from_config(own)
+        except UserError:  # a ValueError
+            raise
         except (TypeError, ValueError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
             raise UserError(f"model.sizes do not fit a {kind.__name__}: {error}") from error
     whole = {**dict(module.config), "_class_name": kind.__name__}
