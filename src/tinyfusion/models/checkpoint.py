@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from tinyfusion.blocks.plan import plan_from_json
 from tinyfusion.blocks.routers import is_router_key, settings_of
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.reading import check_memory, read_json_object
 from tinyfusion.core.rundir import atomic_write, write_json
 from tinyfusion.core.tensors import read_folder_weights, read_safetensors, read_tensor_file
 from tinyfusion.families.family import DIFFUSERS_RECORD, ModelFamily
@@ -28,7 +29,7 @@ from tinyfusion.families.registry import diffusers_classes, families, family_nam
 from tinyfusion.families.sizes import LARGEST_SIZE
 from tinyfusion.models.autoencoder import LARGEST_SCALE, SCALE_OF_CLASS, autoencoder_config
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS
-from tinyfusion.models.loaded import LoadedModel, ModelFacts, make_trainable, new_model, settings_in
+from tinyfusion.models.loaded import LoadedModel, ModelFacts, make_trainable, settings_in
 from tinyfusion.models.places import by_name, exists, is_shipped, model_folder, shipped_models
 from tinyfusion.models.statedicts import described_other, find_state_dict
 from tinyfusion.models.tensors import filled
@@ -44,6 +45,26 @@ _PUBLISHED_CLASSES = 1000  # of ImageNet, trained with a null class in all publi
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
+
+
+def new_model(family_name: str | None, arch_values: Mapping[str, Any], seed: int) -> LoadedModel:
+    """A freshly initialised model, without facts but its image size. Raises UserError on sizes that do not fit."""
+    if family_name is None:
+        raise UserError(f"a new model needs a family: --set model.family=NAME, one of {', '.join(families())}")
+    family = family_named(family_name)
+    try:
+        arch = family.arch_of_sizes(arch_values)
+        num_bytes = family.num_bytes(arch)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    check_memory(num_bytes, "a new model of these sizes")
+    with torch.random.fork_rng(devices=[]):  # layers are initialised from the global generator, which must not change
+        torch.manual_seed(seed)
+        module = family.build(arch)
+    if family.initialise is not None:
+        family.initialise(module, seed)
+    texts = family.texts.initial(arch, seed) if family.texts else None
+    return LoadedModel(module, family, arch, ModelFacts(image_size=arch.input_size), texts=texts)
 
 
 def model_record(model: LoadedModel) -> dict[str, Any]:

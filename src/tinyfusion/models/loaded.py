@@ -25,10 +25,8 @@ from tinyfusion.conditioning.classes import class_table
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_memory
 from tinyfusion.families.diffusers_classes.cutting import UnitList
 from tinyfusion.families.family import DiffusersExport, ModelFamily
-from tinyfusion.families.registry import families, family_named
 from tinyfusion.models.macs import macs_of_sizes
 from tinyfusion.training.shards import whole
 
@@ -382,23 +380,3 @@ def make_trainable(module: nn.Module, family: ModelFamily) -> nn.Module:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in family.computed)
     return module
-
-
-def new_model(family_name: str | None, arch_values: Mapping[str, Any], seed: int) -> LoadedModel:
-    """A freshly initialised model, without facts but its image size. Raises UserError on sizes that do not fit."""
-    if family_name is None:
-        raise UserError(f"a new model needs a family: --set model.family=NAME, one of {', '.join(families())}")
-    family = family_named(family_name)
-    try:
-        arch = family.arch_of_sizes(arch_values)
-        num_bytes = family.num_bytes(arch)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
-    check_memory(num_bytes, "a new model of these sizes")
-    with torch.random.fork_rng(devices=[]):  # layers are initialised from the global generator, which must not change
-        torch.manual_seed(seed)
-        module = family.build(arch)
-    if family.initialise is not None:
-        family.initialise(module, seed)
-    texts = family.texts.initial(arch, seed) if family.texts else None
-    return LoadedModel(module, family, arch, ModelFacts(image_size=arch.input_size), texts=texts)
