@@ -210,13 +210,26 @@ def test_images_of_a_batch_have_the_negative_prompt(place: Path) -> None:
     source = pipeline_of(str(place / "flux"), None)
     settings = PipelineSection(true_guidance=3.0, negative_prompt="grey", num_steps=2, height=16, width=16)
     pipeline, arguments = source.opened(torch.device("cpu")), pipeline_arguments(source, settings)
-    alone, batch = (np.concatenate(list(PromptDrawing(pipeline, PROMPTS, arguments, 0, n).images(0, 2))) for n in (1, 2))
+    alone, batch = (
+        np.concatenate(list(PromptDrawing(pipeline, PROMPTS, arguments, 0, n).images(0, 2))) for n in (1, 2)
+    )
     plain = next(PromptDrawing(pipeline, PROMPTS, SIZE, 0, 2).images(0, 2))
     assert np.abs(alone.astype(int) - batch).max() <= 1 and not np.array_equal(plain, batch)
 
 
-def test_a_dry_run_draws_nothing_and_sums_the_weights(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["sample", "--model", place / "flux", "--prompts", place / "prompts.txt", "--out", tmp_path / "x.npz", "--dry-run"]
+def test_a_dry_run_draws_nothing_and_sums_the_weights(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "sample",
+        "--model",
+        place / "flux",
+        "--prompts",
+        place / "prompts.txt",
+        "--out",
+        tmp_path / "x.npz",
+        "--dry-run",
+    ]
     assert cli.main(list(map(str, words))) == 0
     said = capsys.readouterr().out
     assert "weights      0.00 GiB: transformer 0.00" in said and "text_encoder_2 0.00" in said and "vae 0.00" in said
@@ -483,7 +496,11 @@ def test_the_source_of_a_pipeline_is_found(place: Path, tmp_path: Path) -> None:
     words = ["prune", "--teacher", student, "--keep", "0,2,3", "--out", tmp_path / "again"]  # a student of a student
     assert cli.main(list(map(str, words))) == 0
     again = pipeline_of(str(tmp_path / "again"), None)
-    assert again.folder == place / "flux" and again.rest_hash == inside.rest_hash and again.models["transformer"].lineage[1:]
+    assert (
+        again.folder == place / "flux"
+        and again.rest_hash == inside.rest_hash
+        and again.models["transformer"].lineage[1:]
+    )
     words = ["export", "--model", student, "--to", "diffusers", "--pipeline", "--out", tmp_path / "light"]
     assert cli.main(list(map(str, words))) == 0
     light = pipeline_of(str(tmp_path / "light"), None)

@@ -49,17 +49,17 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
         on_data = (learned and options.inputs is None) or looks_at_images(recipe.prune.criterion)
         typed = options.num_heads, options.family, on_data, options.num_classes, options.blocks
         teacher = open_teacher(recipe, *typed)
+        if isinstance(teacher, TransformerModel) and on_data and not recipe.data.name:
+            raise UserError(
+                f"criterion learned trains: for a {teacher.family.title} give --data {LATENTS}FOLDER, which `tinyfusion encode "
+                "--pipeline` makes of pictures with captions, or --inputs FILE, which `tinyfusion record` makes of prompts"
+            )
         recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, on_data)
         if recipe.destination:  # refuse before anything is learned
             narrower = recipe.prune.criterion == "width"
             student = teacher.cut(width_stand_in(teacher, recipe.prune)) if narrower else teacher
             student.made_for(recipe.destination)
         recorded = recorded_of(options.inputs, teacher)
-        if isinstance(teacher, TransformerModel) and learned and not recorded and not recipe.data.name:
-            raise UserError(
-                f"criterion learned trains: for a {teacher.family.title} give --data {LATENTS}FOLDER, which `tinyfusion encode "
-                "--pipeline` makes of pictures with captions, or --inputs FILE, which `tinyfusion record` makes of prompts"
-            )
         return Inputs(recipe, options, {"teacher": teacher}, {"teacher": recipe.teacher}, recorded=recorded)
 
     def work(self, inputs: Inputs, engine: Engine) -> MaskTraining | CriterionWork:

@@ -185,6 +185,8 @@ def new_transformer(config: Mapping[str, Any], rows: Rows, seed: int) -> Transfo
     if row is None:
         raise UserError(f"there is no row of blocks for a {kind.__name__}: give --blocks FILE")
     own = {name: value for name, value in config.items() if not name.startswith("_")}
+    if odd := sorted(set(own) - set(signature(kind.__init__).parameters)):
+        raise UserError(f"model.sizes: a {kind.__name__} has no {', '.join(odd)}")
     with fork_rng(devices=[]):
         manual_seed(seed)
         try:
