@@ -132,7 +132,9 @@ VERBS = {
         "--recipe digits --out runs/digits",
         (
             replace(_RECIPE, required=True), *_JOB[1:], *_OPENING, *_trains("prune.training", "recover.training"), _RUN_FOLDER,
-            _DATA, _FOR,
+            _DATA, _FOR, _INPUTS, _BLOCKS,
+            Option("prompts", "transformers of diffusers: prompts to draw, one a line or a JSON list (default captions of the data)",
+                   "PATH", ("data.prompts",)),
         ),
         parallel=True,
     ),

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import operator
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,16 @@ from tinyfusion.commands.evaluate import check_count, evaluate
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
 from tinyfusion.commands.report import render_run
+from tinyfusion.commands.run_transformer import run_transformer
 from tinyfusion.commands.sample import sample
+from tinyfusion.commands.stages import scores_file, stages_of, write_comparison
 from tinyfusion.config.loading import to_plain
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch
-from tinyfusion.core.files import file_label
 from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
-from tinyfusion.core.signals import check_stop
 from tinyfusion.data.digits import REAL_SETS
-from tinyfusion.data.images import read_images_npz, write_grid_png
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.timing import interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, open_teacher
@@ -50,6 +48,7 @@ from tinyfusion.jobs.sampling_setup import (
     timed_model,
 )
 from tinyfusion.jobs.scoring import open_reference
+from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.jobs.verbs import Inputs, Work, finished, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.context import list_groups
@@ -65,6 +64,13 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         raise UserError(
             f"recipe {recipe.name} is for the verb `dynamic`, it says nothing of pruning and recovery: tinyfusion dynamic --recipe "
             f"{recipe.name} --model {recipe.teacher or 'MODEL'}, or add those sections and --set dynamic.in_run=true"
+        )
+    known = bool(recipe.data.prompts or recipe.data.name)
+    if transformer := transformer_of(recipe.teacher, options.blocks, known):
+        return run_transformer(recipe, options, transformer)
+    if options.inputs is not None:
+        raise UserError(
+            f"--inputs is for transformers of diffusers, and {recipe.teacher} is a model of a family: leave it out"
         )
     engine = engine_for(recipe)
     teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
@@ -104,7 +110,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
 
 def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher: LoadedModel) -> None:
     """Every stage but the page."""
-    out, stage = options.out, _stages(folder)
+    out, stage = options.out, stages_of(folder)
     where = dataclasses.replace(options, overwrite=False)
     stage("prune", lambda: prune(recipe, dataclasses.replace(where, out=out / "prune")))
     stage("recover", lambda: recover(recipe, dataclasses.replace(where, out=out / "recover"), out / "prune"))
@@ -123,7 +129,7 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
     def step_of(model: LoadedModel, num_images: int) -> Callable[[], object]:
         return timed_model(model, recipe.sample, num_images, device_for(recipe), seed=recipe.seed).run
 
-    place = functools.partial(_evaluation, out)
+    place = functools.partial(scores_file, out)
     stage("pictures", lambda: write_pictures(recipe, out, teacher, open_model(student), step_of, place))
 
 
@@ -219,50 +225,13 @@ def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
     return PrunePlan(kept=kept, depth=depths, criterion="stand-in")
 
 
-def _stages(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
-    """A function that runs a stage and adds its seconds to run.json."""
-
-    def stage(name: str, work: Callable[[], Any]) -> None:
-        check_stop()
-        if not folder.writes:
-            work()
-            return
-        print(f"{name} ...", file=sys.stderr)
-        began = time.perf_counter()
-        try:
-            work()
-        finally:  # the time of an interrupted sitting counts
-            seconds = dict(folder.record().get("stages", {}))
-            seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - began, 2)
-            folder.mark("running", stages=seconds)
-
-    return stage
-
-
 def _sample(recipe: Recipe, options: RunOptions, models: dict[str, str]) -> None:
     for name, source in models.items():
         heads, classes = (options.num_heads, options.num_classes) if name == "teacher" else (None, None)
         family = options.family or (recipe.teacher_family if name == "teacher" else None)
         where = RunOptions(options.out / "samples" / f"{name}.npz", num_heads=heads, family=family, num_classes=classes)
         sample(recipe, where, source, options.out / "samples" / f"{name}.png")
-    _compare(options.out / "samples", list(models))
-
-
-def _compare(samples: Path, models: list[str]) -> None:
-    """A grid: a row of the same seeds for every model, the first image of each label, or the first ones of a single class."""
-    drawn = [read_images_npz(samples / f"{name}.npz") for name in models]
-    labels = drawn[0][1]
-    if labels is None or drawn[0][0].shape[-1] not in (1, 3):
-        return
-    _, first = np.unique(labels, return_index=True)
-    chosen = (first if len(first) > 1 else np.arange(len(labels)))[:20]
-    rows = np.concatenate([images[chosen] for images, _ in drawn])
-    write_grid_png(samples / "comparison.png", rows, len(chosen), max(1, 48 // rows.shape[1]))
-
-
-def _evaluation(out: Path, model: str, reference: str) -> Path:
-    """The file of the scores of a model against a reference (a name or a path)."""
-    return out / "evaluations" / f"{model}-{file_label(reference)}.json"
+    write_comparison(options.out / "samples", list(models))
 
 
 def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
@@ -270,12 +239,12 @@ def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
     references = recipe.evaluate.references
     for reference in references:
         for name in models:
-            options = RunOptions(_evaluation(out, name, reference))
+            options = RunOptions(scores_file(out, name, reference))
             examples = out / "samples" / "real.npz" if reference == references[0] and name == models[0] else None
             evaluate(recipe, options, out / "samples" / f"{name}.npz", reference, print_table=False, examples=examples)
         for real in [r for r in references if r != reference and r in REAL_SETS][:1]:
-            evaluate(recipe, RunOptions(_evaluation(out, "real", reference)), Path(real), reference, print_table=False)
-    write_json(out / "evaluation.json", read_json(_evaluation(out, models[-1], references[0])))
+            evaluate(recipe, RunOptions(scores_file(out, "real", reference)), Path(real), reference, print_table=False)
+    write_json(out / "evaluation.json", read_json(scores_file(out, models[-1], references[0])))
 
 
 def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
@@ -314,7 +283,7 @@ def _outcome(out: Path) -> dict[str, Any]:
     blocks, page = read_json(out / "prune" / "plan.json")["kept"], out / "report.html"
     first = read_json(out / "run.json")["recipe"]["evaluate"]["references"][0]
     words = {"teacher": "teacher", "pruned": "pruned", "student": "recovered", "dynamic": "dynamic"}
-    files = {word: _evaluation(out, name, first) for name, word in words.items()}
+    files = {word: scores_file(out, name, first) for name, word in words.items()}
     scores = {word: read_json(file) for word, file in files.items() if file.is_file()}
     kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
     numbers = " -> ".join(f"{score['fid']:.3g}" for score in scores.values())

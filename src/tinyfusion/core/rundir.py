@@ -43,7 +43,7 @@ __all__ = [
 _CONTINUES = "fix that, and the same command continues from the last checkpoint"
 _OLD, _BACK = ".tinyfusion.old", ".tinyfusion.back"  # in a run folder: a run that is to be replaced, or that comes back
 CHECKPOINT_FILES = r"state-\d{5}-of-\d{5}\.safetensors|state\.json|SHA256SUMS|losses\.safetensors"
-_FOLDERS = ("checkpoints", "watch", "samples", "evaluations", "prune", "recover", "dynamic")
+_FOLDERS = ("checkpoints", "watch", "samples", "evaluations", "prune", "recover", "dynamic", "latents")
 _PROMPTS = r"prompts(?:-\d+-of-\d+)?\.safetensors"
 ENCODE_PROMPTS = "encode --pipeline"  # the verb in the record of such a run
 _SAVED = (  # not in hidden folders, which are unfinished
@@ -55,7 +55,7 @@ _BY_OTHERS = (  # trackers, other processes
 _OF_A_STAGE = (
     r"run\.json|lora\.safetensors|metrics\.jsonl|log\.txt|(?:plan|calibration|dynamic|kept)\.json|watch/(?:step-\d{7,}\.png|trackers\.json)|"
     rf"checkpoints/step-\d{{7,}}/(?:{CHECKPOINT_FILES})|(?:student|model)(?:-raw)?/model\.(?:json|safetensors)|"
-    rf"student/(?:config\.json|diffusion_pytorch_model[^/]*|README\.md|plan\.png)|{_BY_OTHERS}"
+    rf"student(?:-raw)?/(?:config\.json|diffusion_pytorch_model[^/]*|README\.md|plan\.png)|{_BY_OTHERS}"
 )
 _OF_ENCODE = rf"run\.json|log\.txt|manifest\.json|shard-\d+-of-\d+\.safetensors|{_BY_OTHERS}"
 _OF_ENCODE_PROMPTS = (  # in other folders of latents such files are the user's
@@ -63,7 +63,8 @@ _OF_ENCODE_PROMPTS = (  # in other folders of latents such files are the user's
     r"bucket-\d+x\d+/(?:manifest\.json|\.?shard-\d+-of-\d+\.safetensors(?:\.part)?)"
 )
 _OF_RUN = (
-    rf"(?:(?:prune|recover|dynamic)/)?(?:{_OF_A_STAGE})|(?:evaluation|speed|activations|depth_speed|fid_steps)\.json|report\.html|"
+    rf"(?:(?:prune|recover|dynamic)/)?(?:{_OF_A_STAGE})|latents/(?:{_OF_ENCODE_PROMPTS})|"
+    r"(?:prompts|evaluation|speed|activations|depth_speed|fid_steps)\.json|report\.html|"
     r"samples/(?:teacher|pruned|student|dynamic|comparison)\.(?:npz|json|png)|evaluations/(?:teacher|pruned|student|dynamic)-.+\.json"
 )
 
@@ -347,7 +348,9 @@ def _record_in(run: Path) -> dict[str, Any]:
 def _has_saved(run: Path) -> bool:
     """Whether a run folder has a checkpoint, a model, a shard of latents, encoded prompts or a finished record."""
     record = _record_in(run)
-    saved = f"{_SAVED}|{_PROMPTS}" if record.get("verb") == ENCODE_PROMPTS else _SAVED
+    saved = {ENCODE_PROMPTS: f"{_SAVED}|{_PROMPTS}", "run": f"{_SAVED}|latents/{_PROMPTS}"}.get(
+        str(record.get("verb")), _SAVED
+    )
     return bool(_matching(run, saved)) or record.get("state") == "done"
 
 

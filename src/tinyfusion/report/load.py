@@ -166,6 +166,9 @@ def _read(path: Path) -> Run:
     verb = record["verb"]
     nested = [name for name in ("prune", "recover", "dynamic") if (path / name).is_dir()]
     folders = {name: path / name for name in nested} if verb == "run" else {verb: path}
+    records = {stage: folder / "run.json" for stage, folder in folders.items()}
+    if verb == "run":
+        records = {"encode": path / "latents" / "run.json", **records}
     lines = {stage: _log_lines(folder / "metrics.jsonl") for stage, folder in folders.items()}
     scores = {stage: [line["watch"] for line in logged if "watch" in line] for stage, logged in lines.items()}
     metrics = {stage: [line for line in logged if "watch" not in line] for stage, logged in lines.items()}
@@ -178,7 +181,7 @@ def _read(path: Path) -> Run:
         sources=((printable(str(path)), record),),
         plan=_plan(path, models),
         metrics={stage: logged for stage, logged in metrics.items() if logged},
-        records=_existing({stage: (folder / "run.json", schema.RUN) for stage, folder in folders.items()}),
+        records=_existing({stage: (file, schema.RUN) for stage, file in records.items()}),
         evaluations={(model, reference): values for model, reference, values in scored if _is_own(reference, values)},
         pairs=tuple((model, values) for model, _, values in scored if isinstance(values.get("against"), dict)),
         measured=_existing(measured),

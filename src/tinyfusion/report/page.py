@@ -22,6 +22,7 @@ from tinyfusion.report.load import Run, join_runs
 
 RECORD_ID = "tinyfusion-record"
 STAGES = {  # of a whole job, in order, and what is being done
+    "encode": "encoding pictures and captions",
     "prune": "searching for the blocks to keep",
     "recover": "recovering the student",
     "dynamic": "training routers",
@@ -159,8 +160,10 @@ def _has_dynamic(run: Run) -> bool:
 
 
 def stages_of(run: Run) -> list[str]:
-    """The stages of a whole job, in order."""
-    return [name for name in STAGES if name != "dynamic" or _has_dynamic(run)]
+    """The stages of a whole job, in order: of a transformer of diffusers, which its recipe then names by class, or of a family."""
+    of_diffusers = "class" in run.recipe
+    has = {"encode": bool(run.recipe.get("encodes")), "dynamic": _has_dynamic(run), "pictures": not of_diffusers}
+    return [name for name in STAGES if has.get(name, True)]
 
 
 def _sampled(run: Run) -> tuple[str, ...]:
@@ -170,14 +173,16 @@ def _sampled(run: Run) -> tuple[str, ...]:
 def current_stage(run: Run) -> str:
     """The first stage of a whole job whose output is missing."""
     for stage in stages_of(run):
-        if stage in ("prune", "recover", "dynamic") and run.records.get(stage, {}).get("state") != "done":
+        if stage in ("encode", "prune", "recover", "dynamic") and run.records.get(stage, {}).get("state") != "done":
             return stage
     if any(name not in run.samples for name in _sampled(run)) and not run.notes:  # notes: samples too large to be read
         return "sample"
     references = (run.recipe.get("evaluate") or {}).get("references", ())
+    if "class" in run.recipe and not run.evaluations and not run.pairs:
+        return "evaluate"
     if any((_sampled(run)[-1], file_label(str(name))) not in run.evaluations for name in references):
         return "evaluate"
-    return "pictures" if "speed" in run.measured else "speed"
+    return "pictures" if "speed" in run.measured and "class" not in run.recipe else "speed"
 
 
 def _training(run: Run, stage: str, waits: bool) -> tuple[list[str], float | None]:

@@ -86,7 +86,7 @@ _BLOCKS = {"*": [Least(int, 0)]}
 _SIZE = Least(int, 1)
 _TRAINING = {"steps": int, "stop_after": (int, None)}
 RECIPE = {
-    "name": str, "description": str, "student": str, "teacher_hash": str,
+    "name": str, "description": str, "student": str, "teacher_hash": str, "class": str, "encodes": bool,
     "expected": [{"metric!": str, "value!": float, "tolerance!": float, "note": str}],
     "evaluate": {"references": [str]},
     "train": _TRAINING,
@@ -109,7 +109,7 @@ MODEL = {"arch": {"depth": int}, "kept": (_BLOCKS, None), "plan": ({}, None), "h
 SCORES = ("fid", "sfid", "inception_score", "precision", "recall", "nearest_reference_distance", "num_images")
 EVALUATION = {
     **dict.fromkeys(SCORES, _MAYBE),
-    "clip_score": _MAYBE, "clip": {"name": str, "hash": str, "std": _MAYBE},
+    "clip_score": _MAYBE, "prompt_accuracy": _MAYBE, "clip": {"name": str, "hash": str, "std": _MAYBE},
     "protocol": (str, None), "recipe": {}, "reference": {"name": str, "count": _MAYBE}, "features": {"name": str},
     "against": {"name": str, "hash": str, "protocol": (str, None),
                 **dict.fromkeys(("psnr_db", "psnr_db_std", "ssim", "ssim_std", "lpips", "lpips_std"), _MAYBE)},

@@ -16,12 +16,22 @@ _NAMES = {"pruned": "pruned, before recovery", "student": "student, recovered", 
 STAGE_NAMES = {"pictures": "diagnostics"}
 _SCORES = {
     "fid": "{distance} ↓", "sfid": "sFID ↓", "inception_score": "IS ↑", "precision": "precision ↑", "recall": "recall ↑",
-    "clip_score": "CLIP score ↑", "nearest_reference_distance": "nearest reference", "num_images": "images",
+    "clip_score": "CLIP score ↑", "prompt_accuracy": "prompt accuracy ↑",
+    "nearest_reference_distance": "nearest reference", "num_images": "images",
 }  # fmt: skip
 _TRAININGS = {"prune": "search", "recover": "recovery", "dynamic": "training of routers", "train": "training"}
 _NEAR_MACS = 0.15  # how far a speed-up may be from the ratio of MACs, relative to it
 _UNSTEADY = 0.25  # interquartile range of times, relative to their median, from which a machine counts as busy
-_HIGHER_IS_BETTER = ("speedup", "inception_score", "precision", "recall", "psnr_db", "ssim", "clip_score")
+_HIGHER_IS_BETTER = (
+    "speedup",
+    "inception_score",
+    "precision",
+    "recall",
+    "psnr_db",
+    "ssim",
+    "clip_score",
+    "prompt_accuracy",
+)
 _LOWER_IS_BETTER = ("fid", "sfid", "latency_ms", "lpips")
 _CHECK_WORDS = {"doubtful": "busy machine?", "missing": "not measured"}
 
@@ -232,7 +242,8 @@ def measured_value(run: Run, metric: str) -> float | None:
         same = [p for p in points if f"step-{p['step']}" == model and p.get("reference", label) == label]
         source = next(iter(same), {})
     elif rest:
-        source = run.evaluations.get((model, label), {}) if reference else timed_models(run).get(model, {})
+        own = run.evaluations.get((model, label), {})
+        source = {**(own.get("against") or {}), **own} if reference else timed_models(run).get(model, {})
     value = source.get(key or model)
     return float(value) if isinstance(value, int | float) else None
 

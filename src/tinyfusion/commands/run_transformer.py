@@ -1,0 +1,227 @@
+"""`run` of a transformer of diffusers: encode, prune, recover, draw prompts, score, time, page; each stage continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tinyfusion.commands.encode_captions import encode_captions
+from tinyfusion.commands.prune import prune
+from tinyfusion.commands.recover import recover
+from tinyfusion.commands.report import render_run
+from tinyfusion.commands.sample_prompts import draws_prompts
+from tinyfusion.commands.stages import scores_file, stages_of
+from tinyfusion.commands.transformer_job import MODELS, TransformerJob, prompts_of, stand_in, transformer_job
+from tinyfusion.commands.transformer_scores import (
+    ALONE,
+    check_evaluation,
+    check_number,
+    draw_prompts,
+    place_of,
+    score_prompts,
+    scores_said,
+    time_steps,
+)
+from tinyfusion.config.loading import to_plain
+from tinyfusion.config.recipe import Recipe
+from tinyfusion.core.fetching import WouldFetch
+from tinyfusion.core.files import sha256_of
+from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
+from tinyfusion.data.latents import MANIFEST
+from tinyfusion.data.prompts import TEXTS
+from tinyfusion.families.diffusers_classes.folder import TransformerFolder
+from tinyfusion.jobs.assemble import RunOptions, engine_for, job_record, open_teacher
+from tinyfusion.jobs.estimate import Estimate, announce
+from tinyfusion.jobs.pipelines import pipeline_of
+from tinyfusion.jobs.prompt_drawing import pipeline_arguments
+from tinyfusion.jobs.recorded_training import recorded_of
+from tinyfusion.jobs.verbs import Inputs, Work, finished
+from tinyfusion.report.tables import distance_name
+from tinyfusion.training.engine import Engine
+
+
+def run_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFolder) -> dict[str, Any]:
+    """Encode pictures with captions (where the data are these), prune, recover, draw, evaluate, time and write the page.
+
+    Returns what `--json` prints. Raises UserError on whatever a stage would refuse, as far as it is known before.
+    """
+    engine = engine_for(recipe)
+    job, out = transformer_job(recipe, options, teacher), options.out
+    recipe = job.recipe
+    plain: dict[str, Any] = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash}
+    plain |= {"class": teacher.class_name, "encodes": job.encodes}
+    files = {"inputs": options.inputs, "prompts": Path(recipe.data.prompts) if recipe.data.prompts else None}
+    plain |= {name: sha256_of(file) for name, file in files.items() if file is not None}
+    folder = RunDirectory(out, engine.is_main)
+    mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
+    page = out / "report.html"
+    if mode == "finished":
+        if folder.writes and not page.is_file() and not options.dry_run:  # killed between the last stage and its page
+            write_text(page, render_run(out))
+        finished(folder, options.dry_run)
+        return _outcome(out)
+    missing = _check(job, engine) if mode == "new" or options.dry_run else None
+    if options.dry_run:
+        outcome = _announce(job, engine, mode)
+        if missing is None:
+            return outcome
+        print(f"not checked: references and models of the evaluation ({missing})", file=sys.stderr)
+        return outcome | {"would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
+    with folder.writing("run", plain, options.overwrite):
+        command = options.command or f"tinyfusion run --recipe {recipe.name} --out {out}"
+        about = job_record(job.trained, options, teacher=recipe.teacher, inputs=options.inputs)
+        folder.mark("running", command=command, job=about)
+        _perform(job, folder, engine)
+        if not folder.writes:  # one process does everything after the trainings
+            return {}
+        folder.mark("done", seconds=sum(folder.record()["stages"].values()))
+        try:
+            write_text(page, render_run(out))
+        except BaseException:
+            folder.mark("running")  # without its page a run is not done
+            raise
+    return _outcome(out)
+
+
+def _perform(job: TransformerJob, folder: RunDirectory, engine: Engine) -> None:
+    """Every stage but the page."""
+    out, stage = job.options.out, stages_of(folder)
+    where = dataclasses.replace(job.options, overwrite=False, resume=None)
+    recorded = None if job.trained.data.name else where.inputs  # recovery prefers data
+    done = engine.first(
+        lambda: {name: _is_done(out / name) for name in ("prune", "recover")}
+    )  # the same on every process
+    if job.encodes and not done["recover"]:
+        encoding = dataclasses.replace(where, out=out / "latents")
+        stage("encode", lambda: encode_captions(job.recipe, encoding, job.recipe.data.name))
+        engine.wait()  # for the manifest
+    prompts = prompts_of(job)
+    check_number(job.recipe, job.recipe.pipeline.num_images or len(prompts))
+    if folder.writes:
+        write_json(out / TEXTS, prompts)
+    if not done["prune"]:
+        _check_recovery(job, engine)
+        stage("prune", lambda: prune(job.trained, dataclasses.replace(where, out=out / "prune")))
+    if not done["recover"]:
+        back = dataclasses.replace(where, out=out / "recover", inputs=recorded)
+        stage("recover", lambda: recover(job.trained, back, out / "prune"))
+    if not folder.writes:
+        return
+    models = {"teacher": job.recipe.teacher, "pruned": str(out / "prune"), "student": str(out / "recover")}
+    stage("sample", lambda: draw_prompts(job, models))
+    stage("evaluate", lambda: score_prompts(job))
+    stage("speed", lambda: time_steps(job, models))
+
+
+def _is_done(run: Path) -> bool:
+    """Whether the run of a stage is finished."""
+    return (run / "run.json").is_file() and read_json(run / "run.json").get("state") == "done"
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check(job: TransformerJob, engine: Engine) -> WouldFetch | None:
+    """Raise UserError on whatever a stage would refuse. Returns the download that a dry run would need for the rest.
+
+    The recovery is checked again once the latents exist.
+    """
+    recipe, missing = job.recipe, None
+    pipeline = pipeline_of(recipe.teacher, job.options.blocks, *place_of(job))
+    pipeline_arguments(pipeline, recipe.pipeline)
+    stand_in(job.teacher, recipe, job.options.inputs)
+    if draws_prompts(recipe) or not job.encodes:
+        prompts = prompts_of(job)
+        check_number(recipe, recipe.pipeline.num_images or len(prompts))
+    try:
+        check_evaluation(job, pipeline)
+    except WouldFetch as error:  # features, a reference or a CLIP model
+        missing = error
+    if not job.options.dry_run:  # which builds the trainings to measure them
+        engine.first(lambda: check_space(job.options.out, 3 * job.teacher.num_bytes))
+    return missing
+
+
+def _trainings(job: TransformerJob, engine: Engine) -> list[Callable[[], Work]]:
+    """The work of each stage that trains, built when called, so that one at a time is in memory; the latents must exist."""
+    recipe, options = job.trained, dataclasses.replace(job.options, inputs=None)
+
+    def opened() -> Any:
+        return open_teacher(recipe, None, None, blocks=options.blocks)
+
+    def pruning() -> Work:
+        teacher = opened()
+        recorded = recorded_of(job.options.inputs, teacher)
+        return prune.work(Inputs(recipe, options, {"teacher": teacher}, recorded=recorded), engine)
+
+    def recovery() -> Work:
+        teacher = opened()
+        recorded = None if recipe.data.name else recorded_of(job.options.inputs, teacher)
+        student = teacher.cut(stand_in(job.teacher, recipe, job.options.inputs))
+        taught = recipe.recover.method != "finetune" and not (recorded and recipe.recover.method == "logits-kd")
+        models = {"student": student, "teacher": teacher if taught else None}
+        return recover.work(Inputs(recipe, options, models, recorded=recorded), engine)
+
+    return [*([pruning] if recipe.prune.criterion == "learned" else []), recovery]
+
+
+def _check_recovery(job: TransformerJob, engine: Engine) -> None:
+    """Raise UserError where the recovery would refuse its settings, before hours of learning masks."""
+    _trainings(job, engine)[-1]()
+
+
+def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
+    """Print and return the plan of a dry run."""
+    recipe, options, estimates = job.recipe, job.options, list[Estimate]()
+    if job.encodes and not (job.latents / MANIFEST).is_file():
+        where = dataclasses.replace(options, out=job.latents)
+        made = encode_captions(recipe, where, recipe.data.name)["plan"]
+        basis = "encoding alone; the trainings are measured once the latents exist"
+        estimates.append(Estimate(made["minutes"], made["memory_gib"], made["disk_mib"], basis))
+    else:
+        estimates = [build().estimate() for build in _trainings(job, engine)]
+    pruning, training, learned = recipe.prune, recipe.recover.training, recipe.prune.criterion == "learned"
+    blocks = ", ".join(f"{depth} {path}" for path, depth in job.teacher.depths.items())
+    num, encoder = recipe.pipeline.num_images, f", encoded by {recipe.encode.pipeline}" if job.encodes else ""
+    plan = {
+        "teacher": f"{job.teacher.class_name}, {blocks}, {job.teacher.num_bytes / 2**30:.2f} GiB",
+        "data": (recipe.data.name or str(options.inputs)) + encoder,
+        "prune": f"learned {pruning.scheme}, {pruning.training.steps:,} steps" if learned else pruning.criterion,
+        "recover": f"{recipe.recover.method}, {training.steps:,} steps of {training.batch_size} images",
+        "sample": f"{f'{num:,} images' if num else 'an image per prompt'} by each of {', '.join(MODELS)}",
+        "evaluate": scores_said(job.scored),
+        "out": "a new run" if mode == "new" else "continues what is there",
+    }
+    if recipe.minutes:
+        plan["published"] = f"{recipe.minutes:g} minutes on {recipe.machine or 'an unnamed machine'}"
+    return announce("run", plan, functools.reduce(operator.add, estimates), engine.is_main)
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+
+
+def _outcome(out: Path) -> dict[str, Any]:
+    """Print and return the main numbers of a finished run, for `--json`."""
+    record, evaluation = read_json(out / "run.json")["recipe"], read_json(out / "evaluation.json")
+    speed = read_json(out / "speed.json")["speedup"] if (out / "speed.json").is_file() else None
+    blocks, page = read_json(out / "prune" / "plan.json")["kept"], out / "report.html"
+    first = next(iter(record["evaluate"]["references"]), None)
+    kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
+    files = {name: scores_file(out, name, first or ALONE) for name in MODELS}
+    scores = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    said = []
+    for key, title in (("fid", distance_name(scores.values())), ("clip_score", "CLIP score")):
+        if named := {name: score[key] for name, score in scores.items() if score.get(key) is not None}:
+            said.append(f"{title} {' -> '.join(f'{value:.3g}' for value in named.values())} ({', '.join(named)})")
+    psnr_db = (evaluation.get("against") or {}).get("psnr_db")
+    said += [f"{psnr_db:.3g} dB from the teacher"] if psnr_db is not None else []
+    said += [f"{speed:.2f} times as fast"] if speed is not None else []
+    print(f"{', '.join(said)}, kept {kept}")
+    print(f"open {page}", file=sys.stderr)
+    numbers = {name: evaluation.get(name) for name in ("fid", "clip_score")}
+    return {"report": str(page), **numbers, "psnr_db": psnr_db, "speedup": speed, "kept": blocks}

@@ -1,0 +1,137 @@
+"""The stages of a `run` of a transformer of diffusers after its trainings: prompts are drawn, images scored, steps timed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tinyfusion.commands.bench import BenchModels
+from tinyfusion.commands.bench_prompts import bench_prompts
+from tinyfusion.commands.evaluate import check_count, evaluate
+from tinyfusion.commands.sample_prompts import sample_prompts
+from tinyfusion.commands.stages import scores_file, write_comparison
+from tinyfusion.commands.transformer_job import MODELS, TransformerJob
+from tinyfusion.config.recipe import Recipe
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.progress import say
+from tinyfusion.core.rundir import read_json, write_json
+from tinyfusion.data.digits import REAL_SETS
+from tinyfusion.evaluate.clip import open_clip
+from tinyfusion.evaluate.extractors import open_extractor
+from tinyfusion.evaluate.features import FEATURE_CHOICES
+from tinyfusion.jobs.assemble import RunOptions, device_for
+from tinyfusion.jobs.pipelines import ModelPipeline
+from tinyfusion.jobs.scoring import open_reference
+from tinyfusion.jobs.text_encoding import takes_video
+
+ALONE = "prompts"  # in the place of a reference, in the names of files of scores without one
+_COLUMNS = 8  # of the picture that compares models
+
+
+def place_of(job: TransformerJob) -> tuple[str | None, str | None]:
+    """The pipeline that draws, as the recipe names it, and the component in it."""
+    return job.recipe.pipeline.folder, job.recipe.pipeline.component
+
+
+def check_number(recipe: Recipe, num: int) -> None:
+    """Raise UserError where so many images are too few for the scores against references."""
+    if recipe.evaluate.references:
+        check_count(num, f"a run that draws {num} images", recipe.evaluate)
+
+
+def check_evaluation(job: TransformerJob, pipeline: ModelPipeline) -> None:
+    """Raise UserError where drawn images, or a reference, cannot be evaluated."""
+    recipe = job.scored
+    settings, drawn = recipe.evaluate, recipe.pipeline
+    if settings.references and takes_video(pipeline.kind):
+        raise UserError(
+            f"a {pipeline.kind.__name__} draws videos, and distances to references are of images: leave out evaluate.references, "
+            "--set evaluate.clip=MODEL scores videos frame by frame"
+        )
+    if settings.references and not settings.features:
+        raise UserError(
+            f"no features are named to compare images with {', '.join(settings.references)}; {FEATURE_CHOICES}"
+        )
+    device = str(device_for(recipe))
+    if settings.references:
+        extractor = open_extractor(settings.features, device)
+    for name in settings.references:
+        real = open_reference(name, extractor, recipe.data)
+        check_count(len(real), f"reference {name}", settings)
+        size = real.source.shape[1:3] if real.source else None
+        if size and drawn.height and drawn.width and size != (drawn.height, drawn.width):
+            raise UserError(
+                f"reference {name} has images of {size[0]} x {size[1]}, and {drawn.height} x {drawn.width} are drawn: a distance between "
+                f"them would measure the size; give pipeline.height={size[0]} and pipeline.width={size[1]}, or data.size"
+            )
+    if settings.clip is not None:
+        open_clip(settings.clip, "cpu")
+
+
+def draw_prompts(job: TransformerJob, models: dict[str, str]) -> None:
+    """Draw the prompts by every model from the same seeds, and a picture that compares them. models: by role."""
+    samples = job.options.out / "samples"
+    for name, source in models.items():
+        where = RunOptions(samples / f"{name}.npz", blocks=job.options.blocks)
+        sample_prompts(job.drawn, where, source, {"grid": samples / f"{name}.png"}, together=False)
+    write_comparison(samples, list(models), _COLUMNS)
+
+
+def score_prompts(job: TransformerJob) -> None:
+    """Every model against every reference, by its prompts, and to the teacher on equal seeds; and the other real set."""
+    recipe, out = job.scored, job.options.out
+    references: Sequence[str | None] = recipe.evaluate.references or (None,)
+    teacher = out / "samples" / "teacher.npz"
+    for number, reference in enumerate(references):
+        settings = recipe.evaluate if number == 0 else dataclasses.replace(recipe.evaluate, clip=None)
+        own = dataclasses.replace(recipe, evaluate=settings)
+        for name in MODELS:
+            against = teacher if name != "teacher" and number == 0 else None
+            if reference is None and against is None and settings.clip is None:
+                continue  # no score is the teacher's alone
+            where = RunOptions(scores_file(out, name, reference or ALONE))
+            examples = (
+                out / "samples" / "real.npz" if reference is not None and (number, name) == (0, "teacher") else None
+            )
+            evaluate(
+                own, where, out / "samples" / f"{name}.npz", reference, against, print_table=False, examples=examples
+            )
+        if reference is not None:
+            plain = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, clip=None))
+            for real in [r for r in references if r and r != reference and r in REAL_SETS][:1]:
+                evaluate(
+                    plain, RunOptions(scores_file(out, "real", reference)), Path(real), reference, print_table=False
+                )
+    write_json(out / "evaluation.json", read_json(scores_file(out, "student", references[0] or ALONE)))
+
+
+def time_steps(job: TransformerJob, models: dict[str, str]) -> None:
+    """Write speed.json: the transformer's calls in a step of the pipeline, student and teacher in turns."""
+    recipe = job.drawn
+    recipe = dataclasses.replace(
+        recipe, bench=dataclasses.replace(recipe.bench, repeats=recipe.speed.repeats, compile=False)
+    )
+    try:
+        names = BenchModels(models["student"], models["teacher"])
+        outcome = bench_prompts(recipe, names, job.options.blocks)
+    except torch.OutOfMemoryError:
+        say(["speed is left out: student and teacher together do not fit the memory of the device"])
+        return
+    faster, rows = outcome["speedup"], outcome["models"]
+    ratio, (low, high) = faster["ratio"], faster["spread"]
+    write_json(job.options.out / "speed.json", {
+        "protocol": outcome["protocol"], "batch_size": recipe.pipeline.batch_size,
+        "models": {"teacher": rows["vs"] | {"speedup": 1.0}, "student": rows["model"] | {"speedup": ratio, "speedup_spread": [low, high]}},
+        "speedup": ratio, "speedup_spread": [low, high], "macs_ratio": faster["macs_ratio"],
+    })  # fmt: skip
+
+
+def scores_said(recipe: Recipe) -> str:
+    """What is scored, for people."""
+    settings = recipe.evaluate
+    words = [f"against {', '.join(settings.references)} by {settings.features}"] if settings.references else []
+    words += [f"CLIP score of {settings.clip}"] if settings.clip else []
+    return "; ".join([*words, "distance to the teacher's images"])
