@@ -220,10 +220,18 @@ def block_influence(stick: Yardstick) -> dict[str, list[float | None]]:
 
 
 def teacher_outcome(stick: Yardstick, seeds: list[int]) -> dict[str, Any]:
-    """The results of the teacher, and the loss that removing each block adds."""
+    """The results of the teacher, the loss that removing each block adds, and the influence of each."""
     file = stick.runs / "teacher.json"
-    if file.is_file() and {*map(str, seeds)} <= {*read_json(file)["seeds"]}:
-        return dict(read_json(file))
+    values: dict[str, Any] = dict(read_json(file)) if file.is_file() else {**block_losses(stick), "seeds": {}}
+    for seed in seeds:
+        if str(seed) not in values["seeds"]:
+            values["seeds"][str(seed)] = stick.drawn(stick.teacher.module, seed)
+            write_json(file, values)
+    return values
+
+
+def block_losses(stick: Yardstick) -> dict[str, Any]:
+    """The held-out loss of the teacher, the loss that removing each block adds, and the influence of each."""
     base = stick.loss(stick.teacher.module, 8)
     removed: dict[str, Any] = {}
     for block in range(len(stick.teacher.stack)):
@@ -233,12 +241,8 @@ def teacher_outcome(stick: Yardstick, seeds: list[int]) -> dict[str, Any]:
             added = stick.loss(stick.teacher.module, 8) - base
         errors = float(added.std(ddof=1) / np.sqrt(len(added)))
         removed[str(block)] = {"added": float(added.mean()), "standard_errors": float(added.mean()) / errors}
-    influence = block_influence(stick)
-    results = {str(seed): stick.drawn(stick.teacher.module, seed) for seed in seeds}
-    values = {"loss": float(base.mean()), "removed": removed, "depths": stick.teacher.stack.depths(), "seeds": results}
-    values |= {"influence": influence}
-    write_json(file, values)
-    return values
+    depths, influence = stick.teacher.stack.depths(), block_influence(stick)
+    return {"loss": float(base.mean()), "removed": removed, "depths": depths, "influence": influence}
 
 
 def rows(runs: Path) -> list[str]:
