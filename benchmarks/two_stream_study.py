@@ -23,7 +23,7 @@ import torch
 from scipy.stats import spearmanr
 
 import tinyfusion as tf
-from make_two_stream_yardsticks import BATCH, DROP, SHIFT, STEPS, encoded_images, encoded_texts
+from make_two_stream_yardsticks import BATCH, DROP, STEPS, encoded_images, encoded_texts
 from shared import spread, table
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
@@ -33,11 +33,8 @@ from tinyfusion.data.captioned_digits import DIGIT_PROMPTS, PHRASINGS, digit_of,
 from tinyfusion.data.digits import ImageSet, load_digits
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance
-from tinyfusion.families.diffusers_classes.calls import CallContext, call_of, called
 from tinyfusion.models.places import shipped_models
 from tinyfusion.processes.base import Batch
-from tinyfusion.processes.flow import Flow, FlowObjective
-from tinyfusion.processes.time import TimeSampler
 from tinyfusion.sample.drive import to_uint8
 from two_stream_parts import TOKENS
 
@@ -80,14 +77,7 @@ class Yardstick:
         self.teacher = tf.open_model(name)
         self.texts = encoded_texts(self.kind, self.pipeline)
         self.extractor = open_extractor("digits-classifier", "cpu")
-        config = {"_class_name": type(self.pipeline.transformer).__name__, **self.pipeline.transformer.config}
-        call = call_of(config)
-        self.objective = FlowObjective(
-            label_drop=DROP,
-            flow=Flow(convention=call.convention),
-            times=TimeSampler(shift=SHIFT[self.kind]),
-            call=called(call, CallContext(config)),
-        )
+        self.objective: Any = tf.objective_of(self.teacher, DROP)
 
     @cached_property
     def latents(self) -> ImageSet:
