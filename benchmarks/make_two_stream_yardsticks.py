@@ -29,7 +29,8 @@ from tinyfusion.core.rundir import atomic_write
 from tinyfusion.data.batches import jitter
 from tinyfusion.data.captioned_digits import DIGIT_PROMPTS, PHRASINGS
 from tinyfusion.data.digits import load_digits
-from tinyfusion.families.diffusers_classes.calls import CallContext, call_of, called
+from tinyfusion.families.diffusers_classes.call_rows import call_of
+from tinyfusion.families.diffusers_classes.calls import CallContext, called
 from tinyfusion.processes.time import shifted
 from two_stream_parts import (
     TEXT_WIDTH,

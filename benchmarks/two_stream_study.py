@@ -23,7 +23,7 @@ import torch
 from scipy.stats import spearmanr
 
 import tinyfusion as tf
-from make_two_stream_yardsticks import BATCH, DROP, SHIFT, STEPS, encoded_images, encoded_texts
+from make_two_stream_yardsticks import BATCH, DROP, STEPS, encoded_images, encoded_texts
 from shared import spread, table
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
@@ -33,11 +33,8 @@ from tinyfusion.data.captioned_digits import DIGIT_PROMPTS, PHRASINGS, digit_of,
 from tinyfusion.data.digits import ImageSet, load_digits
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance
-from tinyfusion.families.diffusers_classes.calls import CallContext, call_of, called
 from tinyfusion.models.places import shipped_models
 from tinyfusion.processes.base import Batch
-from tinyfusion.processes.flow import Flow, FlowObjective
-from tinyfusion.processes.time import TimeSampler
 from tinyfusion.sample.drive import to_uint8
 from two_stream_parts import TOKENS
 
@@ -80,14 +77,7 @@ class Yardstick:
         self.teacher = tf.open_model(name)
         self.texts = encoded_texts(self.kind, self.pipeline)
         self.extractor = open_extractor("digits-classifier", "cpu")
-        config = {"_class_name": type(self.pipeline.transformer).__name__, **self.pipeline.transformer.config}
-        call = call_of(config)
-        self.objective = FlowObjective(
-            label_drop=DROP,
-            flow=Flow(convention=call.convention),
-            times=TimeSampler(shift=SHIFT[self.kind]),
-            call=called(call, CallContext(config)),
-        )
+        self.objective: Any = tf.objective_of(self.teacher, DROP)
 
     @cached_property
     def latents(self) -> ImageSet:
@@ -220,10 +210,18 @@ def block_influence(stick: Yardstick) -> dict[str, list[float | None]]:
 
 
 def teacher_outcome(stick: Yardstick, seeds: list[int]) -> dict[str, Any]:
-    """The results of the teacher, and the loss that removing each block adds."""
+    """The results of the teacher, the loss that removing each block adds, and the influence of each."""
     file = stick.runs / "teacher.json"
-    if file.is_file() and {*map(str, seeds)} <= {*read_json(file)["seeds"]}:
-        return dict(read_json(file))
+    values: dict[str, Any] = dict(read_json(file)) if file.is_file() else {**block_losses(stick), "seeds": {}}
+    for seed in seeds:
+        if str(seed) not in values["seeds"]:
+            values["seeds"][str(seed)] = stick.drawn(stick.teacher.module, seed)
+            write_json(file, values)
+    return values
+
+
+def block_losses(stick: Yardstick) -> dict[str, Any]:
+    """The held-out loss of the teacher, the loss that removing each block adds, and the influence of each."""
     base = stick.loss(stick.teacher.module, 8)
     removed: dict[str, Any] = {}
     for block in range(len(stick.teacher.stack)):
@@ -233,12 +231,8 @@ def teacher_outcome(stick: Yardstick, seeds: list[int]) -> dict[str, Any]:
             added = stick.loss(stick.teacher.module, 8) - base
         errors = float(added.std(ddof=1) / np.sqrt(len(added)))
         removed[str(block)] = {"added": float(added.mean()), "standard_errors": float(added.mean()) / errors}
-    influence = block_influence(stick)
-    results = {str(seed): stick.drawn(stick.teacher.module, seed) for seed in seeds}
-    values = {"loss": float(base.mean()), "removed": removed, "depths": stick.teacher.stack.depths(), "seeds": results}
-    values |= {"influence": influence}
-    write_json(file, values)
-    return values
+    depths, influence = stick.teacher.stack.depths(), block_influence(stick)
+    return {"loss": float(base.mean()), "removed": removed, "depths": depths, "influence": influence}
 
 
 def rows(runs: Path) -> list[str]:
