@@ -41,10 +41,8 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
         return _inspect(options)
     if verb == "lora":
         return _lora(options)
-    if verb == "record" and launched_rank() == 0:
-        return _checked(options, lambda: _record(options))
     if verb == "record":
-        return _LEFT | {"verb": verb}
+        return _checked(options, lambda: _record(options))
     recipe = load_recipe(options.recipe, options.set, overrides(verb, options))
     if verb in ("prune", "run") and not recipe.teacher:
         raise UserError(f"{verb} needs --teacher (or a --recipe that names one), such as --teacher digits")
@@ -124,10 +122,17 @@ def _record(options: Any) -> dict[str, Any]:
     from tinyfusion.jobs.recording import Drawing
 
     fields = ("steps", "guidance_scale", "height", "width", "frames", "seed", "calls")
-    drawing = Drawing(**{name: value for name in fields if (value := getattr(options, name)) is not None})
-    names = ("pipeline", "prompts", "out", "component", "blocks", "overwrite", "dry_run")
+    given = {name: value for name in fields if (value := getattr(options, name)) is not None}
+    if (calls := given.get("calls")) is not None:
+        if calls != "all" and not calls.isdecimal():
+            raise UserError(f"--calls wants a whole number, or all; got {calls!r}")
+        given["calls"] = None if calls == "all" else int(calls)
+    drawing = Drawing(**given)
+    names = ("pipeline", "prompts", "out", "component", "shard_prompts", "blocks", "overwrite", "dry_run")
     chosen = {name: getattr(options, name) for name in names}
     facts = record(RecordOptions(**chosen, drawing=drawing, device=options.device or "auto"))
+    if "rank" in facts:
+        return facts
     done = f"{facts['calls']:,} calls of" if "calls" in facts else "calls of"
     print(f"record: {done} {facts['prompts']:,} prompts, {facts['class_name']}, {options.out}", file=sys.stderr)
     return facts

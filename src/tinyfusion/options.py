@@ -91,7 +91,7 @@ _OPENING = (
 _RESUME = Option("resume", "checkpoint to resume, instead of the newest in --out", "PATH", kind=Path)
 _FOR = Option("for", "", "diffusers|official", ("destination",))
 _INPUTS = Option(
-    "inputs", "transformers of diffusers: output of `record`, to train on, or to score blocks on", "FILE", kind=Path
+    "inputs", "transformers of diffusers: output of `record`, to train on, or to score blocks on", "PATH", kind=Path
 )
 _BLOCKS = Option("blocks", "rows for transformer classes of diffusers that the shipped table lacks", "FILE", kind=Path)
 _PIPELINE = (  # of prompts that a pipeline of diffusers draws
@@ -270,18 +270,20 @@ VERBS = {
         "",
         (
             *_OPENING, *_ANSWERS, _OF_MODEL, _BLOCKS,
-            Option("inputs", "transformers of diffusers: output of `record`, whose sizes the MACs are counted for", "FILE", kind=Path),
+            Option("inputs", "transformers of diffusers: output of `record`, whose sizes the MACs are counted for", "PATH", kind=Path),
         ),
     ),
     "record": Verb(
-        "The inputs of a transformer of diffusers while its pipeline draws prompts: what `prune --inputs` scores blocks on.",
+        "Inputs and outputs of a transformer of diffusers while its pipeline draws prompts, for --inputs of other verbs; several "
+        "processes share the shards of a folder.",
         "FLUX.1-dev --prompts prompts.txt --out inputs.safetensors",
         (
             Option("pipeline", "folder of the pipeline, or hub id", "PIPELINE", positional=True, required=True),
             Option("prompts", "text file, one prompt a line", "FILE", kind=Path, required=True),
-            Option("out", "a .safetensors file", "FILE", kind=Path, required=True),
+            Option("out", "a .safetensors file or, of many prompts, a folder (a name without suffix)", "PATH", kind=Path, required=True),
             Option("component", "the transformer, where the pipeline has several, such as transformer_2", "NAME"),
-            Option("calls", "calls per prompt that are written, spread over the trajectory (default 4)", "N", kind=int),
+            Option("calls", "calls per prompt that are written, spread over the trajectory, or all (default 4)", "N|all"),
+            Option("shard_prompts", "of a folder: prompts of a shard, which is in memory and lost by a kill (default 8)", "N", kind=int),
             Option("steps", "denoising steps (this and the next four: default that of the pipeline)", "N", kind=int),
             Option("guidance_scale", "guidance scale", "X", kind=float),
             Option("height", "height in pixels", "N", kind=int),
@@ -293,6 +295,7 @@ VERBS = {
             *_WRITING,
             *_ANSWERS,
         ),
+        parallel=True,
     ),
     "lora": Verb(
         "Renumber a LoRA, IP-adapter or ControlNet of an unpruned model for its student; without this it acts on other blocks.",

@@ -13,7 +13,6 @@ from typing import Any
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import sha256_of
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.records import folder_output, read_record
 from tinyfusion.core.rundir import (
@@ -27,6 +26,7 @@ from tinyfusion.core.rundir import (
     stamp,
     write_json,
 )
+from tinyfusion.data.recorded import read_recorded
 from tinyfusion.export.transformer import FILES, plan_in, write_transformer
 from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder, components
 from tinyfusion.families.diffusers_classes.single_file import single_file_metadata, single_file_of, single_file_weights
@@ -47,7 +47,7 @@ def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerF
         raise UserError(
             f"--for official is for models of classes, and a {teacher.class_name} has no such format: leave it out"
         )
-    inputs = {} if options.inputs is None else {"inputs": sha256_of(options.inputs)}
+    inputs = {} if options.inputs is None else {"inputs": read_recorded(options.inputs).fingerprint}
     plain = plain_recipe(recipe, "prune", teacher=teacher.hash, **inputs)
     folder = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: folder.check("prune", plain, options.overwrite))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.data.recorded import RecordedInputs, output_tensors, read_recorded
-from tinyfusion.data.recorded_batches import RecordedBatch, RecordedBatches, joined
+from tinyfusion.data.recorded import RecordedInputs, changed, output_tensors, read_recorded
+from tinyfusion.data.recorded_batches import PLAIN, RecordedBatch, RecordedBatches, joined
+from tinyfusion.families.diffusers_classes.layouts import LAYOUTS
 from tinyfusion.jobs.assemble import batches_for
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.loaded import LoadedModel
@@ -31,6 +33,7 @@ from tinyfusion.training.loop import BatchSource
 
 _AGREES = {torch.float32: 1e-3}  # relative difference of a batch to its calls alone
 _AGREES_LOW = 5e-2  # in types of less precision
+_TRIED = 16  # rows among which one with a text of another length is looked for
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,19 @@ class RecordedTask(Process):
 
 
 def _outputs(model: nn.Module, batch: RecordedBatch) -> tuple[Tensor, ...]:
-    arguments: dict[str, Any] = dict(batch.call)
+    return call_outputs(model, batch.call)
+
+
+def call_outputs(model: nn.Module, call: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """What a call returns, in the form that pipelines get, which some classes have in eval mode alone."""
+    arguments, training = dict(call), model.training
     if "return_dict" in inspect.signature(type(model).forward).parameters:
         arguments["return_dict"] = False
-    return output_tensors(model(**arguments))
+    model.training = False  # not that of its blocks
+    try:
+        return output_tensors(model(**arguments))
+    finally:
+        model.training = training
 
 
 def _flat(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -88,41 +100,80 @@ def training_data(
 ) -> tuple[BatchSource, Process]:
     """What a model is trained on, and its objective: recorded calls, else the data set of the recipe."""
     if recorded is not None and isinstance(model, TransformerModel):
-        return recorded_batches(recorded, model, settings, recipe.seed, engine.device), RecordedTask()
+        together = max(num for _, num in engine.slices(settings.batch_size))
+        return recorded_batches(recorded, model, settings, recipe.seed, engine.device, together), RecordedTask()
     return batches_for(recipe, model, engine.device), objective_for(model, settings.label_drop, recipe)
 
 
 def recorded_batches(
-    inputs: RecordedInputs, model: TransformerModel, settings: TrainingSection, seed: int, device: torch.device
+    inputs: RecordedInputs,
+    model: TransformerModel,
+    settings: TrainingSection,
+    seed: int,
+    device: torch.device,
+    together: int,
 ) -> RecordedBatches:
-    """Training batches of recorded calls. Raises UserError where calls of this class cannot be run together.
+    """Training batches of recorded calls. together: rows of a microbatch.
 
-    Checked on two rows, by running them together and alone.
+    Raises UserError where rows of this class do not give alone, or together, what their calls give; checked by running some.
     """
-    dtype = torch.float32 if settings.dtype == "float32" else getattr(torch, inputs.dtype)
-    source = RecordedBatches(inputs, dtype, Randomness(seed), device)
+    inputs.check_class(model.folder.class_name, model.folder.path)
+    dtype = torch.float32 if settings.dtype == "float32" else inputs.dtype_then
+    source = RecordedBatches(inputs, dtype, Randomness(seed), device, LAYOUTS.get(model.folder.class_name, PLAIN))
     model.example = source.rows(0, 1).to(torch.device("meta")).call
-    if settings.batch_size > 1 and len(source.buckets[0]) > 1:
-        _check_together(model, source, inputs)
+    check_rows(model, source, together)
     return source
 
 
 @torch.no_grad()
-def _check_together(model: TransformerModel, source: RecordedBatches, inputs: RecordedInputs) -> None:
-    parameter = next(model.module.parameters())
-    device, dtype = parameter.device, parameter.dtype
-    own = RecordedBatches(inputs, getattr(torch, inputs.dtype), source.randomness, device)
-    rows = [own.rows(i, 1) for i in range(2)]
-    alone = [_flat(_outputs(model.module, row)).float() for row in rows]
+def check_rows(model: TransformerModel, source: RecordedBatches, together: int) -> None:
+    """Raise UserError unless rows of calls, alone and `together`, give what they give in their calls."""
+    inputs, module = source.inputs, model.module
+    parameter = next(module.parameters())
+    agrees = _AGREES.get(parameter.dtype, _AGREES_LOW)
+
+    def run(given: RecordedBatch | Mapping[str, Any]) -> Tensor:
+        call = given.call if isinstance(given, RecordedBatch) else given
+        return _flat(call_outputs(module, changed(call, lambda tensor: tensor.to(parameter.device)))).float()
+
+    def difference(made: Tensor, wanted: Tensor) -> str | None:
+        if made.shape != wanted.shape:
+            return f"outputs of {tuple(made.shape)} in place of {tuple(wanted.shape)}"
+        relative = float((made - wanted).norm() / wanted.norm().clamp(min=1e-12))
+        return None if relative <= agrees else f"other outputs (relative difference {relative:.2g})"
+
+    rows = [source.row(0, place, inputs.dtype_then) for place in range(min(len(source.buckets[0]), _TRIED))]
+    what = "rows of a call alone"
     try:
-        difference = _flat(_outputs(model.module, joined(rows))).float() - torch.cat(alone)
-        relative = float(difference.norm() / torch.cat(alone).norm().clamp(min=1e-12))
-        if relative <= _AGREES.get(dtype, _AGREES_LOW):
-            return
-        why = f"together they give other outputs than alone (relative difference {relative:.2g})"
-    except (RuntimeError, ValueError, TypeError) as error:
-        why = str(error)
+        alone = [run(rows[0])]
+        number, image = (int(value) for value in source.buckets[0][0])
+        why = None
+        if source.most_rows > 1:
+            whole = run(inputs.of_type(inputs.calls[number], inputs.dtype_then))
+            why = difference(alone[0], whole[image : image + 1])
+        if why is None and together > 1 and len(rows) > 1:
+            what = "calls together"
+            other = next((row for row in rows if _lengths(row) != _lengths(rows[0])), rows[-1])
+            why = difference(run(joined([rows[0], other])), torch.cat([*alone, run(other)]))
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        if isinstance(error, UserError | torch.OutOfMemoryError):
+            raise
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if why is None:
+        return
+    problem = f"calls of a {model.folder.class_name} in {inputs.path} cannot be run as one batch ({what}: {why})"
+    if what == "calls together":
+        raise UserError(
+            f"{problem}; set the batch size to 1, or run one at a time, compute.gradient_accumulation_steps equal to the batch size"
+        )
     raise UserError(
-        f"calls of a {model.folder.class_name} in {inputs.path} cannot be run as one batch: {why}; set the batch size to 1, or run "
-        "one at a time, compute.gradient_accumulation_steps equal to the batch size"
+        f"{problem}; record calls of one image: a guidance scale of 1, or a script of your own with tinyfusion.record_inputs"
     )
+
+
+def _lengths(row: RecordedBatch) -> list[Any]:
+    """The shapes of what a row has of its own."""
+    return [
+        value.shape if isinstance(value, Tensor) else [each.shape for each in value if isinstance(each, Tensor)]
+        for value in row.rows.values()
+    ]

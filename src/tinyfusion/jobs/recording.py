@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +17,13 @@ from torch import nn
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.records import stamp
 from tinyfusion.core.rng import Randomness
-from tinyfusion.data.recorded import Call, recording, spread, write_recorded
+from tinyfusion.data.recorded import Call, packed, recording, spread, write_recorded
 from tinyfusion.families.diffusers_classes.folder import open_transformer
 from tinyfusion.families.diffusers_classes.rows import rows_with
 from tinyfusion.jobs.pipelines import REFUSALS
 from tinyfusion.models.wrapped import wrap_module
+
+_USUAL_STEPS, _MEASURED_STEPS = 50, 2
 
 
 @contextmanager
@@ -65,7 +69,7 @@ def _hash(transformer: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a pipeline is called; None leaves what the pipeline has by default. calls: retained per prompt."""
+    """How a pipeline is called; None leaves what the pipeline has by default. calls: retained per prompt; None: all."""
 
     steps: int | None = None
     guidance_scale: float | None = None
@@ -73,7 +77,7 @@ class Drawing:
     width: int | None = None
     frames: int | None = None
     seed: int = 0
-    calls: int = 4
+    calls: int | None = 4
 
     def arguments(self, kind: Any) -> dict[str, Any]:
         """The arguments of a call of this pipeline class. Raises UserError on one that it does not have."""
@@ -94,29 +98,72 @@ class Drawing:
 
 
 def recorded_calls(
-    pipeline: Any, transformer: nn.Module, prompts: Sequence[str], drawing: Drawing, tick: Callable[[int], None]
+    pipeline: Any,
+    transformer: nn.Module,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    tick: Callable[[int], None],
+    first: int = 0,
 ) -> list[Call]:
     """The calls of the transformer while the pipeline draws each prompt, `drawing.calls` of each, spread over its trajectory.
 
-    Raises UserError where the pipeline cannot be called with a prompt alone.
+    first: number of the first prompt among all, by which its noise is addressed. Raises UserError where the pipeline cannot be
+    called with a prompt alone.
     """
-    arguments, calls = drawing.arguments(type(pipeline)), list[Call]()
-    for number, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(Randomness(drawing.seed).generator_seed(f"record/{number}"))
-        with recording(transformer, outputs=True) as made, torch.no_grad():
-            try:
-                pipeline(prompt=prompt, generator=generator, **arguments)
-            except REFUSALS as error:
-                if isinstance(error, UserError | torch.OutOfMemoryError):
-                    raise
-                raise UserError(
-                    f"a {type(pipeline).__name__} cannot be called with a prompt and these options ({error}): record from a script of "
-                    "your own, tinyfusion.record_inputs(transformer, FILE)"
-                ) from error
-        if not made:
-            raise UserError(
-                f"the pipeline drew prompt {number + 1} without this transformer: give another --component or more --steps"
-            )
-        calls += spread(made, drawing.calls)
-        tick(number + 1)
+    calls = list[Call]()
+    for number, prompt in enumerate(prompts, first):
+        calls += spread(_drawn(pipeline, transformer, number, prompt, drawing), drawing.calls)
+        tick(number - first + 1)
     return calls
+
+
+def _drawn(pipeline: Any, transformer: nn.Module, number: int, prompt: str, drawing: Drawing) -> list[Call]:
+    """All calls of the transformer while the pipeline draws a prompt."""
+    generator = torch.Generator().manual_seed(Randomness(drawing.seed).generator_seed(f"record/{number}"))
+    arguments = drawing.arguments(type(pipeline))
+    with recording(transformer, outputs=True) as made, torch.no_grad():
+        try:
+            pipeline(prompt=prompt, generator=generator, **arguments)
+        except REFUSALS as error:
+            if isinstance(error, UserError | torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                f"a {type(pipeline).__name__} cannot be called with a prompt and these options ({error}): record from a script of "
+                "your own, tinyfusion.record_inputs(transformer, FILE)"
+            ) from error
+    if not made:
+        raise UserError(
+            f"the pipeline drew prompt {number + 1} without this transformer: give another --component or more --steps"
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class PromptCost:
+    """What a prompt takes. calls, num_bytes: that are written, at most; seconds; steps: that were drawn to measure it."""
+
+    calls: int
+    num_bytes: int
+    seconds: float
+    steps: int
+
+
+def cost_of_prompt(pipeline: Any, transformer: nn.Module, prompt: str, drawing: Drawing) -> PromptCost:
+    """The cost of a prompt, from drawing it in two steps."""
+    default = getattr(inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps"), "default", None)
+    steps = drawing.steps or (default if isinstance(default, int) else _USUAL_STEPS)
+    few = min(_MEASURED_STEPS, steps)
+    began = time.perf_counter()
+    made = _drawn(pipeline, transformer, 0, prompt, dataclasses.replace(drawing, steps=few))
+    seconds = (time.perf_counter() - began) * steps / few
+    each = max(1, round(len(made) / few))  # calls of a step
+    total = each * steps
+    num = min(total, drawing.calls or total)
+    first, whole = _unique_bytes(made[:each]), _unique_bytes(made)
+    more = (whole - first) / max(len(made) - each, 1)  # of a call after the first step
+    return PromptCost(num, round(first + more * max(num - each, 0)), seconds, few)
+
+
+def _unique_bytes(calls: Sequence[Call]) -> int:
+    tensors = packed(calls, {})[0]
+    return sum(tensor.nbytes for tensor in tensors.values())

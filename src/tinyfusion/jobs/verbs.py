@@ -17,7 +17,6 @@ from typing import Any, Generic, Protocol, TypeVar
 from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import OtherRecipe, UserError
-from tinyfusion.core.files import sha256_of
 from tinyfusion.core.progress import Advance, progress, say
 from tinyfusion.core.rundir import RunDirectory, atomic_write, check_space, say_finished
 from tinyfusion.core.signals import Interrupted, SignalWatch
@@ -103,7 +102,7 @@ class TrainingVerb(Generic[W]):
 
     def plain(self, inputs: Inputs) -> dict[str, Any]:
         """The inputs as plain values, which identify the same command."""
-        named = self.hashes(inputs) | ({"inputs": sha256_of(inputs.recorded.path)} if inputs.recorded else {})
+        named = self.hashes(inputs) | ({"inputs": inputs.recorded.fingerprint} if inputs.recorded else {})
         return plain_recipe(inputs.recipe, *self.sections, *PROCESS_SECTIONS, **named)
 
     def work(self, inputs: Inputs, engine: Engine) -> W:
