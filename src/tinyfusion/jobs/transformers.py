@@ -60,9 +60,8 @@ def recorded_work(model: TransformerFolder, settings: PruneSection, seed: int, f
     Raises UserError on other criteria, on a file that is not of this model, and on numbers that break a rule of the class.
     """
     if settings.criterion not in ON_DATA:
-        what = "trains on data sets" if settings.criterion == "learned" else "looks at no recorded inputs"
         raise UserError(
-            f"criterion {settings.criterion} {what}: leave out --inputs, or give --criterion {', '.join(ON_DATA)}"
+            f"criterion {settings.criterion} looks at no recorded inputs: leave out --inputs, or give --criterion {', '.join(ON_DATA)}"
         )
     if settings.criterion == "bi" and settings.bi_inputs == "clean":
         raise UserError(
