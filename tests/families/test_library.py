@@ -47,6 +47,12 @@ def test_flux_learned_pruned_and_recovered(tmp_path: Path) -> None:
     assert not any(info.values())
     with torch.no_grad():
         assert torch.equal(plain(**call, return_dict=False)[0], student.module(**call, return_dict=False)[0])
+    with torch.no_grad():
+        teacher.module.get_parameter("x_embedder.weight").add_(1.0)
+    with pytest.raises(UserError, match="was changed after it was opened"):
+        tf.prune_model(teacher, masks)
+    changed = teacher.with_weights(teacher.module.state_dict())
+    assert changed.hash() != teacher.hash() and tf.prune_model(changed, [0, 2, 4, 6]).hash() != student.hash()
     again = tf.open_model(tmp_path / "out")
     assert again.hash() == student.hash()
     assert again.facts.plan == masks.plan

@@ -19,10 +19,13 @@ from tinyfusion.families.diffusers_classes.call_rows import CALLS
 from tinyfusion.families.diffusers_classes.calls import CallContext, TransformerCall, called, check_texts
 from tinyfusion.families.diffusers_classes.cutting import UnitList
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
+from tinyfusion.families.diffusers_classes.weights import mapped_tensors
 from tinyfusion.families.family import ModelFamily, TextRules
 from tinyfusion.models.loaded import LoadedModel, ModelFacts
 from tinyfusion.models.macs import macs_by_module
 from tinyfusion.models.wrapped import NO_PROCESS
+
+_PROBED_VALUES = 16  # of every tensor
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class TransformerModel(LoadedModel):
 
     def copy(self) -> TransformerModel:
         """A copy whose weights are mapped anew, so that it takes no memory until it is changed."""
+        self._check_unchanged()
         return dataclasses.replace(self, module=self.folder.module().train(self.module.training))
 
     def hash(self) -> str:
@@ -111,12 +115,27 @@ class TransformerModel(LoadedModel):
 
     def cut(self, plan: PrunePlan, force: bool = False) -> TransformerModel:
         """The model without the blocks that the plan removes, trainable. Raises UserError as `TransformerFolder.cut`."""
+        self._check_unchanged()
         own = self.hash()
         if plan.teacher and plan.teacher != own and not force:
             raise UserError(
                 f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to cut all the same"
             )
         return self._of(self.folder.cut(plan))
+
+    def _check_unchanged(self) -> None:
+        """Raise UserError if the module's weights are not the folder's, as far as a few values of every tensor tell."""
+        stored = mapped_tensors(self.folder.weights)
+        for name, tensor in self.module.state_dict().items():
+            own = stored.get(name)
+            if own is None or own.shape != tensor.shape or not own.numel():
+                continue
+            step = max(1, own.numel() // _PROBED_VALUES)
+            if not torch.equal(tensor.detach().reshape(-1)[::step].to("cpu", own.dtype), own.reshape(-1)[::step]):
+                raise UserError(
+                    f"the {self.folder.class_name} was changed after it was opened ({name}), and its folder was not: go on with "
+                    "model.with_weights(model.module.state_dict())"
+                )
 
     def _of(self, folder: TransformerFolder) -> TransformerModel:
         model = opened(folder, self.context)
