@@ -9,6 +9,7 @@ import torch
 from tiny_images import IMAGES
 
 import tinyfusion as tf
+from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
