@@ -146,9 +146,11 @@ class RecordedBatches:
     """Source of (step, batch size, draws) -> `RecordedBatch`: single rows of recorded calls in exactly shuffled order.
 
     Rows of equal shapes and equal shared arguments are a bucket, and every batch is from one bucket. Only places of rows are in
-    memory: calls are read when their step comes. dtype: of the tensors that had the type of the model. Raises UserError on a file
-    without outputs.
+    memory: calls are read when their step comes. dtype: of the tensors that had the type of the model. most_rows: of a call.
+    one_by_one: whether rows are never run together. Raises UserError on a file without outputs.
     """
+
+    one_by_one = False
 
     def __init__(
         self,

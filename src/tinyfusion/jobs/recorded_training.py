@@ -122,6 +122,7 @@ def recorded_batches(
     source = RecordedBatches(inputs, dtype, Randomness(seed), device, LAYOUTS.get(model.folder.class_name, PLAIN))
     model.example = source.rows(0, 1).to(torch.device("meta")).call
     check_rows(model, source, together)
+    source.one_by_one = together == 1
     return source
 
 
