@@ -277,7 +277,7 @@ def read_recorded(path: Path) -> RecordedInputs:
     )
 
 
-def _facts(record: Mapping[str, Any], path: Path) -> dict[str, str]:
+def _facts(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
     facts = {name: record.get(name) for name in FACTS}
     known = isinstance(getattr(torch, str(facts["dtype"]), None), torch.dtype)
     if not known or not all(isinstance(value, str) for value in facts.values()):
