@@ -17,14 +17,20 @@ from tiny_pipelines import GENERATOR, PIPELINES, TinyPipeline
 
 import tinyfusion
 from tinyfusion import cli
+from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.recorded import OUTPUT, RecordedInputs, recording
 from tinyfusion.data.recorded_batches import PLAIN, RecordedBatches, RowLayout, joined
+from tinyfusion.families.diffusers_classes.cutting import UnitList
+from tinyfusion.families.diffusers_classes.folder import open_transformer
 from tinyfusion.families.diffusers_classes.layouts import LAYOUTS
+from tinyfusion.families.diffusers_classes.rows import shipped_rows
 from tinyfusion.jobs.recorded_training import RecordedTask, call_outputs, check_rows
+from tinyfusion.models.transformer import opened
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
 CPU = torch.device("cpu")
+ROWS = shipped_rows()
 # arguments of the second image of some pipelines: texts of other lengths
 LONGER: dict[str, Callable[[], dict[str, Any]]] = {
     "QwenImagePipeline": lambda: dict(
@@ -65,12 +71,13 @@ def difference(module: torch.nn.Module, batch: Any) -> float:
 
 
 @pytest.mark.parametrize("family", PIPELINES, ids=lambda family: family.name)
-def test_images_alone_and_together_give_what_was_recorded(family: TinyPipeline) -> None:
+def test_images_alone_and_together_give_what_was_recorded(family: TinyPipeline, tmp_path: Path) -> None:
     """Rows of calls with two images, of calls with one, and rows of both images and all steps as one batch."""
     pipeline = family.build()
     inputs = recorded(family, pipeline)
     source, module = batches(inputs), pipeline.transformer
-    model: Any = SimpleNamespace(module=module, folder=SimpleNamespace(class_name=family.model))
+    module.save_pretrained(tmp_path)
+    model = opened(open_transformer(tmp_path, ROWS))
     if family.name in REFUSED:
         with pytest.raises(ValueError, match="cannot be run as one batch \\(rows of a call alone: other outputs"):
             check_rows(model, source, 2)
@@ -163,14 +170,14 @@ class OneByOne(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = torch.nn.Linear(4, 4)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
 
     def forward(self, x: torch.Tensor, mean: bool = False) -> torch.Tensor:
         if mean:
-            return self.layer(x - x.mean(0) * (len(x) > 1))
+            return self.layers[0](x - x.mean(0) * (len(x) > 1))
         if len(x) != 1:
             raise ValueError("one image a call")
-        return self.layer(x)
+        return self.layers[0](x)
 
 
 def one_by_one(images: int, **more: Any) -> tuple[Any, RecordedInputs]:
@@ -179,7 +186,10 @@ def one_by_one(images: int, **more: Any) -> tuple[Any, RecordedInputs]:
     with torch.no_grad():
         outputs = [(module(**call),) for call in calls]
     inputs = RecordedInputs(calls, "OneByOne", "", "float32", outputs=outputs, path=Path("inputs"))
-    return SimpleNamespace(module=module, folder=SimpleNamespace(class_name="OneByOne")), inputs
+    stack = BlockStack(module, ["layers"])
+    folder = SimpleNamespace(class_name="OneByOne", path=Path("model"), depths={"layers": 1})
+    units = [UnitList("layers", ((("layers", 0),),), frozenset(), False)]
+    return SimpleNamespace(module=module, folder=folder, stack=stack, units=units), inputs
 
 
 @pytest.mark.parametrize(
