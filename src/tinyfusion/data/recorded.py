@@ -11,13 +11,13 @@ import hashlib
 import inspect
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,10 +29,10 @@ from tinyfusion.core.files import atomic_write, check_space, sha256_of
 from tinyfusion.core.reading import parse_json, read_json_object
 from tinyfusion.core.records import FORMAT_VERSION, is_ours, read_record
 from tinyfusion.core.tensors import read_metadata, read_safetensors
+from tinyfusion.data.lazy import Lazy
 
 Call = dict[str, Any]
 Outputs = tuple[Tensor, ...]
-T = TypeVar("T")
 _HEADER = "tinyfusion"
 _RECENT = 2  # calls with which a call shares equal tensors: guided pipelines call with two texts in turn
 OUTPUT = "(output)"  # in a call: what it returned, no name of an argument
@@ -40,25 +40,6 @@ _ARGUMENTS = "calls"  # of the record: per call the arguments, with names of ten
 MANIFEST = "manifest.json"  # in a folder of shards
 FACTS = ("class_name", "hash", "dtype")  # of the model, in the records of files, shards and folders
 _OPEN = 256  # shards whose structure is retained; their tensors are mapped
-
-
-class Lazy(Sequence[T], Generic[T]):
-    """A sequence of `num` values that `get` makes when they are asked for."""
-
-    def __init__(self, num: int, get: Callable[[int], T]) -> None:
-        self.num, self.get = num, get
-
-    def __len__(self) -> int:
-        return self.num
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self.get(i) for i in range(self.num)[index]]
-        return self.get(range(self.num)[index])
 
 
 @dataclass(frozen=True)
@@ -113,10 +94,9 @@ class RecordedInputs:
         return value if former == dtype else changed(value, lambda t: t.to(dtype) if t.dtype == former else t)
 
     @property
-    def dtype_then(self) -> torch.dtype:
+    def dtype_then(self) -> Any:
         """The type of the model's weights when it was recorded."""
-        kind: torch.dtype = getattr(torch, self.dtype)
-        return kind
+        return getattr(torch, self.dtype)
 
 
 class Shards:
@@ -297,7 +277,7 @@ def read_recorded(path: Path) -> RecordedInputs:
     )
 
 
-def _facts(record: Mapping[str, Any], path: Path) -> dict[str, str]:
+def _facts(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
     facts = {name: record.get(name) for name in FACTS}
     known = isinstance(getattr(torch, str(facts["dtype"]), None), torch.dtype)
     if not known or not all(isinstance(value, str) for value in facts.values()):

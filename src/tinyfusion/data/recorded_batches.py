@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.progress import progress
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.buckets import BucketOrder
 from tinyfusion.data.recorded import Call, Outputs, RecordedInputs, changed, digest_of
@@ -146,9 +147,11 @@ class RecordedBatches:
     """Source of (step, batch size, draws) -> `RecordedBatch`: single rows of recorded calls in exactly shuffled order.
 
     Rows of equal shapes and equal shared arguments are a bucket, and every batch is from one bucket. Only places of rows are in
-    memory: calls are read when their step comes. dtype: of the tensors that had the type of the model. Raises UserError on a file
-    without outputs.
+    memory: calls are read when their step comes. dtype: of the tensors that had the type of the model. most_rows: of a call.
+    one_by_one: whether rows are never run together. Raises UserError on a file without outputs.
     """
+
+    one_by_one = False
 
     def __init__(
         self,
@@ -164,13 +167,15 @@ class RecordedBatches:
             )
         groups: dict[str, list[tuple[int, int]]] = {}
         self.most_rows = 1
-        for first, calls, outputs in inputs.chunks():
-            digests: dict[int, str] = {}  # of tensors of this chunk, by identity
-            for number, (call, of_call) in enumerate(zip(calls, outputs or (), strict=True), first):
-                self.most_rows = max(self.most_rows, len(of_call[0]))
-                for image in range(len(of_call[0])):
-                    row = _row_of(call, of_call, image, layout)
-                    groups.setdefault(_signature(row, digests), []).append((number, image))
+        with progress("inputs", len(inputs.calls), "calls") as bar:
+            for first, calls, outputs in inputs.chunks():
+                digests: dict[int, str] = {}  # of tensors of this chunk, by identity
+                for number, (call, of_call) in enumerate(zip(calls, outputs or (), strict=True), first):
+                    self.most_rows = max(self.most_rows, len(of_call[0]))
+                    for image in range(len(of_call[0])):
+                        row = _row_of(call, of_call, image, layout)
+                        groups.setdefault(_signature(row, digests), []).append((number, image))
+                bar(first + len(calls))
         self.buckets = [np.array(places) for places in sorted(groups.values(), key=len, reverse=True)]
         self.inputs, self.dtype, self.layout = inputs, dtype, layout
         self.order = BucketOrder(np.array([len(bucket) for bucket in self.buckets], np.int64), randomness)
@@ -224,7 +229,7 @@ def _row_of(call: Call, outputs: Outputs, image: int, layout: RowLayout) -> Reco
     for path, value in _leaves(call).items():
         axis = layout.axes.get(path[0], 0)
         if isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] == num:
-            rows[path] = value.movedim(axis, 0)[image : image + 1]
+            rows[path] = (value.movedim(axis, 0) if axis else value)[image : image + 1]
         elif isinstance(value, list) and len(value) == num:
             rows[path] = value[image : image + 1]
         else:

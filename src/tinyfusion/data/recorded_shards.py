@@ -68,7 +68,7 @@ class RecordShards:
 
         Raises UserError where a shard is damaged, or of another job.
         """
-        entries, own = [], dict[str, Any](facts)
+        entries, own = list[dict[str, Any]](), dict[str, Any](facts)
         for shard in range(self.num_shards):
             path = self.file(shard)
             try:

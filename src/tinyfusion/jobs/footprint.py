@@ -198,7 +198,8 @@ def _measured(
     stacks = [stack, *([memory.teacher[1]] if memory.teacher else [])]
     live: dict[int, tuple[int, int]] = {}
     size, recorded = 0, list[list[_StandIn]]()
-    for images in (_FEW, _MORE):
+    one_by_one = getattr(source, "one_by_one", False)  # of calls that are not run together
+    for images in (1,) if one_by_one else (_FEW, _MORE):
         draws = Randomness(0).at(0, 0, images)
         noisy = objective.draw(source(0, images, draws), draws)
         tensors: list[Tensor] = []
@@ -216,7 +217,10 @@ def _measured(
             del prediction  # as the loop does before the backward pass
             live[images] = recorded[0][-1].live, meter.now
             del terms
-    before, rest = (max(b - a, 0) // (_MORE - _FEW) for a, b in zip(live[_FEW], live[_MORE], strict=True))
+    if one_by_one:
+        before, rest = live[1]
+    else:
+        before, rest = (max(b - a, 0) // (_MORE - _FEW) for a, b in zip(live[_FEW], live[_MORE], strict=True))
     by_type: dict[str, Measured] = {}
     types: tuple[str, ...] = (settings.dtype, "float32", "bfloat16")
     types = types[:1] if settings.weights == "bfloat16" else types  # such weights multiply in no other

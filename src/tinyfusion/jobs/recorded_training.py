@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.plan import first_blocks
+from tinyfusion.blocks.replayed import BlockReplay
 from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
@@ -122,19 +124,28 @@ def recorded_batches(
     source = RecordedBatches(inputs, dtype, Randomness(seed), device, LAYOUTS.get(model.folder.class_name, PLAIN))
     model.example = source.rows(0, 1).to(torch.device("meta")).call
     check_rows(model, source, together)
+    source.one_by_one = together == 1
     return source
 
 
 @torch.no_grad()
 def check_rows(model: TransformerModel, source: RecordedBatches, together: int) -> None:
-    """Raise UserError unless rows of calls, alone and `together`, give what they give in their calls."""
+    """Raise UserError unless rows of calls, alone and `together`, give what they give in their calls.
+
+    Run without most blocks, which say nothing else about it.
+    """
+    if together == 1 and source.most_rows == 1:
+        return
     inputs, module = source.inputs, model.module
+    kept = _first_units(model)
     parameter = next(module.parameters())
     agrees = _AGREES.get(parameter.dtype, _AGREES_LOW)
 
     def run(given: RecordedBatch | Mapping[str, Any]) -> Tensor:
         call = given.call if isinstance(given, RecordedBatch) else given
-        return _flat(call_outputs(module, changed(call, lambda tensor: tensor.to(parameter.device)))).float()
+        call = changed(call, lambda tensor: tensor.to(parameter.device))
+        with BlockReplay(model.stack, 0) as replay:
+            return _flat(replay.run(kept, lambda: call_outputs(module, call))).float()
 
     def difference(made: Tensor, wanted: Tensor) -> str | None:
         if made.shape != wanted.shape:
@@ -169,6 +180,13 @@ def check_rows(model: TransformerModel, source: RecordedBatches, together: int) 
     raise UserError(
         f"{problem}; record calls of one image: a guidance scale of 1, or a script of your own with tinyfusion.record_inputs"
     )
+
+
+def _first_units(model: TransformerModel) -> list[int]:
+    """The blocks, by global index, of the first unit of each list, and those that always stay."""
+    first = first_blocks(model.folder.depths)
+    kept = [each.kept(sorted({0, *each.fixed})) for each in model.units]
+    return sorted(first[path] + i for of_list in kept for path, positions in of_list.items() for i in positions)
 
 
 def _lengths(row: RecordedBatch) -> list[Any]:
