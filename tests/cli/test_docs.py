@@ -16,6 +16,7 @@ import runpy
 import shlex
 import shutil
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,7 +111,14 @@ def shortened(words: list[str]) -> list[str]:
         ]
     if words[1] in ("sample", "bench") and "--prompts" in words:
         settings += PROMPTS.split()
+    if words[1] == "run" and of_a_pipeline(words[words.index("--recipe") + 1]):
+        settings += f"{PROMPTS} encode.size=16 encode.max_tokens=16 pipeline.max_tokens=16".split()
     return [*words[1:], *drawing, *(part for setting in settings for part in ("--set", setting))]
+
+
+def of_a_pipeline(recipe: str) -> bool:
+    """Whether a recipe draws by a pipeline of diffusers."""
+    return Path(recipe).is_file() and "pipeline" in tomllib.loads(Path(recipe).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ class TransformerJob:
     @property
     def scored(self) -> Recipe:
         """The recipe of the evaluation: prompts are those in the records of the images, pictures have the size of the encoded ones."""
-        return _with_data(self.recipe, prompts="", size=self.recipe.data.size or self.recipe.encode.size)
+        return _with_data(self.recipe, name="", prompts="", size=self.recipe.data.size or self.recipe.encode.size)
 
 
 def _with_data(recipe: Recipe, **changes: Any) -> Recipe:
