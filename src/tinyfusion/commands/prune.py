@@ -13,8 +13,9 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
 from tinyfusion.data.latents import LATENTS
-from tinyfusion.jobs.assemble import RunOptions, open_teacher
+from tinyfusion.jobs.assemble import RunOptions, check_data_name, open_teacher
 from tinyfusion.jobs.criteria import CriterionWork, criterion_work, looks_at_images
+from tinyfusion.jobs.latent_facts import given_texts
 from tinyfusion.jobs.recorded_training import recorded_of, training_data
 from tinyfusion.jobs.training import MaskTraining, mask_training, student_of
 from tinyfusion.jobs.transformer_sources import transformer_of
@@ -33,7 +34,10 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
 
     def __call__(self, recipe: Recipe, options: RunOptions, source: str | Path = "") -> dict[str, Any]:
         """Prune a model, or a transformer of diffusers on its files."""
-        transformer = transformer_of(recipe.teacher, options.blocks, bool(recipe.data.prompts or recipe.data.name))
+        if recipe.prune.criterion == "learned" and options.inputs is None and recipe.data.name:
+            check_data_name(recipe.data.name)  # before a teacher is fetched
+        texts = given_texts(recipe, options.family or recipe.teacher_family, options.blocks)
+        transformer = transformer_of(recipe.teacher, options.blocks, texts)
         if transformer is not None and recipe.prune.criterion != "learned":
             return prune_transformer(recipe, options, transformer)
         if options.inputs is not None and transformer is None:

@@ -46,8 +46,9 @@ class Recover(TrainingVerb[Training]):
                 "--method finetune learns from data, and recorded inputs have none: --method logits-kd learns from the recorded outputs"
             )
         if recipe.recover.method != "finetune" and not (recorded and recipe.recover.method == "logits-kd"):
+            family = student.family.name if isinstance(student, TransformerModel) else options.family
             teacher = open_teacher(
-                recipe, options.num_heads, options.family, num_classes=options.num_classes, blocks=options.blocks
+                recipe, options.num_heads, family, num_classes=options.num_classes, blocks=options.blocks
             )
             if teacher.family.name != student.family.name:  # two families can have equal tensors, and equal hashes
                 raise UserError(

@@ -15,7 +15,8 @@ from tinyfusion.jobs.latent_facts import takes_prompts, with_prompts_of
 from tinyfusion.jobs.origins import with_watched
 from tinyfusion.jobs.process_specs import objective_for, process_spec
 from tinyfusion.jobs.training import Training
-from tinyfusion.jobs.transformer_training import is_transformer_class, new_transformer_model
+from tinyfusion.jobs.transformer_sources import is_transformer_class
+from tinyfusion.jobs.transformer_training import new_transformer_model
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, save
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.training.engine import Engine

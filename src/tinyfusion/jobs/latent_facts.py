@@ -18,7 +18,7 @@ from tinyfusion.data.prompts import PROMPTS
 from tinyfusion.data.published_latents import PUBLISHED_FACTOR
 from tinyfusion.families.registry import family_named
 from tinyfusion.families.tensor_checks import check_finite
-from tinyfusion.jobs.transformer_sources import open_transformer_model, transformer_of
+from tinyfusion.jobs.transformer_sources import is_transformer_class, open_transformer_model, transformer_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.transformer import TransformerModel
 
@@ -78,11 +78,16 @@ def open_stated(
 ) -> LoadedModel:  # fmt: skip
     """Any model, of a family or a transformer of diffusers, with the facts that the recipe states.
 
-    blocks: rows of classes that the shipped table lacks. Raises UserError where a setting contradicts the model's file.
+    family: opens it, where several can; the name of a class of diffusers opens a folder as such a transformer. blocks: rows of classes that the shipped table lacks. Raises UserError where a setting contradicts the model's file.
     """
-    if transformer := transformer_of(str(source), blocks, bool(recipe.data.prompts or recipe.data.name)):
+    if transformer := transformer_of(str(source), blocks, given_texts(recipe, family, blocks)):
         return with_prompts_of(recipe.data, open_transformer_model(source, transformer, recipe.flow, blocks))
     return with_facts_of(recipe, open_model(source, recipe.sample.weights, num_heads, family, num_classes))
+
+
+def given_texts(recipe: Recipe, family: str | None, blocks: Path | None) -> bool:
+    """Whether texts come with the data, so that a family that needs them may open a folder; not if a class of diffusers is named."""
+    return bool(recipe.data.prompts or recipe.data.name) and not is_transformer_class(family, blocks)
 
 
 def with_facts_of(recipe: Recipe, model: LoadedModel) -> LoadedModel:

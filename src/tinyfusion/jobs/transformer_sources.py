@@ -27,6 +27,11 @@ from tinyfusion.models.places import RUN_MODELS, by_name, exists, is_shipped
 from tinyfusion.models.transformer import TransformerModel, opened
 
 
+def is_transformer_class(name: str | None, blocks: Path | None) -> bool:
+    """Whether a family's name is that of a transformer class of diffusers with a row. blocks: rows of the user."""
+    return name is not None and name in rows_with(blocks)
+
+
 def transformer_of(source: str, blocks: Path | None, prompts: bool = False) -> TransformerFolder | None:
     """The transformer of diffusers at a path or hub id; None where it is a model of a family, or none at all.
 
@@ -68,10 +73,14 @@ def _located(path: Path, rows: Rows, prompts: bool) -> Path | None:
 
 
 def _of_a_family(folder: Path, prompts: bool) -> bool:
-    """Whether a registered family opens this folder: one that claims its class, with the texts that it needs."""
-    family = family_of_config(read_json_object(folder / "config.json"))
+    """Whether a registered family opens this folder: one that claims its class, with the texts that it needs.
+
+    A family that needs texts writes no folders of diffusers, so one with our record was cut as a transformer of diffusers.
+    """
+    config = read_json_object(folder / "config.json")
+    family = family_of_config(config)
     extra = family.diffusers.extra_file if family and family.diffusers else None
-    return family is not None and (prompts or extra is None or (folder / extra).is_file())
+    return family is not None and (extra is None or (folder / extra).is_file() or (prompts and RECORD not in config))
 
 
 def _recorded_row(config: Mapping[str, Any]) -> bool:

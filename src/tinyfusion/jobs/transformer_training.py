@@ -27,11 +27,6 @@ from tinyfusion.processes.time import TimeSampler
 _SHIFTS = ("flow.shift", "flow.shift_type")
 
 
-def is_transformer_class(name: str | None, blocks: Path | None) -> bool:
-    """Whether a family's name is that of a transformer class of diffusers with a row. blocks: rows of the user."""
-    return name is not None and name in rows_with(blocks)
-
-
 def new_transformer_model(recipe: Recipe, blocks: Path | None) -> TransformerModel:
     """A new transformer of diffusers: `model.family` is its class, `model.sizes` its config, the scheduler that of `pipeline.folder`.
 

@@ -11,7 +11,10 @@ from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 from tinyfusion.core.reading import license_in, read_json_object
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
-_FACTS = ("model_index.json", "config.json", "model.json", "README.md", "transformer/config.json", "vae/config.json")
+_FACTS = (
+    "model_index.json", "config.json", "model.json", "README.md", "transformer/config.json", "vae/config.json",
+    "scheduler/scheduler_config.json",
+)  # fmt: skip
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"  # name of the weights in a folder of diffusers
 _TIMEOUT_S = 5.0  # of requests for a size
 
