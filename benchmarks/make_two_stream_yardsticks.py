@@ -216,6 +216,13 @@ def train(work: Teacher, folder: Path, steps: int) -> None:
     model.load_state_dict(average, strict=False)
 
 
+def without_paths(folder: Path) -> None:
+    """Take the places that components were opened from out of their configs."""
+    for file in folder.glob("*/config.json"):
+        lines = [line for line in file.read_text().splitlines() if '"_name_or_path"' not in line]
+        file.write_text("\n".join(lines) + "\n")
+
+
 def card(kind: str, parts: Any) -> str:
     """The README.md of the folder."""
     size = sum(parameter.numel() for parameter in parts.transformer.parameters())
@@ -251,6 +258,7 @@ def main() -> None:
     train(teacher(options.what, parts), options.runs / options.what, STEPS[options.what])
     with atomic_write(options.out or SHIPPED / f"digits-{options.what}") as temporary:
         parts.save_pretrained(temporary)
+        without_paths(temporary)
         (temporary / "README.md").write_text(card(options.what, parts))
 
 
