@@ -204,8 +204,20 @@ def lines(names: Sequence[str], tflops: float) -> list[str]:
     ]  # fmt: skip
     memory = [(f"`{c.name}`", *memory_cell(c, "search"), *memory_cell(c, "recovery")) for c in costs]
     cards = " / ".join(map(str, CARDS_GIB))
+    head = [
+        "recipe",
+        "blocks",
+        "teacher",
+        "student",
+        "MACs, teacher",
+        "student",
+        "ratio",
+        "search, h",
+        "recovery, h",
+        "minutes",
+    ]
     return [
-        *table(["recipe", "blocks", "teacher", "student", "MACs, teacher", "student", "ratio", "search, h", "recovery, h", "minutes"], *sizes),
+        *table(head, *sizes),
         "",
         *table(["recipe", "search", f"images at once on {cards} GiB", "recovery", f"on {cards} GiB"], *memory),
     ]  # fmt: skip

@@ -14,12 +14,15 @@ import torch
 from safetensors import safe_open
 from tiny import Tiny
 from tiny_pipelines import PIPELINES, TinyPipeline
+from torch._subclasses import FakeTensorMode
 
 from captioned_set import save_set
 from tinyfusion import cli
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.loading import flatten, load_recipe, to_plain
 from tinyfusion.config.recipe import Recipe
-from tinyfusion.jobs.cards import WAYS, lines_of_large
+from tinyfusion.families.diffusers_classes.call_rows import call_of
+from tinyfusion.families.diffusers_classes.calls import CallContext
 from tinyfusion.jobs.estimate import MemoryPlan
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.training import Training
@@ -218,16 +221,15 @@ def test_pixart_is_opened_as_diffusers_has_it_where_the_class_is_named() -> None
 
 
 @pytest.mark.parametrize("name", ["qwen-image-half", "z-image-two-thirds", "sana-1600m-half"])
-def test_a_dry_run_counts_large_models_of_masked_texts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their calls look at the values of masks, which fake tensors do not have."""
-    monkeypatch.setattr("tinyfusion.jobs.cards.LARGE", 0)
-    RECIPES[name].family.build().save_pretrained("teacher")  # of few blocks
-    save_set(Path("set"), **RECIPES[name].texts)
-    recipe = dataclasses.replace(Recipe(), data=dataclasses.replace(Recipe().data, name="latents:set"))
-    model = open_stated(recipe, "teacher", None, None)
-    assert isinstance(model, TransformerModel)
-    model.latent_shape = (4, 8, 8)
-    assert len(lines_of_large(model, dict.fromkeys(model.stack.depths(), 1))) == 3 + len(WAYS)
+def test_calls_of_masked_texts_are_made_without_values(name: str) -> None:
+    """As a dry run counts large models: fake tensors have no values, which masks are looked at for."""
+    tiny = RECIPES[name].tiny
+    config = {**tiny.config, "_class_name": tiny.name}
+    with FakeTensorMode():
+        texts = Condition({"embeddings": torch.zeros(1, 6, 16), "mask": torch.zeros(1, 6, dtype=torch.uint8)})
+        arguments = call_of(config).arguments(CallContext(config), torch.zeros(1, 4, 8, 8), torch.ones(1), texts)
+    given = arguments.get("encoder_hidden_states", arguments.get("cap_feats"))
+    assert given[0].shape == (6, 16), "of full length"
 
 
 def test_hours_of_the_page_are_the_minutes_of_the_recipes() -> None:
