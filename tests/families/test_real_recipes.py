@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import Tiny, draw
+from tiny import Tiny
 from tiny_pipelines import PIPELINES, TinyPipeline
+from torch._subclasses import FakeTensorMode
 
 from captioned_set import save_set
 from tinyfusion import cli
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.loading import flatten, load_recipe, to_plain
+from tinyfusion.config.recipe import Recipe
+from tinyfusion.families.diffusers_classes.call_rows import call_of
+from tinyfusion.families.diffusers_classes.calls import CallContext
+from tinyfusion.jobs.estimate import MemoryPlan
+from tinyfusion.jobs.latent_facts import open_stated
+from tinyfusion.jobs.training import Training
+from tinyfusion.jobs.transformer_training import transformer_objective
+from tinyfusion.models.transformer import TransformerModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
 KL = dict(latent_channels=4, block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
@@ -72,6 +82,7 @@ class Published:
 
 
 TRUNK, SINGLE = "transformer_blocks", "single_transformer_blocks"
+REFINERS = {"noise_refiner": 2, "context_refiner": 2}
 RECIPES = {
     "flux1-dev-lite": Published(
         "FluxPipeline", {TRUNK: 19, SINGLE: 38}, {TRUNK: 8, SINGLE: 20},
@@ -84,7 +95,7 @@ RECIPES = {
         "QwenImagePipeline", {TRUNK: 60}, {TRUNK: 30}, dict(num_layers=60), dict(width=16, masked=True),
         dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)),
     "z-image-two-thirds": Published(
-        "ZImagePipeline", {"noise_refiner": 2, "context_refiner": 2, "layers": 30}, {"noise_refiner": 2, "context_refiner": 2, "layers": 20},
+        "ZImagePipeline", REFINERS | {"layers": 30}, REFINERS | {"layers": 20},
         dict(n_layers=30, n_refiner_layers=2, dim=32, n_heads=2, n_kv_heads=2), dict(width=16, masked=True), dict(shift=6.0)),
     "sana-1600m-half": Published(
         "SanaPipeline", {TRUNK: 20}, {TRUNK: 10},
@@ -104,9 +115,11 @@ SHORT = {
 
 @pytest.fixture(autouse=True)
 def present(tmp_path: Path) -> Iterator[None]:
-    """The test's folder is the present one."""
+    """The test's folder is the present one. Memory is not planned, which takes longer than two steps."""
+    plan = MemoryPlan({}, 1, "bfloat16", overlap=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
+        patch.setattr(Training, "memory", lambda _self: (None, plan))
         yield
 
 
@@ -138,7 +151,9 @@ def test_two_steps_of_search_and_recovery_and_a_drawing(name: str) -> None:
     plan = json.loads(Path("cut/plan.json").read_text())
     assert plan["criterion"] == "learned" and plan["depth"] == dict(teacher.blocks)
     assert {path: len(kept) for path, kept in plan["kept"].items()} == dict(teacher.kept)
-    logged = [[json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()] for run in ("cut", "back")]
+    logged = [
+        [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()] for run in ("cut", "back")
+    ]
     assert [[line["step"] for line in lines] for lines in logged] == [[0, 1], [0, 1]]
     assert all(line["applied"] for lines in logged for line in lines)
     if name == "flux1-dev-lite":  # the teacher is the only target
@@ -162,3 +177,72 @@ def moved(before: str, after: str) -> bool:
     with safe_open(Path(before, file), "pt") as old, safe_open(Path(after, file), "pt") as new:
         assert [*old.keys()] == [*new.keys()]
         return any(not torch.equal(old.get_tensor(name), new.get_tensor(name)) for name in old.keys())  # noqa: SIM118
+
+
+# ------------------------------------------------------------------------------------------------------------ by themselves
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_without_data_nothing_is_fetched(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinyfusion.models.hub._snapshot", lambda *_: pytest.fail("fetched"))
+    assert cli.main(["prune", "--recipe", name, "--out", "cut"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "give --data latents:FOLDER" in error and "\n" not in error
+    assert not Path("cut").exists()
+
+
+def test_a_fetched_transformer_comes_with_its_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schedule and the shift of its training are in that file."""
+    RECIPES["pixart-sigma-half"].save(Path("hub"))
+
+    def snapshot(repository: str, revision: str, files: Sequence[str]) -> Path:
+        for file in (each for pattern in files for each in Path("hub").glob(pattern)):
+            Path("cache", file.relative_to("hub")).parent.mkdir(parents=True, exist_ok=True)
+            Path("cache", file.relative_to("hub")).write_bytes(file.read_bytes())
+        return Path("cache")
+
+    monkeypatch.setattr("tinyfusion.models.hub._snapshot", snapshot)
+    model = open_stated(Recipe(), "org/pixart", None, None)
+    assert isinstance(model, TransformerModel)
+    assert model.scheduler["_class_name"] == "DPMSolverMultistepScheduler" and transformer_objective(
+        model, 0.0, Recipe()
+    )
+
+
+def test_pixart_is_opened_as_diffusers_has_it_where_the_class_is_named() -> None:
+    RECIPES["pixart-sigma-half"].save(Path("teacher"))
+    save_set(Path("set"), width=16, masked=True)
+    recipe = dataclasses.replace(Recipe(), data=dataclasses.replace(Recipe().data, name="latents:set"))
+    by_family = open_stated(recipe, "teacher", None, None)
+    by_class = open_stated(recipe, "teacher", None, "PixArtTransformer2DModel")
+    assert by_family.family.name == "pixart" and isinstance(by_class, TransformerModel)
+
+
+@pytest.mark.parametrize("name", ["qwen-image-half", "z-image-two-thirds", "sana-1600m-half"])
+def test_calls_of_masked_texts_are_made_without_values(name: str) -> None:
+    """As a dry run counts large models: fake tensors have no values, which masks are looked at for."""
+    tiny = RECIPES[name].tiny
+    config = {**tiny.config, "_class_name": tiny.name}
+    with FakeTensorMode():
+        texts = Condition({"embeddings": torch.zeros(1, 6, 16), "mask": torch.zeros(1, 6, dtype=torch.uint8)})
+        arguments = call_of(config).arguments(CallContext(config), torch.zeros(1, 4, 8, 8), torch.ones(1), texts)
+    given = arguments.get("encoder_hidden_states", arguments.get("cap_feats"))
+    assert given[0].shape == (6, 16), "of full length"
+
+
+def test_hours_of_the_page_are_the_minutes_of_the_recipes() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    for name, published in RECIPES.items():
+        recipe = load_recipe(name)
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |") and " T |" in line)
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert (
+            cells[1]
+            == f"{' + '.join(map(str, published.blocks.values()))} to {' + '.join(map(str, published.kept.values()))}"
+        )
+        assert recipe.minutes == pytest.approx(60 * (float(cells[7]) + float(cells[8])), abs=7), (
+            "hours have one decimal"
+        )
+        assert "Never run" in recipe.description and "computed, not measured" in recipe.machine

@@ -271,7 +271,8 @@ class Recipe:
         "student's run",
     ] = ""
     teacher_family: Annotated[
-        str | None, "family of the teacher, or its class of diffusers, where several fit; None: --family, else the first"
+        str | None,
+        "family of the teacher, or its class of diffusers, where several fit; None: --family, else the first",
     ] = None
     seed: Annotated[Seed, "seed of every draw"] = 0
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"

@@ -78,7 +78,8 @@ def open_stated(
 ) -> LoadedModel:  # fmt: skip
     """Any model, of a family or a transformer of diffusers, with the facts that the recipe states.
 
-    family: opens it, where several can; the name of a class of diffusers opens a folder as such a transformer. blocks: rows of classes that the shipped table lacks. Raises UserError where a setting contradicts the model's file.
+    family: opens it, where several can; the name of a class of diffusers opens a folder as such a transformer. blocks: rows of
+    classes that the shipped table lacks. Raises UserError where a setting contradicts the model's file.
     """
     if transformer := transformer_of(str(source), blocks, given_texts(recipe, family, blocks)):
         return with_prompts_of(recipe.data, open_transformer_model(source, transformer, recipe.flow, blocks))

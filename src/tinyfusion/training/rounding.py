@@ -144,10 +144,13 @@ def update_bytes(sizes: Sequence[int]) -> int:
 def _portions(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Neighbours of together at most `AT_ONCE` numbers, or single larger ones."""
     some: list[nn.Parameter] = []
+    numbers = 0
     for parameter in parameters:
-        if some and sum(local_part(p).numel() for p in some) + local_part(parameter).numel() > AT_ONCE:
+        own = local_part(parameter).numel()
+        if some and numbers + own > AT_ONCE:
             yield some
-            some = []
+            some, numbers = [], 0
         some.append(parameter)
+        numbers += own
     if some:
         yield some

@@ -25,6 +25,7 @@ from tinyfusion.families.diffusers_classes.calls import (
     packed,
     trimmed,
     unpacked,
+    without_values,
 )
 from tinyfusion.processes.time import TimeConvention
 
@@ -112,7 +113,7 @@ def _qwen(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> d
         "hidden_states": packed(x),
         "timestep": t,
         "encoder_hidden_states": embeddings,
-        "encoder_hidden_states_mask": None if mask.is_meta or bool(mask.all()) else mask,
+        "encoder_hidden_states_mask": None if without_values(mask) or bool(mask.all()) else mask,
         "img_shapes": [[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x),
     } | _guidance(context, x, condition)
 
@@ -183,7 +184,7 @@ def _pixart(context: CallContext, x: Tensor, t: Tensor, condition: Condition) ->
 
 def _z_image(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
     rows, masks = condition["embeddings"], condition["mask"].bool()
-    texts = list(rows) if masks.is_meta else [row[mask] for row, mask in zip(rows, masks, strict=True)]
+    texts = list(rows) if without_values(masks) else [row[mask] for row, mask in zip(rows, masks, strict=True)]
     return {"x": list(x.unsqueeze(2)), "t": t, "cap_feats": texts}
 
 

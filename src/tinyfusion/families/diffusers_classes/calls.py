@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from tinyfusion.conditioning.condition import Condition, ModelCall
 from tinyfusion.core.errors import UserError
@@ -235,13 +236,18 @@ def grid(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
 
 
+def without_values(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape alone: it is on the meta device, or a fake one by which memory is counted."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 def trimmed(context: CallContext, condition: Condition) -> tuple[Tensor, Tensor]:
     """Embeddings (B, N, ...) and their mask (B, N), bool, without the tokens behind the longest text of the batch.
 
-    On the meta device every text is of full length.
+    Where tensors have no values every text is of full length.
     """
     embeddings, mask = condition["embeddings"], condition["mask"].bool()
-    if not context.trim or mask.is_meta:
+    if not context.trim or without_values(mask):
         return embeddings, mask
     used = mask.any(0).nonzero()
     length = int(used[-1]) + 1 if len(used) else 1
