@@ -55,10 +55,8 @@ def check_evaluation(job: TransformerJob, pipeline: ModelPipeline) -> None:
         raise UserError(
             f"no features are named to compare images with {', '.join(settings.references)}; {FEATURE_CHOICES}"
         )
-    device = str(device_for(recipe))
-    if settings.references:
-        extractor = open_extractor(settings.features, device)
     for name in settings.references:
+        extractor = open_extractor(settings.features, str(device_for(recipe)))  # the same object for all
         real = open_reference(name, extractor, recipe.data)
         check_count(len(real), f"reference {name}", settings)
         size = real.source.shape[1:3] if real.source else None

@@ -102,6 +102,7 @@ def _section(run: Run, anchor: str, runs: Sequence[Run]) -> dict[str, Any]:
         "run": run,
         "progress": progress_of(run),
         "comparable": tables.comparable(run),
+        "without_reference": tables.without_reference(run),
         "depths": tables.depths(run),
         "models": tables.timed_models(run),
         "doubt": tables.speed_doubt(run),

@@ -118,6 +118,16 @@ def _has_distance(values: Mapping[str, Any]) -> bool:
     return values.get("fid") is not None or values.get("clip_score") is None
 
 
+def without_reference(run: Run) -> tuple[str, dict[str, str]] | None:
+    """Title and values by model of the score to begin with where there is no distance to a reference; None where there is none."""
+    clip = {m: v["clip_score"] for (m, _), v in run.evaluations.items() if v.get("clip_score") is not None}
+    psnr_db = {model: values["against"]["psnr_db"] for model, values in run.pairs if values["against"].get("psnr_db")}
+    for title, scores in (("CLIP score", clip), ("PSNR to the images of another model, in dB", psnr_db)):
+        if len(named := [name for name in MODELS if name in scores and name != "real"]) > 1:
+            return f"{title}, higher is better", {name: significant(scores[name]) for name in named}
+    return None
+
+
 def speed_doubt(run: Run) -> str:
     """Why a measured speed-up is far from the ratio of MACs; empty where it is near, or unknown."""
     if not (models := timed_models(run)):
