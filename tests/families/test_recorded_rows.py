@@ -18,6 +18,7 @@ from tiny_pipelines import GENERATOR, PIPELINES, TinyPipeline
 import tinyfusion
 from tinyfusion import cli
 from tinyfusion.blocks.stack import BlockStack
+from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.recorded import OUTPUT, RecordedInputs, recording
 from tinyfusion.data.recorded_batches import PLAIN, RecordedBatches, RowLayout, joined
@@ -25,8 +26,9 @@ from tinyfusion.families.diffusers_classes.cutting import UnitList
 from tinyfusion.families.diffusers_classes.folder import open_transformer
 from tinyfusion.families.diffusers_classes.layouts import LAYOUTS
 from tinyfusion.families.diffusers_classes.rows import shipped_rows
-from tinyfusion.jobs.recorded_training import RecordedTask, call_outputs, check_rows
-from tinyfusion.models.transformer import opened
+from tinyfusion.jobs.recorded_training import RecordedTask, call_outputs, check_masks, check_rows
+from tinyfusion.models.transformer import TransformerModel, opened
+from tinyfusion.training.engine import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
 CPU = torch.device("cpu")
@@ -252,6 +254,46 @@ def test_a_model_that_knows_one_image_trains_by_accumulation(
     ]
     assert len(losses[0]) == 2 and losses[0][0] > 0
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_masks_are_learned_where_blocks_write_into_their_inputs(tmp_path: Path) -> None:
+    """CogView4 turns queries in place by tables that take no gradient; one batch and microbatches of one give equal losses."""
+    family = next(each for each in PIPELINES if each.name == "CogView4Pipeline")
+    pipeline = family.build()
+    pipeline.transformer.save_pretrained(tmp_path / "model")
+    GENERATOR.manual_seed(5)
+    with tinyfusion.record_inputs(pipeline.transformer, tmp_path / "inputs.safetensors"):
+        pipeline(
+            output_type="latent", num_inference_steps=2, generator=torch.Generator().manual_seed(0), **family.call()
+        )
+    losses = []
+    for steps in (1, 4):
+        out = tmp_path / f"run-{steps}"
+        command = [
+            "prune",
+            "--teacher",
+            str(tmp_path / "model"),
+            "--inputs",
+            str(tmp_path / "inputs.safetensors"),
+            "--scheme",
+            "3:4",
+        ]
+        command += ["--out", str(out), "--update", "frozen", "--set", f"compute.gradient_accumulation_steps={steps}"]
+        for setting in ("steps=1", "batch_size=4", "warmup_steps=0", "ema_decay=0.0"):
+            command += ["--set", f"prune.training.{setting}"]
+        assert cli.main(command) == 0
+        losses.append(json.loads((out / "metrics.jsonl").read_text())["loss"])
+    assert losses[0] > 0 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_images_that_share_their_mask_are_learned_one_at_a_time() -> None:
+    row = SimpleNamespace(one_mask="its blocks see a row per token")
+    model = object.__new__(TransformerModel)
+    model.folder = SimpleNamespace(row=row, class_name="Any")  # type: ignore[assignment]
+    settings = TrainingSection(batch_size=4)
+    with pytest.raises(ValueError, match="share their mask .* compute.gradient_accumulation_steps=4"):
+        check_masks(model, settings, Engine(CPU))
+    check_masks(model, settings, Engine(CPU, ComputeSection(gradient_accumulation_steps=4)))
 
 
 def test_files_without_outputs_are_for_criteria_alone() -> None:

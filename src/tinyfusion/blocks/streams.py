@@ -115,6 +115,12 @@ class BlockCall:
         """Tensors among the arguments that are no streams."""
         return tensors_in([value for name, value in self._arguments.items() if name not in self.names])
 
+    def of_each_image(self) -> list[Tensor]:
+        """Tensors among the arguments that are not shared by all images, as tables of positions are."""
+        return tensors_in(
+            [value for name, value in self._arguments.items() if self.streams.axes.get(name, 0) is not None]
+        )
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
         """The call with `change` applied to every tensor among its arguments."""
         return self._changed({name: tree_map_only(Tensor, change, value) for name, value in self._arguments.items()})

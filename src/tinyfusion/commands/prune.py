@@ -16,7 +16,7 @@ from tinyfusion.data.latents import LATENTS
 from tinyfusion.jobs.assemble import RunOptions, check_data_name, open_teacher
 from tinyfusion.jobs.criteria import CriterionWork, criterion_work, looks_at_images
 from tinyfusion.jobs.latent_facts import given_texts
-from tinyfusion.jobs.recorded_training import recorded_of, training_data
+from tinyfusion.jobs.recorded_training import check_masks, recorded_of, training_data
 from tinyfusion.jobs.training import MaskTraining, mask_training, student_of
 from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
@@ -82,6 +82,7 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
             )
         if settings.keep_deltas and settings.update == "frozen":
             raise UserError("prune.keep_deltas has nothing to keep with --update frozen: train lora or full deltas")
+        check_masks(teacher, settings.training, engine)
         source, objective = training_data(recipe, inputs.recorded, teacher, settings.training, engine)
         if (
             inputs.recorded and settings.target is None

@@ -310,7 +310,7 @@ def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
         if not trains:
             rows.append((0, size, 0, without_graph))
             continue
-        inputs = [value.requires_grad_() for value in tensors_in((one.args, one.kwargs)) if value.is_floating_point()]
+        inputs = [value.requires_grad_() for value in one.of_each_image() if value.is_floating_point()]
         with _autocast(device.type, dtype), LiveBytes() as meter:
             outputs = tensors_in(copy(*one.args, **one.kwargs))
         retained = meter.now

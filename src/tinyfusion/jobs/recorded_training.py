@@ -107,6 +107,17 @@ def training_data(
     return batches_for(recipe, model, engine.device), objective_for(model, settings.label_drop, recipe)
 
 
+def check_masks(model: LoadedModel, settings: TrainingSection, engine: Engine) -> None:
+    """Raise UserError where images of one call would have masks of their own, and the blocks of the class do not see images."""
+    if not isinstance(model, TransformerModel) or not model.folder.row.one_mask:
+        return
+    if max(num for _, num in engine.slices(settings.batch_size)) > 1:
+        raise UserError(
+            f"images of a call of a {model.folder.class_name} share their mask ({model.folder.row.one_mask}): learn on one at a time, "
+            f"compute.gradient_accumulation_steps={settings.batch_size}"
+        )
+
+
 def recorded_batches(
     inputs: RecordedInputs,
     model: TransformerModel,
