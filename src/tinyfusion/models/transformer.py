@@ -133,8 +133,8 @@ class TransformerModel(LoadedModel):
             step = max(1, own.numel() // _PROBED_VALUES)
             if not torch.equal(tensor.detach().reshape(-1)[::step].to("cpu", own.dtype), own.reshape(-1)[::step]):
                 raise UserError(
-                    f"the {self.folder.class_name} was changed after it was opened ({name}), and its folder was not: go on with "
-                    "model.with_weights(model.module.state_dict())"
+                    f"the {self.folder.class_name} was changed after it was opened ({name}), and its folder was not: go on with its "
+                    "with_weights(STATE_DICT)"
                 )
 
     def _of(self, folder: TransformerFolder) -> TransformerModel:
