@@ -126,7 +126,9 @@ def test_latents_inputs_and_other_criteria(command: Command) -> None:
     code, _, err = command(f"{PLAIN} {SMALL} --data latents:whole/latents --out made")
     assert code == 0, err
     same("whole", "made")
-    assert "PSNR to the images of another model, in dB, higher is better" in Path("made/report.html").read_text(encoding="utf-8")
+    assert "PSNR to the images of another model, in dB, higher is better" in Path("made/report.html").read_text(
+        encoding="utf-8"
+    )
     assert not Path("made/latents").exists() and "encode" not in read_json(Path("made/run.json"))["stages"]
 
     drawing = "--steps 2 --height 16 --width 16 --calls 2"

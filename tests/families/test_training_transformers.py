@@ -28,7 +28,7 @@ from tinyfusion.families.diffusers_classes.rows import shipped_rows
 from tinyfusion.jobs.assemble import batches_for
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.process_specs import objective_for
-from tinyfusion.models.transformer import TransformerModel
+from tinyfusion.models.transformer import TransformerModel, gate_units
 from tinyfusion.prune.layout import GateLayout
 from tinyfusion.prune.learn import mask_learner
 
@@ -238,7 +238,7 @@ def test_what_gates_keep_can_be_cut(tiny: Tiny, tmp_path: Path) -> None:
     folder = open_transformer(tmp_path / "model", shipped_rows())
     if folder.row.unfit:
         pytest.skip(f"it cannot be cut: {folder.row.unfit}")
-    gated = tuple(each for each in folder.units if not each.aside)
+    gated = tuple(each for each in gate_units(folder) if not each.aside)
     layout = GateLayout(folder.depths, gated)
     assert layout.plain == (layout.columns == list(range(len(layout.columns))))
     fixed, rng, first = {*layout.protected(())}, torch.Generator().manual_seed(1), 0

@@ -84,7 +84,7 @@ class TransformerModel(LoadedModel):
     @property
     def units(self) -> list[UnitList]:
         """Blocks that can only be removed together, per list of gates."""
-        return self.folder.units
+        return gate_units(self.folder)
 
     @property
     def of_latents(self) -> bool:
@@ -167,6 +167,17 @@ class TransformerModel(LoadedModel):
         one = self.prompts.index(slice(1)).to("meta")
         x, t = torch.zeros(1, *self.latent_shape, device="meta"), torch.ones(1, device="meta")
         return macs_by_module(module, lambda: self.family.call(module, x, t, one))[""]
+
+
+def gate_units(folder: TransformerFolder) -> list[UnitList]:
+    """The units of a model that gates may select freely: blocks behind which a hint is added stay, as two hints cannot share a place."""
+    hinted = {(path, i) for name, path in folder.row.hints.items() for i in folder.config.get(name) or ()}
+
+    def with_fixed(each: UnitList) -> UnitList:
+        fixed = frozenset(i for i, unit in enumerate(each.units) if hinted & {*unit})
+        return dataclasses.replace(each, fixed=each.fixed | fixed)
+
+    return [with_fixed(each) for each in folder.units]
 
 
 def opened(folder: TransformerFolder, context: CallContext | None = None) -> TransformerModel:
