@@ -63,12 +63,15 @@ def test_killed_and_continued_is_as_if_never_killed(folder: Path, start: Starter
         assert all(torch.equal(first[name], second[name]) for name in first), verb
 
 
-def test_two_processes_equal_one(folder: Path, start: Starter) -> None:
-    alone = start(*LEARN, "--out", "alone")
-    both = start.two(*LEARN, "--out", "two")
-    for sitting in (alone, *both):
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(way: str, folder: Path, start: Starter) -> None:
+    """The plan of learned masks, and the weights of a student that starts from their updates."""
+    if not (folder / "alone").exists():
+        alone = start(*LEARN, "--out", "alone")
+        assert alone.end() == 0, alone.said
+    for sitting in start.two(*LEARN, "--set", f"compute.parallel={way}", "--out", f"two-{way}"):
         assert sitting.end() == 0, sitting.said
-    plans = [json.loads((folder / name / "plan.json").read_text())["kept"] for name in ("alone", "two")]
+    plans = [json.loads((folder / name / "plan.json").read_text())["kept"] for name in ("alone", f"two-{way}")]
     assert plans[0] == plans[1]
-    first, second = weights(folder / "alone"), weights(folder / "two")
+    first, second = weights(folder / "alone"), weights(folder / f"two-{way}")
     assert all(torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-6) for name in first)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -335,7 +336,9 @@ def _plain_copy(module: nn.Module, device: torch.device, of_linears: torch.dtype
     if isinstance(module, nn.Linear) and module.weight.dtype == torch.uint8:
         sizes, biased = (module.in_features, module.out_features), module.bias is not None
         return nn.Linear(*sizes, biased, device=device, dtype=of_linears).requires_grad_(False)
-    copy: nn.Module = kind.__new__(kind)  # of a class that FSDP2 made for its module this gives the plain one
+    # of a class that FSDP2 made for its module, the plain one
+    whole = next(each for each in kind.__mro__ if not issubclass(each, FSDPModule))
+    copy: nn.Module = whole.__new__(whole)
     attributes = {k: v for k, v in vars(module).items() if k not in ("forward", "_compiled_call_impl")}
     copy.__dict__.update({k: OrderedDict() if "_hooks" in k else v for k, v in attributes.items()})
 
