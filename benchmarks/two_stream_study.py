@@ -39,7 +39,7 @@ from tinyfusion.sample.drive import to_uint8
 from two_stream_parts import TOKENS
 
 COPIES = 24  # of every digit, half of them jittered, as the teachers were trained
-SEARCH_BATCH, RECOVERY_BATCH, CALIBRATION = 64, 128, 256
+SEARCH_BATCH, RECOVERY_BATCH, RECOVERY_RATE, CALIBRATION = 32, 32, 2e-3, 256
 IMAGES, STEPS_DRAWN, GUIDANCE = 1000, 28, {"flux": None, "sd3": 1.5}
 HALF = {"flux": "{}:4;{}:8", "sd3": "{}:12"}  # a subset or run of each whole list
 # merged: the student begins with the weight updates of the search
@@ -148,7 +148,7 @@ def planned(stick: Yardstick, plan: str, seed: int) -> tuple[Any, int]:
             stick.teacher, plan, task=stick.objective, batches=stick.source(seed), num_batches=batches, seed=seed
         )
         return student, 0
-    steps = stick.images // 3 // SEARCH_BATCH
+    steps = stick.images // 4 // SEARCH_BATCH
     settings = dict(learned[plan])
     if "scheme" not in settings:
         kept = [depth // 2 for depth in stick.teacher.stack.depths().values()]
@@ -171,7 +171,7 @@ def outcome(stick: Yardstick, plan: str, method: str, seed: int) -> dict[str, An
     values["loss_before"] = float(stick.loss(student.module).mean())
     steps = (stick.images - searched) // RECOVERY_BATCH
     training = tf.TrainingSection(
-        steps=steps, batch_size=RECOVERY_BATCH, learning_rate=1e-3, learning_rate_end_share=0.05, warmup_steps=20,
+        steps=steps, batch_size=RECOVERY_BATCH, learning_rate=RECOVERY_RATE, learning_rate_end_share=0.05, warmup_steps=20,
         ema_decay=0.98,
     )  # fmt: skip
     section = tf.RecoverSection(method=method, beta=(2e-4, 0.0), training=training)  # type: ignore[arg-type]
@@ -247,10 +247,10 @@ def rows(runs: Path) -> list[str]:
     for stream, scores in teacher["influence"].items():
         known = [(score, block["added"]) for score, block in zip(scores, blocks, strict=True) if score is not None]
         rank = spearmanr(*zip(*known, strict=True)).statistic
-        cells = ["-" if score is None else f"{score:.3f}" for score in scores]
+        listed = ["-" if score is None else f"{score:.3f}" for score in scores]
         lines.append(
             "| "
-            + " | ".join([f"block influence, {stream} stream (rank correlation with the loss {rank:.2f})", *cells])
+            + " | ".join([f"block influence, {stream} stream (rank correlation with the loss {rank:.2f})", *listed])
             + " |"
         )
     jobs: dict[tuple[str, str], list[dict[str, Any]]] = {}

@@ -31,9 +31,10 @@ from test_evaluate import random_weights
 from prompt_pipelines import save_clip, save_dino, save_flux_pipeline
 from tinyfusion.config.loading import load_recipe, recipe_fields, shipped_recipes
 from tinyfusion.config.recipe import Recipe, TrainingSection
+from tinyfusion.data import captioned_digits
 from tinyfusion.evaluate import extractors
 from tinyfusion.jobs import scoring
-from tinyfusion.models.checkpoint import save_model
+from tinyfusion.models.checkpoint import save_model, shipped_models
 from tinyfusion.options import VERBS
 from tinyfusion.parsing import overrides, parse
 from tinyfusion.training.state import horizon_warning
@@ -55,6 +56,7 @@ SHORT = {
     "dynamic": "dynamic.training dynamic",
     "sample": "sample",
 }
+YARDSTICKS = ("digits-flux", "digits-sd3")  # pipelines that ship
 SETTINGS = {
     **dict.fromkeys(("train", "prune.training", "recover.training", "dynamic.training"), TRAINING),
     "dynamic": "finish_steps=1 auxiliary_steps=1 ramp_steps=1 calibration_images=0",
@@ -111,7 +113,15 @@ def shortened(words: list[str]) -> list[str]:
         ]
     if words[1] in ("sample", "bench") and "--prompts" in words:
         settings += PROMPTS.split()
-    if words[1] == "run" and of_a_pipeline(words[words.index("--recipe") + 1]):
+    if words[1] == "run" and words[words.index("--recipe") + 1] in YARDSTICKS:
+        settings += [
+            "pipeline.num_steps=1",
+            "pipeline.num_images=5",
+            "pipeline.batch_size=5",
+            "bench.repeats=1",
+            "bench.product_size=64",
+        ]
+    elif words[1] == "run" and of_a_pipeline(words[words.index("--recipe") + 1]):
         settings += f"{PROMPTS} encode.size=16 encode.max_tokens=16 pipeline.max_tokens=16".split()
     return [*words[1:], *drawing, *(part for setting in settings for part in ("--set", setting))]
 
@@ -128,6 +138,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(tiny(depth=12), folder / "shipped" / "digits")
     save_model(tiny_mar(), folder / "shipped" / "digits-mar")
     save_model(tiny_sit(), folder / "shipped" / "digits-sit")
+    for name in YARDSTICKS:
+        shutil.copytree(shipped_models()[name], folder / "shipped" / name)
     brought = folder / "brought"
     brought.mkdir()
     official = tiny(hidden_size=384, num_heads=6, in_channels=4, patch_size=2).module.state_dict()
@@ -190,6 +202,7 @@ def reader(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A folder as a reader of the docs would have it, as the current one."""
     shipped = {path.name: path for path in (stand_ins / "shipped").iterdir()}
     monkeypatch.setattr("tinyfusion.models.places.shipped_models", lambda: shipped)
+    monkeypatch.setattr(captioned_digits, "COPIES", 1)
     monkeypatch.setattr(extractors, "fetch_weights", lambda name: stand_ins / "inception.safetensors")
     monkeypatch.setattr(scoring, "cache_folder", lambda: tmp_path / "cache")
     shutil.copytree(stand_ins / "brought", tmp_path / "reader")
