@@ -393,7 +393,7 @@ def test_the_page_of_a_run_that_is_going_on(cli: Cli, work: Path, monkeypatch: p
     pages: dict[str, str] = {}
     seen = {
         "prune": (tinyfusion.commands.prune, "plan_of"), "recover": (tinyfusion.jobs.previews, "write_grid_png"),
-        "sample": (tinyfusion.commands.run, "_compare"), "evaluate": (tinyfusion.commands.evaluate, "score"),
+        "sample": (tinyfusion.commands.run, "write_comparison"), "evaluate": (tinyfusion.commands.evaluate, "score"),
         "speed": (tinyfusion.commands.run, "interleaved"), "pictures": (tinyfusion.commands.run, "write_pictures"),
     }  # fmt: skip
 

@@ -191,7 +191,7 @@ def test_a_broken_coupling_is_refused_in_one_line(
     ("arguments", "message"),
     [
         (["--criterion", "bi"], "looks at data"),
-        ([], "criterion learned looks at data"),
+        ([], "criterion learned trains: for a FluxTransformer2DModel give --data latents:FOLDER"),
         (["--criterion", "first", "--num-keep", "4"], "4 blocks of transformer_blocks cannot stay: 1 to 3 can"),
         (
             ["--criterion", "first", "--set", "prune.budgets=blocks=2"],

@@ -167,7 +167,7 @@ def test_blocks_of_packed_layers_share_a_compilation() -> None:
 def test_a_packed_weight_goes_with_its_layer() -> None:
     block = nn.Sequential(nn.Linear(64, 64).to(torch.bfloat16))
     pack([block], smallest=1)
-    kept = weakref.ref(block[0].laid_out)
+    kept = weakref.ref(block[0].packed)
     assert kept() is not None
     del block
     gc.collect()
