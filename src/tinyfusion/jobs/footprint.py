@@ -337,7 +337,7 @@ def _plain_copy(module: nn.Module, device: torch.device, of_linears: torch.dtype
         sizes, biased = (module.in_features, module.out_features), module.bias is not None
         return nn.Linear(*sizes, biased, device=device, dtype=of_linears).requires_grad_(False)
     # of a class that FSDP2 made for its module, the plain one
-    whole = next(each for each in kind.__mro__ if not issubclass(each, FSDPModule))
+    whole: Any = next(each for each in kind.__mro__ if not issubclass(each, FSDPModule))
     copy: nn.Module = whole.__new__(whole)
     attributes = {k: v for k, v in vars(module).items() if k not in ("forward", "_compiled_call_impl")}
     copy.__dict__.update({k: OrderedDict() if "_hooks" in k else v for k, v in attributes.items()})
