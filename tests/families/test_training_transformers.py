@@ -21,6 +21,7 @@ from captioned_set import save_set
 from prompt_pipelines import save_flux_pipeline
 from tinyfusion import cli
 from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.commands.transformer_job import stand_in
 from tinyfusion.config.recipe import FlowSection, PruneSection, Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.families.diffusers_classes.folder import open_transformer
@@ -266,6 +267,22 @@ def test_what_gates_keep_can_be_cut(tiny: Tiny, tmp_path: Path) -> None:
         (n, i) for n, _ in ends for i in blocks[n]
     ]
     assert student.depths == {name: len(each) for name, each in blocks.items()}
+
+
+@pytest.mark.parametrize("name", ["ZImageTransformer2DModel", "HunyuanDiT2DModel", "HiDreamImageTransformer2DModel"])
+def test_a_run_counts_units_before_masks_are_learned(name: str, tmp_path: Path) -> None:
+    """Lists aside have no scheme, pairs are one, and blocks that stay are among the kept: as the gates will have it."""
+    tiny = next(each for each in IMAGES if each.name == name)
+    tiny.model().save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    folder = open_transformer(tmp_path / "model", shipped_rows())
+    gated = [each for each in gate_units(folder) if not each.aside]
+    scheme = ";".join(f"{len(each.units) - 1}:{len(each.units)}" for each in gated)
+    recipe = dataclasses.replace(Recipe(), prune=PruneSection(scheme=scheme, distribution="subset"))
+    plan = stand_in(folder, recipe, None)
+    student = folder.cut(plan)
+    aside = {path for each in folder.units if each.aside for path in each.name.split(" + ")}
+    assert all(len(plan.kept[path]) == folder.depths[path] for path in aside)
+    assert sum(student.depths.values()) < sum(folder.depths.values())
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from tinyfusion.blocks.plan import PrunePlan
-from tinyfusion.blocks.scheme import parse_scheme
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.commands.dynamic import dynamic
 from tinyfusion.commands.evaluate import check_count, evaluate
@@ -53,6 +52,7 @@ from tinyfusion.jobs.verbs import Inputs, Work, finished, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.context import list_groups
 from tinyfusion.prune.criteria import by_indices
+from tinyfusion.prune.layout import gate_layout
 from tinyfusion.report.tables import distance_name
 from tinyfusion.training.engine import Engine
 
@@ -218,8 +218,7 @@ def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
     if settings.criterion == "width":
         kept = {name: list(range(depth)) for name, depth in depths.items()}
     elif settings.criterion == "learned":
-        groups = parse_scheme(settings.scheme, depths, settings.distribution, settings.protect, settings.runs)
-        kept = {name: [g.start + i for g in listed for i in range(g.keep)] for name, listed in groups.items()}
+        kept = gate_layout(teacher).first_choice(settings)
     else:
         kept = {name: list(range(group.keep)) for name, group in list_groups(teacher, settings).items()}
     return PrunePlan(kept=kept, depth=depths, criterion="stand-in")

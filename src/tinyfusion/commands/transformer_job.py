@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.blocks.plan import PrunePlan
-from tinyfusion.blocks.scheme import parse_scheme
 from tinyfusion.commands.sample_prompts import draws_prompts
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
@@ -21,6 +20,8 @@ from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.pipelines import read_prompts
 from tinyfusion.jobs.transformers import planned
+from tinyfusion.models.transformer import gate_units
+from tinyfusion.prune.layout import layout_of
 
 MODELS = ("teacher", "pruned", "student")
 _MOST_CAPTIONS = 1000  # that are drawn where no prompts are named
@@ -116,8 +117,7 @@ def stand_in(teacher: TransformerFolder, recipe: Recipe, inputs: Path | None) ->
     """A plan of the size that pruning will decide on. Raises UserError on a scheme or a criterion that does not fit."""
     settings, depths = recipe.prune, dict(teacher.depths)
     if settings.criterion == "learned":
-        groups = parse_scheme(settings.scheme, depths, settings.distribution, settings.protect, settings.runs)
-        kept = {name: [g.start + i for g in listed for i in range(g.keep)] for name, listed in groups.items()}
+        kept = layout_of(depths, gate_units(teacher)).first_choice(settings)
         return PrunePlan(kept=kept, depth=depths, criterion="stand-in")
     if inputs is not None and settings.criterion != "indices":  # as many blocks as a score will keep
         settings = dataclasses.replace(settings, criterion="uniform")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tinyfusion.blocks.plan import first_blocks
-from tinyfusion.blocks.scheme import check_range
+from tinyfusion.blocks.scheme import BlockGroup, check_range, parse_scheme
+from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.diffusers_classes.cutting import UnitList
 from tinyfusion.models.loaded import LoadedModel
@@ -54,6 +55,20 @@ class GateLayout:
         fixed = [i in each.fixed for each in self.units for i in range(len(each.units))]
         return [unit for unit, blocks in enumerate(self.blocks) if fixed[unit] or {*blocks} & {*protect}]
 
+    def groups(self, settings: PruneSection) -> dict[str, list[BlockGroup]]:
+        """The groups of a learned criterion, per list of gates; they count units. Raises UserError if the scheme does not fit."""
+        protect = self.protected(settings.protect)
+        return parse_scheme(settings.scheme, self.sizes, settings.distribution, protect, settings.runs)
+
+    def first_choice(self, settings: PruneSection) -> dict[str, list[int]]:
+        """Blocks per list of the model of one choice that the groups allow: a stand-in for the decision, of its size."""
+        groups = self.groups(settings)
+        kept = {
+            name: [i for g in listed for i in g.with_protected(g.free[: g.keep_free])]
+            for name, listed in groups.items()
+        }
+        return self.in_blocks(kept)
+
     def of_blocks(self, masks: Tensor) -> Tensor:
         """(B, blocks) from the masks (B, units) of the gates."""
         if self.plain:
@@ -71,7 +86,11 @@ class GateLayout:
 
 def gate_layout(model: LoadedModel) -> GateLayout:
     """The gates of a model: every block has its own, unless its class ties blocks together or sets a list aside."""
-    depths, lists = model.stack.depths(), model.units
+    return layout_of(model.stack.depths(), model.units)
+
+
+def layout_of(depths: Mapping[str, int], lists: Sequence[UnitList] | None) -> GateLayout:
+    """The gates of a model of so many blocks per list. lists: its units; None: every block is one."""
     if lists is None:
         lists = [
             UnitList(name, tuple(((name, i),) for i in range(depth)), frozenset(), False)

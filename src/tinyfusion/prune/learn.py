@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import PrunePlan
-from tinyfusion.blocks.scheme import BlockGroup, parse_scheme
+from tinyfusion.blocks.scheme import BlockGroup
 from tinyfusion.blocks.stack import BlockStack, frozen, num_parameters
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
@@ -186,8 +186,7 @@ def mask_learner(
     Raises UserError if the scheme does not fit.
     """
     layout = gate_layout(teacher)
-    protect = layout.protected(settings.protect)
-    groups = parse_scheme(settings.scheme, layout.sizes, settings.distribution, protect, settings.runs)
+    groups = layout.groups(settings)
     module = teacher.copy().module.train()
     make_trainable(module, teacher.family)  # a frozen teacher's copy is frozen
     if settings.storage != "own":
