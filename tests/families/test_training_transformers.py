@@ -209,6 +209,18 @@ def test_masks_and_students_learn_from_recorded_outputs(place: Path, run: Run) -
     assert "teacher" in json.loads(Path("runs/rec-logits/run.json").read_text())["job"]
 
 
+def test_run_takes_a_folder_of_recorded_calls(place: Path, run: Run) -> None:
+    sizes = ["--steps", "2", "--height", "16", "--width", "16"]
+    run("record", "flux", "--prompts", "prompts.txt", *sizes, "--out", "recorded")
+    Path("whole.toml").write_text(
+        'teacher = "flux"\nprune.scheme = "2:3;1:2"\nrecover.method = "logits-kd"\n'
+        "pipeline = { height = 16, width = 16, num_steps = 1 }\n"
+    )
+    given = ["--inputs", "recorded", "--prompts", "prompts.txt", "--out", "runs/whole"]
+    said = run("run", "--recipe", "whole.toml", *given, "--dry-run")
+    assert said["state"] == "checked" and said["plan"]["data"] == "recorded", said
+
+
 def test_a_new_transformer_is_trained_for_a_pipeline(place: Path, run: Run) -> None:
     sizes = dict(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,

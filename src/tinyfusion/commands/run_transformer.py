@@ -34,6 +34,7 @@ from tinyfusion.core.files import sha256_of
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
 from tinyfusion.data.latents import MANIFEST
 from tinyfusion.data.prompts import TEXTS
+from tinyfusion.data.recorded import read_recorded
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.jobs.assemble import RunOptions, engine_for, job_record, open_teacher
 from tinyfusion.jobs.estimate import Estimate, announce
@@ -55,8 +56,8 @@ def run_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFol
     recipe = job.recipe
     plain: dict[str, Any] = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash}
     plain |= {"class": teacher.class_name, "encodes": job.encodes}
-    files = {"inputs": options.inputs, "prompts": Path(recipe.data.prompts) if recipe.data.prompts else None}
-    plain |= {name: sha256_of(file) for name, file in files.items() if file is not None}
+    plain |= {"inputs": read_recorded(options.inputs).fingerprint} if options.inputs is not None else {}
+    plain |= {"prompts": sha256_of(Path(recipe.data.prompts))} if recipe.data.prompts else {}
     folder = RunDirectory(out, engine.is_main)
     mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
     page = out / "report.html"
