@@ -503,6 +503,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
     "encoder-torn": (ENCODE, text("flux/text_encoder/model.safetensors", b"1234567"), "is no readable safetensors file"),
     "encoder-nan": (ENCODE, weights("text_encoder_2/model.safetensors", lambda t: [v.fill_(float("nan")) for v in t.values()]),
                     "embeddings of prompts (number 0 of a batch) are not finite"),
+    "encoder-lacks": (ENCODE, weights("text_encoder_2/model.safetensors", lambda t: t.pop(max(t))), "flux/text_encoder_2"),
     "no-data": (ENCODE.replace("pictures", "gone"), None, "no pictures at gone: wanted a folder of them, digits, a .jsonl file"),
     "a-file": (ENCODE.replace("pictures", "table.parquet"), None, "for a tar or parquet file say parquet:table.parquet"),
     "no-pictures": (ENCODE.replace("pictures", "empty"), lambda h: (h / "empty").mkdir(), "empty holds no pictures"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ from tinyfusion.models.autoencoder import check_loaded
 _LIBRARIES = ("diffusers", "transformers")
 
 
-def strict_components(pipeline: Path, known: Container[str], dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The networks that a pipeline's index names by classes of diffusers and transformers, but for those in `known`, in this type.
+def strict_components(
+    pipeline: Path, known: Container[str], dtype_of: Callable[[str], torch.dtype]
+) -> dict[str, nn.Module]:
+    """The networks that a pipeline's index names by classes of diffusers and transformers, but for those in `known`.
+
+    dtype_of: the type of a component.
 
     Weights are safetensors; nothing is fetched, and no code of the folder is run. Raises UserError where a tensor is missing or has
     another shape than its configuration says; what the libraries raise on other damage is passed on. Tensors that a class does not
@@ -31,7 +35,7 @@ def strict_components(pipeline: Path, known: Container[str], dtype: torch.dtype)
         if kind is None or not (pipeline / name).is_dir():
             continue
         settings: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        settings["dtype" if value[0] == "transformers" else "torch_dtype"] = dtype
+        settings["dtype" if value[0] == "transformers" else "torch_dtype"] = dtype_of(name)
         module, report = kind.from_pretrained(pipeline / name, **settings)
         faults = {what: report.get(what) for what in ("missing_keys", "mismatched_keys", "error_msgs")}
         check_loaded(faults, pipeline / name)

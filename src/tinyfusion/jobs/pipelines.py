@@ -142,7 +142,7 @@ def opened_pipeline(
     wanted = dtype or next(iter(modules.values())).dtype
     _no_progress_bars()
     try:
-        own = {"dtype": wanted, **strict_components(folder, modules, wanted), **modules}
+        own = {"dtype": wanted, **strict_components(folder, modules, lambda _name: wanted), **modules}
         pipeline = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **own
         )

@@ -22,6 +22,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.families.diffusers_classes.folder import INDEX
+from tinyfusion.jobs.pipeline_components import strict_components
 from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, shorter_texts
 from tinyfusion.models.autoencoder import quiet_libraries, quiet_logs
 
@@ -241,13 +242,17 @@ def prompt_encoder(folder: Path, kind: Any, device: torch.device, max_tokens: in
     index = read_json_object(folder / INDEX)
     others = [name for name, value in index.items() if isinstance(value, list) and name not in (*parts, "scheduler")]
     types = {part: dtype for part in parts if (dtype := _stored_type(folder / part)) is not None}
+    skipped = {*index} - {*parts}
     try:
         with quiet_libraries():
+            networks = strict_components(folder, skipped, lambda part: types.get(part, torch.float32))
             pipeline = kind.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-                dtype={**types, "default": torch.float32}, **dict.fromkeys(others),
+                dtype={**types, "default": torch.float32}, **dict.fromkeys(others), **networks,
             )  # fmt: skip
     except REFUSALS as error:
+        if isinstance(error, UserError):
+            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"diffusers does not open the text encoders of {folder} as of a {kind.__name__}: {reason}"
