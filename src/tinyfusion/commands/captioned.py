@@ -25,12 +25,10 @@ from tinyfusion.data.clips import clip_size, read_clip
 from tinyfusion.data.picture import decode, size_of
 from tinyfusion.data.prompts import PromptFile
 from tinyfusion.families.diffusers_classes.folder import INDEX
-from tinyfusion.jobs.pipelines import pipeline_class
+from tinyfusion.jobs.pipelines import located, pipeline_class
 from tinyfusion.jobs.text_encoding import encoders_hash, encoding_arguments, results_of, takes_video
 from tinyfusion.models.autoencoder import quiet_logs
-from tinyfusion.models.hub import HUB_ID, fetch_pipeline
 from tinyfusion.models.latent_space import VAE, LatentSpace, open_latent_space
-from tinyfusion.models.places import exists, shipped_models
 
 _AT_A_TIME = 64  # pictures whose sizes are read
 _PIXELS = 256**2  # of the pictures of which encode.batch_size are encoded at a time
@@ -112,9 +110,7 @@ def _digest(texts: tuple[str, ...]) -> str:
 
 def _folder(name: str) -> Path:
     """The folder of a pipeline, fetched where it is a hub id. Raises UserError where there is none."""
-    path = shipped_models().get(name, Path(name))
-    if not exists(path) and HUB_ID.fullmatch(name) and not path.parent.exists():
-        path = fetch_pipeline(name)
+    path = located(name)
     if not (path / INDEX).is_file():
         raise UserError(f"no pipeline at {name}: wanted a folder of diffusers with {INDEX}, or a hub id")
     return path

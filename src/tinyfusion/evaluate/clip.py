@@ -20,7 +20,7 @@ from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.tensors import read_folder_weights
 from tinyfusion.evaluate.features import full_float32, hash_state
 from tinyfusion.families.tensor_checks import check_finite
-from tinyfusion.models.autoencoder import check_loaded, quiet_logs
+from tinyfusion.models.autoencoder import check_loaded, quiet_libraries
 from tinyfusion.models.hub import transformers_folder
 
 SCALE = 100.0  # of a cosine
@@ -115,13 +115,10 @@ def open_clip(name: str, device: str) -> ClipScorer:
     digest = hash_state({k: v.float() if v.dtype == torch.bfloat16 else v for k, v in weights.items()})
     del tensors, weights
     try:
-        with quiet_logs():
+        with quiet_libraries():
             from transformers import CLIPModel, CLIPTokenizer  # late: seconds
             from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-            from transformers.utils.logging import disable_progress_bar
 
-            quiet: Any = disable_progress_bar
-            quiet()
             load: Any = CLIPModel.from_pretrained
             settings = {
                 "local_files_only": True,

@@ -23,7 +23,7 @@ from tinyfusion.evaluate.features import EXTRACTORS, FEATURE_CHOICES, FeatureExt
 from tinyfusion.evaluate.inception import INCEPTION, InceptionFeatures, inception_from_state
 from tinyfusion.evaluate.inception_names import ours_from_graph_names
 from tinyfusion.families.tensor_checks import check_finite, check_sizes
-from tinyfusion.models.autoencoder import check_loaded, quiet_logs
+from tinyfusion.models.autoencoder import check_loaded, quiet_libraries
 from tinyfusion.models.hub import transformers_folder
 from tinyfusion.models.statedicts import find_state_dict
 
@@ -104,7 +104,6 @@ def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
         raise UserError(f"no DINOv2 network at {folder}: wanted a folder with config.json and its weights")
     try:
         from transformers import Dinov2Model  # late: slow to import
-        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise UserError("features dinov2 need transformers: pip install transformers") from error
     config = read_json_object(folder / "config.json")
@@ -115,10 +114,9 @@ def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
     check_finite(tensors, f"the weights in {folder} are damaged")
     del tensors
     try:
-        disable_progress_bar()  # type: ignore[no-untyped-call]
         load: Any = Dinov2Model.from_pretrained
         settings = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True}
-        with quiet_logs():
+        with quiet_libraries():
             network, report = load(folder, **settings, output_loading_info=True)
     except Exception as error:  # of transformers, huggingface_hub, safetensors or json
         reason = " ".join(str(error).split()) or type(error).__name__

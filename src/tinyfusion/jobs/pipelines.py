@@ -29,6 +29,7 @@ from tinyfusion.families.diffusers_classes.rows import row_for, rows_with
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.jobs.pipeline_components import strict_components
 from tinyfusion.jobs.transformer_sources import transformer_of
+from tinyfusion.models.autoencoder import no_progress_bars
 from tinyfusion.models.hub import HUB_ID, fetch_pipeline
 from tinyfusion.models.places import RUN_MODELS, exists, is_shipped, shipped_models
 
@@ -115,14 +116,20 @@ def shorter_texts(kind: Any, folder: Path) -> int | None:
 
 def pipeline_folder(source: str) -> Path:
     """The folder of a pipeline, fetched where it is a hub id. Raises UserError where there is none."""
+    path = located(source)
+    if not exists(path):
+        raise UserError(f"no pipeline at {source}: no such folder, and it is no hub id")
+    if not (path / INDEX).is_file():
+        raise UserError(f"{path} is no pipeline of diffusers: wanted a folder with {INDEX}, or a hub id")
+    return path
+
+
+def located(source: str) -> Path:
+    """The folder of a shipped name or of a pipeline's hub id, which is fetched; a path otherwise, which need not exist."""
     path = shipped_models().get(source, Path(source))
-    if exists(path):
-        if not (path / INDEX).is_file():
-            raise UserError(f"{path} is no pipeline of diffusers: wanted a folder with {INDEX}, or a hub id")
-        return path
-    if HUB_ID.fullmatch(source) and not path.parent.exists():
+    if not exists(path) and HUB_ID.fullmatch(source) and not path.parent.exists():
         return fetch_pipeline(source)
-    raise UserError(f"no pipeline at {source}: no such folder, and it is no hub id")
+    return path
 
 
 def opened_pipeline(
@@ -140,17 +147,23 @@ def opened_pipeline(
     """  # fmt: skip
     modules = {name: in_type(model.module(), dtype) for name, model in models.items()}
     wanted = dtype or next(iter(modules.values())).dtype
-    _no_progress_bars()
     try:
-        own = {"dtype": wanted, **strict_components(folder, modules, lambda _name: wanted), **modules}
-        pipeline = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **own
-        )
+        with no_progress_bars():
+            own = {"dtype": wanted, **strict_components(folder, modules, lambda _name: wanted), **modules}
+            pipeline = kind.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **own
+            )
     except REFUSALS as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"diffusers does not open {folder} as a {kind.__name__}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
+    place_pipeline(pipeline, device)
+    return pipeline
+
+
+def place_pipeline(pipeline: Any, device: torch.device) -> None:
+    """Move the components to the device: all, in turn, or layer by layer, as its memory allows."""
     free = available_bytes(device) if device.type == "cuda" else None
     sizes = [
         sum(tensor.nbytes for tensor in part.parameters())
@@ -163,17 +176,6 @@ def opened_pipeline(
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)
-    return pipeline
-
-
-def _no_progress_bars() -> None:
-    """Those of diffusers and transformers about the loading of components."""
-    from diffusers.utils.logging import disable_progress_bar
-    from transformers.utils.logging import disable_progress_bar as disable_bar
-
-    for disable in (disable_progress_bar, disable_bar):
-        off: Any = disable
-        off()
 
 
 def in_type(module: Any, dtype: torch.dtype | None) -> Any:
@@ -255,9 +257,7 @@ def pipeline_of(
     transformer. folder: the pipeline, where neither says it. component: the transformer's name in it, where it has several.
     Raises UserError where there is none, and where the model does not fit.
     """
-    path = shipped_models().get(source, Path(source))
-    if not exists(path) and HUB_ID.fullmatch(source) and not path.parent.exists():
-        path = fetch_pipeline(source)
+    path = located(source)
     if (path / INDEX).is_file() and folder is None:
         return _checked(path, _own_models(path, component, blocks))
     model = transformer_of(_model_in(path, source), blocks)

@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyfusion.conditioning.texts import EMBEDDINGS, MASK
-from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.families.diffusers_classes.folder import INDEX
 from tinyfusion.jobs.pipeline_components import strict_components
-from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, shorter_texts
+from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, place_pipeline, shorter_texts
 from tinyfusion.models.autoencoder import quiet_libraries, quiet_logs
 
 POOLED = "pooled"
@@ -257,7 +256,7 @@ def prompt_encoder(folder: Path, kind: Any, device: torch.device, max_tokens: in
         raise UserError(
             f"diffusers does not open the text encoders of {folder} as of a {kind.__name__}: {reason}"
         ) from error
-    _place(pipeline, device)
+    place_pipeline(pipeline, device)
     try:
         yield PromptEncoder(pipeline, row, arguments, device)
     finally:
@@ -267,19 +266,6 @@ def prompt_encoder(folder: Path, kind: Any, device: torch.device, max_tokens: in
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _place(pipeline: Any, device: torch.device) -> None:
-    """Move the encoders to the device: all, in turn, or layer by layer, as its memory allows."""
-    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    sizes = [sum(tensor.nbytes for tensor in module.parameters()) for module in modules]
-    free = available_bytes(device) if device.type == "cuda" else None
-    if free is None or sum(sizes) <= 0.8 * free:
-        pipeline.to(device)
-    elif max(sizes) <= 0.8 * free:
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.enable_sequential_cpu_offload(device=device)
 
 
 def _stored_type(folder: Path) -> torch.dtype | None:

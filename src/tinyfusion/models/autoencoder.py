@@ -193,6 +193,13 @@ def quiet_logs() -> Iterator[None]:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence log lines and progress bars of diffusers and transformers."""
+    with no_progress_bars(), quiet_logs():
+        yield
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of diffusers and transformers about the loading of weights."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -200,8 +207,7 @@ def quiet_libraries() -> Iterator[None]:
     for each in shown:
         each.disable_progress_bar()
     try:
-        with quiet_logs():
-            yield
+        yield
     finally:
         for each in shown:
             each.enable_progress_bar()
