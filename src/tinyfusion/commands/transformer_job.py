@@ -64,10 +64,7 @@ def transformer_job(recipe: Recipe, options: RunOptions, teacher: TransformerFol
         raise UserError(
             f"dynamic.in_run trains routers of models of families, and {recipe.teacher} is a {teacher.class_name}: leave it out"
         )
-    if recipe.destination == "official":
-        raise UserError(
-            f"--for official is for models of classes, and a {teacher.class_name} has no such format: leave it out"
-        )
+    teacher.check_destination(recipe.destination)
     if teacher.row.unfit:
         raise UserError(
             f"a {teacher.class_name} is planned, and not cut, so there is no student to recover: {teacher.row.unfit}"

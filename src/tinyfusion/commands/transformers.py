@@ -32,7 +32,7 @@ from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolde
 from tinyfusion.families.diffusers_classes.single_file import single_file_metadata, single_file_of, single_file_weights
 from tinyfusion.families.diffusers_classes.weights import write_file
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, job_record, plain_recipe
-from tinyfusion.jobs.transformer_sources import transformer_of
+from tinyfusion.jobs.transformer_sources import origin_of
 from tinyfusion.jobs.transformers import call_macs, couplings, planned, recorded_work
 from tinyfusion.jobs.verbs import finished
 
@@ -43,10 +43,7 @@ _LINK_BYTES = 2**20  # files of a parent from this size on are linked where the 
 def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFolder) -> dict[str, Any]:
     """Plan by a rule or on recorded inputs, and cut the files; writes `plan.json` and `student/`. Returns what `--json` prints."""
     engine = engine_for(recipe)
-    if recipe.destination == "official":
-        raise UserError(
-            f"--for official is for models of classes, and a {teacher.class_name} has no such format: leave it out"
-        )
+    teacher.check_destination(recipe.destination)
     inputs = {} if options.inputs is None else {"inputs": read_recorded(options.inputs).fingerprint}
     plain = plain_recipe(recipe, "prune", teacher=teacher.hash, **inputs)
     folder = RunDirectory(options.out, engine.is_main)
@@ -111,7 +108,7 @@ def export_transformer(
             f"{source} is a {model.class_name}, which has no format {to}: give --to diffusers or single-file"
         )
     out = options.out
-    parent = _pipeline_of(source, model, options.blocks) if pipeline else None
+    origin = _origin(source, model, options.blocks) if pipeline else None
     plain = {"to": to, "pipeline": pipeline, "model": model.hash}
 
     def to_do() -> bool:
@@ -125,15 +122,16 @@ def export_transformer(
     if not todo:
         say_finished(out)
         return outcome
-    inside = rf"{FILES}|{_RECORD}|{INDEX}" + (rf"|{parent.path.name}/(?:{FILES})" if parent else "")
+    inside = rf"{FILES}|{_RECORD}|{INDEX}" + (rf"|{origin[1]}/(?:{FILES})" if origin else "")
     with atomic_write(out, inside) as new:
-        if parent is None or parent.pipeline is None:
+        if origin is None:
             write_transformer(model, new, out.name)
         else:
-            kind = read_json_object(parent.pipeline / INDEX).get("_class_name")
+            parent, component = origin
+            kind = read_json_object(parent / INDEX).get("_class_name")
             new.mkdir(parents=True)
-            _take_over(parent.pipeline, new, parent.path.name)
-            write_transformer(model, new / parent.path.name, out.name, new, str(kind))
+            _take_over(parent, new, component)
+            write_transformer(model, new / component, out.name, new, str(kind))
         write_json(new / _RECORD, stamp("export", plain, "done", **outcome))
         to_do()  # again: what has come to be there meanwhile is not replaced
     return outcome
@@ -171,19 +169,15 @@ def _export_single_file(options: RunOptions, pipeline: bool, model: TransformerF
     return outcome
 
 
-def _pipeline_of(source: str, model: TransformerFolder, blocks: Path | None) -> TransformerFolder:
-    """The component of a pipeline that the model is, or was cut from as its run records. Raises UserError where there is none."""
-    teacher: TransformerFolder | None = model
-    run = Path(source) / "run.json"
-    if model.pipeline is None and run.is_file():
-        name = (read_json_object(run).get("job") or {}).get("teacher")
-        teacher = transformer_of(str(name), blocks) if name else None
-    if teacher is None or teacher.pipeline is None:
+def _origin(source: str, model: TransformerFolder, blocks: Path | None) -> tuple[Path, str]:
+    """The pipeline and the component whose place the model takes. Raises UserError where no record names one."""
+    origin = origin_of(source, model, blocks)
+    if origin is None:
         raise UserError(
             f"--pipeline puts {source} where its parent was in a pipeline, and no record names one: give the run folder of `prune` "
             "of a pipeline's transformer, or leave out --pipeline"
         )
-    return teacher
+    return origin
 
 
 def _take_over(pipeline: Path, out: Path, replaced: str) -> None:

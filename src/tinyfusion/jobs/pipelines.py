@@ -28,12 +28,11 @@ from tinyfusion.families.diffusers_classes.folder import (
 from tinyfusion.families.diffusers_classes.rows import row_for, rows_with
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.jobs.pipeline_components import strict_components
-from tinyfusion.jobs.transformer_sources import transformer_of
+from tinyfusion.jobs.transformer_sources import first_teacher, transformer_of
 from tinyfusion.models.autoencoder import no_progress_bars
 from tinyfusion.models.hub import HUB_ID, fetch_pipeline
 from tinyfusion.models.places import RUN_MODELS, exists, is_shipped, shipped_models
 
-_MOST_PARENTS = 16  # that a model's runs are followed back
 # of diffusers, transformers and safetensors on folders and arguments that do not fit
 REFUSALS = (
     OSError,
@@ -311,7 +310,7 @@ def _teachers(source: str, folder: str | None, component: str | None) -> tuple[P
     """The pipeline as given, else that of the teacher in the run's record, and the component that the teacher is."""
     if folder is not None:
         return pipeline_folder(folder), component
-    teacher = _first_teacher(source)
+    teacher = first_teacher(source)
     if teacher is None:
         raise UserError(f"{source} names no pipeline: give --pipeline FOLDER, that of the model that it was cut from")
     path = Path(teacher)
@@ -321,22 +320,6 @@ def _teachers(source: str, folder: str | None, component: str | None) -> tuple[P
         return pipeline_folder(teacher), component
     except UserError as error:
         raise UserError(f"{source} was cut from {teacher}, and {error}: give --pipeline FOLDER") from error
-
-
-def _first_teacher(source: str) -> str | None:
-    """What the run of a model was begun with, followed back through the runs of students; None where no run is recorded."""
-    teacher = None
-    for _ in range(_MOST_PARENTS):
-        path = Path(teacher or source)
-        places = [path, *([path.parent, path.parent.parent] if path.name == "student" else [])]
-        run = next((place for place in places if (place / "run.json").is_file()), None)
-        job = read_json_object(run / "run.json").get("job") if run else None
-        named = [job.get(role) for role in ("teacher", "student")] if isinstance(job, dict) else []
-        texts = [each for each in named if isinstance(each, str) and each]
-        if not texts:
-            break
-        teacher = texts[0]
-    return teacher
 
 
 def _own_models(folder: Path, component: str | None, blocks: Path | None) -> dict[str, TransformerFolder]:

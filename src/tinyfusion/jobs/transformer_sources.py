@@ -26,6 +26,8 @@ from tinyfusion.models.hub import HUB_ID
 from tinyfusion.models.places import RUN_MODELS, by_name, exists, is_shipped
 from tinyfusion.models.transformer import TransformerModel, opened
 
+_MOST_PARENTS = 16  # that a model's runs are followed back
+
 
 def is_transformer_class(name: str | None, blocks: Path | None) -> bool:
     """Whether a family's name is that of a transformer class of diffusers with a row. blocks: rows of the user."""
@@ -102,22 +104,35 @@ def _unknown(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def origin_of(source: str | Path, model: TransformerFolder, blocks: Path | None) -> tuple[Path, str] | None:
-    """The pipeline and the component that a model is, was cut from or was trained for, as the record of its run says; else None."""
+    """The pipeline and the component that a model is, was cut from or was trained for, as the records of its runs say; else None."""
     if model.pipeline is not None:
         return model.pipeline, model.path.name
-    run = Path(source) / "run.json"
-    seen: set[str] = set()
-    while run.is_file() and str(run) not in seen:
-        seen.add(str(run))
-        job = read_json_object(run).get("job") or {}
-        section, teacher = (job.get("recipe") or {}).get("pipeline") or {}, str(job.get("teacher") or "")
-        if not teacher and isinstance(section.get("folder"), str):
-            return Path(section["folder"]), str(section.get("component") or "transformer")
-        parent = transformer_of(teacher, blocks) if teacher else None
-        if parent is None or parent.pipeline is not None:
-            return None if parent is None or parent.pipeline is None else (parent.pipeline, parent.path.name)
-        run = Path(teacher) / "run.json"
-    return None
+    teacher = first_teacher(str(source))
+    parent = transformer_of(teacher, blocks) if teacher else None
+    if parent is not None and parent.pipeline is not None:
+        return parent.pipeline, parent.path.name
+    record = Path(teacher or source) / "run.json"
+    job = (read_json_object(record).get("job") or {}) if record.is_file() else {}
+    section = (job.get("recipe") or {}).get("pipeline") or {}
+    if not isinstance(section.get("folder"), str):
+        return None
+    return Path(section["folder"]), str(section.get("component") or "transformer")
+
+
+def first_teacher(source: str) -> str | None:
+    """What the run of a model was begun with, followed back through the runs of students; None where no run is recorded."""
+    teacher = None
+    for _ in range(_MOST_PARENTS):
+        path = Path(teacher or source)
+        places = [path, *([path.parent, path.parent.parent] if path.name == "student" else [])]
+        run = next((place for place in places if (place / "run.json").is_file()), None)
+        job = read_json_object(run / "run.json").get("job") if run else None
+        named = [job.get(role) for role in ("teacher", "student")] if isinstance(job, dict) else []
+        texts = [each for each in named if isinstance(each, str) and each]
+        if not texts:
+            break
+        teacher = texts[0]
+    return teacher
 
 
 def open_transformer_model(

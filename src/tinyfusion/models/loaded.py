@@ -259,11 +259,7 @@ class LoadedModel:
         """
         if self.facts.dynamic is not None:
             raise UserError("a model with routers cannot be cut: cut first, recover, and make the student dynamic")
-        own = self.hash()
-        if plan.teacher and plan.teacher != own and not force:
-            raise UserError(
-                f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to cut all the same"
-            )
+        own = self.check_plan(plan, force)
         depths = self.stack.depths()
         if plan.depth != depths:
             raise UserError(f"the plan is for depth {plan.depth}, the model has {depths}")
@@ -288,6 +284,15 @@ class LoadedModel:
         student.origin = {}
         student.facts = dataclasses.replace(self.facts, kept=kept, lineage=lineage, plan=plan, seen_images=None)
         return student
+
+    def check_plan(self, plan: PrunePlan, force: bool) -> str:
+        """The hash of the model. Raises UserError if the plan is for another one, unless `force`."""
+        own = self.hash()
+        if plan.teacher and plan.teacher != own and not force:
+            raise UserError(
+                f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to cut all the same"
+            )
+        return own
 
     def _narrowed(self, kept_widths: Mapping[str, Any]) -> LoadedModel:
         if self.family.widths is None:

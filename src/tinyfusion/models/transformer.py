@@ -16,7 +16,7 @@ from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.diffusers_classes.call_rows import CALLS
-from tinyfusion.families.diffusers_classes.calls import CallContext, TransformerCall, called, check_texts
+from tinyfusion.families.diffusers_classes.calls import CallContext, called, check_texts
 from tinyfusion.families.diffusers_classes.cutting import UnitList
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.families.diffusers_classes.weights import mapped_tensors
@@ -72,11 +72,6 @@ class TransformerModel(LoadedModel):
     example: Mapping[str, Any] | None = None
 
     @property
-    def transformer_call(self) -> TransformerCall | None:
-        """How training calls it; None of a class for which that is not known."""
-        return CALLS.get(self.folder.class_name)
-
-    @property
     def distilled_guidance(self) -> bool:
         """Whether guidance is an input of the network, so that its output is not the velocity of the data."""
         return self.arch.guided
@@ -116,11 +111,7 @@ class TransformerModel(LoadedModel):
     def cut(self, plan: PrunePlan, force: bool = False) -> TransformerModel:
         """The model without the blocks that the plan removes, trainable. Raises UserError as `TransformerFolder.cut`."""
         self._check_unchanged()
-        own = self.hash()
-        if plan.teacher and plan.teacher != own and not force:
-            raise UserError(
-                f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to cut all the same"
-            )
+        self.check_plan(plan, force)
         return self._of(self.folder.cut(plan))
 
     def _check_unchanged(self) -> None:
@@ -148,22 +139,18 @@ class TransformerModel(LoadedModel):
 
     def made_for(self, destination: str | None) -> TransformerModel:
         """Itself: such a model computes what diffusers computes. Raises UserError for another format."""
-        if destination == "official":
-            raise UserError(
-                f"--for official is for models of classes, and a {self.folder.class_name} has no such format: leave it out"
-            )
+        self.folder.check_destination(destination)
         return self
 
     def macs(self) -> int:
         """Multiply-accumulates of a forward pass of one image of its training data, with one prompt."""
-        if self.example is not None:
-            module, call = self.folder.empty().to("meta").eval(), self.example
+        module, call = self.folder.empty().to("meta").eval(), self.example
+        if call is not None:
             return macs_by_module(module, lambda: module(**call))[""]
         if self.latent_shape is None or self.prompts is None:
             raise UserError(
                 "the work of a transformer of diffusers depends on its data: give --data, or recorded --inputs"
             )
-        module = self.folder.empty().to("meta").eval()
         one = self.prompts.index(slice(1)).to("meta")
         x, t = torch.zeros(1, *self.latent_shape, device="meta"), torch.ones(1, device="meta")
         return macs_by_module(module, lambda: self.family.call(module, x, t, one))[""]

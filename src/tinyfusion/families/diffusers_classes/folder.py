@@ -118,9 +118,17 @@ class TransformerFolder:
         depths = {path: len(kept) for path, kept in plan.kept.items()}
         return dataclasses.replace(self, config=config, weights=weights, depths=depths, known_hash=digest)
 
-    def check_class(self) -> None:
-        """Raise UserError unless diffusers builds a model of exactly these tensors from the config."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.empty().state_dict().items()}
+    def check_destination(self, destination: str | None) -> None:
+        """Raise UserError for a format that such models have not: they compute what diffusers computes."""
+        if destination == "official":
+            raise UserError(
+                f"--for official is for models of classes, and a {self.class_name} has no such format: leave it out"
+            )
+
+    def check_class(self) -> nn.Module:
+        """The module without weights. Raises UserError unless diffusers builds a model of exactly these tensors from the config."""
+        module = self.empty()
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         ignored = tuple(getattr(class_of(self.class_name), "_keys_to_ignore_on_load_unexpected", None) or ())
         faults = [f"missing {name}" for name in shapes if name not in self.weights]
         for name, stored in self.weights.items():
@@ -133,6 +141,7 @@ class TransformerFolder:
             raise UserError(
                 f"{self.path} does not hold the {self.class_name} of its config.json: {'; '.join(faults[:3])}{more}"
             )
+        return module
 
     def empty(self) -> nn.Module:
         """The module that the config describes, its parameters on the meta device and its computed buffers in memory."""
@@ -149,8 +158,7 @@ class TransformerFolder:
 
     def module(self) -> nn.Module:
         """The model in eval mode; every tensor has the type of the file, and is mapped from it, not copied."""
-        self.check_class()
-        module = self.empty()
+        module = self.check_class()
         wanted = set(module.state_dict())
         module.load_state_dict(
             mapped_tensors({n: stored for n, stored in self.weights.items() if n in wanted}), assign=True

@@ -154,8 +154,7 @@ def _torch_file(file: Path) -> dict[str, Stored]:
             raise UserError(
                 f"{file} holds {name}, a tensor of type {tensor.dtype} ({tensor.layout}): wanted plain numbers"
             )
-        content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        found[name] = Stored(_NAMES[tensor.dtype], tuple(tensor.shape), ((content, 0, len(content)),))
+        found[name] = stored_tensor(tensor, _NAMES[tensor.dtype])
     return found
 
 
