@@ -275,7 +275,7 @@ def test_without_bitsandbytes_nf4_says_what_to_install(monkeypatch: pytest.Monke
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name="bitsandbytes")
 
-    monkeypatch.setattr("tinyfusion.training.packed.importlib.import_module", missing)
+    monkeypatch.setattr("tinyfusion.training.optim.importlib.import_module", missing)
     with pytest.raises(
         UserError, match="bitsandbytes, which is not installed: pip install 'tinyfusion\\[8bit\\]', or store"
     ):

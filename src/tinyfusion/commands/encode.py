@@ -25,7 +25,7 @@ from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.launch import launched_processes, launched_rank
 from tinyfusion.core.progress import progress, say
-from tinyfusion.core.ranks import wait_for_files, wait_until
+from tinyfusion.core.ranks import check_overwrite, wait_for_files, wait_until
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory, check_space
 from tinyfusion.data.batches import LOOKED_AT, scale_remarks
@@ -90,11 +90,7 @@ def encode(recipe: Recipe, options: RunOptions, source: str | None, prompts: Pat
         settings = dataclasses.replace(recipe.encode, vae=recipe.encode.vae or DEFAULT_VAE, orientation=orientation)
         recipe = dataclasses.replace(recipe, encode=settings)
         plain = plain_recipe(recipe, "encode", **work.inputs)
-        if options.overwrite and world > 1 and run.record_path.exists():
-            raise UserError(
-                "--overwrite of several processes: one would write files that another removes; remove "
-                f"{options.out} first, or start anew with one process"
-            )
+        check_overwrite(options.out, run.record_path.exists(), options.overwrite, world)
         mode = run.check("encode", plain, options.overwrite) if rank == 0 or run.record_path.exists() else "new"
         todo = missing_shards(options.out, work.spec) if mode != "new" else list(range(work.spec.shards))
         check_space(options.out, sum(work.spec.shard_bytes(shard) for shard in todo))

@@ -16,10 +16,9 @@ from typing import Any
 from tinyfusion.commands.captioned import Job, opened_job, with_defaults
 from tinyfusion.commands.encode import announce_plan, missing_shards, speed, write_shards
 from tinyfusion.config.recipe import Recipe
-from tinyfusion.core.errors import UserError
 from tinyfusion.core.launch import launched_processes, launched_rank
 from tinyfusion.core.progress import progress, say
-from tinyfusion.core.ranks import wait_for_files, wait_until
+from tinyfusion.core.ranks import check_overwrite, wait_for_files, wait_until
 from tinyfusion.core.rundir import ENCODE_PROMPTS, RunDirectory, check_space, read_json
 from tinyfusion.core.tensors import read_metadata
 from tinyfusion.data.buckets import write_bucket_manifest
@@ -49,11 +48,7 @@ def encode_captions(
     recipe = dataclasses.replace(recipe, encode=with_defaults(recipe.encode, source, prompts))
     job = opened_job(recipe, source, prompts)
     plain = plain_recipe(recipe, "encode", **job.inputs)
-    if options.overwrite and world > 1 and run.record_path.exists():
-        raise UserError(
-            "--overwrite of several processes: one would write files that another removes; remove "
-            f"{options.out} first, or start anew with one process"
-        )
+    check_overwrite(options.out, run.record_path.exists(), options.overwrite, world)
     known = rank == 0 or run.record_path.exists()
     mode = run.check(ENCODE_PROMPTS, plain, options.overwrite) if known else "new"
     nowhere = options.out / ".none" if mode == "new" else options.out

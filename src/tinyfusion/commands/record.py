@@ -20,7 +20,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import check_space, sha256_of
 from tinyfusion.core.launch import launched_processes, launched_rank
 from tinyfusion.core.progress import progress
-from tinyfusion.core.ranks import wait_for_files, wait_until
+from tinyfusion.core.ranks import check_overwrite, wait_for_files, wait_until
 from tinyfusion.core.records import file_output, say_finished, stamp
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.data.recorded import MANIFEST, recorded_in, write_recorded
@@ -156,11 +156,7 @@ def _record_folder(job: _Job) -> dict[str, Any]:
     """Write the missing shards of this rank; rank 0 also waits for the others and writes the manifest."""
     options, rank, world = job.options, launched_rank(), launched_processes()
     run = RunDirectory(options.out, rank == 0)
-    if options.overwrite and world > 1 and run.record_path.exists():
-        raise UserError(
-            "--overwrite of several processes: one would write files that another removes; remove "
-            f"{options.out} first, or start anew with one process"
-        )
+    check_overwrite(options.out, run.record_path.exists(), options.overwrite, world)
     shards = RecordShards(options.out, len(job.prompts), options.shard_prompts or _SHARD_PROMPTS)
     plain = {**job.plain, "shard_prompts": shards.shard_prompts}
     known = rank == 0 or run.record_path.exists()

@@ -25,6 +25,15 @@ _POLL_S = 0.05
 _AGAIN = "start the same command again, with any number of processes"
 
 
+def check_overwrite(out: Path, recorded: bool, overwrite: bool, world: int) -> None:
+    """Raise UserError where several processes would write anew what one of them removes. recorded: whether a run is there."""
+    if overwrite and world > 1 and recorded:
+        raise UserError(
+            "--overwrite of several processes: one would write files that another removes; remove "
+            f"{out} first, or start anew with one process"
+        )
+
+
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
     """A hidden path next to `path` to write to; it is renamed to `path` when the block succeeds, and removed when it fails.

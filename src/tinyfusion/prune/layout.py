@@ -9,11 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tinyfusion.blocks.plan import first_blocks
 from tinyfusion.blocks.scheme import BlockGroup, check_range, parse_scheme
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.families.diffusers_classes.cutting import UnitList
+from tinyfusion.families.diffusers_classes.cutting import UnitList, unit_blocks
 from tinyfusion.models.loaded import LoadedModel
 
 
@@ -35,8 +34,7 @@ class GateLayout:
     @cached_property
     def blocks(self) -> list[tuple[int, ...]]:
         """The blocks of every unit, as indices through the lists of the model."""
-        first = first_blocks(self.depths)
-        return [tuple(first[path] + i for path, i in unit) for each in self.units for unit in each.units]
+        return unit_blocks(self.units, self.depths)
 
     @cached_property
     def columns(self) -> list[int]:

@@ -26,7 +26,7 @@ from tinyfusion.blocks.streams import tensors_in
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.data.recorded import RecordedInputs, changed
-from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList
+from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_blocks
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.processes.task import Task, TaskBatch
 from tinyfusion.prune.calibrate import BlockStatistics, Calibration, Tick, block_statistics
@@ -127,8 +127,7 @@ class UnitContext(CriterionContext):
     @cached_property
     def blocks(self) -> list[tuple[int, ...]]:
         """The blocks of every unit, as global indices through the model's lists."""
-        starts = first_blocks(self.model.depths)
-        return [tuple(starts[path] + i for path, i in unit) for each in self.unit_lists for unit in each.units]
+        return unit_blocks(self.unit_lists, self.model.depths)
 
     # ------------------------------------------------------------------------------------------------- what may stay
 

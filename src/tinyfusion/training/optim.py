@@ -86,16 +86,19 @@ def _adamw_8bit(listed: list[dict[str, Any]], numbers: dict[str, Any]) -> torch.
         raise UserError(
             f"optimizer adamw-8bit works on cpu and cuda, not on {first.device.type}: use optimizer adamw, or another device"
         )
+    bitsandbytes = bitsandbytes_module("optim", "optimizer adamw-8bit is bitsandbytes", "use optimizer adamw")
+    return bitsandbytes.AdamW8bit(listed, **numbers)
+
+
+def bitsandbytes_module(name: str, needed: str, otherwise: str) -> Any:
+    """A module of bitsandbytes. needed, otherwise: begin and end of the error. Raises UserError where it cannot be imported."""
     hush_bitsandbytes()
     try:
-        bitsandbytes = importlib.import_module("bitsandbytes.optim")
+        return importlib.import_module(f"bitsandbytes.{name}")
     except (ImportError, OSError, RuntimeError) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "bitsandbytes"
         what = "is not installed" if missing else f"does not load ({error})"
-        raise UserError(
-            f"optimizer adamw-8bit is bitsandbytes, which {what}: pip install 'tinyfusion[8bit]', or use optimizer adamw"
-        ) from error
-    return bitsandbytes.AdamW8bit(listed, **numbers)
+        raise UserError(f"{needed}, which {what}: pip install 'tinyfusion[8bit]', or {otherwise}") from error
 
 
 def hush_bitsandbytes() -> None:

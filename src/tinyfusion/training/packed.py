@@ -6,7 +6,6 @@ stand on the layers of its teacher.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyfusion.blocks.stack import BlockStack
-from tinyfusion.core.errors import UserError
-from tinyfusion.training.optim import hush_bitsandbytes
+from tinyfusion.training.optim import bitsandbytes_module
 
 _LARGEST_FLOAT8 = 448.0
 _BLOCK_4BIT = 64  # numbers that share a float32 scale
@@ -104,15 +102,7 @@ class Nf4Linear(PackedLinear):
 
 
 def _bitsandbytes() -> Any:
-    hush_bitsandbytes()
-    try:
-        return importlib.import_module("bitsandbytes.functional")
-    except (ImportError, OSError, RuntimeError) as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "bitsandbytes"
-        what = "is not installed" if missing else f"does not load ({error})"
-        raise UserError(
-            f"weights in nf4 are those of bitsandbytes, which {what}: pip install 'tinyfusion[8bit]', or store them in float8"
-        ) from error
+    return bitsandbytes_module("functional", "weights in nf4 are those of bitsandbytes", "store them in float8")
 
 
 PACKED: Mapping[str, type[PackedLinear]] = {"float8": Float8Linear, "nf4": Nf4Linear}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from tinyfusion.blocks.plan import first_blocks
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.diffusers_classes.rows import BlockList, Period, Row
 
@@ -29,6 +30,12 @@ class UnitList:
         for path, position in sorted(block for unit in units for block in self.units[unit]):
             kept[path].append(position)
         return kept
+
+
+def unit_blocks(lists: Sequence[UnitList], depths: Mapping[str, int]) -> list[tuple[int, ...]]:
+    """The blocks of every unit, as indices through the lists of a model of so many blocks per list."""
+    first = first_blocks(depths)
+    return [tuple(first[path] + i for path, i in unit) for each in lists for unit in each.units]
 
 
 def unit_lists(row: Row, config: Mapping[str, Any], depths: Mapping[str, int]) -> list[UnitList]:
