@@ -36,21 +36,6 @@ BUDGETS = "prune.budgets=transformer_blocks=2,single_transformer_blocks=2"
 Run = Callable[..., Any]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """A command: its JSON, or the last line of its error."""
-
-    def command(*arguments: Any) -> Any:
-        code = cli.main([*map(str, arguments), "--json"])
-        out, err = capsys.readouterr()
-        if code == 2:
-            return err.strip().splitlines()[-1]
-        assert code == 0, err
-        return json.loads(out.strip().splitlines()[-1])
-
-    return command
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two pipelines, prompts, a student of the first, one of the second's second expert, and samples of the first and its student."""

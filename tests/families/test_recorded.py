@@ -49,21 +49,6 @@ FLUX, SD3 = tiny("FluxTransformer2DModel"), tiny("SD3Transformer2DModel")
 Run = Callable[..., Any]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """A command: its JSON, or the one line of its error."""
-
-    def command(*arguments: Any) -> Any:
-        code = cli.main([*map(str, arguments), "--json"])
-        out, err = capsys.readouterr()
-        if code == 2:
-            return err.strip().splitlines()[-1]
-        assert code == 0, err
-        return json.loads(out.strip().splitlines()[-1])
-
-    return command
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two pipelines, prompts, and the inputs of the first one's transformer as `record` writes them."""

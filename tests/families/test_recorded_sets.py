@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 
 from prompt_pipelines import save_flux_pipeline, save_wan_pipeline
-from tinyfusion import cli
 from tinyfusion.data.recorded import read_recorded, write_recorded
 from tinyfusion.data.recorded_shards import RecordShards
 
@@ -111,6 +110,9 @@ def place(begun: Path, together: Together) -> Path:
     return begun
 
 
+Run = Callable[..., Any]
+
+
 def recording(place: Path, out: str | Path, *more: str) -> list[str]:
     return [*recording_to_file(place, out), "--shard-prompts", "2", *more]
 
@@ -127,22 +129,12 @@ def bytes_of(folder: Path) -> dict[str, str]:
     }
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Any:
-    """A command: its JSON, or the one line of its error."""
-    code = cli.main([*map(str, arguments), "--json"])
-    out, err = capsys.readouterr()
-    if code == 2:
-        return err.strip().splitlines()[-1]
-    assert code == 0, err
-    return json.loads(out.strip().splitlines()[-1])
-
-
 # --------------------------------------------------------------------------------------------------------------- folders
 
 
-def test_a_folder_holds_what_a_file_holds(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_folder_holds_what_a_file_holds(place: Path, run: Run, tmp_path: Path) -> None:
     """The same calls and outputs, in shards of two prompts, and a manifest with their checksums."""
-    assert run(capsys, *recording_to_file(place, tmp_path / "a.safetensors"))["calls"] == 15
+    assert run(*recording_to_file(place, tmp_path / "a.safetensors"))["calls"] == 15
     file, folder = read_recorded(tmp_path / "a.safetensors"), read_recorded(place / "whole")
     assert [len(file.calls), len(folder.calls), folder.prompts, folder.class_name] == [15, 15, 5, file.class_name]
     assert file.outputs is not None and folder.outputs is not None
@@ -162,13 +154,11 @@ def test_a_folder_holds_what_a_file_holds(place: Path, capsys: pytest.CaptureFix
     assert sum("img_ids" in name for name in tensors) == 1, "positions are stored once per shard"
 
 
-def test_a_finished_folder_is_verified_and_another_job_is_refused(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_folder_is_verified_and_another_job_is_refused(place: Path, run: Run) -> None:
     before = bytes_of(place / "whole")
-    assert run(capsys, *recording(place, "whole"))["calls"] == 15
-    assert "(shard_prompts: 2 there, 3 now)" in run(capsys, *recording(place, "whole", "--shard-prompts", "3"))
-    assert "(calls: None there, 2 now)" in run(capsys, *recording(place, "whole", "--calls", "2"))
+    assert run(*recording(place, "whole"))["calls"] == 15
+    assert "(shard_prompts: 2 there, 3 now)" in run(*recording(place, "whole", "--shard-prompts", "3"))
+    assert "(calls: None there, 2 now)" in run(*recording(place, "whole", "--calls", "2"))
     assert bytes_of(place / "whole") == before
 
 
@@ -191,9 +181,7 @@ def test_a_killed_recording_continues_to_the_same_bytes(
     )
 
 
-def test_two_processes_write_what_one_writes(
-    place: Path, together: Together, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_processes_write_what_one_writes(place: Path, together: Together) -> None:
     """Also after one of them was killed, and with one process for what is left."""
     ranks = [{"WORLD_SIZE": "2", "RANK": str(rank)} for rank in range(2)]
     assert together(*((recording(place, "shared"), rank, "", 0) for rank in ranks)) == [0, 0]
@@ -207,8 +195,8 @@ def test_two_processes_write_what_one_writes(
     assert bytes_of(place / "shared") == bytes_of(place / "whole")
 
 
-def test_a_dry_run_says_disk_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = run(capsys, *recording(place, "dry", "--dry-run"))["plan"]
+def test_a_dry_run_says_disk_and_writes_nothing(place: Path, run: Run) -> None:
+    plan = run(*recording(place, "dry", "--dry-run"))["plan"]
     there = sum(file.stat().st_size for file in (place / "whole").glob("*.safetensors")) / 2**20
     assert there / 2 < plan["disk_mib"] < 2 * there
     assert plan["minutes"] > 0 and plan["calls"].startswith("3 a prompt")
@@ -225,7 +213,7 @@ def test_a_folder_is_opened_shard_by_shard(place: Path) -> None:
     assert len(low) == 15 and len(low[3:5]) == 2
 
 
-def test_only_the_calls_of_one_expert(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_calls_of_one_expert(place: Path, run: Run) -> None:
     """Of two transformers: the second has the later steps of each trajectory, in two texts."""
     save_wan_pipeline(place / "wan")
     nums = {}
@@ -241,7 +229,7 @@ def test_only_the_calls_of_one_expert(place: Path, capsys: pytest.CaptureFixture
             name,
         ]
         command += ["--steps", 4, "--height", 16, "--width", 16, "--frames", 1, "--guidance-scale", 3, "--calls", "all"]
-        nums[name] = run(capsys, *command)["calls"]
+        nums[name] = run(*command)["calls"]
         calls = read_recorded(place / name).calls
         times = [float(call["timestep"][0]) for call in calls]
         assert all(time >= 500 if name == "transformer" else time < 500 for time in times)
@@ -290,9 +278,8 @@ def test_killed_trainings_on_a_folder_continue_bit_equal(place: Path, together: 
     assert len(losses) == 4 and losses[0] > 0
 
 
-def test_criteria_and_inspect_take_a_folder(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_criteria_and_inspect_take_a_folder(place: Path, run: Run, tmp_path: Path) -> None:
     found = run(
-        capsys,
         "prune",
         "--teacher",
         place / "flux",
@@ -308,7 +295,7 @@ def test_criteria_and_inspect_take_a_folder(place: Path, capsys: pytest.CaptureF
         "single_transformer_blocks": 1,
     }
     assert json.loads((tmp_path / "bi/plan.json").read_text())["scores"]["calibration"]["calls"] == 15
-    assert run(capsys, "inspect", place / "flux", "--inputs", place / "whole")["macs"] > 0
+    assert run("inspect", place / "flux", "--inputs", place / "whole")["macs"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------------- bad inputs
@@ -371,9 +358,7 @@ def _of_another_model(shard: Path, manifest: dict[str, Any]) -> None:
         ("model", "is of another model than"),
     ],
 )
-def test_damaged_folders_are_refused(
-    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, what: str, message: str
-) -> None:
+def test_damaged_folders_are_refused(place: Path, run: Run, tmp_path: Path, what: str, message: str) -> None:
     shutil.copytree(place / "whole", tmp_path / "set")
     _damage(tmp_path / "set", what)
     command = [
@@ -387,7 +372,7 @@ def test_damaged_folders_are_refused(
         "--scheme",
         "1:2",
     ]
-    assert message in run(capsys, *command, "--out", tmp_path / "run")
+    assert message in run(*command, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -403,30 +388,24 @@ def test_damaged_folders_are_refused(
         (["--out", "{place}/prompts.txt/x"], "prompts.txt is a file"),
     ],
 )
-def test_what_cannot_be_recorded_is_said(
-    place: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
-) -> None:
+def test_what_cannot_be_recorded_is_said(place: Path, run: Run, more: list[str], message: str) -> None:
     given = [word.format(place=place) for word in more]
-    assert message in run(capsys, *recording(place, "new", *given))
+    assert message in run(*recording(place, "new", *given))
     assert not (place / "new").exists()
 
 
-def test_a_bit_that_turned_is_found_by_the_same_command(
-    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_bit_that_turned_is_found_by_the_same_command(place: Path, run: Run, tmp_path: Path) -> None:
     shutil.copytree(place / "whole", tmp_path / "set")
     shard = sorted((tmp_path / "set").glob("shard*"))[1]
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    assert "is damaged: its SHA-256 is not that of manifest.json" in run(capsys, *recording(place, tmp_path / "set"))
+    assert "is damaged: its SHA-256 is not that of manifest.json" in run(*recording(place, tmp_path / "set"))
 
 
-def test_several_processes_write_no_file(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_write_no_file(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "several processes write a folder" in run(capsys, *recording_to_file(place, "a.safetensors"))
+    assert "several processes write a folder" in run(*recording_to_file(place, "a.safetensors"))
 
 
 def test_shards_of_another_job_do_not_become_one_set(place: Path, tmp_path: Path) -> None:

@@ -72,23 +72,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture
-def run(place: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """A command: its JSON, or the one line of its error."""
-
-    def command(*arguments: Any) -> Any:
-        code = cli.main([*map(str, arguments), "--json"])
-        out, err = capsys.readouterr()
-        if code == 2:
-            lines = err.strip().splitlines()
-            assert lines[-1].startswith("error: ")
-            return lines[-1]
-        assert code == 0, err
-        return json.loads(out.strip().splitlines()[-1])
-
-    return command
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
