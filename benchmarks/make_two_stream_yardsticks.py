@@ -213,7 +213,7 @@ def train(work: Teacher, folder: Path, steps: int) -> None:
             }
             torch.save(state, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
-    model.load_state_dict(average, strict=False)
+    model.load_state_dict({**model.state_dict(), **average})
 
 
 def without_paths(folder: Path) -> None:
