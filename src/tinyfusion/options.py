@@ -165,7 +165,10 @@ VERBS = {
         "--recipe digits --teacher digits --student runs/pruned --out runs/recovered",
         (
             *_JOB, *_OPENING, *_trains("recover.training"),
-            Option("student", "pruned model, or the run folder of `prune`", "PATH", kind=Path, required=True),
+            Option("student", "pruned model, or the run folder of `prune`; none: --teacher is pruned within the recovery", "PATH",
+                   kind=Path),
+            Option("search_share", "", "X", ("recover.search_share",)),
+            Option("scheme", "", "N:M", ("prune.scheme",)),
             _RUN_FOLDER, _TEACHER, _DATA,
             Option("method", "", _choices(Recovery), ("recover.method",)),
             Option("steps", "", "N", ("recover.training.steps",)),

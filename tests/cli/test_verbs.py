@@ -178,6 +178,68 @@ def test_recover(cli: Cli, work: Path, method: str, terms: set[str]) -> None:
     assert done(cli, "inspect recovered --json").last_json["kept"] == {"blocks": [0, 2]}
 
 
+SEARCHED = (
+    "recover --teacher teacher --search-share 0.5 --scheme 1:2 --method logits-kd --steps 4 --out searched"
+    " --set recover.training.batch_size=16 --set recover.training.ema_decay=0.5 --set recover.training.log_every_steps=1"
+)
+
+
+@pytest.mark.parametrize("more", ["", "--method finetune", "--set recover.update=lora --set recover.lora_rank=2"])
+def test_recover_chooses_the_blocks_of_a_whole_model(cli: Cli, work: Path, more: str) -> None:
+    outcome = done(cli, f"{SEARCHED} {more} --json")
+    plan = json.loads(Path("searched/plan.json").read_text(encoding="utf-8"))
+    assert outcome.last_json["kept"] == plan["kept"] and len(plan["kept"]["blocks"]) == 2
+    assert plan["cost"] == {"images": 32.0}, "two of four steps searched"
+    log = lines_of("searched/metrics.jsonl")
+    assert [line["fixed"] for line in log] == [False, False, True, True]
+    assert "probability of each group's choice" in outcome.err and "(chance 0.50)" in outcome.err
+    teacher, student = (done(cli, f"inspect {name} --json").last_json for name in ("teacher", "searched"))
+    assert student["kept"] == plan["kept"] and student["depth"] == 2 and plan["teacher"] == teacher["hash"]
+    done(cli, "recover --teacher teacher --student searched --steps 1 --out more --set recover.training.ema_decay=0")
+    replayed = done(cli, "replay searched --step 3")
+    assert f"logged {log[3]['loss']:.6g}" in replayed.out
+    shown = re.search(r"loss ([\d.e-]+), logged", replayed.out)
+    assert shown is not None and float(shown[1]) == pytest.approx(log[3]["loss"], rel=1e-4)
+    done(cli, "report searched --out page.html")
+    assert "4 blocks to 2" in Path("page.html").read_text(encoding="utf-8")
+
+
+def test_a_search_within_goes_on_where_it_stopped(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before, and after, the blocks are fixed: the same weights, the same plan."""
+    often = f"{SEARCHED} --set recover.training.checkpoint_every_steps=1 --set recover.training.checkpoints_limit=9"
+    done(cli, often.replace("--out searched", "--out whole"))
+    wanted = {name: value for name, value in files(Path("whole")).items() if "student" in name or "plan" in name}
+    assert len(wanted) > 2
+    for step in (1, 2, 3):
+        out = f"from-{step}"
+        done(cli, often.replace("--out searched", f"--resume whole/checkpoints/step-{step:07d} --out {out}"))
+        assert {name: files(Path(out))[name] for name in wanted} == wanted, step
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("recover --teacher teacher --out x", ("--student", "--search-share")),
+        (SEARCHED.replace("--teacher teacher ", ""), ("--teacher",)),
+        (SEARCHED.replace("logits-kd", "masked-kd"), ("recover.search_share", "masked-kd", "logits-kd")),
+        (SEARCHED.replace("0.5", "1.5", 1), ("search_share", "1.5")),
+        (SEARCHED.replace("0.5", "0", 1), ("search_share", "0")),
+        (SEARCHED.replace("--scheme 1:2", "--scheme 1:3"), ("1:3", "4")),
+        (f"{SEARCHED} --set recover.training.batch_size=6 --set prune.distribution=subset --set prune.subset_estimator=score"
+         " --set compute.gradient_accumulation_steps=4", ("recover.training.batch_size", "8")),
+    ],
+)  # fmt: skip
+def test_a_search_within_refuses(command: str, parts: tuple[str, ...], cli: Cli, work: Path) -> None:
+    refused(cli, command, *parts)
+    assert not Path("searched").exists() and not Path("x").exists()
+
+
+def test_a_pruned_student_is_not_searched_again(cli: Cli, work: Path) -> None:
+    outcome = done(cli, f"{RECOVER} --method logits-kd --search-share 0.5")
+    assert "recover.search_share is left out" in outcome.err
+    assert not Path("recovered/plan.json").exists()
+
+
 def test_a_start_says_in_one_line_what_memory_it_needs(cli: Cli, work: Path) -> None:
     table = "recover: memory of one process at its peak"
     lines = done(cli, RECOVER).err.splitlines()

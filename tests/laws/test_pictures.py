@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_report import Page, make_run, write, write_lines
 
-from tinyfusion.blocks.scheme import consecutive_groups
+from tinyfusion.blocks.scheme import above_chance, block_chance, choice_chance, consecutive_groups
 from tinyfusion.commands.report import render_run, report
 from tinyfusion.commands.run import run
 from tinyfusion.config.loading import load_recipe
@@ -37,14 +37,7 @@ from tinyfusion.models.checkpoint import LoadedModel, save_model
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.report import diagnostic_charts
 from tinyfusion.report.charts import decision_table
-from tinyfusion.report.decisions import (
-    above_chance,
-    block_chance,
-    choice_chance,
-    decision_strengths,
-    final_probabilities,
-    with_protected,
-)
+from tinyfusion.report.decisions import decision_strengths, final_probabilities, with_protected
 from tinyfusion.report.diagnostic_charts import Mark, calibration, label_rows
 from tinyfusion.report.load import read_run
 from tinyfusion.report.tables import Cell, expected_table

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tiny_training import batches, save_checkpoint
 
 from tinyfusion.blocks.plan import plan_from_json
-from tinyfusion.blocks.scheme import BlockGroup, parse_scheme
+from tinyfusion.blocks.scheme import BlockGroup, choice_chance, parse_scheme
 from tinyfusion.config.recipe import PruneSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
@@ -27,7 +27,6 @@ from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.gates import CategoricalGates
 from tinyfusion.prune.learn import mask_learner, plan_of
 from tinyfusion.recover.align import block_pairs
-from tinyfusion.report.decisions import choice_chance
 from tinyfusion.training.checkpoints import load_latest
 from tinyfusion.training.loop import train_steps
 from tinyfusion.training.state import TrainState

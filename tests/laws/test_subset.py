@@ -32,7 +32,7 @@ from tinyfusion.prune.gates import (
     marginals,
     relaxed_top_k,
 )
-from tinyfusion.prune.learn import in_pairs, mask_learner, plan_of
+from tinyfusion.prune.learn import check_pairs, in_pairs, mask_learner, plan_of
 from tinyfusion.training.checkpoints import load_latest
 from tinyfusion.training.loop import train_steps
 from tinyfusion.training.state import TrainState
@@ -447,11 +447,11 @@ def test_pairs_share_everything_but_their_masks(
     noisy = noisy_batch(tiny_model())
     masks = torch.arange(4 * len(noisy.t)).view(-1, 4)
     noisy = dataclasses.replace(noisy, gate_noise=(masks,))
-    paired = in_pairs(noisy, 0)
+    paired = in_pairs(noisy)
     assert torch.equal(paired.gate_noise[0], masks)
     assert torch.equal(noisy.each(lambda value: value[:1]).gate_noise[0], masks[:1])
     for name in ("x0", "noise", "xt", "t", "labels"):
         value, own = (batch.condition[name] if name == "labels" else getattr(batch, name) for batch in (paired, noisy))
         assert torch.equal(value[0::2], own[0::2]) and torch.equal(value[1::2], own[0::2][: len(own) // 2])
     with pytest.raises(ValueError, match="begins with an even one"):
-        in_pairs(noisy, 3)
+        check_pairs(3)

@@ -29,7 +29,7 @@ from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.processes.masked import MaskedObjective
 from tinyfusion.prune.criteria import by_indices
-from tinyfusion.prune.learn import mask_learner
+from tinyfusion.prune.learn import mask_learner, search_within
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
@@ -101,6 +101,20 @@ def recovery(engine: Engine, method: Any, settings: TrainingSection = SETTINGS) 
     return Job(TrainState(student.module, [ParameterGroup(trainable(student.module))], settings), goal, settings)
 
 
+def searched(engine: Engine, sure: float = 1.0, **more: Any) -> Job:
+    """A distillation of the whole model that chooses its blocks in the first half."""
+    teacher, student = teacher_model(), teacher_model()
+    engine.place(student.module, list(student.stack))
+    engine.place_teacher(frozen(teacher.module), list(teacher.stack))
+    goal = distilled(
+        RecoverSection(method="logits-kd", training=SETTINGS), GaussianObjective(0.3), teacher, student, []
+    )
+    section = PruneSection(**{"scheme": "2:4", "distribution": "subset", "gate_learning_rate": 0.05, **more})
+    groups = [ParameterGroup(trainable(student.module))]
+    learner = search_within(student, goal, groups, section, STEPS // 2, sure, engine.device)
+    return Job(TrainState(learner.module, learner.parameter_groups, SETTINGS), learner.objective, SETTINGS)
+
+
 def masked_recovery(engine: Engine) -> Job:
     """A MAR with dropout, from both stacks of which half the blocks went."""
     settings = replace(SETTINGS, weight_decay=0.01)
@@ -139,6 +153,8 @@ CASES: dict[str, Callable[[Engine], Job]] = {
     "learning-bf16-apart": lambda engine: learning(
         engine, replace(SETTINGS, stop_after=SHORT, dtype="bfloat16", clip_groups="apart", clip_norm=0.1)
     ),
+    "searched": searched,
+    "searched-score": lambda engine: searched(engine, subset_estimator="score"),
     "finetune": lambda engine: recovery(engine, "finetune"),
     "masked-kd": lambda engine: recovery(engine, "masked-kd"),
     "masked-kd-fp16": lambda engine: recovery(

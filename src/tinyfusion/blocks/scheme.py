@@ -232,3 +232,28 @@ def _misfit(scheme: str, pairs: list[tuple[int, int]], depth: int, uniform: bool
     if not fits:
         fits.append(f"1:2x{depth // 2}+1:1" if depth > 1 else "1:1")
     return f"scheme {scheme} needs a depth divisible by {size}; the model has {depth} blocks (try {' or '.join(fits)})"
+
+
+# ------------------------------------------------------------------------------------------------------------- probabilities
+
+UNDECIDED = 0.1  # share of the range from chance to certainty below which a decision is called undecided
+
+
+def choice_chance(group: BlockGroup) -> float:
+    """One over the number of candidates: the confidence of a categorical at its start."""
+    return 1 / max(group.num_candidates, 1)
+
+
+def block_chance(group: BlockGroup) -> float:
+    """The marginal of an unprotected block of a subset at its start; 1 where all are protected."""
+    return group.keep_free / len(group.free) if group.free else 1.0
+
+
+def above_chance(value: float, chance: float) -> float:
+    """(value - chance) / (1 - chance), clamped to [0, 1]; 1 where chance is certainty."""
+    return min(max((value - chance) / (1 - chance), 0.0), 1.0) if chance < 1 else 1.0
+
+
+def signed_strength(value: float, chance: float) -> float:
+    """A marginal probability as -1 (certainly removed) over 0 (chance) to 1 (certainly kept)."""
+    return above_chance(value, chance) if value >= chance else max((value - chance) / chance, -1.0)

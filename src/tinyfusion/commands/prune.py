@@ -11,6 +11,7 @@ from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.commands.transformers import prune_transformer
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
 from tinyfusion.data.latents import LATENTS
 from tinyfusion.jobs.assemble import RunOptions, check_data_name, open_teacher
@@ -22,6 +23,7 @@ from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.prune.learn import plan_of
+from tinyfusion.prune.sureness import sureness_lines
 from tinyfusion.prune.width import width_stand_in
 from tinyfusion.training.engine import Engine
 
@@ -130,7 +132,9 @@ def _learn(inputs: Inputs, work: MaskTraining, folder: RunDirectory) -> PrunePla
         print(f"learning {settings.scheme} masks; {share} train along", file=sys.stderr)
     seconds = drive(work, folder, inputs.options.resume)
     cost = {"seconds": seconds, "images": float(work.state.seen_images)}
-    return plan_of(work.decision(), inputs.model("teacher"), settings, inputs.recipe.seed, cost)
+    decision = work.decision()
+    say(sureness_lines(decision) if folder.writes else ())
+    return plan_of(decision, inputs.model("teacher"), settings, inputs.recipe.seed, cost)
 
 
 def _decided(plan: PrunePlan) -> str:

@@ -1,4 +1,4 @@
-"""`recover`: train a pruned model on its teacher, or alone."""
+"""`recover`: train a pruned model on its teacher, or alone; or a whole one, whose blocks are chosen meanwhile."""
 
 from __future__ import annotations
 
@@ -12,27 +12,41 @@ from torch import Tensor
 
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rundir import RunDirectory, atomic_write
-from tinyfusion.jobs.assemble import RunOptions, open_teacher
+from tinyfusion.core.progress import say
+from tinyfusion.core.rundir import RunDirectory, atomic_write, write_json
+from tinyfusion.jobs.assemble import RunOptions, open_teacher, plain_recipe
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
-from tinyfusion.jobs.recorded_training import recorded_of, training_data
-from tinyfusion.jobs.training import Training, recovery
+from tinyfusion.jobs.recorded_training import check_masks, recorded_of, training_data
+from tinyfusion.jobs.training import SearchedRecovery, Training, recovery
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
+from tinyfusion.prune.sureness import sureness_lines
 from tinyfusion.recover.sharing import lora_tensors
 from tinyfusion.training.engine import Engine
 
 
 class Recover(TrainingVerb[Training]):
-    """Train the student; writes `student/` (averaged weights) and `student-raw/`."""
+    """Train the student; writes `student/` (averaged weights) and `student-raw/`, and `plan.json` of a search within."""
 
     name = "recover"
     sections = ("data", "recover")
 
-    def open(self, recipe: Recipe, options: RunOptions, source: str | Path, remarks: list[str]) -> Inputs:
-        """The student and, where the method has one, the teacher."""
+    def plain(self, inputs: Inputs) -> dict[str, Any]:
+        """As of every verb; a search also depends on the section prune."""
+        own = super().plain(inputs)
+        if inputs.recipe.recover.search_share is None:
+            return own
+        return {**own, **plain_recipe(inputs.recipe, "prune")}
+
+    def open(self, recipe: Recipe, options: RunOptions, source: str | Path | None, remarks: list[str]) -> Inputs:
+        """The student and, where the method has one, the teacher; without a student the teacher twice, to be pruned meanwhile."""
+        if not source:
+            return self._open_whole(recipe, options, remarks)
+        if recipe.recover.search_share is not None:
+            remarks.append("recover.search_share is left out: --student is pruned already")
+            recipe = dataclasses.replace(recipe, recover=dataclasses.replace(recipe.recover, search_share=None))
         if recipe.recover.method != "finetune":
             recipe, job = with_teacher(recipe, source, self.name, remarks)
             options = _opened_as_then(options, job)
@@ -61,9 +75,31 @@ class Recover(TrainingVerb[Training]):
         models: dict[str, LoadedModel | None] = {"student": student, "teacher": teacher}
         return Inputs(recipe, options, models, {"student": source, "teacher": recipe.teacher}, recorded=recorded)
 
+    def _open_whole(self, recipe: Recipe, options: RunOptions, remarks: list[str]) -> Inputs:
+        """The teacher, and a copy of it that is pruned within the training."""
+        settings = recipe.recover
+        if settings.search_share is None:
+            raise UserError(
+                "recover needs --student, a pruned model or the run folder of `prune`; to choose the blocks of --teacher within the "
+                "recovery, give --search-share (such as 0.1) in place of --student"
+            )
+        if not recipe.teacher:
+            raise UserError("recover without --student prunes the teacher: give --teacher, such as --teacher digits")
+        whole = open_teacher(recipe, options.num_heads, options.family, True, options.num_classes, options.blocks)
+        recorded = recorded_of(options.inputs, whole)
+        recipe, whole = known_inputs(recipe, whole, [recipe.teacher], remarks, recorded is None)
+        whole.made_for(recipe.destination)  # refuse before anything is learned
+        if not recorded:
+            recipe = _with_taught_target(recipe, whole, remarks)
+        taught = settings.method != "finetune" and not (recorded and settings.method == "logits-kd")
+        models: dict[str, LoadedModel | None] = {"student": whole.copy(), "teacher": whole if taught else None}
+        return Inputs(recipe, options, models, {"teacher": recipe.teacher}, recorded=recorded)
+
     def work(self, inputs: Inputs, engine: Engine) -> Training:
         """The student on its teacher, or alone."""
         recipe, student = inputs.recipe, inputs.model("student")
+        if recipe.recover.search_share is not None:
+            check_masks(student, recipe.recover.training, engine)
         source, objective = training_data(recipe, inputs.recorded, student, recipe.recover.training, engine)
         teacher = inputs.models["teacher"]
         if isinstance(teacher, TransformerModel) and isinstance(student, TransformerModel):
@@ -78,6 +114,7 @@ class Recover(TrainingVerb[Training]):
         """The method."""
         settings = inputs.recipe.recover
         how: list[str] = [settings.method]
+        how += [f"blocks chosen in the first {settings.search_steps:,} steps"] if settings.search_steps else []
         how += ["low-rank updates"] if settings.update == "lora" else []
         how += [f"teacher {settings.teacher_storage}"] if settings.teacher_storage != "own" else []
         return {"method": ", ".join(how)}
@@ -85,12 +122,20 @@ class Recover(TrainingVerb[Training]):
     def perform(self, inputs: Inputs, work: Training, folder: RunDirectory) -> dict[str, Any]:
         """Train, and save averaged and raw weights."""
         seconds = drive(work, folder, inputs.options.resume)
-        save(folder, work.averaged(), "student")
-        save(folder, work.raw(), "student-raw")
+        outcome: dict[str, Any] = {"seconds": seconds}
+        if isinstance(work, SearchedRecovery):
+            plan = work.plan()
+            outcome["kept"] = plan.kept
+            say(sureness_lines(work.decision()) if folder.writes else ())
+            if folder.writes:
+                write_json(folder.path / "plan.json", plan.to_json())
+        destination = inputs.recipe.destination if "kept" in outcome else None
+        for name, model in (("student", work.averaged()), ("student-raw", work.raw())):
+            save(folder, model.made_for(destination), name)
         if inputs.recipe.recover.lora_apart:
             save_lora(folder, work.state.averages(), inputs.recipe.recover.lora_scale)
         folder.mark("done", seconds=seconds, seen_images=work.state.seen_images)
-        return {"seconds": seconds}
+        return outcome
 
 
 def _with_taught_target(recipe: Recipe, student: LoadedModel, remarks: list[str]) -> Recipe:

@@ -100,7 +100,8 @@ def _training(run: RunDirectory, device: str | None) -> Training:
         )
     engine = open_engine(recipe.device, dataclasses.replace(recipe.compute, gradient_accumulation_steps=1))
     options = RunOptions(run.path, num_heads=job.num_heads, family=job.family, num_classes=job.num_classes)
-    inputs = verb.open(recipe, options, job.student or job.model or "(not recorded)", [])
+    searched = verb is recover and recipe.recover.search_share is not None and not job.student
+    inputs = verb.open(recipe, options, "" if searched else job.student or job.model or "(not recorded)", [])
     for role, now in verb.hashes(inputs).items():
         if now != expected.get(role):
             was = str(expected.get(role))[:12]
@@ -126,7 +127,9 @@ def _one_step(training: Training, step: int) -> tuple[list[dict[str, Any]], floa
     engine = Engine(training.engine.device)
     forward = ForwardPass(state, training.objective, settings)
     randomness = Randomness(training.recipe.seed)
-    (noisy,) = noisy_microbatches(step, training.objective, training.source, settings.batch_size, randomness, engine)
+    drawn = noisy_microbatches(step, training.objective, training.source, settings.batch_size, randomness, engine)
+    with torch.no_grad():
+        (noisy,) = training.objective.prepared(state.model, drawn)
     state.optimizer.zero_grad(set_to_none=True)
     with training.in_place():
         terms = forward(noisy)

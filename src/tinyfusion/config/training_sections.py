@@ -230,7 +230,20 @@ class RecoverSection:
     lora_apart: Annotated[
         bool, "update lora: also write the updates alone, lora.safetensors for diffusers and peft"
     ] = False
+    search_share: Annotated[
+        PositiveShare | None,
+        "choose the blocks of a whole model within its recovery, by the gates of section prune: share of the steps after which they "
+        "are fixed at the latest; None: the student is pruned already",
+    ] = None
+    search_confidence: Annotated[
+        PositiveShare, "search_share: the blocks are fixed as soon as every decision has at least this probability"
+    ] = 0.95
     training: TrainingSection = field(default_factory=TrainingSection)
+
+    @property
+    def search_steps(self) -> int:
+        """Most steps of a search within the recovery; 0 without one."""
+        return 0 if self.search_share is None else max(1, round(self.search_share * self.training.steps))
 
     @property
     def lora_scale(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +24,21 @@ from tinyfusion.jobs.origins import making_run
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Objective, Process
-from tinyfusion.prune.learn import Decision, MaskLearner, mask_learner, prune_with_weight_updates
+from tinyfusion.prune.learn import (
+    Decision,
+    MaskLearner,
+    cut_with_weights,
+    mask_learner,
+    plan_of,
+    prune_with_weight_updates,
+    search_within,
+)
 from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors, residual_channels
 from tinyfusion.recover.distill import distilled
-from tinyfusion.recover.placing import place_models
+from tinyfusion.recover.placing import Placed, place_models
 from tinyfusion.training.engine import Engine, cut
 from tinyfusion.training.loop import BatchSource, ForwardPass, StepRecord, noisy_microbatches, train_steps
-from tinyfusion.training.optim import decay_groups, linear
+from tinyfusion.training.optim import ParameterGroup, decay_groups, linear
 from tinyfusion.training.rounding import as_float32
 from tinyfusion.training.shards import local_part
 from tinyfusion.training.state import TrainState
@@ -120,7 +128,7 @@ class Training:
 
     def kept_blocks(self, whole: LoadedModel) -> dict[str, int]:
         """Blocks per list that the student has, or will have."""
-        if self.title != "prune":
+        if not isinstance(self, MaskTraining):
             return self.model.stack.depths()
         share = self.objective.step_memory().graph_share
         return {name: round(share * depth) for name, depth in whole.stack.depths().items()}
@@ -167,8 +175,8 @@ class MaskTraining(Training):
     learner: MaskLearner
 
     def decision(self) -> Decision:
-        """The decision of the averaged gates at the end. Raises UserError where their logits are not finite."""
-        decision = self.learner.decision(self.state.ema, self.settings.made_steps - 1)
+        """The decision of the averaged gates after the last step. Raises UserError where their logits are not finite."""
+        decision = self.learner.decision(self.state.ema, max(self.state.step, 1) - 1)
         if not all(theta.isfinite().all() for theta in decision.logits):
             raise UserError("the gate logits are not finite; lower prune.gate_learning_rate")
         return decision
@@ -188,7 +196,7 @@ def mask_training(
     learner = mask_learner(teacher, objective, settings, seed, engine.device, engine.place)
     gated = learner.objective
     if gated.gates.paired:
-        _check_pairs(settings.training.batch_size, engine)
+        _check_pairs(settings.training.batch_size, engine, "prune.training")
     state = TrainState(learner.module, learner.parameter_groups, settings.training)
 
     def extra(record: StepRecord) -> dict[str, Any]:
@@ -198,7 +206,7 @@ def mask_training(
     return MaskTraining(*training, extra=extra, learner=learner)
 
 
-def _check_pairs(batch_size: int, engine: Engine) -> None:
+def _check_pairs(batch_size: int, engine: Engine, section: str) -> None:
     """Raise UserError where a microbatch would begin inside a pair of samples that the score estimator compares."""
     steps = engine.compute.gradient_accumulation_steps
     microbatches = engine.world * steps
@@ -208,9 +216,29 @@ def _check_pairs(batch_size: int, engine: Engine) -> None:
     sizes = " or ".join(str(size) for size in (below, below + 2 * microbatches) if size)
     raise UserError(
         f"prune.subset_estimator=score compares samples in pairs, and a batch of {batch_size} in {microbatches} microbatches "
-        f"({engine.world} processes x {steps} accumulation steps) separates some: set prune.training.batch_size to {sizes}, "
+        f"({engine.world} processes x {steps} accumulation steps) separates some: set {section}.batch_size to {sizes}, "
         "or compute.gradient_accumulation_steps=1"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchedRecovery(MaskTraining):
+    """A recovery of the whole model that begins as the search for the blocks to keep: one training, one student."""
+
+    def plan(self) -> PrunePlan:
+        """The decision as a plan: the one that is fixed, or so far."""
+        gates = self.learner.objective.gates
+        steps = self.state.step if gates.fixed_step is None else gates.fixed_step
+        cost = {"images": float(steps * self.settings.batch_size)}
+        return plan_of(self.decision(), self.model, self.recipe.prune, self.recipe.seed, cost)
+
+    def averaged(self) -> LoadedModel:
+        """The student with averaged weights, unsharded and on the CPU. Every process must call."""
+        return cut_with_weights(self.model, self.plan(), super().averaged())
+
+    def raw(self) -> LoadedModel:
+        """The student with its current weights, unsharded and on the CPU. Every process must call."""
+        return cut_with_weights(self.model, self.plan(), super().raw())
 
 
 def student_of(
@@ -233,10 +261,18 @@ def recovery(
 ) -> Training:
     """The student on its teacher, or fine-tuned without one. Moves both models.
 
-    Raises UserError where student and teacher are not related.
+    With `recover.search_share`, student is the whole model, and which blocks stay is learned within the training. Raises UserError
+    where student and teacher are not related.
     """
     settings, training = recipe.recover, recipe.recover.training
-    pairs = _pairs(student, teacher, recipe.teacher) if teacher else []
+    searches = settings.search_share is not None
+    whole = student.copy() if searches else None  # before it trains
+    if searches and settings.compares_features:
+        raise UserError(
+            f"recover.search_share chooses blocks while they train, and {settings.method} compares blocks of a student with those that "
+            "it replaces: use --method logits-kd"
+        )
+    pairs = _pairs(student, teacher, recipe.teacher) if teacher and not searches else []
     channels = residual_channels(student, teacher) if teacher and settings.compares_features else None
     placed = place_models(student, teacher, settings, engine, Randomness(recipe.seed).generator_seed("recovery lora"))
     objective: Objective = process
@@ -246,6 +282,8 @@ def recovery(
         except ValueError as error:
             raise UserError(f"the student's plan is damaged: {error}") from error
     groups = decay_groups(placed.parameters, student.family.undecayed, training)
+    if whole is not None:
+        return _searched(recipe, whole, teacher, placed, groups, objective, source, engine)
     state = TrainState(placed.student.module, groups, training)
 
     def extra(record: StepRecord) -> dict[str, Any]:
@@ -253,6 +291,32 @@ def recovery(
 
     values = (recipe, training, student, placed.student.stack, state, objective, source, engine, teacher)
     return Training("recover", *values, extra, placed.merged)
+
+
+def _searched(
+    recipe: Recipe,
+    whole: LoadedModel,
+    teacher: LoadedModel | None,
+    placed: Placed,
+    groups: Sequence[ParameterGroup],
+    objective: Objective,
+    source: BatchSource,
+    engine: Engine,
+) -> SearchedRecovery:
+    """The recovery of the placed copy of `whole` under gates."""
+    settings, training = recipe.recover, recipe.recover.training
+    how = recipe.prune, settings.search_steps, settings.search_confidence, engine.device
+    learner = search_within(placed.student, objective, groups, *how)
+    gated = learner.objective
+    if gated.gates.paired:
+        _check_pairs(training.batch_size, engine, "recover.training")
+    state = TrainState(learner.module, learner.parameter_groups, training)
+
+    def extra(record: StepRecord) -> dict[str, Any]:
+        return learner.decision(state.ema, record.step).log(record.step, gated)
+
+    values = (recipe, training, whole, gated.stack, state, gated, source, engine, teacher)
+    return SearchedRecovery("recover", *values, extra, placed.merged, learner=learner)
 
 
 def _pairs(student: LoadedModel, teacher: LoadedModel, name: str) -> Pairs:

@@ -32,6 +32,42 @@ class GateDistribution(nn.Module, ABC):
         super().__init__()
         self.groups = list(groups)
         self.logits = nn.ParameterList([nn.Parameter(torch.full((size,), logit_init)) for size in sizes])
+        # the decision of a search within a training, as part of its state: gates (L,), and 1 + the step, 0 before
+        self.fixed_gates = nn.Parameter(torch.zeros(sum(group.size for group in groups)), requires_grad=False)
+        self.fixed_at = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self._seen: tuple[int, int] | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the blocks are fixed."""
+        return self.fixed_step is not None
+
+    @property
+    def fixed_step(self) -> int | None:
+        """The step from which on the blocks are fixed; None if they are not."""
+        version = self.fixed_at._version
+        if self._seen is None or self._seen[0] != version:  # the host asks the device only after a change
+            self._seen = version, int(self.fixed_at)
+        return self._seen[1] - 1 if self._seen[1] else None
+
+    def fixed_blocks(self, index: int, _theta: Tensor) -> list[int]:
+        """The fixed blocks of group `index`, ascending."""
+        first = sum(group.size for group in self.groups[:index])
+        group = self.groups[index]
+        own = self.fixed_gates[first : first + group.size].tolist()
+        return [block for block, gate in zip(group.blocks, own, strict=True) if gate]
+
+    @torch.no_grad()
+    def fix(self, step: int) -> None:
+        """Fix the blocks that the logits select, from `step` on."""
+        chosen = torch.zeros_like(self.fixed_gates)
+        first = 0
+        for index, (group, theta) in enumerate(zip(self.groups, self.logits, strict=True)):
+            for block in self.kept(index, theta):
+                chosen[first + block - group.start] = 1
+            first += group.size
+        self.fixed_gates.copy_(chosen)
+        self.fixed_at.fill_(step + 1)
 
     @abstractmethod
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:

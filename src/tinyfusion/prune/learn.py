@@ -8,9 +8,9 @@ saved and not only printed, groups must cover all blocks, and no second load dis
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,13 @@ from tinyfusion.training.state import Ema
 class GatedObjective(Objective):
     """An objective under sampled gates, one independent mask per sample; temperature and scaling follow the step.
 
-    layout: which gate each block has. taught: the loss is the distance to the output of the whole model instead of that on
-    the data. teacher: the whole model and its blocks; None: the trained model itself, without gates and LoRA updates.
+    steps: of the search. layout: which gate each block has. taught: the loss is the distance to the output of the whole model
+    instead of that on the data; inner is a `Process`. teacher: the whole model and its blocks; None: the trained model itself,
+    without gates and LoRA updates. sure: the search is a part of a longer training: after `steps`, or as soon as every decision
+    has this probability, the blocks are fixed, and the training goes on with these alone. None: gates are sampled to the end.
     """
 
-    inner: Process
+    inner: Objective
     stack: BlockStack
     gates: GateDistribution
     temperature: tuple[float, float]
@@ -50,18 +52,42 @@ class GatedObjective(Objective):
     dropped: Literal["dense", "skip"] = "skip"
     taught: bool = False
     teacher: tuple[nn.Module, BlockStack] | None = None
+    sure: float | None = None
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         noisy = self.inner.draw(batch, draws)
         noise = tuple(drawn.to(noisy.device) for drawn in self.gates.draw(draws))
         if self.gates.paired:
-            noisy = in_pairs(noisy, draws.first)
+            check_pairs(draws.first)
         return dataclasses.replace(noisy, gate_noise=noise)
 
-    def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
+    def prepared(self, model: nn.Module, microbatches: Sequence[NoisyBatch]) -> Sequence[NoisyBatch]:
+        """Fix the blocks where they are decided; before that, pair the samples of an estimator that compares neighbours."""
+        step = microbatches[0].step
+        if self.sure is not None and not self.gates.is_fixed and (step >= self.steps or self._is_sure(step)):
+            self.gates.fix(step)
+        microbatches = self.inner.prepared(model, microbatches)
+        if not self.gates.paired or self.gates.is_fixed:
+            return microbatches
+        return [in_pairs(noisy) for noisy in microbatches]
+
+    def _is_sure(self, step: int) -> bool:
+        """Whether every decision of the logits has at least the probability `sure`."""
+        scaling = linear(self.scaling, step, self.steps)
+        logits = [theta.detach() for theta in self.gates.logits]
+        levels = [level for i, theta in enumerate(logits) for level in self.gates.confidence(i, theta, scaling)]
+        return self.sure is not None and min(levels, default=1.0) >= self.sure
+
+    def masks(self, noisy: NoisyBatch) -> Tensor:
+        """Gates (B, blocks), sampled; (1, blocks) without a gradient once they are fixed."""
+        if self.gates.is_fixed:
+            return self.layout.of_blocks(self.gates.fixed_gates[None])
         temperature = linear(self.temperature, noisy.step, self.steps)
         scaling = linear(self.scaling, noisy.step, self.steps)
-        masks = self.layout.of_blocks(self.gates.sample(noisy.gate_noise, temperature, scaling))
+        return self.layout.of_blocks(self.gates.sample(noisy.gate_noise, temperature, scaling))
+
+    def predict(self, model: nn.Module, noisy: NoisyBatch) -> Prediction:
+        masks = self.masks(noisy)
         taught = self._taught(model, noisy) if self.taught else None
         with self.stack.gated(masks, self.dropped):
             own = self.inner.predict(model, noisy)
@@ -77,11 +103,14 @@ class GatedObjective(Objective):
 
     def losses(self, model: nn.Module, noisy: NoisyBatch, prediction: Prediction) -> dict[str, Tensor]:
         """The losses of the inner objective; for estimators with a surrogate, "loss" also carries its gradient."""
-        if prediction.teacher is None:
-            terms = self.inner.losses(model, noisy, prediction)
-        else:
-            terms = self.inner.kd_terms(noisy, prediction, prediction.teacher)
+        if self.taught and prediction.teacher is not None:
+            terms = cast(Process, self.inner).kd_terms(noisy, prediction, prediction.teacher)
             terms = {"loss": terms["kd_loss"], **terms}
+        else:
+            terms = self.inner.losses(model, noisy, prediction)
+        if self.gates.is_fixed:  # every process reduces gradients of the same parameters at every step
+            nothing = sum((0 * theta.sum() for theta in self.gates.logits), start=torch.zeros((), device=noisy.device))
+            return {**terms, "loss": terms["loss"] + nothing}
         scaling = linear(self.scaling, noisy.step, self.steps)
         surrogate = self.gates.surrogate(noisy.gate_noise, scaling, terms["loss"])
         if surrogate is None:
@@ -91,18 +120,19 @@ class GatedObjective(Objective):
     def step_memory(self) -> StepMemory:
         """Memory of a step: with skipping, a graph is retained only for the blocks that an image keeps."""
         groups = self.gates.groups if self.dropped == "skip" else []
-        return StepMemory(
-            self.teacher, graph_share=sum(g.keep for g in groups) / sum(g.size for g in groups) if groups else 1.0
-        )
+        share = sum(g.keep for g in groups) / sum(g.size for g in groups) if groups else 1.0
+        inner = self.inner.step_memory()
+        return dataclasses.replace(inner, teacher=self.teacher or inner.teacher, graph_share=share)
 
 
-def in_pairs(noisy: NoisyBatch, first: int) -> NoisyBatch:
-    """Replace sample 2k + 1 by sample 2k in image, timestep, noise and label, but not in the noise of the gates.
-
-    first: global index of the first sample. Raises ValueError if it is odd, because that would split a pair.
-    """
+def check_pairs(first: int) -> None:
+    """Raise ValueError if a microbatch begins with an odd sample, by its global index, because that would split a pair."""
     if first % 2:
         raise ValueError(f"samples come in pairs, so a microbatch begins with an even one; this one with {first}")
+
+
+def in_pairs(noisy: NoisyBatch) -> NoisyBatch:
+    """Replace sample 2k + 1 by sample 2k in image, timestep, noise and label, but not in the noise of the gates."""
     rows = torch.arange(len(noisy), device=noisy.device) // 2 * 2
     return dataclasses.replace(noisy.each(lambda value: value[rows]), gate_noise=noisy.gate_noise)
 
@@ -123,10 +153,12 @@ class MaskLearner:
         return sum(p.numel() for p in self.parameter_groups[0].parameters.values()) / self.teacher_parameters
 
     def decision(self, ema: Ema, step: int) -> Decision:
-        """The blocks that the averaged logits select at `step`, with their probabilities."""
-        logits = [ema.average[f"gates.logits.{i}"] for i in range(len(self.objective.gates.logits))]
+        """The blocks that are fixed, else those that the averaged logits select at `step`, with their probabilities."""
+        gates = self.objective.gates
+        step = step if gates.fixed_step is None else gates.fixed_step
+        logits = [ema.average[f"gates.logits.{i}"] for i in range(len(gates.logits))]
         scaling = linear(self.objective.scaling, step, self.objective.steps)
-        return Decision(self.groups, self.objective.gates, logits, scaling, self.objective.layout)
+        return Decision(self.groups, gates, logits, scaling, self.objective.layout)
 
 
 @dataclass(frozen=True)
@@ -146,7 +178,11 @@ class Decision:
 
     def kept(self) -> dict[str, list[int]]:
         """Blocks that stay, per list of the model."""
-        return self.layout.in_blocks(_joined(self._per_list(self.gates.kept)))
+        return self.layout.in_blocks(self.kept_units())
+
+    def kept_units(self) -> dict[str, list[int]]:
+        """Units that stay, per list of gates."""
+        return _joined(self._per_list(self.gates.fixed_blocks if self.gates.is_fixed else self.gates.kept))
 
     def probabilities(self) -> dict[str, list[list[float]]]:
         """Probabilities of every group, per list; see the `meaning` of the distribution."""
@@ -163,6 +199,8 @@ class Decision:
             "kept": self.kept(),
             "confidence": self.confidence(),
         }
+        if objective.sure is not None:
+            fields["fixed"] = self.gates.is_fixed
         if isinstance(self.gates, SubsetGates):
             fields["marginals"] = _joined(self.probabilities())
         return fields
@@ -204,12 +242,7 @@ def mask_learner(
     else:  # parameters are other objects afterwards
         place(module, list(stack))
         deltas = {name: p for name, p in module.named_parameters() if name in deltas}
-    all_groups = [group for listed in groups.values() for group in listed]
-    if settings.distribution == "subset":
-        gates: GateDistribution = SubsetGates(all_groups, settings.logit_init, settings.subset_estimator)
-    else:
-        gates = CategoricalGates(all_groups, settings.logit_init)
-    gates.to(device)
+    gates = gates_of(groups, settings).to(device)
     schedules = (settings.temperature, settings.scaling, settings.training.steps)
     taught = settings.target == "teacher" or (settings.target is None and teacher.distilled_guidance)
     whole = None
@@ -219,9 +252,47 @@ def mask_learner(
             copied.module.float()
         whole = frozen(copied.module.to(device)), copied.stack
     gated = GatedObjective(objective, stack, gates, *schedules, layout, settings.dropped, taught, whole)
-    logits = {f"gates.logits.{i}": theta for i, theta in enumerate(gates.logits)}
-    parameter_groups = [ParameterGroup(deltas), ParameterGroup(logits, settings.gate_learning_rate, constant=True)]
+    parameter_groups = [ParameterGroup(deltas), logit_group(gates, settings)]
     return MaskLearner(module, gated, groups, parameter_groups, num_parameters(teacher.module))
+
+
+def search_within(
+    whole: LoadedModel,
+    objective: Objective,
+    parameters: Sequence[ParameterGroup],
+    settings: PruneSection,
+    steps: int,
+    sure: float,
+    device: torch.device,
+) -> MaskLearner:
+    """Gates on a model that is being trained, for a search that is the beginning of that training.
+
+    whole: the model, placed. objective: of the training. parameters: what trains. steps, sure: `GatedObjective`. Differs from
+    the paper, which learns masks first, throws the weight updates away, and trains the student from the teacher's weights.
+    Raises UserError if the scheme does not fit.
+    """
+    layout = gate_layout(whole)
+    groups = layout.groups(settings)
+    gates = gates_of(groups, settings).to(device)
+    schedules = (settings.temperature, settings.scaling, steps)
+    gated = GatedObjective(objective, whole.stack, gates, *schedules, layout, settings.dropped, sure=sure)
+    fixed = {"gates.fixed_gates": gates.fixed_gates, "gates.fixed_at": gates.fixed_at}
+    listed = [*parameters, logit_group(gates, settings), ParameterGroup(fixed, constant=True, decayed=False)]
+    return MaskLearner(whole.module, gated, groups, listed, num_parameters(whole.module))
+
+
+def gates_of(groups: Mapping[str, Sequence[BlockGroup]], settings: PruneSection) -> GateDistribution:
+    """The distribution of the gates that the settings name, over the groups of all lists."""
+    listed = [group for of_list in groups.values() for group in of_list]
+    if settings.distribution == "subset":
+        return SubsetGates(listed, settings.logit_init, settings.subset_estimator)
+    return CategoricalGates(listed, settings.logit_init)
+
+
+def logit_group(gates: GateDistribution, settings: PruneSection) -> ParameterGroup:
+    """The logits, with a constant learning rate of their own."""
+    logits = {f"gates.logits.{i}": theta for i, theta in enumerate(gates.logits)}
+    return ParameterGroup(logits, settings.gate_learning_rate, constant=True)
 
 
 def pack_frozen(module: nn.Module, stack: BlockStack, settings: PruneSection, device: torch.device) -> None:
@@ -279,5 +350,9 @@ def prune_with_weight_updates(
     for name, delta in delta_weights(averages, settings.lora_scale).items():
         own = parameters[name].detach()
         changed[name] = own.to(delta.dtype) + delta.to(own.device)
-    trained = teacher.with_changed(changed)
+    return cut_with_weights(teacher, plan, teacher.with_changed(changed))
+
+
+def cut_with_weights(teacher: LoadedModel, plan: PrunePlan, trained: LoadedModel) -> LoadedModel:
+    """`teacher.cut(plan)` with the weights of `trained`, the same model after a training: its lineage is the teacher's."""
     return teacher.cut(plan).with_changed(trained.cut(dataclasses.replace(plan, teacher="")).module.state_dict())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from tinyfusion.blocks.scheme import BlockGroup
+from tinyfusion.blocks.scheme import BlockGroup, block_chance, choice_chance
 from tinyfusion.report.canvas import (
     NARROW_PX,
     WIDE_PX,
@@ -25,7 +25,7 @@ from tinyfusion.report.canvas import (
     svg,
     thinned,
 )
-from tinyfusion.report.decisions import block_chance, choice_chance, decision_groups, decision_strengths, group_name
+from tinyfusion.report.decisions import decision_groups, decision_strengths, group_name
 from tinyfusion.report.format import count, short_names, significant
 from tinyfusion.report.load import Run
 from tinyfusion.report.tables import Table, distance_name, stated

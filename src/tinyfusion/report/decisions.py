@@ -10,10 +10,16 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.blocks.plan import first_blocks
-from tinyfusion.blocks.scheme import BlockGroup, consecutive_groups
+from tinyfusion.blocks.scheme import (
+    UNDECIDED,
+    BlockGroup,
+    above_chance,
+    block_chance,
+    choice_chance,
+    consecutive_groups,
+    signed_strength,
+)
 from tinyfusion.report.load import Run
-
-_UNDECIDED = 0.1  # share of the range from chance to certainty below which a decision is called undecided
 
 
 def decision_groups(run: Run) -> dict[str, list[BlockGroup]]:
@@ -37,29 +43,9 @@ def with_protected(groups: Sequence[BlockGroup], protect: set[int]) -> list[Bloc
     return [dataclasses.replace(group, protected=own) for group, own in zip(groups, inside, strict=True)]
 
 
-def choice_chance(group: BlockGroup) -> float:
-    """One over the number of candidates: the confidence of a categorical at its start."""
-    return 1 / max(group.num_candidates, 1)
-
-
-def block_chance(group: BlockGroup) -> float:
-    """The marginal of an unprotected block of a subset at its start; 1 where all are protected."""
-    return group.keep_free / len(group.free) if group.free else 1.0
-
-
 def group_name(group: BlockGroup) -> str:
     """N:M."""
     return f"{group.keep}:{group.size}"
-
-
-def above_chance(value: float, chance: float) -> float:
-    """(value - chance) / (1 - chance), clamped to [0, 1]; 1 where chance is certainty."""
-    return min(max((value - chance) / (1 - chance), 0.0), 1.0) if chance < 1 else 1.0
-
-
-def signed_strength(value: float, chance: float) -> float:
-    """A marginal probability as -1 (certainly removed) over 0 (chance) to 1 (certainly kept)."""
-    return above_chance(value, chance) if value >= chance else max((value - chance) / chance, -1.0)
 
 
 def decision_strengths(lines: Sequence[Mapping[str, Any]], groups: Sequence[BlockGroup], name: str) -> np.ndarray:
@@ -126,7 +112,7 @@ def _undecided(
     else:
         signed = [signed_strength(marginals[block], block_chance(group)) for block, _ in blocks]
         strengths = [value if kept else -value for value, (_, kept) in zip(signed, blocks, strict=True)]
-    return frozenset(block for (block, _), value in zip(blocks, strengths, strict=True) if value < _UNDECIDED)
+    return frozenset(block for (block, _), value in zip(blocks, strengths, strict=True) if value < UNDECIDED)
 
 
 def final_probabilities(run: Run) -> tuple[Mapping[str, Sequence[float]], Mapping[str, Sequence[float]]]:

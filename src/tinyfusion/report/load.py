@@ -126,8 +126,11 @@ class Run:
 
     @property
     def decision_lines(self) -> list[Mapping[str, Any]]:
-        """The log lines of the mask search that have a decision."""
-        return [line for line in self.metrics.get("prune", ()) if all(key in line for key in _LOGGED_PLAN)]
+        """The log lines of a search that have a decision; of one within a recovery those until the blocks were fixed."""
+        logged = [line for stage in ("prune", "recover") for line in self.metrics.get(stage, ())]
+        lines = [line for line in logged if all(key in line for key in _LOGGED_PLAN)]
+        fixed = [number for number, line in enumerate(lines) if line.get("fixed")]
+        return lines[: fixed[0] + 1] if fixed else lines
 
 
 def read_run(path: Path) -> Run:
@@ -236,7 +239,8 @@ def _log_lines(path: Path) -> list[dict[str, Any]]:
 
 def _plan(path: Path, models: Mapping[str, Mapping[str, Any]]) -> PrunePlan | None:
     """The final decision: plan.json, else that inside a model."""
-    files = [file for file in (path / "prune" / "plan.json", path / "plan.json") if file.is_file()]
+    places = (path / "prune", path / "recover", path)
+    files = [folder / "plan.json" for folder in places if (folder / "plan.json").is_file()]
     stored = [(f"{path}: model.json of {name}", model["plan"]) for name, model in models.items() if model.get("plan")]
     for source, values in [*((file, read_json(file)) for file in files[:1]), *stored]:
         try:

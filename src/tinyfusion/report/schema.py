@@ -101,7 +101,7 @@ RUN = {
     "seen_images": _MAYBE, "teacher_seen_images": _MAYBE,
 }  # fmt: skip
 LINE = {
-    "step!": int, "seen_images": _MAYBE, "seconds": Least(float, 0), "kept": _BLOCKS, "confidence": {"*": [float]},
+    "step!": int, "seen_images": _MAYBE, "seconds": Least(float, 0), "kept": _BLOCKS, "confidence": {"*": [float]}, "fixed": bool,
     "marginals": {"*": [float]}, "watch": {"made_steps!": int, "fid": _MAYBE, "protocol": str},
     **dict.fromkeys(("loss", "mse", "kd_loss", "feat_loss", "dynamic_loss", "complete_loss", "ratio", "budget"), _MAYBE),
 }  # fmt: skip

@@ -1,0 +1,158 @@
+"""A search within a recovery: gates until the blocks are decided, then the training of the student that they leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import RANDOMNESS, SETTINGS, batches, trainable
+
+from tinyfusion.blocks.scheme import BlockGroup
+from tinyfusion.blocks.stack import frozen
+from tinyfusion.config.recipe import PruneSection, RecoverSection
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.processes.gaussian import GaussianObjective
+from tinyfusion.prune.criteria import by_indices
+from tinyfusion.prune.gates import CategoricalGates, SubsetGates
+from tinyfusion.prune.learn import MaskLearner, cut_with_weights, plan_of, search_within
+from tinyfusion.prune.sureness import sureness_lines
+from tinyfusion.recover.distill import distilled
+from tinyfusion.training.loop import StepRecord, train_steps
+from tinyfusion.training.state import TrainState
+
+LONG = dataclasses.replace(SETTINGS, steps=12, warmup_steps=0, eps=1e-3)  # without eps, rounding is a direction
+HALF = LONG.steps // 2
+ModelFactory = Callable[..., LoadedModel]
+
+
+def search(tiny_model: ModelFactory, sure: float = 2.0, **changes: Any) -> tuple[MaskLearner, TrainState]:
+    """A distillation that chooses half of four blocks in its first half; no decision has the probability 2."""
+    teacher, student = tiny_model(depth=4), tiny_model(depth=4)
+    frozen(teacher.module)
+    section = PruneSection(**{"scheme": "2:4", "distribution": "subset", "gate_learning_rate": 0.05, **changes})
+    goal = distilled(RecoverSection(method="logits-kd", training=LONG), GaussianObjective(), teacher, student, [])
+    learner = search_within(student, goal, trainable(student), section, HALF, sure, torch.device("cpu"))
+    return learner, TrainState(learner.module, learner.parameter_groups, LONG)
+
+
+def trained(learner: MaskLearner, state: TrainState, until: int = LONG.steps) -> list[StepRecord]:
+    settings = dataclasses.replace(LONG, stop_after=until)
+    return list(train_steps(state, learner.objective, batches, settings, RANDOMNESS))
+
+
+@pytest.mark.parametrize("estimator", ["marginals", "gumbel-top-k", "score"])
+def test_after_the_search_the_training_is_that_of_the_student(tiny_model: ModelFactory, estimator: str) -> None:
+    """The second half on its own, on the student cut at the decision with its moments and averages, gives the same weights."""
+    learner, state = search(tiny_model, subset_estimator=estimator)
+    trained(learner, state, HALF)
+    assert learner.objective.gates.fixed_step is None
+    before = tiny_model(depth=4)
+    before.module.load_state_dict(learner.module.state_dict())
+    saved = state.optimizer.state
+    moments = {name: {k: v.clone() for k, v in saved[p].items()} for name, p in state.parameters.items() if p in saved}
+    averages = {name: value.clone() for name, value in state.ema.average.items()}
+    trained(learner, state)
+    gates = learner.objective.gates
+    assert gates.fixed_step == HALF, "the first step after the search"
+    kept = learner.decision(state.ema, LONG.steps - 1).kept()["blocks"]
+
+    student = before.cut(by_indices(before, kept, 0))
+    teacher = tiny_model(depth=4)
+    goal = distilled(RecoverSection(method="logits-kd", training=LONG), GaussianObjective(), teacher, student, [])
+    alone = TrainState(student.module, trainable(student), LONG)
+    names = {f"blocks.{new}.": f"blocks.{old}." for new, old in enumerate(kept)}
+    for name, parameter in alone.parameters.items():
+        whole = next((name.replace(new, old, 1) for new, old in names.items() if name.startswith(new)), name)
+        alone.optimizer.state[parameter] = {k: v.clone() for k, v in moments[whole].items()}
+        alone.ema.average[name].copy_(averages[whole])
+    alone.step, alone.seen_images = HALF, HALF * LONG.batch_size
+    list(train_steps(alone, goal, batches, LONG, RANDOMNESS))
+    for name, parameter in alone.parameters.items():
+        whole = next((name.replace(new, old, 1) for new, old in names.items() if name.startswith(new)), name)
+        torch.testing.assert_close(parameter, state.parameters[whole], rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(alone.ema.average[name], state.ema.average[whole], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(("sure", "fixed_step"), [(0.49, 0), (0.51, None)])
+def test_a_sure_search_ends_at_once(tiny_model: ModelFactory, sure: float, fixed_step: int | None) -> None:
+    """At equal logits every block stays with probability 0.5."""
+    learner, state = search(tiny_model, sure=sure, gate_learning_rate=0.0)
+    trained(learner, state, 2)
+    assert learner.objective.gates.fixed_step == fixed_step
+
+
+def test_blocks_that_are_fixed_do_not_run(tiny_model: ModelFactory) -> None:
+    learner, state = search(tiny_model)
+    trained(learner, state, HALF)
+    ran: list[int] = []
+    for index, block in enumerate(learner.objective.stack):
+        block.get_submodule("attn").register_forward_pre_hook(lambda _m, _a, index=index: ran.append(index))
+    trained(learner, state)
+    kept = learner.decision(state.ema, LONG.steps - 1).kept()["blocks"]
+    assert sorted(set(ran)) == kept and len(kept) == 2
+
+
+def test_the_state_has_the_decision(tiny_model: ModelFactory) -> None:
+    """What a checkpoint saves is enough to go on with the same blocks, whatever the logits would choose by then."""
+    learner, state = search(tiny_model)
+    trained(learner, state, HALF + 1)
+    names = set(state.parameters)
+    assert {"gates.fixed_gates", "gates.fixed_at"} <= names
+    with torch.no_grad():
+        kept = learner.decision(state.ema, HALF).kept()
+        for theta in learner.objective.gates.logits:
+            theta.neg_()
+            state.ema.average["gates.logits.0"].copy_(theta)
+        assert learner.decision(state.ema, HALF).kept() == kept
+
+
+def test_the_student_descends_from_the_teacher(tiny_model: ModelFactory) -> None:
+    learner, state = search(tiny_model)
+    trained(learner, state)
+    teacher = tiny_model(depth=4)
+    plan = plan_of(
+        learner.decision(state.ema, LONG.steps - 1), teacher, PruneSection(scheme="2:4", distribution="subset"), 0, {}
+    )
+    student = cut_with_weights(teacher, plan, teacher.with_changed(state.averages()))
+    assert student.facts.lineage[-1]["hash"] == teacher.hash() == plan.teacher
+    first = plan.kept["blocks"][0]
+    name = "blocks.{}.mlp.fc1.weight"
+    found = dict(student.module.named_parameters())[name.format(0)]
+    assert torch.equal(found, state.ema.average[name.format(first)])
+    assert not torch.equal(found, dict(teacher.module.named_parameters())[name.format(first)])
+
+
+@pytest.mark.parametrize(
+    ("theta", "doubtful"), [([3.0, 0.4, 0.35, -3.0], ["block 1 (0.5"]), ([3.0, 3.0, -3.0, -3.0], [])]
+)
+def test_a_coin_toss_is_told(theta: list[float], doubtful: list[str], tiny_model: ModelFactory) -> None:
+    gates = SubsetGates([BlockGroup(0, 4, 2)])
+    learner, _ = search(tiny_model)
+    decision = dataclasses.replace(learner.decision(Empty(theta), 0), gates=gates, scaling=1.0)
+    lines = sureness_lines(decision)
+    assert lines[0].startswith("probability of each kept block ") and lines[0].endswith("(chance 0.50)")
+    assert len(lines) == 1 + bool(doubtful)
+    assert all(part in lines[1] for part in doubtful) and "block 0" not in "".join(lines[1:])
+
+
+def test_a_coin_toss_between_candidates_is_told(tiny_model: ModelFactory) -> None:
+    gates = CategoricalGates([BlockGroup(0, 2, 1), BlockGroup(2, 2, 1)])
+    learner, _ = search(tiny_model)
+    groups = {"blocks": [BlockGroup(0, 2, 1), BlockGroup(2, 2, 1)]}
+    logits = [torch.tensor([0.0, 3.0]), torch.tensor([0.05, 0.0])]
+    decision = dataclasses.replace(
+        learner.decision(Empty([0.0] * 4), 0), gates=gates, groups=groups, logits=logits, scaling=1.0
+    )
+    first, second = sureness_lines(decision)
+    assert first == "probability of each group's choice 0.95 0.51 (chance 0.50)"
+    assert "blocks 2 to 3 (0.51)" in second and "blocks 0 to 1" not in second
+
+
+class Empty:
+    """An average of logits."""
+
+    def __init__(self, theta: list[float]) -> None:
+        self.average = {"gates.logits.0": torch.tensor(theta)}
