@@ -18,6 +18,7 @@ from torch import nn
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import parse_json, read_json_object, read_text
+from tinyfusion.core.tensors import TYPES
 from tinyfusion.families.diffusers_classes.folder import (
     INDEX,
     TransformerFolder,
@@ -359,9 +360,8 @@ def stored_type(model: ModelPipeline) -> str:
     for each in model.models.values():
         for stored in each.weights.values():
             counts[stored.dtype] = counts.get(stored.dtype, 0) + stored.numel
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     most = max(counts, key=lambda name: counts[name])
-    return names.get(most, most)
+    return str(TYPES[most]).removeprefix("torch.") if most in ("F32", "BF16", "F16") else most
 
 
 def read_prompts(path: Path) -> list[str]:
