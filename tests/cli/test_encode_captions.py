@@ -188,6 +188,9 @@ def test_encoders_keep_their_types(cli: Cli, here: Path) -> None:
 def test_captions_that_are_cut_off_are_counted(cli: Cli, here: Path) -> None:
     Path("words.jsonl").write_text('{"text": "a b c d e f g h i j"}\n{"text": "ab"}\n')
     outcome = done(cli, "encode --prompts words.jsonl --pipeline flux --out words --set encode.max_tokens=8 --json")
+    Path("words.json").write_text('["a b c d e f g h i j", "ab", "ab"]')
+    done(cli, "encode --prompts words.json --pipeline flux --out listed-words --set encode.max_tokens=8")
+    assert content("listed-words") == content("words")
     assert "captions of more tokens than the encoder reads, whose ends are not read: 1 of 2" in outcome.err
     assert outcome.last_json["longer_prompts"] == 1
     assert load_file("words/prompts.safetensors")["embeddings"].shape == (3, 8, 32)

@@ -18,9 +18,10 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
+from tinyfusion.data.captions import read_prompts
 from tinyfusion.data.recorded import Call, changed, recording
 from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder
-from tinyfusion.jobs.pipelines import ModelPipeline, in_type, pipeline_of, read_prompts, stored_type
+from tinyfusion.jobs.pipelines import ModelPipeline, in_type, pipeline_of, stored_type
 from tinyfusion.jobs.prompt_drawing import called, generators, pipeline_arguments
 from tinyfusion.models.macs import macs_by_module
 from tinyfusion.prune.units import run_call

@@ -17,7 +17,7 @@ from torch import nn
 
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import parse_json, read_json_object, read_text
+from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.tensors import TYPES
 from tinyfusion.families.diffusers_classes.folder import (
     INDEX,
@@ -362,16 +362,3 @@ def stored_type(model: ModelPipeline) -> str:
             counts[stored.dtype] = counts.get(stored.dtype, 0) + stored.numel
     most = max(counts, key=lambda name: counts[name])
     return str(TYPES[most]).removeprefix("torch.") if most in ("F32", "BF16", "F16") else most
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line, or of a JSON list of texts. Raises UserError where there are none."""
-    text = read_text(path)
-    prompts: Any = [line.strip() for line in text.splitlines() if line.strip()]
-    if path.suffix == ".json":
-        prompts = parse_json(text, str(path))
-        if not isinstance(prompts, list) or not all(isinstance(each, str) and each.strip() for each in prompts):
-            raise UserError(f"{path} holds no prompts: wanted a JSON list of texts, none of them empty")
-    if not prompts:
-        raise UserError(f"{path} holds no prompts: wanted one a line")
-    return list(prompts)
