@@ -19,14 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tinyfusion.conditioning.condition import Condition
-from tinyfusion.conditioning.texts import text_table
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import check_space, sha256_of
 from tinyfusion.core.ranks import complete_file
 from tinyfusion.core.reading import check_plain, read_json
 from tinyfusion.core.rundir import write_json
-from tinyfusion.core.tensors import TYPES, bytes_of, read_metadata, read_safetensors, safetensors_head
+from tinyfusion.core.tensors import TYPES, bytes_of, read_metadata, safetensors_head
 
 PROMPTS, TEXTS = "prompts.safetensors", "prompts.json"  # in a folder of latents: encoded prompts, and their texts
 CHUNK_ROWS, _LEAST_ROWS, _CHUNKS = 128, 16, 64  # rows of a chunk, which is the work that a killed process loses
@@ -170,17 +168,6 @@ def read_texts(folder: Path) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise UserError(f"{folder / TEXTS} is damaged: wanted a list of texts")
     return tuple(values)
-
-
-def open_prompts(folder: Path) -> Condition:
-    """The table of prompts of a folder, mapped: rows are read when they are indexed. Raises UserError where it is damaged."""
-    path = folder / PROMPTS
-    if not path.is_file():
-        raise UserError(f"{folder} has no {PROMPTS}: wanted a folder of `tinyfusion encode --pipeline`")
-    try:
-        return text_table(read_safetensors(path))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def prompts_entry(folder: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from tinyfusion.jobs.pipeline_components import strict_components
 from tinyfusion.jobs.transformer_sources import first_teacher, transformer_of
 from tinyfusion.models.autoencoder import no_progress_bars
 from tinyfusion.models.hub import HUB_ID, fetch_pipeline
-from tinyfusion.models.places import RUN_MODELS, exists, is_shipped, shipped_models
+from tinyfusion.models.places import exists, is_shipped, shipped_models, transformer_in_run
 
 # of diffusers, transformers and safetensors on folders and arguments that do not fit
 REFUSALS = (
@@ -260,7 +260,7 @@ def pipeline_of(
     path = located(source)
     if (path / INDEX).is_file() and folder is None:
         return _checked(path, _own_models(path, component, blocks))
-    model = transformer_of(_model_in(path, source), blocks)
+    model = transformer_of(source, blocks)
     if model is None and not exists(path) and not is_shipped(source):
         raise UserError(f"no model at {source}: no such folder, and it is no hub id")
     if model is None:
@@ -289,22 +289,13 @@ def transformer_class_in(path: Path) -> str | None:
     if not path.is_dir() or (path / "model.json").is_file():
         return None
     rows = rows_with(None)
-    inside = component_folders(path, rows) if (path / INDEX).is_file() else [Path(_model_in(path, str(path)))]
+    inside = component_folders(path, rows) if (path / INDEX).is_file() else [transformer_in_run(path) or path]
     for folder in inside:
         if (folder / "config.json").is_file():
             config = read_json_object(folder / "config.json")
             if row_for(config, rows) is not None and family_of_config(config) is None:
                 return str(config["_class_name"])
     return None
-
-
-def _model_in(path: Path, source: str) -> str:
-    """The folder of the transformer in a run, the best first; `source` itself where it is no run."""
-    if (path / "run.json").is_file():
-        for name in RUN_MODELS:
-            if (path / name / "config.json").is_file():
-                return str(path / name)
-    return source
 
 
 def _teachers(source: str, folder: str | None, component: str | None) -> tuple[Path, str | None]:
