@@ -77,7 +77,7 @@ def _checked(options: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]
     except WouldFetch as missing:
         if launched_rank() == 0:
             print(f"{missing}; what needs it was not checked", file=sys.stderr)
-        return {"state": "checked", "would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
+        return {"state": "checked", **missing.outcome()}
 
 
 def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, Any] | None:

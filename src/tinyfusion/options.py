@@ -94,6 +94,7 @@ _INPUTS = Option(
     "inputs", "transformers of diffusers: output of `record`, to train on, or to score blocks on", "PATH", kind=Path
 )
 _BLOCKS = Option("blocks", "rows for transformer classes of diffusers that the shipped table lacks", "FILE", kind=Path)
+_LINES = "one a line, JSON lines, or a JSON list"  # what a file of prompts is
 _PIPELINE = (  # of prompts that a pipeline of diffusers draws
     Option("pipeline", "", "PATH|ID", ("pipeline.folder",)),
     Option("component", "", "NAME", ("pipeline.component",)),
@@ -133,7 +134,7 @@ VERBS = {
         (
             replace(_RECIPE, required=True), *_JOB[1:], *_OPENING, *_trains("prune.training", "recover.training"), _RUN_FOLDER,
             _DATA, _FOR, _INPUTS, _BLOCKS,
-            Option("prompts", "transformers of diffusers: prompts to draw, one a line or a JSON list (default captions of the data)",
+            Option("prompts", f"transformers of diffusers: prompts to draw, {_LINES} (default captions of the data)",
                    "PATH", ("data.prompts",)),
         ),
         parallel=True,
@@ -197,7 +198,7 @@ VERBS = {
             Option("grid", "also write a picture of the first images", "PATH", kind=Path),
             Option("num_images", "", "N", ("sample.num_images", "pipeline.num_images")),
             Option("labels", "", "I,J,..", ("sample.labels",)),
-            Option("prompts", "transformers of diffusers: prompts, one a line or a JSON list; text models: a file of encoded ones",
+            Option("prompts", f"transformers of diffusers: prompts, {_LINES}; text models: a file of encoded ones",
                    "PATH", ("data.prompts",)),
             Option("sampler", "", _choices(Sampler), ("sample.sampler",)),
             Option("num_steps", "", "N", ("sample.num_steps", "pipeline.num_steps")),
@@ -221,7 +222,7 @@ VERBS = {
             Option("reference", "digits, digits:heldout, or a folder or npz of images", "NAME|PATH"),
             Option("against", "npz of another model from the same seeds: PSNR, SSIM and LPIPS of the pairs", "PATH", kind=Path),
             Option("clip", "", "PATH|ID", ("evaluate.clip",)),
-            Option("prompts", "prompts of the images, one a line or a JSON list (default those in the record of the npz)", "PATH",
+            Option("prompts", f"prompts of the images, {_LINES} (default those in the record of the npz)", "PATH",
                    ("data.prompts",)),
         ),
     ),
@@ -260,7 +261,7 @@ VERBS = {
             Option("vae", "", "PATH|ID", ("encode.vae",)),
             Option("pipeline", "", "PATH|ID", ("encode.pipeline",)),
             Option("caption_column", "", "NAME", ("encode.caption_column",)),
-            Option("prompts", "with --pipeline, in place of --data: text file of prompts, one a line, or .jsonl", "FILE", kind=Path),
+            Option("prompts", f"with --pipeline, in place of --data: prompts, {_LINES}", "FILE", kind=Path),
             Option("size", "", "N", ("encode.size",)),
             Option("buckets", "", "HxW,..", ("encode.sizes",)),
             Option("frames", "", "N", ("encode.frames",)),
@@ -282,7 +283,7 @@ VERBS = {
         "FLUX.1-dev --prompts prompts.txt --out inputs.safetensors",
         (
             Option("pipeline", "folder of the pipeline, or hub id", "PIPELINE", positional=True, required=True),
-            Option("prompts", "text file, one prompt a line", "FILE", kind=Path, required=True),
+            Option("prompts", f"file of prompts, {_LINES}", "FILE", kind=Path, required=True),
             Option("out", "a .safetensors file or, of many prompts, a folder (a name without suffix)", "PATH", kind=Path, required=True),
             Option("component", "the transformer, where the pipeline has several, such as transformer_2", "NAME"),
             Option("calls", "calls per prompt that are written, spread over the trajectory, or all (default 4)", "N|all"),
@@ -326,7 +327,7 @@ VERBS = {
             Option("dtype", "", _choices(Dtype), ("bench.dtype", "pipeline.dtype")),
             Option("compile", "", None, ("bench.compile",)),
             Option("repeats", "", "N", ("bench.repeats",)),
-            Option("prompts", "transformers of diffusers: prompts that their pipelines draw, one a line or a JSON list", "PATH",
+            Option("prompts", f"transformers of diffusers: prompts that their pipelines draw, {_LINES}", "PATH",
                    ("data.prompts",)),
             *_PIPELINE, _BLOCKS,
         ),

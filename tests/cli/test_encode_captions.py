@@ -28,13 +28,14 @@ import tinyfusion.commands.captioned
 import tinyfusion.commands.encode
 import tinyfusion.commands.encode_captions
 from prompt_pipelines import save_flux_pipeline, save_wan_pipeline
+from tinyfusion.conditioning.texts import text_table
 from tinyfusion.core import launch
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data import prompts as prompts_module
 from tinyfusion.data.buckets import BucketBatches, open_buckets
 from tinyfusion.data.latents import MANIFEST, open_latents
 from tinyfusion.data.picture import decode
-from tinyfusion.data.prompts import open_prompts, read_texts
+from tinyfusion.data.prompts import read_texts
 
 NUM, SIZE = 11, 16
 CAPTIONS = ("a cat", "the sea at night", "a cat", "seven")
@@ -120,7 +121,11 @@ def test_prompts_are_those_of_the_pipeline_and_latents_of_its_autoencoder(cli: C
 
     outcome = done(cli, ENCODE)
     assert "prompts" not in outcome.err
-    texts, table, latents = read_texts(Path("set")), open_prompts(Path("set")), open_latents(Path("set"))
+    texts, table, latents = (
+        read_texts(Path("set")),
+        text_table(load_file("set/prompts.safetensors")),
+        open_latents(Path("set")),
+    )
     assert texts == ("a cat", "the sea at night", "seven")
     assert latents.labels.tolist() == [texts.index(caption(i)) for i in range(NUM)]
     assert (len(table), latents.spec.classes) == (3, 3)
@@ -188,6 +193,9 @@ def test_encoders_keep_their_types(cli: Cli, here: Path) -> None:
 def test_captions_that_are_cut_off_are_counted(cli: Cli, here: Path) -> None:
     Path("words.jsonl").write_text('{"text": "a b c d e f g h i j"}\n{"text": "ab"}\n')
     outcome = done(cli, "encode --prompts words.jsonl --pipeline flux --out words --set encode.max_tokens=8 --json")
+    Path("words.json").write_text('["a b c d e f g h i j", "ab", "ab"]')
+    done(cli, "encode --prompts words.json --pipeline flux --out listed-words --set encode.max_tokens=8")
+    assert content("listed-words") == content("words")
     assert "captions of more tokens than the encoder reads, whose ends are not read: 1 of 2" in outcome.err
     assert outcome.last_json["longer_prompts"] == 1
     assert load_file("words/prompts.safetensors")["embeddings"].shape == (3, 8, 32)
@@ -225,7 +233,9 @@ def test_buckets_have_pictures_of_their_shape(cli: Cli, here: Path) -> None:
     torch.testing.assert_close(*alike, rtol=1e-4, atol=1e-5)
     assert "is finished, 5 shards" in done(cli, BUCKETS).err
     randomness = Randomness(0)
-    batches = BucketBatches(sets, randomness, torch.device("cpu")).conditioned_on(open_prompts(Path("set")))
+    batches = BucketBatches(sets, randomness, torch.device("cpu")).conditioned_on(
+        text_table(load_file("set/prompts.safetensors"))
+    )
     batch = batches(0, 2, randomness.at(0, 0, 2))
     assert batch.x.shape[1:] in {latents.spec.shape for latents in sets.values()}
     assert batch.condition["embeddings"].shape == (2, 512, 32)
@@ -274,7 +284,7 @@ def test_clips_become_latents_of_a_video_pipeline(cli: Cli, here: Path, wan: Pat
         mode = pipeline.vae.encode(torch.from_numpy(x)[None].float() / 127.5 - 1).latent_dist.mode()
     mean, std = (torch.tensor(pipeline.vae.config[name]).view(16, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     torch.testing.assert_close(both[0, :16], ((mode[0] - mean) / std), rtol=1e-4, atol=1e-5)
-    table = open_prompts(Path("set"))
+    table = text_table(load_file("set/prompts.safetensors"))
     wanted, null = pipeline.encode_prompt(["a cat"], max_sequence_length=512)
     torch.testing.assert_close(table["embeddings"][:1], wanted, rtol=1e-5, atol=1e-5)
     assert table.null_row is not None

@@ -20,18 +20,21 @@ import tinyfusion as tf
 from captioned_set import save_set
 from prompt_pipelines import save_flux_pipeline
 from tinyfusion import cli
-from tinyfusion.blocks.plan import PrunePlan
+from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.commands.transformer_job import stand_in
 from tinyfusion.config.recipe import FlowSection, PruneSection, Recipe, TrainingSection
 from tinyfusion.core.rng import Randomness
+from tinyfusion.export.transformer import write_transformer
+from tinyfusion.families.diffusers_classes import folder as transformer_folder
 from tinyfusion.families.diffusers_classes.folder import open_transformer
 from tinyfusion.families.diffusers_classes.rows import shipped_rows
+from tinyfusion.families.diffusers_classes.weights import Weights, hash_stored
 from tinyfusion.jobs.assemble import batches_for
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.transformer import TransformerModel, gate_units
 from tinyfusion.prune.layout import GateLayout
-from tinyfusion.prune.learn import mask_learner
+from tinyfusion.prune.learn import mask_learner, prune_with_weight_updates
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
 Run = Callable[..., Any]
@@ -122,6 +125,29 @@ def test_updates_that_stay_are_in_the_students_files(place: Path, run: Run) -> N
         name = "single_transformer_blocks.{}.proj_mlp.weight"
         before, after = teacher[name.format(place_of[0])], student[name.format(0)]
         assert 0 < float((after - before).abs().max()) < 0.05
+
+
+def test_only_parents_and_what_is_written_are_hashed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pruning with weight updates makes five models: the teacher, it trained, both cut, and the student."""
+    plan, hashed = plan_from_json(json.loads(Path("runs/cut/plan.json").read_text())), list[str]()
+
+    def counted(weights: Weights) -> str:
+        hashed.append(hash_stored(weights))
+        return hashed[-1]
+
+    monkeypatch.setattr(transformer_folder, "hash_stored", counted)
+    teacher = tf.open_model("flux/transformer")
+    assert isinstance(teacher, TransformerModel)
+    averages = {"x_embedder.bias": torch.ones_like(teacher.module.get_parameter("x_embedder.bias"))}
+    student = prune_with_weight_updates(teacher, plan, averages, PruneSection())
+    assert isinstance(student, TransformerModel)
+    write_transformer(student.folder, tmp_path / "student", "A student")
+    assert len(hashed) == 3 and {teacher.hash(), student.hash()} < {*hashed}, "and the trained teacher, a parent"
+    assert weights(tmp_path / "student")["x_embedder.bias"].unique().tolist() == [1.0]
+    record = json.loads((tmp_path / "student" / "config.json").read_text())["_tinyfusion"]
+    assert record["hash"] == student.hash() and record["lineage"][0]["hash"] == teacher.hash()
 
 
 def test_half_precision_stays_half_precision(place: Path, run: Run) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
+from tinyfusion.data.captions import read_prompts
 from tinyfusion.data.recorded import Call, changed, recording
 from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder
-from tinyfusion.jobs.pipelines import ModelPipeline, in_type, pipeline_of, read_prompts, stored_type
+from tinyfusion.jobs.pipelines import ModelPipeline, in_type, pipeline_of, stored_type
 from tinyfusion.jobs.prompt_drawing import called, generators, pipeline_arguments
-from tinyfusion.models.macs import macs_by_module
-from tinyfusion.prune.units import run_call
+from tinyfusion.jobs.transformers import macs_of
 
 STEPS = 2  # of the drawing whose calls are timed
 
@@ -120,16 +119,12 @@ def _side(steps: _Steps, source: str, model: ModelPipeline, device: torch.device
 
 
 def _macs(model: TransformerFolder, module: nn.Module, calls: Sequence[Call]) -> int:
-    """Multiply-accumulates of all calls, each shape counted once: without weights, or on the model where work depends on values."""
-    counts: dict[str, int] = {}
-    total = 0
-    empty = model.empty().to("meta").eval()
+    """Multiply-accumulates of all calls, as `macs_of`; each shape is counted once."""
+    alike: dict[str, list[Call]] = {}
     for call in calls:
-        shapes = str(changed(call, lambda tensor: tuple(tensor.shape)))
-        if shapes not in counts:
-            with suppress(UserError):
-                counts[shapes] = macs_by_module(empty, partial(run_call, empty, call))[""]
-            if shapes not in counts:
-                counts[shapes] = macs_by_module(module, partial(run_call, module, call))[""]
-        total += counts[shapes]
-    return total
+        alike.setdefault(str(changed(call, lambda tensor: tuple(tensor.shape))), []).append(call)
+
+    def counted(call: Call) -> int:
+        return macs_of(model, lambda _: call, lambda: module)[""]
+
+    return sum(len(same) * counted(same[0]) for same in alike.values())

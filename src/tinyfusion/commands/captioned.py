@@ -76,7 +76,7 @@ def opened_job(recipe: Recipe, source: str | None, prompts: Path | None) -> Job:
     settings = recipe.encode
     name = settings.pipeline or ""
     if prompts is not None:
-        texts, captioned = read_prompts(prompts, settings.caption_column), None
+        texts, captioned = tuple(dict.fromkeys(read_prompts(prompts, settings.caption_column))), None
     else:
         clips = (settings.frames or 1) > 1
         captioned = open_captioned(str(source), settings.caption_column, clips)

@@ -23,6 +23,7 @@ from tinyfusion.core.progress import progress
 from tinyfusion.core.ranks import check_overwrite, wait_for_files, wait_until
 from tinyfusion.core.records import file_output, say_finished, stamp
 from tinyfusion.core.rundir import RunDirectory
+from tinyfusion.data.captions import read_prompts
 from tinyfusion.data.recorded import MANIFEST, recorded_in, write_recorded
 from tinyfusion.data.recorded_shards import RecordShards
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
@@ -32,7 +33,6 @@ from tinyfusion.jobs.pipelines import (
     opened_pipeline,
     pipeline_class,
     pipeline_folder,
-    read_prompts,
     transformer_in,
 )
 from tinyfusion.jobs.recording import Drawing, cost_of_prompt, dtype_name, recorded_calls
@@ -47,7 +47,7 @@ _WAIT_S, _WAIT_SHARDS = 3600.0, 5  # for other processes: an hour without a file
 class RecordOptions:
     """What `record` does.
 
-    pipeline: a folder, or a hub id. prompts: a text file, one a line. out: a .safetensors file, or a folder. component: the
+    pipeline: a folder, or a hub id. prompts: a file of them. out: a .safetensors file, or a folder. component: the
     transformer's name in the pipeline, where there are several. shard_prompts: of a shard of a folder; None: 8. blocks: a user's
     rows.
     """
@@ -118,7 +118,7 @@ def record(options: RecordOptions) -> dict[str, Any]:
         raise UserError(
             f"several processes write a folder, and --out {options.out} is a file: give a name without suffix"
         )
-    prompts = list(read_prompts(options.prompts))
+    prompts = read_prompts(options.prompts)
     folder = pipeline_folder(options.pipeline)
     model = transformer_in(folder, options.component, options.blocks)
     kind = pipeline_class(folder)

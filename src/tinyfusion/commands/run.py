@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,22 +18,30 @@ from tinyfusion.commands.dynamic import dynamic
 from tinyfusion.commands.evaluate import check_count, evaluate
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
-from tinyfusion.commands.report import render_run
 from tinyfusion.commands.run_transformer import run_transformer
 from tinyfusion.commands.sample import sample
-from tinyfusion.commands.stages import scores_file, stages_of, write_comparison
+from tinyfusion.commands.stages import (
+    PAGE,
+    announce_run,
+    end_again,
+    say_unchecked,
+    scores_file,
+    stages_of,
+    whole_run,
+    write_comparison,
+)
 from tinyfusion.config.loading import to_plain
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.progress import say
-from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
+from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.timing import interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, open_teacher
 from tinyfusion.jobs.diagnostics import checkpoint_steps, write_pictures
-from tinyfusion.jobs.estimate import announce, described, sampling_estimate
+from tinyfusion.jobs.estimate import described, sampling_estimate
 from tinyfusion.jobs.origins import require_features
 from tinyfusion.jobs.previews import check_previews
 from tinyfusion.jobs.process_specs import sampler_of
@@ -48,7 +55,7 @@ from tinyfusion.jobs.sampling_setup import (
 )
 from tinyfusion.jobs.scoring import open_reference
 from tinyfusion.jobs.transformer_sources import transformer_of
-from tinyfusion.jobs.verbs import Inputs, Work, finished, known_inputs
+from tinyfusion.jobs.verbs import Inputs, Work, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.context import list_groups
 from tinyfusion.prune.criteria import by_indices
@@ -79,33 +86,17 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     plain = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash()}
     folder = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
-    page = options.out / "report.html"
     if mode == "finished":
-        if folder.writes and not page.is_file() and not options.dry_run:  # killed between the last stage and its page
-            write_text(page, render_run(options.out))
-        finished(folder, options.dry_run)
+        end_again(folder, options.dry_run)
         return _outcome(options.out)
     missing = _check(recipe, options, teacher, engine) if mode == "new" else None
     say(remarks)
     if options.dry_run:
-        outcome = _announce(recipe, teacher, engine, mode)
-        if missing is None:
-            return outcome
-        print(f"not checked: images and references of the evaluation ({missing})", file=sys.stderr)
-        return outcome | {"would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
-    with folder.writing("run", plain, options.overwrite):
-        command = options.command or f"tinyfusion run --recipe {recipe.name} --out {options.out}"
-        folder.mark("running", command=command, teacher_seen_images=teacher.facts.seen_images)
+        planned = _announce(recipe, teacher, engine, mode)
+        return planned | say_unchecked("images and references of the evaluation", missing)
+    with whole_run(folder, recipe, options, plain, teacher_seen_images=teacher.facts.seen_images):
         _perform(recipe, options, folder, teacher)
-        if not folder.writes:  # one process does everything after the trainings
-            return {}
-        folder.mark("done", seconds=sum(folder.record()["stages"].values()))
-        try:
-            write_text(page, render_run(options.out))
-        except BaseException:
-            folder.mark("running")  # without its page a run is not done
-            raise
-    return _outcome(options.out)
+    return _outcome(options.out) if folder.writes else {}
 
 
 def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher: LoadedModel) -> None:
@@ -193,7 +184,6 @@ def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -
     pruning, recovery, routed, drawn = recipe.prune, recipe.recover, recipe.dynamic, _drawn(recipe)
     estimates = [build().estimate() for build in _trainings(recipe, teacher, engine)]
     drawing = sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device_for(recipe))
-    estimate = functools.reduce(operator.add, [*estimates, *[drawing] * len(drawn)])
     steps = f"{routed.target:.0%} of the student's blocks, {routed.training.steps:,} steps"
     learned = f" {pruning.scheme}, {pruning.training.steps:,} steps"
     plan = {
@@ -203,11 +193,8 @@ def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -
         **({"dynamic": steps} if routed.in_run else {}),
         "sample": f"{recipe.sample.num_images:,} images of each of {', '.join(drawn)}",
         "evaluate": f"against {', '.join(recipe.evaluate.references)}",
-        "out": "a new run" if mode == "new" else "continues what is there",
     }
-    if recipe.minutes:
-        plan["published"] = f"{recipe.minutes:g} minutes on {recipe.machine or 'an unnamed machine'}"
-    return announce("run", plan, estimate)
+    return announce_run(recipe, plan, mode, [*estimates, *[drawing] * len(drawn)], engine.is_main)
 
 
 def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
@@ -279,12 +266,12 @@ def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
 def _outcome(out: Path) -> dict[str, Any]:
     """Print and return the main numbers of a finished run, for `--json`."""
     evaluation, speed = read_json(out / "evaluation.json"), read_json(out / "speed.json")
-    blocks, page = read_json(out / "prune" / "plan.json")["kept"], out / "report.html"
+    blocks, page = read_json(out / "prune" / "plan.json")["kept"], out / PAGE
+    kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
     first = read_json(out / "run.json")["recipe"]["evaluate"]["references"][0]
     words = {"teacher": "teacher", "pruned": "pruned", "student": "recovered", "dynamic": "dynamic"}
     files = {word: scores_file(out, name, first) for name, word in words.items()}
     scores = {word: read_json(file) for word, file in files.items() if file.is_file()}
-    kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
     numbers = " -> ".join(f"{score['fid']:.3g}" for score in scores.values())
     speedup = speed["models"].get("dynamic", speed)["speedup"]
     name = distance_name(scores.values())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +11,16 @@ from typing import Any
 from tinyfusion.commands.encode_captions import encode_captions
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
-from tinyfusion.commands.report import render_run
 from tinyfusion.commands.sample_prompts import draws_prompts
-from tinyfusion.commands.stages import scores_file, stages_of
+from tinyfusion.commands.stages import (
+    PAGE,
+    announce_run,
+    end_again,
+    say_unchecked,
+    scores_file,
+    stages_of,
+    whole_run,
+)
 from tinyfusion.commands.transformer_job import MODELS, TransformerJob, prompts_of, stand_in, transformer_job
 from tinyfusion.commands.transformer_scores import (
     ALONE,
@@ -31,17 +36,17 @@ from tinyfusion.config.loading import to_plain
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.files import sha256_of
-from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json, write_text
+from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
 from tinyfusion.data.latents import MANIFEST
 from tinyfusion.data.prompts import TEXTS
 from tinyfusion.data.recorded import read_recorded
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.jobs.assemble import RunOptions, engine_for, job_record, open_teacher
-from tinyfusion.jobs.estimate import Estimate, announce
+from tinyfusion.jobs.estimate import Estimate
 from tinyfusion.jobs.pipelines import pipeline_of
 from tinyfusion.jobs.prompt_drawing import pipeline_arguments
 from tinyfusion.jobs.recorded_training import recorded_of
-from tinyfusion.jobs.verbs import Inputs, Work, finished
+from tinyfusion.jobs.verbs import Inputs, Work
 from tinyfusion.report.tables import distance_name
 from tinyfusion.training.engine import Engine
 
@@ -52,41 +57,25 @@ def run_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFol
     Returns what `--json` prints. Raises UserError on whatever a stage would refuse, as far as it is known before.
     """
     engine = engine_for(recipe)
-    job, out = transformer_job(recipe, options, teacher), options.out
+    job = transformer_job(recipe, options, teacher)
     recipe = job.recipe
     plain: dict[str, Any] = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash}
     plain |= {"class": teacher.class_name, "encodes": job.encodes}
     plain |= {"inputs": read_recorded(options.inputs).fingerprint} if options.inputs is not None else {}
     plain |= {"prompts": sha256_of(Path(recipe.data.prompts))} if recipe.data.prompts else {}
-    folder = RunDirectory(out, engine.is_main)
+    folder = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
-    page = out / "report.html"
     if mode == "finished":
-        if folder.writes and not page.is_file() and not options.dry_run:  # killed between the last stage and its page
-            write_text(page, render_run(out))
-        finished(folder, options.dry_run)
-        return _outcome(out)
+        end_again(folder, options.dry_run)
+        return _outcome(options.out)
     missing = _check(job, engine) if mode == "new" or options.dry_run else None
     if options.dry_run:
-        outcome = _announce(job, engine, mode)
-        if missing is None:
-            return outcome
-        print(f"not checked: references and models of the evaluation ({missing})", file=sys.stderr)
-        return outcome | {"would_fetch": {"what": missing.what, "bytes": missing.num_bytes}}
-    with folder.writing("run", plain, options.overwrite):
-        command = options.command or f"tinyfusion run --recipe {recipe.name} --out {out}"
-        about = job_record(job.trained, options, teacher=recipe.teacher, inputs=options.inputs)
-        folder.mark("running", command=command, job=about)
+        planned = _announce(job, engine, mode)
+        return planned | say_unchecked("references and models of the evaluation", missing)
+    about = job_record(job.trained, options, teacher=recipe.teacher, inputs=options.inputs)
+    with whole_run(folder, recipe, options, plain, job=about):
         _perform(job, folder, engine)
-        if not folder.writes:  # one process does everything after the trainings
-            return {}
-        folder.mark("done", seconds=sum(folder.record()["stages"].values()))
-        try:
-            write_text(page, render_run(out))
-        except BaseException:
-            folder.mark("running")  # without its page a run is not done
-            raise
-    return _outcome(out)
+    return _outcome(options.out) if folder.writes else {}
 
 
 def _perform(job: TransformerJob, folder: RunDirectory, engine: Engine) -> None:
@@ -196,11 +185,8 @@ def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
         "recover": f"{recipe.recover.method}, {training.steps:,} steps of {training.batch_size} images",
         "sample": f"{f'{num:,} images' if num else 'an image per prompt'} by each of {', '.join(MODELS)}",
         "evaluate": scores_said(job.scored),
-        "out": "a new run" if mode == "new" else "continues what is there",
     }
-    if recipe.minutes:
-        plan["published"] = f"{recipe.minutes:g} minutes on {recipe.machine or 'an unnamed machine'}"
-    return announce("run", plan, functools.reduce(operator.add, estimates), engine.is_main)
+    return announce_run(recipe, plan, mode, estimates, engine.is_main)
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -210,9 +196,9 @@ def _outcome(out: Path) -> dict[str, Any]:
     """Print and return the main numbers of a finished run, for `--json`."""
     record, evaluation = read_json(out / "run.json")["recipe"], read_json(out / "evaluation.json")
     speed = read_json(out / "speed.json")["speedup"] if (out / "speed.json").is_file() else None
-    blocks, page = read_json(out / "prune" / "plan.json")["kept"], out / "report.html"
-    first = next(iter(record["evaluate"]["references"]), None)
+    blocks, page = read_json(out / "prune" / "plan.json")["kept"], out / PAGE
     kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
+    first = next(iter(record["evaluate"]["references"]), None)
     files = {name: scores_file(out, name, first or ALONE) for name in MODELS}
     scores = {name: read_json(file) for name, file in files.items() if file.is_file()}
     said = []
@@ -222,7 +208,7 @@ def _outcome(out: Path) -> dict[str, Any]:
     psnr_db = (evaluation.get("against") or {}).get("psnr_db")
     said += [f"{psnr_db:.3g} dB from the teacher"] if psnr_db is not None else []
     said += [f"{speed:.2f} times as fast"] if speed is not None else []
+    numbers = {name: evaluation.get(name) for name in ("fid", "clip_score")}
     print(f"{', '.join(said)}, kept {kept}")
     print(f"open {page}", file=sys.stderr)
-    numbers = {name: evaluation.get(name) for name in ("fid", "clip_score")}
     return {"report": str(page), **numbers, "psnr_db": psnr_db, "speedup": speed, "kept": blocks}

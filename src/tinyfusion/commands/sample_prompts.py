@@ -14,9 +14,10 @@ from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.rundir import stamp
+from tinyfusion.data.captions import read_prompts
 from tinyfusion.jobs.assemble import RunOptions, engine_for, plain_recipe
 from tinyfusion.jobs.drawn_output import DrawnOutput
-from tinyfusion.jobs.pipelines import pipeline_of, read_prompts, stored_type, transformer_class_in
+from tinyfusion.jobs.pipelines import pipeline_of, stored_type, transformer_class_in
 from tinyfusion.jobs.prompt_drawing import PromptDrawing, pipeline_arguments, pipeline_protocol
 from tinyfusion.training.engine import Engine
 

@@ -1,19 +1,74 @@
-"""What whole jobs share: timed stages, the files of scores, and a picture that compares models."""
+"""What whole jobs share: the frame of `run`, timed stages, the files of scores, and a picture that compares models."""
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tinyfusion.commands.report import render_run
+from tinyfusion.config.recipe import Recipe
+from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.files import file_label
-from tinyfusion.core.rundir import RunDirectory
+from tinyfusion.core.rundir import RunDirectory, write_text
 from tinyfusion.core.signals import check_stop
 from tinyfusion.data.images import read_shown_npz, write_grid_png
+from tinyfusion.jobs.assemble import RunOptions, training_plan
+from tinyfusion.jobs.estimate import Estimate, announce
+from tinyfusion.jobs.verbs import finished
+
+PAGE = "report.html"  # of a run
+
+
+def end_again(folder: RunDirectory, dry_run: bool) -> None:
+    """Report a run that is finished, after writing its page where it was killed before that."""
+    if folder.writes and not (folder.path / PAGE).is_file() and not dry_run:
+        write_text(folder.path / PAGE, render_run(folder.path))
+    finished(folder, dry_run)
+
+
+def say_unchecked(what: str, missing: WouldFetch | None) -> dict[str, Any]:
+    """Report what a dry run did not check as it needs a download; returns that for `--json`."""
+    if missing is None:
+        return {}
+    print(f"not checked: {what} ({missing})", file=sys.stderr)
+    return missing.outcome()
+
+
+@contextmanager
+def whole_run(
+    folder: RunDirectory, recipe: Recipe, options: RunOptions, plain: dict[str, Any], **about: Any
+) -> Iterator[None]:
+    """Within the context the stages run; then the run is done, and its page written. about: further fields of run.json."""
+    with folder.writing("run", plain, options.overwrite):
+        command = options.command or f"tinyfusion run --recipe {recipe.name} --out {options.out}"
+        folder.mark("running", command=command, **about)
+        yield
+        if not folder.writes:  # one process does everything after the trainings
+            return
+        folder.mark("done", seconds=sum(folder.record()["stages"].values()))
+        try:
+            write_text(folder.path / PAGE, render_run(folder.path))
+        except BaseException:
+            folder.mark("running")  # without its page a run is not done
+            raise
+
+
+def announce_run(
+    recipe: Recipe, plan: Mapping[str, str], mode: str, estimates: Sequence[Estimate], spoken: bool
+) -> dict[str, Any]:
+    """Print (where `spoken`) and return the plan of a dry run, with the sum of the estimates."""
+    rows = {**plan, **training_plan(recipe, None, mode)}
+    if recipe.minutes:
+        rows["published"] = f"{recipe.minutes:g} minutes on {recipe.machine or 'an unnamed machine'}"
+    return announce("run", rows, functools.reduce(operator.add, estimates), spoken)
 
 
 def stages_of(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:

@@ -13,12 +13,12 @@ from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.commands.sample_prompts import draws_prompts
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
+from tinyfusion.data.captions import read_prompts
 from tinyfusion.data.latents import LATENTS
 from tinyfusion.data.parquet import WHOLE
 from tinyfusion.data.prompts import TEXTS, read_texts
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.jobs.assemble import RunOptions
-from tinyfusion.jobs.pipelines import read_prompts
 from tinyfusion.jobs.transformers import planned
 from tinyfusion.models.transformer import gate_units
 from tinyfusion.prune.layout import layout_of

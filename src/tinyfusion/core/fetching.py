@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _contexts = 0  # that are open; of the process, as data sets are opened on several threads
 
@@ -18,6 +19,10 @@ class WouldFetch(BaseException):
         size = "of unknown size" if num_bytes is None else f"{num_bytes / 2**20:,.1f} MiB"
         super().__init__(f"would fetch {what}, {size}")
         self.what, self.num_bytes = what, num_bytes
+
+    def outcome(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        return {"would_fetch": {"what": self.what, "bytes": self.num_bytes}}
 
 
 @contextmanager

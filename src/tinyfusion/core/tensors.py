@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import mmap
 import pickle
 import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,12 @@ _ENCODES = re.compile(rb"c_codecs\nencode\n")
 _LENGTHENING = re.compile(rb"hex|base64|base_64|quopri|quoted|uu|zip|zlib|bz2")
 # tensors may share memory in a file, as tied weights do: all of them together are at most this much larger than the file
 _SHARED_FACTOR, _SHARED_BYTES = 4, 2**26
+TYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # in safetensors  # fmt: skip
+TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 def read_tensor_file(path: Path) -> Any:
@@ -116,6 +124,45 @@ def _filling(content: Any) -> str | None:
     if _FILLS.search(content):
         return "bytearray"
     return "encode" if _ENCODES.search(content) and _LENGTHENING.search(content) else None
+
+
+def safetensors_head(
+    entries: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str] | None = None, alignment: int = 8
+) -> bytes:
+    """The bytes of a safetensors file before its tensors.
+
+    entries: type, shape and number of bytes of the tensors, in the order of the file. metadata: strings of the header; "format"
+    is "pt". alignment: of the first tensor, in bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, (kind, shape, num_bytes) in entries.items():
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + num_bytes]}
+        end += num_bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    return struct.pack("<Q", len(text)) + text
+
+
+def mapped_bytes(path: Path) -> Tensor:
+    """The bytes of a file, mapped, uint8. Writing into them changes memory, not the file."""
+    # torch closes the file once it is mapped; a thousand shards would else be a thousand open files
+    storage: Any = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; a view where it is contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def digest_of(tensors: Mapping[str, Tensor], type_name: Callable[[torch.dtype], str] = TYPE_NAMES.__getitem__) -> Any:
+    """The state of a SHA-256 over name, type, shape and bytes of every tensor, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{type_name(tensor.dtype)}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(bytes_of(tensor))
+    return digest
 
 
 def check_shared(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_memory, check_plain, explained, parse_json, read_text, unreadable
+from tinyfusion.core.reading import check_memory, check_plain, explained, parse_json, read_json, read_text, unreadable
 from tinyfusion.data import parquet
 from tinyfusion.data.captioned_digits import captioned_pictures
 from tinyfusion.data.clips import MOVING, VIDEOS, clips_below
@@ -77,16 +77,20 @@ def open_captioned(name: str, column: str | None = None, clips: bool = False) ->
     return _of_folder(name, path, column, clips)
 
 
-def read_prompts(path: Path, column: str | None = None) -> tuple[str, ...]:
-    """Prompts of a file, without repetitions: one a line, or JSON lines. Raises UserError where there are none."""
+def read_prompts(path: Path, column: str | None = None) -> list[str]:
+    """The prompts of a file: one a line, JSON lines, or a JSON list. Raises UserError where there are none."""
+    texts: Any
     if path.suffix.lower() in LINES:
-        texts = [_text(entry, column, where) for where, entry in _json_lines(path)]
-        texts = [checked_caption(text, f"{path}, line {number}") for number, text in enumerate(texts, 1)]
+        texts = [checked_caption(_text(entry, column, where), where) for where, entry in _json_lines(path)]
+    elif path.suffix == ".json":
+        texts = read_json(path)
+        if not isinstance(texts, list) or not all(isinstance(each, str) and each.strip() for each in texts):
+            raise UserError(f"{path} holds no prompts: wanted a JSON list of texts, none of them empty")
     else:
         texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not texts:
-        raise UserError(f"{path} holds no prompts: wanted one a line, or JSON lines with text")
-    return tuple(dict.fromkeys(texts))
+        raise UserError(f"{path} holds no prompts: wanted one a line, JSON lines with text, or a JSON list of texts")
+    return list(texts)
 
 
 def checked_caption(text: Any, where: str) -> str:

@@ -8,7 +8,6 @@ of frames before the height.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,7 @@ from tinyfusion.core.locks import is_at, try_lock
 from tinyfusion.core.reading import check_plain, read_json
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import write_json
+from tinyfusion.core.tensors import TYPE_NAMES, bytes_of, mapped_bytes, safetensors_head
 from tinyfusion.data.batches import ArrayBatch, ShuffledRows
 from tinyfusion.data.posterior import posterior_noise
 
@@ -36,7 +36,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LATENTS = "latents:"  # prefix of a data set that is such a folder
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16"}
 _VERIFIED_BYTES = 2**30  # sets up to here are verified by their sums when they are opened
 _ALIGNMENT = 64
 _IN_CACHE = 32  # images that are sampled at a time
@@ -87,15 +86,8 @@ class LatentSpec:
     def head(self, shard: int) -> bytes:
         """The bytes of a shard before its labels."""
         _first, num = self.bounds(shard)
-        labels, end = 8 * num, 8 * num + num * self.image_bytes
-        about = {
-            "__metadata__": {"format": "pt"},
-            "labels": {"dtype": "I64", "shape": [num], "data_offsets": [0, labels]},
-            self.kind: {"dtype": _SAFETENSORS[self.dtype], "shape": [num, *self.values], "data_offsets": [labels, end]},
-        }
-        text = json.dumps(about, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-        return len(text).to_bytes(8, "little") + text
+        values = (TYPE_NAMES[_TORCH[self.dtype]], (num, *self.values), num * self.image_bytes)
+        return safetensors_head({"labels": ("I64", (num,), 8 * num), self.kind: values}, alignment=_ALIGNMENT)
 
     def begin(self, shard: int) -> int:
         """Offset of the values of a shard in its file."""
@@ -108,8 +100,7 @@ class LatentSpec:
 
 def encoded_values(values: Tensor, dtype: str) -> bytes:
     """Bytes of values (n, R, K, h, w) float32 in a shard."""
-    stored = values.detach().cpu().to(_TORCH[dtype]).contiguous()
-    return stored.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return bytes_of(values.detach().cpu().to(_TORCH[dtype])).tobytes()
 
 
 def _part(folder: Path, spec: LatentSpec, shard: int, labels: np.ndarray) -> tuple[Path, bytes]:
@@ -307,9 +298,7 @@ def _mapped(path: Path, spec: LatentSpec, shard: int) -> tuple[np.ndarray, np.nd
         if file.read(len(head)) != head:
             raise _damaged(path, "its header is another one")
         labels = np.frombuffer(file.read(8 * num), "<i8")
-    # torch closes the file once it is mapped; a thousand shards would else be a thousand open files
-    storage: Any = torch.UntypedStorage.from_file(str(path), False, wanted)
-    flat = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()[spec.begin(shard) :]
+    flat = mapped_bytes(path).numpy()[spec.begin(shard) :]
     values = flat.view(np.float32 if spec.dtype == "float32" else np.int16)
     return labels.astype(np.int64), values.reshape(num, *spec.values)
 

@@ -7,7 +7,6 @@ of tokens are padded with zeros when they are joined.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,23 +19,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tinyfusion.conditioning.condition import Condition
-from tinyfusion.conditioning.texts import text_table
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import check_space, sha256_of
 from tinyfusion.core.ranks import complete_file
 from tinyfusion.core.reading import check_plain, read_json
 from tinyfusion.core.rundir import write_json
-from tinyfusion.core.tensors import read_metadata, read_safetensors
+from tinyfusion.core.tensors import TYPES, bytes_of, read_metadata, safetensors_head
 
 PROMPTS, TEXTS = "prompts.safetensors", "prompts.json"  # in a folder of latents: encoded prompts, and their texts
 CHUNK_ROWS, _LEAST_ROWS, _CHUNKS = 128, 16, 64  # rows of a chunk, which is the work that a killed process loses
 _COPIED_ROWS = 8  # at a time while chunks are joined
 _ALIGNMENT = 64
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64",
-    torch.int32: "I32",
-}  # types in safetensors  # fmt: skip
 
 Rows = Mapping[str, Tensor]
 
@@ -90,11 +83,14 @@ class PromptFile:
         if not self.path.is_file():
             chunks = [self.chunk(index) for index in range(self.num_chunks)]
             shapes, types = self._shapes(chunks)
-            sizes = {name: math.prod(shape) * _itemsize(types[name]) for name, shape in shapes.items()}
-            check_space(self.folder, sum(sizes.values()))
+            entries = {
+                name: (kind := types[name], shape, math.prod(shape) * TYPES[kind].itemsize)
+                for name, shape in shapes.items()
+            }
+            check_space(self.folder, sum(num_bytes for _, _, num_bytes in entries.values()))
             notes = [read_metadata(chunk) for chunk in chunks]
             with complete_file(self.path) as temporary, open(temporary, "wb") as out:
-                out.write(_head(shapes, types, sizes, about(notes)))
+                out.write(safetensors_head(entries, about(notes), _ALIGNMENT))
                 for name, shape in shapes.items():
                     for chunk in chunks:
                         _copy(chunk, name, shape, out)
@@ -117,6 +113,7 @@ class PromptFile:
                     known = widths.get(name, tuple(width))
                     if (
                         num != len(self.bounds(index))
+                        or tensor.get_dtype() not in TYPES
                         or len(known) != len(width)
                         or types.setdefault(name, tensor.get_dtype()) != tensor.get_dtype()
                         or known[1:] != tuple(width[1:])
@@ -149,23 +146,6 @@ def _opened(path: Path) -> Any:
         raise UserError(f"{path} is damaged: {error}; remove it, and repeat the command") from error
 
 
-def _itemsize(kind: str) -> int:
-    return next((dtype.itemsize for dtype, name in _NAMES.items() if name == kind), 1)
-
-
-def _head(
-    shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str], sizes: Mapping[str, int], about: Mapping[str, str]
-) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
-    begin = 0
-    for name, shape in shapes.items():
-        entries[name] = {"dtype": types[name], "shape": list(shape), "data_offsets": [begin, begin + sizes[name]]}
-        begin += sizes[name]
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _copy(chunk: Path, name: str, shape: tuple[int, ...], out: Any) -> None:
     """Append the rows of a chunk, widened to `shape`, a few at a time."""
     with _opened(chunk) as file:
@@ -174,7 +154,7 @@ def _copy(chunk: Path, name: str, shape: tuple[int, ...], out: Any) -> None:
         for first in range(0, num, _COPIED_ROWS):
             rows = tensor[first : first + _COPIED_ROWS]
             rows = _widened(rows, shape[1]) if len(shape) > 1 else rows
-            out.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            out.write(bytes_of(rows))
 
 
 def write_texts(folder: Path, texts: Sequence[str]) -> None:
@@ -188,17 +168,6 @@ def read_texts(folder: Path) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise UserError(f"{folder / TEXTS} is damaged: wanted a list of texts")
     return tuple(values)
-
-
-def open_prompts(folder: Path) -> Condition:
-    """The table of prompts of a folder, mapped: rows are read when they are indexed. Raises UserError where it is damaged."""
-    path = folder / PROMPTS
-    if not path.is_file():
-        raise UserError(f"{folder} has no {PROMPTS}: wanted a folder of `tinyfusion encode --pipeline`")
-    try:
-        return text_table(read_safetensors(path))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def prompts_entry(folder: Path) -> dict[str, Any]:

@@ -168,6 +168,12 @@ def output_tensors(output: Any) -> tuple[Tensor, ...]:
     return tuple(tensor for value in values for tensor in output_tensors(value))
 
 
+def returning_tuples(model: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that returns a tuple, also where the model returns another form by default."""
+    takes = "return_dict" in inspect.signature(type(model).forward).parameters
+    return {**call, "return_dict": False} if takes else dict(call)
+
+
 def _copied(value: Any, before: Sequence[Any], name: str) -> Any:
     """The value with its tensors in memory of their own; one that is equal to that of a call `before` is shared with it."""
     if isinstance(value, Tensor):

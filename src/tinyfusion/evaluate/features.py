@@ -8,7 +8,6 @@ Shapes: N images, H x W pixels, C channels, D pooled features, (h, w) the last f
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.tensors import digest_of
 from tinyfusion.families.tensor_checks import in_float32
 
 SPATIAL_CHANNELS = 7  # as sFID takes from Inception, arXiv 2103.03841
@@ -167,12 +167,7 @@ class ClassifierFeatures(FeatureExtractor):
 
 def hash_state(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        values = tensors[name].detach().cpu().contiguous().numpy()
-        digest.update(f"{name}\0{values.dtype}\0{values.shape}\0".encode())
-        digest.update(values.data)
-    return digest.hexdigest()
+    return str(digest_of(tensors, lambda dtype: str(dtype).removeprefix("torch.")).hexdigest())
 
 
 def small_classifier(name: str, arch: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ClassifierFeatures:

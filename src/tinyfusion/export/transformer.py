@@ -19,7 +19,7 @@ def write_transformer(
 ) -> None:
     """A folder that diffusers opens: config, weights, card and picture of the plan. card: the folder of the latter, another one."""
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", dict(model.config))
+    write_json(folder / "config.json", model.config_to_write)
     write_weights(model.weights, folder)
     place = card or folder
     (place / "README.md").write_text(transformer_card(model, title, PICTURE, pipeline), encoding="utf-8")

@@ -6,7 +6,6 @@ Families are registered in `families/registry.py`; docs/adding-a-family.md expla
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +22,11 @@ from tinyfusion.conditioning.classes import class_inputs
 from tinyfusion.conditioning.condition import Condition, ModelCall, ModelInputs, calling
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.tensors import digest_of
 
 DIFFUSERS_RECORD = (
     "_tinyfusion"  # our record in a config.json of diffusers, whose readers ignore names that begin with "_"
 )
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,14 +197,11 @@ class ModelFamily:
         It is the hash of the tensors in memory. Opened models are float32, whatever the type in their file: a half-precision file
         has the hash of its values in float32, not that of its bytes.
         """
-        digest = hashlib.sha256()
-        for name in sorted(tensors):
-            tensor = tensors[name].detach().cpu().contiguous()
-            formula = self.computed.get(name)
-            if formula is not None and torch.equal(tensor, formula(arch).to(tensor.dtype)):
-                continue
-            digest.update(f"{name}\0{_DTYPE_NAMES[tensor.dtype]}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # a view: nothing is copied
+        formulas = {name: formula(arch) for name, formula in self.computed.items() if name in tensors}
+        equal = {
+            name for name, value in formulas.items() if torch.equal(tensors[name].cpu(), value.to(tensors[name].dtype))
+        }
+        digest = digest_of({name: tensor for name, tensor in tensors.items() if name not in equal})
         for name, value in sorted(getattr(arch, "rules", {}).items()) if rules else ():
             digest.update(f"{name}\0{value!r}\0".encode())
         return digest.hexdigest()

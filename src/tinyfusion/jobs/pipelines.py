@@ -17,7 +17,8 @@ from torch import nn
 
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import parse_json, read_json_object, read_text
+from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.tensors import TYPES
 from tinyfusion.families.diffusers_classes.folder import (
     INDEX,
     TransformerFolder,
@@ -31,7 +32,7 @@ from tinyfusion.jobs.pipeline_components import strict_components
 from tinyfusion.jobs.transformer_sources import first_teacher, transformer_of
 from tinyfusion.models.autoencoder import no_progress_bars
 from tinyfusion.models.hub import HUB_ID, fetch_pipeline
-from tinyfusion.models.places import RUN_MODELS, exists, is_shipped, shipped_models
+from tinyfusion.models.places import exists, is_shipped, shipped_models, transformer_in_run
 
 # of diffusers, transformers and safetensors on folders and arguments that do not fit
 REFUSALS = (
@@ -259,7 +260,7 @@ def pipeline_of(
     path = located(source)
     if (path / INDEX).is_file() and folder is None:
         return _checked(path, _own_models(path, component, blocks))
-    model = transformer_of(_model_in(path, source), blocks)
+    model = transformer_of(source, blocks)
     if model is None and not exists(path) and not is_shipped(source):
         raise UserError(f"no model at {source}: no such folder, and it is no hub id")
     if model is None:
@@ -288,22 +289,13 @@ def transformer_class_in(path: Path) -> str | None:
     if not path.is_dir() or (path / "model.json").is_file():
         return None
     rows = rows_with(None)
-    inside = component_folders(path, rows) if (path / INDEX).is_file() else [Path(_model_in(path, str(path)))]
+    inside = component_folders(path, rows) if (path / INDEX).is_file() else [transformer_in_run(path) or path]
     for folder in inside:
         if (folder / "config.json").is_file():
             config = read_json_object(folder / "config.json")
             if row_for(config, rows) is not None and family_of_config(config) is None:
                 return str(config["_class_name"])
     return None
-
-
-def _model_in(path: Path, source: str) -> str:
-    """The folder of the transformer in a run, the best first; `source` itself where it is no run."""
-    if (path / "run.json").is_file():
-        for name in RUN_MODELS:
-            if (path / name / "config.json").is_file():
-                return str(path / name)
-    return source
 
 
 def _teachers(source: str, folder: str | None, component: str | None) -> tuple[Path, str | None]:
@@ -359,19 +351,5 @@ def stored_type(model: ModelPipeline) -> str:
     for each in model.models.values():
         for stored in each.weights.values():
             counts[stored.dtype] = counts.get(stored.dtype, 0) + stored.numel
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     most = max(counts, key=lambda name: counts[name])
-    return names.get(most, most)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line, or of a JSON list of texts. Raises UserError where there are none."""
-    text = read_text(path)
-    prompts: Any = [line.strip() for line in text.splitlines() if line.strip()]
-    if path.suffix == ".json":
-        prompts = parse_json(text, str(path))
-        if not isinstance(prompts, list) or not all(isinstance(each, str) and each.strip() for each in prompts):
-            raise UserError(f"{path} holds no prompts: wanted a JSON list of texts, none of them empty")
-    if not prompts:
-        raise UserError(f"{path} holds no prompts: wanted one a line")
-    return list(prompts)
+    return str(TYPES[most]).removeprefix("torch.") if most in ("F32", "BF16", "F16") else most

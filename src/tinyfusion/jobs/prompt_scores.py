@@ -15,10 +15,10 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
 from tinyfusion.core.records import read_record
 from tinyfusion.data.captioned_digits import digit_of
+from tinyfusion.data.captions import read_prompts
 from tinyfusion.data.image_source import ImageSource, read_labels
 from tinyfusion.evaluate.clip import ClipScorer, open_clip
 from tinyfusion.evaluate.features import DIGITS_FEATURES, FeatureExtractor
-from tinyfusion.jobs.pipelines import read_prompts
 
 _READ_BYTES = 2**26  # of images at a time
 

@@ -7,7 +7,6 @@ arguments, which is what few-step and guidance-distilled models need; the same f
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from tinyfusion.blocks.replayed import BlockReplay
 from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.data.recorded import RecordedInputs, changed, output_tensors, read_recorded
+from tinyfusion.data.recorded import RecordedInputs, changed, output_tensors, read_recorded, returning_tuples
 from tinyfusion.data.recorded_batches import PLAIN, RecordedBatch, RecordedBatches, joined
 from tinyfusion.families.diffusers_classes.layouts import LAYOUTS
 from tinyfusion.jobs.assemble import batches_for
@@ -65,12 +64,10 @@ def _outputs(model: nn.Module, batch: RecordedBatch) -> tuple[Tensor, ...]:
 
 def call_outputs(model: nn.Module, call: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """What a call returns, in the form that pipelines get, which some classes have in eval mode alone."""
-    arguments, training = dict(call), model.training
-    if "return_dict" in inspect.signature(type(model).forward).parameters:
-        arguments["return_dict"] = False
+    training = model.training
     model.training = False  # not that of its blocks
     try:
-        return output_tensors(model(**arguments))
+        return output_tensors(model(**returning_tuples(model, call)))
     finally:
         model.training = training
 

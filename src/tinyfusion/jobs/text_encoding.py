@@ -20,6 +20,7 @@ from tinyfusion.conditioning.texts import EMBEDDINGS, MASK
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.tensors import TYPES
 from tinyfusion.families.diffusers_classes.folder import INDEX
 from tinyfusion.jobs.pipeline_components import strict_components
 from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, place_pipeline, shorter_texts
@@ -270,13 +271,13 @@ def prompt_encoder(folder: Path, kind: Any, device: torch.device, max_tokens: in
 
 def _stored_type(folder: Path) -> torch.dtype | None:
     """The type of the first floating-point tensor in a component's files; None where it has no weights."""
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  # no mapping
-                    if (kind := opened.get_slice(name).get_dtype()) in kinds:
-                        return kinds[kind]
+                    kind = TYPES.get(opened.get_slice(name).get_dtype())
+                    if kind is not None and kind.is_floating_point and kind.itemsize > 1:  # float8 needs scales
+                        return kind
         except Exception as error:  # of safetensors and the file system
             raise UserError(f"{file} is no readable safetensors file (truncated or foreign): {error}") from error
     return None

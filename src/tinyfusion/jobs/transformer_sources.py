@@ -23,7 +23,7 @@ from tinyfusion.families.diffusers_classes.rows import Rows, row_for, rows_with
 from tinyfusion.families.diffusers_classes.schedules import expert_range
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.models.hub import HUB_ID
-from tinyfusion.models.places import RUN_MODELS, by_name, exists, is_shipped
+from tinyfusion.models.places import by_name, exists, is_shipped, transformer_in_run
 from tinyfusion.models.transformer import TransformerModel, opened
 
 _MOST_PARENTS = 16  # that a model's runs are followed back
@@ -64,7 +64,7 @@ def _located(path: Path, rows: Rows, prompts: bool) -> Path | None:
     if not path.is_dir() or (path / "model.json").exists():
         return None
     if (path / "run.json").is_file():
-        return next((path / name for name in RUN_MODELS if (path / name / "config.json").is_file()), None)
+        return transformer_in_run(path)
     if (path / INDEX).is_file():
         folders = [folder for folder in component_folders(path, rows) if not _of_a_family(folder, prompts)]
         if len(folders) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import RunDirectory
-from tinyfusion.data.recorded import RecordedInputs, read_recorded
+from tinyfusion.data.recorded import Call, RecordedInputs, read_recorded
 from tinyfusion.families.diffusers_classes.cutting import Cut
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.families.diffusers_classes.rows import Row
@@ -123,21 +124,33 @@ def _named(model: TransformerFolder, settings: PruneSection) -> dict[str, list[i
 
 
 def call_macs(model: TransformerFolder, file: Path) -> dict[str, int]:
-    """Multiply-accumulates of the first call of a file of `record`, by submodule ("" is the whole).
+    """Multiply-accumulates of the first call of a file of `record`, as `macs_of`; one with weights is reported on stderr.
 
-    Counted on shapes, without weights; for classes whose work depends on values (experts, packed texts) on one real call, which
-    is reported on stderr. Raises UserError on inputs of another class.
+    Raises UserError on inputs of another class.
     """
     inputs = read_recorded(file)
     inputs.check_class(model.class_name, model.path)
+    kind, where = model.class_name, inputs.path
+
+    def with_weights() -> Any:
+        say([f"the work of a {kind} depends on values: counting on one call of {where} with its weights"])
+        return model.module()
+
+    return macs_of(model, lambda module: inputs.for_dtype(module.dtype)[0], with_weights)
+
+
+def macs_of(model: TransformerFolder, call: Callable[[Any], Call], with_weights: Callable[[], Any]) -> dict[str, int]:
+    """Multiply-accumulates of a call (of a module, in the type of its weights), by submodule; "" is the whole.
+
+    Counted on shapes, without weights; for classes whose work depends on values (experts, packed texts) on `with_weights()`.
+    """
 
     def counted(module: Any) -> dict[str, int]:
-        return macs_by_module(module, partial(run_call, module, inputs.for_dtype(module.dtype)[0]))
+        return macs_by_module(module, partial(run_call, module, call(module)))
 
     with suppress(UserError):  # an operation without shapes of its own
         return counted(model.empty().to("meta").eval())
-    say([f"the work of a {model.class_name} depends on values: counting on one call of {inputs.path} with its weights"])
-    return counted(model.module())
+    return counted(with_weights())
 
 
 def couplings(row: Row) -> list[str]:

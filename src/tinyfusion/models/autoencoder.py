@@ -8,7 +8,6 @@ ImageNet is not removed.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
-from tinyfusion.core.tensors import read_folder_weights, read_tensor_file
+from tinyfusion.core.tensors import digest_of, read_folder_weights, read_tensor_file
 from tinyfusion.core.weights import fetch_weights, known_weights
 from tinyfusion.families.tensor_checks import check_finite, check_sizes, in_float32
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS, autoencoder_folder
@@ -99,12 +98,7 @@ class Autoencoder:
 
 def hash_of(module: nn.Module) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor of a module, sorted by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return str(digest_of(module.state_dict(), str).hexdigest())
 
 
 def open_autoencoder(name: str) -> Autoencoder:

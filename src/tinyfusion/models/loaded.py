@@ -25,6 +25,7 @@ from tinyfusion.conditioning.classes import class_table
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.tensors import bytes_of
 from tinyfusion.families.diffusers_classes.cutting import UnitList
 from tinyfusion.families.family import DiffusersExport, ModelFamily
 from tinyfusion.models.macs import macs_of_sizes
@@ -315,8 +316,8 @@ def _state_of(module: nn.Module) -> _State | None:
 
     def some_bytes(tensor: Tensor) -> bytes:
         values = tensor.detach().reshape(-1)
-        some = values[:: max(1, len(values) // _PROBED_VALUES)].contiguous()
-        return bytes(some.cpu().view(torch.uint8).numpy().data)
+        some = values[:: max(1, len(values) // _PROBED_VALUES)]
+        return bytes(bytes_of(some))
 
     tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
     if any(tensor.is_inference() for tensor in tensors.values()):

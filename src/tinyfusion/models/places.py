@@ -72,6 +72,12 @@ def by_name(name: str) -> tuple[Path, dict[str, str]]:
     raise UserError(f"no model at {name}: no such file or folder, and no model of that name{hint}")
 
 
+def transformer_in_run(path: Path) -> Path | None:
+    """The folder of a transformer of diffusers in a run, the best first; None where it is no run, or has none."""
+    names = RUN_MODELS if (path / "run.json").is_file() else ()
+    return next((path / name for name in names if (path / name / "config.json").is_file()), None)
+
+
 def _fetched_as(file_name: str, known: dict[str, KnownWeights]) -> str:
     """A hint at known weights that are published under this file name."""
     names = [name for name, entry in known.items() if entry.file_name.lower() == file_name.lower()]

@@ -127,11 +127,6 @@ class Schedule:
         signal, spread = self._mixed(x0, index)
         return signal * noise - spread * x0
 
-    def x0_from_velocity(self, xt: Tensor, index: Tensor, v: Tensor) -> Tensor:
-        """x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v."""
-        signal, spread = self._mixed(xt, index)
-        return signal * xt - spread * v
-
     def _mixed(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply x."""
         tables = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")

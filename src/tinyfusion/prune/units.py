@@ -9,7 +9,6 @@ call run with one mask.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from tinyfusion.blocks.scheme import BlockGroup, check_range
 from tinyfusion.blocks.streams import tensors_in
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.data.recorded import RecordedInputs, changed
+from tinyfusion.data.recorded import RecordedInputs, changed, returning_tuples
 from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_blocks
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.processes.task import Task, TaskBatch
@@ -81,9 +80,7 @@ def run_call(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
     Raises UserError if the model does not take the call.
     """
     device = next(model.parameters()).device
-    arguments = changed(call, lambda tensor: tensor.to(device))
-    if "return_dict" in inspect.signature(type(model).forward).parameters:
-        arguments["return_dict"] = False
+    arguments = returning_tuples(model, changed(call, lambda tensor: tensor.to(device)))
     try:
         output = model(**arguments)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.core.tensors import bytes_of
 from tinyfusion.training.lora import ADAPTER
 from tinyfusion.training.packed import PackedLinear
 
@@ -43,8 +44,8 @@ def equal_tensors(student: nn.Module, teacher: nn.Module, lists: Sequence[str]) 
 def _likeness(name: str, value: Tensor, lists: Sequence[str]) -> tuple[object, ...]:
     for listed in lists:
         name = re.sub(rf"^{re.escape(listed)}\.\d+\.", f"{listed}.*.", name)
-    some = value.detach().reshape(-1)[:: max(1, value.numel() // _PROBED)].contiguous().cpu()
-    return name, tuple(value.shape), value.dtype, bytes(some.view(torch.uint8).numpy().data)
+    some = value.detach().reshape(-1)[:: max(1, value.numel() // _PROBED)]
+    return name, tuple(value.shape), value.dtype, bytes(bytes_of(some))
 
 
 def share(student: nn.Module, teacher: nn.Module, equal: Mapping[str, str], device: torch.device) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
+from tinyfusion.core.tensors import TYPE_NAMES, TYPES, bytes_of, safetensors_head
 
 FORMAT_VERSION = 2  # 1: `state.safetensors`, and its hash in state.json (tinyfusion 0.2.0)
 RECORD, SUMS = "state.json", "SHA256SUMS"
@@ -35,11 +36,6 @@ Rows = tuple[int, int]  # first, number
 _FORMER_TENSORS = "state.safetensors"
 _PART = re.compile(r"state-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _PIECE = 8 * 2**20  # bytes that are written and hashed at a time
-_TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -79,18 +75,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     writer and a read of the file.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # every tensor stays aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        tensor, first = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        kind = _TYPE_NAMES[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [first, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head = safetensors_head({name: (TYPE_NAMES[(t := tensors[name]).dtype], t.shape, t.nbytes) for name in order})
     digest = hashlib.sha256()
     with ThreadPoolExecutor(1) as hashing, open(path, "wb", buffering=0) as file:
-        for piece in _pieces(len(text).to_bytes(8, "little") + text, (tensors[name] for name in order)):
+        for piece in _pieces(head, (tensors[name] for name in order)):
             pending = hashing.submit(digest.update, piece)
             written = 0
             while written < len(piece):
@@ -103,7 +91,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 def _pieces(head: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     yield memoryview(head)
     for tensor in tensors:
-        view = tensor.reshape(-1).view(torch.uint8).numpy().data
+        view = bytes_of(tensor)
         for first in range(0, len(view), _PIECE):
             yield view[first : first + _PIECE]
 
@@ -238,7 +226,7 @@ class SavedState:
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of the tensor. Raises KeyError for a dtype that a training state cannot have."""
-        return _TYPES[self._files[self._places[name][0][0]].get_slice(name).get_dtype()]
+        return TYPES[self._files[self._places[name][0][0]].get_slice(name).get_dtype()]
 
     def rows(self, name: str, first: int, num: int) -> Tensor:
         """Read only the `num` rows from `first`. A scalar tensor counts as one row and is returned as a scalar."""

@@ -40,7 +40,7 @@ class TransformerFolder:
 
     pipeline: the folder of a pipeline that it is a component of. license: of the weights, None where no file names it. parent: hub id
     of the model that it, or what it was cut from, was fetched from. row_text: the row as TOML, where it is not of the shipped
-    table. known_hash: the hash, where it was counted already.
+    table.
     """
 
     path: Path
@@ -52,7 +52,6 @@ class TransformerFolder:
     license: str | None = None
     parent: str | None = None
     row_text: str = ""
-    known_hash: str = ""
 
     @property
     def class_name(self) -> str:
@@ -66,6 +65,11 @@ class TransformerFolder:
         return record if isinstance(record, Mapping) else {}
 
     @property
+    def config_to_write(self) -> dict[str, Any]:
+        """The content of config.json; a record of ours has the hash of the tensors as they are."""
+        return {**self.config, **({RECORD: {**self.record, "hash": self.hash}} if self.record else {})}
+
+    @property
     def lineage(self) -> list[dict[str, Any]]:
         """Parents, oldest first: hash, blocks per list, and which of its own parent these are."""
         return list(self.record.get("lineage") or [])
@@ -73,7 +77,7 @@ class TransformerFolder:
     @cached_property
     def hash(self) -> str:
         """SHA-256 of its tensors as stored (`hash_stored`)."""
-        return self.known_hash or hash_stored(self.weights)
+        return hash_stored(self.weights)
 
     @property
     def num_bytes(self) -> int:
@@ -103,20 +107,18 @@ class TransformerFolder:
             new: self.weights[old].chunks(chunks) for new, (old, chunks) in cut.source(list(self.weights)).items()
         }
         parent: dict[str, Any] = {"hash": self.hash, "depth": dict(self.depths), "kept": self.record.get("kept")}
-        digest = hash_stored(weights)
         record = {
             "made_by": "tinyfusion",
             "plan": plan.to_json(),
             "kept": plan.kept,
             "lineage": [*self.lineage, parent],
-            "hash": digest,
             "license": self.license,
             "parent": self.parent,
             **({"row": self.row_text} if self.row_text else {}),
         }
         config = {**self.config, **cut.config_changes(), RECORD: record}
         depths = {path: len(kept) for path, kept in plan.kept.items()}
-        return dataclasses.replace(self, config=config, weights=weights, depths=depths, known_hash=digest)
+        return dataclasses.replace(self, config=config, weights=weights, depths=depths)
 
     def check_destination(self, destination: str | None) -> None:
         """Raise UserError for a format that such models have not: they compute what diffusers computes."""
@@ -169,10 +171,8 @@ class TransformerFolder:
         """The model with other values of these tensors, rounded to the types of its files; they are in memory until it is written."""
         changed = {n: stored_tensor(tensors[n], stored.dtype) for n, stored in self.weights.items() if n in tensors}
         weights = {**self.weights, **changed}
-        digest, config = hash_stored(weights), dict(self.config)
-        if self.record:
-            config[RECORD] = {**self.record, "hash": digest, "trained": True}
-        return dataclasses.replace(self, weights=weights, config=config, known_hash=digest)
+        trained = {RECORD: {**self.record, "trained": True}} if self.record else {}
+        return dataclasses.replace(self, weights=weights, config={**self.config, **trained})
 
     @property
     def streams(self) -> dict[str, Streams]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_plain, check_utf8, parse_json, read_json_object, unreadable
-from tinyfusion.core.tensors import flat_tensors, read_pickle
+from tinyfusion.core.tensors import TYPE_NAMES, TYPES, flat_tensors, mapped_bytes, read_pickle, safetensors_head
 
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 10 * 10**9  # of a file, as diffusers writes them; larger models are written in several
@@ -27,14 +27,6 @@ _BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8,
 }  # fmt: skip
-
-
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
-_TYPES = {name: dtype for dtype, name in _NAMES.items()}
 Source = Path | Tensor  # a safetensors file, or the bytes of a tensor that is mapped from a torch file
 
 
@@ -150,17 +142,17 @@ def _torch_file(file: Path) -> dict[str, Stored]:
     """The tensors of a torch file, mapped. Raises UserError on code, and on tensors that safetensors cannot hold."""
     found = {}
     for name, tensor in flat_tensors(read_pickle(file), file).items():
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _NAMES:
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in TYPE_NAMES:
             raise UserError(
                 f"{file} holds {name}, a tensor of type {tensor.dtype} ({tensor.layout}): wanted plain numbers"
             )
-        found[name] = stored_tensor(tensor, _NAMES[tensor.dtype])
+        found[name] = stored_tensor(tensor, TYPE_NAMES[tensor.dtype])
     return found
 
 
 def stored_tensor(tensor: Tensor, dtype: str) -> Stored:
     """A tensor in memory, rounded to `dtype`, as one that can be written."""
-    content = tensor.detach().cpu().to(_TYPES[dtype]).contiguous().reshape(-1).view(torch.uint8)
+    content = tensor.detach().cpu().to(TYPES[dtype]).contiguous().reshape(-1).view(torch.uint8)
     return Stored(dtype, tuple(tensor.shape), ((content, 0, len(content)),))
 
 
@@ -175,16 +167,14 @@ def mapped_tensors(weights: Weights) -> dict[str, Tensor]:
         if isinstance(source, Tensor):
             return source[start:stop]
         if source not in maps:
-            size = source.stat().st_size
-            storage: Any = torch.UntypedStorage.from_file(str(source), False, size)
-            maps[source] = torch.empty(0, dtype=torch.uint8).set_(storage)
+            maps[source] = mapped_bytes(source)
         return maps[source][start:stop]
 
     tensors = {}
     for name, stored in weights.items():
-        if stored.dtype not in _TYPES:
+        if stored.dtype not in TYPES:
             raise UserError(f"{name} is of type {stored.dtype}, in which no model runs")
-        kind = _TYPES[stored.dtype]
+        kind = TYPES[stored.dtype]
         chunks = [content(*each) for each in stored.ranges]
         values = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         if values.storage_offset() % kind.itemsize:
@@ -250,22 +240,11 @@ def write_weights(weights: Weights, folder: Path, shard_bytes: int = SHARD_BYTES
 def write_file(weights: Weights, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, range by range. metadata: strings of its header; "format" is "pt"."""
     names = sorted(weights, key=lambda name: (-_BITS[weights[name].dtype], name))  # wide types first: all are aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for name in names:
-        stored = weights[name]
-        header[name] = {
-            "dtype": stored.dtype,
-            "shape": list(stored.shape),
-            "data_offsets": [end, end + stored.num_bytes],
-        }
-        end += stored.num_bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    entries = {name: (weights[name].dtype, weights[name].shape, weights[name].num_bytes) for name in names}
     with ExitStack() as files:
         streams: dict[Path, BinaryIO] = {}
         out = files.enter_context(open(path, "wb"))
-        out.write(struct.pack("<Q", len(text)) + text)
+        out.write(safetensors_head(entries, metadata))
         for name in names:
             for chunk in _bytes_of(weights[name], streams, files):
                 out.write(chunk)
