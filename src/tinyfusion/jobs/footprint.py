@@ -34,6 +34,7 @@ from tinyfusion.training.shards import local_part
 
 FLOAT_BYTES = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FAKED = 2**23  # numbers in a block from which on operations on a CPU take longer than faking them
 _FEW, _MORE = 8, 16  # images; even, because some gates compare images in pairs, and enough for masks to differ
 
 
@@ -296,6 +297,19 @@ def _block_bytes(recorded: list[_StandIn], dtype: str, as_recorded: bool, trains
 
 
 def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool) -> BlockBytes:
+    """Measure a block, a large one on a CPU with fake tensors: of the same sizes, without computing (and without memory)."""
+    real = type(call.tapped) is Tensor  # else in a mode of fake tensors already
+    if real and call.tapped.device.type == "cpu" and sum(p.numel() for p in block.parameters()) >= _FAKED:
+        from torch._subclasses import fake_tensor  # late: costs a second
+
+        shaped_by_values = fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
+        with contextlib.suppress(*shaped_by_values, fake_tensor.UnsupportedOperatorException):
+            with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                return _run_block(block, call.mapped(mode.from_tensor), dtype, as_recorded, trains)
+    return _run_block(block, call, dtype, as_recorded, trains)
+
+
+def _run_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool) -> BlockBytes:
     """Run a copy of `block` on one image and on two, forward and backward, and without a graph."""
     device = call.tapped.device  # where the weights are when it runs
     # frozen linear layers of trained models are cast, as the mask learner does; elsewhere every layer trains
