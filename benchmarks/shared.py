@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +37,33 @@ def memory_profile() -> profile:
 
 def peak_bytes(recorded: profile) -> int:
     """Peak of allocated bytes within the context, above the state before it."""
+    return int(max(_allocated(recorded)[1].max(initial=0), 0))
+
+
+def live_bytes(recorded: profile, name: str) -> list[tuple[int, int]]:
+    """(bytes at its begin, most bytes inside) of every `record_function(name)` in the context, above the state before it."""
+    starts, live = _allocated(recorded)
+    spans = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in _events(recorded) if e.name() == name]
+    found = []
+    for begin, end in sorted(spans):
+        first, last = np.searchsorted(starts, (begin, end))
+        before = int(live[first - 1]) if first else 0
+        found.append((before, int(max(live[first:last].max(initial=before), before))))
+    return found
+
+
+def _allocated(recorded: profile) -> tuple[np.ndarray, np.ndarray]:
+    """Time (ns) of every change of allocated bytes, and the bytes after it."""
+    changes = sorted(
+        ((e.start_ns(), e.nbytes()) for e in _events(recorded) if e.name() == "[memory]"), key=itemgetter(0)
+    )
+    starts, sizes = np.array(changes, dtype=np.int64).reshape(-1, 2).T
+    return starts, np.cumsum(sizes)
+
+
+def _events(recorded: profile) -> list[Any]:
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return int(np.cumsum([0, *changes]).max())
+    return list(recorded.profiler.kineto_results.events())
 
 
 def quartiles(values: Sequence[float], digits: int) -> str:

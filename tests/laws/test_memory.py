@@ -14,11 +14,12 @@ from torch import Tensor
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import BlockStack, frozen
+from tinyfusion.blocks.streams import BlockCall
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import ComputeSection, PruneSection, TrainingSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.jobs.estimate import GIB, MemoryPlan, fits, fitting_lines, images_at_once, memory_plan
-from tinyfusion.jobs.footprint import BlockBytes, Footprint, LiveBytes, Measured, footprint_of
+from tinyfusion.jobs.footprint import BlockBytes, Footprint, LiveBytes, Measured, _run_block, footprint_of
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
@@ -116,6 +117,43 @@ def test_prediction_is_near_the_allocators_peak(
     with checkpointed(given, checkpointing):
         measured = profiled_peak(given, IMAGES)
     assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.fixture
+def measured_on(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Measure blocks of any size as large ones; filled with the types of tensors that they run on."""
+    kinds: set[str] = set()
+
+    def run(block: torch.nn.Module, call: BlockCall, *settings: Any) -> BlockBytes:
+        kinds.add(type(call.tapped).__name__)
+        return _run_block(block, call, *settings)
+
+    monkeypatch.setattr("tinyfusion.jobs.footprint._FAKED", 0)
+    monkeypatch.setattr("tinyfusion.jobs.footprint._run_block", run)
+    return kinds
+
+
+@pytest.mark.parametrize("kind", ["train", "recover", "learn"])
+def test_large_blocks_are_measured_the_same_on_fake_tensors(
+    tiny_model: MakeModel, kind: str, measured_on: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = training(tiny_model, kind, "bfloat16")
+    faked = given.footprint().measured
+    assert measured_on == {"FakeTensor"}
+    monkeypatch.undo()
+    for dtype, real in given.footprint().measured.items():
+        assert (faked[dtype].blocks, faked[dtype].teacher) == (real.blocks, real.teacher)
+
+
+def test_a_block_that_reads_values_is_measured_on_real_tensors(
+    tiny_model: MakeModel, measured_on: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = training(tiny_model, "train")
+    kind = type(next(iter(given.stack)))
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x, c: forward(self, x, c) * float(x.isfinite().all()))
+    blocks = given.footprint().measured["float32"].blocks
+    assert measured_on == {"FakeTensor", "Tensor"} and min(b.retained for b in blocks) > 0
 
 
 @pytest.mark.parametrize("kind", ["train", "recover"])

@@ -160,9 +160,10 @@ def way_footprint(model: Counted, kept: Mapping[str, int], way: Way) -> Footprin
     largest = max(model.linears) if way.storage in _BITS else 0  # expanded layer by layer: at most a block's
     teacher = tuple(dataclasses.replace(b, casts=min(_LOW * largest, b.casts + _LOW * largest // 2)) for b in teacher)
     held = 0 if learning else _LOW * sum(model.outside) + _stored_bytes(model, way.storage)
+    two = max(a + b for a, b in zip(model.blocks, [*model.blocks[1:], 0], strict=True))
     return Footprint(
         trained=trained, item_bytes=(item,) * len(trained), frozen_linear=0, frozen_rest=-(-frozen // FLOAT_BYTES), gathered=0,
-        teacher=held, teacher_gathered=0, also_resident=0, batch=0,
+        teacher=held, teacher_gathered=0, also_resident=0, batch=0, passing=_LOW * two if way.storage == "streamed" else 0,
         graph_share=len(chosen) / len(model.lists) if learning else 1.0, features=0,
         measured={"bfloat16": dataclasses.replace(measured, blocks=blocks, teacher=teacher)},
     )  # fmt: skip
@@ -171,7 +172,7 @@ def way_footprint(model: Counted, kept: Mapping[str, int], way: Way) -> Footprin
 def _stored_bytes(model: Counted, storage: str) -> int:
     """Bytes on the device of a teacher's blocks."""
     if storage == "streamed":
-        return _LOW * max(a + b for a, b in zip(model.blocks, [*model.blocks[1:], 0], strict=True))
+        return 0
     if storage in _BITS:
         rest = sum(model.blocks) - sum(model.linears)
         return int(sum(model.linears) * _BITS[storage] / 8) + _LOW * rest

@@ -34,6 +34,9 @@ CARDS_GIB = (24, 48, 80)  # memory of the cards for which the largest batch is s
 FREE_SHARE = 0.1  # of a card: for the program's own context, workspaces and the allocator's gaps
 _HALF_BYTES = 2
 _SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256  # smaller tensors have float32 moments; numbers that share a float32 constant
+_UPDATE_8BIT_CPU = (
+    5 * FLOAT_BYTES
+)  # of each number of a tensor: on a CPU, bitsandbytes expands moments and gradient to update it
 _MOST_IMAGES = 2**21
 _MEASURED_PARAMETERS = 200_000_000  # larger models are not run for an estimate, their operations are counted
 _MEASURED_MACS = 5e9  # of one measured step: the batch is made smaller to stay below, and the time scaled
@@ -109,6 +112,8 @@ def memory_plan(
         casts = min(casts, peak)
     low = [size for size, item in zip(own, item_bytes, strict=True) if item < FLOAT_BYTES]
     update = update_bytes(low) if low else 0  # when the activations are gone
+    if settings.optimizer == "adamw-8bit" and footprint.on_host:
+        update += _UPDATE_8BIT_CPU * max((size for size in own if size >= _SMALLEST_8BIT), default=0)
     sizes = {
         "trained_weights": trained,
         "frozen_weights": math.ceil(frozen / shares),
@@ -150,7 +155,7 @@ def _moments(
         moments = [(before + after + sum(retained) + extra, casts)]
     if measured.teacher:  # runs before the student
         passing = images * max(b.without_graph + footprint.features * b.output for b in measured.teacher)
-        moments.append((passing, max(b.casts for b in measured.teacher)))
+        moments.append((passing, footprint.passing + max(b.casts for b in measured.teacher)))
     activations, casts = max(moments, key=sum)
     return (math.ceil(activations), casts), (math.ceil(max(inside)), block_casts)
 

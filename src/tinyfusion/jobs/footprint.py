@@ -2,10 +2,10 @@
 
 One block of each kind runs forward and backward on one image and on two, and every tensor that is allocated and freed is
 counted. The difference is what an image needs, the rest is what weights need (their casts). This is exact for any family,
-type and attention kernel, because it is the code that will train, and takes about a second for a block of a 675M model on
-a CPU; a formula would have to follow every line of every model. What is outside the blocks (embedding, output, losses, compared
-features, gates) is measured in the same way, on the whole objective with blocks that return their input. Memory inside
-kernels is not counted.
+type and attention kernel, because it is the code that will train; a formula would have to follow every line of every model. On a
+CPU large blocks run with fake tensors, which have only sizes, so it takes seconds for blocks of any size. What is outside the
+blocks (embedding, output, losses, compared features, gates) is measured in the same way, on the whole objective with blocks that
+return their input. Memory inside kernels is not counted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from tinyfusion.training.shards import local_part
 
 FLOAT_BYTES = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FEW, _MORE = 8, 16  # images; even, because some gates compare images in pairs, and enough for masks to differ
+_FAKED = 2**23  # numbers in a block from which on operations on a CPU take longer than faking them
+_MOST_PAIRS = (
+    4  # of images outside the blocks, and twice as many: in pairs, which some gates compare; enough for masks to differ
+)
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ class Footprint:
     trained: numbers in every trained tensor; item_bytes: of one of them, 4 where empty. frozen_linear: numbers in linear layers
     that do not train, in a type that autocast's may replace; frozen_rest: bytes of other frozen tensors over 4. What trained
     model and teacher share counts as the teacher's. gathered, teacher_gathered: weights and gradients that a process of FSDP2
-    has whole at a time. graph_share, features: as in `StepMemory`. teacher: of its weights, with those on their way to the
-    device. also_resident: other models on the device. measured: by type. on_host: the device is the host itself. hosted: bytes of
-    the teacher that would be on the host of another device.
+    has whole at a time. graph_share, features, passing: as in `StepMemory`. teacher: of its weights. also_resident: other models on
+    the device. measured: by type. on_host: the device is the host itself. hosted: bytes of the teacher that would be on the host of
+    another device.
     """
 
     trained: tuple[int, ...]
@@ -93,6 +96,7 @@ class Footprint:
     item_bytes: tuple[int, ...] = ()
     hosted: int = 0
     on_host: bool = False
+    passing: int = 0
 
 
 class LiveBytes(TorchDispatchMode):
@@ -134,7 +138,7 @@ def footprint_of(
     memory = objective.step_memory()
     teacher, teacher_stack = memory.teacher or (None, None)
     counted: set[Any] = set()
-    of_teacher = _stored(teacher.parameters(), device, counted) + memory.passing if teacher else 0
+    of_teacher = _stored(teacher.parameters(), device, counted) if teacher else 0
     of_linears = [list(m.parameters(recurse=False)) for m in model.modules() if isinstance(m, nn.Linear)]
     plain = [p for own in of_linears if not any(p.requires_grad for p in own) for p in own if p.element_size() > 1]
     castable = {id(p): p for p in plain if _storage(p) not in counted}
@@ -159,6 +163,7 @@ def footprint_of(
         item_bytes=tuple(p.element_size() for p in parameters.values()),
         hosted=sum(p.nbytes for b in teacher_stack or () for p in b.parameters()) if memory.passing else 0,
         on_host=device.type == "cpu",
+        passing=memory.passing,
     )
 
 
@@ -200,7 +205,10 @@ def _measured(
     live: dict[int, tuple[int, int]] = {}
     size, recorded = 0, list[list[_StandIn]]()
     one_by_one = getattr(source, "one_by_one", False)  # of calls that are not run together
-    for images in (1,) if one_by_one else (_FEW, _MORE):
+    few = 2 * max(
+        1, min(_MOST_PAIRS, settings.batch_size // 4)
+    )  # no more than train at once, as far as there are so many
+    for images in (1,) if one_by_one else (few, 2 * few):
         draws = Randomness(0).at(0, 0, images)
         noisy = objective.draw(source(0, images, draws), draws)
         tensors: list[Tensor] = []
@@ -221,7 +229,7 @@ def _measured(
     if one_by_one:
         before, rest = live[1]
     else:
-        before, rest = (max(b - a, 0) // (_MORE - _FEW) for a, b in zip(live[_FEW], live[_MORE], strict=True))
+        before, rest = (max(b - a, 0) // few for a, b in zip(live[few], live[2 * few], strict=True))
     by_type: dict[str, Measured] = {}
     types: tuple[str, ...] = (settings.dtype, "float32", "bfloat16")
     types = types[:1] if settings.weights == "bfloat16" else types  # such weights multiply in no other
@@ -296,6 +304,19 @@ def _block_bytes(recorded: list[_StandIn], dtype: str, as_recorded: bool, trains
 
 
 def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool) -> BlockBytes:
+    """Measure a block, a large one on a CPU with fake tensors: of the same sizes, without computing (and without memory)."""
+    real = type(call.tapped) is Tensor  # else in a mode of fake tensors already
+    if real and call.tapped.device.type == "cpu" and sum(p.numel() for p in block.parameters()) >= _FAKED:
+        from torch._subclasses import fake_tensor  # late: costs a second
+
+        mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+        shaped_by_values = fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
+        with contextlib.suppress(*shaped_by_values, fake_tensor.UnsupportedOperatorException), mode:
+            return _run_block(block, call.mapped(mode.from_tensor), dtype, as_recorded, trains)
+    return _run_block(block, call, dtype, as_recorded, trains)
+
+
+def _run_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool) -> BlockBytes:
     """Run a copy of `block` on one image and on two, forward and backward, and without a graph."""
     device = call.tapped.device  # where the weights are when it runs
     # frozen linear layers of trained models are cast, as the mask learner does; elsewhere every layer trains
