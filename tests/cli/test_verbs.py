@@ -505,6 +505,26 @@ def test_run(cli: Cli, work: Path) -> None:
 # -------------------------------------------------------------------------------------------------- common to all verbs
 
 
+def test_run_in_one_training(cli: Cli, work: Path) -> None:
+    """The blocks are chosen within the recovery: no pruned model before it, one training, the whole page."""
+    searched = f"{RUN} --set recover.search_share=0.5 --set recover.method=logits-kd --set evaluate.checkpoints=2"
+    searched += " --set recover.training.checkpoint_every_steps=1"
+    planned = done(cli, f"{searched} --dry-run --json").last_json["plan"]
+    assert "1 steps of the recovery" in planned["prune"] and not Path("whole").exists()
+    outcome = done(cli, f"{searched} --json")
+    kept = json.loads(Path("whole/recover/plan.json").read_text(encoding="utf-8"))["kept"]
+    assert outcome.last_json["kept"] == kept
+    assert not Path("whole/prune").exists()
+    assert sorted(path.stem for path in Path("whole/samples").glob("*.npz")) == ["real", "student", "teacher"]
+    assert set(json.loads(Path("whole/run.json").read_text(encoding="utf-8"))["stages"]) >= {"recover", "sample", "evaluate"}
+    curve = json.loads(Path("whole/fid_steps.json").read_text(encoding="utf-8"))
+    assert [point["step"] for point in curve] == [1, 2], "the student that the first step's averages would give, and the last"
+    page = Path("whole/report.html").read_text(encoding="utf-8")
+    assert "4 blocks to 2" in page and "pruned, before recovery" not in page
+    assert "recover.search_share" not in done(cli, f"{searched} --set prune.criterion=bi --out by-score").err
+    assert Path("by-score/prune/plan.json").exists(), "a criterion without training prunes first"
+
+
 @pytest.mark.parametrize("verb", [*WRITING, "run", "report"])
 def test_dry_run_writes_nothing(cli: Cli, work: Path, verb: str) -> None:
     if verb == "report":

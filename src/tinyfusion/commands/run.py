@@ -24,9 +24,12 @@ from tinyfusion.commands.stages import (
     PAGE,
     announce_run,
     end_again,
+    plan_file,
     say_unchecked,
     scores_file,
     stages_of,
+    trained_models,
+    trainings_of,
     whole_run,
     write_comparison,
 )
@@ -72,6 +75,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             f"recipe {recipe.name} is for the verb `dynamic`, it says nothing of pruning and recovery: tinyfusion dynamic --recipe "
             f"{recipe.name} --model {recipe.teacher or 'MODEL'}, or add those sections and --set dynamic.in_run=true"
         )
+    recipe = trainings_of(recipe)
     known = bool(recipe.data.prompts or recipe.data.name)
     if transformer := transformer_of(recipe.teacher, options.blocks, known):
         return run_transformer(recipe, options, transformer)
@@ -103,10 +107,13 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
     """Every stage but the page."""
     out, stage = options.out, stages_of(folder)
     where = dataclasses.replace(options, overwrite=False)
-    stage("prune", lambda: prune(recipe, dataclasses.replace(where, out=out / "prune")))
-    stage("recover", lambda: recover(recipe, dataclasses.replace(where, out=out / "recover"), out / "prune"))
     student = str(out / "recover" / "student")
-    models = {"teacher": recipe.teacher, "pruned": str(out / "prune" / "student"), "student": student}
+    places = {"teacher": recipe.teacher, "pruned": str(out / "prune" / "student"), "student": student}
+    models = {name: places[name] for name in trained_models(recipe)}
+    if "pruned" in models:
+        stage("prune", lambda: prune(recipe, dataclasses.replace(where, out=out / "prune")))
+    cut = out / "prune" if "pruned" in models else ""
+    stage("recover", lambda: recover(recipe, dataclasses.replace(where, out=out / "recover"), cut))
     if recipe.dynamic.in_run:
         models["dynamic"] = str(out / "dynamic" / "student")
         stage("dynamic", lambda: dynamic(recipe, dataclasses.replace(where, out=out / "dynamic"), student))
@@ -126,15 +133,19 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
 
 def _trainings(recipe: Recipe, teacher: LoadedModel, engine: Engine) -> list[Callable[[], Work]]:
     """The work of each stage that trains, built when called, so that one at a time is in memory."""
+    searches = recipe.recover.search_share is not None
 
-    def inputs(role: str, taught: bool) -> Inputs:
-        models = {role: teacher.cut(_stand_in(recipe, teacher)), "teacher": teacher.copy() if taught else None}
-        return Inputs(recipe, RunOptions(Path()), models)
+    def inputs(role: str, taught: bool, whole: bool = False) -> Inputs:
+        model = teacher.copy() if whole else teacher.cut(_stand_in(recipe, teacher))
+        return Inputs(recipe, RunOptions(Path()), {role: model, "teacher": teacher.copy() if taught else None})
 
-    works: list[Callable[[], Work]] = [
-        lambda: prune.work(Inputs(recipe, RunOptions(Path()), {"teacher": teacher}), engine),
-        lambda: recover.work(inputs("student", recipe.recover.method != "finetune"), engine),
-    ]
+    def pruning() -> Work:
+        return prune.work(Inputs(recipe, RunOptions(Path()), {"teacher": teacher}), engine)
+
+    def recovery() -> Work:
+        return recover.work(inputs("student", recipe.recover.method != "finetune", searches), engine)
+
+    works: list[Callable[[], Work]] = [recovery] if searches else [pruning, recovery]
     if recipe.dynamic.in_run:
         works.append(lambda: dynamic.work(inputs("model", recipe.dynamic.auxiliary == "teacher"), engine))
     return works
@@ -144,7 +155,7 @@ def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel, engine: En
     """Raise UserError on whatever a stage would refuse. Returns the download that a dry run would need for the rest."""
     missing = None
     # a dry run builds the trainings to measure them
-    for build in () if options.dry_run else _trainings(recipe, teacher, engine)[:2]:
+    for build in () if options.dry_run else _trainings(recipe, teacher, engine)[: len(trained_models(recipe)) - 1]:
         build()
     if recipe.dynamic.in_run:
         check_dynamic(recipe, teacher.cut(_stand_in(recipe, teacher)), "the student")
@@ -163,7 +174,7 @@ def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel, engine: En
 
 def _drawn(recipe: Recipe) -> list[str]:
     """The models that are sampled and scored."""
-    return ["teacher", "pruned", "student", *(["dynamic"] if recipe.dynamic.in_run else [])]
+    return [*trained_models(recipe), *(["dynamic"] if recipe.dynamic.in_run else [])]
 
 
 def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
@@ -185,7 +196,8 @@ def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -
     estimates = [build().estimate() for build in _trainings(recipe, teacher, engine)]
     drawing = sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device_for(recipe))
     steps = f"{routed.target:.0%} of the student's blocks, {routed.training.steps:,} steps"
-    learned = f" {pruning.scheme}, {pruning.training.steps:,} steps"
+    learned = f" {pruning.scheme}, {recovery.search_steps or pruning.training.steps:,} steps"
+    learned += " of the recovery" if recovery.search_steps else ""
     plan = {
         "teacher": described(teacher),
         "prune": pruning.criterion + (learned if pruning.criterion == "learned" else ""),
@@ -266,7 +278,7 @@ def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
 def _outcome(out: Path) -> dict[str, Any]:
     """Print and return the main numbers of a finished run, for `--json`."""
     evaluation, speed = read_json(out / "evaluation.json"), read_json(out / "speed.json")
-    blocks, page = read_json(out / "prune" / "plan.json")["kept"], out / PAGE
+    blocks, page = read_json(plan_file(out))["kept"], out / PAGE
     kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
     first = read_json(out / "run.json")["recipe"]["evaluate"]["references"][0]
     words = {"teacher": "teacher", "pruned": "pruned", "student": "recovered", "dynamic": "dynamic"}

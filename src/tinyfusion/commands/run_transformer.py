@@ -13,15 +13,18 @@ from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
 from tinyfusion.commands.sample_prompts import draws_prompts
 from tinyfusion.commands.stages import (
+    COMPARED,
     PAGE,
     announce_run,
     end_again,
+    plan_file,
     say_unchecked,
     scores_file,
     stages_of,
+    trained_models,
     whole_run,
 )
-from tinyfusion.commands.transformer_job import MODELS, TransformerJob, prompts_of, stand_in, transformer_job
+from tinyfusion.commands.transformer_job import TransformerJob, prompts_of, stand_in, transformer_job
 from tinyfusion.commands.transformer_scores import (
     ALONE,
     check_evaluation,
@@ -94,15 +97,16 @@ def _perform(job: TransformerJob, folder: RunDirectory, engine: Engine) -> None:
     check_number(job.recipe, job.recipe.pipeline.num_images or len(prompts))
     if folder.writes:
         write_json(out / TEXTS, prompts)
-    if not done["prune"]:
+    places = {"teacher": job.recipe.teacher, "pruned": str(out / "prune"), "student": str(out / "recover")}
+    models = {name: places[name] for name in trained_models(job.recipe)}
+    if "pruned" in models and not done["prune"]:
         _check_recovery(job, engine)
         stage("prune", lambda: prune(job.trained, dataclasses.replace(where, out=out / "prune")))
     if not done["recover"]:
         back = dataclasses.replace(where, out=out / "recover", inputs=recorded)
-        stage("recover", lambda: recover(job.trained, back, out / "prune"))
+        stage("recover", lambda: recover(job.trained, back, places["pruned"] if "pruned" in models else ""))
     if not folder.writes:
         return
-    models = {"teacher": job.recipe.teacher, "pruned": str(out / "prune"), "student": str(out / "recover")}
     stage("sample", lambda: draw_prompts(job, models))
     stage("evaluate", lambda: score_prompts(job))
     stage("speed", lambda: time_steps(job, models))
@@ -141,6 +145,8 @@ def _trainings(job: TransformerJob, engine: Engine) -> list[Callable[[], Work]]:
     """The work of each stage that trains, built when called, so that one at a time is in memory; the latents must exist."""
     recipe, options = job.trained, dataclasses.replace(job.options, inputs=None)
 
+    searches = recipe.recover.search_share is not None
+
     def opened() -> Any:
         return open_teacher(recipe, None, None, blocks=options.blocks)
 
@@ -152,12 +158,12 @@ def _trainings(job: TransformerJob, engine: Engine) -> list[Callable[[], Work]]:
     def recovery() -> Work:
         teacher = opened()
         recorded = None if recipe.data.name else recorded_of(job.options.inputs, teacher)
-        student = teacher.cut(stand_in(job.teacher, recipe, job.options.inputs))
+        student = teacher.copy() if searches else teacher.cut(stand_in(job.teacher, recipe, job.options.inputs))
         taught = recipe.recover.method != "finetune" and not (recorded and recipe.recover.method == "logits-kd")
         models = {"student": student, "teacher": teacher if taught else None}
         return recover.work(Inputs(recipe, options, models, recorded=recorded), engine)
 
-    return [*([pruning] if recipe.prune.criterion == "learned" else []), recovery]
+    return [*([pruning] if recipe.prune.criterion == "learned" and not searches else []), recovery]
 
 
 def _check_recovery(job: TransformerJob, engine: Engine) -> None:
@@ -176,14 +182,16 @@ def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
     else:
         estimates = [build().estimate() for build in _trainings(job, engine)]
     pruning, training, learned = recipe.prune, recipe.recover.training, recipe.prune.criterion == "learned"
+    within = recipe.recover.search_steps
+    searched = f"{within:,} steps of the recovery" if within else f"{pruning.training.steps:,} steps"
     blocks = ", ".join(f"{depth} {path}" for path, depth in job.teacher.depths.items())
     num, encoder = recipe.pipeline.num_images, f", encoded by {recipe.encode.pipeline}" if job.encodes else ""
     plan = {
         "teacher": f"{job.teacher.class_name}, {blocks}, {job.teacher.num_bytes / 2**30:.2f} GiB",
         "data": (recipe.data.name or str(options.inputs)) + encoder,
-        "prune": f"learned {pruning.scheme}, {pruning.training.steps:,} steps" if learned else pruning.criterion,
+        "prune": f"learned {pruning.scheme}, {searched}" if learned else pruning.criterion,
         "recover": f"{recipe.recover.method}, {training.steps:,} steps of {training.batch_size} images",
-        "sample": f"{f'{num:,} images' if num else 'an image per prompt'} by each of {', '.join(MODELS)}",
+        "sample": f"{f'{num:,} images' if num else 'an image per prompt'} by each of {', '.join(trained_models(recipe))}",
         "evaluate": scores_said(job.scored),
     }
     return announce_run(recipe, plan, mode, estimates, engine.is_main)
@@ -196,10 +204,10 @@ def _outcome(out: Path) -> dict[str, Any]:
     """Print and return the main numbers of a finished run, for `--json`."""
     record, evaluation = read_json(out / "run.json")["recipe"], read_json(out / "evaluation.json")
     speed = read_json(out / "speed.json")["speedup"] if (out / "speed.json").is_file() else None
-    blocks, page = read_json(out / "prune" / "plan.json")["kept"], out / PAGE
+    blocks, page = read_json(plan_file(out))["kept"], out / PAGE
     kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
     first = next(iter(record["evaluate"]["references"]), None)
-    files = {name: scores_file(out, name, first or ALONE) for name in MODELS}
+    files = {name: scores_file(out, name, first or ALONE) for name in COMPARED}
     scores = {name: read_json(file) for name, file in files.items() if file.is_file()}
     said = []
     for key, title in (("fid", distance_name(scores.values())), ("clip_score", "CLIP score")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 import sys
@@ -25,6 +26,26 @@ from tinyfusion.jobs.estimate import Estimate, announce
 from tinyfusion.jobs.verbs import finished
 
 PAGE = "report.html"  # of a run
+COMPARED = ("teacher", "pruned", "student")
+
+
+def trainings_of(recipe: Recipe) -> Recipe:
+    """The recipe without a search within the recovery, where another criterion than the learned one chooses the blocks."""
+    if recipe.prune.criterion == "learned" or recipe.recover.search_share is None:
+        return recipe
+    return dataclasses.replace(recipe, recover=dataclasses.replace(recipe.recover, search_share=None))
+
+
+def trained_models(recipe: Recipe) -> tuple[str, ...]:
+    """The models of a run that are compared; a search within the recovery leaves no pruned one before it."""
+    return tuple(name for name in COMPARED if name != "pruned" or recipe.recover.search_share is None)
+
+
+def plan_file(out: Path) -> Path:
+    """The plan of a run: of its pruning, or of the search within its recovery."""
+    return next(
+        (f for f in (out / "prune" / "plan.json", out / "recover" / "plan.json") if f.is_file()), out / "plan.json"
+    )
 
 
 def end_again(folder: RunDirectory, dry_run: bool) -> None:

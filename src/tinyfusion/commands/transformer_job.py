@@ -23,7 +23,6 @@ from tinyfusion.jobs.transformers import planned
 from tinyfusion.models.transformer import gate_units
 from tinyfusion.prune.layout import layout_of
 
-MODELS = ("teacher", "pruned", "student")
 _MOST_CAPTIONS = 1000  # that are drawn where no prompts are named
 
 

@@ -12,8 +12,8 @@ from tinyfusion.commands.bench import BenchModels
 from tinyfusion.commands.bench_prompts import bench_prompts
 from tinyfusion.commands.evaluate import check_count, evaluate
 from tinyfusion.commands.sample_prompts import sample_prompts
-from tinyfusion.commands.stages import scores_file, write_comparison
-from tinyfusion.commands.transformer_job import MODELS, TransformerJob
+from tinyfusion.commands.stages import scores_file, trained_models, write_comparison
+from tinyfusion.commands.transformer_job import TransformerJob
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
@@ -86,7 +86,7 @@ def score_prompts(job: TransformerJob) -> None:
     for number, reference in enumerate(references):
         settings = recipe.evaluate if number == 0 else dataclasses.replace(recipe.evaluate, clip=None)
         own = dataclasses.replace(recipe, evaluate=settings)
-        for name in MODELS:
+        for name in trained_models(recipe):
             against = teacher if name != "teacher" and number == 0 else None
             if reference is None and against is None and settings.clip is None:
                 continue  # no score is the teacher's alone

@@ -28,6 +28,7 @@ from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.jobs.sampling_setup import draw, protocol
 from tinyfusion.jobs.scoring import open_reference, protocol_of, score
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.prune.learn import FIXED
 from tinyfusion.training.loop import BatchSource
 from tinyfusion.training.saved import damage, open_checkpoint, other_version
 
@@ -205,7 +206,9 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
         write_json(file, sorted(points, key=lambda point: point["step"]))
 
     for step, model in ((0, "pruned"), (settings.made_steps, "student")):
-        if step not in done:
+        if (
+            step not in done and evaluation(model, reference).is_file()
+        ):  # a search within the recovery has no pruned model
             add(step, read_json(evaluation(model, reference)))
     if missing := [step for step in steps if step not in done and step != settings.made_steps]:
         extractor = open_extractor(recipe.evaluate.features, str(device_for(recipe)))
@@ -219,16 +222,25 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
 
 @torch.no_grad()
 def _load_average(model: LoadedModel, checkpoint: Path) -> None:
-    """Load the averaged weights of a checkpoint into `model`. Raises UserError where they are missing."""
+    """Load the averaged weights of a checkpoint into `model`, also of a training of the whole model that it was cut from.
+
+    Raises UserError where they are missing.
+    """
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is gone: evaluate.checkpoints needs it for the curve of FID over the recovery")
     if (wrong := other_version(checkpoint) or damage(checkpoint)) is not None:
         raise UserError(f"cannot take the averaged weights of checkpoint {checkpoint}: {wrong}")
     saved = open_checkpoint(checkpoint)
     names = set(saved.names())
+    plan, trained = model.facts.plan, {name: name for name, _ in model.module.named_parameters()}
+    if plan is not None and f"ema/{FIXED}" in names:
+        for listed, kept in plan.kept.items():
+            places = {f"{listed}.{new}.": f"{listed}.{old}." for new, old in enumerate(kept)}
+            own = {name: place for name in trained for place in places if name.startswith(place)}
+            trained |= {name: name.replace(place, places[place], 1) for name, place in own.items()}
     for name, parameter in model.module.named_parameters():
-        if f"ema/{name}" in names:
-            parameter.copy_(saved.whole(f"ema/{name}"))
+        if (there := f"ema/{trained[name]}") in names:
+            parameter.copy_(saved.whole(there))
 
 
 def write_pictures(

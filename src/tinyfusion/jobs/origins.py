@@ -240,6 +240,11 @@ def _sentence(verb: str, run: MakingRun) -> str:
         learned = f", scheme {settings.get('scheme')}" if settings.get("criterion") == "learned" else ""
         on = f", on {trained}" if trained else ""
         return f"Pruned by the criterion `{settings.get('criterion')}`{learned}{on}{state}."
+    if verb == "recover" and settings.get("search_share") is not None:
+        pruning = run.section("prune")
+        scheme = pruning.get("scheme") if isinstance(pruning, Mapping) else None
+        on = trained or "data that are not recorded"
+        return f"Pruned by the criterion `learned`, scheme {scheme}, within its recovery by `{settings.get('method')}` on {on}{state}."
     did = {"train": "Trained from nothing", "recover": f"Recovered by `{settings.get('method')}`"}.get(
         verb, f"`{verb}`,"
     )

@@ -31,6 +31,8 @@ from tinyfusion.training.packed import pack
 from tinyfusion.training.rounding import hold_weights
 from tinyfusion.training.state import Ema
 
+FIXED = "gates.fixed_gates"  # of the state of a training that searches
+
 
 @dataclass(frozen=True)
 class GatedObjective(Objective):
@@ -276,7 +278,7 @@ def search_within(
     gates = gates_of(groups, settings).to(device)
     schedules = (settings.temperature, settings.scaling, steps)
     gated = GatedObjective(objective, whole.stack, gates, *schedules, layout, settings.dropped, sure=sure)
-    fixed = {"gates.fixed_gates": gates.fixed_gates, "gates.fixed_at": gates.fixed_at}
+    fixed = {FIXED: gates.fixed_gates, "gates.fixed_at": gates.fixed_at}
     listed = [*parameters, logit_group(gates, settings), ParameterGroup(fixed, constant=True, decayed=False)]
     return MaskLearner(whole.module, gated, groups, listed, num_parameters(whole.module))
 
