@@ -48,7 +48,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_killed_and_continued_is_as_if_never_killed(folder: Path, start: Starter) -> None:
-    for verb, command in (("cut", LEARN), ("back", [*RECOVER, "--student", "whole-cut"])):
+    within = [*RECOVER, "--teacher", "flux", "--search-share", "0.5", "--scheme", "2:3;1:2", "--method", "logits-kd"]
+    jobs = {"cut": LEARN, "back": [*RECOVER, "--student", "whole-cut"], "within": within}
+    for verb, command in jobs.items():
         whole = start(*command, "--out", f"whole-{verb}")
         assert whole.end() == 0, whole.said
         killed = start(*command, "--out", f"killed-{verb}", pace_s=0.2)

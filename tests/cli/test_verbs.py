@@ -516,9 +516,15 @@ def test_run_in_one_training(cli: Cli, work: Path) -> None:
     assert outcome.last_json["kept"] == kept
     assert not Path("whole/prune").exists()
     assert sorted(path.stem for path in Path("whole/samples").glob("*.npz")) == ["real", "student", "teacher"]
-    assert set(json.loads(Path("whole/run.json").read_text(encoding="utf-8"))["stages"]) >= {"recover", "sample", "evaluate"}
+    assert set(json.loads(Path("whole/run.json").read_text(encoding="utf-8"))["stages"]) >= {
+        "recover",
+        "sample",
+        "evaluate",
+    }
     curve = json.loads(Path("whole/fid_steps.json").read_text(encoding="utf-8"))
-    assert [point["step"] for point in curve] == [1, 2], "the student that the first step's averages would give, and the last"
+    assert [point["step"] for point in curve] == [1, 2], (
+        "the student that the first step's averages would give, and the last"
+    )
     page = Path("whole/report.html").read_text(encoding="utf-8")
     assert "4 blocks to 2" in page and "pruned, before recovery" not in page
     assert "recover.search_share" not in done(cli, f"{searched} --set prune.criterion=bi --out by-score").err
