@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tinyfusion.blocks.scheme import BlockGroup, consecutive_groups, parse_scheme
+from tinyfusion.blocks.scheme import BlockGroup, consecutive_groups, parse_scheme, spelled_out
 from tinyfusion.blocks.stack import BlockStack, frozen
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection, TrainingSection
@@ -674,6 +674,28 @@ def test_each_list_may_have_a_scheme_of_its_own() -> None:
         UserError, match=r"needs a depth divisible by 2; the model has 3 blocks .* in double; one scheme per list"
     ):
         parse_scheme("1:2", {"double": 3, "single": 4})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "depths", "spelled"),
+    [
+        ("50%", {"blocks": 28}, "14:28"),
+        ("50%", {"double": 19, "single": 38}, "10:19;19:38"),
+        ("50%", {"a": 6, "b": 6}, "3:6"),
+        ("1%;100%", {"a": 6, "b": 6}, "1:6;6:6"),
+        ("33.3%;1:2", {"a": 6, "b": 4}, "2:6;1:2"),
+        ("2:4", {"blocks": 8}, "2:4"),
+    ],
+)
+def test_a_share_is_one_group_of_a_list(scheme: str, depths: dict[str, int], spelled: str) -> None:
+    assert spelled_out(scheme, depths) == spelled
+    assert parse_scheme(scheme, depths, "subset") == parse_scheme(spelled, depths, "subset")
+
+
+@pytest.mark.parametrize("scheme", ["0%", "101%", "50 %%", "-5%", "50%x2", "%"])
+def test_shares_that_are_none(scheme: str) -> None:
+    with pytest.raises(UserError, match=r"scheme '.*' (keeps a share of the blocks: wanted more than 0|is not N:M)"):
+        parse_scheme(scheme, {"blocks": 4}, "subset")
 
 
 def test_a_uniform_scheme_fills_every_list_without_crossing() -> None:

@@ -1,7 +1,7 @@
 """N:M schemes: which blocks may be kept together.
 
-"2:4" keeps 2 of every 4 consecutive blocks; "2:4x3+3:4x4" lists the groups. Groups never cross from one list of blocks
-into the next. L is the depth of a list. Protected blocks stay, and count as kept.
+"2:4" keeps 2 of every 4 consecutive blocks; "2:4x3+3:4x4" lists the groups; "50%" is one group, half of all blocks. Groups never
+cross from one list of blocks into the next. L is the depth of a list. Protected blocks stay, and count as kept.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def consecutive_groups(pairs: Iterable[Sequence[int]]) -> list[BlockGroup]:
 
 
 _PART = re.compile(r"(\d+):(\d+)(?:x(\d+))?")
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
 
 
 def scheme_pairs(scheme: str) -> list[tuple[int, int]]:
@@ -114,7 +115,9 @@ def scheme_pairs(scheme: str) -> list[tuple[int, int]]:
     for part in scheme.replace(" ", "").split("+"):
         match = _PART.fullmatch(part)
         if not match:
-            raise UserError(f"scheme {scheme!r} is not N:M, N:MxCOUNT or a sum of them, such as 1:2 or 2:4x3+3:4x4")
+            raise UserError(
+                f"scheme {scheme!r} is not N:M, N:MxCOUNT, a sum of them, or a share, such as 1:2, 2:4x3+3:4x4 or 50%"
+            )
         keep, size = int(match[1]), int(match[2])
         if not 1 <= keep <= size:
             raise UserError(
@@ -134,6 +137,22 @@ def schemes_by_list(scheme: str, lists: Collection[str]) -> list[str]:
     return schemes * (len(lists) // len(schemes))
 
 
+def spelled_out(scheme: str, depths: Mapping[str, int]) -> str:
+    """The scheme with shares as N:M: "50%" of a list of 28 blocks is 14:28, one group. depths: blocks per list.
+
+    N is rounded, and at least 1. Raises UserError on a share that is not above 0 and at most 100 %.
+    """
+    if "%" not in scheme:
+        return scheme
+    parts = []
+    for own, depth in zip(schemes_by_list(scheme, depths), depths.values(), strict=True):
+        share = _SHARE.fullmatch(own.strip())
+        if share and not 0 < float(share[1]) <= 100:
+            raise UserError(f"scheme {own!r} keeps a share of the blocks: wanted more than 0 and at most 100%")
+        parts.append(f"{max(1, round(float(share[1]) * depth / 100))}:{depth}" if share else own)
+    return ";".join(dict.fromkeys(parts) if len(set(parts)) == 1 else parts)
+
+
 def parse_scheme(
     scheme: str,
     depths: Mapping[str, int],
@@ -143,13 +162,15 @@ def parse_scheme(
 ) -> dict[str, list[BlockGroup]]:
     """The groups of every list of blocks.
 
-    A single N:M fills each list, an explicit sum one list exactly; "10:19;1:2" has a scheme for each list, in order. protect:
+    A single N:M fills each list, an explicit sum one list exactly, and a share such as 50% is of all blocks of a list, in one group;
+    "10:19;1:2" has a scheme for each list, in order. protect:
     blocks that stay, counted through the lists in order. runs: removed runs of a group, with the distribution "runs". Raises
     UserError on bad spelling, on N not in 1..M, where the groups do not fill the depth (saying which scheme would), where a
     group cannot keep all its protected blocks, and where it would have no candidate, or too many to enumerate.
     """
     if runs != 1 and distribution != "runs":
         raise UserError(f"prune.runs is {runs}, and prune.distribution {distribution} has no runs: set it to runs")
+    scheme = spelled_out(scheme, depths)
     groups: dict[str, list[BlockGroup]] = {}
     for own, (name, depth) in zip(schemes_by_list(scheme, depths), depths.items(), strict=True):
         pairs = scheme_pairs(own)

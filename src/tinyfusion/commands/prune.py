@@ -22,6 +22,7 @@ from tinyfusion.jobs.training import MaskTraining, mask_training, student_of
 from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.transformer import TransformerModel
+from tinyfusion.prune.layout import gate_layout
 from tinyfusion.prune.learn import plan_of
 from tinyfusion.prune.sureness import sureness_lines
 from tinyfusion.prune.width import width_stand_in
@@ -66,6 +67,7 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
             student = teacher.cut(width_stand_in(teacher, recipe.prune)) if narrower else teacher
             student.made_for(recipe.destination)
         recorded = recorded_of(options.inputs, teacher)
+        recipe = dataclasses.replace(recipe, prune=gate_layout(teacher).spelled(recipe.prune))
         return Inputs(recipe, options, {"teacher": teacher}, {"teacher": recipe.teacher}, recorded=recorded)
 
     def work(self, inputs: Inputs, engine: Engine) -> MaskTraining | CriterionWork:

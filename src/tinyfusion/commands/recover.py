@@ -22,6 +22,7 @@ from tinyfusion.jobs.training import SearchedRecovery, Training, recovery
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
+from tinyfusion.prune.layout import gate_layout
 from tinyfusion.prune.sureness import sureness_lines
 from tinyfusion.recover.sharing import lora_tensors
 from tinyfusion.training.engine import Engine
@@ -91,6 +92,7 @@ class Recover(TrainingVerb[Training]):
         whole.made_for(recipe.destination)  # refuse before anything is learned
         if not recorded:
             recipe = _with_taught_target(recipe, whole, remarks)
+        recipe = dataclasses.replace(recipe, prune=gate_layout(whole).spelled(recipe.prune))
         taught = settings.method != "finetune" and not (recorded and settings.method == "logits-kd")
         models: dict[str, LoadedModel | None] = {"student": whole.copy(), "teacher": whole if taught else None}
         return Inputs(recipe, options, models, {"teacher": recipe.teacher}, recorded=recorded)

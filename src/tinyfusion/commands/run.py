@@ -87,6 +87,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
     remarks: list[str] = []
     recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, evaluated=True)
+    recipe = dataclasses.replace(recipe, prune=gate_layout(teacher).spelled(recipe.prune))
     plain = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash()}
     folder = RunDirectory(options.out, engine.is_main)
     mode = engine.first(lambda: folder.check("run", plain, options.overwrite))

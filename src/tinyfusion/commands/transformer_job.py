@@ -77,6 +77,8 @@ def transformer_job(recipe: Recipe, options: RunOptions, teacher: TransformerFol
         raise UserError(
             "recover.method=finetune learns from data, and recorded inputs have none: logits-kd learns from the recorded outputs"
         )
+    layout = layout_of(dict(teacher.depths), gate_units(teacher))
+    recipe = dataclasses.replace(recipe, prune=layout.spelled(recipe.prune))
     encodes = bool(name) and not name.startswith(LATENTS)
     if (
         encodes

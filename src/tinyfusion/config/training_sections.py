@@ -121,7 +121,8 @@ class PruneSection:
     criterion: Annotated[Criterion, "rule that chooses the blocks"] = "learned"
     scheme: Annotated[
         str,
-        "learned: N:M keeps N of every M consecutive blocks; 2:4x3+3:4x4 is explicit, 10:19;1:2 for two lists of blocks",
+        "learned: 50% keeps half of every list of blocks, N:M keeps N of every M consecutive blocks; 2:4x3+3:4x4 is explicit, "
+        "10:19;1:2 for two lists of blocks",
     ] = "1:2"
     distribution: Annotated[
         Literal["categorical", "subset", "runs"],

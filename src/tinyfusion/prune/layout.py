@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tinyfusion.blocks.scheme import BlockGroup, check_range, parse_scheme
+from tinyfusion.blocks.scheme import BlockGroup, check_range, parse_scheme, spelled_out
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.diffusers_classes.cutting import UnitList, unit_blocks
@@ -57,6 +58,12 @@ class GateLayout:
         """The groups of a learned criterion, per list of gates; they count units. Raises UserError if the scheme does not fit."""
         protect = self.protected(settings.protect)
         return parse_scheme(settings.scheme, self.sizes, settings.distribution, protect, settings.runs)
+
+    def spelled(self, settings: PruneSection) -> PruneSection:
+        """The settings with the scheme as N:M where it is a share: the same for this model, and readable without it."""
+        if settings.criterion != "learned":
+            return settings
+        return dataclasses.replace(settings, scheme=spelled_out(settings.scheme, self.sizes))
 
     def first_choice(self, settings: PruneSection) -> dict[str, list[int]]:
         """Blocks per list of the model of one choice that the groups allow: a stand-in for the decision, of its size."""

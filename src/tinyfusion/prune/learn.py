@@ -322,7 +322,7 @@ def plan_of(
         kept=decision.kept(),
         depth=teacher.stack.depths(),
         criterion="learned",
-        scheme=settings.scheme,
+        scheme=decision.layout.spelled(settings).scheme,
         distribution=settings.distribution,
         groups={
             name: [[g.keep, g.size] for g in listed]
