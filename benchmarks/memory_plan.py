@@ -127,7 +127,7 @@ def made(case: Case, settings: TrainingSection) -> Made:
     inner = GaussianObjective()
     if case.kind == "learn":
         teacher = model_of("DiT-XL/2", 0)
-        learner = mask_learner(teacher, inner, replace(PruneSection(), training=settings), seed=0)
+        learner = mask_learner(teacher, inner, replace(PruneSection(), scheme="1:2", training=settings), seed=0)
         state = TrainState(learner.module, learner.parameter_groups, settings)
         return Made(state, learner.objective.stack, learner.objective, [teacher.module])
     if case.kind == "train":

@@ -70,7 +70,7 @@ def training(make: MakeModel, kind: str, dtype: Any = "float32", **sizes: Any) -
     settings = TrainingSection(steps=2, batch_size=IMAGES, dtype=dtype)
     model, inner = make(**{**SIZES, **sizes}), GaussianObjective()
     if kind == "learn":
-        section = dataclasses.replace(PruneSection(), training=settings)
+        section = dataclasses.replace(PruneSection(), scheme="1:2", training=settings)
         learner = mask_learner(model, inner, section, seed=0)
         state = TrainState(learner.module, learner.parameter_groups, settings)
         return Trained(state, learner.objective.stack, learner.objective, settings, [model.module])

@@ -156,3 +156,26 @@ class Empty:
 
     def __init__(self, theta: list[float]) -> None:
         self.average = {"gates.logits.0": torch.tensor(theta)}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "distribution", "kind"),
+    [
+        ("50%", None, SubsetGates),
+        ("1:2", None, CategoricalGates),
+        ("1:2", "subset", SubsetGates),
+        ("50%", "runs", CategoricalGates),
+    ],
+)
+def test_a_scheme_names_its_distribution(scheme: str, distribution: Any, kind: type, tiny_model: ModelFactory) -> None:
+    """A share is any subset of its size; groups are categoricals, as published; either can be named."""
+    learner, state = search(tiny_model, scheme=scheme, distribution=distribution)
+    assert type(learner.objective.gates) is kind
+    plan = plan_of(
+        learner.decision(state.ema, 0),
+        tiny_model(depth=4),
+        PruneSection(scheme=scheme, distribution=distribution),
+        0,
+        {},
+    )
+    assert "%" not in str(plan.scheme) and plan.distribution in ("subset", "categorical", "runs")

@@ -123,12 +123,12 @@ class PruneSection:
         str,
         "learned: 50% keeps half of every list of blocks, N:M keeps N of every M consecutive blocks; 2:4x3+3:4x4 is explicit, "
         "10:19;1:2 for two lists of blocks",
-    ] = "1:2"
+    ] = "50%"
     distribution: Annotated[
-        Literal["categorical", "subset", "runs"],
+        Literal["categorical", "subset", "runs"] | None,
         "learned: one logit per candidate of a group, enumerated; one per block, over subsets of exact size; or one per place of "
-        "the removed blocks, which are consecutive",
-    ] = "categorical"
+        "the removed blocks, which are consecutive; None: subset where the scheme is a share, else (published) categorical",
+    ] = None
     runs: Annotated[
         int, Ge(1), Le(2**10), "distribution runs: runs of removed blocks in each group, of equal length"
     ] = 1

@@ -57,13 +57,15 @@ class GateLayout:
     def groups(self, settings: PruneSection) -> dict[str, list[BlockGroup]]:
         """The groups of a learned criterion, per list of gates; they count units. Raises UserError if the scheme does not fit."""
         protect = self.protected(settings.protect)
-        return parse_scheme(settings.scheme, self.sizes, settings.distribution, protect, settings.runs)
+        settings = self.spelled(settings)
+        return parse_scheme(settings.scheme, self.sizes, settings.distribution or "", protect, settings.runs)
 
     def spelled(self, settings: PruneSection) -> PruneSection:
-        """The settings with the scheme as N:M where it is a share: the same for this model, and readable without it."""
+        """The settings with a distribution, and a scheme of N:M where it is a share: the same for this model, readable without it."""
         if settings.criterion != "learned":
             return settings
-        return dataclasses.replace(settings, scheme=spelled_out(settings.scheme, self.sizes))
+        named = settings.distribution or ("subset" if "%" in settings.scheme else "categorical")
+        return dataclasses.replace(settings, scheme=spelled_out(settings.scheme, self.sizes), distribution=named)
 
     def first_choice(self, settings: PruneSection) -> dict[str, list[int]]:
         """Blocks per list of the model of one choice that the groups allow: a stand-in for the decision, of its size."""

@@ -226,6 +226,7 @@ def mask_learner(
     Raises UserError if the scheme does not fit.
     """
     layout = gate_layout(teacher)
+    settings = layout.spelled(settings)
     groups = layout.groups(settings)
     module = teacher.copy().module.train()
     make_trainable(module, teacher.family)  # a frozen teacher's copy is frozen
@@ -274,6 +275,7 @@ def search_within(
     Raises UserError if the scheme does not fit.
     """
     layout = gate_layout(whole)
+    settings = layout.spelled(settings)
     groups = layout.groups(settings)
     gates = gates_of(groups, settings).to(device)
     schedules = (settings.temperature, settings.scaling, steps)
@@ -284,7 +286,7 @@ def search_within(
 
 
 def gates_of(groups: Mapping[str, Sequence[BlockGroup]], settings: PruneSection) -> GateDistribution:
-    """The distribution of the gates that the settings name, over the groups of all lists."""
+    """The distribution of the gates that the settings name (`GateLayout.spelled`), over the groups of all lists."""
     listed = [group for of_list in groups.values() for group in of_list]
     if settings.distribution == "subset":
         return SubsetGates(listed, settings.logit_init, settings.subset_estimator)
@@ -318,11 +320,12 @@ def plan_of(
     decision: Decision, teacher: LoadedModel, settings: PruneSection, seed: int, cost: dict[str, float]
 ) -> PrunePlan:
     """The decision as a plan."""
+    settings = decision.layout.spelled(settings)
     return PrunePlan(
         kept=decision.kept(),
         depth=teacher.stack.depths(),
         criterion="learned",
-        scheme=decision.layout.spelled(settings).scheme,
+        scheme=settings.scheme,
         distribution=settings.distribution,
         groups={
             name: [[g.keep, g.size] for g in listed]
