@@ -15,6 +15,7 @@ from typing import Any
 
 from shared import spread, table
 from tinyfusion.commands.run import run
+from tinyfusion.commands.stages import plan_file
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import read_json, write_text
@@ -31,12 +32,18 @@ def metrics(runs: list[Path], references: tuple[str, ...]) -> list[str]:
     for reference in references:
         slug = reference.replace(":", "-")
         for key, label in MODELS.items():
+            if not (runs[0] / "evaluations" / f"{key}-{slug}.json").is_file():
+                continue  # a search within the recovery has no pruned model
             records = [read_json(r / "evaluations" / f"{key}-{slug}.json") for r in runs]
             cells = [spread([float(f[m]) for f in records], 2 if "fid" in m or "score" in m else 3) for m in METRICS]
             rows.append([f"`{reference}`", label, *cells])
         protocols.append(read_json(runs[0] / "evaluations" / f"student-{slug}.json")["protocol"])
+    first = references[0].replace(":", "-")
+    pairs = [[read_json(r / "evaluations" / f"{m}-{first}.json")["fid"] for m in ("student", "teacher")] for r in runs]
     return [
         *table(["reference", "model", *METRICS], *rows),
+        "",
+        f"FID of the student over its teacher's, by seed: {spread([own / taught for own, taught in pairs])}.",
         "",
         "Protocols of the first seed: " + "; ".join(protocols) + ".",
         "",
@@ -47,12 +54,15 @@ def facts(runs: list[Path], teacher_images: int | None) -> list[str]:
     """Speed, kept blocks, budgets."""
     speeds = [read_json(r / "speed.json") for r in runs]
     rows = [f"Sampling speed-up: {spread([s['speedup'] for s in speeds])} ({speeds[0]['protocol']})."]
-    plans = [read_json(run_folder / "prune" / "plan.json") for run_folder in runs]
-    masks = [f"seed {p['seed']}: {p['kept']} in {p['cost']['seconds']:.0f} s" for p in plans]
-    rows.append(f"Kept blocks, and time of mask learning ({plans[0]['scheme']}): {'; '.join(masks)}.")
-    seen = [float(read_json(runs[0] / stage / "run.json")["seen_images"]) for stage in ("prune", "recover")]
-    share = f"; together {sum(seen) / teacher_images:.1%} of the teacher's {teacher_images:,}" if teacher_images else ""
-    rows.append(f"Images seen: mask learning {seen[0]:,.0f}, recovery {seen[1]:,.0f}{share}.")
+    plans = [read_json(plan_file(run_folder)) for run_folder in runs]
+    masks = [f"seed {p['seed']}: {p['kept']} after {p['cost']['images']:,.0f} images" for p in plans]
+    rows.append(f"Kept blocks ({plans[0]['scheme']}): {'; '.join(masks)}.")
+    stages = [stage for stage in ("prune", "recover") if (runs[0] / stage / "run.json").is_file()]
+    seen = sum(float(read_json(runs[0] / stage / "run.json")["seen_images"]) for stage in stages)
+    share = f", {seen / teacher_images:.1%} of the teacher's {teacher_images:,}" if teacher_images else ""
+    rows.append(f"Images seen by search and recovery: {seen:,.0f}{share}.")
+    seconds = [sum(read_json(r / stage / "run.json")["seconds"] for stage in stages) for r in runs]
+    rows.append(f"Seconds of both: {spread(seconds, 0)}.")
     return rows
 
 
