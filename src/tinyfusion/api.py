@@ -172,6 +172,7 @@ def recover_model(
     task: Process,
     batches: Batches,
     settings: RecoverSection | None = None,
+    pruning: PruneSection | None = None,
     *,
     seed: int = 0,
     compute: ComputeSection | None = None,
@@ -179,15 +180,22 @@ def recover_model(
 ) -> LoadedModel:
     """A trained copy of `student`: distilled from `teacher` (outputs, features of paired blocks), or fine-tuned without one.
 
-    Its weights are the moving average of the training (`settings.training.ema_decay`). Student and teacher are not changed.
-    Raises UserError unless the teacher is an ancestor of the student, or shares one.
+    With `settings.search_share` the student is the whole model, as the teacher is, and comes back pruned: its blocks are chosen
+    within the training by the gates of `pruning` (None: half of every list). `facts.plan` says which. Its weights are the moving
+    average of the training (`settings.training.ema_decay`). Student and teacher are not changed. Raises UserError unless the teacher
+    is an ancestor of the student, or shares one; and on `pruning` without a search.
     """
     settings = settings or RecoverSection(method="masked-kd" if teacher else "finetune")
     if (teacher is None) != (settings.method == "finetune"):
         raise UserError(f"method {settings.method} {'needs a teacher' if teacher is None else 'takes no teacher'}")
+    if pruning is not None and settings.search_share is None:
+        raise UserError(
+            "pruning says how blocks are chosen within a recovery: set RecoverSection.search_share, such as 0.1"
+        )
     engine = _engine(student, compute)
     source, training = _source(task, batches, settings.training, engine)
-    recipe = Recipe(seed=seed, recover=dataclasses.replace(settings, training=training))
+    pruning, settings = pruning or PruneSection(), dataclasses.replace(settings, training=training)
+    recipe = Recipe(seed=seed, prune=pruning, recover=settings)
     work = recovery(recipe, student.copy(), teacher.copy() if teacher else None, task, source, engine)
     for record in work.steps():
         on_step(record)

@@ -118,6 +118,25 @@ def test_a_module_of_ones_own_is_pruned_and_recovered(teacher: LoadedModel, give
     assert same(weights(again), weights(student)), "the same call gives the same weights"
 
 
+@pytest.mark.parametrize("update", ["full", "lora"])
+def test_one_training_prunes_and_recovers_a_module_of_ones_own(teacher: LoadedModel, update: Any) -> None:
+    before = weights(teacher)
+    settings = dataclasses.replace(KD, method="logits-kd", search_share=0.25, update=update, lora_rank=2)
+    seen: list[int] = []
+    student = tf.recover_model(
+        teacher, teacher, TASK, batches(), settings, LEARN, on_step=lambda record: seen.append(record.step)
+    )
+    plan = student.facts.plan
+    assert plan is not None and len(plan.kept["trunk.layers"]) == 2 == len(student.stack)
+    assert (plan.teacher, seen[-1]) == (teacher.hash(), 39)
+    assert same(weights(teacher), before)
+    assert apart(student, teacher) < 0.7 * apart(teacher.cut(plan), teacher), (
+        "it has learned the outputs of the whole model"
+    )
+    with pytest.raises(UserError, match="search_share"):
+        tf.recover_model(student, teacher, TASK, batches(), KD, LEARN)
+
+
 def test_updates_are_kept_or_thrown_away(teacher: LoadedModel) -> None:
     masks = tf.learn_masks(teacher, TASK, batches(), LEARN)
     plain, kept = (tf.prune_model(teacher, masks, keep_updates=keep) for keep in (False, True))
