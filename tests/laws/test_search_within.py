@@ -100,13 +100,15 @@ def test_the_state_has_the_decision(tiny_model: ModelFactory) -> None:
     learner, state = search(tiny_model)
     trained(learner, state, HALF + 1)
     names = set(state.parameters)
-    assert {"gates.fixed_gates", "gates.fixed_at"} <= names
+    assert {"gates.fixed_logits.0", "gates.fixed_at"} <= names
     with torch.no_grad():
-        kept = learner.decision(state.ema, HALF).kept()
+        decided = learner.decision(state.ema, HALF)
+        kept, levels = decided.kept(), decided.confidence()
         for theta in learner.objective.gates.logits:
             theta.neg_()
             state.ema.average["gates.logits.0"].copy_(theta)
-        assert learner.decision(state.ema, HALF).kept() == kept
+        now = learner.decision(state.ema, HALF)
+        assert (now.kept(), now.confidence()) == (kept, levels)
 
 
 def test_the_student_descends_from_the_teacher(tiny_model: ModelFactory) -> None:

@@ -32,10 +32,17 @@ class GateDistribution(nn.Module, ABC):
         super().__init__()
         self.groups = list(groups)
         self.logits = nn.ParameterList([nn.Parameter(torch.full((size,), logit_init)) for size in sizes])
-        # the decision of a search within a training, as part of its state: gates (L,), and 1 + the step, 0 before
-        self.fixed_gates = nn.Parameter(torch.zeros(sum(group.size for group in groups)), requires_grad=False)
+        # the decision of a search within a training, as part of its state: the logits that were decided by, and 1 + the step
+        self.fixed_logits = nn.ParameterList([nn.Parameter(torch.zeros(size), requires_grad=False) for size in sizes])
         self.fixed_at = nn.Parameter(torch.zeros(1), requires_grad=False)
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, int | None, Tensor] | None = None
+
+    @torch.no_grad()
+    def fix(self, step: int) -> None:
+        """Fix the blocks that the logits select, from `step` on; what the optimiser's momentum does to logits later is ignored."""
+        for fixed, theta in zip(self.fixed_logits, self.logits, strict=True):
+            fixed.copy_(theta)
+        self.fixed_at.fill_(step + 1)
 
     @property
     def is_fixed(self) -> bool:
@@ -45,29 +52,23 @@ class GateDistribution(nn.Module, ABC):
     @property
     def fixed_step(self) -> int | None:
         """The step from which on the blocks are fixed; None if they are not."""
+        return self._fixed()[0]
+
+    @property
+    def fixed_gates(self) -> Tensor:
+        """(L,) of 0 and 1, the gates of the fixed blocks."""
+        return self._fixed()[1]
+
+    def _fixed(self) -> tuple[int | None, Tensor]:
+        """The step and the gates; the host asks the device for them only after a change."""
         version = self.fixed_at._version
-        if self._seen is None or self._seen[0] != version:  # the host asks the device only after a change
-            self._seen = version, int(self.fixed_at)
-        return self._seen[1] - 1 if self._seen[1] else None
-
-    def fixed_blocks(self, index: int, _theta: Tensor) -> list[int]:
-        """The fixed blocks of group `index`, ascending."""
-        first = sum(group.size for group in self.groups[:index])
-        group = self.groups[index]
-        own = self.fixed_gates[first : first + group.size].tolist()
-        return [block for block, gate in zip(group.blocks, own, strict=True) if gate]
-
-    @torch.no_grad()
-    def fix(self, step: int) -> None:
-        """Fix the blocks that the logits select, from `step` on."""
-        chosen = torch.zeros_like(self.fixed_gates)
-        first = 0
-        for index, (group, theta) in enumerate(zip(self.groups, self.logits, strict=True)):
-            for block in self.kept(index, theta):
-                chosen[first + block - group.start] = 1
-            first += group.size
-        self.fixed_gates.copy_(chosen)
-        self.fixed_at.fill_(step + 1)
+        if self._seen is None or self._seen[0] != version:
+            number, gates = int(self.fixed_at), [torch.zeros(0)]
+            for index, (group, theta) in enumerate(zip(self.groups, self.fixed_logits, strict=True)):
+                kept = self.kept(index, theta)
+                gates.append(torch.tensor([float(block in kept) for block in group.blocks]))
+            self._seen = version, number - 1 if number else None, torch.cat(gates).to(self.fixed_at.device)
+        return self._seen[1:]
 
     @abstractmethod
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:

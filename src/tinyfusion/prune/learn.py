@@ -31,7 +31,7 @@ from tinyfusion.training.packed import pack
 from tinyfusion.training.rounding import hold_weights
 from tinyfusion.training.state import Ema
 
-FIXED = "gates.fixed_gates"  # of the state of a training that searches
+FIXED = "gates.fixed_at"  # of the state of a training that searches
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,9 @@ class MaskLearner:
     def decision(self, ema: Ema, step: int) -> Decision:
         """The blocks that are fixed, else those that the averaged logits select at `step`, with their probabilities."""
         gates = self.objective.gates
-        step = step if gates.fixed_step is None else gates.fixed_step
         logits = [ema.average[f"gates.logits.{i}"] for i in range(len(gates.logits))]
+        if gates.fixed_step is not None:
+            step, logits = gates.fixed_step, [theta.detach() for theta in gates.fixed_logits]
         scaling = linear(self.objective.scaling, step, self.objective.steps)
         return Decision(self.groups, gates, logits, scaling, self.objective.layout)
 
@@ -184,7 +185,7 @@ class Decision:
 
     def kept_units(self) -> dict[str, list[int]]:
         """Units that stay, per list of gates."""
-        return _joined(self._per_list(self.gates.fixed_blocks if self.gates.is_fixed else self.gates.kept))
+        return _joined(self._per_list(self.gates.kept))
 
     def probabilities(self) -> dict[str, list[list[float]]]:
         """Probabilities of every group, per list; see the `meaning` of the distribution."""
@@ -280,7 +281,7 @@ def search_within(
     gates = gates_of(groups, settings).to(device)
     schedules = (settings.temperature, settings.scaling, steps)
     gated = GatedObjective(objective, whole.stack, gates, *schedules, layout, settings.dropped, sure=sure)
-    fixed = {FIXED: gates.fixed_gates, "gates.fixed_at": gates.fixed_at}
+    fixed = {FIXED: gates.fixed_at, **{f"gates.fixed_logits.{i}": theta for i, theta in enumerate(gates.fixed_logits)}}
     listed = [*parameters, logit_group(gates, settings), ParameterGroup(fixed, constant=True, decayed=False)]
     return MaskLearner(whole.module, gated, groups, listed, num_parameters(whole.module))
 
