@@ -1,14 +1,14 @@
-"""Time and weigh steps of mask learning and of recovery on a FLUX of real width and few blocks, on the CPU.
+"""Time and weigh steps of mask learning and of recovery on a FLUX of few blocks, on the CPU.
 
-    python benchmarks/flux_step.py --threads 1 --repeats 1 --out docs/results/flux-step.md
+    python benchmarks/flux_step.py --threads 1 --heads 4 --repeats 5 --out docs/results/flux-step.md
 
-2 + 4 blocks of width 3072, 512 image and 256 text tokens, random weights in bfloat16. Learning: 1:2 masks with low-rank updates,
-dense and skipping gates in turns, on one state and the same batches. Recovery: 1 + 2 of the blocks on the whole model's output,
-in several settings of the recipe. A step is forward, backward, clipping, optimiser and average; one before the measured ones makes
-the moments. Seconds are of the processor, which other programs lengthen less than those of a clock. Memory is bytes of live
-tensors, from the records of torch's allocator since before the models were made: the same in every run, and without the program,
-the kernels' own buffers and what the C allocator retains. Peak: the most in a step minus that before it. Measured: the most in a
-step. Plan: the sum that `--dry-run` prints.
+2 + 4 blocks of width 512, or without --heads of the real 3072; 512 image and 256 text tokens, random weights in bfloat16. Learning:
+1:2 masks with low-rank updates, dense and skipping gates in turns, on one state and the same batches. Recovery: 1 + 2 of the blocks
+on the whole model's output, in several settings of the recipe. A step is forward, backward, clipping, optimiser and average; one
+before the measured ones makes the moments. Seconds are of the processor, which other programs lengthen less than those of a clock.
+Memory is bytes of live tensors, from the records of torch's allocator since before the models were made: the same in every run, and
+without the program, the kernels' own buffers and what the C allocator retains. Peak: the most in a step minus that before it.
+Measured: the most in a step. Plan: the sum that `--dry-run` prints.
 """
 
 from __future__ import annotations
@@ -260,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             gc.collect()
             yield from rows_of(partial(recovering, make, name, sizes), options.repeats)
 
+    given = f"--threads {options.threads} --heads {options.heads} --repeats {options.repeats}"
     made: dict[str, Row] = {}
     for row in rows():
         made[row.name] = row
@@ -272,16 +273,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{torch.__version__}; {processor()}; {time.perf_counter() - began:.0f} s in all."
         )
         if options.out:
-            write_text(options.out, "\n".join([*PAGE.strip().split("\n"), *lines, ""]))
+            write_text(options.out, "\n".join([*PAGE.strip().format(options=given).split("\n"), *lines, ""]))
     print("\n".join(lines))
 
 
 HEAD = ["training", "processor s", "peak GiB", "plan GiB", "measured GiB", "plan / measured", f"within {TOLERANCE:.0%}"]
 PAGE = """
-# Steps of a FLUX of real width
+# Steps of a FLUX of few blocks
 
 ```bash
-python benchmarks/flux_step.py --threads 1 --repeats 1 --out docs/results/flux-step.md
+python benchmarks/flux_step.py {options} --out docs/results/flux-step.md
 ```
 
 A FluxTransformer2DModel of few blocks with random weights in bfloat16, on a CPU, whose seconds are counted. Memory is bytes of live

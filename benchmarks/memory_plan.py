@@ -255,7 +255,8 @@ activations, casts and batches. At two to four images a recovery of XL peaks at 
 and one block's activations; the rows of S/2 and `learn` test activations.
 
 CUDA's caching allocator, context and kernel workspaces come on top and are not measured; the table of card sizes reserves a tenth
-for them. Memory per process under DDP and FSDP2 is computed, not measured.
+for them. Memory per process under DDP and FSDP2 is computed, not measured. Trainings of two-stream models, dense and skipping gates,
+low-rank updates, stored and streamed teachers are compared in bytes of live tensors: [steps of a FLUX](flux-step.md).
 """
 
 
