@@ -11,7 +11,6 @@ import shlex
 import shutil
 import signal
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kills import killed_at, together
 from material import Cli, done
 from PIL import Image
 
-import tinyfusion.commands.encode
+import tinyfusion.commands.encode as encode_module
+from tinyfusion.core import rundir
 from tinyfusion.core.rng import Randomness
+from tinyfusion.data import latents
 from tinyfusion.data.latents import MANIFEST, open_latents
 from tinyfusion.data.picture import decode
 from tinyfusion.models.autoencoder import open_autoencoder
@@ -172,38 +174,6 @@ def test_a_training_takes_them(cli: Cli, here: Path) -> None:
 # ------------------------------------------------------------------------------------------------ processes and kills
 
 
-def together(world: int, command: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command in `world` processes, here as many threads: they know of each other by files alone."""
-    from tinyfusion.cli import execute, parse
-
-    known, failures = threading.local(), []
-    monkeypatch.setattr(tinyfusion.commands.encode, "launched_rank", lambda: known.rank)
-    monkeypatch.setattr(tinyfusion.commands.encode, "launched_processes", lambda: world)
-    opening, opened = threading.Lock(), tinyfusion.commands.encode.open_autoencoder
-
-    def one_by_one(name: str) -> Any:
-        """Diffusers opens a model while it changes `nn.Module` for all threads: two at once leave it changed."""
-        with opening:
-            return opened(name)
-
-    monkeypatch.setattr(tinyfusion.commands.encode, "open_autoencoder", one_by_one)
-
-    def process(rank: int) -> None:
-        known.rank = rank
-        try:
-            execute(*parse(shlex.split(command)))
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in reversed(range(world))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    monkeypatch.undo()
-
-
 def test_three_processes_make_the_shards_of_one(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done(cli, ENCODE)
     out = ENCODE.replace("--out latents", f"--out {here / 'three'}")
@@ -212,8 +182,9 @@ def test_three_processes_make_the_shards_of_one(cli: Cli, here: Path, monkeypatc
     together(
         3,
         out.replace("--data pictures --vae vae", f"--data {folder / 'pictures'} --vae {folder / 'vae'}"),
-        cli,
         monkeypatch,
+        [encode_module],
+        [(encode_module, "open_autoencoder")],
     )
     one, three = content(folder / "latents"), content(folder / "three")
     about = [json.loads(files.pop(MANIFEST)) for files in (one, three)]
@@ -221,53 +192,14 @@ def test_three_processes_make_the_shards_of_one(cli: Cli, here: Path, monkeypatc
     assert {**about[0], "vae": None} == {**about[1], "vae": None}
 
 
-POINTS: dict[str, tuple[str, int]] = {
-    **{f"batch-{k}": ("encoded_values", k) for k in (0, 1, 2, 5, 8)},
-    "before-the-name-of-a-shard": ("os.fsync", 2),
-    "after-the-name-of-a-shard": ("os.fsync", 5),
-    "before-the-manifest": ("write_manifest", 0),
-    "in-the-manifest": ("write_json", 0),
-    "before-the-end": ("check-done", 0),
+POINTS: dict[str, tuple[Any, str, int]] = {
+    **{f"batch-{k}": (encode_module, "encoded_values", k) for k in (0, 1, 2, 5, 8)},
+    "before-the-name-of-a-shard": (os, "fsync", 2),
+    "after-the-name-of-a-shard": (os, "fsync", 5),
+    "before-the-manifest": (encode_module, "write_manifest", 0),
+    "in-the-manifest": (latents, "write_json", 0),
+    "before-the-end": (rundir.RunDirectory, "mark", 0),
 }
-
-
-def killed_at(point: str, command: str) -> None:
-    """Run a command in a child that is killed by SIGKILL at a point."""
-    name, count = POINTS[point]
-    child = os.fork()
-    if child == 0:
-        try:
-            arm(name, count)
-            from tinyfusion.cli import main
-
-            main(shlex.split(command))
-        finally:
-            os._exit(77)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, point
-
-
-def arm(name: str, count: int) -> None:
-    """Have call number `count` of a function kill this process."""
-    from tinyfusion.core import rundir
-    from tinyfusion.data import latents
-
-    owners: dict[str, tuple[Any, str]] = {
-        "encoded_values": (tinyfusion.commands.encode, "encoded_values"),
-        "os.fsync": (os, "fsync"),
-        "write_manifest": (tinyfusion.commands.encode, "write_manifest"),
-        "write_json": (latents, "write_json"),
-        "check-done": (rundir.RunDirectory, "mark"),
-    }
-    owner, attribute = owners[name]
-    original, calls = getattr(owner, attribute), itertools.count()
-
-    def armed(*arguments: Any, **named: Any) -> Any:
-        counted = name != "check-done" or "done" in arguments
-        if counted and next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **named)
-
-    setattr(owner, attribute, armed)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -277,7 +209,7 @@ def test_killed_at_ten_moments_it_goes_on_to_the_same_shards(cli: Cli, here: Pat
     assert len(POINTS) == 10
     for point in POINTS:
         command = ENCODE.replace("--out latents", f"--out {point}")
-        killed_at(point, command)
+        killed_at(*POINTS[point], command)
         assert json.loads(Path(point, "run.json").read_text())["state"] == "running", point
         done(cli, command)
         assert content(point) == whole, point
@@ -290,16 +222,16 @@ def test_killed_again_and_again_in_one_folder(cli: Cli, here: Path, monkeypatch:
     whole = content("latents")
     command = ENCODE.replace("--out latents", "--out again")
     for point in ("batch-1", "batch-1", "before-the-name-of-a-shard", "batch-5", "in-the-manifest"):
-        killed_at(point, command)
+        killed_at(*POINTS[point], command)
     made = 0
-    original = tinyfusion.commands.encode.encoded_values
+    original = encode_module.encoded_values
 
     def counted(*arguments: Any) -> bytes:
         nonlocal made
         made += 1
         return original(*arguments)
 
-    monkeypatch.setattr(tinyfusion.commands.encode, "encoded_values", counted)
+    monkeypatch.setattr(encode_module, "encoded_values", counted)
     done(cli, command)
     assert made == 0, "all shards were there"
     assert content("again") == whole
@@ -309,7 +241,7 @@ def test_a_signal_ends_it_with_what_is_whole(cli: Cli, here: Path, monkeypatch: 
     done(cli, ENCODE)
     whole = content("latents")
     command, calls = ENCODE.replace("--out latents", "--out other"), itertools.count()
-    original = tinyfusion.commands.encode.encoded_values
+    original = encode_module.encoded_values
 
     def signalled(*arguments: Any) -> bytes:
         if next(calls) == 5:
@@ -317,7 +249,7 @@ def test_a_signal_ends_it_with_what_is_whole(cli: Cli, here: Path, monkeypatch: 
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tinyfusion.commands.encode, "encoded_values", signalled)
+        patch.setattr(encode_module, "encoded_values", signalled)
         stopped = cli(*shlex.split(command))
     assert stopped.code == 128 + signal.SIGTERM
     assert "the same command continues" in stopped.err.splitlines()[-1]
@@ -600,14 +532,14 @@ def test_overwriting_that_is_killed_loses_neither_set(cli: Cli, here: Path) -> N
     done(cli, ENCODE)
     whole, other = content("latents"), f"{ENCODE} --set encode.mirror=false"
     for point in ("batch-0", "before-the-name-of-a-shard"):
-        killed_at(point, f"{other} --overwrite")
+        killed_at(*POINTS[point], f"{other} --overwrite")
         before = tree(here)
         done(cli, f"{ENCODE} --dry-run")
         assert tree(here) == before, "a look touches nothing"
         done(cli, ENCODE)
         assert "is finished, 6 shards are as they were" in done(cli, ENCODE).err, point
         assert content("latents") == whole and not list((here / "latents").glob(".*")), point
-    killed_at("before-the-end", f"{other} --overwrite")
+    killed_at(*POINTS["before-the-end"], f"{other} --overwrite")
     done(cli, other)
     assert open_latents(here / "latents").spec.rows == 1
     assert not list((here / "latents").glob(".*")) and not list(here.glob(".*"))

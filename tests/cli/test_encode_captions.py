@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import shlex
 import shutil
-import signal
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,16 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kills import killed_at, together
 from material import Cli, done
 from PIL import Image
 from safetensors.torch import load_file
 
 import tinyfusion.commands.captioned
 import tinyfusion.commands.encode
-import tinyfusion.commands.encode_captions
+import tinyfusion.commands.encode_captions as captions_module
 from prompt_pipelines import save_flux_pipeline, save_wan_pipeline
 from tinyfusion.conditioning.texts import text_table
-from tinyfusion.core import launch
+from tinyfusion.core import launch, rundir
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data import prompts as prompts_module
 from tinyfusion.data.buckets import BucketBatches, open_buckets
@@ -297,101 +295,28 @@ def test_clips_become_latents_of_a_video_pipeline(cli: Cli, here: Path, wan: Pat
 # ------------------------------------------------------------------------------------------------ processes and kills
 
 
-def together(world: int, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command in `world` processes, here as many threads: they know of each other by files alone."""
-    from tinyfusion.cli import execute, parse
-
-    known, failures = threading.local(), []
-    opening = threading.Lock()  # diffusers changes `nn.Module` for all threads while it opens a model
-    modules = tinyfusion.commands.encode, tinyfusion.commands.encode_captions, tinyfusion.commands.captioned, launch
-    for module in modules:
-        monkeypatch.setattr(module, "launched_rank", lambda: known.rank)
-        if hasattr(module, "launched_processes"):
-            monkeypatch.setattr(module, "launched_processes", lambda: world)
-    job, chunks = tinyfusion.commands.encode_captions.opened_job, tinyfusion.commands.encode_captions._write_chunks
-
-    def one_by_one(original: Callable[..., Any]) -> Callable[..., Any]:
-        def locked(*arguments: Any) -> Any:
-            with opening:
-                return original(*arguments)
-
-        return locked
-
-    monkeypatch.setattr(tinyfusion.commands.encode_captions, "opened_job", one_by_one(job))
-    monkeypatch.setattr(tinyfusion.commands.encode_captions, "_write_chunks", one_by_one(chunks))
-
-    def process(rank: int) -> None:
-        known.rank = rank
-        try:
-            execute(*parse(shlex.split(command)))
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in reversed(range(world))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    monkeypatch.undo()
-
-
 def test_four_processes_make_the_bytes_of_one(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts_module, "CHUNK_ROWS", 2)
     done(cli, BUCKETS)
     one = content("set")
-    together(4, BUCKETS.replace("--out set", "--out four"), monkeypatch)
+    modules = [tinyfusion.commands.encode, captions_module, tinyfusion.commands.captioned, launch]
+    apart = [(captions_module, "opened_job"), (captions_module, "_write_chunks")]
+    together(4, BUCKETS.replace("--out set", "--out four"), monkeypatch, modules, apart)
     monkeypatch.chdir(here)
     assert content("four") == one
 
 
-POINTS: dict[str, tuple[str, int]] = {
-    "prompts-1": ("save_file", 1),
-    "before-the-name-of-a-file-of-prompts": ("os.fsync", 1),
-    "in-the-join": ("_copy", 2),
-    "before-the-texts": ("write_texts", 0),
-    **{f"batch-{k}": ("encoded_values", k) for k in (0, 3)},
-    "before-a-manifest": ("write_manifest", 1),
-    "before-the-top": ("write_bucket_manifest", 0),
-    "before-the-end": ("mark", 0),
-}
-
-
-def killed_at(point: str, command: str) -> None:
-    """Run a command in a child that is killed by SIGKILL at a point."""
-    name, count = POINTS[point]
-    child = os.fork()
-    if child == 0:
-        try:
-            arm(name, count)
-            from tinyfusion.cli import main
-
-            main(shlex.split(command))
-        finally:
-            os._exit(77)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, point
-
-
-def arm(name: str, count: int) -> None:
-    """Have call number `count` of a function kill this process."""
-    from tinyfusion.core import rundir
-
-    owners: dict[str, Any] = {
-        "save_file": prompts_module, "os.fsync": os, "_copy": prompts_module,
-        "write_texts": tinyfusion.commands.encode_captions, "encoded_values": tinyfusion.commands.encode,
-        "write_manifest": tinyfusion.commands.encode_captions,
-        "write_bucket_manifest": tinyfusion.commands.encode_captions, "mark": rundir.RunDirectory,
-    }  # fmt: skip
-    owner, attribute = owners[name], name.removeprefix("os.")
-    original, calls = getattr(owner, attribute), itertools.count()
-
-    def armed(*arguments: Any, **named: Any) -> Any:
-        counted = name != "mark" or "done" in arguments
-        if counted and next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **named)
-
-    setattr(owner, attribute, armed)
+POINTS: tuple[tuple[Any, str, int], ...] = (
+    (prompts_module, "save_file", 1),
+    (os, "fsync", 1),  # before the name of a file of prompts
+    (prompts_module, "_copy", 2),  # in the join
+    (captions_module, "write_texts", 0),
+    (tinyfusion.commands.encode, "encoded_values", 0),
+    (tinyfusion.commands.encode, "encoded_values", 3),
+    (captions_module, "write_manifest", 1),
+    (captions_module, "write_bucket_manifest", 0),
+    (rundir.RunDirectory, "mark", 0),
+)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -402,7 +327,7 @@ def test_killed_at_nine_moments_it_goes_on_to_the_same_bytes(
     done(cli, BUCKETS)
     whole, again = content("set"), BUCKETS.replace("--out set", "--out again")
     for point in POINTS:
-        killed_at(point, again)
+        killed_at(*point, again)
     done(cli, again)
     assert content("again") == whole
     assert not list(Path("again").rglob(".*"))

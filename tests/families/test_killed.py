@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import Forks, forks
 from safetensors.torch import load_file, save_file
 from test_adapters import controlnet, tiny
 from tiny import SINGLE, TRUNK
@@ -21,49 +20,6 @@ from tiny import SINGLE, TRUNK
 from tinyfusion import cli
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
-
-# a process with tinyfusion in it, which forks for every command of its input. The child kills itself before the Nth call of Python
-# that changes the disk at a path with a given text in it; what it did until then is on the disk, as after any kill
-_PROGRAM = """
-import json, os, signal, sys
-import torch, tinyfusion.cli
-torch.set_num_threads(1)  # no pool of threads, which a fork would lose
-answers = os.dup(1)
-os.dup2(2, 1)
-for arguments in json.loads(sys.argv[1]):  # once here: what is imported late is there afterwards
-    assert tinyfusion.cli.main(arguments) == 0
-EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "shutil.copyfile", "os.truncate", "os.chmod"}
-def run(arguments, text, limit, answer):
-    calls = 0
-    def counted(event, given):
-        nonlocal calls
-        if event not in EVENTS or not any(text in os.fsdecode(each) for each in given if isinstance(each, (str, bytes, os.PathLike))):
-            return
-        if event == "open" and not (isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR)):
-            return
-        calls += 1
-        if calls == limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(counted)
-    code = tinyfusion.cli.main(arguments)
-    os.write(answer, f"{code} {calls}".encode())
-    os._exit(0)
-for line in sys.stdin:
-    arguments, text, limit = json.loads(line)
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            run(arguments, text, limit, write)
-        finally:
-            os._exit(1)
-    os.close(write)
-    _, status = os.waitpid(child, 0)
-    said = os.read(read, 100).decode()
-    os.close(read)
-    os.write(answers, (json.dumps([os.waitstatus_to_exitcode(status), *map(int, said.split())]) + "\\n").encode())
-"""
-Run = Callable[[list[str], str, int], list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +51,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(place: Path) -> Iterator[Run]:
-    """Runs a command, killed before a call with a text in its path, 0: never. Its status, and how many such calls there were."""
+def run(place: Path) -> Iterator[Forks]:
     once = [[word.replace("OUT", f"once-{verb}") for word in COMMANDS[verb]] for verb in ("export", "lora")]
-    command = [sys.executable, "-c", _PROGRAM, json.dumps(once)]
-    with subprocess.Popen(command, cwd=place, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
-        source, sink = process.stdout, process.stdin
-
-        def run(arguments: list[str], text: str, limit: int) -> list[int]:
-            sink.write(json.dumps([arguments, text, limit]) + "\n")
-            sink.flush()
-            answer: list[int] = json.loads(source.readline())
-            return answer
-
+    with forks(place, once) as run:
         yield run
-        sink.close()
 
 
 COMMANDS = {
@@ -133,22 +77,22 @@ def contents(path: Path) -> dict[str, Any]:
     return found
 
 
-def check_kills(place: Path, run: Run, verb: str, number: int) -> None:
+def check_kills(place: Path, run: Forks, verb: str, number: int) -> None:
     """Kill a command at so many moments, from the first change of the disk to the last; then the same command succeeds."""
     command = COMMANDS[verb]
     suffix = ".safetensors" if "OUT.safetensors" in command else ""
     named = lambda out: [word.replace("OUT", out) for word in command]  # noqa: E731
-    status, code, calls = run(named("whole"), "whole", 0)
-    assert (status, code) == (0, 0)
+    ((code, calls),) = run((named("whole"), {}, "whole", 0))
+    assert code == 0
     wanted, there = contents(place / f"whole{suffix}"), 0
     moments = sorted({1 + round(i * (calls - 1) / max(number - 1, 1)) for i in range(number)})
     for moment in moments:
         out = f"{verb}-at-{moment}-"
         made = place / f"{out}{suffix}"
-        assert run(named(out), out, moment) == [-signal.SIGKILL]
+        assert run((named(out), {}, out, moment))[0][0] == -signal.SIGKILL
         there += made.exists()
         assert not made.exists() or contents(made) == wanted, f"half-written at call {moment} of {calls}"
-        assert run(named(out), out, 0)[:2] == [0, 0]
+        assert run((named(out), {}, "", 0))[0][0] == 0
         assert contents(made) == wanted
         assert not [path.name for path in place.iterdir() if path.name.startswith(".")], "what was begun is gone"
     for path in place.glob("whole*"):
@@ -159,5 +103,5 @@ def check_kills(place: Path, run: Run, verb: str, number: int) -> None:
 
 
 @pytest.mark.parametrize(("verb", "number"), [("export", 3), ("lora", 3)])
-def test_a_killed_command_leaves_nothing_half_written(place: Path, run: Run, verb: str, number: int) -> None:
+def test_a_killed_command_leaves_nothing_half_written(place: Path, run: Forks, verb: str, number: int) -> None:
     check_kills(place, run, verb, number)

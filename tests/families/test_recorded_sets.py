@@ -7,14 +7,13 @@ import hashlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import forks
 from safetensors.torch import load_file
 
 from prompt_pipelines import save_flux_pipeline, save_wan_pipeline
@@ -23,45 +22,6 @@ from tinyfusion.data.recorded_shards import RecordShards
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
 
-# a process with tinyfusion in it, which forks for every command of a line of its input, all at once. A child with a text kills
-# itself before its Nth call of Python that changes the disk at a path with that text in it
-_PROGRAM = """
-import json, os, signal, sys
-import torch, tinyfusion.cli
-import diffusers, transformers
-torch.set_num_threads(1)  # no pool of threads, which a fork would lose
-answers = os.dup(1)
-os.dup2(2, 1)
-EVENTS = {"open", "os.mkdir", "os.rename", "os.remove"}
-def run(arguments, environment, text, limit):
-    calls = 0
-    def counted(event, given):
-        nonlocal calls
-        if not text or event not in EVENTS or not any(text in os.fsdecode(each) for each in given if isinstance(each, (str, bytes, os.PathLike))):
-            return
-        if event == "open" and not (isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR)):
-            return
-        calls += 1
-        if calls == limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(counted)
-    os.environ.update(environment)
-    os._exit(tinyfusion.cli.main(arguments))
-tinyfusion.cli.main(json.loads(sys.argv[1]))  # once here: what is imported late is there afterwards
-for line in sys.stdin:
-    children = []
-    for job in json.loads(line):
-        child = os.fork()
-        if not child:
-            try:
-                run(*job)
-            finally:
-                os._exit(99)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    os.write(answers, (json.dumps(codes) + "\\n").encode())
-"""
-Job = tuple[list[str], dict[str, str], str, int]
 Together = Callable[..., list[int]]
 PROMPTS = ["a cat", "a red dog", "fog", "a long sentence about the sea", "tea"]
 DRAWING = ["--steps", "3", "--height", "16", "--width", "16"]
@@ -87,20 +47,8 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(begun: Path) -> Iterator[Together]:
     """Runs commands at the same time: (arguments, environment, text, N) each. Their exit codes."""
-    command = [sys.executable, "-c", _PROGRAM, json.dumps(recording(begun, "whole"))]
-    with subprocess.Popen(command, cwd=begun, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
-        source, sink = process.stdout, process.stdin
-
-        def run(*jobs: Job) -> list[int]:
-            sink.write(json.dumps(jobs) + "\n")
-            sink.flush()
-            codes: list[int] = json.loads(source.readline())
-            return codes
-
-        assert run() == []
-        yield run
-        sink.close()
+    with forks(begun, [recording(begun, "whole")]) as run:
+        yield lambda *jobs: [code for code, _ in run(*jobs)]
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,17 @@ from tinyfusion.data.captioned_digits import captioned_pictures
 from tinyfusion.data.clips import MOVING, VIDEOS, clips_below
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.folders import pictures_below, printable
-from tinyfusion.data.originals import WEBDATASET, Contents, Originals, fingerprint_of, read_file, tar_entries
+from tinyfusion.data.originals import (
+    WEBDATASET,
+    Contents,
+    Originals,
+    fingerprint_of,
+    pictures_in,
+    read_file,
+    tar_entries,
+)
 from tinyfusion.data.picture import SUFFIXES
+from tinyfusion.data.stream import RowGroup
 
 LINES = (".jsonl", ".ndjson")
 METADATA = ("metadata.jsonl", "captions.jsonl")  # in a folder of pictures
@@ -247,53 +256,22 @@ def _read_caption(path: Path) -> str:
 
 
 def _of_parquet(name: str, column: str | None) -> Captioned:
-    groups: list[_Group] = []
+    groups: list[RowGroup] = []
     captions: list[str] = []
     for file in parquet.tables_of(name):
         with parquet.opened(file) as table:
             image, text = parquet.image_column(table, file), _text_column(table, file, column)
             first, rows = 0, table.metadata.num_rows
             for index in range(table.num_row_groups):
+                num = table.metadata.row_group(index).num_rows
+                groups.append(RowGroup(file, index, first, num, rows, (image,)))
                 for batch in parquet.batches_of(table, index, [text]):
                     check_memory(2 * batch.nbytes, f"{file}: captions of {rows:,} rows")
                     for row, value in enumerate(batch.column(0).to_pylist(), first):
                         captions.append(checked_caption(value, f"{file}, row {row}"))
                     first += batch.num_rows
-                groups.append(_Group(file, index, table.metadata.row_group(index).num_rows, image))
-    begins = np.cumsum([0, *(group.num for group in groups)])
-    cached: dict[int, Any] = {}
-
-    def contents(first: int, num: int) -> Iterator[tuple[str, Any]]:
-        for position in range(first, min(first + num, len(captions))):
-            place = int(np.searchsorted(begins, position, side="right")) - 1
-            if place not in cached:
-                cached.clear()
-                cached[place] = groups[place].read()
-            row = position - int(begins[place])
-            yield f"{groups[place].file}, row {row} of row group {groups[place].index}", cached[place][row].as_py()
-
     names = (f"{Path(str(group.file)).name} {group.index} {group.num}" for group in groups)
-    return _table(name, captions, contents, names)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A row group of a file, its number of rows, and the column of its pictures."""
-
-    file: parquet.TableFile
-    index: int
-    num: int
-    image: str
-
-    def read(self) -> Any:
-        """Its pictures, an arrow array. Raises UserError where the file has changed."""
-        import pyarrow
-
-        with parquet.opened(self.file, f", row group {self.index}") as table:
-            if self.index < table.num_row_groups and table.metadata.row_group(self.index).num_rows == self.num:
-                batches = list(parquet.batches_of(table, self.index, [self.image]))
-                return pyarrow.Table.from_batches(batches).column(0)
-        raise UserError(f"{self.file} has changed since it was opened; begin anew")
+    return _table(name, captions, pictures_in(groups), names)
 
 
 def _text_column(table: Any, file: Any, column: str | None) -> str:

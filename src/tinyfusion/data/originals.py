@@ -13,7 +13,7 @@ import os
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +210,23 @@ def fingerprint_of(names: Iterable[str], labels: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def pictures_in(groups: Sequence[RowGroup]) -> Contents:
+    """(first, number) -> place and content of pictures, which are the first column; one row group at a time is in memory."""
+    begins = np.cumsum([0, *(group.num for group in groups)])
+    cached: dict[int, Any] = {}
+
+    def contents(first: int, num: int) -> Iterator[tuple[str, Any]]:
+        for position in range(first, min(first + num, int(begins[-1]))):
+            place = int(np.searchsorted(begins, position, side="right")) - 1
+            if place not in cached:
+                cached.clear()
+                cached[place] = groups[place].read()
+            row = position - int(begins[place])
+            yield f"{groups[place].file}, row {groups[place].first + row}", cached[place].column(0)[row].as_py()
+
+    return contents
+
+
 def _folder(name: str, path: Path) -> Originals:
     folder = open_picture_folder(path)
 
@@ -238,20 +255,8 @@ def _parquet(name: str) -> Originals:
     known = np.concatenate([np.empty(0, np.int64), *labels])
     if not len(known):
         raise UserError(f"{name} holds no images")
-    begins = np.cumsum([0, *(group.num for group in groups)])
-    cached: dict[int, Any] = {}
-
-    def contents(first: int, num: int) -> Iterator[tuple[str, Any]]:
-        for position in range(first, min(first + num, len(known))):
-            place = int(np.searchsorted(begins, position, side="right")) - 1
-            if place not in cached:
-                cached.clear()
-                cached[place] = groups[place].read()
-            row = position - int(begins[place])
-            yield f"{groups[place].file}, row {groups[place].first + row}", cached[place].column(0)[row].as_py()
-
     names = (f"{group.file.name} {group.index} {group.num}" for group in groups)
-    return Originals(name, known, contents, fingerprint_of(names, known))
+    return Originals(name, known, pictures_in(groups), fingerprint_of(names, known))
 
 
 @dataclass(frozen=True)

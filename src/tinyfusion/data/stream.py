@@ -48,19 +48,23 @@ _PER_TASK = 16  # pictures that a thread decodes at a time
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group when the set was opened. first: its first row in the file; file_rows: all rows of the file."""
+    """A row group when the set was opened. first: its first row in the file; file_rows: all rows of the file.
+
+    columns: that are read; None: pictures and labels.
+    """
 
     file: TableFile
     index: int
     first: int
     num: int
     file_rows: int
+    columns: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         return f"{self.file}, row group {self.index}"
 
     def read(self) -> Any:
-        """The arrow table of its pictures and labels. Raises UserError if the file is damaged, changed or too large."""
+        """The arrow table of its columns. Raises UserError if the file is damaged, changed or too large."""
         import pyarrow
 
         with opened(self.file, f", row group {self.index}") as file:
@@ -68,7 +72,7 @@ class RowGroup:
             if rows == self.file_rows and self.index < file.num_row_groups:
                 batches: list[Any] = []
                 done = read_bytes = 0
-                for batch in batches_of(file, self.index, columns_of(file, self.file)):
+                for batch in batches_of(file, self.index, self.columns or columns_of(file, self.file)):
                     batches.append(batch)
                     done, read_bytes = done + batch.num_rows, read_bytes + batch.nbytes
                     left_bytes = read_bytes // max(done, 1) * max(self.num - done, 0)
