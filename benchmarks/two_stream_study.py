@@ -21,15 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from torch import Tensor
 
 import tinyfusion as tf
-from make_two_stream_yardsticks import BATCH, DROP, STEPS, encoded_images, encoded_texts
 from shared import spread, table
+from tinyfusion.conditioning.condition import Condition
+from tinyfusion.config.loading import load_recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json
 from tinyfusion.data.batches import ShuffledBatches
-from tinyfusion.data.captioned_digits import DIGIT_PROMPTS, PHRASINGS, digit_of, jittered
+from tinyfusion.data.captioned_digits import COPIES, DIGIT_PROMPTS, PHRASINGS, digit_of, jittered
 from tinyfusion.data.digits import ImageSet, load_digits
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance
@@ -38,7 +40,6 @@ from tinyfusion.processes.base import Batch
 from tinyfusion.sample.drive import to_uint8
 from two_stream_parts import TOKENS
 
-COPIES = 24  # of every digit, half of them jittered, as the teachers were trained
 SEARCH_BATCH, RECOVERY_BATCH, RECOVERY_RATE, CALIBRATION = 32, 32, 2e-3, 256
 IMAGES, STEPS_DRAWN, GUIDANCE = 1000, 28, {"flux": None, "sd3": 1.5}
 HALF = {"flux": "{}:4;{}:8", "sd3": "{}:12"}  # a subset or run of each whole list
@@ -63,6 +64,25 @@ SIDES = {
 CRITERIA = ("bi", "sensitivity", "min-loss", "flux-lite", "first", "random")
 
 
+@torch.no_grad()
+def encoded_texts(kind: str, pipeline: Any) -> Condition:
+    """The table of the prompts, by the pipeline's own encoders; its null row is the empty prompt."""
+    texts = [*DIGIT_PROMPTS, ""]
+    if kind == "flux":
+        embeddings, pooled, _ids = pipeline.encode_prompt(texts, max_sequence_length=TOKENS)
+    else:
+        embeddings, _null, pooled, _null_pooled = pipeline.encode_prompt(texts, None, None, max_sequence_length=TOKENS)
+    return tf.text_table({"embeddings": embeddings, "pooled": pooled})
+
+
+@torch.no_grad()
+def encoded_images(autoencoder: Any, x: Tensor) -> Tensor:
+    """Latents (N, 1, 8, 8) as the transformer sees them, of grey images in [-1, 1]."""
+    modes = [autoencoder.encode(part.expand(-1, 3, -1, -1)).latent_dist.mode() for part in x.split(512)]
+    latents: Tensor = (torch.cat(modes) - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
+    return latents
+
+
 class Yardstick:
     """A shipped pipeline, its teacher and data, and the measures of its students."""
 
@@ -71,13 +91,14 @@ class Yardstick:
 
         self.kind = name.removeprefix("digits-")
         self.runs = runs / name
-        self.images = int(share * STEPS[self.kind] * BATCH)
+        trained = load_recipe(f"{name}-teacher").train
+        self.images = int(share * trained.made_images)
         self.pipeline: Any = DiffusionPipeline.from_pretrained(shipped_models()[name], local_files_only=True)
         self.pipeline.set_progress_bar_config(disable=True)
         self.teacher = tf.open_model(name)
         self.texts = encoded_texts(self.kind, self.pipeline)
         self.extractor = open_extractor("digits-classifier", "cpu")
-        self.objective: Any = tf.objective_of(self.teacher, DROP)
+        self.objective: Any = tf.objective_of(self.teacher, trained.label_drop)
 
     @cached_property
     def latents(self) -> ImageSet:
