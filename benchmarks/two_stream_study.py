@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import time
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from torch import Tensor
 
 import tinyfusion as tf
-from make_two_stream_yardsticks import BATCH, DROP, STEPS, encoded_images, encoded_texts
 from shared import spread, table
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json
 from tinyfusion.data.batches import ShuffledBatches
-from tinyfusion.data.captioned_digits import DIGIT_PROMPTS, PHRASINGS, digit_of, jittered
+from tinyfusion.data.captioned_digits import COPIES, DIGIT_PROMPTS, PHRASINGS, digit_of, jittered
 from tinyfusion.data.digits import ImageSet, load_digits
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance
@@ -38,9 +40,13 @@ from tinyfusion.processes.base import Batch
 from tinyfusion.sample.drive import to_uint8
 from two_stream_parts import TOKENS
 
-COPIES = 24  # of every digit, half of them jittered, as the teachers were trained
 SEARCH_BATCH, RECOVERY_BATCH, RECOVERY_RATE, CALIBRATION = 32, 32, 2e-3, 256
-IMAGES, STEPS_DRAWN, GUIDANCE = 1000, 28, {"flux": None, "sd3": 1.5}
+IMAGES, STEPS_DRAWN = 1000, 28
+GUIDANCE: dict[str, dict[str, dict[str, Any]]] = {  # arguments of the pipelines
+    "flux": {"none": {}, "1.5": {"true_cfg_scale": 1.5, "negative_prompt": ""}},
+    "sd3": {"none": {"guidance_scale": 1.0}, "1.5": {"guidance_scale": 1.5}},
+}
+STUDENTS_GUIDANCE = {"flux": "none", "sd3": "1.5"}
 HALF = {"flux": "{}:4;{}:8", "sd3": "{}:12"}  # a subset or run of each whole list
 # merged: the student begins with the weight updates of the search
 LEARNED: dict[str, dict[str, Any]] = {
@@ -63,6 +69,32 @@ SIDES = {
 CRITERIA = ("bi", "sensitivity", "min-loss", "flux-lite", "first", "random")
 
 
+def trained_images(pipeline: Path) -> int:
+    """The number of images that a shipped teacher was trained on, as the card in its folder says."""
+    stated = re.search(r"([\d,]+) training images", (pipeline / "README.md").read_text(encoding="utf-8"))
+    assert stated is not None, pipeline
+    return int(stated[1].replace(",", ""))
+
+
+@torch.no_grad()
+def encoded_texts(kind: str, pipeline: Any) -> Condition:
+    """The table of the prompts, by the pipeline's own encoders; its null row is the empty prompt."""
+    texts = [*DIGIT_PROMPTS, ""]
+    if kind == "flux":
+        embeddings, pooled, _ids = pipeline.encode_prompt(texts, max_sequence_length=TOKENS)
+    else:
+        embeddings, _null, pooled, _null_pooled = pipeline.encode_prompt(texts, None, None, max_sequence_length=TOKENS)
+    return tf.text_table({"embeddings": embeddings, "pooled": pooled})
+
+
+@torch.no_grad()
+def encoded_images(autoencoder: Any, x: Tensor) -> Tensor:
+    """Latents (N, 1, 8, 8) as the transformer sees them, of grey images in [-1, 1]."""
+    modes = [autoencoder.encode(part.expand(-1, 3, -1, -1)).latent_dist.mode() for part in x.split(512)]
+    latents: Tensor = (torch.cat(modes) - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
+    return latents
+
+
 class Yardstick:
     """A shipped pipeline, its teacher and data, and the measures of its students."""
 
@@ -71,13 +103,13 @@ class Yardstick:
 
         self.kind = name.removeprefix("digits-")
         self.runs = runs / name
-        self.images = int(share * STEPS[self.kind] * BATCH)
+        self.images = int(share * trained_images(shipped_models()[name]))
         self.pipeline: Any = DiffusionPipeline.from_pretrained(shipped_models()[name], local_files_only=True)
         self.pipeline.set_progress_bar_config(disable=True)
         self.teacher = tf.open_model(name)
         self.texts = encoded_texts(self.kind, self.pipeline)
         self.extractor = open_extractor("digits-classifier", "cpu")
-        self.objective: Any = tf.objective_of(self.teacher, DROP)
+        self.objective: Any = tf.objective_of(self.teacher)
 
     @cached_property
     def latents(self) -> ImageSet:
@@ -95,17 +127,20 @@ class Yardstick:
         sets = {"fid": load_digits(), "fid_heldout": load_digits(heldout=True)}
         return {name: feature_moments(self.extractor(to_uint8(torch.from_numpy(s.x))).pool) for name, s in sets.items()}
 
-    def drawn(self, transformer: Any, seed: int) -> dict[str, float]:
-        """FID and prompt accuracy of `IMAGES` images that the pipeline draws, of all prompts in turn."""
+    def drawn(self, transformer: Any, seed: int, guidance: str | None = None) -> dict[str, float]:
+        """FID and prompt accuracy of `IMAGES` images that the pipeline draws, of all prompts in turn.
+
+        guidance: a row of `GUIDANCE`; None: that of students.
+        """
+        arguments = GUIDANCE[self.kind][guidance or STUDENTS_GUIDANCE[self.kind]]
         self.pipeline.transformer = transformer
         prompts = [DIGIT_PROMPTS[(7 * i) % len(DIGIT_PROMPTS)] for i in range(IMAGES)]
-        guidance = {"guidance_scale": GUIDANCE[self.kind]} if GUIDANCE[self.kind] else {}
         pixels = []
         for first in range(0, IMAGES, 250):
             noise = [torch.Generator().manual_seed(seed * IMAGES + i) for i in range(first, first + 250)]
             images = self.pipeline(
                 prompts[first : first + 250], height=8, width=8, num_inference_steps=STEPS_DRAWN, generator=noise,
-                max_sequence_length=TOKENS, output_type="np", **guidance,
+                max_sequence_length=TOKENS, output_type="np", **arguments,
             ).images  # fmt: skip
             pixels.append((images[..., :1] * 255).round().astype(np.uint8))
         features = self.extractor(np.concatenate(pixels))
@@ -210,12 +245,13 @@ def block_influence(stick: Yardstick) -> dict[str, list[float | None]]:
 
 
 def teacher_outcome(stick: Yardstick, seeds: list[int]) -> dict[str, Any]:
-    """The results of the teacher, the loss that removing each block adds, and the influence of each."""
+    """The results of the teacher with and without guidance, the loss that removing each block adds, and the influence of each."""
     file = stick.runs / "teacher.json"
     values: dict[str, Any] = dict(read_json(file)) if file.is_file() else {**block_losses(stick), "seeds": {}}
     for seed in seeds:
         if str(seed) not in values["seeds"]:
-            values["seeds"][str(seed)] = stick.drawn(stick.teacher.module, seed)
+            drawn = {guidance: stick.drawn(stick.teacher.module, seed, guidance) for guidance in GUIDANCE[stick.kind]}
+            values["seeds"][str(seed)] = drawn
             write_json(file, values)
     return values
 
@@ -257,14 +293,14 @@ def rows(runs: Path) -> list[str]:
     for file in sorted(runs.glob("*--*.json")):
         values = read_json(file)
         jobs.setdefault((values["plan"], values["method"]), []).append(values)
-    drawn = list(teacher["seeds"].values())
 
     def cells(results: list[dict[str, Any]]) -> list[str]:
         return [
             spread([r[m] for r in results], places) for m, places in (("fid", 2), ("fid_heldout", 2), ("accuracy", 3))
         ]
 
-    body = [["teacher", "", "", f"{teacher['loss']:.4f}", *cells(drawn), ""]]
+    drawn = {g: [seed[g] for seed in teacher["seeds"].values()] for g in ("none", "1.5")}
+    body = [[f"teacher, guidance {g}", "", "", f"{teacher['loss']:.4f}", *cells(each), ""] for g, each in drawn.items()]
     for (plan, method), results in sorted(jobs.items(), key=lambda job: float(np.mean([r["fid"] for r in job[1]]))):
         kept = "; ".join(sorted({" + ".join(" ".join(map(str, k)) for k in r["kept"].values()) for r in results}))
         losses = [spread([r[name] for r in results], 4) for name in ("loss_before", "loss")]

@@ -50,7 +50,7 @@ DRAWING = "--steps 2 --height 16 --width 16 --calls 1"  # the last one counts
 PROMPTS = "pipeline.num_steps=1 pipeline.height=16 pipeline.width=16 pipeline.num_images=5 bench.repeats=1 bench.product_size=64"
 SHORT = {
     "run": "prune.training recover.training sample speed",
-    "train": "train",
+    "train": "train compute",
     "prune": "prune.training",
     "recover": "recover.training",
     "dynamic": "dynamic.training dynamic",
@@ -59,6 +59,7 @@ SHORT = {
 YARDSTICKS = ("digits-flux", "digits-sd3")  # pipelines that ship
 SETTINGS = {
     **dict.fromkeys(("train", "prune.training", "recover.training", "dynamic.training"), TRAINING),
+    "compute": "compile=false",
     "dynamic": "finish_steps=1 auxiliary_steps=1 ramp_steps=1 calibration_images=0",
     "sample": "num_images=8 batch_size=8 num_steps=2",
     "speed": "repeats=2 batch_size=2 steps_per_repeat=1",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tinyfusion import cli
 from tinyfusion.data.captioned_digits import DIGIT_PROMPTS, DIGIT_WORDS, captioned, digit_of
 from tinyfusion.data.digits import load_digits
 from tinyfusion.evaluate.extractors import open_extractor
@@ -89,3 +93,41 @@ def test_captions_of_digits() -> None:
     assert not (thrice.y[:360] == thrice.y[360:720]).any()
     assert digit_of("a seven and an eight") is None and digit_of("a picture") is None
     assert to_uint8(torch.from_numpy(thrice.x)).shape == (1080, 8, 8, 1)
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a transformer."""
+    return {n: tuple(t.shape) for n, t in load_file(folder / "diffusion_pytorch_model.safetensors").items()}
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """The config.json of a transformer, without what diffusers notes of itself."""
+    values = json.loads((folder / "config.json").read_text())
+    return {name: value for name, value in values.items() if name[0] != "_"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_of_the_teacher(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of the recipe make the transformer that ships, which takes its place in the pipeline that the recipe names."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(line: str) -> None:
+        assert cli.main(line.split()) == 0, line
+
+    shipped = shipped_models()[name]
+    command(f"encode --recipe {name}-teacher --data digits --out latents")
+    short = "--steps 2 --set train.warmup_steps=0 --set train.ema_decay=0.5 --set compute.compile=false"
+    command(f"train --recipe {name}-teacher --data latents:latents {short} --out trained")
+    trained = tmp_path / "trained" / "model"
+    known = config(shipped / "transformer")
+    assert {field: value for field, value in config(trained).items() if field in known} == known
+    assert stored_shapes(trained) == stored_shapes(shipped / "transformer")
+    command("export --model trained --to diffusers --pipeline --out pipeline")
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "pipeline" / weights).read_bytes() == (shipped / weights).read_bytes()
+    Path("prompts.txt").write_text("a handwritten seven\nthree\n")
+    size = "--set pipeline.height=8 --set pipeline.width=8 --set pipeline.num_steps=2"
+    for model in ("trained", "pipeline"):
+        command(f"sample --model {model} --prompts prompts.txt {size} --out {model}.npz")
+    drawn = [np.load(f"{model}.npz")["arr_0"] for model in ("trained", "pipeline")]
+    assert len(drawn[0]) == 2 and (drawn[0] == drawn[1]).all()

@@ -25,8 +25,9 @@ from tinyfusion.data.clips import clip_size, read_clip
 from tinyfusion.data.picture import decode, size_of
 from tinyfusion.data.prompts import PromptFile
 from tinyfusion.families.diffusers_classes.folder import INDEX
-from tinyfusion.jobs.pipelines import located, pipeline_class
+from tinyfusion.jobs.pipelines import pipeline_class
 from tinyfusion.jobs.text_encoding import encoders_hash, encoding_arguments, results_of, takes_video
+from tinyfusion.jobs.transformer_sources import located
 from tinyfusion.models.autoencoder import quiet_logs
 from tinyfusion.models.latent_space import VAE, LatentSpace, open_latent_space
 

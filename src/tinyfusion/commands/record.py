@@ -32,10 +32,10 @@ from tinyfusion.jobs.estimate import announce, rounded
 from tinyfusion.jobs.pipelines import (
     opened_pipeline,
     pipeline_class,
-    pipeline_folder,
     transformer_in,
 )
 from tinyfusion.jobs.recording import Drawing, cost_of_prompt, dtype_name, recorded_calls
+from tinyfusion.jobs.transformer_sources import pipeline_folder
 
 SUFFIX = ".safetensors"
 _FILE = r"\.[a-z][a-z0-9]*"  # suffixes of files, unlike that of FLUX.1-inputs

@@ -29,10 +29,15 @@ from tinyfusion.families.diffusers_classes.folder import (
 from tinyfusion.families.diffusers_classes.rows import row_for, rows_with
 from tinyfusion.families.registry import family_of_config
 from tinyfusion.jobs.pipeline_components import strict_components
-from tinyfusion.jobs.transformer_sources import first_teacher, transformer_of
+from tinyfusion.jobs.transformer_sources import (
+    first_teacher,
+    located,
+    pipeline_folder,
+    recorded_pipeline,
+    transformer_of,
+)
 from tinyfusion.models.autoencoder import no_progress_bars
-from tinyfusion.models.hub import HUB_ID, fetch_pipeline
-from tinyfusion.models.places import exists, is_shipped, shipped_models, transformer_in_run
+from tinyfusion.models.places import exists, is_shipped, transformer_in_run
 
 # of diffusers, transformers and safetensors on folders and arguments that do not fit
 REFUSALS = (
@@ -112,24 +117,6 @@ def shorter_texts(kind: Any, folder: Path) -> int | None:
         return None
     limit = read_json_object(file).get("model_max_length")
     return limit if type(limit) is int and 0 < limit < default else None
-
-
-def pipeline_folder(source: str) -> Path:
-    """The folder of a pipeline, fetched where it is a hub id. Raises UserError where there is none."""
-    path = located(source)
-    if not exists(path):
-        raise UserError(f"no pipeline at {source}: no such folder, and it is no hub id")
-    if not (path / INDEX).is_file():
-        raise UserError(f"{path} is no pipeline of diffusers: wanted a folder with {INDEX}, or a hub id")
-    return path
-
-
-def located(source: str) -> Path:
-    """The folder of a shipped name or of a pipeline's hub id, which is fetched; a path otherwise, which need not exist."""
-    path = shipped_models().get(source, Path(source))
-    if not exists(path) and HUB_ID.fullmatch(source) and not path.parent.exists():
-        return fetch_pipeline(source)
-    return path
 
 
 def opened_pipeline(
@@ -299,10 +286,13 @@ def transformer_class_in(path: Path) -> str | None:
 
 
 def _teachers(source: str, folder: str | None, component: str | None) -> tuple[Path, str | None]:
-    """The pipeline as given, else that of the teacher in the run's record, and the component that the teacher is."""
+    """The pipeline as given, else that in the record of the run or of its teacher, and the component that the model is in it."""
     if folder is not None:
         return pipeline_folder(folder), component
     teacher = first_teacher(source)
+    trained_for = recorded_pipeline(teacher or source)
+    if trained_for is not None:
+        return trained_for[0], component or trained_for[1]
     if teacher is None:
         raise UserError(f"{source} names no pipeline: give --pipeline FOLDER, that of the model that it was cut from")
     path = Path(teacher)

@@ -22,8 +22,8 @@ from tinyfusion.families.diffusers_classes.guess import guessed_row, is_transfor
 from tinyfusion.families.diffusers_classes.rows import Rows, row_for, rows_with
 from tinyfusion.families.diffusers_classes.schedules import expert_range
 from tinyfusion.families.registry import family_of_config
-from tinyfusion.models.hub import HUB_ID
-from tinyfusion.models.places import by_name, exists, is_shipped, transformer_in_run
+from tinyfusion.models.hub import HUB_ID, fetch_pipeline
+from tinyfusion.models.places import by_name, exists, is_shipped, shipped_models, transformer_in_run
 from tinyfusion.models.transformer import TransformerModel, opened
 
 _MOST_PARENTS = 16  # that a model's runs are followed back
@@ -111,12 +111,39 @@ def origin_of(source: str | Path, model: TransformerFolder, blocks: Path | None)
     parent = transformer_of(teacher, blocks) if teacher else None
     if parent is not None and parent.pipeline is not None:
         return parent.pipeline, parent.path.name
-    record = Path(teacher or source) / "run.json"
-    job = (read_json_object(record).get("job") or {}) if record.is_file() else {}
+    return recorded_pipeline(teacher or source)
+
+
+def recorded_pipeline(source: str | Path) -> tuple[Path, str] | None:
+    """The pipeline and the component that a model was trained for, as the record of its run of `train` says; None without one.
+
+    source: the run, or the folder of a model in it. Raises UserError where that pipeline is gone.
+    """
+    path = Path(source)
+    record = next((place / "run.json" for place in (path, path.parent) if (place / "run.json").is_file()), None)
+    job = (read_json_object(record).get("job") or {}) if record else {}
     section = (job.get("recipe") or {}).get("pipeline") or {}
     if not isinstance(section.get("folder"), str):
         return None
-    return Path(section["folder"]), str(section.get("component") or "transformer")
+    return pipeline_folder(section["folder"]), str(section.get("component") or "transformer")
+
+
+def pipeline_folder(source: str) -> Path:
+    """The folder of a pipeline, fetched where it is a hub id. Raises UserError where there is none."""
+    path = located(source)
+    if not exists(path):
+        raise UserError(f"no pipeline at {source}: no such folder, and it is no hub id")
+    if not (path / INDEX).is_file():
+        raise UserError(f"{path} is no pipeline of diffusers: wanted a folder with {INDEX}, or a hub id")
+    return path
+
+
+def located(source: str) -> Path:
+    """The folder of a shipped name or of a pipeline's hub id, which is fetched; a path otherwise, which need not exist."""
+    path = shipped_models().get(source, Path(source))
+    if not exists(path) and HUB_ID.fullmatch(source) and not path.parent.exists():
+        return fetch_pipeline(source)
+    return path
 
 
 def first_teacher(source: str) -> str | None:

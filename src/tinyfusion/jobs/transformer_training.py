@@ -16,8 +16,7 @@ from tinyfusion.families.diffusers_classes.calls import check_latents
 from tinyfusion.families.diffusers_classes.folder import new_transformer
 from tinyfusion.families.diffusers_classes.rows import rows_with
 from tinyfusion.families.diffusers_classes.schedules import gaussian_schedule, training_shift
-from tinyfusion.jobs.pipelines import pipeline_folder
-from tinyfusion.jobs.transformer_sources import in_pipeline
+from tinyfusion.jobs.transformer_sources import in_pipeline, pipeline_folder
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Process
 from tinyfusion.processes.flow import Flow, FlowObjective
