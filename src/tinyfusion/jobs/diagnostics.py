@@ -221,7 +221,9 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
 def _load_average(model: LoadedModel, checkpoint: Path) -> None:
     """Load the averaged weights of a checkpoint into `model`. Raises UserError where they are missing."""
     if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint} is gone: evaluate.checkpoints needs it for the curve of FID over the recovery")
+        raise UserError(
+            f"{checkpoint} does not exist: evaluate.checkpoints needs it for the curve of FID over the recovery"
+        )
     if (wrong := other_version(checkpoint) or damage(checkpoint)) is not None:
         raise UserError(f"cannot take the averaged weights of checkpoint {checkpoint}: {wrong}")
     saved = open_checkpoint(checkpoint)
