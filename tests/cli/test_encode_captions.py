@@ -442,7 +442,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
     "no-data": (ENCODE.replace("pictures", "gone"), None, "no pictures at gone: wanted a folder of them, digits, a .jsonl file"),
     "a-file": (ENCODE.replace("pictures", "table.parquet"), None, "for a tar or parquet file say parquet:table.parquet"),
     "no-pictures": (ENCODE.replace("pictures", "empty"), lambda h: (h / "empty").mkdir(), "empty holds no pictures"),
-    "no-caption": (ENCODE, without("pictures/03.txt"), "pictures: 03.png has no caption: wanted 03.txt beside it, or a metadata.jsonl"),
+    "no-caption": (ENCODE, without("pictures/03.txt"), "pictures: 03.png has no caption: wanted 03.txt next to it, or a metadata.jsonl"),
     "no-captions": (ENCODE, without("pictures/03.txt", "pictures/05.txt"), "(and so 2 of 11 pictures: 03.png, 05.png)"),
     "empty-caption": (ENCODE, text("pictures/03.txt", " \n"), "pictures/03.txt has an empty caption: write one"),
     "caption-bytes": (ENCODE, text("pictures/03.txt", b"\xff\xfe"), "pictures/03.txt is damaged: not UTF-8 text"),
@@ -496,7 +496,7 @@ CLIPS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no-multiple": ("--frames 4", lambda h: None, "encodes 1 + 4 n frames; got encode.frames=4: take 1 or 5"),
     "no-decoder": ("--frames 5", lambda h: (text("clips/a.mp4", "x")(h), text("clips/a.txt", "x")(h)),
                    "nothing is installed that decodes videos"),
-    "no-caption": ("--frames 5", without("clips/sea.txt"), "clips: sea has no caption: wanted sea.txt beside it"),
+    "no-caption": ("--frames 5", without("clips/sea.txt"), "clips: sea has no caption: wanted sea.txt next to it"),
     "no-clips": ("--frames 5", lambda h: (shutil.rmtree(h / "clips"), (h / "clips").mkdir()), "clips holds no videos"),
 }  # fmt: skip
 

@@ -172,12 +172,12 @@ def test_a_card_says_how_the_model_was_made(cli: Cli, work: Path) -> None:
         assert "trained from nothing, and no licence is recorded" in card
         assert "non-commercial" not in card and "CC-BY" not in card and "origin is unknown" not in card
         assert "1. Trained from nothing on 8 images drawn from `images.npz`." in card
-    assert "2. Pruned by the criterion `indices`." in cut and "The cut alone:" in cut
+    assert "2. Pruned by the criterion `indices`." in cut and "The pruning alone:" in cut
     assert (
         "2. Pruned by the criterion `indices`.\n3. Recovered by `masked-kd` on 12 images drawn from `images.npz`."
         in back
     )
-    assert "The cut, without what followed it:" in back and "The cut alone" not in back
+    assert "The pruning, without what followed it:" in back and "The pruning alone" not in back
     run_words(cli, "export --model back/student --to official --out back.pt")
     answer = json.loads(Path("back.json").read_text())
     assert "trained from nothing" in answer["license_note"] and len(answer["history"]) == 3
@@ -185,7 +185,7 @@ def test_a_card_says_how_the_model_was_made(cli: Cli, work: Path) -> None:
 
 def test_a_card_does_not_guess_what_no_record_tells(cli: Cli, work: Path) -> None:
     card = card_of(cli, "student")
-    assert "The cut (whether anything followed it is not recorded):" in card and "their origin is unknown" in card
+    assert "The pruning (whether anything followed it is not recorded):" in card and "their origin is unknown" in card
     run_words(cli, OWN)
     run_words(cli, "prune --teacher own --keep 0,2 --out cut")
     shutil.copytree("cut/student", "moved")

@@ -152,7 +152,7 @@ BAD = {
     ),
     "heads that hidden channels cannot follow": (f"dynamic --model odd {QUICK} --out run", "cannot be made dynamic"),
     "routers already": (f"dynamic --model routed {QUICK} --out run", "routers already"),
-    "cutting a dynamic model": ("prune --teacher routed --keep 0,2 --out run", "cut first"),
+    "cutting a dynamic model": ("prune --teacher routed --keep 0,2 --out run", "prune first"),
 }
 
 

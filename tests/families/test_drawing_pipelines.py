@@ -422,7 +422,7 @@ BAD: dict[str, Row] = {
     "pipeline-no-index": (f"{STUDENT} --pipeline runs", "runs is no pipeline of diffusers", None),
     "pipeline-of-another": (f"{STUDENT} --pipeline wan", "runs/student is a FluxTransformer2DModel, and wan has as transformers: transformer Wan", None),
     "pipeline-of-another-width": (f"{STUDENT} --pipeline wide", "does not fit wide: its time_text_embed.text_embedder.linear_1.weight is [32, 32]", wider),
-    "teacher-gone": (STUDENT, "was cut from gone, and no pipeline at gone: no such folder, and it is no hub id: give --pipeline", of_another_teacher),
+    "teacher-gone": (STUDENT, "was pruned from gone, and no pipeline at gone: no such folder, and it is no hub id: give --pipeline", of_another_teacher),
     "component-unknown": (f"{TEACHER} --component transformer_3", "flux has no transformer transformer_3", None),
     "component-ambiguous": ("sample --model alone --pipeline wan --prompts prompts.txt --out x.npz", "wan has 2 of a WanTransformer3DModel: give --component",
                             lambda here: shutil.copytree(here / "runs/expert/student", here / "alone")),

@@ -173,7 +173,11 @@ REFUSED = [
     ),
     (FLUX, "0,1,2", "at least one block of single_transformer_blocks must stay"),
     (FLUX, "0,7", "--keep [7] out of range: the model has blocks 0 to 6"),
-    (tiny("ChromaTransformer2DModel"), "0,1,3,4", "a cut ChromaTransformer2DModel cannot be written: its modulation"),
+    (
+        tiny("ChromaTransformer2DModel"),
+        "0,1,3,4",
+        "a pruned ChromaTransformer2DModel cannot be written: its modulation",
+    ),
 ]
 
 
@@ -249,7 +253,7 @@ def test_quantised_weights_are_refused_for_their_parent(folders: Any, run: Any, 
     for verb in (["inspect"], ["prune", "--criterion", "first", "--out", tmp_path / "run", "--teacher"],
                  ["export", "--to", "diffusers", "--out", tmp_path / "out", "--model"]):  # fmt: skip
         said = run(*verb, source)
-        assert "is quantised: wanted the model that it was made from; cut that, and quantise the student" in said
+        assert "is quantised: wanted the model that it was made from; prune that, and quantise the student" in said
     assert "kept" in run("inspect", changed(folders(FLUX), tmp_path / "plain", quantization_config=None))
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 

@@ -508,7 +508,7 @@ def test_other_versions_are_refused_in_a_sentence(
 ) -> None:
     make(tmp_path, 4)
     before = names(tmp_path / "step-0000004")
-    pattern = rf"step-0000004 {message}.*start anew.*or go on with"
+    pattern = rf"step-0000004 {message}.*start anew.*or continue with"
     with pytest.raises(UserError, match=pattern):
         load_latest(tmp_path, small_state())
     with pytest.raises(UserError, match=pattern):

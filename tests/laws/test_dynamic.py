@@ -133,7 +133,7 @@ def test_what_cannot_be_attached_says_why(tiny_model: ModelFactory, routed: Call
         attach(routed().loaded, DynamicSettings())
     with pytest.raises(ValueError, match="all three are off"):
         DynamicSettings(width=False, tokens=False)
-    with pytest.raises(UserError, match="10 hidden channels of an MLP cannot be cut into 4 equal groups"):
+    with pytest.raises(UserError, match="10 hidden channels of an MLP cannot be split into 4 equal groups"):
         attach(tiny_model(num_heads=4, mlp_hidden=10), DynamicSettings())
     with pytest.raises(UserError, match="with one head"):
         attach(tiny_model(num_heads=1), DynamicSettings())

@@ -120,7 +120,7 @@ def test_a_cut_connection_is_taken_up(server: Served) -> None:
 def test_another_call_goes_on(server: Served) -> None:
     entry(server, sha256=SUM)
     server.breaks = [100_000] + [0] * 20
-    with pytest.raises(UserError, match=r"the connection broke after 0\.1 MiB, which are kept"):
+    with pytest.raises(UserError, match=r"the connection broke after 0\.1 MiB, which are retained"):
         fetch_weights("mine")
     assert any(name.endswith(".partial") for name in left())
     server.breaks, server.requests = [], []

@@ -45,7 +45,7 @@ class BlockSizes:
     def __post_init__(self) -> None:
         if self.mlp_width % self.num_heads:
             raise ValueError(
-                f"{self.mlp_width} hidden channels of an MLP cannot be cut into {self.num_heads} equal groups, one per head"
+                f"{self.mlp_width} hidden channels of an MLP cannot be split into {self.num_heads} equal groups, one per head"
             )
 
     @property

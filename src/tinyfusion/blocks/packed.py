@@ -28,7 +28,7 @@ _NAMESPACE = "tinyfusion"
 
 
 class PackedLinear(nn.Module):
-    """x (..., in) -> (..., out) as `nn.Linear`, in its dtype, without a weight to train, cut or save.
+    """x (..., in) -> (..., out) as `nn.Linear`, in its dtype, without a weight to train, prune or save.
 
     The compiler accepts no tensor in oneDNN's layout, so the operator gets its number, and blocks share a compilation.
     """

@@ -54,7 +54,7 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     if transformer := transformer_of(what.model, options.blocks):
         if what.vae is not None or what.labels is not None:
             raise UserError(
-                f"--vae and --labels are for models of classes; the pipeline of {what.model} takes the parts of its parent: leave them out"
+                f"--vae and --labels are for models of classes; the pipeline of {what.model} takes those of its parent: leave them out"
             )
         outcome = export_transformer(options, what.model, what.to, what.pipeline, transformer)
         return outcome if options.dry_run else outcome | _pushed(options, what)

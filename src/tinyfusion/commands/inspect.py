@@ -52,7 +52,7 @@ def inspect(model: LoadedModel) -> dict[str, Any]:
 
 
 def parent_words(parent: Mapping[str, Any]) -> str:
-    """An ancestor of the lineage on one line: hash, blocks, and which blocks of its own parent these are, if it was cut."""
+    """An ancestor of the lineage on one line: hash, blocks, and which blocks of its own parent these are, if it was pruned."""
     depth, kept = parent.get("depth") or {}, parent.get("kept")
     several = len(depth) > 1
     sizes = ", ".join(f"{blocks} {name if several else 'blocks'}" for name, blocks in depth.items())

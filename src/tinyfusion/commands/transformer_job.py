@@ -66,7 +66,7 @@ def transformer_job(recipe: Recipe, options: RunOptions, teacher: TransformerFol
     teacher.check_destination(recipe.destination)
     if teacher.row.unfit:
         raise UserError(
-            f"a {teacher.class_name} is planned, and not cut, so there is no student to recover: {teacher.row.unfit}"
+            f"a {teacher.class_name} is planned, and not pruned, so there is no student to recover: {teacher.row.unfit}"
         )
     if not name and options.inputs is None:
         raise UserError(

@@ -41,7 +41,7 @@ _LINK_BYTES = 2**20  # files of a parent from this size on are linked where the 
 
 
 def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFolder) -> dict[str, Any]:
-    """Plan by a rule or on recorded inputs, and cut the files; writes `plan.json` and `student/`. Returns what `--json` prints."""
+    """Plan by a rule or on recorded inputs, and prune the files; writes `plan.json` and `student/`. Returns what `--json` prints."""
     engine = engine_for(recipe)
     teacher.check_destination(recipe.destination)
     inputs = {} if options.inputs is None else {"inputs": read_recorded(options.inputs).fingerprint}
@@ -83,7 +83,7 @@ def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerF
 
 
 def _student(teacher: TransformerFolder, plan: PrunePlan) -> TransformerFolder:
-    """The cut model. Raises UserError where diffusers would not build it."""
+    """The pruned model. Raises UserError where diffusers would not build it."""
     student = teacher.cut(plan)
     student.check_class()
     return student

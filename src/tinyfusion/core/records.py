@@ -114,7 +114,7 @@ def file_output(
 def folder_output(out: Path, record: str, verb: str, recipe: Mapping[str, Any], overwrite: bool, form: str) -> bool:
     """Whether the output folder `out` is still to be made; `record` is the name of its record.
 
-    form: the options that ask for a folder, for messages. Raises UserError as `file_output` does, and on folders of others.
+    form: the options that select a folder, for messages. Raises UserError as `file_output` does, and on folders of others.
     """
     check_writable(out)
     if out.is_file():

@@ -173,7 +173,7 @@ def _fetch(entry: KnownWeights, path: Path, expected: Mapping[str, str]) -> None
         if wrong := _contradiction(digest, expected):
             partial.unlink()
             raise UserError(
-                f"{entry.address} gave a file with the SHA-256 {digest}, {wrong}: it was changed there or on the way; "
+                f"{entry.address} gave a file with the SHA-256 {digest}, {wrong}: it was changed at its source or in transit; "
                 "nothing was saved"
             )
         write_text(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n")
@@ -223,7 +223,7 @@ def _transfer(entry: KnownWeights, file: IO[bytes], partial: Path) -> None:
         have = file.seek(0, os.SEEK_END)
         barren = 0 if have > most else barren + 1
         if barren >= (_ATTEMPTS if most else 1):
-            rest = f" after {have / 2**20:.1f} MiB, which are kept: the same command resumes there" if have else ""
+            rest = f" after {have / 2**20:.1f} MiB, which are retained: the same command resumes there" if have else ""
             raise UserError(f"cannot fetch {entry.name} from {entry.address}: {reason}{rest}")
 
 

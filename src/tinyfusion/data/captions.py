@@ -37,7 +37,7 @@ from tinyfusion.data.stream import RowGroup
 
 LINES = (".jsonl", ".ndjson")
 METADATA = ("metadata.jsonl", "captions.jsonl")  # in a folder of pictures
-COLUMNS = ("text", "caption", "prompt")  # names of captions, in the order in which they are looked for
+COLUMNS = ("text", "caption", "prompt")  # names of captions, in the order of their search
 FILES = ("file_name", "image", "video")  # names of the picture in a line of JSON
 _NAMED = 3  # pictures without a caption that are named in an error
 _LONGEST_LINE = 2**24  # characters: a longer line is damaged
@@ -233,7 +233,7 @@ def _of_folder(name: str, path: Path, column: str | None, clips: bool) -> Captio
             missing.append(printable(os.path.relpath(file, path)))
     if missing:
         raise _missing(
-            name, missing, len(files), f"{Path(missing[0]).with_suffix('.txt').name} beside it, or a {METADATA[0]}"
+            name, missing, len(files), f"{Path(missing[0]).with_suffix('.txt').name} next to it, or a {METADATA[0]}"
         )
     present = {os.path.abspath(file) for file in files}
     remarks = []

@@ -1,4 +1,4 @@
-"""Sequences whose values are read when they are asked for."""
+"""Sequences whose values are read on access."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Lazy(Sequence[T], Generic[T]):
-    """A sequence of `num` values that `get` makes when they are asked for."""
+    """A sequence of `num` values that `get` makes on access."""
 
     def __init__(self, num: int, get: Callable[[int], T]) -> None:
         self.num, self.get = num, get

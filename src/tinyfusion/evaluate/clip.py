@@ -46,7 +46,7 @@ class ClipScorer:
         """(N,) 100 max(cos, 0) of image i and prompt i; of videos (N, F, H, W, C) the mean over frames.
 
         Source: Hessel, Holtzman, Forbes, Le Bras, Choi, 2021 (arXiv 2104.08718), with the factor 100 that libraries use, not 2.5.
-        Prompts beyond the model's length are cut off. Raises UserError where tokenizer, preparation and model do not go together.
+        Prompts beyond the model's length are truncated. Raises UserError where tokenizer, preparation and model do not go together.
         """
         try:
             return self._scores(images, prompts)

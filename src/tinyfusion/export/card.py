@@ -89,7 +89,7 @@ def licence_note(model: LoadedModel, from_nothing: bool = False) -> str:
         return unknown
     use = " (non-commercial use only)" if "-nc" in published.lower() else ""
     return (
-        f"{unknown} Published weights of the family {family.name} are under {published}{use}, and so is whatever was cut or "
+        f"{unknown} Published weights of the family {family.name} are under {published}{use}, and so is whatever was pruned or "
         "trained from them."
     )
 
@@ -131,9 +131,9 @@ def _plan(model: LoadedModel) -> str:
     chain = " -> ".join(f"{sum(step['depth'].values())} blocks (`{step['hash'][:12]}`)" for step in facts.lineage)
     scheme = f", scheme {plan.scheme}" if plan.scheme else ""
     kept = "; ".join(f"{name} {', '.join(map(str, indices))}" for name, indices in plan.kept.items())
-    narrower = " Its channels were cut too." if plan.kept_widths else ""
+    narrower = " Its channels were pruned too." if plan.kept_widths else ""
     return (
-        f"## The cut\n\n![which blocks stay]({PICTURE})\n\nCut from the model `{parent['hash'][:12]}` by the criterion "
+        f"## Pruning\n\n![which blocks stay]({PICTURE})\n\nPruned from the model `{parent['hash'][:12]}` by the criterion "
         f"`{plan.criterion}`{scheme}. Kept: {kept}.{narrower} Lineage: {chain} -> {len(model.stack)} blocks."
     )
 
@@ -180,5 +180,5 @@ def _how(model: LoadedModel, notes: CardNotes) -> str:
         unknown = " (whether anything followed it is not recorded)"
         after = {True: " alone", False: ", without what followed it", None: unknown}
         command = f"```\ntinyfusion prune --teacher TEACHER --keep {kept} --out run\n```"
-        lines.append(f"The cut{after[notes.untuned]}:\n\n{command}")
+        lines.append(f"The pruning{after[notes.untuned]}:\n\n{command}")
     return "## How it was made\n\n" + "\n\n".join(lines) if lines else ""

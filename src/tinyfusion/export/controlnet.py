@@ -119,7 +119,7 @@ _HINTS = {
     "interval": "it fits where equally many of every group stay, fewer only of the last",
     "ratio": "it fits where the last block and equally many of every group stay",
     "next": "it fits where the first block stays, and the blocks with residuals that stay are the first ones of",
-    "modulo": "it fits where the blocks that stay go on in turn through the groups",
+    "modulo": "it fits where the remaining blocks go through the groups in turn",
 }
 
 
@@ -128,7 +128,7 @@ def _named(residual: int | None) -> str:
 
 
 def _kept_of_original(path: str, cuts: Sequence[Cut]) -> list[int]:
-    """Blocks of a list that stay after all cuts, by their index before the first."""
+    """Remaining blocks of a list after pruning, by their index before the first."""
     kept = list(range(cuts[0].depths[path]))
     for cut in cuts:
         kept = [kept[i] for i in cut.kept[path]]

@@ -132,7 +132,7 @@ class _Place:
 
 
 class _Names:
-    """The block lists of a cut model in all their spellings."""
+    """The block lists of a pruned model in all their spellings."""
 
     def __init__(self, cut: Cut) -> None:
         self.cut = cut
@@ -175,7 +175,7 @@ class _Names:
         return _Place(match["head"], path, index, match["rest"])
 
     def moved(self, place: _Place) -> str | None:
-        """The key in the student; None where the block is gone, or the module of a joint block that becomes the last one."""
+        """The key in the student; None where the block is removed, or the module of a joint block that becomes the last one."""
         index, rest = self._moves[place.path](place.index), place.rest
         if (kind := self._last(place)) is not None:
             conversion = LAST_BLOCKS[kind]

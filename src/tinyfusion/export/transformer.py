@@ -29,5 +29,5 @@ def write_transformer(
 
 
 def plan_in(model: TransformerFolder) -> PrunePlan:
-    """The plan by which a student was cut."""
+    """The plan by which a student was pruned."""
     return plan_from_json(model.record.get("plan"))

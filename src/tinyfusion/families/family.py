@@ -106,7 +106,7 @@ class ModelFamily:
     computed: Mapping[str, Callable[[Any], Tensor]] = dataclasses.field(default_factory=dict)
     # (name, parameter) -> whether published weight decay leaves it alone; None: it takes all alike
     undecayed: Callable[[str, Tensor], bool] | None = None
-    widths: WidthRules | None = None  # None where widths cannot be cut
+    widths: WidthRules | None = None  # None where widths cannot be pruned
     dynamic: DynamicRules | None = None  # None where width and tokens cannot be chosen by timestep
     inputs: ModelInputs = (
         class_inputs  # keyword arguments of the module, in addition to x and t, for the condition of a batch
@@ -169,7 +169,7 @@ class ModelFamily:
         return self.dynamic
 
     def build_with_routers(self, arch: Any, settings: DynamicSettings | None) -> nn.Module:
-        """The module of an arch, with the routers that `settings` asks for; values are to be loaded."""
+        """The module of an arch, with the routers of `settings`; values are to be loaded."""
         module = self.build(arch)
         if settings is None:
             return module
@@ -211,11 +211,11 @@ class ModelFamily:
         return BlockStack(model, tuple(self.block_lists), self.streams)
 
     def arch_with_depths(self, arch: Any, depths: Mapping[str, int]) -> Any:
-        """The arch after cutting: `depths` blocks per list."""
+        """The arch after pruning: `depths` blocks per list."""
         return dataclasses.replace(arch, **{self.block_lists[name]: depth for name, depth in depths.items()})
 
     def differ_in_size_alone(self, arch: Any, other: Any, depths: Mapping[str, int]) -> bool:
-        """Whether cutting depth and, where this family can, widths leads from one arch to the other; depths: of `other`.
+        """Whether pruning depth and, where this family can, widths leads from one arch to the other; depths: of `other`.
 
         Models made for different formats (`arch_for`) do not differ by that.
         """

@@ -227,7 +227,9 @@ def _load_average(model: LoadedModel, checkpoint: Path) -> None:
     Raises UserError where they are missing.
     """
     if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint} is gone: evaluate.checkpoints needs it for the curve of FID over the recovery")
+        raise UserError(
+            f"{checkpoint} does not exist: evaluate.checkpoints needs it for the curve of FID over the recovery"
+        )
     if (wrong := other_version(checkpoint) or damage(checkpoint)) is not None:
         raise UserError(f"cannot take the averaged weights of checkpoint {checkpoint}: {wrong}")
     saved = open_checkpoint(checkpoint)

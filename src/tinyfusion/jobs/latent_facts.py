@@ -22,7 +22,7 @@ from tinyfusion.jobs.transformer_sources import is_transformer_class, open_trans
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.models.transformer import TransformerModel
 
-_CHECKED_BYTES = 2**30  # files up to here are looked through for values that are not finite
+_CHECKED_BYTES = 2**30  # larger files are not searched for values that are not finite
 _PUBLISHED_CHANNELS = 4
 
 

@@ -81,7 +81,7 @@ def with_teacher(
     teacher = run.teacher() if run else None
     if run is None or teacher is None:
         raise UserError(
-            f"{verb} needs --teacher: {student} has no record of a run that names the model it was cut from (give --teacher "
+            f"{verb} needs --teacher: {student} has no record of a run that names the model it was pruned from (give --teacher "
             "MODEL, or a --recipe that names one)"
         )
     remarks.append(f"teacher {teacher}, as in {run.path} (--teacher names another)")

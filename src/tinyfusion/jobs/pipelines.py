@@ -1,4 +1,4 @@
-"""Pipelines of diffusers: found for a model, checked, and opened with the model as their transformer."""
+"""Pipelines of diffusers: located for a model, checked, and opened with the model as their transformer."""
 
 from __future__ import annotations
 
@@ -294,14 +294,16 @@ def _teachers(source: str, folder: str | None, component: str | None) -> tuple[P
     if trained_for is not None:
         return trained_for[0], component or trained_for[1]
     if teacher is None:
-        raise UserError(f"{source} names no pipeline: give --pipeline FOLDER, that of the model that it was cut from")
+        raise UserError(
+            f"{source} names no pipeline: give --pipeline FOLDER, that of the model that it was pruned from"
+        )
     path = Path(teacher)
     if exists(path) and not (path / INDEX).is_file() and (path.parent / INDEX).is_file():
         return path.parent, component or path.name
     try:
         return pipeline_folder(teacher), component
     except UserError as error:
-        raise UserError(f"{source} was cut from {teacher}, and {error}: give --pipeline FOLDER") from error
+        raise UserError(f"{source} was pruned from {teacher}, and {error}: give --pipeline FOLDER") from error
 
 
 def _own_models(folder: Path, component: str | None, blocks: Path | None) -> dict[str, TransformerFolder]:

@@ -1,4 +1,4 @@
-"""CLIP score of drawn images: their prompts, found by the labels in their npz, and the mean over images."""
+"""CLIP score of drawn images: their prompts, by the labels in their npz, and the mean over images."""
 
 from __future__ import annotations
 

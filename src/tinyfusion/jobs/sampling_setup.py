@@ -139,7 +139,7 @@ def check_sampling(settings: SampleSection, model: LoadedModel) -> None:
 def autoencoder_for(settings: SampleSection, model: LoadedModel) -> Autoencoder | None:
     """The autoencoder that decodes the model's latents; None where nothing is decoded.
 
-    Raises UserError where none is known or found, or where it does not fit the model.
+    Raises UserError where there is none, or where it does not fit the model.
     """
     if not model.of_latents or not settings.decode:
         return None

@@ -77,7 +77,7 @@ def _located(path: Path, rows: Rows, prompts: bool) -> Path | None:
 def _of_a_family(folder: Path, prompts: bool) -> bool:
     """Whether a registered family opens this folder: one that claims its class, with the texts that it needs.
 
-    A family that needs texts writes no folders of diffusers, so one with our record was cut as a transformer of diffusers.
+    A family that needs texts writes no folders of diffusers, so one with our record was pruned as a transformer of diffusers.
     """
     config = read_json_object(folder / "config.json")
     family = family_of_config(config)
@@ -86,7 +86,7 @@ def _of_a_family(folder: Path, prompts: bool) -> bool:
 
 
 def _recorded_row(config: Mapping[str, Any]) -> bool:
-    """Whether a student carries the row that it was cut by."""
+    """Whether a student carries the row that it was pruned by."""
     record = config.get(RECORD)
     return isinstance(record, dict) and isinstance(record.get("row"), str)
 
@@ -98,13 +98,13 @@ def _unknown(folder: Path, config: Mapping[str, Any]) -> str:
     if text is None:
         return f"{folder} is a {kind}, for which there is no row and no guess: write one, and give it as --blocks FILE"
     return (
-        f"{folder} is a {kind}, for which there is no row. A guess, which builds and cuts as it should: check in which order "
+        f"{folder} is a {kind}, for which there is no row. A guess, which builds and prunes as it should: check in which order "
         f"its blocks return their streams, write this line to a file, and give that as --blocks FILE: {text}"
     )
 
 
 def origin_of(source: str | Path, model: TransformerFolder, blocks: Path | None) -> tuple[Path, str] | None:
-    """The pipeline and the component that a model is, was cut from or was trained for, as the records of its runs say; else None."""
+    """The pipeline and the component that a model is, was pruned from or was trained for, as the records of its runs say; else None."""
     if model.pipeline is not None:
         return model.pipeline, model.path.name
     teacher = first_teacher(str(source))

@@ -96,7 +96,7 @@ class RecordedWork:
         }
 
     def decide(self, run: RunDirectory, device: torch.device) -> PrunePlan:
-        """The plan, with progress; opens the weights in their own types, and goes on with an interrupted search."""
+        """The plan, with progress; opens the weights in their own types, and continues an interrupted search."""
         teacher = opened(self.context.model)
         module: Any = teacher.module.to(device)
         calls: Any = tuple(map(TaskBatch, self.inputs.for_dtype(module.dtype)))

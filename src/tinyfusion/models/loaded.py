@@ -1,4 +1,4 @@
-"""LoadedModel: a model in memory with its family, sizes and facts; cutting, copying and hashing it."""
+"""LoadedModel: a model in memory with its family, sizes and facts; pruning, copying and hashing it."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class ModelFacts:
 
     image_size: side of its images in pixels. latent_scale, latent_shift: models of latents see (z - shift) x scale of a
     latent z of the autoencoder `vae`; None for a pixel-space model and if unknown. assumed: names of facts that neither file
-    nor user stated, taken from the published models. kept: indices into the direct parent per list, None for an uncut model.
-    lineage: parents, oldest first, each with hash, depth and kept, if it was cut in width the kept residual channels of its
-    own parent, and its arch if its child was. seen_images: of a model trained from scratch; None for cut models and if
+    nor user stated, taken from the published models. kept: indices into the direct parent per list, None for an unpruned model.
+    lineage: parents, oldest first, each with hash, depth and kept, if it was pruned in width the kept residual channels of its
+    own parent, and its arch if its child was. seen_images: of a model trained from scratch; None for pruned models and if
     unknown. process_settings: settings of its process for training and sampling, if it has any. dynamic: of a model with
     routers, their settings (`DynamicSettings`) and the ratios they reach.
     """
@@ -259,7 +259,7 @@ class LoadedModel:
         Raises UserError if the plan is for another model (unless `force`) or does not fit the depth or widths.
         """
         if self.facts.dynamic is not None:
-            raise UserError("a model with routers cannot be cut: cut first, recover, and make the student dynamic")
+            raise UserError("a model with routers cannot be pruned: prune first, recover, and make the student dynamic")
         own = self.check_plan(plan, force)
         depths = self.stack.depths()
         if plan.depth != depths:
@@ -291,13 +291,13 @@ class LoadedModel:
         own = self.hash()
         if plan.teacher and plan.teacher != own and not force:
             raise UserError(
-                f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to cut all the same"
+                f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to prune all the same"
             )
         return own
 
     def _narrowed(self, kept_widths: Mapping[str, Any]) -> LoadedModel:
         if self.family.widths is None:
-            raise ValueError(f"widths of the family {self.family.name} cannot be cut")
+            raise ValueError(f"widths of the family {self.family.name} cannot be pruned")
         arch, tensors = sliced(self.family.widths, self.arch, self.module.state_dict(), kept_widths)
         with torch.device("meta"):
             module = self.family.build(arch)

@@ -92,7 +92,9 @@ def model_folder(path: Path, weights: str) -> Path:
         for suffix in ("-raw", "") if weights == "raw" else ("",):
             if (path / f"{name}{suffix}" / "model.json").exists():
                 if name == "prune/student":
-                    print(f"warning: {path} is not recovered yet: this is the student as it was cut", file=sys.stderr)
+                    print(
+                        f"warning: {path} is not recovered yet: this is the student as it was pruned", file=sys.stderr
+                    )
                 return path / f"{name}{suffix}"
     if (path / "model_index.json").exists():
         kind, path = read_json_object(path / "model_index.json").get("_class_name"), path / "transformer"

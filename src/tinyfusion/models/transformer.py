@@ -32,7 +32,7 @@ _PROBED_VALUES = 16  # of every tensor
 class TransformerArch:
     """What two models of a class share that differ in their blocks alone, and the number of blocks per list.
 
-    sizes: config.json as text, without the fields that cutting rewrites. guided: whether guidance is an input of the network.
+    sizes: config.json as text, without the fields that pruning rewrites. guided: whether guidance is an input of the network.
     """
 
     class_name: str
@@ -51,7 +51,7 @@ class TransformerFamily(ModelFamily):
     """The models of one class of diffusers; they are built and written from their folders."""
 
     def arch_with_depths(self, arch: TransformerArch, depths: Mapping[str, int]) -> TransformerArch:
-        """The arch after cutting."""
+        """The arch after pruning."""
         return dataclasses.replace(arch, depths=tuple((name, depths[name]) for name, _ in arch.depths))
 
 
@@ -124,7 +124,7 @@ class TransformerModel(LoadedModel):
             step = max(1, own.numel() // _PROBED_VALUES)
             if not torch.equal(tensor.detach().reshape(-1)[::step].to("cpu", own.dtype), own.reshape(-1)[::step]):
                 raise UserError(
-                    f"the {self.folder.class_name} was changed after it was opened ({name}), and its folder was not: go on with its "
+                    f"the {self.folder.class_name} was changed after it was opened ({name}), and its folder was not: use its "
                     "with_weights(STATE_DICT)"
                 )
 

@@ -252,7 +252,7 @@ class UnitContext(CriterionContext):
 
 
 def _by_pairs(each: UnitList, settings: PruneSection, protected: Sequence[int], wanted: int | None) -> int:
-    """Number of units that bk-sdm's rule keeps. Raises UserError if a budget asks for another number."""
+    """Number of units that bk-sdm's rule keeps. Raises UserError if a budget sets another number."""
     keep = len(bk_sdm_positions(len(each.units), settings.bk_sdm_list, protected))
     if wanted not in (None, keep):
         raise UserError(

@@ -87,7 +87,9 @@ def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, Chann
             f"prune.num_keep {settings.num_keep} counts blocks, and criterion width keeps all: leave it out"
         )
     if rules is None:
-        raise UserError(f"criterion width cannot cut models of family {teacher.family.name}: use one that cuts blocks")
+        raise UserError(
+            f"criterion width cannot prune models of family {teacher.family.name}: use one that removes blocks"
+        )
     try:
         return rules.groups(rules.for_share(teacher.arch, settings.width_share))
     except ValueError as error:

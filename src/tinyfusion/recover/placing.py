@@ -36,7 +36,7 @@ class Placed:
 
     @property
     def passing(self) -> int:
-        """Bytes of the teacher's weights that are on their way through the device."""
+        """Bytes of the teacher's weights in transit to the device."""
         return self.streamed.passing if self.streamed else 0
 
 

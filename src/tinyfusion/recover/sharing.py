@@ -72,7 +72,7 @@ def share(student: nn.Module, teacher: nn.Module, equal: Mapping[str, str], devi
 
 
 class MergedUpdates(Mapping[str, Tensor]):
-    """Weights W + scale * B A by name, each made when it is asked for: the whole model need not be there twice.
+    """Weights W + scale * B A by name, each made on access: the whole model need not be there twice.
 
     weights: of the model without updates. factors: (averaged) low-rank factors, by their names in the trained module.
     """

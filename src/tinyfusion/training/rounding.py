@@ -2,7 +2,7 @@
 
 bfloat16 has 8 bits of precision, so an update below 1/512 of a weight would be lost by rounding to nearest. Rounded up with the
 probability of the remainder, weights follow the float32 update in the mean (Gupta et al., arXiv 1502.02551), and no float32 copy
-of them is held: 2 bytes a weight and 2 a gradient. The random bits are a hash of (seed, step, name, index in the whole tensor),
+of them is stored: 2 bytes a weight and 2 a gradient. The random bits are a hash of (seed, step, name, index in the whole tensor),
 computed on the device in integers: a resumed run, another number of processes and another device round alike.
 """
 

@@ -111,7 +111,7 @@ def other_version(path: Path) -> str | None:
     """The error message if a checkpoint has the format of another tinyfusion version; else None."""
     if (path / _FORMER_TENSORS).is_file() and not (path / SUMS).exists():
         written_by = "tinyfusion 0.2.0, whose training states this version does not read"
-        return f"{path} was written by {written_by}: start anew (--overwrite), or go on with tinyfusion 0.2.0"
+        return f"{path} was written by {written_by}: start anew (--overwrite), or continue with tinyfusion 0.2.0"
     try:
         content = (path / RECORD).read_bytes()
         line = sums({RECORD: hashlib.sha256(content).hexdigest()})
@@ -123,7 +123,7 @@ def other_version(path: Path) -> str | None:
         return None
     return (
         f"{path} has format {version}, and this version of tinyfusion reads format {FORMAT_VERSION}: start anew "
-        "(--overwrite), or go on with the version that wrote it"
+        "(--overwrite), or continue with the version that wrote it"
     )
 
 

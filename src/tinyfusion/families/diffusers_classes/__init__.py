@@ -1,1 +1,1 @@
-"""Transformers of diffusers by their class: a table of block lists and couplings, and what opens, cuts and writes by it."""
+"""Transformers of diffusers by their class: a table of block lists and couplings, and what opens, prunes and writes by it."""

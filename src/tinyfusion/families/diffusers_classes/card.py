@@ -41,12 +41,12 @@ def _cut(model: TransformerFolder, picture: str) -> str:
     removed = "; ".join(f"{path} {', '.join(map(str, blocks))}" for path, blocks in gone.items() if blocks) or "none"
     chain = " -> ".join(f"{sum(each['depth'].values())} blocks (`{each['hash'][:12]}`)" for each in model.lineage)
     return (
-        f"## The cut\n\n![which blocks stay]({picture})\n\nCut from {model.parent or 'the model'} `{parent['hash'][:12]}` by the "
+        f"## Pruning\n\n![which blocks stay]({picture})\n\nPruned from {model.parent or 'the model'} `{parent['hash'][:12]}` by the "
         f"criterion `{plan['criterion']}`. Removed: {removed}. Lineage: {chain} -> {sum(model.depths.values())} blocks. "
         + (
             "They were trained afterwards."
             if model.record.get("trained")
-            else "The blocks that stay have the parent's weights: nothing was trained after the cut."
+            else "The blocks that stay have the parent's weights: nothing was trained after pruning."
         )
     )
 

@@ -173,14 +173,14 @@ class Cut:
         return gone
 
     def _moved_hints(self, name: str) -> list[int]:
-        """Positions of hints in the cut model: one whose block goes is added behind the kept block before, the same place."""
+        """Positions of hints in the pruned model: one whose block is removed is added behind the kept block before, the same place."""
         kept = self.kept[self.row.hints[name]]
         return [sum(position <= hint for position in kept) - 1 for hint in self.config.get(name) or ()]
 
     # ----------------------------------------------------------------------------------------------------- the tensors
 
     def source(self, names: Sequence[str]) -> dict[str, tuple[str, Chunks]]:
-        """Where every tensor of the cut model comes from: {new name: (old name, chunks)}.
+        """Where every tensor of the pruned model comes from: {new name: (old name, chunks)}.
 
         chunks: (chunk, chunks in all) along axis 0, in the order in which they are concatenated; none: the whole tensor.
         """
@@ -235,7 +235,7 @@ class Cut:
         ]
 
     def _renumbered(self, name: str) -> str | None:
-        """The name of a tensor in the cut model; None where it goes."""
+        """The name of a tensor in the pruned model; None where it is removed."""
         for prefix, move in self.numbered:
             if name.startswith(prefix):
                 index, _, rest = name.removeprefix(prefix).partition(".")

@@ -1,4 +1,4 @@
-"""A transformer of diffusers on disk: found by path, checked against its row, read as headers alone, cut, built as a module."""
+"""A transformer of diffusers on disk: located by path, checked against its row, read as headers alone, pruned, built as a module."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TransformerFolder:
     """A transformer of diffusers: folder, config.json, row, tensors as byte ranges, and blocks per list.
 
     pipeline: the folder of a pipeline that it is a component of. license: of the weights, None where no file names it. parent: hub id
-    of the model that it, or what it was cut from, was fetched from. row_text: the row as TOML, where it is not of the shipped
+    of the model that it, or what it was pruned from, was fetched from. row_text: the row as TOML, where it is not of the shipped
     table.
     """
 
@@ -60,7 +60,7 @@ class TransformerFolder:
 
     @property
     def record(self) -> Mapping[str, Any]:
-        """Our record of a student; empty for a model that was not cut."""
+        """Our record of a student; empty for a model that was not pruned."""
         record = self.config.get(RECORD)
         return record if isinstance(record, Mapping) else {}
 
@@ -99,7 +99,7 @@ class TransformerFolder:
         Raises UserError where the plan breaks a coupling of the class, or is of a model with other lists.
         """
         if self.row.unfit:
-            raise UserError(f"a cut {self.class_name} cannot be written: {self.row.unfit}")
+            raise UserError(f"a pruned {self.class_name} cannot be written: {self.row.unfit}")
         if plan.depth != dict(self.depths):
             raise UserError(f"the plan is for depth {plan.depth}, the model has {dict(self.depths)}")
         cut = Cut(self.row, self.config, self.depths, plan.kept)
@@ -264,7 +264,7 @@ def open_transformer(path: Path, rows: Rows) -> TransformerFolder:
         )
     if config.get("quantization_config"):
         raise UserError(
-            f"{path} is quantised: wanted the model that it was made from; cut that, and quantise the student"
+            f"{path} is quantised: wanted the model that it was made from; prune that, and quantise the student"
         )
     weights = stored_weights(path)
     depths = _depths(path, config, row, weights)

@@ -102,7 +102,7 @@ class Row:
     entry per block -> lists in the order of the entries. alternating: values that such a field takes in turn where the config
     has none. first, last: config field that counts leading or trailing blocks -> list. parallel: module list with one entry per
     block -> lists. same_index: lists that lose the same positions. hints: config field of positions, whose entry moves to the
-    kept block before -> list. one_mask: why all images of a call share their gates. unfit: why a cut model cannot be written.
+    kept block before -> list. one_mask: why all images of a call share their gates. unfit: why a pruned model cannot be written.
     notes: what a user of the student has to know.
     """
 
