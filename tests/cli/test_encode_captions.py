@@ -132,8 +132,8 @@ def test_prompts_are_those_of_the_pipeline_and_latents_of_its_autoencoder(cli: C
         wanted, pooled, _ = pipeline.encode_prompt(text, None, max_sequence_length=512)
         found = table.null_row if row == 3 else table.index(slice(row, row + 1)).tensors
         assert found is not None
-        torch.testing.assert_close(found["embeddings"], wanted, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found["pooled"], pooled, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found["embeddings"], wanted, rtol=1e-4, atol=1e-4)  # another batch size
+        torch.testing.assert_close(found["pooled"], pooled, rtol=1e-4, atol=1e-4)
     x = np.stack([decode(encoded(i), "", SIZE).in_colour for i in range(NUM)]).transpose(0, 3, 1, 2)
     with torch.no_grad():
         posterior = pipeline.vae.encode(torch.from_numpy(x).float() / 127.5 - 1).latent_dist
