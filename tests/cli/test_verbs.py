@@ -89,6 +89,13 @@ def test_prune_learned(cli: Cli, work: Path, update: str) -> None:
     )
 
 
+def test_a_recipe_that_keeps_updates_serves_criteria_without_any(cli: Cli, work: Path) -> None:
+    done(cli, "prune --recipe digits --teacher teacher --criterion bi --out scored")
+    done(cli, "prune --teacher teacher --criterion bi --out plain")
+    scored, plain = (files(Path(name) / "student")["model.safetensors"] for name in ("scored", "plain"))
+    assert scored == plain
+
+
 def test_prune_indices(cli: Cli, work: Path) -> None:
     done(cli, "prune --teacher teacher --criterion indices --keep 3,0 --out pruned")
     facts = done(cli, "inspect pruned --json").last_json

@@ -74,10 +74,6 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
         """The learned criterion, or one without training with its calibration set."""
         recipe, teacher, settings = inputs.recipe, inputs.model("teacher"), inputs.recipe.prune
         if settings.criterion != "learned":
-            if settings.keep_deltas:
-                raise UserError(
-                    f"prune.keep_deltas keeps what the learned criterion trains; {settings.criterion} trains nothing"
-                )
             return criterion_work(recipe, teacher)
         if settings.num_keep is not None:
             raise UserError(

@@ -150,7 +150,9 @@ class PruneSection:
         Literal["own", "float8", "nf4"],
         "learned, update lora or frozen: frozen weights of blocks as opened, or in 8 or 4 bits (extra 8bit)",
     ] = "own"
-    keep_deltas: Annotated[bool, "learned: apply these updates to the student (published: discard them)"] = False
+    keep_deltas: Annotated[
+        bool, "learned: apply these updates to the student (published: discard them); other criteria have none"
+    ] = False
     lora_rank: Annotated[int, Ge(1), Le(2**16), "rank of the low-rank weight deltas"] = 8
     lora_alpha: Annotated[Positive | None, "scale numerator of the deltas; None: twice the rank"] = None
     gate_learning_rate: Annotated[NonNegative, "learning rate of the gate logits"] = 1e-3
