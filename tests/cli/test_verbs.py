@@ -186,7 +186,7 @@ def test_recover(cli: Cli, work: Path, method: str, terms: set[str]) -> None:
 
 
 SEARCHED = (
-    "recover --teacher teacher --search-share 0.5 --scheme 1:2 --method logits-kd --steps 4 --out searched"
+    "recover --teacher teacher --search-share 0.5 --scheme 1:2 --steps 4 --out searched"
     " --set recover.training.batch_size=16 --set recover.training.ema_decay=0.5 --set recover.training.log_every_steps=1"
 )
 
@@ -194,6 +194,8 @@ SEARCHED = (
 @pytest.mark.parametrize("more", ["", "--method finetune", "--set recover.update=lora --set recover.lora_rank=2"])
 def test_recover_chooses_the_blocks_of_a_whole_model(cli: Cli, work: Path, more: str) -> None:
     outcome = done(cli, f"{SEARCHED} {more} --json")
+    record = json.loads(Path("searched/run.json").read_text(encoding="utf-8"))
+    assert record["recipe"]["recover"]["method"] == ("finetune" if "finetune" in more else "logits-kd")
     plan = json.loads(Path("searched/plan.json").read_text(encoding="utf-8"))
     assert outcome.last_json["kept"] == plan["kept"] and len(plan["kept"]["blocks"]) == 2
     assert plan["cost"] == {"images": 32.0}, "two of four steps searched"
@@ -228,7 +230,7 @@ def test_a_search_within_goes_on_where_it_stopped(cli: Cli, work: Path, monkeypa
     [
         ("recover --teacher teacher --out x", ("--student", "--search-share")),
         (SEARCHED.replace("--teacher teacher ", ""), ("--teacher",)),
-        (SEARCHED.replace("logits-kd", "masked-kd"), ("recover.search_share", "masked-kd", "logits-kd")),
+        (f"{SEARCHED} --method masked-kd", ("recover.search_share", "masked-kd", "logits-kd")),
         (SEARCHED.replace("0.5", "1.5", 1), ("search_share", "1.5")),
         (SEARCHED.replace("0.5", "0", 1), ("search_share", "0")),
         (SEARCHED.replace("--scheme 1:2", "--scheme 1:3"), ("1:3", "4")),

@@ -18,7 +18,7 @@ from tinyfusion.jobs.assemble import RunOptions, open_teacher, plain_recipe
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.recorded_training import check_masks, recorded_of, training_data
-from tinyfusion.jobs.training import SearchedRecovery, Training, recovery
+from tinyfusion.jobs.training import SearchedRecovery, Training, recovery, with_method_of_search
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
@@ -78,6 +78,7 @@ class Recover(TrainingVerb[Training]):
 
     def _open_whole(self, recipe: Recipe, options: RunOptions, remarks: list[str]) -> Inputs:
         """The teacher, and a copy of it that is pruned within the training."""
+        recipe = with_method_of_search(recipe)
         settings = recipe.recover
         if settings.search_share is None:
             raise UserError(

@@ -23,6 +23,7 @@ from tinyfusion.core.signals import check_stop
 from tinyfusion.data.images import read_shown_npz, write_grid_png
 from tinyfusion.jobs.assemble import RunOptions, training_plan
 from tinyfusion.jobs.estimate import Estimate, announce
+from tinyfusion.jobs.training import with_method_of_search
 from tinyfusion.jobs.verbs import finished
 
 PAGE = "report.html"  # of a run
@@ -30,9 +31,9 @@ COMPARED = ("teacher", "pruned", "student")
 
 
 def trainings_of(recipe: Recipe) -> Recipe:
-    """The recipe without a search within the recovery, where another criterion than the learned one chooses the blocks."""
+    """The recipe as it trains: without a search within the recovery where another criterion than the learned one chooses the blocks."""
     if recipe.prune.criterion == "learned" or recipe.recover.search_share is None:
-        return recipe
+        return with_method_of_search(recipe)
     return dataclasses.replace(recipe, recover=dataclasses.replace(recipe.recover, search_share=None))
 
 

@@ -293,6 +293,14 @@ def recovery(
     return Training("recover", *values, extra, placed.merged)
 
 
+def with_method_of_search(recipe: Recipe) -> Recipe:
+    """The recipe; where it searches within the recovery and names no method, with the teacher's outputs as target."""
+    settings = recipe.recover
+    if settings.search_share is None or not settings.compares_features or "recover.method" in recipe.assigned:
+        return recipe
+    return dataclasses.replace(recipe, recover=dataclasses.replace(settings, method="logits-kd"))
+
+
 def _searched(
     recipe: Recipe,
     whole: LoadedModel,
