@@ -59,6 +59,15 @@ def test_a_model_becomes_dynamic_and_is_sampled_in_sub_networks(cli: Cli, wide: 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("verb", ["prune", "recover --search-share 0.5"])
+def test_a_dynamic_model_is_not_searched_in_vain(cli: Cli, wide: Path, verb: str) -> None:
+    """It cannot be pruned: said before a step of 10,000, not after the last."""
+    done(cli, f"{MADE} run")
+    outcome = cli(*shlex.split(f"{verb} --teacher run --out searched --steps 10000"))
+    assert outcome.code == 2 and "a model with routers cannot be pruned" in outcome.err.splitlines()[-1]
+    assert not Path("searched").exists()
+
+
 def test_compiled_sub_networks(cli: Cli, wide: Path) -> None:
     try:
         check_compiler(torch.device("cpu"))

@@ -458,7 +458,10 @@ def test_an_interrupted_search_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     ("arguments", "message"),
     [
         (["--criterion", "bi"], "for a FluxTransformer2DModel give --inputs FILE, which `tinyfusion record` makes"),
-        (["--inputs", "{inputs}"], "scheme 1:2 needs a depth divisible by 2; the model has 3 blocks"),
+        (
+            ["--inputs", "{inputs}", "--scheme", "1:2"],
+            "scheme 1:2 needs a depth divisible by 2; the model has 3 blocks",
+        ),
         (["--inputs", "{inputs}", "--criterion", "first"], "criterion first looks at no recorded inputs"),
         (["--inputs", "{inputs}", "--criterion", "width"], "criterion width looks at no recorded inputs"),
         (["--inputs", "{inputs}", "--keep", "0,3"], "criterion indices looks at no recorded inputs"),

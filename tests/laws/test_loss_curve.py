@@ -39,7 +39,7 @@ def losses() -> Iterator[tuple[str, int, float]]:
     batches = ShuffledBatches(load_digits(), randomness, torch.device("cpu"), augment=0.5)
     teacher = open_model("digits")
     plain = GaussianObjective()
-    learner = mask_learner(teacher, plain, PruneSection(training=TRAINING), seed=1)
+    learner = mask_learner(teacher, plain, PruneSection(scheme="1:2", training=TRAINING), seed=1)
     state = TrainState(learner.module, learner.parameter_groups, TRAINING)
     for record in train_steps(state, learner.objective, batches, TRAINING, randomness):
         yield "prune", record.step, float(record.terms["loss"])

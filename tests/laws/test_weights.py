@@ -147,7 +147,7 @@ def test_a_server_without_ranges_begins_anew(server: Served) -> None:
 def test_a_file_that_changed_meanwhile_is_not_glued(server: Served) -> None:
     entry(server)
     server.breaks = [100_000] + [0] * 20
-    with pytest.raises(UserError, match="kept"):
+    with pytest.raises(UserError, match="retained"):
         fetch_weights("mine")
     server.content, server.tag, server.breaks = CONTENT[::-1], '"two"', []
     assert fetch_weights("mine").read_bytes() == CONTENT[::-1]
@@ -157,7 +157,7 @@ def test_a_shorter_file_meanwhile(server: Served) -> None:
     """Same version, said to be shorter than what is here: begun anew."""
     entry(server)
     server.breaks = [100_000] + [0] * 20
-    with pytest.raises(UserError, match="kept"):
+    with pytest.raises(UserError, match="retained"):
         fetch_weights("mine")
     server.content, server.breaks = CONTENT[:1000], []
     assert fetch_weights("mine").read_bytes() == CONTENT[:1000]

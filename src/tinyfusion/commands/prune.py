@@ -62,12 +62,14 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
                 "--pipeline` makes of pictures with captions, or --inputs FILE, which `tinyfusion record` makes of prompts"
             )
         recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, on_data)
-        if recipe.destination:  # refuse before anything is learned
+        if learned:  # refuse before anything is learned
+            recipe = dataclasses.replace(recipe, prune=gate_layout(teacher).spelled(recipe.prune))
+            teacher.cut(gate_layout(teacher).stand_in(recipe.prune)).made_for(recipe.destination)
+        elif recipe.destination:
             narrower = recipe.prune.criterion == "width"
             student = teacher.cut(width_stand_in(teacher, recipe.prune)) if narrower else teacher
             student.made_for(recipe.destination)
         recorded = recorded_of(options.inputs, teacher)
-        recipe = dataclasses.replace(recipe, prune=gate_layout(teacher).spelled(recipe.prune))
         return Inputs(recipe, options, {"teacher": teacher}, {"teacher": recipe.teacher}, recorded=recorded)
 
     def work(self, inputs: Inputs, engine: Engine) -> MaskTraining | CriterionWork:

@@ -90,10 +90,12 @@ class Recover(TrainingVerb[Training]):
         whole = open_teacher(recipe, options.num_heads, options.family, True, options.num_classes, options.blocks)
         recorded = recorded_of(options.inputs, whole)
         recipe, whole = known_inputs(recipe, whole, [recipe.teacher], remarks, recorded is None)
-        whole.made_for(recipe.destination)  # refuse before anything is learned
+        recipe = dataclasses.replace(recipe, prune=gate_layout(whole).spelled(recipe.prune))
+        whole.cut(gate_layout(whole).stand_in(recipe.prune)).made_for(
+            recipe.destination
+        )  # refuse before anything is learned
         if not recorded:
             recipe = _with_taught_target(recipe, whole, remarks)
-        recipe = dataclasses.replace(recipe, prune=gate_layout(whole).spelled(recipe.prune))
         taught = settings.method != "finetune" and not (recorded and settings.method == "logits-kd")
         models: dict[str, LoadedModel | None] = {"student": whole.copy(), "teacher": whole if taught else None}
         return Inputs(recipe, options, models, {"teacher": recipe.teacher}, recorded=recorded)

@@ -215,10 +215,10 @@ def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
     settings, depths = recipe.prune, teacher.stack.depths()
     if settings.criterion == "indices":
         return by_indices(teacher, settings.keep, recipe.seed)
+    if settings.criterion == "learned":
+        return gate_layout(teacher).stand_in(settings)
     if settings.criterion == "width":
         kept = {name: list(range(depth)) for name, depth in depths.items()}
-    elif settings.criterion == "learned":
-        kept = gate_layout(teacher).first_choice(settings)
     else:
         kept = {name: list(range(group.keep)) for name, group in list_groups(teacher, settings).items()}
     return PrunePlan(kept=kept, depth=depths, criterion="stand-in")

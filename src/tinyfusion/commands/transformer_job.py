@@ -115,8 +115,7 @@ def stand_in(teacher: TransformerFolder, recipe: Recipe, inputs: Path | None) ->
     """A plan of the size that pruning will decide on. Raises UserError on a scheme or a criterion that does not fit."""
     settings, depths = recipe.prune, dict(teacher.depths)
     if settings.criterion == "learned":
-        kept = layout_of(depths, gate_units(teacher)).first_choice(settings)
-        return PrunePlan(kept=kept, depth=depths, criterion="stand-in")
+        return layout_of(depths, gate_units(teacher)).stand_in(settings)
     if inputs is not None and settings.criterion != "indices":  # as many blocks as a score will keep
         settings = dataclasses.replace(settings, criterion="uniform")
     plan = planned(teacher, settings, recipe.seed)

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.scheme import BlockGroup, check_range, parse_scheme, spelled_out
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
@@ -67,14 +68,14 @@ class GateLayout:
         named = settings.distribution or ("subset" if "%" in settings.scheme else "categorical")
         return dataclasses.replace(settings, scheme=spelled_out(settings.scheme, self.sizes), distribution=named)
 
-    def first_choice(self, settings: PruneSection) -> dict[str, list[int]]:
-        """Blocks per list of the model of one choice that the groups allow: a stand-in for the decision, of its size."""
+    def stand_in(self, settings: PruneSection) -> PrunePlan:
+        """One choice that the groups allow as a plan: a stand-in for the decision, of its size."""
         groups = self.groups(settings)
         kept = {
             name: [i for g in listed for i in g.with_protected(g.free[: g.keep_free])]
             for name, listed in groups.items()
         }
-        return self.in_blocks(kept)
+        return PrunePlan(kept=self.in_blocks(kept), depth=dict(self.depths), criterion="stand-in")
 
     def of_blocks(self, masks: Tensor) -> Tensor:
         """(B, blocks) from the masks (B, units) of the gates."""
