@@ -74,12 +74,12 @@ ROWS = {
     "teacher": Row("teacher, static"),
     "control": Row("control: teacher fine-tuned equally long", _finetune, {
         "recover.method": "finetune", "recover.training.steps": 600,
-    }, recipe="digits"),
+    }, recipe="digits-published"),
     "dynamic-0.7": Row("dynamic at 0.7", _dynamic, {"dynamic.target": 0.7}),
     "dynamic-0.5": Row("dynamic at 0.5", _dynamic, {"dynamic.target": 0.5}),
     "short-0.5": Row("dynamic at 0.5, 3 % of the teacher's images", _dynamic, {"dynamic.target": 0.5, **SHORT}),
-    "cut": Row("", _cut, recipe="digits"),
-    "shallow": Row("shallow: half of the blocks", _finetune, parent="cut", recipe="digits"),
+    "cut": Row("", _cut, recipe="digits-published"),
+    "shallow": Row("shallow: half of the blocks", _finetune, parent="cut", recipe="digits-published"),
     "shallow-0.7": Row("shallow half x dynamic at 0.7", _dynamic, {
         "dynamic.target": 0.7, "dynamic.auxiliary": "teacher", "dynamic.auxiliary_steps": 600, "teacher": TEACHER,
     }, parent="shallow"),

@@ -25,7 +25,7 @@ from tinyfusion.training.loop import train_steps
 from tinyfusion.training.optim import trainable
 from tinyfusion.training.state import TrainState
 
-RECIPE = load_recipe("digits")
+RECIPE = load_recipe("digits-published")
 PLANS: dict[str, tuple[list[int], list[list[int]] | None]] = {
     "1:2": ([0, 2, 4, 6, 9, 10], [[1, 2]] * 6),
     "no groups": ([0, 1, 2, 3, 5, 6], None),

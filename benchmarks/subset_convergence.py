@@ -199,7 +199,7 @@ def gradients(trials: int, num_images: int = 64) -> list[dict[str, Any]]:
 
 def learned(settings: dict[str, Any], seed: int, training: dict[str, Any] | None = None) -> dict[str, Any]:
     """Learn a mask with the digits recipe and other settings of the prune section."""
-    teacher, recipe = open_model("digits"), load_recipe("digits")
+    teacher, recipe = open_model("digits"), load_recipe("digits-published")
     section = dataclasses.replace(
         recipe.prune, training=dataclasses.replace(recipe.prune.training, **(training or {})), **settings
     )
