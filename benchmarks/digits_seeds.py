@@ -15,11 +15,11 @@ from typing import Any
 
 from shared import spread, table
 from tinyfusion.commands.run import run
-from tinyfusion.commands.stages import plan_file
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import read_json, write_text
 from tinyfusion.jobs.assemble import RunOptions
+from tinyfusion.report.load import plan_file
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
 MODELS = {"teacher": "teacher", "pruned": "pruned", "student": "recovered"}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,7 @@ def recovered(teacher: LoadedModel, masks: Sequence[Mask], recipe: Recipe) -> li
     students = [teacher.cut(by_indices(teacher, list(mask), 0)) for mask in masks]
     states, loops = [], []
     for student in students:
-        goal = distilled(settings, objective, teacher, student, [])
-        object.__setattr__(goal, "teacher", taught)
+        goal = replace(distilled(settings, objective, teacher, student, []), teacher=taught)
         state = TrainState(student.module.train(), [ParameterGroup(trainable(student.module))], settings.training)
         states.append(state)
         loops.append(train_steps(state, goal, source, settings.training, Randomness(recipe.seed), engine))

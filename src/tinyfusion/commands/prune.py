@@ -18,11 +18,10 @@ from tinyfusion.jobs.assemble import RunOptions, check_data_name, open_teacher
 from tinyfusion.jobs.criteria import CriterionWork, criterion_work, looks_at_images
 from tinyfusion.jobs.latent_facts import given_texts
 from tinyfusion.jobs.recorded_training import check_masks, recorded_of, training_data
-from tinyfusion.jobs.training import MaskTraining, mask_training, student_of
+from tinyfusion.jobs.training import MaskTraining, before_search, mask_training, student_of
 from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.transformer import TransformerModel
-from tinyfusion.prune.layout import gate_layout
 from tinyfusion.prune.learn import plan_of
 from tinyfusion.prune.sureness import sureness_lines
 from tinyfusion.prune.width import width_stand_in
@@ -63,8 +62,7 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
             )
         recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, on_data)
         if learned:  # refuse before anything is learned
-            recipe = dataclasses.replace(recipe, prune=gate_layout(teacher).spelled(recipe.prune))
-            teacher.cut(gate_layout(teacher).stand_in(recipe.prune)).made_for(recipe.destination)
+            recipe = before_search(recipe, teacher)
         elif recipe.destination:
             narrower = recipe.prune.criterion == "width"
             student = teacher.cut(width_stand_in(teacher, recipe.prune)) if narrower else teacher

@@ -18,11 +18,10 @@ from tinyfusion.jobs.assemble import RunOptions, open_teacher, plain_recipe
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.recorded_training import check_masks, recorded_of, training_data
-from tinyfusion.jobs.training import SearchedRecovery, Training, recovery, with_method_of_search
+from tinyfusion.jobs.training import SearchedRecovery, Training, before_search, recovery, with_method_of_search
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
-from tinyfusion.prune.layout import gate_layout
 from tinyfusion.prune.sureness import sureness_lines
 from tinyfusion.recover.sharing import lora_tensors
 from tinyfusion.training.engine import Engine
@@ -90,10 +89,7 @@ class Recover(TrainingVerb[Training]):
         whole = open_teacher(recipe, options.num_heads, options.family, True, options.num_classes, options.blocks)
         recorded = recorded_of(options.inputs, whole)
         recipe, whole = known_inputs(recipe, whole, [recipe.teacher], remarks, recorded is None)
-        recipe = dataclasses.replace(recipe, prune=gate_layout(whole).spelled(recipe.prune))
-        whole.cut(gate_layout(whole).stand_in(recipe.prune)).made_for(
-            recipe.destination
-        )  # refuse before anything is learned
+        recipe = before_search(recipe, whole)  # refuse before anything is learned
         if not recorded:
             recipe = _with_taught_target(recipe, whole, remarks)
         taught = settings.method != "finetune" and not (recorded and settings.method == "logits-kd")

@@ -24,7 +24,6 @@ from tinyfusion.commands.stages import (
     PAGE,
     announce_run,
     end_again,
-    plan_file,
     say_unchecked,
     scores_file,
     stages_of,
@@ -63,6 +62,7 @@ from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.context import list_groups
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.layout import gate_layout
+from tinyfusion.report.load import plan_file
 from tinyfusion.report.tables import distance_name
 from tinyfusion.training.engine import Engine
 

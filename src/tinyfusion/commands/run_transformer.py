@@ -17,7 +17,6 @@ from tinyfusion.commands.stages import (
     PAGE,
     announce_run,
     end_again,
-    plan_file,
     say_unchecked,
     scores_file,
     stages_of,
@@ -50,6 +49,7 @@ from tinyfusion.jobs.pipelines import pipeline_of
 from tinyfusion.jobs.prompt_drawing import pipeline_arguments
 from tinyfusion.jobs.recorded_training import recorded_of
 from tinyfusion.jobs.verbs import Inputs, Work
+from tinyfusion.report.load import plan_file
 from tinyfusion.report.tables import distance_name
 from tinyfusion.training.engine import Engine
 

@@ -42,13 +42,6 @@ def trained_models(recipe: Recipe) -> tuple[str, ...]:
     return tuple(name for name in COMPARED if name != "pruned" or recipe.recover.search_share is None)
 
 
-def plan_file(out: Path) -> Path:
-    """The plan of a run: of its pruning, or of the search within its recovery."""
-    return next(
-        (f for f in (out / "prune" / "plan.json", out / "recover" / "plan.json") if f.is_file()), out / "plan.json"
-    )
-
-
 def end_again(folder: RunDirectory, dry_run: bool) -> None:
     """Report a run that is finished, after writing its page where it was killed before that."""
     if folder.writes and not (folder.path / PAGE).is_file() and not dry_run:

@@ -34,9 +34,8 @@ CARDS_GIB = (24, 48, 80)  # memory of the cards for which the largest batch is s
 FREE_SHARE = 0.1  # of a card: for the program's own context, workspaces and the allocator's gaps
 _HALF_BYTES = 2
 _SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256  # smaller tensors have float32 moments; numbers that share a float32 constant
-_UPDATE_8BIT_CPU = (
-    5 * FLOAT_BYTES
-)  # of each number of a tensor: on a CPU, bitsandbytes expands moments and gradient to update it
+# of each number of a tensor: on a CPU, bitsandbytes expands moments and gradient to update it
+_UPDATE_8BIT_CPU = 5 * FLOAT_BYTES
 _MOST_IMAGES = 2**21
 _MEASURED_PARAMETERS = 200_000_000  # larger models are not run for an estimate, their operations are counted
 _MEASURED_MACS = 5e9  # of one measured step: the batch is made smaller to stay below, and the time scaled

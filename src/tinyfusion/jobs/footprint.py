@@ -35,9 +35,8 @@ from tinyfusion.training.shards import local_part
 FLOAT_BYTES = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FAKED = 2**23  # numbers in a block from which on operations on a CPU take longer than faking them
-_MOST_PAIRS = (
-    4  # of images outside the blocks, and twice as many: in pairs, which some gates compare; enough for masks to differ
-)
+# of images outside the blocks, and twice as many: in pairs, which some gates compare; enough for masks to differ
+_MOST_PAIRS = 4
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tinyfusion.jobs.origins import making_run
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Objective, Process
+from tinyfusion.prune.layout import gate_layout
 from tinyfusion.prune.learn import (
     Decision,
     MaskLearner,
@@ -182,6 +183,14 @@ class MaskTraining(Training):
         return decision
 
 
+def before_search(recipe: Recipe, model: LoadedModel) -> Recipe:
+    """The recipe with its scheme spelled out for `model`. Raises UserError where no student of that size could be made of it."""
+    layout = gate_layout(model)
+    recipe = dataclasses.replace(recipe, prune=layout.spelled(recipe.prune))
+    model.cut(layout.stand_in(recipe.prune)).made_for(recipe.destination)
+    return recipe
+
+
 def mask_training(
     recipe: Recipe, teacher: LoadedModel, objective: Process, source: BatchSource, engine: Engine
 ) -> MaskTraining:
@@ -195,15 +204,20 @@ def mask_training(
     seed = Randomness(recipe.seed).generator_seed("lora")
     learner = mask_learner(teacher, objective, settings, seed, engine.device, engine.place)
     gated = learner.objective
-    if gated.gates.paired:
-        _check_pairs(settings.training.batch_size, engine, "prune.training")
-    state = TrainState(learner.module, learner.parameter_groups, settings.training)
-
-    def extra(record: StepRecord) -> dict[str, Any]:
-        return learner.decision(state.ema, record.step).log(record.step, gated)
-
+    state, extra = _under_gates(learner, settings.training, "prune.training", engine)
     training = ("prune", recipe, settings.training, teacher, gated.stack, state, gated, source, engine)
     return MaskTraining(*training, extra=extra, learner=learner)
+
+
+def _under_gates(
+    learner: MaskLearner, settings: TrainingSection, section: str, engine: Engine
+) -> tuple[TrainState, Callable[[StepRecord], dict[str, Any]]]:
+    """The state of a training with gates, and what it logs of their decision. Raises UserError on a batch that splits pairs."""
+    gated = learner.objective
+    if gated.gates.paired:
+        _check_pairs(settings.batch_size, engine, section)
+    state = TrainState(learner.module, learner.parameter_groups, settings)
+    return state, lambda record: learner.decision(state.ema, record.step).log(record.step, gated)
 
 
 def _check_pairs(batch_size: int, engine: Engine, section: str) -> None:
@@ -316,13 +330,7 @@ def _searched(
     how = recipe.prune, settings.search_steps, settings.search_confidence, engine.device
     learner = search_within(placed.student, objective, groups, *how)
     gated = learner.objective
-    if gated.gates.paired:
-        _check_pairs(training.batch_size, engine, "recover.training")
-    state = TrainState(learner.module, learner.parameter_groups, training)
-
-    def extra(record: StepRecord) -> dict[str, Any]:
-        return learner.decision(state.ema, record.step).log(record.step, gated)
-
+    state, extra = _under_gates(learner, training, "recover.training", engine)
     values = (recipe, training, whole, gated.stack, state, gated, source, engine, teacher)
     return SearchedRecovery("recover", *values, extra, placed.merged, learner=learner)
 

@@ -12,12 +12,12 @@ def sureness_lines(decision: Decision) -> list[str]:
 
     A decision is undecided below a tenth of the way from chance to certainty: another seed may then decide otherwise.
     """
-    of_blocks, levels = isinstance(decision.gates, SubsetGates), decision.confidence()
+    of_blocks, levels, kept = isinstance(decision.gates, SubsetGates), decision.confidence(), decision.kept_units()
     what = "each kept block" if of_blocks else "each group's choice"
     lines, doubtful = [], []
     for name, groups in decision.groups.items():
         prefix = f"{name}: " if len(decision.groups) > 1 else ""
-        named = [(group, each) for group in groups for each in (_kept(decision, name, group) if of_blocks else [None])]
+        named = [(group, each) for group in groups for each in (_inside(group, kept[name]) if of_blocks else [None])]
         chances = [(block_chance if of_blocks else choice_chance)(group) for group, _ in named]
         open_ = sorted({round(chance, 2) for chance in chances if chance < 1})
         if not open_:
@@ -37,8 +37,8 @@ def sureness_lines(decision: Decision) -> list[str]:
     return lines
 
 
-def _kept(decision: Decision, name: str, group: BlockGroup) -> list[int]:
-    return [block for block in decision.kept_units()[name] if block in group.blocks]
+def _inside(group: BlockGroup, kept: list[int]) -> list[int]:
+    return [block for block in kept if block in group.blocks]
 
 
 def _named(group: BlockGroup, block: int | None) -> str:

@@ -237,12 +237,17 @@ def _log_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def plan_file(path: Path) -> Path:
+    """The plan of a run: of its pruning, of the search within its recovery, or its own, which need not exist."""
+    places = (path / "prune", path / "recover", path)
+    return next((file for place in places if (file := place / "plan.json").is_file()), path / "plan.json")
+
+
 def _plan(path: Path, models: Mapping[str, Mapping[str, Any]]) -> PrunePlan | None:
     """The final decision: plan.json, else that inside a model."""
-    places = (path / "prune", path / "recover", path)
-    files = [folder / "plan.json" for folder in places if (folder / "plan.json").is_file()]
+    files = [file for file in (plan_file(path),) if file.is_file()]
     stored = [(f"{path}: model.json of {name}", model["plan"]) for name, model in models.items() if model.get("plan")]
-    for source, values in [*((file, read_json(file)) for file in files[:1]), *stored]:
+    for source, values in [*((file, read_json(file)) for file in files), *stored]:
         try:
             plan = plan_from_json(values)
         except UserError as error:
