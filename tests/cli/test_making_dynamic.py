@@ -58,7 +58,6 @@ def test_a_model_becomes_dynamic_and_is_sampled_in_sub_networks(cli: Cli, wide: 
     assert bench["models"]["model"]["macs"] < bench["models"]["vs"]["macs"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.parametrize("verb", ["prune", "recover --search-share 0.5"])
 def test_a_dynamic_model_is_not_searched_in_vain(cli: Cli, wide: Path, verb: str) -> None:
     """It cannot be pruned: said before a step of 10,000, not after the last."""
@@ -68,6 +67,7 @@ def test_a_dynamic_model_is_not_searched_in_vain(cli: Cli, wide: Path, verb: str
     assert not Path("searched").exists()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_compiled_sub_networks(cli: Cli, wide: Path) -> None:
     try:
         check_compiler(torch.device("cpu"))
