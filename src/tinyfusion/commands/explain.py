@@ -66,7 +66,8 @@ def explain(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
         check_sampling(recipe.sample, model)
     settings = {name: value for name, value in to_plain(recipe.explain).items() if name != "batch_size"}
     sections = ("data", "sample") if draws else ("data",)
-    plain = plain_recipe(recipe, *sections, model=model.hash(), teacher_hash=teacher.hash(), explained=settings)
+    other = {} if teacher.hash() == model.hash() else {"teacher_hash": teacher.hash()}
+    plain = plain_recipe(recipe, *sections, model=model.hash(), explained=settings, **other)
     folder = RunDirectory(options.out)
     mode = folder.check("explain", plain, options.overwrite)
     if mode == "finished":

@@ -103,18 +103,10 @@ def block_records(measured: Measured, num_bins: int) -> dict[str, Any]:
     """The part of the record about the blocks: losses, updates, activations, by noise level and class."""
     model, batches, depth = measured.model, measured.batches, len(measured.model.stack)
     with progress("explain: loss without each block", removal_evaluations(depth) * len(batches), "blocks") as bar:
-        done = 0
-
-        def tick(num: int) -> None:
-            bar(done + num)
-
-        losses = []
-        for noisy in batches:
-            losses.append(losses_without(model, measured.objective, [noisy], tick))
-            done += removal_evaluations(depth)
+        losses = losses_without(model, measured.objective, batches, bar)
     with progress("explain: updates", len(batches), "batches") as bar:
         updates = block_updates(model, measured.objective, batches, bar)
-    whole, without = (every := np.concatenate(losses, axis=1))[0], every[1:]
+    whole, without = losses[0], losses[1:]
     bins, classes = measured.bins(num_bins), _classes(measured)
     parts = [np.equal(measured.labels, label) for label in classes] if measured.labels is not None else []
     images, channels = measured.images, _channels(model, updates)

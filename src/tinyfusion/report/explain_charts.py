@@ -20,9 +20,10 @@ from tinyfusion.report.images import as_picture, data_uri, tiled
 from tinyfusion.report.load import Run
 from tinyfusion.report.tables import Table
 
-_FAINT, _FULL = 0.01, 3.0  # added loss, as a share of the whole model's, at no and at full colour
+_FAINT, _FULL = 0.01, 100.0  # added loss, as a share of the whole model's, at no and at full colour
+_CERTAIN = 2.0  # standard errors, from which a class differs from the mean
 _LEGIBLE_CELL_PX = 34  # narrower cells have no numbers
-_DARK = 0.55  # opacity from which numbers in a cell are light
+_DARK = 0.72  # opacity from which numbers in a cell are light
 _LEVELS_SHOWN = 128  # of 255: a difference with full colour
 _MOST_DRAWN_ROWS = 40
 _SMALL_PX, _THUMBNAIL_PX = 32, 64
@@ -128,7 +129,7 @@ def _floats(values: Any) -> np.ndarray:
 
 
 def _strength(share: float) -> float:
-    """The colour of an added loss: 0 at 1 % of the whole model's and below, 1 at three times and above; negative where it falls."""
+    """The colour of an added loss: 0 at 1 % of the whole model's and below, 1 at 100 times and above; negative where it falls."""
     if not math.isfinite(share) or abs(share) < _FAINT:
         return 0.0
     return math.copysign(min(math.log(abs(share) / _FAINT) / math.log(_FULL / _FAINT), 1.0), share)
@@ -137,7 +138,7 @@ def _strength(share: float) -> float:
 def _share_words(share: float) -> str:
     if not math.isfinite(share):
         return ""
-    return f"{share:.2g}×" if abs(share) >= 9.95 else f"{share:.1f}×" if abs(share) >= 0.995 else f"{100 * share:.0f} %"
+    return f"{significant(share, 2)}×" if abs(share) >= 0.995 else f"{100 * share:.0f} %"
 
 
 def _class_charts(record: Mapping[str, Any]) -> list[Chart]:
@@ -147,8 +148,16 @@ def _class_charts(record: Mapping[str, Any]) -> list[Chart]:
     own = _floats(block["added_loss"]["mean"] for block in record["blocks"])
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = means / own[:, None]
+    errors = np.array(
+        [_floats(part["error"] for part in block["added_loss"]["by_class"]) for block in record["blocks"]]
+    )
+    certain = np.abs(means - own[:, None]) > _CERTAIN * errors
     labels = list(map(str, record["classes"]))
-    plot = _map(ratios, block_names(record["model"]["lists"]), labels, _ratio_strength, _ratio_words, "class")
+    names, colours = (
+        block_names(record["model"]["lists"]),
+        np.vectorize(_ratio_strength, otypes=[float])(ratios) * certain,
+    )
+    plot = _map(ratios, names, labels, colours, _ratio_words, "class")
     return [chart("Which classes need it", "explain-class", plot, _table(record, labels, ratios, _ratio_words))]
 
 
@@ -273,18 +282,18 @@ def _likeness_chart(record: Mapping[str, Any]) -> Chart:
 
 
 def _map(
-    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], strength: Callable[[float], float],
+    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], strength: Callable[[float], float] | np.ndarray,
     words: Callable[[float], str], label: str, marks: Sequence[int] | None = None, dots: Sequence[int | None] | None = None,
     row_label: str = "block",
 ) -> Callable[[int], Plot]:  # fmt: skip
-    """A cell per row (from below) and column, coloured by `strength` (-1 to 1), with its number where there is room.
+    """A cell per row (from below) and column, coloured by `strength` (-1 to 1, or its function), with its number where there is room.
 
     marks, dots: of every row the column of a framed cell, and of one with a dot.
     """
 
     def plot(width: int) -> Plot:
         depth, num = len(rows), len(columns)
-        colours = np.array([[strength(float(value)) for value in line] for line in values]).reshape(depth, num)
+        colours = strength if isinstance(strength, np.ndarray) else np.vectorize(strength, otypes=[float])(values)
         items: list[Shape | Text] = list(cells(colours, range(num + 1), "student", "pruned"))
         if (width - 60) / max(num, 1) >= _LEGIBLE_CELL_PX:
             for i, line in enumerate(values):
