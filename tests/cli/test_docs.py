@@ -55,6 +55,7 @@ SHORT = {
     "recover": "recover.training",
     "dynamic": "dynamic.training dynamic",
     "sample": "sample",
+    "explain": "explain",
 }
 YARDSTICKS = ("digits-flux", "digits-sd3")  # pipelines that ship
 SETTINGS = {
@@ -62,6 +63,7 @@ SETTINGS = {
     "compute": "compile=false",
     "dynamic": "finish_steps=1 auxiliary_steps=1 ramp_steps=1 calibration_images=0",
     "sample": "num_images=8 batch_size=8 num_steps=2",
+    "explain": "images=8 passes=1 drawn=2 most_steps=2",
     "speed": "repeats=2 batch_size=2 steps_per_repeat=1",
 }
 
