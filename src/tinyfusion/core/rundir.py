@@ -71,7 +71,7 @@ _OF_RUN = (
 
 def run_files(verb: object) -> str:
     """Regular expression of the relative paths that a run of `verb` writes; of all verbs where `verb` is unknown."""
-    stages = dict.fromkeys(("prune", "recover", "dynamic", "train"), _OF_A_STAGE)
+    stages = dict.fromkeys(("prune", "recover", "dynamic", "distill-steps", "train"), _OF_A_STAGE)
     encoded = {"encode": _OF_ENCODE, ENCODE_PROMPTS: _OF_ENCODE_PROMPTS}
     return {**stages, **encoded, "run": _OF_RUN}.get(str(verb), f"{_OF_RUN}|{_OF_ENCODE}")
 
