@@ -347,4 +347,4 @@ class DistillStepsSection:
     def levels(self) -> tuple[float, ...]:
         """Noise levels of the steps, falling evenly."""
         first = self.first_level or (1.0 if self.method == "consistency" else 0.8)
-        return tuple(first * (self.num_steps - step) / self.num_steps for step in range(self.num_steps))
+        return tuple(round(first * (self.num_steps - step) / self.num_steps, 6) for step in range(self.num_steps))

@@ -79,13 +79,13 @@ class MatchingObjective(Objective):
         with torch.no_grad():
             for k in range(len(times) - 1):
                 going = (noisy.position > k).nonzero().squeeze(1)
-                if not len(going):
-                    break
-                t, condition = times[k].expand(len(going)), noisy.condition.index(going)
-                parts = teacher.own(model, x[going], t, condition)
-                noise = noisy.noises[going, k + 1] if self.fresh_noise else parts.noise
-                after = noising.mixed(Mixture(parts.clean, noise), times[k + 1].expand(len(going)))
-                x = x.index_copy(0, going, after)
+                # one row where none goes on: processes that share the model's weights must all call it as often
+                rows = going if len(going) else torch.zeros(1, dtype=going.dtype, device=going.device)
+                parts = teacher.own(model, x[rows], times[k].expand(len(rows)), noisy.condition.index(rows))
+                if len(going):
+                    noise = noisy.noises[going, k + 1] if self.fresh_noise else parts.noise
+                    after = noising.mixed(Mixture(parts.clean, noise), times[k + 1].expand(len(going)))
+                    x = x.index_copy(0, going, after)
         t = times[noisy.position]
         return teacher.own(model, x, t, noisy.condition).clean, t
 

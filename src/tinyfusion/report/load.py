@@ -20,8 +20,8 @@ from tinyfusion.data.images import read_shown_npz
 from tinyfusion.report import schema
 from tinyfusion.report.format import printable
 
-VERBS = ("run", "prune", "recover", "dynamic", "train")
-MODELS = ("teacher", "pruned", "student", "dynamic", "model", "real")
+VERBS = ("run", "prune", "recover", "dynamic", "distill-steps", "train")
+MODELS = ("teacher", "pruned", "student", "dynamic", "few-steps", "model", "real")
 MAX_SAMPLES_BYTES = 1 << 30
 MAX_PREVIEWS = 6  # of a training on the page
 _MODEL_FOLDERS = {  # by verb: where the models of a run are
@@ -29,6 +29,7 @@ _MODEL_FOLDERS = {  # by verb: where the models of a run are
     "prune": {"pruned": "student"},
     "recover": {"student": "student"},
     "dynamic": {"dynamic": "student"},
+    "distill-steps": {"few-steps": "student"},
     "train": {"model": "model"},
 }
 _MEASURED = {  # JSON file -> (the stage whose folder has it, empty: the run folder; its schema)

@@ -205,7 +205,7 @@ def _training(run: Run, stage: str, waits: bool) -> tuple[list[str], float | Non
 
 def _steps(run: Run, stage: str) -> int | None:
     """Steps of the training of a stage; None where the stage trains nothing, or the record has none."""
-    section = run.recipe.get(stage) or {}
+    section = run.recipe.get(stage.replace("-", "_")) or {}
     if stage == "prune" and section.get("criterion", "learned") != "learned":
         return None
     training = section if stage == "train" else section.get("training") or {}
