@@ -105,3 +105,27 @@ def test_bad_input(cli: Cli, work: Path, cause: str) -> None:
     arguments, message = BAD[cause]
     failed(cli(*shlex.split(arguments)), message)
     assert not Path("run").exists()
+
+
+def test_a_run_prunes_recovers_and_distils_steps(cli: Cli, work: Path) -> None:
+    trained = " ".join(
+        f"--set {stage}.{setting}"
+        for stage in ("recover.training", "distill_steps.training")
+        for setting in ["steps=3", *SETTINGS.split()]
+    )
+    command = (
+        f"run --recipe digits-4-steps --set teacher=teacher {trained} --set sample.num_images=8 --set sample.num_steps=10 "
+        "--set sample.batch_size=8 --set speed.repeats=2 --set speed.batch_size=2 --set speed.depths=0 "
+        '--set evaluate.references=["digits"] --out whole'
+    )
+    answer = done(cli, f"{command} --dry-run")
+    assert "consistency, 4 steps" in answer.out + answer.err and not Path("whole").exists()
+    outcome = done(cli, f"{command} --json").last_json
+    speed = json.loads(Path("whole/speed.json").read_text())["models"]
+    assert set(speed) == {"teacher", "student", "few-steps"}
+    fast = speed["few-steps"]
+    assert fast["drawing_speedup"] == pytest.approx(fast["speedup"] * 10 / 4) == outcome["speedup"]
+    assert Path("whole/evaluations/few-steps-digits.json").is_file()
+    page = Path("whole/report.html").read_text()
+    assert "4 steps at noise levels" in page and "speed-up of a drawing" in page and "distillation of steps" in page
+    assert "is finished" in done(cli, command).err

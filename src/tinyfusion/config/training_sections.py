@@ -329,6 +329,7 @@ class DistillStepsSection:
     fresh_noise: Annotated[
         bool, "matching: noise the predicted image anew in every step; else go on along the predicted noise"
     ] = True
+    in_run: Annotated[bool, "`run` distils the recovered student's steps too, with the teacher of the recipe"] = False
     critic_learning_rate: Annotated[
         Positive | None, "matching: peak learning rate of the critic; None: ten times that of the generator"
     ] = None

@@ -94,7 +94,7 @@ RECIPE = {
               "runs": (Least(int, 1), None), "training": _TRAINING},
     "recover": {"training": _TRAINING},
     "dynamic": {"training": _TRAINING, "in_run": bool},
-    "distill_steps": {"training": _TRAINING},
+    "distill_steps": {"training": _TRAINING, "in_run": bool},
 }  # fmt: skip
 RUN = {
     "verb!": str, "format_version": int, "state": str, "version": str, "commit": (str, None), "command": str,
@@ -125,7 +125,7 @@ EVALUATION = {
 SPEED = {
     "protocol": str, "batch_size!": int, "speedup!": Least(float, 0), "speedup_spread": _PAIR,
     "models!": {"*": {"depth!": int, "num_parameters!": _SIZE, "macs!": Least(float, 1), "latency_ms!": float,
-                      "latency_ms_spread": _PAIR, "speedup": Least(float, 0)}},
+                      "latency_ms_spread": _PAIR, "speedup": Least(float, 0), "drawing_speedup": Least(float, 0)}},
 }  # fmt: skip
 CALIBRATION = {"losses": [object], "masks": [str], "marks": {"*": object}, "mark_masks": {"*": str}}  # some not finite
 ACTIVATIONS = {

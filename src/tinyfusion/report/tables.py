@@ -103,7 +103,7 @@ def depths(run: Run) -> dict[str, int]:
 def timed_models(run: Run) -> Mapping[str, Mapping[str, Any]]:
     """The models of speed.json, the teacher first; empty where teacher or student was not timed."""
     models = (run.measured.get("speed") or {}).get("models") or {}
-    listed = {name: models[name] for name in ("teacher", "student", "dynamic") if name in models}
+    listed = {name: models[name] for name in ("teacher", "student", "dynamic", "few-steps") if name in models}
     return listed if {"teacher", "student"} <= set(listed) else {}
 
 
