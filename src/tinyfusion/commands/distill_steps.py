@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion.config.recipe import Recipe
-from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.jobs.assemble import RunOptions, batches_for, open_teacher
 from tinyfusion.jobs.few_steps import check_few_steps, few_step_training, few_steps_of
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
+from tinyfusion.jobs.process_specs import noising_of
 from tinyfusion.jobs.training import Training
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.training.engine import Engine
 
 
@@ -30,11 +29,7 @@ class DistillSteps(TrainingVerb[Training]):
         named, typed = str(source), (options.num_heads, options.family)
         recipe, _ = with_teacher(recipe, named, self.name, remarks)
         student = open_stated(recipe, named, *typed, options.num_classes)
-        if isinstance(student, TransformerModel):
-            raise UserError(
-                f"distill-steps trains models of families, and {named} is a {student.folder.class_name} of diffusers: give a DiT, SiT or "
-                "PixArt"
-            )
+        noising_of(student)  # raises
         teacher = open_teacher(recipe, *typed, num_classes=options.num_classes)
         check_few_steps(recipe, student, teacher)
         recipe, student = known_inputs(recipe, student, [named, recipe.teacher], remarks)

@@ -74,11 +74,13 @@ _FURTHER = ("dynamic", "few-steps")  # models that optional stages make of the s
 def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Prune, recover, optionally train routers or distil steps; sample all models from the same seeds, evaluate, time, write the page."""
     stages = {name.partition(".")[0] for name in recipe.assigned}
-    if "dynamic" in stages and not recipe.dynamic.in_run and not stages & {"prune", "recover"}:
-        raise UserError(
-            f"recipe {recipe.name} is for the verb `dynamic`, it says nothing of pruning and recovery: tinyfusion dynamic --recipe "
-            f"{recipe.name} --model {recipe.teacher or 'MODEL'}, or add those sections and --set dynamic.in_run=true"
-        )
+    for verb, section in (("dynamic", recipe.dynamic), ("distill-steps", recipe.distill_steps)):
+        name = verb.replace("-", "_")
+        if name in stages and not section.in_run and not stages & {"prune", "recover"}:
+            raise UserError(
+                f"recipe {recipe.name} is for the verb `{verb}`, it says nothing of pruning and recovery: tinyfusion {verb} --recipe "
+                f"{recipe.name} --model {recipe.teacher or 'MODEL'}, or add those sections and --set {name}.in_run=true"
+            )
     recipe = trainings_of(recipe)
     known = bool(recipe.data.prompts or recipe.data.name)
     if transformer := transformer_of(recipe.teacher, options.blocks, known):

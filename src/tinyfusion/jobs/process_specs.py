@@ -102,14 +102,14 @@ def label_drop_of(model: LoadedModel, label_drop: float) -> float:
 
 
 def noising_of(model: LoadedModel) -> Noising:
-    """How the process of a model mixes image and noise. Raises UserError where it does not, and for transformers of diffusers."""
-    noising = process_spec(model).noising
-    if noising is None:
+    """How the process of a model mixes image and noise. Raises UserError where none is known."""
+    spec = None if isinstance(model, TransformerModel) else PROCESSES.get(model.family.process)
+    if spec is None or spec.noising is None:
+        known = ", ".join(name for name, each in PROCESSES.items() if each.noising)
         raise UserError(
-            f"few steps need a process that mixes image and noise, and models of family {model.family.name} draw tokens in rounds: "
-            "--num-steps of sample sets their number"
+            f"few steps are for models of families whose process mixes image and noise ({known}); a {model.family.title} has none"
         )
-    return noising(model)
+    return spec.noising(model)
 
 
 def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
