@@ -37,6 +37,7 @@ def few_steps_of(recipe: Recipe) -> FewSteps:
 
 def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> None:
     """Raise UserError where student and teacher do not take the same, or cannot draw in few steps."""
+    noising_of(student)
     same = ("in_channels", "input_size", "num_classes")
     if teacher.family is not student.family or any(
         getattr(teacher.arch, name) != getattr(student.arch, name) for name in same
@@ -53,7 +54,6 @@ def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) 
         raise UserError(
             "the teacher draws in few steps itself, and has no trajectory: give the model that it was distilled from"
         )
-    noising_of(student)
     low, high = recipe.distill_steps.within
     if not low < high:
         raise UserError(f"distill_steps.within wants two rising noise levels; got {low:g} and {high:g}")
