@@ -25,7 +25,7 @@ from tinyfusion.jobs.process_specs import noising_of, objective_for, sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
 from tinyfusion.processes.flow import Flow
 from tinyfusion.processes.gaussian import Schedule
-from tinyfusion.processes.noising import FewSteps, FlowNoising, GaussianNoising, Mixture, Noising
+from tinyfusion.processes.noising import FewSteps, FlowNoising, GaussianNoising, Mixture, Noising, linear_steps
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.sample.drive import SampleDraws, sample
 from tinyfusion.sample.few_steps import FewStepSampler
@@ -236,6 +236,20 @@ def test_images_do_not_depend_on_the_batch(model: LoadedModel) -> None:
     sampler = sampler_of(SampleSection(), student)
     torch.testing.assert_close(drawn(student, sampler, 4), drawn(student, sampler, 3), rtol=1e-3, atol=1e-3)
     assert "fresh noise" in sampler.describe(student) and "guidance 1.5 folded in" in sampler.describe(student)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_steps_as_numbers_draw_the_same(model: LoadedModel, fresh: bool) -> None:
+    steps = FewSteps("matching", (0.8, 0.5, 0.2), 1.5, fresh)
+    noising, draws = noising_of(model), SampleDraws(Randomness(7), 0, 4, torch.device("cpu"))
+    x, condition = draws.images(model), class_condition(torch.arange(4), 5)
+    with torch.no_grad():
+        for k, step in enumerate(linear_steps(noising, steps)):
+            t = torch.full((4,), step.t).to(noising.times(np.array(0.5)).dtype)
+            output = model.module(x, t, **model.family.inputs(condition))[:, :2]
+            x = step.x * x + step.out * output + step.noise * draws.images(model, k)
+    assert (step.noise == 0) and (step.t == float(noising.times(np.array(0.2))))
+    torch.testing.assert_close(drawn(model, FewStepSampler(noising, steps)), x, rtol=1e-3, atol=1e-3)
 
 
 def test_a_student_of_few_steps_is_saved_with_them_and_is_no_teacher(model: LoadedModel, tmp_path: Any) -> None:

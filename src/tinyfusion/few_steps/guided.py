@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.blocks.stack import BlockStack
-from tinyfusion.conditioning.condition import Condition, ModelCall
-from tinyfusion.processes.base import Batch, NoisyBatch
-from tinyfusion.processes.guidance import guided_call
+from tinyfusion.conditioning.condition import Condition, ModelCall, concat
+from tinyfusion.processes.base import Batch, NoisyBatch, mix_guidance
 from tinyfusion.processes.noising import Mixture, Noising
 
 
@@ -31,8 +30,10 @@ class GuidedTeacher:
     @torch.no_grad()
     def parts(self, x: Tensor, t: Tensor, condition: Condition) -> Mixture:
         """The guided prediction at x (B, C, H, W) and times t (B,)."""
-        output = guided_call(self.call, self.module, x, t, condition, self.guidance, self.channels)
-        return self.noising.parts(output, x, t)
+        if self.guidance == 1:
+            return self.own(self.module, x, t, condition)
+        both = self.call(self.module, torch.cat([x, x]), torch.cat([t, t]), concat([condition, condition.null()]))
+        return self.noising.parts(mix_guidance(both, self.guidance, self.channels), x, t)
 
     def own(self, model: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Mixture:
         """The prediction of another model, without guidance."""

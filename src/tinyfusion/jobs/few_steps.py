@@ -17,7 +17,6 @@ from tinyfusion.jobs.training import Training
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Objective
 from tinyfusion.processes.noising import FewSteps
-from tinyfusion.sample.drive import leading_channels
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import BatchSource
 from tinyfusion.training.optim import ParameterGroup, trainable
@@ -73,7 +72,8 @@ def few_step_training(
     settings, steps = recipe.distill_steps, few_steps_of(recipe)
     critic = student.copy()
     student.facts = dataclasses.replace(student.facts, few_steps=steps)
-    channels = leading_channels(student, recipe.sample.guidance_channels)
+    published = recipe.sample.guidance_channels == "published"
+    channels = student.guided_channels if published else int(student.arch.in_channels)
     module = engine.place(student.module.train(), list(student.stack))
     engine.place_teacher(frozen(teacher.module), list(teacher.stack))
     taught = GuidedTeacher(

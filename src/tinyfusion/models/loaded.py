@@ -123,6 +123,12 @@ class LoadedModel:
         return bool(getattr(self.arch, "null_class", True))
 
     @property
+    def guided_channels(self) -> int:
+        """Leading output channels under published guidance, never those of the variance."""
+        channels, published = int(self.arch.in_channels), self.family.guided_channels
+        return channels if published is None else min(published, channels)
+
+    @property
     def conditions(self) -> Condition:
         """The conditions by label: its classes, or texts. Raises UserError if it takes texts and has none."""
         if self.family.texts is None:

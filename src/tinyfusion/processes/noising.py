@@ -125,3 +125,26 @@ class FewSteps:
         rising = sorted(set(self.levels))
         if not self.levels or rising[::-1] != list(self.levels) or not 0 < rising[0] <= rising[-1] <= 1:
             raise ValueError(f"levels of few steps fall, from 1 at most to above 0; got {list(self.levels)}")
+
+
+class LinearStep(NamedTuple):
+    """A step as numbers: x becomes x * (x now) + out * (the network's output at time t) + noise * (fresh noise)."""
+
+    t: float
+    x: float
+    out: float
+    noise: float
+
+
+def linear_steps(noising: Noising, steps: FewSteps) -> list[LinearStep]:
+    """The steps of a drawing as numbers, for samplers in other programs: whatever the network predicts, a step is linear in it."""
+    times = noising.times(np.append(steps.levels, 0.0))
+    one, zero = torch.ones(len(times), 1, 1, 1), torch.zeros(len(times), 1, 1, 1)
+    of_x, of_out = (noising.parts(output[:-1], x[:-1], times[:-1]) for output, x in ((zero, one), (one, zero)))
+    alphas, sigmas = (weights.flatten().tolist()[1:] for weights in noising.weights(times))
+    table = []
+    for k, (alpha, sigma) in enumerate(zip(alphas, sigmas, strict=True)):
+        kept, fresh = (0.0, sigma) if steps.fresh_noise else (sigma, 0.0)
+        x, out = (alpha * float(of.clean[k]) + kept * float(of.noise[k]) for of in (of_x, of_out))
+        table.append(LinearStep(float(times[k]), x, out, fresh))
+    return table

@@ -17,8 +17,7 @@ from tinyfusion.conditioning.condition import Condition, concat
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.signals import check_stop
 from tinyfusion.models.loaded import LoadedModel
-from tinyfusion.processes.base import Denoiser
-from tinyfusion.processes.guidance import mix_guidance
+from tinyfusion.processes.base import Denoiser, mix_guidance
 
 WHOLE = (0.0, 1.0)  # guidance at all times
 
@@ -92,7 +91,7 @@ class GuidedSampler(Sampler, Protocol):
 
     def guided_channels(self, model: LoadedModel) -> int:
         """Leading output channels under guidance: the family's published ones, or all but the variance."""
-        return leading_channels(model, self.guided)
+        return model.guided_channels if self.guided == "published" else int(model.arch.in_channels)
 
     def describe_guidance(self, model: LoadedModel) -> str:
         """Guidance in the protocol string."""
@@ -100,12 +99,6 @@ class GuidedSampler(Sampler, Protocol):
         text = f"guidance {self.guidance:g} on {channels} channel{'s' * (channels > 1)} ({self.guided})"
         in_part = self.guidance > 1 and self.interval != WHOLE
         return text + (f" in [{self.interval[0]:g}, {self.interval[1]:g}]" if in_part else "")
-
-
-def leading_channels(model: LoadedModel, guided: Literal["published", "all"]) -> int:
-    """The number of leading output channels under guidance: the family's published ones, or all but the variance."""
-    channels, published = int(model.arch.in_channels), model.family.guided_channels
-    return channels if guided == "all" or published is None else min(published, channels)
 
 
 def check_guidance(scale: float, interval: tuple[float, float]) -> None:
