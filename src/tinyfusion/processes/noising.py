@@ -64,7 +64,7 @@ class GaussianNoising(Noising):
     schedule: Schedule = field(default_factory=Schedule)
 
     def times(self, levels: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.rint(np.asarray(levels) * NUM_TIMESTEPS).astype(np.int64) - 1)
+        return torch.as_tensor(np.rint(np.asarray(levels) * NUM_TIMESTEPS).astype(np.int64) - 1)
 
     def weights(self, t: Tensor, ndim: int = 4) -> tuple[Tensor, Tensor]:
         alpha, sigma = (
@@ -89,7 +89,7 @@ class FlowNoising(Noising):
     flow: Flow = field(default_factory=Flow)
 
     def times(self, levels: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.flow.convention.at_sigma(np.asarray(levels, dtype=np.float64)).astype(np.float32))
+        return torch.as_tensor(self.flow.convention.at_sigma(np.asarray(levels, dtype=np.float64)).astype(np.float32))
 
     def weights(self, t: Tensor, ndim: int = 4) -> tuple[Tensor, Tensor]:
         at = self.flow.point(t, ndim)
