@@ -37,10 +37,7 @@ def few_steps_of(recipe: Recipe) -> FewSteps:
 def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> None:
     """Raise UserError where student and teacher do not take the same, or cannot draw in few steps."""
     noising_of(student)
-    same = ("in_channels", "input_size", "num_classes")
-    if teacher.family is not student.family or any(
-        getattr(teacher.arch, name) != getattr(student.arch, name) for name in same
-    ):
+    if not teacher.takes_inputs_of(student):
         raise UserError(
             f"the teacher {recipe.teacher} does not take what the student takes: wanted one of the same family, input and classes"
         )
