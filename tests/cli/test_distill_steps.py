@@ -29,7 +29,7 @@ def test_a_model_learns_to_draw_in_few_steps_and_is_drawn_so(cli: Cli, work: Pat
     assert model.facts.kept == open_model("student").facts.kept
     drawn = done(cli, "sample --model run --num-images 5 --sampler ddim --num-steps 50 --guidance 4 --out a.npz")
     assert "draws in its own 2 steps" in drawn.err
-    assert f"{method} 2 steps" in json.loads(Path("a.json").read_text())["protocol"]
+    assert f"{method}, 2 steps" in json.loads(Path("a.json").read_text())["protocol"]
     done(cli, "sample --model run --num-images 5 --batch-size 2 --out b.npz")
     one, other = (np.load(name)["arr_0"].astype(int) for name in ("a.npz", "b.npz"))
     assert int(np.abs(one - other).max()) <= 1
@@ -73,7 +73,9 @@ def test_flows_draw_in_few_steps_too(cli: Cli, work: Path) -> None:
     save_model(tiny_sit(), Path("sit"))
     done(cli, f"{MADE.replace('student', 'sit').replace('--teacher teacher', '--teacher sit')} --out run")
     done(cli, "sample --model run --num-images 3 --out a.npz")
-    assert "consistency 4 steps at 1, 0.75, 0.5, 0.25" in json.loads(Path("a.json").read_text())["protocol"]
+    assert (
+        "consistency, 4 steps at noise levels 1, 0.75, 0.5, 0.25" in json.loads(Path("a.json").read_text())["protocol"]
+    )
 
 
 def test_a_dry_run_writes_nothing(cli: Cli, work: Path) -> None:

@@ -50,10 +50,7 @@ class DistillSteps(TrainingVerb[Training]):
     def says(self, inputs: Inputs, work: Training) -> dict[str, str]:
         """The method, and the steps of a drawing."""
         few = few_steps_of(inputs.recipe)
-        levels = ", ".join(f"{level:g}" for level in few.levels)
-        return {
-            "method": f"{few.method}, {len(few.levels)} steps at noise levels {levels}, guidance {few.guidance:g} folded in"
-        }
+        return {"method": f"{few.method}, {few.describe()}"}
 
     def perform(self, inputs: Inputs, work: Training, folder: RunDirectory) -> dict[str, Any]:
         """Train, and save averaged and raw weights."""

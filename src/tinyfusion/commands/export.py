@@ -199,6 +199,11 @@ def _autoencoder(model: LoadedModel, what: ExportOptions, dry_run: bool) -> Path
     unfit = pipeline.unfit(model.arch, model.facts.latent_shift) if model.of_latents else pixels
     if unfit is not None:
         raise UserError(f"{what.model} cannot be exported as a pipeline: {unfit}")
+    if model.facts.few_steps and not model.facts.few_steps.is_trailing:
+        raise UserError(
+            f"{what.model} cannot be exported as a pipeline: it draws in {model.facts.few_steps.describe()}, which no scheduler of diffusers "
+            "makes; leave out --pipeline"
+        )
     name = what.vae or model.facts.vae
     if name is None:
         raise UserError(f"{what.model} does not say which autoencoder it goes with: give --vae PATH or a hub id")

@@ -77,6 +77,7 @@ def model_card(model: LoadedModel, notes: CardNotes) -> str:
         f"# {notes.title}\n\n{_what(model)}",
         _plan(model),
         _use(model, notes),
+        _few_steps(model, notes),
         _differences(notes),
         _numbers(notes.evaluations),
         _how(model, notes),
@@ -157,6 +158,21 @@ def _use(model: LoadedModel, notes: CardNotes) -> str:
     export = model.diffusers_export()
     usage = export.pipeline.usage if notes.target == "pipeline" and export.pipeline else export.usage
     return f"## Use\n\n{usage(model.arch, notes.title)}"
+
+
+def _few_steps(model: LoadedModel, notes: CardNotes) -> str:
+    few = model.facts.few_steps
+    if few is None:
+        return ""
+    noise = (
+        "each step but the first noises the predicted image anew"
+        if few.fresh_noise
+        else "steps go on along the predicted noise"
+    )
+    text = f"Distilled by {few.method}: draw it in {few.describe()}; {noise}. It is no denoiser of other noise levels."
+    if notes.target == "pipeline":
+        text += f" In the pipeline: `num_inference_steps={len(few.levels)}, guidance_scale=1`."
+    return f"## Few steps\n\n{text}"
 
 
 def _differences(notes: CardNotes) -> str:

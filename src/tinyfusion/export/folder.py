@@ -111,7 +111,8 @@ def _write_components(model: LoadedModel, folder: Path, components: PipelineComp
         (folder / name).mkdir()
     for file in autoencoder_files(components.vae):
         shutil.copyfile(file, folder / "vae" / file.name)
-    write_json(folder / "scheduler" / "scheduler_config.json", _versioned(pipeline.scheduler))
+    few = {"timestep_spacing": "trailing"} if model.facts.few_steps else {}
+    write_json(folder / "scheduler" / "scheduler_config.json", _versioned({**pipeline.scheduler, **few}))
     labels = {} if components.labels is None else {"id2label": {str(i): name for i, name in components.labels.items()}}
     write_json(folder / "model_index.json", _versioned({**pipeline.model_index, **labels}))
 

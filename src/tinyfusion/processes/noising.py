@@ -121,6 +121,17 @@ class FewSteps:
     guidance: float
     fresh_noise: bool
 
+    @property
+    def is_trailing(self) -> bool:
+        """Whether its steps are DDIM's at the "trailing" timesteps of diffusers: evenly spaced from noise alone, without fresh noise."""
+        even = [(len(self.levels) - k) / len(self.levels) for k in range(len(self.levels))]
+        return not self.fresh_noise and all(abs(a - b) < 5e-4 for a, b in zip(self.levels, even, strict=True))
+
+    def describe(self) -> str:
+        """In words, without the kind of noise."""
+        levels = ", ".join(f"{level:g}" for level in self.levels)
+        return f"{len(self.levels)} steps at noise levels {levels}, guidance {self.guidance:g} folded in"
+
     def __post_init__(self) -> None:
         rising = sorted(set(self.levels))
         if not self.levels or rising[::-1] != list(self.levels) or not 0 < rising[0] <= rising[-1] <= 1:

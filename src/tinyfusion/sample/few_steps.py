@@ -37,8 +37,7 @@ class FewStepSampler(Sampler):
 
     def describe(self, model: LoadedModel) -> str:
         how = "fresh noise" if self.steps.fresh_noise else "its own noise"
-        levels = ", ".join(f"{level:g}" for level in self.steps.levels)
-        return f"{self.steps.method} {self.calls} steps at {levels}, {how} | guidance {self.steps.guidance:g} folded in"
+        return f"{self.steps.method}, {self.steps.describe()}, {how}"
 
     def trajectory(self, model: LoadedModel, condition: Condition, draws: SampleDraws) -> Iterator[Tensor]:
         denoiser, x = conditional(model, condition), draws.images(model)
