@@ -1,0 +1,71 @@
+"""Graphs give the numbers of the network, of the guided denoiser, and of blocks that are switched off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from families import tiny
+from tinyfusion.conditioning.condition import Condition
+from tinyfusion.export.onnx_graph import OPSET, onnx_graph
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.sample.drive import guided
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+
+
+def fed(model: LoadedModel, num: int, seed: int = 0) -> dict[str, Any]:
+    """Random x, t and condition of `num` images, by the names of the graph's inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    arch, table = model.arch, model.conditions
+    x = torch.randn(num, arch.in_channels, arch.input_size, arch.input_size, generator=generator)
+    rows = torch.randint(len(table), (num,), generator=generator)
+    return {"x": x, "t": torch.rand(num, generator=generator) * 999, "condition": table.index(rows)}
+
+
+def graph_inputs(model: LoadedModel, values: dict[str, Any], **more: torch.Tensor) -> dict[str, np.ndarray]:
+    condition: Condition = values["condition"]
+    tensors = {"x": values["x"], "t": values["t"], **model.family.inputs(condition), **more}
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def session(graph: Any) -> Any:
+    return onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def close(found: np.ndarray, wanted: torch.Tensor) -> bool:
+    scale = max(1.0, float(wanted.abs().max()))
+    return found.shape == tuple(wanted.shape) and float(np.abs(found - wanted.numpy()).max()) <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("family", ["dit", "sit"])
+@torch.no_grad()
+def test_a_graph_gives_the_numbers_of_the_guided_denoiser_with_blocks_switched_off(family: str) -> None:
+    model = tiny(family)
+    graph = onnx_graph(model, guided=True, switches=True)
+    assert [(each.domain, each.version) for each in graph.opset_import] == [("", OPSET)]
+    runner = session(graph)
+    for num, scale, gates in ((1, 1.0, [1, 1, 1, 1]), (3, 2.5, [1, 0, 1, 0.5])):
+        values, switched = fed(model, num), torch.tensor([gates], dtype=torch.float32)
+        more = {"guidance": torch.tensor([scale]), "gates": switched[0]}
+        with model.stack.gated(switched):
+            wanted = guided(model, values["condition"], scale, model.guided_channels)(values["x"], values["t"])
+        assert close(runner.run(["output"], graph_inputs(model, values, **more))[0], wanted)
+
+
+@torch.no_grad()
+def test_the_plain_graph_has_the_documented_inputs_and_names_no_file_of_this_machine() -> None:
+    model = tiny("dit")
+    graph = onnx_graph(model)
+    runner = session(graph)
+    assert [(each.name, each.shape, each.type) for each in runner.get_inputs()] == [
+        ("x", ["batch", 2, 4, 4], "tensor(float)"), ("t", ["batch"], "tensor(float)"), ("y", ["batch"], "tensor(int64)")
+    ]  # fmt: skip
+    assert [(each.name, each.shape) for each in runner.get_outputs()] == [("output", ["batch", 4, 4, 4])]
+    assert b"/" not in b"".join(node.SerializeToString() for node in graph.graph.node)
+    values = fed(model, 2)
+    wanted = model.module(values["x"], values["t"], **model.family.inputs(values["condition"]))
+    assert close(runner.run(["output"], graph_inputs(model, values))[0], wanted)
