@@ -41,7 +41,10 @@ def own_noise(model: LoadedModel, path: Path) -> Path:
 
 def run_script(folder: Path, *options: str) -> None:
     """sample.py in a process that cannot import torch or tinyfusion."""
-    block = "import sys, runpy; sys.modules.update(torch=None, tinyfusion=None); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    block = (
+        "import sys, runpy; sys.modules.update(torch=None, tinyfusion=None); sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     command = [sys.executable, "-I", "-c", block, str(folder / "sample.py"), *options]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -145,3 +148,27 @@ def test_what_cannot_be_a_graph_is_refused_with_its_reason(
     refused(cli, f"{EXPORT.format('student')} --set sample.sampler=ddpm", "sample.py draws by ddim")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refused(cli, EXPORT.format("student"), "pip install tinyfusion[onnx]")
+
+
+def test_quantized_graphs_are_small_and_near(cli: Cli, work: Path) -> None:
+    whole = done(cli, f"{EXPORT.format('teacher')} --json").last_json["bytes"]
+    for form in ("int8", "int8-weights"):
+        made = done(
+            cli, f"export --model teacher --to onnx --quantize {form} --guided --out made/{form} --json"
+        ).last_json
+        assert made["largest_difference"] < 1e-4 < made["quantized_error"] < 0.05 and made["bytes"] < 0.6 * whole
+        assert "weights have 8 bits" in Path(f"made/{form}/README.md").read_text()
+        run_script(Path(f"made/{form}"), "--labels", "0", "--num-steps", "1", "--out", "x.npy")
+
+
+def test_sampling_with_int8_products(cli: Cli, work: Path) -> None:
+    draw = "sample --model teacher --set sample.num_images=4 --num-steps 2 --sampler ddim --out {}.npz"
+    for name in ("plain", "int8"):
+        done(cli, draw.format(name) + (" --quantize int8" if name == "int8" else ""))
+    plain, whole = (np.load(f"{name}.npz")["arr_0"].astype(float) for name in ("plain", "int8"))
+    assert 0 < np.abs(plain - whole).max() < 64
+    assert "| int8 |" in json.loads(Path("int8.json").read_text())["protocol"]
+    done(cli, "bench teacher --quantize int8 --repeats 1 --batch-size 1 --set bench.product_size=64")
+    refused(cli, draw.format("x") + " --quantize int8 --dtype bfloat16", "leave --dtype bfloat16 away")
+    refused(cli, draw.format("x") + " --quantize int8 --compile", "leave --compile away")
+    refused(cli, draw.format("x") + " --quantize int4", "quantize")

@@ -28,6 +28,7 @@ from tinyfusion.export.folder import (
     write_official,
 )
 from tinyfusion.export.onnx_folder import GraphForm
+from tinyfusion.export.onnx_int8 import Int8Form
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.latent_facts import with_settings
 from tinyfusion.jobs.origins import Step, history
@@ -50,7 +51,7 @@ class ExportOptions:
     labels: str | None = None  # file with the names of the classes
     push_to_hub: str | None = None  # id of a repository of the hub
     guided: bool = False  # of graphs
-    quantize: str | None = None  # of graphs
+    quantize: Int8Form | None = None  # of graphs
 
 
 def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:

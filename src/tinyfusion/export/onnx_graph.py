@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 OPSET = 20  # the first with Gelu, which browsers and phones run too
-_SCOPES = "pkg.torch.onnx.name_scopes"  # of a node in the exporter's notes: the modules that made it, the innermost last
+_SCOPES = (
+    "pkg.torch.onnx.name_scopes"  # of a node in the exporter's notes: the modules that made it, the innermost last
+)
 _BATCH = "batch"
 _EXAMPLES = 2  # rows of an example; one alone would become a constant
 
