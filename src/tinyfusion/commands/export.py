@@ -58,6 +58,11 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     """Write the model as `what.to` says; returns what `--json` prints. Raises UserError where the format cannot hold it."""
     _check_options(options.out, what)
     if transformer := transformer_of(what.model, options.blocks):
+        if what.to == "onnx":
+            raise UserError(
+                f"{what.model} is a {transformer.class_name}: graphs are written of models of classes and of PixArt-alpha alone, "
+                "whose inputs are known here"
+            )
         if what.vae is not None or what.labels is not None:
             raise UserError(
                 f"--vae and --labels are for models of classes; the pipeline of {what.model} takes those of its parent: leave them out"

@@ -18,7 +18,7 @@ from tinyfusion.core.rundir import atomic_write, write_json
 from tinyfusion.export.card import CardNotes
 from tinyfusion.export.folder import RECORD, write_notes
 from tinyfusion.export.onnx_graph import OPSET, exported, onnx_module
-from tinyfusion.export.onnx_int8 import Int8Form, quantized
+from tinyfusion.export.onnx_int8 import Int8Form, outside_lists, quantized
 from tinyfusion.families.stage import Stage
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.flow import Flow
@@ -28,8 +28,8 @@ from tinyfusion.processes.masked import head_schedule
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-FACTS, SCRIPT = "sampler.json", "sample.py"
-FILES = rf"\w+\.onnx(?:\.data)?|README\.md|plan\.png|{FACTS}|{SCRIPT}|{RECORD}"  # that an export writes, as a regular expression
+FACTS, SCRIPT, TEXTS = "sampler.json", "sample.py", "texts.npz"
+FILES = rf"\w+\.onnx(?:\.data)?|README\.md|plan\.png|{FACTS}|{SCRIPT}|{TEXTS}|{RECORD}"  # that an export writes, as a regular expression
 TOLERANCE = 1e-4  # between onnxruntime and torch, of the largest value, at least of 1
 EXTERNAL_BYTES = 2**31 - 2**26  # of weights from which on they are in a file of their own: a graph has at most 2 GB
 _STEPS = 50
@@ -144,7 +144,7 @@ def write_onnx(
             save_graph(exported(stage), path)
             largest = max(largest, check_graph(path, stage))
             if form.quantize is not None:
-                save_graph(quantized(read_graph(path), form.quantize), path)
+                save_graph(quantized(read_graph(path), form.quantize, [outside_lists(stage.network)]), path)
                 errors.append(differences(path, stage)[1])
                 if not np.isfinite(errors[-1]):
                     raise UserError(
@@ -159,6 +159,8 @@ def write_onnx(
             **dataclasses.asdict(form),
         }
         write_json(temporary / FACTS, about | facts)
+        if model.family.texts is not None:
+            np.savez(temporary / TEXTS, **_texts(model))
         script = "images.py" if set(stages) == {"model"} else f"{facts['process']}.py"
         source = importlib.resources.files("tinyfusion").joinpath("assets", "onnx", script)
         (temporary / SCRIPT).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
@@ -170,6 +172,14 @@ def write_onnx(
         measured |= {"quantized_error": max(errors)} if form.quantize is not None else {}
         write_json(temporary / RECORD, {**record, **measured})
     return measured
+
+
+def _texts(model: LoadedModel) -> dict[str, np.ndarray]:
+    """The texts of a model by label, the null text last, as its graph takes them."""
+    table = model.conditions
+    rows = (model.family.inputs(each) for each in (table, table.index(slice(1)).null()))
+    own, null = ({name: tensor.float().numpy() for name, tensor in each.items() if tensor is not None} for each in rows)
+    return {name: np.concatenate([values, null[name]]) for name, values in own.items()}
 
 
 def read_graph(path: Path) -> ModelProto:
