@@ -64,8 +64,8 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
         print(f"bench would measure {' and '.join(sources.values())}: {protocol}")
         return {"state": "checked", "protocol": protocol}
     steps = SPREAD_STEPS if spread else None
-    how = (recipe.sample, settings.batch_size, device, steps, recipe.seed, settings.dtype, settings.compile)
-    how = (*how, settings.quantize)
+    arithmetic = (settings.dtype, settings.compile, settings.quantize)
+    how = (recipe.sample, settings.batch_size, device, steps, recipe.seed, *arithmetic)
     timed = {name: timed_model(model, *how) for name, model in models.items()}
     sides = {name: _side(side, sources[name], hashes[name]) for name, side in timed.items()}
     with ExitStack() as around:

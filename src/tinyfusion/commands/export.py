@@ -79,8 +79,8 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
         raise UserError(f"{what.model} cannot be exported to {what.to}: {reason}")
     rounded, model = model, model.with_formulas() if what.to == "diffusers" else model
     if what.to == "onnx":
-        notes = partial(_card_notes, model, options.out.name, what, [], history(what.model))
-        outcome = export_onnx(options, model, what.settings, GraphForm(what.guided, what.quantize), notes)
+        card = partial(_card_notes, model, options.out.name, what, [], history(what.model))
+        outcome = export_onnx(options, model, what.settings, GraphForm(what.guided, what.quantize), card)
         return outcome if options.dry_run else outcome | _pushed(options, what)
     vae = _autoencoder(model, what, options.dry_run) if what.pipeline else None
     labels = _labels(model, what) if what.pipeline else None

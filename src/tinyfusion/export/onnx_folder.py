@@ -158,9 +158,9 @@ def write_onnx(
             "graphs": graphs,
             **dataclasses.asdict(form),
         }
-        write_json(temporary / FACTS, about | facts)
+        write_json(temporary / FACTS, {**about, **facts})
         if model.family.texts is not None:
-            np.savez(temporary / TEXTS, **_texts(model))
+            np.savez(temporary / TEXTS, **_texts(model))  # type: ignore[arg-type]  # numpy fears the name allow_pickle
         script = "images.py" if set(stages) == {"model"} else f"{facts['process']}.py"
         source = importlib.resources.files("tinyfusion").joinpath("assets", "onnx", script)
         (temporary / SCRIPT).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")

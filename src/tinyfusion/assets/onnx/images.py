@@ -55,7 +55,7 @@ def gaussian(network: Any, x: Any, num_steps: int) -> Any:
 
 def flow(network: Any, x: Any, num_points: int) -> Any:
     """From noise at the first time to data at the last one; the output is dx/dt."""
-    times = np.linspace(*FACTS["times"], num_points, dtype=np.float32)
+    times = np.linspace(FACTS["times"][0], FACTS["times"][1], num_points, dtype=np.float32)
     for t, size in zip(times, np.diff(times), strict=False):
         slope = network(x, t)
         if FACTS["recommended"]["method"] == "heun2":
