@@ -60,8 +60,8 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     if transformer := transformer_of(what.model, options.blocks):
         if what.to == "onnx":
             raise UserError(
-                f"{what.model} is a {transformer.class_name}: graphs are written of models of classes and of PixArt-alpha alone, "
-                "whose inputs are known here"
+                f"{what.model} is a {transformer.class_name}: its inputs are those of its pipeline, and graphs are written of "
+                "models that `sample` draws by itself: give --to diffusers"
             )
         if what.vae is not None or what.labels is not None:
             raise UserError(
