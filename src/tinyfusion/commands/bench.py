@@ -22,7 +22,7 @@ from tinyfusion.core.rundir import machine
 from tinyfusion.evaluate.timing import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.process_specs import sampler_of
-from tinyfusion.jobs.sampling_setup import SPREAD_STEPS, TimedModel, timed_model
+from tinyfusion.jobs.sampling_setup import SPREAD_STEPS, TimedModel, check_quantized, timed_model
 from tinyfusion.models.checkpoint import open_model
 from tinyfusion.report.tables import scatters
 
@@ -56,6 +56,7 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
     models = {side: open_model(source, recipe.sample.weights, *typed) for side, source in sources.items()}
     for model in models.values():
         sampler_of(recipe.sample, model)  # raises, also in a dry run
+        check_quantized(model, settings.quantize, settings.dtype, settings.compile, device)
     hashes = {side: model.hash() for side, model in models.items()}
     spread = any(model.dynamic is not None for model in models.values())
     protocol = _protocol(recipe, device, spread, any(model.facts.few_steps for model in models.values()))
@@ -63,7 +64,8 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
         print(f"bench would measure {' and '.join(sources.values())}: {protocol}")
         return {"state": "checked", "protocol": protocol}
     steps = SPREAD_STEPS if spread else None
-    how = (recipe.sample, settings.batch_size, device, steps, recipe.seed, settings.dtype, settings.compile)
+    arithmetic = (settings.dtype, settings.compile, settings.quantize)
+    how = (recipe.sample, settings.batch_size, device, steps, recipe.seed, *arithmetic)
     timed = {name: timed_model(model, *how) for name, model in models.items()}
     sides = {name: _side(side, sources[name], hashes[name]) for name, side in timed.items()}
     with ExitStack() as around:
@@ -136,7 +138,7 @@ def _protocol(recipe: Recipe, device: torch.device, spread: bool, few: bool) -> 
     guidance += f"{', of a model of few steps 1' if few else ''})"
     return (
         f"one denoising step{over} of {settings.batch_size} image{'s' * (settings.batch_size > 1)}, {guidance}, "
-        f"{settings.dtype}{' compiled' if settings.compile else ''}, {where}, torch {torch.__version__}; "
+        f"{settings.quantize or settings.dtype}{' compiled' if settings.compile else ''}, {where}, torch {torch.__version__}; "
         f"medians of {settings.repeats}, interleaved with each other and a matrix product"
     )
 

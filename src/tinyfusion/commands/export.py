@@ -28,6 +28,7 @@ from tinyfusion.export.folder import (
     write_official,
 )
 from tinyfusion.export.onnx_folder import GraphForm
+from tinyfusion.export.onnx_int8 import Int8Form
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.latent_facts import with_settings
 from tinyfusion.jobs.origins import Step, history
@@ -50,13 +51,18 @@ class ExportOptions:
     labels: str | None = None  # file with the names of the classes
     push_to_hub: str | None = None  # id of a repository of the hub
     guided: bool = False  # of graphs
-    quantize: str | None = None  # of graphs
+    quantize: Int8Form | None = None  # of graphs
 
 
 def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     """Write the model as `what.to` says; returns what `--json` prints. Raises UserError where the format cannot hold it."""
     _check_options(options.out, what)
     if transformer := transformer_of(what.model, options.blocks):
+        if what.to == "onnx":
+            raise UserError(
+                f"{what.model} is a {transformer.class_name}: its inputs are those of its pipeline, and graphs are written of "
+                "models that `sample` draws by itself: give --to diffusers"
+            )
         if what.vae is not None or what.labels is not None:
             raise UserError(
                 f"--vae and --labels are for models of classes; the pipeline of {what.model} takes those of its parent: leave them out"
@@ -73,8 +79,8 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
         raise UserError(f"{what.model} cannot be exported to {what.to}: {reason}")
     rounded, model = model, model.with_formulas() if what.to == "diffusers" else model
     if what.to == "onnx":
-        notes = partial(_card_notes, model, options.out.name, what, [], history(what.model))
-        outcome = export_onnx(options, model, what.settings, GraphForm(what.guided, what.quantize), notes)
+        card = partial(_card_notes, model, options.out.name, what, [], history(what.model))
+        outcome = export_onnx(options, model, what.settings, GraphForm(what.guided, what.quantize), card)
         return outcome if options.dry_run else outcome | _pushed(options, what)
     vae = _autoencoder(model, what, options.dry_run) if what.pipeline else None
     labels = _labels(model, what) if what.pipeline else None

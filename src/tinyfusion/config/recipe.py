@@ -180,6 +180,10 @@ class SampleSection:
         "float32"
     )
     compile: Annotated[bool, "compile the blocks"] = False
+    quantize: Annotated[
+        Literal["int8"] | None,
+        "products of the blocks as whole numbers of 8 bits, on a CPU in float32; None: as dtype says",
+    ] = None
     decode: Annotated[bool, "latent models: decode to pixels; else the npz has latents, float32"] = True
     vae: Annotated[
         str | None,
@@ -243,6 +247,7 @@ class BenchSection:
     repeats: Annotated[SmallCount, "measurements of each model"] = 9
     dtype: Annotated[Dtype, "type of weights, activations and of the measured matrix product"] = "float32"
     compile: Annotated[bool, "compile the blocks"] = False
+    quantize: Annotated[Literal["int8"] | None, "as sample.quantize"] = None
     product_size: Annotated[
         Annotated[int, Ge(64), Le(2**17)] | None,
         "rows and columns of the matrix product; None: 2048 on a CPU, else 8192",

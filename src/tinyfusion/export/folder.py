@@ -148,6 +148,7 @@ def push_to_hub(model: LoadedModel, repository: str, notes: CardNotes | None = N
 
 
 def write_notes(model: LoadedModel, folder: Path, notes: CardNotes) -> None:
+    """The card of a model and, if it was pruned, the picture of its plan."""
     (folder / "README.md").write_text(model_card(model, notes), encoding="utf-8", errors="backslashreplace")
     if model.facts.plan is not None:
         (folder / PICTURE).write_bytes(plan_png(model.facts.plan.kept, model.facts.plan.depth))

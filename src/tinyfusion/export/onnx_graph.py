@@ -110,6 +110,8 @@ def denoiser(model: LoadedModel, *, guided: bool = False, switches: bool = False
     def run(
         x: Tensor, t: Tensor, guidance: Tensor | None = None, gates: Tensor | None = None, **condition: Tensor
     ) -> Tensor:
+        for tensor in (t, *condition.values()):
+            torch._check(tensor.shape[0] == x.shape[0])  # else the exporter takes them for sizes of their own
         with contextlib.nullcontext() if gates is None else model.stack.gated(gates.unsqueeze(0)):
             if guidance is None:
                 return module(x, t, **condition)
@@ -150,10 +152,29 @@ def exported(stage: Stage) -> ModelProto:
     return _plain(program.model_proto, stage.varying)
 
 
+def _without_idle_squeezes(graph: ModelProto) -> None:
+    """Let squeezes of axes longer than 1 do nothing, as in torch; in a graph they are an error."""
+    read = onnx_module("onnx.numpy_helper").to_array
+    constants = {each.name: each for each in graph.graph.initializer}
+    shapes = {each.name: each.type.tensor_type.shape.dim for each in graph.graph.value_info}
+    for node in graph.graph.node:
+        if (
+            node.op_type == "Squeeze"
+            and len(node.input) == 2
+            and node.input[0] in shapes
+            and node.input[1] in constants
+        ):
+            axes = read(constants[node.input[1]]).reshape(-1)
+            if any(shapes[node.input[0]][axis].dim_value > 1 for axis in axes):
+                node.op_type = "Identity"
+                del node.input[1:]
+
+
 def _plain(graph: ModelProto, varying: Mapping[str, Mapping[int, str]]) -> ModelProto:
     """The graph without the exporter's notes, which name source files of this machine. Nodes are named by module, such as
     `network.blocks.3.attn.qkv.MatMul_81`, and varying axes by `varying`.
     """
+    _without_idle_squeezes(graph)
     graph.producer_name, graph.producer_version = "tinyfusion", __version__
     for number, node in enumerate(graph.graph.node):
         scopes = next((each.value for each in node.metadata_props if each.key == _SCOPES), "[]")

@@ -17,16 +17,24 @@ HERE = Path(__file__).resolve().parent
 FACTS = json.loads((HERE / "sampler.json").read_text(encoding="utf-8"))
 
 
-def model(session: Any, x: Any, t: float, y: Any, guidance: float) -> Any:
+def condition(labels: Any) -> dict[str, Any]:
+    """What the graph gets for labels: classes, or rows of the model's texts."""
+    if not (HERE / "texts.npz").exists():
+        return {"y": labels}
+    with np.load(HERE / "texts.npz") as texts:
+        return {name: texts[name][labels] for name in texts}
+
+
+def model(session: Any, x: Any, t: float, labels: Any, guidance: float) -> Any:
     """The output under classifier-free guidance (arXiv 2207.12598) on the first `guided_channels` channels."""
-    inputs = {"x": x, "t": np.full(len(x), t, np.float32), "y": y}
+    num, times = len(x), np.full(2 * len(x), t, np.float32)
     if FACTS["guided"]:
-        return session.run(None, {**inputs, "guidance": np.array([guidance], np.float32)})[0]
+        given = {"x": x, "t": times[:num], **condition(labels), "guidance": np.array([guidance], np.float32)}
+        return session.run(None, given)[0]
     if guidance == 1:
-        return session.run(None, inputs)[0]
-    twice = {name: np.concatenate([value, value]) for name, value in inputs.items()}
-    twice["y"][len(x) :] = FACTS["null_label"]
-    output, without = np.split(session.run(None, twice)[0], 2)
+        return session.run(None, {"x": x, "t": times[:num], **condition(labels)})[0]
+    both = np.append(labels, np.full(num, FACTS["null_label"]))
+    output, without = np.split(session.run(None, {"x": np.append(x, x, axis=0), "t": times, **condition(both)})[0], 2)
     channels = slice(FACTS["guided_channels"])
     output[:, channels] = without[:, channels] + guidance * (output[:, channels] - without[:, channels])
     return output
@@ -47,7 +55,7 @@ def gaussian(network: Any, x: Any, num_steps: int) -> Any:
 
 def flow(network: Any, x: Any, num_points: int) -> Any:
     """From noise at the first time to data at the last one; the output is dx/dt."""
-    times = np.linspace(*FACTS["times"], num_points, dtype=np.float32)
+    times = np.linspace(FACTS["times"][0], FACTS["times"][1], num_points, dtype=np.float32)
     for t, size in zip(times, np.diff(times), strict=False):
         slope = network(x, t)
         if FACTS["recommended"]["method"] == "heun2":
@@ -70,7 +78,7 @@ def main() -> None:
     """Read the options, draw, and write."""
     default = FACTS["recommended"]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--labels", required=True, help="class of every image, such as 3,1,4")
+    parser.add_argument("--labels", required=True, help="class (or number of the text) of every image, such as 3,1,4")
     parser.add_argument(
         "--out", required=True, type=Path, help=".png (models of pixels), or .npy (B, C, H, W) as the model draws"
     )
@@ -79,8 +87,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--noise", type=Path, help=".npy (B, C, H, W) float32 to begin with, instead of a seed")
     options = parser.parse_args()
-    y = np.array([int(label) for label in options.labels.split(",")], np.int64)
-    shape = (len(y), *FACTS["input_shape"])
+    labels = np.array([int(label) for label in options.labels.split(",")], np.int64)
+    shape = (len(labels), *FACTS["input_shape"])
     x = (
         np.load(options.noise)
         if options.noise
@@ -88,7 +96,7 @@ def main() -> None:
     )
     session = onnxruntime.InferenceSession(HERE / "model.onnx", providers=["CPUExecutionProvider"])
     draw = {"gaussian": gaussian, "flow": flow}[FACTS["process"]]
-    images = draw(lambda x, t: model(session, x, t, y, options.guidance), x, options.num_steps)
+    images = draw(lambda x, t: model(session, x, t, labels, options.guidance), x, options.num_steps)
     if options.out.suffix == ".png":
         options.out.write_bytes(png(images))
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,9 @@ import torch
 
 from families import tiny
 from tinyfusion.conditioning.condition import Condition
-from tinyfusion.export.onnx_graph import OPSET, onnx_graph
+from tinyfusion.export import onnx_folder
+from tinyfusion.export.onnx_graph import OPSET, denoiser, onnx_graph
+from tinyfusion.export.onnx_int8 import FORMS, outside_lists, quantized
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.sample.drive import guided
 
@@ -41,10 +45,9 @@ def close(found: np.ndarray, wanted: torch.Tensor) -> bool:
     return found.shape == tuple(wanted.shape) and float(np.abs(found - wanted.numpy()).max()) <= 1e-4 * scale
 
 
-@pytest.mark.parametrize("family", ["dit", "sit"])
 @torch.no_grad()
-def test_a_graph_gives_the_numbers_of_the_guided_denoiser_with_blocks_switched_off(family: str) -> None:
-    model = tiny(family)
+def test_a_graph_gives_the_numbers_of_the_guided_denoiser_with_blocks_switched_off() -> None:
+    model = tiny("dit")
     graph = onnx_graph(model, guided=True, switches=True)
     assert [(each.domain, each.version) for each in graph.opset_import] == [("", OPSET)]
     runner = session(graph)
@@ -57,7 +60,9 @@ def test_a_graph_gives_the_numbers_of_the_guided_denoiser_with_blocks_switched_o
 
 
 @torch.no_grad()
-def test_the_plain_graph_has_the_documented_inputs_and_names_no_file_of_this_machine() -> None:
+def test_the_plain_graph_has_the_documented_inputs_and_names_no_file_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny("dit")
     graph = onnx_graph(model)
     runner = session(graph)
@@ -65,7 +70,23 @@ def test_the_plain_graph_has_the_documented_inputs_and_names_no_file_of_this_mac
         ("x", ["batch", 2, 4, 4], "tensor(float)"), ("t", ["batch"], "tensor(float)"), ("y", ["batch"], "tensor(int64)")
     ]  # fmt: skip
     assert [(each.name, each.shape) for each in runner.get_outputs()] == [("output", ["batch", 4, 4, 4])]
-    assert b"/" not in b"".join(node.SerializeToString() for node in graph.graph.node)
+    assert b".py" not in graph.SerializeToString()
+    assert any(node.name.startswith("network.blocks.3.attn.qkv.MatMul_") for node in graph.graph.node)
     values = fed(model, 2)
     wanted = model.module(values["x"], values["t"], **model.family.inputs(values["condition"]))
     assert close(runner.run(["output"], graph_inputs(model, values))[0], wanted)
+    stage = denoiser(model)
+    monkeypatch.setattr(onnx_folder, "EXTERNAL_BYTES", 1000)
+    path = tmp_path / "model.onnx"
+    onnx_folder.save_graph(graph, path)
+    assert 0 < path.stat().st_size < path.with_name("model.onnx.data").stat().st_size
+    assert onnx_folder.check_graph(path, stage) < onnx_folder.TOLERANCE
+    again = onnx_folder.read_graph(path)
+    assert not path.with_name("model.onnx.data").exists()
+    monkeypatch.undo()
+    for form in FORMS:
+        small = quantized(copy.deepcopy(again), form, [outside_lists(model.module)])
+        onnx_folder.save_graph(small, path)
+        assert onnx_folder.TOLERANCE < onnx_folder.differences(path, stage)[1] < 0.05
+        whole = {each.name.rpartition(".MatMul")[0] for each in small.graph.initializer if each.name.endswith("_int8")}
+        assert "network.blocks.0.mlp.fc1" in whole and not any("final_layer" in name for name in whole)
