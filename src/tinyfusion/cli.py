@@ -93,7 +93,8 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
     if verb == "export":
         from tinyfusion.commands.export import ExportOptions, export
 
-        chosen = {name: getattr(options, name) for name in ("model", "to", "pipeline", "vae", "labels", "push_to_hub")}
+        names = ("model", "to", "pipeline", "vae", "labels", "push_to_hub", "guided", "quantize")
+        chosen = {name: getattr(options, name) for name in names}
         return export(where, ExportOptions(settings=recipe.sample, **chosen))
     typed = {
         "recover": ("student",), "dynamic": ("model",), "encode": ("data", "prompts"), "sample": ("model", "grid", "png"),

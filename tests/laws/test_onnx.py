@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from families import ROWS, tiny
+from families import tiny
 from tinyfusion.conditioning.condition import Condition
-from tinyfusion.export.onnx_graph import OPSET, denoiser_spec, onnx_graph
+from tinyfusion.export.onnx_graph import OPSET, onnx_graph
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.sample.drive import guided
 
@@ -69,9 +69,3 @@ def test_the_plain_graph_has_the_documented_inputs_and_names_no_file_of_this_mac
     values = fed(model, 2)
     wanted = model.module(values["x"], values["t"], **model.family.inputs(values["condition"]))
     assert close(runner.run(["output"], graph_inputs(model, values))[0], wanted)
-
-
-def test_the_specification_is_the_same_function_in_torch() -> None:
-    model = tiny("dit")
-    spec = denoiser_spec(model, guided=True)
-    assert list(spec.inputs) == ["x", "t", "y", "guidance"] and set(ROWS) >= {"dit"}

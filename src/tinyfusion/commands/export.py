@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tinyfusion.commands.export_onnx import export_onnx
 from tinyfusion.commands.transformers import export_transformer
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
@@ -25,6 +27,7 @@ from tinyfusion.export.folder import (
     write_folder,
     write_official,
 )
+from tinyfusion.export.onnx_folder import GraphForm
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.latent_facts import with_settings
 from tinyfusion.jobs.origins import Step, history
@@ -46,6 +49,8 @@ class ExportOptions:
     vae: str | None = None
     labels: str | None = None  # file with the names of the classes
     push_to_hub: str | None = None  # id of a repository of the hub
+    guided: bool = False  # of graphs
+    quantize: str | None = None  # of graphs
 
 
 def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
@@ -67,6 +72,10 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     if reason := model.unfit_formats().get(what.to):
         raise UserError(f"{what.model} cannot be exported to {what.to}: {reason}")
     rounded, model = model, model.with_formulas() if what.to == "diffusers" else model
+    if what.to == "onnx":
+        notes = partial(_card_notes, model, options.out.name, what, [], history(what.model))
+        outcome = export_onnx(options, model, what.settings, GraphForm(what.guided, what.quantize), notes)
+        return outcome if options.dry_run else outcome | _pushed(options, what)
     vae = _autoencoder(model, what, options.dry_run) if what.pipeline else None
     labels = _labels(model, what) if what.pipeline else None
     components = None if vae is None else PipelineComponents(vae, labels)
@@ -119,8 +128,11 @@ def _check_options(out: Path, what: ExportOptions) -> None:
         raise UserError("--vae is the autoencoder of a pipeline: add --pipeline, or leave it out")
     if what.labels is not None and not what.pipeline:
         raise UserError("--labels names the classes of a pipeline: add --pipeline, or leave it out")
+    for option, given in (("--guided", what.guided), ("--quantize", what.quantize)):
+        if given and what.to != "onnx":
+            raise UserError(f"{option} is for --to onnx, not {what.to}: leave out one of the two")
     if what.push_to_hub is not None and what.to in ("official", "single-file"):
-        raise UserError("--push-to-hub uploads a folder: give --to diffusers or --to tinyfusion")
+        raise UserError("--push-to-hub uploads a folder: give --to diffusers, --to onnx or --to tinyfusion")
     if what.push_to_hub is not None and not HUB_ID.fullmatch(what.push_to_hub):
         raise UserError(f"--push-to-hub wants the id of a repository, ORG/NAME; got {what.push_to_hub!r}")
 

@@ -39,11 +39,21 @@ def plan_png(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int]) -> byt
     return buffer.getvalue()
 
 
+_GRAPH_USE = """With numpy and onnxruntime (`pip install numpy onnxruntime`):
+
+```bash
+python sample.py --labels 0,1,2 --out images.npy
+```
+
+`sample.py --help` lists its options. `sampler.json` has the process, shapes, classes and recommended settings for samplers of your
+own; the inputs and outputs of the graphs are in their files."""
+
+
 @dataclass(frozen=True)
 class CardNotes:
     """Content of a card beyond the facts of the model.
 
-    target: "diffusers", "pipeline" or "tinyfusion". differences: sentences on what readers of the format compute
+    target: "diffusers", "pipeline", "onnx" or "tinyfusion". differences: sentences on what readers of the format compute
     differently. evaluations: contents of evaluation files. parents: hub repositories or known weights of origin. steps:
     sentences on recorded runs, oldest first. untuned: whether pruning was the last of them; None where unrecorded.
     from_nothing: whether the first weights were trained from nothing.
@@ -101,7 +111,7 @@ def trained_from_nothing(facts: ModelFacts) -> bool:
 
 
 def _head(model: LoadedModel, notes: CardNotes) -> str:
-    library = "tinyfusion" if notes.target == "tinyfusion" else "diffusers"
+    library = notes.target if notes.target in ("tinyfusion", "onnx") else "diffusers"
     license = (model.facts.license or "unknown").lower()
     tags = ["tags:", "- diffusion", f"- {model.family.name}", "- tinyfusion"]
     lines = [f"license: {license}", f"library_name: {library}", *tags]
@@ -142,6 +152,8 @@ def _use(model: LoadedModel, notes: CardNotes) -> str:
     if notes.target == "tinyfusion":
         code = f'import tinyfusion\n\nmodel = tinyfusion.open_model("{notes.title}")  # a folder, or its hub id'
         return f"## Use\n\n```python\n{code}\n```"
+    if notes.target == "onnx":
+        return f"## Use\n\n{_GRAPH_USE}"
     export = model.diffusers_export()
     usage = export.pipeline.usage if notes.target == "pipeline" and export.pipeline else export.usage
     return f"## Use\n\n{usage(model.arch, notes.title)}"

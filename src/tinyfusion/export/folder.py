@@ -90,7 +90,7 @@ def write_folder(
             _write_diffusers(model, temporary / "transformer" if components else temporary)
         if components is not None:
             _write_components(model, temporary, components)
-        _write_notes(model, temporary, notes)
+        write_notes(model, temporary, notes)
         write_json(temporary / RECORD, record)
 
 
@@ -136,7 +136,7 @@ def save_pretrained(model: LoadedModel, folder: Path, notes: CardNotes | None = 
     """For users of the library: write our own model folder with its card, atomically."""
     with atomic_write(folder, _FILES) as temporary:
         save_model(model, temporary)
-        _write_notes(model, temporary, notes or CardNotes(folder.name, "tinyfusion"))
+        write_notes(model, temporary, notes or CardNotes(folder.name, "tinyfusion"))
 
 
 def push_to_hub(model: LoadedModel, repository: str, notes: CardNotes | None = None) -> str:
@@ -146,7 +146,7 @@ def push_to_hub(model: LoadedModel, repository: str, notes: CardNotes | None = N
         return upload_folder(Path(folder) / "model", repository)
 
 
-def _write_notes(model: LoadedModel, folder: Path, notes: CardNotes) -> None:
+def write_notes(model: LoadedModel, folder: Path, notes: CardNotes) -> None:
     (folder / "README.md").write_text(model_card(model, notes), encoding="utf-8", errors="backslashreplace")
     if model.facts.plan is not None:
         (folder / PICTURE).write_bytes(plan_png(model.facts.plan.kept, model.facts.plan.depth))

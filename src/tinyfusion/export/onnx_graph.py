@@ -11,8 +11,7 @@ import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.version import __version__
+from tinyfusion.families.stage import Stage
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import mix_guidance
 
@@ -42,29 +42,15 @@ def onnx_module(name: str) -> Any:
         ) from error
 
 
-@dataclass(frozen=True)
-class GraphSpec:
-    """A function of named tensors that becomes a graph with the output `output`.
-
-    run: the function, by keywords; what it reads of `network` becomes the weights. inputs: an example of each. varying: {input or
-    output: {axis: its name}} for axes of any length.
-    """
-
-    network: nn.Module
-    run: Callable[..., Tensor]
-    inputs: Mapping[str, Tensor]
-    varying: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-
-
 class _Called(nn.Module):
-    """A `GraphSpec` as a module of positional tensors, which is what is exported."""
+    """A stage as a module of positional tensors, which is what is exported."""
 
-    def __init__(self, spec: GraphSpec) -> None:
+    def __init__(self, stage: Stage, names: Sequence[str]) -> None:
         super().__init__()
-        self.network, self.spec = spec.network, spec
+        self.network, self.run, self.names = stage.network, stage.run, names
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return self.spec.run(**dict(zip(self.spec.inputs, tensors, strict=True)))
+        return self.run(**dict(zip(self.names, tensors, strict=True)))
 
 
 def onnx_graph(model: LoadedModel, *, guided: bool = False, switches: bool = False) -> ModelProto:
@@ -78,22 +64,44 @@ def onnx_graph(model: LoadedModel, *, guided: bool = False, switches: bool = Fal
     Raises UserError for models with routers, for models that draw in stages, without a null class if guided, where the exporter
     fails, and without the packages of the extra `onnx`.
     """
-    return exported(denoiser_spec(model, guided=guided, switches=switches))
+    return exported(denoiser(model, guided=guided, switches=switches))
 
 
-def denoiser_spec(model: LoadedModel, *, guided: bool = False, switches: bool = False) -> GraphSpec:
-    """What `onnx_graph` exports, and the same function in torch."""
-    check_static(model)
-    arch, module, family = model.arch, model.module, model.family
-    one = model.conditions.index(slice(1))
-    condition = {name: value for name, value in family.inputs(one).items() if value is not None}
-    null = dict(family.inputs(one.null())) if guided else {}
-    x = torch.zeros(_EXAMPLES, arch.in_channels, arch.input_size, arch.input_size)
-    inputs = {"x": x, "t": torch.zeros(_EXAMPLES)}
-    inputs |= {name: value.expand(_EXAMPLES, *value.shape[1:]).clone() for name, value in condition.items()}
-    varying = {name: {0: _BATCH} for name in (*inputs, "output")}
-    inputs |= {"guidance": torch.ones(1)} if guided else {}
-    inputs |= {"gates": torch.ones(len(model.stack))} if switches else {}
+def stages_of(model: LoadedModel, *, guided: bool = False) -> dict[str, Stage]:
+    """The graphs of a model by name: `model` alone, or the stages of its family. Raises UserError as `onnx_graph` does."""
+    if model.family.stages is None:
+        return {"model": denoiser(model, guided=guided)}
+    if guided:
+        raise UserError(
+            "its guidance differs from round to round, and is mixed between its two graphs: leave out --guided"
+        )
+    return model.family.stages(model.module)
+
+
+def denoiser(model: LoadedModel, *, guided: bool = False, switches: bool = False) -> Stage:
+    """What `onnx_graph` exports. Raises UserError for models that are no single network, and without a null class if guided."""
+    if model.dynamic is not None:
+        raise UserError(
+            "its routers choose heads, channels and tokens anew at every timestep, which one graph cannot; the graph of everything "
+            "would draw other images, at the cost of the teacher: export the static model that it was made from"
+        )
+    if model.family.stages is not None:
+        raise UserError(
+            f"samplers call models of the family {model.family.name} in stages: one graph cannot draw with it"
+        )
+    arch, module, table = model.arch, model.module, model.conditions
+    null = dict(model.family.inputs(table.index(slice(1)).null())) if guided else {}
+
+    def example(num: int, generator: torch.Generator) -> dict[str, Tensor]:
+        labels = torch.randint(len(table), (num,), generator=generator)
+        t = torch.rand(num, generator=generator)  # half as in a flow, half as original steps
+        tensors = {
+            "x": torch.randn(num, arch.in_channels, arch.input_size, arch.input_size, generator=generator),
+            "t": torch.where(torch.arange(num) % 2 == 0, t, t * 999),
+            **{name: value for name, value in model.family.inputs(table.index(labels)).items() if value is not None},
+        }
+        tensors |= {"guidance": 1 + torch.rand(1, generator=generator)} if guided else {}
+        return tensors | ({"gates": torch.rand(len(model.stack), generator=generator)} if switches else {})
 
     def run(
         x: Tensor, t: Tensor, guidance: Tensor | None = None, gates: Tensor | None = None, **condition: Tensor
@@ -105,32 +113,25 @@ def denoiser_spec(model: LoadedModel, *, guided: bool = False, switches: bool = 
             both = module(torch.cat([x, x]), torch.cat([t, t]), **doubled)
             return mix_guidance(both, guidance, model.guided_channels)
 
-    return GraphSpec(module, run, inputs, varying)
+    of_images = ("x", "t", *model.family.inputs(table.index(slice(1))), "output")
+    return Stage(module, run, example, {name: {0: _BATCH} for name in of_images})
 
 
-def check_static(model: LoadedModel) -> None:
-    """Raise UserError for a model whose network is another one at every timestep."""
-    if model.dynamic is not None:
-        raise UserError(
-            "its routers choose heads, channels and tokens anew at every timestep, which one graph cannot; the graph of everything "
-            "would draw other images, at the cost of the teacher: export the static model that it was made from"
-        )
-
-
-def exported(spec: GraphSpec) -> ModelProto:
+def exported(stage: Stage) -> ModelProto:
     """The graph of a function. Raises UserError where the exporter does not take it, with its reason."""
     onnx_module("onnx")
-    dynamic = [dict.fromkeys(spec.varying.get(name, {}), torch.export.Dim.DYNAMIC) for name in spec.inputs]
-    was_training = spec.network.training
-    spec.network.eval()
+    inputs = stage.example(_EXAMPLES, torch.Generator().manual_seed(0))
+    dynamic = [dict.fromkeys(stage.varying.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs]
+    was_training = stage.network.training
+    stage.network.eval()
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
-                _Called(spec).eval(),
-                tuple(spec.inputs.values()),
+                _Called(stage, list(inputs)).eval(),
+                tuple(inputs.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=list(spec.inputs),
+                input_names=list(inputs),
                 output_names=["output"],
                 dynamic_shapes=(tuple(each or None for each in dynamic),),
                 verbose=False,
@@ -140,9 +141,9 @@ def exported(spec: GraphSpec) -> ModelProto:
             raise
         raise UserError(f"torch's exporter does not take this network: {_reason(error)}") from error
     finally:
-        spec.network.train(was_training)
+        stage.network.train(was_training)
     assert program is not None
-    return _plain(program.model_proto, spec.varying)
+    return _plain(program.model_proto, stage.varying)
 
 
 def _plain(graph: ModelProto, varying: Mapping[str, Mapping[int, str]]) -> ModelProto:
