@@ -11,7 +11,7 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.files import atomic_write
 from tinyfusion.core.records import folder_output
 from tinyfusion.core.rundir import check_space, say_finished, stamp, write_json
-from tinyfusion.demo.page import OUR_FILES, PageModel, check_model, check_pair, page_facts, page_files
+from tinyfusion.demo.page import OUR_FILES, PageModel, check_model, check_pair, page_facts, page_files, roles
 from tinyfusion.export.folder import RECORD
 from tinyfusion.export.onnx_graph import onnx_graph, onnx_module
 from tinyfusion.jobs.assemble import RunOptions
@@ -32,6 +32,8 @@ def demo(
     """
     sources = [model, vs] if vs is not None else [model]
     models = _opened(recipe, options, sources)
+    if roles(models) == ["Student", "Teacher"]:
+        sources, models = sources[::-1], models[::-1]
     onnx_module("onnx")  # raises, also in a dry run
     names = read_labels(labels, models[0], model) if labels else {i: str(i) for i in range(models[0].arch.num_classes)}
     inputs = {
@@ -93,5 +95,8 @@ def _shown(sources: list[str]) -> list[str]:
 def _say(out: Path, sizes: dict[str, int]) -> None:
     networks = sum(size for name, size in sizes.items() if "network" in name)
     total, runtime = sum(sizes.values()), sum(size for name, size in sizes.items() if "assets" in name) - networks
-    print(f"page: {total / 1e6:.1f} MB, of which networks {networks / 1e6:.1f} and runtime {runtime / 1e6:.1f}", file=sys.stderr)
+    print(
+        f"page: {total / 1e6:.1f} MB, of which networks {networks / 1e6:.1f} and runtime {runtime / 1e6:.1f}",
+        file=sys.stderr,
+    )
     print(f"open {out / 'index.html'}, or serve it: python -m http.server --directory {out}", file=sys.stderr)

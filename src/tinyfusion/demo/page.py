@@ -45,7 +45,9 @@ def check_model(model: LoadedModel, source: str) -> list[PageSampler]:
             f"the page shows pixels, and {source} draws latents, which need an autoencoder: give a model of pixels (1 or 3 channels)"
         )
     if model.dynamic is not None:
-        raise UserError(f"{source} chooses heads, channels and tokens anew at every timestep: give the static model it was made from")
+        raise UserError(
+            f"{source} chooses heads, channels and tokens anew at every timestep: give the static model it was made from"
+        )
     return samplers_of(model.family.process, model.facts.process_settings, model.family.title)
 
 
@@ -59,7 +61,9 @@ def check_pair(models: Mapping[str, LoadedModel]) -> None:
     for source, size in others:
         if size != wanted:
             words = [", ".join(f"{number} {name}" for name, number in each.items()) for each in (wanted, size)]
-            raise UserError(f"two models draw from one noise if sizes are equal: {first} has {words[0]}; {source} has {words[1]}")
+            raise UserError(
+                f"two models draw from one noise if sizes are equal: {first} has {words[0]}; {source} has {words[1]}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------------ blocks
@@ -112,7 +116,9 @@ def roles(models: Sequence[LoadedModel]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
-def page_facts(models: Sequence[PageModel], names: Sequence[str], guidance: float, seed: int, runtime: str) -> dict[str, Any]:
+def page_facts(
+    models: Sequence[PageModel], names: Sequence[str], guidance: float, seed: int, runtime: str
+) -> dict[str, Any]:
     """What the page says of the models and needs for drawing.
 
     names: of the classes. guidance, seed: at first. runtime: its name and version.
@@ -128,7 +134,7 @@ def page_facts(models: Sequence[PageModel], names: Sequence[str], guidance: floa
             "role": role,
             "hash": each.model.hash(),
             "depth": len(each.model.stack),
-            "parameters": sum(p.numel() for p in each.model.module.parameters() if p.requires_grad),
+            "parameters": sum(p.numel() for p in each.model.module.parameters()),
             "columns": places,
             "outputChannels": arch_channels(each.model),
             "guidedChannels": each.model.guided_channels,
@@ -166,7 +172,9 @@ def page_files(facts: Mapping[str, Any], models: Sequence[PageModel], runtime: M
     for number, each in enumerate(models):
         if len(each.graph) > _MOST_NETWORK_BYTES:
             size = f"{len(each.graph) / 2**20:,.0f} MiB"
-            raise UserError(f"{each.source} has {size} of weights, and a page takes {_MOST_NETWORK_BYTES >> 20} MiB: give a smaller model")
+            raise UserError(
+                f"{each.source} has {size} of weights, and a page takes {_MOST_NETWORK_BYTES >> 20} MiB: give a smaller model"
+            )
         assets[f"network-{number}"] = each.graph
     packed = {name: _packed(content) for name, content in assets.items()}
     files |= {f"assets/{name}.js": _asset(name, text) for name, text in packed.items()}

@@ -9,7 +9,7 @@ is a list of steps, a step a list of evaluations of the network {t, start, x, ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +19,7 @@ import torch
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.processes.flow import Flow
-from tinyfusion.processes.gaussian import Schedule
+from tinyfusion.processes.gaussian import Schedule, respaced_timesteps
 
 Step = list[dict[str, float]]
 OFFERED_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 30, 40, 50, 100)
@@ -52,12 +52,22 @@ def samplers_of(process: str, settings: Mapping[str, Any], title: str) -> list[P
     processes.
     """
     if process == "gaussian":
-        return [PageSampler("DDIM", "--sampler ddim --num-steps {num_steps}", 0, _offered(ddim_table), 50)]
+        return [
+            PageSampler(
+                "DDIM",
+                "--sampler ddim --num-steps {num_steps}",
+                0,
+                _offered(lambda number: ddim_table(respaced_timesteps(f"ddim{number}"))),
+                50,
+            )
+        ]
     if process == "flow":
         flow = Flow.of_settings(settings)
         command = "--sampler ode --set sample.flow.method={method} --num-steps {{num_steps}}"
         return [
-            PageSampler(name, command.format(method=method), 1, _offered(lambda n, m=method: flow_table(flow, n, m)), 25)
+            PageSampler(
+                name, command.format(method=method), 1, _offered(lambda n, m=method: flow_table(flow, n, m)), 25
+            )
             for name, method in (("Heun", "heun2"), ("Euler", "euler"))
         ]
     raise UserError(f"the page draws with models of noise or of a flow (DiT, SiT); this is a {title}")
@@ -75,16 +85,16 @@ def _evaluation(t: float, start: float, x: float, out: float, noise: float = 0.0
     return {"t": t, "start": start, "x": x, "out": out, "noise": noise}
 
 
-def ddim_table(num_steps: int) -> list[Step]:
+def ddim_table(timesteps: Sequence[int]) -> list[Step]:
     """DDIM without noise (arXiv 2010.02502, equation 12): x_0 from the predicted noise, and both mixed at the next timestep.
 
-    Raises ValueError on a number of steps that the stride rule cannot make.
+    timesteps: of the 1000, ascending; 0 need not be one of them, and behind the first one there is no noise.
     """
-    schedule, table = Schedule(f"ddim{num_steps}"), []
-    for i in reversed(range(num_steps)):
-        bar, after = float(schedule.alphas_cumprod[i]), float(schedule.alphas_cumprod_prev[i])
-        of_noise = math.sqrt(1 - after) - math.sqrt(after) * math.sqrt(1 / bar - 1)
-        table.append([_evaluation(float(schedule.timesteps[i]), 0.0, math.sqrt(after / bar), of_noise)])
+    bars, table = Schedule().alphas_cumprod, []
+    for t, after in pairwise([*reversed(timesteps), -1]):
+        bar, bar_after = float(bars[t]), float(bars[after]) if after >= 0 else 1.0
+        of_noise = math.sqrt(1 - bar_after) - math.sqrt(bar_after) * math.sqrt(1 / bar - 1)
+        table.append([_evaluation(float(t), 0.0, math.sqrt(bar_after / bar), of_noise)])
     return table
 
 
@@ -95,7 +105,9 @@ def flow_table(flow: Flow, num_steps: int, method: str) -> list[Step]:
     for begin, end in pairwise(torch.linspace(low, high, num_steps + 1, dtype=torch.float64).tolist()):
         size, (of_x, of_out) = end - begin, _slope(flow, begin)
         step = [_evaluation(_time(flow, begin), 0.0, 1 + size * of_x, size * of_out)]
-        if method == "heun2":  # x + size / 2 * (first slope + second slope), where size * first slope is x now - x before
+        if (
+            method == "heun2"
+        ):  # x + size / 2 * (first slope + second slope), where size * first slope is x now - x before
             of_x, of_out = _slope(flow, end)
             step.append(_evaluation(_time(flow, end), 0.5, 0.5 + size / 2 * of_x, size / 2 * of_out))
         table.append(step)

@@ -104,7 +104,9 @@ def _fetch(path: Path) -> None:
         failure = _packed([npm, "pack", f"{PACKAGE}@{VERSION}", "--pack-destination", folder])
         packed = next(Path(folder).glob("*.tgz"), None)
         if failure or packed is None:
-            raise UserError(f"npm did not give {PACKAGE} {VERSION} ({failure or 'no file'}): see `npm config list`, {alone}")
+            raise UserError(
+                f"npm did not give {PACKAGE} {VERSION} ({failure or 'no file'}): see `npm config list`, {alone}"
+            )
         _of_archive(packed)
         with atomic_write(path) as temporary:
             shutil.copyfile(packed, temporary)
@@ -120,5 +122,7 @@ def _packed(command: list[str]) -> str:
         return str(error)
     if ran.returncode == 0:
         return ""
-    errors = [line.removeprefix("npm error").strip() for line in ran.stderr.splitlines() if line.startswith("npm error")]
+    errors = [
+        line.removeprefix("npm error").strip() for line in ran.stderr.splitlines() if line.startswith("npm error")
+    ]
     return next((line for line in errors if line and not line.startswith("code ")), f"exit code {ran.returncode}")

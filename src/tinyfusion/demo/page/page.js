@@ -20,7 +20,7 @@
     })),
     id: 0,
     complete: false,
-    slowNext: true, // whether the next complete drawing is played in slow motion
+    slowNext: !matchMedia("(prefers-reduced-motion: reduce)").matches, // whether the next complete drawing is played in slow motion
     playing: null, // {begun, speed} of the slow motion
   };
   let worker = null;
@@ -44,7 +44,7 @@
     const [first, second] = facts.models;
     const kinds = single && facts.classes.every((name) => /\d/.test(name)) ? "digits" : single ? "letters" : "classes";
     element("title").textContent = second
-      ? `${blocksOf(first)} and ${blocksOf(second)} draw from the same noise` : `${nameOf(first)}: ${blocksOf(first)} draw from noise`;
+      ? `${blocksOf(first)} and ${second.depth} draw from the same noise` : `${nameOf(first)}: ${blocksOf(first)} draw from noise`;
     document.title = `${facts.models.map(nameOf).join(" and ")} · tinyfusion`;
     element("lead").textContent = `${second ? "Both models run" : "The model runs"} in your browser; nothing is sent anywhere. `
       + `Type ${kinds}, move the sliders, or turn blocks off and watch.`;
@@ -146,8 +146,8 @@
       row.style.setProperty("--columns", facts.columns);
       side.switches = model.columns.map((column, block) => {
         const button = make("button", {
-          type: "button", class: "block", role: "switch", "aria-checked": "true", "aria-label": `Block ${column + 1} of ${nameOf(model)}`,
-        }, String(column + 1));
+          type: "button", class: "block", role: "switch", "aria-checked": "true", "aria-label": `Block ${column} of ${nameOf(model)}`,
+        }, String(column));
         button.onclick = () => {
           side.gates[block] = 1 - side.gates[block];
           switched();
@@ -281,17 +281,24 @@
 
   // Show every model at `time` ms of its own computing; Infinity: as far as it is.
   function showAt(time) {
+    const longest = Math.max(...state.sides.map(expected), 1e-3);
     for (const side of state.sides) {
       const frame = side.film.findLast((each) => each.ms <= time) ?? side.film[0];
-      if (!frame || frame === side.shown) continue;
-      side.shown = frame;
+      if (!frame) continue;
       const size = facts.image.channels * facts.image.pixels;
       [...side.tiles.children].forEach((canvas, i) => paint(canvas, frame.x, i * size));
-      side.bar.style.width = `${(100 * frame.step) / side.steps}%`;
+      side.bar.style.width = `${(100 * frame.ms) / longest}%`;
       side.large.textContent = ms(frame.ms / state.labels.length);
       const each = frame.step ? `${ms(frame.ms / frame.step)} ms per step, ` : "";
-      side.detail.textContent = `${each}step ${frame.step} of ${side.steps}`;
+      const left = frame.step < side.steps;
+      side.detail.textContent = each + (left ? `step ${frame.step} of ${side.steps}` : `${side.steps} step${side.steps === 1 ? "" : "s"}`);
     }
+  }
+
+  // ms that a model will have taken, by its steps so far
+  function expected(side) {
+    const frame = side.film.at(-1);
+    return frame?.step ? (frame.ms / frame.step) * side.steps : 0;
   }
 
   const total = () => Math.max(...state.sides.map((side) => side.film.at(-1)?.ms ?? 0), 1e-3);
