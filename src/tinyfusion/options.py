@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyfusion.config.loading import build, field_help, field_kind, nearest_choice
-from tinyfusion.config.recipe import Dtype, Recovery, Sampler
+from tinyfusion.config.recipe import Dtype, Recovery, Sampler, StepDistillation
 from tinyfusion.core.errors import UserError
 
 
@@ -185,6 +185,20 @@ VERBS = {
             Option("target", "", "X", ("dynamic.target",)),
             _DATA, _TEACHER,
             Option("steps", "", "N", ("dynamic.training.steps",)),
+            _RESUME,
+        ),
+        parallel=True,
+    ),
+    "distill-steps": Verb(
+        "Train a model to draw in few steps what its teacher draws in many, guidance included.",
+        "--recipe digits-4-steps --model runs/recovered --teacher digits --out runs/fast",
+        (
+            *_JOB, *_OPENING, *_trains("distill_steps.training"), _MODEL, _RUN_FOLDER,
+            Option("num_steps", "", "N", ("distill_steps.num_steps",)),
+            Option("method", "", _choices(StepDistillation), ("distill_steps.method",)),
+            Option("guidance", "", "X", ("distill_steps.guidance",)),
+            _DATA, _TEACHER,
+            Option("steps", "", "N", ("distill_steps.training.steps",)),
             _RESUME,
         ),
         parallel=True,

@@ -54,13 +54,17 @@ SHORT = {
     "prune": "prune.training",
     "recover": "recover.training",
     "dynamic": "dynamic.training dynamic",
+    "distill-steps": "distill_steps.training distill_steps",
     "sample": "sample",
 }
 YARDSTICKS = ("digits-flux", "digits-sd3")  # pipelines that ship
 SETTINGS = {
-    **dict.fromkeys(("train", "prune.training", "recover.training", "dynamic.training"), TRAINING),
+    **dict.fromkeys(
+        ("train", "prune.training", "recover.training", "dynamic.training", "distill_steps.training"), TRAINING
+    ),
     "compute": "compile=false",
     "dynamic": "finish_steps=1 auxiliary_steps=1 ramp_steps=1 calibration_images=0",
+    "distill_steps": "teacher_steps=8",
     "sample": "num_images=8 batch_size=8 num_steps=2",
     "speed": "repeats=2 batch_size=2 steps_per_repeat=1",
 }
@@ -238,15 +242,25 @@ def trainings(verb: str, recipe: Recipe) -> dict[str, TrainingSection]:
     pruning = {"prune.training": recipe.prune.training} if recipe.prune.criterion == "learned" else {}
     recovery = {"recover.training": recipe.recover.training}
     routed = {"dynamic.training": recipe.dynamic.training}
-    whole = pruning | recovery | (routed if recipe.dynamic.in_run else {})
-    found = {"train": {"train": recipe.train}, "prune": pruning, "recover": recovery, "run": whole, "dynamic": routed}
+    fewer = {"distill_steps.training": recipe.distill_steps.training}
+    whole = (
+        pruning | recovery | (routed if recipe.dynamic.in_run else {}) | (fewer if recipe.distill_steps.in_run else {})
+    )
+    found = {
+        "train": {"train": recipe.train},
+        "prune": pruning,
+        "recover": recovery,
+        "run": whole,
+        "dynamic": routed,
+        "distill-steps": fewer,
+    }
     return found.get(verb, {})
 
 
 def horizon_warnings(words: list[str]) -> list[str]:
     """The warnings about moving averages that a command of ours would print, exactly as typed."""
     verb, options = parse(words[1:])
-    if verb not in ("train", "prune", "recover", "run", "dynamic"):
+    if verb not in ("train", "prune", "recover", "run", "dynamic", "distill-steps"):
         return []
     recipe = load_recipe(options.recipe, options.set, overrides(verb, options))
     found = [horizon_warning(s.ema_decay, s.made_steps, section) for section, s in trainings(verb, recipe).items()]
@@ -275,6 +289,8 @@ def test_no_command_trains_too_short_for_its_average(
         ("train --steps 3 --out o", 1),
         ("dynamic --model digits --data digits --steps 500 --out o", 1),
         ("dynamic --recipe digits-dynamic --model digits --out o", 0),
+        ("distill-steps --model digits --teacher digits --steps 500 --out o", 1),
+        ("distill-steps --recipe digits-4-steps --model digits --out o", 0),
     ],
 )
 def test_short_averages_are_recognised(command: str, num: int) -> None:

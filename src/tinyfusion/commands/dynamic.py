@@ -36,10 +36,7 @@ class Dynamic(TrainingVerb[Training]):
         model = open_stated(recipe, named, *typed, options.num_classes)
         check_dynamic(recipe, model, named)
         teacher = open_teacher(recipe, *typed, num_classes=options.num_classes) if taught else None
-        same = ("in_channels", "input_size", "num_classes")
-        if teacher and (
-            teacher.family is not model.family or any(getattr(teacher.arch, n) != getattr(model.arch, n) for n in same)
-        ):
+        if teacher and not teacher.takes_inputs_of(model):
             raise UserError(
                 f"the teacher {recipe.teacher} does not take what {source} takes: wanted one of the same family, input and classes"
             )

@@ -70,6 +70,11 @@ def sample(
     if autoencoder and model.facts.latent_scale is None and engine.is_main:
         numbers = f"scale {autoencoder.scale:g} and shift {autoencoder.shift:g} of {autoencoder.name}"
         print(f"note: {model_source} does not give its latents' numbers: assuming {numbers}", file=sys.stderr)
+    if (few := model.facts.few_steps) and engine.is_main:
+        print(
+            f"note: {model_source} draws in its own {len(few.levels)} steps: sampler, steps and guidance are not used",
+            file=sys.stderr,
+        )
     inputs = {"model": model.hash()} | ({"autoencoder": autoencoder.hash()} if autoencoder else {})
     plain = plain_recipe(recipe, "sample", **inputs)
     shape, dtype = image_shape_and_dtype(model, autoencoder)

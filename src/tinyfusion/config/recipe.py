@@ -29,20 +29,23 @@ from tinyfusion.config.process_sections import FlowSampleSection, FlowSection, M
 from tinyfusion.config.training_sections import (
     ComputeSection,
     Criterion,
+    DistillStepsSection,
     Dtype,
     DynamicSection,
     PruneSection,
     RecoverSection,
     Recovery,
+    StepDistillation,
     TrainingSection,
     WatchSection,
 )
 
 __all__ = [
-    "BenchSection", "ComputeSection", "Criterion", "DataSection", "Dtype", "DynamicSection", "EncodeSection", "EvaluateSection",
+    "BenchSection", "ComputeSection", "Criterion", "DataSection", "DistillStepsSection", "Dtype", "DynamicSection",
+    "EncodeSection", "EvaluateSection",
     "Expectation", "FlowSampleSection", "FlowSection", "MaskedSampleSection", "MaskedSection", "ModelSection",
     "PipelineSection", "PruneSection", "Recipe", "RecoverSection", "Recovery", "SampleSection", "Sampler", "SpeedSection",
-    "TrainingSection", "WatchSection",
+    "StepDistillation", "TrainingSection", "WatchSection",
 ]  # fmt: skip
 
 Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc", "ode", "sde", "masked"]
@@ -292,6 +295,7 @@ class Recipe:
     prune: PruneSection = field(default_factory=PruneSection)
     recover: RecoverSection = field(default_factory=RecoverSection)
     dynamic: DynamicSection = field(default_factory=DynamicSection)
+    distill_steps: DistillStepsSection = field(default_factory=DistillStepsSection)
     sample: SampleSection = field(default_factory=SampleSection)
     pipeline: PipelineSection = field(default_factory=PipelineSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)

@@ -48,7 +48,7 @@ def check_model(model: LoadedModel, source: str) -> list[PageSampler]:
         raise UserError(
             f"{source} chooses heads, channels and tokens anew at every timestep: give the static model it was made from"
         )
-    return samplers_of(model.family.process, model.facts.process_settings, model.family.title)
+    return samplers_of(model)
 
 
 def check_pair(models: Mapping[str, LoadedModel]) -> None:
@@ -126,7 +126,7 @@ def page_facts(
     loaded = [each.model for each in models]
     columns, positions = block_columns(loaded)
     arch = loaded[0].arch
-    null = all(model.null_class for model in loaded)
+    guided = any(_is_guided(model) for model in loaded)
     described = [
         {
             "name": each.name,
@@ -136,9 +136,9 @@ def page_facts(
             "depth": len(each.model.stack),
             "parameters": sum(p.numel() for p in each.model.module.parameters()),
             "columns": places,
-            "outputChannels": arch_channels(each.model),
+            "outputChannels": _output_channels(each.model),
             "guidedChannels": each.model.guided_channels,
-            "nullLabel": each.model.arch.num_classes if each.model.null_class else None,
+            "nullLabel": each.model.arch.num_classes if _is_guided(each.model) else None,
             "samplers": [sampler.plain() for sampler in check_model(each.model, each.source)],
         }
         for each, role, places in zip(models, roles(loaded), positions, strict=True)
@@ -148,14 +148,19 @@ def page_facts(
         "image": {"channels": arch.in_channels, "side": arch.input_size, "pixels": arch.input_size**2},
         "classes": list(names),
         "columns": columns,
-        "guidance": {"chosen": guidance if null else 1, "most": max(GUIDANCE, guidance) if null else 1},
+        "guidance": {"chosen": guidance if guided else 1, "most": max(GUIDANCE, guidance) if guided else 1},
         "seed": seed,
         "noiseKey": str(int.from_bytes(hashlib.sha256(NOISE.encode()).digest()[:8], "little")),
         "models": described,
     }
 
 
-def arch_channels(model: LoadedModel) -> int:
+def _is_guided(model: LoadedModel) -> bool:
+    """Whether it is drawn with guidance: not without a null class, nor where guidance is folded in."""
+    return model.null_class and model.facts.few_steps is None
+
+
+def _output_channels(model: LoadedModel) -> int:
     """Channels of the network's output, a variance included."""
     return int(model.arch.in_channels if model.family.process == "flow" else model.arch.out_channels)
 

@@ -7,6 +7,7 @@ many nodes. Both give the same numbers.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import logging
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 OPSET = 20  # the first with Gelu, which browsers and phones run too
+_SCOPES = (
+    "pkg.torch.onnx.name_scopes"  # of a node in the exporter's notes: the modules that made it, the innermost last
+)
 _BATCH = "batch"
 _EXAMPLES = 2  # rows of an example; one alone would become a constant
 
@@ -147,8 +151,14 @@ def exported(stage: Stage) -> ModelProto:
 
 
 def _plain(graph: ModelProto, varying: Mapping[str, Mapping[int, str]]) -> ModelProto:
-    """The graph without the exporter's notes, which name source files of this machine, and with the names of its varying axes."""
+    """The graph without the exporter's notes, which name source files of this machine. Nodes are named by module, such as
+    `network.blocks.3.attn.qkv.MatMul_81`, and varying axes by `varying`.
+    """
     graph.producer_name, graph.producer_version = "tinyfusion", __version__
+    for number, node in enumerate(graph.graph.node):
+        scopes = next((each.value for each in node.metadata_props if each.key == _SCOPES), "[]")
+        modules = [name for name in ast.literal_eval(scopes) if name.startswith("network")]
+        node.name = f"{(modules or ['sampler'])[-1]}.{node.op_type}_{number}"
     for noted in (graph, graph.graph, *graph.graph.node):
         noted.ClearField("metadata_props")
         noted.ClearField("doc_string")

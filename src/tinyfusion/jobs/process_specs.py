@@ -15,9 +15,11 @@ from tinyfusion.processes.base import Process
 from tinyfusion.processes.flow import Flow, FlowObjective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.processes.masked import MaskedObjective
+from tinyfusion.processes.noising import FlowNoising, GaussianNoising, Noising
 from tinyfusion.processes.time import TimeSampler
 from tinyfusion.sample import flow, gaussian, masked
 from tinyfusion.sample.drive import Sampler
+from tinyfusion.sample.few_steps import FewStepSampler
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,14 @@ class ProcessSpec:
 
     objective: of (model, probability that a label is dropped, recipe). sampler: raises UserError on invalid settings. cheap:
     (settings, most steps) -> settings with at most so many steps, for previews. saved: the settings that a new model stores
-    (`ModelFacts.process_settings`).
+    (`ModelFacts.process_settings`). noising: the mixture of image and noise, for few steps; None: there is none.
     """
 
     objective: Callable[[LoadedModel, float, Recipe], Process]
     sampler: Callable[[SampleSection, LoadedModel], Sampler]
     cheap: Callable[[SampleSection, int], SampleSection]
     saved: Callable[[Recipe], dict[str, Any]] = lambda _: {}
+    noising: Callable[[LoadedModel], Noising] | None = None
 
 
 def _flow_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
@@ -52,12 +55,14 @@ PROCESSES: dict[str, ProcessSpec] = {
         objective=lambda model, label_drop, _: GaussianObjective(label_drop, call=model.family.call),
         sampler=gaussian.from_section,
         cheap=gaussian.cheap,
+        noising=lambda _: GaussianNoising(),
     ),
     "flow": ProcessSpec(
         objective=_flow_objective,
         sampler=flow.from_section,
         cheap=flow.cheap,
         saved=lambda recipe: Flow(recipe.flow.path, recipe.flow.prediction).settings(),
+        noising=lambda model: FlowNoising(flow.flow_of(model)),
     ),
     "masked": ProcessSpec(
         objective=lambda model, label_drop, recipe: MaskedObjective(
@@ -79,8 +84,13 @@ def process_spec(model: LoadedModel) -> ProcessSpec:
 def objective_for(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
     """The training objective of a model. label_drop: probability that a label is replaced by the null class.
 
-    Raises UserError for a transformer of diffusers whose call is not known.
+    Raises UserError for a transformer of diffusers whose call is not known, and for a model of few steps.
     """
+    if model.facts.few_steps is not None:
+        raise UserError(
+            f"the model was distilled for {len(model.facts.few_steps.levels)} steps, and is no denoiser of all noise levels any more: "
+            "give the model that it was distilled from"
+        )
     if isinstance(model, TransformerModel):
         return transformer_objective(model, label_drop_of(model, label_drop), recipe)
     return process_spec(model).objective(model, label_drop_of(model, label_drop), recipe)
@@ -91,8 +101,21 @@ def label_drop_of(model: LoadedModel, label_drop: float) -> float:
     return label_drop if model.null_class else 0.0
 
 
+def noising_of(model: LoadedModel) -> Noising:
+    """How the process of a model mixes image and noise. Raises UserError where none is known."""
+    spec = None if isinstance(model, TransformerModel) else PROCESSES.get(model.family.process)
+    if spec is None or spec.noising is None:
+        known = ", ".join(name for name, each in PROCESSES.items() if each.noising)
+        raise UserError(
+            f"few steps are for models of families whose process mixes image and noise ({known}); a {model.family.title} has none"
+        )
+    return spec.noising(model)
+
+
 def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
-    """The sampler of a recipe for a model. Raises UserError on an invalid guidance or number of steps."""
+    """The sampler of a recipe for a model; of a model of few steps its own. Raises UserError on an invalid guidance or number of steps."""
+    if model.facts.few_steps is not None:
+        return FewStepSampler(noising_of(model), model.facts.few_steps)
     if settings.guidance < 1:
         raise UserError(
             f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"

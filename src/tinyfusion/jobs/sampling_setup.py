@@ -258,7 +258,7 @@ def image_shape_and_dtype(
 class TimedModel:
     """One call of `run` makes `steps` denoising steps of a batch, in sub-networks where the model has routers.
 
-    rows: of the network's batch per image. static_macs: of a complete forward pass of one image.
+    rows: of the network's batch per image. static_macs: of a complete forward pass of one image. calls: steps of a whole drawing.
     """
 
     skipped: SkippedModel
@@ -267,6 +267,7 @@ class TimedModel:
     rows: int
     steps: int
     run: Callable[[], object]
+    calls: int
 
     @property
     def model(self) -> LoadedModel:
@@ -301,5 +302,5 @@ def timed_model(
 
     if steps is None:
         one_step = torch.inference_mode()(sampler.one_step(placed, condition, draws))
-        return TimedModel(skipped, size, macs, sampler.rows, 1, one_step)
-    return TimedModel(skipped, size, macs, sampler.rows, short.calls, trajectory)
+        return TimedModel(skipped, size, macs, sampler.rows, 1, one_step, sampler.calls)
+    return TimedModel(skipped, size, macs, sampler.rows, short.calls, trajectory, sampler.calls)

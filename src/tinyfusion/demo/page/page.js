@@ -107,6 +107,9 @@
       draw();
     };
     showSteps(model, side);
+    if (Number(side.slider.max) === 0) { // distilled for these steps
+      return make("div", { class: "field" }, make("span", {}, "Steps"), make("span", { class: "small" }, "as distilled"), side.stepsValue);
+    }
     return make("div", { class: "field" }, make("label", { for: `steps-${i}` }, "Steps"), side.slider, side.stepsValue);
   }
 
@@ -354,7 +357,9 @@
       const sampler = model.samplers[side.sampler];
       const options = sampler.command.replace("{num_steps}", String(side.steps + sampler.more));
       const images = `--labels ${state.labels.join(",")} --num-images ${state.labels.length} --seed ${state.seed}`;
-      const command = `tinyfusion sample --model ${model.source} ${options} --guidance ${state.guidance} ${images} --out ${model.name}.npz`;
+      const guidance = model.nullLabel === null ? "" : `--guidance ${state.guidance}`;
+      const words = ["tinyfusion sample --model", model.source, options, guidance, images, `--out ${model.name}.npz`];
+      const command = words.filter(Boolean).join(" ");
       return make("pre", {}, command + (side.gates.includes(0) ? "  # with all blocks on" : ""));
     });
     element("commands").replaceChildren(...(state.labels.length ? lines : []));

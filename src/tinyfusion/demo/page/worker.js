@@ -44,7 +44,7 @@
     };
     const fresh = (position) => noise(seed, facts.noiseKey, position, labels.length, size);
     return { network, model, steps: side.steps, done: 0, ms: 0, x: fresh(-1), fresh,
-      predicted: (x, t) => predict(network, model, x, t, labels, guidance) };
+      predicted: (x, t) => predict(network, model, x, t, labels, model.nullLabel === null ? 1 : guidance) };
   }
 
   // Draw with all models. The one that has computed least so far makes the next step, so that both seem to run side by side
