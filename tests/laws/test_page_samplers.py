@@ -42,7 +42,9 @@ def few(fresh_noise: bool) -> FewSteps:
     return FewSteps("matching", (1.0, 0.6, 0.3), 1.5, fresh_noise)
 
 
-CASES: dict[str, tuple[str, int, int, Callable[[LoadedModel], Sampler]]] = {  # family, sampler of the page, steps, its like
+CASES: dict[
+    str, tuple[str, int, int, Callable[[LoadedModel], Sampler]]
+] = {  # family, sampler of the page, steps, its like
     "ddim": ("dit", 0, 10, lambda _: GaussianSampler("ddim", 10, guidance=1.0)),
     "ddim-1": ("dit", 0, 1, lambda _: GaussianSampler("ddim", 1, guidance=1.0)),
     "heun": ("sit", 0, 5, lambda _: FlowSampler(method="heun2", num_points=6, guidance=1.0)),
@@ -96,7 +98,10 @@ def test_blocks_are_in_the_columns_of_the_oldest_common_ancestor() -> None:
     assert block_columns([sibling, student]) == (4, [[1], [0, 2, 3]])
     assert block_columns([grandchild]) == (4, [[0, 3]])
     assert block_columns([other, student]) == (4, [[0, 1, 2, 3], [0, 1, 2]])
-    assert roles([grandchild, teacher]) == ["Student", "Teacher"] and roles([teacher, student]) == ["Teacher", "Student"]
+    assert roles([grandchild, teacher]) == ["Student", "Teacher"] and roles([teacher, student]) == [
+        "Teacher",
+        "Student",
+    ]
     assert roles([sibling, student]) == ["", ""] and roles([teacher]) == [""]
 
 

@@ -23,15 +23,14 @@
       sessions.push(await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"], graphOptimizationLevel: "all" }));
     }
     for (let i = 0; i < sessions.length; i++) { // the first call of a session is slower
-      const side = newSide({ model: i, gates: Array(facts.models[i].depth).fill(1), steps: [] }, [0], 1, 0);
+      const side = newSide({ model: i, gates: Array(facts.models[i].depth).fill(1), steps: [] }, [0], 1, () => new Float32Array(facts.image.channels * facts.image.pixels));
       for (let call = 0; call < 3; call++) await side.network(side.x, 1, [0]);
     }
   }
 
-  function newSide(side, labels, guidance, seed) {
+  function newSide(side, labels, guidance, fresh) {
     const { channels, pixels } = facts.image;
     const model = { ...facts.models[side.model], channels, pixels };
-    const size = channels * pixels;
     const network = async (x, t, rows) => {
       const shape = [rows.length, channels, facts.image.side, facts.image.side];
       const feeds = {
@@ -42,7 +41,6 @@
       };
       return (await sessions[side.model].run(feeds)).output.data;
     };
-    const fresh = (position) => noise(seed, facts.noiseKey, position, labels.length, size);
     return { network, model, steps: side.steps, done: 0, ms: 0, x: fresh(-1), fresh,
       predicted: (x, t) => predict(network, model, x, t, labels, model.nullLabel === null ? 1 : guidance) };
   }
@@ -51,7 +49,10 @@
   // while each is timed alone.
   async function draw({ id, seed, labels, guidance, sides }) {
     current = id;
-    const running = sides.map((side) => newSide(side, labels, guidance, seed));
+    const size = facts.image.channels * facts.image.pixels;
+    const start = noise(seed, facts.noiseKey, -1, labels.length, size);
+    const fresh = (position) => (position < 0 ? start : noise(seed, facts.noiseKey, position, labels.length, size));
+    const running = sides.map((side) => newSide(side, labels, guidance, fresh));
     running.forEach((side, i) => post(id, i, side));
     for (;;) {
       const left = running.filter((side) => side.done < side.steps.length);
