@@ -9,7 +9,7 @@ from typing import Any
 from tinyfusion.commands.export import read_labels
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.files import atomic_write
-from tinyfusion.core.records import folder_output
+from tinyfusion.core.records import folder_output, read_record
 from tinyfusion.core.rundir import check_space, say_finished, stamp, write_json
 from tinyfusion.demo.page import OUR_FILES, PageModel, check_model, check_pair, page_facts, page_files, roles
 from tinyfusion.export.folder import RECORD
@@ -47,7 +47,8 @@ def demo(
     todo = folder_output(options.out, RECORD, "demo", inputs, options.overwrite, "demo")
     if not todo:
         say_finished(options.out, options.dry_run)
-        return {}
+        written = read_record(options.out / RECORD)
+        return {name: written[name] for name in ("bytes", "files") if name in written}
     program = runtime_files(runtime)
     weights = sum(tensor.numel() * tensor.element_size() for each in models for tensor in each.tensors().values())
     check_space(options.out, _SPACE * (weights + sum(map(len, program.values()))))

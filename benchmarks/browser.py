@@ -78,6 +78,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def open(self, address: str) -> None:
+        """Go to an address."""
         self.call("Page.navigate", url=address)
 
     def evaluate(self, expression: str, timeout_s: float = 60.0) -> Any:
@@ -95,11 +96,13 @@ class Page:
             time.sleep(0.05)
 
     def size(self, width: int, height: int, mobile: bool = False, scale: float = 1.0) -> None:
+        """Give the view a size in CSS pixels. scale: pixels of a picture per CSS pixel."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile
         )
 
     def dark(self, on: bool) -> None:
+        """Prefer dark or light colours."""
         feature = {"name": "prefers-color-scheme", "value": "dark" if on else "light"}
         self.call("Emulation.setEmulatedMedia", features=[feature])
 
