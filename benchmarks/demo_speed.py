@@ -53,7 +53,8 @@ def rows(page: Page, text: str, wanted: list[int], repeats: int) -> list[list[st
 def pictures(page: Page, folder: Path) -> None:
     """Write pictures of the page: three quarters through a drawing of five images, and the end at phone width, light and dark."""
     folder.mkdir(parents=True, exist_ok=True)
-    change(page, "classes", "31415")
+    for _ in range(5):  # the first drawings are slower
+        change(page, "classes", "31415")
     page.size(1160, 900)
     page.evaluate(
         "document.getElementById('clock').value = 760; document.getElementById('clock').dispatchEvent(new Event('input'))"
