@@ -35,7 +35,7 @@ class Page:
         self._number, self._session = 0, None
         self.errors: list[str] = []
 
-    def call(self, method: str, timeout_s: float = 60.0, **given: Any) -> dict[str, Any]:
+    def call(self, method: str, timeout_s: float = 150.0, **given: Any) -> dict[str, Any]:
         """Call a method of the protocol; its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": given}
@@ -81,13 +81,13 @@ class Page:
         """Go to an address."""
         self.call("Page.navigate", url=address)
 
-    def evaluate(self, expression: str, timeout_s: float = 60.0) -> Any:
+    def evaluate(self, expression: str, timeout_s: float = 150.0) -> Any:
         """The value of an expression in the page; a promise is awaited."""
         answer = self.call("Runtime.evaluate", timeout_s, expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait(self, expression: str, timeout_s: float = 60.0) -> None:
+    def wait(self, expression: str, timeout_s: float = 150.0) -> None:
         """Wait until an expression is true; a page that is not there yet has none."""
         end = time.monotonic() + timeout_s
         tried = f"(() => {{ try {{ return Boolean({expression}); }} catch {{ return false; }} }})()"

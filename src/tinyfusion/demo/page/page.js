@@ -279,7 +279,7 @@
       }
       picture.data[4 * pixel + 3] = 255;
     }
-    canvas.getContext("2d").putImageData(picture, 0, 0);
+    canvas.getContext("2d", { willReadFrequently: true }).putImageData(picture, 0, 0); // in memory, not on a graphics card
   }
 
   // Show every model at `time` ms of its own computing; Infinity: as far as it is.
