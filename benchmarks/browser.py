@@ -101,10 +101,14 @@ class Page:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile
         )
 
-    def dark(self, on: bool) -> None:
-        """Prefer dark or light colours."""
-        feature = {"name": "prefers-color-scheme", "value": "dark" if on else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[feature])
+    def prefer(self, dark: bool = False, still: bool = False) -> None:
+        """What the person prefers: dark colours, and (still) no motion."""
+        features = {
+            "color-scheme": "dark" if dark else "light",
+            "reduced-motion": "reduce" if still else "no-preference",
+        }
+        named = [{"name": f"prefers-{name}", "value": value} for name, value in features.items()]
+        self.call("Emulation.setEmulatedMedia", features=named)
 
     def press(self, key: str, code: int, text: str = "") -> None:
         """Press a key: its name, its number, and the text that it types."""

@@ -62,7 +62,7 @@ def pictures(page: Page, folder: Path) -> None:
     page.picture(folder / "desktop.png", whole=True)
     page.size(375, 740, mobile=True, scale=2)
     for dark in (False, True):
-        page.dark(dark)
+        page.prefer(dark=dark)
         page.picture(folder / f"phone-{'dark' if dark else 'light'}.png", whole=True)
 
 

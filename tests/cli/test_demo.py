@@ -72,7 +72,7 @@ def test_classes_have_names(cli: Cli, work: Path, stand_in: None) -> None:
 @pytest.mark.parametrize(
     ("command", "parts"),
     [
-        ("demo mar", ["noise or of a flow"]),
+        ("demo mar", ["noise, or of a flow"]),
         ("demo teacher --vs smaller-images", ["one noise", "8 side", "4 side"]),
         ("demo teacher --vs five-classes", ["10 classes", "5 classes"]),
         ("demo latents", ["pixels", "latents"]),
@@ -172,6 +172,7 @@ def test_a_page_from_the_disk_draws_the_digits_that_are_typed(cli: Cli, runtime:
     save_model(teacher.cut(by_indices(teacher, [0, 1, 3], 0)), tmp_path / "cut")
     done(cli, "demo cut --vs digits --out page")
     tab.size(1280, 900)
+    tab.prefer(still=True)
     tab.open((tmp_path / "page" / "index.html").as_uri())
     tab.wait(READY)
     change(tab, "steps-0", "9")
@@ -196,6 +197,12 @@ def test_a_page_from_the_disk_draws_the_digits_that_are_typed(cli: Cli, runtime:
     tab.evaluate("document.getElementById('all-on').click()")
     assert np.abs(seen(tab, 0)[:5] - own).max() <= 2
 
+    # the drawing again, slowly, until the clock is moved by hand
+    tab.evaluate("document.getElementById('slow').click()")
+    assert tab.evaluate("Boolean(tinyfusionPage.playing)")
+    change(tab, "clock", "0")
+    assert not tab.evaluate("Boolean(tinyfusionPage.playing)") and np.abs(seen(tab, 0)[:5] - own).max() > 20
+
     # the teacher with the blocks of an unrecovered student draws as the student does
     change(tab, "steps-1", "9")
     tab.evaluate("document.getElementById('as-student').click()")
@@ -203,7 +210,7 @@ def test_a_page_from_the_disk_draws_the_digits_that_are_typed(cli: Cli, runtime:
 
     assert unnamed(tab) == []
     for dark in (True, False):
-        tab.dark(dark)
+        tab.prefer(dark=dark, still=True)
         tab.size(375, 740, mobile=True)
         assert tab.evaluate("document.documentElement.scrollWidth") == 375
     assert tab.errors == []

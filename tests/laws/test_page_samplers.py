@@ -79,7 +79,7 @@ def test_tables_hold_for_every_path_and_prediction_of_a_flow(path: str, predicti
 
 
 def test_other_processes_are_refused() -> None:
-    with pytest.raises(UserError, match="noise or of a flow"):
+    with pytest.raises(UserError, match="noise, or of a flow"):
         samplers_of(tiny("mar"))
 
 

@@ -39,7 +39,7 @@ class PageModel:
 def check_model(model: LoadedModel, source: str) -> list[PageSampler]:
     """The samplers that the page has for a model. Raises UserError if it cannot draw with it."""
     if model.family.texts is not None:
-        raise UserError(f"the page draws classes, and {source} takes texts: give a model of classes (DiT, SiT)")
+        raise UserError(f"the page draws classes, and {source} takes texts: give a model of classes")
     if model.of_latents:
         raise UserError(
             f"the page shows pixels, and {source} draws latents, which need an autoencoder: give a model of pixels (1 or 3 channels)"

@@ -56,7 +56,7 @@ def samplers_of(model: LoadedModel) -> list[PageSampler]:
     process, title = model.family.process, model.family.title
     if process not in ("gaussian", "flow"):
         raise UserError(
-            f"the page draws with models of noise or of a flow (DiT, SiT), and this is a {title}: give another model"
+            f"the page draws with models that predict noise, or of a flow, and this is a {title}: give another model"
         )
     flow = Flow.of_settings(model.facts.process_settings) if process == "flow" else None
     noising = GaussianNoising() if flow is None else FlowNoising(flow)
