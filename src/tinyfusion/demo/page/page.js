@@ -56,7 +56,7 @@
       : facts.classes.slice(0, 4).join(", ");
     const licence = `${facts.runtime} (MIT), WebAssembly on one thread`;
     element("footer").textContent = `Drawn by ${licence}. `
-      + facts.models.map((model) => `${nameOf(model)}: ${model.name}, hash ${model.hash.slice(0, 12)}`).join("; ") + ".";
+      + facts.models.map((model) => `${model.role ? `${model.role}: ` : ""}${model.name}, hash ${model.hash.slice(0, 12)}`).join("; ") + ".";
   }
 
   function buildChoice() {
