@@ -99,7 +99,7 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
     typed = {
         "recover": ("student",), "dynamic": ("model",), "distill-steps": ("model",),
         "encode": ("data", "prompts"), "sample": ("model", "grid", "png"),
-        "evaluate": ("samples", "reference", "against"),
+        "evaluate": ("samples", "reference", "against"), "demo": ("model", "vs", "labels", "runtime"),
     }.get(verb, ())  # fmt: skip
     together = {"together": True} if verb == "sample" else {}
     name = "encode_captions" if verb == "encode" and recipe.encode.pipeline is not None else verb.replace("-", "_")

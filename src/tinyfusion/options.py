@@ -268,6 +268,18 @@ VERBS = {
             _BLOCKS,
         ),
     ),
+    "demo": Verb(
+        "A page of static files on which models draw in the browser, side by side from the same noise.",
+        "runs/recovered --vs digits --out page",
+        (
+            *_JOB, *_OPENING, _OF_MODEL,
+            Option("vs", "model to draw side by side with", "MODEL"),
+            Option("out", "folder of the page", "PATH", kind=Path, required=True),
+            Option("guidance", "", "X", ("sample.guidance",)),
+            Option("labels", "names of the classes: one per line, or JSON (default their numbers)", "FILE", kind=Path),
+            Option("runtime", "the npm package onnxruntime-web, packed or unpacked (default fetched once by npm)", "PATH", kind=Path),
+        ),
+    ),
     "encode": Verb(
         "Pictures to latents for `--data latents:PATH`, captions to embeddings; several processes share the work.",
         "--data pictures --vae stabilityai/sd-vae-ft-ema --out latents",

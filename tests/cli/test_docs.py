@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from material import Cli, tiny, tiny_mar, tiny_sit
+from material import Cli, pages_of_few_bytes, tiny, tiny_mar, tiny_sit
 from PIL import Image
 from safetensors.torch import save_file
 from test_evaluate import random_weights
@@ -210,6 +210,7 @@ def reader(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(captioned_digits, "COPIES", 1)
     monkeypatch.setattr(extractors, "fetch_weights", lambda name: stand_ins / "inception.safetensors")
     monkeypatch.setattr(scoring, "cache_folder", lambda: tmp_path / "cache")
+    pages_of_few_bytes(monkeypatch)
     shutil.copytree(stand_ins / "brought", tmp_path / "reader")
     monkeypatch.chdir(tmp_path / "reader")
     return tmp_path / "reader"

@@ -226,15 +226,21 @@ def _autoencoder(model: LoadedModel, what: ExportOptions, dry_run: bool) -> Path
 
 def _labels(model: LoadedModel, what: ExportOptions) -> Mapping[int, str] | None:
     """Names of classes: of `--labels`, else of the pipeline that the model was opened from. Raises UserError on others than its own."""
+    if what.labels is not None:
+        return read_labels(Path(what.labels), model, what.model)
     index = Path(model.origin.get("path", "")).parent / "model_index.json"
-    path = Path(what.labels) if what.labels is not None else index
+    check_plain(index)
+    named = index.is_file() and (read_json(index) or {}).get("id2label")
+    return read_labels(index, model, what.model) if named else None
+
+
+def read_labels(path: Path, model: LoadedModel, source: str) -> Mapping[int, str]:
+    """Names of a model's classes from a file: one per line, or JSON. Raises UserError where they are not those of its classes."""
     check_plain(path)
-    if what.labels is None and (not index.is_file() or not (read_json(index) or {}).get("id2label")):
-        return None
     try:
         content = read_json(path) if path.suffix == ".json" else path.read_text(encoding="utf-8").splitlines()
         return class_names(content, model.arch.num_classes)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels wants a text file, a name per line, or a JSON file; {path}: {error}") from error
     except ValueError as error:
-        raise UserError(f"{path} does not name the classes of {what.model}: {error}") from error
+        raise UserError(f"{path} does not name the classes of {source}: {error}") from error
