@@ -98,7 +98,7 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
         return export(where, ExportOptions(settings=recipe.sample, **chosen))
     typed = {
         "recover": ("student",), "dynamic": ("model",), "distill-steps": ("model",),
-        "encode": ("data", "prompts"), "sample": ("model", "grid", "png"),
+        "encode": ("data", "prompts"), "sample": ("model", "grid", "png"), "explain": ("model",),
         "evaluate": ("samples", "reference", "against"), "demo": ("model", "vs", "labels", "runtime"),
     }.get(verb, ())  # fmt: skip
     together = {"together": True} if verb == "sample" else {}

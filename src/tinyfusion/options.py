@@ -363,6 +363,20 @@ VERBS = {
             *_PIPELINE, _BLOCKS,
         ),
     ),
+    "explain": Verb(
+        "What each block does: loss and drawn images without it, by timestep and class; of a student also which teacher block it is like.",
+        "runs/recovered --out runs/recovered-explained",
+        (
+            *_JOB, *_OPENING, _OF_MODEL, _RUN_FOLDER,
+            replace(_TEACHER, about="model whose blocks are compared (default that of the run that made the model, else itself)"),
+            _DATA,
+            Option("num_images", "", "N", ("explain.images",)),
+            Option("drawn", "", "N", ("explain.drawn",)),
+            Option("labels", "", "I,J,..", ("sample.labels",)),
+            Option("guidance", "", "X", ("sample.guidance",)),
+            Option("vae", "", "PATH|ID", ("sample.vae",)),
+        ),
+    ),
     "replay": Verb(
         "Repeat one step of a training, with every loss term of every sample.",
         "runs/recovered --step 40",

@@ -56,6 +56,7 @@ SHORT = {
     "dynamic": "dynamic.training dynamic",
     "distill-steps": "distill_steps.training distill_steps",
     "sample": "sample",
+    "explain": "explain",
 }
 YARDSTICKS = ("digits-flux", "digits-sd3")  # pipelines that ship
 SETTINGS = {
@@ -66,6 +67,7 @@ SETTINGS = {
     "dynamic": "finish_steps=1 auxiliary_steps=1 ramp_steps=1 calibration_images=0",
     "distill_steps": "teacher_steps=8",
     "sample": "num_images=8 batch_size=8 num_steps=2",
+    "explain": "images=8 passes=1 drawn=2 most_steps=2",
     "speed": "repeats=2 batch_size=2 steps_per_repeat=1",
 }
 

@@ -207,8 +207,8 @@ def _autoencoder(model: LoadedModel, what: ExportOptions, dry_run: bool) -> Path
         raise UserError(f"{what.model} cannot be exported as a pipeline: {unfit}")
     if model.facts.few_steps and not model.facts.few_steps.is_trailing:
         raise UserError(
-            f"{what.model} cannot be exported as a pipeline: it draws in {model.facts.few_steps.describe()}, which no scheduler of diffusers "
-            "makes; leave out --pipeline"
+            f"{what.model} cannot be exported as a pipeline: it draws in {model.facts.few_steps.describe()}, which no "
+            "scheduler of diffusers makes; leave out --pipeline"
         )
     name = what.vae or model.facts.vae
     if name is None:

@@ -42,8 +42,8 @@ from tinyfusion.config.training_sections import (
 
 __all__ = [
     "BenchSection", "ComputeSection", "Criterion", "DataSection", "DistillStepsSection", "Dtype", "DynamicSection",
-    "EncodeSection", "EvaluateSection",
-    "Expectation", "FlowSampleSection", "FlowSection", "MaskedSampleSection", "MaskedSection", "ModelSection",
+    "EncodeSection", "EvaluateSection", "Expectation", "ExplainSection", "FlowSampleSection", "FlowSection",
+    "MaskedSampleSection", "MaskedSection", "ModelSection",
     "PipelineSection", "PruneSection", "Recipe", "RecoverSection", "Recovery", "SampleSection", "Sampler", "SpeedSection",
     "StepDistillation", "TrainingSection", "WatchSection",
 ]  # fmt: skip
@@ -255,6 +255,20 @@ class BenchSection:
 
 
 @dataclass(frozen=True)
+class ExplainSection:
+    """Measurements of what every block of a model does."""
+
+    images: Annotated[
+        Count, "images whose loss is measured with and without each block; fewer if the data set has fewer"
+    ] = 360
+    passes: Annotated[SmallCount, "noised copies of every image, at different noise levels"] = 16
+    bins: Annotated[int, Ge(1), Le(100), "intervals of the timesteps in the maps"] = 10
+    batch_size: Annotated[BatchSize, "noised images at a time; results do not depend on it, except for rounding"] = 128
+    drawn: Annotated[int, Ge(0), Le(64), "images drawn by the whole model and without each block; 0: none"] = 10
+    most_steps: Annotated[SmallCount, "denoising steps of these images at most, as of previews"] = 50
+
+
+@dataclass(frozen=True)
 class Expectation:
     """What the recipe is expected to give, for the report to check."""
 
@@ -306,6 +320,7 @@ class Recipe:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     speed: SpeedSection = field(default_factory=SpeedSection)
     bench: BenchSection = field(default_factory=BenchSection)
+    explain: ExplainSection = field(default_factory=ExplainSection)
     expected: tuple[Expectation, ...] = ()
     assigned: Annotated[
         frozenset[str], "fields that a file, an option or --set named; never compared or recorded"

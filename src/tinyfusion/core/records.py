@@ -45,7 +45,7 @@ def is_ours(record: Any) -> bool:
 
 # settings that do not change the result
 _IDLE = {
-    "compute", "watch", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "speed", "bench", "sample.batch_size",
+    "compute", "watch", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit", "speed", "bench", "explain", "sample.batch_size",
     "sample.decode_batch_size",
 }  # fmt: skip
 # fields that older records lack, with their value then, by section

@@ -68,12 +68,16 @@ _OF_RUN = (
     r"samples/(?:teacher|pruned|student|dynamic|few-steps|comparison)\.(?:npz|json|png)|evaluations/(?:teacher|pruned|student|dynamic|few-steps)-.+\.json"
 )
 
+_OF_EXPLAIN = r"run\.json|explain\.json|drawn\.npz|report\.html"
+
 
 def run_files(verb: object) -> str:
     """Regular expression of the relative paths that a run of `verb` writes; of all verbs where `verb` is unknown."""
     stages = dict.fromkeys(("prune", "recover", "dynamic", "distill-steps", "train"), _OF_A_STAGE)
     encoded = {"encode": _OF_ENCODE, ENCODE_PROMPTS: _OF_ENCODE_PROMPTS}
-    return {**stages, **encoded, "run": _OF_RUN}.get(str(verb), f"{_OF_RUN}|{_OF_ENCODE}")
+    return {**stages, **encoded, "run": _OF_RUN, "explain": _OF_EXPLAIN}.get(
+        str(verb), f"{_OF_RUN}|{_OF_ENCODE}|{_OF_EXPLAIN}"
+    )
 
 
 class RunDirectory:

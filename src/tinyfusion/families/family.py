@@ -107,6 +107,8 @@ class ModelFamily:
     computed: Mapping[str, Callable[[Any], Tensor]] = dataclasses.field(default_factory=dict)
     # (name, parameter) -> whether published weight decay leaves it alone; None: it takes all alike
     undecayed: Callable[[str, Tensor], bool] | None = None
+    # module of a block whose input is the stream between its attention and its MLP, such as "norm2"; None where there is no such place
+    mlp_norm: str | None = None
     widths: WidthRules | None = None  # None where widths cannot be pruned
     dynamic: DynamicRules | None = None  # None where width and tokens cannot be chosen by timestep
     inputs: ModelInputs = (

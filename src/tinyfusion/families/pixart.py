@@ -234,6 +234,7 @@ PIXART = ModelFamily(
     arch_of_state_dict=arch_of_state_dict,
     example=example,
     block_lists={"net.transformer_blocks": "depth"},
+    mlp_norm="norm2",
     mark="t_block.1.weight",
     published_latent=DIT.published_latent,
     published_license="OpenRAIL++",

@@ -107,6 +107,15 @@ class StepMemory:
     passing: int = 0
 
 
+@dataclass(frozen=True)
+class NoiseAxis:
+    """The quantity by which a process orders noised images, from `noisiest` to `cleanest`."""
+
+    name: str
+    noisiest: float
+    cleanest: float
+
+
 class Objective(Protocol):
     """Interface of a training objective: the calls of a training step, in their order. Inherit for the defaults.
 
@@ -150,6 +159,15 @@ class Process(Objective, Protocol):
             "clean inputs at low noise need a process with noise levels; a masked model or a module of your own has none: set "
             "prune.bi_inputs=noised"
         )
+
+    @property
+    def noise_axis(self) -> NoiseAxis | None:
+        """The axis of `noise_places`; None if noised images are not ordered."""
+        return None
+
+    def noise_places(self, noisy: Any) -> Tensor:
+        """(B,) the place of every noised image on `noise_axis`."""
+        return noisy.t
 
     @property
     def num_levels(self) -> int:

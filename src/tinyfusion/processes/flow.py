@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tinyfusion.conditioning.classes import class_inputs
 from tinyfusion.conditioning.condition import ModelCall, calling
 from tinyfusion.core.rng import Draws
-from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, mean_flat
+from tinyfusion.processes.base import Batch, Denoiser, NoiseAxis, NoisyBatch, Prediction, Process, mean_flat
 from tinyfusion.processes.time import DATA_AT_ONE, Level, TimeConvention, TimeSampler, check_choice
 
 PathName = Literal["linear", "gvp", "vp"]
@@ -255,6 +255,10 @@ class FlowObjective(Process):
         """The batch with clean inputs at a quarter of its noise levels, as released for Gaussian models."""
         convention = self.flow.convention
         return replace(noisy, xt=noisy.x0, t=convention.at_sigma(convention.level(noisy.t).sigma / _LOW_NOISE_DIVISOR))
+
+    @property
+    def noise_axis(self) -> NoiseAxis:
+        return NoiseAxis("time", self.flow.convention.at_sigma(1.0), self.flow.convention.at_sigma(0.0))
 
     @property
     def num_levels(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tinyfusion.conditioning.classes import class_inputs
 from tinyfusion.conditioning.condition import ModelCall, calling
 from tinyfusion.core.rng import Draws
-from tinyfusion.processes.base import Batch, Denoiser, NoisyBatch, Prediction, Process, StepNoise, mean_flat
+from tinyfusion.processes.base import Batch, Denoiser, NoiseAxis, NoisyBatch, Prediction, Process, StepNoise, mean_flat
 from tinyfusion.processes.time import check_choice
 
 NUM_TIMESTEPS = 1000
@@ -265,6 +265,10 @@ class GaussianObjective(Process):
         Differs from the released code: timesteps are stratified if those of the batch are.
         """
         return replace(noisy, xt=noisy.x0, t=torch.div(noisy.t, _LOW_NOISE_DIVISOR, rounding_mode="floor"))
+
+    @property
+    def noise_axis(self) -> NoiseAxis:
+        return NoiseAxis("timestep", len(self.schedule), 0)
 
     @property
     def num_levels(self) -> int:

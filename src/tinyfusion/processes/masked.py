@@ -24,7 +24,7 @@ from tinyfusion.conditioning.classes import class_inputs
 from tinyfusion.conditioning.condition import ModelInputs
 from tinyfusion.config.process_sections import MaskedSection
 from tinyfusion.core.rng import Draws
-from tinyfusion.processes.base import Batch, NoisyBatch, Prediction, Process
+from tinyfusion.processes.base import Batch, NoiseAxis, NoisyBatch, Prediction, Process
 from tinyfusion.processes.gaussian import NUM_TIMESTEPS, GaussianObjective, Schedule
 
 _COSINE_OFFSET = 0.008
@@ -145,6 +145,16 @@ class MaskedObjective(Process):
         """Distillation loss of the head's outputs as in the Gaussian process, as means over the rows of an image."""
         rows = self.rows.kd_terms(self._as_rows(noisy), _prediction_rows(own), _prediction_rows(taught))
         return _per_image(rows, len(noisy))
+
+    @property
+    def noise_axis(self) -> NoiseAxis:
+        return NoiseAxis("share of hidden tokens", 1.0, self.settings.mask_ratio_min)
+
+    def noise_places(self, noisy: NoisyBatch) -> Tensor:
+        """Places on the axis: the share of hidden tokens, which a whole batch has in common."""
+        assert isinstance(noisy, MaskedBatch)
+        num = noisy.hidden.shape[1]
+        return torch.full((len(noisy),), num / (num + noisy.known.shape[1]), device=noisy.device)
 
     def _as_rows(self, noisy: NoisyBatch) -> NoisyBatch:
         """Every row as an image of E channels and one pixel; the condition, which losses do not read, is unchanged."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from tinyfusion.blocks.plan import PrunePlan, first_blocks
+from tinyfusion.blocks.plan import PrunePlan, first_blocks, global_indices
 from tinyfusion.blocks.stack import check_kept
 from tinyfusion.config.loading import build, build_known
 from tinyfusion.core.errors import UserError
@@ -86,6 +86,20 @@ def pairs_to_ancestors(facts: ModelFacts) -> dict[str, Pairs]:
         own = [(s, step[middle]) for s, middle in own if middle in step]
         pairs.setdefault(parent.hash, own)
     return pairs
+
+
+def blocks_of_ancestor(facts: ModelFacts, ancestor: str) -> list[int] | None:
+    """For every block of a pruned model, the block that it was in the ancestor of this hash; None if that is no ancestor."""
+    own = facts.kept
+    for parent in reversed(ancestors(facts)):
+        if own is None:
+            return None
+        if parent.hash == ancestor:
+            return global_indices(own, parent.depth)
+        if parent.kept is None:
+            return None
+        own = {name: [parent.kept[name][block] for block in sorted(listed)] for name, listed in own.items()}
+    return None
 
 
 def pairs_between(student: ModelFacts, teacher: ModelFacts, teacher_hash: str) -> Pairs:

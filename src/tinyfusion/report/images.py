@@ -68,11 +68,11 @@ def prompt_rows(run: Run) -> list[Prompt]:
 
 
 def _prompt_sheet(name: str, samples: Samples, image: np.ndarray) -> Sheet:
-    picture, (height, width) = _picture(image), image.shape[:2]
+    picture, (height, width) = as_picture(image), image.shape[:2]
     if max(height, width) <= _SMALL_PX:
         return Sheet(
             model_name(name),
-            _data_uri(picture),
+            data_uri(picture),
             width * max(_PROMPT_PX // (2 * width), 1),
             role=name,
             protocol=samples.protocol,
@@ -81,7 +81,7 @@ def _prompt_sheet(name: str, samples: Samples, image: np.ndarray) -> Sheet:
     picture = picture.convert("RGB").resize(
         (round(width * scale), max(round(height * scale), 1)), Image.Resampling.LANCZOS
     )
-    return Sheet(model_name(name), _data_uri(picture, "JPEG"), _PROMPT_PX, role=name, protocol=samples.protocol)
+    return Sheet(model_name(name), data_uri(picture, "JPEG"), _PROMPT_PX, role=name, protocol=samples.protocol)
 
 
 def sample_sheets(run: Run) -> list[Sheet]:
@@ -123,13 +123,13 @@ def _sample_grid(samples: Samples, chosen: Sequence[int], columns: Sequence[str]
     images = [samples.images[i] if i >= 0 else None for i in chosen]
     if max(samples.images.shape[1:3]) <= _SMALL_PX:
         grid = tiled(images, len(columns))
-        return _data_uri(Image.fromarray(grid)), grid.shape[1] * max(_GRID_PX // grid.shape[1], 1)
+        return data_uri(Image.fromarray(grid)), grid.shape[1] * max(_GRID_PX // grid.shape[1], 1)
     size, box = (_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.BOX
-    thumbnails = [i if i is None else np.asarray(_picture(i).convert("RGB").resize(size, box)) for i in images]
+    thumbnails = [i if i is None else np.asarray(as_picture(i).convert("RGB").resize(size, box)) for i in images]
     transparent = Image.fromarray(tiled(thumbnails, len(columns)))
     white = Image.new("RGB", transparent.size, "white")  # JPEG has no transparency
     white.paste(transparent, mask=transparent)
-    return _data_uri(white, "JPEG"), _GRID_PX
+    return data_uri(white, "JPEG"), _GRID_PX
 
 
 def tiled(images: Iterable[np.ndarray | None], columns: int) -> np.ndarray:
@@ -160,7 +160,7 @@ def preview_sheets(run: Run, stage: str) -> list[Sheet]:
             source = f"data:image/png;base64,{base64.b64encode(preview.png).decode()}"
             if picture.width > 3 * _PREVIEW_PX:
                 size = (2 * _PREVIEW_PX, round(picture.height * 2 * _PREVIEW_PX / picture.width))
-                source = _data_uri(picture.convert("RGB").resize(size, Image.Resampling.BOX), "JPEG")
+                source = data_uri(picture.convert("RGB").resize(size, Image.Resampling.BOX), "JPEG")
         sheets.append(Sheet(f"after {preview.steps:,} step{'s' * (preview.steps > 1)}", source, _PREVIEW_PX, caption))
     return sheets
 
@@ -174,7 +174,7 @@ def token_sheet(run: Run) -> Sheet | None:
     shares = np.asarray(maps["percent"], dtype=np.float64) / 100
     tokens = np.empty((*shares.shape, 4), dtype=np.uint8)
     tokens[..., :3], tokens[..., 3] = _TOKEN_RGB, np.round(255 * shares)
-    rows = [[_picture(np.asarray(image, dtype=np.uint8)).convert("RGBA"), *map(Image.fromarray, row)]
+    rows = [[as_picture(np.asarray(image, dtype=np.uint8)).convert("RGBA"), *map(Image.fromarray, row)]
             for image, row in zip(maps["images"], tokens, strict=True)]  # fmt: skip
     size = (_TOKEN_PX, _TOKEN_PX)
     grid = tiled((np.array(tile.resize(size, Image.Resampling.NEAREST)) for row in rows for tile in row), len(rows[0]))
@@ -184,14 +184,16 @@ def token_sheet(run: Run) -> Sheet | None:
     text += " Images are latents, three channels shown as colours." if maps["space"] == "latents" else ""
     columns = ["image", *map(short_time, maps["times"])]
     title = "Processed tokens per image"
-    return Sheet(title, _data_uri(Image.fromarray(grid)), grid.shape[1], text, columns, protocol=record["protocol"])
+    return Sheet(title, data_uri(Image.fromarray(grid)), grid.shape[1], text, columns, protocol=record["protocol"])
 
 
-def _picture(values: np.ndarray) -> Image.Image:
+def as_picture(values: np.ndarray) -> Image.Image:
+    """An image (H, W, C) uint8, C 1, 3 or 4."""
     return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
 
 
-def _data_uri(image: Image.Image, kind: str = "PNG") -> str:
+def data_uri(image: Image.Image, kind: str = "PNG") -> str:
+    """The image as a data URI."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind, optimize=True)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

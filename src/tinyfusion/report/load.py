@@ -20,7 +20,7 @@ from tinyfusion.data.images import read_shown_npz
 from tinyfusion.report import schema
 from tinyfusion.report.format import printable
 
-VERBS = ("run", "prune", "recover", "dynamic", "distill-steps", "train")
+VERBS = ("run", "prune", "recover", "dynamic", "distill-steps", "train", "explain")
 MODELS = ("teacher", "pruned", "student", "dynamic", "few-steps", "model", "real")
 MAX_SAMPLES_BYTES = 1 << 30
 MAX_PREVIEWS = 6  # of a training on the page
@@ -36,7 +36,9 @@ _MODEL_FOLDERS = {  # by verb: where the models of a run are
     "dynamic": {"dynamic": "student"},
     "distill-steps": {"few-steps": "student"},
     "train": {"model": "model"},
+    "explain": {},
 }
+EXPLAINED = "explain"  # folder of a run with the output of `explain` about its model
 _MEASURED = {  # JSON file -> (the stage whose folder has it, empty: the run folder; its schema)
     "speed": ("", schema.SPEED),
     "activations": ("", schema.ACTIVATIONS),
@@ -77,8 +79,8 @@ class Run:
 
     sources: (folder, its run.json), in order. plan: the decision, or the current choice of a running search (decided False).
     metrics, records, previews, preview_scores: per stage. evaluations: by (model, reference). pairs: (model, evaluation) of
-    those with a comparison of pairs. measured: JSON files by name (docs/report.md). samples, models: by model. notes:
-    omissions, with reasons.
+    those with a comparison of pairs. measured: JSON files by name (docs/report.md). samples, models: by model. drawn: images
+    of `explain`, by the whole model, then without each block. notes: omissions, with reasons.
     """
 
     sources: tuple[tuple[str, Mapping[str, Any]], ...]
@@ -93,6 +95,7 @@ class Run:
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     previews: Mapping[str, Sequence[Preview]] = field(default_factory=dict)
     preview_scores: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    drawn: Samples | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -118,6 +121,8 @@ class Run:
     @property
     def title(self) -> str:
         """The recipe's name, else the verb; with the depths once they are decided."""
+        if self.verb == "explain":
+            return f"What each block does: {(self.measured.get('explain') or {}).get('model', {}).get('source', '')}"
         name = str(self.recipe.get("name") or self.verb)
         if not self.plan or not self.decided:
             return name
@@ -184,6 +189,8 @@ def _read(path: Path) -> Run:
     previews = {stage: _previews(RunDirectory(folder).watched) for stage, folder in folders.items()}
     models = _existing({name: (path / of / "model.json", schema.MODEL) for name, of in _MODEL_FOLDERS[verb].items()})
     measured = {n: (folders.get(stage, path) / f"{n}.json", kind) for n, (stage, kind) in _MEASURED.items()}
+    explained = path if verb == "explain" else path / EXPLAINED
+    measured["explain"] = (explained / "explain.json", schema.EXPLAIN)
     samples, notes = _samples(path / "samples")
     scored = _scored(path / "evaluations")
     return Run(
@@ -195,6 +202,7 @@ def _read(path: Path) -> Run:
         pairs=tuple((model, values) for model, _, values in scored if isinstance(values.get("against"), dict)),
         measured=_existing(measured),
         samples=samples,
+        drawn=_drawn(explained / "drawn.npz"),
         models=models,
         previews={stage: images for stage, images in previews.items() if images},
         preview_scores={stage: listed for stage, listed in scores.items() if listed},
@@ -305,6 +313,13 @@ def _samples(folder: Path) -> tuple[dict[str, Samples], tuple[str, ...]]:
         protocol, digest = (str(record.get(name, "")) for name in ("protocol", "image_hash"))
         samples[file.stem] = Samples(images, labels, protocol, digest, record.get("prompts") or ())
     return samples, tuple(notes)
+
+
+def _drawn(path: Path) -> Samples | None:
+    """Images that `explain` drew; None where there are none, or too many bytes."""
+    if not path.is_file() or path.stat().st_size > MAX_SAMPLES_BYTES:
+        return None
+    return Samples(*read_shown_npz(path))
 
 
 def join_runs(runs: Sequence[Run]) -> list[Run]:

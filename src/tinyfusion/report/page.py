@@ -16,7 +16,7 @@ from PIL import UnidentifiedImageError
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import file_label
-from tinyfusion.report import charts, decisions, diagnostic_charts, images, tables
+from tinyfusion.report import charts, decisions, diagnostic_charts, explain_charts, images, tables
 from tinyfusion.report.format import count, duration, percent, printable, significant
 from tinyfusion.report.load import Run, join_runs
 
@@ -112,6 +112,8 @@ def _section(run: Run, anchor: str, runs: Sequence[Run]) -> dict[str, Any]:
         "curves": charts.training_charts(run),
         "previews": {stage: images.preview_sheets(run, stage) for stage in run.previews},
         "charts": [*charts.fid_charts([run]), *diagnostic_charts.diagnostic_charts(run, runs)],
+        "blocks": explain_charts.block_charts(run),
+        "without": explain_charts.drawn_rows(run),
         "tokens": images.token_sheet(run),
         "samples": images.sample_sheets(run),
         "prompts": images.prompt_rows(run),
@@ -153,7 +155,8 @@ def progress_of(run: Run) -> Progress | None:
     facts, share = _training(run, stage, waits=state == "interrupted")
     if stage == "sample":
         facts = [f"{sum(name in run.samples for name in _sampled(run))} of {len(_sampled(run))} models have samples"]
-    return Progress(f"{words}: {STAGES.get(stage, 'training')}", facts, share, stages if is_whole else [])
+    doing = {**STAGES, "explain": "measuring what each block does"}.get(stage, "training")
+    return Progress(f"{words}: {doing}", facts, share, stages if is_whole else [])
 
 
 def _further(run: Run) -> dict[str, str]:

@@ -146,5 +146,23 @@ KEPT = {
     "sub_networks!": int, "protocol!": str,
     "maps": (None, {"times!": [float], "percent!": [[[[Least(float, 0)]]]], "images!": [[[[Least(int, 0)]]]], "space!": str}),
 }  # fmt: skip
+_MEAN = {"mean!": _MAYBE, "error!": _MAYBE}
+_BY_NOISE = {"mean!": _MAYBE, "by_noise!": [_MAYBE]}
+EXPLAIN = {
+    "protocol!": str, "model!": {"source!": str, "hash!": str, "lists!": {"*": _SIZE}, "title": str}, "not_measured": {"*": str},
+    "noise!": (None, {"name!": str, "edges!": [float]}), "classes!": [Least(int, 0)], "channels!": {"*": [Least(int, 0)]},
+    "loss!": {**_MEAN, "by_noise!": [_MEAN], "by_class!": [_MEAN]},
+    "blocks!": [{
+        "block!": Least(int, 0), "list!": str, "added_loss!": {**_MEAN, "by_noise!": [_MEAN], "by_class!": [_MEAN]},
+        **{f"{name}!": _BY_NOISE for name in ("update_cosine", "update_norm", "influence", "attention_share")},
+        "activations!": {"median!": _MAYBE, "largest!": _MAYBE, "ratios!": [_MAYBE], "large!": [Least(int, 0)],
+                         "massive!": [Least(int, 0)]},
+    }],
+    "similarity!": {
+        "with!": str, "source!": str, "lists!": {"*": _SIZE}, "rows!": Least(int, 0), "matrix!": [[_MAYBE]],
+        "most_like!": [(Least(int, 0), None)], "origins!": ([Least(int, 0)], None),
+    },
+    "drawn!": (None, {"protocol!": str, "labels!": [Least(int, 0)], "difference!": [_MAYBE], "by_image!": [[_MAYBE]]}),
+}  # fmt: skip
 DYNAMIC = {"ratio": float, "target": float}
 SAMPLES = {"protocol": str, "image_hash": str, "prompts": ([str], None)}

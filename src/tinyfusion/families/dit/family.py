@@ -43,6 +43,7 @@ DIT = ModelFamily(
     initialise=initialise,
     arch_of_state_dict=arch_of_state_dict,
     block_lists={"blocks": "depth"},
+    mlp_norm="norm2",
     mark="x_embedder.proj.weight",
     guided_channels=diffusers.GUIDED_CHANNELS,
     computed={"pos_embed": lambda arch: position_table(arch.hidden_size, arch.input_size // arch.patch_size)},

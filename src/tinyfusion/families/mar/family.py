@@ -24,6 +24,7 @@ MAR = ModelFamily(
     arch_of_state_dict=arch_of_state_dict,
     example=example_inputs,
     block_lists={"encoder_blocks": "encoder_depth", "decoder_blocks": "decoder_depth"},
+    mlp_norm="norm2",
     mark="z_proj.weight",
     published_latent={16: {"latent_scale": 0.2325, "vae": "mar-kl16", "pixels_per_latent": 16}},
     published_license="MIT",
