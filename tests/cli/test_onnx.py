@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.export import onnx_folder
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
+from tinyfusion.processes.noising import FewSteps
 from tinyfusion.sample.drive import SampleDraws, sample
 
 LABELS = [3, 1, 4]
@@ -74,6 +77,21 @@ def test_the_shipped_script_draws_the_same_images(
     assert np.abs(np.load("x.npy") - wanted).max() <= 1e-4 * max(1.0, np.abs(wanted).max())
     run_script(Path("made/g"), "--labels", "0", "--num-steps", "2", "--out", "x.png")
     assert Path("x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["student", "sit"])
+def test_a_student_of_few_steps_is_drawn_in_them(cli: Cli, work: Path, name: str) -> None:
+    model = tiny_sit() if name == "sit" else open_model(name)
+    few = FewSteps("consistency", (1.0, 0.5), 2.0, fresh_noise=False)
+    save_model(dataclasses.replace(model, facts=dataclasses.replace(model.facts, few_steps=few)), Path("few"))
+    done(cli, EXPORT.format("few"))
+    model = open_model("few")
+    noise = own_noise(model, work / "noise.npy")
+    run_script(Path("made/g"), "--labels", "3,1,4", "--noise", str(noise), "--out", "x.npy")
+    wanted = drawn(model, SampleSection())
+    assert np.abs(np.load("x.npy") - wanted).max() <= 1e-3 * max(1.0, np.abs(wanted).max())
+    refused = cli(*shlex.split(f"{EXPORT.format('few').replace('made', 'other')} --guided"))
+    assert refused.code == 2 and "draws in few steps without" in refused.err
 
 
 def test_the_two_stages_of_a_masked_model_draw_the_same_images(cli: Cli, work: Path) -> None:

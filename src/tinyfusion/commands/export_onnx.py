@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tinyfusion.config.recipe import SampleSection
+from tinyfusion.core.errors import UserError
 from tinyfusion.core.records import folder_output
 from tinyfusion.core.rundir import check_space, say_finished, stamp
 from tinyfusion.export.card import CardNotes
@@ -27,6 +28,10 @@ def export_onnx(
     """Write the folder at `options.out`; returns what `--json` prints. Raises UserError where the model has no such graph."""
     for name in ("onnx", "onnxruntime"):
         onnx_module(name)
+    if what.guided and model.facts.few_steps:
+        raise UserError(
+            "--guided is for models that are drawn with guidance, and this one draws in few steps without: leave it out"
+        )
     facts = sampler_facts(model, settings)
     _check_sampling(model, settings, facts["recommended"])
     stages = stages_of(model, guided=what.guided)
@@ -55,6 +60,8 @@ def export_onnx(
 
 def _check_sampling(model: LoadedModel, settings: SampleSection, recommended: Mapping[str, Any]) -> None:
     """Raise UserError where `sample` could not draw with the recommended settings either."""
+    if model.facts.few_steps:  # its own settings alone
+        return
     drawn = {name: recommended[name] for name in ("sampler", "num_steps", "guidance")}
     flow = dataclasses.replace(settings.flow, method=recommended.get("method"))
     sampler_of(dataclasses.replace(settings, **drawn, flow=flow), model)

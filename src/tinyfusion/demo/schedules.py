@@ -21,7 +21,14 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.flow import Flow
 from tinyfusion.processes.gaussian import NUM_TIMESTEPS, respaced_timesteps
-from tinyfusion.processes.noising import FewSteps, FlowNoising, GaussianNoising, LinearStep, linear_steps
+from tinyfusion.processes.noising import (
+    FewSteps,
+    FlowNoising,
+    GaussianNoising,
+    LinearStep,
+    linear_steps,
+    noising_of_process,
+)
 
 Step = list[dict[str, float]]
 OFFERED_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 30, 40, 50, 100)
@@ -53,21 +60,19 @@ def samplers_of(model: LoadedModel) -> list[PageSampler]:
 
     Raises UserError for models of other processes.
     """
-    process, title = model.family.process, model.family.title
-    if process not in ("gaussian", "flow"):
+    noising = noising_of_process(model.family.process, model.facts.process_settings)
+    if noising is None:
         raise UserError(
-            f"the page draws with models that predict noise, or of a flow, and this is a {title}: give another model"
+            f"the page draws with models that predict noise, or of a flow, and this is a {model.family.title}: give another model"
         )
-    flow = Flow.of_settings(model.facts.process_settings) if process == "flow" else None
-    noising = GaussianNoising() if flow is None else FlowNoising(flow)
     if (few := model.facts.few_steps) is not None:
         number = len(few.levels)
         return [PageSampler(few.method, "", 0, {number: _rows(linear_steps(noising, few))}, number)]
-    if flow is None:
+    if not isinstance(noising, FlowNoising):
         return [PageSampler("DDIM", "--sampler ddim --num-steps {num_steps}", 0, _offered(ddim_table), 50)]
     command = "--sampler ode --set sample.flow.method={method} --num-steps {{num_steps}}"
     return [
-        PageSampler(name, command.format(method=method), 1, _offered(partial(flow_table, flow, method)), 25)
+        PageSampler(name, command.format(method=method), 1, _offered(partial(flow_table, noising.flow, method)), 25)
         for name, method in (("Heun", "heun2"), ("Euler", "euler"))
     ]
 

@@ -24,6 +24,7 @@ from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.flow import Flow
 from tinyfusion.processes.gaussian import Schedule
 from tinyfusion.processes.masked import head_schedule
+from tinyfusion.processes.noising import FewSteps, linear_steps, noising_of_process
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -46,8 +47,8 @@ def sampler_facts(model: LoadedModel, settings: SampleSection) -> dict[str, Any]
     """
     arch, facts = model.arch, model.facts
     process = model.family.process
-    recommended = _RECOMMENDED[process](model, settings)
-    guidance = settings.guidance if model.null_class else 1.0
+    recommended = _few_steps(model, facts.few_steps) if facts.few_steps else _RECOMMENDED[process](model, settings)
+    guidance = settings.guidance if model.null_class and not facts.few_steps else 1.0
     return {
         "process": process,
         "input_shape": [arch.in_channels, arch.input_size, arch.input_size],
@@ -64,6 +65,17 @@ def sampler_facts(model: LoadedModel, settings: SampleSection) -> dict[str, Any]
         "depth": model.stack.depths(),
         "kept": facts.kept,
     }
+
+
+def _few_steps(model: LoadedModel, few: FewSteps) -> dict[str, Any]:
+    noising = noising_of_process(model.family.process, model.facts.process_settings)
+    assert noising is not None, "it was distilled"
+    facts = {
+        "timesteps": "t of every step of few_steps; x becomes x * x + out * (output) + noise * (fresh noise)",
+        "few_steps": [step._asdict() for step in linear_steps(noising, few)],
+        "folded_guidance": few.guidance,
+    }
+    return {"sampler": "few_steps", "num_steps": len(few.levels), "facts": facts}
 
 
 def _gaussian(model: LoadedModel, settings: SampleSection) -> dict[str, Any]:

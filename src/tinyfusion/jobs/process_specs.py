@@ -15,7 +15,7 @@ from tinyfusion.processes.base import Process
 from tinyfusion.processes.flow import Flow, FlowObjective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.processes.masked import MaskedObjective
-from tinyfusion.processes.noising import FlowNoising, GaussianNoising, Noising
+from tinyfusion.processes.noising import Noising, noising_of_process
 from tinyfusion.processes.time import TimeSampler
 from tinyfusion.sample import flow, gaussian, masked
 from tinyfusion.sample.drive import Sampler
@@ -28,14 +28,13 @@ class ProcessSpec:
 
     objective: of (model, probability that a label is dropped, recipe). sampler: raises UserError on invalid settings. cheap:
     (settings, most steps) -> settings with at most so many steps, for previews. saved: the settings that a new model stores
-    (`ModelFacts.process_settings`). noising: the mixture of image and noise, for few steps; None: there is none.
+    (`ModelFacts.process_settings`).
     """
 
     objective: Callable[[LoadedModel, float, Recipe], Process]
     sampler: Callable[[SampleSection, LoadedModel], Sampler]
     cheap: Callable[[SampleSection, int], SampleSection]
     saved: Callable[[Recipe], dict[str, Any]] = lambda _: {}
-    noising: Callable[[LoadedModel], Noising] | None = None
 
 
 def _flow_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
@@ -55,14 +54,12 @@ PROCESSES: dict[str, ProcessSpec] = {
         objective=lambda model, label_drop, _: GaussianObjective(label_drop, call=model.family.call),
         sampler=gaussian.from_section,
         cheap=gaussian.cheap,
-        noising=lambda _: GaussianNoising(),
     ),
     "flow": ProcessSpec(
         objective=_flow_objective,
         sampler=flow.from_section,
         cheap=flow.cheap,
         saved=lambda recipe: Flow(recipe.flow.path, recipe.flow.prediction).settings(),
-        noising=lambda model: FlowNoising(flow.flow_of(model)),
     ),
     "masked": ProcessSpec(
         objective=lambda model, label_drop, recipe: MaskedObjective(
@@ -103,13 +100,15 @@ def label_drop_of(model: LoadedModel, label_drop: float) -> float:
 
 def noising_of(model: LoadedModel) -> Noising:
     """How the process of a model mixes image and noise. Raises UserError where none is known."""
-    spec = None if isinstance(model, TransformerModel) else PROCESSES.get(model.family.process)
-    if spec is None or spec.noising is None:
-        known = ", ".join(name for name, each in PROCESSES.items() if each.noising)
+    try:
+        noising = noising_of_process(model.family.process, model.facts.process_settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the model's process_settings: {error}") from error
+    if noising is None or isinstance(model, TransformerModel):
         raise UserError(
-            f"few steps are for models of families whose process mixes image and noise ({known}); a {model.family.title} has none"
+            f"few steps are for models of families whose process mixes image and noise (gaussian, flow); a {model.family.title} has none"
         )
-    return spec.noising(model)
+    return noising
 
 
 def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:

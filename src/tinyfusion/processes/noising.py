@@ -5,8 +5,9 @@ x_t = alpha_t x_0 + sigma_t noise. Distillation and sampling in few steps need n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -105,6 +106,13 @@ class FlowNoising(Noising):
         if self.flow.prediction == "velocity":
             return self.flow.convention.velocity_of(at.d_alpha * parts.clean + at.d_sigma * parts.noise)
         return parts.noise if self.flow.prediction == "noise" else -parts.noise / at.sigma
+
+
+def noising_of_process(process: str, settings: Mapping[str, Any]) -> Noising | None:
+    """The mixture of a process by its name and a model's settings of it; None where it mixes nothing. Raises ValueError on bad settings."""
+    if process == "gaussian":
+        return GaussianNoising()
+    return FlowNoising(Flow.of_settings(settings)) if process == "flow" else None
 
 
 @dataclass(frozen=True)
