@@ -12,6 +12,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.few_steps.consistency import ConsistencyObjective
 from tinyfusion.few_steps.guided import GuidedTeacher
 from tinyfusion.few_steps.matching import MatchingObjective
+from tinyfusion.jobs.assemble import take_the_same
 from tinyfusion.jobs.process_specs import noising_of
 from tinyfusion.jobs.training import Training
 from tinyfusion.models.checkpoint import LoadedModel
@@ -37,7 +38,7 @@ def few_steps_of(recipe: Recipe) -> FewSteps:
 def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> None:
     """Raise UserError where student and teacher do not take the same, or cannot draw in few steps."""
     noising_of(student)
-    if not teacher.takes_inputs_of(student):
+    if not take_the_same(teacher, student):
         raise UserError(
             f"the teacher {recipe.teacher} does not take what the student takes: wanted one of the same family, input and classes"
         )

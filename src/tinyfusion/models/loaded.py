@@ -128,11 +128,6 @@ class LoadedModel:
         channels, published = int(self.arch.in_channels), self.family.guided_channels
         return channels if published is None else min(published, channels)
 
-    def takes_inputs_of(self, other: LoadedModel) -> bool:
-        """Whether it is of the same family as `other`, and takes the same images and classes."""
-        same = ("in_channels", "input_size", "num_classes")
-        return self.family is other.family and all(getattr(self.arch, n) == getattr(other.arch, n) for n in same)
-
     @property
     def conditions(self) -> Condition:
         """The conditions by label: its classes, or texts. Raises UserError if it takes texts and has none."""
