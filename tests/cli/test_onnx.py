@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from material import Cli, done, refused, tiny_mar, tiny_sit
@@ -26,6 +25,7 @@ from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.sample.drive import SampleDraws, sample
 
+onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 LABELS = [3, 1, 4]
 EXPORT = "export --model {} --to onnx --out made/g"
 
