@@ -18,12 +18,12 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +43,7 @@ from tinyfusion.sample.drive import to_uint8
 SHAPES = {"DiT-D14/2": 14, "DiT-XL/2": 28}  # -> blocks, of width 1152
 CPU = torch.device("cpu")
 OUTSIDE = r"^(?!network\.blocks\.)"
+SCORED = ("float32", "int8-weights", "int8")
 IN_FLOAT = {  # layers that stay float32 in int8
     "int8 of every layer": (),
     "int8": (OUTSIDE,),
@@ -76,8 +77,8 @@ def deep(blocks: int) -> LoadedModel:
     return dataclasses.replace(model, arch=dataclasses.replace(model.arch, depth=blocks))
 
 
-def latency(shape: str, repeats: int) -> dict[str, Any]:
-    """Processor seconds of every form, of every round, and sizes in bytes."""
+def latency(shape: str, repeats: int, skip: Sequence[str]) -> dict[str, Any]:
+    """Processor seconds of every form, of every round, and sizes in bytes. skip: forms of graphs that are not timed."""
     model = deep(SHAPES[shape])
     num = sum(p.numel() for p in model.module.parameters())
     x, t, y = torch.randn(2, 4, 32, 32), torch.full((2,), 500), torch.tensor([3, 1000])
@@ -87,25 +88,26 @@ def latency(shape: str, repeats: int) -> dict[str, Any]:
     calls["torch bfloat16"] = lambda: half.module(x.bfloat16(), t, y)
     calls["torch int8"] = lambda: whole.module(x, t, y)
     inputs = {"x": x.numpy(), "t": t.float().numpy(), "y": y.numpy()}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as around:
-        graph = onnx_graph(model)
-        for form in ("float32", "int8-weights", "int8"):
+    with tempfile.TemporaryDirectory() as folder:
+        whole_graph = Path(folder) / "float32.onnx"
+        save_graph(onnx_graph(model), whole_graph)
+        for form in ("int8-weights", "int8", "float32"):  # the last one's file is removed
             path = Path(folder) / f"{form}.onnx"
-            own = graph
             if form != "float32":
-                own = copy.deepcopy(graph) if form == "int8-weights" else graph
-                own = quantized(own, form, [OUTSIDE])
-            save_graph(own, path)
+                save_graph(quantized(onnx.load_model(whole_graph), form, [OUTSIDE]), path)
             sizes[f"onnxruntime {form}"] = sum(file.stat().st_size for file in Path(folder).glob(f"{form}.onnx*"))
-            session = open_graph(path)
-            calls[f"onnxruntime {form}"] = lambda session=session: session.run(None, inputs)
+            print(f"{shape} {form}: {sizes[f'onnxruntime {form}']:,} bytes", flush=True)
+            if form not in skip:
+                session = open_graph(path)
+                calls[f"onnxruntime {form}"] = lambda session=session: session.run(None, inputs)
             for file in Path(folder).glob(f"{form}.onnx*"):
                 file.unlink()
-            print(f"{shape} {form}: {sizes[f'onnxruntime {form}']:,} bytes", flush=True)
-        del graph, own
-        compiled = model.copy()
-        around.enter_context(compiled.stack.compiled())
-        calls["torch float32 compiled"] = lambda: compiled.module(x, t, y)
+
+        def compiled() -> Tensor:
+            with model.stack.compiled():
+                return model.module(x, t, y)
+
+        calls["torch float32 compiled"] = compiled
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         with torch.inference_mode():
             for turn in range(repeats + 1):  # the first warms up
@@ -118,13 +120,18 @@ def latency(shape: str, repeats: int) -> dict[str, Any]:
     return {"shape": shape, "parameters": num, "seconds": seconds, "bytes": sizes}
 
 
-def fid(seeds: int, num_images: int) -> dict[str, Any]:
-    """FID of every form and seed of noise, and the error of the output of every choice of layers in float32."""
+def fid(
+    seeds: int, num_images: int, known: Mapping[str, dict[str, float]], save: Callable[[Any], None]
+) -> dict[str, Any]:
+    """FID of every form and seed of noise, and the error of the output of every choice of layers in float32.
+
+    known: scores by form and seed, which are not computed again. save: called after every score.
+    """
     model, settings = open_model("digits"), SampleSection(sampler="ddim", num_steps=50, guidance=1.5, batch_size=250)
     model.module.eval()
     real = load_digits()
     reference = to_uint8(torch.from_numpy(real.x))
-    graph, scores, errors, images = onnx_graph(model), {}, {}, {}
+    graph, errors, scores = onnx_graph(model), {}, {name: dict(values) for name, values in known.items()}
     noisy = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     t, y = torch.arange(256) * 999 // 255, torch.arange(256) % 11
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -139,16 +146,18 @@ def fid(seeds: int, num_images: int) -> dict[str, Any]:
             forms[name] = Graph(path)
         for name, module in forms.items():
             errors[name] = float((module(noisy, t, y) - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
-            if "also" in name:
-                continue
-            scores[name] = []
-            for seed in range(seeds):
+        for seed in range(seeds):
+            for name in (
+                name for name in forms if name.startswith("torch") or name.removeprefix("onnxruntime ") in SCORED
+            ):
+                if str(seed) in scores.setdefault(name, {}):
+                    continue
                 labels = np.arange(num_images) % 10
-                drawn = sample_images(dataclasses.replace(model, module=module), labels, settings, seed=seed)
-                scores[name].append(float(evaluate_images(drawn, reference)["fid"]))
-                images.setdefault(seed, drawn)
-                print(f"{name} seed {seed}: FID {scores[name][-1]:.3f}", flush=True)
-    return {"fid": scores, "errors": errors, "num_images": num_images}
+                drawn = sample_images(dataclasses.replace(model, module=forms[name]), labels, settings, seed=seed)
+                scores[name][str(seed)] = float(evaluate_images(drawn, reference)["fid"])
+                print(f"{name} seed {seed}: FID {scores[name][str(seed)]:.3f}", flush=True)
+                save({"fid": scores})
+    return {"fid": scores, "errors": errors}
 
 
 def page(results: list[dict[str, Any]]) -> str:
@@ -171,8 +180,8 @@ def page(results: list[dict[str, Any]]) -> str:
             plain = result["fid"]["torch float32"]
             rows = []
             for name, values in result["fid"].items():
-                apart = [value - own for value, own in zip(values, plain, strict=True)]
-                rows.append((name, spread(values), spread(apart, 3), f"{result['errors'][name]:.2%}"))
+                apart = [values[seed] - plain[seed] for seed in values]
+                rows.append((name, spread([*values.values()]), spread(apart, 3), f"{result['errors'][name]:.2%}"))
             lines += table(("form", "FID", "FID - that of torch float32", "error of the output"), *rows)
             lines += ["", *MORE.strip().split("\n"), ""]
             kept = {name: value for name, value in result["errors"].items() if "int8" in name and "torch" not in name}
@@ -215,6 +224,9 @@ def main() -> None:
     parser.add_argument("--part", choices=("latency", "fid"))
     parser.add_argument("--shape", choices=tuple(SHAPES), default="DiT-D14/2")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--skip", nargs="*", default=(), help="forms of graphs that are not timed, where memory is short"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--json", type=Path, help="file of the numbers")
@@ -229,15 +241,20 @@ def main() -> None:
         if options.out:
             write_text(options.out, text)
         return
-    both = {
-        "latency": lambda: latency(options.shape, options.repeats),
-        "fid": lambda: fid(options.seeds, options.num_images),
-    }
-    result = both[options.part or "latency"]()
+    path = options.json
+
+    def save(result: Any) -> None:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(result, indent=1) + "\n")
+
+    if options.part == "fid":
+        known = json.loads(path.read_text(encoding="utf-8"))["fid"] if path and path.is_file() else {}
+        result = fid(options.seeds, options.num_images, known, save)
+    else:
+        result = latency(options.shape, options.repeats, options.skip)
     print(json.dumps(result))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.json, json.dumps(result, indent=1) + "\n")
+    save(result)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from material import Cli, done, refused, tiny_mar, tiny_sit
@@ -29,6 +28,7 @@ from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.processes.noising import FewSteps
 from tinyfusion.sample.drive import SampleDraws, sample
 
+onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 LABELS = [3, 1, 4]
 EXPORT = "export --model {} --to onnx --out made/g"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from families import tiny
+from families import ROWS, tiny
+from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.conditioning.condition import Condition
+from tinyfusion.core.errors import UserError
 from tinyfusion.export import onnx_folder
-from tinyfusion.export.onnx_graph import OPSET, denoiser, onnx_graph
+from tinyfusion.export.onnx_graph import OPSET, denoiser, exported, onnx_graph
 from tinyfusion.export.onnx_int8 import FORMS, outside_lists, quantized
-from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.attach import attach
+from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.sample.drive import guided
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -90,3 +94,21 @@ def test_the_plain_graph_has_the_documented_inputs_and_names_no_file_of_this_mac
         assert onnx_folder.TOLERANCE < onnx_folder.differences(path, stage)[1] < 0.05
         whole = {each.name.rpartition(".MatMul")[0] for each in small.graph.initializer if each.name.endswith("_int8")}
         assert "network.blocks.0.mlp.fc1" in whole and not any("final_layer" in name for name in whole)
+
+
+def test_models_that_are_no_single_network_are_refused_with_the_reason() -> None:
+    routed = attach(new_model("dit", dict(ROWS["dit"], hidden_size=32, num_heads=4), 0), DynamicSettings())
+    with pytest.raises(UserError, match="routers choose heads, channels and tokens anew at every timestep"):
+        onnx_graph(routed.loaded)
+    with pytest.raises(UserError, match="in stages"):
+        onnx_graph(tiny("mar"))
+
+
+def test_an_error_of_the_exporter_is_told_in_one_line() -> None:
+    stage = denoiser(tiny("dit"))
+
+    def by_value(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * 2 if float(x.sum()) > 0 else x
+
+    with pytest.raises(UserError, match="torch's exporter does not take this network: ."):
+        exported(dataclasses.replace(stage, run=by_value))

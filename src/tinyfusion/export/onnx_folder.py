@@ -226,16 +226,18 @@ def differences(path: Path, stage: Stage, seed: int = 1) -> tuple[float, float]:
     largest, squares, size = 0.0, 0.0, 0.0
     was_training = stage.network.training
     stage.network.eval()
-    for num in (1, 3):
-        arguments = stage.example(num, torch.Generator().manual_seed(seed))
-        wanted = stage.run(**arguments).double().numpy()
-        (found,) = session.run(["output"], {name: tensor.numpy() for name, tensor in arguments.items()})
-        if found.shape != wanted.shape or not np.isfinite(found).all():
-            return float("inf"), float("inf")
-        error = found - wanted
-        largest = max(largest, float(np.abs(error).max()) / max(1.0, float(np.abs(wanted).max())))
-        squares, size = squares + float(np.square(error).sum()), size + float(np.square(wanted).sum())
-    stage.network.train(was_training)
+    try:
+        for num in (1, 3):
+            arguments = stage.example(num, torch.Generator().manual_seed(seed))
+            wanted = stage.run(**arguments).double().numpy()
+            (found,) = session.run(["output"], {name: tensor.numpy() for name, tensor in arguments.items()})
+            if found.shape != wanted.shape or not np.isfinite(found).all():
+                return float("inf"), float("inf")
+            error = found - wanted
+            largest = max(largest, float(np.abs(error).max()) / max(1.0, float(np.abs(wanted).max())))
+            squares, size = squares + float(np.square(error).sum()), size + float(np.square(wanted).sum())
+    finally:
+        stage.network.train(was_training)
     return largest, (squares / size) ** 0.5 if size else 0.0
 
 
