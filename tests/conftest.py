@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -59,9 +60,9 @@ def check_golden(folder: Path) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say why golden subjects were skipped, without needing -rs."""
+    """Say why golden subjects and pages in a browser were skipped, without needing -rs."""
     for report in terminalreporter.stats.get("skipped", []):
-        if "test_golden" in report.nodeid and isinstance(report.longrepr, tuple):
+        if re.search("test_golden|test_demo", report.nodeid) and isinstance(report.longrepr, tuple):
             terminalreporter.write_line(f"{report.nodeid}: {report.longrepr[2]}")
 
 

@@ -23,6 +23,7 @@ from tinyfusion.conditioning.condition import Condition
 from tinyfusion.conditioning.texts import text_table
 from tinyfusion.config.recipe import (
     ComputeSection,
+    DistillStepsSection,
     FlowSection,
     PruneSection,
     Recipe,
@@ -37,6 +38,7 @@ from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.families.family import ModelFamily
 from tinyfusion.families.registry import register_family
 from tinyfusion.jobs.criteria import criterion_context
+from tinyfusion.jobs.few_steps import check_few_steps, few_step_training
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.jobs.recording import record_inputs
 from tinyfusion.jobs.sampling_setup import open_drawing
@@ -53,12 +55,13 @@ from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.criteria import CRITERIA, by_indices, decide
 from tinyfusion.prune.learn import plan_of
 from tinyfusion.training.engine import Engine
-from tinyfusion.training.loop import StepRecord
+from tinyfusion.training.loop import BatchSource, StepRecord
 
 __all__ = [
-    "ComputeSection", "Condition", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan", "PruneSection", "RecoverSection",
-    "SampleSection", "Streams", "Task", "TrainingSection", "evaluate_images", "learn_masks", "objective_of", "open_model",
-    "prune_model", "record_inputs", "recover_model", "register_family", "sample_images", "save_model", "text_table", "wrap_module",
+    "ComputeSection", "Condition", "DistillStepsSection", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan",
+    "PruneSection", "RecoverSection", "SampleSection", "Streams", "Task", "TrainingSection", "distill_model_steps",
+    "evaluate_images", "learn_masks", "objective_of", "open_model", "prune_model", "record_inputs", "recover_model",
+    "register_family", "sample_images", "save_model", "text_table", "wrap_module",
 ]  # fmt: skip
 
 Batches = Iterable[Any] | Callable[[int, Draws], Any]
@@ -204,6 +207,34 @@ def recover_model(
         parameter.data = parameter.data.to(types[name])
     recovered.module.train(student.module.training)
     return recovered
+
+
+def distill_model_steps(
+    student: LoadedModel,
+    teacher: LoadedModel,
+    batches: BatchSource,
+    settings: DistillStepsSection | None = None,
+    *,
+    guidance: float = 1.5,
+    seed: int = 0,
+    compute: ComputeSection | None = None,
+    on_step: OnStep = lambda record: None,
+) -> LoadedModel:
+    """A trained copy of `student` that draws in `settings.num_steps` steps what `teacher` draws in many under guidance.
+
+    Both are models of families; the student may be the teacher itself, or a pruned one, recovered. batches: of a data set
+    (tinyfusion.data.batches). guidance: folded in, unless settings state their own. `sample_images` draws with the student's own steps.
+    Student and teacher are not changed. Raises UserError where they do not go together, or their process has no few steps.
+    """
+    settings, sampling = settings or DistillStepsSection(), SampleSection(guidance=guidance)
+    recipe = Recipe(seed=seed, distill_steps=settings, sample=sampling)
+    check_few_steps(recipe, student, teacher)
+    work = few_step_training(recipe, student.copy(), teacher.copy(), batches, _engine(student, compute))
+    for record in work.steps():
+        on_step(record)
+    distilled = work.averaged()
+    distilled.module.train(student.module.training)
+    return distilled
 
 
 def sample_images(

@@ -93,14 +93,16 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
     if verb == "export":
         from tinyfusion.commands.export import ExportOptions, export
 
-        chosen = {name: getattr(options, name) for name in ("model", "to", "pipeline", "vae", "labels", "push_to_hub")}
+        names = ("model", "to", "pipeline", "vae", "labels", "push_to_hub", "guided", "quantize")
+        chosen = {name: getattr(options, name) for name in names}
         return export(where, ExportOptions(settings=recipe.sample, **chosen))
     typed = {
-        "recover": ("student",), "dynamic": ("model",), "encode": ("data", "prompts"), "sample": ("model", "grid", "png"),
-        "evaluate": ("samples", "reference", "against"), "explain": ("model",),
+        "recover": ("student",), "dynamic": ("model",), "distill-steps": ("model",),
+        "encode": ("data", "prompts"), "sample": ("model", "grid", "png"), "explain": ("model",),
+        "evaluate": ("samples", "reference", "against"), "demo": ("model", "vs", "labels", "runtime"),
     }.get(verb, ())  # fmt: skip
     together = {"together": True} if verb == "sample" else {}
-    name = "encode_captions" if verb == "encode" and recipe.encode.pipeline is not None else verb
+    name = "encode_captions" if verb == "encode" and recipe.encode.pipeline is not None else verb.replace("-", "_")
     command = getattr(import_module(f"tinyfusion.commands.{name}"), name)
     return command(recipe, where, *(getattr(options, name) for name in typed), **together)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyfusion.config.loading import build, field_help, field_kind, nearest_choice
-from tinyfusion.config.recipe import Dtype, Recovery, Sampler
+from tinyfusion.config.recipe import Dtype, Recovery, Sampler, StepDistillation
 from tinyfusion.core.errors import UserError
 
 
@@ -189,6 +189,20 @@ VERBS = {
         ),
         parallel=True,
     ),
+    "distill-steps": Verb(
+        "Train a model to draw in few steps what its teacher draws in many, guidance included.",
+        "--recipe digits-4-steps --model runs/recovered --teacher digits --out runs/fast",
+        (
+            *_JOB, *_OPENING, *_trains("distill_steps.training"), _MODEL, _RUN_FOLDER,
+            Option("num_steps", "", "N", ("distill_steps.num_steps",)),
+            Option("method", "", _choices(StepDistillation), ("distill_steps.method",)),
+            Option("guidance", "", "X", ("distill_steps.guidance",)),
+            _DATA, _TEACHER,
+            Option("steps", "", "N", ("distill_steps.training.steps",)),
+            _RESUME,
+        ),
+        parallel=True,
+    ),
     "sample": Verb(
         "Draw images.",
         "--recipe digits --model runs/recovered --labels 3,7 --out 37.npz --grid 37.png",
@@ -207,6 +221,7 @@ VERBS = {
             Option("png", "also write a folder of PNGs, 000000.png and so on", "PATH", kind=Path),
             Option("dtype", "", _choices(Dtype), ("sample.dtype", "pipeline.dtype")),
             Option("compile", "", None, ("sample.compile",)),
+            Option("quantize", "", "int8", ("sample.quantize",)),
             Option("vae", "", "PATH|ID", ("sample.vae",)),
             *_PIPELINE, _BLOCKS,
         ),
@@ -240,14 +255,29 @@ VERBS = {
         "--model runs/recovered --to diffusers --out student",
         (
             *_JOB, *_OPENING, _MODEL,
-            Option("to", "format", "diffusers|official|single-file|tinyfusion",
-                   kind=Literal["diffusers", "official", "single-file", "tinyfusion"], required=True),
+            Option("to", "format", "diffusers|official|onnx|single-file|tinyfusion",
+                   kind=Literal["diffusers", "official", "onnx", "single-file", "tinyfusion"], required=True),
             Option("out", "folder; of official a .safetensors or .pt file", "PATH", kind=Path, required=True),
             Option("pipeline", "diffusers: a whole DiTPipeline, with scheduler and autoencoder"),
             Option("vae", "autoencoder of the pipeline (default that of the model)", "PATH|ID"),
             Option("labels", "names of the classes for the pipeline: one per line, or JSON (default those of its source)", "FILE"),
+            Option("guided", "onnx: the graph of the guided denoiser, with the input `guidance`, at twice the work"),
+            Option("quantize", "onnx: int8 products (int8), or weights of 8 bits alone (int8-weights)", "int8|int8-weights",
+                   kind=Literal["int8", "int8-weights"]),
             Option("push_to_hub", "also upload the folder to this repository of the hub", "ORG/NAME"),
             _BLOCKS,
+        ),
+    ),
+    "demo": Verb(
+        "A page of static files on which models draw in the browser, side by side from the same noise.",
+        "runs/recovered --vs digits --out page",
+        (
+            *_JOB, *_OPENING, _OF_MODEL,
+            Option("vs", "model to draw side by side with", "MODEL"),
+            Option("out", "folder of the page", "PATH", kind=Path, required=True),
+            Option("guidance", "", "X", ("sample.guidance",)),
+            Option("labels", "names of the classes: one per line, or JSON (default their numbers)", "FILE", kind=Path),
+            Option("runtime", "the npm package onnxruntime-web, packed or unpacked (default fetched once by npm)", "PATH", kind=Path),
         ),
     ),
     "encode": Verb(
@@ -326,6 +356,7 @@ VERBS = {
             Option("guidance", "", "X", ("pipeline.guidance", "sample.guidance")),
             Option("dtype", "", _choices(Dtype), ("bench.dtype", "pipeline.dtype")),
             Option("compile", "", None, ("bench.compile",)),
+            Option("quantize", "", "int8", ("bench.quantize",)),
             Option("repeats", "", "N", ("bench.repeats",)),
             Option("prompts", f"transformers of diffusers: prompts that their pipelines draw, {_LINES}", "PATH",
                    ("data.prompts",)),

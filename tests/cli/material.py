@@ -12,14 +12,17 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from shared import random_model
+from tinyfusion.jobs.web_runtime import FILES
 from tinyfusion.models.checkpoint import LoadedModel, save_model
 from tinyfusion.prune.criteria import by_indices
 
@@ -55,6 +58,13 @@ def refused(cli: Cli, command: str, *parts: str) -> str:
     assert error.startswith("error: "), outcome.err
     assert [part for part in parts if part not in error] == [], error
     return error
+
+
+def pages_of_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of `demo` get a network and a runtime of a few bytes, and no browser opens them."""
+    network = SimpleNamespace(SerializeToString=lambda: b"a network with gates")
+    monkeypatch.setattr("tinyfusion.commands.demo.onnx_graph", lambda _, switches: network if switches else None)
+    monkeypatch.setattr("tinyfusion.commands.demo.runtime_files", lambda _: dict.fromkeys(FILES, b"//"))
 
 
 def tiny(seed: int = 0, **sizes: Any) -> LoadedModel:

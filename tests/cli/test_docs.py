@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from material import Cli, tiny, tiny_mar, tiny_sit
+from material import Cli, pages_of_few_bytes, tiny, tiny_mar, tiny_sit
 from PIL import Image
 from safetensors.torch import save_file
 from test_evaluate import random_weights
@@ -54,14 +54,18 @@ SHORT = {
     "prune": "prune.training",
     "recover": "recover.training",
     "dynamic": "dynamic.training dynamic",
+    "distill-steps": "distill_steps.training distill_steps",
     "sample": "sample",
     "explain": "explain",
 }
 YARDSTICKS = ("digits-flux", "digits-sd3")  # pipelines that ship
 SETTINGS = {
-    **dict.fromkeys(("train", "prune.training", "recover.training", "dynamic.training"), TRAINING),
+    **dict.fromkeys(
+        ("train", "prune.training", "recover.training", "dynamic.training", "distill_steps.training"), TRAINING
+    ),
     "compute": "compile=false",
     "dynamic": "finish_steps=1 auxiliary_steps=1 ramp_steps=1 calibration_images=0",
+    "distill_steps": "teacher_steps=8",
     "sample": "num_images=8 batch_size=8 num_steps=2",
     "explain": "images=8 passes=1 drawn=2 most_steps=2",
     "speed": "repeats=2 batch_size=2 steps_per_repeat=1",
@@ -208,6 +212,7 @@ def reader(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(captioned_digits, "COPIES", 1)
     monkeypatch.setattr(extractors, "fetch_weights", lambda name: stand_ins / "inception.safetensors")
     monkeypatch.setattr(scoring, "cache_folder", lambda: tmp_path / "cache")
+    pages_of_few_bytes(monkeypatch)
     shutil.copytree(stand_ins / "brought", tmp_path / "reader")
     monkeypatch.chdir(tmp_path / "reader")
     return tmp_path / "reader"
@@ -240,15 +245,25 @@ def trainings(verb: str, recipe: Recipe) -> dict[str, TrainingSection]:
     pruning = {"prune.training": recipe.prune.training} if recipe.prune.criterion == "learned" else {}
     recovery = {"recover.training": recipe.recover.training}
     routed = {"dynamic.training": recipe.dynamic.training}
-    whole = pruning | recovery | (routed if recipe.dynamic.in_run else {})
-    found = {"train": {"train": recipe.train}, "prune": pruning, "recover": recovery, "run": whole, "dynamic": routed}
+    fewer = {"distill_steps.training": recipe.distill_steps.training}
+    whole = (
+        pruning | recovery | (routed if recipe.dynamic.in_run else {}) | (fewer if recipe.distill_steps.in_run else {})
+    )
+    found = {
+        "train": {"train": recipe.train},
+        "prune": pruning,
+        "recover": recovery,
+        "run": whole,
+        "dynamic": routed,
+        "distill-steps": fewer,
+    }
     return found.get(verb, {})
 
 
 def horizon_warnings(words: list[str]) -> list[str]:
     """The warnings about moving averages that a command of ours would print, exactly as typed."""
     verb, options = parse(words[1:])
-    if verb not in ("train", "prune", "recover", "run", "dynamic"):
+    if verb not in ("train", "prune", "recover", "run", "dynamic", "distill-steps"):
         return []
     recipe = load_recipe(options.recipe, options.set, overrides(verb, options))
     found = [horizon_warning(s.ema_decay, s.made_steps, section) for section, s in trainings(verb, recipe).items()]
@@ -277,6 +292,8 @@ def test_no_command_trains_too_short_for_its_average(
         ("train --steps 3 --out o", 1),
         ("dynamic --model digits --data digits --steps 500 --out o", 1),
         ("dynamic --recipe digits-dynamic --model digits --out o", 0),
+        ("distill-steps --model digits --teacher digits --steps 500 --out o", 1),
+        ("distill-steps --recipe digits-4-steps --model digits --out o", 0),
     ],
 )
 def test_short_averages_are_recognised(command: str, num: int) -> None:
@@ -372,9 +389,20 @@ def test_every_fenced_shell_command_is_known() -> None:
 FIELDS = {path for path, _, _ in recipe_fields(Recipe())}
 SECTIONS = {path.rpartition(".")[0] for path in FIELDS if "." in path}
 OPTIONS = {option.typed for verb in VERBS.values() for option in verb.options}
-FILES = ("json", "npz", "toml", "html", "pkl", "safetensors", "save_pretrained")  # what follows a dot in other names
+FILES = (
+    "json",
+    "npz",
+    "toml",
+    "html",
+    "pkl",
+    "safetensors",
+    "save_pretrained",
+    "py",
+    "onnx",
+)  # what follows a dot in other names
 
-FOREIGN = {"--sparse", "dynamic.ratio"}  # an option of tar, a field of model.json
+# options of tar, http.server and npm; a field of model.json
+FOREIGN = {"--sparse", "--directory", "--pack-destination", "dynamic.ratio"}
 
 
 def spoken(path: Path) -> Iterator[tuple[int, str]]:
@@ -415,6 +443,8 @@ def test_strangers_are_recognised(text: str, strangers: list[str]) -> None:
 
 def test_messages_name_only_what_there_is() -> None:
     """Fields that the recipe has, options that a verb has, and no documents: an installed package brings none."""
-    sources = sorted((ROOT / "src").rglob("*.py"))
+    sources = sorted(
+        path for path in (ROOT / "src").rglob("*.py") if "assets" not in path.parts
+    )  # scripts of their own
     found = {f"{p.name}:{line}": names for p in sources for line, text in spoken(p) if (names := strangers_in(text))}
     assert len(sources) > 100 and found == {}

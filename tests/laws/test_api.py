@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tinyfusion as tf
 from tinyfusion.blocks.streams import Streams
-from tinyfusion.config.recipe import PruneSection, RecoverSection, SampleSection, TrainingSection
+from tinyfusion.config.recipe import DistillStepsSection, PruneSection, RecoverSection, SampleSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.batches import ShuffledBatches
@@ -184,6 +184,17 @@ def test_samples_and_scores(tiny_model: Any) -> None:
     assert tf.evaluate_images(images, real)["fid"] > 50
 
 
+def test_a_student_of_few_steps(tiny_model: Any) -> None:
+    teacher = tiny_model(input_size=8, in_channels=1, num_classes=10)
+    data, seen = ShuffledBatches(load_digits(), Randomness(0), torch.device("cpu")), list[int]()
+    settings = DistillStepsSection(num_steps=2, training=TRAINING)
+    before = teacher.hash()
+    student = tf.distill_model_steps(teacher, teacher, data, settings, on_step=lambda record: seen.append(record.step))
+    assert student.facts.few_steps is not None and student.facts.few_steps.levels == (1.0, 0.5) and len(seen) == 12
+    assert teacher.hash() == before and teacher.facts.few_steps is None and student.hash() != before
+    assert tf.sample_images(student, [1, 2]).shape == (2, 8, 8, 1)
+
+
 def test_a_model_of_latents_gives_latents_whether_their_scale_is_known_or_not(tiny_model: Any) -> None:
     model = tiny_model(in_channels=16)
     assert model.facts.latent_scale is None
@@ -217,6 +228,7 @@ AVERAGED = tf.Task(TASK.predict_output, lambda out, batch: out.mean())
         (lambda t: tf.wrap_module(t.module, ["layers"]), "no submodule 'layers'; its lists are trunk.layers"),
         (lambda t: tf.wrap_module(t.module, ["enter"]), "'enter' is a Linear, not an nn.ModuleList with blocks"),
         (lambda t: tf.wrap_module(t.module, []), "path of at least one list"),
+        (lambda t: tf.distill_model_steps(t, t, lambda step, draws: {}), "few steps are for models of families"),
         (lambda t: tf.learn_masks(t, TASK, [], LEARN), "the batches have come to an end"),
         (lambda t: tf.learn_masks(t, TASK, iter(batches(2)), LEARN), "the batches have come to an end"),
         (lambda t: tf.learn_masks(t, TASK, ["text"], LEARN), "a nest of tensors; got a str"),

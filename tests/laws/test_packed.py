@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from tinyfusion.blocks import packed as packed_module
 from tinyfusion.blocks.dynamics import Deciding
 from tinyfusion.blocks.packed import PackedLinear, can_pack, gelu_linear, held_bytes, pack, row_step
+from tinyfusion.blocks.packed_int8 import Int8Linear, can_quantize
 from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.dynamic.subnetworks import SubNetworks, resolve
 from tinyfusion.jobs.sampling_setup import in_dtype
@@ -172,3 +173,19 @@ def test_a_packed_weight_goes_with_its_layer() -> None:
     del block
     gc.collect()
     assert kept() is None
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not can_quantize(torch.device("cpu")), reason="torch has no oneDNN products of whole numbers here")
+def test_a_layer_of_whole_numbers_is_near_and_rows_do_not_depend_on_each_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(64, 96)
+    whole = Int8Linear(layer)
+    x = torch.randn(3, 5, 64, generator=generator)
+    x[0] *= 1000  # would coarsen the others with a common scale
+    found, wanted = whole(x), layer(x)
+    assert found.shape == wanted.shape
+    for rows in range(3):
+        error = (found[rows] - wanted[rows]).square().mean().sqrt() / wanted[rows].square().mean().sqrt()
+        assert 0 < float(error) < 0.02
+    assert torch.allclose(whole(x[1:]), found[1:], atol=1e-5) and bool(whole(torch.zeros(1, 64)).isfinite().all())

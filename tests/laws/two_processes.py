@@ -20,9 +20,17 @@ from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.blocks.stack import frozen
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.process_sections import MaskedSection
-from tinyfusion.config.recipe import ComputeSection, PruneSection, RecoverSection, TrainingSection
+from tinyfusion.config.recipe import (
+    ComputeSection,
+    DistillStepsSection,
+    PruneSection,
+    Recipe,
+    RecoverSection,
+    TrainingSection,
+)
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.dynamic.train import DynamicObjective
+from tinyfusion.jobs.few_steps import few_step_training
 from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.processes.base import Batch, Objective
@@ -145,6 +153,15 @@ def dynamic(engine: Engine, auxiliary: Any = "complete", **settings: Any) -> Job
     return Job(TrainState(model.module, [ParameterGroup(trainable(model.module))], SETTINGS), goal, SETTINGS)
 
 
+def few_steps(engine: Engine, method: str) -> Job:
+    """A pruned student that learns to draw in few steps: its own calls differ by image, and a critic trains too."""
+    teacher = teacher_model()
+    student = teacher.cut(by_indices(teacher, [0, 2], seed=0))
+    section = DistillStepsSection(method=method, num_steps=3, teacher_steps=6, training=SETTINGS)  # type: ignore[arg-type]
+    work = few_step_training(Recipe(distill_steps=section), student, teacher, batches, engine)
+    return Job(work.state, work.objective, SETTINGS)
+
+
 CASES: dict[str, Callable[[Engine], Job]] = {
     "learning-lora": learning,
     "learning-full-subset-score": lambda engine: learning(
@@ -161,6 +178,8 @@ CASES: dict[str, Callable[[Engine], Job]] = {
         engine, "masked-kd", replace(SETTINGS, stop_after=SHORT, dtype="float16")
     ),
     "masked-tokens": masked_recovery,
+    "few-steps-consistency": lambda engine: few_steps(engine, "consistency"),
+    "few-steps-matching": lambda engine: few_steps(engine, "matching"),
     "dynamic": dynamic,
     "dynamic-depth-teacher": lambda engine: dynamic(engine, "teacher", depth=True, forced_first=False),
 }
@@ -168,7 +187,7 @@ RUNS = [
     (case, way)
     for case in CASES
     for way in WAYS
-    if case in ("learning-lora", "masked-kd", "dynamic") or not way.startswith("ddp-")
+    if case in ("learning-lora", "masked-kd", "dynamic", "few-steps-matching") or not way.startswith("ddp-")
 ]
 
 

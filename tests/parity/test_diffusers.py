@@ -16,14 +16,19 @@ from safetensors.torch import load_file, save_file
 
 from tinyfusion.commands.export import ExportOptions, export
 from tinyfusion.commands.prune import prune
-from tinyfusion.config.recipe import PruneSection, Recipe
+from tinyfusion.conditioning.classes import class_condition
+from tinyfusion.config.recipe import PruneSection, Recipe, SampleSection
 from tinyfusion.core.errors import UserError
+from tinyfusion.core.rng import Randomness
 from tinyfusion.families.dit import diffusers as ours
 from tinyfusion.families.dit.model import SIZES, published_arch
 from tinyfusion.families.registry import FAMILIES
 from tinyfusion.jobs.assemble import RunOptions
+from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
+from tinyfusion.processes.noising import FewSteps
 from tinyfusion.prune.criteria import by_indices
+from tinyfusion.sample.drive import SampleDraws
 
 TINY = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=4, num_heads=2, num_classes=1000)
 T, Y = [0, 250, 999], [0, 3, 1000]
@@ -230,6 +235,53 @@ pipeline.save_pretrained("saved")
         assert opened.hash() == open_model(tmp_path / "own").made_for("diffusers").hash()
         assert opened.origin["kind"] == "folder of diffusers in a DiTPipeline"
     assert open_model(tmp_path / "student").facts.license == "CC-BY-NC-4.0"
+
+
+def test_a_pipeline_draws_a_student_of_few_steps(tmp_path: Path, vae: Path, stranger: Stranger) -> None:
+    """Without guidance, at trailing timesteps: the latents are those of our own sampler."""
+    model = random_weights(new_model("dit", TINY, 0))
+    few = FewSteps("consistency", (1.0, 0.5), 4.0, fresh_noise=False)
+    model.facts = dataclasses.replace(model.facts, image_size=8, latent_scale=0.18215, few_steps=few)
+    save_model(model, tmp_path / "own")
+    what = ExportOptions(str(tmp_path / "own"), "diffusers", pipeline=True, vae=str(vae))
+    export(RunOptions(tmp_path / "student"), what)
+    stranger(
+        """
+pipeline = DiTPipeline.from_pretrained("student")
+pipeline.set_progress_bar_config(disable=True)
+start, latents = [], []
+scheduler = pipeline.scheduler
+def watched(output, t, x, made=scheduler.step, **given):
+    start.append(x[:2].clone())
+    after = made(output, t, x, **given)
+    latents.append(after.prev_sample[:2].clone())
+    return after
+scheduler.step = watched
+pipeline([1, 207], num_inference_steps=2, guidance_scale=1.0)
+assert scheduler.timesteps.tolist() == [999, 499], scheduler.timesteps
+save_file({"start": start[0], "end": latents[-1]}, "drawn.safetensors")
+""",
+        tmp_path,
+    )
+    drawn = load_file(tmp_path / "drawn.safetensors")
+    student = open_model(tmp_path / "student")
+    assert student.facts.few_steps == few
+
+    class Draws(SampleDraws):
+        def images(self, model: LoadedModel, position: int = -1) -> torch.Tensor:
+            return drawn["start"]
+
+    draws = Draws(Randomness(0), 0, 2, torch.device("cpu"))
+    with torch.no_grad():
+        *_, own = sampler_of(SampleSection(), student).trajectory(
+            student, class_condition(torch.tensor([1, 207]), 1000), draws
+        )
+    torch.testing.assert_close(own, drawn["end"], rtol=1e-3, atol=1e-3)
+    assert "num_inference_steps=2, guidance_scale=1" in (tmp_path / "student" / "README.md").read_text()
+    fresh = dataclasses.replace(model.facts, few_steps=FewSteps("matching", (0.8, 0.4), 4.0, fresh_noise=True))
+    save_model(dataclasses.replace(model, facts=fresh), tmp_path / "other")
+    with pytest.raises(UserError, match="which no scheduler of diffusers makes"):
+        export(RunOptions(tmp_path / "refused"), dataclasses.replace(what, model=str(tmp_path / "other")))
 
 
 def test_names_and_shapes_are_those_of_the_class(tmp_path: Path, stranger: Stranger) -> None:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyfusion.blocks.packed_int8 import Int8Linear
+
 _SMALLEST = 2**18  # weights of a layer; for fewer, the call costs more than it saves
 _TILE = 32  # inner size of a matrix unit: other sizes take up to twice as long, so weights are padded with zeros
 _TILE_ROWS = 16
@@ -99,7 +101,7 @@ def pack(modules: Iterable[nn.Module], smallest: int | None = None) -> None:
 def held_bytes(module: nn.Module) -> int:
     """Bytes of all weights of a module, with packed ones."""
     plain = sum(p.numel() * p.element_size() for p in module.parameters())
-    return plain + sum(layer.num_bytes for layer in module.modules() if isinstance(layer, PackedLinear))
+    return plain + sum(layer.num_bytes for layer in module.modules() if isinstance(layer, PackedLinear | Int8Linear))
 
 
 @cache

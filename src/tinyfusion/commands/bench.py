@@ -22,7 +22,7 @@ from tinyfusion.core.rundir import machine
 from tinyfusion.evaluate.timing import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.process_specs import sampler_of
-from tinyfusion.jobs.sampling_setup import SPREAD_STEPS, TimedModel, timed_model
+from tinyfusion.jobs.sampling_setup import SPREAD_STEPS, TimedModel, check_quantized, timed_model
 from tinyfusion.models.checkpoint import open_model
 from tinyfusion.report.tables import scatters
 
@@ -56,14 +56,16 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
     models = {side: open_model(source, recipe.sample.weights, *typed) for side, source in sources.items()}
     for model in models.values():
         sampler_of(recipe.sample, model)  # raises, also in a dry run
+        check_quantized(model, settings.quantize, settings.dtype, settings.compile, device)
     hashes = {side: model.hash() for side, model in models.items()}
     spread = any(model.dynamic is not None for model in models.values())
-    protocol = _protocol(recipe, device, spread)
+    protocol = _protocol(recipe, device, spread, any(model.facts.few_steps for model in models.values()))
     if dry_run:
         print(f"bench would measure {' and '.join(sources.values())}: {protocol}")
         return {"state": "checked", "protocol": protocol}
     steps = SPREAD_STEPS if spread else None
-    how = (recipe.sample, settings.batch_size, device, steps, recipe.seed, settings.dtype, settings.compile)
+    arithmetic = (settings.dtype, settings.compile, settings.quantize)
+    how = (recipe.sample, settings.batch_size, device, steps, recipe.seed, *arithmetic)
     timed = {name: timed_model(model, *how) for name, model in models.items()}
     sides = {name: _side(side, sources[name], hashes[name]) for name, side in timed.items()}
     with ExitStack() as around:
@@ -77,6 +79,7 @@ class BenchSide:
     """A model of a comparison. One call of `run` makes `steps` denoising steps of a batch.
 
     macs, weight_bytes: of a forward pass of one image, and of all weights, after a run. rows: of the network's batch per image.
+    calls: steps of a whole drawing; None where it is not known.
     """
 
     source: str
@@ -88,6 +91,7 @@ class BenchSide:
     run: Callable[[], object]
     macs: Callable[[], float]
     weight_bytes: Callable[[], int]
+    calls: int | None = None
 
 
 def _side(side: TimedModel, source: str, hash: str) -> BenchSide:
@@ -96,7 +100,7 @@ def _side(side: TimedModel, source: str, hash: str) -> BenchSide:
         return held_bytes(side.model.module) + (ran["extra_bytes"] if ran else 0)
 
     facts = (source, hash, len(side.model.stack), side.num_parameters, side.rows, side.steps)
-    return BenchSide(*facts, side.run, lambda: side.macs, weight_bytes)
+    return BenchSide(*facts, side.run, lambda: side.macs, weight_bytes, side.calls)
 
 
 def measured(
@@ -119,19 +123,22 @@ def measured(
         ratio, low, high = speedup(times["vs"], times["model"])
         counted = sides["vs"].macs() * sides["vs"].rows / (sides["model"].macs() * sides["model"].rows)
         outcome["speedup"] = {"ratio": ratio, "spread": [low, high], "macs_ratio": counted, "share": ratio / counted}
+        if sides["vs"].calls and sides["model"].calls:
+            outcome["drawing_speedup"] = ratio * sides["vs"].calls / sides["model"].calls
     _print(outcome)
     return outcome
 
 
-def _protocol(recipe: Recipe, device: torch.device, spread: bool) -> str:
+def _protocol(recipe: Recipe, device: torch.device, spread: bool, few: bool) -> str:
     """Everything that the numbers depend on except the models and the machine."""
     settings = recipe.bench
     where = place_of(device)
     over = f", mean of {SPREAD_STEPS} over the chain," if spread else ""
-    guidance = f"guidance {recipe.sample.guidance:g} ({2 if recipe.sample.guidance > 1 else 1} rows per image)"
+    guidance = f"guidance {recipe.sample.guidance:g} ({2 if recipe.sample.guidance > 1 else 1} rows per image"
+    guidance += f"{', of a model of few steps 1' if few else ''})"
     return (
         f"one denoising step{over} of {settings.batch_size} image{'s' * (settings.batch_size > 1)}, {guidance}, "
-        f"{settings.dtype}{' compiled' if settings.compile else ''}, {where}, torch {torch.__version__}; "
+        f"{settings.quantize or settings.dtype}{' compiled' if settings.compile else ''}, {where}, torch {torch.__version__}; "
         f"medians of {settings.repeats}, interleaved with each other and a matrix product"
     )
 
@@ -197,6 +204,7 @@ def _numbers(side: BenchSide, timing: Timing, batch_size: int, rate: float) -> d
         "image_steps_per_s": batch_size / seconds,
         "macs_per_s": macs / seconds,
         "share_of_product": macs / seconds / rate,
+        **({} if side.calls is None else {"passes_per_image": side.calls * side.rows}),
     }
 
 
@@ -210,6 +218,7 @@ def _print(outcome: dict[str, Any]) -> None:
         "MACs per image": lambda m: f"{m['macs'] / 1e9:,.3f} G",
         "latency": lambda m: "{:,.4g} ms ({:,.4g} to {:,.4g})".format(m["latency_ms"], *m["latency_ms_spread"]),
         "steps per second": lambda m: f"{m['steps_per_s']:,.4g}",
+        "passes per image": lambda m: f"{m['passes_per_image']:,}" if "passes_per_image" in m else "not known",
         "peak memory": lambda m: "not known" if m["peak_bytes"] is None else f"{m['peak_bytes'] / 2**20:,.0f} MiB",
         "arithmetic": lambda m: f"{m['macs_per_s'] / 1e9:,.4g} GMAC/s, {m['share_of_product']:.1%} of the product",
     }
@@ -225,6 +234,8 @@ def _print(outcome: dict[str, Any]) -> None:
             f"  {'speed-up':18}{ratio['ratio']:.3f} ({low:.3f} to {high:.3f}) for {ratio['macs_ratio']:.3f} times fewer MACs: "
             f"{ratio['share']:.1%} of them"
         )
+    if (drawing := outcome.get("drawing_speedup")) and len({model["passes_per_image"] for model in models}) > 1:
+        print(f"  {'of a drawing':18}{drawing:.3f}")
     unsteady = [str(m["source"]) for m in models if scatters(m["latency_ms_spread"], m["latency_ms"])]
     if unsteady:
         print(f"  the times of {' and '.join(unsteady)} scatter: this machine is busy, measure again when it is idle")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tinyfusion.commands.export_onnx import export_onnx
 from tinyfusion.commands.transformers import export_transformer
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
@@ -25,6 +27,8 @@ from tinyfusion.export.folder import (
     write_folder,
     write_official,
 )
+from tinyfusion.export.onnx_folder import GraphForm
+from tinyfusion.export.onnx_int8 import Int8Form
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.latent_facts import with_settings
 from tinyfusion.jobs.origins import Step, history
@@ -46,12 +50,19 @@ class ExportOptions:
     vae: str | None = None
     labels: str | None = None  # file with the names of the classes
     push_to_hub: str | None = None  # id of a repository of the hub
+    guided: bool = False  # of graphs
+    quantize: Int8Form | None = None  # of graphs
 
 
 def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     """Write the model as `what.to` says; returns what `--json` prints. Raises UserError where the format cannot hold it."""
     _check_options(options.out, what)
     if transformer := transformer_of(what.model, options.blocks):
+        if what.to == "onnx":
+            raise UserError(
+                f"{what.model} is a {transformer.class_name}: its inputs are those of its pipeline, and graphs are written of "
+                "models that `sample` draws by itself: give --to diffusers"
+            )
         if what.vae is not None or what.labels is not None:
             raise UserError(
                 f"--vae and --labels are for models of classes; the pipeline of {what.model} takes those of its parent: leave them out"
@@ -67,6 +78,10 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     if reason := model.unfit_formats().get(what.to):
         raise UserError(f"{what.model} cannot be exported to {what.to}: {reason}")
     rounded, model = model, model.with_formulas() if what.to == "diffusers" else model
+    if what.to == "onnx":
+        card = partial(_card_notes, model, options.out.name, what, [], history(what.model))
+        outcome = export_onnx(options, model, what.settings, GraphForm(what.guided, what.quantize), card)
+        return outcome if options.dry_run else outcome | _pushed(options, what)
     vae = _autoencoder(model, what, options.dry_run) if what.pipeline else None
     labels = _labels(model, what) if what.pipeline else None
     components = None if vae is None else PipelineComponents(vae, labels)
@@ -119,8 +134,11 @@ def _check_options(out: Path, what: ExportOptions) -> None:
         raise UserError("--vae is the autoencoder of a pipeline: add --pipeline, or leave it out")
     if what.labels is not None and not what.pipeline:
         raise UserError("--labels names the classes of a pipeline: add --pipeline, or leave it out")
+    for option, given in (("--guided", what.guided), ("--quantize", what.quantize)):
+        if given and what.to != "onnx":
+            raise UserError(f"{option} is for --to onnx, not {what.to}: leave out one of the two")
     if what.push_to_hub is not None and what.to in ("official", "single-file"):
-        raise UserError("--push-to-hub uploads a folder: give --to diffusers or --to tinyfusion")
+        raise UserError("--push-to-hub uploads a folder: give --to diffusers, --to onnx or --to tinyfusion")
     if what.push_to_hub is not None and not HUB_ID.fullmatch(what.push_to_hub):
         raise UserError(f"--push-to-hub wants the id of a repository, ORG/NAME; got {what.push_to_hub!r}")
 
@@ -187,6 +205,11 @@ def _autoencoder(model: LoadedModel, what: ExportOptions, dry_run: bool) -> Path
     unfit = pipeline.unfit(model.arch, model.facts.latent_shift) if model.of_latents else pixels
     if unfit is not None:
         raise UserError(f"{what.model} cannot be exported as a pipeline: {unfit}")
+    if model.facts.few_steps and not model.facts.few_steps.is_trailing:
+        raise UserError(
+            f"{what.model} cannot be exported as a pipeline: it draws in {model.facts.few_steps.describe()}, which no "
+            "scheduler of diffusers makes; leave out --pipeline"
+        )
     name = what.vae or model.facts.vae
     if name is None:
         raise UserError(f"{what.model} does not say which autoencoder it goes with: give --vae PATH or a hub id")
@@ -203,15 +226,21 @@ def _autoencoder(model: LoadedModel, what: ExportOptions, dry_run: bool) -> Path
 
 def _labels(model: LoadedModel, what: ExportOptions) -> Mapping[int, str] | None:
     """Names of classes: of `--labels`, else of the pipeline that the model was opened from. Raises UserError on others than its own."""
+    if what.labels is not None:
+        return read_labels(Path(what.labels), model, what.model)
     index = Path(model.origin.get("path", "")).parent / "model_index.json"
-    path = Path(what.labels) if what.labels is not None else index
+    check_plain(index)
+    named = index.is_file() and (read_json(index) or {}).get("id2label")
+    return read_labels(index, model, what.model) if named else None
+
+
+def read_labels(path: Path, model: LoadedModel, source: str) -> Mapping[int, str]:
+    """Names of a model's classes from a file: one per line, or JSON. Raises UserError where they are not those of its classes."""
     check_plain(path)
-    if what.labels is None and (not index.is_file() or not (read_json(index) or {}).get("id2label")):
-        return None
     try:
         content = read_json(path) if path.suffix == ".json" else path.read_text(encoding="utf-8").splitlines()
         return class_names(content, model.arch.num_classes)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels wants a text file, a name per line, or a JSON file; {path}: {error}") from error
     except ValueError as error:
-        raise UserError(f"{path} does not name the classes of {what.model}: {error}") from error
+        raise UserError(f"{path} does not name the classes of {source}: {error}") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tinyfusion.commands.distill_steps import distill_steps
 from tinyfusion.commands.dynamic import dynamic
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
@@ -58,7 +59,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has neither NaN nor infinity
 
 
-_VERBS: dict[object, TrainingVerb[Any]] = {verb.name: verb for verb in (train, prune, recover, dynamic)}
+_VERBS: dict[object, TrainingVerb[Any]] = {verb.name: verb for verb in (train, prune, recover, dynamic, distill_steps)}
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def _training(run: RunDirectory, device: str | None) -> Training:
         )
     if verb is None or not isinstance(expected, dict) or "job" not in record:
         raise UserError(
-            f"{run.path} holds no training that can be repeated: wanted a run of train, prune (learned), recover or "
-            "dynamic by this version"
+            f"{run.path} holds no training that can be repeated: wanted a run of train, prune (learned), recover, "
+            "dynamic or distill-steps by this version"
         )
     saved = record["job"]
     if isinstance(saved, dict) and "recipe" in saved:

@@ -14,6 +14,7 @@ import torch
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
+from tinyfusion.commands.distill_steps import distill_steps
 from tinyfusion.commands.dynamic import dynamic
 from tinyfusion.commands.evaluate import check_count, evaluate
 from tinyfusion.commands.prune import prune
@@ -44,6 +45,7 @@ from tinyfusion.evaluate.timing import interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, open_teacher
 from tinyfusion.jobs.diagnostics import checkpoint_steps, write_pictures
 from tinyfusion.jobs.estimate import described, sampling_estimate
+from tinyfusion.jobs.few_steps import check_few_steps
 from tinyfusion.jobs.origins import require_features
 from tinyfusion.jobs.previews import check_previews
 from tinyfusion.jobs.process_specs import sampler_of
@@ -66,15 +68,19 @@ from tinyfusion.report.load import plan_file
 from tinyfusion.report.tables import distance_name
 from tinyfusion.training.engine import Engine
 
+_FURTHER = ("dynamic", "few-steps")  # models that optional stages make of the student
+
 
 def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
-    """Prune, recover, optionally train routers; sample all models from the same seeds, evaluate, time, write the page."""
+    """Prune, recover, optionally train routers or distil steps; sample all models from the same seeds, evaluate, time, write the page."""
     stages = {name.partition(".")[0] for name in recipe.assigned}
-    if "dynamic" in stages and not recipe.dynamic.in_run and not stages & {"prune", "recover"}:
-        raise UserError(
-            f"recipe {recipe.name} is for the verb `dynamic`, it says nothing of pruning and recovery: tinyfusion dynamic --recipe "
-            f"{recipe.name} --model {recipe.teacher or 'MODEL'}, or add those sections and --set dynamic.in_run=true"
-        )
+    for verb, section in (("dynamic", recipe.dynamic), ("distill-steps", recipe.distill_steps)):
+        name = verb.replace("-", "_")
+        if name in stages and not section.in_run and not stages & {"prune", "recover"}:
+            raise UserError(
+                f"recipe {recipe.name} is for the verb `{verb}`, it says nothing of pruning and recovery: tinyfusion {verb} --recipe "
+                f"{recipe.name} --model {recipe.teacher or 'MODEL'}, or add those sections and --set {name}.in_run=true"
+            )
     recipe = trainings_of(recipe)
     known = bool(recipe.data.prompts or recipe.data.name)
     if transformer := transformer_of(recipe.teacher, options.blocks, known):
@@ -118,11 +124,17 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
     if recipe.dynamic.in_run:
         models["dynamic"] = str(out / "dynamic" / "student")
         stage("dynamic", lambda: dynamic(recipe, dataclasses.replace(where, out=out / "dynamic"), student))
+    if recipe.distill_steps.in_run:
+        models["few-steps"] = str(out / "distill-steps" / "student")
+        stage(
+            "distill-steps",
+            lambda: distill_steps(recipe, dataclasses.replace(where, out=out / "distill-steps"), student),
+        )
     if not folder.writes:
         return
     stage("sample", lambda: _sample(recipe, options, models))
     stage("evaluate", lambda: _evaluate(recipe, out, list(models)))
-    timed = {name: open_model(source) for name, source in models.items() if name in ("student", "dynamic")}
+    timed = {name: open_model(source) for name, source in models.items() if name in ("student", *_FURTHER)}
     stage("speed", lambda: _speed(recipe, out, {"teacher": teacher, **timed}))
 
     def step_of(model: LoadedModel, num_images: int) -> Callable[[], object]:
@@ -149,6 +161,8 @@ def _trainings(recipe: Recipe, teacher: LoadedModel, engine: Engine) -> list[Cal
     works: list[Callable[[], Work]] = [recovery] if searches else [pruning, recovery]
     if recipe.dynamic.in_run:
         works.append(lambda: dynamic.work(inputs("model", recipe.dynamic.auxiliary == "teacher"), engine))
+    if recipe.distill_steps.in_run:
+        works.append(lambda: distill_steps.work(inputs("model", True), engine))
     return works
 
 
@@ -160,6 +174,8 @@ def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel, engine: En
         build()
     if recipe.dynamic.in_run:
         check_dynamic(recipe, teacher.cut(_stand_in(recipe, teacher)), "the student")
+    if recipe.distill_steps.in_run:
+        check_few_steps(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher)
     check_sampling(recipe.sample, teacher)
     try:
         check_previews(recipe, teacher)
@@ -169,13 +185,14 @@ def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel, engine: En
     checkpoint_steps(recipe.recover.training, recipe.evaluate.checkpoints)
     images = len(_drawn(recipe)) * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
     weights = 4 * num_parameters(teacher.module)
-    check_space(options.out, (12 if recipe.dynamic.in_run else 6) * weights + images)
+    check_space(options.out, 6 * (1 + recipe.dynamic.in_run + recipe.distill_steps.in_run) * weights + images)
     return missing
 
 
 def _drawn(recipe: Recipe) -> list[str]:
     """The models that are sampled and scored."""
-    return [*trained_models(recipe), *(["dynamic"] if recipe.dynamic.in_run else [])]
+    further = zip(_FURTHER, (recipe.dynamic.in_run, recipe.distill_steps.in_run), strict=True)
+    return [*trained_models(recipe), *(name for name, made in further if made)]
 
 
 def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
@@ -193,7 +210,13 @@ def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
 
 def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -> dict[str, Any]:
     """Print and return the plan of a dry run."""
-    pruning, recovery, routed, drawn = recipe.prune, recipe.recover, recipe.dynamic, _drawn(recipe)
+    pruning, recovery, routed, fewer, drawn = (
+        recipe.prune,
+        recipe.recover,
+        recipe.dynamic,
+        recipe.distill_steps,
+        _drawn(recipe),
+    )
     estimates = [build().estimate() for build in _trainings(recipe, teacher, engine)]
     drawing = sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device_for(recipe))
     steps = f"{routed.target:.0%} of the student's blocks, {routed.training.steps:,} steps"
@@ -204,6 +227,11 @@ def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -
         "prune": pruning.criterion + (learned if pruning.criterion == "learned" else ""),
         "recover": f"{recovery.method}, {recovery.training.steps:,} steps of {recovery.training.batch_size} images",
         **({"dynamic": steps} if routed.in_run else {}),
+        **(
+            {"distill-steps": f"{fewer.method}, {fewer.num_steps} steps, {fewer.training.steps:,} of training"}
+            if fewer.in_run
+            else {}
+        ),
         "sample": f"{recipe.sample.num_images:,} images of each of {', '.join(drawn)}",
         "evaluate": f"against {', '.join(recipe.evaluate.references)}",
     }
@@ -247,7 +275,10 @@ def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
 
 
 def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
-    """Write speed.json: guided denoising steps of all models, interleaved; "speedup" is the student's."""
+    """Write speed.json: guided denoising steps of all models, interleaved; "speedup" is the student's.
+
+    drawing_speedup: of a whole drawing, which differs where a model draws in fewer steps.
+    """
     device, settings = device_for(recipe), recipe.speed
     routed = any(model.dynamic is not None for model in models.values())
     steps = max(settings.steps_per_repeat, SPREAD_STEPS) if routed else settings.steps_per_repeat
@@ -265,6 +296,7 @@ def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
             "latency_ms_spread": [min(latency.measurements_ms), max(latency.measurements_ms)],
             "speedup": ratio,
             "speedup_spread": spread,
+            "drawing_speedup": ratio * sides["teacher"].calls / side.calls,
         }
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     protocol = (
@@ -282,11 +314,18 @@ def _outcome(out: Path) -> dict[str, Any]:
     blocks, page = read_json(plan_file(out))["kept"], out / PAGE
     kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
     first = read_json(out / "run.json")["recipe"]["evaluate"]["references"][0]
-    words = {"teacher": "teacher", "pruned": "pruned", "student": "recovered", "dynamic": "dynamic"}
+    words = {
+        "teacher": "teacher",
+        "pruned": "pruned",
+        "student": "recovered",
+        "dynamic": "dynamic",
+        "few-steps": "few steps",
+    }
     files = {word: scores_file(out, name, first) for name, word in words.items()}
     scores = {word: read_json(file) for word, file in files.items() if file.is_file()}
     numbers = " -> ".join(f"{score['fid']:.3g}" for score in scores.values())
-    speedup = speed["models"].get("dynamic", speed)["speedup"]
+    further = [speed["models"][name] for name in _FURTHER if name in speed["models"]]
+    speedup = max([model.get("drawing_speedup", model["speedup"]) for model in further], default=speed["speedup"])
     name = distance_name(scores.values())
     print(f"{name} {numbers} ({', '.join(scores)}), {speedup:.2f} times as fast, kept {kept}")
     print(f"open {page}", file=sys.stderr)

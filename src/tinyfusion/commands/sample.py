@@ -24,6 +24,7 @@ from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.jobs.sampling_setup import (
     Drawing,
     autoencoder_for,
+    check_quantized,
     check_sampling,
     image_shape_and_dtype,
     labels_of,
@@ -59,6 +60,8 @@ def sample(
         raise UserError(f"--out of sample is an .npz file; got {options.out}")
     pictures = {name: path for name, path in (("grid", grid), ("png", png)) if path is not None}
     if draws_prompts(recipe):
+        if recipe.sample.quantize is not None:
+            raise UserError("--quantize is not for pipelines of diffusers: leave it away")
         return sample_prompts(recipe, options, model_source, pictures, together)
     check_no_pipeline(recipe, model_source)
     # the arithmetic of a single process: no TF32
@@ -70,6 +73,13 @@ def sample(
     if autoencoder and model.facts.latent_scale is None and engine.is_main:
         numbers = f"scale {autoencoder.scale:g} and shift {autoencoder.shift:g} of {autoencoder.name}"
         print(f"note: {model_source} does not give its latents' numbers: assuming {numbers}", file=sys.stderr)
+    if (few := model.facts.few_steps) and engine.is_main:
+        print(
+            f"note: {model_source} draws in its own {len(few.levels)} steps: sampler, steps and guidance are not used",
+            file=sys.stderr,
+        )
+    s = recipe.sample
+    check_quantized(model, s.quantize, s.dtype, s.compile, engine.device)
     inputs = {"model": model.hash()} | ({"autoencoder": autoencoder.hash()} if autoencoder else {})
     plain = plain_recipe(recipe, "sample", **inputs)
     shape, dtype = image_shape_and_dtype(model, autoencoder)

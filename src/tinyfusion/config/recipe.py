@@ -29,20 +29,23 @@ from tinyfusion.config.process_sections import FlowSampleSection, FlowSection, M
 from tinyfusion.config.training_sections import (
     ComputeSection,
     Criterion,
+    DistillStepsSection,
     Dtype,
     DynamicSection,
     PruneSection,
     RecoverSection,
     Recovery,
+    StepDistillation,
     TrainingSection,
     WatchSection,
 )
 
 __all__ = [
-    "BenchSection", "ComputeSection", "Criterion", "DataSection", "Dtype", "DynamicSection", "EncodeSection", "EvaluateSection",
-    "Expectation", "ExplainSection", "FlowSampleSection", "FlowSection", "MaskedSampleSection", "MaskedSection", "ModelSection",
+    "BenchSection", "ComputeSection", "Criterion", "DataSection", "DistillStepsSection", "Dtype", "DynamicSection",
+    "EncodeSection", "EvaluateSection", "Expectation", "ExplainSection", "FlowSampleSection", "FlowSection",
+    "MaskedSampleSection", "MaskedSection", "ModelSection",
     "PipelineSection", "PruneSection", "Recipe", "RecoverSection", "Recovery", "SampleSection", "Sampler", "SpeedSection",
-    "TrainingSection", "WatchSection",
+    "StepDistillation", "TrainingSection", "WatchSection",
 ]  # fmt: skip
 
 Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc", "ode", "sde", "masked"]
@@ -177,6 +180,10 @@ class SampleSection:
         "float32"
     )
     compile: Annotated[bool, "compile the blocks"] = False
+    quantize: Annotated[
+        Literal["int8"] | None,
+        "products of the blocks as whole numbers of 8 bits, on a CPU in float32; None: as dtype says",
+    ] = None
     decode: Annotated[bool, "latent models: decode to pixels; else the npz has latents, float32"] = True
     vae: Annotated[
         str | None,
@@ -240,6 +247,7 @@ class BenchSection:
     repeats: Annotated[SmallCount, "measurements of each model"] = 9
     dtype: Annotated[Dtype, "type of weights, activations and of the measured matrix product"] = "float32"
     compile: Annotated[bool, "compile the blocks"] = False
+    quantize: Annotated[Literal["int8"] | None, "as sample.quantize"] = None
     product_size: Annotated[
         Annotated[int, Ge(64), Le(2**17)] | None,
         "rows and columns of the matrix product; None: 2048 on a CPU, else 8192",
@@ -306,6 +314,7 @@ class Recipe:
     prune: PruneSection = field(default_factory=PruneSection)
     recover: RecoverSection = field(default_factory=RecoverSection)
     dynamic: DynamicSection = field(default_factory=DynamicSection)
+    distill_steps: DistillStepsSection = field(default_factory=DistillStepsSection)
     sample: SampleSection = field(default_factory=SampleSection)
     pipeline: PipelineSection = field(default_factory=PipelineSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)

@@ -27,6 +27,7 @@ Criterion = Literal[
     "learned", "bi", "flux-lite", "sensitivity", "bk-sdm", "first", "last", "uniform", "random",
     "min-loss", "median-loss", "max-loss", "indices", "width",
 ]  # fmt: skip
+StepDistillation = Literal["consistency", "matching"]
 Recovery = Literal["finetune", "logits-kd", "rep-kd", "masked-kd"]
 
 
@@ -301,3 +302,50 @@ class DynamicSection:
             skip_norm=200.0,
         )
     )
+
+
+@dataclass(frozen=True)
+class DistillStepsSection:
+    """Distillation of a sampling in few steps."""
+
+    method: Annotated[
+        StepDistillation,
+        "consistency: every point of the teacher's trajectory leads to the end of its phase (phased consistency); matching: the images "
+        "get the distribution of the teacher's (DMD), with a critic",
+    ] = "consistency"
+    num_steps: Annotated[SmallCount, "steps of a drawing, one call of the network each"] = 4
+    guidance: Annotated[
+        float | None, Ge(1), Le(10**6), "scale of classifier-free guidance that is folded in; None: sample.guidance"
+    ] = None
+    first_level: Annotated[
+        PositiveShare | None,
+        "noise level of the first step, 1: noise alone; the others follow evenly; None: 1, of matching 0.8, as the clean image is "
+        "ill-determined above",
+    ] = None
+    teacher_steps: Annotated[SmallCount, "consistency: DDIM steps of the teacher over all noise levels"] = 48
+    within: Annotated[
+        tuple[PositiveShare, PositiveShare], "matching: noise levels between which distributions are compared"
+    ] = (0.02, 0.8)  # fmt: skip
+    fresh_noise: Annotated[
+        bool, "matching: noise the predicted image anew in every step; else go on along the predicted noise"
+    ] = True
+    in_run: Annotated[bool, "`run` distils the recovered student's steps too, with the teacher of the recipe"] = False
+    critic_learning_rate: Annotated[
+        Positive | None, "matching: peak learning rate of the critic; None: ten times that of the generator"
+    ] = None
+    training: TrainingSection = field(
+        default_factory=lambda: TrainingSection(
+            steps=20_000,
+            learning_rate=1e-4,
+            learning_rate_end_share=0.05,
+            ema_decay=0.999,
+            clip_groups="apart",
+            label_drop=0.0,
+        )
+    )
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Noise levels of the steps, falling evenly."""
+        first = self.first_level or (1.0 if self.method == "consistency" else 0.8)
+        return tuple(round(first * (self.num_steps - step) / self.num_steps, 6) for step in range(self.num_steps))

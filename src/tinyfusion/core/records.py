@@ -49,7 +49,7 @@ _IDLE = {
     "sample.decode_batch_size",
 }  # fmt: skip
 # fields that older records lack, with their value then, by section
-_LATER = {"encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields())}
+_LATER = {"encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields()), "sample": {"quantize": None}}
 # former names of fields, by section
 _FORMER = {
     "dynamic": {"beside": "auxiliary", "beside_steps": "auxiliary_steps", "beside_weight": "auxiliary_weight"},

@@ -43,7 +43,7 @@ __all__ = [
 _CONTINUES = "fix that, and the same command continues from the last checkpoint"
 _OLD, _BACK = ".tinyfusion.old", ".tinyfusion.back"  # in a run folder: a run that is to be replaced, or that comes back
 CHECKPOINT_FILES = r"state-\d{5}-of-\d{5}\.safetensors|state\.json|SHA256SUMS|losses\.safetensors"
-_FOLDERS = ("checkpoints", "watch", "samples", "evaluations", "prune", "recover", "dynamic", "latents")
+_FOLDERS = ("checkpoints", "watch", "samples", "evaluations", "prune", "recover", "dynamic", "distill-steps", "latents")
 _PROMPTS = r"prompts(?:-\d+-of-\d+)?\.safetensors"
 ENCODE_PROMPTS = "encode --pipeline"  # the verb in the record of such a run
 _SAVED = (  # not in hidden folders, which are unfinished
@@ -63,9 +63,9 @@ _OF_ENCODE_PROMPTS = (  # in other folders of latents such files are the user's
     r"bucket-\d+x\d+/(?:manifest\.json|\.?shard-\d+-of-\d+\.safetensors(?:\.part)?)"
 )
 _OF_RUN = (
-    rf"(?:(?:prune|recover|dynamic)/)?(?:{_OF_A_STAGE})|latents/(?:{_OF_ENCODE_PROMPTS})|"
+    rf"(?:(?:prune|recover|dynamic|distill-steps)/)?(?:{_OF_A_STAGE})|latents/(?:{_OF_ENCODE_PROMPTS})|"
     r"(?:prompts|evaluation|speed|activations|depth_speed|fid_steps)\.json|report\.html|"
-    r"samples/(?:teacher|pruned|student|dynamic|comparison)\.(?:npz|json|png)|evaluations/(?:teacher|pruned|student|dynamic)-.+\.json"
+    r"samples/(?:teacher|pruned|student|dynamic|few-steps|comparison)\.(?:npz|json|png)|evaluations/(?:teacher|pruned|student|dynamic|few-steps)-.+\.json"
 )
 
 _OF_EXPLAIN = r"run\.json|explain\.json|drawn\.npz|report\.html"
@@ -73,7 +73,7 @@ _OF_EXPLAIN = r"run\.json|explain\.json|drawn\.npz|report\.html"
 
 def run_files(verb: object) -> str:
     """Regular expression of the relative paths that a run of `verb` writes; of all verbs where `verb` is unknown."""
-    stages = dict.fromkeys(("prune", "recover", "dynamic", "train"), _OF_A_STAGE)
+    stages = dict.fromkeys(("prune", "recover", "dynamic", "distill-steps", "train"), _OF_A_STAGE)
     encoded = {"encode": _OF_ENCODE, ENCODE_PROMPTS: _OF_ENCODE_PROMPTS}
     return {**stages, **encoded, "run": _OF_RUN, "explain": _OF_EXPLAIN}.get(
         str(verb), f"{_OF_RUN}|{_OF_ENCODE}|{_OF_EXPLAIN}"

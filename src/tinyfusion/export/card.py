@@ -39,11 +39,21 @@ def plan_png(kept: Mapping[str, Sequence[int]], depth: Mapping[str, int]) -> byt
     return buffer.getvalue()
 
 
+_GRAPH_USE = """With numpy and onnxruntime (`pip install numpy onnxruntime`):
+
+```bash
+python sample.py --labels 0,1,2 --out images.npy
+```
+
+`sample.py --help` lists its options. `sampler.json` has the process, shapes, classes and recommended settings for samplers of your
+own; the inputs and outputs of the graphs are in their files."""
+
+
 @dataclass(frozen=True)
 class CardNotes:
     """Content of a card beyond the facts of the model.
 
-    target: "diffusers", "pipeline" or "tinyfusion". differences: sentences on what readers of the format compute
+    target: "diffusers", "pipeline", "onnx" or "tinyfusion". differences: sentences on what readers of the format compute
     differently. evaluations: contents of evaluation files. parents: hub repositories or known weights of origin. steps:
     sentences on recorded runs, oldest first. untuned: whether pruning was the last of them; None where unrecorded.
     from_nothing: whether the first weights were trained from nothing.
@@ -67,6 +77,7 @@ def model_card(model: LoadedModel, notes: CardNotes) -> str:
         f"# {notes.title}\n\n{_what(model)}",
         _plan(model),
         _use(model, notes),
+        _few_steps(model, notes),
         _differences(notes),
         _numbers(notes.evaluations),
         _how(model, notes),
@@ -101,7 +112,7 @@ def trained_from_nothing(facts: ModelFacts) -> bool:
 
 
 def _head(model: LoadedModel, notes: CardNotes) -> str:
-    library = "tinyfusion" if notes.target == "tinyfusion" else "diffusers"
+    library = notes.target if notes.target in ("tinyfusion", "onnx") else "diffusers"
     license = (model.facts.license or "unknown").lower()
     tags = ["tags:", "- diffusion", f"- {model.family.name}", "- tinyfusion"]
     lines = [f"license: {license}", f"library_name: {library}", *tags]
@@ -142,9 +153,26 @@ def _use(model: LoadedModel, notes: CardNotes) -> str:
     if notes.target == "tinyfusion":
         code = f'import tinyfusion\n\nmodel = tinyfusion.open_model("{notes.title}")  # a folder, or its hub id'
         return f"## Use\n\n```python\n{code}\n```"
+    if notes.target == "onnx":
+        return f"## Use\n\n{_GRAPH_USE}"
     export = model.diffusers_export()
     usage = export.pipeline.usage if notes.target == "pipeline" and export.pipeline else export.usage
     return f"## Use\n\n{usage(model.arch, notes.title)}"
+
+
+def _few_steps(model: LoadedModel, notes: CardNotes) -> str:
+    few = model.facts.few_steps
+    if few is None:
+        return ""
+    noise = (
+        "each step but the first noises the predicted image anew"
+        if few.fresh_noise
+        else "steps go on along the predicted noise"
+    )
+    text = f"Distilled by {few.method}: draw it in {few.describe()}; {noise}. It is no denoiser of other noise levels."
+    if notes.target == "pipeline":
+        text += f" In the pipeline: `num_inference_steps={len(few.levels)}, guidance_scale=1`."
+    return f"## Few steps\n\n{text}"
 
 
 def _differences(notes: CardNotes) -> str:

@@ -90,7 +90,7 @@ def write_folder(
             _write_diffusers(model, temporary / "transformer" if components else temporary)
         if components is not None:
             _write_components(model, temporary, components)
-        _write_notes(model, temporary, notes)
+        write_notes(model, temporary, notes)
         write_json(temporary / RECORD, record)
 
 
@@ -111,7 +111,8 @@ def _write_components(model: LoadedModel, folder: Path, components: PipelineComp
         (folder / name).mkdir()
     for file in autoencoder_files(components.vae):
         shutil.copyfile(file, folder / "vae" / file.name)
-    write_json(folder / "scheduler" / "scheduler_config.json", _versioned(pipeline.scheduler))
+    few = {"timestep_spacing": "trailing"} if model.facts.few_steps else {}
+    write_json(folder / "scheduler" / "scheduler_config.json", _versioned({**pipeline.scheduler, **few}))
     labels = {} if components.labels is None else {"id2label": {str(i): name for i, name in components.labels.items()}}
     write_json(folder / "model_index.json", _versioned({**pipeline.model_index, **labels}))
 
@@ -136,7 +137,7 @@ def save_pretrained(model: LoadedModel, folder: Path, notes: CardNotes | None = 
     """For users of the library: write our own model folder with its card, atomically."""
     with atomic_write(folder, _FILES) as temporary:
         save_model(model, temporary)
-        _write_notes(model, temporary, notes or CardNotes(folder.name, "tinyfusion"))
+        write_notes(model, temporary, notes or CardNotes(folder.name, "tinyfusion"))
 
 
 def push_to_hub(model: LoadedModel, repository: str, notes: CardNotes | None = None) -> str:
@@ -146,7 +147,8 @@ def push_to_hub(model: LoadedModel, repository: str, notes: CardNotes | None = N
         return upload_folder(Path(folder) / "model", repository)
 
 
-def _write_notes(model: LoadedModel, folder: Path, notes: CardNotes) -> None:
+def write_notes(model: LoadedModel, folder: Path, notes: CardNotes) -> None:
+    """The card of a model and, if it was pruned, the picture of its plan."""
     (folder / "README.md").write_text(model_card(model, notes), encoding="utf-8", errors="backslashreplace")
     if model.facts.plan is not None:
         (folder / PICTURE).write_bytes(plan_png(model.facts.plan.kept, model.facts.plan.depth))

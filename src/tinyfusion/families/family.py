@@ -23,6 +23,7 @@ from tinyfusion.conditioning.condition import Condition, ModelCall, ModelInputs,
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.tensors import digest_of
+from tinyfusion.families.stage import Stage
 
 DIFFUSERS_RECORD = (
     "_tinyfusion"  # our record in a config.json of diffusers, whose readers ignore names that begin with "_"
@@ -115,6 +116,8 @@ class ModelFamily:
     )
     forward: ModelCall | None = None  # how the model is called; None: with x, t and `inputs`
     texts: TextRules | None = None  # None where labels are classes
+    # module -> its stages by name, where samplers call parts of the network; None: they call the whole
+    stages: Callable[[Any], dict[str, Stage]] | None = None
 
     # published files
     mark: str | None = None  # name of a tensor by which official files are known; None where there are none

@@ -70,6 +70,12 @@ def open_teacher(
     return open_stated(recipe, recipe.teacher, num_heads, family or recipe.teacher_family, num_classes, blocks)
 
 
+def take_the_same(one: LoadedModel, other: LoadedModel) -> bool:
+    """Whether two models are of one family, and take the same images and classes."""
+    same = ("in_channels", "input_size", "num_classes")
+    return one.family is other.family and all(getattr(one.arch, name) == getattr(other.arch, name) for name in same)
+
+
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:
     """The sections of a recipe that a verb depends on, with its inputs, as plain values: they identify the same command."""
     values, inputs = to_plain(recipe), {**inputs, **prompts_hash(recipe.data)}

@@ -15,9 +15,11 @@ from tinyfusion.processes.base import Process
 from tinyfusion.processes.flow import Flow, FlowObjective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.processes.masked import MaskedObjective
+from tinyfusion.processes.noising import Noising, noising_of_process
 from tinyfusion.processes.time import TimeSampler
 from tinyfusion.sample import flow, gaussian, masked
 from tinyfusion.sample.drive import Sampler
+from tinyfusion.sample.few_steps import FewStepSampler
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,13 @@ def process_spec(model: LoadedModel) -> ProcessSpec:
 def objective_for(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
     """The training objective of a model. label_drop: probability that a label is replaced by the null class.
 
-    Raises UserError for a transformer of diffusers whose call is not known.
+    Raises UserError for a transformer of diffusers whose call is not known, and for a model of few steps.
     """
+    if model.facts.few_steps is not None:
+        raise UserError(
+            f"the model was distilled for {len(model.facts.few_steps.levels)} steps, and is no denoiser of all noise levels any more: "
+            "give the model that it was distilled from"
+        )
     if isinstance(model, TransformerModel):
         return transformer_objective(model, label_drop_of(model, label_drop), recipe)
     return process_spec(model).objective(model, label_drop_of(model, label_drop), recipe)
@@ -91,8 +98,23 @@ def label_drop_of(model: LoadedModel, label_drop: float) -> float:
     return label_drop if model.null_class else 0.0
 
 
+def noising_of(model: LoadedModel) -> Noising:
+    """How the process of a model mixes image and noise. Raises UserError where none is known."""
+    try:
+        noising = noising_of_process(model.family.process, model.facts.process_settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the model's process_settings: {error}") from error
+    if noising is None or isinstance(model, TransformerModel):
+        raise UserError(
+            f"few steps are for models of families whose process mixes image and noise (gaussian, flow); a {model.family.title} has none"
+        )
+    return noising
+
+
 def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
-    """The sampler of a recipe for a model. Raises UserError on an invalid guidance or number of steps."""
+    """The sampler of a recipe for a model; of a model of few steps its own. Raises UserError on an invalid guidance or number of steps."""
+    if model.facts.few_steps is not None:
+        return FewStepSampler(noising_of(model), model.facts.few_steps)
     if settings.guidance < 1:
         raise UserError(
             f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"

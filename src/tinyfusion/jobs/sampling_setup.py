@@ -17,6 +17,8 @@ import torch
 from tinyfusion.blocks.dynamics import TokenMode, total_macs
 from tinyfusion.blocks.forwards import CompiledForwards
 from tinyfusion.blocks.packed import can_pack, pack
+from tinyfusion.blocks.packed_int8 import can_quantize
+from tinyfusion.blocks.packed_int8 import quantize as quantize_layers
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.compiler import check_compiler
@@ -116,7 +118,7 @@ def protocol(recipe: Recipe, model: LoadedModel, autoencoder: Autoencoder | None
     decoded = f" | vae {autoencoder.hash()[:8]}" if autoencoder else ""
     if autoencoder and (s.latent_scale, s.latent_shift) != (None, None):  # not those of its own configuration
         decoded += f" of latents at scale {autoencoder.scale:g} and shift {autoencoder.shift:g}"
-    arithmetic = f"{s.dtype}{' compiled' if s.compile else ''}"
+    arithmetic = f"{s.dtype if s.quantize is None else s.quantize}{' compiled' if s.compile else ''}"
     how = sampler_of(s, model).describe(model)
     return f"{s.num_images} images | {how} | {labels}{decoded} | {arithmetic} | seed {recipe.seed}"
 
@@ -166,8 +168,29 @@ def autoencoder_for(settings: SampleSection, model: LoadedModel) -> Autoencoder 
     return autoencoder
 
 
-def in_dtype(model: LoadedModel, dtype: str, device: torch.device) -> LoadedModel:
-    """The model on the device, for inference; in a type other than float32 a copy, packed where that helps."""
+def check_quantized(model: LoadedModel, quantize: str | None, dtype: str, compiled: bool, device: torch.device) -> None:
+    """Raise UserError where the blocks of a model cannot be quantized."""
+    if quantize is None:
+        return
+    if dtype != "float32" or compiled:
+        other = "--compile" if compiled else f"--dtype {dtype}"
+        raise UserError(f"--quantize {quantize} has its own arithmetic: leave {other} away")
+    if model.dynamic is not None:
+        raise UserError(
+            f"--quantize {quantize} is not for a model with routers, whose sub-networks slice weights: leave it away"
+        )
+    if not can_quantize(device):
+        raise UserError(
+            f"--quantize {quantize} needs a CPU and a torch with oneDNN, got {device}: --device cpu, or leave it away"
+        )
+
+
+def in_dtype(model: LoadedModel, dtype: str, device: torch.device, quantize: str | None = None) -> LoadedModel:
+    """The model on the device, for inference; in a type other than float32, or quantized, a copy, packed where that helps."""
+    if quantize is not None:
+        placed = dataclasses.replace(model, module=copy.deepcopy(model.module).to(device).eval())
+        quantize_layers(placed.stack)
+        return placed
     if dtype == "float32":
         model.module.to(device).eval()
         return model
@@ -225,7 +248,8 @@ def open_drawing(
     _, dtype = image_shape_and_dtype(model, autoencoder)
     sampler = sampler_of(settings, model)
     skipping = skipped_run_for(model, sampler)  # before any cast
-    placed = in_dtype(model, settings.dtype, device)
+    check_quantized(model, settings.quantize, settings.dtype, settings.compile, device)
+    placed = in_dtype(model, settings.dtype, device, settings.quantize)
     labels = labels_of(recipe, model) if labels is None else labels
     skipped = SkippedModel(placed, skipping, settings.compile)
     return Drawing(placed, labels, sampler, recipe.seed, settings, autoencoder, dtype, skipped)
@@ -258,7 +282,7 @@ def image_shape_and_dtype(
 class TimedModel:
     """One call of `run` makes `steps` denoising steps of a batch, in sub-networks where the model has routers.
 
-    rows: of the network's batch per image. static_macs: of a complete forward pass of one image.
+    rows: of the network's batch per image. static_macs: of a complete forward pass of one image. calls: steps of a whole drawing.
     """
 
     skipped: SkippedModel
@@ -267,6 +291,7 @@ class TimedModel:
     rows: int
     steps: int
     run: Callable[[], object]
+    calls: int
 
     @property
     def model(self) -> LoadedModel:
@@ -281,14 +306,14 @@ class TimedModel:
 
 def timed_model(
     model: LoadedModel, settings: SampleSection, num_images: int, device: torch.device, steps: int | None = None,
-    seed: int = 0, dtype: str = "float32", compiled: bool = False,
+    seed: int = 0, dtype: str = "float32", compiled: bool = False, quantize: str | None = None,
 ) -> TimedModel:  # fmt: skip
     """The model on `device`. steps: of a trajectory over all noise levels; None: one typical step, of a model without routers."""
     sampler = sampler_of(settings, model)
     short = sampler.of_steps(steps or 1)
     skipping = skipped_run_for(model, short)  # before any cast
     size, macs = num_parameters(model.module), model.macs()
-    placed = in_dtype(model, dtype, device)
+    placed = in_dtype(model, dtype, device, quantize)
     skipped = SkippedModel(placed, skipping, compiled)
     table = model.conditions
     condition = table.index(torch.arange(num_images) % len(table)).to(device)
@@ -301,5 +326,5 @@ def timed_model(
 
     if steps is None:
         one_step = torch.inference_mode()(sampler.one_step(placed, condition, draws))
-        return TimedModel(skipped, size, macs, sampler.rows, 1, one_step)
-    return TimedModel(skipped, size, macs, sampler.rows, short.calls, trajectory)
+        return TimedModel(skipped, size, macs, sampler.rows, 1, one_step, sampler.calls)
+    return TimedModel(skipped, size, macs, sampler.rows, short.calls, trajectory, sampler.calls)

@@ -217,7 +217,7 @@ def finished(run: RunDirectory, dry_run: bool) -> None:
 
 def training_section(verb: str) -> str:
     """The section of the recipe that sets the training of a verb."""
-    return "train" if verb == "train" else f"{verb}.training"
+    return "train" if verb == "train" else f"{verb.replace('-', '_')}.training"
 
 
 def average_warning(verb: str, settings: TrainingSection) -> str | None:

@@ -79,6 +79,7 @@ def model_record(model: LoadedModel) -> dict[str, Any]:
         "hash": model.hash(),
         **facts,
         "plan": model.facts.plan.to_json() if model.facts.plan else None,
+        "few_steps": dataclasses.asdict(model.facts.few_steps) if model.facts.few_steps else None,
     }
 
 

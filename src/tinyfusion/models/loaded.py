@@ -29,6 +29,7 @@ from tinyfusion.core.tensors import bytes_of
 from tinyfusion.families.diffusers_classes.cutting import UnitList
 from tinyfusion.families.family import DiffusersExport, ModelFamily
 from tinyfusion.models.macs import macs_of_sizes
+from tinyfusion.processes.noising import FewSteps
 from tinyfusion.training.shards import whole
 
 _State = list[tuple[str, int, int, bytes]]
@@ -47,7 +48,7 @@ class ModelFacts:
     lineage: parents, oldest first, each with hash, depth and kept, if it was pruned in width the kept residual channels of its
     own parent, and its arch if its child was. seen_images: of a model trained from scratch; None for pruned models and if
     unknown. process_settings: settings of its process for training and sampling, if it has any. dynamic: of a model with
-    routers, their settings (`DynamicSettings`) and the ratios they reach.
+    routers, their settings (`DynamicSettings`) and the ratios they reach. few_steps: how a model draws that was distilled for few steps.
     """
 
     image_size: int
@@ -62,6 +63,7 @@ class ModelFacts:
     seen_images: int | None = None
     process_settings: dict[str, Any] = field(default_factory=dict)
     dynamic: dict[str, Any] | None = None
+    few_steps: FewSteps | None = None
 
     def unlike(self, words: str, name: str, value: float) -> str | None:
         """Why latents of this "latent_scale" or "latent_shift" are not the model's; None if they are, or may be.
@@ -119,6 +121,12 @@ class LoadedModel:
     def null_class(self) -> bool:
         """Whether it has a class for no label, for guidance and label dropout."""
         return bool(getattr(self.arch, "null_class", True))
+
+    @property
+    def guided_channels(self) -> int:
+        """Leading output channels under published guidance, never those of the variance."""
+        channels, published = int(self.arch.in_channels), self.family.guided_channels
+        return channels if published is None else min(published, channels)
 
     @property
     def conditions(self) -> Condition:
@@ -260,6 +268,10 @@ class LoadedModel:
         """
         if self.facts.dynamic is not None:
             raise UserError("a model with routers cannot be pruned: prune first, recover, and make the student dynamic")
+        if self.facts.few_steps is not None:
+            raise UserError(
+                "a model of few steps cannot be pruned: prune its teacher, recover, and distil the student's steps"
+            )
         own = self.check_plan(plan, force)
         depths = self.stack.depths()
         if plan.depth != depths:

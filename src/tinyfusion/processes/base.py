@@ -32,6 +32,15 @@ def mean_flat(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
+def mix_guidance(both: Tensor, scale: float | Tensor, channels: int) -> Tensor:
+    """The guided output from the conditional and the unconditional half of a batch (2B, C, H, W): on the first `channels` channels
+    uncond + scale * (cond - uncond), the others of the conditional half. scale: a number, or a tensor (1,).
+    """
+    cond, uncond = both.unflatten(0, (2, -1))  # chunks of an unknown size have no form in graphs
+    mixed = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
+    return torch.cat([mixed, cond[:, channels:]], dim=1)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Clean data: x (B, C, H, W) in the model's own space, and the conditions of the images."""

@@ -31,10 +31,17 @@ from tinyfusion.report.load import Run
 from tinyfusion.report.tables import Table, distance_name, stated
 
 COLOURS = ("student", "pruned", "extra", "teacher", "ink")
-_STAGES = {"prune": "mask search", "recover": "recovery", "train": "training", "dynamic": "router training"}
+_STAGES = {
+    "prune": "mask search",
+    "recover": "recovery",
+    "train": "training",
+    "dynamic": "router training",
+    "distill-steps": "distillation of steps",
+}
 _LOSSES = {  # field of a log line -> (label, colour)
     "loss": ("total", "ink"), "mse": ("noise", "teacher"), "kd_loss": ("teacher's output", "student"),
     "feat_loss": ("teacher's features", "pruned"), "dynamic_loss": ("routed", "extra"), "complete_loss": ("full model", "muted"),
+    "generator_loss": ("generator", "student"), "critic_loss": ("critic", "muted"),
 }  # fmt: skip
 _SHARES = {"ratio": ("executed", "student"), "budget": ("budget", "pruned")}
 _MOST_ROWS = 60  # of a table of decisions

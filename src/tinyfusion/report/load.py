@@ -20,15 +20,21 @@ from tinyfusion.data.images import read_shown_npz
 from tinyfusion.report import schema
 from tinyfusion.report.format import printable
 
-VERBS = ("run", "prune", "recover", "dynamic", "train", "explain")
-MODELS = ("teacher", "pruned", "student", "dynamic", "model", "real")
+VERBS = ("run", "prune", "recover", "dynamic", "distill-steps", "train", "explain")
+MODELS = ("teacher", "pruned", "student", "dynamic", "few-steps", "model", "real")
 MAX_SAMPLES_BYTES = 1 << 30
 MAX_PREVIEWS = 6  # of a training on the page
 _MODEL_FOLDERS = {  # by verb: where the models of a run are
-    "run": {"pruned": "prune/student", "student": "recover/student", "dynamic": "dynamic/student"},
+    "run": {
+        "pruned": "prune/student",
+        "student": "recover/student",
+        "dynamic": "dynamic/student",
+        "few-steps": "distill-steps/student",
+    },
     "prune": {"pruned": "student"},
     "recover": {"student": "student"},
     "dynamic": {"dynamic": "student"},
+    "distill-steps": {"few-steps": "student"},
     "train": {"model": "model"},
     "explain": {},
 }
@@ -172,7 +178,7 @@ def _logged_depths(scheme: str, line: Mapping[str, Any]) -> dict[str, int]:
 def _read(path: Path) -> Run:
     record = _run_record(path)
     verb = record["verb"]
-    nested = [name for name in ("prune", "recover", "dynamic") if (path / name).is_dir()]
+    nested = [name for name in ("prune", "recover", "dynamic", "distill-steps") if (path / name).is_dir()]
     folders = {name: path / name for name in nested} if verb == "run" else {verb: path}
     records = {stage: folder / "run.json" for stage, folder in folders.items()}
     if verb == "run":

@@ -26,6 +26,7 @@ STAGES = {  # of a whole job, in order, and what is being done
     "prune": "searching for the blocks to keep",
     "recover": "recovering the student",
     "dynamic": "training routers",
+    "distill-steps": "distilling steps",
     "sample": "sampling",
     "evaluate": "evaluating samples",
     "speed": "timing the models",
@@ -158,26 +159,33 @@ def progress_of(run: Run) -> Progress | None:
     return Progress(f"{words}: {doing}", facts, share, stages if is_whole else [])
 
 
-def _has_dynamic(run: Run) -> bool:
-    """Whether the recipe of a whole job trains a dynamic model."""
-    return bool((run.recipe.get("dynamic") or {}).get("in_run"))
+def _further(run: Run) -> dict[str, str]:
+    """{optional stage: the model that it makes} of a whole job by its recipe."""
+    stages = {"dynamic": "dynamic", "distill-steps": "few-steps"}
+    return {
+        name: model for name, model in stages.items() if (run.recipe.get(name.replace("-", "_")) or {}).get("in_run")
+    }
 
 
 def stages_of(run: Run) -> list[str]:
     """The stages of a whole job, in order: of a transformer of diffusers, which its recipe then names by class, or of a family."""
     of_diffusers = "class" in run.recipe
-    has = {"encode": bool(run.recipe.get("encodes")), "dynamic": _has_dynamic(run), "pictures": not of_diffusers}
+    has = {"encode": bool(run.recipe.get("encodes")), "pictures": not of_diffusers}
+    has |= {name: name in _further(run) for name in ("dynamic", "distill-steps")}
     return [name for name in STAGES if has.get(name, True)]
 
 
 def _sampled(run: Run) -> tuple[str, ...]:
-    return ("teacher", "pruned", "student", *(("dynamic",) if _has_dynamic(run) else ()))
+    return ("teacher", "pruned", "student", *_further(run).values())
 
 
 def current_stage(run: Run) -> str:
     """The first stage of a whole job whose output is missing."""
     for stage in stages_of(run):
-        if stage in ("encode", "prune", "recover", "dynamic") and run.records.get(stage, {}).get("state") != "done":
+        if (
+            stage in ("encode", "prune", "recover", "dynamic", "distill-steps")
+            and run.records.get(stage, {}).get("state") != "done"
+        ):
             return stage
     if any(name not in run.samples for name in _sampled(run)) and not run.notes:  # notes: samples too large to be read
         return "sample"
@@ -208,7 +216,7 @@ def _training(run: Run, stage: str, waits: bool) -> tuple[list[str], float | Non
 
 def _steps(run: Run, stage: str) -> int | None:
     """Steps of the training of a stage; None where the stage trains nothing, or the record has none."""
-    section = run.recipe.get(stage) or {}
+    section = run.recipe.get(stage.replace("-", "_")) or {}
     if stage == "prune" and section.get("criterion", "learned") != "learned":
         return None
     training = section if stage == "train" else section.get("training") or {}

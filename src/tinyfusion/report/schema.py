@@ -94,6 +94,7 @@ RECIPE = {
               "runs": (Least(int, 1), None), "training": _TRAINING},
     "recover": {"training": _TRAINING},
     "dynamic": {"training": _TRAINING, "in_run": bool},
+    "distill_steps": {"training": _TRAINING, "in_run": bool},
 }  # fmt: skip
 RUN = {
     "verb!": str, "format_version": int, "state": str, "version": str, "commit": (str, None), "command": str,
@@ -103,9 +104,16 @@ RUN = {
 LINE = {
     "step!": int, "seen_images": _MAYBE, "seconds": Least(float, 0), "kept": _BLOCKS, "confidence": {"*": [float]}, "fixed": bool,
     "marginals": {"*": [float]}, "watch": {"made_steps!": int, "fid": _MAYBE, "protocol": str},
-    **dict.fromkeys(("loss", "mse", "kd_loss", "feat_loss", "dynamic_loss", "complete_loss", "ratio", "budget"), _MAYBE),
+    **dict.fromkeys(("loss", "mse", "kd_loss", "feat_loss", "dynamic_loss", "complete_loss", "ratio", "budget", "generator_loss",
+                    "critic_loss"), _MAYBE),
 }  # fmt: skip
-MODEL = {"arch": {"depth": int}, "kept": (_BLOCKS, None), "plan": ({}, None), "hash": (str, None)}
+MODEL = {
+    "arch": {"depth": int},
+    "kept": (_BLOCKS, None),
+    "plan": ({}, None),
+    "hash": (str, None),
+    "few_steps": ({"method!": str, "levels!": [float], "guidance!": float}, None),
+}
 SCORES = ("fid", "sfid", "inception_score", "precision", "recall", "nearest_reference_distance", "num_images")
 EVALUATION = {
     **dict.fromkeys(SCORES, _MAYBE),
@@ -117,7 +125,7 @@ EVALUATION = {
 SPEED = {
     "protocol": str, "batch_size!": int, "speedup!": Least(float, 0), "speedup_spread": _PAIR,
     "models!": {"*": {"depth!": int, "num_parameters!": _SIZE, "macs!": Least(float, 1), "latency_ms!": float,
-                      "latency_ms_spread": _PAIR, "speedup": Least(float, 0)}},
+                      "latency_ms_spread": _PAIR, "speedup": Least(float, 0), "drawing_speedup": Least(float, 0)}},
 }  # fmt: skip
 CALIBRATION = {"losses": [object], "masks": [str], "marks": {"*": object}, "mark_masks": {"*": str}}  # some not finite
 ACTIVATIONS = {

@@ -12,14 +12,25 @@ from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.load import MODELS, Run
 
 UNBIASED_IMAGES = 10_000  # a Fréchet distance over fewer images is visibly too high
-_NAMES = {"pruned": "pruned, before recovery", "student": "student, recovered", "real": "real images"}
+_NAMES = {
+    "pruned": "pruned, before recovery",
+    "student": "student, recovered",
+    "few-steps": "student of few steps",
+    "real": "real images",
+}
 STAGE_NAMES = {"pictures": "diagnostics"}
 _SCORES = {
     "fid": "{distance} ↓", "sfid": "sFID ↓", "inception_score": "IS ↑", "precision": "precision ↑", "recall": "recall ↑",
     "clip_score": "CLIP score ↑", "prompt_accuracy": "prompt accuracy ↑",
     "nearest_reference_distance": "nearest reference", "num_images": "images",
 }  # fmt: skip
-_TRAININGS = {"prune": "search", "recover": "recovery", "dynamic": "training of routers", "train": "training"}
+_TRAININGS = {
+    "prune": "search",
+    "recover": "recovery",
+    "dynamic": "training of routers",
+    "distill-steps": "distillation of steps",
+    "train": "training",
+}
 _NEAR_MACS = 0.15  # how far a speed-up may be from the ratio of MACs, relative to it
 _UNSTEADY = 0.25  # interquartile range of times, relative to their median, from which a machine counts as busy
 _HIGHER_IS_BETTER = (
@@ -92,7 +103,7 @@ def depths(run: Run) -> dict[str, int]:
 def timed_models(run: Run) -> Mapping[str, Mapping[str, Any]]:
     """The models of speed.json, the teacher first; empty where teacher or student was not timed."""
     models = (run.measured.get("speed") or {}).get("models") or {}
-    listed = {name: models[name] for name in ("teacher", "student", "dynamic") if name in models}
+    listed = {name: models[name] for name in ("teacher", "student", "dynamic", "few-steps") if name in models}
     return listed if {"teacher", "student"} <= set(listed) else {}
 
 
@@ -306,6 +317,12 @@ def cost_table(run: Run) -> tuple[Table, list[float]] | None:
     return (Table(["stage", "time", "share", "images seen"], rows, note), list(shares.values())) if rows else None
 
 
+def _drawing(few: Mapping[str, Any]) -> str:
+    """How a model of few steps draws."""
+    levels = ", ".join(f"{level:g}" for level in few["levels"])
+    return f"{len(few['levels'])} steps at noise levels {levels}, distilled by {few['method']}, guidance {few['guidance']:g} folded in"
+
+
 def provenance(run: Run) -> dict[str, str]:
     """Folders, versions, machines, seeds and models of a run; values that differ between its sources are all listed."""
     rows: list[tuple[str, Any]] = []
@@ -317,6 +334,7 @@ def provenance(run: Run) -> dict[str, str]:
         rows.append(("seed", (record.get("recipe") or {}).get("seed")))
     rows.append(("teacher", run.recipe.get("teacher_hash") or (run.plan.teacher if run.plan else None)))
     rows += [(model_name(name), model.get("hash")) for name, model in run.models.items()]
+    rows += [("drawing", _drawing(model["few_steps"])) for model in run.models.values() if model.get("few_steps")]
     values: dict[str, list[str]] = {}
     for name, value in rows:
         if value not in (None, "") and str(value) not in values.setdefault(name, []):

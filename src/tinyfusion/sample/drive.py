@@ -17,7 +17,7 @@ from tinyfusion.conditioning.condition import Condition, concat
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.signals import check_stop
 from tinyfusion.models.loaded import LoadedModel
-from tinyfusion.processes.base import Denoiser
+from tinyfusion.processes.base import Denoiser, mix_guidance
 
 WHOLE = (0.0, 1.0)  # guidance at all times
 
@@ -91,8 +91,7 @@ class GuidedSampler(Sampler, Protocol):
 
     def guided_channels(self, model: LoadedModel) -> int:
         """Leading output channels under guidance: the family's published ones, or all but the variance."""
-        channels, published = int(model.arch.in_channels), model.family.guided_channels
-        return channels if self.guided == "all" or published is None else min(published, channels)
+        return model.guided_channels if self.guided == "published" else int(model.arch.in_channels)
 
     def describe_guidance(self, model: LoadedModel) -> str:
         """Guidance in the protocol string."""
@@ -148,13 +147,6 @@ def guided(
         return mix_guidance(pair(torch.cat([x, x]), torch.cat([t, t])), scale, channels)
 
     return denoise
-
-
-def mix_guidance(both: Tensor, scale: float, channels: int) -> Tensor:
-    """The guided output from the conditional and the unconditional half of a batch."""
-    cond, uncond = both.chunk(2)
-    mixed = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
-    return torch.cat([mixed, cond[:, channels:]], dim=1)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from tinyfusion.conditioning.condition import Condition, concat
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.loaded import LoadedModel
-from tinyfusion.processes.base import Denoiser
+from tinyfusion.processes.base import Denoiser, mix_guidance
 from tinyfusion.processes.gaussian import Schedule, sample_ancestral
 from tinyfusion.processes.masked import head_schedule
-from tinyfusion.sample.drive import WHOLE, SampleDraws, Sampler, check_guidance, mix_guidance
+from tinyfusion.sample.drive import WHOLE, SampleDraws, Sampler, check_guidance
 
 PUBLISHED_ROUNDS = 256
 

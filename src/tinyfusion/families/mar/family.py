@@ -9,6 +9,7 @@ from tinyfusion.families.mar.model import (
     arch_of_state_dict,
     example_inputs,
     initialise,
+    stages,
     undecayed,
     unfit_formats,
 )
@@ -29,4 +30,5 @@ MAR = ModelFamily(
     published_license="MIT",
     unfit_formats=unfit_formats,
     undecayed=undecayed,
+    stages=stages,
 )

@@ -20,6 +20,7 @@ from tinyfusion.blocks.tokens import taken, to_tokens
 from tinyfusion.families.mar.block import NORM_EPS, Dropout, MarBlock
 from tinyfusion.families.mar.head import DiffusionHead, HeadSizes, initialise_head
 from tinyfusion.families.sizes import check_ranges, list_length
+from tinyfusion.families.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,9 @@ class Mar(nn.Module):
         """encoded (B, n + u, D) -> z (B, L, D') of all places."""
         buffer_size = self.arch.buffer_size
         x = self.decoder_embed(encoded)
-        blank = self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)
+        blank = self.mask_token.to(x.dtype).expand(
+            x.shape[0], hidden.shape[1], -1
+        )  # a len() would be a constant of graphs
         listed = torch.cat([x[:, buffer_size:], blank], dim=1)
         in_place = taken(listed, torch.cat([known, hidden], dim=1).argsort(dim=1))
         x = torch.cat([x[:, :buffer_size], in_place], dim=1) + self.decoder_pos_embed_learned
@@ -215,6 +218,40 @@ def example_inputs(arch: MarArch, num: int) -> tuple[Tensor, ...]:
     x = torch.zeros(num, arch.in_channels, arch.input_size, arch.input_size)
     rows = torch.zeros(num, hidden.shape[1], 1, arch.token_features)
     return x, torch.zeros(num, dtype=torch.int64), known, hidden, rows, torch.zeros(rows.shape[:3], dtype=torch.int64)
+
+
+def stages(model: Mar) -> dict[str, Stage]:
+    """What the sampler calls: in every round `condition`, of all places, and for every step of a token `head`.
+
+    condition: tokens (B, L, E), y (B,), known (B, u) and hidden (B, m) places -> (B, L, W), what the head takes. head: noised tokens
+    x (N, E), t (N,) original steps, condition (N, W) -> (N, 2E), noise prediction and variance logits.
+    """
+    arch = model.arch
+
+    def rounds(num: int, generator: torch.Generator) -> dict[str, Tensor]:
+        places = torch.rand(num, arch.num_tokens, generator=generator).argsort(dim=1)
+        split = (arch.num_tokens + 1) // 2
+        return {
+            "tokens": torch.randn(num, arch.num_tokens, arch.token_features, generator=generator),
+            "y": torch.randint(arch.num_classes + 1, (num,), generator=generator),
+            "known": places[:, :split],
+            "hidden": places[:, split:],
+        }
+
+    def steps(num: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            "x": torch.randn(num, arch.token_features, generator=generator),
+            "t": torch.rand(num, generator=generator) * 999,
+            "condition": torch.randn(num, arch.head_width, generator=generator),
+        }
+
+    def condition(tokens: Tensor, y: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
+        return model.head.conditions(model.condition(tokens, y, known, hidden))
+
+    of_rounds = {name: {0: "batch"} for name in ("tokens", "y", "output")}
+    of_rounds |= {"known": {0: "batch", 1: "num_known"}, "hidden": {0: "batch", 1: "num_hidden"}}
+    of_steps = {name: {0: "rows"} for name in ("x", "t", "condition", "output")}
+    return {"condition": Stage(model, condition, rounds, of_rounds), "head": Stage(model, model.head, steps, of_steps)}
 
 
 def unfit_formats(arch: MarArch, _tensors: Mapping[str, Tensor]) -> dict[str, str]:

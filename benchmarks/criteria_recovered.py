@@ -1,0 +1,143 @@
+"""Recover the choice of every criterion as the recipe digits recovers its own, and compare held-out loss and FID over seeds.
+
+    python benchmarks/criteria_recovered.py --learned runs/seeds --runs runs/criteria --images 2000 [--out TABLE.md]
+
+A criterion that trains nothing has all steps of the recipe for its recovery; the learned choice has them for search and recovery
+together (`--learned`: the runs of `digits_seeds.py`). Students of one seed are distilled side by side on the same images, noise,
+timesteps and label drops. FID is of the same noise and labels for all. Finished measurements are reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from regret import heldout_loss, mask_of, name_of, recovered
+from shared import spread, table
+from tinyfusion.commands.prune import prune
+from tinyfusion.config.loading import load_recipe
+from tinyfusion.config.recipe import Recipe
+from tinyfusion.core.device import flush_denormals
+from tinyfusion.core.rng import Randomness
+from tinyfusion.core.rundir import read_json, write_json, write_text
+from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.evaluate.extractors import open_extractor
+from tinyfusion.evaluate.metrics import feature_moments, frechet_distance
+from tinyfusion.jobs.assemble import RunOptions, image_set
+from tinyfusion.jobs.process_specs import objective_for, sampler_of
+from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.prune.calibrate import calibration_set
+from tinyfusion.sample.drive import image_labels, sample, to_uint8
+
+CRITERIA = ("bi", "flux-lite", "sensitivity", "min-loss", "bk-sdm", "uniform")
+
+
+class Measures:
+    """Held-out loss on the same noised images for all models, and FID of images from the same noise."""
+
+    def __init__(self, recipe: Recipe, teacher: LoadedModel, images: int) -> None:
+        self.recipe, self.images = recipe, images
+        heldout = image_set("digits:heldout")
+        source = ShuffledBatches(heldout, Randomness(0), torch.device("cpu"))
+        objective = objective_for(teacher, 0.0, recipe)
+        self.calibration = calibration_set(objective, source, "digits:heldout", len(heldout), 2048, 256, 0)
+        self.extractor = open_extractor(recipe.evaluate.features, "cpu")
+        self.references = {
+            name: self._moments(to_uint8(torch.from_numpy(image_set(name).x))) for name in recipe.evaluate.references
+        }
+
+    def _moments(self, images: np.ndarray) -> Any:
+        return feature_moments(self.extractor(images).pool)
+
+    def of(self, model: LoadedModel, seed: int) -> dict[str, float]:
+        """Loss, and FID against every reference."""
+        model.module.eval()
+        labels = image_labels(self.images, len(model.conditions), seed)
+        sampler = sampler_of(self.recipe.sample, model)
+        drawn = [to_uint8(part.x) for part in sample(model, labels, sampler, seed, self.recipe.sample.batch_size)]
+        moments = self._moments(np.concatenate(drawn))
+        fids = {name: frechet_distance(*reference, *moments) for name, reference in self.references.items()}
+        return {"loss": heldout_loss(model, self.calibration), **fids}
+
+
+def masks_of(runs: Path, seed: int) -> dict[str, str]:
+    """{criterion: the name of its mask}."""
+    masks = {}
+    for criterion in CRITERIA:
+        folder = runs / f"cut-{criterion}-{seed}"
+        if not (folder / "plan.json").is_file():
+            sets = (f"prune.criterion={criterion}", "prune.num_masks=924")
+            prune(load_recipe("digits", sets, {"seed": seed}), RunOptions(folder))
+        masks[criterion] = name_of(read_json(folder / "plan.json")["kept"]["blocks"])
+    return masks
+
+
+def measure_seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
+    """{criterion: its mask and measures} of one seed."""
+    file = options.runs / f"measures-{seed}-{options.images}.json"
+    done: dict[str, Any] = read_json(file) if file.is_file() else {}
+    recipe, teacher = load_recipe("digits", (), {"seed": seed}), open_model("digits")
+    masks = masks_of(options.runs, seed)
+    learned = options.learned / f"seed-{seed}" / "recover" / "student"
+    measures = None
+    missing = [name for name in dict.fromkeys(masks.values()) if name not in done]
+    students = recovered(teacher, [mask_of(name) for name in missing], recipe) if missing else []
+    todo = {**dict(zip(missing, students, strict=True))}
+    todo |= {
+        name: open_model(place)
+        for name, place in (("learned", str(learned)), ("teacher", "digits"))
+        if name not in done
+    }
+    for name, model in todo.items():
+        measures = measures or Measures(recipe, teacher, options.images)
+        done[name] = measures.of(model, seed)
+        write_json(file, done)
+        print(seed, name, json.dumps(done[name]), flush=True)
+    own = name_of(open_model(str(learned)).facts.kept["blocks"])  # type: ignore[index]
+    rows = {criterion: {"mask": mask, **done[mask]} for criterion, mask in masks.items()}
+    return {"teacher": {"mask": "all", **done["teacher"]}, "learned": {"mask": own, **done["learned"]}, **rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--learned", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/criteria"))
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    flush_denormals()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    seeds = [measure_seed(options, seed) for seed in range(options.seeds)]
+    rows = []
+    for name in seeds[0]:
+        masks = "; ".join(dict.fromkeys(each[name]["mask"].replace("-", " ") for each in seeds))
+        values = [[each[name][key] for each in seeds] for key in ("loss", "digits", "digits:heldout")]
+        over = [each[name]["digits"] / each["teacher"]["digits"] for each in seeds]
+        gap = [each[name]["digits"] - each["learned"]["digits"] for each in seeds]
+        rows.append(
+            [
+                name,
+                masks,
+                spread(values[0], 5),
+                *(spread(value, 2) for value in values[1:]),
+                spread(over, 3),
+                spread(gap, 2),
+            ]
+        )
+    head = ["chosen by", "kept, by seed", "held-out loss", "FID", "FID, held-out reference", "FID over the teacher's",
+            "FID above the learned choice's"]  # fmt: skip
+    text = "\n".join(table(head, *rows))
+    print(text)
+    if options.out:
+        write_text(options.out, text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""`export --to onnx`: graphs of a model, with what is needed to draw with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tinyfusion.config.recipe import SampleSection
+from tinyfusion.core.errors import UserError
+from tinyfusion.core.records import folder_output
+from tinyfusion.core.rundir import check_space, say_finished, stamp
+from tinyfusion.export.card import CardNotes
+from tinyfusion.export.folder import RECORD, exported_tensors
+from tinyfusion.export.onnx_folder import GraphForm, sampler_facts, write_onnx
+from tinyfusion.export.onnx_graph import onnx_module, stages_of
+from tinyfusion.jobs.assemble import RunOptions
+from tinyfusion.jobs.process_specs import sampler_of
+from tinyfusion.models.loaded import LoadedModel
+
+_ROOM = 2  # a graph is written once, and in external data moved within the folder
+
+
+def export_onnx(
+    options: RunOptions, model: LoadedModel, settings: SampleSection, what: GraphForm, notes: Callable[[], CardNotes]
+) -> dict[str, Any]:
+    """Write the folder at `options.out`; returns what `--json` prints. Raises UserError where the model has no such graph."""
+    for name in ("onnx", "onnxruntime"):
+        onnx_module(name)
+    if what.guided and model.facts.few_steps:
+        raise UserError(
+            "--guided is for models that are drawn with guidance, and this one draws in few steps without: leave it out"
+        )
+    facts = sampler_facts(model, settings)
+    _check_sampling(model, settings, facts["recommended"])
+    stages = stages_of(model, guided=what.guided)
+    plain = {"to": "onnx", "model": facts["model"], "guided": what.guided, "quantize": what.quantize}
+    plain |= {"recommended": facts["recommended"]}
+
+    def check() -> bool:
+        return folder_output(options.out, RECORD, "export", plain, options.overwrite, "export --to onnx")
+
+    todo = check()
+    num_bytes = sum(t.numel() * t.element_size() for t in exported_tensors(model, "onnx").values())
+    check_space(options.out, _ROOM * num_bytes)
+    outcome = {"to": "onnx", "model": facts["model"], "graphs": sorted(stages), "quantize": what.quantize}
+    if options.dry_run:
+        return {**outcome, "bytes": num_bytes}
+    if not todo:
+        say_finished(options.out)
+        return outcome
+    record, card = stamp("export", plain, "done", **outcome), notes()
+    check()  # again: what has come to be there meanwhile is not replaced
+    measured = write_onnx(model, options.out, facts, stages, what, card, record)
+    largest = measured["largest_difference"]
+    print(f"{options.out}: differs from torch by {largest:.1g} of the largest value at most", file=sys.stderr)
+    return outcome | measured
+
+
+def _check_sampling(model: LoadedModel, settings: SampleSection, recommended: Mapping[str, Any]) -> None:
+    """Raise UserError where `sample` could not draw with the recommended settings either."""
+    if model.facts.few_steps:  # its own settings alone
+        return
+    drawn = {name: recommended[name] for name in ("sampler", "num_steps", "guidance")}
+    flow = dataclasses.replace(settings.flow, method=recommended.get("method"))
+    sampler_of(dataclasses.replace(settings, **drawn, flow=flow), model)

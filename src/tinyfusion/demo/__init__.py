@@ -1,0 +1,1 @@
+"""The page that draws with models in a browser."""
