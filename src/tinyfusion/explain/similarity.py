@@ -48,13 +48,13 @@ def _covariance(x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def block_outputs(model: LoadedModel, objective: Process, batches: Sequence[NoisyBatch], rows: int) -> list[Tensor]:
-    """Per block about `rows` tokens of its outputs (R, D), float32 on the CPU, the same ones of every model.
+    """Per block `rows` tokens of its outputs or a few more (R, D), float32 on the CPU, the same ones of every model.
 
-    The tokens are evenly spread over all images and places.
+    The tokens are evenly spread over all images and places; all of them where there are fewer.
     """
     outputs: list[list[Tensor]] = [[] for _ in range(len(model.stack))]
     model.module.eval()
-    num_tokens = max(1, rows // max(1, sum(map(len, batches))))  # of an image
+    num_tokens = -(-rows // sum(map(len, batches)))  # of an image
     for noisy in batches:
         with model.stack.tap(range(len(outputs))) as tapped:
             objective.predict(model.module, noisy)

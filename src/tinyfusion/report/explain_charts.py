@@ -21,7 +21,7 @@ from tinyfusion.report.load import Run
 from tinyfusion.report.tables import Table
 
 _FAINT, _FULL = 0.01, 100.0  # added loss, as a share of the whole model's, at no and at full colour
-_CERTAIN = 2.0  # standard errors, from which a class differs from the mean
+_CERTAIN = 3.0  # standard errors, from which a class differs from the mean
 _LEGIBLE_CELL_PX = 34  # narrower cells have no numbers
 _DARK = 0.72  # opacity from which numbers in a cell are light
 _LEVELS_SHOWN = 128  # of 255: a difference with full colour
@@ -303,8 +303,8 @@ def _map(
         for i, column in enumerate(marks or ()):
             corners = rectangle(column + 0.02, i - 0.46, column + 0.98, i + 0.46)
             items.append(Shape([[*corners, corners[0]]], "ink", width=1.8))
-        spots = [[(column + 0.5, i - 0.3)] for i, column in enumerate(dots or ()) if column is not None]
-        items += [Shape(spots, "pruned", width=0, dots=5)] if spots else []
+        spots = [[(column + 0.88, i)] for i, column in enumerate(dots or ()) if column is not None]
+        items += [Shape(spots, "pruned", width=0, dots=7)] if spots else []
         room = max(map(len, columns), default=1) * 6.5 + 8
         every = max(1, math.ceil(room * num / (width - 60)))
         ticks = [(j + 0.5, text) for j, text in enumerate(columns) if j % every == 0]
