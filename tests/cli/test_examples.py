@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from material import Cli
+from material import Cli, tiny
 from PIL import Image
+from test_docs import save_autoencoder
 
 from tinyfusion.models.checkpoint import open_model
 
@@ -70,6 +71,13 @@ def test_the_app_draws_the_same_noise_with_every_process(work: Path) -> None:
         assert row.shape == (64, 129, 3) and row.dtype == np.uint8 and per_image_ms > 0
         assert np.array_equal(row, app["draw"](model, [3, 7], 2, 1.5, 0)[0])
         assert not np.array_equal(row, app["draw"](model, [3, 7], 2, 1.5, 1)[0])
+
+
+def test_the_app_decodes_latents(work: Path) -> None:
+    save_autoencoder(Path("vae"))
+    model = tiny(in_channels=4).with_known(vae="vae", latent_scale=1.0, latent_shift=0.0)
+    row, _ = runpy.run_path(str(EXAMPLES / "app.py"))["draw"](model, [3, 7], 2, 1.5, 0)
+    assert row.shape == (64, 129, 3), "eight pixels to each of 8 x 8 cells"
 
 
 PAGE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,31 @@ def test_a_damaged_record_is_one_error(cli: Cli, work: Path, field: str, value: 
 
 def test_an_interruption_leaves_nothing_half_written(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(command, "drawn_without", stop)
-        assert cli(*EXPLAIN.split()).code == 130
+        outcome = cli(*EXPLAIN.split())
+        assert outcome.code == 128 + signal.SIGTERM
+        assert (
+            outcome.err.splitlines()[-1]
+            == "interrupted by SIGTERM; no result was written, the same command begins anew"
+        )
     assert not Path("explained").exists()
     done(cli, EXPLAIN)
+
+
+def test_what_a_killed_process_leaves_is_begun_anew(cli: Cli, work: Path) -> None:
+    done(cli, EXPLAIN)
+    whole = Path("explained/explain.json").read_bytes()
+    run = json.loads(Path("explained/run.json").read_text(encoding="utf-8"))
+    Path("explained/run.json").write_text(json.dumps({**run, "state": "running"}), encoding="utf-8")
+    for name in ("explain.json", "report.html"):
+        Path("explained", name).unlink()
+    done(cli, "report explained --out page.html")
+    assert "measuring what each block does" in Path("page.html").read_text(encoding="utf-8")
+    done(cli, EXPLAIN)
+    assert Path("explained/explain.json").read_bytes() == whole
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tinyfusion.config.recipe import PruneSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import RunDirectory, atomic_write, check_space, read_json, write_json, write_text
+from tinyfusion.core.signals import Interrupted
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.jobs.assemble import RunOptions, device_for, open_teacher, plain_recipe, training_plan
 from tinyfusion.jobs.criteria import CriterionWork, criterion_context
@@ -80,17 +81,20 @@ def explain(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
     if options.dry_run:
         return _announce(recipe, measured, teacher, draws, mode)
     check_space(options.out, (len(model.stack) + 1) * recipe.explain.drawn * 3 * model.facts.image_size**2)
-    with folder.writing("explain", plain, options.overwrite):
-        folder.mark("running", command=options.command, job={"model": source})
-        began = time.perf_counter()
-        record: dict[str, Any] = {"protocol": measured.protocol(recipe), "model": _facts(model, source)}
-        record |= block_records(measured, recipe.explain.bins)
-        record["similarity"] = similarity(measured, teacher, recipe.teacher or source)
-        record["drawn"] = _draw(recipe, model, folder) if draws else None
-        record["not_measured"] = _not_measured(record, measured, recipe)
-        write_json(folder.path / RECORD, record)
-        folder.mark("done", seconds=time.perf_counter() - began)
-        write_text(folder.path / PAGE, render_run(folder.path))
+    try:
+        with folder.writing("explain", plain, options.overwrite):
+            folder.mark("running", command=options.command, job={"model": source})
+            began = time.perf_counter()
+            record: dict[str, Any] = {"protocol": measured.protocol(recipe), "model": _facts(model, source)}
+            record |= block_records(measured, recipe.explain.bins)
+            record["similarity"] = similarity(measured, teacher, recipe.teacher or source)
+            record["drawn"] = _draw(recipe, model, folder) if draws else None
+            record["not_measured"] = _not_measured(record, measured, recipe)
+            write_json(folder.path / RECORD, record)
+            folder.mark("done", seconds=time.perf_counter() - began)
+            write_text(folder.path / PAGE, render_run(folder.path))
+    except Interrupted as stop:
+        raise Interrupted(stop.signum, "no result was written, the same command begins anew") from None
     return _outcome(options)
 
 
