@@ -41,6 +41,10 @@ from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.sample.drive import to_uint8
 
 SHAPES = {"DiT-D14/2": 14, "DiT-XL/2": 28}  # -> blocks, of width 1152
+ORDER = (
+    "torch float32", "torch float32 compiled", "torch bfloat16", "torch int8", "onnxruntime float32", "onnxruntime int8-weights",
+    "onnxruntime int8",
+)  # fmt: skip
 CPU = torch.device("cpu")
 OUTSIDE = r"^(?!network\.blocks\.)"
 SCORED = ("float32", "int8-weights", "int8")
@@ -169,7 +173,10 @@ def page(results: list[dict[str, Any]]) -> str:
             half = 2 * result["parameters"]
             lines += ["", f"## {result['shape']}, {result['parameters']:,} parameters", ""]
             rows = []
-            for name, seconds in result["seconds"].items():
+            for name in ORDER:
+                seconds = result["seconds"].get(name, [])
+                if not seconds:
+                    continue
                 ratios = [b / s for b, s in zip(base, seconds, strict=True)]
                 size = result["bytes"].get(name)
                 rows.append((name, quartiles(seconds, 2), quartiles(ratios, 2), *_sizes(size, half)))
@@ -186,7 +193,8 @@ def page(results: list[dict[str, Any]]) -> str:
             lines += ["", *MORE.strip().split("\n"), ""]
             kept = {name: value for name, value in result["errors"].items() if "int8" in name and "torch" not in name}
             lines += table(
-                ("products", "error of the output"), *((name, f"{value:.2%}") for name, value in kept.items())
+                ("products", "error of the output"),
+                *((name.removeprefix("onnxruntime "), f"{value:.2%}") for name, value in kept.items()),
             )
     return "\n".join([*lines, ""])
 

@@ -1,7 +1,7 @@
 """Graphs with weights of 8 bits, in standard operators alone.
 
 Every product with a matrix of weights gets int8 weights with one scale per output channel, symmetric around 0, the largest weight
-being 127. `int8-weights` restores them to float32 before the product: a quarter of the file, the speed of float32. `int8` also
+being 127. `int8-weights` restores them to float32 before the product: a quarter of the file, at least the speed of float32. `int8` also
 quantizes the other factor to 8 bits, at every call, with one scale and zero point for the whole tensor, and multiplies whole numbers:
 a quarter of the file, and faster where the processor multiplies bytes. Products of two computed tensors (attention), convolutions,
 tables and biases stay float32.
@@ -29,7 +29,7 @@ _LARGEST = 127
 def outside_lists(network: nn.Module) -> str:
     """A regular expression of nodes outside of the network's lists of modules: embedders, first and last layers.
 
-    They have few of the weights and make a quarter of the error (docs/results/onnx.md), so they stay float32.
+    They have few of the weights, and the error falls by a quarter without them (docs/results/onnx.md), so they stay float32.
     """
     lists = [re.escape(name) for name, module in network.named_modules() if isinstance(module, nn.ModuleList)]
     return rf"^(?!network\.(?:{'|'.join(lists)})\.)" if lists else "(?!)"
