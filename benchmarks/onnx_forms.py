@@ -1,7 +1,7 @@
 """Compare forms of a model: processor time of a guided step, size, and FID of digits.
 
     python benchmarks/onnx_forms.py --part latency --shape DiT-D14/2 --json runs/onnx-d14.json
-    python benchmarks/onnx_forms.py --part latency --shape DiT-XL/2 --json runs/onnx-xl.json
+    python benchmarks/onnx_forms.py --part latency --shape DiT-XL/2 --skip int8-weights --json runs/onnx-xl.json
     python benchmarks/onnx_forms.py --part fid --json runs/onnx-fid.json
     python benchmarks/onnx_forms.py --page runs/onnx-d14.json runs/onnx-xl.json runs/onnx-fid.json --out docs/results/onnx.md
 
@@ -208,7 +208,7 @@ PAGE = f"""
 
 ```bash
 python benchmarks/onnx_forms.py --part latency --shape DiT-D14/2 --json runs/onnx-d14.json
-python benchmarks/onnx_forms.py --part latency --shape DiT-XL/2 --json runs/onnx-xl.json
+python benchmarks/onnx_forms.py --part latency --shape DiT-XL/2 --skip int8-weights --json runs/onnx-xl.json
 python benchmarks/onnx_forms.py --part fid --json runs/onnx-fid.json
 python benchmarks/onnx_forms.py --page runs/onnx-d14.json runs/onnx-xl.json runs/onnx-fid.json --out docs/results/onnx.md
 ```
