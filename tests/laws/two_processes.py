@@ -157,9 +157,10 @@ def few_steps(engine: Engine, method: str) -> Job:
     """A pruned student that learns to draw in few steps: its own calls differ by image, and a critic trains too."""
     teacher = teacher_model()
     student = teacher.cut(by_indices(teacher, [0, 2], seed=0))
-    section = DistillStepsSection(method=method, num_steps=3, teacher_steps=6, training=SETTINGS)  # type: ignore[arg-type]
+    settings = replace(SETTINGS, learning_rate=2e-4)  # two players at a high rate carry rounding on
+    section = DistillStepsSection(method=method, num_steps=3, teacher_steps=6, training=settings)  # type: ignore[arg-type]
     work = few_step_training(Recipe(distill_steps=section), student, teacher, batches, engine)
-    return Job(work.state, work.objective, SETTINGS)
+    return Job(work.state, work.objective, settings)
 
 
 CASES: dict[str, Callable[[Engine], Job]] = {
@@ -187,7 +188,7 @@ RUNS = [
     (case, way)
     for case in CASES
     for way in WAYS
-    if case in ("learning-lora", "masked-kd", "dynamic", "few-steps-matching") or not way.startswith("ddp-")
+    if case in ("learning-lora", "masked-kd", "dynamic") or not way.startswith("ddp-")
 ]
 
 
