@@ -202,11 +202,7 @@ def recover_model(
     work = recovery(recipe, student.copy(), teacher.copy() if teacher else None, task, source, engine)
     for record in work.steps():
         on_step(record)
-    recovered, types = work.averaged(), {name: p.dtype for name, p in student.module.named_parameters()}
-    for name, parameter in recovered.module.named_parameters():
-        parameter.data = parameter.data.to(types[name])
-    recovered.module.train(student.module.training)
-    return recovered
+    return _as_given(work.averaged(), student)
 
 
 def distill_model_steps(
@@ -232,9 +228,7 @@ def distill_model_steps(
     work = few_step_training(recipe, student.copy(), teacher.copy(), batches, _engine(student, compute))
     for record in work.steps():
         on_step(record)
-    distilled = work.averaged()
-    distilled.module.train(student.module.training)
-    return distilled
+    return _as_given(work.averaged(), student)
 
 
 def sample_images(
@@ -278,6 +272,15 @@ def evaluate_images(
         if len(values) <= neighbours:
             raise UserError(f"{what} are {len(values)}: precision and recall with {neighbours} neighbours need more")
     return score(images, Reference("reference", source.hash(), source, {}, extractor), extractor, neighbours)
+
+
+def _as_given(trained: LoadedModel, student: LoadedModel) -> LoadedModel:
+    """The trained model with weights in the types, and in the mode, of the student as it was given."""
+    types = {name: p.dtype for name, p in student.module.named_parameters()}
+    for name, parameter in trained.module.named_parameters():
+        parameter.data = parameter.data.to(types.get(name, parameter.dtype))
+    trained.module.train(student.module.training)
+    return trained
 
 
 def _engine(model: LoadedModel, compute: ComputeSection | None) -> Engine:

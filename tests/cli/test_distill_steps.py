@@ -93,8 +93,8 @@ BAD = {
     "a teacher of few steps": ("distill-steps --model student --teacher fast --out run", "draws in few steps itself"),
     "pruning what draws in few steps": ("prune --teacher fast --out run", "a model of few steps cannot be pruned"),
     "recovering it": ("recover --student fast --teacher teacher --out run", "no denoiser of all noise levels"),
-    "a guidance below 1": (f"{MADE} --guidance 0.5 --out run", "guidance"),
-    "no steps": (f"{MADE} --num-steps 0 --out run", "num_steps"),
+    "a guidance below 1": (f"{MADE} --guidance 0.5 --out run", "at least 1"),
+    "no steps": (f"{MADE} --num-steps 0 --out run", "at least 1"),
 }  # fmt: skip
 
 

@@ -12,11 +12,14 @@ import torch
 from tiny_training import batches
 from torch import Tensor
 
+from tinyfusion.api import distill_model_steps
 from tinyfusion.blocks.stack import frozen
 from tinyfusion.conditioning.classes import class_condition
-from tinyfusion.config.recipe import DistillStepsSection, Recipe, SampleSection
+from tinyfusion.config.recipe import DistillStepsSection, Recipe, SampleSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
+from tinyfusion.data.batches import ShuffledBatches
+from tinyfusion.data.digits import load_digits
 from tinyfusion.few_steps.consistency import ConsistencyObjective
 from tinyfusion.few_steps.guided import GuidedTeacher
 from tinyfusion.few_steps.matching import MatchingObjective
@@ -267,11 +270,14 @@ def test_a_student_of_few_steps_is_saved_with_them_and_is_no_teacher(model: Load
         open_model(tmp_path / "student")
 
 
-def test_the_defaults_of_a_method() -> None:
+def test_the_defaults_of_a_method(tiny_model: ModelFactory) -> None:
+    gaussian, flow = tiny_model(), new_model("sit", dataclasses.asdict(tiny_model().arch), 0)
     recipe = Recipe(distill_steps=DistillStepsSection(num_steps=2), sample=SampleSection(guidance=4.0))
-    assert few_steps_of(recipe) == FewSteps("consistency", (1.0, 0.5), 4.0, False)
+    assert few_steps_of(recipe, gaussian) == FewSteps("consistency", (1.0, 0.5), 4.0, False)
     own = DistillStepsSection(method="matching", num_steps=4, guidance=2.0)
-    assert few_steps_of(Recipe(distill_steps=own)) == FewSteps("matching", (0.8, 0.6, 0.4, 0.2), 2.0, True)
+    recipe = Recipe(distill_steps=own)
+    assert few_steps_of(recipe, gaussian) == FewSteps("matching", (0.8, 0.6, 0.4, 0.2), 2.0, True)
+    assert few_steps_of(recipe, flow) == FewSteps("matching", (1.0, 0.75, 0.5, 0.25), 2.0, True)
 
 
 def test_models_that_do_not_go_together_are_refused(tiny_model: ModelFactory) -> None:
@@ -280,6 +286,49 @@ def test_models_that_do_not_go_together_are_refused(tiny_model: ModelFactory) ->
         check_few_steps(Recipe(), model, tiny_model(num_classes=7))
     with pytest.raises(UserError, match="draws in few steps itself"):
         check_few_steps(Recipe(), model, few(model))
-    backwards = Recipe(distill_steps=DistillStepsSection(within=(0.8, 0.2)))
-    with pytest.raises(UserError, match="two rising noise levels"):
-        check_few_steps(backwards, model, model)
+    section = DistillStepsSection
+    for settings, message in (
+        (section(within=(0.8, 0.2)), "two rising noise levels"),
+        (section(within=(1e-4, 4e-4)), "at least one of 1000 timesteps"),
+        (section(num_steps=1500), "no 1,500 different noise levels"),
+        (section(guidance=0.5), "guidance must be at least 1"),
+        (section(first_level=0.5), "is for method matching of models that predict noise"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_few_steps(Recipe(distill_steps=settings), model, model)
+    in_part = SampleSection(guidance_interval=(0.2, 0.8))
+    with pytest.raises(UserError, match="folded in at all noise levels"):
+        check_few_steps(Recipe(sample=in_part), model, model)
+    flow = new_model("sit", dataclasses.asdict(model.arch), 0)
+    other = dataclasses.replace(flow, facts=dataclasses.replace(flow.facts, process_settings={"prediction": "noise"}))
+    with pytest.raises(UserError, match="does not take what the student takes"):
+        check_few_steps(Recipe(), flow, other)
+    with pytest.raises(UserError, match="a flow that predicts its noise states no image"):
+        check_few_steps(Recipe(), other, other)
+    check_few_steps(Recipe(), flow, flow)
+
+
+@pytest.mark.parametrize("method", ["consistency", "matching"])
+def test_weights_in_half_precision_train_in_float32(tiny_model: ModelFactory, method: str) -> None:
+    teacher = tiny_model(input_size=8, in_channels=1, num_classes=10)
+    half = dataclasses.replace(teacher, module=teacher.copy().module.to(torch.bfloat16))
+    data = ShuffledBatches(load_digits(), Randomness(0), torch.device("cpu"))
+    training = TrainingSection(steps=2, batch_size=4, ema_decay=0.5)
+    settings = DistillStepsSection(method=method, num_steps=2, training=training)  # type: ignore[arg-type]
+    student = distill_model_steps(half, half, data, settings)
+    assert {p.dtype for p in student.module.parameters()} == {torch.bfloat16} and student.hash() != half.hash()
+
+
+@pytest.mark.parametrize("name", ["gaussian", "velocity", "noise of gvp", "score of vp"])
+def test_how_far_the_clean_image_moves_with_the_output(name: str) -> None:
+    noising = NOISINGS[name]
+    t = noising.times(np.array([0.9, 0.7, 0.5, 0.3, 0.1]))
+    x, output = normal("x"), normal("output")
+    moved = noising.parts(output + 1, x, t).clean - noising.parts(output, x, t).clean
+    torch.testing.assert_close(moved.abs().mean((1, 2, 3)), noising.clean_per_output(t), rtol=1e-3, atol=1e-4)
+
+
+def test_steps_of_a_scheduler_are_those_of_divisors_of_a_thousand() -> None:
+    for num, fits in ((1, True), (2, True), (3, False), (4, True), (7, False), (8, True)):
+        levels = DistillStepsSection(num_steps=num).levels(1.0)
+        assert FewSteps("consistency", levels, 1.0, fresh_noise=False).is_trailing == fits

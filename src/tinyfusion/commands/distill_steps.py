@@ -38,7 +38,7 @@ class DistillSteps(TrainingVerb[Training]):
 
     def plain(self, inputs: Inputs) -> dict[str, Any]:
         """As of every verb; guidance may be that of the section sample."""
-        few, recipe = few_steps_of(inputs.recipe), inputs.recipe
+        few, recipe = few_steps_of(inputs.recipe, inputs.model("model")), inputs.recipe
         return {**super().plain(inputs), "guidance": few.guidance, "guidance_channels": recipe.sample.guidance_channels}
 
     def work(self, inputs: Inputs, engine: Engine) -> Training:
@@ -49,7 +49,7 @@ class DistillSteps(TrainingVerb[Training]):
 
     def says(self, inputs: Inputs, work: Training) -> dict[str, str]:
         """The method, and the steps of a drawing."""
-        few = few_steps_of(inputs.recipe)
+        few = few_steps_of(inputs.recipe, inputs.model("model"))
         return {"method": f"{few.method}, {few.describe()}"}
 
     def perform(self, inputs: Inputs, work: Training, folder: RunDirectory) -> dict[str, Any]:

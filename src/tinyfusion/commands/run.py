@@ -299,9 +299,10 @@ def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
             "drawing_speedup": ratio * sides["teacher"].calls / side.calls,
         }
     threads = torch.get_num_threads() if device.type == "cpu" else 0
+    few = " (few steps: folded in)" if recipe.distill_steps.in_run else ""
     protocol = (
         f"{settings.repeats} interleaved trajectories of {steps} denoising steps, batch {settings.batch_size}, guidance "
-        f"{recipe.sample.guidance:g}, float32, {device.type}, {threads} threads; medians"
+        f"{recipe.sample.guidance:g}{few}, float32, {device.type}, {threads} threads; medians"
     )
     numbers = {"batch_size": settings.batch_size, "threads": threads, "dtype": "float32"}
     student = {name: rows["student"][name] for name in ("speedup", "speedup_spread")}

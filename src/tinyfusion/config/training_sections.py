@@ -319,8 +319,8 @@ class DistillStepsSection:
     ] = None
     first_level: Annotated[
         PositiveShare | None,
-        "noise level of the first step, 1: noise alone; the others follow evenly; None: 1, of matching 0.8, as the clean image is "
-        "ill-determined above",
+        "matching of noise predictions: noise level of the first step, 1: noise alone; the others follow evenly; None: 0.8, as the clean "
+        "image is ill-determined above. Others begin at 1",
     ] = None
     teacher_steps: Annotated[SmallCount, "consistency: DDIM steps of the teacher over all noise levels"] = 48
     within: Annotated[
@@ -344,8 +344,6 @@ class DistillStepsSection:
         )
     )
 
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """Noise levels of the steps, falling evenly."""
-        first = self.first_level or (1.0 if self.method == "consistency" else 0.8)
+    def levels(self, first: float) -> tuple[float, ...]:
+        """Noise levels of the steps, falling evenly from `first`."""
         return tuple(round(first * (self.num_steps - step) / self.num_steps, 6) for step in range(self.num_steps))

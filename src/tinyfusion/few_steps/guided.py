@@ -33,7 +33,7 @@ class GuidedTeacher:
         if self.guidance == 1:
             return self.own(self.module, x, t, condition)
         both = self.call(self.module, torch.cat([x, x]), torch.cat([t, t]), concat([condition, condition.null()]))
-        return self.noising.parts(mix_guidance(both, self.guidance, self.channels), x, t)
+        return self.noising.parts(mix_guidance(both.float(), self.guidance, self.channels), x, t)
 
     def own(self, model: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Mixture:
         """The prediction of another model, without guidance."""

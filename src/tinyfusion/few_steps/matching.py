@@ -106,8 +106,7 @@ class MatchingObjective(Objective):
         fake = noising.parts(prediction.output.detach(), again.xt, again.t).clean
         size = mean_flat((clean - prediction.taught).abs()).clamp(min=1e-6).view(-1, *[1] * (clean.ndim - 1))
         gap = (fake - prediction.taught) / size
-        alpha, sigma = noising.weights(prediction.step_times)
-        scale = (alpha / sigma).clamp(max=1).flatten()  # of a noise prediction: dx_0 / d output is sigma / alpha
+        scale = (1 / noising.clean_per_output(prediction.step_times)).clamp(max=1)
         generator_loss = 0.5 * mean_flat((prediction.clean - (clean - gap)) ** 2) * scale
         terms = {"generator_loss": generator_loss, "critic_loss": critic_loss, "score_gap": mean_flat(gap.abs())}
         return {"loss": generator_loss + critic_loss, **terms}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 from torch import nn
 
 from tinyfusion.blocks.stack import frozen
@@ -17,30 +18,37 @@ from tinyfusion.jobs.process_specs import noising_of
 from tinyfusion.jobs.training import Training
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Objective
-from tinyfusion.processes.noising import FewSteps
+from tinyfusion.processes.noising import FewSteps, FlowNoising
+from tinyfusion.recover.placing import cast_half_precision
+from tinyfusion.sample.drive import WHOLE
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import BatchSource
 from tinyfusion.training.optim import ParameterGroup, trainable
+from tinyfusion.training.rounding import hold_weights
 from tinyfusion.training.state import TrainState
 
 _CRITIC_RATE = 10.0  # learning rate of a critic over that of its generator
+_MATCHING_LEVEL = 0.8  # first level of noise predictions, which leave the clean image ill-determined above
 _CRITIC = "critic."  # begins the names of its parameters in a checkpoint
 
 
-def few_steps_of(recipe: Recipe) -> FewSteps:
-    """How the student of a recipe will draw."""
+def few_steps_of(recipe: Recipe, model: LoadedModel) -> FewSteps:
+    """How the student of a recipe will draw, a model of the process of `model`."""
     settings = recipe.distill_steps
     guidance = recipe.sample.guidance if settings.guidance is None else settings.guidance
-    fresh = settings.method == "matching" and settings.fresh_noise
-    return FewSteps(settings.method, settings.levels, guidance, fresh)
+    matching = settings.method == "matching"
+    first = _MATCHING_LEVEL if matching and not isinstance(noising_of(model), FlowNoising) else 1.0
+    return FewSteps(
+        settings.method, settings.levels(settings.first_level or first), guidance, matching and settings.fresh_noise
+    )
 
 
 def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> None:
     """Raise UserError where student and teacher do not take the same, or cannot draw in few steps."""
-    noising_of(student)
-    if not take_the_same(teacher, student):
+    noising, settings = noising_of(student), recipe.distill_steps
+    if not take_the_same(teacher, student) or noising != noising_of(teacher):
         raise UserError(
-            f"the teacher {recipe.teacher} does not take what the student takes: wanted one of the same family, input and classes"
+            f"the teacher {recipe.teacher} does not take what the student takes: wanted one of the same family, process, input and classes"
         )
     for role, model in (("student", student), ("teacher", teacher)):
         if model.facts.dynamic is not None:
@@ -51,12 +59,38 @@ def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) 
         raise UserError(
             "the teacher draws in few steps itself, and has no trajectory: give the model that it was distilled from"
         )
-    low, high = recipe.distill_steps.within
-    if not low < high:
-        raise UserError(f"distill_steps.within wants two rising noise levels; got {low:g} and {high:g}")
-    if few_steps_of(recipe).guidance > 1 and not teacher.null_class:
+    flow = noising.flow if isinstance(noising, FlowNoising) else None
+    if flow and flow.prediction != "velocity":
+        raise UserError(
+            f"few steps begin at noise alone, where a flow that predicts its {flow.prediction} states no image: give a model of velocities"
+        )
+    if settings.first_level not in (None, 1) and (flow or settings.method == "consistency"):
+        raise UserError(
+            f"distill_steps.first_level {settings.first_level:g} is for method matching of models that predict noise; others begin at "
+            "noise alone: leave it out"
+        )
+    _check_levels(recipe, student)
+    if recipe.sample.guidance_interval != WHOLE:
+        raise UserError("guidance is folded in at all noise levels: leave out sample.guidance_interval")
+    guidance = few_steps_of(recipe, student).guidance
+    if guidance < 1:
+        raise UserError(f"guidance must be at least 1 (1 folds none in); got {guidance:g}")
+    if guidance > 1 and not teacher.null_class:
         raise UserError(
             "guidance compares with a class for no label, and the teacher has none: --set distill_steps.guidance=1"
+        )
+
+
+def _check_levels(recipe: Recipe, model: LoadedModel) -> None:
+    """Raise UserError on noise levels that the process cannot tell apart, and on a range that does not rise."""
+    settings, times = recipe.distill_steps, noising_of(model).times
+    of_steps = times(np.array(few_steps_of(recipe, model).levels)).tolist()
+    if len(set(of_steps)) < len(of_steps) or min(of_steps) < 0:
+        raise UserError(f"the process has no {settings.num_steps:,} different noise levels: give fewer --num-steps")
+    low, high = settings.within
+    if not low < high or float(times(np.array(low))) < 0:
+        raise UserError(
+            f"distill_steps.within wants two rising noise levels, of at least one of 1000 timesteps; got {low:g} and {high:g}"
         )
 
 
@@ -67,7 +101,11 @@ def few_step_training(
 
     Moves and changes both models.
     """
-    settings, steps = recipe.distill_steps, few_steps_of(recipe)
+    settings, steps = recipe.distill_steps, few_steps_of(recipe, student)
+    training = settings.training
+    for model in (student, teacher) if training.dtype == "float32" else ():
+        cast_half_precision(model.module)
+    hold_weights(student.module, trainable(student.module), training)
     critic = student.copy()
     student.facts = dataclasses.replace(student.facts, few_steps=steps)
     published = recipe.sample.guidance_channels == "published"
@@ -85,8 +123,9 @@ def few_step_training(
         groups.append(ParameterGroup(_named(own), learning_rate=rate))
         objective = MatchingObjective(taught, own, steps.levels, settings.within, steps.fresh_noise)
     state = TrainState(module, groups, settings.training)
-    name, training = "distill-steps", settings.training
-    return Training(name, recipe, training, student, student.stack, state, objective, source, engine, teacher)
+    return Training(
+        "distill-steps", recipe, training, student, student.stack, state, objective, source, engine, teacher
+    )
 
 
 def _named(critic: nn.Module) -> dict[str, nn.Parameter]:

@@ -39,6 +39,10 @@ class Noising(Protocol):
         """The mixture that the network's output at x (B, C, H, W) and t states, float32."""
         ...
 
+    def clean_per_output(self, t: Tensor) -> Tensor:
+        """(B,) how far the clean image moves where the output moves by 1: the factor between both errors."""
+        ...
+
     def target(self, parts: Mixture, t: Tensor) -> Tensor:
         """The output (B, C, H, W) that states this mixture, without channels of a variance: the inverse of `parts`."""
         ...
@@ -62,7 +66,7 @@ class GaussianNoising(Noising):
     Level k / 1000 is timestep k - 1, as in the "trailing" spacing of diffusers, and level 0 the data themselves.
     """
 
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: Schedule = field(default_factory=Schedule, compare=False)  # the published one, always
 
     def times(self, levels: np.ndarray) -> Tensor:
         return torch.as_tensor(np.rint(np.asarray(levels) * NUM_TIMESTEPS).astype(np.int64) - 1)
@@ -78,6 +82,10 @@ class GaussianNoising(Noising):
     def parts(self, output: Tensor, x: Tensor, t: Tensor) -> Mixture:
         noise, _ = split_output(output, x.shape[1])
         return Mixture(self.schedule.x0_from_noise(x, t, noise), noise)
+
+    def clean_per_output(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.weights(t, 1)
+        return sigma / alpha
 
     def target(self, parts: Mixture, t: Tensor) -> Tensor:
         return parts.noise
@@ -100,6 +108,12 @@ class FlowNoising(Noising):
         at, output = self.flow.point(t, x.ndim), output.float()
         noise, velocity = self.flow.noise(output, x, t), self.flow.velocity(output, x, t)
         return Mixture((at.d_sigma * x - at.sigma * velocity) / at.wronskian, noise)
+
+    def clean_per_output(self, t: Tensor) -> Tensor:
+        at = self.flow.point(t, 1)
+        by_noise = at.sigma / at.alpha
+        of = {"velocity": at.sigma / at.wronskian, "noise": by_noise, "score": by_noise * at.sigma}
+        return of[self.flow.prediction].abs()
 
     def target(self, parts: Mixture, t: Tensor) -> Tensor:
         at = self.flow.point(t, parts.clean.ndim)
@@ -133,7 +147,12 @@ class FewSteps:
     def is_trailing(self) -> bool:
         """Whether its steps are DDIM's at the "trailing" timesteps of diffusers: evenly spaced from noise alone, without fresh noise."""
         even = [(len(self.levels) - k) / len(self.levels) for k in range(len(self.levels))]
-        return not self.fresh_noise and all(abs(a - b) < 5e-4 for a, b in zip(self.levels, even, strict=True))
+        steps_fit = NUM_TIMESTEPS % len(self.levels) == 0  # else its scheduler goes to other timesteps than it names
+        return (
+            steps_fit
+            and not self.fresh_noise
+            and all(abs(a - b) < 5e-4 for a, b in zip(self.levels, even, strict=True))
+        )
 
     def describe(self) -> str:
         """In words, without the kind of noise."""

@@ -78,7 +78,7 @@ def place_models(
     work = dataclasses.replace(student, module=borrowed(student.module).train())
     of_float32 = [work.module, teacher.module] if teacher else [work.module]
     for module in of_float32 if training.dtype == "float32" else ():
-        _as_float32(module)
+        cast_half_precision(module)
     sharing = teacher is not None and not engine.splits
     equal = equal_tensors(work.module, teacher.module, student.stack.lists) if teacher and sharing else {}
     streamed = _placed_teacher(teacher, settings, engine)
@@ -103,14 +103,14 @@ def _placed_teacher(teacher: LoadedModel | None, settings: RecoverSection, engin
         return None
     module = frozen(teacher.module)
     if settings.training.dtype == "float32":
-        _as_float32(module)
+        cast_half_precision(module)
     if settings.teacher_storage == "own":
         engine.place_teacher(module, list(teacher.stack))
         return None
     return stored(module, teacher.stack, settings.teacher_storage, engine.device)
 
 
-def _as_float32(module: nn.Module) -> None:
+def cast_half_precision(module: nn.Module) -> None:
     """Cast half-precision parameters, which do not multiply float32; tables in buffers keep their types."""
     for parameter in module.parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16):

@@ -111,6 +111,8 @@ def main() -> None:
         return model(session, x, t, labels, options.guidance)
 
     if "few_steps" in FACTS:
+        if options.guidance != 1:
+            raise SystemExit("the model has its guidance folded in: leave out --guidance")
         images = few_steps(network, x, options.num_steps, options.seed)
     else:
         images = {"gaussian": gaussian, "flow": flow}[FACTS["process"]](network, x, options.num_steps)
