@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from drawn_fid import DrawnFid
 from regret import heldout_loss, mask_of, name_of, recovered
 from shared import spread, table
 from tinyfusion.commands.prune import prune
@@ -26,13 +26,10 @@ from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json, write_text
 from tinyfusion.data.batches import ShuffledBatches
-from tinyfusion.evaluate.extractors import open_extractor
-from tinyfusion.evaluate.metrics import feature_moments, frechet_distance
 from tinyfusion.jobs.assemble import RunOptions, image_set
-from tinyfusion.jobs.process_specs import objective_for, sampler_of
+from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.calibrate import calibration_set
-from tinyfusion.sample.drive import image_labels, sample, to_uint8
 
 CRITERIA = ("bi", "flux-lite", "sensitivity", "min-loss", "bk-sdm", "uniform")
 
@@ -41,28 +38,15 @@ class Measures:
     """Held-out loss on the same noised images for all models, and FID of images from the same noise."""
 
     def __init__(self, recipe: Recipe, teacher: LoadedModel, images: int) -> None:
-        self.recipe, self.images = recipe, images
         heldout = image_set("digits:heldout")
         source = ShuffledBatches(heldout, Randomness(0), torch.device("cpu"))
         objective = objective_for(teacher, 0.0, recipe)
         self.calibration = calibration_set(objective, source, "digits:heldout", len(heldout), 2048, 256, 0)
-        self.extractor = open_extractor(recipe.evaluate.features, "cpu")
-        self.references = {
-            name: self._moments(to_uint8(torch.from_numpy(image_set(name).x))) for name in recipe.evaluate.references
-        }
+        self.fid = DrawnFid(recipe, images)
 
-    def _moments(self, images: np.ndarray) -> Any:
-        return feature_moments(self.extractor(images).pool)
-
-    def of(self, model: LoadedModel, seed: int) -> dict[str, float]:
+    def of(self, model: LoadedModel) -> dict[str, float]:
         """Loss, and FID against every reference."""
-        model.module.eval()
-        labels = image_labels(self.images, len(model.conditions), seed)
-        sampler = sampler_of(self.recipe.sample, model)
-        drawn = [to_uint8(part.x) for part in sample(model, labels, sampler, seed, self.recipe.sample.batch_size)]
-        moments = self._moments(np.concatenate(drawn))
-        fids = {name: frechet_distance(*reference, *moments) for name, reference in self.references.items()}
-        return {"loss": heldout_loss(model, self.calibration), **fids}
+        return {"loss": heldout_loss(model, self.calibration), **self.fid.of(model)}
 
 
 def masks_of(runs: Path, seed: int) -> dict[str, str]:
@@ -95,7 +79,7 @@ def measure_seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, 
     }
     for name, model in todo.items():
         measures = measures or Measures(recipe, teacher, options.images)
-        done[name] = measures.of(model, seed)
+        done[name] = measures.of(model)
         write_json(file, done)
         print(seed, name, json.dumps(done[name]), flush=True)
     own = name_of(open_model(str(learned)).facts.kept["blocks"])  # type: ignore[index]

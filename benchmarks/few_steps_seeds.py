@@ -13,22 +13,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from drawn_fid import DrawnFid
 from shared import spread, table
 from tinyfusion.commands.distill_steps import distill_steps
 from tinyfusion.config.loading import load_recipe
-from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rundir import read_json, write_json, write_text
-from tinyfusion.evaluate.extractors import open_extractor
-from tinyfusion.evaluate.metrics import Moments, feature_moments, frechet_distance
 from tinyfusion.evaluate.timing import interleaved
-from tinyfusion.jobs.assemble import RunOptions, image_set
+from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, open_model
-from tinyfusion.sample.drive import image_labels, sample, to_uint8
+from tinyfusion.sample.drive import image_labels, sample
 
 _SECTION = "distill_steps"
 VARIANTS = {
@@ -42,12 +39,9 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def moments_of(model: LoadedModel, recipe: Recipe, images: int, extractor: Any) -> Moments:
-    """Feature moments of images drawn as the recipe, or the model itself, says."""
-    model.module.eval()
-    labels, sampler = image_labels(images, len(model.conditions), recipe.seed), sampler_of(recipe.sample, model)
-    drawn = [to_uint8(part.x) for part in sample(model, labels, sampler, recipe.seed, recipe.sample.batch_size)]
-    return feature_moments(extractor(np.concatenate(drawn)).pool)
+def folder_of(runs: Path, seed: int, name: str) -> Path:
+    """The run folder of a variant."""
+    return runs / f"seed-{seed}" / name.replace(", ", "-").replace(" ", "-")
 
 
 def measured(options: argparse.Namespace, seed: int, names: list[str]) -> dict[str, dict[str, float]]:
@@ -55,26 +49,20 @@ def measured(options: argparse.Namespace, seed: int, names: list[str]) -> dict[s
     file = options.runs / f"measures-{seed}-{options.images}.json"
     done: dict[str, dict[str, float]] = read_json(file) if file.is_file() else {}
     recipe = load_recipe(options.recipe, (), {"seed": seed})
-    extractor = open_extractor(recipe.evaluate.features, "cpu")
     student = str(options.students / f"seed-{seed}" / "recover" / "student")
-    places = {name: str(options.runs / f"seed-{seed}" / name.replace(", ", "-").replace(" ", "-")) for name in names}
+    places = {name: str(folder_of(options.runs, seed, name)) for name in names}
     for name, place in places.items():
         distill_steps(load_recipe(options.recipe, VARIANTS[name], {"seed": seed}), RunOptions(Path(place)), student)
     if options.train_only:
         return done
     places = {**places, "student": student, "teacher": recipe.teacher}
-    references = None
-    for name, place in places.items():
-        if name in done:
-            continue
-        if references is None:
-            real = {ref: to_uint8(torch.from_numpy(image_set(ref).x)) for ref in recipe.evaluate.references}
-            references = {ref: feature_moments(extractor(images).pool) for ref, images in real.items()}
+    missing = {name: place for name, place in places.items() if name not in done}
+    fid = DrawnFid(recipe, options.images) if missing else None
+    for name, place in missing.items():
+        assert fid is not None
         model = open_model(place)
-        own = moments_of(model, recipe, options.images, extractor)
         sampler = sampler_of(recipe.sample, model)
-        facts = {"blocks": len(model.stack), "passes": sampler.calls * sampler.rows}
-        done[name] = {**{ref: frechet_distance(*reference, *own) for ref, reference in references.items()}, **facts}
+        done[name] = {**fid.of(model), "blocks": len(model.stack), "passes": sampler.calls * sampler.rows}
         write_json(file, done)
         print(seed, name, json.dumps(done[name]), flush=True)
     return done
@@ -83,7 +71,7 @@ def measured(options: argparse.Namespace, seed: int, names: list[str]) -> dict[s
 def drawing_times(options: argparse.Namespace, names: list[str]) -> dict[str, str]:
     """Seconds of drawing 64 images with each model of the first seed, in turns, over those of the teacher."""
     recipe = load_recipe(options.recipe, (), {"seed": 0})
-    places = {name: str(options.runs / "seed-0" / name.replace(", ", "-").replace(" ", "-")) for name in names}
+    places = {name: str(folder_of(options.runs, 0, name)) for name in names}
     places |= {"student": str(options.students / "seed-0" / "recover" / "student"), "teacher": recipe.teacher}
     models = {name: open_model(place) for name, place in places.items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
-from tinyfusion.jobs.assemble import RunOptions, open_teacher, take_the_same
+from tinyfusion.jobs.assemble import RunOptions, open_teacher, other_inputs
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.routing import KEPT, check_dynamic, dynamic_record, dynamic_training, meet_budget
@@ -36,7 +36,7 @@ class Dynamic(TrainingVerb[Training]):
         model = open_stated(recipe, named, *typed, options.num_classes)
         check_dynamic(recipe, model, named)
         teacher = open_teacher(recipe, *typed, num_classes=options.num_classes) if taught else None
-        if teacher and not take_the_same(teacher, model):
+        if teacher and other_inputs(teacher, model):
             raise UserError(
                 f"the teacher {recipe.teacher} does not take what {source} takes: wanted one of the same family, input and classes"
             )

@@ -38,6 +38,7 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.progress import say
+from tinyfusion.core.records import section_of
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
 from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.evaluate.extractors import open_extractor
@@ -75,7 +76,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Prune, recover, optionally train routers or distil steps; sample all models from the same seeds, evaluate, time, write the page."""
     stages = {name.partition(".")[0] for name in recipe.assigned}
     for verb, section in (("dynamic", recipe.dynamic), ("distill-steps", recipe.distill_steps)):
-        name = verb.replace("-", "_")
+        name = section_of(verb)
         if name in stages and not section.in_run and not stages & {"prune", "recover"}:
             raise UserError(
                 f"recipe {recipe.name} is for the verb `{verb}`, it says nothing of pruning and recovery: tinyfusion {verb} --recipe "
@@ -210,16 +211,12 @@ def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
 
 def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -> dict[str, Any]:
     """Print and return the plan of a dry run."""
-    pruning, recovery, routed, fewer, drawn = (
-        recipe.prune,
-        recipe.recover,
-        recipe.dynamic,
-        recipe.distill_steps,
-        _drawn(recipe),
-    )
+    pruning, recovery, drawn = recipe.prune, recipe.recover, _drawn(recipe)
+    routed, fewer = recipe.dynamic, recipe.distill_steps
     estimates = [build().estimate() for build in _trainings(recipe, teacher, engine)]
     drawing = sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device_for(recipe))
     steps = f"{routed.target:.0%} of the student's blocks, {routed.training.steps:,} steps"
+    distilling = f"{fewer.method}, {fewer.num_steps} steps, {fewer.training.steps:,} of training"
     learned = f" {pruning.scheme}, {recovery.search_steps or pruning.training.steps:,} steps"
     learned += " of the recovery" if recovery.search_steps else ""
     plan = {
@@ -227,11 +224,7 @@ def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -
         "prune": pruning.criterion + (learned if pruning.criterion == "learned" else ""),
         "recover": f"{recovery.method}, {recovery.training.steps:,} steps of {recovery.training.batch_size} images",
         **({"dynamic": steps} if routed.in_run else {}),
-        **(
-            {"distill-steps": f"{fewer.method}, {fewer.num_steps} steps, {fewer.training.steps:,} of training"}
-            if fewer.in_run
-            else {}
-        ),
+        **({"distill-steps": distilling} if fewer.in_run else {}),
         "sample": f"{recipe.sample.num_images:,} images of each of {', '.join(drawn)}",
         "evaluate": f"against {', '.join(recipe.evaluate.references)}",
     }

@@ -22,6 +22,11 @@ FORMAT_VERSION = 1
 _MARKER = "tinyfusion"
 
 
+def section_of(verb: str) -> str:
+    """The section of a recipe with the settings of a verb, or of a stage, which is named as its verb."""
+    return verb.replace("-", "_")
+
+
 def machine() -> dict[str, Any]:
     """The machine of a run."""
     system, processor, python = platform.system(), platform.machine(), platform.python_version()

@@ -70,10 +70,13 @@ def open_teacher(
     return open_stated(recipe, recipe.teacher, num_heads, family or recipe.teacher_family, num_classes, blocks)
 
 
-def take_the_same(one: LoadedModel, other: LoadedModel) -> bool:
-    """Whether two models are of one family, and take the same images and classes."""
-    same = ("in_channels", "input_size", "num_classes")
-    return one.family is other.family and all(getattr(one.arch, name) == getattr(other.arch, name) for name in same)
+def other_inputs(teacher: LoadedModel, model: LoadedModel, *further: str) -> str | None:
+    """Why a teacher does not take the images and classes of a model; None if it does. further: sizes that must be equal as well."""
+    if teacher.family is not model.family:
+        return f"it is of family {teacher.family.name}"
+    sizes = ("in_channels", "input_size", *further, "num_classes")
+    differ = [n for n in sizes if getattr(teacher.arch, n, None) != getattr(model.arch, n, None)]
+    return f"its {differ[0]} differs" if differ else None
 
 
 def plain_recipe(recipe: Recipe, *sections: str, **inputs: Any) -> dict[str, Any]:

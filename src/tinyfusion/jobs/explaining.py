@@ -23,7 +23,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.explain.removal import losses_without, means_by, paired_mean, removal_evaluations
 from tinyfusion.explain.similarity import block_outputs, cka_matrix, rows_for
 from tinyfusion.explain.updates import STATISTICS, BlockUpdates, block_updates
-from tinyfusion.jobs.assemble import batches_for, device_for
+from tinyfusion.jobs.assemble import batches_for, device_for, other_inputs
 from tinyfusion.jobs.process_specs import objective_for, process_spec
 from tinyfusion.jobs.sampling_setup import autoencoder_for, open_drawing
 from tinyfusion.models.loaded import LoadedModel
@@ -216,14 +216,7 @@ def similarity(measured: Measured, teacher: LoadedModel, source: str) -> dict[st
 
 def check_similar(model: LoadedModel, teacher: LoadedModel, source: str) -> None:
     """Raise UserError unless teacher and model take the same inputs."""
-    sizes = ("in_channels", "input_size", "patch_size", "num_classes")
-    differ = [n for n in sizes if getattr(model.arch, n, None) != getattr(teacher.arch, n, None)]
-    if teacher.family is not model.family or differ:
-        why = (
-            f"it is of family {teacher.family.name}"
-            if teacher.family is not model.family
-            else f"its {differ[0]} differs"
-        )
+    if why := other_inputs(teacher, model, "patch_size"):
         raise UserError(
             f"--teacher {source} does not take the inputs of the model ({why}): give a model of family {model.family.name} with "
             "the same images and classes"

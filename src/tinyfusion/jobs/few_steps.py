@@ -13,7 +13,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.few_steps.consistency import ConsistencyObjective
 from tinyfusion.few_steps.guided import GuidedTeacher
 from tinyfusion.few_steps.matching import MatchingObjective
-from tinyfusion.jobs.assemble import take_the_same
+from tinyfusion.jobs.assemble import other_inputs
 from tinyfusion.jobs.process_specs import noising_of
 from tinyfusion.jobs.training import Training
 from tinyfusion.models.checkpoint import LoadedModel
@@ -46,7 +46,7 @@ def few_steps_of(recipe: Recipe, model: LoadedModel) -> FewSteps:
 def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> None:
     """Raise UserError where student and teacher do not take the same, or cannot draw in few steps."""
     noising, settings = noising_of(student), recipe.distill_steps
-    if not take_the_same(teacher, student) or noising != noising_of(teacher):
+    if other_inputs(teacher, student) or noising != noising_of(teacher):
         raise UserError(
             f"the teacher {recipe.teacher} does not take what the student takes: wanted one of the same family, process, input and classes"
         )
@@ -106,7 +106,7 @@ def few_step_training(
     for model in (student, teacher) if training.dtype == "float32" else ():
         cast_half_precision(model.module)
     hold_weights(student.module, trainable(student.module), training)
-    critic = student.copy()
+    critic = student.copy() if settings.method == "matching" else None  # before processes split it
     student.facts = dataclasses.replace(student.facts, few_steps=steps)
     published = recipe.sample.guidance_channels == "published"
     channels = student.guided_channels if published else int(student.arch.in_channels)
@@ -117,12 +117,12 @@ def few_step_training(
     )
     groups = [ParameterGroup(trainable(module))]
     objective: Objective = ConsistencyObjective(taught, steps.levels, settings.teacher_steps)
-    if settings.method == "matching":
+    if critic is not None:
         own = engine.place(critic.module.train(), list(critic.stack))
-        rate = settings.critic_learning_rate or _CRITIC_RATE * settings.training.learning_rate
+        rate = settings.critic_learning_rate or _CRITIC_RATE * training.learning_rate
         groups.append(ParameterGroup(_named(own), learning_rate=rate))
         objective = MatchingObjective(taught, own, steps.levels, settings.within, steps.fresh_noise)
-    state = TrainState(module, groups, settings.training)
+    state = TrainState(module, groups, training)
     return Training(
         "distill-steps", recipe, training, student, student.stack, state, objective, source, engine, teacher
     )

@@ -18,6 +18,7 @@ from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import OtherRecipe, UserError
 from tinyfusion.core.progress import Advance, progress, say
+from tinyfusion.core.records import section_of
 from tinyfusion.core.rundir import RunDirectory, atomic_write, check_space, say_finished
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.data.batches import Batches
@@ -217,7 +218,7 @@ def finished(run: RunDirectory, dry_run: bool) -> None:
 
 def training_section(verb: str) -> str:
     """The section of the recipe that sets the training of a verb."""
-    return "train" if verb == "train" else f"{verb.replace('-', '_')}.training"
+    return "train" if verb == "train" else f"{section_of(verb)}.training"
 
 
 def average_warning(verb: str, settings: TrainingSection) -> str | None:

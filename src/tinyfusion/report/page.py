@@ -16,6 +16,7 @@ from PIL import UnidentifiedImageError
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import file_label
+from tinyfusion.core.records import section_of
 from tinyfusion.report import charts, decisions, diagnostic_charts, explain_charts, images, tables
 from tinyfusion.report.format import count, duration, percent, printable, significant
 from tinyfusion.report.load import Run, join_runs
@@ -162,9 +163,7 @@ def progress_of(run: Run) -> Progress | None:
 def _further(run: Run) -> dict[str, str]:
     """{optional stage: the model that it makes} of a whole job by its recipe."""
     stages = {"dynamic": "dynamic", "distill-steps": "few-steps"}
-    return {
-        name: model for name, model in stages.items() if (run.recipe.get(name.replace("-", "_")) or {}).get("in_run")
-    }
+    return {name: model for name, model in stages.items() if (run.recipe.get(section_of(name)) or {}).get("in_run")}
 
 
 def stages_of(run: Run) -> list[str]:
@@ -216,7 +215,7 @@ def _training(run: Run, stage: str, waits: bool) -> tuple[list[str], float | Non
 
 def _steps(run: Run, stage: str) -> int | None:
     """Steps of the training of a stage; None where the stage trains nothing, or the record has none."""
-    section = run.recipe.get(stage.replace("-", "_")) or {}
+    section = run.recipe.get(section_of(stage)) or {}
     if stage == "prune" and section.get("criterion", "learned") != "learned":
         return None
     training = section if stage == "train" else section.get("training") or {}
