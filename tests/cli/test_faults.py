@@ -33,6 +33,7 @@ import tinyfusion.commands.prune
 import tinyfusion.jobs.training
 from tinyfusion.cli import main
 from tinyfusion.core import rundir
+from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import read_metrics
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.models.checkpoint import save_model
@@ -330,6 +331,21 @@ def test_a_folder_that_is_moved_away(
     wanted = undisturbed[LEARN]
     logged = [line for line in wanted["metrics"] if line["step"] % every == 0 or line["step"] == STEPS - 1]
     assert result("run") == {**wanted, "metrics": logged}
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), UserError("cannot write checkpoint")])
+def test_whatever_fails_first_in_a_folder_that_is_moved_away(
+    cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The thread that writes a checkpoint may hear of it before the log does."""
+
+    def move() -> None:
+        os.rename("run", "elsewhere")
+        raise error
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, move, "run/checkpoints/step-0000008")
+        failed(cli(*shlex.split(f"{LEARN} run")), "the run folder run was removed, moved or emptied", "put it back")
 
 
 @pytest.mark.parametrize("where", ["step", "data"])

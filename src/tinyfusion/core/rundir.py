@@ -159,6 +159,7 @@ class RunDirectory:
                 except BaseException as error:
                     evidence = isinstance(error, BadNumbers) and not self._old.exists()
                     if not self._is_there():
+                        self._explain_absence(error)
                         raise
                     if mode == "new" and not evidence and not _has_saved(self.path):
                         self._undo()
@@ -290,6 +291,14 @@ class RunDirectory:
         finally:
             if ours:
                 remember(file)
+
+    def _explain_absence(self, error: BaseException) -> None:
+        """Raise UserError in place of an error that the absence of the folder caused: whatever was being written, that is what to mend."""
+        if isinstance(error, OSError | UserError):
+            try:
+                self._check_there()
+            except UserError as absence:
+                raise absence from error
 
     def _check_there(self) -> None:
         """Raise UserError where the folder was removed while it was being written."""
