@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
+from scipy.stats import t as student_t
 
 import shared
 from study import NUM_MASKS, RECOVERIES, SEARCH_STEPS, SEEDS, STEPS, Job, jobs
@@ -36,6 +37,18 @@ BASELINE = {  # what the differences of a row are to
     5: "quarter of full, masked-kd",
     6: "learned subset, masked-kd lr 0.001",
 }
+BEFORE_RECOVERY = "a low loss before recovery is no guide to a good mask"
+CLAIMS = (  # of the paper: what it says is better, row, what is better there, what is worse there
+    ("the learned choice is better than the mask of the lowest loss", 1, "learned 2:4", "min-loss"),
+    ("the learned choice is better than block influence", 1, "learned 2:4", "bi"),
+    ("small groups are better than one group over the whole depth", 1, "learned 2:4", "learned subset"),
+    ("a choice learned while weights train is better than one with frozen weights, 1:2", 3, "learned 1:2 lora", "learned 1:2 frozen"),
+    ("the same, 2:4", 3, "learned 2:4 lora", "learned 2:4 frozen"),
+    ("LoRA is better than full updates for the choice, 1:2", 3, "learned 1:2 lora", "learned 1:2 full"),
+    ("distilling outputs is better than fine-tuning", 2, "logits-kd", "finetune"),
+    ("distilling features is better than distilling outputs", 2, "rep-kd", "logits-kd"),
+    ("masking features is better than all of them", 2, "masked-kd", "rep-kd"),
+)  # fmt: skip
 MARK = "<!-- made by benchmarks/study_page.py from here on; the text above is written by hand -->"
 Found = dict[str, dict[str, Any]]  # outcomes by job key
 
@@ -120,6 +133,45 @@ def correlations(found: Found) -> tuple[list[str], str]:
         low, high = np.percentile([spearmanr(x[p], y[p]).statistic for p in picks], [2.5, 97.5])
         cells.append(f"{spearmanr(x, y).statistic:.2f} ({low:.2f} to {high:.2f})")
     return cells, f"{len(made)} masks, FID after from {fid.min():.2f} (median {np.median(fid):.2f}) to {fid.max():.2f}."
+
+
+def verdict(values: Sequence[float]) -> str:
+    """Whether the mean of paired differences is below 0: by the 95 % interval of Student's t."""
+    reach = float(student_t.ppf(0.975, len(values) - 1)) * np.std(values, ddof=1) / len(values) ** 0.5
+    mean = float(np.mean(values))
+    return "yes" if mean + reach < 0 else "no, the opposite" if mean - reach > 0 else "level"
+
+
+def claim_cells(row: int, better: str, worse: str, found: Found) -> list[str]:
+    """Verdict by FID and by held-out loss, of differences paired by seed."""
+    cases = labels(row)
+    sides = [{j.seed: found[j.key] for j in cases[name] if j.key in found} for name in (better, worse)]
+    cells = []
+    for measure, factor, digits in (("fid", 1.0, 2), ("loss", 1e3, 2)):
+        values = [
+            factor * (sides[0][seed][measure] - sides[1][seed][measure]) for seed in sorted(sides[0].keys() & sides[1])
+        ]
+        cells.append(f"{verdict(values)} ({spread(values, digits)})" if len(values) > 1 else "not run")
+    return cells
+
+
+def claims(found: dict[str, Found]) -> list[str]:
+    """Markdown table: the paper's claims, answered on every yardstick."""
+    head = [
+        "claim",
+        *(f"{name}: {what}" for name in found for what in ("FID (difference)", "held-out loss (1000 x difference)")),
+    ]
+    rows = [[claim, *(cell for f in found.values() for cell in claim_cells(row, better, worse, f))]
+            for claim, row, better, worse in CLAIMS]  # fmt: skip
+    by_rank = [cell for f in found.values() for cell in guided(f)]
+    return shared.table(head, [BEFORE_RECOVERY, *by_rank], *rows)
+
+
+def guided(found: Found) -> list[str]:
+    """Whether the loss before recovery fails to order random masks, by FID and by held-out loss."""
+    by_fid, by_loss, _ = correlations(found)[0]
+    return [f"{'no, it is one' if float(cell.split('(')[1].split()[0]) > 0 else 'yes'} ({cell.split()[0]})" if "(" in cell else cell
+            for cell in (by_fid, by_loss)]  # fmt: skip
 
 
 def picture(found: Found, title: str, file: Path) -> None:
@@ -226,6 +278,14 @@ def main() -> None:
         "",
         f"{STEPS} recovery steps of 128 images unless stated, masks learned in {SEARCH_STEPS} of 64; recovery by {', '.join(RECOVERIES)}. "
         "FID against held-out images is in the JSON files next to this page.",
+        "",
+        "### The claims of the paper, one by one",
+        "",
+        "Differences are between two choices or recoveries of the same seed; *yes* and *the opposite* where the 95 % interval of three seeds "
+        "(Student's t) excludes 0, else *level*. The first row has rank correlations of random masks (row 4). \"Learned\" is 2:4, the paper's "
+        "choice at half depth; what is better than it here is in the findings above.",
+        "",
+        *claims(found),
         *tables(found),
     ]
     write_text(options.out, "\n".join(lines) + "\n")
