@@ -282,7 +282,7 @@ def main() -> None:
         "### The claims of the paper, one by one",
         "",
         "Differences are between two choices or recoveries of the same seed; *yes* and *the opposite* where the 95 % interval of three "
-        "seeds (Student's t) excludes 0, else *level*. The first row has rank correlations of random masks (row 4). \"Learned\" is 2:4, "
+        'seeds (Student\'s t) excludes 0, else *level*. The first row has rank correlations of random masks (row 4). "Learned" is 2:4, '
         "the paper's choice at half depth; what is better than it here is in the findings above.",
         "",
         *claims(found),
