@@ -320,12 +320,29 @@ def test_weights_in_half_precision_train_in_float32(tiny_model: ModelFactory, me
 
 
 @pytest.mark.parametrize("name", ["gaussian", "velocity", "noise of gvp", "score of vp"])
-def test_how_far_the_clean_image_moves_with_the_output(name: str) -> None:
+def test_how_far_a_later_point_moves_with_the_output(name: str) -> None:
     noising = NOISINGS[name]
-    t = noising.times(np.array([0.9, 0.7, 0.5, 0.3, 0.1]))
+    t, end = noising.times(np.array([0.9, 0.7, 0.5, 0.3, 0.1])), noising.times(np.array([0.5, 0.1, 0.0, 0.2, 0.0]))
     x, output = normal("x"), normal("output")
-    moved = noising.parts(output + 1, x, t).clean - noising.parts(output, x, t).clean
-    torch.testing.assert_close(moved.abs().mean((1, 2, 3)), noising.clean_per_output(t), rtol=1e-3, atol=1e-4)
+    moved = noising.mixed(noising.parts(output + 1, x, t), end) - noising.mixed(noising.parts(output, x, t), end)
+    torch.testing.assert_close(moved.abs().mean((1, 2, 3)), noising.moved_per_output(t, end), rtol=1e-3, atol=1e-4)
+
+
+def test_the_weight_makes_errors_of_the_output_errors_of_the_end(model: LoadedModel) -> None:
+    randomness = RANDOMNESS.at(0, 0, 8)
+    goals = {p: ConsistencyObjective(taught(model), QUARTERS, teacher_steps=8, end_power=p) for p in (0.0, 1.0, 2.0)}
+    noisy = goals[0.0].draw(batches(0, 8, randomness), randomness)
+    prediction = goals[0.0].predict(model.module, noisy)
+    noising, own = goals[0.0].teacher.noising, prediction.output[:, : noisy.x0.shape[1]].float()
+    landed, wanted = (
+        noising.mixed(noising.parts(output, noisy.xt, noisy.t), noisy.end) for output in (own, prediction.target)
+    )
+    losses = {p: goal.losses(model.module, noisy, prediction)["loss"] for p, goal in goals.items()}
+    of_end = ((landed - wanted) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(losses[2.0] * goals[2.0].mean_weight, of_end, rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(losses[0.0], ((own - prediction.target) ** 2).mean((1, 2, 3)))
+    balanced = (losses[0.0] * losses[2.0] * goals[2.0].mean_weight).sqrt() / goals[1.0].mean_weight
+    torch.testing.assert_close(losses[1.0], balanced)
 
 
 def test_steps_of_a_scheduler_are_those_of_divisors_of_a_thousand() -> None:

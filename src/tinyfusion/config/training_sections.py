@@ -323,6 +323,10 @@ class DistillStepsSection:
         "image is ill-determined above. Others begin at 1",
     ] = None
     teacher_steps: Annotated[SmallCount, "consistency: DDIM steps of the teacher over all noise levels"] = 48
+    end_power: Annotated[
+        NonNegative,
+        "consistency: weight of an error: this power of how far the end of its phase moves with it; 0: none, 2: error of the end (published)",
+    ] = 1.0
     within: Annotated[
         tuple[PositiveShare, PositiveShare], "matching: noise levels between which distributions are compared"
     ] = (0.02, 0.8)  # fmt: skip

@@ -8,6 +8,7 @@ the target is the student itself without a gradient (as in arXiv 2310.14189), no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -39,22 +40,39 @@ class ConsistencyObjective(Objective):
 
     levels: (N,) noise levels at which phases begin, falling; a phase ends where the next begins, the last at the data.
     teacher_steps: DDIM steps of the teacher over all phases; each phase has as many. Images of a batch take the phases in turn.
+    end_power: of the weight of an error, which is how far the end of the phase moves with the output, over the mean of it: 0 leaves
+    errors of the output, 2 makes them errors of the end.
     """
 
     teacher: GuidedTeacher
     levels: tuple[float, ...]
     teacher_steps: int = 48
+    end_power: float = 1.0
+
+    @property
+    def steps_per_phase(self) -> int:
+        """Steps of the teacher within a phase."""
+        return max(1, round(self.teacher_steps / len(self.levels)))
+
+    def level(self, phase: np.ndarray, done: np.ndarray | int) -> np.ndarray:
+        """Noise levels after `done` steps of the teacher in these phases."""
+        edges = np.append(self.levels, 0.0)
+        begin, end, each = edges[phase], edges[phase + 1], self.steps_per_phase
+        return np.where(done == each, end, begin - (begin - end) * done / each)
+
+    @cached_property
+    def mean_weight(self) -> float:
+        """Mean of the weights over all levels that are drawn."""
+        phase, done = np.divmod(np.arange(len(self.levels) * self.steps_per_phase), self.steps_per_phase)
+        at, end = (self.teacher.noising.times(self.level(phase, steps)) for steps in (done, self.steps_per_phase))
+        return float((self.teacher.noising.moved_per_output(at, end) ** self.end_power).mean())
 
     def draw(self, batch: Batch, draws: Draws) -> PhasedBatch:
-        phases = len(self.levels)
-        each = max(1, round(self.teacher_steps / phases))
-        phase = (np.arange(draws.first, draws.first + draws.num) + draws.step) % phases
-        edges = np.append(self.levels, 0.0)
-        begin, end = edges[phase], edges[phase + 1]
+        each = self.steps_per_phase
+        phase = (np.arange(draws.first, draws.first + draws.num) + draws.step) % len(self.levels)
         done = draws.integers("timestep", each)
-        after = np.where(done == each - 1, end, begin - (begin - end) * (done + 1) / each)
         device, times = batch.x.device, self.teacher.noising.times
-        t, later, last = (times(level).to(device) for level in (begin - (begin - end) * done / each, after, end))
+        t, later, last = (times(self.level(phase, steps)).to(device) for steps in (done, done + 1, each))
         noise = torch.from_numpy(draws.normal("noise", tuple(batch.x.shape[1:]))).to(device)
         return PhasedBatch(**vars(self.teacher.noised(batch, t, noise, draws.step)), after=later, end=last)
 
@@ -72,9 +90,10 @@ class ConsistencyObjective(Objective):
         return PhasedPrediction(teacher.call(model, x, t, condition), target=target)
 
     def losses(self, model: nn.Module, noisy: PhasedBatch, prediction: PhasedPrediction) -> dict[str, Tensor]:
-        """Per-sample "loss"."""
+        """Per-sample "loss", weighted."""
         output = prediction.output[:, : noisy.x0.shape[1]].float()
-        return {"loss": mean_flat((output - prediction.target) ** 2)}
+        weight = self.teacher.noising.moved_per_output(noisy.t, noisy.end) ** self.end_power / self.mean_weight
+        return {"loss": weight * mean_flat((output - prediction.target) ** 2)}
 
     def step_memory(self) -> StepMemory:
         return StepMemory(teacher=(self.teacher.module, self.teacher.stack))

@@ -106,7 +106,8 @@ class MatchingObjective(Objective):
         fake = noising.parts(prediction.output.detach(), again.xt, again.t).clean
         size = mean_flat((clean - prediction.taught).abs()).clamp(min=1e-6).view(-1, *[1] * (clean.ndim - 1))
         gap = (fake - prediction.taught) / size
-        scale = (1 / noising.clean_per_output(prediction.step_times)).clamp(max=1)
+        at_data = noising.times(np.zeros(len(clean))).to(clean.device)
+        scale = (1 / noising.moved_per_output(prediction.step_times, at_data)).clamp(max=1)
         generator_loss = 0.5 * mean_flat((prediction.clean - (clean - gap)) ** 2) * scale
         terms = {"generator_loss": generator_loss, "critic_loss": critic_loss, "score_gap": mean_flat(gap.abs())}
         return {"loss": generator_loss + critic_loss, **terms}

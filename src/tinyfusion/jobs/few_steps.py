@@ -116,7 +116,7 @@ def few_step_training(
         teacher.module, teacher.stack, noising_of(student), student.family.call, steps.guidance, channels
     )
     groups = [ParameterGroup(trainable(module))]
-    objective: Objective = ConsistencyObjective(taught, steps.levels, settings.teacher_steps)
+    objective: Objective = ConsistencyObjective(taught, steps.levels, settings.teacher_steps, settings.end_power)
     if critic is not None:
         own = engine.place(critic.module.train(), list(critic.stack))
         rate = settings.critic_learning_rate or _CRITIC_RATE * training.learning_rate

@@ -39,10 +39,6 @@ class Noising(Protocol):
         """The mixture that the network's output at x (B, C, H, W) and t states, float32."""
         ...
 
-    def clean_per_output(self, t: Tensor) -> Tensor:
-        """(B,) how far the clean image moves where the output moves by 1: the factor between both errors."""
-        ...
-
     def target(self, parts: Mixture, t: Tensor) -> Tensor:
         """The output (B, C, H, W) that states this mixture, without channels of a variance: the inverse of `parts`."""
         ...
@@ -51,6 +47,11 @@ class Noising(Protocol):
         """x at times t."""
         alpha, sigma = self.weights(t, parts.clean.ndim)
         return alpha * parts.clean + sigma * parts.noise
+
+    def moved_per_output(self, t: Tensor, end: Tensor) -> Tensor:
+        """(B,) how far the point at times `end` moves where the output at times t moves by 1: the factor between both errors."""
+        one = torch.ones(len(t), 1, 1, 1, device=t.device)
+        return self.mixed(self.parts(one, torch.zeros_like(one), t), end).abs().flatten()
 
     def between(self, x: Tensor, t: Tensor, after: Tensor, end: Tensor) -> Mixture:
         """The mixture that is x at times t and `after` at times `end`, which differ: the line through both."""
@@ -83,10 +84,6 @@ class GaussianNoising(Noising):
         noise, _ = split_output(output, x.shape[1])
         return Mixture(self.schedule.x0_from_noise(x, t, noise), noise)
 
-    def clean_per_output(self, t: Tensor) -> Tensor:
-        alpha, sigma = self.weights(t, 1)
-        return sigma / alpha
-
     def target(self, parts: Mixture, t: Tensor) -> Tensor:
         return parts.noise
 
@@ -108,12 +105,6 @@ class FlowNoising(Noising):
         at, output = self.flow.point(t, x.ndim), output.float()
         noise, velocity = self.flow.noise(output, x, t), self.flow.velocity(output, x, t)
         return Mixture((at.d_sigma * x - at.sigma * velocity) / at.wronskian, noise)
-
-    def clean_per_output(self, t: Tensor) -> Tensor:
-        at = self.flow.point(t, 1)
-        by_noise = at.sigma / at.alpha
-        of = {"velocity": at.sigma / at.wronskian, "noise": by_noise, "score": by_noise * at.sigma}
-        return of[self.flow.prediction].abs()
 
     def target(self, parts: Mixture, t: Tensor) -> Tensor:
         at = self.flow.point(t, parts.clean.ndim)
