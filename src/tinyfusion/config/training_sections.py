@@ -325,7 +325,7 @@ class DistillStepsSection:
     teacher_steps: Annotated[SmallCount, "consistency: DDIM steps of the teacher over all noise levels"] = 48
     end_power: Annotated[
         NonNegative,
-        "consistency: weight of an error: this power of how far the end of its phase moves with it; 0: none, 2: error of the end (published)",
+        "consistency: weight of an error, this power of how far the end of its phase moves with it; 0: none, 2: as published",
     ] = 1.0
     within: Annotated[
         tuple[PositiveShare, PositiveShare], "matching: noise levels between which distributions are compared"
