@@ -43,7 +43,7 @@ from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.jobs.recording import record_inputs
 from tinyfusion.jobs.sampling_setup import open_drawing
 from tinyfusion.jobs.scoring import Reference, score
-from tinyfusion.jobs.training import mask_training, recovery, student_of
+from tinyfusion.jobs.training import Training, mask_training, recovery, student_of
 from tinyfusion.jobs.transformer_sources import open_transformer_model, transformer_of
 from tinyfusion.jobs.verbs import save_model
 from tinyfusion.models.checkpoint import LoadedModel
@@ -124,8 +124,7 @@ def learn_masks(
     source, training = _source(task, batches, settings.training, engine)
     settings = dataclasses.replace(settings, training=training)
     work = mask_training(Recipe(seed=seed, prune=settings), model, task, source, engine)
-    for record in work.steps():
-        on_step(record)
+    _train(work, on_step)
     cost = {"images": float(training.made_images)}
     return LearnedMasks(plan_of(work.decision(), model, settings, seed, cost), work.state.averages(), settings)
 
@@ -200,8 +199,7 @@ def recover_model(
     pruning, settings = pruning or PruneSection(), dataclasses.replace(settings, training=training)
     recipe = Recipe(seed=seed, prune=pruning, recover=settings)
     work = recovery(recipe, student.copy(), teacher.copy() if teacher else None, task, source, engine)
-    for record in work.steps():
-        on_step(record)
+    _train(work, on_step)
     return _as_given(work.averaged(), student)
 
 
@@ -226,8 +224,7 @@ def distill_model_steps(
     recipe = Recipe(seed=seed, distill_steps=settings, sample=sampling)
     check_few_steps(recipe, student, teacher)
     work = few_step_training(recipe, student.copy(), teacher.copy(), batches, _engine(student, compute))
-    for record in work.steps():
-        on_step(record)
+    _train(work, on_step)
     return _as_given(work.averaged(), student)
 
 
@@ -286,6 +283,13 @@ def _as_given(trained: LoadedModel, student: LoadedModel) -> LoadedModel:
 def _engine(model: LoadedModel, compute: ComputeSection | None) -> Engine:
     """A training in this process, on the device of the model."""
     return Engine(next(model.module.parameters()).device, compute)
+
+
+def _train(work: Training, on_step: OnStep) -> None:
+    """Run all steps, compiled and checkpointed as the section `compute` says."""
+    with work.in_place():
+        for record in work.steps():
+            on_step(record)
 
 
 def _source(task: Process, batches: Batches, settings: TrainingSection, engine: Engine) -> tuple[Any, TrainingSection]:

@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import tinyfusion as tf
 from tinyfusion.blocks.streams import Streams
-from tinyfusion.config.recipe import DistillStepsSection, PruneSection, RecoverSection, SampleSection, TrainingSection
+from tinyfusion.config.recipe import (
+    ComputeSection,
+    DistillStepsSection,
+    PruneSection,
+    RecoverSection,
+    SampleSection,
+    TrainingSection,
+)
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.batches import ShuffledBatches
@@ -193,6 +201,37 @@ def test_a_student_of_few_steps(tiny_model: Any) -> None:
     assert student.facts.few_steps is not None and student.facts.few_steps.levels == (1.0, 0.5) and len(seen) == 12
     assert teacher.hash() == before and teacher.facts.few_steps is None and student.hash() != before
     assert tf.sample_images(student, [1, 2]).shape == (2, 8, 8, 1)
+
+
+@pytest.mark.parametrize("method", ["masks", "recovery", "consistency", "matching"])
+def test_blocks_are_checkpointed_where_compute_asks_for_it(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Those of every network that trains, and with the same weights in the end."""
+    model = tiny_model(input_size=8, in_channels=1, num_classes=10)
+    data, calls = ShuffledBatches(load_digits(), Randomness(0), torch.device("cpu")), list[Any]()
+    short = dataclasses.replace(TRAINING, steps=2)
+
+    def counted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(function)
+        return checkpoint(function, *args, **kwargs)
+
+    def trained(compute: ComputeSection) -> dict[str, Tensor]:
+        if method == "masks":
+            settings = dataclasses.replace(LEARN, training=short)
+            return dict(tf.learn_masks(model, tf.objective_of(model, 0.0), data, settings, compute=compute).updates)
+        if method == "recovery":
+            tuning = RecoverSection(method="finetune", training=short)
+            return weights(tf.recover_model(model, None, tf.objective_of(model, 0.0), data, tuning, compute=compute))
+        few = DistillStepsSection(method=method, num_steps=2, training=short)  # type: ignore[arg-type]
+        return weights(tf.distill_model_steps(model, model, data, few, compute=compute))
+
+    monkeypatch.setattr("tinyfusion.blocks.forwards.checkpoint", counted)
+    plain = trained(ComputeSection())
+    assert not calls
+    checkpointed = trained(ComputeSection(gradient_checkpointing=True))
+    assert same(plain, checkpointed)
+    assert len(calls) == short.steps * len(model.stack) * (2 if method == "matching" else 1)
 
 
 def test_a_model_of_latents_gives_latents_whether_their_scale_is_known_or_not(tiny_model: Any) -> None:

@@ -123,9 +123,8 @@ def few_step_training(
         groups.append(ParameterGroup(_named(own), learning_rate=rate))
         objective = MatchingObjective(taught, own, steps.levels, settings.within, steps.fresh_noise)
     state = TrainState(module, groups, training)
-    return Training(
-        "distill-steps", recipe, training, student, student.stack, state, objective, source, engine, teacher
-    )
+    parts = (student, student.stack, state, objective, source, engine, teacher)
+    return Training("distill-steps", recipe, training, *parts, other_stacks=[critic.stack] if critic else [])
 
 
 def _named(critic: nn.Module) -> dict[str, nn.Parameter]:

@@ -50,7 +50,7 @@ class Training:
     """A training, ready to run.
 
     title: the verb. model: what the run starts from. stack: the blocks of the module that trains. extra: further fields of a
-    log line. merged: values of the model's own tensors, from those of the trained ones.
+    log line. merged: values of the model's own tensors, from those of the trained ones. other_stacks: blocks of other modules that train.
     """
 
     title: str
@@ -65,6 +65,7 @@ class Training:
     teacher: LoadedModel | None = None
     extra: Callable[[StepRecord], dict[str, Any]] = field(default=lambda record: {})
     merged: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = as_float32
+    other_stacks: Sequence[BlockStack] = ()
 
     def steps(self) -> Iterator[StepRecord]:
         """The loop, from the current state on."""
@@ -81,15 +82,22 @@ class Training:
         """Compile and checkpoint the blocks as the section `compute` says, within the context."""
         with contextlib.ExitStack() as entered:
             if self.engine.compute.compile:
-                for stack in (self.stack, *([self.teacher.stack] if self.teacher else [])):
+                for stack in (self.stack, *self.other_stacks, *([self.teacher.stack] if self.teacher else [])):
                     entered.enter_context(stack.compiled())
-            if self.engine.compute.gradient_checkpointing:
-                entered.enter_context(self.stack.checkpointed())
+            entered.enter_context(self._checkpointed())
+            yield
+
+    @contextlib.contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """Checkpoint the blocks that train, where the section `compute` says so."""
+        with contextlib.ExitStack() as entered:
+            for stack in (self.stack, *self.other_stacks) if self.engine.compute.gradient_checkpointing else ():
+                entered.enter_context(stack.checkpointed())
             yield
 
     def compile_gain(self) -> Gain:
         """The gain of compiling a step, measured on the first microbatch. Every process must call."""
-        state, settings, compute = self.state, self.settings, self.engine.compute
+        state, settings = self.state, self.settings
         forward, randomness = ForwardPass(state, self.objective, settings), Randomness(self.recipe.seed)
         batch = (state.step, self.objective, self.source, settings.batch_size, randomness, self.engine)
         noisy, *_ = noisy_microbatches(*batch)
@@ -106,7 +114,7 @@ class Training:
                 return step()
 
         def eager() -> list[Tensor]:
-            with self.stack.checkpointed() if compute.gradient_checkpointing else contextlib.nullcontext():
+            with self._checkpointed():
                 return step()
 
         return measured_gain(eager, compiled, self.engine.device)
