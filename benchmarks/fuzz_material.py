@@ -36,6 +36,10 @@ SAMPLE = "--num-images 4 --num-steps 2 --out made/x.npz"
 EVALUATE = "evaluate --out made/x.json"
 ENCODE = f"encode --vae {{m}}/vae --size {SIDE} --out made"
 AGAIN = f"encode --vae {{m}}/vae --size {SIDE} --out OUT --data {{m}}/pictures --set encode.shard_images=6"
+EXPLAIN = (
+    "explain {m}/teacher --data digits --num-images 8 --drawn 2 --set explain.passes=1 --set explain.bins=2 --set explain.most_steps=2 "
+    "--out OUT"
+)
 BI = "prune --criterion bi --set prune.calibration_images=4 --out made"
 TRAIN = "train --set model.family=dit --set train.steps=1 --set train.batch_size=4 --set model.depth=1 --out made"
 READ = ("inspect {i}", "inspect {i} --json", f"sample --model {{i}} {SAMPLE}", "bench {i} --dry-run")
@@ -96,6 +100,8 @@ KINDS = (
     Kind("model SiT", "sit", (*(c.replace("--num-steps", "--set sample.flow.method=euler --num-steps") for c in READ), *CUT)),
     Kind("model MAR", "mar", (*READ, CUT[1])),
     Kind("model dynamic", "dynamic/student", (*READ, CUT[1])),
+    Kind("model of few steps", "few", (*READ, CUT[1], "export --model {i} --to onnx --out made"), ("*.json", "student/*")),
+    Kind("explained", "why", ("report {m}/run {i} --out page.html", EXPLAIN.replace("OUT", "{i}")), ("*.json", "*.npz"), own=True),
     Kind("official pt", "good.pt", OFFICIAL),
     Kind("official safetensors", "good.safetensors", OFFICIAL),
     Kind("diffusers", "diffusers", OPENED),
@@ -162,6 +168,8 @@ def fill(folder: Path, call: Call) -> None:
         "export --model {m}/teacher --to official --out {m}/good.safetensors",
         "export --model {m}/latent --to diffusers --pipeline --vae {m}/vae --labels {m}/names.json --out {m}/pipeline",
         "sample --model {m}/teacher --num-images 4 --num-steps 2 --out {m}/drawn/x.npz",
+        f"distill-steps --model {{m}}/teacher --teacher {{m}}/teacher {TRAINING.format('distill_steps')} --num-steps 2 --out {{m}}/few",
+        EXPLAIN.replace("OUT", "{m}/why"),
         "dynamic --model {m}/teacher --set dynamic.training.steps=3 --set dynamic.training.batch_size=4 --set dynamic.finish_steps=1 "
         "--set dynamic.calibration_images=4 --set dynamic.training.ema_decay=0 --set sample.sampler=ddim --set sample.num_steps=2 "
         "--out {m}/dynamic",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import runpy
 import shlex
 import signal
@@ -51,8 +52,26 @@ def run_script(folder: Path, *options: str) -> None:
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [sys.executable, "-I", "-c", block, str(folder / "sample.py"), *options]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    ran = at_home(command)
     assert ran.returncode == 0, ran.stderr
+    assert not any(Path("home").iterdir()), "onnxruntime leaves an id there, unless it is told not to"
+
+
+def at_home(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command with an empty home folder."""
+    home = Path("home").absolute()
+    home.mkdir(exist_ok=True)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY")
+    }
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**environment, "HOME": str(home)})
+
+
+def test_the_runtime_leaves_nothing_in_the_home_folder(work: Path) -> None:
+    code = "from tinyfusion.export.onnx_graph import onnx_module; onnx_module('onnxruntime')"
+    ran = at_home([sys.executable, "-c", code])
+    assert ran.returncode == 0, ran.stderr
+    assert not [path for path in Path("home").rglob("*") if "Microsoft" in path.parts]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import ast
 import contextlib
 import importlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ _EXAMPLES = 2  # rows of an example; one alone would become a constant
 
 def onnx_module(name: str) -> Any:
     """A module of the extra `onnx`. Raises UserError where it is not installed."""
+    # else onnxruntime writes an id into the home folder, and may report to its maker
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         importlib.import_module("onnxscript")  # which torch's exporter needs
         return importlib.import_module(name)

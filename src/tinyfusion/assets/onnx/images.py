@@ -5,13 +5,18 @@ sampler.json says the process: Gaussian models are drawn by DDIM (arXiv 2010.025
 
 import argparse
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+
+os.environ.setdefault(
+    "ORT_DISABLE_TELEMETRY", "1"
+)  # else it writes an id into the home folder, and may report to its maker
+import onnxruntime  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 FACTS = json.loads((HERE / "sampler.json").read_text(encoding="utf-8"))

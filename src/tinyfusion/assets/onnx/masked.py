@@ -6,12 +6,17 @@ A masked autoregressive model (arXiv 2406.11838): in every round more tokens bec
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+
+os.environ.setdefault(
+    "ORT_DISABLE_TELEMETRY", "1"
+)  # else it writes an id into the home folder, and may report to its maker
+import onnxruntime  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 FACTS = json.loads((HERE / "sampler.json").read_text(encoding="utf-8"))
