@@ -459,6 +459,7 @@ def test_records_from_before_shifts_are_of_the_same_recipe_without_one(tmp_path:
 def test_a_run_of_0_6_0_is_the_same_command(tmp_path: Path) -> None:
     """Fields were renamed, and `destination` was not there."""
     recipe = to_plain(Recipe())
+    recipe["dynamic"]["in_run"] = True
     former = {"auxiliary": "beside", "auxiliary_steps": "beside_steps", "auxiliary_weight": "beside_weight"}
     then = recipe | {"dynamic": {former.get(name, name): value for name, value in recipe["dynamic"].items()}}
     del then["destination"]
@@ -467,3 +468,18 @@ def test_a_run_of_0_6_0_is_the_same_command(tmp_path: Path) -> None:
     record["recipe"]["dynamic"]["beside_steps"] += 1
     with pytest.raises(UserError, match="dynamic.auxiliary_steps: 30001 there, 30000 now"):
         check_same(record, "run", recipe, tmp_path)
+
+
+def test_sections_of_stages_that_a_run_leaves_out_are_of_no_account(tmp_path: Path) -> None:
+    """So that a version with a new stage, or new fields of one, finds the finished runs of older ones."""
+    now = to_plain(Recipe())
+    record = stamp("run", {name: value for name, value in now.items() if name != "distill_steps"}, "done")
+    check_same(record, "run", now, tmp_path)
+    asked = {**now, "distill_steps": {**now["distill_steps"], "in_run": True}}
+    with pytest.raises(UserError, match="distill_steps"):
+        check_same(record, "run", asked, tmp_path)
+    older = stamp(
+        "run", {**asked, "distill_steps": {k: v for k, v in asked["distill_steps"].items() if k != "end_power"}}, "done"
+    )
+    with pytest.raises(UserError, match=r"distill_steps\.end_power: 0\.0 there, 1\.0 now"):
+        check_same(older, "run", asked, tmp_path)

@@ -54,7 +54,10 @@ _IDLE = {
     "sample.decode_batch_size",
 }  # fmt: skip
 # fields that older records lack, with their value then, by section
-_LATER = {"encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields()), "sample": {"quantize": None}}
+_LATER = {
+    "encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields()), "sample": {"quantize": None},
+    "distill_steps": {"end_power": 0.0},
+}  # fmt: skip
 # former names of fields, by section
 _FORMER = {
     "dynamic": {"beside": "auxiliary", "beside_steps": "auxiliary_steps", "beside_weight": "auxiliary_weight"},
@@ -78,6 +81,13 @@ def _effective(recipe: Any, section: str = "") -> Any:
     return {k: _effective(v, k) for k, v in recipe.items() if k not in _IDLE and f"{section}.{k}" not in _IDLE}
 
 
+def _of_stages(recipe: Any) -> Any:
+    """The recipe of a `run` without the sections of stages that it leaves out."""
+    if not isinstance(recipe, Mapping):
+        return recipe
+    return {k: v for k, v in recipe.items() if not (isinstance(v, Mapping) and v.get("in_run") is False)}
+
+
 def check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], where: Path) -> None:
     """Raise UserError unless `record` has this verb and a recipe that gives the same result."""
     version, advice = record.get("format_version", 0), "choose another --out or give --overwrite"
@@ -88,7 +98,8 @@ def check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], 
         raise UserError(f"{written}; this version reads up to {FORMAT_VERSION}: upgrade")
     if record["verb"] != verb:
         raise UserError(f"{where} was made by `{record['verb']}`, not `{verb}`; {advice}")
-    if difference := first_difference(_effective(renamed(record["recipe"])), _effective(recipe)):
+    both = (renamed(record["recipe"]), recipe)
+    if difference := first_difference(*(_effective(_of_stages(each) if verb == "run" else each) for each in both)):
         field, there, now = difference
         what = f"{where} was made with another recipe ({field}: {there!r} there, {now!r} now)"
         raise OtherRecipe(f"{what}; {advice}", difference)
