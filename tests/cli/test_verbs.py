@@ -142,7 +142,7 @@ def test_a_stopped_mask_search_goes_on(cli: Cli, work: Path, monkeypatch: pytest
     """Stopped after the second of three batches: the sums so far are kept, and the outcome is that of one sitting."""
     command = f"prune --teacher teacher --criterion min-loss {CALIBRATED} --out pruned"
     done(cli, command.replace("pruned", "whole"))
-    monkeypatch.setattr("tinyfusion.jobs.criteria._SAVED_EVERY_S", 0.0)
+    monkeypatch.setattr("tinyfusion.jobs.so_far.SAVED_EVERY_S", 0.0)
     saved: list[object] = []
 
     def save_and_stop(*arguments: object) -> None:
@@ -151,10 +151,10 @@ def test_a_stopped_mask_search_goes_on(cli: Cli, work: Path, monkeypatch: pytest
         if len(saved) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    from tinyfusion.jobs import criteria
+    from tinyfusion.jobs.so_far import SoFar
 
-    save: Any = criteria._save
-    monkeypatch.setattr(criteria, "_save", save_and_stop)
+    save: Any = SoFar.save
+    monkeypatch.setattr(SoFar, "save", save_and_stop)
     stopped = cli(*shlex.split(command))
     assert stopped.code == 128 + signal.SIGTERM
     assert [p.name for p in Path("pruned/checkpoints").iterdir()] == ["step-0000002"]

@@ -32,8 +32,8 @@ from tinyfusion.data.recorded import read_recorded, recording, write_recorded
 from tinyfusion.families.diffusers_classes.cutting import Cut
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder, open_transformer
 from tinyfusion.families.diffusers_classes.rows import shipped_rows
-from tinyfusion.jobs import criteria
 from tinyfusion.jobs.recording import recorded_calls
+from tinyfusion.jobs.so_far import SoFar
 from tinyfusion.jobs.transformers import recorded_work
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
@@ -434,17 +434,17 @@ def test_an_interrupted_search_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     opened, file = recorded(FLUX, tmp_path, (2, 1))
     settings = PruneSection(criterion="min-loss")
     whole = recorded_work(opened, settings, 0, file).decide(RunDirectory(tmp_path / "whole"), torch.device("cpu"))
-    folder, save, calls = RunDirectory(tmp_path / "run"), criteria._save, []
+    folder, save, calls = RunDirectory(tmp_path / "run"), SoFar.save, []
 
     def stopping(*given: Any) -> None:
         save(*given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(criteria, "_SAVED_EVERY_S", 0.0)
-    monkeypatch.setattr(criteria, "_save", stopping)
+    monkeypatch.setattr("tinyfusion.jobs.so_far.SAVED_EVERY_S", 0.0)
+    monkeypatch.setattr(SoFar, "save", stopping)
     with pytest.raises(KeyboardInterrupt), folder.writing("prune", {}):
         recorded_work(opened, settings, 0, file).decide(folder, torch.device("cpu"))
-    monkeypatch.setattr(criteria, "_save", lambda *given: calls.append(given))
+    monkeypatch.setattr(SoFar, "save", lambda *given: calls.append(given))
     with folder.writing("prune", {}) as mode:
         again = recorded_work(opened, settings, 0, file).decide(folder, torch.device("cpu"))
     assert mode == "continue" and not calls, "of two calls one was left, after which nothing is saved"

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.config.recipe import PruneSection, Recipe
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import discard
 from tinyfusion.core.progress import progress
-from tinyfusion.core.rundir import CHECKPOINT_FILES, RunDirectory, atomic_write, write_json
+from tinyfusion.core.rundir import RunDirectory, write_json
 from tinyfusion.jobs.assemble import batches_for, device_for
 from tinyfusion.jobs.estimate import PASSING_VALUES, Estimate, rounded, step_seconds, time_after
 from tinyfusion.jobs.footprint import FLOAT_BYTES
 from tinyfusion.jobs.process_specs import objective_for
+from tinyfusion.jobs.so_far import SoFar
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.context import CriterionContext
@@ -31,7 +29,6 @@ from tinyfusion.prune.criteria import CRITERIA, by_indices, decide, searched, sp
 from tinyfusion.prune.mask_search import LossSums, separate_evaluations, shared_evaluations
 from tinyfusion.prune.width import check_width
 
-_SAVED_EVERY_S = 60.0
 _SAVED_VALUES = 24  # values per token and channel that a block retains for its backward pass
 
 
@@ -156,43 +153,27 @@ class CriterionWork:
         if evaluations is None:
             return decide(context)
         batches, title = len(context.images.batches), f"prune ({context.settings.criterion})"
-        begun, spent = _load(run)
-        began = saved = time.perf_counter()
+        so_far = SoFar(run, ("loss", "mse", "counts"))
+        begun = _sums(so_far.begun) if so_far.begun else None
 
         def keep(sums: LossSums) -> None:
-            nonlocal saved
-            if time.perf_counter() - saved > _SAVED_EVERY_S and sums.batches < batches:
-                saved = time.perf_counter()
-                _save(run, sums, spent + saved - began)
+            if sums.batches < batches:
+                so_far.keep(sums.batches, lambda: _arrays(sums))
 
         publish = partial(write_json, run.path / "calibration.json")
         total = evaluations(context) * batches
         with progress(title, total, "blocks", total * begun.batches // batches if begun else 0) as bar:
             running = dataclasses.replace(context, tick=bar, begun=begun, keep=keep, publish=publish)
             plan = decide(running)
-        return dataclasses.replace(plan, cost={**plan.cost, "seconds": spent + plan.cost["seconds"]})
+        return dataclasses.replace(plan, cost={**plan.cost, "seconds": so_far.spent + plan.cost["seconds"]})
 
 
-def _save(run: RunDirectory, sums: LossSums, seconds: float) -> None:
-    """Save a search as `checkpoints/step-BATCHES/`, and remove the previous one."""
-    target = run.checkpoints / f"step-{sums.batches:07d}"
-    with atomic_write(target, CHECKPOINT_FILES) as unfinished:
-        unfinished.mkdir(parents=True)
-        counts = np.array([sums.images, sums.batches], dtype=np.int64)
-        save_file({"loss": sums.loss, "mse": sums.mse, "counts": counts}, unfinished / "losses.safetensors")
-    for path in run.checkpoints.glob("step-*"):
-        if path != target:
-            discard(path, CHECKPOINT_FILES)
-    run.mark("running", seconds=seconds)
+def _arrays(sums: LossSums) -> dict[str, np.ndarray]:
+    """Sums as arrays, which are saved."""
+    return {"loss": sums.loss, "mse": sums.mse, "counts": np.array([sums.images, sums.batches], dtype=np.int64)}
 
 
-def _load(run: RunDirectory) -> tuple[LossSums | None, float]:
-    """The sums of an interrupted search and its seconds; None and 0 where there is none, or it is damaged."""
-    for path in sorted(run.checkpoints.glob("step-*"), reverse=True):
-        try:
-            saved = load_file(path / "losses.safetensors")
-            images, batches = (int(count) for count in saved["counts"])
-            return LossSums(saved["loss"], saved["mse"], images, batches), float(run.record().get("seconds", 0.0))
-        except (OSError, KeyError, ValueError, SafetensorError):
-            run.note(f"{path.name} is damaged; the search begins anew")
-    return None, 0.0
+def _sums(arrays: Mapping[str, np.ndarray]) -> LossSums:
+    """Sums of saved arrays."""
+    images, batches = (int(count) for count in arrays["counts"])
+    return LossSums(arrays["loss"], arrays["mse"], images, batches)
