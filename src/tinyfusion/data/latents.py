@@ -13,11 +13,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
 from tinyfusion.config.constraints import Count, Side
@@ -30,7 +32,6 @@ from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import write_json
 from tinyfusion.core.tensors import TYPE_NAMES, bytes_of, mapped_bytes, safetensors_head
 from tinyfusion.data.batches import ArrayBatch, ShuffledRows
-from tinyfusion.data.posterior import posterior_noise
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -305,6 +306,31 @@ def _mapped(path: Path, spec: LatentSpec, shard: int) -> tuple[np.ndarray, np.nd
 
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"{path} is damaged: {what}; remove it, and repeat its `encode` command to write it again")
+
+
+@cache
+def _quantiles() -> np.ndarray:
+    """(65,536,) float32: the normal distribution at the middles of as many equal parts, brought to variance 1."""
+    values = ndtri((np.arange(2**16) + 0.5) / 2**16)
+    return (values / np.sqrt((values**2).mean())).astype(np.float32)
+
+
+def posterior_noise(draws: Draws, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
+    """A function that gives the noise of the next `num` samples, (num, *shape) float32, from the first of `draws` on.
+
+    Normal in 65,536 steps up to 4.2: 16 random bits each, a ninth of the time of `draws.normal`. The posterior is narrow, so
+    that a step of the noise is far below the rounding of later operations.
+    """
+    per_sample = math.prod(shape)
+    words = draws.words_in_turn("posterior", -(-per_sample // 4))
+
+    def following(num: int) -> Tensor:
+        numbers = np.ascontiguousarray(words(num), "<u8").view("<u2")[:, :per_sample]
+        values = np.empty((num, per_sample), np.float32)
+        np.take(_quantiles(), numbers, out=values, mode="wrap")  # no number is out of range; looking for one takes time
+        return torch.from_numpy(values.reshape(num, *shape))
+
+    return following
 
 
 class LatentBatches(ShuffledRows):

@@ -30,9 +30,15 @@ from tinyfusion.core.rundir import (
     write_json,
 )
 from tinyfusion.core.signals import Interrupted
-from tinyfusion.data.image_source import ImageSource, open_npz, source_of, stream_images_npz, write_png_folder
+from tinyfusion.data.image_source import (
+    ImageSource,
+    open_npz,
+    source_of,
+    stream_images_npz,
+    write_png_folder,
+    write_video_folder,
+)
 from tinyfusion.data.images import middle_frames, write_grid_png
-from tinyfusion.data.videos import write_video_folder
 from tinyfusion.jobs.sharded_output import ImageShards, Range, clear_shards, shard_images, shards_folder, writing_shards
 from tinyfusion.training.engine import Engine
 
