@@ -27,11 +27,7 @@ from tinyfusion.data.originals import changed
 from tinyfusion.data.prompts import prompts_entry, verify_prompts, write_texts
 from tinyfusion.jobs.assemble import RunOptions, job_record, own_device, plain_recipe
 from tinyfusion.jobs.estimate import announce, rounded
-from tinyfusion.jobs.text_encoding import (
-    header,
-    most_at_once,
-    prompt_encoder,
-)
+from tinyfusion.jobs.text_encoding import header, most_at_once, prompt_encoder
 
 _LONGER = "too_long"  # in the notes of a chunk: its prompts of more tokens than the encoder reads
 

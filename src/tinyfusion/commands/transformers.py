@@ -14,18 +14,8 @@ from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
-from tinyfusion.core.records import folder_output, read_record
-from tinyfusion.core.rundir import (
-    RunDirectory,
-    atomic_write,
-    check_space,
-    check_writable,
-    file_output,
-    read_json,
-    say_finished,
-    stamp,
-    write_json,
-)
+from tinyfusion.core.records import folder_output, recorded_output
+from tinyfusion.core.rundir import RunDirectory, atomic_write, check_space, read_json, say_finished, stamp, write_json
 from tinyfusion.data.recorded import read_recorded
 from tinyfusion.export.transformer import FILES, plan_in, write_transformer
 from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder, components
@@ -147,10 +137,7 @@ def _export_single_file(options: RunOptions, pipeline: bool, model: TransformerF
     plain = {"to": "single-file", "model": model.hash}
 
     def to_do() -> bool:
-        record = out.with_suffix(".json")
-        check_writable(record)
-        todo = file_output(out, "export", plain, options.overwrite, lambda _: read_record(record))
-        return todo and (out.exists() or file_output(record, "export", plain, True, read_json))
+        return recorded_output(out, "export", plain, options.overwrite)
 
     todo = to_do()
     check_space(out, model.num_bytes)

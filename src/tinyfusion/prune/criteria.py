@@ -26,15 +26,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune.context import CriterionContext, bk_sdm_positions, plan_for
-from tinyfusion.prune.mask_search import (
-    Mask,
-    bits,
-    loss_summary,
-    random_masks,
-    shared_evaluations,
-    short,
-    tick_from,
-)
+from tinyfusion.prune.mask_search import Mask, bits, loss_summary, random_masks, shared_evaluations, short, tick_from
 from tinyfusion.prune.width import by_width, width_evaluations
 
 MAX_LISTED_MASKS = 2000  # a plan of more masks has a summary of their losses

@@ -24,17 +24,14 @@ VERBS = ("run", "prune", "recover", "dynamic", "distill-steps", "train", "explai
 MODELS = ("teacher", "pruned", "student", "dynamic", "few-steps", "model", "real")
 MAX_SAMPLES_BYTES = 1 << 30
 MAX_PREVIEWS = 6  # of a training on the page
+FURTHER = {
+    "dynamic": "dynamic",
+    "distill-steps": "few-steps",
+}  # optional stages of a run, and the model that each makes
+_STUDENTS = {"prune": "pruned", "recover": "student", **FURTHER}  # verb or stage -> the model in its folder `student`
 _MODEL_FOLDERS = {  # by verb: where the models of a run are
-    "run": {
-        "pruned": "prune/student",
-        "student": "recover/student",
-        "dynamic": "dynamic/student",
-        "few-steps": "distill-steps/student",
-    },
-    "prune": {"pruned": "student"},
-    "recover": {"student": "student"},
-    "dynamic": {"dynamic": "student"},
-    "distill-steps": {"few-steps": "student"},
+    "run": {model: f"{stage}/student" for stage, model in _STUDENTS.items()},
+    **{verb: {model: "student"} for verb, model in _STUDENTS.items()},
     "train": {"model": "model"},
     "explain": {},
 }
@@ -178,7 +175,7 @@ def _logged_depths(scheme: str, line: Mapping[str, Any]) -> dict[str, int]:
 def _read(path: Path) -> Run:
     record = _run_record(path)
     verb = record["verb"]
-    nested = [name for name in ("prune", "recover", "dynamic", "distill-steps") if (path / name).is_dir()]
+    nested = [name for name in _STUDENTS if (path / name).is_dir()]
     folders = {name: path / name for name in nested} if verb == "run" else {verb: path}
     records = {stage: folder / "run.json" for stage, folder in folders.items()}
     if verb == "run":
