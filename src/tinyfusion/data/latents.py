@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tinyfusion.config.constraints import Count, Side
 from tinyfusion.config.loading import build_known
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.locks import is_at, try_lock
 from tinyfusion.core.reading import check_plain, read_json
@@ -271,11 +271,9 @@ class _Notes:
 
 def _spec(folder: Path, about: Mapping[str, Any]) -> LatentSpec:
     """The specification in a manifest. Raises UserError where its numbers are invalid or contradict each other."""
-    try:
+    with prefixed(f"{folder / MANIFEST} is damaged"):
         spec: LatentSpec = build_known(LatentSpec, about, "")
         notes: _Notes = build_known(_Notes, about, "")
-    except UserError as error:
-        raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
     sizes = (spec.num_images, spec.shard_images, spec.classes, *spec.shape, 1 if notes.size is None else notes.size)
     sound = (
         spec.kind in ("moments", "samples") and spec.dtype in _TORCH and spec.rows in (1, 2) and min(sizes) > 0

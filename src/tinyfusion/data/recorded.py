@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tinyfusion.config.loading import build_known
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.files import atomic_write, check_space, sha256_of
 from tinyfusion.core.reading import parse_json, read_json_object
 from tinyfusion.core.records import FORMAT_VERSION, is_ours, read_record
@@ -349,10 +349,8 @@ def _read_folder(folder: Path) -> RecordedInputs:
         raise UserError(f"{folder} has no recorded inputs: {path} is of something else")
     if (version := values.get("format_version")) != FORMAT_VERSION:
         raise UserError(f"{path} has format_version {version}; this version reads {FORMAT_VERSION}: upgrade")
-    try:
+    with prefixed(f"{path} is damaged"):
         manifest = build_known(_Manifest, values, "")
-    except UserError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
     names = [shard.file for shard in manifest.shards]
     if (
         not names

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tinyfusion.conditioning.texts import EMBEDDINGS, MASK
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.tensors import TYPES
@@ -272,14 +272,12 @@ def prompt_encoder(folder: Path, kind: Any, device: torch.device, max_tokens: in
 def _stored_type(folder: Path) -> torch.dtype | None:
     """The type of the first floating-point tensor in a component's files; None where it has no weights."""
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # no mapping
-                    kind = TYPES.get(opened.get_slice(name).get_dtype())
-                    if kind is not None and kind.is_floating_point and kind.itemsize > 1:  # float8 needs scales
-                        return kind
-        except Exception as error:  # of safetensors and the file system
-            raise UserError(f"{file} is no readable safetensors file (truncated or foreign): {error}") from error
+        unreadable = f"{file} is no readable safetensors file (truncated or foreign)"
+        with prefixed(unreadable, Exception), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # no mapping
+                kind = TYPES.get(opened.get_slice(name).get_dtype())
+                if kind is not None and kind.is_floating_point and kind.itemsize > 1:  # float8 needs scales
+                    return kind
     return None
 
 

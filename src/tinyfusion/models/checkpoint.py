@@ -22,7 +22,7 @@ from tinyfusion.blocks.routers import DynamicSettings, is_router_key, settings_o
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.conditioning.texts import text_table
 from tinyfusion.config.loading import build_known
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.reading import check_memory, read_json_object
 from tinyfusion.core.rundir import atomic_write, write_json
 from tinyfusion.core.tensors import read_folder_weights, read_safetensors, read_tensor_file
@@ -54,11 +54,9 @@ def new_model(family_name: str | None, arch_values: Mapping[str, Any], seed: int
     if family_name is None:
         raise UserError(f"a new model needs a family: --set model.family=NAME, one of {', '.join(families())}")
     family = family_named(family_name)
-    try:
+    with prefixed("model", ValueError):
         arch = family.arch_of_sizes(arch_values)
         num_bytes = family.num_bytes(arch)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
     check_memory(num_bytes, "a new model of these sizes")
     with torch.random.fork_rng(devices=[]):  # layers are initialised from the global generator, which must not change
         torch.manual_seed(seed)
@@ -174,11 +172,11 @@ def _filled(
         own = in_float32({name: tensors[name] for name in wanted if name in tensors}, wanted, what)
         texts = text_table({ours: own[theirs] for ours, theirs in rules.names.items()})
         tensors = {name: tensor for name, tensor in tensors.items() if name not in own}
-    try:
-        with torch.device("meta"):
-            module = family.build_with_routers(arch, routers)
-    except (RuntimeError, OverflowError) as error:
-        raise UserError(f"{path} has sizes that no {family.name} can have: {error}") from error
+    with (
+        prefixed(f"{path} has sizes that no {family.name} can have", RuntimeError, OverflowError),
+        torch.device("meta"),
+    ):
+        module = family.build_with_routers(arch, routers)
     module.load_state_dict(in_float32(tensors, module.state_dict(), what), assign=True)
     return make_trainable(module, family).eval(), texts
 
@@ -190,19 +188,15 @@ def _open_own(path: Path, stated: _Stated) -> LoadedModel:
         raise UserError(
             f"{path} has format_version {version}; this tinyfusion reads up to {MODEL_FORMAT_VERSION}: upgrade"
         )
-    try:
+    with prefixed(path):
         family = family_named(record.get("family"))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     stated.check_family(path, family)
-    try:
+    with prefixed(f"{path}/model.json is damaged", ValueError, OverflowError):  # UserError among them
         arch = build_known(family.arch_type, record.get("arch"), "arch")
         facts = _recorded_facts(record, family, arch)
         routers = None if facts.dynamic is None else settings_in(facts.dynamic)
         if routers is not None:
             family.dynamic_rules()
-    except (ValueError, OverflowError) as error:  # UserError among them
-        raise UserError(f"{path}/model.json is damaged: {error}") from error
     stated.check_sizes(path, arch)
     module, texts = _filled(family, arch, read_safetensors(path / "model.safetensors"), path, routers)
     model = LoadedModel(module, family, arch, facts, {"kind": "model folder of tinyfusion", "path": str(path)}, texts)
@@ -284,10 +278,8 @@ def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) ->
     """What our own record in an exported folder says; else the published latent facts; an autoencoder in `vae/` next to it wins."""
     record, facts = config.get(DIFFUSERS_RECORD), _published_facts(arch, family)
     if record is not None:
-        try:
+        with prefixed(f"{path}/config.json is damaged: {DIFFUSERS_RECORD}", ValueError, OverflowError, AttributeError):
             facts = _recorded_facts(record, family, arch)
-        except (ValueError, OverflowError, AttributeError) as error:
-            raise UserError(f"{path}/config.json is damaged: {DIFFUSERS_RECORD}: {error}") from error
     vae = path.parent / "vae"
     if not (vae / "config.json").is_file():
         return facts
@@ -321,13 +313,11 @@ def _open_official(path: Path, weights: str, stated: _Stated) -> LoadedModel:
         )
     static = {name: t for name, t in tensors.items() if family.dynamic is None or not is_router_key(name)}
     routers = None
-    try:
+    with prefixed(path, ValueError):
         arch = family.arch_of_state_dict(static, stated.num_heads, stated.num_classes)
         if len(static) < len(tensors):
             routers = settings_of(tensors, arch.num_heads)
             family.dynamic_rules().sizes(arch)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
     facts = _published_facts(arch, family)
     if routers is not None:
         facts = dataclasses.replace(facts, dynamic=dataclasses.asdict(routers))

@@ -22,7 +22,7 @@ from tinyfusion.blocks.scheme import BlockGroup, check_range
 from tinyfusion.blocks.stack import check_kept
 from tinyfusion.config.recipe import Criterion as Name
 from tinyfusion.config.recipe import PruneSection
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune.context import CriterionContext, bk_sdm_positions, plan_for
@@ -244,10 +244,8 @@ def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int = 0) -> Prun
     check_range("--keep", keep, depths)
     starts = first_blocks(depths)
     kept = {name: sorted(i - starts[name] for i in keep if 0 <= i - starts[name] < depths[name]) for name in depths}
-    try:
+    with prefixed("--keep", ValueError):
         check_kept(kept, depths)
-    except ValueError as error:
-        raise UserError(f"--keep: {error}") from error
     return PrunePlan(kept=kept, depth=depths, criterion="indices", seed=seed, teacher=teacher.hash())
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.scheme import parse_scheme, scheme_pairs, schemes_by_list
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.files import file_label
 from tinyfusion.core.reading import parse_json, read_text, unreadable
 from tinyfusion.core.rundir import FORMAT_VERSION, RunDirectory, read_json
@@ -259,10 +259,8 @@ def _plan(path: Path, models: Mapping[str, Mapping[str, Any]]) -> PrunePlan | No
     files = [file for file in (plan_file(path),) if file.is_file()]
     stored = [(f"{path}: model.json of {name}", model["plan"]) for name, model in models.items() if model.get("plan")]
     for source, values in [*((file, read_json(file)) for file in files), *stored]:
-        try:
+        with prefixed(source):
             plan = plan_from_json(values)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
         for name, groups in (plan.groups or {}).items():
             if sum(size for _, size in groups) != (depth := plan.depth.get(name, 0)):
                 wrong = f"groups.{name} do not make up {depth} blocks"
