@@ -86,9 +86,8 @@ def _perform(job: TransformerJob, folder: RunDirectory, engine: Engine) -> None:
     out, stage = job.options.out, stages_of(folder)
     where = dataclasses.replace(job.options, overwrite=False, resume=None)
     recorded = None if job.trained.data.name else where.inputs  # recovery prefers data
-    done = engine.first(
-        lambda: {name: _is_done(out / name) for name in ("prune", "recover")}
-    )  # the same on every process
+    # the same on every process
+    done = engine.first(lambda: {name: _is_done(out / name) for name in ("prune", "recover")})
     if job.encodes and not done["recover"]:
         encoding = dataclasses.replace(where, out=out / "latents")
         stage("encode", lambda: encode_captions(job.recipe, encoding, job.recipe.data.name))

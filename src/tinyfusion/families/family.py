@@ -123,9 +123,8 @@ class ModelFamily:
     mark: str | None = None  # name of a tensor by which official files are known; None where there are none
     # (tensors, heads, classes without the null class) -> arch; the numbers are None if they are not given
     arch_of_state_dict: Callable[[Mapping[str, Tensor], int | None, int | None], Any] | None = None
-    published_latent: Mapping[int, Mapping[str, Any]] = dataclasses.field(
-        default_factory=dict
-    )  # in_channels -> latent facts
+    # in_channels -> latent facts
+    published_latent: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     published_license: str | None = None  # of the published weights, for the card of a model that knows none
     diffusers: DiffusersFolder | None = None  # None where no folders of diffusers hold such models
     # (arch, tensors) -> {"official" or "diffusers": why that format cannot hold such a model}

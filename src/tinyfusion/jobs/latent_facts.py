@@ -95,9 +95,8 @@ def with_facts_of(recipe: Recipe, model: LoadedModel) -> LoadedModel:
         return with_prompts_of(recipe.data, model)
     model = with_prompts_of(recipe.data, with_settings(model, recipe.sample))
     folder = Path(recipe.data.name.removeprefix(LATENTS))
-    if (
-        not recipe.data.name.startswith(LATENTS) or not (folder / MANIFEST).is_file()
-    ):  # the reader of the data refuses it
+    # the reader of the data refuses it
+    if not recipe.data.name.startswith(LATENTS) or not (folder / MANIFEST).is_file():
         return model
     return with_latents(model, *read_manifest(facts_folder(folder)))
 

@@ -24,10 +24,8 @@ VERBS = ("run", "prune", "recover", "dynamic", "distill-steps", "train", "explai
 MODELS = ("teacher", "pruned", "student", "dynamic", "few-steps", "model", "real")
 MAX_SAMPLES_BYTES = 1 << 30
 MAX_PREVIEWS = 6  # of a training on the page
-FURTHER = {
-    "dynamic": "dynamic",
-    "distill-steps": "few-steps",
-}  # optional stages of a run, and the model that each makes
+# optional stages of a run, and the model that each makes
+FURTHER = {"dynamic": "dynamic", "distill-steps": "few-steps"}
 _STUDENTS = {"prune": "pruned", "recover": "student", **FURTHER}  # verb or stage -> the model in its folder `student`
 _MODEL_FOLDERS = {  # by verb: where the models of a run are
     "run": {model: f"{stage}/student" for stage, model in _STUDENTS.items()},
