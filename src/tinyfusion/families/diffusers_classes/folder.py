@@ -18,7 +18,7 @@ from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.core.errors import UserError, prefixed
-from tinyfusion.core.reading import check_memory, license_in, read_json_object
+from tinyfusion.core.reading import check_memory, explained, license_in, read_json_object
 from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_lists
 from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, row_text, rows_in
 from tinyfusion.families.diffusers_classes.weights import (
@@ -196,15 +196,11 @@ def new_transformer(config: Mapping[str, Any], rows: Rows, seed: int) -> Transfo
         raise UserError(f"model.sizes: a {kind.__name__} has no {', '.join(odd)}")
     with fork_rng(devices=[]):
         manual_seed(seed)
-        try:
+        with explained(f"model.sizes do not fit a {kind.__name__}", *_OF_SIZES, ZeroDivisionError):
             with device("meta"):
                 num_bytes = 4 * sum(tensor.numel() for tensor in kind.from_config(own).state_dict().values())
             check_memory(2 * num_bytes, "a new model of these sizes")
             module: Any = kind.from_config(own)
-        except UserError:  # a ValueError
-            raise
-        except (*_OF_SIZES, ZeroDivisionError) as error:
-            raise UserError(f"model.sizes do not fit a {kind.__name__}: {error}") from error
     whole = {**dict(module.config), "_class_name": kind.__name__}
     whole = {name: value for name, value in whole.items() if name == "_class_name" or not name.startswith("_")}
     weights = {name: stored_tensor(tensor, "F32") for name, tensor in module.state_dict().items()}
