@@ -34,6 +34,7 @@ from tinyfusion.commands.transformer_scores import (
     scores_said,
     time_steps,
 )
+from tinyfusion.commands.transformers import described_folder
 from tinyfusion.config.loading import to_plain
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.fetching import WouldFetch
@@ -175,10 +176,9 @@ def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
     pruning, training, learned = recipe.prune, recipe.recover.training, recipe.prune.criterion == "learned"
     within = recipe.recover.search_steps
     searched = f"{within:,} steps of the recovery" if within else f"{pruning.training.steps:,} steps"
-    blocks = ", ".join(f"{depth} {path}" for path, depth in job.teacher.depths.items())
     num, encoder = recipe.pipeline.num_images, f", encoded by {recipe.encode.pipeline}" if job.encodes else ""
     plan = {
-        "teacher": f"{job.teacher.class_name}, {blocks}, {job.teacher.num_bytes / 2**30:.2f} GiB",
+        "teacher": described_folder(job.teacher),
         "data": (recipe.data.name or str(options.inputs)) + encoder,
         "prune": f"learned {pruning.scheme}, {searched}" if learned else pruning.criterion,
         "recover": f"{recipe.recover.method}, {training.steps:,} steps of {training.batch_size} images",

@@ -48,7 +48,7 @@ def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerF
         return {"kept": read_json(folder.path / "plan.json")["kept"]}
     engine.first(lambda: check_space(options.out, (student or teacher).num_bytes))
     if options.dry_run:
-        rows = {"teacher": _described(teacher)} | ({"student": _described(student)} if student else {})
+        rows = {"teacher": described_folder(teacher)} | ({"student": described_folder(student)} if student else {})
         rows |= work.describe() if work else {}
         print("prune would do this:" + "".join(f"\n  {name:12} {said}" for name, said in rows.items()))
         return {"kept": plan.kept, "bytes": student.num_bytes} if plan and student else {}
@@ -66,7 +66,7 @@ def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerF
         folder.mark("done", seconds=time.perf_counter() - began, seen_images=0)
     if engine.is_main:
         listed = [f"{' '.join(map(str, kept))} of {plan.depth[name]} {name}" for name, kept in plan.kept.items()]
-        made = _described(student) if student else f"a plan without a student: {teacher.row.unfit}"
+        made = described_folder(student) if student else f"a plan without a student: {teacher.row.unfit}"
         notes = "".join(f"\nnote: {note}" for note in teacher.row.notes)
         print(f"{plan.criterion}: kept {', '.join(listed)}; {made}{notes}", file=sys.stderr)
     return {"kept": plan.kept}
@@ -79,7 +79,8 @@ def _student(teacher: TransformerFolder, plan: PrunePlan) -> TransformerFolder:
     return student
 
 
-def _described(model: TransformerFolder) -> str:
+def described_folder(model: TransformerFolder) -> str:
+    """A transformer of diffusers in a few words."""
     blocks = ", ".join(f"{depth} {path}" for path, depth in model.depths.items())
     return f"{model.class_name}, {blocks}, {model.num_bytes / 2**30:.2f} GiB"
 

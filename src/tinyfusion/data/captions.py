@@ -284,12 +284,11 @@ def _text_column(table: Any, file: Any, column: str | None) -> str:
     if name is None:
         wanted = column or " or ".join(COLUMNS)
         raise UserError(f"{file} has no column {wanted}; it has {', '.join(names)}: --caption-column names one of them")
-    if names.count(name) > 1:
-        raise UserError(f"{file} has {names.count(name)} columns {name}: wanted one")
-    kind = table.schema_arrow.field(name).type
-    value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)):
-        raise UserError(f"{file}: column {name} is of the type {kind}: wanted texts; --caption-column names another")
+
+    def holds_texts(kind: Any) -> bool:
+        return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+
+    parquet.check_column(table, file, name, holds_texts, "texts; --caption-column names another")
     return str(name)
 
 
