@@ -22,9 +22,9 @@ from tinyfusion.config.recipe import ComputeSection, TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.recorded import OUTPUT, RecordedInputs, recording
 from tinyfusion.data.recorded_batches import PLAIN, RecordedBatches, RowLayout, joined
+from tinyfusion.families.diffusers_classes.call_rows import LAYOUTS
 from tinyfusion.families.diffusers_classes.cutting import UnitList
 from tinyfusion.families.diffusers_classes.folder import open_transformer
-from tinyfusion.families.diffusers_classes.layouts import LAYOUTS
 from tinyfusion.families.diffusers_classes.rows import shipped_rows
 from tinyfusion.jobs.recorded_training import RecordedTask, call_outputs, check_masks, check_rows
 from tinyfusion.models.transformer import TransformerModel, opened

@@ -16,7 +16,7 @@ from families import ROWS, clean_batch, tiny
 from tinyfusion.config.recipe import DataSection, ExplainSection, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.explain.removal import losses_without, paired_mean, removal_evaluations
-from tinyfusion.explain.similarity import block_outputs, cka_matrix, linear_cka
+from tinyfusion.explain.similarity import block_outputs, cka_matrix
 from tinyfusion.explain.updates import block_updates
 from tinyfusion.jobs.explaining import Measured, block_records, check_similar, measured_on, similarity
 from tinyfusion.jobs.process_specs import objective_for
@@ -204,9 +204,9 @@ def test_cka_ignores_rotation_scale_and_offset() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 6, generator=generator)
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
-    assert linear_cka(x, 3.0 * x @ rotation + 5.0) == pytest.approx(1.0, abs=1e-6)
-    assert linear_cka(x, torch.randn(200, 6, generator=generator)) < 0.2
-    assert linear_cka(x, torch.ones(200, 3)) == 0.0
+    others = [3.0 * x @ rotation + 5.0, torch.randn(200, 6, generator=generator), torch.ones(200, 3)]
+    same, random, constant = cka_matrix([x], others)[0]
+    assert same == pytest.approx(1.0, abs=1e-6) and random < 0.2 and constant == 0.0
     assert np.isnan(cka_matrix([x], [x[:100]])[0, 0]), "other tokens are not compared"
 
 

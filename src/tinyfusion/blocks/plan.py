@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from tinyfusion.config.constraints import Seed
 from tinyfusion.config.loading import build_known
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 
 PLAN_VERSION = 1
 _MOST_BLOCKS = 2**12  # of a list; no model has more
@@ -69,10 +69,8 @@ def plan_from_json(values: Any) -> PrunePlan:
     version = values.get("version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > PLAN_VERSION:
         raise UserError(f"the plan has version {version}; this tinyfusion reads up to {PLAN_VERSION}: upgrade")
-    try:
+    with prefixed("the plan is incomplete or damaged"):
         plan = cast(PrunePlan, build_known(PrunePlan, values, "plan"))
-    except UserError as error:
-        raise UserError(f"the plan is incomplete or damaged: {error}") from error
     for name, depth in plan.depth.items():
         kept = plan.kept.get(name, [])
         if not set(kept) <= set(range(min(depth, _MOST_BLOCKS))) or sorted(set(kept)) != kept:

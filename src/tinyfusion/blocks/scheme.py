@@ -52,9 +52,8 @@ class BlockGroup:
         """binom(M - P, N - P); of R runs binom(N + R, R), fewer with protected blocks."""
         if not self.runs:
             return math.comb(len(self.free), self.keep_free)
-        ways = [1] * (
-            self.keep + 1
-        )  # placements of the runs so far, the last of them behind at most so many kept blocks
+        # placements of the runs so far, the last of them behind at most so many kept blocks
+        ways = [1] * (self.keep + 1)
         for places in self._run_places():
             ways = list(itertools.accumulate(n * place.fits for n, place in zip(ways, places, strict=True)))
         return ways[-1]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tinyfusion.commands.bench import BenchModels, BenchSide, measured, place_of
 from tinyfusion.config.recipe import Recipe
@@ -18,7 +19,7 @@ from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.data.captions import read_prompts
-from tinyfusion.data.recorded import Call, changed, recording
+from tinyfusion.data.recorded import Call, recording
 from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder
 from tinyfusion.jobs.pipelines import ModelPipeline, in_type, pipeline_of, stored_type
 from tinyfusion.jobs.prompt_drawing import called, generators, pipeline_arguments
@@ -97,7 +98,7 @@ def _recorded(model: ModelPipeline, recipe: Recipe, prompts: Sequence[str], devi
 def _side(steps: _Steps, source: str, model: ModelPipeline, device: torch.device) -> BenchSide:
     modules: dict[str, Any] = {n: in_type(model.models[n].module(), steps.dtype).to(device) for n in steps.calls}
     calls = [
-        (modules[name], changed(call, lambda tensor: tensor.to(device)))
+        (modules[name], tree_map_only(Tensor, lambda tensor: tensor.to(device), call))
         for name, listed in steps.calls.items()
         for call in listed
     ]
@@ -122,7 +123,7 @@ def _macs(model: TransformerFolder, module: nn.Module, calls: Sequence[Call]) ->
     """Multiply-accumulates of all calls, as `macs_of`; each shape is counted once."""
     alike: dict[str, list[Call]] = {}
     for call in calls:
-        alike.setdefault(str(changed(call, lambda tensor: tuple(tensor.shape))), []).append(call)
+        alike.setdefault(str(tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), call)), []).append(call)
 
     def counted(call: Call) -> int:
         return macs_of(model, lambda _: call, lambda: module)[""]

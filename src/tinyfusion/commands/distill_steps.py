@@ -14,7 +14,6 @@ from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.process_specs import noising_of
 from tinyfusion.jobs.training import Training
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
-from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.training.engine import Engine
 
 
@@ -33,8 +32,8 @@ class DistillSteps(TrainingVerb[Training]):
         teacher = open_teacher(recipe, *typed, num_classes=options.num_classes)
         check_few_steps(recipe, student, teacher)
         recipe, student = known_inputs(recipe, student, [named, recipe.teacher], remarks)
-        models: dict[str, LoadedModel | None] = {"model": student, "teacher": teacher}
-        return Inputs(recipe, options, models, {"model": named, "teacher": recipe.teacher})
+        sources = {"model": named, "teacher": recipe.teacher}
+        return Inputs(recipe, options, {"model": student, "teacher": teacher}, sources)
 
     def plain(self, inputs: Inputs) -> dict[str, Any]:
         """As of every verb; guidance may be that of the section sample."""

@@ -27,11 +27,7 @@ from tinyfusion.data.originals import changed
 from tinyfusion.data.prompts import prompts_entry, verify_prompts, write_texts
 from tinyfusion.jobs.assemble import RunOptions, job_record, own_device, plain_recipe
 from tinyfusion.jobs.estimate import announce, rounded
-from tinyfusion.jobs.text_encoding import (
-    header,
-    most_at_once,
-    prompt_encoder,
-)
+from tinyfusion.jobs.text_encoding import MOST_AT_ONCE, header, prompt_encoder
 
 _LONGER = "too_long"  # in the notes of a chunk: its prompts of more tokens than the encoder reads
 
@@ -113,7 +109,7 @@ def _write_prompts(job: Job, recipe: Recipe, out: Path, world: int) -> int:
 def _write_chunks(job: Job, recipe: Recipe, out: Path) -> dict[str, str] | None:
     """Encode the missing chunks of this rank. Returns the strings of the header; None where nothing was to be done."""
     rank, world = launched_rank(), launched_processes()
-    file, step = job.prompts(out), most_at_once(recipe.encode.batch_size)
+    file, step = job.prompts(out), min(recipe.encode.batch_size, MOST_AT_ONCE)
     mine = [chunk for chunk in file.missing() if chunk % world == rank]
     if not mine:
         return None

@@ -14,8 +14,8 @@ from tinyfusion.commands.transformers import export_transformer
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_plain
-from tinyfusion.core.records import folder_output, read_record
-from tinyfusion.core.rundir import check_space, check_writable, file_output, read_json, say_finished, stamp
+from tinyfusion.core.records import folder_output, recorded_output
+from tinyfusion.core.rundir import check_space, read_json, say_finished, stamp
 from tinyfusion.export.card import CardNotes, licence_note
 from tinyfusion.export.folder import (
     RECORD,
@@ -147,11 +147,7 @@ def _check_output(options: RunOptions, to: str, plain: Mapping[str, Any]) -> boo
     """Whether there is something to do. Raises UserError on an output that is not ours or of another model."""
     out = options.out
     if to == "official":
-        check_writable(out.with_suffix(".json"))
-        todo = file_output(out, "export", plain, options.overwrite, lambda path: read_record(path.with_suffix(".json")))
-        if todo and not out.exists():
-            file_output(out.with_suffix(".json"), "export", plain, True, read_json)
-        return todo
+        return recorded_output(out, "export", plain, options.overwrite)
     return folder_output(out, RECORD, "export", plain, options.overwrite, f"export --to {to}")
 
 

@@ -84,9 +84,8 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
             raise UserError("prune.keep_deltas has nothing to keep with --update frozen: train lora or full deltas")
         check_masks(teacher, settings.training, engine)
         source, objective = training_data(recipe, inputs.recorded, teacher, settings.training, engine)
-        if (
-            inputs.recorded and settings.target is None
-        ):  # the outputs are recorded, so no pass of the whole model is needed
+        # the outputs are recorded, so no pass of the whole model is needed
+        if inputs.recorded and settings.target is None:
             recipe = dataclasses.replace(recipe, prune=dataclasses.replace(settings, target="data"))
         return mask_training(recipe, teacher, objective, source, engine)
 

@@ -29,11 +29,7 @@ from tinyfusion.data.recorded_shards import RecordShards
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.jobs.assemble import own_device
 from tinyfusion.jobs.estimate import announce, rounded
-from tinyfusion.jobs.pipelines import (
-    opened_pipeline,
-    pipeline_class,
-    transformer_in,
-)
+from tinyfusion.jobs.pipelines import opened_pipeline, pipeline_class, transformer_in
 from tinyfusion.jobs.recording import Drawing, cost_of_prompt, dtype_name, recorded_calls
 from tinyfusion.jobs.transformer_sources import pipeline_folder
 

@@ -104,11 +104,8 @@ class Recover(TrainingVerb[Training]):
         source, objective = training_data(recipe, inputs.recorded, student, recipe.recover.training, engine)
         teacher = inputs.models["teacher"]
         if isinstance(teacher, TransformerModel) and isinstance(student, TransformerModel):
-            teacher.prompts, teacher.latent_shape, teacher.example = (
-                student.prompts,
-                student.latent_shape,
-                student.example,
-            )
+            teacher.prompts, teacher.example = student.prompts, student.example
+            teacher.latent_shape = student.latent_shape
         return recovery(recipe, student, teacher, objective, source, engine)
 
     def says(self, inputs: Inputs, work: Training) -> dict[str, str]:

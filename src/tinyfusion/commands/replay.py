@@ -19,7 +19,7 @@ from tinyfusion.commands.train import train
 from tinyfusion.conditioning.classes import LABELS
 from tinyfusion.config.loading import build_known
 from tinyfusion.config.recipe import Recipe
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.progress import progress
 from tinyfusion.core.records import renamed
 from tinyfusion.core.rng import Randomness
@@ -90,10 +90,8 @@ def _training(run: RunDirectory, device: str | None) -> Training:
     saved = record["job"]
     if isinstance(saved, dict) and "recipe" in saved:
         saved = {**saved, "recipe": renamed(saved["recipe"])}
-    try:
+    with prefixed(f"{run.record_path} is damaged, or of another version"):
         job: _Job = build_known(_Job, saved, "job")
-    except UserError as error:
-        raise UserError(f"{run.record_path} is damaged, or of another version: {error}") from error
     recipe = job.recipe if device is None else dataclasses.replace(job.recipe, device=device)
     if verb is prune and recipe.prune.criterion != "learned":
         raise UserError(

@@ -22,6 +22,7 @@ from tinyfusion.commands.recover import recover
 from tinyfusion.commands.run_transformer import run_transformer
 from tinyfusion.commands.sample import sample
 from tinyfusion.commands.stages import (
+    COMPARED,
     PAGE,
     announce_run,
     end_again,
@@ -65,19 +66,19 @@ from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.context import list_groups
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.layout import gate_layout
-from tinyfusion.report.load import plan_file
+from tinyfusion.report.load import FURTHER, plan_file
 from tinyfusion.report.tables import distance_name
 from tinyfusion.training.engine import Engine
 
-_FURTHER = ("dynamic", "few-steps")  # models that optional stages make of the student
+_FURTHER = {"dynamic": dynamic, "distill-steps": distill_steps}  # optional stages, by the verb that each is
 
 
 def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Prune, recover, optionally train routers or distil steps; sample all models from the same seeds, evaluate, time, write the page."""
     stages = {name.partition(".")[0] for name in recipe.assigned}
-    for verb, section in (("dynamic", recipe.dynamic), ("distill-steps", recipe.distill_steps)):
+    for verb in FURTHER:
         name = section_of(verb)
-        if name in stages and not section.in_run and not stages & {"prune", "recover"}:
+        if name in stages and verb not in _further(recipe) and not stages & {"prune", "recover"}:
             raise UserError(
                 f"recipe {recipe.name} is for the verb `{verb}`, it says nothing of pruning and recovery: tinyfusion {verb} --recipe "
                 f"{recipe.name} --model {recipe.teacher or 'MODEL'}, or add those sections and --set {name}.in_run=true"
@@ -122,20 +123,14 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
         stage("prune", lambda: prune(recipe, dataclasses.replace(where, out=out / "prune")))
     cut = out / "prune" if "pruned" in models else ""
     stage("recover", lambda: recover(recipe, dataclasses.replace(where, out=out / "recover"), cut))
-    if recipe.dynamic.in_run:
-        models["dynamic"] = str(out / "dynamic" / "student")
-        stage("dynamic", lambda: dynamic(recipe, dataclasses.replace(where, out=out / "dynamic"), student))
-    if recipe.distill_steps.in_run:
-        models["few-steps"] = str(out / "distill-steps" / "student")
-        stage(
-            "distill-steps",
-            lambda: distill_steps(recipe, dataclasses.replace(where, out=out / "distill-steps"), student),
-        )
+    for verb, model in _further(recipe).items():
+        models[model] = str(out / verb / "student")
+        stage(verb, functools.partial(_FURTHER[verb], recipe, dataclasses.replace(where, out=out / verb), student))
     if not folder.writes:
         return
     stage("sample", lambda: _sample(recipe, options, models))
     stage("evaluate", lambda: _evaluate(recipe, out, list(models)))
-    timed = {name: open_model(source) for name, source in models.items() if name in ("student", *_FURTHER)}
+    timed = {name: open_model(source) for name, source in models.items() if name in ("student", *FURTHER.values())}
     stage("speed", lambda: _speed(recipe, out, {"teacher": teacher, **timed}))
 
     def step_of(model: LoadedModel, num_images: int) -> Callable[[], object]:
@@ -186,14 +181,18 @@ def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel, engine: En
     checkpoint_steps(recipe.recover.training, recipe.evaluate.checkpoints)
     images = len(_drawn(recipe)) * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
     weights = 4 * num_parameters(teacher.module)
-    check_space(options.out, 6 * (1 + recipe.dynamic.in_run + recipe.distill_steps.in_run) * weights + images)
+    check_space(options.out, 6 * (1 + len(_further(recipe))) * weights + images)
     return missing
 
 
 def _drawn(recipe: Recipe) -> list[str]:
     """The models that are sampled and scored."""
-    further = zip(_FURTHER, (recipe.dynamic.in_run, recipe.distill_steps.in_run), strict=True)
-    return [*trained_models(recipe), *(name for name, made in further if made)]
+    return [*trained_models(recipe), *_further(recipe).values()]
+
+
+def _further(recipe: Recipe) -> dict[str, str]:
+    """The optional stages of the recipe, and the model that each makes."""
+    return {verb: model for verb, model in FURTHER.items() if getattr(recipe, section_of(verb)).in_run}
 
 
 def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
@@ -308,17 +307,11 @@ def _outcome(out: Path) -> dict[str, Any]:
     blocks, page = read_json(plan_file(out))["kept"], out / PAGE
     kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
     first = read_json(out / "run.json")["recipe"]["evaluate"]["references"][0]
-    words = {
-        "teacher": "teacher",
-        "pruned": "pruned",
-        "student": "recovered",
-        "dynamic": "dynamic",
-        "few-steps": "few steps",
-    }
-    files = {word: scores_file(out, name, first) for name, word in words.items()}
+    words = {"student": "recovered", "few-steps": "few steps"}
+    files = {words.get(name, name): scores_file(out, name, first) for name in (*COMPARED, *FURTHER.values())}
     scores = {word: read_json(file) for word, file in files.items() if file.is_file()}
     numbers = " -> ".join(f"{score['fid']:.3g}" for score in scores.values())
-    further = [speed["models"][name] for name in _FURTHER if name in speed["models"]]
+    further = [speed["models"][name] for name in FURTHER.values() if name in speed["models"]]
     speedup = max([model.get("drawing_speedup", model["speedup"]) for model in further], default=speed["speedup"])
     name = distance_name(scores.values())
     print(f"{name} {numbers} ({', '.join(scores)}), {speedup:.2f} times as fast, kept {kept}")

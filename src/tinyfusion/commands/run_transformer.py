@@ -34,10 +34,12 @@ from tinyfusion.commands.transformer_scores import (
     scores_said,
     time_steps,
 )
+from tinyfusion.commands.transformers import described_folder
 from tinyfusion.config.loading import to_plain
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.files import sha256_of
+from tinyfusion.core.records import read_record
 from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
 from tinyfusion.data.latents import MANIFEST
 from tinyfusion.data.prompts import TEXTS
@@ -86,9 +88,9 @@ def _perform(job: TransformerJob, folder: RunDirectory, engine: Engine) -> None:
     out, stage = job.options.out, stages_of(folder)
     where = dataclasses.replace(job.options, overwrite=False, resume=None)
     recorded = None if job.trained.data.name else where.inputs  # recovery prefers data
-    done = engine.first(
-        lambda: {name: _is_done(out / name) for name in ("prune", "recover")}
-    )  # the same on every process
+    # the same on every process
+    records = engine.first(lambda: {name: read_record(out / name / "run.json") for name in ("prune", "recover")})
+    done = {name: record is not None and record.get("state") == "done" for name, record in records.items()}
     if job.encodes and not done["recover"]:
         encoding = dataclasses.replace(where, out=out / "latents")
         stage("encode", lambda: encode_captions(job.recipe, encoding, job.recipe.data.name))
@@ -100,7 +102,7 @@ def _perform(job: TransformerJob, folder: RunDirectory, engine: Engine) -> None:
     places = {"teacher": job.recipe.teacher, "pruned": str(out / "prune"), "student": str(out / "recover")}
     models = {name: places[name] for name in trained_models(job.recipe)}
     if "pruned" in models and not done["prune"]:
-        _check_recovery(job, engine)
+        _trainings(job, engine)[-1]()  # raises what the recovery would refuse, before hours of learning masks
         stage("prune", lambda: prune(job.trained, dataclasses.replace(where, out=out / "prune")))
     if not done["recover"]:
         back = dataclasses.replace(where, out=out / "recover", inputs=recorded)
@@ -110,11 +112,6 @@ def _perform(job: TransformerJob, folder: RunDirectory, engine: Engine) -> None:
     stage("sample", lambda: draw_prompts(job, models))
     stage("evaluate", lambda: score_prompts(job))
     stage("speed", lambda: time_steps(job, models))
-
-
-def _is_done(run: Path) -> bool:
-    """Whether the run of a stage is finished."""
-    return (run / "run.json").is_file() and read_json(run / "run.json").get("state") == "done"
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -166,11 +163,6 @@ def _trainings(job: TransformerJob, engine: Engine) -> list[Callable[[], Work]]:
     return [*([pruning] if recipe.prune.criterion == "learned" and not searches else []), recovery]
 
 
-def _check_recovery(job: TransformerJob, engine: Engine) -> None:
-    """Raise UserError where the recovery would refuse its settings, before hours of learning masks."""
-    _trainings(job, engine)[-1]()
-
-
 def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
     """Print and return the plan of a dry run."""
     recipe, options, estimates = job.recipe, job.options, list[Estimate]()
@@ -184,10 +176,9 @@ def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
     pruning, training, learned = recipe.prune, recipe.recover.training, recipe.prune.criterion == "learned"
     within = recipe.recover.search_steps
     searched = f"{within:,} steps of the recovery" if within else f"{pruning.training.steps:,} steps"
-    blocks = ", ".join(f"{depth} {path}" for path, depth in job.teacher.depths.items())
     num, encoder = recipe.pipeline.num_images, f", encoded by {recipe.encode.pipeline}" if job.encodes else ""
     plan = {
-        "teacher": f"{job.teacher.class_name}, {blocks}, {job.teacher.num_bytes / 2**30:.2f} GiB",
+        "teacher": described_folder(job.teacher),
         "data": (recipe.data.name or str(options.inputs)) + encoder,
         "prune": f"learned {pruning.scheme}, {searched}" if learned else pruning.criterion,
         "recover": f"{recipe.recover.method}, {training.steps:,} steps of {training.batch_size} images",

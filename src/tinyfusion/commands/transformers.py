@@ -14,18 +14,8 @@ from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import read_json_object
-from tinyfusion.core.records import folder_output, read_record
-from tinyfusion.core.rundir import (
-    RunDirectory,
-    atomic_write,
-    check_space,
-    check_writable,
-    file_output,
-    read_json,
-    say_finished,
-    stamp,
-    write_json,
-)
+from tinyfusion.core.records import folder_output, recorded_output
+from tinyfusion.core.rundir import RunDirectory, atomic_write, check_space, read_json, say_finished, stamp, write_json
 from tinyfusion.data.recorded import read_recorded
 from tinyfusion.export.transformer import FILES, plan_in, write_transformer
 from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolder, components
@@ -58,7 +48,7 @@ def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerF
         return {"kept": read_json(folder.path / "plan.json")["kept"]}
     engine.first(lambda: check_space(options.out, (student or teacher).num_bytes))
     if options.dry_run:
-        rows = {"teacher": _described(teacher)} | ({"student": _described(student)} if student else {})
+        rows = {"teacher": described_folder(teacher)} | ({"student": described_folder(student)} if student else {})
         rows |= work.describe() if work else {}
         print("prune would do this:" + "".join(f"\n  {name:12} {said}" for name, said in rows.items()))
         return {"kept": plan.kept, "bytes": student.num_bytes} if plan and student else {}
@@ -76,7 +66,7 @@ def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerF
         folder.mark("done", seconds=time.perf_counter() - began, seen_images=0)
     if engine.is_main:
         listed = [f"{' '.join(map(str, kept))} of {plan.depth[name]} {name}" for name, kept in plan.kept.items()]
-        made = _described(student) if student else f"a plan without a student: {teacher.row.unfit}"
+        made = described_folder(student) if student else f"a plan without a student: {teacher.row.unfit}"
         notes = "".join(f"\nnote: {note}" for note in teacher.row.notes)
         print(f"{plan.criterion}: kept {', '.join(listed)}; {made}{notes}", file=sys.stderr)
     return {"kept": plan.kept}
@@ -89,7 +79,8 @@ def _student(teacher: TransformerFolder, plan: PrunePlan) -> TransformerFolder:
     return student
 
 
-def _described(model: TransformerFolder) -> str:
+def described_folder(model: TransformerFolder) -> str:
+    """A transformer of diffusers in a few words."""
     blocks = ", ".join(f"{depth} {path}" for path, depth in model.depths.items())
     return f"{model.class_name}, {blocks}, {model.num_bytes / 2**30:.2f} GiB"
 
@@ -147,10 +138,7 @@ def _export_single_file(options: RunOptions, pipeline: bool, model: TransformerF
     plain = {"to": "single-file", "model": model.hash}
 
     def to_do() -> bool:
-        record = out.with_suffix(".json")
-        check_writable(record)
-        todo = file_output(out, "export", plain, options.overwrite, lambda _: read_record(record))
-        return todo and (out.exists() or file_output(record, "export", plain, True, read_json))
+        return recorded_output(out, "export", plain, options.overwrite)
 
     todo = to_do()
     check_space(out, model.num_bytes)

@@ -140,6 +140,14 @@ def folder_output(out: Path, record: str, verb: str, recipe: Mapping[str, Any], 
     return file_output(out / record, verb, recipe, overwrite, read_record) if out.is_dir() else True
 
 
+def recorded_output(path: Path, verb: str, recipe: Mapping[str, Any], overwrite: bool) -> bool:
+    """As `file_output`, of a file whose record is the JSON file of the same name, which is not replaced either unless it is ours."""
+    record = path.with_suffix(".json")
+    check_writable(record)
+    todo = file_output(path, verb, recipe, overwrite, lambda _: read_record(record))
+    return todo and (path.exists() or file_output(record, verb, recipe, True, read_json))
+
+
 def read_record(path: Path) -> Any:
     """The record in a JSON file; None where there is no file."""
     return read_json(path) if path.is_file() else None

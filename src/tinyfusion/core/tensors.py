@@ -20,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.reading import check_plain, check_utf8, read_json_object, unreadable
 from tinyfusion.core.torchscript import check_stored, is_torch_zip
 
+_UNREADABLE = "is no readable safetensors file (truncated or foreign)"
 _NO_MODEL = "is not a model file, or it is truncated: wanted a torch file or .safetensors with a state dict"
 # calls that torch's restricted reader makes and that fill memory without a tensor: zeros by number, and expanding codecs
 _FILLS = re.compile(rb"c(?:builtins|__builtin__)\nbytearray\n")
@@ -47,20 +48,15 @@ def read_tensor_file(path: Path) -> Any:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file."""
     _check_openable(path)
-    try:
+    with prefixed(f"{path} {_UNREADABLE}", SafetensorError, OSError, ValueError, RuntimeError):
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is no readable safetensors file (truncated or foreign): {error}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The strings in the header of a safetensors file; nothing where it has none."""
     _check_openable(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable safetensors file (truncated or foreign): {error}") from error
+    with prefixed(f"{path} {_UNREADABLE}", SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def read_pickle(path: Path) -> Any:

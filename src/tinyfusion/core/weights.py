@@ -22,7 +22,7 @@ from typing import IO, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from tinyfusion.config.loading import build, nearest
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.fetching import WouldFetch, fetching_forbidden
 from tinyfusion.core.files import check_space, check_writable, sha256_of, write_text
 from tinyfusion.core.locks import is_at, try_lock
@@ -73,10 +73,8 @@ def known_weights() -> dict[str, KnownWeights]:
 
 def _entry(name: str, values: Any, path: Path) -> KnownWeights:
     fields = {**values, "name": name} if isinstance(values, dict) else values
-    try:
+    with prefixed(path):
         entry: KnownWeights = build(KnownWeights, fields, name)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     plain = "wanted 1 to 200 bytes that do not begin with a dot, without slashes and control characters"
     problem = ""
     if not is_plain_name(name):

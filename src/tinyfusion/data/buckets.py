@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion.config.loading import build_known
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.reading import read_json
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import write_json
@@ -105,10 +105,8 @@ def open_buckets(folder: Path) -> dict[str, LatentSet]:
         raise UserError(
             f"{folder / MANIFEST} has format_version {version}; this version reads {FORMAT_VERSION}: upgrade"
         )
-    try:
+    with prefixed(f"{folder / MANIFEST} is damaged"):
         buckets = build_known(_Manifest, values, "").buckets
-    except UserError as error:
-        raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
     names = [bucket.folder for bucket in buckets]
     sound = all(name.startswith("bucket-") and _SIZE.fullmatch(name.removeprefix("bucket-")) for name in names)
     if not 1 <= len(names) <= _MOST or len({*names}) < len(names) or not sound:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_memory, check_plain, explained, parse_json, read_json, read_text, unreadable
+from tinyfusion.core.reading import check_memory, check_plain, parse_json, read_json, read_text, unreadable
 from tinyfusion.data import parquet
 from tinyfusion.data.captioned_digits import captioned_pictures
 from tinyfusion.data.clips import MOVING, VIDEOS, clips_below
@@ -28,9 +27,11 @@ from tinyfusion.data.originals import (
     Contents,
     Originals,
     fingerprint_of,
+    opened_tar,
     pictures_in,
     read_file,
-    tar_entries,
+    tar_files,
+    tars_at,
 )
 from tinyfusion.data.picture import SUFFIXES
 from tinyfusion.data.stream import RowGroup
@@ -283,24 +284,19 @@ def _text_column(table: Any, file: Any, column: str | None) -> str:
     if name is None:
         wanted = column or " or ".join(COLUMNS)
         raise UserError(f"{file} has no column {wanted}; it has {', '.join(names)}: --caption-column names one of them")
-    if names.count(name) > 1:
-        raise UserError(f"{file} has {names.count(name)} columns {name}: wanted one")
-    kind = table.schema_arrow.field(name).type
-    value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)):
-        raise UserError(f"{file}: column {name} is of the type {kind}: wanted texts; --caption-column names another")
+
+    def holds_texts(kind: Any) -> bool:
+        return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+
+    parquet.check_column(table, file, name, holds_texts, "texts; --caption-column names another")
     return str(name)
 
 
 def _of_tars(name: str, path: Path, column: str | None) -> Captioned:
-    check_plain(path)
-    tars = sorted(file for file in path.glob("*.tar") if file.is_file()) if path.is_dir() else [path]
-    if not tars or not tars[0].is_file():
-        raise UserError(f"no tars at {path}: wanted a .tar file, or a folder of them")
     members: list[tuple[Path, str, int, int]] = []
     captions: list[str] = []
     missing: list[str] = []
-    for tar in tars:
+    for tar in tars_at(path):
         places, texts = _in_tar(tar, column)
         for key, (offset, size) in places.items():
             members.append((tar, key, offset, size))
@@ -327,22 +323,10 @@ def _in_tar(tar: Path, column: str | None) -> tuple[dict[str, tuple[int, int]], 
     """Offset and number of bytes of the pictures of a tar, in its order, and captions, both by stem."""
     places: dict[str, tuple[int, int]] = {}
     texts: dict[str, str] = {}
-    damage = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
-    with (
-        explained(f"{tar} cannot be read as a tar (unpack a compressed one first)", *damage),
-        tarfile.open(tar, "r:") as archive,
-    ):
-        for info in tar_entries(tar, archive):
-            folder, _, base = info.name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            key, suffix, where = f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}", f"{tar}, {info.name}"
-            if not info.isfile() or base.startswith("."):
-                continue
+    with opened_tar(tar) as archive:
+        for key, suffix, info in tar_files(tar, archive, "caption"):
+            where = f"{tar}, {info.name}"
             if suffix in SUFFIXES:
-                if key in places:
-                    raise UserError(f"{tar}, {key}: two pictures of one name, and one caption")
-                if info.issparse():
-                    raise UserError(f"{tar}, {key} is stored as a sparse file: make the tar without --sparse")
                 places[key] = info.offset_data, info.size
             elif suffix in (".txt", ".json") and (key not in texts or suffix == ".txt"):
                 if info.size > 4 * _MOST_CHARACTERS:

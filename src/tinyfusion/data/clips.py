@@ -42,14 +42,11 @@ def clips_below(path: Path) -> list[str]:
 
     for folder, folders, names in os.walk(path, onerror=refused):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        clips += [os.path.join(folder, name) for name in names if _is_clip(name)]
-        if folder != str(path) and any(name.lower().endswith(FRAMES) and name[0] != "." for name in names):
+        shown = [name for name in names if not name.startswith(".")]
+        clips += [os.path.join(folder, name) for name in shown if name.lower().endswith((*MOVING, *VIDEOS))]
+        if folder != str(path) and any(name.lower().endswith(FRAMES) for name in shown):
             clips.append(folder)
     return sorted(clips)
-
-
-def _is_clip(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith((*MOVING, *VIDEOS))
 
 
 def read_clip(content: Any, where: str, size: Size, orientation: Orientation, frames: int) -> Picture:

@@ -13,16 +13,18 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
 from tinyfusion.config.constraints import Count, Side
 from tinyfusion.config.loading import build_known
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.locks import is_at, try_lock
 from tinyfusion.core.reading import check_plain, read_json
@@ -30,7 +32,6 @@ from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import write_json
 from tinyfusion.core.tensors import TYPE_NAMES, bytes_of, mapped_bytes, safetensors_head
 from tinyfusion.data.batches import ArrayBatch, ShuffledRows
-from tinyfusion.data.posterior import posterior_noise
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -270,11 +271,9 @@ class _Notes:
 
 def _spec(folder: Path, about: Mapping[str, Any]) -> LatentSpec:
     """The specification in a manifest. Raises UserError where its numbers are invalid or contradict each other."""
-    try:
+    with prefixed(f"{folder / MANIFEST} is damaged"):
         spec: LatentSpec = build_known(LatentSpec, about, "")
         notes: _Notes = build_known(_Notes, about, "")
-    except UserError as error:
-        raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
     sizes = (spec.num_images, spec.shard_images, spec.classes, *spec.shape, 1 if notes.size is None else notes.size)
     sound = (
         spec.kind in ("moments", "samples") and spec.dtype in _TORCH and spec.rows in (1, 2) and min(sizes) > 0
@@ -305,6 +304,31 @@ def _mapped(path: Path, spec: LatentSpec, shard: int) -> tuple[np.ndarray, np.nd
 
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"{path} is damaged: {what}; remove it, and repeat its `encode` command to write it again")
+
+
+@cache
+def _quantiles() -> np.ndarray:
+    """(65,536,) float32: the normal distribution at the middles of as many equal parts, brought to variance 1."""
+    values = ndtri((np.arange(2**16) + 0.5) / 2**16)
+    return (values / np.sqrt((values**2).mean())).astype(np.float32)
+
+
+def posterior_noise(draws: Draws, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
+    """A function that gives the noise of the next `num` samples, (num, *shape) float32, from the first of `draws` on.
+
+    Normal in 65,536 steps up to 4.2: 16 random bits each, a ninth of the time of `draws.normal`. The posterior is narrow, so
+    that a step of the noise is far below the rounding of later operations.
+    """
+    per_sample = math.prod(shape)
+    words = draws.words_in_turn("posterior", -(-per_sample // 4))
+
+    def following(num: int) -> Tensor:
+        numbers = np.ascontiguousarray(words(num), "<u8").view("<u2")[:, :per_sample]
+        values = np.empty((num, per_sample), np.float32)
+        np.take(_quantiles(), numbers, out=values, mode="wrap")  # no number is out of range; looking for one takes time
+        return torch.from_numpy(values.reshape(num, *shape))
+
+    return following
 
 
 class LatentBatches(ShuffledRows):

@@ -270,11 +270,7 @@ class _Member:
 
 
 def _tars(name: str, path: Path) -> Originals:
-    check_plain(path)
-    tars = sorted(file for file in path.glob("*.tar") if file.is_file()) if path.is_dir() else [path]
-    if not tars or not tars[0].is_file():
-        raise UserError(f"no tars at {path}: wanted a .tar file, or a folder of them")
-    labelled = [member for tar in tars for member in _members(tar)]
+    labelled = [member for tar in tars_at(path) for member in _members(tar)]
     if not labelled:
         raise UserError(f"{path} holds no pictures: wanted NAME.jpg with NAME.cls")
     members, known = [member for member, _ in labelled], np.array([label for _, label in labelled], np.int64)
@@ -300,20 +296,9 @@ def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
     """Pictures and labels of one tar, in its order; the files of a picture have the same stem."""
     pictures: dict[str, _Member] = {}
     labels: dict[str, int] = {}
-    damage = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
-    problem = f"{tar} cannot be read as a tar (unpack a compressed one first)"
-    with explained(problem, *damage), tarfile.open(tar, "r:") as archive:
-        for info in tar_entries(tar, archive):
-            folder, _, base = info.name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            key, suffix = f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
-            if not info.isfile() or base.startswith("."):
-                continue
+    with opened_tar(tar) as archive:
+        for key, suffix, info in tar_files(tar, archive, "label"):
             if suffix in SUFFIXES:
-                if key in pictures:
-                    raise UserError(f"{tar}, {key}: two pictures of one name, and one label")
-                if info.issparse():
-                    raise UserError(f"{tar}, {key} is stored as a sparse file: make the tar without --sparse")
                 pictures[key] = _Member(tar, key, info.offset_data, info.size)
             elif suffix == ".cls":
                 text = archive.extractfile(info).read(32).strip()  # type: ignore[union-attr]
@@ -325,7 +310,46 @@ def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
         yield member, labels[key]
 
 
-def tar_entries(tar: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def tars_at(path: Path) -> list[Path]:
+    """The tar, or all of a folder, by name. Raises UserError where there is none."""
+    check_plain(path)
+    tars = sorted(file for file in path.glob("*.tar") if file.is_file()) if path.is_dir() else [path]
+    if not tars or not tars[0].is_file():
+        raise UserError(f"no tars at {path}: wanted a .tar file, or a folder of them")
+    return tars
+
+
+@contextlib.contextmanager
+def opened_tar(tar: Path) -> Iterator[tarfile.TarFile]:
+    """Open a tar. Raises UserError, also within the block, where it is damaged."""
+    damage = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
+    problem = f"{tar} cannot be read as a tar (unpack a compressed one first)"
+    with explained(problem, *damage), tarfile.open(tar, "r:") as archive:
+        yield archive
+
+
+def tar_files(tar: Path, archive: tarfile.TarFile, has: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Stem, suffix and entry of the files of a tar but hidden ones. has: what a picture has one of, a label or a caption.
+
+    Raises UserError on two pictures of one stem, and on sparse ones.
+    """
+    pictures = set[str]()
+    for info in _tar_entries(tar, archive):
+        folder, _, base = info.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        key, suffix = f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
+        if not info.isfile() or base.startswith("."):
+            continue
+        if suffix in SUFFIXES:
+            if key in pictures:
+                raise UserError(f"{tar}, {key}: two pictures of one name, and one {has}")
+            if info.issparse():
+                raise UserError(f"{tar}, {key} is stored as a sparse file: make the tar without --sparse")
+            pictures.add(key)
+        yield key, suffix, info
+
+
+def _tar_entries(tar: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The entries of a tar. Raises UserError where an entry is larger than the file, and where the list is truncated."""
     total = tar.stat().st_size
     for info in archive:

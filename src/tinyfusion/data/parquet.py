@@ -135,19 +135,19 @@ def columns_of(table: Any, file: TableFile) -> tuple[str, str]:
     import pyarrow
 
     image, label = _column(file, table, IMAGE_COLUMNS, "Image"), _column(file, table, LABEL_COLUMNS, "ClassLabel")
-    _check_column(table, file, image, _holds_pictures, "an encoded picture (bytes) in each row")
-    _check_column(table, file, label, pyarrow.types.is_integer, "a label, a whole number from 0, in each row")
+    check_column(table, file, image, _holds_pictures, "an encoded picture (bytes) in each row")
+    check_column(table, file, label, pyarrow.types.is_integer, "a label, a whole number from 0, in each row")
     return image, label
 
 
 def image_column(table: Any, file: TableFile) -> str:
     """The name of the column of pictures of an open parquet file. Errors as of `columns_of`."""
     image = _column(file, table, IMAGE_COLUMNS, "Image")
-    _check_column(table, file, image, _holds_pictures, "an encoded picture (bytes) in each row")
+    check_column(table, file, image, _holds_pictures, "an encoded picture (bytes) in each row")
     return image
 
 
-def _check_column(table: Any, file: TableFile, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
+def check_column(table: Any, file: TableFile, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
     """Raise UserError where a column is duplicated or of another type."""
     import pyarrow
 

@@ -129,10 +129,10 @@ def padded(tensors: Sequence[Tensor]) -> Tensor:
     if tensors[0].ndim == 1 or len({tensor.shape[1] for tensor in tensors}) == 1:
         return torch.cat(list(tensors))
     longest = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat([_widened(tensor, longest) for tensor in tensors])
+    return torch.cat([widened(tensor, longest) for tensor in tensors])
 
 
-def _widened(tensor: Tensor, length: int) -> Tensor:
+def widened(tensor: Tensor, length: int) -> Tensor:
     """(n, length, ...) of (n, N, ...), zeros after its values."""
     if tensor.ndim == 1 or tensor.shape[1] == length:
         return tensor
@@ -153,7 +153,7 @@ def _copy(chunk: Path, name: str, shape: tuple[int, ...], out: Any) -> None:
         num = tensor.get_shape()[0]
         for first in range(0, num, _COPIED_ROWS):
             rows = tensor[first : first + _COPIED_ROWS]
-            rows = _widened(rows, shape[1]) if len(shape) > 1 else rows
+            rows = widened(rows, shape[1]) if len(shape) > 1 else rows
             out.write(bytes_of(rows))
 
 

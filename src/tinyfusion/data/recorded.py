@@ -11,26 +11,27 @@ import hashlib
 import inspect
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tinyfusion.config.loading import build_known
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.files import atomic_write, check_space, sha256_of
 from tinyfusion.core.reading import parse_json, read_json_object
 from tinyfusion.core.records import FORMAT_VERSION, is_ours, read_record
 from tinyfusion.core.tensors import read_metadata, read_safetensors
-from tinyfusion.data.lazy import Lazy
 
+T = TypeVar("T")
 Call = dict[str, Any]
 Outputs = tuple[Tensor, ...]
 _HEADER = "tinyfusion"
@@ -40,6 +41,21 @@ _ARGUMENTS = "calls"  # of the record: per call the arguments, with names of ten
 MANIFEST = "manifest.json"  # in a folder of shards
 FACTS = ("class_name", "hash", "dtype")  # of the model, in the records of files, shards and folders
 _OPEN = 256  # shards whose structure is retained; their tensors are mapped
+
+
+class Lazy(Sequence[T], Generic[T]):
+    """A sequence of `num` values that `get` makes on access."""
+
+    def __init__(self, num: int, get: Callable[[int], T]) -> None:
+        self.num, self.get = num, get
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.get(i) for i in range(self.num)[index]]
+        return self.get(range(self.num)[index])
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,7 @@ class RecordedInputs:
     def of_type(self, value: Any, dtype: torch.dtype) -> Any:
         """A value with its tensors as `for_dtype` has them."""
         former = self.dtype_then
-        return value if former == dtype else changed(value, lambda t: t.to(dtype) if t.dtype == former else t)
+        return tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == former else t, value)
 
     @property
     def dtype_then(self) -> Any:
@@ -202,18 +218,6 @@ def spread(calls: Sequence[Call], num: int | None) -> list[Call]:
     return [calls[round(i * (len(calls) - 1) / (num - 1)) if num > 1 else (len(calls) - 1) // 2] for i in range(num)]
 
 
-def changed(value: Any, change: Any) -> Any:
-    """A nest of lists, tuples and dicts with `change` applied to every tensor."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: changed(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [changed(item, change) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
 # ------------------------------------------------------------------------------------------------------------------ files
 
 
@@ -251,9 +255,8 @@ def _as_json(value: Any, name: str, tensors: dict[str, Tensor], names: dict[Any,
 def digest_of(tensor: Tensor) -> str:
     """A hash of the values of a tensor."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    flat = (
-        flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)
-    )  # of one value, expanded
+    if flat.stride() != (1,):  # of one value, expanded
+        flat = flat.clone(memory_format=torch.contiguous_format)
     content = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy()
     return hashlib.sha256(content.data).hexdigest()[:32]
 
@@ -346,10 +349,8 @@ def _read_folder(folder: Path) -> RecordedInputs:
         raise UserError(f"{folder} has no recorded inputs: {path} is of something else")
     if (version := values.get("format_version")) != FORMAT_VERSION:
         raise UserError(f"{path} has format_version {version}; this version reads {FORMAT_VERSION}: upgrade")
-    try:
+    with prefixed(f"{path} is damaged"):
         manifest = build_known(_Manifest, values, "")
-    except UserError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
     names = [shard.file for shard in manifest.shards]
     if (
         not names

@@ -16,12 +16,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.buckets import BucketOrder
-from tinyfusion.data.recorded import Call, Outputs, RecordedInputs, changed, digest_of
+from tinyfusion.data.prompts import widened
+from tinyfusion.data.recorded import Call, Outputs, RecordedInputs, digest_of
 
 Path = tuple[str, ...]  # of an argument, through dicts
 
@@ -93,7 +95,8 @@ class RecordedBatch:
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The batch with `change` applied to every tensor of the call."""
-        return dataclasses.replace(self, rows=changed(self.rows, change), shared=changed(self.shared, change))
+        rows, shared = tree_map_only(Tensor, change, (self.rows, self.shared))
+        return dataclasses.replace(self, rows=rows, shared=shared)
 
     def to(self, device: torch.device) -> Self:
         """The batch on a device."""
@@ -128,19 +131,14 @@ def _lengthened(batches: Sequence[RecordedBatch]) -> Sequence[RecordedBatch]:
 
 def _padded(batch: RecordedBatch, name: str, mask: str | None, length: int, kind: torch.dtype) -> RecordedBatch:
     text = batch.rows[name,]
-    rows, shared = {**batch.rows, (name,): _zeros_after(text, length)}, dict(batch.shared)
+    rows, shared = {**batch.rows, (name,): widened(text, length)}, dict(batch.shared)
     if mask is not None:
         known = rows.get((mask,))
         if known is None:  # all tokens are real
             known = text.new_ones(text.shape[:2], dtype=kind)
-        rows[mask,] = _zeros_after(known, length)
+        rows[mask,] = widened(known, length)
         shared.pop((mask,), None)
     return dataclasses.replace(batch, rows=rows, shared=shared)
-
-
-def _zeros_after(tensor: Tensor, length: int) -> Tensor:
-    lacking = length - tensor.shape[1]
-    return torch.cat([tensor, tensor.new_zeros(len(tensor), lacking, *tensor.shape[2:])], 1) if lacking else tensor
 
 
 class RecordedBatches:

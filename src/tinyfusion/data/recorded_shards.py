@@ -20,10 +20,8 @@ from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.records import FORMAT_VERSION
 from tinyfusion.data.recorded import FACTS, MANIFEST, Call, check_size, packed, recorded_in
 
-_MARKS = {
-    "made_by": "tinyfusion",
-    "format_version": FORMAT_VERSION,
-}  # no time and no machine: equal calls are equal bytes
+# no time and no machine: equal calls are equal bytes
+_MARKS = {"made_by": "tinyfusion", "format_version": FORMAT_VERSION}
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def page_files(facts: Mapping[str, Any], models: Sequence[PageModel], runtime: M
             )
         assets[f"network-{number}"] = each.graph
     packed = {name: _packed(content) for name, content in assets.items()}
-    files |= {f"assets/{name}.js": _asset(name, text) for name, text in packed.items()}
+    files |= {f"assets/{name}.js": f'tinyfusionAsset("{name}", "{text}");\n'.encode() for name, text in packed.items()}
     sizes = {name: len(files[f"assets/{name}.js"]) for name in packed}
     files["facts.js"] = f"const tinyfusionFacts = {json.dumps({**facts, 'assets': sizes}, allow_nan=False)};\n".encode()
     return files
@@ -194,7 +194,3 @@ def _own(name: str) -> bytes:
 
 def _packed(content: bytes) -> str:
     return base64.b64encode(gzip.compress(content, mtime=0)).decode()
-
-
-def _asset(name: str, text: str) -> bytes:
-    return f'tinyfusionAsset("{name}", "{text}");\n'.encode()

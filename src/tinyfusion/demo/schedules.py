@@ -102,9 +102,8 @@ def flow_table(flow: Flow, method: str, num_steps: int) -> list[Step]:
     for begin, end in pairwise(torch.linspace(low, high, num_steps + 1, dtype=torch.float64).tolist()):
         size, (of_x, of_out) = end - begin, _slope(flow, begin)
         step = [_evaluation(flow, begin, 0.0, 1 + size * of_x, size * of_out)]
-        if (
-            method == "heun2"
-        ):  # x + size / 2 * (first slope + second slope), where size * first slope is x now - x before
+        # x + size / 2 * (first slope + second slope), where size * first slope is x now - x before
+        if method == "heun2":
             of_x, of_out = _slope(flow, end)
             step.append(_evaluation(flow, end, 0.5, 0.5 + size / 2 * of_x, size / 2 * of_out))
         table.append(step)

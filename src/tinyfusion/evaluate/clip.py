@@ -16,7 +16,7 @@ from PIL import Image
 
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.reading import explained, read_json_object
 from tinyfusion.core.tensors import read_folder_weights
 from tinyfusion.evaluate.features import full_float32, hash_state
 from tinyfusion.families.tensor_checks import check_finite
@@ -114,23 +114,17 @@ def open_clip(name: str, device: str) -> ClipScorer:
     weights = {key: value for key, value in tensors.items() if not key.endswith(_BUFFERS)}
     digest = hash_state({k: v.float() if v.dtype == torch.bfloat16 else v for k, v in weights.items()})
     del tensors, weights
-    try:
-        with quiet_libraries():
-            from transformers import CLIPModel, CLIPTokenizer  # late: seconds
-            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    # of transformers, tokenizers, safetensors or json
+    with explained(f"{folder} is no readable CLIP model", Exception), quiet_libraries():
+        from transformers import CLIPModel, CLIPTokenizer  # late: seconds
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-            load: Any = CLIPModel.from_pretrained
-            settings = {
-                "local_files_only": True,
-                "use_safetensors": True,
-                "ignore_mismatched_sizes": True,
-            }  # reported below
-            model, report = load(folder, **settings, dtype=torch.float32, output_loading_info=True)
-            processor: Any = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-            tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # of transformers, tokenizers, safetensors or json
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{folder} is no readable CLIP model: {reason}") from error
+        load: Any = CLIPModel.from_pretrained
+        # reported below
+        settings = {"local_files_only": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        model, report = load(folder, **settings, dtype=torch.float32, output_loading_info=True)
+        processor: Any = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     unexpected = [key for key in report.get("unexpected_keys") or () if not str(key).endswith(_BUFFERS)]
     check_loaded({**report, "unexpected_keys": unexpected}, folder)
     placed = choose_device(device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tinyfusion.config.loading import nearest
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_plain, read_json_object
+from tinyfusion.core.reading import check_plain, explained, read_json_object
 from tinyfusion.core.tensors import read_folder_weights, read_safetensors, read_tensor_file
 from tinyfusion.core.torchscript import is_torchscript, read_torchscript
 from tinyfusion.core.weights import fetch_weights, known_weights
@@ -86,15 +86,11 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
     if not path.is_file():
         advice = f"--set evaluate.features={SHORT} downloads them once ({known_weights()[INCEPTION].address})"
         raise UserError(f"no Inception weights at {path}: no such file; {advice}")
-    try:
+    with explained(f"{path} does not hold the Inception network of FID", ValueError):
         if path.suffix != ".safetensors" and is_torchscript(path):
             tensors = ours_from_graph_names(read_torchscript(path))
         else:
             tensors = find_state_dict(read_tensor_file(path), [_MARK], "raw", path).tensors
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path} does not hold the Inception network of FID: {error}") from error
     return InceptionFeatures(inception_from_state(tensors, str(path)), device)
 
 
@@ -113,14 +109,11 @@ def _dino(folder: Path, device: torch.device) -> FeatureExtractor:
     check_sizes({size: config[size] for size in _DINO_SIZES if size in config}, tensors, str(folder / "config.json"))
     check_finite(tensors, f"the weights in {folder} are damaged")
     del tensors
-    try:
+    # of transformers, huggingface_hub, safetensors or json
+    with explained(f"{folder} is no readable DINOv2 network", Exception), quiet_libraries():
         load: Any = Dinov2Model.from_pretrained
         settings = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True}
-        with quiet_libraries():
-            network, report = load(folder, **settings, output_loading_info=True)
-    except Exception as error:  # of transformers, huggingface_hub, safetensors or json
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{folder} is no readable DINOv2 network: {reason}") from error
+        network, report = load(folder, **settings, output_loading_info=True)
     check_loaded(report, folder)
     return DinoFeatures("dinov2", network, lambda x: network(pixel_values=x).last_hidden_state[:, 0], device)
 

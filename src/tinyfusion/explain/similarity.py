@@ -19,17 +19,13 @@ LEAST_ROWS = 4096
 ROWS_PER_CHANNEL = 8  # with few rows per channel, CKA is near 1 for any two outputs
 
 
-def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear CKA of x (R, D1) and y (R, D2), 0 to 1: |Y'X|^2 / (|X'X| |Y'Y|) of centred columns, Frobenius norms.
+def cka_matrix(own: Sequence[Tensor], others: Sequence[Tensor]) -> np.ndarray:
+    """(L1, L2) linear CKA of every pair x (R, D1), y (R, D2): |Y'X|^2 / (|X'X| |Y'Y|) of centred columns, Frobenius norms.
 
-    It does not change if columns are rotated or all scaled alike, so channels need not correspond. 0 where x or y is constant.
+    0 to 1; it does not change if columns are rotated or all scaled alike, so channels need not correspond. 0 where x or y is
+    constant; NaN where the two have different numbers of rows, as those of different tokens.
     Source: Kornblith et al., arXiv 1905.00414, equation 3 with linear kernels.
     """
-    return float(cka_matrix([x], [y])[0, 0])
-
-
-def cka_matrix(own: Sequence[Tensor], others: Sequence[Tensor]) -> np.ndarray:
-    """(L1, L2) `linear_cka` of every pair; NaN where the two have different numbers of rows, as those of different tokens."""
     sizes = [[_covariance(x, x) for x in side] for side in (own, others)]
     matrix = np.full((len(own), len(others)), math.nan)
     for i, x in enumerate(own):

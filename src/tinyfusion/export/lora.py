@@ -31,9 +31,8 @@ _PREFIXES = (
     "base_model", "diffusion_model", "lora_transformer", "lora_unet", "lycoris", "model", "transformer", "transformer_2",
     "unet",
 )  # fmt: skip
-_OUTSIDE = re.compile(
-    r"(?:lora_te\d?_|text_encoder(?:_\d)?[._]|image_proj\.|ip_adapter_proj_model\.)"
-)  # no key of a block
+# no key of a block
+_OUTSIDE = re.compile(r"(?:lora_te\d?_|text_encoder(?:_\d)?[._]|image_proj\.|ip_adapter_proj_model\.)")
 ADAPTER = "ip_adapter"  # entries of an IP-adapter, one per block
 # what belongs to the text side of a joint block and is not there in a last one, in published names
 _TEXT_SIDE = {

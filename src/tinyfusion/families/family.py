@@ -25,9 +25,8 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.tensors import digest_of
 from tinyfusion.families.stage import Stage
 
-DIFFUSERS_RECORD = (
-    "_tinyfusion"  # our record in a config.json of diffusers, whose readers ignore names that begin with "_"
-)
+# our record in a config.json of diffusers, whose readers ignore names that begin with "_"
+DIFFUSERS_RECORD = "_tinyfusion"
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,8 @@ class ModelFamily:
     mlp_norm: str | None = None
     widths: WidthRules | None = None  # None where widths cannot be pruned
     dynamic: DynamicRules | None = None  # None where width and tokens cannot be chosen by timestep
-    inputs: ModelInputs = (
-        class_inputs  # keyword arguments of the module, in addition to x and t, for the condition of a batch
-    )
+    # keyword arguments of the module, in addition to x and t, for the condition of a batch
+    inputs: ModelInputs = class_inputs
     forward: ModelCall | None = None  # how the model is called; None: with x, t and `inputs`
     texts: TextRules | None = None  # None where labels are classes
     # module -> its stages by name, where samplers call parts of the network; None: they call the whole
@@ -123,9 +121,8 @@ class ModelFamily:
     mark: str | None = None  # name of a tensor by which official files are known; None where there are none
     # (tensors, heads, classes without the null class) -> arch; the numbers are None if they are not given
     arch_of_state_dict: Callable[[Mapping[str, Tensor], int | None, int | None], Any] | None = None
-    published_latent: Mapping[int, Mapping[str, Any]] = dataclasses.field(
-        default_factory=dict
-    )  # in_channels -> latent facts
+    # in_channels -> latent facts
+    published_latent: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     published_license: str | None = None  # of the published weights, for the card of a model that knows none
     diffusers: DiffusersFolder | None = None  # None where no folders of diffusers hold such models
     # (arch, tensors) -> {"official" or "diffusers": why that format cannot hold such a model}

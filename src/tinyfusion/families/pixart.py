@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.conditioning.texts import EMBEDDINGS, MASK, NAMES, text_table
 from tinyfusion.config.loading import build_known
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.rng import Randomness
 from tinyfusion.families.dit.family import DIT
 from tinyfusion.families.family import DiffusersFolder, ModelFamily, TextRules
@@ -193,10 +193,8 @@ def from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     Raises UserError where the model is another than ours, ValueError where sizes do not fit together.
     """
     listed = {name: tensor for name, tensor in tensors.items() if name in NAMES}
-    try:
+    with prefixed("has prompts that cannot be read", ValueError):
         table = text_table(listed) if listed else None
-    except ValueError as error:
-        raise UserError(f"has prompts that cannot be read: {error}") from error
     said = {name: value for name, value in config.items() if value is not None}
     try:
         side = said.setdefault("sample_size", 128)  # what the class takes where nothing is said, here and below

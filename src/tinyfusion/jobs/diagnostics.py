@@ -206,9 +206,8 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
         write_json(file, sorted(points, key=lambda point: point["step"]))
 
     for step, model in ((0, "pruned"), (settings.made_steps, "student")):
-        if (
-            step not in done and evaluation(model, reference).is_file()
-        ):  # a search within the recovery has no pruned model
+        # a search within the recovery has no pruned model
+        if step not in done and evaluation(model, reference).is_file():
             add(step, read_json(evaluation(model, reference)))
     if missing := [step for step in steps if step not in done and step != settings.made_steps]:
         extractor = open_extractor(recipe.evaluate.features, str(device_for(recipe)))

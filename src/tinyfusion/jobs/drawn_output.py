@@ -19,20 +19,18 @@ import numpy as np
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
-from tinyfusion.core.records import read_record
-from tinyfusion.core.rundir import (
-    atomic_write,
-    check_space,
-    check_writable,
-    file_output,
-    read_json,
-    say_finished,
-    write_json,
-)
+from tinyfusion.core.records import read_record, recorded_output
+from tinyfusion.core.rundir import atomic_write, check_space, check_writable, file_output, say_finished, write_json
 from tinyfusion.core.signals import Interrupted
-from tinyfusion.data.image_source import ImageSource, open_npz, source_of, stream_images_npz, write_png_folder
+from tinyfusion.data.image_source import (
+    ImageSource,
+    open_npz,
+    source_of,
+    stream_images_npz,
+    write_png_folder,
+    write_video_folder,
+)
 from tinyfusion.data.images import middle_frames, write_grid_png
-from tinyfusion.data.videos import write_video_folder
 from tinyfusion.jobs.sharded_output import ImageShards, Range, clear_shards, shard_images, shards_folder, writing_shards
 from tinyfusion.training.engine import Engine
 
@@ -75,7 +73,7 @@ class DrawnOutput:
 
     def check(self, engine: Engine) -> tuple[bool, int]:
         """Whether images are to be drawn, and the images of a shard. Raises UserError on unusable outputs."""
-        todo = self._is_todo() or not _is_whole(self.out)
+        todo = recorded_output(self.out, "sample", self.plain, self.overwrite) or not _is_whole(self.out)
         share = min(self.batch_size, math.ceil(len(self.labels) / engine.world))
         num = shard_images(shards_folder(self.out), self.plain, share, self.overwrite) if todo else share
         self._check_pictures(self.shape[-1] if self.shape else 3)
@@ -99,7 +97,8 @@ class DrawnOutput:
             if not engine.is_main:
                 return report
             if todo:
-                self._is_todo()  # again: an output of another job that appeared meanwhile is not replaced
+                # again: an output of another job that appeared meanwhile is not replaced
+                recorded_output(self.out, "sample", self.plain, self.overwrite)
                 self._check_pictures(shards.image_shape()[-1])
                 write_samples(self.out, shards.source(), self.labels, record(report))
                 shards.remove()
@@ -110,15 +109,6 @@ class DrawnOutput:
         return report
 
     # -------------------------------------------------------------------------------------------------------- shards
-
-    def _is_todo(self) -> bool:
-        """Whether there are no images yet. Raises UserError where a file of others would be replaced."""
-        out, record = self.out, self.out.with_suffix(".json")
-        check_writable(record)
-        todo = file_output(out, "sample", self.plain, self.overwrite, _record_of)
-        if todo and not out.exists():
-            file_output(record, "sample", self.plain, True, read_json)  # only a record of ours may be replaced
-        return todo
 
     def _draw(
         self, shards: ImageShards, engine: Engine, title: str, opened: Callable[[], Images], contexts: ExitStack

@@ -110,8 +110,8 @@ def block_records(measured: Measured, num_bins: int) -> dict[str, Any]:
     bins, classes = measured.bins(num_bins), _classes(measured)
     parts = [np.equal(measured.labels, label) for label in classes] if measured.labels is not None else []
     images, channels = measured.images, _channels(model, updates)
-    blocks = []
-    for block, (name, loss, update) in enumerate(zip(_lists(model), without, updates, strict=True)):
+    blocks, lists = [], [name for name, own in model.stack.depths().items() for _ in range(own)]
+    for block, (name, loss, update) in enumerate(zip(lists, without, updates, strict=True)):
         added = loss - whole
         record: dict[str, Any] = {"block": block, "list": name, "added_loss": _number(paired_mean(added, images))}
         record["added_loss"]["by_noise"] = [_number(each) for each in means_by(added, images, bins)]
@@ -143,11 +143,6 @@ def _number(value: tuple[float, float] | None) -> dict[str, Any]:
 def _mean(values: np.ndarray) -> float | None:
     finite = values[np.isfinite(values)]
     return short(float(finite.mean())) if len(finite) else None
-
-
-def _lists(model: LoadedModel) -> list[str]:
-    """The list of every block."""
-    return [name for name, depth in model.stack.depths().items() for _ in range(depth)]
 
 
 def _classes(measured: Measured) -> list[int]:

@@ -29,11 +29,10 @@ from tinyfusion.blocks.streams import BlockCall, Streams, tensors_in
 from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.processes.base import Objective
-from tinyfusion.training.loop import BatchSource
+from tinyfusion.training.loop import BatchSource, autocast
 from tinyfusion.training.shards import local_part
 
 FLOAT_BYTES = 4
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FAKED = 2**23  # numbers in a block from which on operations on a CPU take longer than faking them
 # of images outside the blocks, and twice as many: in pairs, which some gates compare; enough for masks to differ
 _MOST_PAIRS = 4
@@ -172,9 +171,8 @@ def _stored(tensors: Iterable[Tensor], device: torch.device, counted: set[Any]) 
     for tensor in tensors:
         if tensor.device.type == device.type and (key := _storage(tensor)) not in counted:
             counted.add(key)
-            scales = getattr(
-                getattr(tensor, "quant_state", None), "absmax", None
-            )  # of 4-bit weights, a float per block
+            # of 4-bit weights, a float per block
+            scales = getattr(getattr(tensor, "quant_state", None), "absmax", None)
             size += tensor.numel() * tensor.element_size() + (0 if scales is None else scales.nbytes)
     return size
 
@@ -204,9 +202,8 @@ def _measured(
     live: dict[int, tuple[int, int]] = {}
     size, recorded = 0, list[list[_StandIn]]()
     one_by_one = getattr(source, "one_by_one", False)  # of calls that are not run together
-    few = 2 * max(
-        1, min(_MOST_PAIRS, settings.batch_size // 4)
-    )  # no more than train at once, as far as there are so many
+    # no more than train at once, as far as there are so many
+    few = 2 * max(1, min(_MOST_PAIRS, settings.batch_size // 4))
     for images in (1,) if one_by_one else (few, 2 * few):
         draws = Randomness(0).at(0, 0, images)
         noisy = objective.draw(source(0, images, draws), draws)
@@ -218,7 +215,7 @@ def _measured(
             recorded = [[_StandIn(b, s, meter) for b, s in zip(st, st.streams(), strict=True)] for st in stacks]
             for stand_in in (s for side in recorded for s in side):
                 undo.enter_context(standing_in(stand_in.block, stand_in))
-            with meter, _autocast(tensors[0].device.type, settings.dtype):
+            with meter, autocast(tensors[0].device.type, settings.dtype):
                 prediction = objective.predict(model, noisy)
             with meter:
                 terms = objective.losses(model, noisy, prediction)
@@ -261,16 +258,12 @@ def measured_stack(module: nn.Module, stack: BlockStack, run: Callable[[nn.Modul
         recorded = [_StandIn(block, streams, meter) for block, streams in zip(stack, stack.streams(), strict=True)]
         for stand_in in recorded:
             undo.enter_context(standing_in(stand_in.block, stand_in))
-        with meter, _autocast("cpu", "bfloat16"):
+        with meter, autocast("cpu", "bfloat16"):
             result = run(module)
         blocks = _block_bytes(recorded, "bfloat16", as_recorded=True, trains=True)
         before, end = recorded[-1].live, meter.now
         del result
     return Measured(blocks, (), before, max(end - before, 0))
-
-
-def _autocast(device: str, dtype: str) -> torch.autocast:
-    return torch.autocast(device, dtype=None if dtype == "float32" else _DTYPES[dtype], enabled=dtype != "float32")
 
 
 @dataclass
@@ -319,12 +312,12 @@ def _run_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
     """Run a copy of `block` on one image and on two, forward and backward, and without a graph."""
     device = call.tapped.device  # where the weights are when it runs
     # frozen linear layers of trained models are cast, as the mask learner does; elsewhere every layer trains
-    copy = _plain_copy(block, device, _DTYPES[dtype] if trains else torch.float32)
+    copy = _plain_copy(block, device, getattr(torch, dtype) if trains else torch.float32)
     rows: list[tuple[int, int, int, int]] = []
     for images in (1, 2):
         one = call.of_images(torch.zeros(images, dtype=torch.int64, device=device))
         one = one if as_recorded else one.mapped(lambda value: value.float() if value.is_floating_point() else value)
-        with _autocast(device.type, dtype), torch.no_grad(), LiveBytes() as meter:
+        with autocast(device.type, dtype), torch.no_grad(), LiveBytes() as meter:
             outputs = tensors_in(copy(*one.args, **one.kwargs))
         without_graph, size = meter.peak, sum(output.nbytes for output in outputs)
         del outputs
@@ -332,7 +325,7 @@ def _run_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
             rows.append((0, size, 0, without_graph))
             continue
         inputs = [value.requires_grad_() for value in one.of_each_image() if value.is_floating_point()]
-        with _autocast(device.type, dtype), LiveBytes() as meter:
+        with autocast(device.type, dtype), LiveBytes() as meter:
             outputs = tensors_in(copy(*one.args, **one.kwargs))
         retained = meter.now
         with meter:

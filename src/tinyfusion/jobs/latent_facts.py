@@ -9,7 +9,7 @@ from typing import Any
 
 from tinyfusion.conditioning.texts import text_table
 from tinyfusion.config.recipe import DataSection, Recipe, SampleSection
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.tensors import read_safetensors
 from tinyfusion.data.buckets import facts_folder
@@ -66,10 +66,8 @@ def with_prompts_of(data: DataSection, model: LoadedModel) -> LoadedModel:
     tensors = read_safetensors(path)
     if path.stat().st_size <= _CHECKED_BYTES:
         check_finite(tensors, str(path))
-    try:
+    with prefixed(path, ValueError):  # UserError among them
         return model.with_prompts(text_table(tensors))
-    except ValueError as error:  # UserError among them
-        raise UserError(f"{path}: {error}") from error
 
 
 def open_stated(
@@ -97,9 +95,8 @@ def with_facts_of(recipe: Recipe, model: LoadedModel) -> LoadedModel:
         return with_prompts_of(recipe.data, model)
     model = with_prompts_of(recipe.data, with_settings(model, recipe.sample))
     folder = Path(recipe.data.name.removeprefix(LATENTS))
-    if (
-        not recipe.data.name.startswith(LATENTS) or not (folder / MANIFEST).is_file()
-    ):  # the reader of the data refuses it
+    # the reader of the data refuses it
+    if not recipe.data.name.startswith(LATENTS) or not (folder / MANIFEST).is_file():
         return model
     return with_latents(model, *read_manifest(facts_folder(folder)))
 

@@ -28,12 +28,8 @@ from tinyfusion.models.places import RUN_MODELS, is_shipped
 _MODEL_FOLDERS = ("student", "student-raw", "model", "model-raw")  # of a run
 _DIGITS_SHAPE, _DIGITS_CLASSES = (8, 8, 1), 10
 _SETS = f"{LATENTS}PATH, {PARQUET}PATH, {HUB}ORG/NAME, a folder of pictures or an .npz; {REAL_SETS[0]} for the shipped digits"
-_PARENTS = {
-    "recover": "student",
-    "prune": "teacher",
-    "dynamic": "model",
-    "distill-steps": "model",
-}  # verb -> what it began with
+# verb -> what it began with
+_PARENTS = {"recover": "student", "prune": "teacher", "dynamic": "model", "distill-steps": "model"}
 _MOST_STEPS = 32
 
 

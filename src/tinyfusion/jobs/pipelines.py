@@ -17,7 +17,7 @@ from torch import nn
 
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.reading import explained, read_json_object
 from tinyfusion.core.tensors import TYPES
 from tinyfusion.families.diffusers_classes.folder import (
     INDEX,
@@ -134,16 +134,11 @@ def opened_pipeline(
     """  # fmt: skip
     modules = {name: in_type(model.module(), dtype) for name, model in models.items()}
     wanted = dtype or next(iter(modules.values())).dtype
-    try:
-        with no_progress_bars():
-            own = {"dtype": wanted, **strict_components(folder, modules, lambda _name: wanted), **modules}
-            pipeline = kind.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **own
-            )
-    except REFUSALS as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"diffusers does not open {folder} as a {kind.__name__}: {error}") from error
+    with explained(f"diffusers does not open {folder} as a {kind.__name__}", *REFUSALS), no_progress_bars():
+        own = {"dtype": wanted, **strict_components(folder, modules, lambda _name: wanted), **modules}
+        pipeline = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **own
+        )
     pipeline.set_progress_bar_config(disable=True)
     place_pipeline(pipeline, device)
     return pipeline
@@ -226,13 +221,21 @@ class ModelPipeline:
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `given` that are not None, checked. Raises UserError where the pipeline has no prompt or not one of them."""
-        known = inspect.signature(self.kind.__call__).parameters
-        if "prompt" not in known:
-            raise UserError(f"a {self.kind.__name__} takes no prompt, so it draws nothing from --prompts")
-        wanted = {name: value for name, value in given.items() if value is not None}
-        if odd := next((name for name in wanted if name not in known), None):
-            raise UserError(f"a {self.kind.__name__} has no {odd}: leave that option out")
-        return wanted
+        return call_arguments(self.kind, given, ", so it draws nothing from --prompts")
+
+
+def call_arguments(kind: Any, given: Mapping[str, Any], without_prompt: str) -> dict[str, Any]:
+    """Those of `given` that are not None, for a call of a pipeline class.
+
+    Raises UserError where it has not one of them, or no prompt (the end of that message).
+    """
+    known = inspect.signature(kind.__call__).parameters
+    if "prompt" not in known:
+        raise UserError(f"a {kind.__name__} takes no prompt{without_prompt}")
+    wanted = {name: value for name, value in given.items() if value is not None}
+    if odd := next((name for name in wanted if name not in known), None):
+        raise UserError(f"a {kind.__name__} has no {odd}: leave that option out")
+    return wanted
 
 
 def pipeline_of(

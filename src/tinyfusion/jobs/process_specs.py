@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyfusion.config.recipe import Recipe, SampleSection
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.jobs.transformer_training import transformer_objective
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
@@ -40,11 +40,9 @@ class ProcessSpec:
 def _flow_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
     """Path and prediction are the model's; weight, distance from the ends and noise levels the recipe's."""
     settings, path = recipe.flow, flow.flow_of(model)
-    try:
+    with prefixed("flow", ValueError):
         times = TimeSampler.of_section(settings, model.arch.num_tokens)
         return FlowObjective(label_drop, path, settings.loss_weight, settings.train_eps, times, model.family.call)
-    except ValueError as error:
-        raise UserError(f"flow: {error}") from error
 
 
 PROCESS_SECTIONS = ("flow", "masked")  # of a recipe: what a training depends on, besides its own section
@@ -100,10 +98,8 @@ def label_drop_of(model: LoadedModel, label_drop: float) -> float:
 
 def noising_of(model: LoadedModel) -> Noising:
     """How the process of a model mixes image and noise. Raises UserError where none is known."""
-    try:
+    with prefixed("the model's process_settings", ValueError, TypeError):
         noising = noising_of_process(model.family.process, model.facts.process_settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the model's process_settings: {error}") from error
     if noising is None or isinstance(model, TransformerModel):
         raise UserError(
             f"few steps are for models of families whose process mixes image and noise (gaussian, flow); a {model.family.title} has none"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tinyfusion.config.recipe import PipelineSection, Recipe
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.rng import Randomness
 from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, ModelPipeline, shorter_texts
 
@@ -170,10 +170,8 @@ def pixels_of(output: Any) -> np.ndarray:
     if isinstance(output, Tensor):
         output = output.float().cpu().numpy()
         output = output if output.shape[-1] == 3 else np.moveaxis(output, -3, -1)
-    try:
+    with prefixed("the pipeline returned no pictures of one size", TypeError, ValueError):
         pixels = np.asarray(output) if isinstance(output, np.ndarray) else np.stack([_stacked(each) for each in output])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the pipeline returned no pictures of one size: {error}") from error
     if pixels.ndim not in (4, 5) or pixels.shape[-1] != 3 or pixels.dtype.kind not in "fu":
         raise UserError(f"the pipeline returned {pixels.dtype} {pixels.shape}: wanted pictures of three channels")
     return pixels

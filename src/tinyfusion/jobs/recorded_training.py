@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tinyfusion.blocks.plan import first_blocks
 from tinyfusion.blocks.replayed import BlockReplay
 from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.data.recorded import RecordedInputs, changed, output_tensors, read_recorded, returning_tuples
+from tinyfusion.data.recorded import RecordedInputs, output_tensors, read_recorded, returning_tuples
 from tinyfusion.data.recorded_batches import PLAIN, RecordedBatch, RecordedBatches, joined
-from tinyfusion.families.diffusers_classes.layouts import LAYOUTS
+from tinyfusion.families.diffusers_classes.call_rows import LAYOUTS
 from tinyfusion.jobs.assemble import batches_for
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.loaded import LoadedModel
@@ -47,7 +48,7 @@ class RecordedTask(Process):
 
     def predict(self, model: nn.Module, noisy: RecordedBatch) -> Prediction:
         """All values that the model returns, (B, N)."""
-        return Prediction(_flat(_outputs(model, noisy)))
+        return Prediction(_flat(call_outputs(model, noisy.call)))
 
     def losses(self, _model: nn.Module, noisy: RecordedBatch, prediction: Prediction) -> dict[str, Tensor]:
         """Per-image "loss", the mean squared difference to the recorded model's output."""
@@ -56,10 +57,6 @@ class RecordedTask(Process):
     def kd_terms(self, _noisy: RecordedBatch, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
         """Per-image "kd_loss", the mean squared difference to a teacher's output."""
         return {"kd_loss": mean_flat((own.output.float() - taught.output.detach().float()).square())}
-
-
-def _outputs(model: nn.Module, batch: RecordedBatch) -> tuple[Tensor, ...]:
-    return call_outputs(model, batch.call)
 
 
 def call_outputs(model: nn.Module, call: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -151,7 +148,7 @@ def check_rows(model: TransformerModel, source: RecordedBatches, together: int) 
 
     def run(given: RecordedBatch | Mapping[str, Any]) -> Tensor:
         call = given.call if isinstance(given, RecordedBatch) else given
-        call = changed(call, lambda tensor: tensor.to(parameter.device))
+        call = tree_map_only(Tensor, lambda tensor: tensor.to(parameter.device), call)
         with BlockReplay(model.stack, 0) as replay:
             return _flat(replay.run(kept, lambda: call_outputs(module, call))).float()
 

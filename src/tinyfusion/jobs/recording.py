@@ -20,7 +20,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.data.recorded import Call, packed, recording, spread, write_recorded
 from tinyfusion.families.diffusers_classes.folder import open_transformer
 from tinyfusion.families.diffusers_classes.rows import rows_with
-from tinyfusion.jobs.pipelines import REFUSALS
+from tinyfusion.jobs.pipelines import REFUSALS, call_arguments
 from tinyfusion.models.wrapped import wrap_module
 
 _USUAL_STEPS, _MEASURED_STEPS = 50, 2
@@ -85,16 +85,10 @@ class Drawing:
             "num_inference_steps": self.steps, "guidance_scale": self.guidance_scale, "height": self.height,
             "width": self.width, "num_frames": self.frames,
         }  # fmt: skip
-        known = inspect.signature(kind.__call__).parameters
-        if "prompt" not in known:
-            raise UserError(
-                f"a {kind.__name__} takes no prompt: record from a script of your own, tinyfusion.record_inputs(transformer, FILE)"
-            )
-        if odd := next((name for name, value in given.items() if value is not None and name not in known), None):
-            raise UserError(f"a {kind.__name__} has no {odd}: leave that option out")
-        return {name: value for name, value in given.items() if value is not None} | (
-            {"output_type": "latent"} if "output_type" in known else {}
-        )
+        own = ": record from a script of your own, tinyfusion.record_inputs(transformer, FILE)"
+        wanted = call_arguments(kind, given, own)
+        takes_form = "output_type" in inspect.signature(kind.__call__).parameters
+        return wanted | ({"output_type": "latent"} if takes_form else {})
 
 
 def recorded_calls(

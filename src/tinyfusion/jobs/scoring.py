@@ -24,6 +24,7 @@ from tinyfusion.config.recipe import DataSection, EvaluateSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import disk_reason
 from tinyfusion.core.progress import progress, say
+from tinyfusion.core.reading import explained
 from tinyfusion.core.rundir import atomic_write
 from tinyfusion.core.tensors import read_metadata, read_safetensors
 from tinyfusion.core.weights import cache_folder
@@ -167,13 +168,8 @@ def statistics_of(
     source: ImageSource, extractor: FeatureExtractor, title: str, splits_size: int = 5000
 ) -> FeatureStatistics:
     """Statistics of a set of images, a batch at a time. Raises UserError where they are not finite."""
-    with progress(title, len(source), "images") as bar:
-        try:
-            return summarise((extractor(batch) for batch in source.read(READ_IMAGES)), len(source), splits_size, bar)
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{title}: {error}") from error
+    with progress(title, len(source), "images") as bar, explained(title, ValueError):
+        return summarise((extractor(batch) for batch in source.read(READ_IMAGES)), len(source), splits_size, bar)
 
 
 def _write(file: Path, key: str, statistics: FeatureStatistics) -> None:

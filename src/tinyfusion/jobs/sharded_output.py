@@ -17,14 +17,7 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.files import (
-    atomic_write,
-    clear_unfinished,
-    files_in,
-    missing_folders,
-    remove_empty,
-    write_json,
-)
+from tinyfusion.core.files import atomic_write, clear_unfinished, files_in, missing_folders, remove_empty, write_json
 from tinyfusion.core.locks import LOCK, Lock, Locked, acquire
 from tinyfusion.core.ranks import complete_file, wait_for_files
 from tinyfusion.core.rundir import file_output, read_json, stamp

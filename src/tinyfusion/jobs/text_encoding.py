@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tinyfusion.conditioning.texts import EMBEDDINGS, MASK
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.tensors import TYPES
@@ -61,12 +61,7 @@ _ENCODERS = ("text_encoder", "tokenizer", "processor", "text_processor")  # begi
 _NOT_PASSED = {"self", "prompt", "device", "dtype", "num_images_per_prompt", "num_videos_per_prompt", "lora_scale",
                "do_classifier_free_guidance"}  # fmt: skip
 _LARGEST_LENGTH = 10**6  # of a tokenizer without a limit transformers gives a larger number
-_MOST_AT_ONCE = 16  # prompts
-
-
-def most_at_once(batch_size: int) -> int:
-    """Prompts that are encoded at a time."""
-    return min(batch_size, _MOST_AT_ONCE)
+MOST_AT_ONCE = 16  # prompts that are encoded at a time
 
 
 def results_of(kind: Any) -> tuple[str | None, ...]:
@@ -95,7 +90,7 @@ def encoding_arguments(kind: Any, max_tokens: int | None) -> dict[str, Any]:
     names = [name for name in names if not name.startswith("negative_") and not name.endswith("_embeds")]
     names += [name for name in ("prompt_template",) if name in known and name in drawn]
     given = {name: drawn[name].default for name in names}
-    if not _cleans():
+    if not all(map(find_spec, ("bs4", "ftfy"))):  # by which pipelines clean captions
         given = {name: value for name, value in given.items() if name != "clean_caption"}
         given |= {"clean_caption": False} if "clean_caption" in known else {}
     if max_tokens is not None:
@@ -105,11 +100,6 @@ def encoding_arguments(kind: Any, max_tokens: int | None) -> dict[str, Any]:
     elif LENGTH in known and LENGTH not in given:
         given[LENGTH] = known[LENGTH].default
     return {name: value for name, value in given.items() if value is not None and value is not inspect.Parameter.empty}
-
-
-def _cleans() -> bool:
-    """Whether the libraries are there by which pipelines clean captions."""
-    return all(find_spec(name) for name in ("bs4", "ftfy"))
 
 
 def encoder_parts(folder: Path) -> list[str]:
@@ -272,14 +262,12 @@ def prompt_encoder(folder: Path, kind: Any, device: torch.device, max_tokens: in
 def _stored_type(folder: Path) -> torch.dtype | None:
     """The type of the first floating-point tensor in a component's files; None where it has no weights."""
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # no mapping
-                    kind = TYPES.get(opened.get_slice(name).get_dtype())
-                    if kind is not None and kind.is_floating_point and kind.itemsize > 1:  # float8 needs scales
-                        return kind
-        except Exception as error:  # of safetensors and the file system
-            raise UserError(f"{file} is no readable safetensors file (truncated or foreign): {error}") from error
+        unreadable = f"{file} is no readable safetensors file (truncated or foreign)"
+        with prefixed(unreadable, Exception), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # no mapping
+                kind = TYPES.get(opened.get_slice(name).get_dtype())
+                if kind is not None and kind.is_floating_point and kind.itemsize > 1:  # float8 needs scales
+                    return kind
     return None
 
 

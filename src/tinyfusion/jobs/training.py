@@ -15,7 +15,7 @@ from tinyfusion.blocks.forwards import Gain, measured_gain
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import BlockStack, num_parameters
 from tinyfusion.config.recipe import PruneSection, Recipe, TrainingSection
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.rng import Randomness
 from tinyfusion.jobs.cards import lines_of_large
 from tinyfusion.jobs.estimate import Estimate, MemoryPlan, fitting_lines, memory_plan, rounded, step_seconds, time_after
@@ -299,10 +299,8 @@ def recovery(
     placed = place_models(student, teacher, settings, engine, Randomness(recipe.seed).generator_seed("recovery lora"))
     objective: Objective = process
     if teacher:
-        try:
+        with prefixed("the student's plan is damaged", ValueError):
             objective = distilled(settings, process, teacher, placed.student, pairs, channels, placed.passing)
-        except ValueError as error:
-            raise UserError(f"the student's plan is damaged: {error}") from error
     groups = decay_groups(placed.parameters, student.family.undecayed, training)
     if whole is not None:
         return _searched(recipe, whole, teacher, placed, groups, objective, source, engine)
@@ -352,10 +350,8 @@ def _pairs(student: LoadedModel, teacher: LoadedModel, name: str) -> Pairs:
             "`tinyfusion prune`, or fine-tune it without a teacher (--method finetune)"
         )
     own_hash = teacher.hash()
-    try:
+    with prefixed("the plan of student or teacher is damaged", ValueError):
         pairs = pairs_between(student.facts, teacher.facts, own_hash)
-    except ValueError as error:
-        raise UserError(f"the plan of student or teacher is damaged: {error}") from error
     if not pairs:
         chain = " from ".join(ancestor[:12] for ancestor in pairs_to_ancestors(student.facts)) or plan.teacher[:12]
         run = making_run(student.origin.get("path", ""))

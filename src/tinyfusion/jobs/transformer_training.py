@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from tinyfusion.config.recipe import FlowSection, Recipe
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import Batches
 from tinyfusion.data.buckets import BucketBatches
@@ -55,12 +55,10 @@ def transformer_objective(model: TransformerModel, label_drop: float, recipe: Re
         return GaussianObjective(label_drop, schedule, call=model.family.call, prediction=prediction)
     settings = _shifted(recipe, model)
     tokens = 1 if model.latent_shape is None else call.tokens(model.folder.config, model.latent_shape)
-    try:
+    with prefixed("flow", ValueError):
         flow = Flow("linear", "velocity", call.convention)
         times = dataclasses.replace(TimeSampler.of_section(settings, tokens), within=model.context.levels)
         return FlowObjective(label_drop, flow, settings.loss_weight, settings.train_eps, times, model.family.call)
-    except ValueError as error:
-        raise UserError(f"flow: {error}") from error
 
 
 def _shifted(recipe: Recipe, model: TransformerModel) -> FlowSection:

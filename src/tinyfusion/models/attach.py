@@ -8,7 +8,7 @@ import torch
 
 from tinyfusion.blocks.dynamics import BlockSizes, Current, check_one_stream, route
 from tinyfusion.blocks.routers import ROUTERS, DynamicSettings, initialise_routers, install_routers
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.loaded import DynamicModel, LoadedModel
 
@@ -18,10 +18,8 @@ def check_attachable(model: LoadedModel, settings: DynamicSettings) -> BlockSize
     if model.facts.dynamic is not None:
         raise UserError("this model has routers already")
     check_one_stream(model.stack)
-    try:
+    with prefixed("this model cannot be made dynamic", ValueError):
         sizes = model.family.dynamic_rules().sizes(model.arch)
-    except ValueError as error:
-        raise UserError(f"this model cannot be made dynamic: {error}") from error
     if settings.width and settings.forced_first and sizes.num_heads < 2:
         raise UserError("with one head there is no width to decide on: set forced_first to false, or width to false")
     return sizes

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.reading import explained, read_json_object
 from tinyfusion.core.tensors import digest_of, read_folder_weights, read_tensor_file
 from tinyfusion.core.weights import fetch_weights, known_weights
 from tinyfusion.families.tensor_checks import check_finite, check_sizes, in_float32
@@ -116,15 +116,12 @@ def open_autoencoder(name: str) -> Autoencoder:
     check_sizes({size: config[size] for size in _SIZES if size in config}, tensors, str(folder / "config.json"))
     check_finite(tensors, f"the weights in {folder} are damaged")
     del tensors
-    try:
-        with quiet_logs():
-            from diffusers import AutoencoderKL  # late: seconds
+    # of diffusers, safetensors, pickle or json
+    with explained(f"{folder} cannot be opened as an AutoencoderKL", Exception), quiet_logs():
+        from diffusers import AutoencoderKL  # late: seconds
 
-            load: Any = AutoencoderKL.from_pretrained
-            module, report = load(str(folder), output_loading_info=True, torch_dtype=torch.float32)
-    except Exception as error:  # of diffusers, safetensors, pickle or json
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{folder} cannot be opened as an AutoencoderKL: {reason}") from error
+        load: Any = AutoencoderKL.from_pretrained
+        module, report = load(str(folder), output_loading_info=True, torch_dtype=torch.float32)
     check_loaded(report, folder)
     return _of_config(module, name, config)
 

@@ -15,24 +15,26 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyfusion.blocks.plan import plan_from_json
-from tinyfusion.blocks.routers import is_router_key, settings_of
+from tinyfusion.blocks.routers import DynamicSettings, is_router_key, settings_of
+from tinyfusion.conditioning.condition import Condition
+from tinyfusion.conditioning.texts import text_table
 from tinyfusion.config.loading import build_known
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.reading import check_memory, read_json_object
 from tinyfusion.core.rundir import atomic_write, write_json
 from tinyfusion.core.tensors import read_folder_weights, read_safetensors, read_tensor_file
 from tinyfusion.families.family import DIFFUSERS_RECORD, ModelFamily
 from tinyfusion.families.registry import diffusers_classes, families, family_named, family_of_config
 from tinyfusion.families.sizes import LARGEST_SIZE
+from tinyfusion.families.tensor_checks import check_sizes, in_float32
 from tinyfusion.models.autoencoder import LARGEST_SCALE, SCALE_OF_CLASS, autoencoder_config
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS
 from tinyfusion.models.loaded import LoadedModel, ModelFacts, make_trainable, settings_in
 from tinyfusion.models.places import by_name, exists, is_shipped, model_folder, shipped_models
 from tinyfusion.models.statedicts import described_other, find_state_dict
-from tinyfusion.models.tensors import filled
 from tinyfusion.models.wrapped import NO_PROCESS
 
 __all__ = [
@@ -52,11 +54,9 @@ def new_model(family_name: str | None, arch_values: Mapping[str, Any], seed: int
     if family_name is None:
         raise UserError(f"a new model needs a family: --set model.family=NAME, one of {', '.join(families())}")
     family = family_named(family_name)
-    try:
+    with prefixed("model", ValueError):
         arch = family.arch_of_sizes(arch_values)
         num_bytes = family.num_bytes(arch)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
     check_memory(num_bytes, "a new model of these sizes")
     with torch.random.fork_rng(devices=[]):  # layers are initialised from the global generator, which must not change
         torch.manual_seed(seed)
@@ -158,6 +158,29 @@ class _Stated:
                 raise UserError(f"{path} has {size} {what}; --num-{what} {stated} contradicts it")
 
 
+def _filled(
+    family: ModelFamily, arch: Any, tensors: Mapping[str, Tensor], path: Path, routers: DynamicSettings | None = None
+) -> tuple[nn.Module, Condition | None]:
+    """A module with exactly these values, float32, in its own memory and in eval mode, and the texts among them.
+
+    Raises UserError, naming the first few faults.
+    """
+    check_sizes(dataclasses.asdict(arch), tensors, str(path))
+    what, texts, rules = f"{path} does not hold this {family.name}", None, family.texts
+    if rules is not None and (shapes := rules.shapes(arch)):
+        wanted = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        own = in_float32({name: tensors[name] for name in wanted if name in tensors}, wanted, what)
+        texts = text_table({ours: own[theirs] for ours, theirs in rules.names.items()})
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in own}
+    with (
+        prefixed(f"{path} has sizes that no {family.name} can have", RuntimeError, OverflowError),
+        torch.device("meta"),
+    ):
+        module = family.build_with_routers(arch, routers)
+    module.load_state_dict(in_float32(tensors, module.state_dict(), what), assign=True)
+    return make_trainable(module, family).eval(), texts
+
+
 def _open_own(path: Path, stated: _Stated) -> LoadedModel:
     record = read_json_object(path / "model.json")
     version = record.get("format_version")
@@ -165,21 +188,17 @@ def _open_own(path: Path, stated: _Stated) -> LoadedModel:
         raise UserError(
             f"{path} has format_version {version}; this tinyfusion reads up to {MODEL_FORMAT_VERSION}: upgrade"
         )
-    try:
+    with prefixed(path):
         family = family_named(record.get("family"))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     stated.check_family(path, family)
-    try:
+    with prefixed(f"{path}/model.json is damaged", ValueError, OverflowError):  # UserError among them
         arch = build_known(family.arch_type, record.get("arch"), "arch")
         facts = _recorded_facts(record, family, arch)
         routers = None if facts.dynamic is None else settings_in(facts.dynamic)
         if routers is not None:
             family.dynamic_rules()
-    except (ValueError, OverflowError) as error:  # UserError among them
-        raise UserError(f"{path}/model.json is damaged: {error}") from error
     stated.check_sizes(path, arch)
-    module, texts = filled(family, arch, read_safetensors(path / "model.safetensors"), path, routers)
+    module, texts = _filled(family, arch, read_safetensors(path / "model.safetensors"), path, routers)
     model = LoadedModel(module, family, arch, facts, {"kind": "model folder of tinyfusion", "path": str(path)}, texts)
     # folders that are older than `arch.rules` have the hash of their tensors alone
     recorded = record.get("hash")
@@ -251,7 +270,7 @@ def _open_diffusers(path: Path, stated: _Stated) -> LoadedModel:
     pipeline = str(read_json_object(index).get("_class_name")) if index.is_file() else ""
     inside = f" in a {pipeline}" if pipeline.isidentifier() else ""
     origin = {"kind": f"folder of diffusers{inside}", "path": str(path), "file": file}
-    module, texts = filled(family, arch, ours, path)
+    module, texts = _filled(family, arch, ours, path)
     return LoadedModel(module, family, arch, _diffusers_facts(path, config, arch, family), origin, texts)
 
 
@@ -259,10 +278,8 @@ def _diffusers_facts(path: Path, config: Any, arch: Any, family: ModelFamily) ->
     """What our own record in an exported folder says; else the published latent facts; an autoencoder in `vae/` next to it wins."""
     record, facts = config.get(DIFFUSERS_RECORD), _published_facts(arch, family)
     if record is not None:
-        try:
+        with prefixed(f"{path}/config.json is damaged: {DIFFUSERS_RECORD}", ValueError, OverflowError, AttributeError):
             facts = _recorded_facts(record, family, arch)
-        except (ValueError, OverflowError, AttributeError) as error:
-            raise UserError(f"{path}/config.json is damaged: {DIFFUSERS_RECORD}: {error}") from error
     vae = path.parent / "vae"
     if not (vae / "config.json").is_file():
         return facts
@@ -296,19 +313,17 @@ def _open_official(path: Path, weights: str, stated: _Stated) -> LoadedModel:
         )
     static = {name: t for name, t in tensors.items() if family.dynamic is None or not is_router_key(name)}
     routers = None
-    try:
+    with prefixed(path, ValueError):
         arch = family.arch_of_state_dict(static, stated.num_heads, stated.num_classes)
         if len(static) < len(tensors):
             routers = settings_of(tensors, arch.num_heads)
             family.dynamic_rules().sizes(arch)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
     facts = _published_facts(arch, family)
     if routers is not None:
         facts = dataclasses.replace(facts, dynamic=dataclasses.asdict(routers))
     part = " of a training checkpoint" if state.keys else ""
     kind = f"official state dict{' with routers' if routers else ''}{part}"
-    module, texts = filled(family, arch, tensors, path, routers)
+    module, texts = _filled(family, arch, tensors, path, routers)
     _report_classes(arch, stated.num_classes)
     if len(fit) > 1:
         print(f"assuming family {family.name} (give --family to say otherwise)", file=sys.stderr)

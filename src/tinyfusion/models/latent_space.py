@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import read_json_object
+from tinyfusion.core.reading import explained, read_json_object
 from tinyfusion.models.autoencoder import autoencoder_config, check_loaded, hash_of, quiet_logs
 
 VAE = "vae"  # the component of a pipeline
@@ -128,15 +128,10 @@ def open_latent_space(pipeline: Path, name: str, class_name: str, video: bool) -
         raise UserError(f"diffusers {diffusers.__version__} has no autoencoder {class_name}, which {pipeline} names")
     if "block_out_channels" in config:
         autoencoder_config(folder / "config.json")
-    try:
-        with quiet_logs():
-            load: Any = known.from_pretrained  # type: ignore[attr-defined]
-            module, report = load(
-                str(folder), output_loading_info=True, torch_dtype=torch.float32, local_files_only=True
-            )
-    except Exception as error:  # of diffusers, safetensors, pickle or json
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{folder} cannot be opened as {class_name}: {reason}") from error
+    # of diffusers, safetensors, pickle or json
+    with explained(f"{folder} cannot be opened as {class_name}", Exception), quiet_logs():
+        load: Any = known.from_pretrained  # type: ignore[attr-defined]
+        module, report = load(str(folder), output_loading_info=True, torch_dtype=torch.float32, local_files_only=True)
     check_loaded(report, folder)
     for key, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -200,7 +200,7 @@ class LoadedModel:
 
     def macs(self) -> int:
         """Multiply-accumulates of one unguided forward pass of one image."""
-        return macs_of_sizes(self.family, self.arch)
+        return macs_of_sizes(self.family.name, self.arch)
 
     def with_formulas(self) -> LoadedModel:
         """The same model with formula tensors computed in float32; itself if they are equal already."""

@@ -11,17 +11,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyfusion.families.family import ModelFamily
 from tinyfusion.families.registry import family_named
 
 
-def macs_of_sizes(family: ModelFamily, arch: Any) -> int:
-    """Multiply-accumulates of one unguided forward pass of one image, of a registered family."""
-    return _macs(family.name, arch)
-
-
 @lru_cache(maxsize=64)  # counting builds the model on the meta device
-def _macs(family_name: str, arch: Any) -> int:
+def macs_of_sizes(family_name: str, arch: Any) -> int:
+    """Multiply-accumulates of one unguided forward pass of one image, of a registered family."""
     family = family_named(family_name)
     return count_macs(lambda: family.build(arch), lambda: family.example(arch, 1))
 

@@ -63,7 +63,8 @@ def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]
         build=_unbuildable,
         example=_unbuildable,
         block_lists=fields,
-        computed=dict.fromkeys(frozen, _no_formula),
+        # frozen tensors have no formula, so they are part of the hash
+        computed=dict.fromkeys(frozen, lambda _arch: torch.empty(0)),
         streams=listed,
     )
     arch = arch_type(**{fields[name]: depth for name, depth in depths.items()})
@@ -75,11 +76,6 @@ def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]
 def _lists_of(module: nn.Module) -> str:
     names = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
     return f"; its lists are {', '.join(names)}" if names else "; it has no nn.ModuleList"
-
-
-def _no_formula(_arch: Any) -> Tensor:
-    """Frozen tensors have no formula, so they are part of the hash."""
-    return torch.empty(0)
 
 
 def _unbuildable(*_: Any) -> NoReturn:

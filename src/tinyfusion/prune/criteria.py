@@ -22,19 +22,11 @@ from tinyfusion.blocks.scheme import BlockGroup, check_range
 from tinyfusion.blocks.stack import check_kept
 from tinyfusion.config.recipe import Criterion as Name
 from tinyfusion.config.recipe import PruneSection
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.prune.context import CriterionContext, bk_sdm_positions, plan_for
-from tinyfusion.prune.mask_search import (
-    Mask,
-    bits,
-    loss_summary,
-    random_masks,
-    shared_evaluations,
-    short,
-    tick_from,
-)
+from tinyfusion.prune.mask_search import Mask, bits, loss_summary, random_masks, shared_evaluations, short, tick_from
 from tinyfusion.prune.width import by_width, width_evaluations
 
 MAX_LISTED_MASKS = 2000  # a plan of more masks has a summary of their losses
@@ -252,10 +244,8 @@ def by_indices(teacher: LoadedModel, keep: Sequence[int], seed: int = 0) -> Prun
     check_range("--keep", keep, depths)
     starts = first_blocks(depths)
     kept = {name: sorted(i - starts[name] for i in keep if 0 <= i - starts[name] < depths[name]) for name in depths}
-    try:
+    with prefixed("--keep", ValueError):
         check_kept(kept, depths)
-    except ValueError as error:
-        raise UserError(f"--keep: {error}") from error
     return PrunePlan(kept=kept, depth=depths, criterion="indices", seed=seed, teacher=teacher.hash())
 
 

@@ -17,7 +17,10 @@ def sureness_lines(decision: Decision) -> list[str]:
     lines, doubtful = [], []
     for name, groups in decision.groups.items():
         prefix = f"{name}: " if len(decision.groups) > 1 else ""
-        named = [(group, each) for group in groups for each in (_inside(group, kept[name]) if of_blocks else [None])]
+        inside = [[block for block in kept[name] if block in group.blocks] for group in groups]
+        named = [
+            (group, each) for group, own in zip(groups, inside, strict=True) for each in (own if of_blocks else [None])
+        ]
         chances = [(block_chance if of_blocks else choice_chance)(group) for group, _ in named]
         open_ = sorted({round(chance, 2) for chance in chances if chance < 1})
         if not open_:
@@ -35,10 +38,6 @@ def sureness_lines(decision: Decision) -> list[str]:
             "search was short: more steps, or a higher prune.gate_learning_rate, would tell"
         )
     return lines
-
-
-def _inside(group: BlockGroup, kept: list[int]) -> list[int]:
-    return [block for block in kept if block in group.blocks]
 
 
 def _named(group: BlockGroup, block: int | None) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tinyfusion.blocks.plan import PrunePlan, first_blocks
 from tinyfusion.blocks.replayed import BlockReplay
@@ -24,7 +25,7 @@ from tinyfusion.blocks.scheme import BlockGroup, check_range
 from tinyfusion.blocks.streams import tensors_in
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.data.recorded import RecordedInputs, changed, returning_tuples
+from tinyfusion.data.recorded import RecordedInputs, returning_tuples
 from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_blocks
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.processes.task import Task, TaskBatch
@@ -80,7 +81,7 @@ def run_call(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
     Raises UserError if the model does not take the call.
     """
     device = next(model.parameters()).device
-    arguments = returning_tuples(model, changed(call, lambda tensor: tensor.to(device)))
+    arguments = returning_tuples(model, tree_map_only(Tensor, lambda tensor: tensor.to(device), call))
     try:
         output = model(**arguments)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:

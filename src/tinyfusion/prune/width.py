@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.widths import ChannelGroup, WidthRules, channel_sums, nested
 from tinyfusion.config.recipe import PruneSection
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
 from tinyfusion.processes.base import NoisyBatch, Process
 from tinyfusion.prune.context import CriterionContext
@@ -90,10 +90,8 @@ def check_width(teacher: LoadedModel, settings: PruneSection) -> dict[str, Chann
         raise UserError(
             f"criterion width cannot prune models of family {teacher.family.name}: use one that removes blocks"
         )
-    try:
+    with prefixed("prune.width_share", ValueError):
         return rules.groups(rules.for_share(teacher.arch, settings.width_share))
-    except ValueError as error:
-        raise UserError(f"prune.width_share: {error}") from error
 
 
 def width_stand_in(teacher: LoadedModel, settings: PruneSection) -> PrunePlan:

@@ -130,7 +130,7 @@ def _floats(values: Any) -> np.ndarray:
 
 def _strength(share: float) -> float:
     """The colour of an added loss: 0 at 1 % of the whole model's and below, 1 at 100 times and above; negative where it falls."""
-    if not math.isfinite(share) or abs(share) < _FAINT:
+    if abs(share) < _FAINT:
         return 0.0
     return math.copysign(min(math.log(abs(share) / _FAINT) / math.log(_FULL / _FAINT), 1.0), share)
 
@@ -148,22 +148,17 @@ def _class_charts(record: Mapping[str, Any]) -> list[Chart]:
     own = _floats(block["added_loss"]["mean"] for block in record["blocks"])
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = means / own[:, None]
-    errors = np.array(
-        [_floats(part["error"] for part in block["added_loss"]["by_class"]) for block in record["blocks"]]
-    )
+    errors = np.array([_floats(p["error"] for p in block["added_loss"]["by_class"]) for block in record["blocks"]])
     certain = np.abs(means - own[:, None]) > _CERTAIN * errors
     labels = list(map(str, record["classes"]))
-    names, colours = (
-        block_names(record["model"]["lists"]),
-        np.vectorize(_ratio_strength, otypes=[float])(ratios) * certain,
-    )
+    names, colours = block_names(record["model"]["lists"]), _strengths(ratios, _ratio_strength) * certain
     plot = _map(ratios, names, labels, colours, _ratio_words, "class")
     return [chart("Which classes need it", "explain-class", plot, _table(record, labels, ratios, _ratio_words))]
 
 
 def _ratio_strength(ratio: float) -> float:
     """The colour of a ratio to the block's mean: full at twice and at half."""
-    return float(np.clip(math.log2(ratio), -1, 1)) if math.isfinite(ratio) and ratio > 0 else 0.0
+    return float(np.clip(math.log2(ratio), -1, 1)) if ratio > 0 else 0.0
 
 
 def _ratio_words(ratio: float) -> str:
@@ -188,40 +183,21 @@ def _update_charts(record: Mapping[str, Any]) -> list[Chart]:
         return []
     names, labels, charts = block_names(record["model"]["lists"]), _noise_labels(record["noise"]), list[Chart]()
     kinds: dict[str, tuple[str, Callable[[float], float], Callable[[float], str]]] = {
-        "update_norm": (
-            "Size of its update",
-            lambda value: min(value, 1.0) if math.isfinite(value) else 0.0,
-            _plain_words,
-        ),
-        "update_cosine": (
-            "Direction of its update",
-            lambda value: value if math.isfinite(value) else 0.0,
-            _signed_words,
-        ),
-        "attention_share": ("Share of attention", _half, _plain_words),
+        "update_norm": ("Size of its update", lambda value: min(value, 1.0), _plain_words),
+        "update_cosine": ("Direction of its update", lambda value: value, partial(_plain_words, form="+.2f")),
+        # no colour at one half
+        "attention_share": ("Share of attention", lambda value: float(np.clip(2 * value - 1, -1, 1)), _plain_words),
     }
     for key, (title, strength, words) in kinds.items():
         values = np.array([_floats(block[key]["by_noise"]) for block in record["blocks"]])
         if np.isfinite(values).any():
-            plot, table = (
-                _map(values, names, labels, strength, words, record["noise"]["name"]),
-                _table(record, labels, values, words),
-            )
-            charts.append(chart(title, f"explain-{key}", plot, table, small=True))
+            plot = _map(values, names, labels, strength, words, record["noise"]["name"])
+            charts.append(chart(title, f"explain-{key}", plot, _table(record, labels, values, words), small=True))
     return charts
 
 
-def _half(share: float) -> float:
-    """The colour of a share: none at one half."""
-    return float(np.clip(2 * share - 1, -1, 1)) if math.isfinite(share) else 0.0
-
-
-def _plain_words(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−") if math.isfinite(value) else ""
-
-
-def _signed_words(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−") if math.isfinite(value) else ""
+def _plain_words(value: float, form: str = ".2f") -> str:
+    return format(value, form).replace("-", "−") if math.isfinite(value) else ""
 
 
 def _channel_charts(record: Mapping[str, Any]) -> list[Chart]:
@@ -249,7 +225,7 @@ def _channel_charts(record: Mapping[str, Any]) -> list[Chart]:
 
 def _channel_strength(ratio: float) -> float:
     """The colour of a magnitude in medians: none at 2, full at 20."""
-    return float(np.clip(math.log(ratio / 2) / math.log(10), 0, 1)) if math.isfinite(ratio) and ratio > 0 else 0.0
+    return float(np.clip(math.log(ratio / 2) / math.log(10), 0, 1)) if ratio > 0 else 0.0
 
 
 # -------------------------------------------------------------------------------------------------------------- likeness
@@ -264,7 +240,7 @@ def _likeness_chart(record: Mapping[str, Any]) -> Chart:
     itself = similar["with"] == "itself"
     marks = similar["origins"] if similar["origins"] and len(similar["origins"]) == len(own) else None
     word = "block" if itself else "block of the teacher"
-    plot = _map(values, own, others, lambda value: (value - low) / (1 - low) if math.isfinite(value) else 0.0, _plain_words, word,
+    plot = _map(values, own, others, lambda value: (value - low) / (1 - low), _plain_words, word,
                 marks, None if itself else similar["most_like"], "block" if itself else "block of the student")  # fmt: skip
     rows = []
     for i, name in enumerate(own):
@@ -281,6 +257,11 @@ def _likeness_chart(record: Mapping[str, Any]) -> Chart:
 # ------------------------------------------------------------------------------------------------------------------ maps
 
 
+def _strengths(values: np.ndarray, strength: Callable[[float], float]) -> np.ndarray:
+    """The colours of values; none of those that are not finite."""
+    return np.vectorize(lambda value: strength(value) if math.isfinite(value) else 0.0, otypes=[float])(values)
+
+
 def _map(
     values: np.ndarray, rows: Sequence[str], columns: Sequence[str], strength: Callable[[float], float] | np.ndarray,
     words: Callable[[float], str], label: str, marks: Sequence[int] | None = None, dots: Sequence[int | None] | None = None,
@@ -293,7 +274,7 @@ def _map(
 
     def plot(width: int) -> Plot:
         depth, num = len(rows), len(columns)
-        colours = strength if isinstance(strength, np.ndarray) else np.vectorize(strength, otypes=[float])(values)
+        colours = strength if isinstance(strength, np.ndarray) else _strengths(values, strength)
         items: list[Shape | Text] = list(cells(colours, range(num + 1), "student", "pruned"))
         if (width - 60) / max(num, 1) >= _LEGIBLE_CELL_PX:
             for i, line in enumerate(values):

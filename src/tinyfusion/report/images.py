@@ -70,17 +70,11 @@ def prompt_rows(run: Run) -> list[Prompt]:
 def _prompt_sheet(name: str, samples: Samples, image: np.ndarray) -> Sheet:
     picture, (height, width) = as_picture(image), image.shape[:2]
     if max(height, width) <= _SMALL_PX:
-        return Sheet(
-            model_name(name),
-            data_uri(picture),
-            width * max(_PROMPT_PX // (2 * width), 1),
-            role=name,
-            protocol=samples.protocol,
-        )
+        source, width_px = data_uri(picture), width * max(_PROMPT_PX // (2 * width), 1)
+        return Sheet(model_name(name), source, width_px, role=name, protocol=samples.protocol)
     scale = min(1.0, 2 * _PROMPT_PX / width)  # twice as many pixels as shown, for screens of high density
-    picture = picture.convert("RGB").resize(
-        (round(width * scale), max(round(height * scale), 1)), Image.Resampling.LANCZOS
-    )
+    size = round(width * scale), max(round(height * scale), 1)
+    picture = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     return Sheet(model_name(name), data_uri(picture, "JPEG"), _PROMPT_PX, role=name, protocol=samples.protocol)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.scheme import parse_scheme, scheme_pairs, schemes_by_list
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.files import file_label
 from tinyfusion.core.reading import parse_json, read_text, unreadable
 from tinyfusion.core.rundir import FORMAT_VERSION, RunDirectory, read_json
@@ -24,17 +24,12 @@ VERBS = ("run", "prune", "recover", "dynamic", "distill-steps", "train", "explai
 MODELS = ("teacher", "pruned", "student", "dynamic", "few-steps", "model", "real")
 MAX_SAMPLES_BYTES = 1 << 30
 MAX_PREVIEWS = 6  # of a training on the page
+# optional stages of a run, and the model that each makes
+FURTHER = {"dynamic": "dynamic", "distill-steps": "few-steps"}
+_STUDENTS = {"prune": "pruned", "recover": "student", **FURTHER}  # verb or stage -> the model in its folder `student`
 _MODEL_FOLDERS = {  # by verb: where the models of a run are
-    "run": {
-        "pruned": "prune/student",
-        "student": "recover/student",
-        "dynamic": "dynamic/student",
-        "few-steps": "distill-steps/student",
-    },
-    "prune": {"pruned": "student"},
-    "recover": {"student": "student"},
-    "dynamic": {"dynamic": "student"},
-    "distill-steps": {"few-steps": "student"},
+    "run": {model: f"{stage}/student" for stage, model in _STUDENTS.items()},
+    **{verb: {model: "student"} for verb, model in _STUDENTS.items()},
     "train": {"model": "model"},
     "explain": {},
 }
@@ -178,7 +173,7 @@ def _logged_depths(scheme: str, line: Mapping[str, Any]) -> dict[str, int]:
 def _read(path: Path) -> Run:
     record = _run_record(path)
     verb = record["verb"]
-    nested = [name for name in ("prune", "recover", "dynamic", "distill-steps") if (path / name).is_dir()]
+    nested = [name for name in _STUDENTS if (path / name).is_dir()]
     folders = {name: path / name for name in nested} if verb == "run" else {verb: path}
     records = {stage: folder / "run.json" for stage, folder in folders.items()}
     if verb == "run":
@@ -262,10 +257,8 @@ def _plan(path: Path, models: Mapping[str, Mapping[str, Any]]) -> PrunePlan | No
     files = [file for file in (plan_file(path),) if file.is_file()]
     stored = [(f"{path}: model.json of {name}", model["plan"]) for name, model in models.items() if model.get("plan")]
     for source, values in [*((file, read_json(file)) for file in files), *stored]:
-        try:
+        with prefixed(source):
             plan = plan_from_json(values)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
         for name, groups in (plan.groups or {}).items():
             if sum(size for _, size in groups) != (depth := plan.depth.get(name, 0)):
                 wrong = f"groups.{name} do not make up {depth} blocks"

@@ -19,7 +19,7 @@ from tinyfusion.core.files import file_label
 from tinyfusion.core.records import section_of
 from tinyfusion.report import charts, decisions, diagnostic_charts, explain_charts, images, tables
 from tinyfusion.report.format import count, duration, percent, printable, significant
-from tinyfusion.report.load import Run, join_runs
+from tinyfusion.report.load import FURTHER, Run, join_runs
 
 RECORD_ID = "tinyfusion-record"
 STAGES = {  # of a whole job, in order, and what is being done
@@ -162,15 +162,14 @@ def progress_of(run: Run) -> Progress | None:
 
 def _further(run: Run) -> dict[str, str]:
     """{optional stage: the model that it makes} of a whole job by its recipe."""
-    stages = {"dynamic": "dynamic", "distill-steps": "few-steps"}
-    return {name: model for name, model in stages.items() if (run.recipe.get(section_of(name)) or {}).get("in_run")}
+    return {name: model for name, model in FURTHER.items() if (run.recipe.get(section_of(name)) or {}).get("in_run")}
 
 
 def stages_of(run: Run) -> list[str]:
     """The stages of a whole job, in order: of a transformer of diffusers, which its recipe then names by class, or of a family."""
     of_diffusers = "class" in run.recipe
     has = {"encode": bool(run.recipe.get("encodes")), "pictures": not of_diffusers}
-    has |= {name: name in _further(run) for name in ("dynamic", "distill-steps")}
+    has |= {name: name in _further(run) for name in FURTHER}
     return [name for name in STAGES if has.get(name, True)]
 
 

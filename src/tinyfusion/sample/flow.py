@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.recipe import SampleSection
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
+from tinyfusion.core.reading import explained
 from tinyfusion.core.rng import Randomness
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import Denoiser
@@ -212,10 +213,8 @@ def _beyond(flow: Flow) -> bool:
 
 def flow_of(model: LoadedModel) -> Flow:
     """The path and the prediction of a model. Raises UserError if its settings are invalid."""
-    try:
+    with prefixed("the model's process_settings", ValueError, TypeError):
         return Flow.of_settings(model.facts.process_settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the model's process_settings: {error}") from error
 
 
 def log_likelihood(
@@ -272,7 +271,7 @@ def from_section(settings: SampleSection, model: LoadedModel) -> FlowSampler:
             f"sample.flow.method {method!r} is not for sde: it takes {', '.join(get_args(StochasticMethod))}"
         )
     num_points = PUBLISHED_POINTS if settings.num_steps is None else settings.num_steps
-    try:
+    with explained(f"--sampler {kind}", ValueError):
         sampler = FlowSampler(
             kind=kind,
             method=method if kind == "ode" else "dopri5",
@@ -296,10 +295,6 @@ def from_section(settings: SampleSection, model: LoadedModel) -> FlowSampler:
             interval=settings.guidance_interval,
         )
         flow_of(model).sampling_ends(sampler.eps)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"--sampler {kind}: {error}") from error
     return sampler
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.recipe import SampleSection
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import Denoiser
 from tinyfusion.processes.gaussian import (
@@ -165,7 +165,7 @@ def from_section(settings: SampleSection, model: LoadedModel) -> GaussianSampler
     if settings.eta and name in SOLVERS:
         raise UserError(f"sample.eta is for ddim, and {name} draws no noise: leave out one of the two")
     num_steps = PUBLISHED_STEPS if settings.num_steps is None else settings.num_steps
-    try:
+    with prefixed(f"--num-steps {num_steps} with --sampler {name}", ValueError):
         return GaussianSampler(
             name,  # type: ignore[arg-type]
             num_steps,
@@ -175,8 +175,6 @@ def from_section(settings: SampleSection, model: LoadedModel) -> GaussianSampler
             settings.clip,
             settings.guidance_interval,
         )
-    except ValueError as error:
-        raise UserError(f"--num-steps {num_steps} with --sampler {name}: {error}") from error
 
 
 def cheap(settings: SampleSection, most_steps: int) -> SampleSection:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tinyfusion.blocks.tokens import from_tokens, taken, to_tokens
 from tinyfusion.conditioning.condition import Condition, concat
 from tinyfusion.config.recipe import SampleSection
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import Denoiser, mix_guidance
 from tinyfusion.processes.gaussian import Schedule, sample_ancestral
@@ -204,12 +204,10 @@ def from_section(settings: SampleSection, model: LoadedModel) -> MaskedSampler:
     masked, num_tokens = settings.masked, model.arch.num_tokens
     rounds = min(masked.most_rounds, num_tokens) if settings.num_steps is None else settings.num_steps
     hidden_after(num_tokens, rounds)
-    try:
+    with prefixed("sampler masked", ValueError):
         return MaskedSampler(
             rounds, masked.head_steps, masked.temperature, settings.guidance, masked.guidance_schedule, settings.clip
         )
-    except ValueError as error:
-        raise UserError(f"sampler masked: {error}") from error
 
 
 def cheap(settings: SampleSection, most_steps: int) -> SampleSection:

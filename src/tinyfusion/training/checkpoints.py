@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyfusion.core.errors import UserError
+from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.files import atomic_write, clear_unfinished, discard, disk_reason, unfinished
 from tinyfusion.core.ranks import complete_file, wait_for_files, wait_until
 from tinyfusion.core.reading import check_plain, read_json, unreadable
@@ -75,10 +75,8 @@ def load_checkpoint(path: Path, state: TrainState, first: First = lambda call: c
     """Load this checkpoint into `state` and return its step. Raises UserError, with `state` unchanged, if it cannot be used."""
     if wrong := first(partial(_unusable, path)):
         raise UserError(wrong)
-    try:
+    with prefixed(f"checkpoint {path} does not fit this training"):
         state.load(open_checkpoint(path))
-    except UserError as error:
-        raise UserError(f"checkpoint {path} does not fit this training: {error}") from error
     return state.step
 
 

@@ -25,12 +25,7 @@ from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch
-from tinyfusion.core.launch import (
-    check_meeting_place,
-    launched_local_rank,
-    launched_processes,
-    launched_rank,
-)
+from tinyfusion.core.launch import check_meeting_place, launched_local_rank, launched_processes, launched_rank
 from tinyfusion.training.shards import is_sharded, local_part
 
 if TYPE_CHECKING:

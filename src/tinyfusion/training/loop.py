@@ -25,7 +25,6 @@ from tinyfusion.training.shards import local_part
 from tinyfusion.training.state import TrainState
 
 BatchSource = Callable[[int, int, Draws], Any]  # (step, global batch size, draws of a slice) -> its batch on the device
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,20 @@ class ForwardPass(nn.Module):
         inside = {id(p) for p in state.model.parameters()}
         self.gates = nn.ParameterList([p for p in state.parameters.values() if id(p) not in inside])
         self.objective = objective
-        self.dtype = _DTYPES.get(settings.dtype)
+        self.dtype = settings.dtype
 
     def forward(self, noisy: Any) -> dict[str, Tensor]:
         """Per-sample loss terms (B,), float32; only the models run under autocast, not the losses."""
         device = next(iter(self.parameters())).device
-        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
+        with autocast(device.type, self.dtype):
             prediction = self.objective.predict(self.model, noisy)
         return self.objective.losses(self.model, noisy, prediction)
+
+
+def autocast(device: str, dtype: str) -> torch.autocast:
+    """Autocast on a kind of device to a type by its name; off for float32."""
+    off = dtype == "float32"
+    return torch.autocast(device, dtype=None if off else getattr(torch, dtype), enabled=not off)
 
 
 def noisy_microbatches(
@@ -117,8 +122,7 @@ def train_steps(
             microbatches, ready = ahead.take(step)
             side.receive(ready, microbatches)
             waited_s = ahead.waited_s - waited_before
-            dtype = _DTYPES.get(settings.dtype)
-            with torch.no_grad(), torch.autocast(engine.device.type, dtype=dtype, enabled=dtype is not None):
+            with torch.no_grad(), autocast(engine.device.type, settings.dtype):
                 microbatches = list(objective.prepared(state.model, microbatches))
             state.optimizer.zero_grad(set_to_none=True)
             terms, losses = _forward_backward(state, forward, microbatches, settings, engine)

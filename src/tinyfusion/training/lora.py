@@ -39,9 +39,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, 
     with torch.no_grad():
         for name, parameter in factors.items():
             parameter.requires_grad_(True)
-            parameter.data = (
-                parameter.data.float()
-            )  # peft takes the type of the layer, in which small updates would be lost
+            # peft takes the type of the layer, in which small updates would be lost
+            parameter.data = parameter.data.float()
             if ".lora_A." in name:
                 bound = parameter.shape[1] ** -0.5
                 parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))

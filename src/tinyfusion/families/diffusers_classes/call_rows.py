@@ -15,14 +15,18 @@ from torch import Tensor
 
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.core.errors import UserError
+from tinyfusion.data.recorded_batches import RowLayout
 from tinyfusion.families.diffusers_classes.call_rows_video import VIDEO_CALLS
 from tinyfusion.families.diffusers_classes.calls import (
     THOUSAND,
     CallContext,
     TransformerCall,
+    from_rows,
     grid,
     guidance_of,
+    masked_call,
     packed,
+    plain_call,
     trimmed,
     unpacked,
     without_values,
@@ -30,10 +34,6 @@ from tinyfusion.families.diffusers_classes.calls import (
 from tinyfusion.processes.time import TimeConvention
 
 _LONGCAT_TEXT = 512  # tokens
-
-
-def _two_by_two(config: Mapping[str, Any]) -> tuple[int, ...]:
-    return 2, 2
 
 
 def _text_ids(condition: Condition) -> Tensor:
@@ -52,18 +52,11 @@ def _guidance(context: CallContext, x: Tensor, condition: Condition) -> dict[str
     return {"guidance": guidance_of(context, x, condition) if context.value("guidance_embeds") else None}
 
 
-def _unpack(context: CallContext, output: Tensor, x: Tensor) -> Tensor:
-    return unpacked(output, x)
-
-
 # ----------------------------------------------------------------------------------------------------- FLUX and its kind
 
 
-def _flux_tokens(x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    return {
-        "hidden_states": packed(x),
-        "timestep": t,
-        "encoder_hidden_states": condition["embeddings"],
+def _flux_tokens(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    return plain_call(context, packed(x), t, condition) | {
         "txt_ids": _text_ids(condition),
         "img_ids": grid(x.shape[-2] // 2, x.shape[-1] // 2, x.device),
     }
@@ -71,19 +64,19 @@ def _flux_tokens(x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
 
 def _flux(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
     pooled = {"pooled_projections": condition["pooled"]}
-    return _flux_tokens(x, t, condition) | pooled | _guidance(context, x, condition)
+    return _flux_tokens(context, x, t, condition) | pooled | _guidance(context, x, condition)
 
 
 def _bria(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    return _flux_tokens(x, t, condition) | _guidance(context, x, condition)
+    return _flux_tokens(context, x, t, condition) | _guidance(context, x, condition)
 
 
 def _ovis(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    return _flux_tokens(x, t, condition) | {"txt_ids": _counted_text_ids(condition)}
+    return _flux_tokens(context, x, t, condition) | {"txt_ids": _counted_text_ids(condition)}
 
 
 def _longcat(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    arguments = _flux_tokens(x, t, condition)
+    arguments = _flux_tokens(context, x, t, condition)
     start = torch.tensor([1.0, *[_LONGCAT_TEXT] * 2], device=x.device)  # of the image, behind a text of full length
     return arguments | {"txt_ids": _counted_text_ids(condition), "img_ids": arguments["img_ids"] + start}
 
@@ -102,11 +95,6 @@ def _flux2(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> 
     } | _guidance(context, x, condition)
 
 
-def _from_rows(context: CallContext, output: Tensor, x: Tensor) -> Tensor:
-    """(B, hw, C) -> (B, C, h, w)."""
-    return output.transpose(1, 2).reshape(x.shape)
-
-
 def _qwen(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
     embeddings, mask = trimmed(context, condition)
     return {
@@ -119,36 +107,16 @@ def _qwen(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> d
 
 
 def _krea2(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    embeddings, mask = trimmed(context, condition)
-    image = grid(x.shape[-2] // 2, x.shape[-1] // 2, x.device)
-    return {
-        "hidden_states": packed(x),
-        "timestep": t,
-        "encoder_hidden_states": embeddings,
-        "encoder_attention_mask": mask,
-        "position_ids": torch.cat([image.new_zeros(embeddings.shape[1], 3), image]),
-    }
+    arguments, image = masked_call(context, packed(x), t, condition), grid(x.shape[-2] // 2, x.shape[-1] // 2, x.device)
+    text = image.new_zeros(arguments["encoder_hidden_states"].shape[1], 3)
+    return arguments | {"position_ids": torch.cat([text, image])}
 
 
 # ------------------------------------------------------------------------------------------------------- latents as they are
 
 
 def _sd3(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    return {
-        "hidden_states": x,
-        "timestep": t,
-        "encoder_hidden_states": condition["embeddings"],
-        "pooled_projections": condition["pooled"],
-    }
-
-
-def _plain(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": condition["embeddings"]}
-
-
-def _masked(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    embeddings, mask = trimmed(context, condition)
-    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+    return plain_call(context, x, t, condition) | {"pooled_projections": condition["pooled"]}
 
 
 def _prx(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
@@ -162,7 +130,7 @@ def _ernie(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> 
 
 
 def _sana(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    arguments = _masked(context, x, t * context.value("timestep_scale", 1.0), condition)
+    arguments = masked_call(context, x, t * context.value("timestep_scale", 1.0), condition)
     if context.value("guidance_embeds"):  # Sprint
         scale = context.value("guidance_embeds_scale", 0.1)
         arguments["guidance"] = guidance_of(context, x, condition) * scale
@@ -179,7 +147,7 @@ def _pixart(context: CallContext, x: Tensor, t: Tensor, condition: Condition) ->
             "resolution": torch.tensor([[height, width]] * len(x), dtype=x.dtype, device=x.device),
             "aspect_ratio": torch.tensor([[height / width]] * len(x), dtype=x.dtype, device=x.device),
         }
-    return _masked(context, x, t, condition) | {"added_cond_kwargs": sizes}
+    return masked_call(context, x, t, condition) | {"added_cond_kwargs": sizes}
 
 
 def _z_image(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
@@ -188,16 +156,11 @@ def _z_image(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -
     return {"x": list(x.unsqueeze(2)), "t": t, "cap_feats": texts}
 
 
-def _from_frames(context: CallContext, output: list[Tensor], x: Tensor) -> Tensor:
-    """Images with an axis of one frame each -> (B, C, h, w)."""
-    return torch.stack(output).squeeze(2)
-
-
 def _cogview4(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
     assert context.spatial_ratio is not None
     pixels = [size * context.spatial_ratio for size in x.shape[-2:]]
     size = torch.tensor([pixels] * len(x), dtype=x.dtype, device=x.device)
-    return _plain(context, x, t, condition) | {
+    return plain_call(context, x, t, condition) | {
         "original_size": size,
         "target_size": size,
         "crop_coords": torch.zeros_like(size),
@@ -228,8 +191,8 @@ def _from_tokens(context: CallContext, output: Tensor, x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- table
 
 _FLUX_KIND: dict[str, Any] = {
-    "output": _unpack,
-    "patch": _two_by_two,
+    "output": unpacked,
+    "patch": lambda config: (2, 2),
     "packed": 4,
     "widths": {"embeddings": "joint_attention_dim"},
 }
@@ -245,7 +208,7 @@ CALLS: Mapping[str, TransformerCall] = MappingProxyType(
             "flow",
             _PLAIN_TEXTS,
             _flux2,
-            _from_rows,
+            from_rows,
             widths={"embeddings": "joint_attention_dim"},
             patch=lambda config: (1, 1),
             guidance=4.0,
@@ -260,7 +223,7 @@ CALLS: Mapping[str, TransformerCall] = MappingProxyType(
         ),
         "SD3Transformer2DModel": TransformerCall("flow", _POOLED_TEXTS, _sd3, convention=THOUSAND, widths=_POOLED),
         "AuraFlowTransformer2DModel": TransformerCall(
-            "flow", _PLAIN_TEXTS, _plain, widths={"embeddings": "joint_attention_dim"}
+            "flow", _PLAIN_TEXTS, plain_call, widths={"embeddings": "joint_attention_dim"}
         ),
         "SanaTransformer2DModel": TransformerCall(
             "flow",
@@ -279,7 +242,7 @@ CALLS: Mapping[str, TransformerCall] = MappingProxyType(
             "flow",
             _MASKED_TEXTS,
             _z_image,
-            _from_frames,
+            lambda context, output, x: torch.stack(output).squeeze(2),  # of the axis of frames
             TimeConvention("1 - sigma", 1.0, "data - noise"),
             widths={"embeddings": "cap_feat_dim"},
             patch=lambda config: (int((config.get("all_patch_size") or [2])[0]),) * 2,
@@ -287,7 +250,7 @@ CALLS: Mapping[str, TransformerCall] = MappingProxyType(
         "Lumina2Transformer2DModel": TransformerCall(
             "flow",
             _MASKED_TEXTS,
-            _masked,
+            masked_call,
             convention=TimeConvention("1 - sigma", 1.0, "data - noise"),
             widths={"embeddings": "cap_feat_dim"},
         ),
@@ -315,6 +278,14 @@ CALLS: Mapping[str, TransformerCall] = MappingProxyType(
     }
     | VIDEO_CALLS
 )
+
+# classes whose recorded calls do not hold their images along axis 0, or whose texts have lengths of their own
+LAYOUTS: Mapping[str, RowLayout] = {
+    # (layers, images, tokens, channels)
+    "HiDreamImageTransformer2DModel": RowLayout(axes={"encoder_hidden_states_llama3": 1}),
+    "QwenImageTransformer2DModel": RowLayout(texts={"encoder_hidden_states": "encoder_hidden_states_mask"}),
+    "ErnieImageTransformer2DModel": RowLayout(texts={"text_bth": None}),  # text_lens says which tokens are real
+}
 
 
 def call_of(config: Mapping[str, Any]) -> TransformerCall:

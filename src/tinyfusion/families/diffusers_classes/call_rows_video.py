@@ -13,8 +13,10 @@ from tinyfusion.families.diffusers_classes.calls import (
     THOUSAND,
     CallContext,
     TransformerCall,
+    from_rows,
     guidance_of,
-    trimmed,
+    masked_call,
+    plain_call,
 )
 
 
@@ -29,23 +31,13 @@ def _wan(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> di
         tokens = (x.shape[2] // patch[0]) * (x.shape[3] // patch[1]) * (x.shape[4] // patch[2])
         t = t[:, None].expand(-1, tokens)
     image = {"encoder_hidden_states_image": condition["image"]} if "image" in condition.tensors else {}
-    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": condition["embeddings"]} | image
-
-
-def _sana(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    embeddings, mask = trimmed(context, condition)
-    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+    return plain_call(context, x, t, condition) | image
 
 
 def _ltx(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    embeddings, mask = trimmed(context, condition)
     frames, height, width = x.shape[2:]
     assert context.temporal_ratio is not None and context.spatial_ratio is not None
-    return {
-        "hidden_states": x.flatten(2).transpose(1, 2),
-        "timestep": t,
-        "encoder_hidden_states": embeddings,
-        "encoder_attention_mask": mask,
+    return masked_call(context, x.flatten(2).transpose(1, 2), t, condition) | {
         "num_frames": frames,
         "height": height,
         "width": width,
@@ -57,19 +49,9 @@ def _ltx(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> di
     }
 
 
-def _from_rows(context: CallContext, output: Tensor, x: Tensor) -> Tensor:
-    """(B, F h w, C) -> (B, C, F, h, w)."""
-    return output.transpose(1, 2).reshape(x.shape)
-
-
 def _hunyuan(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
-    embeddings, mask = trimmed(context, condition)
     guided = context.value("guidance_embeds")
-    return {
-        "hidden_states": x,
-        "timestep": t,
-        "encoder_hidden_states": embeddings,
-        "encoder_attention_mask": mask,
+    return masked_call(context, x, t, condition) | {
         "pooled_projections": condition["pooled"],
         "guidance": guidance_of(context, x, condition) * 1000 if guided else None,
     }
@@ -77,12 +59,7 @@ def _hunyuan(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -
 
 def _cogvideox(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
     """Frames before channels; rotary positions of the larger models; ofs of image-to-video is that of its pipeline, 2."""
-    arguments: dict[str, Any] = {
-        "hidden_states": x.transpose(1, 2),
-        "timestep": t,
-        "encoder_hidden_states": condition["embeddings"],
-        "image_rotary_emb": None,
-    }
+    arguments = plain_call(context, x.transpose(1, 2), t, condition) | {"image_rotary_emb": None}
     if context.value("use_rotary_positional_embeddings"):
         arguments["image_rotary_emb"] = _rotary(context, x)
     if context.value("ofs_embed_dim") is not None:
@@ -144,7 +121,7 @@ VIDEO_CALLS: dict[str, TransformerCall] = {
     "SanaVideoTransformer3DModel": TransformerCall(
         "flow",
         _MASKED_TEXTS,
-        _sana,
+        masked_call,
         convention=THOUSAND,
         axes=5,
         widths={"embeddings": "caption_channels"},
@@ -154,7 +131,7 @@ VIDEO_CALLS: dict[str, TransformerCall] = {
         "flow",
         _MASKED_TEXTS,
         _ltx,
-        _from_rows,
+        from_rows,
         THOUSAND,
         axes=5,
         widths={"embeddings": "caption_channels"},

@@ -221,11 +221,27 @@ def packed(x: Tensor, cells: int = 2) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(num, -1, channels * cells * cells)
 
 
-def unpacked(tokens: Tensor, x: Tensor, cells: int = 2) -> Tensor:
+def unpacked(context: CallContext, tokens: Tensor, x: Tensor) -> Tensor:
     """The inverse of `packed`, for latents shaped like x."""
     num, channels, height, width = x.shape
-    tokens = tokens.reshape(num, height // cells, width // cells, channels, cells, cells)
+    tokens = tokens.reshape(num, height // 2, width // 2, channels, 2, 2)
     return tokens.permute(0, 3, 1, 4, 2, 5).reshape(num, channels, height, width)
+
+
+def from_rows(context: CallContext, output: Tensor, x: Tensor) -> Tensor:
+    """(B, h w, C) -> (B, C, h, w), of videos (B, F h w, C) -> (B, C, F, h, w)."""
+    return output.transpose(1, 2).reshape(x.shape)
+
+
+def plain_call(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    """The arguments of a class that takes latents, time and embeddings by their usual names."""
+    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": condition["embeddings"]}
+
+
+def masked_call(context: CallContext, x: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+    """As `plain_call`, with the embeddings' mask."""
+    embeddings, mask = trimmed(context, condition)
+    return {"hidden_states": x, "timestep": t, "encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
 
 
 def grid(height: int, width: int, device: torch.device) -> Tensor:

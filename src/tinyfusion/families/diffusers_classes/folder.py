@@ -17,8 +17,8 @@ from torch.random import fork_rng
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
-from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_memory, license_in, read_json_object
+from tinyfusion.core.errors import UserError, prefixed
+from tinyfusion.core.reading import check_memory, explained, license_in, read_json_object
 from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_lists
 from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, row_text, rows_in
 from tinyfusion.families.diffusers_classes.weights import (
@@ -32,6 +32,7 @@ from tinyfusion.training.optim import hush_bitsandbytes
 
 RECORD = "_tinyfusion"  # our record in config.json; readers pass over names that begin with "_"
 INDEX = "model_index.json"
+_OF_SIZES = (TypeError, ValueError, RuntimeError, KeyError, IndexError)  # of classes on sizes that do not fit
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,9 @@ class TransformerFolder:
 
         kind = class_of(self.class_name)
         config = {name: value for name, value in self.config.items() if not name.startswith("_")}
-        try:
-            with init_empty_weights(include_buffers=False):
-                module: nn.Module = kind.from_config(config)
-        except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-            raise UserError(f"{self.path}/config.json is not one of a {self.class_name}: {error}") from error
+        what = f"{self.path}/config.json is not one of a {self.class_name}"
+        with prefixed(what, *_OF_SIZES), init_empty_weights(include_buffers=False):
+            module: nn.Module = kind.from_config(config)
         return module
 
     def module(self) -> nn.Module:
@@ -197,15 +196,11 @@ def new_transformer(config: Mapping[str, Any], rows: Rows, seed: int) -> Transfo
         raise UserError(f"model.sizes: a {kind.__name__} has no {', '.join(odd)}")
     with fork_rng(devices=[]):
         manual_seed(seed)
-        try:
+        with explained(f"model.sizes do not fit a {kind.__name__}", *_OF_SIZES, ZeroDivisionError):
             with device("meta"):
                 num_bytes = 4 * sum(tensor.numel() for tensor in kind.from_config(own).state_dict().values())
             check_memory(2 * num_bytes, "a new model of these sizes")
             module: Any = kind.from_config(own)
-        except UserError:  # a ValueError
-            raise
-        except (TypeError, ValueError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
-            raise UserError(f"model.sizes do not fit a {kind.__name__}: {error}") from error
     whole = {**dict(module.config), "_class_name": kind.__name__}
     whole = {name: value for name, value in whole.items() if name == "_class_name" or not name.startswith("_")}
     weights = {name: stored_tensor(tensor, "F32") for name, tensor in module.state_dict().items()}

@@ -89,7 +89,8 @@ def _joined(tensors: list[Stored]) -> Stored:
 
 def single_file_metadata(model: TransformerFolder, title: str) -> dict[str, str]:
     """The metadata of the file's header: what readers look for, and our record."""
-    record: dict[str, Any] = {**model.record, "class": model.class_name, "config": _counts(model)}
+    counts = {each.count: model.depths[each.path] for each in model.row.lists if each.path in model.depths}
+    record: dict[str, Any] = {**model.record, "class": model.class_name, "config": counts}
     stated = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": single_file_of(model).architecture,
@@ -99,8 +100,3 @@ def single_file_metadata(model: TransformerFolder, title: str) -> dict[str, str]
         "tinyfusion": json.dumps(record),
     }
     return {name: value for name, value in stated.items() if value}
-
-
-def _counts(model: TransformerFolder) -> dict[str, Any]:
-    """The block counts of the config."""
-    return {each.count: model.depths[each.path] for each in model.row.lists if each.path in model.depths}

@@ -174,9 +174,8 @@ class Mar(nn.Module):
         """encoded (B, n + u, D) -> z (B, L, D') of all places."""
         buffer_size = self.arch.buffer_size
         x = self.decoder_embed(encoded)
-        blank = self.mask_token.to(x.dtype).expand(
-            x.shape[0], hidden.shape[1], -1
-        )  # a len() would be a constant of graphs
+        # a len() would be a constant of graphs
+        blank = self.mask_token.to(x.dtype).expand(x.shape[0], hidden.shape[1], -1)
         listed = torch.cat([x[:, buffer_size:], blank], dim=1)
         in_place = taken(listed, torch.cat([known, hidden], dim=1).argsort(dim=1))
         x = torch.cat([x[:, :buffer_size], in_place], dim=1) + self.decoder_pos_embed_learned
