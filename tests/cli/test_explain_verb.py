@@ -12,6 +12,7 @@ import pytest
 from material import Cli, done, refused, tiny
 
 from tinyfusion.commands import explain as command
+from tinyfusion.jobs.so_far import SoFar
 from tinyfusion.models.checkpoint import save_model
 
 SMALL = (
@@ -163,6 +164,31 @@ def test_an_interruption_leaves_nothing_half_written(cli: Cli, work: Path, monke
         )
     assert not Path("explained").exists()
     done(cli, EXPLAIN)
+
+
+@pytest.mark.parametrize("saves", [1, 3])
+def test_an_interrupted_one_goes_on(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+    """After losses of the first batch of three, and while images are drawn: the outcome is that of one sitting."""
+    small = f"{EXPLAIN} --set explain.batch_size=20"
+    done(cli, small.replace("explained", "whole"))
+    monkeypatch.setattr("tinyfusion.jobs.so_far.SAVED_EVERY_S", 0.0)
+    save, saved = SoFar.save, list[int]()
+
+    def stopping(self: SoFar, step: int, arrays: Any) -> None:
+        save(self, step, arrays)
+        saved.append(step)
+        if len(saved) == saves:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(SoFar, "save", stopping)
+    stopped = cli(*small.split())
+    assert stopped.code == 128 + signal.SIGTERM and "the same command continues" in stopped.err
+    assert not Path("explained/explain.json").exists()
+    done(cli, small)
+    assert saved == [20, 40, *(40 + models for models in range(1, 6))], "nothing was measured or drawn twice"
+    for name in ("explain.json", "drawn.npz"):
+        assert Path("explained", name).read_bytes() == Path("whole", name).read_bytes()
+    assert files("explained") == ["drawn.npz", "explain.json", "report.html", "run.json"]
 
 
 def test_what_a_killed_process_leaves_is_begun_anew(cli: Cli, work: Path) -> None:

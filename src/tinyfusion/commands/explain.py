@@ -22,6 +22,7 @@ from tinyfusion.jobs.assemble import RunOptions, device_for, open_teacher, plain
 from tinyfusion.jobs.criteria import CriterionWork, criterion_context
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
 from tinyfusion.jobs.explaining import (
+    ExplainedSoFar,
     Measured,
     block_records,
     check_similar,
@@ -84,16 +85,19 @@ def explain(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
     try:
         with folder.writing("explain", plain, options.overwrite):
             folder.mark("running", command=options.command, job={"model": source})
-            began = time.perf_counter()
+            began, so_far = time.perf_counter(), ExplainedSoFar(folder)
             record: dict[str, Any] = {"protocol": measured.protocol(recipe), "model": _facts(model, source)}
-            record |= block_records(measured, recipe.explain.bins)
+            record |= block_records(measured, recipe.explain.bins, so_far)
             record["similarity"] = similarity(measured, teacher, recipe.teacher or source)
-            record["drawn"] = _draw(recipe, model, folder) if draws else None
+            record["drawn"] = _draw(recipe, model, folder, so_far) if draws else None
             record["not_measured"] = _not_measured(record, measured, recipe)
             write_json(folder.path / RECORD, record)
-            folder.mark("done", seconds=time.perf_counter() - began)
+            so_far.drop()
+            folder.mark("done", seconds=so_far.spent_s + time.perf_counter() - began)
             write_text(folder.path / PAGE, render_run(folder.path))
     except Interrupted as stop:
+        if any(folder.checkpoints.glob("step-*")):
+            raise
         raise Interrupted(stop.signum, "no result was written, the same command begins anew") from None
     return _outcome(options)
 
@@ -135,9 +139,9 @@ def _facts(model: LoadedModel, source: str) -> dict[str, Any]:
     return {"source": source, "hash": model.hash(), "lists": model.stack.depths(), "title": model.family.title}
 
 
-def _draw(recipe: Recipe, model: LoadedModel, folder: RunDirectory) -> dict[str, Any]:
+def _draw(recipe: Recipe, model: LoadedModel, folder: RunDirectory, so_far: ExplainedSoFar) -> dict[str, Any]:
     """Draw and write the images. Returns their record."""
-    images, labels = drawn_without(recipe, model)
+    images, labels = drawn_without(recipe, model, so_far)
     with atomic_write(folder.path / DRAWN) as temporary, open(temporary, "wb") as file:
         np.savez(file, arr_0=images.reshape(-1, *images.shape[2:]), arr_1=np.tile(labels, len(images)))
     how = protocol(recipe, model, autoencoder_for(recipe.sample, model))

@@ -68,7 +68,9 @@ _OF_RUN = (
     r"samples/(?:teacher|pruned|student|dynamic|few-steps|comparison)\.(?:npz|json|png)|evaluations/(?:teacher|pruned|student|dynamic|few-steps)-.+\.json"
 )
 
-_OF_EXPLAIN = r"run\.json|explain\.json|drawn\.npz|report\.html"
+_OF_EXPLAIN = (
+    rf"run\.json|log\.txt|explain\.json|drawn\.npz|report\.html|checkpoints/step-\d{{7,}}/(?:{CHECKPOINT_FILES})"
+)
 
 
 def run_files(verb: object) -> str:

@@ -17,6 +17,7 @@ from tinyfusion.processes.base import NoisyBatch, Process
 
 _ALL_BYTES = 2**62  # outputs of all blocks are retained
 Tick = Callable[[int], None]  # called with the block evaluations done so far
+Keep = Callable[[np.ndarray], None]
 
 
 def removal_evaluations(depth: int) -> int:
@@ -26,15 +27,29 @@ def removal_evaluations(depth: int) -> int:
 
 @torch.no_grad()
 def losses_without(
-    model: LoadedModel, objective: Process, batches: Sequence[NoisyBatch], tick: Tick = lambda done: None
+    model: LoadedModel,
+    objective: Process,
+    batches: Sequence[NoisyBatch],
+    tick: Tick = lambda done: None,
+    begun: np.ndarray | None = None,
+    keep: Keep = lambda losses: None,
 ) -> np.ndarray:
     """(L + 1, N) float64: the loss of every noised image by the whole model, then without block 0, 1, ...
 
-    A removed block passes its input on. All rows have the same noise, so differences are paired by column.
+    A removed block passes its input on. All rows have the same noise, so differences are paired by column. begun: the first
+    columns, of whole batches, if they are known. keep: called with the columns so far.
     """
-    depth, columns, done = len(model.stack), [], 0
+    depth, done, images = len(model.stack), 0, 0
+    columns: list[np.ndarray] = []
+    known = np.empty((depth + 1, 0)) if begun is None else begun
     model.module.eval()
     for noisy in batches:
+        first, images = images, images + len(noisy)
+        if images <= known.shape[1]:
+            columns.append(known[:, first:images])
+            done += removal_evaluations(depth)
+            tick(done)
+            continue
         losses = np.empty((depth + 1, len(noisy)))
         with BlockReplay(model.stack, _ALL_BYTES) as replay:
             # the last block first: what comes before a removed block is not computed again
@@ -46,6 +61,7 @@ def losses_without(
                 done += depth if removed == depth else depth - 1 - removed
                 tick(done)
         columns.append(losses)
+        keep(np.concatenate(columns, axis=1))
     return np.concatenate(columns, axis=1)
 
 

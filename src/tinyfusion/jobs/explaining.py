@@ -20,12 +20,14 @@ from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import progress
 from tinyfusion.core.rng import Randomness
+from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.explain.removal import losses_without, means_by, paired_mean, removal_evaluations
 from tinyfusion.explain.similarity import block_outputs, cka_matrix, rows_for
 from tinyfusion.explain.updates import STATISTICS, BlockUpdates, block_updates
 from tinyfusion.jobs.assemble import batches_for, device_for, other_inputs
 from tinyfusion.jobs.process_specs import objective_for, process_spec
 from tinyfusion.jobs.sampling_setup import autoencoder_for, open_drawing
+from tinyfusion.jobs.so_far import SoFar
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import NoiseAxis, NoisyBatch, Process
 from tinyfusion.prune.calibrate import Calibration, calibration_set
@@ -99,11 +101,41 @@ def measured_on(recipe: Recipe, model: LoadedModel) -> Measured:
     return Measured(model, objective, tuple(calibration_set(*how, seed) for seed in seeds))
 
 
-def block_records(measured: Measured, num_bins: int) -> dict[str, Any]:
+class ExplainedSoFar:
+    """Losses and drawn images so far of a run, which an interrupted one goes on from."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._so_far = SoFar(run, ("losses", "drawn"))
+        self.spent_s = self._so_far.spent  # by the processes before this one
+        self.losses: np.ndarray | None = self._so_far.begun.get("losses")
+        self.drawn: np.ndarray = self._so_far.begun.get("drawn", np.empty((0, 1), np.uint8))
+
+    def keep_losses(self, losses: np.ndarray) -> None:
+        """Of some more batches: (L + 1, columns so far)."""
+        self.losses = losses
+        self._keep()
+
+    def keep_drawn(self, images: np.ndarray) -> None:
+        """Of one more model: (models so far, n, H, W, C)."""
+        self.drawn = images
+        self._keep()
+
+    def _keep(self) -> None:
+        losses = self.losses
+        assert losses is not None
+        self._so_far.keep(losses.shape[1] + len(self.drawn), lambda: {"losses": losses, "drawn": self.drawn})
+
+    def drop(self) -> None:
+        """Remove what is saved: the record has all of it."""
+        self._so_far.drop()
+
+
+def block_records(measured: Measured, num_bins: int, so_far: ExplainedSoFar | None = None) -> dict[str, Any]:
     """The part of the record about the blocks: losses, updates, activations, by noise level and class."""
     model, batches, depth = measured.model, measured.batches, len(measured.model.stack)
     with progress("explain: loss without each block", removal_evaluations(depth) * len(batches), "blocks") as bar:
-        losses = losses_without(model, measured.objective, batches, bar)
+        kept = (so_far.losses, so_far.keep_losses) if so_far else ()
+        losses = losses_without(model, measured.objective, batches, bar, *kept)
     with progress("explain: updates", len(batches), "batches") as bar:
         updates = block_updates(model, measured.objective, batches, bar)
     whole, without = losses[0], losses[1:]
@@ -231,7 +263,7 @@ def drawing_settings(recipe: Recipe, model: LoadedModel) -> SampleSection:
     return dataclasses.replace(cheap, num_images=num, labels=labels, compile=False)
 
 
-def drawn_without(recipe: Recipe, model: LoadedModel) -> tuple[np.ndarray, np.ndarray]:
+def drawn_without(recipe: Recipe, model: LoadedModel, so_far: ExplainedSoFar) -> tuple[np.ndarray, np.ndarray]:
     """Images (L + 1, n, H, W, C) uint8 from the same noise by the whole model, then without block 0, 1, ..., and labels (n,).
 
     recipe: with `drawing_settings`. An image that is not finite is black.
@@ -241,9 +273,9 @@ def drawn_without(recipe: Recipe, model: LoadedModel) -> tuple[np.ndarray, np.nd
     drawing = open_drawing(recipe, model, device_for(recipe), autoencoder_for(settings, model), labels)
     gates = torch.ones(depth + 1, 1, depth, device=next(model.module.parameters()).device)
     gates[torch.arange(depth) + 1, 0, torch.arange(depth)] = 0.0
-    images: list[np.ndarray] = []
-    with progress("explain: images without each block", depth + 1, "models") as bar:
-        for number, row in enumerate(gates):
+    images = list(so_far.drawn)
+    with progress("explain: images without each block", depth + 1, "models", len(images)) as bar:
+        for number, row in list(enumerate(gates))[len(images) :]:
             with torch.inference_mode(), drawing.model.stack.gated(row, dropped="skip"):
                 try:
                     images.append(np.concatenate(list(drawing.images(0, len(labels)))))
@@ -251,6 +283,7 @@ def drawn_without(recipe: Recipe, model: LoadedModel) -> tuple[np.ndarray, np.nd
                     if number == 0:
                         raise
                     images.append(np.zeros_like(images[0]))
+            so_far.keep_drawn(np.stack(images))
             bar(number + 1)
     return np.stack(images), labels
 

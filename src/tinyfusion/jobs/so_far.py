@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,3 +57,5 @@ class SoFar:
         for path in self.run.checkpoints.glob("step-*"):
             if path != but:
                 discard(path, CHECKPOINT_FILES)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            self.run.checkpoints.rmdir()
