@@ -1,4 +1,4 @@
-"""Frozen parameters of a module of one's own: no training changes them, and they stay frozen where blocks before them go."""
+"""Modules of one's own: frozen parameters stay frozen through every training and cut, and dropout depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import dataclasses
 
 import pytest
 import torch
-from test_api import BLOCKS, KD, LEARN, TASK, Model, batches, weights
+from test_api import BLOCKS, KD, LEARN, TASK, Model, batches, same, weights
+from torch import nn
 
 import tinyfusion as tf
 from tinyfusion.config.recipe import RecoverSection
@@ -62,3 +63,34 @@ def test_a_search_leaves_them(teacher: LoadedModel, update: str) -> None:
         if old in (*FROZEN, "table"):
             assert torch.equal(value, before[old]), name
     assert not torch.equal(weights(student)["enter.weight"], before["enter.weight"])
+
+
+class Noisy(Model):
+    """With dropout, which draws from the global generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.drop(x))
+
+
+@pytest.mark.parametrize("training", ["masks", "recovery"])
+def test_dropout_depends_on_the_seed_alone(training: str) -> None:
+    torch.manual_seed(0)
+    module = Noisy()
+
+    def trained(state: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        model = tf.wrap_module(copy.deepcopy(module), BLOCKS)
+        if training == "masks":
+            result = dict(tf.learn_masks(model, TASK, batches(), LEARN, seed=seed).updates)
+        else:
+            settings = RecoverSection(method="finetune", training=LEARN.training)
+            result = weights(tf.recover_model(model, None, TASK, batches(), settings, seed=seed))
+        assert torch.equal(torch.get_rng_state(), before), "the caller's generator is as it was"
+        return result
+
+    assert same(trained(1), trained(2)) and not same(trained(1), trained(1, seed=5))
