@@ -16,6 +16,7 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 
 TEXTS_ALONE = ("name", "description", "minutes", "machine", "expected")  # of a recipe, for people
+EVEN = ("euler", "midpoint", "heun2", "heun3", "rk4")  # methods of ode that choose no step sizes
 DATA_FREE = ("first", "last", "uniform", "random", "bk-sdm", "indices")  # criteria that look at no images
 
 
@@ -60,6 +61,11 @@ class Asked:
         """The method of the recovery; one that is not named becomes logits-kd in a search."""
         settings, named = self.recipe.recover, "recover.method" in self.recipe.assigned
         return "logits-kd" if self.searches and settings.compares_features and not named else settings.method
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether a recovery learns from recorded outputs alone."""
+        return bool(self.given.get("inputs")) and self.method == "logits-kd"
 
     @property
     def draws_previews(self) -> bool:
@@ -165,7 +171,7 @@ def _of_model(fields: str, reader: str, read: Callable[[ModelKind], bool], verbs
 
 def _for_criterion(fields: str, *criteria: str) -> Row:
     reader = f"criterion {' or '.join(criteria)}, not {{recipe.prune.criterion}}"
-    return Row(fields, reader, lambda asked: asked.criterion in criteria, "prune run")
+    return Row(fields, reader, lambda a: a.criterion in criteria, "prune run")
 
 
 _NO_MASKS = "masks that are learned before the recovery"
@@ -173,9 +179,9 @@ ROWS = (
     # choosing blocks
     _for_criterion(f"{_GATES} {_DELTAS}", "learned"),
     Row(f"--resume data.flip data.augment {_STEPS} watch.*", "criterion learned, which trains, not {recipe.prune.criterion}",
-        lambda asked: asked.criterion == "learned", "prune"),
+        lambda a: a.criterion == "learned", "prune"),
     Row("data.size data.orientation data.window_images flow.* masked.*", "criteria that look at images, not {recipe.prune.criterion}",
-        lambda asked: asked.criterion not in DATA_FREE, "prune"),
+        lambda a: a.criterion not in DATA_FREE, "prune"),
     _for_criterion("prune.keep", "indices"),
     _for_criterion("prune.bi_inputs", "bi"),
     _for_criterion("prune.sensitivity_order", "sensitivity"),
@@ -183,101 +189,115 @@ ROWS = (
     _for_criterion("prune.num_masks", "min-loss", "median-loss", "max-loss"),
     _for_criterion("prune.width_*", "width"),
     Row("prune.calibration_*", "criteria that look at images, not {recipe.prune.criterion}",
-        lambda asked: asked.criterion not in ("learned", *DATA_FREE), "prune run"),
-    Row("prune.calibration_*", "criteria that look at images, not at --inputs", lambda asked: not asked.given.get("inputs"), "prune run"),
-    Row("prune.protect", "criteria that remove blocks, not width", lambda asked: asked.criterion != "width", "prune run"),
+        lambda a: a.criterion not in ("learned", *DATA_FREE), "prune run"),
+    Row("prune.calibration_*", "criteria that look at images, not at --inputs", lambda a: not a.given.get("inputs"), "prune run"),
+    Row("prune.protect", "criteria that remove blocks, not width", lambda a: a.criterion != "width", "prune run"),
     Row("prune.budgets prune.num_keep", "criteria that choose, and indices names the blocks",
-        lambda asked: asked.criterion != "indices", "prune run"),
-    Row("prune.budgets", "other criteria: learned keeps what its scheme says", lambda asked: asked.criterion != "learned", "prune run"),
-    _of_model("prune.budgets", "transformers of diffusers, not models of families", lambda model: model.transformer, "prune run"),
-    Row("prune.runs", "distribution runs", lambda asked: asked.recipe.prune.distribution == "runs"),
-    Row("prune.subset_estimator", "distribution subset", lambda asked: asked.recipe.prune.distribution in (None, "subset")),
-    Row("prune.lora_*", "--update lora, not {recipe.prune.update}", lambda asked: asked.recipe.prune.update == "lora"),
+        lambda a: a.criterion != "indices", "prune run"),
+    Row("prune.budgets", "other criteria: learned keeps what its scheme says", lambda a: a.criterion != "learned", "prune run"),
+    _of_model("prune.budgets", "transformers of diffusers, not models of families", lambda m: m.transformer, "prune run"),
+    Row("prune.runs", "distribution runs", lambda a: a.recipe.prune.distribution == "runs"),
+    Row("prune.subset_estimator", "distribution subset", lambda a: a.recipe.prune.distribution in (None, "subset")),
+    Row("prune.lora_*", "--update lora, not {recipe.prune.update}", lambda a: a.recipe.prune.update == "lora"),
     # recovery
     Row("prune.* destination", "a search within the recovery, and --student is pruned already",
-        lambda asked: asked.searches, "recover"),
-    Row("recover.search_*", "whole models, and --student is pruned already", lambda asked: asked.searches, "recover"),
-    Row("recover.search_*", "criterion learned, not {recipe.prune.criterion}", lambda asked: asked.criterion == "learned", "run"),
+        lambda a: a.searches, "recover"),
+    Row("recover.search_*", "whole models, and --student is pruned already", lambda a: a.searches, "recover"),
+    Row("recover.search_*", "criterion learned, not {recipe.prune.criterion}", lambda a: a.criterion == "learned", "run"),
     Row("recover.search_confidence", "searches within a recovery (recover.search_share)",
-        lambda asked: asked.recipe.recover.search_share is not None),
-    Row(_DELTAS, _NO_MASKS, lambda asked: not asked.searches),
+        lambda a: a.recipe.recover.search_share is not None),
+    Row(_DELTAS, _NO_MASKS, lambda a: not a.searches),
     Row(f"prune.keep prune.num_keep prune.budgets {_SCORES}", "`prune`: a search within the recovery learns which blocks stay",
-        lambda asked: asked.verb != "recover"),
+        lambda a: a.verb != "recover"),
     Row("prune.criterion", "`prune`: a search within the recovery learns which blocks stay",
-        lambda asked: asked.verb != "recover" or asked.criterion == "learned"),
+        lambda a: a.verb != "recover" or a.criterion == "learned"),
     Row("teacher teacher_family", "methods with a teacher, not finetune",
-        lambda asked: asked.searches or asked.method != "finetune", "recover"),
+        lambda a: a.searches or a.method != "finetune", "recover"),
     Row("recover.alpha_kd masked.kl_at_zero", "methods with a teacher, not finetune",
-        lambda asked: asked.method != "finetune", "recover run"),
-    Row("recover.beta", "rep-kd and masked-kd, which compare features", lambda asked: asked.method in ("rep-kd", "masked-kd")),
-    Row("recover.mask recover.mask_sigmas", "method masked-kd", lambda asked: asked.method == "masked-kd"),
-    Row("recover.lora_rank recover.lora_alpha", "recover.update=lora", lambda asked: asked.recipe.recover.update == "lora"),
+        lambda a: a.method != "finetune", "recover run"),
+    Row("teacher teacher_family", "methods with a teacher: --inputs has its outputs",
+        lambda a: a.searches or not a.has_outputs, "recover"),
+    Row("recover.alpha_kd", "methods with a target besides the teacher's outputs in --inputs", lambda a: not a.has_outputs, "recover"),
+    Row("data.name data.size data.orientation data.window_images data.flip data.augment flow.* masked.*",
+        "data, and --inputs takes their place", lambda a: not a.given.get("inputs"), "prune recover"),
+    Row("recover.beta", "rep-kd and masked-kd, which compare features", lambda a: a.method in ("rep-kd", "masked-kd")),
+    Row("recover.mask recover.mask_sigmas", "method masked-kd", lambda a: a.method == "masked-kd"),
+    Row("recover.lora_rank recover.lora_alpha", "recover.update=lora", lambda a: a.recipe.recover.update == "lora"),
     # routers, few steps
-    Row("dynamic.*", "a run that trains routers (dynamic.in_run=true)", lambda asked: asked.recipe.dynamic.in_run, "run"),
-    Row("teacher teacher_family", "dynamic.auxiliary=teacher", lambda asked: asked.recipe.dynamic.auxiliary == "teacher", "dynamic"),
-    Row("dynamic.auxiliary_*", "an auxiliary loss, not dynamic.auxiliary=none", lambda asked: asked.recipe.dynamic.auxiliary != "none"),
-    Row("dynamic.width_bias", "dynamic.width", lambda asked: asked.recipe.dynamic.width),
-    Row("dynamic.token_bias", "dynamic.tokens", lambda asked: asked.recipe.dynamic.tokens),
-    Row("dynamic.block_bias", "dynamic.depth", lambda asked: asked.recipe.dynamic.depth),
+    Row("dynamic.*", "a run that trains routers (dynamic.in_run=true)", lambda a: a.recipe.dynamic.in_run, "run"),
+    Row("teacher teacher_family", "dynamic.auxiliary=teacher", lambda a: a.recipe.dynamic.auxiliary == "teacher", "dynamic"),
+    Row("dynamic.auxiliary_*", "an auxiliary loss, not dynamic.auxiliary=none", lambda a: a.recipe.dynamic.auxiliary != "none"),
+    Row("dynamic.width_bias", "dynamic.width", lambda a: a.recipe.dynamic.width),
+    Row("dynamic.token_bias", "dynamic.tokens", lambda a: a.recipe.dynamic.tokens),
+    Row("dynamic.block_bias", "dynamic.depth", lambda a: a.recipe.dynamic.depth),
     Row("distill_steps.*", "a run that distils steps (distill_steps.in_run=true)",
-        lambda asked: asked.recipe.distill_steps.in_run, "run"),
+        lambda a: a.recipe.distill_steps.in_run, "run"),
     _of_model("distill_steps.* evaluate.checkpoints speed.batch_size speed.steps_per_repeat speed.depths",
-              "models of families, not transformers of diffusers", lambda model: not model.transformer, "run"),
+              "models of families, not transformers of diffusers", lambda m: not m.transformer, "run"),
     Row("distill_steps.within distill_steps.fresh_noise distill_steps.critic_learning_rate", "method matching",
-        lambda asked: asked.recipe.distill_steps.method == "matching"),
+        lambda a: a.recipe.distill_steps.method == "matching"),
     Row("distill_steps.teacher_steps distill_steps.end_power", "method consistency",
-        lambda asked: asked.recipe.distill_steps.method == "consistency"),
-    Row("sample.guidance", "distill_steps.guidance=none", lambda asked: asked.recipe.distill_steps.guidance is None, "distill-steps"),
+        lambda a: a.recipe.distill_steps.method == "consistency"),
+    Row("sample.guidance", "distill_steps.guidance=none", lambda a: a.recipe.distill_steps.guidance is None, "distill-steps"),
     # training
-    Row("watch.grid_images", "watch.grid_every_steps", lambda asked: bool(asked.recipe.watch.grid_every_steps)),
-    Row("watch.fid_images", "watch.fid_every_steps", lambda asked: bool(asked.recipe.watch.fid_every_steps)),
-    Row("watch.project", "watch.report_to", lambda asked: bool(asked.recipe.watch.report_to)),
-    Row("evaluate.*", "watch.fid_every_steps", lambda asked: bool(asked.recipe.watch.fid_every_steps),
+    Row("watch.grid_images", "watch.grid_every_steps", lambda a: bool(a.recipe.watch.grid_every_steps)),
+    Row("watch.fid_images", "watch.fid_every_steps", lambda a: bool(a.recipe.watch.fid_every_steps)),
+    Row("watch.project", "watch.report_to", lambda a: bool(a.recipe.watch.report_to)),
+    Row("evaluate.*", "watch.fid_every_steps", lambda a: bool(a.recipe.watch.fid_every_steps),
         "train prune recover dynamic distill-steps"),
     Row("sample.sampler sample.num_steps sample.eta sample.clip sample.flow.* sample.masked.*", "previews (section watch)",
-        lambda asked: asked.draws_previews, "train recover distill-steps"),
-    Row("sample.guidance*", "previews (section watch)", lambda asked: asked.draws_previews, "train recover"),
-    Row(_DRAWN, "previews (section watch)", lambda asked: asked.draws_previews, "train recover distill-steps"),
+        lambda a: a.draws_previews, "train recover distill-steps"),
+    Row("sample.guidance*", "previews (section watch)", lambda a: a.draws_previews, "train recover"),
+    Row(_DRAWN, "previews (section watch)", lambda a: a.draws_previews, "train recover distill-steps"),
     Row("sample.batch_size sample.quantize sample.decode_batch_size", "previews (section watch)",
-        lambda asked: asked.draws_previews, "dynamic"),
-    Row("flow.logit_*", "flow.time_sampler=logit_normal", lambda asked: asked.recipe.flow.time_sampler == "logit_normal"),
-    Row("flow.mode_scale", "flow.time_sampler=mode", lambda asked: asked.recipe.flow.time_sampler == "mode"),
-    Row("flow.base_* flow.max_*", "flow.shift_type exponential or linear", lambda asked: asked.recipe.flow.shift_type != "static"),
-    Row("flow.shift", "flow.shift_type static", lambda asked: asked.recipe.flow.shift_type == "static"),
-    _of_model("flow.*", "models whose process is a flow", lambda model: model.transformer or model.process == "flow"),
-    _of_model("flow.guidance pipeline.*", "transformers of diffusers, not models of families",
-              lambda model: model.transformer, "train run"),
-    _of_model("masked.*", "masked models", lambda model: model.process == "masked"),
-    _of_model(_SIZES, "models of families: a transformer of diffusers has model.sizes", lambda model: not model.transformer),
-    _of_model("train.label_drop *.training.label_drop", "models with a class for no label", lambda model: model.null_class),
-    Row("pipeline.[!fc]* pipeline.frames*", "drawing prompts", lambda asked: asked.verb != "train"),
+        lambda a: a.draws_previews, "dynamic"),
+    Row("flow.logit_*", "flow.time_sampler=logit_normal", lambda a: a.recipe.flow.time_sampler == "logit_normal"),
+    Row("flow.mode_scale", "flow.time_sampler=mode", lambda a: a.recipe.flow.time_sampler == "mode"),
+    Row("flow.base_* flow.max_*", "flow.shift_type exponential or linear", lambda a: a.recipe.flow.shift_type != "static"),
+    Row("flow.shift", "flow.shift_type static", lambda a: a.recipe.flow.shift_type == "static"),
+    _of_model("flow.*", "models whose process is a flow", lambda m: m.transformer or m.process == "flow"),
+    _of_model("flow.guidance", "transformers of diffusers, not models of families", lambda m: m.transformer),
+    _of_model("pipeline.*", "transformers of diffusers, not models of families", lambda m: m.transformer, "train run"),
+    _of_model("masked.*", "masked models", lambda m: m.process == "masked"),
+    _of_model(_SIZES, "models of families: a transformer of diffusers has model.sizes", lambda m: not m.transformer),
+    _of_model("train.label_drop *.training.label_drop", "models with a class for no label", lambda m: m.null_class),
+    Row("pipeline.[!fc]* pipeline.frames*", "drawing prompts", lambda a: a.verb != "train"),
     # drawing
     Row("sample.*", "models of families, and --prompts names texts, which a pipeline draws (section pipeline)",
-        lambda asked: not asked.draws_prompts, "sample bench"),
-    Row("pipeline.*", "prompts that a pipeline draws, and --prompts names no texts", lambda asked: asked.draws_prompts, "sample bench"),
-    Row("pipeline.num_images pipeline.num_steps pipeline.frames_per_second", "whole drawings, not steps", lambda asked: False, "bench"),
+        lambda a: not a.draws_prompts, "sample bench"),
+    Row("pipeline.*", "prompts that a pipeline draws, and --prompts names no texts", lambda a: a.draws_prompts, "sample bench"),
+    Row("pipeline.num_images pipeline.num_steps pipeline.frames_per_second", "whole drawings, not steps", lambda a: False, "bench"),
     Row("bench.batch_size bench.dtype bench.quantize", "models of families, and --prompts names texts (section pipeline)",
-        lambda asked: not asked.draws_prompts, "bench"),
-    Row("data.prompts", "text files, which a pipeline draws", lambda asked: asked.draws_prompts, "bench"),
-    Row("sample.label_rule", "sampling without --labels", lambda asked: not asked.recipe.sample.labels),
-    Row(f"{_SAMPLER} {_DRAWN} sample.dtype sample.decode explain.most_steps", "drawn images (explain.drawn is 0)",
-        lambda asked: asked.recipe.explain.drawn > 0, "explain"),
-    Row(_SAMPLER, "--to onnx", lambda asked: asked.given.get("to") == "onnx", "export"),
-    _of_model("sample.[!w]*", "models of families, not transformers of diffusers", lambda model: not model.transformer, "run"),
-    _of_model("encode.* bench.*", "transformers of diffusers, not models of families", lambda model: model.transformer, "run"),
-    _of_model(_SAMPLER, "models of many steps, and this one has its own few", lambda model: not model.few_steps, "sample"),
-    _of_model("sample.flow.*", "flows, not this model's process", lambda model: model.process == "flow"),
-    _of_model("sample.masked.*", "masked models, not this model's process", lambda model: model.process == "masked"),
-    Row("sample.eta", "--sampler ddim", lambda asked: asked.recipe.sample.sampler not in (None, "ddpm") or asked.model.process != "gaussian",
+        lambda a: not a.draws_prompts, "bench"),
+    Row("data.prompts", "text files, which a pipeline draws", lambda a: a.draws_prompts, "bench"),
+    Row("sample.label_rule", "sampling without --labels", lambda a: not a.recipe.sample.labels),
+    Row(f"{_SAMPLER} {_DRAWN} sample.dtype sample.decode", "drawn images (explain.drawn is 0)",
+        lambda a: a.recipe.explain.drawn > 0, "explain"),
+    Row(_SAMPLER, "--to onnx", lambda a: a.given.get("to") == "onnx", "export"),
+    _of_model("sample.[!w]*", "models of families, not transformers of diffusers", lambda m: not m.transformer, "run"),
+    _of_model("encode.* bench.*", "transformers of diffusers, not models of families", lambda m: m.transformer, "run"),
+    _of_model(_SAMPLER, "models of many steps, and this one has its own few", lambda m: not m.few_steps, "sample bench"),
+    _of_model("sample.flow.*", "flows, not this model's process", lambda m: m.process == "flow"),
+    _of_model("sample.masked.*", "masked models, not this model's process", lambda m: m.process == "masked"),
+    Row("sample.eta", "--sampler ddim", lambda a: a.recipe.sample.sampler not in (None, "ddpm") or a.model.process != "gaussian",
         of_model=True),
-    _of_model("sample.guidance_channels", "models that predict noise or velocities", lambda model: model.process != "masked"),
-    _of_model("sample.vae sample.latent_* sample.decode*", "models of latents, and this one draws pixels", lambda model: model.of_latents,
+    Row("sample.flow.base_* sample.flow.max_*", "sample.flow.shift_type exponential or linear",
+        lambda a: a.recipe.sample.flow.shift_type != "static"),
+    Row("sample.flow.shift", "sample.flow.shift_type static", lambda a: a.recipe.sample.flow.shift_type == "static"),
+    Row("sample.flow.diffusion_* sample.flow.last_step*", "--sampler sde", lambda a: a.recipe.sample.sampler == "sde"),
+    Row("sample.flow.atol sample.flow.rtol sample.flow.error_norm", "adaptive methods of --sampler ode",
+        lambda a: a.recipe.sample.sampler != "sde" and a.recipe.sample.flow.method not in EVEN),
+    Row("sample.masked.most_rounds", "sample.num_steps=none", lambda a: a.recipe.sample.num_steps is None),
+    _of_model("sample.guidance_channels", "models that predict noise or velocities", lambda m: m.process != "masked"),
+    _of_model("sample.vae sample.latent_* sample.decode*", "models of latents, and this one draws pixels", lambda m: m.of_latents,
               "sample explain run bench export"),
 )  # fmt: skip
 
 
 def _unread(name: str, asked: Asked, of_model: bool) -> str | None:
-    """Why a field is not read, the rest of a sentence; None where it is."""
+    """Why a field is not read, the rest of a sentence; None where it is, or is off anyway."""
+    if not _value(name, asked.recipe):
+        return None
     verbs = [verbs for patterns, verbs in VERBS_OF.items() if not of_model and _matches(name, patterns)]
     if other := next((verbs for verbs in verbs if asked.verb not in verbs.split()), None):
         return f"is not read by `{asked.verb}`, but by {', '.join(other.split())}"
@@ -286,6 +306,14 @@ def _unread(name: str, asked: Asked, of_model: bool) -> str | None:
         if applies and asked.verb in (row.verbs or asked.verb).split() and not row.read(asked):
             return f"is for {row.reader.format(recipe=asked.recipe)}"
     return None
+
+
+def _value(name: str, recipe: Recipe) -> Any:
+    """The value of a field; True of an option that is none, and below model.sizes."""
+    value: Any = recipe
+    for part in name.split("."):
+        value = getattr(value, part, True)
+    return value
 
 
 def _matches(name: str, patterns: str) -> bool:
