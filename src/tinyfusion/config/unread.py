@@ -100,8 +100,8 @@ _STEPS = (
 )
 _SIZES = "model.input_size model.patch_size model.in_channels model.hidden_size model.depth model.num_heads model.num_classes"
 
-# a training's cost, or the way to the same result
-HARMLESS = f"compute.* *.checkpoint_every_steps *.checkpoints_limit prune.calibration_batch_size {_DRAWN.split(' sample.label')[0]}"
+# no result depends on these
+HARMLESS = "compute.* *.checkpoint_every_steps *.checkpoints_limit prune.calibration_batch_size sample.batch_size sample.decode_batch_size"
 
 VERBS_OF = {
     "teacher teacher_family": "run prune recover dynamic distill-steps explain",
