@@ -120,7 +120,7 @@ REFUSED: list[tuple[str, str, tuple[ModelKind, ...]]] = [
     (f"{SAMPLE} --set sample.flow.method=euler", "sample.flow.method is for flows", (DIT,)),
     (f"{SAMPLE} --set sample.masked.head_steps=4", "sample.masked.head_steps is for masked models", (SIT,)),
     (f"{SAMPLE} --set sample.flow.last_step=euler", "sample.flow.last_step is for --sampler sde", (SIT,)),
-    (f"{SAMPLE} --set sample.latent_scale=3", "sample.latent_scale is for models of latents, and this one draws pixels", (DIT,)),
+    (f"{SAMPLE} --set sample.latent_scale=3", "sample.latent_scale is for models of latents, and this model draws pixels", (DIT,)),
     (f"{SAMPLE} --labels 3 --set sample.label_rule=balanced", "sample.label_rule is for sampling without --labels", ()),
     (f"{SAMPLE} --set compute.gradient_checkpointing=true --set data.flip=0.5", "data.flip is not read by `sample`", ()),
     (f"{SAMPLE} --num-steps 9", "--num-steps is for models of many steps", (FEW,)),

@@ -289,7 +289,7 @@ ROWS = (
         lambda a: a.recipe.sample.sampler != "sde" and a.recipe.sample.flow.method not in EVEN),
     Row("sample.masked.most_rounds", "sample.num_steps=none", lambda a: a.recipe.sample.num_steps is None),
     _of_model("sample.guidance_channels", "models that predict noise or velocities", lambda m: m.process != "masked"),
-    _of_model("sample.vae sample.latent_* sample.decode*", "models of latents, and this one draws pixels", lambda m: m.of_latents,
+    _of_model("sample.vae sample.latent_* sample.decode*", "models of latents, and this model draws pixels", lambda m: m.of_latents,
               "sample explain run bench export"),
 )  # fmt: skip
 
