@@ -27,7 +27,9 @@ def test_a_model_learns_to_draw_in_few_steps_and_is_drawn_so(cli: Cli, work: Pat
     assert model.facts.few_steps is not None and model.facts.few_steps.method == method
     assert len(model.facts.few_steps.levels) == 2 and model.facts.few_steps.guidance == 2
     assert model.facts.kept == open_model("student").facts.kept
-    drawn = done(cli, "sample --model run --num-images 5 --sampler ddim --num-steps 50 --guidance 4 --out a.npz")
+    refused = cli(*shlex.split("sample --model run --num-steps 50 --out a.npz"))
+    assert refused.code == 2 and "--num-steps is for models of many steps" in refused.err
+    drawn = done(cli, "sample --model run --num-images 5 --out a.npz")
     assert "draws in its own 2 steps" in drawn.err
     assert f"{method}, 2 steps" in json.loads(Path("a.json").read_text())["protocol"]
     done(cli, "sample --model run --num-images 5 --batch-size 2 --out b.npz")

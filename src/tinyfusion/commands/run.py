@@ -95,6 +95,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     engine = engine_for(recipe)
     teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
     check_read("run", recipe, teacher)
+    recipe = dataclasses.replace(recipe, typed={})  # no stage reads all of it
     remarks: list[str] = []
     recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, evaluated=True)
     recipe = dataclasses.replace(recipe, prune=gate_layout(teacher).spelled(recipe.prune))

@@ -64,6 +64,7 @@ def run_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFol
     """
     engine = engine_for(recipe)
     check_read("run", recipe, teacher)
+    recipe = dataclasses.replace(recipe, typed={})  # no stage reads all of it
     job = transformer_job(recipe, options, teacher)
     recipe = job.recipe
     plain: dict[str, Any] = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash}
