@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,14 +18,16 @@ from typing import Any
 
 from tinyfusion.config.loading import flatten, load_recipe, nearest, recipe_fields, shipped_recipes, to_plain
 from tinyfusion.config.recipe import Recipe
+from tinyfusion.config.unread import Asked, check_typed
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch, no_fetching
 from tinyfusion.core.files import disk_reason
 from tinyfusion.core.launch import check_launch, launched_processes, launched_rank
+from tinyfusion.core.progress import say
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.core.version import __version__
 from tinyfusion.options import VERBS
-from tinyfusion.parsing import overrides, parse
+from tinyfusion.parsing import overrides, parse, typed
 
 _LONGEST_ERROR = 4000  # characters; a name or value in it may have any length
 _NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "ALLOC_FAILED")
@@ -44,6 +47,9 @@ def execute(verb: str, options: Any, command: str = "") -> dict[str, Any]:
     if verb == "record":
         return _checked(options, lambda: _record(options))
     recipe = load_recipe(options.recipe, options.set, overrides(verb, options))
+    recipe = dataclasses.replace(recipe, typed=typed(verb, options))
+    recipe, remarks = check_typed(Asked(verb, recipe, vars(options)))
+    say(remarks)
     if verb in ("prune", "run") and not recipe.teacher:
         raise UserError(f"{verb} needs --teacher (or a --recipe that names one), such as --teacher digits")
     if verb == "bench":
@@ -96,7 +102,7 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
         names = ("model", "to", "pipeline", "vae", "labels", "push_to_hub", "guided", "quantize")
         chosen = {name: getattr(options, name) for name in names}
         return export(where, ExportOptions(settings=recipe.sample, **chosen))
-    typed = {
+    words = {
         "recover": ("student",), "dynamic": ("model",), "distill-steps": ("model",),
         "encode": ("data", "prompts"), "sample": ("model", "grid", "png"), "explain": ("model",),
         "evaluate": ("samples", "reference", "against"), "demo": ("model", "vs", "labels", "runtime"),
@@ -104,7 +110,7 @@ def _perform(verb: str, options: Any, recipe: Recipe, where: Any) -> dict[str, A
     together = {"together": True} if verb == "sample" else {}
     name = "encode_captions" if verb == "encode" and recipe.encode.pipeline is not None else verb.replace("-", "_")
     command = getattr(import_module(f"tinyfusion.commands.{name}"), name)
-    return command(recipe, where, *(getattr(options, name) for name in typed), **together)
+    return command(recipe, where, *(getattr(options, name) for name in words), **together)
 
 
 def _lora(options: Any) -> dict[str, Any]:

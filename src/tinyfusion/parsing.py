@@ -58,10 +58,15 @@ def overrides(verb: str, options: argparse.Namespace) -> dict[str, Any]:
         if by_index and options.num_keep is not None:
             raise UserError("--keep names the blocks to keep, and so how many: leave out --num-keep")
         fields |= {"prune.criterion": "indices"} if by_index else {}
-        learning = [name for name in ("scheme", "update", "steps") if getattr(options, name) is not None]
-        if learning and (criterion := fields.get("prune.criterion", "learned")) != "learned":
-            raise UserError(f"--{learning[0]} is for criterion learned, not {criterion}: leave out one of the two")
     return fields
+
+
+def typed(verb: str, options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    """What was typed, an option or a field of --set, and the fields that it sets; of an option without fields its name."""
+    values = {option: getattr(options, option.name) for option in VERBS[verb].options}
+    given = [option for option, value in values.items() if value is not None and value is not False and value != ()]
+    settings = [setting.partition("=")[0].strip() for setting in getattr(options, "set", ())]
+    return {option.typed: option.fields or (option.typed,) for option in given} | {name: (name,) for name in settings}
 
 
 def _spelled(verb: str, argument: str, named: dict[str, Option]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -19,15 +20,22 @@ SECTION = " ".join(f"--set distill_steps.training.{setting}" for setting in ["st
 MADE = f"distill-steps --model student --teacher teacher {SECTION} --set distill_steps.teacher_steps=8"
 
 
+def made_by(method: str) -> str:
+    command = MADE if method == "consistency" else re.sub("--set distill_steps.teacher_steps=[0-9]+", "", MADE)
+    return f"{command} --method {method}"
+
+
 @pytest.mark.parametrize("method", ["consistency", "matching"])
 def test_a_model_learns_to_draw_in_few_steps_and_is_drawn_so(cli: Cli, work: Path, method: str) -> None:
-    outcome = done(cli, f"{MADE} --method {method} --num-steps 2 --guidance 2 --out run --json").last_json
+    outcome = done(cli, f"{made_by(method)} --num-steps 2 --guidance 2 --out run --json").last_json
     assert outcome["num_steps"] == 2
     model = open_model("run")
     assert model.facts.few_steps is not None and model.facts.few_steps.method == method
     assert len(model.facts.few_steps.levels) == 2 and model.facts.few_steps.guidance == 2
     assert model.facts.kept == open_model("student").facts.kept
-    drawn = done(cli, "sample --model run --num-images 5 --sampler ddim --num-steps 50 --guidance 4 --out a.npz")
+    refused = cli(*shlex.split("sample --model run --num-steps 50 --out a.npz"))
+    assert refused.code == 2 and "--num-steps is for models of many steps" in refused.err
+    drawn = done(cli, "sample --model run --num-images 5 --out a.npz")
     assert "draws in its own 2 steps" in drawn.err
     assert f"{method}, 2 steps" in json.loads(Path("a.json").read_text())["protocol"]
     done(cli, "sample --model run --num-images 5 --batch-size 2 --out b.npz")
@@ -44,7 +52,7 @@ def test_a_model_learns_to_draw_in_few_steps_and_is_drawn_so(cli: Cli, work: Pat
 
 @pytest.mark.parametrize("method", ["consistency", "matching"])
 def test_stopped_and_continued_is_the_same(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    made = f"{MADE} --method {method} --out"
+    made = f"{made_by(method)} --out"
     done(cli, f"{made} whole")
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))

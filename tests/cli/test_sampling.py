@@ -217,7 +217,7 @@ BAD = [
     ("decode-batch", f"{SAMPLE} --set sample.decode_batch_size=0", ("decode_batch_size", "at least 1", "0")),
     ("png-suffix", f"{SAMPLE} --png pictures.png", ("--png is a folder", "pictures.png")),
     ("png-others", f"{SAMPLE} --png teacher", ("--png teacher exists and does not belong to",)),
-    ("pixels-vae", f"{SAMPLE} --vae somewhere", ("sample.vae", "this model draws pixels")),
+    ("pixels-vae", f"{SAMPLE} --vae somewhere", ("--vae", "this model draws pixels")),
     ("pixels-decode", f"{SAMPLE} --set sample.decode=false", ("sample.decode=false", "this model draws pixels")),
     ("latent-no-vae", LATENT, ("does not say which autoencoder", "--vae")),
     ("latent-vae-missing", f"{LATENT} --vae nowhere/at/all", ("no autoencoder at nowhere/at/all",)),

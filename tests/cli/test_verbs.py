@@ -103,7 +103,7 @@ def test_prune_indices(cli: Cli, work: Path) -> None:
     assert facts["depth"] == 2
 
 
-CALIBRATED = "--set prune.calibration_images=24 --set prune.calibration_batch_size=10"
+CALIBRATED = " --set prune.calibration_images=24 --set prune.calibration_batch_size=10"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,8 @@ CALIBRATED = "--set prune.calibration_images=24 --set prune.calibration_batch_si
     ],
 )  # fmt: skip
 def test_prune_without_training(cli: Cli, work: Path, options: str, kept: list[int] | None) -> None:
-    command = f"prune --teacher teacher --criterion {options} {CALIBRATED} --out pruned --json"
+    calibrated = CALIBRATED if kept is None and "random" not in options else ""
+    command = f"prune --teacher teacher --criterion {options}{calibrated} --out pruned --json"
     dry = done(cli, f"{command} --dry-run")
     assert dry.last_json["plan"]["criterion"].startswith(options.split()[0])
     assert not Path("pruned").exists()
@@ -174,7 +175,8 @@ def test_a_stopped_mask_search_goes_on(cli: Cli, work: Path, monkeypatch: pytest
     ],
 )
 def test_recover(cli: Cli, work: Path, method: str, terms: set[str]) -> None:
-    done(cli, f"{RECOVER} --method {method}")
+    command = RECOVER.replace("--teacher teacher ", "") if method == "finetune" else RECOVER
+    done(cli, f"{command} --method {method}")
     log = lines_of("recovered/metrics.jsonl")
     assert len(log) == 2
     assert terms == {"mse", "kd_loss", "feat_loss", "beta"} & set(log[0])
@@ -244,7 +246,9 @@ def test_a_search_within_refuses(command: str, parts: tuple[str, ...], cli: Cli,
 
 
 def test_a_pruned_student_is_not_searched_again(cli: Cli, work: Path) -> None:
-    outcome = done(cli, f"{RECOVER} --method logits-kd --search-share 0.5")
+    refused(cli, f"{RECOVER} --method logits-kd --search-share 0.5", "--search-share is for whole models")
+    Path("search.toml").write_text("[recover]\nsearch_share = 0.5\n", encoding="utf-8")
+    outcome = done(cli, f"{RECOVER} --method logits-kd --recipe search.toml")
     assert "recover.search_share is left out" in outcome.err
     assert not Path("recovered/plan.json").exists()
 
@@ -516,8 +520,9 @@ def test_run(cli: Cli, work: Path) -> None:
 
 def test_run_in_one_training(cli: Cli, work: Path) -> None:
     """The blocks are chosen within the recovery: no pruned model before it, one training, the whole page."""
-    searched = f"{RUN} --set recover.search_share=0.5 --set recover.method=logits-kd --set evaluate.checkpoints=2"
-    searched += " --set recover.training.checkpoint_every_steps=1"
+    searching = '[recover]\nsearch_share = 0.5\nmethod = "logits-kd"\n'
+    Path("good.toml").write_text('teacher = "teacher"\n' + searching, encoding="utf-8")
+    searched = RUN.replace(FAST, "--set evaluate.checkpoints=2 --set recover.training.checkpoint_every_steps=1")
     planned = done(cli, f"{searched} --dry-run --json").last_json["plan"]
     assert "1 steps of the recovery" in planned["prune"] and not Path("whole").exists()
     outcome = done(cli, f"{searched} --json")
@@ -643,7 +648,7 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
 # ------------------------------------------------------------------------------------------------------- interruption
 
 LONG = (
-    "recover --teacher teacher --student student --method finetune --steps 120 --set recover.training.batch_size=64"
+    "recover --student student --method finetune --steps 120 --set recover.training.batch_size=64"
     " --set recover.training.ema_decay=0.9 --set recover.training.log_every_steps=5 --set recover.training.checkpoint_every_steps=1000"
 )
 
@@ -703,7 +708,7 @@ def test_stopped_and_continued_is_the_same_as_never_stopped(cli: Cli, work: Path
 # --------------------------------------------------------------------------------------------- going on with something else
 
 FINETUNE = (
-    "recover --teacher teacher --student student --method finetune --set recover.training.ema_decay=0.5"
+    "recover --student student --method finetune --set recover.training.ema_decay=0.5"
     " --set recover.training.log_every_steps=1"
 )
 

@@ -414,7 +414,7 @@ BAD: dict[str, Row] = {
     "prompts-left-out-run": ("sample --model runs/student --out x.npz", "give --prompts FILE", None),
     "prompts-left-out-bench": ("bench runs/student", "give --prompts FILE", None),
     "class-model": (TEACHER.replace("flux", "digits"), "digits is no transformer of diffusers", None),
-    "class-model-size": ("sample --model digits --height 16 --out x.npz", "height is for prompts drawn by a pipeline", None),
+    "class-model-size": ("sample --model digits --height 16 --out x.npz", "--height is for prompts that a pipeline draws, and --prompts names no texts", None),
     "class-model-guidance": ("sample --model digits --guidance 0.5 --out x.npz", "sample.guidance must be at least 1; got 0.5", None),
     "model-gone": (TEACHER.replace("flux", "gone"), "no model at gone", None),
     "pipeline-unknown": (TEACHER.replace("flux", "alone"), "alone names no pipeline: give --pipeline", lambda here: shutil.copytree(here / "runs/student/student", here / "alone")),

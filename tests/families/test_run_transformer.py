@@ -30,7 +30,8 @@ from tinyfusion.report.page import progress_of
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
 Command = Callable[[str], tuple[int, str, str]]
 PLAIN = "run --recipe plain.toml"  # without networks of the evaluation
-SMALL = "--set pipeline.num_images=2 --set prune.training.batch_size=4 --set recover.training.batch_size=4"
+PAIR = "--set pipeline.num_images=2 --set recover.training.batch_size=4"
+SMALL = f"{PAIR} --set prune.training.batch_size=4"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,8 +136,8 @@ def test_latents_inputs_and_other_criteria(command: Command) -> None:
     assert command(f"record flux --prompts prompts.txt --out inputs.safetensors {drawing}")[0] == 0
     assert 'name = "photos"' in LIGHT
     code, _, err = command(
-        f"{PLAIN} {SMALL} --set data.name= --inputs inputs.safetensors --prompts prompts.txt --set prune.criterion=bi "
-        "--set prune.budgets=transformer_blocks=2,single_transformer_blocks=2 --set prune.scheme=1:2 --out recorded"
+        f"{PLAIN} {PAIR} --set data.name= --inputs inputs.safetensors --prompts prompts.txt --set prune.criterion=bi "
+        "--set prune.budgets=transformer_blocks=2,single_transformer_blocks=2 --out recorded"
     )
     assert code == 0, err
     record = read_json(Path("recorded/recover/run.json"))
@@ -148,7 +149,7 @@ def test_a_rule_and_other_sizes_in_place_of_a_finished_run(command: Command) -> 
     """--overwrite replaces latents too; no masks are learned."""
     sizes = "--set encode.size=24 --set pipeline.height=24 --set pipeline.width=24"
     code, _, err = command(
-        f"{PLAIN} {SMALL} {sizes} --set prune.criterion=uniform --set prune.num_keep=2 --out recorded --overwrite"
+        f"{PLAIN} {PAIR} {sizes} --set prune.criterion=uniform --set prune.num_keep=2 --out recorded --overwrite"
     )
     assert code == 0, err
     assert read_json(Path("recorded/latents/manifest.json"))["size"] == 24

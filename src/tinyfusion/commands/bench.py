@@ -23,6 +23,7 @@ from tinyfusion.evaluate.timing import Timing, interleaved, speedup
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.jobs.sampling_setup import SPREAD_STEPS, TimedModel, check_quantized, timed_model
+from tinyfusion.jobs.typed import check_read
 from tinyfusion.models.checkpoint import open_model
 from tinyfusion.report.tables import scatters
 
@@ -54,6 +55,7 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
     sources = {"model": names.model} | ({"vs": names.vs} if names.vs else {})
     typed = names.num_heads, names.family, names.num_classes
     models = {side: open_model(source, recipe.sample.weights, *typed) for side, source in sources.items()}
+    check_read("bench", recipe, *models.values())
     for model in models.values():
         sampler_of(recipe.sample, model)  # raises, also in a dry run
         check_quantized(model, settings.quantize, settings.dtype, settings.compile, device)

@@ -37,6 +37,7 @@ from tinyfusion.jobs.origins import making_run
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.jobs.sampling_setup import autoencoder_for, check_sampling, protocol
 from tinyfusion.jobs.transformer_sources import transformer_of
+from tinyfusion.jobs.typed import check_read
 from tinyfusion.jobs.verbs import known_inputs
 from tinyfusion.models.loaded import LoadedModel
 
@@ -56,6 +57,7 @@ def explain(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
             f"{source} has routers, which run parts of its blocks, and explain measures whole blocks: give the model that it "
             "was made from"
         )
+    check_read("explain", recipe, model)
     named = bool(recipe.data.name)
     recipe, model = known_inputs(recipe, model, [source], remarks)
     if not named and recipe.data.name == REAL_SETS[0]:

@@ -61,6 +61,7 @@ from tinyfusion.jobs.sampling_setup import (
 )
 from tinyfusion.jobs.scoring import open_reference
 from tinyfusion.jobs.transformer_sources import transformer_of
+from tinyfusion.jobs.typed import check_read
 from tinyfusion.jobs.verbs import Inputs, Work, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.context import list_groups
@@ -93,6 +94,8 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         )
     engine = engine_for(recipe)
     teacher = open_teacher(recipe, options.num_heads, options.family, num_classes=options.num_classes)
+    check_read("run", recipe, teacher)
+    recipe = dataclasses.replace(recipe, typed={})  # no stage reads all of it
     remarks: list[str] = []
     recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, evaluated=True)
     recipe = dataclasses.replace(recipe, prune=gate_layout(teacher).spelled(recipe.prune))

@@ -50,6 +50,7 @@ from tinyfusion.jobs.estimate import Estimate
 from tinyfusion.jobs.pipelines import pipeline_of
 from tinyfusion.jobs.prompt_drawing import pipeline_arguments
 from tinyfusion.jobs.recorded_training import recorded_of
+from tinyfusion.jobs.typed import check_read
 from tinyfusion.jobs.verbs import Inputs, Work
 from tinyfusion.report.load import plan_file
 from tinyfusion.report.tables import distance_name
@@ -62,6 +63,8 @@ def run_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFol
     Returns what `--json` prints. Raises UserError on whatever a stage would refuse, as far as it is known before.
     """
     engine = engine_for(recipe)
+    check_read("run", recipe, teacher)
+    recipe = dataclasses.replace(recipe, typed={})  # no stage reads all of it
     job = transformer_job(recipe, options, teacher)
     recipe = job.recipe
     plain: dict[str, Any] = {**to_plain(recipe), "teacher": recipe.teacher, "teacher_hash": teacher.hash}

@@ -31,6 +31,7 @@ from tinyfusion.jobs.sampling_setup import (
     open_drawing,
     protocol,
 )
+from tinyfusion.jobs.typed import check_read
 from tinyfusion.training.engine import Engine
 
 
@@ -68,6 +69,7 @@ def sample(
     alone = dataclasses.replace(recipe.compute, tf32=False, compile=False, gradient_accumulation_steps=1)
     engine = engine_for(dataclasses.replace(recipe, compute=alone)) if together else Engine(device_for(recipe))
     model = open_stated(recipe, model_source, options.num_heads, options.family, options.num_classes)
+    check_read("sample", recipe, model)
     check_sampling(recipe.sample, model)
     autoencoder = autoencoder_for(recipe.sample, model)
     if autoencoder and model.facts.latent_scale is None and engine.is_main:

@@ -24,6 +24,7 @@ from tinyfusion.families.diffusers_classes.weights import write_file
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, job_record, plain_recipe
 from tinyfusion.jobs.transformer_sources import origin_of
 from tinyfusion.jobs.transformers import call_macs, couplings, planned, recorded_work
+from tinyfusion.jobs.typed import check_read
 from tinyfusion.jobs.verbs import finished
 
 _RECORD = "tinyfusion.json"
@@ -33,6 +34,7 @@ _LINK_BYTES = 2**20  # files of a parent from this size on are linked where the 
 def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFolder) -> dict[str, Any]:
     """Plan by a rule or on recorded inputs, and prune the files; writes `plan.json` and `student/`. Returns what `--json` prints."""
     engine = engine_for(recipe)
+    check_read("prune", recipe, teacher)
     teacher.check_destination(recipe.destination)
     inputs = {} if options.inputs is None else {"inputs": read_recorded(options.inputs).fingerprint}
     plain = plain_recipe(recipe, "prune", teacher=teacher.hash, **inputs)

@@ -6,6 +6,7 @@ The `Annotated` text of a field is its help (`tinyfusion recipes --list-fields`,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -325,3 +326,6 @@ class Recipe:
     assigned: Annotated[
         frozenset[str], "fields that a file, an option or --set named; never compared or recorded"
     ] = field(default=frozenset(), compare=False, repr=False)  # fmt: skip
+    typed: Annotated[
+        Mapping[str, tuple[str, ...]], "options and --set fields of the command, with the fields that each sets; never compared or recorded"
+    ] = field(default_factory=dict, compare=False, repr=False)  # fmt: skip

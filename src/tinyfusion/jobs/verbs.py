@@ -31,6 +31,7 @@ from tinyfusion.jobs.origins import drawn_shape, require_reference, with_data, w
 from tinyfusion.jobs.previews import Previews, check_previews
 from tinyfusion.jobs.process_specs import PROCESS_SECTIONS
 from tinyfusion.jobs.training import Training
+from tinyfusion.jobs.typed import check_read
 from tinyfusion.models import checkpoint
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
@@ -128,6 +129,7 @@ class TrainingVerb(Generic[W]):
         remarks: list[str] = []
         inputs = self.open(recipe, options, source, remarks)
         recipe, options, plain = inputs.recipe, inputs.options, self.plain(inputs)
+        check_read(self.name, recipe, *inputs.models.values())
         folder = RunDirectory(options.out, engine.is_main)
         mode = engine.first(lambda: self._mode(folder, plain, options.overwrite))
         models = {role: described(model) for role, model in inputs.models.items() if model} if options.dry_run else {}
