@@ -45,8 +45,9 @@ def sample_prompts(
     prompts, digest = read_prompts(Path(recipe.data.prompts)), sha256_of(Path(recipe.data.prompts))
     model = pipeline_of(source, options.blocks, settings.folder, settings.component)
     arguments, few = pipeline_arguments(model, settings), model.few_steps
-    if few and engine.is_main:
-        say([f"note: {source} draws in its own {len(few.steps.levels)} steps: steps, guidance and negative prompt are not used"])
+    levels = few.steps.levels if few else None
+    if levels is not None:
+        say([f"note: {source} draws in its own {len(levels)} steps: steps, guidance and negative prompt are not used"])
     num = settings.num_images or len(prompts)
     protocol = pipeline_protocol(model, recipe, digest, num, settings.dtype or stored_type(model))
     plain = plain_recipe(recipe, "pipeline", model=model.model_hash, rest=model.rest_hash)
@@ -74,7 +75,7 @@ def sample_prompts(
 
     def opened() -> PromptDrawing:
         pipeline = model.opened(engine.device, settings.dtype)
-        return PromptDrawing(pipeline, prompts, arguments, recipe.seed, settings.batch_size, few and few.steps.levels)
+        return PromptDrawing(pipeline, prompts, arguments, recipe.seed, settings.batch_size, levels)
 
     def record(report: Mapping[str, Any]) -> dict[str, Any]:
         paths = {name: str(pictures[name]) if name in pictures else None for name in ("grid", "png")}

@@ -133,9 +133,7 @@ def few_step_training(
     channels, guidance = _guided_channels(recipe, student), 1.0 if student.distilled_guidance else steps.guidance
     module = engine.place(student.module.train(), list(student.stack))
     engine.place_teacher(frozen(teacher.module), list(teacher.stack))
-    taught = GuidedTeacher(
-        teacher.module, teacher.stack, noising_of(student), student.family.call, guidance, channels
-    )
+    taught = GuidedTeacher(teacher.module, teacher.stack, noising_of(student), student.family.call, guidance, channels)
     groups = [ParameterGroup(trainable(module))]
     objective: Objective = ConsistencyObjective(taught, steps.levels, settings.teacher_steps, settings.end_power)
     if critic is not None:

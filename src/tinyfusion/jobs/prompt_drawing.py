@@ -116,8 +116,8 @@ def check_levels(scheduler: Any, levels: Sequence[float]) -> None:
         return
     own, there = (", ".join(f"{level:.4g}" for level in each) for each in (levels, found))
     raise UserError(
-        f"the student was trained to draw at noise levels {own}, and this pipeline goes to {there or 'none'}: where its shift depends on the "
-        "size, draw images of the size of the training data; else give the pipeline that the student was distilled for"
+        f"the student was trained to draw at noise levels {own}, and this pipeline goes to {there or 'none'}: where its shift depends on "
+        "the size, draw images of the size of the training data; else give the pipeline that the student was distilled for"
     )
 
 

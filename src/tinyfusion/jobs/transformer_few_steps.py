@@ -11,7 +11,13 @@ from tinyfusion.core.reading import read_json_object
 from tinyfusion.data.batches import Batches
 from tinyfusion.data.buckets import BucketBatches
 from tinyfusion.families.diffusers_classes.call_rows import call_of
-from tinyfusion.families.diffusers_classes.few_steps import Drawn, FewStepDrawing, StepPipeline, step_levels, step_pipeline
+from tinyfusion.families.diffusers_classes.few_steps import (
+    Drawn,
+    FewStepDrawing,
+    StepPipeline,
+    step_levels,
+    step_pipeline,
+)
 from tinyfusion.families.diffusers_classes.folder import INDEX
 from tinyfusion.jobs.pipelines import pipeline_class
 from tinyfusion.models.transformer import TransformerModel
@@ -75,21 +81,28 @@ def step_drawing(recipe: Recipe, model: TransformerModel) -> FewStepDrawing:
         raise UserError("the noise levels of a pipeline depend on the size of the latents: give --data")
     drawn = Drawn(shape, call.tokens(model.folder.config, shape), settings.num_steps)
     levels = step_levels(kind, model.scheduler, drawn)
-    steps = FewSteps(settings.method, levels, folded_guidance(recipe, model), bool(model.scheduler.get("stochastic_sampling")))
+    steps = FewSteps(settings.method, levels, folded_guidance(recipe, model), _noises_anew(model))
     return FewStepDrawing.of(steps, row, model.arch.guided)
+
+
+def _noises_anew(model: TransformerModel) -> bool:
+    """Whether the scheduler of a model noises its prediction anew in every step."""
+    return bool(model.scheduler.get("stochastic_sampling"))
 
 
 def check_transformer_steps(recipe: Recipe, model: TransformerModel) -> None:
     """Raise UserError on settings by which a pipeline would not draw."""
     transformer_noising(model)
     kind, _ = pipeline_of_steps(model)
-    settings, fresh = recipe.distill_steps, bool(model.scheduler.get("stochastic_sampling"))
+    settings, fresh = recipe.distill_steps, _noises_anew(model)
     if (settings.method == "matching" and settings.fresh_noise) != fresh:
         goes_on = "noises its prediction anew" if fresh else "goes on along its own prediction"
         instead = "method=matching with distill_steps.fresh_noise=true" if fresh else "fresh_noise=false"
         raise UserError(f"the scheduler of this {kind.__name__} {goes_on} in every step: set distill_steps.{instead}")
     if model.context.levels != (0.0, 1.0):
-        raise UserError(f"a {kind.__name__} of two experts has no student of few steps: each is for some noise levels alone")
+        raise UserError(
+            f"a {kind.__name__} of two experts has no student of few steps: each is for some noise levels alone"
+        )
 
 
 def check_one_size(model: TransformerModel, source: Batches) -> None:

@@ -126,10 +126,11 @@ def step_pipeline(kind: Any, index: Mapping[str, Any], scheduler: Mapping[str, A
 
 def step_levels(kind: Any, scheduler: Mapping[str, Any], drawn: Drawn) -> tuple[float, ...]:
     """The noise levels of N steps, as the pipeline's own scheduler makes them. Raises UserError where it refuses, or they do not fall."""
-    from diffusers import FlowMatchEulerDiscreteScheduler  # late: it takes seconds
+    import diffusers  # late: it takes seconds
 
+    euler: Any = diffusers.FlowMatchEulerDiscreteScheduler
     try:
-        made: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler))
+        made = euler.from_config(dict(scheduler))
         rule, dynamic = STEP_PIPELINES[kind.__name__].mu, made.config.use_dynamic_shifting
         mu = rule(sys.modules[kind.__module__], made.config, drawn) if dynamic and rule else None
         made.set_timesteps(sigmas=even_levels(drawn.num_steps), mu=mu)
