@@ -299,7 +299,7 @@ def _check_record(path: Path, record: Mapping[str, Any]) -> None:
     if record.get("few_steps") is not None:
         try:
             few_step_drawing(record["few_steps"])
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(f"{path}/config.json has a damaged {RECORD}: {error}") from error
     if "lineage" not in record:
         return
