@@ -199,7 +199,7 @@ VERBS = {
             Option("guidance", "", "X", ("distill_steps.guidance",)),
             _DATA, _TEACHER,
             Option("steps", "", "N", ("distill_steps.training.steps",)),
-            _RESUME,
+            _BLOCKS, _RESUME,
         ),
         parallel=True,
     ),

@@ -95,7 +95,7 @@ def test_a_dry_run_writes_nothing(cli: Cli, work: Path) -> None:
 
 
 BAD = {
-    "a family without a mixture": ("distill-steps --model mar --teacher mar --out run", "few steps are for models of families"),
+    "a family without a mixture": ("distill-steps --model mar --teacher mar --out run", "few steps are for models whose process mixes"),
     "no teacher": ("distill-steps --model student --out run", "distill-steps needs --teacher"),
     "a teacher of other images": (f"{MADE.replace('--teacher teacher', '--teacher smaller-images')} --out run", "does not take what"),
     "a teacher of few steps": ("distill-steps --model student --teacher fast --out run", "draws in few steps itself"),

@@ -166,6 +166,7 @@ BAD: dict[str, tuple[str, str]] = {
     "captions": (f"{PLAIN} --data uncaptioned", "caption"),
     "scheme": (f"{PLAIN} --set prune.scheme=1:2", "3"),
     "dynamic": (f"{PLAIN} --set dynamic.in_run=true", "dynamic.in_run trains routers of models of families, and flux is a FluxTransformer2DModel"),
+    "few-steps": (f"{PLAIN} --set distill_steps.in_run=true", "distil the steps of the recovered student by `tinyfusion distill-steps`"),
     "official": (f"{PLAIN} --for official", "--for official is for models of classes"),
     "argument": (f"{PLAIN} --set pipeline.frames=9", "FluxPipeline has no num_frames"),
     "prompts": (f"{PLAIN} --prompts empty.txt", "empty.txt holds no prompts"),

@@ -267,7 +267,7 @@ AVERAGED = tf.Task(TASK.predict_output, lambda out, batch: out.mean())
         (lambda t: tf.wrap_module(t.module, ["layers"]), "no submodule 'layers'; its lists are trunk.layers"),
         (lambda t: tf.wrap_module(t.module, ["enter"]), "'enter' is a Linear, not an nn.ModuleList with blocks"),
         (lambda t: tf.wrap_module(t.module, []), "path of at least one list"),
-        (lambda t: tf.distill_model_steps(t, t, lambda step, draws: {}), "few steps are for models of families"),
+        (lambda t: tf.distill_model_steps(t, t, lambda step, draws: {}), "few steps are for models whose process mixes image and noise"),
         (lambda t: tf.learn_masks(t, TASK, [], LEARN), "the batches have come to an end"),
         (lambda t: tf.learn_masks(t, TASK, iter(batches(2)), LEARN), "the batches have come to an end"),
         (lambda t: tf.learn_masks(t, TASK, ["text"], LEARN), "a nest of tensors; got a str"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from tinyfusion.jobs.prompt_drawing import called, generators, pipeline_argument
 from tinyfusion.jobs.transformers import macs_of
 
 STEPS = 2  # of the drawing whose calls are timed
+_STEPS = ("num_inference_steps", "sigmas")
 
 
 def bench_prompts(recipe: Recipe, names: BenchModels, blocks: Path | None, dry_run: bool = False) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def bench_prompts(recipe: Recipe, names: BenchModels, blocks: Path | None, dry_r
         models[side] = pipeline_of(source, blocks, folder, settings.component if folder else None)
         pipeline_arguments(models[side], settings)
     dtype = settings.dtype or stored_type(models["model"])
-    protocol = _protocol(recipe, models["model"], dtype, device)
+    protocol = _protocol(recipe, models, dtype, device)
     if dry_run:
         print(f"bench would measure {' and '.join(sources.values())}: {protocol}")
         return {"state": "checked", "protocol": protocol}
@@ -56,11 +57,14 @@ def bench_prompts(recipe: Recipe, names: BenchModels, blocks: Path | None, dry_r
     return measured(sides, recipe, settings.batch_size, product, device, protocol)
 
 
-def _protocol(recipe: Recipe, model: ModelPipeline, dtype: str, device: torch.device) -> str:
+def _protocol(recipe: Recipe, models: Mapping[str, ModelPipeline], dtype: str, device: torch.device) -> str:
     """Everything that the numbers depend on except the models and the machine."""
-    settings = recipe.pipeline
-    arguments = {n: v for n, v in pipeline_arguments(model, settings).items() if n != "num_inference_steps"}
+    settings, model = recipe.pipeline, models["model"]
+    few = any(each.few_steps for each in models.values())
+    model = next((each for each in models.values() if not each.few_steps), model)
+    arguments = {n: v for n, v in pipeline_arguments(model, settings).items() if n not in _STEPS}
     given = "".join(f", {name} {value}" for name, value in arguments.items())
+    given += ", of a student of few steps without a pass for guidance" if few else ""
     return (
         f"one denoising step of a {model.kind.__name__} (its calls of transformers, mean of {STEPS} steps{given}) of "
         f"{settings.batch_size} image{'s' * (settings.batch_size > 1)}, prompts "
@@ -82,7 +86,8 @@ def _recorded(model: ModelPipeline, recipe: Recipe, prompts: Sequence[str], devi
     """The calls of a model's transformers while its pipeline draws these prompts at once; the pipeline is not retained."""
     settings = recipe.pipeline
     pipeline = model.opened(device, settings.dtype)
-    arguments = {**pipeline_arguments(model, settings), "num_inference_steps": STEPS}
+    few = model.few_steps.of_steps(STEPS) if model.few_steps else {}
+    arguments = {**pipeline_arguments(model, settings), "num_inference_steps": STEPS, **few}
     with ExitStack() as around:
         made = {name: around.enter_context(recording(getattr(pipeline, name))) for name in model.models}
         noise = generators(recipe.seed, range(len(prompts)))

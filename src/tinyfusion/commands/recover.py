@@ -104,8 +104,7 @@ class Recover(TrainingVerb[Training]):
         source, objective = training_data(recipe, inputs.recorded, student, recipe.recover.training, engine)
         teacher = inputs.models["teacher"]
         if isinstance(teacher, TransformerModel) and isinstance(student, TransformerModel):
-            teacher.prompts, teacher.example = student.prompts, student.example
-            teacher.latent_shape = student.latent_shape
+            teacher.share_data_of(student)
         return recovery(recipe, student, teacher, objective, source, engine)
 
     def says(self, inputs: Inputs, work: Training) -> dict[str, str]:

@@ -13,6 +13,7 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
+from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import stamp
 from tinyfusion.data.captions import read_prompts
 from tinyfusion.jobs.assemble import RunOptions, engine_for, plain_recipe
@@ -43,7 +44,10 @@ def sample_prompts(
     )
     prompts, digest = read_prompts(Path(recipe.data.prompts)), sha256_of(Path(recipe.data.prompts))
     model = pipeline_of(source, options.blocks, settings.folder, settings.component)
-    arguments = pipeline_arguments(model, settings)
+    arguments, few = pipeline_arguments(model, settings), model.few_steps
+    levels = few.steps.levels if few else None
+    if levels is not None:
+        say([f"note: {source} draws in its own {len(levels)} steps: steps, guidance and negative prompt are not used"])
     num = settings.num_images or len(prompts)
     protocol = pipeline_protocol(model, recipe, digest, num, settings.dtype or stored_type(model))
     plain = plain_recipe(recipe, "pipeline", model=model.model_hash, rest=model.rest_hash)
@@ -71,7 +75,7 @@ def sample_prompts(
 
     def opened() -> PromptDrawing:
         pipeline = model.opened(engine.device, settings.dtype)
-        return PromptDrawing(pipeline, prompts, arguments, recipe.seed, settings.batch_size)
+        return PromptDrawing(pipeline, prompts, arguments, recipe.seed, settings.batch_size, levels)
 
     def record(report: Mapping[str, Any]) -> dict[str, Any]:
         paths = {name: str(pictures[name]) if name in pictures else None for name in ("grid", "png")}

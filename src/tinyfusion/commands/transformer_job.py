@@ -63,7 +63,13 @@ def transformer_job(recipe: Recipe, options: RunOptions, teacher: TransformerFol
         raise UserError(
             f"dynamic.in_run trains routers of models of families, and {recipe.teacher} is a {teacher.class_name}: leave it out"
         )
+    if recipe.distill_steps.in_run:
+        raise UserError(
+            f"distill_steps.in_run is a stage for models of families, and {recipe.teacher} is a {teacher.class_name}: leave it out, and "
+            "distil the steps of the recovered student by `tinyfusion distill-steps`"
+        )
     teacher.check_destination(recipe.destination)
+    teacher.check_prunable()
     if teacher.row.unfit:
         raise UserError(
             f"a {teacher.class_name} is planned, and not pruned, so there is no student to recover: {teacher.row.unfit}"

@@ -36,6 +36,7 @@ def prune_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerF
     engine = engine_for(recipe)
     check_read("prune", recipe, teacher)
     teacher.check_destination(recipe.destination)
+    teacher.check_prunable()
     inputs = {} if options.inputs is None else {"inputs": read_recorded(options.inputs).fingerprint}
     plain = plain_recipe(recipe, "prune", teacher=teacher.hash, **inputs)
     folder = RunDirectory(options.out, engine.is_main)
@@ -242,6 +243,7 @@ def inspect_transformer(model: TransformerFolder, inputs: Path | None = None) ->
         "kept": model.record.get("kept"),
         "lineage": model.lineage,
         "criterion": plan_in(model).criterion if model.lineage else None,
+        "few_steps": model.few_steps.to_json() if model.few_steps else None,
         "hash": model.hash,
         "license": model.license,
         "parent": model.parent,

@@ -315,8 +315,9 @@ class DistillStepsSection:
     ] = "consistency"
     num_steps: Annotated[SmallCount, "steps of a drawing, one call of the network each"] = 4
     guidance: Annotated[
-        float | None, Ge(1), Le(10**6), "scale of classifier-free guidance that is folded in; None: sample.guidance"
-    ] = None
+        float | None, Ge(1), Le(10**6),
+        "scale of classifier-free guidance that is folded in; None: sample.guidance, of transformers of diffusers that of the pipeline",
+    ] = None  # fmt: skip
     first_level: Annotated[
         PositiveShare | None,
         "matching of noise predictions: noise level of the first step, 1: noise alone; the others follow evenly; None: 0.8, as the clean "

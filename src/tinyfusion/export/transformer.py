@@ -7,6 +7,7 @@ from pathlib import Path
 from tinyfusion.blocks.plan import PrunePlan, plan_from_json
 from tinyfusion.core.rundir import write_json
 from tinyfusion.export.card import PICTURE, plan_png
+from tinyfusion.families.diffusers_classes.call_rows import call_of
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.families.diffusers_classes.weights import STEM, write_weights
 
@@ -46,6 +47,7 @@ def _card(model: TransformerFolder, title: str, picture: str, pipeline: str | No
         "---\n" + "\n".join(head) + "\n---",
         f"# {title}\n\n{what}",
         _cut(model, picture),
+        _steps(model),
         _use(model, title, pipeline),
     ]
     notes = [*model.row.notes] if model.lineage else []
@@ -78,8 +80,23 @@ def _cut(model: TransformerFolder, picture: str) -> str:
     )
 
 
+def _steps(model: TransformerFolder) -> str:
+    few = model.few_steps
+    if few is None:
+        return ""
+    return (
+        f"## Few steps\n\nDistilled by {few.steps.method} to draw in {few.steps.describe()}: a step is one pass of the network. It is no "
+        "denoiser of other noise levels. Where the scheduler shifts levels by the size, they are those of the size of the training data."
+    )
+
+
 def _use(model: TransformerFolder, title: str, pipeline: str | None) -> str:
     kind = pipeline or model.class_name
     code = f'from diffusers import {kind}\n\nmodel = {kind}.from_pretrained("{title}", torch_dtype="auto")'
     other = "" if pipeline else "\n# Pipeline.from_pretrained(PARENT, transformer=model) draws with it"
+    if model.few_steps:
+        given = ", ".join(f"{name}={value!r}" for name, value in model.few_steps.arguments.items())
+        name = "model" if pipeline else "pipeline"
+        drawn = "frames" if call_of(model.config).axes == 5 else "images"
+        other += f"\ndrawn = {name}(PROMPT, {given}).{drawn}[0]"
     return f"## Use\n\n```python\n{code}{other}\n```"

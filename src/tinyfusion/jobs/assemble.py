@@ -72,7 +72,7 @@ def open_teacher(
 
 def other_inputs(teacher: LoadedModel, model: LoadedModel, *further: str) -> str | None:
     """Why a teacher does not take the images and classes of a model; None if it does. further: sizes that must be equal as well."""
-    if teacher.family is not model.family:
+    if teacher.family.name != model.family.name:
         return f"it is of family {teacher.family.name}"
     sizes = ("in_channels", "input_size", *further, "num_classes")
     differ = [n for n in sizes if getattr(teacher.arch, n, None) != getattr(model.arch, n, None)]

@@ -16,7 +16,9 @@ from tinyfusion.few_steps.matching import MatchingObjective
 from tinyfusion.jobs.assemble import other_inputs
 from tinyfusion.jobs.process_specs import noising_of
 from tinyfusion.jobs.training import Training
+from tinyfusion.jobs.transformer_few_steps import check_transformer_steps, folded_guidance, step_drawing
 from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Objective
 from tinyfusion.processes.noising import FewSteps, FlowNoising
 from tinyfusion.recover.placing import cast_half_precision
@@ -32,10 +34,19 @@ _MATCHING_LEVEL = 0.8  # first level of noise predictions, which leave the clean
 _CRITIC = "critic."  # begins the names of its parameters in a checkpoint
 
 
+def guidance_of_steps(recipe: Recipe, model: LoadedModel) -> float:
+    """The guidance that a student like `model` folds in; of a transformer of diffusers as `folded_guidance`."""
+    if isinstance(model, TransformerModel):
+        return folded_guidance(recipe, model)
+    given = recipe.distill_steps.guidance
+    return recipe.sample.guidance if given is None else given
+
+
 def few_steps_of(recipe: Recipe, model: LoadedModel) -> FewSteps:
     """How the student of a recipe will draw, a model of the process of `model`."""
-    settings = recipe.distill_steps
-    guidance = recipe.sample.guidance if settings.guidance is None else settings.guidance
+    if isinstance(model, TransformerModel):
+        return step_drawing(recipe, model).steps
+    settings, guidance = recipe.distill_steps, guidance_of_steps(recipe, model)
     matching = settings.method == "matching"
     first = _MATCHING_LEVEL if matching and not isinstance(noising_of(model), FlowNoising) else 1.0
     return FewSteps(
@@ -46,7 +57,7 @@ def few_steps_of(recipe: Recipe, model: LoadedModel) -> FewSteps:
 def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> None:
     """Raise UserError where student and teacher do not take the same, or cannot draw in few steps."""
     noising, settings = noising_of(student), recipe.distill_steps
-    if other_inputs(teacher, student) or noising != noising_of(teacher):
+    if other_inputs(teacher, student, "sizes") or noising != noising_of(teacher):
         raise UserError(
             f"the teacher {recipe.teacher} does not take what the student takes: wanted one of the same family, process, input and classes"
         )
@@ -72,7 +83,9 @@ def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) 
     _check_levels(recipe, student)
     if recipe.sample.guidance_interval != WHOLE:
         raise UserError("guidance is folded in at all noise levels: leave out sample.guidance_interval")
-    guidance = few_steps_of(recipe, student).guidance
+    guidance = guidance_of_steps(recipe, student)
+    if student.distilled_guidance:  # the teacher is given it, and runs once
+        return
     if guidance < 1:
         raise UserError(f"guidance must be at least 1 (1 folds none in); got {guidance:g}")
     if guidance > 1 and not teacher.null_class:
@@ -84,7 +97,11 @@ def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) 
 def _check_levels(recipe: Recipe, model: LoadedModel) -> None:
     """Raise UserError on noise levels that the process cannot tell apart, and on a range that does not rise."""
     settings, times = recipe.distill_steps, noising_of(model).times
-    of_steps = times(np.array(few_steps_of(recipe, model).levels)).tolist()
+    if isinstance(model, TransformerModel):  # whose levels are those of its scheduler, and known with the data
+        check_transformer_steps(recipe, model)
+        of_steps = [0.0]
+    else:
+        of_steps = times(np.array(few_steps_of(recipe, model).levels)).tolist()
     if len(set(of_steps)) < len(of_steps) or min(of_steps) < 0:
         raise UserError(f"the process has no {settings.num_steps:,} different noise levels: give fewer --num-steps")
     low, high = settings.within
@@ -103,18 +120,20 @@ def few_step_training(
     """
     settings, steps = recipe.distill_steps, few_steps_of(recipe, student)
     training = settings.training
-    for model in (student, teacher) if training.dtype == "float32" else ():
-        cast_half_precision(model.module)
-    hold_weights(student.module, trainable(student.module), training)
     critic = student.copy() if settings.method == "matching" else None  # before processes split it
-    student.facts = dataclasses.replace(student.facts, few_steps=steps)
-    published = recipe.sample.guidance_channels == "published"
-    channels = student.guided_channels if published else int(student.arch.in_channels)
+    trained = [student, *([critic] if critic else [])]
+    for model in (*trained, teacher) if training.dtype == "float32" else ():
+        cast_half_precision(model.module)
+    for model in trained:
+        hold_weights(model.module, trainable(model.module), training)
+    if isinstance(student, TransformerModel):
+        student.draw_by(step_drawing(recipe, student))
+    else:
+        student.facts = dataclasses.replace(student.facts, few_steps=steps)
+    channels, guidance = _guided_channels(recipe, student), 1.0 if student.distilled_guidance else steps.guidance
     module = engine.place(student.module.train(), list(student.stack))
     engine.place_teacher(frozen(teacher.module), list(teacher.stack))
-    taught = GuidedTeacher(
-        teacher.module, teacher.stack, noising_of(student), student.family.call, steps.guidance, channels
-    )
+    taught = GuidedTeacher(teacher.module, teacher.stack, noising_of(student), student.family.call, guidance, channels)
     groups = [ParameterGroup(trainable(module))]
     objective: Objective = ConsistencyObjective(taught, steps.levels, settings.teacher_steps, settings.end_power)
     if critic is not None:
@@ -125,6 +144,15 @@ def few_step_training(
     state = TrainState(module, groups, training)
     parts = (student, student.stack, state, objective, source, engine, teacher)
     return Training("distill-steps", recipe, training, *parts, other_stacks=[critic.stack] if critic else [])
+
+
+def _guided_channels(recipe: Recipe, student: LoadedModel) -> int:
+    """Leading channels of the output that guidance mixes: of latents of a pipeline all, of families as their sampling does."""
+    if isinstance(student, TransformerModel):
+        assert student.latent_shape is not None  # of the data, by which its levels are chosen
+        return student.latent_shape[0]
+    published = recipe.sample.guidance_channels == "published"
+    return student.guided_channels if published else int(student.arch.in_channels)
 
 
 def _named(critic: nn.Module) -> dict[str, nn.Parameter]:

@@ -19,6 +19,7 @@ from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import explained, read_json_object
 from tinyfusion.core.tensors import TYPES
+from tinyfusion.families.diffusers_classes.few_steps import FewStepDrawing
 from tinyfusion.families.diffusers_classes.folder import (
     INDEX,
     TransformerFolder,
@@ -189,6 +190,11 @@ class ModelPipeline:
         hashes = [f"{name} {model.hash}" for name, model in sorted(self.models.items())]
         one = next(iter(self.models.values()))
         return one.hash if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    @property
+    def few_steps(self) -> FewStepDrawing | None:
+        """How it draws with a student of few steps; None with other models."""
+        return next(filter(None, (model.few_steps for model in self.models.values())), None)
 
     @cached_property
     def rest_hash(self) -> str:

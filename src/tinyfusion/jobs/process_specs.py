@@ -8,6 +8,7 @@ from typing import Any
 
 from tinyfusion.config.recipe import Recipe, SampleSection
 from tinyfusion.core.errors import UserError, prefixed
+from tinyfusion.jobs.transformer_few_steps import transformer_noising
 from tinyfusion.jobs.transformer_training import transformer_objective
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
@@ -81,14 +82,19 @@ def objective_for(model: LoadedModel, label_drop: float, recipe: Recipe) -> Proc
 
     Raises UserError for a transformer of diffusers whose call is not known, and for a model of few steps.
     """
+    check_denoiser(model)
+    if isinstance(model, TransformerModel):
+        return transformer_objective(model, label_drop_of(model, label_drop), recipe)
+    return process_spec(model).objective(model, label_drop_of(model, label_drop), recipe)
+
+
+def check_denoiser(model: LoadedModel) -> None:
+    """Raise UserError for a model of few steps."""
     if model.facts.few_steps is not None:
         raise UserError(
             f"the model was distilled for {len(model.facts.few_steps.levels)} steps, and is no denoiser of all noise levels any more: "
             "give the model that it was distilled from"
         )
-    if isinstance(model, TransformerModel):
-        return transformer_objective(model, label_drop_of(model, label_drop), recipe)
-    return process_spec(model).objective(model, label_drop_of(model, label_drop), recipe)
 
 
 def label_drop_of(model: LoadedModel, label_drop: float) -> float:
@@ -98,11 +104,13 @@ def label_drop_of(model: LoadedModel, label_drop: float) -> float:
 
 def noising_of(model: LoadedModel) -> Noising:
     """How the process of a model mixes image and noise. Raises UserError where none is known."""
+    if isinstance(model, TransformerModel):
+        return transformer_noising(model)
     with prefixed("the model's process_settings", ValueError, TypeError):
         noising = noising_of_process(model.family.process, model.facts.process_settings)
-    if noising is None or isinstance(model, TransformerModel):
+    if noising is None:
         raise UserError(
-            f"few steps are for models of families whose process mixes image and noise (gaussian, flow); a {model.family.title} has none"
+            f"few steps are for models whose process mixes image and noise (gaussian, flow); a {model.family.title} has none"
         )
     return noising
 

@@ -18,14 +18,21 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, ModelPipeline, shorter_texts
 
 _DEFAULTS = ("num_inference_steps", "guidance_scale", "true_cfg_scale")  # of a pipeline, which the protocol states
+_SAME_LEVEL = 1e-3
 
 
 def pipeline_arguments(source: ModelPipeline, settings: PipelineSection) -> dict[str, Any]:
-    """The arguments of a call that the settings name. Raises UserError on those that the pipeline does not have."""
+    """The arguments of a call that the settings name; of a student of few steps its own in place of steps and guidance.
+
+    Raises UserError on those that the pipeline does not have.
+    """
+    how: Mapping[str, Any] = {
+        "num_inference_steps": settings.num_steps, "guidance_scale": settings.guidance,
+        "true_cfg_scale": settings.true_guidance, "negative_prompt": settings.negative_prompt,
+    }  # fmt: skip
     return source.arguments(
         {
-            "num_inference_steps": settings.num_steps, "guidance_scale": settings.guidance,
-            "true_cfg_scale": settings.true_guidance, "negative_prompt": settings.negative_prompt,
+            **(source.few_steps.arguments if source.few_steps else how),
             "height": settings.height, "width": settings.width, "num_frames": settings.frames,
             LENGTH: settings.max_tokens or shorter_texts(source.kind, source.folder),
         }
@@ -38,10 +45,12 @@ def pipeline_protocol(source: ModelPipeline, recipe: Recipe, prompts_hash: str, 
     stated = {name: parameters[name].default for name in _DEFAULTS if name in parameters}
     stated |= pipeline_arguments(source, settings)
     negative = stated.pop("negative_prompt", None)
+    stated.pop("sigmas", None)
     tokens = stated.pop(LENGTH, None)
     height, width, frames = (stated.pop(name, None) for name in ("height", "width", "num_frames"))
     size = f"{height or 'default height'} x {width or 'default width'}" + (f" x {frames} frames" if frames else "")
-    steps = f"{stated.pop('num_inference_steps', 'default')} steps"
+    steps, few = f"{stated.pop('num_inference_steps', 'default')} steps", source.few_steps
+    steps = f"{few.steps.method}, {few.steps.describe()}" if few else steps
     guidance = "".join(f", {name} {value:g}" for name, value in stated.items() if isinstance(value, int | float))
     how = f"{source.kind.__name__} {source.rest_hash[:8]}, {steps}{guidance}, {size}"
     how += f", texts of {tokens} tokens" if tokens else ""
@@ -51,18 +60,22 @@ def pipeline_protocol(source: ModelPipeline, recipe: Recipe, prompts_hash: str, 
 
 @dataclass(frozen=True)
 class PromptDrawing:
-    """A pipeline on its device. arguments: of every call. Image i has prompt i modulo their number, and noise of its own."""
+    """A pipeline on its device. arguments: of every call. Image i has prompt i modulo their number, and noise of its own.
+
+    levels: noise levels that a student of few steps was trained at; None: any.
+    """
 
     pipeline: Any
     prompts: Sequence[str]
     arguments: dict[str, Any]
     seed: int
     batch_size: int
+    levels: tuple[float, ...] | None = None
 
     def images(self, first: int, last: int) -> Iterator[np.ndarray]:
         """Images first .. last - 1 in batches (B, H, W, 3) uint8, or videos (B, F, H, W, 3).
 
-        Raises UserError where the pipeline refuses its arguments, and on values that are not finite.
+        Raises UserError where the pipeline refuses its arguments, draws at other levels, and on values that are not finite.
         """
         for begin in range(first, last, self.batch_size):
             yield self._batch(range(begin, min(begin + self.batch_size, last)))
@@ -74,6 +87,8 @@ class PromptDrawing:
     def _batch(self, indices: range) -> np.ndarray:
         prompts = [self.prompts[i % len(self.prompts)] for i in indices]
         output = called(self.pipeline, prompts, generators(self.seed, indices), self.arguments, "np")
+        if self.levels is not None:
+            check_levels(self.pipeline.scheduler, self.levels)
         pixels = pixels_of(output[0] if isinstance(output, tuple) else output)
         where = f"images {indices[0]} to {indices[-1]}"
         if len(pixels) != len(indices):
@@ -91,6 +106,19 @@ class PromptDrawing:
             raise UserError(f"{where} have values that are not finite: the model is broken or unrecovered")
         levels: np.ndarray = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
         return levels
+
+
+def check_levels(scheduler: Any, levels: Sequence[float]) -> None:
+    """Raise UserError where a pipeline has not drawn at these noise levels."""
+    sigmas: Any = getattr(scheduler, "sigmas", None)
+    found = [] if sigmas is None else [float(sigma) for sigma in sigmas[:-1]]
+    if len(found) == len(levels) and np.allclose(found, levels, rtol=0, atol=_SAME_LEVEL):
+        return
+    own, there = (", ".join(f"{level:.4g}" for level in each) for each in (levels, found))
+    raise UserError(
+        f"the student was trained to draw at noise levels {own}, and this pipeline goes to {there or 'none'}: where its shift depends on "
+        "the size, draw images of the size of the training data; else give the pipeline that the student was distilled for"
+    )
 
 
 def generators(seed: int, indices: range) -> list[torch.Generator]:

@@ -25,7 +25,7 @@ from tinyfusion.data.recorded import RecordedInputs, output_tensors, read_record
 from tinyfusion.data.recorded_batches import PLAIN, RecordedBatch, RecordedBatches, joined
 from tinyfusion.families.diffusers_classes.call_rows import LAYOUTS
 from tinyfusion.jobs.assemble import batches_for
-from tinyfusion.jobs.process_specs import objective_for
+from tinyfusion.jobs.process_specs import check_denoiser, objective_for
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Prediction, Process, mean_flat
@@ -86,6 +86,7 @@ def recorded_of(file: Path | None, model: LoadedModel) -> RecordedInputs | None:
             f"--inputs is for transformers of diffusers, and the model is of the family {model.family.name}: leave it out, it is trained "
             "on --data"
         )
+    check_denoiser(model)
     inputs = read_recorded(file)
     check_recorded_on(inputs, model.folder)
     return inputs

@@ -178,4 +178,5 @@ def in_pipeline(model: TransformerFolder, origin: tuple[Path, str] | None, setti
     levels = (0.0, 1.0) if origin is None else expert_range(config(INDEX), origin[1])
     stated: dict[str, Any] = {"guidance": settings.guidance, "levels": levels}
     context = CallContext.of_folder(model.config, config(INDEX), config("vae/config.json"), **stated)
-    return dataclasses.replace(opened(model, context), scheduler=config("scheduler/scheduler_config.json"))
+    known: dict[str, Any] = {"scheduler": config("scheduler/scheduler_config.json")}
+    return dataclasses.replace(opened(model, context), **known, pipeline=origin[0] if origin else None)

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +19,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.families.diffusers_classes.call_rows import CALLS
 from tinyfusion.families.diffusers_classes.calls import CallContext, called, check_texts
 from tinyfusion.families.diffusers_classes.cutting import UnitList
+from tinyfusion.families.diffusers_classes.few_steps import FewStepDrawing
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.families.diffusers_classes.weights import mapped_tensors
 from tinyfusion.families.family import ModelFamily, TextRules
@@ -61,13 +63,14 @@ class TransformerModel(LoadedModel):
 
     folder: whose weights the module has; `with_weights` and `cut` give models of other folders, whose tensors may be in memory
     alone until they are written. context: what its call depends on besides the batch. scheduler: scheduler_config.json of its
-    pipeline. latent_shape: (C, ..., h, w) of its training data, once they are open. example: arguments of a recorded call of one
-    image, on the meta device, where it is trained on these.
+    pipeline, in the folder `pipeline`. latent_shape: (C, ..., h, w) of its training data, once they are open. example: arguments of a
+    recorded call of one image, on the meta device, where it is trained on these.
     """
 
     folder: TransformerFolder = field(kw_only=True)
     context: CallContext = field(kw_only=True)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Path | None = None
     latent_shape: tuple[int, ...] | None = None
     example: Mapping[str, Any] | None = None
 
@@ -114,6 +117,15 @@ class TransformerModel(LoadedModel):
         self.check_plan(plan, force)
         return self._of(self.folder.cut(plan))
 
+    def draw_by(self, drawing: FewStepDrawing) -> None:
+        """Make it a student of few steps, in its record too."""
+        self.folder = self.folder.drawn_by(drawing)
+        self.facts = dataclasses.replace(self.facts, few_steps=drawing.steps)
+
+    def share_data_of(self, model: TransformerModel) -> None:
+        """Take texts, size of latents and recorded call from a model that is trained on the same data."""
+        self.prompts, self.latent_shape, self.example = model.prompts, model.latent_shape, model.example
+
     def _check_unchanged(self) -> None:
         """Raise UserError if the module's weights are not the folder's, as far as a few values of every tensor tell."""
         stored = mapped_tensors(self.folder.weights)
@@ -130,8 +142,8 @@ class TransformerModel(LoadedModel):
 
     def _of(self, folder: TransformerFolder) -> TransformerModel:
         model = opened(folder, self.context)
-        known = {name: getattr(self, name) for name in ("prompts", "latent_shape", "scheduler", "example")}
-        return dataclasses.replace(model, **known)
+        known = ("prompts", "latent_shape", "scheduler", "pipeline", "example")
+        return dataclasses.replace(model, **{name: getattr(self, name) for name in known})
 
     def unfit_formats(self) -> dict[str, str]:
         """No official format."""
@@ -177,9 +189,11 @@ def opened(folder: TransformerFolder, context: CallContext | None = None) -> Tra
     guided = bool(folder.config.get("guidance_embeds"))
     arch = TransformerArch(folder.class_name, _sizes(folder), tuple(folder.depths.items()), guided)
     plan = plan_from_json(folder.record["plan"]) if folder.lineage else None
+    few = folder.few_steps
     facts = ModelFacts(
-        image_size=0, license=folder.license, kept=folder.record.get("kept"), lineage=folder.lineage, plan=plan
-    )
+        image_size=0, license=folder.license, kept=folder.record.get("kept"), lineage=folder.lineage, plan=plan,
+        few_steps=few.steps if few else None,
+    )  # fmt: skip
     origin = {"kind": f"{folder.class_name} of diffusers", "path": str(folder.path)}
     context = dataclasses.replace(context or CallContext({}), config=folder.config)
     return TransformerModel(

@@ -120,6 +120,11 @@ def noising_of_process(process: str, settings: Mapping[str, Any]) -> Noising | N
     return FlowNoising(Flow.of_settings(settings)) if process == "flow" else None
 
 
+def even_levels(num_steps: int) -> tuple[float, ...]:
+    """1, (N - 1)/N, ..., 1/N."""
+    return tuple((num_steps - step) / num_steps for step in range(num_steps))
+
+
 @dataclass(frozen=True)
 class FewSteps:
     """How a model draws that was distilled for few steps.
@@ -137,7 +142,7 @@ class FewSteps:
     @property
     def is_trailing(self) -> bool:
         """Whether its steps are DDIM's at the "trailing" timesteps of diffusers: evenly spaced from noise alone, without fresh noise."""
-        even = [(len(self.levels) - k) / len(self.levels) for k in range(len(self.levels))]
+        even = even_levels(len(self.levels))
         steps_fit = NUM_TIMESTEPS % len(self.levels) == 0  # else its scheduler goes to other timesteps than it names
         return (
             steps_fit

@@ -20,6 +20,7 @@ from tinyfusion.blocks.streams import Streams
 from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.reading import check_memory, explained, license_in, read_json_object
 from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_lists
+from tinyfusion.families.diffusers_classes.few_steps import FewStepDrawing, few_step_drawing
 from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, row_text, rows_in
 from tinyfusion.families.diffusers_classes.weights import (
     Stored,
@@ -75,6 +76,12 @@ class TransformerFolder:
         """Parents, oldest first: hash, blocks per list, and which of its own parent these are."""
         return list(self.record.get("lineage") or [])
 
+    @property
+    def few_steps(self) -> FewStepDrawing | None:
+        """How a pipeline draws with a student of few steps; None for a denoiser of all noise levels."""
+        record = self.record.get("few_steps")
+        return None if record is None else few_step_drawing(record)
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 of its tensors as stored (`hash_stored`)."""
@@ -99,6 +106,7 @@ class TransformerFolder:
 
         Raises UserError where the plan breaks a coupling of the class, or is of a model with other lists.
         """
+        self.check_prunable()
         if self.row.unfit:
             raise UserError(f"a pruned {self.class_name} cannot be written: {self.row.unfit}")
         if plan.depth != dict(self.depths):
@@ -109,17 +117,32 @@ class TransformerFolder:
         }
         parent: dict[str, Any] = {"hash": self.hash, "depth": dict(self.depths), "kept": self.record.get("kept")}
         record = {
-            "made_by": "tinyfusion",
+            **self._made_of,
             "plan": plan.to_json(),
             "kept": plan.kept,
             "lineage": [*self.lineage, parent],
-            "license": self.license,
-            "parent": self.parent,
-            **({"row": self.row_text} if self.row_text else {}),
         }
         config = {**self.config, **cut.config_changes(), RECORD: record}
         depths = {path: len(kept) for path, kept in plan.kept.items()}
         return dataclasses.replace(self, config=config, weights=weights, depths=depths)
+
+    @property
+    def _made_of(self) -> dict[str, Any]:
+        """What the record of every student says."""
+        row = {"row": self.row_text} if self.row_text else {}
+        return {"made_by": "tinyfusion", "license": self.license, "parent": self.parent, **row}
+
+    def drawn_by(self, drawing: FewStepDrawing) -> TransformerFolder:
+        """The same weights as a student of few steps."""
+        record = {**self._made_of, **self.record, "few_steps": drawing.to_json()}
+        return dataclasses.replace(self, config={**self.config, RECORD: record})
+
+    def check_prunable(self) -> None:
+        """Raise UserError for a student of few steps."""
+        if self.few_steps is not None:
+            raise UserError(
+                f"{self.path}: a model of few steps cannot be pruned: prune its teacher, recover, and distil the student's steps"
+            )
 
     def check_destination(self, destination: str | None) -> None:
         """Raise UserError for a format that such models have not: they compute what diffusers computes."""
@@ -272,7 +295,12 @@ def open_transformer(path: Path, rows: Rows) -> TransformerFolder:
 
 
 def _check_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Raise UserError where a record of removed blocks has not the form that `cut` gives it."""
+    """Raise UserError where a record has not the form that `cut` and `drawn_by` give it."""
+    if record.get("few_steps") is not None:
+        try:
+            few_step_drawing(record["few_steps"])
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{path}/config.json has a damaged {RECORD}: {error}") from error
     if "lineage" not in record:
         return
     try:
