@@ -32,7 +32,7 @@ _SCOPES = (
     "pkg.torch.onnx.name_scopes"  # of a node in the exporter's notes: the modules that made it, the innermost last
 )
 _BATCH = "batch"
-_EXAMPLES = 2  # rows of an example; one alone would become a constant
+EXAMPLES = 2  # rows of an example; one alone would become a constant
 
 
 def onnx_module(name: str) -> Any:
@@ -53,7 +53,7 @@ class _Called(nn.Module):
         super().__init__()
         self.network, self.run, self.names = stage.network, stage.run, names
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.run(**dict(zip(self.names, tensors, strict=True)))
 
 
@@ -123,11 +123,15 @@ def denoiser(model: LoadedModel, *, guided: bool = False, switches: bool = False
     return Stage(module, run, example, {name: {0: _BATCH} for name in of_images})
 
 
-def exported(stage: Stage) -> ModelProto:
-    """The graph of a function. Raises UserError where the exporter does not take it, with its reason."""
+def exported(stage: Stage, all_vary: bool = True) -> ModelProto:
+    """The graph of a function. Raises UserError where the exporter does not take it, with its reason.
+
+    all_vary: False: axes of `varying` whose length the exporter makes a constant are no error, and have that length in the graph.
+    """
     onnx_module("onnx")
-    inputs = stage.example(_EXAMPLES, torch.Generator().manual_seed(0))
-    dynamic = [dict.fromkeys(stage.varying.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs]
+    inputs = stage.example(EXAMPLES, torch.Generator().manual_seed(0))
+    kind = torch.export.Dim.DYNAMIC if all_vary else torch.export.Dim.AUTO
+    dynamic = [dict.fromkeys(stage.varying.get(name, {}), kind) for name in inputs]
     was_training = stage.network.training
     stage.network.eval()
     try:
@@ -138,14 +142,14 @@ def exported(stage: Stage) -> ModelProto:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(inputs),
-                output_names=["output"],
+                output_names=list(stage.outputs),
                 dynamic_shapes=(tuple(each or None for each in dynamic),),
                 verbose=False,
             )
     except Exception as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"torch's exporter does not take this network: {_reason(error)}") from error
+        raise UserError(f"torch's exporter does not take this network: {reason_of(error)}") from error
     finally:
         stage.network.train(was_training)
     assert program is not None
@@ -188,11 +192,12 @@ def _plain(graph: ModelProto, varying: Mapping[str, Mapping[int, str]]) -> Model
     for value in (*graph.graph.input, *graph.graph.output):
         value.ClearField("metadata_props")
         for axis, name in varying.get(value.name, {}).items():
-            value.type.tensor_type.shape.dim[axis].dim_param = name
+            if value.type.tensor_type.shape.dim[axis].dim_param:
+                value.type.tensor_type.shape.dim[axis].dim_param = name
     return graph
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The innermost message of an exporter's error, in one line."""
     inner: BaseException = error
     while inner.__cause__ is not None:

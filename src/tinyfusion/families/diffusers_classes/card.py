@@ -5,9 +5,14 @@ from __future__ import annotations
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 
 
-def transformer_card(model: TransformerFolder, title: str, picture: str, pipeline: str | None = None) -> str:
-    """The text of README.md. picture: file of the plan's picture. pipeline: class of the pipeline that the folder is, if it is one."""
-    head = [f"license: {(model.license or 'unknown').lower()}", "library_name: diffusers"]
+def transformer_card(
+    model: TransformerFolder, title: str, picture: str, pipeline: str | None = None, use: str | None = None
+) -> str:
+    """The text of README.md. picture: file of the plan's picture. pipeline: class of the pipeline that the folder is, if it is one.
+
+    use: how a graph is run; None: the folder is of diffusers.
+    """
+    head = [f"license: {(model.license or 'unknown').lower()}", f"library_name: {'onnx' if use else 'diffusers'}"]
     head += [f"base_model: {model.parent}"] if model.parent else []
     head += ["tags:", "- diffusion", "- tinyfusion"]
     blocks = ", ".join(f"{depth} {path}" for path, depth in model.depths.items())
@@ -19,7 +24,7 @@ def transformer_card(model: TransformerFolder, title: str, picture: str, pipelin
         "---\n" + "\n".join(head) + "\n---",
         f"# {title}\n\n{what}",
         _cut(model, picture),
-        _use(model, title, pipeline),
+        f"## Use\n\n{use}" if use else _use(model, title, pipeline),
     ]
     notes = [*model.row.notes] if model.lineage else []
     if model.lineage:
