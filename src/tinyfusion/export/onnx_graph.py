@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.version import __version__
@@ -32,6 +33,8 @@ _SCOPES = (
     "pkg.torch.onnx.name_scopes"  # of a node in the exporter's notes: the modules that made it, the innermost last
 )
 _BATCH = "batch"
+_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+_TAKEN_FOR_0 = 1e-7  # the optimiser's rules compare constants to within 1e-8
 EXAMPLES = 2  # rows of an example; one alone would become a constant
 
 
@@ -54,7 +57,17 @@ class _Called(nn.Module):
         self.network, self.run, self.names = stage.network, stage.run, names
 
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self.run(**dict(zip(self.names, tensors, strict=True)))
+        with _TinySums():
+            return self.run(**dict(zip(self.names, tensors, strict=True)))
+
+
+class _TinySums(TorchFunctionMode):
+    """Additions of tiny numbers as those of a tensor with one axis: onnxscript takes the numbers for 0, and x / (x + 1e-15) is NaN at 0."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SUMS and isinstance(args[1], float) and 0 < abs(args[1]) < _TAKEN_FOR_0 and args[0].ndim:
+            args = (args[0], args[0].new_full((1,), args[1]), *args[2:])
+        return func(*args, **(kwargs or {}))
 
 
 def onnx_graph(model: LoadedModel, *, guided: bool = False, switches: bool = False) -> ModelProto:
@@ -157,7 +170,7 @@ def exported(stage: Stage, all_vary: bool = True) -> ModelProto:
 
 
 def _without_idle_squeezes(graph: ModelProto) -> None:
-    """Let squeezes of axes longer than 1 do nothing, as in torch; in a graph they are an error."""
+    """Let squeezes of axes longer than 1 do nothing, as in torch; in a graph they are an error. An axis of any length is no 1 in torch."""
     read = onnx_module("onnx.numpy_helper").to_array
     constants = {each.name: each for each in graph.graph.initializer}
     shapes = {each.name: each.type.tensor_type.shape.dim for each in graph.graph.value_info}
@@ -169,7 +182,8 @@ def _without_idle_squeezes(graph: ModelProto) -> None:
             and node.input[1] in constants
         ):
             axes = read(constants[node.input[1]]).reshape(-1)
-            if any(shapes[node.input[0]][axis].dim_value > 1 for axis in axes):
+            squeezed = [shapes[node.input[0]][axis] for axis in axes]
+            if any(axis.dim_param or axis.dim_value > 1 for axis in squeezed):
                 node.op_type = "Identity"
                 del node.input[1:]
 

@@ -99,11 +99,18 @@ def transformer_stage(module: nn.Module, calls: Calls, free: Sequence[str]) -> S
     others = {name: shapes(**{name: getattr(_OTHER, name)}) for name in free}
     names = tuple(name for name in base if name not in dict(named_tensors(plain)))
 
+    varying = _varying(base, others)
+
     def run(**tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        lengths: dict[str, int] = {}
+        for tensor, axes in varying.items():
+            for axis, name in axes.items() if tensor in tensors else ():
+                length = tensors[tensor].shape[axis]  # without this check the exporter takes it for a size of its own
+                torch._check(length == lengths.setdefault(name, length))
         found = outputs(**tensors)
         return found[0] if len(found) == 1 else found
 
-    return Stage(module, run, example, _varying(base, others), names)
+    return Stage(module, run, example, varying, names)
 
 
 def _names(outputs: Sequence[Tensor]) -> list[str]:
@@ -135,30 +142,41 @@ def _label(causes: Sequence[str]) -> str:
 
 
 def write_graph(
-    path: Path, module: nn.Module, calls: Calls, free: Sequence[str]
+    path: Path, module: nn.Module, calls: Calls, sizes: Sequence[str]
 ) -> tuple[Stage, dict[str, dict[str, Any]], float]:
-    """Write the graph with as many free sizes as the exporter takes: all, the number of images alone, or none.
+    """Write the graph. sizes: that `calls` takes into account: all are free, or all but the number of images, which is one then.
 
     Returns its stage, whose axes are those that are free, its inputs and outputs (shape and dtype by name), and its largest
     difference from torch. Raises UserError, with the last reason, where no graph gives the numbers of the network.
     """
+    free = free_sizes(calls, sizes)
     while True:
         try:
+            _check_free(module, sizes, free)
             stage = transformer_stage(module, calls, free)
             graph = exported(stage, all_vary=False)
             described = _described(graph)
             taken = tuple(name for name in free if _is_free(calls, name, described))
-            if taken == tuple(free):
+            if taken == free:
                 save_graph(graph, path)
                 del graph  # a session is opened next
                 return stage, described, _checked(path, stage)
-            free = taken  # a graph in which the others are constants
+            _check_free(module, sizes, taken)
         except UserError:
             path.unlink(missing_ok=True)
             path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-            if not free:
+            if "images" not in free:
                 raise
-            free = ("images",) if "images" in free and len(free) > 1 else ()
+        free = tuple(name for name in free if name != "images")
+
+
+def _check_free(module: nn.Module, sizes: Sequence[str], free: Sequence[str]) -> None:
+    """Raise UserError where another size than the number of images would be fixed: at which length is not known."""
+    if fixed := [_AXES[name] for name in sizes if name not in free and name != "images"]:
+        raise UserError(
+            f"graphs of a {type(module).__name__} have one size of {', '.join(fixed)}: give recorded calls of that size, --inputs FILE, "
+            "which `tinyfusion record` writes"
+        )
 
 
 def _described(graph: ModelProto) -> dict[str, dict[str, Any]]:

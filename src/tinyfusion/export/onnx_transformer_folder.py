@@ -16,7 +16,7 @@ from tinyfusion.export.folder import RECORD
 from tinyfusion.export.onnx_folder import FACTS, FILES, QUANTIZED, quantize_file
 from tinyfusion.export.onnx_graph import EXAMPLES, OPSET
 from tinyfusion.export.onnx_int8 import Int8Form
-from tinyfusion.export.onnx_transformer import Calls, constants_of, free_sizes, write_graph
+from tinyfusion.export.onnx_transformer import Calls, constants_of, write_graph
 from tinyfusion.export.transformer import plan_in
 from tinyfusion.families.diffusers_classes.call_examples import CallSizes
 from tinyfusion.families.diffusers_classes.call_rows import CALLS
@@ -68,7 +68,7 @@ def write_onnx_transformer(
     with atomic_write(out, FILES) as temporary:
         temporary.mkdir()
         path = temporary / _GRAPH
-        stage, values, largest = write_graph(path, module, calls.make, free_sizes(calls.make, calls.sizes))
+        stage, values, largest = write_graph(path, module, calls.make, calls.sizes)
         error = None if quantize is None else quantize_file(path, stage, quantize)
         plain = calls.make(CallSizes(images=EXAMPLES), torch.Generator())
         facts = {
@@ -125,8 +125,8 @@ def _use(facts: Mapping[str, Any], rounded: list[str]) -> str:
     sentences = [
         f"`{_GRAPH}` takes what `forward` of the class takes in its pipeline; axes with a name have any length.",
         f"Constants in the graph: {'; '.join(constants)}." if constants else "",
-        f"{facts['timesteps'].capitalize()}; it predicts {facts['prediction']}." if facts["process"] else "",
-        *(sentence.capitalize() for sentence in rounded),
+        f"Of the sampler: {facts['timesteps']}; the output is {facts['prediction']}." if facts["process"] else "",
+        *(sentence[0].upper() + sentence[1:] for sentence in rounded),
     ]
     code = f"""import json
 
