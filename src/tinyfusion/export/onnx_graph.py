@@ -188,11 +188,31 @@ def _without_idle_squeezes(graph: ModelProto) -> None:
                 del node.input[1:]
 
 
+def _with_choices_of_bytes(graph: ModelProto) -> None:
+    """Let choices between booleans be choices between bytes: onnxruntime has no kernel of `Where` for booleans on a CPU."""
+    types, make = onnx_module("onnx").TensorProto, onnx_module("onnx.helper").make_node
+    kinds = {each.name: each.type.tensor_type.elem_type for each in graph.graph.value_info}
+    nodes = []
+    for node in graph.graph.node:
+        if node.op_type != "Where" or kinds.get(node.output[0]) != types.BOOL:
+            nodes.append(node)
+            continue
+        name = node.output[0]
+        operands = [f"{name}.{number}" for number in (1, 2)]
+        nodes += [make("Cast", [node.input[n]], [operands[n - 1]], to=types.UINT8) for n in (1, 2)]
+        nodes.append(make("Where", [node.input[0], *operands], [f"{name}.byte"]))
+        nodes[-1].metadata_props.extend(node.metadata_props)
+        nodes.append(make("Cast", [f"{name}.byte"], [name], to=types.BOOL))
+    graph.graph.ClearField("node")
+    graph.graph.node.extend(nodes)
+
+
 def _plain(graph: ModelProto, varying: Mapping[str, Mapping[int, str]]) -> ModelProto:
     """The graph without the exporter's notes, which name source files of this machine. Nodes are named by module, such as
     `network.blocks.3.attn.qkv.MatMul_81`, and varying axes by `varying`.
     """
     _without_idle_squeezes(graph)
+    _with_choices_of_bytes(graph)
     graph.producer_name, graph.producer_version = "tinyfusion", __version__
     for number, node in enumerate(graph.graph.node):
         scopes = next((each.value for each in node.metadata_props if each.key == _SCOPES), "[]")
