@@ -111,8 +111,16 @@ def _random(model: TransformerModel) -> TracedCalls:
     call = CALLS[model.folder.class_name]
     config = {**dict(model.module.config), "_class_name": model.folder.class_name}  # type: ignore[arg-type]
     context = call.resolved(dataclasses.replace(model.context, config=config, trim=False))
-    sizes = tuple(field.name for field in dataclasses.fields(CallSizes))
-    return TracedCalls(lambda wanted, generator: random_call(call, context, wanted, generator), "random", sizes)
+
+    def make(sizes: CallSizes, generator: torch.Generator) -> Call:
+        try:
+            return random_call(call, context, sizes, generator)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"a {context.name} of this config has no random call ({error}): give recorded calls, --inputs FILE"
+            ) from error
+
+    return TracedCalls(make, "random", tuple(field.name for field in dataclasses.fields(CallSizes)))
 
 
 def _recorded(folder: TransformerFolder, inputs: RecordedInputs) -> TracedCalls:
