@@ -162,11 +162,14 @@ def write_graph(
                 del graph  # a session is opened next
                 return stage, described, _checked(path, stage)
             _check_free(module, sizes, taken)
-        except UserError:
+        except UserError as error:
             path.unlink(missing_ok=True)
             path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-            if "images" not in free:
+            if "images" not in free and {*sizes} <= {"images"}:
                 raise
+            if "images" not in free:
+                hint = "" if "--inputs" in str(error) else "; a graph of the sizes of recorded calls, --inputs FILE, may do"
+                raise UserError(f"{error}{hint}") from error
         free = tuple(name for name in free if name != "images")
 
 
