@@ -168,7 +168,11 @@ def write_graph(
             if "images" not in free and {*sizes} <= {"images"}:
                 raise
             if "images" not in free:
-                hint = "" if "--inputs" in str(error) else "; a graph of the sizes of recorded calls, --inputs FILE, may do"
+                hint = (
+                    ""
+                    if "--inputs" in str(error)
+                    else "; a graph of the sizes of recorded calls, --inputs FILE, may do"
+                )
                 raise UserError(f"{error}{hint}") from error
         free = tuple(name for name in free if name != "images")
 
