@@ -264,6 +264,8 @@ VERBS = {
             Option("guided", "onnx: the graph of the guided denoiser, with the input `guidance`, at twice the work"),
             Option("quantize", "onnx: int8 products (int8), or weights of 8 bits alone (int8-weights)", "int8|int8-weights",
                    kind=Literal["int8", "int8-weights"]),
+            Option("inputs", "onnx of transformers of diffusers: output of `record`, whose calls have the sizes of the graph", "PATH",
+                   kind=Path),
             Option("push_to_hub", "also upload the folder to this repository of the hub", "ORG/NAME"),
             _BLOCKS,
         ),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyfusion.commands.export_onnx import export_onnx
+from tinyfusion.commands.export_onnx_transformer import export_onnx_transformer
 from tinyfusion.commands.transformers import export_transformer
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
@@ -58,21 +59,24 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
     """Write the model as `what.to` says; returns what `--json` prints. Raises UserError where the format cannot hold it."""
     _check_options(options.out, what)
     if transformer := transformer_of(what.model, options.blocks):
-        if what.to == "onnx":
-            raise UserError(
-                f"{what.model} is a {transformer.class_name}: its inputs are those of its pipeline, and graphs are written of "
-                "models that `sample` draws by itself: give --to diffusers"
-            )
         if what.vae is not None or what.labels is not None:
             raise UserError(
                 f"--vae and --labels are for models of classes; the pipeline of {what.model} takes those of its parent: leave them out"
             )
-        outcome = export_transformer(options, what.model, what.to, what.pipeline, transformer)
+        if options.inputs is not None and what.to != "onnx":
+            raise UserError(f"--inputs is for --to onnx, not {what.to}: leave it out")
+        if what.to == "onnx":
+            form = GraphForm(what.guided, what.quantize)
+            outcome = export_onnx_transformer(options, what.model, transformer, form)
+        else:
+            outcome = export_transformer(options, what.model, what.to, what.pipeline, transformer)
         return outcome if options.dry_run else outcome | _pushed(options, what)
     if what.to == "single-file":
         raise UserError(
             f"--to single-file is for transformers of diffusers, and {what.model} is none: give another format"
         )
+    if options.inputs is not None:
+        raise UserError(f"--inputs is for transformers of diffusers, and {what.model} is none: leave it out")
     model = open_model(what.model, what.settings.weights, options.num_heads, options.family, options.num_classes)
     model = with_settings(model, what.settings)
     if reason := model.unfit_formats().get(what.to):

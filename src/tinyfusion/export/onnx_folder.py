@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tinyfusion.config.recipe import SampleSection
 from tinyfusion.core.errors import UserError
@@ -34,7 +35,7 @@ FILES = rf"\w+\.onnx(?:\.data)?|README\.md|plan\.png|{FACTS}|{SCRIPT}|{TEXTS}|{R
 TOLERANCE = 1e-4  # between onnxruntime and torch, of the largest value, at least of 1
 EXTERNAL_BYTES = 2**31 - 2**26  # of weights from which on they are in a file of their own: a graph has at most 2 GB
 _STEPS = 50
-_QUANTIZED = (
+QUANTIZED = (
     "its weights have 8 bits ({form}): on random inputs its output differs from float32 by {share:.1%} (root mean square). Numbers below, "
     "if any, are of float32."
 )
@@ -156,12 +157,7 @@ def write_onnx(
             save_graph(exported(stage), path)
             largest = max(largest, check_graph(path, stage))
             if form.quantize is not None:
-                save_graph(quantized(read_graph(path), form.quantize, [outside_lists(stage.network)]), path)
-                errors.append(differences(path, stage)[1])
-                if not np.isfinite(errors[-1]):
-                    raise UserError(
-                        f"{path.name} has values that are not finite in {form.quantize}: leave out --quantize"
-                    )
+                errors.append(quantize_file(path, stage, form.quantize))
         graphs = {name: f"{name}.onnx" for name in stages}
         about = {
             "format_version": 1,
@@ -177,7 +173,7 @@ def write_onnx(
         source = importlib.resources.files("tinyfusion").joinpath("assets", "onnx", script)
         (temporary / SCRIPT).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
         if form.quantize is not None:
-            notes = dataclasses.replace(notes, differences=[_QUANTIZED.format(form=form.quantize, share=max(errors))])
+            notes = dataclasses.replace(notes, differences=[QUANTIZED.format(form=form.quantize, share=max(errors))])
         write_notes(model, temporary, dataclasses.replace(notes, target="onnx"))
         num_bytes = sum(file.stat().st_size for file in temporary.glob("*.onnx*"))
         measured = {"bytes": num_bytes, "largest_difference": largest}
@@ -199,6 +195,15 @@ def read_graph(path: Path) -> ModelProto:
     graph = onnx_module("onnx").load_model(path)
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     return graph
+
+
+def quantize_file(path: Path, stage: Stage, form: Int8Form) -> float:
+    """Quantize the graph in a file; returns the root mean square of its difference from torch. Raises UserError where it is not finite."""
+    save_graph(quantized(read_graph(path), form, [outside_lists(stage.network)]), path)
+    error = differences(path, stage)[1]
+    if not np.isfinite(error):
+        raise UserError(f"{path.name} has values that are not finite in {form}: leave out --quantize")
+    return error
 
 
 def save_graph(graph: ModelProto, path: Path) -> None:
@@ -229,13 +234,16 @@ def differences(path: Path, stage: Stage, seed: int = 1) -> tuple[float, float]:
     try:
         for num in (1, 3):
             arguments = stage.example(num, torch.Generator().manual_seed(seed))
-            wanted = stage.run(**arguments).double().numpy()
-            (found,) = session.run(["output"], {name: tensor.numpy() for name, tensor in arguments.items()})
-            if found.shape != wanted.shape or not np.isfinite(found).all():
-                return float("inf"), float("inf")
-            error = found - wanted
-            largest = max(largest, float(np.abs(error).max()) / max(1.0, float(np.abs(wanted).max())))
-            squares, size = squares + float(np.square(error).sum()), size + float(np.square(wanted).sum())
+            results = stage.run(**arguments)
+            given = {name: tensor.numpy() for name, tensor in arguments.items()}
+            every = session.run(list(stage.outputs), given)
+            for result, found in zip((results,) if isinstance(results, Tensor) else results, every, strict=True):
+                wanted = result.double().numpy()
+                if found.shape != wanted.shape or not np.isfinite(found).all():
+                    return float("inf"), float("inf")
+                error = found - wanted
+                largest = max(largest, float(np.abs(error).max()) / max(1.0, float(np.abs(wanted).max())))
+                squares, size = squares + float(np.square(error).sum()), size + float(np.square(wanted).sum())
     finally:
         stage.network.train(was_training)
     return largest, (squares / size) ** 0.5 if size else 0.0

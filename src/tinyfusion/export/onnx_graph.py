@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.version import __version__
@@ -33,7 +34,9 @@ _SCOPES = (
     "pkg.torch.onnx.name_scopes"  # of a node in the exporter's notes: the modules that made it, the innermost last
 )
 _BATCH = "batch"
-_EXAMPLES = 2  # rows of an example; one alone would become a constant
+_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+_TAKEN_FOR_0 = 1e-7  # the optimiser's rules compare constants to within 1e-8
+EXAMPLES = 2  # rows of an example; one alone would become a constant
 
 
 def onnx_module(name: str) -> Any:
@@ -56,8 +59,18 @@ class _Called(nn.Module):
         super().__init__()
         self.network, self.run, self.names = stage.network, stage.run, names
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self.run(**dict(zip(self.names, tensors, strict=True)))
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with _TinySums():
+            return self.run(**dict(zip(self.names, tensors, strict=True)))
+
+
+class _TinySums(TorchFunctionMode):
+    """Additions of tiny numbers as those of a tensor with one axis: onnxscript takes the numbers for 0, and x / (x + 1e-15) is NaN at 0."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SUMS and isinstance(args[1], float) and 0 < abs(args[1]) < _TAKEN_FOR_0 and args[0].ndim:
+            args = (args[0], args[0].new_full((1,), args[1]), *args[2:])
+        return func(*args, **(kwargs or {}))
 
 
 def onnx_graph(model: LoadedModel, *, guided: bool = False, switches: bool = False) -> ModelProto:
@@ -126,11 +139,15 @@ def denoiser(model: LoadedModel, *, guided: bool = False, switches: bool = False
     return Stage(module, run, example, {name: {0: _BATCH} for name in of_images})
 
 
-def exported(stage: Stage) -> ModelProto:
-    """The graph of a function. Raises UserError where the exporter does not take it, with its reason."""
+def exported(stage: Stage, all_vary: bool = True) -> ModelProto:
+    """The graph of a function. Raises UserError where the exporter does not take it, with its reason.
+
+    all_vary: False: axes of `varying` whose length the exporter makes a constant are no error, and have that length in the graph.
+    """
     onnx_module("onnx")
-    inputs = stage.example(_EXAMPLES, torch.Generator().manual_seed(0))
-    dynamic = [dict.fromkeys(stage.varying.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs]
+    inputs = stage.example(EXAMPLES, torch.Generator().manual_seed(0))
+    kind = torch.export.Dim.DYNAMIC if all_vary else torch.export.Dim.AUTO
+    dynamic = [dict.fromkeys(stage.varying.get(name, {}), kind) for name in inputs]
     was_training = stage.network.training
     stage.network.eval()
     try:
@@ -141,14 +158,14 @@ def exported(stage: Stage) -> ModelProto:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(inputs),
-                output_names=["output"],
+                output_names=list(stage.outputs),
                 dynamic_shapes=(tuple(each or None for each in dynamic),),
                 verbose=False,
             )
     except Exception as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"torch's exporter does not take this network: {_reason(error)}") from error
+        raise UserError(f"torch's exporter does not take this network: {reason_of(error)}") from error
     finally:
         stage.network.train(was_training)
     assert program is not None
@@ -156,7 +173,7 @@ def exported(stage: Stage) -> ModelProto:
 
 
 def _without_idle_squeezes(graph: ModelProto) -> None:
-    """Let squeezes of axes longer than 1 do nothing, as in torch; in a graph they are an error."""
+    """Let squeezes of axes longer than 1 do nothing, as in torch; in a graph they are an error. An axis of any length is no 1 in torch."""
     read = onnx_module("onnx.numpy_helper").to_array
     constants = {each.name: each for each in graph.graph.initializer}
     shapes = {each.name: each.type.tensor_type.shape.dim for each in graph.graph.value_info}
@@ -168,9 +185,29 @@ def _without_idle_squeezes(graph: ModelProto) -> None:
             and node.input[1] in constants
         ):
             axes = read(constants[node.input[1]]).reshape(-1)
-            if any(shapes[node.input[0]][axis].dim_value > 1 for axis in axes):
+            squeezed = [shapes[node.input[0]][axis] for axis in axes]
+            if any(axis.dim_param or axis.dim_value > 1 for axis in squeezed):
                 node.op_type = "Identity"
                 del node.input[1:]
+
+
+def _with_choices_of_bytes(graph: ModelProto) -> None:
+    """Let choices between booleans be choices between bytes: onnxruntime has no kernel of `Where` for booleans on a CPU."""
+    types, make = onnx_module("onnx").TensorProto, onnx_module("onnx.helper").make_node
+    kinds = {each.name: each.type.tensor_type.elem_type for each in graph.graph.value_info}
+    nodes = []
+    for node in graph.graph.node:
+        if node.op_type != "Where" or kinds.get(node.output[0]) != types.BOOL:
+            nodes.append(node)
+            continue
+        name = node.output[0]
+        operands = [f"{name}.{number}" for number in (1, 2)]
+        nodes += [make("Cast", [node.input[n]], [operands[n - 1]], to=types.UINT8) for n in (1, 2)]
+        nodes.append(make("Where", [node.input[0], *operands], [f"{name}.byte"]))
+        nodes[-1].metadata_props.extend(node.metadata_props)
+        nodes.append(make("Cast", [f"{name}.byte"], [name], to=types.BOOL))
+    graph.graph.ClearField("node")
+    graph.graph.node.extend(nodes)
 
 
 def _plain(graph: ModelProto, varying: Mapping[str, Mapping[int, str]]) -> ModelProto:
@@ -178,6 +215,7 @@ def _plain(graph: ModelProto, varying: Mapping[str, Mapping[int, str]]) -> Model
     `network.blocks.3.attn.qkv.MatMul_81`, and varying axes by `varying`.
     """
     _without_idle_squeezes(graph)
+    _with_choices_of_bytes(graph)
     graph.producer_name, graph.producer_version = "tinyfusion", __version__
     for number, node in enumerate(graph.graph.node):
         scopes = next((each.value for each in node.metadata_props if each.key == _SCOPES), "[]")
@@ -191,11 +229,12 @@ def _plain(graph: ModelProto, varying: Mapping[str, Mapping[int, str]]) -> Model
     for value in (*graph.graph.input, *graph.graph.output):
         value.ClearField("metadata_props")
         for axis, name in varying.get(value.name, {}).items():
-            value.type.tensor_type.shape.dim[axis].dim_param = name
+            if value.type.tensor_type.shape.dim[axis].dim_param:
+                value.type.tensor_type.shape.dim[axis].dim_param = name
     return graph
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The innermost message of an exporter's error, in one line."""
     inner: BaseException = error
     while inner.__cause__ is not None:

@@ -22,7 +22,7 @@ def write_transformer(
     write_json(folder / "config.json", model.config_to_write)
     write_weights(model.weights, folder)
     place = card or folder
-    (place / "README.md").write_text(_card(model, title, PICTURE, pipeline), encoding="utf-8")
+    (place / "README.md").write_text(transformer_card(model, title, PICTURE, pipeline), encoding="utf-8")
     if model.lineage:
         plan = plan_in(model)
         (place / PICTURE).write_bytes(plan_png(plan.kept, plan.depth))
@@ -33,9 +33,14 @@ def plan_in(model: TransformerFolder) -> PrunePlan:
     return plan_from_json(model.record.get("plan"))
 
 
-def _card(model: TransformerFolder, title: str, picture: str, pipeline: str | None = None) -> str:
-    """The text of README.md. picture: file of the plan's picture. pipeline: class of the pipeline that the folder is, if it is one."""
-    head = [f"license: {(model.license or 'unknown').lower()}", "library_name: diffusers"]
+def transformer_card(
+    model: TransformerFolder, title: str, picture: str, pipeline: str | None = None, use: str | None = None
+) -> str:
+    """The text of README.md. picture: file of the plan's picture. pipeline: class of the pipeline that the folder is, if it is one.
+
+    use: how a graph is run; None: the folder is of diffusers.
+    """
+    head = [f"license: {(model.license or 'unknown').lower()}", f"library_name: {'onnx' if use else 'diffusers'}"]
     head += [f"base_model: {model.parent}"] if model.parent else []
     head += ["tags:", "- diffusion", "- tinyfusion"]
     blocks = ", ".join(f"{depth} {path}" for path, depth in model.depths.items())
@@ -48,7 +53,7 @@ def _card(model: TransformerFolder, title: str, picture: str, pipeline: str | No
         f"# {title}\n\n{what}",
         _cut(model, picture),
         _steps(model),
-        _use(model, title, pipeline),
+        f"## Use\n\n{use}" if use else _use(model, title, pipeline),
     ]
     notes = [*model.row.notes] if model.lineage else []
     if model.lineage:

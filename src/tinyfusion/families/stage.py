@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Stage:
-    """A function of named tensors, with one result.
+    """A function of named tensors, with one result, or a tuple of them.
 
     network: the module whose weights it uses. run: the function, by keywords. example: (rows, generator) -> random arguments, in the
-    order of `run`. varying: {argument or "output": {axis: its name}} for axes of any length.
+    order of `run`. varying: {argument or output: {axis: its name}} for axes of any length. outputs: names of the results.
     """
 
     network: nn.Module
-    run: Callable[..., Tensor]
+    run: Callable[..., Tensor | tuple[Tensor, ...]]
     example: Callable[[int, torch.Generator], dict[str, Tensor]]
     varying: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ("output",)
