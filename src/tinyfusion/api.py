@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -121,10 +121,8 @@ def open_model(
     """
     if not isinstance(source, str | Path):
         raise UserError(f"source is a path, a name or a hub id; got {source!r}")
-    rows, weights = (
-        None if blocks is None else Path(blocks),
-        checked(SampleSection, SampleSection(weights=weights), "").weights,
-    )
+    checked(Literal["ema", "raw"], weights, "weights")
+    rows = None if blocks is None else Path(blocks)
     if transformer := transformer_of(str(source), rows, prompts=True):
         given = {"weights": (weights, "ema"), "num_heads": (num_heads, None), "num_classes": (num_classes, None)}
         meant = f"a {transformer.class_name} of diffusers has one set of weights, and states its sizes"

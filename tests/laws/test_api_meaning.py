@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import library_models
 import numpy as np
 import pytest
 import torch
-import library_models
 from library_models import (
     FEW,
     TASK,

@@ -188,8 +188,8 @@ UNFIT = [
     (lambda m: recovered(m, tf.objective_of(m.dit), digits(), m.own), "a Stack of your own has no process"),
     (lambda m: tf.sample_images(m.own, [0]), "a Stack of your own has no process"),
     (within_no_grad, r"a training needs gradients: call it outside of torch.no_grad\(\)"),
-    (lambda m: tf.evaluate_images(list(IMAGES), IMAGES), "the images are a NumPy array, .*got a list"),  # type: ignore[arg-type]
-    (lambda m: tf.evaluate_images(IMAGES, torch.from_numpy(IMAGES)), "the reference are a NumPy array, .*got a Tensor"),  # type: ignore[arg-type]
+    (lambda m: tf.evaluate_images(list(IMAGES), IMAGES), "the images: wanted a NumPy array, .*got a list"),  # type: ignore[arg-type]
+    (lambda m: tf.evaluate_images(IMAGES, torch.from_numpy(IMAGES)), "the reference: wanted a NumPy array, .*got a Tensor"),  # type: ignore[arg-type]
     (lambda m: tf.open_model(123), "source is a path, a name or a hub id; got 123"),  # type: ignore[arg-type]
 ]  # fmt: skip
 

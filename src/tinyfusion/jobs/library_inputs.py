@@ -109,7 +109,7 @@ def _takes(function: Callable[..., Any], num: int) -> bool:
 def undropped(process: Process) -> Process:
     """The process without dropped labels, as criteria measure."""
     if dataclasses.is_dataclass(process) and getattr(process, "label_drop", 0):
-        return dataclasses.replace(process, label_drop=0.0)  # type: ignore[call-arg]
+        return dataclasses.replace(process, label_drop=0.0)
     return process
 
 
@@ -165,6 +165,6 @@ def checked_images(images: Any, what: str) -> np.ndarray:
     """The images. Raises UserError unless they are a NumPy array."""
     if not isinstance(images, np.ndarray):
         raise UserError(
-            f"{what} are a NumPy array, uint8 (N, H, W, C); got a {type(images).__name__}: give np.asarray(...)"
+            f"{what}: wanted a NumPy array, uint8 (N, H, W, C); got a {type(images).__name__}: give np.asarray(...)"
         )
     return images
