@@ -22,15 +22,17 @@ from tinyfusion.sample.drive import to_uint8
 
 def draw(model: Any, labels: list[int], steps: int, guidance: float, seed: int) -> tuple[np.ndarray, float]:
     """A row of images (H, W, 3) uint8, each of 64 pixels or more, and the milliseconds per image."""
-    ways = {"gaussian": ("dpm-solver++", steps), "flow": ("ode", steps + 1), "masked": ("masked", min(steps, 8))}
-    (sampler, num), began = ways[model.family.process], time.perf_counter()
-    guided = {"guidance": guidance if model.null_class else 1.0, "flow": FlowSampleSection(method="euler")}
-    images = sample_images(model, labels, SampleSection(sampler=sampler, num_steps=num, **guided), seed=seed)
+    kind, began = "few" if model.facts.few_steps else model.family.process, time.perf_counter()
+    nums, euler = {"flow": steps + 1, "masked": min(steps, 8)}, {"flow": FlowSampleSection(method="euler")}
+    given = {"num_steps": nums.get(kind, steps), "guidance": guidance if model.null_class else 1.0}
+    own = {"gaussian": {"sampler": "dpm-solver++"}, "flow": euler}.get(kind, {})
+    images = sample_images(model, labels, SampleSection(**({} if kind == "few" else given | own)), seed=seed)
     if images.dtype != np.uint8:  # latents
         images = to_uint8(open_autoencoder(model.facts.vae).decode(torch.from_numpy(images).permute(0, 3, 1, 2)))
     per_image_ms, times = 1000 * (time.perf_counter() - began) / len(images), max(1, 64 // images.shape[1])
-    large = images.repeat(times, 1).repeat(times, 2).repeat(3 // images.shape[3], 3)
-    return image_grid(large, len(images)), per_image_ms
+    return image_grid(
+        images.repeat(times, 1).repeat(times, 2).repeat(3 // images.shape[3], 3), len(images)
+    ), per_image_ms
 
 
 def app(models: dict[str, Any]) -> Any:

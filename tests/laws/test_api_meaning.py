@@ -139,3 +139,9 @@ def test_a_function_of_a_task_takes_step_and_draws(models: Models) -> None:
         return x, x.roll(1, 1)
 
     assert not same(recovered(models, TASK, batches, models.own), models.own)
+
+
+def test_matching_begins_from_a_student_of_consistency(models: Models) -> None:
+    student = tf.distill_model_steps(models.few, models.dit, digits(), dataclasses.replace(FEW, method="matching"))
+    assert student.facts.few_steps is not None and student.facts.few_steps.method == "matching"
+    assert not same(student, models.few)
