@@ -22,17 +22,15 @@ from tinyfusion.sample.drive import to_uint8
 
 def draw(model: Any, labels: list[int], steps: int, guidance: float, seed: int) -> tuple[np.ndarray, float]:
     """A row of images (H, W, 3) uint8, each of 64 pixels or more, and the milliseconds per image."""
-    kind, began = "few" if model.facts.few_steps else model.family.process, time.perf_counter()
-    nums, euler = {"flow": steps + 1, "masked": min(steps, 8)}, {"flow": FlowSampleSection(method="euler")}
-    given = {"num_steps": nums.get(kind, steps), "guidance": guidance if model.null_class else 1.0}
-    own = {"gaussian": {"sampler": "dpm-solver++"}, "flow": euler}.get(kind, {})
-    images = sample_images(model, labels, SampleSection(**({} if kind == "few" else given | own)), seed=seed)
+    scale, began, even = guidance if model.null_class else 1.0, time.perf_counter(), FlowSampleSection(method="euler")
+    ways = {"gaussian": {"sampler": "dpm-solver++", "num_steps": steps}, "masked": {"num_steps": min(steps, 8)}}
+    given = ways.get(model.family.process, {"num_steps": steps + 1, "flow": even}) | {"guidance": scale}
+    images = sample_images(model, labels, SampleSection(**({} if model.facts.few_steps else given)), seed=seed)
     if images.dtype != np.uint8:  # latents
         images = to_uint8(open_autoencoder(model.facts.vae).decode(torch.from_numpy(images).permute(0, 3, 1, 2)))
     per_image_ms, times = 1000 * (time.perf_counter() - began) / len(images), max(1, 64 // images.shape[1])
-    return image_grid(
-        images.repeat(times, 1).repeat(times, 2).repeat(3 // images.shape[3], 3), len(images)
-    ), per_image_ms
+    large = images.repeat(times, 1).repeat(times, 2).repeat(3 // images.shape[3], 3)
+    return image_grid(large, len(images)), per_image_ms
 
 
 def app(models: dict[str, Any]) -> Any:
