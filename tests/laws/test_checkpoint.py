@@ -229,6 +229,16 @@ def test_the_hash_is_that_of_the_tensors_as_held(model: LoadedModel, tmp_path: P
     assert (found.hash() == model.hash()) == (dtype == torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_type_is_saved_and_opened(model: LoadedModel, tmp_path: Path, dtype: torch.dtype) -> None:
+    other = dataclasses.replace(model, module=model.copy().module.to(dtype))
+    save_model(other, tmp_path / "m")
+    found = open_model(tmp_path / "m")
+    assert found.hash() == other.hash() and (found.hash() == model.hash()) == (dtype == torch.float64)
+    wanted = other.module.state_dict()
+    assert all(torch.equal(value, wanted[name].float()) for name, value in found.module.state_dict().items())
+
+
 def test_a_changed_weight_changes_the_hash_at_once(model: LoadedModel, tmp_path: Path) -> None:
     save_model(model, tmp_path / "m")
     found = open_model(tmp_path / "m")

@@ -196,9 +196,9 @@ class ModelFamily:
 
         rules: then also over what the sizes say that the model computes otherwise than the published one (`arch.rules`): such a
         model is another one with the same tensors. Published rules add nothing.
-        It is the hash of the tensors in memory. Opened models are float32, whatever the type in their file: a half-precision file
-        has the hash of its values in float32, not that of its bytes.
+        It is the hash of the values in float32, the type of opened models, whatever the type in memory or in their file.
         """
+        tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
         formulas = {name: formula(arch) for name, formula in self.computed.items() if name in tensors}
         equal = {
             name for name, value in formulas.items() if torch.equal(tensors[name].cpu(), value.to(tensors[name].dtype))

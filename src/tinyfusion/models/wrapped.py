@@ -9,10 +9,11 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
+from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.family import ModelFamily
-from tinyfusion.models.loaded import LoadedModel, ModelFacts
+from tinyfusion.models.loaded import LoadedModel, ModelFacts, make_trainable
 
 NO_PROCESS = "none"  # of a wrapped module: its task says how it is trained
 
@@ -25,6 +26,25 @@ class WrappedModel(LoadedModel):
         other = self.copy()
         other.module.load_state_dict(dict(tensors))
         return other
+
+    def cut(self, plan: PrunePlan, force: bool = False) -> LoadedModel:
+        """As of every model; the frozen parameters of the blocks that stay are frozen under their new names."""
+        student = super().cut(plan, force)
+        renamed = {name: _after_cut(name, plan.kept) for name in self.family.computed}
+        computed = {new: self.family.computed[name] for name, new in renamed.items() if new is not None}
+        student.family = dataclasses.replace(self.family, computed=computed)
+        make_trainable(student.module, student.family)
+        return student
+
+
+def _after_cut(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
+    """The name of a parameter once only the blocks `kept` of every list are there; None for one of a removed block."""
+    for blocks, indices in kept.items():
+        if name.startswith(f"{blocks}."):
+            number, _, rest = name.removeprefix(f"{blocks}.").partition(".")
+            stays = sorted(indices)
+            return f"{blocks}.{stays.index(int(number))}.{rest}" if int(number) in stays else None
+    return name
 
 
 def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]) -> LoadedModel:

@@ -8,7 +8,7 @@ saved and not only printed, groups must cover all blocks, and no second load dis
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -233,7 +233,7 @@ def mask_learner(
     make_trainable(module, teacher.family)  # a frozen teacher's copy is frozen
     if settings.storage != "own":
         pack_frozen(module.requires_grad_(False), teacher.family.stack(module), settings, torch.device(device))
-    deltas = _deltas(module, settings, seed)
+    deltas = _deltas(module, settings, seed, teacher.family.computed)
     if settings.update == "full":
         hold_weights(module, deltas, settings.training)
     elif settings.training.dtype != "float32":
@@ -309,9 +309,9 @@ def pack_frozen(module: nn.Module, stack: BlockStack, settings: PruneSection, de
     pack(stack, settings.storage, device)
 
 
-def _deltas(module: nn.Module, settings: PruneSection, seed: int) -> dict[str, nn.Parameter]:
+def _deltas(module: nn.Module, settings: PruneSection, seed: int, fixed: Collection[str]) -> dict[str, nn.Parameter]:
     if settings.update == "lora":
-        return add_lora(module, settings.lora_rank, settings.lora_scale * settings.lora_rank, seed)
+        return add_lora(module, settings.lora_rank, settings.lora_scale * settings.lora_rank, seed, fixed)
     if settings.update == "frozen":
         module.requires_grad_(False)
     return trainable(module)

@@ -87,7 +87,7 @@ def place_models(
     elif training.dtype != "float32":
         cast_frozen_linears(work.module, getattr(torch, training.dtype))
     scale = settings.lora_scale
-    factors = add_lora(work.module, settings.lora_rank, scale * settings.lora_rank, seed)
+    factors = add_lora(work.module, settings.lora_rank, scale * settings.lora_rank, seed, student.family.computed)
     engine.place(work.module, list(work.stack))
     parameters = {name: p for name, p in work.module.named_parameters() if name in factors}
     whole = dict(student.module.named_parameters())

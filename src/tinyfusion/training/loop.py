@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,10 +123,11 @@ def train_steps(
             microbatches, ready = ahead.take(step)
             side.receive(ready, microbatches)
             waited_s = ahead.waited_s - waited_before
-            with torch.no_grad(), autocast(engine.device.type, settings.dtype):
-                microbatches = list(objective.prepared(state.model, microbatches))
             state.optimizer.zero_grad(set_to_none=True)
-            terms, losses = _forward_backward(state, forward, microbatches, settings, engine)
+            with _seeded(randomness, step, settings, engine):
+                with torch.no_grad(), autocast(engine.device.type, settings.dtype):
+                    microbatches = list(objective.prepared(state.model, microbatches))
+                terms, losses = _forward_backward(state, forward, microbatches, settings, engine)
             norm, applied = _update(state, terms["loss"], settings, engine, randomness.seed)
             state.step += 1
             state.seen_images += settings.batch_size
@@ -134,6 +136,14 @@ def train_steps(
             yield StepRecord(step, terms, norm, rate, applied, bad_samples, waited_s, state.scale.value)
             if state.bad_steps >= settings.max_bad_steps:
                 raise BadNumbers(_gone_bad(state.bad_steps, step, settings, bad_samples, float(norm)))
+
+
+@contextmanager
+def _seeded(randomness: Randomness, step: int, settings: TrainingSection, engine: Engine) -> Iterator[None]:
+    """Within the context the global generators of torch depend on seed, step and rank alone, as the dropout of own modules does."""
+    with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
+        torch.manual_seed(randomness.generator_seed(f"modules/{step}/{engine.slices(settings.batch_size)[0][0]}"))
+        yield
 
 
 def _forward_backward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,16 +13,19 @@ from tinyfusion.training.optim import hush_bitsandbytes
 ADAPTER = "delta"  # in the names of factors
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
+def add_lora(
+    model: nn.Module, rank: int, alpha: float, seed: int, fixed: Collection[str] = ()
+) -> dict[str, nn.Parameter]:
     """Add a low-rank update (alpha / rank) B A to every `nn.Linear` of `model`, in place; only A and B stay trainable.
 
-    A (rank x in) is uniform in +-1/sqrt(in) and B (out x rank) zero, so the outputs do not change. Returns the factors by
-    name. The model needs peft afterwards: pass a copy.
+    fixed: names of weights that no update may change. A (rank x in) is uniform in +-1/sqrt(in) and B (out x rank) zero, so the
+    outputs do not change. Returns the factors by name. The model needs peft afterwards: pass a copy.
     """
     hush_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name in linears if f"{name}.weight" not in fixed]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it by the rank; it need not be whole
