@@ -71,7 +71,7 @@ MORE = {
     "mar": {"buffer_size": 3, "head_depth": 2, "head_width": 8},
     "pixart": {"caption_tokens": 3, "caption_channels": 8},
 }
-TRAINING = TrainingSection(steps=2, batch_size=8, ema_decay=0.9)
+TRAINING = TrainingSection(steps=2, batch_size=8, ema_decay=0.2)
 # every distribution, and every update
 LEARNED: dict[str, dict[str, Any]] = {
     "categorical lora": {},

@@ -209,7 +209,8 @@ def outcome(stick: Yardstick, plan: str, method: str, seed: int) -> dict[str, An
         steps=steps, batch_size=RECOVERY_BATCH, learning_rate=RECOVERY_RATE, learning_rate_end_share=0.05, warmup_steps=20,
         ema_decay=0.98,
     )  # fmt: skip
-    section = tf.RecoverSection(method=method, beta=(2e-4, 0.0), training=training)  # type: ignore[arg-type]
+    features = {"beta": (2e-4, 0.0)} if method in ("rep-kd", "masked-kd") else {}
+    section = tf.RecoverSection(method=method, training=training, **features)  # type: ignore[arg-type]
     taught = None if method == "finetune" else stick.teacher
     student = tf.recover_model(student, taught, stick.objective, stick.source(seed + 1000), section, seed=seed)
     values |= {"recovered": steps * RECOVERY_BATCH, "loss": float(stick.loss(student.module).mean())}

@@ -22,10 +22,10 @@ from tinyfusion.sample.drive import to_uint8
 
 def draw(model: Any, labels: list[int], steps: int, guidance: float, seed: int) -> tuple[np.ndarray, float]:
     """A row of images (H, W, 3) uint8, each of 64 pixels or more, and the milliseconds per image."""
-    ways = {"gaussian": ("dpm-solver++", steps), "flow": ("ode", steps + 1), "masked": ("masked", min(steps, 8))}
-    (sampler, num), began = ways[model.family.process], time.perf_counter()
-    guided = {"guidance": guidance if model.null_class else 1.0, "flow": FlowSampleSection(method="euler")}
-    images = sample_images(model, labels, SampleSection(sampler=sampler, num_steps=num, **guided), seed=seed)
+    scale, began, even = guidance if model.null_class else 1.0, time.perf_counter(), FlowSampleSection(method="euler")
+    ways = {"gaussian": {"sampler": "dpm-solver++", "num_steps": steps}, "masked": {"num_steps": min(steps, 8)}}
+    given = ways.get(model.family.process, {"num_steps": steps + 1, "flow": even}) | {"guidance": scale}
+    images = sample_images(model, labels, SampleSection(**({} if model.facts.few_steps else given)), seed=seed)
     if images.dtype != np.uint8:  # latents
         images = to_uint8(open_autoencoder(model.facts.vae).decode(torch.from_numpy(images).permute(0, 3, 1, 2)))
     per_image_ms, times = 1000 * (time.perf_counter() - began) / len(images), max(1, 64 // images.shape[1])

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from tinyfusion.api import *
 
 __all__ = [
-    "Condition", "DistillStepsSection", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan", "PruneSection",
-    "RecoverSection", "SampleSection", "Streams", "Task", "TrainingSection", "__version__", "distill_model_steps",
+    "ComputeSection", "Condition", "DistillStepsSection", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan",
+    "PruneSection", "RecoverSection", "SampleSection", "Streams", "Task", "TrainingSection", "__version__", "distill_model_steps",
     "evaluate_images", "learn_masks", "objective_of", "open_model", "prune_model", "record_inputs", "recover_model",
     "register_family", "sample_images", "save_model", "text_table", "wrap_module",
 ]  # fmt: skip

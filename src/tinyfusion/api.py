@@ -7,11 +7,11 @@ function (step, draws) whose random numbers come from `draws`, so that results d
 
 from __future__ import annotations
 
-import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +21,8 @@ from tinyfusion.blocks.streams import Streams
 from tinyfusion.conditioning.classes import LABELS
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.conditioning.texts import text_table
+from tinyfusion.config.constraints import Count, Seed, Share, SmallCount
+from tinyfusion.config.loading import checked
 from tinyfusion.config.recipe import (
     ComputeSection,
     DistillStepsSection,
@@ -31,31 +33,55 @@ from tinyfusion.config.recipe import (
     SampleSection,
     TrainingSection,
 )
+from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
 from tinyfusion.data.image_source import source_of
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.families.family import ModelFamily
 from tinyfusion.families.registry import register_family
+from tinyfusion.jobs import verbs
 from tinyfusion.jobs.criteria import criterion_context
 from tinyfusion.jobs.few_steps import check_few_steps, few_step_training
-from tinyfusion.jobs.process_specs import objective_for
+from tinyfusion.jobs.library_inputs import (
+    block_indices,
+    check_data_set,
+    checked_images,
+    image_labels,
+    mode_as_given,
+    task_batches,
+    trainable_copy,
+    training_engine,
+    training_source,
+    undropped,
+)
+from tinyfusion.jobs.library_settings import (
+    few_step_settings,
+    in_python_words,
+    mask_settings,
+    python_words,
+    recovery_settings,
+    refuse_arguments,
+    sample_settings,
+    search_settings,
+)
+from tinyfusion.jobs.process_specs import check_denoiser, objective_for, process_spec
 from tinyfusion.jobs.recording import record_inputs
 from tinyfusion.jobs.sampling_setup import open_drawing
 from tinyfusion.jobs.scoring import Reference, score
 from tinyfusion.jobs.training import Training, mask_training, recovery, student_of
 from tinyfusion.jobs.transformer_sources import open_transformer_model, transformer_of
-from tinyfusion.jobs.verbs import save_model
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.checkpoint import open_model as open_family_model
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.base import Process
-from tinyfusion.processes.task import Task, task_source
+from tinyfusion.processes.task import Task
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.criteria import CRITERIA, by_indices, decide
 from tinyfusion.prune.learn import plan_of
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import BatchSource, StepRecord
+from tinyfusion.training.state import horizon_warning
 
 __all__ = [
     "ComputeSection", "Condition", "DistillStepsSection", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan",
@@ -68,11 +94,16 @@ Batches = Iterable[Any] | Callable[[int, Draws], Any]
 OnStep = Callable[[StepRecord], None]
 
 
+@in_python_words
 def objective_of(model: LoadedModel, label_drop: float = 0.1) -> Process:
-    """The published training objective of a model's family. label_drop: probability that a label becomes the null class."""
-    return objective_for(model, label_drop, Recipe())
+    """The published training objective of a model's family. label_drop: probability that a label becomes the null class.
+
+    Raises UserError for a module of your own, which is trained by a `Task`, and for a model of few steps.
+    """
+    return objective_for(model, checked(Share, label_drop, "label_drop"), Recipe())
 
 
+@in_python_words
 def open_model(
     source: str | Path,
     weights: str = "ema",
@@ -86,10 +117,16 @@ def open_model(
     weights: "ema" or "raw", where both exist. num_heads, family, num_classes: of official files that do not say. blocks: a file of
     rows for classes of diffusers that the shipped table lacks. A transformer of diffusers comes with its weights in the types of
     its file and its blocks declared; what trains it is a `Task` of yours. Comes back in eval mode, on the CPU. Raises UserError on
-    anything that is not exactly a model.
+    anything that is not exactly a model, and on an argument that it does not read.
     """
+    if not isinstance(source, str | Path):
+        raise UserError(f"source is a path, a name or a hub id; got {source!r}")
+    checked(Literal["ema", "raw"], weights, "weights")
     rows = None if blocks is None else Path(blocks)
     if transformer := transformer_of(str(source), rows, prompts=True):
+        given = {"weights": (weights, "ema"), "num_heads": (num_heads, None), "num_classes": (num_classes, None)}
+        meant = f"a {transformer.class_name} of diffusers has one set of weights, and states its sizes"
+        refuse_arguments("open_model", {**given, "family": (family, None)}, meant)
         return open_transformer_model(source, transformer, FlowSection(), rows)
     return open_family_model(source, weights, num_heads, family, num_classes)
 
@@ -103,6 +140,7 @@ class LearnedMasks:
     settings: PruneSection
 
 
+@in_python_words
 def learn_masks(
     model: LoadedModel,
     task: Process,
@@ -115,23 +153,25 @@ def learn_masks(
 ) -> LearnedMasks:
     """Learn which blocks of `model` to remove (TinyFusion, arXiv 2412.01199, section 3); `model` is not changed.
 
-    settings: such as `PruneSection(scheme="1:2", training=TrainingSection(steps=500, batch_size=32))`; an iterable of batches
-    has its own batch size. on_step: called with the record of every step. Raises UserError where scheme, task and batches do
-    not fit.
+    settings: such as `PruneSection(scheme="1:2", training=training)` with `training = dataclasses.replace(PruneSection().training,
+    steps=500, ema_decay=0.99)`, which retains the section's other values; a new `TrainingSection` has those of no section. An
+    iterable of batches has its own batch size. on_step: called with the record of every step. Warns where the moving average,
+    which decides, still holds much of the initial logits at the end. Raises UserError where scheme, task and batches do not fit,
+    and on fields that are not read.
     """
-    settings = settings or PruneSection()
-    engine = _engine(model, compute)
-    source, training = _source(task, batches, settings.training, engine)
-    settings = dataclasses.replace(settings, training=training)
+    settings, seed = mask_settings(settings, model), checked(Seed, seed, "seed")
+    engine = training_engine(model, compute)
+    source, settings = training_source(task, batches, settings, model, engine, "learn_masks")
     work = mask_training(Recipe(seed=seed, prune=settings), model, task, source, engine)
     _train(work, on_step)
-    cost = {"images": float(training.made_images)}
+    cost = {"images": float(settings.training.made_images)}
     return LearnedMasks(plan_of(work.decision(), model, settings, seed, cost), work.state.averages(), settings)
 
 
+@in_python_words
 def prune_model(
     model: LoadedModel,
-    how: LearnedMasks | PrunePlan | Sequence[int] | str,
+    how: LearnedMasks | PrunePlan | Sequence[int] | np.ndarray | Tensor | str,
     *,
     keep_updates: bool = True,
     num_keep: int | None = None,
@@ -144,30 +184,51 @@ def prune_model(
 
     how: learned masks (with their weight deltas, unless `keep_updates` is False), a plan, the indices of the blocks to keep, or
     the name of a criterion without training. num_keep: of a criterion, blocks to keep per list; None: half. task, batches,
-    num_batches: for criteria that use data. Raises UserError on arguments that do not fit.
+    num_batches: for criteria that use data, and ignored by the others; no label is dropped, whatever the task says. seed: of a
+    criterion that draws, and recorded in the plan. The student is in the mode (train or eval) of the model. Raises UserError on
+    arguments that do not fit, and on those that `how` does not read.
     """
+    check_denoiser(model)
+    seed, num_batches = checked(Seed, seed, "seed"), checked(Count, num_batches, "num_batches")
+    of_data = {
+        "num_keep": (num_keep, None),
+        "task": (task, None),
+        "batches": (batches, None),
+        "num_batches": (num_batches, 4),
+    }
     if isinstance(how, LearnedMasks):
+        refuse_arguments("prune_model", {**of_data, "seed": (seed, 0)}, "the masks are learned")
         keeps = keep_updates and how.settings.update != "frozen"
         return student_of(model, how.plan, how.settings, how.updates if keeps else None)
+    refuse_arguments("prune_model", {"keep_updates": (keep_updates, True)}, "only learned masks have updates")
     if isinstance(how, PrunePlan):
+        refuse_arguments("prune_model", {**of_data, "seed": (seed, 0)}, "the plan names the blocks")
         return model.cut(how)
     if not isinstance(how, str):
-        return model.cut(by_indices(model, list(how), seed))
-    if how not in CRITERIA:
-        known = ", ".join(CRITERIA)
+        refuse_arguments("prune_model", of_data, "the indices name the blocks")
+        return model.cut(by_indices(model, block_indices(how), seed))
+    if how not in CRITERIA or how == "indices":
+        known = ", ".join(name for name in CRITERIA if name != "indices")
         raise UserError(f"no criterion {how!r} without training: there is {known}; for learned masks see learn_masks")
+    if how == "width":
+        refuse_arguments("criterion width", {"num_keep": (num_keep, None)}, "it keeps all blocks, narrower")
 
     def calibration() -> Calibration:
         if task is None or batches is None:
             raise UserError(f"criterion {how} uses data: give task and batches")
-        source, settings = _source(task, batches, TrainingSection(batch_size=64), _engine(model, None))
-        images = num_batches * settings.batch_size
-        return calibration_set(task, source, "given batches", images, images, settings.batch_size, seed)
+        engine, undropping = Engine(next(model.module.parameters()).device), undropped(task)
+        source, num = task_batches(undropping, batches, model, engine)
+        size = num or PruneSection().calibration_batch_size
+        images = num_batches * size
+        return calibration_set(undropping, source, "given batches", images, images, size, seed)
 
-    settings = PruneSection(criterion=how, num_keep=num_keep)  # type: ignore[arg-type]
-    return model.cut(decide(criterion_context(model, settings, seed, calibration)))
+    settings = checked(PruneSection, PruneSection(criterion=how, num_keep=num_keep), "")  # type: ignore[arg-type]
+    with mode_as_given(model.module):
+        plan = decide(criterion_context(model, settings, seed, calibration))
+    return model.cut(plan)
 
 
+@in_python_words
 def recover_model(
     student: LoadedModel,
     teacher: LoadedModel | None,
@@ -184,25 +245,29 @@ def recover_model(
 
     With `settings.search_share` the student is the whole model, as the teacher is, and comes back pruned: its blocks are chosen
     within the training by the gates of `pruning` (None: half of every list). `facts.plan` says which. Its weights are the moving
-    average of the training (`settings.training.ema_decay`). Student and teacher are not changed. Raises UserError unless the teacher
-    is an ancestor of the student, or shares one; and on `pruning` without a search.
+    average of the training (`settings.training.ema_decay`), and a warning says where that still holds much of the initial ones: set
+    fewer steps as `dataclasses.replace(RecoverSection().training, steps=500, ema_decay=0.99)`. A search learns the teacher's outputs
+    (logits-kd) in place of the default method. A student that is frozen as a whole trains all the same. Student and teacher are not
+    changed. Raises UserError unless the teacher is an ancestor of the student, or shares one; on `pruning` without a search; and on
+    fields that are not read.
     """
-    settings = settings or RecoverSection(method="masked-kd" if teacher else "finetune")
-    if (teacher is None) != (settings.method == "finetune"):
-        raise UserError(f"method {settings.method} {'needs a teacher' if teacher is None else 'takes no teacher'}")
+    settings, seed = recovery_settings(settings, teacher is not None), checked(Seed, seed, "seed")
     if pruning is not None and settings.search_share is None:
         raise UserError(
             "pruning says how blocks are chosen within a recovery: set RecoverSection.search_share, such as 0.1"
         )
-    engine = _engine(student, compute)
-    source, training = _source(task, batches, settings.training, engine)
-    pruning, settings = pruning or PruneSection(), dataclasses.replace(settings, training=training)
+    pruning = search_settings(pruning, student)
+    engine = training_engine(student, compute)
+    source, settings = training_source(task, batches, settings, student, engine, "recover_model")
+    if teacher is not None:
+        check_denoiser(teacher)
     recipe = Recipe(seed=seed, prune=pruning, recover=settings)
-    work = recovery(recipe, student.copy(), teacher.copy() if teacher else None, task, source, engine)
+    work = recovery(recipe, trainable_copy(student), teacher.copy() if teacher else None, task, source, engine)
     _train(work, on_step)
     return _as_given(work.averaged(), student)
 
 
+@in_python_words
 def distill_model_steps(
     student: LoadedModel,
     teacher: LoadedModel,
@@ -218,16 +283,22 @@ def distill_model_steps(
 
     Both are models of families; the student may be the teacher itself, or a pruned one, recovered. batches: of a data set
     (tinyfusion.data.batches). guidance: folded in, unless settings state their own. `sample_images` draws with the student's own steps.
-    Student and teacher are not changed. Raises UserError where they do not go together, or their process has no few steps.
+    settings: their training is best the section's own, changed: `dataclasses.replace(DistillStepsSection().training, steps=...)`,
+    as matching wants clip_groups "apart". Student and teacher are not changed. Raises UserError where they do not go together, or
+    their process has no few steps, and on fields that are not read.
     """
-    settings, sampling = settings or DistillStepsSection(), SampleSection(guidance=guidance)
-    recipe = Recipe(seed=seed, distill_steps=settings, sample=sampling)
+    settings, sampling = few_step_settings(settings, guidance)
+    recipe = Recipe(seed=checked(Seed, seed, "seed"), distill_steps=settings, sample=sampling)
     check_few_steps(recipe, student, teacher)
-    work = few_step_training(recipe, student.copy(), teacher.copy(), batches, _engine(student, compute))
+    check_data_set(batches)
+    work = few_step_training(
+        recipe, trainable_copy(student), teacher.copy(), batches, training_engine(student, compute)
+    )
     _train(work, on_step)
     return _as_given(work.averaged(), student)
 
 
+@in_python_words
 def sample_images(
     model: LoadedModel,
     labels: Sequence[int] | np.ndarray | Condition,
@@ -238,19 +309,24 @@ def sample_images(
     """Images of these labels: uint8 (N, H, W, C); of a latent model float32 latents as the model sees them, (N, H, W, C).
 
     labels: or a condition with a row per image, such as encoded prompts (`text_table`). Image i depends on seed and i only. Runs
-    on the device of the model. Raises UserError on settings that do not fit the model.
+    on the device of the model, which stays in its mode (train or eval). Raises UserError on labels and settings that do not fit the
+    model, and on fields that are not read: a model of few steps has its own sampler, steps and guidance.
     """
+    process_spec(model)  # raises
+    settings, seed = sample_settings(settings, model), checked(Seed, seed, "seed")
     if isinstance(labels, Condition):
         table, labels = labels, np.arange(len(labels))
         if model.family.texts is None:
             labels = table[LABELS].cpu().numpy()
         else:
             model = model.with_prompts(table)
-    recipe, device = Recipe(seed=seed, sample=settings or SampleSection()), next(model.module.parameters()).device
-    drawing = open_drawing(recipe, model, device, labels=np.asarray(labels, dtype=np.int64))
-    return np.concatenate(list(drawing.images(0, len(labels))))
+    wanted, device = image_labels(labels, model), next(model.module.parameters()).device
+    with mode_as_given(model.module):
+        drawing = open_drawing(Recipe(seed=seed, sample=settings), model, device, labels=wanted)
+        return np.concatenate(list(drawing.images(0, len(wanted))))
 
 
+@in_python_words
 def evaluate_images(
     images: np.ndarray,
     reference: np.ndarray,
@@ -261,14 +337,26 @@ def evaluate_images(
     """FID, sFID, Inception Score, precision and recall of images against real ones, both uint8 (N, H, W, C).
 
     features: a feature extractor by name ("inception" downloads the network of FID once) or its folder. Raises UserError on
-    images that the extractor does not accept.
+    images that the extractor does not accept. neighbours: of precision and recall, at least 1.
     """
+    images, reference = checked_images(images, "the images"), checked_images(reference, "the reference")
+    neighbours = checked(SmallCount, neighbours, "neighbours")
+    choose_device(device)  # raises, also where an extractor is small enough for the CPU
     extractor, source = open_extractor(features, device), source_of(reference)
     for values, what in ((images, "the images"), (reference, "the reference")):
         extractor.check(values, what)
         if len(values) <= neighbours:
             raise UserError(f"{what} are {len(values)}: precision and recall with {neighbours} neighbours need more")
     return score(images, Reference("reference", source.hash(), source, {}, extractor), extractor, neighbours)
+
+
+@in_python_words
+def save_model(model: LoadedModel, folder: str | Path) -> None:
+    """Write a model folder, whole or not at all: ours, or for a transformer of diffusers one of diffusers.
+
+    Raises UserError for a module of your own, which has no format of ours.
+    """
+    verbs.save_model(model, Path(folder))
 
 
 def _as_given(trained: LoadedModel, student: LoadedModel) -> LoadedModel:
@@ -280,31 +368,12 @@ def _as_given(trained: LoadedModel, student: LoadedModel) -> LoadedModel:
     return trained
 
 
-def _engine(model: LoadedModel, compute: ComputeSection | None) -> Engine:
-    """A training in this process, on the device of the model."""
-    return Engine(next(model.module.parameters()).device, compute)
-
-
 def _train(work: Training, on_step: OnStep) -> None:
     """Run all steps, compiled and checkpointed as the section `compute` says."""
+    settings, section = work.settings, verbs.training_section(work.title)
+    warning = horizon_warning(settings.ema_decay, settings.made_steps, section) if settings.ema_decay else None
+    if warning:
+        warnings.warn(python_words(warning), stacklevel=4)  # where the library was called
     with work.in_place():
         for record in work.steps():
             on_step(record)
-
-
-def _source(task: Process, batches: Batches, settings: TrainingSection, engine: Engine) -> tuple[Any, TrainingSection]:
-    """The source of batches for the loop, and the settings with their batch size."""
-    if not isinstance(task, Task):
-        if not callable(batches):
-            raise UserError(
-                "the process of a family needs batches of a data set (tinyfusion.data.batches), got an iterable"
-            )
-        return batches, settings
-    source, num = task_source(batches, engine.device)
-    if num is None:
-        return source, settings
-    if engine.compute.gradient_accumulation_steps > 1:
-        raise UserError(
-            "microbatches of an iterable are not supported: give smaller batches, or a function (step, draws)"
-        )
-    return source, dataclasses.replace(settings, batch_size=num)

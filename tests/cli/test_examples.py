@@ -19,7 +19,7 @@ from tinyfusion.models.checkpoint import open_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {
-    "own_model.py": ("--steps", "2"),
+    "own_model.py": ("--steps", "60"),  # as many as its moving average takes
     "prune_and_recover.py": ("--steps", "2", "--batch-size", "8"),
     "sample_grid.py": ("--per-class", "1", "--num-steps", "2", "--out", "grid.png"),
     "custom_plan.py": ("--keep", "0,3", "--out", "cut"),

@@ -64,3 +64,9 @@ def test_each_tensor_keeps_its_type(tmp_path: Path) -> None:
     tiny.model().to(torch.bfloat16).save_pretrained(tmp_path / "sd3")
     opened = tf.open_model(str(tmp_path / "sd3"))
     assert {tensor.dtype for tensor in opened.module.parameters()} == {torch.bfloat16}
+    with pytest.raises(
+        UserError, match="open_model does not read num_heads here: a SD3Transformer2DModel of diffusers"
+    ):
+        tf.open_model(tmp_path / "sd3", num_heads=2)
+    with pytest.raises(UserError, match="open_model does not read weights here"):
+        tf.open_model(tmp_path / "sd3", weights="raw")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tinyfusion as tf
+from tinyfusion import api
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.config.recipe import (
     ComputeSection,
@@ -33,6 +34,7 @@ from tinyfusion.sample.drive import sample, to_uint8
 from tinyfusion.sample.gaussian import GaussianSampler
 
 TRAINING = TrainingSection(steps=12, batch_size=8, learning_rate=3e-3, ema_decay=0.5, learning_rate_end_share=1.0)
+GATES = PruneSection(scheme="1:2")
 LEARN = PruneSection(scheme="1:2", training=TRAINING, lora_rank=2)
 KD = RecoverSection(method="masked-kd", training=dataclasses.replace(TRAINING, steps=40))
 
@@ -111,7 +113,7 @@ def apart(student: LoadedModel, teacher: LoadedModel) -> float:
 def test_a_module_of_ones_own_is_pruned_and_recovered(teacher: LoadedModel, given: str, update: Any) -> None:
     data: Any = batches() if given == "iterable" else addressed
     before, steps = weights(teacher), list[int]()
-    settings = dataclasses.replace(LEARN, update=update)
+    settings = dataclasses.replace(LEARN, update=update, lora_rank=2 if update == "lora" else 8)
     masks = tf.learn_masks(teacher, TASK, data, settings, on_step=lambda record: steps.append(record.step))
     assert steps == list(range(12))
     assert {name: len(kept) for name, kept in masks.plan.kept.items()} == {"trunk.layers": 2}
@@ -129,10 +131,11 @@ def test_a_module_of_ones_own_is_pruned_and_recovered(teacher: LoadedModel, give
 @pytest.mark.parametrize("update", ["full", "lora"])
 def test_one_training_prunes_and_recovers_a_module_of_ones_own(teacher: LoadedModel, update: Any) -> None:
     before = weights(teacher)
-    settings = dataclasses.replace(KD, method="logits-kd", search_share=0.25, update=update, lora_rank=2)
+    settings = dataclasses.replace(KD, method="logits-kd", search_share=0.25, update=update)
+    settings = dataclasses.replace(settings, lora_rank=2) if update == "lora" else settings
     seen: list[int] = []
     student = tf.recover_model(
-        teacher, teacher, TASK, batches(), settings, LEARN, on_step=lambda record: seen.append(record.step)
+        teacher, teacher, TASK, batches(), settings, GATES, on_step=lambda record: seen.append(record.step)
     )
     plan = student.facts.plan
     assert plan is not None and len(plan.kept["trunk.layers"]) == 2 == len(student.stack)
@@ -142,7 +145,7 @@ def test_one_training_prunes_and_recovers_a_module_of_ones_own(teacher: LoadedMo
         "it has learned the outputs of the whole model"
     )
     with pytest.raises(UserError, match="search_share"):
-        tf.recover_model(student, teacher, TASK, batches(), KD, LEARN)
+        tf.recover_model(student, teacher, TASK, batches(), KD, GATES)
 
 
 def test_updates_are_kept_or_thrown_away(teacher: LoadedModel) -> None:
@@ -155,13 +158,14 @@ def test_updates_are_kept_or_thrown_away(teacher: LoadedModel) -> None:
 
 def test_a_teacher_frozen_as_a_whole_learns_all_the_same(teacher: LoadedModel) -> None:
     frozen = tf.wrap_module(copy.deepcopy(teacher.module).requires_grad_(False), BLOCKS)
-    masks = tf.learn_masks(frozen, TASK, batches(), dataclasses.replace(LEARN, update="full"))
+    masks = tf.learn_masks(frozen, TASK, batches(), dataclasses.replace(LEARN, update="full", lora_rank=8))
     assert any("inner" in name for name in masks.updates)
 
 
 @pytest.mark.parametrize("how", ["bi", "sensitivity", "min-loss", "uniform", "last", (0, 3)])
 def test_every_other_choice_of_blocks(teacher: LoadedModel, how: Any) -> None:
-    student = tf.prune_model(teacher, how, task=TASK, batches=batches(), num_batches=2)
+    data: dict[str, Any] = {"task": TASK, "batches": batches(), "num_batches": 2} if isinstance(how, str) else {}
+    student = tf.prune_model(teacher, how, **data)
     assert len(student.stack) == 2
     assert how != (0, 3) or student.facts.kept == {"trunk.layers": [0, 3]}
     if how == "min-loss":
@@ -210,7 +214,7 @@ def test_blocks_are_checkpointed_where_compute_asks_for_it(
     """Those of every network that trains, and with the same weights in the end."""
     model = tiny_model(input_size=8, in_channels=1, num_classes=10)
     data, calls = ShuffledBatches(load_digits(), Randomness(0), torch.device("cpu")), list[Any]()
-    short = dataclasses.replace(TRAINING, steps=2)
+    short = dataclasses.replace(TRAINING, steps=2, ema_decay=0.2)
 
     def counted(function: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(function)
@@ -223,7 +227,8 @@ def test_blocks_are_checkpointed_where_compute_asks_for_it(
         if method == "recovery":
             tuning = RecoverSection(method="finetune", training=short)
             return weights(tf.recover_model(model, None, tf.objective_of(model, 0.0), data, tuning, compute=compute))
-        few = DistillStepsSection(method=method, num_steps=2, training=short)  # type: ignore[arg-type]
+        apart = dataclasses.replace(short, clip_groups="apart")
+        few = DistillStepsSection(method=method, num_steps=2, training=apart)  # type: ignore[arg-type]
         return weights(tf.distill_model_steps(model, model, data, few, compute=compute))
 
     monkeypatch.setattr("tinyfusion.blocks.forwards.checkpoint", counted)
@@ -267,7 +272,7 @@ AVERAGED = tf.Task(TASK.predict_output, lambda out, batch: out.mean())
         (lambda t: tf.wrap_module(t.module, ["layers"]), "no submodule 'layers'; its lists are trunk.layers"),
         (lambda t: tf.wrap_module(t.module, ["enter"]), "'enter' is a Linear, not an nn.ModuleList with blocks"),
         (lambda t: tf.wrap_module(t.module, []), "path of at least one list"),
-        (lambda t: tf.distill_model_steps(t, t, lambda step, draws: {}), "few steps are for models whose process mixes image and noise"),
+        (lambda t: tf.distill_model_steps(t, t, lambda step, size, draws: {}), "few steps are for models whose process mixes"),
         (lambda t: tf.learn_masks(t, TASK, [], LEARN), "the batches have come to an end"),
         (lambda t: tf.learn_masks(t, TASK, iter(batches(2)), LEARN), "the batches have come to an end"),
         (lambda t: tf.learn_masks(t, TASK, ["text"], LEARN), "a nest of tensors; got a str"),
@@ -289,7 +294,7 @@ def test_what_does_not_fit_is_refused(teacher: LoadedModel, call: Any, message: 
 
 
 def test_what_is_public() -> None:
-    assert dir(tf) == sorted(tf.__all__)
+    assert dir(tf) == sorted(tf.__all__) == sorted([*api.__all__, "__version__"])
     assert all(getattr(tf, name) is not None for name in tf.__all__)
     code = "import sys, tinyfusion; assert 'torch' not in sys.modules; tinyfusion.Task; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -77,7 +77,7 @@ def test_it_is_trained_recovered_and_drawn(model: LoadedModel) -> None:
         return images(model)
 
     objective = tinyfusion.objective_of(model)
-    short = tinyfusion.TrainingSection(steps=2, batch_size=3)
+    short = tinyfusion.TrainingSection(steps=2, batch_size=3, ema_decay=0.2)
     settings = tinyfusion.PruneSection(scheme="1:2", update="frozen", training=short)
     student = tinyfusion.prune_model(model, tinyfusion.learn_masks(model, objective, batches, settings))
     recovery = tinyfusion.RecoverSection(method="logits-kd", training=short)

@@ -54,7 +54,8 @@ def test_a_recovery_leaves_them(teacher: LoadedModel, update: str) -> None:
 @pytest.mark.parametrize("update", ["lora", "full"])
 def test_a_search_leaves_them(teacher: LoadedModel, update: str) -> None:
     before = weights(teacher)
-    masks = tf.learn_masks(teacher, TASK, batches(), dataclasses.replace(LEARN, update=update))  # type: ignore[arg-type]
+    settings = dataclasses.replace(LEARN, update=update, lora_rank=2 if update == "lora" else 8)  # type: ignore[arg-type]
+    masks = tf.learn_masks(teacher, TASK, batches(), settings)
     student = tf.prune_model(teacher, masks)
     kept = sorted(masks.plan.kept["trunk.layers"])
     for name, value in weights(student).items():

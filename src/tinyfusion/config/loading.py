@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
 import os
 import reprlib
 import types
@@ -150,6 +151,33 @@ def build(kind: Any, value: Any, path: str, limits: tuple[Limit, ...] = ()) -> A
     if origin in (list, dict):
         return _build_container(origin, args, value, path)
     return value if kind is Any else _build_scalar(kind, value, path, limits)
+
+
+def checked(kind: Any, value: Any, path: str) -> Any:
+    """A value made in Python, a section or that of one field, as `kind` within the limits of a recipe.
+
+    Whole and real numbers of other libraries become Python's. Raises UserError that names `path`, or the field below it.
+    """
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+        raise UserError(f"wanted a {kind.__name__}; got {_shown(value)}")
+    return build(kind, _spread(value), path)
+
+
+def _spread(value: Any) -> Any:
+    """Sections as fields with values, whose types and limits `build` checks again."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: _spread(getattr(value, name)) for name in _fields(value)}
+    if isinstance(value, list | tuple):
+        return [_spread(item) for item in value]
+    if isinstance(value, bool | int | float):
+        return value
+    return (
+        int(value)
+        if isinstance(value, numbers.Integral)
+        else float(value)
+        if isinstance(value, numbers.Real)
+        else value
+    )
 
 
 def build_known(kind: Any, values: Any, path: str) -> Any:

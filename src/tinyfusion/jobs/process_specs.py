@@ -47,6 +47,7 @@ def _flow_objective(model: LoadedModel, label_drop: float, recipe: Recipe) -> Pr
 
 
 PROCESS_SECTIONS = ("flow", "masked")  # of a recipe: what a training depends on, besides its own section
+_OF_MODEL = ("flow", "call", "inputs", "patch_size", "prediction")  # fields of a process that the model sets
 
 PROCESSES: dict[str, ProcessSpec] = {
     "gaussian": ProcessSpec(
@@ -74,7 +75,36 @@ def process_spec(model: LoadedModel) -> ProcessSpec:
     """The process of a model's family."""
     if isinstance(model, TransformerModel):
         raise UserError(f"a {model.folder.class_name} is drawn by its own pipeline: give --prompts FILE")
+    if model.family.process not in PROCESSES:
+        raise UserError(
+            f"a {model.family.title} of your own has no process: a Task says how it is trained, and your own code how it draws"
+        )
     return PROCESSES[model.family.process]
+
+
+def check_denoiser(model: LoadedModel) -> None:
+    """Raise UserError for a model of few steps, which cannot be pruned, recovered or trained on any more."""
+    if model.facts.few_steps is not None:
+        raise UserError(
+            f"the model was distilled for {len(model.facts.few_steps.levels)} steps, and is no denoiser of all noise levels any more: "
+            "give the model that it was distilled from"
+        )
+
+
+def check_process(process: Process, model: LoadedModel) -> None:
+    """Raise UserError where a process of `PROCESSES` was made for another model; one of the caller's own is not known here."""
+    if not isinstance(process, GaussianObjective | FlowObjective | MaskedObjective) or isinstance(
+        model, TransformerModel
+    ):
+        return
+    own = objective_for(model, 0.0, Recipe())
+    fields = [name for name in _OF_MODEL if hasattr(own, name)]
+    if type(own) is type(process) and all(getattr(own, name) == getattr(process, name, None) for name in fields):
+        return
+    raise UserError(
+        f"the process is not that of the model, which is of family {model.family.name}: give objective_of(model) of this one, or of "
+        "one of the same family and process settings"
+    )
 
 
 def objective_for(model: LoadedModel, label_drop: float, recipe: Recipe) -> Process:
@@ -86,15 +116,6 @@ def objective_for(model: LoadedModel, label_drop: float, recipe: Recipe) -> Proc
     if isinstance(model, TransformerModel):
         return transformer_objective(model, label_drop_of(model, label_drop), recipe)
     return process_spec(model).objective(model, label_drop_of(model, label_drop), recipe)
-
-
-def check_denoiser(model: LoadedModel) -> None:
-    """Raise UserError for a model of few steps."""
-    if model.facts.few_steps is not None:
-        raise UserError(
-            f"the model was distilled for {len(model.facts.few_steps.levels)} steps, and is no denoiser of all noise levels any more: "
-            "give the model that it was distilled from"
-        )
 
 
 def label_drop_of(model: LoadedModel, label_drop: float) -> float:

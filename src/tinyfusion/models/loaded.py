@@ -303,7 +303,7 @@ class LoadedModel:
         own = self.hash()
         if plan.teacher and plan.teacher != own and not force:
             raise UserError(
-                f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}; force it to prune all the same"
+                f"the plan was made for the model {plan.teacher[:12]}, this one is {own[:12]}: give the model of the plan"
             )
         return own
 

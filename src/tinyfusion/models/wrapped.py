@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]
     blocks are not one stream in, the same out: {"layers": Streams(("hidden",), axes={"rope": None})}. Parameters that do not
     require gradients stay frozen in mask learning and recovery, unless none requires any (a frozen teacher). The result has no
     file format and no sampler: it is pruned, recovered and used from Python, and you save `module`.
-    Raises UserError if a path names no list of blocks.
+    Raises UserError if a path names no list of blocks, and on tied weights and blocks that are in the lists twice.
     """
     listed = dict(blocks) if isinstance(blocks, Mapping) else {name: Streams() for name in blocks}
     if not listed:
@@ -70,6 +70,7 @@ def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]
                 f"{name!r} is a {type(blocks_of_list).__name__}, not an nn.ModuleList with blocks{_lists_of(module)}"
             )
         depths[name] = len(blocks_of_list)
+    _check_apart(module, list(listed))
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     if len(frozen) == len(list(module.parameters())):
         frozen = []
@@ -91,6 +92,25 @@ def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]
     return WrappedModel(
         module, family, arch, ModelFacts(image_size=0), {"kind": "module", "path": type(module).__name__}
     )
+
+
+def _check_apart(module: nn.Module, lists: Sequence[str]) -> None:
+    """Raise UserError where two blocks, or two parameters, are one object: neither could be removed or trained alone."""
+    blocks: dict[int, str] = {}
+    for path in lists:
+        for index, block in enumerate(cast(nn.ModuleList, module.get_submodule(path))):
+            other = blocks.setdefault(id(block), name := f"{path}.{index}")
+            if other != name:
+                raise UserError(
+                    f"the blocks {other} and {name} are one module: give each weights of its own (copy.deepcopy)"
+                )
+    names: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        other = names.setdefault(id(parameter), name)
+        if other != name:
+            raise UserError(
+                f"the weights {other} and {name} are tied, one tensor of two names: give each its own (clone)"
+            )
 
 
 def _lists_of(module: nn.Module) -> str:

@@ -19,9 +19,12 @@ from torch import Tensor
 from tinyfusion.core.rng import Draws, StratifiedDraws
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import NoisyBatch, Process
+from tinyfusion.processes.task import Task
 
 Source = Callable[[int, int, Draws], Any]  # (step, batch size, draws) -> clean batch on the model's device
 Tick = Callable[[int], None]  # called with the block evaluations done so far
+_DRAWN = "one fixed timestep and noise per image, timesteps stratified over the chain, labels kept, float32"
+_GIVEN = "batches of a task, with all that they draw"
 _STEP = 2**62  # the address of calibration draws, which no training step has
 
 
@@ -43,7 +46,7 @@ class Calibration:
             "images": self.images,
             "distinct_images": self.distinct,
             "seed": self.seed,
-            "protocol": "one fixed timestep and noise per image, timesteps stratified over the chain, labels kept, float32",
+            "protocol": _GIVEN if isinstance(self.objective, Task) else _DRAWN,
         }
 
 

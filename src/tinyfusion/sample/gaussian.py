@@ -162,8 +162,8 @@ def from_section(settings: SampleSection, model: LoadedModel) -> GaussianSampler
         )
     if settings.clip and name in SOLVERS:
         raise UserError(f"sample.clip is for ddpm and ddim, not {name}: leave out one of the two")
-    if settings.eta and name in SOLVERS:
-        raise UserError(f"sample.eta is for ddim, and {name} draws no noise: leave out one of the two")
+    if settings.eta and name != "ddim":
+        raise UserError(f"sample.eta is for ddim, and the sampler is {name}: leave out one of the two")
     num_steps = PUBLISHED_STEPS if settings.num_steps is None else settings.num_steps
     with prefixed(f"--num-steps {num_steps} with --sampler {name}", ValueError):
         return GaussianSampler(
