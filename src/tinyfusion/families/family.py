@@ -104,6 +104,7 @@ class ModelFamily:
     guided_channels: int | None = None  # leading channels that published guidance touches; None: all
     # tensors that a formula gives: frozen, and left out of the hash where they equal it
     computed: Mapping[str, Callable[[Any], Tensor]] = dataclasses.field(default_factory=dict)
+    opened_in_float32: bool = True  # whatever the type of its files; else in the type that they have
     # (name, parameter) -> whether published weight decay leaves it alone; None: it takes all alike
     undecayed: Callable[[str, Tensor], bool] | None = None
     # module of a block whose input is the stream between its attention and its MLP, such as "norm2"; None where there is no such place
@@ -196,9 +197,10 @@ class ModelFamily:
 
         rules: then also over what the sizes say that the model computes otherwise than the published one (`arch.rules`): such a
         model is another one with the same tensors. Published rules add nothing.
-        It is the hash of the values in float32, the type of opened models, whatever the type in memory or in their file.
+        It is the hash of the values in float32 where that is the type of opened models, whatever the type in memory or in their file.
         """
-        tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+        if self.opened_in_float32:
+            tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
         formulas = {name: formula(arch) for name, formula in self.computed.items() if name in tensors}
         equal = {
             name for name, value in formulas.items() if torch.equal(tensors[name].cpu(), value.to(tensors[name].dtype))

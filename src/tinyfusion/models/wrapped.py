@@ -87,6 +87,7 @@ def wrap_module(module: nn.Module, blocks: Sequence[str] | Mapping[str, Streams]
         # frozen tensors have no formula, so they are part of the hash
         computed=dict.fromkeys(frozen, lambda _arch: torch.empty(0)),
         streams=listed,
+        opened_in_float32=False,
     )
     arch = arch_type(**{fields[name]: depth for name, depth in depths.items()})
     return WrappedModel(
