@@ -113,7 +113,7 @@ def test_a_foreign_folder_in_the_place_of_a_moved_run_stays(
 
     before = names("thesis")
     monkeypatch.setattr(tinyfusion.commands.prune, "save", failing(move))
-    refused(cli(*shlex.split(f"{INDICES} --keep 0,2")), "bad")
+    refused(cli(*shlex.split(f"{INDICES} --keep 0,2")), "the run folder run was removed, moved or emptied")
     assert names("run") == before
 
 

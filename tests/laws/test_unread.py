@@ -1,4 +1,4 @@
-"""Every field has verbs that read it, and one that is typed for a command that does not read it is refused, or remarked on."""
+"""Every field has verbs that read it; an option that a command does not read is refused, and a field of --set remarked on."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_fields_of_a_file_are_not_looked_at(name: str) -> None:
         assert checked(f"{verb} --recipe {name} {arguments} --out {out}", DIT, FLUX) == []
 
 
-REFUSED: list[tuple[str, str, tuple[ModelKind, ...]]] = [
+UNREAD: list[tuple[str, str, tuple[ModelKind, ...]]] = [
     (f"{CUT} --method finetune --teacher nonexistent", "--teacher is for methods with a teacher, not finetune", ()),
     (f"{CUT} --scheme 1:2", "--scheme is for a search within the recovery, and --student is pruned already", ()),
     (f"{CUT} --search-share 0.1", "--search-share is for whole models", ()),
@@ -138,11 +138,17 @@ REFUSED: list[tuple[str, str, tuple[ModelKind, ...]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("command", "message", "models"), REFUSED, ids=[command for command, _, _ in REFUSED])
-def test_refused(command: str, message: str, models: tuple[ModelKind, ...]) -> None:
-    with pytest.raises(UserError) as caught:
-        checked(command, *models)
-    assert message in str(caught.value) and str(caught.value).endswith(": leave it out")
+@pytest.mark.parametrize(("command", "message", "models"), UNREAD, ids=[command for command, _, _ in UNREAD])
+def test_options_are_refused_and_settings_remarked_on(
+    command: str, message: str, models: tuple[ModelKind, ...]
+) -> None:
+    if message.startswith("--"):
+        with pytest.raises(UserError) as caught:
+            checked(command, *models)
+        assert message in str(caught.value) and str(caught.value).endswith(": leave it out")
+    else:
+        remarks = [remark for remark in checked(command, *models) if message in remark]
+        assert len(remarks) == 1 and remarks[0].endswith("; it is left out")
 
 
 @pytest.mark.parametrize(

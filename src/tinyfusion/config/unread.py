@@ -1,4 +1,4 @@
-"""Fields that a command does not read: one that is typed for it is refused, or remarked on where no result depends on it.
+"""Fields that a command does not read: an option that is typed for it is refused, and a field of --set remarked on.
 
 Fields of a recipe's file are not looked at: a recipe serves several verbs. `VERBS_OF` says which verbs read a field at all, `ROWS`
 on what else that depends. Patterns of fields are as in a shell, and all that match hold.
@@ -321,10 +321,11 @@ def _matches(name: str, patterns: str) -> bool:
 
 
 def check_typed(asked: Asked, models: Sequence[ModelKind] | None = None) -> tuple[Recipe, list[str]]:
-    """The recipe, whose `typed` lacks what is not read, and remarks on fields of these on which no result depends.
+    """The recipe, whose `typed` lacks what is not read, and remarks on that.
 
     models: the opened ones, of which one has to read a field; None: before any is opened. An option is read where one of its
-    fields is. Raises UserError on other fields that are not read.
+    fields is. Raises UserError on an option that is not read, unless no result depends on it; of `--set` there are remarks, as one
+    list of settings may serve several commands.
     """
     typed, remarks = {}, []
     every = [asked] if models is None else [dataclasses.replace(asked, model=model) for model in models]
@@ -335,7 +336,7 @@ def check_typed(asked: Asked, models: Sequence[ModelKind] | None = None) -> tupl
             typed[name] = read
             continue
         reason = f"{name} {next(iter(why.values()))[0]}"
-        if not all(_matches(path, HARMLESS) for path in fields):
+        if name.startswith("--") and not all(_matches(path, HARMLESS) for path in fields):
             raise UserError(f"{reason}: leave it out")
         remarks.append(f"{reason}; it is left out")
     return dataclasses.replace(asked.recipe, typed=typed), remarks
