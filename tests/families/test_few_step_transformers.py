@@ -238,7 +238,6 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a fast student": (["recover", "--student", "fast", "--teacher", "flux", "--data", "latents:set"], "is no denoiser of all noise levels"),
     "pruning by a rule": (["prune", "--teacher", "fast", "--criterion", "uniform"], "a model of few steps cannot be pruned"),
     "pruning by masks": (["prune", "--teacher", "fast", "--scheme", "2:3;1:2", "--data", "latents:set"], "a model of few steps cannot be pruned"),
-    "graphs": (["export", "--model", "fast", "--to", "onnx"], "give --to diffusers"),
     "damaged": (["inspect", "broken"], "has a damaged _tinyfusion: few_steps.arguments are not of 2 even steps"),
 }  # fmt: skip
 
@@ -261,3 +260,13 @@ def test_what_does_not_fit_is_said_in_a_line(place: Path, run: Run) -> None:
         if not (isinstance(said, str) and message in said):
             wrong[cause] = said
     assert wrong == {} and not Path("bad").exists()
+
+
+def test_a_graph_says_how_a_student_of_few_steps_draws(place: Path, run: Run) -> None:
+    model, recipe, _ = opened("flux", num_steps=2)
+    drawing = step_drawing(recipe, model)
+    model.draw_by(drawing)
+    save_model(model, Path("fast"))
+    run("export", "--model", "fast", "--to", "onnx", "--out", "graph")
+    assert json.loads(Path("graph/sampler.json").read_text())["few_steps"] == json.loads(json.dumps(drawing.to_json()))
+    assert "Few steps" in Path("graph/README.md").read_text()

@@ -315,7 +315,7 @@ def test_a_run_counts_units_before_masks_are_learned(name: str, tmp_path: Path) 
         (["prune", "--teacher", "flux"], "criterion learned trains: for a FluxTransformer2DModel give --data latents:FOLDER"),
         (["prune", "--teacher", "flux", "--data", "digits"], "is trained on latents and encoded texts, and digits are pictures"),
         ([*LEARN[:5], "--scheme", "1:2", *SHORT], "scheme 1:2 needs a depth divisible by 2; the model has 3 blocks"),
-        ([*LEARN, "--set", "flow.path=gvp"], "flow.path is not read by `prune`, but by train"),
+        ([*LEARN, "--set", "flow.path=gvp"], "predicts the velocity of the linear path"),
         ([*LEARN, "--for", "official"], "has no such format: leave it out"),
         ([*LEARN[:3], *LEARN[5:], "--inputs", "none.safetensors"], "none.safetensors"),
         ([*LEARN, "--set", "flow.shift=0"], "flow.shift"),

@@ -53,6 +53,8 @@ def process_facts(model: TransformerModel) -> dict[str, Any]:
         facts |= {"timesteps": "the time is an original step, 0 (clean) to 999 (noise)", "prediction": prediction}
     if call is not None and model.arch.guided:
         facts["guidance"] = call.resolved(model.context).guidance
+    if few := model.folder.few_steps:
+        facts["few_steps"] = few.to_json()
     return {**facts, "scheduler": scheduler or None}
 
 
