@@ -19,6 +19,7 @@ from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.process_specs import sampler_of
 from tinyfusion.models.loaded import LoadedModel
 
+GraphWriter = Callable[[dict[str, Any]], dict[str, Any]]  # record -> what was measured
 _ROOM = 2  # a graph is written once, and in external data moved within the folder
 
 
@@ -26,8 +27,7 @@ def export_onnx(
     options: RunOptions, model: LoadedModel, settings: SampleSection, what: GraphForm, notes: Callable[[], CardNotes]
 ) -> dict[str, Any]:
     """Write the folder at `options.out`; returns what `--json` prints. Raises UserError where the model has no such graph."""
-    for name in ("onnx", "onnxruntime"):
-        onnx_module(name)
+    check_packages()
     if what.guided and model.facts.few_steps:
         raise UserError(
             "--guided is for models that are drawn with guidance, and this one draws in few steps without: leave it out"
@@ -37,24 +37,52 @@ def export_onnx(
     stages = stages_of(model, guided=what.guided)
     plain = {"to": "onnx", "model": facts["model"], "guided": what.guided, "quantize": what.quantize}
     plain |= {"recommended": facts["recommended"]}
+    num_bytes = sum(t.numel() * t.element_size() for t in exported_tensors(model, "onnx").values())
+
+    def prepared() -> GraphWriter:
+        card = notes()
+        return lambda record: write_onnx(model, options.out, facts, stages, what, card, record)
+
+    return graph_folder(options, plain, sorted(stages), num_bytes, prepared)
+
+
+def check_packages() -> None:
+    """Raise UserError where a package of the extra `onnx` is missing."""
+    for name in ("onnx", "onnxruntime"):
+        onnx_module(name)
+
+
+def graph_folder(
+    options: RunOptions,
+    plain: Mapping[str, Any],
+    graphs: list[str],
+    num_bytes: int,
+    prepared: Callable[[], GraphWriter],
+) -> dict[str, Any]:
+    """Write a folder of graphs at `options.out`, unless it is there; returns what `--json` prints.
+
+    plain: identifies the same command. num_bytes: of the weights in the graphs. prepared: does what takes long, and returns what
+    writes. Raises UserError on a folder of others and where there is no room.
+    """
 
     def check() -> bool:
         return folder_output(options.out, RECORD, "export", plain, options.overwrite, "export --to onnx")
 
     todo = check()
-    num_bytes = sum(t.numel() * t.element_size() for t in exported_tensors(model, "onnx").values())
     check_space(options.out, _ROOM * num_bytes)
-    outcome = {"to": "onnx", "model": facts["model"], "graphs": sorted(stages), "quantize": what.quantize}
+    outcome = {"to": "onnx", "model": plain["model"], "graphs": graphs, "quantize": plain["quantize"]}
     if options.dry_run:
         return {**outcome, "bytes": num_bytes}
     if not todo:
         say_finished(options.out)
         return outcome
-    record, card = stamp("export", plain, "done", **outcome), notes()
+    write, record = prepared(), stamp("export", plain, "done", **outcome)
     check()  # again: what has come to be there meanwhile is not replaced
-    measured = write_onnx(model, options.out, facts, stages, what, card, record)
-    largest = measured["largest_difference"]
-    print(f"{options.out}: differs from torch by {largest:.1g} of the largest value at most", file=sys.stderr)
+    measured = write(record)
+    largest, taken = measured["largest_difference"], measured.get("inputs", {})
+    shapes = "; ".join(f"{name} ({', '.join(map(str, each['shape']))})" for name, each in taken.items())
+    takes = f"; takes {shapes}" if shapes else ""
+    print(f"{options.out}: differs from torch by {largest:.1g} of the largest value at most{takes}", file=sys.stderr)
     return outcome | measured
 
 

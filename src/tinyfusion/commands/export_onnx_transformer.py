@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tinyfusion.commands.export_onnx import GraphWriter, check_packages, graph_folder
 from tinyfusion.config.recipe import FlowSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import check_memory
-from tinyfusion.core.records import folder_output
 from tinyfusion.core.rng import Randomness
-from tinyfusion.core.rundir import check_space, say_finished, stamp
 from tinyfusion.data.recorded import Call, RecordedInputs, read_recorded, spread
 from tinyfusion.data.recorded_batches import PLAIN, RecordedBatches
-from tinyfusion.export.folder import RECORD
 from tinyfusion.export.onnx_folder import GraphForm
-from tinyfusion.export.onnx_graph import onnx_module
 from tinyfusion.export.onnx_transformer import constants_of, named_tensors
 from tinyfusion.export.onnx_transformer_folder import TracedCalls, write_onnx_transformer
 from tinyfusion.families.diffusers_classes.call_examples import CallSizes, random_call
@@ -29,7 +25,6 @@ from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.transformer_sources import open_transformer_model
 from tinyfusion.models.transformer import TransformerModel
 
-_ROOM = 2  # a graph is written once, and in external data moved within the folder
 _COPIES = 3  # of the weights in memory: the module, the graph, onnxruntime
 _COMPARED = 16  # recorded calls whose constants are compared
 
@@ -38,8 +33,7 @@ def export_onnx_transformer(
     options: RunOptions, source: str, folder: TransformerFolder, form: GraphForm
 ) -> dict[str, Any]:
     """Write the folder at `options.out`; returns what `--json` prints. Raises UserError where the model has no such graph."""
-    for name in ("onnx", "onnxruntime"):
-        onnx_module(name)
+    check_packages()
     if form.guided:
         raise UserError(
             f"--guided is for models that `sample` draws by itself, and the pipeline of a {folder.class_name} mixes its guidance: leave "
@@ -50,31 +44,16 @@ def export_onnx_transformer(
     plain = {"to": "onnx", "model": folder.hash, "quantize": form.quantize}
     plain |= {"inputs": inputs.fingerprint} if inputs else {}
 
-    def check() -> bool:
-        return folder_output(options.out, RECORD, "export", plain, options.overwrite, "export --to onnx")
-
-    todo = check()
     num_bytes = 4 * sum(stored.numel for stored in folder.weights.values())
-    check_space(options.out, _ROOM * num_bytes)
-    outcome = {"to": "onnx", "model": folder.hash, "graphs": ["model"], "quantize": form.quantize}
-    if options.dry_run:
-        return {**outcome, "bytes": num_bytes}
-    if not todo:
-        say_finished(options.out)
-        return outcome
-    check_memory(_COPIES * num_bytes, f"the graph of {folder.path} in float32")
-    model = open_transformer_model(source, folder, FlowSection(), options.blocks)
-    module: Any = model.module.float().requires_grad_(False)
-    calls = _random(model) if inputs is None else _recorded(folder, inputs)
-    record = stamp("export", plain, "done", **outcome)
-    check()  # again: what has come to be there meanwhile is not replaced
-    measured = write_onnx_transformer(model, module, options.out, calls, form.quantize, record)
-    shapes = "; ".join(f"{name} ({', '.join(map(str, each['shape']))})" for name, each in measured["inputs"].items())
-    print(
-        f"{options.out}: differs from torch by {measured['largest_difference']:.1g} of the largest value at most; takes {shapes}",
-        file=sys.stderr,
-    )
-    return outcome | measured
+
+    def prepared() -> GraphWriter:
+        check_memory(_COPIES * num_bytes, f"the graph of {folder.path} in float32")
+        model = open_transformer_model(source, folder, FlowSection(), options.blocks)
+        module: Any = model.module.float().requires_grad_(False)
+        calls = _random(model) if inputs is None else _recorded(folder, inputs)
+        return lambda record: write_onnx_transformer(model, module, options.out, calls, form.quantize, record)
+
+    return graph_folder(options, plain, ["model"], num_bytes, prepared)
 
 
 def _check_source(folder: TransformerFolder, inputs: RecordedInputs | None) -> None:

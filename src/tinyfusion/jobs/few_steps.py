@@ -99,11 +99,10 @@ def _check_levels(recipe: Recipe, model: LoadedModel) -> None:
     settings, times = recipe.distill_steps, noising_of(model).times
     if isinstance(model, TransformerModel):  # whose levels are those of its scheduler, and known with the data
         check_transformer_steps(recipe, model)
-        of_steps = [0.0]
     else:
         of_steps = times(np.array(few_steps_of(recipe, model).levels)).tolist()
-    if len(set(of_steps)) < len(of_steps) or min(of_steps) < 0:
-        raise UserError(f"the process has no {settings.num_steps:,} different noise levels: give fewer --num-steps")
+        if len(set(of_steps)) < len(of_steps) or min(of_steps) < 0:
+            raise UserError(f"the process has no {settings.num_steps:,} different noise levels: give fewer --num-steps")
     low, high = settings.within
     if not low < high or float(times(np.array(low))) < 0:
         raise UserError(

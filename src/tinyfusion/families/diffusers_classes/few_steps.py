@@ -18,9 +18,9 @@ from typing import Any
 
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
+from tinyfusion.families.diffusers_classes.schedules import EULER
 from tinyfusion.processes.noising import FewSteps, even_levels
 
-EULER = "FlowMatchEulerDiscreteScheduler"
 _SIZES = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")  # of a scheduler with dynamic shift
 
 

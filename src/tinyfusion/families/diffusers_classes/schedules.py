@@ -14,13 +14,13 @@ import numpy as np
 from tinyfusion.core.errors import UserError
 from tinyfusion.processes.gaussian import NUM_TIMESTEPS, Predicted, Schedule
 
-_EULER = "FlowMatchEulerDiscreteScheduler"
+EULER = "FlowMatchEulerDiscreteScheduler"
 Settings = Mapping[str, Any]
 
 
 def training_shift(scheduler: Settings) -> float:
     """The shift in the training examples of diffusers: the static one of an Euler scheduler, else none."""
-    if scheduler.get("_class_name") != _EULER or scheduler.get("use_dynamic_shifting"):
+    if scheduler.get("_class_name") != EULER or scheduler.get("use_dynamic_shifting"):
         return 1.0
     return float(scheduler.get("shift", 1.0))
 
