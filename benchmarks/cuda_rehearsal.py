@@ -254,7 +254,7 @@ def routed(family: str, dtype: str, auxiliary: str, parts: int = 1) -> Rehearsal
     """`dynamic`: training, the measured budget, and sampling by sub-networks."""
 
     def run() -> None:
-        model = model_of(family)
+        model, static = model_of(family), model_of(family)
         dynamic = attach(model, DynamicSettings(), 0)
         engine = Engine(CUDA, ComputeSection(gradient_accumulation_steps=parts))
         engine.place(model.module.train(), list(model.stack))
@@ -262,7 +262,7 @@ def routed(family: str, dtype: str, auxiliary: str, parts: int = 1) -> Rehearsal
         objective = DynamicObjective(
             inner=objective_for(model, 0.1, recipe), dynamic=dynamic, target=0.5, label_drop=0.1, ramp_steps=1, weight=2.0,
             auxiliary=auxiliary, auxiliary_steps=2, auxiliary_weight=1.0, finish_from=1, strata=4,
-            teacher=model_of(family).module if auxiliary == "teacher" else None,
+            teacher=(static.module, static.stack) if auxiliary == "teacher" else None,
         )  # type: ignore[arg-type]  # fmt: skip
         state = TrainState(model.module, [ParameterGroup(trainable(model.module))], settings)
         steps_of(Training("dynamic", recipe, settings, model, model.stack, state, objective, batches(model), engine))

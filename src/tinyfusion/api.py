@@ -7,6 +7,7 @@ function (step, draws) whose random numbers come from `draws`, so that results d
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from tinyfusion.families.registry import register_family
 from tinyfusion.jobs import verbs
 from tinyfusion.jobs.criteria import criterion_context
 from tinyfusion.jobs.few_steps import check_few_steps, few_step_training
+from tinyfusion.jobs.folding import with_taught_target
 from tinyfusion.jobs.library_inputs import (
     block_indices,
     check_data_set,
@@ -247,9 +249,10 @@ def recover_model(
     within the training by the gates of `pruning` (None: half of every list). `facts.plan` says which. Its weights are the moving
     average of the training (`settings.training.ema_decay`), and a warning says where that still holds much of the initial ones: set
     fewer steps as `dataclasses.replace(RecoverSection().training, steps=500, ema_decay=0.99)`. A search learns the teacher's outputs
-    (logits-kd) in place of the default method. A student that is frozen as a whole trains all the same. Student and teacher are not
-    changed. Raises UserError unless the teacher is an ancestor of the student, or shares one; on `pruning` without a search; and on
-    fields that are not read.
+    (logits-kd) in place of the default method. With `settings.guidance` the student learns the teacher's outputs under classifier-free
+    guidance of that scale, and is drawn without: one pass of the network per step. A student that is frozen as a whole trains all the
+    same. Student and teacher are not changed. Raises UserError unless the teacher is an ancestor of the student, or shares one; on
+    `pruning` without a search; and on fields that are not read.
     """
     settings, seed = recovery_settings(settings, teacher is not None), checked(Seed, seed, "seed")
     if pruning is not None and settings.search_share is None:
@@ -262,6 +265,9 @@ def recover_model(
     if teacher is not None:
         check_denoiser(teacher)
     recipe = Recipe(seed=seed, prune=pruning, recover=settings)
+    own = settings.alpha_kd != RecoverSection().alpha_kd
+    recipe = dataclasses.replace(recipe, assigned=frozenset({"recover.alpha_kd"} if own else ()))
+    recipe = with_taught_target(recipe, teacher or student, [])
     work = recovery(recipe, trainable_copy(student), teacher.copy() if teacher else None, task, source, engine)
     _train(work, on_step)
     return _as_given(work.averaged(), student)

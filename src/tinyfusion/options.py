@@ -169,6 +169,7 @@ VERBS = {
             Option("student", "pruned model, or the run folder of `prune`; none: --teacher is pruned within the recovery", "PATH",
                    kind=Path),
             Option("search_share", "", "X", ("recover.search_share",)),
+            Option("guidance", "", "X", ("recover.guidance",)),
             Option("scheme", "", "N:M", ("prune.scheme",)),
             _RUN_FOLDER, _TEACHER, _DATA,
             Option("method", "", _choices(Recovery), ("recover.method",)),

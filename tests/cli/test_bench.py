@@ -53,7 +53,7 @@ def test_half_precision_and_no_guidance(cli: Cli, work: Path) -> None:
     outcome = cli(*shlex.split(BENCH), "--dtype", "bfloat16", "--guidance", "1", "--json")
     assert outcome.code == 0, outcome.err
     answer = outcome.last_json
-    assert "guidance 1 (1 rows per image), bfloat16" in answer["protocol"]
+    assert "guidance 1 (1 row per image), bfloat16" in answer["protocol"]
     model = answer["models"]["model"]
     assert model["macs_per_s"] == pytest.approx(2 * model["macs"] / (model["latency_ms"] / 1000))
     assert "speedup" not in answer

@@ -34,7 +34,7 @@ from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.pipelines import pipeline_of
 from tinyfusion.jobs.process_specs import noising_of
 from tinyfusion.jobs.prompt_drawing import check_levels
-from tinyfusion.jobs.transformer_few_steps import folded_guidance, step_drawing
+from tinyfusion.jobs.transformer_few_steps import guidance_of_pipeline, step_drawing
 from tinyfusion.jobs.verbs import save_model
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.training import loop
@@ -98,7 +98,10 @@ def opened(pipeline: str, **few: Any) -> tuple[TransformerModel, Recipe, Any]:
 def test_a_teacher_of_as_many_steps_is_consistent_with_itself(place: Path, pipeline: str) -> None:
     model, recipe, source = opened(pipeline)
     assert model.latent_shape is not None
-    levels, draws = step_drawing(recipe, model).steps.levels, Randomness(0).at(0, 0, 8)
+    levels, draws = (
+        step_drawing(recipe, model, guidance_of_pipeline(recipe, model)).steps.levels,
+        Randomness(0).at(0, 0, 8),
+    )
     module = frozen(model.copy().module)
     for guidance, wanted in ((1.0, True), (3.0, False)):
         taught = GuidedTeacher(
@@ -114,7 +117,7 @@ def test_a_teacher_of_as_many_steps_is_consistent_with_itself(place: Path, pipel
 def test_the_pipeline_draws_the_steps_that_are_trained(place: Path, pipeline: str, channels: int) -> None:
     """Called with what the record says, it gives the mixtures at the recorded levels one after the other."""
     model, recipe, _ = opened(pipeline)
-    drawing, noising = step_drawing(recipe, model), noising_of(model)
+    drawing, noising = step_drawing(recipe, model, guidance_of_pipeline(recipe, model)), noising_of(model)
     generator = torch.Generator().manual_seed(1)
     x = noise = torch.randn(2, channels, 8, 8, generator=generator)
     texts = {
@@ -148,7 +151,7 @@ def test_guidance_is_that_of_the_pipeline_unless_the_recipe_sets_it(place: Path)
     ):  # fmt: skip
         model, recipe, _ = opened(pipeline, **few)
         recipe = dataclasses.replace(recipe, pipeline=dataclasses.replace(recipe.pipeline, **section))
-        assert folded_guidance(recipe, model) == wanted, (pipeline, section)
+        assert guidance_of_pipeline(recipe, model) == wanted, (pipeline, section)
 
 
 def test_the_verb_from_latents_to_images(place: Path, done: Run) -> None:
@@ -247,7 +250,7 @@ def test_what_does_not_fit_is_said_in_a_line(place: Path, run: Run) -> None:
     os.symlink(Path("flux/transformer").absolute(), "alone")
     next(each for each in VIDEO if each.name.startswith("CogVideoX")).model().save_pretrained("cog")  # type: ignore[operator]
     model, recipe, _ = opened("flux", num_steps=2)
-    model.draw_by(step_drawing(recipe, model))
+    model.draw_by(step_drawing(recipe, model, guidance_of_pipeline(recipe, model)))
     save_model(model, Path("fast"))
     save_model(model, Path("broken"))
     config = Path("broken/config.json")
@@ -264,7 +267,7 @@ def test_what_does_not_fit_is_said_in_a_line(place: Path, run: Run) -> None:
 
 def test_a_graph_says_how_a_student_of_few_steps_draws(place: Path, run: Run) -> None:
     model, recipe, _ = opened("flux", num_steps=2)
-    drawing = step_drawing(recipe, model)
+    drawing = step_drawing(recipe, model, guidance_of_pipeline(recipe, model))
     model.draw_by(drawing)
     save_model(model, Path("fast"))
     run("export", "--model", "fast", "--to", "onnx", "--out", "graph")

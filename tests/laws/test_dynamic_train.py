@@ -22,6 +22,7 @@ from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.loaded import DynamicModel
+from tinyfusion.processes.base import FoldedGuidance
 from tinyfusion.processes.flow import FlowObjective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.training.engine import Engine
@@ -165,9 +166,11 @@ def test_ratio_is_summed_over_processes(dynamic: DynamicModel) -> None:
 
 def test_what_runs_beside(dynamic: DynamicModel, tiny_model: ModelFactory) -> None:
     terms = {}
-    teacher = frozen(tiny_model(num_heads=4, hidden_size=32, depth=2).copy().module)
+    static = tiny_model(num_heads=4, hidden_size=32, depth=2).copy()
+    teacher = frozen(static.module), static.stack
     for auxiliary in ("complete", "teacher", "none"):
-        goal = objective(dynamic, auxiliary=auxiliary, auxiliary_steps=201, teacher=teacher)
+        taught = {"teacher": teacher} if auxiliary == "teacher" else {}
+        goal = objective(dynamic, auxiliary=auxiliary, auxiliary_steps=201, **taught)
         noisy = draw(goal)
         terms[auxiliary] = goal.losses(dynamic.module, noisy, goal.predict(dynamic.module, noisy))
         late = draw(goal, step=201)
@@ -177,6 +180,21 @@ def test_what_runs_beside(dynamic: DynamicModel, tiny_model: ModelFactory) -> No
     assert torch.allclose(terms["complete"]["loss"], base["loss"] + terms["complete"]["complete_loss"])
     assert torch.allclose(terms["teacher"]["loss"], base["loss"] + terms["teacher"]["kd_loss"])
     assert {"ratio", "budget", "kept_heads", "kept_groups", "kept_tokens", "mse", "vb"} <= set(base)
+
+
+def test_a_guided_teacher_is_the_only_target_at_all_steps(dynamic: DynamicModel, tiny_model: ModelFactory) -> None:
+    static = tiny_model(num_heads=4, hidden_size=32, depth=2).copy()
+    how = {"auxiliary": "teacher", "teacher": (frozen(static.module), static.stack), "auxiliary_steps": 1}
+    goal = objective(dynamic, taught_alone=True, guidance=FoldedGuidance(2.0, 2), **how)
+    noisy = draw(goal)
+    prediction = goal.predict(dynamic.module, noisy)
+    terms = goal.losses(dynamic.module, noisy, prediction)
+    assert torch.allclose(terms["loss"], terms["kd_loss"] + terms["budget_loss"])
+    assert prediction.teacher is not None
+    torch.testing.assert_close(
+        prediction.teacher.output, goal.inner.taught(static.module, noisy, FoldedGuidance(2.0, 2)).output
+    )
+    assert goal.step_memory().teacher == how["teacher"] and goal.step_memory().teacher_rows == 2
 
 
 def test_the_complete_pass_is_the_static_loss(dynamic: DynamicModel) -> None:

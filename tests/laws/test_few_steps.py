@@ -273,11 +273,11 @@ def test_a_student_of_few_steps_is_saved_with_them_and_is_no_teacher(model: Load
 def test_the_defaults_of_a_method(tiny_model: ModelFactory) -> None:
     gaussian, flow = tiny_model(), new_model("sit", dataclasses.asdict(tiny_model().arch), 0)
     recipe = Recipe(distill_steps=DistillStepsSection(num_steps=2), sample=SampleSection(guidance=4.0))
-    assert few_steps_of(recipe, gaussian) == FewSteps("consistency", (1.0, 0.5), 4.0, False)
+    assert few_steps_of(recipe, gaussian, gaussian) == FewSteps("consistency", (1.0, 0.5), 4.0, False)
     own = DistillStepsSection(method="matching", num_steps=4, guidance=2.0)
     recipe = Recipe(distill_steps=own)
-    assert few_steps_of(recipe, gaussian) == FewSteps("matching", (0.8, 0.6, 0.4, 0.2), 2.0, True)
-    assert few_steps_of(recipe, flow) == FewSteps("matching", (1.0, 0.75, 0.5, 0.25), 2.0, True)
+    assert few_steps_of(recipe, gaussian, gaussian) == FewSteps("matching", (0.8, 0.6, 0.4, 0.2), 2.0, True)
+    assert few_steps_of(recipe, flow, flow) == FewSteps("matching", (1.0, 0.75, 0.5, 0.25), 2.0, True)
 
 
 def test_models_that_do_not_go_together_are_refused(tiny_model: ModelFactory) -> None:

@@ -143,9 +143,10 @@ def dynamic(engine: Engine, auxiliary: Any = "complete", **settings: Any) -> Job
     model = teacher_model()
     routed = attach(model, DynamicSettings(width_bias=0.3, token_bias=0.3, block_bias=0.3, **settings))
     engine.place(model.module.train(), list(model.stack))
-    teacher = frozen(teacher_model().module) if auxiliary == "teacher" else None
+    static = teacher_model()
+    teacher = (frozen(static.module), static.stack) if auxiliary == "teacher" else None
     if teacher is not None:
-        engine.place_teacher(teacher, list(model.family.stack(teacher)))
+        engine.place_teacher(static.module, list(static.stack))
     goal = DynamicObjective(
         GaussianObjective(0.3), routed, 0.6, label_drop=0.3, ramp_steps=40, auxiliary=auxiliary,
         auxiliary_steps=30, teacher=teacher, finish_from=45, total=engine.total if engine.world > 1 else None,

@@ -61,7 +61,7 @@ def bench(recipe: Recipe, names: BenchModels, dry_run: bool = False) -> dict[str
         check_quantized(model, settings.quantize, settings.dtype, settings.compile, device)
     hashes = {side: model.hash() for side, model in models.items()}
     spread = any(model.dynamic is not None for model in models.values())
-    protocol = _protocol(recipe, device, spread, any(model.facts.few_steps for model in models.values()))
+    protocol = _protocol(recipe, device, spread, not all(model.takes_guidance for model in models.values()))
     if dry_run:
         print(f"bench would measure {' and '.join(sources.values())}: {protocol}")
         return {"state": "checked", "protocol": protocol}
@@ -131,13 +131,14 @@ def measured(
     return outcome
 
 
-def _protocol(recipe: Recipe, device: torch.device, spread: bool, few: bool) -> str:
+def _protocol(recipe: Recipe, device: torch.device, spread: bool, folded: bool) -> str:
     """Everything that the numbers depend on except the models and the machine."""
     settings = recipe.bench
     where = place_of(device)
     over = f", mean of {SPREAD_STEPS} over the chain," if spread else ""
-    guidance = f"guidance {recipe.sample.guidance:g} ({2 if recipe.sample.guidance > 1 else 1} rows per image"
-    guidance += f"{', of a model of few steps 1' if few else ''})"
+    rows = 2 if recipe.sample.guidance > 1 else 1
+    guidance = f"guidance {recipe.sample.guidance:g} ({rows} row{'s' * (rows > 1)} per image"
+    guidance += f"{', of a model drawn without 1' if folded and rows > 1 else ''})"
     return (
         f"one denoising step{over} of {settings.batch_size} image{'s' * (settings.batch_size > 1)}, {guidance}, "
         f"{settings.quantize or settings.dtype}{' compiled' if settings.compile else ''}, {where}, torch {torch.__version__}; "

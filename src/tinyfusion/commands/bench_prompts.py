@@ -60,11 +60,11 @@ def bench_prompts(recipe: Recipe, names: BenchModels, blocks: Path | None, dry_r
 def _protocol(recipe: Recipe, models: Mapping[str, ModelPipeline], dtype: str, device: torch.device) -> str:
     """Everything that the numbers depend on except the models and the machine."""
     settings, model = recipe.pipeline, models["model"]
-    few = any(each.few_steps for each in models.values())
-    model = next((each for each in models.values() if not each.few_steps), model)
+    folded = any(each.drawn_with for each in models.values())
+    model = next((each for each in models.values() if not each.drawn_with), model)
     arguments = {n: v for n, v in pipeline_arguments(model, settings).items() if n not in _STEPS}
     given = "".join(f", {name} {value}" for name, value in arguments.items())
-    given += ", of a student of few steps without a pass for guidance" if few else ""
+    given += ", of a student of folded guidance without a pass for it" if folded else ""
     return (
         f"one denoising step of a {model.kind.__name__} (its calls of transformers, mean of {STEPS} steps{given}) of "
         f"{settings.batch_size} image{'s' * (settings.batch_size > 1)}, prompts "

@@ -43,7 +43,7 @@ class DistillSteps(TrainingVerb[Training]):
     def plain(self, inputs: Inputs) -> dict[str, Any]:
         """As of every verb; guidance may be that of the sections sample or pipeline."""
         recipe, channels = inputs.recipe, inputs.recipe.sample.guidance_channels
-        guidance = guidance_of_steps(recipe, inputs.model("model"))
+        guidance = guidance_of_steps(recipe, inputs.model("model"), inputs.model("teacher"))
         return {**super().plain(inputs), "guidance": guidance, "guidance_channels": channels}
 
     def work(self, inputs: Inputs, engine: Engine) -> Training:
@@ -57,7 +57,7 @@ class DistillSteps(TrainingVerb[Training]):
 
     def says(self, inputs: Inputs, work: Training) -> dict[str, str]:
         """The method, and the steps of a drawing."""
-        few = few_steps_of(inputs.recipe, inputs.model("model"))
+        few = few_steps_of(inputs.recipe, inputs.model("model"), inputs.model("teacher"))
         return {"method": f"{few.method}, {few.describe()}"}
 
     def perform(self, inputs: Inputs, work: Training, folder: RunDirectory) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
 from tinyfusion.jobs.assemble import RunOptions, open_teacher, other_inputs
+from tinyfusion.jobs.folding import check_folding, folds
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.routing import KEPT, check_dynamic, dynamic_record, dynamic_training, meet_budget
@@ -40,6 +41,7 @@ class Dynamic(TrainingVerb[Training]):
             raise UserError(
                 f"the teacher {recipe.teacher} does not take what {source} takes: wanted one of the same family, input and classes"
             )
+        check_folding(recipe, recipe.dynamic, teacher)
         recipe, model = known_inputs(recipe, model, [named, *([recipe.teacher] if teacher else [])], remarks)
         models: dict[str, LoadedModel | None] = {"model": model, "teacher": teacher}
         return Inputs(recipe, options, models, {"model": named, "teacher": recipe.teacher if teacher else ""})
@@ -48,6 +50,8 @@ class Dynamic(TrainingVerb[Training]):
         """Without `in_run`, which does not change the result."""
         plain = super().plain(inputs)
         plain["dynamic"].pop("in_run")
+        if folds(inputs.recipe.dynamic):
+            plain["guidance_channels"] = inputs.recipe.sample.guidance_channels
         return plain
 
     def work(self, inputs: Inputs, engine: Engine) -> Training:

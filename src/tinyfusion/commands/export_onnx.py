@@ -28,9 +28,9 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Write the folder at `options.out`; returns what `--json` prints. Raises UserError where the model has no such graph."""
     check_packages()
-    if what.guided and model.facts.few_steps:
+    if what.guided and not model.takes_guidance:
         raise UserError(
-            "--guided is for models that are drawn with guidance, and this one draws in few steps without: leave it out"
+            "--guided is for models that are drawn with guidance, and this one is drawn without: leave it out"
         )
     facts = sampler_facts(model, settings)
     _check_sampling(model, settings, facts["recommended"])

@@ -15,6 +15,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import RunDirectory, atomic_write, write_json
 from tinyfusion.jobs.assemble import RunOptions, open_teacher, plain_recipe
+from tinyfusion.jobs.folding import check_folding, folds, with_taught_target
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.recorded_training import check_masks, recorded_of, training_data
@@ -34,8 +35,10 @@ class Recover(TrainingVerb[Training]):
     sections = ("data", "recover")
 
     def plain(self, inputs: Inputs) -> dict[str, Any]:
-        """As of every verb; a search also depends on the section prune."""
+        """As of every verb; a search also depends on the section prune, folded guidance on its channels."""
         own = super().plain(inputs)
+        if folds(inputs.recipe.recover):
+            own["guidance_channels"] = inputs.recipe.sample.guidance_channels
         if inputs.recipe.recover.search_share is None:
             return own
         return {**own, **plain_recipe(inputs.recipe, "prune")}
@@ -70,8 +73,9 @@ class Recover(TrainingVerb[Training]):
                     f"{teacher.family.name}: give the teacher that it was cut from"
                 )
         recipe, student = known_inputs(recipe, student, [source, recipe.teacher], remarks, recorded is None)
+        check_folding(recipe, recipe.recover, teacher)
         if not recorded:
-            recipe = _with_taught_target(recipe, student, remarks)
+            recipe = with_taught_target(recipe, teacher or student, remarks)
         models: dict[str, LoadedModel | None] = {"student": student, "teacher": teacher}
         return Inputs(recipe, options, models, {"student": source, "teacher": recipe.teacher}, recorded=recorded)
 
@@ -90,9 +94,10 @@ class Recover(TrainingVerb[Training]):
         recorded = recorded_of(options.inputs, whole)
         recipe, whole = known_inputs(recipe, whole, [recipe.teacher], remarks, recorded is None)
         recipe = before_search(recipe, whole)  # refuse before anything is learned
-        if not recorded:
-            recipe = _with_taught_target(recipe, whole, remarks)
         taught = settings.method != "finetune" and not (recorded and settings.method == "logits-kd")
+        check_folding(recipe, settings, whole if taught else None)
+        if not recorded:
+            recipe = with_taught_target(recipe, whole, remarks)
         models: dict[str, LoadedModel | None] = {"student": whole.copy(), "teacher": whole if taught else None}
         return Inputs(recipe, options, models, {"teacher": recipe.teacher}, recorded=recorded)
 
@@ -112,6 +117,7 @@ class Recover(TrainingVerb[Training]):
         settings = inputs.recipe.recover
         how: list[str] = [settings.method]
         how += [f"blocks chosen in the first {settings.search_steps:,} steps"] if settings.search_steps else []
+        how += [f"guidance {settings.guidance:g} folded in"] if folds(settings) else []
         how += ["low-rank updates"] if settings.update == "lora" else []
         how += [f"teacher {settings.teacher_storage}"] if settings.teacher_storage != "own" else []
         return {"method": ", ".join(how)}
@@ -133,24 +139,6 @@ class Recover(TrainingVerb[Training]):
             save_lora(folder, work.state.averages(), inputs.recipe.recover.lora_scale)
         folder.mark("done", seconds=seconds, seen_images=work.state.seen_images)
         return outcome
-
-
-def _with_taught_target(recipe: Recipe, student: LoadedModel, remarks: list[str]) -> Recipe:
-    """The recipe with the teacher's output as the only target, for a student that has guidance as an input, unless it says otherwise.
-
-    remarks: gets a line for people.
-    """
-    if not student.distilled_guidance:
-        return recipe
-    wrong = "guidance is an input of this model, so its output is not the velocity of the data"
-    if recipe.recover.method == "finetune":
-        remarks.append(
-            f"warning: {wrong}: finetune pulls the model off; --method logits-kd learns from the teacher alone"
-        )
-    elif "recover.alpha_kd" not in recipe.assigned:
-        remarks.append(f"recover.alpha_kd=1: {wrong}, and the teacher's is the only target")
-        return dataclasses.replace(recipe, recover=dataclasses.replace(recipe.recover, alpha_kd=1.0))
-    return recipe
 
 
 def save_lora(folder: RunDirectory, factors: Mapping[str, Tensor], scale: float) -> None:

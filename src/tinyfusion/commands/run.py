@@ -286,7 +286,7 @@ def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
         rows[name] = {
             "depth": len(side.model.stack),
             "num_parameters": side.num_parameters,
-            "macs": side.macs,
+            "macs": side.macs * side.rows,  # of a step of one image, guidance included
             "latency_ms": latency.median_ms,
             "latency_ms_spread": [min(latency.measurements_ms), max(latency.measurements_ms)],
             "speedup": ratio,
@@ -294,7 +294,8 @@ def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
             "drawing_speedup": ratio * sides["teacher"].calls / side.calls,
         }
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    few = " (few steps: folded in)" if recipe.distill_steps.in_run else ""
+    without = [name for name, side in sides.items() if side.rows < sides["teacher"].rows]
+    few = f" ({', '.join(without)}: folded in)" if without else ""
     protocol = (
         f"{settings.repeats} interleaved trajectories of {steps} denoising steps, batch {settings.batch_size}, guidance "
         f"{recipe.sample.guidance:g}{few}, float32, {device.type}, {threads} threads; medians"

@@ -80,6 +80,11 @@ def sample(
             f"note: {model_source} draws in its own {len(few.levels)} steps: sampler, steps and guidance are not used",
             file=sys.stderr,
         )
+    if (folded := model.facts.folded_guidance) and engine.is_main:
+        print(
+            f"note: {model_source} has guidance {folded.scale:g} folded in: one pass of the network per step",
+            file=sys.stderr,
+        )
     s = recipe.sample
     check_quantized(model, s.quantize, s.dtype, s.compile, engine.device)
     inputs = {"model": model.hash()} | ({"autoencoder": autoencoder.hash()} if autoencoder else {})

@@ -48,6 +48,8 @@ def sample_prompts(
     levels = few.steps.levels if few else None
     if levels is not None:
         say([f"note: {source} draws in its own {len(levels)} steps: steps, guidance and negative prompt are not used"])
+    elif model.drawn_with:
+        say([f"note: {source} has guidance folded in: guidance and negative prompt are not used"])
     num = settings.num_images or len(prompts)
     protocol = pipeline_protocol(model, recipe, digest, num, settings.dtype or stored_type(model))
     plain = plain_recipe(recipe, "pipeline", model=model.model_hash, rest=model.rest_hash)

@@ -243,7 +243,7 @@ def inspect_transformer(model: TransformerFolder, inputs: Path | None = None) ->
         "kept": model.record.get("kept"),
         "lineage": model.lineage,
         "criterion": plan_in(model).criterion if model.lineage else None,
-        "few_steps": model.few_steps.to_json() if model.few_steps else None,
+        **{drawing.key: drawing.to_json() for drawing in (model.few_steps, model.folded) if drawing},
         "hash": model.hash,
         "license": model.license,
         "parent": model.parent,

@@ -215,6 +215,11 @@ class RecoverSection:
         "masked-kd"
     )
     alpha_kd: Annotated[Share, "weight of the output distillation; the data loss has 1 - alpha_kd"] = 0.9
+    guidance: Annotated[
+        float | None, Ge(1), Le(10**6),
+        "fold classifier-free guidance of this scale into the student: it learns the guided output of the teacher, and draws with one "
+        "pass of the network per step; None: the student keeps both outputs, and guidance stays free",
+    ] = None  # fmt: skip
     beta: Annotated[
         tuple[NonNegative, NonNegative], "weight of the feature distillation at the first and last step"
     ] = (1e-2, 0.0)  # fmt: skip
@@ -286,6 +291,11 @@ class DynamicSection:
     ] = "complete"
     auxiliary_steps: Annotated[CountOrZero, "steps with the auxiliary loss"] = 30_000
     auxiliary_weight: Annotated[NonNegative, "weight of the auxiliary loss"] = 1.0
+    guidance: Annotated[
+        float | None, Ge(1), Le(10**6),
+        "auxiliary teacher: fold classifier-free guidance of this scale into the model: the guided output of the teacher is its only "
+        "target, at all steps, and it draws with one pass of the network per step; None: guidance stays free",
+    ] = None  # fmt: skip
     strata: Annotated[SmallCount, "ranges of timesteps over which every batch is spread; 1: none"] = 4
     finish_steps: Annotated[CountOrZero, "last steps, in which decisions have no noise, as at inference"] = 2_000
     in_run: Annotated[bool, "`run` makes the recovered student dynamic too, with the teacher of the recipe"] = False

@@ -28,6 +28,7 @@ class ModelKind:
     of_latents: bool = False
     few_steps: bool = False
     null_class: bool = True
+    folded: bool = False
 
     @property
     def transformer(self) -> bool:
@@ -220,6 +221,8 @@ ROWS = (
     Row("recover.alpha_kd", "methods with a target besides the teacher's outputs in --inputs", lambda a: not a.has_outputs, "recover"),
     Row("data.name data.size data.orientation data.window_images data.flip data.augment flow.* masked.*",
         "data, and --inputs takes their place", lambda a: not a.given.get("inputs"), "prune recover"),
+    Row("recover.guidance", "methods with a teacher, not finetune", lambda a: a.method != "finetune", "recover run"),
+    Row("sample.guidance_channels", "recover.guidance", lambda a: a.recipe.recover.guidance is not None or a.draws_previews, "recover"),
     Row("recover.beta", "rep-kd and masked-kd, which compare features", lambda a: a.method in ("rep-kd", "masked-kd")),
     Row("recover.mask recover.mask_sigmas", "method masked-kd", lambda a: a.method == "masked-kd"),
     Row("recover.lora_rank recover.lora_alpha", "recover.update=lora", lambda a: a.recipe.recover.update == "lora"),
@@ -227,6 +230,9 @@ ROWS = (
     Row("dynamic.*", "a run that trains routers (dynamic.in_run=true)", lambda a: a.recipe.dynamic.in_run, "run"),
     Row("teacher teacher_family", "dynamic.auxiliary=teacher", lambda a: a.recipe.dynamic.auxiliary == "teacher", "dynamic"),
     Row("dynamic.auxiliary_*", "an auxiliary loss, not dynamic.auxiliary=none", lambda a: a.recipe.dynamic.auxiliary != "none"),
+    Row("dynamic.guidance", "dynamic.auxiliary=teacher", lambda a: a.recipe.dynamic.auxiliary == "teacher"),
+    Row("dynamic.auxiliary_steps dynamic.training.label_drop", "targets besides the teacher (dynamic.guidance=none)",
+        lambda a: a.recipe.dynamic.guidance in (None, 1)),
     Row("dynamic.width_bias", "dynamic.width", lambda a: a.recipe.dynamic.width),
     Row("dynamic.token_bias", "dynamic.tokens", lambda a: a.recipe.dynamic.tokens),
     Row("dynamic.block_bias", "dynamic.depth", lambda a: a.recipe.dynamic.depth),
@@ -247,7 +253,8 @@ ROWS = (
         "train prune recover dynamic distill-steps"),
     Row("sample.sampler sample.num_steps sample.eta sample.clip sample.flow.* sample.masked.*", "previews (section watch)",
         lambda a: a.draws_previews, "train recover distill-steps"),
-    Row("sample.guidance*", "previews (section watch)", lambda a: a.draws_previews, "train recover"),
+    Row("sample.guidance sample.guidance_interval", "previews (section watch)", lambda a: a.draws_previews, "train recover"),
+    Row("sample.guidance_channels", "previews (section watch)", lambda a: a.draws_previews, "train"),
     Row(_DRAWN, "previews (section watch)", lambda a: a.draws_previews, "train recover distill-steps"),
     Row("sample.batch_size sample.quantize sample.decode_batch_size", "previews (section watch)",
         lambda a: a.draws_previews, "dynamic"),
@@ -277,6 +284,8 @@ ROWS = (
     _of_model("sample.[!w]*", "models of families, not transformers of diffusers", lambda m: not m.transformer, "run"),
     _of_model("encode.* bench.*", "transformers of diffusers, not models of families", lambda m: m.transformer, "run"),
     _of_model(_SAMPLER, "models of many steps, and this one has its own few", lambda m: not m.few_steps, "sample bench"),
+    _of_model("sample.guidance*", "models that are drawn under guidance, and this one has folded it in", lambda m: not m.folded,
+              "sample bench explain demo export"),
     _of_model("sample.flow.*", "flows, not this model's process", lambda m: m.process == "flow"),
     _of_model("sample.masked.*", "masked models, not this model's process", lambda m: m.process == "masked"),
     Row("sample.eta", "--sampler ddim", lambda a: a.recipe.sample.sampler not in (None, "ddpm") or a.model.process != "gaussian",

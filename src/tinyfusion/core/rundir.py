@@ -45,6 +45,7 @@ _OLD, _BACK = ".tinyfusion.old", ".tinyfusion.back"  # in a run folder: a run th
 CHECKPOINT_FILES = r"state-\d{5}-of-\d{5}\.safetensors|state\.json|SHA256SUMS|losses\.safetensors"
 _FOLDERS = ("checkpoints", "watch", "samples", "evaluations", "prune", "recover", "dynamic", "distill-steps", "latents")
 _PROMPTS = r"prompts(?:-\d+-of-\d+)?\.safetensors"
+FOLDED = ", folded in"  # ends guidance in the protocol of images of a model that has folded it in
 ENCODE_PROMPTS = "encode --pipeline"  # the verb in the record of such a run
 _SAVED = (  # not in hidden folders, which are unfinished
     rf"(?:[^./][^/]*/)*(?:checkpoints/step-\d+/(?:{CHECKPOINT_FILES})|model\.json|shard-\d+-of-\d+\.safetensors)"

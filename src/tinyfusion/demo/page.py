@@ -126,7 +126,7 @@ def page_facts(
     loaded = [each.model for each in models]
     columns, positions = block_columns(loaded)
     arch = loaded[0].arch
-    guided = any(_is_guided(model) for model in loaded)
+    guided = any(model.takes_guidance for model in loaded)
     described = [
         {
             "name": each.name,
@@ -138,7 +138,7 @@ def page_facts(
             "columns": places,
             "outputChannels": _output_channels(each.model),
             "guidedChannels": each.model.guided_channels,
-            "nullLabel": each.model.arch.num_classes if _is_guided(each.model) else None,
+            "nullLabel": each.model.arch.num_classes if each.model.takes_guidance else None,
             "samplers": [sampler.plain() for sampler in check_model(each.model, each.source)],
         }
         for each, role, places in zip(models, roles(loaded), positions, strict=True)
@@ -153,11 +153,6 @@ def page_facts(
         "noiseKey": str(int.from_bytes(hashlib.sha256(NOISE.encode()).digest()[:8], "little")),
         "models": described,
     }
-
-
-def _is_guided(model: LoadedModel) -> bool:
-    """Whether it is drawn with guidance: not without a null class, nor where guidance is folded in."""
-    return model.null_class and model.facts.few_steps is None
 
 
 def _output_channels(model: LoadedModel) -> int:

@@ -32,12 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from tinyfusion.blocks.dynamics import Deciding, kept_shares, model_ratio
+from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, StratifiedDraws
 from tinyfusion.core.signals import check_stop
 from tinyfusion.models.loaded import DynamicModel
-from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, Process, StepMemory
+from tinyfusion.processes.base import Batch, FoldedGuidance, NoisyBatch, Objective, Prediction, Process, StepMemory
 
 # router of a block -> address of its noise
 PURPOSES = {
@@ -103,7 +104,8 @@ class DynamicObjective(Objective):
     """The objective of the module docstring. target: lambda. weight: w.
 
     auxiliary: the second term while `step < auxiliary_steps`: the loss of the whole network ("complete"), the distance of the
-    routed output from that of `teacher`, a frozen static model ("teacher"), or none. finish_from: the step from which decisions
+    routed output from that of `teacher`, a frozen static model with its blocks ("teacher"), or none. taught_alone: the teacher's
+    output is the only target, at all steps; `guidance` is what the model then folds in, if any. finish_from: the step from which decisions
     have no noise, as at inference, with their gradient. strata: of the times; 1: not stratified. total: the sum of a tensor
     over all ranks. Raises ValueError on invalid settings.
     """
@@ -117,7 +119,9 @@ class DynamicObjective(Objective):
     auxiliary: Literal["complete", "teacher", "none"] = "complete"
     auxiliary_steps: int = 30_000
     auxiliary_weight: float = 1.0
-    teacher: nn.Module | None = None
+    teacher: tuple[nn.Module, BlockStack] | None = None
+    taught_alone: bool = False
+    guidance: FoldedGuidance | None = None
     finish_from: int | None = None
     strata: int = 4
     total: Callable[[Tensor], Tensor] | None = None
@@ -125,13 +129,16 @@ class DynamicObjective(Objective):
     def __post_init__(self) -> None:
         if not 0 < self.target <= 1:
             raise ValueError(f"a budget is a share above 0 and at most 1; got {self.target:g}")
-        if self.auxiliary == "teacher" and self.teacher is None:
-            raise ValueError("dynamic.auxiliary teacher needs a teacher")
+        if (self.auxiliary == "teacher") != (self.teacher is not None):
+            raise ValueError("dynamic.auxiliary teacher needs a teacher, and the others take none")
+        if self.teacher is None and (self.taught_alone or self.guidance is not None):
+            raise ValueError("a target of a teacher, and its guidance, need dynamic.auxiliary teacher")
         if self.strata < 1:
             raise ValueError(f"strata of times are at least 1; got {self.strata}")
 
     def step_memory(self) -> StepMemory:
-        return StepMemory(passes=2 if self.auxiliary == "complete" and self.auxiliary_steps > 0 else 1)
+        passes = 2 if self.auxiliary == "complete" and self.auxiliary_steps > 0 else 1
+        return StepMemory(self.teacher, teacher_rows=1 if self.guidance is None else 2, passes=passes)
 
     def draw(self, batch: Batch, draws: Draws) -> RoutedBatch:
         """The inner draws with stratified times, the condition of the complete pass, and the noise of all routers."""
@@ -185,10 +192,8 @@ class DynamicObjective(Objective):
         if noisy.step < self.auxiliary_steps and self.auxiliary == "complete":
             with self.dynamic.complete():
                 complete = self.inner.predict(model, dataclasses.replace(noisy, condition=noisy.complete_condition))
-        elif noisy.step < self.auxiliary_steps and self.auxiliary == "teacher":
-            assert self.teacher is not None
-            with torch.no_grad():
-                taught = self.inner.predict(self.teacher, noisy)
+        elif self.teacher is not None and (self.taught_alone or noisy.step < self.auxiliary_steps):
+            taught = self.inner.taught(self.teacher[0], noisy, self.guidance)
         return RoutedPrediction(own.output, taught, ratio=ratio, kept=kept, complete=complete)
 
     def losses(self, model: nn.Module, noisy: RoutedBatch, prediction: RoutedPrediction) -> dict[str, Tensor]:
@@ -202,7 +207,7 @@ class DynamicObjective(Objective):
             loss = loss + self.auxiliary_weight * terms["complete_loss"]
         if prediction.teacher is not None:
             terms |= self.inner.kd_terms(noisy, prediction, prediction.teacher)
-            loss = loss + self.auxiliary_weight * terms["kd_loss"]
+            loss = self.auxiliary_weight * terms["kd_loss"] + (0 if self.taught_alone else loss)
         budget = budget_at(noisy.step, self.target, self.ramp_steps)
         terms["budget_loss"] = self.budget_loss(prediction.ratio, noisy.ratio, budget)
         shares = {"ratio": prediction.ratio.detach(), "budget": torch.full_like(prediction.ratio, budget).detach()}

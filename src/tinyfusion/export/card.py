@@ -77,7 +77,7 @@ def model_card(model: LoadedModel, notes: CardNotes) -> str:
         f"# {notes.title}\n\n{_what(model)}",
         _plan(model),
         _use(model, notes),
-        _few_steps(model, notes),
+        _drawing(model, notes),
         _differences(notes),
         _numbers(notes.evaluations),
         _how(model, notes),
@@ -157,11 +157,16 @@ def _use(model: LoadedModel, notes: CardNotes) -> str:
         return f"## Use\n\n{_GRAPH_USE}"
     export = model.diffusers_export()
     usage = export.pipeline.usage if notes.target == "pipeline" and export.pipeline else export.usage
-    return f"## Use\n\n{usage(model.arch, notes.title)}"
+    return f"## Use\n\n{usage(model.arch, notes.title, model.takes_guidance)}"
 
 
-def _few_steps(model: LoadedModel, notes: CardNotes) -> str:
-    few = model.facts.few_steps
+def _drawing(model: LoadedModel, notes: CardNotes) -> str:
+    few, folded = model.facts.few_steps, model.facts.folded_guidance
+    if folded is not None:
+        return (
+            f"## Guidance\n\nClassifier-free guidance of scale {folded.scale:g} is folded in: draw it without (scale 1), one pass of the "
+            "network per step. It predicts nothing without a label."
+        )
     if few is None:
         return ""
     noise = (

@@ -49,7 +49,8 @@ def sampler_facts(model: LoadedModel, settings: SampleSection) -> dict[str, Any]
     arch, facts = model.arch, model.facts
     process = model.family.process
     recommended = _few_steps(model, facts.few_steps) if facts.few_steps else _RECOMMENDED[process](model, settings)
-    guidance = settings.guidance if model.null_class and not facts.few_steps else 1.0
+    guidance = settings.guidance if model.takes_guidance else 1.0
+    folded = facts.few_steps.guidance if facts.few_steps else facts.folded_guidance and facts.folded_guidance.scale
     return {
         "process": process,
         "input_shape": [arch.in_channels, arch.input_size, arch.input_size],
@@ -61,6 +62,7 @@ def sampler_facts(model: LoadedModel, settings: SampleSection) -> dict[str, Any]
         "null_label": arch.num_classes if model.null_class else None,
         "guided_channels": model.guided_channels,
         **recommended.pop("facts"),
+        **({} if folded is None else {"folded_guidance": folded}),
         "recommended": {**recommended, "guidance": guidance},
         "model": model.hash(),
         "depth": model.stack.depths(),
@@ -74,7 +76,6 @@ def _few_steps(model: LoadedModel, few: FewSteps) -> dict[str, Any]:
     facts = {
         "timesteps": "t of every step of few_steps; x becomes x * x + out * (output) + noise * (fresh noise)",
         "few_steps": [step._asdict() for step in linear_steps(noising, few)],
-        "folded_guidance": few.guidance,
     }
     return {"sampler": "few_steps", "num_steps": len(few.levels), "facts": facts}
 

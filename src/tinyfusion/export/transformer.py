@@ -52,7 +52,7 @@ def transformer_card(
         "---\n" + "\n".join(head) + "\n---",
         f"# {title}\n\n{what}",
         _cut(model, picture),
-        _steps(model),
+        _drawing(model),
         f"## Use\n\n{use}" if use else _use(model, title, pipeline),
     ]
     notes = [*model.row.notes] if model.lineage else []
@@ -85,8 +85,13 @@ def _cut(model: TransformerFolder, picture: str) -> str:
     )
 
 
-def _steps(model: TransformerFolder) -> str:
-    few = model.few_steps
+def _drawing(model: TransformerFolder) -> str:
+    few, folded = model.few_steps, model.folded
+    if folded is not None:
+        return (
+            f"## Guidance\n\nClassifier-free guidance of scale {folded.guidance.scale:g} is folded in: draw it without, one pass of the "
+            "network per step, and without a negative prompt."
+        )
     if few is None:
         return ""
     return (
@@ -99,8 +104,8 @@ def _use(model: TransformerFolder, title: str, pipeline: str | None) -> str:
     kind = pipeline or model.class_name
     code = f'from diffusers import {kind}\n\nmodel = {kind}.from_pretrained("{title}", torch_dtype="auto")'
     other = "" if pipeline else "\n# Pipeline.from_pretrained(PARENT, transformer=model) draws with it"
-    if model.few_steps:
-        given = ", ".join(f"{name}={value!r}" for name, value in model.few_steps.arguments.items())
+    if model.drawn_with:
+        given = ", ".join(f"{name}={value!r}" for name, value in model.drawn_with.items())
         name = "model" if pipeline else "pipeline"
         drawn = "frames" if call_of(model.config).axes == 5 else "images"
         other += f"\ndrawn = {name}(PROMPT, {given}).{drawn}[0]"

@@ -96,4 +96,4 @@ class ConsistencyObjective(Objective):
         return {"loss": weight * mean_flat((output - prediction.target) ** 2)}
 
     def step_memory(self) -> StepMemory:
-        return StepMemory(teacher=(self.teacher.module, self.teacher.stack))
+        return StepMemory(**self.teacher.memory)

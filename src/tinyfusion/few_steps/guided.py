@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ class GuidedTeacher:
     call: ModelCall
     guidance: float
     channels: int
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Its fields of `StepMemory`."""
+        return {"teacher": (self.module, self.stack), "teacher_rows": 1 if self.guidance == 1 else 2}
 
     @torch.no_grad()
     def parts(self, x: Tensor, t: Tensor, condition: Condition) -> Mixture:

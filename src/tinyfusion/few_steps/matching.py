@@ -113,4 +113,4 @@ class MatchingObjective(Objective):
         return {"loss": generator_loss + critic_loss, **terms}
 
     def step_memory(self) -> StepMemory:
-        return StepMemory(teacher=(self.teacher.module, self.teacher.stack), passes=2)
+        return StepMemory(**self.teacher.memory, passes=2)

@@ -14,9 +14,10 @@ from tinyfusion.few_steps.consistency import ConsistencyObjective
 from tinyfusion.few_steps.guided import GuidedTeacher
 from tinyfusion.few_steps.matching import MatchingObjective
 from tinyfusion.jobs.assemble import other_inputs
+from tinyfusion.jobs.folding import guided_channels
 from tinyfusion.jobs.process_specs import noising_of
 from tinyfusion.jobs.training import Training
-from tinyfusion.jobs.transformer_few_steps import check_transformer_steps, folded_guidance, step_drawing
+from tinyfusion.jobs.transformer_few_steps import check_transformer_steps, guidance_of_pipeline, step_drawing
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Objective
@@ -34,19 +35,30 @@ _MATCHING_LEVEL = 0.8  # first level of noise predictions, which leave the clean
 _CRITIC = "critic."  # begins the names of its parameters in a checkpoint
 
 
-def guidance_of_steps(recipe: Recipe, model: LoadedModel) -> float:
-    """The guidance that a student like `model` folds in; of a transformer of diffusers as `folded_guidance`."""
+def guidance_of_steps(recipe: Recipe, model: LoadedModel, teacher: LoadedModel) -> float:
+    """The guidance that a student like `model` folds in; of a transformer of diffusers as `guidance_of_pipeline`.
+
+    Raises UserError where it is set for a teacher that has folded in one of its own.
+    """
+    given, folded = recipe.distill_steps.guidance, teacher.facts.folded_guidance
+    if folded is not None:
+        if given not in (None, folded.scale):
+            raise UserError(
+                f"distill_steps.guidance {given:g}: guidance {folded.scale:g} is folded into the teacher already: leave it out, or give "
+                "the model that it was recovered from"
+            )
+        return folded.scale
     if isinstance(model, TransformerModel):
-        return folded_guidance(recipe, model)
-    given = recipe.distill_steps.guidance
+        return guidance_of_pipeline(recipe, model)
     return recipe.sample.guidance if given is None else given
 
 
-def few_steps_of(recipe: Recipe, model: LoadedModel) -> FewSteps:
+def few_steps_of(recipe: Recipe, model: LoadedModel, teacher: LoadedModel) -> FewSteps:
     """How the student of a recipe will draw, a model of the process of `model`."""
+    guidance = guidance_of_steps(recipe, model, teacher)
     if isinstance(model, TransformerModel):
-        return step_drawing(recipe, model).steps
-    settings, guidance = recipe.distill_steps, guidance_of_steps(recipe, model)
+        return step_drawing(recipe, model, guidance).steps
+    settings = recipe.distill_steps
     matching = settings.method == "matching"
     first = _MATCHING_LEVEL if matching and not isinstance(noising_of(model), FlowNoising) else 1.0
     return FewSteps(
@@ -80,11 +92,11 @@ def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) 
             f"distill_steps.first_level {settings.first_level:g} is for method matching of models that predict noise; others begin at "
             "noise alone: leave it out"
         )
-    _check_levels(recipe, student)
+    _check_levels(recipe, student, teacher)
     if recipe.sample.guidance_interval != WHOLE:
         raise UserError("guidance is folded in at all noise levels: leave out sample.guidance_interval")
-    guidance = guidance_of_steps(recipe, student)
-    if student.distilled_guidance:  # the teacher is given it, and runs once
+    guidance = guidance_of_steps(recipe, student, teacher)
+    if teacher.distilled_guidance:  # it is given guidance, or has it, and runs once
         return
     if guidance < 1:
         raise UserError(f"guidance must be at least 1 (1 folds none in); got {guidance:g}")
@@ -94,13 +106,13 @@ def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) 
         )
 
 
-def _check_levels(recipe: Recipe, model: LoadedModel) -> None:
+def _check_levels(recipe: Recipe, model: LoadedModel, teacher: LoadedModel) -> None:
     """Raise UserError on noise levels that the process cannot tell apart, and on a range that does not rise."""
     settings, times = recipe.distill_steps, noising_of(model).times
     if isinstance(model, TransformerModel):  # whose levels are those of its scheduler, and known with the data
         check_transformer_steps(recipe, model)
     else:
-        of_steps = times(np.array(few_steps_of(recipe, model).levels)).tolist()
+        of_steps = times(np.array(few_steps_of(recipe, model, teacher).levels)).tolist()
         if len(set(of_steps)) < len(of_steps) or min(of_steps) < 0:
             raise UserError(f"the process has no {settings.num_steps:,} different noise levels: give fewer --num-steps")
     low, high = settings.within
@@ -117,7 +129,7 @@ def few_step_training(
 
     Moves and changes both models.
     """
-    settings, steps = recipe.distill_steps, few_steps_of(recipe, student)
+    settings, steps = recipe.distill_steps, few_steps_of(recipe, student, teacher)
     training = settings.training
     critic = student.copy() if settings.method == "matching" else None  # before processes split it
     trained = [student, *([critic] if critic else [])]
@@ -126,10 +138,10 @@ def few_step_training(
     for model in trained:
         hold_weights(model.module, trainable(model.module), training)
     if isinstance(student, TransformerModel):
-        student.draw_by(step_drawing(recipe, student))
+        student.draw_by(step_drawing(recipe, student, steps.guidance))
     else:
-        student.facts = dataclasses.replace(student.facts, few_steps=steps)
-    channels, guidance = _guided_channels(recipe, student), 1.0 if student.distilled_guidance else steps.guidance
+        student.facts = dataclasses.replace(student.facts, few_steps=steps, folded_guidance=None)
+    channels, guidance = guided_channels(recipe, student), 1.0 if teacher.distilled_guidance else steps.guidance
     module = engine.place(student.module.train(), list(student.stack))
     engine.place_teacher(frozen(teacher.module), list(teacher.stack))
     taught = GuidedTeacher(teacher.module, teacher.stack, noising_of(student), student.family.call, guidance, channels)
@@ -143,15 +155,6 @@ def few_step_training(
     state = TrainState(module, groups, training)
     parts = (student, student.stack, state, objective, source, engine, teacher)
     return Training("distill-steps", recipe, training, *parts, other_stacks=[critic.stack] if critic else [])
-
-
-def _guided_channels(recipe: Recipe, student: LoadedModel) -> int:
-    """Leading channels of the output that guidance mixes: of latents of a pipeline all, of families as their sampling does."""
-    if isinstance(student, TransformerModel):
-        assert student.latent_shape is not None  # of the data, by which its levels are chosen
-        return student.latent_shape[0]
-    published = recipe.sample.guidance_channels == "published"
-    return student.guided_channels if published else int(student.arch.in_channels)
 
 
 def _named(critic: nn.Module) -> dict[str, nn.Parameter]:

@@ -231,7 +231,10 @@ def _measured(
     types = types[:1] if settings.weights == "bfloat16" else types  # such weights multiply in no other
     for dtype in dict.fromkeys(types):
         as_recorded, passes = dtype == settings.dtype, memory.passes
-        own, *teachers = (_block_bytes(s, dtype, as_recorded, trains=i == 0) for i, s in enumerate(recorded))
+        own, *teachers = (
+            _block_bytes(s, dtype, as_recorded, trains=i == 0, rows=memory.teacher_rows if i else 1)
+            for i, s in enumerate(recorded)
+        )
         teacher = teachers[0] if teachers else ()
         by_type[dtype] = Measured(own * passes, teacher, before * passes, max(rest - before, 0) * passes)
     return by_type, size
@@ -284,18 +287,22 @@ class _StandIn:
         return self.streams.join(call.states)
 
 
-def _block_bytes(recorded: list[_StandIn], dtype: str, as_recorded: bool, trains: bool) -> tuple[BlockBytes, ...]:
-    """Bytes of every block; blocks of one class and the same shapes are measured once."""
+def _block_bytes(
+    recorded: list[_StandIn], dtype: str, as_recorded: bool, trains: bool, rows: int = 1
+) -> tuple[BlockBytes, ...]:
+    """Bytes of every block; blocks of one class and the same shapes are measured once. rows: of a block's batch per image."""
 
     def kind(block: nn.Module) -> tuple[Any, ...]:
         return type(block), tuple((tuple(p.shape), p.requires_grad) for p in block.parameters())
 
     called = {kind(s.block): (s.block, s.call) for s in recorded if s.call is not None}
-    measured = {key: _one_block(block, call, dtype, as_recorded, trains) for key, (block, call) in called.items()}
+    measured = {key: _one_block(block, call, dtype, as_recorded, trains, rows) for key, (block, call) in called.items()}
     return tuple(measured[kind(s.block)] for s in recorded)
 
 
-def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool) -> BlockBytes:
+def _one_block(
+    block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool, rows: int = 1
+) -> BlockBytes:
     """Measure a block, a large one on a CPU with fake tensors: of the same sizes, without computing (and without memory)."""
     real = type(call.tapped) is Tensor  # else in a mode of fake tensors already
     if real and call.tapped.device.type == "cpu" and sum(p.numel() for p in block.parameters()) >= _FAKED:
@@ -304,17 +311,17 @@ def _one_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
         mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         shaped_by_values = fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
         with contextlib.suppress(*shaped_by_values, fake_tensor.UnsupportedOperatorException), mode:
-            return _run_block(block, call.mapped(mode.from_tensor), dtype, as_recorded, trains)
-    return _run_block(block, call, dtype, as_recorded, trains)
+            return _run_block(block, call.mapped(mode.from_tensor), dtype, as_recorded, trains, rows)
+    return _run_block(block, call, dtype, as_recorded, trains, rows)
 
 
-def _run_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool) -> BlockBytes:
+def _run_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool, trains: bool, rows: int) -> BlockBytes:
     """Run a copy of `block` on one image and on two, forward and backward, and without a graph."""
     device = call.tapped.device  # where the weights are when it runs
     # frozen linear layers of trained models are cast, as the mask learner does; elsewhere every layer trains
     copy = _plain_copy(block, device, getattr(torch, dtype) if trains else torch.float32)
-    rows: list[tuple[int, int, int, int]] = []
-    for images in (1, 2):
+    taken: list[tuple[int, int, int, int]] = []
+    for images in (rows, 2 * rows):
         one = call.of_images(torch.zeros(images, dtype=torch.int64, device=device))
         one = one if as_recorded else one.mapped(lambda value: value.float() if value.is_floating_point() else value)
         with autocast(device.type, dtype), torch.no_grad(), LiveBytes() as meter:
@@ -322,7 +329,7 @@ def _run_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
         without_graph, size = meter.peak, sum(output.nbytes for output in outputs)
         del outputs
         if not trains:
-            rows.append((0, size, 0, without_graph))
+            taken.append((0, size, 0, without_graph))
             continue
         inputs = [value.requires_grad_() for value in one.of_each_image() if value.is_floating_point()]
         with autocast(device.type, dtype), LiveBytes() as meter:
@@ -331,9 +338,9 @@ def _run_block(block: nn.Module, call: BlockCall, dtype: str, as_recorded: bool,
         with meter:
             torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
         del outputs
-        rows.append((retained, size, meter.peak - retained, without_graph))
-    retained, size, transient, without_graph = (b - a for a, b in zip(*rows, strict=True))
-    casts = rows[0][0] - retained if trains else rows[0][3] - without_graph
+        taken.append((retained, size, meter.peak - retained, without_graph))
+    retained, size, transient, without_graph = (b - a for a, b in zip(*taken, strict=True))
+    casts = taken[0][0] - retained if trains else taken[0][3] - without_graph
     return BlockBytes(retained, size, max(transient, 0), without_graph, max(casts, 0))
 
 

@@ -87,6 +87,7 @@ _MEANT = {
     "PruneSection.lora_alpha": "it is for learn_masks with update 'lora'",
     "PruneSection.training": "the training of a search is that of RecoverSection",
     "RecoverSection.alpha_kd": "it is for a recovery with a teacher",
+    "RecoverSection.guidance": "it is that of a teacher",
     "RecoverSection.beta": "it is for methods 'rep-kd' and 'masked-kd' of a pruned student",
     "RecoverSection.mask": "it is for method 'masked-kd' with mask_sigmas",
     "RecoverSection.mask_sigmas": "it is for method 'masked-kd' of a pruned student",
@@ -193,7 +194,7 @@ def recovery_settings(given: RecoverSection | None, taught: bool) -> RecoverSect
         settings = dataclasses.replace(settings, method="logits-kd")
     masked = settings.method == "masked-kd"
     read = {"method", "update", "teacher_storage", "search_share", "training"}
-    read |= _if(taught, "alpha_kd") | _if(settings.compares_features, "beta") | _if(masked, "mask_sigmas")
+    read |= _if(taught, "alpha_kd", "guidance") | _if(settings.compares_features, "beta") | _if(masked, "mask_sigmas")
     read |= _if(masked and settings.mask_sigmas is not None, "mask") | _if(searches, "search_confidence")
     refuse_unread(settings, read | _if(settings.update == "lora", "lora_rank", "lora_alpha"), "recover_model")
     return settings

@@ -19,7 +19,7 @@ from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import explained, read_json_object
 from tinyfusion.core.tensors import TYPES
-from tinyfusion.families.diffusers_classes.few_steps import FewStepDrawing
+from tinyfusion.families.diffusers_classes.few_steps import FewStepDrawing, FoldedDrawing
 from tinyfusion.families.diffusers_classes.folder import (
     INDEX,
     TransformerFolder,
@@ -195,6 +195,16 @@ class ModelPipeline:
     def few_steps(self) -> FewStepDrawing | None:
         """How it draws with a student of few steps; None with other models."""
         return next(filter(None, (model.few_steps for model in self.models.values())), None)
+
+    @property
+    def folded(self) -> FoldedDrawing | None:
+        """How it draws with a student of folded guidance; None with other models."""
+        return next(filter(None, (model.folded for model in self.models.values())), None)
+
+    @property
+    def drawn_with(self) -> dict[str, Any]:
+        """Arguments of the call that its models want; empty where they take any."""
+        return {name: value for model in self.models.values() for name, value in model.drawn_with.items()}
 
     @cached_property
     def rest_hash(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from tinyfusion.processes.masked import MaskedObjective
 from tinyfusion.processes.noising import Noising, noising_of_process
 from tinyfusion.processes.time import TimeSampler
 from tinyfusion.sample import flow, gaussian, masked
-from tinyfusion.sample.drive import Sampler
+from tinyfusion.sample.drive import WHOLE, Sampler
 from tinyfusion.sample.few_steps import FewStepSampler
 
 
@@ -137,9 +138,14 @@ def noising_of(model: LoadedModel) -> Noising:
 
 
 def sampler_of(settings: SampleSection, model: LoadedModel) -> Sampler:
-    """The sampler of a recipe for a model; of a model of few steps its own. Raises UserError on an invalid guidance or number of steps."""
+    """The sampler of a recipe for a model; of a model of few steps its own, without guidance where the model has folded it in.
+
+    Raises UserError on an invalid guidance or number of steps.
+    """
     if model.facts.few_steps is not None:
         return FewStepSampler(noising_of(model), model.facts.few_steps)
+    if model.facts.folded_guidance is not None:
+        settings = dataclasses.replace(settings, guidance=1.0, guidance_interval=WHOLE)
     if settings.guidance < 1:
         raise UserError(
             f"--guidance must be at least 1 (1 runs the conditional model alone); got {settings.guidance:g}"

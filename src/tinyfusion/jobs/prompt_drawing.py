@@ -15,6 +15,7 @@ from torch import Tensor
 from tinyfusion.config.recipe import PipelineSection, Recipe
 from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.rng import Randomness
+from tinyfusion.core.rundir import FOLDED
 from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, ModelPipeline, shorter_texts
 
 _DEFAULTS = ("num_inference_steps", "guidance_scale", "true_cfg_scale")  # of a pipeline, which the protocol states
@@ -22,7 +23,8 @@ _SAME_LEVEL = 1e-3
 
 
 def pipeline_arguments(source: ModelPipeline, settings: PipelineSection) -> dict[str, Any]:
-    """The arguments of a call that the settings name; of a student of few steps its own in place of steps and guidance.
+    """The arguments of a call that the settings name; of a student of few steps its own in place of steps and guidance, of folded
+    guidance without.
 
     Raises UserError on those that the pipeline does not have.
     """
@@ -32,7 +34,8 @@ def pipeline_arguments(source: ModelPipeline, settings: PipelineSection) -> dict
     }  # fmt: skip
     return source.arguments(
         {
-            **(source.few_steps.arguments if source.few_steps else how),
+            **({} if source.few_steps else how),
+            **({"negative_prompt": None, **source.drawn_with} if source.drawn_with else {}),
             "height": settings.height, "width": settings.width, "num_frames": settings.frames,
             LENGTH: settings.max_tokens or shorter_texts(source.kind, source.folder),
         }
@@ -51,7 +54,10 @@ def pipeline_protocol(source: ModelPipeline, recipe: Recipe, prompts_hash: str, 
     size = f"{height or 'default height'} x {width or 'default width'}" + (f" x {frames} frames" if frames else "")
     steps, few = f"{stated.pop('num_inference_steps', 'default')} steps", source.few_steps
     steps = f"{few.steps.method}, {few.steps.describe()}" if few else steps
+    if folded := source.folded:  # stated as of its guided teacher, but for `FOLDED`
+        stated |= {name: folded.guidance.scale - 1 + off for name, off in folded.arguments.items()}
     guidance = "".join(f", {name} {value:g}" for name, value in stated.items() if isinstance(value, int | float))
+    guidance += FOLDED if folded else ""
     how = f"{source.kind.__name__} {source.rest_hash[:8]}, {steps}{guidance}, {size}"
     how += f", texts of {tokens} tokens" if tokens else ""
     how += f", negative prompt {negative!r}" if negative else ""

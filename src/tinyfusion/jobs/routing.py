@@ -19,6 +19,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.train import TOLERANCE, DynamicObjective, Pass, calibrate, inference_ratio
 from tinyfusion.jobs.assemble import batches_for, device_for
+from tinyfusion.jobs.folding import fold_guidance, folds
 from tinyfusion.jobs.process_specs import default_sampling, fits, label_drop_of, objective_for, process_spec, sampler_of
 from tinyfusion.jobs.sampling_setup import SkippedModel, skipped_run_for
 from tinyfusion.jobs.training import Training
@@ -51,6 +52,11 @@ def check_dynamic(recipe: Recipe, model: LoadedModel, source: str) -> None:
         )
     if model.facts.dynamic is not None:
         raise UserError(f"{source} has routers already: give the model that they were put on")
+    if model.distilled_guidance and settings.auxiliary != "teacher":
+        raise UserError(
+            f"{source} has guidance folded in, so data are no target for it: set dynamic.auxiliary=teacher, and dynamic.guidance for a "
+            "teacher without"
+        )
     check_attachable(model, router_settings(settings))
 
 
@@ -58,7 +64,11 @@ def dynamic_training(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | 
     """The training of the model with routers. Changes and moves both models."""
     settings = recipe.dynamic
     source = batches_for(recipe, model, engine.device)
-    inner = objective_for(model, settings.training.label_drop, recipe)
+    alone = folds(settings) or (teacher or model).distilled_guidance
+    # nothing is predicted without a label where guidance is folded in
+    label_drop = 0.0 if alone else settings.training.label_drop
+    inner = objective_for(model, label_drop, recipe)
+    guidance = fold_guidance(recipe, settings, model, teacher, inner)
     if settings.order:
         order_by_importance(model)
     routed = attach(model, router_settings(settings), recipe.seed)
@@ -69,13 +79,15 @@ def dynamic_training(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | 
         inner=inner,
         dynamic=routed,
         target=settings.target,
-        label_drop=label_drop_of(model, settings.training.label_drop),
+        label_drop=label_drop_of(model, label_drop),
         ramp_steps=settings.ramp_steps,
         weight=settings.budget_weight,
         auxiliary=settings.auxiliary,
         auxiliary_steps=settings.auxiliary_steps,
         auxiliary_weight=settings.auxiliary_weight,
-        teacher=teacher.module if teacher else None,
+        teacher=(teacher.module, teacher.stack) if teacher else None,
+        taught_alone=alone,
+        guidance=guidance,
         finish_from=settings.training.made_steps - settings.finish_steps,
         strata=settings.strata,
         total=engine.total if engine.world > 1 else None,

@@ -19,6 +19,7 @@ from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.rng import Randomness
 from tinyfusion.jobs.cards import lines_of_large
 from tinyfusion.jobs.estimate import Estimate, MemoryPlan, fitting_lines, memory_plan, rounded, step_seconds, time_after
+from tinyfusion.jobs.folding import fold_guidance
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, footprint_of
 from tinyfusion.jobs.origins import making_run
 from tinyfusion.models.checkpoint import LoadedModel
@@ -288,6 +289,7 @@ def recovery(
     """
     settings, training = recipe.recover, recipe.recover.training
     searches = settings.search_share is not None
+    guidance = fold_guidance(recipe, settings, student, teacher, process)
     whole = student.copy() if searches else None  # before it trains
     if searches and settings.compares_features:
         raise UserError(
@@ -300,7 +302,7 @@ def recovery(
     objective: Objective = process
     if teacher:
         with prefixed("the student's plan is damaged", ValueError):
-            objective = distilled(settings, process, teacher, placed.student, pairs, channels, placed.passing)
+            objective = distilled(settings, process, teacher, placed.student, pairs, channels, placed.passing, guidance)
     groups = decay_groups(placed.parameters, student.family.undecayed, training)
     if whole is not None:
         return _searched(recipe, whole, teacher, placed, groups, objective, source, engine)

@@ -51,7 +51,7 @@ def pipeline_of_steps(model: TransformerModel) -> tuple[Any, StepPipeline]:
     return kind, row
 
 
-def folded_guidance(recipe: Recipe, model: TransformerModel) -> float:
+def guidance_of_pipeline(recipe: Recipe, model: TransformerModel) -> float:
     """The scale, with 1 for none: of a network with guidance as an input what it is given; else that of the recipe or the pipeline.
 
     Raises UserError on a pipeline that draws no few steps, and on a scale that is set for a network that has its own.
@@ -72,8 +72,11 @@ def folded_guidance(recipe: Recipe, model: TransformerModel) -> float:
     return max(1.0, 1.0 + float(scale) - row.off)
 
 
-def step_drawing(recipe: Recipe, model: TransformerModel) -> FewStepDrawing:
-    """How the pipeline will draw with the student of a recipe; the training data must be open where its shift depends on their size."""
+def step_drawing(recipe: Recipe, model: TransformerModel, guidance: float) -> FewStepDrawing:
+    """How the pipeline will draw with the student of a recipe; the training data must be open where its shift depends on their size.
+
+    guidance: that is folded in, or given to the network.
+    """
     kind, row = pipeline_of_steps(model)
     settings, call = recipe.distill_steps, call_of(model.folder.config)
     shape = model.latent_shape
@@ -81,7 +84,7 @@ def step_drawing(recipe: Recipe, model: TransformerModel) -> FewStepDrawing:
         raise UserError("the noise levels of a pipeline depend on the size of the latents: give --data")
     drawn = Drawn(shape, call.tokens(model.folder.config, shape), settings.num_steps)
     levels = step_levels(kind, model.scheduler, drawn)
-    steps = FewSteps(settings.method, levels, folded_guidance(recipe, model), _noises_anew(model))
+    steps = FewSteps(settings.method, levels, guidance, _noises_anew(model))
     return FewStepDrawing.of(steps, row, model.arch.guided)
 
 

@@ -22,4 +22,6 @@ def _kind_of(model: LoadedModel | TransformerFolder) -> ModelKind:
         return ModelKind(None)
     if isinstance(model, TransformerModel):
         return ModelKind(None, null_class=model.null_class)
-    return ModelKind(model.family.process, model.of_latents, model.facts.few_steps is not None, model.null_class)
+    facts = model.facts
+    drawn = facts.few_steps is not None, model.null_class, facts.folded_guidance is not None
+    return ModelKind(model.family.process, model.of_latents, *drawn)

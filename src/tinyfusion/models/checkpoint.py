@@ -36,6 +36,8 @@ from tinyfusion.models.loaded import LoadedModel, ModelFacts, make_trainable, se
 from tinyfusion.models.places import by_name, exists, is_shipped, model_folder, shipped_models
 from tinyfusion.models.statedicts import described_other, find_state_dict
 from tinyfusion.models.wrapped import NO_PROCESS
+from tinyfusion.processes.base import FoldedGuidance
+from tinyfusion.processes.noising import FewSteps
 
 __all__ = [
     "MODEL_FORMAT_VERSION", "LoadedModel", "ModelFacts", "make_trainable", "model_record", "new_model",
@@ -79,8 +81,12 @@ def model_record(model: LoadedModel) -> dict[str, Any]:
         "hash": model.hash(),
         **facts,
         "plan": model.facts.plan.to_json() if model.facts.plan else None,
-        "few_steps": dataclasses.asdict(model.facts.few_steps) if model.facts.few_steps else None,
+        **{name: _as_json(getattr(model.facts, name)) for name in ("few_steps", "folded_guidance")},
     }
+
+
+def _as_json(drawn: FewSteps | FoldedGuidance | None) -> dict[str, Any] | None:
+    return None if drawn is None else dataclasses.asdict(drawn)
 
 
 def save_model(model: LoadedModel, folder: Path) -> None:

@@ -29,6 +29,7 @@ from tinyfusion.core.tensors import bytes_of
 from tinyfusion.families.diffusers_classes.cutting import UnitList
 from tinyfusion.families.family import DiffusersExport, ModelFamily
 from tinyfusion.models.macs import macs_of_sizes
+from tinyfusion.processes.base import FoldedGuidance
 from tinyfusion.processes.noising import FewSteps
 from tinyfusion.training.shards import whole
 
@@ -49,6 +50,7 @@ class ModelFacts:
     own parent, and its arch if its child was. seen_images: of a model trained from scratch; None for pruned models and if
     unknown. process_settings: settings of its process for training and sampling, if it has any. dynamic: of a model with
     routers, their settings (`DynamicSettings`) and the ratios they reach. few_steps: how a model draws that was distilled for few steps.
+    folded_guidance: of a model that learned the guided output of its teacher, and is drawn without guidance.
     """
 
     image_size: int
@@ -64,6 +66,7 @@ class ModelFacts:
     process_settings: dict[str, Any] = field(default_factory=dict)
     dynamic: dict[str, Any] | None = None
     few_steps: FewSteps | None = None
+    folded_guidance: FoldedGuidance | None = None
 
     def unlike(self, words: str, name: str, value: float) -> str | None:
         """Why latents of this "latent_scale" or "latent_shift" are not the model's; None if they are, or may be.
@@ -104,8 +107,8 @@ class LoadedModel:
 
     @property
     def distilled_guidance(self) -> bool:
-        """Whether guidance is an input of the network, so that its output is not the velocity of the data."""
-        return False
+        """Whether the network predicts under guidance by itself, by an input or folded in, so that data are no target for it."""
+        return self.facts.folded_guidance is not None
 
     @property
     def units(self) -> list[UnitList] | None:
@@ -121,6 +124,12 @@ class LoadedModel:
     def null_class(self) -> bool:
         """Whether it has a class for no label, for guidance and label dropout."""
         return bool(getattr(self.arch, "null_class", True))
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether it is drawn under guidance: it has a class for no label, and has folded none in."""
+        facts = self.facts
+        return self.null_class and facts.few_steps is None and facts.folded_guidance is None
 
     @property
     def guided_channels(self) -> int:

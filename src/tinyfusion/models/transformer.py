@@ -19,7 +19,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.families.diffusers_classes.call_rows import CALLS
 from tinyfusion.families.diffusers_classes.calls import CallContext, called, check_texts
 from tinyfusion.families.diffusers_classes.cutting import UnitList
-from tinyfusion.families.diffusers_classes.few_steps import FewStepDrawing
+from tinyfusion.families.diffusers_classes.few_steps import FewStepDrawing, FoldedDrawing
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.families.diffusers_classes.weights import mapped_tensors
 from tinyfusion.families.family import ModelFamily, TextRules
@@ -76,8 +76,8 @@ class TransformerModel(LoadedModel):
 
     @property
     def distilled_guidance(self) -> bool:
-        """Whether guidance is an input of the network, so that its output is not the velocity of the data."""
-        return self.arch.guided
+        """Whether the network predicts under guidance by itself, by an input or folded in, so that data are no target for it."""
+        return self.arch.guided or self.facts.folded_guidance is not None
 
     @property
     def units(self) -> list[UnitList]:
@@ -117,10 +117,10 @@ class TransformerModel(LoadedModel):
         self.check_plan(plan, force)
         return self._of(self.folder.cut(plan))
 
-    def draw_by(self, drawing: FewStepDrawing) -> None:
-        """Make it a student of few steps, in its record too."""
+    def draw_by(self, drawing: FewStepDrawing | FoldedDrawing | None) -> None:
+        """Make it a student of few steps, of folded guidance, or of neither, in its record too."""
         self.folder = self.folder.drawn_by(drawing)
-        self.facts = dataclasses.replace(self.facts, few_steps=drawing.steps)
+        self.facts = dataclasses.replace(self.facts, **_drawn(self.folder))
 
     def share_data_of(self, model: TransformerModel) -> None:
         """Take texts, size of latents and recorded call from a model that is trained on the same data."""
@@ -189,16 +189,20 @@ def opened(folder: TransformerFolder, context: CallContext | None = None) -> Tra
     guided = bool(folder.config.get("guidance_embeds"))
     arch = TransformerArch(folder.class_name, _sizes(folder), tuple(folder.depths.items()), guided)
     plan = plan_from_json(folder.record["plan"]) if folder.lineage else None
-    few = folder.few_steps
     facts = ModelFacts(
-        image_size=0, license=folder.license, kept=folder.record.get("kept"), lineage=folder.lineage, plan=plan,
-        few_steps=few.steps if few else None,
+        image_size=0, license=folder.license, kept=folder.record.get("kept"), lineage=folder.lineage, plan=plan, **_drawn(folder)
     )  # fmt: skip
     origin = {"kind": f"{folder.class_name} of diffusers", "path": str(folder.path)}
     context = dataclasses.replace(context or CallContext({}), config=folder.config)
     return TransformerModel(
         folder.module(), _family(folder, context), arch, facts, origin, folder=folder, context=context
     )
+
+
+def _drawn(folder: TransformerFolder) -> dict[str, Any]:
+    """The facts on how the model of a folder is drawn."""
+    few, folded = folder.few_steps, folder.folded
+    return {"few_steps": few and few.steps, "folded_guidance": folded and folded.guidance}
 
 
 def _family(folder: TransformerFolder, context: CallContext) -> TransformerFamily:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tinyfusion.blocks.stack import BlockStack
-from tinyfusion.conditioning.condition import Condition
+from tinyfusion.conditioning.condition import Condition, concat
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
 
@@ -91,16 +91,36 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class FoldedGuidance:
+    """Classifier-free guidance that a student has learned from its teacher, so that it is drawn without.
+
+    scale: of the guidance, above 1. channels: leading output channels that it mixes, see `mix_guidance`.
+    Source: Meng et al., arXiv 2210.03142, of one scale.
+    """
+
+    scale: float
+    channels: int
+
+    def __post_init__(self) -> None:
+        if not (1 < self.scale <= 1e6 and self.channels >= 1):
+            raise ValueError(
+                f"folded guidance has a scale above 1 and at least one channel; got {self.scale:g} on {self.channels}"
+            )
+
+
+@dataclass(frozen=True)
 class StepMemory:
     """Memory of a training step in addition to one forward and backward pass of the trained model.
 
-    teacher: a frozen model that runs first, without a graph, and its blocks. features: number of the teacher's blocks
-    whose outputs are retained for a comparison. graph_share: mean share of the images that run a block with a graph.
+    teacher: a frozen model that runs first, without a graph, and its blocks; teacher_rows: of its batch per image. features:
+    number of the teacher's blocks whose outputs are retained for a comparison. graph_share: mean share of the images that run a block
+    with a graph.
     passes: number of forward passes of the trained model whose graphs are retained at the same time. passing: bytes of the
     teacher's weights that are on the device on their way through, in addition to those that stay there.
     """
 
     teacher: tuple[nn.Module, BlockStack] | None = None
+    teacher_rows: int = 1
     features: int = 0
     graph_share: float = 1.0
     passes: int = 1
@@ -145,6 +165,21 @@ class Objective(Protocol):
 
 class Process(Objective, Protocol):
     """An objective that wraps no other one, with methods for pruning and distillation. Default: no noise levels."""
+
+    def taught(self, teacher: nn.Module, noisy: Any, guidance: FoldedGuidance | None) -> Prediction:
+        """The teacher's prediction, under guidance that a student folds in: one pass over the batch with its conditions and without.
+
+        No gradient reaches the teacher.
+        """
+        with torch.no_grad():
+            if guidance is None:
+                return self.predict(teacher, noisy)
+            both = dataclasses.replace(
+                noisy.each(lambda tensor: torch.cat([tensor, tensor])),
+                condition=concat([noisy.condition, noisy.condition.null()]),
+            )
+            output = self.predict(teacher, both).output.float()
+            return Prediction(mix_guidance(output, guidance.scale, guidance.channels))
 
     def kd_terms(self, noisy: Any, own: Prediction, taught: Prediction) -> dict[str, Tensor]:
         """Distillation loss (B,) of a student's output against its teacher's: "kd_loss", and its terms for the log.

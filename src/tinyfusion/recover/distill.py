@@ -16,7 +16,15 @@ from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.config.recipe import RecoverSection
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, Process, StepMemory
+from tinyfusion.processes.base import (
+    Batch,
+    FoldedGuidance,
+    NoisyBatch,
+    Objective,
+    Prediction,
+    Process,
+    StepMemory,
+)
 from tinyfusion.recover.align import Pairs
 from tinyfusion.recover.terms import MaskRule, masked_feature_loss, mean_over_pairs
 from tinyfusion.training.optim import linear
@@ -35,8 +43,9 @@ class DistilledObjective(Objective):
 
     gt: the inner process's loss on the data. kd_loss: of the outputs, defined by the process. feat_loss: masked feature
     loss, mean over `pairs` of (student block, teacher block). beta falls linearly over `steps`; if it is 0 at both
-    ends, features are not compared. channels: the teacher's residual channels that a narrower student has. passing: bytes of a
-    streamed teacher that are on the device at a time. Raises ValueError if `pairs` do not fit the models.
+    ends, features are not compared. guidance: the teacher's, which the student folds in; features are those with the condition.
+    channels: the teacher's residual channels that a narrower student has. passing: bytes of a streamed teacher that are on the device
+    at a time. Raises ValueError if `pairs` do not fit the models.
     Source: arXiv 2412.01199, equation 6 and its released code.
     """
 
@@ -52,6 +61,7 @@ class DistilledObjective(Objective):
     mask: MaskRule = "own"
     channels: Tensor | None = None
     passing: int = 0
+    guidance: FoldedGuidance | None = None
 
     def __post_init__(self) -> None:
         for side, (who, stack) in enumerate((("student", self.student_stack), ("teacher", self.teacher_stack))):
@@ -71,8 +81,8 @@ class DistilledObjective(Objective):
     def predict(self, model: nn.Module, noisy: NoisyBatch) -> TaughtPrediction:
         """Run the teacher, then the student, on the same batch; paired blocks are compared as the student runs them."""
         watched = [t for _, t in self.pairs] if self.compares_features else []
-        with torch.no_grad(), self.teacher_stack.tap(watched) as taught_features:
-            taught = self.inner.predict(self.teacher, noisy)
+        with self.teacher_stack.tap(watched) as taught_features:
+            taught = self.inner.taught(self.teacher, noisy, self.guidance)
         with self._comparing(taught_features) as losses:
             own = self.inner.predict(model, noisy)
         return TaughtPrediction(own.output, teacher=taught, feature_losses=losses)
@@ -84,7 +94,7 @@ class DistilledObjective(Objective):
         teacher_of = dict(self.pairs) if self.compares_features else {}
 
         def compare(block: int, _before: Tensor, after: Tensor) -> None:
-            losses.append(self.feature_loss(after, taught.pop(teacher_of[block])))
+            losses.append(self.feature_loss(after, taught.pop(teacher_of[block])[: len(after)]))
 
         with self.student_stack.watched(list(teacher_of), compare):
             yield losses
@@ -110,7 +120,9 @@ class DistilledObjective(Objective):
 
     def step_memory(self) -> StepMemory:
         features = len(self.pairs) if self.compares_features else 0
-        return StepMemory(teacher=(self.teacher, self.teacher_stack), features=features, passing=self.passing)
+        rows = 1 if self.guidance is None else 2
+        teacher = (self.teacher, self.teacher_stack)
+        return StepMemory(teacher=teacher, teacher_rows=rows, features=features, passing=self.passing)
 
 
 def distilled(
@@ -121,11 +133,12 @@ def distilled(
     pairs: Pairs,
     channels: list[int] | None = None,
     passing: int = 0,
+    guidance: FoldedGuidance | None = None,
 ) -> DistilledObjective:
     """The objective of a distillation method of `settings`; fine-tuning uses `inner` itself.
 
     logits-kd compares outputs, rep-kd also features, masked-kd features without massive activations. channels: the
-    teacher's residual channel for each of a narrower student's. passing: as in `DistilledObjective`.
+    teacher's residual channel for each of a narrower student's. passing, guidance: as in `DistilledObjective`.
     """
     return DistilledObjective(
         inner=inner,
@@ -140,4 +153,5 @@ def distilled(
         mask=settings.mask,
         channels=None if channels is None else torch.tensor(channels, device=next(teacher.module.parameters()).device),
         passing=passing,
+        guidance=guidance,
     )

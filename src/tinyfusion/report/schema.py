@@ -113,6 +113,7 @@ MODEL = {
     "plan": ({}, None),
     "hash": (str, None),
     "few_steps": ({"method!": str, "levels!": [float], "guidance!": float}, None),
+    "folded_guidance": ({"scale!": float, "channels!": int}, None),
 }
 SCORES = ("fid", "sfid", "inception_score", "precision", "recall", "nearest_reference_distance", "num_images")
 EVALUATION = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyfusion.core.files import file_label
+from tinyfusion.core.rundir import FOLDED
 from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.load import MODELS, Run
 
@@ -115,7 +116,8 @@ def comparable(run: Run) -> tuple[str, dict[str, Mapping[str, Any]], list[str], 
     for reference in run.references:
         scored = {name: run.evaluations[name, reference] for name in MODELS if (name, reference) in run.evaluations}
         names = [name for name, values in scored.items() if name != "real" and _has_distance(values)]
-        protocols = {name: stated(run.evaluations[name, reference]) for name in names}
+        # guidance may be folded into one model and added to another
+        protocols = {name: stated(run.evaluations[name, reference]).replace(FOLDED, "") for name in names}
         if names:
             own = protocols.get("student") or max(protocols.values(), key=list(protocols.values()).count)
             same = {name: run.evaluations[name, reference] for name in names if protocols[name] == own}
@@ -317,8 +319,11 @@ def cost_table(run: Run) -> tuple[Table, list[float]] | None:
     return (Table(["stage", "time", "share", "images seen"], rows, note), list(shares.values())) if rows else None
 
 
-def _drawing(few: Mapping[str, Any]) -> str:
-    """How a model of few steps draws."""
+def _drawing(model: Mapping[str, Any]) -> str | None:
+    """How a model draws that has folded guidance in, in few steps or in many; None of others."""
+    few, folded = model.get("few_steps"), model.get("folded_guidance")
+    if not few:
+        return f"guidance {folded['scale']:g} folded in: one pass of the network per step" if folded else None
     levels = ", ".join(f"{level:g}" for level in few["levels"])
     return f"{len(few['levels'])} steps at noise levels {levels}, distilled by {few['method']}, guidance {few['guidance']:g} folded in"
 
@@ -334,7 +339,7 @@ def provenance(run: Run) -> dict[str, str]:
         rows.append(("seed", (record.get("recipe") or {}).get("seed")))
     rows.append(("teacher", run.recipe.get("teacher_hash") or (run.plan.teacher if run.plan else None)))
     rows += [(model_name(name), model.get("hash")) for name, model in run.models.items()]
-    rows += [("drawing", _drawing(model["few_steps"])) for model in run.models.values() if model.get("few_steps")]
+    rows += [("drawing", _drawing(model)) for model in run.models.values()]
     values: dict[str, list[str]] = {}
     for name, value in rows:
         if value not in (None, "") and str(value) not in values.setdefault(name, []):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tinyfusion.conditioning.condition import Condition, concat
 from tinyfusion.core.rng import Draws, Randomness
+from tinyfusion.core.rundir import FOLDED
 from tinyfusion.core.signals import check_stop
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.processes.base import Denoiser, mix_guidance
@@ -94,11 +95,18 @@ class GuidedSampler(Sampler, Protocol):
         return model.guided_channels if self.guided == "published" else int(model.arch.in_channels)
 
     def describe_guidance(self, model: LoadedModel) -> str:
-        """Guidance in the protocol string."""
-        channels = self.guided_channels(model)
-        text = f"guidance {self.guidance:g} on {channels} channel{'s' * (channels > 1)} ({self.guided})"
+        """Guidance in the protocol string; where it is folded into the model, as of the guided teacher, but for `FOLDED`."""
+        folded = model.facts.folded_guidance
+        if folded is not None:
+            guided = "published" if folded.channels == model.guided_channels else "all"
+            return _guidance_words(folded.scale, folded.channels, guided) + FOLDED
+        text = _guidance_words(self.guidance, self.guided_channels(model), self.guided)
         in_part = self.guidance > 1 and self.interval != WHOLE
         return text + (f" in [{self.interval[0]:g}, {self.interval[1]:g}]" if in_part else "")
+
+
+def _guidance_words(scale: float, channels: int, guided: str) -> str:
+    return f"guidance {scale:g} on {channels} channel{'s' * (channels > 1)} ({guided})"
 
 
 def check_guidance(scale: float, interval: tuple[float, float]) -> None:

@@ -115,9 +115,9 @@ def main() -> None:
     def network(x: Any, t: float) -> Any:
         return model(session, x, t, labels, options.guidance)
 
+    if "folded_guidance" in FACTS and options.guidance != 1:
+        raise SystemExit("the model has its guidance folded in: leave out --guidance")
     if "few_steps" in FACTS:
-        if options.guidance != 1:
-            raise SystemExit("the model has its guidance folded in: leave out --guidance")
         images = few_steps(network, x, options.num_steps, options.seed)
     else:
         images = {"gaussian": gaussian, "flow": flow}[FACTS["process"]](network, x, options.num_steps)

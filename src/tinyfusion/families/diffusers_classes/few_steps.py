@@ -14,11 +14,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from tinyfusion.config.loading import build_known
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.diffusers_classes.schedules import EULER
+from tinyfusion.processes.base import FoldedGuidance
 from tinyfusion.processes.noising import FewSteps, even_levels
 
 _SIZES = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")  # of a scheduler with dynamic shift
@@ -90,6 +91,15 @@ STEP_PIPELINES: Mapping[str, StepPipeline] = MappingProxyType(
     }
 )
 
+# pipelines of other processes and noise levels that have classifier-free guidance above a `guidance_scale` of 1
+GUIDED_PIPELINES = frozenset(
+    f"{name}Pipeline"
+    for name in (
+        "Allegro", "Bria", "Chroma", "CogVideoX", "CogView3Plus", "CogView4", "EasyAnimate", "HunyuanDiT", "Latte", "Lumina", "Mochi",
+        "PixArtAlpha", "PixArtSigma", "SkyReelsV2", "Wan",
+    )
+)  # fmt: skip
+
 _REASONS: Mapping[str, str] = MappingProxyType(
     {
         "BriaPipeline": "it chooses its noise levels by itself",
@@ -124,6 +134,18 @@ def step_pipeline(kind: Any, index: Mapping[str, Any], scheduler: Mapping[str, A
     return row
 
 
+def guidance_off(kind: Any) -> dict[str, float]:
+    """The argument of a pipeline class with which it runs without classifier-free guidance. Raises UserError where none is known."""
+    name = kind.__name__
+    row = STEP_PIPELINES.get(name, StepPipeline(guidance="guidance_scale" if name in GUIDED_PIPELINES else None))
+    if row.guidance is None:
+        known = sorted({name for name, row in STEP_PIPELINES.items() if row.guidance} | GUIDED_PIPELINES)
+        raise UserError(
+            f"a {name} has no classifier-free guidance that is known here, to be folded in; wanted {', '.join(known)}"
+        )
+    return {row.guidance: row.off}
+
+
 def step_levels(kind: Any, scheduler: Mapping[str, Any], drawn: Drawn) -> tuple[float, ...]:
     """The noise levels of N steps, as the pipeline's own scheduler makes them. Raises UserError where it refuses, or they do not fall."""
     import diffusers  # late: it takes seconds
@@ -150,6 +172,7 @@ def step_levels(kind: Any, scheduler: Mapping[str, Any], drawn: Drawn) -> tuple[
 class FewStepDrawing:
     """How a pipeline of diffusers draws with a student of few steps. arguments: of its call, besides prompt and size."""
 
+    key: ClassVar[str] = "few_steps"  # of the record
     steps: FewSteps
     arguments: Mapping[str, Any]
 
@@ -169,6 +192,30 @@ class FewStepDrawing:
         """The arguments with another number of steps, for timing."""
         changed = {"num_inference_steps": num_steps, "sigmas": list(even_levels(num_steps))}
         return {name: changed.get(name, value) for name, value in self.arguments.items()}
+
+
+@dataclass(frozen=True)
+class FoldedDrawing:
+    """How a pipeline of diffusers draws with a student of folded guidance. arguments: of its call, which turn guidance off."""
+
+    key: ClassVar[str] = "folded_guidance"  # of the record
+    guidance: FoldedGuidance
+    arguments: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record in config.json."""
+        return {**dataclasses.asdict(self.guidance), "arguments": dict(self.arguments)}
+
+
+def folded_drawing(record: Any) -> FoldedDrawing:
+    """The inverse of `to_json`. Raises ValueError on what it does not write."""
+    guidance: FoldedGuidance = build_known(FoldedGuidance, record, "folded_guidance")
+    given = record.get("arguments")
+    if not isinstance(given, dict) or len(given) != 1 or not {*given} <= {"guidance_scale", "true_cfg_scale"}:
+        raise ValueError(f"folded_guidance.arguments are guidance_scale or true_cfg_scale; got {given!r:.100}")
+    if not all(type(scale) in (int, float) and 0 <= scale <= 1 for scale in given.values()):
+        raise ValueError(f"folded_guidance.arguments turn guidance off, by 0 or 1; got {given!r:.100}")
+    return FoldedDrawing(guidance, given)
 
 
 def few_step_drawing(record: Any) -> FewStepDrawing:

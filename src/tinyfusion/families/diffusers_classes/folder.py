@@ -20,7 +20,12 @@ from tinyfusion.blocks.streams import Streams
 from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.reading import check_memory, explained, license_in, read_json_object
 from tinyfusion.families.diffusers_classes.cutting import Cut, UnitList, unit_lists
-from tinyfusion.families.diffusers_classes.few_steps import FewStepDrawing, few_step_drawing
+from tinyfusion.families.diffusers_classes.few_steps import (
+    FewStepDrawing,
+    FoldedDrawing,
+    few_step_drawing,
+    folded_drawing,
+)
 from tinyfusion.families.diffusers_classes.rows import Row, Rows, row_for, row_text, rows_in
 from tinyfusion.families.diffusers_classes.weights import (
     Stored,
@@ -82,6 +87,18 @@ class TransformerFolder:
         record = self.record.get("few_steps")
         return None if record is None else few_step_drawing(record)
 
+    @property
+    def folded(self) -> FoldedDrawing | None:
+        """How a pipeline draws with a student of folded guidance; None for a model that is drawn under guidance."""
+        record = self.record.get("folded_guidance")
+        return None if record is None else folded_drawing(record)
+
+    @property
+    def drawn_with(self) -> dict[str, Any]:
+        """Arguments of a pipeline's call that this model wants; empty for one that takes any."""
+        drawing = self.few_steps or self.folded
+        return {} if drawing is None else dict(drawing.arguments)
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 of its tensors as stored (`hash_stored`)."""
@@ -116,8 +133,10 @@ class TransformerFolder:
             new: self.weights[old].chunks(chunks) for new, (old, chunks) in cut.source(list(self.weights)).items()
         }
         parent: dict[str, Any] = {"hash": self.hash, "depth": dict(self.depths), "kept": self.record.get("kept")}
+        drawn = {} if self.folded is None else {FoldedDrawing.key: self.folded.to_json()}
         record = {
             **self._made_of,
+            **drawn,
             "plan": plan.to_json(),
             "kept": plan.kept,
             "lineage": [*self.lineage, parent],
@@ -132,10 +151,13 @@ class TransformerFolder:
         row = {"row": self.row_text} if self.row_text else {}
         return {"made_by": "tinyfusion", "license": self.license, "parent": self.parent, **row}
 
-    def drawn_by(self, drawing: FewStepDrawing) -> TransformerFolder:
-        """The same weights as a student of few steps."""
-        record = {**self._made_of, **self.record, "few_steps": drawing.to_json()}
-        return dataclasses.replace(self, config={**self.config, RECORD: record})
+    def drawn_by(self, drawing: FewStepDrawing | FoldedDrawing | None) -> TransformerFolder:
+        """The same weights as a student of few steps, of folded guidance, or of neither."""
+        record = {name: value for name, value in self.record.items() if name not in ("few_steps", "folded_guidance")}
+        if drawing is None and record == self.record:
+            return self
+        record |= {} if drawing is None else {drawing.key: drawing.to_json()}
+        return dataclasses.replace(self, config={**self.config, RECORD: {**self._made_of, **record}})
 
     def check_prunable(self) -> None:
         """Raise UserError for a student of few steps."""
@@ -296,11 +318,10 @@ def open_transformer(path: Path, rows: Rows) -> TransformerFolder:
 
 def _check_record(path: Path, record: Mapping[str, Any]) -> None:
     """Raise UserError where a record has not the form that `cut` and `drawn_by` give it."""
-    if record.get("few_steps") is not None:
-        try:
-            few_step_drawing(record["few_steps"])
-        except (ValueError, OverflowError) as error:
-            raise UserError(f"{path}/config.json has a damaged {RECORD}: {error}") from error
+    for name, read in (("few_steps", few_step_drawing), ("folded_guidance", folded_drawing)):
+        if record.get(name) is not None:
+            with prefixed(f"{path}/config.json has a damaged {RECORD}", ValueError, OverflowError):
+                read(record[name])
     if "lineage" not in record:
         return
     try:

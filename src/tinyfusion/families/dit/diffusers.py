@@ -239,19 +239,24 @@ def _embedding_shift(module: nn.Module, arch: DiTArch) -> str:
 # ------------------------------------------------------------------------------------------------------------- export
 
 
-def _model_usage(arch: DiTArch, title: str) -> str:
+def _model_usage(arch: DiTArch, title: str, guided: bool) -> str:
+    null = f"  # null class: {arch.num_classes}" if guided else ""
     return (
         "```python\nfrom diffusers import DiTTransformer2DModel\n\n"
         f'model = DiTTransformer2DModel.from_pretrained("{title}")\n'
-        f"noise = model(x, timestep=t, class_labels=y).sample[:, :{arch.in_channels}]  # null class: {arch.num_classes}\n```"
+        f"noise = model(x, timestep=t, class_labels=y).sample[:, :{arch.in_channels}]{null}\n```"
     )
 
 
-def _pipeline_usage(arch: DiTArch, title: str) -> str:
-    return (
+def _pipeline_usage(arch: DiTArch, title: str, guided: bool) -> str:
+    code = (
         f'```python\nfrom diffusers import DiTPipeline\n\npipeline = DiTPipeline.from_pretrained("{title}")\n'
-        "image = pipeline(class_labels=[207], guidance_scale=4.0, num_inference_steps=50).images[0]\n```\n\n"
-        f"`DiTPipeline` guides all {arch.in_channels} channels and leaves the learned variance unused; published numbers guide "
+        f"image = pipeline(class_labels=[207], guidance_scale={4.0 if guided else 1}, num_inference_steps=50).images[0]\n```"
+    )
+    if not guided:
+        return code
+    return (
+        f"{code}\n\n`DiTPipeline` guides all {arch.in_channels} channels and leaves the learned variance unused; published numbers guide "
         f"{min(GUIDED_CHANNELS, arch.in_channels)} and use it."
     )
 
