@@ -28,7 +28,7 @@ from tinyfusion.report.canvas import (
 from tinyfusion.report.decisions import decision_groups, decision_strengths, group_name
 from tinyfusion.report.format import count, short_names, significant
 from tinyfusion.report.load import Run
-from tinyfusion.report.tables import Table, distance_name, stated
+from tinyfusion.report.tables import Table, comparable_protocol, distance_name, stated
 
 COLOURS = ("student", "pruned", "extra", "teacher", "ink")
 _STAGES = {
@@ -232,7 +232,7 @@ def fid_series(run: Run) -> list[Series]:
     series = []
     for (method, protocol), points in points_of.items():
         teacher = run.evaluations.get(("teacher", str(points[0].get("reference") or "")), {})
-        fid = teacher.get("fid") if stated(teacher) == protocol else None
+        fid = teacher.get("fid") if comparable_protocol(stated(teacher)) == comparable_protocol(protocol) else None
         series.append(Series(run, method, protocol, points, fid))
     return series
 

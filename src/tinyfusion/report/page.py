@@ -87,6 +87,7 @@ def _template() -> Template:
     text = (resources.files("tinyfusion.report") / "template.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=count, duration=duration, percent=percent, significant=significant)
+    environment.filters["comparable"] = tables.comparable_protocol
     environment.globals.update(distance_name=tables.distance_name, unbiased_images=tables.UNBIASED_IMAGES)
     environment.globals.update(stage_names=tables.STAGE_NAMES)
     return environment.from_string(text)

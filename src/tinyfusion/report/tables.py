@@ -81,6 +81,11 @@ def stated(values: Mapping[str, Any]) -> str:
     return str(values.get("protocol") or "not stated")
 
 
+def comparable_protocol(protocol: str) -> str:
+    """The protocol but for whether guidance is folded into a model or added in its sampling: scores of both are comparable."""
+    return protocol.replace(FOLDED, "")
+
+
 def distance_name(scores: Iterable[Mapping[str, Any]]) -> str:
     """The name of the Fréchet distance of scores by their protocols, which begin with the features: FID or FD-DINOv2."""
     names = ("FD-DINOv2" if stated(score).startswith("dinov2") else "FID" for score in scores)
@@ -116,8 +121,7 @@ def comparable(run: Run) -> tuple[str, dict[str, Mapping[str, Any]], list[str], 
     for reference in run.references:
         scored = {name: run.evaluations[name, reference] for name in MODELS if (name, reference) in run.evaluations}
         names = [name for name, values in scored.items() if name != "real" and _has_distance(values)]
-        # guidance may be folded into one model and added to another
-        protocols = {name: stated(run.evaluations[name, reference]).replace(FOLDED, "") for name in names}
+        protocols = {name: comparable_protocol(stated(run.evaluations[name, reference])) for name in names}
         if names:
             own = protocols.get("student") or max(protocols.values(), key=list(protocols.values()).count)
             same = {name: run.evaluations[name, reference] for name in names if protocols[name] == own}
@@ -169,8 +173,12 @@ def _score_table(head: str, columns: Sequence[str], scored: Iterable[tuple[str, 
     listed = list(scored)
     protocols = list(dict.fromkeys(protocol for *_, protocol in listed))
     rows: list[Row | str] = []
+    known: set[str] = set()
     for number, protocol in enumerate(protocols, 1):
-        rows += [f"another protocol ({number}): compare with care"] * (number > 1)
+        rows += [f"another protocol ({number}): compare with care"] * (
+            number > 1 and comparable_protocol(protocol) not in known
+        )
+        known.add(comparable_protocol(protocol))
         mark = number if len(protocols) > 1 else 0
         rows += [[Cell(model_name(model), model, mark), *cells] for model, cells, own in listed if own == protocol]
     return Table([head, *columns], rows, protocols=protocols)
@@ -235,9 +243,10 @@ def comparison(runs: Sequence[Run]) -> Table | None:
         return Cell(text, mark=protocols.index(protocol) + 1 if protocol else 0)
 
     rows: list[Row | str] = []
-    order = sorted(range(len(runs)), key=lambda i: used.index(used[i]))
+    alike = [[comparable_protocol(protocol) for protocol in row] for row in used]
+    order = sorted(range(len(runs)), key=lambda i: alike.index(alike[i]))
     for place, i in enumerate(order):
-        if place and used[i] != used[order[place - 1]]:
+        if place and alike[i] != alike[order[place - 1]]:
             rows.append("other protocols: compare with care")
         run, depth_of, speed = runs[i], depths(runs[i]), runs[i].measured.get("speed")
         student = timed_models(run).get("student", {})
