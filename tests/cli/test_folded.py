@@ -1,0 +1,93 @@
+"""Guidance folded in by `recover` and `dynamic`, and what the other verbs do with such a student."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from material import Cli
+from test_faults import SETTINGS, at_step, failed, result
+from test_verbs import done
+
+from tinyfusion.models.checkpoint import open_model
+
+SECTION = " ".join(f"--set recover.training.{setting}" for setting in ["steps=12", *SETTINGS.split()])
+MADE = f"recover --student student --teacher teacher --method logits-kd {SECTION} --guidance 2"
+
+
+def test_a_student_is_drawn_with_one_pass_per_step(cli: Cli, work: Path) -> None:
+    assert "guidance 2 folded in" in done(cli, f"{MADE} --out run --dry-run").out
+    done(cli, f"{MADE} --out run")
+    facts = open_model("run").facts
+    assert facts.folded_guidance is not None and facts.folded_guidance.scale == 2
+    section = json.loads(Path("run/run.json").read_text())["recipe"]["recover"]
+    assert section["alpha_kd"] == 1 and section["training"]["label_drop"] == 0
+    drawn = done(cli, "sample --model run --num-images 5 --num-steps 10 --out a.npz")
+    assert "run has guidance 2 folded in: one pass of the network per step" in drawn.err
+    done(cli, "sample --model teacher --num-images 5 --num-steps 10 --guidance 2 --out t.npz")
+    one, other = (json.loads(Path(name).read_text())["protocol"] for name in ("a.json", "t.json"))
+    assert one.replace(", folded in", "") == other != one
+    done(cli, "sample --model run --num-images 5 --num-steps 10 --set sample.guidance=7 --out b.npz")
+    assert np.array_equal(np.load("a.npz")["arr_0"], np.load("b.npz")["arr_0"])
+    refused = cli(*shlex.split("sample --model run --guidance 7 --out c.npz"))
+    assert refused.code == 2 and "this one has folded it in" in refused.err and not Path("c.npz").exists()
+    bench = done(cli, "bench run --vs teacher --batch-size 2 --repeats 3 --set bench.product_size=64 --json").last_json
+    sides = bench["models"]
+    assert sides["vs"]["passes_per_image"] == 2 * sides["model"]["passes_per_image"]
+    assert "1 (2 rows" not in bench["protocol"] and "of a model drawn without 1)" in bench["protocol"]
+    assert done(cli, "inspect run --json").last_json["folded_guidance"] == {"scale": 2.0, "channels": 1}
+    done(cli, "export --model run --to diffusers --out exported")
+    card = Path("exported/README.md").read_text()
+    assert "Classifier-free guidance of scale 2 is folded in" in card and "null class" not in card
+    assert open_model("exported").facts.folded_guidance == facts.folded_guidance
+    done(cli, "report run --out page.html")
+    assert "guidance 2 folded in: one pass of the network per step" in Path("page.html").read_text()
+
+
+def test_stopped_and_continued_is_the_same(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done(cli, f"{MADE} --out whole")
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        stopped = cli(*shlex.split(f"{MADE} --out part"))
+    assert stopped.code == 130 and "the same command continues" in stopped.err
+    other = cli(*shlex.split(f"{MADE} --guidance 3 --out part"))
+    assert other.code == 2 and "guidance" in other.err
+    done(cli, f"{MADE} --out part")
+    assert result("part") == result("whole")
+
+
+def test_a_dynamic_model_folds_it_in(cli: Cli, work: Path) -> None:
+    training = " ".join(f"--set dynamic.training.{setting}" for setting in ["steps=6", *SETTINGS.split()])
+    routed = f"dynamic --model student --teacher teacher {training} --set dynamic.finish_steps=1 --set dynamic.ramp_steps=none"
+    routed += " --set dynamic.width_bias=1 --set dynamic.token_bias=1 --target 0.9 --set dynamic.calibration_images=0"
+    alone = routed.replace(" --teacher teacher", "")
+    failed(cli(*shlex.split(f"{alone} --set dynamic.guidance=2 --out made")), "set dynamic.auxiliary=teacher")
+    done(cli, f"{routed} --set dynamic.guidance=2 --set dynamic.auxiliary=teacher --out made")
+    facts = open_model("made").facts
+    assert facts.dynamic is not None and facts.folded_guidance is not None and facts.folded_guidance.scale == 2
+    done(cli, f"{MADE} --out folded")
+    on_folded = alone.replace("--model student", "--model folded")
+    failed(cli(*shlex.split(f"{on_folded} --out again")), "has guidance folded in, so data are no target for it")
+    assert not Path("again").exists()
+
+
+BAD = {
+    "no teacher": (f"{MADE.replace('logits-kd', 'finetune')} --out run", "--guidance is for methods with a teacher"),
+    "a guidance below 1": (f"{MADE} --guidance 0.5 --out run", "at least 1"),
+    "an interval": (f"{MADE} --set sample.guidance_interval=0.1,0.8 --out run", "at all noise levels"),
+    "a teacher that has it": (f"{MADE.replace('--teacher teacher', '--teacher folded')} --out run", "by itself"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cause", BAD)
+def test_bad_input(cli: Cli, work: Path, cause: str) -> None:
+    arguments, message = BAD[cause]
+    if "folded" in arguments:
+        done(cli, f"{MADE} --out made")
+        Path("made/student").rename("folded")
+    failed(cli(*shlex.split(arguments)), message)
+    assert not Path("run").exists()
