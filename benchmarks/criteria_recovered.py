@@ -1,4 +1,5 @@
-"""Recover the choice of every criterion as the recipe digits recovers its own, and compare held-out loss and FID over seeds.
+"""Recover the choice of every criterion as the recipe digits recovers its own, and compare their distance to the guided
+teacher on held-out digits, and FID, over seeds.
 
     python benchmarks/criteria_recovered.py --learned runs/seeds --runs runs/criteria --images 2000 [--out TABLE.md]
 
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from drawn_fid import DrawnFid
-from regret import heldout_loss, mask_of, name_of, recovered
+from regret import mask_of, name_of, recovered
 from shared import spread, table
 from tinyfusion.commands.prune import prune
 from tinyfusion.config.loading import load_recipe
@@ -27,26 +28,42 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json, write_text
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.jobs.assemble import RunOptions, image_set
+from tinyfusion.jobs.folding import guided_channels
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.processes.base import FoldedGuidance
 from tinyfusion.prune.calibrate import calibration_set
 
 CRITERIA = ("bi", "flux-lite", "sensitivity", "min-loss", "bk-sdm", "uniform")
 
 
 class Measures:
-    """Held-out loss on the same noised images for all models, and FID of images from the same noise."""
+    """Distance to the guided teacher on the same noised held-out images for all models, and FID of images from the same noise."""
 
     def __init__(self, recipe: Recipe, teacher: LoadedModel, images: int) -> None:
         heldout = image_set("digits:heldout")
         source = ShuffledBatches(heldout, Randomness(0), torch.device("cpu"))
         objective = objective_for(teacher, 0.0, recipe)
+        self.teacher, scale = teacher, recipe.recover.guidance
+        self.guidance = None if scale is None else FoldedGuidance(scale, guided_channels(recipe, teacher))
         self.calibration = calibration_set(objective, source, "digits:heldout", len(heldout), 2048, 256, 0)
         self.fid = DrawnFid(recipe, images)
 
     def of(self, model: LoadedModel) -> dict[str, float]:
         """Loss, and FID against every reference."""
-        return {"loss": heldout_loss(model, self.calibration), **self.fid.of(model)}
+        return {"loss": self.distance(model), **self.fid.of(model)}
+
+    @torch.inference_mode()
+    def distance(self, model: LoadedModel) -> float:
+        """Mean distillation loss, of the outputs that images are drawn by."""
+        process, terms = self.calibration.objective, []
+        own = self.guidance if model.takes_guidance else None
+        for noisy in self.calibration.batches:
+            sides = [
+                process.taught(m.module.eval(), noisy, g) for m, g in ((model, own), (self.teacher, self.guidance))
+            ]
+            terms.append(process.kd_terms(noisy, *sides)["kd_loss"])
+        return float(torch.cat(terms).double().mean())
 
 
 def masks_of(runs: Path, seed: int) -> dict[str, str]:
@@ -115,7 +132,7 @@ def main() -> None:
                 spread(gap, 2),
             ]
         )
-    head = ["chosen by", "kept, by seed", "held-out loss", "FID", "FID, held-out reference", "FID over the teacher's",
+    head = ["chosen by", "kept, by seed", "held-out distillation loss", "FID", "FID, held-out reference", "FID over the teacher's",
             "FID above the learned choice's"]  # fmt: skip
     text = "\n".join(table(head, *rows))
     print(text)

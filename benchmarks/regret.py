@@ -30,6 +30,7 @@ from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.jobs.assemble import image_set
+from tinyfusion.jobs.folding import fold_guidance, with_taught_target
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.calibrate import Calibration, calibration_set
@@ -71,13 +72,14 @@ def mask_of(name: str) -> Mask:
 
 
 def recipe_of(steps: int) -> Recipe:
-    """The recipe digits with so many steps of recovery."""
-    sets = (f"recover.training.steps={steps}", "recover.training.ema_decay=0.97")
+    """The recipe digits with so many steps of recovery, of students that predict what the held-out loss measures."""
+    sets = (f"recover.training.steps={steps}", "recover.training.ema_decay=0.97", "recover.guidance=none")
     return load_recipe("digits", sets, {"seed": 0})
 
 
 def recovered(teacher: LoadedModel, masks: Sequence[Mask], recipe: Recipe) -> list[LoadedModel]:
     """Students of the masks, distilled side by side."""
+    recipe = with_taught_target(recipe, teacher, [])
     settings, engine = recipe.recover, Engine("cpu", ComputeSection(prefetch_batches=0))
     source = ShuffledBatches(image_set(recipe.data.name), Randomness(recipe.seed), engine.device)
     objective = objective_for(teacher, settings.training.label_drop, recipe)
@@ -85,7 +87,8 @@ def recovered(teacher: LoadedModel, masks: Sequence[Mask], recipe: Recipe) -> li
     students = [teacher.cut(by_indices(teacher, list(mask), 0)) for mask in masks]
     states, loops = [], []
     for student in students:
-        goal = replace(distilled(settings, objective, teacher, student, []), teacher=taught)
+        guidance = fold_guidance(recipe, settings, student, teacher, objective)
+        goal = replace(distilled(settings, objective, teacher, student, [], guidance=guidance), teacher=taught)
         state = TrainState(student.module.train(), [ParameterGroup(trainable(student.module))], settings.training)
         states.append(state)
         loops.append(train_steps(state, goal, source, settings.training, Randomness(recipe.seed), engine))

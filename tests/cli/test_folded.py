@@ -79,7 +79,7 @@ BAD = {
     "no teacher": (f"{MADE.replace('logits-kd', 'finetune')} --out run", "--guidance is for methods with a teacher"),
     "a guidance below 1": (f"{MADE} --guidance 0.5 --out run", "at least 1"),
     "an interval": (f"{MADE} --set sample.guidance_interval=0.1,0.8 --out run", "at all noise levels"),
-    "a teacher that has it": (f"{MADE.replace('--teacher teacher', '--teacher folded')} --out run", "by itself"),
+    "a teacher of another": (f"{MADE.replace('--teacher teacher', '--teacher folded')} --guidance 3 --out run", "has folded in 2"),
 }  # fmt: skip
 
 

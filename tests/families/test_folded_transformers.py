@@ -162,14 +162,16 @@ def test_a_folded_student_goes_on(place: Path, done: Run, run: Run) -> None:
     steps = tf.open_model("few")
     assert steps.facts.folded_guidance is None and steps.facts.few_steps is not None
     assert steps.facts.few_steps.guidance == 3
-    said = run("recover", *more, "--guidance", "2", "--out", "again")
-    assert "the teacher predicts under guidance by itself" in said and not Path("again").exists()
+    said = run("recover", *more, "--guidance", "3", "--out", "again")
+    assert "the teacher has folded in 2" in said and not Path("again").exists()
+    done("recover", *more, "--guidance", "2", "--out", "again")
+    assert tf.open_model("again").hash() == second.hash(), "that is what its teacher has"
 
 
 def test_what_has_no_guidance_to_fold_in_is_refused(place: Path, run: Run) -> None:
     asked = ["recover", "--search-share", "0.5", *SHORT, "--guidance", "2", "--out", "refused"]
     for more, message in (
-        (["--teacher", "flux", "--data", "latents:set"], "the teacher predicts under guidance by itself"),
+        (["--teacher", "flux", "--data", "latents:set"], "guidance is an input of the teacher"),
         (
             ["--teacher", "plain/transformer", "--data", "latents:set", "--method", "finetune"],
             "--guidance is for methods with a teacher",

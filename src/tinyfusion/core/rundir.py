@@ -45,7 +45,9 @@ _OLD, _BACK = ".tinyfusion.old", ".tinyfusion.back"  # in a run folder: a run th
 CHECKPOINT_FILES = r"state-\d{5}-of-\d{5}\.safetensors|state\.json|SHA256SUMS|losses\.safetensors"
 _FOLDERS = ("checkpoints", "watch", "samples", "evaluations", "prune", "recover", "dynamic", "distill-steps", "latents")
 _PROMPTS = r"prompts(?:-\d+-of-\d+)?\.safetensors"
-FOLDED = ", folded in"  # ends guidance in the protocol of images of a model that has folded it in
+FOLDED = (
+    ", folded in"  # ends guidance in the protocol of images of a model that has folded it in, see `comparable_protocol`
+)
 ENCODE_PROMPTS = "encode --pipeline"  # the verb in the record of such a run
 _SAVED = (  # not in hidden folders, which are unfinished
     rf"(?:[^./][^/]*/)*(?:checkpoints/step-\d+/(?:{CHECKPOINT_FILES})|model\.json|shard-\d+-of-\d+\.safetensors)"
@@ -72,6 +74,11 @@ _OF_RUN = (
 _OF_EXPLAIN = (
     rf"run\.json|log\.txt|explain\.json|drawn\.npz|report\.html|checkpoints/step-\d{{7,}}/(?:{CHECKPOINT_FILES})"
 )
+
+
+def comparable_protocol(protocol: str) -> str:
+    """The protocol but for whether guidance is folded into a model or added in its sampling: images and scores of both compare."""
+    return protocol.replace(FOLDED, "")
 
 
 def run_files(verb: object) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.ndimage import correlate1d
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rundir import read_json
+from tinyfusion.core.rundir import comparable_protocol, read_json
 from tinyfusion.data.image_source import ImageSource, open_npz, read_labels
 from tinyfusion.evaluate.perceptual import Distances
 
@@ -85,7 +85,8 @@ def open_pairs(samples: Path, against: Path) -> ImageSource:
         shapes = f"--against {against} has images {theirs.shape}, {samples} has {ours.shape}"
         raise UserError(f"{shapes}: pairs are of one shape")
     for mine, other in zip_longest(_protocol_fields(samples), _protocol_fields(against)):
-        if mine != other and not all((field or "").partition(" ")[0] in _PRECISIONS for field in (mine, other)):
+        alike = comparable_protocol(mine or "") == comparable_protocol(other or "")
+        if not alike and not all((field or "").partition(" ")[0] in _PRECISIONS for field in (mine, other)):
             settings = f"--against {against} was drawn with {other!r}, {samples} with {mine!r}"
             raise UserError(f"{settings}: only images of the same seed, labels and sampler are pairs")
     labels, others = read_labels(samples), read_labels(against)

@@ -43,10 +43,14 @@ def check_folding(recipe: Recipe, section: Folding, teacher: LoadedModel | None)
         raise UserError(
             f"{asked} folds in the guidance of a teacher, and here is none: leave it out, or set {asked.partition('.')[0]}.{how}"
         )
+    if (own := teacher.facts.folded_guidance) is not None:
+        if own.scale != section.guidance:
+            raise UserError(
+                f"{asked}: the teacher has folded in {own.scale:g}: leave it out, or give a teacher without"
+            )
+        return
     if teacher.distilled_guidance:
-        raise UserError(
-            f"{asked}: the teacher predicts under guidance by itself, and so will the student: leave it out"
-        )
+        raise UserError(f"{asked}: guidance is an input of the teacher, and so of the student: leave it out")
     if isinstance(teacher, TransformerModel):
         _pipeline_arguments(teacher)
         return
@@ -96,7 +100,7 @@ def fold_guidance(
     """
     check_folding(recipe, section, teacher)
     folded = None
-    if folds(section):
+    if folds(section) and not (teacher and teacher.distilled_guidance):
         assert section.guidance is not None
         if not isinstance(process, GaussianObjective | FlowObjective):
             raise UserError(

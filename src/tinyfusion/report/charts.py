@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from tinyfusion.blocks.scheme import BlockGroup, block_chance, choice_chance
+from tinyfusion.core.rundir import comparable_protocol
 from tinyfusion.report.canvas import (
     NARROW_PX,
     WIDE_PX,
@@ -28,7 +29,7 @@ from tinyfusion.report.canvas import (
 from tinyfusion.report.decisions import decision_groups, decision_strengths, group_name
 from tinyfusion.report.format import count, short_names, significant
 from tinyfusion.report.load import Run
-from tinyfusion.report.tables import Table, comparable_protocol, distance_name, stated
+from tinyfusion.report.tables import Table, distance_name, stated
 
 COLOURS = ("student", "pruned", "extra", "teacher", "ink")
 _STAGES = {

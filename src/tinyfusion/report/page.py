@@ -17,6 +17,7 @@ from PIL import UnidentifiedImageError
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import file_label
 from tinyfusion.core.records import section_of
+from tinyfusion.core.rundir import comparable_protocol
 from tinyfusion.report import charts, decisions, diagnostic_charts, explain_charts, images, tables
 from tinyfusion.report.format import count, duration, percent, printable, significant
 from tinyfusion.report.load import FURTHER, Run, join_runs
@@ -87,7 +88,7 @@ def _template() -> Template:
     text = (resources.files("tinyfusion.report") / "template.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=count, duration=duration, percent=percent, significant=significant)
-    environment.filters["comparable"] = tables.comparable_protocol
+    environment.filters["comparable"] = comparable_protocol
     environment.globals.update(distance_name=tables.distance_name, unbiased_images=tables.UNBIASED_IMAGES)
     environment.globals.update(stage_names=tables.STAGE_NAMES)
     return environment.from_string(text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyfusion.core.files import file_label
-from tinyfusion.core.rundir import FOLDED
+from tinyfusion.core.rundir import comparable_protocol
 from tinyfusion.report.format import count, duration, percent, significant
 from tinyfusion.report.load import MODELS, Run
 
@@ -79,11 +79,6 @@ def model_name(model: str) -> str:
 def stated(values: Mapping[str, Any]) -> str:
     """The protocol of a score, or "not stated"."""
     return str(values.get("protocol") or "not stated")
-
-
-def comparable_protocol(protocol: str) -> str:
-    """The protocol but for whether guidance is folded into a model or added in its sampling: scores of both are comparable."""
-    return protocol.replace(FOLDED, "")
 
 
 def distance_name(scores: Iterable[Mapping[str, Any]]) -> str:
