@@ -82,7 +82,8 @@ def measure_seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, 
     """{criterion: its mask and measures} of one seed."""
     file = options.runs / f"measures-{seed}-{options.images}.json"
     done: dict[str, Any] = read_json(file) if file.is_file() else {}
-    recipe, teacher = load_recipe("digits", (), {"seed": seed}), open_model("digits")
+    free = ("recover.guidance=none",) if options.free else ()
+    recipe, teacher = load_recipe("digits", free, {"seed": seed}), open_model("digits")
     masks = masks_of(options.runs, seed)
     learned = options.learned / f"seed-{seed}" / "recover" / "student"
     measures = None
@@ -108,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--learned", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--runs", type=Path, default=Path("runs/criteria"))
+    parser.add_argument("--free", action="store_true", help="students of free guidance, and so `--learned`")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)

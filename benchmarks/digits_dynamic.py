@@ -2,10 +2,9 @@
 
     python benchmarks/digits_dynamic.py [--seeds 0,1,2] [--runs runs/dynamic] [--teacher-images 1664000] [--out FILE]
 
-Rows: the static teacher; the teacher fine-tuned for as many steps, as a control; dynamic at 0.7 and 0.5; 0.5 trained on 3 % of
-the teacher's images (the paper's budget); the shallow half; and the shallow half made dynamic at 0.7, distilled from the
-teacher. Every training is a verb with a run folder of its own; finished runs are reused. All models of a seed are sampled and
-timed interleaved in this process. Standard deviations are over seeds (n - 1).
+Rows: the static teacher; dynamic at 0.5, distilled from it, with free guidance and with folded guidance; the shallow half, and that made
+dynamic at 0.7, both with folded guidance. Every training is a verb with a run folder of its own; finished runs are reused. All models
+of a seed are sampled and timed interleaved in this process. Standard deviations are over seeds (n - 1).
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from shared import quartiles, spread
 from tinyfusion.blocks.dynamics import total_macs
 from tinyfusion.commands.dynamic import dynamic
 from tinyfusion.commands.evaluate import evaluate
-from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
 from tinyfusion.commands.sample import sample
 from tinyfusion.config.loading import load_recipe
@@ -42,9 +40,7 @@ TEACHER = "digits"
 REFERENCES = ("digits", "digits:heldout")
 SPEED = "speed.json"
 TIMED_IMAGES, TIMED_STEPS, REPEATS = 128, 10, 9
-SHORT = {  # 3 % of 1,664,000 images
-    "dynamic.training.steps": 390, "dynamic.ramp_steps": 130, "dynamic.auxiliary_steps": 160, "dynamic.finish_steps": 90,
-}  # fmt: skip
+NUM_IMAGES = 2000
 
 
 @dataclass(frozen=True)
@@ -62,44 +58,31 @@ def _dynamic(recipe: Recipe, out: Path, parent: str) -> None:
     dynamic(recipe, RunOptions(out), parent)
 
 
-def _finetune(recipe: Recipe, out: Path, parent: str) -> None:
-    recover(recipe, RunOptions(out), Path(parent))
-
-
-def _cut(recipe: Recipe, out: Path, _parent: str) -> None:
-    prune(recipe, RunOptions(out))
+def _half(recipe: Recipe, out: Path, _parent: str) -> None:
+    recover(recipe, RunOptions(out), "")
 
 
 ROWS = {
     "teacher": Row("teacher, static"),
-    "control": Row("control: teacher fine-tuned equally long", _finetune, {
-        "recover.method": "finetune", "recover.training.steps": 600,
-    }, recipe="digits-published"),
-    "dynamic-0.7": Row("dynamic at 0.7", _dynamic, {"dynamic.target": 0.7}),
-    "dynamic-0.5": Row("dynamic at 0.5", _dynamic, {"dynamic.target": 0.5}),
-    "short-0.5": Row("dynamic at 0.5, 3 % of the teacher's images", _dynamic, {"dynamic.target": 0.5, **SHORT}),
-    "cut": Row("", _cut, recipe="digits-published"),
-    "shallow": Row("shallow: half of the blocks", _finetune, parent="cut", recipe="digits-published"),
-    "shallow-0.7": Row("shallow half x dynamic at 0.7", _dynamic, {
-        "dynamic.target": 0.7, "dynamic.auxiliary": "teacher", "dynamic.auxiliary_steps": 600, "teacher": TEACHER,
-    }, parent="shallow"),
+    "free-0.5": Row("dynamic at 0.5, free guidance", _dynamic, {"dynamic.guidance": None, "dynamic.auxiliary_steps": 3600}),
+    "dynamic-0.5": Row("dynamic at 0.5", _dynamic),
+    "shallow": Row("shallow: half of the blocks", _half, recipe="digits"),
+    "shallow-0.7": Row("shallow half x dynamic at 0.7", _dynamic, {"dynamic.target": 0.7, "teacher": TEACHER}, "shallow"),
 }  # fmt: skip
-SHOWN = [key for key, row in ROWS.items() if row.label]
 
 
 def made(folder: Path, seed: int) -> dict[str, str]:
     """Train, sample and evaluate every row of a seed; return the model of each."""
     models: dict[str, str] = {TEACHER: TEACHER, "teacher": TEACHER}
     for key, row in ROWS.items():
-        recipe = load_recipe(row.recipe, (), {"seed": seed, **row.changes})
+        recipe = load_recipe(row.recipe, (), {"seed": seed, "sample.num_images": NUM_IMAGES, **row.changes})
         if row.make is not None:
             row.make(recipe, folder / key, models[row.parent])
             models[key] = str(folder / key)
-        if row.label:
-            sample(recipe, RunOptions(folder / f"{key}.npz"), models[key])
-            for reference in REFERENCES:
-                out = folder / f"{key}-{reference.replace(':', '-')}.json"
-                evaluate(recipe, RunOptions(out), folder / f"{key}.npz", reference)
+        sample(recipe, RunOptions(folder / f"{key}.npz"), models[key])
+        for reference in REFERENCES:
+            out = folder / f"{key}-{reference.replace(':', '-')}.json"
+            evaluate(recipe, RunOptions(out), folder / f"{key}.npz", reference)
     return models
 
 
@@ -111,7 +94,7 @@ def timed(folder: Path, models: dict[str, str], seed: int) -> dict[str, list[flo
     recipe = load_recipe("digits", (), {"seed": seed})
     labels = np.arange(TIMED_IMAGES) % 10
     sides: dict[str, Callable[[], object]] = {}
-    for key in SHOWN:
+    for key in ROWS:
         model = open_model(models[key])
         sampler = sampler_of(recipe.sample, model).of_steps(TIMED_STEPS)
         skipped = SkippedModel(model, skipped_run_for(model, sampler))
@@ -122,7 +105,7 @@ def timed(folder: Path, models: dict[str, str], seed: int) -> dict[str, list[flo
 
         sides[key] = draw
     times = interleaved(sides, REPEATS, torch.device("cpu"))
-    ratios = {key: list(speedup(times["teacher"], times[key])) for key in SHOWN}
+    ratios = {key: list(speedup(times["teacher"], times[key])) for key in ROWS}
     write_json(folder / SPEED, ratios)
     return ratios
 
@@ -137,26 +120,30 @@ def seen_images(folder: Path, key: str) -> float:
 
 
 def macs_of(folder: Path, models: dict[str, str], key: str) -> tuple[float, float | None]:
-    """Multiply-accumulates of a forward pass of one image in sampling, and the ratio of the blocks if there are routers."""
+    """Multiply-accumulates of a step of one image, guidance included, and the ratio of the blocks if there are routers."""
     model = open_model(models[key])
-    static = model.macs()
+    static, rows = model.macs(), 2 if model.takes_guidance else 1
     if model.dynamic is None:
-        return float(static), None
+        return float(rows * static), None
     ratio = float(read_json(folder / f"{key}.json")["dynamic"]["macs_ratio"])
-    return total_macs(static, model.dynamic.sizes, len(model.stack), ratio, model.dynamic.settings.tokens), ratio
+    return rows * total_macs(static, model.dynamic.sizes, len(model.stack), ratio, model.dynamic.settings.tokens), ratio
 
 
 def table(folders: list[Path], models: list[dict[str, str]], speeds: list[dict[str, Any]], images: int) -> list[str]:
     """Markdown table: a row per model, mean and standard deviation over seeds."""
     rows = [
-        "| model | FID, training digits | FID, held-out digits | MACs per pass | ratio in the blocks | speed-up, quartiles | "
+        "| model | FID, training digits | FID, held-out digits | over the teacher's | MACs per step | ratio in the blocks | "
+        "speed-up, quartiles | "
         "images of training, share of the teacher's |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for key in SHOWN:
+    for key in ROWS:
         fids = [
             [float(read_json(f / f"{key}-{reference.replace(':', '-')}.json")["fid"]) for f in folders]
             for reference in REFERENCES
+        ]
+        over = [
+            read_json(f / f"{key}-digits.json")["fid"] / read_json(f / "teacher-digits.json")["fid"] for f in folders
         ]
         counted = [macs_of(f, m, key) for f, m in zip(folders, models, strict=True)]
         ratios = [ratio for _, ratio in counted if ratio is not None]
@@ -164,7 +151,8 @@ def table(folders: list[Path], models: list[dict[str, str]], speeds: list[dict[s
         measured = [speed[key] for speed in speeds]
         faster = spread([s[0] for s in measured])
         rows.append(
-            f"| {ROWS[key].label} | {spread(fids[0])} | {spread(fids[1])} | {spread([m / 1e6 for m, _ in counted])} M | "
+            f"| {ROWS[key].label} | {spread(fids[0])} | {spread(fids[1])} | {', '.join(f'{o:.2f}' for o in over)} | "
+            f"{spread([m / 1e6 for m, _ in counted])} M | "
             f"{spread(ratios, 3) if ratios else '1'} | {faster}, {quartiles([v for s in measured for v in s[1:]], 2)} | "
             f"{seen:,.0f}, {seen / images:.1%} |"
         )
