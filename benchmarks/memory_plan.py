@@ -38,7 +38,8 @@ from tinyfusion.families.registry import FAMILIES
 from tinyfusion.families.sizes import position_table
 from tinyfusion.jobs.estimate import fitting_lines, memory_plan
 from tinyfusion.jobs.footprint import footprint_of
-from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, make_trainable
+from tinyfusion.models.checkpoint import LoadedModel, make_trainable
+from tinyfusion.models.facts import ModelFacts
 from tinyfusion.processes.base import Batch, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.learn import mask_learner

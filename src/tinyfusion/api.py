@@ -36,7 +36,7 @@ from tinyfusion.config.recipe import (
 )
 from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.rng import Draws
+from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.image_source import source_of
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.families.family import ModelFamily
@@ -44,7 +44,7 @@ from tinyfusion.families.registry import register_family
 from tinyfusion.jobs import verbs
 from tinyfusion.jobs.criteria import criterion_context
 from tinyfusion.jobs.few_steps import check_few_steps, few_step_training
-from tinyfusion.jobs.folding import with_taught_target
+from tinyfusion.jobs.folding import folds, with_taught_target
 from tinyfusion.jobs.library_inputs import (
     block_indices,
     check_data_set,
@@ -75,6 +75,7 @@ from tinyfusion.jobs.training import Training, mask_training, recovery, student_
 from tinyfusion.jobs.transformer_sources import open_transformer_model, transformer_of
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.checkpoint import open_model as open_family_model
+from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.base import Process
 from tinyfusion.processes.task import Task
@@ -268,6 +269,9 @@ def recover_model(
     own = settings.alpha_kd != RecoverSection().alpha_kd
     recipe = dataclasses.replace(recipe, assigned=frozenset({"recover.alpha_kd"} if own else ()))
     recipe = with_taught_target(recipe, teacher or student, [])
+    if isinstance(student, TransformerModel) and folds(settings) and student.latent_shape is None:
+        shape = tuple(source(0, 1, Randomness(seed).at(0, 0, 1)).x.shape[1:])
+        student = dataclasses.replace(student, latent_shape=shape)
     work = recovery(recipe, trainable_copy(student), teacher.copy() if teacher else None, task, source, engine)
     _train(work, on_step)
     return _as_given(work.averaged(), student)
@@ -280,7 +284,7 @@ def distill_model_steps(
     batches: BatchSource,
     settings: DistillStepsSection | None = None,
     *,
-    guidance: float = 1.5,
+    guidance: float | None = None,
     seed: int = 0,
     compute: ComputeSection | None = None,
     on_step: OnStep = lambda record: None,
@@ -288,12 +292,15 @@ def distill_model_steps(
     """A trained copy of `student` that draws in `settings.num_steps` steps what `teacher` draws in many under guidance.
 
     Both are models of families; the student may be the teacher itself, or a pruned one, recovered. batches: of a data set
-    (tinyfusion.data.batches). guidance: folded in, unless settings state their own. `sample_images` draws with the student's own steps.
-    settings: their training is best the section's own, changed: `dataclasses.replace(DistillStepsSection().training, steps=...)`,
-    as matching wants clip_groups "apart". Student and teacher are not changed. Raises UserError where they do not go together, or
-    their process has no few steps, and on fields that are not read.
+    (tinyfusion.data.batches). guidance: folded in, unless settings state their own; None: 1.5, or what the teacher has folded in.
+    `sample_images` draws with the student's own steps. settings: their training is best the section's own, changed:
+    `dataclasses.replace(DistillStepsSection().training, steps=...)`, as matching wants clip_groups "apart". Student and teacher are not
+    changed. Raises UserError where they do not go together, or their process has no few steps, and on fields that are not read.
     """
-    settings, sampling = few_step_settings(settings, guidance)
+    folded = teacher.facts.folded_guidance
+    if folded is not None and guidance not in (None, folded.scale):
+        raise UserError(f"guidance is {guidance:g}, and the teacher has folded in {folded.scale:g}: leave it out")
+    settings, sampling = few_step_settings(settings, 1.5 if guidance is None else guidance)
     recipe = Recipe(seed=checked(Seed, seed, "seed"), distill_steps=settings, sample=sampling)
     check_few_steps(recipe, student, teacher)
     check_data_set(batches)

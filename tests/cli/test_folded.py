@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from material import Cli
+from safetensors import safe_open
 from test_faults import SETTINGS, at_step, failed, result
 from test_verbs import done
 
@@ -72,7 +73,42 @@ def test_a_dynamic_model_folds_it_in(cli: Cli, work: Path) -> None:
     done(cli, f"{MADE} --out folded")
     on_folded = alone.replace("--model student", "--model folded")
     failed(cli(*shlex.split(f"{on_folded} --out again")), "has guidance folded in, so data are no target for it")
+    taught = f"{on_folded} --teacher teacher --set dynamic.auxiliary=teacher"
+    failed(cli(*shlex.split(f"{taught} --out again")), "its teacher predicts without: set dynamic.guidance=2")
+    failed(
+        cli(*shlex.split(f"{taught} --set dynamic.guidance=2 --set dynamic.auxiliary_weight=0 --out again")), "above 0"
+    )
     assert not Path("again").exists()
+
+
+def test_a_run_refuses_before_it_trains(cli: Cli, work: Path) -> None:
+    routed = " ".join(f"--set dynamic.training.{setting}" for setting in ["steps=6", *SETTINGS.split()])
+    asked = f"run --recipe digits-shallow-dynamic --set teacher=teacher {SECTION} {routed} --set dynamic.finish_steps=1 --out whole"
+    for change, message in (
+        ("dynamic.auxiliary=complete", "the student has guidance folded in, so data are no target"),
+        ("dynamic.guidance=none", "its teacher predicts without: set dynamic.guidance=1.5"),
+    ):
+        for dry in ("--dry-run", ""):
+            failed(cli(*shlex.split(f"{asked} --set {change} {dry}")), message)
+            assert not Path("whole").exists()
+
+
+def test_what_does_not_follow_says_so(cli: Cli, work: Path) -> None:
+    done(cli, f"{MADE} --set recover.update=lora --set recover.lora_rank=2 --set recover.lora_apart=true --out run")
+    with safe_open("run/lora.safetensors", "pt") as file:
+        assert file.metadata()["folded_guidance"] == "2"
+    said = done(cli, "export --model run --to official --out flat.safetensors")
+    assert "guidance is folded in, which this format cannot say: draw with guidance 1" in said.err
+    assert "draw with guidance 1" in Path("flat.json").read_text()
+    warned = done(cli, "prune --teacher run --criterion sensitivity --data digits --num-keep 1 --out cut --dry-run")
+    assert "the loss on data, which sensitivity compares, is not what it is for" in warned.err
+    plain = f"recover --student run --teacher teacher --method logits-kd {SECTION}"
+    assert "has guidance 2 folded in, and unlearns it" in done(cli, f"{plain} --out plain").err
+    assert open_model("plain").facts.folded_guidance is None
+    Path("own.toml").write_text('recover = { guidance = 2.0, method = "finetune" }\n')
+    alone = done(cli, f"recover --recipe own.toml --student student {SECTION} --out alone")
+    assert "recover.guidance is left out: it is that of a teacher" in alone.err
+    assert open_model("alone").facts.folded_guidance is None
 
 
 BAD = {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import tinyfusion as tf
 from captioned_set import save_set
 from prompt_pipelines import save_flux_pipeline
 from tinyfusion import cli
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.diffusers_classes.few_steps import (
     GUIDED_PIPELINES,
@@ -25,6 +27,9 @@ from tinyfusion.families.diffusers_classes.few_steps import (
     folded_drawing,
     guidance_off,
 )
+from tinyfusion.jobs.assemble import batches_for
+from tinyfusion.jobs.latent_facts import open_stated
+from tinyfusion.jobs.pipelines import _checked, pipeline_of
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import FoldedGuidance
 
@@ -166,6 +171,29 @@ def test_a_folded_student_goes_on(place: Path, done: Run, run: Run) -> None:
     assert "the teacher has folded in 2" in said and not Path("again").exists()
     done("recover", *more, "--guidance", "2", "--out", "again")
     assert tf.open_model("again").hash() == second.hash(), "that is what its teacher has"
+
+
+def test_the_library_takes_the_channels_of_the_data(place: Path) -> None:
+    """Two experts that are drawn unlike are refused, as their pipeline guides both."""
+    model = tf.open_model("digits-sd3")
+    assert isinstance(model, TransformerModel)
+    training = dataclasses.replace(tf.RecoverSection().training, steps=1, batch_size=2, ema_decay=0.0)
+    settings = tf.RecoverSection(method="logits-kd", guidance=2.0, training=training)
+    recipe = Recipe(data=dataclasses.replace(Recipe().data, name="latents:set-sd3"))
+    other = open_stated(recipe, "digits-sd3", None, None)
+    source = batches_for(recipe, other, torch.device("cpu"))
+    student = tf.prune_model(model, [0, 1, 2, 3])
+    made = tf.recover_model(student, model, tf.objective_of(model), source, settings)
+    assert made.facts.folded_guidance == FoldedGuidance(2.0, 1)
+
+
+def test_two_experts_are_drawn_alike_or_not_at_all(place: Path, done: Run) -> None:
+    asked = ["recover", "--teacher", "digits-sd3", "--data", "latents:set-sd3", "--search-share", "0.5", *SHORT]
+    done(*asked, "--guidance", "2", "--out", "expert")
+    folder, plain = pipeline_of("expert", None), pipeline_of("digits-sd3", None)
+    models = {"transformer": folder.models["transformer"], "transformer_2": plain.models["transformer"]}
+    with pytest.raises(UserError, match="transformer and transformer_2, are drawn unlike"):
+        _checked(folder.folder, models)
 
 
 def test_what_has_no_guidance_to_fold_in_is_refused(place: Path, run: Run) -> None:

@@ -29,7 +29,8 @@ from tinyfusion.dynamic.train import calibrate, inference_ratio
 from tinyfusion.families.dit.model import DiTArch, published_arch
 from tinyfusion.families.registry import FAMILIES
 from tinyfusion.models.attach import attach, detached, order_by_importance
-from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, open_model
+from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.models.facts import ModelFacts
 from tinyfusion.models.loaded import DynamicModel
 from tinyfusion.models.macs import count_macs
 from tinyfusion.sample.drive import SampleDraws, sample

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_training import batches
 
-from tinyfusion.api import objective_of, prune_model, recover_model, sample_images
+from tinyfusion.api import distill_model_steps, objective_of, prune_model, recover_model, sample_images
 from tinyfusion.blocks.stack import frozen
 from tinyfusion.config.recipe import (
     DistillStepsSection,
@@ -193,6 +193,33 @@ def test_a_damaged_record_is_refused(tiny_model: ModelFactory, tmp_path: Path) -
         place.write_text(text.replace('"scale": 2.5', f'"scale": {value}'))
         with pytest.raises(UserError, match=r"model\.json"):
             open_model(tmp_path / "model")
+
+
+class Alone:
+    """A process that is no `Process`: the calls that a recovery without folded guidance needs."""
+
+    def __init__(self, process: Any) -> None:
+        for name in ("draw", "predict", "losses", "kd_terms"):
+            setattr(self, name, getattr(process, name))
+
+
+def test_a_process_of_ones_own_needs_no_guidance(
+    tiny_model: ModelFactory, noisy_batch: Callable[..., NoisyBatch]
+) -> None:
+    model = tiny_model()
+    goal = DistilledObjective(Alone(objective_of(model)), frozen(model.module), model.stack, model.stack, [], 1)  # type: ignore[arg-type]
+    prediction = goal.predict(model.module, noisy_batch(model, 2))
+    assert prediction.teacher is not None and torch.equal(prediction.teacher.output, prediction.output)
+
+
+def test_the_library_refuses_guidance_that_is_not_read(tiny_model: ModelFactory) -> None:
+    model = folded(tiny_model())
+    with pytest.raises(
+        UserError, match="of a model that has guidance folded in does not read SampleSection.guidance=3"
+    ):
+        sample_images(model, [1], SampleSection(guidance=3.0, num_steps=2, **DDIM))
+    with pytest.raises(UserError, match=r"guidance is 3, and the teacher has folded in 2\.5"):
+        distill_model_steps(model, model, batches, guidance=3.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- afterwards

@@ -22,7 +22,8 @@ from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.families.registry import FAMILIES
-from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, new_model
+from tinyfusion.models.checkpoint import LoadedModel, new_model
+from tinyfusion.models.facts import ModelFacts
 from tinyfusion.processes.base import Batch, NoisyBatch, Prediction
 from tinyfusion.prune.calibrate import Calibration, calibration_set
 from tinyfusion.prune.context import CriterionContext

@@ -23,7 +23,8 @@ from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.config.recipe import RecoverSection, TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.facts import ModelFacts
 from tinyfusion.processes.base import Batch, NoisyBatch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.criteria import by_indices

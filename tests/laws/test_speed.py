@@ -6,7 +6,8 @@ import torch
 
 from tinyfusion.families.dit.model import published_arch
 from tinyfusion.families.registry import FAMILIES
-from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.facts import ModelFacts
 
 
 def test_dit_xl_2_at_256_pixels_takes_118_69_g() -> None:

@@ -17,7 +17,8 @@ from tinyfusion.blocks.stack import BlockStack
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.families.registry import FAMILIES
-from tinyfusion.models.checkpoint import LoadedModel, ModelFacts, new_model
+from tinyfusion.models.checkpoint import LoadedModel, new_model
+from tinyfusion.models.facts import ModelFacts
 from tinyfusion.processes.base import NoisyBatch, Prediction
 from tinyfusion.prune.calibrate import Calibration, block_statistics
 from tinyfusion.prune.mask_search import mask_losses, plain_losses

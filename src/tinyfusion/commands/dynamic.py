@@ -10,7 +10,7 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
 from tinyfusion.jobs.assemble import RunOptions, open_teacher, other_inputs
-from tinyfusion.jobs.folding import check_folding, folds
+from tinyfusion.jobs.folding import check_routed, folds
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.routing import KEPT, check_dynamic, dynamic_record, dynamic_training, meet_budget
@@ -41,7 +41,7 @@ class Dynamic(TrainingVerb[Training]):
             raise UserError(
                 f"the teacher {recipe.teacher} does not take what {source} takes: wanted one of the same family, input and classes"
             )
-        check_folding(recipe, recipe.dynamic, teacher)
+        check_routed(recipe, model, teacher)
         recipe, model = known_inputs(recipe, model, [named, *([recipe.teacher] if teacher else [])], remarks)
         models: dict[str, LoadedModel | None] = {"model": model, "teacher": teacher}
         return Inputs(recipe, options, models, {"model": named, "teacher": recipe.teacher if teacher else ""})

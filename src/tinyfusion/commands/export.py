@@ -103,6 +103,8 @@ def export(options: RunOptions, what: ExportOptions) -> dict[str, Any]:
         differences.append(
             f"what a formula gives ({computed}) is computed in float32 there and rounded to half precision here"
         )
+    if what.to == "official" and not model.takes_guidance and model.null_class:
+        differences.append("guidance is folded in, which this format cannot say: draw with guidance 1")
     outcome = {"to": what.to, "model": model.hash(), "bytes": num_bytes, "differences": differences}
     for sentence in differences:
         print(f"note: {sentence}", file=sys.stderr)

@@ -27,6 +27,8 @@ from tinyfusion.prune.sureness import sureness_lines
 from tinyfusion.prune.width import width_stand_in
 from tinyfusion.training.engine import Engine
 
+OF_LOSS = ("min-loss", "median-loss", "max-loss", "sensitivity", "width")  # criteria that compare the loss on data
+
 
 class Prune(TrainingVerb[MaskTraining | CriterionWork]):
     """Decide which blocks of the teacher go; writes `plan.json` and `student/`."""
@@ -61,6 +63,11 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
                 "--pipeline` makes of pictures with captions, or --inputs FILE, which `tinyfusion record` makes of prompts"
             )
         recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, on_data)
+        if teacher.distilled_guidance and recipe.prune.criterion in OF_LOSS:
+            remarks.append(
+                f"warning: the model predicts under guidance by itself, so the loss on data, which {recipe.prune.criterion} compares, is "
+                "not what it is for; learned and bi compare its own outputs"
+            )
         if learned:  # refuse before anything is learned
             recipe = before_search(recipe, teacher)
         elif recipe.destination:

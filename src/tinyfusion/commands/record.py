@@ -73,12 +73,13 @@ class _Job:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return self.options.drawing.arguments(self.kind)
+        return self.options.drawing.arguments(self.kind) | self.model.drawn_with
 
     @property
     def plain(self) -> dict[str, Any]:
         hashes = {"transformer": self.model.hash, "prompts": sha256_of(self.options.prompts)}
-        return {**hashes, **dataclasses.asdict(self.options.drawing)}
+        own = {"drawn_with": self.model.drawn_with} if self.model.drawn_with else {}
+        return {**hashes, **dataclasses.asdict(self.options.drawing), **own}
 
     @property
     def outcome(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tinyfusion.jobs.training import SearchedRecovery, Training, before_search, 
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
+from tinyfusion.processes.base import FoldedGuidance
 from tinyfusion.prune.sureness import sureness_lines
 from tinyfusion.recover.sharing import lora_tensors
 from tinyfusion.training.engine import Engine
@@ -73,9 +74,15 @@ class Recover(TrainingVerb[Training]):
                     f"{teacher.family.name}: give the teacher that it was cut from"
                 )
         recipe, student = known_inputs(recipe, student, [source, recipe.teacher], remarks, recorded is None)
+        recipe = _with_teachers_guidance(recipe, teacher, remarks)
         check_folding(recipe, recipe.recover, teacher)
         if not recorded:
             recipe = with_taught_target(recipe, teacher or student, remarks)
+        had = student.facts.folded_guidance
+        if had and teacher and not teacher.distilled_guidance and not folds(recipe.recover):
+            remarks.append(
+                f"the student has guidance {had.scale:g} folded in, and unlearns it from this teacher: --guidance {had.scale:g} keeps it"
+            )
         models: dict[str, LoadedModel | None] = {"student": student, "teacher": teacher}
         return Inputs(recipe, options, models, {"student": source, "teacher": recipe.teacher}, recorded=recorded)
 
@@ -95,7 +102,8 @@ class Recover(TrainingVerb[Training]):
         recipe, whole = known_inputs(recipe, whole, [recipe.teacher], remarks, recorded is None)
         recipe = before_search(recipe, whole)  # refuse before anything is learned
         taught = settings.method != "finetune" and not (recorded and settings.method == "logits-kd")
-        check_folding(recipe, settings, whole if taught else None)
+        recipe = _with_teachers_guidance(recipe, whole if taught else None, remarks)
+        check_folding(recipe, recipe.recover, whole if taught else None)
         if not recorded:
             recipe = with_taught_target(recipe, whole, remarks)
         models: dict[str, LoadedModel | None] = {"student": whole.copy(), "teacher": whole if taught else None}
@@ -136,16 +144,27 @@ class Recover(TrainingVerb[Training]):
         for name, model in (("student", work.averaged()), ("student-raw", work.raw())):
             save(folder, model.made_for(destination), name)
         if inputs.recipe.recover.lora_apart:
-            save_lora(folder, work.state.averages(), inputs.recipe.recover.lora_scale)
+            save_lora(folder, work.state.averages(), inputs.recipe.recover.lora_scale, work.model.facts.folded_guidance)
         folder.mark("done", seconds=seconds, seen_images=work.state.seen_images)
         return outcome
 
 
-def save_lora(folder: RunDirectory, factors: Mapping[str, Tensor], scale: float) -> None:
-    """Write lora.safetensors, the averaged updates alone, on the rank that writes."""
+def _with_teachers_guidance(recipe: Recipe, teacher: LoadedModel | None, remarks: list[str]) -> Recipe:
+    """The recipe without guidance that is folded in where no teacher runs; remarks: gets a line for people."""
+    if teacher is not None or not folds(recipe.recover):
+        return recipe
+    remarks.append("recover.guidance is left out: it is that of a teacher, and none runs in this recovery")
+    return dataclasses.replace(recipe, recover=dataclasses.replace(recipe.recover, guidance=None))
+
+
+def save_lora(folder: RunDirectory, factors: Mapping[str, Tensor], scale: float, folded: FoldedGuidance | None) -> None:
+    """Write lora.safetensors, the averaged updates alone, on the rank that writes. folded: guidance that they fold in."""
     if folder.writes:
+        about = {"format": "pt"} | ({"folded_guidance": f"{folded.scale:g}"} if folded else {})
+        if folded:
+            say([f"lora.safetensors has guidance {folded.scale:g} folded in: draw with guidance 1"])
         with atomic_write(folder.path / "lora.safetensors") as temporary:
-            save_file(lora_tensors(factors, scale), temporary, metadata={"format": "pt"})
+            save_file(lora_tensors(factors, scale), temporary, metadata=about)
 
 
 def _opened_as_then(options: RunOptions, job: Mapping[str, Any]) -> RunOptions:

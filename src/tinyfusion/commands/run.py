@@ -48,6 +48,7 @@ from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, open_te
 from tinyfusion.jobs.diagnostics import checkpoint_steps, write_pictures
 from tinyfusion.jobs.estimate import described, sampling_estimate
 from tinyfusion.jobs.few_steps import check_few_steps
+from tinyfusion.jobs.folding import check_routed, folds, guided_channels
 from tinyfusion.jobs.origins import require_features
 from tinyfusion.jobs.previews import check_previews
 from tinyfusion.jobs.process_specs import sampler_of
@@ -64,6 +65,7 @@ from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.jobs.typed import check_read
 from tinyfusion.jobs.verbs import Inputs, Work, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
+from tinyfusion.processes.base import FoldedGuidance
 from tinyfusion.prune.context import list_groups
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.layout import gate_layout
@@ -148,7 +150,7 @@ def _trainings(recipe: Recipe, teacher: LoadedModel, engine: Engine) -> list[Cal
     searches = recipe.recover.search_share is not None
 
     def inputs(role: str, taught: bool, whole: bool = False) -> Inputs:
-        model = teacher.copy() if whole else teacher.cut(_stand_in(recipe, teacher))
+        model = teacher.copy() if whole else _student(recipe, teacher)
         return Inputs(recipe, RunOptions(Path()), {role: model, "teacher": teacher.copy() if taught else None})
 
     def pruning() -> Work:
@@ -172,7 +174,9 @@ def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel, engine: En
     for build in () if options.dry_run else _trainings(recipe, teacher, engine)[: len(trained_models(recipe)) - 1]:
         build()
     if recipe.dynamic.in_run:
-        check_dynamic(recipe, teacher.cut(_stand_in(recipe, teacher)), "the student")
+        student = _student(recipe, teacher)
+        check_dynamic(recipe, student, "the student")
+        check_routed(recipe, student, teacher if recipe.dynamic.auxiliary == "teacher" else None)
     if recipe.distill_steps.in_run:
         check_few_steps(recipe, teacher.cut(_stand_in(recipe, teacher)), teacher)
     check_sampling(recipe.sample, teacher)
@@ -245,6 +249,16 @@ def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
     else:
         kept = {name: list(range(group.keep)) for name, group in list_groups(teacher, settings).items()}
     return PrunePlan(kept=kept, depth=depths, criterion="stand-in")
+
+
+def _student(recipe: Recipe, teacher: LoadedModel) -> LoadedModel:
+    """A model like the recovered student."""
+    model = teacher.cut(_stand_in(recipe, teacher))
+    if folds(recipe.recover):
+        assert recipe.recover.guidance is not None
+        folded = FoldedGuidance(recipe.recover.guidance, guided_channels(recipe, model))
+        model.facts = dataclasses.replace(model.facts, folded_guidance=folded)
+    return model
 
 
 def _sample(recipe: Recipe, options: RunOptions, models: dict[str, str]) -> None:

@@ -145,11 +145,10 @@ def _export_single_file(options: RunOptions, pipeline: bool, model: TransformerF
 
     todo = to_do()
     check_space(out, model.num_bytes)
-    print(
-        f"note: diffusers opens it by {model.class_name}.from_single_file({out.name!r}, config={str(model.path)!r})"
-        + (f"\nnote: {names.warning}" if names.warning else ""),
-        file=sys.stderr,
-    )
+    notes = [f"diffusers opens it by {model.class_name}.from_single_file({out.name!r}, config={str(model.path)!r})"]
+    notes += ["guidance is folded in: draw it without, at CFG 1"] if model.folded else []
+    notes += [names.warning] if names.warning else []
+    print("\n".join(f"note: {note}" for note in notes), file=sys.stderr)
     if not options.dry_run and not todo:
         say_finished(out)
     elif not options.dry_run:

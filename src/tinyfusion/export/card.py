@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from tinyfusion.blocks.stack import num_parameters
-from tinyfusion.models.loaded import LoadedModel, ModelFacts
+from tinyfusion.models.facts import ModelFacts
+from tinyfusion.models.loaded import LoadedModel
 
 _STAYS, _EDGE, _INK = "#2a6f97", "#9aa5b1", "#334155"
 _CELL, _GAP, _ROW, _MARGIN = 34, 4, 76, 12  # pixels: a block, between two, a list of blocks with its title, around all

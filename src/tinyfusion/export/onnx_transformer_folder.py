@@ -53,8 +53,7 @@ def process_facts(model: TransformerModel) -> dict[str, Any]:
         facts |= {"timesteps": "the time is an original step, 0 (clean) to 999 (noise)", "prediction": prediction}
     if call is not None and model.arch.guided:
         facts["guidance"] = call.resolved(model.context).guidance
-    if few := model.folder.few_steps:
-        facts["few_steps"] = few.to_json()
+    facts |= {drawing.key: drawing.to_json() for drawing in (model.folder.few_steps, model.folder.folded) if drawing}
     return {**facts, "scheduler": scheduler or None}
 
 

@@ -22,7 +22,10 @@ Folding = RecoverSection | DynamicSection
 def guided_channels(recipe: Recipe, model: LoadedModel) -> int:
     """Leading channels of the output that guidance mixes: of latents of a pipeline all, of families as their sampling does."""
     if isinstance(model, TransformerModel):
-        assert model.latent_shape is not None  # of the data
+        if model.latent_shape is None:
+            raise UserError(
+                "guidance mixes the channels of the latents, which are known with the data: give --data latents:FOLDER"
+            )
         return model.latent_shape[0]
     published = recipe.sample.guidance_channels == "published"
     return model.guided_channels if published else int(model.arch.in_channels)
@@ -37,31 +40,46 @@ def check_folding(recipe: Recipe, section: Folding, teacher: LoadedModel | None)
     """Raise UserError where a section, `recover` or `dynamic`, folds in guidance that the teacher has not."""
     if not folds(section):
         return
+    if isinstance(section, DynamicSection) and not section.auxiliary_weight:
+        raise UserError(
+            "dynamic.guidance makes the teacher the only target, and dynamic.auxiliary_weight is 0: set it above 0"
+        )
     asked = f"{'recover' if isinstance(section, RecoverSection) else 'dynamic'}.guidance {section.guidance:g}"
     if teacher is None:
         how = "method=logits-kd" if isinstance(section, RecoverSection) else "auxiliary=teacher"
         raise UserError(
-            f"{asked} folds in the guidance of a teacher, and here is none: leave it out, or set {asked.partition('.')[0]}.{how}"
+            f"{asked} folds in the guidance of a teacher, and here is none: set it to none, or set {asked.partition('.')[0]}.{how}"
         )
     if (own := teacher.facts.folded_guidance) is not None:
         if own.scale != section.guidance:
             raise UserError(
-                f"{asked}: the teacher has folded in {own.scale:g}: leave it out, or give a teacher without"
+                f"{asked}: the teacher has folded in {own.scale:g}: set that, or none, or give a teacher without"
             )
         return
     if teacher.distilled_guidance:
-        raise UserError(f"{asked}: guidance is an input of the teacher, and so of the student: leave it out")
+        raise UserError(f"{asked}: guidance is an input of the teacher, and so of the student: set it to none")
     if isinstance(teacher, TransformerModel):
         _pipeline_arguments(teacher)
         return
     if teacher.family.process not in ("gaussian", "flow"):
         raise UserError(
-            f"{asked} mixes predictions of noise or velocity, and a {teacher.family.title} predicts neither: leave it out"
+            f"{asked} mixes predictions of noise or velocity, and a {teacher.family.title} predicts neither: set it to none"
         )
     if not teacher.null_class:
-        raise UserError(f"{asked} compares with a class for no label, and the teacher has none: leave it out")
+        raise UserError(f"{asked} compares with a class for no label, and the teacher has none: set it to none")
     if recipe.sample.guidance_interval != WHOLE:
         raise UserError("guidance is folded in at all noise levels: leave out sample.guidance_interval")
+
+
+def check_routed(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | None) -> None:
+    """Raise UserError as `check_folding`, and where a model of folded guidance would get routers from a teacher without."""
+    check_folding(recipe, recipe.dynamic, teacher)
+    own = model.facts.folded_guidance
+    if own and teacher and not folds(recipe.dynamic) and teacher.facts.folded_guidance != own:
+        raise UserError(
+            f"the model has guidance {own.scale:g} folded in, and its teacher predicts without: set dynamic.guidance={own.scale:g}, or "
+            "give a teacher that has it too"
+        )
 
 
 def with_taught_target(recipe: Recipe, model: LoadedModel, remarks: list[str]) -> Recipe:
@@ -105,7 +123,7 @@ def fold_guidance(
         if not isinstance(process, GaussianObjective | FlowObjective):
             raise UserError(
                 f"guidance {section.guidance:g} is folded in where noised images are predicted, and here a task or recorded calls are "
-                "learned: leave it out"
+                "learned: set it to none"
             )
         folded = FoldedGuidance(section.guidance, guided_channels(recipe, student))
     if isinstance(student, TransformerModel):

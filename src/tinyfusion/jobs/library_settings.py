@@ -68,6 +68,7 @@ _GATES = {
 }  # fmt: skip
 _DRAWN = {"batch_size", "dtype", "compile", "quantize"}
 _SAMPLER = {"sampler", "num_steps", "eta", "guidance", "guidance_channels", "guidance_interval", "clip"}
+_GUIDED = {"guidance", "guidance_channels", "guidance_interval"}
 _COMPUTE = {
     "gradient_accumulation_steps", "gradient_checkpointing", "compile", "prefetch_batches", "timeout_s",
 }  # fmt: skip
@@ -229,6 +230,11 @@ def sample_settings(given: SampleSection | None, model: LoadedModel) -> SampleSe
     if steps is not None:
         refuse_unread(settings, _DRAWN, f"{reader} of a model that draws in its own {len(steps.levels)} steps")
     process = model.family.process
+    if model.facts.folded_guidance is not None:
+        other = {field.name for field in dataclasses.fields(settings)} - _GUIDED
+        refuse_unread(
+            settings, other, f"{reader} of a model that has guidance folded in", [SampleSection(guidance=1.0)]
+        )
     refuse_unread(settings, _DRAWN | _SAMPLER | ({process} & {"flow", "masked"}), reader)
     return settings
 

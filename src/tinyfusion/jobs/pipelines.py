@@ -341,6 +341,11 @@ def _checked(folder: Path, models: dict[str, TransformerFolder]) -> ModelPipelin
     for name, part in components(folder).items():
         if part is not None and name not in models and not (folder / name).is_dir():
             raise UserError(f"{folder} lacks its component {name}/, a {part}: the folder is incomplete")
+    if len({str(model.drawn_with) for model in models.values()}) > 1:
+        raise UserError(
+            f"the transformers of {folder}, {' and '.join(models)}, are drawn unlike: guidance is folded into one and not into the other, "
+            "and the pipeline guides both: recover all with the same --guidance"
+        )
     return ModelPipeline(folder, kind, models)
 
 

@@ -31,8 +31,9 @@ from tinyfusion.families.registry import diffusers_classes, families, family_nam
 from tinyfusion.families.sizes import LARGEST_SIZE
 from tinyfusion.families.tensor_checks import check_sizes, in_float32
 from tinyfusion.models.autoencoder import LARGEST_SCALE, SCALE_OF_CLASS, autoencoder_config
+from tinyfusion.models.facts import ModelFacts
 from tinyfusion.models.hub import DIFFUSERS_WEIGHTS
-from tinyfusion.models.loaded import LoadedModel, ModelFacts, make_trainable, settings_in
+from tinyfusion.models.loaded import LoadedModel, make_trainable, settings_in
 from tinyfusion.models.places import by_name, exists, is_shipped, model_folder, shipped_models
 from tinyfusion.models.statedicts import described_other, find_state_dict
 from tinyfusion.models.wrapped import NO_PROCESS

@@ -23,7 +23,8 @@ from tinyfusion.families.diffusers_classes.few_steps import FewStepDrawing, Fold
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.families.diffusers_classes.weights import mapped_tensors
 from tinyfusion.families.family import ModelFamily, TextRules
-from tinyfusion.models.loaded import LoadedModel, ModelFacts
+from tinyfusion.models.facts import ModelFacts
+from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.models.macs import macs_by_module
 from tinyfusion.models.wrapped import NO_PROCESS
 

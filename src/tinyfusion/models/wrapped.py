@@ -13,7 +13,8 @@ from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.streams import Streams
 from tinyfusion.core.errors import UserError
 from tinyfusion.families.family import ModelFamily
-from tinyfusion.models.loaded import LoadedModel, ModelFacts, make_trainable
+from tinyfusion.models.facts import ModelFacts
+from tinyfusion.models.loaded import LoadedModel, make_trainable
 
 NO_PROCESS = "none"  # of a wrapped module: its task says how it is trained
 

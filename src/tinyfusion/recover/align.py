@@ -13,7 +13,8 @@ from tinyfusion.blocks.plan import PrunePlan, first_blocks, global_indices
 from tinyfusion.blocks.stack import check_kept
 from tinyfusion.config.loading import build, build_known
 from tinyfusion.core.errors import UserError
-from tinyfusion.models.checkpoint import LoadedModel, ModelFacts
+from tinyfusion.models.checkpoint import LoadedModel
+from tinyfusion.models.facts import ModelFacts
 
 Pairs = list[tuple[int, int]]
 Groups = Mapping[str, list[list[int]]]

@@ -98,14 +98,14 @@ class GuidedSampler(Sampler, Protocol):
         """Guidance in the protocol string; where it is folded into the model, as of the guided teacher, but for `FOLDED`."""
         folded = model.facts.folded_guidance
         if folded is not None:
-            guided = "published" if folded.channels == model.guided_channels else "all"
-            return _guidance_words(folded.scale, folded.channels, guided) + FOLDED
-        text = _guidance_words(self.guidance, self.guided_channels(model), self.guided)
+            return _guidance_words(model, folded.scale, folded.channels) + FOLDED
+        text = _guidance_words(model, self.guidance, self.guided_channels(model))
         in_part = self.guidance > 1 and self.interval != WHOLE
         return text + (f" in [{self.interval[0]:g}, {self.interval[1]:g}]" if in_part else "")
 
 
-def _guidance_words(scale: float, channels: int, guided: str) -> str:
+def _guidance_words(model: LoadedModel, scale: float, channels: int) -> str:
+    guided = "published" if channels == model.guided_channels else "all"
     return f"guidance {scale:g} on {channels} channel{'s' * (channels > 1)} ({guided})"
 
 
