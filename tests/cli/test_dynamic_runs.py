@@ -84,7 +84,7 @@ def test_the_page_of_a_dynamic_run(cli: Cli, wide: Path) -> None:
 def test_a_run_prunes_recovers_and_makes_dynamic(cli: Cli, wide: Path) -> None:
     trained = " ".join(
         f"--set {stage}.{setting}"
-        for stage in ("prune.training", "recover.training", "dynamic.training")
+        for stage in ("recover.training", "dynamic.training")
         for setting in TRAINING.split()
     )
     command = (
@@ -98,13 +98,8 @@ def test_a_run_prunes_recovers_and_makes_dynamic(cli: Cli, wide: Path) -> None:
     assert open_model("whole/dynamic").dynamic is not None
     speed = json.loads(Path("whole/speed.json").read_text())["models"]
     assert set(speed) == {"teacher", "student", "dynamic"} and speed["dynamic"]["depth"] == 2
-    assert {file.stem for file in Path("whole/samples").glob("*.npz")} == {
-        "teacher",
-        "pruned",
-        "student",
-        "dynamic",
-        "real",
-    }
+    drawn = {file.stem for file in Path("whole/samples").glob("*.npz")}
+    assert drawn == {"teacher", "student", "dynamic", "real"}, "the blocks were chosen within the recovery"
     assert Path("whole/evaluations/dynamic-digits.json").is_file()
     page = Path("whole/report.html").read_text()
     assert "Executed attention heads" in page and "Processed tokens per image" in page
