@@ -83,9 +83,7 @@ def test_the_page_of_a_dynamic_run(cli: Cli, wide: Path) -> None:
 
 def test_a_run_prunes_recovers_and_makes_dynamic(cli: Cli, wide: Path) -> None:
     trained = " ".join(
-        f"--set {stage}.{setting}"
-        for stage in ("recover.training", "dynamic.training")
-        for setting in TRAINING.split()
+        f"--set {stage}.{setting}" for stage in ("recover.training", "dynamic.training") for setting in TRAINING.split()
     )
     command = (
         f"run --recipe digits-shallow-dynamic --set teacher=wide {trained} --set sample.num_images=8 --set sample.num_steps=3 "
