@@ -52,12 +52,12 @@ def check_dynamic(recipe: Recipe, model: LoadedModel, source: str) -> None:
         )
     if model.facts.dynamic is not None:
         raise UserError(f"{source} has routers already: give the model that they were put on")
+    check_attachable(model, router_settings(settings))
     if model.distilled_guidance and settings.auxiliary != "teacher":
         raise UserError(
             f"{source} has guidance folded in, so data are no target for it: set dynamic.auxiliary=teacher, and dynamic.guidance for a "
             "teacher without"
         )
-    check_attachable(model, router_settings(settings))
 
 
 def dynamic_training(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | None, engine: Engine) -> Training:
