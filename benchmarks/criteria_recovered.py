@@ -28,10 +28,9 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import read_json, write_json, write_text
 from tinyfusion.data.batches import ShuffledBatches
 from tinyfusion.jobs.assemble import RunOptions, image_set
-from tinyfusion.jobs.folding import guided_channels
+from tinyfusion.jobs.folding import folded_by
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
-from tinyfusion.processes.base import FoldedGuidance
 from tinyfusion.prune.calibrate import calibration_set
 
 CRITERIA = ("bi", "flux-lite", "sensitivity", "min-loss", "bk-sdm", "uniform")
@@ -44,8 +43,7 @@ class Measures:
         heldout = image_set("digits:heldout")
         source = ShuffledBatches(heldout, Randomness(0), torch.device("cpu"))
         objective = objective_for(teacher, 0.0, recipe)
-        self.teacher, scale = teacher, recipe.recover.guidance
-        self.guidance = None if scale is None else FoldedGuidance(scale, guided_channels(recipe, teacher))
+        self.teacher, self.guidance = teacher, folded_by(recipe, recipe.recover, teacher)
         self.calibration = calibration_set(objective, source, "digits:heldout", len(heldout), 2048, 256, 0)
         self.fid = DrawnFid(recipe, images)
 

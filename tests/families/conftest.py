@@ -26,3 +26,15 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
         return json.loads(out.strip().splitlines()[-1])
 
     return command
+
+
+@pytest.fixture
+def done(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that is not refused: its JSON."""
+
+    def command(*arguments: Any) -> Any:
+        said = run(*arguments)
+        assert isinstance(said, dict), said
+        return said
+
+    return command

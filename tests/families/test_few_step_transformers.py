@@ -70,18 +70,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture
-def done(run: Run) -> Run:
-    """A command that is not refused: its JSON."""
-
-    def command(*arguments: Any) -> Any:
-        said = run(*arguments)
-        assert isinstance(said, dict), said
-        return said
-
-    return command
-
-
 def opened(pipeline: str, **few: Any) -> tuple[TransformerModel, Recipe, Any]:
     """The transformer, a recipe and its batches."""
     name = "latents:set-sd3" if "sd3" in pipeline else "latents:set"

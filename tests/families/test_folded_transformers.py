@@ -55,18 +55,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture
-def done(run: Run) -> Run:
-    """A command that is not refused: its JSON."""
-
-    def command(*arguments: Any) -> Any:
-        said = run(*arguments)
-        assert isinstance(said, dict), said
-        return said
-
-    return command
-
-
 @pytest.mark.parametrize(
     ("pipeline", "data", "off", "field"),
     [("digits-sd3", "set-sd3", {"guidance_scale": 1.0}, "pipeline.guidance"),

@@ -36,6 +36,16 @@ def tiny_model() -> ModelFactory:
     return make
 
 
+@pytest.fixture(params=["dit", "sit"])
+def model(request: pytest.FixtureRequest, tiny_model: ModelFactory) -> LoadedModel:
+    """A tiny DiT, and a SiT of the same weights."""
+    if request.param == "dit":
+        return tiny_model()
+    made = new_model("sit", dataclasses.asdict(tiny_model().arch), 0)
+    made.module.load_state_dict(tiny_model().module.state_dict(), strict=True)
+    return dataclasses.replace(made, module=made.module.eval())
+
+
 @pytest.fixture(scope="session")
 def noisy_batch() -> NoisyFactory:
     """noisy_batch(model, num=3, seed=0, t=None): a drawn batch; `t` replaces the drawn timesteps."""

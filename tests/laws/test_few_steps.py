@@ -55,15 +55,6 @@ def taught(model: LoadedModel, guidance: float = 1.5) -> GuidedTeacher:
     return GuidedTeacher(module, stack, noising_of(model), call, guidance, model.arch.in_channels)
 
 
-@pytest.fixture(params=["dit", "sit"])
-def model(request: pytest.FixtureRequest, tiny_model: ModelFactory) -> LoadedModel:
-    if request.param == "dit":
-        return tiny_model()
-    made = new_model("sit", dataclasses.asdict(tiny_model().arch), 0)
-    made.module.load_state_dict(tiny_model().module.state_dict(), strict=True)
-    return dataclasses.replace(made, module=made.module.eval())
-
-
 # ---------------------------------------------------------------------------------------------------------------- mixtures
 
 

@@ -26,7 +26,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.jobs.few_steps import check_few_steps, few_step_training, few_steps_of
 from tinyfusion.jobs.folding import check_folding, fold_guidance, with_taught_target
 from tinyfusion.jobs.process_specs import objective_for, sampler_of
-from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
+from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.processes.base import FoldedGuidance, NoisyBatch
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.recover.distill import DistilledObjective
@@ -38,15 +38,6 @@ ModelFactory = Callable[..., LoadedModel]
 FOLDED = FoldedGuidance(2.5, 1)
 DDIM: dict[str, Any] = {"sampler": "ddim"}
 EULER: dict[str, Any] = {"flow": FlowSampleSection(method="euler")}
-
-
-@pytest.fixture(params=["dit", "sit"])
-def model(request: pytest.FixtureRequest, tiny_model: ModelFactory) -> LoadedModel:
-    if request.param == "dit":
-        return tiny_model()
-    made = new_model("sit", dataclasses.asdict(tiny_model().arch), 0)
-    made.module.load_state_dict(tiny_model().module.state_dict(), strict=True)
-    return dataclasses.replace(made, module=made.module.eval())
 
 
 def folded(model: LoadedModel, guidance: FoldedGuidance = FOLDED) -> LoadedModel:

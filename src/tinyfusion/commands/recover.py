@@ -74,10 +74,7 @@ class Recover(TrainingVerb[Training]):
                     f"{teacher.family.name}: give the teacher that it was cut from"
                 )
         recipe, student = known_inputs(recipe, student, [source, recipe.teacher], remarks, recorded is None)
-        recipe = _with_teachers_guidance(recipe, teacher, remarks)
-        check_folding(recipe, recipe.recover, teacher)
-        if not recorded:
-            recipe = with_taught_target(recipe, teacher or student, remarks)
+        recipe = _as_taught(recipe, student, teacher, recorded is not None, remarks)
         had = student.facts.folded_guidance
         if had and teacher and not teacher.distilled_guidance and not folds(recipe.recover):
             remarks.append(
@@ -102,10 +99,7 @@ class Recover(TrainingVerb[Training]):
         recipe, whole = known_inputs(recipe, whole, [recipe.teacher], remarks, recorded is None)
         recipe = before_search(recipe, whole)  # refuse before anything is learned
         taught = settings.method != "finetune" and not (recorded and settings.method == "logits-kd")
-        recipe = _with_teachers_guidance(recipe, whole if taught else None, remarks)
-        check_folding(recipe, recipe.recover, whole if taught else None)
-        if not recorded:
-            recipe = with_taught_target(recipe, whole, remarks)
+        recipe = _as_taught(recipe, whole, whole if taught else None, recorded is not None, remarks)
         models: dict[str, LoadedModel | None] = {"student": whole.copy(), "teacher": whole if taught else None}
         return Inputs(recipe, options, models, {"teacher": recipe.teacher}, recorded=recorded)
 
@@ -149,12 +143,18 @@ class Recover(TrainingVerb[Training]):
         return outcome
 
 
-def _with_teachers_guidance(recipe: Recipe, teacher: LoadedModel | None, remarks: list[str]) -> Recipe:
-    """The recipe without guidance that is folded in where no teacher runs; remarks: gets a line for people."""
-    if teacher is not None or not folds(recipe.recover):
-        return recipe
-    remarks.append("recover.guidance is left out: it is that of a teacher, and none runs in this recovery")
-    return dataclasses.replace(recipe, recover=dataclasses.replace(recipe.recover, guidance=None))
+def _as_taught(
+    recipe: Recipe, student: LoadedModel, teacher: LoadedModel | None, recorded: bool, remarks: list[str]
+) -> Recipe:
+    """The recipe with the target that student and teacher can have; recorded outputs are one already.
+
+    Without a teacher that runs, no guidance is folded in. remarks: gets lines for people. Raises UserError as `check_folding`.
+    """
+    if teacher is None and folds(recipe.recover):
+        remarks.append("recover.guidance is left out: it is that of a teacher, and none runs in this recovery")
+        recipe = dataclasses.replace(recipe, recover=dataclasses.replace(recipe.recover, guidance=None))
+    check_folding(recipe, recipe.recover, teacher)
+    return recipe if recorded else with_taught_target(recipe, teacher or student, remarks)
 
 
 def save_lora(folder: RunDirectory, factors: Mapping[str, Tensor], scale: float, folded: FoldedGuidance | None) -> None:

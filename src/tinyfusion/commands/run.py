@@ -48,7 +48,7 @@ from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, open_te
 from tinyfusion.jobs.diagnostics import checkpoint_steps, write_pictures
 from tinyfusion.jobs.estimate import described, sampling_estimate
 from tinyfusion.jobs.few_steps import check_few_steps
-from tinyfusion.jobs.folding import check_routed, folds, guided_channels
+from tinyfusion.jobs.folding import check_routed, folded_by
 from tinyfusion.jobs.origins import require_features
 from tinyfusion.jobs.previews import check_previews
 from tinyfusion.jobs.process_specs import sampler_of
@@ -65,7 +65,6 @@ from tinyfusion.jobs.transformer_sources import transformer_of
 from tinyfusion.jobs.typed import check_read
 from tinyfusion.jobs.verbs import Inputs, Work, known_inputs
 from tinyfusion.models.checkpoint import LoadedModel, open_model
-from tinyfusion.processes.base import FoldedGuidance
 from tinyfusion.prune.context import list_groups
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.layout import gate_layout
@@ -254,9 +253,7 @@ def _stand_in(recipe: Recipe, teacher: LoadedModel) -> PrunePlan:
 def _student(recipe: Recipe, teacher: LoadedModel) -> LoadedModel:
     """A model like the recovered student."""
     model = teacher.cut(_stand_in(recipe, teacher))
-    if folds(recipe.recover):
-        assert recipe.recover.guidance is not None
-        folded = FoldedGuidance(recipe.recover.guidance, guided_channels(recipe, model))
+    if (folded := folded_by(recipe, recipe.recover, model)) is not None:
         model.facts = dataclasses.replace(model.facts, folded_guidance=folded)
     return model
 

@@ -37,9 +37,8 @@ class DiffusersPipeline:
     scheduler: Mapping[str, Any]  # scheduler_config.json
     # (arch, shift of the latents) -> why the pipeline class cannot draw with such a model; None where it can
     unfit: Callable[[Any, float | None], str | None]
-    usage: Callable[
-        [Any, str, bool], str
-    ]  # (arch, name of the folder, whether under guidance) -> Markdown for the model card
+    # (arch, name of the folder, whether it is drawn under guidance) -> Markdown for the model card
+    usage: Callable[[Any, str, bool], str]
 
     @property
     def name(self) -> str:
@@ -54,9 +53,8 @@ class DiffusersExport:
     config: Callable[[Any], dict[str, Any]]  # arch -> config.json
     # (state dict of ours, arch) -> that of diffusers' class; views, nothing is copied
     tensors: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
-    usage: Callable[
-        [Any, str, bool], str
-    ]  # (arch, name of the folder, whether under guidance) -> Markdown for the model card
+    # (arch, name of the folder, whether it is drawn under guidance) -> Markdown for the model card
+    usage: Callable[[Any, str, bool], str]
     pipeline: DiffusersPipeline | None = None  # None where no pipeline class draws with such models
 
 

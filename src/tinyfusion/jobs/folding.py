@@ -36,6 +36,13 @@ def folds(section: Folding) -> bool:
     return section.guidance not in (None, 1)
 
 
+def folded_by(recipe: Recipe, section: Folding, model: LoadedModel) -> FoldedGuidance | None:
+    """The guidance that a section, `recover` or `dynamic`, folds into a student like `model`."""
+    if section.guidance is None or not folds(section):
+        return None
+    return FoldedGuidance(section.guidance, guided_channels(recipe, model))
+
+
 def check_folding(recipe: Recipe, section: Folding, teacher: LoadedModel | None) -> None:
     """Raise UserError where a section, `recover` or `dynamic`, folds in guidance that the teacher has not."""
     if not folds(section):
@@ -119,13 +126,12 @@ def fold_guidance(
     check_folding(recipe, section, teacher)
     folded = None
     if folds(section) and not (teacher and teacher.distilled_guidance):
-        assert section.guidance is not None
         if not isinstance(process, GaussianObjective | FlowObjective):
             raise UserError(
                 f"guidance {section.guidance:g} is folded in where noised images are predicted, and here a task or recorded calls are "
                 "learned: set it to none"
             )
-        folded = FoldedGuidance(section.guidance, guided_channels(recipe, student))
+        folded = folded_by(recipe, section, student)
     if isinstance(student, TransformerModel):
         of_teacher = teacher.folder.folded if isinstance(teacher, TransformerModel) else student.folder.folded
         student.draw_by(FoldedDrawing(folded, _pipeline_arguments(student)) if folded else of_teacher)
