@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from drawn_fid import DrawnFid
-from regret import mask_of, name_of, recovered
+from regret import mask_of, name_of, recovered_masks
 from shared import spread, table
 from tinyfusion.commands.prune import prune
 from tinyfusion.config.loading import load_recipe
@@ -86,7 +86,7 @@ def measure_seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, 
     learned = options.learned / f"seed-{seed}" / "recover" / "student"
     measures = None
     missing = [name for name in dict.fromkeys(masks.values()) if name not in done]
-    students = recovered(teacher, [mask_of(name) for name in missing], recipe) if missing else []
+    students = recovered_masks(teacher, [mask_of(name) for name in missing], recipe) if missing else []
     todo = {**dict(zip(missing, students, strict=True))}
     todo |= {
         name: open_model(place)
