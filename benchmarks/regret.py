@@ -29,7 +29,7 @@ from tinyfusion.config.recipe import ComputeSection, Recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
-from tinyfusion.jobs.assemble import image_set
+from tinyfusion.jobs.assemble import batches_for, image_set
 from tinyfusion.jobs.folding import fold_guidance, with_taught_target
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
@@ -102,7 +102,7 @@ def recovered(
 def recovered_masks(teacher: LoadedModel, masks: Sequence[Mask], recipe: Recipe) -> list[LoadedModel]:
     """Students of masks of a family's model, distilled side by side."""
     objective = objective_for(teacher, with_taught_target(recipe, teacher, []).recover.training.label_drop, recipe)
-    source = ShuffledBatches(image_set(recipe.data.name), Randomness(recipe.seed), torch.device("cpu"))
+    source = batches_for(recipe, teacher, torch.device("cpu"))
     students = [teacher.cut(by_indices(teacher, list(mask), 0)) for mask in masks]
     return recovered(teacher, students, recipe, objective, source)
 
