@@ -145,6 +145,34 @@ def test_latents_inputs_and_other_criteria(command: Command) -> None:
     assert read_json(Path("recorded/prune/plan.json"))["criterion"] == "bi"
 
 
+FEW = (
+    "--data latents:whole/latents --set prune.criterion=uniform --set prune.num_keep=2 --set distill_steps.in_run=true "
+    "--set distill_steps.num_steps=1 --set distill_steps.training.steps=4 --set distill_steps.training.batch_size=4 "
+    "--set distill_steps.training.ema_decay=.3 --set pipeline.num_images=4"
+)
+
+
+def test_a_run_distils_the_steps_of_its_student(command: Command) -> None:
+    """The student of one step is drawn, timed and shown beside the other models; a dry run names the stage."""
+    code, said, err = command(f"{PLAIN} {PAIR} {FEW} --out few --dry-run --json")
+    assert code == 0, err
+    plan = json.loads(said.splitlines()[-1])["plan"]
+    assert plan["distill-steps"] == "consistency, 1 steps, 4 of training"
+    assert plan["sample"] == "4 images by each of teacher, pruned, student, few-steps" and not Path("few").exists()
+    code, said, err = command(f"{PLAIN} {PAIR} {FEW} --out few")
+    assert code == 0, err
+    assert list(read_json(Path("few/run.json"))["stages"]) == ["prune", "recover", "distill-steps", "sample", "evaluate", "speed"]
+    config = read_json(Path("few/distill-steps/student/config.json"))
+    assert config["_tinyfusion"]["few_steps"]["levels"] == [1.0]
+    with np.load("few/samples/student.npz") as many, np.load("few/samples/few-steps.npz") as one:
+        assert one["arr_0"].shape == many["arr_0"].shape and not np.array_equal(one["arr_0"], many["arr_0"])
+    models = read_json(Path("few/speed.json"))["models"]
+    assert models["few-steps"]["drawing_speedup"] == 2 * models["few-steps"]["speedup"], "2 steps of the teacher"
+    assert models["student"]["drawing_speedup"] == models["student"]["speedup"]
+    page = Path("few/report.html").read_text(encoding="utf-8")
+    assert "student of few steps" in page and "speed-up of a drawing" in page
+
+
 def test_a_rule_and_other_sizes_in_place_of_a_finished_run(command: Command) -> None:
     """--overwrite replaces latents too; no masks are learned."""
     sizes = "--set encode.size=24 --set pipeline.height=24 --set pipeline.width=24"
@@ -166,7 +194,9 @@ BAD: dict[str, tuple[str, str]] = {
     "captions": (f"{PLAIN} --data uncaptioned", "caption"),
     "scheme": (f"{PLAIN} --set prune.scheme=1:2", "3"),
     "dynamic": (f"{PLAIN} --set dynamic.in_run=true", "dynamic.in_run trains routers of models of families, and flux is a FluxTransformer2DModel"),
-    "few-steps": (f"{PLAIN} --set distill_steps.in_run=true", "distil the steps of the recovered student by `tinyfusion distill-steps`"),
+    "few-steps": (f"{PLAIN} --set data.name= --inputs inputs.safetensors --prompts prompts.txt --set distill_steps.in_run=true",
+                  "distill_steps.in_run learns from encoded latents, and recorded inputs are none: give --data, or leave it out"),
+    "fresh-noise": (f"{PLAIN} --set distill_steps.in_run=true --set distill_steps.method=matching", "set distill_steps.fresh_noise=false"),
     "official": (f"{PLAIN} --for official", "--for official is for models of classes"),
     "argument": (f"{PLAIN} --set pipeline.frames=9", "FluxPipeline has no num_frames"),
     "prompts": (f"{PLAIN} --prompts empty.txt", "empty.txt holds no prompts"),

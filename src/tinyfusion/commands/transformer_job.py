@@ -63,11 +63,6 @@ def transformer_job(recipe: Recipe, options: RunOptions, teacher: TransformerFol
         raise UserError(
             f"dynamic.in_run trains routers of models of families, and {recipe.teacher} is a {teacher.class_name}: leave it out"
         )
-    if recipe.distill_steps.in_run:
-        raise UserError(
-            f"distill_steps.in_run is a stage for models of families, and {recipe.teacher} is a {teacher.class_name}: leave it out, and "
-            "distil the steps of the recovered student by `tinyfusion distill-steps`"
-        )
     teacher.check_destination(recipe.destination)
     teacher.check_prunable()
     if teacher.row.unfit:
@@ -82,6 +77,10 @@ def transformer_job(recipe: Recipe, options: RunOptions, teacher: TransformerFol
     if not name and recipe.recover.method == "finetune":
         raise UserError(
             "recover.method=finetune learns from data, and recorded inputs have none: logits-kd learns from the recorded outputs"
+        )
+    if not name and recipe.distill_steps.in_run:
+        raise UserError(
+            "distill_steps.in_run learns from encoded latents, and recorded inputs are none: give --data, or leave it out"
         )
     layout = layout_of(dict(teacher.depths), gate_units(teacher))
     recipe = dataclasses.replace(recipe, prune=layout.spelled(recipe.prune))

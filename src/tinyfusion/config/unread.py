@@ -238,7 +238,7 @@ ROWS = (
     Row("dynamic.block_bias", "dynamic.depth", lambda a: a.recipe.dynamic.depth),
     Row("distill_steps.*", "a run that distils steps (distill_steps.in_run=true)",
         lambda a: a.recipe.distill_steps.in_run, "run"),
-    _of_model("distill_steps.* evaluate.checkpoints speed.batch_size speed.steps_per_repeat speed.depths",
+    _of_model("evaluate.checkpoints speed.batch_size speed.steps_per_repeat speed.depths",
               "models of families, not transformers of diffusers", lambda m: not m.transformer, "run"),
     Row("distill_steps.within distill_steps.fresh_noise distill_steps.critic_learning_rate", "method matching",
         lambda a: a.recipe.distill_steps.method == "matching"),
