@@ -161,7 +161,14 @@ def test_a_run_distils_the_steps_of_its_student(command: Command) -> None:
     assert plan["sample"] == "4 images by each of teacher, pruned, student, few-steps" and not Path("few").exists()
     code, said, err = command(f"{PLAIN} {PAIR} {FEW} --out few")
     assert code == 0, err
-    assert list(read_json(Path("few/run.json"))["stages"]) == ["prune", "recover", "distill-steps", "sample", "evaluate", "speed"]
+    assert list(read_json(Path("few/run.json"))["stages"]) == [
+        "prune",
+        "recover",
+        "distill-steps",
+        "sample",
+        "evaluate",
+        "speed",
+    ]
     config = read_json(Path("few/distill-steps/student/config.json"))
     assert config["_tinyfusion"]["few_steps"]["levels"] == [1.0]
     with np.load("few/samples/student.npz") as many, np.load("few/samples/few-steps.npz") as one:
