@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import tinyfusion.commands.encode_captions
@@ -143,6 +144,42 @@ def test_latents_inputs_and_other_criteria(command: Command) -> None:
     record = read_json(Path("recorded/recover/run.json"))
     assert "inputs" in record["recipe"] and read_json(Path("recorded/prompts.json")) == ["a cat", "a dog"]
     assert read_json(Path("recorded/prune/plan.json"))["criterion"] == "bi"
+
+
+def test_previews_of_a_training_are_drawn_by_its_pipeline(command: Command) -> None:
+    """The captions in turn, by the averaged weights, which are those of a training without; none where nothing says what to draw."""
+    line = f"recover --recipe plain.toml {PAIR} --teacher flux --student whole/prune --data latents:whole/latents"
+    watched = "--set watch.grid_every_steps=2 --set watch.grid_images=3"
+    code, _, err = command(f"{line} {watched} --out watched")
+    assert code == 0, err
+    assert command(f"{line} --out plain")[0] == 0
+    one, other = (load_file(Path(run, "student/diffusion_pytorch_model.safetensors")) for run in ("watched", "plain"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (
+        "watching the averaged weights: 3 images every 2 steps; FluxPipeline, 3 prompts in turn"
+        in Path("watched/log.txt").read_text()
+    )
+    with Image.open("watched/watch/step-0000002.png") as early, Image.open("watched/watch/step-0000004.png") as late:
+        pixels = [np.asarray(image) for image in (early, late)]
+    assert pixels[0].shape == pixels[1].shape and not np.array_equal(*pixels)
+    few = "--set distill_steps.training.steps=2 --set distill_steps.training.batch_size=4 --set distill_steps.training.ema_decay=.3"
+    code, _, err = command(
+        f"distill-steps --recipe plain.toml --teacher flux --model watched --data latents:whole/latents {few} {watched} --out few-watched"
+    )
+    assert code == 0, err
+    assert [file.name for file in Path("few-watched/watch").iterdir()] == ["step-0000002.png"]
+    drawing = "--steps 2 --height 16 --width 16 --calls 2"
+    assert command(f"record flux --prompts prompts.txt --out calls.safetensors {drawing}")[0] == 0
+    recorded = f"recover --recipe plain.toml {PAIR} --teacher flux --search-share .5 --set data.name= --inputs calls.safetensors {watched}"
+    code, _, err = command(f"{recorded} --out bad")
+    assert (code, err.splitlines()[-1].partition(": give")[0]) == (
+        2,
+        "error: previews draw prompts, and there are none in --inputs",
+    )
+    code, _, err = command(f"{recorded} --set watch.prompts=prompts.txt --set pipeline.frames=9 --out bad")
+    assert code == 2 and "FluxPipeline has no num_frames" in err
+    code, _, err = command(f"{recorded} --set watch.prompts=prompts.txt --out calls")
+    assert code == 0 and Path("calls/watch/step-0000002.png").is_file(), err
 
 
 FEW = (

@@ -110,7 +110,7 @@ def _perform(job: TransformerJob, folder: RunDirectory, engine: Engine) -> None:
     places = {"teacher": job.recipe.teacher, "pruned": str(out / "prune"), "student": str(out / "recover")}
     models = {name: places[name] for name in trained_models(job.recipe)}
     if "pruned" in models and not done["prune"]:
-        _trainings(job, engine)[1]()  # raises what the recovery would refuse, before hours of learning masks
+        _trainings(job, engine)["recover"]()  # raises what the recovery would refuse, before hours of learning masks
         stage("prune", lambda: prune(job.trained, dataclasses.replace(where, out=out / "prune")))
     if not done["recover"]:
         back = dataclasses.replace(where, out=out / "recover", inputs=recorded)
@@ -153,8 +153,8 @@ def _check(job: TransformerJob, engine: Engine) -> WouldFetch | None:
     return missing
 
 
-def _trainings(job: TransformerJob, engine: Engine) -> list[Callable[[], Work]]:
-    """The work of each stage that trains, built when called, so that one at a time is in memory; the latents must exist."""
+def _trainings(job: TransformerJob, engine: Engine) -> dict[str, Callable[[], Work]]:
+    """The work of each stage that trains by its name, built when called, so that one at a time is in memory; the latents must exist."""
     recipe, options = job.trained, dataclasses.replace(job.options, inputs=None)
 
     searches = recipe.recover.search_share is not None
@@ -180,8 +180,8 @@ def _trainings(job: TransformerJob, engine: Engine) -> list[Callable[[], Work]]:
         student = teacher.cut(stand_in(job.teacher, recipe, job.options.inputs))
         return distill_steps.work(Inputs(recipe, options, {"model": student, "teacher": teacher}), engine)
 
-    works = [*([pruning] if recipe.prune.criterion == "learned" and not searches else []), recovery]
-    return [*works, *([few_steps] if recipe.distill_steps.in_run else [])]
+    works = {"prune": pruning} if recipe.prune.criterion == "learned" and not searches else {}
+    return works | {"recover": recovery} | ({"distill-steps": few_steps} if recipe.distill_steps.in_run else {})
 
 
 def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
         basis = "encoding alone; the trainings are measured once the latents exist"
         estimates.append(Estimate(made["minutes"], made["memory_gib"], made["disk_mib"], basis))
     else:
-        estimates = [build().estimate() for build in _trainings(job, engine)]
+        estimates = [build().estimate() for build in _trainings(job, engine).values()]
     pruning, training, learned = recipe.prune, recipe.recover.training, recipe.prune.criterion == "learned"
     within = recipe.recover.search_steps
     searched = f"{within:,} steps of the recovery" if within else f"{pruning.training.steps:,} steps"
