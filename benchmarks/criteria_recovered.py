@@ -1,7 +1,8 @@
-"""Recover the choice of every criterion as the recipe digits recovers its own, and compare their distance to the guided
-teacher on held-out digits, and FID, over seeds.
+"""Recover the choice of every criterion as a recipe recovers its own, and compare their distance to the guided
+teacher on held-out images, and FID, over seeds.
 
-    python benchmarks/criteria_recovered.py --learned runs/seeds --runs runs/criteria --images 2000 [--out TABLE.md]
+    python benchmarks/criteria_recovered.py --recipe digits --learned runs/seeds --runs runs/criteria --images 2000 [--out TABLE.md]
+    python benchmarks/criteria_recovered.py --recipe digits --set recover.guidance=none --learned runs/free --runs runs/criteria-free
 
 A criterion that trains nothing has all steps of the recipe for its recovery; the learned choice has them for search and recovery
 together (`--learned`: the runs of `digits_seeds.py`). Students of one seed are distilled side by side on the same images, noise,
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from drawn_fid import DrawnFid
-from regret import mask_of, name_of, recovered
+from regret import mask_of, name_of, recovered_masks
 from shared import spread, table
 from tinyfusion.commands.prune import prune
 from tinyfusion.config.loading import load_recipe
@@ -39,13 +40,13 @@ CRITERIA = ("bi", "flux-lite", "sensitivity", "min-loss", "bk-sdm", "uniform")
 class Measures:
     """Distance to the guided teacher on the same noised held-out images for all models, and FID of images from the same noise."""
 
-    def __init__(self, recipe: Recipe, teacher: LoadedModel, images: int) -> None:
-        heldout = image_set("digits:heldout")
+    def __init__(self, recipe: Recipe, teacher: LoadedModel, options: argparse.Namespace) -> None:
+        heldout = image_set(options.heldout, size=recipe.data.size)
         source = ShuffledBatches(heldout, Randomness(0), torch.device("cpu"))
         objective = objective_for(teacher, 0.0, recipe)
         self.teacher, self.guidance = teacher, folded_by(recipe, recipe.recover, teacher)
-        self.calibration = calibration_set(objective, source, "digits:heldout", len(heldout), 2048, 256, 0)
-        self.fid = DrawnFid(recipe, images)
+        self.calibration = calibration_set(objective, source, options.heldout, len(heldout), 2048, 256, 0)
+        self.fid = DrawnFid(recipe, options.images)
 
     def of(self, model: LoadedModel) -> dict[str, float]:
         """Loss, and FID against every reference."""
@@ -64,14 +65,14 @@ class Measures:
         return float(torch.cat(terms).double().mean())
 
 
-def masks_of(runs: Path, seed: int) -> dict[str, str]:
+def masks_of(options: argparse.Namespace, seed: int) -> dict[str, str]:
     """{criterion: the name of its mask}."""
     masks = {}
     for criterion in CRITERIA:
-        folder = runs / f"cut-{criterion}-{seed}"
+        folder = options.runs / f"cut-{criterion}-{seed}"
         if not (folder / "plan.json").is_file():
-            sets = (f"prune.criterion={criterion}", "prune.num_masks=924")
-            prune(load_recipe("digits", sets, {"seed": seed}), RunOptions(folder))
+            sets = (*options.set, f"prune.criterion={criterion}", "prune.num_masks=924")
+            prune(load_recipe(options.recipe, sets, {"seed": seed}), RunOptions(folder))
         masks[criterion] = name_of(read_json(folder / "plan.json")["kept"]["blocks"])
     return masks
 
@@ -80,21 +81,21 @@ def measure_seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, 
     """{criterion: its mask and measures} of one seed."""
     file = options.runs / f"measures-{seed}-{options.images}.json"
     done: dict[str, Any] = read_json(file) if file.is_file() else {}
-    free = ("recover.guidance=none",) if options.free else ()
-    recipe, teacher = load_recipe("digits", free, {"seed": seed}), open_model("digits")
-    masks = masks_of(options.runs, seed)
+    recipe = load_recipe(options.recipe, tuple(options.set), {"seed": seed})
+    teacher = open_model(recipe.teacher)
+    masks = masks_of(options, seed)
     learned = options.learned / f"seed-{seed}" / "recover" / "student"
     measures = None
     missing = [name for name in dict.fromkeys(masks.values()) if name not in done]
-    students = recovered(teacher, [mask_of(name) for name in missing], recipe) if missing else []
+    students = recovered_masks(teacher, [mask_of(name) for name in missing], recipe) if missing else []
     todo = {**dict(zip(missing, students, strict=True))}
     todo |= {
         name: open_model(place)
-        for name, place in (("learned", str(learned)), ("teacher", "digits"))
+        for name, place in (("learned", str(learned)), ("teacher", recipe.teacher))
         if name not in done
     }
     for name, model in todo.items():
-        measures = measures or Measures(recipe, teacher, options.images)
+        measures = measures or Measures(recipe, teacher, options)
         done[name] = measures.of(model)
         write_json(file, done)
         print(seed, name, json.dumps(done[name]), flush=True)
@@ -107,7 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--learned", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--runs", type=Path, default=Path("runs/criteria"))
-    parser.add_argument("--free", action="store_true", help="students of free guidance, and so `--learned`")
+    parser.add_argument("--recipe", default="digits")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--heldout", default="digits:heldout", help="data whose distance to the teacher is measured")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)
@@ -116,24 +119,24 @@ def main() -> None:
     flush_denormals()
     options.runs.mkdir(parents=True, exist_ok=True)
     seeds = [measure_seed(options, seed) for seed in range(options.seeds)]
-    rows = []
+    rows, references = [], load_recipe(options.recipe, tuple(options.set), {}).evaluate.references
     for name in seeds[0]:
         masks = "; ".join(dict.fromkeys(each[name]["mask"].replace("-", " ") for each in seeds))
-        values = [[each[name][key] for each in seeds] for key in ("loss", "digits", "digits:heldout")]
-        over = [each[name]["digits"] / each["teacher"]["digits"] for each in seeds]
-        gap = [each[name]["digits"] - each["learned"]["digits"] for each in seeds]
+        values = [[each[name][key] for each in seeds] for key in ("loss", *references)]
+        over = [each[name][references[0]] / each["teacher"][references[0]] for each in seeds]
+        gap = [each[name][references[0]] - each["learned"][references[0]] for each in seeds]
         rows.append(
             [
                 name,
                 masks,
                 spread(values[0], 5),
-                *(spread(value, 2) for value in values[1:]),
+                *(spread(each, 2) for each in values[1:]),
                 spread(over, 3),
                 spread(gap, 2),
             ]
         )
-    head = ["chosen by", "kept, by seed", "held-out distillation loss", "FID", "FID, held-out reference", "FID over the teacher's",
-            "FID above the learned choice's"]  # fmt: skip
+    head = ["chosen by", "kept, by seed", "held-out distillation loss", *(f"FID, `{name}`" for name in references),
+            "FID over the teacher's", "FID above the learned choice's"]  # fmt: skip
     text = "\n".join(table(head, *rows))
     print(text)
     if options.out:

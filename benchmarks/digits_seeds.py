@@ -17,6 +17,7 @@ from shared import spread, table
 from tinyfusion.commands.run import run
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.core.device import flush_denormals
+from tinyfusion.core.files import file_label
 from tinyfusion.core.rundir import read_json, write_text
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.report.load import plan_file
@@ -30,7 +31,7 @@ def metrics(runs: list[Path], references: tuple[str, ...]) -> list[str]:
     rows: list[list[str]] = []
     protocols: list[str] = []
     for reference in references:
-        slug = reference.replace(":", "-")
+        slug = file_label(reference)
         for key, label in MODELS.items():
             if not (runs[0] / "evaluations" / f"{key}-{slug}.json").is_file():
                 continue  # a search within the recovery has no pruned model
@@ -38,7 +39,7 @@ def metrics(runs: list[Path], references: tuple[str, ...]) -> list[str]:
             cells = [spread([float(f[m]) for f in records], 2 if "fid" in m or "score" in m else 3) for m in METRICS]
             rows.append([f"`{reference}`", label, *cells])
         protocols.append(read_json(runs[0] / "evaluations" / f"student-{slug}.json")["protocol"])
-    first = references[0].replace(":", "-")
+    first = file_label(references[0])
     pairs = [[read_json(r / "evaluations" / f"{m}-{first}.json")["fid"] for m in ("student", "teacher")] for r in runs]
     return [
         *table(["reference", "model", *METRICS], *rows),

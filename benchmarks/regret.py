@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from tinyfusion.config.recipe import ComputeSection, Recipe
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Randomness
 from tinyfusion.data.batches import ShuffledBatches
-from tinyfusion.jobs.assemble import image_set
+from tinyfusion.jobs.assemble import batches_for, image_set
 from tinyfusion.jobs.folding import fold_guidance, with_taught_target
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.models.checkpoint import LoadedModel, open_model
@@ -38,10 +38,11 @@ from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.mask_search import Mask, random_masks
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.engine import Engine
-from tinyfusion.training.loop import train_steps
+from tinyfusion.training.loop import BatchSource, train_steps
 from tinyfusion.training.optim import ParameterGroup, trainable
 from tinyfusion.training.state import TrainState
 
+Model = TypeVar("Model", bound=LoadedModel)
 TOGETHER = 8  # masks that train side by side
 FIRST = (0, 1, 2, 3)  # the blocks without which no mask of `digits` is good: all masks that keep them are recovered too
 
@@ -77,14 +78,13 @@ def recipe_of(steps: int) -> Recipe:
     return load_recipe("digits", sets, {"seed": 0})
 
 
-def recovered(teacher: LoadedModel, masks: Sequence[Mask], recipe: Recipe) -> list[LoadedModel]:
-    """Students of the masks, distilled side by side."""
+def recovered(
+    teacher: LoadedModel, students: Sequence[Model], recipe: Recipe, objective: Any, source: BatchSource
+) -> list[Model]:
+    """The students distilled side by side: the same images, noise, timesteps and label drops, and one output of the teacher for all."""
     recipe = with_taught_target(recipe, teacher, [])
     settings, engine = recipe.recover, Engine("cpu", ComputeSection(prefetch_batches=0))
-    source = ShuffledBatches(image_set(recipe.data.name), Randomness(recipe.seed), engine.device)
-    objective = objective_for(teacher, settings.training.label_drop, recipe)
     taught = Remembering(frozen(teacher.copy().module))
-    students = [teacher.cut(by_indices(teacher, list(mask), 0)) for mask in masks]
     states, loops = [], []
     for student in students:
         guidance = fold_guidance(recipe, settings, student, teacher, objective)
@@ -97,6 +97,14 @@ def recovered(teacher: LoadedModel, masks: Sequence[Mask], recipe: Recipe) -> li
         for loop in loops:
             next(loop)
     return [student.with_changed(state.averages()) for student, state in zip(students, states, strict=True)]
+
+
+def recovered_masks(teacher: LoadedModel, masks: Sequence[Mask], recipe: Recipe) -> list[LoadedModel]:
+    """Students of masks of a family's model, distilled side by side."""
+    objective = objective_for(teacher, with_taught_target(recipe, teacher, []).recover.training.label_drop, recipe)
+    source = batches_for(recipe, teacher, torch.device("cpu"))
+    students = [teacher.cut(by_indices(teacher, list(mask), 0)) for mask in masks]
+    return recovered(teacher, students, recipe, objective, source)
 
 
 @torch.inference_mode()
@@ -155,7 +163,7 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     for first in range(0, 0 if options.table else len(missing), TOGETHER):
         names = missing[first : first + TOGETHER]
-        students = recovered(teacher, [mask_of(name) for name in names], recipe)
+        students = recovered_masks(teacher, [mask_of(name) for name in names], recipe)
         losses |= {name: heldout_loss(model, calibration) for name, model in zip(names, students, strict=True)}
         file.write_text(json.dumps(losses, indent=1) + "\n")
         print(f"{len(losses)} masks, {first + len(names)} of {len(missing)} in this sitting", flush=True)

@@ -15,6 +15,9 @@ from test_faults import SETTINGS, at_step, failed, result
 from test_verbs import done
 
 from tinyfusion.models.checkpoint import open_model, save_model
+from tinyfusion.report.format import significant
+from tinyfusion.report.load import read_run
+from tinyfusion.report.tables import comparable
 
 SECTION = " ".join(f"--set distill_steps.training.{setting}" for setting in ["steps=12", *SETTINGS.split()])
 MADE = f"distill-steps --model student --teacher teacher {SECTION} --set distill_steps.teacher_steps=8"
@@ -135,7 +138,11 @@ def test_a_run_prunes_recovers_and_distils_steps(cli: Cli, work: Path) -> None:
     assert set(speed) == {"teacher", "student", "few-steps"}
     fast = speed["few-steps"]
     assert fast["drawing_speedup"] == pytest.approx(fast["speedup"] * 10 / 4) == outcome["speedup"]
-    assert Path("whole/evaluations/few-steps-digits.json").is_file()
+    fid = json.loads(Path("whole/evaluations/few-steps-digits.json").read_text())["fid"]
+    reference, compared, others, _ = comparable(read_run(Path("whole")))
+    assert (reference, list(compared), others) == ("digits", ["teacher", "student", "few-steps"], [])
+    assert compared["few-steps"]["fid"] == fid
     page = Path("whole/report.html").read_text()
+    assert f'few-steps">{significant(fid)}<' in page, "in the headline"
     assert "4 steps at noise levels" in page and "speed-up of a drawing" in page and "distillation of steps" in page
     assert "is finished" in done(cli, command).err

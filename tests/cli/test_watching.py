@@ -33,7 +33,8 @@ import tinyfusion.jobs.training
 from tinyfusion.config.recipe import Recipe, SampleSection, WatchSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory
-from tinyfusion.jobs.previews import Previews, cheap_sampling, check_previews, grid_sampling
+from tinyfusion.jobs.preview_drawing import FamilyPreviews, cheap_sampling
+from tinyfusion.jobs.previews import Previews, check_previews
 from tinyfusion.models.checkpoint import open_model
 from tinyfusion.report.page import seconds_per_step
 
@@ -136,9 +137,9 @@ def test_looks_are_cheap_unless_the_recipe_is_cheaper(work: Path) -> None:
     assert (cheap_sampling(Recipe(), model).sampler, cheap_sampling(Recipe(), model).num_steps) == ("ddim", 50)
     few = dataclasses.replace(Recipe(), sample=SampleSection(sampler="ddpm", num_steps=20))
     assert cheap_sampling(few, model) == few.sample
-    assert grid_sampling(Recipe(), model).label_rule == "balanced", "ten classes fit in a grid"
+    assert FamilyPreviews(Recipe(), model).grid_sampling().label_rule == "balanced", "ten classes fit in a grid"
     small = dataclasses.replace(Recipe(), watch=WatchSection(grid_images=5))
-    assert grid_sampling(small, model).label_rule == "uniform"
+    assert FamilyPreviews(small, model).grid_sampling().label_rule == "uniform"
 
 
 def test_a_process_that_does_not_write_gives_its_weights_and_draws_nothing(work: Path) -> None:

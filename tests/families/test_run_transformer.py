@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import tinyfusion.commands.encode_captions
@@ -145,6 +146,77 @@ def test_latents_inputs_and_other_criteria(command: Command) -> None:
     assert read_json(Path("recorded/prune/plan.json"))["criterion"] == "bi"
 
 
+def test_previews_of_a_training_are_drawn_by_its_pipeline(command: Command) -> None:
+    """The captions in turn, by the averaged weights, which are those of a training without; none where nothing says what to draw."""
+    line = f"recover --recipe plain.toml {PAIR} --teacher flux --student whole/prune --data latents:whole/latents"
+    watched = "--set watch.grid_every_steps=2 --set watch.grid_images=3"
+    code, _, err = command(f"{line} {watched} --out watched")
+    assert code == 0, err
+    assert command(f"{line} --out plain")[0] == 0
+    one, other = (load_file(Path(run, "student/diffusion_pytorch_model.safetensors")) for run in ("watched", "plain"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (
+        "watching the averaged weights: 3 images every 2 steps; FluxPipeline, 3 prompts in turn"
+        in Path("watched/log.txt").read_text()
+    )
+    with Image.open("watched/watch/step-0000002.png") as early, Image.open("watched/watch/step-0000004.png") as late:
+        pixels = [np.asarray(image) for image in (early, late)]
+    assert pixels[0].shape == pixels[1].shape and not np.array_equal(*pixels)
+    few = "--set distill_steps.training.steps=2 --set distill_steps.training.batch_size=4 --set distill_steps.training.ema_decay=.3"
+    code, _, err = command(
+        f"distill-steps --recipe plain.toml --teacher flux --model watched --data latents:whole/latents {few} {watched} --out few-watched"
+    )
+    assert code == 0, err
+    assert [file.name for file in Path("few-watched/watch").iterdir()] == ["step-0000002.png"]
+    drawing = "--steps 2 --height 16 --width 16 --calls 2"
+    assert command(f"record flux --prompts prompts.txt --out calls.safetensors {drawing}")[0] == 0
+    recorded = f"recover --recipe plain.toml {PAIR} --teacher flux --search-share .5 --set data.name= --inputs calls.safetensors {watched}"
+    code, _, err = command(f"{recorded} --out bad")
+    assert (code, err.splitlines()[-1].partition(": give")[0]) == (
+        2,
+        "error: previews draw prompts, and there are none in --inputs",
+    )
+    code, _, err = command(f"{recorded} --set watch.prompts=prompts.txt --set pipeline.frames=9 --out bad")
+    assert code == 2 and "FluxPipeline has no num_frames" in err
+    code, _, err = command(f"{recorded} --set watch.prompts=prompts.txt --out calls")
+    assert code == 0 and Path("calls/watch/step-0000002.png").is_file(), err
+
+
+FEW = (
+    "--data latents:whole/latents --set prune.criterion=uniform --set prune.num_keep=2 --set distill_steps.in_run=true "
+    "--set distill_steps.num_steps=1 --set distill_steps.training.steps=4 --set distill_steps.training.batch_size=4 "
+    "--set distill_steps.training.ema_decay=.3 --set pipeline.num_images=4"
+)
+
+
+def test_a_run_distils_the_steps_of_its_student(command: Command) -> None:
+    """The student of one step is drawn, timed and shown beside the other models; a dry run names the stage."""
+    code, said, err = command(f"{PLAIN} {PAIR} {FEW} --out few --dry-run --json")
+    assert code == 0, err
+    plan = json.loads(said.splitlines()[-1])["plan"]
+    assert plan["distill-steps"] == "consistency, 1 steps, 4 of training"
+    assert plan["sample"] == "4 images by each of teacher, pruned, student, few-steps" and not Path("few").exists()
+    code, said, err = command(f"{PLAIN} {PAIR} {FEW} --out few")
+    assert code == 0, err
+    assert list(read_json(Path("few/run.json"))["stages"]) == [
+        "prune",
+        "recover",
+        "distill-steps",
+        "sample",
+        "evaluate",
+        "speed",
+    ]
+    config = read_json(Path("few/distill-steps/student/config.json"))
+    assert config["_tinyfusion"]["few_steps"]["levels"] == [1.0]
+    with np.load("few/samples/student.npz") as many, np.load("few/samples/few-steps.npz") as one:
+        assert one["arr_0"].shape == many["arr_0"].shape and not np.array_equal(one["arr_0"], many["arr_0"])
+    models = read_json(Path("few/speed.json"))["models"]
+    assert models["few-steps"]["drawing_speedup"] == 2 * models["few-steps"]["speedup"], "2 steps of the teacher"
+    assert models["student"]["drawing_speedup"] == models["student"]["speedup"]
+    page = Path("few/report.html").read_text(encoding="utf-8")
+    assert "student of few steps" in page and "speed-up of a drawing" in page
+
+
 def test_a_rule_and_other_sizes_in_place_of_a_finished_run(command: Command) -> None:
     """--overwrite replaces latents too; no masks are learned."""
     sizes = "--set encode.size=24 --set pipeline.height=24 --set pipeline.width=24"
@@ -166,7 +238,9 @@ BAD: dict[str, tuple[str, str]] = {
     "captions": (f"{PLAIN} --data uncaptioned", "caption"),
     "scheme": (f"{PLAIN} --set prune.scheme=1:2", "3"),
     "dynamic": (f"{PLAIN} --set dynamic.in_run=true", "dynamic.in_run trains routers of models of families, and flux is a FluxTransformer2DModel"),
-    "few-steps": (f"{PLAIN} --set distill_steps.in_run=true", "distil the steps of the recovered student by `tinyfusion distill-steps`"),
+    "few-steps": (f"{PLAIN} --set data.name= --inputs inputs.safetensors --prompts prompts.txt --set distill_steps.in_run=true",
+                  "distill_steps.in_run learns from encoded latents, and recorded inputs are none: give --data, or leave it out"),
+    "fresh-noise": (f"{PLAIN} --set distill_steps.in_run=true --set distill_steps.method=matching", "set distill_steps.fresh_noise=false"),
     "official": (f"{PLAIN} --for official", "--for official is for models of classes"),
     "argument": (f"{PLAIN} --set pipeline.frames=9", "FluxPipeline has no num_frames"),
     "prompts": (f"{PLAIN} --prompts empty.txt", "empty.txt holds no prompts"),

@@ -173,3 +173,10 @@ def test_what_was_named_is_known_whatever_its_value() -> None:
     assert "assigned" not in to_plain(recipe) and recipe == build(Recipe, to_plain(recipe), "")
     with pytest.raises(UserError, match="unknown field 'assigned'"):
         load_recipe(None, ["assigned=[]"])
+
+
+@pytest.mark.parametrize(("text", "value"), [(".5", 0.5), ("1.", 1.0), ("5e-1", 0.5), (".25e1", 2.5)])
+def test_numbers_without_a_digit_on_one_side_are_numbers(text: str, value: float) -> None:
+    """As a shell's user writes them; TOML has no such numbers."""
+    assert load_recipe("digits", [f"recover.training.learning_rate={text}"]).recover.training.learning_rate == value
+    assert load_recipe("digits", [f"teacher={text}/model"]).teacher == f"{text}/model"

@@ -228,6 +228,8 @@ def _print(outcome: dict[str, Any]) -> None:
     rows = {name: [cell(model) for model in models] for name, cell in cells.items()}
     width = max(len(text) for texts in rows.values() for text in texts)
     for name, texts in rows.items():
+        if set(texts) == {"not known"}:
+            continue
         print(f"  {name:18}" + "  ".join(f"{text:{width}}" for text in texts).rstrip())
     print(f"  {'matrix product':18}{outcome['product_macs_per_s'] / 1e9:,.4g} GMAC/s")
     if "speedup" in outcome:

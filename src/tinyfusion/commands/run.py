@@ -25,7 +25,11 @@ from tinyfusion.commands.stages import (
     COMPARED,
     PAGE,
     announce_run,
+    drawn_models,
     end_again,
+    fastest,
+    few_steps_said,
+    further_models,
     say_unchecked,
     scores_file,
     stages_of,
@@ -80,7 +84,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     stages = {name.partition(".")[0] for name in recipe.assigned}
     for verb in FURTHER:
         name = section_of(verb)
-        if name in stages and verb not in _further(recipe) and not stages & {"prune", "recover"}:
+        if name in stages and verb not in further_models(recipe) and not stages & {"prune", "recover"}:
             raise UserError(
                 f"recipe {recipe.name} is for the verb `{verb}`, it says nothing of pruning and recovery: tinyfusion {verb} --recipe "
                 f"{recipe.name} --model {recipe.teacher or 'MODEL'}, or add those sections and --set {name}.in_run=true"
@@ -127,7 +131,7 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
         stage("prune", lambda: prune(recipe, dataclasses.replace(where, out=out / "prune")))
     cut = out / "prune" if "pruned" in models else ""
     stage("recover", lambda: recover(recipe, dataclasses.replace(where, out=out / "recover"), cut))
-    for verb, model in _further(recipe).items():
+    for verb, model in further_models(recipe).items():
         models[model] = str(out / verb / "student")
         stage(verb, functools.partial(_FURTHER[verb], recipe, dataclasses.replace(where, out=out / verb), student))
     if not folder.writes:
@@ -185,20 +189,12 @@ def _check(recipe: Recipe, options: RunOptions, teacher: LoadedModel, engine: En
     except WouldFetch as error:  # features, a reference or the autoencoder
         missing = error
     checkpoint_steps(recipe.recover.training, recipe.evaluate.checkpoints)
-    images = len(_drawn(recipe)) * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
+    images = (
+        len(drawn_models(recipe)) * recipe.sample.num_images * teacher.arch.in_channels * teacher.arch.input_size**2
+    )
     weights = 4 * num_parameters(teacher.module)
-    check_space(options.out, 6 * (1 + len(_further(recipe))) * weights + images)
+    check_space(options.out, 6 * (1 + len(further_models(recipe))) * weights + images)
     return missing
-
-
-def _drawn(recipe: Recipe) -> list[str]:
-    """The models that are sampled and scored."""
-    return [*trained_models(recipe), *_further(recipe).values()]
-
-
-def _further(recipe: Recipe) -> dict[str, str]:
-    """The optional stages of the recipe, and the model that each makes."""
-    return {verb: model for verb, model in FURTHER.items() if getattr(recipe, section_of(verb)).in_run}
 
 
 def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
@@ -216,12 +212,11 @@ def _check_evaluation(recipe: Recipe, teacher: LoadedModel) -> None:
 
 def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -> dict[str, Any]:
     """Print and return the plan of a dry run."""
-    pruning, recovery, drawn = recipe.prune, recipe.recover, _drawn(recipe)
-    routed, fewer = recipe.dynamic, recipe.distill_steps
+    pruning, recovery, drawn = recipe.prune, recipe.recover, drawn_models(recipe)
+    routed = recipe.dynamic
     estimates = [build().estimate() for build in _trainings(recipe, teacher, engine)]
     drawing = sampling_estimate(teacher, recipe.sample, sampler_of(recipe.sample, teacher), device_for(recipe))
     steps = f"{routed.target:.0%} of the student's blocks, {routed.training.steps:,} steps"
-    distilling = f"{fewer.method}, {fewer.num_steps} steps, {fewer.training.steps:,} of training"
     learned = f" {pruning.scheme}, {recovery.search_steps or pruning.training.steps:,} steps"
     learned += " of the recovery" if recovery.search_steps else ""
     plan = {
@@ -229,7 +224,7 @@ def _announce(recipe: Recipe, teacher: LoadedModel, engine: Engine, mode: str) -
         "prune": pruning.criterion + (learned if pruning.criterion == "learned" else ""),
         "recover": f"{recovery.method}, {recovery.training.steps:,} steps of {recovery.training.batch_size} images",
         **({"dynamic": steps} if routed.in_run else {}),
-        **({"distill-steps": distilling} if fewer.in_run else {}),
+        **few_steps_said(recipe),
         "sample": f"{recipe.sample.num_images:,} images of each of {', '.join(drawn)}",
         "evaluate": f"against {', '.join(recipe.evaluate.references)}",
     }
@@ -326,8 +321,7 @@ def _outcome(out: Path) -> dict[str, Any]:
     files = {words.get(name, name): scores_file(out, name, first) for name in (*COMPARED, *FURTHER.values())}
     scores = {word: read_json(file) for word, file in files.items() if file.is_file()}
     numbers = " -> ".join(f"{score['fid']:.3g}" for score in scores.values())
-    further = [speed["models"][name] for name in FURTHER.values() if name in speed["models"]]
-    speedup = max([model.get("drawing_speedup", model["speedup"]) for model in further], default=speed["speedup"])
+    speedup = fastest(speed)
     name = distance_name(scores.values())
     print(f"{name} {numbers} ({', '.join(scores)}), {speedup:.2f} times as fast, kept {kept}")
     print(f"open {page}", file=sys.stderr)

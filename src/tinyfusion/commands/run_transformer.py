@@ -1,4 +1,4 @@
-"""`run` of a transformer of diffusers: encode, prune, recover, draw prompts, score, time, page; each stage continues."""
+"""`run` of a transformer of diffusers: encode, prune, recover, distil steps, draw prompts, score, time, page; each stage continues."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tinyfusion.commands.distill_steps import distill_steps
 from tinyfusion.commands.encode_captions import encode_captions
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
@@ -16,7 +17,10 @@ from tinyfusion.commands.stages import (
     COMPARED,
     PAGE,
     announce_run,
+    drawn_models,
     end_again,
+    fastest,
+    few_steps_said,
     say_unchecked,
     scores_file,
     stages_of,
@@ -47,18 +51,19 @@ from tinyfusion.data.recorded import read_recorded
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.jobs.assemble import RunOptions, engine_for, job_record, open_teacher
 from tinyfusion.jobs.estimate import Estimate
+from tinyfusion.jobs.few_steps import check_few_steps
 from tinyfusion.jobs.pipelines import pipeline_of
 from tinyfusion.jobs.prompt_drawing import pipeline_arguments
 from tinyfusion.jobs.recorded_training import recorded_of
 from tinyfusion.jobs.typed import check_read
 from tinyfusion.jobs.verbs import Inputs, Work
-from tinyfusion.report.load import plan_file
+from tinyfusion.report.load import FURTHER, plan_file
 from tinyfusion.report.tables import distance_name
 from tinyfusion.training.engine import Engine
 
 
 def run_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFolder) -> dict[str, Any]:
-    """Encode pictures with captions (where the data are these), prune, recover, draw, evaluate, time and write the page.
+    """Encode pictures with captions (where the data are these), prune, recover, distil steps, draw, evaluate, time, write the page.
 
     Returns what `--json` prints. Raises UserError on whatever a stage would refuse, as far as it is known before.
     """
@@ -105,11 +110,15 @@ def _perform(job: TransformerJob, folder: RunDirectory, engine: Engine) -> None:
     places = {"teacher": job.recipe.teacher, "pruned": str(out / "prune"), "student": str(out / "recover")}
     models = {name: places[name] for name in trained_models(job.recipe)}
     if "pruned" in models and not done["prune"]:
-        _trainings(job, engine)[-1]()  # raises what the recovery would refuse, before hours of learning masks
+        _trainings(job, engine)["recover"]()  # raises what the recovery would refuse, before hours of learning masks
         stage("prune", lambda: prune(job.trained, dataclasses.replace(where, out=out / "prune")))
     if not done["recover"]:
         back = dataclasses.replace(where, out=out / "recover", inputs=recorded)
         stage("recover", lambda: recover(job.trained, back, places["pruned"] if "pruned" in models else ""))
+    if job.recipe.distill_steps.in_run:
+        models["few-steps"] = str(out / "distill-steps")
+        fewer = dataclasses.replace(where, out=out / "distill-steps", inputs=None)
+        stage("distill-steps", lambda: distill_steps(job.trained, fewer, places["student"]))
     if not folder.writes:
         return
     stage("sample", lambda: draw_prompts(job, models))
@@ -126,6 +135,9 @@ def _check(job: TransformerJob, engine: Engine) -> WouldFetch | None:
     The recovery is checked again once the latents exist.
     """
     recipe, missing = job.recipe, None
+    if recipe.distill_steps.in_run:
+        teacher = open_teacher(job.trained, None, None, blocks=job.options.blocks)
+        check_few_steps(recipe, teacher.copy(), teacher)
     pipeline = pipeline_of(recipe.teacher, job.options.blocks, *place_of(job))
     pipeline_arguments(pipeline, recipe.pipeline)
     stand_in(job.teacher, recipe, job.options.inputs)
@@ -141,8 +153,8 @@ def _check(job: TransformerJob, engine: Engine) -> WouldFetch | None:
     return missing
 
 
-def _trainings(job: TransformerJob, engine: Engine) -> list[Callable[[], Work]]:
-    """The work of each stage that trains, built when called, so that one at a time is in memory; the latents must exist."""
+def _trainings(job: TransformerJob, engine: Engine) -> dict[str, Callable[[], Work]]:
+    """The work of each stage that trains by its name, built when called, so that one at a time is in memory; the latents must exist."""
     recipe, options = job.trained, dataclasses.replace(job.options, inputs=None)
 
     searches = recipe.recover.search_share is not None
@@ -163,7 +175,13 @@ def _trainings(job: TransformerJob, engine: Engine) -> list[Callable[[], Work]]:
         models = {"student": student, "teacher": teacher if taught else None}
         return recover.work(Inputs(recipe, options, models, recorded=recorded), engine)
 
-    return [*([pruning] if recipe.prune.criterion == "learned" and not searches else []), recovery]
+    def few_steps() -> Work:
+        teacher = opened()
+        student = teacher.cut(stand_in(job.teacher, recipe, job.options.inputs))
+        return distill_steps.work(Inputs(recipe, options, {"model": student, "teacher": teacher}), engine)
+
+    works = {"prune": pruning} if recipe.prune.criterion == "learned" and not searches else {}
+    return works | {"recover": recovery} | ({"distill-steps": few_steps} if recipe.distill_steps.in_run else {})
 
 
 def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
@@ -175,7 +193,7 @@ def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
         basis = "encoding alone; the trainings are measured once the latents exist"
         estimates.append(Estimate(made["minutes"], made["memory_gib"], made["disk_mib"], basis))
     else:
-        estimates = [build().estimate() for build in _trainings(job, engine)]
+        estimates = [build().estimate() for build in _trainings(job, engine).values()]
     pruning, training, learned = recipe.prune, recipe.recover.training, recipe.prune.criterion == "learned"
     within = recipe.recover.search_steps
     searched = f"{within:,} steps of the recovery" if within else f"{pruning.training.steps:,} steps"
@@ -185,7 +203,8 @@ def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
         "data": (recipe.data.name or str(options.inputs)) + encoder,
         "prune": f"learned {pruning.scheme}, {searched}" if learned else pruning.criterion,
         "recover": f"{recipe.recover.method}, {training.steps:,} steps of {training.batch_size} images",
-        "sample": f"{f'{num:,} images' if num else 'an image per prompt'} by each of {', '.join(trained_models(recipe))}",
+        **few_steps_said(recipe),
+        "sample": f"{f'{num:,} images' if num else 'an image per prompt'} by each of {', '.join(drawn_models(recipe))}",
         "evaluate": scores_said(job.scored),
     }
     return announce_run(recipe, plan, mode, estimates, engine.is_main)
@@ -197,11 +216,11 @@ def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
 def _outcome(out: Path) -> dict[str, Any]:
     """Print and return the main numbers of a finished run, for `--json`."""
     record, evaluation = read_json(out / "run.json")["recipe"], read_json(out / "evaluation.json")
-    speed = read_json(out / "speed.json")["speedup"] if (out / "speed.json").is_file() else None
+    speed = fastest(read_json(out / "speed.json")) if (out / "speed.json").is_file() else None
     blocks, page = read_json(plan_file(out))["kept"], out / PAGE
     kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
     first = next(iter(record["evaluate"]["references"]), None)
-    files = {name: scores_file(out, name, first or ALONE) for name in COMPARED}
+    files = {name: scores_file(out, name, first or ALONE) for name in (*COMPARED, *FURTHER.values())}
     scores = {name: read_json(file) for name, file in files.items() if file.is_file()}
     said = []
     for key, title in (("fid", distance_name(scores.values())), ("clip_score", "CLIP score")):

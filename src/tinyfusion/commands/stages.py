@@ -18,6 +18,7 @@ from tinyfusion.commands.report import render_run
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.files import file_label
+from tinyfusion.core.records import section_of
 from tinyfusion.core.rundir import RunDirectory, write_text
 from tinyfusion.core.signals import check_stop
 from tinyfusion.data.images import read_shown_npz, write_grid_png
@@ -25,6 +26,7 @@ from tinyfusion.jobs.assemble import RunOptions, training_plan
 from tinyfusion.jobs.estimate import Estimate, announce
 from tinyfusion.jobs.training import with_method_of_search
 from tinyfusion.jobs.verbs import finished
+from tinyfusion.report.load import FURTHER
 
 PAGE = "report.html"  # of a run
 COMPARED = ("teacher", "pruned", "student")
@@ -40,6 +42,29 @@ def trainings_of(recipe: Recipe) -> Recipe:
 def trained_models(recipe: Recipe) -> tuple[str, ...]:
     """The models of a run that are compared; a search within the recovery leaves no pruned one before it."""
     return tuple(name for name in COMPARED if name != "pruned" or recipe.recover.search_share is None)
+
+
+def further_models(recipe: Recipe) -> dict[str, str]:
+    """The optional stages of a run by the verb that each is, and the model that each makes."""
+    return {verb: model for verb, model in FURTHER.items() if getattr(recipe, section_of(verb)).in_run}
+
+
+def drawn_models(recipe: Recipe) -> list[str]:
+    """The models of a run that are sampled and scored."""
+    return [*trained_models(recipe), *further_models(recipe).values()]
+
+
+def few_steps_said(recipe: Recipe) -> dict[str, str]:
+    """The line of a dry run on the stage `distill-steps`, where there is one."""
+    few = recipe.distill_steps
+    said = f"{few.method}, {few.num_steps} steps, {few.training.steps:,} of training"
+    return {"distill-steps": said} if few.in_run else {}
+
+
+def fastest(speed: Mapping[str, Any]) -> float:
+    """The speed-up of a run, from its speed.json: of the student, or of whole drawings by what the optional stages made of it."""
+    further = [speed["models"][name] for name in FURTHER.values() if name in speed["models"]]
+    return max([model.get("drawing_speedup", model["speedup"]) for model in further], default=speed["speedup"])
 
 
 def end_again(folder: RunDirectory, dry_run: bool) -> None:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.commands.sample_prompts import draws_prompts
 from tinyfusion.config.recipe import Recipe
@@ -16,7 +14,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.data.captions import read_prompts
 from tinyfusion.data.latents import LATENTS
 from tinyfusion.data.parquet import WHOLE
-from tinyfusion.data.prompts import TEXTS, read_texts
+from tinyfusion.data.prompts import TEXTS, spread_texts
 from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.jobs.assemble import RunOptions
 from tinyfusion.jobs.transformers import planned
@@ -63,11 +61,6 @@ def transformer_job(recipe: Recipe, options: RunOptions, teacher: TransformerFol
         raise UserError(
             f"dynamic.in_run trains routers of models of families, and {recipe.teacher} is a {teacher.class_name}: leave it out"
         )
-    if recipe.distill_steps.in_run:
-        raise UserError(
-            f"distill_steps.in_run is a stage for models of families, and {recipe.teacher} is a {teacher.class_name}: leave it out, and "
-            "distil the steps of the recovered student by `tinyfusion distill-steps`"
-        )
     teacher.check_destination(recipe.destination)
     teacher.check_prunable()
     if teacher.row.unfit:
@@ -82,6 +75,10 @@ def transformer_job(recipe: Recipe, options: RunOptions, teacher: TransformerFol
     if not name and recipe.recover.method == "finetune":
         raise UserError(
             "recover.method=finetune learns from data, and recorded inputs have none: logits-kd learns from the recorded outputs"
+        )
+    if not name and recipe.distill_steps.in_run:
+        raise UserError(
+            "distill_steps.in_run learns from encoded latents, and recorded inputs are none: give --data, or leave it out"
         )
     layout = layout_of(dict(teacher.depths), gate_units(teacher))
     recipe = dataclasses.replace(recipe, prune=layout.spelled(recipe.prune))
@@ -112,9 +109,7 @@ def prompts_of(job: TransformerJob) -> list[str]:
     if not job.trained.data.name or not (job.latents / TEXTS).is_file():
         what = str(job.options.inputs) if not job.trained.data.name else f"{job.latents}, without {TEXTS},"
         raise UserError(f"{what} has no texts to draw: give --prompts FILE, one a line")
-    texts = [text for text in read_texts(job.latents) if text.strip()]
-    most = min(job.recipe.pipeline.num_images or _MOST_CAPTIONS, len(texts))
-    return [texts[i] for i in np.linspace(0, len(texts) - 1, most).astype(int)]
+    return spread_texts(job.latents, job.recipe.pipeline.num_images or _MOST_CAPTIONS)
 
 
 def stand_in(teacher: TransformerFolder, recipe: Recipe, inputs: Path | None) -> PrunePlan:

@@ -12,7 +12,7 @@ from tinyfusion.commands.bench import BenchModels
 from tinyfusion.commands.bench_prompts import bench_prompts
 from tinyfusion.commands.evaluate import check_count, evaluate
 from tinyfusion.commands.sample_prompts import sample_prompts
-from tinyfusion.commands.stages import scores_file, trained_models, write_comparison
+from tinyfusion.commands.stages import drawn_models, scores_file, write_comparison
 from tinyfusion.commands.transformer_job import TransformerJob
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
@@ -23,9 +23,11 @@ from tinyfusion.evaluate.clip import open_clip
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.features import FEATURE_CHOICES
 from tinyfusion.jobs.assemble import RunOptions, device_for
-from tinyfusion.jobs.pipelines import ModelPipeline
+from tinyfusion.jobs.pipelines import ModelPipeline, pipeline_of
+from tinyfusion.jobs.prompt_drawing import drawing_steps
 from tinyfusion.jobs.scoring import open_reference
 from tinyfusion.jobs.text_encoding import takes_video
+from tinyfusion.report.load import FURTHER
 
 ALONE = "prompts"  # in the place of a reference, in the names of files of scores without one
 _COLUMNS = 8  # of the picture that compares models
@@ -86,8 +88,9 @@ def score_prompts(job: TransformerJob) -> None:
     for number, reference in enumerate(references):
         settings = recipe.evaluate if number == 0 else dataclasses.replace(recipe.evaluate, clip=None)
         own = dataclasses.replace(recipe, evaluate=settings)
-        for name in trained_models(recipe):
-            against = teacher if name != "teacher" and number == 0 else None
+        for name in drawn_models(recipe):
+            paired = name in ("pruned", "student") and number == 0  # few steps are another sampler
+            against = teacher if paired else None
             if reference is None and against is None and settings.clip is None:
                 continue  # no score is the teacher's alone
             where = RunOptions(scores_file(out, name, reference or ALONE))
@@ -107,24 +110,41 @@ def score_prompts(job: TransformerJob) -> None:
 
 
 def time_steps(job: TransformerJob, models: dict[str, str]) -> None:
-    """Write speed.json: the transformer's calls in a step of the pipeline, student and teacher in turns."""
+    """Write speed.json: the transformer's calls in a step of the pipeline, student and teacher in turns; "speedup" is the student's.
+
+    drawing_speedup: of a whole drawing, where a model draws in fewer steps.
+    """
     recipe = job.drawn
     recipe = dataclasses.replace(
         recipe, bench=dataclasses.replace(recipe.bench, repeats=recipe.speed.repeats, compile=False)
     )
+    fewer = [name for name in models if name in FURTHER.values()]
+    outcomes = {}
     try:
-        names = BenchModels(models["student"], models["teacher"])
-        outcome = bench_prompts(recipe, names, job.options.blocks)
+        for name in ("student", *fewer):
+            outcomes[name] = bench_prompts(recipe, BenchModels(models[name], models["teacher"]), job.options.blocks)
     except torch.OutOfMemoryError:
         say(["speed is left out: student and teacher together do not fit the memory of the device"])
         return
-    faster, rows = outcome["speedup"], outcome["models"]
-    ratio, (low, high) = faster["ratio"], faster["spread"]
+    own = outcomes["student"]
+    rows = {"teacher": own["models"]["vs"] | {"speedup": 1.0}}
+    for name, outcome in outcomes.items():
+        speed = {"speedup": outcome["speedup"]["ratio"], "speedup_spread": outcome["speedup"]["spread"]}
+        if fewer:
+            taken = {each: steps_of(models[each], job) for each in ("teacher", name)}
+            speed["drawing_speedup"] = speed["speedup"] * taken["teacher"] / taken[name]
+        rows[name] = outcome["models"]["model"] | speed
+    student = {key: rows["student"][key] for key in ("speedup", "speedup_spread")}
     write_json(job.options.out / "speed.json", {
-        "protocol": outcome["protocol"], "batch_size": recipe.pipeline.batch_size,
-        "models": {"teacher": rows["vs"] | {"speedup": 1.0}, "student": rows["model"] | {"speedup": ratio, "speedup_spread": [low, high]}},
-        "speedup": ratio, "speedup_spread": [low, high], "macs_ratio": faster["macs_ratio"],
+        "protocol": own["protocol"], "batch_size": recipe.pipeline.batch_size, "models": rows, **student,
+        "macs_ratio": own["speedup"]["macs_ratio"],
     })  # fmt: skip
+
+
+def steps_of(model: str, job: TransformerJob) -> int:
+    """Denoising steps of a whole drawing by a model of a run."""
+    pipeline = pipeline_of(model, job.options.blocks, *place_of(job))
+    return drawing_steps(pipeline, job.recipe.pipeline)
 
 
 def scores_said(recipe: Recipe) -> str:

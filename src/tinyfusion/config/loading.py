@@ -8,6 +8,7 @@ import json
 import math
 import numbers
 import os
+import re
 import reprlib
 import types
 import typing
@@ -25,6 +26,7 @@ from tinyfusion.core.reading import parse_toml, read_text
 _KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 # the annotations of a dataclass, with limits and texts
 _hints: Callable[[Any], dict[str, Any]] = cache(partial(typing.get_type_hints, include_extras=True))
+_SHORT_NUMBER = re.compile(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?")  # 5. and .5, which are numbers, and none of TOML
 _LARGEST = 10**308  # of whole numbers that become floating point
 _INT64 = (Ge(-(2**63) + 1), Le(2**63 - 1))  # whole numbers without limits of their own: what tensors and files can hold
 
@@ -117,7 +119,7 @@ def _parse_scalar(text: str) -> Any:
     try:
         return parse_toml(f"value = {text}", text)["value"]
     except UserError:
-        return text
+        return float(text) if _SHORT_NUMBER.fullmatch(text) else text
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any, path: str) -> None:

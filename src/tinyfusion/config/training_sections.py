@@ -13,6 +13,7 @@ from tinyfusion.config.constraints import (
     Gt,
     Index,
     Le,
+    Location,
     Logit,
     NonNegative,
     Positive,
@@ -113,6 +114,9 @@ class WatchSection:
     grid_images: Annotated[Count, "images of such a grid"] = 40
     fid_every_steps: Annotated[CountOrZero, "steps between two small FIDs of the averaged weights; 0: none"] = 0
     fid_images: Annotated[int, Ge(2), Le(10**9), "images of a small FID"] = 1000
+    prompts: Annotated[
+        str | None, Location(), "transformers of diffusers: text file of the prompts drawn, one a line; None: captions of the latents"
+    ] = None  # fmt: skip
 
 
 @dataclass(frozen=True)

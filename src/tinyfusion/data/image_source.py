@@ -67,11 +67,17 @@ def source_of(images: np.ndarray) -> ImageSource:
 
 
 def without_colour(images: ImageSource) -> ImageSource:
-    """Images (N, H, W, 3) whose three channels are equal as grey ones, (N, H, W, 1); others, and those not in memory, as they are."""
+    """Images as `grey_pixels`; those that are not in memory as they are."""
     pixels = images.array
-    if pixels is None or pixels.ndim != 4 or pixels.shape[-1] != 3 or not (pixels == pixels[..., :1]).all():
-        return images
-    return source_of(np.ascontiguousarray(pixels[..., :1]))
+    grey = None if pixels is None else grey_pixels(pixels)
+    return images if grey is None or grey is pixels else source_of(grey)
+
+
+def grey_pixels(pixels: np.ndarray) -> np.ndarray:
+    """Images (N, H, W, 3) whose three channels are equal as grey ones, (N, H, W, 1); others as they are."""
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or not (pixels == pixels[..., :1]).all():
+        return pixels
+    return np.ascontiguousarray(pixels[..., :1])
 
 
 def open_npz(path: Path, videos: bool = False) -> ImageSource:

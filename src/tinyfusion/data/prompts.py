@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -168,6 +169,12 @@ def read_texts(folder: Path) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise UserError(f"{folder / TEXTS} is damaged: wanted a list of texts")
     return tuple(values)
+
+
+def spread_texts(folder: Path, most: int) -> list[str]:
+    """At most so many of the texts of a folder of latents, evenly spread, without blank ones."""
+    texts = [text for text in read_texts(folder) if text.strip()]
+    return [texts[i] for i in np.linspace(0, len(texts) - 1, min(most, len(texts))).astype(int)]
 
 
 def prompts_entry(folder: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from tinyfusion.jobs.transformer_sources import (
 )
 from tinyfusion.models.autoencoder import no_progress_bars
 from tinyfusion.models.places import exists, is_shipped, transformer_in_run
+from tinyfusion.models.transformer import TransformerModel
 
 # of diffusers, transformers and safetensors on folders and arguments that do not fit
 REFUSALS = (
@@ -288,6 +289,19 @@ def pipeline_of(
         raise UserError(f"{source} is a {model.class_name}, and {place} has as transformers: {has}")
     _check_fits(source, model, own[name])
     return _checked(place, {**own, name: model})
+
+
+def pipeline_with(model: TransformerModel) -> ModelPipeline:
+    """The pipeline of an opened transformer, with that in place of its own. Raises UserError where it is in none."""
+    if model.pipeline is None:
+        raise UserError(
+            f"a {model.folder.class_name} is drawn by its pipeline, and {model.folder.path} is in none: give the folder of the pipeline, "
+            "or of its transformer in it"
+        )
+    own = _own_models(model.pipeline, None, None)
+    names = [name for name, each in own.items() if each.class_name == model.folder.class_name]
+    name = model.folder.path.name if model.folder.path.name in names else next(iter(names), "transformer")
+    return _checked(model.pipeline, {**own, name: model.folder})
 
 
 def transformer_class_in(path: Path) -> str | None:

@@ -6,7 +6,6 @@ Previews never change a training: their draws are addressed like all others, and
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import re
@@ -22,30 +21,22 @@ import numpy as np
 import torch
 
 from tinyfusion.config.loading import flatten, nearest, to_plain
-from tinyfusion.config.recipe import Recipe, SampleSection
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
+from tinyfusion.data.image_source import grey_pixels
 from tinyfusion.data.images import image_grid, write_grid_png
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.metrics import feature_moments, frechet_distance
 from tinyfusion.jobs.assemble import device_for
-from tinyfusion.jobs.process_specs import process_spec, sampler_of
-from tinyfusion.jobs.sampling_setup import (
-    autoencoder_for,
-    check_sampling,
-    image_shape_and_dtype,
-    open_drawing,
-    protocol,
-)
+from tinyfusion.jobs.preview_drawing import preview_drawing
 from tinyfusion.jobs.scoring import Reference, open_reference, protocol_of
-from tinyfusion.models.autoencoder import Autoencoder
 from tinyfusion.models.checkpoint import LoadedModel
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 EXTRAS = {"tensorboard": "trackers", "wandb": "wandb", "trackio": "trackio"}  # tracker -> extra that installs it
-MOST_STEPS = 50  # denoising steps of a preview
 GRID_COLUMNS = 10
 
 
@@ -60,9 +51,7 @@ def check_previews(recipe: Recipe, model: LoadedModel | None) -> None:
             raise UserError(f"{name} is not installed: pip install 'tinyfusion[{EXTRAS[name]}]'")
     if model is None or not (settings.grid_every_steps or settings.fid_every_steps):
         return
-    sampling = grid_sampling(recipe, model)
-    check_sampling(sampling, model)
-    shape, _ = image_shape_and_dtype(model, autoencoder_for(sampling, model))
+    shape = preview_drawing(recipe, model).check()
     if settings.grid_every_steps and shape[-1] not in (1, 3):
         raise UserError(
             f"watch.grid_every_steps needs images of 1 or 3 channels; the model's have {shape[-1]}: set it to 0"
@@ -74,20 +63,8 @@ def check_previews(recipe: Recipe, model: LoadedModel | None) -> None:
                 "--set evaluate.references=NAME"
             )
         extractor = open_extractor(recipe.evaluate.features, str(device_for(recipe)))
-        extractor.check(np.zeros((1, *shape), np.uint8), "images of the model")
-
-
-def cheap_sampling(recipe: Recipe, model: LoadedModel, **changes: Any) -> SampleSection:
-    """The recipe's sampling where it takes at most `MOST_STEPS` steps, else a quick plain one; float32, eager, decoded."""
-    settings = dataclasses.replace(recipe.sample, dtype="float32", compile=False, decode=True)
-    return dataclasses.replace(process_spec(model).cheap(settings, MOST_STEPS), **changes)
-
-
-def grid_sampling(recipe: Recipe, model: LoadedModel) -> SampleSection:
-    """As `cheap_sampling`, for a grid: classes in turn where all of them fit in."""
-    num = recipe.watch.grid_images
-    rule = {"label_rule": "balanced"} if len(model.conditions) <= num else {}
-    return cheap_sampling(recipe, model, num_images=num, **rule)
+        blank = np.zeros((1, *shape), np.uint8)
+        extractor.check(grey_pixels(blank) if extractor.grey else blank, "images of the model")
 
 
 class Previews:
@@ -102,14 +79,11 @@ class Previews:
         check_previews(recipe, model)
         self.recipe, self.run, self.title, self.start = recipe, run, title, start
         self.seconds = 0.0
-        self._draws, self._sampling = model is not None, ""
-        if model is not None:
-            self._sampling = sampler_of(cheap_sampling(recipe, model), model).describe(model)
+        self._drawing = None if model is None else preview_drawing(recipe, model)
         self._silent = not run.writes
         self._trackers: dict[str, GeneralTracker] = {}
         self._environment: list[str] = []
         self._real: Reference | None = None
-        self._autoencoder: Autoencoder | None = None  # of a model of latents, from the first preview on
 
     def __enter__(self) -> Previews:
         if self.run.writes:
@@ -125,14 +99,14 @@ class Previews:
             if match and int(match[1]) > self.start:
                 file.unlink()
         planned = []
-        if self._draws and settings.grid_every_steps:
+        if self._drawing and settings.grid_every_steps:
             planned.append(f"{settings.grid_images} images every {settings.grid_every_steps} steps")
-        if self._draws and settings.fid_every_steps:
+        if self._drawing and settings.fid_every_steps:
             extractor = open_extractor(evaluation.features, str(device_for(self.recipe)))
             self._real = open_reference(evaluation.references[0], extractor, self.recipe.data)
             planned.append(f"FID of {settings.fid_images} images every {settings.fid_every_steps} steps")
-        if planned:
-            self.run.note(f"watching the averaged weights: {', '.join(planned)}; {self._sampling}")
+        if planned and self._drawing:
+            self.run.note(f"watching the averaged weights: {', '.join(planned)}; {self._drawing.said}")
         try:
             for name in dict.fromkeys(settings.report_to):
                 self._trackers[name] = self._started(name)
@@ -146,7 +120,8 @@ class Previews:
     def due(self, step: int) -> bool:
         """Whether a preview is due after `step` steps: it depends on settings alone, so all processes agree."""
         settings = self.recipe.watch
-        return self._draws and (_is_due(settings.grid_every_steps, step) or _is_due(settings.fid_every_steps, step))
+        drawn = _is_due(settings.grid_every_steps, step) or _is_due(settings.fid_every_steps, step)
+        return self._drawing is not None and drawn
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Send the numbers of a log line to the trackers. step: from 0."""
@@ -180,40 +155,31 @@ class Previews:
     def _drawn(self, step: int, model: LoadedModel) -> dict[str, Any]:
         """The previews that are due, as the fields of a log line."""
         settings, fields = self.recipe.watch, dict[str, Any]()
-        if self._autoencoder is None:
-            self._autoencoder = autoencoder_for(cheap_sampling(self.recipe, model), model)
-        try:
+        assert self._drawing is not None
+        with self._drawing.opened(model) as drawing:
             if _is_due(settings.grid_every_steps, step):
-                images = self._images(model, grid_sampling(self.recipe, model), step)
-                if images is not None:
+                grid = self._images(drawing.grid, step)
+                if grid is not None:
                     file = self.run.watched / f"step-{step:07d}.png"
-                    write_grid_png(file, images, GRID_COLUMNS, max(1, 256 // (4 * images.shape[1])))
+                    write_grid_png(file, grid, GRID_COLUMNS, max(1, 256 // (4 * grid.shape[1])))
                     fields["grid"] = str(file.relative_to(self.run.path))
-                    self._send(lambda tracker, name: _send_grid(tracker, name, images, step - 1))
+                    self._send(lambda tracker, name: _send_grid(tracker, name, grid, step - 1))
             if _is_due(settings.fid_every_steps, step):
-                fields |= self._fid(model, step)
-            return fields
-        finally:
-            if self._autoencoder is not None:
-                self._autoencoder.module.to("cpu")  # its memory is the training's
+                images = self._images(drawing.small_set, step)
+                fields |= {"fid": None} if images is None else self._fid(images, drawing.protocol())
+        return fields
 
-    def _fid(self, model: LoadedModel, step: int) -> dict[str, Any]:
-        settings = cheap_sampling(self.recipe, model, num_images=self.recipe.watch.fid_images)
-        images, evaluation = self._images(model, settings, step), self.recipe.evaluate
-        if images is None:
-            return {"fid": None}
+    def _fid(self, images: np.ndarray, sampling: str) -> dict[str, Any]:
         assert self._real is not None
         extractor = self._real.extractor
-        value = frechet_distance(*self._real.pool, *feature_moments(extractor(images).pool))
-        sampling = protocol(dataclasses.replace(self.recipe, sample=settings), model, self._autoencoder)
-        return {"fid": value, "protocol": protocol_of(self._real, extractor, evaluation, sampling)}
+        features = extractor(grey_pixels(images) if extractor.grey else images)
+        value = frechet_distance(*self._real.pool, *feature_moments(features.pool))
+        return {"fid": value, "protocol": protocol_of(self._real, extractor, self.recipe.evaluate, sampling)}
 
-    def _images(self, model: LoadedModel, settings: SampleSection, step: int) -> np.ndarray | None:
-        """uint8 images (N, H, W, C), the same noise and labels in every preview; None where one is not finite."""
-        recipe = dataclasses.replace(self.recipe, sample=settings)
-        drawing = open_drawing(recipe, model, device_for(recipe), self._autoencoder)
+    def _images(self, draw: Callable[[], np.ndarray], step: int) -> np.ndarray | None:
+        """uint8 images (N, H, W, C), the same noise and conditions in every preview; None where one is not finite."""
         try:
-            return np.concatenate(list(drawing.images(0, settings.num_images)))
+            return draw()
         except UserError as error:
             self.run.note(f"watching: no pictures after {step} steps: {error}")
             return None

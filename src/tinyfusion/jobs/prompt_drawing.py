@@ -42,6 +42,13 @@ def pipeline_arguments(source: ModelPipeline, settings: PipelineSection) -> dict
     )  # fmt: skip
 
 
+def drawing_steps(source: ModelPipeline, settings: PipelineSection) -> int:
+    """Denoising steps of a call of a pipeline: its own of a student of few steps, else those of the settings or the default."""
+    if source.few_steps:
+        return len(source.few_steps.steps.levels)
+    return int(settings.num_steps or inspect.signature(source.kind.__call__).parameters["num_inference_steps"].default)
+
+
 def pipeline_protocol(source: ModelPipeline, recipe: Recipe, prompts_hash: str, num_images: int, dtype: str) -> str:
     """The sampling half of the protocol string. prompts_hash: SHA-256 of the prompts. dtype: of the weights."""
     settings, parameters = recipe.pipeline, inspect.signature(source.kind.__call__).parameters

@@ -23,7 +23,6 @@ from tinyfusion.jobs.folding import fold_guidance
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, footprint_of
 from tinyfusion.jobs.origins import making_run
 from tinyfusion.models.checkpoint import LoadedModel
-from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Objective, Process
 from tinyfusion.prune.layout import gate_layout
 from tinyfusion.prune.learn import (
@@ -75,8 +74,8 @@ class Training:
 
     @property
     def shown(self) -> LoadedModel | None:
-        """The model of the previews; None in a search, which has none yet, and of a class that its pipeline draws with."""
-        return None if self.title == "prune" or isinstance(self.model, TransformerModel) else self.model
+        """The model of the previews; None in a search, which has none yet."""
+        return None if self.title == "prune" else self.model
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -134,12 +134,6 @@ class TrainingVerb(Generic[W]):
         mode = engine.first(lambda: self._mode(folder, plain, options.overwrite))
         models = {role: described(model) for role, model in inputs.models.items() if model} if options.dry_run else {}
         work = self.work(inputs, engine)
-        for model in inputs.models.values():
-            if isinstance(model, TransformerModel) and (recipe.watch.grid_every_steps or recipe.watch.fid_every_steps):
-                raise UserError(
-                    f"previews draw with the samplers of families, and a {model.family.title} is drawn by its pipeline: set "
-                    "watch.grid_every_steps and watch.fid_every_steps to 0"
-                )
         check_previews(recipe, work.shown)
         if mode == "finished":
             finished(folder, options.dry_run)

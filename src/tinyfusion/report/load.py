@@ -272,8 +272,8 @@ def _scored(folder: Path) -> list[tuple[str, str, dict[str, Any]]]:
     scored = []
     for file in sorted(folder.glob("*.json")):
         stem = printable(file.stem)
-        model, _, reference = stem.partition("-")
-        names = (model, reference) if model in MODELS and reference else (stem, "")
+        model = next((model for model in MODELS if stem.startswith(f"{model}-")), "")
+        names = (model, stem[len(model) + 1 :]) if model else (stem, "")
         scored.append((*names, schema.checked(read_json(file), schema.EVALUATION, file)))
     return scored
 

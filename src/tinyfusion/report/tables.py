@@ -10,7 +10,7 @@ from typing import Any
 from tinyfusion.core.files import file_label
 from tinyfusion.core.rundir import comparable_protocol
 from tinyfusion.report.format import count, duration, percent, significant
-from tinyfusion.report.load import MODELS, Run
+from tinyfusion.report.load import FURTHER, MODELS, Run
 
 UNBIASED_IMAGES = 10_000  # a Fréchet distance over fewer images is visibly too high
 _NAMES = {
@@ -111,7 +111,8 @@ def timed_models(run: Run) -> Mapping[str, Mapping[str, Any]]:
 def comparable(run: Run) -> tuple[str, dict[str, Mapping[str, Any]], list[str], float]:
     """(reference, evaluations of one protocol by model, other models, fewest images), for the first reference with any.
 
-    The protocol is that of the student, else that of most models.
+    The protocol is that of the student, else that of most models. A student of few steps has a sampler of its own, and belongs to
+    them where all else is the same.
     """
     for reference in run.references:
         scored = {name: run.evaluations[name, reference] for name in MODELS if (name, reference) in run.evaluations}
@@ -119,10 +120,17 @@ def comparable(run: Run) -> tuple[str, dict[str, Mapping[str, Any]], list[str], 
         protocols = {name: comparable_protocol(stated(run.evaluations[name, reference])) for name in names}
         if names:
             own = protocols.get("student") or max(protocols.values(), key=list(protocols.values()).count)
-            same = {name: run.evaluations[name, reference] for name in names if protocols[name] == own}
+            alike = {name: protocols[name] == own or _differs_in_steps(name, protocols[name], own) for name in names}
+            same = {name: run.evaluations[name, reference] for name in names if alike[name]}
             fewest = min(score.get("num_images") or UNBIASED_IMAGES for score in same.values())
             return reference, same, [name for name in names if name not in same], fewest
     return "", {}, [], UNBIASED_IMAGES
+
+
+def _differs_in_steps(model: str, protocol: str, other: str) -> bool:
+    """Whether a model is one of few steps, and the protocols differ in the sampler alone: between the images and the labels or prompts."""
+    own, others = (each.split(" | ") for each in (protocol, other))
+    return model == FURTHER["distill-steps"] and own[:3] == others[:3] and own[-3:] == others[-3:]
 
 
 def _has_distance(values: Mapping[str, Any]) -> bool:
