@@ -13,23 +13,22 @@ from tinyfusion.jobs.transformers import couplings
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 _TITLE = """# Transformers of diffusers
 
-`prune`, `export` and `inspect` take the folder of any of these classes: of the transformer, of a pipeline, or a hub id. Blocks
-are removed on the files, by rules or [on recorded inputs](criteria.md#transformers-of-diffusers); every tensor keeps its type,
-and memory does not grow with the model. The result is a folder that diffusers opens without tinyfusion.
+The classes of diffusers whose transformers can be pruned, given as a folder of the transformer or of a pipeline, or a hub id. Blocks are
+removed on the files, by rules or [on recorded inputs](criteria.md#transformers-of-diffusers); the result opens in diffusers without
+tinyfusion. A student draws worse than its parent until it is recovered: 23 classes [can be trained](training-inputs.md) on pictures with
+captions, others on [recorded calls](diffusers.md#without-data-few-step-and-guidance-distilled-models). [A lighter
+FLUX.1-dev](diffusers.md) has the commands.
 
-[A lighter FLUX.1-dev, and its LoRAs](diffusers.md) has the commands: cuts, pipelines, files for ComfyUI, LoRAs.
+Indices of `--keep` and `--protect` count through the lists in the order below, which is that in which they run: of a FLUX with 19 double
+blocks, 19 is the first single one. Lists *aside* of the trunk stay whole unless they are named. `--num-keep N` is per list;
+`prune.budgets=all=N` divides N over the lists of the trunk.
 
-Indices of `--keep` and `--protect` count through the lists in the order below, which is that in which they run: of a FLUX with 19
-double blocks, 19 is the first single one. Lists *aside* of the trunk stay whole unless they are named. `--num-keep N` is per list;
-`prune.budgets=all=N` divides N over the lists of the trunk. Nothing is trained here: a student draws worse than its parent until
-it is recovered.
+**Verified**: a pruned model equals the gated one bit for bit, and so does its folder in diffusers. **Under a rule**: the same for every
+choice that the rule allows; others are refused. **Measured only**: opened and gated, but a pruned model cannot be written. **Not run**:
+pruned by its declaration.
 
-**Verified**: a cut model equals the gated one bit for bit, and so does its folder in diffusers. **Under a rule**: the same for every
-choice that the rule allows; others are refused in one line that names it. **Measured only**: opened and gated, but a cut model
-cannot be written. **Not run**: opened and cut by its declaration.
-
-A class that is not in the table needs a row: the error of `inspect` has a guess, which is kept in a file and given as
-`--blocks FILE`. It travels in the config of the student.
+A class that is not in the table needs a row: the error of `inspect` has a guess, to be saved in a file and given as `--blocks FILE`. It
+is stored in the config of the student.
 
 | class | lists and the fields that count them | streams of a block, as returned | what follows | state |
 |---|---|---|---|---|

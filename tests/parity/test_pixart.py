@@ -180,7 +180,7 @@ def test_prompts_make_classes(theirs: Any, prompts: tuple[Tensor, Tensor]) -> No
 
 
 def test_prompts_come_from_a_text_encoder() -> None:
-    """The lines of docs/pixart.md on an encoder with random weights: T5 of transformers, and a tokenizer of its shape."""
+    """Prompts of an encoder with random weights, T5 of transformers, and of tokens as its tokenizer gives them."""
     transformers = pytest.importorskip("transformers", reason="prompts are encoded by transformers")
     config = transformers.T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     with torch.random.fork_rng():
