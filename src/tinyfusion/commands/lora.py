@@ -1,4 +1,4 @@
-"""`lora`: a LoRA, IP-adapter or ControlNet of an uncut model, for its student."""
+"""`lora`: a LoRA, IP-adapter or ControlNet of an unpruned model, for its student."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def transformer_card(
     notes = [*model.row.notes] if model.lineage else []
     if model.lineage:
         notes.append(
-            "a LoRA made for the uncut model names its blocks by index: without a remap it loads onto other blocks"
+            "a LoRA made for the unpruned model names its blocks by index: without a remap it loads onto other blocks"
         )
     sections += ["## Notes\n\n" + "\n".join(f"- {note}" for note in notes)] if notes else []
     unknown = "under the licence of the parent, which no file names"

@@ -130,7 +130,7 @@ def _low(module: nn.Module) -> nn.Module:
 
 
 def way_footprint(model: Counted, kept: Mapping[str, int], way: Way) -> Footprint:
-    """The footprint of training a model, of which the first `kept` blocks per list stay, in a way. (Which ones makes no difference.)"""
+    """The footprint of training a model, of which the first `kept` blocks per list stay, as `way` says. Which ones makes no difference."""
     first: dict[str, int] = {}
     chosen = []
     for index, name in enumerate(model.lists):
@@ -180,7 +180,7 @@ def _stored_bytes(model: Counted, storage: str) -> int:
 
 
 def way_plan(model: Counted, kept: Mapping[str, int], way: Way, images: int = 1) -> MemoryPlan:
-    """The memory plan of a way."""
+    """The memory plan of training a model as `way` says."""
     compute = ComputeSection(gradient_checkpointing=True)
     return memory_plan(way_footprint(model, kept, way), way.settings, compute, images=images)
 

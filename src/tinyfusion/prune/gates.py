@@ -60,7 +60,7 @@ class GateDistribution(nn.Module, ABC):
         return self._fixed()[1]
 
     def _fixed(self) -> tuple[int | None, Tensor]:
-        """The step and the gates; the host asks the device for them only after a change."""
+        """The step and the gates; they are copied from the device only after a change."""
         version = self.fixed_at._version
         if self._seen is None or self._seen[0] != version:
             number, gates = int(self.fixed_at), [torch.zeros(0)]
