@@ -148,14 +148,19 @@ def work_for(recipe: Recipe, source: str, contexts: ExitStack) -> Work:
     originals = open_originals(source)
     vae = open_autoencoder(recipe.encode.vae or DEFAULT_VAE)
     size = recipe.encode.size or DEFAULT_SIZE
-    if size % vae.factor:
-        below = size - size % vae.factor
-        raise UserError(
-            f"encode.size {size} is no multiple of {vae.factor}, the pixels of a latent cell of {vae.name}: "
-            f"take {' or '.join(str(n) for n in (below, below + vae.factor) if n)}"
-        )
+    check_multiple("encode.size", size, vae.factor, f"a latent cell of {vae.name}")
     vae.module.to(own_device(recipe))
     return encoding_work(recipe, originals, vae, (vae.channels, size // vae.factor, size // vae.factor), size)
+
+
+def check_multiple(field: str, side: int, multiple: int, what: str) -> None:
+    """Raise UserError on a side that is no multiple of the pixels of `what`."""
+    if side % multiple:
+        below = side - side % multiple
+        raise UserError(
+            f"{field} {side} is no multiple of {multiple}, the pixels of {what}: "
+            f"take {' or '.join(str(n) for n in (below, below + multiple) if n)}"
+        )
 
 
 def encoding_work(

@@ -95,8 +95,6 @@ def pipeline_class(folder: Path) -> Any:
 def transformer_in(pipeline: Path, component: str | None, blocks: Path | None) -> TransformerFolder:
     """The transformer of a pipeline folder. Raises UserError where it has none of that name, or several and none is named."""
     rows = rows_with(blocks)
-    if not (pipeline / INDEX).is_file():
-        raise UserError(f"{pipeline} is no pipeline of diffusers: wanted a folder with {INDEX}, or a hub id")
     folders = {folder.name: folder for folder in component_folders(pipeline, rows)}
     if not folders:
         raise UserError(f"{pipeline} has no transformer whose class has a row of blocks: give --blocks FILE")
