@@ -423,7 +423,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
                "encode.frames is for videos, and a FluxPipeline draws images"),
     "tokens": (f"{ENCODE} --set encode.max_tokens=0", None, "max_tokens must be at least 1"),
     "pipeline-gone": (ENCODE.replace("flux", "none"), None, "no pipeline at none: no such folder, and it is no hub id"),
-    "pipeline-part": (ENCODE.replace("flux", "flux/vae"), None, "flux/vae is no pipeline of diffusers: wanted a folder with model_index.json"),
+    "pipeline-part": (ENCODE.replace("flux", "flux/vae"), None, "flux/vae is no pipeline of diffusers"),
     "pipeline-class": (ENCODE, index(_class_name="DiTPipeline"), "what a DiTPipeline encodes of prompts is not known here"),
     "pipeline-code": (ENCODE, index(_class_name=["pipeline", "Own"]), "code of a model is never run"),
     "no-vae": (ENCODE, index(vae=[None, None]), "flux has no autoencoder (component vae): encode its prompts alone"),
