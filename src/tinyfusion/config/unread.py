@@ -15,7 +15,6 @@ from typing import Any
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 
-TEXTS_ALONE = ("name", "description", "minutes", "machine", "expected")  # of a recipe, for people
 EVEN = ("euler", "midpoint", "heun2", "heun3", "rk4")  # methods of ode that choose no step sizes
 DATA_FREE = ("first", "last", "uniform", "random", "bk-sdm", "indices")  # criteria that look at no images
 
