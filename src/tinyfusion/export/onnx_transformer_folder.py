@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from tinyfusion.core.rundir import atomic_write
-from tinyfusion.export.card import PICTURE, plan_png
 from tinyfusion.export.onnx_folder import FACTS, FILES, QUANTIZED, GraphForm, quantize_file, write_records
 from tinyfusion.export.onnx_graph import EXAMPLES
 from tinyfusion.export.onnx_transformer import Calls, constants_of, write_graph
-from tinyfusion.export.transformer import plan_in, transformer_card
+from tinyfusion.export.transformer import write_card
 from tinyfusion.families.diffusers_classes.call_examples import CallSizes
 from tinyfusion.families.diffusers_classes.call_rows import CALLS
 from tinyfusion.families.stage import Stage
@@ -82,11 +81,7 @@ def write_onnx_transformer(
             "kept": folder.record.get("kept"),
         }
         rounded = [QUANTIZED.format(form=form.quantize, share=error) for error in errors]
-        card = transformer_card(folder, out.name, PICTURE, use=_use(facts, rounded))
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        if folder.lineage:
-            plan = plan_in(folder)
-            (temporary / PICTURE).write_bytes(plan_png(plan.kept, plan.depth))
+        write_card(folder, temporary, out.name, use=_use(facts, rounded))
         measured = write_records(temporary, form, facts, record, largest, errors)
     return measured | {"inputs": facts["inputs"], "outputs": facts["outputs"]}
 
