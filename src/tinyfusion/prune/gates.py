@@ -281,7 +281,7 @@ class SubsetGates(GateDistribution):
         group = self.groups[index]
         values = theta.tolist()
         ranked = sorted(group.free, key=lambda block: -values[block - group.start])
-        return list(group.with_protected(ranked[: group.keep_free]))
+        return list(group.first_of(ranked))
 
     @torch.no_grad()
     def probabilities(self, index: int, theta: Tensor, scaling: float) -> list[float]:
