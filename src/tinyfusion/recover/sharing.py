@@ -62,8 +62,7 @@ def share(student: nn.Module, teacher: nn.Module, equal: Mapping[str, str], devi
             mine = name.rpartition(".")[0]
             if attribute != "weight" or (f"{mine}.bias" in named and equal.get(f"{mine}.bias") != f"{owner}.bias"):
                 continue
-            parent, _, own = mine.rpartition(".")
-            setattr(student.get_submodule(parent), own, layer)
+            student.set_submodule(mine, layer)
             shared += layer.in_features * layer.out_features
         elif theirs[other].device.type == device.type:
             named[name].data = theirs[other].data
