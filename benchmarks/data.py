@@ -21,7 +21,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -192,13 +191,13 @@ def save_pictures(folder: Path, num: int) -> None:
 
 def encoding(name: str, widths: tuple[int, ...], layers: int, size: int, num: int, turns: int) -> str:
     """A row of the table: images per second of the job and of the autoencoder alone, on the same batches."""
-    with tempfile.TemporaryDirectory() as temporary, ExitStack() as contexts:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_autoencoder(folder / "vae", widths, layers)
         save_pictures(folder / "pictures", num)
         settings = EncodeSection(vae=str(folder / "vae"), size=size, batch_size=8)
         recipe = dataclasses.replace(Recipe(), encode=settings, device="cpu")
-        work = work_for(recipe, str(folder / "pictures"), contexts)
+        work = work_for(recipe, str(folder / "pictures"))
         batches = [(first, work.load(first, min(8, num - first))) for first in range(0, num, 8)]
         jobs, alones, shares, cpu, inside = [], [], [], [], []
         for turn in range(turns + 1):

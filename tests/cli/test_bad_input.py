@@ -191,7 +191,7 @@ ROWS = [
     # --------------------------------------------------------------------------------------------- teacher and student
     row("student-without-plan", f"{RECOVER} --student teacher".replace("--student student ", ""), "carries no plan", "--method finetune"),
     row("student-of-another", RECOVER.replace(" teacher", " other-teacher"), "give the teacher", "shares an ancestor"),
-    row("teacher-other-depth", RECOVER.replace("--teacher teacher", "--teacher deeper"), "was cut from the model"),
+    row("teacher-other-depth", RECOVER.replace("--teacher teacher", "--teacher deeper"), "was pruned from the model"),
     row("teacher-missing", RECOVER.replace("--teacher teacher", "--teacher gone"), "no model at gone"),
     # ------------------------------------------------------------------------------------------------------------ data
     row("data-unknown", f"{PRUNE} --data digts", "unknown data set 'digts'", "digits"),

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from material import Cli, tiny_mar, tiny_sit
-from test_faults import SETTINGS, at_step, failed, result
+from test_faults import SETTINGS, failed
 from test_verbs import done
 
 from tinyfusion.models.checkpoint import open_model, save_model
@@ -51,27 +50,6 @@ def test_a_model_learns_to_draw_in_few_steps_and_is_drawn_so(cli: Cli, work: Pat
     assert done(cli, "inspect run --json").last_json["few_steps"]["method"] == method
     done(cli, "report run --out page.html")
     assert "2 steps" in Path("page.html").read_text()
-
-
-@pytest.mark.parametrize("method", ["consistency", "matching"])
-def test_stopped_and_continued_is_the_same(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    made = f"{made_by(method)} --out"
-    done(cli, f"{made} whole")
-    with monkeypatch.context() as patch:
-        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
-        stopped = cli(*shlex.split(f"{made} part"))
-    assert stopped.code == 130 and "the same command continues" in stopped.err
-    done(cli, f"{made} part")
-    assert result("part") == result("whole")
-    assert "is finished" in done(cli, f"{made} part").err
-    replayed = done(cli, "replay whole --step 7 --json").last_json
-    logged = [json.loads(line) for line in Path("whole/metrics.jsonl").read_text().splitlines()]
-    assert replayed["step"] == 7 and len(replayed["samples"]) == open_batch(logged)
-
-
-def open_batch(lines: list[dict[str, float]]) -> int:
-    """Images of a step, by the log."""
-    return int(lines[-1]["seen_images"] / (lines[-1]["step"] + 1))
 
 
 def test_the_teacher_is_that_of_the_students_run(cli: Cli, work: Path) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from material import Cli
 from safetensors import safe_open
-from test_faults import SETTINGS, at_step, failed, result
+from test_faults import SETTINGS, failed
 from test_verbs import done
 
 from tinyfusion.models.checkpoint import open_model
@@ -47,18 +46,6 @@ def test_a_student_is_drawn_with_one_pass_per_step(cli: Cli, work: Path) -> None
     assert open_model("exported").facts.folded_guidance == facts.folded_guidance
     done(cli, "report run --out page.html")
     assert "guidance 2 folded in: one pass of the network per step" in Path("page.html").read_text()
-
-
-def test_stopped_and_continued_is_the_same(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done(cli, f"{MADE} --out whole")
-    with monkeypatch.context() as patch:
-        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
-        stopped = cli(*shlex.split(f"{MADE} --out part"))
-    assert stopped.code == 130 and "the same command continues" in stopped.err
-    other = cli(*shlex.split(f"{MADE} --guidance 3 --out part"))
-    assert other.code == 2 and "guidance" in other.err
-    done(cli, f"{MADE} --out part")
-    assert result("part") == result("whole")
 
 
 def test_a_dynamic_model_folds_it_in(cli: Cli, work: Path) -> None:

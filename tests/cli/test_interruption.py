@@ -14,21 +14,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from material import Cli
+from material import Cli, tiny
+from test_distill_steps import made_by
 from test_encode import encoded, save_autoencoder
+from test_faults import at_step, failed, result
+from test_folded import MADE as FOLDED
+from test_making_dynamic import MADE as ROUTED
 from test_verbs import EVALUATE, PRUNE, RUN, SAMPLE, done
 
 import tinyfusion.commands.encode
 import tinyfusion.commands.evaluate
 import tinyfusion.commands.inspect
 import tinyfusion.commands.prune
-import tinyfusion.commands.run
 import tinyfusion.commands.sample
+import tinyfusion.commands.stages
 import tinyfusion.jobs.sampling_setup
 import tinyfusion.jobs.training
 import tinyfusion.sample.drive
 import tinyfusion.training.loop
 from tinyfusion.core.signals import Interrupted, SignalWatch, check_stop
+from tinyfusion.models.checkpoint import save_model
+
+# a training, and an option that makes it another one
+TRAININGS = {
+    "dynamic": (ROUTED, "--target 0.7"),
+    "folded guidance": (f"{FOLDED} --out", "--guidance 3"),
+    **{method: (f"{made_by(method)} --out", "--guidance 3") for method in ("consistency", "matching")},
+}
 
 
 def record_of(run: str) -> Any:
@@ -70,6 +82,26 @@ def test_a_signal_in_the_last_step_of_a_stage_ends_the_run(
     assert Path("whole/report.html").is_file()
 
 
+@pytest.mark.parametrize("training", TRAININGS)
+def test_stopped_and_continued_is_the_same(
+    cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch, training: str
+) -> None:
+    save_model(tiny(num_heads=8), Path("wide"))
+    made, other = TRAININGS[training]
+    done(cli, f"{made} whole")
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        stopped = cli(*shlex.split(f"{made} part"))
+    assert stopped.code == 130 and "the same command continues" in stopped.err
+    failed(cli(*shlex.split(f"{made} part {other}")), "made with another recipe", other.split()[0].strip("-"))
+    done(cli, f"{made} part")
+    assert result("part") == result("whole")
+    assert "is finished" in done(cli, f"{made} part").err
+    replayed = done(cli, "replay whole --step 7 --json").last_json
+    last = json.loads(Path("whole/metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert replayed["step"] == 7 and len(replayed["samples"]) == last["seen_images"] / (last["step"] + 1)
+
+
 def test_a_signal_between_the_stages_ends_the_run(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def evaluate(*_: Any, **_named: Any) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -77,7 +109,7 @@ def test_a_signal_between_the_stages_ends_the_run(cli: Cli, work: Path, monkeypa
         raise AssertionError("went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tinyfusion.commands.run, "evaluate", evaluate)
+        patch.setattr(tinyfusion.commands.stages, "evaluate", evaluate)
         stopped = cli(*shlex.split(RUN))
     assert stopped.code == 130, stopped.err
     assert "the same command continues" in stopped.err.splitlines()[-1]

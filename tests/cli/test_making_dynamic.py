@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from material import Cli, tiny, tiny_mar, tiny_sit
-from test_faults import SETTINGS, at_step, failed, result
+from test_faults import SETTINGS, failed
 from test_verbs import done
 
 from tinyfusion.blocks.dynamics import Deciding
@@ -101,17 +100,6 @@ def test_skipping_gives_the_numbers_of_masks(cli: Cli, wide: Path) -> None:
         batches = list(sample(model, image_labels(3, 10, 0), sampler, 0))
     masked = np.concatenate([to_uint8(batch.x) for batch in batches])
     assert int(np.abs(masked.astype(int) - np.load("skipped.npz")["arr_0"].astype(int)).max()) <= 1
-
-
-def test_stopped_and_continued_is_the_same(cli: Cli, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done(cli, f"{MADE} whole")
-    with monkeypatch.context() as patch:
-        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
-        stopped = cli(*shlex.split(f"{MADE} part"))
-    assert stopped.code == 130 and "the same command continues" in stopped.err
-    done(cli, f"{MADE} part")
-    assert result("part") == result("whole")
-    assert "is finished" in done(cli, f"{MADE} part").err
 
 
 def test_parts_of_a_batch_make_no_difference(cli: Cli, wide: Path) -> None:

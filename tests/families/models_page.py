@@ -35,13 +35,19 @@ is stored in the config of the student.
 """
 
 
+def coupled(row: Row) -> bool:
+    """Whether some choices of blocks are refused."""
+    each = any(one.stay or one.mirror or one.period for one in row.lists)
+    return each or bool(row.same_index or row.hints or row.same_count)
+
+
 def state(name: str, row: Row) -> str:
     """What is known of a class."""
     if row.unfit:
         return "measured only"
     if name not in {tiny.name for tiny in [*IMAGES, *VIDEO]}:
         return "not run"
-    return "under a rule" if row.coupled else "verified"
+    return "under a rule" if coupled(row) else "verified"
 
 
 def page() -> str:

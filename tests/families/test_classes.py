@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_page import PAGE, page
+from models_page import PAGE, coupled, page
 from tiny import Tiny, outputs, return_dict, tensors_of
 from tiny_images import IMAGES
 from tiny_video import VIDEO
@@ -147,7 +147,7 @@ def test_first_middle_and_last_unit_of_every_list(tiny: Tiny, tmp_path: Path) ->
             try:
                 student = opened.cut(plan_without(opened, removed))
             except UserError:
-                by_rule = position in each.fixed or len(each.units) == 1 or opened.row.coupled
+                by_rule = position in each.fixed or len(each.units) == 1 or coupled(opened.row)
                 assert by_rule, "refused without a rule"
                 continue
             with stack.gated(gates(opened, removed)):

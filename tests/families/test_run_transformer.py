@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import tinyfusion.commands.encode_captions
 import tinyfusion.commands.recover
-import tinyfusion.commands.transformer_scores
+import tinyfusion.commands.stages
 from captioned_pictures import LIGHT, save_light_job
 from captioned_set import save_set
 from prompt_pipelines import save_wan_pipeline
@@ -91,7 +91,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(command: Command) 
 STOPS: dict[str, tuple[Any, str, list[str]]] = {
     "encode": (tinyfusion.commands.encode_captions, "_write_all_shards", ["encode"]),
     "recover": (tinyfusion.commands.recover.Recover, "perform", ["encode", "prune", "recover"]),
-    "evaluate": (tinyfusion.commands.transformer_scores, "evaluate", ["encode", "prune", "recover", "sample", "evaluate"]),
+    "evaluate": (tinyfusion.commands.stages, "evaluate", ["encode", "prune", "recover", "sample", "evaluate"]),
 }  # fmt: skip
 
 

@@ -319,7 +319,7 @@ def test_a_run_counts_units_before_masks_are_learned(name: str, tmp_path: Path) 
         ([*LEARN, "--for", "official"], "has no such format: leave it out"),
         ([*LEARN[:3], *LEARN[5:], "--inputs", "none.safetensors"], "none.safetensors"),
         ([*LEARN, "--set", "flow.shift=0"], "flow.shift"),
-        (["recover", "--student", "runs/cut", "--teacher", "plain", "--data", "latents:set"], "the student was cut from the model"),
+        (["recover", "--student", "runs/cut", "--teacher", "plain", "--data", "latents:set"], "the student was pruned from the model"),
         (["recover", "--student", "runs/cut", "--method", "finetune", "--inputs", "inputs.safetensors"], "--method logits-kd learns from the recorded outputs"),
         (["recover", "--student", "digits", "--teacher", "digits", "--inputs", "inputs.safetensors"], "--inputs is for transformers of diffusers"),
         (["recover", "--student", "runs/cut", "--data", "latents:bare"], "has no encoded texts, which a FluxTransformer2DModel takes"),

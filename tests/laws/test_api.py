@@ -284,7 +284,7 @@ AVERAGED = tf.Task(TASK.predict_output, lambda out, batch: out.mean())
         (lambda t: tf.prune_model(t, "bi"), "criterion bi uses data: give task and batches"),
         (lambda t: tf.prune_model(t, [0, 9]), r"\[9\] out of range"),
         (lambda t: tf.recover_model(t, None, TASK, batches(), KD), "method masked-kd needs a teacher"),
-        (lambda t: tf.recover_model(tf.prune_model(t, [0]), OTHER, TASK, batches(), KD), "the student was cut from the model"),
+        (lambda t: tf.recover_model(tf.prune_model(t, [0]), OTHER, TASK, batches(), KD), "the student was pruned from the model"),
         (lambda t: tf.evaluate_images(np.zeros((3, 8, 8, 1), np.uint8), np.zeros((9, 8, 8, 1), np.uint8)), "the images are 3"),
     ],
 )  # fmt: skip

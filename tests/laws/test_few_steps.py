@@ -28,7 +28,15 @@ from tinyfusion.jobs.process_specs import noising_of, objective_for, sampler_of
 from tinyfusion.models.checkpoint import LoadedModel, new_model, open_model, save_model
 from tinyfusion.processes.flow import Flow
 from tinyfusion.processes.gaussian import Schedule
-from tinyfusion.processes.noising import FewSteps, FlowNoising, GaussianNoising, Mixture, Noising, linear_steps
+from tinyfusion.processes.noising import (
+    FewSteps,
+    FlowNoising,
+    GaussianNoising,
+    Mixture,
+    Noising,
+    even_levels,
+    linear_steps,
+)
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.sample.drive import SampleDraws, sample
 from tinyfusion.sample.few_steps import FewStepSampler
@@ -338,5 +346,4 @@ def test_the_weight_makes_errors_of_the_output_errors_of_the_end(model: LoadedMo
 
 def test_steps_of_a_scheduler_are_those_of_divisors_of_a_thousand() -> None:
     for num, fits in ((1, True), (2, True), (3, False), (4, True), (7, False), (8, True)):
-        levels = DistillStepsSection(num_steps=num).levels(1.0)
-        assert FewSteps("consistency", levels, 1.0, fresh_noise=False).is_trailing == fits
+        assert FewSteps("consistency", even_levels(num), 1.0, fresh_noise=False).is_trailing == fits

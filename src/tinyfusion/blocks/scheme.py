@@ -87,6 +87,10 @@ class BlockGroup:
         """The protected blocks and these free ones, ascending."""
         return tuple(sorted((*self.protected, *free)))
 
+    def first_of(self, order: Iterable[int]) -> tuple[int, ...]:
+        """The protected blocks, and of the free ones as many as stay, the first in `order`; ascending."""
+        return self.with_protected([i for i in order if i in self.free][: self.keep_free])
+
 
 @dataclass(frozen=True)
 class _RunPlace:

@@ -160,10 +160,8 @@ class BlockStack:
         """
         check_kept(kept, self.depths())
         for name in self.lists:
-            parent_name, _, attribute = name.rpartition(".")
             blocks = self.block_list(name)
-            survivors = nn.ModuleList([blocks[i] for i in sorted(kept[name])])
-            setattr(self.model.get_submodule(parent_name), attribute, survivors)
+            self.model.set_submodule(name, nn.ModuleList([blocks[i] for i in sorted(kept[name])]))
 
 
 def check_kept(kept: Mapping[str, Sequence[int]], depths: Mapping[str, int]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyfusion.commands.encode import Work, encoding_work, missing_shards
+from tinyfusion.commands.encode import Work, check_multiple, encoding_work, missing_shards
 from tinyfusion.config.recipe import EncodeSection, Orientation, Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.launch import launched_rank
@@ -27,7 +27,7 @@ from tinyfusion.data.prompts import PromptFile
 from tinyfusion.families.diffusers_classes.folder import INDEX
 from tinyfusion.jobs.pipelines import pipeline_class
 from tinyfusion.jobs.text_encoding import encoders_hash, encoding_arguments, results_of, takes_video
-from tinyfusion.jobs.transformer_sources import located
+from tinyfusion.jobs.transformer_sources import pipeline_folder
 from tinyfusion.models.autoencoder import quiet_logs
 from tinyfusion.models.latent_space import VAE, LatentSpace, open_latent_space
 
@@ -82,7 +82,7 @@ def opened_job(recipe: Recipe, source: str | None, prompts: Path | None) -> Job:
         clips = (settings.frames or 1) > 1
         captioned = open_captioned(str(source), settings.caption_column, clips)
         texts = captioned.texts
-    folder = _folder(name)
+    folder = pipeline_folder(name)
     with quiet_logs():  # transformers names what is not installed
         kind = pipeline_class(folder)
     results_of(kind)
@@ -107,14 +107,6 @@ def _digest(texts: tuple[str, ...]) -> str:
     for text in texts:
         digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
-
-
-def _folder(name: str) -> Path:
-    """The folder of a pipeline, fetched where it is a hub id. Raises UserError where there is none."""
-    path = located(name)
-    if not (path / INDEX).is_file():
-        raise UserError(f"no pipeline at {name}: wanted a folder of diffusers with {INDEX}, or a hub id")
-    return path
 
 
 def _vae_class(folder: Path) -> str:
@@ -147,13 +139,8 @@ def _works(
     frames, orientation = settings.frames or 1, settings.orientation
     for height, width in sizes or [(settings.size or 0, settings.size or 0)]:
         for side in (height, width):
-            if side % (multiple := space.factor * cells):
-                below = side - side % multiple
-                name = "encode.sizes" if sizes else "encode.size"
-                raise UserError(
-                    f"{name} {side} is no multiple of {multiple}, the pixels of a token of {space.name}: "
-                    f"take {' or '.join(str(n) for n in (below, below + multiple) if n)}"
-                )
+            field = "encode.sizes" if sizes else "encode.size"
+            check_multiple(field, side, space.factor * cells, f"a token of {space.name}")
         space.shape(height, width, frames)
     reader = partial(read_clip, frames=frames) if space.video else decode
 

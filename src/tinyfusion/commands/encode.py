@@ -10,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -83,39 +82,38 @@ def encode(recipe: Recipe, options: RunOptions, source: str | None, prompts: Pat
     recipe = dataclasses.replace(recipe, encode=of_classes(recipe.encode))
     rank, world = launched_rank(), launched_processes()
     run = RunDirectory(options.out, rank == 0)
-    with ExitStack() as contexts:
-        work = work_for(recipe, source, contexts)
-        # what identifies the same command: with the default autoencoder, and no orientation of latents
-        orientation: Orientation = "ignore" if source.startswith(FEATURES) else recipe.encode.orientation
-        settings = dataclasses.replace(recipe.encode, vae=recipe.encode.vae or DEFAULT_VAE, orientation=orientation)
-        recipe = dataclasses.replace(recipe, encode=settings)
-        plain = plain_recipe(recipe, "encode", **work.inputs)
-        check_overwrite(options.out, run.record_path.exists(), options.overwrite, world)
-        mode = run.check("encode", plain, options.overwrite) if rank == 0 or run.record_path.exists() else "new"
-        todo = missing_shards(options.out, work.spec) if mode != "new" else list(range(work.spec.shards))
-        check_space(options.out, sum(work.spec.shard_bytes(shard) for shard in todo))
-        if todo:
-            say(work.remarks)
-        if options.dry_run:
-            return announce_plan(work, settings, source, todo, world, mode, rank == 0)
-        if mode == "finished" and not todo:
-            run.tidy()
-            return _verified(options.out, rank)
-        if rank > 0:
-            wait_until(run.record_path.is_file, options.out, recipe.compute.timeout_s)
-            run.check("encode", plain, overwrite=False)
-            write_shards(work, options.out, settings, recipe.compute.timeout_s)
-            return {"rank": rank}
-        with run.writing("encode", plain, options.overwrite):
-            run.mark("running", job={**job_record(recipe, options), "data": source})
-            began, done = time.perf_counter(), write_shards(work, options.out, settings, recipe.compute.timeout_s)
-            say(changed(source, done, work.changes))
-            outcome = speed(done, time.perf_counter() - began, work.busy_s, world)
-            writers = {options.out / work.spec.file_name(shard): shard % world for shard in range(work.spec.shards)}
-            wait_for_files(writers, world, recipe.compute.timeout_s)
-            write_manifest(options.out, work.spec, work.about)
-            run.mark("done", **outcome)
-        return outcome
+    work = work_for(recipe, source)
+    # what identifies the same command: with the default autoencoder, and no orientation of latents
+    orientation: Orientation = "ignore" if source.startswith(FEATURES) else recipe.encode.orientation
+    settings = dataclasses.replace(recipe.encode, vae=recipe.encode.vae or DEFAULT_VAE, orientation=orientation)
+    recipe = dataclasses.replace(recipe, encode=settings)
+    plain = plain_recipe(recipe, "encode", **work.inputs)
+    check_overwrite(options.out, run.record_path.exists(), options.overwrite, world)
+    mode = run.check("encode", plain, options.overwrite) if rank == 0 or run.record_path.exists() else "new"
+    todo = missing_shards(options.out, work.spec) if mode != "new" else list(range(work.spec.shards))
+    check_space(options.out, sum(work.spec.shard_bytes(shard) for shard in todo))
+    if todo:
+        say(work.remarks)
+    if options.dry_run:
+        return announce_plan(work, settings, source, todo, world, mode, rank == 0)
+    if mode == "finished" and not todo:
+        run.tidy()
+        return _verified(options.out, rank)
+    if rank > 0:
+        wait_until(run.record_path.is_file, options.out, recipe.compute.timeout_s)
+        run.check("encode", plain, overwrite=False)
+        write_shards(work, options.out, settings, recipe.compute.timeout_s)
+        return {"rank": rank}
+    with run.writing("encode", plain, options.overwrite):
+        run.mark("running", job={**job_record(recipe, options), "data": source})
+        began, done = time.perf_counter(), write_shards(work, options.out, settings, recipe.compute.timeout_s)
+        say(changed(source, done, work.changes))
+        outcome = speed(done, time.perf_counter() - began, work.busy_s, world)
+        writers = {options.out / work.spec.file_name(shard): shard % world for shard in range(work.spec.shards)}
+        wait_for_files(writers, world, recipe.compute.timeout_s)
+        write_manifest(options.out, work.spec, work.about)
+        run.mark("done", **outcome)
+    return outcome
 
 
 # ----------------------------------------------------------------------------------------------------------- the set
@@ -139,7 +137,7 @@ def _check_classes(settings: EncodeSection, prompts: Path | None) -> None:
         )
 
 
-def work_for(recipe: Recipe, source: str, contexts: ExitStack) -> Work:
+def work_for(recipe: Recipe, source: str) -> Work:
     """Open the source and the autoencoder. Raises UserError where either is missing or they do not fit."""
     recipe = dataclasses.replace(recipe, encode=of_classes(recipe.encode))
     if source.startswith(FEATURES):
@@ -148,14 +146,19 @@ def work_for(recipe: Recipe, source: str, contexts: ExitStack) -> Work:
     originals = open_originals(source)
     vae = open_autoencoder(recipe.encode.vae or DEFAULT_VAE)
     size = recipe.encode.size or DEFAULT_SIZE
-    if size % vae.factor:
-        below = size - size % vae.factor
-        raise UserError(
-            f"encode.size {size} is no multiple of {vae.factor}, the pixels of a latent cell of {vae.name}: "
-            f"take {' or '.join(str(n) for n in (below, below + vae.factor) if n)}"
-        )
+    check_multiple("encode.size", size, vae.factor, f"a latent cell of {vae.name}")
     vae.module.to(own_device(recipe))
     return encoding_work(recipe, originals, vae, (vae.channels, size // vae.factor, size // vae.factor), size)
+
+
+def check_multiple(field: str, side: int, multiple: int, what: str) -> None:
+    """Raise UserError on a side that is no multiple of the pixels of `what`."""
+    if side % multiple:
+        below = side - side % multiple
+        raise UserError(
+            f"{field} {side} is no multiple of {multiple}, the pixels of {what}: "
+            f"take {' or '.join(str(n) for n in (below, below + multiple) if n)}"
+        )
 
 
 def encoding_work(

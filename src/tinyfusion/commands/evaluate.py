@@ -271,7 +271,7 @@ def score_lines(record: Mapping[str, Any], samples: str) -> list[str]:
         rows["PSNR, SSIM"] = f"{significant(pairs.get('psnr_db'))} dB, {significant(pairs.get('ssim'))}"
         if "lpips" in pairs:
             rows["LPIPS"] = significant(pairs["lpips"])
-    beside = f", against {count(num_real or None)} of {reference.get('name')}" if features else ""
-    rows["images"] = f"{count(num_images)} of {samples}{beside}"
+    compared = f", against {count(num_real or None)} of {reference.get('name')}" if features else ""
+    rows["images"] = f"{count(num_images)} of {samples}{compared}"
     rows["protocol"] = protocol
     return [f"{label:20}{text}" for label, text in rows.items()]

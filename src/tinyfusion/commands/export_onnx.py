@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from tinyfusion.config.recipe import SampleSection
@@ -64,11 +65,8 @@ def graph_folder(
     plain: identifies the same command. num_bytes: of the weights in the graphs. prepared: does what takes long, and returns what
     writes. Raises UserError on a folder of others and where there is no room.
     """
-
-    def check() -> bool:
-        return folder_output(options.out, RECORD, "export", plain, options.overwrite, "export --to onnx")
-
-    todo = check()
+    to_do = partial(folder_output, options.out, RECORD, "export", plain, options.overwrite, "export --to onnx")
+    todo = to_do()
     check_space(options.out, _ROOM * num_bytes)
     outcome = {"to": "onnx", "model": plain["model"], "graphs": graphs, "quantize": plain["quantize"]}
     if options.dry_run:
@@ -77,7 +75,7 @@ def graph_folder(
         say_finished(options.out)
         return outcome
     write, record = prepared(), stamp("export", plain, "done", **outcome)
-    check()  # again: what has come to be there meanwhile is not replaced
+    to_do()  # again: what has come to be there meanwhile is not replaced
     measured = write(record)
     largest, taken = measured["largest_difference"], measured.get("inputs", {})
     shapes = "; ".join(f"{name} ({', '.join(map(str, each['shape']))})" for name, each in taken.items())

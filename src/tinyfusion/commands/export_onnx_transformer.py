@@ -51,7 +51,7 @@ def export_onnx_transformer(
         model = open_transformer_model(source, folder, FlowSection(), options.blocks)
         module: Any = model.module.float().requires_grad_(False)
         calls = _random(model) if inputs is None else _recorded(folder, inputs)
-        return lambda record: write_onnx_transformer(model, module, options.out, calls, form.quantize, record)
+        return lambda record: write_onnx_transformer(model, module, options.out, calls, form, record)
 
     return graph_folder(options, plain, ["model"], num_bytes, prepared)
 

@@ -1,10 +1,11 @@
-"""`lora`: a LoRA, IP-adapter or ControlNet of an uncut model, for its student."""
+"""`lora`: a LoRA, IP-adapter or ControlNet of an unpruned model, for its student."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,10 +88,7 @@ def renumber_lora(options: LoraOptions) -> dict[str, Any]:
         "file": str(options.file.absolute()), "sha256": sha256_of(options.file), "student": student.hash,
         "trained_on": options.trained_on, "form": options.form,
     }  # fmt: skip
-
-    def to_do() -> bool:
-        return file_output(options.out, "lora", plain, options.overwrite, _record_in)
-
+    to_do = partial(file_output, options.out, "lora", plain, options.overwrite, _record_in)
     todo = to_do()
     tensors = flat_tensors(_flattened(read_tensor_file(options.file)), options.file)
     metadata = read_metadata(options.file) if options.file.suffix == ".safetensors" else {}
@@ -139,10 +137,7 @@ def _fit_controlnet(options: LoraOptions, student: TransformerFolder) -> dict[st
         "file": str(options.file.absolute()), "sha256": hash_stored(new.weights), "student": student.hash,
         "trained_on": options.trained_on,
     }  # fmt: skip
-
-    def to_do() -> bool:
-        return folder_output(out, FOLDER_RECORD, "lora", plain, options.overwrite, "lora of a ControlNet")
-
+    to_do = partial(folder_output, out, FOLDER_RECORD, "lora", plain, options.overwrite, "lora of a ControlNet")
     todo = to_do()
     check_space(out, num_bytes)
     if todo and not options.dry_run:

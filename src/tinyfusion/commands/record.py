@@ -10,6 +10,7 @@ import dataclasses
 import re
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +127,9 @@ def record(options: RecordOptions) -> dict[str, Any]:
 
 def _record_file(job: _Job) -> dict[str, Any]:
     options, plain = job.options, job.plain
-
-    def to_do() -> bool:
-        return file_output(options.out, "record", plain, options.overwrite, recorded_in)
-
-    todo = to_do()
-    if not todo:
+    to_do = partial(file_output, options.out, "record", plain, options.overwrite, recorded_in)
+    if not to_do():
         say_finished(options.out, options.dry_run)
-    if not todo:
         return {**job.outcome, "pipeline": job.kind.__name__, "arguments": job.arguments}
     if options.dry_run:
         return _announced(job, 1, len(job.prompts), len(job.prompts), "a new file")

@@ -71,7 +71,7 @@ class Recover(TrainingVerb[Training]):
             if teacher.family.name != student.family.name:  # two families can have equal tensors, and equal hashes
                 raise UserError(
                     f"the student {source} is of family {student.family.name} and the teacher {recipe.teacher} of "
-                    f"{teacher.family.name}: give the teacher that it was cut from"
+                    f"{teacher.family.name}: give the teacher that it was pruned from"
                 )
         recipe, student = known_inputs(recipe, student, [source, recipe.teacher], remarks, recorded is None)
         recipe = _as_taught(recipe, student, teacher, recorded is not None, remarks)

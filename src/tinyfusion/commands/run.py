@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,20 @@ from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import num_parameters
 from tinyfusion.commands.distill_steps import distill_steps
 from tinyfusion.commands.dynamic import dynamic
-from tinyfusion.commands.evaluate import check_count, evaluate
+from tinyfusion.commands.evaluate import check_count
 from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
 from tinyfusion.commands.run_transformer import run_transformer
 from tinyfusion.commands.sample import sample
 from tinyfusion.commands.stages import (
-    COMPARED,
-    PAGE,
     announce_run,
     drawn_models,
     end_again,
-    fastest,
     few_steps_said,
     further_models,
+    run_outcome,
     say_unchecked,
+    score_models,
     scores_file,
     stages_of,
     trained_models,
@@ -44,8 +42,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.progress import say
 from tinyfusion.core.records import section_of
-from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
-from tinyfusion.data.digits import REAL_SETS
+from tinyfusion.core.rundir import RunDirectory, check_space, write_json
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.timing import interleaved, speedup
 from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, open_teacher
@@ -72,8 +69,7 @@ from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.context import list_groups
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.layout import gate_layout
-from tinyfusion.report.load import FURTHER, plan_file
-from tinyfusion.report.tables import distance_name
+from tinyfusion.report.load import FURTHER
 from tinyfusion.training.engine import Engine
 
 _FURTHER = {"dynamic": dynamic, "distill-steps": distill_steps}  # optional stages, by the verb that each is
@@ -109,7 +105,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
     if mode == "finished":
         end_again(folder, options.dry_run)
-        return _outcome(options.out)
+        return run_outcome(options.out)
     missing = _check(recipe, options, teacher, engine) if mode == "new" else None
     say(remarks)
     if options.dry_run:
@@ -117,7 +113,7 @@ def run(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
         return planned | say_unchecked("images and references of the evaluation", missing)
     with whole_run(folder, recipe, options, plain, teacher_seen_images=teacher.facts.seen_images):
         _perform(recipe, options, folder, teacher)
-    return _outcome(options.out) if folder.writes else {}
+    return run_outcome(options.out) if folder.writes else {}
 
 
 def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher: LoadedModel) -> None:
@@ -137,7 +133,7 @@ def _perform(recipe: Recipe, options: RunOptions, folder: RunDirectory, teacher:
     if not folder.writes:
         return
     stage("sample", lambda: _sample(recipe, options, models))
-    stage("evaluate", lambda: _evaluate(recipe, out, list(models)))
+    stage("evaluate", lambda: score_models(recipe, out, list(models), list(models)[-1]))
     timed = {name: open_model(source) for name, source in models.items() if name in ("student", *FURTHER.values())}
     stage("speed", lambda: _speed(recipe, out, {"teacher": teacher, **timed}))
 
@@ -262,19 +258,6 @@ def _sample(recipe: Recipe, options: RunOptions, models: dict[str, str]) -> None
     write_comparison(options.out / "samples", list(models))
 
 
-def _evaluate(recipe: Recipe, out: Path, models: list[str]) -> None:
-    """Every model, and the other real set, against every reference."""
-    references = recipe.evaluate.references
-    for reference in references:
-        for name in models:
-            options = RunOptions(scores_file(out, name, reference))
-            examples = out / "samples" / "real.npz" if reference == references[0] and name == models[0] else None
-            evaluate(recipe, options, out / "samples" / f"{name}.npz", reference, print_table=False, examples=examples)
-        for real in [r for r in references if r != reference and r in REAL_SETS][:1]:
-            evaluate(recipe, RunOptions(scores_file(out, "real", reference)), Path(real), reference, print_table=False)
-    write_json(out / "evaluation.json", read_json(scores_file(out, models[-1], references[0])))
-
-
 def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
     """Write speed.json: guided denoising steps of all models, interleaved; "speedup" is the student's.
 
@@ -309,20 +292,3 @@ def _speed(recipe: Recipe, out: Path, models: dict[str, LoadedModel]) -> None:
     numbers = {"batch_size": settings.batch_size, "threads": threads, "dtype": "float32"}
     student = {name: rows["student"][name] for name in ("speedup", "speedup_spread")}
     write_json(out / "speed.json", {"protocol": protocol, **numbers, "models": rows, **student})
-
-
-def _outcome(out: Path) -> dict[str, Any]:
-    """Print and return the main numbers of a finished run, for `--json`."""
-    evaluation, speed = read_json(out / "evaluation.json"), read_json(out / "speed.json")
-    blocks, page = read_json(plan_file(out))["kept"], out / PAGE
-    kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
-    first = read_json(out / "run.json")["recipe"]["evaluate"]["references"][0]
-    words = {"student": "recovered", "few-steps": "few steps"}
-    files = {words.get(name, name): scores_file(out, name, first) for name in (*COMPARED, *FURTHER.values())}
-    scores = {word: read_json(file) for word, file in files.items() if file.is_file()}
-    numbers = " -> ".join(f"{score['fid']:.3g}" for score in scores.values())
-    speedup = fastest(speed)
-    name = distance_name(scores.values())
-    print(f"{name} {numbers} ({', '.join(scores)}), {speedup:.2f} times as fast, kept {kept}")
-    print(f"open {page}", file=sys.stderr)
-    return {"report": str(page), "fid": evaluation["fid"], "speedup": speedup, "kept": blocks}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,23 @@ from tinyfusion.commands.prune import prune
 from tinyfusion.commands.recover import recover
 from tinyfusion.commands.sample_prompts import draws_prompts
 from tinyfusion.commands.stages import (
-    COMPARED,
-    PAGE,
     announce_run,
     drawn_models,
     end_again,
-    fastest,
     few_steps_said,
+    run_outcome,
     say_unchecked,
-    scores_file,
+    score_models,
     stages_of,
     trained_models,
     whole_run,
 )
 from tinyfusion.commands.transformer_job import TransformerJob, prompts_of, stand_in, transformer_job
 from tinyfusion.commands.transformer_scores import (
-    ALONE,
     check_evaluation,
     check_number,
     draw_prompts,
     place_of,
-    score_prompts,
     scores_said,
     time_steps,
 )
@@ -44,7 +39,7 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.records import read_record
-from tinyfusion.core.rundir import RunDirectory, check_space, read_json, write_json
+from tinyfusion.core.rundir import RunDirectory, check_space, write_json
 from tinyfusion.data.latents import MANIFEST
 from tinyfusion.data.prompts import TEXTS
 from tinyfusion.data.recorded import read_recorded
@@ -57,8 +52,6 @@ from tinyfusion.jobs.prompt_drawing import pipeline_arguments
 from tinyfusion.jobs.recorded_training import recorded_of
 from tinyfusion.jobs.typed import check_read
 from tinyfusion.jobs.verbs import Inputs, Work
-from tinyfusion.report.load import FURTHER, plan_file
-from tinyfusion.report.tables import distance_name
 from tinyfusion.training.engine import Engine
 
 
@@ -80,7 +73,7 @@ def run_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFol
     mode = engine.first(lambda: folder.check("run", plain, options.overwrite))
     if mode == "finished":
         end_again(folder, options.dry_run)
-        return _outcome(options.out)
+        return run_outcome(options.out)
     missing = _check(job, engine) if mode == "new" or options.dry_run else None
     if options.dry_run:
         planned = _announce(job, engine, mode)
@@ -88,7 +81,7 @@ def run_transformer(recipe: Recipe, options: RunOptions, teacher: TransformerFol
     about = job_record(job.trained, options, teacher=recipe.teacher, inputs=options.inputs)
     with whole_run(folder, recipe, options, plain, job=about):
         _perform(job, folder, engine)
-    return _outcome(options.out) if folder.writes else {}
+    return run_outcome(options.out) if folder.writes else {}
 
 
 def _perform(job: TransformerJob, folder: RunDirectory, engine: Engine) -> None:
@@ -122,7 +115,7 @@ def _perform(job: TransformerJob, folder: RunDirectory, engine: Engine) -> None:
     if not folder.writes:
         return
     stage("sample", lambda: draw_prompts(job, models))
-    stage("evaluate", lambda: score_prompts(job))
+    stage("evaluate", lambda: score_models(job.scored, out, drawn_models(job.scored), "student", with_pairs=True))
     stage("speed", lambda: time_steps(job, models))
 
 
@@ -208,28 +201,3 @@ def _announce(job: TransformerJob, engine: Engine, mode: str) -> dict[str, Any]:
         "evaluate": scores_said(job.scored),
     }
     return announce_run(recipe, plan, mode, estimates, engine.is_main)
-
-
-# --------------------------------------------------------------------------------------------------------------- stages
-
-
-def _outcome(out: Path) -> dict[str, Any]:
-    """Print and return the main numbers of a finished run, for `--json`."""
-    record, evaluation = read_json(out / "run.json")["recipe"], read_json(out / "evaluation.json")
-    speed = fastest(read_json(out / "speed.json")) if (out / "speed.json").is_file() else None
-    blocks, page = read_json(plan_file(out))["kept"], out / PAGE
-    kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
-    first = next(iter(record["evaluate"]["references"]), None)
-    files = {name: scores_file(out, name, first or ALONE) for name in (*COMPARED, *FURTHER.values())}
-    scores = {name: read_json(file) for name, file in files.items() if file.is_file()}
-    said = []
-    for key, title in (("fid", distance_name(scores.values())), ("clip_score", "CLIP score")):
-        if named := {name: score[key] for name, score in scores.items() if score.get(key) is not None}:
-            said.append(f"{title} {' -> '.join(f'{value:.3g}' for value in named.values())} ({', '.join(named)})")
-    psnr_db = (evaluation.get("against") or {}).get("psnr_db")
-    said += [f"{psnr_db:.3g} dB from the teacher"] if psnr_db is not None else []
-    said += [f"{speed:.2f} times as fast"] if speed is not None else []
-    numbers = {name: evaluation.get(name) for name in ("fid", "clip_score")}
-    print(f"{', '.join(said)}, kept {kept}")
-    print(f"open {page}", file=sys.stderr)
-    return {"report": str(page), **numbers, "psnr_db": psnr_db, "speedup": speed, "kept": blocks}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import stamp
-from tinyfusion.jobs.assemble import RunOptions, device_for, engine_for, plain_recipe
+from tinyfusion.jobs.assemble import RunOptions, drawing_engine, plain_recipe
 from tinyfusion.jobs.drawn_output import DrawnOutput
 from tinyfusion.jobs.estimate import announce, described, sampling_estimate
 from tinyfusion.jobs.latent_facts import open_stated
@@ -32,7 +31,6 @@ from tinyfusion.jobs.sampling_setup import (
     protocol,
 )
 from tinyfusion.jobs.typed import check_read
-from tinyfusion.training.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,7 @@ def sample(
             raise UserError("--quantize is not for pipelines of diffusers: leave it away")
         return sample_prompts(recipe, options, model_source, pictures, together)
     check_no_pipeline(recipe, model_source)
-    # the arithmetic of a single process: no TF32
-    alone = dataclasses.replace(recipe.compute, tf32=False, compile=False, gradient_accumulation_steps=1)
-    engine = engine_for(dataclasses.replace(recipe, compute=alone)) if together else Engine(device_for(recipe))
+    engine = drawing_engine(recipe, together)
     model = open_stated(recipe, model_source, options.num_heads, options.family, options.num_classes)
     check_read("sample", recipe, model)
     check_sampling(recipe.sample, model)
@@ -109,8 +105,7 @@ def sample(
         return _Drawn(open_drawing(recipe, model, engine.device, autoencoder))
 
     def record(report: Mapping[str, Any]) -> dict[str, Any]:
-        paths = {name: str(pictures[name]) if name in pictures else None for name in ("grid", "png")}
-        return stamp("sample", plain, "done", **outcome, **report, model=model.hash(), **paths)
+        return stamp("sample", plain, "done", **outcome, **report, model=model.hash())
 
     report = output.draw(todo, num, engine, f"sample {model_source}", opened, record)
     return {**outcome, **report} if engine.is_main else {}

@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 
 from tinyfusion.config.recipe import Recipe
-from tinyfusion.core.device import choose_device
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.files import sha256_of
 from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import stamp
 from tinyfusion.data.captions import read_prompts
-from tinyfusion.jobs.assemble import RunOptions, engine_for, plain_recipe
+from tinyfusion.jobs.assemble import RunOptions, drawing_engine, plain_recipe
 from tinyfusion.jobs.drawn_output import DrawnOutput
 from tinyfusion.jobs.pipelines import pipeline_of, stored_type, transformer_class_in
 from tinyfusion.jobs.prompt_drawing import PromptDrawing, pipeline_arguments, pipeline_protocol
-from tinyfusion.training.engine import Engine
 
 ENCODED = ".safetensors"  # files of prompts of another kind: encoded, for model families that take texts
 
@@ -38,10 +36,7 @@ def sample_prompts(
     Returns the outcome for `--json`. Raises UserError on a model without a pipeline, and on settings that the pipeline lacks.
     """
     settings = recipe.pipeline
-    alone = dataclasses.replace(recipe.compute, tf32=False, compile=False, gradient_accumulation_steps=1)
-    engine = (
-        engine_for(dataclasses.replace(recipe, compute=alone)) if together else Engine(choose_device(recipe.device))
-    )
+    engine = drawing_engine(recipe, together)
     prompts, digest = read_prompts(Path(recipe.data.prompts)), sha256_of(Path(recipe.data.prompts))
     model = pipeline_of(source, options.blocks, settings.folder, settings.component)
     arguments, few = pipeline_arguments(model, settings), model.few_steps
@@ -80,9 +75,8 @@ def sample_prompts(
         return PromptDrawing(pipeline, prompts, arguments, recipe.seed, settings.batch_size, levels)
 
     def record(report: Mapping[str, Any]) -> dict[str, Any]:
-        paths = {name: str(pictures[name]) if name in pictures else None for name in ("grid", "png")}
         about = {"model": model.model_hash, "pipeline": model.kind.__name__, "prompts": prompts}
-        return stamp("sample", plain, "done", **outcome, **report, **about, **paths)
+        return stamp("sample", plain, "done", **outcome, **report, **about)
 
     output.draw(todo, of_a_shard, engine, f"sample {source}", opened, record)
     return outcome if engine.is_main else {}

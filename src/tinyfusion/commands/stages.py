@@ -14,22 +14,26 @@ from typing import Any
 
 import numpy as np
 
+from tinyfusion.commands.evaluate import evaluate
 from tinyfusion.commands.report import render_run
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.fetching import WouldFetch
 from tinyfusion.core.files import file_label
 from tinyfusion.core.records import section_of
-from tinyfusion.core.rundir import RunDirectory, write_text
+from tinyfusion.core.rundir import RunDirectory, read_json, write_json, write_text
 from tinyfusion.core.signals import check_stop
+from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.images import read_shown_npz, write_grid_png
 from tinyfusion.jobs.assemble import RunOptions, training_plan
 from tinyfusion.jobs.estimate import Estimate, announce
 from tinyfusion.jobs.training import with_method_of_search
 from tinyfusion.jobs.verbs import finished
-from tinyfusion.report.load import FURTHER
+from tinyfusion.report.load import FURTHER, plan_file
+from tinyfusion.report.tables import distance_name
 
 PAGE = "report.html"  # of a run
 COMPARED = ("teacher", "pruned", "student")
+ALONE = "prompts"  # in the place of a reference, in the names of files of scores without one
 
 
 def trainings_of(recipe: Recipe) -> Recipe:
@@ -134,6 +138,53 @@ def stages_of(folder: RunDirectory) -> Callable[[str, Callable[[], Any]], None]:
 def scores_file(out: Path, model: str, reference: str) -> Path:
     """The file of the scores of a model against a reference (a name or a path)."""
     return out / "evaluations" / f"{model}-{file_label(reference)}.json"
+
+
+def score_models(recipe: Recipe, out: Path, models: Sequence[str], main: str, with_pairs: bool = False) -> None:
+    """Score the samples of every model against every reference, and the other real set; those of `main` are evaluation.json too.
+
+    with_pairs: those of the same sampler also to the teacher's images of equal seeds. CLIP scores and pairs depend on no reference,
+    and stand with the first.
+    """
+    references: Sequence[str | None] = recipe.evaluate.references or (None,)
+    plain = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, clip=None))
+    for number, reference in enumerate(references):
+        own = plain if number else recipe
+        for name in models:
+            paired = with_pairs and name in ("pruned", "student") and not number
+            against = out / "samples" / "teacher.npz" if paired else None
+            if reference is None and against is None and own.evaluate.clip is None:
+                continue  # no score is the teacher's alone
+            where, first = RunOptions(scores_file(out, name, reference or ALONE)), (number, name) == (0, models[0])
+            examples = out / "samples" / "real.npz" if reference is not None and first else None
+            evaluate(own, where, out / "samples" / f"{name}.npz", reference, against, False, examples)
+        for real in [r for r in references if reference and r and r != reference and r in REAL_SETS][:1]:
+            evaluate(
+                plain, RunOptions(scores_file(out, "real", str(reference))), Path(real), reference, print_table=False
+            )
+    write_json(out / "evaluation.json", read_json(scores_file(out, main, references[0] or ALONE)))
+
+
+def run_outcome(out: Path) -> dict[str, Any]:
+    """Print and return the main numbers of a finished run, for `--json`."""
+    recipe, evaluation = read_json(out / "run.json")["recipe"], read_json(out / "evaluation.json")
+    speedup = fastest(read_json(out / "speed.json")) if (out / "speed.json").is_file() else None
+    blocks, page, of_diffusers = read_json(plan_file(out))["kept"], out / PAGE, "class" in recipe
+    first = next(iter(recipe["evaluate"]["references"]), ALONE)
+    words = {} if of_diffusers else {"student": "recovered", "few-steps": "few steps"}
+    files = {words.get(name, name): scores_file(out, name, first) for name in (*COMPARED, *FURTHER.values())}
+    scores = {word: read_json(file) for word, file in files.items() if file.is_file()}
+    psnr_db, said = (evaluation.get("against") or {}).get("psnr_db"), []
+    for key, title in (("fid", distance_name(scores.values())), ("clip_score", "CLIP score")):
+        if named := {name: score[key] for name, score in scores.items() if score.get(key) is not None}:
+            said.append(f"{title} {' -> '.join(f'{value:.3g}' for value in named.values())} ({', '.join(named)})")
+    said += [f"{psnr_db:.3g} dB from the teacher"] if psnr_db is not None else []
+    said += [f"{speedup:.2f} times as fast"] if speedup is not None else []
+    kept = "; ".join(" ".join(map(str, listed)) for listed in blocks.values())
+    print(f"{', '.join(said)}, kept {kept}")
+    print(f"open {page}", file=sys.stderr)
+    of_prompts = {"clip_score": evaluation.get("clip_score"), "psnr_db": psnr_db} if of_diffusers else {}
+    return {"report": str(page), "fid": evaluation.get("fid"), **of_prompts, "speedup": speedup, "kept": blocks}
 
 
 def write_comparison(samples: Path, models: Sequence[str], columns: int = 20) -> None:

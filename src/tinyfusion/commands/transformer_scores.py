@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from tinyfusion.commands.bench import BenchModels
 from tinyfusion.commands.bench_prompts import bench_prompts
-from tinyfusion.commands.evaluate import check_count, evaluate
+from tinyfusion.commands.evaluate import check_count
 from tinyfusion.commands.sample_prompts import sample_prompts
-from tinyfusion.commands.stages import drawn_models, scores_file, write_comparison
+from tinyfusion.commands.stages import write_comparison
 from tinyfusion.commands.transformer_job import TransformerJob
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
-from tinyfusion.core.rundir import read_json, write_json
-from tinyfusion.data.digits import REAL_SETS
+from tinyfusion.core.rundir import write_json
 from tinyfusion.evaluate.clip import open_clip
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.features import FEATURE_CHOICES
@@ -29,7 +26,6 @@ from tinyfusion.jobs.scoring import open_reference
 from tinyfusion.jobs.text_encoding import takes_video
 from tinyfusion.report.load import FURTHER
 
-ALONE = "prompts"  # in the place of a reference, in the names of files of scores without one
 _COLUMNS = 8  # of the picture that compares models
 
 
@@ -78,35 +74,6 @@ def draw_prompts(job: TransformerJob, models: dict[str, str]) -> None:
         where = RunOptions(samples / f"{name}.npz", blocks=job.options.blocks)
         sample_prompts(job.drawn, where, source, {"grid": samples / f"{name}.png"}, together=False)
     write_comparison(samples, list(models), _COLUMNS)
-
-
-def score_prompts(job: TransformerJob) -> None:
-    """Every model against every reference, by its prompts, and to the teacher on equal seeds; and the other real set."""
-    recipe, out = job.scored, job.options.out
-    references: Sequence[str | None] = recipe.evaluate.references or (None,)
-    teacher = out / "samples" / "teacher.npz"
-    for number, reference in enumerate(references):
-        settings = recipe.evaluate if number == 0 else dataclasses.replace(recipe.evaluate, clip=None)
-        own = dataclasses.replace(recipe, evaluate=settings)
-        for name in drawn_models(recipe):
-            paired = name in ("pruned", "student") and number == 0  # few steps are another sampler
-            against = teacher if paired else None
-            if reference is None and against is None and settings.clip is None:
-                continue  # no score is the teacher's alone
-            where = RunOptions(scores_file(out, name, reference or ALONE))
-            examples = (
-                out / "samples" / "real.npz" if reference is not None and (number, name) == (0, "teacher") else None
-            )
-            evaluate(
-                own, where, out / "samples" / f"{name}.npz", reference, against, print_table=False, examples=examples
-            )
-        if reference is not None:
-            plain = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, clip=None))
-            for real in [r for r in references if r and r != reference and r in REAL_SETS][:1]:
-                evaluate(
-                    plain, RunOptions(scores_file(out, "real", reference)), Path(real), reference, print_table=False
-                )
-    write_json(out / "evaluation.json", read_json(scores_file(out, "student", references[0] or ALONE)))
 
 
 def time_steps(job: TransformerJob, models: dict[str, str]) -> None:

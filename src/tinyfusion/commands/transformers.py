@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,7 @@ def export_transformer(
     out = options.out
     origin = _origin(source, model, options.blocks) if pipeline else None
     plain = {"to": to, "pipeline": pipeline, "model": model.hash}
-
-    def to_do() -> bool:
-        return folder_output(out, _RECORD, "export", plain, options.overwrite, f"export --to {to}")
-
+    to_do = partial(folder_output, out, _RECORD, "export", plain, options.overwrite, f"export --to {to}")
     todo = to_do()
     check_space(out, model.num_bytes)
     outcome = {"to": to, "model": model.hash, "bytes": model.num_bytes}
@@ -139,10 +137,7 @@ def _export_single_file(options: RunOptions, pipeline: bool, model: TransformerF
     weights, names = single_file_weights(model), single_file_of(model)
     outcome = {"to": "single-file", "model": model.hash, "bytes": model.num_bytes, "warning": names.warning or None}
     plain = {"to": "single-file", "model": model.hash}
-
-    def to_do() -> bool:
-        return recorded_output(out, "export", plain, options.overwrite)
-
+    to_do = partial(recorded_output, out, "export", plain, options.overwrite)
     todo = to_do()
     check_space(out, model.num_bytes)
     notes = [f"diffusers opens it by {model.class_name}.from_single_file({out.name!r}, config={str(model.path)!r})"]

@@ -362,7 +362,3 @@ class DistillStepsSection:
             label_drop=0.0,
         )
     )
-
-    def levels(self, first: float) -> tuple[float, ...]:
-        """Noise levels of the steps, falling evenly from `first`."""
-        return tuple(round(first * (self.num_steps - step) / self.num_steps, 6) for step in range(self.num_steps))

@@ -15,7 +15,6 @@ from typing import Any
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 
-TEXTS_ALONE = ("name", "description", "minutes", "machine", "expected")  # of a recipe, for people
 EVEN = ("euler", "midpoint", "heun2", "heun3", "rk4")  # methods of ode that choose no step sizes
 DATA_FREE = ("first", "last", "uniform", "random", "bk-sdm", "indices")  # criteria that look at no images
 
@@ -226,6 +225,7 @@ ROWS = (
     Row("sample.guidance_channels", "recover.guidance", lambda a: a.recipe.recover.guidance is not None or a.draws_previews, "recover"),
     Row("recover.beta", "rep-kd and masked-kd, which compare features", lambda a: a.method in ("rep-kd", "masked-kd")),
     Row("recover.mask recover.mask_sigmas", "method masked-kd", lambda a: a.method == "masked-kd"),
+    Row("recover.mask", "recover.mask_sigmas", lambda a: a.recipe.recover.mask_sigmas is not None),
     Row("recover.lora_rank recover.lora_alpha", "recover.update=lora", lambda a: a.recipe.recover.update == "lora"),
     # routers, few steps
     Row("dynamic.*", "a run that trains routers (dynamic.in_run=true)", lambda a: a.recipe.dynamic.in_run, "run"),
@@ -316,6 +316,11 @@ def _unread(name: str, asked: Asked, of_model: bool) -> str | None:
     verbs = [verbs for patterns, verbs in VERBS_OF.items() if not of_model and _matches(name, patterns)]
     if other := next((verbs for verbs in verbs if asked.verb not in verbs.split()), None):
         return f"is not read by `{asked.verb}`, but by {', '.join(other.split())}"
+    return other_reader(name, asked, of_model)
+
+
+def other_reader(name: str, asked: Asked, of_model: bool = False) -> str | None:
+    """What reads a field in place of this command by `ROWS`, as "is for ..."; None where the command reads it."""
     for row in ROWS:
         applies = row.of_model == of_model and _matches(name, row.fields)
         if applies and asked.verb in (row.verbs or asked.verb).split() and not row.read(asked):

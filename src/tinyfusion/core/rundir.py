@@ -303,7 +303,7 @@ class RunDirectory:
                 remember(file)
 
     def _explain_absence(self, error: BaseException) -> None:
-        """Raise UserError in place of an error that the absence of the folder caused: whatever was being written, that is what to mend."""
+        """Raise UserError in place of an error that the absence of the folder caused, as the missing folder is what to fix."""
         if isinstance(error, OSError | UserError):
             try:
                 self._check_there()

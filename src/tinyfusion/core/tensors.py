@@ -198,26 +198,29 @@ def read_folder_weights(folder: Path, stem: str) -> tuple[dict[str, Tensor], str
     raise UserError(f"{folder} holds no weights: wanted {stem}.safetensors or .bin, whole or with an index{there}")
 
 
-def read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
-    """The tensors of all files that an index names (`{"weight_map": {tensor: file}}`), each read with `read`.
-
-    Raises UserError if a file is missing or differs from the index.
-    """
+def shards_of_index(index: Path) -> dict[Path, set[str]]:
+    """The tensors of every file that an index names (`{"weight_map": {tensor: file}}`). Raises UserError if a file is missing."""
     files = read_json_object(index).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{index} is damaged: wanted a weight_map of tensors to files")
     if odd := next((name for name in files.values() if Path(name).name != name or "\0" in name), None):
-        raise UserError(f"{index} names {odd!r}, which is no file in its folder")
+        raise UserError(f"{index} names {odd!r}, which is no file of its folder")
+    shards = {
+        index.parent / name: {key for key, own in files.items() if own == name} for name in sorted({*files.values()})
+    }
+    for file in shards:
+        check_plain(file)
+        if not file.is_file():
+            raise UserError(f"{file} does not exist, and {index.name} names it: the folder is incomplete")
+    return shards
+
+
+def read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
+    """The tensors of all files that an index names, each read with `read`. Raises UserError if a file is missing or holds others."""
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(files.values())):
-        check_plain(index.parent / name)
-        if not (index.parent / name).is_file():
-            raise UserError(
-                f"{index.parent / name} does not exist, and {index.name} names it: the folder is incomplete"
-            )
-        shard = flat_tensors(read(index.parent / name), index.parent / name)
-        wrong = sorted({key for key, file in files.items() if file == name} ^ set(shard))
-        if wrong:
-            raise UserError(f"{index.parent / name} and {index.name} disagree about {wrong[0]}")
+    for file, names in shards_of_index(index).items():
+        shard = flat_tensors(read(file), file)
+        if wrong := sorted(names ^ set(shard)):
+            raise UserError(f"{file} and {index.name} disagree about {wrong[0]}")
         tensors |= shard
     return tensors

@@ -26,10 +26,12 @@ from tinyfusion.data.originals import (
     WEBDATASET,
     Contents,
     Originals,
+    TarMember,
     fingerprint_of,
     opened_tar,
     pictures_in,
     read_file,
+    tar_contents,
     tar_files,
     tars_at,
 )
@@ -293,47 +295,36 @@ def _text_column(table: Any, file: Any, column: str | None) -> str:
 
 
 def _of_tars(name: str, path: Path, column: str | None) -> Captioned:
-    members: list[tuple[Path, str, int, int]] = []
+    members: list[TarMember] = []
     captions: list[str] = []
     missing: list[str] = []
     for tar in tars_at(path):
-        places, texts = _in_tar(tar, column)
-        for key, (offset, size) in places.items():
-            members.append((tar, key, offset, size))
-            if key in texts:
-                captions.append(texts[key])
-            else:
-                missing.append(f"{tar.name}/{key}")
+        pictures, texts = _in_tar(tar, column)
+        members += pictures
+        captions += [texts[each.key] for each in pictures if each.key in texts]
+        missing += [str(each) for each in pictures if each.key not in texts]
     if not members:
         raise UserError(f"{path} holds no pictures: wanted NAME.jpg with NAME.txt or NAME.json")
     if missing:
         raise _missing(name, missing, len(members), "NAME.txt, or NAME.json with a text, in the tar")
-
-    def contents(first: int, num: int) -> Iterator[tuple[str, bytes]]:
-        for tar, key, offset, size in members[first : first + num]:
-            content = read_file(tar, offset, size)
-            if len(content) != size:
-                raise UserError(f"{tar}, {key} was truncated since it was opened")
-            yield f"{tar}, {key}", content
-
-    return _table(name, captions, contents, (f"{tar.name}/{key}" for tar, key, _, _ in members))
+    return _table(name, captions, tar_contents(members), map(str, members))
 
 
-def _in_tar(tar: Path, column: str | None) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """Offset and number of bytes of the pictures of a tar, in its order, and captions, both by stem."""
-    places: dict[str, tuple[int, int]] = {}
+def _in_tar(tar: Path, column: str | None) -> tuple[list[TarMember], dict[str, str]]:
+    """The pictures of a tar, in its order, and captions by stem."""
+    pictures: list[TarMember] = []
     texts: dict[str, str] = {}
     with opened_tar(tar) as archive:
         for key, suffix, info in tar_files(tar, archive, "caption"):
             where = f"{tar}, {info.name}"
             if suffix in SUFFIXES:
-                places[key] = info.offset_data, info.size
+                pictures.append(TarMember(tar, key, info.offset_data, info.size))
             elif suffix in (".txt", ".json") and (key not in texts or suffix == ".txt"):
                 if info.size > 4 * _MOST_CHARACTERS:
                     raise UserError(f"{where}: wanted a caption of at most {_MOST_CHARACTERS:,} characters")
                 content = archive.extractfile(info).read()  # type: ignore[union-attr]
                 texts[key] = _tar_caption(content, suffix, column, where)
-    return places, texts
+    return pictures, texts
 
 
 def _tar_caption(content: bytes, suffix: str, column: str | None, where: str) -> str:

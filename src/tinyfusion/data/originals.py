@@ -260,7 +260,7 @@ def _parquet(name: str) -> Originals:
 
 
 @dataclass(frozen=True)
-class _Member:
+class TarMember:
     """A picture inside a tar: offset and number of its bytes."""
 
     tar: Path
@@ -268,38 +268,39 @@ class _Member:
     offset: int
     size: int
 
+    def __str__(self) -> str:
+        return f"{self.tar.name}/{self.key}"
+
 
 def _tars(name: str, path: Path) -> Originals:
     labelled = [member for tar in tars_at(path) for member in _members(tar)]
     if not labelled:
         raise UserError(f"{path} holds no pictures: wanted NAME.jpg with NAME.cls")
     members, known = [member for member, _ in labelled], np.array([label for _, label in labelled], np.int64)
+    return Originals(name, known, tar_contents(members), fingerprint_of(map(str, members), known))
+
+
+def tar_contents(members: Sequence[TarMember]) -> Contents:
+    """Contents of pictures in tars, in order."""
 
     def contents(first: int, num: int) -> Iterator[tuple[str, bytes]]:
         for member in members[first : first + num]:
-            where = f"{member.tar}, {member.key}"
-            try:
-                with open(member.tar, "rb") as file:
-                    file.seek(member.offset)
-                    content = file.read(member.size)
-            except OSError as error:
-                raise UserError(f"cannot read {where}: {error.strerror}") from error
+            where, content = f"{member.tar}, {member.key}", read_file(member.tar, member.offset, member.size)
             if len(content) != member.size:
                 raise UserError(f"{where} was truncated since it was opened")
             yield where, content
 
-    names = (f"{member.tar.name}/{member.key}" for member in members)
-    return Originals(name, known, contents, fingerprint_of(names, known))
+    return contents
 
 
-def _members(tar: Path) -> Iterator[tuple[_Member, int]]:
+def _members(tar: Path) -> Iterator[tuple[TarMember, int]]:
     """Pictures and labels of one tar, in its order; the files of a picture have the same stem."""
-    pictures: dict[str, _Member] = {}
+    pictures: dict[str, TarMember] = {}
     labels: dict[str, int] = {}
     with opened_tar(tar) as archive:
         for key, suffix, info in tar_files(tar, archive, "label"):
             if suffix in SUFFIXES:
-                pictures[key] = _Member(tar, key, info.offset_data, info.size)
+                pictures[key] = TarMember(tar, key, info.offset_data, info.size)
             elif suffix == ".cls":
                 text = archive.extractfile(info).read(32).strip()  # type: ignore[union-attr]
                 value = int(text) if text.isdigit() else text.decode("utf-8", "replace")

@@ -62,8 +62,8 @@ class Lazy(Sequence[T], Generic[T]):
 class RecordedInputs:
     """Calls of one model. class_name, hash: of the model. dtype: type of its weights then. prompts: how many were drawn.
 
-    outputs: the tensors that every call returned; None in files of earlier versions. shards: of a folder, opened when a call of
-    theirs is asked for.
+    outputs: the tensors that every call returned; None in files of earlier versions. shards: of a folder, opened when a call in
+    them is read.
     """
 
     calls: Sequence[Call]

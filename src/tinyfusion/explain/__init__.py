@@ -1,1 +1,1 @@
-"""What each block of a model does: loss without it, its updates, its outputs beside those of a teacher."""
+"""What each block of a model does: loss without it, its updates, its outputs compared with those of a teacher."""

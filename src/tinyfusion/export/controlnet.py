@@ -1,4 +1,4 @@
-"""ControlNets of an uncut model for its student: every block that stays gets the residual that it got before, or none is written.
+"""ControlNets of an unpruned model for its student: every block that stays gets the residual that it got before, or none is written.
 
 A ControlNet has fewer blocks than its model. diffusers spreads their residuals over the model by position, so a shorter model
 gets others at most places without an error. Residuals behind removed blocks go with these blocks.
@@ -24,7 +24,7 @@ class FittedControlNet:
     """A ControlNet for a student.
 
     config and weights: of the new folder. residuals: per list of the student, the number of the residual behind each block, None
-    where there is none. residuals_before: how many blocks of the uncut model got one, per list.
+    where there is none. residuals_before: how many blocks of the unpruned model got one, per list.
     """
 
     config: dict[str, Any]

@@ -1,6 +1,6 @@
-"""LoRAs and IP-adapters of an uncut model, renumbered for a student: keys follow their blocks, those of removed blocks are dropped.
+"""LoRAs and IP-adapters of an unpruned model, renumbered for a student: keys follow their blocks, those of removed blocks are dropped.
 
-diffusers loads a LoRA of the uncut model onto a student without an error: the update of block 9 lands on whichever block is
+diffusers loads a LoRA of the unpruned model onto a student without an error: the update of block 9 lands on whichever block is
 now number 9. Only the index in a key changes, so every form of LoRA is renumbered alike: peft, kohya, the published names
 of FLUX, xlabs, LyCORIS; ranks, alphas and fused projections stay as they are.
 """
@@ -63,7 +63,7 @@ class Remapped:
 
 
 def remap_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], cuts: Sequence[Cut], name: str) -> Remapped:
-    """The LoRA of an uncut model for its student.
+    """The LoRA of an unpruned model for its student.
 
     cuts: from the model that the LoRA was trained for to the student, in the order in which they were made. name: of the
     file, for messages. Raises UserError where a key names a block beyond the model's depth, names a list of blocks in an
@@ -104,7 +104,7 @@ def remap_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], cuts:
 
 
 def _check_form(tensors: Mapping[str, Tensor], cut: Cut, file: str) -> None:
-    """Raise UserError on a file that holds no updates, and on an IP-adapter without one entry per block of the uncut model."""
+    """Raise UserError on a file that holds no updates, and on an IP-adapter without one entry per block of the unpruned model."""
     if not any(_ENDS.search(key) or ADAPTER in key for key in tensors):
         raise UserError(f"{file} is no LoRA and no IP-adapter: none of its {len(tensors)} keys names an update")
     entries = {key.split(".")[1] for key in tensors if key.startswith(f"{ADAPTER}.")}

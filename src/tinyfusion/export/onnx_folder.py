@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,22 +152,13 @@ def write_onnx(
     """
     with atomic_write(out, FILES) as temporary:
         temporary.mkdir()
-        largest, errors = 0.0, [0.0]
+        largest, errors = 0.0, list[float]()
         for name, stage in stages.items():
             path = temporary / f"{name}.onnx"
             save_graph(exported(stage), path)
             largest = max(largest, check_graph(path, stage))
             if form.quantize is not None:
                 errors.append(quantize_file(path, stage, form.quantize))
-        graphs = {name: f"{name}.onnx" for name in stages}
-        about = {
-            "format_version": 1,
-            "made_by": "tinyfusion",
-            "opset": OPSET,
-            "graphs": graphs,
-            **dataclasses.asdict(form),
-        }
-        write_json(temporary / FACTS, {**about, **facts})
         if model.family.texts is not None:
             np.savez(temporary / TEXTS, **_texts(model))  # type: ignore[arg-type]  # numpy fears the name allow_pickle
         script = "images.py" if set(stages) == {"model"} else f"{facts['process']}.py"
@@ -176,10 +167,23 @@ def write_onnx(
         if form.quantize is not None:
             notes = dataclasses.replace(notes, differences=[QUANTIZED.format(form=form.quantize, share=max(errors))])
         write_notes(model, temporary, dataclasses.replace(notes, target="onnx"))
-        num_bytes = sum(file.stat().st_size for file in temporary.glob("*.onnx*"))
-        measured = {"bytes": num_bytes, "largest_difference": largest}
-        measured |= {"quantized_error": max(errors)} if form.quantize is not None else {}
-        write_json(temporary / RECORD, {**record, **measured})
+        return write_records(temporary, form, facts, record, largest, errors)
+
+
+def write_records(
+    folder: Path, form: GraphForm, facts: Mapping[str, Any], record: Mapping[str, Any], largest: float, errors: Sequence[float]
+) -> dict[str, Any]:  # fmt: skip
+    """Write sampler.json, of `facts` and what every one has, and the record of the export with what was measured, which is returned.
+
+    largest: difference of the graphs in `folder` from torch. errors: root mean squares of the differences of quantized ones.
+    """
+    files = sorted(folder.glob("*.onnx"))
+    about = {"format_version": 1, "made_by": "tinyfusion", "opset": OPSET, "graphs": {f.stem: f.name for f in files}}
+    write_json(folder / FACTS, {**about, **dataclasses.asdict(form), **facts})
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.onnx*"))
+    quantized = {"quantized_error": max(errors)} if errors else {}
+    measured = {"bytes": num_bytes, "largest_difference": largest, **quantized}
+    write_json(folder / RECORD, {**record, **measured})
     return measured
 
 
@@ -215,16 +219,16 @@ def save_graph(graph: ModelProto, path: Path) -> None:
     onnx.save_model(graph, path, **external)
 
 
-def open_graph(path: Path, threads: int | None = None) -> Any:
-    """A session of onnxruntime on the CPU. threads: of a product; None: as many as torch uses."""
+def open_graph(path: Path) -> Any:
+    """A session of onnxruntime on the CPU, with as many threads as torch uses."""
     runtime = onnx_module("onnxruntime")
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 @torch.no_grad()
-def differences(path: Path, stage: Stage, seed: int = 1) -> tuple[float, float]:
+def differences(path: Path, stage: Stage) -> tuple[float, float]:
     """(largest, root mean square) difference between graph and torch on random arguments, as shares of torch's largest value
     (at least 1) and of its root mean square. One row and three are tried.
     """
@@ -234,7 +238,7 @@ def differences(path: Path, stage: Stage, seed: int = 1) -> tuple[float, float]:
     stage.network.eval()
     try:
         for num in (1, 3):
-            arguments = stage.example(num, torch.Generator().manual_seed(seed))
+            arguments = stage.example(num, torch.Generator().manual_seed(1))
             results = stage.run(**arguments)
             given = {name: tensor.numpy() for name, tensor in arguments.items()}
             every = session.run(list(stage.outputs), given)

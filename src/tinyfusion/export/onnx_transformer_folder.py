@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinyfusion.core.rundir import atomic_write, write_json
-from tinyfusion.export.card import PICTURE, plan_png
-from tinyfusion.export.folder import RECORD
-from tinyfusion.export.onnx_folder import FACTS, FILES, QUANTIZED, quantize_file
-from tinyfusion.export.onnx_graph import EXAMPLES, OPSET
-from tinyfusion.export.onnx_int8 import Int8Form
+from tinyfusion.core.rundir import atomic_write
+from tinyfusion.export.onnx_folder import FACTS, FILES, QUANTIZED, GraphForm, quantize_file, write_records
+from tinyfusion.export.onnx_graph import EXAMPLES
 from tinyfusion.export.onnx_transformer import Calls, constants_of, write_graph
-from tinyfusion.export.transformer import plan_in, transformer_card
+from tinyfusion.export.transformer import write_card
 from tinyfusion.families.diffusers_classes.call_examples import CallSizes
 from tinyfusion.families.diffusers_classes.call_rows import CALLS
 from tinyfusion.families.stage import Stage
@@ -58,7 +55,7 @@ def process_facts(model: TransformerModel) -> dict[str, Any]:
 
 
 def write_onnx_transformer(
-    model: TransformerModel, module: nn.Module, out: Path, calls: TracedCalls, quantize: Int8Form | None, record: Mapping[str, Any]
+    model: TransformerModel, module: nn.Module, out: Path, calls: TracedCalls, form: GraphForm, record: Mapping[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
     """Write the folder, whole or not at all. module: of the model, in float32.
 
@@ -69,15 +66,9 @@ def write_onnx_transformer(
         temporary.mkdir()
         path = temporary / _GRAPH
         stage, values, largest = write_graph(path, module, calls.make, calls.sizes)
-        error = None if quantize is None else quantize_file(path, stage, quantize)
+        errors = [quantize_file(path, stage, form.quantize)] if form.quantize else []
         plain = calls.make(CallSizes(images=EXAMPLES), torch.Generator())
         facts = {
-            "format_version": 1,
-            "made_by": "tinyfusion",
-            "opset": OPSET,
-            "graphs": {"model": _GRAPH},
-            "guided": False,
-            "quantize": quantize,
             "class": folder.class_name,
             "inputs": {name: value for name, value in values.items() if name not in stage.outputs},
             "outputs": {name: values[name] for name in stage.outputs},
@@ -89,17 +80,9 @@ def write_onnx_transformer(
             "depth": dict(folder.depths),
             "kept": folder.record.get("kept"),
         }
-        write_json(temporary / FACTS, facts)
-        rounded = [] if error is None else [QUANTIZED.format(form=quantize, share=error)]
-        card = transformer_card(folder, out.name, PICTURE, use=_use(facts, rounded))
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        if folder.lineage:
-            plan = plan_in(folder)
-            (temporary / PICTURE).write_bytes(plan_png(plan.kept, plan.depth))
-        num_bytes = sum(file.stat().st_size for file in temporary.glob("*.onnx*"))
-        measured: dict[str, Any] = {"bytes": num_bytes, "largest_difference": largest}
-        measured |= {} if error is None else {"quantized_error": error}
-        write_json(temporary / RECORD, {**record, **measured})
+        rounded = [QUANTIZED.format(form=form.quantize, share=error) for error in errors]
+        write_card(folder, temporary, out.name, use=_use(facts, rounded))
+        measured = write_records(temporary, form, facts, record, largest, errors)
     return measured | {"inputs": facts["inputs"], "outputs": facts["outputs"]}
 
 

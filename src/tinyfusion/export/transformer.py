@@ -21,11 +21,17 @@ def write_transformer(
     folder.mkdir(parents=True)
     write_json(folder / "config.json", model.config_to_write)
     write_weights(model.weights, folder)
-    place = card or folder
-    (place / "README.md").write_text(transformer_card(model, title, PICTURE, pipeline), encoding="utf-8")
+    write_card(model, card or folder, title, pipeline)
+
+
+def write_card(
+    model: TransformerFolder, folder: Path, title: str, pipeline: str | None = None, use: str | None = None
+) -> None:
+    """The card, as of `transformer_card`, and the picture of the plan of a student."""
+    (folder / "README.md").write_text(transformer_card(model, title, pipeline, use), encoding="utf-8")
     if model.lineage:
         plan = plan_in(model)
-        (place / PICTURE).write_bytes(plan_png(plan.kept, plan.depth))
+        (folder / PICTURE).write_bytes(plan_png(plan.kept, plan.depth))
 
 
 def plan_in(model: TransformerFolder) -> PrunePlan:
@@ -33,10 +39,8 @@ def plan_in(model: TransformerFolder) -> PrunePlan:
     return plan_from_json(model.record.get("plan"))
 
 
-def transformer_card(
-    model: TransformerFolder, title: str, picture: str, pipeline: str | None = None, use: str | None = None
-) -> str:
-    """The text of README.md. picture: file of the plan's picture. pipeline: class of the pipeline that the folder is, if it is one.
+def transformer_card(model: TransformerFolder, title: str, pipeline: str | None = None, use: str | None = None) -> str:
+    """The text of README.md. pipeline: class of the pipeline that the folder is, if it is one.
 
     use: how a graph is run; None: the folder is of diffusers.
     """
@@ -51,14 +55,14 @@ def transformer_card(
     sections = [
         "---\n" + "\n".join(head) + "\n---",
         f"# {title}\n\n{what}",
-        _cut(model, picture),
+        _cut(model),
         _drawing(model),
         f"## Use\n\n{use}" if use else _use(model, title, pipeline),
     ]
     notes = [*model.row.notes] if model.lineage else []
     if model.lineage:
         notes.append(
-            "a LoRA made for the uncut model names its blocks by index: without a remap it loads onto other blocks"
+            "a LoRA made for the unpruned model names its blocks by index: without a remap it loads onto other blocks"
         )
     sections += ["## Notes\n\n" + "\n".join(f"- {note}" for note in notes)] if notes else []
     unknown = "under the licence of the parent, which no file names"
@@ -67,7 +71,7 @@ def transformer_card(
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _cut(model: TransformerFolder, picture: str) -> str:
+def _cut(model: TransformerFolder) -> str:
     if not model.lineage:
         return ""
     parent, plan = model.lineage[-1], model.record["plan"]
@@ -75,7 +79,7 @@ def _cut(model: TransformerFolder, picture: str) -> str:
     removed = "; ".join(f"{path} {', '.join(map(str, blocks))}" for path, blocks in gone.items() if blocks) or "none"
     chain = " -> ".join(f"{sum(each['depth'].values())} blocks (`{each['hash'][:12]}`)" for each in model.lineage)
     return (
-        f"## Pruning\n\n![which blocks stay]({picture})\n\nPruned from {model.parent or 'the model'} `{parent['hash'][:12]}` by the "
+        f"## Pruning\n\n![which blocks stay]({PICTURE})\n\nPruned from {model.parent or 'the model'} `{parent['hash'][:12]}` by the "
         f"criterion `{plan['criterion']}`. Removed: {removed}. Lineage: {chain} -> {sum(model.depths.values())} blocks. "
         + (
             "They were trained afterwards."

@@ -82,7 +82,7 @@ class ConsistencyObjective(Objective):
         with torch.no_grad():
             further = noising.mixed(teacher.parts(x, t, condition), noisy.after)
             ended = (noisy.after == noisy.end).view(-1, *[1] * (x.ndim - 1))
-            # the network is not asked at the data, where a time may not be one of its own
+            # the network is not run at the data, where a time may not be one of its own
             at = torch.where(noisy.after == noisy.end, t, noisy.after)
             landed = noising.mixed(teacher.own(model, further, at, condition), noisy.end)
             landed = torch.where(ended, further, landed)

@@ -306,6 +306,12 @@ def engine_for(recipe: Recipe) -> Engine:
     return open_engine(recipe.device, recipe.compute)
 
 
+def drawing_engine(recipe: Recipe, together: bool) -> Engine:
+    """The processes that draw images, with the arithmetic of a single one: no TF32. together: all launched ones; else this alone."""
+    alone = dataclasses.replace(recipe.compute, tf32=False, compile=False, gradient_accumulation_steps=1)
+    return engine_for(dataclasses.replace(recipe, compute=alone)) if together else Engine(device_for(recipe))
+
+
 def own_device(recipe: Recipe) -> torch.device:
     """The recipe's device for this one of several processes that share no step: GPU number LOCAL_RANK of its machine.
 

@@ -130,7 +130,7 @@ def _low(module: nn.Module) -> nn.Module:
 
 
 def way_footprint(model: Counted, kept: Mapping[str, int], way: Way) -> Footprint:
-    """The footprint of training a model, of which the first `kept` blocks per list stay, in a way. (Which ones makes no difference.)"""
+    """The footprint of training a model, of which the first `kept` blocks per list stay, as `way` says. Which ones makes no difference."""
     first: dict[str, int] = {}
     chosen = []
     for index, name in enumerate(model.lists):
@@ -180,21 +180,21 @@ def _stored_bytes(model: Counted, storage: str) -> int:
 
 
 def way_plan(model: Counted, kept: Mapping[str, int], way: Way, images: int = 1) -> MemoryPlan:
-    """The memory plan of a way."""
+    """The memory plan of training a model as `way` says."""
     compute = ComputeSection(gradient_checkpointing=True)
     return memory_plan(way_footprint(model, kept, way), way.settings, compute, images=images)
 
 
-def card_lines(model: Counted, kept: Mapping[str, int], ways: Sequence[Way] = WAYS) -> list[str]:
+def card_lines(model: Counted, kept: Mapping[str, int]) -> list[str]:
     """A table for people: memory for one image at once, and how many fit on each card."""
-    wide = max(len(way.title) for way in ways)
+    wide = max(len(way.title) for way in WAYS)
     numbers = model.numbers / 1e9
     stay = ", ".join(f"{kept[name]} of {model.lists.count(name)} {name}" for name in dict.fromkeys(model.lists))
     lines = [
         f"{numbers:.1f} B parameters, kept {stay}; bfloat16, gradient checkpointing, {100 * FREE_SHARE:.0f} % of a card left free:",
         f"  {'':{wide}}{'one image':>12}" + "".join(f"{f'{gib} GiB':>14}" for gib in CARDS_GIB),
     ]
-    for way in ways:
+    for way in WAYS:
         plan_of = partial(way_plan, model, kept, way)
         cells = [f"{n:,}" if n else "does not fit" for n in (fits(plan_of, gib) for gib in CARDS_GIB)]
         lines.append(

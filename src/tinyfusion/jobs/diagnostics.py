@@ -221,7 +221,7 @@ def fid_steps(recipe: Recipe, out: Path, student: LoadedModel, evaluation: Calla
 
 @torch.no_grad()
 def _load_average(model: LoadedModel, checkpoint: Path) -> None:
-    """Load the averaged weights of a checkpoint into `model`, also of a training of the whole model that it was cut from.
+    """Load the averaged weights of a checkpoint into `model`, also of a training of the whole model that it was pruned from.
 
     Raises UserError where they are missing.
     """

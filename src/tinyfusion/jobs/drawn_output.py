@@ -100,7 +100,8 @@ class DrawnOutput:
                 # again: an output of another job that appeared meanwhile is not replaced
                 recorded_output(self.out, "sample", self.plain, self.overwrite)
                 self._check_pictures(shards.image_shape()[-1])
-                write_samples(self.out, shards.source(), self.labels, record(report))
+                paths = {name: str(self.pictures[name]) if name in self.pictures else None for name in ("grid", "png")}
+                write_samples(self.out, shards.source(), self.labels, {**record(report), **paths})
                 shards.remove()
             else:
                 clear_shards(shards, self.plain)

@@ -2,8 +2,8 @@
 
 Weights, gradients, moments and averages follow from shapes, activations from what `jobs/footprint.py` measured. The memory plan
 is arithmetic on these, so that other batch sizes, types and numbers of processes are known without running. Minutes come from a
-measured piece of the work. Not counted: the program and its libraries, workspaces of kernels, what an allocator keeps for
-later, start-up, evaluation and the page.
+measured piece of the work. Not counted: the program and its libraries, workspaces of kernels, what an allocator caches, start-up,
+evaluation and the page.
 """
 
 from __future__ import annotations

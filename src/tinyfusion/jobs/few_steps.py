@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from torch import nn
 
 from tinyfusion.blocks.stack import frozen
 from tinyfusion.config.recipe import Recipe
@@ -21,7 +20,7 @@ from tinyfusion.jobs.transformer_few_steps import check_transformer_steps, guida
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import Objective
-from tinyfusion.processes.noising import FewSteps, FlowNoising
+from tinyfusion.processes.noising import FewSteps, FlowNoising, even_levels
 from tinyfusion.recover.placing import cast_half_precision
 from tinyfusion.sample.drive import WHOLE
 from tinyfusion.training.engine import Engine
@@ -61,9 +60,8 @@ def few_steps_of(recipe: Recipe, model: LoadedModel, teacher: LoadedModel) -> Fe
     settings = recipe.distill_steps
     matching = settings.method == "matching"
     first = _MATCHING_LEVEL if matching and not isinstance(noising_of(model), FlowNoising) else 1.0
-    return FewSteps(
-        settings.method, settings.levels(settings.first_level or first), guidance, matching and settings.fresh_noise
-    )
+    levels = tuple(round(level, 6) for level in even_levels(settings.num_steps, settings.first_level or first))
+    return FewSteps(settings.method, levels, guidance, matching and settings.fresh_noise)
 
 
 def check_few_steps(recipe: Recipe, student: LoadedModel, teacher: LoadedModel) -> None:
@@ -150,12 +148,9 @@ def few_step_training(
     if critic is not None:
         own = engine.place(critic.module.train(), list(critic.stack))
         rate = settings.critic_learning_rate or _CRITIC_RATE * training.learning_rate
-        groups.append(ParameterGroup(_named(own), learning_rate=rate))
+        named = {_CRITIC + name: parameter for name, parameter in trainable(own).items()}
+        groups.append(ParameterGroup(named, learning_rate=rate))
         objective = MatchingObjective(taught, own, steps.levels, settings.within, steps.fresh_noise)
     state = TrainState(module, groups, training)
     parts = (student, student.stack, state, objective, source, engine, teacher)
     return Training("distill-steps", recipe, training, *parts, other_stacks=[critic.stack] if critic else [])
-
-
-def _named(critic: nn.Module) -> dict[str, nn.Parameter]:
-    return {_CRITIC + name: parameter for name, parameter in trainable(critic).items()}

@@ -16,10 +16,12 @@ from tinyfusion.config.recipe import (
     ComputeSection,
     DistillStepsSection,
     PruneSection,
+    Recipe,
     RecoverSection,
     SampleSection,
     TrainingSection,
 )
+from tinyfusion.config.unread import Asked, other_reader
 from tinyfusion.core.errors import UserError
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.prune.layout import gate_layout
@@ -64,7 +66,8 @@ def python_words(message: str) -> str:
 # ------------------------------------------------------------------------------------------------- fields that nothing reads
 
 _GATES = {
-    "scheme", "distribution", "protect", "gate_learning_rate", "logit_init", "temperature", "scaling", "dropped",
+    "scheme", "distribution", "runs", "protect", "gate_learning_rate", "logit_init", "temperature", "scaling", "subset_estimator",
+    "dropped",
 }  # fmt: skip
 _DRAWN = {"batch_size", "dtype", "compile", "quantize"}
 _SAMPLER = {"sampler", "num_steps", "eta", "guidance", "guidance_channels", "guidance_interval", "clip"}
@@ -75,32 +78,15 @@ _COMPUTE = {
 _UNTRAINED = {"label_drop", "log_every_steps", "checkpoint_every_steps", "checkpoints_limit"}
 _TRAINED = {field.name for field in dataclasses.fields(TrainingSection)} - _UNTRAINED
 
-# what a field is for, or what to give instead; a field without a line is of other functions
+# what a field is for, or what to give instead; a field without a line or a row of `config/unread.py` is of other functions
 _MEANT = {
     "PruneSection.criterion": "prune_model takes criteria without training by name",
     "PruneSection.keep": "prune_model takes the indices of the blocks to keep",
     "PruneSection.num_keep": "the scheme says how many blocks stay, such as '2:4'",
     "PruneSection.budgets": "the scheme says how many blocks of each list stay, such as '2:3;1:2'",
     "PruneSection.keep_deltas": "prune_model(model, masks, keep_updates=...) says whether the updates stay",
-    "PruneSection.runs": "it is for distribution 'runs'",
-    "PruneSection.subset_estimator": "it is for distribution 'subset'",
-    "PruneSection.lora_rank": "it is for learn_masks with update 'lora'",
-    "PruneSection.lora_alpha": "it is for learn_masks with update 'lora'",
     "PruneSection.training": "the training of a search is that of RecoverSection",
-    "RecoverSection.alpha_kd": "it is for a recovery with a teacher",
-    "RecoverSection.guidance": "it is that of a teacher",
-    "RecoverSection.beta": "it is for methods 'rep-kd' and 'masked-kd' of a pruned student",
-    "RecoverSection.mask": "it is for method 'masked-kd' with mask_sigmas",
-    "RecoverSection.mask_sigmas": "it is for method 'masked-kd' of a pruned student",
-    "RecoverSection.lora_rank": "it is for update 'lora'",
-    "RecoverSection.lora_alpha": "it is for update 'lora'",
     "RecoverSection.lora_apart": "updates are merged into the student that is returned; `tinyfusion recover` writes them alone",
-    "RecoverSection.search_confidence": "it is for search_share",
-    "DistillStepsSection.teacher_steps": "it is for method 'consistency'",
-    "DistillStepsSection.end_power": "it is for method 'consistency'",
-    "DistillStepsSection.within": "it is for method 'matching'",
-    "DistillStepsSection.fresh_noise": "it is for method 'matching'",
-    "DistillStepsSection.critic_learning_rate": "it is for method 'matching'",
     "DistillStepsSection.in_run": "it is for `tinyfusion run`",
     "TrainingSection.label_drop": "labels are dropped by the objective, objective_of(model, label_drop), or in the batches of a Task",
     "TrainingSection.log_every_steps": "on_step is called with every step",
@@ -123,24 +109,29 @@ _MEANT = {
 }  # fmt: skip
 
 
-def _if(condition: bool, *fields: str) -> set[str]:
-    return set(fields) if condition else set()
-
-
 def refuse_unread(
-    section: Any, read: Collection[str], reader: str, usual: Sequence[Any] = (), path: str | None = None
-) -> None:
+    section: Any, read: Collection[str], reader: str, usual: Sequence[Any] = (), path: str | None = None, verb: str = "",
+    **given: Any,
+) -> None:  # fmt: skip
     """Raise UserError on a field outside of `read` that differs from its default, and from that of the sections `usual`.
 
-    reader: the function, for the message. path: of the section; None: its class.
+    reader: the function, for the message. path: of the section; None: its class. verb: the command with these settings, whose fields
+    are read as `ROWS` of `config/unread.py` say; given: its options.
     """
     kind = type(section)
+    name = next((name for name, known in _SECTIONS.items() if known == kind.__name__), "")
+    asked = Asked(verb, Recipe(assigned=frozenset({"recover.method"}), **({name: section} if verb else {})), given)
     for field in dataclasses.fields(kind):
         value = getattr(section, field.name)
-        if field.name in read or any(value == getattr(each, field.name) for each in (kind(), *usual)):
+        if any(value == getattr(each, field.name) for each in (kind(), *usual)):
+            continue
+        if field.name not in read:
+            meant = _MEANT.get(f"{kind.__name__}.{field.name}", "it is for other functions")
+        elif verb and (other := other_reader(f"{name}.{field.name}", asked)):
+            meant = f"it {other}"
+        else:
             continue
         shown = "" if dataclasses.is_dataclass(value) else f"={value!r}"
-        meant = _MEANT.get(f"{kind.__name__}.{field.name}", "it is for other functions")
         raise UserError(
             f"{reader} does not read {path or kind.__name__}.{field.name}{shown} here: {meant}; leave it out"
         )
@@ -161,24 +152,21 @@ def section(kind: type[T], given: T | None) -> T:
 def mask_settings(given: PruneSection | None, model: LoadedModel) -> PruneSection:
     """The settings of `learn_masks`, which reads all that are set."""
     settings = section(PruneSection, given)
-    read = _gate_fields(settings, model) | {"update", "target", "storage", "training"}
-    refuse_unread(settings, read | _if(settings.update == "lora", "lora_rank", "lora_alpha"), "learn_masks")
+    read = _GATES | {"update", "target", "storage", "lora_rank", "lora_alpha", "training"}
+    refuse_unread(_spelled(settings, model), read, "learn_masks", verb="prune")
     return settings
 
 
 def search_settings(given: PruneSection | None, model: LoadedModel) -> PruneSection:
     """The settings of the gates of a search within a recovery, which reads all that are set."""
-    settings = section(PruneSection, given)
-    refuse_unread(settings, _gate_fields(settings, model), "recover_model with search_share", [PruneSection()])
+    settings, reader = section(PruneSection, given), "recover_model with search_share"
+    refuse_unread(_spelled(settings, model), _GATES, reader, verb="recover")
     return settings
 
 
-def _gate_fields(settings: PruneSection, model: LoadedModel) -> set[str]:
-    """The fields that the gates of these settings read."""
-    if settings.criterion != "learned":
-        return _GATES
-    drawn = gate_layout(model).spelled(settings).distribution
-    return _GATES | _if(drawn == "runs", "runs") | _if(drawn == "subset", "subset_estimator")
+def _spelled(settings: PruneSection, model: LoadedModel) -> PruneSection:
+    """The settings with the distribution of their scheme, where there is one."""
+    return gate_layout(model).spelled(settings) if settings.criterion == "learned" else settings
 
 
 def recovery_settings(given: RecoverSection | None, taught: bool) -> RecoverSection:
@@ -193,11 +181,8 @@ def recovery_settings(given: RecoverSection | None, taught: bool) -> RecoverSect
     searches = settings.search_share is not None
     if searches and settings.method == RecoverSection().method:
         settings = dataclasses.replace(settings, method="logits-kd")
-    masked = settings.method == "masked-kd"
-    read = {"method", "update", "teacher_storage", "search_share", "training"}
-    read |= _if(taught, "alpha_kd", "guidance") | _if(settings.compares_features, "beta") | _if(masked, "mask_sigmas")
-    read |= _if(masked and settings.mask_sigmas is not None, "mask") | _if(searches, "search_confidence")
-    refuse_unread(settings, read | _if(settings.update == "lora", "lora_rank", "lora_alpha"), "recover_model")
+    read = {field.name for field in dataclasses.fields(settings)} - {"lora_apart"}
+    refuse_unread(settings, read, "recover_model", verb="recover", student="" if searches else "given")
     return settings
 
 
@@ -211,9 +196,8 @@ def few_step_settings(given: DistillStepsSection | None, guidance: float) -> tup
     if settings.guidance not in (None, sampling.guidance) and sampling != SampleSection():
         raise UserError(f"guidance is {guidance:g}, and DistillStepsSection.guidance {settings.guidance:g}: give one")
     matching, training = settings.method == "matching", settings.training
-    read = {"method", "num_steps", "guidance", "first_level", "training"}
-    read |= _if(matching, "within", "fresh_noise", "critic_learning_rate")
-    refuse_unread(settings, read | _if(not matching, "teacher_steps", "end_power"), "distill_model_steps")
+    read = {field.name for field in dataclasses.fields(settings)} - {"in_run"}
+    refuse_unread(settings, read, "distill_model_steps", verb="distill-steps")
     check_training(training, settings, "distill_model_steps", None)
     if matching and training.clip_groups != "apart" and training.clip_norm is not None:
         raise UserError(
@@ -251,7 +235,7 @@ def check_training(training: TrainingSection, owner: Any, reader: str, label_dro
 
     owner: its section. label_drop: that of the objective, which a section may repeat.
     """
-    honoured = _if(training.label_drop == label_drop, "label_drop")
+    honoured = {"label_drop"} if training.label_drop == label_drop else set[str]()
     usual, path = [type(owner)().training], f"{type(owner).__name__}.training"
     refuse_unread(training, _TRAINED | honoured, reader, usual, path)
 

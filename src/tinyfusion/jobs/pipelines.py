@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import explained, read_json_object
+from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.tensors import TYPES
 from tinyfusion.families.diffusers_classes.few_steps import FewStepDrawing, FoldedDrawing
 from tinyfusion.families.diffusers_classes.folder import (
@@ -42,7 +43,7 @@ from tinyfusion.models.places import exists, is_shipped, transformer_in_run
 from tinyfusion.models.transformer import TransformerModel
 
 # of diffusers, transformers and safetensors on folders and arguments that do not fit
-REFUSALS = (
+_REFUSALS = (
     OSError,
     ValueError,
     TypeError,
@@ -57,6 +58,17 @@ REFUSALS = (
 )
 
 LENGTH = "max_sequence_length"  # argument of pipelines, in tokens
+
+
+@contextmanager
+def refused(problem: str) -> Iterator[None]:
+    """Turn what pipelines raise within the block into UserError: the problem, and their message. A lack of memory is passed on."""
+    try:
+        yield
+    except _REFUSALS as error:
+        if isinstance(error, UserError | torch.OutOfMemoryError):
+            raise
+        raise UserError(f"{problem}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
 
 
 def pipeline_class(folder: Path) -> Any:
@@ -95,8 +107,6 @@ def pipeline_class(folder: Path) -> Any:
 def transformer_in(pipeline: Path, component: str | None, blocks: Path | None) -> TransformerFolder:
     """The transformer of a pipeline folder. Raises UserError where it has none of that name, or several and none is named."""
     rows = rows_with(blocks)
-    if not (pipeline / INDEX).is_file():
-        raise UserError(f"{pipeline} is no pipeline of diffusers: wanted a folder with {INDEX}, or a hub id")
     folders = {folder.name: folder for folder in component_folders(pipeline, rows)}
     if not folders:
         raise UserError(f"{pipeline} has no transformer whose class has a row of blocks: give --blocks FILE")
@@ -136,7 +146,7 @@ def opened_pipeline(
     """  # fmt: skip
     modules = {name: in_type(model.module(), dtype) for name, model in models.items()}
     wanted = dtype or next(iter(modules.values())).dtype
-    with explained(f"diffusers does not open {folder} as a {kind.__name__}", *REFUSALS), no_progress_bars():
+    with refused(f"diffusers does not open {folder} as a {kind.__name__}"), no_progress_bars():
         own = {"dtype": wanted, **strict_components(folder, modules, lambda _name: wanted), **modules}
         pipeline = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **own

@@ -167,10 +167,10 @@ def default_sampling(model: LoadedModel) -> SampleSection:
     return SampleSection() if model.null_class else SampleSection(guidance=1.0)
 
 
-def fits(settings: SampleSection, model: LoadedModel) -> bool:
-    """Whether a recipe's sampling settings go with a model."""
+def fitting_sampling(settings: SampleSection, model: LoadedModel) -> SampleSection:
+    """A recipe's sampling settings where they go with a model, else `default_sampling`, such as where they say DDIM for a flow."""
     try:
         sampler_of(settings, model)
     except UserError:
-        return False
-    return True
+        return default_sampling(model)
+    return settings

@@ -16,7 +16,7 @@ from tinyfusion.config.recipe import PipelineSection, Recipe
 from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import FOLDED
-from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, ModelPipeline, shorter_texts
+from tinyfusion.jobs.pipelines import LENGTH, ModelPipeline, refused, shorter_texts
 
 _DEFAULTS = ("num_inference_steps", "guidance_scale", "true_cfg_scale")  # of a pipeline, which the protocol states
 _SAME_LEVEL = 1e-3
@@ -148,16 +148,10 @@ def called(
     if "negative_prompt" in given:
         given["negative_prompt"] = [given["negative_prompt"]] * len(prompts)
     given |= {name: value for name, value in (("output_type", output_type), ("return_dict", False)) if name in known}
-    try:
-        with torch.no_grad(), precise_noise(pipeline):
-            return pipeline(prompt=list(prompts), generator=noise, **given)
-    except REFUSALS as error:
-        if isinstance(error, UserError | torch.OutOfMemoryError):
-            raise
-        options = ", ".join(f"{name} {value}" for name, value in arguments.items())
-        raise UserError(
-            f"a {type(pipeline).__name__} cannot be called with a prompt{' and ' if options else ''}{options}: {error}"
-        ) from error
+    options = ", ".join(f"{name} {value}" for name, value in arguments.items())
+    problem = f"a {type(pipeline).__name__} cannot be called with a prompt{' and ' if options else ''}{options}"
+    with refused(problem), torch.no_grad(), precise_noise(pipeline):
+        return pipeline(prompt=list(prompts), generator=noise, **given)
 
 
 @contextmanager

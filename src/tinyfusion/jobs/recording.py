@@ -20,7 +20,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.data.recorded import Call, packed, recording, spread, write_recorded
 from tinyfusion.families.diffusers_classes.folder import open_transformer
 from tinyfusion.families.diffusers_classes.rows import rows_with
-from tinyfusion.jobs.pipelines import REFUSALS, call_arguments
+from tinyfusion.jobs.pipelines import call_arguments, refused
 from tinyfusion.models.wrapped import wrap_module
 
 _USUAL_STEPS, _MEASURED_STEPS = 50, 2
@@ -115,16 +115,12 @@ def _drawn(pipeline: Any, transformer: nn.Module, number: int, prompt: str, draw
     """All calls of the transformer while the pipeline draws a prompt."""
     generator = torch.Generator().manual_seed(Randomness(drawing.seed).generator_seed(f"record/{number}"))
     arguments = drawing.arguments(type(pipeline))
-    with recording(transformer, outputs=True) as made, torch.no_grad():
-        try:
-            pipeline(prompt=prompt, generator=generator, **arguments)
-        except REFUSALS as error:
-            if isinstance(error, UserError | torch.OutOfMemoryError):
-                raise
-            raise UserError(
-                f"a {type(pipeline).__name__} cannot be called with a prompt and these options ({error}): record from a script of "
-                "your own, tinyfusion.record_inputs(transformer, FILE)"
-            ) from error
+    problem = (
+        f"a {type(pipeline).__name__} cannot be called with a prompt and these options; record from a script of your own, "
+        "tinyfusion.record_inputs(transformer, FILE)"
+    )
+    with recording(transformer, outputs=True) as made, torch.no_grad(), refused(problem):
+        pipeline(prompt=prompt, generator=generator, **arguments)
     if not made:
         raise UserError(
             f"the pipeline drew prompt {number + 1} without this transformer: give another --component or more --steps"

@@ -20,7 +20,7 @@ from tinyfusion.core.rng import Randomness
 from tinyfusion.dynamic.train import TOLERANCE, DynamicObjective, Pass, calibrate, inference_ratio
 from tinyfusion.jobs.assemble import batches_for, device_for
 from tinyfusion.jobs.folding import fold_guidance, folds
-from tinyfusion.jobs.process_specs import default_sampling, fits, label_drop_of, objective_for, process_spec, sampler_of
+from tinyfusion.jobs.process_specs import fitting_sampling, label_drop_of, objective_for, process_spec, sampler_of
 from tinyfusion.jobs.sampling_setup import SkippedModel, skipped_run_for
 from tinyfusion.jobs.training import Training
 from tinyfusion.models.attach import attach, check_attachable, order_by_importance
@@ -109,8 +109,8 @@ def meet_budget(recipe: Recipe, student: LoadedModel) -> dict[str, Any]:
     """
     settings, routed = recipe.dynamic, student.dynamic
     assert routed is not None
-    section = recipe.sample if fits(recipe.sample, student) else default_sampling(student)
-    sampler = sampler_of(process_spec(student).cheap(section, _MOST_STEPS), student)
+    section = process_spec(student).cheap(fitting_sampling(recipe.sample, student), _MOST_STEPS)
+    sampler = sampler_of(section, student)
     images = max(settings.calibration_images // _IMAGES_SHARE, _FEWEST_IMAGES)
     student.module.to(device_for(recipe)).eval()
     passes = _drawn_passes(recipe, student, sampler, images)
@@ -169,13 +169,12 @@ class _Recording(Deciding):
 def dynamic_record(recipe: Recipe, model: LoadedModel) -> dict[str, Any]:
     """kept.json: heads, groups, tokens and blocks that ran at every time of the sampler, and which tokens of four images.
 
-    The first four images of the recipe's sampling, with the published sampler where the recipe's does not fit the model, such
-    as DDIM for a flow. Moves the model to the recipe's device.
+    The first four images of the recipe's sampling, or of the published one (`fitting_sampling`). Moves the model to the recipe's
+    device.
     """
     routed = model.dynamic
     assert routed is not None
-    sampling = recipe.sample if fits(recipe.sample, model) else default_sampling(model)
-    sampler, device = sampler_of(sampling, model), device_for(recipe)
+    sampler, device = sampler_of(fitting_sampling(recipe.sample, model), model), device_for(recipe)
     model.module.to(device).eval()
     labels = image_labels(
         _NUM_IMAGES, len(model.conditions), recipe.seed, recipe.sample.labels, recipe.sample.label_rule == "balanced"

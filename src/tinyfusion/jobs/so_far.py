@@ -1,4 +1,4 @@
-"""Results so far of a long measurement: kept in its run folder, so that the same command goes on from them."""
+"""Results so far of a long measurement: saved in its run folder, so that the same command continues from them."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from tinyfusion.core.reading import read_json_object
 from tinyfusion.core.tensors import TYPES
 from tinyfusion.families.diffusers_classes.folder import INDEX
 from tinyfusion.jobs.pipeline_components import strict_components
-from tinyfusion.jobs.pipelines import LENGTH, REFUSALS, place_pipeline, shorter_texts
+from tinyfusion.jobs.pipelines import LENGTH, place_pipeline, refused, shorter_texts
 from tinyfusion.models.autoencoder import quiet_libraries, quiet_logs
 
 POOLED = "pooled"
@@ -150,14 +150,9 @@ class PromptEncoder:
         switch |= {"device": self.device} if "device" in known else {}
         none = inspect.Parameter.empty
         switch |= {name: None for name, each in known.items() if name.startswith("prompt_") and each.default is none}
-        try:
-            with torch.no_grad(), quiet_logs():
-                values = self.pipeline.encode_prompt(prompt=list(texts), **switch, **self.arguments)
-        except REFUSALS as error:
-            if isinstance(error, UserError | torch.OutOfMemoryError):
-                raise
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(f"a {type(self.pipeline).__name__} does not encode prompts alone: {reason}") from error
+        problem = f"a {type(self.pipeline).__name__} does not encode prompts alone"
+        with refused(problem), torch.no_grad(), quiet_logs():
+            values = self.pipeline.encode_prompt(prompt=list(texts), **switch, **self.arguments)
         values = values if isinstance(values, tuple) and len(self.row) > 1 else (values,)
         if len(values) != len(self.row):
             raise UserError(
@@ -233,20 +228,12 @@ def prompt_encoder(folder: Path, kind: Any, device: torch.device, max_tokens: in
     others = [name for name, value in index.items() if isinstance(value, list) and name not in (*parts, "scheduler")]
     types = {part: dtype for part in parts if (dtype := _stored_type(folder / part)) is not None}
     skipped = {*index} - {*parts}
-    try:
-        with quiet_libraries():
-            networks = strict_components(folder, skipped, lambda part: types.get(part, torch.float32))
-            pipeline = kind.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-                dtype={**types, "default": torch.float32}, **dict.fromkeys(others), **networks,
-            )  # fmt: skip
-    except REFUSALS as error:
-        if isinstance(error, UserError):
-            raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"diffusers does not open the text encoders of {folder} as of a {kind.__name__}: {reason}"
-        ) from error
+    with refused(f"diffusers does not open the text encoders of {folder} as of a {kind.__name__}"), quiet_libraries():
+        networks = strict_components(folder, skipped, lambda part: types.get(part, torch.float32))
+        pipeline = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            dtype={**types, "default": torch.float32}, **dict.fromkeys(others), **networks,
+        )  # fmt: skip
     place_pipeline(pipeline, device)
     try:
         yield PromptEncoder(pipeline, row, arguments, device)

@@ -358,8 +358,8 @@ def _pairs(student: LoadedModel, teacher: LoadedModel, name: str) -> Pairs:
         run = making_run(student.origin.get("path", ""))
         recorded = f" ({run.teacher()}, by the record of {run.path})" if run and run.teacher() else ""
         raise UserError(
-            f"the student was cut from the model {chain}{recorded}, the teacher {name or 'given'} is {own_hash[:12]}: "
-            "give the teacher it was cut from (--teacher), or one that shares an ancestor with it"
+            f"the student was pruned from the model {chain}{recorded}, the teacher {name or 'given'} is {own_hash[:12]}: "
+            "give the teacher it was pruned from (--teacher), or one that shares an ancestor with it"
         )
     if not student.family.differ_in_size_alone(student.arch, teacher.arch, teacher.stack.depths()):
         raise UserError(f"student {student.arch} and teacher {teacher.arch} differ in more than depth and widths")

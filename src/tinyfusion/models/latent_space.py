@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.reading import explained, read_json_object
+from tinyfusion.families.tensor_checks import check_finite
 from tinyfusion.models.autoencoder import autoencoder_config, check_loaded, hash_of, quiet_logs
 
 VAE = "vae"  # the component of a pipeline
@@ -59,7 +60,7 @@ class LatentSpace:
         mean, *log_variance = moments.chunk(1 if self.exact else 2, dim=1)
         fields = [mean, *log_variance]
         if self.patched:
-            fields = [_patchified(each) for each in fields]
+            fields = [nn.functional.pixel_unshuffle(each, 2) for each in fields]
         if self.normal is not None:
             centre, deviation = (each.view(-1, *[1] * (mean.ndim - 2)).to(mean) for each in self.normal)
             fields[0] = (fields[0] - centre) / deviation
@@ -107,13 +108,6 @@ class LatentSpace:
         return hash_of(self.module)
 
 
-def _patchified(x: Tensor) -> Tensor:
-    """(N, 4 C, h / 2, w / 2) of (N, C, h, w): channel, row and column of a 2 x 2 cell, in this order, are the channels."""
-    num, channels, height, width = x.shape
-    cells = x.view(num, channels, height // 2, 2, width // 2, 2)
-    return cells.permute(0, 1, 3, 5, 2, 4).reshape(num, 4 * channels, height // 2, width // 2)
-
-
 def open_latent_space(pipeline: Path, name: str, class_name: str, video: bool) -> LatentSpace:
     """The autoencoder of a pipeline folder, on the CPU. name: of the pipeline, as given; class_name: that of the model index.
 
@@ -133,9 +127,7 @@ def open_latent_space(pipeline: Path, name: str, class_name: str, video: bool) -
         load: Any = known.from_pretrained  # type: ignore[attr-defined]
         module, report = load(str(folder), output_loading_info=True, torch_dtype=torch.float32, local_files_only=True)
     check_loaded(report, folder)
-    for key, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"the weights in {folder} are damaged: {key} is not finite")
+    check_finite(module.state_dict(), f"the weights in {folder} are damaged")
     module.eval().requires_grad_(False)
     return _probed(module, name, folder, config, video)
 

@@ -120,9 +120,9 @@ def noising_of_process(process: str, settings: Mapping[str, Any]) -> Noising | N
     return FlowNoising(Flow.of_settings(settings)) if process == "flow" else None
 
 
-def even_levels(num_steps: int) -> tuple[float, ...]:
-    """1, (N - 1)/N, ..., 1/N."""
-    return tuple((num_steps - step) / num_steps for step in range(num_steps))
+def even_levels(num_steps: int, first: float = 1.0) -> tuple[float, ...]:
+    """Noise levels of N steps, falling evenly: `first` times 1, (N - 1)/N, ..., 1/N."""
+    return tuple(first * (num_steps - step) / num_steps for step in range(num_steps))
 
 
 @dataclass(frozen=True)

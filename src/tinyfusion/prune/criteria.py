@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -127,7 +127,7 @@ def _greedy(context: CriterionContext) -> PrunePlan:
         loss = losses[kept]
     return plan_for(
         context,
-        {name: _best(group, kept) for name, group in context.groups.items()},
+        {name: group.first_of(kept) for name, group in context.groups.items()},
         f"{context.loss} added by removing the block, when that was last tried; null where it was not, or not finite",
         _by_list(context, added),
         work,
@@ -154,14 +154,9 @@ def _ranked(
 ) -> PrunePlan:
     """The plan that keeps the blocks of highest rank, of which NaN is the highest. scores: for the plan."""
     order = context.preferred(sorted(range(len(ranks)), key=lambda i: (-_or_infinite(ranks[i]), i)))
-    kept = {name: _best(group, order) for name, group in context.groups.items()}
+    kept = {name: group.first_of(order) for name, group in context.groups.items()}
     work = len(ranks) if evaluations is None else evaluations
     return plan_for(context, kept, meaning, _by_list(context, scores), work, more)
-
-
-def _best(group: BlockGroup, order: Iterable[int]) -> tuple[int, ...]:
-    """The protected blocks, and of the free ones the first in `order`."""
-    return group.with_protected([i for i in order if i in group.free][: group.keep_free])
 
 
 def _by_list(context: CriterionContext, scores: Sequence[float]) -> dict[str, Any]:

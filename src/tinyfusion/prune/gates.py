@@ -60,7 +60,7 @@ class GateDistribution(nn.Module, ABC):
         return self._fixed()[1]
 
     def _fixed(self) -> tuple[int | None, Tensor]:
-        """The step and the gates; the host asks the device for them only after a change."""
+        """The step and the gates; they are copied from the device only after a change."""
         version = self.fixed_at._version
         if self._seen is None or self._seen[0] != version:
             number, gates = int(self.fixed_at), [torch.zeros(0)]
@@ -281,7 +281,7 @@ class SubsetGates(GateDistribution):
         group = self.groups[index]
         values = theta.tolist()
         ranked = sorted(group.free, key=lambda block: -values[block - group.start])
-        return list(group.with_protected(ranked[: group.keep_free]))
+        return list(group.first_of(ranked))
 
     @torch.no_grad()
     def probabilities(self, index: int, theta: Tensor, scaling: float) -> list[float]:

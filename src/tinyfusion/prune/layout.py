@@ -71,10 +71,7 @@ class GateLayout:
     def stand_in(self, settings: PruneSection) -> PrunePlan:
         """One choice that the groups allow as a plan: a stand-in for the decision, of its size."""
         groups = self.groups(settings)
-        kept = {
-            name: [i for g in listed for i in g.with_protected(g.free[: g.keep_free])]
-            for name, listed in groups.items()
-        }
+        kept = {name: [i for g in listed for i in g.first_of(g.free)] for name, listed in groups.items()}
         return PrunePlan(kept=self.in_blocks(kept), depth=dict(self.depths), criterion="stand-in")
 
     def of_blocks(self, masks: Tensor) -> Tensor:

@@ -171,8 +171,7 @@ def plain_losses(model: LoadedModel, calibration: Calibration, mask: Mask) -> tu
 
     def put(lists: Mapping[str, nn.ModuleList]) -> None:
         for name, blocks in lists.items():
-            parent, _, attribute = name.rpartition(".")
-            setattr(stack.model.get_submodule(parent), attribute, blocks)
+            stack.model.set_submodule(name, blocks)
 
     try:
         put(kept)

@@ -192,12 +192,7 @@ class UnitContext(CriterionContext):
     def check(self) -> None:
         """Raise UserError if no choice with the numbers of blocks of the settings satisfies the rules of the class."""
         order = self.preferred(range(self.depth))
-        kept = {
-            name: [
-                i - group.start for i in group.with_protected([i for i in order if i in group.free][: group.keep_free])
-            ]
-            for name, group in self.groups.items()
-        }
+        kept = {name: [i - group.start for i in group.first_of(order)] for name, group in self.groups.items()}
         self.in_blocks(PrunePlan(kept, self.depths, self.settings.criterion))
 
     # --------------------------------------------------------------------------------------------------- measurements

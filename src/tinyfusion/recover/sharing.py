@@ -62,8 +62,7 @@ def share(student: nn.Module, teacher: nn.Module, equal: Mapping[str, str], devi
             mine = name.rpartition(".")[0]
             if attribute != "weight" or (f"{mine}.bias" in named and equal.get(f"{mine}.bias") != f"{owner}.bias"):
                 continue
-            parent, _, own = mine.rpartition(".")
-            setattr(student.get_submodule(parent), own, layer)
+            student.set_submodule(mine, layer)
             shared += layer.in_features * layer.out_features
         elif theirs[other].device.type == device.type:
             named[name].data = theirs[other].data
@@ -96,7 +95,7 @@ class MergedUpdates(Mapping[str, Tensor]):
         return len(self.layers)
 
 
-def lora_tensors(factors: Mapping[str, Tensor], scale: float, prefix: str = "transformer") -> dict[str, Tensor]:
+def lora_tensors(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Low-rank updates as a LoRA that diffusers and peft load onto the student as it was before recovery.
 
     Keys are `transformer.LAYER.lora_A.weight`; the scale is inside of B, so readers that take alpha for the rank, as they do
@@ -106,5 +105,5 @@ def lora_tensors(factors: Mapping[str, Tensor], scale: float, prefix: str = "tra
     for name, value in factors.items():
         layer, _, side = name.removesuffix(f".{ADAPTER}.weight").rpartition(".lora_")
         own = value.detach().float().cpu() * (scale if side == "B" else 1.0)
-        tensors[f"{prefix}.{layer}.lora_{side}.weight"] = own.contiguous()
+        tensors[f"transformer.{layer}.lora_{side}.weight"] = own.contiguous()
     return tensors

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tinyfusion.conditioning.condition import Condition
 from tinyfusion.models.loaded import LoadedModel
-from tinyfusion.processes.noising import FewSteps, Mixture, Noising
+from tinyfusion.processes.noising import FewSteps, Mixture, Noising, even_levels
 from tinyfusion.sample.drive import SampleDraws, Sampler, conditional
 
 
@@ -32,7 +32,7 @@ class FewStepSampler(Sampler):
 
     def of_steps(self, num_steps: int) -> FewStepSampler:
         """Steps evenly spread below the same first level, for timing."""
-        levels = tuple(self.steps.levels[0] * (num_steps - k) / num_steps for k in range(num_steps))
+        levels = even_levels(num_steps, self.steps.levels[0])
         return dataclasses.replace(self, steps=dataclasses.replace(self.steps, levels=levels))
 
     def describe(self, model: LoadedModel) -> str:

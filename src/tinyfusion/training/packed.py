@@ -123,7 +123,5 @@ def pack(blocks: BlockStack, kind: str, device: torch.device) -> None:
     """
     for block in blocks:
         for name, layer in list(linears(block)):
-            parent, _, attribute = name.rpartition(".")
-            packed = PACKED[kind](layer.to(device))
-            setattr(block.get_submodule(parent), attribute, packed.train(layer.training))
+            block.set_submodule(name, PACKED[kind](layer.to(device)).train(layer.training))
         block.to(device)

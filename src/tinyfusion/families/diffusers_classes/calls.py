@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from tinyfusion.blocks.tokens import to_tokens
 from tinyfusion.conditioning.condition import Condition, ModelCall
 from tinyfusion.core.errors import UserError
 from tinyfusion.processes.time import TimeConvention
@@ -214,18 +215,15 @@ def check_texts(call: TransformerCall, context: CallContext, tensors: Mapping[st
 # ------------------------------------------------------------------------------------------------------ parts of a call
 
 
-def packed(x: Tensor, cells: int = 2) -> Tensor:
-    """(B, C, h, w) -> (B, h w / cells^2, C cells^2): square patches as tokens, a channel's cells side by side."""
-    num, channels, height, width = x.shape
-    x = x.reshape(num, channels, height // cells, cells, width // cells, cells)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(num, -1, channels * cells * cells)
+def packed(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h w / 4, 4 C): patches of 2 x 2 as tokens, a channel's cells side by side."""
+    return to_tokens(x, 2).contiguous()
 
 
 def unpacked(context: CallContext, tokens: Tensor, x: Tensor) -> Tensor:
     """The inverse of `packed`, for latents shaped like x."""
-    num, channels, height, width = x.shape
-    tokens = tokens.reshape(num, height // 2, width // 2, channels, 2, 2)
-    return tokens.permute(0, 3, 1, 4, 2, 5).reshape(num, channels, height, width)
+    height, width = (size // 2 for size in x.shape[-2:])
+    return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), 2).contiguous()
 
 
 def from_rows(context: CallContext, output: Tensor, x: Tensor) -> Tensor:

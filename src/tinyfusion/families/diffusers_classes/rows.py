@@ -127,12 +127,6 @@ class Row:
             by_field.setdefault(each.count, []).append(each.path)
         return [tuple(paths) for paths in by_field.values() if len(paths) > 1]
 
-    @property
-    def coupled(self) -> bool:
-        """Whether some choices of blocks are refused."""
-        each = any(one.stay or one.mirror or one.period for one in self.lists)
-        return each or bool(self.same_index or self.hints or self.same_count)
-
 
 Rows = Mapping[str, Row]
 

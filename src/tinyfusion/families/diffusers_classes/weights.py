@@ -17,8 +17,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinyfusion.core.errors import UserError
-from tinyfusion.core.reading import check_plain, check_utf8, parse_json, read_json_object, unreadable
-from tinyfusion.core.tensors import TYPE_NAMES, TYPES, flat_tensors, mapped_bytes, read_pickle, safetensors_head
+from tinyfusion.core.reading import check_plain, check_utf8, parse_json, unreadable
+from tinyfusion.core.tensors import (
+    TYPE_NAMES,
+    TYPES,
+    flat_tensors,
+    mapped_bytes,
+    read_pickle,
+    safetensors_head,
+    shards_of_index,
+)
 
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 10 * 10**9  # of a file, as diffusers writes them; larger models are written in several
@@ -91,7 +99,7 @@ def _files(folder: Path, suffix: str) -> list[Path]:
     """The files of a format; none where there are none. Raises UserError where there are several variants and no plain file."""
     plain, indexed = folder / f"{STEM}.{suffix}", folder / f"{STEM}.{suffix}.index.json"
     if plain.is_file() or indexed.is_file():
-        return _shards(indexed) if indexed.is_file() else [plain]
+        return list(shards_of_index(indexed)) if indexed.is_file() else [plain]
     indices = sorted(folder.glob(f"{STEM}.{suffix}.index.*.json")) + sorted(
         folder.glob(f"{STEM}.*.{suffix}.index.json")
     )
@@ -100,19 +108,7 @@ def _files(folder: Path, suffix: str) -> list[Path]:
     if len(variants) > 1:
         names = ", ".join(path.name for path in variants)
         raise UserError(f"{folder} holds several variants, {names}: leave one of them there")
-    return _shards(indices[0]) if indices else whole
-
-
-def _shards(index: Path) -> list[Path]:
-    named = read_json_object(index).get("weight_map")
-    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
-        raise UserError(f"{index} is damaged: wanted a weight_map of tensors to files")
-    names = sorted(set(named.values()))
-    if odd := next((name for name in names if Path(name).name != name or "\0" in name), None):
-        raise UserError(f"{index} names {odd!r}, which is no file of its folder")
-    if missing := next((name for name in names if not (index.parent / name).is_file()), None):
-        raise UserError(f"{index.parent / missing} does not exist, and {index.name} names it: the folder is incomplete")
-    return [index.parent / name for name in names]
+    return list(shards_of_index(indices[0])) if indices else whole
 
 
 def _header(file: Path) -> dict[str, Stored]:
@@ -215,26 +211,26 @@ def _bytes_of(stored: Stored, streams: dict[Path, BinaryIO], files: ExitStack) -
             start += read
 
 
-def write_weights(weights: Weights, folder: Path, shard_bytes: int = SHARD_BYTES, stem: str = STEM) -> None:
+def write_weights(weights: Weights, folder: Path) -> None:
     """Write tensors into a folder as diffusers does: one file, or shards with an index. A few MiB of memory at any size."""
     shards: list[dict[str, Stored]] = [{}]
     size = 0
     for name in sorted(weights):
-        if shards[-1] and size + weights[name].num_bytes > shard_bytes:
+        if shards[-1] and size + weights[name].num_bytes > SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = weights[name]
         size += weights[name].num_bytes
     if len(shards) == 1:
-        write_file(shards[0], folder / f"{stem}.safetensors")
+        write_file(shards[0], folder / f"{STEM}.safetensors")
         return
-    names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [f"{STEM}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         write_file(shard, folder / name)
     placed = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(stored.num_bytes for stored in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_file(weights: Weights, path: Path, metadata: Mapping[str, str] | None = None) -> None:
