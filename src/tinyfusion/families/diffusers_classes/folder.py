@@ -78,7 +78,7 @@ class TransformerFolder:
 
     @property
     def lineage(self) -> list[dict[str, Any]]:
-        """Parents, oldest first: hash, blocks per list, and which of its own parent these are."""
+        """Parents, oldest first: hash, blocks per list, which of its own parent these are, and guidance that it had folded in."""
         return list(self.record.get("lineage") or [])
 
     @property
@@ -134,6 +134,7 @@ class TransformerFolder:
         }
         parent: dict[str, Any] = {"hash": self.hash, "depth": dict(self.depths), "kept": self.record.get("kept")}
         drawn = {} if self.folded is None else {FoldedDrawing.key: self.folded.to_json()}
+        parent |= drawn
         record = {
             **self._made_of,
             **drawn,
@@ -327,6 +328,9 @@ def _check_record(path: Path, record: Mapping[str, Any]) -> None:
     try:
         parents, plan = record["lineage"], plan_from_json(record.get("plan"))
         hashes = [each["hash"] for each in parents]
+        for each in parents:
+            if each.get(FoldedDrawing.key) is not None:
+                folded_drawing(each[FoldedDrawing.key])
         steps = [*(each["kept"] for each in parents[1:]), record["kept"]]
         cuts = [
             plan_from_json({"kept": kept, "depth": parent["depth"], "criterion": plan.criterion})
