@@ -165,8 +165,7 @@ def learn_masks(
     settings, seed = mask_settings(settings, model), checked(Seed, seed, "seed")
     engine = training_engine(model, compute)
     source, settings = training_source(task, batches, settings, model, engine, "learn_masks")
-    if not isinstance(task, Task):
-        _warn(warning_of_loss(model, settings))
+    _warn(None if isinstance(task, Task) else warning_of_loss(model, settings))
     work = mask_training(Recipe(seed=seed, prune=settings), model, task, source, engine)
     _train(work, on_step)
     cost = {"images": float(settings.training.made_images)}
@@ -228,8 +227,7 @@ def prune_model(
         return calibration_set(undropping, source, "given batches", images, images, size, seed)
 
     settings = checked(PruneSection, PruneSection(criterion=how, num_keep=num_keep), "")  # type: ignore[arg-type]
-    if not isinstance(task, Task):  # whose loss is the caller's own
-        _warn(warning_of_loss(model, settings))
+    _warn(None if isinstance(task, Task) else warning_of_loss(model, settings))
     with mode_as_given(model.module):
         plan = decide(criterion_context(model, settings, seed, calibration))
     return model.cut(plan)

@@ -47,7 +47,7 @@ class TransformerFolder:
 
     pipeline: the folder of a pipeline that it is a component of. license: of the weights, None where no file names it. parent: hub id
     of the model that it, or what it was pruned from, was fetched from. row_text: the row as TOML, where it is not of the shipped
-    table.
+    table. trained_as: how the tensors were drawn, in a tuple, where `drawn_by` says how those are that are trained from them.
     """
 
     path: Path
@@ -59,6 +59,7 @@ class TransformerFolder:
     license: str | None = None
     parent: str | None = None
     row_text: str = ""
+    trained_as: tuple[FoldedDrawing | None, ...] = ()
 
     @property
     def class_name(self) -> str:
@@ -134,7 +135,8 @@ class TransformerFolder:
         }
         parent: dict[str, Any] = {"hash": self.hash, "depth": dict(self.depths), "kept": self.record.get("kept")}
         drawn = {} if self.folded is None else {FoldedDrawing.key: self.folded.to_json()}
-        parent |= drawn
+        had = self.trained_as[0] if self.trained_as else self.folded
+        parent |= {} if had is None else {FoldedDrawing.key: had.to_json()}
         record = {
             **self._made_of,
             **drawn,
@@ -144,7 +146,7 @@ class TransformerFolder:
         }
         config = {**self.config, **cut.config_changes(), RECORD: record}
         depths = {path: len(kept) for path, kept in plan.kept.items()}
-        return dataclasses.replace(self, config=config, weights=weights, depths=depths)
+        return dataclasses.replace(self, config=config, weights=weights, depths=depths, trained_as=())
 
     @property
     def _made_of(self) -> dict[str, Any]:
@@ -158,7 +160,8 @@ class TransformerFolder:
         if drawing is None and record == self.record:
             return self
         record |= {} if drawing is None else {drawing.key: drawing.to_json()}
-        return dataclasses.replace(self, config={**self.config, RECORD: {**self._made_of, **record}})
+        config, before = {**self.config, RECORD: {**self._made_of, **record}}, self.trained_as or (self.folded,)
+        return dataclasses.replace(self, config=config, trained_as=before)
 
     def check_prunable(self) -> None:
         """Raise UserError for a student of few steps."""
@@ -217,7 +220,7 @@ class TransformerFolder:
         changed = {n: stored_tensor(tensors[n], stored.dtype) for n, stored in self.weights.items() if n in tensors}
         weights = {**self.weights, **changed}
         trained = {RECORD: {**self.record, "trained": True}} if self.record else {}
-        return dataclasses.replace(self, weights=weights, config={**self.config, **trained})
+        return dataclasses.replace(self, weights=weights, config={**self.config, **trained}, trained_as=())
 
     @property
     def streams(self) -> dict[str, Streams]:
