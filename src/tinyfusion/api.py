@@ -42,7 +42,7 @@ from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.families.family import ModelFamily
 from tinyfusion.families.registry import register_family
 from tinyfusion.jobs import verbs
-from tinyfusion.jobs.criteria import criterion_context
+from tinyfusion.jobs.criteria import criterion_context, warning_of_loss
 from tinyfusion.jobs.few_steps import check_few_steps, few_step_training
 from tinyfusion.jobs.folding import folds, with_taught_target
 from tinyfusion.jobs.library_inputs import (
@@ -165,6 +165,7 @@ def learn_masks(
     settings, seed = mask_settings(settings, model), checked(Seed, seed, "seed")
     engine = training_engine(model, compute)
     source, settings = training_source(task, batches, settings, model, engine, "learn_masks")
+    _warn(None if isinstance(task, Task) else warning_of_loss(model, settings))
     work = mask_training(Recipe(seed=seed, prune=settings), model, task, source, engine)
     _train(work, on_step)
     cost = {"images": float(settings.training.made_images)}
@@ -226,6 +227,7 @@ def prune_model(
         return calibration_set(undropping, source, "given batches", images, images, size, seed)
 
     settings = checked(PruneSection, PruneSection(criterion=how, num_keep=num_keep), "")  # type: ignore[arg-type]
+    _warn(None if isinstance(task, Task) else warning_of_loss(model, settings))
     with mode_as_given(model.module):
         plan = decide(criterion_context(model, settings, seed, calibration))
     return model.cut(plan)
@@ -251,7 +253,8 @@ def recover_model(
     average of the training (`settings.training.ema_decay`), and a warning says where that still holds much of the initial ones: set
     fewer steps as `dataclasses.replace(RecoverSection().training, steps=500, ema_decay=0.99)`. A search learns the teacher's outputs
     (logits-kd) in place of the default method. With `settings.guidance` the student learns the teacher's outputs under classifier-free
-    guidance of that scale, and is drawn without: one pass of the network per step. A student that is frozen as a whole trains all the
+    guidance of that scale, and is drawn without: one pass of the network per step; no label is then dropped, whatever the task says. A
+    student that is frozen as a whole trains all the
     same. Student and teacher are not changed. Raises UserError unless the teacher is an ancestor of the student, or shares one; on
     `pruning` without a search; and on fields that are not read.
     """
@@ -269,6 +272,7 @@ def recover_model(
     own = settings.alpha_kd != RecoverSection().alpha_kd
     recipe = dataclasses.replace(recipe, assigned=frozenset({"recover.alpha_kd"} if own else ()))
     recipe = with_taught_target(recipe, teacher or student, [])
+    task = task if recipe.recover.training.label_drop else undropped(task)
     if isinstance(student, TransformerModel) and folds(settings) and student.latent_shape is None:
         shape = tuple(source(0, 1, Randomness(seed).at(0, 0, 1)).x.shape[1:])
         student = dataclasses.replace(student, latent_shape=shape)
@@ -384,9 +388,13 @@ def _as_given(trained: LoadedModel, student: LoadedModel) -> LoadedModel:
 def _train(work: Training, on_step: OnStep) -> None:
     """Run all steps, compiled and checkpointed as the section `compute` says."""
     settings, section = work.settings, verbs.training_section(work.title)
-    warning = horizon_warning(settings.ema_decay, settings.made_steps, section) if settings.ema_decay else None
-    if warning:
-        warnings.warn(python_words(warning), stacklevel=4)  # where the library was called
+    _warn(horizon_warning(settings.ema_decay, settings.made_steps, section) if settings.ema_decay else None, 5)
     with work.in_place():
         for record in work.steps():
             on_step(record)
+
+
+def _warn(message: str | None, stacklevel: int = 4) -> None:
+    """Warn in the words of Python, where the library was called; of nothing for None."""
+    if message is not None:
+        warnings.warn(python_words(message), stacklevel=stacklevel)

@@ -98,9 +98,24 @@ def test_what_does_not_follow_says_so(cli: Cli, work: Path) -> None:
     assert open_model("alone").facts.folded_guidance is None
 
 
+def test_the_loss_on_data_is_not_what_it_learned(cli: Cli, work: Path) -> None:
+    done(cli, f"{MADE} --out run")
+    asked = "explain run --data digits --num-images 8 --drawn 0 --set explain.passes=1"
+    assert "predicts under guidance 2 by itself" in done(cli, f"{asked} --out explained").err
+    record = json.loads(Path("explained/explain.json").read_text())
+    assert "under guidance 2 by itself" in record["not_measured"]["learned_loss"]
+    assert "Not measured: what the model learned" in Path("explained/report.html").read_text()
+    plain = done(cli, f"{asked.replace('explain run', 'explain teacher')} --out other")
+    assert "under guidance" not in plain.err and "learned_loss" not in Path("other/explain.json").read_text()
+    masks = "prune --teacher run --data digits --scheme 1:2 --dry-run --out cut"
+    assert "which prune.target=data compares" in done(cli, f"{masks} --set prune.target=data").err
+    assert "under guidance" not in done(cli, masks).err
+
+
 BAD = {
     "no teacher": (f"{MADE.replace('logits-kd', 'finetune')} --out run", "--guidance is for methods with a teacher"),
     "a guidance below 1": (f"{MADE} --guidance 0.5 --out run", "at least 1"),
+    "no weight": (f"{MADE} --set recover.alpha_kd=0 --out run", "recover.alpha_kd is 0: set it above 0"),
     "an interval": (f"{MADE} --set sample.guidance_interval=0.1,0.8 --out run", "at all noise levels"),
     "a teacher of another": (f"{MADE.replace('--teacher teacher', '--teacher folded')} --guidance 3 --out run", "has folded in 2"),
 }  # fmt: skip

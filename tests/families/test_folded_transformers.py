@@ -161,6 +161,26 @@ def test_a_folded_student_goes_on(place: Path, done: Run, run: Run) -> None:
     assert tf.open_model("again").hash() == second.hash(), "that is what its teacher has"
 
 
+def test_recordings_of_other_guidance_are_refused(place: Path, done: Run, run: Run) -> None:
+    """Outputs of a plain ancestor are not what a folded student learned; those of a folded one are, drawn without guidance."""
+    asked = ["recover", "--teacher", "plain", "--data", "latents:set", "--search-share", "0.5", *SHORT]
+    done(*asked, "--guidance", "2", "--out", "folded")
+    done("export", "--model", "folded", "--to", "diffusers", "--pipeline", "--out", "folded-pipeline")
+    done("prune", "--teacher", "folded", "--criterion", "first", "--num-keep", "1", "--out", "folded-cut")
+    drawn = ["--prompts", "prompts.txt", "--height", "8", "--width", "8", "--steps", "2"]
+    for pipeline in ("plain", "folded-pipeline"):
+        done("record", pipeline, *drawn, "--out", f"{pipeline}.safetensors")
+    taught = ["recover", "--method", "logits-kd", "--steps", "2", "--set", "recover.training.batch_size=1"]
+    taught += ["--set", "recover.training.ema_decay=0.1", "--student", "folded-cut", "--inputs"]
+    said = run(*taught, "plain.safetensors", "--out", "taught")
+    assert "has no guidance folded in, and folded-cut/student has guidance 2 folded in" in said
+    said = run(*taught, "folded-pipeline.safetensors", "--guidance", "2", "--out", "taught")
+    assert "--guidance is for methods with a teacher" in said and not Path("taught").exists()
+    done(*taught, "folded-pipeline.safetensors", "--out", "taught")
+    made = tf.open_model("taught").facts.folded_guidance
+    assert made is not None and made.scale == 2
+
+
 def test_the_library_takes_the_channels_of_the_data(place: Path) -> None:
     """Two experts that are drawn unlike are refused, as their pipeline guides both."""
     model = tf.open_model("digits-sd3")

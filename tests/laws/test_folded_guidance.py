@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny_training import batches
 
 from tinyfusion.api import distill_model_steps, objective_of, prune_model, recover_model, sample_images
 from tinyfusion.blocks.stack import frozen
+from tinyfusion.conditioning.condition import Condition
 from tinyfusion.config.recipe import (
     DistillStepsSection,
     DynamicSection,
@@ -26,6 +28,7 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.jobs.few_steps import check_few_steps, few_step_training, few_steps_of
 from tinyfusion.jobs.folding import check_folding, fold_guidance, with_taught_target
 from tinyfusion.jobs.process_specs import objective_for, sampler_of
+from tinyfusion.jobs.recording import Drawing
 from tinyfusion.models.checkpoint import LoadedModel, open_model, save_model
 from tinyfusion.processes.base import FoldedGuidance, NoisyBatch
 from tinyfusion.prune.criteria import by_indices
@@ -211,6 +214,48 @@ def test_the_library_refuses_guidance_that_is_not_read(tiny_model: ModelFactory)
         sample_images(model, [1], SampleSection(guidance=3.0, num_steps=2, **DDIM))
     with pytest.raises(UserError, match=r"guidance is 3, and the teacher has folded in 2\.5"):
         distill_model_steps(model, model, batches, guidance=3.0)
+
+
+def test_no_label_is_dropped_where_guidance_is_folded_in(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, dropped = tiny_model(), list[float]()
+    kept = Condition.drop
+    monkeypatch.setattr(
+        Condition, "drop", lambda self, draws, share, *p: (dropped.append(share), kept(self, draws, share, *p))[1]
+    )
+    for guidance, wanted in ((2.0, {0.0}), (None, {0.3})):
+        recover_model(
+            prune_model(model, [0, 2]), model, objective_of(model, 0.3), batches, of_digits(model, guidance=guidance)
+        )
+        assert {*dropped} == wanted
+        dropped.clear()
+
+
+def test_a_teacher_without_weight_is_refused(tiny_model: ModelFactory) -> None:
+    for section, name in ((RecoverSection(alpha_kd=0.0), "alpha_kd"), (DynamicSection(auxiliary_weight=0.0), "weight")):
+        with pytest.raises(UserError, match=f"{name} is 0: set it above 0"):
+            check_folding(Recipe(), section, folded(tiny_model()))
+        check_folding(Recipe(), section, tiny_model())
+
+
+def test_the_library_warns_of_criteria_on_the_loss(tiny_model: ModelFactory) -> None:
+    model = folded(tiny_model())
+    given = {"num_keep": 2, "task": objective_of(model), "batches": batches, "num_batches": 1}
+    with pytest.warns(UserWarning, match="which sensitivity compares, is not what it is for") as warned:
+        prune_model(model, "sensitivity", **given)
+    assert warned[0].filename == __file__
+    prune_model(model, "bi", **given)  # warnings are errors
+    prune_model(tiny_model(), "sensitivity", **given)
+
+
+def test_recorded_drawings_are_those_that_the_model_wants() -> None:
+    kind = diffusers.StableDiffusion3Pipeline
+    off = {"guidance_scale": 1.0}
+    assert Drawing(wanted=off).arguments(kind)["guidance_scale"] == 1
+    assert Drawing(guidance_scale=1.0, wanted=off).arguments(kind) == Drawing(wanted=off).arguments(kind)
+    with pytest.raises(UserError, match="guidance_scale is 5.0, and the model was trained to be drawn with 1.0"):
+        Drawing(guidance_scale=5.0, wanted=off).arguments(kind)
 
 
 # ------------------------------------------------------------------------------------------------------------- afterwards

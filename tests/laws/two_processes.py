@@ -33,7 +33,7 @@ from tinyfusion.dynamic.train import DynamicObjective
 from tinyfusion.jobs.few_steps import few_step_training
 from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel, new_model
-from tinyfusion.processes.base import Batch, Objective
+from tinyfusion.processes.base import Batch, FoldedGuidance, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.processes.masked import MaskedObjective
 from tinyfusion.prune.criteria import by_indices
@@ -59,6 +59,7 @@ WAYS = {
     ),
     "ddp-accumulated": ComputeSection(gradient_accumulation_steps=2, timeout_s=60),
 }
+FOLDED = FoldedGuidance(2.0, 1)  # on one of the two channels
 
 
 SHORT = 8  # steps of the cases whose arithmetic is rounded too roughly for 50 to be compared
@@ -96,7 +97,9 @@ def learning(engine: Engine, settings: TrainingSection = SETTINGS, **more: Any) 
     return Job(TrainState(learner.module, learner.parameter_groups, settings), learner.objective, settings)
 
 
-def recovery(engine: Engine, method: Any, settings: TrainingSection = SETTINGS) -> Job:
+def recovery(
+    engine: Engine, method: Any, settings: TrainingSection = SETTINGS, guidance: FoldedGuidance | None = None
+) -> Job:
     teacher = teacher_model()
     plan = by_indices(teacher, [0, 2], seed=0)
     student = teacher.cut(plan)
@@ -105,18 +108,17 @@ def recovery(engine: Engine, method: Any, settings: TrainingSection = SETTINGS) 
     goal: Objective = GaussianObjective(0.3)
     if method != "finetune":
         section = RecoverSection(method=method, beta=(0.5, 0.1), training=settings)
-        goal = distilled(section, GaussianObjective(0.3), teacher, student, block_pairs(plan))
+        goal = distilled(section, GaussianObjective(0.3), teacher, student, block_pairs(plan), guidance=guidance)
     return Job(TrainState(student.module, [ParameterGroup(trainable(student.module))], settings), goal, settings)
 
 
-def searched(engine: Engine, sure: float = 1.0, **more: Any) -> Job:
+def searched(engine: Engine, sure: float = 1.0, guidance: FoldedGuidance | None = None, **more: Any) -> Job:
     """A distillation of the whole model that chooses its blocks in the first half."""
     teacher, student = teacher_model(), teacher_model()
     engine.place(student.module, list(student.stack))
     engine.place_teacher(frozen(teacher.module), list(teacher.stack))
-    goal = distilled(
-        RecoverSection(method="logits-kd", training=SETTINGS), GaussianObjective(0.3), teacher, student, []
-    )
+    how = RecoverSection(method="logits-kd", training=SETTINGS)
+    goal = distilled(how, GaussianObjective(0.3), teacher, student, [], guidance=guidance)
     section = PruneSection(**{"scheme": "2:4", "distribution": "subset", "gate_learning_rate": 0.05, **more})
     groups = [ParameterGroup(trainable(student.module))]
     learner = search_within(student, goal, groups, section, STEPS // 2, sure, engine.device)
@@ -138,7 +140,9 @@ def masked_recovery(engine: Engine) -> Job:
     return Job(TrainState(student.module, groups, settings), goal, settings)
 
 
-def dynamic(engine: Engine, auxiliary: Any = "complete", **settings: Any) -> Job:
+def dynamic(
+    engine: Engine, auxiliary: Any = "complete", guidance: FoldedGuidance | None = None, **settings: Any
+) -> Job:
     """A model with routers that decide this way and that, under a budget of the global batch."""
     model = teacher_model()
     routed = attach(model, DynamicSettings(width_bias=0.3, token_bias=0.3, block_bias=0.3, **settings))
@@ -150,6 +154,7 @@ def dynamic(engine: Engine, auxiliary: Any = "complete", **settings: Any) -> Job
     goal = DynamicObjective(
         GaussianObjective(0.3), routed, 0.6, label_drop=0.3, ramp_steps=40, auxiliary=auxiliary,
         auxiliary_steps=30, teacher=teacher, finish_from=45, total=engine.total if engine.world > 1 else None,
+        taught_alone=guidance is not None, guidance=guidance,
     )  # fmt: skip
     return Job(TrainState(model.module, [ParameterGroup(trainable(model.module))], SETTINGS), goal, SETTINGS)
 
@@ -176,6 +181,8 @@ CASES: dict[str, Callable[[Engine], Job]] = {
     "searched-score": lambda engine: searched(engine, subset_estimator="score"),
     "finetune": lambda engine: recovery(engine, "finetune"),
     "masked-kd": lambda engine: recovery(engine, "masked-kd"),
+    "masked-kd-folded": lambda engine: recovery(engine, "masked-kd", guidance=FOLDED),
+    "searched-folded": lambda engine: searched(engine, guidance=FOLDED),
     "masked-kd-fp16": lambda engine: recovery(
         engine, "masked-kd", replace(SETTINGS, stop_after=SHORT, dtype="float16")
     ),
@@ -184,12 +191,13 @@ CASES: dict[str, Callable[[Engine], Job]] = {
     "few-steps-matching": lambda engine: few_steps(engine, "matching"),
     "dynamic": dynamic,
     "dynamic-depth-teacher": lambda engine: dynamic(engine, "teacher", depth=True, forced_first=False),
+    "dynamic-folded": lambda engine: dynamic(engine, "teacher", FOLDED),
 }
 RUNS = [
     (case, way)
     for case in CASES
     for way in WAYS
-    if case in ("learning-lora", "masked-kd", "dynamic") or not way.startswith("ddp-")
+    if case in ("learning-lora", "masked-kd", "masked-kd-folded", "dynamic") or not way.startswith("ddp-")
 ]
 
 

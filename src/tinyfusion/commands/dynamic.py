@@ -13,6 +13,7 @@ from tinyfusion.jobs.assemble import RunOptions, open_teacher, other_inputs
 from tinyfusion.jobs.folding import check_routed, folds
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
+from tinyfusion.jobs.process_specs import check_denoiser
 from tinyfusion.jobs.routing import KEPT, check_dynamic, dynamic_record, dynamic_training, meet_budget
 from tinyfusion.jobs.training import Training
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
@@ -41,6 +42,8 @@ class Dynamic(TrainingVerb[Training]):
             raise UserError(
                 f"the teacher {recipe.teacher} does not take what {source} takes: wanted one of the same family, input and classes"
             )
+        if teacher:
+            check_denoiser(teacher, "teacher")
         check_routed(recipe, model, teacher)
         recipe, model = known_inputs(recipe, model, [named, *([recipe.teacher] if teacher else [])], remarks)
         models: dict[str, LoadedModel | None] = {"model": model, "teacher": teacher}

@@ -64,6 +64,8 @@ def explain(recipe: Recipe, options: RunOptions, source: str) -> dict[str, Any]:
         held_out = dataclasses.replace(recipe.data, name=REAL_SETS[1])
         recipe, remarks = dataclasses.replace(recipe, data=held_out), [*remarks, f"measured on {REAL_SETS[1]}"]
     recipe, teacher = _teacher(recipe, options, source, model, remarks)
+    if reason := _other_loss(model):
+        remarks.append(f"warning: not measured is {reason}")
     draws = recipe.explain.drawn > 0 and (recipe.sample.decode or not model.of_latents)
     if draws:
         recipe = dataclasses.replace(recipe, sample=drawing_settings(recipe, model))
@@ -150,9 +152,21 @@ def _draw(recipe: Recipe, model: LoadedModel, folder: RunDirectory, so_far: Expl
     return drawn_record(images, labels, how)
 
 
+def _other_loss(model: LoadedModel) -> str | None:
+    """Why the loss on data is not what the model learned; None where it is."""
+    if model.facts.folded_guidance is None:
+        return None
+    return (
+        f"what the model learned, as it predicts under guidance {model.facts.folded_guidance.scale:g} by itself, and the losses here "
+        "compare that with data; updates, influence, similarity and drawn images are of its own outputs"
+    )
+
+
 def _not_measured(record: dict[str, Any], measured: Measured, recipe: Recipe) -> dict[str, str]:
     """What does not apply to the model or was left out, with the reason."""
     reasons = {}
+    if reason := _other_loss(measured.model):
+        reasons["learned_loss"] = reason
     if record["noise"] is None:
         reasons["by_noise"] = "the process of this model does not order its images by noise"
     if measured.labels is None:

@@ -15,7 +15,7 @@ from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
 from tinyfusion.data.latents import LATENTS
 from tinyfusion.jobs.assemble import RunOptions, check_data_name, open_teacher
-from tinyfusion.jobs.criteria import CriterionWork, criterion_work, looks_at_images
+from tinyfusion.jobs.criteria import CriterionWork, criterion_work, looks_at_images, warning_of_loss
 from tinyfusion.jobs.latent_facts import given_texts
 from tinyfusion.jobs.recorded_training import check_masks, recorded_of, training_data
 from tinyfusion.jobs.training import MaskTraining, before_search, mask_training, student_of
@@ -26,8 +26,6 @@ from tinyfusion.prune.learn import plan_of
 from tinyfusion.prune.sureness import sureness_lines
 from tinyfusion.prune.width import width_stand_in
 from tinyfusion.training.engine import Engine
-
-OF_LOSS = ("min-loss", "median-loss", "max-loss", "sensitivity", "width")  # criteria that compare the loss on data
 
 
 class Prune(TrainingVerb[MaskTraining | CriterionWork]):
@@ -63,11 +61,8 @@ class Prune(TrainingVerb[MaskTraining | CriterionWork]):
                 "--pipeline` makes of pictures with captions, or --inputs FILE, which `tinyfusion record` makes of prompts"
             )
         recipe, teacher = known_inputs(recipe, teacher, [recipe.teacher], remarks, on_data)
-        if teacher.distilled_guidance and recipe.prune.criterion in OF_LOSS:
-            remarks.append(
-                f"warning: the model predicts under guidance by itself, so the loss on data, which {recipe.prune.criterion} compares, is "
-                "not what it is for; learned and bi compare its own outputs"
-            )
+        if options.inputs is None and (warning := warning_of_loss(teacher, recipe.prune)):
+            remarks.append(f"warning: {warning}")
         if learned:  # refuse before anything is learned
             recipe = before_search(recipe, teacher)
         elif recipe.destination:

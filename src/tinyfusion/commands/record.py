@@ -74,13 +74,15 @@ class _Job:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return self.options.drawing.arguments(self.kind) | self.model.drawn_with
+        return self.options.drawing.arguments(self.kind)
 
     @property
     def plain(self) -> dict[str, Any]:
         hashes = {"transformer": self.model.hash, "prompts": sha256_of(self.options.prompts)}
-        own = {"drawn_with": self.model.drawn_with} if self.model.drawn_with else {}
-        return {**hashes, **dataclasses.asdict(self.options.drawing), **own}
+        drawing = dataclasses.asdict(self.options.drawing)
+        wanted = drawing.pop("wanted")
+        own = {"drawn_with": wanted} if wanted else {}
+        return {**hashes, **drawing, **own}
 
     @property
     def outcome(self) -> dict[str, Any]:
@@ -120,8 +122,16 @@ def record(options: RecordOptions) -> dict[str, Any]:
     folder = pipeline_folder(options.pipeline)
     model = transformer_in(folder, options.component, options.blocks)
     kind = pipeline_class(folder)
+    drawing = dataclasses.replace(drawing, wanted=model.drawn_with)
     drawing.arguments(kind)
-    job = _Job(options, prompts, folder, model, kind, own_device(Recipe(device=options.device)))
+    job = _Job(
+        dataclasses.replace(options, drawing=drawing),
+        prompts,
+        folder,
+        model,
+        kind,
+        own_device(Recipe(device=options.device)),
+    )
     return _record_folder(job) if in_shards else _record_file(job)
 
 

@@ -18,6 +18,7 @@ from tinyfusion.jobs.assemble import RunOptions, open_teacher, plain_recipe
 from tinyfusion.jobs.folding import check_folding, folds, with_taught_target
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
+from tinyfusion.jobs.process_specs import check_denoiser
 from tinyfusion.jobs.recorded_training import check_masks, recorded_of, training_data
 from tinyfusion.jobs.training import SearchedRecovery, Training, before_search, recovery, with_method_of_search
 from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
@@ -68,6 +69,7 @@ class Recover(TrainingVerb[Training]):
             teacher = open_teacher(
                 recipe, options.num_heads, family, num_classes=options.num_classes, blocks=options.blocks
             )
+            check_denoiser(teacher, "teacher")
             if teacher.family.name != student.family.name:  # two families can have equal tensors, and equal hashes
                 raise UserError(
                     f"the student {source} is of family {student.family.name} and the teacher {recipe.teacher} of "

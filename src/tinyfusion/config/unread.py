@@ -221,6 +221,7 @@ ROWS = (
     Row("recover.alpha_kd", "methods with a target besides the teacher's outputs in --inputs", lambda a: not a.has_outputs, "recover"),
     Row("data.name data.size data.orientation data.window_images data.flip data.augment flow.* masked.*",
         "data, and --inputs takes their place", lambda a: not a.given.get("inputs"), "prune recover"),
+    Row("recover.guidance", "methods with a teacher: --inputs has its outputs", lambda a: not a.has_outputs, "recover"),
     Row("recover.guidance", "methods with a teacher, not finetune", lambda a: a.method != "finetune", "recover run"),
     Row("sample.guidance_channels", "recover.guidance", lambda a: a.recipe.recover.guidance is not None or a.draws_previews, "recover"),
     Row("recover.beta", "rep-kd and masked-kd, which compare features", lambda a: a.method in ("rep-kd", "masked-kd")),

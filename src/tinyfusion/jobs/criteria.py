@@ -29,12 +29,25 @@ from tinyfusion.prune.criteria import CRITERIA, by_indices, decide, searched, sp
 from tinyfusion.prune.mask_search import LossSums, separate_evaluations, shared_evaluations
 from tinyfusion.prune.width import check_width
 
+OF_LOSS = ("min-loss", "median-loss", "max-loss", "sensitivity", "width")  # criteria that compare the loss on data
 _SAVED_VALUES = 24  # values per token and channel that a block retains for its backward pass
 
 
 def looks_at_images(criterion: str) -> bool:
     """Whether a criterion without training looks at images; False for one that does not exist."""
     return criterion in CRITERIA and CRITERIA[criterion].evaluations is not None
+
+
+def warning_of_loss(teacher: LoadedModel, settings: PruneSection) -> str | None:
+    """Why the loss on data is not what blocks of this model should be chosen by; None where they are not, or it is."""
+    on_data = settings.criterion == "learned" and settings.target == "data"
+    if not teacher.distilled_guidance or not (on_data or settings.criterion in OF_LOSS):
+        return None
+    compares = "prune.target=data" if on_data else settings.criterion
+    return (
+        f"the model predicts under guidance by itself, so the loss on data, which {compares} compares, is not what it is for; "
+        f"{'prune.target=teacher compares' if on_data else 'learned and bi compare'} its own outputs"
+    )
 
 
 def criterion_context(

@@ -44,20 +44,19 @@ def folded_by(recipe: Recipe, section: Folding, model: LoadedModel) -> FoldedGui
 
 
 def check_folding(recipe: Recipe, section: Folding, teacher: LoadedModel | None) -> None:
-    """Raise UserError where a section, `recover` or `dynamic`, folds in guidance that the teacher has not."""
+    """Raise UserError where a section, `recover` or `dynamic`, folds in guidance that the teacher has not, or does not learn from it."""
+    own = None if teacher is None else teacher.facts.folded_guidance
+    if folds(section) or own:
+        _check_weight(section)
     if not folds(section):
         return
-    if isinstance(section, DynamicSection) and not section.auxiliary_weight:
-        raise UserError(
-            "dynamic.guidance makes the teacher the only target, and dynamic.auxiliary_weight is 0: set it above 0"
-        )
     asked = f"{'recover' if isinstance(section, RecoverSection) else 'dynamic'}.guidance {section.guidance:g}"
     if teacher is None:
         how = "method=logits-kd" if isinstance(section, RecoverSection) else "auxiliary=teacher"
         raise UserError(
             f"{asked} folds in the guidance of a teacher, and here is none: set it to none, or set {asked.partition('.')[0]}.{how}"
         )
-    if (own := teacher.facts.folded_guidance) is not None:
+    if own is not None:
         if own.scale != section.guidance:
             raise UserError(
                 f"{asked}: the teacher has folded in {own.scale:g}: set that, or none, or give a teacher without"
@@ -76,6 +75,18 @@ def check_folding(recipe: Recipe, section: Folding, teacher: LoadedModel | None)
         raise UserError(f"{asked} compares with a class for no label, and the teacher has none: set it to none")
     if recipe.sample.guidance_interval != WHOLE:
         raise UserError("guidance is folded in at all noise levels: leave out sample.guidance_interval")
+
+
+def _check_weight(section: Folding) -> None:
+    """Raise UserError where the teacher's output, which alone is under guidance, has no weight."""
+    if isinstance(section, RecoverSection):
+        name, weight = "recover.alpha_kd", section.alpha_kd
+    else:
+        name, weight = "dynamic.auxiliary_weight", section.auxiliary_weight
+    if not weight:
+        raise UserError(
+            f"the teacher's output is under guidance, the data are not, and {name} is 0: set it above 0, or leave it out"
+        )
 
 
 def check_routed(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | None) -> None:

@@ -83,11 +83,11 @@ def process_spec(model: LoadedModel) -> ProcessSpec:
     return PROCESSES[model.family.process]
 
 
-def check_denoiser(model: LoadedModel) -> None:
-    """Raise UserError for a model of few steps, which cannot be pruned, recovered or trained on any more."""
+def check_denoiser(model: LoadedModel, role: str = "model") -> None:
+    """Raise UserError for a model of few steps, which can neither be trained or pruned any more nor teach at all noise levels."""
     if model.facts.few_steps is not None:
         raise UserError(
-            f"the model was distilled for {len(model.facts.few_steps.levels)} steps, and is no denoiser of all noise levels any more: "
+            f"the {role} was distilled for {len(model.facts.few_steps.levels)} steps, and is no denoiser of all noise levels any more: "
             "give the model that it was distilled from"
         )
 

@@ -24,6 +24,8 @@ from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.data.recorded import RecordedInputs, output_tensors, read_recorded, returning_tuples
 from tinyfusion.data.recorded_batches import PLAIN, RecordedBatch, RecordedBatches, joined
 from tinyfusion.families.diffusers_classes.call_rows import LAYOUTS
+from tinyfusion.families.diffusers_classes.few_steps import FoldedDrawing, folded_drawing
+from tinyfusion.families.diffusers_classes.folder import TransformerFolder
 from tinyfusion.jobs.assemble import batches_for
 from tinyfusion.jobs.process_specs import check_denoiser, objective_for
 from tinyfusion.models.loaded import LoadedModel
@@ -89,7 +91,24 @@ def recorded_of(file: Path | None, model: LoadedModel) -> RecordedInputs | None:
     check_denoiser(model)
     inputs = read_recorded(file)
     check_recorded_on(inputs, model.folder)
+    _check_guidance(inputs, model.folder)
     return inputs
+
+
+def _check_guidance(inputs: RecordedInputs, model: TransformerFolder) -> None:
+    """Raise UserError where outputs were recorded of an ancestor that was drawn with other guidance than the model."""
+    parents = [each for each in model.lineage if each["hash"] == inputs.hash]
+    if inputs.hash == model.hash or not parents:
+        return
+    had = parents[-1].get(FoldedDrawing.key)
+    then, own = None if had is None else folded_drawing(had).guidance, model.folded and model.folded.guidance
+    if then == own:
+        return
+    said, now = (f"guidance {each.scale:g} folded in" if each else "no guidance folded in" for each in (then, own))
+    raise UserError(
+        f"{inputs.path} was recorded on {inputs.hash[:12]}, which has {said}, and {model.path} has {now}: record inputs of a "
+        "model with the same, or recover it with --teacher and --data in place of --inputs"
+    )
 
 
 def training_data(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,10 @@ def _hash(transformer: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a pipeline is called; None leaves what the pipeline has by default. calls: retained per prompt; None: all."""
+    """How a pipeline is called; None leaves what the pipeline has by default. calls: retained per prompt; None: all.
+
+    wanted: arguments of the call that the model wants, such as guidance off where it has folded it in.
+    """
 
     steps: int | None = None
     guidance_scale: float | None = None
@@ -78,17 +81,23 @@ class Drawing:
     frames: int | None = None
     seed: int = 0
     calls: int | None = 4
+    wanted: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self, kind: Any) -> dict[str, Any]:
-        """The arguments of a call of this pipeline class. Raises UserError on one that it does not have."""
+        """The arguments of a call of this pipeline class. Raises UserError on one that it does not have, or the model has other."""
         given = {
             "num_inference_steps": self.steps, "guidance_scale": self.guidance_scale, "height": self.height,
             "width": self.width, "num_frames": self.frames,
         }  # fmt: skip
         own = ": record from a script of your own, tinyfusion.record_inputs(transformer, FILE)"
-        wanted = call_arguments(kind, given, own)
+        called = call_arguments(kind, given, own)
+        for name in called.keys() & self.wanted.keys():
+            if called[name] != self.wanted[name]:
+                raise UserError(
+                    f"{name} is {called[name]!r}, and the model was trained to be drawn with {self.wanted[name]!r}: leave it out"
+                )
         takes_form = "output_type" in inspect.signature(kind.__call__).parameters
-        return wanted | ({"output_type": "latent"} if takes_form else {})
+        return called | dict(self.wanted) | ({"output_type": "latent"} if takes_form else {})
 
 
 def recorded_calls(
@@ -141,8 +150,9 @@ class PromptCost:
 def cost_of_prompt(pipeline: Any, transformer: nn.Module, prompt: str, drawing: Drawing) -> PromptCost:
     """The cost of a prompt, from drawing it in two steps."""
     default = getattr(inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps"), "default", None)
-    steps = drawing.steps or (default if isinstance(default, int) else _USUAL_STEPS)
-    few = min(_MEASURED_STEPS, steps)
+    fixed = drawing.wanted.get("num_inference_steps")
+    steps = fixed or drawing.steps or (default if isinstance(default, int) else _USUAL_STEPS)
+    few = fixed or min(_MEASURED_STEPS, steps)
     began = time.perf_counter()
     made = _drawn(pipeline, transformer, 0, prompt, dataclasses.replace(drawing, steps=few))
     seconds = (time.perf_counter() - began) * steps / few

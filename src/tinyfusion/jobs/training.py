@@ -159,7 +159,7 @@ class Training:
         lines = [*memory.lines(), *fitting_lines(footprint, settings, compute, self.engine.world)]
         lines += lines_of_large(teacher or model, self.kept_blocks(teacher or model))
         macs = 3 * model.macs()  # a backward pass costs two forward passes
-        macs += teacher.macs() if teacher else 0
+        macs += self.objective.step_memory().teacher_rows * teacher.macs() if teacher else 0
 
         def measure(batch_size: int) -> float:
             short = dataclasses.replace(settings, steps=3, stop_after=None, batch_size=batch_size)

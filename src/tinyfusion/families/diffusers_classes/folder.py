@@ -47,7 +47,7 @@ class TransformerFolder:
 
     pipeline: the folder of a pipeline that it is a component of. license: of the weights, None where no file names it. parent: hub id
     of the model that it, or what it was pruned from, was fetched from. row_text: the row as TOML, where it is not of the shipped
-    table.
+    table. trained_as: how the tensors were drawn, in a tuple, where `drawn_by` says how those are that are trained from them.
     """
 
     path: Path
@@ -59,6 +59,7 @@ class TransformerFolder:
     license: str | None = None
     parent: str | None = None
     row_text: str = ""
+    trained_as: tuple[FoldedDrawing | None, ...] = ()
 
     @property
     def class_name(self) -> str:
@@ -78,7 +79,7 @@ class TransformerFolder:
 
     @property
     def lineage(self) -> list[dict[str, Any]]:
-        """Parents, oldest first: hash, blocks per list, and which of its own parent these are."""
+        """Parents, oldest first: hash, blocks per list, which of its own parent these are, and guidance that it had folded in."""
         return list(self.record.get("lineage") or [])
 
     @property
@@ -134,6 +135,8 @@ class TransformerFolder:
         }
         parent: dict[str, Any] = {"hash": self.hash, "depth": dict(self.depths), "kept": self.record.get("kept")}
         drawn = {} if self.folded is None else {FoldedDrawing.key: self.folded.to_json()}
+        had = self.trained_as[0] if self.trained_as else self.folded
+        parent |= {} if had is None else {FoldedDrawing.key: had.to_json()}
         record = {
             **self._made_of,
             **drawn,
@@ -143,7 +146,7 @@ class TransformerFolder:
         }
         config = {**self.config, **cut.config_changes(), RECORD: record}
         depths = {path: len(kept) for path, kept in plan.kept.items()}
-        return dataclasses.replace(self, config=config, weights=weights, depths=depths)
+        return dataclasses.replace(self, config=config, weights=weights, depths=depths, trained_as=())
 
     @property
     def _made_of(self) -> dict[str, Any]:
@@ -157,7 +160,8 @@ class TransformerFolder:
         if drawing is None and record == self.record:
             return self
         record |= {} if drawing is None else {drawing.key: drawing.to_json()}
-        return dataclasses.replace(self, config={**self.config, RECORD: {**self._made_of, **record}})
+        config, before = {**self.config, RECORD: {**self._made_of, **record}}, self.trained_as or (self.folded,)
+        return dataclasses.replace(self, config=config, trained_as=before)
 
     def check_prunable(self) -> None:
         """Raise UserError for a student of few steps."""
@@ -216,7 +220,7 @@ class TransformerFolder:
         changed = {n: stored_tensor(tensors[n], stored.dtype) for n, stored in self.weights.items() if n in tensors}
         weights = {**self.weights, **changed}
         trained = {RECORD: {**self.record, "trained": True}} if self.record else {}
-        return dataclasses.replace(self, weights=weights, config={**self.config, **trained})
+        return dataclasses.replace(self, weights=weights, config={**self.config, **trained}, trained_as=())
 
     @property
     def streams(self) -> dict[str, Streams]:
@@ -327,6 +331,9 @@ def _check_record(path: Path, record: Mapping[str, Any]) -> None:
     try:
         parents, plan = record["lineage"], plan_from_json(record.get("plan"))
         hashes = [each["hash"] for each in parents]
+        for each in parents:
+            if each.get(FoldedDrawing.key) is not None:
+                folded_drawing(each[FoldedDrawing.key])
         steps = [*(each["kept"] for each in parents[1:]), record["kept"]]
         cuts = [
             plan_from_json({"kept": kept, "depth": parent["depth"], "criterion": plan.criterion})
