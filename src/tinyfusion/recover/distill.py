@@ -82,7 +82,10 @@ class DistilledObjective(Objective):
         """Run the teacher, then the student, on the same batch; paired blocks are compared as the student runs them."""
         watched = [t for _, t in self.pairs] if self.compares_features else []
         with torch.no_grad(), self.teacher_stack.tap(watched) as taught_features:
-            taught = self.inner.taught(self.teacher, noisy, self.guidance)
+            if self.guidance is None:
+                taught = self.inner.predict(self.teacher, noisy)
+            else:
+                taught = self.inner.taught(self.teacher, noisy, self.guidance)
         with self._comparing(taught_features) as losses:
             own = self.inner.predict(model, noisy)
         return TaughtPrediction(own.output, teacher=taught, feature_losses=losses)
