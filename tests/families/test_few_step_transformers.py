@@ -154,7 +154,18 @@ def test_the_verb_from_latents_to_images(place: Path, done: Run) -> None:
         pipeline_of("digits-sd3", None).folder / "transformer", "sd3/student"))  # fmt: skip
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
     drawn = ["--prompts", "prompts.txt", *SIZE]
-    done("sample", "--model", "sd3", *drawn, "--num-steps", "30", "--guidance", "5", "--out", "one.npz")
+    done(
+        "sample",
+        "--model",
+        "sd3",
+        *drawn,
+        "--set",
+        "pipeline.num_steps=30",
+        "--set",
+        "pipeline.guidance=5",
+        "--out",
+        "one.npz",
+    )
     done("export", "--model", "sd3", "--to", "diffusers", "--pipeline", "--out", "exported")
     done("sample", "--model", "exported", *drawn, "--batch-size", "2", "--out", "other.npz")
     one, other = (np.load(name)["arr_0"].astype(int) for name in ("one.npz", "other.npz"))

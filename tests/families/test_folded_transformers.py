@@ -155,6 +155,13 @@ def test_a_folded_student_goes_on(place: Path, done: Run, run: Run) -> None:
     steps = tf.open_model("few")
     assert steps.facts.folded_guidance is None and steps.facts.few_steps is not None
     assert steps.facts.few_steps.guidance == 3
+    for model, option, message in (
+        ("first", "--guidance", "--guidance is for models that are drawn under guidance"),
+        ("few", "--guidance", "--guidance is for models that are drawn under guidance"),
+        ("few", "--num-steps", "--num-steps is for models of many steps"),
+    ):
+        said = run("sample", "--model", model, "--prompts", "prompts.txt", *SIZE, option, "4", "--out", "refused.npz")
+        assert message in said and not Path("refused.npz").exists()
     said = run("recover", *more, "--guidance", "3", "--out", "again")
     assert "the teacher has folded in 2" in said and not Path("again").exists()
     done("recover", *more, "--guidance", "2", "--out", "again")

@@ -24,6 +24,7 @@ from tinyfusion.families.diffusers_classes.folder import INDEX, TransformerFolde
 from tinyfusion.jobs.pipelines import ModelPipeline, in_type, pipeline_of, stored_type
 from tinyfusion.jobs.prompt_drawing import called, generators, pipeline_arguments
 from tinyfusion.jobs.transformers import macs_of
+from tinyfusion.jobs.typed import check_read
 
 STEPS = 2  # of the drawing whose calls are timed
 _STEPS = ("num_inference_steps", "sigmas")
@@ -45,6 +46,7 @@ def bench_prompts(recipe: Recipe, names: BenchModels, blocks: Path | None, dry_r
         folder = None if (Path(source) / INDEX).is_file() else settings.folder
         models[side] = pipeline_of(source, blocks, folder, settings.component if folder else None)
         pipeline_arguments(models[side], settings)
+    check_read("bench", recipe, *(each for model in models.values() for each in model.models.values()))
     dtype = settings.dtype or stored_type(models["model"])
     protocol = _protocol(recipe, models, dtype, device)
     if dry_run:

@@ -19,6 +19,7 @@ from tinyfusion.jobs.assemble import RunOptions, drawing_engine, plain_recipe
 from tinyfusion.jobs.drawn_output import DrawnOutput
 from tinyfusion.jobs.pipelines import pipeline_of, stored_type, transformer_class_in
 from tinyfusion.jobs.prompt_drawing import PromptDrawing, pipeline_arguments, pipeline_protocol
+from tinyfusion.jobs.typed import check_read
 
 ENCODED = ".safetensors"  # files of prompts of another kind: encoded, for model families that take texts
 
@@ -39,6 +40,7 @@ def sample_prompts(
     engine = drawing_engine(recipe, together)
     prompts, digest = read_prompts(Path(recipe.data.prompts)), sha256_of(Path(recipe.data.prompts))
     model = pipeline_of(source, options.blocks, settings.folder, settings.component)
+    check_read("sample", recipe, *model.models.values())
     arguments, few = pipeline_arguments(model, settings), model.few_steps
     levels = few.steps.levels if few else None
     if levels is not None:

@@ -18,10 +18,10 @@ def check_read(verb: str, recipe: Recipe, *models: LoadedModel | TransformerFold
 
 
 def _kind_of(model: LoadedModel | TransformerFolder) -> ModelKind:
-    if isinstance(model, TransformerFolder):
-        return ModelKind(None)
-    if isinstance(model, TransformerModel):
-        return ModelKind(None, null_class=model.null_class)
+    if isinstance(model, TransformerFolder | TransformerModel):
+        folder = model if isinstance(model, TransformerFolder) else model.folder
+        null_class = isinstance(model, TransformerFolder) or model.null_class
+        return ModelKind(None, False, folder.few_steps is not None, null_class, folder.folded is not None)
     facts = model.facts
     drawn = facts.few_steps is not None, model.null_class, facts.folded_guidance is not None
     return ModelKind(model.family.process, model.of_latents, *drawn)
