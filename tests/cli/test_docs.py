@@ -49,7 +49,7 @@ TRAINING = "steps=2 batch_size=4 ema_decay=0.5 log_every_steps=1 checkpoint_ever
 DRAWING = "--steps 2 --height 16 --width 16 --calls 1"  # the last one counts
 PROMPTS = "pipeline.num_steps=1 pipeline.height=16 pipeline.width=16 pipeline.num_images=5 bench.repeats=1 bench.product_size=64"
 SHORT = {
-    "run": "prune.training recover.training sample speed",
+    "run": "prune.training recover.training distill_steps.training distill_steps sample speed",
     "train": "train compute",
     "prune": "prune.training",
     "recover": "recover.training",
@@ -120,7 +120,7 @@ def shortened(words: list[str]) -> list[str]:
         ]
     if words[1] in ("sample", "bench") and "--prompts" in words:
         settings += PROMPTS.split()
-    if words[1] == "run" and words[words.index("--recipe") + 1] in YARDSTICKS:
+    if words[1] == "run" and words[words.index("--recipe") + 1].startswith(YARDSTICKS):
         settings += [
             "pipeline.num_steps=1",
             "pipeline.num_images=5",

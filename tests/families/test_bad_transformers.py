@@ -151,7 +151,7 @@ ROWS: list[tuple[str, Change | None, str, str]] = [
      "missing transformer_blocks.1.ff"),
     ("block-huge", tensors(lambda t: t.update({"transformer_blocks.99999999999999999999.x": torch.ones(1)})), INSPECT, "gap at 3"),
     ("shard-missing", sharded(odd="other.safetensors"), INSPECT, "other.safetensors does not exist"),
-    ("shard-outside", sharded(odd="../secret.safetensors"), INSPECT, "names '../secret.safetensors', which is no file of its folder"),
+    ("shard-outside", sharded(odd="../secret.safetensors"), INSPECT, "names '../secret.safetensors', which is no file in its folder"),
     ("shard-number", sharded(odd=3), INSPECT, "wanted a weight_map of tensors to files"),  # type: ignore[arg-type]
     ("shard-twice", copied, INSPECT, "and so does another file of model"),
     ("index-of-shards-list", text(f"model/{INDEX}", "[]"), INSPECT, "wanted a JSON object"),

@@ -156,10 +156,11 @@ def test_half_precision_stays_half_precision(place: Path, run: Run) -> None:
     FluxTransformer2DModel.from_pretrained("flux/transformer").to(torch.bfloat16).save_pretrained("half")
     low = ["--set", "prune.training.dtype=bfloat16"]
     run(*["half" if word == "flux" else word for word in LEARN], *low, "--out", "runs/half")
-    run(
+    said = run(
         "recover", "--student", "runs/half", "--data", "latents:set", *BACK, "--set", "recover.training.dtype=bfloat16", "--out",
         "runs/half-back",
     )  # fmt: skip
+    assert isinstance(said, dict), said
     for folder in ("runs/half/student", "runs/half-back/student"):
         assert {tensor.dtype for tensor in weights(Path(folder)).values()} == {torch.bfloat16}
 
@@ -327,7 +328,7 @@ def test_a_run_counts_units_before_masks_are_learned(name: str, tmp_path: Path) 
         (["recover", "--student", "runs/cut", "--data", "latents:unpooled"], "no pooled"),
         (["recover", "--student", "runs/cut", "--data", "latents:wide"], "in_channels 16 (4 per channel of the latents); got latents of 8 channels"),
         (["recover", "--student", "runs/cut", "--data", "latents:few"], "has 4 texts, and its prompts are 2"),
-        (["recover", "--student", "runs/cut", "--data", "latents:set", "--set", "watch.grid_every_steps=1"], "is drawn by its pipeline: set watch.grid_every_steps"),
+        (["recover", "--student", "runs/cut", "--data", "latents:set", "--set", "watch.grid_every_steps=1"], "previews draw prompts, and there are none in latents:set: give --set watch.prompts=FILE"),
         (["train", "--data", "latents:set", "--set", "model.family=FluxTransformer2DModel", "--set", "model.sizes={heads=3}"], "a FluxTransformer2DModel has no heads"),
         (["dynamic", "--model", "flux", "--data", "latents:set"], "a model whose blocks have one stream can have routers"),
     ],

@@ -204,7 +204,7 @@ def shards_of_index(index: Path) -> dict[Path, set[str]]:
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{index} is damaged: wanted a weight_map of tensors to files")
     if odd := next((name for name in files.values() if Path(name).name != name or "\0" in name), None):
-        raise UserError(f"{index} names {odd!r}, which is no file of its folder")
+        raise UserError(f"{index} names {odd!r}, which is no file in its folder")
     shards = {
         index.parent / name: {key for key, own in files.items() if own == name} for name in sorted({*files.values()})
     }

@@ -79,7 +79,8 @@ class Previews:
         check_previews(recipe, model)
         self.recipe, self.run, self.title, self.start = recipe, run, title, start
         self.seconds = 0.0
-        self._drawing = None if model is None else preview_drawing(recipe, model)
+        drawn = model is not None and bool(recipe.watch.grid_every_steps or recipe.watch.fid_every_steps)
+        self._drawing = preview_drawing(recipe, model) if model is not None and drawn else None
         self._silent = not run.writes
         self._trackers: dict[str, GeneralTracker] = {}
         self._environment: list[str] = []
