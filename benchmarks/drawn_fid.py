@@ -20,7 +20,10 @@ class DrawnFid:
     def __init__(self, recipe: Recipe, images: int) -> None:
         self.recipe, self.images = recipe, images
         self.extractor = open_extractor(recipe.evaluate.features, "cpu")
-        real = {name: to_uint8(torch.from_numpy(image_set(name).x)) for name in recipe.evaluate.references}
+        real = {
+            name: to_uint8(torch.from_numpy(image_set(name, size=recipe.data.size).x))
+            for name in recipe.evaluate.references
+        }
         self.references = {name: self._moments(pixels) for name, pixels in real.items()}
 
     def _moments(self, pixels: np.ndarray) -> Moments:

@@ -18,7 +18,7 @@ from tinyfusion.data.captions import read_prompts
 from tinyfusion.jobs.assemble import RunOptions, drawing_engine, plain_recipe
 from tinyfusion.jobs.drawn_output import DrawnOutput
 from tinyfusion.jobs.pipelines import pipeline_of, stored_type, transformer_class_in
-from tinyfusion.jobs.prompt_drawing import PromptDrawing, pipeline_arguments, pipeline_protocol
+from tinyfusion.jobs.prompt_drawing import PromptDrawing, open_prompt_drawing, pipeline_arguments, pipeline_protocol
 from tinyfusion.jobs.typed import check_read
 
 ENCODED = ".safetensors"  # files of prompts of another kind: encoded, for model families that take texts
@@ -41,10 +41,10 @@ def sample_prompts(
     prompts, digest = read_prompts(Path(recipe.data.prompts)), sha256_of(Path(recipe.data.prompts))
     model = pipeline_of(source, options.blocks, settings.folder, settings.component)
     check_read("sample", recipe, *model.models.values())
-    arguments, few = pipeline_arguments(model, settings), model.few_steps
-    levels = few.steps.levels if few else None
-    if levels is not None:
-        say([f"note: {source} draws in its own {len(levels)} steps: steps, guidance and negative prompt are not used"])
+    pipeline_arguments(model, settings)  # raises on settings that the pipeline lacks, before anything is written
+    if few := model.few_steps:
+        steps = len(few.steps.levels)
+        say([f"note: {source} draws in its own {steps} steps: steps, guidance and negative prompt are not used"])
     elif model.drawn_with:
         say([f"note: {source} has guidance folded in: guidance and negative prompt are not used"])
     num = settings.num_images or len(prompts)
@@ -73,8 +73,7 @@ def sample_prompts(
         return outcome
 
     def opened() -> PromptDrawing:
-        pipeline = model.opened(engine.device, settings.dtype)
-        return PromptDrawing(pipeline, prompts, arguments, recipe.seed, settings.batch_size, levels)
+        return open_prompt_drawing(model, recipe, prompts, engine.device)
 
     def record(report: Mapping[str, Any]) -> dict[str, Any]:
         about = {"model": model.model_hash, "pipeline": model.kind.__name__, "prompts": prompts}

@@ -68,11 +68,6 @@ class Asked:
         return bool(self.given.get("inputs")) and self.method == "logits-kd"
 
     @property
-    def draws_previews(self) -> bool:
-        """Whether a training draws images."""
-        return bool(self.recipe.watch.grid_every_steps or self.recipe.watch.fid_every_steps)
-
-    @property
     def draws_prompts(self) -> bool:
         """Whether a pipeline of diffusers draws texts; files of encoded ones are for families."""
         prompts = self.recipe.data.prompts
@@ -223,7 +218,7 @@ ROWS = (
         "data, and --inputs takes their place", lambda a: not a.given.get("inputs"), "prune recover"),
     Row("recover.guidance", "methods with a teacher: --inputs has its outputs", lambda a: not a.has_outputs, "recover"),
     Row("recover.guidance", "methods with a teacher, not finetune", lambda a: a.method != "finetune", "recover run"),
-    Row("sample.guidance_channels", "recover.guidance", lambda a: a.recipe.recover.guidance is not None or a.draws_previews, "recover"),
+    Row("sample.guidance_channels", "recover.guidance", lambda a: a.recipe.recover.guidance is not None or a.recipe.watch.draws, "recover"),
     Row("recover.beta", "rep-kd and masked-kd, which compare features", lambda a: a.method in ("rep-kd", "masked-kd")),
     Row("recover.mask recover.mask_sigmas", "method masked-kd", lambda a: a.method == "masked-kd"),
     Row("recover.mask", "recover.mask_sigmas", lambda a: a.recipe.recover.mask_sigmas is not None),
@@ -250,18 +245,18 @@ ROWS = (
     # training
     Row("watch.grid_images", "watch.grid_every_steps", lambda a: bool(a.recipe.watch.grid_every_steps)),
     Row("watch.fid_images", "watch.fid_every_steps", lambda a: bool(a.recipe.watch.fid_every_steps)),
-    Row("watch.prompts", "watch.grid_every_steps or watch.fid_every_steps", lambda a: a.draws_previews),
+    Row("watch.prompts", "watch.grid_every_steps or watch.fid_every_steps", lambda a: a.recipe.watch.draws),
     _of_model("watch.prompts", "transformers of diffusers, not models of families", lambda m: m.transformer),
     Row("watch.project", "watch.report_to", lambda a: bool(a.recipe.watch.report_to)),
     Row("evaluate.*", "watch.fid_every_steps", lambda a: bool(a.recipe.watch.fid_every_steps),
         "train prune recover dynamic distill-steps"),
     Row("sample.sampler sample.num_steps sample.eta sample.clip sample.flow.* sample.masked.*", "previews (section watch)",
-        lambda a: a.draws_previews, "train recover distill-steps"),
-    Row("sample.guidance sample.guidance_interval", "previews (section watch)", lambda a: a.draws_previews, "train recover"),
-    Row("sample.guidance_channels", "previews (section watch)", lambda a: a.draws_previews, "train"),
-    Row(_DRAWN, "previews (section watch)", lambda a: a.draws_previews, "train recover distill-steps"),
+        lambda a: a.recipe.watch.draws, "train recover distill-steps"),
+    Row("sample.guidance sample.guidance_interval", "previews (section watch)", lambda a: a.recipe.watch.draws, "train recover"),
+    Row("sample.guidance_channels", "previews (section watch)", lambda a: a.recipe.watch.draws, "train"),
+    Row(_DRAWN, "previews (section watch)", lambda a: a.recipe.watch.draws, "train recover distill-steps"),
     Row("sample.batch_size sample.quantize sample.decode_batch_size", "previews (section watch)",
-        lambda a: a.draws_previews, "dynamic"),
+        lambda a: a.recipe.watch.draws, "dynamic"),
     Row("flow.logit_*", "flow.time_sampler=logit_normal", lambda a: a.recipe.flow.time_sampler == "logit_normal"),
     Row("flow.mode_scale", "flow.time_sampler=mode", lambda a: a.recipe.flow.time_sampler == "mode"),
     Row("flow.base_* flow.max_*", "flow.shift_type exponential or linear", lambda a: a.recipe.flow.shift_type != "static"),
@@ -270,12 +265,12 @@ ROWS = (
     _of_model("flow.guidance", "transformers of diffusers, not models of families", lambda m: m.transformer),
     _of_model("pipeline.*", "transformers of diffusers, not models of families", lambda m: m.transformer,
               "train recover distill-steps run"),
-    Row("pipeline.*", "previews (section watch)", lambda a: a.draws_previews, "recover"),
-    Row("pipeline.[!gt]*", "previews (section watch)", lambda a: a.draws_previews, "distill-steps"),
+    Row("pipeline.*", "previews (section watch)", lambda a: a.recipe.watch.draws, "recover"),
+    Row("pipeline.[!gt]*", "previews (section watch)", lambda a: a.recipe.watch.draws, "distill-steps"),
     _of_model("masked.*", "masked models", lambda m: m.process == "masked"),
     _of_model(_SIZES, "models of families: a transformer of diffusers has model.sizes", lambda m: not m.transformer),
     _of_model("train.label_drop *.training.label_drop", "models with a class for no label", lambda m: m.null_class),
-    Row("pipeline.[!fc]* pipeline.frames*", "drawing prompts", lambda a: a.verb != "train" or a.draws_previews),
+    Row("pipeline.[!fc]* pipeline.frames*", "drawing prompts", lambda a: a.verb != "train" or a.recipe.watch.draws),
     # drawing
     Row("sample.*", "models of families, and --prompts names texts, which a pipeline draws (section pipeline)",
         lambda a: not a.draws_prompts, "sample bench"),

@@ -154,9 +154,4 @@ def fold_guidance(
 
 def _pipeline_arguments(model: TransformerModel) -> dict[str, float]:
     """The arguments by which the pipeline of a model draws without guidance."""
-    if model.pipeline is None:
-        raise UserError(
-            f"a student of folded guidance is drawn by its pipeline, and {model.folder.path} is in none: give the folder of the "
-            "pipeline, or of its transformer in it"
-        )
-    return guidance_off(pipeline_class(model.pipeline))
+    return guidance_off(pipeline_class(model.own_pipeline("a student of folded guidance is drawn by its pipeline")))

@@ -303,15 +303,11 @@ def pipeline_of(
 
 def pipeline_with(model: TransformerModel) -> ModelPipeline:
     """The pipeline of an opened transformer, with that in place of its own. Raises UserError where it is in none."""
-    if model.pipeline is None:
-        raise UserError(
-            f"a {model.folder.class_name} is drawn by its pipeline, and {model.folder.path} is in none: give the folder of the pipeline, "
-            "or of its transformer in it"
-        )
-    own = _own_models(model.pipeline, None, None)
+    folder = model.own_pipeline(f"a {model.folder.class_name} is drawn by its pipeline")
+    own = _own_models(folder, None, None)
     names = [name for name, each in own.items() if each.class_name == model.folder.class_name]
     name = model.folder.path.name if model.folder.path.name in names else next(iter(names), "transformer")
-    return _checked(model.pipeline, {**own, name: model.folder})
+    return _checked(folder, {**own, name: model.folder})
 
 
 def transformer_class_in(path: Path) -> str | None:

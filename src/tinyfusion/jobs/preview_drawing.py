@@ -20,7 +20,7 @@ from tinyfusion.data.prompts import TEXTS, spread_texts
 from tinyfusion.jobs.assemble import device_for
 from tinyfusion.jobs.pipelines import pipeline_with, stored_type
 from tinyfusion.jobs.process_specs import process_spec, sampler_of
-from tinyfusion.jobs.prompt_drawing import PromptDrawing, pipeline_arguments, pipeline_protocol
+from tinyfusion.jobs.prompt_drawing import PromptDrawing, open_prompt_drawing, pipeline_arguments, pipeline_protocol
 from tinyfusion.jobs.sampling_setup import (
     autoencoder_for,
     check_sampling,
@@ -110,13 +110,13 @@ class FamilyPreviews:
 class PromptPreviews:
     """Previews of a transformer of diffusers, by its pipeline: the prompts of `watch.prompts`, else captions of the latents, in turn.
 
-    The pipeline is opened for every preview, and held by nothing in between: its text encoders may be larger than the transformer.
+    The pipeline is opened for every preview, and released after it: its text encoders may be larger than the transformer.
     """
 
     def __init__(self, recipe: Recipe, model: TransformerModel) -> None:
         self.recipe = recipe
         self.source = pipeline_with(model)
-        self._pipeline: Any = None
+        self._drawing: PromptDrawing | None = None
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -154,11 +154,11 @@ class PromptPreviews:
         """Previews of other weights within the context."""
         assert isinstance(model, TransformerModel)
         self.source = pipeline_with(model)
-        self._pipeline = self.source.opened(device_for(self.recipe), self.recipe.pipeline.dtype)
+        self._drawing = open_prompt_drawing(self.source, self.recipe, self.prompts, device_for(self.recipe))
         try:
             yield self
         finally:
-            self._pipeline = None
+            self._drawing = None
 
     def grid(self) -> np.ndarray:
         """uint8 images (N, H, W, 3). Raises UserError on values that are not finite."""
@@ -175,8 +175,5 @@ class PromptPreviews:
         return pipeline_protocol(self.source, self.recipe, digest, self.recipe.watch.fid_images, dtype)
 
     def _images(self, num: int) -> np.ndarray:
-        settings, few = self.recipe.pipeline, self.source.few_steps
-        arguments = pipeline_arguments(self.source, settings)
-        levels = few.steps.levels if few else None
-        drawing = PromptDrawing(self._pipeline, self.prompts, arguments, self.recipe.seed, settings.batch_size, levels)
-        return np.concatenate(list(drawing.images(0, num)))
+        assert self._drawing is not None
+        return np.concatenate(list(self._drawing.images(0, num)))

@@ -29,7 +29,7 @@ from tinyfusion.data.images import image_grid, write_grid_png
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.metrics import feature_moments, frechet_distance
 from tinyfusion.jobs.assemble import device_for
-from tinyfusion.jobs.preview_drawing import preview_drawing
+from tinyfusion.jobs.preview_drawing import FamilyPreviews, PromptPreviews, preview_drawing
 from tinyfusion.jobs.scoring import Reference, open_reference, protocol_of
 from tinyfusion.models.checkpoint import LoadedModel
 
@@ -40,8 +40,11 @@ EXTRAS = {"tensorboard": "trackers", "wandb": "wandb", "trackio": "trackio"}  # 
 GRID_COLUMNS = 10
 
 
-def check_previews(recipe: Recipe, model: LoadedModel | None) -> None:
-    """Raise UserError where the previews of a training cannot work. model: None where there is nothing to draw."""
+def check_previews(recipe: Recipe, model: LoadedModel | None) -> FamilyPreviews | PromptPreviews | None:
+    """How the previews of a training are drawn; None without any. Raises UserError where they cannot work.
+
+    model: None where there is nothing to draw.
+    """
     settings = recipe.watch
     for name in settings.report_to:
         if name not in EXTRAS:
@@ -49,9 +52,10 @@ def check_previews(recipe: Recipe, model: LoadedModel | None) -> None:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # a mere folder of that name (wandb leaves one) has no origin
             raise UserError(f"{name} is not installed: pip install 'tinyfusion[{EXTRAS[name]}]'")
-    if model is None or not (settings.grid_every_steps or settings.fid_every_steps):
-        return
-    shape = preview_drawing(recipe, model).check()
+    if model is None or not settings.draws:
+        return None
+    drawing = preview_drawing(recipe, model)
+    shape = drawing.check()
     if settings.grid_every_steps and shape[-1] not in (1, 3):
         raise UserError(
             f"watch.grid_every_steps needs images of 1 or 3 channels; the model's have {shape[-1]}: set it to 0"
@@ -65,6 +69,7 @@ def check_previews(recipe: Recipe, model: LoadedModel | None) -> None:
         extractor = open_extractor(recipe.evaluate.features, str(device_for(recipe)))
         blank = np.zeros((1, *shape), np.uint8)
         extractor.check(grey_pixels(blank) if extractor.grey else blank, "images of the model")
+    return drawing
 
 
 class Previews:
@@ -76,11 +81,9 @@ class Previews:
     """
 
     def __init__(self, recipe: Recipe, run: RunDirectory, model: LoadedModel | None, title: str, start: int) -> None:
-        check_previews(recipe, model)
+        self._drawing = check_previews(recipe, model)
         self.recipe, self.run, self.title, self.start = recipe, run, title, start
         self.seconds = 0.0
-        drawn = model is not None and bool(recipe.watch.grid_every_steps or recipe.watch.fid_every_steps)
-        self._drawing = preview_drawing(recipe, model) if model is not None and drawn else None
         self._silent = not run.writes
         self._trackers: dict[str, GeneralTracker] = {}
         self._environment: list[str] = []

@@ -121,6 +121,16 @@ class PromptDrawing:
         return levels
 
 
+def open_prompt_drawing(
+    source: ModelPipeline, recipe: Recipe, prompts: Sequence[str], device: torch.device
+) -> PromptDrawing:
+    """The pipeline, opened to draw these prompts as the recipe says. Raises UserError on settings that it lacks."""
+    settings, few = recipe.pipeline, source.few_steps
+    arguments, levels = pipeline_arguments(source, settings), few.steps.levels if few else None
+    pipeline = source.opened(device, settings.dtype)
+    return PromptDrawing(pipeline, prompts, arguments, recipe.seed, settings.batch_size, levels)
+
+
 def check_levels(scheduler: Any, levels: Sequence[float]) -> None:
     """Raise UserError where a pipeline has not drawn at these noise levels."""
     sigmas: Any = getattr(scheduler, "sigmas", None)

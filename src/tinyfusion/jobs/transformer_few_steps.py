@@ -39,13 +39,9 @@ def transformer_noising(model: TransformerModel) -> FlowNoising:
 def pipeline_of_steps(model: TransformerModel) -> tuple[Any, StepPipeline]:
     """The class of a model's pipeline, and how that draws few steps. Raises UserError where it draws none."""
     name = model.folder.class_name
-    if model.pipeline is None:
-        raise UserError(
-            f"a {name} of few steps draws at the noise levels of its pipeline, and {model.folder.path} is in none: give the folder of "
-            "the pipeline, or of its transformer in it"
-        )
-    kind = pipeline_class(model.pipeline)
-    row = step_pipeline(kind, read_json_object(model.pipeline / INDEX), model.scheduler)
+    folder = model.own_pipeline(f"a {name} of few steps draws at the noise levels of its pipeline")
+    kind = pipeline_class(folder)
+    row = step_pipeline(kind, read_json_object(folder / INDEX), model.scheduler)
     if model.arch.guided and not row.embeds:
         raise UserError(f"this {name} has guidance as an input, and a {kind.__name__} gives it none")
     return kind, row

@@ -46,11 +46,9 @@ def transformer_objective(model: TransformerModel, label_drop: float, recipe: Re
     """
     call = call_of(model.folder.config)
     if call.process == "gaussian":
+        folder = model.own_pipeline(f"a {model.folder.class_name} is trained on the schedule of its pipeline")
         if not model.scheduler:
-            raise UserError(
-                f"a {model.folder.class_name} is trained on the schedule of its pipeline, and {model.folder.path} is in none: give the "
-                "folder of the pipeline, or of its transformer in it"
-            )
+            raise UserError(f"{folder} has no scheduler/scheduler_config.json: the folder is incomplete")
         schedule, prediction = gaussian_schedule(model.scheduler)
         return GaussianObjective(label_drop, schedule, call=model.family.call, prediction=prediction)
     settings = _shifted(recipe, model)

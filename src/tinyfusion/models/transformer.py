@@ -95,6 +95,14 @@ class TransformerModel(LoadedModel):
         """Nothing: the latents are those of the pipeline."""
         return []
 
+    def own_pipeline(self, why: str) -> Path:
+        """The folder of its pipeline. Raises UserError where it is in none. why: the begin of that message."""
+        if self.pipeline is None:
+            raise UserError(
+                f"{why}, and {self.folder.path} is in none: give the folder of the pipeline, or of its transformer in it"
+            )
+        return self.pipeline
+
     def copy(self) -> TransformerModel:
         """A copy whose weights are mapped anew, so that it takes no memory until it is changed."""
         self._check_unchanged()
