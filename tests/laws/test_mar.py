@@ -51,7 +51,7 @@ from tinyfusion.recover.distill import DistilledObjective
 from tinyfusion.sample import masked
 from tinyfusion.sample.drive import SampleDraws, sample
 from tinyfusion.sample.masked import MaskedSampler, hidden_after
-from tinyfusion.training.optim import adamw, decay_groups, trainable
+from tinyfusion.training.optim import decay_groups, optimizer_of, trainable
 
 TINY = dict(
     input_size=4, patch_size=1, in_channels=3, hidden_size=16, depth=4, num_heads=2, num_classes=5, buffer_size=2,
@@ -602,7 +602,7 @@ def test_weight_decay_leaves_biases_vectors_and_the_head_alone() -> None:
     settings = TrainingSection(weight_decay=0.02)
     groups = decay_groups(trainable(model.module), model.family.undecayed, settings)
     assert set(groups[0].parameters) == names
-    optimizer = adamw(groups, settings)
+    optimizer = optimizer_of(groups, settings)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02, 0.0]
     assert len(decay_groups(trainable(model.module), model.family.undecayed, TrainingSection())) == 1
     assert len(decay_groups(trainable(model.module), None, settings)) == 1

@@ -65,9 +65,9 @@ def latents(step: int, batch_size: int, draws: Draws) -> Batch:
     return Batch(x, class_condition(torch.from_numpy(draws.integers("y", 5)), 5))
 
 
-def training(make: MakeModel, kind: str, dtype: Any = "float32", **sizes: Any) -> Trained:
+def training(make: MakeModel, kind: str, dtype: Any = "float32", optimizer: Any = "adamw", **sizes: Any) -> Trained:
     """kind: train, recover (half of the blocks, masked features) or learn (1:2 masks, low-rank deltas)."""
-    settings = TrainingSection(steps=2, batch_size=IMAGES, dtype=dtype)
+    settings = TrainingSection(steps=2, batch_size=IMAGES, dtype=dtype, optimizer=optimizer)
     model, inner = make(**{**SIZES, **sizes}), GaussianObjective()
     if kind == "learn":
         section = dataclasses.replace(PruneSection(), scheme="1:2", training=settings)
@@ -205,10 +205,10 @@ def test_casts_are_of_the_trained_weights(tiny_model: MakeModel) -> None:
         assert found["float32"].blocks[0].casts == 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_counted_parts_are_those_of_the_state(tiny_model: MakeModel, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "optimizer"), [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon")])
+def test_counted_parts_are_those_of_the_state(tiny_model: MakeModel, dtype: str, optimizer: str) -> None:
     for kind in ("train", "recover", "learn"):
-        given = training(tiny_model, kind, dtype)
+        given = training(tiny_model, kind, dtype, optimizer)
         plan = memory_plan(given.footprint(), given.settings, ComputeSection())
         for _ in train_steps(given.state, given.objective, latents, given.settings, Randomness(0)):
             pass

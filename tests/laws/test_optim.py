@@ -17,7 +17,7 @@ from tinyfusion.config.loading import load_recipe
 from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
-from tinyfusion.training.optim import ParameterGroup, adamw, learning_rate_factor, linear
+from tinyfusion.training.optim import ParameterGroup, decay_groups, learning_rate_factor, linear, optimizer_of
 from tinyfusion.training.state import Ema, TrainState, horizon_warning
 
 
@@ -110,9 +110,9 @@ def test_a_schedule_stays_at_its_end() -> None:
 def test_a_group_without_a_rate_takes_the_sections() -> None:
     parameter, settings = nn.Parameter(torch.zeros(2)), TrainingSection(learning_rate=3e-4, learning_rate_end_share=1.0)
     groups = [ParameterGroup({"a": parameter}), ParameterGroup({})]
-    assert [group["lr"] for group in adamw(groups, settings).param_groups] == [3e-4]
+    assert [group["lr"] for group in optimizer_of(groups, settings).param_groups] == [3e-4]
     with pytest.raises(ValueError, match="nothing to train"):
-        adamw([ParameterGroup({})], settings)
+        optimizer_of([ParameterGroup({})], settings)
 
 
 def trained(optimizer: str, steps: int, state: TrainState | None = None) -> TrainState:
@@ -162,11 +162,93 @@ def test_a_checkpoint_holds_moments_in_8_bits(tmp_path: Path) -> None:
         assert load_latest(tmp_path, trained("adamw", 1)) == 0
 
 
+class Blocks(nn.Module):
+    """Two numbered blocks between an embedding and an output, which Muon leaves to AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 12)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"mlp": nn.Linear(12, 12), "wide": nn.Linear(12, 48)}) for _ in range(2)
+        )
+        self.mixed = nn.Sequential(nn.Linear(12, 12))
+        self.head = nn.Linear(12, 3)
+
+
+def blocks_state(optimizer: str, steps: int, state: TrainState | None = None, **more: Any) -> TrainState:
+    """Some steps on fixed gradients of `Blocks`."""
+    if state is None:
+        torch.manual_seed(0)
+        model = Blocks()
+        settings = TrainingSection(
+            optimizer=cast(Any, optimizer), learning_rate=1e-2, learning_rate_end_share=1.0, ema_decay=0.5, **more
+        )
+        state = TrainState(model, [ParameterGroup(dict(model.named_parameters()))], settings)
+    for _ in range(steps):
+        for i, parameter in enumerate(state.parameters.values()):
+            wave = torch.sin(torch.arange(parameter.numel()) ** 2 + 7.0 * state.step + i)
+            parameter.grad = wave.view(parameter.shape).to(parameter.dtype)
+        state.update(0)
+        state.step += 1
+    return state
+
+
+def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest() -> None:
+    start, plain, muon = (blocks_state(*how) for how in (("muon", 0), ("adamw", 1), ("muon", 1)))
+    matrices = {f"blocks.{i}.{name}.weight" for i in range(2) for name in ("mlp", "wide")}
+    for name, value in muon.parameters.items():
+        moved, same = (value - start.parameters[name]).detach(), torch.equal(value, plain.parameters[name])
+        assert same == (name not in matrices), name
+        if name in matrices:  # nearly orthogonal, and of the size of an AdamW update
+            size = 1e-2 * 0.2 * max(value.shape) ** 0.5
+            values = torch.linalg.svdvals(moved) / size
+            assert values.min() > 0.5 and values.max() < 1.3, name
+            assert moved.square().mean().sqrt() == pytest.approx(0.2 * 1e-2, rel=0.2), name
+    held = {name.split("/")[1] for name in muon.tensors() if name.startswith("optimizer/") and "mlp.weight" in name}
+    assert held == {"momentum_buffer"}, "one moment, where AdamW has two"
+
+
+def test_a_training_by_muon_continues_bit_equal(tmp_path: Path) -> None:
+    straight = blocks_state("muon", 6)
+    with CheckpointWriter(tmp_path, 1, 1) as writer:
+        writer.save(blocks_state("muon", 3))
+    resumed = blocks_state("muon", 1)
+    assert load_latest(tmp_path, resumed) == 3
+    blocks_state("muon", 3, resumed)
+    assert straight.tensors().keys() == resumed.tensors().keys()
+    for name, tensor in straight.tensors().items():
+        assert torch.equal(tensor, resumed.tensors()[name]), name
+    with pytest.warns(UserWarning, match="made with optimizer muon, this training has adamw"):
+        assert load_latest(tmp_path, blocks_state("adamw", 1)) == 0
+
+
+def test_muon_rounds_weights_in_bfloat16_at_random() -> None:
+    low = blocks_state("muon", 20, weights="bfloat16", dtype="bfloat16")
+    exact = blocks_state("muon", 20)
+    for name, value in low.parameters.items():
+        assert value.dtype == torch.bfloat16
+        torch.testing.assert_close(value.float(), exact.parameters[name], rtol=0.05, atol=0.02, msg=name)
+
+
+def test_muon_counts_decay_and_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Blocks()
+    rule = lambda name, _value: name.startswith("embedding")  # noqa: E731
+    settings = TrainingSection(optimizer="muon", weight_decay=0.1, learning_rate=1e-2)
+    groups = optimizer_of(decay_groups(dict(model.named_parameters()), rule, settings), settings).param_groups
+    found = sorted((group["matrices"], group["weight_decay"], len(group["params"])) for group in groups)
+    assert found == [(False, 0.0, 1), (False, 0.1, 8), (True, 0.1, 4)]
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(
+        UserError, match=r"muon needs torch 2.9 or newer, and this is .*: upgrade torch, or use optimizer adamw"
+    ):
+        optimizer_of([ParameterGroup(dict(model.named_parameters()))], settings)
+
+
 def test_moments_in_8_bits_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TrainingSection(optimizer="adamw-8bit")
     with pytest.raises(UserError, match="works on cpu and cuda, not on meta"):
-        adamw([ParameterGroup({"a": nn.Parameter(torch.zeros(2, device="meta"))})], settings)
+        optimizer_of([ParameterGroup({"a": nn.Parameter(torch.zeros(2, device="meta"))})], settings)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match=r"bitsandbytes, which .*pip install 'tinyfusion\[8bit\]'"):
-        adamw([ParameterGroup({"a": nn.Parameter(torch.zeros(2))})], settings)
+        optimizer_of([ParameterGroup({"a": nn.Parameter(torch.zeros(2))})], settings)

@@ -39,7 +39,7 @@ class TrainingSection:
     steps: Annotated[Count, "optimiser steps of the schedules"] = 100_000
     stop_after: Annotated[Count | None, "steps after which training ends early, schedules unchanged; None: all"] = None
     batch_size: Annotated[BatchSize, "images per step"] = 256
-    learning_rate: Annotated[Positive, "peak learning rate of AdamW"] = 2e-4
+    learning_rate: Annotated[Positive, "peak learning rate"] = 2e-4
     learning_rate_end_share: Annotated[Share, "learning rate at the last step over the peak (cosine); 1: constant"] = (
         0.5
     )
@@ -47,7 +47,10 @@ class TrainingSection:
     betas: Annotated[tuple[ShareBelowOne, ShareBelowOne], "AdamW's decay rates"] = (0.9, 0.999)
     eps: Annotated[Positive, "AdamW's denominator offset"] = 1e-8
     weight_decay: Annotated[NonNegative, "AdamW's decoupled weight decay"] = 0.0
-    optimizer: Annotated[Literal["adamw", "adamw-8bit"], "AdamW, or with 8-bit moments (extra 8bit)"] = "adamw"
+    optimizer: Annotated[
+        Literal["adamw", "adamw-8bit", "muon"],
+        "AdamW; with 8-bit moments (extra 8bit); or Muon for the matrices of blocks, at the same learning rate",
+    ] = "adamw"
     clip_norm: Annotated[Positive | None, "largest gradient norm; None: no clipping"] = 1.0
     skip_norm: Annotated[
         Positive | None, "skip the update at or above this gradient norm; None: never skip a finite gradient"
@@ -117,6 +120,11 @@ class WatchSection:
     prompts: Annotated[
         str | None, Location(), "transformers of diffusers: text file of the prompts drawn, one a line; None: captions of the latents"
     ] = None  # fmt: skip
+
+    @property
+    def draws(self) -> bool:
+        """Whether the training draws images: for grids, or for small FIDs."""
+        return bool(self.grid_every_steps or self.fid_every_steps)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ _HALF_BYTES = 2
 _SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256  # smaller tensors have float32 moments; numbers that share a float32 constant
 # of each number of a tensor: on a CPU, bitsandbytes expands moments and gradient to update it
 _UPDATE_8BIT_CPU = 5 * FLOAT_BYTES
+_UPDATE_MUON = (
+    FLOAT_BYTES + 4 * _HALF_BYTES
+)  # of each number of a matrix: the momentum's step, and products that make it orthogonal
 _MOST_IMAGES = 2**21
 _MEASURED_PARAMETERS = 200_000_000  # larger models are not run for an estimate, their operations are counted
 _MEASURED_MACS = 5e9  # of one measured step: the batch is made smaller to stay below, and the time scaled
@@ -113,11 +116,16 @@ def memory_plan(
     update = update_bytes(low) if low else 0  # when the activations are gone
     if settings.optimizer == "adamw-8bit" and footprint.on_host:
         update += _UPDATE_8BIT_CPU * max((size for size in own if size >= _SMALLEST_8BIT), default=0)
+    by_muon = footprint.matrices if settings.optimizer == "muon" else frozenset()
+    update += _UPDATE_MUON * max((footprint.trained[place] for place in by_muon), default=0)
     sizes = {
         "trained_weights": trained,
         "frozen_weights": math.ceil(frozen / shares),
         "gradients": trained,
-        "optimizer": sum(_moment_bytes(size, settings.optimizer) for size in own),
+        "optimizer": sum(
+            FLOAT_BYTES * size if i in by_muon else _moment_bytes(size, settings.optimizer)
+            for i, size in enumerate(own)
+        ),
         "moving_average": average,
         "teacher": math.ceil(footprint.teacher / (shares if compute.shard_teacher else 1)),
         "model_also_resident": footprint.also_resident,

@@ -30,6 +30,7 @@ from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.processes.base import Objective
 from tinyfusion.training.loop import BatchSource, autocast
+from tinyfusion.training.optim import is_hidden_matrix
 from tinyfusion.training.shards import local_part
 
 FLOAT_BYTES = 4
@@ -72,7 +73,8 @@ class Measured:
 class Footprint:
     """Everything about a training that determines its memory, except settings and processes. In bytes unless noted.
 
-    trained: numbers in every trained tensor; item_bytes: of one of them, 4 where empty. frozen_linear: numbers in linear layers
+    trained: numbers in every trained tensor; item_bytes: of one of them, 4 where empty. matrices: the places in `trained` of what
+    Muon updates. frozen_linear: numbers in linear layers
     that do not train, in a type that autocast's may replace; frozen_rest: bytes of other frozen tensors over 4. What trained
     model and teacher share counts as the teacher's. gathered, teacher_gathered: weights and gradients that a process of FSDP2
     has whole at a time. graph_share, features, passing: as in `StepMemory`. teacher: of its weights. also_resident: other models on
@@ -92,6 +94,7 @@ class Footprint:
     features: int
     measured: Mapping[str, Measured]
     item_bytes: tuple[int, ...] = ()
+    matrices: frozenset[int] = frozenset()
     hosted: int = 0
     on_host: bool = False
     passing: int = 0
@@ -159,6 +162,7 @@ def footprint_of(
         features=memory.features,
         measured=measured,
         item_bytes=tuple(p.element_size() for p in parameters.values()),
+        matrices=frozenset(i for i, (name, p) in enumerate(parameters.items()) if is_hidden_matrix(name, p)),
         hosted=sum(p.nbytes for b in teacher_stack or () for p in b.parameters()) if memory.passing else 0,
         on_host=device.type == "cpu",
         passing=memory.passing,

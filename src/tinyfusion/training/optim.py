@@ -1,10 +1,11 @@
-"""AdamW with parameter groups, and the learning-rate schedule: exact at both ends for any length."""
+"""Optimisers with parameter groups, and the learning-rate schedule: exact at both ends for any length."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,24 +52,70 @@ def decay_groups(
     return [ParameterGroup(rest), ParameterGroup(exempt, decayed=False)]
 
 
-def adamw(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.Optimizer:
-    """AdamW over the non-empty groups, with moments in float32 or, if `settings.optimizer` says so, in 8 bits.
+def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a matrix inside a numbered module, such as `blocks.3.attn.qkv.weight`: what `Muon` updates.
 
-    Raises ValueError if all groups are empty, UserError if 8-bit moments are impossible (device, sharding,
-    bitsandbytes).
+    Embeddings, output layers and low-rank factors are none.
+    """
+    return parameter.ndim == 2 and re.search(r"(^|\.)\d+\.\w+\.", name) is not None and ".lora_" not in name
+
+
+def optimizer_of(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.Optimizer:
+    """The optimiser that the settings name, over the non-empty groups.
+
+    Raises ValueError if all groups are empty, UserError if 8-bit moments are impossible (device, sharding, bitsandbytes) and
+    where torch has no Muon.
     """
     listed: list[dict[str, Any]] = []
     for group in groups:
         rate = settings.learning_rate if group.learning_rate is None else group.learning_rate
-        if values := list(group.parameters.values()):
-            decay = {} if group.decayed else {"weight_decay": 0.0}
-            listed.append({"params": values, "lr": rate, "base": rate, "constant": group.constant, **decay})
+        decay = {} if group.decayed else {"weight_decay": 0.0}
+        for matrices in (True, False) if settings.optimizer == "muon" else (None,):
+            values = [
+                p for name, p in group.parameters.items() if matrices in (None, is_hidden_matrix(name, p))
+            ]  # fmt: skip
+            if values:
+                kind = {} if matrices is None else {"matrices": matrices}
+                listed.append({"params": values, "lr": rate, "base": rate, "constant": group.constant, **kind, **decay})
     if not listed:
         raise ValueError("nothing to train: no parameter group has a parameter")
     numbers: dict[str, Any] = dict(betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
     if settings.optimizer == "adamw-8bit":
         return _adamw_8bit(listed, numbers)
-    return torch.optim.AdamW(listed, **numbers, fused=True)
+    return Muon(listed, numbers) if settings.optimizer == "muon" else torch.optim.AdamW(listed, **numbers, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for the groups of hidden matrices, AdamW for the others.
+
+    The update of a matrix is its momentum (0.95, Nesterov), made orthogonal by five Newton-Schulz steps, and times
+    0.2 sqrt(max(rows, columns)), so that it has the size of an AdamW update and the same learning rate serves both (arXiv
+    2502.16982). groups: with "matrices", true or false. numbers: arguments of AdamW; its weight decay is for all.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], numbers: dict[str, Any]) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise UserError(
+                f"optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}: upgrade torch, or use optimizer adamw"
+            )
+        sides = {side: [group for group in groups if group["matrices"] == side] for side in (True, False)}
+        made: dict[bool, torch.optim.Optimizer] = {}
+        if sides[True]:
+            how = {"weight_decay": numbers["weight_decay"], "adjust_lr_fn": "match_rms_adamw"}
+            made[True] = torch.optim.Muon(sides[True], **how)
+        if sides[False]:
+            made[False] = torch.optim.AdamW(sides[False], **numbers, fused=True)
+        super().__init__([group for each in made.values() for group in each.param_groups], {})
+        self._sides = made
+        for each in made.values():
+            each.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the parameters of `param_groups`."""
+        for side, optimizer in self._sides.items():
+            optimizer.param_groups = [group for group in self.param_groups if group["matrices"] == side]
+            optimizer.step()
 
 
 def _adamw_8bit(listed: list[dict[str, Any]], numbers: dict[str, Any]) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.errors import UserError
-from tinyfusion.training.optim import ParameterGroup, adamw
+from tinyfusion.training.optim import ParameterGroup, optimizer_of
 from tinyfusion.training.rounding import hold_weights, rounded_step
 from tinyfusion.training.saved import Progress, SavedState
 from tinyfusion.training.shards import first_row, is_sharded, like_part, local_part, whole
@@ -118,7 +118,7 @@ class TrainState:
         self.model = model
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
         hold_weights(model, self.parameters, settings)
-        self.optimizer: torch.optim.Optimizer = adamw(groups, settings)
+        self.optimizer: torch.optim.Optimizer = optimizer_of(groups, settings)
         self.ema = Ema(self.parameters, settings.ema_decay, settings.ema_device == "cpu")
         self.scale = LossScale(settings.dtype == "float16")
         self.step = 0
@@ -218,7 +218,7 @@ class TrainState:
             name = rest.partition("/")[2]
             if kind != "optimizer" or name not in self.parameters:
                 raise UserError(f"it has {key}, which this training has not")
-            if self._optimizer_name == "adamw" and key in names:
+            if self._optimizer_name != "adamw-8bit" and key in names:
                 shape = tuple(self.parameters[name].shape)
                 if saved.shape(key) not in ((), shape):
                     raise UserError(f"it has no fitting {key}: wanted shape {shape}, got {saved.shape(key)}")
