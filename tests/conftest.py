@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import signal
@@ -36,8 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread: bit equality must not depend on how many there are, and the tensors are tiny."""
+    """One thread: bit equality must not depend on how many there are, and the tensors are tiny.
+
+    Nothing waits for the disk in this process: no test turns the power off.
+    """
     torch.set_num_threads(1)
+    os.fsync = lambda _descriptor: None
     check_golden(Path(config.getoption("--golden")))
 
 

@@ -9,28 +9,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tinyfusion.blocks.forwards import Gain, measured_gain
 from tinyfusion.blocks.plan import PrunePlan
-from tinyfusion.blocks.routers import DynamicSettings
 from tinyfusion.blocks.stack import BlockStack, frozen
 from tinyfusion.conditioning.classes import class_condition
 from tinyfusion.core.compiler import check_compiler
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
-from tinyfusion.jobs.sampling_setup import SkippedModel, skipped_run_for
-from tinyfusion.models.attach import attach
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Batch
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import DistilledObjective
-from tinyfusion.sample.drive import sample
-from tinyfusion.sample.gaussian import GaussianSampler
 
 Factory = Callable[..., LoadedModel]
 CPU = torch.device("cpu")
@@ -141,23 +135,6 @@ def real_compiler() -> None:
         check_compiler(CPU)
     except UserError as error:
         pytest.skip(str(error))
-
-
-@pytest.mark.usefixtures("real_compiler")
-@torch.no_grad()
-def test_sub_networks_under_the_real_compiler(tiny_model: Factory) -> None:
-    """As `sample --compile` runs them: the images of the reference, tokens in any number included."""
-    dynamic = attach(tiny_model(hidden_size=32, num_heads=4), DynamicSettings())
-    generator = torch.Generator().manual_seed(1)
-    for parameter in dynamic.routers().values():
-        parameter.normal_(generator=generator)
-    sampler = GaussianSampler(sampler="ddim", num_steps=4, guidance=1.5)
-    expected = next(iter(sample(dynamic.loaded, np.arange(3), sampler, seed=0))).x
-    skipped = SkippedModel(dynamic.loaded, skipped_run_for(dynamic.loaded, sampler), compiled=True)
-    with skipped.running(), dynamic.stack.compiled():
-        found = next(iter(sample(dynamic.loaded, np.arange(3), sampler, seed=0))).x
-    assert torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-    assert skipped.sub_networks is not None and skipped.sub_networks.forms is not None
 
 
 @pytest.mark.usefixtures("real_compiler")

@@ -219,7 +219,7 @@ def _fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
 def _nearest_field(where: str, siblings: Iterable[str]) -> str:
     """A hint at a similar field: of the same section, or below it."""
     section, _, name = where.rpartition(".")
-    below = {path for path, _, _ in recipe_fields(Recipe()) if path.startswith(section)}
+    below = {path for path in _documented() if path.startswith(section)}
     meant = {path.rpartition(".")[2]: path for path in sorted(below, key=len, reverse=True)}
     close = _closest(name, {*meant, *siblings})
     if not close:
@@ -314,8 +314,14 @@ def field_kind(path: str) -> Any:
 
 def field_help(path: str) -> str:
     """Meaning and default of a field of a recipe."""
-    default, meaning = next((default, meaning) for name, default, meaning in recipe_fields(Recipe()) if name == path)
+    default, meaning = _documented()[path]
     return meaning if default is False or default in (None, "", []) else f"{meaning} (default {default})"
+
+
+@cache
+def _documented() -> dict[str, tuple[Any, str]]:
+    """Default and meaning of every field of a recipe."""
+    return {name: (default, meaning) for name, default, meaning in recipe_fields(Recipe())}
 
 
 def recipe_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
