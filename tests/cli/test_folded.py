@@ -112,6 +112,17 @@ def test_the_loss_on_data_is_not_what_it_learned(cli: Cli, work: Path) -> None:
     assert "under guidance" not in done(cli, masks).err
 
 
+def test_a_checkpoint_of_other_guidance_is_refused(cli: Cli, work: Path) -> None:
+    done(cli, f"{MADE} --out run")
+    checkpoint = sorted(Path("run/checkpoints").iterdir())[0]
+    again = f"{MADE} --resume {checkpoint} --out other"
+    for change, now in (("recover.guidance=none", "none"), ("recover.guidance=3", "3.0")):
+        message = f"of a training with recover.guidance 2.0, and a model cannot learn another halfway ({now} now): set recover.guidance=2.0"
+        failed(cli(*shlex.split(again.replace("--guidance 2", f"--set {change}"))), message)
+        assert not Path("other").exists()
+    assert "of a training with other settings" not in done(cli, again).err
+
+
 BAD = {
     "no teacher": (f"{MADE.replace('logits-kd', 'finetune')} --out run", "--guidance is for methods with a teacher"),
     "a guidance below 1": (f"{MADE} --guidance 0.5 --out run", "at least 1"),

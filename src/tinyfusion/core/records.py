@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tinyfusion.config.loading import first_difference
+from tinyfusion.config.loading import first_difference, flatten
 from tinyfusion.config.process_sections import ShiftFields
 from tinyfusion.core.errors import OtherRecipe, UserError
 from tinyfusion.core.files import check_writable, clear_unfinished
@@ -103,6 +103,12 @@ def check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], 
         field, there, now = difference
         what = f"{where} was made with another recipe ({field}: {there!r} there, {now!r} now)"
         raise OtherRecipe(f"{what}; {advice}", difference)
+
+
+def other_settings(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{dotted field: (its value in the record, its value now)} of the settings that change the result; none of a damaged record."""
+    old, new = (flatten(_effective(each)) for each in (renamed(record.get("recipe")), recipe))
+    return {field: (old[field], now) for field, now in new.items() if field in old and old[field] != now}
 
 
 def file_output(

@@ -18,7 +18,7 @@ from tinyfusion.config.recipe import Recipe, TrainingSection
 from tinyfusion.core.device import available_bytes
 from tinyfusion.core.errors import OtherRecipe, UserError
 from tinyfusion.core.progress import Advance, progress, say
-from tinyfusion.core.records import section_of
+from tinyfusion.core.records import other_settings, section_of
 from tinyfusion.core.rundir import RunDirectory, atomic_write, check_space, say_finished
 from tinyfusion.core.signals import Interrupted, SignalWatch
 from tinyfusion.data.batches import Batches
@@ -133,6 +133,8 @@ class TrainingVerb(Generic[W]):
         folder = RunDirectory(options.out, engine.is_main)
         mode = engine.first(lambda: self._mode(folder, plain, options.overwrite))
         models = {role: described(model) for role, model in inputs.models.items() if model} if options.dry_run else {}
+        if options.resume:
+            remarks += _changed_since(options.resume, plain)
         work = self.work(inputs, engine)
         check_previews(recipe, work.shown)
         if mode == "finished":
@@ -167,6 +169,23 @@ class TrainingVerb(Generic[W]):
                 f"{error}; to train on to {now:,} steps, continue from its checkpoint in another folder: --resume {saved[-1]} "
                 "--out OTHER"
             ) from error
+
+
+def _changed_since(checkpoint: Path, plain: Mapping[str, Any]) -> list[str]:
+    """A line for people on the settings that the run of a checkpoint had otherwise. Raises UserError on other folded guidance."""
+    try:
+        changed = other_settings(RunDirectory(checkpoint.parent.parent).record(), plain)
+    except UserError:  # the run is gone
+        return []
+    for name in ("recover.guidance", "dynamic.guidance"):
+        if name in changed:
+            was, now = changed[name]
+            raise UserError(
+                f"{checkpoint} is of a training with {name} {'none' if was is None else was}, and a model cannot learn another halfway "
+                f"({'none' if now is None else now} now): set {name}={'none' if was is None else was}, or leave out --resume"
+            )
+    listed = ", ".join(f"{field} {now} (there {was})" for field, (was, now) in changed.items())
+    return [f"{checkpoint} is of a training with other settings; here {listed}"] if listed else []
 
 
 def known_inputs(
