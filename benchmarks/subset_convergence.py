@@ -112,12 +112,21 @@ def drawn_gradient(
     return list(torch.autograd.grad(loss, list(gates.logits)))
 
 
-def reinforced_gradient(gates: SubsetGates, masks: Tensor, losses: Tensor, draws: Draws) -> list[Tensor]:
-    """One estimate by the score function, the baseline being the other images' loss: unbiased, no gradient through blocks."""
+def reinforced_gradient(gates: SubsetGates, masks: Tensor, losses: Tensor, draws: Draws, siblings: int) -> list[Tensor]:
+    """One estimate by the score function: unbiased, no gradient through blocks.
+
+    siblings: masks per image, of as many images fewer, drawn from all; the baseline is the mean loss of the others of the same
+    image. 1: of all other images.
+    """
     drawn = gates.sample(gates.draw(draws), 1.0, 1.0).detach()
     chosen = (drawn[:, None] == masks[None]).all(-1).int().argmax(1)
-    own = losses[chosen, torch.arange(len(drawn))]
-    others = (own.sum() - own) / (len(own) - 1)
+    images = torch.arange(len(drawn))
+    if siblings > 1:
+        order = torch.from_numpy(draws.uniform("images", ())).argsort()
+        images = order[: len(drawn) // siblings].repeat_interleave(siblings)
+    own = losses[chosen, images].view(-1, siblings if siblings > 1 else len(drawn))
+    others = ((own.sum(1, keepdim=True) - own) / (own.shape[1] - 1)).flatten()
+    own = own.flatten()
     score = drawn - torch.tensor(gates.probabilities(0, gates.logits[0].detach(), 1.0))
     return [((own - others)[:, None] * score).mean(0)]
 
@@ -161,7 +170,10 @@ def gradients(trials: int, num_images: int = 64) -> list[dict[str, Any]]:
         ("gumbel-top-k", "6:12", "gumbel-top-k", 4.0, None),
         ("gumbel-top-k", "6:12", "gumbel-top-k", 1.0, None),
         ("gumbel-top-k", "6:12", "gumbel-top-k", 0.3, None),
-        ("score function", "6:12", "reinforce", 1.0, None),
+        ("score function, other images as baseline", "6:12", "reinforce 1", 1.0, None),
+        ("`score`: two masks per image", "6:12", "reinforce 2", 1.0, None),
+        ("four masks per image, leave one out", "6:12", "reinforce 4", 1.0, None),
+        ("eight masks per image, leave one out", "6:12", "reinforce 8", 1.0, None),
         ("categorical", "6:12", "", 4.0, None),
         ("categorical", "6:12", "", 1.0, None),
         ("categorical", "2:4", "", 4.0, None),
@@ -170,21 +182,25 @@ def gradients(trials: int, num_images: int = 64) -> list[dict[str, Any]]:
         ("categorical", "1:2", "", 1.0, None),
         ("marginals", "6:12", "marginals", 1.0, half),
         ("gumbel-top-k", "6:12", "gumbel-top-k", 1.0, half),
-        ("score function", "6:12", "reinforce", 1.0, half),
+        ("score function, other images as baseline", "6:12", "reinforce 1", 1.0, half),
+        ("`score`: two masks per image", "6:12", "reinforce 2", 1.0, half),
+        ("four masks per image, leave one out", "6:12", "reinforce 4", 1.0, half),
+        ("eight masks per image, leave one out", "6:12", "reinforce 8", 1.0, half),
     ):
         distribution = "subset" if estimator else "categorical"
         groups = parse_scheme(scheme, {"blocks": 12}, distribution)["blocks"]
         gates: GateDistribution = CategoricalGates(groups, 0.0)
+        kind, _, siblings = estimator.partition(" ")
         if estimator:
-            gates = SubsetGates(groups, 0.0, "marginals" if estimator == "reinforce" else estimator)
+            gates = SubsetGates(groups, 0.0, "marginals" if siblings else kind)
         if at is not None:
             gates.logits[0].data.copy_(at)
         drawn = []
         for trial in range(trials):
             draws = Randomness(11).at(trial, 0, num_images)
-            if estimator == "reinforce":
+            if siblings:
                 assert isinstance(gates, SubsetGates)
-                drawn.append(reinforced_gradient(gates, masks, losses, draws))
+                drawn.append(reinforced_gradient(gates, masks, losses, draws, int(siblings)))
             else:
                 drawn.append(drawn_gradient(model, objective, noisy, gates, draws, tau))
         found = quality(exact_gradient(gates, masks, losses), drawn)

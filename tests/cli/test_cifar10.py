@@ -28,7 +28,7 @@ FEW = "steps=2 batch_size=4 ema_decay=0.5 warmup_steps=0 log_every_steps=1 dtype
 SHORT = {
     "train": ["model.hidden_size=32", "model.num_heads=2", *(f"train.{item}" for item in FEW.split())],
     "run": [
-        *(f"{stage}.training.{item}" for stage in ("prune", "recover") for item in FEW.split()),
+        *(f"recover.training.{item}" for item in FEW.split()),
         *("sample.num_images=12", "sample.batch_size=12", "sample.num_steps=2", "speed.repeats=2", "speed.batch_size=2"),
         *("speed.steps_per_repeat=1", "speed.depths=0", "evaluate.features=classifier"),
     ],
@@ -83,7 +83,7 @@ def test_teacher_student_samples_scores_and_page(
     teacher, student = open_model("runs/cifar10-teacher"), open_model("runs/cifar10")
     assert (teacher.arch.input_size, teacher.arch.in_channels, len(teacher.stack)) == (32, 3, 12)
     assert len(student.stack) == 6
-    for name in ("teacher", "pruned", "student"):
+    for name in ("teacher", "student"):
         with np.load(f"runs/cifar10/samples/{name}.npz") as archive:
             assert archive["arr_0"].shape == (12, 32, 32, 3) and archive["arr_0"].dtype == np.uint8
         (scores,) = Path("runs/cifar10/evaluations").glob(f"{name}*.json")

@@ -237,6 +237,9 @@ def test_muon_counts_decay_and_says_what_it_needs(monkeypatch: pytest.MonkeyPatc
     groups = optimizer_of(decay_groups(dict(model.named_parameters()), rule, settings), settings).param_groups
     found = sorted((group["matrices"], group["weight_decay"], len(group["params"])) for group in groups)
     assert found == [(False, 0.0, 1), (False, 0.1, 8), (True, 0.1, 4)]
+    outside = {name: p for name, p in model.named_parameters() if "blocks" not in name}
+    with pytest.raises(UserError, match="updates whole matrices of blocks, and none trains here"):
+        optimizer_of([ParameterGroup(outside)], settings)
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(
         UserError, match=r"muon needs torch 2.9 or newer, and this is .*: upgrade torch, or use optimizer adamw"

@@ -63,8 +63,8 @@ def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
 def optimizer_of(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.Optimizer:
     """The optimiser that the settings name, over the non-empty groups.
 
-    Raises ValueError if all groups are empty, UserError if 8-bit moments are impossible (device, sharding, bitsandbytes) and
-    where torch has no Muon.
+    Raises ValueError if all groups are empty, UserError if 8-bit moments are impossible (device, sharding, bitsandbytes), and on
+    "muon" where torch has none or no matrix of a block trains.
     """
     listed: list[dict[str, Any]] = []
     for group in groups:
@@ -98,11 +98,13 @@ class Muon(torch.optim.Optimizer):
             raise UserError(
                 f"optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}: upgrade torch, or use optimizer adamw"
             )
+        if not any(group["matrices"] for group in groups):
+            raise UserError(
+                "optimizer muon updates whole matrices of blocks, and none trains here (low-rank updates are no such): use optimizer adamw"
+            )
         sides = {side: [group for group in groups if group["matrices"] == side] for side in (True, False)}
-        made: dict[bool, torch.optim.Optimizer] = {}
-        if sides[True]:
-            how = {"weight_decay": numbers["weight_decay"], "adjust_lr_fn": "match_rms_adamw"}
-            made[True] = torch.optim.Muon(sides[True], **how)
+        how = {"weight_decay": numbers["weight_decay"], "adjust_lr_fn": "match_rms_adamw"}
+        made: dict[bool, torch.optim.Optimizer] = {True: torch.optim.Muon(sides[True], **how)}
         if sides[False]:
             made[False] = torch.optim.AdamW(sides[False], **numbers, fused=True)
         super().__init__([group for each in made.values() for group in each.param_groups], {})
