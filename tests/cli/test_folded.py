@@ -116,10 +116,13 @@ def test_a_checkpoint_of_other_guidance_is_refused(cli: Cli, work: Path) -> None
     done(cli, f"{MADE} --out run")
     checkpoint = sorted(Path("run/checkpoints").iterdir())[0]
     again = f"{MADE} --resume {checkpoint} --out other"
-    for change, now in (("recover.guidance=none", "none"), ("recover.guidance=3", "3.0")):
-        message = f"of a training with recover.guidance 2.0, and a model cannot learn another halfway ({now} now): set recover.guidance=2.0"
-        failed(cli(*shlex.split(again.replace("--guidance 2", f"--set {change}"))), message)
-        assert not Path("other").exists()
+    Path("link").symlink_to(checkpoint.absolute())
+    for change, now in (("recover.guidance=none", "none"), ("recover.guidance=3", "3")):
+        message = f"of a training with recover.guidance 2, and a model cannot learn other guidance halfway ({now} here): set it to 2"
+        for place in (checkpoint, "link"):
+            asked = again.replace("--guidance 2", f"--set {change}").replace(str(checkpoint), str(place))
+            failed(cli(*shlex.split(asked)), message)
+            assert not Path("other").exists()
     assert "of a training with other settings" not in done(cli, again).err
 
 

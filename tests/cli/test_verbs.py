@@ -741,7 +741,7 @@ def test_more_steps_are_another_folder_that_resumes(cli: Cli, work: Path) -> Non
     assert way in refused.err
     said = done(cli, f"{more} --resume first/checkpoints/step-0000003 --out second").err
     assert "images were seen in" not in said, "nothing jumps"
-    assert "of a training with other settings; here recover.training.steps 5 (there 3)\n" in said
+    assert "of a training with other settings; here recover.training.steps 5 instead of 3\n" in said
     assert [line["seen_images"] for line in lines_of("second/metrics.jsonl")] == [96, 120]
     fewer = cli(*shlex.split(f"{FINETUNE} --steps 2 --set recover.training.batch_size=24 --out first"))
     other = cli(*shlex.split(f"{FINETUNE} --steps 3 --set recover.training.batch_size=25 --out first"))

@@ -48,7 +48,7 @@ class Trained:
 
     def footprint(self) -> Footprint:
         args = self.state.model, self.stack, self.state.parameters, self.objective, latents, self.settings
-        return footprint_of(*args, self.also_resident)
+        return footprint_of(*args, self.also_resident, self.state.matrices())
 
     def noisy(self, images: int) -> Any:
         draws = Randomness(1).at(0, 0, images)
@@ -75,7 +75,7 @@ def training(make: MakeModel, kind: str, dtype: Any = "float32", optimizer: Any 
         state = TrainState(learner.module, learner.parameter_groups, settings)
         return Trained(state, learner.objective.stack, learner.objective, settings, [model.module])
     if kind == "train":
-        state = TrainState(model.module, [ParameterGroup(trainable(model.module))], settings)
+        state = TrainState(model.module, [ParameterGroup(trainable(model.module))], settings, model.stack)
         return Trained(state, model.stack, inner, settings, [model.module])
     depth = len(model.stack)
     plan = PrunePlan(
@@ -84,7 +84,8 @@ def training(make: MakeModel, kind: str, dtype: Any = "float32", optimizer: Any 
     student = model.cut(plan)
     frozen(model.module)
     objective = DistilledObjective(inner, model.module, model.stack, student.stack, block_pairs(plan), settings.steps)
-    state = TrainState(student.module.train(), [ParameterGroup(trainable(student.module))], settings)
+    groups = [ParameterGroup(trainable(student.module))]
+    state = TrainState(student.module.train(), groups, settings, student.stack)
     return Trained(state, student.stack, objective, settings, [student.module, model.module])
 
 

@@ -110,7 +110,8 @@ def recovery(
     if method != "finetune":
         section = RecoverSection(method=method, beta=(0.5, 0.1), training=settings)
         goal = distilled(section, GaussianObjective(0.3), teacher, student, block_pairs(plan), guidance=guidance)
-    return Job(TrainState(student.module, [ParameterGroup(trainable(student.module))], settings), goal, settings)
+    groups = [ParameterGroup(trainable(student.module))]
+    return Job(TrainState(student.module, groups, settings, student.stack), goal, settings)
 
 
 def searched(engine: Engine, sure: float = 1.0, guidance: FoldedGuidance | None = None, **more: Any) -> Job:
@@ -142,7 +143,11 @@ def masked_recovery(engine: Engine) -> Job:
 
 
 def dynamic(
-    engine: Engine, auxiliary: Any = "complete", guidance: FoldedGuidance | None = None, **settings: Any
+    engine: Engine,
+    auxiliary: Any = "complete",
+    guidance: FoldedGuidance | None = None,
+    training: TrainingSection = SETTINGS,
+    **settings: Any,
 ) -> Job:
     """A model with routers that decide this way and that, under a budget of the global batch."""
     model = teacher_model()
@@ -157,7 +162,8 @@ def dynamic(
         auxiliary_steps=12, teacher=teacher, finish_from=18, total=engine.total if engine.world > 1 else None,
         taught_alone=guidance is not None, guidance=guidance,
     )  # fmt: skip
-    return Job(TrainState(model.module, [ParameterGroup(trainable(model.module))], SETTINGS), goal, SETTINGS)
+    groups = [ParameterGroup(trainable(model.module))]
+    return Job(TrainState(model.module, groups, training, model.stack), goal, training)
 
 
 def few_steps(engine: Engine, method: str) -> Job:
@@ -195,6 +201,7 @@ CASES: dict[str, Callable[[Engine], Job]] = {
     "few-steps-matching": lambda engine: few_steps(engine, "matching"),
     "dynamic": dynamic,
     "dynamic-depth-teacher": lambda engine: dynamic(engine, "teacher", depth=True, forced_first=False),
+    "dynamic-muon": lambda engine: dynamic(engine, training=replace(SETTINGS, stop_after=SHORT, optimizer="muon")),
     "dynamic-folded": lambda engine: dynamic(engine, "teacher", FOLDED),
 }
 RUNS = [

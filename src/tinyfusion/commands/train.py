@@ -63,7 +63,7 @@ class Train(TrainingVerb[Training]):
         assert inputs.batches is not None
         engine.place(model.module.train(), list(model.stack))
         state = TrainState(
-            model.module, decay_groups(trainable(model.module), model.family.undecayed, settings), settings
+            model.module, decay_groups(trainable(model.module), model.family.undecayed, settings), settings, model.stack
         )
         objective = objective_for(model, settings.label_drop, recipe)
         return Training("train", recipe, settings, model, model.stack, state, objective, inputs.batches, engine)

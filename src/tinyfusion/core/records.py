@@ -106,9 +106,9 @@ def check_same(record: Mapping[str, Any], verb: str, recipe: Mapping[str, Any], 
 
 
 def other_settings(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{dotted field: (its value in the record, its value now)} of the settings that change the result; none of a damaged record."""
+    """{dotted field: (its value in the record, its value now)} of the settings that change the result."""
     old, new = (flatten(_effective(each)) for each in (renamed(record.get("recipe")), recipe))
-    return {field: (old[field], now) for field, now in new.items() if field in old and old[field] != now}
+    return {field: (old.get(field), now) for field, now in new.items() if old.get(field) != now}
 
 
 def file_output(

@@ -36,9 +36,8 @@ _HALF_BYTES = 2
 _SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256  # smaller tensors have float32 moments; numbers that share a float32 constant
 # of each number of a tensor: on a CPU, bitsandbytes expands moments and gradient to update it
 _UPDATE_8BIT_CPU = 5 * FLOAT_BYTES
-_UPDATE_MUON = (
-    FLOAT_BYTES + 4 * _HALF_BYTES
-)  # of each number of a matrix: the momentum's step, and products that make it orthogonal
+# of each number of a matrix: the momentum's step, and the products that make it orthogonal
+_UPDATE_MUON = FLOAT_BYTES + 4 * _HALF_BYTES
 _MOST_IMAGES = 2**21
 _MEASURED_PARAMETERS = 200_000_000  # larger models are not run for an estimate, their operations are counted
 _MEASURED_MACS = 5e9  # of one measured step: the batch is made smaller to stay below, and the time scaled
@@ -116,7 +115,7 @@ def memory_plan(
     update = update_bytes(low) if low else 0  # when the activations are gone
     if settings.optimizer == "adamw-8bit" and footprint.on_host:
         update += _UPDATE_8BIT_CPU * max((size for size in own if size >= _SMALLEST_8BIT), default=0)
-    by_muon = footprint.matrices if settings.optimizer == "muon" else frozenset()
+    by_muon = {place for place, *_ in footprint.matrices}
     update += _UPDATE_MUON * max((footprint.trained[place] for place in by_muon), default=0)
     sizes = {
         "trained_weights": trained,
@@ -282,6 +281,12 @@ def step_seconds(
         a = a @ a / side
     rate = rounds * side**3 / (time_after(float(a[0, 0])) - began)
     return macs_per_image * batch_size / rate, f"from counted operations and a measured matrix product, {device.type}"
+
+
+def muon_macs(footprint: Footprint) -> int:
+    """Multiply-accumulates of the five Newton-Schulz steps of every matrix, once per step of a training."""
+    sides = [sorted(shape) for _, *shape in footprint.matrices]
+    return sum(5 * (2 * short * short * long + short**3) for short, long in sides)
 
 
 def time_after(_: float) -> float:

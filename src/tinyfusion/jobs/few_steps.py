@@ -151,6 +151,7 @@ def few_step_training(
         named = {_CRITIC + name: parameter for name, parameter in trainable(own).items()}
         groups.append(ParameterGroup(named, learning_rate=rate))
         objective = MatchingObjective(taught, own, steps.levels, settings.within, steps.fresh_noise)
-    state = TrainState(module, groups, training)
+    blocks = [block for model in trained for block in model.stack]
+    state = TrainState(module, groups, training, blocks)
     parts = (student, student.stack, state, objective, source, engine, teacher)
     return Training("distill-steps", recipe, training, *parts, other_stacks=[critic.stack] if critic else [])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,6 @@ from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.processes.base import Objective
 from tinyfusion.training.loop import BatchSource, autocast
-from tinyfusion.training.optim import is_hidden_matrix
 from tinyfusion.training.shards import local_part
 
 FLOAT_BYTES = 4
@@ -73,13 +72,12 @@ class Measured:
 class Footprint:
     """Everything about a training that determines its memory, except settings and processes. In bytes unless noted.
 
-    trained: numbers in every trained tensor; item_bytes: of one of them, 4 where empty. matrices: the places in `trained` of what
-    Muon updates. frozen_linear: numbers in linear layers
-    that do not train, in a type that autocast's may replace; frozen_rest: bytes of other frozen tensors over 4. What trained
-    model and teacher share counts as the teacher's. gathered, teacher_gathered: weights and gradients that a process of FSDP2
-    has whole at a time. graph_share, features, passing: as in `StepMemory`. teacher: of its weights. also_resident: other models on
-    the device. measured: by type. on_host: the device is the host itself. hosted: bytes of the teacher that would be on the host of
-    another device.
+    trained: numbers in every trained tensor; item_bytes: of one of them, 4 where empty. matrices: places in `trained`, rows and
+    columns of what Muon updates. frozen_linear: numbers in linear layers that do not train, in a type that autocast's may replace;
+    frozen_rest: bytes of other frozen tensors over 4. What trained model and teacher share counts as the teacher's. gathered,
+    teacher_gathered: weights and gradients that a process of FSDP2 has whole at a time. graph_share, features, passing: as in
+    `StepMemory`. teacher: of its weights. also_resident: other models on the device. measured: by type. on_host: the device is the
+    host itself. hosted: bytes of the teacher that would be on the host of another device.
     """
 
     trained: tuple[int, ...]
@@ -94,7 +92,7 @@ class Footprint:
     features: int
     measured: Mapping[str, Measured]
     item_bytes: tuple[int, ...] = ()
-    matrices: frozenset[int] = frozenset()
+    matrices: tuple[tuple[int, int, int], ...] = ()
     hosted: int = 0
     on_host: bool = False
     passing: int = 0
@@ -128,12 +126,12 @@ class LiveBytes(TorchDispatchMode):
 
 def footprint_of(
     model: nn.Module, stack: BlockStack, parameters: Mapping[str, Tensor], objective: Objective, source: BatchSource,
-    settings: TrainingSection, also_resident: Sequence[nn.Module] = (),
+    settings: TrainingSection, also_resident: Sequence[nn.Module] = (), matrices: Collection[str] = (),
 ) -> Footprint:  # fmt: skip
     """Count and measure a training. Every process must call where models are sharded; nothing that trains changes.
 
     parameters: the trained ones, gates included. also_resident: other modules that stay in memory; they count where they are
-    on the same device. Measured in the type of `settings`, float32 and bfloat16.
+    on the same device. matrices: names of the parameters that Muon updates. Measured in the type of `settings`, float32 and bfloat16.
     """
     device = next(iter(parameters.values())).device
     memory = objective.step_memory()
@@ -162,7 +160,7 @@ def footprint_of(
         features=memory.features,
         measured=measured,
         item_bytes=tuple(p.element_size() for p in parameters.values()),
-        matrices=frozenset(i for i, (name, p) in enumerate(parameters.items()) if is_hidden_matrix(name, p)),
+        matrices=tuple((i, *p.shape) for i, (name, p) in enumerate(parameters.items()) if name in matrices),
         hosted=sum(p.nbytes for b in teacher_stack or () for p in b.parameters()) if memory.passing else 0,
         on_host=device.type == "cpu",
         passing=memory.passing,

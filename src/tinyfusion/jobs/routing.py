@@ -92,7 +92,7 @@ def dynamic_training(recipe: Recipe, model: LoadedModel, teacher: LoadedModel | 
         strata=settings.strata,
         total=engine.total if engine.world > 1 else None,
     )
-    state = TrainState(model.module, [ParameterGroup(trainable(model.module))], settings.training)
+    state = TrainState(model.module, [ParameterGroup(trainable(model.module))], settings.training, model.stack)
     return Training("dynamic", recipe, settings.training, model, model.stack, state, objective, source, engine, teacher)
 
 

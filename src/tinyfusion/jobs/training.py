@@ -18,7 +18,16 @@ from tinyfusion.config.recipe import PruneSection, Recipe, TrainingSection
 from tinyfusion.core.errors import UserError, prefixed
 from tinyfusion.core.rng import Randomness
 from tinyfusion.jobs.cards import lines_of_large
-from tinyfusion.jobs.estimate import Estimate, MemoryPlan, fitting_lines, memory_plan, rounded, step_seconds, time_after
+from tinyfusion.jobs.estimate import (
+    Estimate,
+    MemoryPlan,
+    fitting_lines,
+    memory_plan,
+    muon_macs,
+    rounded,
+    step_seconds,
+    time_after,
+)
 from tinyfusion.jobs.folding import fold_guidance
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, footprint_of
 from tinyfusion.jobs.origins import making_run
@@ -147,7 +156,7 @@ class Training:
         state, settings, engine = self.state, self.settings, self.engine
         modules = [model.module for model in (self.model, self.teacher) if model]
         sizes = (state.model, self.stack, state.parameters, self.objective, self.source, settings, modules)
-        footprint = footprint_of(*sizes)
+        footprint = footprint_of(*sizes, state.matrices())
         return footprint, memory_plan(footprint, settings, engine.compute, engine.world)
 
     def estimate(self) -> Estimate:
@@ -160,6 +169,7 @@ class Training:
         lines += lines_of_large(teacher or model, self.kept_blocks(teacher or model))
         macs = 3 * model.macs()  # a backward pass costs two forward passes
         macs += self.objective.step_memory().teacher_rows * teacher.macs() if teacher else 0
+        macs += muon_macs(footprint) // settings.batch_size
 
         def measure(batch_size: int) -> float:
             short = dataclasses.replace(settings, steps=3, stop_after=None, batch_size=batch_size)
@@ -224,7 +234,7 @@ def _under_gates(
     gated = learner.objective
     if gated.gates.paired:
         _check_pairs(settings.batch_size, engine, section)
-    state = TrainState(learner.module, learner.parameter_groups, settings)
+    state = TrainState(learner.module, learner.parameter_groups, settings, gated.stack)
     return state, lambda record: learner.decision(state.ema, record.step).log(record.step, gated)
 
 
@@ -305,7 +315,7 @@ def recovery(
     groups = decay_groups(placed.parameters, student.family.undecayed, training)
     if whole is not None:
         return _searched(recipe, whole, teacher, placed, groups, objective, source, engine)
-    state = TrainState(placed.student.module, groups, training)
+    state = TrainState(placed.student.module, groups, training, placed.student.stack)
 
     def extra(record: StepRecord) -> dict[str, Any]:
         return {"beta": linear(settings.beta, record.step, training.steps)} if settings.compares_features else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -171,21 +172,35 @@ class TrainingVerb(Generic[W]):
             ) from error
 
 
+_GUIDED = (
+    "recover.guidance",
+    "dynamic.guidance",
+    "guidance",
+    "guidance_channels",
+)  # what the output that is learned depends on
+
+
 def _changed_since(checkpoint: Path, plain: Mapping[str, Any]) -> list[str]:
-    """A line for people on the settings that the run of a checkpoint had otherwise. Raises UserError on other folded guidance."""
+    """A line for people on the settings that the run of a checkpoint had otherwise. Raises UserError on other guidance to fold in."""
     try:
-        changed = other_settings(RunDirectory(checkpoint.parent.parent).record(), plain)
-    except UserError:  # the run is gone
+        changed = other_settings(RunDirectory(checkpoint.resolve().parents[1]).record(), plain)
+    except (UserError, ValueError, TypeError, IndexError):  # of a run that is gone or damaged, nothing is known
         return []
-    for name in ("recover.guidance", "dynamic.guidance"):
-        if name in changed:
-            was, now = changed[name]
-            raise UserError(
-                f"{checkpoint} is of a training with {name} {'none' if was is None else was}, and a model cannot learn another halfway "
-                f"({'none' if now is None else now} now): set {name}={'none' if was is None else was}, or leave out --resume"
-            )
-    listed = ", ".join(f"{field} {now} (there {was})" for field, (was, now) in changed.items())
+    shown = {name: [_shown(value) for value in values] for name, values in changed.items()}
+    if name := next((name for name in _GUIDED if name in changed), None):
+        was, now = shown[name]
+        raise UserError(
+            f"{checkpoint} is of a training with {name} {was}, and a model cannot learn other guidance halfway ({now} here): set it to "
+            f"{was}, or leave out --resume"
+        )
+    listed = ", ".join(f"{name} {now} instead of {was}" for name, (was, now) in shown.items())
     return [f"{checkpoint} is of a training with other settings; here {listed}"] if listed else []
+
+
+def _shown(value: Any) -> str:
+    """A setting for people; the begin of a hash."""
+    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def known_inputs(

@@ -181,8 +181,7 @@ def _update(
     parameters = list(state.parameters.values())
     engine.finish_gradients(parameters)
     scale, limit = state.scale.value or 1.0, settings.clip_norm
-    groups = [list(group["params"]) for group in state.optimizer.param_groups]
-    groups = groups if settings.clip_groups == "apart" else [parameters]
+    groups = state.clipped_apart() if settings.clip_groups == "apart" else [parameters]
     norms = [engine.gradient_norm(group) / scale for group in groups]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     # per group: removes the loss scale, and clips to the norm `limit`

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from tinyfusion.blocks.routers import is_router_key
 from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.training.shards import is_sharded
+
+_SMALLEST_MATRIX = 16  # rows and columns
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -52,31 +54,40 @@ def decay_groups(
     return [ParameterGroup(rest), ParameterGroup(exempt, decayed=False)]
 
 
-def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a parameter is a matrix inside a numbered module, such as `blocks.3.attn.qkv.weight`: what `Muon` updates.
+def block_matrices(blocks: Iterable[nn.Module]) -> set[int]:
+    """The ids of the parameters that `Muon` updates: trained weights of the linear layers of these blocks.
 
-    Embeddings, output layers and low-rank factors are none.
+    Routers and low-rank factors are none, nor is what has fewer than 16 rows or columns, such as the gate of a mixture of
+    experts, or a head.
     """
-    return parameter.ndim == 2 and re.search(r"(^|\.)\d+\.\w+\.", name) is not None and ".lora_" not in name
+    found = set()
+    for block in blocks:
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and ".lora_" not in f".{name}" and not is_router_key(name):
+                weight = module.weight
+                if weight.requires_grad and min(weight.shape) >= _SMALLEST_MATRIX:
+                    found.add(id(weight))
+    return found
 
 
-def optimizer_of(groups: Sequence[ParameterGroup], settings: TrainingSection) -> torch.optim.Optimizer:
-    """The optimiser that the settings name, over the non-empty groups.
+def optimizer_of(
+    groups: Sequence[ParameterGroup], settings: TrainingSection, blocks: Iterable[nn.Module] = ()
+) -> torch.optim.Optimizer:
+    """The optimiser that the settings name, over the non-empty groups. blocks: of the model, for Muon.
 
-    Raises ValueError if all groups are empty, UserError if 8-bit moments are impossible (device, sharding, bitsandbytes), and on
-    "muon" where torch has none or no matrix of a block trains.
+    Its groups have "base", the peak learning rate, "constant", and "index", that of their `ParameterGroup`. Raises ValueError if all
+    groups are empty, UserError if 8-bit moments are impossible (device, sharding, bitsandbytes), and on "muon" where torch has none
+    or no matrix of a block trains.
     """
     listed: list[dict[str, Any]] = []
-    for group in groups:
+    matrices = block_matrices(blocks) if settings.optimizer == "muon" else set()
+    for index, group in enumerate(groups):
         rate = settings.learning_rate if group.learning_rate is None else group.learning_rate
-        decay = {} if group.decayed else {"weight_decay": 0.0}
-        for matrices in (True, False) if settings.optimizer == "muon" else (None,):
-            values = [
-                p for name, p in group.parameters.items() if matrices in (None, is_hidden_matrix(name, p))
-            ]  # fmt: skip
-            if values:
-                kind = {} if matrices is None else {"matrices": matrices}
-                listed.append({"params": values, "lr": rate, "base": rate, "constant": group.constant, **kind, **decay})
+        about = {"lr": rate, "base": rate, "constant": group.constant, "index": index}
+        about |= {} if group.decayed else {"weight_decay": 0.0}
+        of_muon = [p for p in group.parameters.values() if id(p) in matrices]
+        rest = [p for p in group.parameters.values() if id(p) not in matrices]
+        listed += [{"params": values, **about, "matrices": values is of_muon} for values in (of_muon, rest) if values]
     if not listed:
         raise ValueError("nothing to train: no parameter group has a parameter")
     numbers: dict[str, Any] = dict(betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
@@ -86,7 +97,7 @@ def optimizer_of(groups: Sequence[ParameterGroup], settings: TrainingSection) ->
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) for the groups of hidden matrices, AdamW for the others.
+    """Muon (Jordan et al., 2024) for the groups of `block_matrices`, AdamW for the others.
 
     The update of a matrix is its momentum (0.95, Nesterov), made orthogonal by five Newton-Schulz steps, and times
     0.2 sqrt(max(rows, columns)), so that it has the size of an AdamW update and the same learning rate serves both (arXiv
@@ -100,7 +111,8 @@ class Muon(torch.optim.Optimizer):
             )
         if not any(group["matrices"] for group in groups):
             raise UserError(
-                "optimizer muon updates whole matrices of blocks, and none trains here (low-rank updates are no such): use optimizer adamw"
+                "optimizer muon updates whole weight matrices of linear layers in blocks, and none trains here (low-rank updates and gates "
+                "are not such matrices): use optimizer adamw"
             )
         sides = {side: [group for group in groups if group["matrices"] == side] for side in (True, False)}
         how = {"weight_decay": numbers["weight_decay"], "adjust_lr_fn": "match_rms_adamw"}

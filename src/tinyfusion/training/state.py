@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,17 +114,35 @@ class LossScale:
 class TrainState:
     """Model, optimiser, moving average, loss scale and counters of a training."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[ParameterGroup], settings: TrainingSection) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ParameterGroup],
+        settings: TrainingSection,
+        blocks: Iterable[nn.Module] = (),
+    ) -> None:
         self.model = model
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
         hold_weights(model, self.parameters, settings)
-        self.optimizer: torch.optim.Optimizer = optimizer_of(groups, settings)
+        self.optimizer: torch.optim.Optimizer = optimizer_of(groups, settings, blocks)
         self.ema = Ema(self.parameters, settings.ema_decay, settings.ema_device == "cpu")
         self.scale = LossScale(settings.dtype == "float16")
         self.step = 0
         self.seen_images = 0  # in all steps so far, whatever their batch sizes
         self.bad_steps = 0
         self._optimizer_name: str = settings.optimizer
+
+    def clipped_apart(self) -> list[list[nn.Parameter]]:
+        """The parameters of every `ParameterGroup` that has any."""
+        apart: dict[int, list[nn.Parameter]] = {}
+        for group in self.optimizer.param_groups:
+            apart.setdefault(group["index"], []).extend(group["params"])
+        return list(apart.values())
+
+    def matrices(self) -> frozenset[str]:
+        """Names of the parameters that Muon updates; none of another optimiser."""
+        chosen = {id(p) for group in self.optimizer.param_groups if group["matrices"] for p in group["params"]}
+        return frozenset(name for name, p in self.parameters.items() if id(p) in chosen)
 
     def update(self, seed: int) -> None:
         """Make the optimiser's step and update the average. seed: addresses the rounding of bfloat16 weights."""
@@ -218,6 +236,8 @@ class TrainState:
             name = rest.partition("/")[2]
             if kind != "optimizer" or name not in self.parameters:
                 raise UserError(f"it has {key}, which this training has not")
+            if self._optimizer_name == "muon" and (rest.startswith("momentum_buffer/")) != (name in self.matrices()):
+                raise UserError(f"it has {key}, and this training updates {name} otherwise")
             if self._optimizer_name != "adamw-8bit" and key in names:
                 shape = tuple(self.parameters[name].shape)
                 if saved.shape(key) not in ((), shape):
