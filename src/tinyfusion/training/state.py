@@ -230,7 +230,7 @@ class TrainState:
             got = f"{saved.dtype(key)} of shape {saved.shape(key)}" if key in names else "none"
             if got != wanted:
                 raise UserError(f"it has no fitting {key}: wanted {wanted}, got {got}")
-        extra = [key for key in names if key not in targets and not self._unused(key)]
+        extra = [key for key in sorted(names) if key not in targets and not self._unused(key)]
         for key in [*extra, *(f"optimizer/{key}" for key in progress.optimizer_numbers)]:
             kind, _, rest = key.partition("/")
             name = rest.partition("/")[2]
