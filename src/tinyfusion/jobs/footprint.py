@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,7 +29,7 @@ from tinyfusion.config.recipe import TrainingSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.processes.base import Objective
 from tinyfusion.training.loop import BatchSource, autocast
-from tinyfusion.training.shards import local_part
+from tinyfusion.training.shards import local_part, unsplit_class
 
 FLOAT_BYTES = 4
 _FAKED = 2**23  # numbers in a block from which on operations on a CPU take longer than faking them
@@ -358,8 +357,7 @@ def _plain_copy(module: nn.Module, device: torch.device, of_linears: torch.dtype
     if isinstance(module, nn.Linear) and module.weight.dtype == torch.uint8:
         sizes, biased = (module.in_features, module.out_features), module.bias is not None
         return nn.Linear(*sizes, biased, device=device, dtype=of_linears).requires_grad_(False)
-    # of a class that FSDP2 made for its module, the plain one
-    whole: Any = next(each for each in kind.__mro__ if not issubclass(each, FSDPModule))
+    whole: Any = unsplit_class(kind)
     copy: nn.Module = whole.__new__(whole)
     attributes = {k: v for k, v in vars(module).items() if k not in ("forward", "_compiled_call_impl")}
     copy.__dict__.update({k: OrderedDict() if "_hooks" in k else v for k, v in attributes.items()})
