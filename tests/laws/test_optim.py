@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -147,19 +148,25 @@ def test_moments_in_8_bits_are_bytes_and_come_close_to_full_ones() -> None:
     torch.testing.assert_close(coarse.parameters["bias"], fine.parameters["bias"], rtol=1e-5, atol=1e-6)
 
 
-def test_a_checkpoint_holds_moments_in_8_bits(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="extra 8bit is not installed")
-    straight = trained("adamw-8bit", 6)
-    with CheckpointWriter(tmp_path, 1, 1) as writer:
-        writer.save(trained("adamw-8bit", 3))
-    resumed = trained("adamw-8bit", 1)
-    assert load_latest(tmp_path, resumed) == 3
-    trained("adamw-8bit", 3, resumed)
+def check_continues_bit_equal(make: Callable[..., TrainState], optimizer: str, folder: Path) -> None:
+    """Six steps are three, a checkpoint and three more; AdamW does not take the checkpoint."""
+    straight = make(optimizer, 6)
+    with CheckpointWriter(folder, 1, 1) as writer:
+        writer.save(make(optimizer, 3))
+    resumed = make(optimizer, 1)
+    assert load_latest(folder, resumed) == 3
+    make(optimizer, 3, resumed)
+    assert straight.tensors().keys() == resumed.tensors().keys()
     for name, tensor in straight.tensors().items():
         assert torch.equal(tensor, resumed.tensors()[name]), name
     assert straight.progress() == resumed.progress()
-    with pytest.warns(UserWarning, match="made with optimizer adamw-8bit, this training has adamw"):
-        assert load_latest(tmp_path, trained("adamw", 1)) == 0
+    with pytest.warns(UserWarning, match=f"made with optimizer {optimizer}, this training has adamw"):
+        assert load_latest(folder, make("adamw", 1)) == 0
+
+
+def test_a_checkpoint_holds_moments_in_8_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="extra 8bit is not installed")
+    check_continues_bit_equal(trained, "adamw-8bit", tmp_path)
 
 
 class Blocks(nn.Module):
@@ -213,17 +220,7 @@ def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest() -> None:
 
 
 def test_a_training_by_muon_continues_bit_equal(tmp_path: Path) -> None:
-    straight = blocks_state("muon", 6)
-    with CheckpointWriter(tmp_path, 1, 1) as writer:
-        writer.save(blocks_state("muon", 3))
-    resumed = blocks_state("muon", 1)
-    assert load_latest(tmp_path, resumed) == 3
-    blocks_state("muon", 3, resumed)
-    assert straight.tensors().keys() == resumed.tensors().keys()
-    for name, tensor in straight.tensors().items():
-        assert torch.equal(tensor, resumed.tensors()[name]), name
-    with pytest.warns(UserWarning, match="made with optimizer muon, this training has adamw"):
-        assert load_latest(tmp_path, blocks_state("adamw", 1)) == 0
+    check_continues_bit_equal(blocks_state, "muon", tmp_path)
 
 
 def test_muon_rounds_weights_in_bfloat16_at_random() -> None:

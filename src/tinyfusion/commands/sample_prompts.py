@@ -18,7 +18,7 @@ from tinyfusion.data.captions import read_prompts
 from tinyfusion.jobs.assemble import RunOptions, drawing_engine, plain_recipe
 from tinyfusion.jobs.drawn_output import DrawnOutput
 from tinyfusion.jobs.pipelines import pipeline_of, stored_type, transformer_class_in
-from tinyfusion.jobs.prompt_drawing import PromptDrawing, open_prompt_drawing, pipeline_arguments, pipeline_protocol
+from tinyfusion.jobs.prompt_drawing import PromptDrawing, open_prompt_drawing, pipeline_protocol
 from tinyfusion.jobs.typed import check_read
 
 ENCODED = ".safetensors"  # files of prompts of another kind: encoded, for model families that take texts
@@ -41,14 +41,13 @@ def sample_prompts(
     prompts, digest = read_prompts(Path(recipe.data.prompts)), sha256_of(Path(recipe.data.prompts))
     model = pipeline_of(source, options.blocks, settings.folder, settings.component)
     check_read("sample", recipe, *model.models.values())
-    pipeline_arguments(model, settings)  # raises on settings that the pipeline lacks, before anything is written
+    num = settings.num_images or len(prompts)
+    protocol = pipeline_protocol(model, recipe, digest, num, settings.dtype or stored_type(model))
     if few := model.few_steps:
         steps = len(few.steps.levels)
         say([f"note: {source} draws in its own {steps} steps: steps, guidance and negative prompt are not used"])
     elif model.drawn_with:
         say([f"note: {source} has guidance folded in: guidance and negative prompt are not used"])
-    num = settings.num_images or len(prompts)
-    protocol = pipeline_protocol(model, recipe, digest, num, settings.dtype or stored_type(model))
     plain = plain_recipe(recipe, "pipeline", model=model.model_hash, rest=model.rest_hash)
     for elsewhere in ("folder", "component", "batch_size", "frames_per_second"):  # of no effect, or in the hashes
         plain["pipeline"].pop(elsewhere)

@@ -181,7 +181,7 @@ _GUIDED = (
 
 
 def _changed_since(checkpoint: Path, plain: Mapping[str, Any]) -> list[str]:
-    """A line for people on the settings that the run of a checkpoint had otherwise. Raises UserError on other guidance to fold in."""
+    """A remark on the settings that the run of a checkpoint had otherwise. Raises UserError on other guidance to fold in."""
     try:
         changed = other_settings(RunDirectory(checkpoint.resolve().parents[1]).record(), plain)
     except (UserError, ValueError, TypeError, IndexError):  # of a run that is gone or damaged, nothing is known
@@ -198,7 +198,7 @@ def _changed_since(checkpoint: Path, plain: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """A setting for people; the begin of a hash."""
+    """A setting as text; of a hash its begin."""
     text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
     return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 

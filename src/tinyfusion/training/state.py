@@ -230,13 +230,14 @@ class TrainState:
             got = f"{saved.dtype(key)} of shape {saved.shape(key)}" if key in names else "none"
             if got != wanted:
                 raise UserError(f"it has no fitting {key}: wanted {wanted}, got {got}")
+        matrices = self.matrices()
         extra = [key for key in sorted(names) if key not in targets and not self._unused(key)]
         for key in [*extra, *(f"optimizer/{key}" for key in progress.optimizer_numbers)]:
             kind, _, rest = key.partition("/")
             name = rest.partition("/")[2]
             if kind != "optimizer" or name not in self.parameters:
                 raise UserError(f"it has {key}, which this training has not")
-            if self._optimizer_name == "muon" and (rest.startswith("momentum_buffer/")) != (name in self.matrices()):
+            if self._optimizer_name == "muon" and rest.startswith("momentum_buffer/") != (name in matrices):
                 raise UserError(f"it has {key}, and this training updates {name} otherwise")
             if self._optimizer_name != "adamw-8bit" and key in names:
                 shape = tuple(self.parameters[name].shape)
