@@ -21,6 +21,7 @@ import torch
 from drawn_fid import DrawnFid
 from regret import mask_of, name_of, recovered_masks
 from shared import spread, table
+from tinyfusion.blocks.plan import global_indices
 from tinyfusion.commands.prune import prune
 from tinyfusion.config.loading import load_recipe
 from tinyfusion.config.recipe import Recipe
@@ -65,7 +66,7 @@ class Measures:
         return float(torch.cat(terms).double().mean())
 
 
-def masks_of(options: argparse.Namespace, seed: int) -> dict[str, str]:
+def masks_of(options: argparse.Namespace, seed: int, depths: dict[str, int]) -> dict[str, str]:
     """{criterion: the name of its mask}."""
     masks = {}
     for criterion in CRITERIA:
@@ -73,7 +74,7 @@ def masks_of(options: argparse.Namespace, seed: int) -> dict[str, str]:
         if not (folder / "plan.json").is_file():
             sets = (*options.set, f"prune.criterion={criterion}", "prune.num_masks=924")
             prune(load_recipe(options.recipe, sets, {"seed": seed}), RunOptions(folder))
-        masks[criterion] = name_of(read_json(folder / "plan.json")["kept"]["blocks"])
+        masks[criterion] = name_of(global_indices(read_json(folder / "plan.json")["kept"], depths))
     return masks
 
 
@@ -83,7 +84,8 @@ def measure_seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, 
     done: dict[str, Any] = read_json(file) if file.is_file() else {}
     recipe = load_recipe(options.recipe, tuple(options.set), {"seed": seed})
     teacher = open_model(recipe.teacher)
-    masks = masks_of(options, seed)
+    depths = teacher.stack.depths()
+    masks = masks_of(options, seed, depths)
     learned = options.learned / f"seed-{seed}" / "recover" / "student"
     measures = None
     missing = [name for name in dict.fromkeys(masks.values()) if name not in done]
@@ -99,7 +101,7 @@ def measure_seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, 
         done[name] = measures.of(model)
         write_json(file, done)
         print(seed, name, json.dumps(done[name]), flush=True)
-    own = name_of(open_model(str(learned)).facts.kept["blocks"])  # type: ignore[index]
+    own = name_of(global_indices(open_model(str(learned)).facts.kept, depths))  # type: ignore[arg-type]
     rows = {criterion: {"mask": mask, **done[mask]} for criterion, mask in masks.items()}
     return {"teacher": {"mask": "all", **done["teacher"]}, "learned": {"mask": own, **done["learned"]}, **rows}
 

@@ -57,7 +57,7 @@ class Work:
     """A set to be encoded.
 
     load(first, num): runs on another thread. values(loaded, first): (num, R, K, h, w) float32. about: further fields of the
-    manifest. remarks: lines for people. busy_s: seconds of the autoencoder. changes: counts of changes to pictures.
+    manifest. remarks: lines to print. busy_s: seconds of the autoencoder. changes: counts of changes to pictures.
     """
 
     spec: LatentSpec

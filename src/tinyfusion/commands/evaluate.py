@@ -34,7 +34,7 @@ from tinyfusion.report.tables import UNBIASED_IMAGES, distance_name
 T = TypeVar("T")
 METRICS = (*schema.SCORES, "protocol")
 NO_FEATURES, NO_REFERENCE = "no features", "no reference"  # of a protocol without distances
-_TABLE = {  # label and metrics of the rows of the table for people, after the Fréchet distance
+_TABLE = {  # label and metrics of the rows of the printed table, after the Fréchet distance
     "sFID": ("sfid",),
     "Inception Score": ("inception_score",),
     "precision, recall": ("precision", "recall"),

@@ -153,7 +153,7 @@ def _fit_controlnet(options: LoraOptions, student: TransformerFolder) -> dict[st
 
 
 def lines(facts: Mapping[str, Any]) -> list[str]:
-    """The same for people."""
+    """The same, as lines to print."""
     if "residuals" in facts:
         left = {path: sum(i is not None for i in listed) for path, listed in facts["residuals"].items()}
         said = [

@@ -137,7 +137,7 @@ def _learn(inputs: Inputs, work: MaskTraining, folder: RunDirectory) -> PrunePla
 
 
 def _decided(plan: PrunePlan) -> str:
-    """One line for people."""
+    """One line to print."""
     if plan.kept_widths is not None:
         return f"{plan.criterion}: all blocks kept, narrower"
     listed = [f"{' '.join(map(str, kept))} of {plan.depth[name]} {name}" for name, kept in plan.kept.items()]

@@ -150,7 +150,7 @@ def _as_taught(
 ) -> Recipe:
     """The recipe with the target that student and teacher can have; recorded outputs are one already.
 
-    Without a teacher that runs, no guidance is folded in. remarks: gets lines for people. Raises UserError as `check_folding`.
+    Without a teacher that runs, no guidance is folded in. remarks: gets lines to print. Raises UserError as `check_folding`.
     """
     if teacher is None and folds(recipe.recover):
         remarks.append("recover.guidance is left out: it is that of a teacher, and none runs in this recovery")

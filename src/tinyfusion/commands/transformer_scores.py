@@ -115,7 +115,7 @@ def steps_of(model: str, job: TransformerJob) -> int:
 
 
 def scores_said(recipe: Recipe) -> str:
-    """What is scored, for people."""
+    """What is scored, as printed."""
     settings = recipe.evaluate
     words = [f"against {', '.join(settings.references)} by {settings.features}"] if settings.references else []
     words += [f"CLIP score of {settings.clip}"] if settings.clip else []

@@ -277,7 +277,7 @@ class RunDirectory:
         self._append(self.metrics, json.dumps(values, allow_nan=False))
 
     def note(self, text: str) -> None:
-        """Append one line to log.txt, which is for people and never read back."""
+        """Append one line to log.txt, which users read and the program never does."""
         self._append(self.path / "log.txt", text)
 
     def _append(self, file: Path, line: str) -> None:

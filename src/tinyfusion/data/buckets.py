@@ -77,7 +77,7 @@ class _Manifest:
 
 
 def write_bucket_manifest(folder: Path, nums: Mapping[str, int], about: Mapping[str, Any]) -> None:
-    """Write the manifest of finished buckets. nums: images by folder; about: more fields, for people and checks."""
+    """Write the manifest of finished buckets. nums: images by folder; about: more fields, to read and to check."""
     buckets = [{"folder": name, "num_images": num} for name, num in nums.items()]
     values = {"made_by": "tinyfusion", "format_version": FORMAT_VERSION, "buckets": buckets, **about}
     write_json(folder / MANIFEST, values)

@@ -21,7 +21,7 @@ _SHOWN = 4
 class PictureFolder:
     """The pictures of a set: files in order, with labels; classes: names by label, empty without class folders.
 
-    root: the folder of the classes, or of the pictures. remarks: lines for people.
+    root: the folder of the classes, or of the pictures. remarks: lines to print.
     """
 
     root: Path

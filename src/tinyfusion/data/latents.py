@@ -168,7 +168,7 @@ def unfinished_shard(
 
 
 def write_manifest(folder: Path, spec: LatentSpec, about: Mapping[str, Any]) -> None:
-    """Write the manifest, with the checksums of all shards on disk. about: more fields, for people and checks."""
+    """Write the manifest, with the checksums of all shards on disk. about: more fields, to read and to check."""
     shards = [
         {"file": spec.file_name(k), "bytes": spec.shard_bytes(k), "sha256": sha256_of(folder / spec.file_name(k))}
         for k in range(spec.shards)

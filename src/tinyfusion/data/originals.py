@@ -53,7 +53,7 @@ class Originals:
 
     labels: (N,) int64. contents(first, num): place (for messages) and bytes of each picture. classes: names by label, if any.
     fingerprint: SHA-256 over order, names and labels but not bytes, so that a damaged picture can be repaired while a set is
-    being encoded. remarks: lines for people.
+    being encoded. remarks: lines to print.
     """
 
     name: str
@@ -89,7 +89,7 @@ def open_originals(name: str) -> Originals:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A decoded set: pixels (N, H, W, C) uint8, labels (N,) int64, and remarks (lines for people)."""
+    """A decoded set: pixels (N, H, W, C) uint8, labels (N,) int64, and remarks (lines to print)."""
 
     pixels: np.ndarray
     labels: np.ndarray

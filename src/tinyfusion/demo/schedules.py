@@ -38,7 +38,7 @@ OFFERED_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 30, 40, 50, 100)
 class PageSampler:
     """A sampler of the page.
 
-    title: for people. command: the options of `tinyfusion sample` that select it, with {num_steps}, which is the number of steps
+    title: as shown. command: the options of `tinyfusion sample` that select it, with {num_steps}, which is the number of steps
     plus `more`. steps: tables by number of steps. chosen: the number of steps at first.
     """
 

@@ -186,7 +186,7 @@ def way_plan(model: Counted, kept: Mapping[str, int], way: Way, images: int = 1)
 
 
 def card_lines(model: Counted, kept: Mapping[str, int]) -> list[str]:
-    """A table for people: memory for one image at once, and how many fit on each card."""
+    """A human-readable table: memory for one image at once, and how many fit on each card."""
     wide = max(len(way.title) for way in WAYS)
     numbers = model.numbers / 1e9
     stay = ", ".join(f"{kept[name]} of {model.lists.count(name)} {name}" for name in dict.fromkeys(model.lists))

@@ -63,7 +63,7 @@ class MemoryPlan:
         return sum(self.sizes.values())
 
     def lines(self) -> list[str]:
-        """A table for people: everything that takes memory, with its share, and the sum."""
+        """A human-readable table: everything that takes memory, with its share, and the sum."""
         named = {"activations": "activations beyond gradients"} if self.overlap else {}
         rows = [(named.get(name, name.replace("_", " ")), size) for name, size in self.sizes.items() if size]
         rows.append(("sum", self.total))
@@ -182,7 +182,7 @@ def fits(plan_of: Callable[[int], MemoryPlan], gib: float) -> int:
 def fitting_lines(
     footprint: Footprint, settings: TrainingSection, compute: ComputeSection, world: int = 1
 ) -> list[str]:
-    """A table for people: how many images at once fit cards of usual sizes, by type and checkpointing."""
+    """A human-readable table: how many images at once fit cards of usual sizes, by type and checkpointing."""
     on_card = footprint.teacher - footprint.hosted if footprint.on_host else footprint.teacher
     footprint = dataclasses.replace(footprint, on_host=False, teacher=on_card)
     lines = [
@@ -204,7 +204,7 @@ def fitting_lines(
 class Estimate:
     """Rounded numbers of a job. memory_gib: on the device, without the program itself. basis: source of the minutes.
 
-    memory_plan: tables of the memory of a training, as lines for people.
+    memory_plan: tables of the memory of a training, as lines to print.
     """
 
     minutes: float

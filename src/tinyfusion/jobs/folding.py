@@ -104,7 +104,7 @@ def with_taught_target(recipe: Recipe, model: LoadedModel, remarks: list[str]) -
     """The recipe with the teacher's output as the only target where the data are none, unless it says otherwise.
 
     That is where guidance is folded in, and of a model that predicts under guidance by itself: the teacher, or the student
-    without one. Labels are not dropped where nothing is predicted without them. remarks: gets a line for people.
+    without one. Labels are not dropped where nothing is predicted without them. remarks: gets a line to print.
     """
     settings = recipe.recover
     if not (folds(settings) or model.distilled_guidance):

@@ -74,7 +74,7 @@ def with_teacher(
 ) -> tuple[Recipe, Mapping[str, Any]]:
     """The recipe with a teacher, where it names none that of the run that wrote the student; and the job of that run, else {}.
 
-    remarks: gets a line for people. Raises UserError where neither names one.
+    remarks: gets a line to print. Raises UserError where neither names one.
     """
     if recipe.teacher:
         return recipe, {}
@@ -94,7 +94,7 @@ def with_data(
 ) -> Recipe:
     """The recipe with data, where it names none those of the run that wrote one of the models at `sources`, else the digits.
 
-    remarks: gets lines for people. needed: raise UserError where neither is possible, as the model takes no digits. Features and
+    remarks: gets lines to print. needed: raise UserError where neither is possible, as the model takes no digits. Features and
     references of watched scores are filled in as well.
     """
     if not recipe.data.name:

@@ -50,7 +50,7 @@ def cheap_sampling(recipe: Recipe, model: LoadedModel, **changes: Any) -> Sample
 
 
 class FamilyPreviews:
-    """Previews of a model of a family, by its sampler. said: the sampler, for people."""
+    """Previews of a model of a family, by its sampler. said: the sampler, as printed."""
 
     def __init__(self, recipe: Recipe, model: LoadedModel) -> None:
         self.recipe, self.model = recipe, model
@@ -58,7 +58,7 @@ class FamilyPreviews:
 
     @property
     def said(self) -> str:
-        """The sampler, for people."""
+        """The sampler, as printed."""
         return sampler_of(cheap_sampling(self.recipe, self.model), self.model).describe(self.model)
 
     def check(self) -> tuple[int, int, int]:
@@ -134,7 +134,7 @@ class PromptPreviews:
 
     @property
     def said(self) -> str:
-        """The pipeline, for people."""
+        """The pipeline, as printed."""
         return f"{self.source.kind.__name__}, {len(self.prompts)} prompts in turn"
 
     def check(self) -> tuple[int, int, int]:

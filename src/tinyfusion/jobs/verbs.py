@@ -96,7 +96,7 @@ class TrainingVerb(Generic[W]):
     sections: tuple[str, ...]
 
     def open(self, recipe: Recipe, options: RunOptions, source: str | Path, remarks: list[str]) -> Inputs:
-        """Open models and complete the recipe. remarks: gets lines for people. Raises UserError on inputs that do not fit."""
+        """Open models and complete the recipe. remarks: gets lines to print. Raises UserError on inputs that do not fit."""
         raise NotImplementedError
 
     def hashes(self, inputs: Inputs) -> dict[str, str | None]:
@@ -209,7 +209,7 @@ def known_inputs(
 ) -> tuple[Recipe, LoadedModel]:  # fmt: skip
     """The recipe completed with data, features and references, and the model with the facts of its latents.
 
-    sources: models whose runs record their data. remarks: gets lines for people. needed: data are needed; evaluated: a
+    sources: models whose runs record their data. remarks: gets lines to print. needed: data are needed; evaluated: a
     reference too. Raises UserError where something needed is not known.
     """
     recipe = with_data(recipe, model, sources, remarks, needed)

@@ -1,4 +1,4 @@
-"""How sure a learned decision is, for people: probabilities compared with chance, and a warning where it is little better."""
+"""How sure a learned decision is, in words: probabilities compared with chance, and a warning where it is little better."""
 
 from __future__ import annotations
 
