@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,15 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prompt_pipelines import save_flux_pipeline, save_wan_pipeline
-from tinyfusion import cli
+from tinyfusion import cli, open_model
 from tinyfusion.config.recipe import PipelineSection
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.signals import Interrupted
 from tinyfusion.data.recorded import recording
 from tinyfusion.jobs import pipelines
-from tinyfusion.jobs.pipelines import ModelPipeline, pipeline_of
+from tinyfusion.jobs.pipelines import ModelPipeline, pipeline_of, pipeline_with
 from tinyfusion.jobs.prompt_drawing import PromptDrawing, generators, pipeline_arguments, precise_noise
 from tinyfusion.jobs.transformers import call_macs
+from tinyfusion.models.transformer import TransformerModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about itself
 PROMPTS = ["a cat", "a red dog", "the sea"]
@@ -257,11 +258,11 @@ def test_an_interrupted_drawing_continues_with_the_same_images(
 
 
 def test_a_student_of_one_expert_takes_its_place(place: Path) -> None:
-    source = pipeline_of(str(place / "runs" / "expert"), None)
-    assert {name: sum(model.depths.values()) for name, model in source.models.items()} == {
-        "transformer": 4,
-        "transformer_2": 2,
-    }
+    expert = place / "runs" / "expert"
+    source, depths = pipeline_of(str(expert), None), {"transformer": 4, "transformer_2": 2}
+    in_memory = pipeline_with(cast(TransformerModel, open_model(expert)))
+    for each in (source, in_memory):
+        assert {name: sum(model.depths.values()) for name, model in each.models.items()} == depths
     assert source.folder == place / "wan"
     teacher = pipeline_of(str(place / "wan"), None)
     assert source.rest_hash == teacher.rest_hash and source.model_hash != teacher.model_hash

@@ -304,10 +304,7 @@ def pipeline_of(
 def pipeline_with(model: TransformerModel) -> ModelPipeline:
     """The pipeline of an opened transformer, with that in place of its own. Raises UserError where it is in none."""
     folder = model.own_pipeline(f"a {model.folder.class_name} is drawn by its pipeline")
-    own = _own_models(folder, None, None)
-    names = [name for name, each in own.items() if each.class_name == model.folder.class_name]
-    name = model.folder.path.name if model.folder.path.name in names else next(iter(names), "transformer")
-    return _checked(folder, {**own, name: model.folder})
+    return _checked(folder, {**_own_models(folder, None, None), model.component: model.folder})
 
 
 def transformer_class_in(path: Path) -> str | None:

@@ -179,4 +179,6 @@ def in_pipeline(model: TransformerFolder, origin: tuple[Path, str] | None, setti
     stated: dict[str, Any] = {"guidance": settings.guidance, "levels": levels}
     context = CallContext.of_folder(model.config, config(INDEX), config("vae/config.json"), **stated)
     known: dict[str, Any] = {"scheduler": config("scheduler/scheduler_config.json")}
-    return dataclasses.replace(opened(model, context), **known, pipeline=origin[0] if origin else None)
+    if origin is not None:
+        known |= {"pipeline": origin[0], "component": origin[1]}
+    return dataclasses.replace(opened(model, context), **known)

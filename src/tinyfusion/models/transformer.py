@@ -64,14 +64,15 @@ class TransformerModel(LoadedModel):
 
     folder: whose weights the module has; `with_weights` and `cut` give models of other folders, whose tensors may be in memory
     alone until they are written. context: what its call depends on besides the batch. scheduler: scheduler_config.json of its
-    pipeline, in the folder `pipeline`. latent_shape: (C, ..., h, w) of its training data, once they are open. example: arguments of a
-    recorded call of one image, on the meta device, where it is trained on these.
+    pipeline, in the folder `pipeline`, where it is the `component`. latent_shape: (C, ..., h, w) of its training data, once they
+    are open. example: arguments of a recorded call of one image, on the meta device, where it is trained on these.
     """
 
     folder: TransformerFolder = field(kw_only=True)
     context: CallContext = field(kw_only=True)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     pipeline: Path | None = None
+    component: str = "transformer"
     latent_shape: tuple[int, ...] | None = None
     example: Mapping[str, Any] | None = None
 
@@ -151,7 +152,7 @@ class TransformerModel(LoadedModel):
 
     def _of(self, folder: TransformerFolder) -> TransformerModel:
         model = opened(folder, self.context)
-        known = ("prompts", "latent_shape", "scheduler", "pipeline", "example")
+        known = ("prompts", "latent_shape", "scheduler", "pipeline", "component", "example")
         return dataclasses.replace(model, **{name: getattr(self, name) for name in known})
 
     def unfit_formats(self) -> dict[str, str]:
