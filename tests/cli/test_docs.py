@@ -236,9 +236,11 @@ def called_shortened(cli: Cli, words: list[str]) -> Outcome:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
-def test_commands(page: Path, cli: Cli, reader: Path) -> None:
-    write_recipes(page, reader)
-    for words in commands(page):
+def test_commands(page: Path, cli: Cli, request: pytest.FixtureRequest) -> None:
+    listed = commands(page)
+    if any(words[0] == "tinyfusion" for words in listed):
+        write_recipes(page, request.getfixturevalue("reader"))
+    for words in listed:
         if words[0] == "tinyfusion":
             outcome = called_shortened(cli, words)
             assert outcome.code == 0, f"{shlex.join(words)}\n{outcome.err}"
