@@ -200,10 +200,7 @@ CASES: dict[str, Callable[[Engine], Job]] = {
     "dynamic-folded": lambda engine: dynamic(engine, "teacher", FOLDED),
 }
 BASIC = ("learning-lora", "masked-kd", "masked-kd-folded", "dynamic")
-EVERY = (
-    "ddp",
-    "fsdp2-teacher-accumulated",
-)  # the ways of all cases: nothing and everything in parts; the others are between
+EVERY = ("ddp", "fsdp2-teacher-accumulated")  # ways of all cases: nothing and everything in parts
 RUNS = [(case, way) for case in CASES for way in WAYS if case in BASIC or way in EVERY]
 
 
