@@ -88,10 +88,12 @@ def test_the_plain_graph_has_the_documented_inputs_and_names_no_file_of_this_mac
     again = onnx_folder.read_graph(path)
     assert not path.with_name("model.onnx.data").exists()
     monkeypatch.undo()
+    # processors without VNNI add pairs of products in 16 bits, which overflow: 0.14 was seen with AVX2 alone
+    largest = {"int8": 0.2, "int8-weights": 0.05}
     for form in FORMS:
         small = quantized(copy.deepcopy(again), form, [outside_lists(model.module)])
         onnx_folder.save_graph(small, path)
-        assert onnx_folder.TOLERANCE < onnx_folder.differences(path, stage)[1] < 0.05
+        assert onnx_folder.TOLERANCE < onnx_folder.differences(path, stage)[1] < largest[form]
         whole = {each.name.rpartition(".MatMul")[0] for each in small.graph.initializer if each.name.endswith("_int8")}
         assert "network.blocks.0.mlp.fc1" in whole and not any("final_layer" in name for name in whole)
 
