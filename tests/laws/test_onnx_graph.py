@@ -88,8 +88,9 @@ def test_the_plain_graph_has_the_documented_inputs_and_names_no_file_of_this_mac
     again = onnx_folder.read_graph(path)
     assert not path.with_name("model.onnx.data").exists()
     monkeypatch.undo()
-    # processors without VNNI add pairs of products in 16 bits, which overflow: 0.14 was seen with AVX2 alone
-    largest = {"int8": 0.2, "int8-weights": 0.05}
+    # with AVX2 alone, onnxruntime adds pairs of products of bytes in 16 bits, which overflow: 0.14
+    narrow = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    largest = {"int8": 0.2 if narrow else 0.05, "int8-weights": 0.05}
     for form in FORMS:
         small = quantized(copy.deepcopy(again), form, [outside_lists(model.module)])
         onnx_folder.save_graph(small, path)

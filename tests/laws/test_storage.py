@@ -210,8 +210,12 @@ def test_streamed_is_own_bit_for_bit_and_packed_is_near(tiny_model: MakeModel) -
         losses[storage] = [float(record.terms["loss"]) for record in work.steps()]
     assert losses["own"] == losses["streamed"]
     assert losses["float8"] != losses["own"] and losses["float8"] == pytest.approx(losses["own"], rel=0.1)
-    # of single steps up to 0.57 apart, by the kernel that bitsandbytes has for the processor
-    assert losses["nf4"] != losses["own"] and sum(losses["nf4"]) == pytest.approx(sum(losses["own"]), rel=0.3)
+    if (
+        torch.backends.cpu.get_cpu_capability() == "AVX2"
+    ):  # another kernel of bitsandbytes: one of the steps is 0.57 apart
+        assert losses["nf4"] != losses["own"] and sum(losses["nf4"]) == pytest.approx(sum(losses["own"]), rel=0.3)
+    else:
+        assert losses["nf4"] == pytest.approx(losses["own"], rel=0.3)
 
 
 @pytest.mark.parametrize(
