@@ -38,7 +38,8 @@ from tinyfusion.config.recipe import ComputeSection, PruneSection, Recipe, Recov
 from tinyfusion.core.device import flush_denormals
 from tinyfusion.core.rng import Draws, Randomness
 from tinyfusion.core.rundir import write_text
-from tinyfusion.jobs.training import Training, mask_training, recovery
+from tinyfusion.jobs.recovery import recovery
+from tinyfusion.jobs.training import Training, mask_training
 from tinyfusion.models.loaded import LoadedModel
 from tinyfusion.models.wrapped import wrap_module
 from tinyfusion.processes.task import Task, task_source

@@ -43,6 +43,7 @@ from tinyfusion.families.family import ModelFamily
 from tinyfusion.families.registry import register_family
 from tinyfusion.jobs import verbs
 from tinyfusion.jobs.criteria import criterion_context, warning_of_loss
+from tinyfusion.jobs.driving import average_warning
 from tinyfusion.jobs.few_steps import check_few_steps, few_step_training
 from tinyfusion.jobs.folding import folds, with_taught_target
 from tinyfusion.jobs.library_inputs import (
@@ -69,9 +70,10 @@ from tinyfusion.jobs.library_settings import (
 )
 from tinyfusion.jobs.process_specs import check_denoiser, objective_for, process_spec
 from tinyfusion.jobs.recording import record_inputs
+from tinyfusion.jobs.recovery import recovery
 from tinyfusion.jobs.sampling_setup import open_drawing
 from tinyfusion.jobs.scoring import Reference, score
-from tinyfusion.jobs.training import Training, mask_training, recovery, student_of
+from tinyfusion.jobs.training import Training, mask_training, student_of
 from tinyfusion.jobs.transformer_sources import open_transformer_model, transformer_of
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.checkpoint import open_model as open_family_model
@@ -84,7 +86,6 @@ from tinyfusion.prune.criteria import CRITERIA, by_indices, decide
 from tinyfusion.prune.learn import plan_of
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.loop import BatchSource, StepRecord
-from tinyfusion.training.state import horizon_warning
 
 __all__ = [
     "ComputeSection", "Condition", "DistillStepsSection", "LearnedMasks", "LoadedModel", "ModelFamily", "PrunePlan",
@@ -387,8 +388,7 @@ def _as_given(trained: LoadedModel, student: LoadedModel) -> LoadedModel:
 
 def _train(work: Training, on_step: OnStep) -> None:
     """Run all steps, compiled and checkpointed as the section `compute` says."""
-    settings, section = work.settings, verbs.training_section(work.title)
-    _warn(horizon_warning(settings.ema_decay, settings.made_steps, section) if settings.ema_decay else None, 5)
+    _warn(average_warning(work.title, work.settings), 5)
     with work.in_place():
         for record in work.steps():
             on_step(record)

@@ -25,8 +25,10 @@ from tinyfusion.commands.evaluate import score_lines
 from tinyfusion.core import progress
 from tinyfusion.evaluate.extractors import open_extractor
 from tinyfusion.evaluate.inception import INCEPTION
+from tinyfusion.jobs import driving
 from tinyfusion.options import VERBS
 from tinyfusion.report.format import significant
+from tinyfusion.training.loop import StepRecord
 
 FAST = "--set prune.training.ema_decay=0.5 --set prune.training.batch_size=16 --set prune.training.log_every_steps=1"
 PRUNE = f"prune --teacher teacher --scheme 1:2 --steps 2 {FAST} --out pruned"
@@ -215,16 +217,37 @@ def test_recover_chooses_the_blocks_of_a_whole_model(cli: Cli, work: Path, more:
     assert "4 blocks to 2" in Path("page.html").read_text(encoding="utf-8")
 
 
+TRIED = (
+    f"{SEARCHED} --set recover.search_candidates=3 --set recover.search_trial_steps=2 --set recover.search_trial_batch_size=8"
+    " --set prune.scaling=1,1 --set recover.training.checkpoint_every_steps=1 --set recover.training.checkpoints_limit=9"
+)
+
+
 def test_a_search_within_goes_on_where_it_stopped(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped before, and after, the blocks are fixed: the same weights, the same plan."""
-    often = f"{SEARCHED} --set recover.training.checkpoint_every_steps=1 --set recover.training.checkpoints_limit=9"
-    done(cli, often.replace("--out searched", "--out whole"))
+    """Stopped before, and after, the blocks are fixed, and while choices are tried: the same weights, the same plan."""
+    said = done(cli, TRIED.replace("--out searched", "--out whole")).err
+    assert len(re.findall(r"^  [\d ]+: \d\.\d+$", said, re.MULTILINE)) == 3
     wanted = {name: value for name, value in files(Path("whole")).items() if "student" in name or "plan" in name}
     assert len(wanted) > 2
+    assert json.loads(Path("whole/run.json").read_text())["seen_images"] == 4 * 16 + 3 * 2 * 8
     for step in (1, 2, 3):
         out = f"from-{step}"
-        done(cli, often.replace("--out searched", f"--resume whole/checkpoints/step-{step:07d} --out {out}"))
+        done(cli, TRIED.replace("--out searched", f"--resume whole/checkpoints/step-{step:07d} --out {out}"))
         assert {name: files(Path(out))[name] for name in wanted} == wanted, step
+
+    log = driving._Sitting.log
+
+    def stopping(sitting: Any, record: StepRecord, bar: Any) -> None:
+        log(sitting, record, bar)
+        if record.trial == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(driving._Sitting, "log", stopping)
+        assert cli(*TRIED.split()).code == 128 + signal.SIGTERM
+    assert [path.name for path in Path("searched/checkpoints").iterdir()][-1:] == ["step-0000002"]
+    done(cli, TRIED)
+    assert {name: files(Path("searched"))[name] for name in wanted} == wanted
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_the_decision_reads_averaged_logits_and_becomes_a_plan(tiny_model: Calla
     )
     assert plan.scores["blocks"][0] == pytest.approx(torch.softmax(torch.tensor([0.0, 5.0]), 0).tolist())
     assert plan.scores["meaning"] and plan.teacher == teacher.hash() and plan.seed == 3
-    logged = decision.log(0, learner.objective)
+    logged = learner.log(ema, 0)
     assert logged["temperature"] == 4.0 and logged["kept"] == plan.kept
     assert logged["confidence"]["blocks"] == [max(row) for row in plan.scores["blocks"]]
     assert len(teacher.cut(plan).stack) == 2

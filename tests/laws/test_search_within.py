@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.gates import CategoricalGates, SubsetGates
-from tinyfusion.prune.learn import MaskLearner, cut_with_weights, plan_of, search_within
+from tinyfusion.prune.learn import MaskLearner, Search, cut_with_weights, plan_of, search_within
 from tinyfusion.prune.sureness import sureness_lines
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.loop import StepRecord, train_steps
@@ -28,13 +30,17 @@ HALF = LONG.steps // 2
 ModelFactory = Callable[..., LoadedModel]
 
 
-def search(tiny_model: ModelFactory, sure: float = 2.0, **changes: Any) -> tuple[MaskLearner, TrainState]:
+def search(
+    tiny_model: ModelFactory, sure: float = 2.0, trials: dict[str, int] | None = None, **changes: Any
+) -> tuple[MaskLearner, TrainState]:
     """A distillation that chooses half of four blocks in its first half; no decision has the probability 2."""
     teacher, student = tiny_model(depth=4), tiny_model(depth=4)
     frozen(teacher.module)
     section = PruneSection(**{"scheme": "2:4", "distribution": "subset", "gate_learning_rate": 0.05, **changes})
     goal = distilled(RecoverSection(method="logits-kd", training=LONG), GaussianObjective(), teacher, student, [])
-    learner = search_within(student, goal, trainable(student), section, HALF, sure, torch.device("cpu"))
+    learner = search_within(
+        student, goal, trainable(student), section, Search(HALF, sure, **(trials or {})), torch.device("cpu")
+    )
     return learner, TrainState(learner.module, learner.parameter_groups, LONG)
 
 
@@ -181,3 +187,125 @@ def test_a_scheme_names_its_distribution(scheme: str, distribution: Any, kind: t
         {},
     )
     assert "%" not in str(plan.scheme) and plan.distribution in ("subset", "categorical", "runs")
+
+
+TRIALS = {"candidates": 4, "trial_steps": 3, "trial_batch_size": LONG.batch_size}
+OPEN = (1.0, 1.0)  # a scaling of logits that leaves a search undecided
+
+
+def of_trials(records: list[StepRecord]) -> list[StepRecord]:
+    return [record for record in records if record.trial is not None]
+
+
+def snapshot(state: TrainState) -> dict[str, Any]:
+    """All of a state that a training depends on."""
+    return {**{name: tensor.clone() for name, tensor in state.tensors().items()}, "progress": state.progress()}
+
+
+def test_the_best_of_the_likeliest_choices_stays(tiny_model: ModelFactory) -> None:
+    """A trial is the training with that choice; the lowest mean loss of the second half decides; nothing else of trials is left."""
+    learner, state = search(tiny_model, trials=TRIALS, scaling=OPEN)
+    records = trained(learner, state)
+    tried = learner.objective.gates.tried
+    assert [record.trial for record in of_trials(records)] == [i for i in range(4) for _ in range(3)]
+    assert [record.step for record in of_trials(records)] == [HALF, HALF + 1, HALF + 2] * 4
+    assert len({tuple(choice[0]) for choice, _ in tried}) == 4
+    weights = {}
+    for choice, loss in tried:
+        by_hand, alone = search(tiny_model, scaling=OPEN)
+        trained(by_hand, alone, HALF)
+        by_hand.objective.gates.fix(HALF, choice)
+        own = trained(by_hand, alone)
+        late = [float(record.terms["loss"]) for record in own[1:3]]
+        assert loss == sum(late) / 2
+        weights[loss] = alone.weights()
+    best = weights[min(weights)]
+    assert (
+        learner.decision(state.ema, LONG.steps - 1).kept_units()["blocks"] == min(tried, key=lambda each: each[1])[0][0]
+    )
+    assert all(torch.equal(value, best[name]) for name, value in state.weights().items() if "trial_images" not in name)
+    assert int(learner.objective.gates.trial_images) == 4 * 3 * LONG.batch_size
+    assert state.seen_images == LONG.steps * LONG.batch_size
+
+
+@pytest.mark.parametrize("taken", [1, 4, 5])
+def test_a_trial_that_is_stopped_leaves_no_trace(tiny_model: ModelFactory, taken: int) -> None:
+    learner, state = search(tiny_model, trials=TRIALS, scaling=OPEN)
+    trained(learner, state, HALF - 1)
+    records = train_steps(state, learner.objective, batches, LONG, RANDOMNESS)
+    assert next(records).trial is None
+    before = snapshot(state)
+    for _ in range(taken):
+        assert next(records).trial is not None
+    assert state.step > HALF and learner.objective.gates.is_fixed
+    records.close()
+    after = snapshot(state)
+    assert before.keys() == after.keys() and before["progress"] == after["progress"]
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if name != "progress")
+    assert not learner.objective.gates.is_fixed
+
+
+def test_a_state_without_moments_has_none_after_a_trial(tiny_model: ModelFactory) -> None:
+    _, state = search(tiny_model)
+    names = set(state.tensors())
+    with state.restored():
+        for parameter in state.parameters.values():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        state.optimizer.step()
+        assert set(state.tensors()) > names
+    assert set(state.tensors()) == names and not state.optimizer.state
+
+
+@pytest.mark.parametrize(("logits", "num"), [([9.0, 9.0, -9.0, -9.0], 0), ([9.0, 0.1, 0.0, -9.0], 2)])
+def test_only_likely_choices_are_tried(tiny_model: ModelFactory, logits: list[float], num: int) -> None:
+    learner, _ = search(tiny_model, trials=TRIALS, scaling=OPEN)
+    with torch.no_grad():
+        learner.objective.gates.logits[0].copy_(torch.tensor(logits))
+    trials = learner.objective.trials()
+    assert (trials.num if trials else 0) == num
+
+
+def test_trials_are_not_decided_by_losses_that_are_no_numbers(tiny_model: ModelFactory) -> None:
+    learner, _ = search(tiny_model, trials=TRIALS, scaling=OPEN)
+    trials = learner.objective.trials()
+    assert trials is not None
+    trials.decide([float("nan"), 2.0, 1.0, float("inf")])
+    gates = learner.objective.gates
+    assert gates.fixed_choice == gates.tried[2][0]
+
+
+def every_choice(gates: Any, scaling: float) -> list[tuple[float, list[list[int]]]]:
+    """Joint choices of all groups with their log probabilities up to a constant, falling."""
+    of_groups = []
+    for index, group in enumerate(gates.groups):
+        theta = gates.logits[index].detach()
+        subset = isinstance(gates, SubsetGates)
+        levels = [
+            scaling * float(sum(theta[b - group.start] for b in kept if b in group.free) if subset else theta[row])
+            for row, kept in enumerate(group.candidates())
+        ]
+        of_groups.append([(level, list(kept)) for level, kept in zip(levels, group.candidates(), strict=True)])
+    joint = [(sum(level for level, _ in each), [kept for _, kept in each]) for each in itertools.product(*of_groups)]
+    return sorted(joint, key=lambda each: -each[0])
+
+
+@pytest.mark.parametrize(
+    "gates",
+    [
+        SubsetGates([BlockGroup(0, 9, 4)]),
+        SubsetGates([BlockGroup(0, 5, 2, protected=(3,)), BlockGroup(5, 4, 3)]),
+        SubsetGates([BlockGroup(0, 2, 2), BlockGroup(2, 5, 1)]),
+        CategoricalGates([BlockGroup(0, 2, 1), BlockGroup(2, 3, 2), BlockGroup(5, 4, 1)]),
+        CategoricalGates([BlockGroup(0, 8, 4, runs=2)]),
+    ],
+)
+def test_the_likeliest_choices_are_those_of_all(gates: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for theta in gates.logits:
+            theta.copy_(torch.randn(theta.shape, generator=generator))
+    wanted = every_choice(gates, 1.5)
+    for num in (1, 2, 7, 1000):
+        assert gates.likeliest(num, 1.5, 1e-30) == [choice for _, choice in wanted[:num]]
+    near = [choice for level, choice in wanted if level >= wanted[0][0] + math.log(0.3)]
+    assert gates.likeliest(1000, 1.5, 0.3) == near

@@ -17,7 +17,8 @@ from tinyfusion.config.recipe import ComputeSection, PruneSection, Recipe, Recov
 from tinyfusion.core.errors import UserError
 from tinyfusion.jobs.estimate import memory_plan
 from tinyfusion.jobs.footprint import LiveBytes
-from tinyfusion.jobs.training import Training, mask_training, recovery
+from tinyfusion.jobs.recovery import recovery
+from tinyfusion.jobs.training import Training, mask_training
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.prune.criteria import by_indices

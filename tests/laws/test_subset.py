@@ -384,7 +384,7 @@ def test_the_decision_of_a_subset_becomes_a_log_line_and_a_plan(tiny_model: Call
     state = TrainState(learner.module, learner.parameter_groups, SETTINGS)
     state.ema.average["gates.logits.1"].copy_(torch.tensor([0.0, 0.0, 0.1, 0.3, 0.2, 0.0]))
     decision = learner.decision(state.ema, step=4)
-    logged = decision.log(4, learner.objective)
+    logged = learner.log(state.ema, 4)
     marginal = logged["marginals"]["blocks"]
     assert logged["kept"] == {"blocks": [0, 3, 5, 6]}, "block 3 is protected, 5 and 6 have the largest logits"
     assert logged["confidence"]["blocks"] == [marginal[i] for i in (0, 3, 5, 6)]

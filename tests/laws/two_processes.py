@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from tinyfusion.processes.base import Batch, FoldedGuidance, Objective
 from tinyfusion.processes.gaussian import GaussianObjective
 from tinyfusion.processes.masked import MaskedObjective
 from tinyfusion.prune.criteria import by_indices
-from tinyfusion.prune.learn import mask_learner, search_within
+from tinyfusion.prune.learn import Search, mask_learner, search_within
 from tinyfusion.recover.align import block_pairs
 from tinyfusion.recover.distill import distilled
 from tinyfusion.training.checkpoints import CheckpointWriter, load_latest
@@ -113,8 +113,10 @@ def recovery(
     return Job(TrainState(student.module, groups, settings, student.stack), goal, settings)
 
 
-def searched(engine: Engine, sure: float = 1.0, guidance: FoldedGuidance | None = None, **more: Any) -> Job:
-    """A distillation of the whole model that chooses its blocks in the first half."""
+def searched(
+    engine: Engine, sure: float = 1.0, guidance: FoldedGuidance | None = None, trials: Sequence[int] = (), **more: Any
+) -> Job:
+    """A distillation of the whole model that chooses its blocks in the first half. trials: further fields of the `Search`."""
     teacher, student = teacher_model(), teacher_model()
     engine.place(student.module, list(student.stack))
     engine.place_teacher(frozen(teacher.module), list(teacher.stack))
@@ -122,7 +124,7 @@ def searched(engine: Engine, sure: float = 1.0, guidance: FoldedGuidance | None 
     goal = distilled(how, GaussianObjective(0.3), teacher, student, [], guidance=guidance)
     section = PruneSection(**{"scheme": "2:4", "distribution": "subset", "gate_learning_rate": 0.05, **more})
     groups = [ParameterGroup(trainable(student.module))]
-    learner = search_within(student, goal, groups, section, STEPS // 2, sure, engine.device)
+    learner = search_within(student, goal, groups, section, Search(STEPS // 2, sure, *trials), engine.device)
     return Job(TrainState(learner.module, learner.parameter_groups, SETTINGS), learner.objective, SETTINGS)
 
 
@@ -183,7 +185,7 @@ CASES: dict[str, Callable[[Engine], Job]] = {
     "learning-bf16-apart": lambda engine: learning(
         engine, replace(SETTINGS, dtype="bfloat16", clip_groups="apart", clip_norm=0.1)
     ),
-    "searched": searched,
+    "searched": lambda engine: searched(engine, trials=(3, 2, 8), scaling=(1.0, 1.0)),
     "searched-score": lambda engine: searched(engine, subset_estimator="score"),
     "finetune": lambda engine: recovery(engine, "finetune"),
     "masked-kd": lambda engine: recovery(engine, "masked-kd"),

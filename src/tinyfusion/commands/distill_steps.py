@@ -8,13 +8,14 @@ from typing import Any
 from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.jobs.assemble import RunOptions, batches_for, open_teacher
+from tinyfusion.jobs.driving import drive
 from tinyfusion.jobs.few_steps import check_few_steps, few_step_training, few_steps_of, guidance_of_steps
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.process_specs import noising_of
 from tinyfusion.jobs.training import Training
 from tinyfusion.jobs.transformer_few_steps import check_one_size
-from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
+from tinyfusion.jobs.verbs import Inputs, TrainingVerb, known_inputs, save
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.training.engine import Engine
 

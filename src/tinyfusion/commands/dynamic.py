@@ -10,13 +10,14 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rundir import RunDirectory, read_json, write_json
 from tinyfusion.jobs.assemble import RunOptions, open_teacher, other_inputs
+from tinyfusion.jobs.driving import drive
 from tinyfusion.jobs.folding import check_routed, folds
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.process_specs import check_denoiser
 from tinyfusion.jobs.routing import KEPT, check_dynamic, dynamic_record, dynamic_training, meet_budget
 from tinyfusion.jobs.training import Training
-from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
+from tinyfusion.jobs.verbs import Inputs, TrainingVerb, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.training.engine import Engine
 

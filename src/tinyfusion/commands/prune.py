@@ -16,11 +16,12 @@ from tinyfusion.core.rundir import RunDirectory, read_json, write_json
 from tinyfusion.data.latents import LATENTS
 from tinyfusion.jobs.assemble import RunOptions, check_data_name, open_teacher
 from tinyfusion.jobs.criteria import CriterionWork, criterion_work, looks_at_images, warning_of_loss
+from tinyfusion.jobs.driving import drive
 from tinyfusion.jobs.latent_facts import given_texts
 from tinyfusion.jobs.recorded_training import check_masks, recorded_of, training_data
 from tinyfusion.jobs.training import MaskTraining, before_search, mask_training, student_of
 from tinyfusion.jobs.transformer_sources import transformer_of
-from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
+from tinyfusion.jobs.verbs import Inputs, TrainingVerb, known_inputs, save
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.prune.learn import plan_of
 from tinyfusion.prune.sureness import sureness_lines

@@ -15,13 +15,15 @@ from tinyfusion.core.errors import UserError
 from tinyfusion.core.progress import say
 from tinyfusion.core.rundir import RunDirectory, atomic_write, write_json
 from tinyfusion.jobs.assemble import RunOptions, open_teacher, plain_recipe
+from tinyfusion.jobs.driving import drive
 from tinyfusion.jobs.folding import check_folding, folds, with_taught_target
 from tinyfusion.jobs.latent_facts import open_stated
 from tinyfusion.jobs.origins import with_teacher
 from tinyfusion.jobs.process_specs import check_denoiser
 from tinyfusion.jobs.recorded_training import check_masks, recorded_of, training_data
-from tinyfusion.jobs.training import SearchedRecovery, Training, before_search, recovery, with_method_of_search
-from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, known_inputs, save
+from tinyfusion.jobs.recovery import SearchedRecovery, recovery, with_method_of_search
+from tinyfusion.jobs.training import Training, before_search
+from tinyfusion.jobs.verbs import Inputs, TrainingVerb, known_inputs, save
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.models.transformer import TransformerModel
 from tinyfusion.processes.base import FoldedGuidance
@@ -120,7 +122,10 @@ class Recover(TrainingVerb[Training]):
         """The method."""
         settings = inputs.recipe.recover
         how: list[str] = [settings.method]
-        how += [f"blocks chosen in the first {settings.search_steps:,} steps"] if settings.search_steps else []
+        if settings.search_steps:
+            how += [f"blocks chosen in the first {settings.search_steps:,} steps"]
+            trials = f"{settings.search_candidates} choices tried for {settings.search_trial_steps} steps each where it is undecided"
+            how += [trials] if settings.search_candidates > 1 else []
         how += [f"guidance {settings.guidance:g} folded in"] if folds(settings) else []
         how += ["low-rank updates"] if settings.update == "lora" else []
         how += [f"teacher {settings.teacher_storage}"] if settings.teacher_storage != "own" else []
@@ -130,8 +135,9 @@ class Recover(TrainingVerb[Training]):
         """Train, and save averaged and raw weights."""
         seconds = drive(work, folder, inputs.options.resume)
         outcome: dict[str, Any] = {"seconds": seconds}
+        seen_images = work.state.seen_images
         if isinstance(work, SearchedRecovery):
-            plan = work.plan()
+            plan, seen_images = work.plan(), work.seen_images
             outcome["kept"] = plan.kept
             say(sureness_lines(work.decision()) if folder.writes else ())
             if folder.writes:
@@ -141,7 +147,7 @@ class Recover(TrainingVerb[Training]):
             save(folder, model.made_for(destination), name)
         if inputs.recipe.recover.lora_apart:
             save_lora(folder, work.state.averages(), inputs.recipe.recover.lora_scale, work.model.facts.folded_guidance)
-        folder.mark("done", seconds=seconds, seen_images=work.state.seen_images)
+        folder.mark("done", seconds=seconds, seen_images=seen_images)
         return outcome
 
 

@@ -26,7 +26,7 @@ from tinyfusion.data.digits import REAL_SETS
 from tinyfusion.data.images import read_shown_npz, write_grid_png
 from tinyfusion.jobs.assemble import RunOptions, training_plan
 from tinyfusion.jobs.estimate import Estimate, announce
-from tinyfusion.jobs.training import with_method_of_search
+from tinyfusion.jobs.recovery import with_method_of_search
 from tinyfusion.jobs.verbs import finished
 from tinyfusion.report.load import FURTHER, plan_file
 from tinyfusion.report.tables import distance_name

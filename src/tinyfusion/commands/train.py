@@ -11,13 +11,14 @@ from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import RunDirectory
 from tinyfusion.jobs.assemble import RunOptions, batches_for, device_for, open_batches, sized, trained_on
+from tinyfusion.jobs.driving import drive
 from tinyfusion.jobs.latent_facts import takes_prompts, with_prompts_of
 from tinyfusion.jobs.origins import with_watched
 from tinyfusion.jobs.process_specs import objective_for, process_spec
 from tinyfusion.jobs.training import Training
 from tinyfusion.jobs.transformer_sources import is_transformer_class
 from tinyfusion.jobs.transformer_training import new_transformer_model
-from tinyfusion.jobs.verbs import Inputs, TrainingVerb, drive, save
+from tinyfusion.jobs.verbs import Inputs, TrainingVerb, save
 from tinyfusion.models.checkpoint import LoadedModel, new_model
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import decay_groups, trainable

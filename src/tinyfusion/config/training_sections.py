@@ -259,6 +259,15 @@ class RecoverSection:
     search_confidence: Annotated[
         PositiveShare, "search_share: the blocks are fixed as soon as every decision has at least this probability"
     ] = 0.95
+    search_candidates: Annotated[
+        Count,
+        "search_share: where the search ends undecided, so many of its likeliest choices are tried: each trains from there, on the same "
+        "images, and the best one stays; 1: the likeliest stays",
+    ] = 1
+    search_trial_steps: Annotated[Count, "search_candidates: steps of each; they come on top of training.steps"] = 60
+    search_trial_batch_size: Annotated[
+        BatchSize | None, "search_candidates: images per step of these; None: training.batch_size"
+    ] = None
     training: TrainingSection = field(default_factory=TrainingSection)
 
     @property

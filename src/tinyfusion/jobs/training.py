@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from tinyfusion.blocks.forwards import Gain, measured_gain
 from tinyfusion.blocks.plan import PrunePlan
 from tinyfusion.blocks.stack import BlockStack, num_parameters
 from tinyfusion.config.recipe import PruneSection, Recipe, TrainingSection
-from tinyfusion.core.errors import UserError, prefixed
+from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Randomness
 from tinyfusion.jobs.cards import lines_of_large
 from tinyfusion.jobs.estimate import (
@@ -28,27 +28,18 @@ from tinyfusion.jobs.estimate import (
     step_seconds,
     time_after,
 )
-from tinyfusion.jobs.folding import fold_guidance
 from tinyfusion.jobs.footprint import FLOAT_BYTES, Footprint, footprint_of
-from tinyfusion.jobs.origins import making_run
 from tinyfusion.models.checkpoint import LoadedModel
 from tinyfusion.processes.base import Objective, Process
+from tinyfusion.prune.decision import Decision
 from tinyfusion.prune.layout import gate_layout
 from tinyfusion.prune.learn import (
-    Decision,
     MaskLearner,
-    cut_with_weights,
     mask_learner,
-    plan_of,
     prune_with_weight_updates,
-    search_within,
 )
-from tinyfusion.recover.align import Pairs, pairs_between, pairs_to_ancestors, residual_channels
-from tinyfusion.recover.distill import distilled
-from tinyfusion.recover.placing import Placed, place_models
 from tinyfusion.training.engine import Engine, cut
 from tinyfusion.training.loop import BatchSource, ForwardPass, StepRecord, noisy_microbatches, train_steps
-from tinyfusion.training.optim import ParameterGroup, decay_groups, linear
 from tinyfusion.training.rounding import as_float32
 from tinyfusion.training.shards import local_part
 from tinyfusion.training.state import TrainState
@@ -76,10 +67,19 @@ class Training:
     merged: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = as_float32
     other_stacks: Sequence[BlockStack] = ()
 
-    def steps(self) -> Iterator[StepRecord]:
+    def steps(self) -> Generator[StepRecord]:
         """The loop, from the current state on."""
         randomness = Randomness(self.recipe.seed)
         return train_steps(self.state, self.objective, self.source, self.settings, randomness, self.engine)
+
+    @property
+    def trial_images(self) -> int:
+        """Most images of trials, which come on top of those of the steps."""
+        return 0
+
+    def tried_lines(self) -> list[str]:
+        """Lines on the trials of this process."""
+        return []
 
     @property
     def shown(self) -> LoadedModel | None:
@@ -181,7 +181,8 @@ class Training:
         least = self.engine.world * compute.gradient_accumulation_steps
         seconds, basis = step_seconds(measure, macs, settings.batch_size, weights, self.engine.device, least)
         table = (f"{self.title}: {lines[0]}", *lines[1:])
-        return rounded(settings.made_steps * seconds, memory.total, self.disk_bytes(), basis, table)
+        seconds *= settings.made_steps + self.trial_images / settings.batch_size
+        return rounded(seconds, memory.total, self.disk_bytes(), basis, table)
 
 
 # ----------------------------------------------------------------------------------------------------------- learned masks
@@ -222,12 +223,12 @@ def mask_training(
     seed = Randomness(recipe.seed).generator_seed("lora")
     learner = mask_learner(teacher, objective, settings, seed, engine.device, engine.place)
     gated = learner.objective
-    state, extra = _under_gates(learner, settings.training, "prune.training", engine)
+    state, extra = under_gates(learner, settings.training, "prune.training", engine)
     training = ("prune", recipe, settings.training, teacher, gated.stack, state, gated, source, engine)
     return MaskTraining(*training, extra=extra, learner=learner)
 
 
-def _under_gates(
+def under_gates(
     learner: MaskLearner, settings: TrainingSection, section: str, engine: Engine
 ) -> tuple[TrainState, Callable[[StepRecord], dict[str, Any]]]:
     """The state of a training with gates, and what it logs of their decision. Raises UserError on a batch that splits pairs."""
@@ -235,7 +236,7 @@ def _under_gates(
     if gated.gates.paired:
         _check_pairs(settings.batch_size, engine, section)
     state = TrainState(learner.module, learner.parameter_groups, settings, gated.stack)
-    return state, lambda record: learner.decision(state.ema, record.step).log(record.step, gated)
+    return state, lambda record: learner.log(state.ema, record.step)
 
 
 def _check_pairs(batch_size: int, engine: Engine, section: str) -> None:
@@ -253,124 +254,8 @@ def _check_pairs(batch_size: int, engine: Engine, section: str) -> None:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchedRecovery(MaskTraining):
-    """A recovery of the whole model that begins as the search for the blocks to keep: one training, one student."""
-
-    def plan(self) -> PrunePlan:
-        """The decision as a plan: the one that is fixed, or so far."""
-        gates = self.learner.objective.gates
-        steps = self.state.step if gates.fixed_step is None else gates.fixed_step
-        cost = {"images": float(steps * self.settings.batch_size)}
-        return plan_of(self.decision(), self.model, self.recipe.prune, self.recipe.seed, cost)
-
-    def averaged(self) -> LoadedModel:
-        """The student with averaged weights, unsharded and on the CPU. Every process must call."""
-        return cut_with_weights(self.model, self.plan(), super().averaged())
-
-    def raw(self) -> LoadedModel:
-        """The student with its current weights, unsharded and on the CPU. Every process must call."""
-        return cut_with_weights(self.model, self.plan(), super().raw())
-
-
 def student_of(
     teacher: LoadedModel, plan: PrunePlan, settings: PruneSection, updates: Mapping[str, Tensor] | None
 ) -> LoadedModel:
     """The pruned teacher. updates: averages of what trained with the gates, for a student that starts from them."""
     return teacher.cut(plan) if updates is None else prune_with_weight_updates(teacher, plan, updates, settings)
-
-
-# ---------------------------------------------------------------------------------------------------------------- recovery
-
-
-def recovery(
-    recipe: Recipe,
-    student: LoadedModel,
-    teacher: LoadedModel | None,
-    process: Process,
-    source: BatchSource,
-    engine: Engine,
-) -> Training:
-    """The student on its teacher, or fine-tuned without one. Moves both models.
-
-    With `recover.search_share`, student is the whole model, and which blocks stay is learned within the training. Raises UserError
-    where student and teacher are not related.
-    """
-    settings, training = recipe.recover, recipe.recover.training
-    searches = settings.search_share is not None
-    guidance = fold_guidance(recipe, settings, student, teacher, process)
-    whole = student.copy() if searches else None  # before it trains
-    if searches and settings.compares_features:
-        raise UserError(
-            f"recover.search_share chooses blocks while they train, and {settings.method} compares blocks of a student with those that "
-            "it replaces: use --method logits-kd"
-        )
-    pairs = _pairs(student, teacher, recipe.teacher) if teacher and not searches else []
-    channels = residual_channels(student, teacher) if teacher and settings.compares_features else None
-    placed = place_models(student, teacher, settings, engine, Randomness(recipe.seed).generator_seed("recovery lora"))
-    objective: Objective = process
-    if teacher:
-        with prefixed("the student's plan is damaged", ValueError):
-            objective = distilled(settings, process, teacher, placed.student, pairs, channels, placed.passing, guidance)
-    groups = decay_groups(placed.parameters, student.family.undecayed, training)
-    if whole is not None:
-        return _searched(recipe, whole, teacher, placed, groups, objective, source, engine)
-    state = TrainState(placed.student.module, groups, training, placed.student.stack)
-
-    def extra(record: StepRecord) -> dict[str, Any]:
-        return {"beta": linear(settings.beta, record.step, training.steps)} if settings.compares_features else {}
-
-    values = (recipe, training, student, placed.student.stack, state, objective, source, engine, teacher)
-    return Training("recover", *values, extra, placed.merged)
-
-
-def with_method_of_search(recipe: Recipe) -> Recipe:
-    """The recipe; where it searches within the recovery and names no method, with the teacher's outputs as target."""
-    settings = recipe.recover
-    if settings.search_share is None or not settings.compares_features or "recover.method" in recipe.assigned:
-        return recipe
-    return dataclasses.replace(recipe, recover=dataclasses.replace(settings, method="logits-kd"))
-
-
-def _searched(
-    recipe: Recipe,
-    whole: LoadedModel,
-    teacher: LoadedModel | None,
-    placed: Placed,
-    groups: Sequence[ParameterGroup],
-    objective: Objective,
-    source: BatchSource,
-    engine: Engine,
-) -> SearchedRecovery:
-    """The recovery of the placed copy of `whole` under gates."""
-    settings, training = recipe.recover, recipe.recover.training
-    how = recipe.prune, settings.search_steps, settings.search_confidence, engine.device
-    learner = search_within(placed.student, objective, groups, *how)
-    gated = learner.objective
-    state, extra = _under_gates(learner, training, "recover.training", engine)
-    values = (recipe, training, whole, gated.stack, state, gated, source, engine, teacher)
-    return SearchedRecovery("recover", *values, extra, placed.merged, learner=learner)
-
-
-def _pairs(student: LoadedModel, teacher: LoadedModel, name: str) -> Pairs:
-    """Pairs of blocks of student and teacher, named `name`. Raises UserError where the two are not related."""
-    plan = student.facts.plan
-    if plan is None:
-        raise UserError(
-            "the student carries no plan, so its blocks cannot be paired with the teacher's: recover a student made by "
-            "`tinyfusion prune`, or fine-tune it without a teacher (--method finetune)"
-        )
-    own_hash = teacher.hash()
-    with prefixed("the plan of student or teacher is damaged", ValueError):
-        pairs = pairs_between(student.facts, teacher.facts, own_hash)
-    if not pairs:
-        chain = " from ".join(ancestor[:12] for ancestor in pairs_to_ancestors(student.facts)) or plan.teacher[:12]
-        run = making_run(student.origin.get("path", ""))
-        recorded = f" ({run.teacher()}, by the record of {run.path})" if run and run.teacher() else ""
-        raise UserError(
-            f"the student was pruned from the model {chain}{recorded}, the teacher {name or 'given'} is {own_hash[:12]}: "
-            "give the teacher it was pruned from (--teacher), or one that shares an ancestor with it"
-        )
-    if not student.family.differ_in_size_alone(student.arch, teacher.arch, teacher.stack.depths()):
-        raise UserError(f"student {student.arch} and teacher {teacher.arch} differ in more than depth and widths")
-    return pairs

@@ -136,6 +136,21 @@ class NoiseAxis:
     cleanest: float
 
 
+@dataclass(frozen=True)
+class Trials:
+    """Short trainings that begin at the same state, after which the objective decides how to go on.
+
+    num: of trials. steps: of each. batch_size: images per step. enter: makes the objective that of a trial. decide: gets the mean
+    loss of the second half of every trial, once the state is as it was before.
+    """
+
+    num: int
+    steps: int
+    batch_size: int
+    enter: Callable[[int], None]
+    decide: Callable[[Sequence[float]], None]
+
+
 class Objective(Protocol):
     """Interface of a training objective: the calls of a training step, in their order. Inherit for the defaults.
 
@@ -157,6 +172,15 @@ class Objective(Protocol):
     def losses(self, model: nn.Module, noisy: Any, prediction: Any) -> dict[str, Tensor]:
         """Per-sample terms (B,) by name: the mean of "loss" is optimised, the others are logged."""
         ...
+
+    @property
+    def trial_step(self) -> int | None:
+        """The step before which `trials` may be wanted. Default: none."""
+        return None
+
+    def trials(self) -> Trials | None:
+        """The trials before `trial_step`, unless all is decided. Default: none."""
+        return None
 
     def step_memory(self) -> StepMemory:
         """Memory of a step. Default: the trained model alone."""

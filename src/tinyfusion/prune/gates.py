@@ -11,6 +11,7 @@ the gradient through its marginals, Xie & Ermon arXiv 1901.10517 and Kool et al.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -32,16 +33,31 @@ class GateDistribution(nn.Module, ABC):
         super().__init__()
         self.groups = list(groups)
         self.logits = nn.ParameterList([nn.Parameter(torch.full((size,), logit_init)) for size in sizes])
-        # the decision of a search within a training, as part of its state: the logits that were decided by, and 1 + the step
-        self.fixed_logits = nn.ParameterList([nn.Parameter(torch.zeros(size), requires_grad=False) for size in sizes])
-        self.fixed_at = nn.Parameter(torch.zeros(1), requires_grad=False)
-        self._seen: tuple[int, int | None, Tensor] | None = None
+        # the decision of a search within a training, as part of its state: the logits that were decided by, the gates of the
+        # blocks that stay, 1 + the step, and the images of the trials that decided
+        self.fixed_logits = nn.ParameterList([_constant(size) for size in sizes])
+        self.fixed_gates, self.fixed_at, self.trial_images = (
+            _constant(sum(g.size for g in groups)),
+            _constant(1),
+            _constant(1),
+        )
+        self.tried: list[tuple[list[list[int]], float]] = []  # what the trials of this process compared, and the losses
+        self._seen: tuple[int, int | None, list[list[int]]] | None = None
 
     @torch.no_grad()
-    def fix(self, step: int) -> None:
-        """Fix the blocks that the logits select, from `step` on; what the optimiser's momentum does to logits later is ignored."""
+    def fix(self, step: int, choice: Sequence[Sequence[int]] | None = None) -> None:
+        """Fix the blocks from `step` on; what the optimiser's momentum does to logits later is ignored.
+
+        choice: the kept blocks of every group. None: those that the logits select.
+        """
+        if choice is None:
+            choice = [self.kept(index, theta) for index, theta in enumerate(self.logits)]
         for fixed, theta in zip(self.fixed_logits, self.logits, strict=True):
             fixed.copy_(theta)
+        gates = [
+            float(block in kept) for group, kept in zip(self.groups, choice, strict=True) for block in group.blocks
+        ]
+        self.fixed_gates.copy_(torch.tensor(gates))
         self.fixed_at.fill_(step + 1)
 
     @property
@@ -55,20 +71,32 @@ class GateDistribution(nn.Module, ABC):
         return self._fixed()[0]
 
     @property
-    def fixed_gates(self) -> Tensor:
-        """(L,) of 0 and 1, the gates of the fixed blocks."""
+    def fixed_choice(self) -> list[list[int]]:
+        """The fixed blocks of every group, ascending."""
         return self._fixed()[1]
 
-    def _fixed(self) -> tuple[int | None, Tensor]:
-        """The step and the gates; they are copied from the device only after a change."""
+    def _fixed(self) -> tuple[int | None, list[list[int]]]:
+        """The step and the blocks; they are copied from the device only after a change."""
         version = self.fixed_at._version
         if self._seen is None or self._seen[0] != version:
-            number, gates = int(self.fixed_at), [torch.zeros(0)]
-            for index, (group, theta) in enumerate(zip(self.groups, self.fixed_logits, strict=True)):
-                kept = self.kept(index, theta)
-                gates.append(torch.tensor([float(block in kept) for block in group.blocks]))
-            self._seen = version, number - 1 if number else None, torch.cat(gates).to(self.fixed_at.device)
+            number, gates, blocks = int(self.fixed_at), self.fixed_gates.tolist(), []
+            for group in self.groups:
+                own, gates = gates[: group.size], gates[group.size :]
+                blocks.append([block for block, gate in zip(group.blocks, own, strict=True) if gate])
+            self._seen = version, number - 1 if number else None, blocks
         return self._seen[1:]
+
+    def likeliest(self, num: int, scaling: float, share: float) -> list[list[list[int]]]:
+        """Up to `num` joint choices by falling probability, each as the kept blocks of every group.
+
+        share: choices less likely than this share of the likeliest are left out.
+        """
+        best: list[tuple[float, list[list[int]]]] = [(0.0, [])]
+        for index, theta in enumerate(self.logits):
+            own = self.ranked(index, theta.detach().float().cpu(), scaling, num)
+            joint = [(total + level - own[0][0], [*before, kept]) for total, before in best for level, kept in own]
+            best = sorted(joint, key=lambda each: -each[0])[:num]
+        return [choice for level, choice in best if level >= math.log(share)]
 
     @abstractmethod
     def draw(self, draws: Draws) -> tuple[Tensor, ...]:
@@ -87,12 +115,19 @@ class GateDistribution(nn.Module, ABC):
         """The kept blocks of group `index` with logits `theta`, ascending."""
 
     @abstractmethod
+    def ranked(self, index: int, theta: Tensor, scaling: float, num: int) -> list[tuple[float, list[int]]]:
+        """The `num` likeliest choices of group `index`, with their log probabilities up to a constant, falling."""
+
+    @abstractmethod
     def probabilities(self, index: int, theta: Tensor, scaling: float) -> list[float]:
         """Probabilities of group `index`, as `meaning` explains."""
 
     @abstractmethod
-    def confidence(self, index: int, theta: Tensor, scaling: float) -> list[float]:
-        """Probability of the decision of group `index`: one number for the group, or one per kept block."""
+    def confidence(self, index: int, theta: Tensor, scaling: float, kept: Sequence[int] | None = None) -> list[float]:
+        """Probability of the decision of group `index`: one number for the group, or one per kept block.
+
+        kept: the decision. None: what the logits select.
+        """
 
 
 class CategoricalGates(GateDistribution):
@@ -144,9 +179,16 @@ class CategoricalGates(GateDistribution):
         row: list[float] = torch.softmax(scaling * theta.detach().float(), dim=-1).tolist()
         return row
 
-    def confidence(self, index: int, theta: Tensor, scaling: float) -> list[float]:
-        """The probability of the most probable candidate; 1 / K_g is chance."""
-        return [max(self.probabilities(index, theta, scaling))]
+    def ranked(self, index: int, theta: Tensor, scaling: float, num: int) -> list[tuple[float, list[int]]]:
+        """The candidates of the largest logits; the first of equals."""
+        candidates, levels = self.groups[index].candidates(), (scaling * theta).tolist()
+        rows = sorted(range(len(levels)), key=lambda row: -levels[row])[:num]
+        return [(levels[row], list(candidates[row])) for row in rows]
+
+    def confidence(self, index: int, theta: Tensor, scaling: float, kept: Sequence[int] | None = None) -> list[float]:
+        """The probability of the decision; 1 / K_g is chance."""
+        kept = self.kept(index, theta) if kept is None else kept
+        return [self.probabilities(index, theta, scaling)[self.groups[index].candidates().index(tuple(kept))]]
 
 
 # ---------------------------------------------------------------------------------------------------------------- subsets
@@ -212,6 +254,20 @@ def relaxed_top_k(keys: Tensor, keep: int, temperature: float) -> Tensor:
         total = total + taken
         keys = keys + torch.log((1 - taken).clamp(min=torch.finfo(keys.dtype).eps))
     return total
+
+
+def largest_subsets(values: Sequence[float], keep: int, num: int) -> list[tuple[float, tuple[int, ...]]]:
+    """The `num` subsets of `keep` positions with the largest sums, falling, as (sum, positions).
+
+    One pass over the positions: of the subsets with equally many members only the best `num` can lead to one of the best, so at
+    most `num` (keep + 1) are remembered.
+    """
+    best: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())], *([] for _ in range(keep))]
+    for position, value in enumerate(values):
+        for size in range(keep, 0, -1):
+            grown = [(total + value, (*chosen, position)) for total, chosen in best[size - 1]]
+            best[size] = sorted([*best[size], *grown], key=lambda each: -each[0])[:num]
+    return best[keep]
 
 
 class SubsetGates(GateDistribution):
@@ -293,10 +349,23 @@ class SubsetGates(GateDistribution):
             row[_columns(group)] = marginals(inclusion_table(z, group.keep_free))
         return [float(value) for value in row.tolist()]
 
-    def confidence(self, index: int, theta: Tensor, scaling: float) -> list[float]:
+    def ranked(self, index: int, theta: Tensor, scaling: float, num: int) -> list[tuple[float, list[int]]]:
+        """The subsets of the largest sums of logits."""
+        group = self.groups[index]
+        if not group.free:
+            return [(0.0, list(group.first_of([])))]
+        best = largest_subsets(scaled(group, theta, scaling).tolist(), group.keep_free, num)
+        return [(level, list(group.first_of([group.free[i] for i in chosen]))) for level, chosen in best]
+
+    def confidence(self, index: int, theta: Tensor, scaling: float, kept: Sequence[int] | None = None) -> list[float]:
         """The marginal of every kept block, in their order; (N - P) / (M - P) is chance."""
         row, start = self.probabilities(index, theta, scaling), self.groups[index].start
-        return [row[block - start] for block in self.kept(index, theta)]
+        return [row[block - start] for block in (self.kept(index, theta) if kept is None else kept)]
+
+
+def _constant(size: int) -> nn.Parameter:
+    """Zeros that are saved with the state and not trained."""
+    return nn.Parameter(torch.zeros(size), requires_grad=False)
 
 
 def _columns(group: BlockGroup) -> list[int]:

@@ -8,6 +8,7 @@ saved and not only printed, groups must cover all blocks, and no second load dis
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -22,7 +23,8 @@ from tinyfusion.config.recipe import PruneSection
 from tinyfusion.core.errors import UserError
 from tinyfusion.core.rng import Draws
 from tinyfusion.models.checkpoint import LoadedModel, make_trainable
-from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, Process, StepMemory
+from tinyfusion.processes.base import Batch, NoisyBatch, Objective, Prediction, Process, StepMemory, Trials
+from tinyfusion.prune.decision import Decision
 from tinyfusion.prune.gates import CategoricalGates, GateDistribution, SubsetGates
 from tinyfusion.prune.layout import GateLayout, gate_layout
 from tinyfusion.training.lora import add_lora, cast_frozen_linears, delta_weights, without_lora
@@ -32,6 +34,28 @@ from tinyfusion.training.rounding import hold_weights
 from tinyfusion.training.state import Ema
 
 FIXED = "gates.fixed_at"  # of the state of a training that searches
+UNLIKELY = 0.05  # share of the likeliest choice's probability below which no other is tried
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that is the beginning of a training: when its blocks are fixed, and by what.
+
+    After `steps` steps, or as soon as every decision has the probability `sure`, the blocks are fixed, and the training goes on with
+    these alone. candidates, trial_steps, trial_batch_size: where nothing was sure after `steps`, so many of the likeliest choices are
+    trained so long from there, on the same images and noise, and the one of the lowest mean loss in the second half is fixed.
+    """
+
+    steps: int
+    sure: float
+    candidates: int = 1
+    trial_steps: int = 0
+    trial_batch_size: int = 0
+
+    @property
+    def trial_images(self) -> int:
+        """Most images of the trials."""
+        return self.candidates * self.trial_steps * self.trial_batch_size if self.candidates > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -40,8 +64,7 @@ class GatedObjective(Objective):
 
     steps: of the search. layout: which gate each block has. taught: the loss is the distance to the output of the whole model
     instead of that on the data; inner is a `Process`. teacher: the whole model and its blocks; None: the trained model itself,
-    without gates and LoRA updates. sure: the search is a part of a longer training: after `steps`, or as soon as every decision
-    has this probability, the blocks are fixed, and the training goes on with these alone. None: gates are sampled to the end.
+    without gates and LoRA updates. search: the gates are those of the beginning of a longer training; None: they are sampled to the end.
     """
 
     inner: Objective
@@ -54,31 +77,55 @@ class GatedObjective(Objective):
     dropped: Literal["dense", "skip"] = "skip"
     taught: bool = False
     teacher: tuple[nn.Module, BlockStack] | None = None
-    sure: float | None = None
+    search: Search | None = None
 
     def draw(self, batch: Batch, draws: Draws) -> NoisyBatch:
         noisy = self.inner.draw(batch, draws)
         noise = tuple(drawn.to(noisy.device) for drawn in self.gates.draw(draws))
-        if self.gates.paired:
+        if self.gates.paired and not self.gates.is_fixed:
             check_pairs(draws.first)
         return dataclasses.replace(noisy, gate_noise=noise)
 
     def prepared(self, model: nn.Module, microbatches: Sequence[NoisyBatch]) -> Sequence[NoisyBatch]:
         """Fix the blocks where they are decided; before that, pair the samples of an estimator that compares neighbours."""
         step = microbatches[0].step
-        if self.sure is not None and not self.gates.is_fixed and (step >= self.steps or self._is_sure(step)):
+        if self.search and not self.gates.is_fixed and (step >= self.steps or self._is_sure(step, self.search.sure)):
             self.gates.fix(step)
         microbatches = self.inner.prepared(model, microbatches)
         if not self.gates.paired or self.gates.is_fixed:
             return microbatches
         return [in_pairs(noisy) for noisy in microbatches]
 
-    def _is_sure(self, step: int) -> bool:
+    def _is_sure(self, step: int, sure: float) -> bool:
         """Whether every decision of the logits has at least the probability `sure`."""
         scaling = linear(self.scaling, step, self.steps)
         logits = [theta.detach() for theta in self.gates.logits]
         levels = [level for i, theta in enumerate(logits) for level in self.gates.confidence(i, theta, scaling)]
-        return self.sure is not None and min(levels, default=1.0) >= self.sure
+        return min(levels, default=1.0) >= sure
+
+    @property
+    def trial_step(self) -> int | None:
+        return self.steps if self.search and self.search.candidates > 1 else None
+
+    def trials(self) -> Trials | None:
+        """One per candidate; none where a single one has at least the share `UNLIKELY` of the likeliest's probability."""
+        search, gates = self.search, self.gates
+        if search is None or gates.is_fixed:
+            return None
+        choices = gates.likeliest(search.candidates, self.scaling[1], UNLIKELY)
+
+        def enter(index: int) -> None:
+            gates.fix(self.steps, choices[index])
+
+        def decide(losses: Sequence[float]) -> None:
+            known = [loss if math.isfinite(loss) else math.inf for loss in losses]
+            gates.fix(self.steps, choices[known.index(min(known))])
+            gates.tried = list(zip(choices, losses, strict=True))
+            with torch.no_grad():
+                gates.trial_images.fill_(len(choices) * search.trial_steps * search.trial_batch_size)
+
+        trials = Trials(len(choices), search.trial_steps, search.trial_batch_size, enter, decide)
+        return trials if trials.num > 1 else None
 
     def masks(self, noisy: NoisyBatch) -> Tensor:
         """Gates (B, blocks), sampled; (1, blocks) without a gradient once they are fixed."""
@@ -156,61 +203,22 @@ class MaskLearner:
 
     def decision(self, ema: Ema, step: int) -> Decision:
         """The blocks that are fixed, else those that the averaged logits select at `step`, with their probabilities."""
-        gates = self.objective.gates
+        gates, choice = self.objective.gates, None
         logits = [ema.average[f"gates.logits.{i}"] for i in range(len(gates.logits))]
         if gates.fixed_step is not None:
-            step, logits = gates.fixed_step, [theta.detach() for theta in gates.fixed_logits]
+            step, logits, choice = (
+                gates.fixed_step,
+                [theta.detach() for theta in gates.fixed_logits],
+                gates.fixed_choice,
+            )
         scaling = linear(self.objective.scaling, step, self.objective.steps)
-        return Decision(self.groups, gates, logits, scaling, self.objective.layout)
+        return Decision(self.groups, gates, logits, scaling, self.objective.layout, choice)
 
-
-@dataclass(frozen=True)
-class Decision:
-    """The blocks that averaged logits select (the mode of the distribution), and their probabilities, per list."""
-
-    groups: Mapping[str, list[BlockGroup]]
-    gates: GateDistribution
-    logits: list[Tensor]
-    scaling: float
-    layout: GateLayout
-
-    def _per_list(self, function: Callable[..., list[Any]], *args: Any) -> dict[str, list[list[Any]]]:
-        """The results of a function of (index of a group, its logits, *args), per list and group."""
-        rows = iter([function(index, theta, *args) for index, theta in enumerate(self.logits)])
-        return {name: [next(rows) for _ in listed] for name, listed in self.groups.items()}
-
-    def kept(self) -> dict[str, list[int]]:
-        """Blocks that stay, per list of the model."""
-        return self.layout.in_blocks(self.kept_units())
-
-    def kept_units(self) -> dict[str, list[int]]:
-        """Units that stay, per list of gates."""
-        return _joined(self._per_list(self.gates.kept))
-
-    def probabilities(self) -> dict[str, list[list[float]]]:
-        """Probabilities of every group, per list; see the `meaning` of the distribution."""
-        return self._per_list(self.gates.probabilities, self.scaling)
-
-    def confidence(self) -> dict[str, list[float]]:
-        """Probability of the decision, per list: one number per group (categorical), or per kept block (subset)."""
-        return _joined(self._per_list(self.gates.confidence, self.scaling))
-
-    def log(self, step: int, objective: GatedObjective) -> dict[str, Any]:
-        fields = {
-            "temperature": linear(objective.temperature, step, objective.steps),
-            "scaling": self.scaling,
-            "kept": self.kept(),
-            "confidence": self.confidence(),
-        }
-        if objective.sure is not None:
-            fields["fixed"] = self.gates.is_fixed
-        if isinstance(self.gates, SubsetGates):
-            fields["marginals"] = _joined(self.probabilities())
-        return fields
-
-
-def _joined(per_group: Mapping[str, list[list[Any]]]) -> dict[str, list[Any]]:
-    return {name: [value for row in rows for value in row] for name, rows in per_group.items()}
+    def log(self, ema: Ema, step: int) -> dict[str, Any]:
+        """Fields of a log line on the decision at `step`."""
+        goal = self.objective
+        fixed = {} if goal.search is None else {"fixed": goal.gates.is_fixed}
+        return {"temperature": linear(goal.temperature, step, goal.steps), **self.decision(ema, step).fields(), **fixed}
 
 
 def mask_learner(
@@ -265,13 +273,12 @@ def search_within(
     objective: Objective,
     parameters: Sequence[ParameterGroup],
     settings: PruneSection,
-    steps: int,
-    sure: float,
+    search: Search,
     device: torch.device,
 ) -> MaskLearner:
     """Gates on a model that is being trained, for a search that is the beginning of that training.
 
-    whole: the model, placed. objective: of the training. parameters: what trains. steps, sure: `GatedObjective`. Differs from
+    whole: the model, placed. objective: of the training. parameters: what trains. Differs from
     the paper, which learns masks first, throws the weight updates away, and trains the student from the teacher's weights.
     Raises UserError if the scheme does not fit.
     """
@@ -279,9 +286,10 @@ def search_within(
     settings = layout.spelled(settings)
     groups = layout.groups(settings)
     gates = gates_of(groups, settings).to(device)
-    schedules = (settings.temperature, settings.scaling, steps)
-    gated = GatedObjective(objective, whole.stack, gates, *schedules, layout, settings.dropped, sure=sure)
-    fixed = {FIXED: gates.fixed_at, **{f"gates.fixed_logits.{i}": theta for i, theta in enumerate(gates.fixed_logits)}}
+    schedules = (settings.temperature, settings.scaling, search.steps)
+    gated = GatedObjective(objective, whole.stack, gates, *schedules, layout, settings.dropped, search=search)
+    fixed = {f"gates.fixed_logits.{i}": theta for i, theta in enumerate(gates.fixed_logits)}
+    fixed |= {FIXED: gates.fixed_at, "gates.fixed_gates": gates.fixed_gates, "gates.trial_images": gates.trial_images}
     listed = [*parameters, logit_group(gates, settings), ParameterGroup(fixed, constant=True, decayed=False)]
     return MaskLearner(whole.module, gated, groups, listed, num_parameters(whole.module))
 

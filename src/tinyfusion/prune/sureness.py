@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tinyfusion.blocks.scheme import UNDECIDED, BlockGroup, above_chance, block_chance, choice_chance
+from tinyfusion.prune.decision import Decision
 from tinyfusion.prune.gates import SubsetGates
-from tinyfusion.prune.learn import Decision
 
 
 def sureness_lines(decision: Decision) -> list[str]:

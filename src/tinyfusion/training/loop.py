@@ -6,9 +6,9 @@ Families, gates and teachers reach it as an `Objective` and as parameter groups;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from tinyfusion.core.ahead import Ahead
 from tinyfusion.core.device import SideStream
 from tinyfusion.core.errors import BadNumbers
 from tinyfusion.core.rng import Draws, Randomness
-from tinyfusion.processes.base import Objective
+from tinyfusion.processes.base import Objective, Trials
 from tinyfusion.training.engine import Engine
 from tinyfusion.training.optim import learning_rate_factor
 from tinyfusion.training.shards import local_part
@@ -34,7 +34,7 @@ class StepRecord:
 
     gradient_norm: over all parameters, before clipping. bad_samples: indices in the global batch with a non-finite
     loss, if the step was not applied. waited_s: seconds that the step waited for its batch. loss_scale: in float16
-    only.
+    only. trial: of which `Trials` it is a step; None for steps of the training itself.
     """
 
     step: int
@@ -45,6 +45,7 @@ class StepRecord:
     bad_samples: list[int] = field(default_factory=list)
     waited_s: float = 0.0
     loss_scale: float | None = None
+    trial: int | None = None
 
     def values(self) -> dict[str, float | None]:
         """The numbers of a log line by name; None in place of non-finite ones."""
@@ -94,48 +95,89 @@ def train_steps(
     settings: TrainingSection,
     randomness: Randomness,
     engine: Engine | None = None,
-) -> Iterator[StepRecord]:
+) -> Generator[StepRecord]:
     """Train from `state.step` to `settings.made_steps`, and yield a record after every step, when `state` can be saved.
 
-    A non-finite loss or gradient on any rank, or a gradient norm of at least `settings.skip_norm`, skips the update on
+    Steps of the objective's trials are yielded too: `StepRecord.trial` is not None, and `state` can be saved once the generator is
+    closed. A non-finite loss or gradient on any rank, or a gradient norm of at least `settings.skip_norm`, skips the update on
     all ranks (moving average and optimiser do not change); `settings.max_bad_steps` such steps in a row raise
     BadNumbers. In float16 an overflow of the gradients lowers the loss scale, and counts as such a step only at the
     lowest scale. Batches are prepared on another thread.
     """
     engine = engine or Engine(next(iter(state.parameters.values())).device)
-    forward = engine.wrap(ForwardPass(state, objective, settings))
+    loop = _Loop(state, objective, source, randomness, engine, engine.wrap(ForwardPass(state, objective, settings)))
+    at = objective.trial_step
+    if at is not None and state.step <= at <= settings.made_steps:
+        yield from loop.steps(settings, at)
+        if trials := objective.trials():
+            yield from loop.trials(settings, trials)
+    yield from loop.steps(settings, settings.made_steps)
 
-    side = SideStream(engine.device)
 
-    def make(step: int) -> tuple[list[Any], Any]:
-        with side.running():
-            return noisy_microbatches(step, objective, source, settings.batch_size, randomness, engine), side.ready()
+@dataclass(frozen=True)
+class _Loop:
+    """The steps of a training with one forward pass, which several sections of it share."""
 
-    compute = engine.compute
-    with Ahead(make, compute.prefetch_batches, end=settings.made_steps, timeout_s=compute.timeout_s) as ahead:
-        while state.step < settings.made_steps:
-            step = state.step
-            factor = learning_rate_factor(settings, step)
-            for group in state.optimizer.param_groups:
-                group["lr"] = group["base"] * (1.0 if group["constant"] else factor)
+    state: TrainState
+    objective: Objective
+    source: BatchSource
+    randomness: Randomness
+    engine: Engine
+    forward: nn.Module
 
-            waited_before = ahead.waited_s
-            microbatches, ready = ahead.take(step)
-            side.receive(ready, microbatches)
-            waited_s = ahead.waited_s - waited_before
-            state.optimizer.zero_grad(set_to_none=True)
-            with _seeded(randomness, step, settings, engine):
-                with torch.no_grad(), autocast(engine.device.type, settings.dtype):
-                    microbatches = list(objective.prepared(state.model, microbatches))
-                terms, losses = _forward_backward(state, forward, microbatches, settings, engine)
-            norm, applied = _update(state, terms["loss"], settings, engine, randomness.seed)
-            state.step += 1
-            state.seen_images += settings.batch_size
-            bad_samples = [] if applied else engine.gathered(_bad_samples(losses, settings, engine))
-            rate = settings.learning_rate * factor
-            yield StepRecord(step, terms, norm, rate, applied, bad_samples, waited_s, state.scale.value)
-            if state.bad_steps >= settings.max_bad_steps:
-                raise BadNumbers(_gone_bad(state.bad_steps, step, settings, bad_samples, float(norm)))
+    def trials(self, settings: TrainingSection, trials: Trials) -> Iterator[StepRecord]:
+        """The steps of all trials, and the decision. Each begins at the present state, which is there again at the end."""
+        state, losses = self.state, []
+        # bad steps of a trial are its loss, and never end a training
+        own = replace(settings, batch_size=trials.batch_size, max_bad_steps=trials.steps + 1)
+        for index in range(trials.num):
+            with state.restored():
+                trials.enter(index)
+                terms = []
+                for record in self.steps(own, state.step + trials.steps):
+                    terms.append(float(record.terms["loss"]))
+                    yield replace(record, trial=index)
+            late = terms[len(terms) // 2 :]
+            losses.append(sum(late) / len(late))
+        trials.decide(losses)
+
+    def steps(self, settings: TrainingSection, end: int) -> Iterator[StepRecord]:
+        """The steps from the state's own to `end`."""
+        state, objective, randomness, engine = self.state, self.objective, self.randomness, self.engine
+        if state.step >= end:
+            return
+        side = SideStream(engine.device)
+
+        def make(step: int) -> tuple[list[Any], Any]:
+            with side.running():
+                made = noisy_microbatches(step, objective, self.source, settings.batch_size, randomness, engine)
+                return made, side.ready()
+
+        compute = engine.compute
+        with Ahead(make, compute.prefetch_batches, end=end, timeout_s=compute.timeout_s) as ahead:
+            while state.step < end:
+                step = state.step
+                factor = learning_rate_factor(settings, step)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = group["base"] * (1.0 if group["constant"] else factor)
+
+                waited_before = ahead.waited_s
+                microbatches, ready = ahead.take(step)
+                side.receive(ready, microbatches)
+                waited_s = ahead.waited_s - waited_before
+                state.optimizer.zero_grad(set_to_none=True)
+                with _seeded(randomness, step, settings, engine):
+                    with torch.no_grad(), autocast(engine.device.type, settings.dtype):
+                        microbatches = list(objective.prepared(state.model, microbatches))
+                    terms, losses = _forward_backward(state, self.forward, microbatches, settings, engine)
+                norm, applied = _update(state, terms["loss"], settings, engine, randomness.seed)
+                state.step += 1
+                state.seen_images += settings.batch_size
+                bad_samples = [] if applied else engine.gathered(_bad_samples(losses, settings, engine))
+                rate = settings.learning_rate * factor
+                yield StepRecord(step, terms, norm, rate, applied, bad_samples, waited_s, state.scale.value)
+                if state.bad_steps >= settings.max_bad_steps:
+                    raise BadNumbers(_gone_bad(state.bad_steps, step, settings, bad_samples, float(norm)))
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +199,33 @@ class TrainState:
         for key, number in progress.optimizer_numbers.items():
             slot, name = key.split("/", 1)
             self.optimizer.state[self.parameters[name]][slot] = number
+        self._count(progress)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Within the context the state may train; afterwards it is as before. The copy is in the memory of the host."""
+        kept, progress = {key: local_part(t).to("cpu", copy=True) for key, t in self.tensors().items()}, self.progress()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for key, tensor in self.tensors().items():
+                    if key in kept:
+                        local_part(tensor).copy_(kept[key])
+            for name, parameter in self.parameters.items():
+                slots = self.optimizer.state.get(parameter, {})
+                numbers = progress.optimizer_numbers
+                for slot in [own for own in slots if f"optimizer/{own}/{name}" not in kept]:
+                    if f"{slot}/{name}" in numbers:
+                        slots[slot] = numbers[f"{slot}/{name}"]
+                    else:
+                        del slots[slot]
+                if not slots:
+                    self.optimizer.state.pop(parameter, None)
+            self._count(progress)
+
+    def _count(self, progress: Progress) -> None:
+        """Take over the counters."""
         if self.scale.value is not None and progress.loss_scale is not None:
             self.scale.value, self.scale.good_steps = progress.loss_scale, progress.good_steps
         self.step, self.seen_images, self.bad_steps = progress.step, progress.seen_images, progress.bad_steps
