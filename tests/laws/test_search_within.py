@@ -31,7 +31,7 @@ ModelFactory = Callable[..., LoadedModel]
 
 
 def search(
-    tiny_model: ModelFactory, sure: float = 2.0, trials: dict[str, int] | None = None, **changes: Any
+    tiny_model: ModelFactory, sure: float = 2.0, trials: dict[str, Any] | None = None, **changes: Any
 ) -> tuple[MaskLearner, TrainState]:
     """A distillation that chooses half of four blocks in its first half; no decision has the probability 2."""
     teacher, student = tiny_model(depth=4), tiny_model(depth=4)
@@ -226,6 +226,13 @@ def test_the_best_of_the_likeliest_choices_stays(tiny_model: ModelFactory) -> No
     assert all(torch.equal(value, best[name]) for name, value in state.weights().items() if "trial_images" not in name)
     assert int(learner.objective.gates.trial_images) == 4 * 3 * LONG.batch_size
     assert state.seen_images == LONG.steps * LONG.batch_size
+
+
+def test_trials_have_a_learning_rate_of_their_own(tiny_model: ModelFactory) -> None:
+    learner, state = search(tiny_model, trials={**TRIALS, "trial_rate": 0.5}, scaling=OPEN)
+    records = trained(learner, state)
+    whole = {record.step: record.learning_rate for record in records if record.trial is None}
+    assert [record.learning_rate for record in of_trials(records)[:3]] == [0.5 * whole[HALF + i] for i in range(3)]
 
 
 @pytest.mark.parametrize("taken", [1, 4, 5])

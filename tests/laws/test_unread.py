@@ -107,7 +107,7 @@ UNREAD: list[tuple[str, str, tuple[ModelKind, ...]]] = [
     (f"{WHOLE} --set recover.beta=1,0", "recover.beta is for rep-kd and masked-kd", ()),
     (f"{CUT} --set recover.lora_rank=4", "recover.lora_rank is for recover.update=lora", ()),
     (f"{RUN} --set recover.search_share=none --set recover.search_confidence=0.5", "recover.search_confidence is for searches within", ()),
-    (f"{RUN} --set recover.search_trial_steps=9", "recover.search_trial_steps is for recover.search_candidates above 1", ()),
+    (f"{RUN} --set recover.search_trial_rate=0.5", "recover.search_trial_rate is for recover.search_candidates above 1", ()),
     (f"{RUN} --set dynamic.target=0.5", "dynamic.target is for a run that trains routers", ()),
     (f"{RUN} --set pipeline.height=64", "pipeline.height is for transformers of diffusers", (DIT,)),
     (f"{RUN} --set sample.num_steps=5", "sample.num_steps is for models of families", (FLUX,)),

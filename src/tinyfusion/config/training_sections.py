@@ -264,10 +264,14 @@ class RecoverSection:
         "search_share: where the search ends undecided, so many of its likeliest choices are tried: each trains from there, on the same "
         "images, and the best one stays; 1: the likeliest stays",
     ] = 1
-    search_trial_steps: Annotated[Count, "search_candidates: steps of each; they come on top of training.steps"] = 60
+    search_trial_steps: Annotated[Count, "search_candidates: steps of each; they come on top of training.steps"] = 120
     search_trial_batch_size: Annotated[
         BatchSize | None, "search_candidates: images per step of these; None: training.batch_size"
     ] = None
+    search_trial_rate: Annotated[
+        PositiveShare,
+        "search_candidates: learning rate of these over that of the training; a low one tells choices apart sooner",
+    ] = 0.25
     training: TrainingSection = field(default_factory=TrainingSection)
 
     @property

@@ -142,7 +142,8 @@ def _searched(
     settings, training = recipe.recover, recipe.recover.training
     candidates, trial_steps = settings.search_candidates, settings.search_trial_steps
     batch_size = settings.search_trial_batch_size or training.batch_size
-    search = Search(settings.search_steps, settings.search_confidence, candidates, trial_steps, batch_size)
+    trials = candidates, trial_steps, batch_size, settings.search_trial_rate
+    search = Search(settings.search_steps, settings.search_confidence, *trials)
     if search.candidates > 1:
         engine.slices(batch_size)  # refuse before anything is learned
     learner = search_within(placed.student, objective, groups, recipe.prune, search, engine.device)

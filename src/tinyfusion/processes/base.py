@@ -140,13 +140,15 @@ class NoiseAxis:
 class Trials:
     """Short trainings that begin at the same state, after which the objective decides how to go on.
 
-    num: of trials. steps: of each. batch_size: images per step. enter: makes the objective that of a trial. decide: gets the mean
+    num: of trials. steps: of each. batch_size: images per step. rate: their learning rates over those
+    of the training. enter: makes the objective that of a trial. decide: gets the mean
     loss of the second half of every trial, once the state is as it was before.
     """
 
     num: int
     steps: int
     batch_size: int
+    rate: float
     enter: Callable[[int], None]
     decide: Callable[[Sequence[float]], None]
 

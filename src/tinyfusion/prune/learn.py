@@ -41,9 +41,10 @@ UNLIKELY = 0.05  # share of the likeliest choice's probability below which no ot
 class Search:
     """A search that is the beginning of a training: when its blocks are fixed, and by what.
 
-    After `steps` steps, or as soon as every decision has the probability `sure`, the blocks are fixed, and the training goes on with
-    these alone. candidates, trial_steps, trial_batch_size: where nothing was sure after `steps`, so many of the likeliest choices are
-    trained so long from there, on the same images and noise, and the one of the lowest mean loss in the second half is fixed.
+    After `steps` steps, or as soon as every decision has the probability `sure`, the blocks are fixed, and the training goes on
+    with these alone. candidates, trial_steps, trial_batch_size, trial_rate: where nothing was sure after `steps`, so many of the
+    likeliest choices are trained so long from there, at this share of the learning rate, on the same images and noise, and the one
+    of the lowest mean loss in the second half is fixed.
     """
 
     steps: int
@@ -51,6 +52,7 @@ class Search:
     candidates: int = 1
     trial_steps: int = 0
     trial_batch_size: int = 0
+    trial_rate: float = 1.0
 
     @property
     def trial_images(self) -> int:
@@ -124,7 +126,7 @@ class GatedObjective(Objective):
             with torch.no_grad():
                 gates.trial_images.fill_(len(choices) * search.trial_steps * search.trial_batch_size)
 
-        trials = Trials(len(choices), search.trial_steps, search.trial_batch_size, enter, decide)
+        trials = Trials(len(choices), search.trial_steps, search.trial_batch_size, search.trial_rate, enter, decide)
         return trials if trials.num > 1 else None
 
     def masks(self, noisy: NoisyBatch) -> Tensor:

@@ -134,15 +134,15 @@ class _Loop:
             with state.restored():
                 trials.enter(index)
                 terms = []
-                for record in self.steps(own, state.step + trials.steps):
+                for record in self.steps(own, state.step + trials.steps, trials.rate):
                     terms.append(float(record.terms["loss"]))
                     yield replace(record, trial=index)
             late = terms[len(terms) // 2 :]
             losses.append(sum(late) / len(late))
         trials.decide(losses)
 
-    def steps(self, settings: TrainingSection, end: int) -> Iterator[StepRecord]:
-        """The steps from the state's own to `end`."""
+    def steps(self, settings: TrainingSection, end: int, rate: float = 1.0) -> Iterator[StepRecord]:
+        """The steps from the state's own to `end`. rate: multiplies all learning rates."""
         state, objective, randomness, engine = self.state, self.objective, self.randomness, self.engine
         if state.step >= end:
             return
@@ -159,7 +159,7 @@ class _Loop:
                 step = state.step
                 factor = learning_rate_factor(settings, step)
                 for group in state.optimizer.param_groups:
-                    group["lr"] = group["base"] * (1.0 if group["constant"] else factor)
+                    group["lr"] = rate * group["base"] * (1.0 if group["constant"] else factor)
 
                 waited_before = ahead.waited_s
                 microbatches, ready = ahead.take(step)
@@ -174,8 +174,8 @@ class _Loop:
                 state.step += 1
                 state.seen_images += settings.batch_size
                 bad_samples = [] if applied else engine.gathered(_bad_samples(losses, settings, engine))
-                rate = settings.learning_rate * factor
-                yield StepRecord(step, terms, norm, rate, applied, bad_samples, waited_s, state.scale.value)
+                made = rate * settings.learning_rate * factor
+                yield StepRecord(step, terms, norm, made, applied, bad_samples, waited_s, state.scale.value)
                 if state.bad_steps >= settings.max_bad_steps:
                     raise BadNumbers(_gone_bad(state.bad_steps, step, settings, bad_samples, float(norm)))
 
