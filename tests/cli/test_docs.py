@@ -49,10 +49,10 @@ TRAINING = "steps=2 batch_size=4 ema_decay=0.5 log_every_steps=1 checkpoint_ever
 DRAWING = "--steps 2 --height 16 --width 16 --calls 1"  # the last one counts
 PROMPTS = "pipeline.num_steps=1 pipeline.height=16 pipeline.width=16 pipeline.num_images=5 bench.repeats=1 bench.product_size=64"
 SHORT = {
-    "run": "prune.training recover.training distill_steps.training distill_steps sample speed",
+    "run": "prune.training recover recover.training distill_steps.training distill_steps sample speed",
     "train": "train compute",
     "prune": "prune.training",
-    "recover": "recover.training",
+    "recover": "recover recover.training",
     "dynamic": "dynamic.training dynamic",
     "distill-steps": "distill_steps.training distill_steps",
     "sample": "sample",
@@ -64,6 +64,7 @@ SETTINGS = {
         ("train", "prune.training", "recover.training", "dynamic.training", "distill_steps.training"), TRAINING
     ),
     "compute": "compile=false",
+    "recover": "search_trial_steps=1",
     "dynamic": "finish_steps=1 auxiliary_steps=1 ramp_steps=1 calibration_images=0",
     "distill_steps": "teacher_steps=8",
     "sample": "num_images=8 batch_size=8 num_steps=2",

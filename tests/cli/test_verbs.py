@@ -259,6 +259,7 @@ def test_a_search_within_goes_on_where_it_stopped(cli: Cli, work: Path, monkeypa
         (SEARCHED.replace("0.5", "1.5", 1), ("search_share", "1.5")),
         (SEARCHED.replace("0.5", "0", 1), ("search_share", "0")),
         (SEARCHED.replace("--scheme 1:2", "--scheme 1:3"), ("1:3", "4")),
+        (f"{SEARCHED} --set recover.search_candidates=2 --set recover.search_trial_batch_size=32", ("search_trial_batch_size 32", "16")),
         (f"{SEARCHED} --set recover.training.batch_size=6 --set prune.distribution=subset --set prune.subset_estimator=score"
          " --set compute.gradient_accumulation_steps=4", ("recover.training.batch_size", "8")),
     ],

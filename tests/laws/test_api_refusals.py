@@ -108,6 +108,7 @@ UNREAD = [
     (lambda m: recover(m, method="logits-kd", beta=(1.0, 1.0)), "RecoverSection.beta"),
     (lambda m: finetune(m, alpha_kd=0.5), "RecoverSection.alpha_kd=0.5 here: it is for methods with a teacher"),
     (lambda m: search(m, tf.PruneSection(criterion="bi")), "recover_model with search_share does not read PruneSection.criterion"),
+    (lambda m: search(m, search_candidates=2), r"trials of an iterable are not supported.*\(step, draws\)"),
     (lambda m: search(m, tf.PruneSection(num_keep=2)), "PruneSection.num_keep=2"),
     (lambda m: search(m, tf.PruneSection(target="teacher")), "PruneSection.target='teacher'"),
     (lambda m: search(m, tf.PruneSection(update="full")), "PruneSection.update='full'"),

@@ -483,3 +483,15 @@ def test_sections_of_stages_that_a_run_leaves_out_are_of_no_account(tmp_path: Pa
     )
     with pytest.raises(UserError, match=r"distill_steps\.end_power: 0\.0 there, 1\.0 now"):
         check_same(older, "run", asked, tmp_path)
+
+
+def test_recoveries_of_before_trials_are_found(tmp_path: Path) -> None:
+    now = to_plain(Recipe())
+    recover = {
+        name: value for name, value in now["recover"].items() if not name.startswith(("search_cand", "search_trial"))
+    }
+    assert len(recover) == len(now["recover"]) - 4
+    older = stamp("recover", {**now, "recover": recover}, "interrupted")
+    check_same(older, "recover", now, tmp_path)
+    with pytest.raises(UserError, match=r"recover\.search_candidates: 1 there, 2 now"):
+        check_same(older, "recover", {**now, "recover": {**now["recover"], "search_candidates": 2}}, tmp_path)

@@ -272,13 +272,34 @@ def test_only_likely_choices_are_tried(tiny_model: ModelFactory, logits: list[fl
     assert (trials.num if trials else 0) == num
 
 
-def test_trials_are_not_decided_by_losses_that_are_no_numbers(tiny_model: ModelFactory) -> None:
+def test_trials_are_not_decided_by_losses_that_are_not_finite(tiny_model: ModelFactory) -> None:
     learner, _ = search(tiny_model, trials=TRIALS, scaling=OPEN)
     trials = learner.objective.trials()
     assert trials is not None
     trials.decide([float("nan"), 2.0, 1.0, float("inf")])
     gates = learner.objective.gates
     assert gates.fixed_choice == gates.tried[2][0]
+
+
+def test_a_sure_decision_is_not_tried(tiny_model: ModelFactory) -> None:
+    """Every block stays with the probability 0.5 at equal logits."""
+    for sure, tried in ((0.49, False), (0.51, True)):
+        learner, _ = search(tiny_model, sure=sure, trials=TRIALS, scaling=OPEN)
+        assert (learner.objective.trials() is not None) == tried
+
+
+def test_bad_steps_of_trials_do_not_end_a_training(tiny_model: ModelFactory) -> None:
+    """Nor do they count together with those before."""
+    learner, state = search(tiny_model, trials=TRIALS, scaling=OPEN)
+    bad = dataclasses.replace(LONG, skip_norm=1e-9, max_bad_steps=13, stop_after=HALF)
+    records = list(train_steps(state, learner.objective, batches, bad, RANDOMNESS))
+    assert len(of_trials(records)) == 12 and state.bad_steps == HALF and not any(record.applied for record in records)
+
+
+def test_trials_can_be_left_out(tiny_model: ModelFactory) -> None:
+    learner, state = search(tiny_model, trials=TRIALS, scaling=OPEN)
+    records = list(train_steps(state, learner.objective, batches, LONG, RANDOMNESS, trials=False))
+    assert not of_trials(records) and not learner.objective.gates.tried and learner.objective.gates.is_fixed
 
 
 def every_choice(gates: Any, scaling: float) -> list[tuple[float, list[list[int]]]]:

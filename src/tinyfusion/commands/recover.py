@@ -124,7 +124,7 @@ class Recover(TrainingVerb[Training]):
         how: list[str] = [settings.method]
         if settings.search_steps:
             how += [f"blocks chosen in the first {settings.search_steps:,} steps"]
-            trials = f"{settings.search_candidates} choices tried for {settings.search_trial_steps} steps each where it is undecided"
+            trials = f"up to {settings.search_candidates} choices tried for {settings.search_trial_steps} steps each if undecided"
             how += [trials] if settings.search_candidates > 1 else []
         how += [f"guidance {settings.guidance:g} folded in"] if folds(settings) else []
         how += ["low-rank updates"] if settings.update == "lora" else []

@@ -46,7 +46,8 @@ def replay(path: Path, step: int, device: str | None = None) -> dict[str, Any]:
     until = dataclasses.replace(training, settings=dataclasses.replace(training.settings, stop_after=step))
     with progress("replay", step, "steps", start) as bar, until.in_place():
         for record in until.steps():
-            bar(record.step + (record.trial is None))
+            if record.trial is None:
+                bar(record.step + 1)
     rows, norm = _one_step(training, step)
     logged = next((line.get("loss") for line in read_metrics(path) if line.get("step") == step), None)
     _print(rows, norm, logged, step, start)

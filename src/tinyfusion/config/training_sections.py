@@ -261,8 +261,8 @@ class RecoverSection:
     ] = 0.95
     search_candidates: Annotated[
         Count,
-        "search_share: where the search ends undecided, so many of its likeliest choices are tried: each trains from there, on the same "
-        "images, and the best one stays; 1: the likeliest stays",
+        "search_share: where the search ends undecided, try this many of its likeliest choices: each trains from there, on the same "
+        "images, and the best is kept; 1: no trials",
     ] = 1
     search_trial_steps: Annotated[Count, "search_candidates: steps of each; they come on top of training.steps"] = 120
     search_trial_batch_size: Annotated[

@@ -57,6 +57,7 @@ _IDLE = {
 _LATER = {
     "encode": {"orientation": "ignore"}, "flow": asdict(ShiftFields()), "sample": {"quantize": None},
     "distill_steps": {"end_power": 0.0},
+    "recover": {"search_candidates": 1, "search_trial_steps": 120, "search_trial_batch_size": None, "search_trial_rate": 0.25},
 }  # fmt: skip
 # former names of fields, by section
 _FORMER = {

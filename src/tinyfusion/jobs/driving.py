@@ -103,6 +103,9 @@ def drive(training: Training, run: RunDirectory, resume: Path | None = None) -> 
                 writer.finish()
                 run.mark("interrupted", seconds=sitting.seconds())
                 raise Interrupted(stop, "saved, the same command continues")
+        if sitting.trials:  # they were the end
+            sitting.end_trials()
+            writer.save(state)
     sitting.log_saved(writer)
     return sitting.seconds()
 
@@ -135,14 +138,18 @@ class _Sitting:
         self.waited_s = 0.0
         self.note = ""  # of the last logged step, for the progress line
         self.saved: Written | None = None
-        self.images, self.trials = (
-            training.state.seen_images,
-            False,
-        )  # of the last step of the training; of trials since
+        self.images = training.state.seen_images  # of the last step of the training
+        self.trials = False  # there were steps of trials since
 
     def seconds(self) -> float:
         """Seconds of all sittings, without those of previews."""
         return self.spent + time.perf_counter() - self.began - self.watch.seconds
+
+    def end_trials(self) -> None:
+        """Tell what trials have found, if there were any since the last call."""
+        if self.trials:
+            self.trials, self.logged = False, time.perf_counter()
+            _tell(self.run, *self.training.tried_lines())
 
     def log_saved(self, writer: CheckpointWriter) -> None:
         """Note the checkpoint that has been written since the last call, if one has."""
@@ -161,9 +168,8 @@ class _Sitting:
             self.trials = True
             bar(self.images, f"trial {record.trial + 1}, loss {float(record.terms['loss']):.4f}")
             return
-        if self.trials:
-            _tell(self.run, *self.training.tried_lines())
-        self.images, self.trials = images, False
+        self.end_trials()
+        self.images = images
         self.waited_s += record.waited_s
         if record.step % settings.log_every_steps and step != settings.made_steps and record.applied:
             bar(images, self.note)

@@ -53,6 +53,11 @@ def training_source(
         raise UserError(
             "microbatches of an iterable are not supported: give smaller batches, or a function (step, draws)"
         )
+    if getattr(owner, "search_candidates", 1) > 1:
+        raise UserError(
+            "trials of an iterable are not supported, as they see the same batches again: leave out search_candidates, or give a "
+            "function (step, draws)"
+        )
     check_batch_size(owner, num)
     return source, dataclasses.replace(owner, training=dataclasses.replace(owner.training, batch_size=num))
 

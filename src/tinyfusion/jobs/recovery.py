@@ -36,7 +36,7 @@ class SearchedRecovery(MaskTraining):
     def trial_images(self) -> int:
         """Most images of the trials of the likeliest choices."""
         search = self.learner.objective.search
-        return search.trial_images if search else 0
+        return search.trial_images if search and search.steps <= self.settings.made_steps else 0
 
     def tried_lines(self) -> list[str]:
         """What was tried, and the mean losses."""
@@ -144,8 +144,13 @@ def _searched(
     batch_size = settings.search_trial_batch_size or training.batch_size
     trials = candidates, trial_steps, batch_size, settings.search_trial_rate
     search = Search(settings.search_steps, settings.search_confidence, *trials)
-    if search.candidates > 1:
-        engine.slices(batch_size)  # refuse before anything is learned
+    if search.candidates > 1:  # refuse before anything is learned
+        if batch_size > training.batch_size:
+            raise UserError(
+                f"recover.search_trial_batch_size {batch_size} is more than the {training.batch_size} of recover.training.batch_size: "
+                "give at most as many"
+            )
+        engine.slices(batch_size)
     learner = search_within(placed.student, objective, groups, recipe.prune, search, engine.device)
     gated = learner.objective
     state, extra = under_gates(learner, training, "recover.training", engine)

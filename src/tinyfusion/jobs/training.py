@@ -1,4 +1,4 @@
-"""A training of any verb, ready to run: its steps, the gain of compiling, its models, its cost; mask learning and recovery."""
+"""A training of any verb, ready to run: its steps, the gain of compiling, its models, its cost; mask learning."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ class Training:
     merged: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = as_float32
     other_stacks: Sequence[BlockStack] = ()
 
-    def steps(self) -> Generator[StepRecord]:
-        """The loop, from the current state on."""
+    def steps(self, trials: bool = True) -> Generator[StepRecord]:
+        """The loop, from the current state on. trials: as of `train_steps`."""
         randomness = Randomness(self.recipe.seed)
-        return train_steps(self.state, self.objective, self.source, self.settings, randomness, self.engine)
+        return train_steps(self.state, self.objective, self.source, self.settings, randomness, self.engine, trials)
 
     @property
     def trial_images(self) -> int:
@@ -175,7 +175,7 @@ class Training:
             short = dataclasses.replace(settings, steps=3, stop_after=None, batch_size=batch_size)
             measured = dataclasses.replace(self, settings=short)
             with measured.in_place():
-                ends = [time_after(float(record.gradient_norm)) for record in measured.steps()]
+                ends = [time_after(float(record.gradient_norm)) for record in measured.steps(trials=False)]
             return (ends[-1] - ends[0]) / 2
 
         least = self.engine.world * compute.gradient_accumulation_steps

@@ -36,11 +36,9 @@ class GateDistribution(nn.Module, ABC):
         # the decision of a search within a training, as part of its state: the logits that were decided by, the gates of the
         # blocks that stay, 1 + the step, and the images of the trials that decided
         self.fixed_logits = nn.ParameterList([_constant(size) for size in sizes])
-        self.fixed_gates, self.fixed_at, self.trial_images = (
-            _constant(sum(g.size for g in groups)),
-            _constant(1),
-            _constant(1),
-        )
+        self.fixed_gates = _constant(sum(g.size for g in groups))
+        self.fixed_at = _constant(1)
+        self.trial_images = _constant(1)
         self.tried: list[tuple[list[list[int]], float]] = []  # what the trials of this process compared, and the losses
         self._seen: tuple[int, int | None, list[list[int]]] | None = None
 
@@ -187,8 +185,8 @@ class CategoricalGates(GateDistribution):
 
     def confidence(self, index: int, theta: Tensor, scaling: float, kept: Sequence[int] | None = None) -> list[float]:
         """The probability of the decision; 1 / K_g is chance."""
-        kept = self.kept(index, theta) if kept is None else kept
-        return [self.probabilities(index, theta, scaling)[self.groups[index].candidates().index(tuple(kept))]]
+        row = self.probabilities(index, theta, scaling)
+        return [max(row) if kept is None else row[self.groups[index].candidates().index(tuple(kept))]]
 
 
 # ---------------------------------------------------------------------------------------------------------------- subsets

@@ -114,6 +114,8 @@ class GatedObjective(Objective):
         search, gates = self.search, self.gates
         if search is None or gates.is_fixed:
             return None
+        if self._is_sure(self.steps, search.sure):
+            return None
         choices = gates.likeliest(search.candidates, self.scaling[1], UNLIKELY)
 
         def enter(index: int) -> None:

@@ -32,7 +32,7 @@ def sureness_lines(decision: Decision) -> list[str]:
         for (group, block), level, chance in zip(named, levels[name], chances, strict=True):
             if chance < 1 and above_chance(level, chance) < UNDECIDED:
                 doubtful.append(f"{prefix}{_named(group, block)} ({level:.2f})")
-    if doubtful:
+    if doubtful and not int(decision.gates.trial_images):  # else trials decided
         lines.append(
             f"warning: near chance, so another seed may decide otherwise: {', '.join(doubtful)}; these blocks matter equally, or the "
             "search was short: more steps, or a higher prune.gate_learning_rate, would tell"

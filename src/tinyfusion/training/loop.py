@@ -95,22 +95,23 @@ def train_steps(
     settings: TrainingSection,
     randomness: Randomness,
     engine: Engine | None = None,
+    trials: bool = True,
 ) -> Generator[StepRecord]:
     """Train from `state.step` to `settings.made_steps`, and yield a record after every step, when `state` can be saved.
 
     Steps of the objective's trials are yielded too: `StepRecord.trial` is not None, and `state` can be saved once the generator is
-    closed. A non-finite loss or gradient on any rank, or a gradient norm of at least `settings.skip_norm`, skips the update on
-    all ranks (moving average and optimiser do not change); `settings.max_bad_steps` such steps in a row raise
-    BadNumbers. In float16 an overflow of the gradients lowers the loss scale, and counts as such a step only at the
-    lowest scale. Batches are prepared on another thread.
+    closed. trials: False leaves them out. A non-finite loss or gradient on any rank, or a gradient norm of at least
+    `settings.skip_norm`, skips the update on all ranks (moving average and optimiser do not change); `settings.max_bad_steps` such
+    steps in a row raise BadNumbers. In float16 an overflow of the gradients lowers the loss scale, and counts as such a step only
+    at the lowest scale. Batches are prepared on another thread.
     """
     engine = engine or Engine(next(iter(state.parameters.values())).device)
     loop = _Loop(state, objective, source, randomness, engine, engine.wrap(ForwardPass(state, objective, settings)))
     at = objective.trial_step
-    if at is not None and state.step <= at <= settings.made_steps:
+    if trials and at is not None and state.step <= at <= settings.made_steps:
         yield from loop.steps(settings, at)
-        if trials := objective.trials():
-            yield from loop.trials(settings, trials)
+        if wanted := objective.trials():
+            yield from loop.trials(settings, wanted)
     yield from loop.steps(settings, settings.made_steps)
 
 
@@ -129,7 +130,8 @@ class _Loop:
         """The steps of all trials, and the decision. Each begins at the present state, which is there again at the end."""
         state, losses = self.state, []
         # bad steps of a trial are its loss, and never end a training
-        own = replace(settings, batch_size=trials.batch_size, max_bad_steps=trials.steps + 1)
+        most = state.bad_steps + trials.steps + 1
+        own = replace(settings, batch_size=trials.batch_size, max_bad_steps=most)
         for index in range(trials.num):
             with state.restored():
                 trials.enter(index)
