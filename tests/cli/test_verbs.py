@@ -226,7 +226,11 @@ TRIED = (
 def test_a_search_within_goes_on_where_it_stopped(cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped before, and after, the blocks are fixed, and while choices are tried: the same weights, the same plan."""
     said = done(cli, TRIED.replace("--out searched", "--out whole")).err
-    assert len(re.findall(r"^  [\d ]+: \d\.\d+$", said, re.MULTILINE)) == 3
+    tried = re.findall(r"^  ([\d ]+): (\d\.\d+)(, kept)?$", said, re.MULTILINE)
+    kept = json.loads(Path("whole/plan.json").read_text())["kept"]["blocks"]
+    lowest = min(float(loss) for _, loss, _ in tried)
+    assert [(blocks, float(loss)) for blocks, loss, mark in tried if mark] == [(" ".join(map(str, kept)), lowest)]
+    assert len(tried) == 3
     wanted = {name: value for name, value in files(Path("whole")).items() if "student" in name or "plan" in name}
     assert len(wanted) > 2
     assert json.loads(Path("whole/run.json").read_text())["seen_images"] == 4 * 16 + 3 * 2 * 8

@@ -45,7 +45,9 @@ class SearchedRecovery(MaskTraining):
             return []
         choices = [dataclasses.replace(self.decision(), choice=choice).kept() for choice, _ in tried]
         shown = ["; ".join(" ".join(map(str, kept)) for kept in choice.values()) for choice in choices]
-        lines = [f"  {text}: {loss:.4g}" for text, (_, loss) in zip(shown, tried, strict=True)]
+        kept = self.learner.objective.gates.fixed_choice
+        marks = [", kept" if choice == kept else "" for choice, _ in tried]
+        lines = [f"  {text}: {loss:.4g}{mark}" for text, (_, loss), mark in zip(shown, tried, marks, strict=True)]
         counted = f"mean loss of the second half of {search.trial_steps} steps"
         return [f"the search ended undecided; {counted} of its {len(tried)} likeliest choices:", *lines]
 
