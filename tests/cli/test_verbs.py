@@ -234,6 +234,10 @@ def test_a_search_within_goes_on_where_it_stopped(cli: Cli, work: Path, monkeypa
     wanted = {name: value for name, value in files(Path("whole")).items() if "student" in name or "plan" in name}
     assert len(wanted) > 2
     assert json.loads(Path("whole/run.json").read_text())["seen_images"] == 4 * 16 + 3 * 2 * 8
+    done(cli, TRIED.replace("trial_batch_size=8", "trial_batch_size=99").replace("--out searched", "--out large"))
+    assert (
+        json.loads(Path("large/run.json").read_text())["seen_images"] == 4 * 16 + 3 * 2 * 16
+    )  # no larger than in training
     for step in (1, 2, 3):
         out = f"from-{step}"
         done(cli, TRIED.replace("--out searched", f"--resume whole/checkpoints/step-{step:07d} --out {out}"))
@@ -263,7 +267,6 @@ def test_a_search_within_goes_on_where_it_stopped(cli: Cli, work: Path, monkeypa
         (SEARCHED.replace("0.5", "1.5", 1), ("search_share", "1.5")),
         (SEARCHED.replace("0.5", "0", 1), ("search_share", "0")),
         (SEARCHED.replace("--scheme 1:2", "--scheme 1:3"), ("1:3", "4")),
-        (f"{SEARCHED} --set recover.search_candidates=2 --set recover.search_trial_batch_size=32", ("search_trial_batch_size 32", "16")),
         (f"{SEARCHED} --set recover.training.batch_size=6 --set prune.distribution=subset --set prune.subset_estimator=score"
          " --set compute.gradient_accumulation_steps=4", ("recover.training.batch_size", "8")),
     ],

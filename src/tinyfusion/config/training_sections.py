@@ -266,7 +266,7 @@ class RecoverSection:
     ] = 1
     search_trial_steps: Annotated[Count, "search_candidates: steps of each; they come on top of training.steps"] = 120
     search_trial_batch_size: Annotated[
-        BatchSize | None, "search_candidates: images per step of these; None: training.batch_size"
+        BatchSize | None, "search_candidates: images per step of these, at most training.batch_size; None: as many"
     ] = None
     search_trial_rate: Annotated[
         PositiveShare,

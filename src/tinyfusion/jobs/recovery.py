@@ -143,16 +143,11 @@ def _searched(
     """The recovery of the placed copy of `whole` under gates."""
     settings, training = recipe.recover, recipe.recover.training
     candidates, trial_steps = settings.search_candidates, settings.search_trial_steps
-    batch_size = settings.search_trial_batch_size or training.batch_size
+    batch_size = min(settings.search_trial_batch_size or training.batch_size, training.batch_size)
     trials = candidates, trial_steps, batch_size, settings.search_trial_rate
     search = Search(settings.search_steps, settings.search_confidence, *trials)
-    if search.candidates > 1:  # refuse before anything is learned
-        if batch_size > training.batch_size:
-            raise UserError(
-                f"recover.search_trial_batch_size {batch_size} is more than the {training.batch_size} of recover.training.batch_size: "
-                "give at most as many"
-            )
-        engine.slices(batch_size)
+    if search.candidates > 1:
+        engine.slices(batch_size)  # refuse before anything is learned
     learner = search_within(placed.student, objective, groups, recipe.prune, search, engine.device)
     gated = learner.objective
     state, extra = under_gates(learner, training, "recover.training", engine)
