@@ -79,9 +79,17 @@ def recipe_of(steps: int) -> Recipe:
 
 
 def recovered(
-    teacher: LoadedModel, students: Sequence[Model], recipe: Recipe, objective: Any, source: BatchSource
+    teacher: LoadedModel,
+    students: Sequence[Model],
+    recipe: Recipe,
+    objective: Any,
+    source: BatchSource,
+    losses: list[list[float]] | None = None,
 ) -> list[Model]:
-    """The students distilled side by side: the same images, noise, timesteps and label drops, and one output of the teacher for all."""
+    """The students distilled side by side: the same images, noise, timesteps and label drops, and one output of the teacher for all.
+
+    losses: gets the losses of all students, step by step.
+    """
     recipe = with_taught_target(recipe, teacher, [])
     settings, engine = recipe.recover, Engine("cpu", ComputeSection(prefetch_batches=0))
     taught = Remembering(frozen(teacher.copy().module))
@@ -94,8 +102,9 @@ def recovered(
         loops.append(train_steps(state, goal, source, settings.training, Randomness(recipe.seed), engine))
     for _ in range(settings.training.steps):
         taught.outputs = None
-        for loop in loops:
-            next(loop)
+        made = [next(loop) for loop in loops]
+        if losses is not None:
+            losses.append([float(record.terms["loss"]) for record in made])
     return [student.with_changed(state.averages()) for student, state in zip(students, states, strict=True)]
 
 

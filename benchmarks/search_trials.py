@@ -10,7 +10,6 @@ probability of the choice, the loss of the search's own weights, and the mean lo
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,62 +17,39 @@ import torch
 from scipy.stats import spearmanr
 
 from criteria_recovered import Measures
-from regret import TOGETHER, Remembering, mask_of, name_of
-from tinyfusion.blocks.stack import frozen
+from regret import TOGETHER, mask_of, name_of, recovered
 from tinyfusion.config.loading import load_recipe
-from tinyfusion.config.recipe import ComputeSection, Recipe
+from tinyfusion.config.recipe import Recipe
 from tinyfusion.core.device import flush_denormals
-from tinyfusion.core.rng import Randomness
 from tinyfusion.core.rundir import write_json
 from tinyfusion.jobs.assemble import batches_for
-from tinyfusion.jobs.folding import fold_guidance, with_taught_target
+from tinyfusion.jobs.folding import with_taught_target
 from tinyfusion.jobs.process_specs import objective_for
 from tinyfusion.jobs.recovery import SearchedRecovery, recovery
 from tinyfusion.models.checkpoint import LoadedModel, open_model
 from tinyfusion.prune.criteria import by_indices
 from tinyfusion.prune.mask_search import Mask
-from tinyfusion.recover.distill import distilled
 from tinyfusion.training.engine import Engine
-from tinyfusion.training.loop import BatchSource, train_steps
-from tinyfusion.training.optim import ParameterGroup, trainable
-from tinyfusion.training.state import TrainState
+from tinyfusion.training.loop import BatchSource
 
 STRETCHES = ((0, 15), (0, 30), (30, 60), (0, 60), (60, 120), (0, 120))  # steps
 
 
-def searched(recipe: Recipe, teacher: LoadedModel, source: BatchSource, engine: Engine) -> SearchedRecovery:
+def searched(recipe: Recipe, teacher: LoadedModel, source: BatchSource) -> SearchedRecovery:
     """The training of a recipe at the end of its search."""
-    alone = replace(recipe, recover=replace(recipe.recover, search_candidates=1))
     process = objective_for(teacher, recipe.recover.training.label_drop, recipe)
-    training = recovery(alone, teacher.copy(), teacher.copy(), process, source, engine)
+    training = recovery(recipe, teacher.copy(), teacher.copy(), process, source, Engine("cpu", recipe.compute))
     assert isinstance(training, SearchedRecovery)
     settings = replace(training.settings, stop_after=recipe.recover.search_steps)
-    for _ in train_steps(training.state, training.objective, source, settings, Randomness(recipe.seed), engine):
+    for _ in replace(training, settings=settings).steps(trials=False):
         pass
     return training
 
 
-def distil(
-    students: Sequence[LoadedModel], teacher: LoadedModel, recipe: Recipe, source: BatchSource
-) -> list[tuple[LoadedModel, list[float]]]:
-    """The students, trained side by side for the steps after the search, and the loss of every step."""
+def after_search(recipe: Recipe) -> Recipe:
+    """The recipe of the steps that are left after its search, with other noise."""
     training = replace(recipe.recover.training, steps=recipe.recover.training.steps - recipe.recover.search_steps)
-    settings = replace(recipe.recover, search_share=None, search_candidates=1, training=training)
-    own, taught = replace(recipe, recover=settings), Remembering(frozen(teacher.copy().module))
-    process = objective_for(teacher, training.label_drop, recipe)
-    states, loops, losses = [], [], [[] for _ in students]  # type: ignore[var-annotated]
-    for student in students:
-        guidance = fold_guidance(own, settings, student, teacher, process)
-        goal = replace(distilled(settings, process, teacher, student, [], guidance=guidance), teacher=taught)
-        states.append(TrainState(student.module.train(), [ParameterGroup(trainable(student.module))], training))
-        engine = Engine("cpu", ComputeSection(prefetch_batches=0))
-        loops.append(train_steps(states[-1], goal, source, training, Randomness(recipe.seed + 1), engine))
-    for _ in range(training.steps):
-        taught.outputs = None
-        for loop, kept in zip(loops, losses, strict=True):
-            kept.append(float(next(loop).terms["loss"]))
-    ended = [student.with_changed(state.averages()) for student, state in zip(students, states, strict=True)]
-    return list(zip(ended, losses, strict=True))
+    return replace(recipe, seed=recipe.seed + 1, recover=replace(recipe.recover, search_share=None, training=training))
 
 
 def main() -> None:
@@ -93,7 +69,8 @@ def main() -> None:
     teacher = open_model(recipe.teacher)
     recipe = with_taught_target(recipe, teacher, [])
     measures, source = Measures(recipe, teacher, options), batches_for(recipe, teacher, torch.device("cpu"))
-    training = searched(recipe, teacher, source, Engine("cpu", recipe.compute))
+    training, rest = searched(recipe, teacher, source), after_search(recipe)
+    process = objective_for(teacher, recipe.recover.training.label_drop, recipe)
     gates, weights = training.learner.objective.gates, training.state.weights()
     changed = {name: value for name, value in weights.items() if not name.startswith("gates.")}
     likely = gates.likeliest(options.num, recipe.prune.scaling[1], 1e-9)
@@ -105,8 +82,10 @@ def main() -> None:
         whole = teacher.with_changed(changed)
         students = [whole.cut(replace(by_indices(teacher, list(mask), 0), teacher="")) for mask in part]
         before = [measures.distance(student) for student in students]
-        for mask, own, (ended, losses) in zip(part, before, distil(students, teacher, recipe, source), strict=True):
-            means = {f"steps {a + 1} to {b}": sum(losses[a:b]) / (b - a) for a, b in STRETCHES}
+        losses: list[list[float]] = []
+        ends = recovered(teacher, students, rest, process, source, losses)
+        for mask, own, ended, course in zip(part, before, ends, zip(*losses, strict=True), strict=True):
+            means = {f"steps {a + 1} to {b}": sum(course[a:b]) / (b - a) for a, b in STRETCHES}
             rows[name_of(mask)] = {"weights of the search": own, **means, "final": measures.distance(ended)}
             print(name_of(mask), rows[name_of(mask)], flush=True)
             write_json(options.out, rows)

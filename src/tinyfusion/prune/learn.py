@@ -282,9 +282,8 @@ def search_within(
 ) -> MaskLearner:
     """Gates on a model that is being trained, for a search that is the beginning of that training.
 
-    whole: the model, placed. objective: of the training. parameters: what trains. Differs from
-    the paper, which learns masks first, throws the weight updates away, and trains the student from the teacher's weights.
-    Raises UserError if the scheme does not fit.
+    whole: the model, placed. objective: of the training. parameters: what trains. Differs from the paper, which learns masks first,
+    throws the weight updates away, and trains the student from the teacher's weights. Raises UserError if the scheme does not fit.
     """
     layout = gate_layout(whole)
     settings = layout.spelled(settings)

@@ -205,6 +205,7 @@ class TrainState:
     def restored(self) -> Iterator[None]:
         """Within the context the state may train; afterwards it is as before. The copy is in the memory of the host."""
         kept, progress = {key: local_part(t).to("cpu", copy=True) for key, t in self.tensors().items()}, self.progress()
+        had, numbers = self._optimizer_state().keys(), progress.optimizer_numbers
         try:
             yield
         finally:
@@ -213,15 +214,10 @@ class TrainState:
                     if key in kept:
                         local_part(tensor).copy_(kept[key])
             for name, parameter in self.parameters.items():
-                slots = self.optimizer.state.get(parameter, {})
-                numbers = progress.optimizer_numbers
-                for slot in [own for own in slots if f"optimizer/{own}/{name}" not in kept]:
-                    if f"{slot}/{name}" in numbers:
-                        slots[slot] = numbers[f"{slot}/{name}"]
-                    else:
-                        del slots[slot]
-                if not slots:
-                    self.optimizer.state.pop(parameter, None)
+                slots = self.optimizer.state.pop(parameter, {})
+                keys = {slot: f"{slot}/{name}" for slot in slots}
+                if before := {slot: numbers.get(key, slots[slot]) for slot, key in keys.items() if key in had}:
+                    self.optimizer.state[parameter] = before
             self._count(progress)
 
     def _count(self, progress: Progress) -> None:
